@@ -1,0 +1,244 @@
+"""What a model is: frozen dataclasses with Hugging Face's field names and the sizes derived from them.
+
+Owns no file format: config.json is read and written by `config.hf`, GGUF metadata by `checkpoint.gguf`.
+Every other layer receives these objects and never looks at raw dictionaries.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+RopeType = Literal["default", "linear", "llama3", "yarn", "longrope"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding: frequencies, their scaling, and the layout of the rotated channels."""
+
+    rope_theta: float
+    """Base of the frequencies: pair i turns by rope_theta ** (-2 i / dim) per position."""
+    rope_type: RopeType = "default"
+    """How the frequencies are scaled for long contexts."""
+    rope_interleave: bool = False
+    """Pairs are channels (2i, 2i+1) if true, (i, i + dim/2) if false."""
+    factor: float = 1.0
+    """Context extension factor s (linear, llama3, yarn); with mscale_all_dim also of the softmax scale."""
+    original_max_position_embeddings: int | None = None
+    """Context before extension (llama3, yarn, longrope)."""
+    beta_fast: float = 32.0
+    """YaRN: pairs with more rotations than this over the original context are not interpolated."""
+    beta_slow: float = 1.0
+    """YaRN: pairs with fewer rotations than this are interpolated fully."""
+    truncate: bool = True
+    """YaRN: round the borders of the ramp to whole pairs."""
+    mscale: float | None = None
+    """YaRN: numerator of the cos/sin factor, m(mscale) / m(mscale_all_dim)."""
+    mscale_all_dim: float | None = None
+    """Softmax scale is multiplied by m(mscale_all_dim)^2, m(a) = 0.1 a ln(factor) + 1; also the denominator above."""
+    attention_factor: float | None = None
+    """Explicit cos/sin factor; derived from the fields above when absent."""
+    low_freq_factor: float | None = None
+    """llama3: wavelengths beyond original_max_position_embeddings / low_freq_factor are divided by factor."""
+    high_freq_factor: float | None = None
+    """llama3: wavelengths below original_max_position_embeddings / high_freq_factor are kept."""
+    pair_factors: tuple[float, ...] | None = None
+    """longrope: one divisor per pair (short_factor and long_factor, which must be equal)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MLAConfig:
+    """Multi-head Latent Attention (DeepSeek-V2 section 2.1, DeepSeek-V3 section 2.1.1)."""
+
+    num_attention_heads: int
+    """Query heads n_h."""
+    kv_lora_rank: int
+    """Width d_c of the cached latent c_t."""
+    q_lora_rank: int | None
+    """Width d'_c of the query latent; None projects queries directly."""
+    qk_nope_head_dim: int
+    """Query-key channels per head without position; may be 0."""
+    qk_rope_head_dim: int
+    """Rotary channels per query head and of the one shared key, d_h^R."""
+    v_head_dim: int
+    """Value channels per head."""
+    attention_bias: bool = False
+    """Biases on q_a_proj, kv_a_proj_with_mqa and o_proj."""
+    q_bias: bool = False
+    """Bias on q_proj (only without q_lora_rank): queries of converted models that have one."""
+    o_bias: bool = False
+    """Bias on o_proj, where attention_bias does not already say so."""
+    kv_a_layernorm: bool = True
+    """RMSNorm on the latent. False for exactly converted models, whose latent must not be rescaled."""
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def row_dim(self) -> int:
+        """Cached elements per token and layer: [c_t ; k_R]."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        return self.qk_rope_head_dim
+
+    @property
+    def expansion_break_even(self) -> float:
+        """Queries per cached key beyond which the expanded form costs fewer multiply-adds than the absorbed form.
+
+        Absorbed: 2 d_c + d_R per head and pair. Expanded: d_nope + d_R + d_v per head and pair, plus
+        d_c (d_nope + d_v) per head and key. About 170 for DeepSeek-V3. Infinite where expansion never pays.
+        """
+        absorbed = 2 * self.kv_lora_rank + self.qk_rope_head_dim
+        expanded = self.qk_head_dim + self.v_head_dim
+        build = self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
+        return build / (absorbed - expanded) if absorbed > expanded else math.inf
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GQAConfig:
+    """Grouped-query attention; MHA when every head has its own keys, MQA when all share one."""
+
+    num_attention_heads: int
+    """Query heads."""
+    num_key_value_heads: int
+    """Key-value heads (groups)."""
+    head_dim: int
+    """Channels of a query, key or value head."""
+    qkv_bias: bool = False
+    """Biases on q_proj, k_proj and v_proj."""
+    o_bias: bool = False
+    """Bias on o_proj."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head before the rotation (qwen3)."""
+
+    @property
+    def row_dim(self) -> int:
+        """Cached elements per token and layer: [K ; V]."""
+        return 2 * self.num_key_value_heads * self.head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        return self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoEConfig:
+    """DeepSeekMoE: shared experts, routed experts and the rule that chooses among them."""
+
+    n_routed_experts: int
+    """Routed experts N_r per layer."""
+    num_experts_per_tok: int
+    """Routed experts K_r a token uses."""
+    n_shared_experts: int
+    """Shared experts (fused into one MLP of n_shared_experts * moe_intermediate_size); may be 0."""
+    moe_intermediate_size: int
+    """Hidden width of one expert."""
+    first_k_dense_replace: int
+    """Leading layers with a dense MLP instead."""
+    moe_layer_freq: int = 1
+    """Every so-many-th layer is MoE after the dense ones."""
+    scoring_func: Literal["softmax", "sigmoid"] = "sigmoid"
+    """Gate: softmax (V2) or sigmoid (V3), in fp32."""
+    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
+    """Selection: by score, by score within the best groups, or by biased score within the best groups (V3)."""
+    n_group: int = 1
+    """Groups the experts are divided into."""
+    topk_group: int = 1
+    """Groups a token may use."""
+    norm_topk_prob: bool = True
+    """Chosen scores are divided by their sum."""
+    routed_scaling_factor: float = 1.0
+    """Factor on the weights of the routed experts."""
+    scale_after_norm: bool = True
+    """The factor applies to normalised weights too (V3); V2 applies it only where weights are not normalised."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantConfig:
+    """Weights stored as fp8-e4m3 with one fp32 scale per block (V3 report section 3.3; ragged edges on a ceil grid)."""
+
+    weight_block_size: tuple[int, int] = (128, 128)
+    """Rows and columns of a block."""
+    scale_fmt: str | None = None
+    """'ue8m0' where scales are powers of two (V3.1)."""
+    modules_to_not_convert: tuple[str, ...] = ()
+    """Names of modules kept in high precision, as config.json lists them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A decoder-only transformer of one of the supported families."""
+
+    model_type: str
+    """Family: deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite, llama, mistral, qwen2, qwen3."""
+    hidden_size: int
+    """Width of the residual stream."""
+    intermediate_size: int
+    """Hidden width of the dense MLP."""
+    num_hidden_layers: int
+    """Decoder layers, MTP modules not counted."""
+    vocab_size: int
+    """Rows of the embedding."""
+    max_position_embeddings: int
+    """Longest context in tokens."""
+    rms_norm_eps: float
+    """Epsilon of the norms on the residual stream."""
+    attention: MLAConfig | GQAConfig
+    """The attention of every layer."""
+    rope: RopeConfig
+    """Rotary embedding of every layer."""
+    moe: MoEConfig | None = None
+    """Mixture of experts; None for dense models."""
+    quantization: QuantConfig | None = None
+    """Storage of the projections; None for plain dtypes."""
+    num_nextn_predict_layers: int = 0
+    """MTP modules D; stored as layers num_hidden_layers, num_hidden_layers + 1, ..."""
+    mtp_copies: bool = False
+    """MTP layers bring their own copies of the embedding and the head (found out by the loader)."""
+    tie_word_embeddings: bool = False
+    """The head is the embedding matrix."""
+    sliding_window: int | None = None
+    """A query sees at most this many keys, itself included; None sees all."""
+    sliding_window_layers: tuple[int, ...] | None = None
+    """Layers the window applies to; None for every layer."""
+    initializer_range: float = 0.02
+    """Standard deviation of initial weights."""
+    bos_token_id: int | None = None
+    """Begin-of-sequence token."""
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end a generation."""
+
+    @property
+    def num_cache_layers(self) -> int:
+        """Layers that leave rows in the cache: decoder layers, then MTP modules."""
+        return self.num_hidden_layers + self.num_nextn_predict_layers
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor on query-key products: head width ** -0.5 times YaRN's m(mscale_all_dim)^2 (V3: 1.874 / sqrt(192))."""
+        attention = self.attention
+        width = attention.qk_head_dim if isinstance(attention, MLAConfig) else attention.head_dim
+        scale = width**-0.5
+        if not isinstance(attention, MLAConfig) or self.rope.rope_type == "default":
+            return scale
+        return scale * yarn_mscale(self.rope.factor, self.rope.mscale_all_dim or 0.0) ** 2
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether decoder layer (or MTP layer, numbered after them) `layer` is a mixture of experts."""
+        moe = self.moe
+        if moe is None:
+            return False
+        return layer >= moe.first_k_dense_replace and layer % moe.moe_layer_freq == 0
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of `layer`, or None where it sees the whole context."""
+        if self.sliding_window_layers is not None and layer not in self.sliding_window_layers:
+            return None
+        return self.sliding_window
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention magnitude m(mscale) = 0.1 mscale ln(factor) + 1 (1 for factor <= 1)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
