@@ -1,0 +1,37 @@
+"""SwiGLU and its mixture: each routed expert applied to the tokens that chose it."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from lowlat.ops.norm import accumulation_dtype
+from lowlat.ops.routing import Routing
+
+ExpertWeights = Callable[[int], tuple[Tensor, Tensor, Tensor]]
+"""expert id -> gate [inner, hidden], up [inner, hidden], down [hidden, inner]."""
+
+
+def swiglu(
+    gate: Float[Tensor, "*rows inner"], up: Float[Tensor, "*rows inner"]
+) -> Float[Tensor, "*rows inner"]:
+    """silu(gate) * up, computed in fp32 and rounded once."""
+    wide = accumulation_dtype(gate.dtype)
+    return (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+
+
+def routed_experts(
+    x: Float[Tensor, "tokens hidden"], routing: Routing, weights: ExpertWeights
+) -> Float[Tensor, "tokens hidden"]:
+    """Weighted sum over the chosen experts, added in fp32 in order of expert id. Only chosen experts are touched."""
+    out = torch.zeros_like(x, dtype=accumulation_dtype(x.dtype))
+    for expert in routing.experts.unique().tolist():
+        tokens, places = (routing.experts == expert).nonzero(as_tuple=True)
+        gate, up, down = weights(expert)
+        rows = x[tokens]
+        result = F.linear(swiglu(F.linear(rows, gate), F.linear(rows, up)), down)
+        factor = routing.weights[tokens, places, None].to(out.dtype)
+        out = out.index_add(0, tokens, result.to(out.dtype) * factor)
+    return out.to(x.dtype)

@@ -1,0 +1,61 @@
+"""The two forms of Multi-head Latent Attention over rows [c_t ; k_R] (DeepSeek-V2 section 2.1.2 and appendix C).
+
+Expanded: k_h = [W_UK_h c ; k_R], v_h = W_UV_h c. Absorbed: W_UK_h moves to the query and W_UV_h to the output, so
+attention reads the rows alone. Both give the same numbers up to rounding; docs/mla.md derives one from the other.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lowlat.ops.attention import KEY_BLOCK, causal_attention
+
+
+def absorbed_mla(
+    q_nope: Float[Tensor, "queries heads nope_dim"],
+    q_rope: Float[Tensor, "queries heads rope_dim"],
+    rows: Float[Tensor, "keys row_dim"],
+    w_uk: Float[Tensor, "heads nope_dim latent"],
+    w_uv: Float[Tensor, "heads v_dim latent"],
+    *,
+    start: int,
+    scale: float,
+) -> Float[Tensor, "queries heads v_dim"]:
+    """MLA over the latent itself: every head attends to one shared key, the row, and one shared value, the latent."""
+    q_latent = torch.einsum("qhn,hnc->qhc", q_nope, w_uk)
+    query = torch.cat([q_latent, q_rope], dim=-1)
+    latent = w_uv.shape[-1]
+
+    def key_values(first: int, last: int) -> tuple[Tensor, Tensor]:
+        block = rows[first:last, None]
+        return block, block[..., :latent]
+
+    mixed = causal_attention(query, key_values, start=start, scale=scale)
+    return torch.einsum("qhc,hvc->qhv", mixed, w_uv)
+
+
+def expanded_mla(
+    q_nope: Float[Tensor, "queries heads nope_dim"],
+    q_rope: Float[Tensor, "queries heads rope_dim"],
+    rows: Float[Tensor, "keys row_dim"],
+    w_uk: Float[Tensor, "heads nope_dim latent"],
+    w_uv: Float[Tensor, "heads v_dim latent"],
+    *,
+    start: int,
+    scale: float,
+    key_block: int = KEY_BLOCK,
+) -> Float[Tensor, "queries heads v_dim"]:
+    """MLA with per-head keys and values, built from the rows one block of keys at a time."""
+    query = torch.cat([q_nope, q_rope], dim=-1)
+    latent, heads = w_uv.shape[-1], w_uk.shape[0]
+
+    def key_values(first: int, last: int) -> tuple[Tensor, Tensor]:
+        c, k_rope = rows[first:last, :latent], rows[first:last, latent:]
+        k_nope = torch.einsum("kc,hnc->khn", c, w_uk)
+        k = torch.cat([k_nope, k_rope[:, None].expand(-1, heads, -1)], dim=-1)
+        return k, torch.einsum("kc,hvc->khv", c, w_uv)
+
+    # One query block: a second one would build every key again.
+    return causal_attention(
+        query, key_values, start=start, scale=scale, key_block=key_block, query_block=max(1, query.shape[0])
+    )
