@@ -1,0 +1,1 @@
+"""The paged cache of rows and the backends that attend over it."""

@@ -1,0 +1,81 @@
+"""Attention over the paged cache in plain PyTorch: stores the new rows, then attends sequence by sequence."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lowlat.attention.base import AttentionBackend
+from lowlat.attention.cache import PagedCache
+from lowlat.attention.metadata import AttentionBatch, SequenceSlice
+from lowlat.config.model import GQAConfig, MLAConfig
+from lowlat.ops.attention import causal_attention
+from lowlat.ops.mla import absorbed_mla, expanded_mla
+
+
+class CachedAttention(AttentionBackend):
+    """One step of decoding or chunked prefill.
+
+    MLA takes the absorbed form up to `break_even` new tokens of a sequence and the expanded form beyond, where
+    building keys and values once per key is cheaper than scoring every pair in the latent space.
+    """
+
+    def __init__(self, cache: PagedCache, batch: AttentionBatch, *, break_even: float) -> None:
+        self.cache = cache
+        self.batch = batch
+        self.break_even = break_even
+
+    @classmethod
+    def for_config(
+        cls, attention: MLAConfig | GQAConfig, cache: PagedCache, batch: AttentionBatch
+    ) -> "CachedAttention":
+        """The backend with the break-even that follows from the config's dimensions."""
+        break_even = attention.expansion_break_even if isinstance(attention, MLAConfig) else 0.0
+        return cls(cache, batch, break_even=break_even)
+
+    def mla(
+        self,
+        layer: int,
+        q_nope: Float[Tensor, "tokens heads nope_dim"],
+        q_rope: Float[Tensor, "tokens heads rope_dim"],
+        rows: Float[Tensor, "tokens row_dim"],
+        w_uk: Float[Tensor, "heads nope_dim latent"],
+        w_uv: Float[Tensor, "heads v_dim latent"],
+        scale: float,
+    ) -> Float[Tensor, "tokens heads v_dim"]:
+        self.cache.write(layer, self.batch.slots, rows)
+        outputs = []
+        lengths = [item.length for item in self.batch.sequences]
+        for item, nope, rope in zip(
+            self.batch.sequences, q_nope.split(lengths), q_rope.split(lengths), strict=True
+        ):
+            form = expanded_mla if item.length > self.break_even else absorbed_mla
+            context = self._context(layer, item, nope.dtype)
+            outputs.append(form(nope, rope, context, w_uk, w_uv, start=item.start, scale=scale))
+        return torch.cat(outputs)
+
+    def gqa(
+        self,
+        layer: int,
+        q: Float[Tensor, "tokens heads head_dim"],
+        k: Float[Tensor, "tokens kv_heads head_dim"],
+        v: Float[Tensor, "tokens kv_heads head_dim"],
+        scale: float,
+        window: int | None,
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        self.cache.write(layer, self.batch.slots, torch.stack([k, v], dim=1).flatten(1))
+        outputs = []
+        lengths = [item.length for item in self.batch.sequences]
+        for item, queries in zip(self.batch.sequences, q.split(lengths), strict=True):
+            # row -> K or V x kv_heads x head_dim
+            context = self._context(layer, item, q.dtype).unflatten(1, (2, *k.shape[1:]))
+
+            def key_values(first: int, last: int, context: Tensor = context) -> tuple[Tensor, Tensor]:
+                return context[first:last, 0], context[first:last, 1]
+
+            outputs.append(
+                causal_attention(queries, key_values, start=item.start, scale=scale, window=window)
+            )
+        return torch.cat(outputs)
+
+    def _context(self, layer: int, item: SequenceSlice, dtype: torch.dtype) -> Float[Tensor, "keys row_dim"]:
+        return self.cache.rows(layer, item.pages, item.context).to(dtype)

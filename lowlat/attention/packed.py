@@ -1,0 +1,57 @@
+"""Attention without a cache: whole sequences at once, as training and scoring see them. Differentiable."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lowlat.attention.base import AttentionBackend
+from lowlat.ops.attention import causal_attention
+from lowlat.ops.mla import expanded_mla
+
+
+class PackedAttention(AttentionBackend):
+    """Sequences of the given lengths, one after the other, each from position 0 and blind to the others."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
+
+    def positions(self, device: torch.device | str = "cpu") -> Int[Tensor, "tokens"]:
+        """Positions of the packed tokens."""
+        return torch.cat([torch.arange(length, device=device) for length in self.lengths])
+
+    def mla(
+        self,
+        layer: int,
+        q_nope: Float[Tensor, "tokens heads nope_dim"],
+        q_rope: Float[Tensor, "tokens heads rope_dim"],
+        rows: Float[Tensor, "tokens row_dim"],
+        w_uk: Float[Tensor, "heads nope_dim latent"],
+        w_uv: Float[Tensor, "heads v_dim latent"],
+        scale: float,
+    ) -> Float[Tensor, "tokens heads v_dim"]:
+        pieces = zip(*(x.split(self.lengths) for x in (q_nope, q_rope, rows)), strict=True)
+        return torch.cat(
+            [expanded_mla(nope, rope, own, w_uk, w_uv, start=0, scale=scale) for nope, rope, own in pieces]
+        )
+
+    def gqa(
+        self,
+        layer: int,
+        q: Float[Tensor, "tokens heads head_dim"],
+        k: Float[Tensor, "tokens kv_heads head_dim"],
+        v: Float[Tensor, "tokens kv_heads head_dim"],
+        scale: float,
+        window: int | None,
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        outputs = []
+        for queries, keys, values in zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True):
+
+            def key_values(
+                first: int, last: int, keys: Tensor = keys, values: Tensor = values
+            ) -> tuple[Tensor, Tensor]:
+                return keys[first:last], values[first:last]
+
+            outputs.append(causal_attention(queries, key_values, start=0, scale=scale, window=window))
+        return torch.cat(outputs)

@@ -1,0 +1,90 @@
+"""The whole model: embedding, decoder layers, final norm, head, MTP modules."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lowlat.attention.base import AttentionBackend
+from lowlat.config.model import ModelConfig
+from lowlat.model.block import DecoderLayer
+from lowlat.model.linear import Embedding, Linear, RMSNorm
+from lowlat.model.mtp import MTPModule
+from lowlat.model.quant import store_quantized
+from lowlat.ops.rope import RotaryTables
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer over flat tokens: sequences lie one after the other, `attention` knows the borders.
+
+    Parameters are unfilled (and, under `torch.device("meta")`, unallocated): `checkpoint.load` or `model.init`
+    fills them. `dtype` is that of plain parameters; with config.quantization the projections are fp8 blocks.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.rotary = RotaryTables(config.rope, config.attention.rope_dim)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, dtype=dtype) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, dtype=dtype)
+        self.mtp = nn.ModuleList(
+            MTPModule(config, depth, dtype=dtype) for depth in range(config.num_nextn_predict_layers)
+        )
+        if config.quantization is not None:
+            store_quantized(
+                self, config.quantization, num_hidden_layers=config.num_hidden_layers
+            )
+
+    def forward(
+        self,
+        ids: Int[Tensor, "tokens"],
+        positions: Int[Tensor, "tokens"],
+        attention: AttentionBackend,
+    ) -> Float[Tensor, "tokens hidden"]:
+        """Hidden states after the final norm: input of `logits` and of the first MTP module."""
+        x = self.embed_tokens(ids)
+        rope = self.rotary(positions)
+        for layer in self.layers:
+            x = layer(x, rope, attention)
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
+        """Scores of the next token, at least fp32."""
+        return self._head(hidden, self.lm_head)
+
+    def mtp_hidden(
+        self,
+        depth: int,
+        hidden: Float[Tensor, "tokens hidden"],
+        ahead_ids: Int[Tensor, "tokens"],
+        positions: Int[Tensor, "tokens"],
+        attention: AttentionBackend,
+    ) -> Float[Tensor, "tokens hidden"]:
+        """Hidden states of MTP module `depth` (from 0).
+
+        `hidden` comes from the previous depth (from `forward` for depth 0); ahead_ids[i] is the token depth + 1
+        places after the one at positions[i]. Row i predicts the token depth + 2 places after it.
+        """
+        module = self._mtp_module(depth)
+        embedding = self.embed_tokens if module.embed_tokens is None else module.embed_tokens
+        return module(hidden, embedding(ahead_ids), self.rotary(positions), attention)
+
+    def mtp_logits(
+        self, depth: int, hidden: Float[Tensor, "tokens hidden"]
+    ) -> Float[Tensor, "tokens vocab"]:
+        """Scores of the token depth + 2 places ahead, from `mtp_hidden`."""
+        module = self._mtp_module(depth)
+        return self._head(hidden, self.lm_head if module.head is None else module.head)
+
+    def _mtp_module(self, depth: int) -> MTPModule:
+        module = self.mtp[depth]
+        assert isinstance(module, MTPModule)
+        return module
+
+    def _head(self, hidden: Tensor, head: Linear | None) -> Tensor:
+        scores = hidden @ self.embed_tokens.weight.to(hidden.dtype).T if head is None else head(hidden)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
