@@ -1,4 +1,6 @@
-"""The one interface between the model's layers and attention: the model never sees pages or other sequences."""
+"""The one interface between the model's layers and attention: the model never sees pages or other
+sequences.
+"""
 
 from abc import ABC, abstractmethod
 
@@ -9,7 +11,8 @@ from torch import Tensor
 class AttentionBackend(ABC):
     """Attends for all tokens of one step; made per step, called once per layer.
 
-    Tokens of several sequences lie one after the other; a token sees its own sequence up to its own position.
+    Tokens of several sequences lie one after the other; a token sees its own sequence up to its own
+    position.
     """
 
     @abstractmethod
@@ -23,7 +26,9 @@ class AttentionBackend(ABC):
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
     ) -> Float[Tensor, "tokens heads v_dim"]:
-        """MLA. `rows` are the new tokens' [c_t ; k_R], normalised and rotated; w_uk and w_uv the up-projections."""
+        """MLA. `rows` are the new tokens' [c_t ; k_R], normalised and rotated; w_uk and w_uv the
+        up-projections.
+        """
 
     @abstractmethod
     def gqa(
@@ -35,4 +40,6 @@ class AttentionBackend(ABC):
         scale: float,
         window: int | None,
     ) -> Float[Tensor, "tokens heads head_dim"]:
-        """MHA, GQA or MQA with rotated queries and keys; a token sees its `window` latest keys (None: all)."""
+        """MHA, GQA or MQA with rotated queries and keys; a token sees its `window` latest keys
+        (None: all).
+        """

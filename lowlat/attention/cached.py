@@ -1,4 +1,6 @@
-"""Attention over the paged cache in plain PyTorch: stores the new rows, then attends sequence by sequence."""
+"""Attention over the paged cache in plain PyTorch: stores the new rows, then attends sequence by
+sequence.
+"""
 
 import torch
 from jaxtyping import Float
@@ -15,8 +17,9 @@ from lowlat.ops.mla import absorbed_mla, expanded_mla
 class CachedAttention(AttentionBackend):
     """One step of decoding or chunked prefill.
 
-    MLA takes the absorbed form up to `break_even` new tokens of a sequence and the expanded form beyond, where
-    building keys and values once per key is cheaper than scoring every pair in the latent space.
+    MLA takes the absorbed form up to `break_even` new tokens of a sequence and the expanded form
+    beyond, where building keys and values once per key is cheaper than scoring every pair in the
+    latent space.
     """
 
     def __init__(self, cache: PagedCache, batch: AttentionBatch, *, break_even: float) -> None:
@@ -69,7 +72,9 @@ class CachedAttention(AttentionBackend):
             # row -> K or V x kv_heads x head_dim
             context = self._context(layer, item, q.dtype).unflatten(1, (2, *k.shape[1:]))
 
-            def key_values(first: int, last: int, context: Tensor = context) -> tuple[Tensor, Tensor]:
+            def key_values(
+                first: int, last: int, context: Tensor = context
+            ) -> tuple[Tensor, Tensor]:
                 return context[first:last, 0], context[first:last, 1]
 
             outputs.append(
@@ -77,5 +82,7 @@ class CachedAttention(AttentionBackend):
             )
         return torch.cat(outputs)
 
-    def _context(self, layer: int, item: SequenceSlice, dtype: torch.dtype) -> Float[Tensor, "keys row_dim"]:
+    def _context(
+        self, layer: int, item: SequenceSlice, dtype: torch.dtype
+    ) -> Float[Tensor, "keys row_dim"]:
         return self.cache.rows(layer, item.pages, item.context).to(dtype)

@@ -1,4 +1,6 @@
-"""What one step computes: which tokens of which sequences, and where their rows live in the cache."""
+"""What one step computes: which tokens of which sequences, and where their rows live in
+the cache.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +29,9 @@ class SequenceSlice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionBatch:
-    """The tokens of one step, sequence after sequence. Built once per step and read by every layer."""
+    """The tokens of one step, sequence after sequence. Built once per step and read by
+    every layer.
+    """
 
     sequences: tuple[SequenceSlice, ...]
     positions: Int[Tensor, "tokens"]
@@ -37,7 +41,11 @@ class AttentionBatch:
 
     @classmethod
     def build(
-        cls, sequences: Sequence[SequenceSlice], *, page_size: int, device: torch.device | str = "cpu"
+        cls,
+        sequences: Sequence[SequenceSlice],
+        *,
+        page_size: int,
+        device: torch.device | str = "cpu",
     ) -> "AttentionBatch":
         """Lay out the step. Every sequence's pages must cover its context."""
         positions: list[int] = []

@@ -1,4 +1,6 @@
-"""Attention without a cache: whole sequences at once, as training and scoring see them. Differentiable."""
+"""Attention without a cache: whole sequences at once, as training and scoring see them.
+Differentiable.
+"""
 
 from collections.abc import Sequence
 
@@ -12,7 +14,9 @@ from lowlat.ops.mla import expanded_mla
 
 
 class PackedAttention(AttentionBackend):
-    """Sequences of the given lengths, one after the other, each from position 0 and blind to the others."""
+    """Sequences of the given lengths, one after the other, each from position 0 and blind to the
+    others.
+    """
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = list(lengths)
@@ -33,7 +37,10 @@ class PackedAttention(AttentionBackend):
     ) -> Float[Tensor, "tokens heads v_dim"]:
         pieces = zip(*(x.split(self.lengths) for x in (q_nope, q_rope, rows)), strict=True)
         return torch.cat(
-            [expanded_mla(nope, rope, own, w_uk, w_uv, start=0, scale=scale) for nope, rope, own in pieces]
+            [
+                expanded_mla(nope, rope, own, w_uk, w_uv, start=0, scale=scale)
+                for nope, rope, own in pieces
+            ]
         )
 
     def gqa(
@@ -53,5 +60,7 @@ class PackedAttention(AttentionBackend):
             ) -> tuple[Tensor, Tensor]:
                 return keys[first:last], values[first:last]
 
-            outputs.append(causal_attention(queries, key_values, start=0, scale=scale, window=window))
+            outputs.append(
+                causal_attention(queries, key_values, start=0, scale=scale, window=window)
+            )
         return torch.cat(outputs)

@@ -1,7 +1,8 @@
-"""What a model is: frozen dataclasses with Hugging Face's field names and the sizes derived from them.
+"""What a model is: frozen dataclasses with Hugging Face's field names and the sizes derived from
+them.
 
-Owns no file format: config.json is read and written by `config.hf`, GGUF metadata by `checkpoint.gguf`.
-Every other layer receives these objects and never looks at raw dictionaries.
+Owns no file format: config.json is read and written by `config.hf`, GGUF metadata by
+`checkpoint.gguf`. Every other layer receives these objects and never looks at raw dictionaries.
 """
 
 import math
@@ -13,7 +14,9 @@ RopeType = Literal["default", "linear", "llama3", "yarn", "longrope"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig:
-    """Rotary position embedding: frequencies, their scaling, and the layout of the rotated channels."""
+    """Rotary position embedding: frequencies, their scaling, and the layout of the rotated
+    channels.
+    """
 
     rope_theta: float
     """Base of the frequencies: pair i turns by rope_theta ** (-2 i / dim) per position."""
@@ -22,7 +25,9 @@ class RopeConfig:
     rope_interleave: bool = False
     """Pairs are channels (2i, 2i+1) if true, (i, i + dim/2) if false."""
     factor: float = 1.0
-    """Context extension factor s (linear, llama3, yarn); with mscale_all_dim also of the softmax scale."""
+    """Context extension factor s (linear, llama3, yarn); with mscale_all_dim also of the softmax
+    scale.
+    """
     original_max_position_embeddings: int | None = None
     """Context before extension (llama3, yarn, longrope)."""
     beta_fast: float = 32.0
@@ -34,11 +39,15 @@ class RopeConfig:
     mscale: float | None = None
     """YaRN: numerator of the cos/sin factor, m(mscale) / m(mscale_all_dim)."""
     mscale_all_dim: float | None = None
-    """Softmax scale is multiplied by m(mscale_all_dim)^2, m(a) = 0.1 a ln(factor) + 1; also the denominator above."""
+    """Softmax scale is multiplied by m(mscale_all_dim)^2, m(a) = 0.1 a ln(factor) + 1; also the
+    denominator above.
+    """
     attention_factor: float | None = None
     """Explicit cos/sin factor; derived from the fields above when absent."""
     low_freq_factor: float | None = None
-    """llama3: wavelengths beyond original_max_position_embeddings / low_freq_factor are divided by factor."""
+    """llama3: wavelengths beyond original_max_position_embeddings / low_freq_factor are divided by
+    factor.
+    """
     high_freq_factor: float | None = None
     """llama3: wavelengths below original_max_position_embeddings / high_freq_factor are kept."""
     pair_factors: tuple[float, ...] | None = None
@@ -68,7 +77,8 @@ class MLAConfig:
     o_bias: bool = False
     """Bias on o_proj, where attention_bias does not already say so."""
     kv_a_layernorm: bool = True
-    """RMSNorm on the latent. False for exactly converted models, whose latent must not be rescaled."""
+    """RMSNorm on the latent. False for exactly converted models, whose latent must not be rescaled.
+    """
 
     @property
     def qk_head_dim(self) -> int:
@@ -85,10 +95,12 @@ class MLAConfig:
 
     @property
     def expansion_break_even(self) -> float:
-        """Queries per cached key beyond which the expanded form costs fewer multiply-adds than the absorbed form.
+        """Queries per cached key beyond which the expanded form costs fewer multiply-adds than the
+        absorbed form.
 
-        Absorbed: 2 d_c + d_R per head and pair. Expanded: d_nope + d_R + d_v per head and pair, plus
-        d_c (d_nope + d_v) per head and key. About 170 for DeepSeek-V3. Infinite where expansion never pays.
+        Absorbed: 2 d_c + d_R per head and pair. Expanded: d_nope + d_R + d_v per head and pair,
+        plus d_c (d_nope + d_v) per head and key. About 170 for DeepSeek-V3. Infinite where
+        expansion never pays.
         """
         absorbed = 2 * self.kv_lora_rank + self.qk_rope_head_dim
         expanded = self.qk_head_dim + self.v_head_dim
@@ -142,7 +154,9 @@ class MoEConfig:
     scoring_func: Literal["softmax", "sigmoid"] = "sigmoid"
     """Gate: softmax (V2) or sigmoid (V3), in fp32."""
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
-    """Selection: by score, by score within the best groups, or by biased score within the best groups (V3)."""
+    """Selection: by score, by score within the best groups, or by biased score within the best
+    groups (V3).
+    """
     n_group: int = 1
     """Groups the experts are divided into."""
     topk_group: int = 1
@@ -152,12 +166,16 @@ class MoEConfig:
     routed_scaling_factor: float = 1.0
     """Factor on the weights of the routed experts."""
     scale_after_norm: bool = True
-    """The factor applies to normalised weights too (V3); V2 applies it only where weights are not normalised."""
+    """The factor applies to normalised weights too (V3); V2 applies it only where weights are not
+    normalised.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantConfig:
-    """Weights stored as fp8-e4m3 with one fp32 scale per block (V3 report section 3.3; ragged edges on a ceil grid)."""
+    """Weights stored as fp8-e4m3 with one fp32 scale per block (V3 report section 3.3; ragged edges
+    on a ceil grid).
+    """
 
     weight_block_size: tuple[int, int] = (128, 128)
     """Rows and columns of a block."""
@@ -217,7 +235,9 @@ class ModelConfig:
 
     @property
     def softmax_scale(self) -> float:
-        """Factor on query-key products: head width ** -0.5 times YaRN's m(mscale_all_dim)^2 (V3: 1.874 / sqrt(192))."""
+        """Factor on query-key products: head width ** -0.5 times YaRN's m(mscale_all_dim)^2 (V3:
+        1.874 / sqrt(192)).
+        """
         attention = self.attention
         width = attention.qk_head_dim if isinstance(attention, MLAConfig) else attention.head_dim
         scale = width**-0.5
@@ -226,7 +246,9 @@ class ModelConfig:
         return scale * yarn_mscale(self.rope.factor, self.rope.mscale_all_dim or 0.0) ** 2
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether decoder layer (or MTP layer, numbered after them) `layer` is a mixture of experts."""
+        """Whether decoder layer (or MTP layer, numbered after them) `layer` is a mixture of
+        experts.
+        """
         moe = self.moe
         if moe is None:
             return False

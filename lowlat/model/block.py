@@ -27,10 +27,15 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, dtype=dtype)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, dtype=dtype
+        )
 
     def forward(
-        self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor], attention: AttentionBackend
+        self,
+        x: Float[Tensor, "tokens hidden"],
+        rope: tuple[Tensor, Tensor],
+        attention: AttentionBackend,
     ) -> Float[Tensor, "tokens hidden"]:
         x = x + self.self_attn(self.input_layernorm(x), rope, attention)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -1,4 +1,6 @@
-"""Grouped-query attention, with MHA and MQA as its ends: one key-value head per group of query heads."""
+"""Grouped-query attention, with MHA and MQA as its ends: one key-value head per group of query
+heads.
+"""
 
 import torch
 from jaxtyping import Float
@@ -13,7 +15,9 @@ from lowlat.ops.rope import apply_rope
 class GQA(nn.Module):
     """Projections, optional QK-norm, rotation; the backend caches [K ; V] and attends."""
 
-    def __init__(self, config: ModelConfig, attention: GQAConfig, layer: int, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, attention: GQAConfig, layer: int, *, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.dims = attention
@@ -32,7 +36,10 @@ class GQA(nn.Module):
             self.k_norm = RMSNorm(attention.head_dim, config.rms_norm_eps, dtype=dtype)
 
     def forward(
-        self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor], attention: AttentionBackend
+        self,
+        x: Float[Tensor, "tokens hidden"],
+        rope: tuple[Tensor, Tensor],
+        attention: AttentionBackend,
     ) -> Float[Tensor, "tokens hidden"]:
         width = self.dims.head_dim
         q = self.q_proj(x).unflatten(-1, (-1, width))

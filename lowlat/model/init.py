@@ -10,7 +10,8 @@ from lowlat.model.transformer import Transformer
 
 @torch.no_grad()
 def init_weights(model: Transformer, *, seed: int) -> None:
-    """Normal weights of standard deviation config.initializer_range, unit norms, zero biases (V3 section 4.2).
+    """Normal weights of standard deviation config.initializer_range, unit norms, zero biases (V3
+    section 4.2).
 
     Deterministic in `seed` and in nothing else; quantised models cannot be initialised.
     """

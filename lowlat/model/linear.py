@@ -16,7 +16,9 @@ def block_grid(rows: int, columns: int, block: tuple[int, int]) -> tuple[int, in
 
 
 class Linear(nn.Module):
-    """y = x W^T + b. `weight` [out, in] is a plain dtype, or fp8 blocks beside `weight_scale_inv`."""
+    """y = x W^T + b. `weight` [out, in] is a plain dtype, or fp8 blocks beside
+    `weight_scale_inv`.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = False, dtype: torch.dtype
@@ -61,7 +63,9 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of `weight` [vocab, hidden] by token id; also the head of models with tied embeddings."""
+    """Rows of `weight` [vocab, hidden] by token id; also the head of models with tied
+    embeddings.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype) -> None:
         super().__init__()

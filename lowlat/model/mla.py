@@ -1,4 +1,6 @@
-"""Multi-head Latent Attention: the projections around the cached latent (DeepSeek-V3 section 2.1.1)."""
+"""Multi-head Latent Attention: the projections around the cached latent (DeepSeek-V3 section
+2.1.1).
+"""
 
 import torch
 from jaxtyping import Float
@@ -10,19 +12,29 @@ from lowlat.model.linear import Linear, RMSNorm
 from lowlat.ops.rope import apply_rope
 
 LATENT_NORM_EPS = 1e-6
-"""Epsilon of the norms on both latents: fixed in every released implementation, whatever rms_norm_eps says."""
+"""Epsilon of the norms on both latents: fixed in every released implementation, whatever
+rms_norm_eps says.
+"""
 
 
 class MLA(nn.Module):
-    """Equations 1-11: latent c_t and shared key k_R from h_t, queries per head, output of the attended values."""
+    """Equations 1-11: latent c_t and shared key k_R from h_t, queries per head, output of the
+    attended values.
+    """
 
-    def __init__(self, config: ModelConfig, attention: MLAConfig, layer: int, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, attention: MLAConfig, layer: int, *, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.dims = attention
         self.scale = config.softmax_scale
         self.interleave = config.rope.rope_interleave
-        hidden, heads, bias = config.hidden_size, attention.num_attention_heads, attention.attention_bias
+        hidden, heads, bias = (
+            config.hidden_size,
+            attention.num_attention_heads,
+            attention.attention_bias,
+        )
         q_dim = heads * attention.qk_head_dim
         if attention.q_lora_rank is None:
             self.q_proj = Linear(hidden, q_dim, bias=attention.q_bias, dtype=dtype)
@@ -35,10 +47,15 @@ class MLA(nn.Module):
             self.kv_a_layernorm = RMSNorm(attention.kv_lora_rank, LATENT_NORM_EPS, dtype=dtype)
         kv_dim = heads * (attention.qk_nope_head_dim + attention.v_head_dim)
         self.kv_b_proj = Linear(attention.kv_lora_rank, kv_dim, dtype=dtype)
-        self.o_proj = Linear(heads * attention.v_head_dim, hidden, bias=bias or attention.o_bias, dtype=dtype)
+        self.o_proj = Linear(
+            heads * attention.v_head_dim, hidden, bias=bias or attention.o_bias, dtype=dtype
+        )
 
     def forward(
-        self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor], attention: AttentionBackend
+        self,
+        x: Float[Tensor, "tokens hidden"],
+        rope: tuple[Tensor, Tensor],
+        attention: AttentionBackend,
     ) -> Float[Tensor, "tokens hidden"]:
         q_nope, q_rope = self.queries(x, rope)
         w_uk, w_uv = self.up_projections(x.dtype)
@@ -62,9 +79,13 @@ class MLA(nn.Module):
     def rows(
         self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor]
     ) -> Float[Tensor, "tokens row_dim"]:
-        """What is cached: the normalised latent and the rotated shared key, [c_t ; k_R] (equations 1 and 3)."""
+        """What is cached: the normalised latent and the rotated shared key, [c_t ; k_R] (equations
+        1 and 3).
+        """
         dims = self.dims
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split(
+            [dims.kv_lora_rank, dims.qk_rope_head_dim], dim=-1
+        )
         if dims.kv_a_layernorm:
             latent = self.kv_a_layernorm(latent)
         k_rope = apply_rope(k_rope[:, None], *rope, interleave=self.interleave)[:, 0]
@@ -73,7 +94,9 @@ class MLA(nn.Module):
     def up_projections(
         self, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "heads nope_dim latent"], Float[Tensor, "heads v_dim latent"]]:
-        """W_UK and W_UV of every head (equations 2 and 5), views of kv_b_proj: nope rows, then value rows."""
+        """W_UK and W_UV of every head (equations 2 and 5), views of kv_b_proj: nope rows, then
+        value rows.
+        """
         dims = self.dims
         weight = self.kv_b_proj.dense_weight(dtype).unflatten(0, (dims.num_attention_heads, -1))
         w_uk, w_uv = weight.split([dims.qk_nope_head_dim, dims.v_head_dim], dim=1)

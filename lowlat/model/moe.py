@@ -1,4 +1,6 @@
-"""DeepSeekMoE: shared experts every token uses and routed experts chosen by the gate (V3 section 2.1.2)."""
+"""DeepSeekMoE: shared experts every token uses and routed experts chosen by the gate (V3 section
+2.1.2).
+"""
 
 import torch
 from jaxtyping import Float
@@ -25,7 +27,9 @@ class MLP(nn.Module):
 
 
 class Gate(nn.Module):
-    """Scores every routed expert in fp32; the selection bias stays fp32 through load, training and save."""
+    """Scores every routed expert in fp32; the selection bias stays fp32 through load, training and
+    save.
+    """
 
     def __init__(self, hidden_size: int, moe: MoEConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -41,7 +45,9 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' SwiGLU weights, stacked: gate_proj, up_proj [experts, inner, hidden], down_proj turned."""
+    """The routed experts' SwiGLU weights, stacked: gate_proj, up_proj [experts, inner, hidden],
+    down_proj turned.
+    """
 
     def __init__(self, hidden_size: int, moe: MoEConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -76,13 +82,17 @@ class Experts(nn.Module):
             self._dense(self.down_proj, self.down_proj_scale_inv, expert, dtype),
         )
 
-    def _dense(self, weight: Tensor, scale: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor:
+    def _dense(
+        self, weight: Tensor, scale: Tensor | None, expert: int, dtype: torch.dtype
+    ) -> Tensor:
         if scale is None:
             return weight[expert].to(dtype)
         assert self.block is not None
         return dequantize_blocks(weight[expert], scale[expert], self.block, dtype)
 
-    def forward(self, x: Float[Tensor, "tokens hidden"], routing: Routing) -> Float[Tensor, "tokens hidden"]:
+    def forward(
+        self, x: Float[Tensor, "tokens hidden"], routing: Routing
+    ) -> Float[Tensor, "tokens hidden"]:
         return routed_experts(x, routing, lambda expert: self.dense_weights(expert, x.dtype))
 
 

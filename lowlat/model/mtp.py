@@ -1,4 +1,6 @@
-"""Multi-Token Prediction: one more decoder layer that predicts a token further ahead (V3 section 2.2)."""
+"""Multi-Token Prediction: one more decoder layer that predicts a token further ahead (V3 section
+2.2).
+"""
 
 import torch
 from jaxtyping import Float
@@ -11,10 +13,12 @@ from lowlat.model.linear import Embedding, Linear, RMSNorm
 
 
 class MTPModule(nn.Module):
-    """Depth k: joins the hidden state of depth k - 1 with the embedding of the token k places ahead.
+    """Depth k: joins the hidden state of depth k - 1 with the embedding of the token k places
+    ahead.
 
-    Released weights take the embedding first in eh_proj (the paper's equation 21 writes the other order) and the
-    hidden state after the previous depth's final norm; docs/numerics.md gives the evidence.
+    Released weights take the embedding first in eh_proj (the paper's equation 21 writes the other
+    order) and the hidden state after the previous depth's final norm; docs/numerics.md gives the
+    evidence.
     """
 
     def __init__(self, config: ModelConfig, depth: int, *, dtype: torch.dtype) -> None:
@@ -25,7 +29,8 @@ class MTPModule(nn.Module):
         self.eh_proj = Linear(2 * hidden, hidden, dtype=dtype)
         self.block = DecoderLayer(config, config.num_hidden_layers + depth, dtype=dtype)
         self.norm = RMSNorm(hidden, eps, dtype=dtype)
-        # Checkpoints may repeat the main model's embedding and head; whoever has own copies uses them.
+        # Checkpoints may repeat the main model's embedding and head; whoever has own copies uses
+        # them.
         copies = config.mtp_copies
         self.embed_tokens = Embedding(config.vocab_size, hidden, dtype=dtype) if copies else None
         self.head = Linear(hidden, config.vocab_size, dtype=dtype) if copies else None

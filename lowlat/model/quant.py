@@ -18,7 +18,9 @@ def store_quantized(model: nn.Module, quant: QuantConfig, *, num_hidden_layers: 
 
 
 def _is_plain(name: str, quant: QuantConfig, num_hidden_layers: int) -> bool:
-    """Whether `name` is plain by custom or lies at or below a module that config.json lists as not converted."""
+    """Whether `name` is plain by custom or lies at or below a module that config.json lists as not
+    converted.
+    """
     parts = name.split(".")
     if parts[-1] in PLAIN:
         return True
@@ -26,4 +28,6 @@ def _is_plain(name: str, quant: QuantConfig, num_hidden_layers: int) -> bool:
         # mtp.K.block.X is layers.{num_hidden_layers + K}.X in files.
         parts = ["layers", str(num_hidden_layers + int(parts[1])), *parts[3:]]
     dotted = f".{'.'.join(parts)}."
-    return any(f".{kept.removeprefix('model.')}." in dotted for kept in quant.modules_to_not_convert)
+    return any(
+        f".{kept.removeprefix('model.')}." in dotted for kept in quant.modules_to_not_convert
+    )

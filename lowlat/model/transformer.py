@@ -14,10 +14,12 @@ from lowlat.ops.rope import RotaryTables
 
 
 class Transformer(nn.Module):
-    """A decoder-only transformer over flat tokens: sequences lie one after the other, `attention` knows the borders.
+    """A decoder-only transformer over flat tokens: sequences lie one after the other, `attention`
+    knows the borders.
 
-    Parameters are unfilled (and, under `torch.device("meta")`, unallocated): `checkpoint.load` or `model.init`
-    fills them. `dtype` is that of plain parameters; with config.quantization the projections are fp8 blocks.
+    Parameters are unfilled (and, under `torch.device("meta")`, unallocated): `checkpoint.load` or
+    `model.init` fills them. `dtype` is that of plain parameters; with config.quantization the
+    projections are fp8 blocks.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
@@ -32,12 +34,11 @@ class Transformer(nn.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, dtype=dtype)
         self.mtp = nn.ModuleList(
-            MTPModule(config, depth, dtype=dtype) for depth in range(config.num_nextn_predict_layers)
+            MTPModule(config, depth, dtype=dtype)
+            for depth in range(config.num_nextn_predict_layers)
         )
         if config.quantization is not None:
-            store_quantized(
-                self, config.quantization, num_hidden_layers=config.num_hidden_layers
-            )
+            store_quantized(self, config.quantization, num_hidden_layers=config.num_hidden_layers)
 
     def forward(
         self,
@@ -66,8 +67,9 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "tokens hidden"]:
         """Hidden states of MTP module `depth` (from 0).
 
-        `hidden` comes from the previous depth (from `forward` for depth 0); ahead_ids[i] is the token depth + 1
-        places after the one at positions[i]. Row i predicts the token depth + 2 places after it.
+        `hidden` comes from the previous depth (from `forward` for depth 0); ahead_ids[i] is the
+        token depth + 1 places after the one at positions[i]. Row i predicts the token depth + 2
+        places after it.
         """
         module = self._mtp_module(depth)
         embedding = self.embed_tokens if module.embed_tokens is None else module.embed_tokens
@@ -86,5 +88,7 @@ class Transformer(nn.Module):
         return module
 
     def _head(self, hidden: Tensor, head: Linear | None) -> Tensor:
-        scores = hidden @ self.embed_tokens.weight.to(hidden.dtype).T if head is None else head(hidden)
+        scores = (
+            hidden @ self.embed_tokens.weight.to(hidden.dtype).T if head is None else head(hidden)
+        )
         return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -1,1 +1,3 @@
-"""Tensor functions in plain PyTorch: the definition of every computation and the oracle of its fast twins."""
+"""Tensor functions in plain PyTorch: the definition of every computation and the oracle of its fast
+twins.
+"""

@@ -1,7 +1,8 @@
-"""Causal attention in blocks with an online softmax: never a full score matrix, and d_qk may differ from d_v.
+"""Causal attention in blocks with an online softmax: never a full score matrix, and d_qk may differ
+from d_v.
 
-The caller hands keys and values as a function of a block's borders, so expanded MLA can build them as they are
-needed (FlashAttention, arXiv 2205.14135, algorithm 1, in plain tensor operations).
+The caller hands keys and values as a function of a block's borders, so expanded MLA can build them
+as they are needed (FlashAttention, arXiv 2205.14135, algorithm 1, in plain tensor operations).
 """
 
 from collections.abc import Callable
@@ -29,11 +30,12 @@ def causal_attention(
     key_block: int = KEY_BLOCK,
     query_block: int = QUERY_BLOCK,
 ) -> Float[Tensor, "queries heads d_v"]:
-    """Attention of queries at positions start, start + 1, ... over all keys up to their own position.
+    """Attention of queries at positions start, start + 1, ... over all keys up to their own
+    position.
 
-    `scale` multiplies the scores; `window` limits a query to that many latest keys, itself included. Scores,
-    softmax and sums are fp32 (fp64 for fp64 inputs); the result has q's dtype. Query heads share key heads in
-    consecutive groups of heads / kv_heads.
+    `scale` multiplies the scores; `window` limits a query to that many latest keys, itself
+    included. Scores, softmax and sums are fp32 (fp64 for fp64 inputs); the result has q's dtype.
+    Query heads share key heads in consecutive groups of heads / kv_heads.
     """
     outputs = []
     for first in range(0, q.shape[0], query_block):
@@ -88,7 +90,9 @@ def _hidden(
     return hidden if window is None else hidden | (key <= query - window)
 
 
-def _merge(state: tuple[Tensor, Tensor, Tensor] | None, scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _merge(
+    state: tuple[Tensor, Tensor, Tensor] | None, scores: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """One step of the online softmax over (largest score, sum of exponentials, weighted values)."""
     top = scores.amax(dim=-1, keepdim=True)
     if state is not None:

@@ -25,7 +25,9 @@ def swiglu(
 def routed_experts(
     x: Float[Tensor, "tokens hidden"], routing: Routing, weights: ExpertWeights
 ) -> Float[Tensor, "tokens hidden"]:
-    """Weighted sum over the chosen experts, added in fp32 in order of expert id. Only chosen experts are touched."""
+    """Weighted sum over the chosen experts, added in fp32 in order of expert id. Only chosen
+    experts are touched.
+    """
     out = torch.zeros_like(x, dtype=accumulation_dtype(x.dtype))
     for expert in routing.experts.unique().tolist():
         tokens, places = (routing.experts == expert).nonzero(as_tuple=True)

@@ -1,6 +1,8 @@
-"""fp8-e4m3 weights with one fp32 scale per block (DeepSeek-V3 section 3.3): W = W_fp8 * weight_scale_inv.
+"""fp8-e4m3 weights with one fp32 scale per block (DeepSeek-V3 section 3.3): W = W_fp8 *
+weight_scale_inv.
 
-Blocks start at row and column 0 on a ceil grid; the last ones may be cut short by the matrix's edge.
+Blocks start at row and column 0 on a ceil grid; the last ones may be cut short by the matrix's
+edge.
 """
 
 import math
@@ -30,12 +32,14 @@ def quantize_blocks(
 ) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out_blocks in_blocks"]]:
     """fp8 weights and the fp32 scales that bring each block's largest magnitude to 448.
 
-    `scale_fmt` "ue8m0" rounds scales up to powers of two. Padding of cut blocks is zero, so it enters no maximum;
-    an all-zero block gets scale 1.
+    `scale_fmt` "ue8m0" rounds scales up to powers of two. Padding of cut blocks is zero, so it
+    enters no maximum; an all-zero block gets scale 1.
     """
     rows, columns = weight.shape
     grid = (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
-    padded = torch.zeros(grid[0] * block[0], grid[1] * block[1], dtype=torch.float32, device=weight.device)
+    padded = torch.zeros(
+        grid[0] * block[0], grid[1] * block[1], dtype=torch.float32, device=weight.device
+    )
     padded[:rows, :columns] = weight
     # out x in -> out_blocks x rows x in_blocks x columns
     blocks = padded.view(grid[0], block[0], grid[1], block[1])

@@ -1,7 +1,9 @@
-"""The two forms of Multi-head Latent Attention over rows [c_t ; k_R] (DeepSeek-V2 section 2.1.2 and appendix C).
+"""The two forms of Multi-head Latent Attention over rows [c_t ; k_R] (DeepSeek-V2 section 2.1.2 and
+appendix C).
 
-Expanded: k_h = [W_UK_h c ; k_R], v_h = W_UV_h c. Absorbed: W_UK_h moves to the query and W_UV_h to the output, so
-attention reads the rows alone. Both give the same numbers up to rounding; docs/mla.md derives one from the other.
+Expanded: k_h = [W_UK_h c ; k_R], v_h = W_UV_h c. Absorbed: W_UK_h moves to the query and W_UV_h to
+the output, so attention reads the rows alone. Both give the same numbers up to rounding;
+docs/mla.md derives one from the other.
 """
 
 import torch
@@ -21,7 +23,9 @@ def absorbed_mla(
     start: int,
     scale: float,
 ) -> Float[Tensor, "queries heads v_dim"]:
-    """MLA over the latent itself: every head attends to one shared key, the row, and one shared value, the latent."""
+    """MLA over the latent itself: every head attends to one shared key, the row, and one shared
+    value, the latent.
+    """
     q_latent = torch.einsum("qhn,hnc->qhc", q_nope, w_uk)
     query = torch.cat([q_latent, q_rope], dim=-1)
     latent = w_uv.shape[-1]
@@ -57,5 +61,10 @@ def expanded_mla(
 
     # One query block: a second one would build every key again.
     return causal_attention(
-        query, key_values, start=start, scale=scale, key_block=key_block, query_block=max(1, query.shape[0])
+        query,
+        key_values,
+        start=start,
+        scale=scale,
+        key_block=key_block,
+        query_block=max(1, query.shape[0]),
     )

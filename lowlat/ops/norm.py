@@ -10,8 +10,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rms_norm(x: Float[Tensor, "*rows dim"], weight: Float[Tensor, "dim"], eps: float) -> Float[Tensor, "*rows dim"]:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in fp32 and rounded once to x's dtype."""
+def rms_norm(
+    x: Float[Tensor, "*rows dim"], weight: Float[Tensor, "dim"], eps: float
+) -> Float[Tensor, "*rows dim"]:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in fp32 and rounded once to
+    x's dtype.
+    """
     wide = x.to(accumulation_dtype(x.dtype))
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return (wide * scale * weight.to(wide.dtype)).to(x.dtype)

@@ -1,7 +1,9 @@
-"""Rotary position embedding: frequencies with their context-extension rules, tables, and the rotation.
+"""Rotary position embedding: frequencies with their context-extension rules, tables, and the
+rotation.
 
-Frequencies and angles are computed in fp32 with the operation order of Hugging Face transformers, so that both
-agree to the bit at any position; docs/numerics.md says why that matters beyond position 10,000.
+Frequencies and angles are computed in fp32 with the operation order of Hugging Face transformers,
+so that both agree to the bit at any position; docs/numerics.md says why that matters beyond
+position 10,000.
 """
 
 import math
@@ -15,7 +17,9 @@ from lowlat.ops.norm import accumulation_dtype
 
 
 def inverse_frequencies(rope: RopeConfig, dim: int) -> Float[Tensor, "pairs"]:
-    """Radians per position of each of the dim/2 pairs, fp32 on CPU, after the scaling rule of `rope.rope_type`."""
+    """Radians per position of each of the dim/2 pairs, fp32 on CPU, after the scaling rule of
+    `rope.rope_type`.
+    """
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
     period = rope.rope_theta**exponent
     match rope.rope_type:
@@ -28,13 +32,19 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> Float[Tensor, "pairs"]:
         case "yarn":
             return _yarn(period, rope, dim)
         case "longrope":
-            return 1.0 / (torch.tensor(rope.pair_factors, dtype=torch.float32, device="cpu") * period)
+            return 1.0 / (
+                torch.tensor(rope.pair_factors, dtype=torch.float32, device="cpu") * period
+            )
 
 
 def _llama3(inverse: Float[Tensor, "pairs"], rope: RopeConfig) -> Float[Tensor, "pairs"]:
     """Llama 3.1: long wavelengths divided by factor, short ones kept, a linear blend between."""
     assert rope.original_max_position_embeddings and rope.low_freq_factor and rope.high_freq_factor
-    context, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
+    context, low, high = (
+        rope.original_max_position_embeddings,
+        rope.low_freq_factor,
+        rope.high_freq_factor,
+    )
     wavelength = 2 * math.pi / inverse
     smooth = (context / wavelength - low) / (high - low)
     blended = (1 - smooth) * inverse / rope.factor + smooth * inverse
@@ -43,7 +53,9 @@ def _llama3(inverse: Float[Tensor, "pairs"], rope: RopeConfig) -> Float[Tensor, 
 
 
 def _yarn(period: Float[Tensor, "pairs"], rope: RopeConfig, dim: int) -> Float[Tensor, "pairs"]:
-    """YaRN (arXiv 2309.00071 section 3.2): interpolate slow pairs, keep fast ones, a linear ramp between."""
+    """YaRN (arXiv 2309.00071 section 3.2): interpolate slow pairs, keep fast ones, a linear ramp
+    between.
+    """
     low, high = _yarn_ramp(rope, dim)
     ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)
     kept = 1 - ramp.clamp(0, 1)
@@ -52,21 +64,24 @@ def _yarn(period: Float[Tensor, "pairs"], rope: RopeConfig, dim: int) -> Float[T
 
 def _yarn_ramp(rope: RopeConfig, dim: int) -> tuple[float, float]:
     """First and last pair of the ramp."""
-    assert rope.original_max_position_embeddings
+    context = rope.original_max_position_embeddings
+    assert context is not None
 
     def pair(rotations: float) -> float:
-        turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
+        turns = context / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(rope.rope_theta))
 
     low, high = pair(rope.beta_fast), pair(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
+    low, high = float(max(low, 0)), float(min(high, dim - 1))
     return low, high + 0.001 if low == high else high
 
 
 def rotation_magnitude(rope: RopeConfig) -> float:
-    """Factor on cos and sin. YaRN: m(mscale) / m(mscale_all_dim), 1 for DeepSeek-V3; explicit if attention_factor."""
+    """Factor on cos and sin. YaRN: m(mscale) / m(mscale_all_dim), 1 for DeepSeek-V3; explicit if
+    attention_factor.
+    """
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.rope_type != "yarn":
@@ -100,7 +115,8 @@ def apply_rope(
 ) -> Float[Tensor, "tokens heads dim"]:
     """Rotate the pairs of every head: channels (2i, 2i+1) if `interleave`, else (i, i + dim/2).
 
-    Channels keep their places, so a checkpoint's rows need no permutation. Computed in fp32, rounded once.
+    Channels keep their places, so a checkpoint's rows need no permutation. Computed in fp32,
+    rounded once.
     """
     wide = x.to(accumulation_dtype(x.dtype))
     cos, sin = cos[:, None], sin[:, None]

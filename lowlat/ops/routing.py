@@ -1,4 +1,6 @@
-"""Which experts a token uses and with what weight: one function for training, rollout and inference."""
+"""Which experts a token uses and with what weight: one function for training, rollout and
+inference.
+"""
 
 from typing import NamedTuple
 
@@ -29,8 +31,8 @@ def route(
 ) -> Routing:
     """Score every expert in fp32, select by `moe.topk_method`, weigh by the unbiased scores.
 
-    DeepSeek-V3 section 2.1.2 (sigmoid, bias, groups by the sum of their two best) and DeepSeek-V2 section 2.2
-    (softmax, groups by their best). Equal scores go to the lowest expert id.
+    DeepSeek-V3 section 2.1.2 (sigmoid, bias, groups by the sum of their two best) and DeepSeek-V2
+    section 2.2 (softmax, groups by their best). Equal scores go to the lowest expert id.
     """
     wide = accumulation_dtype(x.dtype)
     logits = x.to(wide) @ gate.to(wide).T
@@ -47,8 +49,12 @@ def largest(values: Float[Tensor, "rows n"], count: int) -> Int[Tensor, "rows co
     return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
-def _keep_best_groups(choice: Float[Tensor, "tokens experts"], moe: MoEConfig) -> Float[Tensor, "tokens experts"]:
-    """Set experts outside the `topk_group` best groups to -inf: 0 would win over negative biased scores."""
+def _keep_best_groups(
+    choice: Float[Tensor, "tokens experts"], moe: MoEConfig
+) -> Float[Tensor, "tokens experts"]:
+    """Set experts outside the `topk_group` best groups to -inf: 0 would win over negative biased
+    scores.
+    """
     groups = choice.unflatten(-1, (moe.n_group, -1))
     best = min(2, groups.shape[-1]) if moe.topk_method == "noaux_tc" else 1
     group_scores = groups.topk(best, dim=-1).values.sum(dim=-1)
@@ -57,7 +63,9 @@ def _keep_best_groups(choice: Float[Tensor, "tokens experts"], moe: MoEConfig) -
     return groups.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
 
 
-def _weights(chosen: Float[Tensor, "tokens chosen"], moe: MoEConfig) -> Float[Tensor, "tokens chosen"]:
+def _weights(
+    chosen: Float[Tensor, "tokens chosen"], moe: MoEConfig
+) -> Float[Tensor, "tokens chosen"]:
     normalise = moe.norm_topk_prob and moe.num_experts_per_tok > 1
     if normalise:
         chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)

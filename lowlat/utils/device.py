@@ -13,14 +13,18 @@ DTYPES = {
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """The torch dtype called `name` (fp64, fp32, bf16, fp16). Raises UserError for any other name."""
+    """The torch dtype called `name` (fp64, fp32, bf16, fp16). Raises UserError for any
+    other name.
+    """
     if name not in DTYPES:
         raise UserError(f"dtype '{name}' is unknown; choose one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def parse_device(name: str) -> torch.device:
-    """The torch device called `name` (cpu, cuda, cuda:1, mps). Raises UserError where it is not available."""
+    """The torch device called `name` (cpu, cuda, cuda:1, mps). Raises UserError where it is not
+    available.
+    """
     kind = name.split(":")[0]
     if kind not in ("cpu", "cuda", "mps"):
         raise UserError(f"device '{name}' is unknown; choose cpu, cuda or mps")

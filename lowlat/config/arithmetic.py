@@ -1,0 +1,267 @@
+"""What a model costs, from its configuration alone: parameters by part, cache, memory.
+
+Counts are exact integers of what the released checkpoints hold (router biases and norms included).
+Cache costs follow DeepSeek-V2 section 2.1.4. Owns no measuring: nothing here looks at weights or at
+a machine.
+"""
+
+from dataclasses import dataclass
+
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig, QuantConfig
+
+ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of one number by dtype."""
+
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterCount:
+    """Parameters of a model by part. MTP modules are counted apart from the main model."""
+
+    embedding: int
+    """Input embedding; also the head where the two are tied."""
+    head: int
+    """Output head; 0 where it is the embedding."""
+    attention: int
+    """Attention projections and latent norms of all decoder layers."""
+    dense_mlp: int
+    """MLPs of the layers without experts."""
+    shared_experts: int
+    """Shared experts of all expert layers."""
+    routed_experts: int
+    """Routed experts of all expert layers."""
+    gate: int
+    """Router weights and selection biases of all expert layers."""
+    norms: int
+    """Norms on the residual stream."""
+    inactive_experts: int
+    """Part of routed_experts that a token does not use."""
+    mtp: int
+    """MTP modules without their copies of embedding and head."""
+    mtp_copies: int
+    """Copies of embedding and head that MTP modules of released checkpoints bring along."""
+
+    @property
+    def total(self) -> int:
+        """Main model, without MTP."""
+        experts = self.shared_experts + self.routed_experts + self.gate
+        layers = self.attention + self.dense_mlp + experts + self.norms
+        return self.embedding + self.head + layers
+
+    @property
+    def active(self) -> int:
+        """Parameters of the main model one token uses, the whole input embedding counted."""
+        return self.total - self.inactive_experts
+
+    @property
+    def active_without_embedding(self) -> int:
+        """As `active`, without the input embedding; a tied head stays: a token uses all of it."""
+        return self.active - (self.embedding if self.head else 0)
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Parameters of `config` by part."""
+    layers, moe = config.num_hidden_layers, config.moe
+    sparse = sum(config.is_moe_layer(layer) for layer in range(layers))
+    embedding = config.vocab_size * config.hidden_size
+    routed = 0 if moe is None else expert_parameters(config)
+    return ParameterCount(
+        embedding=embedding,
+        head=0 if config.tie_word_embeddings else embedding,
+        attention=layers * attention_parameters(config),
+        dense_mlp=(layers - sparse) * mlp_parameters(config, config.intermediate_size),
+        shared_experts=sparse * (0 if moe is None else routed * moe.n_shared_experts),
+        routed_experts=sparse * (0 if moe is None else routed * moe.n_routed_experts),
+        gate=sparse * (0 if moe is None else gate_parameters(config, moe)),
+        norms=(2 * layers + 1) * config.hidden_size,
+        inactive_experts=sparse * (0 if moe is None else routed * _unused_experts(moe)),
+        mtp=sum(mtp_parameters(config, layers + k) for k in range(config.num_nextn_predict_layers)),
+        mtp_copies=2 * embedding * config.num_nextn_predict_layers,
+    )
+
+
+def attention_parameters(config: ModelConfig) -> int:
+    """One layer's attention: projections, biases, latent or per-head norms."""
+    attention, hidden = config.attention, config.hidden_size
+    if isinstance(attention, GQAConfig):
+        return _gqa_parameters(attention, hidden)
+    return _mla_parameters(attention, hidden)
+
+
+def mlp_parameters(config: ModelConfig, width: int) -> int:
+    """A SwiGLU MLP with `width` hidden channels: gate, up and down projection."""
+    return 3 * config.hidden_size * width
+
+
+def expert_parameters(config: ModelConfig) -> int:
+    """One routed or shared expert."""
+    assert config.moe is not None
+    return mlp_parameters(config, config.moe.moe_intermediate_size)
+
+
+def gate_parameters(config: ModelConfig, moe: MoEConfig) -> int:
+    """One layer's router: a row per expert and, with noaux_tc, a selection bias per expert."""
+    bias = moe.n_routed_experts if moe.topk_method == "noaux_tc" else 0
+    return moe.n_routed_experts * config.hidden_size + bias
+
+
+def moe_parameters(config: ModelConfig, moe: MoEConfig) -> int:
+    """One layer's experts, shared and routed, and their router."""
+    experts = moe.n_routed_experts + moe.n_shared_experts
+    return experts * expert_parameters(config) + gate_parameters(config, moe)
+
+
+def mtp_parameters(config: ModelConfig, layer: int) -> int:
+    """MTP module stored as `layer`: eh_proj, a decoder layer with its norms, three more norms."""
+    hidden, moe = config.hidden_size, config.moe
+    if moe is not None and config.is_moe_layer(layer):
+        mlp = moe_parameters(config, moe)
+    else:
+        mlp = mlp_parameters(config, config.intermediate_size)
+    return 2 * hidden * hidden + attention_parameters(config) + mlp + 5 * hidden
+
+
+def _unused_experts(moe: MoEConfig) -> int:
+    return moe.n_routed_experts - moe.num_experts_per_tok
+
+
+def _gqa_parameters(attention: GQAConfig, hidden: int) -> int:
+    queries = attention.num_attention_heads * attention.head_dim
+    joint = queries + attention.row_dim
+    biases = joint * attention.qkv_bias + hidden * attention.o_bias
+    norms = 2 * attention.head_dim * attention.qk_norm
+    return hidden * joint + queries * hidden + biases + norms
+
+
+def _mla_parameters(attention: MLAConfig, hidden: int) -> int:
+    heads, latent = attention.num_attention_heads, attention.kv_lora_rank
+    queries, values = heads * attention.qk_head_dim, heads * attention.v_head_dim
+    keys_values = hidden * attention.row_dim + latent * (
+        heads * attention.qk_nope_head_dim + values
+    )
+    norm = latent * attention.kv_a_layernorm
+    has_o_bias = attention.attention_bias or attention.o_bias
+    biases = attention.row_dim * attention.attention_bias + hidden * has_o_bias
+    rank = attention.q_lora_rank
+    if rank is None:
+        query = hidden * queries + queries * attention.q_bias
+    else:
+        query = hidden * rank + rank * queries + rank + rank * attention.attention_bias
+    return query + keys_values + norm + biases + values * hidden
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheCost:
+    """Cached elements per token of a model, and of other attentions with its heads and head width.
+
+    `mha`, `gqa8` and `mqa` keep keys and values of every head, of 8 groups (fewer if there are
+    fewer heads) and of one. Head width d_h is the width of a value: v_head_dim, or head_dim.
+    """
+
+    num_layers: int
+    """Decoder layers; MTP modules not counted."""
+    elements_per_token_layer: int
+    """What the model itself keeps."""
+    mha: int
+    """MHA: 2 n_h d_h elements per token and layer."""
+    gqa8: int
+    """GQA with 8 groups: 2 * 8 * d_h."""
+    mqa: int
+    """MQA: 2 d_h."""
+
+    @property
+    def gqa_groups_equivalent(self) -> float:
+        """Groups of a GQA with the same cache: row / (2 d_h); 2.25 for DeepSeek-V3."""
+        return self.elements_per_token_layer / self.mqa
+
+    def bytes_per_token(self, elements: int, dtype: str) -> int:
+        """Bytes per token of `elements` per layer, all layers together, stored as `dtype`."""
+        return elements * self.num_layers * ELEMENT_BYTES[dtype]
+
+
+def cache_cost(config: ModelConfig) -> CacheCost:
+    """Cached elements per token and layer of `config` and of the alternatives."""
+    attention = config.attention
+    width = attention.v_head_dim if isinstance(attention, MLAConfig) else attention.head_dim
+    heads = attention.num_attention_heads
+    return CacheCost(
+        num_layers=config.num_hidden_layers,
+        elements_per_token_layer=attention.row_dim,
+        mha=2 * heads * width,
+        gqa8=2 * min(8, heads) * width,
+        mqa=2 * width,
+    )
+
+
+def weight_bytes(config: ModelConfig, dtype: str | None = None) -> int:
+    """Bytes of all weights, MTP modules included, as `dtype`; None means as released (fp8 blocks,
+    else bf16).
+
+    Selection biases of the router are never stored narrower than fp32. fp8 blocks hold every
+    projection of attention, MLPs and experts (modules_to_not_convert is not looked at) at one byte
+    per weight and one fp32 scale per block; embedding, head, gate, norms and eh_proj are bf16.
+    """
+    count, moe = count_parameters(config), config.moe
+    parameters = count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0)
+    sparse = sum(config.is_moe_layer(layer) for layer in range(config.num_cache_layers))
+    biases = sparse * moe.n_routed_experts if moe and moe.topk_method == "noaux_tc" else 0
+    size = ELEMENT_BYTES[dtype or "bf16"]
+    total = (parameters - biases) * size + biases * max(size, FP32_BYTES)
+    if dtype is None and config.quantization is not None:
+        total -= _block_savings(config, config.quantization, sparse)
+    return total
+
+
+def memory_at(config: ModelConfig, context: int, dtype: str | None = None) -> dict[str, int]:
+    """weights_bytes, cache_bytes of one sequence, context; without a dtype the cache is bf16."""
+    cost = cache_cost(config)
+    per_token = cost.bytes_per_token(cost.elements_per_token_layer, dtype or "bf16")
+    return {
+        "weights_bytes": weight_bytes(config, dtype),
+        "cache_bytes": per_token * context,
+        "context": context,
+    }
+
+
+def _block_savings(config: ModelConfig, quant: QuantConfig, sparse: int) -> int:
+    """Bytes saved by fp8 blocks against bf16; `sparse` layers (MTP included) have experts."""
+    layers, moe = config.num_cache_layers, config.moe
+    saved = layers * _saved(_projection_shapes(config), quant)
+    saved += (layers - sparse) * _saved(_mlp_shapes(config, config.intermediate_size), quant)
+    if moe is not None:
+        width = moe.moe_intermediate_size
+        saved += sparse * moe.n_routed_experts * _saved(_mlp_shapes(config, width), quant)
+        if moe.n_shared_experts:
+            shared = _mlp_shapes(config, width * moe.n_shared_experts)
+            saved += sparse * _saved(shared, quant)
+    return saved
+
+
+def _saved(shapes: list[tuple[int, int]], quant: QuantConfig) -> int:
+    height, width = quant.weight_block_size
+    blocks = sum(-(-rows // height) * -(-columns // width) for rows, columns in shapes)
+    return sum(rows * columns for rows, columns in shapes) - FP32_BYTES * blocks
+
+
+def _mlp_shapes(config: ModelConfig, width: int) -> list[tuple[int, int]]:
+    return [(width, config.hidden_size)] * 2 + [(config.hidden_size, width)]
+
+
+def _projection_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """(out, in) of one layer's attention projections."""
+    attention, hidden = config.attention, config.hidden_size
+    if isinstance(attention, GQAConfig):
+        queries = attention.num_attention_heads * attention.head_dim
+        keys = attention.num_key_value_heads * attention.head_dim
+        return [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+    heads = attention.num_attention_heads
+    queries, values = heads * attention.qk_head_dim, heads * attention.v_head_dim
+    rank, latent = attention.q_lora_rank, attention.kv_lora_rank
+    query = [(queries, hidden)] if rank is None else [(rank, hidden), (queries, rank)]
+    return [
+        *query,
+        (attention.row_dim, hidden),
+        (heads * attention.qk_nope_head_dim + values, latent),
+        (hidden, values),
+    ]

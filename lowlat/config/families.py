@@ -1,0 +1,93 @@
+"""Names of the model families and of config.json fields without effect; data only."""
+
+ARCHITECTURES = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""Supported model_type and the class name its checkpoints give in `architectures`."""
+
+MLA_FAMILIES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
+"""Families with Multi-head Latent Attention; all others have grouped-query attention."""
+
+MOE_FIELDS = (
+    "n_routed_experts",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "n_shared_experts",
+    "moe_intermediate_size",
+    "moe_layer_freq",
+    "scoring_func",
+    "topk_method",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+)
+"""Fields of the expert layers, without effect in a model that has none."""
+
+HARMLESS_FIELDS = (
+    # where the file comes from
+    "_name_or_path",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_experts_implementation",
+    "_commit_hash",
+    "auto_map",
+    "is_llama_config",
+    "name_or_path",
+    "tokenizer_class",
+    "transformers.js_config",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    # storage and bookkeeping: the tensors say their own type
+    "dtype",
+    "torch_dtype",
+    "model_max_length",
+    "pad_token_id",
+    "qk_head_dim",
+    "torchscript",
+    "use_bfloat16",
+    "use_cache",
+    # what a forward pass returns
+    "chunk_size_feed_forward",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "output_scores",
+    "return_dict",
+    "return_dict_in_generate",
+    # training and parallel execution
+    "aux_loss_alpha",
+    "ep_size",
+    "pretraining_tp",
+    "router_aux_loss_coef",
+    "seq_aux",
+    # defaults of generate(), which belong to generation_config.json
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "repetition_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+)
+"""Fields that never change what the model computes."""
