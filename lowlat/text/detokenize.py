@@ -1,0 +1,42 @@
+"""Token ids to text one at a time, for streaming. Stop strings are stops.py's work."""
+
+import codecs
+
+from lowlat.text.tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """Turns a stream of token ids into text that never has to be taken back.
+
+    The pieces of all `push` calls and one `flush` joined are `tokenizer.decode` of all ids. A
+    character whose bytes are spread over several tokens comes out whole with its last byte; bytes
+    that cannot become a character come out as U+FFFD as soon as that is certain. Each call costs as
+    much as its token is long.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._start()
+
+    def _start(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._strip = self._tokenizer.strips_leading_space
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; often empty, never half a character."""
+        if self._skip_special_tokens and token_id in self._tokenizer.special_ids:
+            return ""
+        return self._clean(self._decoder.decode(self._tokenizer.id_to_bytes(token_id)))
+
+    def flush(self) -> str:
+        """What an unfinished character leaves (U+FFFD); the next push starts a new text."""
+        text = self._clean(self._decoder.decode(b"", final=True))
+        self._start()
+        return text
+
+    def _clean(self, text: str) -> str:
+        if self._strip and text:
+            self._strip = False
+            return text.removeprefix(" ")
+        return text

@@ -1,0 +1,210 @@
+"""A tokenizer from, and to, a Hugging Face folder: tokenizer.json and the small files beside it.
+
+What is done with the tokenizer is tokenizer.py's; the model's weights and config are not read here.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, models
+
+from lowlat.text.parts import TokenizerParts, set_bos_eos
+from lowlat.utils.errors import UserError
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def read_folder(folder: Path) -> TokenizerParts:
+    """The tokenizer in `folder`. Raises UserError naming an absent or broken file."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"{path}: not found; copy it from the original model"
+            " (a folder with only tokenizer.model needs it made with transformers' save_pretrained)"
+        )
+    backend = _read_backend(path)
+    config = _read_object(folder / "tokenizer_config.json")
+    _add_missing_tokens(backend, config, folder)
+    special = _special_tokens(folder, config)
+    _mark_special(backend, special, folder)
+    _override_bos_eos(backend, config, special)
+    return TokenizerParts(
+        backend=backend,
+        special_tokens=special,
+        eos_ids=_eos_ids(backend, special, folder),
+        chat_template=_chat_template(config, folder),
+        origin=str(folder),
+    )
+
+
+def write_folder(parts: TokenizerParts, folder: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and, if absent, generation_config.json.
+
+    Whether bos and eos are added is part of tokenizer.json, so tokenizer_config.json does not
+    repeat it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **parts.special_tokens,
+    }
+    if parts.chat_template is not None:
+        config["chat_template"] = parts.chat_template
+    _write_json(folder / "tokenizer.json", json.loads(parts.backend.to_str()))
+    _write_json(folder / "tokenizer_config.json", config)
+    generation = folder / "generation_config.json"
+    if parts.eos_ids and not generation.exists():
+        # The only standard place for more than one end token.
+        _write_json(generation, {"eos_token_id": sorted(parts.eos_ids)})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text; get the file again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty without the file, as all but tokenizer.json are optional."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: broken JSON at line {error.lineno}; get the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold a JSON object; get the file again")
+    return value
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    _read_object(path)  # its errors name the line
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # what the library raises for all it does not understand
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a usable tokenizer ({reason}); get the file again") from error
+    if not isinstance(backend.model, models.BPE):
+        kind = type(backend.model).__name__
+        raise UserError(f"{path}: model type {kind} is not supported; BPE tokenizers are")
+    # Lengths are the caller's business; some files carry settings from training.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _config_fault(folder: Path, what: str) -> UserError:
+    return UserError(f"{folder / 'tokenizer_config.json'}: {what}")
+
+
+def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The special tokens' texts, each written as a string or as an object with `content`."""
+    fallback = _read_object(folder / "special_tokens_map.json")
+    special = {}
+    for name in SPECIAL_TOKENS:
+        value = config.get(name, fallback.get(name))
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            special[name] = text
+        elif text is not None:
+            raise _config_fault(folder, f"{name} should be a string; get the file again")
+    return special
+
+
+def _add_missing_tokens(
+    backend: tokenizers.Tokenizer, config: dict[str, Any], folder: Path
+) -> None:
+    """Tokens that only tokenizer_config.json knows are added, in the order of their ids."""
+    declared = config.get("added_tokens_decoder", {})
+    try:
+        tokens = [(int(index), _added_token(entry)) for index, entry in declared.items()]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = "added_tokens_decoder should map ids to tokens; get the file again"
+        raise _config_fault(folder, what) from error
+    for index, token in sorted(tokens, key=lambda pair: pair[0]):
+        if backend.token_to_id(token.content) is None:
+            backend.add_tokens([token])
+        if backend.token_to_id(token.content) != index:
+            raise _config_fault(
+                folder,
+                f"added_tokens_decoder gives {token.content!r} id {index}, tokenizer.json another;"
+                " take both files from one model",
+            )
+
+
+def _added_token(entry: dict[str, Any]) -> AddedToken:
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return AddedToken(entry["content"], **{name: entry[name] for name in flags if name in entry})
+
+
+def _mark_special(backend: tokenizers.Tokenizer, special: dict[str, str], folder: Path) -> None:
+    """The named special tokens are matched whole and left out of decoded text."""
+    known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+    for name, token in special.items():
+        if backend.token_to_id(token) is not None:
+            if token not in known:
+                backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif name in ("bos_token", "eos_token"):
+            raise _config_fault(
+                folder, f"{name} {token!r} is not in tokenizer.json; take both files from one model"
+            )
+
+
+def _override_bos_eos(
+    backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]
+) -> None:
+    """add_bos_token and add_eos_token, where given, replace what tokenizer.json does.
+
+    DeepSeek's tokenizer.json adds no bos and its tokenizer_config.json asks for one.
+    """
+    if "add_bos_token" in config or "add_eos_token" in config:
+        bos = special.get("bos_token") if config.get("add_bos_token") else None
+        eos = special.get("eos_token") if config.get("add_eos_token") else None
+        set_bos_eos(backend, bos, eos)
+
+
+def _eos_ids(
+    backend: tokenizers.Tokenizer, special: dict[str, str], folder: Path
+) -> frozenset[int]:
+    """The eos token and the ids in generation_config.json, or config.json where there is none."""
+    ids = set()
+    if "eos_token" in special:
+        ids.add(backend.token_to_id(special["eos_token"]))
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        path = folder / "config.json"
+    declared = _read_object(path).get("eos_token_id")
+    if declared is not None:
+        listed = declared if isinstance(declared, list) else [declared]
+        if not all(type(index) is int and index >= 0 for index in listed):
+            raise UserError(f"{path}: eos_token_id should be one token id or a list of them")
+        ids.update(listed)
+    return frozenset(ids)
+
+
+def _chat_template(config: dict[str, Any], folder: Path) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return _read_text(path)
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {str(e.get("name")): e.get("template") for e in template if isinstance(e, dict)}
+        if "default" not in named:
+            what = f"chat_template has no 'default' among {', '.join(named)}"
+            raise _config_fault(folder, f"{what}; put the one to use into chat_template.jinja")
+        template = named["default"]
+    if template is not None and not isinstance(template, str):
+        raise _config_fault(folder, "chat_template should be text; get the file again")
+    return template

@@ -1,0 +1,242 @@
+"""A tokenizer from the metadata of a GGUF file: byte-level BPE and sentencepiece vocabularies.
+
+Tensors and the model's configuration are read elsewhere; the split patterns are pretokenizers.py's.
+"""
+
+import os
+from typing import Any
+
+import tokenizers
+from gguf import GGUFReader, TokenType
+from tokenizers import AddedToken, decoders, models, normalizers
+
+from lowlat.text.parts import TokenizerParts, set_bos_eos
+from lowlat.text.pretokenizers import splitting
+from lowlat.text.token_bytes import SPACE_MARK
+from lowlat.utils.errors import UserError
+
+# Control tokens that end a turn or a text in every vocabulary that has them. Many files name only
+# one of them as eos, the end of a document, and would run on after a chat turn.
+END_NAMES = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
+
+
+class Metadata:
+    """Checked access to the `tokenizer.*` fields; a fault is a UserError naming file and field."""
+
+    def __init__(self, reader: GGUFReader, origin: str) -> None:
+        self._fields = reader.fields
+        self.origin = origin
+
+    def get(self, key: str, kind: type) -> Any:
+        """The value of `tokenizer.<key>`, or None where the file has no such field."""
+        field = self._fields.get(f"tokenizer.{key}")
+        if field is None:
+            return None
+        try:
+            value = field.contents()
+        except UnicodeDecodeError as error:
+            raise self.fault(key, "is not UTF-8 text") from error
+        if not isinstance(value, kind):
+            raise self.fault(key, f"should be of type {kind.__name__}")
+        return value
+
+    def need(self, key: str, kind: type) -> Any:
+        """The value of `tokenizer.<key>`; its absence is an error."""
+        value = self.get(key, kind)
+        if value is None:
+            raise self.fault(key, "is missing; the file holds no complete tokenizer")
+        return value
+
+    def fault(self, key: str, what: str) -> UserError:
+        """The error that says `what` is wrong with `tokenizer.<key>`."""
+        return UserError(f"{self.origin}: tokenizer.{key} {what}; get or convert the file again")
+
+
+def read_gguf(source: str | os.PathLike[str] | GGUFReader) -> TokenizerParts:
+    """The tokenizer in the GGUF file `source`. Raises UserError naming what it cannot use."""
+    reader = source if isinstance(source, GGUFReader) else _open(source)
+    meta = Metadata(reader, os.fspath(reader.data.filename))  # type: ignore[attr-defined]
+    tokens = _tokens(meta)
+    types = _token_types(meta, len(tokens))
+    model = meta.need("ggml.model", str)
+    if model == "gpt2":
+        backend, adds_bos = _byte_level(meta, tokens, types)
+    elif model == "llama":
+        backend, adds_bos = _sentencepiece(meta, tokens, types), True
+    else:
+        raise meta.fault("ggml.model", f"'{model}' is not supported (gpt2 and llama are)")
+    _add_tokens(backend, tokens, types)
+    special = _special_tokens(meta, tokens)
+    for name, token in special.items():
+        if backend.token_to_id(token) is None:
+            raise meta.fault("ggml.token_type", f"marks the {name} {token!r} as unused")
+    bos, eos = special.get("bos_token"), special.get("eos_token")
+    add_bos = _flag(meta, "ggml.add_bos_token", adds_bos)
+    add_eos = _flag(meta, "ggml.add_eos_token", False)
+    set_bos_eos(backend, bos if add_bos else None, eos if add_eos else None)
+    return TokenizerParts(
+        backend=backend,
+        special_tokens=special,
+        eos_ids=_eos_ids(meta, tokens, types),
+        chat_template=meta.get("chat_template", str),
+        origin=meta.origin,
+    )
+
+
+def _open(path: str | os.PathLike[str]) -> GGUFReader:
+    try:
+        return GGUFReader(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened: {error.strerror}") from error
+    except (ValueError, IndexError, KeyError) as error:
+        raise UserError(f"{path}: is not a whole GGUF file ({error}); get it again") from error
+
+
+def _flag(meta: Metadata, key: str, default: bool) -> bool:
+    value = meta.get(key, bool)
+    return default if value is None else value
+
+
+def _tokens(meta: Metadata) -> list[str]:
+    tokens = meta.need("ggml.tokens", list)
+    seen = set()
+    for token in tokens:
+        if not isinstance(token, str):
+            raise meta.fault("ggml.tokens", "should be a list of strings")
+        if token in seen:
+            raise meta.fault("ggml.tokens", f"holds {token!r} twice")
+        seen.add(token)
+    return tokens
+
+
+def _token_types(meta: Metadata, count: int) -> list[int]:
+    types = meta.need("ggml.token_type", list)
+    if len(types) != count:
+        raise meta.fault("ggml.token_type", f"has {len(types)} entries for {count} tokens")
+    return types
+
+
+def _vocabulary(tokens: list[str], types: list[int]) -> dict[str, int]:
+    """Token -> id, without the unused ids that only pad the model's embedding."""
+    return {
+        token: index
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind != TokenType.UNUSED
+    }
+
+
+def _byte_level(
+    meta: Metadata, tokens: list[str], types: list[int]
+) -> tuple[tokenizers.Tokenizer, bool]:
+    """The backend, and whether bos is added unless the file says otherwise."""
+    steps = splitting(meta.need("ggml.pre", str), meta.origin)
+    vocabulary = _vocabulary(tokens, types)
+    merges = _merges(meta, vocabulary)
+    model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=steps.ignore_merges)
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = steps.pre_tokenizer()
+    if (normalizer := steps.normalizer()) is not None:
+        backend.normalizer = normalizer
+    backend.decoder = decoders.ByteLevel()
+    return backend, steps.adds_bos
+
+
+def _merges(meta: Metadata, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    pairs = []
+    for index, merge in enumerate(meta.need("ggml.merges", list)):
+        left, _, right = str(merge).partition(" ")
+        if not {left, right, left + right} <= vocabulary.keys():
+            raise meta.fault("ggml.merges", f"entry {index} ({merge!r}) is not made of tokens")
+        pairs.append((left, right))
+    return pairs
+
+
+def _sentencepiece(meta: Metadata, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    """Scores become merge ranks; what no token covers falls back to the byte tokens.
+
+    A space is put before the text and after every special token, as llama.cpp does and as the
+    tokenizer.json files of Llama 2 and Mistral 7B do.
+    """
+    vocabulary = _vocabulary(tokens, types)
+    model = models.BPE(
+        vocab=vocabulary,
+        merges=_merges_from_scores(meta, tokens, types),
+        unk_token=_special_tokens(meta, tokens).get("unk_token"),
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend = tokenizers.Tokenizer(model)
+    prefix = _flag(meta, "ggml.add_space_prefix", True)
+    mark_spaces = normalizers.Replace(" ", SPACE_MARK)
+    steps = [normalizers.Prepend(SPACE_MARK), mark_spaces] if prefix else [mark_spaces]
+    backend.normalizer = normalizers.Sequence(steps)
+    decode = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(decode + [decoders.Strip(" ", 1, 0)] * prefix)
+    return backend
+
+
+def _merges_from_scores(
+    meta: Metadata, tokens: list[str], types: list[int]
+) -> list[tuple[str, str]]:
+    """Every way to make an ordinary token of two others, best score of the result first.
+
+    Among equal scores the longer left part goes first, the order in which tokenizer.json files list
+    them.
+    """
+    scores = meta.need("ggml.scores", list)
+    if len(scores) != len(tokens):
+        raise meta.fault("ggml.scores", f"has {len(scores)} entries for {len(tokens)} tokens")
+    ids = {t: i for i, t in enumerate(tokens) if types[i] == TokenType.NORMAL}
+    ranked = []
+    for token, index in ids.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in ids and right in ids:
+                rank = (-scores[index], -len(left), -len(right), index)
+                ranked.append((*rank, left, right))
+    return [(left, right) for *_, left, right in sorted(ranked)]
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, tokens: list[str], types: list[int]) -> None:
+    """Control tokens become special added tokens, user-defined ones plain added tokens."""
+    added = [
+        AddedToken(token, special=kind != TokenType.USER_DEFINED, normalized=False)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
+    ]
+    backend.add_tokens(added)
+
+
+def _token_at(meta: Metadata, tokens: list[str], key: str, index: int) -> str:
+    if not 0 <= index < len(tokens):
+        raise meta.fault(key, f"is {index}, outside the {len(tokens)} tokens")
+    return tokens[index]
+
+
+def _special_tokens(meta: Metadata, tokens: list[str]) -> dict[str, str]:
+    keys = {
+        "bos_token": "ggml.bos_token_id",
+        "eos_token": "ggml.eos_token_id",
+        "unk_token": "ggml.unknown_token_id",
+        "pad_token": "ggml.padding_token_id",
+    }
+    ids = {name: meta.get(key, int) for name, key in keys.items()}
+    return {
+        name: _token_at(meta, tokens, keys[name], index)
+        for name, index in ids.items()
+        if index is not None
+    }
+
+
+def _eos_ids(meta: Metadata, tokens: list[str], types: list[int]) -> frozenset[int]:
+    ids = {
+        index
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind == TokenType.CONTROL and token in END_NAMES
+    }
+    for key in ("ggml.eos_token_id", "ggml.eot_token_id", "ggml.eom_token_id"):
+        index = meta.get(key, int)
+        if index is not None:
+            _token_at(meta, tokens, key, index)
+            ids.add(index)
+    return frozenset(ids)

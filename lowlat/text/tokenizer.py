@@ -1,0 +1,137 @@
+"""The tokenizer as the package uses it: text to ids, ids to bytes and text, messages to a prompt.
+
+Reading and writing files is done in folder.py and gguf_vocab.py, running templates in template.py.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from gguf import GGUFReader
+
+from lowlat.text.folder import read_folder, write_folder
+from lowlat.text.gguf_vocab import read_gguf
+from lowlat.text.parts import TokenizerParts
+from lowlat.text.template import ChatTemplate
+from lowlat.text.token_bytes import TokenBytes
+from lowlat.utils.errors import UserError
+
+
+class Tokenizer:
+    """A tokenizer with its special tokens and chat template; safe to use from several threads."""
+
+    def __init__(self, parts: TokenizerParts) -> None:
+        self._parts = parts
+        self._backend = parts.backend
+        self._bytes = TokenBytes(parts.backend, parts.origin)
+        added = parts.backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(index for index, token in added.items() if token.special)
+        """Ids of the tokens that decoded text leaves out."""
+        self.strips_leading_space = self._bytes.strips_leading_space
+        """Whether one space at the very start of decoded text is no part of it (sentencepiece)."""
+        self.vocab_size = 1 + max(parts.backend.get_vocab(with_added_tokens=True).values())
+        """One more than the highest id; models may have more rows than that."""
+
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """The tokenizer of a Hugging Face folder. Raises UserError naming the file at fault."""
+        return cls(read_folder(Path(path)))
+
+    @classmethod
+    def from_gguf(cls, source: str | os.PathLike[str] | GGUFReader) -> "Tokenizer":
+        """The tokenizer in a GGUF file's metadata. Raises UserError naming the field at fault."""
+        return cls(read_gguf(source))
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the token that begins a text, if the vocabulary has one."""
+        bos = self._parts.special_tokens.get("bos_token")
+        return None if bos is None else self._backend.token_to_id(bos)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids after which generation ends."""
+        return self._parts.eos_ids
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template's source, if the model has one."""
+        return self._parts.chat_template
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True
+    ) -> list[int]:
+        """The token ids of `text`.
+
+        add_special_tokens puts bos and eos around it where the tokenizer's files say so; a prompt
+        made by apply_chat_template already has them. parse_special=True (what transformers does, so
+        ids agree with it) turns the text of special tokens into their ids, wherever it came from:
+        whoever may write "<|im_end|>" in a message can end it. parse_special=False makes ordinary
+        text of them and of all other added tokens: no id it returns for `text` stands for more than
+        its characters. Encode untrusted parts of a prompt so, apart from the rest.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            what = f"character {error.start} is half of a surrogate pair"
+            raise UserError(f"text cannot be encoded: {what}; send valid Unicode") from error
+        backend = self._backend if parse_special else self._plain_backend
+        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    @cached_property
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        """The tokenizer without its added tokens, and without any merge that could make one."""
+        spec = json.loads(self._backend.to_str())
+        model = spec["model"]
+        added = {token["content"] for token in spec["added_tokens"]}
+        spec["added_tokens"] = []
+        model["merges"] = [pair for pair in model["merges"] if not {*pair, "".join(pair)} & added]
+        added.discard(model["unk_token"])  # the model needs it for what it cannot spell
+        model["vocab"] = {t: i for t, i in model["vocab"].items() if t not in added}
+        return tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+    def id_to_bytes(self, token_id: int) -> bytes:
+        """The bytes `token_id` stands for, maybe part of a character; empty for an unused id."""
+        return self._bytes.of(token_id)
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; bytes that make no character become U+FFFD."""
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        data = b"".join(self._bytes.of(index) for index in ids if index not in skipped)
+        text = data.decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.strips_leading_space else text
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        **template_vars: Any,
+    ) -> str:
+        """The prompt for `messages` ({"role": ..., "content": ...}).
+
+        Encode it with add_special_tokens=False: the template writes bos itself.
+
+        The template sees `template_vars` (tools=[...], enable_thinking=False, ...) and the special
+        tokens' texts. Raises UserError when the model has no chat template or the template fails.
+        """
+        variables = {**self._parts.special_tokens, **template_vars}
+        return self._template.render(
+            messages, add_generation_prompt=add_generation_prompt, **variables
+        )
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        if self._parts.chat_template is None:
+            raise UserError(
+                f"{self._parts.origin}: the model has no chat_template; give a plain prompt,"
+                " or put the template of its instruct version into chat_template.jinja"
+            )
+        return ChatTemplate(self._parts.chat_template, self._parts.origin)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the files that from_folder, and transformers' AutoTokenizer, read back."""
+        write_folder(self._parts, Path(folder))
