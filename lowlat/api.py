@@ -1,0 +1,72 @@
+"""Names to models: what a user's first two calls do.
+
+Owns the way from a name to a loaded Model, and the one-time conversion of presets into the cache
+folder. What names mean is `checkpoint.names`'s business.
+"""
+
+from pathlib import Path
+
+from lowlat.checkpoint.cachefolder import disk_faults, locked
+from lowlat.checkpoint.fetch import fetch_pypi
+from lowlat.checkpoint.load import load_model
+from lowlat.checkpoint.names import ConfigPreset, LocalModel, ModelPreset, resolve
+from lowlat.convert.run import convert
+from lowlat.engine.llm import Model
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress, SilentProgress
+
+
+def load(
+    name: str = "default",
+    *,
+    dtype: str = "bf16",
+    device: str = "cpu",
+    context: int | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Load a model by preset, folder, .gguf file, hub id or pypi: name.
+
+    dtype: fp32, bf16, fp16, fp64, or auto (as stored). context: most tokens of prompt and output
+    together, None for all the model allows. Raises UserError naming what cannot be found, read or
+    served.
+    """
+    path = prepare(name, progress=progress)
+    # First, because it fails in milliseconds where a tokenizer is missing.
+    tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(path)
+    loaded = load_model(path, dtype=dtype, device=device, progress=progress)
+    return Model(loaded.model, tokenizer, name=name, context=context)
+
+
+def prepare(name: str = "default", *, progress: Progress | None = None) -> Path:
+    """The folder or .gguf file behind `name`, fetched and converted if it is not here yet.
+
+    Raises UserError for a name that stands for nothing, or for a config without weights.
+    """
+    progress = progress or SilentProgress()
+    resolved = resolve(name, progress=progress)
+    match resolved:
+        case LocalModel():
+            return resolved.path
+        case ModelPreset():
+            return _convert_preset(resolved, progress)
+        case ConfigPreset():
+            raise UserError(
+                f"'{name}' is known by its config only (lowlat info {name}); to load it, give the "
+                "folder that holds its weights"
+            )
+
+
+def _convert_preset(preset: ModelPreset, progress: Progress) -> Path:
+    """The preset's folder, made once: it appears whole, and processes wait for one another."""
+    folder = preset.folder()
+    if folder.exists():
+        return folder
+    source = fetch_pypi(preset.source, progress=progress).path
+    with disk_faults(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_name(f".{folder.name}.lock")
+        with locked(lock, preset.label, progress):
+            if not folder.exists():
+                convert(source, folder, to="mla", progress=progress)
+    return folder

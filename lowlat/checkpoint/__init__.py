@@ -1,0 +1,1 @@
+"""Files <-> parameters: safetensors folders and GGUF files, read lazily and written atomically."""

@@ -1,0 +1,199 @@
+"""A GGUF file presented as a Hugging Face checkpoint: names, layout and config; numbers
+dequantised when read.
+
+Owns what llama.cpp's converter did to names and layouts: experts stacked, llama's q and k rows
+permuted, kv_b_proj split and half transposed for the absorbed form. Bytes are `gguf_file`'s, keys
+`gguf_config`'s.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from lowlat.checkpoint.gguf_config import architecture, hf_config
+from lowlat.checkpoint.gguf_file import GGUFFile
+from lowlat.checkpoint.source import TensorSource
+from lowlat.checkpoint.strict_json import quoted
+from lowlat.utils.errors import UserError
+
+GLOBAL_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+MODULES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    "nextn.eh_proj": "eh_proj",
+    "nextn.enorm": "enorm",
+    "nextn.hnorm": "hnorm",
+    "nextn.embed_tokens": "embed_tokens",
+    "nextn.shared_head_norm": "shared_head.norm",
+    "nextn.shared_head_head": "shared_head.head",
+}
+EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+IN_CONFIG = ("rope_freqs.weight",)
+"""Tensors that became fields of the config."""
+
+_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)\.(weight|bias)")
+
+
+class _Part(NamedTuple):
+    """How one Hugging Face tensor comes out of the file."""
+
+    tensors: tuple[str, ...]
+    """Names in the file."""
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+@final
+class GGUFSource(TensorSource):
+    """A .gguf file of architecture llama, qwen2 or deepseek2.
+
+    Tensors stored as F16, F32, F64 or BF16 keep their dtype, all block formats are read as fp32.
+    Tensors without a Hugging Face counterpart keep their name, so that whoever reads strictly
+    finds them left over.
+    """
+
+    def __init__(self, path: Path):
+        self._gguf = GGUFFile(path)
+        arch = architecture(self._gguf)
+        if "token_embd.weight" not in self._gguf.tensors:
+            raise UserError(
+                f"{path}: tensor 'token_embd.weight' is missing; the file is incomplete"
+            )
+        self._config = hf_config(self._gguf, self._gguf.tensors["token_embd.weight"].shape[0])
+        self._parts: dict[str, _Part] = {}
+        for name in self._gguf.tensors:
+            self._parts |= self._convert(arch, name)
+
+    @property
+    def path(self) -> Path:
+        return self._gguf.path
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        return self._config
+
+    def names(self) -> list[str]:
+        return list(self._parts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._part(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        dtypes = [self._gguf.dtype(tensor) for tensor in self._part(name).tensors]
+        return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
+
+    def read(self, name: str) -> Tensor:
+        return self._part(name).read()
+
+    def release(self, name: str) -> None:
+        for tensor in self._part(name).tensors:
+            self._gguf.release(tensor)
+
+    def where(self, name: str) -> str:
+        return f"{self.path}: tensor {quoted(self._part(name).tensors[0])}"
+
+    def _part(self, name: str) -> _Part:
+        if name not in self._parts:
+            raise UserError(f"{self.path}: tensor {quoted(name)} is missing")
+        return self._parts[name]
+
+    def _convert(self, arch: str, name: str) -> dict[str, _Part]:
+        """The Hugging Face tensors that GGUF tensor `name` holds (alone or as the first of a
+        pair).
+        """
+        shape = self._gguf.tensors[name].shape
+        if name in IN_CONFIG:
+            return {}
+        match = _BLOCK.fullmatch(name)
+        if match is None:
+            return {GLOBAL_NAMES.get(name, name): self._plain(name)}
+        block, module, kind = int(match[1]), match[2], match[3]
+        prefix = f"model.layers.{block}."
+        if module == "exp_probs_b":
+            return {f"{prefix}mlp.gate.e_score_correction_bias": self._plain(name)}
+        if module in EXPERTS and len(shape) == 3:
+            return {
+                f"{prefix}mlp.experts.{expert}.{EXPERTS[module]}.{kind}": self._expert(name, expert)
+                for expert in range(shape[0])
+            }
+        if module in ("attn_k_b", "attn_v_b"):
+            return {f"{prefix}self_attn.kv_b_proj.weight": self._joined_kv_b(block)}
+        hf_name = f"{prefix}{MODULES[module]}.{kind}" if module in MODULES else name
+        if arch == "llama" and module in ("attn_q", "attn_k"):
+            return {hf_name: self._unpermuted(name, module)}
+        return {hf_name: self._plain(name)}
+
+    def _plain(self, name: str) -> _Part:
+        return _Part((name,), self._gguf.tensors[name].shape, partial(self._gguf.read, name))
+
+    def _expert(self, name: str, expert: int) -> _Part:
+        return _Part(
+            (name,), self._gguf.tensors[name].shape[1:], partial(self._gguf.read, name, expert)
+        )
+
+    def _unpermuted(self, name: str, module: str) -> _Part:
+        heads = self._config["num_attention_heads" if module == "attn_q" else "num_key_value_heads"]
+        shape = self._gguf.tensors[name].shape
+        if heads < 1 or shape[0] % (2 * heads):
+            raise UserError(
+                f"{self.path}: tensor {quoted(name)}: {shape[0]} rows are not {heads} even heads"
+            )
+        return _Part((name,), shape, lambda: unpermute(self._gguf.read(name), heads))
+
+    def _joined_kv_b(self, block: int) -> _Part:
+        """kv_b_proj from attn_k_b [heads, latent, nope] and attn_v_b [heads, v, latent]."""
+        names = (f"blk.{block}.attn_k_b.weight", f"blk.{block}.attn_v_b.weight")
+        for name in names:
+            if name not in self._gguf.tensors:
+                raise UserError(f"{self.path}: tensor {name!r} is missing beside its other half")
+        keys, values = (self._gguf.tensors[name].shape for name in names)
+        if len(keys) != 3 or len(values) != 3 or (keys[0], keys[1]) != (values[0], values[2]):
+            raise UserError(
+                f"{self.path}: tensor {names[0]!r}: shape {list(keys)} does not fit {list(values)}"
+            )
+        shape = (keys[0] * (keys[2] + values[1]), keys[1])
+        return _Part(names, shape, lambda: join_kv_b(*(self._gguf.read(name) for name in names)))
+
+
+def unpermute(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of each head from GGUF's order (pairs adjacent) to Hugging Face's (real parts, then
+    imaginary).
+    """
+    # [heads * pairs * 2, ...] -> heads x pairs x 2 -> heads x 2 x pairs
+    pairs = tensor.view(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
+def join_kv_b(keys: Tensor, values: Tensor) -> Tensor:
+    """attn_k_b [heads, latent, nope] and attn_v_b [heads, v, latent] as kv_b_proj [heads * (nope
+    + v), latent].
+    """
+    dtype = keys.dtype if keys.dtype == values.dtype else torch.float32
+    joint = torch.cat([keys.to(dtype).transpose(1, 2), values.to(dtype)], dim=1)
+    return joint.flatten(0, 1)

@@ -1,0 +1,287 @@
+"""One GGUF file: metadata and tensor table, checked before any data is touched; dequantisation.
+
+Format (versions 2 and 3, little-endian): magic, version, counts, key-value pairs, tensor infos,
+then aligned data in the order of the infos. Owns bytes and block formats; what keys and names
+mean is `gguf_config`'s and `gguf`'s.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf.quants import dequantize
+from torch import Tensor
+
+from lowlat.checkpoint.mapped_file import MappedFile
+from lowlat.checkpoint.strict_json import quoted
+from lowlat.utils.errors import UserError
+
+MAX_KEYS = 2**16
+MAX_TENSORS = 2**20
+MAX_TEXT_BYTES = 2**24
+MAX_STRINGS = 2**22
+"""Entries of one array of strings; the largest vocabularies have 2^18."""
+MAX_RANK = 4
+MAX_EXPERTS = 2**16
+"""Entries of the first axis where there are three; each becomes a tensor."""
+DEFAULT_ALIGNMENT = 32
+CHUNK_ELEMENTS = 2**22
+"""Elements dequantised at a time, so that intermediates stay small."""
+
+SCALARS = {
+    GGUFValueType.UINT8: "<u1",
+    GGUFValueType.INT8: "<i1",
+    GGUFValueType.UINT16: "<u2",
+    GGUFValueType.INT16: "<i2",
+    GGUFValueType.UINT32: "<u4",
+    GGUFValueType.INT32: "<i4",
+    GGUFValueType.UINT64: "<u8",
+    GGUFValueType.INT64: "<i8",
+    GGUFValueType.FLOAT32: "<f4",
+    GGUFValueType.FLOAT64: "<f8",
+    GGUFValueType.BOOL: "?",
+}
+PLAIN = {
+    GGMLQuantizationType.F64: torch.float64,
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StringArray:
+    """An array of strings (vocabulary, merges): walked, not decoded."""
+
+    length: int
+
+
+class GGUFTensor(NamedTuple):
+    """Where a tensor lies: bytes [start, stop) of the file; shape slowest axis first."""
+
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class GGUFFile:
+    """An opened, checked and mapped GGUF file. Raises UserError naming file and key or tensor for
+    any fault.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = MappedFile(path)
+        cursor = _Cursor(self._file)
+        tensors, keys = _read_counts(cursor)
+        self.metadata: dict[str, Any] = {}
+        for _ in range(keys):
+            key = cursor.text("a key", 2**16)
+            if key in self.metadata:
+                raise UserError(f"{path}: key {quoted(key)} appears twice")
+            self.metadata[key] = cursor.value(f"key {quoted(key)}")
+        self.tensors = _read_tensors(cursor, tensors, self._alignment())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of `read(name)`: the stored one, fp32 for block formats."""
+        return PLAIN.get(self.tensors[name].kind, torch.float32)
+
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """The tensor, or entry `row` of its first axis: a view if stored plainly, else
+        dequantised to fp32.
+        """
+        kind, shape, start, stop = self.tensors[name]
+        if row is not None:
+            size = (stop - start) // shape[0]
+            start, stop, shape = start + row * size, start + (row + 1) * size, shape[1:]
+        if kind in PLAIN:
+            return self._file.tensor(start, PLAIN[kind], shape)
+        stored = self._file.tensor(start, torch.uint8, (stop - start,))
+        values = _dequantized(stored.numpy(), kind).view(shape)
+        self._file.release(start, stop)
+        return values
+
+    def release(self, name: str) -> None:
+        """Drop the tensor's pages from memory."""
+        self._file.release(self.tensors[name].start, self.tensors[name].stop)
+
+    def _alignment(self) -> int:
+        alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        valid = (
+            isinstance(alignment, int)
+            and 1 <= alignment <= 2**20
+            and alignment & (alignment - 1) == 0
+        )
+        if not valid or isinstance(alignment, bool):
+            raise UserError(
+                f"{self.path}: key 'general.alignment' is {alignment!r}, not a power of two"
+            )
+        return alignment
+
+
+class _Cursor:
+    """Reads values one after the other and never past the end of the file."""
+
+    def __init__(self, file: MappedFile):
+        self.file = file
+        self.at = 0
+
+    def take(self, count: int, what: str) -> bytes:
+        if count > self.file.size - self.at:
+            raise UserError(
+                f"{self.file.path}: the file ends within {what}; it is truncated, download it again"
+            )
+        self.at += count
+        return self.file.bytes(self.at - count, self.at)
+
+    def number(self, size: int, what: str) -> int:
+        return int.from_bytes(self.take(size, what), "little")
+
+    def text(self, what: str, limit: int = MAX_TEXT_BYTES) -> str:
+        length = self.number(8, what)
+        if length > limit:
+            raise UserError(f"{self.file.path}: {what}: a text of {length} bytes is too long")
+        try:
+            return self.take(length, what).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.file.path}: {what}: the text is not UTF-8") from error
+
+    def value(self, what: str) -> Any:
+        kind = self._kind(what)
+        if kind == GGUFValueType.STRING:
+            return self.text(what)
+        if kind == GGUFValueType.ARRAY:
+            return self._array(what)
+        return _scalar(self._numbers(kind, 1, what)[0])
+
+    def _array(self, what: str) -> StringArray | list[Any]:
+        kind = self._kind(what)
+        count = self.number(8, what)
+        if kind == GGUFValueType.ARRAY:
+            raise UserError(f"{self.file.path}: {what}: arrays of arrays are not supported")
+        if kind != GGUFValueType.STRING:
+            return [_scalar(item) for item in self._numbers(kind, count, what)]
+        if count > MAX_STRINGS:
+            raise UserError(f"{self.file.path}: {what}: {count} strings are too many")
+        for _ in range(count):
+            self.take(self.number(8, what), what)
+        return StringArray(count)
+
+    def _kind(self, what: str) -> GGUFValueType:
+        number = self.number(4, what)
+        if number > max(GGUFValueType):
+            raise UserError(f"{self.file.path}: {what}: value type {number} is unknown")
+        return GGUFValueType(number)
+
+    def _numbers(self, kind: GGUFValueType, count: int, what: str) -> np.ndarray:
+        dtype = np.dtype(SCALARS[kind])
+        return np.frombuffer(self.take(count * dtype.itemsize, what), dtype)
+
+
+def _scalar(value: Any) -> int | float | bool:
+    """A Python number; fp32 values as the shortest decimal that means them (1e-05, not
+    9.999999747378752e-06).
+    """
+    return float(str(value)) if value.dtype == np.float32 else value.item()
+
+
+def _read_counts(cursor: _Cursor) -> tuple[int, int]:
+    path = cursor.file.path
+    if cursor.take(4, "the magic") != b"GGUF":
+        raise UserError(f"{path}: does not begin with GGUF; not a GGUF file")
+    version = cursor.number(4, "the version")
+    if version not in (2, 3):
+        big_endian = version != 0 and version & 0xFFFF == 0
+        reason = "big-endian files are" if big_endian else f"version {version} is"
+        raise UserError(
+            f"{path}: {reason} not supported; convert the model with a current llama.cpp"
+        )
+    tensors, keys = cursor.number(8, "the tensor count"), cursor.number(8, "the key count")
+    if tensors > MAX_TENSORS or keys > MAX_KEYS:
+        raise UserError(
+            f"{path}: {tensors} tensors and {keys} keys are too many; the file is damaged"
+        )
+    return tensors, keys
+
+
+def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, GGUFTensor]:
+    infos = [_read_info(cursor) for _ in range(count)]
+    path, data = cursor.file.path, _aligned(cursor.at, alignment)
+    tensors: dict[str, GGUFTensor] = {}
+    end = 0
+    for name, kind, shape, size, offset in infos:
+        where = f"{path}: tensor {quoted(name)}"
+        if name in tensors:
+            raise UserError(f"{where} appears twice")
+        if offset != end:
+            raise UserError(
+                f"{where}: offset {offset} is wrong, its data must begin at {end}; "
+                "the file is damaged, download it again"
+            )
+        if data + offset + size > cursor.file.size:
+            raise UserError(
+                f"{where}: its data end at byte {data + offset + size} but the file has "
+                f"{cursor.file.size}; it is truncated, download it again"
+            )
+        tensors[name] = GGUFTensor(kind, shape, data + offset, data + offset + size)
+        end = _aligned(offset + size, alignment)
+    return tensors
+
+
+def _read_info(cursor: _Cursor) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int, int]:
+    """Name, kind, shape, bytes and offset of the next tensor."""
+    name = cursor.text("a tensor's name", 2**16)
+    where = f"tensor {quoted(name)}"
+    fault = f"{cursor.file.path}: {where}"
+    rank = cursor.number(4, where)
+    if not 1 <= rank <= MAX_RANK:
+        raise UserError(f"{fault}: {rank} dimensions are not between 1 and {MAX_RANK}")
+    shape = tuple(reversed([cursor.number(8, where) for _ in range(rank)]))
+    if min(shape) < 1 or math.prod(shape) > 2**48 or (rank > 2 and shape[0] > MAX_EXPERTS):
+        raise UserError(f"{fault}: shape {list(shape)} is empty or too large")
+    number = cursor.number(4, where)
+    known = {int(kind) for kind in GGML_QUANT_SIZES}
+    if number not in known:
+        raise UserError(f"{fault}: tensor type {number} is unknown")
+    kind = GGMLQuantizationType(number)
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    if shape[-1] % block:
+        raise UserError(f"{fault}: rows of {shape[-1]} are not whole {kind.name} blocks of {block}")
+    if not _is_supported(kind):
+        raise UserError(
+            f"{fault}: type {kind.name} cannot be dequantised; choose a file with another type"
+        )
+    return name, kind, shape, math.prod(shape) // block * block_bytes, cursor.number(8, where)
+
+
+def _is_supported(kind: GGMLQuantizationType) -> bool:
+    if kind in PLAIN:
+        return True
+    try:
+        _dequantized(np.zeros(GGML_QUANT_SIZES[kind][1], dtype=np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _dequantized(stored: np.ndarray, kind: GGMLQuantizationType) -> Tensor:
+    """fp32 values, flat, of the blocks in `stored` (bytes, flat)."""
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    values = torch.empty(len(stored) // block_bytes * block, dtype=torch.float32)
+    step = max(CHUNK_ELEMENTS // block, 1)
+    for first in range(0, len(stored) // block_bytes, step):
+        # as one long row: the gguf package walks rows in groups of 16, which is slow for short ones
+        row = stored[first * block_bytes : (first + step) * block_bytes].reshape(1, -1)
+        with np.errstate(all="ignore"):
+            chunk = torch.from_numpy(dequantize(row, kind)).view(-1)
+        values[first * block : first * block + len(chunk)] = chunk
+    return values
+
+
+def _aligned(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment

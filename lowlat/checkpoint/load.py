@@ -1,0 +1,97 @@
+"""Checkpoint -> model: built without memory, checked by name and shape, then filled tensor by
+tensor.
+
+Owns the order of things; casting and placing are `place`'s, where tensors lie `index`'s and
+`gguf`'s, what they are called `mapping`'s.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lowlat.checkpoint.dense import DenseSource
+from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.mapping import check_tensors, operations, settle_mtp
+from lowlat.checkpoint.place import fill
+from lowlat.checkpoint.source import TensorSource
+from lowlat.config.hf import config_from_hf
+from lowlat.config.model import ModelConfig
+from lowlat.model.transformer import Transformer
+from lowlat.utils.device import parse_device, parse_dtype
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress, SilentProgress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """A model filled from a checkpoint."""
+
+    model: Transformer
+    """All parameters in place."""
+    config: ModelConfig
+    """As found: MTP modules and their copies as in the file, no quantization if multiplied out."""
+    path: Path
+    """The folder or .gguf file."""
+
+
+def load_model(
+    path: Path, *, dtype: str = "auto", device: str = "cpu", progress: Progress | None = None
+) -> Loaded:
+    """The model at `path`, a Hugging Face folder or a .gguf file.
+
+    dtype: "auto" keeps every tensor as stored (fp8 blocks included; GGUF's block formats become
+    fp32), fp64, fp32, bf16 and fp16 cast all of them. Router biases are fp32 always.
+
+    Nothing is allocated before all names and shapes fit. On the CPU a tensor that needs no change
+    stays a copy-on-write view of the mapped file: it takes no memory of its own until it is used,
+    and in-place changes never reach the file (`MappedFile` says what a truncated file does).
+    Memory stays under the model, its largest tensor and a constant.
+
+    Raises UserError naming file and tensor for anything missing, left over, misshapen or of a
+    dtype that is not a weight's, and for a router bias that is not finite.
+    """
+    wanted = None if dtype == "auto" else parse_dtype(dtype)
+    place = parse_device(device)
+    source = open_checkpoint(path)
+    config = settle_mtp(read_config(source), source)
+    if config.quantization is not None and wanted is not None:
+        source = DenseSource(source, config.quantization, wanted)
+        config = replace(config, quantization=None)
+    model = _empty_model(config, source)
+    parameters = model.state_dict()
+    plan = operations(config, parameters)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    expected = {file: shape for step in plan for file, shape in step.file_shapes(shapes).items()}
+    check_tensors(config, source, expected)
+    filled = fill(source, plan, parameters, wanted, place, progress or SilentProgress())
+    model.load_state_dict(filled, strict=True, assign=True)
+    return Loaded(model=model, config=config, path=path)
+
+
+def read_config(source: TensorSource) -> ModelConfig:
+    """The config of a checkpoint. Raises UserError naming file and field."""
+    file = source.path / "config.json" if source.path.is_dir() else source.path
+    return config_from_hf(source.hf_config, source=str(file))
+
+
+def _empty_model(config: ModelConfig, source: TensorSource) -> Transformer:
+    """The model without memory. Sizes no file could fill are refused before they cost time or
+    memory.
+    """
+    experts = config.moe.n_routed_experts if config.moe is not None else 0
+    for field, count in (
+        ("num_hidden_layers", config.num_cache_layers),
+        ("n_routed_experts", experts),
+    ):
+        if count > len(source.names()):
+            raise UserError(
+                f"{source.path}: {field} {count} is more than there are tensors "
+                f"({len(source.names())})"
+            )
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except (RuntimeError, OverflowError) as error:
+        # without memory, only sizes beyond 64 bits can fail
+        raise UserError(f"{source.path}: the config's sizes are too large: {error}") from error

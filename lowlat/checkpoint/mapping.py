@@ -1,0 +1,195 @@
+"""Which tensor in a file is which parameter: Hugging Face names <-> the model's, by config alone.
+
+Names are the same below the layers but for: the `model.` prefix, stacked experts, MTP modules
+(stored as the layers after the last) and the latent of exactly converted models (`padding`).
+Leftovers and gaps are errors. Owns names and rules; the tensors pass through `operations`.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+
+from lowlat.checkpoint.operations import Operation, PadLatent, Rename, StackExperts, parameter_names
+from lowlat.checkpoint.source import TensorSource
+from lowlat.checkpoint.strict_json import quoted
+from lowlat.config.model import MLAConfig, ModelConfig
+from lowlat.utils.errors import UserError
+
+SCALE_SUFFIX = "_scale_inv"
+ROUTER_BIAS = ".e_score_correction_bias"
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_DTYPES = (*PLAIN_DTYPES, torch.float8_e4m3fn)
+
+_log = logging.getLogger(__name__)
+
+
+def operations(config: ModelConfig, parameters: Iterable[str]) -> list[Operation]:
+    """The operations that cover every one of `parameters` (names in the state dict) once."""
+    attention = config.attention
+    converted = attention if isinstance(attention, MLAConfig) else None
+    if converted is not None and converted.kv_a_layernorm:
+        converted = None
+    padded = [] if converted is None else parameter_names(converted)
+    result: list[Operation] = []
+    for parameter in parameters:
+        prefix, below = _below_attention(parameter)
+        if converted is not None and below == "kv_a_proj_with_mqa.weight":
+            result.append(_pad_latent(config, converted, prefix))
+        elif below in padded:
+            continue
+        elif ".mlp.experts." in parameter:
+            result.append(_stack(config, parameter))
+        else:
+            result.append(Rename(file_name(config, parameter), parameter))
+    return result
+
+
+def file_name(config: ModelConfig, parameter: str) -> str:
+    """The Hugging Face name of a parameter (or of a prefix ending in a dot)."""
+    if parameter.startswith("lm_head."):
+        return parameter
+    if not parameter.startswith("mtp."):
+        return f"model.{parameter}"
+    _, depth, rest = parameter.split(".", 2)
+    if rest.startswith(("norm.", "head.")):
+        rest = f"shared_head.{rest}"
+    return mtp_prefix(config, int(depth)) + rest.removeprefix("block.")
+
+
+def mtp_prefix(config: ModelConfig, depth: int) -> str:
+    """Where MTP module `depth` lies in files: the layers after the last."""
+    return f"model.layers.{config.num_hidden_layers + depth}."
+
+
+def settle_mtp(config: ModelConfig, source: TensorSource) -> ModelConfig:
+    """`config` with the MTP modules that the file really has.
+
+    Checkpoints saved by programs without MTP keep `num_nextn_predict_layers` but lose its
+    tensors: then there are no modules, and a log line says so. `mtp_copies` becomes true where
+    they bring their own embedding and head; one of the two without the other is an error.
+    """
+    names = set(source.names())
+    prefixes = [mtp_prefix(config, depth) for depth in range(config.num_nextn_predict_layers)]
+    if not any(name.startswith(tuple(prefixes)) for name in names):
+        if prefixes:
+            _log.warning(
+                "%s: no tensors of the %d MTP modules; loaded without", source.path, len(prefixes)
+            )
+        return replace(config, num_nextn_predict_layers=0, mtp_copies=False)
+    copies = [
+        f"{prefix}{name}"
+        for prefix in prefixes
+        for name in ("embed_tokens.weight", "shared_head.head.weight")
+    ]
+    absent = [name for name in copies if name not in names]
+    if absent and len(absent) < len(copies):
+        raise UserError(
+            f"{source.path}: tensor {quoted(absent[0])} is missing; MTP modules must bring both "
+            "embedding and head, or neither"
+        )
+    return replace(config, mtp_copies=not absent)
+
+
+def check_tensors(
+    config: ModelConfig, source: TensorSource, expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """UserError unless `source` has exactly the tensors `expected`, in these shapes.
+
+    Two leftovers are known: rotary frequencies of old llama files, which config determines, and
+    the head of a tied model, which must equal the embedding bit for bit.
+    """
+    names = source.names()
+    present = set(names)
+    missing = [name for name in expected if name not in present]
+    if missing:
+        raise UserError(
+            f"{source.path}: tensor {_listed(missing)} is missing; the checkpoint is incomplete"
+        )
+    extra = [
+        name for name in names if name not in expected and not name.endswith("rotary_emb.inv_freq")
+    ]
+    if config.tie_word_embeddings and "lm_head.weight" in extra:
+        _check_tied(source)
+        extra.remove("lm_head.weight")
+    if extra:
+        raise UserError(
+            f"{source.where(extra[0])}{_more(extra)} has no place in the model; "
+            f"{_hint(config, extra[0])}"
+        )
+    for name, shape in expected.items():
+        if source.dtype(name) not in WEIGHT_DTYPES:
+            dtype = str(source.dtype(name)).removeprefix("torch.")
+            raise UserError(f"{source.where(name)} is {dtype}, which no weight can be")
+        if source.shape(name) != shape:
+            raise UserError(
+                f"{source.where(name)} has shape {list(source.shape(name))}, but the config asks "
+                f"for {list(shape)}"
+            )
+
+
+def _below_attention(parameter: str) -> tuple[str, str]:
+    """'layers.3.self_attn.' and the rest; the rest is empty where the parameter is no
+    attention's.
+    """
+    prefix, found, rest = parameter.rpartition("self_attn.")
+    return (prefix + found, rest) if found else (parameter, "")
+
+
+def _pad_latent(config: ModelConfig, attention: MLAConfig, prefix: str) -> PadLatent:
+    if config.quantization is not None:
+        raise UserError(
+            "quantization_config: fp8 blocks of an exactly converted model are not supported; "
+            "convert it to bf16"
+        )
+    return PadLatent(file_name(config, prefix), prefix, attention)
+
+
+def _stack(config: ModelConfig, parameter: str) -> StackExperts:
+    """layers.3.mlp.experts.up_proj[_scale_inv] <-
+    model.layers.3.mlp.experts.E.up_proj.weight[_scale_inv].
+    """
+    assert config.moe is not None
+    prefix, _, projection = file_name(config, parameter).rpartition(".")
+    tail = f"{projection.removesuffix(SCALE_SUFFIX)}.weight"
+    if projection.endswith(SCALE_SUFFIX):
+        tail += SCALE_SUFFIX
+    experts = range(config.moe.n_routed_experts)
+    return StackExperts(tuple(f"{prefix}.{expert}.{tail}" for expert in experts), parameter)
+
+
+def _check_tied(source: TensorSource) -> None:
+    head, embedding = source.read("lm_head.weight"), source.read("model.embed_tokens.weight")
+    if (
+        head.dtype != embedding.dtype
+        or head.shape != embedding.shape
+        or not _equal_bits(head, embedding)
+    ):
+        raise UserError(
+            f"{source.where('lm_head.weight')} differs from the embedding although the config says "
+            "tie_word_embeddings; set that to false or remove the tensor"
+        )
+    source.release("lm_head.weight")
+
+
+def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """NaNs included, and without a copy."""
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def _listed(names: list[str]) -> str:
+    return quoted(names[0]) + _more(names)
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _hint(config: ModelConfig, name: str) -> str:
+    if name.endswith(SCALE_SUFFIX):
+        return "the config has no quantization_config that puts fp8 blocks there"
+    return (
+        f"the config says num_hidden_layers {config.num_hidden_layers}, num_nextn_predict_layers "
+        f"{config.num_nextn_predict_layers}, model_type {config.model_type}"
+    )

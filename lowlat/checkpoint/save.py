@@ -1,0 +1,183 @@
+"""Model -> checkpoint in the Hugging Face layout: config.json, safetensors shards, index.
+
+A destination appears complete or not at all: everything is written into a folder beside it,
+brought to the disk, and renamed last. Owns that and the sharding; one file's bytes are
+`shard_writer`'s, names `mapping`'s.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lowlat.checkpoint.index import INDEX_FILE, SINGLE_FILE
+from lowlat.checkpoint.mapping import operations
+from lowlat.checkpoint.shard_writer import ShardWriter
+from lowlat.config.hf import config_to_hf
+from lowlat.config.model import ModelConfig
+from lowlat.model.transformer import Transformer
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.errors import UserError
+
+MAX_SHARD_BYTES = 5_000_000_000
+COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""Files a model folder may have beside weights and config that stay true when weights change."""
+
+
+def save_model(
+    model: Transformer,
+    config: ModelConfig,
+    dst: Path,
+    *,
+    source: Path | None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write `model` as the folder `dst`; tokenizer files come from `source` (folder, .gguf, None).
+
+    Loading `dst` gives every parameter back bit for bit. Raises UserError as `write_checkpoint`.
+    """
+    raw = config_to_hf(config)
+    raw["dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    tensors = file_tensors(config, model.state_dict())
+    with_text = text_files(source) if source is not None else {}
+    write_checkpoint(dst, raw, tensors, max_shard_bytes=max_shard_bytes, extra_files=with_text)
+
+
+def file_tensors(
+    config: ModelConfig, parameters: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint file, by Hugging Face names, from parameters by the model's."""
+    for operation in operations(config, parameters):
+        yield from operation.save(parameters.__getitem__)
+
+
+def text_files(source: Path) -> dict[str, bytes]:
+    """Tokenizer, chat template and generation settings of a folder or .gguf, by file name.
+
+    Raises UserError where a .gguf has no usable tokenizer.
+    """
+    if source.is_dir():
+        return {
+            name: file.read_bytes() for name in COPIED_FILES if (file := source / name).is_file()
+        }
+    with tempfile.TemporaryDirectory() as folder:
+        Tokenizer.from_gguf(source).save(Path(folder))
+        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+
+
+def write_checkpoint(
+    dst: Path,
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write the folder `dst`: config.json, `tensors` as they come, `extra_files` by name.
+
+    One tensor is in memory at a time; a shard ends before the tensor that would make it larger
+    than `max_shard_bytes`. Until the end everything is in `.NAME.partial-PID` beside `dst`, which
+    is removed on any failure (a killed process leaves it behind, `dst` never).
+    Raises UserError if `dst` exists or the disk does not take the files; exceptions of `tensors`
+    pass through.
+    """
+    dst = Path(os.path.abspath(dst))
+    if max_shard_bytes < 1:
+        raise UserError(f"max_shard_bytes {max_shard_bytes} must be at least 1")
+    _refuse_existing(dst)
+    partial = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir()
+        _write_weights(partial, tensors, max_shard_bytes)
+        _write_file(partial / "config.json", _json(config))
+        for name, content in (extra_files or {}).items():
+            _write_file(partial / name, content)
+        _sync_folder(partial)
+        _refuse_existing(dst)
+        partial.rename(dst)
+        _sync_folder(dst.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{dst}: cannot be written ({error.strerror}); nothing was left") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _refuse_existing(dst: Path) -> None:
+    if os.path.lexists(dst):
+        raise UserError(f"{dst}: exists already; choose another destination or remove it")
+    if not dst.parent.is_dir():
+        raise UserError(f"{dst.parent}: is not a folder; create it first")
+
+
+def _write_weights(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
+) -> None:
+    """All shards under their final names and, if there are several, the index."""
+    shards = _write_shards(folder, tensors, max_shard_bytes)
+    if len(shards) == 1:
+        shards[0].path.rename(folder / SINGLE_FILE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        shard.path.rename(folder / name)
+        weight_map |= dict.fromkeys(shard.names, name)
+    total = sum(shard.data_bytes for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_file(folder / INDEX_FILE, _json(index))
+
+
+def _write_shards(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
+) -> list[ShardWriter]:
+    """Finished shards, at least one, still under provisional names."""
+    shards = [ShardWriter(folder / "shard-1")]
+    try:
+        for name, tensor in tensors:
+            size = shards[-1].data_bytes + tensor.numel() * tensor.dtype.itemsize
+            full = size > max_shard_bytes or not shards[-1].has_room(name, tensor)
+            if full and shards[-1].names:
+                shards[-1].finish()
+                shards.append(ShardWriter(folder / f"shard-{len(shards) + 1}"))
+            shards[-1].add(name, tensor)
+        shards[-1].finish()
+    finally:
+        shards[-1].close()
+    return shards
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,0 +1,52 @@
+"""JSON files of a model folder, read without guessing: no duplicate keys, no NaN, bounded size
+and depth.
+
+Owns the parsing only; what the values mean is the caller's.
+"""
+
+import json
+from typing import Any, NoReturn
+
+from lowlat.utils.errors import UserError
+
+MAX_JSON_BYTES = 32 * 2**20
+"""Largest JSON text accepted. Kimi-K2's index, about 70,000 tensors, takes 7 MB."""
+
+
+def parse_object(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `data` (UTF-8). Raises UserError starting with `where` for anything
+    else.
+    """
+    if len(data) > MAX_JSON_BYTES:
+        raise UserError(
+            f"{where}: the JSON text is {len(data)} bytes long, more than {MAX_JSON_BYTES}"
+        )
+    try:
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+        )
+    except RecursionError as error:
+        raise UserError(f"{where}: the JSON text is nested too deeply") from error
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def quoted(name: str) -> str:
+    """`name` for an error message: on one line, escaped, shortened."""
+    return repr(name if len(name) <= 120 else name[:117] + "...")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {quoted(key)} appears twice")
+        result[key] = value
+    return result
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a JSON number")

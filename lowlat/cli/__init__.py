@@ -1,0 +1,1 @@
+"""The command line: each verb turns its arguments into one call below and prints the result."""

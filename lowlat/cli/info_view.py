@@ -1,0 +1,175 @@
+"""The tables of `lowlat info`. Owns wording and layout; computes nothing but shares and units."""
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from lowlat.config.arithmetic import CacheCost, ParameterCount, cache_cost, count_parameters
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
+
+BAR_WIDTH = 14
+EIGHTHS = "▏▎▍▌▋▊▉█"
+
+
+def show(
+    name: str,
+    config: ModelConfig,
+    memory: dict[str, int] | None,
+    dtype: str | None,
+    console: Console | None = None,
+) -> None:
+    """Print what is known about the model `name`; no `dtype` is weights as stored, bf16 cache."""
+    console = Console() if console is None else console
+    count, cost = count_parameters(config), cache_cost(config)
+    console.print()
+    console.print(Padding(_title(name, config), (0, 0, 0, 1), expand=False))
+    tables = [_parameters(config, count), _cache(config, cost, dtype or "bf16")]
+    if memory is not None:
+        tables.append(_memory(config, memory, dtype))
+    for table in tables:
+        console.print(Padding(table, (1, 0, 0, 1), expand=False))
+    console.print()
+
+
+def _title(name: str, config: ModelConfig) -> Text:
+    facts = (
+        config.model_type,
+        f"{config.num_hidden_layers} layers of width {config.hidden_size:,}",
+        f"context {config.max_position_embeddings:,}",
+    )
+    return Text.assemble((name, "bold"), "\n", (" · ".join(facts), "dim"), overflow="fold")
+
+
+def _table(*columns: str) -> Table:
+    """A table whose first column is text and whose further ones are numbers, then a note."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold cyan")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    table.add_column("", style="dim")
+    return table
+
+
+def _parameters(config: ModelConfig, count: ParameterCount) -> Table:
+    table = _table("Parameters", "count", "share")
+    for part, value, note in _parts(config, count):
+        if value:
+            table.add_row(part, _amount(value), f"{value / count.total:.1%}", note)
+    table.add_section()
+    table.add_row("total", _amount(count.total), "", "main model", style="bold")
+    for value, note in (
+        (count.active_without_embedding, "without the input embedding"),
+        (count.active, "with the input embedding"),
+    ):
+        if value < count.total:
+            share = f"{value / count.total:.1%}"
+            table.add_row("active per token", _amount(value, digits=2), share, note)
+    if count.mtp:
+        copies = count.mtp + count.mtp_copies
+        table.add_section()
+        table.add_row("MTP", _amount(count.mtp), "", f"{_depth(config)} beside the main model")
+        table.add_row("", _amount(copies), "", "with copies of embedding and head")
+        table.add_row("", _amount(count.total + copies, digits=2), "", "total with these")
+    return table
+
+
+def _parts(config: ModelConfig, count: ParameterCount) -> list[tuple[str, int, str]]:
+    layers, moe = config.num_hidden_layers, config.moe
+    sparse = sum(config.is_moe_layer(layer) for layer in range(layers))
+    tied = ", also the head" if config.tie_word_embeddings else ""
+    routed = shared = ""
+    if moe is not None:
+        routed = f"{sparse} x {moe.n_routed_experts} of width {moe.moe_intermediate_size:,}"
+        routed += f", {moe.num_experts_per_tok} per token"
+        shared = f"{sparse} x {moe.n_shared_experts}, used by every token"
+    return [
+        ("embedding", count.embedding, f"{config.vocab_size:,} tokens{tied}"),
+        ("head", count.head, ""),
+        ("attention", count.attention, f"{layers} layers, {_attention(config)}"),
+        ("dense MLP", count.dense_mlp, f"{layers - sparse} of width {config.intermediate_size:,}"),
+        ("routed experts", count.routed_experts, routed),
+        ("shared experts", count.shared_experts, shared),
+        ("router", count.gate, ""),
+        ("norms", count.norms, ""),
+    ]
+
+
+def _attention(config: ModelConfig) -> str:
+    attention = config.attention
+    heads = attention.num_attention_heads
+    if isinstance(attention, MLAConfig):
+        return f"{heads} heads"
+    return f"{heads} heads of {attention.head_dim}"
+
+
+def _form(attention: MLAConfig | GQAConfig) -> str:
+    """'MLA 512 + 64', 'GQA, 8 groups': the form of the attention in a few words."""
+    if isinstance(attention, MLAConfig):
+        return f"MLA {attention.kv_lora_rank} + {attention.qk_rope_head_dim}"
+    groups = attention.num_key_value_heads
+    if groups == attention.num_attention_heads:
+        return f"MHA, {groups} heads"
+    return "MQA" if groups == 1 else f"GQA, {groups} groups"
+
+
+def _depth(config: ModelConfig) -> str:
+    modules = config.num_nextn_predict_layers
+    return "1 module" if modules == 1 else f"{modules} modules"
+
+
+def _cache(config: ModelConfig, cost: CacheCost, dtype: str) -> Table:
+    table = _table(f"Cache per token ({dtype})", "bytes", "per layer", "ratio")
+    own = cost.elements_per_token_layer
+    groups = min(8, config.attention.num_attention_heads)
+    rows = [
+        (f"this model: {_form(config.attention)}", own, "bold green"),
+        ("MQA, 1 group", cost.mqa, ""),
+        (f"GQA, {groups} groups", cost.gqa8, ""),
+        (f"MHA, {config.attention.num_attention_heads} heads", cost.mha, ""),
+    ]
+    for name, elements, style in rows:
+        size = f"{cost.bytes_per_token(elements, dtype):,}"
+        bar = Text(_bar(elements / max(own, cost.mha)), style="green" if style else "blue")
+        table.add_row(name, size, f"{elements:,}", f"{elements / own:.2f}", bar, style=style)
+    table.add_section()
+    note = "row / (2 d_h)"
+    table.add_row("GQA groups of this size", f"{cost.gqa_groups_equivalent:.4g}", "", "", note)
+    return table
+
+
+def _memory(config: ModelConfig, memory: dict[str, int], dtype: str | None) -> Table:
+    tokens = memory["context"]
+    table = _table(f"Memory at {tokens:,} tokens", "bytes")
+    weights, cache = memory["weights_bytes"], memory["cache_bytes"]
+    with_mtp = ", MTP included" if config.num_nextn_predict_layers else ""
+    table.add_row("weights", _bytes(weights), f"{dtype or 'dtype auto'}{with_mtp}")
+    table.add_row("cache", _bytes(cache), f"{dtype or 'bf16'}, one sequence")
+    table.add_section()
+    beyond = ""
+    if tokens > config.max_position_embeddings:
+        beyond = f"beyond the model's {config.max_position_embeddings:,} tokens"
+    table.add_row("total", _bytes(weights + cache), beyond, style="bold")
+    return table
+
+
+def _bar(share: float) -> str:
+    """A bar of share * BAR_WIDTH characters, to an eighth of one."""
+    eighths = max(1, round(share * BAR_WIDTH * 8))
+    full, rest = divmod(eighths, 8)
+    return "█" * full + (EIGHTHS[rest - 1] if rest else "")
+
+
+def _amount(count: int, digits: int = 3) -> str:
+    """671.026B, 134.515M, 24.576K: a count with its magnitude."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{count / size:.{digits}f}{unit}"
+    return str(count)
+
+
+def _bytes(size: int) -> str:
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size / 10**3:.2f} kB"

@@ -1,0 +1,42 @@
+"""What verbs take in: models, text files and standard input, each fault as one line that says what to do."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from lowlat import api
+from lowlat.engine.llm import Model
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import make_progress
+
+
+def load_model(name: str, *, dtype: str, device: str, threads: int | None) -> Model:
+    """The model called `name`, fetched and converted with progress on stderr where that is due."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return api.load(name, dtype=dtype, device=device, progress=make_progress())
+
+
+def read_stdin() -> str:
+    """All of standard input without its last line end."""
+    return _decode(sys.stdin.buffer.read(), "standard input").removesuffix("\n").removesuffix("\r")
+
+
+def read_text_file(path: Path) -> str:
+    """The text of a UTF-8 file."""
+    try:
+        return _decode(path.read_bytes(), f"'{path}'")
+    except OSError as error:
+        raise UserError(
+            f"cannot read '{path}': {error.strerror}; give the path of a text file"
+        ) from error
+
+
+def _decode(data: bytes, origin: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{origin} is no UTF-8 text (byte {error.start}); convert it to UTF-8"
+        ) from error

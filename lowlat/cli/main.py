@@ -1,0 +1,62 @@
+"""The `lowlat` command: one app, its table of verbs, and how errors end the program.
+
+Owns no verb. Verbs import torch inside their functions, so that --help and --version stay quick.
+"""
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from lowlat.cli.chat import chat
+from lowlat.cli.convert import convert
+from lowlat.cli.eval import evaluate
+from lowlat.cli.generate import generate
+from lowlat.cli.info import info
+from lowlat.utils.errors import UserError
+
+USER_ERROR = 2
+
+app = typer.Typer(
+    name="lowlat",
+    help="Multi-head Latent Attention models: load, convert, talk to them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("chat")(chat)
+app.command("generate")(generate)
+app.command("info")(info)
+app.command("convert")(convert)
+app.command("eval")(evaluate)
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lowlat {version('lowlat')}")
+        raise typer.Exit
+
+
+@app.callback()
+def lowlat(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def run() -> None:
+    """Entry point. Exit codes: 0 done, 2 a fault in what the user gave, 130 interrupted."""
+    try:
+        app()
+    except UserError as error:
+        print(f"lowlat: error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,73 @@
+"""Short reports: what an answer cost, and what a conversion did."""
+
+from rich.console import Console
+from rich.table import Table
+
+from lowlat.checkpoint.names import MODEL_PRESETS
+from lowlat.config.arithmetic import cache_cost
+from lowlat.config.model import ModelConfig
+from lowlat.config.presets import load_preset
+from lowlat.convert.run import Report, describe_attention
+from lowlat.engine.completion import Completion
+from lowlat.engine.llm import Model
+
+
+def print_answer_report(model: Model, completion: Completion, console: Console) -> None:
+    """Model, attention before and after conversion, cache per token, speed."""
+    usage = completion.usage
+    source = source_config(model.name)
+    label = MODEL_PRESETS[model.name].label if model.name in MODEL_PRESETS else model.name
+    numbers = str(model.transformer.embed_tokens.weight.dtype).removeprefix("torch.")
+    rows = {
+        "model": f"{label}, {model.num_parameters / 1e6:.1f}M parameters, {numbers}",
+        "attention": _attention(source, model.config),
+        "cache per token": _cache(source, model),
+        "speed": f"{usage.decode_tokens_per_second:.1f} tok/s "
+        f"({usage.completion_tokens} tokens; prompt of {usage.prompt_tokens} "
+        f"in {usage.prefill_seconds:.2f} s)",
+    }
+    _print(rows, console)
+
+
+def print_conversion(report: Report, console: Console | None = None) -> None:
+    """What a conversion did and where it is."""
+    before, after = report.cache_bytes_per_token_before, report.cache_bytes_per_token_after
+    rows = {
+        "attention": f"{report.attention_before}  ->  {report.attention_after}",
+        "cache per token": f"{before:,}  ->  {after:,} bytes in bf16",
+        "parameters": f"{report.parameters_before:,}  ->  {report.parameters_after:,}",
+        "written": f"{report.destination} in {report.seconds:.1f} s",
+    }
+    _print(rows, Console() if console is None else console)
+
+
+def source_config(name: str) -> ModelConfig | None:
+    """What the preset `name` was converted from; None for other models, which run as they are."""
+    return load_preset("smollm2-135m") if name in MODEL_PRESETS else None
+
+
+def _attention(source: ModelConfig | None, config: ModelConfig) -> str:
+    after = describe_attention(config.attention)
+    if source is None:
+        return after
+    return f"{describe_attention(source.attention)}\n->  {after} (the same function)"
+
+
+def _cache(source: ModelConfig | None, model: Model) -> str:
+    """Bytes before and after, beside full multi-head attention of the same width."""
+    cost = cache_cost(model.config)
+    width = model.cache_bytes_per_token // (cost.elements_per_token_layer * cost.num_layers)
+    full = cost.mha * cost.num_layers * width
+    text = f"{model.cache_bytes_per_token:,} bytes"
+    if source is not None:
+        text = f"{source.attention.row_dim * source.num_hidden_layers * width:,}  ->  {text}"
+    return f"{text} (MHA of this width: {full:,})"
+
+
+def _print(rows: dict[str, str], console: Console) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column()
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table, highlight=False, markup=False)

@@ -1,0 +1,141 @@
+"""The terminal side of `lowlat chat`: lines in, pieces of answers out, commands, Ctrl-C.
+
+The conversation itself is `cli.conversation`'s. Answers go to stdout and everything about them to stderr, so that a
+pipe carries answers only; the report of --once is a result and goes to stdout.
+"""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from rich.console import Console
+
+from lowlat.cli.conversation import Conversation
+from lowlat.cli.report import print_answer_report
+from lowlat.engine.completion import Completion
+from lowlat.utils.errors import UserError
+
+HELP = """\
+/reset          forget the conversation
+/system [TEXT]  set the system message and start anew; without TEXT, remove it
+/model          what is running
+/help           this list
+/exit           leave (so does Ctrl-D)
+Ctrl-C          stop an answer"""
+
+# Escape sequences in an answer would reach the terminal as commands.
+CONTROL = dict.fromkeys((*range(32), *range(127, 160)), "�")
+del CONTROL[ord("\n")], CONTROL[ord("\t")]
+
+
+def answer_once(conversation: Conversation, question: str) -> None:
+    """One answer, then the report."""
+    completion = conversation.ask(question, write, threading.Event())
+    print("\n")
+    print_answer_report(conversation.model, completion, Console())
+
+
+def talk(conversation: Conversation) -> None:
+    """Question and answer until /exit or the end of the input."""
+    console = Console(stderr=True, highlight=False)
+    # A stray byte in piped text becomes U+FFFD instead of ending the conversation.
+    sys.stdin.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):  # Windows has none; lines are then edited plainly
+            import readline  # noqa: F401
+        console.print(
+            f"{conversation.model!r}\n/help lists the commands", style="dim", markup=False
+        )
+    for line in questions("> " if interactive else "", console):
+        if line.startswith("/"):
+            if line in ("/exit", "/quit"):
+                break
+            command(conversation, line, console)
+        elif line:
+            turn(conversation, line, console, interactive=interactive)
+
+
+def questions(prompt: str, console: Console) -> Iterator[str]:
+    """Lines as they are typed, without surrounding blanks. Ctrl-C drops a line, Ctrl-D ends them."""
+    while True:
+        try:
+            yield input(prompt).strip()
+        except EOFError:
+            if prompt:
+                print()
+            return
+        except KeyboardInterrupt:
+            console.print("\nCtrl-D or /exit leaves", style="dim")
+
+
+def command(conversation: Conversation, line: str, console: Console) -> None:
+    """Carry out a /command."""
+    name, _, rest = line.partition(" ")
+    match name:
+        case "/help":
+            console.print(HELP, style="dim", markup=False)
+        case "/reset":
+            conversation.reset()
+            console.print("forgotten", style="dim")
+        case "/system":
+            conversation.system = rest.strip() or None
+            conversation.reset()
+            console.print("system message " + ("set" if rest.strip() else "removed"), style="dim")
+        case "/model":
+            console.print(repr(conversation.model), style="dim", markup=False)
+        case _:
+            console.print(f"{name} is no command; /help lists them", style="yellow", markup=False)
+
+
+def turn(conversation: Conversation, question: str, console: Console, *, interactive: bool) -> None:
+    """One answer and one line of figures. At a terminal a fault ends the turn, in a pipe the program."""
+    try:
+        with interruptions() as interrupted:
+            completion = conversation.ask(question, write, interrupted)
+    except UserError as error:
+        if not interactive:
+            raise
+        console.print(f"{error}; /reset starts anew", style="red", markup=False)
+        return
+    print()
+    console.print(figures(conversation, completion), style="dim", markup=False, soft_wrap=True)
+
+
+def figures(conversation: Conversation, completion: Completion) -> str:
+    """`57 tokens, 21.3 tok/s; prompt 36 tokens in 0.14 s; cache 93 tokens x 23,040 bytes = 2.1 MB`."""
+    usage, model = completion.usage, conversation.model
+    cached = usage.prompt_tokens + usage.completion_tokens
+    per_token = model.cache_bytes_per_token
+    stopped = {"abort": " (stopped)", "length": " (cut at the limit)"}
+    return (
+        f"{usage.completion_tokens} tokens{stopped.get(str(completion.finish_reason), '')}, "
+        f"{usage.decode_tokens_per_second:.1f} tok/s; "
+        f"prompt {usage.prompt_tokens} tokens in {usage.prefill_seconds:.2f} s; "
+        f"cache {cached:,} tokens x {per_token:,} bytes = {cached * per_token / 1e6:.1f} MB"
+    )
+
+
+@contextlib.contextmanager
+def interruptions() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event, so that an answer stops between two tokens; a second one interrupts."""
+    pressed = threading.Event()
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def write(piece: str) -> None:
+    """A piece of an answer to stdout, at once."""
+    print(piece.translate(CONTROL), end="", flush=True)

@@ -1,0 +1,1 @@
+"""Turning one checkpoint into another: attention form, number type, file format."""

@@ -1,0 +1,1 @@
+"""Requests to tokens: options, page pool, scheduler, runner, sampler, and the Model users hold."""

@@ -1,0 +1,204 @@
+"""What a caller gets back: text with its tokens, log-probabilities and timing.
+
+Owns the step from one completion's tokens to its text (detokenising, stop strings). Generates
+nothing itself.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+from lowlat.engine.request import Event, FinishReason, Request
+from lowlat.text.detokenize import Detokenizer
+from lowlat.text.stops import StopStrings
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural log-probabilities under the model: of a generated token, of the likeliest ones."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """(token id, log-probability), best first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """Tokens and seconds of one completion."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    prefill_seconds: float
+    """From the prompt's first step to the first token."""
+    decode_seconds: float
+    """From the first token to the last."""
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds > 0.0 else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens after the first per second; 0 where there is only one."""
+        if self.completion_tokens < 2 or self.decode_seconds <= 0.0:
+            return 0.0
+        return (self.completion_tokens - 1) / self.decode_seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """One answer. `str()` of it is its text."""
+
+    text: str
+    """Without end-of-sequence token and without the stop string that ended it."""
+    token_ids: tuple[int, ...]
+    """Every generated token, those of a stop string and of the end of sequence included."""
+    finish_reason: FinishReason | None
+    """None while it is still being generated."""
+    logprobs: tuple[TokenLogprob, ...] | None
+    """One entry per token, where asked for."""
+    usage: Usage
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class CompletionBuilder:
+    """Collects the events of completion `index` of `request`; certain text goes to `pieces`."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request, index: int) -> None:
+        self.request = request
+        self.index = index
+        self.finish_reason: FinishReason | None = None
+        self.pieces: list[str] = []
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = StopStrings(request.params.stop)
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+
+    def push(self, event: Event) -> None:
+        """Take one event; sets `finish_reason` at the end, also for a stop string found here."""
+        piece = ""
+        if event.token is not None:
+            self._token_ids.append(event.token)
+            if event.logprob is not None:
+                self._logprobs.append(TokenLogprob(event.token, event.logprob, event.top))
+            # A token that ends with "stop" is the end of sequence: it has no text.
+            if event.finish_reason != "stop":
+                piece = self._push_text(self._detokenizer.push(event.token))
+        if self.finish_reason is None and event.finish_reason is not None:
+            piece += self._flush()
+            self.finish_reason = self.finish_reason or event.finish_reason
+        if piece:
+            self.pieces.append(piece)
+
+    def result(self) -> Completion:
+        """The completion as far as it has come. Raises UserError where the model failed."""
+        if self.finish_reason == "error":
+            raise UserError(
+                "the model's logits are not finite; load it with a dtype of larger range (bf16 or "
+                "fp32), or check its weights"
+            )
+        return Completion(
+            text="".join(self.pieces),
+            token_ids=tuple(self._token_ids),
+            finish_reason=self.finish_reason,
+            logprobs=None if self.request.params.logprobs is None else tuple(self._logprobs),
+            usage=self._usage(),
+        )
+
+    def _push_text(self, text: str) -> str:
+        safe, stopped = self._stops.push(text)
+        if stopped:
+            self.finish_reason = "stop"
+        return safe
+
+    def _flush(self) -> str:
+        """Text held back as the possible start of a character or of a stop string."""
+        text = self._push_text(self._detokenizer.flush())
+        return text if self.finish_reason == "stop" else text + self._stops.flush()
+
+    def _usage(self) -> Usage:
+        sequences = self.request.sequences
+        sequence = sequences[self.index] if self.index < len(sequences) else None
+        started = self.request.started_at
+        first = None if sequence is None else sequence.first_token_at
+        last = None if sequence is None else sequence.last_token_at
+        return Usage(
+            prompt_tokens=len(self.request.prompt),
+            completion_tokens=len(self._token_ids),
+            prefill_seconds=0.0 if started is None or first is None else first - started,
+            decode_seconds=0.0 if first is None or last is None else last - first,
+        )
+
+
+class Stream(Iterator[str]):
+    """The text of a completion, piece by piece as it becomes certain; its fields grow along.
+
+    Left early, it must be closed (or leave its `with` block, or be garbage) for its request to end.
+    """
+
+    def __init__(
+        self, builder: CompletionBuilder, *, step: Callable[[], None], close: Callable[[], None]
+    ) -> None:
+        self._builder = builder
+        self._step = step
+        self._close = close
+        self._num_shown = 0
+
+    def __next__(self) -> str:
+        while self._num_shown == len(self._builder.pieces):
+            if self._builder.finish_reason is not None:
+                self._builder.result()
+                raise StopIteration
+            self._step()
+        self._num_shown += 1
+        return self._builder.pieces[self._num_shown - 1]
+
+    def close(self) -> None:
+        """End the request if it has not ended: finish_reason is then "abort"."""
+        if self._builder.finish_reason is None:
+            self._builder.finish_reason = "abort"
+            self._close()
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    @property
+    def completion(self) -> Completion:
+        """Everything so far, as one record."""
+        return self._builder.result()
+
+    @property
+    def text(self) -> str:
+        return self.completion.text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.completion.token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self._builder.finish_reason
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        return self.completion.logprobs
+
+    @property
+    def usage(self) -> Usage:
+        return self.completion.usage

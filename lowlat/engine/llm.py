@@ -1,0 +1,241 @@
+"""Model: what `lowlat.load` returns. Text in, text out, over the engine's token ids.
+
+Owns prompts and the sharing of one engine by several completions and streams. Not thread-safe.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Unpack, overload
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lowlat.attention.cache import cache_bytes_per_token
+from lowlat.config.model import MLAConfig, ModelConfig
+from lowlat.engine import scoring
+from lowlat.engine.completion import Completion, CompletionBuilder, Stream
+from lowlat.engine.engine import PREFILL_CHUNK, Engine
+from lowlat.engine.params import SamplingOptions, SamplingParams, make_params
+from lowlat.engine.request import Request
+from lowlat.engine.runner import Runner
+from lowlat.engine.scoring import Score
+from lowlat.model.transformer import Transformer
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress, SilentProgress
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text to continue, token ids, or chat messages ({"role": ..., "content": ...})."""
+
+
+class Model:
+    """A loaded model and its tokenizer.
+
+    `context` is the most tokens prompt and output may have together; None takes all the model
+    allows.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        name: str,
+        context: int | None = None,
+    ) -> None:
+        config = transformer.config
+        self.name = name
+        self.transformer = transformer
+        self.tokenizer = tokenizer
+        self.context = _check_context(config, context)
+        self._runner = Runner(transformer)
+        self._engine = Engine(
+            self._runner,
+            context=self.context,
+            eos_ids=frozenset(tokenizer.eos_ids) | frozenset(config.eos_token_ids),
+        )
+        self._builders: dict[tuple[int, int], CompletionBuilder] = {}
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.transformer.config
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters held, MTP modules included."""
+        return sum(parameter.numel() for parameter in self.transformer.parameters())
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        return cache_bytes_per_token(self.config, self._runner.cache.data.dtype)
+
+    def __repr__(self) -> str:
+        attention = self.config.attention
+        if isinstance(attention, MLAConfig):
+            latent = f"{attention.kv_lora_rank} + {attention.qk_rope_head_dim}"
+            form = f"MLA {attention.num_attention_heads} heads, latent {latent}"
+        else:
+            groups = attention.num_key_value_heads
+            form = f"GQA {attention.num_attention_heads} heads in {groups} groups"
+        dtype = str(self._runner.cache.data.dtype).removeprefix("torch.")
+        return (
+            f"<lowlat.Model {self.name}: {self.config.model_type}, "
+            f"{self.num_parameters / 1e6:,.1f}M parameters, "
+            f"{self.config.num_hidden_layers} layers, {form}, "
+            f"{self.cache_bytes_per_token:,} bytes of cache per token, {dtype} "
+            f"on {self._runner.device}, context {self.context:,}>"
+        )
+
+    @overload
+    def generate(
+        self, prompt: Prompt, *, stream: Literal[True], **options: Unpack[SamplingOptions]
+    ) -> Stream: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion | list[Completion]: ...
+
+    def generate(
+        self, prompt: Prompt, *, stream: bool = False, **options: Unpack[SamplingOptions]
+    ) -> Completion | list[Completion] | Stream:
+        """Complete `prompt`; `options` are the fields of SamplingParams.
+
+        Text is continued as it is, messages go through the model's chat template. Returns a
+        Completion, or a list of them for n > 1; with stream=True an iterator of text pieces that
+        carries the same fields. Raises UserError for a prompt that does not fit the context and
+        for options that contradict each other.
+        """
+        if stream:
+            return self._stream(prompt, make_params(options))
+        completions = self._complete([prompt], make_params(options))[0]
+        return completions[0] if len(completions) == 1 else completions
+
+    def generate_many(
+        self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]
+    ) -> list[list[Completion]]:
+        """Complete several prompts with the same options in one batch: n completions for each."""
+        return self._complete(prompts, make_params(options))
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids the model reads for `prompt`. Raises UserError where it has no known form."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if all(isinstance(item, int) and not isinstance(item, bool) for item in prompt):
+            return [item for item in prompt if isinstance(item, int)]
+        messages = [item for item in prompt if isinstance(item, Mapping)]
+        if len(messages) == len(prompt):
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        raise UserError(
+            "prompt must be text, a list of token ids, or a list of messages with role and content"
+        )
+
+    def logits(self, ids: Sequence[int]) -> Float[Tensor, "tokens vocab"]:
+        """Raw logits after each of `ids`, fp32 (fp64 models: fp64); row i predicts token i + 1."""
+        return scoring.logits(self._runner, self._check_ids(ids), chunk=PREFILL_CHUNK)
+
+    def mtp_logits(self, ids: Sequence[int]) -> list[Float[Tensor, "rows vocab"]]:
+        """Raw logits of every MTP depth k, fp32: [tokens - 1 - k, vocab].
+
+        Row i of depth k predicts token i + 2 + k. Raises UserError for models without MTP modules.
+        """
+        if self.config.num_nextn_predict_layers == 0:
+            raise UserError(f"{self.name} has no MTP modules (num_nextn_predict_layers is 0)")
+        return scoring.mtp_logits(self._runner, self._check_ids(ids), chunk=PREFILL_CHUNK)
+
+    def nll(self, ids: Sequence[int]) -> Float[Tensor, " predicted"]:
+        """Negative log-likelihood in nats (fp64) of each of `ids` but the first."""
+        return scoring.nll(self._runner, self._check_ids(ids), chunk=PREFILL_CHUNK)
+
+    def perplexity(
+        self, text: str, *, window: int = 1024, progress: Progress | None = None
+    ) -> Score:
+        """How well the model predicts `text`, in windows of `window` tokens without overlap.
+
+        The first token of a window is given, not predicted. Raises UserError for a window the
+        context cannot hold and for a text of less than two tokens.
+        """
+        if not 2 <= window <= self.context:
+            raise UserError(f"window must be from 2 to the context of {self.context}, got {window}")
+        ids = self.tokenizer.encode(text)
+        if len(ids) < 2:
+            raise UserError("the text has less than two tokens; nothing can be predicted")
+        tokens, num_bytes, total = 0, 0, 0.0
+        with (progress or SilentProgress()).task("evaluating", len(ids), "tokens") as task:
+            for start in range(0, len(ids), window):
+                part = ids[start : start + window]
+                if len(part) > 1:
+                    total += float(self.nll(part).sum())
+                    tokens += len(part) - 1
+                    num_bytes += sum(len(self.tokenizer.id_to_bytes(id)) for id in part[1:])
+                task.advance(len(part))
+        return Score(tokens=tokens, bytes=num_bytes, nll=total)
+
+    def _check_ids(self, ids: Sequence[int]) -> list[int]:
+        if not 1 <= len(ids) <= self.context:
+            raise UserError(f"ids must be 1 to {self.context} tokens (the context), got {len(ids)}")
+        if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+            raise UserError(f"ids has a token outside the vocabulary of {self.config.vocab_size}")
+        return list(ids)
+
+    def _complete(
+        self, prompts: Sequence[Prompt], params: SamplingParams
+    ) -> list[list[Completion]]:
+        encoded = [self.encode_prompt(prompt) for prompt in prompts]
+        requests: list[Request] = []
+        try:
+            added = [self._add(ids, params, requests) for ids in encoded]
+            while any(builder.finish_reason is None for group in added for builder in group):
+                self._step()
+        finally:
+            for request in requests:
+                self._abandon(request)
+        return [[builder.result() for builder in group] for group in added]
+
+    def _stream(self, prompt: Prompt, params: SamplingParams) -> Stream:
+        if params.n > 1:
+            raise UserError(f"n {params.n} cannot be streamed; set n to 1 or stream to False")
+        requests: list[Request] = []
+        (builder,) = self._add(self.encode_prompt(prompt), params, requests)
+        return Stream(builder, step=self._step, close=lambda: self._abandon(requests[0]))
+
+    def _add(
+        self, ids: list[int], params: SamplingParams, requests: list[Request]
+    ) -> list[CompletionBuilder]:
+        request = self._engine.add(ids, params)
+        requests.append(request)
+        builders = [CompletionBuilder(self.tokenizer, request, i) for i in range(params.n)]
+        self._builders.update({(request.id, builder.index): builder for builder in builders})
+        return builders
+
+    def _step(self) -> None:
+        """One step of the engine, for all completions under way; each event goes to its builder."""
+        for event in self._engine.step():
+            builder = self._builders[event.request_id, event.index]
+            builder.push(event)
+            if builder.finish_reason is not None:
+                del self._builders[event.request_id, event.index]
+                if event.finish_reason is None:
+                    self._engine.stop(event.request_id, event.index)
+
+    def _abandon(self, request: Request) -> None:
+        """Forget a request, finished or not, and give its pages back."""
+        self._engine.abort(request.id)
+        for index in range(request.params.n):
+            self._builders.pop((request.id, index), None)
+
+
+def _check_context(config: ModelConfig, context: int | None) -> int:
+    longest = config.max_position_embeddings
+    if context is None:
+        return longest
+    if not 2 <= context <= longest:
+        raise UserError(
+            f"context must be from 2 to the model's max_position_embeddings of {longest}, "
+            f"got {context}"
+        )
+    return context

@@ -1,0 +1,91 @@
+"""What is being generated: a Request per prompt, a Sequence per completion, an Event per token.
+
+Owns the records and their states, no decisions: `engine.scheduler` chooses who runs,
+`engine.engine` moves states.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lowlat.engine.params import SamplingParams
+from lowlat.engine.sampler import SequenceSampler
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+"""stop: end-of-sequence token or stop string; length: max_tokens or context reached; abort: the
+caller gave up; error: the model's logits were not finite."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One completion: waiting (no pages), running, or finished (a `finish_reason`, no pages)."""
+
+    request: "Request"
+    index: int
+    """Which of the request's n completions."""
+    tokens: list[int]
+    """Prompt and output."""
+    sampler: SequenceSampler
+    num_cached: int = 0
+    """Leading tokens whose rows are in the cache."""
+    pages: list[int] = field(default_factory=list)
+    """Pages of the cache in order; they cover at least num_cached rows."""
+    finish_reason: FinishReason | None = None
+    first_token_at: float | None = None
+    """Clock in seconds when the first token was chosen."""
+    last_token_at: float | None = None
+    """Clock in seconds when the latest token was chosen."""
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens the model has yet to read; 1 while decoding."""
+        return len(self.tokens) - self.num_cached
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.num_outputs == 0
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A prompt and how to complete it n times."""
+
+    id: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    max_outputs: int
+    """Tokens after which a completion ends: max_tokens, or what the context leaves."""
+    sequences: list[Sequence] = field(default_factory=list)
+    """Completion 0 alone until the prompt is cached, then all n, which share the prompt's pages."""
+    started_at: float | None = None
+    """Clock in seconds when the first step of the prompt began."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A token of one completion, or its end."""
+
+    request_id: int
+    index: int
+    token: int | None
+    """The chosen token; None where a completion ends without one (error)."""
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Part of a step: consecutive tokens of one sequence for the model to read."""
+
+    tokens: SequenceOf[int]
+    start: int
+    """Position of the first of them: rows cached before."""
+    pages: tuple[int, ...]
+    """Pages of the sequence, covering start + len(tokens) rows."""
+    num_logits: int
+    """Logits are wanted for this many of the last tokens."""

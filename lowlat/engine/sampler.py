@@ -1,0 +1,172 @@
+"""From logits to tokens.
+
+Owns the order of the sampling steps and each sequence's random numbers. Knows no text and no
+cache.
+
+The order is: repetition, frequency and presence penalty, logit bias, temperature, top-k, top-p,
+min-p, draw. Probabilities are computed in fp64 on the CPU from fp32 logits. A sequence draws one
+number per token from its own generator, so its tokens do not depend on what else is in the batch.
+Equal scores rank by token id, lowest first.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lowlat.engine.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A chosen token and, where asked for, log-probabilities of the model itself."""
+
+    token: int
+    logprob: float | None = None
+    """Natural log of the token's probability under the softmax of the raw logits."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens and their log-probabilities, best first."""
+
+
+class SequenceSampler:
+    """How one sequence chooses: its options, its generator, and the counts its penalties need.
+
+    `sample` and `record` mutate: call `record` once with every token that becomes part of the
+    output.
+    """
+
+    def __init__(
+        self, params: SamplingParams, prompt: Sequence[int], index: int, vocab_size: int
+    ) -> None:
+        self.params = params
+        # Text seeds are hashed whole: every (seed, index) pair starts an unrelated stream.
+        self._random = random.Random(None if params.seed is None else f"{params.seed}:{index}")
+        self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
+        self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+        self._is_raw = not params.has_penalties and not params.logit_bias
+        if params.has_penalties:
+            self._seen = torch.zeros(vocab_size, dtype=torch.bool)
+            self._seen[torch.tensor(list(prompt), dtype=torch.int64)] = True
+            self._counts = torch.zeros(vocab_size, dtype=torch.float32)
+
+    def record(self, token: int) -> None:
+        """Count `token` as part of the output."""
+        if self.params.has_penalties:
+            self._seen[token] = True
+            self._counts[token] += 1
+
+    def sample(self, logits: Float[Tensor, " vocab"], best: int) -> Sampled:
+        """Choose from one row of raw logits, whose largest entry is at `best`."""
+        params = self.params
+        if params.is_greedy and self._is_raw and params.logprobs is None:
+            return Sampled(best)
+        logits = logits.cpu()
+        token = best if params.is_greedy and self._is_raw else self._choose(logits)
+        if params.logprobs is None:
+            return Sampled(token)
+        logprobs = torch.log_softmax(logits, dim=-1)
+        top = ranked(logprobs, params.logprobs)[: params.logprobs] if params.logprobs else []
+        return Sampled(
+            token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in top)
+        )
+
+    def _choose(self, logits: Float[Tensor, " vocab"]) -> int:
+        params = self.params
+        if params.has_penalties:
+            logits = penalise(logits, self._seen, self._counts, params)
+        if params.logit_bias:
+            logits = logits.index_add(0, self._bias_ids, self._bias)
+        if params.is_greedy:
+            return int(logits.argmax())
+        ids, probabilities = candidates(logits, params)
+        cumulative = probabilities.cumsum(0)
+        # random() < 1, so the threshold stays below the last entry and the index within bounds.
+        threshold = self._random.random() * float(cumulative[-1])
+        index = int(torch.searchsorted(cumulative, threshold, right=True))
+        return int(ids[index]) if ids is not None else index
+
+
+@torch.inference_mode()
+def sample(
+    logits: Float[Tensor, "rows vocab"], samplers: Sequence[SequenceSampler]
+) -> list[Sampled | None]:
+    """One token per row; None for a row whose largest logit is NaN or infinite."""
+    is_finite = logits.amax(dim=-1).isfinite().tolist()
+    best = logits.argmax(dim=-1).tolist()
+    return [
+        sampler.sample(row, token) if ok else None
+        for row, sampler, token, ok in zip(logits, samplers, best, is_finite, strict=True)
+    ]
+
+
+def penalise(
+    logits: Float[Tensor, " vocab"],
+    seen: Bool[Tensor, " vocab"],
+    counts: Float[Tensor, " vocab"],
+    params: SamplingParams,
+) -> Float[Tensor, " vocab"]:
+    """Logits after the penalties; `seen`: tokens of prompt and output, `counts`: of the output."""
+    factor = params.repetition_penalty
+    repeated = torch.where(logits > 0, logits / factor, logits * factor)
+    logits = torch.where(seen, repeated, logits)
+    return logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+
+
+def candidates(
+    logits: Float[Tensor, " vocab"], params: SamplingParams
+) -> tuple[Int[Tensor, " kept"] | None, Float[Tensor, " kept"]]:
+    """Token ids that survive the filters and their probabilities (fp64, not normalised).
+
+    Ids are None where no filter is set: the probabilities are then those of all tokens in order.
+    """
+    scores = logits.double()
+    scores = (scores - scores.max()) / params.temperature
+    if params.top_k == 0 and params.top_p == 1.0:
+        ids = None
+        if params.min_p > 0.0:
+            ids = torch.nonzero(scores >= math.log(params.min_p)).flatten()
+            scores = scores[ids]
+        return ids, scores.exp()
+    ids = _nucleus(scores, params)
+    scores = scores[ids]
+    if params.min_p > 0.0:
+        is_kept = scores >= math.log(params.min_p)
+        ids, scores = ids[is_kept], scores[is_kept]
+    return ids, scores.exp()
+
+
+def _nucleus(scores: Float[Tensor, " vocab"], params: SamplingParams) -> Int[Tensor, " kept"]:
+    """Ids kept by top-k, then top-p over the probabilities renormalised after top-k; best first."""
+    vocab = scores.shape[0]
+    if params.top_k > 0:
+        ids = ranked(scores, params.top_k)[: params.top_k]
+        return ids[: _prefix(scores[ids].softmax(0), params.top_p)]
+    log_total = scores.logsumexp(0)
+    # Sorting a whole vocabulary takes milliseconds per token: widen only as needed.
+    count = 256
+    while True:
+        ids = ranked(scores, count)
+        probabilities = (scores[ids] - log_total).exp()
+        if len(ids) == vocab or float(probabilities.sum()) >= params.top_p:
+            return ids[: _prefix(probabilities, params.top_p)]
+        count *= 8
+
+
+def _prefix(probabilities: Float[Tensor, " kept"], top_p: float) -> int:
+    """Length of the shortest prefix whose sum reaches `top_p` (or all)."""
+    if top_p == 1.0:
+        return probabilities.shape[0]
+    return int((probabilities.cumsum(0) < top_p).sum()) + 1
+
+
+def ranked(scores: Float[Tensor, " vocab"], count: int) -> Int[Tensor, " ranked"]:
+    """Ids of the `count` best scores (more where the last tie), best first, then by lowest id."""
+    count = min(count, scores.shape[0])
+    # topk leaves open which of equal scores it returns, so it only finds the threshold.
+    threshold = torch.topk(scores, count, sorted=False).values.min()
+    ids = torch.nonzero(scores >= threshold).flatten()
+    return ids[torch.sort(scores[ids], descending=True, stable=True).indices]

@@ -1,0 +1,96 @@
+"""Logits and likelihoods of given tokens, through the same paged cache that generation uses.
+
+Owns the chunking and the sums. Text and windows of text are `engine.llm`'s.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lowlat.engine.request import Chunk
+from lowlat.engine.runner import Runner
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """How well a model predicts a text."""
+
+    tokens: int
+    """Tokens predicted: all but the first of each window."""
+    bytes: int
+    """Bytes of text in them."""
+    nll: float
+    """Sum of their negative log-likelihoods in nats."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits the model needs per byte of text: comparable between tokenizers."""
+        return self.nll / math.log(2.0) / self.bytes
+
+
+def logits(runner: Runner, ids: Sequence[int], *, chunk: int) -> Float[Tensor, "tokens vocab"]:
+    """Raw logits after each of `ids`, at least fp32, read `chunk` at a time."""
+    out: Tensor | None = None
+    for start, rows in _chunks(runner, ids, chunk):
+        if out is None:
+            # Made outside inference mode, so that callers may change it in place.
+            out = torch.empty(len(ids), rows.shape[1], dtype=rows.dtype, device=rows.device)
+        out[start : start + len(rows)] = rows
+    assert out is not None, "no tokens"
+    return out
+
+
+def mtp_logits(
+    runner: Runner, ids: Sequence[int], *, chunk: int
+) -> list[Float[Tensor, "tokens vocab"]]:
+    """Raw logits of every MTP depth k, at least fp32: [tokens - 1 - k, vocab] (or no rows).
+
+    Row i of depth k predicts token i + 2 + k.
+    """
+    depths = runner.model.config.num_nextn_predict_layers
+    pieces: list[list[Tensor]] = [[] for _ in range(depths)]
+    pages: list[int] = []
+    try:
+        for start in range(0, len(ids), chunk):
+            end = min(start + chunk, len(ids))
+            runner.reserve(pages, end)
+            ahead = [ids[start + 1 + depth : end + 1 + depth] for depth in range(depths)]
+            part = Chunk(tokens=ids[start:end], start=start, pages=tuple(pages), num_logits=0)
+            for found, rows in zip(pieces, runner.run_mtp(part, ahead), strict=True):
+                found.append(rows)
+    finally:
+        runner.release(pages)
+    return [torch.cat(found) for found in pieces]
+
+
+def nll(runner: Runner, ids: Sequence[int], *, chunk: int) -> Float[Tensor, " predicted"]:
+    """Negative log-likelihood (nats, fp64, on the CPU) of each of `ids` but the first."""
+    pieces = []
+    for start, rows in _chunks(runner, ids, chunk):
+        targets = torch.tensor(
+            ids[start + 1 : start + 1 + len(rows)], dtype=torch.int64, device=rows.device
+        )
+        chosen = torch.log_softmax(rows[: len(targets)], dim=-1).gather(1, targets[:, None])
+        pieces.append(-chosen.flatten().cpu().double())
+    return torch.cat(pieces)
+
+
+def _chunks(runner: Runner, ids: Sequence[int], chunk: int) -> Iterator[tuple[int, Tensor]]:
+    """(start, logits [length, vocab]) of successive chunks; the pages are given back at the end."""
+    pages: list[int] = []
+    try:
+        for start in range(0, len(ids), chunk):
+            tokens = ids[start : start + chunk]
+            runner.reserve(pages, start + len(tokens))
+            part = Chunk(tokens=tokens, start=start, pages=tuple(pages), num_logits=len(tokens))
+            yield start, runner.run([part])
+    finally:
+        runner.release(pages)
