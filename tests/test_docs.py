@@ -1,0 +1,43 @@
+"""Documents that quote code or link to files stay true."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROW = re.compile(r"^\|.*\| `(?P<code>.+?)` \| (?P<file>lowlat/\S+\.py) \|$", re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?://|#)(?P<target>[^)#]+)")
+
+
+def quotes() -> list[tuple[str, str]]:
+    text = (ROOT / "docs/mla.md").read_text()
+    return [(match["code"], match["file"]) for match in ROW.finditer(text)]
+
+
+def flat(text: str) -> str:
+    """Code without the white space that formatting may move."""
+    return re.sub(r"\s+", "", text)
+
+
+def test_every_equation_has_its_line() -> None:
+    assert len(quotes()) >= 25
+
+
+@pytest.mark.parametrize(("code", "file"), quotes())
+def test_quoted_code_is_in_its_file(code: str, file: str) -> None:
+    assert flat(code) in flat((ROOT / file).read_text()), f"{file} no longer contains: {code}"
+
+
+@pytest.mark.parametrize(
+    "page",
+    sorted(
+        p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    ),
+)
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    for match in LINK.finditer(path.read_text()):
+        assert (path.parent / match["target"]).exists(), (
+            f"{page} links to missing {match['target']}"
+        )

@@ -1,0 +1,99 @@
+"""The import rule of docs/architecture.md: each layer imports only layers below its own."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lowlat"
+
+# Top to bottom. Names in one row are independent of one another, save what ALLOWED lists.
+LAYERS = [
+    {"cli"},
+    {"api"},
+    {"serve", "train", "convert"},
+    {"engine"},
+    {"checkpoint"},
+    {"model"},
+    {"attention"},
+    {"ops"},
+    {"text", "config", "utils"},
+]
+RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
+ALLOWED = {("text", "utils"), ("config", "utils")}
+
+
+def layer_of(module: list[str]) -> str | None:
+    """`lowlat.ops.rope` -> `ops`; None for the package itself, which only names public things."""
+    return module[1] if len(module) > 1 else None
+
+
+def imported_modules(tree: ast.AST, package: list[str]) -> Iterator[list[str]]:
+    """Every lowlat module that a file of `package` imports, inside functions and TYPE_CHECKING too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            names = [[*base, alias.name] for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name[0] == "lowlat")
+
+
+def violations(source: str, module: list[str], package: list[str]) -> list[str]:
+    """Imports in `source` that break the rule, as `lowlat.ops.rope imports lowlat.model.mla`."""
+    importer = layer_of(module)
+    assert importer in RANK, f"{'.'.join(module)}: layer '{importer}' has no place in LAYERS"
+    found = []
+    for target in imported_modules(ast.parse(source), package):
+        imported = layer_of(target)
+        downward = imported in RANK and RANK[imported] > RANK[importer]
+        if not (downward or imported == importer or (importer, imported) in ALLOWED):
+            found.append(f"{'.'.join(module)} imports {'.'.join(target)}")
+    return found
+
+
+def module_files() -> list[Path]:
+    return [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+
+
+def test_imports_point_downward() -> None:
+    broken = []
+    for path in module_files():
+        module = ["lowlat", *path.relative_to(PACKAGE).with_suffix("").parts]
+        broken += violations(path.read_text(encoding="utf-8"), module, module[:-1])
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lowlat.ops.rope", "from lowlat.model.mla import MLA"),
+        ("lowlat.serve.app", "import lowlat.train.loop"),
+        ("lowlat.engine.llm", "def late():\n    from lowlat import api"),
+        ("lowlat.model.mla", "from ..engine import params"),
+        ("lowlat.utils.device", "from lowlat.config.model import ModelConfig"),
+        ("lowlat.config.hf", "from lowlat.text.tokenizer import Tokenizer"),
+        ("lowlat.checkpoint.load", "from lowlat import load"),
+    ],
+)
+def test_upward_and_sideways_imports_are_found(module: str, source: str) -> None:
+    parts = module.split(".")
+    assert violations(source, parts, parts[:-1]) != []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lowlat.model.mla", "from lowlat.ops import rope\nfrom .linear import Linear"),
+        ("lowlat.text.tokenizer", "from lowlat.utils.errors import UserError"),
+        ("lowlat.cli.chat", "from lowlat import api"),
+        ("lowlat.api", "from .engine.llm import Model\nimport torch"),
+    ],
+)
+def test_downward_imports_are_allowed(module: str, source: str) -> None:
+    parts = module.split(".")
+    assert violations(source, parts, parts[:-1]) == []

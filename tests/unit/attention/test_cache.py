@@ -1,0 +1,61 @@
+"""The paged cache: rows go where their slot says and come back in order."""
+
+import pytest
+import torch
+
+from lowlat.attention.cache import PagedCache, cache_bytes_per_token
+
+from .draw import GQA, MLA, config_of
+
+
+def test_deepseek_v3_leaves_70272_bytes_per_token() -> None:
+    """61 layers x (512 + 64) elements x 2 bytes; MTP modules are not counted."""
+    v3 = config_of(MLA(kv_lora_rank=512, qk_rope_head_dim=64), layers=61, mtp=1)
+    assert cache_bytes_per_token(v3, torch.bfloat16) == 70_272
+    mha = config_of(GQA(num_attention_heads=128, num_key_value_heads=128, head_dim=128), layers=61)
+    assert cache_bytes_per_token(mha, torch.bfloat16) == 61 * 2 * 128 * 128 * 2
+
+
+def test_one_row_per_token_and_layer() -> None:
+    cache = PagedCache(config_of(MLA(), layers=3, mtp=2), num_pages=7, dtype=torch.bfloat16)
+    assert cache.data.shape == (5, 7, 64, 13 + 4)
+    assert cache.num_pages == 7 and cache.page_size == 64
+    gqa = PagedCache(config_of(GQA(), layers=1), num_pages=2, page_size=3, dtype=torch.float32)
+    assert gqa.data.shape == (1, 2, 3, 2 * 2 * 6)
+
+
+@pytest.mark.parametrize("pages", [(2, 3, 4), (4, 1, 3), (5,), (0, 2)])
+def test_rows_come_back_in_sequence_order(pages: tuple[int, ...]) -> None:
+    """Neighbouring pages are read as a view, scattered ones gathered; both are the same rows."""
+    cache = PagedCache(config_of(MLA(), layers=2), num_pages=6, page_size=3, dtype=torch.float32)
+    length = 3 * len(pages) - 1
+    rows = torch.randn(length, 17)
+    slots = torch.tensor([pages[i // 3] * 3 + i % 3 for i in range(length)])
+    cache.write(1, slots, rows)
+    assert torch.equal(cache.rows(1, pages, length), rows)
+    assert torch.equal(cache.rows(1, pages, 2), rows[:2])
+    assert cache.data[0].count_nonzero() == 0
+    assert cache.data[1].count_nonzero() == rows.numel()
+
+
+def test_more_pages_than_rows_are_allowed() -> None:
+    cache = PagedCache(config_of(MLA(), layers=1), num_pages=6, page_size=3, dtype=torch.float32)
+    rows = torch.randn(2, 17)
+    cache.write(0, torch.tensor([9, 10]), rows)
+    assert torch.equal(cache.rows(0, (3, 0, 5), 2), rows)
+
+
+def test_rows_are_stored_in_the_cache_dtype() -> None:
+    cache = PagedCache(config_of(MLA(), layers=1), num_pages=1, dtype=torch.bfloat16)
+    rows = torch.randn(5, 17)
+    cache.write(0, torch.arange(5), rows)
+    assert torch.equal(cache.rows(0, (0,), 5), rows.to(torch.bfloat16))
+
+
+def test_copy_page_copies_every_layer() -> None:
+    cache = PagedCache(config_of(MLA(), layers=3), num_pages=4, page_size=2, dtype=torch.float32)
+    cache.data.normal_()
+    before = cache.data.clone()
+    cache.copy_page(1, 3)
+    assert torch.equal(cache.data[:, 3], before[:, 1])
+    assert torch.equal(cache.data[:, :3], before[:, :3])

@@ -1,0 +1,178 @@
+"""Cached attention equals attention over whole sequences: any chunks, page sizes, page order and company."""
+
+import math
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowlat.attention.cache import PagedCache
+from lowlat.attention.cached import CachedAttention
+from lowlat.attention.metadata import AttentionBatch, SequenceSlice
+from lowlat.attention.packed import PackedAttention
+from lowlat.config.model import GQAConfig, MLAConfig
+
+from .draw import GQA, MLA, config_of
+
+LENGTHS = [17, 1, 5]
+ABSORBED, EXPANDED = math.inf, 0.0
+
+
+def mla_inputs(tokens: int) -> dict[str, Tensor]:
+    shapes = {"q_nope": (tokens, 3, 5), "q_rope": (tokens, 3, 4), "rows": (tokens, 17)}
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def up_projections() -> tuple[Tensor, Tensor]:
+    return torch.randn(3, 5, 13, dtype=torch.float64), torch.randn(3, 7, 13, dtype=torch.float64)
+
+
+def gqa_inputs(tokens: int) -> dict[str, Tensor]:
+    shapes = {"q": (tokens, 6, 6), "k": (tokens, 2, 6), "v": (tokens, 2, 6)}
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def new_cache(attention: MLAConfig | GQAConfig, page_size: int) -> PagedCache:
+    config = config_of(attention, layers=2)
+    # Old rows of other sequences must never be read: NaN would show.
+    cache = PagedCache(config, num_pages=61, page_size=page_size, dtype=torch.float64)
+    cache.data.fill_(float("nan"))
+    return cache
+
+
+def page_tables(page_size: int, *, scattered: bool) -> list[tuple[int, ...]]:
+    """Pages for each of the sequences LENGTHS."""
+    free = list(range(61))
+    if scattered:
+        random.Random(5).shuffle(free)
+    tables = []
+    for length in LENGTHS:
+        count = -(-length // page_size)
+        tables.append(tuple(free[:count]))
+        free = free[count:]
+    return tables
+
+
+def steps(seed: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Random chunks: per step a list of (sequence, start, length), until all sequences are done."""
+    rng = random.Random(seed)
+    done = [0] * len(LENGTHS)
+    while done != LENGTHS:
+        step = []
+        for sequence, length in enumerate(LENGTHS):
+            count = rng.choice([0, 1, 1, 2, 5, 17])
+            count = min(count, length - done[sequence])
+            if count:
+                step.append((sequence, done[sequence], count))
+                done[sequence] += count
+        if step:
+            yield step
+
+
+def chunked(
+    call: str,
+    cache: PagedCache,
+    tables: list[tuple[int, ...]],
+    inputs: dict[str, Tensor],
+    rest: tuple,
+    *,
+    seed: int,
+    break_even: float,
+) -> Tensor:
+    """Run all steps and put the outputs back in packed order."""
+    offsets = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
+    out: dict[int, Tensor] = {}
+    for step in steps(seed):
+        slices = [SequenceSlice(pages=tables[s], start=start, length=n) for s, start, n in step]
+        batch = AttentionBatch.build(slices, page_size=cache.page_size)
+        places = [offsets[s] + start + i for s, start, n in step for i in range(n)]
+        backend = CachedAttention(cache, batch, break_even=break_even)
+        result = getattr(backend, call)(1, *(x[places] for x in inputs.values()), *rest)
+        out.update(zip(places, result, strict=True))
+    return torch.stack([out[place] for place in range(sum(LENGTHS))])
+
+
+@pytest.mark.parametrize("break_even", [ABSORBED, EXPANDED, 2.0])
+@pytest.mark.parametrize("page_size", [1, 3, 64])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_mla_in_chunks_equals_whole(page_size: int, scattered: bool, break_even: float) -> None:
+    inputs, rest = mla_inputs(sum(LENGTHS)), (*up_projections(), 0.3)
+    whole = PackedAttention(LENGTHS).mla(1, *inputs.values(), *rest)
+    for seed in range(4):
+        cache = new_cache(MLA(), page_size)
+        tables = page_tables(page_size, scattered=scattered)
+        out = chunked("mla", cache, tables, inputs, rest, seed=seed, break_even=break_even)
+        torch.testing.assert_close(out, whole, rtol=0, atol=1e-10)
+        assert cache.data[0].isnan().all()
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("page_size", [1, 3, 64])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_gqa_in_chunks_equals_whole(page_size: int, scattered: bool, window: int | None) -> None:
+    inputs, rest = gqa_inputs(sum(LENGTHS)), (0.4, window)
+    whole = PackedAttention(LENGTHS).gqa(1, *inputs.values(), *rest)
+    for seed in range(4):
+        cache = new_cache(GQA(), page_size)
+        tables = page_tables(page_size, scattered=scattered)
+        out = chunked("gqa", cache, tables, inputs, rest, seed=seed, break_even=0.0)
+        torch.testing.assert_close(out, whole, rtol=0, atol=1e-10)
+
+
+def test_gqa_rows_are_keys_then_values() -> None:
+    cache = new_cache(GQA(), 3)
+    batch = AttentionBatch.build([SequenceSlice(pages=(4,), start=0, length=2)], page_size=3)
+    inputs = gqa_inputs(2)
+    CachedAttention(cache, batch, break_even=0.0).gqa(0, *inputs.values(), 1.0, None)
+    rows = cache.rows(0, (4,), 2)
+    assert torch.equal(rows[:, :12], inputs["k"].flatten(1))
+    assert torch.equal(rows[:, 12:], inputs["v"].flatten(1))
+
+
+def test_mla_caches_the_rows_it_is_given() -> None:
+    cache = new_cache(MLA(), 3)
+    batch = AttentionBatch.build([SequenceSlice(pages=(4, 2), start=0, length=5)], page_size=3)
+    inputs = mla_inputs(5)
+    CachedAttention(cache, batch, break_even=2.0).mla(0, *inputs.values(), *up_projections(), 1.0)
+    assert torch.equal(cache.rows(0, (4, 2), 5), inputs["rows"])
+
+
+def test_break_even_of_deepseek_v3_is_about_170() -> None:
+    """512 (128 + 128) / (2 512 + 64 - 128 - 64 - 128) = 170.67 queries per key."""
+    v3 = MLA(
+        num_attention_heads=128,
+        kv_lora_rank=512,
+        q_lora_rank=1536,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    )
+    assert v3.expansion_break_even == pytest.approx(512 * 256 / 768)
+    # With a latent no wider than the heads the absorbed form never costs more.
+    assert MLA(kv_lora_rank=4, qk_nope_head_dim=5, v_head_dim=7).expansion_break_even == math.inf
+
+
+@pytest.mark.parametrize(("length", "form"), [(6, "absorbed_mla"), (7, "expanded_mla")])
+def test_form_is_chosen_by_the_config(
+    length: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The border is 13 (1 + 8) / (2 13 + 4 - 1 - 4 - 8) = 6.9 new tokens."""
+    called = []
+    for name in ("absorbed_mla", "expanded_mla"):
+        monkeypatch.setattr(
+            f"lowlat.attention.cached.{name}",
+            lambda q, *rest, name=name, **options: called.append(name) or q.new_zeros(len(q), 3, 7),
+        )
+    attention = MLA(qk_nope_head_dim=1, v_head_dim=8, kv_lora_rank=13)
+    cache = new_cache(MLA(), 64)
+    batch = AttentionBatch.build([SequenceSlice(pages=(0,), start=0, length=length)], page_size=64)
+    backend = CachedAttention.for_config(attention, cache, batch)
+    backend.mla(0, *mla_inputs(length).values(), *up_projections(), 1.0)
+    assert called == [form]
+
+
+def test_gqa_has_no_break_even() -> None:
+    batch = AttentionBatch.build([SequenceSlice(pages=(0,), start=0, length=1)], page_size=64)
+    assert CachedAttention.for_config(GQA(), new_cache(GQA(), 64), batch).break_even == 0.0

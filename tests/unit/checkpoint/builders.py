@@ -1,0 +1,146 @@
+"""Small checkpoints of every family, and raw safetensors and GGUF bytes for tests that break them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowlat.checkpoint.save import save_model
+from lowlat.config.model import (
+    GQAConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    QuantConfig,
+    RopeConfig,
+)
+from lowlat.convert.exact import mla_config
+from lowlat.model.transformer import Transformer
+
+
+def gqa(family: str, **changes: Any) -> ModelConfig:
+    attention = GQAConfig(
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=10,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+    return model_config(family, attention=attention, **changes)
+
+
+def mla(family: str, **changes: Any) -> ModelConfig:
+    """MLA; one dense layer, then experts."""
+    is_v2 = family == "deepseek_v2"
+    attention = MLAConfig(
+        num_attention_heads=3,
+        kv_lora_rank=13,
+        q_lora_rank=None if is_v2 else 11,
+        qk_nope_head_dim=5,
+        qk_rope_head_dim=6,
+        v_head_dim=7,
+    )
+    moe = MoEConfig(
+        n_routed_experts=12,
+        num_experts_per_tok=3,
+        n_shared_experts=2,
+        moe_intermediate_size=5,
+        first_k_dense_replace=1,
+        scoring_func="softmax" if is_v2 else "sigmoid",
+        topk_method="greedy" if is_v2 else "noaux_tc",
+        norm_topk_prob=not is_v2,
+        routed_scaling_factor=2.5,
+        scale_after_norm=not is_v2,
+    )
+    rope = RopeConfig(rope_theta=10000.0, rope_interleave=True)
+    return model_config(family, **({"attention": attention, "moe": moe, "rope": rope} | changes))
+
+
+def model_config(family: str, **fields: Any) -> ModelConfig:
+    common: dict[str, Any] = {
+        "hidden_size": 23,
+        "intermediate_size": 19,
+        "num_hidden_layers": 2,
+        "vocab_size": 41,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope": RopeConfig(rope_theta=10000.0),
+        "bos_token_id": 1,
+        "eos_token_ids": (2,),
+    }
+    return ModelConfig(model_type=family, **(common | fields))
+
+
+FP8 = QuantConfig(weight_block_size=(8, 5), modules_to_not_convert=("model.layers.0.mlp",))
+
+FAMILIES: dict[str, ModelConfig] = {
+    "deepseek_v2": mla("deepseek_v2"),
+    "deepseek_v3": mla("deepseek_v3"),
+    "deepseek_v3-mtp": mla("deepseek_v3", num_nextn_predict_layers=2),
+    "deepseek_v3-mtp-copies": mla("deepseek_v3", num_nextn_predict_layers=1, mtp_copies=True),
+    "deepseek_v3-fp8": mla("deepseek_v3", num_nextn_predict_layers=1, quantization=FP8),
+    "kimi_k2": mla("kimi_k2"),
+    "glm4_moe_lite": mla("glm4_moe_lite", num_nextn_predict_layers=1),
+    "llama": gqa("llama"),
+    "llama-tied": gqa("llama", tie_word_embeddings=True),
+    "mistral": gqa("mistral", sliding_window=7),
+    "qwen2": gqa("qwen2", tie_word_embeddings=True),
+    "qwen3": gqa("qwen3"),
+    "llama-converted": mla_config(gqa("llama")),
+    "qwen2-converted": mla_config(gqa("qwen2")),
+}
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Transformer:
+    """Every number random, router biases and fp8 scales included."""
+    model = Transformer(config, dtype=dtype).requires_grad_(False)
+    for name, value in model.state_dict().items():
+        drawn = torch.randn(value.shape)
+        value.copy_(drawn.abs() if name.endswith("_scale_inv") else drawn)
+    return model
+
+
+def write_model(folder: Path, config: ModelConfig, **options: Any) -> Transformer:
+    model = random_model(config)
+    save_model(model, config, folder, source=None, **options)
+    return model
+
+
+
+
+def raw_safetensors(
+    header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None
+) -> bytes:
+    """The bytes of a safetensors file; `length` overrides the header length written."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Apply `change` to the tensors (name -> tensor) of a single-file checkpoint, with the
+    safetensors library as writer."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def assert_same_bits(left: Transformer, right: Transformer) -> None:
+    ours, theirs = left.state_dict(), right.state_dict()
+    assert list(ours) == list(theirs)
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype, name
+        assert value.shape == theirs[name].shape, name
+        assert torch.equal(bits(value), bits(theirs[name])), name
