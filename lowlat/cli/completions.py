@@ -15,9 +15,7 @@ def as_prompt(
     """The text itself, or messages where the chat template is wanted and there is one."""
     has_template = model.tokenizer.chat_template is not None
     if system is not None and not has_template:
-        raise UserError(
-            f"{model.name} has no chat template, so --system has no place; leave it out"
-        )
+        raise UserError(f"{model.name} has no chat template; leave --system out")
     if raw or not has_template:
         return text
     return chat_messages(system, text)

@@ -89,8 +89,6 @@ def generate(
 
 def _check(params: SamplingParams, *, raw: bool, system: str | None, as_json: bool) -> None:
     if raw and system is not None:
-        raise UserError(
-            "--raw uses no chat template, so --system has no place; leave one of them out"
-        )
+        raise UserError("--raw uses no chat template, so leave --system out (or --raw)")
     if params.logprobs is not None and not as_json:
         raise UserError("--logprobs is shown in JSON only; add --json")

@@ -1,4 +1,4 @@
-"""What verbs take in: models, text files and standard input, each fault as one line that says what to do."""
+"""What verbs take in: models, text files, standard input. A fault is one line with a remedy."""
 
 import sys
 from pathlib import Path

@@ -33,10 +33,11 @@ app.command("convert")(convert)
 app.command("eval")(evaluate)
 
 
-def print_version(wanted: bool) -> None:
+def print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"lowlat {version('lowlat')}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

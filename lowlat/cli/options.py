@@ -145,7 +145,7 @@ def parse_logit_bias(pairs: list[str] | None) -> dict[int, float]:
             number, value = int(token), float(bias)
         except ValueError as error:
             raise UserError(
-                f"--logit-bias '{pair}': write TOKEN_ID=BIAS, such as 13=-100"
+                f"--logit-bias '{pair}': write TOKEN_ID=BIAS, such as 13=-9.5"
             ) from error
         if number in biases:
             raise UserError(f"--logit-bias names token {number} twice; give it once")

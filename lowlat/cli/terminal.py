@@ -1,7 +1,7 @@
 """The terminal side of `lowlat chat`: lines in, pieces of answers out, commands, Ctrl-C.
 
-The conversation itself is `cli.conversation`'s. Answers go to stdout and everything about them to stderr, so that a
-pipe carries answers only; the report of --once is a result and goes to stdout.
+The conversation itself is `cli.conversation`'s. Answers go to stdout and everything about them to
+stderr, so that a pipe carries answers only; the report of --once is a result and goes to stdout.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ def talk(conversation: Conversation) -> None:
 
 
 def questions(prompt: str, console: Console) -> Iterator[str]:
-    """Lines as they are typed, without surrounding blanks. Ctrl-C drops a line, Ctrl-D ends them."""
+    """Lines as typed, without surrounding blanks. Ctrl-C drops a line, Ctrl-D ends them."""
     while True:
         try:
             yield input(prompt).strip()
@@ -92,7 +92,7 @@ def command(conversation: Conversation, line: str, console: Console) -> None:
 
 
 def turn(conversation: Conversation, question: str, console: Console, *, interactive: bool) -> None:
-    """One answer and one line of figures. At a terminal a fault ends the turn, in a pipe the program."""
+    """One answer, one line of figures. At a terminal a fault ends the turn, else the program."""
     try:
         with interruptions() as interrupted:
             completion = conversation.ask(question, write, interrupted)
@@ -106,7 +106,7 @@ def turn(conversation: Conversation, question: str, console: Console, *, interac
 
 
 def figures(conversation: Conversation, completion: Completion) -> str:
-    """`57 tokens, 21.3 tok/s; prompt 36 tokens in 0.14 s; cache 93 tokens x 23,040 bytes = 2.1 MB`."""
+    """Tokens, speed and cache of an answer, as one line."""
     usage, model = completion.usage, conversation.model
     cached = usage.prompt_tokens + usage.completion_tokens
     per_token = model.cache_bytes_per_token
@@ -121,7 +121,7 @@ def figures(conversation: Conversation, completion: Completion) -> str:
 
 @contextlib.contextmanager
 def interruptions() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that an answer stops between two tokens; a second one interrupts."""
+    """Ctrl-C sets the event, so an answer stops between two tokens; a second one interrupts."""
     pressed = threading.Event()
 
     def handle(signum: int, frame: FrameType | None) -> None:

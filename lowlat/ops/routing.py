@@ -66,7 +66,9 @@ def _keep_best_groups(
 def _weights(
     chosen: Float[Tensor, "tokens chosen"], moe: MoEConfig
 ) -> Float[Tensor, "tokens chosen"]:
-    normalise = moe.norm_topk_prob and moe.num_experts_per_tok > 1
-    if normalise:
-        chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
-    return chosen if normalise and not moe.scale_after_norm else chosen * moe.routed_scaling_factor
+    # DeepSeek-V2's file leaves the weight of a single expert as it is.
+    is_v2_single = not moe.scale_after_norm and moe.num_experts_per_tok == 1
+    if not moe.norm_topk_prob or is_v2_single:
+        return chosen * moe.routed_scaling_factor
+    weights = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights * moe.routed_scaling_factor if moe.scale_after_norm else weights

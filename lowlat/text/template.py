@@ -19,6 +19,7 @@ from typing import Any
 from lowlat.utils.errors import UserError
 
 SECONDS = 10.0
+START_SECONDS = 60.0
 OUTPUT_CHARACTERS = 1 << 24
 WORKER = Path(__file__).with_name("template_worker.py")
 
@@ -101,6 +102,7 @@ class _Worker:
         self._owner = os.getpid()
         self._killed = False
         weakref.finalize(self, _end, self._process, self._owner)
+        self._exchange("", START_SECONDS)  # its first line says that it is ready
 
     def alive(self) -> bool:
         """Whether it can be asked; a forked child must not use its parent's."""
@@ -113,20 +115,24 @@ class _Worker:
 
     def ask(self, line: str, seconds: float) -> dict[str, str] | None:
         """The answer to the request `line`, or None when the process ended or was killed first."""
+        reply = self._exchange(line + "\n", seconds)
+        # A kill in the middle of a long answer leaves a piece of a line.
+        return json.loads(reply) if reply.endswith("\n") else None
+
+    def _exchange(self, sent: str, seconds: float) -> str:
+        """The line that comes back after `sent`; "" or a part of it when the process ends first."""
         assert self._process.stdin is not None and self._process.stdout is not None
         timer = threading.Timer(seconds, self._kill)
         timer.start()
         try:
-            self._process.stdin.write(line + "\n")
+            self._process.stdin.write(sent)
             self._process.stdin.flush()
-            reply = self._process.stdout.readline()
+            return self._process.stdout.readline()
         except BrokenPipeError:
-            return None
+            return ""
         finally:
             timer.cancel()
             timer.join()
-        # A kill in the middle of a long answer leaves a piece of a line.
-        return json.loads(reply) if reply.endswith("\n") else None
 
 
 def _end(process: subprocess.Popen, owner: int) -> None:

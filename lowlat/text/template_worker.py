@@ -108,6 +108,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for the parent, which closes our input
     limit_resources()
     env = environment()
+    print("ready", flush=True)
     for line in sys.stdin:
         limit_cpu()
         print(json.dumps(answer(env, json.loads(line))), flush=True)

@@ -75,7 +75,7 @@ def randomise(module: nn.Module, generator: torch.Generator, bias_shift: float) 
         elif "embed_tokens" in name:
             tensor.copy_(0.4 * drawn)
         else:
-            tensor.copy_(1.5 * drawn / tensor.shape[-1] ** 0.5)
+            tensor.copy_(drawn / tensor.shape[-1] ** 0.5)
 
 
 def save(oracle: Oracle, folder: Path) -> None:

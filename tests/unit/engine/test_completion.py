@@ -45,6 +45,12 @@ def test_the_end_of_sequence_has_an_id_and_no_text() -> None:
     )
 
 
+def test_an_end_of_sequence_that_is_no_special_token_has_no_text_either() -> None:
+    builder = builder_for()
+    push(builder, "hi!", "stop")
+    assert builder.result().text == "hi"
+
+
 def test_a_stop_string_ends_the_text_before_it() -> None:
     builder = builder_for(stop=("END",))
     push(builder, "one ENDING")

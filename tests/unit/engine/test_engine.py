@@ -228,6 +228,7 @@ def test_completions_share_the_full_pages_of_their_prompt() -> None:
     request = engine.add(list(range(12)), SamplingParams(max_tokens=9, temperature=1.0, n=3))
     engine.step()
     assert engine.runner.pool.num_used == 2 + 3
+    assert [sequence.num_cached for sequence in request.sequences] == [12, 12, 12]
     lists = [sequence.pages for sequence in request.sequences]
     assert lists[0][:2] == lists[1][:2] == lists[2][:2]
     assert len({pages[2] for pages in lists}) == 3

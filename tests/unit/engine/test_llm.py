@@ -89,9 +89,10 @@ def test_generate_returns_text_ids_reason_and_usage() -> None:
 def test_stop_strings_stop_the_engine_too() -> None:
     """Holds shut: tokens computed after the stop string was found."""
     model = counting()
-    found = one(model.generate("a", stop="fg", max_tokens=50))
+    (found,), (other,) = model.generate_many(["a", "0"], stop="fg", max_tokens=9)
     assert (found.text, found.finish_reason) == ("bcde", "stop")
     assert bytes(found.token_ids) == b"bcdefg"
+    assert (other.text, other.finish_reason) == ("123456789", "length")
     check_idle(model)
 
 

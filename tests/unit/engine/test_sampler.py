@@ -206,6 +206,18 @@ def test_a_token_of_probability_0_is_never_drawn() -> None:
     assert {one.sample(logits, 4).token for _ in range(200)} == {4, 9}
 
 
+@pytest.mark.parametrize(("number", "expected"), [(0.0, 4), (1.0 - 2.0**-53, 9)])
+def test_the_extreme_random_numbers_draw_the_outermost_likely_tokens(
+    number: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Holds shut: 0.0 drawing a token of probability 0, or a number near 1 none at all."""
+    logits = torch.full((VOCAB,), -math.inf)
+    logits[4] = logits[7] = logits[9] = 0.3
+    one = sampler(temperature=0.7)
+    monkeypatch.setattr(one._random, "random", lambda: number)
+    assert one.sample(logits, 4).token == expected
+
+
 def test_a_seed_repeats_and_neighbouring_seeds_and_indices_differ() -> None:
     """Holds shut: seed + index, where completion 1 of seed 0 would repeat 0 of seed 1."""
     logits = torch.zeros(VOCAB)

@@ -1,0 +1,47 @@
+"""lowlat eval: the figures, as text and JSON."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+from lowlat.utils.errors import UserError
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture
+def alphabet(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefg")
+    return path
+
+
+def test_figures_by_hand(lowlat: Invoke, alphabet: Path) -> None:
+    """The likeliest of 263 tokens has logit 5, all others 0; six of seven letters are predicted."""
+    result = lowlat("eval", "tiny", "--text", str(alphabet), "--window", "50", "--json")
+    report = json.loads(result.stdout)
+    nll = math.log(math.exp(5) + 262) - 5
+    assert report["tokens"] == report["bytes"] == 6
+    assert report["perplexity"] == pytest.approx(math.exp(nll), rel=1e-6)
+    assert report["bits_per_byte"] == pytest.approx(nll / math.log(2), rel=1e-6)
+
+
+def test_each_window_gives_its_first_token_away(lowlat: Invoke, alphabet: Path) -> None:
+    result = lowlat("eval", "tiny", "--text", str(alphabet), "--window", "3", "--json")
+    assert json.loads(result.stdout)["tokens"] == 4
+
+
+def test_text_form(lowlat: Invoke, alphabet: Path) -> None:
+    result = lowlat("eval", "tiny", "--text", str(alphabet), "--window", "50")
+    assert "perplexity" in result.stdout and "bits per byte" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["absent.txt", "."])
+def test_unreadable_files_are_named(lowlat: Invoke, tmp_path: Path, name: str) -> None:
+    result = lowlat("eval", "tiny", "--text", str(tmp_path / name))
+    assert isinstance(result.exception, UserError)
+    assert str(tmp_path / name) in str(result.exception)

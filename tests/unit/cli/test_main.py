@@ -1,0 +1,72 @@
+"""The command as a whole: exit codes, errors of one line, a quick start."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def lowlat(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The real command in a process of its own."""
+    code = "from lowlat.cli.main import run; run()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_version() -> None:
+    result = lowlat("--version")
+    assert result.returncode == 0
+    assert result.stdout.startswith("lowlat ")
+
+
+def test_help_lists_the_verbs() -> None:
+    result = lowlat("--help")
+    assert result.returncode == 0
+    for verb in ("chat", "generate", "info", "convert", "eval"):
+        assert verb in result.stdout
+
+
+def test_a_fault_of_the_user_is_one_line_and_exit_code_2() -> None:
+    result = lowlat("generate", "-p", "x", "--top-k", "5")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("lowlat: error: top_k")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [("generate",), ("chat", "--nonsense"), ("fly",)])
+def test_wrong_usage_is_exit_code_2_without_a_traceback(arguments: tuple[str, ...]) -> None:
+    result = lowlat(*arguments)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "Usage" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("--help",), ("generate", "--help")])
+def test_start_does_not_wait_for_torch(arguments: tuple[str, ...]) -> None:
+    """Holds shut: an import at the top of a verb's file makes every --help take seconds."""
+    code = (
+        "import sys\nfrom lowlat.cli.main import run\n"
+        "try: run()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'tokenizers', 'huggingface_hub'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_interrupt_is_exit_code_130() -> None:
+    code = (
+        "import lowlat.cli.main as main\n"
+        "def stop(): raise KeyboardInterrupt\n"
+        "main.app.command('stop')(stop)\n"
+        "main.run()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "stop"], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 130
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,323 @@
+"""A whole conversion: options, number types, what is copied, and what is left when it fails."""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowlat.checkpoint.load import load_model
+from lowlat.checkpoint.save import save_model
+from lowlat.checkpoint.shard_writer import ShardWriter
+from lowlat.config.model import (
+    GQAConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    QuantConfig,
+    RopeConfig,
+)
+from lowlat.convert.exact import mla_config
+from lowlat.convert.run import convert, describe_attention
+from lowlat.model.transformer import Transformer
+from lowlat.utils.errors import UserError
+
+HEADS, GROUPS, HEAD_DIM = 6, 2, 10
+
+
+def gqa_model(family: str = "llama", groups: int = GROUPS, **changes: Any) -> ModelConfig:
+    attention = GQAConfig(
+        num_attention_heads=HEADS,
+        num_key_value_heads=groups,
+        head_dim=HEAD_DIM,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+    return model(family, attention, RopeConfig(rope_theta=10000.0), **changes)
+
+
+def fp8_model() -> ModelConfig:
+    """DeepSeek-V3 with experts, a router bias, an MTP module and fp8 blocks with ragged edges."""
+    attention = MLAConfig(
+        num_attention_heads=3,
+        kv_lora_rank=13,
+        q_lora_rank=11,
+        qk_nope_head_dim=5,
+        qk_rope_head_dim=6,
+        v_head_dim=7,
+    )
+    moe = MoEConfig(
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        moe_intermediate_size=5,
+        first_k_dense_replace=1,
+    )
+    return model(
+        "deepseek_v3",
+        attention,
+        RopeConfig(rope_theta=10000.0, rope_interleave=True),
+        moe=moe,
+        num_nextn_predict_layers=1,
+        quantization=QuantConfig(weight_block_size=(8, 5)),
+    )
+
+
+def model(
+    family: str, attention: GQAConfig | MLAConfig, rope: RopeConfig, **more: Any
+) -> ModelConfig:
+    return ModelConfig(
+        model_type=family,
+        hidden_size=23,
+        intermediate_size=19,
+        num_hidden_layers=2,
+        vocab_size=41,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        attention=attention,
+        rope=rope,
+        eos_token_ids=(2,),
+        **more,
+    )
+
+
+def write(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A checkpoint of `config`, every number random."""
+    source = Transformer(config, dtype=dtype).requires_grad_(False)
+    for name, value in source.state_dict().items():
+        drawn = torch.randn(value.shape)
+        value.copy_(drawn.abs() if name.endswith("_scale_inv") else drawn)
+    save_model(source, config, folder, source=None)
+    return folder
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = {k: v.clone() for k, v in load_file(folder / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def raw_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_mla_folder_loads_as_the_config_says(tmp_path: Path, family: str, groups: int) -> None:
+    config = gqa_model(family, groups)
+    source = write(tmp_path / "source", config)
+    report = convert(source, tmp_path / "mla", to="mla")
+    loaded = load_model(tmp_path / "mla")
+    assert loaded.config == mla_config(config)
+    assert {tensor.dtype for tensor in loaded.model.state_dict().values()} == {torch.bfloat16}
+    assert raw_config(tmp_path / "mla")["dtype"] == "bfloat16"
+    # 2 layers * 2 * groups * 10 elements * 2 bytes
+    assert report.cache_bytes_per_token_before == 80 * groups
+    assert report.cache_bytes_per_token_after == 80 * groups
+    assert report.parameters_after == sum(p.numel() for p in loaded.model.parameters())
+    assert (
+        report.attention_after == f"MLA, 6 heads, latent {10 * groups} + rotary key {10 * groups}"
+    )
+
+
+def test_tied_embedding_stays_tied(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", gqa_model(tie_word_embeddings=True))
+    convert(source, tmp_path / "mla", to="mla")
+    assert "lm_head.weight" not in load_file(tmp_path / "mla" / "model.safetensors")
+    assert raw_config(tmp_path / "mla")["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("to", [None, "mla"])
+def test_dtype_is_that_of_every_tensor_and_of_the_config(
+    tmp_path: Path, dtype: str, to: str | None
+) -> None:
+    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    source = write(tmp_path / "source", gqa_model(), torch.float32)
+    convert(source, tmp_path / "new", to=to, dtype=dtype)
+    tensors = load_file(tmp_path / "new" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {wanted}
+    assert raw_config(tmp_path / "new")["dtype"] == str(wanted).removeprefix("torch.")
+    embedding = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(tensors["model.embed_tokens.weight"], embedding.to(wanted))
+
+
+def test_resave_keeps_names_and_config_fields(tmp_path: Path) -> None:
+    """Attention is not touched without --to, QK-norm and windows included."""
+    for family, changes in (("qwen3", {}), ("mistral", {"sliding_window": 7})):
+        source = write(tmp_path / family, gqa_model(family, **changes))
+        convert(source, tmp_path / f"{family}-fp32", dtype="fp32")
+        before = load_file(source / "model.safetensors")
+        after = load_file(tmp_path / f"{family}-fp32" / "model.safetensors")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[name], before[name].float()) for name in before)
+        changed = {"dtype": "float32"}
+        assert raw_config(tmp_path / f"{family}-fp32") == raw_config(source) | changed
+
+
+def test_a_converted_model_can_be_narrowed(tmp_path: Path) -> None:
+    """The constants in files are exact in every type, so the loader still knows them."""
+    source = write(tmp_path / "source", gqa_model("qwen2"), torch.float32)
+    convert(source, tmp_path / "mla", to="mla")
+    for dtype in ("bf16", "fp16"):
+        convert(tmp_path / "mla", tmp_path / dtype, dtype=dtype)
+        wanted = load_model(tmp_path / "mla", dtype=dtype).model.state_dict()
+        found = load_model(tmp_path / dtype).model.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_fp8_blocks_become_bf16_and_the_router_bias_stays_fp32(tmp_path: Path) -> None:
+    """Loaded as bf16, the fp8 source and the folder written from it are the same model."""
+    source = write(tmp_path / "source", fp8_model())
+    convert(source, tmp_path / "bf16", dtype="bf16")
+    raw = raw_config(tmp_path / "bf16")
+    assert "quantization_config" not in raw and raw["dtype"] == "bfloat16"
+    tensors = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert not any(name.endswith("_scale_inv") for name in tensors)
+    wanted = load_model(source, dtype="bf16").model.state_dict()
+    found = load_model(tmp_path / "bf16").model.state_dict()
+    assert wanted.keys() == found.keys()
+    for name, tensor in found.items():
+        is_bias = name.endswith("e_score_correction_bias")
+        assert tensor.dtype == (torch.float32 if is_bias else torch.bfloat16), name
+        assert torch.equal(tensor, wanted[name]), name
+
+
+def test_tokenizer_and_generation_files_come_along(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", gqa_model())
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        (source / name).write_text(f"{{}} {name}")
+    (source / "notes.txt").write_text("not part of the model")
+    convert(source, tmp_path / "mla", to="mla")
+    names = {path.name for path in (tmp_path / "mla").iterdir()}
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    }
+    assert (tmp_path / "mla" / "tokenizer.json").read_text() == "{} tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "nothing to convert; give --to mla"),
+        ({"to": "gqa"}, "--to 'gqa' is unknown"),
+        ({"dtype": "int3"}, "--dtype 'int3' is unknown"),
+        ({"dtype": "fp64"}, "--dtype 'fp64' is unknown"),
+        ({"dtype": "fp8"}, "--dtype fp8 is not written by this release"),
+        ({"to": "mla", "dtype": "int4"}, "--dtype int4 is not written by this release"),
+    ],
+)
+def test_options_that_cannot_be_served(
+    tmp_path: Path, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "unread", tmp_path / "new", **options)
+
+
+def test_unfit_models_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    configs = {
+        "QK-norm": gqa_model("qwen3"),
+        "sliding_window 7": gqa_model("mistral", sliding_window=7),
+        "already has": mla_config(gqa_model()),
+    }
+    for number, (message, config) in enumerate(configs.items()):
+        source = write(tmp_path / f"source{number}", config)
+        with pytest.raises(UserError, match=message):
+            convert(source, tmp_path / "new", to="mla")
+        assert [path.name for path in tmp_path.iterdir() if "new" in path.name] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"), "k_proj.weight' is missing"),
+        (lambda t: t.update({"model.odd": torch.ones(3)}), "model.odd.* has no place"),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.v_proj.weight": torch.ones(3, 23)}),
+            r"v_proj.weight.* has shape \[3, 23\], but .* asks for \[20, 23\]",
+        ),
+    ],
+    ids=["missing", "leftover", "shape"],
+)
+def test_damaged_sources_name_the_tensor(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    source = write(tmp_path / "source", gqa_model())
+    edit_tensors(source, change)
+    for options in ({"to": "mla"}, {"dtype": "fp32"}):
+        with pytest.raises(UserError, match=message):
+            convert(source, tmp_path / "new", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
+    """Holds shut: weights that silently become infinite."""
+    source = write(tmp_path / "source", gqa_model())
+    edit_tensors(source, lambda t: t["model.layers.1.self_attn.k_proj.weight"].fill_(1e6))
+    with pytest.raises(UserError, match=r"k_proj.weight.*beyond the range of fp16"):
+        convert(source, tmp_path / "new", to="mla", dtype="fp16")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_existing_destination_is_left_alone(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", gqa_model())
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "mine").write_text("kept")
+    with pytest.raises(UserError, match="exists already"):
+        convert(source, tmp_path / "new", to="mla")
+    with pytest.raises(UserError, match="exists already"):
+        convert(source, source, to="mla")
+    assert (tmp_path / "new" / "mine").read_text() == "kept"
+    load_model(source)
+
+
+@pytest.mark.parametrize(
+    ("fault", "raised", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), UserError, "No space left on device"),
+        (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
+    ],
+    ids=["full-disk", "interrupted"],
+)
+def test_nothing_is_left_of_a_conversion_that_ends_in_the_middle(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: BaseException,
+    raised: type[BaseException],
+    message: str,
+) -> None:
+    """Holds shut: a half-written folder that looks like a model."""
+    source = write(tmp_path / "source", gqa_model())
+    add, written = ShardWriter.add, []
+
+    def failing(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        if len(written) == 5:
+            raise fault
+        written.append(name)
+        add(self, name, tensor)
+
+    monkeypatch.setattr(ShardWriter, "add", failing)
+    with pytest.raises(raised, match=message):
+        convert(source, tmp_path / "new", to="mla")
+    assert len(written) == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        (6, "MHA, 6 heads of 10"),
+        (2, "GQA, 6 heads in 2 groups of 10"),
+        (1, "MQA, 6 heads sharing one key and value of 10"),
+    ],
+)
+def test_attention_in_words(groups: int, words: str) -> None:
+    assert describe_attention(gqa_model(groups=groups).attention) == words
