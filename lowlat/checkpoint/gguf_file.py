@@ -23,8 +23,8 @@ from lowlat.utils.errors import UserError
 MAX_KEYS = 2**16
 MAX_TENSORS = 2**20
 MAX_TEXT_BYTES = 2**24
-MAX_STRINGS = 2**22
-"""Entries of one array of strings; the largest vocabularies have 2^18."""
+MAX_ITEMS = 2**22
+"""Entries of one array; the largest vocabularies have 2^18."""
 MAX_RANK = 4
 MAX_EXPERTS = 2**16
 """Entries of the first axis where there are three; each becomes a tensor."""
@@ -54,8 +54,8 @@ PLAIN = {
 
 
 @dataclass(frozen=True, slots=True)
-class StringArray:
-    """An array of strings (vocabulary, merges): walked, not decoded."""
+class SkippedArray:
+    """An array of strings or of many numbers (a vocabulary): walked, not decoded."""
 
     length: int
 
@@ -159,18 +159,19 @@ class _Cursor:
             return self._array(what)
         return _scalar(self._numbers(kind, 1, what)[0])
 
-    def _array(self, what: str) -> StringArray | list[Any]:
+    def _array(self, what: str) -> SkippedArray | list[Any]:
         kind = self._kind(what)
         count = self.number(8, what)
         if kind == GGUFValueType.ARRAY:
             raise UserError(f"{self.file.path}: {what}: arrays of arrays are not supported")
-        if kind != GGUFValueType.STRING:
-            return [_scalar(item) for item in self._numbers(kind, count, what)]
-        if count > MAX_STRINGS:
-            raise UserError(f"{self.file.path}: {what}: {count} strings are too many")
-        for _ in range(count):
-            self.take(self.number(8, what), what)
-        return StringArray(count)
+        if count > MAX_ITEMS:
+            raise UserError(f"{self.file.path}: {what}: {count} items are too many")
+        if kind == GGUFValueType.STRING:
+            for _ in range(count):
+                self.take(self.number(8, what), what)
+            return SkippedArray(count)
+        numbers = self._numbers(kind, count, what)
+        return [_scalar(item) for item in numbers] if count <= 256 else SkippedArray(count)
 
     def _kind(self, what: str) -> GGUFValueType:
         number = self.number(4, what)

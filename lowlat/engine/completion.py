@@ -48,12 +48,11 @@ class Usage:
         return (self.completion_tokens - 1) / self.decode_seconds
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Completion:
-    """One answer. `str()` of it is its text."""
+class Completion(str):
+    """One answer: its text, without end-of-sequence token and without the stop string that ended
+    it, and how it came about.
+    """
 
-    text: str
-    """Without end-of-sequence token and without the stop string that ended it."""
     token_ids: tuple[int, ...]
     """Every generated token, those of a stop string and of the end of sequence included."""
     finish_reason: FinishReason | None
@@ -62,8 +61,26 @@ class Completion:
     """One entry per token, where asked for."""
     usage: Usage
 
-    def __str__(self) -> str:
-        return self.text
+    def __new__(
+        cls,
+        text: str,
+        *,
+        token_ids: tuple[int, ...],
+        finish_reason: FinishReason | None,
+        logprobs: tuple[TokenLogprob, ...] | None,
+        usage: Usage,
+    ) -> "Completion":
+        self = super().__new__(cls, text)
+        self.token_ids = token_ids
+        self.finish_reason = finish_reason
+        self.logprobs = logprobs
+        self.usage = usage
+        return self
+
+    @property
+    def text(self) -> str:
+        """The answer as a plain string."""
+        return str(self)
 
 
 class CompletionBuilder:
@@ -103,7 +120,7 @@ class CompletionBuilder:
                 "fp32), or check its weights"
             )
         return Completion(
-            text="".join(self.pieces),
+            "".join(self.pieces),
             token_ids=tuple(self._token_ids),
             finish_reason=self.finish_reason,
             logprobs=None if self.request.params.logprobs is None else tuple(self._logprobs),

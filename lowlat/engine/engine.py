@@ -60,7 +60,8 @@ class Engine:
         )
         self._next_id += 1
         self._requests[request.id] = request
-        self.scheduler.add(self._new_sequence(request, 0))
+        request.sequences.append(self._new_sequence(request, 0))
+        self.scheduler.add(request.sequences[0])
         return request
 
     def step(self) -> list[Event]:
@@ -139,11 +140,7 @@ class Engine:
         sampler = SequenceSampler(
             request.params, request.prompt, index, self.runner.model.config.vocab_size
         )
-        sequence = Sequence(
-            request=request, index=index, tokens=list(request.prompt), sampler=sampler
-        )
-        request.sequences.append(sequence)
-        return sequence
+        return Sequence(request=request, index=index, tokens=list(request.prompt), sampler=sampler)
 
     def _chunk(self, work: Work) -> Chunk:
         """The work as the runner wants it, with pages reserved."""
@@ -168,6 +165,8 @@ class Engine:
         for other in others:
             other.pages = self.runner.fork(first.pages, first.num_cached)
             other.num_cached = first.num_cached
+        # Together and last: an interrupt before leaves the request as it was.
+        first.request.sequences += others
         self.scheduler.fork(others)
         return [first, *others]
 

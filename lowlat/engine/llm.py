@@ -3,6 +3,7 @@
 Owns prompts and the sharing of one engine by several completions and streams. Not thread-safe.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Unpack, overload
 
@@ -180,7 +181,8 @@ class Model:
             raise UserError(f"ids must be 1 to {self.context} tokens (the context), got {len(ids)}")
         if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
             raise UserError(f"ids has a token outside the vocabulary of {self.config.vocab_size}")
-        return list(ids)
+        # Integers of numpy and torch become plain ones; anything else raises TypeError.
+        return [operator.index(token) for token in ids]
 
     def _complete(
         self, prompts: Sequence[Prompt], params: SamplingParams

@@ -1,4 +1,5 @@
-"""Random tiny configs of every family, drawn by seed: odd and prime sizes, all rules that families may combine.
+"""Random tiny configs of every family, drawn by seed: odd and prime sizes, all rules that
+families may combine.
 
 Owns what is drawn. Building the models and comparing them is `oracle`'s.
 """

@@ -31,7 +31,9 @@ class Oracle:
 
     @torch.no_grad()
     def mtp_logits(self, ids: Tensor, positions: Tensor) -> list[Tensor]:
-        """Logits of each depth: row i from the hidden states at i and the embedding of the token depth + 1 ahead."""
+        """Logits of each depth: row i from the hidden states at i and the embedding of the token
+        depth + 1 ahead.
+        """
         assert self.mtp is not None
         decoder = self.model.get_decoder()
         hidden = decoder(ids[None], position_ids=positions[None], use_cache=False).last_hidden_state

@@ -1,4 +1,6 @@
-"""Whole models of every family against transformers: same logits, same experts, in any form of attention."""
+"""Whole models of every family against transformers: same logits, same experts, in any form of
+attention.
+"""
 
 import math
 import random
@@ -50,7 +52,9 @@ def difference(mine: Tensor, reference: Tensor) -> float:
 
 @contextmanager
 def chosen_experts(model: nn.Module, kind: str, field: int) -> Iterator[dict[str, list[list[int]]]]:
-    """What every gate of class `kind` chooses, sorted: the order within a token is nobody's contract."""
+    """What every gate of class `kind` chooses, sorted: the order within a token is nobody's
+    contract.
+    """
     chosen: dict[str, list[list[int]]] = {}
     hooks = []
     for name, module in model.named_modules():

@@ -1,4 +1,6 @@
-"""Cached attention equals attention over whole sequences: any chunks, page sizes, page order and company."""
+"""Cached attention equals attention over whole sequences: any chunks, page sizes, page order and
+company.
+"""
 
 import math
 import random

@@ -14,7 +14,9 @@ def random(*shape: int) -> Tensor:
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """All sequences of LENGTHS at once, with a block-diagonal causal mask; q, k, v [tokens, heads, width]."""
+    """All sequences of LENGTHS at once, with a block-diagonal causal mask; q, k, v [tokens,
+    heads, width].
+    """
     owner = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     place = torch.arange(len(owner))
     seen = (owner[:, None] == owner[None, :]) & (place[None, :] <= place[:, None])
@@ -43,7 +45,13 @@ def assert_same_gradients(mine: Tensor, reference: Tensor, inputs: list[Tensor])
 
 
 def test_mla_gradients() -> None:
-    inputs = [random(11, 3, 5), random(11, 3, 4), random(11, 17), random(3, 5, 13), random(3, 7, 13)]
+    inputs = [
+        random(11, 3, 5),
+        random(11, 3, 4),
+        random(11, 17),
+        random(3, 5, 13),
+        random(3, 7, 13),
+    ]
     mine = PackedAttention(LENGTHS).mla(0, *inputs, 0.3)
     assert_same_gradients(mine, naive_mla(*inputs), inputs)
 

@@ -1,4 +1,4 @@
-"""Small checkpoints of every family, and raw safetensors and GGUF bytes for tests that break them."""
+"""Small checkpoints of every family, and raw safetensors bytes for tests that break them."""
 
 import json
 from pathlib import Path
@@ -105,8 +105,6 @@ def write_model(folder: Path, config: ModelConfig, **options: Any) -> Transforme
     model = random_model(config)
     save_model(model, config, folder, source=None, **options)
     return model
-
-
 
 
 def raw_safetensors(

@@ -43,7 +43,9 @@ def pair(
     tmp_path: Path, config: ModelConfig, **options: Any
 ) -> tuple[dict[str, torch.Tensor], Path]:
     model = random_model(config, dtype=torch.float32)
-    return model.state_dict(), write_gguf(tmp_path / "m.gguf", config, model.state_dict(), **options)
+    return model.state_dict(), write_gguf(
+        tmp_path / "m.gguf", config, model.state_dict(), **options
+    )
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -202,7 +204,11 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "missing key": ("llama", {"llama.block_count": None}, "'llama.block_count' is missing"),
     "missing eps": ("qwen2", {"qwen2.attention.layer_norm_rms_epsilon": None}, "is missing"),
     "missing rank": ("deepseek_v2", {"deepseek2.attention.kv_lora_rank": None}, "kv_lora_rank"),
-    "missing experts": ("deepseek_v2", {"deepseek2.expert_count": None}, "'deepseek2.expert_count'"),
+    "missing experts": (
+        "deepseek_v2",
+        {"deepseek2.expert_count": None},
+        "'deepseek2.expert_count'",
+    ),
     "unknown architecture": ("llama", {"general.architecture": "gpt2"}, "'gpt2' is not supported"),
     "unknown key": ("llama", {"llama.attn_logit_softcapping": 30.0}, "is unknown and may change"),
     "text for a number": ("llama", {"llama.block_count": "two"}, "not one whole number"),
@@ -250,7 +256,9 @@ def test_wrong_metadata(tmp_path: Path, kind: str) -> None:
         _, path = pair(tmp_path, MODELS[family])
         path.write_bytes(path.read_bytes().replace(b"llama", b"gpt2\0", 1))
         path.write_bytes(
-            path.read_bytes().replace((5).to_bytes(8, "little") + b"gpt2\0", b"\4" + bytes(7) + b"gpt2")
+            path.read_bytes().replace(
+                (5).to_bytes(8, "little") + b"gpt2\0", b"\4" + bytes(7) + b"gpt2"
+            )
         )
     else:
         _, path = pair(tmp_path, MODELS[family], keys=keys)
@@ -285,14 +293,15 @@ def test_left_over(tmp_path: Path, kind: str) -> None:
 @pytest.mark.slow
 def test_smollm_equals_transformers(smollm_gguf: Path) -> None:
     """The default model: 135M weights, bit for bit what transformers reads from the same file."""
-    from transformers import AutoConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    config = AutoConfig.from_pretrained(smollm_gguf.parent, gguf_file=smollm_gguf.name)
-    with torch.device("meta"):
-        empty = LlamaForCausalLM(config)
-    theirs = load_gguf_checkpoint(str(smollm_gguf), return_tensors=True, model_to_load=empty)
     source = open_checkpoint(smollm_gguf)
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(LlamaConfig(**source.hf_config))
+    theirs = load_gguf_checkpoint(str(smollm_gguf), return_tensors=True, model_to_load=empty)
+    for field in ("num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_theta"):
+        assert source.hf_config[field] == pytest.approx(theirs["config"][field], rel=1e-6)
     assert set(theirs["tensors"]) == set(source.names())
     for name, value in theirs["tensors"].items():
         assert torch.equal(source.read(name), value), name

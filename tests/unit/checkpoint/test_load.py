@@ -1,4 +1,4 @@
-"""Filling a model: number types, what is missing or left over, values that must be finite, memory."""
+"""Filling a model: number types, what is missing or left over, finite values, memory."""
 
 import json
 import logging
@@ -287,7 +287,7 @@ def test_config_of_absurd_size(tmp_path: Path, field: str, value: int) -> None:
 
 
 @pytest.mark.parametrize(("option", "value"), [("dtype", "fp12"), ("device", "tpu")])
-def test_unknown_option(tmp_path: Path, option: str, value: str) -> None:
+def test_unknown_option(tmp_path: Path, option: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"{option} '{value}' is unknown"):
         load_model(tmp_path, **{option: value})
 

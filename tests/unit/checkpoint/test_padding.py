@@ -29,7 +29,7 @@ def attention(*, biased: bool, o_bias: bool = False) -> MLAConfig:
 
 
 def layer(config: MLAConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "q_proj.weight": (HEADS * ROPE, HIDDEN),
         "kv_a_proj_with_mqa.weight": (RANK + ROPE, HIDDEN),
         "kv_b_proj.weight": (HEADS * VALUE, RANK),
@@ -60,9 +60,8 @@ def test_norm_is_the_identity(rank: int, dtype: torch.dtype) -> None:
     bias = pad_bias(torch.zeros(rank + 2, dtype=dtype), rank)[:-2]
     padded = torch.cat([latent, latent.new_zeros(7, len(bias) - rank)], dim=1) + bias
     result = rms_norm(padded, torch.full_like(bias, 4096.0), 1e-6)[:, :rank]
-    exact = {"rtol": 0, "atol": 0}
-    tolerance = {"rtol": 2e-5, "atol": 0} if dtype == torch.float32 else exact
-    torch.testing.assert_close(result, latent, **tolerance)
+    rtol = 2e-5 if dtype == torch.float32 else 0
+    torch.testing.assert_close(result, latent, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -114,7 +113,7 @@ DAMAGE: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage(name: str) -> None:
-    """A file whose constants were changed (fine-tuned, quantised) is no exact conversion any more."""
+    """A file whose constants were changed (fine-tuned, quantised) is no exact conversion."""
     config = attention(biased=True)
     tensors = pad_latent(layer(config), config)
     DAMAGE[name](tensors)

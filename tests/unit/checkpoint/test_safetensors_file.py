@@ -1,4 +1,4 @@
-"""Reading one safetensors file: number types, alignment, views, and every kind of malformed header."""
+"""Reading one safetensors file: number types, alignment, views, every kind of malformed header."""
 
 import os
 import struct
@@ -64,7 +64,10 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "entry is null": (raw_safetensors({"w": None}), "'w'"),
     "entry is a list": (raw_safetensors({"w": [1]}), "'w'"),
     "entry without dtype": (raw_safetensors({"w": {"shape": [], "data_offsets": [0, 4]}}), "'w'"),
-    "entry without shape": (raw_safetensors({"w": {"dtype": "F32", "data_offsets": [0, 4]}}), "'w'"),
+    "entry without shape": (
+        raw_safetensors({"w": {"dtype": "F32", "data_offsets": [0, 4]}}),
+        "'w'",
+    ),
     "entry without offsets": (raw_safetensors({"w": {"dtype": "F32", "shape": []}}), "'w'"),
     "entry with one more field": (one(stride=[1]), "'w'"),
     "dtype unknown": (one(dtype="F128"), "dtype 'F128' is unknown"),
@@ -97,7 +100,10 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "data missing": (one()[:-24], "truncated"),
     "data one byte too many": (one() + b"x", "1 bytes follow"),
     "first tensor not at the start": (one(shape=(5,), offsets=(4, 24)), "gap"),
-    "tensors overlap": (two(entry(**HALF, offsets=(0, 12)), entry(**HALF, offsets=(8, 20)), 20), "overlaps"),
+    "tensors overlap": (
+        two(entry(**HALF, offsets=(0, 12)), entry(**HALF, offsets=(8, 20)), 20),
+        "overlaps",
+    ),
     "tensors share their data": (
         two(entry(**HALF, offsets=(0, 12)), entry(**HALF, offsets=(0, 12)), 12),
         "overlaps",

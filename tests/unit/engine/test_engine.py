@@ -103,7 +103,8 @@ def test_one_completion_may_be_stopped_and_the_others_go_on() -> None:
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 5])
 def test_abort_gives_all_pages_back_at_any_moment(steps: int) -> None:
     engine = counting_engine(prefill_chunk=7)
-    request = engine.add(list(range(11)), SamplingParams(max_tokens=20, temperature=1.0, n=3))
+    params = SamplingParams(max_tokens=20, temperature=1.0, n=3, ignore_eos=True)
+    request = engine.add(list(range(11)), params)
     for _ in range(steps):
         engine.step()
     engine.abort(request.id)
@@ -225,7 +226,8 @@ def _one_by_one(
 def test_completions_share_the_full_pages_of_their_prompt() -> None:
     """Holds shut: the prompt cached n times. 12 tokens, pages of 5: two shared, one for each."""
     engine = counting_engine()
-    request = engine.add(list(range(12)), SamplingParams(max_tokens=9, temperature=1.0, n=3))
+    params = SamplingParams(max_tokens=9, temperature=1.0, n=3, ignore_eos=True)
+    request = engine.add(list(range(12)), params)
     engine.step()
     assert engine.runner.pool.num_used == 2 + 3
     assert [sequence.num_cached for sequence in request.sequences] == [12, 12, 12]

@@ -1,6 +1,7 @@
 """The page pool against a plain model of it, and the contract it asserts."""
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -53,6 +54,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=50, deadline=None)
 
 
 def test_a_lone_sequence_gets_consecutive_pages_again_and_again() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowlat.engine.params import SamplingParams
@@ -90,6 +90,7 @@ def test_temperature_is_applied_before_the_filters() -> None:
     assert (weights / weights.sum()).tolist() == pytest.approx([25 / 34, 9 / 34])
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(-40, 40), min_size=1, max_size=700),
     st.sampled_from([0, 1, 3, 300]),

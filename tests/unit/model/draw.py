@@ -1,4 +1,6 @@
-"""Small configs with prime sizes, and models with every weight random: norms and router biases too."""
+"""Small configs with prime sizes, and models with every weight random: norms and router biases
+too.
+"""
 
 from typing import Any
 
@@ -82,7 +84,9 @@ def random_model(config: ModelConfig, *, dtype: torch.dtype = torch.float64) -> 
 
 @torch.no_grad()
 def fill(module: torch.nn.Module) -> None:
-    """Norm weights near 1, router biases with both signs, everything else large enough to matter."""
+    """Norm weights near 1, router biases with both signs, everything else large enough to see."""
     for name, parameter in module.named_parameters():
-        drawn = torch.randn(parameter.shape) * (0.5 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
+        drawn = torch.randn(parameter.shape) * (
+            0.5 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+        )
         parameter.copy_(1 + drawn if "norm" in name else drawn)

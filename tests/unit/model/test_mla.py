@@ -46,7 +46,9 @@ def test_up_projections_are_views_of_the_stored_weight() -> None:
 
 @pytest.mark.parametrize("interleave", [True, False])
 def test_cached_rows_by_hand(interleave: bool) -> None:
-    """[norm(latent) ; rotated key]: the key is rotated as the queries are, in the checkpoint's layout."""
+    """[norm(latent) ; rotated key]: the key is rotated as the queries are, in the checkpoint's
+    layout.
+    """
     rope = RopeConfig(rope_theta=100.0, rope_interleave=interleave)
     module = mla(rope)
     x = torch.randn(3, 23).double()
@@ -61,7 +63,9 @@ def test_cached_rows_by_hand(interleave: bool) -> None:
 
 @pytest.mark.parametrize("interleave", [True, False])
 def test_query_and_key_rotate_alike(interleave: bool) -> None:
-    """Scores of the rotary part depend on the distance only, so both sides use one layout and one table."""
+    """Scores of the rotary part depend on the distance only, so both sides use one layout and one
+    table.
+    """
     rope = RopeConfig(rope_theta=100.0, rope_interleave=interleave)
     module = mla(rope)
     x = torch.randn(1, 23).double()

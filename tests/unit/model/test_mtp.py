@@ -36,14 +36,17 @@ def hidden_states(model: Transformer) -> Tensor:
 
 
 def run(model: Transformer, depth: int, hidden: Tensor) -> Tensor:
-    """Depth `depth` on the hidden states of the depth before, which are as many as have a token that far ahead."""
+    """Depth `depth` on the hidden states of the depth before, which are as many as have a token
+    that far ahead.
+    """
     count = TOKENS - depth - 1
     backend = PackedAttention([count])
     return model.mtp_hidden(depth, hidden[:count], IDS[depth + 1 :], backend.positions(), backend)
 
 
 def test_written_out() -> None:
-    """norm(block(eh_proj [enorm(embedding) ; hnorm(hidden)])), embedding first as in released weights.
+    """norm(block(eh_proj [enorm(embedding) ; hnorm(hidden)])), embedding first as in released
+    weights.
 
     Holds shut: the paper's order of the concatenation, and hidden states that skip a norm.
     """
@@ -60,12 +63,18 @@ def test_written_out() -> None:
 
 
 def test_main_hidden_states_come_after_the_final_norm() -> None:
-    """What forward returns, mtp_hidden takes: `logits` needs the same states, so the norm is inside."""
+    """`forward` returns what both `logits` and `mtp_hidden` take: states after the final norm.
+
+    Holds shut: the raw residual stream handed to the first module.
+    """
     model = model_with(1)
+    stream = []
+    model.layers[-1].register_forward_hook(lambda module, args, out: stream.append(out))
     hidden = hidden_states(model)
+    expected = rms_norm(stream[0], model.norm.weight, 1e-5)
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-12)
+    assert model.lm_head is not None
     torch.testing.assert_close(model.logits(hidden), hidden @ model.lm_head.weight.T)
-    doubled = rms_norm(hidden, model.norm.weight, 1e-5)
-    assert (doubled - hidden).abs().max() > 1e-2
 
 
 def test_position_zero_keeps_its_embedding() -> None:
@@ -95,7 +104,9 @@ def test_second_depth_takes_the_first_ones_output() -> None:
     )
     backend = PackedAttention([TOKENS - 2])
     after = module.block(module.eh_proj(joined), model.rotary(backend.positions()), backend)
-    torch.testing.assert_close(second, rms_norm(after, module.norm.weight, 1e-5), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        second, rms_norm(after, module.norm.weight, 1e-5), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("layers", [2, 3])

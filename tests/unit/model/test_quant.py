@@ -1,4 +1,6 @@
-"""fp8 storage inside the model: ragged blocks, what stays plain, and that the multiply sees the exact weight."""
+"""fp8 storage inside the model: ragged blocks, what stays plain, and that the multiply sees the
+exact weight.
+"""
 
 import torch
 
@@ -45,7 +47,9 @@ def test_block_grid_is_a_ceil_grid() -> None:
 
 
 def test_fp8_model_equals_its_dequantised_twin() -> None:
-    """The stored blocks are multiplied exactly: absorbed up-projections too are not rounded a second time."""
+    """The stored blocks are multiplied exactly: absorbed up-projections too are not rounded a
+    second time.
+    """
     plain = random_model(mla_config(num_nextn_predict_layers=1))
     twin, dense = quantized_like(plain, QUANT)
     ids, backend = torch.randint(0, 41, (11,)), PackedAttention([11])

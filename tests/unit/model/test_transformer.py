@@ -1,4 +1,6 @@
-"""The whole model against itself: cached, chunked, paged and batched in any way, it is one function."""
+"""The whole model against itself: cached, chunked, paged and batched in any way, it is one
+function.
+"""
 
 import math
 import random
@@ -30,14 +32,23 @@ def alone(model: Transformer, ids: Tensor) -> Tensor:
 
 
 def cached(
-    model: Transformer, ids: Tensor, chunks: list[int], *, page_size: int, break_even: float, seed: int = 0
+    model: Transformer,
+    ids: Tensor,
+    chunks: list[int],
+    *,
+    page_size: int,
+    break_even: float,
+    seed: int = 0,
 ) -> Tensor:
     """Logits of one sequence computed in chunks over scattered pages."""
     count = -(-len(ids) // page_size)
     pages = list(range(count + 5))
     random.Random(seed).shuffle(pages)
     cache = PagedCache(
-        model.config, num_pages=count + 5, page_size=page_size, dtype=model.embed_tokens.weight.dtype
+        model.config,
+        num_pages=count + 5,
+        page_size=page_size,
+        dtype=model.embed_tokens.weight.dtype,
     )
     outputs, start = [], 0
     for length in chunks:
@@ -117,7 +128,9 @@ def test_prefill_in_a_batch_with_decoding(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_positions_reach_the_rotation(name: str) -> None:
-    """A shift of all positions changes nothing, stretched positions do; position 0 alone could not tell."""
+    """A shift of all positions changes nothing, stretched positions do; position 0 alone could
+    not tell.
+    """
     model, ids = random_model(CONFIGS[name]), ids_of(9)
     backend, places = PackedAttention([9]), torch.arange(9)
     near = model.logits(model(ids, places, backend))
@@ -167,7 +180,9 @@ def test_logits_of_narrow_models_are_fp32() -> None:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_builds_on_meta(config: ModelConfig) -> None:
-    """Nothing is allocated, and the rotary tables, which no checkpoint fills, are real all the same."""
+    """Nothing is allocated, and the rotary tables, which no checkpoint fills, are real all the
+    same.
+    """
     with torch.device("meta"):
         model = Transformer(config, dtype=torch.bfloat16)
     assert all(parameter.is_meta for parameter in model.parameters())

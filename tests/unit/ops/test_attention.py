@@ -109,7 +109,9 @@ def test_narrow_inputs_are_scored_in_fp32() -> None:
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_gradients_equal_those_of_the_full_matrix(window: int | None) -> None:
-    """Rows that see nothing of their first key block pass -inf through the online softmax: no NaN may follow."""
+    """Rows that see nothing of their first key block pass -inf through the online softmax: no NaN
+    may follow.
+    """
     inputs = [x.requires_grad_() for x in draw(9, 14, 4, 2, 5, 3)]
     weight = torch.randn(9, 4, 3, dtype=torch.float64)
     options = {"start": 5, "scale": 0.4, "window": window}

@@ -9,14 +9,17 @@ BLOCK = (128, 128)
 
 
 def test_dequantize_by_hand() -> None:
-    weight = torch.tensor([[1.0, -2.0, 3.0], [0.5, 4.0, -6.0], [7.0, 8.0, 9.0]]).to(torch.float8_e4m3fn)
+    weight = torch.tensor([[1.0, -2.0, 3.0], [0.5, 4.0, -6.0], [7.0, 8.0, 9.0]]).to(
+        torch.float8_e4m3fn
+    )
     scale = torch.tensor([[10.0, 100.0], [0.5, 2.0]])
     out = dequantize_blocks(weight, scale, (2, 2), torch.float32)
     assert out.tolist() == [[10.0, -20.0, 300.0], [5.0, 40.0, -600.0], [3.5, 4.0, 18.0]]
 
 
 def test_576_rows_are_four_and_a_half_blocks() -> None:
-    """kv_a_proj_with_mqa of DeepSeek-V3 has 576 rows: the grid is ceil(4.5) = 5, and rows 512.. use block 4.
+    """kv_a_proj_with_mqa of DeepSeek-V3 has 576 rows: the grid is ceil(4.5) = 5, and rows 512..
+    use block 4.
 
     Holds shut: a floor grid for partial blocks.
     """
@@ -27,7 +30,8 @@ def test_576_rows_are_four_and_a_half_blocks() -> None:
     torch.testing.assert_close(scale[4, 1], weight[512:, 128:].abs().max() / FP8_MAX)
     back = dequantize_blocks(quantized, scale, BLOCK, torch.float32)
     assert back.shape == (576, 200)
-    # e4m3 keeps 3 bits of mantissa: half a step is 1/16 of the value, or of the smallest normal number
+    # e4m3 keeps 3 bits of mantissa: half a step is 1/16 of the value, or of the smallest normal
+    # number
     assert ((back - weight).abs() <= weight.abs() / 16 + 2.0**-10 * scale.max()).all()
 
 
@@ -92,4 +96,6 @@ def test_stacked_experts() -> None:
 def test_rounds_once_to_a_narrow_type() -> None:
     weight, scale = torch.randn(5, 5).to(torch.float8_e4m3fn), torch.rand(1, 1)
     wide = weight.double() * scale.double()
-    assert torch.equal(dequantize_blocks(weight, scale, BLOCK, torch.bfloat16), wide.to(torch.bfloat16))
+    assert torch.equal(
+        dequantize_blocks(weight, scale, BLOCK, torch.bfloat16), wide.to(torch.bfloat16)
+    )

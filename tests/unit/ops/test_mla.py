@@ -10,7 +10,14 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def draw(
-    *, queries: int, start: int, heads: int = 3, nope: int = 5, rope: int = 4, latent: int = 13, v: int = 7
+    *,
+    queries: int,
+    start: int,
+    heads: int = 3,
+    nope: int = 5,
+    rope: int = 4,
+    latent: int = 13,
+    v: int = 7,
 ) -> Inputs:
     shapes = [
         (queries, heads, nope),
@@ -47,7 +54,9 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_absorbed_equals_expanded(shape: dict[str, int]) -> None:
-    """Holds shut: up-projections applied on the wrong side, swapped, or rounded (1e-10 leaves no room)."""
+    """Holds shut: up-projections applied on the wrong side, swapped, or rounded (1e-10 leaves no
+    room).
+    """
     inputs = draw(**shape)
     options = {"start": shape["start"], "scale": 0.3}
     absorbed = absorbed_mla(*inputs, **options)
@@ -63,7 +72,9 @@ def test_expansion_in_blocks(key_block: int) -> None:
 
 
 def test_forms_agree_in_bf16_by_tolerance() -> None:
-    """Each form rounds q, k and v of other shapes, so bits differ; both stay near the exact result."""
+    """Each form rounds q, k and v of other shapes, so bits differ; both stay near the exact
+    result.
+    """
     inputs = draw(queries=5, start=12, latent=31)
     narrow = tuple(x.to(torch.bfloat16) for x in inputs)
     exact = written_out(tuple(x.double() for x in narrow), start=12, scale=0.2)

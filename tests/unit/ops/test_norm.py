@@ -21,9 +21,15 @@ def test_epsilon_is_added_to_the_mean_square() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounds_once(dtype: torch.dtype) -> None:
-    """Holds shut: rounding the normalised value before the weight, or squaring in the narrow type."""
+    """Holds shut: rounding the normalised value before the weight, or squaring in the narrow
+    type.
+    """
     x, weight = (torch.randn(67, 13) * 7).to(dtype), torch.randn(13).to(dtype)
-    exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    exact = (
+        x.double()
+        * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6)
+        * weight.double()
+    )
     out = rms_norm(x, weight, 1e-6)
     assert out.dtype == dtype
     # A second rounding would move about a third of the values by one unit.

@@ -1,4 +1,6 @@
-"""Rotary embedding: frequencies, YaRN's two corrections, both layouts, against numbers worked out by hand."""
+"""Rotary embedding: frequencies, YaRN's two corrections, both layouts, against numbers worked out
+by hand.
+"""
 
 import math
 
@@ -68,7 +70,9 @@ def model_with(attention: MLAConfig | GQAConfig, rope: RopeConfig) -> ModelConfi
 
 @pytest.mark.parametrize(("rope", "factor"), [(V3_ROPE, 1.874), (V2_LITE_ROPE, 1.590)])
 def test_yarn_softmax_factor_of_released_models(rope: RopeConfig, factor: float) -> None:
-    """Holds shut: YaRN's correction of the softmax scale left out, or applied once instead of squared."""
+    """Holds shut: YaRN's correction of the softmax scale left out, or applied once instead of
+    squared.
+    """
     assert mla_model(rope).softmax_scale * math.sqrt(192) == pytest.approx(factor, abs=5e-4)
 
 
@@ -93,7 +97,9 @@ def test_yarn_cos_and_sin_factor() -> None:
 
 
 def test_the_tables_carry_the_factor() -> None:
-    """Position 0 cannot show an error in the frequencies, but it does show the magnitude: cos(0) is the factor."""
+    """Position 0 cannot show an error in the frequencies, but it does show the magnitude: cos(0)
+    is the factor.
+    """
     cos, sin = RotaryTables(yarn(1.0, 0.707), 6)(torch.tensor([0, 7001]))
     factor = 1.3688879 / 1.2608038
     torch.testing.assert_close(cos[0], torch.full((3,), factor))
@@ -123,7 +129,9 @@ def test_longrope_frequencies() -> None:
 
 
 def test_yarn_ramp_of_deepseek_v3() -> None:
-    """The ramp runs from pair 10 to pair 23: 64 ln(4096 / (32 tau)) / (2 ln 1e4) = 10.47, with 1: 22.51."""
+    """The ramp runs from pair 10 to pair 23: 64 ln(4096 / (32 tau)) / (2 ln 1e4) = 10.47, with 1:
+    22.51.
+    """
     inverse = inverse_frequencies(V3_ROPE, 64).double()
     base = 10000.0 ** (-torch.arange(32).double() / 32)
     torch.testing.assert_close(inverse[:11], base[:11], rtol=1e-6, atol=0)
@@ -209,7 +217,9 @@ def test_rotates_in_fp32_and_rounds_once() -> None:
 
 
 def test_tables_are_fp32_at_far_positions() -> None:
-    """Holds shut: positions cast to a narrow type; at 60,001 fp16 is infinite and bf16 off by 191."""
+    """Holds shut: positions cast to a narrow type; at 60,001 fp16 is infinite and bf16 off by
+    191.
+    """
     cos, sin = RotaryTables(RopeConfig(rope_theta=1e4), 4)(torch.tensor([60001]))
     assert cos.dtype == torch.float32
     expected = torch.tensor([60001.0, 600.01], dtype=torch.float64)

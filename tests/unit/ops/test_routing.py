@@ -1,4 +1,6 @@
-"""Expert selection and weights: hand-computed V2 and V3 rules and the cases public implementations get wrong."""
+"""Expert selection and weights: hand-computed V2 and V3 rules and the cases public
+implementations get wrong.
+"""
 
 import pytest
 import torch
@@ -72,14 +74,17 @@ def test_v2_norm_rule_by_hand() -> None:
     torch.testing.assert_close(routing.weights, torch.tensor([[0.3 / 0.55, 0.25 / 0.55]]))
 
 
-def test_v2_norm_rule_needs_two_experts() -> None:
-    """One chosen expert is scaled even where weights are to be normalised."""
-    rule = moe(**V2, norm_topk_prob=True, routed_scaling_factor=16.0, num_experts_per_tok=1)
-    torch.testing.assert_close(route(*v2_input(), None, rule).weights, torch.tensor([[4.8]]))
+def test_a_single_expert_is_normalised_too() -> None:
+    """Its weight is 1 before scaling, as in transformers."""
+    x, gate = logits_as_input([[logit(s) for s in [0.2, 0.5, 0.3, 0.6, 0.1, 0.4]]])
+    routing = route(x, gate, torch.zeros(6), moe(num_experts_per_tok=1, routed_scaling_factor=2.5))
+    torch.testing.assert_close(routing.weights, torch.tensor([[2.5]]))
 
 
 def test_v2_groups_are_ranked_by_their_best_expert() -> None:
-    """Group maxima 0.3, 0.25, 0.15 against sums of two 0.35, 0.45, 0.2: V2 takes the first group, V3 the second."""
+    """Group maxima 0.3, 0.25, 0.15 against sums of two 0.35, 0.45, 0.2: V2 takes the first group,
+    V3 the second.
+    """
     groups = {"n_group": 3, "topk_group": 1}
     rule = V2 | groups | {"norm_topk_prob": False}
     by_best = route(*v2_input(), None, moe(**(rule | {"topk_method": "group_limited_greedy"})))
@@ -89,7 +94,8 @@ def test_v2_groups_are_ranked_by_their_best_expert() -> None:
 
 
 def test_discarded_groups_lose_to_negative_scores() -> None:
-    """All biased scores of the kept group are negative; a discarded group filled with 0 would win over them.
+    """All biased scores of the kept group are negative; a discarded group filled with 0 would win
+    over them.
 
     Holds shut: discarded groups set to 0 instead of -inf.
     """
@@ -115,7 +121,7 @@ def test_groups_of_one_expert() -> None:
 
 @pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])
 def test_ties_go_to_the_lowest_id(scoring_func: str) -> None:
-    """Holds shut: torch.topk, which leaves the order of equal scores open (it differs from 17 experts on)."""
+    """Holds shut: torch.topk, which leaves the order of equal scores open."""
     x, gate = torch.ones(3, 5), torch.full((257, 5), 0.25)
     rule = moe(n_routed_experts=257, num_experts_per_tok=8, scoring_func=scoring_func)
     assert route(x, gate, torch.zeros(257), rule).experts.tolist() == [list(range(8))] * 3

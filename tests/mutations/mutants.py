@@ -1,0 +1,388 @@
+"""The mistakes: each is one exact replacement in one file, and the test that holds it shut.
+
+A text that is not found exactly once is an error of the list: whoever changes the line updates it.
+"""
+
+from dataclasses import dataclass
+
+OPS, MODEL, ATTENTION = "tests/unit/ops/", "tests/unit/model/", "tests/unit/attention/"
+LOAD = "tests/unit/checkpoint/test_load.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One mistake."""
+
+    name: str
+    file: str
+    """Below lowlat/."""
+    old: str
+    new: str
+    test: str
+    """Node id of a test that fails with `new` and passes with `old`."""
+
+
+YARN = [
+    Mutant(
+        "YaRN: softmax scale not corrected",
+        "config/model.py",
+        "return scale * yarn_mscale(self.rope.factor, self.rope.mscale_all_dim or 0.0) ** 2",
+        "return scale",
+        OPS + "test_rope.py::test_yarn_softmax_factor_of_released_models",
+    ),
+    Mutant(
+        "YaRN: softmax correction not squared",
+        "config/model.py",
+        "self.rope.mscale_all_dim or 0.0) ** 2",
+        "self.rope.mscale_all_dim or 0.0)",
+        OPS + "test_rope.py::test_yarn_softmax_factor_of_released_models",
+    ),
+    Mutant(
+        "YaRN: cos and sin not corrected",
+        "ops/rope.py",
+        "return angles.cos() * self.magnitude, angles.sin() * self.magnitude",
+        "return angles.cos(), angles.sin()",
+        OPS + "test_rope.py::test_the_tables_carry_the_factor",
+    ),
+    Mutant(
+        "YaRN: cos and sin factor without its denominator",
+        "ops/rope.py",
+        " / yarn_mscale(rope.factor, rope.mscale_all_dim)",
+        "",
+        OPS + "test_rope.py::test_yarn_cos_and_sin_factor",
+    ),
+    Mutant(
+        "YaRN: fast pairs interpolated, slow ones kept",
+        "ops/rope.py",
+        "kept = 1 - ramp.clamp(0, 1)",
+        "kept = ramp.clamp(0, 1)",
+        OPS + "test_rope.py::test_yarn_ramp_of_deepseek_v3",
+    ),
+]
+
+ROPE = [
+    Mutant(
+        "RoPE: half-split pairs on interleaved weights",
+        "ops/rope.py",
+        "real, imaginary = wide[..., 0::2], wide[..., 1::2]",
+        "real, imaginary = wide.chunk(2, dim=-1)",
+        OPS + "test_rope.py::test_interleaved_pairs_are_neighbours",
+    ),
+    Mutant(
+        "RoPE: rotated pairs not put back in their places",
+        "ops/rope.py",
+        "torch.stack(rotated, dim=-1).flatten(-2) if interleave else torch.cat(rotated, dim=-1)",
+        "torch.cat(rotated, dim=-1)",
+        OPS + "test_rope.py::test_interleaved_pairs_are_neighbours",
+    ),
+    Mutant(
+        "RoPE: cached key in the other layout than the queries",
+        "model/mla.py",
+        "k_rope = apply_rope(k_rope[:, None], *rope, interleave=self.interleave)[:, 0]",
+        "k_rope = apply_rope(k_rope[:, None], *rope, interleave=not self.interleave)[:, 0]",
+        MODEL + "test_mla.py::test_query_and_key_rotate_alike",
+    ),
+    Mutant(
+        "RoPE: cached key not rotated",
+        "model/mla.py",
+        "        k_rope = apply_rope(k_rope[:, None], *rope, interleave=self.interleave)[:, 0]\n",
+        "",
+        MODEL + "test_mla.py::test_query_and_key_rotate_alike",
+    ),
+    Mutant(
+        "RoPE: positions in a narrow type",
+        "ops/rope.py",
+        "positions[:, None].to(torch.float32)",
+        "positions[:, None].to(torch.bfloat16).to(torch.float32)",
+        OPS + "test_rope.py::test_tables_are_fp32_at_far_positions",
+    ),
+]
+
+ROUTING = [
+    Mutant(
+        "groups: discarded ones filled with 0",
+        "ops/routing.py",
+        'groups.masked_fill(~kept[..., None], float("-inf"))',
+        "groups.masked_fill(~kept[..., None], 0.0)",
+        OPS + "test_routing.py::test_discarded_groups_lose_to_negative_scores",
+    ),
+    Mutant(
+        "groups: ranked by their best expert in V3",
+        "ops/routing.py",
+        'best = min(2, groups.shape[-1]) if moe.topk_method == "noaux_tc" else 1',
+        "best = 1",
+        OPS + "test_routing.py::test_v2_groups_are_ranked_by_their_best_expert",
+    ),
+    Mutant(
+        "groups: ranked without the bias",
+        "ops/routing.py",
+        "choice = _keep_best_groups(choice, moe)",
+        'choice = choice.masked_fill(_keep_best_groups(scores, moe) == float("-inf"), '
+        'float("-inf"))',
+        OPS + "test_routing.py::test_group_score_is_the_sum_of_the_two_best_biased",
+    ),
+    Mutant(
+        "router bias: in the weights",
+        "ops/routing.py",
+        "_weights(scores.gather(1, experts), moe)",
+        "_weights(choice.gather(1, experts), moe)",
+        OPS + "test_routing.py::test_v3_rule_by_hand",
+    ),
+    Mutant(
+        "router bias: not in the selection",
+        "ops/routing.py",
+        "choice = scores if bias is None else scores + bias",
+        "choice = scores",
+        OPS + "test_routing.py::test_v3_rule_by_hand",
+    ),
+    Mutant(
+        "router bias: added in bf16",
+        "ops/routing.py",
+        "scores + bias",
+        "scores + bias.bfloat16()",
+        OPS + "test_routing.py::test_bias_counts_in_fp32",
+    ),
+    Mutant(
+        "router bias: stored in the model's type",
+        "model/moe.py",
+        "bias = torch.empty(moe.n_routed_experts, dtype=torch.float32)",
+        "bias = torch.empty(moe.n_routed_experts, dtype=dtype)",
+        MODEL + "test_moe.py::test_router_bias_is_fp32_in_every_model",
+    ),
+    Mutant(
+        "router bias: cast while loading",
+        "checkpoint/place.py",
+        "        return tensor.to(torch.float32)\n",
+        "        return tensor.to(dtype or torch.float32)\n",
+        LOAD + "::test_cast[bf16]",
+    ),
+    Mutant(
+        "router bias: NaN accepted",
+        "checkpoint/place.py",
+        "not bool(tensor.float().isfinite().all())",
+        "False",
+        LOAD + "::test_broken[router bias NaN]",
+    ),
+    Mutant(
+        "gate: matmul in bf16",
+        "ops/routing.py",
+        "logits = x.to(wide) @ gate.to(wide).T",
+        "logits = x @ gate.to(x.dtype).T",
+        OPS + "test_routing.py::test_gate_multiplies_in_fp32",
+    ),
+    Mutant(
+        "gate: product cast up too late",
+        "ops/routing.py",
+        "logits = x.to(wide) @ gate.to(wide).T",
+        "logits = (x @ gate.to(x.dtype).T).to(wide)",
+        OPS + "test_routing.py::test_gate_multiplies_in_fp32",
+    ),
+    Mutant(
+        "gate: sigmoid in bf16",
+        "ops/routing.py",
+        "scores = logits.sigmoid()",
+        "scores = logits.to(x.dtype).sigmoid().to(wide)",
+        OPS + "test_routing.py::test_gate_multiplies_in_fp32",
+    ),
+    Mutant(
+        "top-k: ties in no order",
+        "ops/routing.py",
+        "values.sort(dim=-1, descending=True, stable=True).indices[:, :count]",
+        "values.topk(count, dim=-1).indices",
+        OPS + "test_routing.py::test_ties_go_to_the_lowest_id",
+    ),
+    Mutant(
+        "weights: scaled after normalising in V2",
+        "ops/routing.py",
+        "weights * moe.routed_scaling_factor if moe.scale_after_norm else weights",
+        "weights * moe.routed_scaling_factor",
+        OPS + "test_routing.py::test_v2_norm_rule_by_hand",
+    ),
+    Mutant(
+        "weights: not scaled after normalising in V3",
+        "ops/routing.py",
+        "weights * moe.routed_scaling_factor if moe.scale_after_norm else weights",
+        "weights",
+        OPS + "test_routing.py::test_v3_rule_by_hand",
+    ),
+]
+
+ATTENTION_FORMS = [
+    Mutant(
+        "absorbed: W_UK rounded again",
+        "ops/mla.py",
+        'torch.einsum("qhn,hnc->qhc", q_nope, w_uk)',
+        'torch.einsum("qhn,hnc->qhc", q_nope, w_uk.bfloat16().to(w_uk.dtype))',
+        OPS + "test_mla.py::test_absorbed_equals_expanded",
+    ),
+    Mutant(
+        "absorbed: W_UV rounded again",
+        "ops/mla.py",
+        'torch.einsum("qhc,hvc->qhv", mixed, w_uv)',
+        'torch.einsum("qhc,hvc->qhv", mixed, w_uv.float().to(w_uv.dtype))',
+        OPS + "test_mla.py::test_absorbed_equals_expanded",
+    ),
+    Mutant(
+        "absorbed: up-projections quantised again",
+        "model/mla.py",
+        "self.kv_b_proj.dense_weight(dtype).unflatten",
+        "self.kv_b_proj.dense_weight(dtype).to(torch.float8_e4m3fn).to(dtype).unflatten",
+        MODEL + "test_mla.py::test_up_projections_are_views_of_the_stored_weight",
+    ),
+    Mutant(
+        "MLA: value rows taken for key rows",
+        "model/mla.py",
+        "w_uk, w_uv = weight.split([dims.qk_nope_head_dim, dims.v_head_dim], dim=1)",
+        "w_uv, w_uk = weight.split([dims.v_head_dim, dims.qk_nope_head_dim], dim=1)",
+        MODEL + "test_mla.py::test_up_projections_are_nope_rows_then_value_rows_of_each_head",
+    ),
+    Mutant(
+        "MLA: latent not normalised",
+        "model/mla.py",
+        "latent = self.kv_a_layernorm(latent)",
+        "pass",
+        MODEL + "test_mla.py::test_cached_rows_by_hand",
+    ),
+    Mutant(
+        "attention: a query sees one later key",
+        "ops/attention.py",
+        "hidden = key > query\n",
+        "hidden = key > query + 1\n",
+        OPS + "test_attention.py::test_first_query_sees_only_itself",
+    ),
+    Mutant(
+        "attention: window one key too wide",
+        "ops/attention.py",
+        "(key <= query - window)",
+        "(key < query - window)",
+        OPS + "test_attention.py::test_window_of_one_returns_the_own_value",
+    ),
+    Mutant(
+        "attention: earlier blocks not rescaled",
+        "ops/attention.py",
+        "state[2] * keep + weighted",
+        "state[2] + weighted",
+        OPS + "test_mla.py::test_expansion_in_blocks",
+    ),
+    Mutant(
+        "cache: pages read in order of their number",
+        "attention/cache.py",
+        "list(pages[:count])",
+        "sorted(pages[:count])",
+        ATTENTION + "test_cache.py::test_rows_come_back_in_sequence_order",
+    ),
+    Mutant(
+        "cache: chunks attend as if they began the sequence",
+        "attention/cached.py",
+        "w_uk, w_uv, start=item.start, scale=scale",
+        "w_uk, w_uv, start=0, scale=scale",
+        ATTENTION + "test_cached.py::test_mla_in_chunks_equals_whole",
+    ),
+]
+
+FP8 = [
+    Mutant(
+        "fp8: floor grid while quantising",
+        "ops/fp8.py",
+        "grid = (math.ceil(rows / block[0]), math.ceil(columns / block[1]))",
+        "grid = (math.floor(rows / block[0]), math.floor(columns / block[1]))",
+        OPS + "test_fp8.py::test_576_rows_are_four_and_a_half_blocks",
+    ),
+    Mutant(
+        "fp8: floor grid of the scales",
+        "model/linear.py",
+        "return -(-rows // block[0]), -(-columns // block[1])",
+        "return rows // block[0], columns // block[1]",
+        MODEL + "test_quant.py::test_block_grid_is_a_ceil_grid",
+    ),
+    Mutant(
+        "fp8: padding enters the largest magnitude",
+        "ops/fp8.py",
+        "padded = torch.zeros(",
+        "padded = torch.ones(",
+        OPS + "test_fp8.py::test_padding_enters_no_maximum",
+    ),
+    Mutant(
+        "fp8: zero blocks divide by zero",
+        "ops/fp8.py",
+        "scale = torch.where(scale == 0, 1.0, scale)",
+        "pass",
+        OPS + "test_fp8.py::test_zero_block",
+    ),
+    Mutant(
+        "fp8: ue8m0 scales rounded down",
+        "ops/fp8.py",
+        "torch.ceil(torch.log2(scale))",
+        "torch.floor(torch.log2(scale))",
+        OPS + "test_fp8.py::test_ue8m0_scales_are_powers_of_two_rounded_up",
+    ),
+    Mutant(
+        "fp8: scale rounded before the multiply",
+        "ops/fp8.py",
+        "(weight.to(torch.float32) * scale).to(dtype)",
+        "weight.to(dtype) * scale.to(dtype)",
+        OPS + "test_fp8.py::test_rounds_once_to_a_narrow_type",
+    ),
+]
+
+MTP = [
+    Mutant(
+        "MTP: hidden state first in eh_proj",
+        "model/mtp.py",
+        "[self.enorm(embedded), self.hnorm(hidden)]",
+        "[self.hnorm(hidden), self.enorm(embedded)]",
+        MODEL + "test_mtp.py::test_written_out",
+    ),
+    Mutant(
+        "MTP: hidden state joined without its norm",
+        "model/mtp.py",
+        "self.hnorm(hidden)",
+        "hidden",
+        MODEL + "test_mtp.py::test_written_out",
+    ),
+    Mutant(
+        "MTP: main hidden state before the final norm",
+        "model/transformer.py",
+        "return self.norm(x)",
+        "return x",
+        MODEL + "test_mtp.py::test_main_hidden_states_come_after_the_final_norm",
+    ),
+    Mutant(
+        "MTP: next depth gets the state before the norm",
+        "model/mtp.py",
+        "return self.norm(self.block(self.eh_proj(joined), rope, attention))",
+        "return self.block(self.eh_proj(joined), rope, attention)",
+        MODEL + "test_mtp.py::test_second_depth_takes_the_first_ones_output",
+    ),
+    Mutant(
+        "MTP: literal layer number in the model",
+        "model/mtp.py",
+        "config.num_hidden_layers + depth",
+        "61 + depth",
+        MODEL + "test_mtp.py::test_layer_numbers_follow_the_decoder_layers",
+    ),
+    Mutant(
+        "MTP: literal layer number in files",
+        "checkpoint/mapping.py",
+        "model.layers.{config.num_hidden_layers + depth}.",
+        "model.layers.{61 + depth}.",
+        "tests/unit/checkpoint/test_roundtrip.py::test_names_in_files",
+    ),
+    Mutant(
+        "MTP: embedding at position 0 set to zero",
+        "model/transformer.py",
+        "return module(hidden, embedding(ahead_ids), self.rotary(positions), attention)",
+        "embedded = embedding(ahead_ids).masked_fill(positions[:, None] == 0, 0.0)\n"
+        "        return module(hidden, embedded, self.rotary(positions), attention)",
+        MODEL + "test_mtp.py::test_position_zero_keeps_its_embedding",
+    ),
+    Mutant(
+        "MTP: own embedding ignored",
+        "model/transformer.py",
+        "embedding = self.embed_tokens if module.embed_tokens is None else module.embed_tokens",
+        "embedding = self.embed_tokens",
+        MODEL + "test_mtp.py::test_own_copies_are_used",
+    ),
+]
+
+MUTANTS = [*YARN, *ROPE, *ROUTING, *ATTENTION_FORMS, *FP8, *MTP]

@@ -1,0 +1,46 @@
+"""Every mistake of the list is noticed by the test that is named for it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .mutants import MUTANTS, Mutant
+from .runner import REPOSITORY, applied
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_mutant_still_applies(mutant: Mutant) -> None:
+    """The replaced text is there exactly once, and what replaces it is Python."""
+    text = (REPOSITORY / "lowlat" / mutant.file).read_text(encoding="utf-8")
+    assert text.count(mutant.old) == 1 and mutant.old != mutant.new
+    compile(text.replace(mutant.old, mutant.new), mutant.file, "exec")
+    assert (REPOSITORY / mutant.test.partition("::")[0]).is_file()
+
+
+def test_a_mutant_that_no_longer_applies_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "lowlat").mkdir()
+    (tmp_path / "lowlat" / "file.py").write_text("a = 1\na = 1\n")
+    twice = Mutant("twice", "file.py", "a = 1", "a = 2", "")
+    with pytest.raises(ValueError, match="2 times, not once"), applied(tmp_path, twice):
+        pass
+
+
+def test_a_mutant_is_taken_out_again(tmp_path: Path) -> None:
+    (tmp_path / "lowlat").mkdir()
+    file = tmp_path / "lowlat" / "file.py"
+    file.write_text("a = 1\n")
+    with applied(tmp_path, Mutant("once", "file.py", "a = 1", "a = 2", "")):
+        assert file.read_text() == "a = 2\n"
+    assert file.read_text() == "a = 1\n"
+
+
+@pytest.mark.slow
+def test_all_mistakes_are_noticed() -> None:
+    """In an interpreter of its own, without the package, whose forks import the mutated copy."""
+    command = [sys.executable, "-m", "tests.mutations"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(MUTANTS)} of {len(MUTANTS)} killed" in done.stdout
