@@ -33,18 +33,24 @@ def print_json(model: Model, completions: list[Completion]) -> None:
         json.dumps(
             {"model": model.name, "completions": [completion_dict(each) for each in completions]},
             ensure_ascii=False,
-            indent=2,
         )
     )
 
 
 def completion_dict(completion: Completion) -> dict[str, Any]:
-    """The completion's fields, with tokens per second beside the times."""
-    usage = completion.usage
-    fields = asdict(completion)
-    fields["usage"]["decode_tokens_per_second"] = usage.decode_tokens_per_second
-    fields["usage"]["prefill_tokens_per_second"] = usage.prefill_tokens_per_second
-    return fields
+    """Text, tokens, reason, log-probabilities where asked for, timing and tokens per second."""
+    usage, logprobs = completion.usage, completion.logprobs
+    return {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "logprobs": None if logprobs is None else [asdict(entry) for entry in logprobs],
+        "usage": {
+            **asdict(usage),
+            "prefill_tokens_per_second": usage.prefill_tokens_per_second,
+            "decode_tokens_per_second": usage.decode_tokens_per_second,
+        },
+    }
 
 
 def print_numbered(completions: list[Completion]) -> None:
