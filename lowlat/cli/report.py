@@ -50,7 +50,7 @@ def _attention(source: ModelConfig | None, config: ModelConfig) -> str:
     after = describe_attention(config.attention)
     if source is None:
         return after
-    return f"{describe_attention(source.attention)}\n->  {after} (the same function)"
+    return f"{describe_attention(source.attention)}\n->  {after}, exact"
 
 
 def _cache(source: ModelConfig | None, model: Model) -> str:

@@ -114,8 +114,8 @@ def figures(conversation: Conversation, completion: Completion) -> str:
     return (
         f"{usage.completion_tokens} tokens{stopped.get(str(completion.finish_reason), '')}, "
         f"{usage.decode_tokens_per_second:.1f} tok/s; "
-        f"prompt {usage.prompt_tokens} tokens in {usage.prefill_seconds:.2f} s; "
-        f"cache {cached:,} tokens x {per_token:,} bytes = {cached * per_token / 1e6:.1f} MB"
+        f"prompt {usage.prompt_tokens} in {usage.prefill_seconds:.2f} s; "
+        f"cache {cached:,} x {per_token:,} bytes = {cached * per_token / 1e6:.1f} MB"
     )
 
 
