@@ -4,14 +4,19 @@ PYTHON ?= python3
 BIN    := .venv/bin
 QUESTION ?= What is the capital of France, and what is it known for?
 
+# What the installed package is built from; Python files are used where they lie.
+BUILT_FROM := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
+SANITIZED := build/sanitized
+
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo chat test lint format types check clean
+.PHONY: help demo chat test sanitize lint format types check clean
 
 help:
 	@echo "make demo    fetch a small model, convert it to MLA, answer one question"
 	@echo "make chat    the same model, interactively"
 	@echo "make test    run the test suite"
+	@echo "make sanitize  run the tests of the native kernels with memory and undefined-behaviour checks"
 	@echo "make lint    ruff: rules and formatting     make format  apply them"
 	@echo "make types   basedpyright                   make check   test, lint and types"
 	@echo "make clean   remove .venv and tool caches (downloaded models stay in the user's cache)"
@@ -25,6 +30,15 @@ chat: .venv/run.stamp
 
 test: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+
+# tests/native/test_native.py starts processes of its own, which load the installed module. Reports go to stderr, which
+# pytest may not keep; leaks are not looked for, as CPython has many.
+sanitize: .venv/dev.stamp
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(SANITIZED) . \
+		--config-settings build-dir=$(SANITIZED) --config-settings cmake.define.LOWLAT_SANITIZE=ON
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+		$(BIN)/python tests/native/sanitized.py $(SANITIZED) tests/native --capture sys --ignore tests/native/test_native.py
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
@@ -40,19 +54,19 @@ types: .venv/dev.stamp
 check: test lint types
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("lowlat needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	@echo "Creating .venv"
 	@$(PYTHON) -m venv .venv
 
-.venv/run.stamp: pyproject.toml | $(BIN)/python
+.venv/run.stamp: $(BUILT_FROM) | $(BIN)/python
 	@echo "Installing lowlat into .venv (PyTorch is most of it; a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-.venv/dev.stamp: pyproject.toml | $(BIN)/python
+.venv/dev.stamp: $(BUILT_FROM) | $(BIN)/python
 	@echo "Installing lowlat with its development tools into .venv"
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch .venv/run.stamp $@

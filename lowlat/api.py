@@ -13,6 +13,7 @@ from lowlat.checkpoint.names import ConfigPreset, LocalModel, ModelPreset, resol
 from lowlat.convert.run import convert
 from lowlat.engine.llm import Model
 from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.device import parse_cache
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
@@ -23,19 +24,21 @@ def load(
     dtype: str = "bf16",
     device: str = "cpu",
     context: int | None = None,
+    cache: str = "auto",
     progress: Progress | None = None,
 ) -> Model:
     """Load a model by preset, folder, .gguf file, hub id or pypi: name.
 
-    dtype: fp32, bf16, fp16, fp64, or auto (as stored). context: most tokens of prompt and output
-    together, None for all the model allows. Raises UserError naming what cannot be found, read or
-    served.
+    dtype: bf16, int8, int4, fp32, fp16, fp64, or auto (as stored). context: most tokens of prompt
+    and output together, None for all the model allows. cache: bf16, int8, or auto (as the
+    activations). Raises UserError naming what cannot be found, read or served.
     """
+    parse_cache(cache)
     path = prepare(name, progress=progress)
     # First, because it fails in milliseconds where a tokenizer is missing.
     tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(path)
     loaded = load_model(path, dtype=dtype, device=device, progress=progress)
-    return Model(loaded.model, tokenizer, name=name, context=context)
+    return Model(loaded.model, tokenizer, name=name, context=context, cache=cache)
 
 
 def prepare(name: str = "default", *, progress: Progress | None = None) -> Path:

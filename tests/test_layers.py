@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "lowlat"
 # Top to bottom. Names in one row are independent of one another, save what ALLOWED lists.
 LAYERS = [
     {"cli"},
+    {"bench"},
     {"api"},
     {"serve", "train", "convert"},
     {"engine"},
@@ -20,6 +21,7 @@ LAYERS = [
     {"attention"},
     {"ops"},
     {"text", "config", "utils"},
+    {"_native"},  # the kernels of csrc/
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 ALLOWED = {("text", "utils"), ("config", "utils")}

@@ -1,13 +1,14 @@
 """The paged cache: one row per token and layer, whatever the attention.
 
 MLA leaves [c_t ; k_R], MHA, GQA and MQA leave [K ; V]. Owns the memory; which page belongs to whom
-is the engine's business.
+is the engine's business. What a row is made of in int8 is `rows`'s.
 """
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lowlat.attention.rows import pack_rows, row_bytes, unpack_rows
 from lowlat.config.model import ModelConfig
 
 PAGE_SIZE = 64
@@ -17,11 +18,12 @@ def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes one token leaves in all decoder layers (MTP modules not counted): V3 in bf16
     is 70,272.
     """
-    return config.num_hidden_layers * config.attention.row_dim * dtype.itemsize
+    return config.num_hidden_layers * row_bytes(config.attention, dtype)
 
 
 class PagedCache:
-    """Rows of all layers, in pages of `page_size` tokens: data [layers, pages, page_size, row_dim].
+    """Rows of all layers, in pages of `page_size` tokens: data [layers, pages, page_size, row_dim],
+    for torch.int8 [layers, pages, page_size, row_bytes] of bytes.
 
     Layers are the decoder layers, then the MTP modules. A page number addresses the same page in
     every layer.
@@ -37,13 +39,19 @@ class PagedCache:
         device: torch.device | str = "cpu",
     ) -> None:
         self.page_size = page_size
+        self.dtype = dtype
+        self.row_dim = config.attention.row_dim
+        is_packed = dtype == torch.int8
+        self.quantized = config.attention.quantized_dim if is_packed else 0
+        """Channels of a row that are int8."""
+        width = row_bytes(config.attention, dtype) if is_packed else self.row_dim
         # Zeros come from the system lazily: untouched pages cost no memory.
         self.data = torch.zeros(
             config.num_cache_layers,
             num_pages,
             page_size,
-            config.attention.row_dim,
-            dtype=dtype,
+            width,
+            dtype=torch.uint8 if is_packed else dtype,
             device=device,
         )
 
@@ -55,13 +63,14 @@ class PagedCache:
         self, layer: int, slots: Int[Tensor, "tokens"], rows: Float[Tensor, "tokens row_dim"]
     ) -> None:
         """Store the rows of new tokens."""
-        self.data[layer].view(-1, self.data.shape[-1])[slots] = rows.to(self.data.dtype)
+        stored = pack_rows(rows, self.quantized) if self.quantized else rows.to(self.dtype)
+        self.data[layer].view(-1, self.data.shape[-1])[slots] = stored
 
     def rows(
-        self, layer: int, pages: tuple[int, ...], length: int
+        self, layer: int, pages: tuple[int, ...], length: int, dtype: torch.dtype
     ) -> Float[Tensor, "length row_dim"]:
-        """The first `length` rows of a sequence; a view where its pages follow each other, else a
-        copy.
+        """The first `length` rows of a sequence in `dtype`; a view where that is the cache's and
+        its pages follow each other, else a copy.
         """
         count = -(-length // self.page_size)
         first = pages[0]
@@ -69,7 +78,10 @@ class PagedCache:
             block = self.data[layer, first : first + count]
         else:
             block = self.data[layer, list(pages[:count])]
-        return block.flatten(0, 1)[:length]
+        stored = block.flatten(0, 1)[:length]
+        if self.quantized:
+            return unpack_rows(stored, self.row_dim, self.quantized, dtype)
+        return stored.to(dtype)
 
     def copy_page(self, source: int, destination: int) -> None:
         """Duplicate a page in every layer (a fork that goes on writing into a partly

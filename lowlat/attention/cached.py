@@ -85,4 +85,4 @@ class CachedAttention(AttentionBackend):
     def _context(
         self, layer: int, item: SequenceSlice, dtype: torch.dtype
     ) -> Float[Tensor, "keys row_dim"]:
-        return self.cache.rows(layer, item.pages, item.context).to(dtype)
+        return self.cache.rows(layer, item.pages, item.context, dtype)

@@ -17,6 +17,7 @@ from lowlat.checkpoint.place import fill
 from lowlat.checkpoint.source import TensorSource
 from lowlat.config.hf import config_from_hf
 from lowlat.config.model import ModelConfig
+from lowlat.model.quant import PACKED, store_packed
 from lowlat.model.transformer import Transformer
 from lowlat.utils.device import parse_device, parse_dtype
 from lowlat.utils.errors import UserError
@@ -41,7 +42,8 @@ def load_model(
     """The model at `path`, a Hugging Face folder or a .gguf file.
 
     dtype: "auto" keeps every tensor as stored (fp8 blocks included; GGUF's block formats become
-    fp32), fp64, fp32, bf16 and fp16 cast all of them. Router biases are fp32 always.
+    fp32), fp64, fp32, bf16 and fp16 cast all of them, int8 and int4 pack the projections as
+    `model.quant` says and cast the rest to bf16. Router biases are fp32 always.
 
     Nothing is allocated before all names and shapes fit. On the CPU a tensor that needs no change
     stays a copy-on-write view of the mapped file: it takes no memory of its own until it is used,
@@ -51,20 +53,26 @@ def load_model(
     Raises UserError naming file and tensor for anything missing, left over, misshapen or of a
     dtype that is not a weight's, and for a router bias that is not finite.
     """
-    wanted = None if dtype == "auto" else parse_dtype(dtype)
+    packs = dtype in PACKED
+    wanted = None if dtype == "auto" else parse_dtype("bf16" if packs else dtype)
     place = parse_device(device)
     source = open_checkpoint(path)
     config = settle_mtp(read_config(source), source)
     if config.quantization is not None and wanted is not None:
-        source = DenseSource(source, config.quantization, wanted)
+        # packing rounds once, from the exact values
+        multiplied = torch.float32 if packs else wanted
+        source = DenseSource(source, config.quantization, multiplied)
         config = replace(config, quantization=None)
     model = _empty_model(config, source)
+    if packs:
+        model.add_head()
     parameters = model.state_dict()
     plan = operations(config, parameters)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     expected = {file: shape for step in plan for file, shape in step.file_shapes(shapes).items()}
     check_tensors(config, source, expected)
-    filled = fill(source, plan, parameters, wanted, place, progress or SilentProgress())
+    packed = store_packed(model, dtype) if packs else {}
+    filled = fill(source, plan, parameters, wanted, place, progress or SilentProgress(), packed)
     model.load_state_dict(filled, strict=True, assign=True)
     return Loaded(model=model, config=config, path=path)
 
@@ -79,14 +87,16 @@ def _empty_model(config: ModelConfig, source: TensorSource) -> Transformer:
     """The model without memory. Sizes no file could fill are refused before they cost time or
     memory.
     """
-    experts = config.moe.n_routed_experts if config.moe is not None else 0
-    for field, count in (
-        ("num_hidden_layers", config.num_cache_layers),
-        ("n_routed_experts", experts),
+    layers, experts = config.num_cache_layers, 0
+    if config.moe is not None and layers <= len(source.names()):
+        experts = config.moe.n_routed_experts * sum(map(config.is_moe_layer, range(layers)))
+    for what, count in (
+        ("num_hidden_layers", layers),
+        ("n_routed_experts of all layers:", experts),
     ):
         if count > len(source.names()):
             raise UserError(
-                f"{source.path}: {field} {count} is more than there are tensors "
+                f"{source.path}: {what} {count} is more than there are tensors "
                 f"({len(source.names())})"
             )
     try:

@@ -1,7 +1,7 @@
 """Which tensor in a file is which parameter: Hugging Face names <-> the model's, by config alone.
 
-Names are the same below the layers but for: the `model.` prefix, stacked experts, MTP modules
-(stored as the layers after the last) and the latent of exactly converted models (`padding`).
+Names are the same below the layers but for: the `model.` prefix, MTP modules (stored as the layers
+after the last) and the latent of exactly converted models (`padding`).
 Leftovers and gaps are errors. Owns names and rules; the tensors pass through `operations`.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from lowlat.checkpoint.operations import Operation, PadLatent, Rename, StackExperts, parameter_names
+from lowlat.checkpoint.operations import Operation, PadLatent, Rename, parameter_names
 from lowlat.checkpoint.source import TensorSource
 from lowlat.checkpoint.strict_json import quoted
 from lowlat.config.model import MLAConfig, ModelConfig
@@ -39,8 +39,8 @@ def operations(config: ModelConfig, parameters: Iterable[str]) -> list[Operation
             result.append(_pad_latent(config, converted, prefix))
         elif below in padded:
             continue
-        elif ".mlp.experts." in parameter:
-            result.append(_stack(config, parameter))
+        elif parameter == "lm_head.weight" and config.tie_word_embeddings:
+            result.append(Rename(file_name(config, "embed_tokens.weight"), parameter))
         else:
             result.append(Rename(file_name(config, parameter), parameter))
     return result
@@ -144,19 +144,6 @@ def _pad_latent(config: ModelConfig, attention: MLAConfig, prefix: str) -> PadLa
             "convert it to bf16"
         )
     return PadLatent(file_name(config, prefix), prefix, attention)
-
-
-def _stack(config: ModelConfig, parameter: str) -> StackExperts:
-    """layers.3.mlp.experts.up_proj[_scale_inv] <-
-    model.layers.3.mlp.experts.E.up_proj.weight[_scale_inv].
-    """
-    assert config.moe is not None
-    prefix, _, projection = file_name(config, parameter).rpartition(".")
-    tail = f"{projection.removesuffix(SCALE_SUFFIX)}.weight"
-    if projection.endswith(SCALE_SUFFIX):
-        tail += SCALE_SUFFIX
-    experts = range(config.moe.n_routed_experts)
-    return StackExperts(tuple(f"{prefix}.{expert}.{tail}" for expert in experts), parameter)
 
 
 def _check_tied(source: TensorSource) -> None:

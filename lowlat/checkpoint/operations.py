@@ -21,10 +21,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Piece(NamedTuple):
-    """A tensor for a parameter: all of it, or `row` of its first axis."""
+    """A tensor for a parameter."""
 
     parameter: str
-    row: int | None
     tensor: Tensor
 
 
@@ -58,29 +57,10 @@ class Rename(Operation):
         return {self.file: shapes[self.parameter]}
 
     def load(self, read: Read) -> Iterator[Piece]:
-        yield Piece(self.parameter, None, read(self.file))
+        yield Piece(self.parameter, read(self.file))
 
     def save(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         yield self.file, read(self.parameter)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class StackExperts(Operation):
-    """One file tensor per expert <-> one parameter [experts, ...]."""
-
-    files: tuple[str, ...]
-    parameter: str
-
-    def file_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys(self.files, shapes[self.parameter][1:])
-
-    def load(self, read: Read) -> Iterator[Piece]:
-        for index, file in enumerate(self.files):
-            yield Piece(self.parameter, index, read(file))
-
-    def save(self, read: Read) -> Iterator[tuple[str, Tensor]]:
-        yield from zip(self.files, read(self.parameter).unbind(), strict=True)
 
 
 @final
@@ -115,7 +95,7 @@ class PadLatent(Operation):
     def load(self, read: Read) -> Iterator[Piece]:
         tensors = {name: read(self.file_prefix + name) for name in self._file_names()}
         for name, tensor in padding.unpad_latent(tensors, self.attention, self.file_prefix).items():
-            yield Piece(self.parameter_prefix + name, None, tensor)
+            yield Piece(self.parameter_prefix + name, tensor)
 
     def save(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         tensors = {

@@ -1,4 +1,4 @@
-"""Puts tensors from a checkpoint into parameters: number type, device, stacking, range checks."""
+"""Puts tensors from a checkpoint into parameters: number type, packing, device, range checks."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +10,7 @@ from lowlat.checkpoint.mapping import PLAIN_DTYPES, ROUTER_BIAS, SCALE_SUFFIX
 from lowlat.checkpoint.operations import Operation, Piece
 from lowlat.checkpoint.padding import PaddingError
 from lowlat.checkpoint.source import TensorSource
+from lowlat.model.linear import Linear
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -23,28 +24,27 @@ def fill(
     dtype: torch.dtype | None,
     device: torch.device,
     progress: Progress,
+    packed: Mapping[str, Linear] | None = None,
 ) -> dict[str, Tensor]:
     """Tensors for all `parameters` (meta tensors), in `dtype` (None: as stored) on `device`.
 
-    One file tensor is in memory at a time beside the result. Raises UserError naming file and
-    tensor for number types that are no weight's and for values that are not finite where they
-    must be.
+    `packed` maps weights to the modules whose storage they are packed for. One file tensor is in
+    memory at a time beside the result. Raises UserError naming file and tensor for number types
+    that are no weight's and for values that are not finite where they must be.
     """
     filled: dict[str, Tensor] = {}
-    total = sum(_stored_bytes(source, name) for name in source.names())
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    total = sum(_stored_bytes(source, name) for step in plan for name in step.file_shapes(shapes))
     with progress.task("Loading weights", total=total, unit="bytes") as task:
         for piece, names in _pieces(plan, source):
-            name, row, tensor = piece
-            parameter = parameters[name]
+            name, tensor = piece
             where = source.where(names[-1]) if names else f"{source.path}: tensor {name!r}"
-            fitted = fit(tensor, name, where, parameter.dtype == FP8, dtype).to(device)
-            if row is None:
-                filled[name] = fitted
+            if packed is not None and name in packed:
+                parts = fit_packed(tensor, name, where, packed[name])
             else:
-                if name not in filled:
-                    filled[name] = torch.empty(parameter.shape, dtype=fitted.dtype, device=device)
-                filled[name][row].copy_(fitted)
-            if row is not None or fitted.data_ptr() != tensor.data_ptr():
+                parts = {name: fit(tensor, name, where, parameters[name].dtype == FP8, dtype)}
+            filled |= {part: fitted.to(device) for part, fitted in parts.items()}
+            if filled[name].data_ptr() != tensor.data_ptr():
                 for read in names:
                     source.release(read)
             task.advance(sum(_stored_bytes(source, read) for read in names))
@@ -73,6 +73,25 @@ def fit(
         if bool(result.isinf().any()) and bool(tensor.isfinite().all()):
             raise UserError(f"{where} has values beyond the range of fp16; use --dtype bf16")
     return result
+
+
+def fit_packed(tensor: Tensor, parameter: str, where: str, linear: Linear) -> dict[str, Tensor]:
+    """`tensor` in the storage of `linear`, by names of parameters.
+
+    Raises UserError starting with `where` for a number type that is no weight's and for values
+    that are not finite or beyond the range of the storage.
+    """
+    if tensor.dtype not in PLAIN_DTYPES:
+        raise UserError(f"{where} is {_name(tensor.dtype)}, not a plain float")
+    parts = linear.pack(tensor)
+    for part in parts.values():
+        if part.is_floating_point() and not bool(part.isfinite().all()):
+            raise UserError(
+                f"{where} has values that are not finite or too large for {linear.storage}; "
+                "use --dtype bf16"
+            )
+    prefix = parameter.removesuffix("weight")
+    return {prefix + part: value for part, value in parts.items()}
 
 
 def _pieces(plan: Sequence[Operation], source: TensorSource) -> Iterator[tuple[Piece, list[str]]]:

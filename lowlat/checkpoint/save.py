@@ -20,6 +20,7 @@ from lowlat.checkpoint.mapping import operations
 from lowlat.checkpoint.shard_writer import ShardWriter
 from lowlat.config.hf import config_to_hf
 from lowlat.config.model import ModelConfig
+from lowlat.model.quant import packed_type
 from lowlat.model.transformer import Transformer
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
@@ -50,8 +51,15 @@ def save_model(
 ) -> None:
     """Write `model` as the folder `dst`; tokenizer files come from `source` (folder, .gguf, None).
 
-    Loading `dst` gives every parameter back bit for bit. Raises UserError as `write_checkpoint`.
+    Loading `dst` gives every parameter back bit for bit. Raises UserError as `write_checkpoint`,
+    and for int8 and int4 models, whose packed weights no file format holds.
     """
+    packed = packed_type(model)
+    if packed is not None:
+        raise UserError(
+            f"{dst}: {packed} weights exist in memory only; load the model with --dtype bf16 or "
+            "auto to save it"
+        )
     raw = config_to_hf(config)
     raw["dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     tensors = file_tensors(config, model.state_dict())

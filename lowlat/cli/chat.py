@@ -37,6 +37,7 @@ def chat(
     seed: options.Seed = SAMPLING.seed,
     device: options.Device = options.DEFAULT_DEVICE,
     dtype: options.Dtype = options.DEFAULT_DTYPE,
+    cache: options.Cache = options.DEFAULT_CACHE,
     threads: options.Threads = None,
 ) -> None:
     """Talk to a model. Lines may also come from a pipe, one question each."""
@@ -55,7 +56,7 @@ def chat(
     }
     # Checked before a model is fetched or loaded.
     make_params(sampling)
-    loaded = load_model(model, dtype=dtype, device=device, threads=threads)
+    loaded = load_model(model, dtype=dtype, cache=cache, device=device, threads=threads)
     conversation = Conversation(loaded, sampling, max_tokens=max_tokens, system=system)
     if once is None:
         talk(conversation)

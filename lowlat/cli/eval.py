@@ -22,6 +22,7 @@ def evaluate(
     ] = WINDOW,
     device: options.Device = options.DEFAULT_DEVICE,
     dtype: options.Dtype = options.DEFAULT_DTYPE,
+    cache: options.Cache = options.DEFAULT_CACHE,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
@@ -33,7 +34,7 @@ def evaluate(
     from lowlat.cli.inputs import load_model, read_text_file
 
     content = read_text_file(text)
-    loaded = load_model(model, dtype=dtype, device=device, threads=threads)
+    loaded = load_model(model, dtype=dtype, cache=cache, device=device, threads=threads)
     result = measure(loaded, str(text), content, window)
     if as_json:
         print(json.dumps(as_dict(result), indent=2))

@@ -45,6 +45,7 @@ def generate(
     ignore_eos: options.IgnoreEos = SAMPLING.ignore_eos,
     device: options.Device = options.DEFAULT_DEVICE,
     dtype: options.Dtype = options.DEFAULT_DTYPE,
+    cache: options.Cache = options.DEFAULT_CACHE,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
@@ -75,7 +76,7 @@ def generate(
     params = make_params(sampling)
     _check(params, raw=raw, system=system, as_json=as_json)
     text = read_stdin() if prompt == STDIN else prompt
-    loaded = load_model(model, dtype=dtype, device=device, threads=threads)
+    loaded = load_model(model, dtype=dtype, cache=cache, device=device, threads=threads)
     start = as_prompt(loaded, text, raw=raw, system=system)
     if as_json:
         print_json(loaded, loaded.generate_many([start], **sampling)[0])

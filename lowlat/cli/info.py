@@ -12,10 +12,14 @@ from typing import Annotated, Any
 
 import typer
 
-from lowlat.config.arithmetic import ELEMENT_BYTES, cache_cost, count_parameters, memory_at
+from lowlat.config.arithmetic import ELEMENT_BYTES, cache_cost, count_parameters
+from lowlat.config.memory import PACKED_DTYPES, memory_at
 from lowlat.config.model import ModelConfig
 from lowlat.config.presets import load_preset, preset_names
 from lowlat.utils.errors import UserError
+from lowlat.utils.memory import is_larger_than_memory, memory_limit
+
+DTYPES = (*ELEMENT_BYTES, *PACKED_DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,26 +54,35 @@ def info(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help=f"Count in {', '.join(ELEMENT_BYTES)}; auto, the default, is weights as stored "
-            "and a bf16 cache.",
+            help=f"Count in {', '.join(DTYPES)}; auto, the default, is weights as stored.",
             show_default=False,
         ),
     ] = None,
+    cache: Annotated[
+        str,
+        typer.Option(help="Number type of the cache: bf16, int8, or auto (as --dtype, else bf16)."),
+    ] = "auto",
 ) -> None:
     """Parameters, active parameters, cache per token beside MHA, GQA and MQA, memory."""
     if context is not None and context < 1:
         raise UserError(f"--context {context}: give a number of tokens, at least 1")
-    if dtype not in (None, "auto", *ELEMENT_BYTES):
-        raise UserError(f"--dtype '{dtype}' is unknown; choose auto, {', '.join(ELEMENT_BYTES)}")
+    if dtype not in (None, "auto", *DTYPES):
+        raise UserError(f"--dtype '{dtype}' is unknown; choose auto, {', '.join(DTYPES)}")
+    if cache not in ("auto", "bf16", "int8"):
+        raise UserError(f"--cache '{cache}' is unknown; choose auto, bf16 or int8")
     dtype = None if dtype == "auto" else dtype
+    if cache == "auto":
+        cache = dtype if dtype is not None and dtype in ELEMENT_BYTES else "bf16"
     subject = find(model)
-    memory = None if context is None else memory_of(subject, context, dtype)
+    memory = None if context is None else memory_of(subject, context, dtype, cache)
+    machine = machine_of(subject, dtype)
     if json_output:
-        print(json.dumps(as_json(subject.config, memory, dtype or "bf16"), indent=2))
+        report = as_json(subject.config, memory, cache) | {"machine": machine}
+        print(json.dumps(report, indent=2))
         return
     from lowlat.cli.info_view import show
 
-    show(subject.name, subject.config, memory, dtype)
+    show(subject.name, subject.config, memory, dtype, cache=cache, machine=machine)
 
 
 def find(name: str) -> Subject:
@@ -102,16 +115,31 @@ def open_subject(name: str, path: Path) -> Subject:
     return Subject(name=name, config=config, stored_bytes=sum(sizes))
 
 
-def memory_of(subject: Subject, context: int, dtype: str | None) -> dict[str, int]:
+def memory_of(subject: Subject, context: int, dtype: str | None, cache: str) -> dict[str, int]:
     """weights_bytes, cache_bytes, context; weights as the checkpoint stores them if no dtype."""
-    memory = memory_at(subject.config, context, dtype)
+    memory = memory_at(subject.config, context, dtype, cache)
     if dtype is None and subject.stored_bytes is not None:
         memory["weights_bytes"] = subject.stored_bytes
     return memory
 
 
-def as_json(config: ModelConfig, memory: dict[str, int] | None, dtype: str) -> dict[str, Any]:
-    """The report of --json, caches stored as `dtype`."""
+def machine_of(subject: Subject, dtype: str | None) -> dict[str, int | bool]:
+    """What to expect here: weights_bytes, memory_bytes, fits_in_memory, and the weight bytes one
+    token reads at most, active_bytes.
+    """
+    weights = memory_of(subject, 1, dtype, "bf16")["weights_bytes"]
+    count = count_parameters(subject.config)
+    all_parameters = count.total + count.mtp + count.mtp_copies
+    return {
+        "weights_bytes": weights,
+        "memory_bytes": memory_limit(),
+        "fits_in_memory": not is_larger_than_memory(weights),
+        "active_bytes": round(weights * count.active_without_embedding / all_parameters),
+    }
+
+
+def as_json(config: ModelConfig, memory: dict[str, int] | None, cache: str) -> dict[str, Any]:
+    """The report of --json, caches stored as `cache`."""
     count, cost = count_parameters(config), cache_cost(config)
     alternatives = {"mha": cost.mha, "gqa8": cost.gqa8, "mqa": cost.mqa}
     row = cost.elements_per_token_layer
@@ -123,11 +151,11 @@ def as_json(config: ModelConfig, memory: dict[str, int] | None, dtype: str) -> d
             "mtp": count.mtp,
         },
         "cache": {
-            "bytes_per_token": cost.bytes_per_token(row, dtype),
+            "bytes_per_token": cost.own_bytes_per_token(cache),
             "elements_per_token_layer": row,
         },
         "alternatives": {
-            name: {"bytes_per_token": cost.bytes_per_token(elements, dtype)}
+            name: {"bytes_per_token": cost.bytes_per_token(elements, cache)}
             for name, elements in alternatives.items()
         },
         "gqa_groups_equivalent": cost.gqa_groups_equivalent,

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowlat.config.arithmetic import CacheCost, ParameterCount, cache_cost, count_parameters
+from lowlat.config.memory import PACKED_DTYPES
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 
 BAR_WIDTH = 14
@@ -19,17 +20,22 @@ def show(
     memory: dict[str, int] | None,
     dtype: str | None,
     console: Console | None = None,
+    *,
+    cache: str = "bf16",
+    machine: dict[str, int | bool] | None = None,
 ) -> None:
-    """Print what is known about the model `name`; no `dtype` is weights as stored, bf16 cache."""
+    """Print what is known about the model `name`; no `dtype` is weights as stored."""
     console = Console() if console is None else console
     count, cost = count_parameters(config), cache_cost(config)
     console.print()
     console.print(Padding(_title(name, config), (0, 0, 0, 1), expand=False))
-    tables = [_parameters(config, count), _cache(config, cost, dtype or "bf16")]
+    tables = [_parameters(config, count), _cache(config, cost, cache)]
     if memory is not None:
-        tables.append(_memory(config, memory, dtype))
+        tables.append(_memory(config, memory, dtype, cache))
     for table in tables:
         console.print(Padding(table, (1, 0, 0, 1), expand=False))
+    if machine is not None:
+        console.print(Padding(_expectation(machine, dtype), (1, 0, 0, 1), expand=False))
     console.print()
 
 
@@ -123,34 +129,60 @@ def _cache(config: ModelConfig, cost: CacheCost, dtype: str) -> Table:
     own = cost.elements_per_token_layer
     groups = min(8, config.attention.num_attention_heads)
     rows = [
-        (f"this model: {_form(config.attention)}", own, "bold green"),
-        ("MQA, 1 group", cost.mqa, ""),
-        (f"GQA, {groups} groups", cost.gqa8, ""),
-        (f"MHA, {config.attention.num_attention_heads} heads", cost.mha, ""),
+        (f"this model: {_form(config.attention)}", own, cost.own_bytes_per_token(dtype)),
+        ("MQA, 1 group", cost.mqa, cost.bytes_per_token(cost.mqa, dtype)),
+        (f"GQA, {groups} groups", cost.gqa8, cost.bytes_per_token(cost.gqa8, dtype)),
+        (
+            f"MHA, {config.attention.num_attention_heads} heads",
+            cost.mha,
+            cost.bytes_per_token(cost.mha, dtype),
+        ),
     ]
-    for name, elements, style in rows:
-        size = f"{cost.bytes_per_token(elements, dtype):,}"
-        bar = Text(_bar(elements / max(own, cost.mha)), style="green" if style else "blue")
-        table.add_row(name, size, f"{elements:,}", f"{elements / own:.2f}", bar, style=style)
+    for index, (name, elements, size) in enumerate(rows):
+        style, color = ("", "blue") if index else ("bold green", "green")
+        bar = Text(_bar(elements / max(own, cost.mha)), style=color)
+        ratio = f"{elements / own:.2f}"
+        table.add_row(name, f"{size:,}", f"{elements:,}", ratio, bar, style=style)
     table.add_section()
     note = "row / (2 d_h)"
     table.add_row("GQA groups of this size", f"{cost.gqa_groups_equivalent:.4g}", "", "", note)
     return table
 
 
-def _memory(config: ModelConfig, memory: dict[str, int], dtype: str | None) -> Table:
+def _memory(
+    config: ModelConfig, memory: dict[str, int], dtype: str | None, cache_dtype: str
+) -> Table:
     tokens = memory["context"]
     table = _table(f"Memory at {tokens:,} tokens", "bytes")
     weights, cache = memory["weights_bytes"], memory["cache_bytes"]
     with_mtp = ", MTP included" if config.num_nextn_predict_layers else ""
     table.add_row("weights", _bytes(weights), f"{dtype or 'dtype auto'}{with_mtp}")
-    table.add_row("cache", _bytes(cache), f"{dtype or 'bf16'}, one sequence")
+    table.add_row("cache", _bytes(cache), f"{cache_dtype}, one sequence")
     table.add_section()
     beyond = ""
     if tokens > config.max_position_embeddings:
         beyond = f"beyond the model's {config.max_position_embeddings:,} tokens"
     table.add_row("total", _bytes(weights + cache), beyond, style="bold")
     return table
+
+
+def _expectation(machine: dict[str, int | bool], dtype: str | None) -> Text:
+    """What this machine makes of weights of that size."""
+    weights, memory = _bytes(machine["weights_bytes"]), _bytes(machine["memory_bytes"])
+    text = f"On this machine: weights {weights}, memory {memory}"
+    if machine["fits_in_memory"]:
+        return Text(f"{text}: they stay in memory.", style="dim")
+    if dtype in PACKED_DTYPES:
+        return Text(
+            f"{text}: too small for {dtype}, which is packed in memory; use --dtype bf16, which "
+            "reads the checkpoint where it lies.",
+            style="yellow",
+        )
+    return Text(
+        f"{text}: they are read from disk as experts are chosen, up to "
+        f"{_bytes(machine['active_bytes'])} for a token.",
+        style="yellow",
+    )
 
 
 def _bar(share: float) -> str:

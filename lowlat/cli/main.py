@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lowlat.cli.bench import bench
 from lowlat.cli.chat import chat
 from lowlat.cli.convert import convert
 from lowlat.cli.eval import evaluate
@@ -31,6 +32,7 @@ app.command("generate")(generate)
 app.command("info")(info)
 app.command("convert")(convert)
 app.command("eval")(evaluate)
+app.command("bench")(bench)
 
 
 def print_version(wanted: bool) -> bool:

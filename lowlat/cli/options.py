@@ -13,6 +13,7 @@ from lowlat.utils.errors import UserError
 DEFAULT_MODEL = "default"
 DEFAULT_DEVICE = "cpu"
 DEFAULT_DTYPE = "bf16"
+DEFAULT_CACHE = "auto"
 SAMPLING = SamplingParams()
 
 _SAMPLING_PANEL = "Sampling"
@@ -35,7 +36,16 @@ Device = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Weights and computation: auto (as stored), bf16, fp16, fp32 or fp64.",
+        help="Weights and computation: bf16, int8 or int4 (weights packed while loading, "
+        "computed in bf16), fp16, fp32, fp64, or auto (as stored).",
+        rich_help_panel=_MACHINE_PANEL,
+    ),
+]
+Cache = Annotated[
+    str,
+    typer.Option(
+        help="Number type of the cache: bf16, int8 (a scale for each 64 channels), or auto (as "
+        "computed).",
         rich_help_panel=_MACHINE_PANEL,
     ),
 ]

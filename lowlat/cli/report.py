@@ -10,6 +10,7 @@ from lowlat.config.presets import load_preset
 from lowlat.convert.run import Report, describe_attention
 from lowlat.engine.completion import Completion
 from lowlat.engine.llm import Model
+from lowlat.model.quant import packed_type
 
 
 def print_answer_report(model: Model, completion: Completion, console: Console) -> None:
@@ -17,7 +18,8 @@ def print_answer_report(model: Model, completion: Completion, console: Console) 
     usage = completion.usage
     source = source_config(model.name)
     label = MODEL_PRESETS[model.name].label if model.name in MODEL_PRESETS else model.name
-    numbers = str(model.transformer.embed_tokens.weight.dtype).removeprefix("torch.")
+    plain = str(model.transformer.embed_tokens.weight.dtype).removeprefix("torch.")
+    numbers = packed_type(model.transformer) or plain
     rows = {
         "model": f"{label}, {model.num_parameters / 1e6:.1f}M parameters, {numbers}",
         "attention": _attention(source, model.config),
@@ -55,12 +57,11 @@ def _attention(source: ModelConfig | None, config: ModelConfig) -> str:
 
 def _cache(source: ModelConfig | None, model: Model) -> str:
     """Bytes before and after, beside full multi-head attention of the same width."""
-    cost = cache_cost(model.config)
-    width = model.cache_bytes_per_token // (cost.elements_per_token_layer * cost.num_layers)
-    full = cost.mha * cost.num_layers * width
+    cost, dtype = cache_cost(model.config), model.cache_dtype
+    full = cost.bytes_per_token(cost.mha, dtype)
     text = f"{model.cache_bytes_per_token:,} bytes"
     if source is not None:
-        text = f"{source.attention.row_dim * source.num_hidden_layers * width:,}  ->  {text}"
+        text = f"{cache_cost(source).own_bytes_per_token(dtype):,}  ->  {text}"
     return f"{text} (MHA of this width: {full:,})"
 
 

@@ -1,18 +1,21 @@
-"""What a model costs, from its configuration alone: parameters by part, cache, memory.
+"""What a model costs, from its configuration alone: parameters by part, cache.
 
 Counts are exact integers of what the released checkpoints hold (router biases and norms included).
 Cache costs follow DeepSeek-V2 section 2.1.4. Owns no measuring: nothing here looks at weights or at
-a machine.
+a machine. Bytes of weights are `memory`'s.
 """
 
 from dataclasses import dataclass
 
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig, QuantConfig
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 
 ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of one number by dtype."""
 
 FP32_BYTES = 4
+
+SCALE_CHANNELS = 64
+"""Elements of a row of an int8 cache that share an fp32 scale."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,6 +172,8 @@ class CacheCost:
     """GQA with 8 groups: 2 * 8 * d_h."""
     mqa: int
     """MQA: 2 d_h."""
+    plain_elements: int
+    """Of the model's own elements, those an int8 cache keeps in bf16."""
 
     @property
     def gqa_groups_equivalent(self) -> float:
@@ -177,7 +182,24 @@ class CacheCost:
 
     def bytes_per_token(self, elements: int, dtype: str) -> int:
         """Bytes per token of `elements` per layer, all layers together, stored as `dtype`."""
+        if dtype == "int8":
+            return self.num_layers * int8_row_bytes(elements, elements)
         return elements * self.num_layers * ELEMENT_BYTES[dtype]
+
+    def own_bytes_per_token(self, dtype: str) -> int:
+        """Bytes per token of the model itself, all layers together, in a cache of `dtype`."""
+        own = self.elements_per_token_layer
+        if dtype == "int8":
+            return self.num_layers * int8_row_bytes(own, own - self.plain_elements)
+        return self.bytes_per_token(own, dtype)
+
+
+def int8_row_bytes(elements: int, quantized: int) -> int:
+    """Bytes of a row of which `quantized` elements are int8 (in whole 4 bytes) with their scales,
+    the others bf16.
+    """
+    padded, scales = -(-quantized // 4) * 4, -(-quantized // SCALE_CHANNELS)
+    return padded + FP32_BYTES * scales + ELEMENT_BYTES["bf16"] * (elements - quantized)
 
 
 def cache_cost(config: ModelConfig) -> CacheCost:
@@ -191,77 +213,5 @@ def cache_cost(config: ModelConfig) -> CacheCost:
         mha=2 * heads * width,
         gqa8=2 * min(8, heads) * width,
         mqa=2 * width,
+        plain_elements=attention.row_dim - attention.quantized_dim,
     )
-
-
-def weight_bytes(config: ModelConfig, dtype: str | None = None) -> int:
-    """Bytes of all weights, MTP modules included, as `dtype`; None means as released (fp8 blocks,
-    else bf16).
-
-    Selection biases of the router are never stored narrower than fp32. fp8 blocks hold every
-    projection of attention, MLPs and experts (modules_to_not_convert is not looked at) at one byte
-    per weight and one fp32 scale per block; embedding, head, gate, norms and eh_proj are bf16.
-    """
-    count, moe = count_parameters(config), config.moe
-    parameters = count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0)
-    sparse = sum(config.is_moe_layer(layer) for layer in range(config.num_cache_layers))
-    biases = sparse * moe.n_routed_experts if moe and moe.topk_method == "noaux_tc" else 0
-    size = ELEMENT_BYTES[dtype or "bf16"]
-    total = (parameters - biases) * size + biases * max(size, FP32_BYTES)
-    if dtype is None and config.quantization is not None:
-        total -= _block_savings(config, config.quantization, sparse)
-    return total
-
-
-def memory_at(config: ModelConfig, context: int, dtype: str | None = None) -> dict[str, int]:
-    """weights_bytes, cache_bytes of one sequence, context; without a dtype the cache is bf16."""
-    cost = cache_cost(config)
-    per_token = cost.bytes_per_token(cost.elements_per_token_layer, dtype or "bf16")
-    return {
-        "weights_bytes": weight_bytes(config, dtype),
-        "cache_bytes": per_token * context,
-        "context": context,
-    }
-
-
-def _block_savings(config: ModelConfig, quant: QuantConfig, sparse: int) -> int:
-    """Bytes saved by fp8 blocks against bf16; `sparse` layers (MTP included) have experts."""
-    layers, moe = config.num_cache_layers, config.moe
-    saved = layers * _saved(_projection_shapes(config), quant)
-    saved += (layers - sparse) * _saved(_mlp_shapes(config, config.intermediate_size), quant)
-    if moe is not None:
-        width = moe.moe_intermediate_size
-        saved += sparse * moe.n_routed_experts * _saved(_mlp_shapes(config, width), quant)
-        if moe.n_shared_experts:
-            shared = _mlp_shapes(config, width * moe.n_shared_experts)
-            saved += sparse * _saved(shared, quant)
-    return saved
-
-
-def _saved(shapes: list[tuple[int, int]], quant: QuantConfig) -> int:
-    height, width = quant.weight_block_size
-    blocks = sum(-(-rows // height) * -(-columns // width) for rows, columns in shapes)
-    return sum(rows * columns for rows, columns in shapes) - FP32_BYTES * blocks
-
-
-def _mlp_shapes(config: ModelConfig, width: int) -> list[tuple[int, int]]:
-    return [(width, config.hidden_size)] * 2 + [(config.hidden_size, width)]
-
-
-def _projection_shapes(config: ModelConfig) -> list[tuple[int, int]]:
-    """(out, in) of one layer's attention projections."""
-    attention, hidden = config.attention, config.hidden_size
-    if isinstance(attention, GQAConfig):
-        queries = attention.num_attention_heads * attention.head_dim
-        keys = attention.num_key_value_heads * attention.head_dim
-        return [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
-    heads = attention.num_attention_heads
-    queries, values = heads * attention.qk_head_dim, heads * attention.v_head_dim
-    rank, latent = attention.q_lora_rank, attention.kv_lora_rank
-    query = [(queries, hidden)] if rank is None else [(rank, hidden), (queries, rank)]
-    return [
-        *query,
-        (attention.row_dim, hidden),
-        (heads * attention.qk_nope_head_dim + values, latent),
-        (hidden, values),
-    ]

@@ -90,6 +90,11 @@ class MLAConfig:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
+    def quantized_dim(self) -> int:
+        """Leading elements of a row that an int8 cache keeps in int8: c_t; k_R stays bf16."""
+        return self.kv_lora_rank
+
+    @property
     def rope_dim(self) -> int:
         return self.qk_rope_head_dim
 
@@ -129,6 +134,11 @@ class GQAConfig:
     def row_dim(self) -> int:
         """Cached elements per token and layer: [K ; V]."""
         return 2 * self.num_key_value_heads * self.head_dim
+
+    @property
+    def quantized_dim(self) -> int:
+        """Leading elements of a row that an int8 cache keeps in int8: all of [K ; V]."""
+        return self.row_dim
 
     @property
     def rope_dim(self) -> int:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowlat.attention.cache import cache_bytes_per_token
+from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.engine import scoring
 from lowlat.engine.completion import Completion, CompletionBuilder, Stream
@@ -19,8 +20,10 @@ from lowlat.engine.params import SamplingOptions, SamplingParams, make_params
 from lowlat.engine.request import Request
 from lowlat.engine.runner import Runner
 from lowlat.engine.scoring import Score
+from lowlat.model.quant import packed_type
 from lowlat.model.transformer import Transformer
 from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.device import name_of, parse_cache
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
@@ -32,7 +35,7 @@ class Model:
     """A loaded model and its tokenizer.
 
     `context` is the most tokens prompt and output may have together; None takes all the model
-    allows.
+    allows. `cache` is the number type of the cache: auto (the activations'), bf16 or int8.
     """
 
     def __init__(
@@ -42,13 +45,14 @@ class Model:
         *,
         name: str,
         context: int | None = None,
+        cache: str = "auto",
     ) -> None:
         config = transformer.config
         self.name = name
         self.transformer = transformer
         self.tokenizer = tokenizer
         self.context = _check_context(config, context)
-        self._runner = Runner(transformer)
+        self._runner = Runner(transformer, cache_dtype=parse_cache(cache))
         self._engine = Engine(
             self._runner,
             context=self.context,
@@ -63,11 +67,17 @@ class Model:
     @property
     def num_parameters(self) -> int:
         """Parameters held, MTP modules included."""
-        return sum(parameter.numel() for parameter in self.transformer.parameters())
+        count = count_parameters(self.config)
+        return count.total + count.mtp + (count.mtp_copies if self.config.mtp_copies else 0)
 
     @property
     def cache_bytes_per_token(self) -> int:
-        return cache_bytes_per_token(self.config, self._runner.cache.data.dtype)
+        return cache_bytes_per_token(self.config, self._runner.cache.dtype)
+
+    @property
+    def cache_dtype(self) -> str:
+        """Number type of the cache: int8, bf16, fp16, fp32 or fp64."""
+        return name_of(self._runner.cache.dtype)
 
     def __repr__(self) -> str:
         attention = self.config.attention
@@ -77,12 +87,13 @@ class Model:
         else:
             groups = attention.num_key_value_heads
             form = f"GQA {attention.num_attention_heads} heads in {groups} groups"
-        dtype = str(self._runner.cache.data.dtype).removeprefix("torch.")
+        plain = str(self.transformer.embed_tokens.weight.dtype).removeprefix("torch.")
         return (
             f"<lowlat.Model {self.name}: {self.config.model_type}, "
             f"{self.num_parameters / 1e6:,.1f}M parameters, "
             f"{self.config.num_hidden_layers} layers, {form}, "
-            f"{self.cache_bytes_per_token:,} bytes of cache per token, {dtype} "
+            f"{self.cache_bytes_per_token:,} bytes of cache per token, "
+            f"{packed_type(self.transformer) or plain} "
             f"on {self._runner.device}, context {self.context:,}>"
         )
 

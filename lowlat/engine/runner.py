@@ -15,16 +15,27 @@ from lowlat.attention.cached import CachedAttention
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.engine.pages import PagePool
 from lowlat.engine.request import Chunk
+from lowlat.model.native import NativeModel, has_native_form
 from lowlat.model.transformer import Transformer
 
 INITIAL_PAGES = 16
 
 
 class Runner:
-    """One model and one cache. Page lists are the callers', who `reserve` before they `run`."""
+    """One model and one cache. Page lists are the callers', who `reserve` before they `run`.
 
-    def __init__(self, model: Transformer, *, page_size: int = PAGE_SIZE) -> None:
+    `cache_dtype` is that of the cache, torch.int8 included; None takes the activations'.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        page_size: int = PAGE_SIZE,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
         self.model = model
+        self._native = NativeModel(model) if has_native_form(model) else None
         self.pool = PagePool(INITIAL_PAGES)
         weight = model.embed_tokens.weight
         self.device = weight.device
@@ -32,7 +43,7 @@ class Runner:
             model.config,
             num_pages=INITIAL_PAGES,
             page_size=page_size,
-            dtype=weight.dtype,
+            dtype=cache_dtype or weight.dtype,
             device=self.device,
         )
 
@@ -67,12 +78,14 @@ class Runner:
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> Float[Tensor, "rows vocab"]:
         """Cache the chunks' rows; return the logits they ask for, in order, at least fp32."""
-        hidden = self.hidden(chunks)
         wanted: list[int] = []
         end = 0
         for chunk in chunks:
             end += len(chunk.tokens)
             wanted.extend(range(end - chunk.num_logits, end))
+        if self._native is not None:
+            return self._native_step(self._native, chunks, wanted)[1]
+        hidden = self.hidden(chunks)
         if len(wanted) < end:
             hidden = hidden[torch.tensor(wanted, dtype=torch.int64, device=self.device)]
         return self.model.logits(hidden)
@@ -99,9 +112,19 @@ class Runner:
     @torch.inference_mode()
     def hidden(self, chunks: Sequence[Chunk]) -> Float[Tensor, "tokens hidden"]:
         """Cache the chunks' rows; the final hidden state of every token."""
+        if self._native is not None:
+            return self._native_step(self._native, chunks, [])[0]
         batch = self._batch([(chunk.pages, chunk.start, len(chunk.tokens)) for chunk in chunks])
         ids = self._ids([token for chunk in chunks for token in chunk.tokens])
         return self.model(ids, batch.positions, self._attention(batch))
+
+    def _native_step(
+        self, native: NativeModel, chunks: Sequence[Chunk], wanted: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states of all tokens and logits of the wanted ones."""
+        batch = self._batch([(chunk.pages, chunk.start, len(chunk.tokens)) for chunk in chunks])
+        ids = self._ids([token for chunk in chunks for token in chunk.tokens])
+        return native.step(ids, batch, self.cache, wanted)
 
     def check_integrity(self, holders: Sequence[Sequence[int]]) -> None:
         """Raise AssertionError unless pool, cache and the page lists of all sequences agree."""
@@ -118,7 +141,7 @@ class Runner:
             self.model.config,
             num_pages=total,
             page_size=old.page_size,
-            dtype=old.data.dtype,
+            dtype=old.dtype,
             device=self.device,
         )
         self.cache.data[:, : old.num_pages] = old.data

@@ -20,8 +20,10 @@ class Work:
 class Scheduler:
     """First come, first served: prompts are read first, then all running sequences decode together.
 
-    A step reads at most `prefill_chunk` prompt tokens (of one or several prompts). At most
-    `max_sequences` completions run at once; a request waits until all its n have room.
+    A prompt is read in chunks of `prefill_chunk` tokens, whatever is read beside it, so that its
+    rows come out the same in any company; a step reads at most `prefill_chunk` tokens of one or
+    several prompts. At most `max_sequences` completions run at once; a request waits until all
+    its n have room.
     """
 
     def __init__(self, *, prefill_chunk: int, max_sequences: int) -> None:
@@ -60,9 +62,10 @@ class Scheduler:
         work: list[Work] = []
         budget = self.prefill_chunk
         for sequence in prefilling:
-            length = min(sequence.num_pending, budget)
-            if length > 0:
-                work.append(Work(sequence, length))
+            length = min(sequence.num_pending, self.prefill_chunk)
+            if length > budget:
+                break
+            work.append(Work(sequence, length))
             budget -= length
         return work
 

@@ -1,13 +1,39 @@
 """Linear and RMSNorm as modules: parameters in their stored type, arithmetic in `ops`."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowlat.config.model import QuantConfig
+from lowlat.ops import native, native_ops, quantized
 from lowlat.ops.fp8 import dequantize_blocks
 from lowlat.ops.norm import rms_norm
+from lowlat.ops.quantized import (
+    INT4_SHAPE,
+    INT8_SHAPE,
+    TILE,
+    Int4Weight,
+    Int8Rows,
+    Int8Weight,
+    dequantize_int4,
+    dequantize_int8,
+    dequantize_rows,
+    num_groups,
+    num_tiles,
+    quantize_rows,
+)
+
+Storage = Literal["plain", "fp8", "int8", "int4", "int8_rows"]
+"""Forms of a weight."""
+
+
+def has_twin(dense: Tensor) -> bool:
+    """Whether the native kernels can quantise `dense`."""
+    is_known = dense.dtype in (torch.float32, torch.bfloat16) and dense.stride(-1) == 1
+    return dense.device.type == "cpu" and is_known and native.available()
 
 
 def block_grid(rows: int, columns: int, block: tuple[int, int]) -> tuple[int, int]:
@@ -16,38 +42,104 @@ def block_grid(rows: int, columns: int, block: tuple[int, int]) -> tuple[int, in
 
 
 class Linear(nn.Module):
-    """y = x W^T + b. `weight` [out, in] is a plain dtype, or fp8 blocks beside
-    `weight_scale_inv`.
+    """y = x W^T + b, with the weight in one of the forms of `Storage`.
+
+    plain      weight [out, in] of a float dtype
+    fp8        weight [out, in], weight_scale_inv per block (`ops.fp8`)
+    int8       weight and weight_scale in tiles (`ops.quantized`)
+    int4       weight, weight_scale and weight_minimum in tiles
+    int8_rows  weight [out, in], weight_scale [out]
     """
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = False, dtype: torch.dtype
     ) -> None:
         super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.storage: Storage = "plain"
         self.block: tuple[int, int] | None = None
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
         self.weight_scale_inv: nn.Parameter | None = None
+        self.weight_scale: nn.Parameter | None = None
+        self.weight_minimum: nn.Parameter | None = None
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
 
     def store_fp8(self, quant: QuantConfig) -> None:
         """Replace the (still unfilled) weight by fp8 blocks and their scales."""
-        self.block = quant.weight_block_size
-        rows, columns = self.weight.shape
-        device = self.weight.device
-        self.weight = _frozen(torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device))
-        grid = block_grid(rows, columns, self.block)
-        self.weight_scale_inv = _frozen(torch.empty(grid, dtype=torch.float32, device=device))
+        self.storage, self.block = "fp8", quant.weight_block_size
+        shape = (self.out_features, self.in_features)
+        grid = block_grid(*shape, self.block)
+        self.weight_scale_inv = self._unfilled(grid, torch.float32)
+        self.weight = self._unfilled(shape, torch.float8_e4m3fn)
+
+    def store_int8(self) -> None:
+        """Replace the (still unfilled) weight by int8 tiles and their scales."""
+        self.storage = "int8"
+        tiles, groups = num_tiles(self.out_features), num_groups(self.in_features)
+        self.weight_scale = self._unfilled((tiles, groups, TILE), torch.float16)
+        self.weight = self._unfilled((tiles, groups, *INT8_SHAPE), torch.uint8)
+
+    def store_int4(self) -> None:
+        """Replace the (still unfilled) weight by int4 tiles, their scales and minima."""
+        self.storage = "int4"
+        tiles, groups = num_tiles(self.out_features), num_groups(self.in_features)
+        self.weight_scale = self._unfilled((tiles, groups, TILE), torch.float16)
+        self.weight_minimum = self._unfilled((tiles, groups, TILE), torch.float16)
+        self.weight = self._unfilled((tiles, groups, *INT4_SHAPE), torch.uint8)
+
+    def store_int8_rows(self) -> None:
+        """Replace the (still unfilled) weight by int8 rows and their scales."""
+        self.storage = "int8_rows"
+        self.weight_scale = self._unfilled((self.out_features,), torch.float32)
+        self.weight = self._unfilled((self.out_features, self.in_features), torch.int8)
+
+    def pack(self, dense: Float[Tensor, "out in"]) -> dict[str, Tensor]:
+        """`dense` as this module's parameters: weight, weight_scale, weight_minimum.
+
+        Scales are not finite where `dense` is not, or lies beyond the range of the storage.
+        """
+        twin = native_ops if has_twin(dense) else quantized
+        if self.storage == "int4":
+            return twin.quantize_int4(dense)._asdict()
+        if self.storage == "int8":
+            return twin.quantize_int8(dense)._asdict()
+        assert self.storage == "int8_rows"
+        return quantize_rows(dense)._asdict()
 
     def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weight as a matrix of `dtype`."""
-        if self.weight_scale_inv is None:
-            return self.weight.to(dtype)
-        assert self.block is not None
-        return dequantize_blocks(self.weight, self.weight_scale_inv, self.block, dtype)
+        rows, columns = self.out_features, self.in_features
+        match self.storage:
+            case "plain":
+                return self.weight.to(dtype)
+            case "fp8":
+                assert self.weight_scale_inv is not None and self.block is not None
+                return dequantize_blocks(self.weight, self.weight_scale_inv, self.block, dtype)
+            case "int8":
+                return dequantize_int8(self._int8(), rows, columns, dtype)
+            case "int4":
+                return dequantize_int4(self._int4(), rows, columns, dtype)
+            case "int8_rows":
+                assert self.weight_scale is not None
+                return dequantize_rows(Int8Rows(self.weight, self.weight_scale), dtype)
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.dense_weight(x.dtype), bias)
+
+    def _int8(self) -> Int8Weight:
+        assert self.weight_scale is not None
+        return Int8Weight(self.weight, self.weight_scale)
+
+    def _int4(self) -> Int4Weight:
+        assert self.weight_scale is not None and self.weight_minimum is not None
+        return Int4Weight(self.weight, self.weight_scale, self.weight_minimum)
+
+    def _unfilled(self, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+        """A parameter no gradient can reach: autograd does not know these types."""
+        empty = torch.empty(shape, dtype=dtype, device=self.weight.device)
+        return nn.Parameter(empty, requires_grad=False)
 
 
 class RMSNorm(nn.Module):
@@ -73,8 +165,3 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Float[Tensor, "tokens hidden"]:
         return F.embedding(ids, self.weight)
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    """A parameter no gradient can reach: autograd does not know fp8."""
-    return nn.Parameter(tensor, requires_grad=False)

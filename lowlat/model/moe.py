@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowlat.config.model import ModelConfig, MoEConfig, QuantConfig
-from lowlat.model.linear import Linear, block_grid
+from lowlat.config.model import ModelConfig, MoEConfig
+from lowlat.model.linear import Linear
 from lowlat.ops.experts import routed_experts, swiglu
-from lowlat.ops.fp8 import dequantize_blocks
 from lowlat.ops.routing import Routing, route
 
 
@@ -44,56 +43,19 @@ class Gate(nn.Module):
         return route(x, self.weight, self.e_score_correction_bias, self.moe)
 
 
-class Experts(nn.Module):
-    """The routed experts' SwiGLU weights, stacked: gate_proj, up_proj [experts, inner, hidden],
-    down_proj turned.
+class Experts(nn.ModuleList):
+    """The routed experts: one MLP each, so that what files call an expert's matrix stays where it
+    lies.
     """
 
     def __init__(self, hidden_size: int, moe: MoEConfig, *, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.block: tuple[int, int] | None = None
-        count, inner = moe.n_routed_experts, moe.moe_intermediate_size
-        self.gate_proj = nn.Parameter(torch.empty(count, inner, hidden_size, dtype=dtype))
-        self.up_proj = nn.Parameter(torch.empty(count, inner, hidden_size, dtype=dtype))
-        self.down_proj = nn.Parameter(torch.empty(count, hidden_size, inner, dtype=dtype))
-        self.gate_proj_scale_inv: nn.Parameter | None = None
-        self.up_proj_scale_inv: nn.Parameter | None = None
-        self.down_proj_scale_inv: nn.Parameter | None = None
-
-    def store_fp8(self, quant: QuantConfig) -> None:
-        """Replace the (still unfilled) weights by fp8 blocks and their scales."""
-        self.block = quant.weight_block_size
-        self.gate_proj, self.gate_proj_scale_inv = self._fp8_pair(self.gate_proj)
-        self.up_proj, self.up_proj_scale_inv = self._fp8_pair(self.up_proj)
-        self.down_proj, self.down_proj_scale_inv = self._fp8_pair(self.down_proj)
-
-    def _fp8_pair(self, dense: nn.Parameter) -> tuple[nn.Parameter, nn.Parameter]:
-        assert self.block is not None
-        count, rows, columns = dense.shape
-        scale = torch.empty(count, *block_grid(rows, columns, self.block), device=dense.device)
-        weight = torch.empty_like(dense, dtype=torch.float8_e4m3fn)
-        return nn.Parameter(weight, requires_grad=False), nn.Parameter(scale, requires_grad=False)
-
-    def dense_weights(self, expert: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """gate, up and down of one expert as matrices of `dtype`."""
-        return (
-            self._dense(self.gate_proj, self.gate_proj_scale_inv, expert, dtype),
-            self._dense(self.up_proj, self.up_proj_scale_inv, expert, dtype),
-            self._dense(self.down_proj, self.down_proj_scale_inv, expert, dtype),
-        )
-
-    def _dense(
-        self, weight: Tensor, scale: Tensor | None, expert: int, dtype: torch.dtype
-    ) -> Tensor:
-        if scale is None:
-            return weight[expert].to(dtype)
-        assert self.block is not None
-        return dequantize_blocks(weight[expert], scale[expert], self.block, dtype)
+        inner = moe.moe_intermediate_size
+        super().__init__(MLP(hidden_size, inner, dtype=dtype) for _ in range(moe.n_routed_experts))
 
     def forward(
         self, x: Float[Tensor, "tokens hidden"], routing: Routing
     ) -> Float[Tensor, "tokens hidden"]:
-        return routed_experts(x, routing, lambda expert: self.dense_weights(expert, x.dtype))
+        return routed_experts(x, routing, lambda expert, rows: self[expert](rows))
 
 
 class MoE(nn.Module):

@@ -40,6 +40,14 @@ class Transformer(nn.Module):
         if config.quantization is not None:
             store_quantized(self, config.quantization, num_hidden_layers=config.num_hidden_layers)
 
+    def add_head(self) -> None:
+        """Give a model with tied embeddings an (unfilled) head of its own, to be stored packed."""
+        if self.lm_head is None:
+            weight = self.embed_tokens.weight
+            rows, columns = weight.shape
+            with weight.device:
+                self.lm_head = Linear(columns, rows, dtype=weight.dtype)
+
     def forward(
         self,
         ids: Int[Tensor, "tokens"],

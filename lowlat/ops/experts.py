@@ -10,8 +10,8 @@ from torch import Tensor
 from lowlat.ops.norm import accumulation_dtype
 from lowlat.ops.routing import Routing
 
-ExpertWeights = Callable[[int], tuple[Tensor, Tensor, Tensor]]
-"""expert id -> gate [inner, hidden], up [inner, hidden], down [hidden, inner]."""
+Expert = Callable[[int, Tensor], Tensor]
+"""expert id, rows [rows, hidden] -> that expert's output for them, of the same shape."""
 
 
 def swiglu(
@@ -23,7 +23,7 @@ def swiglu(
 
 
 def routed_experts(
-    x: Float[Tensor, "tokens hidden"], routing: Routing, weights: ExpertWeights
+    x: Float[Tensor, "tokens hidden"], routing: Routing, apply: Expert
 ) -> Float[Tensor, "tokens hidden"]:
     """Weighted sum over the chosen experts, added in fp32 in order of expert id. Only chosen
     experts are touched.
@@ -31,9 +31,7 @@ def routed_experts(
     out = torch.zeros_like(x, dtype=accumulation_dtype(x.dtype))
     for expert in routing.experts.unique().tolist():
         tokens, places = (routing.experts == expert).nonzero(as_tuple=True)
-        gate, up, down = weights(expert)
-        rows = x[tokens]
-        result = F.linear(swiglu(F.linear(rows, gate), F.linear(rows, up)), down)
+        result = apply(expert, x[tokens])
         factor = routing.weights[tokens, places, None].to(out.dtype)
         out = out.index_add(0, tokens, result.to(out.dtype) * factor)
     return out.to(x.dtype)

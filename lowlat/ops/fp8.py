@@ -15,15 +15,15 @@ FP8_MAX = 448.0
 
 
 def dequantize_blocks(
-    weight: Float[Tensor, "*experts out in"],
-    scale_inv: Float[Tensor, "*experts out_blocks in_blocks"],
+    weight: Float[Tensor, "out in"],
+    scale_inv: Float[Tensor, "out_blocks in_blocks"],
     block: tuple[int, int],
     dtype: torch.dtype,
-) -> Float[Tensor, "*experts out in"]:
+) -> Float[Tensor, "out in"]:
     """The matrix W_fp8 * scale_inv, multiplied in fp32 and rounded once to `dtype`."""
-    rows, columns = weight.shape[-2:]
-    scale = scale_inv.repeat_interleave(block[0], dim=-2)[..., :rows, :]
-    scale = scale.repeat_interleave(block[1], dim=-1)[..., :columns]
+    rows, columns = weight.shape
+    scale = scale_inv.repeat_interleave(block[0], dim=0)[:rows]
+    scale = scale.repeat_interleave(block[1], dim=1)[:, :columns]
     return (weight.to(torch.float32) * scale).to(dtype)
 
 

@@ -11,14 +11,31 @@ DTYPES = {
     "fp16": torch.float16,
 }
 
+CACHE_DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
+
 
 def parse_dtype(name: str) -> torch.dtype:
     """The torch dtype called `name` (fp64, fp32, bf16, fp16). Raises UserError for any
     other name.
     """
     if name not in DTYPES:
-        raise UserError(f"dtype '{name}' is unknown; choose one of {', '.join(DTYPES)}")
+        known = ", ".join(("auto", *DTYPES, "int8", "int4"))
+        raise UserError(f"dtype '{name}' is unknown; choose one of {known}")
     return DTYPES[name]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """What users call `dtype`, a plain or a cache's."""
+    return next(name for name, own in (DTYPES | CACHE_DTYPES).items() if own == dtype)
+
+
+def parse_cache(name: str) -> torch.dtype | None:
+    """The torch dtype of a cache called `name` (bf16, int8); None for auto, the activations' own.
+    Raises UserError for any other name.
+    """
+    if name not in ("auto", *CACHE_DTYPES):
+        raise UserError(f"cache '{name}' is unknown; choose auto, {' or '.join(CACHE_DTYPES)}")
+    return CACHE_DTYPES.get(name)
 
 
 def parse_device(name: str) -> torch.device:

@@ -385,4 +385,66 @@ MTP = [
     ),
 ]
 
-MUTANTS = [*YARN, *ROPE, *ROUTING, *ATTENTION_FORMS, *FP8, *MTP]
+PACKED = [
+    Mutant(
+        "int4: low and high halves swapped",
+        "ops/quantized.py",
+        "halves[0] | halves[1] << 4",
+        "halves[1] | halves[0] << 4",
+        OPS + "test_quantized.py::test_int4_layout_by_hand",
+    ),
+    Mutant(
+        "int4: sixteen steps instead of fifteen",
+        "ops/quantized.py",
+        "scale, minimum = ((high - low) / INT4_MAX).to(torch.float16), low.to(torch.float16)",
+        "scale, minimum = ((high - low) / 16).to(torch.float16), low.to(torch.float16)",
+        OPS + "test_quantized.py::test_values_of_gguf_files_are_kept[int4]",
+    ),
+    Mutant(
+        "int4: padding enters the minimum",
+        "ops/quantized.py",
+        "rows[:, -1:].expand(-1, missing)",
+        "rows.new_zeros(len(rows), missing)",
+        OPS + "test_quantized.py::test_what_fills_the_last_group_enters_no_minimum",
+    ),
+    Mutant(
+        "packed: fp8 blocks rounded to bf16 before they are packed",
+        "checkpoint/load.py",
+        "torch.float32 if packs else wanted",
+        "wanted",
+        "tests/unit/checkpoint/test_packing.py::test_packed_from_exact_values[deepseek_v3-fp8-int8]",
+    ),
+    Mutant(
+        "packed: kv_b_proj in tiles",
+        "model/quant.py",
+        '"int8": {"kv_b_proj": "int8_rows"},',
+        '"int8": {},',
+        MODEL + "test_quant.py::test_which_projections_are_packed[int8]",
+    ),
+]
+
+INT8_CACHE = [
+    Mutant(
+        "int8 cache: one scale for the whole row",
+        "attention/rows.py",
+        "groups.abs().amax(dim=-1) / INT8_MAX",
+        "groups.abs().amax(dim=(-1, -2), keepdim=True)[..., 0].expand(groups.shape[:2]) / INT8_MAX",
+        ATTENTION + "test_rows.py::test_each_64_channels_have_their_own_scale",
+    ),
+    Mutant(
+        "int8 cache: the rotary key in int8 too",
+        "config/model.py",
+        "        return self.kv_lora_rank\n",
+        "        return self.row_dim\n",
+        ATTENTION + "test_cache.py::test_int8_bytes_per_token",
+    ),
+    Mutant(
+        "int8 cache: halves rounded down",
+        "attention/rows.py",
+        "(groups / divisor).round()",
+        "(groups / divisor).trunc()",
+        ATTENTION + "test_rows.py::test_errors",
+    ),
+]
+
+MUTANTS = [*YARN, *ROPE, *ROUTING, *ATTENTION_FORMS, *FP8, *PACKED, *INT8_CACHE, *MTP]

@@ -50,6 +50,8 @@ def prepare(workspace: Path) -> None:
     """Copy the package and its tests, and load what every test needs."""
     assert "lowlat" not in sys.modules, "forks would share the package that is loaded already"
     sys.dont_write_bytecode = True  # a cached file could outlive a mutant of the same size
+    # An editable install finds the original before the copy's folder is looked at.
+    sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]
     ignore = shutil.ignore_patterns("__pycache__")
     for name in COPIED:
         source, target = REPOSITORY / name, workspace / name

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowlat.attention.cache import PagedCache, cache_bytes_per_token
+from lowlat.attention.rows import pack_rows, unpack_rows
 
 from .draw import GQA, MLA, config_of
 
@@ -32,8 +33,8 @@ def test_rows_come_back_in_sequence_order(pages: tuple[int, ...]) -> None:
     rows = torch.randn(length, 17)
     slots = torch.tensor([pages[i // 3] * 3 + i % 3 for i in range(length)])
     cache.write(1, slots, rows)
-    assert torch.equal(cache.rows(1, pages, length), rows)
-    assert torch.equal(cache.rows(1, pages, 2), rows[:2])
+    assert torch.equal(cache.rows(1, pages, length, torch.float32), rows)
+    assert torch.equal(cache.rows(1, pages, 2, torch.float32), rows[:2])
     assert cache.data[0].count_nonzero() == 0
     assert cache.data[1].count_nonzero() == rows.numel()
 
@@ -42,14 +43,46 @@ def test_more_pages_than_rows_are_allowed() -> None:
     cache = PagedCache(config_of(MLA(), layers=1), num_pages=6, page_size=3, dtype=torch.float32)
     rows = torch.randn(2, 17)
     cache.write(0, torch.tensor([9, 10]), rows)
-    assert torch.equal(cache.rows(0, (3, 0, 5), 2), rows)
+    assert torch.equal(cache.rows(0, (3, 0, 5), 2, torch.float32), rows)
 
 
 def test_rows_are_stored_in_the_cache_dtype() -> None:
     cache = PagedCache(config_of(MLA(), layers=1), num_pages=1, dtype=torch.bfloat16)
     rows = torch.randn(5, 17)
     cache.write(0, torch.arange(5), rows)
-    assert torch.equal(cache.rows(0, (0,), 5), rows.to(torch.bfloat16))
+    narrow = rows.to(torch.bfloat16)
+    assert torch.equal(cache.rows(0, (0,), 5, torch.bfloat16), narrow)
+    assert torch.equal(cache.rows(0, (0,), 5, torch.float64), narrow.double())
+
+
+def test_plain_rows_of_neighbouring_pages_are_not_copied() -> None:
+    cache = PagedCache(config_of(MLA(), layers=2), num_pages=6, dtype=torch.bfloat16)
+    rows = cache.rows(1, (2, 3), 100, torch.bfloat16)
+    assert rows.data_ptr() == cache.data[1, 2].data_ptr()
+
+
+@pytest.mark.parametrize("pages", [(2, 3, 4), (4, 1, 3)])
+def test_int8_rows(pages: tuple[int, ...]) -> None:
+    """Bytes instead of numbers; every row is what packing and unpacking it alone gives."""
+    config = config_of(MLA(), layers=2)
+    cache = PagedCache(config, num_pages=6, page_size=3, dtype=torch.int8)
+    # 13 channels in 16 bytes, a scale, 4 in bf16
+    assert cache.data.shape == (2, 6, 3, 16 + 4 + 8) and cache.data.dtype == torch.uint8
+    assert (cache.dtype, cache.quantized) == (torch.int8, 13)
+    rows = torch.randn(8, 17)
+    slots = torch.tensor([pages[i // 3] * 3 + i % 3 for i in range(8)])
+    cache.write(1, slots, rows)
+    expected = unpack_rows(pack_rows(rows, 13), 17, 13, torch.bfloat16)
+    assert torch.equal(cache.rows(1, pages, 8, torch.bfloat16), expected)
+    assert cache.data[0].count_nonzero() == 0
+
+
+def test_int8_bytes_per_token() -> None:
+    """V3: 512 + 8 scales of 4 + 64 x 2 = 672 bytes a layer, 58 % of bf16's 1152."""
+    v3 = config_of(MLA(kv_lora_rank=512, qk_rope_head_dim=64), layers=61)
+    assert cache_bytes_per_token(v3, torch.int8) == 61 * 672
+    gqa = config_of(GQA(num_key_value_heads=2, head_dim=80), layers=3)
+    assert cache_bytes_per_token(gqa, torch.int8) == 3 * (320 + 5 * 4)
 
 
 def test_copy_page_copies_every_layer() -> None:

@@ -14,6 +14,7 @@ from lowlat.attention.cache import PagedCache
 from lowlat.attention.cached import CachedAttention
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.attention.packed import PackedAttention
+from lowlat.attention.rows import pack_rows, unpack_rows
 from lowlat.config.model import GQAConfig, MLAConfig
 
 from .draw import GQA, MLA, config_of
@@ -123,12 +124,37 @@ def test_gqa_in_chunks_equals_whole(page_size: int, scattered: bool, window: int
         torch.testing.assert_close(out, whole, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("break_even", [ABSORBED, EXPANDED, 2.0])
+def test_mla_from_int8_rows(break_even: float) -> None:
+    """What is read back is attended to, whichever form and chunks."""
+    inputs, rest = mla_inputs(sum(LENGTHS)), (*up_projections(), 0.3)
+    stored = unpack_rows(pack_rows(inputs["rows"], 13), 17, 13, torch.float64)
+    assert (stored - inputs["rows"]).abs().max() > 1e-3
+    whole = PackedAttention(LENGTHS).mla(1, *(inputs | {"rows": stored}).values(), *rest)
+    cache = PagedCache(config_of(MLA(), layers=2), num_pages=61, page_size=3, dtype=torch.int8)
+    tables = page_tables(3, scattered=True)
+    out = chunked("mla", cache, tables, inputs, rest, seed=1, break_even=break_even)
+    torch.testing.assert_close(out, whole, rtol=0, atol=1e-10)
+
+
+def test_gqa_from_int8_rows() -> None:
+    inputs, rest = gqa_inputs(sum(LENGTHS)), (0.4, None)
+    rows = torch.cat([inputs["k"].flatten(1), inputs["v"].flatten(1)], dim=1)
+    stored = unpack_rows(pack_rows(rows, 24), 24, 24, torch.float64)
+    k, v = stored.unflatten(1, (2, 2, 6)).unbind(1)
+    whole = PackedAttention(LENGTHS).gqa(1, inputs["q"], k, v, *rest)
+    cache = PagedCache(config_of(GQA(), layers=2), num_pages=61, page_size=3, dtype=torch.int8)
+    tables = page_tables(3, scattered=True)
+    out = chunked("gqa", cache, tables, inputs, rest, seed=1, break_even=0.0)
+    torch.testing.assert_close(out, whole, rtol=0, atol=1e-10)
+
+
 def test_gqa_rows_are_keys_then_values() -> None:
     cache = new_cache(GQA(), 3)
     batch = AttentionBatch.build([SequenceSlice(pages=(4,), start=0, length=2)], page_size=3)
     inputs = gqa_inputs(2)
     CachedAttention(cache, batch, break_even=0.0).gqa(0, *inputs.values(), 1.0, None)
-    rows = cache.rows(0, (4,), 2)
+    rows = cache.rows(0, (4,), 2, torch.float64)
     assert torch.equal(rows[:, :12], inputs["k"].flatten(1))
     assert torch.equal(rows[:, 12:], inputs["v"].flatten(1))
 
@@ -138,7 +164,7 @@ def test_mla_caches_the_rows_it_is_given() -> None:
     batch = AttentionBatch.build([SequenceSlice(pages=(4, 2), start=0, length=5)], page_size=3)
     inputs = mla_inputs(5)
     CachedAttention(cache, batch, break_even=2.0).mla(0, *inputs.values(), *up_projections(), 1.0)
-    assert torch.equal(cache.rows(0, (4, 2), 5), inputs["rows"])
+    assert torch.equal(cache.rows(0, (4, 2), 5, torch.float64), inputs["rows"])
 
 
 def test_break_even_of_deepseek_v3_is_about_170() -> None:

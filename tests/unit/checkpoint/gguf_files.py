@@ -1,5 +1,6 @@
 """Small GGUF files with the gguf package as writer, laid out as llama.cpp's converter does it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ NAMES = {
     "shared_head.norm": "nextn.shared_head_norm",
     "shared_head.head": "nextn.shared_head_head",
 }
+EXPERT = re.compile(r"mlp\.experts\.\d+\.")
 
 
 def write_gguf(
@@ -62,7 +64,7 @@ def write_gguf(
     writer = GGUFWriter(path, arch)
     for key, value in (_metadata(config, arch, split_kv_b) | (keys or {})).items():
         _add_key(writer, key if "." in key else f"{arch}.{key}", value)
-    tensors = dict(_tensors(config, parameters, permute=arch == "llama"))
+    tensors = _tensors(config, parameters, permute=arch == "llama")
     if split_kv_b:
         tensors = _split(config, tensors)
     for name, tensor in (tensors | (extra or {})).items():
@@ -76,15 +78,16 @@ def write_gguf(
 
 
 def file_tensors(config: ModelConfig, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under Hugging Face names, experts one by one."""
+    """The same tensors under Hugging Face names."""
     plan = operations(config, parameters)
     return dict(pair for step in plan for pair in step.save(parameters.__getitem__))
 
 
 def _tensors(
     config: ModelConfig, parameters: dict[str, Tensor], *, permute: bool
-) -> list[tuple[str, Tensor]]:
-    result = []
+) -> dict[str, Tensor]:
+    """GGUF names and layouts; the experts of a layer are stacked."""
+    found: dict[str, list[Tensor]] = {}
     for name, value in parameters.items():
         value, layer, rest = value.detach(), None, name
         if name.startswith("layers."):
@@ -94,8 +97,10 @@ def _tensors(
             layer = str(config.num_hidden_layers + int(depth))
             rest = rest.removeprefix("block.")
             rest = f"shared_head.{rest}" if rest.startswith(("norm.", "head.")) else rest
-        result.append((_gguf_name(layer, rest), _permuted(config, rest, value, permute)))
-    return result
+        rest, is_expert = EXPERT.subn("mlp.experts.", rest)
+        value = _permuted(config, rest, value, permute)
+        found.setdefault(_gguf_name(layer, rest), []).append(value[None] if is_expert else value)
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def _gguf_name(layer: str | None, rest: str) -> str:
@@ -104,8 +109,6 @@ def _gguf_name(layer: str | None, rest: str) -> str:
         return f"{plain.get(rest, 'output')}.weight"
     if rest == "mlp.gate.e_score_correction_bias":
         return f"blk.{layer}.exp_probs_b.bias"
-    if rest.startswith("mlp.experts."):
-        return f"blk.{layer}.{NAMES[rest]}.weight"
     module, _, kind = rest.rpartition(".")
     return f"blk.{layer}.{NAMES[module]}.{kind}"
 

@@ -33,7 +33,9 @@ def tables(name: str, width: int, memory: dict[str, int] | None = None) -> str:
 
 
 def test_json_of_deepseek_v3(capsys: pytest.CaptureFixture[str]):
-    assert report(capsys, "deepseek-v3") == {
+    found = report(capsys, "deepseek-v3")
+    assert found.pop("machine")["fits_in_memory"] is False
+    assert found == {
         "parameters": {
             "total": 671_026_419_200,
             "active": 37_552_297_472,
@@ -50,6 +52,27 @@ def test_json_of_deepseek_v3(capsys: pytest.CaptureFixture[str]):
     }
 
 
+def test_what_to_expect_of_this_machine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """A model beyond memory is read from disk at every token; packed ones need the memory."""
+    monkeypatch.setattr("lowlat.cli.info.memory_limit", lambda: 2**33)
+    monkeypatch.setattr("lowlat.utils.memory.memory_limit", lambda: 2**33)
+    small = report(capsys, "smollm2-135m")["machine"]
+    assert small == {
+        "weights_bytes": 134_515_008 * 2,
+        "memory_bytes": 2**33,
+        "fits_in_memory": True,
+        "active_bytes": 134_515_008 * 2,
+    }
+    info("smollm2-135m")
+    assert "they stay in memory" in capsys.readouterr().out
+    info("deepseek-v3")
+    assert "read from disk as" in capsys.readouterr().out
+    info("deepseek-v3", dtype="int4")
+    assert "too small for int4" in capsys.readouterr().out
+
+
 def test_context_and_dtype(capsys: pytest.CaptureFixture[str]):
     memory = report(capsys, "smollm2-135m", context=1000)["memory"]
     assert memory == {
@@ -60,6 +83,10 @@ def test_context_and_dtype(capsys: pytest.CaptureFixture[str]):
     wide = report(capsys, "smollm2-135m", context=1000, dtype="fp32")
     assert wide["memory"]["weights_bytes"] == 134_515_008 * 4
     assert wide["memory"]["cache_bytes"] == 46_080 * 1000
+    packed = report(capsys, "smollm2-135m", context=1000, dtype="int4", cache="int8")
+    assert packed["cache"]["bytes_per_token"] == 30 * (384 + 6 * 4)
+    assert packed["memory"]["cache_bytes"] == 12_240 * 1000
+    assert packed["memory"]["weights_bytes"] < 134_515_008 * 1.2
     assert wide["cache"]["bytes_per_token"] == 46_080
     auto = report(capsys, "smollm2-135m", context=1000, dtype="auto")
     assert auto["memory"] == memory
@@ -150,6 +177,7 @@ def test_odd_forms_are_named():
         ({"context": -5}, "--context -5"),
         ({"dtype": "int3"}, "--dtype 'int3'"),
         ({"dtype": ""}, "--dtype ''"),
+        ({"cache": "fp32"}, "--cache 'fp32'"),
     ],
 )
 def test_bad_options(options: dict[str, Any], words: str):

@@ -10,13 +10,13 @@ from lowlat.config.arithmetic import (
     cache_cost,
     count_parameters,
     expert_parameters,
-    memory_at,
     moe_parameters,
-    weight_bytes,
 )
 from lowlat.config.hf import config_from_hf
+from lowlat.config.memory import memory_at, weight_bytes
 from lowlat.config.model import MLAConfig, ModelConfig, QuantConfig
 from lowlat.config.presets import load_preset, preset_names
+from lowlat.model.quant import store_packed
 from lowlat.model.transformer import Transformer
 
 from .files import FAMILIES, GLM, LLAMA, QWEN2, QWEN3, V3
@@ -138,6 +138,20 @@ def test_counts_and_bytes_are_those_of_the_modules(name: str):
     assert sum(tensor.nbytes for tensor in tensors) == weight_bytes(config, "bf16")
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_bytes_are_those_of_the_modules(name: str, dtype: str):
+    config = CONFIGS[name]
+    for copies in (False, True):
+        config = replace(config, mtp_copies=copies and config.num_nextn_predict_layers > 0)
+        model = modules_of(config)
+        with torch.device("meta"):
+            model.add_head()
+        store_packed(model, dtype)
+        tensors = model.state_dict().values()
+        assert sum(tensor.nbytes for tensor in tensors) == weight_bytes(config, dtype)
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3", "mtp", "no query latent", "no shared", "qwen2"])
 def test_fp8_bytes_are_those_of_the_modules(name: str):
     quant = QuantConfig(weight_block_size=(8, 4))
@@ -155,10 +169,20 @@ def test_copies_count_where_a_checkpoint_has_them():
 def test_memory():
     config = config_from_hf(QWEN2)
     memory = memory_at(config, 7, "fp32")
-    assert memory["cache_bytes"] == 7 * 5 * (2 * 3 * 14) * 4
+    assert memory["cache_bytes"] == 7 * 5 * (2 * 3 * 14) * 2
     assert memory["weights_bytes"] == count_parameters(config).total * 4
     assert memory["context"] == 7
     assert memory_at(config, 7)["weights_bytes"] * 2 == memory["weights_bytes"]
+
+
+def test_int8_cache():
+    """V3: 512 bytes, 8 scales, 64 bf16; QWEN2's [K ; V] of 84 elements: 84 bytes, 2 scales."""
+    cost = cache_cost(config_from_hf(V3 | {"kv_lora_rank": 512, "qk_rope_head_dim": 64}))
+    assert cost.own_bytes_per_token("int8") == cost.num_layers * (512 + 32 + 128)
+    assert cost.bytes_per_token(70, "int8") == cost.num_layers * (72 + 8)
+    config = config_from_hf(QWEN2)
+    assert cache_cost(config).own_bytes_per_token("int8") == 5 * (84 + 8)
+    assert memory_at(config, 7, "int4", "int8")["cache_bytes"] == 7 * 5 * 92
 
 
 def test_numbers_stay_fast_for_absurd_sizes():

@@ -46,7 +46,7 @@ def test_public_names() -> None:
         lowlat.laod  # pyright: ignore[reportAttributeAccessIssue]  # noqa: B018
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64", "auto"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4", "fp64", "auto"])
 def test_a_folder_loads_and_generates(folder: Path, dtype: str) -> None:
     model = lowlat.load(str(folder), dtype=dtype, context=50)
     assert (model.name, model.context, model.config.vocab_size) == (str(folder), 50, 263)
@@ -54,6 +54,24 @@ def test_a_folder_loads_and_generates(folder: Path, dtype: str) -> None:
     assert isinstance(completion, Completion) and len(completion.token_ids) == 7
     expected = torch.float64 if dtype == "fp64" else torch.float32
     assert model.logits([1, 2, 3]).dtype == expected
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "int4"])
+def test_int8_cache(folder: Path, dtype: str) -> None:
+    """[K ; V] in bytes with scales; the same model but for the rounding of its rows."""
+    plain = lowlat.load(str(folder), dtype=dtype)
+    packed = lowlat.load(str(folder), dtype=dtype, cache="int8")
+    row = plain.config.attention.row_dim
+    layers = plain.config.num_hidden_layers
+    assert plain.cache_dtype == {"fp32": "fp32"}.get(dtype, "bf16")
+    assert packed.cache_dtype == "int8"
+    assert packed.cache_bytes_per_token == layers * (-(-row // 4) * 4 + 4 * -(-row // 64))
+    ids = list(range(1, 40))
+    expected, found = plain.logits(ids), packed.logits(ids)
+    assert 0 < (found - expected).norm() / expected.norm() < 0.1
+    # more sequences than the first pages hold: the cache grows and keeps its rows
+    long = packed.generate_many([[n, 7, 11] for n in range(20)], max_tokens=90, ignore_eos=True)
+    assert [len(completion.token_ids) for (completion,) in long] == [90] * 20
 
 
 def test_loading_changes_no_logit(folder: Path) -> None:
@@ -75,6 +93,8 @@ def test_mtp_modules_survive_loading(tmp_path: Path) -> None:
 
 
 def test_faults_name_what_is_wrong(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cache 'int4' is unknown; choose auto, bf16 or int8"):
+        lowlat.load(str(folder), cache="int4")
     with pytest.raises(UserError, match="'no-such-model' is unknown"):
         lowlat.load("no-such-model")
     with pytest.raises(UserError, match=r"'deepseek-v3' is known by its config only.*lowlat info"):

@@ -31,10 +31,11 @@ def test_prompts_are_read_in_chunks_before_anyone_decodes() -> None:
     scheduler = Scheduler(prefill_chunk=5, max_sequences=9)
     for length in (3, 11, 2):
         scheduler.add(sequence(length))
-    assert lengths(scheduler) == [3, 2]
+    # Chunks of a prompt are whole: the second does not start with what the first left over.
+    assert lengths(scheduler) == [3]
     assert lengths(scheduler) == [5]
-    assert lengths(scheduler) == [4, 1]
-    assert lengths(scheduler) == [1]
+    assert lengths(scheduler) == [5]
+    assert lengths(scheduler) == [1, 2]
     assert lengths(scheduler) == [1, 1, 1]
 
 

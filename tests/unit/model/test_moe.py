@@ -29,8 +29,10 @@ def test_routed_plus_shared_written_out() -> None:
     expected = module.shared_experts(x)
     for token in range(13):
         for expert, weight in zip(routing.experts[token], routing.weights[token], strict=True):
-            gate, up, down = module.experts.dense_weights(int(expert), torch.float64)
-            expected[token] += weight * (down @ swiglu(gate @ x[token], up @ x[token]))
+            mlp = module.experts[int(expert)]
+            assert isinstance(mlp, MLP)
+            gate, up = mlp.gate_proj.weight @ x[token], mlp.up_proj.weight @ x[token]
+            expected[token] += weight * (mlp.down_proj.weight @ swiglu(gate, up))
     torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-12)
 
 

@@ -2,13 +2,14 @@
 exact weight.
 """
 
+import pytest
 import torch
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import QuantConfig
 from lowlat.model.linear import Linear, block_grid
 from lowlat.model.mla import MLA
-from lowlat.model.moe import Experts
+from lowlat.model.quant import packed_type, store_packed
 from lowlat.model.transformer import Transformer
 from lowlat.ops.fp8 import dequantize_blocks, quantize_blocks
 
@@ -29,10 +30,9 @@ def quantized_like(plain: Transformer, config: QuantConfig) -> tuple[Transformer
             state[name].copy_(value)
             continue
         scale_name = f"{name}_scale_inv"
-        stack = value if value.dim() == 3 else value[None]
-        pairs = [quantize_blocks(matrix.float(), config.weight_block_size) for matrix in stack]
-        state[name].copy_(torch.stack([w for w, _ in pairs]).view_as(value))
-        state[scale_name].copy_(torch.stack([s for _, s in pairs]).view_as(state[scale_name]))
+        weight, scale = quantize_blocks(value.float(), config.weight_block_size)
+        state[name].copy_(weight)
+        state[scale_name].copy_(scale)
         exact[name] = dequantize_blocks(
             state[name], state[scale_name], config.weight_block_size, torch.float64
         )
@@ -71,7 +71,7 @@ def test_which_parameters_are_fp8() -> None:
         assert last in {"embed_tokens", "lm_head", "gate", "eh_proj"} or "norm" in last, name
     dtypes = {name: value.dtype for name, value in model.state_dict().items()}
     assert dtypes["layers.0.self_attn.kv_b_proj.weight"] == FP8
-    assert dtypes["layers.1.mlp.experts.down_proj"] == FP8
+    assert dtypes["layers.1.mlp.experts.7.down_proj.weight"] == FP8
     assert dtypes["mtp.0.block.mlp.shared_experts.up_proj.weight"] == FP8
     assert dtypes["layers.1.mlp.gate.e_score_correction_bias"] == torch.float32
 
@@ -85,7 +85,7 @@ def test_modules_kept_by_name() -> None:
     assert not any(d == FP8 for name, d in dtypes.items() if name.startswith("layers.0."))
     assert dtypes["layers.1.self_attn.o_proj.weight"] != FP8
     assert dtypes["layers.1.self_attn.kv_b_proj.weight"] == FP8
-    assert dtypes["mtp.0.block.mlp.experts.up_proj"] != FP8
+    assert dtypes["mtp.0.block.mlp.experts.7.up_proj.weight"] != FP8
     assert dtypes["mtp.0.block.self_attn.o_proj.weight"] == FP8
 
 
@@ -104,12 +104,37 @@ def test_fp8_shapes() -> None:
     assert linear.weight_scale_inv.shape == (3, 5)
     assert linear.weight_scale_inv.dtype == torch.float32
     assert not linear.weight.requires_grad and not linear.weight_scale_inv.requires_grad
-    rule = mla_config().moe
-    assert rule is not None
-    experts = Experts(23, rule, dtype=torch.bfloat16)
-    experts.store_fp8(QUANT)
-    assert experts.down_proj_scale_inv is not None
-    assert experts.down_proj_scale_inv.shape == (10, 3, 1)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_which_projections_are_packed(name: str) -> None:
+    """kv_b_proj is rows; of an int4 model head and eh_proj are int8; all others are `name`."""
+    model = Transformer(mla_config(num_nextn_predict_layers=1, mtp_copies=True))
+    assert packed_type(model) is None
+    packed = store_packed(model, name)
+    assert packed_type(model) == name
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
+    assert packed == {f"{n}.weight": module for n, module in linears.items()}
+    others = {"kv_b_proj": "int8_rows"}
+    if name == "int4":
+        others |= dict.fromkeys(["lm_head", "head", "eh_proj"], "int8")
+    for path, module in linears.items():
+        assert module.storage == others.get(path.split(".")[-1], name), path
+    state = model.state_dict()
+    assert state["embed_tokens.weight"].is_floating_point()
+    assert state["layers.1.mlp.gate.weight"].is_floating_point()
+    assert state["mtp.0.block.mlp.experts.7.up_proj.weight"].dtype == torch.uint8
+
+
+def test_a_tied_model_gets_a_head() -> None:
+    model = Transformer(mla_config(tie_word_embeddings=True))
+    assert model.lm_head is None
+    model.add_head()
+    assert model.lm_head is not None
+    head = model.lm_head
+    assert (head.in_features, head.out_features) == (23, 41)
+    model.add_head()
+    assert model.lm_head is head
 
 
 def test_fp8_on_meta_stays_on_meta() -> None:

@@ -14,7 +14,9 @@ from lowlat.attention.cached import CachedAttention
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import ModelConfig
+from lowlat.model.moe import Gate
 from lowlat.model.transformer import Transformer
+from lowlat.ops.routing import Routing
 
 from .draw import gqa_config, mla_config, random_model
 
@@ -192,13 +194,31 @@ def test_builds_on_meta(config: ModelConfig) -> None:
     }
 
 
+def watch_experts(model: Transformer) -> set[str]:
+    """Filled with the names of the experts that are chosen from here on."""
+    chosen: set[str] = set()
+
+    def hook(prefix: str, routing: Routing) -> None:
+        chosen.update(f"{prefix}experts.{expert}" for expert in routing.experts.unique().tolist())
+
+    for name, module in model.named_modules():
+        if isinstance(module, Gate):
+            prefix = name.removesuffix("gate")
+            module.register_forward_hook(lambda *call, prefix=prefix: hook(prefix, call[2]))
+    return chosen
+
+
 def test_training_gradients_are_finite_and_reach_every_weight() -> None:
+    """Of the experts, those of the chosen and no others."""
     for config in (mla_config(), gqa_config()):
         model = random_model(config).requires_grad_(True)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("e_score_correction_bias" not in name)
+        chosen = watch_experts(model)
         alone(model, ids_of(31)).square().mean().backward()
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if "mlp.experts." in name and name.rsplit(".", 2)[0] not in chosen:
+                assert parameter.grad is None, name
+            elif parameter.requires_grad:
                 assert parameter.grad is not None and parameter.grad.isfinite().all(), name
                 assert parameter.grad.count_nonzero() > 0, name

@@ -85,14 +85,6 @@ def test_bf16_weights_survive_a_round_trip_of_their_fp8_values() -> None:
     assert torch.equal(dequantize_blocks(quantized, scale, BLOCK, torch.float32), weight)
 
 
-def test_stacked_experts() -> None:
-    weight, scale = torch.randn(3, 130, 5).to(torch.float8_e4m3fn), torch.rand(3, 2, 1)
-    out = dequantize_blocks(weight, scale, BLOCK, torch.float32)
-    for expert in range(3):
-        own = dequantize_blocks(weight[expert], scale[expert], BLOCK, torch.float32)
-        assert torch.equal(out[expert], own)
-
-
 def test_rounds_once_to_a_narrow_type() -> None:
     weight, scale = torch.randn(5, 5).to(torch.float8_e4m3fn), torch.rand(1, 1)
     wide = weight.double() * scale.double()

@@ -1,0 +1,99 @@
+"""A checkpoint of twice the memory limit gives the same tokens as in memory.
+
+    sudo python benchmarks/larger_than_memory.py CHECKPOINT
+
+Generates with and without a control group's memory limit of half the checkpoint's size, each in a
+process of its own and with none of the files cached beforehand. Needs Linux and the right to make a
+control group. Prints one JSON object; exits with 1 where the tokens differ.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+GROUP = "lowlat_larger_than_memory"
+PROMPT = [5, 77, 1234, 900, 31, 8]
+TOKENS = 16
+
+CHILD = """
+import json, sys, time
+import lowlat
+start = time.perf_counter()
+model = lowlat.load(sys.argv[1], dtype="bf16")
+loaded = time.perf_counter()
+answer = model.generate(json.loads(sys.argv[2]), max_tokens=int(sys.argv[3]), temperature=0,
+                        ignore_eos=True)
+print(json.dumps({"tokens": list(answer.token_ids), "load_s": loaded - start,
+                  "tokens_per_s": int(sys.argv[3]) / (time.perf_counter() - loaded)}))
+"""
+
+
+class ControlGroup:
+    """A memory limit for one process, by cgroup 2 or cgroup 1."""
+
+    def __init__(self, limit: int) -> None:
+        root = Path("/sys/fs/cgroup")
+        self.is_second = (root / "cgroup.controllers").exists()
+        self.folder = (root if self.is_second else root / "memory") / GROUP
+        self.folder.mkdir(exist_ok=True)
+        name = "memory.max" if self.is_second else "memory.limit_in_bytes"
+        (self.folder / name).write_text(str(limit))
+
+    def join(self) -> None:
+        """Called in the child before it starts."""
+        (self.folder / "cgroup.procs").write_text(str(os.getpid()))
+
+    def peak(self) -> int:
+        """Most bytes it held at once, cached file pages included."""
+        name = "memory.peak" if self.is_second else "memory.max_usage_in_bytes"
+        return int((self.folder / name).read_text())
+
+    def remove(self) -> None:
+        self.folder.rmdir()
+
+
+def forget(folder: Path) -> int:
+    """Drop the checkpoint's files from the page cache, so that reading them counts for the reader;
+    their size."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+        total += file.stat().st_size
+    return total
+
+
+def generate(folder: Path, group: ControlGroup | None) -> dict[str, object]:
+    """Tokens and speed of a fresh process."""
+    forget(folder)
+    arguments = [sys.executable, "-c", CHILD, str(folder), json.dumps(PROMPT), str(TOKENS)]
+    join = None if group is None else group.join
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True, preexec_fn=join)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    folder = parser.parse_args().checkpoint
+    size = forget(folder)
+    free = generate(folder, None)
+    group = ControlGroup(size // 2)
+    try:
+        limited = generate(folder, group)
+        peak = group.peak()
+    finally:
+        group.remove()
+    same = free["tokens"] == limited["tokens"]
+    report = {"checkpoint_bytes": size, "limit_bytes": size // 2, "peak_bytes": peak, "same": same}
+    print(json.dumps(report | {"in_memory": free, "limited": limited}, indent=2))
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

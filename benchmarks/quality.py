@@ -1,0 +1,118 @@
+"""What number types cost in quality: perplexity and distance from fp32, weights and cache.
+
+    python benchmarks/quality.py TEXT [--bytes 100000] [--models default smollm2-135m] [--json FILE]
+
+For each model and each pair of weights (bf16, int8, int4) and cache (bf16, int8): the perplexity of
+the first bytes of TEXT in windows of 1024 tokens, its increase over fp32, the mean Kullback-Leibler
+divergence from fp32's next-token distribution in nats, and how often both predict the same token.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import lowlat
+from lowlat.engine.llm import Model
+
+WEIGHTS = ("bf16", "int8", "int4")
+CACHES = ("bf16", "int8")
+WINDOW = 1024
+
+
+@dataclass
+class Quality:
+    """One pair of number types on one model, summed over tokens while it is measured."""
+
+    model: str
+    weights: str
+    cache: str
+    tokens: int = 0
+    nll: float = 0.0
+    """Nats."""
+    divergence: float = 0.0
+    """Kullback-Leibler from fp32, nats."""
+    same: int = 0
+    """Tokens whose likeliest successor is fp32's."""
+
+    def add(self, logits: Tensor, exact: Tensor, ids: Tensor) -> None:
+        """Count one window: `logits` and fp32's log-probabilities of all tokens but the last."""
+        predicted = logits.log_softmax(dim=-1)
+        self.tokens += len(ids)
+        self.nll -= float(predicted.gather(1, ids[:, None]).sum(dtype=torch.float64))
+        self.divergence += float((exact.exp() * (exact - predicted)).sum(dtype=torch.float64))
+        self.same += int((predicted.argmax(dim=-1) == exact.argmax(dim=-1)).sum())
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll / self.tokens)
+
+
+def measure(name: str, text: str) -> list[Quality]:
+    """All pairs on the model `name`, fp32 first."""
+    exact = lowlat.load(name, dtype="fp32")
+    models = dict(variants(name))
+    results = [Quality(name, "fp32", "fp32"), *(Quality(name, *pair) for pair in models)]
+    ids = exact.tokenizer.encode(text)
+    for start in range(0, len(ids), WINDOW):
+        window = ids[start : start + WINDOW]
+        if len(window) < 2:
+            break
+        print(f"{name}: token {start:,} of {len(ids):,}", flush=True)
+        following = torch.tensor(window[1:])
+        logits = exact.logits(window)[:-1]
+        reference = logits.log_softmax(dim=-1)
+        results[0].add(logits, reference, following)
+        for result, model in zip(results[1:], models.values(), strict=True):
+            result.add(model.logits(window)[:-1], reference, following)
+    return results
+
+
+def variants(name: str) -> list[tuple[tuple[str, str], Model]]:
+    """Every (weights, cache); both caches of one kind of weights share them."""
+    result = []
+    for weights in WEIGHTS:
+        first = lowlat.load(name, dtype=weights, cache=CACHES[0])
+        result.append(((weights, CACHES[0]), first))
+        for cache in CACHES[1:]:
+            other = Model(first.transformer, first.tokenizer, name=name, cache=cache)
+            result.append(((weights, cache), other))
+    return result
+
+
+def table(results: Sequence[Quality]) -> str:
+    """Markdown, a line per pair."""
+    lines = ["| model | weights | cache | perplexity | over fp32 | KL to fp32 | same token |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    exact = {r.model: r.perplexity for r in results if r.weights == "fp32"}
+    for r in results:
+        increase = r.perplexity / exact[r.model] - 1
+        lines.append(
+            f"| {r.model} | {r.weights} | {r.cache} | {r.perplexity:.4f} | {increase:+.3%} | "
+            f"{r.divergence / r.tokens:.2e} | {r.same / r.tokens:.2%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("text", type=Path, help="a UTF-8 text file")
+    parser.add_argument("--bytes", type=int, default=100_000, help="how much of it is read")
+    parser.add_argument("--models", nargs="+", default=["default", "smollm2-135m"])
+    parser.add_argument("--json", type=Path, help="where to write the numbers, too")
+    options = parser.parse_args()
+    text = options.text.read_bytes()[: options.bytes].decode(errors="ignore")
+    results = [result for name in options.models for result in measure(name, text)]
+    print(table(results))
+    if options.json is not None:
+        numbers = [asdict(r) | {"perplexity": r.perplexity} for r in results]
+        options.json.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

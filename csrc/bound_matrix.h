@@ -1,0 +1,20 @@
+// A Matrix as Python holds it: with the tensors that own its memory.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "arrays.h"
+#include "matrix.h"
+
+namespace lowlat {
+
+struct BoundMatrix {
+  Matrix matrix;
+  std::vector<Array> owners;
+};
+
+// Adds class Matrix and its factory functions to the module.
+void bind_matrix(nb::module_& module);
+
+}  // namespace lowlat

@@ -1,0 +1,362 @@
+#include "bound_model.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <mutex>
+#include <tuple>
+#include <utility>
+
+#include "bound_matrix.h"
+#include "dispatch.h"
+#include "pool.h"
+#include "workspace.h"
+
+namespace lowlat {
+
+namespace {
+
+using namespace nb::literals;
+
+// A part of a model and the tensors it points into.
+template <class T>
+struct Bound {
+  T part;
+  std::vector<Array> owners;
+
+  template <class Other>
+  const Other& keep(const Bound<Other>& other) {
+    owners.insert(owners.end(), other.owners.begin(), other.owners.end());
+    return other.part;
+  }
+  const Matrix& keep(const BoundMatrix& other) {
+    owners.insert(owners.end(), other.owners.begin(), other.owners.end());
+    return other.matrix;
+  }
+  template <class Other>
+  std::optional<Other> keep(const std::optional<Bound<Other>>& other) {
+    if (!other) return std::nullopt;
+    return keep(*other);
+  }
+};
+
+using BoundNorm = Bound<Norm>;
+using BoundProjection = Bound<Projection>;
+using BoundMlp = Bound<Mlp>;
+using BoundRouter = Bound<Router>;
+using BoundMoe = Bound<Moe>;
+using BoundAttention = Bound<Attention>;
+using BoundLayer = Bound<Layer>;
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+void require_shape(const Matrix& m, std::int64_t rows, std::int64_t columns, const char* name) {
+  if (m.rows == rows && m.columns == columns) return;
+  throw std::invalid_argument(std::string(name) + " is [" + std::to_string(m.rows) + ", " + std::to_string(m.columns) +
+                              "], not [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
+}
+
+BoundNorm make_norm(const Array& weight, float eps) {
+  BoundNorm bound;
+  bound.part.weight = elements<float>(weight, "weight", Type::fp32, {kAnySize});
+  bound.part.size = size(weight, 0);
+  bound.part.eps = eps;
+  bound.owners.push_back(weight);
+  return bound;
+}
+
+BoundProjection make_projection(const BoundMatrix& weight, const std::optional<Array>& bias) {
+  BoundProjection bound;
+  bound.part.weight = bound.keep(weight);
+  if (bias) {
+    bound.part.bias = elements<float>(*bias, "bias", Type::fp32, {weight.matrix.rows});
+    bound.owners.push_back(*bias);
+  }
+  return bound;
+}
+
+BoundMlp make_mlp(const BoundProjection& gate, const BoundProjection& up, const BoundProjection& down) {
+  BoundMlp bound;
+  bound.part = {bound.keep(gate), bound.keep(up), bound.keep(down)};
+  const Mlp& mlp = bound.part;
+  require_shape(mlp.up.weight, mlp.gate.weight.rows, mlp.gate.weight.columns, "up");
+  require_shape(mlp.down.weight, mlp.gate.weight.columns, mlp.gate.weight.rows, "down");
+  require(!mlp.gate.bias && !mlp.up.bias && !mlp.down.bias, "an MLP has a bias");
+  return bound;
+}
+
+BoundRouter make_router(const BoundMatrix& weight, const std::optional<Array>& bias, std::int64_t chosen,
+                        std::int64_t groups, std::int64_t kept_groups, std::int64_t best_in_group, bool is_sigmoid,
+                        bool normalizes, float scaling) {
+  BoundRouter bound;
+  Router& router = bound.part;
+  router.weight = bound.keep(weight);
+  router.experts = router.weight.rows;
+  if (bias) {
+    router.bias = elements<float>(*bias, "bias", Type::fp32, {router.experts});
+    bound.owners.push_back(*bias);
+  }
+  router.chosen = chosen;
+  router.groups = groups;
+  router.kept_groups = kept_groups;
+  router.best_in_group = best_in_group;
+  router.is_sigmoid = is_sigmoid;
+  router.normalizes = normalizes;
+  router.scaling = scaling;
+  require(groups > 0 && router.experts % groups == 0 && kept_groups > 0 && kept_groups <= groups, "groups do not fit");
+  require(chosen > 0 && chosen <= router.experts / groups * kept_groups, "more experts are chosen than there are");
+  return bound;
+}
+
+BoundMoe make_moe(const BoundRouter& router, const std::vector<BoundMlp>& experts) {
+  BoundMoe bound;
+  bound.part.router = bound.keep(router);
+  for (const BoundMlp& expert : experts) bound.part.experts.push_back(bound.keep(expert));
+  require(static_cast<std::int64_t>(experts.size()) == router.part.experts, "the router has another number of experts");
+  return bound;
+}
+
+BoundAttention make_mla(std::int64_t heads, std::int64_t nope_dim, std::int64_t rope_dim, std::int64_t value_dim,
+                        float scale, bool interleave, const std::optional<BoundProjection>& q_a,
+                        const std::optional<BoundNorm>& q_a_norm, const BoundProjection& q, const BoundProjection& kv_a,
+                        const std::optional<BoundNorm>& kv_a_norm, const BoundMatrix& kv_b, const BoundProjection& o) {
+  BoundAttention bound;
+  Attention& a = bound.part;
+  a.heads = heads;
+  a.nope_dim = nope_dim;
+  a.rope_dim = rope_dim;
+  a.value_dim = value_dim;
+  a.scale = scale;
+  a.interleave = interleave;
+  a.q_a = bound.keep(q_a);
+  if (q_a_norm) a.q_a_norm = bound.keep(*q_a_norm);
+  a.q = bound.keep(q);
+  a.kv_a = bound.keep(kv_a);
+  a.kv_a_norm = bound.keep(kv_a_norm);
+  a.kv_b = bound.keep(kv_b);
+  a.o = bound.keep(o);
+  a.latent_dim = a.kv_b.columns;
+  require(a.latent_dim > 0 && rope_dim % 2 == 0, "kv_b has no columns, or rope_dim is odd");
+  require(!a.kv_b.is_tiled(), "kv_b is not stored row by row");
+  require_shape(a.kv_b, heads * (nope_dim + value_dim), a.latent_dim, "kv_b");
+  require_shape(a.q.weight, heads * (nope_dim + rope_dim), a.q.weight.columns, "q");
+  require_shape(a.kv_a.weight, a.latent_dim + rope_dim, a.kv_a.weight.columns, "kv_a");
+  require_shape(a.o.weight, a.o.weight.rows, heads * value_dim, "o");
+  require(a.q_a.has_value() == q_a_norm.has_value(), "q_a and its norm come together");
+  if (a.q_a) {
+    require(a.q_a->weight.rows == a.q.weight.columns && a.q_a_norm.size == a.q.weight.columns, "q_a does not fit q");
+  }
+  if (a.kv_a_norm) require(a.kv_a_norm->size == a.latent_dim, "the latent norm has another size");
+  return bound;
+}
+
+BoundAttention make_gqa(std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim, float scale, bool interleave,
+                        std::int64_t window, const BoundProjection& q, const BoundProjection& k,
+                        const BoundProjection& v, const BoundProjection& o, const std::optional<BoundNorm>& q_norm,
+                        const std::optional<BoundNorm>& k_norm) {
+  BoundAttention bound;
+  Attention& a = bound.part;
+  a.heads = heads;
+  a.kv_heads = kv_heads;
+  a.rope_dim = head_dim;
+  a.scale = scale;
+  a.interleave = interleave;
+  a.window = window;
+  a.q = bound.keep(q);
+  a.k = bound.keep(k);
+  a.v = bound.keep(v);
+  a.o = bound.keep(o);
+  a.q_norm = bound.keep(q_norm);
+  a.k_norm = bound.keep(k_norm);
+  require(kv_heads > 0 && heads % kv_heads == 0 && head_dim % 2 == 0 && window >= 0, "heads do not fit");
+  require_shape(a.q.weight, heads * head_dim, a.q.weight.columns, "q");
+  require_shape(a.k.weight, kv_heads * head_dim, a.q.weight.columns, "k");
+  require_shape(a.v.weight, kv_heads * head_dim, a.q.weight.columns, "v");
+  require_shape(a.o.weight, a.o.weight.rows, heads * head_dim, "o");
+  for (const std::optional<Norm>& norm : {a.q_norm, a.k_norm}) {
+    if (norm) require(norm->size == head_dim, "a head's norm has another size");
+  }
+  return bound;
+}
+
+BoundLayer make_layer(const BoundNorm& input_norm, const BoundNorm& post_attention_norm,
+                      const BoundAttention& attention, const std::optional<BoundMlp>& mlp,
+                      const std::optional<BoundMoe>& moe) {
+  BoundLayer bound;
+  bound.part.input_norm = bound.keep(input_norm);
+  bound.part.post_attention_norm = bound.keep(post_attention_norm);
+  bound.part.attention = bound.keep(attention);
+  bound.part.mlp = bound.keep(mlp);
+  bound.part.moe = bound.keep(moe);
+  return bound;
+}
+
+// Rows of a sequence in the cache: pages, rows cached before, new rows, and whether MLA takes the expanded form.
+using SequenceArgs = std::tuple<std::vector<std::int32_t>, std::int64_t, std::int64_t, bool>;
+
+class BoundModel {
+ public:
+  BoundModel(const Array& embedding, const std::vector<BoundLayer>& layers, const BoundNorm& norm,
+             const BoundProjection& head, bool is_larger_than_memory)
+      : model_(assemble(embedding, layers, norm, head)), work_(model_) {
+    model_.is_larger_than_memory = is_larger_than_memory;
+  }
+
+  void step(const Array& ids, const Array& slots, const Array& cos, const Array& sin,
+            const std::vector<SequenceArgs>& sequences, const Array& cache, std::int64_t quantized,
+            const Array& hidden, const std::vector<std::int64_t>& wanted, const std::optional<Array>& logits,
+            bool is_stream) {
+    // Not waited for with Python's lock in hand: the step that goes on will ask for it before it gives up this one.
+    std::unique_lock one_step(mutex_, std::defer_lock);
+    {
+      const nb::gil_scoped_release released;
+      one_step.lock();
+    }
+    Step step;
+    read_tokens(step, ids, slots, cos, sin);
+    read_cache(step, cache, quantized);
+    read_sequences(step, sequences, size(cache, 1));
+    step.hidden = elements<bf16>(hidden, "hidden", Type::bf16, {step.tokens, model_.hidden});
+    for (const std::int64_t row : wanted) require(row >= 0 && row < step.tokens, "a wanted token is not of the step");
+    step.wanted = wanted;
+    step.is_stream = is_stream;
+    if (logits) {
+      const auto rows = static_cast<std::int64_t>(wanted.size());
+      step.logits = elements<float>(*logits, "logits", Type::fp32, {rows, model_.vocab});
+    }
+    require(logits.has_value() || wanted.empty(), "logits are wanted and have no place");
+    if (step.tokens == 0) return;
+    const nb::gil_scoped_release released;
+    const Ops& table = ops();
+    const std::shared_ptr<Pool> team = pool();
+    work_.prepare(model_, step, team->threads());
+    team->run([&](Team& member) { table.step(member, model_, step, work_); });
+  }
+
+ private:
+  Model assemble(const Array& embedding, const std::vector<BoundLayer>& layers, const BoundNorm& norm,
+                 const BoundProjection& head) {
+    Model model;
+    model.vocab = size(embedding, 0);
+    model.hidden = size(embedding, 1);
+    model.embedding = elements<bf16>(embedding, "embedding", Type::bf16, {model.vocab, model.hidden});
+    owners_.push_back(embedding);
+    const auto keep = [&](const auto& bound) {
+      owners_.insert(owners_.end(), bound.owners.begin(), bound.owners.end());
+      return bound.part;
+    };
+    for (const BoundLayer& layer : layers) {
+      model.layers.push_back(keep(layer));
+      check_layer(model, model.layers.back());
+    }
+    model.norm = keep(norm);
+    model.head = keep(head);
+    require(!layers.empty(), "a model has no layers");
+    require(model.norm.size == model.hidden, "the final norm has another size than the embedding");
+    require_shape(model.head.weight, model.vocab, model.hidden, "head");
+    return model;
+  }
+
+  static void check_layer(const Model& model, const Layer& layer) {
+    const Attention &a = layer.attention, &first = model.layers[0].attention;
+    const Projection& input = a.q_a ? *a.q_a : a.q;
+    require(layer.input_norm.size == model.hidden && layer.post_attention_norm.size == model.hidden &&
+                input.weight.columns == model.hidden && a.o.weight.rows == model.hidden,
+            "a layer has another width than the embedding");
+    require(a.heads == first.heads && a.kv_heads == first.kv_heads && a.row_dim() == first.row_dim() &&
+                a.rope_dim == first.rope_dim && a.query_dim() == first.query_dim() && a.out_dim() == first.out_dim(),
+            "the layers' attention differs in size");
+    require(layer.mlp || layer.moe, "a layer has no MLP");
+    if (layer.mlp) require(layer.mlp->gate.weight.columns == model.hidden, "an MLP has another width");
+    if (!layer.moe) return;
+    require(layer.moe->router.weight.columns == model.hidden, "a router has another width");
+    for (const Mlp& mlp : layer.moe->experts) {
+      require(mlp.gate.weight.columns == model.hidden, "an expert has another width");
+    }
+  }
+
+  void read_tokens(Step& step, const Array& ids, const Array& slots, const Array& cos, const Array& sin) const {
+    step.tokens = size(ids, 0);
+    step.ids = elements<std::int64_t>(ids, "ids", Type::int64, {step.tokens});
+    step.slots = elements<std::int64_t>(slots, "slots", Type::int64, {step.tokens});
+    const std::int64_t half = model_.layers[0].attention.rope_dim / 2;
+    step.cos = elements<float>(cos, "cos", Type::fp32, {step.tokens, half});
+    step.sin = elements<float>(sin, "sin", Type::fp32, {step.tokens, half});
+    for (std::int64_t t = 0; t < step.tokens; ++t) {
+      require(step.ids[t] >= 0 && step.ids[t] < model_.vocab, "a token id is outside the vocabulary");
+    }
+  }
+
+  void read_cache(Step& step, const Array& cache, std::int64_t quantized) const {
+    const std::int64_t row_dim = model_.layers[0].attention.row_dim();
+    Cache& c = step.cache;
+    c.quantized = quantized;
+    require(quantized >= 0 && quantized <= row_dim, "quantized channels do not fit the row");
+    c.row_bytes = quantized == 0 ? 2 * row_dim
+                                 : (quantized + 3) / 4 * 4 + (quantized + 63) / 64 * 4 + 2 * (row_dim - quantized);
+    c.page_size = size(cache, 2);
+    const Type type = quantized == 0 ? Type::bf16 : Type::uint8;
+    const std::int64_t width = quantized == 0 ? row_dim : c.row_bytes;
+    c.data = static_cast<std::uint8_t*>(static_cast<void*>(
+        elements<std::uint8_t>(cache, "cache", type, {size(cache, 0), size(cache, 1), c.page_size, width})));
+    c.layer_bytes = size(cache, 1) * c.page_size * c.row_bytes;
+    require(size(cache, 0) >= static_cast<std::int64_t>(model_.layers.size()), "the cache has too few layers");
+    const std::int64_t slots = size(cache, 1) * c.page_size;
+    for (std::int64_t t = 0; t < step.tokens; ++t) {
+      require(step.slots[t] >= 0 && step.slots[t] < slots, "a slot is outside the cache");
+    }
+  }
+
+  static void read_sequences(Step& step, const std::vector<SequenceArgs>& sequences, std::int64_t num_pages) {
+    std::int64_t token = 0;
+    for (const auto& [pages, start, length, is_expanded] : sequences) {
+      require(start >= 0 && length > 0, "a sequence has no new tokens");
+      const auto rows = static_cast<std::int64_t>(pages.size()) * step.cache.page_size;
+      require(rows >= start + length, "a sequence has too few pages");
+      for (const std::int32_t page : pages) require(page >= 0 && page < num_pages, "a page is outside the cache");
+      step.sequences.push_back({pages.data(), start, length, token, is_expanded});
+      token += length;
+    }
+    require(token == step.tokens, "the sequences do not add up to the tokens");
+  }
+
+  std::vector<Array> owners_;
+  Model model_;
+  Workspace work_;
+  std::mutex mutex_;
+};
+
+}  // namespace
+
+void bind_model(nb::module_& module) {
+  nb::class_<BoundNorm>(module, "Norm").def_static("make", make_norm, "weight"_a, "eps"_a);
+  nb::class_<BoundProjection>(module, "Projection")
+      .def_static("make", make_projection, "weight"_a, "bias"_a.none());
+  nb::class_<BoundMlp>(module, "Mlp").def_static("make", make_mlp, "gate"_a, "up"_a, "down"_a);
+  nb::class_<BoundRouter>(module, "Router")
+      .def_static("make", make_router, "weight"_a, "bias"_a.none(), nb::kw_only(), "chosen"_a, "groups"_a,
+                  "kept_groups"_a, "best_in_group"_a, "is_sigmoid"_a, "normalizes"_a, "scaling"_a);
+  nb::class_<BoundMoe>(module, "Moe").def_static("make", make_moe, "router"_a, "experts"_a);
+  nb::class_<BoundAttention>(module, "Attention")
+      .def_static("mla", make_mla, nb::kw_only(), "heads"_a, "nope_dim"_a, "rope_dim"_a, "value_dim"_a, "scale"_a,
+                  "interleave"_a, "q_a"_a.none(), "q_a_norm"_a.none(), "q"_a, "kv_a"_a, "kv_a_norm"_a.none(), "kv_b"_a,
+                  "o"_a)
+      .def_static("gqa", make_gqa, nb::kw_only(), "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "interleave"_a,
+                  "window"_a, "q"_a, "k"_a, "v"_a, "o"_a, "q_norm"_a.none(), "k_norm"_a.none());
+  nb::class_<BoundLayer>(module, "Layer")
+      .def_static("make", make_layer, nb::kw_only(), "input_norm"_a, "post_attention_norm"_a, "attention"_a,
+                  "mlp"_a.none(), "moe"_a.none());
+  nb::class_<BoundModel>(module, "Model")
+      .def(nb::init<const Array&, const std::vector<BoundLayer>&, const BoundNorm&, const BoundProjection&,
+                    bool>(),
+           nb::kw_only(), "embedding"_a, "layers"_a, "norm"_a, "head"_a, "is_larger_than_memory"_a)
+      .def("step", &BoundModel::step, nb::kw_only(), "ids"_a, "slots"_a, "cos"_a, "sin"_a, "sequences"_a, "cache"_a,
+           "quantized"_a, "hidden"_a, "wanted"_a, "logits"_a.none(), "is_stream"_a);
+}
+
+}  // namespace lowlat

@@ -1,0 +1,166 @@
+// Attention of query rows over blocks of cached rows, with an online softmax.
+//
+// Keys are taken in blocks of 64 and splits of 1024 that start at multiples of themselves in the context. A query's
+// result is thus one chain of operations fixed by its own position, whatever else is computed beside it.
+#pragma once
+
+#include <cmath>
+
+#include "linear.h"
+
+namespace lowlat::LOWLAT_ISA {
+
+constexpr std::int64_t kKeyBlock = 64;
+constexpr float kNone = -__builtin_inff();
+
+// Up to 64 cached rows: keys [keys, key_dim] and values [keys, value_dim], views of the cache or of scratch.
+struct KeyBlock {
+  Matrix keys;
+  Matrix values;
+  Matrix next_keys;    // of the block after this one, to be asked for early; empty where not known
+  Matrix next_values;  // empty where the keys bring the values along
+};
+
+// Running softmax of query rows: largest score, sum of exponentials, weighted values [rows, stride].
+struct SoftmaxState {
+  float* top;
+  float* total;
+  float* values;
+  std::int64_t stride;  // value_dim rounded up to 32
+
+  void clear(std::int64_t rows) const {
+    for (std::int64_t r = 0; r < rows; ++r) top[r] = kNone;
+    std::memset(total, 0, rows * sizeof(float));
+    std::memset(values, 0, rows * stride * sizeof(float));
+  }
+  SoftmaxState from(std::int64_t row) const { return {top + row, total + row, values + row * stride, stride}; }
+};
+
+// Query rows [rows, stride], zero beyond the key channels, and the keys each may see: [first, last) in the context.
+struct Queries {
+  const bf16* values;
+  std::int64_t stride;
+  std::int64_t rows;
+  const std::int64_t* first;
+  const std::int64_t* last;
+};
+
+// What a block of scores needs: kKeyBlock of fp32 and of bf16 for every query row.
+struct ScoreScratch {
+  float* scores;
+  bf16* weights;
+};
+
+// Scores of the block that starts at `start` become weights in bf16, zero where a query may not look, and are folded
+// into the state.
+inline void block_softmax(const Queries& q, std::int64_t start, float scale, const ScoreScratch& scratch,
+                          const SoftmaxState& state) {
+  const F steps = lane_numbers();
+  for (std::int64_t r = 0; r < q.rows; ++r) {
+    const float* scores = scratch.scores + r * kKeyBlock;
+    const float first = static_cast<float>(most(-1, least(q.first[r] - start, kKeyBlock)));
+    const float last = static_cast<float>(most(-1, least(q.last[r] - start, kKeyBlock)));
+    F row[4];
+    F best = set1(kNone);
+    for (int i = 0; i < 4; ++i) {
+      const F key = add(steps, set1(16.0f * static_cast<float>(i)));
+      row[i] = within(mul(load(scores + 16 * i), set1(scale)), key, set1(first), set1(last), set1(kNone));
+      best = max(best, row[i]);
+    }
+    const float top = std::fmax(state.top[r], largest(best));
+    const float base = top == kNone ? 0.0f : top;
+    F total = zero();
+    for (int i = 0; i < 4; ++i) {
+      bf16* weights = scratch.weights + r * kKeyBlock + 16 * i;
+      store_bf16(weights, exp_or_zero(sub(row[i], set1(base))));
+      total = add(total, load_bf16(weights));
+    }
+    const float keep = state.top[r] == kNone ? 0.0f : scalar_exp(state.top[r] - base);
+    state.top[r] = top;
+    state.total[r] = state.total[r] * keep + sum(total);
+    if (keep != 1.0f) {
+      float* values = state.values + r * state.stride;
+      for (std::int64_t c = 0; c < state.stride; c += 16) store(values + c, mul(load(values + c), set1(keep)));
+    }
+  }
+}
+
+// Panels attend() may need: two tiles of keys, or two blocks of 16 channels of values.
+inline std::int64_t attend_panels(std::int64_t key_dim) { return most(2 * num_panels(key_dim), 4); }
+
+// Folds one block of keys into the state of all query rows.
+inline void attend(const Queries& q, const KeyBlock& block, std::int64_t start, float scale, Panel* panels,
+                   const ScoreScratch& scratch, const SoftmaxState& state) {
+  const std::int64_t keys = block.keys.rows;
+  const std::int64_t width = num_panels(block.keys.columns);
+  for (std::int64_t tile = 0; tile < block.keys.tiles(); tile += 2) {
+    const std::int64_t tiles = least(2, block.keys.tiles() - tile);
+    for (std::int64_t i = 0; i < tiles; ++i) load_panels(block.keys, tile + i, panels + i * width, &block.next_keys);
+    multiply(panels, tiles, width, width, q.values, q.stride, q.rows, scratch.scores + tile * kTile, kKeyBlock, false);
+  }
+  block_softmax(q, start, scale, scratch, state);
+  const std::int64_t count = num_panels(keys);
+  for (std::int64_t channel = 0; channel < block.values.columns; channel += 32) {
+    load_turned_panels(block.values, channel, 0, keys, panels);
+    for (std::int64_t tile = 0; tile < block.next_values.tiles(); ++tile) {
+      prefetch_panel(block.next_values, tile, channel / kColumns, true);
+    }
+    multiply(panels, 2, count, count, scratch.weights, kKeyBlock, q.rows, state.values + channel, state.stride, true);
+  }
+}
+
+// Panels of a whole block, for many groups of query rows: keys [tiles, panels of key_dim], values [channels / 16, 2].
+struct BlockPanels {
+  Panel* keys;
+  Panel* values;
+};
+
+inline std::int64_t block_panel_count(std::int64_t key_dim, std::int64_t value_dim) {
+  return 4 * num_panels(key_dim) + 4 * num_panels(value_dim);
+}
+
+inline void load_block(const KeyBlock& block, const BlockPanels& panels) {
+  const std::int64_t width = num_panels(block.keys.columns), count = num_panels(block.keys.rows);
+  for (std::int64_t tile = 0; tile < block.keys.tiles(); ++tile) {
+    load_panels(block.keys, tile, panels.keys + tile * width);
+  }
+  for (std::int64_t i = 0; 32 * i < block.values.columns; ++i) {
+    load_turned_panels(block.values, 32 * i, 0, block.keys.rows, panels.values + 2 * i * count);
+  }
+}
+
+// attend() with the panels of load_block().
+inline void attend_loaded(const Queries& q, const KeyBlock& block, const BlockPanels& panels, std::int64_t start,
+                          float scale, const ScoreScratch& scratch, const SoftmaxState& state) {
+  const std::int64_t width = num_panels(block.keys.columns), count = num_panels(block.keys.rows);
+  multiply(panels.keys, block.keys.tiles(), width, width, q.values, q.stride, q.rows, scratch.scores, kKeyBlock, false);
+  block_softmax(q, start, scale, scratch, state);
+  multiply(panels.values, block.values.tiles_across(), count, count, scratch.weights, kKeyBlock, q.rows, state.values,
+           state.stride, true);
+}
+
+// Adds the state of later keys to that of earlier ones, row by row.
+inline void fold(const SoftmaxState& later, const SoftmaxState& into, std::int64_t rows) {
+  for (std::int64_t r = 0; r < rows; ++r) {
+    if (later.top[r] == kNone) continue;
+    const float top = std::fmax(into.top[r], later.top[r]);
+    const float keep = into.top[r] == kNone ? 0.0f : scalar_exp(into.top[r] - top);
+    const float gain = scalar_exp(later.top[r] - top);
+    into.top[r] = top;
+    into.total[r] = into.total[r] * keep + later.total[r] * gain;
+    float* values = into.values + r * into.stride;
+    const float* more = later.values + r * later.stride;
+    for (std::int64_t c = 0; c < into.stride; c += 16) {
+      store(values + c, fma(load(more + c), set1(gain), mul(load(values + c), set1(keep))));
+    }
+  }
+}
+
+// The attended values of one row, rounded to bf16.
+inline void finish(const SoftmaxState& state, std::int64_t row, std::int64_t value_dim, bf16* out) {
+  const F total = set1(state.total[row]);
+  const float* values = state.values + row * state.stride;
+  for (std::int64_t c = 0; c < value_dim; c += 16) store_bf16(out + c, div(load(values + c), total), value_dim - c);
+}
+
+}  // namespace lowlat::LOWLAT_ISA

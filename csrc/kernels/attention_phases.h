@@ -1,0 +1,337 @@
+// The attention of a layer: projections, the cached row, absorbed or expanded MLA, GQA, and the output projection.
+#pragma once
+
+#include "expanded.h"
+#include "pass.h"
+
+namespace lowlat::LOWLAT_ISA {
+
+inline std::uint8_t* layer_of(const Cache& cache, std::int64_t layer) { return cache.data + layer * cache.layer_bytes; }
+
+inline std::uint8_t* slot_of(const Cache& cache, std::int64_t layer, std::int64_t slot) {
+  return layer_of(cache, layer) + slot * cache.row_bytes;
+}
+
+// body(first, tokens) for every run of tokens in the absorbed form.
+template <class Body>
+inline void each_absorbed(const Pass& pass, Body&& body) {
+  for (const std::int32_t s : pass.work.absorbed) {
+    const Sequence& sequence = pass.step.sequences[s];
+    body(sequence.first_token, sequence.length);
+  }
+}
+
+// --- attention over cached rows -------------------------------------------------------------------------------------
+
+// How the heads of a layer read rows: keys key_dim elements from `key` on, values from `value` on.
+struct RowView {
+  std::int64_t key, key_dim, value, value_dim;
+};
+
+inline RowView row_view(const Attention& a, std::int64_t kv_head) {
+  if (!a.is_mla()) return {kv_head * a.rope_dim, a.rope_dim, (a.kv_heads + kv_head) * a.rope_dim, a.rope_dim};
+  // Without position-free channels the latent takes no part in the scores.
+  const std::int64_t key = a.nope_dim == 0 ? a.latent_dim : 0;
+  return {key, a.key_dim() - key, 0, a.latent_dim};
+}
+
+// The query rows of a group, [tokens, heads of the kv head], contiguous and padded.
+inline Queries queries_of(const Pass& pass, const Attention& a, const QueryGroup& group) {
+  const Workspace& work = pass.work;
+  const Sequence& sequence = pass.step.sequences[group.sequence];
+  const std::int64_t heads = a.is_mla() ? a.heads : a.heads / a.kv_heads;
+  const std::int64_t token = sequence.first_token + group.token, rows = group.tokens * heads;
+  auto* first = pass.scratch.get<std::int64_t>(3, 2 * rows);
+  auto* last = first + rows;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    last[r] = sequence.start + group.token + r / heads + 1;
+    first[r] = a.window == 0 ? 0 : most(0, last[r] - a.window);
+  }
+  if (a.is_mla()) {
+    const std::int64_t key = row_view(a, 0).key;
+    return {work.absorbed_q + token * heads * work.absorbed_stride + key, work.absorbed_stride, rows, first, last};
+  }
+  const std::int64_t stride = round_up(a.rope_dim, 32);
+  auto* q = pass.scratch.get<bf16>(4, rows * stride);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const bf16* from = work.q + ((token + r / heads) * a.heads + group.kv_head * heads + r % heads) * a.rope_dim;
+    std::memcpy(q + r * stride, from, a.rope_dim * sizeof(bf16));
+    pad_row(q + r * stride, a.rope_dim);
+  }
+  return {q, stride, rows, first, last};
+}
+
+// Attention of a group over the keys [start, end) into a cleared state.
+inline void attend_range(const Pass& pass, const Attention& a, std::int64_t layer, const QueryGroup& group,
+                         const Queries& q, std::int64_t start, std::int64_t end, const SoftmaxState& state) {
+  const Sequence& sequence = pass.step.sequences[group.sequence];
+  const RowView rows_view = row_view(a, group.kv_head);
+  const ScoreScratch scores{pass.scratch.get<float>(5, q.rows * kKeyBlock), pass.scratch.get<bf16>(6, q.rows * kKeyBlock)};
+  Panel* panels = pass.scratch.get<Panel>(2, attend_panels(rows_view.key_dim));
+  auto* gathered = pass.scratch.get<bf16>(7, kKeyBlock * round_up(a.row_dim(), 32));
+  state.clear(q.rows);
+  for (std::int64_t at = start; at < end; at += kKeyBlock) {
+    const std::int64_t count = least(kKeyBlock, end - at);
+    if (at + count <= q.first[0]) continue;  // before every query's window
+    const std::uint8_t* base = layer_of(pass.step.cache, layer);
+    const Rows rows = cached_rows(pass.step.cache, base, sequence.pages, at, count, a.row_dim(), false, gathered);
+    KeyBlock block{view(rows.data + rows_view.key, count, rows_view.key_dim, rows.stride),
+                   view(rows.data + rows_view.value, count, rows_view.value_dim, rows.stride), {}, {}};
+    if (at + kKeyBlock < end && rows.data != gathered) {
+      const auto* next = reinterpret_cast<const bf16*>(
+          cached_row(pass.step.cache, base, sequence.pages, at + kKeyBlock));
+      const std::int64_t size = least(kKeyBlock, end - at - kKeyBlock);
+      block.next_keys = view(next + rows_view.key, size, rows_view.key_dim, rows.stride);
+      const bool is_apart = rows_view.value >= rows_view.key + rows_view.key_dim || rows_view.key > rows_view.value;
+      if (is_apart) block.next_values = view(next + rows_view.value, size, rows_view.value_dim, rows.stride);
+    }
+    attend(q, block, at, a.scale, panels, scores, state);
+  }
+}
+
+// Where the attended values of row r of a group go.
+inline bf16* attended_row(const Pass& pass, const Attention& a, const QueryGroup& group, std::int64_t row) {
+  const Workspace& work = pass.work;
+  const std::int64_t heads = a.is_mla() ? a.heads : a.heads / a.kv_heads;
+  const std::int64_t token = pass.step.sequences[group.sequence].first_token + group.token + row / heads;
+  const std::int64_t head = group.kv_head * heads + row % heads;
+  if (a.is_mla()) return work.mixed + (token * heads + head) * work.mixed_stride;
+  return work.attended.values + token * work.attended.stride + head * a.rope_dim;
+}
+
+constexpr std::int64_t kSplit = 1024;
+
+inline std::int64_t group_rows_of(const Attention& a, const QueryGroup& group) {
+  return group.tokens * (a.is_mla() ? a.heads : a.heads / a.kv_heads);
+}
+
+inline SoftmaxState partial_state(const Workspace& work, std::int64_t row) {
+  return {work.top + row, work.total + row, work.values + row * work.value_stride, work.value_stride};
+}
+
+inline SoftmaxState scratch_state(const Pass& pass, std::int64_t rows, int slot) {
+  const std::int64_t stride = pass.work.value_stride;
+  auto* memory = pass.scratch.get<float>(slot, rows * (stride + 2));
+  return {memory + rows * stride, memory + rows * (stride + 1), memory, stride};
+}
+
+inline void run_attention_task(const Pass& pass, const Attention& a, std::int64_t layer, const AttentionTask& task) {
+  const QueryGroup& group = pass.work.groups[task.group];
+  const Queries q = queries_of(pass, a, group);
+  const std::int64_t context = q.last[q.rows - 1];
+  if (task.split >= 0) {
+    const SoftmaxState state = partial_state(pass.work, group.partial + task.split * q.rows);
+    attend_range(pass, a, layer, group, q, task.split * kSplit, least(context, (task.split + 1) * kSplit), state);
+    return;
+  }
+  const SoftmaxState state = scratch_state(pass, q.rows, 8);
+  const SoftmaxState later = scratch_state(pass, q.rows, 9);
+  attend_range(pass, a, layer, group, q, 0, least(context, kSplit), state);
+  for (std::int64_t start = kSplit; start < context; start += kSplit) {
+    attend_range(pass, a, layer, group, q, start, least(context, start + kSplit), later);
+    fold(later, state, q.rows);
+  }
+  const std::int64_t value_dim = row_view(a, 0).value_dim;
+  for (std::int64_t r = 0; r < q.rows; ++r) finish(state, r, value_dim, attended_row(pass, a, group, r));
+}
+
+// Adds up the splits of every group that has several.
+inline void fold_splits(const Pass& pass, const Attention& a) {
+  const Workspace& work = pass.work;
+  const std::int64_t value_dim = row_view(a, 0).value_dim;
+  for (const QueryGroup& group : work.groups) {
+    if (group.splits == 1) continue;
+    const std::int64_t rows = group_rows_of(a, group);
+    pass.each(rows, [&](std::int64_t row) {
+      const SoftmaxState state = partial_state(work, group.partial + row);
+      for (std::int64_t split = 1; split < group.splits; ++split) {
+        fold(partial_state(work, group.partial + split * rows + row), state, 1);
+      }
+      finish(state, 0, value_dim, attended_row(pass, a, group, row));
+    });
+  }
+}
+
+inline void attend_all(const Pass& pass, const Attention& a, std::int64_t layer) {
+  const Workspace& work = pass.work;
+  const auto expanded = static_cast<std::int64_t>(work.expanded.size()) * a.heads;
+  const auto tasks = static_cast<std::int64_t>(work.tasks.size());
+  pass.team.for_chunks(expanded + tasks, 1, [&](std::int64_t item, std::int64_t) {
+    if (item < expanded) {
+      const Sequence& sequence = pass.step.sequences[work.expanded[item / a.heads]];
+      expand_head(pass, a, layer_of(pass.step.cache, layer), sequence, item % a.heads);
+    } else {
+      run_attention_task(pass, a, layer, work.tasks[item - expanded]);
+    }
+  });
+  fold_splits(pass, a);
+}
+
+// --- MLA ------------------------------------------------------------------------------------------------------------
+
+inline void make_mla_rows(const Pass& pass, const Attention& a, std::int64_t layer) {
+  const Workspace& work = pass.work;
+  const std::int64_t half = a.rope_dim / 2;
+  pass.each_token([&](std::int64_t t) {
+    if (a.q_a) {
+      rms_norm(a.q_a_norm, work.query_latent_raw + t * work.query_latent.stride,
+               work.query_latent.values + t * work.query_latent.stride);
+      pad_row(work.query_latent.values + t * work.query_latent.stride, a.q_a_norm.size);
+    }
+    bf16* row = work.row + t * a.row_dim();
+    if (a.kv_a_norm) rms_norm(*a.kv_a_norm, row, row);
+    rotate(row + a.latent_dim, a.rope_dim, pass.step.cos + t * half, pass.step.sin + t * half, a.interleave);
+    store_row(pass.step.cache, row, a.row_dim(), slot_of(pass.step.cache, layer, pass.step.slots[t]));
+  });
+}
+
+// Rotates the rotary part of every query head in place.
+inline void rotate_queries(const Pass& pass, const Attention& a, std::int64_t head, std::int64_t token) {
+  bf16* q = pass.work.q + (token * a.heads + head) * a.query_dim() + a.nope_dim;
+  const std::int64_t half = a.rope_dim / 2;
+  rotate(q, a.rope_dim, pass.step.cos + token * half, pass.step.sin + token * half, a.interleave);
+}
+
+// Rows of W_UK of a head: [nope_dim, latent_dim].
+inline Matrix key_projection(const Attention& a, std::int64_t head) {
+  return a.kv_b.part(head * (a.nope_dim + a.value_dim), a.nope_dim);
+}
+
+// Rows of W_UV of a head: [value_dim, latent_dim].
+inline Matrix value_projection(const Attention& a, std::int64_t head) {
+  return a.kv_b.part(head * (a.nope_dim + a.value_dim) + a.nope_dim, a.value_dim);
+}
+
+// 32 latent channels of the absorbed query of a head, W_UK^T q^C, for all absorbed tokens.
+inline void absorb_query(const Pass& pass, const Attention& a, std::int64_t head, std::int64_t strip) {
+  const Workspace& work = pass.work;
+  const Matrix w = key_projection(a, head);
+  const std::int64_t count = num_panels(w.rows);
+  Panel* panels = pass.scratch.get<Panel>(2, 2 * count);
+  load_turned_panels(w, strip * kStrip, 0, w.rows, panels);
+  each_absorbed(pass, [&](std::int64_t first, std::int64_t tokens) {
+    const bf16* q = work.q + (first * a.heads + head) * a.query_dim();
+    std::int64_t stride = a.heads * a.query_dim();
+    if (w.storage == Storage::int8_rows) {
+      // The rows' scales go onto the query.
+      const std::int64_t width = round_up(w.rows, 32);
+      auto* scaled = pass.scratch.get<bf16>(3, tokens * width);
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        for (std::int64_t i = 0; i < w.rows; i += 16) {
+          const F scale = load(static_cast<const float*>(w.scale) + i, w.rows - i);
+          store_bf16(scaled + t * width + i, mul(load_bf16(q + t * stride + i, w.rows - i), scale), w.rows - i);
+        }
+        pad_row(scaled + t * width, w.rows);
+      }
+      q = scaled;
+      stride = width;
+    }
+    float* out = pass.strip_out(tokens);
+    multiply(panels, 2, count, count, q, stride, tokens, out, kStrip, false);
+    each_half(strip, a.latent_dim, [&](std::int64_t channel, int lane, std::int64_t width) {
+      bf16* to = work.absorbed_q + (first * a.heads + head) * work.absorbed_stride + channel;
+      store_lanes(out + lane, nullptr, width, tokens, to, a.heads * work.absorbed_stride);
+    });
+  });
+}
+
+// The rotary part of a head's queries, rotated, and copied behind the absorbed part.
+inline void finish_rotary_query(const Pass& pass, const Attention& a, std::int64_t head) {
+  const Workspace& work = pass.work;
+  for (std::int64_t t = 0; t < pass.step.tokens; ++t) rotate_queries(pass, a, head, t);
+  each_absorbed(pass, [&](std::int64_t first, std::int64_t tokens) {
+    for (std::int64_t t = first; t < first + tokens; ++t) {
+      const bf16* from = work.q + (t * a.heads + head) * a.query_dim() + a.nope_dim;
+      bf16* to = work.absorbed_q + (t * a.heads + head) * work.absorbed_stride + a.latent_dim;
+      std::memcpy(to, from, a.rope_dim * sizeof(bf16));
+    }
+  });
+}
+
+inline void make_mla_queries(const Pass& pass, const Attention& a) {
+  const std::int64_t absorbs = a.nope_dim > 0 && !pass.work.absorbed.empty();
+  const std::int64_t blocks = 1 + (absorbs ? (a.latent_dim + kStrip - 1) / kStrip : 0);
+  pass.each(a.heads * blocks, [&](std::int64_t item) {
+    const std::int64_t head = item / blocks, block = item % blocks;
+    if (block == 0) {
+      finish_rotary_query(pass, a, head);
+    } else {
+      absorb_query(pass, a, head, block - 1);
+    }
+  });
+}
+
+// Values of a head from the attended latent, W_UV times it, for all absorbed tokens.
+inline void make_head_values(const Pass& pass, const Attention& a, std::int64_t head, std::int64_t strip) {
+  const Workspace& work = pass.work;
+  const Matrix w = value_projection(a, head);
+  each_absorbed(pass, [&](std::int64_t first, std::int64_t tokens) {
+    Activations x;
+    x.rows = tokens;
+    x.is_stream = pass.step.is_stream;
+    x.stride = a.heads * work.mixed_stride;
+    x.values = work.mixed + (first * a.heads + head) * work.mixed_stride;
+    float* out = pass.strip_out(tokens);
+    multiply_strip(w, strip, x, pass.panels(w), out);
+    each_half(strip, a.value_dim, [&](std::int64_t column, int lane, std::int64_t count) {
+      bf16* to = work.attended.values + first * work.attended.stride + head * a.value_dim + column;
+      store_lanes(out + lane, nullptr, count, tokens, to, work.attended.stride);
+    });
+  });
+}
+
+inline void attend_mla(const Pass& pass, const Attention& a, std::int64_t layer) {
+  const Workspace& work = pass.work;
+  const std::int64_t q_stride = a.heads * a.query_dim();
+  const Product rows{&a.kv_a, &work.hidden, work.row, a.row_dim()};
+  if (a.q_a) {
+    multiply_all(pass, {{&*a.q_a, &work.hidden, work.query_latent_raw, work.query_latent.stride}, rows});
+  } else {
+    multiply_all(pass, {{&a.q, &work.hidden, work.q, q_stride}, rows});
+  }
+  make_mla_rows(pass, a, layer);
+  if (a.q_a) multiply_all(pass, {{&a.q, &work.query_latent, work.q, q_stride}});
+  make_mla_queries(pass, a);
+  attend_all(pass, a, layer);
+  if (work.absorbed.empty()) return;
+  const std::int64_t strips = (a.value_dim + kStrip - 1) / kStrip;
+  pass.each(a.heads * strips, [&](std::int64_t item) { make_head_values(pass, a, item / strips, item % strips); });
+}
+
+// --- GQA ------------------------------------------------------------------------------------------------------------
+
+inline void attend_gqa(const Pass& pass, const Attention& a, std::int64_t layer) {
+  const Workspace& work = pass.work;
+  const std::int64_t dim = a.rope_dim, kv_width = a.kv_heads * dim, half = dim / 2;
+  multiply_all(pass, {{&a.q, &work.hidden, work.q, a.heads * dim},
+                      {&a.k, &work.hidden, work.row, 2 * kv_width},
+                      {&a.v, &work.hidden, work.row + kv_width, 2 * kv_width}});
+  pass.each_token([&](std::int64_t t) {
+    const float *cos = pass.step.cos + t * half, *sin = pass.step.sin + t * half;
+    const auto finish_head = [&](const std::optional<Norm>& norm, bf16* head) {
+      if (norm) rms_norm(*norm, head, head);
+      rotate(head, dim, cos, sin, a.interleave);
+    };
+    for (std::int64_t h = 0; h < a.heads; ++h) finish_head(a.q_norm, work.q + (t * a.heads + h) * dim);
+    bf16* row = work.row + t * 2 * kv_width;
+    for (std::int64_t h = 0; h < a.kv_heads; ++h) finish_head(a.k_norm, row + h * dim);
+    store_row(pass.step.cache, row, a.row_dim(), slot_of(pass.step.cache, layer, pass.step.slots[t]));
+  });
+  attend_all(pass, a, layer);
+}
+
+// --- both -----------------------------------------------------------------------------------------------------------
+
+// x += attention (norm x).
+inline void add_attention(const Pass& pass, const Layer& layer, std::int64_t number) {
+  const Attention& a = layer.attention;
+  norm_residual(pass, layer.input_norm);
+  if (a.is_mla()) {
+    attend_mla(pass, a, number);
+  } else {
+    attend_gqa(pass, a, number);
+  }
+  multiply_into_residual(pass, a.o, pass.work.attended);
+}
+
+}  // namespace lowlat::LOWLAT_ISA

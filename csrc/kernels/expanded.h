@@ -1,0 +1,98 @@
+// MLA in the expanded form: the keys and values of one head, built from cached rows 64 at a time and used at once by
+// all new queries of a sequence. Memory grows with the new queries, not with the context.
+#pragma once
+
+#include "pass.h"
+
+namespace lowlat::LOWLAT_ISA {
+
+constexpr std::int64_t kQueryGroup = 48;  // queries whose scores against a block are taken at once
+
+// The two halves of a head's kv_b_proj as panels, and room for a block of what they build.
+struct HeadProjections {
+  Matrix keys, values;           // W_UK [nope_dim, latent_dim], W_UV [value_dim, latent_dim]
+  Panel *key_panels, *value_panels;
+};
+
+inline HeadProjections load_head(const Pass& pass, const Attention& a, std::int64_t head) {
+  const std::int64_t first = head * (a.nope_dim + a.value_dim), width = num_panels(a.latent_dim);
+  HeadProjections p{a.kv_b.part(first, a.nope_dim), a.kv_b.part(first + a.nope_dim, a.value_dim), nullptr, nullptr};
+  p.key_panels = pass.scratch.get<Panel>(2, (p.keys.tiles() + p.values.tiles()) * width);
+  p.value_panels = p.key_panels + p.keys.tiles() * width;
+  for (std::int64_t tile = 0; tile < p.keys.tiles(); ++tile) load_panels(p.keys, tile, p.key_panels + tile * width);
+  for (std::int64_t tile = 0; tile < p.values.tiles(); ++tile) load_panels(p.values, tile, p.value_panels + tile * width);
+  return p;
+}
+
+// out [count, stride] = latent rows times one projection, in bf16.
+inline void build(const Matrix& w, const Panel* panels, const Rows& rows, std::int64_t count, float* strip_out,
+                  bf16* out, std::int64_t stride) {
+  const std::int64_t width = num_panels(w.columns);
+  for (std::int64_t tile = 0; tile < w.tiles(); tile += 2) {
+    multiply(panels + tile * width, least(2, w.tiles() - tile), width, width, rows.data, rows.stride, count, strip_out,
+             kStrip, false);
+    each_half(tile / 2, w.rows, [&](std::int64_t column, int lane, std::int64_t channels) {
+      scale_rows(w, tile + lane / kTile, count, strip_out + lane, kStrip);
+      store_lanes(strip_out + lane, nullptr, channels, count, out + column, stride);
+    });
+  }
+}
+
+// The keys and values of a block: K [count, query_dim], V [count, value_dim].
+inline KeyBlock build_block(const Pass& pass, const Attention& a, const HeadProjections& head, const Rows& rows,
+                            std::int64_t count) {
+  const std::int64_t key_stride = round_up(a.query_dim(), 32), value_stride = round_up(a.value_dim, 32);
+  auto* k = pass.scratch.get<bf16>(4, kKeyBlock * (key_stride + value_stride));
+  auto* v = k + kKeyBlock * key_stride;
+  float* out = pass.strip_out(kKeyBlock);
+  build(head.keys, head.key_panels, rows, count, out, k, key_stride);
+  for (std::int64_t r = 0; r < count; ++r) {
+    std::memcpy(k + r * key_stride + a.nope_dim, rows.data + r * rows.stride + a.latent_dim, a.rope_dim * sizeof(bf16));
+  }
+  build(head.values, head.value_panels, rows, count, out, v, value_stride);
+  return {view(k, count, a.query_dim(), key_stride), view(v, count, a.value_dim, value_stride), {}, {}};
+}
+
+// Attention of all new queries of a sequence for one head.
+inline void expand_head(const Pass& pass, const Attention& a, const std::uint8_t* layer, const Sequence& sequence,
+                        std::int64_t head) {
+  const Workspace& work = pass.work;
+  const std::int64_t queries = sequence.length, context = sequence.start + queries;
+  const std::int64_t q_stride = a.heads * a.query_dim(), value_stride = round_up(a.value_dim, 32);
+  const bf16* q = work.q + sequence.first_token * q_stride + head * a.query_dim();
+  auto* first = pass.scratch.get<std::int64_t>(3, 2 * queries);
+  auto* last = first + queries;
+  for (std::int64_t i = 0; i < queries; ++i) {
+    first[i] = 0;
+    last[i] = sequence.start + i + 1;
+  }
+  const ScoreScratch scores{pass.scratch.get<float>(5, kQueryGroup * kKeyBlock),
+                            pass.scratch.get<bf16>(6, kQueryGroup * kKeyBlock)};
+  auto* memory = pass.scratch.get<float>(8, queries * (value_stride + 2));
+  const SoftmaxState state{memory + queries * value_stride, memory + queries * (value_stride + 1), memory,
+                           value_stride};
+  state.clear(queries);
+  const HeadProjections projections = load_head(pass, a, head);
+  const BlockPanels panels{pass.scratch.get<Panel>(9, 4 * num_panels(a.query_dim())),
+                           pass.scratch.get<Panel>(10, 4 * num_panels(a.value_dim))};
+  auto* gathered = pass.scratch.get<bf16>(7, kKeyBlock * round_up(a.row_dim(), 32));
+  for (std::int64_t at = 0; at < context; at += kKeyBlock) {
+    const std::int64_t count = least(kKeyBlock, context - at);
+    const Rows rows = cached_rows(pass.step.cache, layer, sequence.pages, at, count, a.row_dim(),
+                                  a.latent_dim % 32 != 0, gathered);
+    const KeyBlock block = build_block(pass, a, projections, rows, count);
+    load_block(block, panels);
+    for (std::int64_t i = 0; i < queries; i += kQueryGroup) {
+      const std::int64_t size = least(kQueryGroup, queries - i);
+      if (last[i + size - 1] <= at) continue;
+      attend_loaded({q + i * q_stride, q_stride, size, first + i, last + i}, block, panels, at, a.scale, scores,
+                    state.from(i));
+    }
+  }
+  for (std::int64_t i = 0; i < queries; ++i) {
+    finish(state, i, a.value_dim,
+           work.attended.values + (sequence.first_token + i) * work.attended.stride + head * a.value_dim);
+  }
+}
+
+}  // namespace lowlat::LOWLAT_ISA

@@ -1,0 +1,84 @@
+// Products of activations with strips of 32 weight rows.
+//
+// Every output is one chain of operations that depends on its own row of W and its own row of x alone: the same bits
+// come out whatever the number of activation rows, of threads, or the place of the row in the batch.
+#pragma once
+
+#if defined(LOWLAT_AMX)
+#include "multiply_amx.h"
+#else
+#include "multiply.h"
+#endif
+
+namespace lowlat::LOWLAT_ISA {
+
+#if defined(LOWLAT_AMX)
+
+inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count, const bf16* x,
+                     std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds) {
+  multiply_by_tiles(panels, tiles, tile_step, count, x, stride, rows, out, out_stride, adds);
+}
+
+inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, const Activations& x, Panel* panels,
+                          float* out, std::int64_t out_stride) {
+  if (x.is_stream) return multiply_rows_by_dots(w, first, last, x, panels, out, out_stride);
+  multiply_rows_by_tiles(w, first, last, x, panels, out, out_stride);
+}
+
+#else
+
+inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count, const bf16* x,
+                     std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds) {
+  multiply_by_dots(panels, tiles, tile_step, count, x, stride, rows, out, out_stride, adds);
+}
+
+inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, const Activations& x, Panel* panels,
+                          float* out, std::int64_t out_stride) {
+  multiply_rows_by_dots(w, first, last, x, panels, out, out_stride);
+}
+
+// Nothing to set up or to give back.
+struct ProductSession {
+  ProductSession() {}
+};
+
+#endif
+
+constexpr int kStrip = 32;  // weight rows of a piece of work: two tiles
+
+inline std::int64_t num_strips(const Matrix& w) { return (w.rows + kStrip - 1) / kStrip; }
+
+// Panels multiply_strip() may need.
+inline std::int64_t strip_panels(const Matrix& w) { return 2 * num_panels(w.columns); }
+
+// The scales of int8_rows, on the products of a tile.
+inline void scale_rows(const Matrix& w, std::int64_t tile, std::int64_t rows, float* out, std::int64_t out_stride) {
+  if (w.storage != Storage::int8_rows) return;
+  const F scale = load(static_cast<const float*>(w.scale) + tile * kTile, w.rows - tile * kTile);
+  for (std::int64_t r = 0; r < rows; ++r) store(out + r * out_stride, mul(load(out + r * out_stride), scale));
+}
+
+inline bool is_zero(const Matrix& w, std::int64_t tile) { return w.occupied != nullptr && w.occupied[tile] == 0; }
+
+// out[r][lane] = x[r] . w[32 strip + lane] for all rows of x; out [x.rows, 32]. `panels` has room for strip_panels(w).
+inline void multiply_strip(const Matrix& w, std::int64_t strip, const Activations& x, Panel* panels, float* out) {
+  if (x.rows == 0) return;
+  const std::int64_t first = 2 * strip, last = least(first + 2, w.tiles());
+  if (!is_zero(w, first) && !is_zero(w, last - 1)) {
+    multiply_rows(w, first, last, x, panels, out, kStrip);
+  } else {
+    for (std::int64_t tile = first; tile < last; ++tile) {
+      float* to = out + (tile - first) * kTile;
+      if (!is_zero(w, tile)) {
+        multiply_rows(w, tile, tile + 1, x, panels, to, kStrip);
+      } else {
+        for (std::int64_t r = 0; r < x.rows; ++r) store(to + r * kStrip, zero());
+      }
+    }
+  }
+  for (std::int64_t tile = first; tile < last; ++tile) {
+    scale_rows(w, tile, x.rows, out + (tile - first) * kTile, kStrip);
+  }
+}
+
+}  // namespace lowlat::LOWLAT_ISA

@@ -1,0 +1,155 @@
+// SwiGLU and its mixture. A dense MLP, the shared experts and the routed ones are one list of (MLP, rows): gate, up
+// and SiLU make the inner rows, then every tile of the output adds up all MLPs in order.
+#pragma once
+
+#include "pass.h"
+#include "routing.h"
+
+namespace lowlat::LOWLAT_ISA {
+
+// The rows an MLP reads.
+inline Activations inputs_of(const Pass& pass, const ExpertRows& e) {
+  const Workspace& work = pass.work;
+  Activations x = e.is_routed && work.gathered.values != nullptr ? work.gathered.from(e.first) : work.hidden;
+  x.rows = e.rows;
+  return x;
+}
+
+// The list of work for one layer, routed experts in order of their number, rows of an expert in order of tokens.
+inline void group_rows(const Pass& pass, const Layer& layer) {
+  Workspace& work = pass.work;
+  const std::int64_t tokens = pass.step.tokens;
+  work.expert_rows.clear();
+  std::int64_t routed = 0;
+  if (layer.moe) {
+    const Router& router = layer.moe->router;
+    for (std::int64_t e = 0; e < router.experts; ++e) work.next_row[e] = 0;
+    for (std::int64_t i = 0; i < tokens * router.chosen; ++i) ++work.next_row[work.chosen[i]];
+    for (std::int64_t e = 0; e < router.experts; ++e) {
+      const std::int64_t rows = work.next_row[e];
+      work.next_row[e] = routed;
+      if (rows > 0) work.expert_rows.push_back({&layer.moe->experts[e], routed, rows, true});
+      routed += rows;
+    }
+    for (std::int64_t i = 0; i < tokens * router.chosen; ++i) {
+      const std::int64_t row = work.next_row[work.chosen[i]]++;
+      work.row_token[row] = static_cast<std::int32_t>(i / router.chosen);
+      work.row_weight[row] = work.weights[i];
+    }
+  }
+  if (layer.mlp) work.expert_rows.push_back({&*layer.mlp, routed, tokens, false});
+}
+
+inline void gather_rows(const Pass& pass, std::int64_t routed) {
+  const Workspace& work = pass.work;
+  const Activations &from = work.hidden, &to = work.gathered;
+  pass.each(routed, [&](std::int64_t row) {
+    const std::int64_t token = work.row_token[row];
+    std::memcpy(to.values + row * to.stride, from.values + token * from.stride, from.stride * sizeof(bf16));
+  });
+}
+
+// silu(gate x) * up x for one strip of an MLP's inner channels.
+inline void make_inner_strip(const Pass& pass, const ExpertRows& e, std::int64_t strip) {
+  const Activations x = inputs_of(pass, e);
+  const Matrix &gate = e.mlp->gate.weight, &up = e.mlp->up.weight;
+  float* g = pass.strip_out(e.rows, 0);
+  float* u = pass.strip_out(e.rows, 1);
+  Panel* panels = pass.panels(gate);
+  multiply_strip(gate, strip, x, panels, g);
+  multiply_strip(up, strip, x, panels, u);
+  const Activations inner = pass.work.inner.from(e.first);
+  each_half(strip, gate.rows, [&](std::int64_t column, int lane, std::int64_t count) {
+    for (std::int64_t r = 0; r < e.rows; ++r) {
+      const F value = swiglu(rounded(load(g + r * kStrip + lane)), rounded(load(u + r * kStrip + lane)));
+      store_bf16(inner.values + r * inner.stride + column, value, count);
+    }
+  });
+  if (strip + 1 < num_strips(gate)) return;
+  for (std::int64_t r = 0; r < e.rows; ++r) pad_row(inner.values + r * inner.stride, gate.rows);
+}
+
+inline void make_inner_rows(const Pass& pass) {
+  const Workspace& work = pass.work;
+  std::int64_t strips = 0;
+  for (const ExpertRows& e : work.expert_rows) strips += num_strips(e.mlp->gate.weight);
+  pass.each(strips, [&](std::int64_t strip) {
+    const ExpertRows* e = work.expert_rows.data();
+    while (strip >= num_strips(e->mlp->gate.weight)) strip -= num_strips((e++)->mlp->gate.weight);
+    make_inner_strip(pass, *e, strip);
+  });
+}
+
+// One strip of the residual: plus the weighted sum of the routed experts, plus the shared or dense MLP.
+inline void add_down_strip(const Pass& pass, std::int64_t strip) {
+  Workspace& work = pass.work;
+  const std::int64_t tokens = pass.step.tokens;
+  float* sums = pass.strip_out(tokens, 1);
+  float* plain = nullptr;
+  bool is_routed = false;
+  std::memset(sums, 0, tokens * kStrip * sizeof(float));
+  for (const ExpertRows& e : work.expert_rows) {
+    const Matrix& down = e.mlp->down.weight;
+    Activations inner = work.inner.from(e.first);
+    inner.rows = e.rows;
+    float* out = pass.strip_out(e.rows, 0);
+    multiply_strip(down, strip, inner, pass.panels(down), out);
+    if (!e.is_routed) {
+      plain = out;
+      continue;
+    }
+    is_routed = true;
+    for (std::int64_t r = 0; r < e.rows; ++r) {
+      float* sum = sums + work.row_token[e.first + r] * kStrip;
+      const F weight = set1(work.row_weight[e.first + r]);
+      for (int lane = 0; lane < kStrip; lane += kTile) {
+        store(sum + lane, fma(rounded(load(out + r * kStrip + lane)), weight, load(sum + lane)));
+      }
+    }
+  }
+  each_half(strip, pass.model.hidden, [&](std::int64_t column, int lane, std::int64_t count) {
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      F y = zero();
+      if (plain != nullptr) y = rounded(load(plain + t * kStrip + lane));
+      if (is_routed) y = rounded(add(rounded(load(sums + t * kStrip + lane)), y));
+      bf16* x = work.x + t * work.hidden.stride + column;
+      store_bf16(x, add(load_bf16(x, count), y), count);
+    }
+  });
+}
+
+inline void choose_experts(const Pass& pass, const Router& router) {
+  const Workspace& work = pass.work;
+  pass.each(num_strips(router.weight), [&](std::int64_t strip) {
+    float* out = pass.strip_out(pass.step.tokens);
+    multiply_strip(router.weight, strip, work.hidden, pass.panels(router.weight), out);
+    const std::int64_t first = strip * kStrip, count = least(kStrip, router.experts - first);
+    for (std::int64_t t = 0; t < pass.step.tokens; ++t) {
+      std::memcpy(work.gate_scores + t * router.experts + first, out + t * kStrip, count * sizeof(float));
+    }
+  });
+  pass.each_token([&](std::int64_t t) {
+    float* scores = work.gate_scores + t * router.experts;
+    gate_scores(router, scores);
+    choose(router, scores, pass.scratch.get<float>(0, choose_scratch(router)), work.chosen + t * router.chosen,
+           work.weights + t * router.chosen);
+  });
+}
+
+// x += MLP or MoE (norm x).
+inline void add_mlp(const Pass& pass, const Layer& layer) {
+  norm_residual(pass, layer.post_attention_norm);
+  if (layer.moe) choose_experts(pass, layer.moe->router);
+  pass.once([&] {
+    group_rows(pass, layer);
+    if (!pass.model.is_larger_than_memory) return;
+    for (const ExpertRows& e : pass.work.expert_rows) {
+      if (e.is_routed) read_ahead(*e.mlp);
+    }
+  });
+  if (layer.moe && pass.step.tokens > 1) gather_rows(pass, pass.step.tokens * layer.moe->router.chosen);
+  make_inner_rows(pass);
+  pass.each((pass.model.hidden + kStrip - 1) / kStrip, [&](std::int64_t strip) { add_down_strip(pass, strip); });
+}
+
+}  // namespace lowlat::LOWLAT_ISA

@@ -1,0 +1,97 @@
+// Cached rows, page by page, as blocks of keys and values.
+#pragma once
+
+#include "../model.h"
+#include "attention.h"
+
+namespace lowlat::LOWLAT_ISA {
+
+// `rows` consecutive rows of a sequence as bf16, `stride` elements apart.
+struct Rows {
+  const bf16* data;
+  std::int64_t stride;
+};
+
+inline const std::uint8_t* cached_row(const Cache& cache, const std::uint8_t* layer, const std::int32_t* pages,
+                                      std::int64_t position) {
+  const std::int64_t page = pages[position / cache.page_size];
+  return layer + (page * cache.page_size + position % cache.page_size) * cache.row_bytes;
+}
+
+inline std::int64_t padded_to_4(std::int64_t bytes) { return (bytes + 3) / 4 * 4; }
+
+// A row of the int8 cache back in bf16: out [row_dim].
+inline void dequantize_row(const Cache& cache, const std::uint8_t* row, std::int64_t row_dim, bf16* out) {
+  const auto* values = reinterpret_cast<const std::int8_t*>(row);
+  const std::uint8_t* scales = row + padded_to_4(cache.quantized);
+  const std::int64_t groups = (cache.quantized + 63) / 64;
+  for (std::int64_t g = 0; g < groups; ++g) {
+    float scale;
+    std::memcpy(&scale, scales + 4 * g, 4);
+    const std::int64_t end = least(64 * (g + 1), cache.quantized);
+    std::int64_t i = 64 * g;
+    for (; i + 32 <= end; i += 32) store_pairs(out + i, pairs_of_int8(values + i, scale));
+    for (; i < end; i += 16) store_bf16(out + i, mul(load_int8(values + i, end - i), set1(scale)), end - i);
+  }
+  std::memcpy(out + cache.quantized, scales + 4 * groups, (row_dim - cache.quantized) * sizeof(bf16));
+}
+
+// Stores a row: out is the row's place in the cache.
+inline void store_row(const Cache& cache, const bf16* row, std::int64_t row_dim, std::uint8_t* out) {
+  if (cache.quantized == 0) {
+    std::memcpy(out, row, row_dim * sizeof(bf16));
+    return;
+  }
+  auto* values = reinterpret_cast<std::int8_t*>(out);
+  std::uint8_t* scales = out + padded_to_4(cache.quantized);
+  const std::int64_t groups = (cache.quantized + 63) / 64;
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const std::int64_t end = least(64 * (g + 1), cache.quantized);
+    F top = zero();
+    for (std::int64_t i = 64 * g; i < end; i += 16) {
+      const F v = load_bf16(row + i, end - i);
+      top = max(top, max(v, sub(zero(), v)));
+    }
+    const float scale = largest(top) / 127.0f;
+    const F divisor = set1(scale == 0.0f ? 1.0f : scale);
+    for (std::int64_t i = 64 * g; i < end; i += 16) {
+      store_int8(values + i, round_even(div(load_bf16(row + i, end - i), divisor)), end - i);
+    }
+    std::memcpy(scales + 4 * g, &scale, 4);
+  }
+  std::memcpy(scales + 4 * groups, row + cache.quantized, (row_dim - cache.quantized) * sizeof(bf16));
+}
+
+// Rows [position, position + count) of a sequence, count <= 64: where they lie if they follow each other in bf16, else
+// in `scratch` [64, row_dim rounded up to 32]. `padded` asks for whole multiples of 32 readable elements per row.
+inline Rows cached_rows(const Cache& cache, const std::uint8_t* layer, const std::int32_t* pages,
+                        std::int64_t position, std::int64_t count, std::int64_t row_dim, bool padded, bf16* scratch) {
+  const bool follows = position % cache.page_size + count <= cache.page_size;
+  if (cache.quantized == 0 && follows && (!padded || row_dim % 32 == 0)) {
+    const std::uint8_t* row = cached_row(cache, layer, pages, position);
+    return {reinterpret_cast<const bf16*>(row), row_dim};
+  }
+  const std::int64_t stride = round_up(row_dim, 32);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::uint8_t* row = cached_row(cache, layer, pages, position + i);
+    bf16* out = scratch + i * stride;
+    if (cache.quantized == 0) {
+      std::memcpy(out, row, row_dim * sizeof(bf16));
+    } else {
+      dequantize_row(cache, row, row_dim, out);
+    }
+    std::memset(out + row_dim, 0, (stride - row_dim) * sizeof(bf16));
+  }
+  return {scratch, stride};
+}
+
+inline Matrix view(const bf16* data, std::int64_t rows, std::int64_t columns, std::int64_t stride) {
+  Matrix m;
+  m.rows = rows;
+  m.columns = columns;
+  m.stride = stride;
+  m.data = data;
+  return m;
+}
+
+}  // namespace lowlat::LOWLAT_ISA

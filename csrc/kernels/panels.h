@@ -1,0 +1,136 @@
+// Weights in every storage as panels: what the products multiply with.
+#pragma once
+
+#include <cstring>
+
+#include "../matrix.h"
+#include "common.h"
+
+namespace lowlat::LOWLAT_ISA {
+
+constexpr int kTokens = 12;   // activation rows a block of accumulators holds
+constexpr int kColumns = 32;  // columns of a panel: 16 pairs
+
+// Calls body.operator()<T>() for the run-time value of T in 1..kTokens, and nothing for 0.
+template <int T = 0, class Body>
+inline void with_tokens(std::int64_t tokens, Body&& body) {
+  if constexpr (T < kTokens) {
+    if (tokens != T) return with_tokens<T + 1>(tokens, body);
+  }
+  if constexpr (T > 0) body.template operator()<T>();
+}
+
+// Rows taken at once: as even as the block of accumulators allows.
+inline std::int64_t even_block(std::int64_t rows) {
+  const std::int64_t blocks = (rows + kTokens - 1) / kTokens;
+  return blocks == 0 ? 1 : (rows + blocks - 1) / blocks;
+}
+
+// 16 vectors: lane r of vector j is pair j of weight row r.
+using Panel = P[16];
+
+// Columns [column, column + 32) of a row as bf16 pairs; zero beyond the last column.
+inline P row_pairs(const Matrix& w, std::int64_t row, std::int64_t column) {
+  const std::int64_t count = least(kColumns, w.columns - column);
+  const std::int64_t at = row * w.stride + column;
+  if (w.storage == Storage::bf16) return load_pairs(static_cast<const bf16*>(w.data) + at, count);
+  alignas(64) std::uint8_t edge[kColumns] = {};
+  const std::uint8_t* bytes = static_cast<const std::uint8_t*>(w.data) + at;
+  if (count < kColumns) {
+    std::memcpy(edge, bytes, count);
+    bytes = edge;
+  }
+  if (w.storage == Storage::int8_rows) return pairs_of_int8(reinterpret_cast<const std::int8_t*>(bytes));
+  const std::int64_t blocks = (w.columns + 127) / 128;
+  return pairs_of_fp8(bytes, static_cast<const float*>(w.scale)[(w.first_row + row) / 128 * blocks + column / 128]);
+}
+
+// Columns [column, column + 32) of a tile of weights stored row by row.
+inline void turn_panel(const Matrix& w, std::int64_t tile, std::int64_t column, Panel& panel) {
+  const std::int64_t row = tile * kTile;
+  const std::int64_t rows = least(kTile, w.rows - row);
+  if (rows == kTile && w.storage == Storage::bf16 && w.columns - column >= kColumns) {
+    const bf16* base = static_cast<const bf16*>(w.data) + row * w.stride + column;
+    for (int r = 0; r < kTile; ++r) panel[r] = pairs(base + r * w.stride);
+  } else {
+    for (int r = 0; r < kTile; ++r) panel[r] = r < rows ? row_pairs(w, row + r, column) : zero_pairs();
+  }
+  transpose(panel, panel);
+}
+
+// Group `group` of a tile of int8.
+inline void load_int8_panel(const Matrix& w, std::int64_t tile, std::int64_t group, Panel& panel) {
+  const std::int64_t at = tile * w.groups() + group;
+  const auto* data = static_cast<const std::uint8_t*>(w.data) + at * w.group_bytes();
+  const F scale = load_fp16(static_cast<const fp16*>(w.scale) + at * kTile), middle = set1(128.0f);
+  const auto weights = [&](F even, F odd) { return pairs_of(mul(sub(even, middle), scale), mul(sub(odd, middle), scale)); };
+  for (int step = 0; step < 8; ++step) {
+    const P bytes = pairs(data + 64 * step);
+    panel[2 * step] = weights(field<0, 255>(bytes), field<16, 255>(bytes));
+    panel[2 * step + 1] = weights(field<8, 255>(bytes), field<24, 255>(bytes));
+  }
+}
+
+// Group `group` of a tile of int4.
+inline void load_int4_panel(const Matrix& w, std::int64_t tile, std::int64_t group, Panel& panel) {
+  const std::int64_t at = tile * w.groups() + group;
+  const auto* data = static_cast<const std::uint8_t*>(w.data) + at * w.group_bytes();
+  const F scale = load_fp16(static_cast<const fp16*>(w.scale) + at * kTile);
+  const F minimum = load_fp16(static_cast<const fp16*>(w.minimum) + at * kTile);
+  const auto weights = [&](F even, F odd) { return pairs_of(fma(even, scale, minimum), fma(odd, scale, minimum)); };
+  for (int step = 0; step < 4; ++step) {
+    const P bytes = pairs(data + 64 * step);
+    panel[4 * step] = weights(field<0, 15>(bytes), field<16, 15>(bytes));
+    panel[4 * step + 1] = weights(field<4, 15>(bytes), field<20, 15>(bytes));
+    panel[4 * step + 2] = weights(field<8, 15>(bytes), field<24, 15>(bytes));
+    panel[4 * step + 3] = weights(field<12, 15>(bytes), field<28, 15>(bytes));
+  }
+}
+
+// Columns [32 i, 32 i + 32) of a tile.
+inline void load_panel(const Matrix& w, std::int64_t tile, std::int64_t i, Panel& panel) {
+  if (w.storage == Storage::int8) return load_int8_panel(w, tile, i, panel);
+  if (w.storage == Storage::int4) return load_int4_panel(w, tile, i, panel);
+  turn_panel(w, tile, i * kColumns, panel);
+}
+
+inline std::int64_t num_panels(std::int64_t columns) { return (columns + kColumns - 1) / kColumns; }
+
+// Asks for what panel i of a tile is made of, for soon or (`far`) for later.
+inline void prefetch_panel(const Matrix& w, std::int64_t tile, std::int64_t i, bool far) {
+  if (w.is_tiled()) {
+    if (tile >= w.tiles()) return;
+    const char* at = static_cast<const char*>(w.data) + (tile * w.groups() + i) * w.group_bytes();
+    for (std::int64_t b = 0; b < w.group_bytes(); b += 64) far ? prefetch_far(at + b) : prefetch(at + b);
+    return;
+  }
+  if ((tile + 1) * kTile > w.rows) return;
+  const std::int64_t row_bytes = w.stride * w.element_bytes();
+  const char* at = static_cast<const char*>(w.data) + tile * kTile * row_bytes + i * kColumns * w.element_bytes();
+  for (int r = 0; r < kTile; ++r) far ? prefetch_far(at + r * row_bytes) : prefetch(at + r * row_bytes);
+}
+
+// All panels of a tile, one after the other; on the way the same tile of `ahead`, if any, is asked for.
+inline void load_panels(const Matrix& w, std::int64_t tile, Panel* panels, const Matrix* ahead = nullptr) {
+  for (std::int64_t i = 0; i < num_panels(w.columns); ++i) {
+    load_panel(w, tile, i, panels[i]);
+    if (ahead != nullptr) prefetch_panel(*ahead, tile, i, true);
+  }
+}
+
+// Panels of W^T: 16 channels (columns of W) against all its rows in pairs. Two neighbours are made at once, as 32
+// channels are one cache line: panel i of channel block b lies at panels[b * num_panels(rows) + i].
+inline void load_turned_panels(const Matrix& w, std::int64_t first_channel, std::int64_t first_row, std::int64_t rows,
+                               Panel* panels) {
+  const std::int64_t count = num_panels(rows);
+  for (std::int64_t i = 0; i < count; ++i) {
+    for (int j = 0; j < 16; ++j) {
+      const std::int64_t row = i * 32 + 2 * j;
+      const P a = row < rows ? row_pairs(w, first_row + row, first_channel) : zero_pairs();
+      const P b = row + 1 < rows ? row_pairs(w, first_row + row + 1, first_channel) : zero_pairs();
+      interleave(a, b, panels[i][j], panels[count + i][j]);
+    }
+  }
+}
+
+}  // namespace lowlat::LOWLAT_ISA

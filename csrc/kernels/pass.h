@@ -1,0 +1,122 @@
+// What the phases of a step share: the team, the model, the memory, and products with projections.
+#pragma once
+
+#include <initializer_list>
+
+#include "../pool.h"
+#include "../readahead.h"
+#include "../workspace.h"
+#include "linear.h"
+#include "paged.h"
+#include "rowwise.h"
+
+namespace lowlat::LOWLAT_ISA {
+
+// One thread's view of a step. Every thread runs the same phases; a phase ends with a barrier.
+struct Pass {
+  Team& team;
+  const Model& model;
+  const Step& step;
+  Workspace& work;
+  Scratch& scratch;
+
+  // body(item) for every item of [0, count), on any thread.
+  template <class Body>
+  void each(std::int64_t count, Body&& body) const {
+    const std::int64_t chunk = most(1, least(16, count / (8 * team.threads())));
+    team.for_chunks(count, chunk, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t item = first; item < last; ++item) body(item);
+    });
+  }
+
+  // body() on one thread while the others wait.
+  template <class Body>
+  void once(Body&& body) const {
+    if (team.thread() == 0) body();
+    team.barrier();
+  }
+
+  // body(row) for every token.
+  template <class Body>
+  void each_token(Body&& body) const {
+    if (step.tokens == 1) return once([&] { body(0); });
+    each(step.tokens, body);
+  }
+
+  // A thread's results of a strip, and the panels multiply_strip() may need.
+  float* strip_out(std::int64_t rows, int slot = 0) const { return scratch.get<float>(slot, rows * kStrip); }
+  Panel* panels(const Matrix& w) const { return scratch.get<Panel>(2, strip_panels(w)); }
+};
+
+// Zeros from `columns` to the next multiple of 32, which products read.
+inline void pad_row(bf16* row, std::int64_t columns) {
+  std::memset(row + columns, 0, (round_up(columns, kGroup) - columns) * sizeof(bf16));
+}
+
+// body(column, lane, count) for each 16 lanes of a strip that hold columns of a result `width` wide.
+template <class Body>
+inline void each_half(std::int64_t strip, std::int64_t width, Body&& body) {
+  for (int lane = 0; lane < kStrip; lane += kTile) {
+    const std::int64_t column = strip * kStrip + lane;
+    if (column < width) body(column, lane, least(kTile, width - column));
+  }
+}
+
+// 16 lanes of y = out + bias as bf16, for all rows.
+inline void store_lanes(const float* out, const float* bias, std::int64_t count, std::int64_t rows, bf16* y,
+                        std::int64_t stride) {
+  const F b = bias == nullptr ? zero() : load(bias, count);
+  for (std::int64_t r = 0; r < rows; ++r) store_bf16(y + r * stride, add(load(out + r * kStrip), b), count);
+}
+
+// y = x W^T + b, in bf16.
+struct Product {
+  const Projection* projection;
+  const Activations* x;
+  bf16* y;
+  std::int64_t stride;
+};
+
+// Several products at once: their strips are one list of work.
+inline void multiply_all(const Pass& pass, std::initializer_list<Product> products) {
+  std::int64_t strips = 0;
+  for (const Product& p : products) strips += num_strips(p.projection->weight);
+  pass.each(strips, [&](std::int64_t strip) {
+    const Product* p = products.begin();
+    while (strip >= num_strips(p->projection->weight)) strip -= num_strips((p++)->projection->weight);
+    const Matrix& w = p->projection->weight;
+    const float* bias = p->projection->bias;
+    float* out = pass.strip_out(p->x->rows);
+    multiply_strip(w, strip, *p->x, pass.panels(w), out);
+    each_half(strip, w.rows, [&](std::int64_t column, int lane, std::int64_t count) {
+      store_lanes(out + lane, bias == nullptr ? nullptr : bias + column, count, p->x->rows, p->y + column, p->stride);
+    });
+  });
+}
+
+// x += y W^T + b for the residual x.
+inline void multiply_into_residual(const Pass& pass, const Projection& p, const Activations& y) {
+  Workspace& work = pass.work;
+  pass.each(num_strips(p.weight), [&](std::int64_t strip) {
+    float* out = pass.strip_out(y.rows);
+    multiply_strip(p.weight, strip, y, pass.panels(p.weight), out);
+    each_half(strip, p.weight.rows, [&](std::int64_t column, int lane, std::int64_t count) {
+      const F bias = p.bias == nullptr ? zero() : load(p.bias + column, count);
+      for (std::int64_t r = 0; r < y.rows; ++r) {
+        bf16* x = work.x + r * work.hidden.stride + column;
+        store_bf16(x, add(load_bf16(x, count), rounded(add(load(out + r * kStrip + lane), bias))), count);
+      }
+    });
+  });
+}
+
+// Norm of the residual into work.hidden.
+inline void norm_residual(const Pass& pass, const Norm& norm) {
+  const Workspace& work = pass.work;
+  pass.each_token([&](std::int64_t t) {
+    rms_norm(norm, work.x + t * work.hidden.stride, work.hidden.values + t * work.hidden.stride);
+    pad_row(work.hidden.values + t * work.hidden.stride, norm.size);
+  });
+}
+
+}  // namespace lowlat::LOWLAT_ISA

@@ -1,0 +1,45 @@
+// Operations on one row of activations: norm, rotation, SwiGLU, quantisation. fp32 inside, rounded once.
+#pragma once
+
+#include <cmath>
+
+#include "../model.h"
+#include "common.h"
+
+namespace lowlat::LOWLAT_ISA {
+
+// out = x / sqrt(mean(x^2) + eps) * weight. May work in place.
+inline void rms_norm(const Norm& norm, const bf16* x, bf16* out) {
+  F squares = zero();
+  for (std::int64_t i = 0; i < norm.size; i += 16) {
+    const F v = load_bf16(x + i, norm.size - i);
+    squares = fma(v, v, squares);
+  }
+  const F scale = set1(1.0f / std::sqrt(sum(squares) / static_cast<float>(norm.size) + norm.eps));
+  for (std::int64_t i = 0; i < norm.size; i += 16) {
+    const std::int64_t left = norm.size - i;
+    store_bf16(out + i, mul(mul(load_bf16(x + i, left), scale), load(norm.weight + i, left)), left);
+  }
+}
+
+// Rotates the pairs of one head in place: (2i, 2i + 1) if interleave, else (i, i + dim / 2).
+inline void rotate(bf16* x, std::int64_t dim, const float* cos, const float* sin, bool interleave) {
+  const std::int64_t half = dim / 2, step = interleave ? 2 : 1, far = interleave ? 1 : half;
+  for (std::int64_t i = 0; i < half; ++i) {
+    bf16* a = x + step * i;
+    bf16* b = a + far;
+    const float real = bf16_to_float(*a), imaginary = bf16_to_float(*b);
+    *a = float_to_bf16(real * cos[i] - imaginary * sin[i]);
+    *b = float_to_bf16(real * sin[i] + imaginary * cos[i]);
+  }
+}
+
+// silu(gate) * up for 16 lanes. The sigmoid from e^-|gate| is exact at both ends: 1 / (1 + e), or e / (1 + e) below 0.
+inline F swiglu(F gate, F up) {
+  const F one = set1(1.0f), minus = sub(zero(), gate);
+  const F e = exp_or_zero(min(gate, minus));
+  const F sigmoid = div(max(e, zero_below(one, gate, zero())), add(one, e));
+  return mul(mul(gate, sigmoid), up);
+}
+
+}  // namespace lowlat::LOWLAT_ISA

@@ -1,0 +1,63 @@
+// A whole step: embedding, layers, final norm, head.
+#pragma once
+
+#include "attention_phases.h"
+#include "mlp.h"
+
+namespace lowlat::LOWLAT_ISA {
+
+inline void embed(const Pass& pass) {
+  const Workspace& work = pass.work;
+  const std::int64_t hidden = pass.model.hidden;
+  pass.each_token([&](std::int64_t t) {
+    std::memcpy(work.x + t * work.hidden.stride, pass.model.embedding + pass.step.ids[t] * hidden, hidden * sizeof(bf16));
+  });
+}
+
+// The final norm of every token into step.hidden.
+inline void final_norm(const Pass& pass) {
+  const std::int64_t hidden = pass.model.hidden;
+  pass.each_token([&](std::int64_t t) {
+    rms_norm(pass.model.norm, pass.work.x + t * pass.work.hidden.stride, pass.step.hidden + t * hidden);
+  });
+}
+
+// Logits of the wanted tokens: their rows are gathered at the start of work.hidden first.
+inline void make_logits(const Pass& pass) {
+  const Workspace& work = pass.work;
+  const Matrix& head = pass.model.head.weight;
+  const auto wanted = static_cast<std::int64_t>(pass.step.wanted.size());
+  if (wanted == 0) return;
+  pass.each(wanted, [&](std::int64_t i) {
+    bf16* row = work.hidden.values + i * work.hidden.stride;
+    std::memcpy(row, pass.step.hidden + pass.step.wanted[i] * pass.model.hidden, pass.model.hidden * sizeof(bf16));
+    pad_row(row, pass.model.hidden);
+  });
+  Activations x = work.hidden;
+  x.rows = wanted;
+  pass.each(num_strips(head), [&](std::int64_t strip) {
+    float* out = pass.strip_out(wanted);
+    multiply_strip(head, strip, x, pass.panels(head), out);
+    const std::int64_t first = strip * kStrip, count = least(kStrip, head.rows - first);
+    for (std::int64_t i = 0; i < wanted; ++i) {
+      std::memcpy(pass.step.logits + i * head.rows + first, out + i * kStrip, count * sizeof(float));
+    }
+  });
+}
+
+// Run by every thread of the team; work.prepare() has been called.
+inline void run_step(Team& team, const Model& model, const Step& step, Workspace& work) {
+  const ProductSession session;
+  const Pass pass{team, model, step, work, work.scratch[team.thread()]};
+  embed(pass);
+  std::int64_t number = 0;
+  for (const Layer& layer : model.layers) {
+    if (model.is_larger_than_memory && team.thread() == 0 && &layer != &model.layers.back()) read_ahead(*(&layer + 1));
+    add_attention(pass, layer, number++);
+    add_mlp(pass, layer);
+  }
+  final_norm(pass);
+  make_logits(pass);
+}
+
+}  // namespace lowlat::LOWLAT_ISA

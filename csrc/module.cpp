@@ -1,0 +1,228 @@
+// lowlat._native: the module, its levels and threads, and single operations for tests and tools.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+
+#include "arrays.h"
+#include "bound_matrix.h"
+#include "bound_model.h"
+#include "dispatch.h"
+#include "pool.h"
+
+namespace lowlat {
+
+namespace {
+
+using namespace nb::literals;
+
+// Runs one operation on all threads while Python goes on.
+template <class Job>
+void run(Job&& job) {
+  const nb::gil_scoped_release released;
+  pool()->run(job);
+}
+
+// Rows of x with room for whole groups of 32 columns.
+struct PaddedRows {
+  PaddedRows(const bf16* x, std::int64_t rows, std::int64_t columns) {
+    const std::int64_t stride = (columns + kGroup - 1) / kGroup * kGroup;
+    values.resize(rows * stride);
+    for (std::int64_t r = 0; r < rows && columns > 0; ++r) {
+      std::memcpy(values.data() + r * stride, x + r * columns, columns * sizeof(bf16));
+    }
+    activations = {rows, stride, values.data(), false};
+  }
+
+  std::vector<bf16> values;
+  Activations activations;
+};
+
+void linear(const BoundMatrix& bound, const Array& x, const Array& out, bool is_stream, const std::string& level) {
+  const Matrix& w = bound.matrix;
+  const Ops& table = ops(level);
+  const auto* values = elements<bf16>(x, "x", Type::bf16, {kAnySize, w.columns});
+  const std::int64_t rows = size(x, 0);
+  auto* result = elements<float>(out, "out", Type::fp32, {rows, w.rows});
+  PaddedRows padded(values, rows, w.columns);
+  padded.activations.is_stream = is_stream;
+  run([&](Team& team) { table.linear(team, w, padded.activations, result); });
+}
+
+// Fills the tensors `to` was made of.
+void pack(const Array& weights, const BoundMatrix& to, const std::string& level) {
+  const Matrix& m = to.matrix;
+  const Ops& table = ops(level);
+  if (!m.is_tiled()) throw std::invalid_argument("only int8 and int4 matrices are packed");
+  const bool is_bf16 = has_type(weights, Type::bf16);
+  check(weights, "weights", is_bf16 ? Type::bf16 : Type::fp32, {m.rows, m.columns});
+  if (!is_contiguous(weights, 1)) throw std::invalid_argument("weights has rows that are not contiguous");
+  const std::int64_t stride = m.rows > 1 ? weights.stride(0) : m.columns;
+  run([&](Team& team) { table.pack(team, weights.data(), is_bf16, stride, m); });
+}
+
+void rms_norm(const Array& x, const Array& weight, float eps, const Array& out, const std::string& level) {
+  const Ops& table = ops(level);
+  const std::int64_t rows = size(x, 0);
+  Norm norm;
+  norm.size = size(x, 1);
+  norm.eps = eps;
+  norm.weight = elements<float>(weight, "weight", Type::fp32, {norm.size});
+  const auto* values = elements<bf16>(x, "x", Type::bf16, {rows, norm.size});
+  auto* result = elements<bf16>(out, "out", Type::bf16, {rows, norm.size});
+  run([&](Team& team) { table.rms_norm(team, norm, values, rows, result); });
+}
+
+void rotate(const Array& x, const Array& cos, const Array& sin, bool interleave, const std::string& level) {
+  const Ops& table = ops(level);
+  const std::int64_t tokens = size(x, 0), heads = size(x, 1), dim = size(x, 2);
+  if (dim % 2 != 0) throw std::invalid_argument("x has an odd number of channels");
+  auto* values = elements<bf16>(x, "x", Type::bf16, {tokens, heads, dim});
+  const auto* c = elements<float>(cos, "cos", Type::fp32, {tokens, dim / 2});
+  const auto* s = elements<float>(sin, "sin", Type::fp32, {tokens, dim / 2});
+  run([&](Team& team) { table.rotate(team, values, tokens, heads, dim, c, s, interleave); });
+}
+
+void swiglu(const Array& gate, const Array& up, const Array& out, const std::string& level) {
+  const Ops& table = ops(level);
+  const std::int64_t rows = size(gate, 0), width = size(gate, 1);
+  const auto* g = elements<bf16>(gate, "gate", Type::bf16, {rows, width});
+  const auto* u = elements<bf16>(up, "up", Type::bf16, {rows, width});
+  auto* result = elements<bf16>(out, "out", Type::bf16, {rows, width});
+  run([&](Team& team) { table.swiglu(team, g, u, rows, width, result); });
+}
+
+// The router's numbers, as lowlat.config's MoEConfig has them.
+struct Choice {
+  std::int64_t chosen, groups, kept_groups, best_in_group;
+  bool is_sigmoid, normalizes;
+  float scaling;
+};
+
+Router router_of(const BoundMatrix& gate, const std::optional<Array>& bias, const Choice& choice) {
+  Router router;
+  router.weight = gate.matrix;
+  router.experts = gate.matrix.rows;
+  if (bias) router.bias = elements<float>(*bias, "bias", Type::fp32, {router.experts});
+  router.chosen = choice.chosen;
+  router.groups = choice.groups;
+  router.kept_groups = choice.kept_groups;
+  router.best_in_group = choice.best_in_group;
+  router.is_sigmoid = choice.is_sigmoid;
+  router.normalizes = choice.normalizes;
+  router.scaling = choice.scaling;
+  const bool fits = router.groups >= 1 && router.experts % router.groups == 0 && router.kept_groups >= 1 &&
+                    router.kept_groups <= router.groups && router.chosen >= 1 && router.best_in_group >= 1 &&
+                    router.chosen <= router.experts / router.groups * router.kept_groups;
+  if (!fits) throw std::invalid_argument("experts, groups and choices do not fit each other");
+  return router;
+}
+
+void route(const Array& x, const BoundMatrix& gate, const std::optional<Array>& bias, const Choice& choice,
+           const Array& experts, const Array& weights, const Array& scores, const std::string& level) {
+  const Ops& table = ops(level);
+  const Router router = router_of(gate, bias, choice);
+  const std::int64_t tokens = size(x, 0);
+  auto* chosen = elements<std::int32_t>(experts, "experts", Type::int32, {tokens, router.chosen});
+  auto* factors = elements<float>(weights, "weights", Type::fp32, {tokens, router.chosen});
+  auto* all = elements<float>(scores, "scores", Type::fp32, {tokens, router.experts});
+  linear(gate, x, scores, false, level);
+  run([&](Team& team) { table.route(team, router, tokens, all, chosen, factors); });
+}
+
+// How heads find their key and value in a cached row; see PagedAttention.
+struct RowLayout {
+  std::int64_t kv_heads, key_step, value_dim, value_step, value_offset;
+};
+
+Cache cache_of(const Array& cache, std::int64_t page_size, std::int64_t row_dim, std::int64_t quantized) {
+  Cache result;
+  const std::int64_t scales = (quantized + 63) / 64 * 4;
+  const std::int64_t row_bytes =
+      quantized == 0 ? 2 * row_dim : (quantized + 3) / 4 * 4 + scales + 2 * (row_dim - quantized);
+  result.data = elements<std::uint8_t>(cache, "cache", Type::uint8, {kAnySize, page_size, row_bytes});
+  result.row_bytes = row_bytes;
+  result.page_size = page_size;
+  result.quantized = quantized;
+  return result;
+}
+
+void check_pages(const PagedAttention& a, std::int64_t pages, std::int64_t all_pages) {
+  if (a.start < 0 || (a.start + a.queries + a.cache.page_size - 1) / a.cache.page_size > pages) {
+    throw std::invalid_argument("pages are too few for the positions");
+  }
+  for (std::int64_t i = 0; i < pages; ++i) {
+    if (a.pages[i] < 0 || a.pages[i] >= all_pages) throw std::invalid_argument("pages name one that is not there");
+  }
+}
+
+void attention(const Array& q, const Array& cache, const Array& pages, std::int64_t row_dim, std::int64_t quantized,
+               std::int64_t start, float scale, std::int64_t window, const RowLayout& layout, const Array& out,
+               const std::string& level) {
+  const Ops& table = ops(level);
+  PagedAttention a;
+  a.queries = size(q, 0);
+  a.heads = size(q, 1);
+  a.key_dim = size(q, 2);
+  a.row_dim = row_dim;
+  a.start = start;
+  a.scale = scale;
+  a.window = window;
+  a.kv_heads = layout.kv_heads;
+  a.key_step = layout.key_step;
+  a.value_dim = layout.value_dim;
+  a.value_step = layout.value_step;
+  a.value_offset = layout.value_offset;
+  const std::int64_t group = a.kv_heads - 1;
+  if (a.kv_heads < 1 || a.heads % a.kv_heads != 0 || group * a.key_step + a.key_dim > row_dim ||
+      a.value_offset + group * a.value_step + a.value_dim > row_dim || quantized < 0 || quantized > row_dim) {
+    throw std::invalid_argument("heads do not fit the cached rows");
+  }
+  a.cache = cache_of(cache, size(cache, 1), row_dim, quantized);
+  a.pages = elements<std::int32_t>(pages, "pages", Type::int32, {kAnySize});
+  check_pages(a, size(pages, 0), size(cache, 0));
+  a.out = elements<bf16>(out, "out", Type::bf16, {a.queries, a.heads, a.value_dim});
+  const PaddedRows padded(elements<bf16>(q, "q", Type::bf16, {a.queries, a.heads, a.key_dim}), a.queries * a.heads,
+                          a.key_dim);
+  a.q = padded.activations.values;
+  a.q_stride = padded.activations.stride;
+  run([&](Team& team) { table.attention(team, a); });
+}
+
+void bind_ops(nb::module_& module) {
+  module.def("linear", linear, "matrix"_a, "x"_a, "out"_a, "is_stream"_a = false, "level"_a = "");
+  module.def("pack", pack, "weights"_a, "to"_a, "level"_a = "");
+  module.def("rms_norm", rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a, "level"_a = "");
+  module.def("rotate", rotate, "x"_a, "cos"_a, "sin"_a, "interleave"_a, "level"_a = "");
+  module.def("swiglu", swiglu, "gate"_a, "up"_a, "out"_a, "level"_a = "");
+  nb::class_<Choice>(module, "Choice")
+      .def(nb::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool, bool, float>(), nb::kw_only(),
+           "chosen"_a, "groups"_a, "kept_groups"_a, "best_in_group"_a, "is_sigmoid"_a, "normalizes"_a, "scaling"_a);
+  module.def("route", route, "x"_a, "gate"_a, "bias"_a.none(), "choice"_a, "experts"_a, "weights"_a, "scores"_a,
+             "level"_a = "");
+  nb::class_<RowLayout>(module, "RowLayout")
+      .def(nb::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>(), nb::kw_only(),
+           "kv_heads"_a, "key_step"_a, "value_dim"_a, "value_step"_a, "value_offset"_a);
+  module.def("attention", attention, "q"_a, "cache"_a, "pages"_a, nb::kw_only(), "row_dim"_a, "quantized"_a, "start"_a,
+             "scale"_a, "window"_a, "layout"_a, "out"_a, "level"_a = "");
+}
+
+}  // namespace
+
+}  // namespace lowlat
+
+NB_MODULE(_native, module) {
+  using namespace lowlat;
+  using namespace nb::literals;
+  module.def("built_levels", built_levels);
+  module.def("usable_levels", usable_levels);
+  module.def("level", [] { return std::string(ops().name); });
+  module.def("set_level", set_level, "level"_a);
+  module.def("set_threads", set_threads, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
+  module.def("threads", get_threads);
+  bind_matrix(module);
+  bind_ops(module);
+  bind_model(module);
+}

@@ -1,0 +1,65 @@
+// What a level of instructions offers: one table of functions per level, filled by level.cpp.
+//
+// Every function works for a whole team of threads (pool.h): each thread calls it with its own Team, and it returns
+// when all threads are done. Rows and outputs are independent, so the bits do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "model.h"
+#include "pool.h"
+
+namespace lowlat {
+
+// Queries at positions start .. start + queries - 1 of one sequence over its cached rows of one layer.
+//
+// kv_heads groups of heads look at one key and value each: group g's key is the key_dim elements of a row from
+// g * key_step on, its value the value_dim elements from value_offset + g * value_step on. MLA: one group, whose key
+// is the whole row and whose value is the row's start.
+struct PagedAttention {
+  const bf16* q = nullptr;  // [queries, heads, q_stride], zeros beyond key_dim; q_stride a multiple of 32
+  std::int64_t queries = 0, heads = 0, q_stride = 0;
+  Cache cache;
+  std::int64_t row_dim = 0;
+  const std::int32_t* pages = nullptr;
+  std::int64_t start = 0;
+  std::int64_t kv_heads = 1;
+  std::int64_t key_dim = 0, key_step = 0;
+  std::int64_t value_dim = 0, value_step = 0, value_offset = 0;
+  float scale = 1;
+  std::int64_t window = 0;  // 0: all
+  bf16* out = nullptr;      // [queries, heads, value_dim]
+};
+
+struct Workspace;
+
+struct Ops {
+  const char* name;
+
+  // out [x.rows, w.rows] = x W^T in fp32
+  void (*linear)(Team&, const Matrix& w, const Activations& x, float* out);
+
+  // fp32 or bf16 weights, `stride` elements from row to row, into the int8 or int4 tiles of `to`
+  void (*pack)(Team&, const void* weights, bool is_bf16, std::int64_t stride, const Matrix& to);
+
+  // x, out [rows, norm.size]
+  void (*rms_norm)(Team&, const Norm& norm, const bf16* x, std::int64_t rows, bf16* out);
+
+  // x [tokens, heads, dim] in place; cos, sin [tokens, dim / 2]
+  void (*rotate)(Team&, bf16* x, std::int64_t tokens, std::int64_t heads, std::int64_t dim, const float* cos,
+                 const float* sin, bool interleave);
+
+  // gate, up, out [rows, size]
+  void (*swiglu)(Team&, const bf16* gate, const bf16* up, std::int64_t rows, std::int64_t size, bf16* out);
+
+  // scores [tokens, experts]: gate logits in, scores out; experts, weights [tokens, chosen]
+  void (*route)(Team&, const Router& router, std::int64_t tokens, float* scores, std::int32_t* experts,
+                float* weights);
+
+  void (*attention)(Team&, const PagedAttention& attention);
+
+  // A whole step of a model; work.prepare() has been called for it.
+  void (*step)(Team&, const Model& model, const Step& step, Workspace& work);
+};
+
+}  // namespace lowlat

@@ -1,0 +1,90 @@
+// One pool of threads for the whole process. A job runs on every thread at once; inside it, phases are separated by
+// barriers and rows are handed out in chunks, so that a core slowed down by its neighbours takes fewer of them.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace lowlat {
+
+class Pool;
+
+// What a job sees of the pool: its thread number, barriers, and shared counters of work.
+class Team {
+ public:
+  Team(Pool& pool, int thread, int threads) : pool_(pool), thread_(thread), threads_(threads) {}
+  int thread() const { return thread_; }
+  int threads() const { return threads_; }
+
+  // Waits until every thread of the job is here. Writes before it are visible after it.
+  void barrier();
+
+  // Calls body(first, last) for chunks of [0, count), each chunk on one thread, and then waits for all threads.
+  // Which thread takes a chunk varies from run to run; results may not depend on it.
+  template <class Body>
+  void for_chunks(std::int64_t count, std::int64_t chunk, Body&& body) {
+    std::atomic<std::int64_t>& next = counter();
+    for (;;) {
+      const std::int64_t first = next.fetch_add(chunk, std::memory_order_relaxed);
+      if (first >= count) break;
+      body(first, first + chunk < count ? first + chunk : count);
+    }
+    barrier();
+  }
+
+ private:
+  std::atomic<std::int64_t>& counter();
+
+  Pool& pool_;
+  int thread_;
+  int threads_;
+  std::uint32_t phase_ = 0;
+};
+
+class Pool {
+ public:
+  explicit Pool(int threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Runs job on all threads, the caller's included, and returns when all are done. One job at a time: concurrent
+  // callers wait for each other. A job must not throw.
+  void run(const std::function<void(Team&)>& job);
+
+ private:
+  friend class Team;
+  void work(int thread);
+  void wait_for_job(std::uint64_t seen);
+
+  std::vector<std::thread> workers_;
+  std::mutex callers_;
+  std::mutex sleep_;
+  std::condition_variable wake_;
+  const std::function<void(Team&)>* job_ = nullptr;
+  std::atomic<std::uint64_t> generation_{0};
+  std::atomic<bool> stopping_{false};
+
+  // Sense-reversing barrier; on its own cache line, as every thread spins on it.
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<std::uint32_t> sense_{0};
+  // Counters of consecutive phases: while one phase uses its counter, the barrier of the one before clears the next.
+  struct alignas(64) Counter { std::atomic<std::int64_t> next{0}; };
+  Counter counters_[4];
+};
+
+// The process's pool, made on first use with `threads` of set_threads (default: the processors this process may use).
+// A pool that set_threads replaces lives until the jobs that run on it are done. A forked child makes its own.
+std::shared_ptr<Pool> pool();
+void set_threads(int threads);
+int get_threads();
+
+}  // namespace lowlat

@@ -1,0 +1,265 @@
+"""Types of the native module that csrc/ builds. Tensors go over by DLPack: on the CPU, contiguous,
+without gradients, and of the very dtype named here; anything else is a ValueError.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+def built_levels() -> list[str]:
+    """Levels of instructions in this build, best first."""
+
+def usable_levels() -> list[str]:
+    """Those of them this machine can run, best first."""
+
+def level() -> str:
+    """The level in use."""
+
+def set_level(level: str) -> None: ...
+def set_threads(threads: int) -> None:
+    """Threads of the one pool; a pool of another size ends when its jobs are done."""
+
+def threads() -> int: ...
+
+class Matrix:
+    """A weight as the kernels read it, [rows, columns]; keeps its tensors alive.
+
+    `occupied` uint8 [tiles]: 0 where all 16 rows of a tile are zero.
+    """
+
+    @staticmethod
+    def bf16(weight: Tensor, *, occupied: Tensor | None = None) -> Matrix:
+        """bf16 [rows, columns]; rows may lie apart."""
+
+    @staticmethod
+    def fp8(weight: Tensor, scale: Tensor, *, occupied: Tensor | None = None) -> Matrix:
+        """e4m3 viewed as uint8 [rows, columns]; scale fp32 per block of 128 x 128."""
+
+    @staticmethod
+    def int8_rows(weight: Tensor, scale: Tensor, *, occupied: Tensor | None = None) -> Matrix:
+        """int8 [rows, columns], scale fp32 [rows]."""
+
+    @staticmethod
+    def int8(
+        weight: Tensor, scale: Tensor, *, rows: int, columns: int, occupied: Tensor | None = None
+    ) -> Matrix:
+        """uint8 [tiles, groups, 8, 16, 2, 2], scale fp16 [tiles, groups, 16]."""
+
+    @staticmethod
+    def int4(
+        weight: Tensor,
+        scale: Tensor,
+        minimum: Tensor,
+        *,
+        rows: int,
+        columns: int,
+        occupied: Tensor | None = None,
+    ) -> Matrix:
+        """uint8 [tiles, groups, 4, 16, 2, 2], scale and minimum fp16 [tiles, groups, 16]."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+
+class Norm:
+    """RMSNorm."""
+
+    @staticmethod
+    def make(weight: Tensor, eps: float) -> Norm:
+        """weight fp32 [dim]."""
+
+class Projection:
+    """A Matrix with or without a bias."""
+
+    @staticmethod
+    def make(weight: Matrix, bias: Tensor | None) -> Projection:
+        """bias fp32 [weight.rows]."""
+
+class Mlp:
+    """SwiGLU."""
+
+    @staticmethod
+    def make(gate: Projection, up: Projection, down: Projection) -> Mlp: ...
+
+class Router:
+    """The gate of a mixture and its rule."""
+
+    @staticmethod
+    def make(
+        weight: Matrix,
+        bias: Tensor | None,
+        *,
+        chosen: int,
+        groups: int,
+        kept_groups: int,
+        best_in_group: int,
+        is_sigmoid: bool,
+        normalizes: bool,
+        scaling: float,
+    ) -> Router:
+        """bias fp32 [experts]."""
+
+class Moe:
+    """Routed experts; the shared ones are the layer's mlp."""
+
+    @staticmethod
+    def make(router: Router, experts: Sequence[Mlp]) -> Moe: ...
+
+class Attention:
+    """MLA or GQA of a layer."""
+
+    @staticmethod
+    def mla(
+        *,
+        heads: int,
+        nope_dim: int,
+        rope_dim: int,
+        value_dim: int,
+        scale: float,
+        interleave: bool,
+        q_a: Projection | None,
+        q_a_norm: Norm | None,
+        q: Projection,
+        kv_a: Projection,
+        kv_a_norm: Norm | None,
+        kv_b: Matrix,
+        o: Projection,
+    ) -> Attention: ...
+    @staticmethod
+    def gqa(
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+        interleave: bool,
+        window: int,
+        q: Projection,
+        k: Projection,
+        v: Projection,
+        o: Projection,
+        q_norm: Norm | None,
+        k_norm: Norm | None,
+    ) -> Attention:
+        """window 0: all keys."""
+
+class Layer:
+    """A decoder layer: mlp is the dense MLP, or the shared experts beside moe."""
+
+    @staticmethod
+    def make(
+        *,
+        input_norm: Norm,
+        post_attention_norm: Norm,
+        attention: Attention,
+        mlp: Mlp | None,
+        moe: Moe | None,
+    ) -> Layer: ...
+
+class Model:
+    """Decoder layers between an embedding (bf16 [vocab, hidden]) and a head."""
+
+    def __init__(
+        self,
+        *,
+        embedding: Tensor,
+        layers: Sequence[Layer],
+        norm: Norm,
+        head: Projection,
+        is_larger_than_memory: bool,
+    ) -> None: ...
+    def step(
+        self,
+        *,
+        ids: Tensor,
+        slots: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        sequences: Sequence[tuple[Sequence[int], int, int, bool]],
+        cache: Tensor,
+        quantized: int,
+        hidden: Tensor,
+        wanted: Sequence[int],
+        logits: Tensor | None,
+        is_stream: bool,
+    ) -> None:
+        """ids and slots int64 [tokens]; cos and sin fp32 [tokens, rope_dim / 2]; sequences of
+        (pages, rows cached before, new rows, whether MLA is expanded); cache [layers, pages,
+        page_size, row_dim] bf16, or row bytes uint8 of which `quantized` channels are int8; hidden
+        bf16 [tokens, hidden] and logits fp32 [wanted, vocab] are written. is_stream: every sequence
+        has few new tokens (lowlat.model.native).
+        """
+
+class Choice:
+    """A router's numbers."""
+
+    def __init__(
+        self,
+        *,
+        chosen: int,
+        groups: int,
+        kept_groups: int,
+        best_in_group: int,
+        is_sigmoid: bool,
+        normalizes: bool,
+        scaling: float,
+    ) -> None: ...
+
+class RowLayout:
+    """Where heads find keys and values in a cached row: group g of the heads has its key at
+    g * key_step and its value at value_offset + g * value_step.
+    """
+
+    def __init__(
+        self, *, kv_heads: int, key_step: int, value_dim: int, value_step: int, value_offset: int
+    ) -> None: ...
+
+def linear(
+    matrix: Matrix, x: Tensor, out: Tensor, is_stream: bool = False, level: str = ""
+) -> None:
+    """out fp32 [rows, matrix.rows] = x bf16 [rows, matrix.columns] times the matrix transposed."""
+
+def pack(weights: Tensor, to: Matrix, level: str = "") -> None:
+    """Fill the tensors an int8 or int4 matrix was made of from bf16 or fp32 [rows, columns]."""
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, level: str = "") -> None:
+    """bf16 [rows, dim], weight fp32 [dim]."""
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool, level: str = "") -> None:
+    """bf16 [tokens, heads, dim] in place; cos and sin fp32 [tokens, dim / 2]."""
+
+def swiglu(gate: Tensor, up: Tensor, out: Tensor, level: str = "") -> None:
+    """bf16 [rows, inner]."""
+
+def route(
+    x: Tensor,
+    gate: Matrix,
+    bias: Tensor | None,
+    choice: Choice,
+    experts: Tensor,
+    weights: Tensor,
+    scores: Tensor,
+    level: str = "",
+) -> None:
+    """x bf16 [tokens, hidden]; experts int32 and weights fp32 [tokens, chosen], scores fp32
+    [tokens, experts].
+    """
+
+def attention(
+    q: Tensor,
+    cache: Tensor,
+    pages: Tensor,
+    *,
+    row_dim: int,
+    quantized: int,
+    start: int,
+    scale: float,
+    window: int,
+    layout: RowLayout,
+    out: Tensor,
+    level: str = "",
+) -> None:
+    """q bf16 [queries, heads, key_dim]; cache uint8 [pages, page_size, row_bytes]; pages int32;
+    out bf16 [queries, heads, value_dim]. window 0: all keys.
+    """

@@ -1,0 +1,64 @@
+"""Worker: what this machine can do at most, with torch's kernels: read memory, multiply matrices.
+
+Every rate is the best of a few tries; the report takes the median over the rounds of a run.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lowlat.bench.protocol import serve
+
+BUFFER_BYTES = 1 << 30
+"""Well above the caches of common processors."""
+SIDE = 2048
+TRIES = 4
+HIGHEST_INT8 = 7
+"""Small entries: sums stay within 32 bits and in processors' 16-bit steps."""
+
+
+class Calibration:
+    """The buffers, kept over the rounds."""
+
+    def load(self, threads: int) -> dict[str, Any]:
+        torch.set_num_threads(threads)
+        # Ones, because pages never written all map to one page of zeros.
+        self.buffer = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
+        self.ones = torch.ones(4096, dtype=torch.bfloat16)
+        plain = torch.randn(SIDE, SIDE)
+        small = torch.randint(-HIGHEST_INT8, HIGHEST_INT8 + 1, (SIDE, SIDE), dtype=torch.int8)
+        self.matrices = {"gemm_fp32": plain, "gemm_bf16": plain.bfloat16(), "gemm_int8": small}
+        return {}
+
+    def measure(self) -> dict[str, Any]:
+        """Bytes per second read, FLOP per second of a product SIDE x SIDE x SIDE by dtype."""
+        floats, halves = self.buffer.view(torch.float32), self.buffer.view(torch.bfloat16)
+        ways = (
+            self.buffer.sum,
+            lambda: torch.dot(floats, floats),
+            lambda: torch.mv(halves.view(-1, self.ones.numel()), self.ones),
+        )
+        rates: dict[str, Any] = {"bandwidth": BUFFER_BYTES / min(map(_best, ways))}
+        for name, matrix in self.matrices.items():
+            product: Any = torch.ops.aten._int_mm if matrix.dtype == torch.int8 else torch.mm
+            # A second factor as weights lie, a row per output, and one as BLAS writes it.
+            layouts = (matrix.T, matrix)
+            seconds = min(_best(lambda b=b, a=matrix, f=product: f(a, b)) for b in layouts)
+            rates[name] = 2 * SIDE**3 / seconds
+        return rates
+
+
+def _best(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(TRIES):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+if __name__ == "__main__":
+    calibration = Calibration()
+    serve({"load": calibration.load, "measure": calibration.measure})

@@ -1,0 +1,113 @@
+"""The fastest a step can be: bytes it must move and multiply-adds it must do, on this machine.
+
+    seconds >= max((weights read + cache rows) / bandwidth,
+                   FLOPs of the weights / GEMM rate + FLOPs of attention / GEMM rate)
+
+A step of decoding reads the weights one token uses and every cached row once. A prompt reads what
+its tokens hit together (with enough tokens, every expert) once. Attention is counted in the
+cheaper of its two forms: absorbed or expanded. Two FLOPs are one multiply-add.
+"""
+
+from dataclasses import dataclass
+
+from lowlat.bench.plan import Cell
+from lowlat.config.arithmetic import count_parameters
+from lowlat.config.model import MLAConfig, ModelConfig
+
+WEIGHT_BYTES = {
+    "fp32": 4.0,
+    "bf16": 2.0,
+    "fp8": 1 + 4 / 128**2,
+    "int8": 1 + 2 / 32,
+    "int4": 0.5 + 4 / 32,
+}
+"""Bytes of a weight with its share of scales: fp8 blocks of 128 x 128 with an fp32 scale; groups
+of 32 with an fp16 scale (int8), or with scale and minimum (int4)."""
+RATES = {
+    "fp32": "gemm_fp32",
+    "bf16": "gemm_bf16",
+    "fp8": "gemm_bf16",
+    "int8": "gemm_int8",
+    "int4": "gemm_int8",
+}
+"""The measured rate that bounds products with weights of a dtype."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What a step or a prompt cannot do without."""
+
+    weight_bytes: float
+    cache_bytes: float
+    weight_flops: float
+    attention_flops: float
+
+
+def work_of(config: ModelConfig, cell: Cell, *, dtype: str, row_bytes: int) -> Work:
+    """The work of one cell: the whole prompt, or one step.
+
+    row_bytes: cache of one token in all layers.
+    """
+    count = count_parameters(config)
+    head = config.vocab_size * config.hidden_size
+    if cell.kind == "decode":
+        return Work(
+            weight_bytes=count.active_without_embedding * WEIGHT_BYTES[dtype],
+            cache_bytes=float(cell.tokens * row_bytes),
+            weight_flops=2.0 * count.active_without_embedding,
+            attention_flops=attention_flops(config, queries=1, keys=cell.tokens + 1, pairs=None),
+        )
+    embedding = count.embedding if count.head else 0
+    touched = count.total - embedding - count.routed_experts * (1 - _hit(config, cell.tokens))
+    pairs = cell.tokens * (cell.tokens + 1) // 2
+    return Work(
+        weight_bytes=touched * WEIGHT_BYTES[dtype],
+        cache_bytes=float(cell.tokens * row_bytes),
+        # only the last token needs the head
+        weight_flops=2.0 * ((count.active_without_embedding - head) * cell.tokens + head),
+        attention_flops=attention_flops(config, queries=cell.tokens, keys=cell.tokens, pairs=pairs),
+    )
+
+
+def attention_flops(config: ModelConfig, *, queries: int, keys: int, pairs: int | None) -> float:
+    """FLOPs of scores and values over all layers. pairs: query-key pairs, None for all of them.
+
+    Products with kv_b_proj of the queries' own tokens are among the weights; the expanded form
+    also has to expand the keys cached before.
+    """
+    attention = config.attention
+    pairs = queries * keys if pairs is None else pairs
+    heads, layers = attention.num_attention_heads, config.num_hidden_layers
+    if not isinstance(attention, MLAConfig):
+        return float(layers * heads * pairs * 4 * attention.head_dim)
+    latent = attention.kv_lora_rank
+    absorbed = pairs * 2 * (2 * latent + attention.qk_rope_head_dim)
+    expanded = pairs * 2 * (attention.qk_head_dim + attention.v_head_dim)
+    width = attention.qk_nope_head_dim + attention.v_head_dim
+    expanded += (keys - queries) * 2 * latent * width
+    return float(layers * heads * min(absorbed, expanded))
+
+
+def seconds(work: Work, dtype: str, rates: dict[str, float]) -> float:
+    """The least time. rates: bandwidth in bytes/s; gemm_fp32, gemm_bf16, gemm_int8 in FLOP/s."""
+    memory = (work.weight_bytes + work.cache_bytes) / rates["bandwidth"]
+    plain = rates["gemm_fp32" if dtype == "fp32" else "gemm_bf16"]
+    # Where the int8 product that was measured is slower than bf16, bf16 is the better way.
+    products = max(plain, rates[RATES[dtype]])
+    return max(memory, work.weight_flops / products + work.attention_flops / plain)
+
+
+def tokens_per_second(
+    config: ModelConfig, cell: Cell, *, dtype: str, row_bytes: int, rates: dict[str, float]
+) -> float:
+    """The roofline of a cell in tokens per second."""
+    least = seconds(work_of(config, cell, dtype=dtype, row_bytes=row_bytes), dtype, rates)
+    return (cell.tokens if cell.kind == "prefill" else 1) / least
+
+
+def _hit(config: ModelConfig, tokens: int) -> float:
+    """Expected share of a layer's routed experts that `tokens` tokens use, chosen at random."""
+    moe = config.moe
+    if moe is None:
+        return 1.0
+    return float(1 - (1 - moe.num_experts_per_tok / moe.n_routed_experts) ** tokens)

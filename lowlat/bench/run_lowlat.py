@@ -1,0 +1,73 @@
+"""Worker: lowlat itself, at the level of the engine's runner. Owns no timing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lowlat import api
+from lowlat.bench.protocol import Stepper, serve, steps_of
+from lowlat.engine.engine import PREFILL_CHUNK
+from lowlat.engine.request import Chunk
+
+SPARE_ROWS = 64
+"""Rows beyond the measured context, for the steps."""
+RANDOM_ROWS = 1024
+
+
+class Lowlat(Stepper):
+    """One sequence whose pages are kept, so that they lie in order in every round."""
+
+    def load(
+        self, *, model: str, precision: str, cache: str, threads: int, context: int
+    ) -> dict[str, Any]:
+        torch.set_num_threads(threads)
+        # a plain cache has the dtype of the computation
+        options: dict[str, Any] = {"cache": cache} if cache == "int8" else {}
+        self.model = api.load(model, dtype=precision, **options)
+        self.runner = self.model._runner
+        self.vocab_size = self.model.config.vocab_size
+        self.pages: list[int] = []
+        self.filled = 0
+        return {"cache_bytes_per_token": self.model.cache_bytes_per_token}
+
+    def read(self, ids: Sequence[int]) -> Any:
+        logits = None
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            part = ids[start : start + PREFILL_CHUNK]
+            last = start + len(part) == len(ids)
+            logits = self._run(part, start, num_logits=1 if last else 0)
+        assert logits is not None
+        return logits[0].numpy()
+
+    def fill(self, context: int) -> None:
+        self.runner.reserve(self.pages, context + SPARE_ROWS)
+        cache = self.runner.cache
+        rows = torch.randn(RANDOM_ROWS, self.model.config.attention.row_dim)
+        for start in range(self.filled, context, RANDOM_ROWS):
+            places = torch.arange(start, min(start + RANDOM_ROWS, context))
+            pages = torch.tensor(self.pages)[places // cache.page_size]
+            slots = pages * cache.page_size + places % cache.page_size
+            for layer in range(self.model.config.num_hidden_layers):
+                cache.write(layer, slots, rows[: len(slots)].to(self._dtype()))
+        self.filled = max(self.filled, context)
+
+    def step(self, token: int, position: int) -> Any:
+        return self._run([token], position, num_logits=1)[0].numpy()
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        return self._run(ids, 0, num_logits=len(ids)).numpy()
+
+    def _run(self, ids: Sequence[int], start: int, *, num_logits: int) -> torch.Tensor:
+        end = start + len(ids)
+        self.runner.reserve(self.pages, end)
+        self.filled = max(self.filled, end)
+        chunk = Chunk(tokens=ids, start=start, pages=tuple(self.pages), num_logits=num_logits)
+        return self.runner.run([chunk])
+
+    def _dtype(self) -> torch.dtype:
+        return self.model.transformer.embed_tokens.weight.dtype
+
+
+if __name__ == "__main__":
+    serve(steps_of(Lowlat()))

@@ -1,0 +1,90 @@
+"""`lowlat bench`: lowlat and other programs on the same weights, against the machine's limits."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowlat.cli import options
+from lowlat.utils.errors import UserError
+
+# As in bench.plan, which would bring in more than --help needs.
+PREFILL = "512,2048,8192"
+DECODE = "128,2048,8192,32768"
+ROUNDS = 3
+
+
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Checkpoint folder, hub id, or 'default'.", show_default=False
+        ),
+    ],
+    prefill: Annotated[
+        str, typer.Option(metavar="N,...", help="Prompt lengths; '' for none.")
+    ] = PREFILL,
+    decode: Annotated[
+        str, typer.Option(metavar="N,...", help="Tokens in the cache before a step; '' for none.")
+    ] = DECODE,
+    dtype: Annotated[str, typer.Option(help="Weights: bf16, int8, int4, fp8 or fp32.")] = "bf16",
+    cache: Annotated[str, typer.Option(help="Cached rows: bf16 or int8.")] = "bf16",
+    threads: options.Threads = None,
+    peers: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[=PYTHON],...",
+            help="Also measure transformers, llama.cpp or vllm; PYTHON is the interpreter that has "
+            "it, by default this one.",
+        ),
+    ] = "",
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Times everything is measured, programs in turn.")
+    ] = ROUNDS,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Also write results.json and plot.svg there.", show_default=False
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Tokens per second over context, beside other programs and the roofline of this machine.
+
+    All programs must agree in fp32 before anything is timed.
+    """
+    from lowlat.bench.plan import make_plan
+    from lowlat.bench.plot import draw, require_matplotlib
+    from lowlat.bench.run import bench as run
+    from lowlat.bench.table import show
+    from lowlat.utils.progress import make_progress
+
+    plan = make_plan(
+        prefill=prefill,
+        decode=decode,
+        dtype=dtype,
+        cache=cache,
+        threads=threads,
+        peers=peers,
+        rounds=rounds,
+    )
+    if out is not None:
+        require_matplotlib()
+        make_folder(out)
+    report = run(model, plan, make_progress())
+    if out is not None:
+        (out / "results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        draw(report, out / "plot.svg")
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report)
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` if it is not there. Raises UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be a folder ({error.strerror})") from error

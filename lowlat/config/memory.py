@@ -1,0 +1,119 @@
+"""Bytes of weights and cache in any number type, from a model's configuration alone.
+
+Counts are exactly those of the loaded modules, MTP modules included.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lowlat.config.arithmetic import ELEMENT_BYTES, FP32_BYTES, cache_cost, count_parameters
+from lowlat.config.model import GQAConfig, ModelConfig, QuantConfig
+
+PACKED_DTYPES = ("int8", "int4")
+"""Forms projections are packed in at load (`ops.quantized`); what is no projection is bf16."""
+
+
+class _Matrices(NamedTuple):
+    """`number` matrices [rows, columns]; `is_rows` is true of kv_b_proj."""
+
+    number: int
+    rows: int
+    columns: int
+    is_rows: bool = False
+
+
+def weight_bytes(config: ModelConfig, dtype: str | None = None) -> int:
+    """Bytes of all weights, MTP modules included, as `dtype`; None means as released (fp8 blocks,
+    else bf16).
+
+    Selection biases of the router are never stored narrower than fp32. fp8 blocks hold every
+    projection of attention, MLPs and experts (modules_to_not_convert is not looked at) at one byte
+    per weight and one fp32 scale per block; embedding, head, gate, norms and eh_proj are bf16. int8
+    and int4 are the forms of `model.quant`, where a tied embedding gets a head beside it.
+    """
+    count, moe = count_parameters(config), config.moe
+    parameters = count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0)
+    sparse = sum(config.is_moe_layer(layer) for layer in range(config.num_cache_layers))
+    biases = sparse * moe.n_routed_experts if moe and moe.topk_method == "noaux_tc" else 0
+    size = ELEMENT_BYTES["bf16" if dtype is None or dtype in PACKED_DTYPES else dtype]
+    total = (parameters - biases) * size + biases * max(size, FP32_BYTES)
+    if dtype is None and config.quantization is not None:
+        total -= _block_savings(config, config.quantization, sparse)
+    if dtype in PACKED_DTYPES:
+        total -= _packing_savings(config, sparse, dtype)
+    return total
+
+
+def memory_at(
+    config: ModelConfig, context: int, dtype: str | None = None, cache: str = "bf16"
+) -> dict[str, int]:
+    """weights_bytes as `dtype`, cache_bytes of one sequence as `cache`, context."""
+    return {
+        "weights_bytes": weight_bytes(config, dtype),
+        "cache_bytes": cache_cost(config).own_bytes_per_token(cache) * context,
+        "context": context,
+    }
+
+
+def _block_savings(config: ModelConfig, quant: QuantConfig, sparse: int) -> int:
+    """Bytes saved by fp8 blocks against bf16; `sparse` layers (MTP included) have experts."""
+    height, width = quant.weight_block_size
+    return sum(
+        m.number * (m.rows * m.columns - FP32_BYTES * -(-m.rows // height) * -(-m.columns // width))
+        for m in _projections(config, sparse)
+    )
+
+
+def _packing_savings(config: ModelConfig, sparse: int, dtype: str) -> int:
+    """Bytes saved by int8 or int4 against bf16."""
+    hidden, depth = config.hidden_size, config.num_nextn_predict_layers
+    saved = sum(
+        m.number * (2 * m.rows * m.columns - _packed_bytes(m, dtype))
+        for m in _projections(config, sparse)
+    )
+    head, joint = _Matrices(1, config.vocab_size, hidden), _Matrices(1, hidden, 2 * hidden)
+    heads = 1 + (depth if config.mtp_copies else 0)
+    plain_heads = heads - config.tie_word_embeddings
+    saved += 2 * plain_heads * head.rows * hidden - heads * _packed_bytes(head, "int8")
+    return saved + depth * (2 * joint.rows * joint.columns - _packed_bytes(joint, "int8"))
+
+
+def _packed_bytes(matrix: _Matrices, dtype: str) -> int:
+    """One matrix in tiles of 16 rows and groups of 32 columns; kv_b_proj row by row in int8."""
+    if matrix.is_rows:
+        return matrix.rows * (matrix.columns + FP32_BYTES)
+    blocks = -(-matrix.rows // 16) * -(-matrix.columns // 32)
+    return 16 * blocks * {"int8": 32 + 2, "int4": 16 + 2 + 2}[dtype]
+
+
+def _projections(config: ModelConfig, sparse: int) -> Iterator[_Matrices]:
+    """Projections of all layers, MTP modules' included, of which `sparse` have experts."""
+    layers, moe = config.num_cache_layers, config.moe
+    yield from _attention(config, layers)
+    yield from _mlp(config, layers - sparse, config.intermediate_size)
+    if moe is not None:
+        width = moe.moe_intermediate_size
+        yield from _mlp(config, sparse * moe.n_routed_experts, width)
+        if moe.n_shared_experts:
+            yield from _mlp(config, sparse, width * moe.n_shared_experts)
+
+
+def _mlp(config: ModelConfig, count: int, width: int) -> list[_Matrices]:
+    hidden = config.hidden_size
+    return [_Matrices(2 * count, width, hidden), _Matrices(count, hidden, width)]
+
+
+def _attention(config: ModelConfig, layers: int) -> list[_Matrices]:
+    attention, hidden = config.attention, config.hidden_size
+    if isinstance(attention, GQAConfig):
+        queries = attention.num_attention_heads * attention.head_dim
+        keys = attention.num_key_value_heads * attention.head_dim
+        shapes = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+        return [_Matrices(layers, *shape) for shape in shapes]
+    heads = attention.num_attention_heads
+    queries, values = heads * attention.qk_head_dim, heads * attention.v_head_dim
+    rank, latent = attention.q_lora_rank, attention.kv_lora_rank
+    shapes = [(queries, hidden)] if rank is None else [(rank, hidden), (queries, rank)]
+    shapes += [(attention.row_dim, hidden), (hidden, values)]
+    up = _Matrices(layers, heads * attention.qk_nope_head_dim + values, latent, is_rows=True)
+    return [*(_Matrices(layers, *shape) for shape in shapes), up]

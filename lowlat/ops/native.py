@@ -1,0 +1,142 @@
+"""The native CPU kernels: whether they are here, which instructions they use, on how many threads.
+
+Owns the environment variable LOWLAT_ISA: a level of instructions to use in place of the best one,
+or `none` for plain PyTorch. lowlat works without the module, slowly.
+"""
+
+import logging
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from lowlat.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ISA_VARIABLE = "LOWLAT_ISA"
+OFF = "none"
+REMEDY = (
+    "to build the native kernels, install a C++20 compiler (Debian, Ubuntu: apt install g++; "
+    "Fedora: dnf install gcc-c++) and install lowlat again"
+)
+
+
+@cache
+def _found() -> tuple[ModuleType | None, str]:
+    """The module made ready for use, or None and why there is none."""
+    wanted = os.environ.get(ISA_VARIABLE, "")
+    if wanted == OFF:
+        return None, f"{ISA_VARIABLE}={OFF} turns the native kernels off"
+    try:
+        from lowlat import _native
+    except ImportError as error:
+        if wanted:
+            raise UserError(
+                f"{ISA_VARIABLE}={wanted} asks for native kernels, but they cannot be loaded "
+                f"({error}); {REMEDY}"
+            ) from error
+        return None, f"the native kernels cannot be loaded ({error}); {REMEDY}"
+    if wanted:
+        usable = _native.usable_levels()
+        if wanted not in usable:
+            names = ", ".join([*usable, OFF])
+            raise UserError(
+                f"{ISA_VARIABLE}={wanted} is none of the levels of this machine and build: {names}"
+            )
+        _native.set_level(wanted)
+    _native.set_threads(_default_threads())
+    return _native, ""
+
+
+def available() -> bool:
+    """Whether there are native kernels and LOWLAT_ISA does not turn them off.
+
+    Raises UserError for a LOWLAT_ISA this machine cannot follow.
+    """
+    return _found()[0] is not None
+
+
+def reason() -> str:
+    """Why `available` is False, with the remedy; empty where it is True."""
+    return _found()[1]
+
+
+def module() -> ModuleType:
+    """The native module. Only where `available`."""
+    found = _found()[0]
+    assert found is not None, _found()[1]
+    return found
+
+
+@cache
+def warn_if_absent() -> None:
+    """Say once, in the log, that lowlat runs slow for want of the native kernels and what helps."""
+    if not available() and os.environ.get(ISA_VARIABLE) != OFF:
+        log.warning("lowlat runs slow on this CPU: %s", reason())
+
+
+def levels() -> list[str]:
+    """Levels of instructions this machine and build have, best first; empty without the module."""
+    found = _found()[0]
+    return [] if found is None else found.usable_levels()
+
+
+def level() -> str:
+    """The level in use."""
+    return module().level()
+
+
+def processors() -> int:
+    """Processors this process may use: its affinity, and the cgroup's limit rounded up."""
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1)
+    limit = _cgroup_limit()
+    return allowed if limit is None else max(1, min(allowed, limit))
+
+
+def _cgroup_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Processors' worth of time a container may use, rounded up; None where there is no limit."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if quota in ("max", "-1"):
+        return None
+    return -(-int(quota) // int(period))
+
+
+def _default_threads() -> int:
+    """All processors, or fewer where OMP_NUM_THREADS says so, as PyTorch has it."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(processors(), int(asked)) if asked.isdigit() and int(asked) > 0 else processors()
+
+
+def set_threads(count: int) -> None:
+    """Threads of the native kernels. Raises UserError for fewer than one or more than there are
+    processors: threads that wait for each other on one processor take turns at waiting.
+    """
+    most = processors()
+    if not 1 <= count <= most:
+        raise UserError(
+            f"{count} threads: this machine has {most} processors to use, give 1..{most}"
+        )
+    module().set_threads(count)
+
+
+def threads() -> int:
+    """Threads the native kernels use."""
+    return module().threads()
+
+
+def keep_torch_single_threaded() -> None:
+    """Take PyTorch's own pool out of the way: its idle threads spin, and two pools that spin
+    against each other halve the speed of both.
+    """
+    torch.set_num_threads(1)

@@ -1,0 +1,199 @@
+"""Single operations of the native kernels, with the signatures of their PyTorch definitions.
+
+For tests and tools; a model's step is one call (lowlat/model/native.py). `level` asks for another
+level of instructions than the one in use.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import BFloat16, Float, Float32, Int32
+from torch import Tensor
+
+from lowlat.config.model import MoEConfig
+from lowlat.ops import native
+from lowlat.ops.quantized import (
+    INT4_SHAPE,
+    INT8_SHAPE,
+    Int4Weight,
+    Int8Weight,
+    num_groups,
+    num_tiles,
+)
+from lowlat.ops.routing import Routing
+
+if TYPE_CHECKING:
+    from lowlat._native import Matrix
+else:
+    Matrix = Any  # the module may be absent
+
+
+def linear(
+    x: BFloat16[Tensor, "rows in"], matrix: Matrix, *, is_stream: bool = False, level: str = ""
+) -> Float32[Tensor, "rows out"]:
+    """x times the matrix transposed, in fp32; `is_stream` as in lowlat.model.native."""
+    out = torch.empty(x.shape[0], matrix.rows)
+    native.module().linear(matrix, x.contiguous(), out, is_stream, level)
+    return out
+
+
+def quantize_int8(dense: Float[Tensor, "out in"], *, level: str = "") -> Int8Weight:
+    """Twin of lowlat.ops.quantized.quantize_int8; dense is bf16 or fp32."""
+    rows, columns = dense.shape
+    tiles, groups = num_tiles(rows), num_groups(columns)
+    weight = torch.empty(tiles, groups, *INT8_SHAPE, dtype=torch.uint8)
+    packed = Int8Weight(weight, torch.empty(tiles, groups, 16, dtype=torch.float16))
+    module = native.module()
+    module.pack(dense, module.Matrix.int8(*packed, rows=rows, columns=columns), level)
+    return packed
+
+
+def quantize_int4(dense: Float[Tensor, "out in"], *, level: str = "") -> Int4Weight:
+    """Twin of lowlat.ops.quantized.quantize_int4; dense is bf16 or fp32."""
+    rows, columns = dense.shape
+    tiles, groups = num_tiles(rows), num_groups(columns)
+    weight = torch.empty(tiles, groups, *INT4_SHAPE, dtype=torch.uint8)
+    scale, minimum = torch.empty(2, tiles, groups, 16, dtype=torch.float16)
+    packed = Int4Weight(weight, scale, minimum)
+    module = native.module()
+    module.pack(dense, module.Matrix.int4(*packed, rows=rows, columns=columns), level)
+    return packed
+
+
+def rms_norm(
+    x: BFloat16[Tensor, "*rows dim"], weight: Float[Tensor, "dim"], eps: float, *, level: str = ""
+) -> BFloat16[Tensor, "*rows dim"]:
+    """Twin of lowlat.ops.norm.rms_norm."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    rows = rows.contiguous()
+    out = torch.empty_like(rows)
+    native.module().rms_norm(rows, weight.float().contiguous(), eps, out, level)
+    return out.view(x.shape)
+
+
+def apply_rope(
+    x: BFloat16[Tensor, "tokens heads dim"],
+    cos: Float32[Tensor, "tokens pairs"],
+    sin: Float32[Tensor, "tokens pairs"],
+    *,
+    interleave: bool,
+    level: str = "",
+) -> BFloat16[Tensor, "tokens heads dim"]:
+    """Twin of lowlat.ops.rope.apply_rope."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    native.module().rotate(out, cos.contiguous(), sin.contiguous(), interleave, level)
+    return out
+
+
+def swiglu(
+    gate: BFloat16[Tensor, "rows inner"], up: BFloat16[Tensor, "rows inner"], *, level: str = ""
+) -> BFloat16[Tensor, "rows inner"]:
+    """Twin of lowlat.ops.experts.swiglu."""
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    native.module().swiglu(gate.contiguous(), up.contiguous(), out, level)
+    return out
+
+
+def route(
+    x: BFloat16[Tensor, "tokens hidden"],
+    gate: BFloat16[Tensor, "experts hidden"],
+    bias: Float[Tensor, "experts"] | None,
+    moe: MoEConfig,
+    *,
+    level: str = "",
+) -> Routing:
+    """Twin of lowlat.ops.routing.route."""
+    module = native.module()
+    tokens, chosen = x.shape[0], moe.num_experts_per_tok
+    experts = torch.empty(tokens, chosen, dtype=torch.int32)
+    weights = torch.empty(tokens, chosen)
+    scores = torch.empty(tokens, gate.shape[0])
+    matrix = module.Matrix.bf16(gate)
+    bias = None if bias is None else bias.float().contiguous()
+    choice = _choice(moe)
+    module.route(x.contiguous(), matrix, bias, choice, experts, weights, scores, level)
+    return Routing(experts.long(), weights, scores)
+
+
+def _choice(moe: MoEConfig) -> Any:
+    # DeepSeek-V2's file leaves the weight of a single expert as it is.
+    is_v2_single = not moe.scale_after_norm and moe.num_experts_per_tok == 1
+    normalizes = moe.norm_topk_prob and not is_v2_single
+    has_groups = moe.topk_method != "greedy"
+    return native.module().Choice(
+        chosen=moe.num_experts_per_tok,
+        groups=moe.n_group if has_groups else 1,
+        kept_groups=moe.topk_group if has_groups else 1,
+        best_in_group=2 if moe.topk_method == "noaux_tc" else 1,
+        is_sigmoid=moe.scoring_func == "sigmoid",
+        normalizes=normalizes,
+        scaling=moe.routed_scaling_factor if moe.scale_after_norm or not normalizes else 1.0,
+    )
+
+
+def mla_attention(
+    q: BFloat16[Tensor, "queries heads row_dim"],
+    cache: BFloat16[Tensor, "pages page_size row_dim"],
+    pages: Int32[Tensor, "sequence_pages"],
+    *,
+    latent: int,
+    start: int,
+    scale: float,
+    level: str = "",
+) -> BFloat16[Tensor, "queries heads latent"]:
+    """Causal attention of queries at start, start + 1, ... over the rows in `pages`: the key of
+    every head is the row, its value the row's first `latent` channels.
+    """
+    layout = native.module().RowLayout(
+        kv_heads=1, key_step=0, value_dim=latent, value_step=0, value_offset=0
+    )
+    return _attention(q, cache, pages, layout, latent, start, scale, None, level)
+
+
+def gqa_attention(
+    q: BFloat16[Tensor, "queries heads head_dim"],
+    cache: BFloat16[Tensor, "pages page_size row_dim"],
+    pages: Int32[Tensor, "sequence_pages"],
+    *,
+    kv_heads: int,
+    start: int,
+    scale: float,
+    window: int | None = None,
+    level: str = "",
+) -> BFloat16[Tensor, "queries heads head_dim"]:
+    """Causal attention over rows [K ; V] of `kv_heads` heads each; `window` as in
+    lowlat.ops.attention.causal_attention.
+    """
+    dim = q.shape[2]
+    layout = native.module().RowLayout(
+        kv_heads=kv_heads, key_step=dim, value_dim=dim, value_step=dim, value_offset=kv_heads * dim
+    )
+    return _attention(q, cache, pages, layout, dim, start, scale, window, level)
+
+
+def _attention(
+    q: Tensor,
+    cache: Tensor,
+    pages: Tensor,
+    layout: Any,
+    value_dim: int,
+    start: int,
+    scale: float,
+    window: int | None,
+    level: str,
+) -> Tensor:
+    out = torch.empty(q.shape[0], q.shape[1], value_dim, dtype=q.dtype)
+    native.module().attention(
+        q.contiguous(),
+        cache.view(torch.uint8),
+        pages.contiguous(),
+        row_dim=cache.shape[2],
+        quantized=0,
+        start=start,
+        scale=scale,
+        window=window or 0,
+        layout=layout,
+        out=out,
+        level=level,
+    )
+    return out

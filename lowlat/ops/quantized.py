@@ -1,0 +1,197 @@
+"""int8 and int4 weights: how they are made, stored and turned back (definition of the kernels).
+
+32 columns of a row are a group and share fp16 numbers:
+
+    int8 (GGUF's Q8_0)  value = scale * q,            q in -127..127, scale = max |value| / 127
+    int4 (GGUF's Q4_1)  value = scale * q + minimum,  q in 0..15, scale = (max - min) / 15
+
+Values that came out of these formulas go in again without loss. Products are those of the values
+rounded to the activations' dtype. Storage is the order in which a kernel reads: tiles of 16 rows;
+in a tile its groups, and in a group
+
+    int8  weight [tiles, groups, 8, 16, 2, 2]: step s, row, parity p, byte b hold column
+          4 s + 2 b + p as value + 128
+    int4  weight [tiles, groups, 4, 16, 2, 2]: step s, row, parity p, byte b hold column
+          8 s + 4 b + p in the low half and 8 s + 4 b + 2 + p in the high half
+    weight_scale, weight_minimum [tiles, groups, 16] fp16
+
+Rows and columns that fill the last tile and group hold q = 0, rows a scale (and minimum) of 0.
+Owns also matrices of int8 rows with one scale each, for MLA's up-projections, which are read along
+both axes.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float16, Float32, Int8, UInt8
+from torch import Tensor
+
+TILE = 16
+"""Rows of a tile."""
+GROUP = 32
+"""Columns that share a scale."""
+INT8_SHAPE = (8, 16, 2, 2)
+"""Shape of a group of a tile in int8."""
+INT4_SHAPE = (4, 16, 2, 2)
+"""Shape of a group of a tile in int4."""
+INT8_MAX = 127
+INT8_OFFSET = 128
+"""Added to int8 values where they are stored."""
+INT4_MAX = 15
+CHUNK_ELEMENTS = 2**15
+"""Elements quantised at a time: intermediates stay in the cache, and torch splits no operation."""
+
+
+class Int8Weight(NamedTuple):
+    """A matrix in int8 groups."""
+
+    weight: UInt8[Tensor, "tiles groups 8 16 2 2"]
+    weight_scale: Float16[Tensor, "tiles groups 16"]
+
+
+class Int4Weight(NamedTuple):
+    """A matrix in int4 groups."""
+
+    weight: UInt8[Tensor, "tiles groups 4 16 2 2"]
+    weight_scale: Float16[Tensor, "tiles groups 16"]
+    weight_minimum: Float16[Tensor, "tiles groups 16"]
+
+
+class Int8Rows(NamedTuple):
+    """A matrix in int8 with a scale per row."""
+
+    weight: Int8[Tensor, "out in"]
+    weight_scale: Float32[Tensor, " out"]
+
+
+def num_tiles(rows: int) -> int:
+    """Tiles that hold `rows`."""
+    return -(-rows // TILE)
+
+
+def num_groups(columns: int) -> int:
+    """Groups that hold `columns`."""
+    return -(-columns // GROUP)
+
+
+def quantize_int8(dense: Float[Tensor, "out in"]) -> Int8Weight:
+    """`dense` in int8 groups; a scale is infinite or NaN where a group does not fit."""
+    return Int8Weight(*_in_chunks(dense, _int8_chunk))
+
+
+def quantize_int4(dense: Float[Tensor, "out in"]) -> Int4Weight:
+    """`dense` in int4 groups; a scale or minimum is infinite or NaN where a group does not fit."""
+    return Int4Weight(*_in_chunks(dense, _int4_chunk))
+
+
+def quantize_rows(dense: Float[Tensor, "out in"]) -> Int8Rows:
+    """`dense` in int8 with scale = max |value| / 127 of each row, NaN or infinite where that is."""
+    wide = dense.to(torch.float32)
+    scale = wide.abs().amax(dim=1) / INT8_MAX
+    return Int8Rows((wide / _divisor(scale)[:, None]).round().to(torch.int8), scale)
+
+
+def dequantize_int8(
+    packed: Int8Weight, rows: int, columns: int, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "out in"]:
+    """The matrix [rows, columns], multiplied in fp32 and rounded once to `dtype`."""
+    values = _unpack_int8(packed.weight) * _by_row(packed.weight_scale)[..., None]
+    return values.flatten(1)[:rows, :columns].to(dtype)
+
+
+def dequantize_int4(
+    packed: Int4Weight, rows: int, columns: int, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "out in"]:
+    """The matrix [rows, columns], computed in fp32 and rounded once to `dtype`."""
+    values = _unpack_int4(packed.weight) * _by_row(packed.weight_scale)[..., None]
+    values = values + _by_row(packed.weight_minimum)[..., None]
+    return values.flatten(1)[:rows, :columns].to(dtype)
+
+
+def dequantize_rows(
+    packed: Int8Rows, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "out in"]:
+    """The matrix, multiplied in fp32 and rounded once to `dtype`."""
+    return (packed.weight.to(torch.float32) * packed.weight_scale[:, None]).to(dtype)
+
+
+def _by_row(numbers: Float16[Tensor, "tiles groups 16"]) -> Float32[Tensor, "padded_rows groups"]:
+    return numbers.transpose(1, 2).flatten(0, 1).to(torch.float32)
+
+
+def _unpack_int8(
+    weight: UInt8[Tensor, "tiles groups 8 16 2 2"],
+) -> Float32[Tensor, "padded_rows groups 32"]:
+    # tiles x groups x steps x rows x parity x bytes
+    # -> tiles x rows x groups x steps x bytes x parity
+    ordered = weight.permute(0, 3, 1, 2, 5, 4)
+    return ordered.flatten(3).flatten(0, 1).to(torch.float32) - INT8_OFFSET
+
+
+def _unpack_int4(
+    weight: UInt8[Tensor, "tiles groups 4 16 2 2"],
+) -> Float32[Tensor, "padded_rows groups 32"]:
+    halves = torch.stack([weight & 15, weight >> 4])
+    # half x tiles x groups x steps x rows x parity x bytes
+    # -> tiles x rows x groups x steps x bytes x half x parity
+    ordered = halves.permute(1, 4, 2, 3, 6, 0, 5)
+    return ordered.flatten(3).flatten(0, 1).to(torch.float32)
+
+
+def _in_chunks(
+    dense: Tensor, quantize: Callable[[Tensor], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """`quantize` applied to whole tiles of rows, in parallel; its results joined."""
+    step = max(CHUNK_ELEMENTS // dense.shape[1] // TILE, 1) * TILE
+
+    def chunk(first: int) -> tuple[Tensor, ...]:
+        rows = dense[first : first + step].to(torch.float32)
+        return quantize(F.pad(rows, (0, 0, 0, -len(rows) % TILE)))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        chunks = list(threads.map(chunk, range(0, len(dense), step)))
+    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+
+
+def _int8_chunk(rows: Float32[Tensor, "padded_rows in"]) -> tuple[Tensor, Tensor]:
+    groups = F.pad(rows, (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    low, high = groups.aminmax(dim=-1)
+    scale = (torch.maximum(high, -low) / INT8_MAX).to(torch.float16)
+    q = groups / _divisor(scale.to(torch.float32))[..., None]
+    q = q.round_().clamp_(-INT8_MAX, INT8_MAX).add_(INT8_OFFSET).to(torch.uint8)
+    # rows x groups x 32 -> tiles x groups x steps x rows x parity x bytes
+    tiles = q.unflatten(0, (-1, TILE)).unflatten(-1, (-1, 2, 2)).permute(0, 2, 3, 1, 5, 4)
+    return tiles.contiguous(), _scales_in_tiles(scale)
+
+
+def _int4_chunk(rows: Float32[Tensor, "padded_rows in"]) -> tuple[Tensor, Tensor, Tensor]:
+    missing = -rows.shape[1] % GROUP
+    # repeated columns change no minimum and no maximum
+    filled = torch.cat([rows, rows[:, -1:].expand(-1, missing)], dim=1) if missing else rows
+    groups = filled.unflatten(1, (-1, GROUP))
+    low, high = groups.aminmax(dim=-1)
+    scale, minimum = ((high - low) / INT4_MAX).to(torch.float16), low.to(torch.float16)
+    q = (groups - minimum.to(torch.float32)[..., None]) / _divisor(scale.to(torch.float32))[
+        ..., None
+    ]
+    q = q.round_().clamp_(0, INT4_MAX).to(torch.uint8)
+    q[:, -1, GROUP - missing :] = 0
+    # rows x groups x 32 -> half x tiles x groups x steps x rows x parity x bytes
+    tiles = q.unflatten(0, (-1, TILE)).unflatten(-1, (4, 2, 2, 2))
+    halves = tiles.permute(5, 0, 2, 3, 1, 6, 4)
+    packed = (halves[0] | halves[1] << 4).contiguous()
+    return packed, _scales_in_tiles(scale), _scales_in_tiles(minimum)
+
+
+def _scales_in_tiles(
+    scale: Float16[Tensor, "padded_rows groups"],
+) -> Float16[Tensor, "tiles groups 16"]:
+    return scale.unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """Groups without a range hold zeros; they are divided by 1."""
+    return torch.where(scale == 0, 1.0, scale)

@@ -1,0 +1,178 @@
+"""Attention over paged rows at every level, against the exact softmax."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lowlat.ops import native_ops
+from lowlat.ops.attention import causal_attention
+
+from .inputs import (
+    BF16_UNIT,
+    UNIT,
+    assert_same_bits,
+    assert_within,
+    draw,
+    every_level,
+    needs_native,
+    thread_count,
+)
+
+pytestmark = needs_native
+
+few = settings(max_examples=40, deadline=None)
+page_sizes = st.sampled_from([1, 7, 16, 64])
+starts = st.one_of(st.integers(0, 70), st.sampled_from([127, 128, 1023, 1024, 1100, 2050]))
+seeds = st.integers(0, 1000)
+NOWHERE = 12345.0
+"""What rows hold that no query may see."""
+
+
+def paged(rows: Tensor, page_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The rows in pages out of order among others, and the numbers of the pages."""
+    count = -(-len(rows) // page_size)
+    generator = torch.Generator().manual_seed(seed)
+    pages = torch.randperm(2 * count, generator=generator)[:count].int()
+    cache = torch.full((2 * count * page_size, rows.shape[1]), NOWHERE, dtype=torch.bfloat16)
+    position = torch.arange(len(rows))
+    cache[pages[position // page_size].long() * page_size + position % page_size] = rows
+    return cache.unflatten(0, (-1, page_size)), pages
+
+
+def check(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, window: int | None
+) -> None:
+    """Compare with causal_attention in fp64 over keys [rows, kv_heads, d] and values."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal_attention(
+            q.double(),
+            lambda a, b: (k[a:b].double(), v[a:b].double()),
+            start=start,
+            scale=scale,
+            window=window,
+        )
+
+    exact, around = attend(q, k, v), attend(q, k, v.abs())
+    # Weights are rounded to bf16, and a score carries the rounding errors of its sum.
+    products = scale * q.double().abs().amax() * k.double().abs().amax() * q.shape[2]
+    relative = 2 * BF16_UNIT + 2 * (q.shape[2] + 8) * UNIT * products + 1e-5
+    assert_within(out, exact, relative * around + BF16_UNIT * exact.abs())
+
+
+@every_level
+@few
+@given(
+    queries=st.integers(0, 9),
+    heads=st.integers(1, 20),
+    latent=st.integers(1, 90),
+    rope_dim=st.integers(0, 30),
+    start=starts,
+    page_size=page_sizes,
+    seed=seeds,
+)
+def test_mla(
+    level: str,
+    queries: int,
+    heads: int,
+    latent: int,
+    rope_dim: int,
+    start: int,
+    page_size: int,
+    seed: int,
+) -> None:
+    rows = draw((start + queries, latent + rope_dim), "normal", seed)
+    q = draw((queries, heads, latent + rope_dim), "normal", seed + 1)
+    cache, pages = paged(rows, page_size, seed)
+    scale = rows.shape[1] ** -0.5
+    out = native_ops.mla_attention(
+        q, cache, pages, latent=latent, start=start, scale=scale, level=level
+    )
+    if queries:
+        check(out, q, rows[:, None], rows[:, None, :latent], start, scale, None)
+
+
+@every_level
+@few
+@given(
+    queries=st.integers(1, 9),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 5),
+    dim=st.integers(1, 70),
+    start=starts,
+    page_size=page_sizes,
+    window=st.one_of(st.none(), st.integers(1, 1200)),
+    seed=seeds,
+)
+def test_gqa(
+    level: str,
+    queries: int,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    start: int,
+    page_size: int,
+    window: int | None,
+    seed: int,
+) -> None:
+    rows = draw((start + queries, 2 * kv_heads * dim), "normal", seed)
+    q = draw((queries, kv_heads * group, dim), "normal", seed + 1)
+    cache, pages = paged(rows, page_size, seed)
+    scale = dim**-0.5
+    out = native_ops.gqa_attention(
+        q, cache, pages, kv_heads=kv_heads, start=start, scale=scale, window=window, level=level
+    )
+    k, v = rows.unflatten(1, (2, kv_heads, dim)).unbind(1)
+    check(out, q, k, v, start, scale, window)
+
+
+@every_level
+def test_scores_of_any_size(level: str) -> None:
+    """Scores of thousands choose one key; equal scores of any size mean all alike."""
+    rows = torch.zeros(200, 40, dtype=torch.bfloat16)
+    rows[:, :32] = draw((200, 32), "normal", 1)
+    rows[150, 39] = 100.0
+    q = torch.zeros(1, 2, 40, dtype=torch.bfloat16)
+    q[0, 0, 39], q[0, 1, 39] = 100.0, -100.0
+    cache, pages = paged(rows, 16, 1)
+    out = native_ops.mla_attention(q, cache, pages, latent=32, start=199, scale=1.0, level=level)
+    assert torch.equal(out[0, 0], rows[150, :32])
+    others = torch.cat([rows[:150, :32], rows[151:, :32]]).double()
+    assert_within(out[0, 1], others.mean(dim=0), 2 * BF16_UNIT * others.abs().mean(dim=0))
+
+
+@every_level
+def test_nan_stays_with_those_who_see_it(level: str) -> None:
+    rows = draw((90, 40), "normal", 1)
+    rows[70] = torch.nan
+    q = draw((20, 3, 40), "normal", 2)
+    cache, pages = paged(rows, 16, 1)
+    out = native_ops.mla_attention(q, cache, pages, latent=32, start=60, scale=0.2, level=level)
+    assert out[:10].isfinite().all()
+    assert out[10:].isnan().all()
+
+
+@every_level
+def test_queries_stand_alone(level: str) -> None:
+    """A query's bits depend neither on its neighbours, nor on pages, nor on threads."""
+    rows, q = draw((1300, 72), "normal", 1), draw((20, 5, 72), "normal", 2)
+
+    def attend(first: int, count: int, page_size: int) -> Tensor:
+        cache, pages = paged(rows, page_size, page_size)
+        return native_ops.mla_attention(
+            q[first : first + count],
+            cache,
+            pages,
+            latent=64,
+            start=1280 + first,
+            scale=0.1,
+            level=level,
+        )
+
+    together = attend(0, 20, 16)
+    for first in range(20):
+        assert_same_bits(attend(first, 1, 7), together[first : first + 1])
+    for count in (1, 3):
+        with thread_count(count):
+            assert_same_bits(attend(0, 20, 64), together)

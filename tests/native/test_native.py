@@ -1,0 +1,225 @@
+"""Whether the native kernels are there, at which level and on how many threads."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowlat.ops import native, native_ops
+from lowlat.utils.errors import UserError
+
+from .inputs import LEVELS, draw, needs_native, thread_count
+
+COMPILERS = ("c++", "g++", "clang++")
+TESTS = Path(__file__).parents[1]
+HIDE = "import sys; sys.modules['lowlat._native'] = None\n"
+"""Makes `from lowlat import _native` fail as in an install without it."""
+USE = """
+import torch
+from fakes import mla_config, tiny_model
+from lowlat.attention.metadata import AttentionBatch
+from lowlat.engine.runner import Chunk, Runner
+model = tiny_model(mla_config(), torch.bfloat16)
+for _ in range(2):
+    runner = Runner(model)
+    pages = []
+    runner.reserve(pages, 5)
+    logits = runner.run([Chunk(pages=pages, start=0, tokens=[3, 1, 4, 1, 5], num_logits=1)])
+print(logits.shape[0], bool(logits.isfinite().all()), runner._native is None)
+"""
+
+
+def run(code: str, isa: str | None = None) -> subprocess.CompletedProcess[str]:
+    """`code` in a new process with LOWLAT_ISA set to `isa`."""
+    environment = {name: value for name, value in os.environ.items() if name != native.ISA_VARIABLE}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    if isa is not None:
+        environment[native.ISA_VARIABLE] = isa
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_a_compiler_means_native_kernels() -> None:
+    """Holds shut: a build that fails and leaves lowlat slow, with every test here skipped."""
+    is_off = os.environ.get(native.ISA_VARIABLE) == native.OFF
+    if is_off or not (native.available() or any(map(shutil.which, COMPILERS))):
+        pytest.skip(native.reason())
+    assert native.available(), native.reason()
+    assert native.level() in native.levels()
+    assert native.levels()[-1] == "portable"
+
+
+@needs_native
+def test_the_environment_chooses_the_level() -> None:
+    code = "from lowlat.ops import native; print(native.level())"
+    assert run(code).stdout.strip() == LEVELS[0]
+    for level in LEVELS:
+        assert run(code, level).stdout.strip() == level
+
+
+@needs_native
+def test_an_unknown_level_is_the_users_error() -> None:
+    code = "from lowlat.ops import native; native.available()"
+    last = run(code, "avx1024").stderr.strip().splitlines()[-1]
+    names = ", ".join([*LEVELS, "none"])
+    assert last == (
+        f"lowlat.utils.errors.UserError: LOWLAT_ISA=avx1024 is none of the levels of this "
+        f"machine and build: {names}"
+    )
+    hidden = run(HIDE + code, "avx2").stderr
+    assert "UserError: LOWLAT_ISA=avx2 asks for native kernels" in hidden
+    assert "apt install g++" in hidden
+
+
+def test_without_the_module_models_run_and_say_once_that_they_are_slow() -> None:
+    result = run(HIDE + USE)
+    assert result.stdout.split() == ["1", "True", "True"], result.stderr
+    assert result.stderr.count("runs slow") == 1
+    assert "apt install g++" in result.stderr
+
+
+def test_turned_off_models_run_in_silence() -> None:
+    result = run(USE, "none")
+    assert result.stdout.split() == ["1", "True", "True"], result.stderr
+    assert result.stderr == ""
+
+
+@needs_native
+def test_with_the_module_models_use_it() -> None:
+    result = run(USE)
+    assert result.stdout.split() == ["1", "True", "False"], result.stderr
+
+
+@needs_native
+def test_threads_are_limited_by_processors() -> None:
+    before, most = native.threads(), native.processors()
+    assert 1 <= before <= most
+    try:
+        native.set_threads(1)
+        assert native.threads() == 1
+        native.set_threads(most)
+        assert native.threads() == most
+    finally:
+        native.set_threads(before)
+    for count in (0, most + 1):
+        with pytest.raises(UserError, match=f"{count} threads.* {most} "):
+            native.set_threads(count)
+
+
+@needs_native
+def test_default_threads_follow_openmp() -> None:
+    code = "from lowlat.ops import native; print(native.threads())"
+    assert run("import os; os.environ['OMP_NUM_THREADS'] = '1'\n" + code).stdout.strip() == "1"
+    unset = "import os; os.environ.pop('OMP_NUM_THREADS', None)\n"
+    assert run(unset + code).stdout.strip() == str(native.processors())
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({}, None),
+    ],
+)
+def test_container_limits(tmp_path: Path, files: dict[str, str], limit: int | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert native._cgroup_limit(tmp_path) == limit
+
+
+@needs_native
+def test_the_pool_may_be_replaced_and_shared() -> None:
+    """Callers on several threads, while another changes the pool under them."""
+    w, x = draw((300, 200), "normal", 1), draw((7, 200), "normal", 2)
+    matrix = native.module().Matrix.bf16(w)
+    expected = native_ops.linear(x, matrix)
+    failures: list[str] = []
+
+    def call() -> None:
+        for _ in range(200):
+            if not torch.equal(native_ops.linear(x, matrix), expected):
+                failures.append("other numbers")
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    with thread_count(2):
+        for caller in callers:
+            caller.start()
+        for count in (1, 3, 2, 4) * 5:
+            native.module().set_threads(count)
+        for caller in callers:
+            caller.join()
+    assert not failures
+
+
+@needs_native
+def test_a_forked_child_computes() -> None:
+    """Holds shut: a child that waits for threads only its parent has."""
+    code = """
+import os, torch
+from lowlat.ops import native, native_ops
+x = torch.ones(3, 64, dtype=torch.bfloat16)
+native.module().set_threads(2)
+matrix = native.module().Matrix.bf16(x)
+native_ops.linear(x, matrix)
+child = os.fork()
+if child == 0:
+    os._exit(0 if native_ops.linear(x, matrix)[0, 0] == 64 else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    result = run(code)
+    assert result.stdout.strip() == "0", result.stderr
+
+
+@needs_native
+def test_two_threads_step_one_model() -> None:
+    """Holds shut: a step that waits for Python's lock, held by one that waits for the model."""
+    code = """
+import threading, torch
+from fakes import mla_config, tiny_model
+from lowlat.attention.cache import PagedCache
+from lowlat.attention.metadata import AttentionBatch, SequenceSlice
+from lowlat.model.native import NativeModel
+config = mla_config()
+model = NativeModel(tiny_model(config, torch.bfloat16))
+results = []
+def steps():
+    cache = PagedCache(config, num_pages=1, page_size=16, dtype=torch.bfloat16)
+    batch = AttentionBatch.build([SequenceSlice(pages=(0,), start=0, length=9)], page_size=16)
+    for _ in range(100):
+        results.append(model.step(torch.arange(9), batch, cache, [8])[1])
+callers = [threading.Thread(target=steps) for _ in range(3)]
+for caller in callers:
+    caller.start()
+for caller in callers:
+    caller.join()
+print(len(results), all(torch.equal(result, results[0]) for result in results))
+"""
+    result = run(code)
+    assert result.stdout.split() == ["300", "True"], result.stderr
+
+
+@needs_native
+def test_the_stub_names_what_the_module_has() -> None:
+    stub = ast.parse((Path(native.__file__).parents[1] / "_native.pyi").read_text())
+    named = {
+        node.name: {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+        for node in stub.body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    }
+    module = native.module()
+    assert set(named) == {name for name in dir(module) if not name.startswith("_")}
+    for name, members in named.items():
+        for member in members:
+            assert hasattr(getattr(module, name), member), f"{name}.{member}"

@@ -1,0 +1,246 @@
+"""The native step against the modules it stands for: whole models, drawn configs, mixed batches."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from parity.draw import Case, all_cases
+from torch import Tensor, nn
+
+from lowlat.attention.cache import PagedCache
+from lowlat.attention.cached import CachedAttention
+from lowlat.attention.metadata import AttentionBatch, SequenceSlice
+from lowlat.config.hf import config_from_hf
+from lowlat.config.model import ModelConfig
+from lowlat.model.linear import Linear
+from lowlat.model.native import NativeModel, has_native_form
+from lowlat.model.quant import store_packed
+from lowlat.model.transformer import Transformer
+from lowlat.ops import native
+
+if not native.available():
+    pytest.skip(native.reason(), allow_module_level=True)
+
+PAGE_SIZE = 16
+TABLES = (tuple(range(20, 0, -2)), tuple(range(21, 41, 3)), tuple(range(1, 20, 2)))
+"""Pages of three sequences, scattered and out of order."""
+STEPS = (
+    ((0, 0, 29), (1, 0, 5)),
+    ((0, 29, 1), (2, 0, 70)),
+    ((0, 30, 7), (2, 70, 1), (1, 5, 1)),
+    ((2, 71, 19),),
+)
+"""(sequence, start, length) of each step: prompts, decoding and several tokens at once, mixed."""
+CASES = {case.name: case for index, case in enumerate(all_cases()) if index % 3 == 0}
+FEW = [CASES[name] for name in ("deepseek_v3-9", "deepseek_v2-5", "mistral-4")]
+"""MLA and a mixture, DeepSeek-V2's router, GQA with a window: what every level runs."""
+RUNS = [(case, native.levels()[0]) for case in CASES.values()] + [
+    (case, level) for level in native.levels()[1:] for case in FEW
+]
+
+
+def drawn_config(case: Case) -> ModelConfig:
+    fields = case.config.to_dict() | {"model_type": case.family}
+    fields.pop("mtp_mlp_layer_types", None)
+    return replace(config_from_hf(fields, source=case.name), num_nextn_predict_layers=0)
+
+
+def random_model(config: ModelConfig, seed: int) -> Transformer:
+    """bf16 weights of such size that every part of a layer counts."""
+    model = Transformer(config, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * drawn)
+            elif parameter.ndim == 1:
+                parameter.copy_(0.1 * drawn)
+            else:
+                # Routers that decide firmly: near ties would fall either way.
+                gain = 5.0 if name.endswith("gate.weight") else 1.2
+                width = 1.0 if "embed" in name else gain / math.sqrt(parameter.shape[-1])
+                parameter.copy_(width * drawn)
+    return model
+
+
+def new_cache(config: ModelConfig, dtype: torch.dtype) -> PagedCache:
+    return PagedCache(config, num_pages=48, page_size=PAGE_SIZE, dtype=dtype)
+
+
+def batch_of(step: Sequence[tuple[int, int, int]]) -> AttentionBatch:
+    slices = [SequenceSlice(pages=TABLES[s], start=start, length=n) for s, start, n in step]
+    return AttentionBatch.build(slices, page_size=PAGE_SIZE)
+
+
+def ids_of(config: ModelConfig, step: Sequence[tuple[int, int, int]]) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, config.vocab_size, (3, 100), generator=generator)
+    return torch.cat([ids[s, start : start + n] for s, start, n in step])
+
+
+def plain_logits(model: Transformer, break_even: float) -> Tensor:
+    cache = new_cache(model.config, model.embed_tokens.weight.dtype)
+    rows = []
+    for step in STEPS:
+        batch = batch_of(step)
+        backend = CachedAttention(cache, batch, break_even=break_even)
+        rows.append(model.logits(model(ids_of(model.config, step), batch.positions, backend)))
+    return torch.cat(rows).float()
+
+
+def native_logits(model: NativeModel, break_even: float) -> Tensor:
+    model.break_even = break_even
+    cache = new_cache(model.config, torch.bfloat16)
+    rows = []
+    for step in STEPS:
+        ids = ids_of(model.config, step)
+        rows.append(model.step(ids, batch_of(step), cache, list(range(len(ids))))[1])
+    return torch.cat(rows)
+
+
+def distances(logits: Tensor, reference: Tensor) -> Tensor:
+    """Per token, relative to the reference."""
+    return (logits - reference).norm(dim=-1) / reference.norm(dim=-1)
+
+
+@pytest.fixture
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    used = native.level()
+    native.module().set_level(request.param)
+    yield request.param
+    native.module().set_level(used)
+
+
+every_level = pytest.mark.parametrize("level", native.levels(), indirect=True)
+few_cases = pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
+
+
+@pytest.mark.parametrize(
+    ("case", "level"),
+    RUNS,
+    indirect=["level"],
+    ids=[f"{level}-{case.name}" for case, level in RUNS],
+)
+@torch.inference_mode()
+def test_logits_are_as_near_to_fp32_as_plain_bf16(case: Case, level: str) -> None:
+    """Rounding moves both by the same amount from fp32; a token whose router has a near tie may
+    jump in either, so typical tokens are compared in mixtures and all tokens in dense models."""
+    config = drawn_config(case)
+    model = random_model(config, case.seed)
+    assert has_native_form(model)
+    exact = Transformer(config, dtype=torch.float32)
+    exact.load_state_dict({name: p.float() for name, p in model.state_dict().items()})
+    compiled = NativeModel(model)
+    for break_even in (0.0, 2.0, math.inf):
+        reference = plain_logits(exact, break_even)
+        plain = distances(plain_logits(model, break_even), reference)
+        ours = distances(native_logits(compiled, break_even), reference)
+        assert ours.median() <= 1.4 * plain.median()
+        assert ours.median() < 0.03
+        if config.moe is None:
+            assert ours.max() <= 1.5 * plain.max()
+
+
+@every_level
+@few_cases
+@torch.inference_mode()
+def test_bits_do_not_depend_on_company_pages_or_threads(case: Case, level: str) -> None:
+    """Holds shut: a sum whose order follows the batch, the page table or the pool."""
+    config = drawn_config(case)
+    model = NativeModel(random_model(config, case.seed))
+    together = native_logits(model, 2.0)
+    caches = [new_cache(config, torch.bfloat16) for _ in TABLES]
+    used = native.threads()
+    native.set_threads(1)
+    end = 0
+    for step in STEPS:
+        for s, start, length in step:
+            pages = tuple(range(len(TABLES[s])))
+            item = SequenceSlice(pages=pages, start=start, length=length)
+            batch = AttentionBatch.build([item], page_size=PAGE_SIZE)
+            ids = ids_of(config, [(s, start, length)])
+            own = model.step(ids, batch, caches[s], list(range(length)))[1]
+            assert torch.equal(own, together[end : end + length])
+            end += length
+    native.set_threads(used)
+    assert end == len(together)
+
+
+@torch.inference_mode()
+def test_wanted_logits_come_in_the_order_asked_for() -> None:
+    """Of a step that is two calls: a stream of one token, and a chunk of 70."""
+    config = drawn_config(FEW[0])
+    model = NativeModel(random_model(config, FEW[0].seed))
+    step = STEPS[1]
+    ids, batch = ids_of(config, step), batch_of(step)
+    wanted = [70, 0, 69, 3]
+
+    def run(rows: list[int]) -> tuple[Tensor, Tensor]:
+        return model.step(ids, batch, new_cache(config, torch.bfloat16), rows)
+
+    (hidden, every_row), (same, some), (_, none) = run(list(range(71))), run(wanted), run([])
+    assert torch.equal(same, hidden) and torch.equal(some, every_row[wanted])
+    assert none.shape == (0, config.vocab_size)
+
+
+def packed_and_plain(config: ModelConfig, seed: int, dtype: str) -> tuple[Transformer, Transformer]:
+    """A random model packed as int8 or int4, and the bf16 model of its values.
+
+    Scales of kv_b_proj are powers of two: it is multiplied before its scales are.
+    """
+    packed, plain = random_model(config, seed), random_model(config, seed)
+    for model in (packed, plain):
+        model.add_head()
+    plain_linears = {name: m for name, m in plain.named_modules() if isinstance(m, Linear)}
+    for name, linear in store_packed(packed, dtype).items():
+        twin = plain_linears[name.removesuffix(".weight")]
+        drawn = plain.embed_tokens.weight if name == "lm_head.weight" else twin.weight
+        if linear.storage == "int8_rows":
+            drawn = torch.randint(-127, 128, drawn.shape) / 256
+            drawn[:, 0] = 127 / 256
+            drawn[::3] /= 4
+        for part, value in linear.pack(drawn.float()).items():
+            setattr(linear, part, nn.Parameter(value, requires_grad=False))
+        twin.weight.copy_(linear.dense_weight(torch.bfloat16))
+    return packed, plain
+
+
+@every_level
+@few_cases
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@torch.inference_mode()
+def test_packed_chunks_give_the_bits_of_bf16(
+    case: Case, dtype: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long chunks multiply by the values rounded to bf16, whatever they are stored in."""
+    monkeypatch.setattr("lowlat.model.native.STREAM_TOKENS", 0)
+    packed, plain = packed_and_plain(drawn_config(case), case.seed, dtype)
+    assert has_native_form(packed)
+    logits = native_logits(NativeModel(packed), 2.0)
+    assert logits.isfinite().all()
+    assert torch.equal(logits, native_logits(NativeModel(plain), 2.0))
+
+
+@every_level
+@few_cases
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@torch.inference_mode()
+def test_packed_logits_are_as_near_to_fp32_as_bf16(case: Case, dtype: str, level: str) -> None:
+    """Streams do not even round the values to bf16."""
+    config = drawn_config(case)
+    packed, plain = packed_and_plain(config, case.seed, dtype)
+    exact = Transformer(config, dtype=torch.float32)
+    exact.add_head()
+    state = {name: value.float() for name, value in plain.state_dict().items()}
+    for name, linear in packed.named_modules():
+        if isinstance(linear, Linear):
+            state[f"{name}.weight"] = linear.dense_weight(torch.float32)
+    exact.load_state_dict(state)
+    reference = plain_logits(exact, 2.0)
+    bf16 = distances(native_logits(NativeModel(plain), 2.0), reference)
+    ours = distances(native_logits(NativeModel(packed), 2.0), reference)
+    assert ours.median() <= 1.2 * bf16.median()
+    assert ours.median() < 0.03

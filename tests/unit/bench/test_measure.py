@@ -1,0 +1,73 @@
+"""Rounds, turns, medians: who is measured when, and what becomes of refusals."""
+
+from typing import Any
+
+import pytest
+
+from lowlat.bench import measure
+from lowlat.bench.plan import Cell
+from lowlat.bench.worker import Refused, Worker
+from lowlat.utils.progress import SilentProgress
+
+PROMPT, STEP = Cell(kind="prefill", tokens=100), Cell(kind="decode", tokens=50)
+
+
+class Scripted(Worker):
+    """Answers from a list of seconds, and writes itself into a common diary."""
+
+    def __init__(self, name: str, diary: list[str], seconds: list[float]) -> None:
+        self.name, self.diary, self.script = name, diary, seconds
+
+    def ask(self, op: str, *, timeout: float = 0.0, **arguments: Any) -> dict[str, Any]:
+        self.diary.append(f"{self.name} {op}")
+        if op == "measure":
+            return {"bandwidth": self.script.pop(0)}
+        took = self.script.pop(0)
+        if took < 0:
+            raise Refused("too much for it")
+        if op == "prefill":
+            return {"seconds": took, "peak_bytes": int(took * 100)}
+        return {"step_seconds": [took, took]}
+
+
+def run(
+    scripts: dict[str, list[float]], cells: list[Cell], rounds: int
+) -> tuple[list[measure.Row], list[dict[str, float]], list[str]]:
+    diary: list[str] = []
+    workers = [(name, Scripted(name, diary, script)) for name, script in scripts.items()]
+    machine = Scripted("machine", diary, [1.0, 9.0, 4.0][:rounds])
+    rows, rates = measure.measure(workers, cells, machine, rounds, SilentProgress())
+    return rows, rates, diary
+
+
+def test_programs_take_turns_within_each_cell() -> None:
+    _, _, diary = run({"a": [1.0] * 4, "b": [1.0] * 4}, [PROMPT, STEP], 2)
+    assert diary == [
+        *("machine measure", "a prefill", "b prefill", "a decode", "b decode"),
+        *("machine measure", "b prefill", "a prefill", "b decode", "a decode"),
+    ]
+
+
+def test_medians_and_spread() -> None:
+    (prompt, step), rates, _ = run({"a": [1.0, 0.5, 2.0, 0.5, 4.0, 0.5]}, [PROMPT, STEP], 3)
+    assert prompt.median == 50.0 and prompt.spread == (100 - 25) / 50
+    assert prompt.peak_bytes == 400
+    assert step.median == 2.0 and step.spread == 0.0 and step.peak_bytes is None
+    assert measure.median_rates(rates) == {"bandwidth": 4.0}
+
+
+def test_a_refusal_is_kept_and_not_repeated() -> None:
+    rows, _, diary = run({"a": [1.0, 1.0], "b": [-1.0]}, [PROMPT], 2)
+    assert rows[1].reason == "too much for it" and rows[1].median is None
+    assert diary.count("b prefill") == 1
+
+
+def test_earlier_samples_survive_a_later_refusal() -> None:
+    (row,), _, _ = run({"a": [2.0, -1.0]}, [PROMPT], 3)
+    assert row.median == 50.0 and row.reason == "too much for it"
+
+
+def test_long_cells_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "CELL_SECONDS", 10.0)
+    (row,), _, _ = run({"a": [6.0, 6.0]}, [PROMPT], 3)
+    assert len(row.samples) == 2 and row.reason is None

@@ -1,0 +1,53 @@
+"""The options of a run: what is refused, by name."""
+
+import sys
+
+import pytest
+
+from lowlat.bench.plan import Cell, Peer, make_plan, parse_lengths, parse_peers, usable_cores
+from lowlat.utils.errors import UserError
+
+
+def test_a_plan_has_prompts_first_and_rising() -> None:
+    plan = make_plan(prefill="300, 64", decode="7", threads=1)
+    assert plan.cells == (
+        Cell(kind="prefill", tokens=64),
+        Cell(kind="prefill", tokens=300),
+        Cell(kind="decode", tokens=7),
+    )
+    assert plan.context == 300
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"dtype": "int3"}, "--dtype 'int3'"),
+        ({"cache": "fp4"}, "--cache 'fp4'"),
+        ({"prefill": "", "decode": ""}, "both empty"),
+        ({"prefill": "12,x"}, "--prefill 'x'"),
+        ({"decode": "0"}, "--decode '0'"),
+        ({"decode": "-5"}, "--decode '-5'"),
+        ({"decode": "9999999"}, "--decode '9999999'"),
+        ({"rounds": 0}, "--rounds 0"),
+        ({"threads": 0}, "--threads 0"),
+        ({"threads": usable_cores() + 1}, f"offers {usable_cores()} cores"),
+        ({"peers": "ollama"}, "--peers 'ollama'"),
+        ({"peers": "vllm,vllm"}, "names vllm twice"),
+        ({"peers": "vllm=/no/such/python"}, "/no/such/python"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, object], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        make_plan(**options)  # pyright: ignore[reportArgumentType]
+
+
+def test_lengths_are_sorted_and_single() -> None:
+    assert parse_lengths("--decode", "512,128,512,") == [128, 512]
+
+
+def test_peers_have_an_interpreter() -> None:
+    assert parse_peers(f"transformers, llama.cpp={sys.executable}") == (
+        Peer(name="transformers", python=sys.executable),
+        Peer(name="llama.cpp", python=sys.executable),
+    )
+    assert parse_peers("") == ()

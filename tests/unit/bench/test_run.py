@@ -1,0 +1,78 @@
+"""A whole run on a small random checkpoint: lowlat's real worker beside fake peers."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowlat.bench import run
+from lowlat.bench.check import Checked, relative_error, top_difference
+from lowlat.bench.plan import make_plan
+from lowlat.bench.programs import MODULES
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import SilentProgress
+
+from .benchmarks import random_checkpoint
+from .test_measure import Scripted
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    random_checkpoint().write("tiny", folder, seed=0)
+    return folder
+
+
+@pytest.fixture
+def fakes_only(fake_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every peer is the fake program; the machine is measured by a fake too."""
+    monkeypatch.setitem(MODULES, "transformers", "fake_worker")
+    monkeypatch.setattr(run, "CALIBRATION", "fake_calibration")
+
+
+def test_lowlat_alone_from_plan_to_report(fakes_only: None, checkpoint: Path) -> None:
+    plan = make_plan(prefill="20", decode="9,600", dtype="bf16", threads=1, rounds=2)
+    report = run.bench(str(checkpoint), plan, SilentProgress())
+    assert [(r["kind"], r["tokens"], len(r["samples"])) for r in report["rows"]] == [
+        ("prefill", 20, 2),
+        ("decode", 9, 2),
+        ("decode", 600, 2),
+    ]
+    assert all(0 < row["share_of_roofline"] < 1 for row in report["rows"])
+    assert report["model"]["cache_bytes_per_token"] == 3 * (64 + 32) * 2
+    assert 0 < report["programs"]["lowlat"]["error_against_fp32"] < 0.1
+    assert len(report["start_to_first_token"]["lowlat"]["samples"]) == 2
+
+
+def test_programs_that_disagree_are_not_timed(fakes_only: None, checkpoint: Path) -> None:
+    plan = make_plan(prefill="20", decode="", peers=f"transformers={sys.executable}", threads=1)
+    with pytest.raises(UserError, match="transformers and lowlat disagree in fp32"):
+        run.bench(str(checkpoint), plan, SilentProgress())
+
+
+def test_contexts_beyond_the_model_are_refused_at_once(checkpoint: Path) -> None:
+    plan = make_plan(prefill="", decode="16385", threads=1)
+    with pytest.raises(UserError, match=r"16,385 tokens exceed .* of 16,384"):
+        run.bench(str(checkpoint), plan, SilentProgress())
+
+
+def test_relative_error_is_of_root_mean_squares() -> None:
+    expected = np.array([[3.0, 4.0]], np.float32)
+    assert relative_error(expected * 1.1, expected) == pytest.approx(0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize(("shift", "agrees"), [(0.05, True), (0.2, False)])
+def test_likeliest_tokens_are_compared_in_nats(
+    monkeypatch: pytest.MonkeyPatch, shift: float, agrees: bool
+) -> None:
+    logits = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], np.float32))
+    checked = Checked(ids=[0, 1], reference=logits, differences={})
+    worker = Scripted("vllm", [], [])
+    answer = {"logprobs": {"0": float(np.log(0.9)) - shift}}
+    monkeypatch.setattr(worker, "ask", lambda op, **_: answer)
+    if agrees:
+        assert top_difference(worker, checked) == pytest.approx(shift, abs=1e-6)
+    else:
+        with pytest.raises(UserError, match="vllm and lowlat disagree"):
+            top_difference(worker, checked)

@@ -1,0 +1,41 @@
+"""The memory a process may use, from a tree of files like Linux's."""
+
+from pathlib import Path
+
+from lowlat.utils.memory import memory_limit
+
+
+def written(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_without_groups_it_is_the_machines(tmp_path: Path) -> None:
+    assert memory_limit(tmp_path) == memory_limit(tmp_path / "absent") > 2**28
+
+
+def test_a_limit_of_the_own_group_counts(tmp_path: Path) -> None:
+    """Holds shut: reading the topmost group's limit only, which a process outside a container does
+    not live in."""
+    first = written(
+        tmp_path / "one",
+        {
+            "proc/self/cgroup": "4:memory:/a/b\n3:cpu,cpuacct:/a\n0::/\n",
+            "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "1000\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+        },
+    )
+    second = written(
+        tmp_path / "two",
+        {"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/memory.max": "2000\n"},
+    )
+    assert (memory_limit(first), memory_limit(second)) == (1000, 2000)
+
+
+def test_a_containers_limit_counts_and_max_is_none(tmp_path: Path) -> None:
+    root = written(tmp_path, {"sys/fs/cgroup/memory.max": "3000\n"})
+    assert memory_limit(root) == 3000
+    written(tmp_path, {"sys/fs/cgroup/memory.max": "max\n"})
+    assert memory_limit(root) > 2**28
