@@ -51,37 +51,43 @@ struct ScoreScratch {
   bf16* weights;
 };
 
+// The scaled scores of one row, -inf where its query may not look.
+inline void visible_scores(const Queries& q, std::int64_t r, std::int64_t start, float scale, const float* scores,
+                           F (&row)[4]) {
+  for (int i = 0; i < 4; ++i) row[i] = mul(load(scores + 16 * i), set1(scale));
+  if (q.first[r] <= start && q.last[r] >= start + kKeyBlock) return;
+  const F first = set1(static_cast<float>(most(-1, least(q.first[r] - start, kKeyBlock))));
+  const F last = set1(static_cast<float>(most(-1, least(q.last[r] - start, kKeyBlock))));
+  for (int i = 0; i < 4; ++i) {
+    const F key = add(lane_numbers(), set1(16.0f * static_cast<float>(i)));
+    row[i] = within(row[i], key, first, last, set1(kNone));
+  }
+}
+
 // Scores of the block that starts at `start` become weights in bf16, zero where a query may not look, and are folded
 // into the state.
 inline void block_softmax(const Queries& q, std::int64_t start, float scale, const ScoreScratch& scratch,
                           const SoftmaxState& state) {
-  const F steps = lane_numbers();
   for (std::int64_t r = 0; r < q.rows; ++r) {
-    const float* scores = scratch.scores + r * kKeyBlock;
-    const float first = static_cast<float>(most(-1, least(q.first[r] - start, kKeyBlock)));
-    const float last = static_cast<float>(most(-1, least(q.last[r] - start, kKeyBlock)));
     F row[4];
-    F best = set1(kNone);
-    for (int i = 0; i < 4; ++i) {
-      const F key = add(steps, set1(16.0f * static_cast<float>(i)));
-      row[i] = within(mul(load(scores + 16 * i), set1(scale)), key, set1(first), set1(last), set1(kNone));
-      best = max(best, row[i]);
+    visible_scores(q, r, start, scale, scratch.scores + r * kKeyBlock, row);
+    const float best = largest(max(max(row[0], row[1]), max(row[2], row[3])));
+    const float before = state.top[r], top = std::fmax(before, best);
+    const F base = set1(top == kNone ? 0.0f : top);
+    for (int i = 0; i < 4; ++i) row[i] = exp_of_negative(sub(row[i], base));
+    bf16* weights = scratch.weights + r * kKeyBlock;
+    store_pairs(weights, pairs_in_order(row[0], row[1]));
+    store_pairs(weights + 32, pairs_in_order(row[2], row[3]));
+    const float total = sum(add(add(row[0], row[1]), add(row[2], row[3])));
+    if (top == before) {
+      state.total[r] += total;
+      continue;
     }
-    const float top = std::fmax(state.top[r], largest(best));
-    const float base = top == kNone ? 0.0f : top;
-    F total = zero();
-    for (int i = 0; i < 4; ++i) {
-      bf16* weights = scratch.weights + r * kKeyBlock + 16 * i;
-      store_bf16(weights, exp_or_zero(sub(row[i], set1(base))));
-      total = add(total, load_bf16(weights));
-    }
-    const float keep = state.top[r] == kNone ? 0.0f : scalar_exp(state.top[r] - base);
+    const float keep = before == kNone ? 0.0f : scalar_exp(before - top);
     state.top[r] = top;
-    state.total[r] = state.total[r] * keep + sum(total);
-    if (keep != 1.0f) {
-      float* values = state.values + r * state.stride;
-      for (std::int64_t c = 0; c < state.stride; c += 16) store(values + c, mul(load(values + c), set1(keep)));
-    }
+    state.total[r] = state.total[r] * keep + total;
+    float* values = state.values + r * state.stride;
+    for (std::int64_t c = 0; c < state.stride; c += 16) store(values + c, mul(load(values + c), set1(keep)));
   }
 }
 

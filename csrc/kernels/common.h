@@ -45,13 +45,22 @@ inline F exp(F x) {
   return scale2(p, n);
 }
 
-// e^x, exactly 0 for x below -87, -inf included.
+// e^x, exactly 0 for x below -87.
 inline F exp_or_zero(F x) { return zero_below(exp(x), x, set1(-87.0f)); }
+
+// e^x for x <= 0 to 3e-6, exactly 0 below -87, -inf included; NaN stays.
+inline F exp_of_negative(F x) {
+  const F n = round_even(mul(x, set1(1.44269504f)));
+  const F r = fma(n, set1(-0.693147181f), x);
+  F p = set1(1.0f / 120);
+  for (const float c : {1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, set1(c));
+  return zero_below(scale2(p, n), x, set1(-87.0f));
+}
 
 // The same for one number: the bits of a lane.
 inline float scalar_exp(float x) {
   alignas(64) float lanes[16];
-  store(lanes, exp_or_zero(set1(x)));
+  store(lanes, exp_of_negative(set1(x)));
   return lanes[0];
 }
 

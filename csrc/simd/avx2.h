@@ -157,6 +157,8 @@ inline P pairs_of_fp8(const std::uint8_t* p, float scale) {
   return {to_bf16({widen(p), widen(p + 8)}), to_bf16({widen(p + 16), widen(p + 24)})};
 }
 
+// 32 values rounded to bf16, in their order.
+inline P pairs_in_order(F first, F last) { return {to_bf16(first), to_bf16(last)}; }
 // Pairs (even[i], odd[i]) rounded to bf16.
 inline P pairs_of(F even, F odd) {
   const __m256i low = to_bf16(even), high = to_bf16(odd);

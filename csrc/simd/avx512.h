@@ -108,6 +108,10 @@ inline P pairs_of_fp8(const std::uint8_t* p, float scale) {
   return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(widen(p + 16), widen(p)))};
 }
 
+// 32 values rounded to bf16, in their order, for values that are not subnormal.
+inline P pairs_in_order(F first, F last) {
+  return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(last.v, first.v))};
+}
 // Pairs (even[i], odd[i]) rounded to bf16, for values that are neither subnormal nor NaN.
 inline P pairs_of(F even, F odd) {
   alignas(64) static constexpr std::uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,

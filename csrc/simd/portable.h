@@ -186,6 +186,13 @@ inline P pairs_of_fp8(const std::uint8_t* p, float scale) {
   return lanes<P>([&](int i) { return number(p[2 * i]) | number(p[2 * i + 1]) << 16; });
 }
 
+// 32 values rounded to bf16, in their order.
+inline P pairs_in_order(F first, F last) {
+  return lanes<P>([&](int i) {
+    const float* values = i < 8 ? first.v + 2 * i : last.v + 2 * i - 16;
+    return rounded(values[0]) | static_cast<std::uint32_t>(rounded(values[1])) << 16;
+  });
+}
 // Pairs (even[i], odd[i]) rounded to bf16.
 inline P pairs_of(F even, F odd) {
   return lanes<P>([&](int i) { return rounded(even.v[i]) | static_cast<std::uint32_t>(rounded(odd.v[i])) << 16; });

@@ -14,7 +14,7 @@ from lowlat.engine.sampler import Sampled, SequenceSampler, sample
 from lowlat.engine.scheduler import Scheduler, Work
 from lowlat.utils.errors import UserError
 
-PREFILL_CHUNK = 512
+PREFILL_CHUNK = 1024
 MAX_SEQUENCES = 128
 
 

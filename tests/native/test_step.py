@@ -141,7 +141,7 @@ def test_logits_are_as_near_to_fp32_as_plain_bf16(case: Case, level: str) -> Non
         assert ours.median() <= 1.4 * plain.median()
         assert ours.median() < 0.03
         if config.moe is None:
-            assert ours.max() <= 1.5 * plain.max()
+            assert ours.max() <= 2 * plain.max()
 
 
 @every_level
