@@ -19,9 +19,9 @@ inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_
   multiply_by_tiles(panels, tiles, tile_step, count, x, stride, rows, out, out_stride, adds);
 }
 
-inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, const Activations& x, Panel* panels,
-                          float* out, std::int64_t out_stride) {
-  if (x.is_stream) return multiply_rows_by_dots(w, first, last, x, panels, out, out_stride);
+inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
+                          Panel* panels, float* out, std::int64_t out_stride) {
+  if (x.is_stream) return multiply_rows_by_dots(w, first, last, next, x, panels, out, out_stride);
   multiply_rows_by_tiles(w, first, last, x, panels, out, out_stride);
 }
 
@@ -32,9 +32,9 @@ inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_
   multiply_by_dots(panels, tiles, tile_step, count, x, stride, rows, out, out_stride, adds);
 }
 
-inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, const Activations& x, Panel* panels,
-                          float* out, std::int64_t out_stride) {
-  multiply_rows_by_dots(w, first, last, x, panels, out, out_stride);
+inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
+                          Panel* panels, float* out, std::int64_t out_stride) {
+  multiply_rows_by_dots(w, first, last, next, x, panels, out, out_stride);
 }
 
 // Nothing to set up or to give back.
@@ -61,16 +61,17 @@ inline void scale_rows(const Matrix& w, std::int64_t tile, std::int64_t rows, fl
 inline bool is_zero(const Matrix& w, std::int64_t tile) { return w.occupied != nullptr && w.occupied[tile] == 0; }
 
 // out[r][lane] = x[r] . w[32 strip + lane] for all rows of x; out [x.rows, 32]. `panels` has room for strip_panels(w).
-inline void multiply_strip(const Matrix& w, std::int64_t strip, const Activations& x, Panel* panels, float* out) {
+inline void multiply_strip(const Matrix& w, std::int64_t strip, const Activations& x, Panel* panels, float* out,
+                           NextTile next = {}) {
   if (x.rows == 0) return;
   const std::int64_t first = 2 * strip, last = least(first + 2, w.tiles());
   if (!is_zero(w, first) && !is_zero(w, last - 1)) {
-    multiply_rows(w, first, last, x, panels, out, kStrip);
+    multiply_rows(w, first, last, next, x, panels, out, kStrip);
   } else {
     for (std::int64_t tile = first; tile < last; ++tile) {
       float* to = out + (tile - first) * kTile;
       if (!is_zero(w, tile)) {
-        multiply_rows(w, tile, tile + 1, x, panels, to, kStrip);
+        multiply_rows(w, tile, tile + 1, next, x, panels, to, kStrip);
       } else {
         for (std::int64_t r = 0; r < x.rows; ++r) store(to + r * kStrip, zero());
       }

@@ -50,14 +50,14 @@ inline void gather_rows(const Pass& pass, std::int64_t routed) {
 }
 
 // silu(gate x) * up x for one strip of an MLP's inner channels.
-inline void make_inner_strip(const Pass& pass, const ExpertRows& e, std::int64_t strip) {
+inline void make_inner_strip(const Pass& pass, const ExpertRows& e, std::int64_t strip, bool goes_on) {
   const Activations x = inputs_of(pass, e);
   const Matrix &gate = e.mlp->gate.weight, &up = e.mlp->up.weight;
   float* g = pass.strip_out(e.rows, 0);
   float* u = pass.strip_out(e.rows, 1);
   Panel* panels = pass.panels(gate);
-  multiply_strip(gate, strip, x, panels, g);
-  multiply_strip(up, strip, x, panels, u);
+  multiply_strip(gate, strip, x, panels, g, {&up, 2 * strip});
+  multiply_strip(up, strip, x, panels, u, next_strip(gate, strip, goes_on));
   const Activations inner = pass.work.inner.from(e.first);
   each_half(strip, gate.rows, [&](std::int64_t column, int lane, std::int64_t count) {
     for (std::int64_t r = 0; r < e.rows; ++r) {
@@ -73,10 +73,10 @@ inline void make_inner_rows(const Pass& pass) {
   const Workspace& work = pass.work;
   std::int64_t strips = 0;
   for (const ExpertRows& e : work.expert_rows) strips += num_strips(e.mlp->gate.weight);
-  pass.each(strips, [&](std::int64_t strip) {
+  pass.each_in_turn(strips, [&](std::int64_t strip, bool goes_on) {
     const ExpertRows* e = work.expert_rows.data();
     while (strip >= num_strips(e->mlp->gate.weight)) strip -= num_strips((e++)->mlp->gate.weight);
-    make_inner_strip(pass, *e, strip);
+    make_inner_strip(pass, *e, strip, goes_on);
   });
 }
 
@@ -93,7 +93,9 @@ inline void add_down_strip(const Pass& pass, std::int64_t strip) {
     Activations inner = work.inner.from(e.first);
     inner.rows = e.rows;
     float* out = pass.strip_out(e.rows, 0);
-    multiply_strip(down, strip, inner, pass.panels(down), out);
+    const bool is_last = &e == &work.expert_rows.back();
+    const NextTile next = is_last ? NextTile{} : NextTile{&(&e + 1)->mlp->down.weight, 2 * strip};
+    multiply_strip(down, strip, inner, pass.panels(down), out, next);
     if (!e.is_routed) {
       plain = out;
       continue;

@@ -37,7 +37,7 @@ inline void multiply_by_dots(const Panel* panels, std::int64_t tiles, std::int64
 }
 
 // One tile for at most 12 rows, with panels made on the way: where reading the weights is all the time.
-inline void multiply_stream(const Matrix& w, std::int64_t tile, const Activations& x, float* out,
+inline void multiply_stream(const Matrix& w, std::int64_t tile, NextTile next, const Activations& x, float* out,
                             std::int64_t out_stride) {
   with_tokens(x.rows, [&]<int T>() {
     F even[T], odd[T];
@@ -45,7 +45,7 @@ inline void multiply_stream(const Matrix& w, std::int64_t tile, const Activation
     for (std::int64_t i = 0; i < num_panels(w.columns); ++i) {
       Panel panel;
       load_panel(w, tile, i, panel);
-      prefetch_panel(w, tile + 1, i, false);
+      if (next.w != nullptr) prefetch_panel(*next.w, next.tile, i, false);
       dot_panel<T>(panel, x.values + i * kColumns, x.stride, even, odd);
     }
     for (int t = 0; t < T; ++t) store(out + t * out_stride, add(even[t], odd[t]));
@@ -160,15 +160,15 @@ inline void stream_tiles(const Matrix& w, std::int64_t first, std::int64_t last,
 // --- any storage --------------------------------------------------------------------------------------------------------
 
 // Tiles [first, last) of y = x W^T by dot products. `panels` has room for a tile.
-inline void multiply_rows_by_dots(const Matrix& w, std::int64_t first, std::int64_t last, const Activations& x,
-                                  Panel* panels, float* out, std::int64_t out_stride) {
+inline void multiply_rows_by_dots(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next,
+                                  const Activations& x, Panel* panels, float* out, std::int64_t out_stride) {
   if (x.is_stream && w.is_tiled()) {
     return stream_tiles(w, first, last, x, reinterpret_cast<float*>(panels), out, out_stride);
   }
   const std::int64_t count = num_panels(w.columns);
   for (std::int64_t tile = first; tile < last; ++tile, out += kTile) {
     if (x.rows <= kTokens) {
-      multiply_stream(w, tile, x, out, out_stride);
+      multiply_stream(w, tile, tile + 1 < last ? NextTile{&w, tile + 1} : next, x, out, out_stride);
     } else {
       load_panels(w, tile, panels);
       multiply_by_dots(panels, 1, count, count, x.values, x.stride, x.rows, out, out_stride, false);

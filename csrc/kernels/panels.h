@@ -29,6 +29,12 @@ inline std::int64_t even_block(std::int64_t rows) {
 // 16 vectors: lane r of vector j is pair j of weight row r.
 using Panel = P[16];
 
+// The tile that is read after this one, to be asked for early; none where w is null.
+struct NextTile {
+  const Matrix* w = nullptr;
+  std::int64_t tile = 0;
+};
+
 // Columns [column, column + 32) of a row as bf16 pairs; zero beyond the last column.
 inline P row_pairs(const Matrix& w, std::int64_t row, std::int64_t column) {
   const std::int64_t count = least(kColumns, w.columns - column);
@@ -118,6 +124,12 @@ inline void load_panels(const Matrix& w, std::int64_t tile, Panel* panels, const
   }
 }
 
+// Asks for the columns of a row from `column` on.
+inline void prefetch_row(const Matrix& w, std::int64_t row, std::int64_t column) {
+  if (column >= w.columns) return;
+  prefetch(static_cast<const char*>(w.data) + (row * w.stride + column) * w.element_bytes());
+}
+
 // Panels of W^T: 16 channels (columns of W) against all its rows in pairs. Two neighbours are made at once, as 32
 // channels are one cache line: panel i of channel block b lies at panels[b * num_panels(rows) + i].
 inline void load_turned_panels(const Matrix& w, std::int64_t first_channel, std::int64_t first_row, std::int64_t rows,
@@ -126,6 +138,8 @@ inline void load_turned_panels(const Matrix& w, std::int64_t first_channel, std:
   for (std::int64_t i = 0; i < count; ++i) {
     for (int j = 0; j < 16; ++j) {
       const std::int64_t row = i * 32 + 2 * j;
+      if (row < rows) prefetch_row(w, first_row + row, first_channel + kColumns);
+      if (row + 1 < rows) prefetch_row(w, first_row + row + 1, first_channel + kColumns);
       const P a = row < rows ? row_pairs(w, first_row + row, first_channel) : zero_pairs();
       const P b = row + 1 < rows ? row_pairs(w, first_row + row + 1, first_channel) : zero_pairs();
       interleave(a, b, panels[i][j], panels[count + i][j]);

@@ -23,9 +23,15 @@ struct Pass {
   // body(item) for every item of [0, count), on any thread.
   template <class Body>
   void each(std::int64_t count, Body&& body) const {
-    const std::int64_t chunk = most(1, least(16, count / (8 * team.threads())));
+    each_in_turn(count, [&](std::int64_t item, bool) { body(item); });
+  }
+
+  // The same with body(item, goes_on): whether this thread does item + 1, too.
+  template <class Body>
+  void each_in_turn(std::int64_t count, Body&& body) const {
+    const std::int64_t chunk = most(1, least(16, count / (4 * team.threads())));
     team.for_chunks(count, chunk, [&](std::int64_t first, std::int64_t last) {
-      for (std::int64_t item = first; item < last; ++item) body(item);
+      for (std::int64_t item = first; item < last; ++item) body(item, item + 1 < last);
     });
   }
 
@@ -69,6 +75,11 @@ inline void store_lanes(const float* out, const float* bias, std::int64_t count,
   for (std::int64_t r = 0; r < rows; ++r) store_bf16(y + r * stride, add(load(out + r * kStrip), b), count);
 }
 
+// The first tile of the strip after this one, if the thread goes on to it.
+inline NextTile next_strip(const Matrix& w, std::int64_t strip, bool goes_on) {
+  return goes_on ? NextTile{&w, 2 * (strip + 1)} : NextTile{};
+}
+
 // y = x W^T + b, in bf16.
 struct Product {
   const Projection* projection;
@@ -81,13 +92,13 @@ struct Product {
 inline void multiply_all(const Pass& pass, std::initializer_list<Product> products) {
   std::int64_t strips = 0;
   for (const Product& p : products) strips += num_strips(p.projection->weight);
-  pass.each(strips, [&](std::int64_t strip) {
+  pass.each_in_turn(strips, [&](std::int64_t strip, bool goes_on) {
     const Product* p = products.begin();
     while (strip >= num_strips(p->projection->weight)) strip -= num_strips((p++)->projection->weight);
     const Matrix& w = p->projection->weight;
     const float* bias = p->projection->bias;
     float* out = pass.strip_out(p->x->rows);
-    multiply_strip(w, strip, *p->x, pass.panels(w), out);
+    multiply_strip(w, strip, *p->x, pass.panels(w), out, next_strip(w, strip, goes_on));
     each_half(strip, w.rows, [&](std::int64_t column, int lane, std::int64_t count) {
       store_lanes(out + lane, bias == nullptr ? nullptr : bias + column, count, p->x->rows, p->y + column, p->stride);
     });
@@ -97,9 +108,9 @@ inline void multiply_all(const Pass& pass, std::initializer_list<Product> produc
 // x += y W^T + b for the residual x.
 inline void multiply_into_residual(const Pass& pass, const Projection& p, const Activations& y) {
   Workspace& work = pass.work;
-  pass.each(num_strips(p.weight), [&](std::int64_t strip) {
+  pass.each_in_turn(num_strips(p.weight), [&](std::int64_t strip, bool goes_on) {
     float* out = pass.strip_out(y.rows);
-    multiply_strip(p.weight, strip, y, pass.panels(p.weight), out);
+    multiply_strip(p.weight, strip, y, pass.panels(p.weight), out, next_strip(p.weight, strip, goes_on));
     each_half(strip, p.weight.rows, [&](std::int64_t column, int lane, std::int64_t count) {
       const F bias = p.bias == nullptr ? zero() : load(p.bias + column, count);
       for (std::int64_t r = 0; r < y.rows; ++r) {
