@@ -43,13 +43,22 @@ struct Queries {
   std::int64_t rows;
   const std::int64_t* first;
   const std::int64_t* last;
+  const Panel* panels = nullptr;  // the rows as panels, where they take the place of weights
 };
 
 // What a block of scores needs: kKeyBlock of fp32 and of bf16 for every query row.
 struct ScoreScratch {
   float* scores;
   bf16* weights;
+  float* turned = nullptr;  // where q.panels are used
 };
+
+// Whether scores are taken with the queries in the place of weights: cached rows are then read as they lie, where they
+// would have to be turned otherwise. The bits are the same. Worth it for whole tiles of queries; rows of keys must be
+// readable in whole steps of 32.
+inline bool takes_query_panels(std::int64_t rows, std::int64_t key_dim) {
+  return key_dim % kColumns == 0 && (rows % kTile == 0 || rows > 2 * kTile);
+}
 
 // The scaled scores of one row, -inf where its query may not look.
 inline void visible_scores(const Queries& q, std::int64_t r, std::int64_t start, float scale, const float* scores,
@@ -94,18 +103,45 @@ inline void block_softmax(const Queries& q, std::int64_t start, float scale, con
 // Panels attend() may need: two tiles of keys, or two blocks of 16 channels of values.
 inline std::int64_t attend_panels(std::int64_t key_dim) { return most(2 * num_panels(key_dim), 4); }
 
-// Folds one block of keys into the state of all query rows.
-inline void attend(const Queries& q, const KeyBlock& block, std::int64_t start, float scale, Panel* panels,
-                   const ScoreScratch& scratch, const SoftmaxState& state) {
-  const std::int64_t keys = block.keys.rows;
+// Scores of a block with the queries as panels: key by query, then turned 16 by 16.
+inline void turned_scores(const Queries& q, const KeyBlock& block, const ScoreScratch& scratch) {
+  const std::int64_t width = num_panels(block.keys.columns), tiles = (q.rows + kTile - 1) / kTile;
+  for (std::int64_t tile = 0; tile < block.next_keys.tiles(); ++tile) {
+    for (std::int64_t i = 0; i < width; ++i) prefetch_panel(block.next_keys, tile, i, true);
+  }
+  multiply(q.panels, tiles, width, width, static_cast<const bf16*>(block.keys.data), block.keys.stride, block.keys.rows,
+           scratch.turned, tiles * kTile, false);
+  for (std::int64_t tile = 0; tile < tiles; ++tile) {
+    for (std::int64_t key = 0; key < kKeyBlock; key += kTile) {
+      Panel square;
+      for (int i = 0; i < kTile; ++i) square[i] = pairs(scratch.turned + ((key + i) * tiles + tile) * kTile);
+      transpose(square, square);
+      const std::int64_t rows = least(kTile, q.rows - tile * kTile);
+      for (int r = 0; r < rows; ++r) store_pairs(scratch.scores + (tile * kTile + r) * kKeyBlock + key, square[r]);
+    }
+  }
+}
+
+// Scores of a block with its keys as panels.
+inline void plain_scores(const Queries& q, const KeyBlock& block, Panel* panels, const ScoreScratch& scratch) {
   const std::int64_t width = num_panels(block.keys.columns);
   for (std::int64_t tile = 0; tile < block.keys.tiles(); tile += 2) {
     const std::int64_t tiles = least(2, block.keys.tiles() - tile);
     for (std::int64_t i = 0; i < tiles; ++i) load_panels(block.keys, tile + i, panels + i * width, &block.next_keys);
     multiply(panels, tiles, width, width, q.values, q.stride, q.rows, scratch.scores + tile * kTile, kKeyBlock, false);
   }
+}
+
+// Folds one block of keys into the state of all query rows.
+inline void attend(const Queries& q, const KeyBlock& block, std::int64_t start, float scale, Panel* panels,
+                   const ScoreScratch& scratch, const SoftmaxState& state) {
+  if (q.panels != nullptr) {
+    turned_scores(q, block, scratch);
+  } else {
+    plain_scores(q, block, panels, scratch);
+  }
   block_softmax(q, start, scale, scratch, state);
-  const std::int64_t count = num_panels(keys);
+  const std::int64_t keys = block.keys.rows, count = num_panels(keys);
   for (std::int64_t channel = 0; channel < block.values.columns; channel += 32) {
     load_turned_panels(block.values, channel, 0, keys, panels);
     for (std::int64_t tile = 0; tile < block.next_values.tiles(); ++tile) {

@@ -63,10 +63,20 @@ inline Queries queries_of(const Pass& pass, const Attention& a, const QueryGroup
 
 // Attention of a group over the keys [start, end) into a cleared state.
 inline void attend_range(const Pass& pass, const Attention& a, std::int64_t layer, const QueryGroup& group,
-                         const Queries& q, std::int64_t start, std::int64_t end, const SoftmaxState& state) {
+                         const Queries& queries, std::int64_t start, std::int64_t end, const SoftmaxState& state) {
   const Sequence& sequence = pass.step.sequences[group.sequence];
   const RowView rows_view = row_view(a, group.kv_head);
-  const ScoreScratch scores{pass.scratch.get<float>(5, q.rows * kKeyBlock), pass.scratch.get<bf16>(6, q.rows * kKeyBlock)};
+  const std::int64_t tiles = (queries.rows + kTile - 1) / kTile, width = num_panels(rows_view.key_dim);
+  ScoreScratch scores{pass.scratch.get<float>(5, queries.rows * kKeyBlock),
+                      pass.scratch.get<bf16>(6, queries.rows * kKeyBlock)};
+  Queries q = queries;
+  if (takes_query_panels(q.rows, rows_view.key_dim)) {
+    auto* query_panels = pass.scratch.get<Panel>(11, tiles * width);
+    const Matrix rows = view(q.values, q.rows, rows_view.key_dim, q.stride);
+    for (std::int64_t tile = 0; tile < tiles; ++tile) load_panels(rows, tile, query_panels + tile * width);
+    q.panels = query_panels;
+    scores.turned = pass.scratch.get<float>(12, tiles * kTile * kKeyBlock);
+  }
   Panel* panels = pass.scratch.get<Panel>(2, attend_panels(rows_view.key_dim));
   auto* gathered = pass.scratch.get<bf16>(7, kKeyBlock * round_up(a.row_dim(), 32));
   state.clear(q.rows);
@@ -208,7 +218,7 @@ inline void absorb_query(const Pass& pass, const Attention& a, std::int64_t head
   const Matrix w = key_projection(a, head);
   const std::int64_t count = num_panels(w.rows);
   Panel* panels = pass.scratch.get<Panel>(2, 2 * count);
-  load_turned_panels(w, strip * kStrip, 0, w.rows, panels);
+  load_turned_panels(w, strip * kStrip, 0, w.rows, panels, true);
   each_absorbed(pass, [&](std::int64_t first, std::int64_t tokens) {
     const bf16* q = work.q + (first * a.heads + head) * a.query_dim();
     std::int64_t stride = a.heads * a.query_dim();

@@ -131,15 +131,28 @@ inline void prefetch_row(const Matrix& w, std::int64_t row, std::int64_t column)
 }
 
 // Panels of W^T: 16 channels (columns of W) against all its rows in pairs. Two neighbours are made at once, as 32
-// channels are one cache line: panel i of channel block b lies at panels[b * num_panels(rows) + i].
+// channels are one cache line: panel i of channel block b lies at panels[b * num_panels(rows) + i]. `reads_on`: the next
+// 32 channels are read next and asked for.
 inline void load_turned_panels(const Matrix& w, std::int64_t first_channel, std::int64_t first_row, std::int64_t rows,
-                               Panel* panels) {
+                               Panel* panels, bool reads_on = false) {
   const std::int64_t count = num_panels(rows);
+  const bool is_plain = w.storage == Storage::bf16 && w.columns - first_channel >= kColumns;
   for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t start = first_row + i * 32;
+    if (is_plain && (i + 1) * 32 <= rows) {
+      const bf16* base = static_cast<const bf16*>(w.data) + start * w.stride + first_channel;
+      for (int j = 0; j < 16; ++j) {
+        const bf16* row = base + 2 * j * w.stride;
+        if (reads_on) {
+          prefetch_row(w, start + 2 * j, first_channel + kColumns);
+          prefetch_row(w, start + 2 * j + 1, first_channel + kColumns);
+        }
+        interleave(pairs(row), pairs(row + w.stride), panels[i][j], panels[count + i][j]);
+      }
+      continue;
+    }
     for (int j = 0; j < 16; ++j) {
       const std::int64_t row = i * 32 + 2 * j;
-      if (row < rows) prefetch_row(w, first_row + row, first_channel + kColumns);
-      if (row + 1 < rows) prefetch_row(w, first_row + row + 1, first_channel + kColumns);
       const P a = row < rows ? row_pairs(w, first_row + row, first_channel) : zero_pairs();
       const P b = row + 1 < rows ? row_pairs(w, first_row + row + 1, first_channel) : zero_pairs();
       interleave(a, b, panels[i][j], panels[count + i][j]);
