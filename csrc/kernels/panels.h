@@ -153,6 +153,10 @@ inline void load_turned_panels(const Matrix& w, std::int64_t first_channel, std:
     }
     for (int j = 0; j < 16; ++j) {
       const std::int64_t row = i * 32 + 2 * j;
+      if (reads_on && row + 1 < rows) {
+        prefetch_row(w, first_row + row, first_channel + kColumns);
+        prefetch_row(w, first_row + row + 1, first_channel + kColumns);
+      }
       const P a = row < rows ? row_pairs(w, first_row + row, first_channel) : zero_pairs();
       const P b = row + 1 < rows ? row_pairs(w, first_row + row + 1, first_channel) : zero_pairs();
       interleave(a, b, panels[i][j], panels[count + i][j]);
