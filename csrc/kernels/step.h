@@ -10,7 +10,8 @@ inline void embed(const Pass& pass) {
   const Workspace& work = pass.work;
   const std::int64_t hidden = pass.model.hidden;
   pass.each_token([&](std::int64_t t) {
-    std::memcpy(work.x + t * work.hidden.stride, pass.model.embedding + pass.step.ids[t] * hidden, hidden * sizeof(bf16));
+    const bf16* row = pass.model.embedding + pass.step.ids[t] * hidden;
+    std::memcpy(work.x + t * work.hidden.stride, row, hidden * sizeof(bf16));
   });
 }
 

@@ -9,6 +9,7 @@ from lowlat import api
 from lowlat.bench.protocol import Stepper, serve, steps_of
 from lowlat.engine.engine import PREFILL_CHUNK
 from lowlat.engine.request import Chunk
+from lowlat.ops import native
 
 SPARE_ROWS = 64
 """Rows beyond the measured context, for the steps."""
@@ -21,7 +22,7 @@ class Lowlat(Stepper):
     def load(
         self, *, model: str, precision: str, cache: str, threads: int, context: int
     ) -> dict[str, Any]:
-        torch.set_num_threads(threads)
+        native.use_threads(threads)
         # a plain cache has the dtype of the computation
         options: dict[str, Any] = {"cache": cache} if cache == "int8" else {}
         self.model = api.load(model, dtype=precision, **options)

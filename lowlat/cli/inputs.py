@@ -3,10 +3,9 @@
 import sys
 from pathlib import Path
 
-import torch
-
 from lowlat import api
 from lowlat.engine.llm import Model
+from lowlat.ops import native
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import make_progress
 
@@ -14,7 +13,7 @@ from lowlat.utils.progress import make_progress
 def load_model(name: str, *, dtype: str, cache: str, device: str, threads: int | None) -> Model:
     """The model called `name`, fetched and converted with progress on stderr where that is due."""
     if threads is not None:
-        torch.set_num_threads(threads)
+        native.use_threads(threads)
     return api.load(name, dtype=dtype, cache=cache, device=device, progress=make_progress())
 
 

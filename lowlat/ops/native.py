@@ -130,6 +130,18 @@ def set_threads(count: int) -> None:
     module().set_threads(count)
 
 
+def use_threads(count: int) -> None:
+    """Threads of PyTorch and, where they are, of the native kernels. Raises UserError for fewer
+    than one or more than there are processors.
+    """
+    most = processors()
+    if not 1 <= count <= most:
+        raise UserError(f"--threads {count}: this machine has {most} processors; give 1 to {most}")
+    torch.set_num_threads(count)
+    if available():
+        set_threads(count)
+
+
 def threads() -> int:
     """Threads the native kernels use."""
     return module().threads()
