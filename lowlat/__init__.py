@@ -5,6 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lowlat.api import LLM as LLM
     from lowlat.api import load as load
     from lowlat.api import prepare as prepare
     from lowlat.config.model import ModelConfig as ModelConfig
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "LLM",
     "Completion",
     "Model",
     "ModelConfig",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "LLM": "lowlat.api",
     "load": "lowlat.api",
     "prepare": "lowlat.api",
     "ModelConfig": "lowlat.config.model",

@@ -4,18 +4,34 @@ Owns the way from a name to a loaded Model, and the one-time conversion of prese
 folder. What names mean is `checkpoint.names`'s business.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from lowlat.checkpoint.cachefolder import disk_faults, locked
 from lowlat.checkpoint.fetch import fetch_pypi
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.names import ConfigPreset, LocalModel, ModelPreset, resolve
 from lowlat.convert.run import convert
-from lowlat.engine.llm import Model
+from lowlat.engine.completion import Completion
+from lowlat.engine.llm import Model, Prompt
+from lowlat.engine.params import SamplingOptions, SamplingParams, make_params
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.device import parse_cache
 from lowlat.utils.errors import UserError
-from lowlat.utils.progress import Progress, SilentProgress
+from lowlat.utils.progress import Progress, SilentProgress, make_progress
+
+
+class LoadOptions(TypedDict, total=False):
+    """The arguments of `load` besides the name."""
+
+    dtype: str
+    device: str
+    context: int | None
+    cache: str
+    max_cache_bytes: int | None
+    speculates: bool
+    progress: Progress | None
 
 
 def load(
@@ -25,20 +41,70 @@ def load(
     device: str = "cpu",
     context: int | None = None,
     cache: str = "auto",
+    max_cache_bytes: int | None = None,
+    speculates: bool = True,
     progress: Progress | None = None,
 ) -> Model:
     """Load a model by preset, folder, .gguf file, hub id or pypi: name.
 
     dtype: bf16, int8, int4, fp32, fp16, fp64, or auto (as stored). context: most tokens of prompt
     and output together, None for all the model allows. cache: bf16, int8, or auto (as the
-    activations). Raises UserError naming what cannot be found, read or served.
+    activations); max_cache_bytes: the most it may take. speculates: whether several tokens may be
+    verified in a step, which changes no token. Raises UserError naming what cannot be found, read
+    or served.
     """
     parse_cache(cache)
     path = prepare(name, progress=progress)
     # First, because it fails in milliseconds where a tokenizer is missing.
     tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(path)
     loaded = load_model(path, dtype=dtype, device=device, progress=progress)
-    return Model(loaded.model, tokenizer, name=name, context=context, cache=cache)
+    return Model(
+        loaded.model,
+        tokenizer,
+        name=name,
+        context=context,
+        cache=cache,
+        max_cache_bytes=max_cache_bytes,
+        speculates=speculates,
+    )
+
+
+class LLM:
+    """A model for batches: many prompts at once, each with its own options, behind one bar.
+
+    Takes the arguments of `load`. Prompts share the reading of the weights, and equal beginnings
+    are read once.
+    """
+
+    def __init__(self, model: str = "default", **options: Unpack[LoadOptions]) -> None:
+        self.model = load(model, **options)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Progress | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Completion | list[Completion]]:
+        """Complete all `prompts` (texts, lists of token ids or of messages), in their order.
+
+        Options are those of SamplingParams: `params` for all prompts or for each, or as keyword
+        arguments. Where n is above 1, a prompt's completions are a list. `progress` draws the bar:
+        a terminal's by default. Raises UserError, generating nothing, for a prompt or an option
+        that cannot be served.
+        """
+        if params is not None and options:
+            raise UserError(f"give {next(iter(options))} in params or as a keyword, not both")
+        if params is None:
+            params = make_params(options)
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        bar = make_progress() if progress is None else progress
+        found = self.model.generate_each(prompts, each, progress=bar)
+        return [
+            completions[0] if own.n == 1 else completions
+            for completions, own in zip(found, each, strict=True)
+        ]
 
 
 def prepare(name: str = "default", *, progress: Progress | None = None) -> Path:

@@ -22,7 +22,7 @@ TEMPLATE = (
 )
 
 
-def byte_tokenizer() -> Tokenizer:
+def byte_tokenizer(chat_template: str | None = TEMPLATE) -> Tokenizer:
     """Ids 0 to 255 are bytes; then <s>, </s>, <user>, <assistant>. Nothing is put around a text."""
     backend = tokenizers.Tokenizer(models.BPE(vocab=byte_alphabet(), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,7 +34,7 @@ def byte_tokenizer() -> Tokenizer:
             backend=backend,
             special_tokens={"bos_token": "<s>", "eos_token": "</s>"},
             eos_ids=frozenset({EOS}),
-            chat_template=TEMPLATE,
+            chat_template=chat_template,
             origin="fake",
         )
     )

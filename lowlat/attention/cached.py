@@ -9,7 +9,6 @@ from torch import Tensor
 from lowlat.attention.base import AttentionBackend
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
-from lowlat.config.model import GQAConfig, MLAConfig
 from lowlat.ops.attention import causal_attention
 from lowlat.ops.mla import absorbed_mla, expanded_mla
 
@@ -17,23 +16,12 @@ from lowlat.ops.mla import absorbed_mla, expanded_mla
 class CachedAttention(AttentionBackend):
     """One step of decoding or chunked prefill.
 
-    MLA takes the absorbed form up to `break_even` new tokens of a sequence and the expanded form
-    beyond, where building keys and values once per key is cheaper than scoring every pair in the
-    latent space.
+    MLA takes the expanded form where a slice of the batch asks for it, else the absorbed one.
     """
 
-    def __init__(self, cache: PagedCache, batch: AttentionBatch, *, break_even: float) -> None:
+    def __init__(self, cache: PagedCache, batch: AttentionBatch) -> None:
         self.cache = cache
         self.batch = batch
-        self.break_even = break_even
-
-    @classmethod
-    def for_config(
-        cls, attention: MLAConfig | GQAConfig, cache: PagedCache, batch: AttentionBatch
-    ) -> "CachedAttention":
-        """The backend with the break-even that follows from the config's dimensions."""
-        break_even = attention.expansion_break_even if isinstance(attention, MLAConfig) else 0.0
-        return cls(cache, batch, break_even=break_even)
 
     def mla(
         self,
@@ -51,7 +39,7 @@ class CachedAttention(AttentionBackend):
         for item, nope, rope in zip(
             self.batch.sequences, q_nope.split(lengths), q_rope.split(lengths), strict=True
         ):
-            form = expanded_mla if item.length > self.break_even else absorbed_mla
+            form = expanded_mla if item.form == "expanded" else absorbed_mla
             context = self._context(layer, item, nope.dtype)
             outputs.append(form(nope, rope, context, w_uk, w_uv, start=item.start, scale=scale))
         return torch.cat(outputs)

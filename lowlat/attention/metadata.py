@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lowlat.attention.forms import Form
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceSlice:
@@ -20,6 +22,8 @@ class SequenceSlice:
     """Tokens of the sequence that are cached already."""
     length: int
     """New tokens in this step, at least 1."""
+    form: Form = "stream"
+    """The arithmetic that computes them."""
 
     @property
     def context(self) -> int:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from lowlat import api
+from lowlat.attention.forms import form_of
 from lowlat.bench.protocol import Stepper, serve, steps_of
-from lowlat.engine.engine import PREFILL_CHUNK
+from lowlat.engine.reading import PREFILL_CHUNK
 from lowlat.engine.request import Chunk
 from lowlat.ops import native
 
@@ -26,7 +27,7 @@ class Lowlat(Stepper):
         # a plain cache has the dtype of the computation
         options: dict[str, Any] = {"cache": cache} if cache == "int8" else {}
         self.model = api.load(model, dtype=precision, **options)
-        self.runner = self.model._runner
+        self.runner = self.model.runner
         self.vocab_size = self.model.config.vocab_size
         self.pages: list[int] = []
         self.filled = 0
@@ -63,7 +64,10 @@ class Lowlat(Stepper):
         end = start + len(ids)
         self.runner.reserve(self.pages, end)
         self.filled = max(self.filled, end)
-        chunk = Chunk(tokens=ids, start=start, pages=tuple(self.pages), num_logits=num_logits)
+        form = form_of(self.model.config.attention, len(ids))
+        chunk = Chunk(
+            tokens=ids, start=start, pages=tuple(self.pages), num_logits=num_logits, form=form
+        )
         return self.runner.run([chunk])
 
     def _dtype(self) -> torch.dtype:

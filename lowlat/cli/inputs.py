@@ -10,11 +10,21 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.progress import make_progress
 
 
-def load_model(name: str, *, dtype: str, cache: str, device: str, threads: int | None) -> Model:
+def load_model(
+    name: str,
+    *,
+    dtype: str,
+    cache: str,
+    device: str,
+    threads: int | None,
+    context: int | None = None,
+) -> Model:
     """The model called `name`, fetched and converted with progress on stderr where that is due."""
     if threads is not None:
         native.use_threads(threads)
-    return api.load(name, dtype=dtype, cache=cache, device=device, progress=make_progress())
+    return api.load(
+        name, dtype=dtype, cache=cache, device=device, context=context, progress=make_progress()
+    )
 
 
 def read_stdin() -> str:

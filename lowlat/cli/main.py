@@ -15,6 +15,7 @@ from lowlat.cli.convert import convert
 from lowlat.cli.eval import evaluate
 from lowlat.cli.generate import generate
 from lowlat.cli.info import info
+from lowlat.cli.serve import serve
 from lowlat.utils.errors import UserError
 
 USER_ERROR = 2
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command("chat")(chat)
 app.command("generate")(generate)
+app.command("serve")(serve)
 app.command("info")(info)
 app.command("convert")(convert)
 app.command("eval")(evaluate)

@@ -86,45 +86,52 @@ class Completion(str):
 class CompletionBuilder:
     """Collects the events of completion `index` of `request`; certain text goes to `pieces`."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, index: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: Request,
+        index: int,
+        *,
+        keep_special: frozenset[int] = frozenset(),
+    ) -> None:
+        """`keep_special`: special tokens whose text is part of the completion's."""
         self.request = request
         self.index = index
         self.finish_reason: FinishReason | None = None
         self.pieces: list[str] = []
-        self._detokenizer = Detokenizer(tokenizer)
+        self.error: str | None = None
+        """With finish_reason "error": what failed, in one line."""
+        self._detokenizer = Detokenizer(tokenizer, keep_special=keep_special)
         self._stops = StopStrings(request.params.stop)
-        self._token_ids: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
 
     def push(self, event: Event) -> None:
         """Take one event; sets `finish_reason` at the end, also for a stop string found here."""
         piece = ""
         if event.token is not None:
-            self._token_ids.append(event.token)
+            self.token_ids.append(event.token)
             if event.logprob is not None:
-                self._logprobs.append(TokenLogprob(event.token, event.logprob, event.top))
-            # A token that ends with "stop" is the end of sequence: it has no text.
-            if event.finish_reason != "stop":
+                self.logprobs.append(TokenLogprob(event.token, event.logprob, event.top))
+            if event.is_text:
                 piece = self._push_text(self._detokenizer.push(event.token))
         if self.finish_reason is None and event.finish_reason is not None:
             piece += self._flush()
             self.finish_reason = self.finish_reason or event.finish_reason
+            self.error = event.error
         if piece:
             self.pieces.append(piece)
 
     def result(self) -> Completion:
-        """The completion as far as it has come. Raises UserError where the model failed."""
+        """The completion as far as it has come. Raises UserError where it failed."""
         if self.finish_reason == "error":
-            raise UserError(
-                "the model's logits are not finite; load it with a dtype of larger range (bf16 or "
-                "fp32), or check its weights"
-            )
+            raise UserError(self.error or "the completion failed")
         return Completion(
             "".join(self.pieces),
-            token_ids=tuple(self._token_ids),
+            token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
-            logprobs=None if self.request.params.logprobs is None else tuple(self._logprobs),
-            usage=self._usage(),
+            logprobs=None if self.request.params.logprobs is None else tuple(self.logprobs),
+            usage=self.usage,
         )
 
     def _push_text(self, text: str) -> str:
@@ -138,7 +145,9 @@ class CompletionBuilder:
         text = self._push_text(self._detokenizer.flush())
         return text if self.finish_reason == "stop" else text + self._stops.flush()
 
-    def _usage(self) -> Usage:
+    @property
+    def usage(self) -> Usage:
+        """Tokens and seconds so far."""
         sequences = self.request.sequences
         sequence = sequences[self.index] if self.index < len(sequences) else None
         started = self.request.started_at
@@ -146,7 +155,7 @@ class CompletionBuilder:
         last = None if sequence is None else sequence.last_token_at
         return Usage(
             prompt_tokens=len(self.request.prompt),
-            completion_tokens=len(self._token_ids),
+            completion_tokens=len(self.token_ids),
             prefill_seconds=0.0 if started is None or first is None else first - started,
             decode_seconds=0.0 if first is None or last is None else last - first,
         )

@@ -1,29 +1,41 @@
-"""Add requests, step, abort: the glue between scheduler, runner and sampler. Token ids only.
+"""Add requests, step, abort: the glue of scheduler, runner, sampler and drafts. Token ids only.
 
 Owns the life of a request: validation against the model, forking into n completions, finish
-reasons, timing. One thread calls it.
+reasons, timing, and keeping one request's fault from the others. One thread calls it.
 """
 
+import logging
 import time
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+
+from torch import Tensor
 
 from lowlat.engine.params import SamplingParams
-from lowlat.engine.request import Chunk, Event, FinishReason, Request, Sequence
+from lowlat.engine.prefix import PrefixCache
+from lowlat.engine.reading import PREFILL_CHUNK, Reader
+from lowlat.engine.request import Chunk, Event, FinishReason, Request, RequestOptions, Sequence
 from lowlat.engine.runner import Runner
-from lowlat.engine.sampler import Sampled, SequenceSampler, sample
-from lowlat.engine.scheduler import Scheduler, Work
+from lowlat.engine.sampler import Rows, Sampled, SequenceSampler
+from lowlat.engine.scheduler import Limits, Scheduler, Work
+from lowlat.engine.speculative import Speculator
+from lowlat.engine.stats import Recorder
 from lowlat.utils.errors import UserError
 
-PREFILL_CHUNK = 1024
-MAX_SEQUENCES = 128
+logger = logging.getLogger(__name__)
+
+NOT_FINITE = (
+    "the model's logits are not finite; load it with a dtype of larger range (bf16 or fp32), or "
+    "check its weights"
+)
 
 
 class Engine:
     """Generates for any number of requests at once.
 
-    `context` is the most tokens prompt and output may have together. Prompts are read
-    `prefill_chunk` tokens at a time; up to `max_sequences` completions decode together, one token
-    each per step.
+    `context` is the most tokens prompt and output may have together. What a request generates
+    depends on the request alone: neither on what runs beside it, nor on the limits, the prefix
+    cache or speculation.
     """
 
     def __init__(
@@ -32,13 +44,28 @@ class Engine:
         *,
         context: int,
         eos_ids: frozenset[int],
+        limits: Limits | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
-        max_sequences: int = MAX_SEQUENCES,
+        has_prefix_cache: bool = True,
+        speculates: bool = True,
     ) -> None:
+        limits = limits or Limits()
+        page_size = runner.cache.page_size
         self.runner = runner
         self.context = context
         self.eos_ids = eos_ids
-        self.scheduler = Scheduler(prefill_chunk=prefill_chunk, max_sequences=max_sequences)
+        self.recorder = Recorder()
+        if limits.max_pages is not None:
+            self.context = min(context, limits.max_pages * page_size)
+        self.prefix = PrefixCache(runner.pool, page_size=page_size) if has_prefix_cache else None
+        attention = runner.model.config.attention
+        self.scheduler = Scheduler(
+            reader=Reader(attention, chunk=prefill_chunk, page_size=page_size),
+            pool=runner.pool,
+            prefix=self.prefix,
+            limits=limits,
+        )
+        self.speculator = Speculator(runner) if speculates else None
         self._requests: dict[int, Request] = {}
         self._next_id = 0
 
@@ -46,17 +73,24 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def add(self, prompt: SequenceOf[int], params: SamplingParams) -> Request:
+    def add(
+        self,
+        prompt: SequenceOf[int],
+        params: SamplingParams,
+        options: RequestOptions | None = None,
+    ) -> Request:
         """Queue a request. Raises UserError, queuing nothing, where the model cannot serve it.
 
         The returned record is to be read only; it stays valid after the request has ended.
         """
-        room = self._check(prompt, params)
+        room = self.check(prompt, params)
         request = Request(
             id=self._next_id,
             prompt=tuple(prompt),
             params=params,
+            options=options or RequestOptions(),
             max_outputs=room if params.max_tokens is None else params.max_tokens,
+            arrived_at=time.perf_counter(),
         )
         self._next_id += 1
         self._requests[request.id] = request
@@ -66,48 +100,54 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Run the model once over what the scheduler chose; the events that came of it."""
+        events = self._expire()
         work = self.scheduler.schedule()
         if not work:
-            return []
-        now = time.perf_counter()
+            return events
+        started = time.perf_counter()
         for item in work:
-            if item.sequence.request.started_at is None:
-                item.sequence.request.started_at = now
-        logits = self.runner.run([self._chunk(item) for item in work])
-        for item in work:
-            item.sequence.num_cached += item.length
-        ready = [item.sequence for item in work if item.sequence.num_pending == 0]
-        # A prompt that is read gives all n completions their first token from the same row.
-        rows = [row for row, first in enumerate(ready) for _ in range(self._width(first))]
-        sequences = [sequence for first in ready for sequence in self._fork(first)]
-        if len(rows) > len(ready):
-            logits = logits[rows]
-        sampled = sample(logits, [sequence.sampler for sequence in sequences]) if rows else []
-        now = time.perf_counter()
-        return [self._advance(*pair, now) for pair in zip(sequences, sampled, strict=True)]
+            self._start(item.sequence.request, started)
+        logits, hidden, failed = self._run(work)
+        events += failed
+        if logits is None:
+            return events
+        ran = [item for item in work if item.sequence.finish_reason is None]
+        events += self._sample(ran, logits, hidden)
+        self._observe(ran, time.perf_counter() - started)
+        return events
 
     def stop(self, request_id: int, index: int) -> None:
-        """End one running completion: the caller found a stop string in its text."""
-        self._finish(self._requests[request_id].sequences[index], "stop")
+        """End one completion if it has not ended: the caller found a stop string in its text."""
+        request = self._requests.get(request_id)
+        if request is not None and request.sequences[index].finish_reason is None:
+            self._finish(request.sequences[index], "stop")
 
-    def abort(self, request_id: int) -> None:
+    def abort(self, request_id: int, reason: FinishReason = "abort") -> None:
         """End what has not ended of a request; one that has ended is left alone."""
         request = self._requests.get(request_id)
         for sequence in list(request.sequences) if request else []:
             if sequence.finish_reason is None:
-                self._finish(sequence, "abort")
+                self._finish(sequence, reason)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless exactly the pages of unfinished sequences are in use."""
+        """Raise AssertionError unless exactly the pages of unfinished sequences are in use, and
+        pool and prefix cache agree."""
         sequences = [s for request in self._requests.values() for s in request.sequences]
-        assert all(not s.pages for s in sequences if s.finish_reason is not None)
-        queued = [*self.scheduler.waiting, *self.scheduler.running]
         unfinished = [s for s in sequences if s.finish_reason is None]
-        assert {id(s) for s in queued} == {id(s) for s in unfinished}
-        self.runner.check_integrity([s.pages for s in sequences])
+        queued = [*self.scheduler.waiting, *self.scheduler.running]
+        if any(s.pages for s in sequences if s.finish_reason is not None):
+            raise AssertionError("a finished sequence holds pages")
+        if {id(s) for s in queued} != {id(s) for s in unfinished}:
+            raise AssertionError("the queues and the unfinished sequences disagree")
+        holders = [s.pages for s in sequences]
+        if self.prefix is not None:
+            self.prefix.check_integrity(holders)
+        else:
+            self.runner.pool.check_integrity(holders)
 
-    def _check(self, prompt: SequenceOf[int], params: SamplingParams) -> int:
-        """Tokens the context leaves for output, at least 1."""
+    def check(self, prompt: SequenceOf[int], params: SamplingParams) -> int:
+        """Tokens the context leaves for output, at least 1. Raises UserError where the model cannot
+        serve the request."""
         vocab_size = self.runner.model.config.vocab_size
         if len(prompt) == 0:
             raise UserError("the prompt is empty; give at least one token")
@@ -124,10 +164,10 @@ class Engine:
                 f"max_tokens {params.max_tokens} and a prompt of {len(prompt)} tokens exceed the "
                 f"context of {self.context}; set max_tokens to at most {room} or leave it out"
             )
-        if params.n > self.scheduler.max_sequences:
+        if params.n > self.scheduler.limits.max_sequences:
             raise UserError(
-                f"n {params.n} exceeds the {self.scheduler.max_sequences} completions that may "
-                "run at once; lower n"
+                f"n {params.n} exceeds the {self.scheduler.limits.max_sequences} completions that "
+                "may run at once; lower n"
             )
         if params.logit_bias and max(params.logit_bias) >= vocab_size:
             raise UserError(
@@ -136,68 +176,204 @@ class Engine:
             )
         return room
 
-    def _new_sequence(self, request: Request, index: int) -> Sequence:
-        sampler = SequenceSampler(
-            request.params, request.prompt, index, self.runner.model.config.vocab_size
-        )
-        return Sequence(request=request, index=index, tokens=list(request.prompt), sampler=sampler)
+    # --- one step ------------------------------------------------------------------------------
+
+    def _start(self, request: Request, now: float) -> None:
+        if request.started_at is None:
+            request.started_at = now
+            self.recorder.started(request)
+
+    def _expire(self) -> list[Event]:
+        """End what has passed its deadline."""
+        now = time.perf_counter()
+        late = [
+            request
+            for request in self._requests.values()
+            if request.options.deadline is not None and request.options.deadline <= now
+        ]
+        events = []
+        for request in late:
+            for sequence in list(request.sequences):
+                if sequence.finish_reason is None:
+                    self._finish(sequence, "deadline")
+                    events.append(_end(sequence, "deadline"))
+        return events
+
+    def _run(self, work: list[Work]) -> tuple[Tensor | None, Tensor | None, list[Event]]:
+        """Logits and hidden states of the step, and the ends of sequences that the model failed
+        on: where a step fails, each of its sequences is tried alone, and then the rest together.
+        """
+        try:
+            return *self.runner.step([self._chunk(item) for item in work]), []
+        except Exception as error:
+            logger.exception("a step of %d sequences failed", len(work))
+            failed = self._failing(work, error)
+        events = []
+        for sequence, error in failed.items():
+            events.append(self._fail(sequence, f"the model failed: {_line(error)}"))
+        rest = [item for item in work if item.sequence not in failed]
+        if not rest:
+            return None, None, events
+        return *self.runner.step([self._chunk(item) for item in rest]), events
+
+    def _failing(self, work: list[Work], error: Exception) -> dict[Sequence, Exception]:
+        """Which sequences of a failed step fail alone, and how."""
+        if len(work) == 1:
+            return {work[0].sequence: error}
+        failed: dict[Sequence, Exception] = {}
+        for item in work:
+            try:
+                # Rows that are written twice get the same values twice.
+                self.runner.step([self._chunk(item)])
+            except Exception as own:
+                failed[item.sequence] = own
+        return failed
 
     def _chunk(self, work: Work) -> Chunk:
-        """The work as the runner wants it, with pages reserved."""
+        """The work as the runner wants it."""
         sequence = work.sequence
-        start, end = sequence.num_cached, sequence.num_cached + work.length
-        self.runner.reserve(sequence.pages, end)
+        start, end = work.start, work.start + work.length
+        known = len(sequence.tokens)
+        tokens = sequence.tokens[start:end]
+        if end > known:
+            tokens = tokens + sequence.drafts[: end - known]
         return Chunk(
-            tokens=sequence.tokens[start:end],
+            tokens=tokens,
             start=start,
             pages=tuple(sequence.pages),
-            num_logits=1 if end == len(sequence.tokens) else 0,
+            num_logits=max(0, end - known + 1),
+            form=work.form,
         )
 
-    def _width(self, sequence: Sequence) -> int:
-        return sequence.request.params.n if sequence.is_prefilling else 1
+    def _sample(self, work: list[Work], logits: Tensor, hidden: Tensor | None) -> list[Event]:
+        """Choose tokens for every sequence that has been read to its end."""
+        rows = Rows(logits)
+        events: list[Event] = []
+        row = 0
+        for item in work:
+            sequence = item.sequence
+            known = len(sequence.tokens)
+            count = max(0, item.start + item.length - known + 1)
+            if count == 0:
+                self.scheduler.advance(sequence, item.length)
+                continue
+            if sequence.is_prefilling:
+                self.scheduler.advance(sequence, item.length)
+                for member in self._fork(sequence):
+                    events += self._verify(member, rows, row, 1)
+            else:
+                self.scheduler.advance(sequence, known - item.start)
+                events += self._verify(sequence, rows, row, count)
+            row += count
+        if self.speculator is not None:
+            self.speculator.propose(work, hidden)
+        return events
+
+    def _verify(self, sequence: Sequence, rows: Rows, first: int, count: int) -> list[Event]:
+        """Take tokens from `count` rows for as long as each is what was drafted after it.
+
+        Every token is drawn from the model's own distribution with the sequence's own random
+        numbers, draft or not: drafts decide how many tokens a step yields, never which.
+        """
+        drafts, events = sequence.drafts, []
+        sequence.drafts = []
+        for place in range(count):
+            try:
+                sampled = rows.sample(first + place, sequence.sampler)
+                event = self._advance(sequence, sampled)
+            except Exception as error:
+                if not isinstance(error, UserError):
+                    logger.exception("sampling failed for request %d", sequence.request.id)
+                events.append(self._fail(sequence, _line(error)))
+                return events
+            events.append(event)
+            if sequence.finish_reason is not None or place == len(drafts):
+                break
+            if event.token != drafts[place]:
+                break
+            self.scheduler.advance(sequence, 1)
+        self.recorder.verified(drafted=len(drafts), accepted=max(0, len(events) - 1))
+        if self.speculator is not None and drafts:
+            self.speculator.verified(sequence, len(drafts), len(events) - 1)
+        return events
 
     def _fork(self, first: Sequence) -> list[Sequence]:
         """The completions that share `first`'s logits: n where the prompt was just read."""
-        others = [
-            self._new_sequence(first.request, index) for index in range(1, self._width(first))
-        ]
-        for other in others:
-            other.pages = self.runner.fork(first.pages, first.num_cached)
-            other.num_cached = first.num_cached
-        # Together and last: an interrupt before leaves the request as it was.
-        first.request.sequences += others
-        self.scheduler.fork(others)
+        request = first.request
+        others = [self._new_sequence(request, index) for index in range(1, request.params.n)]
+        for page, copy in self.scheduler.fork(first, others):
+            self.runner.copy_page(page, copy)
+        request.sequences += others
         return [first, *others]
 
-    def _advance(self, sequence: Sequence, sampled: Sampled | None, now: float) -> Event:
+    def _new_sequence(self, request: Request, index: int) -> Sequence:
+        grammar = request.options.grammar
+        sampler = SequenceSampler(
+            request.params,
+            request.prompt,
+            index,
+            self.runner.model.config.vocab_size,
+            None if grammar is None else grammar.start(),
+        )
+        return Sequence(request=request, index=index, tokens=list(request.prompt), sampler=sampler)
+
+    def _advance(self, sequence: Sequence, sampled: Sampled | None) -> Event:
         """Append the chosen token and say whether the sequence ends with it."""
-        request = sequence.request
         if sampled is None:
-            self._finish(sequence, "error")
-            return Event(request.id, sequence.index, None, finish_reason="error")
-        sequence.tokens.append(sampled.token)
-        sequence.sampler.record(sampled.token)
-        if sequence.first_token_at is None:
-            sequence.first_token_at = now
-        sequence.last_token_at = now
+            return self._fail(sequence, NOT_FINITE)
+        request, token = sequence.request, sampled.token
+        is_end = token in request.options.stop_ids or (
+            token in self.eos_ids and not request.params.ignore_eos
+        )
+        if not is_end:
+            sequence.sampler.record(token)
+        sequence.tokens.append(token)
+        self._time(sequence)
+        grammar = sequence.sampler.grammar
         reason: FinishReason | None = None
-        if sampled.token in self.eos_ids and not request.params.ignore_eos:
+        if is_end or (grammar is not None and grammar.is_done):
             reason = "stop"
         elif sequence.num_outputs == request.max_outputs:
             reason = "length"
         if reason is not None:
             self._finish(sequence, reason)
-        return Event(
-            request.id, sequence.index, sampled.token, sampled.logprob, sampled.top, reason
-        )
+        event = Event(request.id, sequence.index, token, sampled.logprob, sampled.top, reason)
+        return replace(event, is_text=False) if is_end else event
+
+    def _time(self, sequence: Sequence) -> None:
+        now = time.perf_counter()
+        self.recorder.generated(sequence, now)
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
+        sequence.last_token_at = now
+
+    def _observe(self, work: list[Work], seconds: float) -> None:
+        self.recorder.stepped()
+        if self.speculator is not None and all(item.form == "stream" for item in work):
+            self.speculator.stepped(sum(item.length for item in work), seconds)
+
+    # --- ends ----------------------------------------------------------------------------------
+
+    def _fail(self, sequence: Sequence, error: str) -> Event:
+        self._finish(sequence, "error")
+        return replace(_end(sequence, "error"), error=error)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence and give its pages back; with its request's last, forget the request."""
-        assert sequence.finish_reason is None
+        if sequence.finish_reason is not None:
+            raise AssertionError("a sequence has ended twice")
         sequence.finish_reason = reason
         self.scheduler.remove(sequence)
-        self.runner.release(sequence.pages)
         request = sequence.request
-        if all(s.finish_reason is not None for s in request.sequences):
+        is_last = all(s.finish_reason is not None for s in request.sequences)
+        self.recorder.finished(sequence, time.perf_counter())
+        if is_last:
             del self._requests[request.id]
+
+
+def _end(sequence: Sequence, reason: FinishReason) -> Event:
+    return Event(sequence.request.id, sequence.index, None, finish_reason=reason)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{error}".split())[:300] or type(error).__name__

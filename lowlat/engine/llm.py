@@ -10,18 +10,22 @@ from typing import Any, Literal, Unpack, overload
 from jaxtyping import Float
 from torch import Tensor
 
-from lowlat.attention.cache import cache_bytes_per_token
+from lowlat.attention.cache import PAGE_SIZE, cache_bytes_per_token
+from lowlat.attention.rows import row_bytes
 from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.engine import scoring
 from lowlat.engine.completion import Completion, CompletionBuilder, Stream
-from lowlat.engine.engine import PREFILL_CHUNK, Engine
+from lowlat.engine.engine import Engine
 from lowlat.engine.params import SamplingOptions, SamplingParams, make_params
+from lowlat.engine.reading import PREFILL_CHUNK
 from lowlat.engine.request import Request
 from lowlat.engine.runner import Runner
+from lowlat.engine.scheduler import Limits
 from lowlat.engine.scoring import Score
 from lowlat.model.quant import packed_type
 from lowlat.model.transformer import Transformer
+from lowlat.text.chat_prompt import encode_chat
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.device import name_of, parse_cache
 from lowlat.utils.errors import UserError
@@ -35,7 +39,10 @@ class Model:
     """A loaded model and its tokenizer.
 
     `context` is the most tokens prompt and output may have together; None takes all the model
-    allows. `cache` is the number type of the cache: auto (the activations'), bf16 or int8.
+    allows. `cache` is the number type of the cache: auto (the activations'), bf16 or int8. With
+    `max_cache_bytes` the cache never takes more; completions that find no room wait, or start again
+    later. `speculates`: whether several tokens may be verified in a step; what comes out is the
+    same.
     """
 
     def __init__(
@@ -46,18 +53,23 @@ class Model:
         name: str,
         context: int | None = None,
         cache: str = "auto",
+        max_cache_bytes: int | None = None,
+        speculates: bool = True,
     ) -> None:
         config = transformer.config
         self.name = name
         self.transformer = transformer
         self.tokenizer = tokenizer
         self.context = _check_context(config, context)
-        self._runner = Runner(transformer, cache_dtype=parse_cache(cache))
-        self._engine = Engine(
-            self._runner,
+        self.runner, limits = _new_runner(transformer, cache, max_cache_bytes)
+        self.engine = Engine(
+            self.runner,
             context=self.context,
             eos_ids=frozenset(tokenizer.eos_ids) | frozenset(config.eos_token_ids),
+            limits=limits,
+            speculates=speculates,
         )
+        self.context = self.engine.context
         self._builders: dict[tuple[int, int], CompletionBuilder] = {}
 
     @property
@@ -72,12 +84,12 @@ class Model:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        return cache_bytes_per_token(self.config, self._runner.cache.dtype)
+        return cache_bytes_per_token(self.config, self.runner.cache.dtype)
 
     @property
     def cache_dtype(self) -> str:
         """Number type of the cache: int8, bf16, fp16, fp32 or fp64."""
-        return name_of(self._runner.cache.dtype)
+        return name_of(self.runner.cache.dtype)
 
     def __repr__(self) -> str:
         attention = self.config.attention
@@ -94,7 +106,7 @@ class Model:
             f"{self.config.num_hidden_layers} layers, {form}, "
             f"{self.cache_bytes_per_token:,} bytes of cache per token, "
             f"{packed_type(self.transformer) or plain} "
-            f"on {self._runner.device}, context {self.context:,}>"
+            f"on {self.runner.device}, context {self.context:,}>"
         )
 
     @overload
@@ -123,14 +135,32 @@ class Model:
         """
         if stream:
             return self._stream(prompt, make_params(options))
-        completions = self._complete([prompt], make_params(options))[0]
+        completions = self._complete([prompt], [make_params(options)])[0]
         return completions[0] if len(completions) == 1 else completions
 
     def generate_many(
-        self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        progress: Progress | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> list[list[Completion]]:
         """Complete several prompts with the same options in one batch: n completions for each."""
-        return self._complete(prompts, make_params(options))
+        params = make_params(options)
+        return self._complete(prompts, [params] * len(prompts), progress)
+
+    def generate_each(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        *,
+        progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        """Complete several prompts, each with its own options, in one batch. Raises UserError
+        where there are not as many params as prompts."""
+        if len(params) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts need as many params, got {len(params)}")
+        return self._complete(prompts, params, progress)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids the model reads for `prompt`. Raises UserError where it has no known form."""
@@ -140,15 +170,14 @@ class Model:
             return [item for item in prompt if isinstance(item, int)]
         messages = [item for item in prompt if isinstance(item, Mapping)]
         if len(messages) == len(prompt):
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-            return self.tokenizer.encode(text, add_special_tokens=False)
+            return encode_chat(self.tokenizer, messages)
         raise UserError(
             "prompt must be text, a list of token ids, or a list of messages with role and content"
         )
 
     def logits(self, ids: Sequence[int]) -> Float[Tensor, "tokens vocab"]:
         """Raw logits after each of `ids`, fp32 (fp64 models: fp64); row i predicts token i + 1."""
-        return scoring.logits(self._runner, self._check_ids(ids), chunk=PREFILL_CHUNK)
+        return scoring.logits(self.runner, self._check_ids(ids), chunk=PREFILL_CHUNK)
 
     def mtp_logits(self, ids: Sequence[int]) -> list[Float[Tensor, "rows vocab"]]:
         """Raw logits of every MTP depth k, fp32: [tokens - 1 - k, vocab].
@@ -157,11 +186,11 @@ class Model:
         """
         if self.config.num_nextn_predict_layers == 0:
             raise UserError(f"{self.name} has no MTP modules (num_nextn_predict_layers is 0)")
-        return scoring.mtp_logits(self._runner, self._check_ids(ids), chunk=PREFILL_CHUNK)
+        return scoring.mtp_logits(self.runner, self._check_ids(ids), chunk=PREFILL_CHUNK)
 
     def nll(self, ids: Sequence[int]) -> Float[Tensor, " predicted"]:
         """Negative log-likelihood in nats (fp64) of each of `ids` but the first."""
-        return scoring.nll(self._runner, self._check_ids(ids), chunk=PREFILL_CHUNK)
+        return scoring.nll(self.runner, self._check_ids(ids), chunk=PREFILL_CHUNK)
 
     def perplexity(
         self, text: str, *, window: int = 1024, progress: Progress | None = None
@@ -196,14 +225,23 @@ class Model:
         return [operator.index(token) for token in ids]
 
     def _complete(
-        self, prompts: Sequence[Prompt], params: SamplingParams
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        progress: Progress | None = None,
     ) -> list[list[Completion]]:
         encoded = [self.encode_prompt(prompt) for prompt in prompts]
         requests: list[Request] = []
         try:
-            added = [self._add(ids, params, requests) for ids in encoded]
-            while any(builder.finish_reason is None for group in added for builder in group):
-                self._step()
+            pairs = zip(encoded, params, strict=True)
+            added = [self._add(ids, own, requests) for ids, own in pairs]
+            with (progress or SilentProgress()).task("generating", len(added), "items") as task:
+                unfinished = list(range(len(added)))
+                while unfinished:
+                    self._step()
+                    left = [i for i in unfinished if _is_unfinished(added[i])]
+                    task.advance(len(unfinished) - len(left))
+                    unfinished = left
         finally:
             for request in requests:
                 self._abandon(request)
@@ -219,7 +257,7 @@ class Model:
     def _add(
         self, ids: list[int], params: SamplingParams, requests: list[Request]
     ) -> list[CompletionBuilder]:
-        request = self._engine.add(ids, params)
+        request = self.engine.add(ids, params)
         requests.append(request)
         builders = [CompletionBuilder(self.tokenizer, request, i) for i in range(params.n)]
         self._builders.update({(request.id, builder.index): builder for builder in builders})
@@ -227,19 +265,44 @@ class Model:
 
     def _step(self) -> None:
         """One step of the engine, for all completions under way; each event goes to its builder."""
-        for event in self._engine.step():
-            builder = self._builders[event.request_id, event.index]
+        for event in self.engine.step():
+            builder = self._builders.get((event.request_id, event.index))
+            if builder is None:  # a stop string was found in what came before in this step
+                continue
             builder.push(event)
             if builder.finish_reason is not None:
                 del self._builders[event.request_id, event.index]
-                if event.finish_reason is None:
-                    self._engine.stop(event.request_id, event.index)
+                self.engine.stop(event.request_id, event.index)
 
     def _abandon(self, request: Request) -> None:
         """Forget a request, finished or not, and give its pages back."""
-        self._engine.abort(request.id)
+        self.engine.abort(request.id)
         for index in range(request.params.n):
             self._builders.pop((request.id, index), None)
+
+
+def _is_unfinished(builders: list[CompletionBuilder]) -> bool:
+    return any(builder.finish_reason is None for builder in builders)
+
+
+def _new_runner(
+    transformer: Transformer, cache: str, max_cache_bytes: int | None
+) -> tuple[Runner, Limits]:
+    """A runner whose cache keeps within the bytes. Raises UserError where they hold no page."""
+    dtype = parse_cache(cache)
+    if max_cache_bytes is None:
+        return Runner(transformer, cache_dtype=dtype), Limits()
+    config = transformer.config
+    stored = dtype or transformer.embed_tokens.weight.dtype
+    page = PAGE_SIZE * config.num_cache_layers * row_bytes(config.attention, stored)
+    num_pages = max_cache_bytes // page
+    if num_pages < 1:
+        raise UserError(
+            f"max_cache_bytes {max_cache_bytes} is less than a page of the cache ({page} bytes, "
+            f"{PAGE_SIZE} tokens); raise it"
+        )
+    runner = Runner(transformer, cache_dtype=dtype, num_pages=num_pages)
+    return runner, Limits(max_pages=num_pages)
 
 
 def _check_context(config: ModelConfig, context: int | None) -> int:

@@ -8,15 +8,34 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lowlat.attention.forms import Form
+from lowlat.engine.grammar import CompiledGrammar
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.sampler import SequenceSampler
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 """stop: end-of-sequence token or stop string; length: max_tokens or context reached; abort: the
-caller gave up; error: the model's logits were not finite."""
+caller gave up; deadline: its time was over; error: the model, the sampler or the grammar failed."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestOptions:
+    """What a request asks of the engine besides its tokens."""
+
+    priority: int = 0
+    """Lower values go first."""
+    deadline: float | None = None
+    """Clock (time.perf_counter) in seconds at which what is unfinished ends."""
+    salt: bytes = b""
+    """Whose request it is: rows of the prefix cache are shared, and service is divided fairly,
+    among requests of one salt and never across."""
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end a completion besides the model's own."""
+    grammar: CompiledGrammar | None = None
+    """What the output must look like."""
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """One completion: waiting (no pages), running, or finished (a `finish_reason`, no pages)."""
 
@@ -30,6 +49,12 @@ class Sequence:
     """Leading tokens whose rows are in the cache."""
     pages: list[int] = field(default_factory=list)
     """Pages of the cache in order; they cover at least num_cached rows."""
+    num_indexed: int = 0
+    """Leading pages the prefix cache has been told of."""
+    drafts: list[int] = field(default_factory=list)
+    """Guesses at the next tokens, to be verified with the next step."""
+    was_preempted: bool = False
+    """Whether it has lost its pages since it last ran."""
     finish_reason: FinishReason | None = None
     first_token_at: float | None = None
     """Clock in seconds when the first token was chosen."""
@@ -47,7 +72,14 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
+        """Whether its first token is still to come."""
         return self.num_outputs == 0
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether tokens are read that are known already: a prompt, or everything again after a
+        preemption."""
+        return self.is_prefilling or self.num_pending > 1
 
 
 @dataclass(slots=True, eq=False)
@@ -57,12 +89,17 @@ class Request:
     id: int
     prompt: tuple[int, ...]
     params: SamplingParams
+    options: RequestOptions
     max_outputs: int
     """Tokens after which a completion ends: max_tokens, or what the context leaves."""
+    arrived_at: float
+    """Clock in seconds when it was queued."""
     sequences: list[Sequence] = field(default_factory=list)
     """Completion 0 alone until the prompt is cached, then all n, which share the prompt's pages."""
     started_at: float | None = None
     """Clock in seconds when the first step of the prompt began."""
+    num_matched: int = 0
+    """Tokens of the prompt that the prefix cache held when it started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +109,14 @@ class Event:
     request_id: int
     index: int
     token: int | None
-    """The chosen token; None where a completion ends without one (error)."""
+    """The chosen token; None where a completion ends without one."""
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
+    is_text: bool = True
+    """False for a token that only says that the completion ends."""
+    error: str | None = None
+    """With finish_reason "error": what failed, in one line."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,3 +130,5 @@ class Chunk:
     """Pages of the sequence, covering start + len(tokens) rows."""
     num_logits: int
     """Logits are wanted for this many of the last tokens."""
+    form: Form
+    """The arithmetic that computes their rows."""

@@ -24,7 +24,8 @@ INITIAL_PAGES = 16
 class Runner:
     """One model and one cache. Page lists are the callers', who `reserve` before they `run`.
 
-    `cache_dtype` is that of the cache, torch.int8 included; None takes the activations'.
+    `cache_dtype` is that of the cache, torch.int8 included; None takes the activations'. Of the
+    `num_pages` the cache starts with, those that are never used cost no memory.
     """
 
     def __init__(
@@ -33,129 +34,116 @@ class Runner:
         *,
         page_size: int = PAGE_SIZE,
         cache_dtype: torch.dtype | None = None,
+        num_pages: int = INITIAL_PAGES,
     ) -> None:
         self.model = model
         self._native = NativeModel(model) if has_native_form(model) else None
-        self.pool = PagePool(INITIAL_PAGES)
+        self.pool = PagePool(num_pages)
         weight = model.embed_tokens.weight
         self.device = weight.device
         self.cache = PagedCache(
             model.config,
-            num_pages=INITIAL_PAGES,
+            num_pages=num_pages,
             page_size=page_size,
             dtype=cache_dtype or weight.dtype,
             device=self.device,
         )
 
     def reserve(self, pages: list[int], num_tokens: int) -> None:
-        """Extend `pages` in place until they cover `num_tokens` rows."""
+        """Extend `pages` in place until they cover `num_tokens` rows; the pool grows for it."""
         missing = -(-num_tokens // self.cache.page_size) - len(pages)
+        if missing > self.pool.num_available:
+            wanted = self.pool.num_pages - self.pool.num_available + missing
+            self.pool.grow(max(2 * self.pool.num_pages, wanted))
         if missing > 0:
-            self._make_room(missing)
             pages += self.pool.allocate(missing)
+        self._fit_cache()
 
-    def fork(self, pages: list[int], num_tokens: int) -> list[int]:
-        """Pages of a second sequence that continues the same `num_tokens` rows.
-
-        Full pages are shared, the partly filled last one is copied: both sequences go on writing
-        into theirs.
-        """
-        num_full, rest = divmod(num_tokens, self.cache.page_size)
-        shared = pages[:num_full]
-        self.pool.retain(shared)
-        if rest == 0:
-            return shared
-        self._make_room(1)
-        (copy,) = self.pool.allocate(1)
-        self.cache.copy_page(pages[num_full], copy)
-        return [*shared, copy]
+    @torch.inference_mode()
+    def copy_page(self, source: int, destination: int) -> None:
+        """Give a page the rows of another, in every layer."""
+        self._fit_cache()
+        self.cache.copy_page(source, destination)
 
     def release(self, pages: list[int]) -> None:
         """Give `pages` back and empty the list."""
         self.pool.release(pages)
         pages.clear()
 
-    @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> Float[Tensor, "rows vocab"]:
         """Cache the chunks' rows; return the logits they ask for, in order, at least fp32."""
+        return self.step(chunks)[0]
+
+    @torch.inference_mode()
+    def step(
+        self, chunks: Sequence[Chunk]
+    ) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "tokens hidden"]]:
+        """Cache the chunks' rows; the logits they ask for, in order, at least fp32, and the final
+        hidden state of every token."""
         wanted: list[int] = []
         end = 0
         for chunk in chunks:
             end += len(chunk.tokens)
             wanted.extend(range(end - chunk.num_logits, end))
+        batch = self._batch(chunks)
+        ids = self._ids([token for chunk in chunks for token in chunk.tokens])
         if self._native is not None:
-            return self._native_step(self._native, chunks, wanted)[1]
-        hidden = self.hidden(chunks)
+            hidden, logits = self._native.step(ids, batch, self.cache, wanted)
+            return logits, hidden
+        hidden = self.model(ids, batch.positions, CachedAttention(self.cache, batch))
+        chosen = hidden
         if len(wanted) < end:
-            hidden = hidden[torch.tensor(wanted, dtype=torch.int64, device=self.device)]
-        return self.model.logits(hidden)
+            chosen = hidden[torch.tensor(wanted, dtype=torch.int64, device=self.device)]
+        return self.model.logits(chosen), hidden
 
     @torch.inference_mode()
-    def run_mtp(self, chunk: Chunk, ahead: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Cache one chunk's rows, MTP modules included; logits [tokens, vocab] of each MTP depth.
+    def mtp(
+        self, depth: int, hidden: Float[Tensor, "tokens hidden"], chunks: Sequence[Chunk]
+    ) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "rows vocab"]]:
+        """Run MTP module `depth` over `chunks`, whose tokens are those depth + 1 places after the
+        positions they start at, and cache its rows.
 
-        ahead[k] holds, for the chunk's leading tokens, the token k + 1 places after each; depth k
-        has as many rows. A depth has at most as many rows as the one before.
+        `hidden` comes from the depth before (from `step` for depth 0). Returns the module's hidden
+        states and the logits the chunks ask for.
         """
-        hidden = self.hidden([chunk])
-        logits = []
-        for depth, ids in enumerate(ahead):
-            hidden = hidden[: len(ids)]
-            if len(ids) > 0:
-                batch = self._batch([(chunk.pages, chunk.start, len(ids))])
-                hidden = self.model.mtp_hidden(
-                    depth, hidden, self._ids(ids), batch.positions, self._attention(batch)
-                )
-            logits.append(self.model.mtp_logits(depth, hidden))
-        return logits
-
-    @torch.inference_mode()
-    def hidden(self, chunks: Sequence[Chunk]) -> Float[Tensor, "tokens hidden"]:
-        """Cache the chunks' rows; the final hidden state of every token."""
-        if self._native is not None:
-            return self._native_step(self._native, chunks, [])[0]
-        batch = self._batch([(chunk.pages, chunk.start, len(chunk.tokens)) for chunk in chunks])
+        batch = self._batch(chunks)
         ids = self._ids([token for chunk in chunks for token in chunk.tokens])
-        return self.model(ids, batch.positions, self._attention(batch))
-
-    def _native_step(
-        self, native: NativeModel, chunks: Sequence[Chunk], wanted: list[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden states of all tokens and logits of the wanted ones."""
-        batch = self._batch([(chunk.pages, chunk.start, len(chunk.tokens)) for chunk in chunks])
-        ids = self._ids([token for chunk in chunks for token in chunk.tokens])
-        return native.step(ids, batch, self.cache, wanted)
+        attention = CachedAttention(self.cache, batch)
+        hidden = self.model.mtp_hidden(depth, hidden, ids, batch.positions, attention)
+        wanted: list[int] = []
+        end = 0
+        for chunk in chunks:
+            end += len(chunk.tokens)
+            wanted.extend(range(end - chunk.num_logits, end))
+        return hidden, self.model.mtp_logits(depth, hidden[wanted])
 
     def check_integrity(self, holders: Sequence[Sequence[int]]) -> None:
-        """Raise AssertionError unless pool, cache and the page lists of all sequences agree."""
-        assert self.pool.num_pages == self.cache.num_pages
+        """Raise AssertionError unless pool and the page lists of all sequences agree."""
         self.pool.check_integrity(holders)
 
-    def _make_room(self, num_pages: int) -> None:
-        """Grow pool and cache until `num_pages` are free."""
-        if num_pages <= self.pool.num_free:
-            return
-        total = max(2 * self.pool.num_pages, self.pool.num_used + num_pages)
+    def _fit_cache(self) -> None:
+        """Give the cache the pages that the pool has grown by."""
         old = self.cache
+        if old.num_pages == self.pool.num_pages:
+            return
         self.cache = PagedCache(
             self.model.config,
-            num_pages=total,
+            num_pages=self.pool.num_pages,
             page_size=old.page_size,
             dtype=old.dtype,
             device=self.device,
         )
         self.cache.data[:, : old.num_pages] = old.data
-        self.pool.grow(total)
 
-    def _batch(self, slices: list[tuple[tuple[int, ...], int, int]]) -> AttentionBatch:
-        sequences = [
-            SequenceSlice(pages=pages, start=start, length=length)
-            for pages, start, length in slices
+    def _batch(self, chunks: Sequence[Chunk]) -> AttentionBatch:
+        self._fit_cache()
+        slices = [
+            SequenceSlice(
+                pages=chunk.pages, start=chunk.start, length=len(chunk.tokens), form=chunk.form
+            )
+            for chunk in chunks
         ]
-        return AttentionBatch.build(sequences, page_size=self.cache.page_size, device=self.device)
-
-    def _attention(self, batch: AttentionBatch) -> CachedAttention:
-        return CachedAttention.for_config(self.model.config.attention, self.cache, batch)
+        return AttentionBatch.build(slices, page_size=self.cache.page_size, device=self.device)
 
     def _ids(self, ids: Sequence[int]) -> Int[Tensor, " tokens"]:
         return torch.tensor(ids, dtype=torch.int64, device=self.device)

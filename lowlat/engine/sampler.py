@@ -3,10 +3,10 @@
 Owns the order of the sampling steps and each sequence's random numbers. Knows no text and no
 cache.
 
-The order is: repetition, frequency and presence penalty, logit bias, temperature, top-k, top-p,
-min-p, draw. Probabilities are computed in fp64 on the CPU from fp32 logits. A sequence draws one
-number per token from its own generator, so its tokens do not depend on what else is in the batch.
-Equal scores rank by token id, lowest first.
+The order is: repetition, frequency and presence penalty, logit bias, grammar, temperature, top-k,
+top-p, min-p, draw. Probabilities are computed in fp64 on the CPU from fp32 logits. A sequence draws
+one number per token from its own generator, so its tokens do not depend on what else is in the
+batch. Equal scores rank by token id, lowest first.
 """
 
 import math
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lowlat.engine.grammar import GrammarState
 from lowlat.engine.params import SamplingParams
 
 
@@ -40,14 +41,20 @@ class SequenceSampler:
     """
 
     def __init__(
-        self, params: SamplingParams, prompt: Sequence[int], index: int, vocab_size: int
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        index: int,
+        vocab_size: int,
+        grammar: GrammarState | None = None,
     ) -> None:
         self.params = params
+        self.grammar = grammar
         # Text seeds are hashed whole: every (seed, index) pair starts an unrelated stream.
         self._random = random.Random(None if params.seed is None else f"{params.seed}:{index}")
         self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
-        self._is_raw = not params.has_penalties and not params.logit_bias
+        self._is_raw = not params.has_penalties and not params.logit_bias and grammar is None
         if params.has_penalties:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool)
             self._seen[torch.tensor(list(prompt), dtype=torch.int64)] = True
@@ -58,6 +65,8 @@ class SequenceSampler:
         if self.params.has_penalties:
             self._seen[token] = True
             self._counts[token] += 1
+        if self.grammar is not None:
+            self.grammar.accept(token)
 
     def sample(self, logits: Float[Tensor, " vocab"], best: int) -> Sampled:
         """Choose from one row of raw logits, whose largest entry is at `best`."""
@@ -80,6 +89,8 @@ class SequenceSampler:
             logits = penalise(logits, self._seen, self._counts, params)
         if params.logit_bias:
             logits = logits.index_add(0, self._bias_ids, self._bias)
+        if self.grammar is not None:
+            logits = logits.masked_fill(~self.grammar.mask(), -math.inf)
         if params.is_greedy:
             return int(logits.argmax())
         ids, probabilities = candidates(logits, params)
@@ -90,17 +101,20 @@ class SequenceSampler:
         return int(ids[index]) if ids is not None else index
 
 
-@torch.inference_mode()
-def sample(
-    logits: Float[Tensor, "rows vocab"], samplers: Sequence[SequenceSampler]
-) -> list[Sampled | None]:
-    """One token per row; None for a row whose largest logit is NaN or infinite."""
-    is_finite = logits.amax(dim=-1).isfinite().tolist()
-    best = logits.argmax(dim=-1).tolist()
-    return [
-        sampler.sample(row, token) if ok else None
-        for row, sampler, token, ok in zip(logits, samplers, best, is_finite, strict=True)
-    ]
+class Rows:
+    """Logits of a step, of which sequences take a token each, row by row."""
+
+    def __init__(self, logits: Float[Tensor, "rows vocab"]) -> None:
+        self._logits = logits
+        self._is_finite = logits.amax(dim=-1).isfinite().tolist() if len(logits) > 0 else []
+        self._best = logits.argmax(dim=-1).tolist() if len(logits) > 0 else []
+
+    @torch.inference_mode()
+    def sample(self, row: int, sampler: SequenceSampler) -> Sampled | None:
+        """A token from `row`; None where its largest logit is NaN or infinite."""
+        if not self._is_finite[row]:
+            return None
+        return sampler.sample(self._logits[row], self._best[row])
 
 
 def penalise(

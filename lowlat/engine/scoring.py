@@ -5,12 +5,13 @@ Owns the chunking and the sums. Text and windows of text are `engine.llm`'s.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lowlat.attention.forms import form_of
 from lowlat.engine.request import Chunk
 from lowlat.engine.runner import Runner
 
@@ -62,13 +63,19 @@ def mtp_logits(
         for start in range(0, len(ids), chunk):
             end = min(start + chunk, len(ids))
             runner.reserve(pages, end)
-            ahead = [ids[start + 1 + depth : end + 1 + depth] for depth in range(depths)]
-            part = Chunk(tokens=ids[start:end], start=start, pages=tuple(pages), num_logits=0)
-            for found, rows in zip(pieces, runner.run_mtp(part, ahead), strict=True):
-                found.append(rows)
+            part = _chunk(runner, ids[start:end], start, pages)
+            _, hidden = runner.step([part])
+            for depth in range(depths):
+                ahead = ids[start + 1 + depth : end + 1 + depth]
+                hidden = hidden[: len(ahead)]
+                if len(ahead) > 0:
+                    following = replace(part, tokens=ahead, num_logits=len(ahead))
+                    hidden, rows = runner.mtp(depth, hidden, [following])
+                    pieces[depth].append(rows)
     finally:
         runner.release(pages)
-    return [torch.cat(found) for found in pieces]
+    empty = torch.empty(0, runner.model.config.vocab_size)
+    return [torch.cat(found) if found else empty for found in pieces]
 
 
 def nll(runner: Runner, ids: Sequence[int], *, chunk: int) -> Float[Tensor, " predicted"]:
@@ -90,7 +97,12 @@ def _chunks(runner: Runner, ids: Sequence[int], chunk: int) -> Iterator[tuple[in
         for start in range(0, len(ids), chunk):
             tokens = ids[start : start + chunk]
             runner.reserve(pages, start + len(tokens))
-            part = Chunk(tokens=tokens, start=start, pages=tuple(pages), num_logits=len(tokens))
-            yield start, runner.run([part])
+            part = _chunk(runner, tokens, start, pages)
+            yield start, runner.run([replace(part, num_logits=len(tokens))])
     finally:
         runner.release(pages)
+
+
+def _chunk(runner: Runner, tokens: Sequence[int], start: int, pages: list[int]) -> Chunk:
+    form = form_of(runner.model.config.attention, len(tokens))
+    return Chunk(tokens=tokens, start=start, pages=tuple(pages), num_logits=0, form=form)

@@ -4,15 +4,12 @@ Owns which models have a native form. Arithmetic is csrc/'s; the modules beside 
 it computes.
 """
 
-import math
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch
-from lowlat.config.model import MLAConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.gqa import GQA
 from lowlat.model.linear import Linear, RMSNorm
@@ -26,11 +23,6 @@ BLOCK = (128, 128)
 """Rows and columns of the fp8 blocks the kernels know."""
 TILE = 16
 """Rows of a tile."""
-STREAM_TOKENS = 32
-"""Sequences with at most this many new tokens take the arithmetic that is fastest where reading the
-weights is all the time, longer chunks of a prompt that of matrix products. A step that mixes both
-is two calls, so that a sequence gets the same bits in any company.
-"""
 
 
 def has_native_form(model: Transformer) -> bool:
@@ -67,9 +59,6 @@ class NativeModel:
     def __init__(self, model: Transformer) -> None:
         self.config = model.config
         self.rotary = model.rotary
-        attention = model.config.attention
-        is_mla = isinstance(attention, MLAConfig)
-        self.break_even = attention.expansion_break_even if is_mla else math.inf
         module = native.module()
         native.keep_torch_single_threaded()
         embedding = model.embed_tokens.weight.detach()
@@ -91,8 +80,11 @@ class NativeModel:
     ) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "wanted vocab"]]:
         """Cache the rows of new tokens; their hidden states after the final norm (bf16), and the
         logits (fp32) of the tokens numbered in `wanted`.
+
+        A step that mixes streams with other forms is two calls, streams last: a sequence gets the
+        same bits in any company.
         """
-        kinds = [item.length <= STREAM_TOKENS for item in batch.sequences]
+        kinds = [item.form == "stream" for item in batch.sequences]
         hidden = torch.empty(len(ids), self.config.hidden_size, dtype=torch.bfloat16)
         logits = torch.empty(len(wanted), self.config.vocab_size)
         if len(set(kinds)) == 1:
@@ -121,7 +113,7 @@ class NativeModel:
         """One step of sequences of one kind, written into `hidden` and `logits`."""
         cos, sin = self.rotary(batch.positions)
         sequences = [
-            (item.pages, item.start, item.length, item.length > self.break_even)
+            (item.pages, item.start, item.length, item.form == "expanded")
             for item in batch.sequences
         ]
         self._model.step(

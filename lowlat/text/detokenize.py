@@ -14,9 +14,16 @@ class Detokenizer:
     much as its token is long.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        keep_special: frozenset[int] = frozenset(),
+    ) -> None:
+        """`keep_special`: special tokens that are not skipped all the same."""
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+        self._skipped = tokenizer.special_ids - keep_special if skip_special_tokens else frozenset()
         self._start()
 
     def _start(self) -> None:
@@ -25,7 +32,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; often empty, never half a character."""
-        if self._skip_special_tokens and token_id in self._tokenizer.special_ids:
+        if token_id in self._skipped:
             return ""
         return self._clean(self._decoder.decode(self._tokenizer.id_to_bytes(token_id)))
 

@@ -29,6 +29,8 @@ class Tokenizer:
         self._backend = parts.backend
         self._bytes = TokenBytes(parts.backend, parts.origin)
         added = parts.backend.get_added_tokens_decoder()
+        self.added_tokens = {index: token.content for index, token in added.items()}
+        """Id -> text of the tokens that are found in a text before anything else is."""
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         """Ids of the tokens that decoded text leaves out."""
         self.strips_leading_space = self._bytes.strips_leading_space
@@ -81,6 +83,12 @@ class Tokenizer:
             raise UserError(f"text cannot be encoded: {what}; send valid Unicode") from error
         backend = self._backend if parse_special else self._plain_backend
         return backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """(id, start, end) of every token of `text`, in characters; bos and eos are not added."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        return [(index, start, end) for index, (start, end) in spans]
 
     @cached_property
     def _plain_backend(self) -> tokenizers.Tokenizer:

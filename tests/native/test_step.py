@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.cached import CachedAttention
+from lowlat.attention.forms import STREAM_TOKENS, Form
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.config.hf import config_from_hf
 from lowlat.config.model import ModelConfig
@@ -70,8 +71,18 @@ def new_cache(config: ModelConfig, dtype: torch.dtype) -> PagedCache:
     return PagedCache(config, num_pages=48, page_size=PAGE_SIZE, dtype=dtype)
 
 
-def batch_of(step: Sequence[tuple[int, int, int]]) -> AttentionBatch:
-    slices = [SequenceSlice(pages=TABLES[s], start=start, length=n) for s, start, n in step]
+def form_for(length: int, break_even: float) -> Form:
+    """All three forms occur: streams of few tokens, absorbed and expanded chunks."""
+    if length > break_even:
+        return "expanded"
+    return "stream" if length <= STREAM_TOKENS else "absorbed"
+
+
+def batch_of(step: Sequence[tuple[int, int, int]], break_even: float) -> AttentionBatch:
+    slices = [
+        SequenceSlice(pages=TABLES[s], start=start, length=n, form=form_for(n, break_even))
+        for s, start, n in step
+    ]
     return AttentionBatch.build(slices, page_size=PAGE_SIZE)
 
 
@@ -85,19 +96,19 @@ def plain_logits(model: Transformer, break_even: float) -> Tensor:
     cache = new_cache(model.config, model.embed_tokens.weight.dtype)
     rows = []
     for step in STEPS:
-        batch = batch_of(step)
-        backend = CachedAttention(cache, batch, break_even=break_even)
+        batch = batch_of(step, break_even)
+        backend = CachedAttention(cache, batch)
         rows.append(model.logits(model(ids_of(model.config, step), batch.positions, backend)))
     return torch.cat(rows).float()
 
 
 def native_logits(model: NativeModel, break_even: float) -> Tensor:
-    model.break_even = break_even
     cache = new_cache(model.config, torch.bfloat16)
     rows = []
     for step in STEPS:
         ids = ids_of(model.config, step)
-        rows.append(model.step(ids, batch_of(step), cache, list(range(len(ids))))[1])
+        batch = batch_of(step, break_even)
+        rows.append(model.step(ids, batch, cache, list(range(len(ids))))[1])
     return torch.cat(rows)
 
 
@@ -159,7 +170,8 @@ def test_bits_do_not_depend_on_company_pages_or_threads(case: Case, level: str) 
     for step in STEPS:
         for s, start, length in step:
             pages = tuple(range(len(TABLES[s])))
-            item = SequenceSlice(pages=pages, start=start, length=length)
+            form = form_for(length, 2.0)
+            item = SequenceSlice(pages=pages, start=start, length=length, form=form)
             batch = AttentionBatch.build([item], page_size=PAGE_SIZE)
             ids = ids_of(config, [(s, start, length)])
             own = model.step(ids, batch, caches[s], list(range(length)))[1]
@@ -169,13 +181,55 @@ def test_bits_do_not_depend_on_company_pages_or_threads(case: Case, level: str) 
     assert end == len(together)
 
 
+@every_level
+@few_cases
+@pytest.mark.parametrize("form", ["stream", "absorbed", "expanded"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@torch.inference_mode()
+def test_bits_do_not_depend_on_how_a_text_is_cut(
+    case: Case, level: str, form: Form, dtype: torch.dtype
+) -> None:
+    """What prefix caching, speculation and reading again after preemption rest on: rows and logits
+    of one form are the same, whether tokens come one by one, in pieces, or all in one step."""
+    config = drawn_config(case)
+    model = NativeModel(random_model(config, case.seed))
+    pages, length = tuple(range(7, 0, -1)), 90
+    ids = torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(2))
+
+    def read(cuts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Logits and cache after steps of slices that end at the cuts."""
+        cache, rows, start = new_cache(config, dtype), [], 0
+        for step in cuts:
+            starts = [start, *step[:-1]]
+            slices = [
+                SequenceSlice(pages=pages, start=first, length=last - first, form=form)
+                for first, last in zip(starts, step, strict=True)
+            ]
+            batch = AttentionBatch.build(slices, page_size=PAGE_SIZE)
+            wanted = list(range(step[-1] - start))
+            rows.append(model.step(ids[start : step[-1]], batch, cache, wanted)[1])
+            start = step[-1]
+        return torch.cat(rows), cache.data
+
+    logits, rows = read([[length]])
+    for cuts in (
+        [[end] for end in range(1, length + 1)],
+        [[1], [3, 34], [61], [90]],
+        [[33, 66, 90]],
+        [[64], [65], [90]],
+    ):
+        own_logits, own_rows = read(cuts)
+        assert torch.equal(own_rows, rows)
+        assert torch.equal(own_logits, logits)
+
+
 @torch.inference_mode()
 def test_wanted_logits_come_in_the_order_asked_for() -> None:
     """Of a step that is two calls: a stream of one token, and a chunk of 70."""
     config = drawn_config(FEW[0])
     model = NativeModel(random_model(config, FEW[0].seed))
     step = STEPS[1]
-    ids, batch = ids_of(config, step), batch_of(step)
+    ids, batch = ids_of(config, step), batch_of(step, 80.0)
     wanted = [70, 0, 69, 3]
 
     def run(rows: list[int]) -> tuple[Tensor, Tensor]:
@@ -212,16 +266,13 @@ def packed_and_plain(config: ModelConfig, seed: int, dtype: str) -> tuple[Transf
 @few_cases
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 @torch.inference_mode()
-def test_packed_chunks_give_the_bits_of_bf16(
-    case: Case, dtype: str, level: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_chunks_give_the_bits_of_bf16(case: Case, dtype: str, level: str) -> None:
     """Long chunks multiply by the values rounded to bf16, whatever they are stored in."""
-    monkeypatch.setattr("lowlat.model.native.STREAM_TOKENS", 0)
     packed, plain = packed_and_plain(drawn_config(case), case.seed, dtype)
     assert has_native_form(packed)
-    logits = native_logits(NativeModel(packed), 2.0)
+    logits = native_logits(NativeModel(packed), 0.0)
     assert logits.isfinite().all()
-    assert torch.equal(logits, native_logits(NativeModel(plain), 2.0))
+    assert torch.equal(logits, native_logits(NativeModel(plain), 0.0))
 
 
 @every_level

@@ -87,10 +87,11 @@ def cached_logits(
     outputs, start = [], 0
     while start < len(ids):
         length = min(rng.choice([1, 1, 2, 5, 11]), len(ids) - start)
-        item = SequenceSlice(pages=tuple(pages), start=start, length=length)
+        form = "expanded" if length > break_even else "absorbed"
+        item = SequenceSlice(pages=tuple(pages), start=start, length=length, form=form)
         batch = AttentionBatch.build([item], page_size=page_size)
         own = slice(start, start + length)
-        backend = CachedAttention(cache, batch, break_even=break_even)
+        backend = CachedAttention(cache, batch)
         outputs.append(model.logits(model(ids[own], positions[own], backend)))
         start += length
     return torch.cat(outputs)

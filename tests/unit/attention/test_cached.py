@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.cached import CachedAttention
+from lowlat.attention.forms import Form, form_of
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.attention.packed import PackedAttention
 from lowlat.attention.rows import pack_rows, unpack_rows
@@ -21,6 +22,7 @@ from .draw import GQA, MLA, config_of
 
 LENGTHS = [17, 1, 5]
 ABSORBED, EXPANDED = math.inf, 0.0
+"""Lengths beyond which slices are expanded: never, always."""
 
 
 def mla_inputs(tokens: int) -> dict[str, Tensor]:
@@ -74,6 +76,10 @@ def steps(seed: int) -> Iterator[list[tuple[int, int, int]]]:
             yield step
 
 
+def form_for(length: int, break_even: float) -> Form:
+    return "expanded" if length > break_even else "absorbed"
+
+
 def chunked(
     call: str,
     cache: PagedCache,
@@ -88,10 +94,13 @@ def chunked(
     offsets = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
     out: dict[int, Tensor] = {}
     for step in steps(seed):
-        slices = [SequenceSlice(pages=tables[s], start=start, length=n) for s, start, n in step]
+        slices = [
+            SequenceSlice(pages=tables[s], start=start, length=n, form=form_for(n, break_even))
+            for s, start, n in step
+        ]
         batch = AttentionBatch.build(slices, page_size=cache.page_size)
         places = [offsets[s] + start + i for s, start, n in step for i in range(n)]
-        backend = CachedAttention(cache, batch, break_even=break_even)
+        backend = CachedAttention(cache, batch)
         result = getattr(backend, call)(1, *(x[places] for x in inputs.values()), *rest)
         out.update(zip(places, result, strict=True))
     return torch.stack([out[place] for place in range(sum(LENGTHS))])
@@ -153,7 +162,7 @@ def test_gqa_rows_are_keys_then_values() -> None:
     cache = new_cache(GQA(), 3)
     batch = AttentionBatch.build([SequenceSlice(pages=(4,), start=0, length=2)], page_size=3)
     inputs = gqa_inputs(2)
-    CachedAttention(cache, batch, break_even=0.0).gqa(0, *inputs.values(), 1.0, None)
+    CachedAttention(cache, batch).gqa(0, *inputs.values(), 1.0, None)
     rows = cache.rows(0, (4,), 2, torch.float64)
     assert torch.equal(rows[:, :12], inputs["k"].flatten(1))
     assert torch.equal(rows[:, 12:], inputs["v"].flatten(1))
@@ -161,9 +170,11 @@ def test_gqa_rows_are_keys_then_values() -> None:
 
 def test_mla_caches_the_rows_it_is_given() -> None:
     cache = new_cache(MLA(), 3)
-    batch = AttentionBatch.build([SequenceSlice(pages=(4, 2), start=0, length=5)], page_size=3)
+    batch = AttentionBatch.build(
+        [SequenceSlice(pages=(4, 2), start=0, length=5, form="expanded")], page_size=3
+    )
     inputs = mla_inputs(5)
-    CachedAttention(cache, batch, break_even=2.0).mla(0, *inputs.values(), *up_projections(), 1.0)
+    CachedAttention(cache, batch).mla(0, *inputs.values(), *up_projections(), 1.0)
     assert torch.equal(cache.rows(0, (4, 2), 5, torch.float64), inputs["rows"])
 
 
@@ -182,25 +193,26 @@ def test_break_even_of_deepseek_v3_is_about_170() -> None:
     assert MLA(kv_lora_rank=4, qk_nope_head_dim=5, v_head_dim=7).expansion_break_even == math.inf
 
 
-@pytest.mark.parametrize(("length", "form"), [(6, "absorbed_mla"), (7, "expanded_mla")])
-def test_form_is_chosen_by_the_config(
-    length: int, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The border is 13 (1 + 8) / (2 13 + 4 - 1 - 4 - 8) = 6.9 new tokens."""
-    called = []
+@pytest.mark.parametrize(
+    ("form", "called"),
+    [("stream", "absorbed_mla"), ("absorbed", "absorbed_mla"), ("expanded", "expanded_mla")],
+)
+def test_the_slice_says_the_form(form: Form, called: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
     for name in ("absorbed_mla", "expanded_mla"):
         monkeypatch.setattr(
             f"lowlat.attention.cached.{name}",
-            lambda q, *rest, name=name, **options: called.append(name) or q.new_zeros(len(q), 3, 7),
+            lambda q, *rest, name=name, **options: seen.append(name) or q.new_zeros(len(q), 3, 7),
         )
-    attention = MLA(qk_nope_head_dim=1, v_head_dim=8, kv_lora_rank=13)
     cache = new_cache(MLA(), 64)
-    batch = AttentionBatch.build([SequenceSlice(pages=(0,), start=0, length=length)], page_size=64)
-    backend = CachedAttention.for_config(attention, cache, batch)
-    backend.mla(0, *mla_inputs(length).values(), *up_projections(), 1.0)
-    assert called == [form]
+    item = SequenceSlice(pages=(0,), start=0, length=2, form=form)
+    backend = CachedAttention(cache, AttentionBatch.build([item], page_size=64))
+    backend.mla(0, *mla_inputs(2).values(), *up_projections(), 1.0)
+    assert seen == [called]
 
 
-def test_gqa_has_no_break_even() -> None:
-    batch = AttentionBatch.build([SequenceSlice(pages=(0,), start=0, length=1)], page_size=64)
-    assert CachedAttention.for_config(GQA(), new_cache(GQA(), 64), batch).break_even == 0.0
+def test_the_quickest_form_follows_from_length_and_config() -> None:
+    """The border of the wide MLA is 512 (128 + 128) / (2 512 + 4 - 128 - 4 - 128) = 170.7."""
+    wide = MLA(qk_nope_head_dim=128, v_head_dim=128, kv_lora_rank=512)
+    assert form_of(wide, 170) == "absorbed" and form_of(wide, 200) == "expanded"
+    assert form_of(GQA(), 32) == "stream" and form_of(GQA(), 33) == "expanded"

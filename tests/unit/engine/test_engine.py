@@ -14,6 +14,7 @@ from lowlat.engine.engine import Engine
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import Event, Request
 from lowlat.engine.runner import Runner
+from lowlat.engine.scheduler import Limits
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
 
@@ -162,7 +163,7 @@ def test_bad_requests_are_refused_with_the_numbers(
 
 def test_more_completions_than_may_run_are_refused() -> None:
     """Holds shut: a request that waits for ever."""
-    engine = counting_engine(max_sequences=3)
+    engine = counting_engine(limits=Limits(max_sequences=3))
     with pytest.raises(UserError, match=r"n 4 exceeds the 3"):
         engine.add([1], SamplingParams(n=4, temperature=1.0))
 
@@ -245,7 +246,7 @@ def test_batched_equals_alone(data: st.DataObject) -> None:
     engine = engine_for(
         MODELS[which],
         prefill_chunk=data.draw(st.sampled_from([3, 8, 512])),
-        max_sequences=data.draw(st.sampled_from([2, 3, 64])),
+        limits=Limits(max_sequences=data.draw(st.sampled_from([2, 3, 64]))),
     )
     added: list[tuple[Request, dict[str, Any]]] = []
     aborted: set[int] = set()

@@ -1,5 +1,8 @@
 """The page pool against a plain model of it, and the contract it asserts."""
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -80,6 +83,76 @@ def test_breaking_the_contract_is_noticed_and_changes_nothing() -> None:
         with pytest.raises(AssertionError):
             broken()
         pool.check_integrity([held])
+
+
+def test_kept_pages_are_cached_until_they_are_wanted() -> None:
+    """Free pages go first, then the page let go longest ago, deeper pages before earlier ones."""
+    pool = PagePool(6)
+    evicted: list[int] = []
+    pool.listen(evicted.append)
+    first, second = pool.allocate(2), pool.allocate(2)
+    for page in [*first, *second]:
+        pool.keep(page)
+    pool.release(second)
+    pool.release(first)
+    assert (pool.num_free, pool.num_cached, pool.num_available, pool.num_used) == (2, 4, 6, 0)
+    assert pool.eviction_order() == [3, 2, 1, 0]
+    assert pool.allocate(3) == [4, 5, 3] and evicted == [3]
+    pool.retain([2])
+    assert pool.allocate(2) == [0, 1] and evicted == [3, 1, 0]
+    pool.check_integrity([[4, 5, 3], [2], [0, 1]])
+    pool.release([2])
+    pool.release([3])
+    assert (pool.num_free, pool.num_cached) == (1, 1)
+    assert pool.is_free(3) and pool.is_kept(2) and not pool.is_free(2)
+
+
+def test_evict_all_leaves_pages_in_use_alone() -> None:
+    pool = PagePool(4)
+    held = pool.allocate(3)
+    pool.keep(0)
+    pool.keep(1)
+    pool.release([1])
+    pool.evict_all()
+    assert (pool.num_free, pool.num_cached, pool.is_kept(0), pool.is_kept(1)) == (2, 0, True, False)
+    pool.check_integrity([[0], [held[2]]])
+
+
+def test_breaking_the_contract_of_kept_pages_is_noticed() -> None:
+    pool = PagePool(3)
+    held = pool.allocate(2)
+    pool.keep(1)
+    pool.listen(lambda page: None)
+    for broken in (
+        lambda: pool.keep(1),
+        lambda: pool.keep(2),
+        lambda: pool.listen(lambda page: None),
+        lambda: PagePool(-1),
+    ):
+        with pytest.raises(AssertionError):
+            broken()
+        pool.check_integrity([held])
+    pool.release([1])
+    with pytest.raises(AssertionError, match="nobody holds page 1"):
+        pool.release([1])
+    with pytest.raises(AssertionError, match="3 pages wanted, 2 available"):
+        pool.allocate(3)
+    pool.check_integrity([[0]])
+
+
+def test_assertions_hold_under_python_o() -> None:
+    """Holds shut: checks that vanish with `assert` where users run `python -O`."""
+    code = (
+        "from lowlat.engine.pages import PagePool\n"
+        "pool = PagePool(1)\n"
+        "for broken in (lambda: pool.release([0]), lambda: pool.check_integrity([[0]])):\n"
+        "    try:\n"
+        "        broken()\n"
+        "    except AssertionError:\n"
+        "        print('noticed')\n"
+    )
+    run = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["noticed", "noticed"], run.stderr
 
 
 def test_check_integrity_finds_a_leak_and_a_double_hold() -> None:

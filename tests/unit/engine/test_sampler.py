@@ -8,11 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lowlat.engine.params import SamplingParams
-from lowlat.engine.sampler import SequenceSampler, candidates, penalise, ranked, sample
+from lowlat.engine.sampler import Rows, Sampled, SequenceSampler, candidates, penalise, ranked
 
 VOCAB = 11
+
+
+def sample(logits: Tensor, samplers: list[SequenceSampler]) -> list[Sampled | None]:
+    """A token from every row."""
+    rows = Rows(logits)
+    return [rows.sample(row, sampler) for row, sampler in enumerate(samplers)]
 
 
 def sampler(prompt: tuple[int, ...] = (), index: int = 0, **options: Any) -> SequenceSampler:

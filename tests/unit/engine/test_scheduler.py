@@ -1,14 +1,45 @@
-"""The scheduler alone: who runs, in which order, and within which limits. No tensors."""
+"""The scheduler alone: who runs, in which order, on which pages. No tensors."""
 
+from typing import Any
+
+import pytest
+from fakes import gqa_config
+
+from lowlat.engine.pages import PagePool
 from lowlat.engine.params import SamplingParams
-from lowlat.engine.request import Request, Sequence
+from lowlat.engine.prefix import PrefixCache
+from lowlat.engine.reading import Reader
+from lowlat.engine.request import Request, RequestOptions, Sequence
 from lowlat.engine.sampler import SequenceSampler
-from lowlat.engine.scheduler import Scheduler
+from lowlat.engine.scheduler import Limits, Scheduler
+
+PAGE = 4
 
 
-def sequence(length: int, n: int = 1) -> Sequence:
+def scheduler_for(
+    *, pages: int = 1000, chunk: int = 100, has_prefix_cache: bool = True, **limits: Any
+) -> Scheduler:
+    pool = PagePool(pages)
+    return Scheduler(
+        reader=Reader(gqa_config().attention, chunk=chunk, page_size=PAGE),
+        pool=pool,
+        prefix=PrefixCache(pool, page_size=PAGE) if has_prefix_cache else None,
+        limits=Limits(max_pages=pages, **limits),
+    )
+
+
+def sequence(length: int, n: int = 1, first: int = 0, **options: Any) -> Sequence:
+    """The prompt first, first + 1, ...; arrival is the order of making."""
     params = SamplingParams(n=n, temperature=1.0)
-    request = Request(id=0, prompt=tuple(range(length)), params=params, max_outputs=9)
+    sequence.made += 1
+    request = Request(
+        id=sequence.made,
+        prompt=tuple(range(first, first + length)),
+        params=params,
+        options=RequestOptions(**options),
+        max_outputs=99,
+        arrived_at=float(sequence.made),
+    )
     return Sequence(
         request=request,
         index=0,
@@ -17,49 +48,217 @@ def sequence(length: int, n: int = 1) -> Sequence:
     )
 
 
-def lengths(scheduler: Scheduler) -> list[int]:
-    """Run one step as the engine does; the length of each piece of work."""
+sequence.made = 0
+
+
+def step(scheduler: Scheduler) -> dict[Sequence, int]:
+    """Run one step as the engine does; the length of each sequence's work."""
     work = scheduler.schedule()
     for item in work:
-        item.sequence.num_cached += item.length
+        known = len(item.sequence.tokens) - item.sequence.num_cached
+        assert len(item.sequence.pages) * PAGE >= item.start + item.length
+        scheduler.advance(item.sequence, min(item.length, known))
         if item.sequence.num_pending == 0:
             item.sequence.tokens.append(1)
-    return [item.length for item in work]
+    holders = [s.pages for s in [*scheduler.running, *scheduler.waiting]]
+    if scheduler.prefix is not None:
+        scheduler.prefix.check_integrity(holders)
+    scheduler.pool.check_integrity(holders)
+    return {item.sequence: item.length for item in work}
 
 
-def test_prompts_are_read_in_chunks_before_anyone_decodes() -> None:
-    scheduler = Scheduler(prefill_chunk=5, max_sequences=9)
-    for length in (3, 11, 2):
-        scheduler.add(sequence(length))
-    # Chunks of a prompt are whole: the second does not start with what the first left over.
-    assert lengths(scheduler) == [3]
-    assert lengths(scheduler) == [5]
-    assert lengths(scheduler) == [5]
-    assert lengths(scheduler) == [1, 2]
-    assert lengths(scheduler) == [1, 1, 1]
+# The budget of a step
+
+
+def test_decoding_goes_on_while_a_prompt_is_read() -> None:
+    """Holds shut: everybody waiting for a long prompt."""
+    scheduler = scheduler_for(step_tokens=50, mixed_tokens=8)
+    short, long = sequence(3), sequence(60, first=500)
+    scheduler.add(short)
+    assert step(scheduler) == {short: 3}
+    scheduler.add(long)
+    for start in range(0, 56, 8):
+        assert step(scheduler) == {short: 1, long: 8}, start
+    assert step(scheduler) == {short: 1, long: 4}
+    assert step(scheduler) == {short: 1, long: 1}
+
+
+def test_half_of_the_budget_is_the_oldest_prompts_and_the_rest_the_shortest_ones() -> None:
+    """Holds shut: short prompts waiting behind a long one, and a long one starving."""
+    scheduler = scheduler_for(step_tokens=20)
+    oldest, long, short = sequence(80), sequence(70, first=100), sequence(6, first=200)
+    for item in (oldest, long, short):
+        scheduler.add(item)
+    assert step(scheduler) == {oldest: 10, short: 6, long: 4}
+
+
+def test_what_others_leave_of_the_budget_is_used() -> None:
+    scheduler = scheduler_for(step_tokens=20)
+    oldest, short = sequence(80), sequence(3, first=200)
+    scheduler.add(oldest)
+    scheduler.add(short)
+    assert step(scheduler) == {oldest: 17, short: 3}
+
+
+def test_a_piece_ends_with_its_chunk() -> None:
+    """Holds shut: rows of two forms in one piece."""
+    scheduler = scheduler_for(step_tokens=30, chunk=16)
+    one = sequence(40)
+    scheduler.add(one)
+    assert [step(scheduler)[one] for _ in range(4)] == [16, 16, 8, 1]
+
+
+# Who comes first
 
 
 def test_a_request_waits_until_all_its_completions_have_room() -> None:
-    scheduler = Scheduler(prefill_chunk=100, max_sequences=4)
-    first, wide, last = sequence(2), sequence(3, n=4), sequence(4)
+    scheduler = scheduler_for(max_sequences=4)
+    first, wide, last = sequence(2), sequence(3, n=4, first=50), sequence(4, first=90)
     for item in (first, wide, last):
         scheduler.add(item)
-    assert lengths(scheduler) == [2]
-    assert lengths(scheduler) == [1]
+    assert step(scheduler) == {first: 2}
+    assert step(scheduler) == {first: 1}
     scheduler.remove(first)
-    # First come, first served: `last` would fit beside nobody, so it waits behind `wide`.
-    assert lengths(scheduler) == [3]
+    # `last` would have had room before; who waits is not overtaken.
+    assert step(scheduler) == {wide: 3}
     scheduler.remove(wide)
-    assert lengths(scheduler) == [4]
+    assert step(scheduler) == {last: 4}
     scheduler.remove(last)
     assert not scheduler.has_work and scheduler.schedule() == []
 
 
+def test_lower_priority_values_are_admitted_first() -> None:
+    scheduler = scheduler_for(max_sequences=1)
+    late, early = sequence(2, priority=5), sequence(3, first=50, priority=-1)
+    scheduler.add(late)
+    scheduler.add(early)
+    assert step(scheduler) == {early: 3}
+
+
+def test_a_client_with_many_requests_does_not_keep_another_waiting() -> None:
+    """Holds shut: first come, first served over clients of unequal appetite."""
+    scheduler = scheduler_for(max_sequences=1)
+    greedy = [sequence(9, first=100 * i, salt=b"greedy") for i in range(1, 6)]
+    for item in greedy:
+        scheduler.add(item)
+    assert step(scheduler) == {greedy[0]: 9}
+    modest = sequence(4, first=900, salt=b"modest")
+    scheduler.add(modest)
+    scheduler.remove(greedy[0])
+    # Who comes starts level, so that one of the others may still be first, but one only.
+    assert step(scheduler) == {greedy[1]: 9}
+    scheduler.remove(greedy[1])
+    assert step(scheduler) == {modest: 4}
+    scheduler.remove(modest)
+    assert step(scheduler) == {greedy[2]: 9}
+
+
 def test_a_waiting_sequence_can_be_removed() -> None:
-    scheduler = Scheduler(prefill_chunk=5, max_sequences=1)
-    first, second = sequence(2), sequence(3)
+    scheduler = scheduler_for(max_sequences=1)
+    first, second = sequence(2), sequence(3, first=50)
     scheduler.add(first)
     scheduler.add(second)
     scheduler.schedule()
     scheduler.remove(second)
-    assert list(scheduler.waiting) == [] and scheduler.running == [first]
+    assert scheduler.waiting == [] and scheduler.running == [first]
+
+
+# Pages
+
+
+def test_the_last_in_line_makes_room_and_comes_back() -> None:
+    """Two sequences of 8 tokens each, 7 pages: both fit, until they grow to 4 each."""
+    scheduler = scheduler_for(pages=7, has_prefix_cache=False)
+    first, second = sequence(8), sequence(8, first=50)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert step(scheduler) == {first: 8, second: 8}
+    for _ in range(4):
+        assert step(scheduler) == {first: 1, second: 1}
+    assert step(scheduler) == {first: 1}
+    assert scheduler.num_preemptions == 1 and scheduler.waiting == [second]
+    assert second.pages == [] and second.num_cached == 0 and second.num_outputs == 5
+    scheduler.remove(first)
+    assert step(scheduler) == {second: 8}, "its prompt is read in the form it had"
+    assert step(scheduler) == {second: 5}, "what it generated is read as a stream"
+    assert step(scheduler) == {second: 1}
+
+
+def test_a_preempted_sequence_finds_its_rows_in_the_prefix_cache() -> None:
+    scheduler = scheduler_for(pages=7)
+    first, second = sequence(8), sequence(8, first=50)
+    scheduler.add(first)
+    scheduler.add(second)
+    for _ in range(6):
+        step(scheduler)
+    assert scheduler.waiting == [second]
+    scheduler.remove(first)
+    # Of 13 tokens, prompt and output, three pages are still there.
+    assert step(scheduler) == {second: 1}
+
+
+def test_who_has_no_room_waits_and_holds_nothing() -> None:
+    scheduler = scheduler_for(pages=5)
+    first, second = sequence(13), sequence(9, first=50)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert step(scheduler) == {first: 13}
+    assert second.pages == [] and scheduler.num_preemptions == 0
+    scheduler.remove(first)
+    assert step(scheduler) == {second: 9}
+
+
+def test_drafts_are_dropped_rather_than_anybody_preempted() -> None:
+    scheduler = scheduler_for(pages=3)
+    one = sequence(8)
+    scheduler.add(one)
+    step(scheduler)
+    one.drafts = [1, 2, 3]
+    assert step(scheduler) == {one: 4}, "there is a page for them"
+    one.tokens += [1, 2, 3][: 12 - len(one.tokens)]
+    scheduler.advance(one, len(one.tokens) - 1 - one.num_cached)
+    one.drafts = [7, 8, 9]
+    assert step(scheduler) == {one: 1} and one.drafts == []
+
+
+# A prompt that many share
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_shared_beginning_is_read_once(at_once: bool) -> None:
+    """Holds shut: sixteen requests with one system prompt reading it sixteen times."""
+    scheduler = scheduler_for(step_tokens=16)
+    prompts = [sequence(40) for _ in range(4)]
+    for number, item in enumerate(prompts):
+        item.tokens += [300 + number]
+        item.request.prompt = tuple(item.tokens)
+    total = 0
+    for item in prompts if at_once else prompts[:1]:
+        scheduler.add(item)
+    for turn in range(12):
+        if turn == 6 and not at_once:
+            for item in prompts[1:]:
+                scheduler.add(item)
+        total += sum(length for item, length in step(scheduler).items() if item.num_outputs <= 1)
+    assert all(item.num_outputs > 0 for item in prompts)
+    assert total <= 41 + 3 + 12
+    assert [item.request.num_matched for item in prompts[1:]] == [40, 40, 40]
+
+
+def test_rows_of_another_client_are_not_found() -> None:
+    scheduler = scheduler_for()
+    mine, yours = sequence(40, salt=b"mine"), sequence(40, salt=b"yours")
+    scheduler.add(mine)
+    step(scheduler)
+    scheduler.add(yours)
+    assert step(scheduler)[yours] == 40 and yours.request.num_matched == 0
+
+
+def test_the_last_token_is_always_read() -> None:
+    """Its logits are needed: a prompt of whole pages is not found whole."""
+    scheduler = scheduler_for()
+    for expected in (8, 4):
+        item = sequence(8)
+        scheduler.add(item)
+        assert step(scheduler) == {item: expected}
+        scheduler.remove(item)

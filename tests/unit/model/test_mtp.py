@@ -128,9 +128,10 @@ def test_cached_equals_packed(chunks: list[int]) -> None:
     assert len(cache.data) == 4
     outputs, start = [], 0
     for length in chunks:
-        item = SequenceSlice(pages=(4, 0, 2), start=start, length=length)
+        form = "expanded" if length > 2 else "absorbed"
+        item = SequenceSlice(pages=(4, 0, 2), start=start, length=length, form=form)
         batch = AttentionBatch.build([item], page_size=3)
-        backend = CachedAttention(cache, batch, break_even=2.0)
+        backend = CachedAttention(cache, batch)
         own = slice(start, start + length)
         ahead = IDS[1:][own]
         outputs.append(model.mtp_hidden(0, hidden[own], ahead, batch.positions, backend))

@@ -1,0 +1,1 @@
+"""What the benchmarks of servers share: starting servers, asking them, figures of the answers."""

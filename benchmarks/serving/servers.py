@@ -1,0 +1,174 @@
+"""The servers that can be measured: how each is started, found ready, stopped for a while, ended.
+
+A server leads a process group of its own. While others are measured it is stopped with SIGSTOP,
+because thread pools spin for a while after work, and continued for its turn.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from lowlat.utils.errors import UserError
+
+HOST = "127.0.0.1"
+START_SECONDS = 600.0
+END_SECONDS = 15.0
+LOWLAT_MODULE = "import sys; from lowlat.cli.main import run; run()"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """What all servers are given alike."""
+
+    model: str
+    """The checkpoint folder, or what else lowlat serves."""
+    dtype: str
+    threads: int
+    context: int
+    """Most tokens of prompt and answer together."""
+    concurrency: int
+    """Most requests at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Program:
+    """How one kind of server is run."""
+
+    name: str
+    command: list[str]
+    """Without host and port, which all take by the same names."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """Environment variables."""
+    model_name: str = "model"
+    """As requests name the model."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Fields that keep it from ending an answer early."""
+
+
+def lowlat_program(setup: Setup, extra: list[str]) -> Program:
+    """This package's server, under this interpreter."""
+    options = ["--dtype", setup.dtype, "--threads", str(setup.threads)]
+    options += ["--max-context", str(setup.context), "--name", "model"]
+    command = [sys.executable, "-c", LOWLAT_MODULE, "serve", setup.model, *options, *extra]
+    return Program(name="lowlat", command=command, extra={"ignore_eos": True})
+
+
+def llama_program(setup: Setup, binary: str, gguf: Path, extra: list[str]) -> Program:
+    """llama.cpp's own server: a slot for each request at once, continuous batching."""
+    command = [binary, "--model", str(gguf), "--alias", "model"]
+    command += ["--threads", str(setup.threads), "--threads-batch", str(setup.threads)]
+    command += ["--parallel", str(setup.concurrency)]
+    command += ["--ctx-size", str(setup.context * setup.concurrency)]
+    return Program(name="llama.cpp", command=[*command, *extra], extra={"ignore_eos": True})
+
+
+def vllm_program(setup: Setup, python: str, extra: list[str]) -> Program:
+    """vLLM on the CPU; `python` is the interpreter that has it."""
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", setup.model]
+    command += ["--served-model-name", "model", "--dtype", _vllm_dtype(setup.dtype)]
+    command += ["--max-model-len", str(setup.context), "--max-num-seqs", str(setup.concurrency)]
+    command += ["--seed", "0"]
+    settings = {
+        "VLLM_CPU_KVCACHE_SPACE": "4",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return Program(
+        name="vllm", command=[*command, *extra], settings=settings, extra={"ignore_eos": True}
+    )
+
+
+def _vllm_dtype(dtype: str) -> str:
+    if dtype not in ("bf16", "fp32"):
+        raise UserError(f"vllm has no {dtype} experts on CPUs; leave it out or choose bf16")
+    return {"bf16": "bfloat16", "fp32": "float32"}[dtype]
+
+
+class Server:
+    """A running server. Use as a context manager; leaving it ends the process group."""
+
+    def __init__(self, program: Program, *, threads: int, folder: Path) -> None:
+        self.program = program
+        self.port = free_port()
+        self.url = f"http://{HOST}:{self.port}"
+        self.log = folder / f"{program.name}.log"
+        pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*program.command, "--host", HOST, "--port", str(self.port)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=folder,
+                env=os.environ | dict.fromkeys(pools, str(threads)) | program.settings,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_ready(self) -> float:
+        """Seconds until /health answers 200. Raises UserError where it does not come to that."""
+        begin = time.monotonic()
+        while (taken := time.monotonic() - begin) < START_SECONDS:
+            if self._process.poll() is not None:
+                raise UserError(f"{self.program.name} ended while it started: {self.last_words()}")
+            try:
+                if httpx.get(f"{self.url}/health", timeout=10.0).status_code == 200:
+                    return taken
+            except httpx.TransportError:
+                pass  # it does not listen yet
+            time.sleep(0.1)
+        raise UserError(f"{self.program.name} was not ready after {START_SECONDS:.0f} s")
+
+    def stop(self) -> None:
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def end(self) -> int:
+        """Ask it to end, then end it; its exit status, negative for a signal."""
+        self.go_on()
+        if self._process.poll() is None:
+            self._process.terminate()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass  # it is killed below
+        self._signal(signal.SIGKILL)
+        return self._process.wait()
+
+    def last_words(self) -> str:
+        """What it wrote last."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1][-300:] if lines else "without a word"
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            pass  # it has ended
+
+
+def free_port() -> int:
+    """A port nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]

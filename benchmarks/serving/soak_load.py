@@ -1,0 +1,166 @@
+"""The load of a soak: requests at random moments, a canary whose answer must never change.
+
+Owns the tallies and what counts as a wrong answer; samples and bounds are `serving.verdict`'s.
+"""
+
+import asyncio
+import json
+import random
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from serving.client import events
+from serving.mix import CHAT, COMPLETIONS, Call, Mix
+
+CANARY_SECONDS = 5.0
+CANARY_TOKENS = 24
+MOST_FAULTS = 20
+"""Of each kind of manner, kept for the report."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Tally:
+    """What has happened so far."""
+
+    answered: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    busy: int = 0
+    canaries: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Calls by manner and kind."""
+    faults: list[str] = field(default_factory=list)
+    """Wrong answers, a line each, the first MOST_FAULTS."""
+    fault_count: int = 0
+
+    def fault(self, text: str) -> None:
+        self.fault_count += 1
+        if len(self.faults) < MOST_FAULTS:
+            self.faults.append(text[:400])
+
+
+class Load:
+    """Calls against one server until told to end."""
+
+    def __init__(self, client: httpx.AsyncClient, mix: Mix, model: str, *, rate: float) -> None:
+        """`rate`: calls per second, on average; moments are those of a Poisson process."""
+        self.tally = Tally()
+        self._client = client
+        self._mix = mix
+        self._model = model
+        self._rate = rate
+        self._moments = random.Random(rate)
+
+    async def run(self, seconds: float) -> None:
+        """Call for this long, then wait until the last answers have come."""
+        end = time.monotonic() + seconds
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._canaries(end))
+            while time.monotonic() < end:
+                group.create_task(self._call(self._mix.draw()))
+                await asyncio.sleep(self._moments.expovariate(self._rate))
+
+    async def warm_up(self, count: int) -> None:
+        """Make calls one after the other, so that the server has started all it ever needs."""
+        for _ in range(count):
+            await self._call(self._mix.draw())
+        await self.canary()
+
+    async def _call(self, call: Call) -> None:
+        kind = f"{call.manner}: {call.kind}"
+        self.tally.kinds[kind] = self.tally.kinds.get(kind, 0) + 1
+        try:
+            if call.patience is None:
+                await self._check(call)
+            else:
+                await self._cut_off(call, call.patience)
+        except (httpx.HTTPError, json.JSONDecodeError, KeyError, TypeError) as error:
+            self.tally.fault(f"{call.manner} {call.kind}: {type(error).__name__}: {error}")
+
+    async def _cut_off(self, call: Call, patience: float) -> None:
+        """Ask and go away; whatever has come by then is right."""
+        try:
+            async with asyncio.timeout(patience):
+                await self._exchange(call)
+        except TimeoutError:
+            pass  # that is the point
+        self.tally.cancelled += 1
+
+    async def _check(self, call: Call) -> None:
+        status, content = await self._exchange(call)
+        if status == 429 and call.manner == "ordinary":
+            self.tally.busy += 1
+        elif call.manner == "invalid":
+            if 400 <= status < 500 and is_error(content):
+                self.tally.refused += 1
+            else:
+                self.tally.fault(f"invalid {call.kind}: HTTP {status} {json.dumps(content)}")
+        else:
+            wrong = wrong_with(call, content) if status == 200 else json.dumps(content)
+            if wrong is None:
+                self.tally.answered += 1
+            else:
+                self.tally.fault(f"{call.kind} at {call.path}: HTTP {status} {wrong}")
+
+    async def _exchange(self, call: Call) -> tuple[int, Any]:
+        """Status and JSON of the answer; of a stream, the list of its events."""
+        body = call.body if isinstance(call.body, bytes) else json.dumps(call.body).encode()
+        headers = {"content-type": "application/json"}
+        request = self._client.stream("POST", call.path, content=body, headers=headers)
+        async with request as response:
+            if response.status_code == 200 and call.is_stream:
+                return 200, [event async for event in events(response)]
+            return response.status_code, json.loads(await response.aread())
+
+    async def _canaries(self, end: float) -> None:
+        expected: Any = None
+        while time.monotonic() < end:
+            answer = await self.canary()
+            expected = answer if expected is None else expected
+            self.tally.canaries += 1
+            if answer != expected:
+                self.tally.fault(f"canary changed: {json.dumps(answer)}, first {expected!r}")
+            await asyncio.sleep(CANARY_SECONDS)
+
+    async def canary(self) -> Any:
+        """Choices of the one request that repeats: text, log-probabilities and all."""
+        body = {
+            "model": self._model,
+            "prompt": "The kettle sings and",
+            "max_tokens": CANARY_TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": 1,
+        }
+        response = await self._client.post(COMPLETIONS, json=body)
+        return response.json().get("choices", response.text)
+
+    async def has_chat(self) -> bool:
+        """Whether the model has a chat template."""
+        message = {"role": "user", "content": "Hello"}
+        body = {"model": self._model, "messages": [message], "max_tokens": 1}
+        return (await self._client.post(CHAT, json=body)).status_code == 200
+
+
+def is_error(content: Any) -> bool:
+    """Whether it has the shape of the API's errors."""
+    error = content.get("error") if isinstance(content, dict) else None
+    return isinstance(error, dict) and {"message", "type", "param", "code"} <= set(error)
+
+
+def wrong_with(call: Call, content: Any) -> str | None:
+    """What an answer lacks; None if nothing."""
+    assert isinstance(call.body, dict)
+    wanted = call.body.get("n", 1)
+    parts = content if call.is_stream else [content]
+    if any("error" in part for part in parts):
+        return f"error within: {json.dumps(parts[-1])}"
+    choices = [choice for part in parts for choice in part.get("choices", ())]
+    ended = {choice["index"] for choice in choices if choice.get("finish_reason")}
+    if ended != set(range(wanted)):
+        return f"{len(ended)} of {wanted} choices ended"
+    reasons = {choice["finish_reason"] for choice in choices if choice.get("finish_reason")}
+    return None if reasons <= {"stop", "length"} else f"ended by {sorted(reasons)}"

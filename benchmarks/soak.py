@@ -1,0 +1,276 @@
+"""A server under mixed load for a long time: memory, threads and answers stay as they are.
+
+    python benchmarks/soak.py MODEL --minutes 30 --out benchmarks/results/NAME
+
+Starts `lowlat serve`, sends requests at random moments (10 % cut off by the client, 5 % invalid), a
+canary every 5 s whose answer must never change, and samples the server every 5 s. Exits with 1
+where memory, descriptors or threads grow beyond the bounds of serving/verdict.py, an answer is
+wrong, /health is not 200, or pages of the cache are still held when all is done. Needs Linux.
+"""
+
+import argparse
+import asyncio
+import csv
+import json
+import re
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import httpx
+from serving import verdict
+from serving.client import new_client
+from serving.mix import Mix
+from serving.process import usage
+from serving.servers import Server, Setup, lowlat_program
+from serving.soak_load import Load, Tally
+from serving.verdict import Sample
+
+from lowlat.bench import machine
+from lowlat.bench.plan import check_threads
+from lowlat.bench.plot import require_matplotlib
+from lowlat.utils.errors import UserError
+
+SAMPLE_SECONDS = 5.0
+IDLE_SECONDS = 20.0
+"""Within which everything must be given back after the load."""
+HEALTH_SECONDS = 5.0
+WARM_CALLS = 60
+SERIES = re.compile(r"^(lowlat:\w+)(?:\{[^}]*\})? (\S+)", re.MULTILINE)
+GAUGES = {
+    "running": "lowlat:num_requests_running",
+    "waiting": "lowlat:num_requests_waiting",
+    "cache_usage": "lowlat:kv_cache_usage_perc",
+}
+
+
+class Watch:
+    """Samples of one server while it is under load."""
+
+    def __init__(self, server: Server, client: httpx.AsyncClient, tally: Tally) -> None:
+        self.samples: list[Sample] = []
+        self._server = server
+        self._client = client
+        self._tally = tally
+        self._begin = time.monotonic()
+
+    async def run(self) -> None:
+        """Sample until cancelled."""
+        self._begin = time.monotonic()
+        while True:
+            self.samples.append(await self.sample())
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    async def sample(self) -> Sample:
+        """The server now. Raises ProcessLookupError if it has ended."""
+        held, tally = usage(self._server.pid), self._tally
+        health, gauges = await self._health(), await self._gauges()
+        return Sample(
+            seconds=round(time.monotonic() - self._begin, 2),
+            rss_bytes=held.rss_bytes,
+            descriptors=held.descriptors,
+            threads=held.threads,
+            processes=held.processes,
+            health=health,
+            **gauges,
+            answered=tally.answered,
+            cancelled=tally.cancelled,
+            refused=tally.refused,
+            busy=tally.busy,
+        )
+
+    async def idle(self) -> Sample:
+        """The server when all requests are done, or as it is after IDLE_SECONDS."""
+        end = time.monotonic() + IDLE_SECONDS
+        while True:
+            sample = await self.sample()
+            is_idle = not (sample.running or sample.waiting or sample.cache_usage)
+            if is_idle or time.monotonic() > end:
+                return sample
+            await asyncio.sleep(0.5)
+
+    async def _health(self) -> int:
+        try:
+            return (await self._client.get("/health", timeout=HEALTH_SECONDS)).status_code
+        except httpx.HTTPError:
+            return 0
+
+    async def _gauges(self) -> dict[str, float]:
+        text = (await self._client.get("/metrics")).text
+        values = {name: float(value) for name, value in SERIES.findall(text)}
+        return {ours: values[name] for ours, name in GAUGES.items()}
+
+
+async def soak(server: Server, options: argparse.Namespace) -> tuple[dict[str, Any], Watch]:
+    """The report and the samples."""
+    model = server.program.model_name
+    async with (
+        new_client(server.url, connections=256) as client,
+        new_client(server.url, connections=2) as watching,
+    ):
+        load = Load(client, Mix(model, seed=0, has_chat=False, longest=1), model, rate=options.rate)
+        has_chat = await load.has_chat()
+        mix = Mix(model, seed=options.seed, has_chat=has_chat, longest=options.longest)
+        load = Load(client, mix, model, rate=options.rate)
+        # Processes for templates and grammars start when they are first needed.
+        await load.warm_up(WARM_CALLS)
+        watch = Watch(server, watching, load.tally)
+        before = await watch.idle()
+        sampling = asyncio.create_task(watch.run())
+        await load.run(60.0 * options.minutes)
+        if sampling.done():
+            sampling.result()  # raises what ended it
+        sampling.cancel()
+    # The load's connections are closed by now: what they held must be given back.
+    async with new_client(server.url, connections=2) as client:
+        last = Watch(server, client, load.tally)
+        after = await last.idle()
+    return report(options, load.tally, watch.samples, before, after, has_chat=has_chat), watch
+
+
+def report(
+    options: argparse.Namespace,
+    tally: Tally,
+    samples: Sequence[Sample],
+    before: Sample,
+    after: Sample,
+    *,
+    has_chat: bool,
+) -> dict[str, Any]:
+    """One JSON object; `faults` is empty where all is well."""
+    found = verdict.faults(samples, before, after)
+    if tally.fault_count:
+        found.append(f"{tally.fault_count} wrong answers, first: {tally.faults[0]}")
+    if not (tally.answered and tally.refused and tally.cancelled and tally.canaries > 1):
+        found.append("too little was asked to tell; give more --minutes or a higher --rate")
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": machine.describe(),
+        "model": str(options.model),
+        "minutes": options.minutes,
+        "rate": options.rate,
+        "has_chat": has_chat,
+        "bounds": {
+            "rss_bytes": verdict.MEMORY_GROWTH,
+            "descriptors": verdict.DESCRIPTOR_GROWTH,
+            "threads": verdict.THREAD_GROWTH,
+            "idle_descriptors": verdict.IDLE_DESCRIPTORS,
+        },
+        "growth": verdict.growths(samples),
+        "before": asdict(before),
+        "after": asdict(after),
+        "tally": asdict(tally),
+        "faults": found,
+    }
+
+
+def write(found: dict[str, Any], samples: Sequence[Sample], folder: Path) -> None:
+    """results.json, samples.csv and plot.svg."""
+    (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    with (folder / "samples.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, [field.name for field in fields(Sample)])
+        table.writeheader()
+        table.writerows(asdict(sample) for sample in samples)
+    draw(samples, folder / "plot.svg")
+
+
+def draw(samples: Sequence[Sample], path: Path) -> None:
+    """Memory, descriptors and threads, requests and cache over time."""
+    from matplotlib.figure import Figure
+
+    minutes = [sample.seconds / 60 for sample in samples]
+    figure = Figure(figsize=(8, 9), layout="constrained")
+    panels: tuple[dict[str, list[float]], ...] = (
+        {"resident memory, MB": [s.rss_bytes / 1e6 for s in samples]},
+        {
+            "descriptors": [s.descriptors for s in samples],
+            "threads": [s.threads for s in samples],
+        },
+        {"running": [s.running for s in samples], "waiting": [s.waiting for s in samples]},
+        {"share of the cache held": [s.cache_usage for s in samples]},
+    )
+    for place, lines in enumerate(panels):
+        axes = figure.add_subplot(len(panels), 1, place + 1, xlabel="minutes")
+        for label, values in lines.items():
+            axes.plot(minutes, values, label=label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+    figure.savefig(path)
+
+
+def summary(found: dict[str, Any]) -> str:
+    tally, growth = found["tally"], found["growth"]
+    return (
+        f"{found['minutes']:g} minutes: {tally['answered']} answered, "
+        f"{tally['cancelled']} cut off, {tally['refused']} refused, "
+        f"{tally['busy']} too many at once, {tally['canaries']} canaries; "
+        f"growth after the warm-up: memory {growth['rss_bytes'] / 1e6:+.1f} MB, descriptors "
+        f"{growth['descriptors']:+.1f}, threads {growth['threads']:+.1f}"
+    )
+
+
+def folder_or_name(model: str) -> str:
+    """A folder as an absolute path, since the server runs in a folder of its own."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="whatever lowlat serve takes")
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--rate", type=float, default=2.0, help="requests per second, on average")
+    parser.add_argument("--longest", type=int, default=48, help="most tokens of an answer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--lowlat-args", default="", help="more options of lowlat serve")
+    parser.add_argument("--out", type=Path, metavar="FOLDER")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the server's log there")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
+    try:
+        if options.out is not None:
+            require_matplotlib()
+            options.out.mkdir(parents=True, exist_ok=True)
+        setup = Setup(
+            model=folder_or_name(options.model),
+            dtype=options.dtype,
+            threads=check_threads(options.threads),
+            context=options.context,
+            concurrency=64,
+        )
+        program = lowlat_program(setup, shlex.split(options.lowlat_args))
+        with tempfile.TemporaryDirectory(prefix="lowlat-soak-") as folder:
+            logs = Path(folder) if options.logs is None else options.logs
+            logs.mkdir(parents=True, exist_ok=True)
+            with Server(program, threads=setup.threads, folder=logs.resolve()) as server:
+                server.wait_ready()
+                found, watch = asyncio.run(soak(server, options))
+                status = server.end()
+            if status != 0:
+                found["faults"].append(f"the server ended with {status}: {server.last_words()}")
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except ProcessLookupError:
+        sys.exit("FAULT the server ended while it was under load")
+    if options.out is not None:
+        write(found, watch.samples, options.out)
+    print(summary(found))
+    for fault in found["faults"]:
+        print(f"FAULT {fault}")
+    return 1 if found["faults"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""How many drafts pay: acceptance and the cost of a step, measured as they come.
+
+Owns the estimates. A draft pays while the tokens it is expected to yield cost less than tokens cost
+without it; where none does, none is made, and from time to time one is tried again.
+"""
+
+import heapq
+import weakref
+from collections.abc import Mapping
+
+from lowlat.engine.request import Sequence
+
+MAX_DEPTH = 4
+"""Drafts of a sequence in one step."""
+PRIOR = 0.5
+"""Acceptance expected before any draft was verified."""
+MEMORY = 0.9
+"""Weight of what was known of a sequence's acceptance at each new outcome."""
+RETURN = 0.002
+"""How far the estimate goes towards 1 in each step without drafts: so the next try comes."""
+COST_MEMORY = 0.98
+"""Weight of earlier steps in the estimate of cost."""
+
+
+class StepCost:
+    """Seconds of a step as a + b n, n tokens: least squares in which earlier steps fade."""
+
+    def __init__(self) -> None:
+        self._count = self._n = self._nn = self._t = self._nt = 0.0
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        sums = (1.0, num_tokens, num_tokens**2, seconds, num_tokens * seconds)
+        kept = (self._count, self._n, self._nn, self._t, self._nt)
+        self._count, self._n, self._nn, self._t, self._nt = (
+            COST_MEMORY * old + new for old, new in zip(kept, sums, strict=True)
+        )
+
+    def estimate(self) -> tuple[float, float]:
+        """(a, b), both at least 0 and not both 0. One token more is taken to cost a tenth of a
+        step where steps of one size only were seen."""
+        if self._count == 0.0:
+            return 1.0, 0.1
+        mean_n, mean_t = self._n / self._count, self._t / self._count
+        spread = self._nn / self._count - mean_n**2
+        if spread < 1e-3 * mean_n**2:
+            slope = 0.1 * mean_t
+        else:
+            slope = (self._nt / self._count - mean_n * mean_t) / spread
+        slope = min(max(slope, 0.0), mean_t / mean_n)
+        return max(mean_t - slope * mean_n, 1e-9), slope
+
+
+class DepthChoice:
+    """Shares out drafts among the sequences of a step where they are worth most."""
+
+    def __init__(self) -> None:
+        self._cost = StepCost()
+        self._acceptance: weakref.WeakKeyDictionary[Sequence, float] = weakref.WeakKeyDictionary()
+
+    def acceptance(self, sequence: Sequence) -> float:
+        """The chance that a draft of this sequence is kept, given that those before it were."""
+        return self._acceptance.get(sequence, PRIOR)
+
+    def choose(self, most: Mapping[Sequence, int]) -> dict[Sequence, int]:
+        """How many drafts each sequence should make, at most `most`."""
+        depths = dict.fromkeys(most, 0)
+        base, slope = self._cost.estimate()
+        tokens, seconds = float(len(most)), base + slope * len(most)
+        gains = [
+            (-self.acceptance(sequence), place, sequence)
+            for place, sequence in enumerate(most)
+            if most[sequence] > 0
+        ]
+        heapq.heapify(gains)
+        while gains:
+            gain, place, sequence = heapq.heappop(gains)
+            # A token for `slope` seconds beats tokens / seconds, or no further one does either.
+            if -gain * seconds <= slope * tokens:
+                break
+            depths[sequence] += 1
+            tokens, seconds = tokens - gain, seconds + slope
+            if depths[sequence] < min(MAX_DEPTH, most[sequence]):
+                heapq.heappush(gains, (gain * self.acceptance(sequence), place, sequence))
+        for sequence, depth in depths.items():
+            if depth == 0:
+                known = self.acceptance(sequence)
+                self._acceptance[sequence] = known + RETURN * (1.0 - known)
+        return depths
+
+    def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        """Learn from the drafts of a sequence: `accepted` were kept, the next one was not."""
+        known = self.acceptance(sequence)
+        for place in range(min(accepted + 1, drafted)):
+            known = MEMORY * known + (1.0 - MEMORY) * (place < accepted)
+        self._acceptance[sequence] = known
+
+    def stepped(self, num_tokens: int, seconds: float) -> None:
+        """Learn what a step costs."""
+        self._cost.add(num_tokens, seconds)

@@ -1,0 +1,129 @@
+"""Which JSON schemas an output can be held to, and how their JSON is written.
+
+Owns depth, known keywords, references and white space. What a known keyword's value may be is
+llguidance's business: it refuses what it cannot enforce.
+
+A keyword outside the two sets below is an error: ignoring it would give outputs that the user's
+schema refuses. Schemas are read as draft 2020-12, whatever `$schema` says.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import unquote
+
+from lowlat.checkpoint.strict_json import parse_object, quoted
+from lowlat.utils.errors import UserError
+
+MAX_DEPTH = 64
+"""Levels of brackets in the schema's text: about 30 objects inside one another."""
+MAX_PROPERTIES = 500
+"""Of one object. Each optional one multiplies what may come next."""
+
+WHITESPACE = r"\n? {0,24}"
+"""What may stand between two parts of a JSON text: enough to indent, too little for a model to lose
+itself in blanks."""
+
+ENFORCED = frozenset(
+    "$ref additionalProperties allOf anyOf const enum exclusiveMaximum exclusiveMinimum format"
+    " items maxItems maxLength maxProperties maximum minItems minLength minProperties minimum"
+    " multipleOf oneOf pattern patternProperties prefixItems properties required type".split()
+)
+ANNOTATIONS = frozenset(
+    "$comment $defs contentEncoding contentMediaType default definitions deprecated"
+    " description discriminator examples readOnly title writeOnly".split()
+)
+"""Say nothing about which outputs are valid."""
+
+_HOLD_SCHEMA = frozenset({"additionalProperties", "items"})
+_HOLD_LIST = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
+_HOLD_MAP = frozenset({"$defs", "definitions", "patternProperties", "properties"})
+
+
+def read_schema(text: str, field: str) -> dict[str, Any]:
+    """The schema in `text` as it is given to llguidance.
+
+    Raises UserError, whose message begins with `field`, for what is no schema object, exceeds a
+    limit, or uses a keyword or reference that is not supported.
+    """
+    schema = parse_object(text.encode(), field)
+    for name in ("$schema", "$id"):
+        # Names the draft and the schema itself, which only references from elsewhere would use.
+        schema.pop(name, None)
+    _check_values(schema, field)
+    pointers: set[str] = set()
+    references: list[tuple[str, object]] = []
+    for pointer, node in _subschemas(schema, field):
+        pointers.add(pointer)
+        _check_keywords(node, pointer, field)
+        if "$ref" in node:
+            references.append((pointer, node["$ref"]))
+    for pointer, target in references:
+        if not isinstance(target, str) or unquote(target) not in pointers:
+            raise UserError(
+                f"{field}: $ref {quoted(str(target))} at {quoted(pointer)} is not a schema inside "
+                "this one; nothing is fetched, so put it under $defs and refer to '#/$defs/...'"
+            )
+    return schema | {"x-guidance": {"whitespace_pattern": WHITESPACE}}
+
+
+def _check_values(schema: dict[str, Any], field: str) -> None:
+    """Bounds the depth before anything descends into the schema."""
+    layer: list[object] = [schema]
+    for _ in range(MAX_DEPTH):
+        inner: list[object] = []
+        for value in layer:
+            if isinstance(value, dict):
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{field}: a number is too large; use finite ones")
+        layer = inner
+    if layer:
+        raise UserError(
+            f"{field}: the schema is nested more than {MAX_DEPTH} levels deep; use $defs and $ref"
+        )
+
+
+def _subschemas(schema: dict[str, Any], field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every schema inside `schema` that may hold keywords, with its JSON pointer."""
+    found: list[tuple[str, object]] = [("#", schema)]
+    while found:
+        pointer, node = found.pop()
+        if isinstance(node, bool):
+            continue
+        if not isinstance(node, dict):
+            hint = "; use prefixItems" if pointer.endswith("/items") else ""
+            what = f"a {type(node).__name__} stands at {quoted(pointer)}"
+            raise UserError(f"{field}: {what}, where a schema must be{hint}")
+        yield pointer, node
+        for key, value in node.items():
+            inner = f"{pointer}/{key}"
+            if key in _HOLD_SCHEMA:
+                found.append((inner, value))
+            elif key in _HOLD_LIST and isinstance(value, list):
+                found += [(f"{inner}/{index}", item) for index, item in enumerate(value)]
+            elif key in _HOLD_MAP and isinstance(value, dict):
+                found += [(f"{inner}/{_escape(name)}", item) for name, item in value.items()]
+            elif key in _HOLD_LIST or key in _HOLD_MAP:
+                raise UserError(f"{field}: {key} at {quoted(pointer)} must hold schemas")
+
+
+def _check_keywords(node: dict[str, Any], pointer: str, field: str) -> None:
+    for key in node:
+        if key not in ENFORCED and key not in ANNOTATIONS:
+            raise UserError(
+                f"{field}: keyword {quoted(key)} at {quoted(pointer)} is not supported; leave it "
+                "out and check it in the answer"
+            )
+    for key in ("properties", "patternProperties"):
+        if len(node.get(key, ())) > MAX_PROPERTIES:
+            raise UserError(
+                f"{field}: {key} at {quoted(pointer)} has {len(node[key])} entries, at most "
+                f"{MAX_PROPERTIES} are allowed"
+            )
+
+
+def _escape(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")

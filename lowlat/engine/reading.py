@@ -1,0 +1,61 @@
+"""How a sequence is read: in which pieces, and by which arithmetic each token's row is computed.
+
+Owns the rule that makes rows reproducible: the form of a row follows from its position and from the
+length of its request's prompt, never from what else is running. A prompt lies on a fixed grid of
+chunks, each of the form that suits its length; what is generated is a stream.
+"""
+
+from dataclasses import dataclass
+
+from lowlat.attention.forms import Form, form_of
+from lowlat.config.model import GQAConfig, MLAConfig
+
+PREFILL_CHUNK = 1024
+"""Tokens of a chunk of a prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next tokens of a sequence to read in one step."""
+
+    length: int
+    form: Form
+
+
+class Reader:
+    """Plans the reading of sequences in chunks of `chunk` tokens or a few more: whole pages of
+    `page_size`, so that no page of a prompt is of two forms."""
+
+    def __init__(self, attention: MLAConfig | GQAConfig, *, chunk: int, page_size: int) -> None:
+        assert chunk > 0, chunk
+        self.chunk = -(-chunk // page_size) * page_size
+        self.page_size = page_size
+        self._attention = attention
+
+    def form(self, position: int, prompt_length: int) -> Form:
+        """The form of the row at `position` of a sequence whose prompt has `prompt_length`
+        tokens."""
+        if position >= prompt_length:
+            return "stream"
+        start = position - position % self.chunk
+        return form_of(self._attention, min(self.chunk, prompt_length - start))
+
+    def next_piece(self, start: int, prompt_length: int, length: int, limit: int) -> Piece:
+        """The piece that follows `start` rows of a sequence of `length` tokens, of at most `limit`
+        tokens."""
+        end = length
+        if start < prompt_length:
+            end = min(start - start % self.chunk + self.chunk, prompt_length)
+        return Piece(min(end - start, limit), self.form(start, prompt_length))
+
+    def page_form(self, page: int, prompt_length: int) -> str:
+        """By which arithmetic the rows of a sequence's page number `page` (from 0) are computed;
+        rows of equal tokens after equal tokens are equal where these agree for all pages so far.
+        """
+        start = page * self.page_size
+        of_prompt = prompt_length - start
+        form = self.form(start, prompt_length)
+        if form != "stream" and of_prompt < self.page_size:
+            # The page goes on with generated tokens, which are a stream.
+            return f"{form} {of_prompt}"
+        return form

@@ -1,0 +1,66 @@
+"""Guesses at the next tokens, verified together in one step: speculative decoding.
+
+Owns where drafts come from (the checkpoint's MTP modules, or what followed the same tokens before)
+and how many are worth verifying. Verifying is the engine's, and exact: a draft is kept where it is
+the token that the model draws anyway.
+"""
+
+import weakref
+from collections.abc import Sequence as SequenceOf
+
+from torch import Tensor
+
+from lowlat.engine.depth import DepthChoice
+from lowlat.engine.lookup import PromptLookup
+from lowlat.engine.mtp_drafts import MTPDrafter
+from lowlat.engine.request import Sequence
+from lowlat.engine.runner import Runner
+from lowlat.engine.scheduler import Work
+
+
+class Speculator:
+    """Drafts for all sequences of an engine."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.depth = DepthChoice()
+        has_mtp = runner.model.config.num_nextn_predict_layers > 0
+        self._mtp = MTPDrafter(runner) if has_mtp else None
+        self._lookups: weakref.WeakKeyDictionary[Sequence, PromptLookup] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def propose(self, work: SequenceOf[Work], hidden: Tensor | None) -> None:
+        """Set the drafts of the sequences that have just been part of a step.
+
+        `work` is what the step was, `hidden` [tokens, hidden] the final hidden states of its
+        tokens.
+        """
+        decoding = [
+            item.sequence
+            for item in work
+            if item.sequence.finish_reason is None
+            and item.sequence.pages
+            and not item.sequence.is_reading
+        ]
+        depths = self.depth.choose({s: _most_drafts(s) for s in decoding})
+        if self._mtp is not None:
+            assert hidden is not None
+            self._mtp.propose(work, hidden, depths)
+            return
+        for sequence in decoding:
+            if depths[sequence] > 0:
+                lookup = self._lookups.setdefault(sequence, PromptLookup())
+                sequence.drafts = lookup.propose(sequence.tokens, depths[sequence])
+
+    def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        """So many drafts of a sequence were verified, and so many of them kept."""
+        self.depth.verified(sequence, drafted, accepted)
+
+    def stepped(self, num_tokens: int, seconds: float) -> None:
+        """A step that read streams only took this long."""
+        self.depth.stepped(num_tokens, seconds)
+
+
+def _most_drafts(sequence: Sequence) -> int:
+    """Drafts that could still become output: the step's own token takes one place."""
+    return sequence.request.max_outputs - sequence.num_outputs - 1

@@ -1,0 +1,91 @@
+"""What an output may be asked to look like: five records, and the limits on what a user may send.
+
+Owns the sizes, checked before anything is compiled. Which JSON schemas are understood is
+json_schema.py's business, compiling and following an output grammar.py's.
+"""
+
+from dataclasses import dataclass
+
+from lowlat.utils.errors import UserError
+
+MAX_SCHEMA_BYTES = 64 * 2**10
+MAX_PATTERN_BYTES = 4 * 2**10
+MAX_CHOICES = 1000
+MAX_CHOICE_BYTES = 2**10
+MAX_CHOICES_BYTES = 64 * 2**10
+MAX_GRAMMAR_BYTES = 256 * 2**10
+"""Holds the JSON schemas of many tools at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JsonObject:
+    """Any JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JsonSchema:
+    """A JSON value that a schema (draft 2020-12) accepts, its properties in the schema's order."""
+
+    schema: str
+    """The schema as JSON text; it must be an object."""
+
+    def __post_init__(self) -> None:
+        check_text("json_schema", self.schema, MAX_SCHEMA_BYTES)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Regex:
+    """A text that a regular expression matches from beginning to end."""
+
+    pattern: str
+    """In the syntax of Rust's regex crate: no look-around, no back-references."""
+
+    def __post_init__(self) -> None:
+        check_text("regex", self.pattern, MAX_PATTERN_BYTES)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """One of several texts."""
+
+    options: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.options, tuple) or not 1 <= len(self.options) <= MAX_CHOICES:
+            raise UserError(f"choice must hold 1 to {MAX_CHOICES} texts")
+        sizes = [check_text("choice", text, MAX_CHOICE_BYTES, least=0) for text in self.options]
+        if sum(sizes) > MAX_CHOICES_BYTES:
+            raise UserError(
+                f"choice: the texts have {sum(sizes)} bytes together, at most {MAX_CHOICES_BYTES} "
+                "are allowed; shorten them"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grammar:
+    """A text that a context-free grammar derives from its rule `start`."""
+
+    lark: str
+    """In llguidance's dialect of Lark; `%json {...}` holds a JSON schema."""
+
+    def __post_init__(self) -> None:
+        check_text("grammar", self.lark, MAX_GRAMMAR_BYTES)
+
+
+StructuredOutput = JsonObject | JsonSchema | Regex | Choice | Grammar
+
+
+def check_text(field: str, text: str, limit: int, *, least: int = 1) -> int:
+    """The size of `text` in UTF-8. Raises UserError unless it is from `least` to `limit` bytes."""
+    if not isinstance(text, str):
+        raise UserError(f"{field} must be a text, got {type(text).__name__}")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        what = f"character {error.start} is half of a surrogate pair"
+        raise UserError(f"{field}: {what}; send valid Unicode") from error
+    if size < least:
+        raise UserError(f"{field} is empty; say what the output must look like")
+    if size > limit:
+        raise UserError(f"{field} has {size} bytes, at most {limit} are allowed; shorten it")
+    return size

@@ -1,0 +1,86 @@
+"""The ASGI application: routes, guards and error shapes around a bridge.
+
+Owns how the parts fit together. What a route does is in routes_*.py; listening and ending are
+`serve.run`'s.
+"""
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.routing import Route
+
+from lowlat.serve.bridge import Bridge, Draining, EngineDead, Overloaded
+from lowlat.serve.config import ServeConfig
+from lowlat.serve.endpoint import JsonEndpoint
+from lowlat.serve.errors import answer_error
+from lowlat.serve.grammars import Grammars
+from lowlat.serve.observe import Observer
+from lowlat.serve.openapi import openapi_route
+from lowlat.serve.operations import POSTS
+from lowlat.serve.pages import page_routes
+from lowlat.serve.prometheus import Metrics
+from lowlat.serve.protocol.failure import RequestError
+from lowlat.serve.routes_info import InfoRoutes
+from lowlat.serve.security import Guard
+from lowlat.serve.services import Services
+from lowlat.serve.workers import WorkPool
+from lowlat.utils.errors import UserError
+
+_HANDLED = (RequestError, UserError, Overloaded, Draining, EngineDead, HTTPException)
+
+
+def make_services(bridge: Bridge, config: ServeConfig) -> Services:
+    """The parts that the routes of one server share."""
+    return Services(
+        bridge=bridge,
+        config=config,
+        workers=WorkPool(threads=config.workers, max_waiting=config.max_waiting_work),
+        grammars=Grammars(bridge.model),
+        started_at=int(time.time()),
+    )
+
+
+def build_app(services: Services) -> Starlette:
+    """The application. Its lifespan starts the bridge and ends what still runs.
+
+    Every request passes the observer, then the guard, and only then meets a route.
+    """
+    metrics = Metrics(services)
+    routes = [
+        *(
+            Route(post.path, JsonEndpoint(services, post.request, post.handle), methods=["POST"])
+            for post in POSTS
+        ),
+        *InfoRoutes(services).routes(),
+        metrics.route(),
+        openapi_route(services),
+        *page_routes(services.config.api_keys),
+    ]
+    metrics.name_routes(routes)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
+        await services.bridge.start()
+        try:
+            yield
+        finally:
+            services.is_draining = True
+            await services.bridge.drain(0.0)
+            services.workers.close()
+
+    app = Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        middleware=[
+            Middleware(Observer, count=metrics.count),
+            Middleware(Guard, config=services.config),
+        ],
+        exception_handlers=dict.fromkeys(_HANDLED, answer_error),
+    )
+    # A redirect would answer paths that are no routes.
+    app.router.redirect_slashes = False
+    return app

@@ -1,0 +1,438 @@
+"""Between the event loop, which serves connections, and the one thread that runs the engine.
+
+Owns that thread, the bounded way in, the deltas on their way out, cancellation, and knowing whether
+the engine still advances. Everything the engine's thread does for a request, detokenising included,
+may fail for that request alone.
+"""
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from lowlat.engine.completion import CompletionBuilder, TokenLogprob
+from lowlat.engine.grammar import CompiledGrammar
+from lowlat.engine.llm import Model
+from lowlat.engine.params import SamplingParams
+from lowlat.engine.request import Event, FinishReason, Request, RequestOptions
+from lowlat.engine.stats import EngineStats
+
+logger = logging.getLogger(__name__)
+
+MAX_QUEUE = 256
+STALL_SECONDS = 5.0
+"""An engine that has work and completes no step for so long is reported as not healthy; to which
+comes the time its slowest steps have taken."""
+IDLE_SECONDS = 1.0
+"""After so long without work the engine checks that no page is lost."""
+
+
+class Overloaded(Exception):
+    """So many requests wait that another is refused."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"too many requests wait; try again in {retry_after} s")
+        self.retry_after = retry_after
+        """Seconds after which there may be room."""
+
+
+class Draining(Exception):
+    """The server is ending and takes no requests."""
+
+
+class EngineDead(Exception):
+    """The engine's thread has ended by a fault of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delta:
+    """What one completion gained in one step."""
+
+    index: int
+    """Which of the request's n completions."""
+    text: str
+    """Certain text: whole characters, without the stop string that ended it."""
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    """One per token where asked for."""
+    finish_reason: FinishReason | None
+    error: str | None
+    """With finish_reason "error": what failed, in one line."""
+
+
+class Generation:
+    """One admitted request, on the event loop's side. Iterate it to its end or cancel it."""
+
+    def __init__(
+        self,
+        bridge: "Bridge",
+        prompt: Sequence[int],
+        params: SamplingParams,
+        options: RequestOptions,
+        keep_special: frozenset[int],
+    ) -> None:
+        self.prompt = tuple(prompt)
+        self.params = params
+        self.options = options
+        self.keep_special = keep_special
+        self.cached_tokens = 0
+        """Tokens of the prompt found in the prefix cache; known from the first delta on."""
+        self.prefill_seconds = 0.0
+        """From the first step of the prompt to the first token."""
+        self.decode_seconds = 0.0
+        """From the first token to the last, of the completion that took longest."""
+        self.queue_seconds = 0.0
+        """From arrival to the first step."""
+        self._bridge = bridge
+        self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
+        self._num_open = params.n
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt)
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        """Deltas of all n completions as they come, to the last one's end."""
+        while self._num_open > 0:
+            delta = await self._deltas.get()
+            if delta.finish_reason is not None:
+                self._num_open -= 1
+            yield delta
+
+    def cancel(self) -> None:
+        """Give up what has not ended."""
+        self._bridge.cancel(self)
+
+    def put(self, delta: Delta) -> None:
+        """For the bridge: hand over a delta, on the event loop."""
+        self._deltas.put_nowait(delta)
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request in the engine, on the engine's side."""
+
+    generation: Generation
+    request: Request
+    builders: dict[int, CompletionBuilder]
+    """Of the completions that have not ended."""
+
+
+class Bridge:
+    """One model's engine in a thread of its own, for one event loop.
+
+    At most `max_queue` requests wait for their first step.
+    """
+
+    def __init__(self, model: Model, *, max_queue: int = MAX_QUEUE) -> None:
+        self.model = model
+        self.max_queue = max_queue
+        self._engine = model.engine
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="lowlat-engine", daemon=True)
+        self._wake = threading.Condition()
+        self._submitted: deque[Generation] = deque()
+        self._cancelled: deque[Generation] = deque()
+        self._live: dict[int, _Live] = {}
+        self._ids: dict[Generation, int] = {}
+        self._is_draining = False
+        self._is_ending = False
+        self._failure: str | None = None
+        self._step_began: float | None = None
+        self._slowest_step = 0.0
+        self._is_checked = True
+        self._open: dict[Generation, int] = {}
+        """Completions that have not ended, as the event loop knows."""
+        self._is_idle = asyncio.Event()
+
+    # --- on the event loop ---------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the engine's thread."""
+        self._loop = asyncio.get_running_loop()
+        self._is_idle.set()
+        self._thread.start()
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raise the UserError that `submit` would, queuing nothing."""
+        self._engine.check(prompt, params)
+
+    async def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        grammar: CompiledGrammar | None = None,
+        salt: bytes = b"",
+        priority: int = 0,
+        deadline: float | None = None,
+        keep_special: frozenset[int] = frozenset(),
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> Generation:
+        """Queue a request. `deadline` is in seconds from now; `salt` says whose it is.
+
+        Special tokens in `keep_special` are part of the text, those in `stop_ids` end it. Raises
+        UserError where the model cannot serve it, Overloaded, Draining and EngineDead.
+        """
+        self.check(prompt, params)
+        if self._failure is not None:
+            raise EngineDead(self._failure)
+        if self._is_draining:
+            raise Draining
+        if self._num_queued() >= self.max_queue:
+            raise Overloaded(self._retry_after())
+        options = RequestOptions(
+            priority=priority,
+            deadline=None if deadline is None else time.perf_counter() + deadline,
+            salt=salt,
+            stop_ids=stop_ids,
+            grammar=grammar,
+        )
+        generation = Generation(self, prompt, params, options, keep_special)
+        self._open[generation] = params.n
+        self._is_idle.clear()
+        with self._wake:
+            self._submitted.append(generation)
+            self._wake.notify()
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """End a request; one that has ended is left alone."""
+        with self._wake:
+            self._cancelled.append(generation)
+            self._wake.notify()
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine has done and is doing."""
+        scheduler, pool = self._engine.scheduler, self._engine.runner.pool
+        return self._engine.recorder.snapshot(
+            queued=self._num_queued(),
+            running=len(scheduler.running),
+            preemptions=scheduler.num_preemptions,
+            pages_total=scheduler.limits.max_pages or pool.num_pages,
+            pages_used=pool.num_used,
+            pages_cached=pool.num_cached,
+            page_tokens=self._engine.runner.cache.page_size,
+        )
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the engine's thread runs and, where it has work, completes steps."""
+        began = self._step_began
+        if self._failure is not None or not self._thread.is_alive():
+            return False
+        allowed = STALL_SECONDS + 2.0 * self._slowest_step
+        return began is None or time.perf_counter() - began < allowed
+
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more requests, wait up to `seconds` for those there are, end the rest and the
+        thread."""
+        self._is_draining = True
+        if self._thread.is_alive():
+            try:
+                await asyncio.wait_for(self._is_idle.wait(), seconds)
+            except TimeoutError:
+                logger.warning("requests were cut off: not done after %g s", seconds)
+        with self._wake:
+            self._is_ending = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join, STALL_SECONDS)
+
+    def _num_queued(self) -> int:
+        return len(self._submitted) + len(self._engine.scheduler.waiting)
+
+    def _retry_after(self) -> int:
+        """Seconds until the queue has moved on by one, as far as can be told."""
+        stats = self.stats
+        if stats.e2e.count == 0:
+            return 1
+        seconds = stats.e2e.sum / stats.e2e.count / max(1, stats.running)
+        return min(60, max(1, math.ceil(seconds)))
+
+    def _dispatch(self, deltas: list[tuple[Generation, Delta]]) -> None:
+        for generation, delta in deltas:
+            generation.put(delta)
+            if delta.finish_reason is not None:
+                self._open[generation] -= 1
+                if self._open[generation] == 0:
+                    del self._open[generation]
+        if not self._open:
+            self._is_idle.set()
+
+    # --- on the engine's thread ----------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:
+            # Whatever it was: nobody else would hear of it, and every client would wait for ever.
+            self._failure = f"the engine ended by {type(error).__name__}"
+            logger.critical("the engine has ended; restart the server", exc_info=True)
+        finally:
+            self._end_all()
+
+    def _turn(self) -> bool:
+        """Take what has come in and run one step; False when the thread is to end."""
+        self._wait()
+        with self._wake:
+            submitted, cancelled = list(self._submitted), list(self._cancelled)
+            is_ending = self._is_ending
+        deltas = []
+        for generation in submitted:
+            deltas += self._add(generation)
+            self._submitted.popleft()
+        deltas += self._cancel(cancelled)
+        if is_ending:
+            self._post(deltas)
+            return False
+        deltas += self._step()
+        self._post(deltas)
+        return True
+
+    def _wait(self) -> None:
+        """Until there is something to do."""
+        while not self._engine.has_work:
+            with self._wake:
+                if self._submitted or self._cancelled or self._is_ending:
+                    return
+                if self._wake.wait(None if self._is_checked else IDLE_SECONDS):
+                    return
+            self._engine.check_integrity()
+            self._is_checked = True
+
+    def _add(self, generation: Generation) -> list[tuple[Generation, Delta]]:
+        """Hand a request to the engine; its ends, where that fails."""
+        try:
+            request = self._engine.add(generation.prompt, generation.params, generation.options)
+        except Exception as error:
+            logger.exception("a request could not be started")
+            return _ends(generation, "error", f"the request could not be started: {error}")
+        self._is_checked = False
+        builders = {
+            index: CompletionBuilder(
+                self.model.tokenizer, request, index, keep_special=generation.keep_special
+            )
+            for index in range(generation.params.n)
+        }
+        self._live[request.id] = _Live(generation, request, builders)
+        self._ids[generation] = request.id
+        return []
+
+    def _cancel(self, generations: list[Generation]) -> list[tuple[Generation, Delta]]:
+        deltas = []
+        for generation in generations:
+            self._cancelled.popleft()
+            live = self._live.get(self._ids.get(generation, -1))
+            if live is not None:
+                self._engine.abort(live.request.id)
+                deltas += self._end(live, "abort", None)
+        return deltas
+
+    def _step(self) -> list[tuple[Generation, Delta]]:
+        if not self._engine.has_work:
+            return []
+        self._step_began = time.perf_counter()
+        try:
+            events = self._engine.step()
+        finally:
+            self._slowest_step = max(self._slowest_step, time.perf_counter() - self._step_began)
+            self._step_began = None
+        grouped: dict[tuple[int, int], list[Event]] = {}
+        for event in events:
+            grouped.setdefault((event.request_id, event.index), []).append(event)
+        deltas = []
+        for (request_id, index), own in grouped.items():
+            live = self._live.get(request_id)
+            if live is not None and index in live.builders:
+                deltas += self._advance(live, index, own)
+        return deltas
+
+    def _advance(
+        self, live: _Live, index: int, events: list[Event]
+    ) -> list[tuple[Generation, Delta]]:
+        """One completion's events of a step as a delta."""
+        builder = live.builders[index]
+        shown = (len(builder.pieces), len(builder.token_ids), len(builder.logprobs))
+        try:
+            for event in events:
+                if builder.finish_reason is None:
+                    builder.push(event)
+        except Exception as error:
+            logger.exception("detokenising failed for request %d", live.request.id)
+            self._engine.abort(live.request.id, "error")
+            return self._end(live, "error", f"detokenising failed: {error}")
+        if builder.finish_reason is not None:
+            self._engine.stop(live.request.id, index)
+        delta = Delta(
+            index=index,
+            text="".join(builder.pieces[shown[0] :]),
+            tokens=tuple(builder.token_ids[shown[1] :]),
+            logprobs=tuple(builder.logprobs[shown[2] :]),
+            finish_reason=builder.finish_reason,
+            error=builder.error,
+        )
+        self._time(live, builder)
+        if builder.finish_reason is not None:
+            self._close(live, index)
+        return [(live.generation, delta)]
+
+    def _time(self, live: _Live, builder: CompletionBuilder) -> None:
+        generation, usage = live.generation, builder.usage
+        generation.cached_tokens = live.request.num_matched
+        started = live.request.started_at
+        if started is not None:
+            generation.queue_seconds = started - live.request.arrived_at
+        generation.prefill_seconds = usage.prefill_seconds
+        generation.decode_seconds = max(generation.decode_seconds, usage.decode_seconds)
+
+    def _end(
+        self, live: _Live, reason: FinishReason, error: str | None
+    ) -> list[tuple[Generation, Delta]]:
+        """End all open completions of a request that the engine has let go."""
+        indices = list(live.builders)
+        for index in indices:
+            self._close(live, index)
+        return [(live.generation, _end(index, reason, error)) for index in indices]
+
+    def _close(self, live: _Live, index: int) -> None:
+        del live.builders[index]
+        if not live.builders:
+            del self._live[live.request.id]
+            del self._ids[live.generation]
+
+    def _end_all(self) -> None:
+        """Nobody is left waiting when the thread ends."""
+        reason = "abort" if self._failure is None else "error"
+        deltas = []
+        for live in list(self._live.values()):
+            if self._failure is None:
+                self._engine.abort(live.request.id)
+            deltas += self._end(live, reason, self._failure)
+        for generation in self._submitted:
+            deltas += _ends(generation, reason, self._failure)
+        self._submitted.clear()
+        self._post(deltas)
+
+    def _post(self, deltas: list[tuple[Generation, Delta]]) -> None:
+        if deltas and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._dispatch, deltas)
+
+
+def _end(index: int, reason: FinishReason, error: str | None) -> Delta:
+    return Delta(index=index, text="", tokens=(), logprobs=(), finish_reason=reason, error=error)
+
+
+def _ends(
+    generation: Generation, reason: FinishReason, error: str | None
+) -> list[tuple[Generation, Delta]]:
+    return [(generation, _end(index, reason, error)) for index in range(generation.params.n)]

@@ -1,0 +1,122 @@
+"""Call: one request under way, and the generations it holds.
+
+Owns that every generation ends with its request, however that ends, and the sums over them.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+from lowlat.engine.grammar import CompiledGrammar
+from lowlat.engine.params import SamplingParams
+from lowlat.serve.bridge import Delta, Draining, Generation
+from lowlat.serve.errors import GenerationFailed
+from lowlat.serve.protocol.failure import RequestError
+from lowlat.serve.services import Services
+
+
+class Call:
+    """One request of the key with `salt`."""
+
+    def __init__(self, services: Services, *, salt: bytes) -> None:
+        self.services = services
+        self.num_tokens = 0
+        """Generated so far, by all completions."""
+        self._num_completions = 0
+        self._salt = salt
+        self._generations: list[Generation] = []
+
+    async def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int | None = None,
+        deadline: int | float | None = None,
+        grammar: CompiledGrammar | None = None,
+        keep_special: frozenset[int] = frozenset(),
+    ) -> None:
+        """Have `prompt` completed. Raises what `Bridge.submit` raises."""
+        longest = self.services.config.request_seconds
+        limits = [seconds for seconds in (deadline, longest) if seconds is not None]
+        generation = await self.services.bridge.submit(
+            prompt,
+            params,
+            grammar=grammar,
+            salt=self._salt,
+            priority=priority or 0,
+            deadline=float(min(limits)) if limits else None,
+            keep_special=keep_special,
+        )
+        self._generations.append(generation)
+        self._num_completions += params.n
+
+    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        """(number of the prompt, what one of its completions gained), in the order of arrival.
+
+        Raises RequestError 408 for a missed deadline, Draining where the server ends,
+        GenerationFailed for a fault of the engine.
+        """
+        iterators = [aiter(generation) for generation in self._generations]
+        coming = {asyncio.ensure_future(anext(it, None)): i for i, it in enumerate(iterators)}
+        try:
+            while coming:
+                done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+                for future in done:
+                    number = coming.pop(future)
+                    delta = future.result()
+                    if delta is None:
+                        continue
+                    _check_end(delta)
+                    self.num_tokens += len(delta.tokens)
+                    coming[asyncio.ensure_future(anext(iterators[number], None))] = number
+                    yield number, delta
+        finally:
+            for future in coming:
+                future.cancel()
+
+    def cancel(self) -> None:
+        """End what has not ended."""
+        for generation in self._generations:
+            generation.cancel()
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(generation.prompt_tokens for generation in self._generations)
+
+    @property
+    def prefill_seconds(self) -> float:
+        """From the first step of a prompt to its first token; the longest of them."""
+        return max(generation.prefill_seconds for generation in self._generations)
+
+    @property
+    def decode_seconds(self) -> float:
+        """From the first token to the last, of the completion that took longest."""
+        return max(generation.decode_seconds for generation in self._generations)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens after each completion's first per second of decoding."""
+        seconds, tokens = self.decode_seconds, self.num_tokens - self._num_completions
+        return tokens / seconds if seconds > 0.0 and tokens > 0 else 0.0
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens whose rows were in the cache already."""
+        return sum(generation.cached_tokens for generation in self._generations)
+
+
+def _check_end(delta: Delta) -> None:
+    match delta.finish_reason:
+        case "deadline":
+            raise RequestError(
+                "the deadline passed before the answer was complete",
+                param="deadline_seconds",
+                code="deadline_exceeded",
+                status=408,
+            )
+        case "abort":
+            raise Draining
+        case "error":
+            raise GenerationFailed(delta.error)
+        case _:
+            pass

@@ -1,0 +1,139 @@
+"""ServeConfig: how one server runs, checked once.
+
+Owns addresses, keys, timeouts and the caps an operator may change. The caps of single fields are in
+`serve.limits`, sampling ranges in `engine.params`.
+"""
+
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lowlat.serve import limits
+from lowlat.utils.errors import UserError
+
+MIN_KEY_LENGTH = 16
+MAX_KEY_LENGTH = 512
+MAX_KEYS = 1024
+_KEY = re.compile(rf"[!-~]{{{MIN_KEY_LENGTH},{MAX_KEY_LENGTH}}}")
+_HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """Options of a server. Raises UserError naming the option and its range."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; any but a loopback address needs api_keys."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    model_name: str | None = None
+    """Name clients ask for; None: the name the model was loaded by."""
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Keys that open every route; none: whoever reaches the loopback address may use it."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Host names requests may be addressed to, besides loopback names and `host`."""
+    max_body_bytes: int = limits.MAX_BODY_BYTES
+    """Largest request body; 413 above."""
+    max_requests: int = 1024
+    """HTTP requests under way at once; 429 above."""
+    workers: int = 2
+    """Threads for JSON, templates, tokenising and grammars."""
+    max_waiting_work: int = 256
+    """Pieces of such work that may wait for a thread; 429 above."""
+    header_seconds: int | float = 10.0
+    """A connection must send a request's line and headers within this time."""
+    body_seconds: int | float = 30.0
+    """And its body within this; 408 after."""
+    send_seconds: int | float = 60.0
+    """A client that takes nothing of its stream for this long is disconnected."""
+    ping_seconds: int | float = 15.0
+    """A stream without news sends a comment this often, so that proxies keep it open."""
+    keep_alive_seconds: int = 30
+    """An idle connection is closed after this time."""
+    request_seconds: int | float | None = None
+    """Deadline of requests that set none and upper bound for those that do."""
+    drain_seconds: int | float = 30.0
+    """After SIGTERM running requests may go on for this long."""
+
+    def __post_init__(self) -> None:
+        _check_range("port", self.port, 0, 65535)
+        _check_range("max_body_bytes", self.max_body_bytes, 1024, 2**30)
+        _check_range("max_requests", self.max_requests, 1, 100_000)
+        _check_range("workers", self.workers, 1, 64)
+        _check_range("max_waiting_work", self.max_waiting_work, 1, 100_000)
+        _check_range("keep_alive_seconds", self.keep_alive_seconds, 1, 3600)
+        for name in ("header_seconds", "body_seconds", "send_seconds", "ping_seconds"):
+            _check_range(name, getattr(self, name), 0.01, 3600.0)
+        _check_range("drain_seconds", self.drain_seconds, 0.0, 24 * 3600.0)
+        if self.request_seconds is not None:
+            _check_range("request_seconds", self.request_seconds, 0.01, limits.MAX_DEADLINE_SECONDS)
+        self._check_hosts()
+        self._check_keys()
+
+    def _check_hosts(self) -> None:
+        for option, name in [
+            ("host", self.host),
+            *(("allowed-host", h) for h in self.allowed_hosts),
+        ]:
+            if not _is_address(name) and not _HOST_NAME.fullmatch(name):
+                raise UserError(f"{option} must be a host name or an address, got {name!r}")
+
+    def _check_keys(self) -> None:
+        if not self.api_keys and not is_loopback(self.host):
+            raise UserError(
+                f"host {self.host} can be reached from other machines; give --api-key-file, or "
+                "listen on 127.0.0.1"
+            )
+        if len(self.api_keys) > MAX_KEYS:
+            raise UserError(f"there may be at most {MAX_KEYS} API keys, got {len(self.api_keys)}")
+        for number, key in enumerate(self.api_keys, 1):
+            if not _KEY.fullmatch(key):
+                raise UserError(
+                    f"API key {number} must have {MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} printable "
+                    "ASCII characters without spaces; make one with: openssl rand -hex 32"
+                )
+
+    @property
+    def is_wildcard(self) -> bool:
+        """Whether the server listens on every address of the machine."""
+        return _is_address(self.host) and ipaddress.ip_address(self.host).is_unspecified
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The API keys in a file, one a line; empty lines and lines that start with # do not count.
+
+    Raises UserError where the file cannot be read or holds no key.
+    """
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError as error:
+        raise UserError(f"--api-key-file '{path}': {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--api-key-file '{path}': keys must be ASCII text") from error
+    stripped = [line.strip() for line in lines]
+    keys = tuple(line for line in stripped if line and not line.startswith("#"))
+    if not keys:
+        raise UserError(f"--api-key-file '{path}' holds no key; write one key a line")
+    return keys
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`, by name or address."""
+    if _is_address(host):
+        return ipaddress.ip_address(host).is_loopback
+    return host.lower().rstrip(".") == "localhost"
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_range(name: str, value: int | float, low: int | float, high: int | float) -> None:
+    # NaN fails every comparison, and so is refused.
+    if isinstance(value, bool) or not low <= value <= high:
+        raise UserError(f"{name.replace('_', '-')} must be from {low:g} to {high:g}, got {value!r}")

@@ -1,0 +1,107 @@
+"""Exceptions to responses in OpenAI's error shape: {"error": {message, type, param, code}}.
+
+Owns which exception is which status. Faults of our own are logged and answered without details.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from lowlat.serve.bridge import Draining, EngineDead, Overloaded
+from lowlat.serve.protocol.failure import RequestError
+from lowlat.utils.errors import UserError
+
+RETRY_SECONDS = 5
+"""What Retry-After says while the server shuts down."""
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_CODES = {404: "not_found", 405: "method_not_allowed"}
+_FIELD = re.compile(r"(?:option ')?([a-z][a-z_]*)")
+
+
+class GenerationFailed(Exception):
+    """A completion ended because the engine could not go on with it; a 500."""
+
+
+def error_object(
+    status: int, message: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, object]:
+    """The JSON object of an error."""
+    kind = "server_error" if status >= 500 else _TYPES.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """An error as a whole response."""
+    return Response(
+        # ASCII, so that half characters of a hostile request cannot break the answer to it.
+        json.dumps(error_object(status, message, param=param, code=code)),
+        status_code=status,
+        media_type="application/json",
+        headers=headers,
+    )
+
+
+def describe(error: Exception) -> tuple[int, str, str | None, str | None]:
+    """Status, message, param and code of `error`; 500 without details for one of our own."""
+    match error:
+        case RequestError():
+            return error.status, error.message, error.param, error.code
+        case UserError():
+            return 400, str(error), _field_of(str(error)), None
+        case Overloaded():
+            return 429, "the server is busy; try again later", None, "overloaded"
+        case Draining():
+            return 503, "the server is shutting down", None, "shutting_down"
+        case EngineDead():
+            return 503, "the engine has stopped; restart the server", None, "engine_stopped"
+        case HTTPException():
+            return error.status_code, _http_message(error), None, _CODES.get(error.status_code)
+        case _:
+            return 500, "internal error; its cause is in the server's log", None, "internal_error"
+
+
+def response_to(error: Exception) -> Response:
+    """The response that tells a client of `error`."""
+    status, message, param, code = describe(error)
+    headers: dict[str, str] = {}
+    if isinstance(error, HTTPException):
+        headers.update(error.headers or {})
+    elif isinstance(error, Overloaded):
+        headers["Retry-After"] = str(error.retry_after)
+    elif status == 503:
+        headers["Retry-After"] = str(RETRY_SECONDS)
+    if status in (408, 413, 415):
+        # What is left of the body is not read.
+        headers["Connection"] = "close"
+    return error_response(status, message, param=param, code=code, headers=headers)
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    """`response_to` as Starlette's handlers are called."""
+    return response_to(error)
+
+
+def _http_message(error: HTTPException) -> str:
+    if error.status_code == 404:
+        return "there is nothing at this path"
+    if error.status_code == 405:
+        return "this path does not allow the method"
+    return error.detail
+
+
+def _field_of(message: str) -> str | None:
+    """The field that the engine's messages begin with (`top_p must be ...`)."""
+    match = _FIELD.match(message)
+    return match[1] if match else None

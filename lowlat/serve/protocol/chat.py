@@ -1,0 +1,118 @@
+"""ChatRequest: the body of POST /v1/chat/completions.
+
+Owns the fields and the rules between them. Fields of OpenAI's API that are not here are refused by
+name, never ignored; some are here with their harmless values alone, since clients send those.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lowlat.engine.params import SamplingParams
+from lowlat.serve import limits
+from lowlat.serve.protocol.base import Name
+from lowlat.serve.protocol.failure import RequestError
+from lowlat.serve.protocol.formats import ResponseFormat, StructuredOutputs, TextFormat
+from lowlat.serve.protocol.messages import Message
+from lowlat.serve.protocol.sampling import MaxTokens, Metadata, SamplingRequest, TopLogprobs
+from lowlat.serve.protocol.tools import NamedTool, Tool, ToolChoice
+
+TemplateVariable = bool | int | Annotated[str, Field(max_length=limits.MAX_ID)]
+
+
+class ChatRequest(SamplingRequest):
+    """A conversation to go on with."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
+    max_completion_tokens: MaxTokens | None = None
+    """Most tokens of an answer, reasoning included; the default is what the context leaves."""
+    max_tokens: MaxTokens | None = None
+    """The older name of max_completion_tokens."""
+    logprobs: bool | None = None
+    """Whether each token's log-probability is wanted."""
+    top_logprobs: TopLogprobs | None = None
+    """How many of the likeliest tokens to list at each place; needs logprobs."""
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=limits.MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    """Default auto with tools, none without."""
+    parallel_tool_calls: bool | None = None
+    """Whether an answer may hold several calls. Default true."""
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    """Any other form than response_format knows."""
+    chat_template_kwargs: (
+        Annotated[dict[Name, TemplateVariable], Field(max_length=limits.MAX_TEMPLATE_VARIABLES)]
+        | None
+    ) = None
+    """Variables for the model's chat template, such as enable_thinking."""
+    metadata: Metadata | None = None
+    """An annotation, without effect."""
+    safety_identifier: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
+    """An annotation, without effect."""
+    store: Literal[False] | None = None
+    """Nothing is stored."""
+    service_tier: Literal["auto", "default"] | None = None
+    """There is one tier."""
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    """Text is all there is."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ChatRequest":
+        self.check_stream()
+        self._check_lengths()
+        self._check_forms()
+        self._check_tools()
+        return self
+
+    def _check_lengths(self) -> None:
+        given = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(given) > 1:
+            raise RequestError(
+                "max_tokens and max_completion_tokens differ; give one", param="max_tokens"
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError(
+                "top_logprobs needs logprobs true; set it or leave top_logprobs out",
+                param="top_logprobs",
+            )
+
+    def _check_forms(self) -> None:
+        has_format = self.response_format is not None and not isinstance(
+            self.response_format, TextFormat
+        )
+        if has_format and self.structured_outputs is not None:
+            raise RequestError(
+                "response_format and structured_outputs contradict each other; give one",
+                param="structured_outputs",
+            )
+
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self.tools or []]
+        if len(set(names)) < len(names):
+            raise RequestError("tools: two functions have the same name", param="tools")
+        if not names:
+            if self.tool_choice not in (None, "none"):
+                raise RequestError("tool_choice needs tools; give some", param="tool_choice")
+            if self.parallel_tool_calls is not None:
+                raise RequestError(
+                    "parallel_tool_calls needs tools; leave it out", param="parallel_tool_calls"
+                )
+        elif isinstance(self.tool_choice, NamedTool):
+            if self.tool_choice.function.name not in names:
+                raise RequestError(
+                    f"tool_choice: no function of tools is called "
+                    f"'{self.tool_choice.function.name}'",
+                    param="tool_choice",
+                )
+
+    @property
+    def completion_limit(self) -> int | None:
+        """Most tokens of an answer; None: what the context leaves."""
+        return self.max_tokens or self.max_completion_tokens
+
+    def to_params(self) -> SamplingParams:
+        """The engine's sampling record for this request."""
+        return self.sampling_params(
+            max_tokens=self.completion_limit,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )

@@ -1,0 +1,196 @@
+"""ResponsesRequest: the body of POST /v1/responses, the text subset of OpenAI's newer API.
+
+Owns the fields. Nothing is stored, so whatever needs an earlier response is refused by name.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from lowlat.serve import limits
+from lowlat.serve.protocol.base import (
+    Description,
+    FunctionName,
+    Id,
+    JsonSchemaObject,
+    StrictModel,
+)
+from lowlat.serve.protocol.failure import RequestError
+from lowlat.serve.protocol.formats import JsonObjectFormat, TextFormat
+from lowlat.serve.protocol.sampling import MaxTokens, Metadata
+
+Nothing = Annotated[list[str], Field(max_length=0)]
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+
+
+class InputText(StrictModel):
+    type: Literal["input_text"]
+    text: str
+
+
+class OutputText(StrictModel):
+    """A piece of an earlier answer, as it was returned."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: Nothing | None = None
+    logprobs: Nothing | None = None
+
+
+TextItem = Annotated[InputText | OutputText, Field(discriminator="type")]
+
+
+class InputMessage(StrictModel):
+    """A message of the conversation so far."""
+
+    type: Literal["message"] | None = None
+    role: Literal["user", "assistant", "system", "developer"]
+    content: (
+        str | Annotated[list[TextItem], Field(min_length=1, max_length=limits.MAX_CONTENT_PARTS)]
+    )
+    id: Id | None = None
+    status: ItemStatus | None = None
+    phase: None = None
+
+
+class FunctionCall(StrictModel):
+    """A call in an earlier answer."""
+
+    type: Literal["function_call"]
+    call_id: Id
+    name: FunctionName
+    arguments: str
+    id: Id | None = None
+    status: ItemStatus | None = None
+
+
+class FunctionCallOutput(StrictModel):
+    """What a call returned."""
+
+    type: Literal["function_call_output"]
+    call_id: Id
+    output: str
+    id: Id | None = None
+    status: ItemStatus | None = None
+
+
+class ReasoningText(StrictModel):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class Reasoning(StrictModel):
+    """What the model thought before the answer that follows."""
+
+    type: Literal["reasoning"]
+    id: Id | None = None
+    summary: Nothing | None = None
+    content: Annotated[list[ReasoningText], Field(max_length=limits.MAX_CONTENT_PARTS)]
+    encrypted_content: None = None
+    status: ItemStatus | None = None
+
+
+def _kind_of(item: object) -> str | None:
+    """The type of an input item; messages need not tell theirs."""
+    if not isinstance(item, dict):
+        return None
+    kind = item.get("type", "message")
+    return "message" if kind is None else kind if isinstance(kind, str) else None
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[FunctionCall, Tag("function_call")]
+    | Annotated[FunctionCallOutput, Tag("function_call_output")]
+    | Annotated[Reasoning, Tag("reasoning")],
+    Discriminator(
+        _kind_of,
+        custom_error_type="unknown_item",
+        custom_error_message=(
+            "type must be message, function_call, function_call_output or reasoning"
+        ),
+    ),
+]
+
+
+class FlatFunction(StrictModel):
+    """A function the model may call."""
+
+    type: Literal["function"]
+    name: FunctionName
+    description: Description | None = None
+    parameters: JsonSchemaObject | None = None
+    strict: bool | None = None
+
+
+class FlatNamedTool(StrictModel):
+    """Asks for a call of this function."""
+
+    type: Literal["function"]
+    name: FunctionName
+
+
+class FlatSchemaFormat(StrictModel):
+    """JSON that matches a schema."""
+
+    type: Literal["json_schema"]
+    name: FunctionName
+    schema_: Annotated[JsonSchemaObject, Field(alias="schema")]
+    description: Description | None = None
+    strict: bool | None = None
+
+
+TextFormatChoice = Annotated[
+    TextFormat | JsonObjectFormat | FlatSchemaFormat, Field(discriminator="type")
+]
+
+
+class TextOptions(StrictModel):
+    format: TextFormatChoice | None = None
+    verbosity: None = None
+
+
+class ResponsesRequest(StrictModel):
+    """A conversation to go on with. Null means the default everywhere."""
+
+    model: Id
+    """A name that /v1/models lists."""
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
+    """What the user says, or the conversation so far."""
+    instructions: str | None = None
+    """A system message before everything else."""
+    max_output_tokens: MaxTokens | None = None
+    """Most tokens of the answer, reasoning included; the default is what the context leaves."""
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    stream: bool | None = None
+    text: TextOptions | None = None
+    """The form of the answer."""
+    tools: Annotated[list[FlatFunction], Field(max_length=limits.MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    metadata: Metadata | None = None
+    """An annotation, without effect."""
+    user: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
+    """An annotation, without effect."""
+    safety_identifier: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
+    """An annotation, without effect."""
+    store: Literal[False] | None = None
+    """Nothing is stored."""
+    background: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    truncation: Literal["disabled"] | None = None
+    """A conversation that does not fit the context is refused."""
+    include: Nothing | None = None
+    previous_response_id: None = None
+    conversation: None = None
+    priority: Annotated[int, Field(ge=-limits.MAX_PRIORITY, le=limits.MAX_PRIORITY)] | None = None
+    """Lower values are served first. Default 0."""
+    deadline_seconds: Annotated[float, Field(gt=0.0, le=limits.MAX_DEADLINE_SECONDS)] | None = None
+    """Give up after this long with status 408."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ResponsesRequest":
+        if isinstance(self.input, list) and isinstance(self.input[-1], Reasoning):
+            raise RequestError("input ends with reasoning, without what follows it", param="input")
+        return self

@@ -1,0 +1,52 @@
+"""POST /v1/chat/completions.
+
+Owns the order of the steps: prompt and grammar off the event loop, admission, reply.
+"""
+
+from starlette.responses import Response
+
+from lowlat.serve.call import Call
+from lowlat.serve.chat import PreparedChat, prepare_chat
+from lowlat.serve.chat_reply import ChatReply
+from lowlat.serve.endpoint import json_response
+from lowlat.serve.protocol.chat import ChatRequest
+from lowlat.serve.stream import stream_response
+
+
+async def create_chat(call: Call, request: ChatRequest) -> Response:
+    """Answer `request`, streamed where it asks for that."""
+    call.services.check_model(request.model)
+    prepared = await submit_chat(call, request)
+    reply = ChatReply(call, request, prepared.make_parser)
+    if request.stream:
+        return stream_response(reply.events(), call.services.config)
+    return json_response(await reply.whole())
+
+
+async def submit_chat(call: Call, request: ChatRequest) -> PreparedChat:
+    """Have the chat's next answer generated; returns how to read it."""
+    services = call.services
+    prepared = await services.workers.run(prepare_chat, services.model, request)
+    grammar = None
+    if prepared.structured is not None:
+        param = _form_field(request)
+        services.bridge.check(prepared.ids, prepared.params)
+        grammar = await services.workers.run(
+            services.grammars.compile, prepared.structured, param=param
+        )
+    await call.submit(
+        prepared.ids,
+        prepared.params,
+        priority=request.priority,
+        deadline=request.deadline_seconds,
+        grammar=grammar,
+        keep_special=prepared.keep_special,
+    )
+    return prepared
+
+
+def _form_field(request: ChatRequest) -> str:
+    """The field that asks for the form of the answer."""
+    if request.structured_outputs is not None:
+        return "structured_outputs"
+    return "response_format" if request.response_format is not None else "tools"

@@ -1,0 +1,59 @@
+"""POST /v1/completions.
+
+Owns the order of the steps: tokens and grammar off the event loop, admission of every prompt,
+reply.
+"""
+
+from starlette.responses import Response
+
+from lowlat.engine.llm import Model
+from lowlat.engine.structured import StructuredOutput
+from lowlat.serve.call import Call
+from lowlat.serve.completion_reply import CompletionReply
+from lowlat.serve.endpoint import json_response
+from lowlat.serve.forms import structured_output
+from lowlat.serve.protocol.completions import CompletionRequest
+from lowlat.serve.stream import stream_response
+
+
+async def create_completion(call: Call, request: CompletionRequest) -> Response:
+    """Complete the prompts of `request`, streamed where it asks for that."""
+    services = call.services
+    services.check_model(request.model)
+    params = request.to_params()
+    prompts = await services.workers.run(_encode, services.model, request)
+    for ids, _ in prompts:
+        services.bridge.check(ids, params)
+    grammar = None
+    if request.structured_outputs is not None:
+        output: StructuredOutput = structured_output(request.structured_outputs)
+        grammar = await services.workers.run(
+            services.grammars.compile, output, param="structured_outputs"
+        )
+    for ids, _ in prompts:
+        await call.submit(
+            ids,
+            params,
+            priority=request.priority,
+            deadline=request.deadline_seconds,
+            grammar=grammar,
+        )
+    reply = CompletionReply(call, request, [echo for _, echo in prompts])
+    if request.stream:
+        return stream_response(reply.events(), services.config)
+    return json_response(await reply.whole())
+
+
+def _encode(model: Model, request: CompletionRequest) -> list[tuple[list[int], str]]:
+    """Token ids of each prompt, and the text its answers begin with."""
+    return [
+        (
+            model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
+            _echo(model, prompt) if request.echo else "",
+        )
+        for prompt in request.prompts
+    ]
+
+
+def _echo(model: Model, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)

@@ -1,0 +1,136 @@
+"""Listening and ending: one socket, uvicorn on it, and a drain when the process is told to end.
+
+Owns the socket, the signals and uvicorn's settings. The application is `serve.app`'s.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from lowlat.serve import limits
+from lowlat.serve.app import build_app, make_services
+from lowlat.serve.bridge import Bridge
+from lowlat.serve.config import ServeConfig
+from lowlat.serve.connection import connection_class
+from lowlat.serve.logs import log
+from lowlat.serve.services import Services
+from lowlat.utils.errors import UserError
+
+BACKLOG = 2048
+
+
+def open_socket(config: ServeConfig) -> socket.socket:
+    """A socket bound to the config's address, not listening yet: clients are refused until then.
+
+    Raises UserError where the address is taken or is none of this machine's.
+    """
+    try:
+        found = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UserError(f"--host '{config.host}': {error.strerror}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"cannot listen on {config.host} port {config.port}: {error.strerror}; choose another "
+            "--host or --port"
+        ) from error
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a browser on this machine finds the server."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run(
+    bridge: Bridge,
+    config: ServeConfig,
+    listener: socket.socket,
+    *,
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. A second signal ends at once.
+
+    `on_ready` is called when connections are taken.
+    """
+    asyncio.run(_run(bridge, config, listener, on_ready))
+
+
+async def _run(
+    bridge: Bridge, config: ServeConfig, listener: socket.socket, on_ready: Callable[[], None]
+) -> None:
+    services = make_services(bridge, config)
+    server = uvicorn.Server(_uvicorn_config(services))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    if server.started:
+        _handle_signals(server, services)
+        log(logging.INFO, "ready", model=services.model_name, url=url_of(listener))
+        on_ready()
+    await serving
+
+
+def _uvicorn_config(services: Services) -> uvicorn.Config:
+    config = services.config
+    return uvicorn.Config(
+        build_app(services),
+        http=connection_class(config.header_seconds),
+        loop="asyncio",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # Addresses and schemes that a client claims in headers are not believed.
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=config.keep_alive_seconds,
+        # What still runs after the drain has been aborted; its answers need a moment to leave.
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=limits.MAX_HEADER_BYTES,
+    )
+
+
+def _handle_signals(server: uvicorn.Server, services: Services) -> None:
+    """The first signal drains and ends, the second ends. Replaces uvicorn's own handlers."""
+    loop = asyncio.get_running_loop()
+    draining: list[asyncio.Task[None]] = []
+
+    def on_signal() -> None:
+        if draining:
+            log(logging.WARNING, "ending at once")
+            draining[0].cancel()
+            server.config.timeout_graceful_shutdown = 0
+            server.should_exit = True
+        else:
+            draining.append(loop.create_task(_drain(server, services)))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Outside the main thread there are no signals to handle.
+        with contextlib.suppress(ValueError, RuntimeError):
+            loop.add_signal_handler(number, on_signal)
+
+
+async def _drain(server: uvicorn.Server, services: Services) -> None:
+    """Take nothing new, let running requests end, then stop listening."""
+    seconds = services.config.drain_seconds
+    log(logging.INFO, "draining", seconds=seconds, requests=services.num_requests)
+    services.is_draining = True
+    try:
+        await services.bridge.drain(seconds)
+    finally:
+        server.should_exit = True

@@ -1,0 +1,48 @@
+"""Services: what the routes of one server share.
+
+Owns nothing but the names; `serve.app` makes the parts.
+"""
+
+from dataclasses import dataclass, field
+
+from lowlat.engine.llm import Model
+from lowlat.serve.bridge import Bridge
+from lowlat.serve.config import ServeConfig
+from lowlat.serve.grammars import Grammars
+from lowlat.serve.protocol.failure import RequestError
+from lowlat.serve.workers import WorkPool
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Services:
+    """Parts of a server, and whether it takes new requests."""
+
+    bridge: Bridge
+    config: ServeConfig
+    workers: WorkPool
+    grammars: Grammars
+    started_at: int
+    """Unix time in seconds when the app was made."""
+    is_draining: bool = False
+    """Set once, when the server is told to end."""
+    num_requests: int = field(default=0, init=False)
+    """Requests with a body under way."""
+
+    @property
+    def model(self) -> Model:
+        return self.bridge.model
+
+    @property
+    def model_name(self) -> str:
+        """The name clients ask for."""
+        return self.config.model_name or self.model.name
+
+    def check_model(self, name: str) -> None:
+        """Raises RequestError 404 for any name but the served one."""
+        if name != self.model_name:
+            raise RequestError(
+                f"the model '{name[:80]}' does not exist; this server has '{self.model_name}'",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )

@@ -1,0 +1,115 @@
+// Making elements. The one place that turns text into nodes, and it does so as text only: nothing
+// in the page parses HTML (the server's policy forbids it as well).
+
+/**
+ * An element with properties and children.
+ *
+ * `props`: `class`, `dataset` and `on` (event: listener) are treated by name, `aria-*`, `role` and
+ * other dashed names become attributes, the rest are properties. Children: nodes or strings;
+ * null, undefined and false are left out.
+ */
+export function h(tag, props = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(props)) {
+    if (value === undefined || value === null) continue;
+    if (name === "class") element.className = value;
+    else if (name === "dataset") Object.assign(element.dataset, value);
+    else if (name === "on") listen(element, value);
+    else if (name.includes("-") || name === "role" || name === "for") element.setAttribute(name, value);
+    else element[name] = value;
+  }
+  element.append(...children.flat().filter((child) => child || child === 0 || child === ""));
+  return element;
+}
+
+function listen(element, listeners) {
+  for (const [event, listener] of Object.entries(listeners)) element.addEventListener(event, listener);
+}
+
+const SVG = "http://www.w3.org/2000/svg";
+
+const ICONS = {
+  plus: "M12 5v14M5 12h14",
+  send: "M12 19V5M5 12l7-7 7 7",
+  stop: "M7 7h10v10H7z",
+  copy: "M9 9h10v10H9zM5 15V5h10",
+  check: "M5 13l4 4L19 7",
+  retry: "M20 11a8 8 0 1 0-2.3 6.3M20 4v7h-7",
+  edit: "M4 20l1-4L16 5l3 3L8 19zM14 7l3 3",
+  menu: "M4 7h16M4 12h16M4 17h16",
+  more: "M5.5 11.5h1v1h-1zM11.5 11.5h1v1h-1zM17.5 11.5h1v1h-1z",
+  sliders: "M3 7h10M19 7h2M3 17h2M11 17h10M13 7a3 3 0 1 0 6 0 3 3 0 1 0-6 0M5 17a3 3 0 1 0 6 0 3 3 0 1 0-6 0",
+  help: "M12 3a9 9 0 1 0 0 18 9 9 0 0 0 0-18M9.5 9.5a2.5 2.5 0 1 1 3.6 2.2c-.8.4-1.1.9-1.1 1.8M12 16.8h.01",
+  light: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8M12 2v2M12 20v2M2 12h2M20 12h2M5 5l1.4 1.4M17.6 17.6L19 19M5 19l1.4-1.4M17.6 6.4L19 5",
+  dark: "M20 14.5A8.5 8.5 0 1 1 9.5 4a7 7 0 0 0 10.5 10.5z",
+  auto: "M12 3a9 9 0 1 0 0 18 9 9 0 0 0 0-18M12 3v18M12 7h5.5M12 11h9M12 15h8",
+  close: "M6 6l12 12M18 6L6 18",
+  tool: "M14 6a4 4 0 0 1 5-1l-3 3 1 2 2 1 3-3a4 4 0 0 1-6 5l-7 7-3-3 7-7a4 4 0 0 1 1-4z",
+};
+
+/** A line drawing of 24 by 24; it says nothing to a screen reader, the control's label does. */
+export function icon(name) {
+  const svg = document.createElementNS(SVG, "svg");
+  svg.setAttribute("viewBox", "0 0 24 24");
+  svg.setAttribute("class", "icon");
+  svg.setAttribute("aria-hidden", "true");
+  const path = document.createElementNS(SVG, "path");
+  path.setAttribute("d", ICONS[name]);
+  svg.append(path);
+  return svg;
+}
+
+/** A button with an icon; `label` is its name, shown beside the icon with `text`. */
+export function iconButton(name, label, onClick, { text = false, class: extra = "" } = {}) {
+  return h(
+    "button",
+    {
+      type: "button",
+      class: `${text ? "text-button" : "icon-button"} ${extra}`.trim(),
+      title: text ? undefined : label,
+      "aria-label": text ? undefined : label,
+      on: { click: onClick },
+    },
+    icon(name),
+    text ? label : null,
+  );
+}
+
+/** Text to the clipboard; false where the browser refuses. */
+export async function copyText(text) {
+  // The clipboard interface exists on https and loopback only; a page on the local network has
+  // the old command.
+  if (navigator.clipboard && window.isSecureContext) {
+    try {
+      await navigator.clipboard.writeText(text);
+      return true;
+    } catch {
+      return false; // permission refused: the caller shows it
+    }
+  }
+  const area = h("textarea", { value: text, class: "visually-hidden", "aria-hidden": "true" });
+  const before = document.activeElement;
+  document.body.append(area);
+  area.select();
+  const isCopied = document.execCommand("copy");
+  area.remove();
+  before?.focus();
+  return isCopied;
+}
+
+/** A button that copies `read()` and says so for two seconds. */
+export function copyButton(label, read, options = {}) {
+  const button = iconButton("copy", label, async () => {
+    const isCopied = await copyText(read());
+    show(isCopied ? "check" : "close", isCopied ? "Copied" : "Copying was refused");
+    setTimeout(() => show("copy", label), 2000);
+  }, options);
+  function show(name, text) {
+    button.replaceChildren(icon(name), ...(options.text ? [text] : []));
+    if (!options.text) {
+      button.title = text;
+      button.setAttribute("aria-label", text);
+    }
+  }
+  return button;
+}

@@ -1,0 +1,24 @@
+// Keys and text fields: what sends, and how a field grows with its text.
+
+/** Enter without Shift, and not the Enter that ends the composition of a character. */
+export function isSendKey(event) {
+  return event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
+}
+
+/** As high as the text needs; style sheets set the most. */
+export function grow(field) {
+  field.style.height = "auto";
+  field.style.height = `${field.scrollHeight + field.offsetHeight - field.clientHeight}px`;
+}
+
+/** Calls the action of `shortcuts` ("Alt+KeyN") a keydown names, and keeps the browser from its own. */
+export function listenForShortcuts(shortcuts) {
+  document.addEventListener("keydown", (event) => {
+    if (event.isComposing || document.querySelector("dialog[open], :popover-open")) return;
+    const names = [event.ctrlKey || event.metaKey ? "Ctrl" : "", event.altKey ? "Alt" : "", event.code];
+    const action = shortcuts[names.filter(Boolean).join("+")];
+    if (!action || event.shiftKey) return;
+    event.preventDefault();
+    action(event);
+  });
+}

@@ -1,0 +1,162 @@
+// One message on the page. Owns its nodes and keeps them equal to the record; what its buttons do
+// is the session's.
+
+import { copyButton, h, icon, iconButton } from "./dom.js";
+import { editForm } from "./edit_form.js";
+import { ErrorNote } from "./error_note.js";
+import { count, plural, rate, seconds } from "./format.js";
+import { MarkdownView } from "./markdown_view.js";
+
+export class MessageView {
+  /**
+   * `actions`: regenerate(), edit(message, text), retry(), stop().
+   */
+  constructor(message, actions) {
+    this.message = message;
+    this.actions = actions;
+    this.element = h("article", { class: `message ${message.role}` });
+    this.isLast = false;
+    if (message.role === "user") this.#buildUser();
+    else this.#buildAnswer();
+    this.update();
+  }
+
+  setLast(isLast) {
+    this.isLast = isLast;
+    this.update();
+  }
+
+  /** Makes the nodes say what the record says. */
+  update() {
+    if (this.message.role === "user") return;
+    const { message } = this;
+    const isRunning = message.status === "running";
+    this.#updateReasoning(isRunning);
+    if (message.content) this.body.update(message.content);
+    this.bodyElement.hidden = !message.content;
+    this.#updateToolCalls();
+    const isSilent = isRunning && !message.content && !message.reasoning && !message.toolCalls.length;
+    this.waiting.hidden = !isSilent;
+    this.error.update(message.error, this.isLast);
+    this.note.textContent = noteOf(message);
+    this.note.hidden = !this.note.textContent;
+    this.stats.textContent = isRunning ? "" : statsOf(message.usage);
+    this.foot.hidden = isRunning;
+    this.copy.hidden = !message.content;
+    this.again.hidden = !this.isLast || message.status === "error";
+    this.element.setAttribute("aria-busy", String(isRunning));
+  }
+
+  /** Replaces a user message's text by a field to change it. */
+  edit() {
+    if (this.element.querySelector("form")) return;
+    const before = [...this.element.children];
+    const restore = () => {
+      this.element.replaceChildren(...before);
+      this.element.querySelector("button")?.focus();
+    };
+    const form = editForm(this.message.content, {
+      onSave: (text) => this.actions.edit(this.message, text),
+      onCancel: restore,
+    });
+    this.element.replaceChildren(before[0], form);
+    form.querySelector("textarea").focus();
+  }
+
+  #buildUser() {
+    const { content } = this.message;
+    this.element.append(
+      h("h2", { class: "visually-hidden" }, "You"),
+      h("div", { class: "bubble" }, content),
+      h(
+        "div",
+        { class: "foot" },
+        iconButton("edit", "Edit message", () => this.edit()),
+        copyButton("Copy message", () => content),
+      ),
+    );
+  }
+
+  #buildAnswer() {
+    this.bodyElement = h("div", { class: "markdown" });
+    this.body = new MarkdownView(this.bodyElement);
+    this.waiting = h("p", { class: "waiting" }, h("span", { class: "pulse", "aria-hidden": "true" }), "Reading the prompt");
+    this.tools = h("div", { class: "tools" });
+    this.error = new ErrorNote({ retry: this.actions.retry, stop: this.actions.stop });
+    this.note = h("p", { class: "note" });
+    this.stats = h("span", { class: "stats" });
+    this.copy = copyButton("Copy answer", () => this.message.content);
+    this.again = iconButton("retry", "Regenerate", () => this.actions.regenerate());
+    this.foot = h("div", { class: "foot" }, this.copy, this.again, this.stats);
+    const name = h("h2", { class: "speaker" }, this.message.model);
+    this.#buildReasoning();
+    this.element.append(
+      name,
+      this.reasoning,
+      this.bodyElement,
+      this.tools,
+      this.waiting,
+      this.error.element,
+      this.note,
+      this.foot,
+    );
+  }
+
+  #buildReasoning() {
+    const text = h("div", { class: "markdown" });
+    this.reasoningText = new MarkdownView(text);
+    this.reasoningLabel = h("span", {});
+    this.reasoning = h(
+      "details",
+      { class: "reasoning", on: { toggle: () => this.update() } },
+      h("summary", {}, this.reasoningLabel),
+      text,
+    );
+  }
+
+  #updateReasoning(isRunning) {
+    const { reasoning, reasoningSeconds } = this.message;
+    this.reasoning.hidden = !reasoning;
+    if (!reasoning) return;
+    const isThinking = isRunning && reasoningSeconds === null;
+    this.reasoning.classList.toggle("is-thinking", isThinking);
+    const label = isThinking ? "Thinking" : `Thought for ${seconds(reasoningSeconds ?? 0)}`;
+    if (this.reasoningLabel.textContent !== label) this.reasoningLabel.textContent = label;
+    // Folded text is not looked at, so it need not be made.
+    if (this.reasoning.open) this.reasoningText.update(reasoning);
+  }
+
+  #updateToolCalls() {
+    const calls = this.message.toolCalls.filter(Boolean);
+    this.tools.hidden = !calls.length;
+    if (!calls.length) return;
+    this.tools.replaceChildren(
+      ...calls.map((call) =>
+        h(
+          "div",
+          { class: "tool-call" },
+          h("p", {}, icon("tool"), "Calls ", h("code", {}, call.name)),
+          h("pre", { tabIndex: 0, role: "group", "aria-label": `Arguments of ${call.name}` }, call.arguments),
+        ),
+      ),
+    );
+  }
+}
+
+function noteOf({ status, finishReason }) {
+  if (status === "stopped") return "Stopped.";
+  if (status !== "done") return "";
+  if (finishReason === "length") return "Ended at the limit of tokens.";
+  return finishReason && !["stop", "tool_calls"].includes(finishReason) ? `Ended: ${finishReason}.` : "";
+}
+
+function statsOf(usage) {
+  if (!usage) return "";
+  const parts = [plural(usage.completionTokens, "token")];
+  if (usage.tokensPerSecond) parts.push(rate(usage.tokensPerSecond));
+  let prompt = `prompt ${count(usage.promptTokens)}`;
+  if (usage.cachedTokens) prompt += `, ${count(usage.cachedTokens)} from cache`;
+  if (usage.prefillSeconds !== null) prompt += ` in ${seconds(usage.prefillSeconds)}`;
+  parts.push(prompt);
+  return parts.join(" · ");
+}

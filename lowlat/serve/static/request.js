@@ -1,0 +1,58 @@
+// What is sent for a conversation: its messages, or its text where the model has no chat template,
+// and the sampling settings. Owns the shape of the body.
+
+/** Path and body that ask `model` (an entry of /v1/models) for the next answer. */
+export function buildRequest(model, conversation, settings) {
+  const sampling = buildSampling(settings);
+  if (model.has_chat_template === false) {
+    const prompt = plainText(conversation);
+    const body = { model: model.id, prompt, max_tokens: roomFor(prompt, model), ...sampling };
+    return { path: "v1/completions", body };
+  }
+  return {
+    path: "v1/chat/completions",
+    body: { model: model.id, messages: buildMessages(conversation), ...sampling },
+  };
+}
+
+/** The text so far: what was written and what the model made of it, joined as they are. */
+export function plainText(conversation) {
+  return conversation.messages.map((message) => message.content).join("");
+}
+
+/**
+ * Most tokens to ask for: here the interface's default is 16, and more than the context has left is
+ * an error. A token stands for a byte at least, so the prompt takes no more of them than it has.
+ */
+function roomFor(prompt, { context_length: context }) {
+  return Math.max(16, context - new TextEncoder().encode(prompt).length - 2);
+}
+
+/**
+ * Messages as the interface wants them. Reasoning and tool calls of earlier answers are left out, as
+ * models expect; an answer that never got any text is no message, and what the user wrote around it
+ * becomes one.
+ */
+function buildMessages({ system, messages }) {
+  const built = system.trim() ? [{ role: "system", content: system }] : [];
+  for (const { role, content } of messages) {
+    if (!content) continue;
+    const last = built.at(-1);
+    if (last?.role === role) last.content += `\n\n${content}`;
+    else built.push({ role, content });
+  }
+  return built;
+}
+
+/** At temperature 0 the likeliest token is taken; filters would have no effect and are an error. */
+function buildSampling({ temperature, top_p, top_k, min_p, max_tokens, seed }) {
+  const body = { temperature };
+  if (temperature > 0) {
+    body.top_p = top_p;
+    if (top_k > 0) body.top_k = top_k;
+    if (min_p > 0) body.min_p = min_p;
+  }
+  if (max_tokens !== null) body.max_tokens = max_tokens;
+  if (seed !== null) body.seed = seed;
+  return body;
+}

@@ -1,0 +1,146 @@
+// One answer being generated. Owns the way from chunks to the fields of a message record; shows
+// nothing and keeps nothing.
+
+import { ApiError, streamChunks } from "./api.js";
+
+/** A message of the assistant before its first token. */
+export function newAnswer(model) {
+  return {
+    role: "assistant",
+    model,
+    content: "",
+    reasoning: "",
+    reasoningSeconds: null,
+    toolCalls: [],
+    /** running, done, stopped or error */
+    status: "running",
+    /** With status error: {message, status, retryAfter, isTemporary}. */
+    error: null,
+    finishReason: null,
+    /** Tokens and seconds as the server counted them; null until it has. */
+    usage: null,
+  };
+}
+
+export class Run {
+  #abort = new AbortController();
+  #started = performance.now();
+  #reasoningStarted = null;
+  #firstPiece = null;
+  #pieces = 0;
+
+  /** `message` (from newAnswer) is filled in place; `onChange` is called after each change. */
+  constructor(message, { path, body }, onChange) {
+    this.message = message;
+    this.request = { path, body };
+    this.onChange = onChange;
+  }
+
+  /** Ends when the answer has: the message's status says how. Never rejects. */
+  async start() {
+    const { path, body } = this.request;
+    try {
+      for await (const chunk of streamChunks(path, body, this.#abort.signal)) {
+        this.#take(chunk);
+        this.onChange();
+      }
+      this.#end("done");
+    } catch (error) {
+      if (this.#abort.signal.aborted) this.#end("stopped");
+      else this.#fail(error);
+    }
+    this.onChange();
+  }
+
+  /** Ends the answer here; nothing of it that has come is lost. */
+  stop() {
+    this.#abort.abort();
+    if (this.message.status === "running") this.#end("stopped");
+  }
+
+  /** Pieces of text that have come: at least one token each. */
+  get pieces() {
+    return this.#pieces;
+  }
+
+  /** Seconds since the request was sent. */
+  get elapsed() {
+    return (performance.now() - this.#started) / 1000;
+  }
+
+  /** Pieces per second since the first, or null before the second. */
+  get rate() {
+    if (this.#pieces < 2) return null;
+    const elapsed = performance.now() - this.#firstPiece;
+    return elapsed > 0 ? (1000 * (this.#pieces - 1)) / elapsed : null;
+  }
+
+  #take(chunk) {
+    if (chunk.usage) this.message.usage = readUsage(chunk);
+    const [choice] = chunk.choices ?? [];
+    if (!choice) return;
+    const delta = choice.delta ?? { content: choice.text };
+    if (delta.reasoning_content) this.#takeReasoning(delta.reasoning_content);
+    if (delta.content) this.#takeContent(delta.content);
+    for (const call of delta.tool_calls ?? []) this.#takeToolCall(call);
+    if (choice.finish_reason) this.message.finishReason = choice.finish_reason;
+  }
+
+  #count() {
+    this.#firstPiece ??= performance.now();
+    this.#pieces += 1;
+  }
+
+  #takeReasoning(text) {
+    this.#count();
+    this.#reasoningStarted ??= performance.now();
+    this.message.reasoning += text;
+  }
+
+  #takeContent(text) {
+    this.#count();
+    this.#endReasoning();
+    this.message.content += text;
+  }
+
+  #takeToolCall(call) {
+    this.#count();
+    this.#endReasoning();
+    const calls = this.message.toolCalls;
+    calls[call.index] ??= { name: "", arguments: "" };
+    calls[call.index].name += call.function?.name ?? "";
+    calls[call.index].arguments += call.function?.arguments ?? "";
+  }
+
+  #endReasoning() {
+    if (this.#reasoningStarted === null || this.message.reasoningSeconds !== null) return;
+    this.message.reasoningSeconds = (performance.now() - this.#reasoningStarted) / 1000;
+  }
+
+  #end(status) {
+    this.#endReasoning();
+    this.message.status = status;
+  }
+
+  #fail(error) {
+    // What is no ApiError is a mistake of this page: it is shown too, and left for the console.
+    if (!(error instanceof ApiError)) console.error(error);
+    this.#end("error");
+    this.message.error = {
+      message: error.message,
+      status: error.status ?? null,
+      retryAfter: error.retryAfter ?? null,
+      isTemporary: error.isTemporary ?? false,
+    };
+  }
+}
+
+function readUsage({ usage, lowlat }) {
+  return {
+    promptTokens: usage.prompt_tokens,
+    completionTokens: usage.completion_tokens,
+    cachedTokens: usage.prompt_tokens_details?.cached_tokens ?? 0,
+    prefillSeconds: lowlat?.prefill_seconds ?? null,
+    tokensPerSecond: lowlat?.tokens_per_second ?? null,
+  };
+}

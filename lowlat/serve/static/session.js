@@ -1,0 +1,194 @@
+// The open conversation and the answers under way. Owns what sending, stopping, regenerating,
+// editing and trying again do to the records, and when they are kept. Draws nothing.
+
+import { buildRequest } from "./request.js";
+import { newAnswer, Run } from "./run.js";
+import { newConversation } from "./store.js";
+
+const MAX_RETRIES = 5;
+const SAVE_MS = 1000;
+const TITLE_LENGTH = 60;
+
+export class Session {
+  /** The conversation on the page. */
+  conversation = newConversation();
+  /** Answers under way or waiting to be tried again, by conversation: they go on when another is opened. */
+  #live = new Map();
+
+  /**
+   * `settings()` and `model()` give what holds now. `on.opened()`: another conversation or other
+   * messages; `on.changed(message)`: one message grew; `on.stored()`: the list of conversations
+   * changed; `on.finished(message)`: an answer is over.
+   */
+  constructor({ store, settings, model, on }) {
+    this.store = store;
+    this.settings = settings;
+    this.model = model;
+    this.on = on;
+  }
+
+  /** The Run of the open conversation, or null. */
+  get run() {
+    return this.#live.get(this.conversation.id)?.run ?? null;
+  }
+
+  /** Whether an answer is being generated or waited for in the open conversation. */
+  get isBusy() {
+    return this.#live.has(this.conversation.id);
+  }
+
+  isRunning(id) {
+    return this.#live.has(id);
+  }
+
+  /** Opens a stored conversation; false where there is none of that id. */
+  async open(id) {
+    const live = this.#live.get(id)?.conversation;
+    const conversation = live ?? (await this.store.get(id));
+    if (!conversation) return false;
+    if (!live) conversation.messages.forEach(settle);
+    this.conversation = conversation;
+    this.on.opened();
+    return true;
+  }
+
+  /** Begins a conversation; it is kept once it has a message. */
+  begin() {
+    this.conversation = newConversation(this.settings().system);
+    this.on.opened();
+  }
+
+  /** Sends `text`; without a chat template an empty one asks to go on. False where it cannot. */
+  send(text) {
+    const { messages } = this.conversation;
+    const model = this.model();
+    const isContinuing = model?.has_chat_template === false && messages.length > 0;
+    if (this.isBusy || !model || !(text.trim() || isContinuing)) return false;
+    if (text) messages.push({ role: "user", content: text });
+    this.conversation.title ||= titleOf(text);
+    this.#answer(this.conversation);
+    return true;
+  }
+
+  /** Replaces the last answer by another. */
+  regenerate() {
+    const { messages } = this.conversation;
+    if (this.isBusy || !this.model() || messages.at(-1)?.role !== "assistant") return;
+    messages.pop();
+    this.#answer(this.conversation);
+  }
+
+  /** Changes a user message: it is sent anew and what came after it is gone. */
+  edit(message, text) {
+    this.stop();
+    const { messages } = this.conversation;
+    messages.splice(messages.indexOf(message), Infinity, { role: "user", content: text });
+    this.#answer(this.conversation);
+  }
+
+  /** Tries again after an error, at once. */
+  retry() {
+    this.stop();
+    this.regenerate();
+  }
+
+  /** Ends the answer of the open conversation; what has come of it stays. */
+  stop() {
+    const live = this.#live.get(this.conversation.id);
+    if (live) this.#end(live);
+  }
+
+  async rename(title) {
+    this.conversation.title = title;
+    await this.#save(this.conversation);
+  }
+
+  /** Sets the system prompt, and keeps it where the conversation is kept. */
+  async setSystem(system) {
+    this.conversation.system = system;
+    if (this.conversation.messages.length) await this.#save(this.conversation);
+  }
+
+  async remove() {
+    const { id } = this.conversation;
+    this.stop();
+    this.conversation = newConversation(this.settings().system);
+    await this.store.remove(id);
+    this.on.opened();
+    this.on.stored();
+  }
+
+  #answer(conversation, attempt = 0) {
+    const { path, body } = buildRequest(this.model(), conversation, this.settings());
+    const message = newAnswer(this.model().id);
+    conversation.messages.push(message);
+    conversation.updated = Date.now();
+    const live = { conversation, message, attempt, timer: null, savedAt: Date.now() };
+    live.run = new Run(message, { path, body }, () => this.#changed(live));
+    this.#live.set(conversation.id, live);
+    if (conversation === this.conversation) this.on.opened();
+    this.#save(conversation);
+    live.run.start().then(() => this.#over(live));
+  }
+
+  #changed(live) {
+    if (live.conversation === this.conversation) this.on.changed(live.message);
+    // A page that is closed half-way keeps what it had shown a second before.
+    if (Date.now() - live.savedAt < SAVE_MS || !this.#isCurrent(live)) return;
+    live.savedAt = Date.now();
+    this.store.put(live.conversation);
+  }
+
+  #isCurrent(live) {
+    return this.#live.get(live.conversation.id) === live;
+  }
+
+  #over(live) {
+    if (!this.#isCurrent(live)) return;
+    const { conversation, message } = live;
+    const { error } = message;
+    if (error?.status === 429 && error.retryAfter !== null && live.attempt < MAX_RETRIES) {
+      error.retryAt = Date.now() + 1000 * error.retryAfter;
+      live.timer = setTimeout(() => this.#again(live), 1000 * error.retryAfter);
+    } else {
+      this.#live.delete(conversation.id);
+    }
+    this.#save(conversation);
+    if (conversation === this.conversation) this.on.changed(message);
+    this.on.finished(message);
+  }
+
+  #again({ conversation, message, attempt }) {
+    this.#live.delete(conversation.id);
+    if (conversation.messages.at(-1) !== message) return;
+    conversation.messages.pop();
+    this.#answer(conversation, attempt + 1);
+  }
+
+  #end(live) {
+    this.#live.delete(live.conversation.id);
+    clearTimeout(live.timer);
+    live.run.stop();
+    const { message } = live;
+    if (message.error) message.error.retryAt = null;
+    this.#save(live.conversation);
+    this.on.changed(message);
+    this.on.finished(message);
+  }
+
+  async #save(conversation) {
+    await this.store.put(conversation);
+    this.on.stored();
+  }
+}
+
+/** A message that was still growing when its page was closed ended there. */
+function settle(message) {
+  if (message.status === "running") message.status = "stopped";
+  if (message.error) message.error.retryAt = null;
+}
+
+function titleOf(text) {
+  const line = text.trim().split("\n", 1)[0];
+  return line.length > TITLE_LENGTH ? `${line.slice(0, TITLE_LENGTH - 1).trimEnd()}…` : line;
+}

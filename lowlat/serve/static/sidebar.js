@@ -1,0 +1,76 @@
+// The side panel: the list of conversations, and on narrow screens its opening and closing.
+
+import { h, icon } from "./dom.js";
+
+export class Sidebar {
+  #list = document.getElementById("conversations");
+  #panel = document.getElementById("sidebar");
+  #toggle = document.getElementById("toggle-sidebar");
+  #narrow = matchMedia("(max-width: 56rem)");
+
+  constructor({ onNew }) {
+    const begin = document.getElementById("new");
+    begin.prepend(icon("plus"));
+    begin.addEventListener("click", () => {
+      this.close();
+      onNew();
+    });
+    this.#toggle.append(icon("menu"));
+    this.#toggle.addEventListener("click", () => this.#setOpen(!this.#isOpen));
+    this.#list.addEventListener("click", () => this.close());
+    document.getElementById("app").addEventListener("click", (event) => {
+      if (event.target.id === "app") this.close(); // the shade beside an open panel
+    });
+    this.#panel.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape" || !this.#isOpen || !this.#narrow.matches) return;
+      event.stopPropagation();
+      this.close();
+      this.#toggle.focus();
+    });
+    this.#narrow.addEventListener("change", () => this.#setOpen(false));
+    this.#setOpen(false);
+  }
+
+  get #isOpen() {
+    return document.getElementById("app").classList.contains("sidebar-open");
+  }
+
+  close() {
+    if (this.#isOpen) this.#setOpen(false);
+  }
+
+  /** `isRunning(id)` marks conversations whose answer is under way. */
+  show(conversations, currentId, isRunning) {
+    const focused = document.activeElement?.closest?.("#conversations a")?.hash;
+    this.ids = conversations.map(({ id }) => id);
+    this.#list.replaceChildren(
+      ...conversations.map(({ id, title }) =>
+        h(
+          "li",
+          {},
+          h(
+            "a",
+            { href: `#${id}`, "aria-current": id === currentId ? "page" : undefined },
+            h("span", {}, title || "Untitled"),
+            isRunning(id) ? h("span", { class: "running", role: "img", "aria-label": "answering" }) : null,
+          ),
+        ),
+      ),
+    );
+    if (focused) this.#list.querySelector(`a[href="${focused}"]`)?.focus();
+  }
+
+  /** The conversation `step` places below `id` in the list, or undefined. */
+  neighbour(id, step) {
+    const at = this.ids.indexOf(id);
+    return this.ids[at < 0 ? 0 : at + step];
+  }
+
+  #setOpen(isOpen) {
+    document.getElementById("app").classList.toggle("sidebar-open", isOpen);
+    this.#toggle.setAttribute("aria-expanded", String(isOpen));
+    // Out of sight must also be out of the tab order.
+    this.#panel.inert = this.#narrow.matches && !isOpen;
+    if (isOpen) document.getElementById("new").focus();
+  }
+}

@@ -1,0 +1,93 @@
+// The messages of the open conversation, from top to bottom. Owns the order of their views and the
+// scrolling: it follows an answer only while the reader is at the bottom.
+
+import { h, icon } from "./dom.js";
+import { MessageView } from "./message_view.js";
+
+const NEAR = 48; // pixels from the bottom that still count as at it
+
+export class Thread {
+  #scroller;
+  #list;
+  #jump;
+  #views = [];
+  #isPinned = true;
+
+  /** `actions`: what a message's buttons do; see MessageView. */
+  constructor(actions) {
+    this.actions = actions;
+    this.#scroller = document.getElementById("thread");
+    this.#list = document.getElementById("messages");
+    this.#jump = document.getElementById("jump");
+    this.#jump.addEventListener("click", () => this.follow());
+    this.#scroller.addEventListener("scroll", () => this.#notice(), { passive: true });
+    // Images aside, height also changes with the window and the composer.
+    new ResizeObserver(() => this.#stay()).observe(this.#scroller);
+  }
+
+  /** Shows `messages`; `empty` is an element for a conversation that has none. */
+  show(messages, { system = "", empty }) {
+    // Views of messages that stay are kept: what is unfolded or selected in them stays so.
+    const kept = new Map(this.#views.map((view) => [view.message, view]));
+    this.#views = messages.map((message) => kept.get(message) ?? new MessageView(message, this.actions));
+    const head = system.trim() ? [systemNote(system)] : [];
+    const body = this.#views.length ? this.#views.map((view) => view.element) : [empty];
+    arrange(this.#list, [...head, ...body]);
+    this.#markLast();
+    if (this.#views.length) this.follow();
+  }
+
+  /** Draws anew what has changed in `message`. */
+  refresh(message) {
+    this.#views.find((view) => view.message === message)?.update();
+    this.#stay();
+  }
+
+  /** Puts the last user message into editing; false where there is none. */
+  editLast() {
+    const view = this.#views.findLast((candidate) => candidate.message.role === "user");
+    view?.edit();
+    return view !== undefined;
+  }
+
+  /** To the bottom, and along with what comes. */
+  follow() {
+    this.#isPinned = true;
+    this.#stay();
+    this.#jump.hidden = true;
+  }
+
+  #stay() {
+    if (!this.#views.length) return;
+    if (this.#isPinned) this.#scroller.scrollTop = this.#scroller.scrollHeight;
+    else this.#notice();
+  }
+
+  #notice() {
+    const { scrollHeight, scrollTop, clientHeight } = this.#scroller;
+    this.#isPinned = scrollHeight - scrollTop - clientHeight < NEAR;
+    this.#jump.hidden = this.#isPinned;
+  }
+
+  #markLast() {
+    this.#views.forEach((view, index) => view.setLast(index === this.#views.length - 1));
+  }
+}
+
+/** Makes `nodes` the children of `parent` without taking out those that are in place. */
+function arrange(parent, nodes) {
+  const wanted = new Set(nodes);
+  for (const child of [...parent.children]) if (!wanted.has(child)) child.remove();
+  nodes.forEach((node, index) => {
+    if (parent.children[index] !== node) parent.insertBefore(node, parent.children[index] ?? null);
+  });
+}
+
+function systemNote(system) {
+  return h(
+    "details",
+    { class: "system-note" },
+    h("summary", {}, icon("sliders"), "System prompt"),
+    h("p", {}, system),
+  );
+}

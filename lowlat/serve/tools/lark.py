@@ -1,0 +1,104 @@
+"""Grammars in llguidance's Lark dialect: the few constructions that forced tool calls are made of.
+
+Owns quoting, names of rules and control tokens as terminals. Compiling is the engine's.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lowlat.text.tokenizer import Tokenizer
+
+
+class Rule(str):
+    """An expression of the grammar; plain strings are texts that stand for themselves."""
+
+
+class Lark:
+    """Rules, each made once and named; `text` is the whole."""
+
+    def __init__(self, tokenizer: Tokenizer, markers: Iterable[str]) -> None:
+        """Of the texts of the grammar only `markers` may be control tokens."""
+        known = {text: index for index, text in tokenizer.added_tokens.items()}
+        self._tokens = {text: known[text] for text in markers if text in known}
+        self._rules: list[str] = []
+
+    def rule(self, expression: str) -> Rule:
+        """A new rule for `expression`, which is Lark."""
+        name = f"r{len(self._rules)}"
+        self._rules.append(f"{name}: {expression}")
+        return Rule(name)
+
+    def literal(self, text: str) -> Rule:
+        """`text`; for a marker that is a control token, that token."""
+        if text in self._tokens:
+            return Rule(f"<[{self._tokens[text]}]>")
+        return self.quoted(text)
+
+    def quoted(self, text: str) -> Rule:
+        """`text`, which may be a user's: never a control token."""
+        return Rule(json.dumps(text).replace("\x7f", "\\u007f"))
+
+    def sequence(self, *items: str) -> Rule:
+        """`items` one after another: rules, and texts (markers apart from what surrounds them)."""
+        parts = [item if isinstance(item, Rule) else self.literal(item) for item in items if item]
+        return self.rule(" ".join(parts))
+
+    def choice(self, options: Sequence[Rule]) -> Rule:
+        return self.rule(" | ".join(options))
+
+    def repeated(self, item: Rule, *, between: Sequence[str] = (), several: bool) -> Rule:
+        """`item` once, or `several` times with the texts `between` them."""
+        if not several:
+            return item
+        return self.rule(f"{item} ({self.sequence(*between, item)})*")
+
+    def optional(self, item: Rule) -> Rule:
+        return self.rule(f"({item})?")
+
+    def json(self, schema: Mapping[str, Any]) -> Rule:
+        """JSON that matches `schema`."""
+        return self.json_text(json.dumps(schema))
+
+    def json_text(self, schema: str) -> Rule:
+        """JSON that matches the schema with this text."""
+        return self.rule(f"%json {schema}")
+
+    def pattern(self, regex: str) -> Rule:
+        """Text that matches `regex` (a terminal, whose name is in capitals)."""
+        name = f"T{len(self._rules)}"
+        self._rules.append(f"{name}: {regex}")
+        return Rule(name)
+
+    def text_without(self, *literals: str) -> Rule:
+        """Any text in which none of `literals` occurs."""
+        banned = "|".join(_escaped(literal) for literal in literals)
+        return self.pattern(f"/(.|\\n)*/ & ~/(.|\\n)*({banned})(.|\\n)*/")
+
+    def text_until(self, end: str) -> Rule:
+        """Any text, and the first `end` in it as its last part."""
+        if end in self._tokens:
+            return self.sequence(self.text_without(end), end)
+        # A terminal that could go on past the first letter of `end` would do so.
+        name = f"r{len(self._rules)}"
+        self._rules.append(f"{name}[suffix={self.quoted(end)}]: /(.|\\n)*/")
+        return Rule(name)
+
+    def text(self, start: Rule) -> str:
+        """The grammar whose answers are those of `start`."""
+        return "\n".join([f"start: {start}", *self._rules]) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """`text` as a regular expression between slashes."""
+    return re.sub(r"([.+*?()|\[\]{}^$/\\&~#-])", r"\\\1", text).replace("\n", "\\n")
+
+
+def between_slashes(pattern: str) -> str:
+    """The regular expression `pattern` as it is written between slashes."""
+    return re.sub(r"\\.|[/\n]", _escape_in_slashes, pattern, flags=re.DOTALL)
+
+
+def _escape_in_slashes(match: re.Match[str]) -> str:
+    return {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}.get(match[0], match[0])

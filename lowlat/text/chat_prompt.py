@@ -1,0 +1,169 @@
+"""Messages to the token ids of a prompt, in which no message can write a control token.
+
+Owns the line between the text of the chat template, which is the model's own, and all text that
+came with a request. The template is run by template.py, text is encoded by tokenizer.py.
+
+The prompt is rendered a second time with stand-ins, private-use characters, for the characters of
+the request's text with which a control token could begin or end. Whatever control token that second
+text holds was written by the template alone. Where both texts have the same ones, the ordinary ids
+are right; otherwise the control tokens come from the second text, and what lies between them is
+encoded as ordinary text.
+"""
+
+import json
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.errors import UserError
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+WORDS = frozenset(
+    "role content name type function functions tool tools tool_calls tool_call_id reasoning_content"
+    " arguments parameters description strict id text properties required items enum const default"
+    " title format object array string number integer boolean null anyOf oneOf allOf".split()
+)
+"""Words of the message and tool formats themselves, on which templates branch."""
+STAND_INS = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+"""Unicode's private-use characters: no template, normaliser or pre-tokenizer knows them."""
+
+Convert = Callable[[str], str]
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **template_vars: Any,
+) -> list[int]:
+    """The ids of the prompt that asks for the next answer to `messages`.
+
+    No text in `messages` or `tools` becomes an added token (one of blanks only excepted): spelled
+    there, even together with what the template puts around it, "<|im_end|>" is ordinary text.
+    Without such text the ids are those of `apply_chat_template`, encoded. `template_vars` are
+    trusted. Raises UserError where the model has no template or the template fails.
+    """
+    sent = {"messages": list(messages), "tools": None if tools is None else list(tools)}
+    text = tokenizer.apply_chat_template(**sent, **template_vars)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    control = {id: text for id, text in tokenizer.added_tokens.items() if not text.isspace()}
+    marks = _Marks(sent, list(control.values()), tokenizer.chat_template or "")
+    if not marks.any:
+        return ids
+    marked = tokenizer.apply_chat_template(**marks.apply(sent), **template_vars)
+    spans = [span for span in tokenizer.encode_spans(marked) if span[0] in control]
+    if [id for id in ids if id in control] == [id for id, _, _ in spans]:
+        return ids
+    return _encode_between(tokenizer, marked, spans, marks.restore)
+
+
+def _encode_between(
+    tokenizer: Tokenizer, marked: str, spans: Sequence[tuple[int, int, int]], restore: Convert
+) -> list[int]:
+    """The control tokens at `spans` of `marked`, and all else as ordinary text."""
+    ids: list[int] = []
+    done = 0
+    for control_id, start, end in [*spans, (None, len(marked), len(marked))]:
+        between = restore(marked[done:start])
+        if between:
+            ids += tokenizer.encode(between, add_special_tokens=False, parse_special=False)
+        if control_id is not None:
+            ids.append(control_id)
+        done = end
+    return ids
+
+
+class _Marks:
+    """Which characters of a request's strings are replaced, and by what."""
+
+    def __init__(self, sent: Mapping[str, Any], control: Sequence[str], template: str) -> None:
+        edges = {token[0] for token in control} | {token[-1] for token in control}
+        self._insides = "\0".join(_folded(token) for token in control)
+        self._template = template
+        strings = list(_strings(sent))
+        self._edges = {char for char in set("".join(strings)) if not edges.isdisjoint(_forms(char))}
+        inside = [string for string in strings if self._is_inside(string)]
+        used = self._edges.union(*inside)
+        self.any = bool(used)
+        """Whether there is anything to replace."""
+        fresh = _unused("".join(strings) + template)
+        self._stand_ins = dict(zip(sorted(used), fresh, strict=False))
+        if len(self._stand_ins) < len(used):
+            raise UserError("messages use up Unicode's private-use characters; send fewer of them")
+
+    def _is_inside(self, string: str) -> bool:
+        """Whether the template could make a control token by writing around all of `string`."""
+        word = _folded(string.strip())
+        quoted = f"'{string}'" in self._template or f'"{string}"' in self._template
+        return bool(word) and word in self._insides and string not in WORDS and not quoted
+
+    def _mark(self, string: str) -> str:
+        chars = set(string) if self._is_inside(string) else self._edges
+        return "".join(self._stand_ins[char] if char in chars else char for char in string)
+
+    def apply(self, sent: Mapping[str, Any]) -> dict[str, Any]:
+        """`sent` with stand-ins in all its strings."""
+        return _converted(sent, self._mark)
+
+    def restore(self, text: str) -> str:
+        """Rendered `text` with the characters back, also where the template made JSON of them."""
+        for char, stand_in in self._stand_ins.items():
+            text = text.replace(stand_in, char)
+            text = text.replace(json.dumps(stand_in)[1:-1], json.dumps(char)[1:-1])
+        return text
+
+
+def _folded(text: str) -> str:
+    return text.upper().lower()
+
+
+def _forms(char: str) -> str:
+    """`char` and what a template's filters or a normaliser may make of it."""
+    return char + char.upper() + char.lower() + unicodedata.normalize("NFKC", char)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in the JSON `value` that is not one of a message's known roles."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in WORDS:
+                yield str(key)
+            if not _is_role(key, item):
+                yield from _strings(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _strings(item)
+
+
+def _converted(value: Any, convert: Convert) -> Any:
+    """The JSON `value` with `convert` applied to the strings of `_strings`."""
+    if isinstance(value, str):
+        return convert(value)
+    if isinstance(value, Mapping):
+        return {
+            key if key in WORDS else convert(str(key)): item
+            if _is_role(key, item)
+            else _converted(item, convert)
+            for key, item in value.items()
+        }
+    if isinstance(value, Sequence):
+        return [_converted(item, convert) for item in value]
+    return value
+
+
+def _is_role(key: object, value: object) -> bool:
+    """Templates write these between the marks of a control token: <|user|>."""
+    return key == "role" and isinstance(value, str) and value in ROLES
+
+
+def _unused(text: str) -> Iterator[str]:
+    """Private-use characters that `text` does not hold, neither as such nor escaped."""
+    lower = text.lower()
+    for code in (code for codes in STAND_INS for code in codes):
+        char = chr(code)
+        if char not in text and json.dumps(char)[1:-1] not in lower:
+            yield char

@@ -1,0 +1,129 @@
+"""A real Chromium before a real server: the app of `lowlat serve` with answers from a script.
+
+A page whose console shows an error, or which asks for anything outside its server, fails its test.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Page,
+    Route,
+    sync_playwright,
+)
+
+from browser.scripted import Server, serve
+
+VARIABLE = "LOWLAT_CHROMIUM"
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+MISSING = (
+    "Chromium is not here: install it (Debian, Ubuntu: apt-get install chromium), name the program "
+    f"in {VARIABLE}, or leave these tests out with -m 'not browser'"
+)
+# Chromium's own report of an answer with status 4xx or 5xx; tests that cause one allow it.
+REFUSED = "Failed to load resource: the server responded with a status of "
+BROKEN = "Failed to load resource: net::"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.browser)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    program = os.environ.get(VARIABLE) or next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
+        pytest.fail(MISSING, pytrace=False)
+    with sync_playwright() as playwright:
+        # Tests may run as root in a container, where Chromium's sandbox does not work.
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """One server for the tests of a file; without keys."""
+    with serve() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def plain_server() -> Iterator[Server]:
+    """A server whose model has no chat template."""
+    with serve(has_template=False) as running:
+        yield running
+
+
+class Errors:
+    """What went wrong in the pages of one test; `allow` names the beginnings of what may."""
+
+    def __init__(self) -> None:
+        self.allowed: list[str] = []
+        self.seen: list[str] = []
+
+    def allow(self, *beginnings: str) -> None:
+        self.allowed.extend(beginnings)
+
+    def on_console(self, message: ConsoleMessage) -> None:
+        # Violations of the security policy are console errors, too.
+        if message.type in ("error", "warning"):
+            self.seen.append(message.text)
+
+    def check(self) -> None:
+        bad = [text for text in self.seen if not text.startswith(tuple(self.allowed))]
+        assert not bad, f"errors in the page: {bad}"
+
+
+@pytest.fixture
+def errors() -> Iterator[Errors]:
+    found = Errors()
+    yield found
+    found.check()
+
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture
+def open_page(browser: Browser, server: Server, errors: Errors) -> Iterator[Open]:
+    """Opens the page in a browser profile of its own; keywords are new_context's."""
+    contexts: list[BrowserContext] = []
+
+    def open_one(path: str = "/", *, at: Server = server, **options: object) -> Page:
+        options = {"viewport": {"width": 1280, "height": 800}, **options}
+        context = browser.new_context(base_url=at.url, **options)  # pyright: ignore[reportArgumentType]
+        context.set_default_timeout(10_000)
+        contexts.append(context)
+
+        def outside(route: Route) -> None:
+            errors.seen.append(f"asked for {route.request.url}")
+            route.abort()
+
+        context.route(lambda url: not url.startswith((at.url, "blob:")), outside)
+        page = context.new_page()
+        page.on("console", errors.on_console)
+        page.on("pageerror", lambda error: errors.seen.append(str(error)))
+        page.goto(path)
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def page(open_page: Open) -> Page:
+    """The page on a wide screen, ready: the model's name is there."""
+    page = open_page()
+    page.get_by_text("tokens of context").wait_for()
+    return page

@@ -1,0 +1,189 @@
+"""The app of `lowlat serve`, listening, over a bridge whose answers are a script.
+
+All of the server is real but the engine; the script says what the model would: see SCRIPTS.
+"""
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import uvicorn
+from fakes import EOS, USER, byte_tokenizer, gqa_config
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lowlat.engine.llm import Model
+from lowlat.engine.params import SamplingParams
+from lowlat.model.transformer import Transformer
+from lowlat.serve.app import build_app, make_services
+from lowlat.serve.bridge import Bridge, Delta, Generation
+from lowlat.serve.config import ServeConfig
+
+CONTEXT = 4096
+TABLE = "| a | b |\n|---|--:|\n| 1 | 2 |\n\n"
+CODE = "```python\nprint('" + "a long line, " * 12 + "')\n```\n"
+EVERYTHING = (
+    "Text with `code`, a [link](https://example.org) and\nmore.\n\n> quoted\n\n"
+    "| a | b | c | d |\n|---|--:|--|--|\n"
+    "| one long cell | two long cells | three long cells | four long cells |\n\n"
+    f"{CODE}\n" + "".join(f"- item {n}\n" for n in range(20))
+)
+SENTENCE = "Sentence * of a **very** long answer.\n\n"
+
+Script = tuple[list[str], float]
+"""Pieces of text, one token each, and the seconds before each piece."""
+
+
+def script_for(text: str) -> Script:
+    """What the model says to `text`: by the first word, or a repetition."""
+    match text.partition(" ")[0]:
+        case "slow":
+            return ["slow "] * 2000, 0.01
+        case "wait":
+            return ["late"], 60.0
+        case "count":
+            return [f"{n} " for n in range(100)], 0.001
+        case "table":
+            return [*(TABLE + CODE)], 0.0
+        case "everything":
+            return [*EVERYTHING], 0.0
+        case "novel":
+            return [f"{word} " for word in (SENTENCE * 1000).split(" ")], 0.0
+        case _:
+            return [*f"You said: **{text}**"], 0.001
+
+
+class ScriptedGeneration(Generation):
+    """One answer; each piece is one token."""
+
+    def __init__(self, bridge: "ScriptedBridge", prompt: Sequence[int], max_tokens: int | None):
+        self.prompt_tokens = len(prompt)
+        self.cached_tokens = 0
+        self.queue_seconds, self.prefill_seconds, self.decode_seconds = 0.0, 0.25, 0.5
+        self._bridge = bridge
+        self._is_over = False
+        pieces, self._pause = script_for(bridge.last_text(prompt))
+        self._is_cut = max_tokens is not None and max_tokens < len(pieces)
+        self._pieces = pieces[:max_tokens] if self._is_cut else pieces
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        for number, piece in enumerate(self._pieces, 1):
+            await asyncio.sleep(self._pause)
+            is_last = number == len(self._pieces)
+            self._is_over = is_last
+            finish = ("length" if self._is_cut else "stop") if is_last else None
+            yield Delta(
+                index=0, text=piece, tokens=(0,), logprobs=(), finish_reason=finish, error=None
+            )
+
+    def cancel(self) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._bridge.num_cancelled += 1
+
+
+class ScriptedBridge(Bridge):
+    """What the app asks of a bridge, without an engine."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.num_cancelled = 0
+
+    async def start(self) -> None:
+        pass
+
+    @property
+    def is_healthy(self) -> bool:
+        return True
+
+    async def drain(self, seconds: float) -> None:
+        pass
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        pass
+
+    async def submit(
+        self, prompt: Sequence[int], params: SamplingParams, **options: object
+    ) -> ScriptedGeneration:
+        return ScriptedGeneration(self, prompt, params.max_tokens)
+
+    def last_text(self, prompt: Sequence[int]) -> str:
+        """What the last user message says; the whole prompt where there is none."""
+        ids = list(prompt)
+        if USER in ids:
+            start = len(ids) - ids[::-1].index(USER)
+            ids = ids[start : ids.index(EOS, start)]
+        return self.model.tokenizer.decode(ids)
+
+
+class Recorder:
+    """Middleware that keeps the JSON bodies of completions requests, in the order they came."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.requests: list[dict[str, Any]] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = bytearray()
+
+        async def listen() -> Message:
+            message = await receive()
+            if message["type"] == "http.request":
+                body.extend(message.get("body", b""))
+                if not message.get("more_body"):
+                    self.requests.append(json.loads(body))
+            return message
+
+        is_kept = scope["type"] == "http" and scope["path"].endswith("/completions")
+        await self._app(scope, listen if is_kept else receive, send)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server, its bridge and what it was asked."""
+
+    url: str
+    bridge: ScriptedBridge
+    requests: list[dict[str, Any]]
+
+    def wait_for_cancel(self) -> None:
+        """Until one answer more was ended before its last token; fails after ten seconds."""
+        deadline = time.monotonic() + 10.0
+        while self.bridge.num_cancelled == 0:
+            assert time.monotonic() < deadline, "the server went on generating"
+            time.sleep(0.01)
+        self.bridge.num_cancelled = 0
+
+
+@contextlib.contextmanager
+def serve(*, keys: tuple[str, ...] = (), has_template: bool = True) -> Iterator[Server]:
+    """A server on a free port of this machine, for as long as the context lasts."""
+    bridge = ScriptedBridge(_model(has_template))
+    config = ServeConfig(api_keys=keys)
+    recorder = Recorder(build_app(make_services(bridge, config)))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(
+            uvicorn.Config(
+                recorder, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1
+            )
+        )
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", bridge, recorder.requests)
+        server.should_exit = True
+        thread.join()
+
+
+def _model(has_template: bool) -> Model:
+    tokenizer = byte_tokenizer() if has_template else byte_tokenizer(chat_template=None)
+    config = gqa_config(max_position_embeddings=CONTEXT)
+    return Model(Transformer(config, dtype=torch.float32), tokenizer, name="tiny")

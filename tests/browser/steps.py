@@ -1,0 +1,104 @@
+"""What a user does and sees, in a few words, for the tests of the page."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Locator, Page, Route
+
+CHAT = "**/v1/chat/completions"
+
+
+def script(name: str) -> str:
+    """A function for Page.evaluate, from the folder js."""
+    return Path(__file__).with_name("js").joinpath(name).read_text()
+
+
+def send(page: Page, text: str) -> None:
+    page.get_by_label("Message", exact=True).fill(text)
+    page.get_by_label("Message", exact=True).press("Enter")
+
+
+def ask(page: Page, text: str) -> Locator:
+    """Send `text` and wait for the answer's end; the answer."""
+    num_answers = answers(page).count()
+    send(page, text)
+    answer = answers(page).nth(num_answers)
+    answer.locator(".stats").filter(has_text="token").wait_for()
+    return answer
+
+
+def answers(page: Page) -> Locator:
+    return page.locator("article.assistant")
+
+
+def answer_text(answer: Locator) -> str:
+    return answer.locator(":scope > .markdown").inner_text()
+
+
+def users(page: Page) -> list[str]:
+    return page.locator("article.user .bubble").all_inner_texts()
+
+
+def stop_button(page: Page) -> Locator:
+    return page.get_by_role("button", name="Stop")
+
+
+def stored(page: Page) -> list[dict[str, Any]]:
+    """The conversations the browser keeps."""
+    return page.evaluate(
+        """() => new Promise((resolve) => {
+          const opening = indexedDB.open("lowlat", 1);
+          opening.onsuccess = () => {
+            const table = opening.result.transaction("conversations").objectStore("conversations");
+            table.getAll().onsuccess = (event) => {
+              opening.result.close();
+              resolve(event.target.result);
+            };
+          };
+        })"""
+    )
+
+
+def event(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+
+USAGE = {
+    "choices": [],
+    "usage": {
+        "prompt_tokens": 30,
+        "completion_tokens": 12,
+        "total_tokens": 42,
+        "prompt_tokens_details": {"cached_tokens": 16},
+    },
+    "lowlat": {"prefill_seconds": 0.25, "decode_seconds": 2.0, "tokens_per_second": 5.5},
+}
+
+
+def answer_with(page: Page, events: Sequence[dict[str, Any]], *, is_complete: bool = True) -> None:
+    """Answer the page's next requests with these chunks, in place of the server."""
+    body = "".join(f"data: {json.dumps(item)}\n\n" for item in events)
+    if is_complete:
+        body += "data: [DONE]\n\n"
+
+    def fulfil(route: Route) -> None:
+        route.fulfill(status=200, content_type="text/event-stream", body=body)
+
+    page.route(CHAT, fulfil)
+
+
+def refuse_with(page: Page, status: int, message: str, *, times: int, **headers: str) -> None:
+    """Refuse the page's next `times` requests for an answer in the server's error shape."""
+    error = {"error": {"message": message, "type": "x", "param": None, "code": None}}
+
+    def fulfil(route: Route) -> None:
+        route.fulfill(status=status, json=error, headers=headers)
+
+    page.route(CHAT, fulfil, times=times)
+
+
+def contrast(page: Page, selector: str) -> float:
+    """WCAG's contrast between an element's text and the nearest background behind it."""
+    return page.locator(selector).first.evaluate(script("contrast.js"))

@@ -1,0 +1,144 @@
+"""What a request generates does not depend on company: the engine over native kernels, bit by bit.
+
+Holds shut: a token that changes with who runs beside it, with how its prompt is cut, with what the
+prefix cache held, with being preempted and read again, or with drafts.
+"""
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from fakes import mla_config
+from native.test_step import random_model
+
+from lowlat.config.model import GQAConfig, ModelConfig
+from lowlat.engine.engine import Engine
+from lowlat.engine.params import SamplingParams
+from lowlat.engine.request import Request, RequestOptions
+from lowlat.engine.runner import Runner
+from lowlat.engine.scheduler import Limits
+from lowlat.model.transformer import Transformer
+from lowlat.ops import native
+
+if not native.available():
+    pytest.skip(native.reason(), allow_module_level=True)
+
+VOCAB = 61
+PAGE_SIZE = 8
+CHUNK = 48
+NUM_REQUESTS = 250
+"""For each of four concurrencies: 1,000 in all."""
+CONTEXT = 400
+
+
+def small_config(kind: str) -> ModelConfig:
+    config = mla_config(vocab_size=VOCAB, max_position_embeddings=512, num_nextn_predict_layers=0)
+    if kind == "gqa":
+        attention = GQAConfig(num_attention_heads=6, num_key_value_heads=3, head_dim=10)
+        return replace(config, model_type="llama", attention=attention)
+    return replace(config, num_nextn_predict_layers=2 if kind == "mtp" else 0)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request as a client sends it."""
+
+    prompt: tuple[int, ...]
+    options: dict[str, Any]
+    salt: bytes
+    priority: int
+
+
+def drawn_asks(seed: int) -> list[Ask]:
+    """Prompts of all lengths, many of which begin alike; greedy and sampled, with penalties."""
+    rng = random.Random(seed)
+    openings = [[rng.randrange(VOCAB) for _ in range(length)] for length in (9, 33, 70, 150)]
+    asks = []
+    for number in range(NUM_REQUESTS):
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 7, 30, 45, 90]))]
+        if rng.random() < 0.6:
+            prompt = rng.choice(openings) + prompt
+        options: dict[str, Any] = {"max_tokens": rng.randint(1, 24), "ignore_eos": True}
+        if rng.random() < 0.5:
+            options |= {"temperature": 0.8, "seed": number, "top_p": rng.choice([1.0, 0.9])}
+            options["n"] = rng.choice([1, 1, 2])
+        if rng.random() < 0.2:
+            options["frequency_penalty"] = 0.5
+        asks.append(Ask(tuple(prompt), options, bytes([rng.randrange(2)]), rng.randrange(2)))
+    return asks
+
+
+def engine_for(model: Transformer, **options: Any) -> Engine:
+    runner = Runner(model, page_size=PAGE_SIZE)
+    return Engine(runner, context=CONTEXT, eos_ids=frozenset(), prefill_chunk=CHUNK, **options)
+
+
+def generated(request: Request) -> list[list[int]]:
+    assert all(s.finish_reason == "length" for s in request.sequences)
+    return [sequence.tokens[len(request.prompt) :] for sequence in request.sequences]
+
+
+def alone(model: Transformer, ask: Ask) -> list[list[int]]:
+    engine = engine_for(model, has_prefix_cache=False, speculates=False)
+    request = engine.add(ask.prompt, SamplingParams(**ask.options))
+    while engine.has_work:
+        engine.step()
+    return generated(request)
+
+
+def together(engine: Engine, asks: list[Ask], concurrency: int, seed: int) -> list[Request]:
+    """Requests arrive at random moments, at most `concurrency` at once."""
+    rng = random.Random(seed)
+    requests: list[Request] = []
+    while len(requests) < len(asks) or engine.has_work:
+        open_now = sum(any(s.finish_reason is None for s in r.sequences) for r in requests)
+        while len(requests) < len(asks) and open_now < concurrency and rng.random() < 0.7:
+            ask = asks[len(requests)]
+            options = RequestOptions(salt=ask.salt, priority=ask.priority)
+            requests.append(engine.add(ask.prompt, SamplingParams(**ask.options), options))
+            open_now += 1
+        engine.step()
+    engine.check_integrity()
+    return requests
+
+
+@pytest.mark.parametrize("kind", ["mla", "gqa", "mtp"])
+@torch.inference_mode()
+def test_not_one_token_differs_from_running_alone(kind: str) -> None:
+    config = small_config(kind)
+    model = random_model(config, 5)
+    asks = drawn_asks(11)
+    expected = [alone(model, ask) for ask in asks]
+    assert len({tuple(tokens) for found in expected for tokens in found}) > NUM_REQUESTS
+    longest = -(-(max(len(ask.prompt) for ask in asks) + 24) // PAGE_SIZE)
+    preemptions = hits = accepted = 0
+    for number, concurrency in enumerate((1, 2, 8, 32)):
+        engine = engine_for(
+            model,
+            limits=Limits(
+                step_tokens=random.Random(number).choice([40, 96]),
+                mixed_tokens=random.Random(number).choice([5, 24]),
+                # The longest request has hardly any room beside it.
+                max_pages=longest + 2 if number % 2 else None,
+            ),
+            has_prefix_cache=number != 1,
+            speculates=number != 2,
+        )
+        requests = together(engine, asks, concurrency, number)
+        for ask, request, tokens in zip(asks, requests, expected, strict=True):
+            assert generated(request) == tokens, (concurrency, ask)
+        preemptions += engine.scheduler.num_preemptions
+        hits += 0 if engine.prefix is None else engine.prefix.hit_tokens
+        counts = engine.recorder.snapshot(
+            queued=0,
+            running=0,
+            preemptions=0,
+            pages_total=0,
+            pages_used=0,
+            pages_cached=0,
+            page_tokens=0,
+        )
+        accepted += counts.accepted_tokens
+    assert preemptions > 20 and hits > 1000 and accepted > 20, (preemptions, hits, accepted)

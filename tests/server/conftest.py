@@ -1,0 +1,71 @@
+"""Servers in processes of their own, on free ports."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+KEY = "integration-test-key"
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    process: subprocess.Popen[str]
+    port: int
+    log: IO[str]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def logged(self) -> str:
+        """Everything on its stderr so far."""
+        self.log.seek(0)
+        return self.log.read()
+
+
+@contextlib.contextmanager
+def serving(*options: str) -> Iterator[Server]:
+    """A server of tiny_server.py with `options`; it must end with exit code 0 on SIGTERM."""
+    with socket.socket() as listener, tempfile.TemporaryFile("w+") as log:
+        listener.bind(("127.0.0.1", 0))
+        command = [sys.executable, str(Path(__file__).with_name("tiny_server.py"))]
+        process = subprocess.Popen(
+            [*command, str(listener.fileno()), *options],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            pass_fds=[listener.fileno()],
+            env={**os.environ, "PYTHONPATH": str(TESTS)},
+        )
+        server = Server(process, listener.getsockname()[1], log)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n", server.logged()
+            yield server
+            if process.poll() is None:
+                process.terminate()
+            assert process.wait(20) == 0, server.logged()
+        finally:
+            process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """One server for all tests of a module; it wants KEY."""
+    with serving("--key", KEY) as running:
+        yield running

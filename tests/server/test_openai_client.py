@@ -1,0 +1,279 @@
+"""The official `openai` client, unmodified, against a server of random weights.
+
+What a model of random weights says means nothing; that it says it in the right form is the point.
+"""
+
+import json
+from collections.abc import Iterator
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from .conftest import KEY, Server
+from .tiny_server import CONTEXT, NAME
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"enum": [1, 2]}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+HELLO = [{"role": "user", "content": "Hello"}]
+NO_THOUGHTS = {"chat_template_kwargs": {"enable_thinking": False}}
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as made:
+        yield made
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).context_length == CONTEXT
+
+
+def test_chat_is_repeatable_with_a_seed(client: openai.OpenAI) -> None:
+    answers = [
+        client.chat.completions.create(
+            model=NAME, messages=HELLO, max_tokens=12, seed=seed, temperature=1.0
+        )
+        for seed in (1, 1, 2)
+    ]
+    contents = [answer.choices[0].message.content for answer in answers]
+    assert contents[0] == contents[1] != contents[2]
+    assert answers[0].choices[0].finish_reason == "length"
+    usage = answers[1].usage
+    assert usage is not None and usage.prompt_tokens_details is not None
+    assert usage.completion_tokens == 12
+    assert usage.total_tokens == usage.prompt_tokens + 12
+
+
+def test_stream_says_what_the_whole_answer_says(client: openai.OpenAI) -> None:
+    options = {"model": NAME, "messages": HELLO, "max_tokens": 20, "seed": 3}
+    whole = client.chat.completions.create(**options).choices[0].message.content
+    stream = client.chat.completions.create(
+        **options, stream=True, stream_options={"include_usage": True}
+    )
+    text, usages = "", []
+    for chunk in stream:
+        usages.append(chunk.usage)
+        text += "".join(choice.delta.content or "" for choice in chunk.choices)
+    assert text == whole
+    assert usages[-1] is not None and usages[-1].completion_tokens == 20
+    assert usages[:-1] == [None] * (len(usages) - 1)
+
+
+def test_a_stream_can_be_left(client: openai.OpenAI) -> None:
+    with client.chat.completions.create(
+        model=NAME, messages=HELLO, max_tokens=1500, stream=True
+    ) as stream:
+        next(iter(stream))
+    assert client.chat.completions.create(model=NAME, messages=HELLO, max_tokens=1).choices
+
+
+def test_several_completions(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=NAME, messages=HELLO, max_tokens=8, n=3, temperature=0, top_p=0.5
+    )
+    contents = {choice.message.content for choice in answer.choices}
+    assert len(answer.choices) == 3
+    assert len(contents) == 1
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=NAME, messages=HELLO, max_tokens=5, logprobs=True, top_logprobs=3, temperature=0
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None
+    assert len(logprobs.content) == 5
+    for entry in logprobs.content:
+        assert len(entry.top_logprobs) == 3
+        # Greedy decoding takes the likeliest token.
+        assert entry.logprob == max(top.logprob for top in entry.top_logprobs) <= 0.0
+    data = bytes(byte for entry in logprobs.content for byte in entry.bytes or [])
+    assert data.decode(errors="replace").startswith(answer.choices[0].message.content or "")
+
+
+def test_stop(client: openai.OpenAI) -> None:
+    options = {"model": NAME, "messages": HELLO, "seed": 5, "logit_bias": {str(ord("z")): 100}}
+    answer = client.chat.completions.create(**options, max_tokens=40, stop=["zz"])
+    assert answer.choices[0].finish_reason == "stop"
+    assert "zz" not in (answer.choices[0].message.content or "")
+
+
+def test_tool_call(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=NAME,
+        messages=HELLO,
+        tools=[WEATHER],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        seed=1,
+    )
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    calls = choice.message.tool_calls or []
+    assert calls
+    assert calls[0].function.name == "get_weather"
+    assert json.loads(calls[0].function.arguments)["city"] in ("Oslo", "Rome")
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "Rain"} for call in calls]
+    after = client.chat.completions.create(
+        model=NAME, messages=[*HELLO, choice.message, *results], tools=[WEATHER], max_tokens=3
+    )
+    assert after.choices[0].finish_reason == "length"
+
+
+def test_streamed_tool_call(client: openai.OpenAI) -> None:
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    with client.chat.completions.stream(
+        model=NAME, messages=HELLO, tools=[WEATHER], tool_choice=named, seed=2
+    ) as stream:
+        kinds = {event.type for event in stream}
+        answer = stream.get_final_completion()
+    assert "tool_calls.function.arguments.delta" in kinds
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert json.loads(call.function.arguments)["days"] in (1, 2)
+
+
+class Person(BaseModel):
+    name: str
+    is_adult: bool
+
+
+def test_json_schema(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}, "kind": {"enum": ["a", "b"]}},
+        "required": ["ok", "kind"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    answer = client.chat.completions.create(
+        model=NAME,
+        messages=HELLO,
+        response_format=form,
+        seed=1,
+        max_tokens=60,
+        extra_body=NO_THOUGHTS,
+    )
+    value = json.loads(answer.choices[0].message.content or "")
+    assert set(value) == {"ok", "kind"}
+    assert value["kind"] in ("a", "b")
+
+
+def test_parsed_answers(client: openai.OpenAI) -> None:
+    """The form that a pydantic class asks for; `}` is made likely so that texts end."""
+    answer = client.chat.completions.parse(
+        model=NAME,
+        messages=HELLO,
+        response_format=Person,
+        seed=1,
+        max_tokens=300,
+        logit_bias={str(ord('"')): 30},
+        extra_body=NO_THOUGHTS,
+    )
+    assert isinstance(answer.choices[0].message.parsed, Person)
+
+
+def test_extensions(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=NAME,
+        messages=HELLO,
+        extra_body={"structured_outputs": {"choice": ["yes", "no"]}, "top_k": 5, "priority": 1},
+    )
+    assert answer.choices[0].message.content in ("yes", "no")
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model=NAME, prompt=["a", "b"], max_tokens=4, echo=True, seed=1
+    )
+    assert [choice.text[0] for choice in answer.choices] == ["a", "b"]
+    stream = client.completions.create(
+        model=NAME, prompt="a", max_tokens=4, logprobs=2, stream=True, temperature=0
+    )
+    tokens = [token for chunk in stream for token in chunk.choices[0].logprobs.tokens]
+    assert len(tokens) == 4
+
+
+def test_responses(client: openai.OpenAI) -> None:
+    answer = client.responses.create(model=NAME, input="Hello", max_output_tokens=6, store=False)
+    assert answer.status == "incomplete"
+    assert answer.usage is not None and answer.usage.output_tokens == 6
+
+
+def test_streamed_responses(client: openai.OpenAI) -> None:
+    form = {"type": "json_schema", "name": "x", "schema": {"enum": ["abc"]}}
+    text = ""
+    with client.responses.stream(model=NAME, input="Hello", text={"format": form}) as stream:
+        for event in stream:
+            if event.type == "response.output_text.delta":
+                text += event.delta
+        answer = stream.get_final_response()
+    assert answer.output_text == text
+    assert json.loads(text) == "abc"
+
+
+def test_responses_with_tools(client: openai.OpenAI) -> None:
+    tool = {"type": "function", "strict": True, **WEATHER["function"]}
+    choice = {"type": "function", "name": "get_weather"}
+    answer = client.responses.create(model=NAME, input="Hello", tools=[tool], tool_choice=choice)
+    call = answer.output[-1]
+    assert call.type == "function_call"
+    assert json.loads(call.arguments)["days"] in (1, 2)
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "Rain"}
+    after = client.responses.create(
+        model=NAME,
+        input=[{"role": "user", "content": "Hello"}, *answer.output, result],
+        tools=[tool],
+        max_output_tokens=3,
+    )
+    assert after.status == "incomplete"
+
+
+def test_responses_with_a_schema(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
+    answer = client.responses.create(model=NAME, input="Hello", text={"format": form})
+    assert json.loads(answer.output_text)["ok"] in (True, False)
+
+
+def test_errors_are_those_the_client_knows(client: openai.OpenAI, server: Server) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="gpt-4", messages=HELLO)
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(model=NAME, messages=HELLO, temperature=3)
+    assert bad.value.param == "temperature"
+    assert bad.value.request_id is not None
+    with pytest.raises(openai.BadRequestError) as long:
+        client.chat.completions.create(
+            model=NAME, messages=[{"role": "user", "content": "x" * CONTEXT}]
+        )
+    assert long.value.param == "messages"
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong").models.list()
+    with pytest.raises(openai.APIStatusError) as late:
+        client.chat.completions.create(
+            model=NAME,
+            messages=HELLO,
+            max_tokens=1900,
+            extra_body={"deadline_seconds": 0.02, "ignore_eos": True},
+        )
+    assert late.value.status_code == 408

@@ -1,0 +1,165 @@
+"""A server as a process: connections that misbehave, and how it ends."""
+
+import json
+import signal
+import socket
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from lowlat.serve.limits import MAX_HEADER_BYTES
+
+from .conftest import Server, serving
+from .tiny_server import NAME
+
+LONG = {"model": NAME, "prompt": "x", "max_tokens": 1900, "ignore_eos": True}
+SHORT = {"model": NAME, "prompt": "x", "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    """A server without a key, and with little patience."""
+    with serving("--header-seconds", "0.3", "--body-seconds", "0.3") as running:
+        yield running
+
+
+def talk(server: Server, data: bytes) -> bytes:
+    """Everything the server answers to `data` until it closes the connection."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(data)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+        return answer
+
+
+def error_in(answer: bytes) -> tuple[int, dict[str, Any]]:
+    """Status and error object of a raw response."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]
+
+
+def post(body: bytes, *, length: int | None = None) -> bytes:
+    return (
+        b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % (len(body) if length is None else length)
+    ) + body
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"", 408),
+        (b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow:", 408),
+        (post(b"{", length=100), 408),
+        (b"\x16\x03\x01 this is TLS\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"x" * (2 * MAX_HEADER_BYTES), 400),
+        (post(b"", length=1 << 40), 413),
+        (b"GET /health HTTP/1.0\r\n\r\n", 403),
+    ],
+)
+def test_bad_connections_are_answered_and_closed(server: Server, data: bytes, status: int) -> None:
+    found, error = error_in(talk(server, data))
+    assert found == status
+    assert set(error) == {"message", "type", "param", "code"}
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_a_second_request_may_come_late_but_not_slowly(server: Server) -> None:
+    """Holds shut: a limit on headers that cuts connections kept open, or misses their next."""
+    get = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        for _ in range(2):
+            connection.sendall(get + b"\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += connection.recv(65536)
+            assert b"200 OK" in answer
+            time.sleep(0.5)
+        connection.sendall(get)
+        assert b" 408 " in connection.recv(65536)
+        assert connection.recv(65536) == b""
+
+
+def test_an_answer_may_take_longer_than_headers_may(server: Server) -> None:
+    answer = httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60)
+    assert answer.json()["usage"]["completion_tokens"] == 1900
+
+
+def test_the_server_does_not_name_itself(server: Server) -> None:
+    assert "server" not in httpx.get(f"{server.url}/health").headers
+
+
+def test_pages_of_the_engine_come_back_after_clients_left(server: Server) -> None:
+    for _ in range(10):
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}
+        ) as stream:
+            next(stream.iter_lines())
+    for _ in range(200):
+        text = httpx.get(f"{server.url}/metrics").text
+        if "lowlat:num_requests_running 0.0" in text:
+            return
+        time.sleep(0.02)
+    raise AssertionError("generations of clients that left still run")
+
+
+def start(server: Server) -> tuple[threading.Thread, list[httpx.Response | Exception]]:
+    """Send LONG from a thread of its own; returns when it runs."""
+    answers: list[httpx.Response | Exception] = []
+
+    def send() -> None:
+        try:
+            answers.append(httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60))
+        except httpx.HTTPError as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    while "lowlat:num_requests_running 1.0" not in httpx.get(f"{server.url}/metrics").text:
+        assert not answers, answers
+    return thread, answers
+
+
+def test_draining_finishes_what_runs_and_refuses_what_is_new() -> None:
+    with serving() as server:
+        thread, answers = start(server)
+        server.process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{server.url}/ready").status_code == 200:
+            time.sleep(0.01)
+        refused = httpx.post(f"{server.url}/v1/completions", json=SHORT)
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) > 0
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        thread.join()
+        (answer,) = answers
+        assert isinstance(answer, httpx.Response)
+        assert answer.json()["usage"]["completion_tokens"] == 1900
+
+
+def test_what_outlasts_the_drain_is_told_so() -> None:
+    with serving("--drain-seconds", "0.1") as server:
+        thread, answers = start(server)
+        server.process.send_signal(signal.SIGTERM)
+        thread.join()
+        (answer,) = answers
+        assert isinstance(answer, httpx.Response)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "shutting_down"
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    with serving("--drain-seconds", "60") as server:
+        thread, _ = start(server)
+        server.process.send_signal(signal.SIGINT)
+        while '"draining"' not in server.logged():
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 0
+        thread.join()
+        for line in server.logged().splitlines():
+            json.loads(line)

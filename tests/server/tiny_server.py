@@ -1,0 +1,54 @@
+"""`lowlat serve` in a process of its own, with a model of random weights: python tiny_server.py FD
+
+FD is the number of an inherited socket, bound but not listening. Prints "ready" when it serves.
+"""
+
+import argparse
+import socket
+
+import torch
+from fakes import gqa_config, tiny_model
+from unit.serve.templates import tokenizer_of
+
+from lowlat.engine.llm import Model
+from lowlat.serve.bridge import Bridge
+from lowlat.serve.config import ServeConfig
+from lowlat.serve.logs import configure
+from lowlat.serve.run import run
+
+NAME = "tiny"
+CONTEXT = 2048
+
+
+def make_model(context: int = CONTEXT) -> Model:
+    """A model that knows no language, but chats and calls tools in the form of its template."""
+    tokenizer = tokenizer_of("hermes")
+    config = gqa_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=context)
+    return Model(tiny_model(config, torch.float32), tokenizer, name=NAME)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("listener", type=int)
+    parser.add_argument("--key", action="append", default=[])
+    parser.add_argument("--drain-seconds", type=float, default=10.0)
+    parser.add_argument("--header-seconds", type=float, default=10.0)
+    parser.add_argument("--body-seconds", type=float, default=10.0)
+    parser.add_argument("--context", type=int, default=CONTEXT)
+    parser.add_argument("--max-queue", type=int, default=64)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    config = ServeConfig(
+        api_keys=tuple(given.key),
+        drain_seconds=given.drain_seconds,
+        header_seconds=given.header_seconds,
+        body_seconds=given.body_seconds,
+    )
+    configure()
+    bridge = Bridge(make_model(given.context), max_queue=given.max_queue)
+    with socket.socket(fileno=given.listener) as listener:
+        run(bridge, config, listener, on_ready=lambda: print("ready", flush=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Drafts: where they come from, how many are made, and that they decide nothing."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from fakes import ScriptedModel, gqa_config, mla_config, tiny_model
+
+from lowlat.engine.depth import MAX_DEPTH, DepthChoice, StepCost
+from lowlat.engine.engine import Engine
+from lowlat.engine.lookup import PromptLookup
+from lowlat.engine.params import SamplingParams
+from lowlat.engine.request import Request, RequestOptions, Sequence
+from lowlat.engine.runner import Runner
+from lowlat.engine.sampler import SequenceSampler
+from lowlat.model.transformer import Transformer
+
+
+def engine_for(model: Transformer, **options: Any) -> Engine:
+    """Its steps cost what one token costs and a tenth more for each further one."""
+    runner = Runner(model, page_size=4)
+    engine = Engine(runner, context=97, eos_ids=frozenset(), **options)
+    if engine.speculator is not None:
+        engine.speculator.stepped = lambda num_tokens, seconds: None  # pyright: ignore
+    return engine
+
+
+def always_draft(engine: Engine, depth: int) -> None:
+    assert engine.speculator is not None
+    engine.speculator.depth.choose = lambda most: {s: min(depth, n) for s, n in most.items()}
+
+
+def finish(engine: Engine) -> int:
+    """Step to the end; the number of steps."""
+    steps = 0
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+        steps += 1
+    return steps
+
+
+def outputs(engine: Engine, prompt: list[int], **options: Any) -> list[list[int]]:
+    request = engine.add(prompt, SamplingParams(**options))
+    finish(engine)
+    return [sequence.tokens[len(prompt) :] for sequence in request.sequences]
+
+
+def sequence() -> Sequence:
+    params = SamplingParams()
+    request = Request(
+        id=0,
+        prompt=(1,),
+        params=params,
+        options=RequestOptions(),
+        max_outputs=50,
+        arrived_at=0.0,
+    )
+    sampler = SequenceSampler(params, (1,), 0, 7)
+    return Sequence(request=request, index=0, tokens=[1, 2], sampler=sampler)
+
+
+# Prompt lookup
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [
+        ([], []),
+        ([1, 2], []),
+        ([1, 2, 3], []),
+        ([1, 2, 9, 1, 2], [9, 1, 2]),
+        ([1, 2, 8, 4, 1, 2, 9, 4, 1, 2], [9, 4, 1]),
+        # The longer match wins over the later one.
+        ([7, 1, 2, 8, 5, 1, 2, 9, 7, 1, 2], [8, 5, 1]),
+        ([3, 3, 3, 3], [3]),
+        # One token that recurs is no reason.
+        ([5, 1, 6, 2, 5], []),
+    ],
+)
+def test_lookup_finds_what_followed(tokens: list[int], found: list[int]) -> None:
+    assert PromptLookup().propose(tokens, 3) == found
+
+
+def test_lookup_grows_with_its_sequence() -> None:
+    """A long sequence, token by token: the same as looking at all of it anew."""
+    tokens = [(i * i) % 11 for i in range(700)]
+    lookup = PromptLookup()
+    for end in range(1, len(tokens)):
+        assert lookup.propose(tokens[:end], 4) == PromptLookup().propose(tokens[:end], 4)
+
+
+# How many
+
+
+def test_cost_of_a_step_is_learnt() -> None:
+    cost = StepCost()
+    for count in (1, 2, 5, 9, 1, 3):
+        cost.add(count, 0.020 + 0.003 * count)
+    assert cost.estimate() == pytest.approx((0.020, 0.003))
+
+
+def test_drafts_are_made_where_they_pay() -> None:
+    choice, one = DepthChoice(), sequence()
+    for _ in range(9):
+        choice.stepped(1, 1.0)
+        choice.stepped(5, 1.1)
+        choice.verified(one, 4, 4)
+    assert choice.choose({one: 50}) == {one: MAX_DEPTH}
+    assert choice.choose({one: 2}) == {one: 2}
+    assert choice.choose({one: 0}) == {one: 0}
+
+
+def test_drafts_end_where_they_do_not_pay_and_are_tried_again() -> None:
+    choice, one = DepthChoice(), sequence()
+    for _ in range(60):
+        choice.stepped(1, 1.0)
+        choice.stepped(2, 1.5)
+        choice.verified(one, 1, 0)
+    depths = [choice.choose({one: 50})[one] for _ in range(1000)]
+    assert depths[:100] == [0] * 100
+    assert max(depths) > 0
+
+
+def test_a_sequence_whose_drafts_hold_gets_more_of_them() -> None:
+    choice, good, bad = DepthChoice(), sequence(), sequence()
+    for _ in range(30):
+        choice.stepped(2, 1.0)
+        choice.stepped(6, 1.4)
+        choice.verified(good, 2, 2)
+        choice.verified(bad, 2, 0)
+    depths = choice.choose({good: 50, bad: 50})
+    assert depths[good] > depths[bad] == 0
+
+
+# Verifying
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "seed": 3}])
+def test_drafts_change_no_token(options: dict[str, Any]) -> None:
+    """A model that goes round in a circle of seven: lookup guesses right from the second round."""
+    model = ScriptedModel(gqa_config(), lambda token: (token + 1) % 7)
+    options = {"max_tokens": 60} | options
+    with_drafts, without = engine_for(model), engine_for(model, speculates=False)
+    assert outputs(with_drafts, [3, 4], **options) == outputs(without, [3, 4], **options)
+    counts = with_drafts.recorder
+    assert counts._accepted > 20
+
+
+def test_right_drafts_save_steps() -> None:
+    model = ScriptedModel(gqa_config(), lambda token: (token + 1) % 7)
+    engine = engine_for(model)
+    engine.add([3, 4], SamplingParams(max_tokens=60))
+    assert finish(engine) < 40
+
+
+@pytest.mark.parametrize("end", [{"max_tokens": 11}, {"stop": 5}])
+def test_a_completion_ends_in_the_middle_of_its_drafts(end: dict[str, Any]) -> None:
+    """Holds shut: tokens after the end, because they were verified in the same step."""
+    model = ScriptedModel(gqa_config(), lambda token: (token + 1) % 13)
+    prompt = [*range(13), 0, 1]
+    stop_ids = frozenset({end["stop"]}) if "stop" in end else frozenset()
+    engine = engine_for(model)
+    params = SamplingParams(max_tokens=end.get("max_tokens"))
+    request = engine.add(prompt, params, RequestOptions(stop_ids=stop_ids))
+    finish(engine)
+    generated = request.sequences[0].tokens[len(prompt) :]
+    expected = 4 if stop_ids else 11
+    assert generated == [(2 + i) % 13 for i in range(expected)]
+    assert engine.runner.pool.num_used == 0
+
+
+@pytest.mark.parametrize("modules", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
+def test_mtp_drafts_change_no_token(modules: int, options: dict[str, Any]) -> None:
+    model = tiny_model(mla_config(num_nextn_predict_layers=modules))
+    prompt = [(i * 37) % 263 for i in range(23)]
+    options = {"max_tokens": 40} | options
+    engine = engine_for(model, prefill_chunk=8)
+    assert outputs(engine, prompt, **options) == outputs(
+        engine_for(model, speculates=False), prompt, **options
+    )
+    assert engine.recorder._drafted > 0
+
+
+@pytest.mark.parametrize("modules", [1, 2, 3])
+def test_mtp_drafts_are_what_the_modules_predict(modules: int) -> None:
+    """Holds shut: a module that sees the wrong position, token or row: drafts are as good as those
+    of reading everything anew."""
+    model = tiny_model(mla_config(num_nextn_predict_layers=modules))
+    engine = engine_for(model)
+    always_draft(engine, modules)
+    request = engine.add([(i * 29) % 263 for i in range(11)], SamplingParams(max_tokens=12))
+    seen = 0
+    while engine.has_work:
+        engine.step()
+        (one,) = request.sequences
+        if one.drafts:
+            fresh = fresh_drafts(model, one.tokens, modules)
+            assert one.drafts == fresh[: len(one.drafts)]
+            seen += 1
+    assert seen >= 5
+
+
+@torch.inference_mode()
+def fresh_drafts(model: Transformer, tokens: list[int], modules: int) -> list[int]:
+    """Module k after module k - 1 over all tokens, without a cache kept from before."""
+    from lowlat.engine.request import Chunk
+
+    runner = Runner(model, page_size=97)
+    pages: list[int] = []
+    runner.reserve(pages, len(tokens) + modules)
+    read = tokens[:-1]
+    whole = Chunk(tokens=read, start=0, pages=tuple(pages), num_logits=0, form="absorbed")
+    _, hidden = runner.step([whole])
+    known = list(tokens)
+    for module in range(modules):
+        ahead = known[module + 1 : module + 1 + len(read)]
+        chunk = Chunk(tokens=ahead, start=0, pages=tuple(pages), num_logits=1, form="absorbed")
+        hidden, logits = runner.mtp(module, hidden, [chunk])
+        known.append(int(logits.argmax()))
+    return known[len(tokens) :]
+
+
+def test_sampled_output_has_the_models_distribution() -> None:
+    """Chi-squared over pairs of tokens: with drafts as without, and as the softmax says."""
+    config = gqa_config(vocab_size=5)
+    model = tiny_model(config)
+    # What the model likes to say goes round in a circle, so that drafts are often right.
+    prompt = [1, 2]
+    prompt += outputs(engine_for(model), prompt, max_tokens=40)[0]
+    count, options = 600, {"max_tokens": 3, "temperature": 1.3}
+    engine = engine_for(model)
+    always_draft(engine, 2)
+    pairs: Counter[tuple[int, ...]] = Counter()
+    for start in range(0, count, 100):
+        requests = [
+            engine.add(prompt, SamplingParams(seed=start + i, **options)) for i in range(100)
+        ]
+        finish(engine)
+        pairs.update(tuple(r.sequences[0].tokens[-2:]) for r in requests)
+    assert engine.recorder._accepted > 100
+    expected = pair_probabilities(model, prompt, 1.3)
+    # Pairs that are rare make one cell together.
+    cells = [(pairs[pair], count * p) for pair, p in expected.items() if count * p >= 5]
+    rest = count - sum(seen for seen, _ in cells), count - sum(due for _, due in cells)
+    chi_squared = sum((seen - due) ** 2 / due for seen, due in [*cells, rest])
+    # Of 24 degrees of freedom at most: above 51.2 in one of a thousand runs; seeds are fixed.
+    assert len(cells) > 8 and chi_squared < 51.2
+
+
+@torch.inference_mode()
+def pair_probabilities(
+    model: Transformer, prompt: list[int], temperature: float
+) -> dict[tuple[int, int], float]:
+    """Of the second and third token after the prompt, over all first ones."""
+    from lowlat.engine.scoring import logits
+
+    def following(tokens: list[int]) -> list[float]:
+        row = logits(Runner(model, page_size=97), tokens, chunk=64)[-1].double()
+        return (row / temperature).softmax(0).tolist()
+
+    found: Counter[tuple[int, int]] = Counter()
+    for one, p_one in enumerate(following(prompt)):
+        for two, p_two in enumerate(following([*prompt, one])):
+            for three, p_three in enumerate(following([*prompt, one, two])):
+                found[two, three] += p_one * p_two * p_three
+    return dict(found)

@@ -1,0 +1,162 @@
+"""The application as a whole: what it tells of itself, its states, and its errors' shape."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from lowlat.serve.app import build_app, make_services
+from lowlat.serve.bridge import Draining, EngineDead, Overloaded
+from lowlat.serve.config import ServeConfig
+from lowlat.serve.protocol.models import ErrorResponse
+from lowlat.utils.errors import UserError
+
+from .conftest import URL, MakeClient
+from .fake_bridge import NAME, FakeBridge
+
+BODY = {"model": NAME, "prompt": "x"}
+
+
+def test_the_model_is_described(client: TestClient) -> None:
+    listed = client.get("/v1/models").json()
+    assert listed["object"] == "list"
+    (card,) = listed["data"]
+    assert card == client.get(f"/v1/models/{NAME}").json()
+    assert card["id"] == NAME
+    assert card["context_length"] == 97
+    assert card["cache_bytes_per_token"] > 0
+    assert card["has_chat_template"] is True
+    assert card["supports_tools"] is False
+    assert card["reasoning"] is False
+
+
+def test_the_model_can_have_another_name(make_client: MakeClient) -> None:
+    client = make_client(model_name="org/name")
+    assert client.get("/v1/models/org/name").json()["id"] == "org/name"
+    assert client.get(f"/v1/models/{NAME}").status_code == 404
+    answer = client.post("/v1/completions", json={**BODY, "model": "org/name"}).json()
+    assert answer["model"] == "org/name"
+
+
+def test_health_follows_the_engine(client: TestClient, bridge: FakeBridge) -> None:
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/ready").status_code == 200
+    bridge.is_healthy = False
+    for path in ("/health", "/ready"):
+        response = client.get(path)
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "engine_stopped"
+
+
+def test_draining_refuses_what_is_new(bridge: FakeBridge) -> None:
+    services = make_services(bridge, ServeConfig())
+    client = TestClient(build_app(services), base_url=URL)
+    services.is_draining = True
+    assert client.get("/health").status_code == 200
+    for response in (client.get("/ready"), client.post("/v1/completions", json=BODY)):
+        assert response.status_code == 503
+        assert int(response.headers["retry-after"]) > 0
+        assert response.json()["error"]["code"] == "shutting_down"
+    assert bridge.asked == []
+
+
+def test_the_lifespan_drains_the_bridge(bridge: FakeBridge) -> None:
+    with TestClient(build_app(make_services(bridge, ServeConfig())), base_url=URL) as client:
+        assert client.get("/ready").status_code == 200
+        assert bridge.drained == []
+    assert bridge.drained == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status", "headers"),
+    [
+        (Overloaded(3), 429, {"retry-after": "3"}),
+        (Draining(), 503, {"retry-after": "5"}),
+        (EngineDead("x"), 503, {}),
+        (UserError("prompt must have tokens"), 400, {}),
+        (RuntimeError("secret detail"), 500, {}),
+        (AssertionError("secret detail"), 500, {}),
+    ],
+)
+def test_refusals_of_the_bridge(
+    client: TestClient,
+    bridge: FakeBridge,
+    refusal: Exception,
+    status: int,
+    headers: dict[str, str],
+) -> None:
+    bridge.refusal = refusal
+    response = client.post("/v1/completions", json=BODY)
+    assert response.status_code == status
+    ErrorResponse.model_validate(response.json())
+    assert headers.items() <= dict(response.headers).items()
+    assert "secret" not in response.text
+    assert client.get("/health").status_code == 200
+
+
+def test_user_errors_name_their_field(client: TestClient, bridge: FakeBridge) -> None:
+    bridge.refusal = UserError("max_tokens must be smaller")
+    error = client.post("/v1/completions", json=BODY).json()["error"]
+    assert error["param"] == "max_tokens"
+    assert error["message"] == "max_tokens must be smaller"
+
+
+def test_requests_under_way_are_bounded(bridge: FakeBridge) -> None:
+    services = make_services(bridge, ServeConfig(max_requests=1))
+    client = TestClient(build_app(services), base_url=URL)
+    assert client.post("/v1/completions", json=BODY).status_code == 200
+    services.num_requests = 1
+    response = client.post("/v1/completions", json=BODY)
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "1"
+    assert services.num_requests == 1
+
+
+@pytest.mark.parametrize(
+    ("send", "status"),
+    [
+        (lambda c: c.get("/nothing"), 404),
+        (lambda c: c.get("/v1"), 404),
+        (lambda c: c.get("/v1/models/"), 404),
+        (lambda c: c.get("/v1/models/other"), 404),
+        (lambda c: c.post("/v1/models"), 405),
+        (lambda c: c.get("/v1/completions"), 405),
+        (lambda c: c.request("BREW", "/health"), 405),
+        (lambda c: c.post("/v1/completions", content=b"x"), 415),
+        (lambda c: c.post("/v1/completions", json={**BODY, "user": "u" * 2000}), 413),
+        (lambda c: c.post("/v1/completions", json=[]), 400),
+        (lambda c: c.post("/v1/completions?stream=true", json=BODY), 400),
+    ],
+)
+def test_every_error_has_the_shape(
+    make_client: MakeClient, send: Callable[[TestClient], Any], status: int
+) -> None:
+    response = send(make_client(max_body_bytes=1024))
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/json"
+    ErrorResponse.model_validate(response.json())
+
+
+def test_methods_that_would_do_are_named(client: TestClient) -> None:
+    assert client.get("/v1/completions").headers["allow"] == "POST"
+
+
+def test_hostile_text_comes_back_as_json(client: TestClient) -> None:
+    """Holds shut: an answer that cannot be encoded because a request's words are in it."""
+    body = json.dumps({**BODY, "\ud800": 1}).encode()
+    response = client.post(
+        "/v1/completions", content=body, headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code == 400
+    response = client.post("/v1/completions", json={**BODY, "model": "\u2028\x00\u202e"})
+    assert response.status_code == 404
+    response.json()
+
+
+def test_the_server_sets_the_longest_deadline(make_client: MakeClient, bridge: FakeBridge) -> None:
+    client = make_client(request_seconds=10)
+    for given in ({}, {"deadline_seconds": 99}, {"deadline_seconds": 2}):
+        assert client.post("/v1/completions", json={**BODY, **given}).status_code == 200
+    assert [asked.deadline for asked in bridge.asked] == [10.0, 10.0, 2.0]

@@ -1,0 +1,206 @@
+"""Clients that leave, read nothing, or wait for long, told to the application as ASGI messages."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from starlette.types import Message, Scope
+
+from lowlat.serve.app import build_app, make_services
+from lowlat.serve.config import ServeConfig
+
+from .fake_bridge import NAME, Answer, FakeBridge
+
+CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]}
+BODIES = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": {"model": NAME, "prompt": "Hi"},
+    "/v1/responses": {"model": NAME, "input": "Hi"},
+}
+
+
+class Client:
+    """One connection: sends a body, and leaves when told."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self.sent: list[Message] = []
+        self.has_left = asyncio.Event()
+        self._body = json.dumps(body).encode()
+        self._is_read = False
+
+    async def receive(self) -> Message:
+        if not self._is_read:
+            self._is_read = True
+            return {"type": "http.request", "body": self._body, "more_body": False}
+        await self.has_left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    @property
+    def text(self) -> str:
+        return b"".join(message.get("body", b"") for message in self.sent).decode()
+
+
+def scope(path: str) -> Scope:
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    return {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "scheme": "http",
+        "http_version": "1.1",
+        "headers": headers,
+        "state": {},
+    }
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Return when `condition()` is true; fail if it does not become true."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.002)
+    raise AssertionError("the condition did not become true")
+
+
+def run(
+    bridge: FakeBridge,
+    path: str,
+    body: dict[str, Any],
+    act: Callable[[Client, asyncio.Task[None]], Awaitable[None]],
+    **options: Any,
+) -> Client:
+    """Send `body`, let `act` play the client, and await the end of the request."""
+
+    async def main() -> Client:
+        services = make_services(bridge, ServeConfig(**options))
+        app = build_app(services)
+        client = Client(body)
+        task = asyncio.create_task(app(scope(path), client.receive, client.send))
+        await act(client, task)
+        await asyncio.wait_for(task, 5)
+        services.workers.close()
+        assert services.num_requests == 0
+        return client
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("text", ["", "Some text"])
+def test_leaving_ends_the_generation(
+    bridge: FakeBridge, path: str, stream: bool, text: str
+) -> None:
+    """Before the first token and after some of them, streamed and not."""
+    bridge.answer = Answer(text=text, hangs=True)
+
+    async def leave(client: Client, task: asyncio.Task[None]) -> None:
+        await until(lambda: bridge.generations)
+        if stream and text:
+            await until(lambda: "t" in client.text and len(client.sent) > 8)
+        assert not bridge.generations[0].is_cancelled
+        client.has_left.set()
+
+    client = run(bridge, path, {**BODIES[path], "stream": stream}, leave)
+    assert bridge.generations[0].is_cancelled
+    if not stream:
+        assert client.sent == []
+
+
+def test_leaving_while_the_prompt_is_made(
+    bridge: FakeBridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Holds shut: a generation that begins after its client left, and that nobody ends."""
+    import threading
+
+    from lowlat.serve import routes_chat
+
+    started, may_end = threading.Event(), threading.Event()
+    prepare = routes_chat.prepare_chat
+
+    def slow(*args: Any) -> Any:
+        started.set()
+        may_end.wait(5)
+        return prepare(*args)
+
+    monkeypatch.setattr(routes_chat, "prepare_chat", slow)
+
+    async def leave(client: Client, task: asyncio.Task[None]) -> None:
+        await until(started.is_set)
+        client.has_left.set()
+        await asyncio.wait_for(asyncio.shield(task), 5)
+        may_end.set()
+
+    run(bridge, "/v1/chat/completions", CHAT, leave)
+    assert bridge.asked == []
+
+
+def test_leaving_before_the_body_is_whole(bridge: FakeBridge) -> None:
+    async def leave(client: Client, task: asyncio.Task[None]) -> None:
+        client.has_left.set()
+
+    client = run(bridge, "/v1/chat/completions", CHAT, leave)
+    assert bridge.asked == [] or bridge.generations[0].is_cancelled
+    assert client.sent == []
+
+
+def test_a_silent_stream_is_kept_open(bridge: FakeBridge) -> None:
+    bridge.answer = Answer(text="x", hangs=True)
+
+    async def wait(client: Client, task: asyncio.Task[None]) -> None:
+        await until(lambda: client.text.count(": ping\n\n") > 2)
+        client.has_left.set()
+
+    run(bridge, "/v1/chat/completions", {**CHAT, "stream": True}, wait, ping_seconds=0.01)
+
+
+def test_a_client_that_reads_nothing_is_given_up(bridge: FakeBridge) -> None:
+    """Holds shut: generations kept for connections that only look alive."""
+    bridge.answer = Answer(text="x" * 50)
+
+    async def main() -> None:
+        app = build_app(make_services(bridge, ServeConfig(send_seconds=0.05)))
+        client = Client({**CHAT, "stream": True})
+
+        async def send(message: Message) -> None:
+            await asyncio.Event().wait()
+
+        await asyncio.wait_for(app(scope("/v1/chat/completions"), client.receive, send), 5)
+
+    asyncio.run(main())
+    assert bridge.generations[0].is_cancelled
+    assert not bridge.generations[0].is_finished
+
+
+def test_a_storm_of_leaving_clients_loses_no_generation(bridge: FakeBridge) -> None:
+    """Clients that leave at every moment of a request's life."""
+    bridge.answer = Answer(text="abcdef" * 5, seconds=0.0005)
+
+    async def main() -> None:
+        services = make_services(bridge, ServeConfig())
+        app = build_app(services)
+
+        async def one(number: int) -> None:
+            path = list(BODIES)[number % 3]
+            client = Client({**BODIES[path], "stream": bool(number % 2)})
+            task = asyncio.create_task(app(scope(path), client.receive, client.send))
+            for _ in range(number):
+                await asyncio.sleep(0.001)
+            client.has_left.set()
+            await asyncio.wait_for(task, 10)
+
+        await asyncio.gather(*(one(number) for number in range(90)))
+        services.workers.close()
+        assert services.num_requests == 0
+
+    asyncio.run(main())
+    assert bridge.generations
+    assert all(generation.is_cancelled for generation in bridge.generations)

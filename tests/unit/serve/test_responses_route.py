@@ -1,0 +1,215 @@
+"""POST /v1/responses: its translation to chats, its items, its events."""
+
+import json
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from lowlat.serve.protocol.messages import AssistantMessage
+from lowlat.serve.protocol.responses import ResponsesRequest
+from lowlat.serve.protocol.responses_output import ResponseObject
+from lowlat.serve.responses_chat import as_chat
+from lowlat.serve.responses_output import Output
+from lowlat.serve.tools.parts import (
+    ContentPart,
+    ReasoningPart,
+    ToolCallArguments,
+    ToolCallStart,
+)
+
+from .fake_bridge import NAME, Answer, FakeBridge
+
+PATH = "/v1/responses"
+BODY: dict[str, Any] = {"model": NAME, "input": "Hi"}
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """Data of the events of a stream; each carries its type twice and its number."""
+    events = []
+    for block in text.removesuffix("\n\n").split("\n\n"):
+        name, data = block.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    return events
+
+
+def test_whole_answer(client: TestClient, bridge: FakeBridge) -> None:
+    body = {**BODY, "instructions": "Be kind", "max_output_tokens": 9, "temperature": 0.5}
+    answer = client.post(PATH, json=body).json()
+    ResponseObject.model_validate(answer)
+    assert answer["status"] == "completed"
+    (item,) = answer["output"]
+    assert item["type"] == "message"
+    assert item["content"] == [
+        {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}
+    ]
+    assert (answer["instructions"], answer["temperature"]) == ("Be kind", 0.5)
+    assert answer["usage"]["output_tokens"] == 5
+    params = bridge.asked[0].params
+    assert (params.max_tokens, params.temperature) == (9, 0.5)
+    assert b"Be kind" in bytes(id for id in bridge.asked[0].prompt if id < 256)
+
+
+def test_events(client: TestClient) -> None:
+    events = events_of(client.post(PATH, json={**BODY, "stream": True}).text)
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    assert kinds == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "content_part.added",
+        *["output_text.delta"] * 5,
+        "output_text.done",
+        "content_part.done",
+        "output_item.done",
+        "completed",
+    ]
+    last = events[-1]["response"]
+    assert last["output"] == [events[-2]["item"]]
+    assert last["usage"]["total_tokens"] == last["usage"]["input_tokens"] + 5
+
+
+def test_a_cut_answer_is_incomplete(client: TestClient, bridge: FakeBridge) -> None:
+    bridge.answer = Answer(finish_reason="length")
+    answer = client.post(PATH, json=BODY).json()
+    assert answer["status"] == answer["output"][0]["status"] == "incomplete"
+    assert answer["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert events_of(client.post(PATH, json={**BODY, "stream": True}).text)[-1]["type"] == (
+        "response.incomplete"
+    )
+
+
+def test_a_fault_is_told(client: TestClient, bridge: FakeBridge) -> None:
+    bridge.answer = Answer(finish_reason="error", error="secret")
+    assert client.post(PATH, json=BODY).status_code == 500
+    text = client.post(PATH, json={**BODY, "stream": True}).text
+    last = events_of(text)[-1]
+    assert last["type"] == "response.failed"
+    assert last["response"]["error"]["code"] == "internal_error"
+    assert "secret" not in text
+
+
+def test_items_of_all_kinds() -> None:
+    output = Output()
+    parts = [
+        ReasoningPart("hm"),
+        ReasoningPart("m"),
+        ContentPart("Let me "),
+        ContentPart("see"),
+        ToolCallStart(0, "call_1", "f"),
+        ToolCallArguments(0, '{"a":'),
+        ToolCallArguments(0, "1}"),
+        ToolCallStart(1, "call_2", "g"),
+        ToolCallArguments(1, "{}"),
+    ]
+    events = [event for part in parts for event in output.push(part)]
+    events += output.close()
+    kinds = [item.type for item in output.items]
+    assert kinds == ["reasoning", "message", "function_call", "function_call"]
+    assert {item.status for item in output.items} == {"completed"}
+    dumped = [item.model_dump() for item in output.items]
+    assert dumped[0]["content"] == [{"type": "reasoning_text", "text": "hmm"}]
+    assert dumped[1]["content"][0]["text"] == "Let me see"
+    assert (dumped[2]["call_id"], dumped[2]["arguments"]) == ("call_1", '{"a":1}')
+    done = [fields["item"] for kind, fields in events if kind == "response.output_item.done"]
+    assert done == dumped
+    added = [f["output_index"] for kind, f in events if kind == "response.output_item.added"]
+    assert added == [0, 1, 2, 3]
+    deltas = [f["delta"] for kind, f in events if kind.endswith("arguments.delta")]
+    assert deltas == ['{"a":', "1}", "{}"]
+
+
+def test_items_become_messages() -> None:
+    items = [
+        {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "r"}]},
+        {
+            "type": "message",
+            "id": "msg_1",
+            "status": "completed",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "b", "annotations": [], "logprobs": []}],
+        },
+        {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+        {"type": "function_call", "call_id": "c2", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "1"},
+        {"role": "developer", "content": "d"},
+        {"role": "assistant", "content": "e"},
+        {"role": "assistant", "content": "f"},
+    ]
+    request = ResponsesRequest.model_validate({**BODY, "input": items, "instructions": "i"})
+    messages = as_chat(request).messages
+    roles = [message.role for message in messages]
+    assert roles == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "developer",
+        "assistant",
+        "assistant",
+    ]
+    joined = messages[2]
+    assert isinstance(joined, AssistantMessage)
+    assert (joined.content, joined.reasoning_content) == ("b", "r")
+    assert [call.id for call in joined.tool_calls or []] == ["c1", "c2"]
+
+
+def test_tools_and_forms_are_translated() -> None:
+    text = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}
+    choice = {"type": "function", "name": "f"}
+    body = {**BODY, "tools": [TOOL], "tool_choice": choice, "text": text}
+    chat = as_chat(ResponsesRequest.model_validate(body)).model_dump(by_alias=True)
+    assert chat["tools"][0]["function"]["name"] == "f"
+    assert chat["tools"][0]["function"]["strict"] is True
+    assert chat["tool_choice"]["function"]["name"] == "f"
+    assert chat["response_format"]["json_schema"]["schema"] == {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"store": False, "background": False, "truncation": "disabled", "include": []},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+        {"text": {"format": {"type": "text"}}, "metadata": {"a": "b"}, "user": "u"},
+    ],
+)
+def test_harmless_fields_are_accepted(client: TestClient, change: dict[str, Any]) -> None:
+    assert client.post(PATH, json={**BODY, **change}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"store": True}, "store"),
+        ({"background": True}, "background"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"conversation": "c"}, "conversation"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"include": ["reasoning.encrypted_content"]}, "include"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "u"}]}]},
+            "input[0].content[0]",
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "u"}]}]},
+            "input[0].content[0]",
+        ),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"reasoning": {"effort": "low"}}, "reasoning"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"messages": []}, "messages"),
+    ],
+)
+def test_refusals_name_the_field(
+    client: TestClient, bridge: FakeBridge, change: dict[str, Any], param: str
+) -> None:
+    response = client.post(PATH, json={**BODY, **change})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert bridge.asked == []

@@ -1,0 +1,74 @@
+"""One line and one path out of pydantic's errors."""
+
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import Field
+
+from lowlat.serve.protocol.base import StrictModel
+from lowlat.serve.protocol.failure import RequestError
+from lowlat.serve.protocol.validation import MAX_MESSAGE, MAX_PARAM, validate
+
+
+class Leaf(StrictModel):
+    kind: Literal["leaf"]
+    size: Annotated[int, Field(ge=1)]
+
+
+class Twig(StrictModel):
+    kind: Literal["twig"]
+    leaves: list[Leaf]
+
+
+class Tree(StrictModel):
+    name: str | list[Leaf]
+    parts: Annotated[list[Annotated[Leaf | Twig, Field(discriminator="kind")]], Field()] | None = (
+        None
+    )
+    weight: float | None = None
+
+
+LEAF = {"kind": "leaf", "size": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "param", "words"),
+    [
+        ({}, "name", "name is missing"),
+        ({"name": 3}, "name", "name: input should be a valid string"),
+        ({"name": [{**LEAF, "size": 0}]}, "name[0].size", "greater than or equal to 1"),
+        ({"name": [{"kind": "leaf"}]}, "name[0].size", "is missing"),
+        ({"name": "x", "age": 3}, "age", "age is not supported; leave it out"),
+        ({"name": "x", "parts": [{"kind": "root"}]}, "parts[0]", "'leaf', 'twig'"),
+        (
+            {"name": "x", "parts": [LEAF, {"kind": "twig", "leaves": [{**LEAF, "size": True}]}]},
+            "parts[1].leaves[0].size",
+            "valid integer",
+        ),
+        ({"name": "x", "weight": True}, "weight", "valid number"),
+        ({"name": "x", "weight": "1"}, "weight", "valid number"),
+    ],
+)
+def test_the_field_is_named(value: dict[str, Any], param: str, words: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        validate(Tree, value)
+    assert caught.value.param == param
+    assert words in caught.value.message
+
+
+def test_long_and_strange_names_stay_short_and_on_one_line() -> None:
+    """Holds shut: an answer or a log line as long, or of as many lines, as a request says."""
+    for value in (
+        {"name": "x", "a\nb" * 100_000: 1},
+        {"name": "x", "parts": [{"kind": "y\n" * 100_000}]},
+    ):
+        with pytest.raises(RequestError) as caught:
+            validate(Tree, value)
+        assert len(caught.value.message) <= MAX_MESSAGE
+        assert len(caught.value.param or "") <= MAX_PARAM
+        assert "\n" not in caught.value.message + (caught.value.param or "")
+
+
+def test_good_values_pass() -> None:
+    tree = validate(Tree, {"name": "x", "parts": [LEAF], "weight": 1})
+    assert tree.weight == 1.0

@@ -1,0 +1,58 @@
+"""Work off the event loop, and its bound."""
+
+import asyncio
+import threading
+
+import pytest
+
+from lowlat.serve.bridge import Overloaded
+from lowlat.serve.workers import WorkPool
+
+
+def test_results_and_faults_come_back() -> None:
+    async def main() -> None:
+        pool = WorkPool(threads=1, max_waiting=1)
+        assert await pool.run(divmod, 7, 2) == (3, 1)
+        with pytest.raises(ZeroDivisionError):
+            await pool.run(divmod, 1, 0)
+        pool.close()
+
+    asyncio.run(main())
+
+
+def test_too_much_waiting_work_is_refused_at_once() -> None:
+    """Holds shut: a queue that grows as long as clients send."""
+
+    async def main() -> None:
+        pool = WorkPool(threads=1, max_waiting=2)
+        gate = threading.Event()
+        running = [asyncio.create_task(pool.run(gate.wait, 5)) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await pool.run(int)
+        gate.set()
+        assert await asyncio.gather(*running) == [True] * 3
+        assert await pool.run(int) == 0
+        pool.close()
+
+    asyncio.run(main())
+
+
+def test_room_stays_taken_while_abandoned_work_runs() -> None:
+    """Holds shut: callers that leave making room that is not there."""
+
+    async def main() -> None:
+        pool = WorkPool(threads=1, max_waiting=1)
+        gate = threading.Event()
+        first = asyncio.create_task(pool.run(gate.wait, 5))
+        second = asyncio.create_task(pool.run(gate.wait, 5))
+        await asyncio.sleep(0.02)
+        first.cancel()
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await pool.run(int)
+        gate.set()
+        assert await second
+        pool.close()
+
+    asyncio.run(main())
