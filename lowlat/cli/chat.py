@@ -3,20 +3,40 @@
 Owns the options; what happens at the terminal is `cli.terminal`'s.
 """
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lowlat.cli import options
 from lowlat.cli.options import SAMPLING
 from lowlat.engine.params import SamplingOptions, make_params
+from lowlat.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from lowlat.cli.speakers import Speaker
+
+_SERVER_PANEL = "Server"
 MAX_TOKENS = 512
 TEMPERATURE = 0.4
 
 
 def chat(
     model: options.Model = options.DEFAULT_MODEL,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Talk to the server at this address; MODEL is then one of its models.",
+            rich_help_panel=_SERVER_PANEL,
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the server's API key; the default is LOWLAT_API_KEY.",
+            rich_help_panel=_SERVER_PANEL,
+        ),
+    ] = None,
     once: Annotated[
         str | None,
         typer.Option(
@@ -42,7 +62,6 @@ def chat(
 ) -> None:
     """Talk to a model. Lines may also come from a pipe, one question each."""
     from lowlat.cli.conversation import Conversation
-    from lowlat.cli.inputs import load_model
     from lowlat.cli.terminal import answer_once, talk
 
     sampling: SamplingOptions = {
@@ -56,9 +75,40 @@ def chat(
     }
     # Checked before a model is fetched or loaded.
     make_params(sampling)
-    loaded = load_model(model, dtype=dtype, cache=cache, device=device, threads=threads)
-    conversation = Conversation(loaded, sampling, max_tokens=max_tokens, system=system)
+    if url is None:
+        _refuse({"--api-key-file": api_key_file is not None}, "belongs to --url")
+        speaker = _local(model, dtype=dtype, cache=cache, device=device, threads=threads)
+    else:
+        chosen = {
+            "--dtype": dtype != options.DEFAULT_DTYPE,
+            "--cache": cache != options.DEFAULT_CACHE,
+            "--device": device != options.DEFAULT_DEVICE,
+            "--threads": threads is not None,
+        }
+        _refuse(chosen, "is the server's to choose")
+        speaker = _remote(url, None if model == options.DEFAULT_MODEL else model, api_key_file)
+    conversation = Conversation(speaker, sampling, max_tokens=max_tokens, system=system)
     if once is None:
         talk(conversation)
     else:
         answer_once(conversation, once)
+
+
+def _refuse(given: dict[str, bool], why: str) -> None:
+    """Raises UserError where an option was given that would do nothing."""
+    for name, is_given in given.items():
+        if is_given:
+            raise UserError(f"{name} {why}; leave it out")
+
+
+def _local(model: str, *, dtype: str, cache: str, device: str, threads: int | None) -> "Speaker":
+    from lowlat.cli.inputs import load_model
+    from lowlat.cli.speakers import LocalSpeaker
+
+    return LocalSpeaker(load_model(model, dtype=dtype, cache=cache, device=device, threads=threads))
+
+
+def _remote(url: str, model: str | None, api_key_file: Path | None) -> "Speaker":
+    from lowlat.cli.remote import RemoteSpeaker, read_key
+
+    return RemoteSpeaker(url, name=model, api_key=read_key(api_key_file))

@@ -1,31 +1,29 @@
-"""A conversation with a model: its messages, its sampling options, one answer at a time.
+"""A conversation: its messages, its sampling options, one answer at a time.
 
-Knows nothing of terminals: text goes out through a function, an interruption comes in as an event.
+Knows nothing of terminals (text goes out through a function, an interruption comes in as an event)
+and nothing of who answers.
 """
 
 import threading
 from collections.abc import Callable
 
+from lowlat.cli.speakers import Message, Speaker
 from lowlat.engine.completion import Completion
-from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingOptions
-from lowlat.utils.errors import UserError
-
-Message = dict[str, str]
 
 
 class Conversation:
-    """Turns of a user and a model. Raises UserError for a model without a chat template."""
+    """Turns of a user and a speaker."""
 
     def __init__(
-        self, model: Model, sampling: SamplingOptions, *, max_tokens: int, system: str | None = None
+        self,
+        speaker: Speaker,
+        sampling: SamplingOptions,
+        *,
+        max_tokens: int,
+        system: str | None = None,
     ) -> None:
-        if model.tokenizer.chat_template is None:
-            raise UserError(
-                f"{model.name} has no chat template, so it cannot chat; "
-                "use lowlat generate, which continues a text"
-            )
-        self.model = model
+        self.speaker = speaker
         self.sampling = sampling
         self.max_tokens = max_tokens
         self.system = system
@@ -43,16 +41,12 @@ class Conversation:
         The answer, whole or cut, joins the conversation. A question that raises UserError does not.
         """
         asked: Message = {"role": "user", "content": question}
-        prompt = self.model.encode_prompt([*self._system(), *self.turns, asked])
-        room = max(1, self.model.context - len(prompt))
-        options: SamplingOptions = {**self.sampling, "max_tokens": min(self.max_tokens, room)}
-        with self.model.generate(prompt, stream=True, **options) as stream:
-            for piece in stream:
-                write(piece)
-                if interrupted.is_set():
-                    break
-        self.turns += [asked, {"role": "assistant", "content": stream.text}]
-        return stream.completion
+        messages = [*self._system(), *self.turns, asked]
+        completion = self.speaker.answer(
+            messages, self.sampling, self.max_tokens, write, interrupted
+        )
+        self.turns += [asked, {"role": "assistant", "content": completion.text}]
+        return completion
 
     def _system(self) -> list[Message]:
         return [] if self.system is None else [{"role": "system", "content": self.system}]

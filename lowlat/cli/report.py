@@ -28,7 +28,7 @@ def print_answer_report(model: Model, completion: Completion, console: Console) 
         f"({usage.completion_tokens} tokens; prompt of {usage.prompt_tokens} "
         f"in {usage.prefill_seconds:.2f} s)",
     }
-    _print(rows, console)
+    print_rows(rows, console)
 
 
 def print_conversion(report: Report, console: Console | None = None) -> None:
@@ -40,7 +40,7 @@ def print_conversion(report: Report, console: Console | None = None) -> None:
         "parameters": f"{report.parameters_before:,}  ->  {report.parameters_after:,}",
         "written": f"{report.destination} in {report.seconds:.1f} s",
     }
-    _print(rows, Console() if console is None else console)
+    print_rows(rows, Console() if console is None else console)
 
 
 def source_config(name: str) -> ModelConfig | None:
@@ -65,7 +65,8 @@ def _cache(source: ModelConfig | None, model: Model) -> str:
     return f"{text} (MHA of this width: {full:,})"
 
 
-def _print(rows: dict[str, str], console: Console) -> None:
+def print_rows(rows: dict[str, str], console: Console) -> None:
+    """Names and values as a table without lines."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column()

@@ -58,7 +58,8 @@ def serve(
     max_queue: Annotated[
         int,
         typer.Option(
-            help="Requests admitted at once, running and waiting; more get status 429.",
+            min=1,
+            help="Requests that may wait for their first step; more get status 429.",
             rich_help_panel=_LIMITS_PANEL,
         ),
     ] = 256,

@@ -14,7 +14,6 @@ from types import FrameType
 from rich.console import Console
 
 from lowlat.cli.conversation import Conversation
-from lowlat.cli.report import print_answer_report
 from lowlat.engine.completion import Completion
 from lowlat.utils.errors import UserError
 
@@ -35,7 +34,7 @@ def answer_once(conversation: Conversation, question: str) -> None:
     """One answer, then the report."""
     completion = conversation.ask(question, write, threading.Event())
     print("\n")
-    print_answer_report(conversation.model, completion, Console())
+    conversation.speaker.report(completion, Console())
 
 
 def talk(conversation: Conversation) -> None:
@@ -48,7 +47,9 @@ def talk(conversation: Conversation) -> None:
         with contextlib.suppress(ImportError):  # Windows has none; lines are then edited plainly
             import readline  # noqa: F401
         console.print(
-            f"{conversation.model!r}\n/help lists the commands", style="dim", markup=False
+            f"{conversation.speaker.description}\n/help lists the commands",
+            style="dim",
+            markup=False,
         )
     for line in questions("> " if interactive else "", console):
         if line.startswith("/"):
@@ -86,7 +87,7 @@ def command(conversation: Conversation, line: str, console: Console) -> None:
             conversation.reset()
             console.print("system message " + ("set" if rest.strip() else "removed"), style="dim")
         case "/model":
-            console.print(repr(conversation.model), style="dim", markup=False)
+            console.print(conversation.speaker.description, style="dim", markup=False)
         case _:
             console.print(f"{name} is no command; /help lists them", style="yellow", markup=False)
 
@@ -107,15 +108,16 @@ def turn(conversation: Conversation, question: str, console: Console, *, interac
 
 def figures(conversation: Conversation, completion: Completion) -> str:
     """Tokens, speed and cache of an answer, as one line."""
-    usage, model = completion.usage, conversation.model
+    usage = completion.usage
     cached = usage.prompt_tokens + usage.completion_tokens
-    per_token = model.cache_bytes_per_token
+    per_token = conversation.speaker.cache_bytes_per_token
     stopped = {"abort": " (stopped)", "length": " (cut at the limit)"}
     return (
         f"{usage.completion_tokens} tokens{stopped.get(str(completion.finish_reason), '')}, "
         f"{usage.decode_tokens_per_second:.1f} tok/s; "
-        f"prompt {usage.prompt_tokens} in {usage.prefill_seconds:.2f} s; "
-        f"cache {cached:,} x {per_token:,} bytes = {cached * per_token / 1e6:.1f} MB"
+        f"prompt {usage.prompt_tokens} in {usage.prefill_seconds:.2f} s"
+        + (f"; cache {cached:,} x {per_token:,} bytes = {cached * per_token / 1e6:.1f} MB")
+        * (per_token > 0)
     )
 
 

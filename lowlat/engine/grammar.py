@@ -52,7 +52,6 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
         self._strips_leading_space = tokenizer.strips_leading_space
         tokens = [tokenizer.id_to_bytes(index) for index in range(vocab_size)]
         eos = sorted(index for index in tokenizer.eos_ids if index < vocab_size)
@@ -202,4 +201,7 @@ def _fault(field: str, message: str) -> UserError:
     text = " ".join([lines[0][:200], *reasons]) if lines else "failed"
     if "NoExtensionBias" in text:
         return UserError(f"{field}: no text satisfies it; allow more")
+    if "coerce_one_of" in text:
+        what = "alternatives of oneOf may overlap"
+        return UserError(f"{field}: {what}; use anyOf, or const to tell them apart")
     return UserError(f"{field}: {text[:400]}; simplify or correct it")

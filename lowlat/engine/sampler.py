@@ -22,6 +22,10 @@ from lowlat.engine.grammar import GrammarState
 from lowlat.engine.params import SamplingParams
 
 
+FEW = 256
+"""Likeliest tokens among which top-p is looked for first."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """A chosen token and, where asked for, log-probabilities of the model itself."""
@@ -160,14 +164,13 @@ def _nucleus(scores: Float[Tensor, " vocab"], params: SamplingParams) -> Int[Ten
         ids = ranked(scores, params.top_k)[: params.top_k]
         return ids[: _prefix(scores[ids].softmax(0), params.top_p)]
     log_total = scores.logsumexp(0)
-    # Sorting a whole vocabulary takes milliseconds per token: widen only as needed.
-    count = 256
-    while True:
+    # Sorting a whole vocabulary takes milliseconds per token: only where few do not suffice.
+    for count in (FEW, vocab):
         ids = ranked(scores, count)
         probabilities = (scores[ids] - log_total).exp()
-        if len(ids) == vocab or float(probabilities.sum()) >= params.top_p:
-            return ids[: _prefix(probabilities, params.top_p)]
-        count *= 8
+        if float(probabilities.sum()) >= params.top_p:
+            break
+    return ids[: _prefix(probabilities, params.top_p)]
 
 
 def _prefix(probabilities: Float[Tensor, " kept"], top_p: float) -> int:

@@ -24,7 +24,11 @@ class JsonObject:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JsonSchema:
-    """A JSON value that a schema (draft 2020-12) accepts, its properties in the schema's order."""
+    """A JSON value that a schema (draft 2020-12) accepts.
+
+    Properties come in the schema's order. A `format` is held to its syntax, and names that only
+    additionalProperties or patternProperties allow may repeat.
+    """
 
     schema: str
     """The schema as JSON text; it must be an object."""
@@ -38,7 +42,8 @@ class Regex:
     """A text that a regular expression matches from beginning to end."""
 
     pattern: str
-    """In the syntax of Rust's regex crate: no look-around, no back-references."""
+    """In the syntax of Rust's regex crate: no look-around, no back-references; character classes
+    such as \\w are Unicode's."""
 
     def __post_init__(self) -> None:
         check_text("regex", self.pattern, MAX_PATTERN_BYTES)

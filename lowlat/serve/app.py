@@ -39,7 +39,7 @@ def make_services(bridge: Bridge, config: ServeConfig) -> Services:
         bridge=bridge,
         config=config,
         workers=WorkPool(threads=config.workers, max_waiting=config.max_waiting_work),
-        grammars=Grammars(bridge.model),
+        grammars=Grammars(bridge.model, max_waiting=config.max_waiting_grammars),
         started_at=int(time.time()),
     )
 
@@ -70,7 +70,7 @@ def build_app(services: Services) -> Starlette:
         finally:
             services.is_draining = True
             await services.bridge.drain(0.0)
-            services.workers.close()
+            services.close()
 
     app = Starlette(
         routes=routes,

@@ -161,6 +161,17 @@ class Bridge:
         """Raise the UserError that `submit` would, queuing nothing."""
         self._engine.check(prompt, params)
 
+    def check_room(self, num_coming: int = 0) -> None:
+        """Raise EngineDead, Draining or Overloaded where `submit` would, were `num_coming` more
+        requests queued before.
+        """
+        if self._failure is not None:
+            raise EngineDead(self._failure)
+        if self._is_draining:
+            raise Draining
+        if self._num_queued() + num_coming >= self.max_queue:
+            raise Overloaded(self._retry_after())
+
     async def submit(
         self,
         prompt: Sequence[int],
@@ -179,12 +190,7 @@ class Bridge:
         UserError where the model cannot serve it, Overloaded, Draining and EngineDead.
         """
         self.check(prompt, params)
-        if self._failure is not None:
-            raise EngineDead(self._failure)
-        if self._is_draining:
-            raise Draining
-        if self._num_queued() >= self.max_queue:
-            raise Overloaded(self._retry_after())
+        self.check_room()
         options = RequestOptions(
             priority=priority,
             deadline=None if deadline is None else time.perf_counter() + deadline,

@@ -24,6 +24,8 @@ class Call:
         self._num_completions = 0
         self._salt = salt
         self._generations: list[Generation] = []
+        self._is_coming = True
+        services.num_coming += 1
 
     async def submit(
         self,
@@ -47,6 +49,7 @@ class Call:
             deadline=float(min(limits)) if limits else None,
             keep_special=keep_special,
         )
+        self._arrive()
         self._generations.append(generation)
         self._num_completions += params.n
 
@@ -74,10 +77,16 @@ class Call:
             for future in coming:
                 future.cancel()
 
-    def cancel(self) -> None:
-        """End what has not ended."""
+    def close(self) -> None:
+        """End what has not ended; the last call."""
+        self._arrive()
         for generation in self._generations:
             generation.cancel()
+
+    def _arrive(self) -> None:
+        if self._is_coming:
+            self._is_coming = False
+            self.services.num_coming -= 1
 
     @property
     def prompt_tokens(self) -> int:

@@ -38,9 +38,11 @@ class ServeConfig:
     max_requests: int = 1024
     """HTTP requests under way at once; 429 above."""
     workers: int = 2
-    """Threads for JSON, templates, tokenising and grammars."""
+    """Threads for JSON, templates and tokenising."""
     max_waiting_work: int = 256
     """Pieces of such work that may wait for a thread; 429 above."""
+    max_waiting_grammars: int = 32
+    """Grammars that may wait to be compiled, one after the other; 429 above."""
     header_seconds: int | float = 10.0
     """A connection must send a request's line and headers within this time."""
     body_seconds: int | float = 30.0
@@ -62,6 +64,7 @@ class ServeConfig:
         _check_range("max_requests", self.max_requests, 1, 100_000)
         _check_range("workers", self.workers, 1, 64)
         _check_range("max_waiting_work", self.max_waiting_work, 1, 100_000)
+        _check_range("max_waiting_grammars", self.max_waiting_grammars, 1, 100_000)
         _check_range("keep_alive_seconds", self.keep_alive_seconds, 1, 3600)
         for name in ("header_seconds", "body_seconds", "send_seconds", "ping_seconds"):
             _check_range(name, getattr(self, name), 0.01, 3600.0)

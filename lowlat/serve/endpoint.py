@@ -13,8 +13,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from lowlat.serve.body import Disconnected, check_json_headers, parse_object, read_body
-from lowlat.serve.bridge import Draining, Overloaded
 from lowlat.serve.call import Call
+from lowlat.serve.errors import API_HEADERS
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.protocol.validation import validate
 from lowlat.serve.services import Services
@@ -24,7 +24,8 @@ Body = TypeVar("Body", bound=BaseModel)
 
 def json_response(model: BaseModel) -> Response:
     """A response model as a response."""
-    return Response(model.model_dump_json(by_alias=True), media_type="application/json")
+    body = model.model_dump_json(by_alias=True)
+    return Response(body, media_type="application/json", headers=API_HEADERS)
 
 
 class JsonEndpoint(Generic[Body]):
@@ -42,18 +43,14 @@ class JsonEndpoint(Generic[Body]):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         services = self._services
-        if services.is_draining:
-            raise Draining
-        # Counted here, where a body is about to take memory.
-        if services.num_requests >= services.config.max_requests:
-            raise Overloaded(retry_after=1)
+        services.check_room()
         services.num_requests += 1
         call = Call(services, salt=scope["state"]["salt"])
         try:
             body = await self._read(scope, receive)
             await _while_connected(receive, self._answer(call, body, scope, receive, send))
         finally:
-            call.cancel()
+            call.close()
             services.num_requests -= 1
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:

@@ -18,6 +18,7 @@ from lowlat.utils.errors import UserError
 RETRY_SECONDS = 5
 """What Retry-After says while the server shuts down."""
 
+API_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _FIELD = re.compile(r"(?:option ')?([a-z][a-z_]*)")
@@ -49,7 +50,7 @@ def error_response(
         json.dumps(error_object(status, message, param=param, code=code)),
         status_code=status,
         media_type="application/json",
-        headers=headers,
+        headers=API_HEADERS | dict(headers or {}),
     )
 
 
@@ -65,7 +66,7 @@ def describe(error: Exception) -> tuple[int, str, str | None, str | None]:
         case Draining():
             return 503, "the server is shutting down", None, "shutting_down"
         case EngineDead():
-            return 503, "the engine has stopped; restart the server", None, "engine_stopped"
+            return 503, "the engine has stopped, or does not advance", None, "engine_stopped"
         case HTTPException():
             return error.status_code, _http_message(error), None, _CODES.get(error.status_code)
         case _:
@@ -82,7 +83,10 @@ def response_to(error: Exception) -> Response:
         headers["Retry-After"] = str(error.retry_after)
     elif status == 503:
         headers["Retry-After"] = str(RETRY_SECONDS)
-    if status in (408, 413, 415):
+    if code == "deadline_exceeded":
+        # OpenAI's clients would ask twice more, and miss the deadline again.
+        headers["X-Should-Retry"] = "false"
+    elif status in (408, 413, 415):
         # What is left of the body is not read.
         headers["Connection"] = "close"
     return error_response(status, message, param=param, code=code, headers=headers)

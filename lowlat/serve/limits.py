@@ -17,6 +17,10 @@ MAX_CONTENT_PARTS = 256
 """Text parts of one message."""
 MAX_PROMPTS = 128
 """Prompts of one completions request; with n, at most this many completions too."""
+MAX_LOGPROBS = 128
+"""Completions times (listed tokens + 1) of a request with logprobs: an answer holds as many figures
+for each place.
+"""
 MAX_PROMPT_TOKENS = 1 << 20
 """Token ids of one prompt given as ids; the context is checked later."""
 MAX_TOOLS = 128

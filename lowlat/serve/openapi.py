@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lowlat.serve.operations import GETS, POSTS, Get, Post
+from lowlat.serve.protocol.completions import TokenId
 from lowlat.serve.protocol.models import ErrorResponse
 from lowlat.serve.services import Services
 
@@ -52,6 +53,7 @@ def document(services: Services) -> Json:
             "type": "string",
             "enum": [services.model_name],
         }
+    schemas[TokenId.__name__]["maximum"] = services.model.config.vocab_size - 1
     has_keys = bool(services.config.api_keys)
     paths: dict[str, Json] = {}
     for operation in POSTS:

@@ -31,9 +31,7 @@ async def submit_chat(call: Call, request: ChatRequest) -> PreparedChat:
     if prepared.structured is not None:
         param = _form_field(request)
         services.bridge.check(prepared.ids, prepared.params)
-        grammar = await services.workers.run(
-            services.grammars.compile, prepared.structured, param=param
-        )
+        grammar = await services.grammars.compile(prepared.structured, param=param)
     await call.submit(
         prepared.ids,
         prepared.params,

@@ -27,9 +27,7 @@ async def create_completion(call: Call, request: CompletionRequest) -> Response:
     grammar = None
     if request.structured_outputs is not None:
         output: StructuredOutput = structured_output(request.structured_outputs)
-        grammar = await services.workers.run(
-            services.grammars.compile, output, param="structured_outputs"
-        )
+        grammar = await services.grammars.compile(output, param="structured_outputs")
     for ids, _ in prompts:
         await call.submit(
             ids,

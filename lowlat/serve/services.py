@@ -6,7 +6,7 @@ Owns nothing but the names; `serve.app` makes the parts.
 from dataclasses import dataclass, field
 
 from lowlat.engine.llm import Model
-from lowlat.serve.bridge import Bridge
+from lowlat.serve.bridge import Bridge, Draining, Overloaded
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.grammars import Grammars
 from lowlat.serve.protocol.failure import RequestError
@@ -27,6 +27,8 @@ class Services:
     """Set once, when the server is told to end."""
     num_requests: int = field(default=0, init=False)
     """Requests with a body under way."""
+    num_coming: int = field(default=0, init=False)
+    """Those of them that the bridge does not have yet."""
 
     @property
     def model(self) -> Model:
@@ -37,6 +39,17 @@ class Services:
         """The name clients ask for."""
         return self.config.model_name or self.model.name
 
+    def check_room(self) -> None:
+        """Raises what refuses any request, whatever it holds: Draining, EngineDead, Overloaded.
+
+        Asked before a body is read, so that a refusal costs nothing and comes at once.
+        """
+        if self.is_draining:
+            raise Draining
+        if self.num_requests >= self.config.max_requests:
+            raise Overloaded(retry_after=1)
+        self.bridge.check_room(self.num_coming)
+
     def check_model(self, name: str) -> None:
         """Raises RequestError 404 for any name but the served one."""
         if name != self.model_name:
@@ -46,3 +59,8 @@ class Services:
                 code="model_not_found",
                 status=404,
             )
+
+    def close(self) -> None:
+        """End the threads."""
+        self.workers.close()
+        self.grammars.close()

@@ -13,14 +13,12 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import uvicorn
-from fakes import EOS, USER, byte_tokenizer, gqa_config
+from fakes import EOS, USER, ScriptedModel, byte_tokenizer, gqa_config
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
-from lowlat.model.transformer import Transformer
 from lowlat.serve.app import build_app, make_services
 from lowlat.serve.bridge import Bridge, Delta, Generation
 from lowlat.serve.config import ServeConfig
@@ -63,7 +61,7 @@ class ScriptedGeneration(Generation):
     """One answer; each piece is one token."""
 
     def __init__(self, bridge: "ScriptedBridge", prompt: Sequence[int], max_tokens: int | None):
-        self.prompt_tokens = len(prompt)
+        self.prompt = tuple(prompt)
         self.cached_tokens = 0
         self.queue_seconds, self.prefill_seconds, self.decode_seconds = 0.0, 0.25, 0.5
         self._bridge = bridge
@@ -96,6 +94,9 @@ class ScriptedBridge(Bridge):
         self.num_cancelled = 0
 
     async def start(self) -> None:
+        pass
+
+    def check_room(self, num_coming: int = 0) -> None:
         pass
 
     @property
@@ -149,11 +150,12 @@ class Server:
     """A running server, its bridge and what it was asked."""
 
     url: str
-    bridge: ScriptedBridge
+    bridge: Bridge
     requests: list[dict[str, Any]]
 
     def wait_for_cancel(self) -> None:
         """Until one answer more was ended before its last token; fails after ten seconds."""
+        assert isinstance(self.bridge, ScriptedBridge)
         deadline = time.monotonic() + 10.0
         while self.bridge.num_cancelled == 0:
             assert time.monotonic() < deadline, "the server went on generating"
@@ -162,17 +164,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(*, keys: tuple[str, ...] = (), has_template: bool = True) -> Iterator[Server]:
+def serve(bridge: Bridge | None = None, *, keys: tuple[str, ...] = ()) -> Iterator[Server]:
     """A server on a free port of this machine, for as long as the context lasts."""
-    bridge = ScriptedBridge(_model(has_template))
-    config = ServeConfig(api_keys=keys)
-    recorder = Recorder(build_app(make_services(bridge, config)))
+    bridge = bridge or ScriptedBridge(tiny_chat_model())
+    recorder = Recorder(build_app(make_services(bridge, ServeConfig(api_keys=keys))))
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(
-            uvicorn.Config(
-                recorder, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1
-            )
+        config = uvicorn.Config(
+            recorder, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1
         )
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:
@@ -183,7 +183,12 @@ def serve(*, keys: tuple[str, ...] = (), has_template: bool = True) -> Iterator[
         thread.join()
 
 
-def _model(has_template: bool) -> Model:
+def tiny_chat_model(*, has_template: bool = True) -> Model:
+    """A model of bytes whose likeliest answer is the alphabet from `a` on."""
     tokenizer = byte_tokenizer() if has_template else byte_tokenizer(chat_template=None)
     config = gqa_config(max_position_embeddings=CONTEXT)
-    return Model(Transformer(config, dtype=torch.float32), tokenizer, name="tiny")
+
+    def successor(token: int) -> int:
+        return ord("a") if token > ord("z") else EOS if token == ord("z") else token + 1
+
+    return Model(ScriptedModel(config, successor), tokenizer, name="tiny")

@@ -192,6 +192,22 @@ def test_export(page: Page) -> None:
     assert [message["role"] for message in record["messages"]] == ["user", "assistant"]
 
 
+def test_copy(page: Page) -> None:
+    """Code and answers reach the clipboard as the model wrote them, also where http forbids it."""
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    answer = ask(page, "table please")
+    paste = "navigator.clipboard.readText()"
+    answer.get_by_role("button", name="Copy code").click()
+    expect(answer.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate(paste).startswith("print('a long line")
+    answer.get_by_role("button", name="Copy answer").click()
+    assert page.evaluate(paste).startswith("| a | b |\n|---|--:|\n")
+    page.evaluate("Object.defineProperty(window, 'isSecureContext', { value: false })")
+    page.get_by_role("button", name="Copy message").click()
+    expect(page.locator("article.user").get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate(paste) == "table please"
+
+
 def test_answer_goes_on_in_another_conversation(page: Page) -> None:
     """Looking at another conversation does not end an answer; coming back shows it growing."""
     send(page, "slow please")

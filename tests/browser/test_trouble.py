@@ -133,6 +133,19 @@ def test_server_away(page: Page, errors: Errors) -> None:
     expect(answers(page).get_by_role("alert")).to_have_text("The server cannot be reached.")
 
 
+def test_other_model_after_a_restart(page: Page, errors: Errors) -> None:
+    """A server that has another model by now is asked anew for its name before trying again."""
+    errors.allow(REFUSED + "404")
+    refuse_with(page, 404, "the model 'tiny' does not exist; this server has 'other'", times=1)
+    other = {"id": "other", "context_length": 9, "has_chat_template": True}
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [other]}))
+    send(page, "hello")
+    expect(answers(page).get_by_role("alert")).to_contain_text("does not exist")
+    with page.expect_request(lambda request: request.url.endswith("completions")) as request:
+        answers(page).get_by_role("button", name="Try again").click()
+    assert request.value.post_data_json["model"] == "other"
+
+
 def test_models_unknown(open_page: Open, errors: Errors) -> None:
     """Without a model the page says why, keeps what was typed and can ask again."""
     errors.allow(REFUSED + "503")

@@ -99,4 +99,4 @@ def run(server: Server, operation: APIOperation, mode: GenerationMode) -> None:
 
     check()
     if not mode.is_negative:
-        assert statuses[200] >= EXAMPLES // 20, statuses
+        assert statuses[200] >= max(1, statuses.total() // 20), statuses

@@ -75,6 +75,9 @@ class ChatRequest(SamplingRequest):
                 "top_logprobs needs logprobs true; set it or leave top_logprobs out",
                 param="top_logprobs",
             )
+        if self.logprobs:
+            top = self.top_logprobs or 0
+            self.check_logprobs(top, completions=self.n or 1, param="top_logprobs")
 
     def _check_forms(self) -> None:
         has_format = self.response_format is not None and not isinstance(

@@ -7,6 +7,7 @@ refused by name.
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import TypeAliasType
 
 from lowlat.engine import params
 from lowlat.engine.params import SamplingParams
@@ -20,7 +21,8 @@ from lowlat.serve.protocol.usage import Timings, Usage
 DEFAULT_MAX_TOKENS = 16
 """What OpenAI's API generates where nothing is said."""
 
-TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
+TokenId = TypeAliasType("TokenId", Annotated[int, Field(ge=0, le=(1 << 31) - 1)])
+"""With a name of its own in the OpenAPI document, which knows how many there are."""
 TokenIds = Annotated[
     list[TokenId], Field(fail_fast=True, min_length=1, max_length=limits.MAX_PROMPT_TOKENS)
 ]
@@ -61,6 +63,9 @@ class CompletionRequest(SamplingRequest):
                 f"prompt: prompts times n are more than {limits.MAX_PROMPTS} completions",
                 param="n",
             )
+        if self.logprobs is not None:
+            completions = len(self.prompts) * (self.n or 1)
+            self.check_logprobs(self.logprobs, completions=completions, param="logprobs")
         return self
 
     @property

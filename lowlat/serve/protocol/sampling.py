@@ -53,7 +53,7 @@ class SamplingRequest(StrictModel):
     """Keep the k likeliest tokens, 0 all; no effect at temperature 0."""
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     """Keep tokens this probable relative to the likeliest; no effect at temperature 0."""
-    repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
     logit_bias: LogitBias | None = None
@@ -83,6 +83,15 @@ class SamplingRequest(StrictModel):
             raise RequestError(
                 "stream_options has an effect with stream true only; leave it out",
                 param="stream_options",
+            )
+
+    def check_logprobs(self, top: int, *, completions: int, param: str) -> None:
+        """Raises RequestError where an answer with `top` listed tokens a place is too large."""
+        if completions * (top + 1) > limits.MAX_LOGPROBS:
+            raise RequestError(
+                f"{param}: completions times (listed tokens + 1) are more than "
+                f"{limits.MAX_LOGPROBS}; ask for less of either",
+                param=param,
             )
 
     def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:

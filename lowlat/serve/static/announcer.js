@@ -16,6 +16,7 @@ export function announce(text) {
 export function describeEnd({ status, content, toolCalls }) {
   if (status === "stopped") return "Stopped.";
   if (status === "error") return ""; // the alert in its place says it
-  if (!content && toolCalls.length) return `The model calls ${toolCalls.filter(Boolean).map((call) => call.name).join(", ")}.`;
+  const calls = toolCalls.filter(Boolean).map((call) => call.name);
+  if (!content && calls.length) return `The model calls ${calls.join(", ")}.`;
   return content ? `Answer: ${content}` : "The answer is empty.";
 }

@@ -45,7 +45,7 @@ class App {
     this.thread = new Thread({
       regenerate: () => this.session.regenerate(),
       edit: (message, text) => this.session.edit(message, text),
-      retry: () => this.session.retry(),
+      retry: () => this.retry(),
       stop: () => this.session.stop(),
     });
     this.composer = new Composer({ onSend: (text) => this.send(text), onStop: () => this.session.stop() });
@@ -54,6 +54,8 @@ class App {
     this.frames = new Frames(() => this.draw());
     this.connectButtons();
     this.connectKeys();
+    // Seconds go by also while no token comes.
+    setInterval(() => this.session.isBusy && this.frames.request(), 250);
   }
 
   async start() {
@@ -72,8 +74,9 @@ class App {
       this.notify(this.model?.has_chat_template === false ? NO_TEMPLATE : "");
     } catch (error) {
       this.isSendWanted = false;
-      const retry = h("button", { type: "button", class: "text-button bordered", on: { click: () => this.loadModels() } }, "Try again");
-      this.notify(error.message, error.status === 401 ? h("a", { href: "./" }, "Log in") : retry);
+      const props = { type: "button", class: "text-button bordered", on: { click: () => this.loadModels() } };
+      const isLocked = error.status === 401;
+      this.notify(error.message, isLocked ? h("a", { href: "./" }, "Log in") : h("button", props, "Try again"));
     }
     this.showModel();
     if (this.isSendWanted) this.composer.submit();
@@ -121,6 +124,13 @@ class App {
       announce("Sent. The model is answering.");
     }
     return isSent;
+  }
+
+  /** Tries again; after a restart the server may have another model. */
+  async retry() {
+    const status = this.session.conversation.messages.at(-1)?.error?.status;
+    if (status === 0 || status === 404) await this.loadModels();
+    this.session.retry();
   }
 
   showConversation() {
@@ -181,7 +191,8 @@ class App {
 
   async changedElsewhere(id) {
     this.showList();
-    if (id !== this.session.conversation.id || this.session.isBusy) return;
+    const isEditing = document.querySelector(".edit-form") !== null;
+    if (id !== this.session.conversation.id || this.session.isBusy || isEditing) return;
     if (!(await this.session.open(id))) this.session.begin();
   }
 

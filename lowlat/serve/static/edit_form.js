@@ -2,10 +2,12 @@
 
 import { h } from "./dom.js";
 import { grow, isSendKey } from "./keys.js";
+import { newId } from "./store.js";
 
 /** A form with `text`; exactly one of `onSave(text)` and `onCancel()` is called. */
 export function editForm(text, { onSave, onCancel }) {
-  const field = h("textarea", { value: text, rows: 2, "aria-label": "Edit message", "aria-describedby": "edit-hint" });
+  const hint = `hint-${newId()}`;
+  const field = h("textarea", { value: text, rows: 2, "aria-label": "Edit message", "aria-describedby": hint });
   const save = h("button", { type: "submit", class: "primary" }, "Save and send");
   const form = h(
     "form",
@@ -14,7 +16,7 @@ export function editForm(text, { onSave, onCancel }) {
     h(
       "div",
       { class: "edit-buttons" },
-      h("span", { class: "field-hint", id: "edit-hint" }, "What comes after this message is replaced."),
+      h("span", { class: "field-hint", id: hint }, "What comes after this message is replaced."),
       h("button", { type: "button", class: "text-button bordered", on: { click: onCancel } }, "Cancel"),
       save,
     ),

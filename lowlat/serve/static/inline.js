@@ -189,14 +189,19 @@ function runLength(text, at) {
   return end - at;
 }
 
+// Every repetition is bounded, so that a text full of beginnings of links stays cheap.
+const POINTED = String.raw`<([^<>\n]{0,2000})>`;
+const PLAIN = String.raw`((?:[^\s()\\]|\\.|\([^\s()]{0,500}\)){0,2000})`;
+const TITLE = String.raw`\s{1,8}(?:"[^"]{0,500}"|'[^']{0,500}')`;
+const TARGET = new RegExp(String.raw`\(\s{0,8}(?:${POINTED}|${PLAIN})(?:${TITLE})?\s{0,8}\)`, "y");
+
 /** `(address "title")` at `start`, or null. The title is not shown. */
 function linkTarget(text, start) {
-  const pattern = /\(\s{0,8}(?:<([^<>\n]{0,2000})>|((?:[^\s()\\]|\\.|\([^\s()]{0,500}\)){0,2000}))(?:\s{1,8}(?:"[^"]{0,500}"|'[^']{0,500}'))?\s{0,8}\)/y;
-  pattern.lastIndex = start;
-  const found = pattern.exec(text);
+  TARGET.lastIndex = start;
+  const found = TARGET.exec(text);
   if (!found) return null;
   const address = (found[1] ?? found[2]).replace(/\\([!-/:-@[-`{-~])/g, "$1");
-  return { address, end: pattern.lastIndex };
+  return { address, end: TARGET.lastIndex };
 }
 
 /** A bare address ends before the punctuation of the sentence around it. */

@@ -38,10 +38,7 @@ export class MarkdownView {
   #growCode(blocks) {
     const open = this.#openCode;
     if (!open || blocks.length !== 1 || !blocks[0].isOpen) return false;
-    const { text } = blocks[0];
-    // The last line may have looked like the start of a closing fence, and then been taken back.
-    if (!text.startsWith(open.data)) return false;
-    open.appendData(text.slice(open.data.length));
+    open.appendData(blocks[0].text.slice(open.data.length));
     return true;
   }
 

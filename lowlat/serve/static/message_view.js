@@ -80,7 +80,8 @@ export class MessageView {
   #buildAnswer() {
     this.bodyElement = h("div", { class: "markdown" });
     this.body = new MarkdownView(this.bodyElement);
-    this.waiting = h("p", { class: "waiting" }, h("span", { class: "pulse", "aria-hidden": "true" }), "Reading the prompt");
+    const pulse = h("span", { class: "pulse", "aria-hidden": "true" });
+    this.waiting = h("p", { class: "waiting" }, pulse, "Reading the prompt");
     this.tools = h("div", { class: "tools" });
     this.error = new ErrorNote({ retry: this.actions.retry, stop: this.actions.stop });
     this.note = h("p", { class: "note" });

@@ -80,9 +80,11 @@ export class Session {
 
   /** Changes a user message: it is sent anew and what came after it is gone. */
   edit(message, text) {
-    this.stop();
     const { messages } = this.conversation;
-    messages.splice(messages.indexOf(message), Infinity, { role: "user", content: text });
+    const index = messages.indexOf(message);
+    if (index < 0 || !this.model()) return;
+    this.stop();
+    messages.splice(index, Infinity, { role: "user", content: text });
     this.#answer(this.conversation);
   }
 

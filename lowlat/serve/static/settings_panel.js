@@ -5,12 +5,30 @@ import { bytes, count } from "./format.js";
 import { DEFAULTS, loadSettings, saveSettings } from "./store.js";
 
 const FIELDS = [
-  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, hint: "0 always takes the likeliest token." },
-  { name: "top_p", label: "Top p", min: 0.01, max: 1, step: 0.01, isFilter: true, hint: "Keep the likeliest tokens that hold this much probability." },
-  { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, isFilter: true, hint: "Keep tokens this probable beside the likeliest." },
-  { name: "top_k", label: "Top k", min: 0, max: 1048576, step: 1, isFilter: true, isNumber: true, hint: "Keep so many tokens; 0 keeps all." },
-  { name: "max_tokens", label: "Most tokens", min: 1, max: 1048576, step: 1, isNumber: true, hint: "Empty: up to the end of the context." },
-  { name: "seed", label: "Seed", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1, isNumber: true, hint: "Empty: another one each time." },
+  {
+    ...{ name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05 },
+    hint: "0 always takes the likeliest token.",
+  },
+  {
+    ...{ name: "top_p", label: "Top p", min: 0.01, max: 1, step: 0.01, isFilter: true },
+    hint: "Keep the likeliest tokens that hold this much probability.",
+  },
+  {
+    ...{ name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, isFilter: true },
+    hint: "Keep tokens this probable beside the likeliest.",
+  },
+  {
+    ...{ name: "top_k", label: "Top k", min: 0, max: 1 << 20, step: 1, isFilter: true, isNumber: true },
+    hint: "Keep so many tokens; 0 keeps all.",
+  },
+  {
+    ...{ name: "max_tokens", label: "Most tokens", min: 1, max: 1 << 20, step: 1, isNumber: true },
+    hint: "Empty: up to the end of the context.",
+  },
+  {
+    ...{ name: "seed", label: "Seed", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1, isNumber: true },
+    hint: "Empty: another one each time.",
+  },
 ];
 
 export class SettingsPanel {
@@ -142,7 +160,8 @@ function factsOf(model) {
   if (model.cache_bytes_per_token) {
     const type = model.cache_dtype ? `, ${model.cache_dtype}` : "";
     facts.push(["Cache of a token", `${count(model.cache_bytes_per_token)} bytes${type}`]);
-    if (model.context_length) facts.push(["Cache when full", bytes(model.cache_bytes_per_token * model.context_length)]);
+    const full = model.cache_bytes_per_token * model.context_length;
+    if (full) facts.push(["Cache when full", bytes(full)]);
   }
   return facts;
 }

@@ -69,8 +69,6 @@ export class Sidebar {
   #setOpen(isOpen) {
     document.getElementById("app").classList.toggle("sidebar-open", isOpen);
     this.#toggle.setAttribute("aria-expanded", String(isOpen));
-    // Out of sight must also be out of the tab order.
-    this.#panel.inert = this.#narrow.matches && !isOpen;
     if (isOpen) document.getElementById("new").focus();
   }
 }

@@ -19,7 +19,10 @@ export class Thread {
     this.#scroller = document.getElementById("thread");
     this.#list = document.getElementById("messages");
     this.#jump = document.getElementById("jump");
-    this.#jump.addEventListener("click", () => this.follow());
+    this.#jump.addEventListener("click", () => {
+      this.#scroller.focus(); // the button goes away
+      this.follow();
+    });
     this.#scroller.addEventListener("scroll", () => this.#notice(), { passive: true });
     // Images aside, height also changes with the window and the composer.
     new ResizeObserver(() => this.#stay()).observe(this.#scroller);

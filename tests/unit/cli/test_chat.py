@@ -8,6 +8,7 @@ import pytest
 from typer.testing import Result
 
 from lowlat.cli.conversation import Conversation
+from lowlat.cli.speakers import LocalSpeaker
 from lowlat.cli.terminal import interruptions, write
 from lowlat.engine.llm import Model
 from lowlat.utils.errors import UserError
@@ -47,7 +48,9 @@ def test_once_prints_answer_and_report(lowlat: Invoke) -> None:
 
 
 def test_turns_are_remembered_and_forgotten(alphabet_model: Model) -> None:
-    talk = Conversation(alphabet_model, {"temperature": 0.0}, max_tokens=2, system="S")
+    talk = Conversation(
+        LocalSpeaker(alphabet_model), {"temperature": 0.0}, max_tokens=2, system="S"
+    )
     assert ask(talk, "one") == "ab"
     assert ask(talk, "two") == "ab"
     assert [turn["content"] for turn in talk.turns] == ["one", "ab", "two", "ab"]
@@ -56,7 +59,7 @@ def test_turns_are_remembered_and_forgotten(alphabet_model: Model) -> None:
 
 
 def test_interruption_keeps_the_part_that_came(alphabet_model: Model) -> None:
-    talk = Conversation(alphabet_model, {"temperature": 0.0}, max_tokens=50)
+    talk = Conversation(LocalSpeaker(alphabet_model), {"temperature": 0.0}, max_tokens=50)
     interrupted = threading.Event()
     seen: list[str] = []
 
@@ -73,7 +76,7 @@ def test_interruption_keeps_the_part_that_came(alphabet_model: Model) -> None:
 
 def test_an_answer_ends_where_the_context_does(alphabet_model: Model) -> None:
     """Holds shut: a limit of tokens that no longer fits made the last turns fail."""
-    talk = Conversation(alphabet_model, {"temperature": 0.0}, max_tokens=10_000)
+    talk = Conversation(LocalSpeaker(alphabet_model), {"temperature": 0.0}, max_tokens=10_000)
     completion = talk.ask("one", lambda piece: None, threading.Event())
     assert completion.finish_reason == "length"
     usage = completion.usage
@@ -83,7 +86,7 @@ def test_an_answer_ends_where_the_context_does(alphabet_model: Model) -> None:
 def test_a_question_beyond_the_context_leaves_the_conversation_as_it_was(
     alphabet_model: Model,
 ) -> None:
-    talk = Conversation(alphabet_model, {"temperature": 0.0}, max_tokens=2)
+    talk = Conversation(LocalSpeaker(alphabet_model), {"temperature": 0.0}, max_tokens=2)
     ask(talk, "one")
     with pytest.raises(UserError, match="context"):
         ask(talk, "x" * 500)

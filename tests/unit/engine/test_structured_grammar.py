@@ -140,7 +140,7 @@ def test_every_choice_can_be_reached(compiler: GrammarCompiler) -> None:
         state = grammar.start()
         for byte in text.encode():
             state.accept(byte)
-        assert state.mask()[UNEVEN.eos_ids and min(UNEVEN.eos_ids)]
+        assert state.mask()[min(UNEVEN.eos_ids)]
 
 
 def test_outputs_follow_their_grammar(compiler: GrammarCompiler) -> None:
@@ -153,7 +153,7 @@ def test_outputs_follow_their_grammar(compiler: GrammarCompiler) -> None:
         assert brackets == ""
 
 
-@pytest.mark.parametrize("output", OUTPUTS, ids=repr)
+@pytest.mark.parametrize("output", OUTPUTS, ids=lambda output: type(output).__name__)
 def test_masks_and_accept_agree(compiler: GrammarCompiler, output: StructuredOutput) -> None:
     """Holds shut: a mask that lets through what cannot be accepted, or hides what can."""
     grammar = compiler.compile(output)
@@ -307,7 +307,7 @@ def test_the_byte_tokenizer_will_do() -> None:
             JsonSchema(
                 schema='{"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 2}]}'
             ),
-            "^json_schema: .*oneOf",
+            "^json_schema: alternatives of oneOf may overlap; use anyOf",
         ),
         (Grammar(lark="start: a"), "^grammar: "),
         (Grammar(lark="begin: /a/"), "^grammar: "),

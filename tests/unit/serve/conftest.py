@@ -38,7 +38,7 @@ def make_client(bridge: FakeBridge) -> Iterator[MakeClient]:
 
     yield make
     for made in services:
-        made.workers.close()
+        made.close()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import FinishReason
 from lowlat.engine.stats import EngineStats, Histogram
-from lowlat.serve.bridge import Bridge, Delta, Generation
+from lowlat.serve.bridge import Bridge, Delta, Generation, Overloaded
 from lowlat.text.tokenizer import Tokenizer
 
 NAME = "tiny"
@@ -111,6 +111,9 @@ class FakeBridge(Bridge):
     asked: list[Asked] = field(default_factory=list)
     generations: list[FakeGeneration] = field(default_factory=list)
     drained: list[float] = field(default_factory=list)
+    room: int = 1000
+    num_coming: int = 0
+    """As `check_room` was last told."""
 
     async def start(self) -> None:
         pass
@@ -141,6 +144,11 @@ class FakeBridge(Bridge):
         self.asked.append(asked)
         self.generations.append(FakeGeneration(asked, self.answer))
         return self.generations[-1]
+
+    def check_room(self, num_coming: int = 0) -> None:
+        self.num_coming = num_coming
+        if num_coming >= self.room:
+            raise Overloaded(3)
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         pass

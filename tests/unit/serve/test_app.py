@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from lowlat.serve.app import build_app, make_services
 from lowlat.serve.bridge import Draining, EngineDead, Overloaded
+from lowlat.serve.call import Call
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.protocol.models import ErrorResponse
 from lowlat.utils.errors import UserError
@@ -112,6 +113,28 @@ def test_requests_under_way_are_bounded(bridge: FakeBridge) -> None:
     assert response.status_code == 429
     assert response.headers["retry-after"] == "1"
     assert services.num_requests == 1
+
+
+def test_a_full_queue_refuses_before_anything_is_read(
+    client: TestClient, bridge: FakeBridge
+) -> None:
+    """Holds shut: work on bodies, templates and tokens of requests that are refused afterwards."""
+    bridge.room = 0
+    response = client.post("/v1/chat/completions", content=b"no JSON, and no type")
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "3"
+
+
+def test_requests_on_their_way_count_as_queued(bridge: FakeBridge) -> None:
+    """Holds shut: a thousand requests at once passing the check of a queue of ten."""
+    services = make_services(bridge, ServeConfig())
+    client = TestClient(build_app(services), base_url=URL)
+    first, second = Call(services, salt=b""), Call(services, salt=b"")
+    assert client.post("/v1/completions", json=BODY).status_code == 200
+    assert bridge.num_coming == 2
+    for call in (first, second, second):
+        call.close()
+    assert services.num_coming == 0
 
 
 @pytest.mark.parametrize(

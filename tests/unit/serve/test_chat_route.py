@@ -158,6 +158,8 @@ def test_ends_that_are_faults(
     streamed = client.post(PATH, json={**HELLO, "stream": True}).text
     last = streamed.split("\n\n")[-2]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == code
+    # The client must not ask again for what will be late again.
+    assert response.headers.get("x-should-retry") == ("false" if status == 408 else None)
     assert "[DONE]" not in streamed
     assert "boom" not in streamed
 
@@ -196,6 +198,7 @@ def test_every_generation_is_given_up_at_the_end(client: TestClient, bridge: Fak
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 1, "n": 65}, "top_logprobs"),
         ({"logprobs": 3}, "logprobs"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": [""]}, "stop[0]"),

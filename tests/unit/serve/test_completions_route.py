@@ -125,6 +125,7 @@ def test_faulty_forms_are_refused(
         ({"prompt": ["a"] * (MAX_PROMPTS + 1)}, "prompt"),
         ({"prompt": ["a"] * 65, "n": 2}, "n"),
         ({"echo": True, "logprobs": 0}, "echo"),
+        ({"logprobs": 20, "n": 7}, "logprobs"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "end"}, "suffix"),
         ({"logprobs": True}, "logprobs"),

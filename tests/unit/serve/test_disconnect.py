@@ -86,7 +86,7 @@ def run(
         task = asyncio.create_task(app(scope(path), client.receive, client.send))
         await act(client, task)
         await asyncio.wait_for(task, 5)
-        services.workers.close()
+        services.close()
         assert services.num_requests == 0
         return client
 
@@ -198,7 +198,7 @@ def test_a_storm_of_leaving_clients_loses_no_generation(bridge: FakeBridge) -> N
             await asyncio.wait_for(task, 10)
 
         await asyncio.gather(*(one(number) for number in range(90)))
-        services.workers.close()
+        services.close()
         assert services.num_requests == 0
 
     asyncio.run(main())

@@ -1,0 +1,52 @@
+"""The page before the whole of `lowlat serve`: its own bridge and engine, a tiny model."""
+
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from browser.conftest import REFUSED, Errors, Open
+from browser.scripted import Server, serve, tiny_chat_model
+from browser.steps import answer_text, answers, ask, send, stop_button
+from lowlat.serve.bridge import Bridge
+
+
+@pytest.fixture(scope="module")
+def engine_server() -> Iterator[Server]:
+    with serve(Bridge(tiny_chat_model())) as running:
+        yield running
+
+
+@pytest.fixture
+def page(open_page: Open, engine_server: Server) -> Page:
+    page = open_page(at=engine_server)
+    page.get_by_role("button", name="Settings", exact=True).click()
+    page.get_by_label("Temperature").fill("0")
+    return page
+
+
+def test_answer(page: Page) -> None:
+    """The model's own words arrive, and tokens and cache bytes are those of the engine."""
+    answer = ask(page, "hello")
+    assert answer_text(answer) == "abcdefghijklmnopqrstuvwxyz"
+    # <s> <user> and <assistant>, five letters, </s>; the alphabet and </s>.
+    expect(answer.locator(".stats")).to_contain_text("27 tokens")
+    expect(answer.locator(".stats")).to_contain_text("prompt 9")
+    expect(page.locator("#usage-text .tokens")).to_have_text("36 / 4,096 tokens")
+
+
+def test_system_prompt_and_limit(page: Page) -> None:
+    """What the settings say reaches the engine."""
+    page.get_by_label("System prompt").fill("Spell.")
+    page.get_by_label("Most tokens").fill("3")
+    answer = ask(page, "hello")
+    assert answer_text(answer) == "abc"
+    expect(answer).to_contain_text("Ended at the limit of tokens.")
+
+
+def test_too_long(page: Page, errors: Errors) -> None:
+    """A prompt beyond the context is refused by name, in the answer's place."""
+    errors.allow(REFUSED + "400")
+    send(page, "hello " * 1000)
+    expect(answers(page).get_by_role("alert")).to_contain_text("4096")
+    expect(stop_button(page)).to_be_hidden()

@@ -1,0 +1,406 @@
+"""The bridge over small models: what comes out, and that nothing is lost whatever happens."""
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from fakes import EOS, ScriptedModel, byte_tokenizer, gqa_config
+from torch import Tensor
+
+from lowlat.engine.engine import Engine
+from lowlat.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarState
+from lowlat.engine.llm import Model
+from lowlat.engine.params import SamplingParams
+from lowlat.engine.request import Chunk
+from lowlat.engine.runner import Runner
+from lowlat.engine.structured import Choice
+from lowlat.serve import bridge as bridge_module
+from lowlat.serve.bridge import Bridge, Draining, EngineDead, Generation, Overloaded
+from lowlat.utils.errors import UserError
+
+POISON = 13
+"""A byte whose request is made to fail."""
+
+
+def counting_model(**options: Any) -> Model:
+    """Every byte is followed by the next one, and the alphabet starts again after its end."""
+    model = ScriptedModel(gqa_config(), lambda token: ord("a") if token >= 122 else token + 1)
+    return Model(model, byte_tokenizer(), name="counting", **options)
+
+
+def with_bridge(
+    use: Callable[[Bridge], Awaitable[None]], model: Model | None = None, **options: Any
+) -> Model:
+    """Run `use` over a started bridge and end it; returns the model, whose pages are all back."""
+    model = model or counting_model()
+
+    async def main() -> None:
+        bridge = Bridge(model, **options)
+        await bridge.start()
+        try:
+            await use(bridge)
+        finally:
+            await bridge.drain(20.0)
+
+    asyncio.run(main())
+    return model
+
+
+async def collect(generation: Generation) -> tuple[str, list[str | None]]:
+    """All text of completion 0, and the finish reasons."""
+    text, reasons = "", []
+    async for delta in generation:
+        text += delta.text if delta.index == 0 else ""
+        if delta.finish_reason is not None:
+            reasons.append(delta.finish_reason)
+    return text, reasons
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what must come."""
+    for _ in range(6000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+def assert_nothing_is_left(model: Model) -> None:
+    assert model.runner.pool.num_used == 0 and not model.engine.has_work
+    model.engine.check_integrity()
+
+
+# What comes out
+
+
+def test_deltas_are_the_completion() -> None:
+    async def use(bridge: Bridge) -> None:
+        params = SamplingParams(max_tokens=20, logprobs=1)
+        generation = await bridge.submit(b"abc", params)
+        deltas = [delta async for delta in generation]
+        assert "".join(delta.text for delta in deltas) == "defghijklmnopqrstuvw"
+        tokens = [token for delta in deltas for token in delta.tokens]
+        logprobs = [entry.token for delta in deltas for entry in delta.logprobs]
+        assert bytes(tokens) == b"defghijklmnopqrstuvw" and logprobs == tokens
+        assert [d.finish_reason for d in deltas] == [None] * (len(deltas) - 1) + ["length"]
+        assert generation.prompt_tokens == 3 and generation.decode_seconds > 0
+
+    assert_nothing_is_left(with_bridge(use))
+
+
+def test_stop_strings_and_stop_tokens_end_a_completion() -> None:
+    async def use(bridge: Bridge) -> None:
+        stopped = await bridge.submit(b"abc", SamplingParams(stop=("hi",)))
+        assert await collect(stopped) == ("defg", ["stop"])
+        ended = await bridge.submit(b"abc", SamplingParams(), stop_ids=frozenset(b"k"))
+        assert await collect(ended) == ("defghij", ["stop"])
+
+    assert_nothing_is_left(with_bridge(use))
+
+
+def test_special_tokens_are_text_where_asked_for() -> None:
+    model = ScriptedModel(gqa_config(), lambda token: {97: 258, 258: 98}.get(token, EOS))
+    for keep, text in ((frozenset(), "b"), (frozenset({258}), "<user>b")):
+
+        async def use(bridge: Bridge, keep: frozenset[int] = keep, text: str = text) -> None:
+            generation = await bridge.submit(b"a", SamplingParams(), keep_special=keep)
+            assert await collect(generation) == (text, ["stop"])
+
+        with_bridge(use, Model(model, byte_tokenizer(), name="special"))
+
+
+def test_a_prompt_read_before_is_found() -> None:
+    async def use(bridge: Bridge) -> None:
+        prompt = bytes(range(80))
+        for cached, salt in ((0, b"one"), (64, b"one"), (0, b"two")):
+            generation = await bridge.submit(prompt, SamplingParams(max_tokens=2), salt=salt)
+            await collect(generation)
+            assert generation.cached_tokens == cached
+        assert bridge.stats.cached_prompt_tokens == 64
+
+    assert_nothing_is_left(with_bridge(use))
+
+
+def test_requests_that_cannot_be_served_are_refused_at_once() -> None:
+    async def use(bridge: Bridge) -> None:
+        with pytest.raises(UserError, match="context of 97"):
+            await bridge.submit(b"abc", SamplingParams(max_tokens=95))
+
+    assert_nothing_is_left(with_bridge(use))
+
+
+def test_a_deadline_ends_what_runs() -> None:
+    async def use(bridge: Bridge) -> None:
+        generation = await bridge.submit(b"abc", SamplingParams(ignore_eos=True), deadline=0.0)
+        assert (await collect(generation))[1] == ["deadline"]
+
+    assert_nothing_is_left(with_bridge(use))
+
+
+# Too much
+
+
+def test_a_full_queue_refuses_and_who_was_admitted_is_served() -> None:
+    """Holds shut: requests without bound, each taking memory and time from the others."""
+    released = threading.Event()
+    model = counting_model()
+    step = model.engine.step
+
+    def held() -> list[Any]:
+        released.wait()
+        return step()
+
+    model.engine.step = held
+
+    async def use(bridge: Bridge) -> None:
+        admitted = [
+            await bridge.submit(b"abc", SamplingParams(max_tokens=3, n=1)) for _ in range(5)
+        ]
+        for _ in range(50):
+            with pytest.raises(Overloaded) as refused:
+                await bridge.submit(b"abc", SamplingParams(max_tokens=3))
+            assert 1 <= refused.value.retry_after <= 60
+        released.set()
+        assert [await collect(one) for one in admitted] == [("def", ["length"])] * 5
+        again = await bridge.submit(b"abc", SamplingParams(max_tokens=3))
+        assert await collect(again) == ("def", ["length"])
+
+    assert_nothing_is_left(with_bridge(use, model, max_queue=5))
+
+
+@pytest.mark.parametrize("has_grammar", [False, True])
+def test_thousands_of_disconnects_leave_nothing_behind(has_grammar: bool) -> None:
+    """Clients that leave before, while and after their request runs; prompts and n of all sizes."""
+    rng = random.Random(3)
+    model = counting_model(max_cache_bytes=6000 * 64)
+    grammar = None
+    if has_grammar:
+        compiler = GrammarCompiler(model.tokenizer, vocab_size=model.config.vocab_size)
+        grammar = compiler.compile(Choice(options=("yes", "no", "maybe")))
+
+    async def client(bridge: Bridge) -> None:
+        greedy = rng.random() < 0.5
+        params = SamplingParams(
+            max_tokens=rng.randint(1, 12),
+            temperature=0.0 if greedy else 1.0,
+            n=1 if greedy else rng.randint(1, 3),
+        )
+        prompt = bytes(rng.randrange(97, 122) for _ in range(rng.choice([1, 5, 70])))
+        generation = await bridge.submit(prompt, params, grammar=grammar)
+        patience = rng.choice([0, 0, 1, 2, 5, 50])
+        if patience:
+            async for _ in generation:
+                patience -= 1
+                if patience == 0:
+                    break
+        await asyncio.sleep(rng.choice([0.0, 0.0, 0.001]))
+        generation.cancel()
+
+    async def use(bridge: Bridge) -> None:
+        num_left = 500 if has_grammar else 5000
+
+        async def clients() -> None:
+            nonlocal num_left
+            while num_left > 0:
+                num_left -= 1
+                await client(bridge)
+
+        await asyncio.gather(*(clients() for _ in range(40)))
+        await until(lambda: not model.engine.has_work)
+        assert model.runner.pool.num_used == 0
+        assert not bridge._live and not bridge._ids and not bridge._open
+
+    assert_nothing_is_left(with_bridge(use, model))
+
+
+def test_a_storm_of_cancels_gives_all_pages_back_within_two_steps() -> None:
+    model = counting_model()
+    steps = 0
+    step = model.engine.step
+
+    def counted() -> list[Any]:
+        nonlocal steps
+        steps += 1
+        return step()
+
+    model.engine.step = counted
+
+    async def use(bridge: Bridge) -> None:
+        params = SamplingParams(ignore_eos=True)
+        generations = [await bridge.submit(b"abc", params) for _ in range(1000)]
+        await until(lambda: bridge.stats.running >= 100)
+        before = steps
+        for generation in generations:
+            generation.cancel()
+        await until(lambda: model.runner.pool.num_used == 0 and not model.engine.has_work)
+        assert steps <= before + 2
+        reasons = [(await collect(generation))[1] for generation in generations]
+        assert all(reason in (["abort"], ["length"]) for reason in reasons)
+
+    assert_nothing_is_left(with_bridge(use, model, max_queue=1000))
+
+
+# Faults
+
+
+def poison_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Runner.step
+
+    def broken(self: Runner, chunks: list[Chunk]) -> tuple[Tensor, Tensor]:
+        if any(POISON in chunk.tokens for chunk in chunks):
+            raise RuntimeError("the model broke")
+        return step(self, chunks)
+
+    monkeypatch.setattr(Runner, "step", broken)
+
+
+def poison_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    advance = Engine._advance
+
+    def broken(self: Engine, sequence: Any, sampled: Any) -> Any:
+        if POISON in sequence.request.prompt:
+            raise RuntimeError("the sampler broke")
+        return advance(self, sequence, sampled)
+
+    monkeypatch.setattr(Engine, "_advance", broken)
+
+
+def poison_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    push = bridge_module.CompletionBuilder.push
+
+    def broken(self: Any, event: Any) -> None:
+        if POISON in self.request.prompt:
+            raise RuntimeError("the tokenizer broke")
+        push(self, event)
+
+    monkeypatch.setattr(bridge_module.CompletionBuilder, "push", broken)
+
+
+def poison_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: GrammarState) -> Tensor:
+        raise RuntimeError("the grammar broke")
+
+    monkeypatch.setattr(GrammarState, "mask", broken)
+
+
+def poison_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: CompiledGrammar) -> GrammarState:
+        raise RuntimeError("the grammar broke")
+
+    monkeypatch.setattr(CompiledGrammar, "start", broken)
+
+
+@pytest.mark.parametrize(
+    "poison", [poison_model, poison_sampler, poison_tokenizer, poison_mask, poison_start]
+)
+def test_a_fault_ends_its_own_request_only(
+    poison: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = counting_model()
+    compiler = GrammarCompiler(model.tokenizer, vocab_size=model.config.vocab_size)
+    poison(monkeypatch)
+    is_grammar = poison in (poison_mask, poison_start)
+    grammar = compiler.compile(Choice(options=("yes", "no"))) if is_grammar else None
+
+    async def use(bridge: Bridge) -> None:
+        params = SamplingParams(max_tokens=9)
+        good = [await bridge.submit(b"abc", params) for _ in range(3)]
+        bad = await bridge.submit(bytes([97, POISON]), params, grammar=grammar)
+        good += [await bridge.submit(b"abc", params) for _ in range(3)]
+        deltas = [delta async for delta in bad]
+        assert deltas[-1].finish_reason == "error"
+        assert deltas[-1].error is not None and "broke" in deltas[-1].error
+        assert "\n" not in deltas[-1].error
+        assert [await collect(one) for one in good] == [("defghijkl", ["length"])] * 6
+        assert bridge.is_healthy
+
+    assert_nothing_is_left(with_bridge(use, model))
+
+
+def test_a_fault_of_the_engine_itself_is_told_to_everybody() -> None:
+    """Holds shut: clients that wait for ever on a dead engine, and a /health that says ok."""
+    model = counting_model()
+
+    def broken() -> list[Any]:
+        raise AssertionError("a page is lost")
+
+    async def use(bridge: Bridge) -> None:
+        first = await bridge.submit(b"abc", SamplingParams())
+        await first.__aiter__().__anext__()
+        assert bridge.is_healthy
+        model.engine.scheduler.schedule = broken
+        deltas = [delta async for delta in first]
+        assert deltas[-1].finish_reason == "error"
+        await until(lambda: not bridge.is_healthy)
+        with pytest.raises(EngineDead):
+            await bridge.submit(b"abc", SamplingParams())
+
+    with_bridge(use, model)
+
+
+def test_an_engine_that_stands_still_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge_module, "STALL_SECONDS", 0.05)
+    released = threading.Event()
+    model = counting_model()
+    step = model.engine.step
+
+    def held() -> list[Any]:
+        released.wait()
+        return step()
+
+    async def use(bridge: Bridge) -> None:
+        assert bridge.is_healthy
+        model.engine.step = held
+        generation = await bridge.submit(b"abc", SamplingParams(max_tokens=3))
+        await until(lambda: not bridge.is_healthy)
+        released.set()
+        assert await collect(generation) == ("def", ["length"])
+        await until(lambda: bridge.is_healthy)
+
+    with_bridge(use, model)
+
+
+# The end
+
+
+def test_draining_finishes_what_runs_and_takes_nothing_new() -> None:
+    model = counting_model()
+
+    async def main() -> None:
+        bridge = Bridge(model)
+        await bridge.start()
+        running = await bridge.submit(b"abc", SamplingParams(max_tokens=40))
+        draining = asyncio.create_task(bridge.drain(60.0))
+        await asyncio.sleep(0)
+        with pytest.raises(Draining):
+            await bridge.submit(b"abc", SamplingParams())
+        assert len((await collect(running))[0]) == 40
+        await draining
+
+    asyncio.run(main())
+    assert_nothing_is_left(model)
+
+
+def test_what_does_not_end_in_time_is_cut_off() -> None:
+    model = counting_model()
+    step = model.engine.step
+
+    def slow() -> list[Any]:
+        time.sleep(0.01)
+        return step()
+
+    model.engine.step = slow
+
+    async def main() -> None:
+        bridge = Bridge(model)
+        await bridge.start()
+        running = await bridge.submit(b"abc", SamplingParams(ignore_eos=True))
+        await bridge.drain(0.0)
+        assert (await collect(running))[1] == ["abort"]
+
+    asyncio.run(main())
+    assert_nothing_is_left(model)

@@ -1,0 +1,129 @@
+"""docs/serving.md and deploy/grafana say what the code does: options, fields, limits, metrics."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+from starlette.testclient import TestClient
+from typer.testing import CliRunner
+
+from lowlat.cli.main import app
+from lowlat.engine import params, structured
+from lowlat.serve import limits
+from lowlat.serve.config import ServeConfig
+from lowlat.serve.operations import GETS, POSTS
+from lowlat.serve.protocol.chat import ChatRequest
+from lowlat.serve.protocol.completions import CompletionRequest
+from lowlat.serve.protocol.responses import ResponsesRequest
+
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs/serving.md").read_text()
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "n", "stop", "logit_bias")
+SAMPLING += ("presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos")
+
+
+def section(title: str) -> str:
+    return PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of all tables in `text`, heads and rules left out."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rules = {place for place, row in enumerate(cells) if set(row[0]) <= {"-"} and row[0]}
+    return [row for place, row in enumerate(cells) if not {place, place + 1} & rules]
+
+
+def words(cell: str) -> set[str]:
+    return set(re.findall(r"`([^`]+)`", cell))
+
+
+def test_every_option_is_described_and_no_other() -> None:
+    output = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["serve", "--help"]).output
+    options = set(re.findall(r"--[a-z][a-z-]+", re.sub(r" {3,}[A-Z].*", "", output))) - {"--help"}
+    described = set().union(*(words(row[0]) for row in rows(section("Options")))) - {"MODEL"}
+    assert described == {option for option in options if f" {option} " in output}
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"), [(1, ChatRequest), (2, CompletionRequest), (3, ResponsesRequest)]
+)
+def test_every_field_is_described_and_refused_ones_are_none(
+    column: int, kind: type[BaseModel]
+) -> None:
+    table = [row for row in rows(section("API")) if len(row) == 4]
+    taken, refused = set[str](), set[str]()
+    for row in table:
+        cell = row[column]
+        if cell == "the same" or cell.startswith("the same;"):
+            cell = f"{row[1]} {cell}"
+        found = {word.split(".")[0] for word in words(cell)}
+        (refused if row[0].startswith("refused") else taken).update(found)
+    fields = set(kind.model_fields) - {"model"}
+    assert fields <= taken, fields - taken
+    assert taken <= fields, taken - fields
+    assert not refused & set(kind.model_fields)
+
+
+def test_the_sampling_row_names_all_options() -> None:
+    (row,) = [row for row in rows(section("API")) if row[0] == "sampling"]
+    assert words(row[1]) == set(SAMPLING)
+
+
+def test_every_path_is_described() -> None:
+    for operation in (*POSTS, *GETS):
+        assert f"`{operation.path}`" in section("API").replace("POST ", "").replace("GET ", "")
+
+
+def test_limits_are_those_of_the_code() -> None:
+    table = {row[0]: row[1] for row in rows(section("Limits"))}
+    config = ServeConfig()
+    kib = 2**10
+    expected = {
+        "body; line and headers": f"{config.max_body_bytes // 2**20} MiB; "
+        f"{limits.MAX_HEADER_BYTES // kib} KiB",
+        "time for headers; for the body": f"{config.header_seconds:g} s; {config.body_seconds:g} s",
+        "nesting of JSON": f"{limits.MAX_JSON_DEPTH}",
+        "requests under way": f"{config.max_requests:,}, of which `--max-queue` wait",
+        "messages; parts of one": f"{limits.MAX_MESSAGES:,}; {limits.MAX_CONTENT_PARTS}",
+        "prompts times `n`; `n`": f"{limits.MAX_PROMPTS}; {params.MAX_N}",
+        "`stop`": f"{params.MAX_STOPS} texts of {params.MAX_STOP_LENGTH} characters",
+        "`logit_bias`": f"{params.MAX_LOGIT_BIAS:,} tokens",
+        "tools; their descriptions": f"{limits.MAX_TOOLS}; {limits.MAX_DESCRIPTION:,} characters",
+        "schema; pattern; grammar": f"{structured.MAX_SCHEMA_BYTES // kib} KiB; "
+        f"{structured.MAX_PATTERN_BYTES // kib} KiB; {structured.MAX_GRAMMAR_BYTES // kib} KiB",
+        "choices": f"{structured.MAX_CHOICES:,} of {structured.MAX_CHOICE_BYTES // kib} KiB, "
+        f"{structured.MAX_CHOICES_BYTES // kib} KiB together",
+        "`deadline_seconds`": f"{limits.MAX_DEADLINE_SECONDS / 3600:g} hours",
+        "a client that reads nothing of its stream": f"{config.send_seconds:g} s",
+    }
+    assert {name: table[name] for name in expected} == expected
+
+
+@pytest.fixture
+def exposed(client: TestClient) -> dict[str, str]:
+    """Type by name of every metric the server shows, counters with their _total."""
+    text = client.get("/metrics").text
+    kinds = dict(re.findall(r"^# TYPE lowlat:(\w+) (\w+)$", text, re.MULTILINE))
+    return {name: kind for name, kind in kinds.items() if not name.endswith("_created")}
+
+
+def test_every_metric_is_described(exposed: dict[str, str]) -> None:
+    described = {
+        name: row[1] for row in rows(section("Metrics")) for name in words(row[0]) if len(row) == 3
+    }
+    assert described == exposed
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(exposed: dict[str, str]) -> None:
+    board = json.loads((ROOT / "deploy/grafana/lowlat.json").read_text())
+    text = " ".join(t["expr"] for panel in board["panels"] for t in panel["targets"])
+    asked = set(re.findall(r"lowlat:(\w+)", text))
+    for name in asked:
+        base = name.removesuffix("_bucket")
+        assert base in exposed, name
+        assert name.endswith("_bucket") == (exposed[base] == "histogram"), name
+        assert name.endswith("_total") == (exposed[base] == "counter"), name
+    assert len(asked) >= 12
