@@ -6,7 +6,7 @@ folder. What names mean is `checkpoint.names`'s business.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 from lowlat.checkpoint.cachefolder import disk_faults, locked
 from lowlat.checkpoint.fetch import fetch_pypi
@@ -29,7 +29,7 @@ class LoadOptions(TypedDict, total=False):
     device: str
     context: int | None
     cache: str
-    max_cache_bytes: int | None
+    max_cache_bytes: int | Literal["auto"] | None
     speculates: bool
     progress: Progress | None
 
@@ -41,7 +41,7 @@ def load(
     device: str = "cpu",
     context: int | None = None,
     cache: str = "auto",
-    max_cache_bytes: int | None = None,
+    max_cache_bytes: int | Literal["auto"] | None = None,
     speculates: bool = True,
     progress: Progress | None = None,
 ) -> Model:
@@ -49,9 +49,9 @@ def load(
 
     dtype: bf16, int8, int4, fp32, fp16, fp64, or auto (as stored). context: most tokens of prompt
     and output together, None for all the model allows. cache: bf16, int8, or auto (as the
-    activations); max_cache_bytes: the most it may take. speculates: whether several tokens may be
-    verified in a step, which changes no token. Raises UserError naming what cannot be found, read
-    or served.
+    activations); max_cache_bytes: the most it may take, "auto" for most of the memory that the
+    weights leave. speculates: whether several tokens may be verified in a step, which changes no
+    token. Raises UserError naming what cannot be found, read or served.
     """
     parse_cache(cache)
     path = prepare(name, progress=progress)

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from lowlat import api
 from lowlat.engine.llm import Model
@@ -18,12 +19,21 @@ def load_model(
     device: str,
     threads: int | None,
     context: int | None = None,
+    max_cache_bytes: int | Literal["auto"] | None = None,
+    speculates: bool = True,
 ) -> Model:
     """The model called `name`, fetched and converted with progress on stderr where that is due."""
     if threads is not None:
         native.use_threads(threads)
     return api.load(
-        name, dtype=dtype, cache=cache, device=device, context=context, progress=make_progress()
+        name,
+        dtype=dtype,
+        cache=cache,
+        device=device,
+        context=context,
+        max_cache_bytes=max_cache_bytes,
+        speculates=speculates,
+        progress=make_progress(),
     )
 
 

@@ -190,8 +190,10 @@ def read_key(path: Path | None) -> str | None:
         return os.environ.get("LOWLAT_API_KEY")
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--api-key-file '{path}' cannot be read: {error}") from error
+    except OSError as error:
+        raise UserError(f"--api-key-file '{path}' cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--api-key-file '{path}' is no UTF-8 text") from error
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise UserError(f"--api-key-file '{path}' has no key; put one on a line")

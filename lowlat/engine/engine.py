@@ -84,11 +84,14 @@ class Engine:
         The returned record is to be read only; it stays valid after the request has ended.
         """
         room = self.check(prompt, params)
+        options = options or RequestOptions()
+        if params.structured is not None and options.grammar is None:
+            raise AssertionError("a structured output comes with its compiled grammar")
         request = Request(
             id=self._next_id,
             prompt=tuple(prompt),
             params=params,
-            options=options or RequestOptions(),
+            options=options,
             max_outputs=room if params.max_tokens is None else params.max_tokens,
             arrived_at=time.perf_counter(),
         )

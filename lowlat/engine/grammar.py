@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from lowlat.engine.constraint import Constraint, ConstraintState
 from lowlat.engine.grammar_source import FIELDS, grammar_source
 from lowlat.engine.grammar_worker import (
     CPU_SECONDS,
@@ -111,7 +112,7 @@ class GrammarCompiler:
         return self._worker
 
 
-class CompiledGrammar:
+class CompiledGrammar(Constraint):
     """A grammar from which outputs are started; safe to use from several threads.
 
     Outputs of one grammar share its tables and their limits: a request compiles its own.
@@ -130,11 +131,10 @@ class CompiledGrammar:
         self._ends = ends
 
     def start(self) -> "GrammarState":
-        """A new output's place: the beginning of the grammar."""
         return GrammarState(self._matcher.deep_copy(), self._field, self._is_token, self._ends)
 
 
-class GrammarState:
+class GrammarState(ConstraintState):
     """One output's place in its grammar; for one thread at a time.
 
     `mask` and `accept` raise GrammarError when the grammar's work exceeds a limit.
@@ -154,7 +154,6 @@ class GrammarState:
         self._seconds_left = MASK_SECONDS
 
     def mask(self) -> Bool[Tensor, " vocab"]:
-        """Which tokens may come next; end-of-sequence ids exactly where the output may end."""
         start = time.thread_time()
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._seconds_left -= time.thread_time() - start
@@ -187,7 +186,6 @@ class GrammarState:
 
     @property
     def is_done(self) -> bool:
-        """Whether the output is complete, so that nothing but its end may follow."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def _fault(self, message: str) -> GrammarError:

@@ -5,31 +5,34 @@ Owns prompts and the sharing of one engine by several completions and streams. N
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from jaxtyping import Float
 from torch import Tensor
 
-from lowlat.attention.cache import PAGE_SIZE, cache_bytes_per_token
-from lowlat.attention.rows import row_bytes
+from lowlat.attention.cache import cache_bytes_per_token
 from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.engine import scoring
+from lowlat.engine.cache_size import new_runner
 from lowlat.engine.completion import Completion, CompletionBuilder, Stream
+from lowlat.engine.constraint import Constraint
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import SamplingOptions, SamplingParams, make_params
 from lowlat.engine.reading import PREFILL_CHUNK
-from lowlat.engine.request import Request
-from lowlat.engine.runner import Runner
-from lowlat.engine.scheduler import Limits
+from lowlat.engine.request import Request, RequestOptions
 from lowlat.engine.scoring import Score
+from lowlat.engine.structured import StructuredOutput
 from lowlat.model.quant import packed_type
 from lowlat.model.transformer import Transformer
 from lowlat.text.chat_prompt import encode_chat
 from lowlat.text.tokenizer import Tokenizer
-from lowlat.utils.device import name_of, parse_cache
+from lowlat.utils.device import name_of
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
+
+if TYPE_CHECKING:
+    from lowlat.engine.grammar import GrammarCompiler
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text to continue, token ids, or chat messages ({"role": ..., "content": ...})."""
@@ -40,9 +43,9 @@ class Model:
 
     `context` is the most tokens prompt and output may have together; None takes all the model
     allows. `cache` is the number type of the cache: auto (the activations'), bf16 or int8. With
-    `max_cache_bytes` the cache never takes more; completions that find no room wait, or start again
-    later. `speculates`: whether several tokens may be verified in a step; what comes out is the
-    same.
+    `max_cache_bytes` the cache never takes more ("auto": most of the memory that the weights
+    leave); completions that find no room wait, or start again later. `speculates`: whether several
+    tokens may be verified in a step; what comes out is the same.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Model:
         name: str,
         context: int | None = None,
         cache: str = "auto",
-        max_cache_bytes: int | None = None,
+        max_cache_bytes: int | Literal["auto"] | None = None,
         speculates: bool = True,
     ) -> None:
         config = transformer.config
@@ -61,7 +64,7 @@ class Model:
         self.transformer = transformer
         self.tokenizer = tokenizer
         self.context = _check_context(config, context)
-        self.runner, limits = _new_runner(transformer, cache, max_cache_bytes)
+        self.runner, limits = new_runner(transformer, cache, max_cache_bytes, self.context)
         self.engine = Engine(
             self.runner,
             context=self.context,
@@ -70,6 +73,7 @@ class Model:
             speculates=speculates,
         )
         self.context = self.engine.context
+        self._compiler: GrammarCompiler | None = None
         self._builders: dict[tuple[int, int], CompletionBuilder] = {}
 
     @property
@@ -257,11 +261,27 @@ class Model:
     def _add(
         self, ids: list[int], params: SamplingParams, requests: list[Request]
     ) -> list[CompletionBuilder]:
-        request = self.engine.add(ids, params)
+        options = RequestOptions(grammar=self._grammar(params.structured))
+        request = self.engine.add(ids, params, options)
         requests.append(request)
         builders = [CompletionBuilder(self.tokenizer, request, i) for i in range(params.n)]
         self._builders.update({(request.id, builder.index): builder for builder in builders})
         return builders
+
+    def _grammar(self, output: StructuredOutput | None) -> Constraint | None:
+        """`output` compiled. Raises UserError where it cannot be, or without llguidance."""
+        if output is None:
+            return None
+        if self._compiler is None:
+            try:
+                from lowlat.engine.grammar import GrammarCompiler
+            except ModuleNotFoundError as error:
+                raise UserError(
+                    f"structured needs the package {error.name}; install it with: "
+                    "pip install 'lowlat[serve]'"
+                ) from error
+            self._compiler = GrammarCompiler(self.tokenizer, self.config.vocab_size)
+        return self._compiler.compile(output)
 
     def _step(self) -> None:
         """One step of the engine, for all completions under way; each event goes to its builder."""
@@ -283,26 +303,6 @@ class Model:
 
 def _is_unfinished(builders: list[CompletionBuilder]) -> bool:
     return any(builder.finish_reason is None for builder in builders)
-
-
-def _new_runner(
-    transformer: Transformer, cache: str, max_cache_bytes: int | None
-) -> tuple[Runner, Limits]:
-    """A runner whose cache keeps within the bytes. Raises UserError where they hold no page."""
-    dtype = parse_cache(cache)
-    if max_cache_bytes is None:
-        return Runner(transformer, cache_dtype=dtype), Limits()
-    config = transformer.config
-    stored = dtype or transformer.embed_tokens.weight.dtype
-    page = PAGE_SIZE * config.num_cache_layers * row_bytes(config.attention, stored)
-    num_pages = max_cache_bytes // page
-    if num_pages < 1:
-        raise UserError(
-            f"max_cache_bytes {max_cache_bytes} is less than a page of the cache ({page} bytes, "
-            f"{PAGE_SIZE} tokens); raise it"
-        )
-    runner = Runner(transformer, cache_dtype=dtype, num_pages=num_pages)
-    return runner, Limits(max_pages=num_pages)
 
 
 def _check_context(config: ModelConfig, context: int | None) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
+from lowlat.engine.structured import StructuredOutput
 from lowlat.utils.errors import UserError
 
 MAX_TOKENS = 1 << 20
@@ -59,6 +60,8 @@ class SamplingParams:
     """Strings that end the completion; they are not part of its text."""
     ignore_eos: bool = False
     """Go on after the end-of-sequence token."""
+    structured: StructuredOutput | None = None
+    """What the output must look like; see engine.structured. Needs the package llguidance."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -71,6 +74,13 @@ class SamplingParams:
             _check_int("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         if not isinstance(self.ignore_eos, bool):
             raise UserError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise UserError(
+                "structured must be a JsonObject, JsonSchema, Regex, Choice or Grammar of "
+                f"lowlat.engine.structured, got {self.structured!r}"
+            )
+        if self.structured is not None and self.ignore_eos:
+            raise UserError("structured outputs end; set ignore_eos to False")
         self._check_floats()
         self._check_stop()
         self._check_logit_bias()
@@ -153,6 +163,7 @@ class SamplingOptions(TypedDict, total=False):
     n: int
     stop: str | Sequence[str]
     ignore_eos: bool
+    structured: StructuredOutput | None
 
 
 def make_params(options: SamplingOptions) -> SamplingParams:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lowlat.attention.forms import Form
-from lowlat.engine.grammar import CompiledGrammar
+from lowlat.engine.constraint import Constraint
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.sampler import SequenceSampler
 
@@ -31,7 +31,7 @@ class RequestOptions:
     among requests of one salt and never across."""
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end a completion besides the model's own."""
-    grammar: CompiledGrammar | None = None
+    grammar: Constraint | None = None
     """What the output must look like."""
 
 

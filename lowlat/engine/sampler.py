@@ -18,9 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lowlat.engine.grammar import GrammarState
+from lowlat.engine.constraint import ConstraintState
 from lowlat.engine.params import SamplingParams
-
 
 FEW = 256
 """Likeliest tokens among which top-p is looked for first."""
@@ -50,7 +49,7 @@ class SequenceSampler:
         prompt: Sequence[int],
         index: int,
         vocab_size: int,
-        grammar: GrammarState | None = None,
+        grammar: ConstraintState | None = None,
     ) -> None:
         self.params = params
         self.grammar = grammar

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from lowlat.engine.completion import CompletionBuilder, TokenLogprob
-from lowlat.engine.grammar import CompiledGrammar
+from lowlat.engine.constraint import Constraint
 from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import Event, FinishReason, Request, RequestOptions
@@ -177,7 +177,7 @@ class Bridge:
         prompt: Sequence[int],
         params: SamplingParams,
         *,
-        grammar: CompiledGrammar | None = None,
+        grammar: Constraint | None = None,
         salt: bytes = b"",
         priority: int = 0,
         deadline: float | None = None,

@@ -4,6 +4,7 @@ Owns that every generation ends with its request, however that ends, and the sum
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Sequence
 
 from lowlat.engine.grammar import CompiledGrammar
@@ -59,23 +60,14 @@ class Call:
         Raises RequestError 408 for a missed deadline, Draining where the server ends,
         GenerationFailed for a fault of the engine.
         """
-        iterators = [aiter(generation) for generation in self._generations]
-        coming = {asyncio.ensure_future(anext(it, None)): i for i, it in enumerate(iterators)}
-        try:
-            while coming:
-                done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
-                for future in done:
-                    number = coming.pop(future)
-                    delta = future.result()
-                    if delta is None:
-                        continue
-                    _check_end(delta)
-                    self.num_tokens += len(delta.tokens)
-                    coming[asyncio.ensure_future(anext(iterators[number], None))] = number
-                    yield number, delta
-        finally:
-            for future in coming:
-                future.cancel()
+        generations = self._generations
+        several = len(generations) > 1
+        merged = _merge(generations) if several else _number(generations[0])
+        async with contextlib.aclosing(merged) as deltas:
+            async for number, delta in deltas:
+                _check_end(delta)
+                self.num_tokens += len(delta.tokens)
+                yield number, delta
 
     def close(self) -> None:
         """End what has not ended; the last call."""
@@ -112,6 +104,31 @@ class Call:
     def cached_tokens(self) -> int:
         """Prompt tokens whose rows were in the cache already."""
         return sum(generation.cached_tokens for generation in self._generations)
+
+
+async def _number(generation: Generation) -> AsyncGenerator[tuple[int, Delta], None]:
+    async for delta in generation:
+        yield 0, delta
+
+
+async def _merge(
+    generations: Sequence[Generation],
+) -> AsyncGenerator[tuple[int, Delta], None]:
+    """The deltas of all generations with their numbers, as they come."""
+    iterators = [aiter(generation) for generation in generations]
+    coming = {asyncio.ensure_future(anext(it, None)): i for i, it in enumerate(iterators)}
+    try:
+        while coming:
+            done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                number = coming.pop(future)
+                delta = future.result()
+                if delta is not None:
+                    coming[asyncio.ensure_future(anext(iterators[number], None))] = number
+                    yield number, delta
+    finally:
+        for future in coming:
+            future.cancel()
 
 
 def _check_end(delta: Delta) -> None:

@@ -112,8 +112,9 @@ class ChatReply:
         """The answer as events while it comes."""
         async with aclosing(self._call.deltas()) as deltas:
             async for _, delta in deltas:
-                for choice in self._chunks(delta):
-                    yield event(self._chunk([choice]).model_dump_json())
+                chunks = [self._chunk([choice]) for choice in self._chunks(delta)]
+                if chunks:
+                    yield b"".join(event(chunk.model_dump_json()) for chunk in chunks)
         if self._request.includes_usage:
             last = self._chunk([])
             last.usage, last.lowlat = usage_of(self._call), timings_of(self._call)

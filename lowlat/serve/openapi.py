@@ -103,14 +103,11 @@ def _post(operation: Post, refs: dict[type[BaseModel], Json], has_keys: bool) ->
 
 
 def _events(data: Json) -> Json:
-    """Each of the events of a stream; `data` describes its data, [DONE] at the end excepted."""
+    """Each of the events of a stream; `data` describes their data, but for the last."""
+    chunk = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
     properties: Json = {
         "event": {"type": "string"},
-        "data": {
-            "type": "string",
-            "contentMediaType": "application/json",
-            "contentSchema": data,
-        },
+        "data": {"anyOf": [chunk, {"const": "[DONE]"}]},
     }
     return {"type": "object", "properties": properties, "required": ["data"]}
 

@@ -53,8 +53,8 @@ class ResponsesReply:
         try:
             async with aclosing(self._call.deltas()) as deltas:
                 async for _, delta in deltas:
-                    for kind, fields in self._take(delta):
-                        yield self._encode(kind, fields)
+                    if told := b"".join(self._encode(*gain) for gain in self._take(delta)):
+                        yield told
         except Exception as error:
             yield self._failed(error)
             return

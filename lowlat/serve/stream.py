@@ -45,16 +45,41 @@ class EventStream(Response):
         self._events = events
         self._ping_seconds = ping_seconds
         self._send_seconds = send_seconds
+        self._is_silent = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._send(
-            send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        )
-        async with contextlib.aclosing(self._parts()) as parts:
-            async for part in parts:
-                message = {"type": "http.response.body", "body": part, "more_body": True}
-                await self._send(send, message)
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await self._send(send, start)
+        pinging = asyncio.create_task(self._ping(send))
+        try:
+            async with contextlib.aclosing(self._events) as events:
+                await self._send_all(send, events)
+        finally:
+            pinging.cancel()
+            await asyncio.wait([pinging])
         await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_all(self, send: Send, events: AsyncGenerator[bytes, None]) -> None:
+        try:
+            async for part in events:
+                self._is_silent = False
+                await self._send_part(send, part)
+        except Disconnected:
+            raise
+        except Exception as error:
+            await self._send_part(send, _last_event(error))
+
+    async def _ping(self, send: Send) -> None:
+        """Send a comment whenever nothing else was sent for a while."""
+        with contextlib.suppress(Disconnected):
+            while True:
+                self._is_silent = True
+                await asyncio.sleep(self._ping_seconds)
+                if self._is_silent:
+                    await self._send_part(send, PING)
+
+    async def _send_part(self, send: Send, part: bytes) -> None:
+        await self._send(send, {"type": "http.response.body", "body": part, "more_body": True})
 
     async def _send(self, send: Send, message: Message) -> None:
         try:
@@ -63,33 +88,6 @@ class EventStream(Response):
         except TimeoutError as error:
             log(logging.WARNING, "the client reads nothing; its stream is ended")
             raise Disconnected from error
-
-    async def _parts(self) -> AsyncGenerator[bytes, None]:
-        """The events, comments while they let wait, and the error that ended them, if one did."""
-        coming: asyncio.Task[bytes | None] | None = None
-        try:
-            while True:
-                coming = coming or asyncio.create_task(_next(self._events))
-                done, _ = await asyncio.wait([coming], timeout=self._ping_seconds)
-                if not done:
-                    yield PING
-                    continue
-                part = coming.result()
-                if part is None:
-                    return
-                coming = None
-                yield part
-        except Exception as error:
-            yield _last_event(error)
-        finally:
-            if coming is not None and not coming.done():
-                coming.cancel()
-                await asyncio.wait([coming])
-            await self._events.aclose()
-
-
-async def _next(events: AsyncGenerator[bytes, None]) -> bytes | None:
-    return await anext(events, None)
 
 
 def _last_event(error: Exception) -> bytes:

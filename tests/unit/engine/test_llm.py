@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import ModelConfig
 from lowlat.engine.completion import Completion
 from lowlat.engine.llm import Model
+from lowlat.engine.params import SamplingParams
+from lowlat.engine.structured import Choice, Regex
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
 
@@ -328,3 +331,23 @@ def test_repr_says_what_it_is() -> None:
         assert part in text
     # 2 layers x (11 + 6) elements x 2 bytes
     assert "68 bytes of cache per token" in text
+
+
+# Structured output
+
+
+def test_outputs_look_as_asked_for() -> None:
+    model = counting()
+    params = SamplingParams(structured=Choice(options=("yes", "no")))
+    found = model.generate_each(["say ", "say "], [params, SamplingParams(max_tokens=3)])
+    assert found[0][0] in ("yes", "no") and found[0][0].finish_reason == "stop"
+    assert found[1][0] == '!"#'
+    found = model.generate("say ", structured=Regex(pattern="[a-c]{4}"), temperature=1.0, n=2)
+    assert all(re.fullmatch("[a-c]{4}", text) for text in found)
+
+
+def test_a_structured_output_that_is_none_is_an_error() -> None:
+    with pytest.raises(UserError, match="structured must be a JsonObject"):
+        inspect.unwrap(SamplingParams)(structured="yes")
+    with pytest.raises(UserError, match="regex: "):
+        counting().generate("say ", structured=Regex(pattern="(("))

@@ -18,9 +18,10 @@ from lowlat.text.tokenizer import Tokenizer
 NAME = "tiny"
 
 
-def tiny(tokenizer: Tokenizer | None = None) -> Model:
-    """A model named NAME with a context of 97; its engine is never asked."""
-    return Model(tiny_model(gqa_config()), tokenizer or byte_tokenizer(), name=NAME)
+def tiny(tokenizer: Tokenizer | None = None, *, context: int = 97) -> Model:
+    """A model named NAME; its engine is never asked."""
+    config = gqa_config(max_position_embeddings=context)
+    return Model(tiny_model(config), tokenizer or byte_tokenizer(), name=NAME)
 
 
 @dataclass(kw_only=True)

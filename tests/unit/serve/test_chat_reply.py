@@ -1,6 +1,7 @@
 """Answers with reasoning and tool calls: whole, streamed, and the two alike."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,12 +32,14 @@ GO = '<tool_call>\n{"name": "go", "arguments": {}}\n</tool_call>'
 @pytest.fixture
 def bridge() -> FakeBridge:
     """Over a model whose template knows tools and reasoning."""
-    return FakeBridge(model=tiny(tokenizer_of("hermes")))
+    return FakeBridge(model=tiny(tokenizer_of("hermes"), context=997))
 
 
 @pytest.fixture
-def client(bridge: FakeBridge) -> TestClient:
-    return TestClient(build_app(make_services(bridge, ServeConfig())), base_url=URL)
+def client(bridge: FakeBridge) -> Iterator[TestClient]:
+    services = make_services(bridge, ServeConfig())
+    yield TestClient(build_app(services), base_url=URL)
+    services.close()
 
 
 def whole(client: TestClient, **changes: Any) -> dict[str, Any]:

@@ -1,0 +1,59 @@
+"""How large a model's cache may become, in pages.
+
+Owns the arithmetic from bytes to pages, and how much of a machine's memory is taken by itself.
+"""
+
+from typing import Literal
+
+import torch
+
+from lowlat.attention.cache import PAGE_SIZE
+from lowlat.attention.rows import row_bytes
+from lowlat.engine.runner import Runner
+from lowlat.engine.scheduler import MAX_SEQUENCES, Limits
+from lowlat.model.native import weight_bytes
+from lowlat.model.transformer import Transformer
+from lowlat.utils.device import parse_cache
+from lowlat.utils.errors import UserError
+from lowlat.utils.memory import RESERVE, memory_limit
+
+CACHE_SHARE = 0.8
+"""Of the memory that is left, what a cache of size "auto" may grow to."""
+
+
+def new_runner(
+    transformer: Transformer,
+    cache: str,
+    max_cache_bytes: int | Literal["auto"] | None,
+    context: int,
+) -> tuple[Runner, Limits]:
+    """A runner whose cache keeps within the bytes. Raises UserError where they hold no page."""
+    dtype = parse_cache(cache)
+    if max_cache_bytes is None:
+        return Runner(transformer, cache_dtype=dtype), Limits()
+    config = transformer.config
+    stored = dtype or transformer.embed_tokens.weight.dtype
+    page = PAGE_SIZE * config.num_cache_layers * row_bytes(config.attention, stored)
+    if max_cache_bytes == "auto":
+        # More than all sequences together can fill is of no use.
+        most = MAX_SEQUENCES * (-(-context // PAGE_SIZE)) * page
+        max_cache_bytes = min(most, max(page, _spare_memory(transformer)))
+    num_pages = max_cache_bytes // page
+    if num_pages < 1:
+        raise UserError(
+            f"max_cache_bytes {max_cache_bytes} is less than a page of the cache ({page} bytes, "
+            f"{PAGE_SIZE} tokens); raise it"
+        )
+    runner = Runner(transformer, cache_dtype=dtype, num_pages=num_pages)
+    return runner, Limits(max_pages=num_pages)
+
+
+def _spare_memory(transformer: Transformer) -> int:
+    """Bytes for the cache: CACHE_SHARE of the memory beside the weights, or of a tenth of it all
+    where the weights leave nothing."""
+    device = transformer.embed_tokens.weight.device
+    if device.type == "cuda":
+        return int(CACHE_SHARE * torch.cuda.mem_get_info(device)[0])
+    limit = memory_limit()
+    beside = limit - RESERVE - weight_bytes(transformer)
+    return int(CACHE_SHARE * max(beside, limit // 10))

@@ -1,0 +1,160 @@
+"""lowlat chat --url: a conversation over HTTP, and what its faults say."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+from lowlat.cli.remote import RemoteSpeaker, read_key
+from lowlat.utils.errors import UserError
+
+Invoke = Callable[..., Result]
+KEY = "secret"
+
+
+class Script(BaseHTTPRequestHandler):
+    """A server that answers with the words of its script and remembers what it was asked."""
+
+    asked: list[dict[str, Any]]
+    deltas: list[dict[str, Any]]
+    models: list[str]
+
+    def do_GET(self) -> None:
+        if self.headers["Authorization"] != f"Bearer {KEY}":
+            self._send(401, {"error": {"message": "the API key is missing or wrong"}})
+            return
+        entries = [{"id": name, "cache_bytes_per_token": 480} for name in self.models]
+        self._send(200, {"data": entries})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body)
+        if body["max_tokens"] > 1000:
+            self._send(400, {"error": {"message": "max_tokens: at most 1000"}})
+            return
+        self.send_response(200)
+        self.end_headers()
+        chunks = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in self.deltas]
+        chunks.append({"choices": [{"delta": {}, "finish_reason": "length"}]})
+        usage = {"prompt_tokens": 7, "completion_tokens": 4}
+        seconds = {"prefill_seconds": 0.5, "decode_seconds": 0.3}
+        chunks.append({"choices": [], "usage": usage, "lowlat": seconds})
+        for chunk in chunks:
+            self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _send(self, status: int, body: dict[str, Any]) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Script]]:
+    class Own(Script):
+        pass
+
+    Own.asked = []
+    Own.deltas = [{"role": "assistant"}, {"content": "ab"}, {"content": "cd"}]
+    Own.models = ["tiny"]
+    monkeypatch.setenv("LOWLAT_API_KEY", KEY)
+    yield Own
+
+
+@pytest.fixture
+def url(script: type[Script]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), script)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_conversation_over_http(lowlat: Invoke, url: str, script: type[Script]) -> None:
+    result = lowlat("chat", "--url", url, "--seed", "3", "--system", "S", stdin="one\ntwo\n")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "abcd\nabcd\n"
+    assert "4 tokens (cut at the limit), 10.0 tok/s; prompt 7 in 0.50 s; cache 11 x 480" in (
+        result.stderr
+    )
+    first, second = script.asked
+    assert first["model"] == "tiny" and first["seed"] == 3 and first["stream"] is True
+    assert [message["content"] for message in second["messages"]] == ["S", "one", "abcd", "two"]
+    assert "min_p" in first and "logit_bias" not in first
+
+
+def test_once_prints_a_report(lowlat: Invoke, url: str) -> None:
+    result = lowlat("chat", "tiny", "--url", f"{url}/v1/", "--once", "hello")
+    assert result.stdout.startswith("abcd\n\nmodel")
+    for words in ("tiny at http://127.0.0.1", "480 bytes", "10.0 tok/s"):
+        assert words in result.stdout
+
+
+def test_reasoning_is_shown_and_is_no_part_of_the_answer(
+    lowlat: Invoke, url: str, script: type[Script]
+) -> None:
+    script.deltas = [{"reasoning_content": "hm"}, {"reasoning_content": "m"}, {"content": "yes"}]
+    result = lowlat("chat", "--url", url, stdin="one\ntwo\n")
+    assert result.stdout.startswith("<think>\nhmm\n</think>\n\nyes\n")
+    assert script.asked[1]["messages"][1]["content"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("other",), "has no model 'other'; give one of: tiny"),
+        (("--max-tokens", "2000", "--once", "hello"), "max_tokens: at most 1000"),
+        (("--dtype", "int4"), "--dtype is the server's to choose"),
+        (("--threads", "1"), "--threads is the server's to choose"),
+        (("--api-key-file", "/nowhere"), "--api-key-file '/nowhere' cannot be read"),
+    ],
+)
+def test_faults_are_one_line(
+    lowlat: Invoke, url: str, options: tuple[str, ...], message: str
+) -> None:
+    result = lowlat("chat", *options, "--url", url)
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception) and "\n" not in str(result.exception)
+
+
+def test_a_wrong_key_says_how_to_give_it(url: str) -> None:
+    with pytest.raises(UserError, match="missing or wrong; give the key's file as --api-key-file"):
+        RemoteSpeaker(url, api_key="wrong")
+
+
+def test_several_models_are_a_question(url: str, script: type[Script]) -> None:
+    script.models = ["one", "two"]
+    with pytest.raises(UserError, match="several models; give one of: one, two"):
+        RemoteSpeaker(url, api_key=KEY)
+    assert "two at http" in RemoteSpeaker(url, name="two", api_key=KEY).description
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://[", "ftp://127.0.0.1"])
+def test_a_server_that_is_not_there(url: str) -> None:
+    with pytest.raises(UserError, match=r"cannot talk to .*; check --url"):
+        RemoteSpeaker(url)
+
+
+def test_a_key_file_belongs_to_a_url(lowlat: Invoke, tmp_path: Path) -> None:
+    result = lowlat("chat", "tiny", "--api-key-file", str(tmp_path / "keys"))
+    assert isinstance(result.exception, UserError)
+    assert "--api-key-file belongs to --url" in str(result.exception)
+
+
+def test_the_first_key_of_a_file_is_taken(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# mine\n\n  one \ntwo\n")
+    assert read_key(keys) == "one"
+    keys.write_text("# nothing\n")
+    with pytest.raises(UserError, match="has no key"):
+        read_key(keys)
