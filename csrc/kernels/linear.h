@@ -21,7 +21,13 @@ inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_
 
 inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                           Panel* panels, float* out, std::int64_t out_stride) {
-  if (x.is_stream) return multiply_rows_by_dots(w, first, last, next, x, panels, out, out_stride);
+  if (x.is_stream && lies_in_tiles(w, first) && lies_in_tiles(w, last - 1)) {
+    return multiply_stream_by_tiles(w, first, last, next, x, panels, out, out_stride);
+  }
+  forget_rows();
+  if (x.is_stream && w.is_tiled()) {
+    return stream_tiles(w, first, last, x, reinterpret_cast<float*>(panels), out, out_stride);
+  }
   multiply_rows_by_tiles(w, first, last, x, panels, out, out_stride);
 }
 
@@ -37,10 +43,12 @@ inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last
   multiply_rows_by_dots(w, first, last, next, x, panels, out, out_stride);
 }
 
-// Nothing to set up or to give back.
+// Nothing to set up or to give back, nothing to remember.
 struct ProductSession {
   ProductSession() {}
 };
+
+inline void forget_rows() {}
 
 #endif
 
@@ -80,6 +88,8 @@ inline void multiply_strip(const Matrix& w, std::int64_t strip, const Activation
   for (std::int64_t tile = first; tile < last; ++tile) {
     scale_rows(w, tile, x.rows, out + (tile - first) * kTile, kStrip);
   }
+  // Another strip of the same activations follows, or they may change before they are read again.
+  if (next.w == nullptr) forget_rows();
 }
 
 }  // namespace lowlat::LOWLAT_ISA

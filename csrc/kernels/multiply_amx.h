@@ -101,9 +101,138 @@ inline void multiply_rows_by_tiles(const Matrix& w, std::int64_t first, std::int
   multiply_by_tiles(panels, last - first, count, count, x.values, x.stride, x.rows, out, out_stride, false);
 }
 
+// --- streams ---------------------------------------------------------------------------------------------------------
+
+// Rows of bf16 weights are tile registers as they lie, so that with the activations as panels nothing is turned on the
+// way from memory. The sums are those of multiply_by_tiles(), whose two sides have changed places: the same bits.
+
+constexpr std::int64_t kFewRows = 4;  // activation rows that are put into panels one by one
+
+inline bool lies_in_tiles(const Matrix& w, std::int64_t tile) {
+  return w.storage == Storage::bf16 && w.columns % kColumns == 0 && (tile + 1) * kTile <= w.rows;
+}
+
+// Activations a thread has as panels: made once for all strips it multiplies one after the other.
+struct RowPanels {
+  const bf16* values = nullptr;
+  std::int64_t rows = 0, columns = 0;
+};
+inline thread_local RowPanels row_panels;
+
+inline void forget_rows() { row_panels.values = nullptr; }
+
+// Rows of a block of up to 16 as the other side of a product with rows of weights: `width` words of 4 bytes for each pair
+// of columns, one for each row.
+inline std::int64_t block_width(std::int64_t rows) { return rows <= kFewRows ? rows : kTile; }
+
+inline void fill_row_panels(const Activations& x, std::int64_t columns, Panel* panels) {
+  const std::int64_t count = num_panels(columns);
+  if (x.rows == 1) {
+    std::memcpy(panels, x.values, columns * sizeof(bf16));
+    return;
+  }
+  for (std::int64_t row = 0; row < x.rows; row += kTile, panels += count) {
+    const std::int64_t rows = least(kTile, x.rows - row), width = block_width(x.rows);
+    const bf16* from = x.values + row * x.stride;
+    if (width == kTile) {
+      for (std::int64_t i = 0; i < count; ++i) {
+        for (int r = 0; r < kTile; ++r) panels[i][r] = r < rows ? pairs(from + r * x.stride + i * kColumns) : zero_pairs();
+        transpose(panels[i], panels[i]);
+      }
+    } else {
+      auto* words = reinterpret_cast<std::uint32_t*>(panels);
+      for (std::int64_t r = 0; r < rows; ++r) {
+        for (std::int64_t pair = 0; pair < count * 16; ++pair) {
+          words[pair * width + r] = word_at(from + r * x.stride + 2 * pair);
+        }
+      }
+    }
+  }
+}
+
+inline void configure_stream(std::int64_t width) {
+  const int wanted = 1000 + static_cast<int>(width);
+  if (configured_rows == wanted) return;
+  struct alignas(64) Config {
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t bytes[16] = {};
+    std::uint8_t rows[16] = {};
+  } config;
+  for (int i = 0; i < 8; ++i) {
+    config.rows[i] = kTile;
+    config.bytes[i] = static_cast<std::uint16_t>(i == 6 ? 64 : 4 * width);
+  }
+  _tile_loadconfig(&config);
+  configured_rows = wanted;
+}
+
+// out[r][lane] from sums [lane][width].
+inline void turn_sums(const float* sums, std::int64_t width, std::int64_t rows, float* out, std::int64_t out_stride) {
+  if (width == kTile) {
+    Panel turned;
+    for (int lane = 0; lane < kTile; ++lane) turned[lane] = pairs(sums + lane * kTile);
+    transpose(turned, turned);
+    for (std::int64_t r = 0; r < rows; ++r) std::memcpy(out + r * out_stride, &turned[r], sizeof(P));
+    return;
+  }
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (int lane = 0; lane < kTile; ++lane) out[r * out_stride + lane] = sums[lane * width + r];
+  }
+}
+
+// One tile of weights and at most 32 rows, which are in `panels`: two blocks of 16.
+inline void multiply_tile_rows(const Matrix& w, std::int64_t tile, NextTile next, const Panel* panels, std::int64_t rows,
+                               float* out, std::int64_t out_stride) {
+  const std::int64_t count = num_panels(w.columns), width = block_width(rows);
+  const bf16* weights = static_cast<const bf16*>(w.data) + tile * kTile * w.stride;
+  const auto pitch = static_cast<long>(w.stride * sizeof(bf16)), row_pitch = static_cast<long>(4 * width);
+  const char* left = reinterpret_cast<const char*>(panels);
+  const char* right = reinterpret_cast<const char*>(panels + count);
+  const std::int64_t panel_bytes = 64 * width;
+  configure_stream(width);
+  _tile_zero(0);
+  _tile_zero(1);
+  for (std::int64_t i = 0; i < count; ++i) {
+    _tile_loadd(6, weights + i * kColumns, pitch);
+    _tile_loadd(4, left + i * panel_bytes, row_pitch);
+    _tile_dpbf16ps(0, 6, 4);
+    if (rows > kTile) {
+      _tile_loadd(5, right + i * panel_bytes, row_pitch);
+      _tile_dpbf16ps(1, 6, 5);
+    }
+    if (next.w != nullptr) prefetch_panel(*next.w, next.tile, i, false);
+  }
+  alignas(64) float sums[kTile * kTile];
+  _tile_stored(0, sums, row_pitch);
+  turn_sums(sums, width, least(rows, kTile), out, out_stride);
+  if (rows > kTile) {
+    _tile_stored(1, sums, row_pitch);
+    turn_sums(sums, width, rows - kTile, out + kTile * out_stride, out_stride);
+  }
+}
+
+// Tiles [first, last), of which all lie in tiles. `panels` has room for two blocks of rows.
+inline void multiply_stream_by_tiles(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next,
+                                     const Activations& x, Panel* panels, float* out, std::int64_t out_stride) {
+  for (std::int64_t row = 0; row < x.rows; row += 2 * kTile) {
+    Activations part = x.from(row);
+    part.rows = least(2 * kTile, part.rows);
+    const bool is_known = row_panels.values == part.values && row_panels.rows == part.rows && row_panels.columns == w.columns;
+    if (!is_known) fill_row_panels(part, w.columns, panels);
+    row_panels = {part.values, part.rows, w.columns};
+    for (std::int64_t tile = first; tile < last; ++tile) {
+      multiply_tile_rows(w, tile, tile + 1 < last ? NextTile{&w, tile + 1} : next, panels, part.rows,
+                         out + row * out_stride + (tile - first) * kTile, out_stride);
+    }
+  }
+}
+
 // Tile registers are set up anew by whoever uses them first, and given back at the end: their state is large to save.
 struct ProductSession {
-  ProductSession() { configured_rows = -1; }
+  ProductSession() {
+    configured_rows = -1;
+    forget_rows();
+  }
   ~ProductSession() {
     if (configured_rows != -1) _tile_release();
     configured_rows = -1;

@@ -105,8 +105,9 @@ def serve(
             model, dtype=dtype, cache=cache, device=device, threads=threads, context=max_context
         )
         configure()
-        typer.echo(f"lowlat serves {config.model_name} on {url_of(listener)} (Ctrl-C ends it)")
-        run(Bridge(loaded, max_queue=max_queue), config, listener)
+        greeting = f"lowlat serves {config.model_name} on {url_of(listener)} (Ctrl-C ends it)"
+        bridge = Bridge(loaded, max_queue=max_queue)
+        run(bridge, config, listener, on_ready=lambda: typer.echo(greeting))
 
 
 def _check_extra() -> None:

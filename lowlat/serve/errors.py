@@ -21,7 +21,7 @@ RETRY_SECONDS = 5
 API_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {404: "not_found", 405: "method_not_allowed"}
-_FIELD = re.compile(r"(?:option ')?([a-z][a-z_]*)")
+_FIELD = re.compile(r"(?:the |option ')?([a-z][a-z_]*)")
 
 
 class GenerationFailed(Exception):
@@ -106,6 +106,6 @@ def _http_message(error: HTTPException) -> str:
 
 
 def _field_of(message: str) -> str | None:
-    """The field that the engine's messages begin with (`top_p must be ...`)."""
+    """The field that the engine's messages begin with (`top_p must be ...`, `the prompt has ...`)."""
     match = _FIELD.match(message)
     return match[1] if match else None

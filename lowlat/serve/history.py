@@ -26,7 +26,7 @@ from lowlat.serve.tools.base import ToolFormat
 def template_messages(dialect: Dialect, messages: Sequence[Message]) -> list[dict[str, Any]]:
     """`messages` for the template of `dialect`. Raises RequestError naming the message at fault."""
     history = _History(dialect)
-    return [history.convert(message, f"messages.{i}") for i, message in enumerate(messages)]
+    return [history.convert(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
 @dataclass(slots=True)
@@ -74,7 +74,7 @@ class _History:
         if message.tool_calls:
             format = self._format(f"{place}.tool_calls")
             turn["tool_calls"] = [
-                self._call(format, call, f"{place}.tool_calls.{i}")
+                self._call(format, call, f"{place}.tool_calls[{i}]")
                 for i, call in enumerate(message.tool_calls)
             ]
             if not content and not format.needs_content:

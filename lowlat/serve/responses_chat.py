@@ -3,7 +3,9 @@
 Owns the translation of items to messages; everything behind it is that of chats.
 """
 
+from lowlat.serve import limits
 from lowlat.serve.protocol.chat import ChatRequest
+from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.protocol.formats import (
     JsonObjectFormat,
     JsonSchemaFormat,
@@ -41,7 +43,7 @@ from lowlat.serve.protocol.tools import (
 
 
 def as_chat(request: ResponsesRequest) -> ChatRequest:
-    """The chat that `request` asks to go on with."""
+    """The chat that `request` asks to go on with. Raises RequestError where a chat holds less."""
     messages: list[Message] = []
     if request.instructions is not None:
         messages.append(SystemMessage(role="system", content=request.instructions))
@@ -49,6 +51,11 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
         messages.append(UserMessage(role="user", content=request.input))
     else:
         messages += _messages(request.input)
+    if len(messages) > limits.MAX_MESSAGES:
+        raise RequestError(
+            f"input: with instructions it has more than {limits.MAX_MESSAGES} messages",
+            param="input",
+        )
     return ChatRequest(
         model=request.model,
         messages=messages,
@@ -98,6 +105,10 @@ def _extend(messages: list[Message], more: AssistantMessage) -> None:
         messages.append(more)
         return
     calls = [*(last.tool_calls or []), *(more.tool_calls or [])]
+    if len(calls) > limits.MAX_TOOLS:
+        raise RequestError(
+            f"input: an answer has more than {limits.MAX_TOOLS} function calls", param="input"
+        )
     messages[-1] = AssistantMessage(
         role="assistant",
         content=last.content if more.content is None else more.content,

@@ -3,12 +3,15 @@
 Owns the order of the steps: prompt and grammar off the event loop, admission, reply.
 """
 
+from contextlib import AbstractContextManager
+
 from starlette.responses import Response
 
 from lowlat.serve.call import Call
 from lowlat.serve.chat import PreparedChat, prepare_chat
 from lowlat.serve.chat_reply import ChatReply
 from lowlat.serve.endpoint import json_response
+from lowlat.serve.naming import renamed
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.stream import stream_response
 
@@ -30,17 +33,25 @@ async def submit_chat(call: Call, request: ChatRequest) -> PreparedChat:
     grammar = None
     if prepared.structured is not None:
         param = _form_field(request)
-        services.bridge.check(prepared.ids, prepared.params)
+        with _limits_named(request):
+            services.bridge.check(prepared.ids, prepared.params)
         grammar = await services.grammars.compile(prepared.structured, param=param)
-    await call.submit(
-        prepared.ids,
-        prepared.params,
-        priority=request.priority,
-        deadline=request.deadline_seconds,
-        grammar=grammar,
-        keep_special=prepared.keep_special,
-    )
+    with _limits_named(request):
+        await call.submit(
+            prepared.ids,
+            prepared.params,
+            priority=request.priority,
+            deadline=request.deadline_seconds,
+            grammar=grammar,
+            keep_special=prepared.keep_special,
+        )
     return prepared
+
+
+def _limits_named(request: ChatRequest) -> AbstractContextManager[None]:
+    """The engine knows one limit of an answer, chats have two names for it."""
+    is_new = request.max_tokens is None
+    return renamed({"max_tokens": "max_completion_tokens"} if is_new else {})
 
 
 def _form_field(request: ChatRequest) -> str:

@@ -13,7 +13,10 @@ from lowlat.serve.completion_reply import CompletionReply
 from lowlat.serve.endpoint import json_response
 from lowlat.serve.forms import structured_output
 from lowlat.serve.protocol.completions import CompletionRequest
+from lowlat.serve.protocol.failure import RequestError
+from lowlat.serve.protocol.formats import StructuredOutputs
 from lowlat.serve.stream import stream_response
+from lowlat.utils.errors import UserError
 
 
 async def create_completion(call: Call, request: CompletionRequest) -> Response:
@@ -26,7 +29,7 @@ async def create_completion(call: Call, request: CompletionRequest) -> Response:
         services.bridge.check(ids, params)
     grammar = None
     if request.structured_outputs is not None:
-        output: StructuredOutput = structured_output(request.structured_outputs)
+        output = _form(request.structured_outputs)
         grammar = await services.grammars.compile(output, param="structured_outputs")
     for ids, _ in prompts:
         await call.submit(
@@ -40,6 +43,15 @@ async def create_completion(call: Call, request: CompletionRequest) -> Response:
     if request.stream:
         return stream_response(reply.events(), services.config)
     return json_response(await reply.whole())
+
+
+def _form(given: StructuredOutputs) -> StructuredOutput:
+    """What the answers are held to. Raises RequestError above a limit."""
+    try:
+        return structured_output(given)
+    except UserError as error:
+        field = "structured_outputs"
+        raise RequestError(f"{field}: {error}", param=field) from error
 
 
 def _encode(model: Model, request: CompletionRequest) -> list[tuple[list[int], str]]:

@@ -53,3 +53,13 @@ def bad_value(name: str, path: str, value: Callable[[], Any], **expected: Any) -
 def bad_field(name: str, path: str, change: dict[str, Any], param: str, words: str = "") -> Case:
     """A good body but for these fields; the error must name `param`."""
     return bad_value(name, path, lambda: {**BODIES[path], **change}, param=param, words=words)
+
+
+def user(content: Any) -> dict[str, Any]:
+    """A chat of one message."""
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+def tool(name: str, **schema: Any) -> dict[str, Any]:
+    """A function with this schema for its arguments."""
+    return {"type": "function", "function": {"name": name, "parameters": schema or None}}

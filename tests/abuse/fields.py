@@ -103,7 +103,12 @@ class Walk:
             def wrap(value: Any, name: str = name, rest: Json = rest) -> Any:
                 return node.wrap({**rest, name: value})
 
-            yield Node(path=dot + name, schemas=self.branches(inner), wrap=wrap)
+            schemas = self.branches(inner)
+            if _is_closed(schemas):
+                # What tells the branches of a union apart: the words of all of them may stand here.
+                others = [other["properties"] for other in node.schemas if "properties" in other]
+                schemas = [s for o in others if name in o for s in self.branches(o[name])]
+            yield Node(path=dot + name, schemas=schemas, wrap=wrap)
         values = [schema.get("additionalProperties"), *schema.get("patternProperties", {}).values()]
         for inner in values:
             if isinstance(inner, dict):
@@ -148,16 +153,16 @@ def _wrong_types(route: str, name: str, node: Node) -> Iterator[Case]:
                 yield _case(f"{name}: the text {text!r}", route, node, text)
         for spelling in SPELLINGS:
             yield _spelled(f"{name}: {spelling[:9]}", route, node, spelling)
-    if _is_closed(node):
+    if _is_closed(node.schemas):
         for text in ("no-such-thing", "", "\u0000", "x" * 5000):
             yield _case(f"{name}: unknown word {text[:14]!r}", route, node, text)
     if any(schema.get("const") is False for schema in node.schemas):
         yield _case(f"{name}: true", route, node, True)
 
 
-def _is_closed(node: Node) -> bool:
-    """Whether of all texts only certain words may stand here."""
-    texts = [schema for schema in node.schemas if "string" in _types(schema)]
+def _is_closed(schemas: list[Json]) -> bool:
+    """Whether of all texts only certain words are allowed."""
+    texts = [schema for schema in schemas if "string" in _types(schema)]
     return bool(texts) and all({"const", "enum"} & set(schema) for schema in texts)
 
 
@@ -197,10 +202,13 @@ def _wrong_members(walk: Walk, route: str, name: str, node: Node, schema: Json) 
     dot = f"{node.path}." if node.path else ""
     mark = f" ({schema['title']})"
     for missing in schema.get("required", []):
+        # Where it is missing, another branch may be meant.
+        if any(
+            missing not in s["required"] for s in node.schemas if missing in s.get("properties", {})
+        ):
+            continue
         without = {key: value for key, value in rest.items() if key != missing}
-        yield _case(
-            f"{name}{mark}: without {missing}", route, node, without, param=dot + missing
-        )
+        yield _case(f"{name}{mark}: without {missing}", route, node, without, param=dot + missing)
     if schema.get("additionalProperties") is False:
         for extra in ("no_such_field", "model_", "__class__", "$ref"):
             if extra not in schema["properties"]:
@@ -235,6 +243,4 @@ def _types(schema: Json) -> set[str]:
 
 
 def _type_of(value: Any) -> str:
-    return next(
-        kind for kind, example in VALUES.items() if type(example) is type(value)
-    )
+    return next(kind for kind, example in VALUES.items() if type(example) is type(value))

@@ -47,7 +47,9 @@ def request(
         given["Content-Length"] = str(len(body))
     lines = [f"{method} {target} HTTP/1.1".encode("latin-1")]
     for name, value in given.items():
-        lines.append(name.encode() + b": " + (value if isinstance(value, bytes) else value.encode()))
+        lines.append(
+            name.encode() + b": " + (value if isinstance(value, bytes) else value.encode())
+        )
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 

@@ -38,7 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.browser)
 
 
-@pytest.fixture(scope="session")
+# Not for the session: while it is there an event loop runs, and tests elsewhere run their own.
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     program = os.environ.get(VARIABLE) or next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:

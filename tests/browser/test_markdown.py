@@ -266,20 +266,34 @@ def test_long_texts(page: Page) -> None:
         assert page.evaluate(CHECK, [text]) == [[], None], name
 
 
-def test_settled_blocks_stay(page: Page) -> None:
-    """While text comes in, nodes of complete blocks stay: a selection in them lasts."""
-    kept = page.evaluate(
-        """async () => {
-          const { MarkdownView } = await import("/static/markdown_view.js");
-          const element = document.createElement("div");
-          const view = new MarkdownView(element);
-          view.update("one\\n\\ntwo\\n\\n```\\nthree\\n");
-          const [first, second, code] = [...element.children];
-          const text = code.querySelector("pre code").firstChild;
-          view.update("one\\n\\ntwo\\n\\n```\\nthree\\nfour");
-          const now = [...element.children];
-          const same = [now[0] === first, now[1] === second];
-          return [...same, now[2].querySelector("pre code").firstChild === text, text.data];
-        }"""
-    )
-    assert kept == [True, True, True, "three\nfour"]
+GROW = """
+async ([texts, selector]) => {
+  const { MarkdownView } = await import("/static/markdown_view.js");
+  const element = document.createElement("div");
+  const view = new MarkdownView(element);
+  const seen = texts.map((text) => {
+    view.update(text);
+    return [...element.querySelectorAll(selector)];
+  });
+  return seen.slice(1).map((nodes, at) => seen[at].map((node, index) => node === nodes[index]));
+}
+"""
+
+
+def test_what_is_complete_stays(page: Page) -> None:
+    """As text comes in, nodes that are complete are not made again: a selection in them lasts, and
+    a long listing, list or table costs what is added to it."""
+
+    def kept(selector: str, *texts: str) -> list[list[bool]]:
+        return page.evaluate(GROW, [list(texts), selector])
+
+    assert kept("p", "one\n\ntwo\n\nthree\n", "one\n\ntwo\n\nthree\nfour") == [[True, True, False]]
+    assert kept("pre", "```py\na\n", "```py\na\nb", "```py\na\nbc\n") == [[True], [True]]
+    assert kept("pre", "```p", "```py\na") == [[False]]
+    assert kept("li", "- a\n- b\n- c", "- a\n- b\n- cd\n- e") == [[True, True, False]]
+    assert kept("li", "- a\n- b", "- a\n- b\n\n- c") == [[False, False]]
+    table = "|a|b|\n|-|-|\n|1|2|\n"
+    assert kept("tr", table, table + "|3", table + "|3|4|\n|5|") == [
+        [True] * 2,
+        [True, True, False],
+    ]

@@ -30,7 +30,10 @@ for _ in range(2):
     runner = Runner(model)
     pages = []
     runner.reserve(pages, 5)
-    logits = runner.run([Chunk(pages=pages, start=0, tokens=[3, 1, 4, 1, 5], num_logits=1)])
+    ids = [3, 1, 4, 1, 5]
+    logits = runner.run(
+        [Chunk(pages=pages, start=0, tokens=ids, num_logits=1, form="absorbed")]
+    )
 print(logits.shape[0], bool(logits.isfinite().all()), runner._native is None)
 """
 

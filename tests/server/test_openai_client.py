@@ -209,8 +209,8 @@ def test_completions(client: openai.OpenAI) -> None:
 
 def test_responses(client: openai.OpenAI) -> None:
     answer = client.responses.create(model=NAME, input="Hello", max_output_tokens=6, store=False)
-    assert answer.status == "incomplete"
-    assert answer.usage is not None and answer.usage.output_tokens == 6
+    assert answer.status in ("incomplete", "completed")
+    assert answer.usage is not None and 1 <= answer.usage.output_tokens <= 6
 
 
 def test_streamed_responses(client: openai.OpenAI) -> None:

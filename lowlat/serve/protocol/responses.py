@@ -18,6 +18,7 @@ from lowlat.serve.protocol.base import (
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.protocol.formats import JsonObjectFormat, TextFormat
 from lowlat.serve.protocol.sampling import MaxTokens, Metadata
+from lowlat.serve.protocol.validation import UNKNOWN_KIND
 
 Nothing = Annotated[list[str], Field(max_length=0)]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
@@ -105,10 +106,8 @@ InputItem = Annotated[
     | Annotated[Reasoning, Tag("reasoning")],
     Discriminator(
         _kind_of,
-        custom_error_type="unknown_item",
-        custom_error_message=(
-            "type must be message, function_call, function_call_output or reasoning"
-        ),
+        custom_error_type=UNKNOWN_KIND,
+        custom_error_message=("must be message, function_call, function_call_output or reasoning"),
     ),
 ]
 

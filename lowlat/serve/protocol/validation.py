@@ -3,6 +3,7 @@
 Owns the wording and the path (`messages[0].content`) in `param`.
 """
 
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -12,6 +13,8 @@ from lowlat.serve.protocol.failure import RequestError
 
 MAX_MESSAGE = 400
 MAX_PARAM = 200
+UNKNOWN_KIND = "unknown_kind"
+"""Type of the error of a union whose branch is told by the field `type` in a way of its own."""
 
 Body = TypeVar("Body", bound=BaseModel)
 Path = tuple[str | int, ...]
@@ -22,7 +25,7 @@ def validate(kind: type[Body], value: dict[str, Any]) -> Body:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        details = error.errors(include_url=False, include_input=False, include_context=False)
+        details = error.errors(include_url=False)
         found = [(item, _path(item, value)) for item in details]
         item, path = max(found, key=lambda pair: _rank(*pair))
         raise _failure(item, path) from None
@@ -30,10 +33,13 @@ def validate(kind: type[Body], value: dict[str, Any]) -> Body:
 
 def _failure(item: ErrorDetails, path: Path) -> RequestError:
     name = _spell(path)
-    if item["type"] == "missing":
+    if item["type"] in ("missing", "union_tag_not_found"):
         message = f"{name} is missing"
     elif item["type"] == "extra_forbidden":
         message = f"{name} is not supported; leave it out"
+    elif item["type"] == "union_tag_invalid":
+        context = item.get("ctx", {})
+        message = f"{name} must be one of {context['expected_tags']}, got {context['tag']!r}"
     else:
         message = f"{name}: {item['msg'][:1].lower()}{item['msg'][1:]}"
     return RequestError(_one_line(message, MAX_MESSAGE), param=_one_line(name, MAX_PARAM))
@@ -51,18 +57,32 @@ def _rank(item: ErrorDetails, path: Path) -> tuple[int, int]:
 
 def _path(item: ErrorDetails, value: object) -> Path:
     """The part of pydantic's location that is in the body; names of union branches are not."""
-    path: list[str | int] = []
-    for step in item["loc"]:
-        if isinstance(value, dict) and step in value:
-            value = value[step]
-        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
-            value = value[step]
-        else:
-            continue
-        path.append(step)
+    location = item["loc"]
+    # A branch may have the name of a field of its own object (type and field `json_schema`).
+    path = max(_readings(location, value), key=lambda read: (len(read), read[-1:] == location[-1:]))
     if item["type"] == "missing":
-        path.append(item["loc"][-1])
-    return tuple(path)
+        return (*path, location[-1])
+    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return (*path, item.get("ctx", {})["discriminator"].strip("'"))
+    is_unknown = item["type"] == UNKNOWN_KIND and isinstance(item["input"], dict)
+    return (*path, "type") if is_unknown else path
+
+
+def _readings(location: Path, value: object) -> Iterator[Path]:
+    """Each way to read `location` as steps into `value`."""
+    if not location:
+        yield ()
+        return
+    step, rest = location[0], location[1:]
+    is_branch = True
+    if isinstance(value, dict) and step in value:
+        yield from ((step, *read) for read in _readings(rest, value[step]))
+        is_branch = step == value.get("type")
+    elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+        yield from ((step, *read) for read in _readings(rest, value[step]))
+        is_branch = False
+    if is_branch:
+        yield from _readings(rest, value)
 
 
 def _spell(path: Path) -> str:

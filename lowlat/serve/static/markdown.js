@@ -15,7 +15,7 @@ const MAX_DEPTH = 12;
 /**
  * Blocks of `lines`, each with `line`, the index of its first line, and `type`: paragraph (text),
  * heading (level, text), code (language, text, isOpen), quote (blocks), rule, table (align, header,
- * rows) or list (isOrdered, start, isLoose, items: {task, blocks}).
+ * rows: {cells, source}) or list (isOrdered, start, isLoose, items: {task, blocks, source}).
  */
 export function parseBlocks(lines, depth = 0) {
   const blocks = [];
@@ -134,7 +134,8 @@ function parseQuote(lines, at, depth) {
 function parseList(lines, at, depth) {
   const first = ITEM.exec(lines[at])[2];
   const isOrdered = /\d/.test(first);
-  const list = { type: "list", isOrdered, start: isOrdered ? Number.parseInt(first, 10) : 1, isLoose: false, items: [] };
+  const start = isOrdered ? Number.parseInt(first, 10) : 1;
+  const list = { type: "list", isOrdered, start, isLoose: false, items: [] };
   for (;;) {
     const [body, next] = takeItem(lines, at);
     list.items.push(makeItem(body, depth));
@@ -181,11 +182,12 @@ function takeItem(lines, at) {
 }
 
 function makeItem(body, depth) {
+  const source = body.join("\n");
   const task = TASK.exec(body[0]);
   if (task) body[0] = body[0].slice(task[0].length);
   const blocks = parseBlocks(body, depth + 1);
   const isLoose = blocks.slice(1).some((block) => isBlank(body[block.line - 1]));
-  return { task: task ? task[1] !== " " : null, blocks, isLoose };
+  return { task: task ? task[1] !== " " : null, blocks, isLoose, source };
 }
 
 function isTable(lines, at) {
@@ -203,7 +205,7 @@ function parseTable(lines, at) {
   const rows = [];
   for (at += 2; at < lines.length && lines[at].includes("|") && !interrupts(lines, at); at += 1) {
     const cells = splitRow(lines[at]);
-    rows.push(header.map((_, column) => cells[column] ?? ""));
+    rows.push({ cells: header.map((_, column) => cells[column] ?? ""), source: lines[at] });
   }
   return [{ type: "table", align, header, rows }, at];
 }

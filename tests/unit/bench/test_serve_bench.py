@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import importlib.util
 import random
 import sys
 from collections.abc import Iterator
@@ -12,18 +13,29 @@ import pytest
 
 from lowlat.utils.errors import UserError
 
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 FAKE = Path(__file__).parent / "fake_openai.py"
 
 
 @pytest.fixture(autouse=True)
 def benchmarks_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The benchmarks lie outside the package and import one another by `serving.`."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
 
 
 def module(name: str) -> ModuleType:
     return importlib.import_module(name)
+
+
+def serve_benchmark() -> ModuleType:
+    """By its file: `serve` is the name of a folder of tests, too."""
+    path = BENCHMARKS / "serve.py"
+    spec = importlib.util.spec_from_file_location("serve_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def program(*arguments: str) -> object:
@@ -142,7 +154,7 @@ def test_a_server_that_ends_is_reported_with_its_last_words(tmp_path: Path) -> N
 
 
 def test_peers_that_cannot_be_run_are_named(tmp_path: Path) -> None:
-    serve = module("serve")
+    serve = serve_benchmark()
     setup = module("serving.servers").Setup(
         model="m", dtype="int8", threads=1, context=64, concurrency=4
     )

@@ -22,8 +22,15 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Bridge, ServeConfig]]:
     """What would have been served; nothing listens."""
     calls: list[tuple[Bridge, ServeConfig]] = []
 
-    def run(bridge: Bridge, config: ServeConfig, listener: socket.socket) -> None:
+    def run(
+        bridge: Bridge,
+        config: ServeConfig,
+        listener: socket.socket,
+        *,
+        on_ready: Callable[[], None],
+    ) -> None:
         calls.append((bridge, config))
+        on_ready()
 
     monkeypatch.setattr("lowlat.serve.run.run", run)
     monkeypatch.setattr("lowlat.serve.logs.configure", lambda: None)

@@ -92,8 +92,8 @@ def test_strict_is_no_part_of_what_the_model_reads() -> None:
 @pytest.mark.parametrize("family", ["unknown", "chatml"])
 def test_tools_are_refused_where_calls_have_no_known_form(family: str) -> None:
     refused("tools", family, tools=[TOOL])
-    refused("messages.1.tool_calls", family, CALLED)
-    refused("messages.0.role", family, ANSWERED[2:])
+    refused("messages[1].tool_calls", family, CALLED)
+    refused("messages[0].role", family, ANSWERED[2:])
     assert prepare(family, tools=[TOOL], tool_choice="none").structured is None
 
 
@@ -121,10 +121,10 @@ def test_ids_count_the_conversations_calls() -> None:
 def test_messages_that_templates_would_misread_are_refused() -> None:
     broken = {**CALL, "function": {"name": "weather", "arguments": "{"}}
     messages = [USER, {"role": "assistant", "tool_calls": [broken]}]
-    refused("messages.1.tool_calls.0.function.arguments", "glm", messages)
+    refused("messages[1].tool_calls[0].function.arguments", "glm", messages)
     stray = [*CALLED, {"role": "tool", "tool_call_id": "other", "content": "sun"}]
-    refused("messages.2.tool_call_id", "hermes", stray)
-    refused("messages.0.role", "mistral", [{"role": "system", "content": "a"}, USER])
+    refused("messages[2].tool_call_id", "hermes", stray)
+    refused("messages[0].role", "mistral", [{"role": "system", "content": "a"}, USER])
 
 
 def test_refusals_of_the_template_name_messages() -> None:

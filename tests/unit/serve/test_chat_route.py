@@ -209,7 +209,7 @@ def test_every_generation_is_given_up_at_the_end(client: TestClient, bridge: Fak
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "x", "age": 3}]}, "messages[0].age"),
@@ -225,7 +225,7 @@ def test_every_generation_is_given_up_at_the_end(client: TestClient, bridge: Fak
         ({"audio": {}}, "audio"),
         ({"modalities": ["audio"]}, "modalities[0]"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
-        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
         (
             {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},

@@ -191,14 +191,14 @@ def test_harmless_fields_are_accepted(client: TestClient, change: dict[str, Any]
         ({"truncation": "auto"}, "truncation"),
         ({"include": ["reasoning.encrypted_content"]}, "include"),
         ({"input": []}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "u"}]}]},
-            "input[0].content[0]",
+            "input[0].content[0].type",
         ),
         (
             {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "u"}]}]},
-            "input[0].content[0]",
+            "input[0].content[0].type",
         ),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"reasoning": {"effort": "low"}}, "reasoning"),

@@ -20,11 +20,23 @@ class Twig(StrictModel):
     leaves: list[Leaf]
 
 
+class Namesake(StrictModel):
+    """Its `type` is the name of a field of its own."""
+
+    type: Literal["leaf"]
+    leaf: Leaf | None = None
+
+
+class Plain(StrictModel):
+    type: Literal["plain"]
+
+
 class Tree(StrictModel):
     name: str | list[Leaf]
     parts: Annotated[list[Annotated[Leaf | Twig, Field(discriminator="kind")]], Field()] | None = (
         None
     )
+    form: Annotated[Namesake | Plain, Field(discriminator="type")] | None = None
     weight: float | None = None
 
 
@@ -39,12 +51,16 @@ LEAF = {"kind": "leaf", "size": 1}
         ({"name": [{**LEAF, "size": 0}]}, "name[0].size", "greater than or equal to 1"),
         ({"name": [{"kind": "leaf"}]}, "name[0].size", "is missing"),
         ({"name": "x", "age": 3}, "age", "age is not supported; leave it out"),
-        ({"name": "x", "parts": [{"kind": "root"}]}, "parts[0]", "'leaf', 'twig'"),
+        ({"name": "x", "parts": [{"kind": "root"}]}, "parts[0].kind", "'leaf', 'twig'"),
         (
             {"name": "x", "parts": [LEAF, {"kind": "twig", "leaves": [{**LEAF, "size": True}]}]},
             "parts[1].leaves[0].size",
             "valid integer",
         ),
+        ({"name": "x", "parts": [{}]}, "parts[0].kind", "is missing"),
+        ({"name": "x", "form": {"type": "leaf", "age": 3}}, "form.age", "form.age is not"),
+        ({"name": "x", "form": {"type": "leaf", "leaf": 3}}, "form.leaf", "valid dictionary"),
+        ({"name": "x", "form": {"type": "leaf", "leaf": {"size": 3}}}, "form.leaf.kind", "missing"),
         ({"name": "x", "weight": True}, "weight", "valid number"),
         ({"name": "x", "weight": "1"}, "weight", "valid number"),
     ],
