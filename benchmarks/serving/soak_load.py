@@ -69,6 +69,11 @@ class Load:
             await self._call(self._mix.draw())
         await self.canary()
 
+    async def read_prompt(self, words: int) -> None:
+        """Have a prompt of that many random words read; nothing else begins like it."""
+        body = {"model": self._model, "prompt": self._mix.words(words, words), "max_tokens": 1}
+        (await self._client.post(COMPLETIONS, json=body)).raise_for_status()
+
     async def _call(self, call: Call) -> None:
         kind = f"{call.manner}: {call.kind}"
         self.tally.kinds[kind] = self.tally.kinds.get(kind, 0) + 1

@@ -13,6 +13,7 @@ from lowlat.utils.errors import UserError
 
 _SERVER_PANEL = "Server"
 _LIMITS_PANEL = "Limits"
+_MACHINE_PANEL = "Machine"
 
 
 def serve(
@@ -77,9 +78,24 @@ def serve(
             rich_help_panel=_LIMITS_PANEL,
         ),
     ] = 30.0,
+    speculate: Annotated[
+        bool,
+        typer.Option(
+            help="Verify guesses at several tokens in a step where that pays; changes no token.",
+            rich_help_panel=_MACHINE_PANEL,
+        ),
+    ] = True,
     device: options.Device = options.DEFAULT_DEVICE,
     dtype: options.Dtype = options.DEFAULT_DTYPE,
     cache: options.Cache = options.DEFAULT_CACHE,
+    cache_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="GiB the cache may take; the default is most of the memory the weights leave.",
+            rich_help_panel=_MACHINE_PANEL,
+        ),
+    ] = None,
     threads: options.Threads = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API under /v1, a chat page at /, metrics at /metrics."""
@@ -102,7 +118,14 @@ def serve(
     # Before a model is fetched or loaded, so that a taken port is known at once.
     with open_socket(config) as listener:
         loaded = load_model(
-            model, dtype=dtype, cache=cache, device=device, threads=threads, context=max_context
+            model,
+            dtype=dtype,
+            cache=cache,
+            device=device,
+            threads=threads,
+            context=max_context,
+            max_cache_bytes="auto" if cache_memory is None else int(cache_memory * 2**30),
+            speculates=speculate,
         )
         configure()
         greeting = f"lowlat serves {config.model_name} on {url_of(listener)} (Ctrl-C ends it)"

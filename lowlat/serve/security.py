@@ -1,7 +1,7 @@
 """Guard: who may reach the routes. Refuses by default; knows no route but the open ones.
 
-Owns the checks of Host, Origin and key, on the path the router sees. Sends no CORS headers, so
-that no page of another origin can read an answer.
+Owns the checks of the headers' size and framing, of Host, Origin and key, on the path the router
+sees. Sends no CORS headers, so that no page of another origin can read an answer.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from lowlat.serve import limits
 from lowlat.serve.config import ServeConfig, is_loopback
 from lowlat.serve.errors import error_response
 from lowlat.serve.pages import COOKIE, cookie_value, login_page
@@ -21,6 +22,8 @@ OPEN_PATHS = frozenset({"/health"})
 """Paths that need no key."""
 LOGIN_PATH = "/login"
 PAGE_PATH = "/"
+# The HTTP library measures only headers that do not come all at once.
+_MAX_HEAD = limits.MAX_HEADER_BYTES
 
 _HOST = re.compile(
     rb"(?:\[(?P<six>[0-9A-Fa-f:.]{2,45})\]|(?P<name>[A-Za-z0-9_.-]{1,253}))(?::[0-9]{1,5})?"
@@ -47,6 +50,9 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
+        malformed = _check_head(scope, headers)
+        if malformed is not None:
+            return malformed
         hosts = [value for name, value in headers if name == b"host"]
         if len(hosts) != 1 or not self._is_known(hosts[0]):
             return error_response(
@@ -120,6 +126,18 @@ class _Key:
         self.digest = hashlib.sha256(key.encode("ascii")).digest()
         self.cookie = cookie_value(key).encode("ascii")
         self.salt = hmac.digest(key.encode("ascii"), b"lowlat prefix cache", "sha256")
+
+
+def _check_head(scope: Scope, headers: list[tuple[bytes, bytes]]) -> Response | None:
+    """A refusal of headers that are too large, or of which proxies may have made something else."""
+    target = len(scope["raw_path"]) + len(scope["query_string"])
+    if target + sum(len(name) + len(value) + 4 for name, value in headers) > _MAX_HEAD:
+        message = f"the request's line and headers are larger than {_MAX_HEAD} bytes"
+        return error_response(431, message, headers={"Connection": "close"})
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+        message = "Content-Length and Transfer-Encoding contradict each other; send one"
+        return error_response(400, message, headers={"Connection": "close"})
+    return None
 
 
 def _cookie(headers: Iterable[bytes]) -> bytes:

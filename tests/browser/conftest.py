@@ -15,6 +15,7 @@ from playwright.sync_api import (
     ConsoleMessage,
     Page,
     Route,
+    expect,
     sync_playwright,
 )
 
@@ -26,6 +27,7 @@ MISSING = (
     "Chromium is not here: install it (Debian, Ubuntu: apt-get install chromium), name the program "
     f"in {VARIABLE}, or leave these tests out with -m 'not browser'"
 )
+TIMEOUT = 30_000.0  # milliseconds: machines that run tests may have much else to do
 # Chromium's own report of an answer with status 4xx or 5xx; tests that cause one allow it.
 REFUSED = "Failed to load resource: the server responded with a status of "
 BROKEN = "Failed to load resource: net::"
@@ -44,6 +46,7 @@ def browser() -> Iterator[Browser]:
     program = os.environ.get(VARIABLE) or next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         pytest.fail(MISSING, pytrace=False)
+    expect.set_options(timeout=TIMEOUT)
     with sync_playwright() as playwright:
         # Tests may run as root in a container, where Chromium's sandbox does not work.
         chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
@@ -103,7 +106,7 @@ def open_page(browser: Browser, server: Server, errors: Errors) -> Iterator[Open
     def open_one(path: str = "/", *, at: Server = server, **options: object) -> Page:
         options = {"viewport": {"width": 1280, "height": 800}, **options}
         context = browser.new_context(base_url=at.url, **options)  # pyright: ignore[reportArgumentType]
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(TIMEOUT)
         contexts.append(context)
 
         def outside(route: Route) -> None:
