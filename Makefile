@@ -10,12 +10,14 @@ SANITIZED := build/sanitized
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo chat test sanitize lint format types check clean
+.PHONY: help demo chat serve test soak sanitize lint format types check clean
 
 help:
 	@echo "make demo    fetch a small model, convert it to MLA, answer one question"
 	@echo "make chat    the same model, interactively"
+	@echo "make serve   the same model as a server with a chat page"
 	@echo "make test    run the test suite"
+	@echo "make soak    a minute of a server under load"
 	@echo "make sanitize  run the tests of the native kernels with memory and undefined-behaviour checks"
 	@echo "make lint    ruff: rules and formatting     make format  apply them"
 	@echo "make types   basedpyright                   make check   test, lint and types"
@@ -28,8 +30,16 @@ demo: .venv/run.stamp
 chat: .venv/run.stamp
 	@$(BIN)/lowlat chat
 
+serve: .venv/dev.stamp
+	@$(BIN)/lowlat serve
+
 test: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+
+# A minute of a server under load; half an hour is benchmarks/soak.py's default.
+soak: .venv/dev.stamp
+	$(BIN)/python benchmarks/random_checkpoint.py tiny build/tiny
+	$(BIN)/python benchmarks/soak.py build/tiny --minutes 1
 
 # tests/native/test_native.py starts processes of its own, which load the installed module. Reports go to stderr, which
 # pytest may not keep; leaks are not looked for, as CPython has many.
@@ -38,7 +48,8 @@ sanitize: .venv/dev.stamp
 		--config-settings build-dir=$(SANITIZED) --config-settings cmake.define.LOWLAT_SANITIZE=ON
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
-		$(BIN)/python tests/native/sanitized.py $(SANITIZED) tests/native --capture sys --ignore tests/native/test_native.py
+		$(BIN)/python tests/native/sanitized.py $(SANITIZED) tests/native --capture sys --ignore tests/native/test_native.py \
+		--ignore tests/native/test_company.py
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

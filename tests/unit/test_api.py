@@ -1,0 +1,83 @@
+"""The offline batch API."""
+
+from pathlib import Path
+
+import pytest
+from fakes import ScriptedModel, byte_tokenizer, gqa_config
+
+import lowlat
+from lowlat import api
+from lowlat.engine.llm import Model
+from lowlat.engine.params import SamplingParams
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import SilentProgress
+
+
+@pytest.fixture
+def llm(monkeypatch: pytest.MonkeyPatch) -> lowlat.LLM:
+    def load(name: str, **options: object) -> Model:
+        model = ScriptedModel(gqa_config(), lambda token: ord("a") if token >= 122 else token + 1)
+        return Model(model, byte_tokenizer(), name=name)
+
+    monkeypatch.setattr(api, "load", load)
+    return lowlat.LLM("counting")
+
+
+def test_many_prompts_with_one_kind_of_options(llm: lowlat.LLM) -> None:
+    found = llm.generate(["abc", list(b"xy"), "k"], max_tokens=3, progress=SilentProgress())
+    assert found == ["def", "zab", "lmn"]
+
+
+def test_each_prompt_with_its_own_options(llm: lowlat.LLM) -> None:
+    params = [SamplingParams(max_tokens=1), SamplingParams(max_tokens=2, temperature=0.01, n=2)]
+    assert llm.generate(["a", "b"], params) == ["b", ["cd", "cd"]]
+
+
+def test_progress_counts_prompts(llm: lowlat.LLM) -> None:
+    from lowlat.utils import progress
+
+    seen: list[int] = []
+
+    class Counting(SilentProgress):  # pyright: ignore
+        def task(self, label: str, total: int | None = None, unit: progress.Unit = "items"):
+            assert (label, total, unit) == ("generating", 3, "items")
+            context = super().task(label, total, unit)
+            task = context.__enter__()
+            advance = task.advance
+            task.advance = lambda n=1: (seen.append(n), advance(n))
+            return _Entered(task)
+
+    class _Entered:
+        def __init__(self, task: progress.Task) -> None:
+            self.task = task
+
+        def __enter__(self) -> progress.Task:
+            return self.task
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    llm.generate(["a", "b", "c"], max_tokens=2, progress=Counting())
+    assert sum(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("params", "options", "message"),
+    [
+        (SamplingParams(), {"max_tokens": 3}, "give max_tokens in params or as a keyword"),
+        ([SamplingParams()], {}, "2 prompts need as many params, got 1"),
+        (None, {"max_tokens": 200}, "context of 97"),
+        (None, {"maximum": 3}, "option 'maximum' is unknown"),
+    ],
+)
+def test_what_cannot_be_served_generates_nothing(
+    llm: lowlat.LLM, params: object, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        llm.generate(["a", "b"], params, **options)  # pyright: ignore
+    assert not llm.model.engine.has_work and llm.model.runner.pool.num_used == 0
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        lowlat.LLM(str(tmp_path / "nothing"))
