@@ -5,6 +5,7 @@ Owns how the parts fit together. What a route does is in routes_*.py; listening 
 """
 
 import contextlib
+import re
 import time
 from collections.abc import AsyncGenerator
 
@@ -61,6 +62,9 @@ def build_app(services: Services) -> Starlette:
         *page_routes(services.config.api_keys),
     ]
     metrics.name_routes(routes)
+    for route in routes:
+        # Starlette's patterns end with $, which lets a line break follow.
+        route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"\Z")
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:

@@ -243,7 +243,7 @@ class Bridge:
         """Take no more requests, wait up to `seconds` for those there are, end the rest and the
         thread."""
         self._is_draining = True
-        if self._thread.is_alive():
+        if self._open and self._thread.is_alive():
             try:
                 await asyncio.wait_for(self._is_idle.wait(), seconds)
             except TimeoutError:

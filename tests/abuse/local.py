@@ -23,7 +23,7 @@ from lowlat.serve.bridge import Bridge
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.services import Services
 
-from .wire import HOST, SECONDS
+from .wire import SECONDS
 
 NAME = "counting"
 
@@ -118,6 +118,3 @@ def listening(
             servers[0].should_exit = True
             thread.join(SECONDS)
             assert not thread.is_alive()
-
-
-__all__ = ["HOST", "NAME", "Local", "counting_model", "listening", "num_descriptors", "until"]

@@ -124,16 +124,10 @@ def twisted(path: str) -> Iterator[str]:
     yield from (f"/{path}", f"/.{path}", f"{path}/", f"{path}//", f"{path};", f"{path};x=1")
     yield from (f"/health/..{path}", f"/health/..;{path}", f"/health/%2e%2e{path}")
     yield from (f"/health%2f..{path}", f"/health%00{path}", f"/health;{path}", f"/health#{path}")
-    yield from (
-        f"/login/..{path}",
-        f"/static/..{path}",
-        f"\\{path[1:]}",
-        f"{path}%00",
-        f"{path}%20",
-    )
+    yield from (f"/login/..{path}", f"/static/..{path}", f"{path}%00", f"{path}%20")
     yield from (f"{path}.json", path.upper() if path.upper() != path else "/V1", f"{path}%0a")
     yield from (f"http://{HOST}{path}", f"http://evil.example{path}", f"/..{path}", f"{path}/.")
-    yield from (f"/%2f{path[1:]}", f"{path}%3fx", f"{path}\\", f"/health/..%5c{path[1:]}")
+    yield from (f"/%2f{path[1:]}", f"{path}%3fx", f"{path}\\", f"\\{path[1:]}")
 
 
 def test_no_route_opens_by_another_spelling(locked: Local) -> None:
@@ -165,8 +159,8 @@ HOSTS = (
     "evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example",
     "127.0.0.1@evil.example", "evil.example#127.0.0.1", "127.0.0.1, evil.example", "192.168.1.7",
     "[2001:db8::1]", "[::ffff:192.168.1.7]", "0.0.0.0", "127.0.0.1:x", "127.0.0.1:123456", "[::1",
-    "127.0.0.1/", "localhost\\x", "xn--localhost", "localhost.localdomain", "", "*", "null", "2130706433",
-    "0x7f.1", "127.1", "a" * 300,
+    "127.0.0.1/", "localhost\\x", "xn--localhost", "localhost.localdomain", "", "*", "null",
+    "2130706433", "0x7f.1", "127.1", "a" * 300,
 )  # fmt: skip
 
 

@@ -31,6 +31,8 @@ CHUNK = 48
 NUM_REQUESTS = {"mla": 250, "gqa": 60, "mtp": 40}
 """For each of four concurrencies: 1,000 in all for MLA."""
 CONTEXT = 400
+MAX_TOKENS = 80
+"""Of some requests, which outgrow the pages they were admitted with."""
 
 
 def small_config(kind: str) -> ModelConfig:
@@ -60,7 +62,8 @@ def drawn_asks(seed: int, count: int) -> list[Ask]:
         prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 7, 30, 45, 90]))]
         if rng.random() < 0.6:
             prompt = rng.choice(openings) + prompt
-        options: dict[str, Any] = {"max_tokens": rng.randint(1, 24), "ignore_eos": True}
+        longest = MAX_TOKENS if rng.random() < 0.3 else 20
+        options: dict[str, Any] = {"max_tokens": rng.randint(1, longest), "ignore_eos": True}
         if rng.random() < 0.5:
             options |= {"temperature": 0.8, "seed": number, "top_p": rng.choice([1.0, 0.9])}
             options["n"] = rng.choice([1, 1, 2])
@@ -112,7 +115,7 @@ def test_not_one_token_differs_from_running_alone(kind: str) -> None:
     asks = drawn_asks(11, NUM_REQUESTS[kind])
     expected = [alone(model, ask) for ask in asks]
     assert len({tuple(tokens) for found in expected for tokens in found}) > NUM_REQUESTS[kind]
-    longest = -(-(max(len(ask.prompt) for ask in asks) + 24) // PAGE_SIZE)
+    longest = -(-(max(len(ask.prompt) for ask in asks) + MAX_TOKENS) // PAGE_SIZE)
     preemptions = hits = accepted = 0
     for number, concurrency in enumerate((1, 2, 8, 32)):
         engine = engine_for(
@@ -121,7 +124,7 @@ def test_not_one_token_differs_from_running_alone(kind: str) -> None:
                 step_tokens=random.Random(number).choice([40, 96]),
                 mixed_tokens=random.Random(number).choice([5, 24]),
                 # The longest request has hardly any room beside it.
-                max_pages=longest + 2 if number % 2 else None,
+                max_pages=longest + 1 if number >= 2 else None,
             ),
             has_prefix_cache=number != 1,
             speculates=number != 2,
@@ -141,4 +144,4 @@ def test_not_one_token_differs_from_running_alone(kind: str) -> None:
             page_tokens=0,
         )
         accepted += counts.accepted_tokens
-    assert preemptions > 5 and hits > 1000 and accepted > 5, (preemptions, hits, accepted)
+    assert preemptions > 1 and hits > 1000 and accepted > 5, (preemptions, hits, accepted)

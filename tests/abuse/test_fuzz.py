@@ -1,0 +1,136 @@
+"""Schemathesis over the published OpenAPI document: requests that keep to it, and ones that do not.
+
+LOWLAT_FUZZ_EXAMPLES says how many are made per operation and kind: few by default, 1,000 by
+
+    LOWLAT_FUZZ_EXAMPLES=1000 python -m pytest tests/abuse/test_fuzz.py -rP
+
+which also prints how many of which statuses came back.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import jsonschema_rs
+import pytest
+import schemathesis
+from schemathesis import GenerationMode
+from schemathesis.schemas import APIOperation
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from server.conftest import Server, serving
+from server.tiny_server import NAME
+
+from lowlat.serve.operations import GETS, POSTS
+from lowlat.serve.protocol.models import ErrorResponse
+
+from .wire import call, get
+
+EXAMPLES = int(os.environ.get("LOWLAT_FUZZ_EXAMPLES", "25"))
+CANARY = {"model": NAME, "prompt": "The canary", "max_tokens": 20, "temperature": 0}
+OPERATIONS = [
+    *((post.path, "POST", mode) for post in POSTS for mode in GenerationMode),
+    *((operation.path, "GET", GenerationMode.POSITIVE) for operation in GETS),
+    # The other GETs take nothing that could be wrong.
+    *((o.path, "GET", GenerationMode.NEGATIVE) for o in GETS if o.parameter is not None),
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A small context: answers are short, and prompts reach its end."""
+    with serving("--context", "96") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def document(server: Server) -> dict[str, Any]:
+    return json.loads(get(server.port, "/openapi.json").body)
+
+
+def test_every_operation_is_fuzzed(document: dict[str, Any]) -> None:
+    described = {
+        (path, method.upper())
+        for path, operations in document["paths"].items()
+        for method in operations
+    }
+    assert described == {(path, method) for path, method, _ in OPERATIONS}
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "mode"), OPERATIONS, ids=[f"{m} {p} {k.value}" for p, m, k in OPERATIONS]
+)
+def test_answers_keep_to_the_document(
+    server: Server, document: dict[str, Any], path: str, method: str, mode: GenerationMode
+) -> None:
+    """No 5xx, known statuses, matching answers, one shape for errors, and no after-effects.
+
+    What does not keep to the document is refused.
+    """
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    schema.config.generation.update(modes=[mode], max_examples=EXAMPLES)
+    operation = schema[path][method]
+    before = call(server.port, "/v1/completions", CANARY)
+    statuses = run(operation, mode, events_of(document, path, method))
+    print(f"{method} {path}, {mode.value}: {statuses.total()} requests, {dict(statuses)}")
+    after = call(server.port, "/v1/completions", CANARY)
+    assert before.status == after.status == 200
+    assert json.loads(before.body)["choices"] == json.loads(after.body)["choices"]
+    assert get(server.port, "/health").status == 200
+    assert statuses.total() >= (EXAMPLES if method == "POST" else 1)
+    if not mode.is_negative:
+        # Fields that are right one by one may contradict each other; most must not.
+        assert statuses[200] >= max(1, statuses.total() // 20), statuses
+
+
+def events_of(document: dict[str, Any], path: str, method: str) -> Any:
+    """A validator of the data of a stream's events; None where there are no streams."""
+    content = document["paths"][path][method.lower()]["responses"]["200"]["content"]
+    if "text/event-stream" not in content:
+        return None
+    schema = content["text/event-stream"]["schema"]["properties"]["data"]["anyOf"][0][
+        "contentSchema"
+    ]
+    whole = {**schema, "components": document["components"]}
+    return jsonschema_rs.Draft202012Validator(whole)
+
+
+def run(operation: APIOperation, mode: GenerationMode, events: Any) -> Counter[int]:
+    """Send EXAMPLES requests and check every answer; returns how often which status came."""
+    statuses: Counter[int] = Counter()
+
+    @hypothesis.settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+    def check(case: schemathesis.Case) -> None:
+        response = case.call(timeout=60)
+        statuses[response.status_code] += 1
+        assert response.status_code < 500
+        if response.status_code >= 400:
+            ErrorResponse.model_validate(json.loads(response.content))
+        elif mode.is_negative:
+            raise AssertionError(f"wrong data was accepted: {case.body!r}")
+        elif response.headers["content-type"][0].startswith("text/event-stream"):
+            check_stream(response.content.decode(), events)
+        case.validate_response(response, excluded_checks=[positive_data_acceptance])
+
+    check()
+    return statuses
+
+
+def check_stream(text: str, events: Any) -> None:
+    """Every event's data matches the document, and the stream has come to its end."""
+    data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    kinds = [json.loads(item).get("type") for item in data if item != "[DONE]"]
+    assert data[-1] == "[DONE]" or kinds[-1] in ("response.completed", "response.incomplete")
+    for item in data:
+        if item != "[DONE]":
+            events.validate(json.loads(item))
