@@ -16,6 +16,7 @@ from lowlat.serve.answer import AnswerParser, Thinking
 from lowlat.serve.dialect import Dialect
 from lowlat.serve.forms import format_output, structured_output
 from lowlat.serve.history import template_messages
+from lowlat.serve.lengths import check_size
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.protocol.tools import Function, NamedTool, Tool
@@ -76,6 +77,7 @@ def _shown_tools(dialect: Dialect, request: ChatRequest) -> list[Tool]:
 
 def _encode(model: Model, dialect: Dialect, request: ChatRequest, tools: list[Tool]) -> list[int]:
     messages = template_messages(dialect, request.messages)
+    check_size(model, (str(message.get("content") or "") for message in messages), "messages")
     described = [_described(tool.function) for tool in tools] or None
     variables = _variables(dialect, request)
     try:

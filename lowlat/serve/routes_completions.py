@@ -12,6 +12,7 @@ from lowlat.serve.call import Call
 from lowlat.serve.completion_reply import CompletionReply
 from lowlat.serve.endpoint import json_response
 from lowlat.serve.forms import structured_output
+from lowlat.serve.lengths import check_size
 from lowlat.serve.protocol.completions import CompletionRequest
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.protocol.formats import StructuredOutputs
@@ -56,6 +57,9 @@ def _form(given: StructuredOutputs) -> StructuredOutput:
 
 def _encode(model: Model, request: CompletionRequest) -> list[tuple[list[int], str]]:
     """Token ids of each prompt, and the text its answers begin with."""
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            check_size(model, [prompt], "prompt")
     return [
         (
             model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,

@@ -6,6 +6,7 @@ from lowlat.engine.llm import Model
 from lowlat.serve.call import Call
 from lowlat.serve.chat import prepare_chat
 from lowlat.serve.endpoint import json_response
+from lowlat.serve.lengths import check_size
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.protocol.tokens import (
@@ -33,6 +34,7 @@ def _tokenize(model: Model, request: TokenizeRequest) -> TokenizeResponse:
         chat = ChatRequest(model=request.model, messages=request.messages, tools=request.tools)
         ids = list(prepare_chat(model, chat).ids)
     else:
+        check_size(model, [request.prompt or ""], "prompt")
         ids = model.tokenizer.encode(
             request.prompt or "", add_special_tokens=request.add_special_tokens is not False
         )

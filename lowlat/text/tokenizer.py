@@ -102,6 +102,11 @@ class Tokenizer:
         model["vocab"] = {t: i for t, i in model["vocab"].items() if t not in added}
         return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
+    @cached_property
+    def max_token_bytes(self) -> int:
+        """Bytes of the longest token."""
+        return max(len(self._bytes.of(index)) for index in range(self.vocab_size))
+
     def id_to_bytes(self, token_id: int) -> bytes:
         """The bytes `token_id` stands for, maybe part of a character; empty for an unused id."""
         return self._bytes.of(token_id)

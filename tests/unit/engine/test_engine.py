@@ -292,3 +292,15 @@ def test_times_are_in_order() -> None:
     assert request.started_at is not None
     assert sequence.first_token_at is not None and sequence.last_token_at is not None
     assert request.started_at <= sequence.first_token_at < sequence.last_token_at
+
+
+def test_completions_fork_after_the_cache_has_grown() -> None:
+    """Holds shut: a page copied in place in rows that were made in inference mode."""
+    engine = counting_engine()
+    outputs(engine, list(range(90)), max_tokens=2)
+    before = engine.runner.cache
+    params = SamplingParams(max_tokens=20, temperature=1.0, n=3, ignore_eos=True)
+    request = engine.add(list(range(71)), params)
+    run(engine)
+    assert engine.runner.cache is not before
+    assert all(sequence.num_outputs == 20 for sequence in request.sequences)

@@ -183,3 +183,25 @@ def test_the_server_sets_the_longest_deadline(make_client: MakeClient, bridge: F
     for given in ({}, {"deadline_seconds": 99}, {"deadline_seconds": 2}):
         assert client.post("/v1/completions", json={**BODY, **given}).status_code == 200
     assert [asked.deadline for asked in bridge.asked] == [10.0, 10.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": "x" * 100_000}, "prompt"),
+        ("/tokenize", {"prompt": "x" * 100_000}, "prompt"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "x" * 100_000}]},
+            "messages",
+        ),
+    ],
+)
+def test_a_text_beyond_any_context_is_not_even_tokenised(
+    client: TestClient, path: str, body: dict[str, object], param: str
+) -> None:
+    """Holds shut: a body within its cap that takes seconds and a gigabyte to tokenise."""
+    answer = client.post(path, json={"model": NAME, **body})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == param and "cannot fit the context" in error["message"]
