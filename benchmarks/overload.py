@@ -1,4 +1,4 @@
-"""A server at ten times what it can do: how quick refusals are, and that admitted requests are right.
+"""A server at ten times what it can do: refusals are quick, and admitted requests served right.
 
     python benchmarks/overload.py MODEL --factor 10 --seconds 30 --out benchmarks/results/NAME
 

@@ -29,6 +29,7 @@ from lowlat.serve.protocol.models import ErrorResponse
 from .wire import call, get
 
 EXAMPLES = int(os.environ.get("LOWLAT_FUZZ_EXAMPLES", "25"))
+ENDS = ("response.completed", "response.incomplete", "response.failed")
 CANARY = {"model": NAME, "prompt": "The canary", "max_tokens": 20, "temperature": 0}
 OPERATIONS = [
     *((post.path, "POST", mode) for post in POSTS for mode in GenerationMode),
@@ -71,6 +72,7 @@ def test_answers_keep_to_the_document(
     """
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     schema.config.generation.update(modes=[mode], max_examples=EXAMPLES)
+    schema.config.max_stream_events = 100_000
     operation = schema[path][method]
     before = call(server.port, "/v1/completions", CANARY)
     statuses = run(operation, mode, events_of(document, path, method))
@@ -107,7 +109,7 @@ def run(operation: APIOperation, mode: GenerationMode, events: Any) -> Counter[i
         derandomize=True,
         database=None,
         phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=[*hypothesis.HealthCheck],  # pyright: ignore[reportArgumentType]
     )
     @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
     def check(case: schemathesis.Case) -> None:
@@ -128,9 +130,13 @@ def run(operation: APIOperation, mode: GenerationMode, events: Any) -> Counter[i
 
 def check_stream(text: str, events: Any) -> None:
     """Every event's data matches the document, and the stream has come to its end."""
-    data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
-    kinds = [json.loads(item).get("type") for item in data if item != "[DONE]"]
-    assert data[-1] == "[DONE]" or kinds[-1] in ("response.completed", "response.incomplete")
-    for item in data:
-        if item != "[DONE]":
-            events.validate(json.loads(item))
+    # Events end their lines with \n alone; splitlines would split at more.
+    data = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
+    values = [json.loads(item) for item in data if item != "[DONE]"]
+    if "error" in values[-1]:
+        # The deadline passed.
+        assert ErrorResponse.model_validate(values.pop()).error.code == "deadline_exceeded"
+    else:
+        assert data[-1] == "[DONE]" or values[-1]["type"] in ENDS
+    for value in values:
+        events.validate(value)
