@@ -14,10 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from lowlat.serve.bridge import Bridge, Draining, EngineDead, Overloaded
+from lowlat.serve.bridge import Bridge
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.endpoint import JsonEndpoint
 from lowlat.serve.errors import answer_error
+from lowlat.serve.generation import Draining, EngineDead, Overloaded
 from lowlat.serve.grammars import Grammars
 from lowlat.serve.observe import Observer
 from lowlat.serve.openapi import openapi_route

@@ -11,15 +11,24 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowlat.engine.completion import CompletionBuilder, TokenLogprob
+from lowlat.engine.completion import CompletionBuilder
 from lowlat.engine.constraint import Constraint
 from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import Event, FinishReason, Request, RequestOptions
 from lowlat.engine.stats import EngineStats
+from lowlat.serve.generation import (
+    Delta,
+    Draining,
+    EngineDead,
+    Generation,
+    Overloaded,
+    end_of,
+    ends_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,87 +38,6 @@ STALL_SECONDS = 5.0
 comes the time its slowest steps have taken."""
 IDLE_SECONDS = 1.0
 """After so long without work the engine checks that no page is lost."""
-
-
-class Overloaded(Exception):
-    """So many requests wait that another is refused."""
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(f"too many requests wait; try again in {retry_after} s")
-        self.retry_after = retry_after
-        """Seconds after which there may be room."""
-
-
-class Draining(Exception):
-    """The server is ending and takes no requests."""
-
-
-class EngineDead(Exception):
-    """The engine's thread has ended by a fault of its own."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Delta:
-    """What one completion gained in one step."""
-
-    index: int
-    """Which of the request's n completions."""
-    text: str
-    """Certain text: whole characters, without the stop string that ended it."""
-    tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
-    """One per token where asked for."""
-    finish_reason: FinishReason | None
-    error: str | None
-    """With finish_reason "error": what failed, in one line."""
-
-
-class Generation:
-    """One admitted request, on the event loop's side. Iterate it to its end or cancel it."""
-
-    def __init__(
-        self,
-        bridge: "Bridge",
-        prompt: Sequence[int],
-        params: SamplingParams,
-        options: RequestOptions,
-        keep_special: frozenset[int],
-    ) -> None:
-        self.prompt = tuple(prompt)
-        self.params = params
-        self.options = options
-        self.keep_special = keep_special
-        self.cached_tokens = 0
-        """Tokens of the prompt found in the prefix cache; known from the first delta on."""
-        self.prefill_seconds = 0.0
-        """From the first step of the prompt to the first token."""
-        self.decode_seconds = 0.0
-        """From the first token to the last, of the completion that took longest."""
-        self.queue_seconds = 0.0
-        """From arrival to the first step."""
-        self._bridge = bridge
-        self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
-        self._num_open = params.n
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.prompt)
-
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        """Deltas of all n completions as they come, to the last one's end."""
-        while self._num_open > 0:
-            delta = await self._deltas.get()
-            if delta.finish_reason is not None:
-                self._num_open -= 1
-            yield delta
-
-    def cancel(self) -> None:
-        """Give up what has not ended."""
-        self._bridge.cancel(self)
-
-    def put(self, delta: Delta) -> None:
-        """For the bridge: hand over a delta, on the event loop."""
-        self._deltas.put_nowait(delta)
 
 
 @dataclass(slots=True)
@@ -198,7 +126,7 @@ class Bridge:
             stop_ids=stop_ids,
             grammar=grammar,
         )
-        generation = Generation(self, prompt, params, options, keep_special)
+        generation = Generation(prompt, params, options, keep_special, self.cancel)
         self._open[generation] = params.n
         self._is_idle.clear()
         with self._wake:
@@ -322,7 +250,7 @@ class Bridge:
             request = self._engine.add(generation.prompt, generation.params, generation.options)
         except Exception as error:
             logger.exception("a request could not be started")
-            return _ends(generation, "error", f"the request could not be started: {error}")
+            return ends_of(generation, "error", f"the request could not be started: {error}")
         self._is_checked = False
         builders = {
             index: CompletionBuilder(
@@ -408,7 +336,7 @@ class Bridge:
         indices = list(live.builders)
         for index in indices:
             self._close(live, index)
-        return [(live.generation, _end(index, reason, error)) for index in indices]
+        return [(live.generation, end_of(index, reason, error)) for index in indices]
 
     def _close(self, live: _Live, index: int) -> None:
         del live.builders[index]
@@ -425,20 +353,10 @@ class Bridge:
                 self._engine.abort(live.request.id)
             deltas += self._end(live, reason, self._failure)
         for generation in self._submitted:
-            deltas += _ends(generation, reason, self._failure)
+            deltas += ends_of(generation, reason, self._failure)
         self._submitted.clear()
         self._post(deltas)
 
     def _post(self, deltas: list[tuple[Generation, Delta]]) -> None:
         if deltas and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._dispatch, deltas)
-
-
-def _end(index: int, reason: FinishReason, error: str | None) -> Delta:
-    return Delta(index=index, text="", tokens=(), logprobs=(), finish_reason=reason, error=error)
-
-
-def _ends(
-    generation: Generation, reason: FinishReason, error: str | None
-) -> list[tuple[Generation, Delta]]:
-    return [(generation, _end(index, reason, error)) for index in range(generation.params.n)]

@@ -9,8 +9,8 @@ from collections.abc import AsyncGenerator, Sequence
 
 from lowlat.engine.grammar import CompiledGrammar
 from lowlat.engine.params import SamplingParams
-from lowlat.serve.bridge import Delta, Draining, Generation
 from lowlat.serve.errors import GenerationFailed
+from lowlat.serve.generation import Delta, Draining, Generation
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.services import Services
 

@@ -9,8 +9,8 @@ from contextlib import aclosing
 
 from lowlat.engine import completion
 from lowlat.serve.answer import AnswerParser
-from lowlat.serve.bridge import Delta
 from lowlat.serve.call import Call
+from lowlat.serve.generation import Delta
 from lowlat.serve.protocol import chat_response as wire
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.replies import chat_logprobs, new_id, now, timings_of, usage_of

@@ -8,8 +8,8 @@ from contextlib import aclosing
 from typing import Literal
 
 from lowlat.engine import completion
-from lowlat.serve.bridge import Delta
 from lowlat.serve.call import Call
+from lowlat.serve.generation import Delta
 from lowlat.serve.protocol import completions as wire
 from lowlat.serve.replies import new_id, now, timings_of, usage_of
 from lowlat.serve.stream import DONE, event

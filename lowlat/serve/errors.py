@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lowlat.serve.bridge import Draining, EngineDead, Overloaded
+from lowlat.serve.generation import Draining, EngineDead, Overloaded
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.utils.errors import UserError
 

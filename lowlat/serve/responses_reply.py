@@ -10,9 +10,9 @@ from contextlib import aclosing
 from typing import Literal
 
 from lowlat.serve.answer import AnswerParser
-from lowlat.serve.bridge import Delta
 from lowlat.serve.call import Call
 from lowlat.serve.errors import describe
+from lowlat.serve.generation import Delta
 from lowlat.serve.logs import log
 from lowlat.serve.protocol import responses_output as wire
 from lowlat.serve.protocol.formats import TextFormat

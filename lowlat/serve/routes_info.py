@@ -8,9 +8,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lowlat.serve.bridge import Draining, EngineDead
 from lowlat.serve.dialect import Dialect
 from lowlat.serve.endpoint import json_response
+from lowlat.serve.generation import Draining, EngineDead
 from lowlat.serve.protocol.models import ModelCard, ModelList, Status
 from lowlat.serve.services import Services
 

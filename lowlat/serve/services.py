@@ -6,8 +6,9 @@ Owns nothing but the names; `serve.app` makes the parts.
 from dataclasses import dataclass, field
 
 from lowlat.engine.llm import Model
-from lowlat.serve.bridge import Bridge, Draining, Overloaded
+from lowlat.serve.bridge import Bridge
 from lowlat.serve.config import ServeConfig
+from lowlat.serve.generation import Draining, Overloaded
 from lowlat.serve.grammars import Grammars
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.workers import WorkPool

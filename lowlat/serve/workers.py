@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from lowlat.serve.bridge import Overloaded
+from lowlat.serve.generation import Overloaded
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

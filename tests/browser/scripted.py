@@ -20,8 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
 from lowlat.serve.app import build_app, make_services
-from lowlat.serve.bridge import Bridge, Delta, Generation
+from lowlat.serve.bridge import Bridge
 from lowlat.serve.config import ServeConfig
+from lowlat.serve.generation import Delta, Generation
 
 CONTEXT = 4096
 TABLE = "| a | b |\n|---|--:|\n| 1 | 2 |\n\n"

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from fakes import mla_config
-from native.test_step import random_model
 
 from lowlat.config.model import GQAConfig, ModelConfig
 from lowlat.engine.engine import Engine
@@ -21,6 +20,7 @@ from lowlat.engine.runner import Runner
 from lowlat.engine.scheduler import Limits
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
+from native.test_step import random_model
 
 if not native.available():
     pytest.skip(native.reason(), allow_module_level=True)

@@ -12,7 +12,8 @@ from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import FinishReason
 from lowlat.engine.stats import EngineStats, Histogram
-from lowlat.serve.bridge import Bridge, Delta, Generation, Overloaded
+from lowlat.serve.bridge import Bridge
+from lowlat.serve.generation import Delta, Generation, Overloaded
 from lowlat.text.tokenizer import Tokenizer
 
 NAME = "tiny"

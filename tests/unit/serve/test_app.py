@@ -8,9 +8,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from lowlat.serve.app import build_app, make_services
-from lowlat.serve.bridge import Draining, EngineDead, Overloaded
 from lowlat.serve.call import Call
 from lowlat.serve.config import ServeConfig
+from lowlat.serve.generation import Draining, EngineDead, Overloaded
 from lowlat.serve.protocol.models import ErrorResponse
 from lowlat.utils.errors import UserError
 

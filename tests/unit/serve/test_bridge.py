@@ -19,7 +19,8 @@ from lowlat.engine.request import Chunk
 from lowlat.engine.runner import Runner
 from lowlat.engine.structured import Choice
 from lowlat.serve import bridge as bridge_module
-from lowlat.serve.bridge import Bridge, Draining, EngineDead, Generation, Overloaded
+from lowlat.serve.bridge import Bridge
+from lowlat.serve.generation import Draining, EngineDead, Generation, Overloaded
 from lowlat.utils.errors import UserError
 
 POISON = 13
@@ -201,7 +202,7 @@ def test_thousands_of_disconnects_leave_nothing_behind(has_grammar: bool) -> Non
         generation.cancel()
 
     async def use(bridge: Bridge) -> None:
-        num_left = 500 if has_grammar else 5000
+        num_left = 1000 if has_grammar else 9000
 
         async def clients() -> None:
             nonlocal num_left

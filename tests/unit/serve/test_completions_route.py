@@ -154,7 +154,7 @@ def test_prompts_admitted_before_a_refusal_are_given_up(
     client: TestClient, bridge: FakeBridge
 ) -> None:
     """Holds shut: half of a request's prompts running on after the other half was refused."""
-    from lowlat.serve.bridge import Overloaded
+    from lowlat.serve.generation import Overloaded
 
     submit = bridge.submit
 

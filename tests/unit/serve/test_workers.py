@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from lowlat.serve.bridge import Overloaded
+from lowlat.serve.generation import Overloaded
 from lowlat.serve.workers import WorkPool
 
 
