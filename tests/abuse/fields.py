@@ -153,6 +153,10 @@ def _wrong_types(route: str, name: str, node: Node) -> Iterator[Case]:
                 yield _case(f"{name}: the text {text!r}", route, node, text)
         for spelling in SPELLINGS:
             yield _spelled(f"{name}: {spelling[:9]}", route, node, spelling)
+    if "boolean" in allowed:
+        for value in (0, 1, 0.0, "true", "false", ""):
+            if _type_of(value) not in allowed:
+                yield _case(f"{name}: {value!r} for true or false", route, node, value)
     if _is_closed(node.schemas):
         for text in ("no-such-thing", "", "\u0000", "x" * 5000):
             yield _case(f"{name}: unknown word {text[:14]!r}", route, node, text)

@@ -3,9 +3,10 @@
 Owns no route's fields. JSON numbers are finite and unlike booleans; unknown fields are errors.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from lowlat.serve import limits
 
@@ -31,6 +32,14 @@ class WireModel(BaseModel):
     )
 
 
+def _check_false(value: object) -> object:
+    if value is not False:
+        raise PydanticCustomError("false_type", "Input should be false")
+    return value
+
+
+OnlyFalse = Annotated[Literal[False], BeforeValidator(_check_false)]
+"""`false`; a Literal alone would also take 0, which equals it."""
 Name = Annotated[str, Field(min_length=1, max_length=limits.MAX_NAME)]
 FunctionName = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_-]{{1,{limits.MAX_NAME}}}$")]
 Id = Annotated[str, Field(min_length=1, max_length=limits.MAX_ID)]

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from lowlat.engine.params import SamplingParams
 from lowlat.serve import limits
-from lowlat.serve.protocol.base import Name
+from lowlat.serve.protocol.base import Name, OnlyFalse
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.protocol.formats import ResponseFormat, StructuredOutputs, TextFormat
 from lowlat.serve.protocol.messages import Message
@@ -49,7 +49,7 @@ class ChatRequest(SamplingRequest):
     """An annotation, without effect."""
     safety_identifier: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
     """An annotation, without effect."""
-    store: Literal[False] | None = None
+    store: OnlyFalse | None = None
     """Nothing is stored."""
     service_tier: Literal["auto", "default"] | None = None
     """There is one tier."""

@@ -13,6 +13,7 @@ from lowlat.serve.protocol.base import (
     FunctionName,
     Id,
     JsonSchemaObject,
+    OnlyFalse,
     StrictModel,
 )
 from lowlat.serve.protocol.failure import RequestError
@@ -174,9 +175,9 @@ class ResponsesRequest(StrictModel):
     """An annotation, without effect."""
     safety_identifier: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
     """An annotation, without effect."""
-    store: Literal[False] | None = None
+    store: OnlyFalse | None = None
     """Nothing is stored."""
-    background: Literal[False] | None = None
+    background: OnlyFalse | None = None
     service_tier: Literal["auto", "default"] | None = None
     truncation: Literal["disabled"] | None = None
     """A conversation that does not fit the context is refused."""
