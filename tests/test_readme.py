@@ -1,5 +1,6 @@
 """The commands and the Python example of README.md run as they are printed."""
 
+import json
 import os
 import re
 import shlex
@@ -41,7 +42,7 @@ def environment() -> dict[str, str]:
 
 def test_the_readme_has_what_is_tested() -> None:
     assert {"make demo", "make test"} <= set(commands("make"))
-    assert len(commands("lowlat")) >= 5 and len(blocks("python")) == 1
+    assert len(commands("lowlat")) >= 5 and len(blocks("python")) == 2
 
 
 @pytest.mark.parametrize("command", commands("make"))
@@ -71,6 +72,8 @@ def test_shell_commands(smollm_gguf: Path, tmp_path: Path) -> None:
 
 
 def test_python_example(smollm_gguf: Path, tmp_path: Path) -> None:
-    (example,) = blocks("python")
+    example, batches = blocks("python")
     shown = run([sys.executable, "-c", example], tmp_path)
     assert "Paris" in shown and "MLAConfig" in shown
+    answer = run([sys.executable, "-c", batches], tmp_path).split("\n", 1)[1]
+    assert set(json.loads(answer)) == {"name", "age"}
