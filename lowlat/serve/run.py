@@ -5,6 +5,7 @@ Owns the socket, the signals and uvicorn's settings. The application is `serve.a
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -78,6 +79,10 @@ async def _run(
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     if server.started:
+        # What there is by now stays to the end. The collector would look through all of it again
+        # and again, and hold up every request for some 0.2 s each time.
+        gc.collect()
+        gc.freeze()
         _handle_signals(server, services)
         log(logging.INFO, "ready", model=services.model_name, url=url_of(listener))
         on_ready()
