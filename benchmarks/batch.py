@@ -1,0 +1,77 @@
+"""How much batching brings: mixed prompts together against the same ones one at a time.
+
+    python benchmarks/batch.py MODEL [--dtype bf16] [--prompts 64]
+
+Owns the mix and the ratio. Prompts are random tokens of 16 to 512, answers 16 to 96 tokens, half of
+them sampled. One at a time takes an eighth of the prompts, before and after the batch, so that a
+machine whose speed changes is seen to have done so.
+"""
+
+import argparse
+import random
+import time
+
+import lowlat
+from lowlat.engine.llm import Model
+from lowlat.utils.progress import SilentProgress
+
+
+def mix(vocab_size: int, count: int) -> tuple[list[list[int]], list[lowlat.SamplingParams]]:
+    rng = random.Random(0)
+    prompts = [
+        [rng.randrange(vocab_size) for _ in range(rng.choice([16, 64, 128, 256, 512]))]
+        for _ in range(count)
+    ]
+    params = [
+        lowlat.SamplingParams(
+            max_tokens=rng.choice([16, 32, 64, 96]),
+            ignore_eos=True,
+            temperature=0.8 * (number % 2),
+            seed=number,
+        )
+        for number in range(count)
+    ]
+    return prompts, params
+
+
+def tokens_per_second(
+    model: Model,
+    prompts: list[list[int]],
+    params: list[lowlat.SamplingParams],
+    *,
+    at_once: bool,
+) -> float:
+    """Generated tokens, over the time from the first prompt to the last token."""
+    assert model.engine.prefix is not None
+    model.engine.prefix.clear()
+    started = time.perf_counter()
+    if at_once:
+        model.generate_each(prompts, params, progress=SilentProgress())
+    else:
+        for prompt, own in zip(prompts, params, strict=True):
+            model.generate_each([prompt], [own])
+    seconds = time.perf_counter() - started
+    return sum(own.max_tokens or 0 for own in params) / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--prompts", type=int, default=64)
+    args = parser.parse_args()
+    model = lowlat.load(args.model, dtype=args.dtype)
+    prompts, params = mix(model.config.vocab_size, args.prompts)
+    few = prompts[::8], params[::8]
+    tokens_per_second(model, prompts[:2], params[:2], at_once=True)
+    before = tokens_per_second(model, *few, at_once=False)
+    batch = tokens_per_second(model, prompts, params, at_once=True)
+    after = tokens_per_second(model, *few, at_once=False)
+    print(
+        f"{args.model} {args.dtype}: one at a time {before:.1f} and {after:.1f} tok/s, "
+        f"{args.prompts} together {batch:.1f} tok/s: {batch / max(before, after):.2f} times"
+    )
+
+
+if __name__ == "__main__":
+    main()
