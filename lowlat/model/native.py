@@ -62,7 +62,8 @@ class NativeModel:
         self.config = model.config
         self.rotary = model.rotary
         self._has_integers = any(
-            isinstance(part, Linear) and part.storage in ("int8", "int4") for part in model.modules()
+            isinstance(part, Linear) and part.storage in ("int8", "int4")
+            for part in model.modules()
         )
         module = native.module()
         native.keep_torch_single_threaded()
