@@ -1,19 +1,22 @@
 """Drafts: where they come from, how many are made, and that they decide nothing."""
 
+import re
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from fakes import ScriptedModel, gqa_config, mla_config, tiny_model
+from fakes import ScriptedModel, byte_tokenizer, gqa_config, mla_config, tiny_model
 
 from lowlat.engine.depth import MAX_DEPTH, DepthChoice, StepCost
 from lowlat.engine.engine import Engine
+from lowlat.engine.grammar import GrammarCompiler
 from lowlat.engine.lookup import PromptLookup
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import Request, RequestOptions, Sequence
 from lowlat.engine.runner import Runner
 from lowlat.engine.sampler import SequenceSampler
+from lowlat.engine.structured import Regex
 from lowlat.model.transformer import Transformer
 
 
@@ -267,3 +270,26 @@ def pair_probabilities(
             for three, p_three in enumerate(following([*prompt, one, two])):
                 found[two, three] += p_one * p_two * p_three
     return dict(found)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
+def test_drafts_change_no_structured_output(options: dict[str, Any]) -> None:
+    """Holds shut: a grammar that has gone on with drafts that were not kept."""
+    model = ScriptedModel(gqa_config(), lambda token: ord("a") + (token + 1) % 3)
+    tokenizer = byte_tokenizer()
+    compiler = GrammarCompiler(tokenizer, model.config.vocab_size)
+    prompt = list(b"abcabdabcabdabc")
+    found = []
+    for speculates in (True, False):
+        engine = engine_for(model, speculates=speculates)
+        if speculates:
+            always_draft(engine, 3)
+        grammar = compiler.compile(Regex(pattern="([abc]{3}-){5}"))
+        params = SamplingParams(max_tokens=60, **options)
+        requests = [engine.add(prompt, params, RequestOptions(grammar=grammar)) for _ in range(3)]
+        finish(engine)
+        found.append([request.sequences[0].tokens[len(prompt) :] for request in requests])
+        assert (engine.recorder._drafted > 0) is speculates
+    assert found[0] == found[1]
+    for tokens in found[0]:
+        assert re.fullmatch("([abc]{3}-){5}", bytes(t for t in tokens if t < 256).decode())
