@@ -4,8 +4,9 @@ import pytest
 from fakes import EOS, byte_tokenizer
 
 from lowlat.engine.completion import CompletionBuilder, Usage
+from lowlat.engine.engine import NOT_FINITE
 from lowlat.engine.params import SamplingParams
-from lowlat.engine.request import Event, FinishReason, Request
+from lowlat.engine.request import Event, FinishReason, Request, RequestOptions
 from lowlat.utils.errors import UserError
 
 TOKENIZER = byte_tokenizer()
@@ -13,16 +14,26 @@ TOKENIZER = byte_tokenizer()
 
 def builder_for(**options: object) -> CompletionBuilder:
     params = SamplingParams(**options)  # pyright: ignore[reportArgumentType]
-    return CompletionBuilder(TOKENIZER, Request(0, (1, 2), params, max_outputs=99), 0)
+    request = Request(
+        id=0,
+        prompt=(1, 2),
+        params=params,
+        options=RequestOptions(),
+        max_outputs=99,
+        arrived_at=0.0,
+    )
+    return CompletionBuilder(TOKENIZER, request, 0)
 
 
 def push(builder: CompletionBuilder, text: str | bytes, last: FinishReason | None = None) -> None:
-    """Push the bytes of `text` as tokens; the last one with finish reason `last`."""
+    """Push the bytes of `text` as tokens; the last one with finish reason `last`, which for "stop"
+    is that of an end of sequence."""
     data = text.encode() if isinstance(text, str) else text
     for i, byte in enumerate(data):
         if builder.finish_reason is None:
             reason = last if i == len(data) - 1 else None
-            builder.push(Event(0, 0, byte, finish_reason=reason))
+            is_text = reason != "stop"
+            builder.push(Event(0, 0, byte, finish_reason=reason, is_text=is_text))
 
 
 def test_text_comes_in_whole_characters() -> None:
@@ -36,7 +47,7 @@ def test_text_comes_in_whole_characters() -> None:
 def test_the_end_of_sequence_has_an_id_and_no_text() -> None:
     builder = builder_for()
     push(builder, "hi")
-    builder.push(Event(0, 0, EOS, finish_reason="stop"))
+    builder.push(Event(0, 0, EOS, finish_reason="stop", is_text=False))
     result = builder.result()
     assert (result.text, result.token_ids, result.finish_reason) == (
         "hi",
@@ -86,7 +97,7 @@ def test_logprobs_are_kept_per_token_where_asked_for() -> None:
 
 def test_a_failed_completion_is_an_error_with_a_remedy() -> None:
     builder = builder_for()
-    builder.push(Event(0, 0, None, finish_reason="error"))
+    builder.push(Event(0, 0, None, finish_reason="error", error=NOT_FINITE))
     with pytest.raises(UserError, match=r"not finite.*fp32"):
         builder.result()
 
@@ -97,3 +108,18 @@ def test_speeds_by_hand() -> None:
     assert usage.decode_tokens_per_second == 5.0
     short = Usage(prompt_tokens=1, completion_tokens=1, prefill_seconds=0.0, decode_seconds=0.0)
     assert short.prefill_tokens_per_second == short.decode_tokens_per_second == 0.0
+
+
+def test_text_after_which_a_grammar_ends_is_part_of_it() -> None:
+    """Holds shut: a last token that is dropped because the completion stops with it."""
+    builder = builder_for()
+    push(builder, "ye")
+    builder.push(Event(0, 0, ord("s"), finish_reason="stop"))
+    assert builder.result().text == "yes" and builder.finish_reason == "stop"
+
+
+def test_special_tokens_that_are_kept_are_text() -> None:
+    request = builder_for().request
+    builder = CompletionBuilder(TOKENIZER, request, 0, keep_special=frozenset({EOS}))
+    builder.push(Event(0, 0, EOS))
+    assert builder.pieces == ["</s>"]
