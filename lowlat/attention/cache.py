@@ -4,6 +4,9 @@ MLA leaves [c_t ; k_R], MHA, GQA and MQA leave [K ; V]. Owns the memory; which p
 is the engine's business. What a row is made of in int8 is `rows`'s.
 """
 
+import math
+
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -45,15 +48,8 @@ class PagedCache:
         self.quantized = config.attention.quantized_dim if is_packed else 0
         """Channels of a row that are int8."""
         width = row_bytes(config.attention, dtype) if is_packed else self.row_dim
-        # Zeros come from the system lazily: untouched pages cost no memory.
-        self.data = torch.zeros(
-            config.num_cache_layers,
-            num_pages,
-            page_size,
-            width,
-            dtype=torch.uint8 if is_packed else dtype,
-            device=device,
-        )
+        shape = (config.num_cache_layers, num_pages, page_size, width)
+        self.data = _zeros(shape, torch.uint8 if is_packed else dtype, torch.device(device))
 
     @property
     def num_pages(self) -> int:
@@ -88,3 +84,12 @@ class PagedCache:
         filled page).
         """
         self.data[:, destination] = self.data[:, source]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU pages of the cache that are never written take no memory."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros writes them, numpy has the system give them when they are touched.
+    data = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8))
+    return data.view(dtype).view(shape)

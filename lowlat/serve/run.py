@@ -43,11 +43,15 @@ def open_socket(config: ServeConfig) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise UserError(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror}; choose another "
-            "--host or --port"
-        ) from error
+        raise _cannot_listen(config, error) from error
     return listener
+
+
+def _cannot_listen(config: ServeConfig, error: OSError) -> UserError:
+    return UserError(
+        f"cannot listen on {config.host} port {config.port}: {error.strerror}; choose another "
+        "--host or --port"
+    )
 
 
 def url_of(listener: socket.socket) -> str:
@@ -65,8 +69,13 @@ def run(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain. A second signal ends at once.
 
-    `on_ready` is called when connections are taken.
+    `on_ready` is called when connections are taken. Raises UserError where another program has
+    begun to listen at the address since the socket was bound.
     """
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise _cannot_listen(config, error) from error
     asyncio.run(_run(bridge, config, listener, on_ready))
 
 
@@ -86,7 +95,11 @@ async def _run(
         _handle_signals(server, services)
         log(logging.INFO, "ready", model=services.model_name, url=url_of(listener))
         on_ready()
-    await serving
+    try:
+        await serving
+    finally:
+        # At the program's end everything is to be freed.
+        gc.unfreeze()
 
 
 def _uvicorn_config(services: Services) -> uvicorn.Config:

@@ -1,5 +1,8 @@
 """The paged cache: rows go where their slot says and come back in order."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -92,3 +95,19 @@ def test_copy_page_copies_every_layer() -> None:
     cache.copy_page(1, 3)
     assert torch.equal(cache.data[:, 3], before[:, 1])
     assert torch.equal(cache.data[:, :3], before[:, :3])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_pages_that_are_not_written_take_no_memory() -> None:
+    """Holds shut: a server that takes most of a machine's memory before its first request."""
+
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    cache = PagedCache(config_of(MLA(), layers=2), num_pages=2**18, dtype=torch.bfloat16)
+    assert cache.data.nbytes > 2**30
+    cache.write(1, torch.tensor([70]), torch.ones(1, cache.row_dim))
+    assert resident() - before < 2**27
+    assert cache.data[1, 1, 6].tolist() == [1.0] * cache.row_dim

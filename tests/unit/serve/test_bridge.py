@@ -4,76 +4,20 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from fakes import EOS, ScriptedModel, byte_tokenizer, gqa_config
-from torch import Tensor
 
-from lowlat.engine.engine import Engine
-from lowlat.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarState
+from lowlat.engine.grammar import GrammarCompiler
 from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
-from lowlat.engine.request import Chunk
-from lowlat.engine.runner import Runner
 from lowlat.engine.structured import Choice
-from lowlat.serve import bridge as bridge_module
 from lowlat.serve.bridge import Bridge
-from lowlat.serve.generation import Draining, EngineDead, Generation, Overloaded
+from lowlat.serve.generation import Draining, Overloaded
 from lowlat.utils.errors import UserError
 
-POISON = 13
-"""A byte whose request is made to fail."""
-
-
-def counting_model(**options: Any) -> Model:
-    """Every byte is followed by the next one, and the alphabet starts again after its end."""
-    model = ScriptedModel(gqa_config(), lambda token: ord("a") if token >= 122 else token + 1)
-    return Model(model, byte_tokenizer(), name="counting", **options)
-
-
-def with_bridge(
-    use: Callable[[Bridge], Awaitable[None]], model: Model | None = None, **options: Any
-) -> Model:
-    """Run `use` over a started bridge and end it; returns the model, whose pages are all back."""
-    model = model or counting_model()
-
-    async def main() -> None:
-        bridge = Bridge(model, **options)
-        await bridge.start()
-        try:
-            await use(bridge)
-        finally:
-            await bridge.drain(20.0)
-
-    asyncio.run(main())
-    return model
-
-
-async def collect(generation: Generation) -> tuple[str, list[str | None]]:
-    """All text of completion 0, and the finish reasons."""
-    text, reasons = "", []
-    async for delta in generation:
-        text += delta.text if delta.index == 0 else ""
-        if delta.finish_reason is not None:
-            reasons.append(delta.finish_reason)
-    return text, reasons
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what must come."""
-    for _ in range(6000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it never came")
-
-
-def assert_nothing_is_left(model: Model) -> None:
-    assert model.runner.pool.num_used == 0 and not model.engine.has_work
-    model.engine.check_integrity()
-
+from .bridge_use import assert_nothing_is_left, collect, counting_model, until, with_bridge
 
 # What comes out
 
@@ -243,126 +187,6 @@ def test_a_storm_of_cancels_gives_all_pages_back_within_two_steps() -> None:
         assert all(reason in (["abort"], ["length"]) for reason in reasons)
 
     assert_nothing_is_left(with_bridge(use, model, max_queue=1000))
-
-
-# Faults
-
-
-def poison_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Runner.step
-
-    def broken(self: Runner, chunks: list[Chunk]) -> tuple[Tensor, Tensor]:
-        if any(POISON in chunk.tokens for chunk in chunks):
-            raise RuntimeError("the model broke")
-        return step(self, chunks)
-
-    monkeypatch.setattr(Runner, "step", broken)
-
-
-def poison_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    advance = Engine._advance
-
-    def broken(self: Engine, sequence: Any, sampled: Any) -> Any:
-        if POISON in sequence.request.prompt:
-            raise RuntimeError("the sampler broke")
-        return advance(self, sequence, sampled)
-
-    monkeypatch.setattr(Engine, "_advance", broken)
-
-
-def poison_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    push = bridge_module.CompletionBuilder.push
-
-    def broken(self: Any, event: Any) -> None:
-        if POISON in self.request.prompt:
-            raise RuntimeError("the tokenizer broke")
-        push(self, event)
-
-    monkeypatch.setattr(bridge_module.CompletionBuilder, "push", broken)
-
-
-def poison_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: GrammarState) -> Tensor:
-        raise RuntimeError("the grammar broke")
-
-    monkeypatch.setattr(GrammarState, "mask", broken)
-
-
-def poison_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: CompiledGrammar) -> GrammarState:
-        raise RuntimeError("the grammar broke")
-
-    monkeypatch.setattr(CompiledGrammar, "start", broken)
-
-
-@pytest.mark.parametrize(
-    "poison", [poison_model, poison_sampler, poison_tokenizer, poison_mask, poison_start]
-)
-def test_a_fault_ends_its_own_request_only(
-    poison: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = counting_model()
-    compiler = GrammarCompiler(model.tokenizer, vocab_size=model.config.vocab_size)
-    poison(monkeypatch)
-    is_grammar = poison in (poison_mask, poison_start)
-    grammar = compiler.compile(Choice(options=("yes", "no"))) if is_grammar else None
-
-    async def use(bridge: Bridge) -> None:
-        params = SamplingParams(max_tokens=9)
-        good = [await bridge.submit(b"abc", params) for _ in range(3)]
-        bad = await bridge.submit(bytes([97, POISON]), params, grammar=grammar)
-        good += [await bridge.submit(b"abc", params) for _ in range(3)]
-        deltas = [delta async for delta in bad]
-        assert deltas[-1].finish_reason == "error"
-        assert deltas[-1].error is not None and "broke" in deltas[-1].error
-        assert "\n" not in deltas[-1].error
-        assert [await collect(one) for one in good] == [("defghijkl", ["length"])] * 6
-        assert bridge.is_healthy
-
-    assert_nothing_is_left(with_bridge(use, model))
-
-
-def test_a_fault_of_the_engine_itself_is_told_to_everybody() -> None:
-    """Holds shut: clients that wait for ever on a dead engine, and a /health that says ok."""
-    model = counting_model()
-
-    def broken() -> list[Any]:
-        raise AssertionError("a page is lost")
-
-    async def use(bridge: Bridge) -> None:
-        first = await bridge.submit(b"abc", SamplingParams())
-        await first.__aiter__().__anext__()
-        assert bridge.is_healthy
-        model.engine.scheduler.schedule = broken
-        deltas = [delta async for delta in first]
-        assert deltas[-1].finish_reason == "error"
-        await until(lambda: not bridge.is_healthy)
-        with pytest.raises(EngineDead):
-            await bridge.submit(b"abc", SamplingParams())
-
-    with_bridge(use, model)
-
-
-def test_an_engine_that_stands_still_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge_module, "STALL_SECONDS", 0.05)
-    released = threading.Event()
-    model = counting_model()
-    step = model.engine.step
-
-    def held() -> list[Any]:
-        released.wait()
-        return step()
-
-    async def use(bridge: Bridge) -> None:
-        assert bridge.is_healthy
-        model.engine.step = held
-        generation = await bridge.submit(b"abc", SamplingParams(max_tokens=3))
-        await until(lambda: not bridge.is_healthy)
-        released.set()
-        assert await collect(generation) == ("def", ["length"])
-        await until(lambda: bridge.is_healthy)
-
-    with_bridge(use, model)
 
 
 # The end
