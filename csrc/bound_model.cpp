@@ -124,7 +124,7 @@ BoundMoe make_moe(const BoundRouter& router, const std::vector<BoundMlp>& expert
 BoundAttention make_mla(std::int64_t heads, std::int64_t nope_dim, std::int64_t rope_dim, std::int64_t value_dim,
                         float scale, bool interleave, const std::optional<BoundProjection>& q_a,
                         const std::optional<BoundNorm>& q_a_norm, const BoundProjection& q, const BoundProjection& kv_a,
-                        const std::optional<BoundNorm>& kv_a_norm, const BoundMatrix& kv_b, const BoundProjection& o) {
+                        const std::vector<BoundNorm>& kv_a_norms, const BoundMatrix& kv_b, const BoundProjection& o) {
   BoundAttention bound;
   Attention& a = bound.part;
   a.heads = heads;
@@ -137,7 +137,7 @@ BoundAttention make_mla(std::int64_t heads, std::int64_t nope_dim, std::int64_t 
   if (q_a_norm) a.q_a_norm = bound.keep(*q_a_norm);
   a.q = bound.keep(q);
   a.kv_a = bound.keep(kv_a);
-  a.kv_a_norm = bound.keep(kv_a_norm);
+  for (const BoundNorm& norm : kv_a_norms) a.kv_a_norms.push_back(bound.keep(norm));
   a.kv_b = bound.keep(kv_b);
   a.o = bound.keep(o);
   a.latent_dim = a.kv_b.columns;
@@ -151,7 +151,9 @@ BoundAttention make_mla(std::int64_t heads, std::int64_t nope_dim, std::int64_t 
   if (a.q_a) {
     require(a.q_a->weight.rows == a.q.weight.columns && a.q_a_norm.size == a.q.weight.columns, "q_a does not fit q");
   }
-  if (a.kv_a_norm) require(a.kv_a_norm->size == a.latent_dim, "the latent norm has another size");
+  std::int64_t normalized = 0;
+  for (const Norm& norm : a.kv_a_norms) normalized += norm.size;
+  require(a.kv_a_norms.empty() || normalized == a.latent_dim, "the latent norms have other sizes");
   return bound;
 }
 
@@ -344,7 +346,7 @@ void bind_model(nb::module_& module) {
   nb::class_<BoundMoe>(module, "Moe").def_static("make", make_moe, "router"_a, "experts"_a);
   nb::class_<BoundAttention>(module, "Attention")
       .def_static("mla", make_mla, nb::kw_only(), "heads"_a, "nope_dim"_a, "rope_dim"_a, "value_dim"_a, "scale"_a,
-                  "interleave"_a, "q_a"_a.none(), "q_a_norm"_a.none(), "q"_a, "kv_a"_a, "kv_a_norm"_a.none(), "kv_b"_a,
+                  "interleave"_a, "q_a"_a.none(), "q_a_norm"_a.none(), "q"_a, "kv_a"_a, "kv_a_norms"_a, "kv_b"_a,
                   "o"_a)
       .def_static("gqa", make_gqa, nb::kw_only(), "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "interleave"_a,
                   "window"_a, "q"_a, "k"_a, "v"_a, "o"_a, "q_norm"_a.none(), "k_norm"_a.none());

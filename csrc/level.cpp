@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "kernels/causal.h"
 #include "kernels/common.h"
 #include "kernels/linear.h"
 #include "kernels/pack.h"
@@ -12,6 +13,7 @@
 #include "kernels/routing.h"
 #include "kernels/rowwise.h"
 #include "kernels/step.h"
+#include "kernels/training.h"
 #include "workspace.h"
 
 namespace lowlat::LOWLAT_ISA {
@@ -150,5 +152,13 @@ const lowlat::Ops LOWLAT_NAME(lowlat_ops_, LOWLAT_ISA) = {
     .swiglu = lowlat::LOWLAT_ISA::single::gated,
     .route = lowlat::LOWLAT_ISA::single::route,
     .attention = lowlat::LOWLAT_ISA::single::attention,
+    .norm_forward = lowlat::LOWLAT_ISA::training::norm_forward,
+    .norm_backward = lowlat::LOWLAT_ISA::training::norm_backward,
+    .gated_forward = lowlat::LOWLAT_ISA::training::gated_forward,
+    .gated_backward = lowlat::LOWLAT_ISA::training::gated_backward,
+    .entropy = lowlat::LOWLAT_ISA::training::entropy,
+    .combine = lowlat::LOWLAT_ISA::training::combine,
+    .causal_forward = lowlat::LOWLAT_ISA::causal::forward,
+    .causal_backward = lowlat::LOWLAT_ISA::causal::backward,
     .step = lowlat::LOWLAT_ISA::run_step,
 };

@@ -57,7 +57,7 @@ struct Attention {
   std::optional<Projection> q_a;
   Norm q_a_norm;
   Projection kv_a;
-  std::optional<Norm> kv_a_norm;
+  std::vector<Norm> kv_a_norms;  // of the parts of the latent, one after the other; none: as it is
   Matrix kv_b;  // [heads * (nope_dim + value_dim), latent_dim], row by row
   // GQA
   std::int64_t kv_heads = 0;

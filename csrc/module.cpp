@@ -9,6 +9,7 @@
 #include "arrays.h"
 #include "bound_matrix.h"
 #include "bound_model.h"
+#include "bound_training.h"
 #include "dispatch.h"
 #include "pool.h"
 
@@ -225,4 +226,5 @@ NB_MODULE(_native, module) {
   bind_matrix(module);
   bind_ops(module);
   bind_model(module);
+  bind_training(module);
 }

@@ -8,6 +8,7 @@
 
 #include "model.h"
 #include "pool.h"
+#include "training.h"
 
 namespace lowlat {
 
@@ -57,6 +58,16 @@ struct Ops {
                 float* weights);
 
   void (*attention)(Team&, const PagedAttention& attention);
+
+  // Between the products of a training step (training.h)
+  void (*norm_forward)(Team&, const NormPass&);
+  void (*norm_backward)(Team&, const NormPass&);
+  void (*gated_forward)(Team&, const GatedPass&);
+  void (*gated_backward)(Team&, const GatedPass&);
+  void (*entropy)(Team&, const EntropyPass&);
+  void (*combine)(Team&, const CombinePass&);
+  void (*causal_forward)(Team&, const CausalPass&);
+  void (*causal_backward)(Team&, const CausalPass&);
 
   // A whole step of a model; work.prepare() has been called for it.
   void (*step)(Team&, const Model& model, const Step& step, Workspace& work);

@@ -122,7 +122,7 @@ class Attention:
         q_a_norm: Norm | None,
         q: Projection,
         kv_a: Projection,
-        kv_a_norm: Norm | None,
+        kv_a_norms: Sequence[Norm],
         kv_b: Matrix,
         o: Projection,
     ) -> Attention: ...
@@ -263,3 +263,90 @@ def attention(
     """q bf16 [queries, heads, key_dim]; cache uint8 [pages, page_size, row_bytes]; pages int32;
     out bf16 [queries, heads, value_dim]. window 0: all keys.
     """
+
+def norm_pieces(rows: int) -> int:
+    """Rows of norm_backward's `partial`."""
+
+def norm_forward(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor, inverse: Tensor, level: str = ""
+) -> None:
+    """x and out bf16 or fp32 [rows, dim]; weight fp32 [dim], inverse fp32 [rows]."""
+
+def norm_backward(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    inverse: Tensor,
+    grad: Tensor,
+    grad_x: Tensor,
+    grad_weight: Tensor,
+    partial: Tensor,
+    level: str = "",
+) -> None:
+    """As norm_forward; grad and grad_x as x, grad_weight fp32 [dim], partial fp32
+    [norm_pieces(rows), dim].
+    """
+
+def gated_forward(gate: Tensor, up: Tensor, inner: Tensor, level: str = "") -> None:
+    """bf16 or fp32 [rows, inner]; gate and up may be columns of one wider matrix."""
+
+def gated_backward(
+    gate: Tensor,
+    up: Tensor,
+    grad: Tensor,
+    factors: Tensor | None,
+    inner: Tensor,
+    grad_gate: Tensor,
+    grad_up: Tensor,
+    grad_factors: Tensor | None,
+    level: str = "",
+) -> None:
+    """As gated_forward; factors and grad_factors fp32 [rows]."""
+
+def entropy(
+    logits: Tensor,
+    targets: Tensor,
+    counted: Tensor,
+    z_weight: float,
+    nll: Tensor,
+    z: Tensor,
+    level: str = "",
+) -> None:
+    """logits bf16 or fp32 [rows, vocab], in place; targets int64, counted uint8, nll and z fp32
+    [rows].
+    """
+
+def combine(
+    rows: Tensor, factors: Tensor | None, places: Tensor, out: Tensor, level: str = ""
+) -> None:
+    """rows and out bf16 or fp32 [any, dim], factors fp32 [any], places int64 [tokens, chosen]."""
+
+def causal_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: Tensor,
+    scale: float,
+    out: Tensor,
+    log_total: Tensor,
+    level: str = "",
+) -> None:
+    """q bf16 [tokens, heads, key_dim], k [tokens, kv_heads, key_dim], v and out [.., value_dim];
+    ends int64 [sequences], log_total fp32 [tokens, heads].
+    """
+
+def causal_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: Tensor,
+    scale: float,
+    out: Tensor,
+    log_total: Tensor,
+    grad: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    level: str = "",
+) -> None:
+    """As causal_forward; grad as out, the others as q, k and v."""

@@ -11,8 +11,8 @@ LINK = re.compile(r"\]\((?!https?://|#)(?P<target>[^)#]+)")
 
 
 def quotes() -> list[tuple[str, str]]:
-    text = (ROOT / "docs/mla.md").read_text()
-    return [(match["code"], match["file"]) for match in ROW.finditer(text)]
+    pages = [(ROOT / page).read_text() for page in ("docs/mla.md", "docs/attention.md")]
+    return [(match["code"], match["file"]) for text in pages for match in ROW.finditer(text)]
 
 
 def flat(text: str) -> str:
@@ -21,7 +21,7 @@ def flat(text: str) -> str:
 
 
 def test_every_equation_has_its_line() -> None:
-    assert len(quotes()) >= 25
+    assert len(quotes()) >= 40
 
 
 @pytest.mark.parametrize(("code", "file"), quotes())

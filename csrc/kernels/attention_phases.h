@@ -189,7 +189,11 @@ inline void make_mla_rows(const Pass& pass, const Attention& a, std::int64_t lay
       pad_row(work.query_latent.values + t * work.query_latent.stride, a.q_a_norm.size);
     }
     bf16* row = work.row + t * a.row_dim();
-    if (a.kv_a_norm) rms_norm(*a.kv_a_norm, row, row);
+    bf16* latent = row;
+    for (const Norm& norm : a.kv_a_norms) {
+      rms_norm(norm, latent, latent);
+      latent += norm.size;
+    }
     rotate(row + a.latent_dim, a.rope_dim, pass.step.cos + t * half, pass.step.sin + t * half, a.interleave);
     store_row(pass.step.cache, row, a.row_dim(), slot_of(pass.step.cache, layer, pass.step.slots[t]));
   });

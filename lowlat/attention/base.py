@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from jaxtyping import Float
 from torch import Tensor
 
+from lowlat.ops.layout import RowLayout
+
 
 class AttentionBackend(ABC):
     """Attends for all tokens of one step; made per step, called once per layer.
@@ -42,4 +44,17 @@ class AttentionBackend(ABC):
     ) -> Float[Tensor, "tokens heads head_dim"]:
         """MHA, GQA or MQA with rotated queries and keys; a token sees its `window` latest keys
         (None: all).
+        """
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: int,
+        q: Float[Tensor, "tokens heads head_dim"],
+        rows: Float[Tensor, "tokens row_dim"],
+        layout: RowLayout,
+        scale: float,
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        """Any other attention (GTA, TPA): queries over rows of which `layout` makes keys and
+        values. `rows` are the new tokens' own.
         """

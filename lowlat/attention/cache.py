@@ -1,7 +1,8 @@
 """The paged cache: one row per token and layer, whatever the attention.
 
-MLA leaves [c_t ; k_R], MHA, GQA and MQA leave [K ; V]. Owns the memory; which page belongs to whom
-is the engine's business. What a row is made of in int8 is `rows`'s.
+MLA leaves [c_t ; k_R], MHA, GQA and MQA leave [K ; V], other forms what their config says. Owns the
+memory; which page belongs to whom is the engine's business. What a row is made of in int8 is
+`rows`'s.
 """
 
 import math

@@ -10,6 +10,7 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.ops.attention import causal_attention
+from lowlat.ops.layout import RowLayout
 from lowlat.ops.mla import absorbed_mla, expanded_mla
 
 
@@ -67,6 +68,36 @@ class CachedAttention(AttentionBackend):
 
             outputs.append(
                 causal_attention(queries, key_values, start=item.start, scale=scale, window=window)
+            )
+        return torch.cat(outputs)
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Tensor, "tokens heads head_dim"],
+        rows: Float[Tensor, "tokens row_dim"],
+        layout: RowLayout,
+        scale: float,
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        self.cache.write(layer, self.batch.slots, rows)
+        outputs = []
+        lengths = [item.length for item in self.batch.sequences]
+        for item, queries in zip(self.batch.sequences, q.split(lengths), strict=True):
+            context = self._context(layer, item, q.dtype)
+            if item.form == "stream":
+                outputs.append(layout.attend(queries, context, start=item.start, scale=scale))
+                continue
+
+            def key_values(
+                first: int, last: int, context: Tensor = context
+            ) -> tuple[Tensor, Tensor]:
+                return layout.expand(context[first:last])
+
+            # One query block: a second one would build every key again.
+            outputs.append(
+                causal_attention(
+                    queries, key_values, start=item.start, scale=scale, query_block=item.length
+                )
             )
         return torch.cat(outputs)
 

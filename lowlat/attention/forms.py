@@ -7,21 +7,22 @@ plans steps chooses the form from the request alone, and rows are shared only wh
 
 from typing import Literal
 
-from lowlat.config.model import GQAConfig, MLAConfig
+from lowlat.config.attention import DECOUPLED
+from lowlat.config.model import AttentionConfig
 
 Form = Literal["stream", "absorbed", "expanded"]
 """stream: few tokens, products that run at the speed of reading the weights, attention in the
-latent space (MLA) or as always (GQA); absorbed: products of many tokens, attention in the latent
-space; expanded: products of many tokens, attention over keys and values (MLA builds them once per
-head and key)."""
+latent space (MLA, GLA, GTA), over factors (TPA) or as always (GQA); absorbed: products of many
+tokens, attention in the latent space; expanded: products of many tokens, attention over keys and
+values (all but GQA build them once per head and key)."""
 
 STREAM_TOKENS = 32
 """Up to so many new tokens of a sequence, reading the weights is all the time a step takes."""
 
 
-def form_of(attention: MLAConfig | GQAConfig, length: int) -> Form:
+def form_of(attention: AttentionConfig, length: int) -> Form:
     """The quickest form for `length` new tokens of one sequence."""
     if length <= STREAM_TOKENS:
         return "stream"
-    is_latent = isinstance(attention, MLAConfig) and length <= attention.expansion_break_even
+    is_latent = isinstance(attention, DECOUPLED) and length <= attention.expansion_break_even
     return "absorbed" if is_latent else "expanded"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowlat.attention.base import AttentionBackend
 from lowlat.ops.attention import causal_attention
+from lowlat.ops.layout import RowLayout
 from lowlat.ops.mla import expanded_mla
 
 
@@ -64,3 +65,13 @@ class PackedAttention(AttentionBackend):
                 causal_attention(queries, key_values, start=0, scale=scale, window=window)
             )
         return torch.cat(outputs)
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Tensor, "tokens heads head_dim"],
+        rows: Float[Tensor, "tokens row_dim"],
+        layout: RowLayout,
+        scale: float,
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        return self.gqa(layer, q, *layout.expand(rows), scale, None)

@@ -1,6 +1,7 @@
 """One row of the int8 cache: which of its channels are int8, and its bytes.
 
-    [0, n)        n channels as int8: the latent c_t of MLA, all of [K ; V] of MHA, GQA and MQA
+    [0, n)        n channels as int8: the latents of MLA and GLA, the tied states of GTA, all of the
+                  row of MHA, GQA, MQA and TPA
     [n, m)        zeros up to m, the next multiple of 4
     [m, m + 4 g)  g = ceil(n / 64) fp32 scales, one for each 64 channels: max |x| / 127
     [m + 4 g, ..) the other channels in bf16: k_R
@@ -15,12 +16,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lowlat.config.arithmetic import SCALE_CHANNELS, int8_row_bytes
-from lowlat.config.model import GQAConfig, MLAConfig
+from lowlat.config.model import AttentionConfig
 
 INT8_MAX = 127
 
 
-def row_bytes(attention: MLAConfig | GQAConfig, dtype: torch.dtype) -> int:
+def row_bytes(attention: AttentionConfig, dtype: torch.dtype) -> int:
     """Bytes of a row in a cache of `dtype`."""
     if dtype == torch.int8:
         return int8_row_bytes(attention.row_dim, attention.quantized_dim)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lowlat.bench.plan import Cell
 from lowlat.config.arithmetic import count_parameters
-from lowlat.config.model import MLAConfig, ModelConfig
+from lowlat.config.model import GQAConfig, ModelConfig, TPAConfig
 
 WEIGHT_BYTES = {
     "fp32": 4.0,
@@ -73,14 +73,19 @@ def attention_flops(config: ModelConfig, *, queries: int, keys: int, pairs: int 
     """FLOPs of scores and values over all layers. pairs: query-key pairs, None for all of them.
 
     Products with kv_b_proj of the queries' own tokens are among the weights; the expanded form
-    also has to expand the keys cached before.
+    also has to expand the keys cached before. GLA and GTA are counted as the latent attention they
+    are computed by.
     """
     attention = config.attention
     pairs = queries * keys if pairs is None else pairs
     heads, layers = attention.num_attention_heads, config.num_hidden_layers
-    if not isinstance(attention, MLAConfig):
+    if isinstance(attention, GQAConfig):
         return float(layers * heads * pairs * 4 * attention.head_dim)
-    latent = attention.kv_lora_rank
+    if isinstance(attention, TPAConfig):
+        products = 2 * (attention.k_rank + attention.v_rank) * attention.head_dim
+        expanded = pairs * 4 * attention.head_dim + keys * products
+        return float(layers * heads * min(pairs * products, expanded))
+    latent = attention.quantized_dim
     absorbed = pairs * 2 * (2 * latent + attention.qk_rope_head_dim)
     expanded = pairs * 2 * (attention.qk_head_dim + attention.v_head_dim)
     width = attention.qk_nope_head_dim + attention.v_head_dim

@@ -14,6 +14,7 @@ import torch
 from lowlat.checkpoint.operations import Operation, PadLatent, Rename, parameter_names
 from lowlat.checkpoint.source import TensorSource
 from lowlat.checkpoint.strict_json import quoted
+from lowlat.config.families import LOWLAT
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.utils.errors import UserError
 
@@ -27,10 +28,7 @@ _log = logging.getLogger(__name__)
 
 def operations(config: ModelConfig, parameters: Iterable[str]) -> list[Operation]:
     """The operations that cover every one of `parameters` (names in the state dict) once."""
-    attention = config.attention
-    converted = attention if isinstance(attention, MLAConfig) else None
-    if converted is not None and converted.kv_a_layernorm:
-        converted = None
+    converted = _padded_attention(config)
     padded = [] if converted is None else parameter_names(converted)
     result: list[Operation] = []
     for parameter in parameters:
@@ -135,6 +133,14 @@ def _below_attention(parameter: str) -> tuple[str, str]:
     """
     prefix, found, rest = parameter.rpartition("self_attn.")
     return (prefix + found, rest) if found else (parameter, "")
+
+
+def _padded_attention(config: ModelConfig) -> MLAConfig | None:
+    """The attention of an exactly converted model in the layout that standard readers know."""
+    attention = config.attention
+    if not isinstance(attention, MLAConfig) or attention.kv_a_layernorm:
+        return None
+    return None if config.model_type == LOWLAT else attention
 
 
 def _pad_latent(config: ModelConfig, attention: MLAConfig, prefix: str) -> PadLatent:

@@ -7,8 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lowlat.config.arithmetic import CacheCost, ParameterCount, cache_cost, count_parameters
+from lowlat.config.attention import short_name
 from lowlat.config.memory import PACKED_DTYPES
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
+from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig
 
 BAR_WIDTH = 14
 EIGHTHS = "▏▎▍▌▋▊▉█"
@@ -104,19 +105,9 @@ def _parts(config: ModelConfig, count: ParameterCount) -> list[tuple[str, int, s
 def _attention(config: ModelConfig) -> str:
     attention = config.attention
     heads = attention.num_attention_heads
-    if isinstance(attention, MLAConfig):
+    if isinstance(attention, MLAConfig | GLAConfig):
         return f"{heads} heads"
     return f"{heads} heads of {attention.head_dim}"
-
-
-def _form(attention: MLAConfig | GQAConfig) -> str:
-    """'MLA 512 + 64', 'GQA, 8 groups': the form of the attention in a few words."""
-    if isinstance(attention, MLAConfig):
-        return f"MLA {attention.kv_lora_rank} + {attention.qk_rope_head_dim}"
-    groups = attention.num_key_value_heads
-    if groups == attention.num_attention_heads:
-        return f"MHA, {groups} heads"
-    return "MQA" if groups == 1 else f"GQA, {groups} groups"
 
 
 def _depth(config: ModelConfig) -> str:
@@ -129,7 +120,7 @@ def _cache(config: ModelConfig, cost: CacheCost, dtype: str) -> Table:
     own = cost.elements_per_token_layer
     groups = min(8, config.attention.num_attention_heads)
     rows = [
-        (f"this model: {_form(config.attention)}", own, cost.own_bytes_per_token(dtype)),
+        (f"this model: {short_name(config.attention)}", own, cost.own_bytes_per_token(dtype)),
         ("MQA, 1 group", cost.mqa, cost.bytes_per_token(cost.mqa, dtype)),
         (f"GQA, {groups} groups", cost.gqa8, cost.bytes_per_token(cost.gqa8, dtype)),
         (

@@ -12,17 +12,21 @@ import typer
 from lowlat.cli.bench import bench
 from lowlat.cli.chat import chat
 from lowlat.cli.convert import convert
+from lowlat.cli.data import app as data
 from lowlat.cli.eval import evaluate
 from lowlat.cli.generate import generate
 from lowlat.cli.info import info
+from lowlat.cli.plan import plan
 from lowlat.cli.serve import serve
+from lowlat.cli.study import app as study
+from lowlat.cli.train import app as train
 from lowlat.utils.errors import UserError
 
 USER_ERROR = 2
 
 app = typer.Typer(
     name="lowlat",
-    help="Multi-head Latent Attention models: load, convert, talk to them.",
+    help="Multi-head Latent Attention models: load, convert, train, serve, talk to them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,6 +39,10 @@ app.command("info")(info)
 app.command("convert")(convert)
 app.command("eval")(evaluate)
 app.command("bench")(bench)
+app.command("plan")(plan)
+app.add_typer(data)
+app.add_typer(study, name="study")
+app.add_typer(train, name="train")
 
 
 def print_version(wanted: bool) -> bool:

@@ -7,7 +7,15 @@ a machine. Bytes of weights are `memory`'s.
 
 from dataclasses import dataclass
 
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from lowlat.config.model import (
+    GLAConfig,
+    GQAConfig,
+    GTAConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    TPAConfig,
+)
 
 ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of one number by dtype."""
@@ -87,9 +95,18 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 def attention_parameters(config: ModelConfig) -> int:
     """One layer's attention: projections, biases, latent or per-head norms."""
     attention, hidden = config.attention, config.hidden_size
-    if isinstance(attention, GQAConfig):
-        return _gqa_parameters(attention, hidden)
-    return _mla_parameters(attention, hidden)
+    match attention:
+        case GQAConfig():
+            return _gqa_parameters(attention, hidden)
+        case MLAConfig():
+            return _mla_parameters(attention, hidden)
+        case GLAConfig():
+            return _gla_parameters(attention, hidden)
+        case GTAConfig():
+            queries = attention.num_attention_heads * attention.head_dim
+            return hidden * (2 * queries + attention.row_dim)
+        case TPAConfig():
+            return _tpa_parameters(attention, hidden)
 
 
 def mlp_parameters(config: ModelConfig, width: int) -> int:
@@ -154,6 +171,22 @@ def _mla_parameters(attention: MLAConfig, hidden: int) -> int:
     return query + keys_values + norm + biases + values * hidden
 
 
+def _gla_parameters(attention: GLAConfig, hidden: int) -> int:
+    heads, latent = attention.num_attention_heads, attention.kv_lora_rank
+    queries, values = heads * attention.qk_head_dim, heads * attention.v_head_dim
+    up = attention.group_rank * (heads * attention.qk_nope_head_dim + values)
+    rank = attention.q_lora_rank
+    query = hidden * queries if rank is None else hidden * rank + rank * queries + rank
+    return query + hidden * attention.row_dim + latent + up + values * hidden
+
+
+def _tpa_parameters(attention: TPAConfig, hidden: int) -> int:
+    width = attention.num_attention_heads * attention.head_dim
+    factor = attention.num_attention_heads + attention.head_dim
+    queries = width if attention.q_rank is None else attention.q_rank * factor
+    return hidden * (queries + attention.row_dim + width)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheCost:
     """Cached elements per token of a model, and of other attentions with its heads and head width.
@@ -205,8 +238,7 @@ def int8_row_bytes(elements: int, quantized: int) -> int:
 def cache_cost(config: ModelConfig) -> CacheCost:
     """Cached elements per token and layer of `config` and of the alternatives."""
     attention = config.attention
-    width = attention.v_head_dim if isinstance(attention, MLAConfig) else attention.head_dim
-    heads = attention.num_attention_heads
+    width, heads = attention.v_head_dim, attention.num_attention_heads
     return CacheCost(
         num_layers=config.num_hidden_layers,
         elements_per_token_layer=attention.row_dim,

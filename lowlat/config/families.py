@@ -12,6 +12,12 @@ ARCHITECTURES = {
 }
 """Supported model_type and the class name its checkpoints give in `architectures`."""
 
+LOWLAT = "lowlat"
+"""model_type of files in lowlat's own form."""
+
+MAX_LAYERS = 100_000
+"""Far above any model; keeps a hostile file from asking for lists of 2**31 layers."""
+
 MLA_FAMILIES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
 """Families with Multi-head Latent Attention; all others have grouped-query attention."""
 

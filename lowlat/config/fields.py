@@ -149,6 +149,13 @@ class Fields:
             raise self.wrong(name, "numbers above 0")
         return factors
 
+    def integers(self, name: str) -> tuple[int, ...]:
+        """An array of integers of at least 0, empty if absent."""
+        values = self.items(name)
+        if any(type(value) is not int or not 0 <= value <= MAX_INT for value in values):
+            raise self.wrong(name, "an array of integers")
+        return tuple(values)
+
     def strings(self, name: str) -> tuple[str, ...]:
         """An array of strings, empty if absent."""
         values = self.items(name)

@@ -3,22 +3,27 @@
 Reads strictly: a field that may change the computation is either understood, or an error that names
 it. Absent fields take a default only where every released checkpoint of the family means it. Rotary
 settings are in `config.hf_rope`, experts in `config.hf_moe`, converted models' extra object (the
-"lowlat" key) in `config.hf_extension`, writing in `config.hf_write`. The epsilon of the latent
+"lowlat" key) in `config.hf_extension`, writing in `config.hf_write`, and files of model_type
+"lowlat" in `config.lowlat_json`. The epsilon of the latent
 norms is 1e-6 in every implementation and no field of the file.
 """
 
-from lowlat.config.families import ARCHITECTURES, HARMLESS_FIELDS, MLA_FAMILIES
+from lowlat.config.families import (
+    ARCHITECTURES,
+    HARMLESS_FIELDS,
+    LOWLAT,
+    MAX_LAYERS,
+    MLA_FAMILIES,
+)
 from lowlat.config.fields import Fields
 from lowlat.config.hf_extension import native_attention, padded_rank
 from lowlat.config.hf_moe import moe_from_hf
 from lowlat.config.hf_rope import rope_from_hf
 from lowlat.config.hf_write import config_to_hf
+from lowlat.config.lowlat_json import config_from_lowlat
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, QuantConfig
 
 __all__ = ["config_from_hf", "config_to_hf", "padded_rank"]
-
-MAX_LAYERS = 100_000
-"""Far above any model; keeps a hostile file from asking for lists of 2**31 layers."""
 
 INDEXER_FIELDS = ("index_n_heads", "index_head_dim", "index_topk")
 
@@ -31,6 +36,8 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
     the model is not determined.
     """
     fields = Fields(raw, source)
+    if fields.value("model_type") == LOWLAT:
+        return config_from_lowlat(fields)
     model_type = _model_type(fields)
     _reject_unsupported(fields)
     layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
@@ -72,7 +79,7 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
 
 
 def _model_type(fields: Fields) -> str:
-    model_type = fields.choice("model_type", tuple(ARCHITECTURES))
+    model_type = fields.choice("model_type", (*ARCHITECTURES, LOWLAT))
     architectures = fields.strings("architectures")
     allowed = {ARCHITECTURES[model_type]}
     if model_type == "kimi_k2":

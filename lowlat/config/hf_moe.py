@@ -44,11 +44,12 @@ def moe_from_hf(fields: Fields, model_type: str, layers: int, mtp_layers: int) -
         routed_scaling_factor=fields.positive("routed_scaling_factor", 1.0 if is_v2 else None),
         scale_after_norm=not is_v2,
     )
-    _check_routing(fields, moe)
+    check_routing(fields, moe)
     return moe
 
 
-def _check_routing(fields: Fields, moe: MoEConfig) -> None:
+def check_routing(fields: Fields, moe: MoEConfig) -> None:
+    """Raise UserError naming the field of `fields` that makes routing among `moe` impossible."""
     experts, chosen = moe.n_routed_experts, moe.num_experts_per_tok
     if experts % moe.n_group:
         raise fields.fault("n_group", f"{moe.n_group} does not divide n_routed_experts {experts}")

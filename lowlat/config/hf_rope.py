@@ -34,7 +34,7 @@ def rope_from_hf(
             raise place.unsupported("partial_rotary_factor", "every channel must rotate (1.0)")
     kind = table.spelling("rope_type", "type")
     rope_type: Any = table.choice(kind, get_args(RopeType), "default")
-    settings = _settings(fields, table, rope_type, theta, dim, context)
+    settings = rope_settings(fields, table, rope_type, theta, dim, context)
     table.reject_unread(f"is not a setting of rope_type '{rope_type}' that lowlat knows; remove it")
     return RopeConfig(rope_theta=theta, rope_type=rope_type, rope_interleave=interleave, **settings)
 
@@ -76,10 +76,12 @@ def _theta(fields: Fields, table: Fields, model_type: str) -> float:
     return place.positive("rope_theta", DEFAULT_THETA.get(model_type))
 
 
-def _settings(
+def rope_settings(
     fields: Fields, table: Fields, rope_type: RopeType, theta: float, dim: int, context: int
 ) -> dict[str, Any]:
-    """Keyword arguments of RopeConfig that belong to `rope_type`."""
+    """Keyword arguments of RopeConfig that belong to `rope_type`, out of `table` (of which only
+    these count as read), which lies in `fields`.
+    """
     original = _original_context(fields, table)
     shared = {"mscale_all_dim": table.optional_number("mscale_all_dim")}
     match rope_type:

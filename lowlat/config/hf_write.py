@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from lowlat.config.families import ARCHITECTURES, MLA_FAMILIES
+from lowlat.config.attention import short_name
+from lowlat.config.families import ARCHITECTURES, LOWLAT, MLA_FAMILIES
 from lowlat.config.hf_extension import extension_to_hf
 from lowlat.config.hf_rope import rope_to_hf
+from lowlat.config.lowlat_json import config_to_lowlat
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig, QuantConfig
 from lowlat.utils.errors import UserError
 
@@ -15,6 +17,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     mtp_copies is not written: the tensors say it. Raises UserError where the family has no field
     for a setting.
     """
+    if config.model_type == LOWLAT:
+        return config_to_lowlat(config)
     attention, eos = config.attention, list(config.eos_token_ids)
     raw: dict[str, Any] = {
         "architectures": [ARCHITECTURES[config.model_type]],
@@ -35,10 +39,13 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
     }
     raw |= rope_to_hf(config.rope)
-    if isinstance(attention, MLAConfig):
-        raw |= _mla_to_hf(config, attention) | _moe_to_hf(config)
-    else:
-        raw |= _gqa_to_hf(config, attention) | _windows_to_hf(config)
+    match attention:
+        case MLAConfig():
+            raw |= _mla_to_hf(config, attention) | _moe_to_hf(config)
+        case GQAConfig():
+            raw |= _gqa_to_hf(config, attention) | _windows_to_hf(config)
+        case _:
+            _require(config, False, short_name(attention))
     if config.quantization is not None:
         raw["quantization_config"] = _quantization_to_hf(config.quantization)
     return raw
@@ -172,4 +179,7 @@ def _quantization_to_hf(quant: QuantConfig) -> dict[str, Any]:
 
 def _require(config: ModelConfig, condition: bool, what: str) -> None:
     if not condition:
-        raise UserError(f"a config.json of model_type '{config.model_type}' cannot express {what}")
+        raise UserError(
+            f"a config.json of model_type '{config.model_type}' cannot express {what}; "
+            f"model_type '{LOWLAT}' can"
+        )

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lowlat.config.arithmetic import ELEMENT_BYTES, FP32_BYTES, cache_cost, count_parameters
-from lowlat.config.model import GQAConfig, ModelConfig, QuantConfig
+from lowlat.config.model import (
+    GLAConfig,
+    GQAConfig,
+    GTAConfig,
+    MLAConfig,
+    ModelConfig,
+    QuantConfig,
+    TPAConfig,
+)
 
 PACKED_DTYPES = ("int8", "int4")
 """Forms projections are packed in at load (`ops.quantized`); what is no projection is bf16."""
@@ -105,14 +113,32 @@ def _mlp(config: ModelConfig, count: int, width: int) -> list[_Matrices]:
 
 def _attention(config: ModelConfig, layers: int) -> list[_Matrices]:
     attention, hidden = config.attention, config.hidden_size
-    if isinstance(attention, GQAConfig):
-        queries = attention.num_attention_heads * attention.head_dim
-        keys = attention.num_key_value_heads * attention.head_dim
-        shapes = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
-        return [_Matrices(layers, *shape) for shape in shapes]
-    heads = attention.num_attention_heads
+    match attention:
+        case GQAConfig():
+            keys = attention.num_key_value_heads * attention.head_dim
+            outputs = [attention.num_attention_heads * attention.head_dim, keys, keys]
+        case GTAConfig():
+            outputs = [attention.num_attention_heads * attention.head_dim, attention.row_dim]
+        case TPAConfig():
+            heads, width, rank = attention.num_attention_heads, attention.head_dim, attention.q_rank
+            outputs = [heads * width] if rank is None else [rank * heads, rank * width]
+            for rank in (attention.k_rank, attention.v_rank):
+                outputs += [rank * heads, rank * width]
+        case MLAConfig():
+            return _latent_attention(attention, attention.kv_lora_rank, hidden, layers)
+        case GLAConfig():
+            return _latent_attention(attention, attention.group_rank, hidden, layers)
+    values = attention.num_attention_heads * attention.v_head_dim
+    matrices = [_Matrices(layers, rows, hidden) for rows in outputs]
+    return [*matrices, _Matrices(layers, hidden, values)]
+
+
+def _latent_attention(
+    attention: MLAConfig | GLAConfig, latent: int, hidden: int, layers: int
+) -> list[_Matrices]:
+    """`latent`: columns of kv_b_proj."""
+    heads, rank = attention.num_attention_heads, attention.q_lora_rank
     queries, values = heads * attention.qk_head_dim, heads * attention.v_head_dim
-    rank, latent = attention.q_lora_rank, attention.kv_lora_rank
     shapes = [(queries, hidden)] if rank is None else [(rank, hidden), (queries, rank)]
     shapes += [(attention.row_dim, hidden), (hidden, values)]
     up = _Matrices(layers, heads * attention.qk_nope_head_dim + values, latent, is_rows=True)

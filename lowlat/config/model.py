@@ -1,13 +1,39 @@
 """What a model is: frozen dataclasses with Hugging Face's field names and the sizes derived from
 them.
 
-Owns no file format: config.json is read and written by `config.hf`, GGUF metadata by
-`checkpoint.gguf`. Every other layer receives these objects and never looks at raw dictionaries.
+The forms of attention are `config.attention`'s. Owns no file format: config.json is read and
+written by `config.hf`, GGUF metadata by `checkpoint.gguf`. Every other layer receives these objects
+and never looks at raw dictionaries.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Literal
+
+from lowlat.config.attention import (
+    DECOUPLED,
+    AttentionConfig,
+    GLAConfig,
+    GQAConfig,
+    GTAConfig,
+    MLAConfig,
+    TPAConfig,
+)
+
+__all__ = [
+    "AttentionConfig",
+    "GLAConfig",
+    "GQAConfig",
+    "GTAConfig",
+    "MLAConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "QuantConfig",
+    "RopeConfig",
+    "RopeType",
+    "TPAConfig",
+    "yarn_mscale",
+]
 
 RopeType = Literal["default", "linear", "llama3", "yarn", "longrope"]
 
@@ -52,97 +78,6 @@ class RopeConfig:
     """llama3: wavelengths below original_max_position_embeddings / high_freq_factor are kept."""
     pair_factors: tuple[float, ...] | None = None
     """longrope: one divisor per pair (short_factor and long_factor, which must be equal)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MLAConfig:
-    """Multi-head Latent Attention (DeepSeek-V2 section 2.1, DeepSeek-V3 section 2.1.1)."""
-
-    num_attention_heads: int
-    """Query heads n_h."""
-    kv_lora_rank: int
-    """Width d_c of the cached latent c_t."""
-    q_lora_rank: int | None
-    """Width d'_c of the query latent; None projects queries directly."""
-    qk_nope_head_dim: int
-    """Query-key channels per head without position; may be 0."""
-    qk_rope_head_dim: int
-    """Rotary channels per query head and of the one shared key, d_h^R."""
-    v_head_dim: int
-    """Value channels per head."""
-    attention_bias: bool = False
-    """Biases on q_a_proj, kv_a_proj_with_mqa and o_proj."""
-    q_bias: bool = False
-    """Bias on q_proj (only without q_lora_rank): queries of converted models that have one."""
-    o_bias: bool = False
-    """Bias on o_proj, where attention_bias does not already say so."""
-    kv_a_layernorm: bool = True
-    """RMSNorm on the latent. False for exactly converted models, whose latent must not be rescaled.
-    """
-
-    @property
-    def qk_head_dim(self) -> int:
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def row_dim(self) -> int:
-        """Cached elements per token and layer: [c_t ; k_R]."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
-
-    @property
-    def quantized_dim(self) -> int:
-        """Leading elements of a row that an int8 cache keeps in int8: c_t; k_R stays bf16."""
-        return self.kv_lora_rank
-
-    @property
-    def rope_dim(self) -> int:
-        return self.qk_rope_head_dim
-
-    @property
-    def expansion_break_even(self) -> float:
-        """Queries per cached key beyond which the expanded form costs fewer multiply-adds than the
-        absorbed form.
-
-        Absorbed: 2 d_c + d_R per head and pair. Expanded: d_nope + d_R + d_v per head and pair,
-        plus d_c (d_nope + d_v) per head and key. About 170 for DeepSeek-V3. Infinite where
-        expansion never pays.
-        """
-        absorbed = 2 * self.kv_lora_rank + self.qk_rope_head_dim
-        expanded = self.qk_head_dim + self.v_head_dim
-        build = self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
-        return build / (absorbed - expanded) if absorbed > expanded else math.inf
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GQAConfig:
-    """Grouped-query attention; MHA when every head has its own keys, MQA when all share one."""
-
-    num_attention_heads: int
-    """Query heads."""
-    num_key_value_heads: int
-    """Key-value heads (groups)."""
-    head_dim: int
-    """Channels of a query, key or value head."""
-    qkv_bias: bool = False
-    """Biases on q_proj, k_proj and v_proj."""
-    o_bias: bool = False
-    """Bias on o_proj."""
-    qk_norm: bool = False
-    """RMSNorm over each query and key head before the rotation (qwen3)."""
-
-    @property
-    def row_dim(self) -> int:
-        """Cached elements per token and layer: [K ; V]."""
-        return 2 * self.num_key_value_heads * self.head_dim
-
-    @property
-    def quantized_dim(self) -> int:
-        """Leading elements of a row that an int8 cache keeps in int8: all of [K ; V]."""
-        return self.row_dim
-
-    @property
-    def rope_dim(self) -> int:
-        return self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +135,9 @@ class ModelConfig:
     """A decoder-only transformer of one of the supported families."""
 
     model_type: str
-    """Family: deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite, llama, mistral, qwen2, qwen3."""
+    """Family: deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite, llama, mistral, qwen2, qwen3, or
+    lowlat for whatever none of these can say.
+    """
     hidden_size: int
     """Width of the residual stream."""
     intermediate_size: int
@@ -213,7 +150,7 @@ class ModelConfig:
     """Longest context in tokens."""
     rms_norm_eps: float
     """Epsilon of the norms on the residual stream."""
-    attention: MLAConfig | GQAConfig
+    attention: AttentionConfig
     """The attention of every layer."""
     rope: RopeConfig
     """Rotary embedding of every layer."""
@@ -248,10 +185,8 @@ class ModelConfig:
         """Factor on query-key products: head width ** -0.5 times YaRN's m(mscale_all_dim)^2 (V3:
         1.874 / sqrt(192)).
         """
-        attention = self.attention
-        width = attention.qk_head_dim if isinstance(attention, MLAConfig) else attention.head_dim
-        scale = width**-0.5
-        if not isinstance(attention, MLAConfig) or self.rope.rope_type == "default":
+        scale = self.attention.qk_head_dim**-0.5
+        if not isinstance(self.attention, DECOUPLED) or self.rope.rope_type == "default":
             return scale
         return scale * yarn_mscale(self.rope.factor, self.rope.mscale_all_dim or 0.0) ** 2
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from lowlat.checkpoint.operations import Read
+from lowlat.config.attention import short_name
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 from lowlat.convert.rotary import channel_order, wide_rope
 from lowlat.ops.rope import inverse_frequencies, rotation_magnitude
@@ -27,6 +28,11 @@ def check_exact(config: ModelConfig) -> GQAConfig:
         raise UserError(
             f"model_type '{config.model_type}' already has Multi-head Latent Attention; "
             "--to mla converts MHA, GQA and MQA models"
+        )
+    if not isinstance(attention, GQAConfig):
+        raise UserError(
+            f"the model's attention is {short_name(attention)}; --to mla converts MHA, GQA and MQA "
+            "models"
         )
     if attention.qk_norm:
         raise UserError(

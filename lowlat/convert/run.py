@@ -23,8 +23,9 @@ from lowlat.checkpoint.place import fit
 from lowlat.checkpoint.save import text_files, write_checkpoint
 from lowlat.checkpoint.source import TensorSource
 from lowlat.config.arithmetic import cache_cost, count_parameters
+from lowlat.config.attention import short_name
 from lowlat.config.hf import config_to_hf
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
+from lowlat.config.model import AttentionConfig, GQAConfig, MLAConfig, ModelConfig
 from lowlat.convert.exact import check_exact, mla_config, mla_parameters
 from lowlat.model.transformer import Transformer
 from lowlat.utils.device import parse_dtype
@@ -100,12 +101,14 @@ def convert(
     return _report(src, dst, config, converted, time.perf_counter() - start)
 
 
-def describe_attention(attention: MLAConfig | GQAConfig) -> str:
+def describe_attention(attention: AttentionConfig) -> str:
     """The form of attention in a few words."""
     heads = attention.num_attention_heads
     if isinstance(attention, MLAConfig):
         latent, rotary = attention.kv_lora_rank, attention.qk_rope_head_dim
         return f"MLA, {heads} heads, latent {latent} + rotary key {rotary}"
+    if not isinstance(attention, GQAConfig):
+        return f"{short_name(attention)}, {heads} heads"
     groups, head_dim = attention.num_key_value_heads, attention.head_dim
     if groups == heads:
         return f"MHA, {heads} heads of {head_dim}"

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lowlat.attention.cache import cache_bytes_per_token
 from lowlat.config.arithmetic import count_parameters
-from lowlat.config.model import MLAConfig, ModelConfig
+from lowlat.config.attention import short_name
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 from lowlat.engine import scoring
 from lowlat.engine.cache_size import new_runner
 from lowlat.engine.completion import Completion, CompletionBuilder, Stream
@@ -100,6 +101,8 @@ class Model:
         if isinstance(attention, MLAConfig):
             latent = f"{attention.kv_lora_rank} + {attention.qk_rope_head_dim}"
             form = f"MLA {attention.num_attention_heads} heads, latent {latent}"
+        elif not isinstance(attention, GQAConfig):
+            form = f"{short_name(attention)}, {attention.num_attention_heads} heads"
         else:
             groups = attention.num_key_value_heads
             form = f"GQA {attention.num_attention_heads} heads in {groups} groups"

@@ -8,7 +8,7 @@ chunks, each of the form that suits its length; what is generated is a stream.
 from dataclasses import dataclass
 
 from lowlat.attention.forms import Form, form_of
-from lowlat.config.model import GQAConfig, MLAConfig
+from lowlat.config.model import AttentionConfig
 
 PREFILL_CHUNK = 1024
 """Tokens of a chunk of a prompt."""
@@ -26,7 +26,7 @@ class Reader:
     """Plans the reading of sequences in chunks of `chunk` tokens or a few more: whole pages of
     `page_size`, so that no page of a prompt is of two forms."""
 
-    def __init__(self, attention: MLAConfig | GQAConfig, *, chunk: int, page_size: int) -> None:
+    def __init__(self, attention: AttentionConfig, *, chunk: int, page_size: int) -> None:
         assert chunk > 0, chunk
         self.chunk = -(-chunk // page_size) * page_size
         self.page_size = page_size

@@ -3,13 +3,24 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lowlat.attention.base import AttentionBackend
-from lowlat.config.model import MLAConfig, ModelConfig
+from lowlat.config.model import (
+    GLAConfig,
+    GQAConfig,
+    GTAConfig,
+    MLAConfig,
+    ModelConfig,
+    TPAConfig,
+)
+from lowlat.model.gla import GLA
 from lowlat.model.gqa import GQA
+from lowlat.model.gta import GTA
 from lowlat.model.linear import RMSNorm
 from lowlat.model.mla import MLA
 from lowlat.model.moe import MLP, MoE
+from lowlat.model.tpa import TPA
 
 
 class DecoderLayer(nn.Module):
@@ -17,11 +28,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
         super().__init__()
-        attention = config.attention
-        if isinstance(attention, MLAConfig):
-            self.self_attn = MLA(config, attention, layer, dtype=dtype)
-        else:
-            self.self_attn = GQA(config, attention, layer, dtype=dtype)
+        self.self_attn = new_attention(config, layer, dtype=dtype)
         if config.moe is not None and config.is_moe_layer(layer):
             self.mlp = MoE(config, config.moe, dtype=dtype)
         else:
@@ -30,6 +37,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(
             config.hidden_size, config.rms_norm_eps, dtype=dtype
         )
+        self.recompute = False
+        """Keep only the input for the backward pass and compute the rest again (training)."""
 
     def forward(
         self,
@@ -37,5 +46,29 @@ class DecoderLayer(nn.Module):
         rope: tuple[Tensor, Tensor],
         attention: AttentionBackend,
     ) -> Float[Tensor, "tokens hidden"]:
+        if self.recompute:
+            return checkpoint(self._forward, x, rope, attention, use_reentrant=False)
+        return self._forward(x, rope, attention)
+
+    def _forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attention: AttentionBackend
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, attention)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def new_attention(
+    config: ModelConfig, layer: int, *, dtype: torch.dtype
+) -> MLA | GQA | GLA | GTA | TPA:
+    """The (unfilled) attention of `layer`, of the kind that the config says."""
+    match config.attention:
+        case MLAConfig() as attention:
+            return MLA(config, attention, layer, dtype=dtype)
+        case GQAConfig() as attention:
+            return GQA(config, attention, layer, dtype=dtype)
+        case GLAConfig() as attention:
+            return GLA(config, attention, layer, dtype=dtype)
+        case GTAConfig() as attention:
+            return GTA(config, attention, layer, dtype=dtype)
+        case TPAConfig() as attention:
+            return TPA(config, attention, layer, dtype=dtype)

@@ -1,26 +1,34 @@
 """Initial weights: all of the package's initialisation is here."""
 
+import math
+
 import torch
 from torch import nn
 
-from lowlat.model.linear import RMSNorm
+from lowlat.model.linear import Linear, RMSNorm
 from lowlat.model.moe import Gate
+from lowlat.model.tpa import TPA
 from lowlat.model.transformer import Transformer
 
 
 @torch.no_grad()
 def init_weights(model: Transformer, *, seed: int) -> None:
     """Normal weights of standard deviation config.initializer_range, unit norms, zero biases (V3
-    section 4.2).
+    section 4.2); TPA's projections to factors as its authors draw them.
 
     Deterministic in `seed` and in nothing else; quantised models cannot be initialised.
     """
     assert model.config.quantization is None
     generator = torch.Generator().manual_seed(seed)
     std = model.config.initializer_range
+    factors: list[tuple[Linear, tuple[int, int]]] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             _fill(module, name, parameter, std, generator)
+        if isinstance(module, TPA):
+            factors += module.factor_shapes()
+    for linear, shape in factors:
+        _fill_factors(linear, shape, generator)
 
 
 def _fill(
@@ -33,3 +41,16 @@ def _fill(
     else:
         drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * std
         parameter.copy_(drawn)
+
+
+def _fill_factors(linear: Linear, shape: tuple[int, int], generator: torch.Generator) -> None:
+    """Uniform within Xavier's bound for a tensor [hidden, *shape], whose last axis counts into both
+    fans: how the code published with TPA draws it.
+
+    A value is a product of two factors, so the one small deviation of all other weights would leave
+    values far smaller than those of other attentions.
+    """
+    middle, last = shape
+    bound = math.sqrt(6 / (last * (linear.in_features + middle)))
+    drawn = torch.rand(linear.weight.shape, generator=generator, dtype=torch.float32)
+    linear.weight.copy_((2 * drawn - 1) * bound)

@@ -8,8 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowlat.config.model import QuantConfig
-from lowlat.ops import native, native_ops, quantized
+from lowlat.model.low_rank import LowRank
+from lowlat.ops import differentiable, native, native_ops, quantized
+from lowlat.ops.deferred import Later, deferred_linear
 from lowlat.ops.fp8 import dequantize_blocks
+from lowlat.ops.fp8_training import Fp8Format, fp8_linear, fp8_linear_quantized, stored_blocks
 from lowlat.ops.norm import rms_norm
 from lowlat.ops.quantized import (
     INT4_SHAPE,
@@ -59,6 +62,12 @@ class Linear(nn.Module):
         self.out_features = out_features
         self.storage: Storage = "plain"
         self.block: tuple[int, int] | None = None
+        # Set by train.fp8: products in FP8 (a plain weight then is a master copy).
+        self.fp8: Fp8Format | None = None
+        # Set by train.parallel: takes the gradient of a plain weight as work for later.
+        self.later: Later | None = None
+        # Set by train.lora: an update of a weight that stays.
+        self.low_rank: LowRank | None = None
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
         self.weight_scale_inv: nn.Parameter | None = None
         self.weight_scale: nn.Parameter | None = None
@@ -112,6 +121,8 @@ class Linear(nn.Module):
         rows, columns = self.out_features, self.in_features
         match self.storage:
             case "plain":
+                if self.low_rank is not None:
+                    return (self.weight + self.low_rank.delta()).to(dtype)
                 return self.weight.to(dtype)
             case "fp8":
                 assert self.weight_scale_inv is not None and self.block is not None
@@ -125,8 +136,20 @@ class Linear(nn.Module):
                 return dequantize_rows(Int8Rows(self.weight, self.weight_scale), dtype)
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+        if self.fp8 is not None:
+            return self._fp8_forward(x, self.fp8)
+        if self.later is not None and torch.is_grad_enabled():
+            return deferred_linear(x, self.weight, self.bias, self.later)
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.low_rank is not None:
+            return F.linear(x, self.weight.to(x.dtype), bias) + self.low_rank(x)
         return F.linear(x, self.dense_weight(x.dtype), bias)
+
+    def _fp8_forward(self, x: Tensor, fmt: Fp8Format) -> Tensor:
+        if self.weight_scale_inv is None:
+            return fp8_linear(x, self.weight, self.bias, fmt)
+        blocks = stored_blocks(self.weight, self.weight_scale_inv)
+        return fp8_linear_quantized(x, blocks, self.bias, fmt)
 
     def _int8(self) -> Int8Weight:
         assert self.weight_scale is not None
@@ -151,7 +174,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
-        return rms_norm(x, self.weight, self.eps)
+        trains = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        return (differentiable.rms_norm if trains else rms_norm)(x, self.weight, self.eps)
 
 
 class Embedding(nn.Module):

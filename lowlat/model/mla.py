@@ -3,6 +3,7 @@
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -58,8 +59,10 @@ class MLA(nn.Module):
         attention: AttentionBackend,
     ) -> Float[Tensor, "tokens hidden"]:
         q_nope, q_rope = self.queries(x, rope)
-        w_uk, w_uv = self.up_projections(x.dtype)
         rows = self.rows(x, rope)
+        if self.kv_b_proj.fp8 is not None:
+            return self.o_proj(self._expanded(q_nope, q_rope, rows, attention).flatten(1))
+        w_uk, w_uv = self.up_projections(x.dtype)
         out = attention.mla(self.layer, q_nope, q_rope, rows, w_uk, w_uv, self.scale)
         return self.o_proj(out.flatten(1))
 
@@ -101,3 +104,24 @@ class MLA(nn.Module):
         weight = self.kv_b_proj.dense_weight(dtype).unflatten(0, (dims.num_attention_heads, -1))
         w_uk, w_uv = weight.split([dims.qk_nope_head_dim, dims.v_head_dim], dim=1)
         return w_uk, w_uv
+
+    def _expanded(
+        self,
+        q_nope: Float[Tensor, "tokens heads nope_dim"],
+        q_rope: Float[Tensor, "tokens heads rope_dim"],
+        rows: Float[Tensor, "tokens row_dim"],
+        attention: AttentionBackend,
+    ) -> Float[Tensor, "tokens heads v_dim"]:
+        """Keys and values by kv_b_proj as it multiplies, attended to as MHA: training in FP8, which
+        no cache is part of.
+        """
+        dims = self.dims
+        latent, k_rope = rows.split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=-1)
+        heads = self.kv_b_proj(latent).unflatten(-1, (dims.num_attention_heads, -1))
+        k_nope, v = heads.split([dims.qk_nope_head_dim, dims.v_head_dim], dim=-1)
+        k = torch.cat([k_nope, k_rope[:, None].expand_as(q_rope)], dim=-1)
+        q = torch.cat([q_nope, q_rope], dim=-1)
+        # Heads have one width there: zeros beyond v's own add nothing and are cut off.
+        v = F.pad(v, (0, dims.qk_head_dim - dims.v_head_dim))
+        out = attention.gqa(self.layer, q, k, v, self.scale, None)
+        return out[..., : dims.v_head_dim]

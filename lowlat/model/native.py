@@ -1,7 +1,7 @@
 """The native form of a model: its weights, where they lie, put together for one call per step.
 
-Owns which models have a native form. Arithmetic is csrc/'s; the modules beside this file say what
-it computes.
+Owns which models have a native form, and one step; layers are `native_layers`'s. Arithmetic is
+csrc/'s; the modules beside this file say what it computes.
 """
 
 import torch
@@ -10,27 +10,27 @@ from torch import Tensor
 
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch
+from lowlat.config.model import TPAConfig
 from lowlat.model.block import DecoderLayer
-from lowlat.model.gqa import GQA
-from lowlat.model.linear import Linear, RMSNorm
-from lowlat.model.mla import MLA
-from lowlat.model.moe import MLP, Gate, MoE
+from lowlat.model.linear import Linear
+from lowlat.model.moe import Gate
+from lowlat.model.native_layers import layer_of, matrix_of, norm_of, weight_of
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
 from lowlat.utils.memory import is_larger_than_memory
 
 BLOCK = (128, 128)
 """Rows and columns of the fp8 blocks the kernels know."""
-TILE = 16
-"""Rows of a tile."""
 STREAM_ROWS = 128
 """Up to so many tokens of a step, reading the weights is most of the time."""
 
 
 def has_native_form(model: Transformer) -> bool:
     """Whether the kernels are here and can run `model`: on the CPU, with bf16 activations, every
-    projection bf16, int8, int4 or fp8 in blocks of 128.
+    projection bf16, int8, int4 or fp8 in blocks of 128, and any attention but TPA.
     """
+    if isinstance(model.config.attention, TPAConfig):
+        return False
     embedding = model.embed_tokens.weight
     if embedding.device.type != "cpu" or embedding.dtype != torch.bfloat16:
         return False
@@ -68,11 +68,11 @@ class NativeModel:
         module = native.module()
         native.keep_torch_single_threaded()
         embedding = model.embed_tokens.weight.detach()
-        head = _matrix(embedding) if model.lm_head is None else _weight(model.lm_head)
+        head = matrix_of(embedding) if model.lm_head is None else weight_of(model.lm_head)
         self._model = module.Model(
             embedding=embedding,
-            layers=[_layer(layer) for layer in model.layers if isinstance(layer, DecoderLayer)],
-            norm=_norm(model.norm),
+            layers=[layer_of(layer) for layer in model.layers if isinstance(layer, DecoderLayer)],
+            norm=norm_of(model.norm),
             head=module.Projection.make(head, None),
             is_larger_than_memory=is_larger_than_memory(weight_bytes(model)),
         )
@@ -158,130 +158,3 @@ def _part(
         sequences=sequences, positions=batch.positions[index], slots=batch.slots[index]
     )
     return tokens, part
-
-
-# The return types below are inferred: those of the native module have no names of their own.
-def _layer(layer: DecoderLayer):
-    module = native.module()
-    mlp = layer.mlp
-    return module.Layer.make(
-        input_norm=_norm(layer.input_layernorm),
-        post_attention_norm=_norm(layer.post_attention_layernorm),
-        attention=_mla(layer.self_attn)
-        if isinstance(layer.self_attn, MLA)
-        else _gqa(layer.self_attn),
-        mlp=_dense(mlp.shared_experts if isinstance(mlp, MoE) else mlp),
-        moe=_moe(mlp) if isinstance(mlp, MoE) else None,
-    )
-
-
-def _mla(attention: MLA):
-    dims = attention.dims
-    has_query_latent = dims.q_lora_rank is not None
-    # In exactly converted models most rows of W_Q are zero: whole tiles of them are skipped.
-    q = attention.q_b_proj if has_query_latent else attention.q_proj
-    return native.module().Attention.mla(
-        heads=dims.num_attention_heads,
-        nope_dim=dims.qk_nope_head_dim,
-        rope_dim=dims.qk_rope_head_dim,
-        value_dim=dims.v_head_dim,
-        scale=attention.scale,
-        interleave=attention.interleave,
-        q_a=_projection(attention.q_a_proj) if has_query_latent else None,
-        q_a_norm=_norm(attention.q_a_layernorm) if has_query_latent else None,
-        q=_projection(q, sparse=not dims.kv_a_layernorm),
-        kv_a=_projection(attention.kv_a_proj_with_mqa),
-        kv_a_norm=_norm(attention.kv_a_layernorm) if dims.kv_a_layernorm else None,
-        kv_b=_weight(attention.kv_b_proj),
-        o=_projection(attention.o_proj),
-    )
-
-
-def _gqa(attention: torch.nn.Module):
-    assert isinstance(attention, GQA)
-    dims = attention.dims
-    return native.module().Attention.gqa(
-        heads=dims.num_attention_heads,
-        kv_heads=dims.num_key_value_heads,
-        head_dim=dims.head_dim,
-        scale=attention.scale,
-        interleave=attention.interleave,
-        window=attention.window or 0,
-        q=_projection(attention.q_proj),
-        k=_projection(attention.k_proj),
-        v=_projection(attention.v_proj),
-        o=_projection(attention.o_proj),
-        q_norm=_norm(attention.q_norm) if dims.qk_norm else None,
-        k_norm=_norm(attention.k_norm) if dims.qk_norm else None,
-    )
-
-
-def _dense(mlp: torch.nn.Module | None):
-    if mlp is None:
-        return None
-    assert isinstance(mlp, MLP)
-    return native.module().Mlp.make(
-        _projection(mlp.gate_proj), _projection(mlp.up_proj), _projection(mlp.down_proj)
-    )
-
-
-def _moe(mlp: MoE):
-    moe = mlp.gate.moe
-    is_v2_single = not moe.scale_after_norm and moe.num_experts_per_tok == 1
-    normalizes = moe.norm_topk_prob and not is_v2_single
-    has_groups = moe.topk_method != "greedy"
-    router = native.module().Router.make(
-        _matrix(mlp.gate.weight),
-        _numbers(mlp.gate.e_score_correction_bias),
-        chosen=moe.num_experts_per_tok,
-        groups=moe.n_group if has_groups else 1,
-        kept_groups=moe.topk_group if has_groups else 1,
-        best_in_group=2 if moe.topk_method == "noaux_tc" else 1,
-        is_sigmoid=moe.scoring_func == "sigmoid",
-        normalizes=normalizes,
-        scaling=1.0 if normalizes and not moe.scale_after_norm else moe.routed_scaling_factor,
-    )
-    return native.module().Moe.make(router, [_dense(expert) for expert in mlp.experts])
-
-
-def _norm(norm: RMSNorm):
-    return native.module().Norm.make(_numbers(norm.weight), norm.eps)
-
-
-def _projection(linear: Linear, *, sparse: bool = False):
-    return native.module().Projection.make(_weight(linear, sparse=sparse), _numbers(linear.bias))
-
-
-def _numbers(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.detach().float().contiguous()
-
-
-def _weight(linear: Linear, *, sparse: bool = False):
-    matrix = native.module().Matrix
-    weight = linear.weight.detach()
-    occupied = _occupied(linear) if sparse else None
-    size = {"rows": linear.out_features, "columns": linear.in_features}
-    match linear.storage:
-        case "plain":
-            return _matrix(weight, occupied)
-        case "fp8":
-            return matrix.fp8(weight.view(torch.uint8), linear.weight_scale_inv, occupied=occupied)
-        case "int8":
-            return matrix.int8(weight, linear.weight_scale, **size, occupied=occupied)
-        case "int4":
-            scale, minimum = linear.weight_scale, linear.weight_minimum
-            return matrix.int4(weight, scale, minimum, **size, occupied=occupied)
-        case "int8_rows":
-            return matrix.int8_rows(weight, linear.weight_scale, occupied=occupied)
-
-
-def _matrix(weight: Tensor, occupied: Tensor | None = None):
-    return native.module().Matrix.bf16(weight.detach(), occupied=occupied)
-
-
-def _occupied(linear: Linear) -> Tensor:
-    """Per tile of 16 rows, 1 where a weight is not zero."""
-    rows = linear.dense_weight(torch.float32).ne(0).any(dim=1)
-    padded = torch.zeros(-(-len(rows) // TILE) * TILE, dtype=torch.bool)
-    padded[: len(rows)] = rows
-    return padded.view(-1, TILE).any(dim=1).to(torch.uint8)

@@ -53,9 +53,16 @@ class Transformer(nn.Module):
         ids: Int[Tensor, "tokens"],
         positions: Int[Tensor, "tokens"],
         attention: AttentionBackend,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "tokens hidden"]:
-        """Hidden states after the final norm: input of `logits` and of the first MTP module."""
+        """Hidden states after the final norm: input of `logits` and of the first MTP module.
+
+        Activations have `dtype` (by default the embedding's): weights are cast to it as they are
+        used, so fp32 weights can be trained with bf16 products.
+        """
         x = self.embed_tokens(ids)
+        x = x if dtype is None else x.to(dtype)
         rope = self.rotary(positions)
         for layer in self.layers:
             x = layer(x, rope, attention)
@@ -81,7 +88,8 @@ class Transformer(nn.Module):
         """
         module = self._mtp_module(depth)
         embedding = self.embed_tokens if module.embed_tokens is None else module.embed_tokens
-        return module(hidden, embedding(ahead_ids), self.rotary(positions), attention)
+        embedded = embedding(ahead_ids).to(hidden.dtype)
+        return module(hidden, embedded, self.rotary(positions), attention)
 
     def mtp_logits(
         self, depth: int, hidden: Float[Tensor, "tokens hidden"]
@@ -89,6 +97,12 @@ class Transformer(nn.Module):
         """Scores of the token depth + 2 places ahead, from `mtp_hidden`."""
         module = self._mtp_module(depth)
         return self._head(hidden, self.lm_head if module.head is None else module.head)
+
+    def head_weight(self, depth: int) -> Float[Tensor, "vocab hidden"]:
+        """The matrix behind `logits` (depth 0) and behind MTP module depth - 1's, as stored."""
+        own = self._mtp_module(depth - 1).head if depth else None
+        head = self.lm_head if own is None else own
+        return self.embed_tokens.weight if head is None else head.weight
 
     def _mtp_module(self, depth: int) -> MTPModule:
         module = self.mtp[depth]

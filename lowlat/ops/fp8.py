@@ -33,19 +33,57 @@ def quantize_blocks(
     """fp8 weights and the fp32 scales that bring each block's largest magnitude to 448.
 
     `scale_fmt` "ue8m0" rounds scales up to powers of two. Padding of cut blocks is zero, so it
-    enters no maximum; an all-zero block gets scale 1.
+    enters no maximum; an all-zero block gets scale 1. A block with a value that is not finite
+    comes back as NaN altogether.
     """
     rows, columns = weight.shape
+    blocks, scale = quantize_grid(in_blocks(weight, block), scale_fmt)
+    return blocks.flatten(2).flatten(0, 1)[:rows, :columns].contiguous(), scale
+
+
+def in_blocks(
+    matrix: Float[Tensor, "rows columns"], block: tuple[int, int]
+) -> Float[Tensor, "row_blocks block_rows column_blocks block_columns"]:
+    """The matrix in fp32, cut into blocks; what lies beyond its edges is zero."""
+    rows, columns = matrix.shape
     grid = (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
-    padded = torch.zeros(
-        grid[0] * block[0], grid[1] * block[1], dtype=torch.float32, device=weight.device
-    )
-    padded[:rows, :columns] = weight
-    # out x in -> out_blocks x rows x in_blocks x columns
-    blocks = padded.view(grid[0], block[0], grid[1], block[1])
-    scale = blocks.abs().amax(dim=(1, 3)) / FP8_MAX
-    scale = torch.where(scale == 0, 1.0, scale)
+    size = (grid[0] * block[0], grid[1] * block[1])
+    if size == (rows, columns):
+        padded = matrix.to(torch.float32)
+    else:
+        padded = torch.zeros(size, dtype=torch.float32, device=matrix.device)
+        padded[:rows, :columns] = matrix
+    return padded.reshape(grid[0], block[0], grid[1], block[1])
+
+
+def block_scales(
+    blocks: Float[Tensor, "row_blocks block_rows column_blocks block_columns"],
+    largest: float,
+    scale_fmt: str | None,
+) -> Float[Tensor, "row_blocks column_blocks"]:
+    """Scales that bring each block's largest magnitude to `largest` ("ue8m0": to at most that).
+
+    1 for blocks of zeros, NaN for blocks with a value that is not finite.
+    """
+    extremes = blocks.amax(dim=(1, 3)), -blocks.amin(dim=(1, 3))
+    scale = torch.maximum(*extremes) / largest
+    # Below the smallest normal number a quotient by the scale would be inexact or infinite.
+    scale = torch.where(scale == 0, 1.0, scale).clamp_min(torch.finfo(torch.float32).tiny)
     if scale_fmt == "ue8m0":
-        scale = torch.exp2(torch.ceil(torch.log2(scale)))
-    quantized = (blocks / scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return quantized.view_as(padded)[:rows, :columns].contiguous(), scale
+        mantissa, exponent = torch.frexp(scale)
+        power = torch.ldexp(torch.where(mantissa > 0.5, 1.0, 0.5), exponent)
+        scale = torch.where(scale.isfinite(), power, scale)
+    return torch.where(scale.isfinite(), scale, torch.nan)
+
+
+def quantize_grid(
+    blocks: Float[Tensor, "row_blocks block_rows column_blocks block_columns"],
+    scale_fmt: str | None = None,
+) -> tuple[
+    Float[Tensor, "row_blocks block_rows column_blocks block_columns"],
+    Float[Tensor, "row_blocks column_blocks"],
+]:
+    """fp8 blocks and their scales, by the rules of `quantize_blocks`."""
+    scale = block_scales(blocks, FP8_MAX, scale_fmt)
+    # No quotient exceeds 448 by more than its rounding, which rounding to fp8 takes back.
+    return (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn), scale

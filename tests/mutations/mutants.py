@@ -3,23 +3,11 @@
 A text that is not found exactly once is an error of the list: whoever changes the line updates it.
 """
 
-from dataclasses import dataclass
+from .mutant import Mutant
+from .training import TRAINING
 
 OPS, MODEL, ATTENTION = "tests/unit/ops/", "tests/unit/model/", "tests/unit/attention/"
 LOAD = "tests/unit/checkpoint/test_load.py"
-
-
-@dataclass(frozen=True, slots=True)
-class Mutant:
-    """One mistake."""
-
-    name: str
-    file: str
-    """Below lowlat/."""
-    old: str
-    new: str
-    test: str
-    """Node id of a test that fails with `new` and passes with `old`."""
 
 
 YARN = [
@@ -305,15 +293,15 @@ FP8 = [
     Mutant(
         "fp8: zero blocks divide by zero",
         "ops/fp8.py",
-        "scale = torch.where(scale == 0, 1.0, scale)",
+        "scale = torch.where(scale == 0, 1.0, scale).clamp_min(torch.finfo(torch.float32).tiny)",
         "pass",
         OPS + "test_fp8.py::test_zero_block",
     ),
     Mutant(
         "fp8: ue8m0 scales rounded down",
         "ops/fp8.py",
-        "torch.ceil(torch.log2(scale))",
-        "torch.floor(torch.log2(scale))",
+        "torch.where(mantissa > 0.5, 1.0, 0.5)",
+        "torch.full_like(scale, 0.5)",
         OPS + "test_fp8.py::test_ue8m0_scales_are_powers_of_two_rounded_up",
     ),
     Mutant(
@@ -371,9 +359,8 @@ MTP = [
     Mutant(
         "MTP: embedding at position 0 set to zero",
         "model/transformer.py",
-        "return module(hidden, embedding(ahead_ids), self.rotary(positions), attention)",
-        "embedded = embedding(ahead_ids).masked_fill(positions[:, None] == 0, 0.0)\n"
-        "        return module(hidden, embedded, self.rotary(positions), attention)",
+        "embedded = embedding(ahead_ids).to(hidden.dtype)",
+        "embedded = embedding(ahead_ids).masked_fill(positions[:, None] == 0, 0.0)",
         MODEL + "test_mtp.py::test_position_zero_keeps_its_embedding",
     ),
     Mutant(
@@ -433,9 +420,9 @@ INT8_CACHE = [
     ),
     Mutant(
         "int8 cache: the rotary key in int8 too",
-        "config/model.py",
-        "        return self.kv_lora_rank\n",
-        "        return self.row_dim\n",
+        "config/attention.py",
+        'c_t; k_R stays bf16."""\n        return self.kv_lora_rank\n',
+        'c_t; k_R stays bf16."""\n        return self.row_dim\n',
         ATTENTION + "test_cache.py::test_int8_bytes_per_token",
     ),
     Mutant(
@@ -447,4 +434,60 @@ INT8_CACHE = [
     ),
 ]
 
-MUTANTS = [*YARN, *ROPE, *ROUTING, *ATTENTION_FORMS, *FP8, *PACKED, *INT8_CACHE, *MTP]
+FURTHER_FORMS = [
+    Mutant(
+        "GLA: every head reads the first group's latent",
+        "model/gla.py",
+        "(g * rank, width - (g + 1) * rank)",
+        "(0, width - rank)",
+        MODEL + "test_gla.py::test_every_head_reads_the_latent_of_its_group",
+    ),
+    Mutant(
+        "GLA: one norm over all latents",
+        "model/gla.py",
+        "latents = [norm(c) for norm, c in zip(self.norms(), latents, strict=True)]",
+        "latents = [self.norms()[0](c) for c in latents]",
+        MODEL + "test_gla.py::test_every_head_reads_the_latent_of_its_group",
+    ),
+    Mutant(
+        "GTA: the value is the half that is no key",
+        "ops/gta.py",
+        "return torch.cat([tied[..., :nope], k_rope], dim=-1), tied",
+        "return torch.cat([tied[..., -nope:], k_rope], dim=-1), tied",
+        OPS + "test_gta.py::test_a_row_by_hand",
+    ),
+    Mutant(
+        "TPA: products summed, not averaged",
+        "ops/tpa.py",
+        "return a.transpose(1, 2) @ b / a.shape[1]",
+        "return a.transpose(1, 2) @ b",
+        OPS + "test_tpa.py::test_the_mean_of_outer_products",
+    ),
+    Mutant(
+        "TPA: channel factors of keys cached without rotation",
+        "model/tpa.py",
+        "b_k = apply_rope(b_k, *rope, interleave=self.interleave).flatten(1)",
+        "b_k = b_k.flatten(1)",
+        MODEL + "test_tpa.py::test_naive",
+    ),
+    Mutant(
+        "TPA: few queries see the tokens after them",
+        "ops/tpa.py",
+        "hidden = torch.arange(keys, device=q.device) > position[:, None]",
+        "hidden = torch.arange(keys, device=q.device) > position.amax()[None, None]",
+        OPS + "test_tpa.py::test_rows_behind_a_query_are_not_seen",
+    ),
+]
+
+MUTANTS = [
+    *YARN,
+    *ROPE,
+    *ROUTING,
+    *ATTENTION_FORMS,
+    *FURTHER_FORMS,
+    *FP8,
+    *PACKED,
+    *INT8_CACHE,
+    *MTP,
+    *TRAINING,
+]

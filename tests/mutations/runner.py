@@ -24,7 +24,8 @@ from .mutants import Mutant
 
 REPOSITORY = Path(__file__).parents[2]
 COPIED = ("lowlat", "tests", "pyproject.toml")
-PRELOADED = ("hypothesis", "jaxtyping", "beartype", "safetensors.torch", "filelock")
+PRELOADED = ("hypothesis", "jaxtyping", "beartype", "safetensors.torch", "filelock", "pydantic")
+PRELOADED += ("torch.distributed.tensor", "torch.distributed.fsdp", "torch.nn.attention.bias")
 
 PASSED, FAILED, CRASHED = 0, 1, 70
 """Exit codes; all but pytest's first two mean that the tests could not run."""

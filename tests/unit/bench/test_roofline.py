@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import fakes
 import pytest
+from lowlat_configs import GLA, GTA, TPA, lowlat_config
 
 from lowlat.bench.plan import Cell
 from lowlat.bench.roofline import attention_flops, seconds, tokens_per_second, work_of
@@ -83,3 +84,18 @@ def test_dense_gqa_models_with_tied_heads() -> None:
     work = work_of(config, Cell(kind="prefill", tokens=5), dtype="fp32", row_bytes=1)
     assert work.weight_bytes == 4 * count_parameters(config).total
     assert work.attention_flops == 2 * 6 * 15 * 4 * 10
+
+
+def test_further_forms_count_what_their_cheaper_arithmetic_costs() -> None:
+    """GLA and GTA as the latent attention they are computed by; TPA factored for one query."""
+    for attention, one in (
+        (GLA, 2 * 26 + 6),
+        (GTA, 2 * 30 + 4),
+        (TPA, (2 + 1) * 14),
+    ):
+        config = lowlat_config(attention)
+        heads = attention.num_attention_heads
+        assert attention_flops(config, queries=1, keys=97, pairs=None) == 2 * heads * 97 * 2 * one
+    config = lowlat_config(TPA)
+    many = attention_flops(config, queries=97, keys=97, pairs=None)
+    assert many == 2 * 5 * (97 * 97 * 4 * 14 + 97 * 2 * 3 * 14)

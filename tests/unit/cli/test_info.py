@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from lowlat_configs import EVERY, random_model
 from rich.console import Console
 from safetensors.torch import save_file
 
+from lowlat.checkpoint.save import save_model
 from lowlat.cli.info import find, info
 from lowlat.cli.info_view import show
+from lowlat.config.arithmetic import count_parameters
 from lowlat.config.hf import config_to_hf
 from lowlat.config.presets import load_preset, preset_names
 from lowlat.model.transformer import Transformer
@@ -168,6 +171,27 @@ def test_odd_forms_are_named():
         attention = replace(config.attention, num_key_value_heads=groups)
         show("x", replace(config, attention=attention), None, None, Console(file=out, width=80))
         assert f"this model: {form}" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("gla-2", "GLA-2, 2 x 13 + 6"),
+        ("gta-3", "GTA-3, 3 x 10 + 4"),
+        ("tpa", "TPA, ranks 2 + 1"),
+        ("combined mha", "MHA, 6 heads"),
+    ],
+)
+def test_forms_of_the_lowlat_family(
+    name: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = EVERY[name]
+    save_model(random_model(config, torch.bfloat16), config, tmp_path / "model", source=None)
+    info(str(tmp_path / "model"))
+    assert f"this model: {form}" in capsys.readouterr().out
+    found = report(capsys, str(tmp_path / "model"))
+    assert found["cache"]["elements_per_token_layer"] == config.attention.row_dim
+    assert found["parameters"]["total"] == count_parameters(config).total
 
 
 @pytest.mark.parametrize(

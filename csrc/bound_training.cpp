@@ -1,0 +1,192 @@
+#include "bound_training.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <optional>
+
+#include "arrays.h"
+#include "dispatch.h"
+#include "pool.h"
+
+namespace lowlat {
+
+namespace {
+
+using namespace nb::literals;
+
+template <class Pass>
+void run(void (*kernel)(Team&, const Pass&), const Pass& pass) {
+  const nb::gil_scoped_release released;
+  pool()->run([&](Team& team) { kernel(team, pass); });
+}
+
+// Numbers of the type `is_bf16` says, in one piece.
+Values values(const Array& array, const char* name, bool is_bf16, std::initializer_list<std::int64_t> shape) {
+  return {elements<void>(array, name, is_bf16 ? Type::bf16 : Type::fp32, shape), is_bf16};
+}
+
+// Rows of numbers that may be columns of a wider matrix; `stride` must be that of `like`.
+Values strided(const Array& array, const char* name, bool is_bf16, std::int64_t rows, std::int64_t size,
+               std::int64_t stride) {
+  check(array, name, is_bf16 ? Type::bf16 : Type::fp32, {rows, size});
+  const bool fits = rows < 2 || array.stride(0) == stride;
+  if (!fits || !is_contiguous(array, 1)) throw std::invalid_argument(std::string(name) + " has other strides");
+  return {const_cast<void*>(static_cast<const void*>(array.data())), is_bf16};
+}
+
+NormPass norm(const Array& x, const Array& weight, float eps, const Array& out, const Array& inverse) {
+  NormPass pass;
+  pass.rows = size(x, 0);
+  pass.size = size(x, 1);
+  pass.eps = eps;
+  const bool is_bf16 = has_type(x, Type::bf16);
+  pass.weight = elements<float>(weight, "weight", Type::fp32, {pass.size});
+  pass.x = values(x, "x", is_bf16, {pass.rows, pass.size});
+  pass.out = values(out, "out", is_bf16, {pass.rows, pass.size});
+  pass.inverse = elements<float>(inverse, "inverse", Type::fp32, {pass.rows});
+  return pass;
+}
+
+void norm_forward(const Array& x, const Array& weight, float eps, const Array& out, const Array& inverse,
+                  const std::string& level) {
+  run(ops(level).norm_forward, norm(x, weight, eps, out, inverse));
+}
+
+void norm_backward(const Array& x, const Array& weight, float eps, const Array& inverse, const Array& grad,
+                   const Array& grad_x, const Array& grad_weight, const Array& partial, const std::string& level) {
+  NormPass pass = norm(x, weight, eps, grad_x, inverse);
+  pass.grad = values(grad, "grad", pass.x.is_bf16, {pass.rows, pass.size});
+  pass.grad_weight = elements<float>(grad_weight, "grad_weight", Type::fp32, {pass.size});
+  const std::int64_t pieces = (pass.rows + kNormPiece - 1) / kNormPiece;
+  pass.partial = elements<float>(partial, "partial", Type::fp32, {pieces, pass.size});
+  run(ops(level).norm_backward, pass);
+}
+
+GatedPass gated(const Array& gate, const Array& up, const Array& inner) {
+  GatedPass pass;
+  pass.rows = size(gate, 0);
+  pass.size = size(gate, 1);
+  const bool is_bf16 = has_type(gate, Type::bf16);
+  pass.stride = pass.rows > 1 ? gate.stride(0) : pass.size;
+  pass.gate = strided(gate, "gate", is_bf16, pass.rows, pass.size, pass.stride);
+  pass.up = strided(up, "up", is_bf16, pass.rows, pass.size, pass.stride);
+  pass.inner = values(inner, "inner", is_bf16, {pass.rows, pass.size});
+  return pass;
+}
+
+void gated_forward(const Array& gate, const Array& up, const Array& inner, const std::string& level) {
+  run(ops(level).gated_forward, gated(gate, up, inner));
+}
+
+void gated_backward(const Array& gate, const Array& up, const Array& grad, const std::optional<Array>& factors,
+                    const Array& inner, const Array& grad_gate, const Array& grad_up,
+                    const std::optional<Array>& grad_factors, const std::string& level) {
+  GatedPass pass = gated(gate, up, inner);
+  const bool is_bf16 = pass.gate.is_bf16;
+  pass.grad = values(grad, "grad", is_bf16, {pass.rows, pass.size});
+  if (factors) pass.factors = elements<float>(*factors, "factors", Type::fp32, {pass.rows});
+  pass.grad_gate = strided(grad_gate, "grad_gate", is_bf16, pass.rows, pass.size, pass.stride);
+  pass.grad_up = strided(grad_up, "grad_up", is_bf16, pass.rows, pass.size, pass.stride);
+  if (grad_factors) pass.grad_factors = elements<float>(*grad_factors, "grad_factors", Type::fp32, {pass.rows});
+  run(ops(level).gated_backward, pass);
+}
+
+void entropy(const Array& logits, const Array& targets, const Array& counted, float z_weight, const Array& nll,
+             const Array& z, const std::string& level) {
+  EntropyPass pass;
+  pass.rows = size(logits, 0);
+  pass.size = size(logits, 1);
+  if (pass.size == 0) throw std::invalid_argument("logits has no columns");
+  pass.logits = values(logits, "logits", has_type(logits, Type::bf16), {pass.rows, pass.size});
+  pass.targets = elements<std::int64_t>(targets, "targets", Type::int64, {pass.rows});
+  pass.counted = elements<bool>(counted, "counted", Type::uint8, {pass.rows});
+  pass.z_weight = z_weight;
+  pass.nll = elements<float>(nll, "nll", Type::fp32, {pass.rows});
+  pass.z = elements<float>(z, "z", Type::fp32, {pass.rows});
+  for (std::int64_t r = 0; r < pass.rows; ++r) {
+    if (pass.targets[r] < 0 || pass.targets[r] >= pass.size) throw std::invalid_argument("targets name no column");
+  }
+  run(ops(level).entropy, pass);
+}
+
+void combine(const Array& rows, const std::optional<Array>& factors, const Array& places, const Array& out,
+             const std::string& level) {
+  CombinePass pass;
+  const std::int64_t count = size(rows, 0);
+  pass.tokens = size(places, 0);
+  pass.chosen = size(places, 1);
+  pass.size = size(rows, 1);
+  const bool is_bf16 = has_type(rows, Type::bf16);
+  pass.rows = values(rows, "rows", is_bf16, {count, pass.size});
+  if (factors) pass.factors = elements<float>(*factors, "factors", Type::fp32, {count});
+  pass.places = elements<std::int64_t>(places, "places", Type::int64, {pass.tokens, pass.chosen});
+  pass.out = values(out, "out", is_bf16, {pass.tokens, pass.size});
+  for (std::int64_t i = 0; i < pass.tokens * pass.chosen; ++i) {
+    if (pass.places[i] < 0 || pass.places[i] >= count) throw std::invalid_argument("places name no row");
+  }
+  run(ops(level).combine, pass);
+}
+
+CausalPass causal(const Array& q, const Array& k, const Array& v, const Array& ends, float scale, const Array& out,
+                  const Array& log_total) {
+  CausalPass pass;
+  const std::int64_t tokens = size(q, 0);
+  pass.heads = size(q, 1);
+  pass.key_dim = size(q, 2);
+  pass.kv_heads = size(k, 1);
+  pass.value_dim = size(v, 2);
+  pass.scale = scale;
+  if (pass.kv_heads < 1 || pass.heads % pass.kv_heads != 0) throw std::invalid_argument("heads do not share key heads evenly");
+  pass.sequences = size(ends, 0);
+  pass.ends = elements<std::int64_t>(ends, "ends", Type::int64, {pass.sequences});
+  std::int64_t before = 0;
+  for (std::int64_t i = 0; i < pass.sequences; ++i) {
+    if (pass.ends[i] <= before) throw std::invalid_argument("ends do not rise");
+    before = pass.ends[i];
+  }
+  if (before != tokens) throw std::invalid_argument("ends do not reach the last token");
+  pass.q = elements<bf16>(q, "q", Type::bf16, {tokens, pass.heads, pass.key_dim});
+  pass.k = elements<bf16>(k, "k", Type::bf16, {tokens, pass.kv_heads, pass.key_dim});
+  pass.v = elements<bf16>(v, "v", Type::bf16, {tokens, pass.kv_heads, pass.value_dim});
+  pass.out = elements<bf16>(out, "out", Type::bf16, {tokens, pass.heads, pass.value_dim});
+  pass.log_total = elements<float>(log_total, "log_total", Type::fp32, {tokens, pass.heads});
+  return pass;
+}
+
+void causal_forward(const Array& q, const Array& k, const Array& v, const Array& ends, float scale, const Array& out,
+                    const Array& log_total, const std::string& level) {
+  run(ops(level).causal_forward, causal(q, k, v, ends, scale, out, log_total));
+}
+
+void causal_backward(const Array& q, const Array& k, const Array& v, const Array& ends, float scale, const Array& out,
+                     const Array& log_total, const Array& grad, const Array& grad_q, const Array& grad_k,
+                     const Array& grad_v, const std::string& level) {
+  CausalPass pass = causal(q, k, v, ends, scale, out, log_total);
+  const std::int64_t tokens = size(q, 0);
+  pass.grad = elements<bf16>(grad, "grad", Type::bf16, {tokens, pass.heads, pass.value_dim});
+  pass.grad_q = elements<bf16>(grad_q, "grad_q", Type::bf16, {tokens, pass.heads, pass.key_dim});
+  pass.grad_k = elements<bf16>(grad_k, "grad_k", Type::bf16, {tokens, pass.kv_heads, pass.key_dim});
+  pass.grad_v = elements<bf16>(grad_v, "grad_v", Type::bf16, {tokens, pass.kv_heads, pass.value_dim});
+  run(ops(level).causal_backward, pass);
+}
+
+}  // namespace
+
+void bind_training(nb::module_& module) {
+  module.def("norm_pieces", [](std::int64_t rows) { return (rows + kNormPiece - 1) / kNormPiece; }, "rows"_a);
+  module.def("norm_forward", norm_forward, "x"_a, "weight"_a, "eps"_a, "out"_a, "inverse"_a, "level"_a = "");
+  module.def("norm_backward", norm_backward, "x"_a, "weight"_a, "eps"_a, "inverse"_a, "grad"_a, "grad_x"_a,
+             "grad_weight"_a, "partial"_a, "level"_a = "");
+  module.def("gated_forward", gated_forward, "gate"_a, "up"_a, "inner"_a, "level"_a = "");
+  module.def("gated_backward", gated_backward, "gate"_a, "up"_a, "grad"_a, "factors"_a.none(), "inner"_a,
+             "grad_gate"_a, "grad_up"_a, "grad_factors"_a.none(), "level"_a = "");
+  module.def("entropy", entropy, "logits"_a, "targets"_a, "counted"_a, "z_weight"_a, "nll"_a, "z"_a, "level"_a = "");
+  module.def("causal_forward", causal_forward, "q"_a, "k"_a, "v"_a, "ends"_a, "scale"_a, "out"_a, "log_total"_a,
+             "level"_a = "");
+  module.def("causal_backward", causal_backward, "q"_a, "k"_a, "v"_a, "ends"_a, "scale"_a, "out"_a, "log_total"_a,
+             "grad"_a, "grad_q"_a, "grad_k"_a, "grad_v"_a, "level"_a = "");
+  module.def("combine", combine, "rows"_a, "factors"_a.none(), "places"_a, "out"_a, "level"_a = "");
+}
+
+}  // namespace lowlat

@@ -1,0 +1,303 @@
+// Attention in training: whole sequences, forward and backward, 64 queries by 64 keys at a time (FlashAttention-2, arXiv
+// 2307.08691, with the rows of a head as panels of the one product).
+//
+// A key-value head of a sequence is one piece of work of one thread, and its sums go in one order: the bits do not
+// depend on the number of threads.
+#pragma once
+
+#include <cmath>
+
+#include "../training.h"
+#include "../workspace.h"
+#include "attention.h"
+#include "paged.h"
+
+namespace lowlat::LOWLAT_ISA::causal {
+
+constexpr std::int64_t kBlock = kKeyBlock;
+constexpr float kNever = 1e30f;  // log total of a query that is not there: every weight is 0
+
+template <class T>
+T* room(Buffer& buffer, std::int64_t count) {
+  return static_cast<T*>(buffer.reserve(static_cast<std::size_t>(count) * sizeof(T)));
+}
+
+inline std::int64_t blocks_of(std::int64_t length) { return (length + kBlock - 1) / kBlock; }
+
+// Rows of one head, `step` elements apart, as rows that products read: a multiple of 32 wide, zeros beyond `width`.
+inline void copy_rows(const bf16* from, std::int64_t step, std::int64_t rows, std::int64_t width, bf16* to) {
+  const std::int64_t stride = round_up(width, kColumns);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    std::memcpy(to + r * stride, from + r * step, width * sizeof(bf16));
+    std::memset(to + r * stride + width, 0, (stride - width) * sizeof(bf16));
+  }
+}
+
+// The same turned: [width, columns], columns a multiple of 64, zeros beyond `rows`.
+inline void turn_rows(const bf16* from, std::int64_t step, std::int64_t rows, std::int64_t width, bf16* to) {
+  const std::int64_t columns = round_up(rows, kBlock);
+  std::memset(to, 0, width * columns * sizeof(bf16));
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t c = 0; c < width; ++c) to[c * columns + r] = from[r * step + c];
+  }
+}
+
+// A head's rows as panels, block by block: as they lie (products with rows), and turned (products that sum over them).
+struct HeadPanels {
+  Panel* rows = nullptr;    // [blocks, 4 tiles, panels of width]
+  Panel* turned = nullptr;  // [blocks, tiles of width rounded up to 2, 2]
+  std::int64_t width = 0, length = 0;
+
+  std::int64_t row_panels() const { return 4 * num_panels(width); }
+  std::int64_t turned_panels() const { return 4 * num_panels(width); }
+  Panel* block_rows(std::int64_t block) const { return rows + block * row_panels(); }
+  Panel* block_turned(std::int64_t block) const { return turned + block * turned_panels(); }
+  std::int64_t block_length(std::int64_t block) const { return least(kBlock, length - block * kBlock); }
+};
+
+inline HeadPanels make_panels(const bf16* from, std::int64_t step, std::int64_t length, std::int64_t width, Buffer& rows,
+                              Buffer& turned) {
+  HeadPanels head;
+  head.width = width;
+  head.length = length;
+  head.rows = room<Panel>(rows, blocks_of(length) * head.row_panels());
+  head.turned = room<Panel>(turned, blocks_of(length) * head.turned_panels());
+  for (std::int64_t block = 0; block < blocks_of(length); ++block) {
+    const std::int64_t there = head.block_length(block), count = num_panels(width);
+    const Matrix m = view(from + block * kBlock * step, there, width, step);
+    for (std::int64_t tile = 0; tile < kBlock / kTile; ++tile) {
+      Panel* panels = head.block_rows(block) + tile * count;
+      if (tile < m.tiles()) {
+        load_panels(m, tile, panels);
+      } else {
+        std::memset(static_cast<void*>(panels), 0, count * sizeof(Panel));
+      }
+    }
+    const std::int64_t pairs_of_rows = num_panels(there);
+    for (std::int64_t i = 0; i < count; ++i) {
+      load_turned_panels(m, kColumns * i, 0, there, head.block_turned(block) + 2 * i * pairs_of_rows);
+    }
+  }
+  return head;
+}
+
+// out [rows, 64] = x [rows, width] . block^T
+inline void times_rows(const HeadPanels& head, std::int64_t block, const bf16* x, std::int64_t rows, float* out) {
+  const std::int64_t count = num_panels(head.width);
+  multiply(head.block_rows(block), kBlock / kTile, count, count, x, round_up(head.width, kColumns), rows, out, kBlock,
+           false);
+}
+
+// out [rows, width] += x [rows, 64] . block
+inline void times_block(const HeadPanels& head, std::int64_t block, const bf16* x, std::int64_t rows, float* out,
+                        std::int64_t out_stride) {
+  const std::int64_t count = num_panels(head.block_length(block));
+  multiply(head.block_turned(block), 2 * num_panels(head.width), count, count, x, kBlock, rows, out, out_stride, true);
+}
+
+// One head of one sequence.
+struct HeadAt {
+  std::int64_t start, length, head, kv_head;
+};
+
+// Memory of a thread.
+struct Memory {
+  Buffer key_rows, key_turned, value_rows, value_turned, query_rows, query_turned, grad_rows, grad_turned;
+  Buffer q, k, v, k_turned, scores, products, weights, slopes, turned, tops, totals, values, first, last, logs, along;
+  Buffer grad_q, grad_k, grad_v;
+};
+
+// --- forward -------------------------------------------------------------------------------------------------------------
+
+inline void forward_head(const CausalPass& p, const HeadAt& at, const HeadPanels& keys, const HeadPanels& values,
+                         Memory& memory) {
+  const std::int64_t step = p.heads * p.key_dim, stride = round_up(p.key_dim, kColumns);
+  const std::int64_t out_stride = round_up(p.value_dim, kColumns);
+  auto* q = room<bf16>(memory.q, kBlock * stride);
+  auto* first = room<std::int64_t>(memory.first, kBlock);
+  auto* last = room<std::int64_t>(memory.last, kBlock);
+  const ScoreScratch scratch{room<float>(memory.scores, kBlock * kBlock), room<bf16>(memory.weights, kBlock * kBlock)};
+  const SoftmaxState state{room<float>(memory.tops, kBlock), room<float>(memory.totals, kBlock),
+                           room<float>(memory.values, kBlock * out_stride), out_stride};
+  for (std::int64_t block = 0; block < blocks_of(at.length); ++block) {
+    const std::int64_t start = block * kBlock, rows = least(kBlock, at.length - start);
+    const std::int64_t token = at.start + start;
+    copy_rows(p.q + token * step + at.head * p.key_dim, step, rows, p.key_dim, q);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      first[r] = 0;
+      last[r] = start + r + 1;
+    }
+    state.clear(rows);
+    const Queries queries{q, stride, rows, first, last};
+    for (std::int64_t other = 0; other <= block; ++other) {
+      times_rows(keys, other, q, rows, scratch.scores);
+      block_softmax(queries, other * kBlock, p.scale, scratch, state);
+      times_block(values, other, scratch.weights, rows, state.values, out_stride);
+    }
+    for (std::int64_t r = 0; r < rows; ++r) {
+      finish(state, r, p.value_dim, p.out + ((token + r) * p.heads + at.head) * p.value_dim);
+      p.log_total[(token + r) * p.heads + at.head] = state.top[r] + std::log(state.total[r]);
+    }
+  }
+}
+
+// --- backward ------------------------------------------------------------------------------------------------------------
+
+// weights [keys, 64] = exp(score - log total), slopes = weights * (product - along) * scale, both turned: a row is a key,
+// a column a query. In the block on the diagonal a key is seen from its own query on.
+inline void turned_weights(std::int64_t keys, bool is_diagonal, float scale, const float* scores, const float* products,
+                           const float* logs, const float* along, bf16* weights, bf16* slopes) {
+  const F by = set1(scale), end = set1(static_cast<float>(kBlock));
+  for (std::int64_t key = 0; key < keys; ++key) {
+    for (std::int64_t i = 0; i < kBlock; i += 16) {
+      const std::int64_t at = key * kBlock + i;
+      F weight = exp_of_negative(min(zero(), sub(mul(load(scores + at), by), load(logs + i))));
+      if (is_diagonal) {
+        const F query = add(lane_numbers(), set1(static_cast<float>(i)));
+        weight = within(weight, query, set1(static_cast<float>(key)), end, zero());
+      }
+      const F slope = mul(mul(weight, sub(load(products + at), load(along + i))), by);
+      store_bf16(weights + at, weight);
+      store_bf16(slopes + at, slope);
+    }
+  }
+}
+
+// The sums of grad * out of every query, which softmax takes off.
+inline void sums_along(const CausalPass& p, const HeadAt& at, float* logs, float* along) {
+  const std::int64_t rows = round_up(at.length, kBlock);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    logs[r] = kNever;
+    along[r] = 0;
+    if (r >= at.length) continue;
+    const std::int64_t place = (at.start + r) * p.heads + at.head;
+    logs[r] = p.log_total[place];
+    F total = zero();
+    for (std::int64_t c = 0; c < p.value_dim; c += 16) {
+      const std::int64_t left = p.value_dim - c;
+      total = fma(load_bf16(p.grad + place * p.value_dim + c, left), load_bf16(p.out + place * p.value_dim + c, left), total);
+    }
+    along[r] = sum(total);
+  }
+}
+
+// Sums of one key-value head in fp32: gradients of its keys and values, and, turned, of the queries of one head.
+struct Sums {
+  float* k;  // [length, k_stride]
+  float* v;  // [length, v_stride]
+  float* q;  // [key_dim, columns]
+  std::int64_t k_stride, v_stride, columns;
+};
+
+// Adds what the queries of one head say to the sums.
+inline void backward_head(const CausalPass& p, const HeadAt& at, const bf16* k, const bf16* v, const bf16* k_turned,
+                          const Sums& sums, Memory& memory) {
+  const std::int64_t q_step = p.heads * p.key_dim, v_step = p.heads * p.value_dim, blocks = blocks_of(at.length);
+  const HeadPanels queries = make_panels(p.q + at.start * q_step + at.head * p.key_dim, q_step, at.length, p.key_dim,
+                                         memory.query_rows, memory.query_turned);
+  const HeadPanels grads = make_panels(p.grad + at.start * v_step + at.head * p.value_dim, v_step, at.length, p.value_dim,
+                                       memory.grad_rows, memory.grad_turned);
+  auto* logs = room<float>(memory.logs, blocks * kBlock);
+  auto* along = room<float>(memory.along, blocks * kBlock);
+  sums_along(p, at, logs, along);
+  auto* scores = room<float>(memory.scores, kBlock * kBlock);
+  auto* products = room<float>(memory.products, kBlock * kBlock);
+  auto* weights = room<bf16>(memory.weights, kBlock * kBlock);
+  auto* slopes = room<bf16>(memory.slopes, kBlock * kBlock);
+  auto* turned = room<Panel>(memory.turned, kBlock / kTile * 2);
+  const std::int64_t k_width = round_up(p.key_dim, kColumns), v_width = round_up(p.value_dim, kColumns);
+  for (std::int64_t key = 0; key < blocks; ++key) {
+    const std::int64_t first = key * kBlock, keys = least(kBlock, at.length - first), count = num_panels(keys);
+    for (std::int64_t query = key; query < blocks; ++query) {
+      times_rows(queries, query, k + first * k_width, keys, scores);
+      times_rows(grads, query, v + first * v_width, keys, products);
+      turned_weights(keys, key == query, p.scale, scores, products, logs + query * kBlock, along + query * kBlock, weights,
+                     slopes);
+      times_block(grads, query, weights, keys, sums.v + first * sums.v_stride, sums.v_stride);
+      times_block(queries, query, slopes, keys, sums.k + first * sums.k_stride, sums.k_stride);
+      const Matrix block = view(slopes, keys, kBlock, kBlock);
+      for (std::int64_t i = 0; i < kBlock / kColumns; ++i) {
+        load_turned_panels(block, kColumns * i, 0, keys, turned + 2 * i * count);
+      }
+      multiply(turned, kBlock / kTile, count, count, k_turned + first, sums.columns, p.key_dim, sums.q + query * kBlock,
+               sums.columns, true);
+    }
+  }
+}
+
+inline void write_rows(const float* from, std::int64_t stride, std::int64_t rows, std::int64_t width, bf16* to,
+                       std::int64_t step) {
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t c = 0; c < width; c += 16) {
+      store_bf16(to + r * step + c, load(from + r * stride + c, width - c), width - c);
+    }
+  }
+}
+
+inline void write_turned(const float* from, std::int64_t columns, std::int64_t rows, std::int64_t width, bf16* to,
+                         std::int64_t step) {
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t c = 0; c < width; ++c) to[r * step + c] = float_to_bf16(from[c * columns + r]);
+  }
+}
+
+// All query heads of one key-value head of one sequence.
+inline void backward_group(const CausalPass& p, HeadAt at, Memory& memory) {
+  const std::int64_t k_step = p.kv_heads * p.key_dim, v_step = p.kv_heads * p.value_dim, group = p.heads / p.kv_heads;
+  const bf16* k_from = p.k + at.start * k_step + at.kv_head * p.key_dim;
+  const bf16* v_from = p.v + at.start * v_step + at.kv_head * p.value_dim;
+  auto* k = room<bf16>(memory.k, at.length * round_up(p.key_dim, kColumns));
+  auto* v = room<bf16>(memory.v, at.length * round_up(p.value_dim, kColumns));
+  auto* k_turned = room<bf16>(memory.k_turned, p.key_dim * round_up(at.length, kBlock));
+  copy_rows(k_from, k_step, at.length, p.key_dim, k);
+  copy_rows(v_from, v_step, at.length, p.value_dim, v);
+  turn_rows(k_from, k_step, at.length, p.key_dim, k_turned);
+  Sums sums;
+  sums.k_stride = round_up(p.key_dim, kColumns);
+  sums.v_stride = round_up(p.value_dim, kColumns);
+  sums.columns = round_up(at.length, kBlock);
+  sums.k = room<float>(memory.grad_k, at.length * sums.k_stride);
+  sums.v = room<float>(memory.grad_v, at.length * sums.v_stride);
+  sums.q = room<float>(memory.grad_q, p.key_dim * sums.columns);
+  std::memset(sums.k, 0, at.length * sums.k_stride * sizeof(float));
+  std::memset(sums.v, 0, at.length * sums.v_stride * sizeof(float));
+  for (at.head = at.kv_head * group; at.head < (at.kv_head + 1) * group; ++at.head) {
+    std::memset(sums.q, 0, p.key_dim * sums.columns * sizeof(float));
+    backward_head(p, at, k, v, k_turned, sums, memory);
+    const std::int64_t step = p.heads * p.key_dim;
+    write_turned(sums.q, sums.columns, at.length, p.key_dim, p.grad_q + at.start * step + at.head * p.key_dim, step);
+  }
+  write_rows(sums.k, sums.k_stride, at.length, p.key_dim, p.grad_k + at.start * k_step + at.kv_head * p.key_dim, k_step);
+  write_rows(sums.v, sums.v_stride, at.length, p.value_dim, p.grad_v + at.start * v_step + at.kv_head * p.value_dim, v_step);
+}
+
+inline void forward_group(const CausalPass& p, HeadAt at, Memory& memory) {
+  const std::int64_t k_step = p.kv_heads * p.key_dim, v_step = p.kv_heads * p.value_dim, group = p.heads / p.kv_heads;
+  const HeadPanels keys = make_panels(p.k + at.start * k_step + at.kv_head * p.key_dim, k_step, at.length, p.key_dim,
+                                      memory.key_rows, memory.key_turned);
+  const HeadPanels values = make_panels(p.v + at.start * v_step + at.kv_head * p.value_dim, v_step, at.length, p.value_dim,
+                                        memory.value_rows, memory.value_turned);
+  for (at.head = at.kv_head * group; at.head < (at.kv_head + 1) * group; ++at.head) {
+    forward_head(p, at, keys, values, memory);
+  }
+}
+
+template <class Body>
+void for_groups(Team& team, const CausalPass& p, Body&& body) {
+  const ProductSession session;
+  Memory memory;
+  team.for_chunks(p.sequences * p.kv_heads, 1, [&](std::int64_t task, std::int64_t) {
+    const std::int64_t sequence = task / p.kv_heads, start = sequence == 0 ? 0 : p.ends[sequence - 1];
+    body(HeadAt{start, p.ends[sequence] - start, 0, task % p.kv_heads}, memory);
+  });
+}
+
+inline void forward(Team& team, const CausalPass& p) {
+  for_groups(team, p, [&](const HeadAt& at, Memory& memory) { forward_group(p, at, memory); });
+}
+
+inline void backward(Team& team, const CausalPass& p) {
+  for_groups(team, p, [&](const HeadAt& at, Memory& memory) { backward_group(p, at, memory); });
+}
+
+}  // namespace lowlat::LOWLAT_ISA::causal

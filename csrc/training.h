@@ -1,0 +1,76 @@
+// Arguments of the training operations: forward and backward passes of everything between two matrix products.
+// Activations are bf16 or fp32, both of one type per call; what is summed or kept for the backward pass is fp32.
+#pragma once
+
+#include <cstdint>
+
+namespace lowlat {
+
+// Numbers of either type.
+struct Values {
+  void* data = nullptr;
+  bool is_bf16 = false;
+};
+
+struct NormPass {
+  std::int64_t rows = 0, size = 0;
+  float eps = 0;
+  const float* weight = nullptr;
+  Values x;
+  Values out;                      // forward: the result; backward: the gradient of x
+  float* inverse = nullptr;        // [rows] 1 / root mean square: written forward, read backward
+  Values grad;                     // backward: the gradient of the result
+  float* grad_weight = nullptr;    // backward: [size]
+  float* partial = nullptr;        // backward: [ceil(rows / kNormPiece), size]
+};
+
+// Rows whose parts of a weight's gradient are summed before all others: the bits do not depend on threads.
+constexpr std::int64_t kNormPiece = 64;
+
+struct GatedPass {
+  std::int64_t rows = 0, size = 0;
+  std::int64_t stride = 0;          // elements from row to row of gate, up and their gradients
+  Values gate, up;
+  Values inner;                     // [rows, size] silu(gate) * up
+  Values grad;                      // backward: [rows, size] gradient of inner, before factors
+  const float* factors = nullptr;   // backward: [rows] what grad is multiplied by; null: 1
+  Values grad_gate, grad_up;        // backward
+  float* grad_factors = nullptr;    // backward: [rows] sums of grad * inner; null: not wanted
+};
+
+struct EntropyPass {
+  std::int64_t rows = 0, size = 0;
+  Values logits;                        // in place: the gradient of nll + z_weight * z
+  const std::int64_t* targets = nullptr;
+  const bool* counted = nullptr;        // rows that are not counted have no gradient and no loss
+  float z_weight = 0;
+  float* nll = nullptr;                 // [rows] nats
+  float* z = nullptr;                   // [rows] squared log of the denominator
+};
+
+struct CombinePass {
+  std::int64_t tokens = 0, chosen = 0, size = 0;
+  Values rows;                           // [any, size]
+  const float* factors = nullptr;        // [any]; null: 1
+  const std::int64_t* places = nullptr;  // [tokens, chosen] rows of each token, added in this order
+  Values out;                            // [tokens, size]
+};
+
+// Causal attention of whole sequences that lie one after the other. bf16; heads / kv_heads query heads share a key head.
+struct CausalPass {
+  std::int64_t sequences = 0;
+  const std::int64_t* ends = nullptr;  // [sequences] tokens up to and including each
+  std::int64_t heads = 0, kv_heads = 0, key_dim = 0, value_dim = 0;
+  float scale = 1;
+  const std::uint16_t* q = nullptr;     // [tokens, heads, key_dim]
+  const std::uint16_t* k = nullptr;     // [tokens, kv_heads, key_dim]
+  const std::uint16_t* v = nullptr;     // [tokens, kv_heads, value_dim]
+  std::uint16_t* out = nullptr;         // [tokens, heads, value_dim]
+  float* log_total = nullptr;           // [tokens, heads] log of the softmax's denominator: written, then read
+  const std::uint16_t* grad = nullptr;  // backward: [tokens, heads, value_dim]
+  std::uint16_t* grad_q = nullptr;      // backward, as q, k and v
+  std::uint16_t* grad_k = nullptr;
+  std::uint16_t* grad_v = nullptr;
+};
+
+}  // namespace lowlat

@@ -1,0 +1,154 @@
+"""`lowlat data`: token folders made, described and checked. Owns arguments and output alone."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lowlat.cli import options
+from lowlat.cli.data_collect import collect
+
+if TYPE_CHECKING:
+    from lowlat.train.data.documents import ReadOptions
+
+app = typer.Typer(
+    name="data",
+    help="Text to tokens: make, describe and check the folders that training reads.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A token folder.")]
+
+
+@app.command("build")
+def build(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Token folder to make; it must not exist.")
+    ],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE",
+            help="Text file, .jsonl (a text or messages a line), .parquet, each maybe .gz; a folder"
+            " of these; or datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]].",
+        ),
+    ],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Folder, tokenizer.json, .gguf file or model whose tokenizer to use.",
+        ),
+    ] = None,
+    train_bpe: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Train a byte-level BPE vocabulary of N tokens instead."),
+    ] = None,
+    held_out: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the documents to hold out, chosen by their text; 0.01, or 0 with"
+            " --held-out-source.",
+            show_default=False,
+        ),
+    ] = None,
+    held_out_source: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Hold out these documents; may be repeated."),
+    ] = None,
+    field: Annotated[
+        str, typer.Option(help="Field of JSON lines, or column of tables, with the text.")
+    ] = "text",
+    separator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LINE", help="Line between two documents of a text file; '' is a blank line."
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Files of folders to read: '*.txt'; may be repeated."),
+    ] = None,
+    invalid: Annotated[
+        str, typer.Option(help="What to do with text that is not UTF-8: error, skip or replace.")
+    ] = "error",
+    end_of_text: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="Special token that ends a document."),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Make a token folder from text: tokenised, checksummed, without repeated documents.
+
+    FOLDER appears only when it is whole. The same sources give the same bytes.
+    """
+    from lowlat.cli.data_view import print_build, print_json
+    from lowlat.train.data.build import build as run_build
+    from lowlat.train.data.selection import BuildOptions
+    from lowlat.train.data.vocabulary import load_tokenizer
+    from lowlat.utils.errors import UserError
+    from lowlat.utils.progress import make_progress
+
+    if (tokenizer is None) == (train_bpe is None):
+        raise UserError("give either --tokenizer MODEL or --train-bpe N")
+    chosen = BuildOptions(
+        sources=tuple(sources),
+        held_out_sources=tuple(held_out_source or ()),
+        held_out=held_out,
+        end_of_text=end_of_text,
+        read=_read_options(field, separator, only, invalid),
+    )
+    progress = make_progress()
+    vocabulary = train_bpe if tokenizer is None else load_tokenizer(tokenizer, progress)
+    assert vocabulary is not None
+    report = run_build(folder, chosen, vocabulary, progress)
+    if as_json:
+        print_json(report.path, report.facts, seconds=report.seconds)
+    else:
+        print_build(report)
+
+
+@app.command("info")
+def info(folder: Folder, as_json: options.Json = False) -> None:
+    """What a token folder holds."""
+    from lowlat.cli.data_view import print_facts, print_json
+    from lowlat.train.data.folder import TokenFolder
+
+    facts = TokenFolder.open(folder).facts
+    if as_json:
+        print_json(folder, facts)
+    else:
+        print_facts(folder, facts)
+
+
+@app.command("verify")
+def verify(folder: Folder, as_json: options.Json = False) -> None:
+    """Check every file of a token folder against its SHA-256, and every id."""
+    from lowlat.train.data.folder import TokenFolder
+    from lowlat.utils.progress import make_progress
+
+    opened = TokenFolder.open(folder)
+    opened.verify(make_progress())
+    if as_json:
+        print(json.dumps({"path": str(folder), "whole": True, "fingerprint": opened.fingerprint}))
+    else:
+        print(f"{folder}: whole, fingerprint {opened.fingerprint}")
+
+
+def _read_options(
+    field: str, separator: str | None, only: list[str] | None, invalid: str
+) -> "ReadOptions":
+    from lowlat.train.data.documents import ReadOptions
+    from lowlat.utils.errors import UserError
+
+    if invalid != "error" and invalid != "skip" and invalid != "replace":
+        raise UserError(f"--invalid '{invalid}' is unknown; choose error, skip or replace")
+    return ReadOptions(
+        field=field, separator=separator, invalid=invalid, patterns=tuple(only or ())
+    )
+
+
+app.command("collect")(collect)

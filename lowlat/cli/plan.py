@@ -1,0 +1,177 @@
+"""`lowlat plan NAME`: what a training would take on a cluster, without one.
+
+Owns arguments; the estimates are `train.plan`'s, the tables `cli.plan_view`'s.
+"""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lowlat.cli import options
+from lowlat.cli.info import find
+from lowlat.config.model import ModelConfig
+from lowlat.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from lowlat.train.plan.job import Job
+    from lowlat.train.plan.machine import Machine
+
+MACHINES = ("h800", "h100")
+DEFAULT_LENGTH = 4096
+DEFAULT_ROWS = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """What is planned."""
+
+    name: str
+    config: ModelConfig
+    job: "Job"
+    machine: "Machine"
+    has_layout: bool
+    """Whether the job says how it is divided; otherwise layouts are searched."""
+    published_hours: float | None = None
+    """Device-hours per trillion tokens that a paper reports for exactly this."""
+
+
+def plan(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|MODEL",
+            help="A recipe in TOML, or a model as `lowlat info` takes it; deepseek-v3 comes with "
+            "the layout of its paper.",
+            show_default=False,
+        ),
+    ],
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Search the layouts of N devices.", show_default=False
+        ),
+    ] = None,
+    machine: Annotated[
+        str | None,
+        typer.Option(help=f"Kind of device: {', '.join(MACHINES)}.", show_default=False),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory of a device, such as 80GB (of 2^30 bytes, as devices are sold).",
+            show_default=False,
+        ),
+    ] = None,
+    network: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB/S", help="What a device sends to other nodes.", show_default=False
+        ),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; may be repeated."),
+    ] = None,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="Layouts to show.")] = 10,
+    as_json: options.Json = False,
+) -> None:
+    """Memory, traffic, pipeline bubble and time of a training; with --devices, the best layouts."""
+    subject = _subject(name, changes or [])
+    subject = replace(subject, machine=_machine(subject.machine, machine, memory, network))
+    _report(subject, devices, top, as_json)
+
+
+def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> None:
+    from lowlat.train.plan.estimate import estimate
+    from lowlat.train.plan.flops import token_flops
+    from lowlat.train.plan.report import plan_object
+    from lowlat.train.plan.search import all_layouts, neighbours, search
+    from lowlat.utils.progress import make_progress
+
+    config, job = subject.config, subject.job
+    own = estimate(config, job, subject.machine) if subject.has_layout else None
+    found = None
+    if devices is not None:
+        layouts = all_layouts(config, devices, subject.machine)
+        found = search(config, job, subject.machine, layouts, make_progress())
+    main = own or (found.ranked[0] if found else None)
+    if main is None:
+        raise UserError(f"'{subject.name}' says no layout; give --devices to search one")
+    flops = token_flops(config, job.sequence_length, main.job.recompute)
+    around = neighbours(config, main)
+    if as_json:
+        answer = {"name": subject.name} | plan_object(main, flops, around, found, top)
+        print(json.dumps(answer, indent=2))
+        return
+    from lowlat.cli.plan_view import show
+
+    hours = subject.published_hours
+    show(subject.name, main, flops, around, found, top=top, published_hours=hours)
+
+
+def _subject(name: str, changes: list[str]) -> Subject:
+    from lowlat.train.plan.job import Job
+    from lowlat.train.plan.machine import H100
+    from lowlat.train.plan.published import PUBLISHED
+
+    if name.endswith(".toml"):
+        return _recipe(Path(name), changes)
+    if changes:
+        raise UserError("--set changes recipes; give a recipe instead of a model")
+    config = find(name).config
+    known = PUBLISHED.get(name)
+    if known is not None:
+        return Subject(
+            name=name,
+            config=config,
+            job=known.job,
+            machine=known.machine,
+            has_layout=True,
+            published_hours=known.hours_per_trillion,
+        )
+    job = Job(sequence_length=DEFAULT_LENGTH, batch_rows=DEFAULT_ROWS, kernels="fused")
+    return Subject(name=name, config=config, job=job, machine=H100, has_layout=False)
+
+
+def _recipe(path: Path, changes: list[str]) -> Subject:
+    from lowlat.cli.train_start import start_files
+    from lowlat.train.plan.dryrun import largest_job, recipe_config
+    from lowlat.train.plan.machine import H100
+    from lowlat.train.recipe import read_recipe
+    from lowlat.utils.progress import make_progress
+
+    recipe = read_recipe(path, changes)
+    start = start_files(recipe, path, make_progress())
+    config = recipe_config(recipe, path, start)
+    job = largest_job(recipe)
+    return Subject(name=recipe.name, config=config, job=job, machine=H100, has_layout=True)
+
+
+def _machine(
+    default: "Machine", name: str | None, memory: str | None, network: float | None
+) -> "Machine":
+    from lowlat.train.plan.machine import MACHINES
+
+    if name is not None and name not in MACHINES:
+        raise UserError(f"--machine '{name}' is unknown; choose one of {', '.join(MACHINES)}")
+    machine = default if name is None else MACHINES[name]
+    if memory is not None:
+        machine = replace(machine, memory_bytes=parse_memory(memory))
+    if network is not None:
+        if not 0 < network < float("inf"):
+            raise UserError(f"--network {network}: give gigabytes per second, above 0")
+        machine = replace(machine, network_bandwidth=network * 1e9)
+    return machine
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of '80GB', '80 GiB', '80'; GB as devices are sold, 2^30 bytes. Raises UserError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:G|GB|GiB)?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"--memory '{text}': write a size in gigabytes, such as 80GB")
+    return int(float(match[1]) * 2**30)

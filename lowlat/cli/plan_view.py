@@ -1,0 +1,241 @@
+"""The tables of `lowlat plan` and of `lowlat train --dry-run`. Owns wording and layout."""
+
+from dataclasses import asdict
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from lowlat.train.plan.dryrun import DryRun
+from lowlat.train.plan.estimate import Estimate
+from lowlat.train.plan.flops import TokenFlops
+from lowlat.train.plan.job import Job
+from lowlat.train.plan.memory import ACTIVATIONS, Memory
+from lowlat.train.plan.search import Neighbour, Search
+
+STEP_NOTES = {
+    "compute": "forward, backward, recomputation",
+    "traffic": "transfers that computation does not hide",
+    "bubble": "the pipeline fills and drains",
+    "synchronisation": "gradients and weights, once per step",
+    "update": "the optimiser",
+}
+
+
+def show(
+    name: str,
+    found: Estimate,
+    flops: TokenFlops,
+    around: list[Neighbour],
+    search: Search | None,
+    *,
+    top: int,
+    published_hours: float | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print the estimate `found`, what single changes do to it, and the best layouts."""
+    console = Console() if console is None else console
+    limit = found.machine.usable_bytes
+    _print(console, _title(name, found))
+    _print(console, _flops(flops))
+    _print(console, _memory(found.memory, limit))
+    if found.transfers:
+        _print(console, _traffic(found))
+    _print(console, _time(found))
+    _print(console, _conclusion(found, published_hours))
+    _print(console, _changes(around))
+    if search is not None:
+        _print(console, _ranking(search, top, found.job))
+    console.print()
+
+
+def show_dry_run(name: str, found: DryRun, console: Console | None = None) -> None:
+    """Print what the recipe `name` will take."""
+    console = Console() if console is None else console
+    least, most = found.seconds
+    facts = _table("", "")
+    facts.add_row("parameters", amount(found.parameters), "MTP modules included")
+    facts.add_row("active per token", amount(found.active), "main model")
+    facts.add_row("tokens", amount(found.tokens), f"in {found.steps:,} steps")
+    facts.add_row("FLOPs", amount(found.total_flops), "of the whole training")
+    processes = "" if found.processes == 1 else f", {found.processes} processes"
+    facts.add_row("products", f"{amount(found.rate)}FLOP/s", f"measured{processes}")
+    facts.add_row("time", f"{duration(least)} to {duration(most)}", "before the first step")
+    _print(console, Text(name, style="bold"))
+    _print(console, facts)
+    _print(console, _flops(found.flops[-1]))
+    _print(console, _memory(found.memory, found.memory_bytes))
+    console.print()
+
+
+def _print(console: Console, what: Table | Text) -> None:
+    console.print(Padding(what, (1, 0, 0, 1), expand=False))
+
+
+def _table(*columns: str, notes: bool = True) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold cyan")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    if notes:
+        table.add_column("", style="dim")
+    return table
+
+
+def _title(name: str, found: Estimate) -> Text:
+    job = found.job
+    facts = (
+        f"{job.layout.devices:,} x {found.machine.name}",
+        f"{job.batch_rows:,} rows of {job.sequence_length:,} tokens",
+        f"{job.micro_batches} micro-batches",
+        f"{job.precision}, recompute {job.recompute}",
+    )
+    lines = (layout_name(job), " · ".join(facts))
+    return Text.assemble((name, "bold"), "\n", ("\n".join(lines), "dim"), overflow="fold")
+
+
+def layout_name(job: Job) -> str:
+    """'PP16 dualpipe · EP64 · ZeRO-1 over 128': a layout in a few words."""
+    layout = job.layout
+    parts = [f"PP{layout.pp} {layout.schedule}"] if layout.pp > 1 else []
+    parts += [
+        f"{label}{size}"
+        for label, size in (("EP", layout.ep), ("TP", layout.tp), ("CP", layout.cp))
+        if size > 1
+    ]
+    parts += [f"ZeRO-{layout.zero} over {layout.fsdp}"] if layout.fsdp > 1 else []
+    parts += [f"DP{layout.dp}"] if layout.dp > 1 else []
+    return " · ".join(parts) or "one device"
+
+
+def _short_name(job: Job) -> str:
+    layout = job.layout
+    tensor = f" TP{layout.tp}" if layout.tp > 1 else ""
+    schedule = f" {layout.schedule}" if layout.pp > 1 else ""
+    return f"PP{layout.pp}{schedule} EP{layout.ep}{tensor} ZeRO-{layout.zero} {job.recompute}"
+
+
+def _flops(flops: TokenFlops) -> Table:
+    table = _table("FLOPs per token", "forward", "share")
+    for part, value in flops.parts.items():
+        if value:
+            table.add_row(part, amount(value), f"{value / flops.forward:.1%}")
+    table.add_section()
+    table.add_row("forward", amount(flops.forward), "")
+    table.add_row("training", amount(flops.training), "", "three times that", style="bold")
+    if flops.recomputed:
+        table.add_row("executed", amount(flops.executed), "", "with recomputation")
+    return table
+
+
+def _memory(memory: Memory, limit: int | float) -> Table:
+    table = _table("Memory per device", "GB", "share")
+    for part, size in memory.parts.items():
+        if size:
+            note = ""
+            if part == ACTIVATIONS:
+                top = sorted(memory.activations.items(), key=lambda item: -item[1])[:2]
+                note = "most: " + ", ".join(name for name, _ in top)
+            table.add_row(part, _gb(size), f"{size / memory.total:.1%}", note)
+    table.add_section()
+    verdict = f"of {limit / 1e9:.1f} usable"
+    if memory.total > limit:
+        verdict = f"does not fit {limit / 1e9:.1f}; {memory.largest} above all"
+    style = "bold" if memory.total <= limit else "bold red"
+    table.add_row("total", _gb(memory.total), "", verdict, style=style)
+    return table
+
+
+def _traffic(found: Estimate) -> Table:
+    table = _table("Sent per device and step", "in node GB", "network GB")
+    for sent in found.transfers:
+        note = "hidden as far as possible" if sent.is_hidden else ""
+        table.add_row(sent.kind, _gb(sent.node_bytes), _gb(sent.network_bytes), note)
+    return table
+
+
+def _time(found: Estimate) -> Table:
+    table = _table("Step", "seconds", "share")
+    total = found.time.total
+    for part, seconds in asdict(found.time).items():
+        table.add_row(part, _seconds(seconds), f"{seconds / total:.1%}", STEP_NOTES[part])
+    table.add_section()
+    table.add_row("total", _seconds(total), "", f"MFU {found.mfu:.1%}", style="bold")
+    return table
+
+
+def _conclusion(found: Estimate, published_hours: float | None) -> Text:
+    hours = found.device_hours(1e12)
+    text = f"{amount(found.tokens_per_second, 1)} tokens/s, {hours:,.0f} device-hours per trillion "
+    text += "tokens"
+    if published_hours is not None:
+        text += f"; published: {published_hours:,.0f}, so this estimate is "
+        text += f"{hours / published_hours:.2f} of it"
+    machine = found.machine
+    return Text.assemble(
+        (text + ".", "bold"),
+        (
+            f"\nAssumed: products at {machine.product_share:.0%} and attention at "
+            f"{machine.attention_share:.0%} of the published rates, memory at "
+            f"{machine.memory_share:.0%}, links at {machine.link_share:.0%}.",
+            "dim",
+        ),
+        overflow="fold",
+    )
+
+
+def _changes(around: list[Neighbour]) -> Table:
+    table = _table("One change", "seconds", "GB")
+    for each in around:
+        if each.found is None:
+            table.add_row(each.change, "-", "-", each.why)
+            continue
+        style = "green" if each.why == "this layout" else ""
+        seconds, memory = _seconds(each.found.time.total), _gb(each.found.memory.total)
+        table.add_row(each.change, seconds, memory, each.why, style=style)
+    return table
+
+
+def _ranking(search: Search, top: int, own: Job) -> Table:
+    table = _table("Best layouts", "seconds", "bubble", "GB", "sent", notes=False)
+    for place, found in enumerate(search.ranked):
+        is_own = found.job.layout == own.layout
+        if place < top or is_own:
+            table.add_row(
+                f"{place + 1:3} {_short_name(found.job)}",
+                _seconds(found.time.total),
+                f"{found.bubble_share:.1%}",
+                _gb(found.memory.total),
+                f"{found.network_bytes / 1e9:.0f}",
+                style="green" if is_own else "",
+            )
+    failed = ", ".join(f"{count} {reason}" for reason, count in search.failed.items())
+    table.caption = (
+        f"sent: GB over the network; of {search.tried} divisions{'; ' + failed if failed else ''}"
+    )
+    return table
+
+
+def amount(value: int | float, digits: int = 2) -> str:
+    """'250.46 G', '61.44 M': a count with its magnitude."""
+    for size, unit in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:.{digits}f} {unit}"
+    return f"{value:,.0f} "
+
+
+def duration(seconds: int | float) -> str:
+    """'50 s', '12 min', '3.4 h', '2.1 days'."""
+    for size, unit in ((86400, "days"), (3600, "h")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 or not value else f"{value:.4f}"
+
+
+def _gb(size: int | float) -> str:
+    return f"{size / 1e9:.1f}" if size >= 1e8 or not size else f"{size / 1e9:.3f}"

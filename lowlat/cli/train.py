@@ -1,0 +1,134 @@
+"""`lowlat train`: a recipe run to its end or on from where it stopped, and what runs leave behind.
+
+Owns arguments and output; the trainer is `lowlat.train`.
+"""
+
+import sys
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lowlat.cli.subverbs import with_subverbs
+from lowlat.cli.train_export import export
+from lowlat.cli.train_report import report
+
+if TYPE_CHECKING:
+    from lowlat.train.recipe import Recipe
+    from lowlat.train.runlog.runlog import RunLog
+    from lowlat.train.saves.run_folder import RunFolder
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in TOML.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Folder of the run; runs/NAME by default.", show_default=False
+        ),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change the recipe: seed=1, phase.0.steps=50; may be repeated.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say what it would take: parameters, FLOPs, memory, time; no training.",
+        ),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Train RECIPE. Started again, it goes on from its last save; Ctrl-C ends it with one.
+
+    The finished model lies in FOLDER/model, ready for lowlat chat and lowlat serve.
+    """
+    from lowlat.cli.train_start import start_files
+    from lowlat.train.recipe import read_recipe
+    from lowlat.utils.progress import make_progress
+
+    parsed = read_recipe(recipe, changes or [])
+    progress = make_progress(quiet=quiet)
+    _check_device(parsed, recipe)
+    start = start_files(parsed, recipe, progress)
+    if dry_run:
+        from lowlat.cli.train_dry_run import print_dry_run
+
+        return print_dry_run(parsed, recipe, start)
+    _run(parsed, recipe, out or Path("runs") / parsed.name, start, quiet)
+    return None
+
+
+def _check_device(parsed: "Recipe", recipe: Path) -> None:
+    from lowlat.utils.device import parse_device
+    from lowlat.utils.errors import UserError
+
+    try:
+        parse_device(parsed.device)
+    except UserError as error:
+        what = f"device = '{parsed.device}' is not there; set cpu, or cuda where there is a GPU"
+        raise UserError(f"{recipe}: {what}") from error
+
+
+def _run(parsed: "Recipe", recipe: Path, folder: Path, start: Path | None, quiet: bool) -> None:
+    from lowlat.train.parallel.launch import joined
+    from lowlat.train.saves.run_folder import RunFolder
+    from lowlat.train.trainer import Trainer
+    from lowlat.utils.progress import make_progress
+
+    with joined(parsed.parallel, device=parsed.device, origin=str(recipe)) as team:
+        quiet = quiet or not team.is_first
+        with ExitStack() as held:
+            run = RunFolder(folder)
+            if team.is_first:
+                held.enter_context(run)
+            log = held.enter_context(closing(_log(parsed, run, quiet)))
+            team.wait()
+            trainer = Trainer(
+                parsed,
+                run,
+                log,
+                base=recipe.parent,
+                start=start,
+                origin=str(recipe),
+                progress=make_progress(quiet=quiet),
+                team=team,
+            )
+            if team.is_first:
+                run.keep_recipe(recipe.read_text(encoding="utf-8"))
+            outcome = trainer.run()
+    if team.is_first and outcome.model is not None:
+        print(f"{outcome.model}: trained for {outcome.step} steps; lowlat chat {outcome.model}")
+    if outcome.model is None:
+        if team.is_first:
+            print(f"{folder}: stopped after {outcome.step} steps", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+def _log(parsed: "Recipe", run: "RunFolder", quiet: bool) -> "RunLog":
+    """The log of the process that holds the folder; the others keep none."""
+    from lowlat.train.runlog.runlog import FolderRunLog, SilentRunLog
+    from lowlat.train.runlog.view import make_view
+
+    if not run.held:
+        return SilentRunLog()
+    return FolderRunLog(
+        log=run.log,
+        tensorboard_folder=run.tensorboard,
+        view=make_view(quiet=quiet),
+        tensorboard_wanted=parsed.log.tensorboard,
+    )
+
+
+app = with_subverbs(
+    train,
+    {"report": report, "export": export},
+    epilog="lowlat train report RUN shows what came of a run; lowlat train export RUN DST writes "
+    "one of its saves as a model.",
+)

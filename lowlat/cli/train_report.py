@@ -1,0 +1,68 @@
+"""`lowlat train report`: what came of a training, as a table, a picture and JSON."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowlat.cli import options
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN",
+            help="Folder of a run, over or still going; several are compared.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where the picture goes: a .png, .svg or .pdf file, or a name without ending for "
+            "a .png and an .svg. By default one run gets report.png, report.svg and report.json "
+            "in its folder.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Final and best losses, speed and balance of experts, with plots of the whole run.
+
+    Losses are in nats per token. MFU is the share of what plain matrix products
+    reach here, MaxVio the largest load of an expert over the mean load, less 1.
+    """
+    from rich.console import Console
+
+    from lowlat.train.runlog.lines import plain
+    from lowlat.train.runlog.plot import available, draw
+    from lowlat.train.runlog.report import pictures, read_runs, write_report
+    from lowlat.train.runlog.report_table import table
+    from lowlat.train.runlog.summary import summarise
+
+    files = [] if out is None else pictures(out)
+    histories = read_runs(runs)
+    summaries = {label: summarise(history) for label, history in histories.items()}
+    if as_json:
+        print(json.dumps(plain(summaries), allow_nan=False, indent=2))
+    else:
+        Console().print(table(summaries))
+    if files:
+        draw(histories, files)
+    elif len(runs) > 1:
+        _tell("no picture of several runs without --out FILE")
+    elif not available():
+        _tell("no picture: matplotlib is not installed (pip install lowlat[train])")
+    else:
+        files = write_report(*histories.values())
+    if files:
+        _tell(f"wrote {', '.join(map(str, files))}")
+
+
+def _tell(text: str) -> None:
+    """To stderr: stdout holds the table or the JSON alone."""
+    print(text, file=sys.stderr)

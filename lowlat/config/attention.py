@@ -1,0 +1,309 @@
+"""The forms of attention a model may have, and the sizes that follow from them.
+
+All of them say the same of themselves: heads, widths of queries and values, what a token leaves in
+the cache. Equations are in docs/mla.md and docs/attention.md. Owns no reading of files.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+def expansion_break_even(*, latent: int, rope: int, nope: int, value: int) -> float:
+    """Queries per cached key beyond which the expanded form of latent attention costs fewer
+    multiply-adds than the absorbed form; infinite where expansion never pays.
+
+    Absorbed: 2 d_c + d_R per head and pair. Expanded: d_nope + d_R + d_v per head and pair, plus
+    d_c (d_nope + d_v) per head and key. About 170 for DeepSeek-V3.
+    """
+    absorbed, expanded = 2 * latent + rope, nope + rope + value
+    build = latent * (nope + value)
+    return build / (absorbed - expanded) if absorbed > expanded else math.inf
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MLAConfig:
+    """Multi-head Latent Attention (DeepSeek-V2 section 2.1, DeepSeek-V3 section 2.1.1)."""
+
+    num_attention_heads: int
+    """Query heads n_h."""
+    kv_lora_rank: int
+    """Width d_c of the cached latent c_t."""
+    q_lora_rank: int | None
+    """Width d'_c of the query latent; None projects queries directly."""
+    qk_nope_head_dim: int
+    """Query-key channels per head without position; may be 0."""
+    qk_rope_head_dim: int
+    """Rotary channels per query head and of the one shared key, d_h^R."""
+    v_head_dim: int
+    """Value channels per head."""
+    attention_bias: bool = False
+    """Biases on q_a_proj, kv_a_proj_with_mqa and o_proj."""
+    q_bias: bool = False
+    """Bias on q_proj (only without q_lora_rank): queries of converted models that have one."""
+    o_bias: bool = False
+    """Bias on o_proj, where attention_bias does not already say so."""
+    kv_a_layernorm: bool = True
+    """RMSNorm on the latent. False for exactly converted models, whose latent must not be rescaled.
+    """
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of a query-key product."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def row_dim(self) -> int:
+        """Cached elements per token and layer: [c_t ; k_R]."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def quantized_dim(self) -> int:
+        """Leading elements of a row that an int8 cache keeps in int8: c_t; k_R stays bf16."""
+        return self.kv_lora_rank
+
+    @property
+    def rope_dim(self) -> int:
+        return self.qk_rope_head_dim
+
+    @property
+    def expansion_break_even(self) -> float:
+        """Queries per key beyond which the expanded form is the cheaper one."""
+        return expansion_break_even(
+            latent=self.kv_lora_rank,
+            rope=self.qk_rope_head_dim,
+            nope=self.qk_nope_head_dim,
+            value=self.v_head_dim,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GQAConfig:
+    """Grouped-query attention; MHA when every head has its own keys, MQA when all share one."""
+
+    num_attention_heads: int
+    """Query heads."""
+    num_key_value_heads: int
+    """Key-value heads (groups)."""
+    head_dim: int
+    """Channels of a query, key or value head."""
+    qkv_bias: bool = False
+    """Biases on q_proj, k_proj and v_proj."""
+    o_bias: bool = False
+    """Bias on o_proj."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head before the rotation (qwen3)."""
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of a query-key product."""
+        return self.head_dim
+
+    @property
+    def v_head_dim(self) -> int:
+        """Value channels per head."""
+        return self.head_dim
+
+    @property
+    def row_dim(self) -> int:
+        """Cached elements per token and layer: [K ; V]."""
+        return 2 * self.num_key_value_heads * self.head_dim
+
+    @property
+    def quantized_dim(self) -> int:
+        """Leading elements of a row that an int8 cache keeps in int8: all of [K ; V]."""
+        return self.row_dim
+
+    @property
+    def rope_dim(self) -> int:
+        return self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GLAConfig:
+    """Grouped Latent Attention (arXiv 2505.21487): MLA whose latent is cut into groups, of which a
+    head reads one; GLA-2 has two.
+    """
+
+    num_attention_heads: int
+    """Query heads; consecutive heads form a group."""
+    num_latent_groups: int
+    """Groups of heads, each with a latent of its own; 1 is MLA."""
+    kv_lora_rank: int
+    """Width d_c of the latents of all groups together."""
+    q_lora_rank: int | None
+    """Width of the query latent, which all heads share; None projects queries directly."""
+    qk_nope_head_dim: int
+    """Query-key channels per head without position; may be 0."""
+    qk_rope_head_dim: int
+    """Rotary channels per query head and of the one key that all groups share."""
+    v_head_dim: int
+    """Value channels per head."""
+
+    @property
+    def group_rank(self) -> int:
+        """Width of the latent of one group."""
+        return self.kv_lora_rank // self.num_latent_groups
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of a query-key product."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def row_dim(self) -> int:
+        """Cached elements per token and layer: [c_1 ; ... ; c_g ; k_R], as many as MLA's."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def quantized_dim(self) -> int:
+        """Leading elements of a row that an int8 cache keeps in int8: the latents."""
+        return self.kv_lora_rank
+
+    @property
+    def rope_dim(self) -> int:
+        return self.qk_rope_head_dim
+
+    @property
+    def expansion_break_even(self) -> float:
+        """Queries per key beyond which the expanded form is the cheaper one: as in MLA, since the
+        up-projections read the whole row.
+        """
+        return expansion_break_even(
+            latent=self.kv_lora_rank,
+            rope=self.qk_rope_head_dim,
+            nope=self.qk_nope_head_dim,
+            value=self.v_head_dim,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GTAConfig:
+    """Grouped-Tied Attention (arXiv 2505.21487): one state per group of heads is its value and, in
+    its leading channels, its key without position; GTA-4 has four groups.
+    """
+
+    num_attention_heads: int
+    """Query heads; consecutive heads form a group."""
+    num_key_value_heads: int
+    """Groups, each with one tied state."""
+    head_dim: int
+    """Channels of a query and of a tied state, which is the value."""
+    qk_rope_head_dim: int
+    """Trailing channels of a query that rotate, and width of the one rotated key that all groups
+    share; half of head_dim in the paper. The key's other channels are the state's leading ones.
+    """
+
+    @property
+    def qk_nope_head_dim(self) -> int:
+        """Channels of the tied state that serve as key."""
+        return self.head_dim - self.qk_rope_head_dim
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of a query-key product."""
+        return self.head_dim
+
+    @property
+    def v_head_dim(self) -> int:
+        """Value channels per head."""
+        return self.head_dim
+
+    @property
+    def tied_dim(self) -> int:
+        """The tied states of all groups."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def row_dim(self) -> int:
+        """Cached elements per token and layer: the tied states, then the rotated key."""
+        return self.tied_dim + self.qk_rope_head_dim
+
+    @property
+    def quantized_dim(self) -> int:
+        """Leading elements of a row that an int8 cache keeps in int8: the tied states."""
+        return self.tied_dim
+
+    @property
+    def rope_dim(self) -> int:
+        return self.qk_rope_head_dim
+
+    @property
+    def expansion_break_even(self) -> float:
+        """Queries per key beyond which keys and values are better built than read from the row,
+        seen as latent attention whose latent are the tied states.
+        """
+        return expansion_break_even(
+            latent=self.tied_dim,
+            rope=self.qk_rope_head_dim,
+            nope=self.qk_nope_head_dim,
+            value=self.head_dim,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TPAConfig:
+    """Tensor Product Attention (arXiv 2501.06425, section 3): the keys of all heads of a token are
+    a sum of outer products of head factors and channel factors; so are values and queries.
+    """
+
+    num_attention_heads: int
+    """Heads h."""
+    head_dim: int
+    """Channels d_h of a query, key or value head."""
+    q_rank: int | None
+    """Products a query is the mean of; None projects queries directly."""
+    k_rank: int
+    """Products a key is the mean of."""
+    v_rank: int
+    """Products a value is the mean of."""
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of a query-key product."""
+        return self.head_dim
+
+    @property
+    def v_head_dim(self) -> int:
+        """Value channels per head."""
+        return self.head_dim
+
+    @property
+    def row_dim(self) -> int:
+        """Cached elements per token and layer: [B_K ; B_V ; A_K ; A_V], with B_K rotated."""
+        return (self.k_rank + self.v_rank) * (self.num_attention_heads + self.head_dim)
+
+    @property
+    def quantized_dim(self) -> int:
+        """Leading elements of a row that an int8 cache keeps in int8: all factors."""
+        return self.row_dim
+
+    @property
+    def rope_dim(self) -> int:
+        return self.head_dim
+
+
+AttentionConfig = MLAConfig | GQAConfig | GLAConfig | GTAConfig | TPAConfig
+"""Any attention."""
+
+DECOUPLED = (MLAConfig, GLAConfig, GTAConfig)
+"""Those whose position is in a rotary key of its own, shared by all heads."""
+
+
+def short_name(attention: AttentionConfig) -> str:
+    """'MLA 512 + 64', 'GQA, 8 groups', 'TPA, ranks 2 + 2': the form in a few words."""
+    match attention:
+        case MLAConfig():
+            return f"MLA {attention.kv_lora_rank} + {attention.qk_rope_head_dim}"
+        case GLAConfig():
+            groups, rank = attention.num_latent_groups, attention.group_rank
+            return f"GLA-{groups}, {groups} x {rank} + {attention.qk_rope_head_dim}"
+        case GTAConfig():
+            groups, width = attention.num_key_value_heads, attention.head_dim
+            return f"GTA-{groups}, {groups} x {width} + {attention.qk_rope_head_dim}"
+        case TPAConfig():
+            return f"TPA, ranks {attention.k_rank} + {attention.v_rank}"
+        case GQAConfig():
+            groups = attention.num_key_value_heads
+            if groups == attention.num_attention_heads:
+                return f"MHA, {groups} heads"
+            return "MQA" if groups == 1 else f"GQA, {groups} groups"

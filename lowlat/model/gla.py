@@ -1,0 +1,104 @@
+"""Grouped Latent Attention: MLA with a latent per group of heads (arXiv 2505.21487).
+
+The row [c_1 ; ... ; c_g ; k_R] is as wide as MLA's, and the attention over it is MLA's: the
+up-projections of a head are zero where the row holds the latents of other groups. Cache, engine and
+kernels know no difference.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from lowlat.attention.base import AttentionBackend
+from lowlat.config.model import GLAConfig, ModelConfig
+from lowlat.model.linear import Linear, RMSNorm
+from lowlat.model.mla import LATENT_NORM_EPS
+from lowlat.ops.rope import apply_rope
+
+
+class GLA(nn.Module):
+    """As MLA, with a norm per latent, and kv_b_proj reading a group's latent alone."""
+
+    def __init__(
+        self, config: ModelConfig, attention: GLAConfig, layer: int, *, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.dims = attention
+        self.scale = config.softmax_scale
+        self.interleave = config.rope.rope_interleave
+        hidden, heads = config.hidden_size, attention.num_attention_heads
+        q_dim = heads * attention.qk_head_dim
+        if attention.q_lora_rank is None:
+            self.q_proj = Linear(hidden, q_dim, dtype=dtype)
+        else:
+            self.q_a_proj = Linear(hidden, attention.q_lora_rank, dtype=dtype)
+            self.q_a_layernorm = RMSNorm(attention.q_lora_rank, LATENT_NORM_EPS, dtype=dtype)
+            self.q_b_proj = Linear(attention.q_lora_rank, q_dim, dtype=dtype)
+        self.kv_a_proj_with_mqa = Linear(hidden, attention.row_dim, dtype=dtype)
+        self.kv_a_layernorm = nn.ModuleList(
+            RMSNorm(attention.group_rank, LATENT_NORM_EPS, dtype=dtype)
+            for _ in range(attention.num_latent_groups)
+        )
+        kv_dim = heads * (attention.qk_nope_head_dim + attention.v_head_dim)
+        self.kv_b_proj = Linear(attention.group_rank, kv_dim, dtype=dtype)
+        self.o_proj = Linear(heads * attention.v_head_dim, hidden, dtype=dtype)
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens hidden"],
+        rope: tuple[Tensor, Tensor],
+        attention: AttentionBackend,
+    ) -> Float[Tensor, "tokens hidden"]:
+        q_nope, q_rope = self.queries(x, rope)
+        w_uk, w_uv = self.up_projections(x.dtype)
+        rows = self.rows(x, rope)
+        out = attention.mla(self.layer, q_nope, q_rope, rows, w_uk, w_uv, self.scale)
+        return self.o_proj(out.flatten(1))
+
+    def queries(
+        self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor]
+    ) -> tuple[Float[Tensor, "tokens heads nope_dim"], Float[Tensor, "tokens heads rope_dim"]]:
+        """The part without position and the rotated part of every head."""
+        dims = self.dims
+        if dims.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.unflatten(-1, (dims.num_attention_heads, dims.qk_head_dim))
+        q_nope, q_rope = q.split([dims.qk_nope_head_dim, dims.qk_rope_head_dim], dim=-1)
+        return q_nope, apply_rope(q_rope, *rope, interleave=self.interleave)
+
+    def rows(
+        self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor]
+    ) -> Float[Tensor, "tokens row_dim"]:
+        """What is cached: the normalised latents and the rotated shared key."""
+        dims = self.dims
+        sizes = [dims.group_rank] * dims.num_latent_groups
+        *latents, k_rope = self.kv_a_proj_with_mqa(x).split([*sizes, dims.rope_dim], dim=-1)
+        latents = [norm(c) for norm, c in zip(self.norms(), latents, strict=True)]
+        k_rope = apply_rope(k_rope[:, None], *rope, interleave=self.interleave)[:, 0]
+        return torch.cat([*latents, k_rope], dim=-1)
+
+    def up_projections(
+        self, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "heads nope_dim latent"], Float[Tensor, "heads v_dim latent"]]:
+        """W_UK and W_UV of every head over the latents of all groups."""
+        dims = self.dims
+        weight = self.spread(self.kv_b_proj.dense_weight(dtype))
+        weight = weight.unflatten(0, (dims.num_attention_heads, -1))
+        w_uk, w_uv = weight.split([dims.qk_nope_head_dim, dims.v_head_dim], dim=1)
+        return w_uk, w_uv
+
+    def norms(self) -> list[RMSNorm]:
+        """The norm of each group's latent."""
+        return [norm for norm in self.kv_a_layernorm if isinstance(norm, RMSNorm)]
+
+    def spread(self, weight: Shaped[Tensor, "rows group_rank"]) -> Shaped[Tensor, "rows latent"]:
+        """Rows that read a group's latent as rows that read all of them, with zeros."""
+        width, rank = self.dims.kv_lora_rank, self.dims.group_rank
+        parts = weight.chunk(self.dims.num_latent_groups)
+        return torch.cat(
+            [F.pad(part, (g * rank, width - (g + 1) * rank)) for g, part in enumerate(parts)]
+        )

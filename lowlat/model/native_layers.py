@@ -1,0 +1,207 @@
+"""Decoder layers as the native kernels take them: the weights of each module, where they lie.
+
+Owns which part of csrc/ computes which module. Putting layers together to a model, and running it,
+is `native`'s.
+"""
+
+import torch
+from torch import Tensor
+
+from lowlat.model.block import DecoderLayer
+from lowlat.model.gla import GLA
+from lowlat.model.gqa import GQA
+from lowlat.model.gta import GTA
+from lowlat.model.linear import Linear, RMSNorm
+from lowlat.model.mla import MLA
+from lowlat.model.moe import MLP, Experts, MoE
+from lowlat.ops import native
+from lowlat.ops.gta import selectors
+
+TILE = 16
+"""Rows of a tile."""
+
+
+# The return types below are inferred: those of the native module have no names of their own.
+def layer_of(layer: DecoderLayer):
+    """The layer, its weights where they lie."""
+    module = native.module()
+    mlp = layer.mlp
+    return module.Layer.make(
+        input_norm=norm_of(layer.input_layernorm),
+        post_attention_norm=norm_of(layer.post_attention_layernorm),
+        attention=_attention(layer.self_attn),
+        mlp=_dense(mlp.shared_experts if isinstance(mlp, MoE) else mlp),
+        moe=_moe(mlp) if isinstance(mlp, MoE) else None,
+    )
+
+
+def _attention(attention: torch.nn.Module):
+    match attention:
+        case MLA():
+            return _mla(attention)
+        case GLA():
+            return _gla(attention)
+        case GTA():
+            return _gta(attention)
+        case GQA():
+            return _gqa(attention)
+    raise AssertionError(f"{type(attention).__name__} has no native form")
+
+
+def _mla(attention: MLA):
+    dims = attention.dims
+    norms = [attention.kv_a_layernorm] if dims.kv_a_layernorm else []
+    # In exactly converted models most rows of W_Q are zero: whole tiles of them are skipped.
+    kv_b = weight_of(attention.kv_b_proj)
+    return _latent(attention, norms, kv_b, sparse_queries=not dims.kv_a_layernorm)
+
+
+def _gla(attention: GLA):
+    """MLA over all latents, each with its norm; up-projections are zero outside their group's."""
+    return _latent(attention, attention.norms(), _spread(attention), sparse_queries=False)
+
+
+def _latent(attention: MLA | GLA, norms: list[RMSNorm], kv_b, *, sparse_queries: bool):
+    dims = attention.dims
+    has_query_latent = dims.q_lora_rank is not None
+    q = attention.q_b_proj if has_query_latent else attention.q_proj
+    return native.module().Attention.mla(
+        heads=dims.num_attention_heads,
+        nope_dim=dims.qk_nope_head_dim,
+        rope_dim=dims.qk_rope_head_dim,
+        value_dim=dims.v_head_dim,
+        scale=attention.scale,
+        interleave=attention.interleave,
+        q_a=_projection(attention.q_a_proj) if has_query_latent else None,
+        q_a_norm=norm_of(attention.q_a_layernorm) if has_query_latent else None,
+        q=_projection(q, sparse=sparse_queries),
+        kv_a=_projection(attention.kv_a_proj_with_mqa),
+        kv_a_norms=[norm_of(norm) for norm in norms],
+        kv_b=kv_b,
+        o=_projection(attention.o_proj),
+    )
+
+
+def _spread(attention: GLA):
+    linear = attention.kv_b_proj
+    if linear.storage == "int8_rows":
+        return native.module().Matrix.int8_rows(
+            attention.spread(linear.weight.detach()), linear.weight_scale
+        )
+    # As the kernels read fp8 blocks: multiplied out and rounded to bf16.
+    return matrix_of(attention.spread(linear.dense_weight(torch.bfloat16)))
+
+
+def _gta(attention: GTA):
+    """MLA whose latent are the tied states, with 0/1 up-projections and no norm."""
+    dims = attention.dims
+    heads, groups = dims.num_attention_heads, dims.num_key_value_heads
+    up = selectors(heads, groups, dims.head_dim, dims.qk_nope_head_dim, torch.bfloat16)
+    return native.module().Attention.mla(
+        heads=heads,
+        nope_dim=dims.qk_nope_head_dim,
+        rope_dim=dims.qk_rope_head_dim,
+        value_dim=dims.head_dim,
+        scale=attention.scale,
+        interleave=attention.interleave,
+        q_a=None,
+        q_a_norm=None,
+        q=_projection(attention.q_proj),
+        kv_a=_projection(attention.kv_proj_with_mqa),
+        kv_a_norms=[],
+        kv_b=matrix_of(torch.cat(up, dim=1).flatten(0, 1)),
+        o=_projection(attention.o_proj),
+    )
+
+
+def _gqa(attention: GQA):
+    dims = attention.dims
+    return native.module().Attention.gqa(
+        heads=dims.num_attention_heads,
+        kv_heads=dims.num_key_value_heads,
+        head_dim=dims.head_dim,
+        scale=attention.scale,
+        interleave=attention.interleave,
+        window=attention.window or 0,
+        q=_projection(attention.q_proj),
+        k=_projection(attention.k_proj),
+        v=_projection(attention.v_proj),
+        o=_projection(attention.o_proj),
+        q_norm=norm_of(attention.q_norm) if dims.qk_norm else None,
+        k_norm=norm_of(attention.k_norm) if dims.qk_norm else None,
+    )
+
+
+def _dense(mlp: torch.nn.Module | None):
+    if mlp is None:
+        return None
+    assert isinstance(mlp, MLP)
+    return native.module().Mlp.make(
+        _projection(mlp.gate_proj), _projection(mlp.up_proj), _projection(mlp.down_proj)
+    )
+
+
+def _moe(mlp: MoE):
+    moe = mlp.gate.moe
+    is_v2_single = not moe.scale_after_norm and moe.num_experts_per_tok == 1
+    normalizes = moe.norm_topk_prob and not is_v2_single
+    has_groups = moe.topk_method != "greedy"
+    router = native.module().Router.make(
+        matrix_of(mlp.gate.weight),
+        _numbers(mlp.gate.e_score_correction_bias),
+        chosen=moe.num_experts_per_tok,
+        groups=moe.n_group if has_groups else 1,
+        kept_groups=moe.topk_group if has_groups else 1,
+        best_in_group=2 if moe.topk_method == "noaux_tc" else 1,
+        is_sigmoid=moe.scoring_func == "sigmoid",
+        normalizes=normalizes,
+        scaling=1.0 if normalizes and not moe.scale_after_norm else moe.routed_scaling_factor,
+    )
+    assert isinstance(mlp.experts, Experts)
+    return native.module().Moe.make(router, [_dense(expert) for expert in mlp.experts])
+
+
+def norm_of(norm: RMSNorm):
+    """RMSNorm, its weight in fp32."""
+    return native.module().Norm.make(_numbers(norm.weight), norm.eps)
+
+
+def _projection(linear: Linear, *, sparse: bool = False):
+    return native.module().Projection.make(weight_of(linear, sparse=sparse), _numbers(linear.bias))
+
+
+def _numbers(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.detach().float().contiguous()
+
+
+def weight_of(linear: Linear, *, sparse: bool = False):
+    """The weight in its storage; `sparse` marks tiles of zeros, which are skipped."""
+    matrix = native.module().Matrix
+    weight = linear.weight.detach()
+    occupied = _occupied(linear) if sparse else None
+    size = {"rows": linear.out_features, "columns": linear.in_features}
+    match linear.storage:
+        case "plain":
+            return matrix_of(weight, occupied)
+        case "fp8":
+            return matrix.fp8(weight.view(torch.uint8), linear.weight_scale_inv, occupied=occupied)
+        case "int8":
+            return matrix.int8(weight, linear.weight_scale, **size, occupied=occupied)
+        case "int4":
+            scale, minimum = linear.weight_scale, linear.weight_minimum
+            return matrix.int4(weight, scale, minimum, **size, occupied=occupied)
+        case "int8_rows":
+            return matrix.int8_rows(weight, linear.weight_scale, occupied=occupied)
+
+
+def matrix_of(weight: Tensor, occupied: Tensor | None = None):
+    """A bf16 matrix."""
+    return native.module().Matrix.bf16(weight.detach(), occupied=occupied)
+
+
+def _occupied(linear: Linear) -> Tensor:
+    """Per tile of 16 rows, 1 where a weight is not zero."""
+    rows = linear.dense_weight(torch.float32).ne(0).any(dim=1)
+    padded = torch.zeros(-(-len(rows) // TILE) * TILE, dtype=torch.bool)
+    padded[: len(rows)] = rows
+    return padded.view(-1, TILE).any(dim=1).to(torch.uint8)

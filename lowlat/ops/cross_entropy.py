@@ -1,0 +1,114 @@
+"""Cross entropy of a head's logits without the logits: rows in pieces, gradients made on the way.
+
+Owns the memory of the loss: a [tokens, vocab] matrix is never whole (the idea of Liger's fused
+linear cross entropy, arXiv 2410.10989, in plain tensor operations).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lowlat.ops import native_training
+from lowlat.ops.norm import accumulation_dtype
+
+PIECE_ELEMENTS = 2**23
+"""Logits of one piece: 32 MiB in fp32."""
+
+
+class CrossEntropy(NamedTuple):
+    """Sums over the rows that count."""
+
+    total: Float[Tensor, ""]
+    """nll + z_weight * z: what is differentiated."""
+    nll: Float[Tensor, ""]
+    """Negative log-likelihoods, nats."""
+    z: Float[Tensor, ""]
+    """Squares of the log of the softmax's denominator (PaLM, arXiv 2204.02311 section 5)."""
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "tokens hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    targets: Int[Tensor, "tokens"],
+    counted: Bool[Tensor, "tokens"],
+    *,
+    z_weight: float = 0.0,
+) -> CrossEntropy:
+    """Cross entropy of `targets` under softmax(hidden W^T), summed over the rows `counted`.
+
+    The product has hidden's dtype; logits, softmax and sums are fp32 (fp64 for fp64 inputs).
+    """
+    if not torch.is_grad_enabled():  # which a function's needs_input_grad does not know
+        hidden, weight = hidden.detach(), weight.detach()
+    total, nll, z = _LinearCrossEntropy.apply(hidden, weight, targets, counted, z_weight)  # pyright: ignore[reportGeneralTypeIssues]
+    return CrossEntropy(total, nll, z)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        counted: Tensor,
+        z_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = accumulation_dtype(hidden.dtype)
+        matrix = weight.to(hidden.dtype)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        sums = torch.zeros(2, dtype=wide, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        rows = max(1, PIECE_ELEMENTS // weight.shape[0])
+        for first in range(0, hidden.shape[0], rows):
+            piece = slice(first, first + rows)
+            grad = _piece(hidden[piece], matrix, targets[piece], counted[piece], z_weight, sums)
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, matrix, out=grad_hidden[piece])
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden[piece]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        nll, z = sums.unbind()
+        ctx.mark_non_differentiable(nll, z)
+        return nll + z_weight * z, nll, z
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor, _nll: Tensor | None, _z: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _piece(
+    hidden: Tensor,
+    matrix: Tensor,
+    targets: Tensor,
+    counted: Tensor,
+    z_weight: float,
+    sums: Tensor,
+) -> Tensor:
+    """Add this piece's nll and z to `sums`; the gradient of total by the logits, [rows, vocab]."""
+    product = hidden @ matrix.T
+    if native_training.usable(product):
+        nll, z = native_training.entropy(product, targets, counted, z_weight)
+        sums += torch.stack([nll.sum(), z.sum()])
+        return product
+    logits = product.to(sums.dtype)
+    denominator = logits.logsumexp(dim=1)
+    chosen = logits.gather(1, targets[:, None])[:, 0]
+    kept = counted.to(sums.dtype)
+    sums[0] += ((denominator - chosen) * kept).sum()
+    sums[1] += (denominator.square() * kept).sum()
+    grad = logits.sub_(denominator[:, None]).exp_()
+    grad.mul_((kept * (1 + 2 * z_weight * denominator))[:, None])
+    return grad.scatter_add_(1, targets[:, None], -kept[:, None])

@@ -1,0 +1,65 @@
+"""Gradients of weights computed later than those of activations: what lets a pipeline fill its
+bubbles (zero-bubble schedules, arXiv 2401.10241; DeepSeek-V3 section 3.2.1).
+
+Owns linear layers and the adding of a late gradient; routed experts are `grouped`'s.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+Later = Callable[[Callable[[], None]], None]
+"""Takes work that adds to the gradients of weights, to be called once, at any time after."""
+
+
+def deferred_linear(
+    x: Float[Tensor, "*rows in"],
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, "out"] | None,
+    later: Later,
+) -> Float[Tensor, "*rows out"]:
+    """x W^T + b in x's dtype; the backward pass leaves the gradient of `weight`, a leaf, to
+    `later`.
+    """
+    out = _Linear.apply(x, weight, bias, later)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def add_gradient(weight: Tensor, gradient: Tensor) -> None:
+    """Add to the gradient of a leaf, in its dtype, as a backward pass would."""
+    gradient = gradient.to(weight.dtype)
+    weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, later: Later) -> Tensor:
+        ctx.save_for_backward(x)
+        # Not among the saved tensors, which recomputation replaces by copies without a gradient.
+        ctx.weight, ctx.later = weight, later
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, None, Tensor | None, None]:
+        (x,) = ctx.saved_tensors
+        weight: Tensor = ctx.weight
+        if weight.requires_grad:
+            ctx.later(partial(_add_outer, weight, grad, x))
+        grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        bias_dtype = ctx.bias_dtype
+        grad_bias = None if bias_dtype is None else grad.flatten(0, -2).sum(dim=0).to(bias_dtype)
+        return grad_x, None, grad_bias, None
+
+
+@torch.no_grad()
+def _add_outer(weight: Tensor, grad: Tensor, x: Tensor) -> None:
+    add_gradient(weight, grad.flatten(0, -2).T @ x.flatten(0, -2))

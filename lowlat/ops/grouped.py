@@ -1,0 +1,233 @@
+"""The routed experts of a layer as one differentiable function over stacked weights.
+
+Owns the training form of `experts.routed_experts`: rows sorted by expert, one product per expert
+and projection, and a backward pass that keeps neither the gathered rows nor the activations.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lowlat.ops import native_training
+from lowlat.ops.deferred import Later, add_gradient
+from lowlat.ops.differentiable import gated_backward
+from lowlat.ops.norm import accumulation_dtype
+from lowlat.ops.routing import Routing
+
+GroupedLinear = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+"""rows [rows, in] sorted by expert, weight [experts, out, in], rows per expert -> [rows, out]."""
+
+
+ROW_UNIT = 64
+"""Rows of an expert are filled up to a multiple of this in bf16 on the CPU: oneDNN compiles a kernel
+for every number of rows it has not met, which takes longer than the product.
+"""
+
+
+class Groups(NamedTuple):
+    """The choices of a batch sorted by expert, each expert's rows filled up with rows of token 0
+    whose factor is 0.
+    """
+
+    order: Int[Tensor, "choices"]
+    """Places in the flattened [tokens, chosen] choice, sorted by expert and then by token."""
+    rows: Int[Tensor, "choices"]
+    """Row of each of them."""
+    tokens: Int[Tensor, "rows"]
+    """Token of each row."""
+    counts: list[int]
+    """Rows of each expert."""
+
+
+def group_by_expert(
+    experts: Int[Tensor, "tokens chosen"], num_experts: int, *, unit: int = 1
+) -> Groups:
+    """Sort the choices by expert; equal ones keep the order of their tokens. Every expert gets
+    whole multiples of `unit` rows.
+    """
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    chosen = torch.bincount(flat, minlength=num_experts)
+    counts = (chosen + unit - 1) // unit * unit
+    # How far an expert's rows lie behind its choices.
+    shift = (counts - chosen).cumsum(0) - (counts - chosen)
+    rows = torch.arange(len(order), device=order.device) + shift[flat[order]]
+    sizes = counts.tolist()
+    tokens = order.new_zeros(sum(sizes))
+    tokens[rows] = order // experts.shape[1]
+    return Groups(order, rows, tokens, sizes)
+
+
+def grouped_linear(
+    x: Float[Tensor, "rows in"], weight: Float[Tensor, "experts out in"], counts: Sequence[int]
+) -> Float[Tensor, "rows out"]:
+    """Every expert's product with its own rows."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=_ends(counts, x))
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    for rows, group, matrix in zip(x.split(counts), out.split(counts), weight, strict=True):
+        torch.mm(rows, matrix.T, out=group)
+    return out
+
+
+def grouped_outer(
+    left: Float[Tensor, "rows out"], right: Float[Tensor, "rows in"], counts: Sequence[int]
+) -> Float[Tensor, "experts out in"]:
+    """left^T right over the rows of each expert: the gradient of its weight. Zero without rows."""
+    if left.is_cuda and left.dtype == torch.bfloat16:
+        return F.grouped_mm(left.T, right, offs=_ends(counts, left))
+    out = left.new_empty(len(counts), left.shape[1], right.shape[1])
+    groups = zip(left.split(counts), right.split(counts), out, strict=True)
+    for rows, columns, matrix in groups:
+        torch.mm(rows.T, columns, out=matrix)
+    return out
+
+
+def _ends(counts: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(counts, device=like.device).cumsum(0).to(torch.int32)
+
+
+def stacked_experts(
+    x: Float[Tensor, "tokens hidden"],
+    routing: Routing,
+    gate_up_proj: Float[Tensor, "experts inner_twice hidden"],
+    down_proj: Float[Tensor, "experts hidden inner"],
+    later: Later | None = None,
+) -> Float[Tensor, "tokens hidden"]:
+    """Weighted sum over the chosen experts (DeepSeek-V3 equations 12 and 13), differentiable in
+    everything but the choice.
+
+    gate_up_proj holds each expert's gate rows, then its up rows. Weights of another dtype are cast
+    to x's; their gradients come in their own, through `later` where that is given (weights are
+    leaves then). Sums over experts are fp32 (fp64 for fp64 inputs).
+    """
+    groups = group_by_expert(routing.experts, gate_up_proj.shape[0], unit=_row_unit(x))
+    out = _StackedExperts.apply(x, routing.weights, gate_up_proj, down_proj, groups, later)
+    assert isinstance(out, Tensor)
+    return out
+
+
+class _StackedExperts(torch.autograd.Function):
+    """Keeps x, the gate and up products and the choice; rows are gathered again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        groups: Groups,
+        later: Later | None,
+    ) -> Tensor:
+        factors = _factors(weights, groups, accumulation_dtype(x.dtype))
+        rows = x.index_select(0, groups.tokens)
+        gate_up = grouped_linear(rows, gate_up_proj.to(x.dtype), groups.counts)
+        inner = _swiglu(gate_up)
+        rows = grouped_linear(inner, down_proj.to(x.dtype), groups.counts)
+        ctx.save_for_backward(x, weights, gate_up_proj, down_proj, gate_up)
+        ctx.groups = groups
+        ctx.later = later
+        # Saved tensors may come back as copies, which no gradient can be added to.
+        ctx.leaves = None if later is None else (gate_up_proj, down_proj)
+        return _combine(rows, factors, groups, weights.shape[1])
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None, None]:
+        x, weights, gate_up_proj, down_proj, gate_up = ctx.saved_tensors
+        groups: Groups = ctx.groups
+        factors = _factors(weights, groups, accumulation_dtype(x.dtype))
+        grads = grad.to(x.dtype).index_select(0, groups.tokens)
+        down = down_proj.to(x.dtype).transpose(1, 2)
+        inner, grad_gate_up, row_factors = gated_backward(
+            gate_up, grouped_linear(grads, down, groups.counts), factors
+        )
+        assert row_factors is not None
+        grad_factors = torch.empty_like(weights).flatten()
+        grad_factors[groups.order] = row_factors[groups.rows].to(weights.dtype)
+        gate_up_weight = gate_up_proj.to(x.dtype).transpose(1, 2)
+        grad_rows = grouped_linear(grad_gate_up, gate_up_weight, groups.counts)
+        grad_x = _combine(grad_rows, None, groups, weights.shape[1])
+        grad_weights = grad_factors.view_as(weights)
+        if not any(ctx.needs_input_grad[2:4]):
+            return grad_x, grad_weights, None, None, None, None
+        outer = partial(_outer, x, grads, factors, inner, grad_gate_up, groups)
+        if ctx.later is not None:
+            ctx.later(partial(_add_outer, ctx.leaves, outer))
+            return grad_x, grad_weights, None, None, None, None
+        grad_proj, grad_down = outer()
+        grad_down = grad_down.to(down_proj.dtype)
+        grad_proj = grad_proj.to(gate_up_proj.dtype)
+        return grad_x, grad_weights, grad_proj, grad_down, None, None
+
+
+def _outer(
+    x: Tensor, grads: Tensor, factors: Tensor, inner: Tensor, grad_gate_up: Tensor, groups: Groups
+) -> tuple[Tensor, Tensor]:
+    """Gradients of gate_up_proj and down_proj."""
+    down = grouped_outer(_scaled(grads, factors), inner, groups.counts)
+    rows = x.index_select(0, groups.tokens)
+    return grouped_outer(grad_gate_up, rows, groups.counts), down
+
+
+@torch.no_grad()
+def _add_outer(leaves: tuple[Tensor, Tensor], outer: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    for leaf, gradient in zip(leaves, outer(), strict=True):
+        if leaf.requires_grad:
+            add_gradient(leaf, gradient)
+
+
+def _row_unit(x: Tensor) -> int:
+    return ROW_UNIT if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1
+
+
+def _scaled(
+    rows: Float[Tensor, "rows dim"], factors: Float[Tensor, "rows"]
+) -> Float[Tensor, "rows dim"]:
+    """Each row times its factor, rounded once."""
+    return (rows * factors[:, None]).to(rows.dtype)
+
+
+def _factors(
+    weights: Float[Tensor, "tokens chosen"], groups: Groups, dtype: torch.dtype
+) -> Float[Tensor, "rows"]:
+    """Weight of each row; 0 for those that only fill up."""
+    factors = torch.zeros(len(groups.tokens), dtype=dtype, device=weights.device)
+    factors[groups.rows] = weights.flatten()[groups.order].to(dtype)
+    return factors
+
+
+def _combine(
+    rows: Float[Tensor, "rows dim"],
+    factors: Float[Tensor, "rows"] | None,
+    groups: Groups,
+    chosen: int,
+) -> Float[Tensor, "tokens dim"]:
+    """For each token the sum of its rows times their factors, in order of expert id."""
+    places = torch.empty_like(groups.order)
+    places[groups.order] = groups.rows
+    places = places.view(-1, chosen).sort(dim=1).values
+    if native_training.usable(rows):
+        return native_training.combine(rows, factors, places)
+    wide = accumulation_dtype(rows.dtype)
+    out = torch.zeros(places.shape[0], rows.shape[1], dtype=wide, device=rows.device)
+    for column in places.unbind(dim=1):
+        part = rows[column].to(wide)
+        out += part if factors is None else part * factors[column, None]
+    return out.to(rows.dtype)
+
+
+def _swiglu(gate_up: Float[Tensor, "rows inner_twice"]) -> Float[Tensor, "rows inner"]:
+    """silu(gate) * up, computed in fp32 and rounded once, as `experts.swiglu`."""
+    gate, up = gate_up.chunk(2, dim=1)
+    if native_training.usable(gate_up):
+        return native_training.gated_forward(gate, up)
+    wide = accumulation_dtype(gate_up.dtype)
+    return (F.silu(gate.to(wide)) * up.to(wide)).to(gate_up.dtype)

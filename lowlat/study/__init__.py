@@ -1,0 +1,1 @@
+"""Studies: small trainings that differ in one thing, and what their difference comes to."""

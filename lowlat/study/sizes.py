@@ -1,0 +1,107 @@
+"""The sizes a study can be run at, by name. Owns numbers alone."""
+
+from dataclasses import dataclass
+
+from lowlat.utils.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """How large the models of a study are and how long they train."""
+
+    name: str
+    """As --size takes it."""
+    hidden_size: int
+    """Width of the residual stream, num_attention_heads times head_dim."""
+    num_hidden_layers: int
+    """Decoder layers."""
+    num_attention_heads: int
+    """Query heads of every form of attention."""
+    intermediate_size: int
+    """Width of the MLP beside MHA; other arms get what makes their parameters equal."""
+    width_step: int
+    """MLP widths are multiples of this."""
+    moe_intermediate_size: int
+    """Width of an expert, where a study has experts."""
+    sequence_length: int
+    """Tokens of a row."""
+    batch_rows: int
+    """Rows of a step."""
+    micro_batch_rows: int
+    """Rows of a forward and backward pass."""
+    steps: int
+    """Optimiser steps of a run."""
+    learning_rate: float
+    """At its peak, of Muon."""
+    held_out_windows: int
+    """Most windows of the held-out split that the loss is measured on."""
+    decode_context: int
+    """Tokens in the cache where decoding is timed."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head, d_h."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Input tokens of a step."""
+        return self.batch_rows * self.sequence_length
+
+
+TINY = Size(
+    name="tiny",
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    intermediate_size=176,
+    width_step=2,
+    moe_intermediate_size=32,
+    sequence_length=64,
+    batch_rows=16,
+    micro_batch_rows=16,
+    steps=30,
+    learning_rate=8e-3,
+    held_out_windows=128,
+    decode_context=1024,
+)
+SMALL = Size(
+    name="small",
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    intermediate_size=344,
+    width_step=8,
+    moe_intermediate_size=64,
+    sequence_length=256,
+    batch_rows=16,
+    micro_batch_rows=16,
+    steps=650,
+    held_out_windows=1024,
+    learning_rate=8e-3,
+    decode_context=8192,
+)
+MEDIUM = Size(
+    name="medium",
+    hidden_size=256,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    intermediate_size=704,
+    width_step=8,
+    moe_intermediate_size=64,
+    sequence_length=512,
+    batch_rows=48,
+    micro_batch_rows=16,
+    steps=1500,
+    held_out_windows=1024,
+    learning_rate=5e-3,
+    decode_context=8192,
+)
+SIZES = {size.name: size for size in (TINY, SMALL, MEDIUM)}
+
+
+def find_size(name: str) -> Size:
+    """The size called `name`. Raises UserError naming those there are."""
+    if name not in SIZES:
+        raise UserError(f"--size '{name}' is unknown; choose one of {', '.join(SIZES)}")
+    return SIZES[name]

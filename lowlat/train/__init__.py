@@ -1,0 +1,1 @@
+"""Training: recipes, data, the trainer, its saves and its logs."""

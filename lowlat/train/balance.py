@@ -1,0 +1,236 @@
+"""Watches the gates: load of every expert, the bias that balances it, the sequence-wise loss.
+
+Owns everything that training adds to routing (DeepSeek-V3 section 2.1.2; arXiv 2408.15664). The
+model's own code is untouched: a hook on each gate sees its routing.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lowlat.model.block import DecoderLayer
+from lowlat.model.moe import Gate, MoE
+from lowlat.model.transformer import Transformer
+from lowlat.ops.routing import Routing
+from lowlat.train.parallel.relay import AXIS as PIPELINE
+from lowlat.train.parallel.relay import along_pipeline
+from lowlat.train.parallel.team import TOKENS, Team
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateLoad:
+    """What one gate did over a global batch."""
+
+    layer: int
+    """Decoder layer from 0; MTP modules follow the last."""
+    load: Float[Tensor, "experts"]
+    """Share of the choices that fell on each expert; sums to 1."""
+    max_violation: float
+    """Largest load over the mean, minus 1 (MaxVio of arXiv 2408.15664)."""
+    entropy: float
+    """Of the load over ln(experts): 1 is perfect balance."""
+    token_entropy: float
+    """Mean entropy of a token's normalised scores, nats: how decided the gate is."""
+    bias_range: tuple[float, float]
+    """Smallest and largest selection bias; zeros where there is none."""
+
+
+class _Watched:
+    """Counters of one gate."""
+
+    def __init__(self, layer: int, gate: Gate) -> None:
+        self.layer = layer
+        self.gate = gate
+        # choices per expert, then the sum of entropies and the number of tokens
+        experts = gate.moe.n_routed_experts
+        self.counters = torch.zeros(experts + 2, dtype=torch.float64, device=gate.weight.device)
+
+
+class RouterWatch:
+    """Hooks on every gate of a model; lives as long as the training.
+
+    `sequence_weight` is alpha of the sequence-wise loss; the processes of `team` share batches.
+    """
+
+    def __init__(
+        self, model: Transformer, *, sequence_weight: float, team: Team | None = None
+    ) -> None:
+        self.sequence_weight = sequence_weight
+        self._team = team or Team()
+        self._sequence_length = 0
+        self._num_sequences = 0
+        self._sequence_loss = torch.zeros((), dtype=torch.float64)
+        self._enabled = False
+        self._gates: list[_Watched] = []
+        for layer, gate in gates(model):
+            watched = _Watched(layer, gate)
+            gate.register_forward_hook(self._hook(watched))
+            self._gates.append(watched)
+
+    @contextmanager
+    def watching(self, *, sequence_length: int, num_sequences: int) -> Iterator[None]:
+        """A global batch of `num_sequences` rows of `sequence_length` tokens; passes outside are
+        not watched.
+        """
+        self._sequence_length, self._num_sequences = sequence_length, num_sequences
+        self._sequence_loss.zero_()
+        for watched in self._gates:
+            watched.counters.zero_()
+        self._enabled = True
+        try:
+            yield
+        finally:
+            self._enabled = False
+
+    def reduce(self) -> None:
+        """Sum the counters over processes, once per global batch."""
+        counters = [watched.counters for watched in self._gates]
+        own = [*counters, self._sequence_loss[None].to(counters[0].device)] if counters else []
+        if own:
+            sizes = [len(part) for part in own]
+            *sums, loss = self._team.sum(torch.cat(own), TOKENS).split(sizes)
+            for watched, total in zip(self._gates, sums, strict=True):
+                watched.counters.copy_(total)
+            self._sequence_loss.copy_(loss[0])
+        self._sequence_loss.copy_(self._team.sum(self._sequence_loss, (PIPELINE,)))
+
+    @property
+    def sequence_loss(self) -> float:
+        """The sequence-wise loss of the batch, summed over layers, alpha included."""
+        return self._sequence_loss.item()
+
+    @torch.no_grad()
+    def update_biases(self, speed: float) -> None:
+        """b_i += speed * sign(mean load - load_i), loads over the whole batch; once per step."""
+        for watched in self._gates:
+            bias = watched.gate.e_score_correction_bias
+            if bias is not None and speed > 0:
+                load = watched.counters[:-2]
+                bias += speed * (load.mean() - load).sign().to(bias.dtype)
+
+    def loads(self) -> list[GateLoad]:
+        """What every gate of the model did over the batch; collective."""
+        own = ((str(watched.layer), _facts(watched)) for watched in self._gates)
+        loads = [_gate_load(int(layer), facts) for layer, facts in along_pipeline(self._team, own)]
+        return sorted(loads, key=lambda load: load.layer)
+
+    def _hook(self, watched: _Watched) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, routing: Routing) -> Routing | None:
+            if not self._enabled:
+                return None
+            if not _in_backward():
+                self._count(watched, routing)
+            if self.sequence_weight == 0 or not routing.weights.requires_grad:
+                return None
+            loss = self._sequence_wise(watched.gate, routing)
+            if not _in_backward():
+                # Not in place: the first is on the CPU, wherever the model is.
+                self._sequence_loss = self._sequence_loss + loss.detach()
+            weights = _AddLoss.apply(routing.weights, loss)
+            assert isinstance(weights, Tensor)
+            return routing._replace(weights=weights)
+
+        return hook
+
+    @torch.no_grad()
+    def _count(self, watched: _Watched, routing: Routing) -> None:
+        experts = watched.gate.moe.n_routed_experts
+        watched.counters[:-2] += torch.bincount(routing.experts.flatten(), minlength=experts)
+        shares = routing.scores / routing.scores.sum(dim=-1, keepdim=True)
+        watched.counters[-2] -= torch.xlogy(shares, shares).sum()
+        watched.counters[-1] += len(shares)
+
+    def _sequence_wise(self, gate: Gate, routing: Routing) -> Float[Tensor, ""]:
+        parts = self._team.size("context")
+        scores = routing.scores.unflatten(0, (-1, self._sequence_length // parts))
+        frequency = self._team.sum(
+            choice_frequency(scores, gate.moe.num_experts_per_tok), ("context",)
+        )
+        # Both are means over what a process has of a sequence, of which there are `parts` alike.
+        losses = (frequency * mean_share(scores)).sum(dim=-1) / parts**2
+        return self.sequence_weight / self._num_sequences * losses.sum()
+
+
+def choice_frequency(
+    scores: Float[Tensor, "sequences length experts"], chosen: int
+) -> Float[Tensor, "sequences experts"]:
+    """f_i of every sequence (DeepSeek-V3 equation 18): how often an expert is among the `chosen`
+    best unbiased scores of a token, what the gate would do without its bias; 1 on average.
+    """
+    sequences, length, num_experts = scores.shape
+    counts = scores.new_zeros(sequences, num_experts)
+    flat = scores.detach().topk(chosen, dim=-1).indices.flatten(1)
+    counts.scatter_add_(1, flat, scores.new_ones(()).expand(flat.shape))
+    return counts * (num_experts / (chosen * length))
+
+
+def mean_share(
+    scores: Float[Tensor, "sequences length experts"],
+) -> Float[Tensor, "sequences experts"]:
+    """P_i of every sequence (DeepSeek-V3 equations 19 and 20): mean normalised scores."""
+    return (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=1)
+
+
+def sequence_balance_loss(
+    scores: Float[Tensor, "sequences length experts"], chosen: int
+) -> Float[Tensor, "sequences"]:
+    """sum_i f_i P_i of every sequence (DeepSeek-V3 equations 17 to 20), without alpha."""
+    return (choice_frequency(scores, chosen) * mean_share(scores)).sum(dim=-1)
+
+
+def gates(model: Transformer) -> Iterator[tuple[int, Gate]]:
+    """Every gate that this process has, with its layer; MTP modules are numbered after the decoder
+    layers.
+    """
+    blocks = [*model.layers, *(module.block for module in model.mtp)]
+    for layer, block in enumerate(blocks):
+        if isinstance(block, DecoderLayer) and isinstance(block.mlp, MoE):
+            yield layer, block.mlp.gate
+
+
+class _AddLoss(torch.autograd.Function):
+    """Passes weights through and adds a loss of its own to whatever is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = loss
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return grad, torch.ones_like(ctx.like)
+
+
+def _in_backward() -> bool:
+    """Whether a layer is being computed again for its backward pass: it was counted before."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _facts(watched: _Watched) -> Float[Tensor, "numbers"]:
+    """The counters of a gate, then the bounds of its bias."""
+    bias = watched.gate.e_score_correction_bias
+    bounds = watched.counters.new_zeros(2)
+    if bias is not None:
+        bounds = torch.stack([bias.min(), bias.max()]).to(bounds)
+    return torch.cat([watched.counters, bounds])
+
+
+def _gate_load(layer: int, facts: Float[Tensor, "numbers"]) -> GateLoad:
+    counts, (entropies, tokens, lowest, highest) = facts[:-4], facts[-4:].unbind()
+    load = counts / counts.sum().clamp(min=1)
+    return GateLoad(
+        layer=layer,
+        load=load,
+        max_violation=(load.max() * len(load) - 1).item(),
+        entropy=(-torch.xlogy(load, load).sum() / math.log(max(2, len(load)))).item(),
+        token_entropy=(entropies / tokens.clamp(min=1)).item(),
+        bias_range=(lowest.item(), highest.item()),
+    )

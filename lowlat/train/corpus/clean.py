@@ -1,0 +1,92 @@
+"""Text made even: Unicode NFC, no control characters, one kind of space, whole paragraphs; and
+paragraphs told apart by what they say, so that none is taken twice. Owns no format.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Sequence
+from itertools import pairwise
+
+# Characters that only steer display (soft hyphen, zero width, marks of direction, byte order).
+INVISIBLE = dict.fromkeys([0xAD, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, *range(0x200E, 0x2010)])
+INVISIBLE |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFFFD])
+CONTROL = dict.fromkeys(c for c in [*range(0x20), *range(0x7F, 0xA0)] if chr(c) not in "\n\t")
+SPACES = dict.fromkeys([0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000], " ")
+LINE_ENDS = {0x2028: "\n", 0x2029: "\n\n", 0x85: "\n"}
+TABLE = {**CONTROL, **INVISIBLE, **SPACES, **LINE_ENDS}
+PLAIN_QUOTES = {0x2018: "'", 0x2019: "'", 0x201A: "'", 0x201B: "'", 0x201C: '"', 0x201D: '"'}
+PLAIN_QUOTES |= {0x201E: '"', 0x201F: '"', 0x2010: "-", 0x2011: "-", 0x2026: "..."}
+
+
+def even_text(text: str, *, plain_quotes: bool) -> str:
+    """NFC, line feeds, no control or invisible characters, no space at line ends, and never more
+    than one empty line. plain_quotes: typographic quotes, hyphens and ellipses become ASCII.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(TABLE)
+    if plain_quotes:
+        text = text.translate(PLAIN_QUOTES)
+    text = unicodedata.normalize("NFC", text).expandtabs(4)
+    text = re.sub(r" +\n", "\n", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n").rstrip()
+
+
+def unwrapped(text: str) -> str:
+    """Paragraphs on one line each; indented ones (verse, code, lists) and short lines stay.
+
+    A paragraph is joined if its lines are as long as wrapping makes them: every line but the last
+    would have had no room for the first word of the next one.
+    """
+    return "\n\n".join(map(_joined, text.split("\n\n")))
+
+
+def _joined(paragraph: str) -> str:
+    lines = paragraph.split("\n")
+    if len(lines) < 2 or any(line.startswith((" ", "- ", "* ")) for line in lines[1:]):
+        return paragraph
+    width = max(map(len, lines))
+    room = [len(line) + 1 + len(after.split(" ", 1)[0]) for line, after in pairwise(lines)]
+    full = sum(size > min(width, 60) for size in room)
+    return " ".join(line.strip() for line in lines) if full >= len(room) * 0.7 else paragraph
+
+
+def without_dropped(text: str, patterns: Sequence[re.Pattern[str]]) -> tuple[str, int]:
+    """`text` without the paragraphs in which a pattern is found, and how many those were."""
+    paragraphs = text.split("\n\n")
+    kept = [part for part in paragraphs if not any(pattern.search(part) for pattern in patterns)]
+    return "\n\n".join(kept), len(paragraphs) - len(kept)
+
+
+class Paragraphs:
+    """The paragraphs seen so far, of at least `shortest` characters; shorter ones may repeat.
+
+    Case, punctuation and white space make no difference.
+    """
+
+    def __init__(self, shortest: int) -> None:
+        self.shortest = shortest
+        self._seen: set[bytes] = set()
+
+    def add(self, text: str) -> None:
+        """Counts every paragraph of `text` as seen."""
+        self.without_seen(text)
+
+    def without_seen(self, text: str) -> tuple[str, int]:
+        """`text` without paragraphs seen before, and how many those were; the rest are now seen."""
+        kept: list[str] = []
+        dropped = 0
+        for paragraph in text.split("\n\n"):
+            key = self._key(paragraph)
+            if key is not None:
+                if key in self._seen:
+                    dropped += 1
+                    continue
+                self._seen.add(key)
+            kept.append(paragraph)
+        return "\n\n".join(kept), dropped
+
+    def _key(self, paragraph: str) -> bytes | None:
+        if len(paragraph) < self.shortest:
+            return None
+        words = re.sub(r"[\W_]+", " ", paragraph.casefold()).strip()
+        return hashlib.blake2b(words.encode(), digest_size=12).digest()

@@ -1,0 +1,25 @@
+"""What the collector passes from step to step: a file of a package, a document of a corpus."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """A file inside an archive."""
+
+    path: str
+    """Path inside the archive, with forward slashes and no leading './'."""
+    data: bytes
+    """What it holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """A text that stands alone: a chapter, a page, a speech, an entry."""
+
+    title: str
+    """What people call it; not part of the text."""
+    text: str
+    """Paragraphs with an empty line between them."""
+    path: str
+    """The member it came from."""

@@ -1,0 +1,127 @@
+"""Character vectors out of R's lazy-load databases (NAME.rdx and NAME.rdb, as packages ship data).
+
+Reads as much of R's serialisation as such data needs (R Internals, section 1.8): strings, vectors,
+lists and attributes in XDR form. Functions, environments and promises are refused: a corpus needs
+none, and what is not read cannot be run. Readers of whole R objects build data frames for this.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+from lowlat.utils.errors import UserError
+
+NIL, REFERENCE, SYMBOL, PAIRS, CHARS = 254, 255, 1, 2, 9
+LOGICALS, INTEGERS, REALS, STRINGS, LIST = 10, 13, 14, 16, 19
+HAS_ATTRIBUTES, HAS_TAG = 1 << 9, 1 << 10
+MAX_SIZE = 64 << 20
+"""Bytes of one serialised object once decompressed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A vector or list with its attributes by name."""
+
+    values: list[Any]
+    attributes: dict[str, Any]
+
+
+def read_texts(index: bytes, database: bytes, name: str) -> dict[str, list[str]]:
+    """The character vectors of a database by their names; other objects are passed over.
+
+    index, database: what the .rdx and the .rdb file hold; name: what errors call them. Raises
+    UserError for data that is damaged or of a kind not read here.
+    """
+    try:
+        table = _Reader(_inflate(index, 31)).read_object()
+        places = dict(zip(table.attributes["names"].values, table.values, strict=True))["variables"]
+        texts = {}
+        for key, place in zip(places.attributes["names"].values, places.values, strict=True):
+            start, length = place.values
+            # Each object is its length, four bytes, and a zlib stream.
+            found = _Reader(_inflate(database[start + 4 : start + length], 15)).read_object()
+            if isinstance(found, Named) and all(isinstance(line, str) for line in found.values):
+                texts[key] = found.values
+        return texts
+    except (struct.error, zlib.error, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{name} is not a database of R that is read here ({error})") from error
+
+
+def _inflate(data: bytes, window_bits: int) -> bytes:
+    """Decompresses zlib (15) or gzip (31) data up to MAX_SIZE."""
+    stream = zlib.decompressobj(window_bits)
+    plain = stream.decompress(data, MAX_SIZE)
+    if not stream.eof:
+        raise ValueError(f"an object is cut short or over {MAX_SIZE} bytes")
+    return plain
+
+
+class _Reader:
+    """A cursor over serialised data; values that follow one another are read in order."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 2
+        if data[:2] != b"X\n":
+            raise ValueError("not in XDR form")
+        version = self._int()
+        self.at += 8  # versions of R: the writer's, the oldest reader's
+        if version == 3:
+            self._bytes(self._int())  # name of the native encoding
+        self.references: list[str] = []
+
+    def _int(self) -> int:
+        (value,) = struct.unpack_from(">i", self.data, self.at)
+        self.at += 4
+        return value
+
+    def _bytes(self, size: int) -> bytes:
+        if size < 0 or self.at + size > len(self.data):
+            raise ValueError("an object is cut short")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def read_object(self) -> Any:
+        """The next object: None, a str, a Named, or a dict for a pair list."""
+        flags = self._int()
+        kind = flags & 255
+        if kind == NIL:
+            return None
+        if kind == REFERENCE:
+            return self.references[(flags >> 8) - 1]
+        if kind == SYMBOL:
+            self.references.append(self.read_object())
+            return self.references[-1]
+        if kind == CHARS:
+            size = self._int()
+            return "" if size == -1 else self._bytes(size).decode("utf-8", "replace")
+        if kind == PAIRS:
+            return self._pairs(flags)
+        values = self._values(kind)
+        attributes = self.read_object() if flags & HAS_ATTRIBUTES else {}
+        return Named(values, attributes or {})
+
+    def _values(self, kind: int) -> list[Any]:
+        count = self._int()
+        if kind in (STRINGS, LIST):
+            if count > len(self.data):
+                raise ValueError("a vector is longer than its data")
+            return [self.read_object() for _ in range(count)]
+        if kind in (INTEGERS, LOGICALS):
+            return list(struct.unpack(f">{count}i", self._bytes(4 * count)))
+        if kind == REALS:
+            return list(struct.unpack(f">{count}d", self._bytes(8 * count)))
+        raise ValueError(f"objects of type {kind} are not read")
+
+    def _pairs(self, flags: int) -> dict[str, Any]:
+        """A pair list as a dict; its cells follow one another until NIL."""
+        pairs: dict[str, Any] = {}
+        while flags & 255 == PAIRS:
+            if flags & HAS_ATTRIBUTES:
+                self.read_object()
+            tag = self.read_object() if flags & HAS_TAG else ""
+            pairs[tag] = self.read_object()
+            flags = self._int()
+        if flags & 255 != NIL:
+            raise ValueError("a pair list does not end")
+        return pairs

@@ -1,0 +1,139 @@
+"""A save as a model folder in the Hugging Face layout, which every reader of such folders takes.
+
+Owns which numbers a trained model is stored in; names and files are `checkpoint`'s.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowlat.checkpoint.mapping import ROUTER_BIAS
+from lowlat.checkpoint.save import file_tensors, text_files, write_checkpoint
+from lowlat.config.hf import config_from_hf, config_to_hf
+from lowlat.config.model import ModelConfig
+from lowlat.model.stacking import unstacked
+from lowlat.train.build import started
+from lowlat.train.fp8 import save_fp8
+from lowlat.train.lora import base_dtype, merged
+from lowlat.train.lora_files import start_fingerprint, write_adapter
+from lowlat.train.recipe import Recipe, parse_recipe
+from lowlat.train.saves.run_folder import RunFolder
+from lowlat.train.saves.save import Save, folder_name
+from lowlat.train.saves.saves import Saves
+from lowlat.train.state import MODEL, part
+from lowlat.utils.device import parse_dtype
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress
+
+TOKENIZER = "tokenizer"
+"""Where a run's folder keeps the tokenizer and chat template of its models."""
+
+_log = logging.getLogger(__name__)
+
+
+def keep_tokenizer(run: Path, text: Path) -> None:
+    """Copy tokenizer and chat template of the folder or .gguf `text` into the run's folder."""
+    folder = run / TOKENIZER
+    if folder.exists():
+        return
+    partial = run / f".{TOKENIZER}.partial"
+    partial.mkdir(exist_ok=True)
+    for name, content in text_files(text).items():
+        (partial / name).write_bytes(content)
+    partial.rename(folder)
+
+
+def export(
+    config: ModelConfig, weights: Mapping[str, Tensor], dst: Path, *, dtype: str, text: Path
+) -> None:
+    """Write `weights` (a model's parameters, experts stacked) as the folder `dst`.
+
+    dtype: fp32, bf16, fp16, or fp8 for 128x128 blocks as released; routing biases stay fp32.
+    Tokenizer and chat template come from the folder `text`. Raises UserError as `write_checkpoint`.
+    """
+    parameters = dict(unstacked(weights))
+    if dtype == "fp8":
+        save_fp8(config, parameters, dst, source=text)
+        return
+    stored = parse_dtype(dtype)
+    raw = config_to_hf(config) | {"dtype": str(stored).removeprefix("torch.")}
+    tensors = _cast(file_tensors(config, parameters), stored)
+    write_checkpoint(dst, raw, tensors, extra_files=text_files(text))
+
+
+def _cast(
+    tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        yield name, tensor if name.endswith(ROUTER_BIAS) else tensor.to(dtype)
+
+
+def export_save(
+    run: Path,
+    dst: Path,
+    *,
+    step: int | None,
+    dtype: str,
+    progress: Progress | None = None,
+) -> int:
+    """Write a save of the run in `run` as the folder `dst`, updates of LoRA merged; returns its
+    step.
+
+    step: None takes the latest whole one. Raises UserError where there is no such save, and as
+    `export`.
+    """
+    save = _save(run, step, progress)
+    config, recipe, weights = _contents(save)
+    if recipe.lora is not None:
+        base = started(_start(save), config, base_dtype(recipe)).state_dict()
+        weights = dict(merged(base | weights, recipe.lora))
+    export(config, weights, dst, dtype=dtype, text=run / TOKENIZER)
+    return save.step
+
+
+def export_adapter(
+    run: Path, dst: Path, *, step: int | None, progress: Progress | None = None
+) -> int:
+    """Write the updates of LoRA of a save in peft's layout as the folder `dst`; returns its step.
+
+    Raises UserError where the run in `run` has none, and as `write_adapter`.
+    """
+    save = _save(run, step, progress)
+    config, recipe, updates = _contents(save)
+    if recipe.lora is None:
+        raise UserError(f"{run}: was trained without lora; leave out --adapter")
+    write_adapter(config, updates, recipe.lora, dst, start=Path(str(save.facts["start"])))
+    return save.step
+
+
+def _save(run: Path, step: int | None, progress: Progress | None) -> Save:
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; name the folder of a run")
+    saves = Saves(RunFolder(run), report=_log.warning)
+    if step is not None and step not in saves.steps():
+        raise UserError(f"{run}: has no save of step {step}; there are {saves.steps()}")
+    save = saves.latest(progress) if step is None else Save(saves.folder / folder_name(step))
+    if save is None:
+        raise UserError(f"{run}: has no save yet")
+    return save
+
+
+def _contents(save: Save) -> tuple[ModelConfig, Recipe, dict[str, Tensor]]:
+    """Config, recipe, and the parameters that were saved."""
+    config = config_from_hf(dict(save.facts["config"]), source=str(save.folder))
+    recipe = parse_recipe(dict(save.facts["recipe"]), origin=str(save.folder))
+    tensors = {name: save.tensor(name) for name in save.names() if name.startswith(MODEL)}
+    return config, recipe, part(tensors, MODEL)
+
+
+def _start(save: Save) -> Path:
+    """The checkpoint whose weights stayed. Raises UserError where it is gone or another."""
+    start = Path(str(save.facts["start"]))
+    there = start.exists() and start_fingerprint(start) == save.facts["data"][-1]
+    if not there:
+        what = "holds other weights now" if start.exists() else "is not there"
+        raise UserError(f"{start}: {what}; put back what {save.folder} holds the updates of")
+    return start

@@ -1,0 +1,81 @@
+"""What a step is worth writing down: speeds, memory, loads as records of the log."""
+
+import math
+import resource
+from dataclasses import dataclass
+
+import torch
+
+from lowlat.train.balance import GateLoad
+from lowlat.train.data.folder import TokenFolder
+from lowlat.train.runlog.record import EvalRecord, ExpertRecord, StepRecord
+from lowlat.train.schedule import StepPlan
+from lowlat.train.state import Position
+from lowlat.train.step import StepResult
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meter:
+    """Turns the results of steps into records."""
+
+    flops_per_token: float
+    """Model FLOPs of training on one token."""
+    gemm_rate: float
+    """FLOP/s of plain matrix products on the device."""
+    device: torch.device
+    """Where training happens."""
+
+    def record(
+        self, plan: StepPlan, result: StepResult, position: Position, seconds: float, tokens: int
+    ) -> StepRecord:
+        """The record of the step `plan`, which took `seconds`; `tokens` were read so far."""
+        rate = plan.tokens / seconds
+        return StepRecord(
+            step=position.step,
+            phase=plan.phase.name,
+            tokens=tokens,
+            seconds=position.seconds,
+            loss=result.losses[0],
+            mtp_losses=result.losses[1:],
+            z_loss=plan.phase.z_weight * result.z,
+            sequence_loss=result.sequence_loss,
+            grad_norm=result.grad_norm,
+            learning_rate=plan.learning_rate,
+            batch_tokens=plan.tokens,
+            tokens_per_second=rate,
+            mfu=rate * self.flops_per_token / self.gemm_rate,
+            memory_bytes=_memory(self.device),
+            experts=tuple(_expert_record(load) for load in result.loads),
+        )
+
+
+def eval_record(
+    losses: tuple[float, ...], step: int, tokens: int, folder: TokenFolder
+) -> EvalRecord:
+    """The record of an evaluation on the held-out split of `folder`."""
+    ids, size = folder.num_tokens("held_out"), folder.num_bytes("held_out")
+    return EvalRecord(
+        step=step,
+        tokens=tokens,
+        split="held_out",
+        loss=losses[0],
+        bits_per_byte=losses[0] / math.log(2) * ids / size if size else None,
+        mtp_losses=losses[1:],
+    )
+
+
+def _expert_record(load: GateLoad) -> ExpertRecord:
+    return ExpertRecord(
+        layer=load.layer,
+        load=tuple(load.load.tolist()),
+        max_violation=load.max_violation,
+        entropy=load.entropy,
+        bias_min=load.bias_range[0],
+        bias_max=load.bias_range[1],
+    )
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,79 @@
+"""Muon: momentum whose matrices are made orthogonal (Keller Jordan 2024), scaled as Moonlight does
+(arXiv 2502.16982 section 2.2), for matrices and stacks of matrices.
+
+torch.optim.Muon takes single matrices only; stacked experts are three-dimensional.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lowlat.train.parallel.division import Division
+from lowlat.train.parallel.team import Team
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic Newton-Schulz iteration."""
+ITERATIONS = 5
+UPDATE_RMS = 0.2
+"""Root mean square of an update, AdamW's usual one, so that both share a learning rate."""
+
+
+class Muon(torch.optim.Optimizer):
+    """State per parameter: `momentum`, of its shape, fp32."""
+
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        divisions: Sequence[Division] | None = None,
+        *,
+        lr: float = 0.0,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+    ) -> None:
+        """`divisions` say which pieces of whole tensors `params` are; without, they are whole."""
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        divisions = divisions or [Division(Team(), p.shape) for p in params]
+        self._divisions = dict(zip(map(id, params), divisions, strict=True))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"]
+        momentum.mul_(group["momentum"]).add_(parameter.grad)
+        nesterov = parameter.grad.add(momentum, alpha=group["momentum"])
+        division = self._divisions[id(parameter)]
+        within = division.within_matrices()
+        update = within.own(orthogonalized(within.whole(nesterov)))
+        scale = UPDATE_RMS * max(division.shape[-2:]) ** 0.5
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update, alpha=-group["lr"] * scale)
+
+
+def orthogonalized(
+    matrices: Float[Tensor, "*stack rows columns"],
+) -> Float[Tensor, "*stack rows columns"]:
+    """Each matrix with its singular values brought near 1 by Newton-Schulz iteration, in its own
+    dtype.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x

@@ -1,0 +1,1 @@
+"""Training divided among processes: mesh, FSDP2, expert, tensor and context parallelism."""

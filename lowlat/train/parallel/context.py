@@ -1,0 +1,199 @@
+"""Context parallelism: sequences divided among processes, keys gathered for attention.
+
+Owns which tokens a process has and how its queries reach the keys of others. A row of T tokens is
+cut into two chunks per process; process i has chunks i and 2 n - 1 - i, so that causal attention is
+the same work for all (zig-zag, as in Llama 3, arXiv 2407.21783 section 3.3.2). For MLA it is the
+latent rows that travel, and every process makes keys and values of all of them.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, final
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from lowlat.attention.base import AttentionBackend
+from lowlat.ops.layout import RowLayout
+from lowlat.train.batch import Batch
+from lowlat.train.parallel.collectives import gathered
+
+
+class Piece(NamedTuple):
+    """Queries of this process that see one stretch of keys: part of a document in one chunk."""
+
+    row: int
+    """Row of the batch."""
+    begin: int
+    """First token of the document, in the row."""
+    first: int
+    """First query, in the row."""
+    end: int
+    """After the last query, in the row."""
+
+
+class Zigzag:
+    """The tokens of one of `size` processes."""
+
+    def __init__(self, size: int, place: int) -> None:
+        self.size = size
+        self.chunks = (place, 2 * size - 1 - place)
+        """Places of this process's two chunks among the 2 size of a row."""
+
+    def divide(self, batch: Batch, num_ahead: int) -> Batch:
+        """This process's chunks of every row, as rows of their own with the tokens that follow."""
+        chunk = self._chunk(batch.sequence_length(num_ahead))
+        tokens, predicted = (
+            torch.stack(
+                [whole[:, c * chunk : (c + 1) * chunk + num_ahead] for c in self.chunks], dim=1
+            ).flatten(0, 1)
+            for whole in (batch.tokens, batch.predicted)
+        )
+        return Batch(tokens=tokens, predicted=predicted)
+
+    def pieces(self, documents: Sequence[Sequence[int]]) -> list[Piece]:
+        """Calls of attention, in the order of this process's tokens; `documents` are the lengths
+        of those in each row.
+        """
+        found = []
+        for row, lengths in enumerate(documents):
+            chunk = self._chunk(sum(lengths))
+            for place in self.chunks:
+                begin = 0
+                for length in lengths:
+                    first = max(begin, place * chunk)
+                    end = min(begin + length, (place + 1) * chunk)
+                    if first < end:
+                        found.append(Piece(row, begin, first, end))
+                    begin += length
+        return found
+
+    def whole(
+        self, parts: Float[Tensor, "tokens width"], rows: int
+    ) -> Float[Tensor, "rows length width"]:
+        """Whole rows from what all processes have, one after the other."""
+        width = parts.shape[-1]
+        split = parts.reshape(self.size, rows, 2, -1, width)
+        chunks = torch.cat([split[:, :, 0], split[:, :, 1].flip(0)])
+        return chunks.transpose(0, 1).reshape(rows, -1, width)
+
+    def _chunk(self, length: int) -> int:
+        return length // (2 * self.size)
+
+
+@final
+class ContextAttention(AttentionBackend):
+    """Attention of this process's tokens, which lie in the order of `Zigzag.divide`."""
+
+    def __init__(
+        self, documents: Sequence[Sequence[int]], zigzag: Zigzag, group: dist.ProcessGroup
+    ) -> None:
+        """`documents`: lengths of the documents in each whole row, which see only themselves."""
+        self._rows = len(documents)
+        self._pieces = zigzag.pieces(documents)
+        self._zigzag = zigzag
+        self._group = group
+
+    def positions(self, device: torch.device | str = "cpu") -> Int[Tensor, "tokens"]:
+        """Positions of this process's tokens in their documents."""
+        return torch.cat(
+            [torch.arange(p.first - p.begin, p.end - p.begin, device=device) for p in self._pieces]
+        )
+
+    def mla(
+        self,
+        layer: int,
+        q_nope: Float[Tensor, "tokens heads nope_dim"],
+        q_rope: Float[Tensor, "tokens heads rope_dim"],
+        rows: Float[Tensor, "tokens row_dim"],
+        w_uk: Float[Tensor, "heads nope_dim latent"],
+        w_uv: Float[Tensor, "heads v_dim latent"],
+        scale: float,
+    ) -> Float[Tensor, "tokens heads v_dim"]:
+        heads, _, rank = w_uk.shape
+        all_rows = self._gathered(rows)
+        latent, k_rope = all_rows[..., :rank], all_rows[..., None, rank:]
+        k_nope = (latent @ w_uk.flatten(0, 1).T).unflatten(-1, (heads, -1))
+        v = (latent @ w_uv.flatten(0, 1).T).unflatten(-1, (heads, -1))
+        k = torch.cat([k_nope, k_rope.expand(-1, -1, heads, -1)], dim=-1)
+        return self._attend(torch.cat([q_nope, q_rope], dim=-1), k, v, scale, None)
+
+    def gqa(
+        self,
+        layer: int,
+        q: Float[Tensor, "tokens heads head_dim"],
+        k: Float[Tensor, "tokens kv_heads head_dim"],
+        v: Float[Tensor, "tokens kv_heads head_dim"],
+        scale: float,
+        window: int | None,
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        both = self._gathered(torch.cat([k, v], dim=-1).flatten(1))
+        both = both.unflatten(-1, (k.shape[1], -1))
+        return self._attend(q, both[..., : k.shape[2]], both[..., k.shape[2] :], scale, window)
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Tensor, "tokens heads head_dim"],
+        rows: Float[Tensor, "tokens row_dim"],
+        layout: RowLayout,
+        scale: float,
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        k, v = layout.expand(self._gathered(rows).flatten(0, 1))
+        k, v = (x.unflatten(0, (self._rows, -1)) for x in (k, v))
+        return self._attend(q, k, v, scale, None)
+
+    def _gathered(self, own: Float[Tensor, "tokens width"]) -> Float[Tensor, "rows length width"]:
+        return self._zigzag.whole(gathered(own, self._group), self._rows)
+
+    def _attend(
+        self,
+        q: Float[Tensor, "tokens heads width"],
+        k: Float[Tensor, "rows length kv_heads width"],
+        v: Float[Tensor, "rows length kv_heads v_dim"],
+        scale: float,
+        window: int | None,
+    ) -> Float[Tensor, "tokens heads v_dim"]:
+        v_dim = v.shape[-1]
+        # The fused kernels want one width. Zeros beyond v's own add nothing and are cut off.
+        width = max(q.shape[-1], v_dim)
+        q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        sizes = [piece.end - piece.first for piece in self._pieces]
+        outputs = [
+            _seen(
+                queries,
+                k[piece.row, piece.begin : piece.end],
+                v[piece.row, piece.begin : piece.end],
+                scale,
+                window,
+            )
+            for piece, queries in zip(self._pieces, q.split(sizes), strict=True)
+        ]
+        return torch.cat(outputs)[..., :v_dim]
+
+
+def _seen(
+    q: Float[Tensor, "queries heads width"],
+    k: Float[Tensor, "keys kv_heads width"],
+    v: Float[Tensor, "keys kv_heads width"],
+    scale: float,
+    window: int | None,
+) -> Float[Tensor, "queries heads width"]:
+    """Attention of queries that are the last of the keys' tokens."""
+    queries, keys = q.shape[0], k.shape[0]
+    shared = q.shape[1] != k.shape[1]
+    if window is not None and window < keys:
+        behind = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(
+            keys, device=q.device
+        )
+        mask: Tensor | None = (behind >= 0) & (behind < window)
+    else:
+        mask = None if queries == keys else causal_lower_right(queries, keys)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=shared
+    )
+    return out[0].transpose(0, 1)

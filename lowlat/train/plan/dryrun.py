@@ -1,0 +1,224 @@
+"""What a recipe will cost on the machine at hand: parameters, FLOPs, memory, time; and the refusal
+of one that cannot fit.
+
+Owns the way from a Recipe to Jobs. Clusters are `estimate`'s and `search`'s.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from lowlat.config.arithmetic import count_parameters
+from lowlat.config.model import ModelConfig
+from lowlat.train.build import base_config
+from lowlat.train.data.folder import TokenFolder
+from lowlat.train.plan.flops import TokenFlops, token_flops
+from lowlat.train.plan.job import Job, Layout, Schedule, ZeroStage, check
+from lowlat.train.plan.memory import ACTIVATIONS, WORKING, Memory, device_memory
+from lowlat.train.plan.stages import cut, held
+from lowlat.train.recipe import Parallel, Phase, Recipe
+from lowlat.train.schedule import Timetable, batch_rows
+from lowlat.utils.errors import UserError
+from lowlat.utils.memory import memory_limit
+
+REACHED = (0.1, 0.5)
+"""Shares of the measured rate of products that a step reaches: of small models, of large ones."""
+PROGRAM_BYTES = 400 * 2**20
+"""Memory of the program and its libraries."""
+ALLOCATOR = 1.08
+"""What allocators hold over what is asked of them (docs/planning.md tells what was measured)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DryRun:
+    """What is known before the first step."""
+
+    parameters: int
+    """Of everything that is trained, MTP modules included."""
+    active: int
+    """Parameters of the main model that one token uses."""
+    processes: int
+    """Processes the work is divided among."""
+    steps: int
+    """Optimiser steps of all phases."""
+    tokens: int
+    """Input tokens of all phases."""
+    flops: list[TokenFlops]
+    """Per token, of each phase."""
+    memory: Memory
+    """Of a process in the phase that needs most; program and libraries not counted."""
+    memory_bytes: int
+    """Memory a process may use."""
+    total_flops: float
+    """Of the whole training, without recomputation."""
+    rate: float
+    """Measured FLOP/s of products, of one process."""
+
+    @property
+    def needed_bytes(self) -> float:
+        """Memory of a process, program and libraries included."""
+        return _needed(self.memory)
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """The least and the most time to expect: at the higher and the lower of REACHED."""
+        whole = self.total_flops / (self.rate * self.processes)
+        return whole / REACHED[1], whole / REACHED[0]
+
+
+def dry_run(config: ModelConfig, recipe: Recipe, *, rate: float, memory_bytes: int) -> DryRun:
+    """The cost of `recipe` for `config`. rate: FLOP/s of products in the recipe's precision
+    (`rate.measure_gemm_rate`); memory_bytes: what a process may use (`utils.memory.memory_limit`).
+
+    Raises UserError where the model cannot be divided as the recipe says.
+    """
+    jobs = [job_of(recipe, phase) for phase in recipe.phase]
+    for job in jobs:
+        check(config, job)
+    timetable = Timetable(recipe, ranks=recipe.parallel.data * recipe.parallel.fsdp)
+    flops = [token_flops(config, job.sequence_length, job.recompute) for job in jobs]
+    bounds = [0]
+    for phase in recipe.phase:
+        bounds.append(bounds[-1] + phase.steps)
+    tokens = [timetable.tokens_before(step) for step in bounds]
+    count = count_parameters(config)
+    return DryRun(
+        parameters=count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0),
+        active=count.active,
+        processes=recipe.parallel.processes,
+        steps=timetable.steps,
+        tokens=timetable.tokens,
+        flops=flops,
+        memory=max((_memory(config, recipe, job) for job in jobs), key=lambda memory: memory.total),
+        memory_bytes=memory_bytes,
+        total_flops=sum(
+            trained_share(recipe) * each.training * (after - before)
+            for each, (before, after) in zip(flops, pairwise(tokens), strict=True)
+        ),
+        rate=rate,
+    )
+
+
+def require_fit(config: ModelConfig, recipe: Recipe, *, memory_bytes: int) -> Memory:
+    """The memory of a process; raises UserError naming the largest part and the remedy where
+    `memory_bytes` are not enough.
+    """
+    memories = [_memory(config, recipe, job_of(recipe, phase)) for phase in recipe.phase]
+    index = max(range(len(memories)), key=lambda place: memories[place].total)
+    memory = memories[index]
+    if _needed(memory) <= memory_bytes:
+        return memory
+    phase = recipe.phase[index]
+    raise UserError(
+        f"phase '{phase.name}' needs about {_gigabytes(_needed(memory))} of memory "
+        f"per process and {_gigabytes(memory_bytes)} are there; the largest part is "
+        f"{_gigabytes(memory.parts[memory.largest])} of {memory.largest}: "
+        f"{_remedy(recipe, phase, memory)}"
+    )
+
+
+def trained_share(recipe: Recipe) -> float:
+    """The share of a training's FLOPs that `recipe` does: with LoRA weights take no gradient, which
+    is a third; the updates' own products are not counted.
+    """
+    return 1.0 if recipe.lora is None else 2 / 3
+
+
+def job_of(recipe: Recipe, phase: Phase) -> Job:
+    """`phase` of `recipe` as a Job, at its smallest batch: one micro-batch per process, or what a
+    pipeline needs to run at all.
+    """
+    layout = layout_of(recipe.parallel)
+    rows = phase.micro_batch_rows * layout.dp * layout.fsdp
+    return Job(
+        sequence_length=phase.sequence_length,
+        batch_rows=rows * (2 * layout.pp if layout.pp > 1 else 1),
+        micro_batch_rows=phase.micro_batch_rows,
+        precision=recipe.precision,
+        optimiser=recipe.optimizer.name,
+        recompute=recipe.recompute,
+        layout=layout,
+    )
+
+
+def largest_job(recipe: Recipe) -> Job:
+    """The phase of `recipe` with most tokens per step, at its largest batch."""
+    unit = recipe.parallel.data * recipe.parallel.fsdp
+    jobs = []
+    for phase in recipe.phase:
+        each = phase.micro_batch_rows * unit
+        rows = max(batch_rows(phase, step, each) for step in range(phase.steps))
+        jobs.append(replace(job_of(recipe, phase), batch_rows=rows))
+    return max(jobs, key=lambda job: job.tokens)
+
+
+def recipe_config(recipe: Recipe, path: Path, start: Path | None) -> ModelConfig:
+    """The model of the recipe at `path`; its vocabulary is the data's unless [model] says it.
+    start: the files behind recipe.start. Raises UserError.
+    """
+    vocab_size = (recipe.model or {}).get("vocab_size")
+    if not isinstance(vocab_size, int):
+        vocab_size = TokenFolder.open(path.parent / recipe.data.folder).vocab_size
+    return base_config(recipe, start, vocab_size, str(path))
+
+
+def usable_memory(device: torch.device, processes: int) -> int:
+    """Bytes that each of `processes` processes may use: of the device, or their share of the
+    machine's.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return memory_limit() // processes
+
+
+def layout_of(parallel: Parallel) -> Layout:
+    """The mesh of a recipe. Sharing is FSDP2's: weights are gathered layer by layer, in a pipeline
+    kept from the first micro-batch to the last.
+    """
+    schedules: dict[str, Schedule] = {"zb": "zb1p", "zbv": "dualpipev"}
+    zero: ZeroStage = 0 if parallel.fsdp == 1 else 3 if parallel.pipeline == 1 else 2
+    name = parallel.pipeline_schedule
+    return Layout(
+        dp=parallel.data,
+        fsdp=parallel.fsdp,
+        zero=zero,
+        tp=parallel.tensor,
+        cp=parallel.context,
+        ep=parallel.expert,
+        pp=parallel.pipeline,
+        schedule=schedules[name] if name in schedules else name,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _needed(memory: Memory) -> float:
+    return memory.total * ALLOCATOR + PROGRAM_BYTES
+
+
+def _memory(config: ModelConfig, recipe: Recipe, job: Job) -> Memory:
+    check(config, job)
+    costs = (1.0,) * (config.num_hidden_layers + 1)
+    memory = device_memory(config, job, held(cut(config, job.layout, costs), job.layout))
+    if recipe.lora is None:
+        return memory
+    # Weights stay, in the dtype of products; what updates take beside them is next to nothing.
+    weights = memory.parts["weights"] * (1.0 if recipe.precision == "fp32" else 0.5)
+    frozen = {"weights": weights, "gradients": 0.0, "optimiser": 0.0}
+    return replace(memory, parts=memory.parts | frozen)
+
+
+def _remedy(recipe: Recipe, phase: Phase, memory: Memory) -> str:
+    if memory.largest in (ACTIVATIONS, WORKING):
+        if phase.micro_batch_rows > 1:
+            return f"lower micro_batch_rows ({phase.micro_batch_rows})"
+        if recipe.recompute == "none":
+            return "set recompute = 'layers'"
+        return f"lower sequence_length ({phase.sequence_length}) or raise parallel.context"
+    if memory.largest == "optimiser" and recipe.optimizer.name == "adamw":
+        return "use a smaller model, optimizer.name = 'muon', or raise parallel.fsdp"
+    return "use a smaller model, or raise parallel.fsdp, parallel.expert or parallel.pipeline"
+
+
+def _gigabytes(size: int | float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -1,0 +1,302 @@
+"""A training recipe: what a TOML file may say, frozen and checked. Owns no meaning of schedules
+(`schedule`) and no files beyond the recipe itself.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lowlat.train.recipe_errors import explain
+from lowlat.utils.errors import UserError
+
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+
+class Segment(_Table):
+    """A stretch of a schedule, from where the one before ended to `to`."""
+
+    to: Amount
+    """Value at the end of the segment."""
+    steps: Count | None = None
+    """Optimiser steps it lasts; without, the rest of the phase (last segment only)."""
+    shape: Literal["linear", "cosine", "constant"] = "linear"
+    """How the value gets there; constant takes it at once."""
+
+
+Schedule = Amount | Annotated[list[Segment], Field(min_length=1)]
+"""A constant, or segments that start from 0."""
+
+
+class Data(_Table):
+    """Where tokens come from and how they are packed."""
+
+    folder: str
+    """Token folder made by `lowlat data build`; relative paths start at the recipe."""
+    document_masks: bool = False
+    """Documents packed into one row do not see one another (V3: false in pretraining)."""
+    fim_rate: Share = 0.0
+    """Share of documents rearranged as prefix, suffix, middle (V3: 0.1)."""
+
+
+class Optimizer(_Table):
+    """How gradients move weights."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Newton-Schulz on hidden matrices, AdamW for embedding, head, gates and norms."""
+    betas: tuple[Rate, Rate] = (0.9, 0.95)
+    """AdamW's decay rates of first and second moment."""
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: Amount = 0.1
+    """Decoupled decay of matrices, per step and learning rate."""
+    momentum: Rate = 0.95
+    """Muon's momentum."""
+    clip: Amount = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+
+class Balance(_Table):
+    """How experts are kept equally busy."""
+
+    sequence_weight: Amount = 1e-4
+    """Alpha of the sequence-wise loss (V3 equations 17 to 20)."""
+
+
+class Parallel(_Table):
+    """Sizes of the mesh; their product is the number of processes."""
+
+    data: Count = 1
+    """Replicas with gradients summed (DDP)."""
+    fsdp: Count = 1
+    """Processes a replica's weights and optimiser are divided among (FSDP2)."""
+    expert: Count = 1
+    """Processes the routed experts are divided among; uses the data, fsdp and context processes."""
+    tensor: Count = 1
+    """Processes the heads and MLP channels are divided among."""
+    pipeline: Count = 1
+    """Stages the layers are divided among."""
+    context: Count = 1
+    """Processes a sequence is divided among."""
+    pipeline_schedule: Literal["1f1b", "interleaved", "zb", "zbv", "dualpipev"] = "1f1b"
+    """Order of forward and backward passes of micro-batches."""
+
+    @property
+    def processes(self) -> int:
+        return self.data * self.fsdp * self.tensor * self.pipeline * self.context
+
+
+class Saves(_Table):
+    """When the complete state is written."""
+
+    every_steps: Count = 200
+    """Optimiser steps between saves; one is written at the end of every phase as well."""
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    """Latest saves that stay."""
+    keep_every_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """One save per so many hours stays for good."""
+
+
+class Evaluation(_Table):
+    """Loss on held-out documents."""
+
+    every_steps: Count = 200
+    """Optimiser steps between evaluations; one is made at the end of every phase as well."""
+    rows: Count = 64
+    """Windows of the held-out split, always the same ones."""
+
+
+class Log(_Table):
+    """What is written down."""
+
+    every_steps: Count = 1
+    """Optimiser steps between records."""
+    tensorboard: bool | None = None
+    """TensorBoard files; by default where tensorboard is installed."""
+
+
+class Lora(_Table):
+    """Low-rank updates of frozen projections (arXiv 2106.09685)."""
+
+    rank: Count
+    """Rank of an update."""
+    alpha: Amount
+    """The update is scaled by alpha / rank."""
+    modules: tuple[str, ...] = (
+        "q_proj",
+        "q_a_proj",
+        "q_b_proj",
+        "kv_a_proj_with_mqa",
+        "kv_b_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    )
+    """Names of the projections that get one."""
+
+
+class Phase(_Table):
+    """A stretch of training with one sequence length."""
+
+    name: str
+    """Shown in logs."""
+    steps: Count
+    """Optimiser steps."""
+    sequence_length: Count
+    """Tokens of a row."""
+    batch_rows: Schedule
+    """Rows of a global batch (rounded to whole micro-batches); a schedule ramps it."""
+    micro_batch_rows: Count
+    """Rows of one forward and backward pass of one process."""
+    learning_rate: Schedule
+    """Peak or schedule."""
+    mtp_weight: Schedule = 0.3
+    """Lambda of the MTP loss (V3: 0.3, then 0.1)."""
+    bias_update_speed: Schedule = 1e-3
+    """Gamma of the routing bias (V3: 0.001, then 0)."""
+    z_weight: Amount = 0.0
+    """Weight of the z-loss."""
+    rope: dict[str, Any] | None = None
+    """rope_scaling from this phase on, as config.json spells it (YaRN for longer contexts)."""
+    max_position_embeddings: Count | None = None
+    """Context the exported config names from this phase on."""
+    data: Data | None = None
+    """Other data for this phase."""
+
+    @model_validator(mode="after")
+    def _segments_fit(self) -> "Phase":
+        for field in ("batch_rows", "learning_rate", "mtp_weight", "bias_update_speed"):
+            schedule = getattr(self, field)
+            if not isinstance(schedule, list):
+                if field == "batch_rows" and schedule < 1:
+                    raise ValueError(f"{field}: must be at least 1, not {schedule:g}")
+                continue
+            if any(segment.steps is None for segment in schedule[:-1]):
+                raise ValueError(f"{field}: only the last segment may go without steps")
+            if sum(segment.steps or 0 for segment in schedule) > self.steps:
+                raise ValueError(f"{field}: its segments last longer than steps {self.steps}")
+        return self
+
+
+class Recipe(_Table):
+    """Everything that decides what a run computes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run, and of its folder unless one is given."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of weights and data order."""
+    model: dict[str, Any] | None = None
+    """The fields of config.json; vocab_size may be left to the data."""
+    start: str | None = None
+    """A checkpoint to go on from instead of `model`: folder, .gguf, preset or hub id."""
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Of the products; weights and optimiser are fp32 always."""
+    recompute: Literal["none", "layers"] = "none"
+    """Activations computed again in the backward pass: less memory, a third more work."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    data: Data
+    """Where tokens come from."""
+    optimizer: Optimizer = Optimizer()
+    """How gradients move weights."""
+    balance: Balance = Balance()
+    """How experts are kept equally busy."""
+    lora: Lora | None = None
+    """Train low-rank updates only."""
+    parallel: Parallel = Parallel()
+    """Division among processes."""
+    phase: Annotated[list[Phase], Field(min_length=1)]
+    """What is trained, in order."""
+    saves: Saves = Saves()
+    """When the state is written."""
+    evaluation: Evaluation = Evaluation()
+    """When held-out loss is measured."""
+    log: Log = Log()
+    """What is written down."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Recipe":
+        if (self.model is None) == (self.start is None):
+            raise ValueError("give either [model] or start, not both")
+        if self.lora is not None and self.start is None:
+            raise ValueError("lora needs start, a checkpoint whose weights stay")
+        return self
+
+
+def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """The recipe in the TOML file `path`, with `changes` 'key.sub=value' (values as TOML).
+
+    Raises UserError naming file and key for anything that is not a recipe.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not TOML ({error})") from error
+    for change in changes:
+        _apply(raw, change)
+    return parse_recipe(raw, origin=str(path))
+
+
+def parse_recipe(raw: dict[str, Any], *, origin: str) -> Recipe:
+    """`raw` as a Recipe; errors name `origin` and the key."""
+    raw = _tuples(raw)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {explain(error, Recipe, raw)}") from error
+
+
+TUPLES = ("betas", "modules")
+"""Keys whose values have a fixed length or order."""
+
+
+def _tuples(value: Any) -> Any:
+    """TOML knows no tuples; strict validation takes no lists for them."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: tuple(item) if key in TUPLES and isinstance(item, list) else _tuples(item)
+        for key, item in value.items()
+    }
+
+
+def _apply(raw: dict[str, Any], change: str) -> None:
+    """Set one key of `raw`; numbers in the path are places in a list, as phase.0.steps."""
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {change}: write key=value, such as seed=1 or phase.0.steps=50")
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    node: Any = raw
+    for part in parents:
+        node = _step_into(node, part, change)
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"--set {change}: the recipe has no such place")
+
+
+def _step_into(node: Any, part: str, change: str) -> Any:
+    if isinstance(node, dict):
+        return node.setdefault(part, {})
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return node[int(part)]
+    raise UserError(f"--set {change}: the recipe has no such place")

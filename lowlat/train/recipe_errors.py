@@ -1,0 +1,100 @@
+"""What is wrong with a recipe, in one line: the key, the value, what to write instead.
+
+Owns wording alone; what a recipe may say is `recipe`'s.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+UNKNOWN, MISSING = "extra_forbidden", "missing"
+SCHEDULE = "must be a number, or segments such as [{ to = 1e-3, steps = 100 }]"
+NAME = "must be letters, digits, '.', '_' and '-', a letter or digit first"
+LONGEST_VALUE = 40
+"""Characters of a value that is quoted."""
+
+
+def explain(error: ValidationError, table: type[BaseModel], raw: Any) -> str:
+    """The first thing to mend in `raw`, which `table` refused with `error`.
+
+    A key that is unknown comes before those that are missing, which it may have been meant for.
+    """
+    errors = [found for found in error.errors() if _is_meant(found["loc"], raw)]
+    first = min(errors, key=lambda found: found["type"] != UNKNOWN)
+    path = [part for part in first["loc"] if not _is_variant(part)]
+    key = ".".join(map(str, path))
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    match first["type"]:
+        case "extra_forbidden":
+            near = _similar(str(path[-1]), _keys(table, path[:-1]))
+            return f"{key} is not a key of recipes{near}{more}"
+        case "missing":
+            return f"{key} is missing{more}"
+    return f"{key}{': ' if key else ''}{_reason(first)}{more}"
+
+
+def _reason(found: Any) -> str:
+    """What the value should be."""
+    if found["type"] == "value_error":
+        return found["msg"].removeprefix("Value error, ")
+    if found["type"] == "string_pattern_mismatch":
+        return f"{NAME}{_not(found)}"
+    if found["type"] == "too_short":
+        return f"must have {found['ctx']['min_length']} entries or more"
+    if any(map(_is_variant, found["loc"][-1:])) and found["type"].endswith("_type"):
+        return f"{SCHEDULE}{_not(found)}"
+    for words in ("Input should be ", "Field "):
+        if found["msg"].startswith(words):
+            return f"must be {found['msg'].removeprefix(words)}{_not(found)}"
+    return found["msg"]
+
+
+def _not(found: Any) -> str:
+    value = repr(found["input"])
+    return f", not {value}" if len(value) <= LONGEST_VALUE else ""
+
+
+def _is_variant(part: int | str) -> bool:
+    """Names pydantic gives to the alternatives of a union."""
+    return isinstance(part, str) and (
+        part in ("float", "int", "constrained-float", "constrained-int") or "[" in part
+    )
+
+
+def _is_meant(location: tuple[int | str, ...], raw: Any) -> bool:
+    """Whether an error is about the alternative that the value looks like: segments for a list."""
+    for part in location:
+        if _is_variant(part):
+            return isinstance(raw, list) == ("[" in str(part))
+        try:
+            raw = raw[part]
+        except (LookupError, TypeError):
+            return True
+    return True
+
+
+def _similar(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _keys(table: type[BaseModel], path: list[int | str]) -> Iterable[str]:
+    """The keys of the table at `path`."""
+    for part in path:
+        if isinstance(part, int):
+            continue
+        inner = list(_tables(table.model_fields[part].annotation))
+        if not inner:
+            return []
+        table = inner[0]
+    return table.model_fields
+
+
+def _tables(annotation: Any) -> Iterable[type[BaseModel]]:
+    """The tables that a key's type speaks of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _tables(part)

@@ -1,0 +1,98 @@
+"""One optimiser step: micro-batches forward and backward, update, routing biases.
+
+Owns the order of things within a step and what is known afterwards; nothing here reads files or
+clocks.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from lowlat.train.balance import GateLoad, RouterWatch
+from lowlat.train.batch import Batch
+from lowlat.train.loss import count_targets
+from lowlat.train.optim import Optimizer
+from lowlat.train.parallel.team import ROWS, TOKENS, Team
+from lowlat.train.passes import Passes
+from lowlat.train.schedule import StepPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step found out."""
+
+    losses: tuple[float, ...]
+    """Mean negative log-likelihood of the main head and of each MTP module, nats per token."""
+    z: float
+    """Mean squared log-denominator of the main head."""
+    sequence_loss: float
+    """Sequence-wise balance loss, alpha included, summed over layers."""
+    grad_norm: float
+    """Global norm before clipping; NaN where a loss is not finite."""
+    loads: tuple[GateLoad, ...]
+    """Every gate's load."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the weights were updated."""
+        values = torch.tensor([*self.losses, self.grad_norm])
+        return bool(values.isfinite().all())
+
+
+def train_step(
+    passes: Passes,
+    optimizer: Optimizer,
+    watch: RouterWatch,
+    batch: Batch,
+    plan: StepPlan,
+    *,
+    num_ahead: int,
+    team: Team | None = None,
+) -> StepResult:
+    """Move the weights by one global batch, of which `batch` are this process's rows; num_ahead =
+    1 + num_nextn_predict_layers.
+
+    Where a loss or the gradient is not finite, nothing moves and `is_finite` is false.
+    """
+    team = team or Team()
+    targets = team.sum(torch.tensor(count_targets(batch, num_ahead)), ROWS).tolist()
+    length = batch.sequence_length(num_ahead)
+    with watch.watching(sequence_length=length, num_sequences=batch.rows * team.row_parts):
+        sums = passes.backward(batch, plan, targets)
+    watch.reduce()
+    sums = team.sum(sums, TOKENS)
+    means = sums / torch.tensor([*targets, targets[0]]).clamp(min=1)
+    if means.isfinite().all():
+        norm = optimizer.step(plan.learning_rate)
+    else:  # gradients may be finite all the same
+        optimizer.zero_grad()
+        norm = math.nan
+    result = StepResult(
+        losses=tuple(means[:-1].tolist()),
+        z=means[-1].item(),
+        sequence_loss=watch.sequence_loss,
+        grad_norm=norm,
+        loads=tuple(watch.loads()),
+    )
+    if result.is_finite:
+        watch.update_biases(plan.bias_update_speed)
+    return result
+
+
+@torch.no_grad()
+def evaluate(
+    passes: Passes, batches: Iterable[Batch], *, num_ahead: int, team: Team | None = None
+) -> tuple[float, ...]:
+    """Mean loss of every head over the `batches` of all processes, equally many of each, nats per
+    token; nothing is updated or watched.
+    """
+    team = team or Team()
+    sums = torch.zeros(num_ahead, dtype=torch.float64)
+    counts = torch.zeros(num_ahead, dtype=torch.float64)
+    for batch in batches:
+        sums += passes.likelihood(batch)
+        counts += torch.tensor(count_targets(batch, num_ahead))
+    sums, counts = team.sum(sums, ("pipeline", *TOKENS)), team.sum(counts, ROWS)
+    return tuple((sums / counts.clamp(min=1)).tolist())

@@ -1,0 +1,376 @@
+"""A run from its recipe to its last save: resume, steps, evaluations, saves, export.
+
+Owns the loop and what interrupts it. Building is `build`'s, a step `step`'s, files are those of
+`saves` and `runlog`.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowlat.config.arithmetic import count_parameters
+from lowlat.config.model import ModelConfig
+from lowlat.model.transformer import Transformer
+from lowlat.train.balance import RouterWatch
+from lowlat.train.batch import Batch
+from lowlat.train.build import (
+    DTYPES,
+    PhaseData,
+    base_config,
+    check_same_tokenizer,
+    check_start_tokenizer,
+    new_model,
+    new_optimizer,
+    new_passes,
+    phase_configs,
+    phase_data,
+)
+from lowlat.train.export import TOKENIZER, export, keep_tokenizer
+from lowlat.train.lora import check_lora, merged
+from lowlat.train.lora_files import start_fingerprint
+from lowlat.train.measure import Meter, eval_record
+from lowlat.train.optim import Optimizer
+from lowlat.train.parallel.check import check_parallel
+from lowlat.train.parallel.team import Team
+from lowlat.train.plan.dryrun import require_fit, trained_share, usable_memory
+from lowlat.train.plan.flops import token_flops
+from lowlat.train.plan.rate import measure_gemm_rate
+from lowlat.train.recipe import Recipe
+from lowlat.train.replay import batch_file, keep_batch
+from lowlat.train.runlog.runlog import RunLog
+from lowlat.train.saves.run_folder import RunFolder
+from lowlat.train.saves.save import Save
+from lowlat.train.saves.saves import Saves
+from lowlat.train.schedule import StepPlan, Timetable
+from lowlat.train.state import (
+    MODEL,
+    OPTIMIZER,
+    RANDOM,
+    Position,
+    check_resumable,
+    facts,
+    part,
+    snapshot,
+    state_tensors,
+)
+from lowlat.train.step import StepResult, evaluate, train_step
+from lowlat.train.stop import StopSignals
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress, SilentProgress
+
+MODEL_FOLDER = "model"
+"""Where the finished model lies in a run's folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a call of `Trainer.run` ended."""
+
+    step: int
+    """Optimiser steps done."""
+    is_complete: bool
+    """Whether the recipe is done; otherwise the run was asked to stop and can go on."""
+    losses: tuple[float, ...]
+    """Of the last step: main head, then MTP modules, nats per token; empty without a step."""
+    model: Path | None
+    """The finished model in the Hugging Face layout."""
+
+
+class Trainer:
+    """One run of a recipe in a folder that this process holds."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        log: RunLog,
+        *,
+        base: Path,
+        start: Path | None = None,
+        origin: str = "recipe",
+        progress: Progress | None = None,
+        team: Team | None = None,
+    ) -> None:
+        """Open data, build or resume.
+
+        base: where relative paths of the recipe start; start: the files behind recipe.start;
+        origin: the recipe's name in errors; team: the processes that run it, of which the first
+        holds the folder and has a log. Raises UserError for data that is not whole, a recipe
+        that does not continue what the folder holds, and as `build`.
+        """
+        progress = progress or SilentProgress()
+        self._team = team = team or Team()
+        self.recipe = recipe
+        self.run_folder = run
+        self.log = log
+        self.timetable = Timetable(recipe, ranks=team.row_parts)
+        self._origin = origin
+        self._dtype = DTYPES[recipe.precision]
+        num_ahead = 1  # until the config is known
+        first = phase_data(recipe, 0, base, num_ahead).folder
+        self._base_config = base_config(recipe, start, first.vocab_size, origin)
+        check_lora(self._base_config, recipe, origin)
+        check_parallel(self._base_config, recipe, origin)
+        self._configs = phase_configs(self._base_config, recipe, origin)
+        memory = usable_memory(torch.device(recipe.device), recipe.parallel.processes)
+        require_fit(self._base_config, recipe, memory_bytes=memory)
+        num_ahead = 1 + self._base_config.num_nextn_predict_layers
+        self._data = [phase_data(recipe, i, base, num_ahead) for i in range(len(recipe.phase))]
+        check_same_tokenizer([data.folder for data in self._data], recipe, origin)
+        if start is not None:
+            check_start_tokenizer(start, first, origin)
+        if team.is_first:
+            for folder in {data.folder.path: data.folder for data in self._data}.values():
+                folder.verify(progress)
+        self._fingerprints = [data.folder.fingerprint for data in self._data]
+        if recipe.lora is not None and start is not None:
+            self._fingerprints.append(start_fingerprint(start))
+        table = recipe.saves
+        hours = table.keep_every_hours
+        self._saves = Saves(
+            run,
+            report=log.note,
+            keep_last=table.keep_last,
+            keep_every=None if hours is None else timedelta(hours=hours),
+        )
+        save = self._latest(progress)
+        self.position = Position(step=0, seconds=0.0)
+        if save is not None:
+            self.position = check_resumable(
+                save.facts, recipe, self._fingerprints, self.timetable, str(run.path)
+            )
+        self._phase = self._plan().phase_index
+        self._start = start
+        self._build(_tensors(save))
+        if team.is_first:
+            keep_tokenizer(run.path, first.path if start is None else start)
+
+    def run(self) -> Outcome:
+        """Train to the end of the recipe, or until SIGINT or SIGTERM, which end a run after the
+        step under way with a save. Raises UserError where a loss or gradient is not finite.
+        """
+        self._meter = self._new_meter()
+        self.log.start(
+            name=self.recipe.name,
+            step=self.position.step,
+            total_steps=self.timetable.steps,
+            tokens_total=self.timetable.tokens,
+            facts=self._run_facts(),
+        )
+        losses: tuple[float, ...] = ()
+        saved = self.position.step
+        with StopSignals() as stop:
+            while self.position.step < self.timetable.steps and not self._team.any(stop.asked):
+                plan = self._plan()
+                self._enter_phase(plan)
+                losses = self._step(plan).losses
+                if plan.ends_phase or self.position.step % self.recipe.evaluation.every_steps == 0:
+                    self._evaluate(plan)
+                if plan.ends_phase or self.position.step % self.recipe.saves.every_steps == 0:
+                    self._save()
+                    saved = self.position.step
+            if saved < self.position.step:
+                self._save()
+        self._saves.close()
+        complete = self.position.step >= self.timetable.steps
+        if not complete:
+            self.log.note(
+                f"stopped after step {self.position.step}; the same command goes on from there"
+            )
+        return Outcome(
+            step=self.position.step,
+            is_complete=complete,
+            losses=losses,
+            model=self._export() if complete else None,
+        )
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's, in the present phase."""
+        return self.model.config
+
+    def _latest(self, progress: Progress) -> Save | None:
+        """The save to go on from, which the first process finds and verifies."""
+        save = self._saves.latest(progress) if self._team.is_first else None
+        step = self._team.from_first(-1 if save is None else save.step)
+        return self._saves.open(step) if save is None and step >= 0 else save
+
+    def _plan(self) -> StepPlan:
+        return self.timetable.at(min(self.position.step, self.timetable.steps - 1))
+
+    def _build(self, tensors: dict[str, Tensor] | None) -> None:
+        """Model and optimiser of the present phase, from `tensors` of a state if given."""
+        config = self._configs[self._phase]
+        weights = None if tensors is None else part(tensors, MODEL)
+        moments = None if tensors is None else part(tensors, OPTIMIZER)
+        self.model: Transformer = new_model(config, self.recipe, self._start, weights)
+        self._passes, self.layout = new_passes(
+            self.model,
+            self._team,
+            device=self.recipe.device,
+            dtype=self._dtype,
+            sequence_length=self.recipe.phase[self._phase].sequence_length,
+        )
+        self.optimizer: Optimizer = new_optimizer(self.model, self.recipe, moments, self.layout)
+        if tensors is not None:
+            torch.set_rng_state(tensors[RANDOM])
+        self._watch = RouterWatch(
+            self.model,
+            sequence_weight=self.recipe.balance.sequence_weight,
+            team=self._team,
+        )
+
+    def _enter_phase(self, plan: StepPlan) -> None:
+        if plan.phase_index != self._phase:
+            self._phase = plan.phase_index
+            state = state_tensors(self.layout, self.optimizer)
+            self._build({name: tensor.cpu() for name, tensor in state})
+            self._meter = self._new_meter()
+            self.log.note(f"phase {plan.phase.name} begins")
+
+    def _step(self, plan: StepPlan) -> StepResult:
+        began = time.monotonic()
+        share = self._team.share(plan.first_row, plan.rows)
+        batch = self._present.train.batch(share.first, share.rows).to(self.recipe.device)
+        result = train_step(
+            self._passes,
+            self.optimizer,
+            self._watch,
+            batch,
+            plan,
+            num_ahead=1 + self.config.num_nextn_predict_layers,
+            team=self._team,
+        )
+        if not result.is_finite:
+            self._stop_at(plan, result)
+        seconds = time.monotonic() - began
+        self._advance(1, seconds)
+        if self.position.step % self.recipe.log.every_steps == 0 or plan.ends_phase:
+            tokens = self.timetable.tokens_before(self.position.step)
+            self.log.step(self._meter.record(plan, result, self.position, seconds, tokens))
+        self._saves.poll()
+        return result
+
+    def _advance(self, steps: int, seconds: float) -> None:
+        self.position = Position(
+            step=self.position.step + steps, seconds=self.position.seconds + seconds
+        )
+
+    def _stop_at(self, plan: StepPlan, result: StepResult) -> None:
+        self._saves.wait()
+        if not self._team.from_first(int(plan.step in self._saves.steps())):
+            self._save()
+        path = batch_file(self.run_folder.path, plan.step)
+        if self._team.is_first:
+            keep_batch(path, plan.step, self._present.train.batch(plan.first_row, plan.rows))
+        self._saves.wait()
+        self._team.wait()
+        what = "gradient" if all(map(_is_finite, result.losses)) else "loss"
+        raise UserError(
+            f"step {plan.step + 1}: the {what} is not finite; its batch is in {path}, the state "
+            f"before it in {self._saves.folder}; lower the learning rate or look at the batch"
+        )
+
+    def _evaluate(self, plan: StepPlan) -> None:
+        held_out = self._present.held_out
+        if held_out is None:
+            return
+        began = time.monotonic()
+        self.log.status("evaluating")
+        batches = self._held_out_batches(plan)
+        num_ahead = 1 + self.config.num_nextn_predict_layers
+        losses = evaluate(self._passes, batches, num_ahead=num_ahead, team=self._team)
+        self._advance(0, time.monotonic() - began)
+        self.log.status("")
+        tokens = self.timetable.tokens_before(self.position.step)
+        self.log.evaluation(eval_record(losses, self.position.step, tokens, self._present.folder))
+
+    def _held_out_batches(self, plan: StepPlan) -> Iterator[Batch]:
+        """This process's, every `row_parts`-th; where they do not come out even, the last one
+        again without targets.
+        """
+        windows = self._present.held_out
+        assert windows is not None
+        rows = min(self.recipe.evaluation.rows, windows.per_epoch)
+        size = plan.phase.micro_batch_rows
+        firsts = range(0, rows, size)
+        for round_first in range(0, len(firsts), self._team.row_parts):
+            mine = round_first + self._team.row_part
+            first = firsts[min(mine, len(firsts) - 1)]
+            batch = windows.batch(first, min(size, rows - first))
+            if mine >= len(firsts):
+                batch = replace(batch, predicted=torch.zeros_like(batch.predicted))
+            yield batch.to(self.recipe.device)
+
+    def _save(self) -> None:
+        began = time.monotonic()
+        tensors = snapshot(self.layout, self.optimizer, keep=self._team.is_first)
+        if self._team.is_first:
+            self._saves.write_later(
+                self.position.step,
+                {"state": tensors},
+                facts(
+                    self.recipe,
+                    self.config,
+                    self.position,
+                    self._fingerprints,
+                    self.timetable,
+                    self._start,
+                ),
+            )
+        self._advance(0, time.monotonic() - began)
+
+    def _export(self) -> Path:
+        dst = self.run_folder.path / MODEL_FOLDER
+        if self._team.from_first(int(dst.exists())):
+            return dst
+        weights = {
+            name: tensor.cpu()
+            for name, tensor in self.layout.whole_parameters()
+            if self._team.is_first
+        }
+        if self.recipe.lora is not None:
+            weights = dict(merged(weights, self.recipe.lora))
+        if self._team.is_first:
+            dtype = "fp32" if self.recipe.precision == "fp32" else "bf16"
+            export(self.config, weights, dst, dtype=dtype, text=self.run_folder.path / TOKENIZER)
+        self._team.wait()
+        return dst
+
+    @property
+    def _present(self) -> PhaseData:
+        return self._data[self._phase]
+
+    def _new_meter(self) -> Meter:
+        length = self.recipe.phase[self._phase].sequence_length
+        return Meter(
+            flops_per_token=trained_share(self.recipe) * token_flops(self.config, length).training,
+            gemm_rate=measure_gemm_rate(self._dtype, self.recipe.device) * self._team.world,
+            device=torch.device(self.recipe.device),
+        )
+
+    def _run_facts(self) -> dict[str, str | int | float | bool | None]:
+        count = count_parameters(self.config)
+        return {
+            "parameters": count.total,
+            "active parameters": count.active,
+            "MTP parameters": count.mtp,
+            "precision": self.recipe.precision,
+            "device": self.recipe.device,
+            "processes": self._team.world,
+            "threads": torch.get_num_threads(),
+            "GEMM GFLOP/s": round(self._meter.gemm_rate / 1e9),
+        }
+
+
+def _tensors(save: Save | None) -> dict[str, Tensor] | None:
+    return None if save is None else {name: save.tensor(name) for name in save.names()}
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0

@@ -1,0 +1,127 @@
+"""Small models of model_type "lowlat": every form of attention, and combinations that no family of
+Hugging Face can say. Prime sizes where the form allows them.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lowlat.config.model import (
+    AttentionConfig,
+    GLAConfig,
+    GQAConfig,
+    GTAConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+    TPAConfig,
+)
+from lowlat.model.transformer import Transformer
+
+GLA = GLAConfig(
+    num_attention_heads=6,
+    num_latent_groups=2,
+    kv_lora_rank=26,
+    q_lora_rank=11,
+    qk_nope_head_dim=5,
+    qk_rope_head_dim=6,
+    v_head_dim=7,
+)
+GTA = GTAConfig(num_attention_heads=6, num_key_value_heads=3, head_dim=10, qk_rope_head_dim=4)
+TPA = TPAConfig(num_attention_heads=5, head_dim=14, q_rank=3, k_rank=2, v_rank=1)
+GQA = GQAConfig(num_attention_heads=6, num_key_value_heads=3, head_dim=10)
+MLA = MLAConfig(
+    num_attention_heads=5,
+    kv_lora_rank=13,
+    q_lora_rank=None,
+    qk_nope_head_dim=7,
+    qk_rope_head_dim=6,
+    v_head_dim=3,
+)
+MOE = MoEConfig(
+    n_routed_experts=7,
+    num_experts_per_tok=3,
+    n_shared_experts=1,
+    moe_intermediate_size=5,
+    first_k_dense_replace=1,
+    routed_scaling_factor=2.5,
+)
+YARN = RopeConfig(
+    rope_theta=1000.0,
+    rope_type="yarn",
+    rope_interleave=True,
+    factor=4.0,
+    original_max_position_embeddings=29,
+    mscale=0.7,
+    mscale_all_dim=1.1,
+)
+
+
+def lowlat_config(attention: AttentionConfig, **changes: Any) -> ModelConfig:
+    """A dense model of two layers; `changes` replace fields."""
+    config = ModelConfig(
+        model_type="lowlat",
+        hidden_size=23,
+        intermediate_size=31,
+        num_hidden_layers=2,
+        vocab_size=263,
+        max_position_embeddings=97,
+        rms_norm_eps=1e-5,
+        attention=attention,
+        rope=RopeConfig(rope_theta=100.0),
+        initializer_range=0.4,
+        bos_token_id=0,
+        eos_token_ids=(257, 261),
+    )
+    return replace(config, **changes)
+
+
+FORMS: dict[str, ModelConfig] = {
+    "gla-2": lowlat_config(GLA, rope=YARN),
+    "gla-3": lowlat_config(replace(GLA, num_latent_groups=3, kv_lora_rank=33, q_lora_rank=None)),
+    "gta-3": lowlat_config(GTA),
+    "gta-yarn": lowlat_config(replace(GTA, num_key_value_heads=1), rope=YARN),
+    "tpa": lowlat_config(TPA),
+    "tpa-kv": lowlat_config(replace(TPA, q_rank=None, k_rank=1, v_rank=3)),
+}
+"""Forms of attention beyond MLA and GQA."""
+
+COMBINED: dict[str, ModelConfig] = {
+    "mha": lowlat_config(
+        replace(GQA, num_key_value_heads=6, qk_norm=True), moe=MOE, num_nextn_predict_layers=1
+    ),
+    "gqa": lowlat_config(GQA, moe=MOE, num_nextn_predict_layers=2),
+    "mqa": lowlat_config(
+        replace(GQA, num_key_value_heads=1, qkv_bias=True),
+        moe=replace(MOE, n_shared_experts=0, scoring_func="softmax", topk_method="greedy"),
+        sliding_window=5,
+        sliding_window_layers=(1,),
+    ),
+    "mla": lowlat_config(MLA, tie_word_embeddings=True, num_nextn_predict_layers=1),
+    "mla-plain": lowlat_config(replace(MLA, kv_a_layernorm=False, o_bias=True)),
+    "gla": lowlat_config(GLA, moe=MOE, num_nextn_predict_layers=1),
+    "gta": lowlat_config(GTA, moe=MOE, num_nextn_predict_layers=1),
+    "tpa": lowlat_config(TPA, moe=MOE, num_nextn_predict_layers=1),
+}
+"""Attention of every form with experts, MTP modules and what else only this family can say."""
+
+EVERY = {**FORMS, **{f"combined {name}": config for name, config in COMBINED.items()}}
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype, *, seed: int = 7) -> Transformer:
+    """Every parameter random and large enough to see, norms and router biases included."""
+    model = Transformer(config, dtype=dtype).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        drawn = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            parameter.copy_(1 + 0.2 * drawn)
+        elif parameter.dim() == 1:
+            parameter.copy_(0.1 * drawn)
+        else:
+            gain = 5.0 if name.endswith("gate.weight") else 1.2
+            width = 1.0 if "embed" in name else gain * parameter.shape[-1] ** -0.5
+            parameter.copy_(width * drawn)
+    return model

@@ -1,0 +1,265 @@
+"""Mistakes of the trainer: losses, balancing, optimisers, states, and what they compute with."""
+
+from .mutant import Mutant
+
+MODEL, ATTENTION = "tests/unit/model/", "tests/unit/attention/"
+TRAIN = "tests/unit/train/"
+
+LOSSES = [
+    Mutant(
+        "loss: mean of every micro-batch",
+        "train/passes.py",
+        "                targets=targets,\n",
+        "                targets=[int(part.predicted.sum())] * num_ahead,\n",
+        TRAIN + "test_loss.py::test_micro_batches_change_nothing",
+    ),
+    Mutant(
+        "loss: lambda left out",
+        "train/loss.py",
+        "weight = mtp_weight / (num_ahead - 1) if depth else 1.0",
+        "weight = 1.0 / (num_ahead - 1) if depth else 1.0",
+        TRAIN + "test_loss.py::test_a_weight_of_zero_takes_a_loss_out",
+    ),
+    Mutant(
+        "loss: MTP losses summed over depths",
+        "train/loss.py",
+        "weight = mtp_weight / (num_ahead - 1) if depth else 1.0",
+        "weight = mtp_weight if depth else 1.0",
+        TRAIN + "test_loss.py::test_a_weight_of_zero_takes_a_loss_out",
+    ),
+    Mutant(
+        "loss: an MTP module predicts across the border of a document",
+        "train/loss.py",
+        "result = result & batch.predicted[:, further : length + further]",
+        "result = batch.predicted[:, further : length + further]",
+        TRAIN + "test_loss.py::test_which_targets_count",
+    ),
+    Mutant(
+        "loss: an MTP module embeds the token it is at",
+        "train/loss.py",
+        "ahead = tokens[:, depth : length + depth].flatten()",
+        "ahead = tokens[:, depth - 1 : length + depth - 1].flatten()",
+        TRAIN + "test_loss.py::test_losses_and_gradients[two MTP modules-False]",
+    ),
+    Mutant(
+        "loss: an MTP module predicts the next token",
+        "train/loss.py",
+        "tokens[:, depth + 1 : length + depth + 1].flatten(),",
+        "tokens[:, 1 : length + 1].flatten(),",
+        TRAIN + "test_loss.py::test_losses_and_gradients[two MTP modules-False]",
+    ),
+    Mutant(
+        "loss: z of the MTP modules too",
+        "train/loss.py",
+        "z_weight=0.0 if depth else z_weight",
+        "z_weight=z_weight",
+        TRAIN + "test_loss.py::test_a_weight_of_zero_takes_a_loss_out",
+    ),
+    Mutant(
+        "z-loss: subtracted",
+        "ops/cross_entropy.py",
+        "return nll + z_weight * z, nll, z",
+        "return nll - z_weight * z, nll, z",
+        TRAIN + "test_loss.py::test_a_weight_of_zero_takes_a_loss_out",
+    ),
+    Mutant(
+        "z-loss: gradient of the other sign",
+        "ops/cross_entropy.py",
+        "1 + 2 * z_weight * denominator",
+        "1 - 2 * z_weight * denominator",
+        TRAIN + "test_loss.py::test_losses_and_gradients[no MTP-False]",
+    ),
+]
+
+BALANCING = [
+    Mutant(
+        "balance: bias moved with the load",
+        "train/balance.py",
+        "(load.mean() - load).sign()",
+        "(load - load.mean()).sign()",
+        TRAIN + "test_balance.py::test_bias_moves_against_the_load",
+    ),
+    Mutant(
+        "balance: loads of the last micro-batch alone",
+        "train/balance.py",
+        "watched.counters[:-2] += torch.bincount(",
+        "watched.counters[:-2] = torch.bincount(",
+        TRAIN + "test_balance.py::test_loads_of_the_whole_batch[2-False]",
+    ),
+    Mutant(
+        "balance: recomputed layers counted again",
+        "train/balance.py",
+        "            if not _in_backward():\n                self._count(watched, routing)",
+        "            if True:\n                self._count(watched, routing)",
+        TRAIN + "test_balance.py::test_loads_of_the_whole_batch[2-True]",
+    ),
+    Mutant(
+        "balance: evaluations counted",
+        "train/balance.py",
+        "if not self._enabled:",
+        "if False:",
+        TRAIN + "test_balance.py::test_only_watched_passes_count",
+    ),
+    Mutant(
+        "balance: counters kept from the batch before",
+        "train/balance.py",
+        "            watched.counters.zero_()\n",
+        "            pass\n",
+        TRAIN + "test_balance.py::test_a_watch_forgets_the_batch_before",
+    ),
+    Mutant(
+        "balance: bias moved after a step that was none",
+        "train/step.py",
+        "    if result.is_finite:\n",
+        "    if True:\n",
+        TRAIN + "test_step.py::test_a_step_that_is_not_finite_moves_nothing[gradient-nan]",
+    ),
+    Mutant(
+        "sequence-wise loss: one sequence of the whole micro-batch",
+        "train/balance.py",
+        "routing.scores.unflatten(0, (-1, self._sequence_length // parts))",
+        "routing.scores[None]",
+        TRAIN + "test_balance.py::test_loads_of_the_whole_batch[2-False]",
+    ),
+    Mutant(
+        "sequence-wise loss: sum over sequences",
+        "train/balance.py",
+        "self.sequence_weight / self._num_sequences * losses.sum()",
+        "self.sequence_weight * losses.sum()",
+        TRAIN + "test_balance.py::test_loads_of_the_whole_batch[2-False]",
+    ),
+    Mutant(
+        "sequence-wise loss: f without N / K",
+        "train/balance.py",
+        "return counts * (num_experts / (chosen * length))",
+        "return counts / length",
+        TRAIN + "test_balance.py::test_sequence_loss_by_hand",
+    ),
+    Mutant(
+        "sequence-wise loss: shares not normalised",
+        "train/balance.py",
+        "return (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=1)",
+        "return scores.mean(dim=1)",
+        TRAIN + "test_balance.py::test_sequence_loss_by_hand",
+    ),
+    Mutant(
+        "sequence-wise loss: no gradient",
+        "train/balance.py",
+        "return grad, torch.ones_like(ctx.like)",
+        "return grad, torch.zeros_like(ctx.like)",
+        TRAIN + "test_loss.py::test_losses_and_gradients[no MTP-False]",
+    ),
+]
+
+OPTIMISING = [
+    Mutant(
+        "AdamW: norms decay",
+        "train/optim.py",
+        '{"params": [p for _, p in plain], "weight_decay": 0.0}',
+        '{"params": [p for _, p in plain], "weight_decay": table.weight_decay}',
+        TRAIN + "test_optim.py::test_adamw_by_hand",
+    ),
+    Mutant(
+        "AdamW: gradients not clipped",
+        "train/optim.py",
+        "if self.clip > 0:",
+        "if False:",
+        TRAIN + "test_optim.py::test_adamw_by_hand",
+    ),
+    Mutant(
+        "optimiser: gradients that are not finite applied",
+        "train/optim.py",
+        "if norm.isfinite():",
+        "if True:",
+        TRAIN + "test_optim.py::test_gradients_that_are_not_finite_move_nothing[adamw-nan]",
+    ),
+    Mutant(
+        "step: losses that are not finite applied",
+        "train/step.py",
+        "if means.isfinite().all():",
+        "if True:",
+        TRAIN + "test_step.py::test_a_step_that_is_not_finite_moves_nothing[0-nan]",
+    ),
+    Mutant(
+        "Muon: one norm for all experts",
+        "train/muon.py",
+        "x.norm(dim=(-2, -1), keepdim=True)",
+        "x.norm()",
+        TRAIN + "test_muon.py::test_stacks_are_treated_matrix_by_matrix[dtype1]",
+    ),
+    Mutant(
+        "Muon: no Nesterov momentum",
+        "train/muon.py",
+        'nesterov = parameter.grad.add(momentum, alpha=group["momentum"])',
+        "nesterov = momentum",
+        TRAIN + "test_muon.py::test_updates_by_hand[shape0]",
+    ),
+    Mutant(
+        "schedule: warm-up begins with nothing",
+        "train/schedule.py",
+        "(step - first + 1) / length",
+        "(step - first) / length",
+        TRAIN + "test_schedule.py::test_warm_up_starts_above_zero_and_arrives_at_its_last_step",
+    ),
+    Mutant(
+        "schedule: every batch begins with the first row",
+        "train/schedule.py",
+        "first_row=self._before[index][within]",
+        "first_row=0",
+        TRAIN + "test_schedule.py::test_phases_follow_one_another",
+    ),
+]
+
+STATES = [
+    Mutant(
+        "resume: optimiser begins anew",
+        "train/build.py",
+        "        optimizer.load(tensors)\n",
+        "        pass\n",
+        TRAIN + "test_trainer.py::test_a_stopped_run_goes_on_exactly[fp32-adamw-none]",
+    ),
+    Mutant(
+        "resume: random numbers begin anew",
+        "train/trainer.py",
+        "torch.set_rng_state(tensors[RANDOM])",
+        "pass",
+        TRAIN + "test_trainer.py::test_a_stopped_run_goes_on_exactly[fp32-adamw-none]",
+    ),
+    Mutant(
+        "resume: another recipe taken",
+        "train/state.py",
+        "    if differences:\n",
+        "    if False:\n",
+        TRAIN + "test_state.py::test_what_differs_is_said",
+    ),
+    Mutant(
+        "save: tensors that training changes",
+        "train/state.py",
+        'tensor.detach().to("cpu", copy=True)',
+        "tensor.detach()",
+        TRAIN + "test_state.py::test_a_snapshot_does_not_change",
+    ),
+    Mutant(
+        "export: routing bias in the model's type",
+        "train/export.py",
+        "tensor if name.endswith(ROUTER_BIAS) else tensor.to(dtype)",
+        "tensor.to(dtype)",
+        TRAIN + "test_export.py::test_bf16_models_keep_routing_biases",
+    ),
+    Mutant(
+        "stacking: up rows before gate rows",
+        "model/stacking.py",
+        "gate, up = matrix.chunk(2)",
+        "up, gate = matrix.chunk(2)",
+        MODEL + "test_stacking.py::test_there_and_back[dtype0]",
+    ),
+    Mutant(
+        "fused attention: window one key too wide",
+        "attention/flash.py",
+        "(behind < window)",
+        "(behind <= window)",
+        ATTENTION + "test_flash.py::test_gqa[1-2-ragged-dtype0]",
+    ),
+]
+
+TRAINING = [*LOSSES, *BALANCING, *OPTIMISING, *STATES]

@@ -1,0 +1,143 @@
+"""GLA, GTA and grouped-query attention with experts through the native step, as near to fp32 as
+plain bf16; TPA has no native form and runs in PyTorch.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from lowlat_configs import EVERY, random_model
+from torch import Tensor
+
+from lowlat.attention.cache import PagedCache
+from lowlat.config.model import ModelConfig, QuantConfig, TPAConfig
+from lowlat.engine import scoring
+from lowlat.engine.runner import Runner
+from lowlat.model.linear import Linear
+from lowlat.model.native import NativeModel, has_native_form
+from lowlat.model.quant import store_packed
+from lowlat.model.transformer import Transformer
+from lowlat.ops import native
+from native.test_step import distances, native_logits, plain_logits
+
+if not native.available():
+    pytest.skip(native.reason(), allow_module_level=True)
+
+CONFIGS = {
+    name: replace(config, num_nextn_predict_layers=0)
+    for name, config in EVERY.items()
+    if not isinstance(config.attention, TPAConfig)
+}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def in_fp32(model: Transformer, config: ModelConfig) -> Transformer:
+    """The same weights multiplied out, in fp32."""
+    exact = Transformer(replace(config, quantization=None), dtype=torch.float32)
+    exact = exact.requires_grad_(False)
+    values = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            values[f"{name}.weight"] = module.dense_weight(torch.float32)
+    for name, parameter in exact.state_dict().items():
+        parameter.copy_(values[name])
+    return exact
+
+
+def compare(model: Transformer, exact: Transformer, has_experts: bool) -> None:
+    compiled = NativeModel(model)
+    for break_even in (0.0, 2.0, math.inf):
+        reference = plain_logits(exact, break_even)
+        plain = distances(plain_logits(model, break_even), reference)
+        ours = distances(native_logits(compiled, break_even), reference)
+        assert ours.median() <= 1.4 * plain.median() + 1e-4
+        assert ours.median() < 0.03
+        if not has_experts:
+            assert ours.max() <= 2 * plain.max() + 1e-3
+
+
+@every_config
+@torch.inference_mode()
+def test_bf16(config: ModelConfig) -> None:
+    model = random_model(config, torch.bfloat16)
+    assert has_native_form(model)
+    compare(model, in_fp32(model, config), config.moe is not None)
+
+
+@pytest.mark.parametrize("level", native.levels())
+@torch.inference_mode()
+def test_norms_of_the_latents_at_every_level(level: str) -> None:
+    config = CONFIGS["gla-3"]
+    model = random_model(config, torch.bfloat16)
+    used = native.level()
+    native.module().set_level(level)
+    try:
+        compare(model, in_fp32(model, config), False)
+    finally:
+        native.module().set_level(used)
+
+
+@pytest.mark.parametrize("name", ["gla-2", "gla-3", "gta-3", "combined gqa", "combined gta"])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@torch.inference_mode()
+def test_packed_weights(name: str, dtype: str) -> None:
+    config = CONFIGS[name]
+    dense = random_model(config, torch.bfloat16)
+    model = Transformer(config, dtype=torch.bfloat16).requires_grad_(False)
+    model.add_head()
+    packed = store_packed(model, dtype)
+    state = dense.state_dict()
+    for weight, linear in packed.items():
+        prefix = weight.removesuffix("weight")
+        state |= {prefix + part: value for part, value in linear.pack(state[weight]).items()}
+    model.load_state_dict(state, assign=True)
+    assert has_native_form(model)
+    compare(model, in_fp32(model, config), config.moe is not None)
+
+
+@torch.inference_mode()
+def test_fp8_blocks() -> None:
+    """GLA's up-projections are multiplied out of their blocks before zeros go around them."""
+    config = replace(CONFIGS["gla-2"], quantization=QuantConfig())
+    model = Transformer(config, dtype=torch.bfloat16).requires_grad_(False)
+    drawn = random_model(replace(config, quantization=None), torch.bfloat16).state_dict()
+    for name, parameter in model.state_dict().items():
+        if parameter.dtype == torch.float8_e4m3fn:
+            parameter.copy_((drawn[name].float() * 64).to(torch.float8_e4m3fn))
+        elif name.endswith("_scale_inv"):
+            parameter.fill_(1 / 64)
+        else:
+            parameter.copy_(drawn[name])
+    assert has_native_form(model)
+    compare(model, in_fp32(model, config), False)
+
+
+@pytest.mark.parametrize("name", ["gla-2", "gta-3", "combined mha"])
+@torch.inference_mode()
+def test_int8_cache(name: str) -> None:
+    """Latents and tied states are int8, the rotary key is not; near to the bf16 cache."""
+    config = CONFIGS[name]
+    model = random_model(config, torch.bfloat16)
+    ids = torch.randint(0, 263, (61,), generator=torch.Generator().manual_seed(5)).tolist()
+    logits: dict[torch.dtype, Tensor] = {}
+    for dtype in (torch.bfloat16, torch.int8):
+        runner = Runner(model, page_size=8, cache_dtype=dtype)
+        logits[dtype] = scoring.logits(runner, ids, chunk=7)
+    distance = distances(logits[torch.int8], logits[torch.bfloat16])
+    assert 1e-5 < distance.median() < 0.1
+    cache = PagedCache(config, num_pages=1, dtype=torch.int8)
+    assert cache.quantized == config.attention.quantized_dim
+
+
+def test_tpa_falls_back() -> None:
+    """Holds shut: a native form that would read the factors as something else."""
+    config = EVERY["tpa"]
+    model = random_model(config, torch.bfloat16)
+    assert not has_native_form(model)
+    exact = in_fp32(model, config)
+    ids = torch.randint(0, 263, (61,), generator=torch.Generator().manual_seed(5)).tolist()
+    logits, reference = (
+        scoring.logits(Runner(m, page_size=8), ids, chunk=7) for m in (model, exact)
+    )
+    assert distances(logits, reference).median() < 0.03

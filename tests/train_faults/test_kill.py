@@ -1,0 +1,119 @@
+"""Training killed at random moments: a whole save always loads, little is lost, and what the run
+computes is, bit for bit, what it would have computed.
+
+LOWLAT_KILLS is how often a run is killed; recipes are begun anew as often as that takes.
+"""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lowlat.train.saves.run_folder import RunFolder
+from lowlat.train.saves.save import Save
+from lowlat.train.saves.saves import Saves
+
+from .training import (
+    INTERVAL,
+    STEPS,
+    TrainServer,
+    compare,
+    latest,
+    logged_step,
+    make_tokens,
+    write_recipe,
+)
+
+KILLS = int(os.environ.get("LOWLAT_KILLS", "4"))
+LONGEST_LIFE = 1.6
+"""Seconds after which a run is killed at the latest."""
+LAST_STEPS = 20
+"""Steps at the end of a recipe during which nothing is killed."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[TrainServer]:
+    server = TrainServer()
+    yield server
+    server.close()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A recipe, and the folder of a run of it that nobody disturbed; its saves are all kept."""
+
+    recipe: Path
+    folder: Path
+
+    def save(self, step: int) -> Save:
+        return Saves(RunFolder(self.folder), report=pytest.fail).open(step)
+
+
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def reference(
+    request: pytest.FixtureRequest, server: TrainServer, tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
+    base = tmp_path_factory.mktemp(request.param)
+    make_tokens(base / "tokens")
+    recipe = write_recipe(base / "recipe.toml", optimizer=request.param, keep_last=2)
+    keep_all = write_recipe(base / "all.toml", optimizer=request.param, keep_last=1000)
+    server.run(keep_all, base / "undisturbed")
+    assert server.status() == 0
+    return Reference(recipe, base / "undisturbed")
+
+
+def test_kills(server: TrainServer, reference: Reference, tmp_path: Path) -> None:
+    chance = random.Random(KILLS)
+    left = KILLS // 2
+    attempt = 0
+    while left > 0:
+        folder = tmp_path / f"run-{attempt}"
+        left = kill_until_the_end(server, reference, folder, left, chance)
+        attempt += 1
+        server.run(reference.recipe, folder)
+        assert server.status() == 0
+        compare(latest(folder), reference.save(STEPS))
+
+
+def kill_until_the_end(
+    server: TrainServer, reference: Reference, folder: Path, left: int, chance: random.Random
+) -> int:
+    """Begin and kill a run again and again, until only its last steps remain or `left` is 0.
+
+    Returns how many kills are left.
+    """
+    while left > 0:
+        process = server.run(reference.recipe, folder)
+        try:
+            time.sleep(chance.uniform(0.0, LONGEST_LIFE))
+            os.kill(process, signal.SIGKILL)
+        finally:
+            status = server.status()
+        if status != -signal.SIGKILL:
+            assert status == 0, "the run failed, see stderr"
+            return left
+        left -= 1
+        step = check(folder, reference)
+        if step > STEPS - LAST_STEPS - INTERVAL:
+            return left
+    return left
+
+
+def check(folder: Path, reference: Reference) -> int:
+    """What a killed run left: its newest save is whole and right, and not long ago; its step."""
+    under_way = any((folder / "saves").glob(".*.writing"))
+    save = latest(folder) if (folder / "lock").exists() else None
+    step = 0 if save is None else save.step
+    if save is not None:
+        compare(save, reference.save(step))
+    lost = logged_step(folder) - step
+    print(f"goes on from {step}, lost {lost}" + ", a save was under way" * under_way)
+    # At most the steps since the last save, and where that was still being written, one interval
+    # more: the next save waits for it.
+    assert lost <= 2 * INTERVAL
+    return step

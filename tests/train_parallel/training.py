@@ -1,0 +1,202 @@
+"""Twenty steps of a tiny model on one process of a team; what they were is written down whole.
+
+Run as a program by `processes`; the single process of a comparison calls `train` itself.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowlat.config.model import ModelConfig, MoEConfig
+from lowlat.model.block import DecoderLayer
+from lowlat.model.init import init_weights
+from lowlat.model.stacking import stack_experts
+from lowlat.model.transformer import Transformer
+from lowlat.train.balance import RouterWatch
+from lowlat.train.batch import Batch
+from lowlat.train.build import new_passes
+from lowlat.train.optim import Optimizer
+from lowlat.train.parallel.launch import joined
+from lowlat.train.parallel.team import Team
+from lowlat.train.recipe import Optimizer as OptimizerTable
+from lowlat.train.recipe import Parallel, parse_recipe
+from lowlat.train.schedule import StepPlan, Timetable
+from lowlat.train.step import train_step
+from tests.fakes import gqa_config, mla_config
+from tests.lowlat_configs import GLA, GTA, TPA, lowlat_config
+
+LENGTH = 16
+ROWS = 8
+MTP = 1
+EPS = 1e-5
+"""So large that no update follows the rounding of a gradient that is zero but for it."""
+
+
+def model_config(attention: str) -> ModelConfig:
+    """Prime sizes but where four processes divide: heads, channels, experts."""
+    base = {
+        "mla": mla_config(),
+        "gqa": gqa_config(model_type="qwen3_moe"),
+        "gla": lowlat_config(GLA),
+        "gta": lowlat_config(GTA),
+        "tpa": lowlat_config(TPA),
+    }[attention]
+    sizes: dict[str, Any] = {}
+    if attention in ("mla", "gqa"):
+        sizes["num_attention_heads"] = 4
+    if attention == "gqa":
+        sizes |= {"num_key_value_heads": 4, "qk_norm": True}
+    return replace(
+        base,
+        attention=replace(base.attention, **sizes),
+        intermediate_size=28,
+        initializer_range=0.2,
+        tie_word_embeddings=attention == "gqa",
+        num_nextn_predict_layers=MTP,
+        moe=MoEConfig(
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=12,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            scoring_func="sigmoid",
+            topk_method="noaux_tc",
+            norm_topk_prob=True,
+            routed_scaling_factor=1.7,
+            n_group=4,
+            topk_group=3,
+        ),
+    )
+
+
+def timetable(steps: int, ranks: int) -> Timetable:
+    """Two micro-batches of a process where four divide the rows."""
+    raw = {
+        "name": "t",
+        "model": {},
+        "data": {"folder": "none"},
+        "phase": [
+            {
+                "name": "p",
+                "steps": steps,
+                "sequence_length": LENGTH,
+                "batch_rows": ROWS,
+                "micro_batch_rows": 1,
+                "learning_rate": 0.003,
+                "bias_update_speed": 0.01,
+                "z_weight": 0.001,
+            }
+        ],
+    }
+    return Timetable(parse_recipe(raw, origin="test"), ranks=ranks)
+
+
+def windows(first: int, count: int, vocab: int, *, masks: bool) -> Batch:
+    """Rows first .. first + count - 1 of an endless text; with `masks`, of short documents."""
+    rows, predicted, documents = [], [], []
+    for row in range(first, first + count):
+        generator = torch.Generator().manual_seed(row)
+        rows.append(torch.randint(vocab // 4, (LENGTH + 1 + MTP,), generator=generator))
+        predicted.append(torch.rand(LENGTH + 1 + MTP, generator=generator) < 0.9)
+        documents.append((3, 5, LENGTH - 8) if row % 2 else (7, LENGTH - 7))
+    return Batch(
+        tokens=torch.stack(rows),
+        predicted=torch.stack(predicted),
+        documents=tuple(documents) if masks else None,
+    )
+
+
+class Training:
+    """A model, its optimiser and what they did."""
+
+    def __init__(self, spec: Mapping[str, Any], team: Team) -> None:
+        self.spec, self.team = spec, team
+        config = replace(model_config(spec["attention"]), **spec.get("changes", {}))
+        self.model = Transformer(config)
+        init_weights(self.model, seed=3)
+        stack_experts(self.model)
+        for module in self.model.modules():
+            if isinstance(module, DecoderLayer):
+                module.recompute = spec["recompute"]
+        self.passes, self.layout = new_passes(
+            self.model, team, device="cpu", dtype=self.dtype, sequence_length=LENGTH
+        )
+        table = OptimizerTable(name=spec["optimizer"], eps=EPS)
+        self.optimizer = Optimizer(self.model, table, self.layout)
+        self.watch = RouterWatch(self.model, sequence_weight=0.01, team=team)
+        self.timetable = timetable(spec["steps"], team.row_parts)
+        self.losses: list[list[float]] = []
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.spec["bf16"] else torch.float32
+
+    def step(self, plan: StepPlan) -> None:
+        share = self.team.share(plan.first_row, plan.rows)
+        vocab = self.model.config.vocab_size
+        batch = windows(share.first, share.rows, vocab, masks=self.spec["masks"])
+        result = train_step(
+            self.passes,
+            self.optimizer,
+            self.watch,
+            batch,
+            plan,
+            num_ahead=1 + MTP,
+            team=self.team,
+        )
+        self.losses.append(
+            [*result.losses, result.z, result.sequence_loss, result.grad_norm]
+            + [load.max_violation for load in result.loads]
+        )
+
+    def first_gradients(self) -> dict[str, Tensor]:
+        """Whole gradients of the first step, read off AdamW's or Muon's moments, which scale them
+        alike in every layout.
+        """
+        return {
+            name: tensor.clone()
+            for name, tensor in self.optimizer.tensors()
+            if name.startswith(("exp_avg.", "momentum."))
+        }
+
+
+def train(spec: Mapping[str, Any], team: Team) -> dict[str, Tensor]:
+    """Losses of every step, gradients of the first, weights after the last."""
+    training = Training(spec, team)
+    gradients: dict[str, Tensor] = {}
+    for step in range(spec["steps"]):
+        training.step(training.timetable.at(step))
+        if step == 0:
+            gradients = training.first_gradients()
+    weights = {name: t.clone() for name, t in training.layout.whole_parameters()}
+    return {
+        "losses": torch.tensor(training.losses, dtype=torch.float64),
+        **{f"gradient.{name}": tensor for name, tensor in gradients.items()},
+        **{f"weight.{name}": tensor for name, tensor in weights.items()},
+    }
+
+
+def main() -> None:
+    """Arguments: a JSON list of specs, and the folder for 0.safetensors, 1.safetensors, ..."""
+    specs = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(1)
+    with joined(Parallel.model_validate(specs[0]["parallel"])):
+        for index, spec in enumerate(specs):
+            team = Team(Parallel.model_validate(spec["parallel"]))
+            result = train(spec, team)
+            if team.is_first:
+                save_file(
+                    {name: t.contiguous() for name, t in result.items()},
+                    Path(sys.argv[2]) / f"{index}.safetensors",
+                )
+
+
+if __name__ == "__main__":
+    main()

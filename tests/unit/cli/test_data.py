@@ -1,0 +1,98 @@
+"""lowlat data: options reach the build, tables and JSON tell what a folder holds."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+from lowlat.train.data.folder import TokenFolder
+from lowlat.utils.errors import UserError
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt", "c.md", "d.md"):
+        (folder / name).write_text(f"{name}\n---\nof {name}\n---\nsame\n")
+    return folder
+
+
+def build(lowlat: Invoke, tmp_path: Path, *arguments: str) -> Result:
+    return lowlat("data", "build", str(tmp_path / "tokens"), *arguments)
+
+
+def test_build_info_verify(lowlat: Invoke, corpus: Path, tmp_path: Path) -> None:
+    options = ["--train-bpe", "300", "--separator", "---", "--only", "*.txt"]
+    held = ["--held-out-source", str(corpus / "d.md")]
+    built = build(lowlat, tmp_path, str(corpus), *options, *held)
+    assert built.exit_code == 0, built
+    folder = TokenFolder.open(tmp_path / "tokens")
+    assert folder.num_documents("train") == 4 and folder.num_documents("held_out") == 3
+    told = " ".join(built.stdout.split())
+    for words in ("held out 3", "train 4", "dropped 2 duplicate", "uint16 ids", "bytes per token"):
+        assert words in told
+    info = lowlat("data", "info", str(folder.path), "--json")
+    raw = json.loads(info.stdout)
+    assert raw["train"]["documents"] == 4 and raw["dropped"] == {"duplicate": 2}
+    size, tokens = folder.num_bytes("train"), folder.num_tokens("train")
+    assert raw["train"]["bytes_per_token"] == pytest.approx(size / tokens)
+    assert "train" in lowlat("data", "info", str(folder.path)).stdout
+    verified = lowlat("data", "verify", str(folder.path))
+    assert folder.fingerprint in verified.stdout.replace("\n", "")
+    (folder.path / "train-00000.bin").write_bytes(b"\0" * (2 * folder.num_tokens("train")))
+    broken = lowlat("data", "verify", str(folder.path))
+    assert isinstance(broken.exception, UserError) and "SHA-256" in str(broken.exception)
+
+
+def test_build_as_json_with_a_tokenizer(lowlat: Invoke, corpus: Path, tmp_path: Path) -> None:
+    build(lowlat, tmp_path, str(corpus), "--train-bpe", "300")
+    target = str(tmp_path / "again")
+    again = lowlat(
+        "data", "build", target, str(corpus / "a.txt"), str(corpus / "c.md"),
+        "--tokenizer", str(tmp_path / "tokens"), "--held-out", "0", "--json",
+        "--end-of-text", "<|reserved_0|>",
+    )  # fmt: skip
+    raw = json.loads(again.stdout)
+    assert raw["path"] == target and raw["train"]["documents"] == 2
+    assert raw["sources"] == [str(corpus / "a.txt"), str(corpus / "c.md")]
+    assert raw["end_of_text"] == 8 and raw["seconds"] > 0
+
+
+def test_a_split_left_empty_is_told(lowlat: Invoke, corpus: Path, tmp_path: Path) -> None:
+    built = build(lowlat, tmp_path, str(corpus), "--train-bpe", "300", "--held-out", "0")
+    assert "No document is held out" in built.stdout
+    assert "smaller than the 300 asked" in built.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give either --tokenizer MODEL or --train-bpe N"),
+        (["--train-bpe", "300", "--tokenizer", "x"], "give either --tokenizer MODEL or"),
+        (["--train-bpe", "300", "--invalid", "pass"], "--invalid 'pass' is unknown; choose error"),
+        (["--train-bpe", "7"], "vocabulary of 7: must be within"),
+        (["--train-bpe", "300", "--held-out", "2"], "held-out share 2.0 must be"),
+        (["--train-bpe", "300", "--end-of-text", "<x>"], "'<x>' is no special token"),
+    ],
+)
+def test_faults_are_one_line_and_leave_nothing(
+    lowlat: Invoke, corpus: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    result = build(lowlat, tmp_path, str(corpus), *arguments)
+    assert isinstance(result.exception, UserError)
+    assert words in str(result.exception) and "\n" not in str(result.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_bad_text_is_named_or_passed_over(lowlat: Invoke, corpus: Path, tmp_path: Path) -> None:
+    (corpus / "b.txt").write_bytes(b"\xff")
+    result = build(lowlat, tmp_path, str(corpus), "--train-bpe", "300")
+    assert isinstance(result.exception, UserError)
+    assert "b.txt: byte 0 is not UTF-8 text" in str(result.exception)
+    result = build(lowlat, tmp_path, str(corpus), "--train-bpe", "300", "--invalid", "skip")
+    assert "1 invalid" in result.stdout

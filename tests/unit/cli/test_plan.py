@@ -1,0 +1,126 @@
+"""`lowlat plan`: the published layout as tables and JSON, searches, recipes, bad options."""
+
+import json
+from collections import Counter
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lowlat.cli.info import find
+from lowlat.cli.plan import parse_memory, plan
+from lowlat.cli.plan_view import amount, duration, show, show_dry_run
+from lowlat.train.plan.dryrun import dry_run, recipe_config
+from lowlat.train.plan.estimate import estimate
+from lowlat.train.plan.flops import token_flops
+from lowlat.train.plan.published import DEEPSEEK_V3
+from lowlat.train.plan.search import Search, neighbours
+from lowlat.train.recipe import read_recipe
+from lowlat.utils.errors import UserError
+
+RECIPE = """
+name = "small"
+precision = "fp32"
+[model]
+model_type = "llama"
+hidden_size = 64
+intermediate_size = 96
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 2
+vocab_size = 263
+max_position_embeddings = 128
+rms_norm_eps = 1e-6
+rope_theta = 100.0
+[data]
+folder = "tokens"
+[[phase]]
+name = "only"
+steps = 3
+sequence_length = 32
+batch_rows = 8
+micro_batch_rows = 2
+learning_rate = 1e-3
+"""
+
+
+def test_json_of_the_published_layout(capsys: pytest.CaptureFixture[str]):
+    plan("deepseek-v3", memory="80GB", as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["estimate"]["layout"]["pp"] == 16
+    assert answer["estimate"]["fits"] is True
+    assert answer["estimate"]["mfu"] > 0.3
+    assert answer["flops_per_token"]["training"] == pytest.approx(260.6e9, rel=0.001)
+    assert {change["change"] for change in answer["changes"]} >= {"1f1b", "pp 8", "ep 32"}
+    assert "search" not in answer
+
+
+def test_less_memory_is_told(capsys: pytest.CaptureFixture[str]):
+    plan("deepseek-v3", memory="64GB", as_json=True)
+    assert json.loads(capsys.readouterr().out)["estimate"]["fits"] is False
+
+
+def test_a_search_ranks(capsys: pytest.CaptureFixture[str]):
+    plan("smollm2-135m", devices=2, top=3, as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    best = answer["search"]["best"]
+    assert len(best) == 3
+    assert answer["estimate"] == best[0]
+    assert answer["search"]["tried"] > 3
+
+
+def test_tables_fit_a_narrow_terminal():
+    """A cell that does not fit ends in an ellipsis, and a number cut short is a wrong number."""
+    config, job = find("deepseek-v3").config, DEEPSEEK_V3.job
+    found = estimate(config, job, DEEPSEEK_V3.machine)
+    out = StringIO()
+    show(
+        "deepseek-v3",
+        found,
+        token_flops(config, 4096, job.recompute),
+        neighbours(config, found),
+        Search(ranked=[found], tried=1, failed=Counter({"do not fit memory": 5})),
+        top=1,
+        published_hours=180e3,
+        console=Console(file=out, width=80),
+    )
+    text = out.getvalue()
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+    for figure in ("260.65 G", "77.2", "14.12", "57.3%", "180,000", "this layout"):
+        assert figure in text
+
+
+def test_a_recipe_is_planned_and_run_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "small.toml"
+    path.write_text(RECIPE, encoding="utf-8")
+    plan(str(path), changes=["phase.0.batch_rows=16"], as_json=True)
+    assert json.loads(capsys.readouterr().out)["estimate"]["micro_batches"] == 8
+    recipe = read_recipe(path)
+    found = dry_run(recipe_config(recipe, path, None), recipe, rate=1e11, memory_bytes=2**33)
+    out = StringIO()
+    show_dry_run("small", found, Console(file=out, width=80))
+    assert "768" in out.getvalue()  # 3 steps of 8 rows of 32 tokens
+    assert "…" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "deepseek-v2"}, "'deepseek-v2' says no layout; give --devices"),
+        ({"name": "deepseek-v3", "memory": "much"}, "--memory 'much': write a size"),
+        ({"name": "deepseek-v3", "machine": "abacus"}, "--machine 'abacus' is unknown"),
+        ({"name": "deepseek-v3", "network": 0.0}, "--network 0.0: give gigabytes"),
+        ({"name": "deepseek-v3", "changes": ["a=1"]}, "--set changes recipes"),
+    ],
+)
+def test_faults_are_one_line(options: dict[str, object], message: str):
+    with pytest.raises(UserError, match=message):
+        plan(**options)  # pyright: ignore[reportArgumentType]
+
+
+def test_sizes_and_times_are_read_and_written():
+    assert parse_memory("80GB") == parse_memory("80 GiB") == parse_memory("80") == 80 * 2**30
+    assert [amount(value) for value in (12, 250.46e9, 3.7e24)] == ["12 ", "250.46 G", "3700.00 Z"]
+    assert [duration(s) for s in (9, 720, 12240, 181440)] == ["9 s", "12 min", "3.4 h", "2.1 days"]

@@ -1,0 +1,317 @@
+"""What training computes: the native kernels at every level, and the functions' gradients, against
+plain PyTorch.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowlat.config.model import MoEConfig
+from lowlat.ops import native, native_training
+from lowlat.ops.cross_entropy import linear_cross_entropy
+from lowlat.ops.differentiable import gated_backward, rms_norm, swiglu
+from lowlat.ops.experts import routed_experts
+from lowlat.ops.experts import swiglu as plain_swiglu
+from lowlat.ops.grouped import group_by_expert, stacked_experts
+from lowlat.ops.norm import rms_norm as plain_rms_norm
+from lowlat.ops.routing import Routing, route
+
+LEVELS = native.levels() or [pytest.param("", marks=pytest.mark.skip("no native kernels"))]
+DTYPES = (torch.bfloat16, torch.float32)
+TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float32: 2e-5, torch.float64: 1e-11}
+SIZES = [(1, 1), (67, 7), (129, 31), (5, 48), (131, 257)]
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+    scale = b.double().abs().max().clamp(min=1e-3)
+    error = (a.double() - b.double()).abs().max() / scale
+    assert error <= TOLERANCE[dtype], f"{error:.2e}"
+
+
+def norm_gradients(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """From autograd, in fp64."""
+    x, weight = (t.double().requires_grad_() for t in (x, weight))
+    plain_rms_norm(x, weight, 1e-3).backward(grad.double())
+    assert x.grad is not None and weight.grad is not None
+    return x.grad, weight.grad
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "dim"), SIZES)
+def test_native_norm(level: str, dtype: torch.dtype, rows: int, dim: int) -> None:
+    x, grad = draw(rows, dim, dtype=dtype), draw(rows, dim, dtype=dtype, seed=1)
+    weight = draw(dim, dtype=torch.float32, seed=2)
+    out, inverse = native_training.norm_forward(x, weight, 1e-3, level=level)
+    close(out, plain_rms_norm(x, weight, 1e-3), dtype)
+    grads = native_training.norm_backward(x, weight, inverse, grad, level=level)
+    for found, wanted in zip(grads, norm_gradients(x, weight, grad), strict=True):
+        close(found, wanted, dtype)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "dim"), SIZES)
+@pytest.mark.parametrize("has_factors", [True, False])
+def test_native_gated(
+    level: str, dtype: torch.dtype, rows: int, dim: int, has_factors: bool
+) -> None:
+    gate_up, grad = draw(rows, 2 * dim, dtype=dtype), draw(rows, dim, dtype=dtype, seed=1)
+    factors = draw(rows, dtype=torch.float32, seed=2) if has_factors else None
+    gate, up = gate_up.chunk(2, dim=1)
+    close(native_training.gated_forward(gate, up, level=level), plain_swiglu(gate, up), dtype)
+    found = native_training.gated_backward(gate_up, grad, factors, level=level)
+    wanted = gated_backward(gate_up.double(), grad.double(), factors)
+    for left, right in zip(found, wanted, strict=True):
+        if left is not None and right is not None:
+            close(left, right, dtype)
+    assert (found[2] is None) == (factors is None)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "vocab"), SIZES)
+def test_native_entropy(level: str, dtype: torch.dtype, rows: int, vocab: int) -> None:
+    logits = 9 * draw(rows, vocab, dtype=dtype)
+    targets = torch.arange(rows) % vocab
+    counted = torch.arange(rows) % 3 != 1
+    wide = logits.double().requires_grad_()
+    nll = F.cross_entropy(wide, targets, reduction="none") * counted
+    z = wide.logsumexp(dim=1).square() * counted
+    (nll + 0.01 * z).sum().backward()
+    found = native_training.entropy(logits, targets, counted, 0.01, level=level)
+    for left, right in zip(found, (nll, z), strict=True):
+        torch.testing.assert_close(left.double(), right.detach(), rtol=1e-5, atol=1e-5)
+    assert wide.grad is not None
+    close(logits, wide.grad, dtype)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_native_combine(level: str, dtype: torch.dtype) -> None:
+    rows, factors = draw(11, 37, dtype=dtype), draw(11, dtype=torch.float32, seed=1)
+    places = torch.tensor([[0, 3, 10], [7, 2, 7]])
+    found = native_training.combine(rows, factors, places, level=level)
+    close(found, (rows.double() * factors[:, None])[places].sum(dim=1), dtype)
+    found = native_training.combine(rows, None, places, level=level)
+    close(found, rows.double()[places].sum(dim=1), dtype)
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_native_norm_has_the_same_bits_on_any_number_of_threads() -> None:
+    x, grad = draw(301, 45, dtype=torch.float32), draw(301, 45, dtype=torch.float32, seed=1)
+    weight, module = torch.ones(45), native.module()
+    before, found = module.threads(), []
+    try:
+        for threads in (1, 2, 3):
+            module.set_threads(threads)
+            _, inverse = native_training.norm_forward(x, weight, 1e-6)
+            found.append(native_training.norm_backward(x, weight, inverse, grad))
+    finally:
+        module.set_threads(before)
+    assert all(torch.equal(a[i], found[0][i]) for a in found for i in (0, 1))
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_native_refuses_targets_and_places_outside() -> None:
+    for target in (-1, 5):
+        with pytest.raises(ValueError, match="targets"):
+            native_training.entropy(
+                torch.zeros(1, 5), torch.tensor([target]), torch.tensor([True]), 0.0
+            )
+    with pytest.raises(ValueError, match="places"):
+        native_training.combine(torch.zeros(2, 3), None, torch.tensor([[0, 2]]))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_differentiable_functions_have_the_gradients_of_their_definitions(
+    dtype: torch.dtype,
+) -> None:
+    x, y = draw(13, 5, 17, dtype=dtype), draw(13, 5, 17, dtype=dtype, seed=1)
+    weight = draw(17, dtype=torch.float32, seed=2).to(torch.promote_types(dtype, torch.float32))
+
+    def gradients(norm, gated, *inputs: Tensor) -> list[Tensor]:
+        a, b, w = (t.clone().requires_grad_() for t in inputs)
+        out = gated(norm(a, w, 1e-5), b)
+        out.backward(draw(*out.shape, dtype=out.dtype, seed=3))
+        return [t.grad for t in (a, b, w) if t.grad is not None]
+
+    found = gradients(rms_norm, swiglu, x, y, weight)
+    wide = gradients(plain_rms_norm, plain_swiglu, *(t.double() for t in (x, y, weight)))
+    for left, right in zip(found, wide, strict=True):
+        assert left.shape == right.shape
+        close(left, right, dtype)
+
+
+MOE = MoEConfig(
+    n_routed_experts=6,
+    num_experts_per_tok=3,
+    n_shared_experts=0,
+    moe_intermediate_size=11,
+    first_k_dense_replace=0,
+    n_group=2,
+    topk_group=2,
+    routed_scaling_factor=2.5,
+)
+
+
+def experts_loss(
+    x: Tensor, gate: Tensor, gate_up: Tensor, down: Tensor, *, stacked: bool
+) -> Tensor:
+    bias = torch.tensor([0.3, -9.0, 0.1, -0.2, 0.4, 0.0])  # nobody chooses expert 1
+    routing = route(x, gate, bias.to(gate.dtype), MOE)
+    if stacked:
+        out = stacked_experts(x, routing, gate_up, down)
+    else:
+
+        def expert(e: int, rows: Tensor) -> Tensor:
+            g, u = (rows @ gate_up[e].T).chunk(2, dim=1)
+            return plain_swiglu(g, u) @ down[e].T
+
+        out = routed_experts(x, routing, expert)
+    return (out * torch.arange(out.numel()).view_as(out).cos()).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_stacked_experts_and_their_gradients(dtype: torch.dtype) -> None:
+    shapes = [(19, 7), (6, 7), (6, 22, 7), (6, 7, 11)]
+    inputs = [draw(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    results = []
+    for stacked in (True, False):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        loss = experts_loss(*leaves, stacked=stacked)
+        loss.backward()
+        results.append([loss.detach(), *(t.grad for t in leaves)])
+    for found, wanted in zip(*results, strict=True):
+        assert found is not None and wanted is not None
+        close(found, wanted, dtype)
+    assert torch.count_nonzero(results[0][3][1]) == 0
+    assert torch.count_nonzero(results[0][3][0]) > 0
+
+
+def test_bf16_products_of_fp32_weights_give_fp32_gradients() -> None:
+    x = draw(19, 7, dtype=torch.bfloat16).requires_grad_()
+    gate_up, down = (
+        draw(*s, dtype=torch.float32).requires_grad_() for s in ((6, 22, 7), (6, 7, 11))
+    )
+    routing = route(x, draw(6, 7, dtype=torch.float32), None, MOE)
+    stacked_experts(x, routing, gate_up, down).sum().backward()
+    assert gate_up.grad is not None and gate_up.grad.dtype == torch.float32
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16
+
+
+def test_groups_fill_up_each_expert() -> None:
+    experts = torch.tensor([[2, 0], [0, 3], [0, 2]])
+    groups = group_by_expert(experts, 4, unit=4)
+    assert groups.counts == [4, 0, 4, 4]
+    assert groups.rows.tolist() == [0, 1, 2, 4, 5, 8]
+    assert groups.tokens.tolist() == [0, 1, 2, 0, 0, 2, 0, 0, 1, 0, 0, 0]
+
+
+def test_rows_that_fill_up_have_no_effect_even_on_gradients() -> None:
+    """Holds shut: rows of token 0 that stand in for nobody and are counted all the same."""
+    x = draw(3, 7, dtype=torch.float64)
+    experts = torch.tensor([[1], [1], [1]])
+    weights = torch.ones(3, 1, dtype=torch.float64, requires_grad=True)
+    routing = Routing(experts, weights, torch.zeros(3, 2, dtype=torch.float64))
+    gate_up = draw(2, 6, 7, dtype=torch.float64).requires_grad_()
+    down = draw(2, 7, 3, dtype=torch.float64).requires_grad_()
+    stacked_experts(x, routing, gate_up, down).sum().backward()
+    g, u = (x @ gate_up.detach()[1].T).chunk(2, dim=1)
+    inner = plain_swiglu(g, u)
+    assert down.grad is not None and weights.grad is not None
+    torch.testing.assert_close(down.grad[1], inner.sum(dim=0).expand(7, 3))
+    torch.testing.assert_close(weights.grad[:, 0], (inner @ down.detach()[1].T).sum(dim=1))
+
+
+@pytest.mark.parametrize("pieces", [2**23, 131 * 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_linear_cross_entropy(
+    dtype: torch.dtype, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowlat.ops.cross_entropy.PIECE_ELEMENTS", pieces)
+    hidden, weight = draw(23, 7, dtype=dtype), draw(131, 7, dtype=dtype, seed=1)
+    targets, counted = (torch.arange(23) * 5) % 131, torch.arange(23) % 4 != 2
+    found = [t.clone().requires_grad_() for t in (hidden, weight)]
+    result = linear_cross_entropy(found[0], found[1], targets, counted, z_weight=0.02)
+    (3 * result.total).backward()
+    wide = [t.double().requires_grad_() for t in (hidden, weight)]
+    logits = (wide[0] @ wide[1].T)[counted]
+    nll = F.cross_entropy(logits, targets[counted], reduction="sum")
+    z = logits.logsumexp(dim=1).square().sum()
+    (3 * (nll + 0.02 * z)).backward()
+    close(result.nll, nll.detach(), dtype)
+    close(result.z, z.detach(), dtype)
+    for left, right in zip(found, wide, strict=True):
+        assert left.grad is not None and right.grad is not None
+        close(left.grad, right.grad, dtype)
+
+
+LENGTHS = [(130, 64, 1, 31, 257), (77,)]
+HEADS = [(4, 4, 48, 32), (6, 2, 24, 40), (3, 1, 7, 5)]
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    outputs = []
+    for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        heads = (x.transpose(0, 1) for x in parts)
+        out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=0.3, enable_gqa=True)
+        outputs.append(out.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("heads", "kv_heads", "key_dim", "value_dim"), HEADS)
+def test_native_causal_attention(
+    level: str,
+    lengths: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+) -> None:
+    count = sum(lengths)
+    q = draw(count, heads, key_dim, dtype=torch.bfloat16)
+    k = draw(count, kv_heads, key_dim, dtype=torch.bfloat16, seed=1)
+    v = draw(count, kv_heads, value_dim, dtype=torch.bfloat16, seed=2)
+    grad = draw(count, heads, value_dim, dtype=torch.bfloat16, seed=3)
+    ends = torch.tensor(lengths).cumsum(0)
+    out, logs = native_training.causal_forward(q, k, v, ends, 0.3, level=level)
+    grads = native_training.causal_backward(q, k, v, ends, 0.3, out, logs, grad, level=level)
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    wanted = plain_attention(*wide, lengths)
+    wanted.backward(grad.double())
+    close(out, wanted.detach(), torch.bfloat16)
+    for found, leaf in zip(grads, wide, strict=True):
+        assert leaf.grad is not None
+        close(found, leaf.grad, torch.bfloat16)
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+@pytest.mark.parametrize("ends", [[3], [2, 2, 4], [4, 3], [0, 4], [5], []])
+def test_native_causal_attention_refuses_ends_that_do_not_fit(ends: list[int]) -> None:
+    x = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="ends"):
+        native_training.causal_forward(x, x, x, torch.tensor(ends, dtype=torch.int64), 1.0)
+
+
+def test_a_loss_without_gradients_costs_one_product() -> None:
+    """Holds shut: evaluations that compute the gradient of the head, for leaves need one whether
+    gradients are wanted or not.
+    """
+    hidden, weight = draw(23, 7, dtype=torch.float32), draw(131, 7, dtype=torch.float32, seed=1)
+    weight.requires_grad_()
+    targets, counted = torch.arange(23), torch.ones(23, dtype=torch.bool)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        linear_cross_entropy(hidden, weight, targets, counted)
+    assert counter.get_total_flops() == 2 * 23 * 7 * 131
+    with FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(hidden, weight, targets, counted)
+    assert counter.get_total_flops() == 2 * 2 * 23 * 7 * 131

@@ -1,0 +1,131 @@
+"""From recipe to figures, and the refusal of what cannot fit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowlat.config.arithmetic import count_parameters
+from lowlat.train.plan.dryrun import (
+    REACHED,
+    dry_run,
+    job_of,
+    largest_job,
+    recipe_config,
+    require_fit,
+    usable_memory,
+)
+from lowlat.train.plan.flops import token_flops
+from lowlat.train.recipe import Recipe, parse_recipe
+from lowlat.utils.errors import UserError
+from lowlat.utils.memory import memory_limit
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 96,
+    "intermediate_size": 131,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 263,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 100.0,
+}
+PHASE = {
+    "name": "first",
+    "steps": 7,
+    "sequence_length": 64,
+    "batch_rows": [{"to": 12.0, "steps": 3}, {"to": 12.0}],
+    "micro_batch_rows": 2,
+    "learning_rate": 1e-3,
+}
+
+
+def recipe(**changes: Any) -> Recipe:
+    raw: dict[str, Any] = {"name": "r", "model": MODEL, "data": {"folder": "d"}, "phase": [PHASE]}
+    return parse_recipe(raw | {"precision": "fp32"} | changes, origin="r.toml")
+
+
+def config(own: Recipe):
+    return recipe_config(own, Path("r.toml"), None)
+
+
+def test_figures_of_two_phases():
+    own = recipe(phase=[PHASE, PHASE | {"name": "long", "sequence_length": 128, "steps": 5}])
+    found = dry_run(config(own), own, rate=1e9, memory_bytes=10**9)
+    rows = [4, 8, 12, 12, 12, 12, 12]
+    assert found.steps == 12
+    assert found.tokens == sum(rows) * 64 + sum(rows[:5]) * 128
+    flops = [token_flops(config(own), length).training for length in (64, 128)]
+    assert found.total_flops == pytest.approx(
+        sum(rows) * 64 * flops[0] + sum(rows[:5]) * 128 * flops[1]
+    )
+    assert found.parameters == count_parameters(config(own)).total
+    least, most = found.seconds
+    assert least == pytest.approx(found.total_flops / 1e9 / REACHED[1])
+    assert least < most
+    # The longer rows need more memory.
+    assert found.memory.parts["activations"] == pytest.approx(2 * _activations(recipe()))
+
+
+def _activations(own: Recipe) -> float:
+    found = dry_run(config(own), own, rate=1e9, memory_bytes=10**9)
+    return found.memory.parts["activations"]
+
+
+def test_recipes_become_jobs():
+    parallel = {"data": 2, "fsdp": 3, "tensor": 2, "pipeline": 2, "pipeline_schedule": "zb"}
+    own = recipe(parallel=parallel, recompute="layers", optimizer={"name": "muon"})
+    job = job_of(own, own.phase[0])
+    layout = job.layout
+    assert (layout.dp, layout.fsdp, layout.tp, layout.pp) == (2, 3, 2, 2)
+    assert (layout.schedule, layout.zero) == ("zb1p", 2)
+    assert (job.recompute, job.optimiser, job.precision) == ("layers", "muon", "fp32")
+    assert layout.devices == own.parallel.processes
+    assert largest_job(own).batch_rows == 12
+    assert job_of(recipe(parallel={"fsdp": 3}), own.phase[0]).layout.zero == 3
+    assert job_of(recipe(), own.phase[0]).layout.zero == 0
+
+
+def test_what_fits_is_let_through():
+    own = recipe()
+    assert require_fit(config(own), own, memory_bytes=2**30).total < 2**29
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"phase": [PHASE | {"sequence_length": 512, "micro_batch_rows": 4000}]},
+            r"phase 'first' needs about .* GB of memory per process and 1\.1 GB are there; the "
+            r"largest part is .* GB of activations: lower micro_batch_rows \(4000\)",
+        ),
+        (
+            {"phase": [PHASE | {"sequence_length": 512000, "micro_batch_rows": 1}]},
+            r"of activations: set recompute = 'layers'",
+        ),
+        (
+            {"model": MODEL | {"intermediate_size": 3_000_000}},
+            r"of optimiser: use a smaller model, optimizer\.name = 'muon', or raise",
+        ),
+    ],
+)
+def test_what_does_not_fit_names_the_largest_part_and_the_remedy(
+    changes: dict[str, Any], message: str
+):
+    own = recipe(**changes)
+    with pytest.raises(UserError, match=message) as caught:
+        require_fit(config(own), own, memory_bytes=2**30)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_cannot_be_divided_is_refused():
+    own = recipe(parallel={"tensor": 5})
+    with pytest.raises(UserError, match="tp 5: must divide the 2 attention heads"):
+        dry_run(config(own), own, rate=1e9, memory_bytes=10**9)
+
+
+def test_processes_share_the_memory_of_a_machine():
+    assert usable_memory(torch.device("cpu"), 4) == memory_limit() // 4

@@ -1,0 +1,130 @@
+"""Models that runs leave: loaded as any other, with the weights that were trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowlat.attention.packed import PackedAttention
+from lowlat.checkpoint.load import load_model
+from lowlat.model.stacking import unstacked
+from lowlat.model.transformer import Transformer
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.train.export import TOKENIZER, export_save, keep_tokenizer
+from lowlat.train.state import MODEL, part
+from lowlat.utils.errors import UserError
+
+from . import runs
+
+
+@torch.no_grad()
+def logits(model: Transformer) -> list[Tensor]:
+    """Of every head, over two sequences."""
+    ids = torch.arange(97, 118) * 7 % 261
+    attention = PackedAttention([9, 12])
+    hidden = model(ids, attention.positions(), attention)
+    out = [model.logits(hidden)]
+    for depth in range(len(model.mtp)):
+        ahead = ids.roll(-depth - 1)
+        hidden = model.mtp_hidden(depth, hidden, ahead, attention.positions(), attention)
+        out.append(model.mtp_logits(depth, hidden))
+    return out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_finished_model(base: Path, tied: bool) -> None:
+    """The very logits of the trained model in fp32, MTP module and routing biases included."""
+    model = runs.MODEL | {"tie_word_embeddings": tied, "num_nextn_predict_layers": 2}
+    wanted = runs.recipe(model=model)
+    with runs.opened(base / "run", wanted) as trainer:
+        outcome = trainer.run()
+        trained = trainer.model
+    assert outcome.model is not None
+    loaded = load_model(outcome.model, dtype="fp32")
+    assert loaded.config == trainer.config
+    for found, expected in zip(logits(loaded.model), logits(trained), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    parameters = dict(unstacked(dict(trained.named_parameters())))
+    names = dict(loaded.model.named_parameters())
+    assert names.keys() == parameters.keys()
+    assert all(torch.equal(names[name], tensor) for name, tensor in parameters.items())
+    biases = [t for name, t in names.items() if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 3 and all(bias.abs().max() > 0 for bias in biases)
+    tokenizer = Tokenizer.from_folder(outcome.model)
+    assert tokenizer.encode("abc") == [97, 98, 99]
+
+
+def test_bf16_models_keep_routing_biases(base: Path) -> None:
+    outcome, _ = runs.train(base / "run", runs.recipe(precision="bf16"))
+    assert outcome.model is not None
+    loaded = load_model(outcome.model)
+    weights = part(runs.tensors(runs.saved(base / "run")), MODEL)
+    name = "layers.1.mlp.gate.e_score_correction_bias"
+    found = dict(loaded.model.named_parameters())
+    assert torch.equal(found[name], weights[name]) and weights[name].dtype == torch.float32
+    assert not torch.equal(weights[name].bfloat16().float(), weights[name])
+    head = "embed_tokens.weight"
+    assert found[head].dtype == torch.bfloat16
+    assert torch.equal(found[head], weights[head].bfloat16())
+
+
+def test_any_save_of_a_run(base: Path) -> None:
+    """Of the step asked for, or the newest; while the run may go on."""
+    runs.train(base / "run", runs.recipe(), 4)
+    for step, expected in ((2, 2), (None, 4)):
+        dst = base / f"model-{step}"
+        assert export_save(base / "run", dst, step=step, dtype="fp32") == expected
+        weights = part(runs.tensors(runs.saved(base / "run", expected)), MODEL)
+        found = dict(load_model(dst, dtype="fp32").model.named_parameters())
+        for name, tensor in unstacked(weights):
+            assert torch.equal(found[name], tensor)
+    with pytest.raises(UserError, match=r"has no save of step 3; there are \[2, 4\]"):
+        export_save(base / "run", base / "x", step=3, dtype="fp32")
+    with pytest.raises(UserError):
+        export_save(base / "run", base / "model-2", step=2, dtype="fp32")
+    with runs.opened(base / "new", runs.recipe()):
+        pass
+    with pytest.raises(UserError, match="new: has no save yet"):
+        export_save(base / "new", base / "x", step=None, dtype="bf16")
+
+
+def test_going_on_from_a_model(base: Path) -> None:
+    """A finished model is a start: its first loss is that of the model, by the data's tokenizer."""
+    outcome, log = runs.train(base / "run", runs.recipe())
+    assert outcome.model is not None
+    wanted = runs.recipe(model=None, start="model")
+    with runs.opened(base / "more", wanted, start=outcome.model) as trainer:
+        trained = part(runs.tensors(runs.saved(base / "run")), MODEL)
+        for name, parameter in trainer.model.named_parameters():
+            assert torch.equal(parameter, trained[name]), name
+            assert parameter.requires_grad == (not name.endswith("e_score_correction_bias"))
+        assert trainer.run().is_complete
+    assert log.steps[-1].loss < log.steps[0].loss
+
+
+def test_the_tokenizer_of_a_run_is_kept_once(base: Path) -> None:
+    keep_tokenizer(base, base / "tokens")
+    files = {path.name for path in (base / TOKENIZER).iterdir()}
+    assert "tokenizer.json" in files
+    keep_tokenizer(base, base / "nowhere")
+    assert {path.name for path in (base / TOKENIZER).iterdir()} == files
+
+
+def test_a_start_of_another_tokenizer_is_refused(base: Path) -> None:
+    """Holds shut: a model trained further on ids that mean other tokens to it."""
+    outcome, _ = runs.train(base / "run", runs.recipe())
+    runs.make_tokens(base / "more", special=("<|more|>",))
+    wanted = runs.recipe(model=runs.MODEL | {"vocab_size": 270}, data={"folder": "more"})
+    bigger, _ = runs.train(base / "bigger", wanted)
+    assert outcome.model is not None and bigger.model is not None
+    # Nothing is wrong with a token that one of them does not know.
+    with runs.opened(base / "a", runs.recipe(model=None, start="x"), start=bigger.model):
+        pass
+    file = bigger.model / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|im_start|>", "<|im_begin|>"))
+    with (
+        pytest.raises(UserError, match="tokens was built with another tokenizer than that of"),
+        runs.opened(base / "b", runs.recipe(model=None, start="x"), start=bigger.model),
+    ):
+        pass

@@ -1,0 +1,291 @@
+"""LoRA: products and gradients of updates, what is trained and saved, merging, refusals."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lowlat.attention.flash import FlashAttention
+from lowlat.checkpoint.index import open_checkpoint
+from lowlat.config.model import GQAConfig
+from lowlat.convert.run import convert
+from lowlat.model.transformer import Transformer
+from lowlat.train.export import export_adapter, export_save
+from lowlat.train.lora import add_updates, is_update, merged
+from lowlat.train.loss import batch_loss
+from lowlat.train.plan.dryrun import require_fit
+from lowlat.train.recipe import Lora, parse_recipe
+from lowlat.utils.errors import UserError
+from tests.fakes import gqa_config
+
+from . import tiny, tuning
+
+EVERY = (
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj", "eh_proj"),
+)
+TABLE = Lora(rank=3, alpha=7.0, modules=EVERY)
+
+
+def adapted(table: Lora = TABLE) -> Transformer:
+    """A model in fp64 whose updates are not zero."""
+    model = tiny.model(tiny.config())
+    add_updates(model, table, seed=3, origin="r.toml")
+    model.double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+def loss(model: Transformer) -> Tensor:
+    batch = tiny.batch(masked=True)
+    attention = FlashAttention(batch.lengths(3))
+    return batch_loss(
+        model,
+        batch,
+        attention,
+        attention.positions(torch.device("cpu")),
+        targets=[20, 20, 20],
+        mtp_weight=0.3,
+        z_weight=0.0,
+        dtype=torch.float64,
+    ).total
+
+
+def without_updates(model: Transformer) -> Transformer:
+    """The same function with the updates in the weights, which take gradients."""
+    plain = tiny.model(model.config)
+    plain.load_state_dict(dict(merged(dict(model.named_parameters()), TABLE)))
+    return plain
+
+
+def test_updates_are_what_is_merged() -> None:
+    """Loss with updates beside the weights is that with the sum, which differs from that without;
+    every update, routed experts' included, takes the gradient the chain rule gives it, and
+    nothing else takes one.
+    """
+    model = adapted()
+    plain = without_updates(model)
+    ours, wanted = loss(model), loss(plain)
+    torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=0)
+    assert abs(loss(tiny.model(tiny.config())).item() - ours.item()) > 1e-3
+    ours.backward()
+    wanted.backward()
+    full = {name: p.grad for name, p in plain.named_parameters()}
+    parameters = dict(model.named_parameters())
+    checked = 0
+    for name, parameter in parameters.items():
+        assert parameter.requires_grad == is_update(name)
+        if not is_update(name):
+            assert parameter.grad is None
+        elif name.endswith("lora_A"):
+            weight = gradient_of_weight(name, full)
+            b = parameters[name.removesuffix("A") + "B"]
+            scale = TABLE.alpha / TABLE.rank
+            assert parameter.grad is not None and b.grad is not None
+            for found, expected in (
+                (parameter.grad, scale * b.mT @ weight),
+                (b.grad, scale * weight @ parameter.mT),
+            ):
+                torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+            checked += 1
+    # Two layers and two MTP blocks of 5 attention projections and 3 of MLP, shared experts in
+    # three of them, eh_proj twice
+    assert checked == 4 * (5 + 3) + 3 * 3 + 2
+
+
+def gradient_of_weight(name: str, full: dict[str, Tensor | None]) -> Tensor:
+    owner, part = name.removesuffix(".lora_A").split(".low_rank")
+    if not part:
+        found = full[f"{owner}.weight"]
+    elif part == ".down_proj":
+        found = full[f"{owner}.down_proj"]
+    else:
+        both = full[f"{owner}.gate_up_proj"]
+        assert both is not None
+        found = both.chunk(2, dim=1)[part == ".up_proj"]
+    assert found is not None
+    return found
+
+
+def test_untrained_updates_change_nothing() -> None:
+    """B is zero, A is drawn from the seed, and the weights in memory keep their dtype."""
+    model, same, other = (tiny.model(tiny.config(), torch.bfloat16) for _ in range(3))
+    before = loss(tiny.model(tiny.config(), torch.bfloat16))
+    for one, seed in ((model, 3), (same, 3), (other, 4)):
+        add_updates(one, TABLE, seed=seed, origin="r.toml")
+    assert loss(model) == before
+    drawn, again, differing = (
+        {n: p for n, p in m.named_parameters() if n.endswith("lora_A")}
+        for m in (model, same, other)
+    )
+    assert all(torch.equal(drawn[n], again[n]) for n in drawn)
+    assert not any(torch.equal(drawn[n], differing[n]) for n in drawn)
+    assert {p.dtype for p in drawn.values()} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if not is_update(n)} == {
+        torch.bfloat16,
+        torch.float32,  # routing biases
+    }
+
+
+def lora_recipe(**changes: Any) -> dict[str, Any]:
+    table = {"rank": 3, "alpha": 6.0, "modules": list(EVERY)}
+    return tuning.raw_recipe(start="base", lora=table, **changes)
+
+
+def test_run(tmp_path: Path) -> None:
+    """A run saves updates alone, a resumed one ends on the same bits, and what it exports is the
+    base with the updates merged: trained where there are updates, elsewhere the base's bits.
+    """
+    base = tuning.checkpoint(tmp_path / "base", tuning.config())
+    tuning.chats(tmp_path / "tokens")
+    whole = tuning.train(tmp_path, lora_recipe(), start=base, name="whole")
+    losses = whole.losses()
+    assert losses[-1] < losses[0]
+    saved = whole.saved()
+    assert all(is_update(name) for name in saved if name.startswith("model."))
+    trained = {name.removeprefix("model.") for name in saved if name.startswith("model.")}
+    moments = {n.removeprefix("optimizer.exp_avg.") for n in saved if ".exp_avg." in n}
+    assert trained == moments
+
+    tuning.stop_after(3, tmp_path, lora_recipe(), start=base, name="stopped")
+    resumed = tuning.train(tmp_path, lora_recipe(), start=base, name="stopped")
+    tuning.assert_same(resumed.saved(), saved)
+
+    model, start = tuning.loaded(whole.path / "model"), tuning.loaded(base)
+    assert model.keys() == start.keys()
+    changed = tuning.changed(model, start)
+    assert changed and all(name.split(".")[-2] in EVERY for name in changed)
+    assert len(changed) == sum(name.split(".")[-2] in EVERY for name in model)
+    export_save(whole.path, tmp_path / "again", step=None, dtype="fp32")
+    tuning.assert_same(tuning.loaded(tmp_path / "again"), model)
+
+
+def test_adapter(tmp_path: Path) -> None:
+    """peft's layout: every file's weight plus alpha / r B A is that of the merged model; an exactly
+    converted one, whose files are padded, shows that shapes follow the files.
+    """
+    gqa = GQAConfig(num_attention_heads=3, num_key_value_heads=1, head_dim=8)
+    source = gqa_config(attention=gqa, hidden_size=24, max_position_embeddings=64)
+    convert(tuning.checkpoint(tmp_path / "gqa", source), tmp_path / "base", to="mla")
+    tuning.chats(tmp_path / "tokens")
+    names = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+    recipe = tuning.raw_recipe(start="base", lora={"rank": 3, "alpha": 6.0, "modules": names})
+    run = tuning.train(tmp_path, recipe, start=tmp_path / "base")
+    assert export_adapter(run.path, tmp_path / "adapter", step=None) == 6
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "LORA" and settings["r"] == 3
+    assert settings["lora_alpha"] == 6.0 and settings["base_model_name_or_path"].endswith("base")
+    assert len(settings["target_modules"]) == 2 * len(names)
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(adapter) == 2 * len(settings["target_modules"])
+    assert run.outcome.model is not None
+    before, after = open_checkpoint(tmp_path / "base"), open_checkpoint(run.outcome.model)
+    for module in settings["target_modules"]:
+        a, b = (adapter[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
+        weight = before.read(f"{module}.weight").float() + 6.0 / 3 * b @ a
+        torch.testing.assert_close(after.read(f"{module}.weight"), weight, rtol=0, atol=1e-6)
+        assert b.any()
+
+
+def test_adapter_refusals(tmp_path: Path) -> None:
+    base = tuning.checkpoint(tmp_path / "base", tuning.config())
+    tuning.chats(tmp_path / "tokens")
+    one = tuning.phases({"steps": 1})
+    adapted = tuning.train(tmp_path, lora_recipe(phase=one), start=base, name="adapted")
+    with pytest.raises(UserError, match="peft takes updates of MLPs for those of fused experts"):
+        export_adapter(adapted.path, tmp_path / "dst", step=None)
+    assert not (tmp_path / "dst").exists()
+    plain = tuning.raw_recipe(start="base", phase=one)
+    run = tuning.train(tmp_path, plain, start=base, name="plain")
+    with pytest.raises(UserError, match="was trained without lora; leave out --adapter"):
+        export_adapter(run.path, tmp_path / "dst", step=None)
+
+
+def test_base_that_is_gone(tmp_path: Path) -> None:
+    """Updates are never put on other weights: not by an export, not by a run that goes on."""
+    base = tuning.checkpoint(tmp_path / "base", tuning.config())
+    tuning.chats(tmp_path / "tokens")
+    raw = lora_recipe(phase=tuning.phases({"steps": 1}))
+    run = tuning.train(tmp_path, raw, start=base)
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"base: is not there; put back what .* the updates of"):
+        export_save(run.path, tmp_path / "dst", step=None, dtype="fp32")
+    tuning.checkpoint(base, tuning.config(), seed=8)
+    with pytest.raises(UserError, match="base: holds other weights now"):
+        export_save(run.path, tmp_path / "dst", step=None, dtype="fp32")
+    with pytest.raises(UserError, match="was trained by another recipe: start holds other weights"):
+        tuning.train(tmp_path, raw, start=base)
+    shutil.rmtree(base)
+    (tmp_path / "elsewhere").rename(base)
+    export_save(run.path, tmp_path / "dst", step=None, dtype="fp32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"precision": "fp8"}, "lora trains in bf16 or fp32; set precision = 'bf16'"),
+        ({"parallel": {"tensor": 5}}, "lora divides batches only"),
+        (
+            {"phase": tuning.phases({"bias_update_speed": 1e-3})},
+            "phase p: lora leaves routing biases as they are; set bias_update_speed = 0",
+        ),
+        (
+            {"lora": {"rank": 2, "alpha": 4.0, "modules": ["q_b_proj", "qkv"]}},
+            "lora.modules: the model has no qkv; it has down_proj, eh_proj, gate_proj",
+        ),
+    ],
+)
+def test_refusals(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    base = tuning.checkpoint(tmp_path / "base", tuning.config())
+    tuning.chats(tmp_path / "tokens")
+    with pytest.raises(UserError, match=words):
+        tuning.train(tmp_path, lora_recipe() | changes, start=base)
+
+
+def test_frozen_experts_take_no_gradient() -> None:
+    """Stacked experts without updates pass the gradient on as those that learn do."""
+    table = Lora(rank=2, alpha=4.0, modules=("o_proj",))
+    model, plain = adapted(table), tiny.model(tiny.config())
+    plain.load_state_dict(dict(merged(dict(model.named_parameters()), table)))
+    loss(model).backward()
+    loss(plain).backward()
+    wanted = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            full = wanted[name.replace("low_rank.lora_B", "weight")].grad
+            a = model.get_parameter(name.removesuffix("B") + "A")
+            assert full is not None and parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, 2 * full @ a.mT, rtol=1e-8, atol=1e-12)
+        else:
+            assert parameter.grad is None or is_update(name)
+
+
+@pytest.mark.parametrize(("precision", "bytes_each"), [("fp32", 4), ("bf16", 2)])
+def test_memory_is_that_of_weights_that_stay(precision: str, bytes_each: int) -> None:
+    """A recipe fits where its weights and activations do: no gradients, no optimiser."""
+    config = tuning.config()
+    plain = tuning.raw_recipe(start="base", precision=precision)
+    full, ours = (
+        require_fit(config, parse_recipe(raw, origin="r.toml"), memory_bytes=2**40).parts
+        for raw in (plain, plain | {"lora": {"rank": 2, "alpha": 4.0}})
+    )
+    assert ours["weights"] == full["weights"] / 4 * bytes_each
+    assert ours["gradients"] == ours["optimiser"] == 0 < full["optimiser"]
+    assert ours["activations"] == full["activations"]
+
+
+def test_default_modules_are_those_the_model_has() -> None:
+    """The default names projections of MLA and of GQA, of which a model has its own."""
+    model = tiny.model(replace(tiny.config(), num_nextn_predict_layers=0))
+    add_updates(model, Lora(rank=2, alpha=4.0), seed=0, origin="r.toml")
+    names = {name.split(".")[-3] for name, _ in model.named_parameters() if is_update(name)}
+    assert names == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}

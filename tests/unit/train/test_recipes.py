@@ -1,0 +1,94 @@
+"""The recipes that come with the project, and their reference in docs/training.md."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lowlat.checkpoint.load import load_model
+from lowlat.cli.main import app
+from lowlat.train.build import base_config, phase_configs
+from lowlat.train.lora import check_lora
+from lowlat.train.parallel.check import check_parallel
+from lowlat.train.recipe import Recipe, read_recipe
+from lowlat.train.recipe_reference import reference
+from lowlat.train.schedule import Timetable
+
+ROOT = Path(__file__).parents[3]
+RECIPES = sorted(set((ROOT / "recipes").glob("*.toml")) - {ROOT / "recipes" / "corpus.toml"})
+VOCAB = 49152
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe(path: Path) -> None:
+    """It is read, is named as its file, has the model of every phase, divides as it says, and every
+    batch is what it says without rounding.
+    """
+    recipe = read_recipe(path)
+    assert recipe.name == path.stem
+    ranks = recipe.parallel.data * recipe.parallel.fsdp
+    timetable = Timetable(recipe, ranks=ranks)
+    for phase in recipe.phase:
+        if not isinstance(phase.batch_rows, list):
+            assert phase.batch_rows % (phase.micro_batch_rows * ranks) == 0
+    assert all(timetable.at(step).learning_rate > 0 for step in (0, timetable.steps - 1))
+    if recipe.model is not None:
+        vocab = recipe.model.get("vocab_size", VOCAB)
+        config = base_config(recipe, None, vocab, str(path))
+        configs = phase_configs(config, recipe, str(path))
+        assert len(configs) == len(recipe.phase)
+        check_parallel(config, recipe, str(path))
+        check_lora(config, recipe, str(path))
+    assert f"../recipes/{path.name}" in (ROOT / "docs" / "training.md").read_text()
+
+
+def test_large_recipe_is_the_reports() -> None:
+    """Schedules of DeepSeek-V3 in proportion: 1.33T tokens, lambda and gamma at both ends of each
+    phase, the context extended twice.
+    """
+    recipe = read_recipe(ROOT / "recipes" / "deepseek-v3-16b.toml")
+    timetable = Timetable(recipe, ranks=8)
+    assert timetable.tokens == pytest.approx(1.33e12, rel=0.03)
+    first, later, last = (timetable.at(step) for step in (0, 69_999, 71_999))
+    assert (first.mtp_weight, later.mtp_weight, last.mtp_weight) == (0.3, 0.1, 0.1)
+    assert (first.bias_update_speed, later.bias_update_speed) == (1e-3, 0.0)
+    assert timetable.at(1999).learning_rate == timetable.at(45_999).learning_rate == 4.2e-4
+    assert later.learning_rate == pytest.approx(4.2e-5)
+    assert [phase.max_position_embeddings for phase in recipe.phase] == [None, 32768, 163840]
+
+
+def test_reference_is_in_the_document() -> None:
+    """Every key with its docstring, as docs/training.md has it: paste `reference()` there after a
+    change.
+    """
+    text = reference()
+    assert text.strip() in (ROOT / "docs" / "training.md").read_text()
+    for key in (*Recipe.model_fields, "to", "shape", "fim_rate", "keep_last", "z_weight", "alpha"):
+        assert f"| `{key}` |" in text
+    assert "|  |" not in text, "a key has no docstring"
+
+
+def test_tiny_then_long_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands in the heads of both recipes, for a step of each phase: a vocabulary of the
+    documentation, a model, the same model with sixteen times its context.
+    """
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    (tmp_path / "recipes").mkdir()
+    for name in ("tiny", "long-context"):
+        shutil.copy(ROOT / "recipes" / f"{name}.toml", tmp_path / "recipes")
+    monkeypatch.chdir(tmp_path)
+    invoke("data", "build", "recipes/tiny-tokens", "docs", "--only", "*.md", "--train-bpe", "2048")
+    small = ["--set", "phase.0.batch_rows=2", "--set", "phase.0.micro_batch_rows=2", "--quiet"]
+    rate = ["--set", "phase.0.learning_rate=1e-3", "--set", "log.tensorboard=false"]
+    invoke("train", "recipes/tiny.toml", "--set", "phase.0.steps=1", *small, *rate)
+    once = ["--set", "phase.0.steps=1", "--set", "phase.1.steps=1", "--set", "evaluation.rows=1"]
+    invoke("train", "recipes/long-context.toml", *once, *rate, "--quiet")
+    config = load_model(tmp_path / "runs" / "long-context" / "model").config
+    assert config.max_position_embeddings == 4096
+    assert config.rope.factor == 16.0 and config.rope.original_max_position_embeddings == 256
+    assert config.num_nextn_predict_layers == 1
+
+
+def invoke(*arguments: str) -> None:
+    """The command line, which must succeed."""
+    app(list(arguments), standalone_mode=False)

@@ -1,0 +1,147 @@
+"""Supervised fine-tuning: what of a chat is learned, and every kind of checkpoint as the start."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lowlat.checkpoint.load import load_model
+from lowlat.config.model import GQAConfig, ModelConfig, QuantConfig
+from lowlat.convert.run import convert
+from lowlat.text.chat_prompt import encode_chat
+from lowlat.text.token_bytes import byte_alphabet
+from lowlat.train.batch import Batch
+from lowlat.train.build import phase_data
+from lowlat.train.data.folder import TokenFolder
+from lowlat.train.recipe import parse_recipe
+from tests.fakes import ASSISTANT, EOS, TEMPLATE, byte_tokenizer, gqa_config
+from tests.unit.checkpoint.gguf_files import write_gguf
+
+from . import tuning
+
+
+def test_only_answers_are_targets(tmp_path: Path) -> None:
+    """Of every chat what follows <assistant>, to the end of its turn, and nothing else; windows
+    keep chats apart.
+    """
+    folder = TokenFolder.open(tuning.chats(tmp_path / "tokens"))
+    places = np.arange(folder.num_tokens("train"))
+    tokens = folder.tokens("train", places).tolist()
+    expected, is_answer = [], False
+    for token in tokens:
+        expected.append(is_answer)
+        is_answer = token == ASSISTANT or (is_answer and token != EOS)
+    assert folder.predicted("train", places).tolist() == expected
+    assert sum(expected) > 2 * folder.num_documents("train")
+    recipe = parse_recipe(tuning.raw_recipe(model={}), origin="r.toml")
+    batch = phase_data(recipe, 0, tmp_path, 2).train.batch(0, 5)
+    assert batch.documents is not None and max(map(len, batch.documents)) > 1
+    ends = {(batch.tokens == EOS)[row, sum(part[:-1]) - 1].item() for row, part in cut(batch)}
+    assert ends == {True}
+
+
+def cut(batch: Batch) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Rows that hold the end of a chat, and the lengths up to and with the next one."""
+    assert batch.documents is not None
+    for row, lengths in enumerate(batch.documents):
+        for count in range(2, len(lengths) + 1):
+            yield row, lengths[:count]
+
+
+def dense(**changes: object) -> ModelConfig:
+    return gqa_config(max_position_embeddings=64, **changes)
+
+
+def folder_of(model_config: ModelConfig) -> Callable[[Path], Path]:
+    return lambda path: tuning.checkpoint(path / "base", model_config)
+
+
+def converted(path: Path) -> Path:
+    """GQA rewritten exactly as MLA: no norm of the latent, padded in files."""
+    source = tuning.checkpoint(path / "gqa", dense(attention=ATTENTION, hidden_size=24))
+    convert(source, path / "base", to="mla")
+    return path / "base"
+
+
+def gguf(path: Path) -> Path:
+    """A llama in one file that brings its tokenizer."""
+    config = dense(attention=ATTENTION, hidden_size=24, bos_token_id=256, eos_token_ids=(EOS,))
+    weights = tuning.loaded(tuning.checkpoint(path / "folder", config))
+    alphabet = byte_alphabet()
+    tokens = sorted(alphabet, key=alphabet.__getitem__)
+    special = ["<s>", "</s>", "<user>", "<assistant>"]
+    keys = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": [*tokens, *special, "ab"],
+        "tokenizer.ggml.token_type": [1] * 256 + [3] * 4 + [1],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.chat_template": TEMPLATE,
+        "vocab_size": None,
+    }
+    return write_gguf(path / "base.gguf", config, weights, keys=keys)
+
+
+ATTENTION = GQAConfig(num_attention_heads=3, num_key_value_heads=1, head_dim=8)
+FP8 = QuantConfig(weight_block_size=(8, 5))
+STARTS = {
+    "mla with experts and mtp": folder_of(tuning.config()),
+    "mtp with copies": folder_of(tuning.config(mtp_copies=True)),
+    "fp8 blocks": folder_of(tuning.config(quantization=FP8)),
+    "tied gqa": folder_of(dense(tie_word_embeddings=True)),
+    "exactly converted": converted,
+    "gguf": gguf,
+}
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_start(tmp_path: Path, kind: str) -> None:
+    """Training moves every matrix, the loss falls, and the export has the start's layout, tokenizer
+    and template.
+    """
+    start = STARTS[kind](tmp_path)
+    tuning.chats(tmp_path / "tokens")
+    recipe = tuning.raw_recipe(start="base", phase=tuning.phases({"steps": 9}))
+    run = tuning.train(tmp_path, recipe, start=start)
+    losses = run.losses()
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert run.outcome.model is not None
+    before, after = tuning.loaded(start), tuning.loaded(run.outcome.model)
+    assert before.keys() == after.keys()
+    matrices = [name for name, tensor in before.items() if tensor.ndim > 1]
+    assert set(tuning.changed(before, after)) >= set(matrices)
+    first = load_model(start, dtype="fp32").config
+    last = load_model(run.outcome.model).config
+    assert last == replace(first, quantization=None)
+    assert (run.outcome.model / "tokenizer.json").is_file()
+    evaluations = [record["loss"] for record in run.records("evaluation")]
+    assert evaluations[-1] < evaluations[0]
+
+
+def test_masters_are_fp32(tmp_path: Path) -> None:
+    """A bf16 checkpoint is trained in fp32: steps smaller than bf16 can tell are not lost."""
+    start = tuning.checkpoint(tmp_path / "base", tuning.config(), torch.bfloat16)
+    tuning.chats(tmp_path / "tokens")
+    small = tuning.phases({"steps": 2, "learning_rate": 1e-6})
+    recipe = tuning.raw_recipe(start="base", precision="bf16", phase=small)
+    run = tuning.train(tmp_path, recipe, start=start)
+    saved = {n: t for n, t in run.saved().items() if n.startswith("model.layers.0.self_attn.o")}
+    before = tuning.loaded(start)
+    assert saved
+    for name, tensor in saved.items():
+        assert tensor.dtype == torch.float32
+        assert not torch.equal(tensor, before[name.removeprefix("model.")])
+
+
+def test_prompt_of_training_is_that_of_serving(tmp_path: Path) -> None:
+    """A chat's tokens begin with the very prompt that a server would encode for its question."""
+    folder = TokenFolder.open(tuning.chats(tmp_path / "tokens"))
+    tokens = folder.tokens("train", np.arange(folder.ends("train")[0])).tolist()
+    end = tokens.index(ASSISTANT)
+    question = bytes(tokens[2:end][: tokens[2:end].index(EOS)]).decode()
+    assert tokens[: end + 1] == encode_chat(
+        byte_tokenizer(), [{"role": "user", "content": question}]
+    )

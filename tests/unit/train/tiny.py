@@ -1,0 +1,88 @@
+"""Small models and batches of prime sizes for the trainer's tests."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowlat.config.model import ModelConfig, MoEConfig
+from lowlat.model.stacking import stack_experts
+from lowlat.model.transformer import Transformer
+from lowlat.train.batch import Batch
+from lowlat.train.recipe import Recipe, parse_recipe
+from lowlat.train.schedule import StepPlan, Timetable
+from tests.fakes import mla_config
+from tests.lowlat_configs import random_model
+
+LENGTH = 7
+ROWS = 5
+VOCAB = 29
+
+
+def config(**changes: Any) -> ModelConfig:
+    """A dense layer and one of experts in two groups, and two MTP modules."""
+    moe = MoEConfig(
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        moe_intermediate_size=5,
+        first_k_dense_replace=1,
+        n_group=2,
+        topk_group=1,
+        routed_scaling_factor=2.5,
+    )
+    base = replace(mla_config(), hidden_size=11, intermediate_size=13, vocab_size=VOCAB, moe=moe)
+    return replace(base, **changes)
+
+
+def model(model_config: ModelConfig, dtype: torch.dtype = torch.float64) -> Transformer:
+    """Every parameter random, biases of routing too; experts stacked, ready to be trained."""
+    result = random_model(model_config, dtype)
+    stack_experts(result)
+    for name, parameter in result.named_parameters():
+        parameter.requires_grad_(not name.endswith("e_score_correction_bias"))
+    return result
+
+
+def batch(*, ahead: int = 3, rows: int = ROWS, length: int = LENGTH, masked: bool = False) -> Batch:
+    """Random tokens; `masked`: documents that are blind to each other, whose first tokens nobody
+    predicts, and some more tokens that do not count.
+    """
+    tokens = torch.randint(VOCAB, (rows, length + ahead), generator=_generator())
+    predicted = torch.ones_like(tokens, dtype=torch.bool)
+    if not masked:
+        return Batch(tokens=tokens, predicted=predicted)
+    documents = []
+    for row in range(rows):
+        first = 1 + row % (length - 1)
+        predicted[row, 0] = predicted[row, first] = False
+        documents.append((first, length - first))
+    predicted[1, 2] = predicted[-1, length] = False
+    return Batch(tokens=tokens, predicted=predicted, documents=tuple(documents))
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+def recipe(**phase: Any) -> Recipe:
+    """Of one phase that `phase` changes."""
+    fields = {
+        "name": "p",
+        "steps": 4,
+        "sequence_length": LENGTH,
+        "batch_rows": ROWS,
+        "micro_batch_rows": 1,
+        "learning_rate": 1e-2,
+    }
+    raw = {"name": "t", "model": {}, "data": {"folder": "none"}, "phase": [fields | phase]}
+    return parse_recipe(raw, origin="test")
+
+
+def plan(step: int = 0, **phase: Any) -> StepPlan:
+    return Timetable(recipe(**phase)).at(step)
+
+
+def gradients(trained: Transformer) -> dict[str, Tensor]:
+    return {n: p.grad for n, p in trained.named_parameters() if p.grad is not None}
