@@ -24,8 +24,8 @@ GroupedLinear = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 
 
 ROW_UNIT = 64
-"""Rows of an expert are filled up to a multiple of this in bf16 on the CPU: oneDNN compiles a kernel
-for every number of rows it has not met, which takes longer than the product.
+"""Rows of an expert are filled up to a multiple of this in bf16 on the CPU: oneDNN compiles a
+kernel for every number of rows it has not met, which takes longer than the product.
 """
 
 
