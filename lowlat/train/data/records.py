@@ -106,7 +106,7 @@ def read_dataset(spec: str, options: ReadOptions) -> Iterator[Read]:
     part takes its default. Raises UserError where the library is missing or fails.
     """
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(f"datasets:{spec} needs datasets; pip install datasets") from error
     parts = OUTER_COLON.split(spec)
