@@ -189,6 +189,7 @@ def test_extensions(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model=NAME,
         messages=HELLO,
+        temperature=0,
         extra_body={"structured_outputs": {"choice": ["yes", "no"]}, "top_k": 5, "priority": 1},
     )
     assert answer.choices[0].message.content in ("yes", "no")
@@ -216,7 +217,9 @@ def test_responses(client: openai.OpenAI) -> None:
 def test_streamed_responses(client: openai.OpenAI) -> None:
     form = {"type": "json_schema", "name": "x", "schema": {"enum": ["abc"]}}
     text = ""
-    with client.responses.stream(model=NAME, input="Hello", text={"format": form}) as stream:
+    with client.responses.stream(
+        model=NAME, input="Hello", temperature=0, text={"format": form}
+    ) as stream:
         for event in stream:
             if event.type == "response.output_text.delta":
                 text += event.delta
@@ -228,7 +231,9 @@ def test_streamed_responses(client: openai.OpenAI) -> None:
 def test_responses_with_tools(client: openai.OpenAI) -> None:
     tool = {"type": "function", "strict": True, **WEATHER["function"]}
     choice = {"type": "function", "name": "get_weather"}
-    answer = client.responses.create(model=NAME, input="Hello", tools=[tool], tool_choice=choice)
+    answer = client.responses.create(
+        model=NAME, input="Hello", temperature=0, tools=[tool], tool_choice=choice
+    )
     call = answer.output[-1]
     assert call.type == "function_call"
     assert json.loads(call.arguments)["days"] in (1, 2)
