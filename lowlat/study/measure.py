@@ -16,8 +16,9 @@ from lowlat import api
 from lowlat.checkpoint.load import load_model
 from lowlat.model.stacking import stack_experts
 from lowlat.train.balance import RouterWatch
-from lowlat.train.build import DTYPES, phase_data
+from lowlat.train.build import DTYPES
 from lowlat.train.data.folder import TokenFolder
+from lowlat.train.inputs import phase_data, phase_folder
 from lowlat.train.passes import PlainPasses
 from lowlat.train.recipe import Recipe
 from lowlat.train.step import evaluate
@@ -60,7 +61,7 @@ def measure(folder: Path, recipe: Recipe, *, most_windows: int, progress: Progre
     model = load_model(folder, dtype="fp32").model
     stack_experts(model)
     num_ahead = 1 + model.config.num_nextn_predict_layers
-    windows = phase_data(recipe, 0, Path("/"), num_ahead).held_out
+    windows = phase_data(recipe, 0, phase_folder(recipe, 0, Path("/")), num_ahead).held_out
     assert windows is not None  # open_data looked
     rows = min(most_windows, windows.per_epoch)
     passes = PlainPasses(model, DTYPES[recipe.precision])

@@ -12,8 +12,8 @@ from typing import Any
 
 from lowlat.config.model import ModelConfig
 from lowlat.study.sizes import Size
-from lowlat.train.build import base_config
 from lowlat.train.data.folder import TokenFolder
+from lowlat.train.inputs import base_config
 from lowlat.train.recipe import Recipe, parse_recipe
 from lowlat.utils.errors import UserError
 

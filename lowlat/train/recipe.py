@@ -156,7 +156,7 @@ class Phase(_Table):
     sequence_length: Count
     """Tokens of a row."""
     batch_rows: Schedule
-    """Rows of a global batch (rounded to whole micro-batches); a schedule ramps it."""
+    """Rows of a global batch, whole micro-batches; a schedule ramps it and is rounded to them."""
     micro_batch_rows: Count
     """Rows of one forward and backward pass of one process."""
     learning_rate: Schedule
@@ -179,8 +179,11 @@ class Phase(_Table):
         for field in ("batch_rows", "learning_rate", "mtp_weight", "bias_update_speed"):
             schedule = getattr(self, field)
             if not isinstance(schedule, list):
-                if field == "batch_rows" and schedule < 1:
-                    raise ValueError(f"{field}: must be at least 1, not {schedule:g}")
+                if field == "batch_rows" and (schedule < 1 or schedule % self.micro_batch_rows):
+                    raise ValueError(
+                        f"{field}: must be a multiple of micro_batch_rows "
+                        f"{self.micro_batch_rows}, not {schedule:g}"
+                    )
                 continue
             if any(segment.steps is None for segment in schedule[:-1]):
                 raise ValueError(f"{field}: only the last segment may go without steps")
@@ -242,7 +245,10 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); name a recipe in TOML, such as "
+            "recipes/tiny.toml"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not TOML ({error})") from error
     for change in changes:

@@ -18,11 +18,20 @@ def batch_file(folder: Path, step: int) -> Path:
     return folder / f"failed-step-{step + 1:08}.safetensors"
 
 
-def keep_batch(path: Path, step: int, batch: Batch) -> None:
-    """Write `batch` of `step` (from 0) as `path`, in place of one that is there."""
+def keep_batch(path: Path, step: int, batch: Batch) -> str:
+    """Write `batch` of `step` (from 0) as `path`, in place of one that is there; says where it is,
+    or why it is nowhere: that it failed must not hide the failure of the step.
+    """
     documents = json.dumps(batch.documents)
     tensors = {"tokens": batch.tokens.cpu(), "predicted": batch.predicted.cpu()}
-    save_file(tensors, path, metadata={"documents": documents, "step": str(step)})
+    partial = path.with_suffix(".partial")
+    try:
+        save_file(tensors, partial, metadata={"documents": documents, "step": str(step)})
+        partial.rename(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        return f"not kept ({error})"
+    return f"in {path}"
 
 
 def read_batch(path: Path) -> Batch:

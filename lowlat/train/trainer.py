@@ -20,22 +20,16 @@ from lowlat.train.balance import RouterWatch
 from lowlat.train.batch import Batch
 from lowlat.train.build import (
     DTYPES,
-    PhaseData,
-    base_config,
-    check_same_tokenizer,
-    check_start_tokenizer,
     new_model,
     new_optimizer,
     new_passes,
-    phase_configs,
-    phase_data,
 )
 from lowlat.train.export import TOKENIZER, export, keep_tokenizer
-from lowlat.train.lora import check_lora, merged
+from lowlat.train.inputs import PhaseData, open_inputs
+from lowlat.train.lora import merged
 from lowlat.train.lora_files import start_fingerprint
 from lowlat.train.measure import Meter, eval_record
 from lowlat.train.optim import Optimizer
-from lowlat.train.parallel.check import check_parallel
 from lowlat.train.parallel.team import Team
 from lowlat.train.plan.dryrun import require_fit, trained_share, usable_memory
 from lowlat.train.plan.flops import token_flops
@@ -109,25 +103,15 @@ class Trainer:
         self.run_folder = run
         self.log = log
         self.timetable = Timetable(recipe, ranks=team.row_parts)
-        self._origin = origin
         self._dtype = DTYPES[recipe.precision]
-        num_ahead = 1  # until the config is known
-        first = phase_data(recipe, 0, base, num_ahead).folder
-        self._base_config = base_config(recipe, start, first.vocab_size, origin)
-        check_lora(self._base_config, recipe, origin)
-        check_parallel(self._base_config, recipe, origin)
-        self._configs = phase_configs(self._base_config, recipe, origin)
+        self._inputs = open_inputs(recipe, start, base, origin)
         memory = usable_memory(torch.device(recipe.device), recipe.parallel.processes)
-        require_fit(self._base_config, recipe, memory_bytes=memory)
-        num_ahead = 1 + self._base_config.num_nextn_predict_layers
-        self._data = [phase_data(recipe, i, base, num_ahead) for i in range(len(recipe.phase))]
-        check_same_tokenizer([data.folder for data in self._data], recipe, origin)
-        if start is not None:
-            check_start_tokenizer(start, first, origin)
+        require_fit(self._inputs.configs[0], recipe, memory_bytes=memory)
+        folders = [data.folder for data in self._inputs.data]
         if team.is_first:
-            for folder in {data.folder.path: data.folder for data in self._data}.values():
+            for folder in {folder.path: folder for folder in folders}.values():
                 folder.verify(progress)
-        self._fingerprints = [data.folder.fingerprint for data in self._data]
+        self._fingerprints = [folder.fingerprint for folder in folders]
         if recipe.lora is not None and start is not None:
             self._fingerprints.append(start_fingerprint(start))
         table = recipe.saves
@@ -148,7 +132,7 @@ class Trainer:
         self._start = start
         self._build(_tensors(save))
         if team.is_first:
-            keep_tokenizer(run.path, first.path if start is None else start)
+            keep_tokenizer(run.path, folders[0].path if start is None else start)
 
     def run(self) -> Outcome:
         """Train to the end of the recipe, or until SIGINT or SIGTERM, which end a run after the
@@ -162,6 +146,7 @@ class Trainer:
             tokens_total=self.timetable.tokens,
             facts=self._run_facts(),
         )
+        self._note_what_is_not_held_out()
         losses: tuple[float, ...] = ()
         saved = self.position.step
         with StopSignals() as stop:
@@ -205,7 +190,7 @@ class Trainer:
 
     def _build(self, tensors: dict[str, Tensor] | None) -> None:
         """Model and optimiser of the present phase, from `tensors` of a state if given."""
-        config = self._configs[self._phase]
+        config = self._inputs.configs[self._phase]
         weights = None if tensors is None else part(tensors, MODEL)
         moments = None if tensors is None else part(tensors, OPTIMIZER)
         self.model: Transformer = new_model(config, self.recipe, self._start, weights)
@@ -265,14 +250,15 @@ class Trainer:
         self._saves.wait()
         if not self._team.from_first(int(plan.step in self._saves.steps())):
             self._save()
-        path = batch_file(self.run_folder.path, plan.step)
+        kept = "kept by the first process"
         if self._team.is_first:
-            keep_batch(path, plan.step, self._present.train.batch(plan.first_row, plan.rows))
+            path = batch_file(self.run_folder.path, plan.step)
+            kept = keep_batch(path, plan.step, self._present.train.batch(plan.first_row, plan.rows))
         self._saves.wait()
         self._team.wait()
         what = "gradient" if all(map(_is_finite, result.losses)) else "loss"
         raise UserError(
-            f"step {plan.step + 1}: the {what} is not finite; its batch is in {path}, the state "
+            f"step {plan.step + 1}: the {what} is not finite; its batch is {kept}, the state "
             f"before it in {self._saves.folder}; lower the learning rate or look at the batch"
         )
 
@@ -289,6 +275,14 @@ class Trainer:
         self.log.status("")
         tokens = self.timetable.tokens_before(self.position.step)
         self.log.evaluation(eval_record(losses, self.position.step, tokens, self._present.folder))
+
+    def _note_what_is_not_held_out(self) -> None:
+        for phase, data in zip(self.recipe.phase, self._inputs.data, strict=True):
+            if data.held_out is None:
+                self.log.note(
+                    f"phase {phase.name}: no evaluations, {data.folder.path} holds out less than "
+                    "a row; build it with --held-out"
+                )
 
     def _held_out_batches(self, plan: StepPlan) -> Iterator[Batch]:
         """This process's, every `row_parts`-th; where they do not come out even, the last one
@@ -344,7 +338,7 @@ class Trainer:
 
     @property
     def _present(self) -> PhaseData:
-        return self._data[self._phase]
+        return self._inputs.data[self._phase]
 
     def _new_meter(self) -> Meter:
         length = self.recipe.phase[self._phase].sequence_length

@@ -12,8 +12,8 @@ import torch
 
 from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
-from lowlat.train.build import base_config
 from lowlat.train.data.folder import TokenFolder
+from lowlat.train.inputs import base_config
 from lowlat.train.plan.flops import TokenFlops, token_flops
 from lowlat.train.plan.job import Job, Layout, Schedule, ZeroStage, check
 from lowlat.train.plan.memory import ACTIVATIONS, WORKING, Memory, device_memory

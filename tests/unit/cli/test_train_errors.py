@@ -72,7 +72,10 @@ def test_no_recipe(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = fails(monkeypatch, capsys, "absent.toml")
-    assert said == "absent.toml: cannot be read (No such file or directory)"
+    assert said == (
+        "absent.toml: cannot be read (No such file or directory); name a recipe in TOML, such as "
+        "recipes/tiny.toml"
+    )
     (folder / "r.toml").write_text("name = ")
     assert fails(monkeypatch, capsys, "r.toml").startswith("r.toml: is not TOML (")
 
@@ -90,7 +93,16 @@ def test_no_recipe(
         ("steps = 2\n", "", "phase.0.steps is missing"),
         ("steps = 2", "steps = 'two'", "phase.0.steps: must be a valid integer, not 'two'"),
         ("rows = 1", "rows = 1.5", "phase.0.micro_batch_rows: must be a valid integer, not 1.5"),
-        ("= 2\nmicro", "= 0\nmicro", "phase.0: batch_rows: must be at least 1, not 0"),
+        (
+            "= 2\nmicro",
+            "= 0\nmicro",
+            "phase.0: batch_rows: must be a multiple of micro_batch_rows 1, not 0",
+        ),
+        (
+            "rows = 1",
+            "rows = 3",
+            "phase.0: batch_rows: must be a multiple of micro_batch_rows 3, not 2",
+        ),
         ("'small'", "'a/b'", "name: must be letters, digits, '.', '_' and '-', a letter or digit"),
         ("1e-3", "-1e-3", "phase.0.learning_rate: must be greater than or equal to 0, not -0.001"),
         ("1e-3", "nan", "phase.0.learning_rate: must be a finite number, not nan"),

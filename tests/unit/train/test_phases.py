@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from lowlat.attention.flash import FlashAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.model.transformer import Transformer
-from lowlat.train.build import base_config, phase_configs
+from lowlat.train.inputs import base_config, phase_configs
 from lowlat.train.recipe import Recipe, parse_recipe
 from lowlat.utils.errors import UserError
 

@@ -7,7 +7,7 @@ import pytest
 
 from lowlat.checkpoint.load import load_model
 from lowlat.cli.main import app
-from lowlat.train.build import base_config, phase_configs
+from lowlat.train.inputs import base_config, phase_configs
 from lowlat.train.lora import check_lora
 from lowlat.train.parallel.check import check_parallel
 from lowlat.train.recipe import Recipe, read_recipe

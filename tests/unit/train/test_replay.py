@@ -41,3 +41,12 @@ def test_files_that_are_no_batch(tmp_path: Path) -> None:
     for path in (missing, text, bare, other, wrong):
         with pytest.raises(UserError, match=f"{path}: is not a batch that a failed step left"):
             read_batch(path)
+
+
+def test_a_batch_that_cannot_be_kept_says_so(tmp_path: Path) -> None:
+    """Holds shut: a full disk that hides why a run stopped."""
+    path = batch_file(tmp_path / "gone", 6)
+    assert keep_batch(path, 6, tiny.batch()).startswith("not kept (")
+    kept = batch_file(tmp_path, 6)
+    assert keep_batch(kept, 6, tiny.batch()) == f"in {kept}"
+    assert [file.name for file in tmp_path.iterdir()] == [kept.name]

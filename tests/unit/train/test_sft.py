@@ -14,8 +14,8 @@ from lowlat.convert.run import convert
 from lowlat.text.chat_prompt import encode_chat
 from lowlat.text.token_bytes import byte_alphabet
 from lowlat.train.batch import Batch
-from lowlat.train.build import phase_data
 from lowlat.train.data.folder import TokenFolder
+from lowlat.train.inputs import phase_data, phase_folder
 from lowlat.train.recipe import parse_recipe
 from tests.fakes import ASSISTANT, EOS, TEMPLATE, byte_tokenizer, gqa_config
 from tests.unit.checkpoint.gguf_files import write_gguf
@@ -37,7 +37,7 @@ def test_only_answers_are_targets(tmp_path: Path) -> None:
     assert folder.predicted("train", places).tolist() == expected
     assert sum(expected) > 2 * folder.num_documents("train")
     recipe = parse_recipe(tuning.raw_recipe(model={}), origin="r.toml")
-    batch = phase_data(recipe, 0, tmp_path, 2).train.batch(0, 5)
+    batch = phase_data(recipe, 0, phase_folder(recipe, 0, tmp_path), 2).train.batch(0, 5)
     assert batch.documents is not None and max(map(len, batch.documents)) > 1
     ends = {(batch.tokens == EOS)[row, sum(part[:-1]) - 1].item() for row, part in cut(batch)}
     assert ends == {True}

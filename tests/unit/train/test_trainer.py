@@ -243,6 +243,8 @@ def test_a_phase_with_data_of_its_own(base: Path) -> None:
     outcome, log = train(base / "run", wanted)
     assert outcome.is_complete
     assert [record.step for record in log.evaluations] == [3, 5]
+    (note,) = [note for note in log.notes if "no evaluations" in note]
+    assert str(base / "more") in note and "--held-out" in note
 
 
 def test_data_of_another_tokenizer_is_refused(base: Path) -> None:

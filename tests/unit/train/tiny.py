@@ -67,12 +67,13 @@ def _generator() -> torch.Generator:
 
 
 def recipe(**phase: Any) -> Recipe:
-    """Of one phase that `phase` changes."""
+    """Of one phase that `phase` changes; its batch is ROWS, filled up to whole micro-batches."""
+    unit = phase.get("micro_batch_rows", 1)
     fields = {
         "name": "p",
         "steps": 4,
         "sequence_length": LENGTH,
-        "batch_rows": ROWS,
+        "batch_rows": -(-ROWS // unit) * unit,
         "micro_batch_rows": 1,
         "learning_rate": 1e-2,
     }
