@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowlat.attention.base import AttentionBackend
 from lowlat.config.model import GLAConfig, ModelConfig
 from lowlat.model.linear import Linear, RMSNorm
-from lowlat.model.mla import LATENT_NORM_EPS
+from lowlat.model.mla import LATENT_NORM_EPS, split_queries
 from lowlat.ops.rope import apply_rope
 
 
@@ -66,9 +66,7 @@ class GLA(nn.Module):
             q = self.q_proj(x)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = q.unflatten(-1, (dims.num_attention_heads, dims.qk_head_dim))
-        q_nope, q_rope = q.split([dims.qk_nope_head_dim, dims.qk_rope_head_dim], dim=-1)
-        return q_nope, apply_rope(q_rope, *rope, interleave=self.interleave)
+        return split_queries(q, dims, rope, interleave=self.interleave)
 
     def rows(
         self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor]

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowlat.attention.base import AttentionBackend
-from lowlat.config.model import MLAConfig, ModelConfig
+from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig
 from lowlat.model.linear import Linear, RMSNorm
 from lowlat.ops.rope import apply_rope
 
@@ -16,6 +16,19 @@ LATENT_NORM_EPS = 1e-6
 """Epsilon of the norms on both latents: fixed in every released implementation, whatever
 rms_norm_eps says.
 """
+
+
+def split_queries(
+    q: Float[Tensor, "tokens heads_times_dim"],
+    dims: MLAConfig | GLAConfig,
+    rope: tuple[Tensor, Tensor],
+    *,
+    interleave: bool,
+) -> tuple[Float[Tensor, "tokens heads nope_dim"], Float[Tensor, "tokens heads rope_dim"]]:
+    """q^C and the rotated q^R of every head (equations 6-9)."""
+    q = q.unflatten(-1, (dims.num_attention_heads, dims.qk_head_dim))
+    q_nope, q_rope = q.split([dims.qk_nope_head_dim, dims.qk_rope_head_dim], dim=-1)
+    return q_nope, apply_rope(q_rope, *rope, interleave=interleave)
 
 
 class MLA(nn.Module):
@@ -75,9 +88,7 @@ class MLA(nn.Module):
             q = self.q_proj(x)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = q.unflatten(-1, (dims.num_attention_heads, dims.qk_head_dim))
-        q_nope, q_rope = q.split([dims.qk_nope_head_dim, dims.qk_rope_head_dim], dim=-1)
-        return q_nope, apply_rope(q_rope, *rope, interleave=self.interleave)
+        return split_queries(q, dims, rope, interleave=self.interleave)
 
     def rows(
         self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor]
