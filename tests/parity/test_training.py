@@ -33,7 +33,7 @@ from tests.fakes import byte_tokenizer
 from .draw import Case, all_cases
 from .oracle import KINDS, Oracle, build, save
 
-LENGTH, ROWS = 11, 3
+LENGTH, ROWS = 11, 4
 MTP_WEIGHT = 0.3
 RATE = 0.01
 CASES = [c for c in all_cases() if c.family == "deepseek_v3" and not (c.mtp and c.mtp_copies)]
