@@ -28,15 +28,20 @@ class Muon(torch.optim.Optimizer):
         self,
         params: Sequence[nn.Parameter],
         divisions: Sequence[Division] | None = None,
+        blocks: Sequence[int] | None = None,
         *,
         lr: float = 0.0,
         momentum: float = 0.95,
         weight_decay: float = 0.1,
     ) -> None:
-        """`divisions` say which pieces of whole tensors `params` are; without, they are whole."""
+        """`divisions` say which pieces of whole tensors `params` are; without, they are whole.
+        `blocks` say how many matrices lie one below the other in each, 2 where gate rows are
+        followed by up rows; without, one.
+        """
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         divisions = divisions or [Division(Team(), p.shape) for p in params]
         self._divisions = dict(zip(map(id, params), divisions, strict=True))
+        self._blocks = dict(zip(map(id, params), blocks or [1] * len(params), strict=True))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -57,8 +62,11 @@ class Muon(torch.optim.Optimizer):
         nesterov = parameter.grad.add(momentum, alpha=group["momentum"])
         division = self._divisions[id(parameter)]
         within = division.within_matrices()
-        update = within.own(orthogonalized(within.whole(nesterov)))
-        scale = UPDATE_RMS * max(division.shape[-2:]) ** 0.5
+        whole = within.whole(nesterov)
+        rows, columns = whole.shape[-2] // self._blocks[id(parameter)], whole.shape[-1]
+        matrices = whole.unflatten(-2, (-1, rows))
+        update = within.own(orthogonalized(matrices).flatten(-3, -2))
+        scale = UPDATE_RMS * max(rows, columns) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * scale)
 

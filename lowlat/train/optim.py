@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lowlat.model.linear import Embedding, Linear
 from lowlat.model.moe import Gate
+from lowlat.model.stacking import GATE_UP
 from lowlat.model.transformer import Transformer
 from lowlat.train.muon import Muon
 from lowlat.train.parallel.layout import Layout
@@ -46,6 +47,7 @@ class Optimizer:
             Muon(
                 [p for _, p in muon],
                 [self._layout.division(name) for name, _ in muon],
+                [2 if name.endswith(GATE_UP) else 1 for name, _ in muon],
                 momentum=table.momentum,
                 weight_decay=table.weight_decay,
             )

@@ -188,6 +188,13 @@ OPTIMISING = [
         TRAIN + "test_muon.py::test_stacks_are_treated_matrix_by_matrix[dtype1]",
     ),
     Mutant(
+        "Muon: gate and up as one matrix",
+        "train/muon.py",
+        "whole.shape[-2] // self._blocks[id(parameter)]",
+        "whole.shape[-2]",
+        TRAIN + "test_muon.py::test_blocks_are_matrices_of_their_own",
+    ),
+    Mutant(
         "Muon: no Nesterov momentum",
         "train/muon.py",
         'nesterov = parameter.grad.add(momentum, alpha=group["momentum"])',

@@ -59,6 +59,18 @@ def test_updates_by_hand(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(optimizer.state[parameter]["momentum"], momentum)
 
 
+def test_blocks_are_matrices_of_their_own() -> None:
+    """Gate rows and up rows in one stack move as they would alone."""
+    gate, up = matrix(3, 4, 7), matrix(3, 4, 7).flip(1).cos()
+    both = nn.Parameter(torch.zeros(3, 8, 7, dtype=torch.float64))
+    alone = [nn.Parameter(torch.zeros_like(gate)) for _ in range(2)]
+    both.grad = torch.cat([gate, up], dim=1)
+    alone[0].grad, alone[1].grad = gate, up
+    Muon([both], blocks=[2], lr=1.0).step()
+    Muon(alone, lr=1.0).step()
+    torch.testing.assert_close(both.detach(), torch.cat([p.detach() for p in alone], dim=1))
+
+
 def test_updates_have_the_size_of_adamws() -> None:
     """Root mean square 0.2 of a square matrix' update, whatever its gradient."""
     parameter = nn.Parameter(torch.zeros(64, 64))

@@ -137,3 +137,18 @@ def test_state_goes_on(name: str, dtype: torch.dtype) -> None:
     # What was loaded is the optimiser's own: the saved tensors are as they were.
     set_gradients(other, 5)
     assert not torch.equal(saved["exp_avg.norm.weight"], after["exp_avg.norm.weight"])
+
+
+def test_muon_knows_gate_from_up() -> None:
+    """The update of a stack's gate rows does not depend on the gradient of its up rows."""
+    found = []
+    for scale in (1.0, 5.0):
+        model = tiny.model(tiny.config())
+        optimizer = Optimizer(model, OptimizerTable(name="muon", clip=0.0))
+        set_gradients(model, 1)
+        stack = model.layers[1].mlp.experts.gate_up_proj
+        inner = stack.shape[1] // 2
+        stack.grad[:, inner:] *= scale
+        optimizer.step(RATE)
+        found.append(stack.detach()[:, :inner].clone())
+    assert torch.equal(*found)
