@@ -187,14 +187,52 @@ BoundAttention make_gqa(std::int64_t heads, std::int64_t kv_heads, std::int64_t 
 }
 
 BoundLayer make_layer(const BoundNorm& input_norm, const BoundNorm& post_attention_norm,
-                      const BoundAttention& attention, const std::optional<BoundMlp>& mlp,
+                      const BoundAttention& attention, std::int64_t first_pair, const std::optional<BoundMlp>& mlp,
                       const std::optional<BoundMoe>& moe) {
   BoundLayer bound;
   bound.part.input_norm = bound.keep(input_norm);
   bound.part.post_attention_norm = bound.keep(post_attention_norm);
   bound.part.attention = bound.keep(attention);
+  bound.part.attention.first_pair = first_pair;
+  require(first_pair >= 0, "a layer's pairs begin before the first");
   bound.part.mlp = bound.keep(mlp);
   bound.part.moe = bound.keep(moe);
+  return bound;
+}
+
+// The cache of a layer: rows [pages, page_size, row], their elements, and how many of these are int8 (0: all bf16).
+using CacheArgs = std::tuple<Array, std::int64_t, std::int64_t>;
+
+// The paged cache, put together once for all steps until it grows.
+struct BoundCache {
+  std::vector<Cache> layers;
+  std::vector<std::int64_t> row_dims;
+  std::int64_t pages = 0;
+  std::vector<Array> owners;
+
+  std::int64_t page_size() const { return layers[0].page_size; }
+};
+
+BoundCache make_cache(const std::vector<CacheArgs>& layers) {
+  require(!layers.empty(), "a cache has no layers");
+  BoundCache bound;
+  for (const auto& [rows, row_dim, quantized] : layers) {
+    require(quantized >= 0 && quantized <= row_dim, "quantized channels do not fit the row");
+    Cache cache;
+    cache.quantized = quantized;
+    cache.row_bytes = quantized == 0
+                          ? 2 * row_dim
+                          : (quantized + 3) / 4 * 4 + (quantized + 63) / 64 * 4 + 2 * (row_dim - quantized);
+    cache.page_size = size(rows, 1);
+    const Type type = quantized == 0 ? Type::bf16 : Type::uint8;
+    const std::int64_t width = quantized == 0 ? row_dim : cache.row_bytes;
+    cache.data = elements<std::uint8_t>(rows, "cache", type, {size(rows, 0), cache.page_size, width});
+    bound.layers.push_back(cache);
+    bound.row_dims.push_back(row_dim);
+    bound.owners.push_back(rows);
+    bound.pages = size(bound.owners[0], 0);
+    require(size(rows, 0) == bound.pages && cache.page_size == bound.page_size(), "layers of a cache differ in pages");
+  }
   return bound;
 }
 
@@ -210,9 +248,8 @@ class BoundModel {
   }
 
   void step(const Array& ids, const Array& slots, const Array& cos, const Array& sin,
-            const std::vector<SequenceArgs>& sequences, const Array& cache, std::int64_t quantized,
-            const Array& hidden, const std::vector<std::int64_t>& wanted, const std::optional<Array>& logits,
-            bool is_stream) {
+            const std::vector<SequenceArgs>& sequences, const BoundCache& cache, const Array& hidden,
+            const std::vector<std::int64_t>& wanted, const std::optional<Array>& logits, bool is_stream) {
     // Not waited for with Python's lock in hand: the step that goes on will ask for it before it gives up this one.
     std::unique_lock one_step(mutex_, std::defer_lock);
     {
@@ -221,8 +258,8 @@ class BoundModel {
     }
     Step step;
     read_tokens(step, ids, slots, cos, sin);
-    read_cache(step, cache, quantized);
-    read_sequences(step, sequences, size(cache, 1));
+    read_cache(step, cache);
+    read_sequences(step, sequences, cache);
     step.hidden = elements<bf16>(hidden, "hidden", Type::bf16, {step.tokens, model_.hidden});
     for (const std::int64_t row : wanted) require(row >= 0 && row < step.tokens, "a wanted token is not of the step");
     step.wanted = wanted;
@@ -270,9 +307,8 @@ class BoundModel {
     require(layer.input_norm.size == model.hidden && layer.post_attention_norm.size == model.hidden &&
                 input.weight.columns == model.hidden && a.o.weight.rows == model.hidden,
             "a layer has another width than the embedding");
-    require(a.heads == first.heads && a.kv_heads == first.kv_heads && a.row_dim() == first.row_dim() &&
-                a.rope_dim == first.rope_dim && a.query_dim() == first.query_dim() && a.out_dim() == first.out_dim(),
-            "the layers' attention differs in size");
+    require(a.heads == first.heads && a.kv_heads == first.kv_heads && a.is_mla() == first.is_mla(),
+            "the layers' attention differs in form or heads");
     require(layer.mlp || layer.moe, "a layer has no MLP");
     if (layer.mlp) require(layer.mlp->gate.weight.columns == model.hidden, "an MLP has another width");
     if (!layer.moe) return;
@@ -286,41 +322,37 @@ class BoundModel {
     step.tokens = size(ids, 0);
     step.ids = elements<std::int64_t>(ids, "ids", Type::int64, {step.tokens});
     step.slots = elements<std::int64_t>(slots, "slots", Type::int64, {step.tokens});
-    const std::int64_t half = model_.layers[0].attention.rope_dim / 2;
-    step.cos = elements<float>(cos, "cos", Type::fp32, {step.tokens, half});
-    step.sin = elements<float>(sin, "sin", Type::fp32, {step.tokens, half});
+    step.pairs = size(cos, 1);
+    for (const Layer& layer : model_.layers) {
+      const Attention& a = layer.attention;
+      require(a.first_pair <= step.pairs - a.rope_dim / 2, "cos and sin have too few pairs");
+    }
+    step.cos = elements<float>(cos, "cos", Type::fp32, {step.tokens, step.pairs});
+    step.sin = elements<float>(sin, "sin", Type::fp32, {step.tokens, step.pairs});
     for (std::int64_t t = 0; t < step.tokens; ++t) {
       require(step.ids[t] >= 0 && step.ids[t] < model_.vocab, "a token id is outside the vocabulary");
     }
   }
 
-  void read_cache(Step& step, const Array& cache, std::int64_t quantized) const {
-    const std::int64_t row_dim = model_.layers[0].attention.row_dim();
-    Cache& c = step.cache;
-    c.quantized = quantized;
-    require(quantized >= 0 && quantized <= row_dim, "quantized channels do not fit the row");
-    c.row_bytes = quantized == 0 ? 2 * row_dim
-                                 : (quantized + 3) / 4 * 4 + (quantized + 63) / 64 * 4 + 2 * (row_dim - quantized);
-    c.page_size = size(cache, 2);
-    const Type type = quantized == 0 ? Type::bf16 : Type::uint8;
-    const std::int64_t width = quantized == 0 ? row_dim : c.row_bytes;
-    c.data = static_cast<std::uint8_t*>(static_cast<void*>(
-        elements<std::uint8_t>(cache, "cache", type, {size(cache, 0), size(cache, 1), c.page_size, width})));
-    c.layer_bytes = size(cache, 1) * c.page_size * c.row_bytes;
-    require(size(cache, 0) >= static_cast<std::int64_t>(model_.layers.size()), "the cache has too few layers");
-    const std::int64_t slots = size(cache, 1) * c.page_size;
+  void read_cache(Step& step, const BoundCache& cache) const {
+    require(cache.layers.size() >= model_.layers.size(), "the cache has too few layers");
+    for (std::size_t layer = 0; layer < model_.layers.size(); ++layer) {
+      require(cache.row_dims[layer] == model_.layers[layer].attention.row_dim(), "the cache has rows of another width");
+    }
+    step.caches = cache.layers.data();
+    const std::int64_t slots = cache.pages * cache.page_size();
     for (std::int64_t t = 0; t < step.tokens; ++t) {
       require(step.slots[t] >= 0 && step.slots[t] < slots, "a slot is outside the cache");
     }
   }
 
-  static void read_sequences(Step& step, const std::vector<SequenceArgs>& sequences, std::int64_t num_pages) {
+  static void read_sequences(Step& step, const std::vector<SequenceArgs>& sequences, const BoundCache& cache) {
     std::int64_t token = 0;
     for (const auto& [pages, start, length, is_expanded] : sequences) {
       require(start >= 0 && length > 0, "a sequence has no new tokens");
-      const auto rows = static_cast<std::int64_t>(pages.size()) * step.cache.page_size;
+      const auto rows = static_cast<std::int64_t>(pages.size()) * cache.page_size();
       require(rows >= start + length, "a sequence has too few pages");
-      for (const std::int32_t page : pages) require(page >= 0 && page < num_pages, "a page is outside the cache");
+      for (const std::int32_t page : pages) require(page >= 0 && page < cache.pages, "a page is outside the cache");
       step.sequences.push_back({pages.data(), start, length, token, is_expanded});
       token += length;
     }
@@ -352,13 +384,14 @@ void bind_model(nb::module_& module) {
                   "window"_a, "q"_a, "k"_a, "v"_a, "o"_a, "q_norm"_a.none(), "k_norm"_a.none());
   nb::class_<BoundLayer>(module, "Layer")
       .def_static("make", make_layer, nb::kw_only(), "input_norm"_a, "post_attention_norm"_a, "attention"_a,
-                  "mlp"_a.none(), "moe"_a.none());
+                  "first_pair"_a, "mlp"_a.none(), "moe"_a.none());
+  nb::class_<BoundCache>(module, "Cache").def_static("make", make_cache, "layers"_a);
   nb::class_<BoundModel>(module, "Model")
       .def(nb::init<const Array&, const std::vector<BoundLayer>&, const BoundNorm&, const BoundProjection&,
                     bool>(),
            nb::kw_only(), "embedding"_a, "layers"_a, "norm"_a, "head"_a, "is_larger_than_memory"_a)
       .def("step", &BoundModel::step, nb::kw_only(), "ids"_a, "slots"_a, "cos"_a, "sin"_a, "sequences"_a, "cache"_a,
-           "quantized"_a, "hidden"_a, "wanted"_a, "logits"_a.none(), "is_stream"_a);
+           "hidden"_a, "wanted"_a, "logits"_a.none(), "is_stream"_a);
 }
 
 }  // namespace lowlat

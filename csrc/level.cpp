@@ -115,7 +115,7 @@ void attend_position(const PagedAttention& a, std::int64_t query, std::int64_t g
     const std::int64_t end = least(split + kSplit, last);
     for (std::int64_t key = most(split, first / kKeyBlock * kKeyBlock); key < end; key += kKeyBlock) {
       const std::int64_t keys = least(kKeyBlock, end - key);
-      const Rows block = cached_rows(a.cache, a.cache.data, a.pages, key, keys, a.row_dim, false, cached);
+      const Rows block = cached_rows(a.cache, a.pages, key, keys, a.row_dim, false, cached);
       const KeyBlock views{view(block.data + group * a.key_step, keys, a.key_dim, block.stride),
                            view(block.data + a.value_offset + group * a.value_step, keys, a.value_dim, block.stride), {}, {}};
       attend(q, views, key, a.scale, panels, scores, part);

@@ -49,7 +49,8 @@ struct Attention {
   float scale = 0;
   bool interleave = false;
   std::int64_t rope_dim = 0;
-  std::int64_t window = 0;  // 0: all
+  std::int64_t first_pair = 0;  // of the layer's columns in Step's cos and sin
+  std::int64_t window = 0;      // 0: all
   Projection q;             // q_proj, or q_b_proj where q_a is there
   Projection o;
   // MLA
@@ -88,12 +89,11 @@ struct Model {
   bool is_larger_than_memory = false;  // weights are read from their files again and again
 };
 
-// The paged cache: row r of page p of layer l at data + l * layer_bytes + (p * page_size + r) * row_bytes.
+// The paged cache of a layer: row r of page p at data + (p * page_size + r) * row_bytes.
 // bf16: the row's elements. int8: `quantized` channels as int8, padded to 4 bytes, an fp32 scale for each 64 of them,
 // then the other elements in bf16.
 struct Cache {
   std::uint8_t* data = nullptr;
-  std::int64_t layer_bytes = 0;
   std::int64_t row_bytes = 0;
   std::int64_t page_size = 0;
   std::int64_t quantized = 0;  // 0: bf16
@@ -112,10 +112,11 @@ struct Step {
   std::int64_t tokens = 0;
   const std::int64_t* ids = nullptr;    // [tokens]
   const std::int64_t* slots = nullptr;  // [tokens]: page * page_size + row
-  const float* cos = nullptr;           // [tokens, rope_dim / 2]
+  const float* cos = nullptr;           // [tokens, pairs]: a layer's own start at its first_pair
   const float* sin = nullptr;
+  std::int64_t pairs = 0;
   std::vector<Sequence> sequences;
-  Cache cache;
+  const Cache* caches = nullptr;        // of each layer; pages are the same in all
   bool is_stream = false;               // every sequence has few new tokens, see Activations
   bf16* hidden = nullptr;               // out [tokens, hidden], after the final norm
   std::vector<std::int64_t> wanted;     // tokens whose logits are asked for

@@ -18,7 +18,13 @@ std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / t
 
 Sizes::Sizes(const Model& model) {
   for (const Layer& layer : model.layers) {
-    if (layer.attention.q_a) query_latent = std::max(query_latent, layer.attention.q_a->weight.rows);
+    const Attention& a = layer.attention;
+    row = std::max(row, a.row_dim());
+    queries = std::max(queries, a.heads * a.query_dim());
+    outputs = std::max(outputs, a.heads * a.out_dim());
+    key = std::max(key, a.key_dim());
+    value = std::max(value, a.is_mla() ? a.latent_dim : a.out_dim());
+    if (a.q_a) query_latent = std::max(query_latent, a.q_a->weight.rows);
     if (layer.mlp) inner = std::max(inner, layer.mlp->gate.weight.rows);
     if (!layer.moe) continue;
     experts = std::max(experts, layer.moe->router.experts);
@@ -58,16 +64,16 @@ void Workspace::prepare(const Model& model, const Step& step, int threads) {
   const std::int64_t n = step.tokens, routed = n * sizes.chosen;
   hidden = rows_of(0, n, model.hidden, step.is_stream);
   query_latent = rows_of(1, n, sizes.query_latent, step.is_stream);
-  attended = rows_of(2, n, a.heads * a.out_dim(), step.is_stream);
+  attended = rows_of(2, n, sizes.outputs, step.is_stream);
   inner = rows_of(3, routed + n, sizes.inner, step.is_stream);
   // A single token's row serves all its experts as it is.
   gathered = n > 1 ? rows_of(4, routed, model.hidden, step.is_stream) : Activations{};
   x = take<bf16>(5, n * hidden.stride);
   query_latent_raw = take<bf16>(6, n * query_latent.stride);
-  row = take<bf16>(7, n * a.row_dim());
-  q = take<bf16>(8, n * a.heads * a.query_dim());
-  absorbed_stride = round_up(a.key_dim(), kGroup);
-  mixed_stride = round_up(a.latent_dim, kGroup);
+  row = take<bf16>(7, n * sizes.row);
+  q = take<bf16>(8, n * sizes.queries);
+  absorbed_stride = round_up(sizes.key, kGroup);
+  mixed_stride = round_up(sizes.value, kGroup);
   absorbed_q = a.is_mla() ? take<bf16>(9, n * a.heads * absorbed_stride) : nullptr;
   mixed = a.is_mla() ? take<bf16>(10, n * a.heads * mixed_stride) : nullptr;
   gate_scores = take<float>(11, n * sizes.experts);
@@ -76,6 +82,7 @@ void Workspace::prepare(const Model& model, const Step& step, int threads) {
   row_token.resize(routed);
   row_weight.resize(routed);
   next_row.resize(sizes.experts);
+  // Heads are the same in all layers, and so is the plan.
   plan_attention(a, step, threads);
 }
 
@@ -119,7 +126,7 @@ void Workspace::plan_attention(const Attention& a, const Step& step, int threads
   // Long tasks first: the last to finish should be a short one.
   std::stable_sort(tasks.begin(), tasks.end(),
                    [](const AttentionTask& one, const AttentionTask& other) { return one.split < other.split; });
-  value_stride = round_up(a.is_mla() ? a.latent_dim : a.out_dim(), 32);
+  value_stride = round_up(sizes.value, 32);
   top = take<float>(14, rows);
   total = take<float>(15, rows);
   values = take<float>(16, rows * value_stride);

@@ -64,13 +64,15 @@ struct ExpertRows {
 // The largest sizes of a model's layers.
 struct Sizes {
   std::int64_t query_latent = 0, inner = 0, experts = 0, chosen = 0;
+  std::int64_t row = 0, queries = 0, outputs = 0, key = 0, value = 0;
 
   explicit Sizes(const Model& model);
 };
 
 // The memory of one model's steps.
 struct Workspace {
-  // Activations of all tokens; strides are multiples of 32 and padding is zero.
+  // Activations of all tokens; strides are multiples of 32 and the same in all layers, those of the widest. A layer's
+  // rows are followed by zeros up to a multiple of 32.
   Activations hidden, query_latent, attended, inner, gathered;
   bf16* x = nullptr;                 // residual [tokens, hidden.stride]
   bf16* query_latent_raw = nullptr;  // [tokens, query_latent.stride]

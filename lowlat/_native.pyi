@@ -153,9 +153,20 @@ class Layer:
         input_norm: Norm,
         post_attention_norm: Norm,
         attention: Attention,
+        first_pair: int,
         mlp: Mlp | None,
         moe: Moe | None,
-    ) -> Layer: ...
+    ) -> Layer:
+        """first_pair: the column of a step's cos and sin where the layer's own begin."""
+
+class Cache:
+    """The paged rows of all layers, where they lie."""
+
+    @staticmethod
+    def make(layers: Sequence[tuple[Tensor, int, int]]) -> Cache:
+        """(rows, row_dim, quantized) of each layer: rows [pages, page_size, row_dim] bf16, or row
+        bytes uint8 of which `quantized` channels are int8.
+        """
 
 class Model:
     """Decoder layers between an embedding (bf16 [vocab, hidden]) and a head."""
@@ -177,18 +188,16 @@ class Model:
         cos: Tensor,
         sin: Tensor,
         sequences: Sequence[tuple[Sequence[int], int, int, bool]],
-        cache: Tensor,
-        quantized: int,
+        cache: Cache,
         hidden: Tensor,
         wanted: Sequence[int],
         logits: Tensor | None,
         is_stream: bool,
     ) -> None:
-        """ids and slots int64 [tokens]; cos and sin fp32 [tokens, rope_dim / 2]; sequences of
-        (pages, rows cached before, new rows, whether MLA is expanded); cache [layers, pages,
-        page_size, row_dim] bf16, or row bytes uint8 of which `quantized` channels are int8; hidden
-        bf16 [tokens, hidden] and logits fp32 [wanted, vocab] are written. is_stream: every sequence
-        has few new tokens (lowlat.model.native).
+        """ids and slots int64 [tokens]; cos and sin fp32 [tokens, pairs], the tables of all layers;
+        sequences of (pages, rows cached before, new rows, whether MLA is expanded); cache: of at
+        least the model's layers; hidden bf16 [tokens, hidden] and logits fp32 [wanted, vocab] are
+        written. is_stream: every sequence has few new tokens (lowlat.model.native).
         """
 
 class Choice:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from lowlat.config.model import (
-    AttentionConfig,
     GLAConfig,
     GQAConfig,
     GTAConfig,
     MLAConfig,
+    ModelAttention,
     ModelConfig,
     MoEConfig,
     RopeConfig,
@@ -59,23 +59,23 @@ YARN = RopeConfig(
 )
 
 
-def lowlat_config(attention: AttentionConfig, **changes: Any) -> ModelConfig:
+def lowlat_config(attention: ModelAttention, **changes: Any) -> ModelConfig:
     """A dense model of two layers; `changes` replace fields."""
-    config = ModelConfig(
-        model_type="lowlat",
-        hidden_size=23,
-        intermediate_size=31,
-        num_hidden_layers=2,
-        vocab_size=263,
-        max_position_embeddings=97,
-        rms_norm_eps=1e-5,
-        attention=attention,
-        rope=RopeConfig(rope_theta=100.0),
-        initializer_range=0.4,
-        bos_token_id=0,
-        eos_token_ids=(257, 261),
-    )
-    return replace(config, **changes)
+    fields: dict[str, Any] = {
+        "model_type": "lowlat",
+        "hidden_size": 23,
+        "intermediate_size": 31,
+        "num_hidden_layers": 2,
+        "vocab_size": 263,
+        "max_position_embeddings": 97,
+        "rms_norm_eps": 1e-5,
+        "attention": attention,
+        "rope": RopeConfig(rope_theta=100.0),
+        "initializer_range": 0.4,
+        "bos_token_id": 0,
+        "eos_token_ids": (257, 261),
+    }
+    return ModelConfig(**(fields | changes))
 
 
 FORMS: dict[str, ModelConfig] = {
@@ -107,7 +107,62 @@ COMBINED: dict[str, ModelConfig] = {
 }
 """Attention of every form with experts, MTP modules and what else only this family can say."""
 
-EVERY = {**FORMS, **{f"combined {name}": config for name, config in COMBINED.items()}}
+DIFFERING = (
+    replace(MLA, kv_lora_rank=11, kv_a_layernorm=False),
+    replace(MLA, kv_lora_rank=101, qk_nope_head_dim=0, qk_rope_head_dim=10),
+    replace(MLA, kv_lora_rank=3, qk_rope_head_dim=2, v_head_dim=37, attention_bias=True),
+    replace(MLA, kv_lora_rank=67, q_lora_rank=11, qk_nope_head_dim=29, qk_rope_head_dim=34),
+)
+"""Layers as unlike as they can be: after a wide one a narrow one, whose padding it would fill."""
+
+
+def chosen_frequencies(*factors: float, interleave: bool = False) -> RopeConfig:
+    """One frequency per pair, each divided by its factor."""
+    return RopeConfig(
+        rope_theta=100.0,
+        rope_type="longrope",
+        rope_interleave=interleave,
+        factor=1.0,
+        original_max_position_embeddings=97,
+        attention_factor=1.0,
+        pair_factors=factors,
+    )
+
+
+LAYER_ROPES = (
+    chosen_frequencies(1.0, 0.25, 7.5),
+    chosen_frequencies(*(1.0 + i * i for i in range(5)), interleave=True),
+    RopeConfig(rope_theta=30.0),
+    replace(YARN, rope_interleave=False),
+)
+"""Rotary settings of those layers: frequencies, their order, types and softmax scales."""
+
+LAYERS: dict[str, ModelConfig] = {
+    "all": lowlat_config(
+        DIFFERING, rope=LAYER_ROPES, num_hidden_layers=4, num_nextn_predict_layers=1
+    ),
+    "experts": lowlat_config(
+        (DIFFERING[3], DIFFERING[0], DIFFERING[1]),
+        rope=RopeConfig(rope_theta=100.0, rope_interleave=True),
+        num_hidden_layers=3,
+        moe=MOE,
+        num_nextn_predict_layers=2,
+    ),
+    "still": lowlat_config(
+        (replace(MLA, kv_lora_rank=19, qk_rope_head_dim=0), MLA),
+        rope=(chosen_frequencies(), LAYER_ROPES[0]),
+    ),
+    "rope": lowlat_config(MLA, rope=(LAYER_ROPES[0], RopeConfig(rope_theta=7.0))),
+}
+"""MLA whose layers differ: in everything, in sizes alone, one without positions, in frequencies
+alone.
+"""
+
+EVERY = {
+    **FORMS,
+    **{f"combined {name}": config for name, config in COMBINED.items()},
+    **{f"layers {name}": config for name, config in LAYERS.items()},
+}
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype, *, seed: int = 7) -> Transformer:

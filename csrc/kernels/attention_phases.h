@@ -6,10 +6,20 @@
 
 namespace lowlat::LOWLAT_ISA {
 
-inline std::uint8_t* layer_of(const Cache& cache, std::int64_t layer) { return cache.data + layer * cache.layer_bytes; }
+// A token's cos and sin in a layer.
+struct Rotation {
+  const float *cos, *sin;
+};
 
-inline std::uint8_t* slot_of(const Cache& cache, std::int64_t layer, std::int64_t slot) {
-  return layer_of(cache, layer) + slot * cache.row_bytes;
+inline Rotation rotation_of(const Step& step, const Attention& a, std::int64_t token) {
+  const std::int64_t at = token * step.pairs + a.first_pair;
+  return {step.cos + at, step.sin + at};
+}
+
+// Stores a token's row of a layer.
+inline void store_token(const Pass& pass, const Attention& a, const Cache& cache, std::int64_t token) {
+  const bf16* row = pass.work.row + token * a.row_dim();
+  store_row(cache, row, a.row_dim(), cache.data + pass.step.slots[token] * cache.row_bytes);
 }
 
 // body(first, tokens) for every run of tokens in the absorbed form.
@@ -62,7 +72,7 @@ inline Queries queries_of(const Pass& pass, const Attention& a, const QueryGroup
 }
 
 // Attention of a group over the keys [start, end) into a cleared state.
-inline void attend_range(const Pass& pass, const Attention& a, std::int64_t layer, const QueryGroup& group,
+inline void attend_range(const Pass& pass, const Attention& a, const Cache& cache, const QueryGroup& group,
                          const Queries& queries, std::int64_t start, std::int64_t end, const SoftmaxState& state) {
   const Sequence& sequence = pass.step.sequences[group.sequence];
   const RowView rows_view = row_view(a, group.kv_head);
@@ -83,13 +93,11 @@ inline void attend_range(const Pass& pass, const Attention& a, std::int64_t laye
   for (std::int64_t at = start; at < end; at += kKeyBlock) {
     const std::int64_t count = least(kKeyBlock, end - at);
     if (at + count <= q.first[0]) continue;  // before every query's window
-    const std::uint8_t* base = layer_of(pass.step.cache, layer);
-    const Rows rows = cached_rows(pass.step.cache, base, sequence.pages, at, count, a.row_dim(), false, gathered);
+    const Rows rows = cached_rows(cache, sequence.pages, at, count, a.row_dim(), false, gathered);
     KeyBlock block{view(rows.data + rows_view.key, count, rows_view.key_dim, rows.stride),
                    view(rows.data + rows_view.value, count, rows_view.value_dim, rows.stride), {}, {}};
     if (at + kKeyBlock < end && rows.data != gathered) {
-      const auto* next = reinterpret_cast<const bf16*>(
-          cached_row(pass.step.cache, base, sequence.pages, at + kKeyBlock));
+      const auto* next = reinterpret_cast<const bf16*>(cached_row(cache, sequence.pages, at + kKeyBlock));
       const std::int64_t size = least(kKeyBlock, end - at - kKeyBlock);
       block.next_keys = view(next + rows_view.key, size, rows_view.key_dim, rows.stride);
       const bool is_apart = rows_view.value >= rows_view.key + rows_view.key_dim || rows_view.key > rows_view.value;
@@ -125,20 +133,20 @@ inline SoftmaxState scratch_state(const Pass& pass, std::int64_t rows, int slot)
   return {memory + rows * stride, memory + rows * (stride + 1), memory, stride};
 }
 
-inline void run_attention_task(const Pass& pass, const Attention& a, std::int64_t layer, const AttentionTask& task) {
+inline void run_attention_task(const Pass& pass, const Attention& a, const Cache& cache, const AttentionTask& task) {
   const QueryGroup& group = pass.work.groups[task.group];
   const Queries q = queries_of(pass, a, group);
   const std::int64_t context = q.last[q.rows - 1];
   if (task.split >= 0) {
     const SoftmaxState state = partial_state(pass.work, group.partial + task.split * q.rows);
-    attend_range(pass, a, layer, group, q, task.split * kSplit, least(context, (task.split + 1) * kSplit), state);
+    attend_range(pass, a, cache, group, q, task.split * kSplit, least(context, (task.split + 1) * kSplit), state);
     return;
   }
   const SoftmaxState state = scratch_state(pass, q.rows, 8);
   const SoftmaxState later = scratch_state(pass, q.rows, 9);
-  attend_range(pass, a, layer, group, q, 0, least(context, kSplit), state);
+  attend_range(pass, a, cache, group, q, 0, least(context, kSplit), state);
   for (std::int64_t start = kSplit; start < context; start += kSplit) {
-    attend_range(pass, a, layer, group, q, start, least(context, start + kSplit), later);
+    attend_range(pass, a, cache, group, q, start, least(context, start + kSplit), later);
     fold(later, state, q.rows);
   }
   const std::int64_t value_dim = row_view(a, 0).value_dim;
@@ -162,16 +170,16 @@ inline void fold_splits(const Pass& pass, const Attention& a) {
   }
 }
 
-inline void attend_all(const Pass& pass, const Attention& a, std::int64_t layer) {
+inline void attend_all(const Pass& pass, const Attention& a, const Cache& cache) {
   const Workspace& work = pass.work;
   const auto expanded = static_cast<std::int64_t>(work.expanded.size()) * a.heads;
   const auto tasks = static_cast<std::int64_t>(work.tasks.size());
   pass.team.for_chunks(expanded + tasks, 1, [&](std::int64_t item, std::int64_t) {
     if (item < expanded) {
       const Sequence& sequence = pass.step.sequences[work.expanded[item / a.heads]];
-      expand_head(pass, a, layer_of(pass.step.cache, layer), sequence, item % a.heads);
+      expand_head(pass, a, cache, sequence, item % a.heads);
     } else {
-      run_attention_task(pass, a, layer, work.tasks[item - expanded]);
+      run_attention_task(pass, a, cache, work.tasks[item - expanded]);
     }
   });
   fold_splits(pass, a);
@@ -179,9 +187,19 @@ inline void attend_all(const Pass& pass, const Attention& a, std::int64_t layer)
 
 // --- MLA ------------------------------------------------------------------------------------------------------------
 
-inline void make_mla_rows(const Pass& pass, const Attention& a, std::int64_t layer) {
+// Zeros where a wider layer before may have left something: behind the token's queries and values of every head.
+inline void clear_padding(const Pass& pass, const Attention& a, std::int64_t token) {
   const Workspace& work = pass.work;
-  const std::int64_t half = a.rope_dim / 2;
+  const RowView keys = row_view(a, 0);
+  for (std::int64_t head = token * a.heads; head < (token + 1) * a.heads; ++head) {
+    pad_row(work.absorbed_q + head * work.absorbed_stride + keys.key, keys.key_dim);
+    pad_row(work.mixed + head * work.mixed_stride, a.latent_dim);
+  }
+  pad_row(work.attended.values + token * work.attended.stride, a.heads * a.value_dim);
+}
+
+inline void make_mla_rows(const Pass& pass, const Attention& a, const Cache& cache) {
+  const Workspace& work = pass.work;
   pass.each_token([&](std::int64_t t) {
     if (a.q_a) {
       rms_norm(a.q_a_norm, work.query_latent_raw + t * work.query_latent.stride,
@@ -194,16 +212,18 @@ inline void make_mla_rows(const Pass& pass, const Attention& a, std::int64_t lay
       rms_norm(norm, latent, latent);
       latent += norm.size;
     }
-    rotate(row + a.latent_dim, a.rope_dim, pass.step.cos + t * half, pass.step.sin + t * half, a.interleave);
-    store_row(pass.step.cache, row, a.row_dim(), slot_of(pass.step.cache, layer, pass.step.slots[t]));
+    const Rotation turn = rotation_of(pass.step, a, t);
+    rotate(row + a.latent_dim, a.rope_dim, turn.cos, turn.sin, a.interleave);
+    store_token(pass, a, cache, t);
+    clear_padding(pass, a, t);
   });
 }
 
 // Rotates the rotary part of every query head in place.
 inline void rotate_queries(const Pass& pass, const Attention& a, std::int64_t head, std::int64_t token) {
   bf16* q = pass.work.q + (token * a.heads + head) * a.query_dim() + a.nope_dim;
-  const std::int64_t half = a.rope_dim / 2;
-  rotate(q, a.rope_dim, pass.step.cos + token * half, pass.step.sin + token * half, a.interleave);
+  const Rotation turn = rotation_of(pass.step, a, token);
+  rotate(q, a.rope_dim, turn.cos, turn.sin, a.interleave);
 }
 
 // Rows of W_UK of a head: [nope_dim, latent_dim].
@@ -294,7 +314,7 @@ inline void make_head_values(const Pass& pass, const Attention& a, std::int64_t 
   });
 }
 
-inline void attend_mla(const Pass& pass, const Attention& a, std::int64_t layer) {
+inline void attend_mla(const Pass& pass, const Attention& a, const Cache& cache) {
   const Workspace& work = pass.work;
   const std::int64_t q_stride = a.heads * a.query_dim();
   const Product rows{&a.kv_a, &work.hidden, work.row, a.row_dim()};
@@ -303,10 +323,10 @@ inline void attend_mla(const Pass& pass, const Attention& a, std::int64_t layer)
   } else {
     multiply_all(pass, {{&a.q, &work.hidden, work.q, q_stride}, rows});
   }
-  make_mla_rows(pass, a, layer);
+  make_mla_rows(pass, a, cache);
   if (a.q_a) multiply_all(pass, {{&a.q, &work.query_latent, work.q, q_stride}});
   make_mla_queries(pass, a);
-  attend_all(pass, a, layer);
+  attend_all(pass, a, cache);
   if (work.absorbed.empty()) return;
   const std::int64_t strips = (a.value_dim + kStrip - 1) / kStrip;
   pass.each(a.heads * strips, [&](std::int64_t item) { make_head_values(pass, a, item / strips, item % strips); });
@@ -314,24 +334,24 @@ inline void attend_mla(const Pass& pass, const Attention& a, std::int64_t layer)
 
 // --- GQA ------------------------------------------------------------------------------------------------------------
 
-inline void attend_gqa(const Pass& pass, const Attention& a, std::int64_t layer) {
+inline void attend_gqa(const Pass& pass, const Attention& a, const Cache& cache) {
   const Workspace& work = pass.work;
-  const std::int64_t dim = a.rope_dim, kv_width = a.kv_heads * dim, half = dim / 2;
+  const std::int64_t dim = a.rope_dim, kv_width = a.kv_heads * dim;
   multiply_all(pass, {{&a.q, &work.hidden, work.q, a.heads * dim},
                       {&a.k, &work.hidden, work.row, 2 * kv_width},
                       {&a.v, &work.hidden, work.row + kv_width, 2 * kv_width}});
   pass.each_token([&](std::int64_t t) {
-    const float *cos = pass.step.cos + t * half, *sin = pass.step.sin + t * half;
+    const Rotation turn = rotation_of(pass.step, a, t);
     const auto finish_head = [&](const std::optional<Norm>& norm, bf16* head) {
       if (norm) rms_norm(*norm, head, head);
-      rotate(head, dim, cos, sin, a.interleave);
+      rotate(head, dim, turn.cos, turn.sin, a.interleave);
     };
     for (std::int64_t h = 0; h < a.heads; ++h) finish_head(a.q_norm, work.q + (t * a.heads + h) * dim);
     bf16* row = work.row + t * 2 * kv_width;
     for (std::int64_t h = 0; h < a.kv_heads; ++h) finish_head(a.k_norm, row + h * dim);
-    store_row(pass.step.cache, row, a.row_dim(), slot_of(pass.step.cache, layer, pass.step.slots[t]));
+    store_token(pass, a, cache, t);
   });
-  attend_all(pass, a, layer);
+  attend_all(pass, a, cache);
 }
 
 // --- both -----------------------------------------------------------------------------------------------------------
@@ -339,11 +359,12 @@ inline void attend_gqa(const Pass& pass, const Attention& a, std::int64_t layer)
 // x += attention (norm x).
 inline void add_attention(const Pass& pass, const Layer& layer, std::int64_t number) {
   const Attention& a = layer.attention;
+  const Cache& cache = pass.step.caches[number];
   norm_residual(pass, layer.input_norm);
   if (a.is_mla()) {
-    attend_mla(pass, a, number);
+    attend_mla(pass, a, cache);
   } else {
-    attend_gqa(pass, a, number);
+    attend_gqa(pass, a, cache);
   }
   multiply_into_residual(pass, a.o, pass.work.attended);
 }

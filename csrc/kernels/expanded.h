@@ -54,7 +54,7 @@ inline KeyBlock build_block(const Pass& pass, const Attention& a, const HeadProj
 }
 
 // Attention of all new queries of a sequence for one head.
-inline void expand_head(const Pass& pass, const Attention& a, const std::uint8_t* layer, const Sequence& sequence,
+inline void expand_head(const Pass& pass, const Attention& a, const Cache& cache, const Sequence& sequence,
                         std::int64_t head) {
   const Workspace& work = pass.work;
   const std::int64_t queries = sequence.length, context = sequence.start + queries;
@@ -78,8 +78,8 @@ inline void expand_head(const Pass& pass, const Attention& a, const std::uint8_t
   auto* gathered = pass.scratch.get<bf16>(7, kKeyBlock * round_up(a.row_dim(), 32));
   for (std::int64_t at = 0; at < context; at += kKeyBlock) {
     const std::int64_t count = least(kKeyBlock, context - at);
-    const Rows rows = cached_rows(pass.step.cache, layer, sequence.pages, at, count, a.row_dim(),
-                                  a.latent_dim % 32 != 0, gathered);
+    const Rows rows =
+        cached_rows(cache, sequence.pages, at, count, a.row_dim(), a.latent_dim % 32 != 0, gathered);
     const KeyBlock block = build_block(pass, a, projections, rows, count);
     load_block(block, panels);
     for (std::int64_t i = 0; i < queries; i += kQueryGroup) {

@@ -12,10 +12,9 @@ struct Rows {
   std::int64_t stride;
 };
 
-inline const std::uint8_t* cached_row(const Cache& cache, const std::uint8_t* layer, const std::int32_t* pages,
-                                      std::int64_t position) {
+inline const std::uint8_t* cached_row(const Cache& cache, const std::int32_t* pages, std::int64_t position) {
   const std::int64_t page = pages[position / cache.page_size];
-  return layer + (page * cache.page_size + position % cache.page_size) * cache.row_bytes;
+  return cache.data + (page * cache.page_size + position % cache.page_size) * cache.row_bytes;
 }
 
 inline std::int64_t padded_to_4(std::int64_t bytes) { return (bytes + 3) / 4 * 4; }
@@ -64,16 +63,16 @@ inline void store_row(const Cache& cache, const bf16* row, std::int64_t row_dim,
 
 // Rows [position, position + count) of a sequence, count <= 64: where they lie if they follow each other in bf16, else
 // in `scratch` [64, row_dim rounded up to 32]. `padded` asks for whole multiples of 32 readable elements per row.
-inline Rows cached_rows(const Cache& cache, const std::uint8_t* layer, const std::int32_t* pages,
-                        std::int64_t position, std::int64_t count, std::int64_t row_dim, bool padded, bf16* scratch) {
+inline Rows cached_rows(const Cache& cache, const std::int32_t* pages, std::int64_t position, std::int64_t count,
+                        std::int64_t row_dim, bool padded, bf16* scratch) {
   const bool follows = position % cache.page_size + count <= cache.page_size;
   if (cache.quantized == 0 && follows && (!padded || row_dim % 32 == 0)) {
-    const std::uint8_t* row = cached_row(cache, layer, pages, position);
+    const std::uint8_t* row = cached_row(cache, pages, position);
     return {reinterpret_cast<const bf16*>(row), row_dim};
   }
   const std::int64_t stride = round_up(row_dim, 32);
   for (std::int64_t i = 0; i < count; ++i) {
-    const std::uint8_t* row = cached_row(cache, layer, pages, position + i);
+    const std::uint8_t* row = cached_row(cache, pages, position + i);
     bf16* out = scratch + i * stride;
     if (cache.quantized == 0) {
       std::memcpy(out, row, row_dim * sizeof(bf16));

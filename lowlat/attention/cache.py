@@ -1,8 +1,8 @@
 """The paged cache: one row per token and layer, whatever the attention.
 
-MLA leaves [c_t ; k_R], MHA, GQA and MQA leave [K ; V], other forms what their config says. Owns the
-memory; which page belongs to whom is the engine's business. What a row is made of in int8 is
-`rows`'s.
+MLA leaves [c_t ; k_R], MHA, GQA and MQA leave [K ; V], other forms what their config says; layers
+that differ in their attention leave rows of different widths. Owns the memory; which page belongs
+to whom is the engine's business. What a row is made of in int8 is `rows`'s.
 """
 
 import math
@@ -22,12 +22,14 @@ def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes one token leaves in all decoder layers (MTP modules not counted): V3 in bf16
     is 70,272.
     """
-    return config.num_hidden_layers * row_bytes(config.attention, dtype)
+    return sum(
+        row_bytes(config.attention_of(layer), dtype) for layer in range(config.num_hidden_layers)
+    )
 
 
 class PagedCache:
-    """Rows of all layers, in pages of `page_size` tokens: data [layers, pages, page_size, row_dim],
-    for torch.int8 [layers, pages, page_size, row_bytes] of bytes.
+    """Rows of all layers, in pages of `page_size` tokens: layers[i] is [pages, page_size, row_dim],
+    for torch.int8 [pages, page_size, row_bytes] of bytes, each layer's rows as wide as they are.
 
     Layers are the decoder layers, then the MTP modules. A page number addresses the same page in
     every layer.
@@ -44,24 +46,30 @@ class PagedCache:
     ) -> None:
         self.page_size = page_size
         self.dtype = dtype
-        self.row_dim = config.attention.row_dim
+        self.num_pages = num_pages
+        attentions = [config.attention_of(layer) for layer in range(config.num_cache_layers)]
+        self.row_dims = [attention.row_dim for attention in attentions]
+        """Elements of a row of each layer."""
         is_packed = dtype == torch.int8
-        self.quantized = config.attention.quantized_dim if is_packed else 0
-        """Channels of a row that are int8."""
-        width = row_bytes(config.attention, dtype) if is_packed else self.row_dim
-        shape = (config.num_cache_layers, num_pages, page_size, width)
-        self.data = _zeros(shape, torch.uint8 if is_packed else dtype, torch.device(device))
-
-    @property
-    def num_pages(self) -> int:
-        return self.data.shape[1]
+        self.quantized = [attention.quantized_dim * is_packed for attention in attentions]
+        """Channels of a row of each layer that are int8."""
+        stored = torch.uint8 if is_packed else dtype
+        self.layers = [
+            _zeros(
+                (num_pages, page_size, row_bytes(attention, dtype) // stored.itemsize),
+                stored,
+                torch.device(device),
+            )
+            for attention in attentions
+        ]
 
     def write(
         self, layer: int, slots: Int[Tensor, "tokens"], rows: Float[Tensor, "tokens row_dim"]
     ) -> None:
         """Store the rows of new tokens."""
-        stored = pack_rows(rows, self.quantized) if self.quantized else rows.to(self.dtype)
-        self.data[layer].view(-1, self.data.shape[-1])[slots] = stored
+        quantized, data = self.quantized[layer], self.layers[layer]
+        stored = pack_rows(rows, quantized) if quantized else rows.to(self.dtype)
+        data.view(-1, data.shape[-1])[slots] = stored
 
     def rows(
         self, layer: int, pages: tuple[int, ...], length: int, dtype: torch.dtype
@@ -72,19 +80,25 @@ class PagedCache:
         count = -(-length // self.page_size)
         first = pages[0]
         if pages[:count] == tuple(range(first, first + count)):
-            block = self.data[layer, first : first + count]
+            block = self.layers[layer][first : first + count]
         else:
-            block = self.data[layer, list(pages[:count])]
+            block = self.layers[layer][list(pages[:count])]
         stored = block.flatten(0, 1)[:length]
-        if self.quantized:
-            return unpack_rows(stored, self.row_dim, self.quantized, dtype)
+        if self.quantized[layer]:
+            return unpack_rows(stored, self.row_dims[layer], self.quantized[layer], dtype)
         return stored.to(dtype)
 
     def copy_page(self, source: int, destination: int) -> None:
         """Duplicate a page in every layer (a fork that goes on writing into a partly
         filled page).
         """
-        self.data[:, destination] = self.data[:, source]
+        for data in self.layers:
+            data[destination] = data[source]
+
+    def copy_from(self, smaller: "PagedCache") -> None:
+        """Take over all pages of a cache of the same model."""
+        for data, old in zip(self.layers, smaller.layers, strict=True):
+            data[: smaller.num_pages] = old
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

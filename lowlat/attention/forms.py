@@ -7,8 +7,7 @@ plans steps chooses the form from the request alone, and rows are shared only wh
 
 from typing import Literal
 
-from lowlat.config.attention import DECOUPLED
-from lowlat.config.model import AttentionConfig
+from lowlat.config.attention import DECOUPLED, ModelAttention, distinct, expansion_break_even
 
 Form = Literal["stream", "absorbed", "expanded"]
 """stream: few tokens, products that run at the speed of reading the weights, attention in the
@@ -20,9 +19,11 @@ STREAM_TOKENS = 32
 """Up to so many new tokens of a sequence, reading the weights is all the time a step takes."""
 
 
-def form_of(attention: AttentionConfig, length: int) -> Form:
-    """The quickest form for `length` new tokens of one sequence."""
+def form_of(attention: ModelAttention, length: int) -> Form:
+    """The quickest form for `length` new tokens of one sequence: one for all layers, be they as
+    different as they like.
+    """
     if length <= STREAM_TOKENS:
         return "stream"
-    is_latent = isinstance(attention, DECOUPLED) and length <= attention.expansion_break_even
-    return "absorbed" if is_latent else "expanded"
+    latent = [layer.latent_sizes for layer in distinct(attention) if isinstance(layer, DECOUPLED)]
+    return "absorbed" if latent and length <= expansion_break_even(latent) else "expanded"

@@ -6,6 +6,7 @@ a machine. Bytes of weights are `memory`'s.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lowlat.config.model import (
     GLAConfig,
@@ -80,7 +81,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     return ParameterCount(
         embedding=embedding,
         head=0 if config.tie_word_embeddings else embedding,
-        attention=layers * attention_parameters(config),
+        attention=sum(attention_parameters(config, layer) for layer in range(layers)),
         dense_mlp=(layers - sparse) * mlp_parameters(config, config.intermediate_size),
         shared_experts=sparse * (0 if moe is None else routed * moe.n_shared_experts),
         routed_experts=sparse * (0 if moe is None else routed * moe.n_routed_experts),
@@ -92,9 +93,11 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     )
 
 
-def attention_parameters(config: ModelConfig) -> int:
-    """One layer's attention: projections, biases, latent or per-head norms."""
-    attention, hidden = config.attention, config.hidden_size
+def attention_parameters(config: ModelConfig, layer: int) -> int:
+    """Attention of `layer` (MTP modules after the last): projections, biases, latent or per-head
+    norms.
+    """
+    attention, hidden = config.attention_of(layer), config.hidden_size
     match attention:
         case GQAConfig():
             return _gqa_parameters(attention, hidden)
@@ -139,7 +142,7 @@ def mtp_parameters(config: ModelConfig, layer: int) -> int:
         mlp = moe_parameters(config, moe)
     else:
         mlp = mlp_parameters(config, config.intermediate_size)
-    return 2 * hidden * hidden + attention_parameters(config) + mlp + 5 * hidden
+    return 2 * hidden * hidden + attention_parameters(config, layer) + mlp + 5 * hidden
 
 
 def _unused_experts(moe: MoEConfig) -> int:
@@ -187,26 +190,42 @@ def _tpa_parameters(attention: TPAConfig, hidden: int) -> int:
     return hidden * (queries + attention.row_dim + width)
 
 
+class CachedRow(NamedTuple):
+    """What a token leaves in a layer."""
+
+    elements: int
+    quantized: int
+    """Of these, those an int8 cache keeps in int8; the others stay bf16."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheCost:
     """Cached elements per token of a model, and of other attentions with its heads and head width.
 
     `mha`, `gqa8` and `mqa` keep keys and values of every head, of 8 groups (fewer if there are
-    fewer heads) and of one. Head width d_h is the width of a value: v_head_dim, or head_dim.
+    fewer heads) and of one. Head width d_h is the width of a value, v_head_dim or head_dim: that of
+    the widest layer.
     """
 
-    num_layers: int
-    """Decoder layers; MTP modules not counted."""
-    elements_per_token_layer: int
-    """What the model itself keeps."""
+    rows: tuple[CachedRow, ...]
+    """What the model itself keeps in each decoder layer; MTP modules not counted."""
     mha: int
     """MHA: 2 n_h d_h elements per token and layer."""
     gqa8: int
     """GQA with 8 groups: 2 * 8 * d_h."""
     mqa: int
     """MQA: 2 d_h."""
-    plain_elements: int
-    """Of the model's own elements, those an int8 cache keeps in bf16."""
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.rows)
+
+    @property
+    def elements_per_token_layer(self) -> int | float:
+        """What the model itself keeps, on average where layers differ."""
+        total = sum(row.elements for row in self.rows)
+        return total / len(self.rows) if total % len(self.rows) else total // len(self.rows)
 
     @property
     def gqa_groups_equivalent(self) -> float:
@@ -221,10 +240,9 @@ class CacheCost:
 
     def own_bytes_per_token(self, dtype: str) -> int:
         """Bytes per token of the model itself, all layers together, in a cache of `dtype`."""
-        own = self.elements_per_token_layer
         if dtype == "int8":
-            return self.num_layers * int8_row_bytes(own, own - self.plain_elements)
-        return self.bytes_per_token(own, dtype)
+            return sum(int8_row_bytes(*row) for row in self.rows)
+        return sum(row.elements for row in self.rows) * ELEMENT_BYTES[dtype]
 
 
 def int8_row_bytes(elements: int, quantized: int) -> int:
@@ -237,13 +255,12 @@ def int8_row_bytes(elements: int, quantized: int) -> int:
 
 def cache_cost(config: ModelConfig) -> CacheCost:
     """Cached elements per token and layer of `config` and of the alternatives."""
-    attention = config.attention
-    width, heads = attention.v_head_dim, attention.num_attention_heads
+    layers = [config.attention_of(layer) for layer in range(config.num_hidden_layers)]
+    heads = config.num_attention_heads
+    width = max(layer.v_head_dim for layer in layers)
     return CacheCost(
-        num_layers=config.num_hidden_layers,
-        elements_per_token_layer=attention.row_dim,
+        rows=tuple(CachedRow(layer.row_dim, layer.quantized_dim) for layer in layers),
         mha=2 * heads * width,
         gqa8=2 * min(8, heads) * width,
         mqa=2 * width,
-        plain_elements=attention.row_dim - attention.quantized_dim,
     )

@@ -1,23 +1,38 @@
 """The forms of attention a model may have, and the sizes that follow from them.
 
 All of them say the same of themselves: heads, widths of queries and values, what a token leaves in
-the cache. Equations are in docs/mla.md and docs/attention.md. Owns no reading of files.
+the cache. A model has one of them in every layer, or MLA in widths of each layer's own. Equations
+are in docs/mla.md and docs/attention.md. Owns no reading of files.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-def expansion_break_even(*, latent: int, rope: int, nope: int, value: int) -> float:
+class LatentSizes(NamedTuple):
+    """What decides between the forms of latent attention: d_c, d_R, d_nope and d_v."""
+
+    latent: int
+    rope: int
+    nope: int
+    value: int
+
+
+def expansion_break_even(layers: Iterable[LatentSizes]) -> float:
     """Queries per cached key beyond which the expanded form of latent attention costs fewer
-    multiply-adds than the absorbed form; infinite where expansion never pays.
+    multiply-adds than the absorbed form in all `layers` together; infinite where expansion never
+    pays.
 
     Absorbed: 2 d_c + d_R per head and pair. Expanded: d_nope + d_R + d_v per head and pair, plus
     d_c (d_nope + d_v) per head and key. About 170 for DeepSeek-V3.
     """
-    absorbed, expanded = 2 * latent + rope, nope + rope + value
-    build = latent * (nope + value)
-    return build / (absorbed - expanded) if absorbed > expanded else math.inf
+    saved = build = 0
+    for latent, rope, nope, value in layers:
+        saved += 2 * latent + rope - (nope + rope + value)
+        build += latent * (nope + value)
+    return build / saved if saved > 0 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +48,9 @@ class MLAConfig:
     qk_nope_head_dim: int
     """Query-key channels per head without position; may be 0."""
     qk_rope_head_dim: int
-    """Rotary channels per query head and of the one shared key, d_h^R."""
+    """Rotary channels per query head and of the one shared key, d_h^R; 0 in a layer blind to
+    positions.
+    """
     v_head_dim: int
     """Value channels per head."""
     attention_bias: bool = False
@@ -66,9 +83,8 @@ class MLAConfig:
         return self.qk_rope_head_dim
 
     @property
-    def expansion_break_even(self) -> float:
-        """Queries per key beyond which the expanded form is the cheaper one."""
-        return expansion_break_even(
+    def latent_sizes(self) -> LatentSizes:
+        return LatentSizes(
             latent=self.kv_lora_rank,
             rope=self.qk_rope_head_dim,
             nope=self.qk_nope_head_dim,
@@ -164,11 +180,9 @@ class GLAConfig:
         return self.qk_rope_head_dim
 
     @property
-    def expansion_break_even(self) -> float:
-        """Queries per key beyond which the expanded form is the cheaper one: as in MLA, since the
-        up-projections read the whole row.
-        """
-        return expansion_break_even(
+    def latent_sizes(self) -> LatentSizes:
+        """As in MLA, since the up-projections read the whole row."""
+        return LatentSizes(
             latent=self.kv_lora_rank,
             rope=self.qk_rope_head_dim,
             nope=self.qk_nope_head_dim,
@@ -228,11 +242,9 @@ class GTAConfig:
         return self.qk_rope_head_dim
 
     @property
-    def expansion_break_even(self) -> float:
-        """Queries per key beyond which keys and values are better built than read from the row,
-        seen as latent attention whose latent are the tied states.
-        """
-        return expansion_break_even(
+    def latent_sizes(self) -> LatentSizes:
+        """Seen as latent attention whose latent are the tied states."""
+        return LatentSizes(
             latent=self.tied_dim,
             rope=self.qk_rope_head_dim,
             nope=self.qk_nope_head_dim,
@@ -283,17 +295,28 @@ class TPAConfig:
 
 
 AttentionConfig = MLAConfig | GQAConfig | GLAConfig | GTAConfig | TPAConfig
-"""Any attention."""
+"""Any attention of a layer."""
+
+ModelAttention = AttentionConfig | tuple[MLAConfig, ...]
+"""The attention of a model: the same in every layer, or MLA in sizes of each layer's own."""
 
 DECOUPLED = (MLAConfig, GLAConfig, GTAConfig)
 """Those whose position is in a rotary key of its own, shared by all heads."""
 
 
-def short_name(attention: AttentionConfig) -> str:
-    """'MLA 512 + 64', 'GQA, 8 groups', 'TPA, ranks 2 + 2': the form in a few words."""
+def distinct(attention: ModelAttention) -> tuple[AttentionConfig, ...]:
+    """One attention for all layers, or those of the layers in order."""
+    return attention if isinstance(attention, tuple) else (attention,)
+
+
+def short_name(attention: ModelAttention) -> str:
+    """'MLA 512 + 64', 'MLA 96-224 + 16-64' where layers differ, 'GQA, 8 groups', 'TPA, ranks 2 +
+    2': the form in a few words.
+    """
     match attention:
-        case MLAConfig():
-            return f"MLA {attention.kv_lora_rank} + {attention.qk_rope_head_dim}"
+        case MLAConfig() | tuple():
+            latent, rotary = row_widths(attention)
+            return f"MLA {latent} + {rotary}"
         case GLAConfig():
             groups, rank = attention.num_latent_groups, attention.group_rank
             return f"GLA-{groups}, {groups} x {rank} + {attention.qk_rope_head_dim}"
@@ -307,3 +330,17 @@ def short_name(attention: AttentionConfig) -> str:
             if groups == attention.num_attention_heads:
                 return f"MHA, {groups} heads"
             return "MQA" if groups == 1 else f"GQA, {groups} groups"
+
+
+def row_widths(attention: MLAConfig | tuple[MLAConfig, ...]) -> tuple[str, str]:
+    """d_c and d_R as text: '512' and '64', or from the narrowest to the widest layer, '96-224'."""
+    layers = attention if isinstance(attention, tuple) else (attention,)
+    return (
+        _span([layer.kv_lora_rank for layer in layers]),
+        _span([layer.qk_rope_head_dim for layer in layers]),
+    )
+
+
+def _span(widths: list[int]) -> str:
+    low, high = min(widths), max(widths)
+    return f"{low}" if low == high else f"{low}-{high}"

@@ -4,6 +4,7 @@ Owns the wording of type and range errors. Knows no field of any model: those ar
 """
 
 import json
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 from lowlat.utils.errors import UserError
@@ -22,19 +23,20 @@ class Fields:
     wrong.
     """
 
-    def __init__(self, raw: object, source: str, prefix: str = "") -> None:
+    def __init__(self, raw: object, source: str, prefix: str = "", layer: str = "") -> None:
         if not isinstance(raw, dict):
             where = f"field '{prefix[:-1]}'" if prefix else "the file"
             raise UserError(f"{source}: {where} must be a JSON object, not {_show(raw)}")
         self._raw: dict[str, Any] = raw
         self._source = source
         self._prefix = prefix
+        self._layer = layer
         self._read: set[str] = set()
 
     def fault(self, name: str, problem: str) -> UserError:
         """The error to raise about field `name`: one line of file, field and problem."""
         shown = name if name.isprintable() and len(name) <= 60 else _show(name)
-        return UserError(f"{self._source}: {self._prefix}{shown} {problem}")
+        return UserError(f"{self._source}: {self._prefix}{shown}{self._layer} {problem}")
 
     def unsupported(self, name: str, remedy: str) -> UserError:
         """The error for a known field whose value asks for something that does not exist here."""
@@ -75,6 +77,33 @@ class Fields:
         """A nested object, None if absent."""
         value = self.value(name)
         return None if value is None else Fields(value, self._source, f"{self._prefix}{name}.")
+
+    def arrays(self, count: int, nested: tuple[str, ...] = ()) -> list[str]:
+        """The fields that are arrays with an entry per layer, of which there are `count`; those of
+        `nested`, whose values are arrays themselves, count if they are arrays of arrays.
+        """
+        found = [
+            name
+            for name, value in self._raw.items()
+            if isinstance(value, list)
+            and (name not in nested or any(isinstance(part, list) for part in value))
+        ]
+        for name in found:
+            if len(self._raw[name]) != count:
+                length = len(self._raw[name])
+                raise self.fault(name, f"has {length} entries for {count} layers")
+        return found
+
+    def of_layer(self, number: int, arrays: Collection[str]) -> "Fields":
+        """The object as layer `number` has it: of the fields `arrays` its own entry, absent where
+        that is null. Errors name the layer.
+        """
+        raw = {
+            name: value[number] if name in arrays else value
+            for name, value in self._raw.items()
+            if name not in arrays or value[number] is not None
+        }
+        return Fields(raw, self._source, self._prefix, f" of layer {number}")
 
     def optional_integer(
         self, name: str, *, minimum: int = 1, maximum: int = MAX_INT
@@ -162,6 +191,12 @@ class Fields:
         if not all(isinstance(value, str) for value in values):
             raise self.wrong(name, "an array of strings")
         return tuple(values)
+
+    def reject_names(self, known: Collection[str], reason: str) -> None:
+        """Raise about the first field whose name is not among `known`."""
+        for name, value in self._raw.items():
+            if name not in known:
+                raise self.fault(name, f"({_show(value)}) {reason}")
 
     def reject_unread(self, reason: str, *, allow_empty: bool = True) -> None:
         """Raise about the first field not read; `allow_empty` passes null, false, "", [] and {}."""

@@ -21,7 +21,8 @@ from lowlat.config.hf_moe import moe_from_hf
 from lowlat.config.hf_rope import rope_from_hf
 from lowlat.config.hf_write import config_to_hf
 from lowlat.config.lowlat_json import config_from_lowlat
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, QuantConfig
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, Packing, QuantConfig
+from lowlat.config.packing import METHOD, packing_from_hf
 
 __all__ = ["config_from_hf", "config_to_hf", "padded_rank"]
 
@@ -52,6 +53,7 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
         context=context,
         interleave=_rope_interleave(fields, model_type),
     )
+    quantization, packing = _quantization(fields)
     window, window_layers = (None, None) if is_mla else _windows(fields, model_type, layers)
     config = ModelConfig(
         model_type=model_type,
@@ -64,7 +66,8 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
         attention=attention,
         rope=rope,
         moe=moe_from_hf(fields, model_type, layers, mtp_layers) if is_mla else None,
-        quantization=_quantization(fields),
+        quantization=quantization,
+        packing=packing,
         num_nextn_predict_layers=mtp_layers,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         sliding_window=window,
@@ -210,11 +213,16 @@ def _layer_types(fields: Fields, layers: int) -> tuple[str, ...]:
     return types
 
 
-def _quantization(fields: Fields) -> QuantConfig | None:
+def _quantization(fields: Fields) -> tuple[QuantConfig | None, Packing | None]:
     table = fields.table("quantization_config")
     if table is None:
-        return None
-    table.choice("quant_method", ("fp8",))
+        return None, None
+    if table.choice("quant_method", ("fp8", METHOD)) == METHOD:
+        return None, packing_from_hf(table)
+    return _blocks(table), None
+
+
+def _blocks(table: Fields) -> QuantConfig:
     table.choice("fmt", ("e4m3",), "e4m3")
     table.choice("activation_scheme", ("dynamic",), "dynamic")
     block = table.items("weight_block_size")

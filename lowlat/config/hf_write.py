@@ -7,7 +7,15 @@ from lowlat.config.families import ARCHITECTURES, LOWLAT, MLA_FAMILIES
 from lowlat.config.hf_extension import extension_to_hf
 from lowlat.config.hf_rope import rope_to_hf
 from lowlat.config.lowlat_json import config_to_lowlat
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig, QuantConfig
+from lowlat.config.model import (
+    AttentionConfig,
+    GQAConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    QuantConfig,
+)
+from lowlat.config.packing import packing_to_hf
 from lowlat.utils.errors import UserError
 
 
@@ -19,7 +27,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """
     if config.model_type == LOWLAT:
         return config_to_lowlat(config)
-    attention, eos = config.attention, list(config.eos_token_ids)
+    attention, eos = _the_one(config), list(config.eos_token_ids)
     raw: dict[str, Any] = {
         "architectures": [ARCHITECTURES[config.model_type]],
         "model_type": config.model_type,
@@ -38,7 +46,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
     }
-    raw |= rope_to_hf(config.rope)
+    raw |= rope_to_hf(config.rope_of(0))
     match attention:
         case MLAConfig():
             raw |= _mla_to_hf(config, attention) | _moe_to_hf(config)
@@ -48,12 +56,22 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
             _require(config, False, short_name(attention))
     if config.quantization is not None:
         raw["quantization_config"] = _quantization_to_hf(config.quantization)
+    if config.packing is not None:
+        raw["quantization_config"] = packing_to_hf(config.packing)
     return raw
+
+
+def _the_one(config: ModelConfig) -> AttentionConfig:
+    """The attention of every layer, after which layer 0 speaks for all."""
+    differs = isinstance(config.attention, tuple) or isinstance(config.rope, tuple)
+    _require(config, not differs, f"layers that differ ({short_name(config.attention)})")
+    return config.attention_of(0)
 
 
 def _mla_to_hf(config: ModelConfig, attention: MLAConfig) -> dict[str, Any]:
     _require(config, config.model_type in MLA_FAMILIES, "Multi-head Latent Attention")
     _require(config, config.sliding_window is None, "a sliding window")
+    _require(config, attention.qk_rope_head_dim > 0, "qk_rope_head_dim 0")
     raw: dict[str, Any] = {
         "num_key_value_heads": attention.num_attention_heads,
         "q_lora_rank": attention.q_lora_rank,
@@ -64,10 +82,10 @@ def _mla_to_hf(config: ModelConfig, attention: MLAConfig) -> dict[str, Any]:
         "attention_bias": attention.attention_bias,
     }
     if config.model_type == "deepseek_v2":
-        _require(config, config.rope.rope_interleave, "rope_interleave false")
+        _require(config, config.rope_of(0).rope_interleave, "rope_interleave false")
         _require(config, config.num_nextn_predict_layers == 0, "MTP modules")
     else:
-        raw["rope_interleave"] = config.rope.rope_interleave
+        raw["rope_interleave"] = config.rope_of(0).rope_interleave
         raw["num_nextn_predict_layers"] = config.num_nextn_predict_layers
     if not attention.kv_a_layernorm:
         _require(config, config.model_type == "deepseek_v3", "a latent without norm")
@@ -122,7 +140,7 @@ def _gqa_to_hf(config: ModelConfig, attention: GQAConfig) -> dict[str, Any]:
     _require(config, config.model_type not in MLA_FAMILIES, "grouped-query attention")
     _require(config, config.moe is None, "experts")
     _require(config, config.num_nextn_predict_layers == 0, "MTP modules")
-    _require(config, not config.rope.rope_interleave, "rope_interleave true")
+    _require(config, not config.rope_of(0).rope_interleave, "rope_interleave true")
     _require(
         config, attention.qk_norm == (config.model_type == "qwen3"), f"qk_norm {attention.qk_norm}"
     )

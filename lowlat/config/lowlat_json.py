@@ -6,10 +6,17 @@ The file holds ModelConfig's own fields by their own names, nested as the datacl
     "rope":         {"rope_theta", "rope_interleave", and what Hugging Face's rope_scaling holds}
     "moe":          null, or MoEConfig's fields
     "quantization": null, or QuantConfig's fields
+    "quantization_config": absent, or what `packing` says
 
 A field may be left out where the dataclass has a default, and where null is a value (TOML has no
 null); an unknown one is an error, and so is one without effect. `mtp_copies` is no field: the
-tensors say it. Owns this form alone; the families' own are `hf`'s.
+tensors say it.
+
+Layers of MLA may differ: a field of "attention" or "rope" is then an array with an entry for each
+decoder layer, null where the layer has none ("kv_lora_rank": [96, 224, 128], "short_factor":
+[[1.0], [1.0, 7.5], [3.0]]); the others are the same in all layers, form and num_attention_heads
+always. MTP modules have what the last layer has. Owns this form alone; the families' own are
+`hf`'s.
 """
 
 from dataclasses import MISSING, asdict
@@ -17,7 +24,7 @@ from dataclasses import fields as dataclass_fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lowlat.config.attention import DECOUPLED
+from lowlat.config.attention import DECOUPLED, ModelAttention, distinct
 from lowlat.config.families import LOWLAT, MAX_LAYERS
 from lowlat.config.fields import Fields
 from lowlat.config.hf_moe import check_routing
@@ -35,6 +42,7 @@ from lowlat.config.model import (
     RopeType,
     TPAConfig,
 )
+from lowlat.config.packing import packing_from_hf, packing_to_hf
 
 FORMS: dict[str, type[AttentionConfig]] = {
     "mla": MLAConfig,
@@ -50,6 +58,7 @@ MINIMA = {
     "n_shared_experts": 0,
     "first_k_dense_replace": 0,
     "qk_nope_head_dim": 0,
+    "qk_rope_head_dim": 0,
     "bos_token_id": 0,
 }
 """Integers that may be 0; all others are at least 1."""
@@ -57,7 +66,16 @@ MINIMA = {
 MAX_LATENT_GROUPS = 1024
 """Far above any model; keeps a hostile file from asking for lists of 2**31 norms."""
 
-NESTED = ("model_type", "attention", "rope", "moe", "quantization", "mtp_copies")
+ROPE_NAMES = (
+    *(field.name for field in dataclass_fields(RopeConfig) if field.name != "pair_factors"),
+    "short_factor",
+    "long_factor",
+)
+"""Fields of "rope"."""
+
+UNKNOWN = "is unknown; was it written by a newer lowlat?"
+
+NESTED = ("model_type", "attention", "rope", "moe", "quantization", "packing", "mtp_copies")
 """Fields of ModelConfig that are no plain values of the file."""
 
 
@@ -73,14 +91,18 @@ def config_from_lowlat(fields: Fields) -> ModelConfig:
     for name in ("num_hidden_layers", "num_nextn_predict_layers"):
         if plain.get(name, 0) > MAX_LAYERS:
             raise fields.wrong(name, f"at most {MAX_LAYERS}")
-    attention = _attention(fields)
+    attention = _attention(fields, plain["num_hidden_layers"])
     moe, quantization = fields.table("moe"), fields.table("quantization")
+    packing = fields.table("quantization_config")
+    if packing is not None and quantization is not None:
+        raise fields.fault("quantization", "is given beside quantization_config; keep one")
     config = ModelConfig(
         model_type=LOWLAT,
         attention=attention,
-        rope=_rope(fields, attention, plain["max_position_embeddings"]),
+        rope=_rope(fields, attention, plain["max_position_embeddings"], plain["num_hidden_layers"]),
         moe=None if moe is None else _moe(moe),
         quantization=None if quantization is None else _quantization(quantization),
+        packing=None if packing is None else packing_from_hf(packing),
         **plain,
     )
     _check_windows(fields, config)
@@ -95,21 +117,39 @@ def config_to_lowlat(config: ModelConfig) -> dict[str, Any]:
         for field in dataclass_fields(ModelConfig)
         if field.name not in NESTED
     }
-    form = next(name for name, kind in FORMS.items() if isinstance(config.attention, kind))
-    rope = rope_to_hf(config.rope)
-    scaling = {k: v for k, v in (rope["rope_scaling"] or {}).items() if k != "type"}
-    return {
+    first = config.attention_of(0)
+    form = next(name for name, kind in FORMS.items() if isinstance(first, kind))
+    ropes = config.rope if isinstance(config.rope, tuple) else (config.rope,)
+    raw = {
         "model_type": LOWLAT,
         **plain,
-        "attention": {"form": form} | _json(asdict(config.attention)),
-        "rope": {
-            "rope_theta": config.rope.rope_theta,
-            "rope_interleave": config.rope.rope_interleave,
-            **scaling,
-        },
+        "attention": {"form": form}
+        | _joined([_json(asdict(layer)) for layer in distinct(config.attention)]),
+        "rope": _joined([_rope_to_json(rope) for rope in ropes]),
         "moe": None if config.moe is None else _json(asdict(config.moe)),
         "quantization": None if config.quantization is None else _json(asdict(config.quantization)),
     }
+    if config.packing is not None:
+        raw["quantization_config"] = packing_to_hf(config.packing)
+    return raw
+
+
+def _rope_to_json(rope: RopeConfig) -> dict[str, Any]:
+    scaling = rope_to_hf(rope)["rope_scaling"] or {}
+    return {
+        "rope_theta": rope.rope_theta,
+        "rope_interleave": rope.rope_interleave,
+        **{name: value for name, value in scaling.items() if name != "type"},
+    }
+
+
+def _joined(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Objects of single layers as one: arrays where they differ."""
+    joined: dict[str, Any] = {}
+    for name in dict.fromkeys(name for layer in layers for name in layer):
+        values = [layer.get(name) for layer in layers]
+        joined[name] = values[0] if all(value == values[0] for value in values) else values
+    return joined
 
 
 def _json(value: Any) -> Any:
@@ -119,21 +159,42 @@ def _json(value: Any) -> Any:
     return [_json(part) for part in value] if isinstance(value, tuple) else value
 
 
-def _attention(fields: Fields) -> AttentionConfig:
+def _attention(fields: Fields, count: int) -> ModelAttention:
+    """That of all `count` layers, or of each."""
     table = _table(fields, "attention")
     form = table.choice("form", tuple(FORMS))
-    kind = FORMS[form]
+    arrays = table.arrays(count)
+    if not arrays:
+        return _layer_attention(table, FORMS[form])
+    if form != "mla":
+        raise table.fault(
+            arrays[0], f"is an array, but only layers of form 'mla' differ, not '{form}'"
+        )
+    if "num_attention_heads" in arrays:
+        raise table.wrong("num_attention_heads", "an integer, the same for all layers")
+    table.reject_names(("form", *(field.name for field in dataclass_fields(MLAConfig))), UNKNOWN)
+    layers = (_layer_attention(table.of_layer(i, arrays), MLAConfig) for i in range(count))
+    return tuple(layer for layer in layers if isinstance(layer, MLAConfig))
+
+
+def _layer_attention(table: Fields, kind: type[AttentionConfig]) -> AttentionConfig:
+    table.ignore("form")
     attention = kind(**_read(kind, table))
     match attention:
         case MLAConfig():
             if attention.q_bias and attention.q_lora_rank is not None:
                 raise table.fault("q_bias", "belongs to q_proj; set q_lora_rank to null")
+            if attention.qk_head_dim == 0:
+                raise table.fault("qk_nope_head_dim", "and qk_rope_head_dim are both 0: no queries")
         case GLAConfig():
+            table.integer("qk_rope_head_dim")
             table.integer("num_latent_groups", maximum=MAX_LATENT_GROUPS)
             for name in ("num_attention_heads", "kv_lora_rank"):
                 _divides(table, name, "num_latent_groups")
         case GQAConfig() | GTAConfig():
             _divides(table, "num_attention_heads", "num_key_value_heads")
+            if isinstance(attention, GTAConfig):
+                table.integer("qk_rope_head_dim")
         case TPAConfig():
             pass
     if isinstance(attention, GTAConfig) and attention.qk_nope_head_dim < 0:
@@ -145,8 +206,24 @@ def _attention(fields: Fields) -> AttentionConfig:
     return attention
 
 
-def _rope(fields: Fields, attention: AttentionConfig, context: int) -> RopeConfig:
+def _rope(
+    fields: Fields, attention: ModelAttention, context: int, count: int
+) -> RopeConfig | tuple[RopeConfig, ...]:
+    """That of all `count` layers, or of each."""
     table = _table(fields, "rope")
+    arrays = table.arrays(count, nested=("short_factor", "long_factor"))
+    if not arrays and not isinstance(attention, tuple):
+        return _layer_rope(table, attention, context)
+    layers = attention if isinstance(attention, tuple) else (attention,) * count
+    if not isinstance(layers[0], MLAConfig):
+        raise table.fault(arrays[0], "is an array, but only layers of form 'mla' differ")
+    table.reject_names(ROPE_NAMES, UNKNOWN)
+    return tuple(
+        _layer_rope(table.of_layer(i, arrays), layer, context) for i, layer in enumerate(layers)
+    )
+
+
+def _layer_rope(table: Fields, attention: AttentionConfig, context: int) -> RopeConfig:
     theta = table.positive("rope_theta")
     interleave = table.boolean("rope_interleave", False)
     rope_type: Any = table.choice("rope_type", get_args(RopeType), "default")
@@ -203,7 +280,7 @@ def _table(fields: Fields, name: str) -> Fields:
 
 
 def _reject_unknown(table: Fields) -> None:
-    table.reject_unread("is unknown; was it written by a newer lowlat?", allow_empty=False)
+    table.reject_unread(UNKNOWN, allow_empty=False)
 
 
 def _read(kind: type, table: Fields, skip: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 Counts are exactly those of the loaded modules, MTP modules included.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from lowlat.config.arithmetic import ELEMENT_BYTES, FP32_BYTES, cache_cost, count_parameters
 from lowlat.config.model import (
+    AttentionConfig,
     GLAConfig,
     GQAConfig,
     GTAConfig,
@@ -37,8 +39,11 @@ def weight_bytes(config: ModelConfig, dtype: str | None = None) -> int:
     Selection biases of the router are never stored narrower than fp32. fp8 blocks hold every
     projection of attention, MLPs and experts (modules_to_not_convert is not looked at) at one byte
     per weight and one fp32 scale per block; embedding, head, gate, norms and eh_proj are bf16. int8
-    and int4 are the forms of `model.quant`, where a tied embedding gets a head beside it.
+    and int4 are the forms of `model.quant`, where a tied embedding gets a head beside it; weights
+    released in one of them stay so in bf16.
     """
+    if config.packing is not None and dtype in (None, "bf16"):
+        dtype = config.packing
     count, moe = count_parameters(config), config.moe
     parameters = count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0)
     sparse = sum(config.is_moe_layer(layer) for layer in range(config.num_cache_layers))
@@ -97,7 +102,9 @@ def _packed_bytes(matrix: _Matrices, dtype: str) -> int:
 def _projections(config: ModelConfig, sparse: int) -> Iterator[_Matrices]:
     """Projections of all layers, MTP modules' included, of which `sparse` have experts."""
     layers, moe = config.num_cache_layers, config.moe
-    yield from _attention(config, layers)
+    numbers = Counter(config.attention_of(layer) for layer in range(layers))
+    for attention, number in numbers.items():
+        yield from _attention(attention, config.hidden_size, number)
     yield from _mlp(config, layers - sparse, config.intermediate_size)
     if moe is not None:
         width = moe.moe_intermediate_size
@@ -111,8 +118,7 @@ def _mlp(config: ModelConfig, count: int, width: int) -> list[_Matrices]:
     return [_Matrices(2 * count, width, hidden), _Matrices(count, hidden, width)]
 
 
-def _attention(config: ModelConfig, layers: int) -> list[_Matrices]:
-    attention, hidden = config.attention, config.hidden_size
+def _attention(attention: AttentionConfig, hidden: int, layers: int) -> list[_Matrices]:
     match attention:
         case GQAConfig():
             keys = attention.num_key_value_heads * attention.head_dim

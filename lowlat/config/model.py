@@ -17,7 +17,9 @@ from lowlat.config.attention import (
     GQAConfig,
     GTAConfig,
     MLAConfig,
+    ModelAttention,
     TPAConfig,
+    distinct,
 )
 
 __all__ = [
@@ -27,7 +29,9 @@ __all__ = [
     "GTAConfig",
     "MLAConfig",
     "MoEConfig",
+    "ModelAttention",
     "ModelConfig",
+    "Packing",
     "QuantConfig",
     "RopeConfig",
     "RopeType",
@@ -36,6 +40,8 @@ __all__ = [
 ]
 
 RopeType = Literal["default", "linear", "llama3", "yarn", "longrope"]
+Packing = Literal["int8", "int4"]
+"""Forms in which the projections of a model may be packed (`model.quant`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +138,13 @@ class QuantConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A decoder-only transformer of one of the supported families."""
+    """A decoder-only transformer of one of the supported families.
+
+    Layers of MLA may differ in their sizes and rotary settings: then `attention`, `rope` or both
+    are tuples with an entry per decoder layer (one for all where they are equal, so that equal
+    models have equal configs). Who computes a layer asks `attention_of`, `rope_of` and
+    `softmax_scale_of`.
+    """
 
     model_type: str
     """Family: deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite, llama, mistral, qwen2, qwen3, or
@@ -150,14 +162,16 @@ class ModelConfig:
     """Longest context in tokens."""
     rms_norm_eps: float
     """Epsilon of the norms on the residual stream."""
-    attention: AttentionConfig
-    """The attention of every layer."""
-    rope: RopeConfig
-    """Rotary embedding of every layer."""
+    attention: ModelAttention
+    """The attention of every layer, or of each; all have the same number of heads."""
+    rope: RopeConfig | tuple[RopeConfig, ...]
+    """Rotary embedding of every layer, or of each."""
     moe: MoEConfig | None = None
     """Mixture of experts; None for dense models."""
     quantization: QuantConfig | None = None
-    """Storage of the projections; None for plain dtypes."""
+    """Storage of the projections in fp8 blocks; None for other storage."""
+    packing: Packing | None = None
+    """Form the projections are packed in; None for other storage."""
     num_nextn_predict_layers: int = 0
     """MTP modules D; stored as layers num_hidden_layers, num_hidden_layers + 1, ..."""
     mtp_copies: bool = False
@@ -175,20 +189,55 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a generation."""
 
+    def __post_init__(self) -> None:
+        for name in ("attention", "rope"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple):
+                continue
+            if len(value) != self.num_hidden_layers:
+                raise ValueError(f"{name} has {len(value)} layers, not {self.num_hidden_layers}")
+            if len(set(value)) == 1:
+                object.__setattr__(self, name, value[0])
+        layers = distinct(self.attention)
+        differs = isinstance(self.attention, tuple) or isinstance(self.rope, tuple)
+        if differs and not all(isinstance(layer, MLAConfig) for layer in layers):
+            raise ValueError("only layers of MLA may differ")
+        if len({layer.num_attention_heads for layer in layers}) > 1:
+            raise ValueError("layers differ in their number of heads")
+
     @property
     def num_cache_layers(self) -> int:
         """Layers that leave rows in the cache: decoder layers, then MTP modules."""
         return self.num_hidden_layers + self.num_nextn_predict_layers
 
     @property
-    def softmax_scale(self) -> float:
+    def num_attention_heads(self) -> int:
+        """Query heads of every layer."""
+        return distinct(self.attention)[0].num_attention_heads
+
+    def attention_of(self, layer: int) -> AttentionConfig:
+        """The attention of decoder layer `layer`. MTP modules, numbered after them, have that of
+        the last: they go on from its output, and no other is any nearer to what they do.
+        """
+        if not isinstance(self.attention, tuple):
+            return self.attention
+        return self.attention[min(layer, self.num_hidden_layers - 1)]
+
+    def rope_of(self, layer: int) -> RopeConfig:
+        """The rotary embedding of `layer`, numbered as above."""
+        if not isinstance(self.rope, tuple):
+            return self.rope
+        return self.rope[min(layer, self.num_hidden_layers - 1)]
+
+    def softmax_scale_of(self, layer: int) -> float:
         """Factor on query-key products: head width ** -0.5 times YaRN's m(mscale_all_dim)^2 (V3:
         1.874 / sqrt(192)).
         """
-        scale = self.attention.qk_head_dim**-0.5
-        if not isinstance(self.attention, DECOUPLED) or self.rope.rope_type == "default":
+        attention, rope = self.attention_of(layer), self.rope_of(layer)
+        scale = attention.qk_head_dim**-0.5
+        if not isinstance(attention, DECOUPLED) or rope.rope_type == "default":
             return scale
-        return scale * yarn_mscale(self.rope.factor, self.rope.mscale_all_dim or 0.0) ** 2
+        return scale * yarn_mscale(rope.factor, rope.mscale_all_dim or 0.0) ** 2
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer (or MTP layer, numbered after them) `layer` is a mixture of

@@ -33,7 +33,8 @@ def new_runner(
         return Runner(transformer, cache_dtype=dtype), Limits()
     config = transformer.config
     stored = dtype or transformer.embed_tokens.weight.dtype
-    page = PAGE_SIZE * config.num_cache_layers * row_bytes(config.attention, stored)
+    layers = range(config.num_cache_layers)
+    page = PAGE_SIZE * sum(row_bytes(config.attention_of(layer), stored) for layer in layers)
     if max_cache_bytes == "auto":
         # More than all sequences together can fill is of no use.
         most = MAX_SEQUENCES * (-(-context // PAGE_SIZE)) * page

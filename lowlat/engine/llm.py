@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowlat.attention.cache import cache_bytes_per_token
 from lowlat.config.arithmetic import count_parameters
-from lowlat.config.attention import short_name
+from lowlat.config.attention import row_widths, short_name
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 from lowlat.engine import scoring
 from lowlat.engine.cache_size import new_runner
@@ -98,9 +98,9 @@ class Model:
 
     def __repr__(self) -> str:
         attention = self.config.attention
-        if isinstance(attention, MLAConfig):
-            latent = f"{attention.kv_lora_rank} + {attention.qk_rope_head_dim}"
-            form = f"MLA {attention.num_attention_heads} heads, latent {latent}"
+        if isinstance(attention, MLAConfig | tuple):
+            latent = " + ".join(row_widths(attention))
+            form = f"MLA {self.config.num_attention_heads} heads, latent {latent}"
         elif not isinstance(attention, GQAConfig):
             form = f"{short_name(attention)}, {attention.num_attention_heads} heads"
         else:

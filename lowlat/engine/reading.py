@@ -6,9 +6,10 @@ chunks, each of the form that suits its length; what is generated is a stream.
 """
 
 from dataclasses import dataclass
+from functools import cache, partial
 
 from lowlat.attention.forms import Form, form_of
-from lowlat.config.model import AttentionConfig
+from lowlat.config.attention import ModelAttention
 
 PREFILL_CHUNK = 1024
 """Tokens of a chunk of a prompt."""
@@ -26,11 +27,11 @@ class Reader:
     """Plans the reading of sequences in chunks of `chunk` tokens or a few more: whole pages of
     `page_size`, so that no page of a prompt is of two forms."""
 
-    def __init__(self, attention: AttentionConfig, *, chunk: int, page_size: int) -> None:
+    def __init__(self, attention: ModelAttention, *, chunk: int, page_size: int) -> None:
         assert chunk > 0, chunk
         self.chunk = -(-chunk // page_size) * page_size
         self.page_size = page_size
-        self._attention = attention
+        self._form_of = cache(partial(form_of, attention))
 
     def form(self, position: int, prompt_length: int) -> Form:
         """The form of the row at `position` of a sequence whose prompt has `prompt_length`
@@ -38,7 +39,7 @@ class Reader:
         if position >= prompt_length:
             return "stream"
         start = position - position % self.chunk
-        return form_of(self._attention, min(self.chunk, prompt_length - start))
+        return self._form_of(min(self.chunk, prompt_length - start))
 
     def next_piece(self, start: int, prompt_length: int, length: int, limit: int) -> Piece:
         """The piece that follows `start` rows of a sequence of `length` tokens, of at most `limit`

@@ -133,7 +133,7 @@ class Runner:
             dtype=old.dtype,
             device=self.device,
         )
-        self.cache.data[:, : old.num_pages] = old.data
+        self.cache.copy_from(old)
 
     def _batch(self, chunks: Sequence[Chunk]) -> AttentionBatch:
         self._fit_cache()

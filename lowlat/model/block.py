@@ -61,7 +61,7 @@ def new_attention(
     config: ModelConfig, layer: int, *, dtype: torch.dtype
 ) -> MLA | GQA | GLA | GTA | TPA:
     """The (unfilled) attention of `layer`, of the kind that the config says."""
-    match config.attention:
+    match config.attention_of(layer):
         case MLAConfig() as attention:
             return MLA(config, attention, layer, dtype=dtype)
         case GQAConfig() as attention:

@@ -26,8 +26,8 @@ class GLA(nn.Module):
         super().__init__()
         self.layer = layer
         self.dims = attention
-        self.scale = config.softmax_scale
-        self.interleave = config.rope.rope_interleave
+        self.scale = config.softmax_scale_of(layer)
+        self.interleave = config.rope_of(layer).rope_interleave
         hidden, heads = config.hidden_size, attention.num_attention_heads
         q_dim = heads * attention.qk_head_dim
         if attention.q_lora_rank is None:

@@ -21,9 +21,9 @@ class GQA(nn.Module):
         super().__init__()
         self.layer = layer
         self.dims = attention
-        self.scale = config.softmax_scale
+        self.scale = config.softmax_scale_of(layer)
         self.window = config.window(layer)
-        self.interleave = config.rope.rope_interleave
+        self.interleave = config.rope_of(layer).rope_interleave
         hidden, bias = config.hidden_size, attention.qkv_bias
         q_dim = attention.num_attention_heads * attention.head_dim
         kv_dim = attention.num_key_value_heads * attention.head_dim

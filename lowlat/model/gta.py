@@ -20,8 +20,8 @@ class GTA(nn.Module):
         super().__init__()
         self.layer = layer
         self.dims = attention
-        self.scale = config.softmax_scale
-        self.interleave = config.rope.rope_interleave
+        self.scale = config.softmax_scale_of(layer)
+        self.interleave = config.rope_of(layer).rope_interleave
         self.layout = TiedLayout(attention.num_key_value_heads, attention.head_dim)
         hidden, q_dim = config.hidden_size, attention.num_attention_heads * attention.head_dim
         self.q_proj = Linear(hidden, q_dim, dtype=dtype)

@@ -18,7 +18,7 @@ def init_weights(model: Transformer, *, seed: int) -> None:
 
     Deterministic in `seed` and in nothing else; quantised models cannot be initialised.
     """
-    assert model.config.quantization is None
+    assert model.config.quantization is None and model.config.packing is None
     generator = torch.Generator().manual_seed(seed)
     std = model.config.initializer_range
     factors: list[tuple[Linear, tuple[int, int]]] = []

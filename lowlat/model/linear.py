@@ -1,5 +1,6 @@
 """Linear and RMSNorm as modules: parameters in their stored type, arithmetic in `ops`."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -37,6 +38,42 @@ def has_twin(dense: Tensor) -> bool:
     """Whether the native kernels can quantise `dense`."""
     is_known = dense.dtype in (torch.float32, torch.bfloat16) and dense.stride(-1) == 1
     return dense.device.type == "cpu" and is_known and native.available()
+
+
+def pack(dense: Float[Tensor, "out in"], storage: Storage) -> dict[str, Tensor]:
+    """`dense` in a packed storage: weight, weight_scale, weight_minimum.
+
+    Scales are not finite where `dense` is not, or lies beyond the range of the storage.
+    """
+    twin = native_ops if has_twin(dense) else quantized
+    if storage == "int4":
+        return twin.quantize_int4(dense)._asdict()
+    if storage == "int8":
+        return twin.quantize_int8(dense)._asdict()
+    assert storage == "int8_rows"
+    return quantize_rows(dense)._asdict()
+
+
+def unpack_rows(
+    parts: Mapping[str, Tensor],
+    storage: Storage,
+    rows: slice,
+    columns: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, "rows in"]:
+    """Rows of the matrix that `pack` turned into `parts`, computed in fp32 and rounded once."""
+    if storage == "int8_rows":
+        own = Int8Rows(*(parts[name][rows] for name in Int8Rows._fields))
+        return dequantize_rows(own, dtype)
+    first = rows.start // TILE
+    tiles, skipped = slice(first, num_tiles(rows.stop)), rows.start - first * TILE
+    count = rows.stop - first * TILE
+    if storage == "int8":
+        eight = Int8Weight(*(parts[name][tiles] for name in Int8Weight._fields))
+        return dequantize_int8(eight, count, columns, dtype)[skipped:]
+    assert storage == "int4"
+    four = Int4Weight(*(parts[name][tiles] for name in Int4Weight._fields))
+    return dequantize_int4(four, count, columns, dtype)[skipped:]
 
 
 def block_grid(rows: int, columns: int, block: tuple[int, int]) -> tuple[int, int]:
@@ -104,21 +141,11 @@ class Linear(nn.Module):
         self.weight = self._unfilled((self.out_features, self.in_features), torch.int8)
 
     def pack(self, dense: Float[Tensor, "out in"]) -> dict[str, Tensor]:
-        """`dense` as this module's parameters: weight, weight_scale, weight_minimum.
-
-        Scales are not finite where `dense` is not, or lies beyond the range of the storage.
-        """
-        twin = native_ops if has_twin(dense) else quantized
-        if self.storage == "int4":
-            return twin.quantize_int4(dense)._asdict()
-        if self.storage == "int8":
-            return twin.quantize_int8(dense)._asdict()
-        assert self.storage == "int8_rows"
-        return quantize_rows(dense)._asdict()
+        """`dense` as this module's parameters; see `pack`."""
+        return pack(dense, self.storage)
 
     def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weight as a matrix of `dtype`."""
-        rows, columns = self.out_features, self.in_features
         match self.storage:
             case "plain":
                 if self.low_rank is not None:
@@ -127,13 +154,10 @@ class Linear(nn.Module):
             case "fp8":
                 assert self.weight_scale_inv is not None and self.block is not None
                 return dequantize_blocks(self.weight, self.weight_scale_inv, self.block, dtype)
-            case "int8":
-                return dequantize_int8(self._int8(), rows, columns, dtype)
-            case "int4":
-                return dequantize_int4(self._int4(), rows, columns, dtype)
-            case "int8_rows":
-                assert self.weight_scale is not None
-                return dequantize_rows(Int8Rows(self.weight, self.weight_scale), dtype)
+            case "int8" | "int4" | "int8_rows":
+                parts = dict(self.named_parameters(recurse=False))
+                rows = slice(0, self.out_features)
+                return unpack_rows(parts, self.storage, rows, self.in_features, dtype)
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         if self.fp8 is not None:
@@ -150,14 +174,6 @@ class Linear(nn.Module):
             return fp8_linear(x, self.weight, self.bias, fmt)
         blocks = stored_blocks(self.weight, self.weight_scale_inv)
         return fp8_linear_quantized(x, blocks, self.bias, fmt)
-
-    def _int8(self) -> Int8Weight:
-        assert self.weight_scale is not None
-        return Int8Weight(self.weight, self.weight_scale)
-
-    def _int4(self) -> Int4Weight:
-        assert self.weight_scale is not None and self.weight_minimum is not None
-        return Int4Weight(self.weight, self.weight_scale, self.weight_minimum)
 
     def _unfilled(self, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
         """A parameter no gradient can reach: autograd does not know these types."""

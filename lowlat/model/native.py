@@ -29,7 +29,7 @@ def has_native_form(model: Transformer) -> bool:
     """Whether the kernels are here and can run `model`: on the CPU, with bf16 activations, every
     projection bf16, int8, int4 or fp8 in blocks of 128, and any attention but TPA.
     """
-    if isinstance(model.config.attention, TPAConfig):
+    if isinstance(model.config.attention, TPAConfig):  # all layers then are
         return False
     embedding = model.embed_tokens.weight
     if embedding.device.type != "cpu" or embedding.dtype != torch.bfloat16:
@@ -71,11 +71,17 @@ class NativeModel:
         head = matrix_of(embedding) if model.lm_head is None else weight_of(model.lm_head)
         self._model = module.Model(
             embedding=embedding,
-            layers=[layer_of(layer) for layer in model.layers if isinstance(layer, DecoderLayer)],
+            layers=[
+                layer_of(layer, first_pair=self.rotary.first_pair(number))
+                for number, layer in enumerate(model.layers)
+                if isinstance(layer, DecoderLayer)
+            ],
             norm=norm_of(model.norm),
             head=module.Projection.make(head, None),
             is_larger_than_memory=is_larger_than_memory(weight_bytes(model)),
         )
+        self._cache: PagedCache | None = None
+        self._rows = None
 
     def step(
         self,
@@ -131,13 +137,20 @@ class NativeModel:
             cos=cos,
             sin=sin,
             sequences=sequences,
-            cache=cache.data,
-            quantized=cache.quantized,
+            cache=self._rows_of(cache),
             hidden=hidden,
             wanted=wanted,
             logits=logits,
             is_stream=is_stream,
         )
+
+    def _rows_of(self, cache: PagedCache):
+        """`cache` as the kernels take it; kept, as there is a new one only where it has grown."""
+        if self._rows is None or self._cache is not cache:
+            layers = zip(cache.layers, cache.row_dims, cache.quantized, strict=True)
+            self._rows = native.module().Cache.make(list(layers))
+            self._cache = cache
+        return self._rows
 
 
 def _part(

@@ -22,14 +22,15 @@ TILE = 16
 
 
 # The return types below are inferred: those of the native module have no names of their own.
-def layer_of(layer: DecoderLayer):
-    """The layer, its weights where they lie."""
+def layer_of(layer: DecoderLayer, *, first_pair: int):
+    """The layer, its weights where they lie; `first_pair`: where its columns of cos and sin are."""
     module = native.module()
     mlp = layer.mlp
     return module.Layer.make(
         input_norm=norm_of(layer.input_layernorm),
         post_attention_norm=norm_of(layer.post_attention_layernorm),
         attention=_attention(layer.self_attn),
+        first_pair=first_pair,
         mlp=_dense(mlp.shared_experts if isinstance(mlp, MoE) else mlp),
         moe=_moe(mlp) if isinstance(mlp, MoE) else None,
     )

@@ -1,16 +1,16 @@
-"""Which projections are stored how: fp8 blocks of checkpoints, int8 and int4 packed at load."""
+"""Which projections are stored how: fp8 blocks of checkpoints, int8 and int4 packed."""
 
 from collections.abc import Mapping
 
 from torch import nn
 
-from lowlat.config.model import QuantConfig
+from lowlat.config.model import Packing, QuantConfig
 from lowlat.model.linear import Linear, Storage
 
 PLAIN = ("lm_head", "head", "eh_proj")
 """Projections every released fp8 checkpoint keeps in bf16, beside embedding, norms and gate."""
 
-PACKED: Mapping[str, Mapping[str, Storage]] = {
+PACKED: Mapping[Packing, Mapping[str, Storage]] = {
     "int8": {"kv_b_proj": "int8_rows"},
     "int4": {"kv_b_proj": "int8_rows", "lm_head": "int8", "head": "int8", "eh_proj": "int8"},
 }
@@ -26,15 +26,15 @@ def store_quantized(model: nn.Module, quant: QuantConfig, *, num_hidden_layers: 
             module.store_fp8(quant)
 
 
-def store_packed(model: nn.Module, name: str) -> dict[str, Linear]:
-    """Turn all projections of a freshly built model into int8 or int4, as `PACKED[name]` says.
+def store_packed(model: nn.Module, packing: Packing) -> dict[str, Linear]:
+    """Turn all projections of a freshly built model into int8 or int4, as `PACKED[packing]` says.
 
     Returns them by the name of their weight.
     """
     result: dict[str, Linear] = {}
     for path, module in model.named_modules():
         if isinstance(module, Linear):
-            storage = PACKED[name].get(path.rpartition(".")[2], name)
+            storage = PACKED[packing].get(path.rpartition(".")[2], packing)
             if storage == "int4":
                 module.store_int4()
             elif storage == "int8":
@@ -45,8 +45,8 @@ def store_packed(model: nn.Module, name: str) -> dict[str, Linear]:
     return result
 
 
-def packed_type(model: nn.Module) -> str | None:
-    """The name `store_packed` was given for `model`; None for a model it never saw."""
+def packed_type(model: nn.Module) -> Packing | None:
+    """What `store_packed` was given for `model`; None for a model it never saw."""
     storages = {module.storage for module in model.modules() if isinstance(module, Linear)}
     return "int4" if "int4" in storages else "int8" if "int8" in storages else None
 

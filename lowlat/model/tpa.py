@@ -24,8 +24,8 @@ class TPA(nn.Module):
         super().__init__()
         self.layer = layer
         self.dims = attention
-        self.scale = config.softmax_scale
-        self.interleave = config.rope.rope_interleave
+        self.scale = config.softmax_scale_of(layer)
+        self.interleave = config.rope_of(layer).rope_interleave
         hidden, heads, width = (
             config.hidden_size,
             attention.num_attention_heads,

@@ -9,8 +9,8 @@ from lowlat.config.model import ModelConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Embedding, Linear, RMSNorm
 from lowlat.model.mtp import MTPModule
-from lowlat.model.quant import store_quantized
-from lowlat.ops.rope import RotaryTables
+from lowlat.model.quant import store_packed, store_quantized
+from lowlat.model.rotary import LayerRotary
 
 
 class Transformer(nn.Module):
@@ -19,13 +19,13 @@ class Transformer(nn.Module):
 
     Parameters are unfilled (and, under `torch.device("meta")`, unallocated): `checkpoint.load` or
     `model.init` fills them. `dtype` is that of plain parameters; with config.quantization the
-    projections are fp8 blocks.
+    projections are fp8 blocks, with config.packing they are packed.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
-        self.rotary = RotaryTables(config.rope, config.attention.rope_dim)
+        self.rotary = LayerRotary(config)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, dtype=dtype) for layer in range(config.num_hidden_layers)
@@ -39,6 +39,9 @@ class Transformer(nn.Module):
         )
         if config.quantization is not None:
             store_quantized(self, config.quantization, num_hidden_layers=config.num_hidden_layers)
+        if config.packing is not None:
+            self.add_head()
+            store_packed(self, config.packing)
 
     def add_head(self) -> None:
         """Give a model with tied embeddings an (unfilled) head of its own, to be stored packed."""
@@ -63,9 +66,9 @@ class Transformer(nn.Module):
         """
         x = self.embed_tokens(ids)
         x = x if dtype is None else x.to(dtype)
-        rope = self.rotary(positions)
-        for layer in self.layers:
-            x = layer(x, rope, attention)
+        tables = self.rotary(positions)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, self.rotary.of(number, tables), attention)
         return self.norm(x)
 
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
@@ -89,7 +92,8 @@ class Transformer(nn.Module):
         module = self._mtp_module(depth)
         embedding = self.embed_tokens if module.embed_tokens is None else module.embed_tokens
         embedded = embedding(ahead_ids).to(hidden.dtype)
-        return module(hidden, embedded, self.rotary(positions), attention)
+        rope = self.rotary.of(self.config.num_hidden_layers + depth, self.rotary(positions))
+        return module(hidden, embedded, rope, attention)
 
     def mtp_logits(
         self, depth: int, hidden: Float[Tensor, "tokens hidden"]

@@ -102,8 +102,17 @@ class RotaryTables:
         self, positions: Int[Tensor, "tokens"]
     ) -> tuple[Float[Tensor, "tokens pairs"], Float[Tensor, "tokens pairs"]]:
         """fp32 cos and sin, scaled by the rotation magnitude."""
-        angles = positions[:, None].to(torch.float32) * self.inverse.to(positions.device)
-        return angles.cos() * self.magnitude, angles.sin() * self.magnitude
+        return rotary_tables(positions, self.inverse, self.magnitude)
+
+
+def rotary_tables(
+    positions: Int[Tensor, "tokens"],
+    inverse: Float[Tensor, "pairs"],
+    magnitude: float | Float[Tensor, "pairs"],
+) -> tuple[Float[Tensor, "tokens pairs"], Float[Tensor, "tokens pairs"]]:
+    """fp32 cos and sin of all angles, times the magnitude (of all pairs, or of each)."""
+    angles = positions[:, None].to(torch.float32) * inverse.to(positions.device)
+    return angles.cos() * magnitude, angles.sin() * magnitude
 
 
 def apply_rope(

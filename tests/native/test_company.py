@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import mla_config
+from lowlat_configs import LAYERS
 
 from lowlat.config.model import GQAConfig, ModelConfig
 from lowlat.engine.engine import Engine
@@ -28,7 +29,7 @@ if not native.available():
 VOCAB = 61
 PAGE_SIZE = 8
 CHUNK = 48
-NUM_REQUESTS = {"mla": 250, "gqa": 60, "mtp": 40}
+NUM_REQUESTS = {"mla": 250, "gqa": 60, "mtp": 40, "layers": 40}
 """For each of four concurrencies: 1,000 in all for MLA."""
 CONTEXT = 400
 MAX_TOKENS = 80
@@ -40,6 +41,10 @@ def small_config(kind: str) -> ModelConfig:
     if kind == "gqa":
         attention = GQAConfig(num_attention_heads=6, num_key_value_heads=3, head_dim=10)
         return replace(config, model_type="llama", attention=attention)
+    if kind == "layers":
+        differing = LAYERS["all"]
+        sizes = {"vocab_size": VOCAB, "max_position_embeddings": 512, "eos_token_ids": ()}
+        return replace(differing, **sizes)
     return replace(config, num_nextn_predict_layers=2 if kind == "mtp" else 0)
 
 
@@ -107,7 +112,7 @@ def together(engine: Engine, asks: list[Ask], concurrency: int, seed: int) -> li
     return requests
 
 
-@pytest.mark.parametrize("kind", ["mla", "gqa", "mtp"])
+@pytest.mark.parametrize("kind", NUM_REQUESTS)
 @torch.inference_mode()
 def test_not_one_token_differs_from_running_alone(kind: str) -> None:
     config = small_config(kind)

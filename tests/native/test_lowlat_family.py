@@ -1,5 +1,5 @@
-"""GLA, GTA and grouped-query attention with experts through the native step, as near to fp32 as
-plain bf16; TPA has no native form and runs in PyTorch.
+"""GLA, GTA, MLA whose layers differ and GQA with experts through the native step, as near to fp32
+as plain bf16; TPA has no native form and runs in PyTorch.
 """
 
 import math
@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lowlat_configs import EVERY, random_model
+from lowlat_configs import EVERY, YARN, random_model
 from torch import Tensor
 
 from lowlat.attention.cache import PagedCache
+from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.config.model import ModelConfig, QuantConfig, TPAConfig
 from lowlat.engine import scoring
 from lowlat.engine.runner import Runner
@@ -66,19 +67,24 @@ def test_bf16(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize("name", ["gla-3", "layers all", "layers rope"])
 @torch.inference_mode()
-def test_norms_of_the_latents_at_every_level(level: str) -> None:
-    config = CONFIGS["gla-3"]
+def test_latents_and_layers_at_every_level(name: str, level: str) -> None:
+    """Norms of several latents; layers of other widths and frequencies than those around them."""
+    config = CONFIGS[name]
     model = random_model(config, torch.bfloat16)
     used = native.level()
     native.module().set_level(level)
     try:
-        compare(model, in_fp32(model, config), False)
+        compare(model, in_fp32(model, config), config.moe is not None)
     finally:
         native.module().set_level(used)
 
 
-@pytest.mark.parametrize("name", ["gla-2", "gla-3", "gta-3", "combined gqa", "combined gta"])
+PACKED = ("gla-2", "gla-3", "gta-3", "combined gqa", "combined gta", "layers all", "layers experts")
+
+
+@pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 @torch.inference_mode()
 def test_packed_weights(name: str, dtype: str) -> None:
@@ -96,10 +102,11 @@ def test_packed_weights(name: str, dtype: str) -> None:
     compare(model, in_fp32(model, config), config.moe is not None)
 
 
+@pytest.mark.parametrize("name", ["gla-2", "layers all"])
 @torch.inference_mode()
-def test_fp8_blocks() -> None:
+def test_fp8_blocks(name: str) -> None:
     """GLA's up-projections are multiplied out of their blocks before zeros go around them."""
-    config = replace(CONFIGS["gla-2"], quantization=QuantConfig())
+    config = replace(CONFIGS[name], quantization=QuantConfig())
     model = Transformer(config, dtype=torch.bfloat16).requires_grad_(False)
     drawn = random_model(replace(config, quantization=None), torch.bfloat16).state_dict()
     for name, parameter in model.state_dict().items():
@@ -113,7 +120,7 @@ def test_fp8_blocks() -> None:
     compare(model, in_fp32(model, config), False)
 
 
-@pytest.mark.parametrize("name", ["gla-2", "gta-3", "combined mha"])
+@pytest.mark.parametrize("name", ["gla-2", "gta-3", "combined mha", "layers all"])
 @torch.inference_mode()
 def test_int8_cache(name: str) -> None:
     """Latents and tied states are int8, the rotary key is not; near to the bf16 cache."""
@@ -127,7 +134,8 @@ def test_int8_cache(name: str) -> None:
     distance = distances(logits[torch.int8], logits[torch.bfloat16])
     assert 1e-5 < distance.median() < 0.1
     cache = PagedCache(config, num_pages=1, dtype=torch.int8)
-    assert cache.quantized == config.attention.quantized_dim
+    layers = range(config.num_hidden_layers)
+    assert cache.quantized == [config.attention_of(layer).quantized_dim for layer in layers]
 
 
 def test_tpa_falls_back() -> None:
@@ -141,3 +149,22 @@ def test_tpa_falls_back() -> None:
         scoring.logits(Runner(m, page_size=8), ids, chunk=7) for m in (model, exact)
     )
     assert distances(logits, reference).median() < 0.03
+
+
+@torch.inference_mode()
+def test_a_cache_of_another_model_is_refused() -> None:
+    """Holds shut: rows written beyond a narrower layer's."""
+    config = CONFIGS["layers all"]
+    assert isinstance(config.attention, tuple) and isinstance(config.rope, tuple)
+    compiled = NativeModel(random_model(config, torch.bfloat16))
+    turned = replace(config, attention=config.attention[::-1], rope=config.rope[::-1])
+    short = replace(config, num_hidden_layers=1, attention=config.attention[:1], rope=YARN)
+    item = SequenceSlice(pages=(0,), start=0, length=3)
+    batch = AttentionBatch.build([item], page_size=8)
+    for other, said in ((turned, "rows of another width"), (short, "too few layers")):
+        cache = PagedCache(other, num_pages=1, page_size=8, dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match=said):
+            compiled.step(torch.arange(3), batch, cache, [])
+    layers = [(torch.zeros(pages, 8, 6, dtype=torch.bfloat16), 6, 0) for pages in (2, 3)]
+    with pytest.raises(ValueError, match="differ in pages"):
+        native.module().Cache.make(layers)

@@ -22,10 +22,10 @@ def test_deepseek_v3_leaves_70272_bytes_per_token() -> None:
 
 def test_one_row_per_token_and_layer() -> None:
     cache = PagedCache(config_of(MLA(), layers=3, mtp=2), num_pages=7, dtype=torch.bfloat16)
-    assert cache.data.shape == (5, 7, 64, 13 + 4)
+    assert [rows.shape for rows in cache.layers] == 5 * [(7, 64, 13 + 4)]
     assert cache.num_pages == 7 and cache.page_size == 64
     gqa = PagedCache(config_of(GQA(), layers=1), num_pages=2, page_size=3, dtype=torch.float32)
-    assert gqa.data.shape == (1, 2, 3, 2 * 2 * 6)
+    assert [rows.shape for rows in gqa.layers] == [(2, 3, 2 * 2 * 6)]
 
 
 @pytest.mark.parametrize("pages", [(2, 3, 4), (4, 1, 3), (5,), (0, 2)])
@@ -38,8 +38,8 @@ def test_rows_come_back_in_sequence_order(pages: tuple[int, ...]) -> None:
     cache.write(1, slots, rows)
     assert torch.equal(cache.rows(1, pages, length, torch.float32), rows)
     assert torch.equal(cache.rows(1, pages, 2, torch.float32), rows[:2])
-    assert cache.data[0].count_nonzero() == 0
-    assert cache.data[1].count_nonzero() == rows.numel()
+    assert cache.layers[0].count_nonzero() == 0
+    assert cache.layers[1].count_nonzero() == rows.numel()
 
 
 def test_more_pages_than_rows_are_allowed() -> None:
@@ -61,7 +61,7 @@ def test_rows_are_stored_in_the_cache_dtype() -> None:
 def test_plain_rows_of_neighbouring_pages_are_not_copied() -> None:
     cache = PagedCache(config_of(MLA(), layers=2), num_pages=6, dtype=torch.bfloat16)
     rows = cache.rows(1, (2, 3), 100, torch.bfloat16)
-    assert rows.data_ptr() == cache.data[1, 2].data_ptr()
+    assert rows.data_ptr() == cache.layers[1][2].data_ptr()
 
 
 @pytest.mark.parametrize("pages", [(2, 3, 4), (4, 1, 3)])
@@ -70,14 +70,15 @@ def test_int8_rows(pages: tuple[int, ...]) -> None:
     config = config_of(MLA(), layers=2)
     cache = PagedCache(config, num_pages=6, page_size=3, dtype=torch.int8)
     # 13 channels in 16 bytes, a scale, 4 in bf16
-    assert cache.data.shape == (2, 6, 3, 16 + 4 + 8) and cache.data.dtype == torch.uint8
-    assert (cache.dtype, cache.quantized) == (torch.int8, 13)
+    assert [rows.shape for rows in cache.layers] == 2 * [(6, 3, 16 + 4 + 8)]
+    assert cache.layers[0].dtype == torch.uint8
+    assert (cache.dtype, cache.quantized) == (torch.int8, [13, 13])
     rows = torch.randn(8, 17)
     slots = torch.tensor([pages[i // 3] * 3 + i % 3 for i in range(8)])
     cache.write(1, slots, rows)
     expected = unpack_rows(pack_rows(rows, 13), 17, 13, torch.bfloat16)
     assert torch.equal(cache.rows(1, pages, 8, torch.bfloat16), expected)
-    assert cache.data[0].count_nonzero() == 0
+    assert cache.layers[0].count_nonzero() == 0
 
 
 def test_int8_bytes_per_token() -> None:
@@ -90,11 +91,11 @@ def test_int8_bytes_per_token() -> None:
 
 def test_copy_page_copies_every_layer() -> None:
     cache = PagedCache(config_of(MLA(), layers=3), num_pages=4, page_size=2, dtype=torch.float32)
-    cache.data.normal_()
-    before = cache.data.clone()
+    before = [rows.normal_().clone() for rows in cache.layers]
     cache.copy_page(1, 3)
-    assert torch.equal(cache.data[:, 3], before[:, 1])
-    assert torch.equal(cache.data[:, :3], before[:, :3])
+    for after, rows in zip(cache.layers, before, strict=True):
+        assert torch.equal(after[3], rows[1])
+        assert torch.equal(after[:3], rows[:3])
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
@@ -107,7 +108,7 @@ def test_pages_that_are_not_written_take_no_memory() -> None:
 
     before = resident()
     cache = PagedCache(config_of(MLA(), layers=2), num_pages=2**18, dtype=torch.bfloat16)
-    assert cache.data.nbytes > 2**30
-    cache.write(1, torch.tensor([70]), torch.ones(1, cache.row_dim))
+    assert sum(rows.nbytes for rows in cache.layers) > 2**30
+    cache.write(1, torch.tensor([70]), torch.ones(1, cache.row_dims[1]))
     assert resident() - before < 2**27
-    assert cache.data[1, 1, 6].tolist() == [1.0] * cache.row_dim
+    assert cache.layers[1][1, 6].tolist() == [1.0] * cache.row_dims[1]

@@ -16,6 +16,7 @@ from lowlat.attention.forms import Form, form_of
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.attention.packed import PackedAttention
 from lowlat.attention.rows import pack_rows, unpack_rows
+from lowlat.config.attention import expansion_break_even
 from lowlat.config.model import GQAConfig, MLAConfig
 
 from .draw import GQA, MLA, config_of
@@ -43,7 +44,8 @@ def new_cache(attention: MLAConfig | GQAConfig, page_size: int) -> PagedCache:
     config = config_of(attention, layers=2)
     # Old rows of other sequences must never be read: NaN would show.
     cache = PagedCache(config, num_pages=61, page_size=page_size, dtype=torch.float64)
-    cache.data.fill_(float("nan"))
+    for rows in cache.layers:
+        rows.fill_(float("nan"))
     return cache
 
 
@@ -117,7 +119,7 @@ def test_mla_in_chunks_equals_whole(page_size: int, scattered: bool, break_even:
         tables = page_tables(page_size, scattered=scattered)
         out = chunked("mla", cache, tables, inputs, rest, seed=seed, break_even=break_even)
         torch.testing.assert_close(out, whole, rtol=0, atol=1e-10)
-        assert cache.data[0].isnan().all()
+        assert cache.layers[0].isnan().all()
 
 
 @pytest.mark.parametrize("window", [None, 1, 4])
@@ -188,9 +190,10 @@ def test_break_even_of_deepseek_v3_is_about_170() -> None:
         qk_rope_head_dim=64,
         v_head_dim=128,
     )
-    assert v3.expansion_break_even == pytest.approx(512 * 256 / 768)
+    assert expansion_break_even([v3.latent_sizes]) == pytest.approx(512 * 256 / 768)
     # With a latent no wider than the heads the absorbed form never costs more.
-    assert MLA(kv_lora_rank=4, qk_nope_head_dim=5, v_head_dim=7).expansion_break_even == math.inf
+    no_gain = MLA(kv_lora_rank=4, qk_nope_head_dim=5, v_head_dim=7)
+    assert expansion_break_even([no_gain.latent_sizes]) == math.inf
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ def test_deepseek_v3_by_part():
     assert billions(count.total + count.mtp + count.mtp_copies, 2) == "684.49"
     assert billions(count.active_without_embedding, 2) == "36.63"
     assert billions(count.active, 2) == "37.55"
-    assert f"{attention_parameters(config) / 1e6:.2f}" == "187.11"
-    assert count.attention == 61 * attention_parameters(config)
+    assert f"{attention_parameters(config, 0) / 1e6:.2f}" == "187.11"
+    assert count.attention == 61 * attention_parameters(config, 0)
     assert f"{expert_parameters(config) / 1e6:.2f}" == "44.04"
     assert billions(moe_parameters(config, config.moe), 3) == "11.320"
     assert billions(count.embedding, 4) == billions(count.head, 4) == "0.9267"

@@ -322,4 +322,4 @@ def test_any_json_is_read_or_refused_in_one_line(family: str, changes: dict[str,
     except UserError as error:
         assert len(str(error).splitlines()) == 1
     else:
-        assert math.isfinite(config.softmax_scale)
+        assert math.isfinite(config.softmax_scale_of(0))

@@ -109,7 +109,7 @@ def test_longrope_may_scale_the_softmax():
     both = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
     config = config_from_hf(V3 | {"rope_scaling": {**both, "factor": 2.0, "mscale_all_dim": 3.0}})
     expected = 13**-0.5 * (0.3 * math.log(2.0) + 1) ** 2
-    assert config.softmax_scale == pytest.approx(expected, rel=1e-15)
+    assert config.softmax_scale_of(0) == pytest.approx(expected, rel=1e-15)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from lowlat_configs import EVERY, GLA, GQA, MOE, TPA, YARN, lowlat_config
+from lowlat_configs import (
+    DIFFERING,
+    EVERY,
+    GLA,
+    GQA,
+    LAYER_ROPES,
+    LAYERS,
+    MLA,
+    MOE,
+    TPA,
+    YARN,
+    lowlat_config,
+)
 
 from lowlat.config.hf import config_from_hf, config_to_hf
 from lowlat.config.model import ModelConfig, QuantConfig, RopeConfig
@@ -102,6 +114,45 @@ def raw_of(config: ModelConfig, changes: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
+def test_layers_that_differ_are_arrays() -> None:
+    """One entry per layer, null where a layer has none; what is the same in all is said once."""
+    raw = config_to_hf(LAYERS["all"])
+    attention, rope = raw["attention"], raw["rope"]
+    assert attention["kv_lora_rank"] == [11, 101, 3, 67]
+    assert attention["q_lora_rank"] == [None, None, None, 11]
+    assert attention["attention_bias"] == [False, False, True, False]
+    assert (attention["form"], attention["num_attention_heads"], attention["q_bias"]) == (
+        "mla",
+        5,
+        False,
+    )
+    assert rope["rope_type"] == ["longrope", "longrope", None, "yarn"]
+    assert rope["short_factor"] == [[1.0, 0.25, 7.5], [1.0, 2.0, 5.0, 10.0, 17.0], None, None]
+    only = config_to_hf(LAYERS["rope"])
+    assert only["attention"]["kv_lora_rank"] == 13 and only["rope"]["rope_theta"] == [100.0, 7.0]
+
+
+def test_equal_layers_may_be_written_as_arrays() -> None:
+    """A uniform model in the per-layer form is the same model."""
+    config = lowlat_config(MLA, rope=LAYER_ROPES[0])
+    raw = config_to_hf(config)
+    raw["attention"] |= {name: [value] * 2 for name, value in raw["attention"].items()}
+    raw["attention"] |= {"form": "mla", "num_attention_heads": 5}
+    raw["rope"] |= {name: [value] * 2 for name, value in raw["rope"].items()}
+    assert config_from_hf(raw) == config
+
+
+def test_a_setting_of_all_layers_fits_each() -> None:
+    """Frequencies given once, for layers of equal rotary width."""
+    layers = tuple(replace(layer, qk_rope_head_dim=6) for layer in DIFFERING)
+    config = lowlat_config(layers, rope=LAYER_ROPES[0], num_hidden_layers=4)
+    raw = config_to_hf(config)
+    assert raw["rope"]["short_factor"] == [1.0, 0.25, 7.5]
+    assert config_from_hf(raw) == config
+
+
+DIFFER = LAYERS["all"]
+FACTORS_OF_ALL = {"short_factor": [1.0] * 3, "long_factor": [1.0] * 3, "rope_type": "longrope"}
 GTA_FILE = EVERY["gta-3"]
 REFUSALS: list[tuple[ModelConfig, dict[str, Any], str]] = [
     (GTA_FILE, {"attenton": {}}, "attenton ({}) is unknown"),
@@ -154,6 +205,100 @@ REFUSALS: list[tuple[ModelConfig, dict[str, Any], str]] = [
         "moe.topk_method 'greedy' knows no groups",
     ),
     (EVERY["combined mla-plain"], {"attention.q_lora_rank": 3, "attention.q_bias": True}, "q_bias"),
+    (DIFFER, {"attention.kv_lora_rank": [3, 5]}, "attention.kv_lora_rank has 2 entries for 4 lay"),
+    (DIFFER, {"attention.kv_lora_rank": []}, "attention.kv_lora_rank has 0 entries for 4 layers"),
+    (
+        DIFFER,
+        {"attention.kv_lora_rank": [3, 5, 0, 7]},
+        "attention.kv_lora_rank of layer 2 must be within 1..",
+    ),
+    (
+        DIFFER,
+        {"attention.kv_lora_rank": [3, None, 5, 7]},
+        "attention.kv_lora_rank of layer 1 is missing",
+    ),
+    (
+        DIFFER,
+        {"attention.kv_lora_rank": [3, 5, "7", 7]},
+        "attention.kv_lora_rank of layer 2 must be an integer",
+    ),
+    (
+        DIFFER,
+        {"attention.kv_lora_rank": [3, 5, [7], 7]},
+        "attention.kv_lora_rank of layer 2 must be an integer",
+    ),
+    (
+        DIFFER,
+        {"attention.qk_rope_head_dim": [6, 10, 3, 34]},
+        "attention.qk_rope_head_dim of layer 2 3 must be even",
+    ),
+    (
+        DIFFER,
+        {"attention.q_bias": [False, False, False, True]},
+        "attention.q_bias of layer 3 belongs to q_proj",
+    ),
+    (
+        DIFFER,
+        {"attention.qk_rope_head_dim": [6, 0, 2, 34]},
+        "attention.qk_nope_head_dim of layer 1 and qk_rope_head_dim are both 0",
+    ),
+    (
+        DIFFER,
+        {"attention.qk_rope_head_dim": [6, -2, 2, 34]},
+        "attention.qk_rope_head_dim of layer 1 must be within 0..",
+    ),
+    (GTA_FILE, {"attention.qk_rope_head_dim": 0}, "attention.qk_rope_head_dim must be within 1.."),
+    (
+        lowlat_config(GLA),
+        {"attention.qk_rope_head_dim": 0},
+        "attention.qk_rope_head_dim must be within 1..",
+    ),
+    (DIFFER, {"attention.form": ["mla", "mla", "gqa", "mla"]}, "attention.form"),
+    (
+        DIFFER,
+        {"attention.num_attention_heads": [5, 5, 5, 5]},
+        "attention.num_attention_heads must be an integer, the same for all layers",
+    ),
+    (DIFFER, {"attention.latent": 3}, "attention.latent (3) is unknown"),
+    (DIFFER, {"num_hidden_layers": 5}, "entries for 5 layers"),
+    (
+        DIFFER,
+        {"rope.short_factor": [[1.0, 2.0], [1.0] * 5, None, None]},
+        "rope.short_factor of layer 0 must have 3 entries, not 2",
+    ),
+    (
+        DIFFER,
+        {"rope.short_factor": [[1.0, 0.25, 7.5], [1.0, 0.0, 5.0, 10.0, 17.0], None, None]},
+        "rope.short_factor of layer 1 must be numbers above 0",
+    ),
+    (
+        DIFFER,
+        {"rope.short_factor": [[1.0] * 3]},
+        "rope.short_factor has 1 entries for 4 layers",
+    ),
+    (
+        DIFFER,
+        {"rope.short_factor": [[1.0, 0.25, 7.5], 2.0, None, None]},
+        "rope.short_factor of layer 1 must be an array",
+    ),
+    (
+        DIFFER,
+        {"rope": {"rope_theta": 9.0} | FACTORS_OF_ALL},
+        "rope.short_factor of layer 1 must have 5 entries, not 3",
+    ),
+    (DIFFER, {"rope.rope_theta": [1.0, 2.0]}, "rope.rope_theta has 2 entries for 4 layers"),
+    (DIFFER, {"rope.spiral": 1.0}, "rope.spiral (1.0) is unknown"),
+    (
+        DIFFER,
+        {"rope.factor": [1.0, 1.0, 2.0, 4.0]},
+        "rope.factor of layer 2 (2.0) is no setting of rope_type 'default'",
+    ),
+    (
+        GTA_FILE,
+        {"attention.head_dim": [10, 10]},
+        "attention.head_dim is an array, but only layers of form 'mla' differ, not 'gta'",
+    ),
+    (GTA_FILE, {"rope.rope_theta": [1.0, 2.0]}, "rope.rope_theta is an array, but only layers"),
     (CONFIGS["fp8"], {"quantization.scale_fmt": "e8"}, "quantization.scale_fmt"),
     (CONFIGS["fp8"], {"quantization.weight_block_size": [8]}, "weight_block_size must be two"),
     (CONFIGS["fp8"], {"quantization.weight_block_size": [8, 0]}, "quantization.weight_block_size"),
@@ -175,10 +320,29 @@ def test_families_of_hugging_face_refuse_these_forms(family: str) -> None:
         config_to_hf(config)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "kimi_k2"])
+def test_families_of_hugging_face_refuse_layers_that_differ(family: str, name: str) -> None:
+    """Holds shut: the numbers of one layer in a file that says them for all."""
+    config = replace(LAYERS[name], model_type=family)
+    with pytest.raises(UserError, match=r"cannot express layers that differ \(MLA .*'lowlat' can"):
+        config_to_hf(config)
+
+
+def test_hostile_layers_are_refused_at_once() -> None:
+    """Many layers times many unknown fields would be more memory than there is."""
+    count = 100_000
+    raw = config_to_hf(lowlat_config(MLA)) | {"num_hidden_layers": count}
+    raw["attention"] |= {"kv_lora_rank": [3] * (count - 1) + [5]}
+    raw["attention"] |= {f"x{i}": 0 for i in range(10_000)}
+    with pytest.raises(UserError, match=r"attention.x0 \(0\) is unknown"):
+        config_from_hf(raw)
+
+
 def test_rope_of_the_decoupled_key_scales_the_softmax() -> None:
     """m(mscale_all_dim)^2 belongs to GLA and GTA as to MLA: their scores are only partly rotary."""
     for name in ("gla-2", "gta-yarn"):
         config = EVERY[name]
-        plain = replace(config, rope=RopeConfig(rope_theta=1000.0)).softmax_scale
+        plain = replace(config, rope=RopeConfig(rope_theta=1000.0)).softmax_scale_of(0)
         assert config.rope == YARN
-        assert config.softmax_scale / plain == pytest.approx((0.11 * math.log(4) + 1) ** 2)
+        assert config.softmax_scale_of(0) / plain == pytest.approx((0.11 * math.log(4) + 1) ** 2)

@@ -34,9 +34,9 @@ def test_unknown_name_lists_the_known_ones():
 def test_softmax_scale_has_the_yarn_factor():
     """m(mscale_all_dim)^2 is 1.874 for V3 and 1.590 for V2-Lite; leaving it out is silent."""
     v3, lite = load_preset("deepseek-v3"), load_preset("deepseek-v2-lite")
-    assert v3.softmax_scale * 192**0.5 == pytest.approx(1.874, abs=5e-4)
-    assert lite.softmax_scale * 192**0.5 == pytest.approx(1.590, abs=5e-4)
-    assert load_preset("moonlight-16b-a3b").softmax_scale == 192**-0.5
+    assert v3.softmax_scale_of(0) * 192**0.5 == pytest.approx(1.874, abs=5e-4)
+    assert lite.softmax_scale_of(0) * 192**0.5 == pytest.approx(1.590, abs=5e-4)
+    assert load_preset("moonlight-16b-a3b").softmax_scale_of(0) == 192**-0.5
 
 
 @pytest.mark.parametrize(

@@ -80,11 +80,11 @@ def test_every_head_reads_the_latent_of_its_group(groups: int) -> None:
     x = torch.randn(19, 23, dtype=torch.float64)
     packed = PackedAttention([19])
     rope = RotaryTables(config.rope, attention.rope_dim)(packed.positions())
-    expected = naive(module, x, rope, config.softmax_scale)
+    expected = naive(module, x, rope, config.softmax_scale_of(0))
     torch.testing.assert_close(module(x, rope, packed), expected, rtol=0, atol=1e-12)
 
 
 def test_the_cache_is_mlas() -> None:
     assert GLA.row_dim == as_mla(GLA).row_dim == 32
     assert GLA.quantized_dim == 26
-    assert GLA.expansion_break_even == as_mla(GLA).expansion_break_even
+    assert GLA.latent_sizes == as_mla(GLA).latent_sizes

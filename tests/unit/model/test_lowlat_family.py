@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lowlat_configs import EVERY, FORMS, random_model
+from lowlat_configs import EVERY, FORMS, LAYERS, random_model
 
 from lowlat.attention.flash import FlashAttention
 from lowlat.attention.packed import PackedAttention
@@ -89,7 +89,8 @@ def test_counts_and_bytes_are_those_of_the_modules(config: ModelConfig) -> None:
     count = count_parameters(config)
     assert sum(tensor.numel() for tensor in tensors) == count.total + count.mtp
     assert sum(tensor.nbytes for tensor in tensors) == weight_bytes(config, "bf16")
-    assert cache_cost(config).elements_per_token_layer == config.attention.row_dim
+    rows = [config.attention_of(layer).row_dim for layer in range(config.num_hidden_layers)]
+    assert cache_cost(config).elements_per_token_layer == sum(rows) / len(rows)
 
 
 @every_config
@@ -103,7 +104,7 @@ def test_packed_bytes_are_those_of_the_modules(config: ModelConfig, dtype: str) 
     assert total == weight_bytes(config, dtype)
 
 
-@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("config", [*FORMS.values(), *LAYERS.values()], ids=[*FORMS, *LAYERS])
 def test_fp8_bytes_are_those_of_the_modules(config: ModelConfig) -> None:
     config = replace(config, quantization=QuantConfig(weight_block_size=(8, 4)))
     with torch.device("meta"):

@@ -125,7 +125,7 @@ def test_cached_equals_packed(chunks: list[int]) -> None:
     model = model_with(2)
     hidden = hidden_states(model)
     cache = PagedCache(model.config, num_pages=5, page_size=3, dtype=torch.float64)
-    assert len(cache.data) == 4
+    assert len(cache.layers) == 4
     outputs, start = [], 0
     for length in chunks:
         form = "expanded" if length > 2 else "absorbed"
@@ -137,7 +137,7 @@ def test_cached_equals_packed(chunks: list[int]) -> None:
         outputs.append(model.mtp_hidden(0, hidden[own], ahead, batch.positions, backend))
         start += length
     torch.testing.assert_close(torch.cat(outputs), run(model, 0, hidden), rtol=0, atol=1e-10)
-    used = [layer.count_nonzero().item() > 0 for layer in cache.data]
+    used = [layer.count_nonzero().item() > 0 for layer in cache.layers]
     assert used == [False, False, True, False]
 
 
