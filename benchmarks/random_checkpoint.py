@@ -131,6 +131,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocab_size": 32000,
         "max_position_embeddings": 163840,
     },
+    # 5.2B parameters, 10.4 GB: experts of V2-Lite, everything else of V3, an MTP module
+    "large": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 8,
+        "num_nextn_predict_layers": 1,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 10944,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": 768,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "n_group": 8,
+        "topk_group": 4,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 1408,
+        "vocab_size": 128000,
+        "max_position_embeddings": 163840,
+    },
 }
 
 

@@ -8,11 +8,12 @@ its tokens hit together (with enough tokens, every expert) once. Attention is co
 cheaper of its two forms: absorbed or expanded. Two FLOPs are one multiply-add.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from lowlat.bench.plan import Cell
 from lowlat.config.arithmetic import count_parameters
-from lowlat.config.model import GQAConfig, ModelConfig, TPAConfig
+from lowlat.config.model import AttentionConfig, GQAConfig, ModelConfig, TPAConfig
 
 WEIGHT_BYTES = {
     "fp32": 4.0,
@@ -76,21 +77,29 @@ def attention_flops(config: ModelConfig, *, queries: int, keys: int, pairs: int 
     also has to expand the keys cached before. GLA and GTA are counted as the latent attention they
     are computed by.
     """
-    attention = config.attention
     pairs = queries * keys if pairs is None else pairs
-    heads, layers = attention.num_attention_heads, config.num_hidden_layers
+    layers = Counter(config.attention_of(layer) for layer in range(config.num_hidden_layers))
+    each = (
+        number * _head_flops(attention, queries, keys, pairs)
+        for attention, number in layers.items()
+    )
+    return float(config.num_attention_heads * sum(each))
+
+
+def _head_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int) -> int:
+    """FLOPs of one head in one layer."""
     if isinstance(attention, GQAConfig):
-        return float(layers * heads * pairs * 4 * attention.head_dim)
+        return pairs * 4 * attention.head_dim
     if isinstance(attention, TPAConfig):
         products = 2 * (attention.k_rank + attention.v_rank) * attention.head_dim
         expanded = pairs * 4 * attention.head_dim + keys * products
-        return float(layers * heads * min(pairs * products, expanded))
+        return min(pairs * products, expanded)
     latent = attention.quantized_dim
     absorbed = pairs * 2 * (2 * latent + attention.qk_rope_head_dim)
     expanded = pairs * 2 * (attention.qk_head_dim + attention.v_head_dim)
     width = attention.qk_nope_head_dim + attention.v_head_dim
     expanded += (keys - queries) * 2 * latent * width
-    return float(layers * heads * min(absorbed, expanded))
+    return min(absorbed, expanded)
 
 
 def seconds(work: Work, dtype: str, rates: dict[str, float]) -> float:

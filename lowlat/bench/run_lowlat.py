@@ -45,13 +45,14 @@ class Lowlat(Stepper):
     def fill(self, context: int) -> None:
         self.runner.reserve(self.pages, context + SPARE_ROWS)
         cache = self.runner.cache
-        rows = torch.randn(RANDOM_ROWS, self.model.config.attention.row_dim)
+        rows = torch.randn(RANDOM_ROWS, max(cache.row_dims))
         for start in range(self.filled, context, RANDOM_ROWS):
             places = torch.arange(start, min(start + RANDOM_ROWS, context))
             pages = torch.tensor(self.pages)[places // cache.page_size]
             slots = pages * cache.page_size + places % cache.page_size
             for layer in range(self.model.config.num_hidden_layers):
-                cache.write(layer, slots, rows[: len(slots)].to(self._dtype()))
+                part = rows[: len(slots), : cache.row_dims[layer]]
+                cache.write(layer, slots, part.to(self._dtype()))
         self.filled = max(self.filled, context)
 
     def step(self, token: int, position: int) -> Any:

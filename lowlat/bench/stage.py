@@ -8,14 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlat.bench.gguf_export import KINDS, export
 from lowlat.bench.plan import Plan
 from lowlat.bench.programs import GGUF_KINDS, Program
 from lowlat.bench.worker import Refused, Worker
 from lowlat.checkpoint.cachefolder import derived_dir, disk_faults
 from lowlat.config.model import ModelConfig
+from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
+
+EXPORTED = {"F32": "fp32", "BF16": "bf16"}
+"""Formats that lowlat writes itself, so that they hold the numbers of the checkpoint; llama.cpp
+makes the others of them.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,14 +84,20 @@ class Stage:
         path = self._gguf_path(kind)
         if path.exists():
             return path
-        source = None if kind in KINDS else self._gguf(program, "BF16")
+        source = None if kind in EXPORTED else self._gguf(program, "BF16")
         with disk_faults(path.parent), self.progress.task(f"writing {path.name}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             if source is None:
-                export(self.model, path, kind)
+                self._export(path, kind)
             else:
                 self._quantize(program, source, path, kind)
         return path
+
+    def _export(self, path: Path, kind: str) -> None:
+        try:
+            convert(self.model, path, dtype=EXPORTED[kind])
+        except UserError as error:
+            raise UserError(f"{error} (or leave llama.cpp out of --peers)") from error
 
     def _quantize(self, program: Program, source: Path, path: Path, kind: str) -> None:
         partial = path.with_name(f".{path.name}.partial")

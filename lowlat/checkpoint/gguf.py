@@ -17,43 +17,11 @@ from torch import Tensor
 
 from lowlat.checkpoint.gguf_config import architecture, hf_config
 from lowlat.checkpoint.gguf_file import GGUFFile
+from lowlat.checkpoint.gguf_names import EXPERTS, GLOBAL_NAMES, MODULES, ROUTER_BIAS
 from lowlat.checkpoint.source import TensorSource
 from lowlat.checkpoint.strict_json import quoted
 from lowlat.utils.errors import UserError
 
-GLOBAL_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-MODULES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_a": "self_attn.q_a_proj",
-    "attn_q_a_norm": "self_attn.q_a_layernorm",
-    "attn_q_b": "self_attn.q_b_proj",
-    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
-    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
-    "attn_kv_b": "self_attn.kv_b_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
-    "ffn_up_shexp": "mlp.shared_experts.up_proj",
-    "ffn_down_shexp": "mlp.shared_experts.down_proj",
-    "nextn.eh_proj": "eh_proj",
-    "nextn.enorm": "enorm",
-    "nextn.hnorm": "hnorm",
-    "nextn.embed_tokens": "embed_tokens",
-    "nextn.shared_head_norm": "shared_head.norm",
-    "nextn.shared_head_head": "shared_head.head",
-}
-EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 IN_CONFIG = ("rope_freqs.weight",)
 """Tensors that became fields of the config."""
 
@@ -66,12 +34,13 @@ class _Part(NamedTuple):
     tensors: tuple[str, ...]
     """Names in the file."""
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    rows: Callable[[int, int], Tensor]
+    """Rows from one number to another, made without the others' bytes."""
 
 
 @final
 class GGUFSource(TensorSource):
-    """A .gguf file of architecture llama, qwen2 or deepseek2.
+    """A .gguf file of architecture llama, qwen2, qwen3 or deepseek2.
 
     Tensors stored as F16, F32, F64 or BF16 keep their dtype, all block formats are read as fp32.
     Tensors without a Hugging Face counterpart keep their name, so that whoever reads strictly
@@ -109,7 +78,11 @@ class GGUFSource(TensorSource):
         return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
 
     def read(self, name: str) -> Tensor:
-        return self._part(name).read()
+        part = self._part(name)
+        return part.rows(0, part.shape[0])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._part(name).rows(start, stop)
 
     def release(self, name: str) -> None:
         for tensor in self._part(name).tensors:
@@ -135,7 +108,7 @@ class GGUFSource(TensorSource):
             return {GLOBAL_NAMES.get(name, name): self._plain(name)}
         block, module, kind = int(match[1]), match[2], match[3]
         prefix = f"model.layers.{block}."
-        if module == "exp_probs_b":
+        if module == ROUTER_BIAS:
             return {f"{prefix}mlp.gate.e_score_correction_bias": self._plain(name)}
         if module in EXPERTS and len(shape) == 3:
             return {
@@ -150,12 +123,17 @@ class GGUFSource(TensorSource):
         return {hf_name: self._plain(name)}
 
     def _plain(self, name: str) -> _Part:
-        return _Part((name,), self._gguf.tensors[name].shape, partial(self._gguf.read, name))
+        return _Part((name,), self._gguf.tensors[name].shape, partial(self._rows, name))
 
     def _expert(self, name: str, expert: int) -> _Part:
-        return _Part(
-            (name,), self._gguf.tensors[name].shape[1:], partial(self._gguf.read, name, expert)
-        )
+        shape = self._gguf.tensors[name].shape[1:]
+
+        def rows(start: int, stop: int) -> Tensor:
+            # the first two axes are one in the file
+            first = expert * shape[0]
+            return self._gguf.rows(name, first + start, first + stop)
+
+        return _Part((name,), shape, rows)
 
     def _unpermuted(self, name: str, module: str) -> _Part:
         heads = self._config["num_attention_heads" if module == "attn_q" else "num_key_value_heads"]
@@ -164,7 +142,18 @@ class GGUFSource(TensorSource):
             raise UserError(
                 f"{self.path}: tensor {quoted(name)}: {shape[0]} rows are not {heads} even heads"
             )
-        return _Part((name,), shape, lambda: unpermute(self._gguf.read(name), heads))
+        width = shape[0] // heads
+
+        def of_heads(first: int, last: int) -> Tensor:
+            return unpermute(self._rows(name, first * width, last * width), last - first)
+
+        return _Part((name,), shape, _by_heads(of_heads, width))
+
+    def _rows(self, name: str, first: int, last: int) -> Tensor:
+        """Entries of the first axis."""
+        if len(self._gguf.tensors[name].shape) == 2:
+            return self._gguf.rows(name, first, last)
+        return self._gguf.read(name)[first:last]
 
     def _joined_kv_b(self, block: int) -> _Part:
         """kv_b_proj from attn_k_b [heads, latent, nope] and attn_v_b [heads, v, latent]."""
@@ -177,8 +166,26 @@ class GGUFSource(TensorSource):
             raise UserError(
                 f"{self.path}: tensor {names[0]!r}: shape {list(keys)} does not fit {list(values)}"
             )
-        shape = (keys[0] * (keys[2] + values[1]), keys[1])
-        return _Part(names, shape, lambda: join_kv_b(*(self._gguf.read(name) for name in names)))
+        width = keys[2] + values[1]
+
+        def of_heads(first: int, last: int) -> Tensor:
+            halves = (
+                self._gguf.rows(name, first * size[1], last * size[1]).unflatten(0, (-1, size[1]))
+                for name, size in zip(names, (keys, values), strict=True)
+            )
+            return join_kv_b(*halves)
+
+        return _Part(names, (keys[0] * width, keys[1]), _by_heads(of_heads, width))
+
+
+def _by_heads(of_heads: Callable[[int, int], Tensor], width: int) -> Callable[[int, int], Tensor]:
+    """From a function that makes the rows of some heads, `width` each, to one that makes rows."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        first, last = start // width, -(-stop // width)
+        return of_heads(first, last)[start - first * width : stop - first * width]
+
+    return rows
 
 
 def unpermute(tensor: Tensor, heads: int) -> Tensor:

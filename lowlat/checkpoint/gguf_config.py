@@ -1,8 +1,8 @@
 """GGUF metadata -> the config of the same model in the words of a Hugging Face config.json.
 
-Architectures llama (mistral included), qwen2 and deepseek2 (V2, V3 and their kin). A key of the
-architecture that is not understood is an error, because it may change the computation. Owns keys;
-tensors are `gguf`'s.
+Architectures llama (mistral included), qwen2, qwen3 and deepseek2 (V2, V3 and their kin). A key of
+the architecture that is not understood is an error, because it may change the computation. Owns
+keys; tensors are `gguf`'s, the other direction is `gguf_keys`'s.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from lowlat.checkpoint.gguf_file import GGUFFile
 from lowlat.checkpoint.strict_json import quoted
 from lowlat.utils.errors import UserError
 
-ARCHITECTURES = ("llama", "qwen2", "deepseek2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "deepseek2")
 GATES = {1: "softmax", 2: "sigmoid"}
 IGNORED = (
     "tensor_data_layout",
@@ -21,6 +21,13 @@ IGNORED = (
     "vocab_size",
 )
 """Keys below the architecture without effect; the vocabulary's size is the embedding's."""
+EXPERT_NUMBERS = (
+    "expert_used_count",
+    "expert_shared_count",
+    "expert_feed_forward_length",
+    "expert_group_used_count",
+)
+"""Keys without effect in a model without experts."""
 
 _REQUIRED: Any = object()
 
@@ -156,8 +163,8 @@ def _dense(file: GGUFFile, keys: _Keys, arch: str) -> dict[str, Any]:
     if arch == "llama" and window:
         return config | {"model_type": "mistral", "sliding_window": window}
     if window:
-        raise keys.fault("attention.sliding_window", "is not supported in qwen2 files")
-    if arch == "llama":
+        raise keys.fault("attention.sliding_window", f"is not supported in {arch} files")
+    if arch != "qwen2":
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     return config
 
@@ -219,8 +226,14 @@ def _experts(keys: _Keys) -> dict[str, Any]:
         )
     sigmoid = GATES[gate] == "sigmoid"
     groups = max(keys.integer("expert_group_count", 1), 1)
+    family = "deepseek_v3" if sigmoid else "deepseek_v2"
+    blocks, dense = keys.integer("block_count"), keys.integer("leading_dense_block_count")
+    if dense >= blocks and not keys.integer("expert_count", 0):
+        for key in (*EXPERT_NUMBERS, "expert_weights_norm", "expert_weights_scale"):
+            keys.read.add(key)
+        return {"model_type": family, "n_routed_experts": None, "first_k_dense_replace": dense}
     return {
-        "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
+        "model_type": family,
         "scoring_func": GATES[gate],
         "topk_method": "noaux_tc"
         if sigmoid
@@ -233,7 +246,7 @@ def _experts(keys: _Keys) -> dict[str, Any]:
         "num_experts_per_tok": keys.integer("expert_used_count"),
         "n_shared_experts": keys.integer("expert_shared_count"),
         "moe_intermediate_size": keys.integer("expert_feed_forward_length"),
-        "first_k_dense_replace": keys.integer("leading_dense_block_count"),
+        "first_k_dense_replace": dense,
         "moe_layer_freq": 1,
         "norm_topk_prob": keys.boolean("expert_weights_norm", False),
         "routed_scaling_factor": keys.number("expert_weights_scale", 1.0),

@@ -91,14 +91,19 @@ class GGUFFile:
         """Dtype of `read(name)`: the stored one, fp32 for block formats."""
         return PLAIN.get(self.tensors[name].kind, torch.float32)
 
-    def read(self, name: str, row: int | None = None) -> Tensor:
-        """The tensor, or entry `row` of its first axis: a view if stored plainly, else
-        dequantised to fp32.
+    def read(self, name: str) -> Tensor:
+        """The tensor: a view if stored plainly, else dequantised to fp32."""
+        shape = self.tensors[name].shape
+        return self.rows(name, 0, math.prod(shape[:-1])).view(shape)
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first..last - 1 of the tensor as a matrix with its last axis as columns; as `read`
+        makes them.
         """
-        kind, shape, start, stop = self.tensors[name]
-        if row is not None:
-            size = (stop - start) // shape[0]
-            start, stop, shape = start + row * size, start + (row + 1) * size, shape[1:]
+        kind, own_shape, start, stop = self.tensors[name]
+        size = (stop - start) // math.prod(own_shape[:-1])
+        start, stop = start + first * size, start + last * size
+        shape = (last - first, own_shape[-1])
         if kind in PLAIN:
             return self._file.tensor(start, PLAIN[kind], shape)
         stored = self._file.tensor(start, torch.uint8, (stop - start,))

@@ -75,6 +75,9 @@ class FolderSource(TensorSource):
     def read(self, name: str) -> Tensor:
         return self._file(name).read(name)
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read(name)[start:stop]
+
     def release(self, name: str) -> None:
         self._file(name).release(name)
 

@@ -5,18 +5,18 @@ Owns the order of things; casting and placing are `place`'s, where tensors lie `
 `gguf`'s, what they are called `mapping`'s.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from lowlat.checkpoint.dense import DenseSource
+from lowlat.checkpoint.dense import dense_source
 from lowlat.checkpoint.index import open_checkpoint
 from lowlat.checkpoint.mapping import check_tensors, operations, settle_mtp
 from lowlat.checkpoint.place import fill
 from lowlat.checkpoint.source import TensorSource
 from lowlat.config.hf import config_from_hf
-from lowlat.config.model import ModelConfig
+from lowlat.config.model import ModelConfig, Packing
 from lowlat.model.quant import PACKED, store_packed
 from lowlat.model.transformer import Transformer
 from lowlat.utils.device import parse_device, parse_dtype
@@ -31,7 +31,9 @@ class Loaded:
     model: Transformer
     """All parameters in place."""
     config: ModelConfig
-    """As found: MTP modules and their copies as in the file, no quantization if multiplied out."""
+    """As found: MTP modules and their copies as in the file, no quantization and no packing if
+    multiplied out.
+    """
     path: Path
     """The folder or .gguf file."""
 
@@ -43,7 +45,9 @@ def load_model(
 
     dtype: "auto" keeps every tensor as stored (fp8 blocks included; GGUF's block formats become
     fp32), fp64, fp32, bf16 and fp16 cast all of them, int8 and int4 pack the projections as
-    `model.quant` says and cast the rest to bf16. Router biases are fp32 always.
+    `model.quant` says and cast the rest to bf16. Router biases are fp32 always. Weights that the
+    file holds packed stay as they are for auto, bf16 and their own form; else they are multiplied
+    out.
 
     Nothing is allocated before all names and shapes fit. On the CPU a tensor that needs no change
     stays a copy-on-write view of the mapped file: it takes no memory of its own until it is used,
@@ -53,25 +57,25 @@ def load_model(
     Raises UserError naming file and tensor for anything missing, left over, misshapen or of a
     dtype that is not a weight's, and for a router bias that is not finite.
     """
-    packs = dtype in PACKED
-    wanted = None if dtype == "auto" else parse_dtype("bf16" if packs else dtype)
+    form: Packing | None = next((packing for packing in PACKED if packing == dtype), None)
+    wanted = None if dtype == "auto" else parse_dtype("bf16" if form else dtype)
     place = parse_device(device)
     source = open_checkpoint(path)
     config = settle_mtp(read_config(source), source)
-    if config.quantization is not None and wanted is not None:
+    is_packed, keeps = config.packing is not None, dtype in ("auto", "bf16", config.packing)
+    if (is_packed and not keeps) or (config.quantization is not None and wanted is not None):
         # packing rounds once, from the exact values
-        multiplied = torch.float32 if packs else wanted
-        source = DenseSource(source, config.quantization, multiplied)
-        config = replace(config, quantization=None)
+        multiplied = torch.float32 if form or wanted is None else wanted
+        source, config = dense_source(source, config, multiplied)
     model = _empty_model(config, source)
-    if packs:
+    if form and config.packing is None:
         model.add_head()
     parameters = model.state_dict()
-    plan = operations(config, parameters)
+    plan = operations(config, parameters, pads=not is_packed)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     expected = {file: shape for step in plan for file, shape in step.file_shapes(shapes).items()}
     check_tensors(config, source, expected)
-    packed = store_packed(model, dtype) if packs else {}
+    packed = store_packed(model, form) if form and config.packing is None else {}
     filled = fill(source, plan, parameters, wanted, place, progress or SilentProgress(), packed)
     model.load_state_dict(filled, strict=True, assign=True)
     return Loaded(model=model, config=config, path=path)

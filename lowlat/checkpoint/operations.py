@@ -35,6 +35,10 @@ class Operation(ABC):
         """The file tensors and the shapes they must have, given the shapes of all parameters."""
 
     @abstractmethod
+    def parameters(self) -> list[str]:
+        """The parameters."""
+
+    @abstractmethod
     def load(self, read: Read) -> Iterator[Piece]:
         """File tensors to parameters, one at a time. Raises UserError where a file tensor breaks
         a rule.
@@ -55,6 +59,9 @@ class Rename(Operation):
 
     def file_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         return {self.file: shapes[self.parameter]}
+
+    def parameters(self) -> list[str]:
+        return [self.parameter]
 
     def load(self, read: Read) -> Iterator[Piece]:
         yield Piece(self.parameter, read(self.file))
@@ -91,6 +98,9 @@ class PadLatent(Operation):
         q_rows = shapes[self.parameter_prefix + "q_proj.weight"][0]
         result |= self._query_shapes(q_rows, hidden)
         return {self.file_prefix + name: shape for name, shape in result.items()}
+
+    def parameters(self) -> list[str]:
+        return [self.parameter_prefix + name for name in parameter_names(self.attention)]
 
     def load(self, read: Read) -> Iterator[Piece]:
         tensors = {name: read(self.file_prefix + name) for name in self._file_names()}

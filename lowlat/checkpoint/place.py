@@ -6,11 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.mapping import PLAIN_DTYPES, ROUTER_BIAS, SCALE_SUFFIX
+from lowlat.checkpoint.mapping import (
+    PACKED_DTYPES,
+    PACKED_SUFFIXES,
+    PLAIN_DTYPES,
+    ROUTER_BIAS,
+    SCALE_SUFFIX,
+)
 from lowlat.checkpoint.operations import Operation, Piece
 from lowlat.checkpoint.padding import PaddingError
 from lowlat.checkpoint.source import TensorSource
-from lowlat.model.linear import Linear
+from lowlat.model.linear import Linear, Storage
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -42,13 +48,28 @@ def fill(
             if packed is not None and name in packed:
                 parts = fit_packed(tensor, name, where, packed[name])
             else:
-                parts = {name: fit(tensor, name, where, parameters[name].dtype == FP8, dtype)}
+                parts = {name: _fit_stored(tensor, name, where, parameters[name].dtype, dtype)}
             filled |= {part: fitted.to(device) for part, fitted in parts.items()}
             if filled[name].data_ptr() != tensor.data_ptr():
                 for read in names:
                     source.release(read)
             task.advance(sum(_stored_bytes(source, read) for read in names))
     return filled
+
+
+def _fit_stored(
+    tensor: Tensor, parameter: str, where: str, stored: torch.dtype, dtype: torch.dtype | None
+) -> Tensor:
+    """`fit` for a parameter of number type `stored`; packed weights and their scales must have it.
+
+    Scales of packed weights are not looked at, so that loading reads no weight.
+    """
+    if stored in PACKED_DTYPES or parameter.endswith(PACKED_SUFFIXES):
+        if tensor.dtype != stored:
+            wanted = f"{type_name(stored)}, as quantization_config says"
+            raise UserError(f"{where} is {type_name(tensor.dtype)}, not {wanted}")
+        return tensor
+    return fit(tensor, parameter, where, stored == FP8, dtype)
 
 
 def fit(
@@ -66,7 +87,7 @@ def fit(
     if blocks or tensor.dtype not in PLAIN_DTYPES:
         if not blocks or tensor.dtype != FP8:
             wanted = "fp8 (F8_E4M3), as quantization_config says" if blocks else "a plain float"
-            raise UserError(f"{where} is {_name(tensor.dtype)}, not {wanted}")
+            raise UserError(f"{where} is {type_name(tensor.dtype)}, not {wanted}")
         return tensor
     result = tensor.to(tensor.dtype if dtype is None else dtype)
     if result.dtype == torch.float16 != tensor.dtype:
@@ -82,16 +103,21 @@ def fit_packed(tensor: Tensor, parameter: str, where: str, linear: Linear) -> di
     that are not finite or beyond the range of the storage.
     """
     if tensor.dtype not in PLAIN_DTYPES:
-        raise UserError(f"{where} is {_name(tensor.dtype)}, not a plain float")
+        raise UserError(f"{where} is {type_name(tensor.dtype)}, not a plain float")
     parts = linear.pack(tensor)
+    check_packed(parts, linear.storage, where)
+    prefix = parameter.removesuffix("weight")
+    return {prefix + part: value for part, value in parts.items()}
+
+
+def check_packed(parts: Mapping[str, Tensor], storage: Storage, where: str) -> None:
+    """UserError starting with `where` if the scales say that values did not fit `storage`."""
     for part in parts.values():
         if part.is_floating_point() and not bool(part.isfinite().all()):
             raise UserError(
-                f"{where} has values that are not finite or too large for {linear.storage}; "
+                f"{where} has values that are not finite or too large for {storage}; "
                 "use --dtype bf16"
             )
-    prefix = parameter.removesuffix("weight")
-    return {prefix + part: value for part, value in parts.items()}
 
 
 def _pieces(plan: Sequence[Operation], source: TensorSource) -> Iterator[tuple[Piece, list[str]]]:
@@ -115,5 +141,6 @@ def _stored_bytes(source: TensorSource, name: str) -> int:
     return math.prod(source.shape(name)) * source.dtype(name).itemsize
 
 
-def _name(dtype: torch.dtype) -> str:
+def type_name(dtype: torch.dtype) -> str:
+    """'uint8'."""
     return str(dtype).removeprefix("torch.")

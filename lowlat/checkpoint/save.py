@@ -10,11 +10,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lowlat.checkpoint.cachefolder import sync_folder
 from lowlat.checkpoint.index import INDEX_FILE, SINGLE_FILE
 from lowlat.checkpoint.mapping import operations
 from lowlat.checkpoint.shard_writer import ShardWriter
@@ -22,6 +24,7 @@ from lowlat.config.hf import config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.model.quant import packed_type
 from lowlat.model.transformer import Transformer
+from lowlat.text.gguf_vocab import has_vocabulary
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
 
@@ -51,15 +54,10 @@ def save_model(
 ) -> None:
     """Write `model` as the folder `dst`; tokenizer files come from `source` (folder, .gguf, None).
 
-    Loading `dst` gives every parameter back bit for bit. Raises UserError as `write_checkpoint`,
-    and for int8 and int4 models, whose packed weights no file format holds.
+    Loading `dst` gives every parameter back bit for bit, packed weights included. Raises UserError
+    as `write_checkpoint`.
     """
-    packed = packed_type(model)
-    if packed is not None:
-        raise UserError(
-            f"{dst}: {packed} weights exist in memory only; load the model with --dtype bf16 or "
-            "auto to save it"
-        )
+    config = replace(config, packing=packed_type(model))
     raw = config_to_hf(config)
     raw["dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     tensors = file_tensors(config, model.state_dict())
@@ -78,12 +76,14 @@ def file_tensors(
 def text_files(source: Path) -> dict[str, bytes]:
     """Tokenizer, chat template and generation settings of a folder or .gguf, by file name.
 
-    Raises UserError where a .gguf has no usable tokenizer.
+    Empty for a .gguf without vocabulary. Raises UserError where it has no usable tokenizer.
     """
     if source.is_dir():
         return {
             name: file.read_bytes() for name in COPIED_FILES if (file := source / name).is_file()
         }
+    if not has_vocabulary(source):
+        return {}
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer.from_gguf(source).save(Path(folder))
         return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
@@ -108,16 +108,16 @@ def write_checkpoint(
     dst = Path(os.path.abspath(dst))
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes {max_shard_bytes} must be at least 1")
-    _refuse_existing(dst)
+    refuse_existing(dst)
     partial = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
     try:
         partial.mkdir()
         _write_weights(partial, tensors, max_shard_bytes)
-        _write_file(partial / "config.json", _json(config))
+        write_file(partial / "config.json", _json(config))
         for name, content in (extra_files or {}).items():
-            _write_file(partial / name, content)
-        _sync_folder(partial)
-        _refuse_existing(dst)
+            write_file(partial / name, content)
+        sync_folder(partial)
+        refuse_existing(dst)
         partial.rename(dst)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -125,8 +125,13 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    sync_parent(dst)
+
+
+def sync_parent(dst: Path) -> None:
+    """Make the rename to `dst` survive a power cut. Raises UserError where the disk does not."""
     try:
-        _sync_folder(dst.parent)
+        sync_folder(dst.parent)
     except OSError as error:
         raise UserError(
             f"{dst}: is complete, but {dst.parent} could not be brought to the disk "
@@ -134,7 +139,8 @@ def write_checkpoint(
         ) from error
 
 
-def _refuse_existing(dst: Path) -> None:
+def refuse_existing(dst: Path) -> None:
+    """UserError unless `dst` can be made."""
     if os.path.lexists(dst):
         raise UserError(f"{dst}: exists already; choose another destination or remove it")
     if not dst.parent.is_dir():
@@ -156,7 +162,7 @@ def _write_weights(
         weight_map |= dict.fromkeys(shard.names, name)
     total = sum(shard.data_bytes for shard in shards)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_file(folder / INDEX_FILE, _json(index))
+    write_file(folder / INDEX_FILE, _json(index))
 
 
 def _write_shards(
@@ -178,19 +184,12 @@ def _write_shards(
     return shards
 
 
-def _write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
+    """A new file, brought to the disk."""
     with path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

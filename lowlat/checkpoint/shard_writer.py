@@ -22,7 +22,8 @@ CLOSE_UP_BYTES = 2**26
 ALIGNMENT = 64
 """Where the data begin, a multiple of this: vector loads from the mapped file stay aligned."""
 
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+"""What files call a number type."""
 
 
 class ShardWriter:
@@ -76,7 +77,7 @@ class ShardWriter:
     def _entry(self, tensor: Tensor) -> dict[str, Any]:
         end = self.data_bytes + tensor.numel() * tensor.dtype.itemsize
         return {
-            "dtype": _CODES[tensor.dtype],
+            "dtype": CODES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [self.data_bytes, end],
         }

@@ -42,6 +42,10 @@ class TensorSource(ABC):
         """The tensor, on the CPU: a view of the mapped file where the stored form allows it."""
 
     @abstractmethod
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """`read(name)[start:stop]`, made without the other rows where the stored form allows it."""
+
+    @abstractmethod
     def release(self, name: str) -> None:
         """The caller is done with `read(name)`'s result: its pages may leave memory."""
 

@@ -24,7 +24,7 @@ from lowlat.utils.errors import UserError
 def check_exact(config: ModelConfig) -> GQAConfig:
     """The attention of `config`. Raises UserError saying why the exact form cannot express it."""
     attention = config.attention
-    if isinstance(attention, MLAConfig):
+    if isinstance(attention, MLAConfig | tuple):
         raise UserError(
             f"model_type '{config.model_type}' already has Multi-head Latent Attention; "
             "--to mla converts MHA, GQA and MQA models"
@@ -66,9 +66,10 @@ def mla_config(config: ModelConfig) -> ModelConfig:
         o_bias=source.o_bias,
         kv_a_layernorm=False,
     )
-    rope = wide_rope(
-        inverse_frequencies(config.rope, source.head_dim),
-        rotation_magnitude(config.rope),
+    rope = config.rope_of(0)  # that of every layer, as all layers of GQA are alike
+    wide = wide_rope(
+        inverse_frequencies(rope, source.head_dim),
+        rotation_magnitude(rope),
         source.num_key_value_heads,
         config.max_position_embeddings,
     )
@@ -76,7 +77,7 @@ def mla_config(config: ModelConfig) -> ModelConfig:
         config,
         model_type="deepseek_v3",
         attention=attention,
-        rope=rope,
+        rope=wide,
         quantization=None,
         sliding_window=None,
         sliding_window_layers=None,

@@ -83,6 +83,11 @@ def read_gguf(source: str | os.PathLike[str] | GGUFReader) -> TokenizerParts:
     )
 
 
+def has_vocabulary(path: str | os.PathLike[str]) -> bool:
+    """Whether the GGUF file `path` is meant to hold a tokenizer."""
+    return Metadata(_open(path), os.fspath(path)).get("ggml.model", str) != "none"
+
+
 def _open(path: str | os.PathLike[str]) -> GGUFReader:
     try:
         return GGUFReader(path)

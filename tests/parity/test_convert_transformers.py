@@ -180,7 +180,9 @@ def test_lowlat_gives_the_logits_and_the_greedy_continuation_of_the_source(
 ) -> None:
     source, converted = (load_model(folder) for folder in folders)
     assert converted.config.attention.row_dim == source.config.attention.row_dim
-    assert converted.config.softmax_scale == pytest.approx(source.config.softmax_scale, rel=3e-16)
+    assert converted.config.softmax_scale_of(0) == pytest.approx(
+        source.config.softmax_scale_of(0), rel=3e-16
+    )
     wanted = own_logits(source.model, prompt(), POSITIONS)
     error = relative(own_logits(converted.model, prompt(), POSITIONS), wanted)
     record_property("relative_difference", error)

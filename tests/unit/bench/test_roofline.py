@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import fakes
 import pytest
-from lowlat_configs import GLA, GTA, TPA, lowlat_config
+from lowlat_configs import GLA, GTA, MLA, TPA, lowlat_config
 
 from lowlat.bench.plan import Cell
 from lowlat.bench.roofline import attention_flops, seconds, tokens_per_second, work_of
@@ -84,6 +84,16 @@ def test_dense_gqa_models_with_tied_heads() -> None:
     work = work_of(config, Cell(kind="prefill", tokens=5), dtype="fp32", row_bytes=1)
     assert work.weight_bytes == 4 * count_parameters(config).total
     assert work.attention_flops == 2 * 6 * 15 * 4 * 10
+
+
+def test_each_layer_takes_its_cheaper_form() -> None:
+    wide, narrow = replace(MLA, kv_lora_rank=97), replace(MLA, kv_lora_rank=2)
+    shape = {"queries": 50, "keys": 50, "pairs": None}
+    both, one, other = (
+        attention_flops(lowlat_config(a), **shape) for a in ((wide, narrow), wide, narrow)
+    )
+    assert both == (one + other) / 2
+    assert one == 2 * 5 * 2500 * 2 * (13 + 3) and other == 2 * 5 * 2500 * 2 * (2 * 2 + 6)
 
 
 def test_further_forms_count_what_their_cheaper_arithmetic_costs() -> None:

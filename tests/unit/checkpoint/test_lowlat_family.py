@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowlat_configs import EVERY, random_model
+from lowlat_configs import EVERY, LAYERS, random_model
 from safetensors.torch import load_file
 
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.config.model import ModelConfig, QuantConfig
+from lowlat.model.linear import Linear
 from lowlat.utils.errors import UserError
 
 from .builders import assert_same_bits, rewrite, write_model
@@ -27,7 +28,7 @@ def test_round_trip(tmp_path: Path, config: ModelConfig) -> None:
     assert_same_bits(model, loaded.model)
 
 
-@pytest.mark.parametrize("name", ["gla-2", "gta-3", "tpa"])
+@pytest.mark.parametrize("name", ["gla-2", "gta-3", "tpa", "layers all", "layers still"])
 def test_round_trip_of_fp8_blocks(tmp_path: Path, name: str) -> None:
     quantization = QuantConfig(weight_block_size=(8, 5))
     config = replace(EVERY[name], quantization=quantization, num_nextn_predict_layers=1)
@@ -35,6 +36,22 @@ def test_round_trip_of_fp8_blocks(tmp_path: Path, name: str) -> None:
     loaded = load_model(tmp_path / "model")
     assert loaded.config == config
     assert_same_bits(model, loaded.model)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_layers_that_differ_are_packed_at_load(tmp_path: Path, name: str, dtype: str) -> None:
+    """Every projection from the values in the file, whatever its widths."""
+    model = write_model(tmp_path / "model", LAYERS[name])
+    plain = {path: m for path, m in model.named_modules() if isinstance(m, Linear)}
+    packed = load_model(tmp_path / "model", dtype=dtype).model
+    found = {path: m for path, m in packed.named_modules() if isinstance(m, Linear)}
+    assert found.keys() == plain.keys() and len(found) > 8
+    for path, linear in found.items():
+        assert linear.storage != "plain"
+        parts = linear.pack(plain[path].dense_weight(torch.float32))
+        for part, value in parts.items():
+            assert torch.equal(getattr(linear, part), value), (path, part)
 
 
 def test_names_in_files(tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""Conversions of a checkpoint much larger than the memory they get.
+
+    python benchmarks/random_checkpoint.py large /tmp/large
+    sudo python benchmarks/convert_memory.py /tmp/large /tmp/out --limit-gb 2
+
+Every conversion runs in a control group of its own whose memory is limited, cached file pages
+included, with none of the checkpoint's files cached beforehand. Needs Linux and the right to make a
+control group. Prints one JSON object per conversion; destinations are removed. Memory beside cached
+files is sampled.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from larger_than_memory import ControlGroup, forget
+
+CONVERSIONS = (
+    ("int4", "folder"),
+    ("int8", "model.gguf"),
+    ("fp8", "folder"),
+    ("fp32", "model.gguf"),
+)
+
+
+def convert(source: Path, target: Path, dtype: str, limit: int) -> dict[str, object]:
+    """What one conversion took."""
+    forget(source)
+    group = ControlGroup(limit)
+    boot = "from lowlat.cli.main import run; run()"
+    command = [sys.executable, "-c", boot, "convert", str(source), str(target), "--dtype", dtype]
+    start, anonymous = time.perf_counter(), 0
+    try:
+        child = subprocess.Popen(command, preexec_fn=group.join, stdout=subprocess.DEVNULL)
+        while child.poll() is None:
+            anonymous = max(anonymous, anonymous_bytes(child.pid))
+            time.sleep(0.02)
+        peak = group.peak()
+    finally:
+        group.remove()
+    if child.returncode:
+        raise SystemExit(f"{dtype} to {target.name}: exit code {child.returncode}")
+    files = [target] if target.is_file() else list(target.glob("*.safetensors"))
+    return {
+        "dtype": dtype,
+        "target": target.name,
+        "source_bytes": sum(file.stat().st_size for file in source.glob("*.safetensors")),
+        "target_bytes": sum(file.stat().st_size for file in files),
+        "limit_bytes": limit,
+        "peak_bytes": peak,
+        "peak_anonymous_bytes": anonymous,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Memory of the process that is no file's, 0 once it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path, help="folder for destinations, made and removed")
+    parser.add_argument("--limit-gb", type=float, default=2.0)
+    parser.add_argument("--only", help="a dtype")
+    given = parser.parse_args()
+    given.out.mkdir()
+    try:
+        for dtype, name in CONVERSIONS:
+            if given.only in (None, dtype):
+                target = given.out / name
+                print(
+                    json.dumps(convert(given.checkpoint, target, dtype, int(given.limit_gb * 1e9)))
+                )
+                sys.stdout.flush()
+                target.unlink() if target.is_file() else shutil.rmtree(target)
+    finally:
+        shutil.rmtree(given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Which numbers come out of a conversion: the parameters of the converted model, one at a time.
+
+Owns where they come from; how they are stored is `convert.store`'s.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import reduce
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lowlat.checkpoint.mapping import check_tensors, operations
+from lowlat.checkpoint.operations import Operation, Read, Rename
+from lowlat.checkpoint.padding import PaddingError
+from lowlat.checkpoint.source import TensorSource
+from lowlat.config.model import ModelConfig
+from lowlat.model.transformer import Transformer
+from lowlat.utils.errors import UserError
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Weights(ABC):
+    """The parameters of a model as plain matrices, by the model's names."""
+
+    @property
+    @abstractmethod
+    def config(self) -> ModelConfig:
+        """The model, without anything said about storage."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """The number type that loses nothing of the parameter."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The parameter."""
+
+    @abstractmethod
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """`read(name)[start:stop]`, made without the other rows where that is possible."""
+
+    @abstractmethod
+    def release(self, name: str) -> None:
+        """The parameter is not needed any more, or not soon: its pages may leave memory."""
+
+    @abstractmethod
+    def where(self, name: str) -> str:
+        """The start of an error message about the parameter."""
+
+
+@final
+class SourceWeights(Weights):
+    """A checkpoint's own, all its names and shapes checked. Padding of latents is taken off.
+
+    source, config: without fp8 blocks and packed weights (`checkpoint.dense`). pads: whether
+    latents of an exactly converted model are padded in it.
+    """
+
+    def __init__(self, source: TensorSource, config: ModelConfig, *, pads: bool) -> None:
+        self._source = source
+        self._config = config
+        shapes = parameter_shapes(config)
+        plan = operations(config, shapes, pads=pads)
+        files = {file: shape for step in plan for file, shape in step.file_shapes(shapes).items()}
+        check_tensors(config, source, files)
+        self._files = {step.parameter: step.file for step in plan if isinstance(step, Rename)}
+        self._steps: dict[str, Operation] = {}
+        self._step_files: dict[str, list[str]] = {}
+        for step in plan:
+            if not isinstance(step, Rename):
+                names = list(step.file_shapes(shapes))
+                for name in step.parameters():
+                    self._steps[name], self._step_files[name] = step, names
+        self._held: dict[str, Tensor] = {}
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    def dtype(self, name: str) -> torch.dtype:
+        files = self._step_files.get(name) or [self._files[name]]
+        return reduce(torch.promote_types, {self._source.dtype(file) for file in files})
+
+    def read(self, name: str) -> Tensor:
+        if name in self._files:
+            return self._source.read(self._files[name])
+        if name not in self._held:
+            try:
+                self._held = dict(self._steps[name].load(self._source.read))
+            except PaddingError as error:
+                raise UserError(f"{self._source.path}: {error}") from error
+        return self._held[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name in self._files:
+            return self._source.rows(self._files[name], start, stop)
+        return self.read(name)[start:stop]
+
+    def release(self, name: str) -> None:
+        for file in self._step_files.get(name) or [self._files[name]]:
+            self._source.release(file)
+
+    def where(self, name: str) -> str:
+        return self._source.where((self._step_files.get(name) or [self._files[name]])[0])
+
+
+@final
+class DerivedWeights(Weights):
+    """What a recipe makes of `base`: parameters that `derives` come from `read`, all others are
+    base's.
+
+    read: from a name to the whole parameter. It may hold a layer's at a time, so parameters are
+    asked for layer by layer. dtype: of all that is derived.
+    """
+
+    def __init__(
+        self,
+        base: Weights,
+        config: ModelConfig,
+        read: Read,
+        *,
+        derives: Callable[[str], bool],
+        dtype: torch.dtype,
+    ) -> None:
+        self._base = base
+        self._config = config
+        self._read = read
+        self._derives = derives
+        self._dtype = dtype
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype if self._derives(name) else self._base.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        return self._read(name) if self._derives(name) else self._base.read(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        if self._derives(name):
+            return self._read(name)[start:stop]
+        return self._base.rows(name, start, stop)
+
+    def release(self, name: str) -> None:
+        if not self._derives(name):
+            self._base.release(name)
+
+    def where(self, name: str) -> str:
+        if self._derives(name):
+            return f"tensor '{name}' of the converted model"
+        return self._base.where(name)
+
+
+def parameter_shapes(config: ModelConfig) -> Shapes:
+    """Names and shapes of the parameters of `config`, in the order files have them."""
+    return {name: tuple(parameter.shape) for name, parameter in empty_parameters(config).items()}
+
+
+def empty_parameters(config: ModelConfig) -> dict[str, Tensor]:
+    """The parameters of `config` without memory."""
+    with torch.device("meta"):
+        return Transformer(config, dtype=torch.bfloat16).state_dict()

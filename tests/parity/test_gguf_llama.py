@@ -1,0 +1,210 @@
+"""GGUF files written by lowlat, in llama.cpp: the logits of the source in fp32, and its text.
+
+Opt-in: LOWLAT_LLAMA_PYTHON names an interpreter that has llama-cpp-python.
+"""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lowlat.attention.packed import PackedAttention
+from lowlat.bench.check import logits_of
+from lowlat.bench.worker import Worker
+from lowlat.checkpoint.load import load_model
+from lowlat.checkpoint.save import save_model
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from lowlat.convert.run import convert
+from lowlat.model.transformer import Transformer
+from lowlat.text.tokenizer import Tokenizer
+
+PYTHON = os.environ.get("LOWLAT_LLAMA_PYTHON", "")
+TOLERANCE = 3e-5
+"""Of the largest logit."""
+TOKENS = [(7 * place + 3) % 97 for place in range(37)]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not PYTHON, reason="LOWLAT_LLAMA_PYTHON names no interpreter with llama-cpp-python"
+    ),
+]
+
+V3 = MoEConfig(
+    n_routed_experts=12,
+    num_experts_per_tok=3,
+    n_shared_experts=2,
+    moe_intermediate_size=32,
+    first_k_dense_replace=1,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=2.5,
+)
+V2 = replace(
+    V3,
+    scoring_func="softmax",
+    topk_method="greedy",
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=False,
+    scale_after_norm=False,
+)
+PLAIN = RopeConfig(rope_theta=10000.0)
+INTERLEAVED = replace(PLAIN, rope_interleave=True)
+YARN = replace(
+    INTERLEAVED,
+    rope_type="yarn",
+    factor=4.0,
+    original_max_position_embeddings=64,
+    mscale=0.7,
+    mscale_all_dim=0.7,
+)
+LLAMA3 = replace(
+    PLAIN,
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+
+
+def latent(q_lora_rank: int | None = 48) -> MLAConfig:
+    return MLAConfig(
+        num_attention_heads=4,
+        kv_lora_rank=32,
+        q_lora_rank=q_lora_rank,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=24,
+    )
+
+
+def grouped(head_dim: int = 16, **more: bool) -> GQAConfig:
+    return GQAConfig(num_attention_heads=4, num_key_value_heads=2, head_dim=head_dim, **more)
+
+
+def model(
+    family: str,
+    attention: MLAConfig | GQAConfig,
+    rope: RopeConfig,
+    moe: MoEConfig | None = None,
+    mtp: int = 0,
+    **more: bool,
+) -> ModelConfig:
+    return ModelConfig(
+        model_type=family,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        vocab_size=97,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        attention=attention,
+        rope=rope,
+        moe=moe,
+        num_nextn_predict_layers=mtp,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        **more,
+    )
+
+
+MODELS = {
+    "v3": model("deepseek_v3", latent(), YARN, V3),
+    "v3-mtp": model("deepseek_v3", latent(), YARN, V3, mtp=1),
+    "v3-mtp-copies": model("deepseek_v3", latent(), INTERLEAVED, V3, mtp=2, mtp_copies=True),
+    "v3-dense": model("deepseek_v3", latent(), INTERLEAVED, mtp=1),
+    "v3-tied": model("deepseek_v3", latent(), INTERLEAVED, V3, tie_word_embeddings=True),
+    "v2": model("deepseek_v2", latent(None), YARN, V2),
+    "v2-norm": model("deepseek_v2", latent(), INTERLEAVED, replace(V2, norm_topk_prob=True)),
+    "llama": model("llama", grouped(), PLAIN),
+    "llama-bias": model("llama", grouped(qkv_bias=True, o_bias=True), PLAIN),
+    "llama3": model("llama", grouped(), LLAMA3, tie_word_embeddings=True),
+    "qwen2": model("qwen2", grouped(qkv_bias=True), PLAIN),
+    "qwen3": model("qwen3", grouped(32, qk_norm=True), PLAIN),
+}
+
+
+def write(folder: Path, config: ModelConfig) -> Transformer:
+    """Random weights whose logits depend on every part, routing biases of both signs."""
+    source = Transformer(config, dtype=torch.float32).requires_grad_(False)
+    for name, value in source.state_dict().items():
+        value.normal_()
+        if value.dim() > 1:
+            value.mul_(0.15)
+        elif "norm" in name:
+            value.mul_(0.2).add_(1)
+    save_model(source, config, folder, source=None)
+    return source
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Iterator[Worker]:
+    with Worker(
+        "llama.cpp", "lowlat.bench.run_llama", python=PYTHON, threads=1, folder=tmp_path
+    ) as worker:
+        yield worker
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits(tmp_path: Path, llama: Worker, name: str) -> None:
+    source = write(tmp_path / "m", MODELS[name])
+    convert(tmp_path / "m", tmp_path / "m.gguf", dtype="fp32")
+    backend = PackedAttention([len(TOKENS)])
+    with torch.no_grad():
+        hidden = source(torch.tensor(TOKENS), backend.positions(), backend)
+        expected = source.logits(hidden).numpy()
+    llama.ask(
+        "load",
+        model=str(tmp_path / "m.gguf"),
+        precision="fp32",
+        cache="fp32",
+        threads=1,
+        context=128,
+    )
+    found = logits_of(llama, TOKENS)
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+CHAT = """
+import json, sys
+from llama_cpp import Llama
+model = Llama(sys.argv[1], n_ctx=256, n_threads=1, verbose=False)
+ids = [model.tokenize(text.encode(), special=True, add_bos=False) for text in sys.argv[3:]]
+answer = model.create_chat_completion(
+    [{"role": "user", "content": "What is 2+2?"}], max_tokens=8, temperature=0)
+with open(sys.argv[2], "w") as out:
+    json.dump({"ids": ids, "text": answer["choices"][0]["message"]["content"]}, out)
+"""
+
+
+def test_text(smollm_gguf: Path, tmp_path: Path) -> None:
+    """A real model goes through a folder and speaks: its tokens and its answer are the source's."""
+    import json
+
+    convert(smollm_gguf, tmp_path / "m", dtype="int4")
+    convert(tmp_path / "m", tmp_path / "m.gguf")
+    texts = ["Hello, <|im_start|>user\n world 123", "naïve 日本語\n\n  x  \t'll", "I'll 1.5e-3!"]
+    answers = []
+    for path in (smollm_gguf, tmp_path / "m.gguf"):
+        out = tmp_path / "answer.json"
+        subprocess.run([PYTHON, "-c", CHAT, str(path), str(out), *texts], check=True)
+        answers.append(json.loads(out.read_text()))
+    assert answers[0] == answers[1]
+    tokenizer = Tokenizer.from_folder(tmp_path / "m")
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    assert answers[1]["ids"] == ids
+
+
+def test_reading_back_is_the_same_model(tmp_path: Path) -> None:
+    """What llama.cpp is given is what lowlat gets back."""
+    source = write(tmp_path / "m", MODELS["v3-mtp-copies"])
+    convert(tmp_path / "m", tmp_path / "m.gguf", dtype="fp32")
+    found = load_model(tmp_path / "m.gguf").model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in source.state_dict().items())

@@ -1,0 +1,272 @@
+"""GGUF files of every family: what goes in comes back, what the format cannot say is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoint.builders import FAMILIES, assert_same_bits, gqa, mla, write_model
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFReader
+from gguf.quants import dequantize
+
+from lowlat.checkpoint.gguf_file import GGUFFile
+from lowlat.checkpoint.load import load_model
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
+from lowlat.convert.run import convert
+from lowlat.model.linear import Linear
+from lowlat.ops.quantized import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.errors import UserError
+
+from .texts import TEMPLATE, write_tokenizer
+
+YARN = RopeConfig(
+    rope_theta=10000.0,
+    rope_type="yarn",
+    rope_interleave=True,
+    factor=4.0,
+    original_max_position_embeddings=128,
+    mscale=0.7,
+    mscale_all_dim=0.7,
+)
+LLAMA3 = RopeConfig(
+    rope_theta=10000.0,
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+MODELS = {name: config for name, config in FAMILIES.items() if "fp8" not in name} | {
+    "yarn": mla("deepseek_v3", rope=YARN, num_nextn_predict_layers=1),
+    "groups": mla("deepseek_v3", moe=replace(mla("deepseek_v3").moe, n_group=3, topk_group=2)),
+    "dense": mla("deepseek_v3", moe=None),
+    "no query latent": mla(
+        "deepseek_v3", attention=replace(mla("deepseek_v3").attention, q_lora_rank=None)
+    ),
+    "biases": replace(
+        gqa("llama"),
+        attention=GQAConfig(
+            num_attention_heads=6, num_key_value_heads=2, head_dim=10, qkv_bias=True, o_bias=True
+        ),
+    ),
+    "linear": gqa("llama", rope=RopeConfig(rope_theta=1e4, rope_type="linear", factor=2.0)),
+}
+EXPRESSIBLE = [name for name in MODELS if "converted" not in name]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp32", "bf16"])
+@pytest.mark.parametrize("name", EXPRESSIBLE)
+def test_there_and_back_to_the_bit(tmp_path: Path, name: str, dtype: str) -> None:
+    """MTP modules, routing biases and their config included; bf16 numbers fit every float type."""
+    before = write_model(tmp_path / "m", MODELS[name])
+    convert(tmp_path / "m", tmp_path / "m.gguf", dtype=dtype)
+    convert(tmp_path / "m.gguf", tmp_path / "back", dtype="bf16")
+    after = load_model(tmp_path / "back")
+    assert_same_bits(after.model, before)
+    # the format knows no kin of V3, and no mistral without a window
+    family = {"kimi_k2": "deepseek_v3", "glm4_moe_lite": "deepseek_v3"}
+    config = MODELS[name]
+    assert after.config == replace(
+        config, model_type=family.get(config.model_type, config.model_type)
+    )
+
+
+def test_llama3_frequencies_become_divisors(tmp_path: Path) -> None:
+    before = write_model(tmp_path / "m", gqa("llama", rope=LLAMA3))
+    convert(tmp_path / "m", tmp_path / "m.gguf")
+    after = load_model(tmp_path / "m.gguf")
+    frequencies = (model.rotary.inverse for model in (before, after.model))
+    assert torch.allclose(*frequencies, rtol=1e-6, atol=0)
+    convert(tmp_path / "m.gguf", tmp_path / "again.gguf", dtype="bf16")
+    again = load_model(tmp_path / "again.gguf").model
+    assert torch.equal(again.rotary.inverse, after.model.rotary.inverse)
+
+
+def wide(family: str) -> ModelConfig:
+    """Sizes of which every matrix has whole blocks."""
+    config = MODELS[family]
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 320}
+    if isinstance(config.attention, GQAConfig):
+        attention: Any = GQAConfig(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+        return replace(config, attention=attention, **sizes)
+    attention = MLAConfig(
+        num_attention_heads=4,
+        kv_lora_rank=32,
+        q_lora_rank=32,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=8,
+    )
+    assert config.moe is not None
+    moe = replace(config.moe, moe_intermediate_size=32)
+    return replace(config, attention=attention, moe=moe, **sizes)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("int8", Kind.Q8_0), ("int4", Kind.Q4_1)])
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3-mtp-copies"])
+def test_blocks_hold_the_packed_numbers(
+    tmp_path: Path, family: str, dtype: str, kind: Kind
+) -> None:
+    """As the gguf package decodes them; loaded in the same type, no projection loses anything."""
+    write_model(tmp_path / "m", wide(family))
+    convert(tmp_path / "m", tmp_path / "m.gguf", dtype=dtype)
+    kinds = {t.name: t.tensor_type for t in GGUFReader(tmp_path / "m.gguf").tensors}
+    eight = ("token_embd.", "attn_k_b.", "attn_v_b.", "nextn.eh_proj.")
+    for name, own in kinds.items():
+        if "norm" in name or "bias" in name or "gate_inp" in name:
+            assert own == Kind.F32, name
+        elif "nextn.embed" in name or "shared_head_head" in name:
+            assert own in (kind, Kind.Q8_0), name
+        else:
+            is_eight = name == "output.weight" or any(part in name for part in eight)
+            assert own == (Kind.Q8_0 if is_eight else kind), name
+    from_gguf = load_model(tmp_path / "m.gguf", dtype=dtype).model
+    from_folder = load_model(tmp_path / "m", dtype=dtype).model
+    compared = 0
+    for name, module in from_folder.named_modules():
+        if isinstance(module, Linear) and module.storage == dtype and name != "mtp.0.head":
+            own = from_gguf.get_submodule(name)
+            assert isinstance(own, Linear)
+            found, expected = (linear.dense_weight(torch.float32) for linear in (own, module))
+            assert torch.equal(found, expected), name
+            compared += 1
+    assert compared > 10
+
+
+def test_blocks_by_hand() -> None:
+    """Bytes of one row of each kind, against the gguf package."""
+    from lowlat.checkpoint.gguf_blocks import encode
+
+    rows = torch.randn(37, 96)
+    eight = dequantize(encode(rows, Kind.Q8_0).flatten(1).numpy(), Kind.Q8_0)
+    assert np.array_equal(eight, dequantize_int8(quantize_int8(rows), 37, 96).numpy())
+    four = dequantize(encode(rows, Kind.Q4_1).flatten(1).numpy(), Kind.Q4_1)
+    assert np.array_equal(four, dequantize_int4(quantize_int4(rows), 37, 96).numpy())
+
+
+def test_packed_folders_keep_their_type(tmp_path: Path) -> None:
+    """int4 folder -> Q4_1 -> int4 folder, without loss of any int4 projection."""
+    write_model(tmp_path / "m", wide("llama"))
+    convert(tmp_path / "m", tmp_path / "int4", dtype="int4")
+    convert(tmp_path / "int4", tmp_path / "m.gguf")
+    convert(tmp_path / "m.gguf", tmp_path / "again", dtype="int4")
+    first, second = (load_model(tmp_path / name).model for name in ("int4", "again"))
+    names = [n for n, m in first.named_modules() if isinstance(m, Linear) and m.storage == "int4"]
+    assert len(names) == 14
+    for name in names:
+        for part, value in first.get_submodule(name).state_dict().items():
+            assert torch.equal(value, second.get_submodule(name).state_dict()[part]), name
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (MODELS["llama-converted"], "a latent without norm"),
+        (mla("deepseek_v3", rope=replace(YARN, mscale=1.0)), "YaRN's mscale 1.0 beside"),
+        (mla("deepseek_v3", rope=replace(YARN, rope_interleave=False)), "rope_interleave false"),
+        (
+            mla("deepseek_v3", moe=replace(mla("deepseek_v3").moe, moe_layer_freq=2)),
+            "moe_layer_freq 2",
+        ),
+        (
+            mla("deepseek_v3", moe=replace(mla("deepseek_v3").moe, n_shared_experts=0)),
+            "experts without shared ones",
+        ),
+        (gqa("qwen3", sliding_window=7), "sliding_window 7"),
+        (replace(mla("deepseek_v3"), model_type="lowlat", rope=LLAMA3), "rope_interleave false"),
+    ],
+)
+def test_what_the_format_cannot_say(tmp_path: Path, config: ModelConfig, what: str) -> None:
+    write_model(tmp_path / "m", config)
+    with pytest.raises(UserError, match=f"files cannot express {what}.*--format hf"):
+        convert(tmp_path / "m", tmp_path / "m.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "fp8"}, "--dtype fp8 does not exist in GGUF files; choose fp32, bf16"),
+        ({"file_format": "hf"}, "m.gguf: --format hf names a folder, which must not end in .gguf"),
+        ({"to": "mla"}, "files cannot express a latent without norm"),
+    ],
+)
+def test_combinations_that_do_not_exist(
+    tmp_path: Path, options: dict[str, str], message: str
+) -> None:
+    write_model(tmp_path / "m", FAMILIES["llama"])
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "m", tmp_path / "m.gguf", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_vocabulary_and_template_come_along(tmp_path: Path) -> None:
+    """Folder -> GGUF -> folder: the same ids, the same special tokens, the same template."""
+    config = replace(gqa("llama"), vocab_size=307)
+    write_model(tmp_path / "m", config)
+    backend = write_tokenizer(tmp_path / "m")
+    convert(tmp_path / "m", tmp_path / "m.gguf")
+    convert(tmp_path / "m.gguf", tmp_path / "back", dtype="bf16")
+    before = Tokenizer.from_folder(tmp_path / "m")
+    for after in (
+        Tokenizer.from_gguf(tmp_path / "m.gguf"),
+        Tokenizer.from_folder(tmp_path / "back"),
+    ):
+        for text in ("<s>the cat, it's 2024</s>", "<think>日本語\n\n größe", "<|user|>hi  there"):
+            assert after.encode(text) == before.encode(text) == backend.encode(text).ids
+        assert after.chat_template == before.chat_template == TEMPLATE
+        assert after.eos_ids >= {1}
+        assert (after.bos_id, after.special_ids) == (0, {0, 1, 2})
+    file = GGUFFile(tmp_path / "m.gguf")
+    # rows beyond the vocabulary are tokens without use
+    assert file.metadata["tokenizer.ggml.tokens"].length == 307
+
+
+def test_no_vocabulary_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_model(tmp_path / "m", FAMILIES["llama"])
+    convert(tmp_path / "m", tmp_path / "m.gguf")
+    assert "has no tokenizer, so the GGUF file has no vocabulary" in caplog.text
+    convert(tmp_path / "m.gguf", tmp_path / "back", dtype="fp32")
+    assert not (tmp_path / "back" / "tokenizer.json").exists()
+
+
+def test_too_small_an_embedding_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "m", replace(gqa("llama"), vocab_size=250))
+    write_tokenizer(tmp_path / "m")
+    with pytest.raises(UserError, match=r"has ids up to \d+, the embedding 250 rows"):
+        convert(tmp_path / "m", tmp_path / "m.gguf")
+
+
+def test_an_unknown_way_of_cutting_is_refused(tmp_path: Path) -> None:
+    """Holds shut: a file whose name for the cutting makes other tokens of the same text."""
+    write_model(tmp_path / "m", replace(gqa("llama"), vocab_size=307))
+    write_tokenizer(tmp_path / "m")
+    path = tmp_path / "m" / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    spec["pre_tokenizer"]["add_prefix_space"] = True
+    path.write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="cuts text in a way that has no name in GGUF files"):
+        convert(tmp_path / "m", tmp_path / "m.gguf")
+
+
+@pytest.mark.slow
+def test_the_real_file_is_made_again_byte_for_byte(smollm_gguf: Path, tmp_path: Path) -> None:
+    """Q4_1 -> int4 folder -> Q4_1: every tensor of the published file."""
+    convert(smollm_gguf, tmp_path / "int4", dtype="int4")
+    convert(tmp_path / "int4", tmp_path / "again.gguf")
+    files = [GGUFReader(path) for path in (smollm_gguf, tmp_path / "again.gguf")]
+    first, second = ({t.name: t for t in file.tensors} for file in files)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.tensor_type == second[name].tensor_type, name
+        assert np.array_equal(tensor.data, second[name].data), name
+    before, after = (Tokenizer.from_gguf(file) for file in files)
+    text = "Hello <|im_start|>world 123\n\n naïve 日本"
+    assert after.encode(text) == before.encode(text)
+    assert after.chat_template == before.chat_template
+    assert files[1].fields["tokenizer.ggml.pre"].contents() == "smollm"
