@@ -14,8 +14,17 @@ Invoke = Callable[..., Result]
 
 
 def test_report(monkeypatch: pytest.MonkeyPatch, lowlat: Invoke, tmp_path: Path) -> None:
-    def convert(src: Path, dst: Path, *, to: str | None, dtype: str, progress: Progress) -> Report:
-        assert (src, to, dtype) == (Path("some.gguf"), "mla", "bf16")
+    def convert(
+        src: Path,
+        dst: Path,
+        *,
+        to: str | None,
+        dtype: str,
+        file_format: str,
+        progress: Progress,
+        **more: object,
+    ) -> Report:
+        assert (src, to, dtype, file_format) == (Path("some.gguf"), "mla", "bf16", "hf")
         return Report(
             source=src,
             destination=dst,
@@ -25,15 +34,36 @@ def test_report(monkeypatch: pytest.MonkeyPatch, lowlat: Invoke, tmp_path: Path)
             cache_bytes_per_token_after=567,
             parameters_before=89,
             parameters_after=98,
+            weight_bytes_before=5_000_000,
+            weight_bytes_after=20_000_000,
+            bits_per_weight_before=4.5,
+            bits_per_weight_after=16.0,
             seconds=1.5,
         )
 
     monkeypatch.setattr("lowlat.convert.run.convert", convert)
     monkeypatch.setattr("lowlat.api.prepare", lambda name, **options: Path("some.gguf"))
-    result = lowlat("convert", "some.gguf", str(tmp_path), "--to", "mla", "--dtype", "bf16")
+    result = lowlat(
+        "convert", "some.gguf", str(tmp_path), "--to", "mla", "--dtype", "bf16", "--format", "hf"
+    )
     assert result.exit_code == 0
-    for words in ("GQA  ->  MLA", "1,234  ->  567 bytes", "89  ->  98", "1.5 s"):
+    sizes = ("5.0 MB  ->  20.0 MB", "4.50  ->  16.00")
+    for words in ("GQA  ->  MLA", "1,234  ->  567 bytes", "89  ->  98", "1.5 s", *sizes):
         assert words in result.stdout.replace("\n", " ")
+
+
+def test_an_interruption_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, lowlat: Invoke, tmp_path: Path
+) -> None:
+    def convert(*arguments: object, **options: object) -> None:
+        (tmp_path / ".out.partial").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowlat.convert.run.convert", convert)
+    monkeypatch.setattr("lowlat.api.prepare", lambda name, **options: Path("some"))
+    result = lowlat("convert", "some", str(tmp_path / "out"), "--dtype", "bf16")
+    assert result.exit_code != 0
+    assert ".out.partial is kept, the same command goes on from there" in result.stderr
 
 
 def test_a_missing_source_is_named(lowlat: Invoke, tmp_path: Path) -> None:

@@ -180,6 +180,7 @@ def test_odd_forms_are_named():
         ("gta-3", "GTA-3, 3 x 10 + 4"),
         ("tpa", "TPA, ranks 2 + 1"),
         ("combined mha", "MHA, 6 heads"),
+        ("layers all", "MLA 3-101 + 2-34"),
     ],
 )
 def test_forms_of_the_lowlat_family(
@@ -190,7 +191,9 @@ def test_forms_of_the_lowlat_family(
     info(str(tmp_path / "model"))
     assert f"this model: {form}" in capsys.readouterr().out
     found = report(capsys, str(tmp_path / "model"))
-    assert found["cache"]["elements_per_token_layer"] == config.attention.row_dim
+    rows = [config.attention_of(layer).row_dim for layer in range(config.num_hidden_layers)]
+    assert found["cache"]["elements_per_token_layer"] == sum(rows) / len(rows)
+    assert found["cache"]["bytes_per_token"] == 2 * sum(rows)
     assert found["parameters"]["total"] == count_parameters(config).total
 
 

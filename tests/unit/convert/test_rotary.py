@@ -82,7 +82,7 @@ def test_softmax_scale_is_that_of_the_narrow_head(groups: int, head_dim: int) ->
         ),
         rope=rope,
     )
-    assert config.softmax_scale == pytest.approx(head_dim**-0.5, rel=3e-16)
+    assert config.softmax_scale_of(0) == pytest.approx(head_dim**-0.5, rel=3e-16)
 
 
 def test_one_group_needs_no_scale() -> None:

@@ -1,0 +1,84 @@
+"""Text that a compression is measured on: which tokens a model sees while it is calibrated.
+
+Owns windows of token ids and the errors of unfit text; what is measured is `convert.statistics`'s.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.errors import UserError
+
+WINDOW = 1024
+"""Tokens of a window, or the model's context where that is shorter."""
+WINDOWS = 32
+"""Windows that statistics are taken of."""
+HELD_OUT = 4
+"""Windows, of other places of the text, that loss is measured on before and after."""
+MINIMUM = 8
+"""Fewer windows than this describe a layer's inputs too badly."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """Windows of calibration text."""
+
+    windows: Int[Tensor, "windows length"]
+    """What statistics are taken of."""
+    held_out: Int[Tensor, "held_out length"]
+    """What loss is measured on."""
+    origin: str
+    """Where the text comes from, for the report."""
+
+
+def read_calibration(paths: Sequence[Path], tokenizer: Tokenizer, context: int) -> Calibration:
+    """Windows spread evenly over the texts in `paths`; without any, over prose that comes with
+    lowlat and the documentation that comes with Python.
+
+    Raises UserError naming a file that is no UTF-8 text, and for text that is too short.
+    """
+    texts = [_read(path) for path in paths] or _default_texts()
+    origin = ", ".join(path.name for path in paths) or "lowlat's own text"
+    length = min(WINDOW, context)
+    parts = [torch.tensor(tokenizer.encode(text), dtype=torch.int64) for text in texts]
+    windows = torch.cat([part[: len(part) // length * length].view(-1, length) for part in parts])
+    wanted = WINDOWS + HELD_OUT
+    if len(windows) < MINIMUM + HELD_OUT:
+        found = sum(map(len, parts))
+        raise UserError(
+            f"--calibrate {origin}: {found} tokens are too few, at least "
+            f"{(MINIMUM + HELD_OUT) * length} are needed (windows of {length}); add text"
+        )
+    count = min(len(windows), wanted)
+    chosen = windows[[i * len(windows) // count for i in range(count)]]
+    every = count // HELD_OUT
+    is_held_out = torch.tensor([i % every == every - 1 for i in range(count)])
+    return Calibration(windows=chosen[~is_held_out], held_out=chosen[is_held_out], origin=origin)
+
+
+def _default_texts() -> list[str]:
+    """Nine books and collections in the public domain (recipes/corpus.toml names them), and as much
+    of Python's documentation as a third of them.
+    """
+    prose = (files("lowlat.convert") / "calibration.txt").read_text(encoding="utf-8")
+    documentation = "\n\n".join(topics[key] for key in sorted(topics))
+    return [prose, documentation[: len(prose) // 3]]
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--calibrate {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--calibrate {path}: is not UTF-8 text; give plain text") from error
+    if "\0" in text:
+        raise UserError(f"--calibrate {path}: holds zero bytes, so it is not text")
+    return text

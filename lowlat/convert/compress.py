@@ -1,0 +1,370 @@
+"""Compression from start to end: calibration, the division of the budget, a layer's tensors, and
+what it cost.
+
+Two passes over the layers, each with one layer in memory: the first measures, the second makes the
+new attention and runs both models side by side on text of its own. Statistics and new tensors wait
+in a scratch folder. Owns the order of things; the steps are the modules' beside it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lowlat.attention.flash import FlashAttention
+from lowlat.config.families import LOWLAT
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
+from lowlat.convert.budget import (
+    STEP,
+    Costs,
+    LayerCosts,
+    Widths,
+    even_widths,
+    free_widths,
+    row_budget,
+)
+from lowlat.convert.calibration import Calibration
+from lowlat.convert.components import Components, components, split
+from lowlat.convert.exact import check_exact
+from lowlat.convert.factors import attention_tensors, factorize, rank_costs
+from lowlat.convert.recipes import RECIPES, Recipe
+from lowlat.convert.rotary import wide_rope
+from lowlat.convert.statistics import (
+    AttentionWeights,
+    LayerStatistics,
+    filled_layer,
+    read_attention,
+    run_layers,
+)
+from lowlat.convert.weights import DerivedWeights, Weights
+from lowlat.model.block import DecoderLayer
+from lowlat.model.linear import RMSNorm
+from lowlat.ops.rope import RotaryTables
+from lowlat.utils.progress import Progress
+
+Layout = Literal["standard", "free"]
+CANDIDATES = 12
+"""Numbers of rotary channels to choose from, evenly spread."""
+HEAD_ROWS = 512
+"""Tokens whose logits are in memory at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerReport:
+    """One layer before and after."""
+
+    latent: int
+    """Channels of c_t."""
+    rotary: int
+    """Channels of k_R."""
+    predicted: float
+    """Predicted squared error of the attention output, relative to the residual stream."""
+    measured: float
+    """Relative squared deviation of the residual stream behind the layer, all layers before it
+    compressed as well.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressionReport:
+    """What a compression did, measured on text that no statistic was taken of."""
+
+    recipe: str
+    layout: str
+    calibration: str
+    """Where the text comes from."""
+    channels_before: int
+    """Of a cache row, per token and layer."""
+    channels_after: float
+    """The same, on average over layers."""
+    perplexity_before: float
+    perplexity_after: float
+    layers: tuple[LayerReport, ...]
+
+
+def compress(
+    base: Weights,
+    calibration: Calibration,
+    *,
+    share: float,
+    recipe: str,
+    layout: Layout,
+    scratch: Path,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> tuple[Weights, CompressionReport]:
+    """The GQA model `base` as MLA whose cache rows have `share` of the channels, and what it cost.
+
+    layout: standard gives every layer the same widths and frequencies, free its own. `scratch` is a
+    folder for files that the result reads as long as it is used. Raises UserError for models that
+    are no plain GQA and for shares out of reach.
+    """
+    source = check_exact(base.config)
+    row = source.row_dim
+    budget = row_budget(share, row, least=2 * STEP)
+    way = RECIPES[recipe]
+    count = base.config.num_hidden_layers
+    costs: list[LayerCosts] = []
+    priorities: list[Tensor] = []
+    with progress.task("Measuring attention", count, "items") as task:
+        for number, statistics in enumerate(run_layers(base, calibration.windows, task)):
+            _save_statistics(_statistics_file(scratch, number), statistics)
+            parts = _components(way, read_attention(base, number), statistics)
+            costs.append(_layer_costs(way, base, number, statistics, parts, budget))
+            priorities.append(parts.priority / statistics.residual)
+    widths = _widths(costs, budget, layout)
+    chosen = _turning(priorities, widths, layout)
+    config = compressed_config(base, source, widths, chosen, layout)
+    with progress.task("Compressing", count, "items") as task:
+        sides = _Sides(base, config, calibration.held_out)
+        reports: list[LayerReport] = []
+        for number, (own, turning) in enumerate(zip(widths, chosen, strict=True)):
+            tensors = _layer_tensors(way, base, number, own, turning, scratch)
+            save_file(
+                {name: t.to(dtype).contiguous() for name, t in tensors.items()},
+                _tensor_file(scratch, number),
+            )
+            measured = sides.advance(number, tensors)
+            predicted = costs[number][own.rotary].of(own.latent)
+            reports.append(
+                LayerReport(
+                    latent=own.latent, rotary=own.rotary, predicted=predicted, measured=measured
+                )
+            )
+            task.advance(1)
+        before, after = sides.losses()
+    report = CompressionReport(
+        recipe=recipe,
+        layout=layout,
+        calibration=calibration.origin,
+        channels_before=row,
+        channels_after=sum(w.latent + w.rotary for w in widths) / count,
+        perplexity_before=before,
+        perplexity_after=after,
+        layers=tuple(reports),
+    )
+    derived = DerivedWeights(
+        base, config, _reader(scratch), derives=_is_replaced(source), dtype=dtype
+    )
+    return derived, report
+
+
+def compressed_config(
+    base: Weights,
+    source: GQAConfig,
+    widths: Sequence[Widths],
+    turning: Sequence[Int64[Tensor, "_"]],
+    layout: Layout,
+) -> ModelConfig:
+    """`base.config` with MLA of the given widths; deepseek_v3 in the standard layout."""
+    config = base.config
+    attention = [
+        MLAConfig(
+            num_attention_heads=source.num_attention_heads,
+            kv_lora_rank=own.latent,
+            q_lora_rank=None,
+            qk_nope_head_dim=source.head_dim,
+            qk_rope_head_dim=own.rotary,
+            v_head_dim=source.head_dim,
+            attention_bias=source.qkv_bias,
+            q_bias=source.qkv_bias,
+            o_bias=source.o_bias,
+            kv_a_layernorm=False,
+        )
+        for own in widths
+    ]
+    ropes: list[RopeConfig] = []
+    for number, own in enumerate(turning):
+        weights = read_attention(base, number)
+        frequencies = weights.frequencies.repeat_interleave(source.num_key_value_heads)[own]
+        context = config.max_position_embeddings
+        ropes.append(wide_rope(frequencies.float(), weights.magnitude, 1, context))
+    even = layout == "standard"
+    return replace(
+        config,
+        model_type="deepseek_v3" if even else LOWLAT,
+        attention=attention[0] if even or len(set(attention)) == 1 else tuple(attention),
+        rope=ropes[0] if even or len(set(ropes)) == 1 else tuple(ropes),
+        quantization=None,
+        packing=None,
+        sliding_window=None,
+        sliding_window_layers=None,
+    )
+
+
+def _components(way: Recipe, weights: AttentionWeights, statistics: LayerStatistics) -> Components:
+    return components(weights, statistics, way.basis, way.priority, keeps_mean=way.keeps_mean)
+
+
+def _layer_costs(
+    way: Recipe,
+    base: Weights,
+    number: int,
+    statistics: LayerStatistics,
+    parts: Components,
+    budget: int,
+) -> LayerCosts:
+    """For every number of rotary channels worth a thought, relative to the residual stream."""
+    weights = read_attention(base, number)
+    groups, head_dim = len(weights.k), weights.k.shape[1]
+    if way.rotary is not None:
+        candidates = [way.rotary(head_dim, groups, budget)]
+    else:
+        most = min(groups * head_dim, 2 * budget)
+        apart = -(-most // (CANDIDATES * STEP)) * STEP
+        candidates = list(range(apart, most + 1, apart))
+    found: dict[int, Costs] = {}
+    for rotary in candidates:
+        turning = _largest(parts.priority, rotary // 2)
+        own = split(parts, weights, statistics, turning, keeps_mean=way.keeps_mean)
+        latent = rank_costs(way.target(weights, statistics, own))
+        still = parts.cost.flatten().sum() - parts.cost.flatten()[turning].sum()
+        found[rotary] = Costs(
+            still=float(still) / statistics.residual, latent=latent / statistics.residual
+        )
+    return found
+
+
+def _widths(costs: Sequence[LayerCosts], budget: int, layout: Layout) -> list[Widths]:
+    if layout == "standard":
+        return [even_widths(costs, budget)] * len(costs)
+    return free_widths(costs, budget)
+
+
+def _turning(
+    priorities: Sequence[Float[Tensor, "pairs components"]],
+    widths: Sequence[Widths],
+    layout: Layout,
+) -> list[Int64[Tensor, "_"]]:
+    """Which components turn, by layer. In the standard layout all layers have the same frequencies,
+    hence as many components of each.
+    """
+    if layout == "standard":
+        together = torch.stack(list(priorities)).sum(0)
+        return [_largest(together, widths[0].rotary // 2)] * len(priorities)
+    return [_largest(own, width.rotary // 2) for own, width in zip(priorities, widths, strict=True)]
+
+
+def _largest(priority: Float[Tensor, "pairs components"], count: int) -> Int64[Tensor, " count"]:
+    """Numbers of the components of largest priority, in order of number."""
+    return priority.flatten().argsort(descending=True, stable=True)[:count].sort().values
+
+
+def _layer_tensors(
+    way: Recipe, base: Weights, number: int, own: Widths, turning: Tensor, scratch: Path
+) -> dict[str, Tensor]:
+    weights = read_attention(base, number)
+    source = base.config.attention_of(number)
+    assert isinstance(source, GQAConfig)
+    statistics = _load_statistics(_statistics_file(scratch, number))
+    parts = _components(way, weights, statistics)
+    halves = split(parts, weights, statistics, turning, keeps_mean=way.keeps_mean)
+    factors = factorize(way.target(weights, statistics, halves), own.latent)
+    tensors = attention_tensors(weights, halves, factors, has_bias=source.qkv_bias)
+    if source.qkv_bias and not source.o_bias:
+        # attention_bias puts a bias on kv_a_proj_with_mqa and on o_proj, or on neither
+        tensors["o_proj.bias"] = torch.zeros(base.config.hidden_size, dtype=torch.float64)
+    return tensors
+
+
+class _Sides:
+    """The model before and after, run side by side on windows of text."""
+
+    def __init__(
+        self, base: Weights, config: ModelConfig, windows: Int64[Tensor, "windows length"]
+    ) -> None:
+        self._base, self._config, self._windows = base, config, windows
+        x = base.read("embed_tokens.weight")[windows.flatten()].float()
+        self._before, self._after = x, x.clone()
+        self._positions = torch.arange(windows.shape[1]).repeat(len(windows))
+
+    @torch.no_grad()
+    def advance(self, number: int, tensors: dict[str, Tensor]) -> float:
+        """Run layer `number`; the relative squared deviation behind it."""
+        layer = filled_layer(self._base, number)
+        self._before = self._run(self._base.config, number, layer, self._before)
+        with torch.device("meta"):
+            changed = DecoderLayer(self._config, number, dtype=torch.float32)
+        state = {f"self_attn.{name}": tensor.float() for name, tensor in tensors.items()}
+        changed.load_state_dict(layer.state_dict() | state, strict=False, assign=True)
+        self._after = self._run(self._config, number, changed, self._after)
+        error = (self._after - self._before).square().sum()
+        return float(error / self._before.square().sum())
+
+    def losses(self) -> tuple[float, float]:
+        """Perplexities of the model before and after."""
+        head = "embed_tokens" if self._base.config.tie_word_embeddings else "lm_head"
+        weight = self._base.read(f"{head}.weight").float()
+        norm = RMSNorm(weight.shape[1], self._base.config.rms_norm_eps, dtype=torch.float32)
+        norm.weight.data = self._base.read("norm.weight").float()
+        before, after = (self._perplexity(x, norm, weight) for x in (self._before, self._after))
+        return before, after
+
+    def _run(
+        self, config: ModelConfig, number: int, layer: DecoderLayer, x: Tensor
+    ) -> Float[Tensor, "tokens hidden"]:
+        rope = RotaryTables(config.rope_of(number), config.attention_of(number).rope_dim)
+        count, length = self._windows.shape
+        return layer(x, rope(self._positions), FlashAttention([length] * count))
+
+    @torch.no_grad()
+    def _perplexity(self, x: Tensor, norm: RMSNorm, weight: Tensor) -> float:
+        count, length = self._windows.shape
+        hidden = norm(x).unflatten(0, (count, length))[:, :-1].flatten(0, 1)
+        targets = self._windows[:, 1:].flatten()
+        total = sum(
+            float(F.cross_entropy(rows @ weight.T, ids, reduction="sum"))
+            for rows, ids in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
+        )
+        return float(torch.tensor(total / len(targets)).exp())
+
+
+def _is_replaced(source: GQAConfig) -> Callable[[str], bool]:
+    """Whether a parameter of the converted model is new: all of the attention but the output."""
+    kept = ["o_proj.weight"] + ["o_proj.bias"] * source.o_bias
+
+    def is_replaced(name: str) -> bool:
+        return ".self_attn." in name and not name.endswith(tuple(kept))
+
+    return is_replaced
+
+
+def _reader(scratch: Path) -> Callable[[str], Tensor]:
+    held: dict[int, dict[str, Tensor]] = {}
+
+    def read(name: str) -> Tensor:
+        _, number, _, below = name.split(".", 3)
+        if int(number) not in held:
+            held.clear()
+            held[int(number)] = load_file(_tensor_file(scratch, int(number)))
+        return held[int(number)][below]
+
+    return read
+
+
+def _statistics_file(scratch: Path, number: int) -> Path:
+    return scratch / f"statistics-{number}.safetensors"
+
+
+def _tensor_file(scratch: Path, number: int) -> Path:
+    return scratch / f"layer-{number}.safetensors"
+
+
+def _save_statistics(path: Path, statistics: LayerStatistics) -> None:
+    values = asdict(statistics)
+    residual = torch.tensor(values.pop("residual"), dtype=torch.float64)
+    rotation = torch.view_as_real(values.pop("rotation")).contiguous()
+    save_file(values | {"residual": residual, "rotation": rotation}, path)
+
+
+def _load_statistics(path: Path) -> LayerStatistics:
+    values = load_file(path)
+    residual = float(values.pop("residual"))
+    rotation = torch.view_as_complex(values.pop("rotation"))
+    return LayerStatistics(**values, residual=residual, rotation=rotation)

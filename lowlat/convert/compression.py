@@ -1,0 +1,126 @@
+"""A wanted compression: its options, its scratch folder, its report in a file."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowlat.checkpoint.restart import hold
+from lowlat.convert.calibration import read_calibration
+from lowlat.convert.compress import CompressionReport, Layout, compress
+from lowlat.convert.recipes import RECIPES
+from lowlat.convert.weights import Weights
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress
+
+REPORT_FILE = "conversion.json"
+"""In the folder of a compressed model: its CompressionReport."""
+DEFAULT_RECIPE = "weighted"
+LAYOUTS: tuple[Layout, ...] = ("standard", "free")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compression:
+    """What a conversion to a smaller cache is asked for."""
+
+    share: float
+    """Of the channels a token leaves in the cache."""
+    recipe: str = DEFAULT_RECIPE
+    """A name of `RECIPES`."""
+    layout: Layout = "standard"
+    """standard: a deepseek_v3 that other programs load; free: widths and frequencies by layer."""
+    calibrate: tuple[Path, ...] = ()
+    """Text files; without any, text that comes with lowlat."""
+
+    def words(self) -> dict[str, Any]:
+        """What distinguishes it from others, for the journal of a conversion."""
+        texts = [f"{path.resolve()} {path.stat().st_size}" for path in self.calibrate]
+        return {"cache": self.share, "recipe": self.recipe, "layout": self.layout, "text": texts}
+
+
+def asked_compression(
+    share: float | None, recipe: str, layout: str, calibrate: tuple[Path, ...]
+) -> Compression | None:
+    """What options of a command line mean; None for an exact conversion.
+
+    Raises UserError for options that have no effect or do not exist.
+    """
+    if share is not None:
+        if recipe == "exact":
+            raise UserError("--recipe exact keeps the cache as it is; leave out --cache")
+        if layout not in LAYOUTS:
+            raise UserError(f"--layout '{layout}' is unknown; choose {' or '.join(LAYOUTS)}")
+        return Compression(share=share, recipe=recipe, layout=layout, calibrate=calibrate)
+    changed = {"--recipe": recipe not in ("exact", DEFAULT_RECIPE)}
+    changed |= {"--layout": layout != LAYOUTS[0], "--calibrate": bool(calibrate)}
+    for option, is_given in changed.items():
+        if is_given:
+            raise UserError(f"{option} belongs to --cache SHARE, the share of the cache to keep")
+    return None
+
+
+def check_compression(compression: Compression, to: str | None) -> None:
+    """Raises UserError for options that do not go together or do not exist."""
+    if to != "mla":
+        raise UserError("--cache compresses into Multi-head Latent Attention; add --to mla")
+    if compression.recipe not in RECIPES:
+        raise UserError(
+            f"--recipe '{compression.recipe}' is unknown; choose one of "
+            f"{', '.join((*RECIPES, 'exact'))}"
+        )
+
+
+def compressed_weights(
+    base: Weights,
+    src: Path,
+    compression: Compression,
+    scratch: Path,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> tuple[Weights, CompressionReport]:
+    """The model at `src`, whose weights are `base`, compressed. Raises UserError as `compress` and
+    for unfit text.
+    """
+    tokenizer = Tokenizer.from_folder(src) if src.is_dir() else Tokenizer.from_gguf(src)
+    context = base.config.max_position_embeddings
+    return compress(
+        base,
+        read_calibration(compression.calibrate, tokenizer, context),
+        share=compression.share,
+        recipe=compression.recipe,
+        layout=compression.layout,
+        scratch=scratch,
+        dtype=dtype,
+        progress=progress,
+    )
+
+
+@contextmanager
+def scratch_folder(dst: Path) -> Iterator[Path]:
+    """An empty folder beside `dst` that goes when it is done with; what a killed process left in it
+    goes first. Raises UserError where another process is at work in it.
+    """
+    folder = dst.with_name(f".{dst.name}.calibration")
+    try:
+        folder.mkdir(exist_ok=True)
+        with (folder / "lock").open("ab") as lock:
+            hold(lock, dst)
+            for file in folder.glob("*.safetensors"):
+                file.unlink()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{dst}: cannot be written ({error.strerror})") from error
+
+
+def report_json(report: CompressionReport) -> bytes:
+    """The report as a file."""
+    return (json.dumps(asdict(report), indent=2) + "\n").encode()

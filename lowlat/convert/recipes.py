@@ -1,0 +1,95 @@
+"""Recipes of compression by name: whose components turn, what the latent is fitted to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from lowlat.convert.components import (
+    Basis,
+    Priority,
+    Split,
+    own_basis,
+    pooled_basis,
+    weighted_basis,
+)
+from lowlat.convert.factors import Target, balanced_target, plain_target, weighted_target
+from lowlat.convert.statistics import AttentionWeights, LayerStatistics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """One way to compress."""
+
+    basis: Basis
+    """Of the components of keys."""
+    priority: Priority
+    """Which components turn."""
+    keeps_mean: bool
+    """Components that stand still are multiplied by their mean rotation."""
+    target: Callable[[AttentionWeights, LayerStatistics, Split], Target]
+    """What the latent is fitted to."""
+    rotary: Callable[[int, int, int], int] | None
+    """Rotary channels for (head_dim, groups, budget); None has them chosen by cost."""
+
+
+def _by_cost(statistics: LayerStatistics, cost: Tensor) -> Tensor:
+    return cost
+
+
+def _leading_first(
+    statistics: LayerStatistics, cost: Float64[Tensor, "pairs components"]
+) -> Float64[Tensor, "pairs components"]:
+    """The leading component of every frequency before any second one."""
+    place = torch.arange(cost.shape[1], dtype=torch.float64)
+    return cost / cost.max() - place
+
+
+def _by_norms(
+    statistics: LayerStatistics, cost: Float64[Tensor, "pairs groups"]
+) -> Float64[Tensor, "pairs groups"]:
+    """The same number of pairs in every group, those of largest |q| |k| (MHA2MLA's S_2-norm)."""
+    groups = cost.shape[1]
+    norms = statistics.norms.unflatten(0, (groups, -1)).sum(1)
+    return -norms.argsort(dim=1, descending=True, stable=True).argsort(dim=1).double().T
+
+
+def _transmla_rotary(head_dim: int, groups: int, budget: int) -> int:
+    """One key head, half of one where it would be more than a third of the row."""
+    return head_dim if budget >= 3 * head_dim else head_dim // 2
+
+
+def _mha2mla_rotary(head_dim: int, groups: int, budget: int) -> int:
+    """A quarter of every key head, less where it would be more than half of the row."""
+    pairs = head_dim // 8
+    while pairs > 1 and 2 * pairs * groups > budget / 2:
+        pairs //= 2
+    return 2 * pairs * groups
+
+
+RECIPES = {
+    "weighted": Recipe(
+        basis=weighted_basis,
+        priority=_by_cost,
+        keeps_mean=True,
+        target=weighted_target,
+        rotary=None,
+    ),
+    "transmla": Recipe(
+        basis=pooled_basis,
+        priority=_leading_first,
+        keeps_mean=False,
+        target=balanced_target,
+        rotary=_transmla_rotary,
+    ),
+    "mha2mla": Recipe(
+        basis=own_basis,
+        priority=_by_norms,
+        keeps_mean=False,
+        target=plain_target,
+        rotary=_mha2mla_rotary,
+    ),
+}
+"""weighted is lowlat's own; the others are baselines, as their papers have them."""

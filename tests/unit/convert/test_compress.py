@@ -1,0 +1,470 @@
+"""Compression to a smaller cache: its algebra is exact where nothing is dropped, its statistics and
+predicted costs are what they say, its budget is kept and well spent.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowlat.attention.packed import PackedAttention
+from lowlat.config.attention import row_widths
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
+from lowlat.convert.budget import (
+    STEP,
+    STILL_SHARE,
+    Costs,
+    Widths,
+    even_widths,
+    free_widths,
+    row_budget,
+)
+from lowlat.convert.calibration import Calibration, read_calibration
+from lowlat.convert.components import components, split
+from lowlat.convert.compress import CompressionReport, compress, compressed_config
+from lowlat.convert.factors import attention_tensors, factorize, rank_costs, weighted_target
+from lowlat.convert.recipes import RECIPES
+from lowlat.convert.statistics import LayerStatistics, read_attention, run_layers
+from lowlat.convert.weights import Weights
+from lowlat.model.gqa import GQA
+from lowlat.model.mla import MLA
+from lowlat.model.transformer import Transformer
+from lowlat.ops.rope import RotaryTables, apply_rope
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import SilentProgress
+from tests.fakes import byte_tokenizer, gqa_config, tiny_model
+
+LENGTH = 37
+YARN = RopeConfig(
+    rope_theta=100.0,
+    rope_type="yarn",
+    factor=4.0,
+    original_max_position_embeddings=24,
+    beta_fast=4.0,
+    beta_slow=1.0,
+)
+INTERLEAVED = RopeConfig(rope_theta=100.0, rope_interleave=True)
+
+
+def model_config(
+    *, bias: bool = False, groups: int = 3, rope: RopeConfig | None = None
+) -> ModelConfig:
+    attention = GQAConfig(
+        num_attention_heads=6, num_key_value_heads=groups, head_dim=16, qkv_bias=bias
+    )
+    return gqa_config(
+        model_type="qwen2" if bias else "llama",
+        hidden_size=61,
+        num_hidden_layers=3,
+        attention=attention,
+        rope=rope or RopeConfig(rope_theta=100.0),
+    )
+
+
+class ModelWeights(Weights):
+    """The parameters of a model in memory."""
+
+    def __init__(self, model: Transformer) -> None:
+        self._config, self._state = model.config, model.state_dict()
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._state[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        return self._state[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._state[name][start:stop]
+
+    def release(self, name: str) -> None:
+        pass
+
+    def where(self, name: str) -> str:
+        return name
+
+
+CASES = [
+    model_config(),
+    model_config(bias=True),
+    model_config(groups=1),
+    model_config(groups=6, rope=YARN),
+    model_config(rope=INTERLEAVED),
+]
+IDS = ["plain", "bias", "mqa", "mha-yarn", "interleaved"]
+
+
+def weights_of(config: ModelConfig) -> ModelWeights:
+    model = tiny_model(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return ModelWeights(model)
+
+
+def windows(count: int = 6) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(263, (count, LENGTH), generator=generator)
+
+
+class NoTask:
+    def advance(self, amount: int = 1) -> None:
+        pass
+
+
+def statistics_of(weights: Weights) -> list[LayerStatistics]:
+    with SilentProgress().task("", 3, "items") as task:
+        return list(run_layers(weights, windows(), task))
+
+
+def outputs(attention: GQA | MLA, config: ModelConfig, x: Tensor, *, moves: bool = True) -> Tensor:
+    width = config.attention_of(0).rope_dim
+    rope = RotaryTables(config.rope_of(0), width)(torch.arange(len(x)) * moves)
+    return attention(x, rope, PackedAttention([len(x)]))
+
+
+def original(weights: Weights) -> GQA:
+    config = weights.config
+    assert isinstance(config.attention, GQAConfig)
+    module = GQA(config, config.attention, 0, dtype=torch.float64)
+    prefix = "layers.0.self_attn."
+    module.load_state_dict({n: weights.read(prefix + n) for n in module.state_dict()})
+    return module
+
+
+def compressed(
+    weights: Weights, recipe: str, rotary: int, latent: int | None = None
+) -> tuple[MLA, ModelConfig]:
+    """Layer 0 in fp64 with `rotary` channels that turn; all of the latent by default."""
+    way, own, statistics = RECIPES[recipe], read_attention(weights, 0), statistics_of(weights)[0]
+    parts = components(own, statistics, way.basis, way.priority, keeps_mean=way.keeps_mean)
+    turning = parts.priority.flatten().argsort(descending=True)[: rotary // 2]
+    halves = split(parts, own, statistics, turning, keeps_mean=way.keeps_mean)
+    rank = len(halves.static) + own.v.shape[0] * own.v.shape[1] if latent is None else latent
+    factors = factorize(way.target(own, statistics, halves), rank)
+    source = weights.config.attention
+    assert isinstance(source, GQAConfig)
+    tensors = attention_tensors(own, halves, factors, has_bias=source.qkv_bias)
+    tensors["o_proj.weight"] = weights.read("layers.0.self_attn.o_proj.weight")
+    if source.qkv_bias:
+        tensors["o_proj.bias"] = torch.zeros(61, dtype=torch.float64)
+    widths = [Widths(latent=len(factors.down), rotary=rotary)] * 3
+    config = compressed_config(weights, source, widths, [turning] * 3, "standard")
+    assert isinstance(config.attention, MLAConfig)
+    module = MLA(config, config.attention, 0, dtype=torch.float64)
+    module.load_state_dict(tensors)
+    return module, config
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("config", CASES, ids=IDS)
+def test_nothing_dropped_is_nothing_changed(config: ModelConfig, recipe: str) -> None:
+    """All components turning, every latent channel kept: the same attention, in another basis."""
+    weights = weights_of(config)
+    assert isinstance(config.attention, GQAConfig)
+    module, new = compressed(weights, recipe, 16 * config.attention.num_key_value_heads)
+    x = torch.randn(LENGTH, 61, dtype=torch.float64)
+    expected = outputs(original(weights), config, x)
+    torch.testing.assert_close(outputs(module, new, x), expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("recipe", ["transmla", "mha2mla"])
+@pytest.mark.parametrize("config", CASES, ids=IDS)
+def test_what_stands_still_has_no_position(config: ModelConfig, recipe: str) -> None:
+    """One pair turns; at position 0 it does not, and neither does the original."""
+    weights = weights_of(config)
+    module, new = compressed(weights, recipe, 2)
+    x = torch.randn(LENGTH, 61, dtype=torch.float64)
+    expected = outputs(original(weights), config, x, moves=False)
+    found = outputs(module, new, x, moves=False)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", CASES, ids=IDS)
+def test_statistics_by_hand(config: ModelConfig) -> None:
+    """One layer's averages, query by query and key by key, in fp64."""
+    weights, ids = weights_of(config), windows()
+    found = statistics_of(weights)[0]
+    module, dims = original(weights), config.attention
+    assert isinstance(dims, GQAConfig)
+    norm = weights.read("layers.0.input_layernorm.weight")
+    order = torch.arange(16)
+    if config.rope_of(0).rope_interleave:
+        order = order.view(8, 2).T.flatten()
+    per_group = 6 // dims.num_key_value_heads
+    frequencies = read_attention(weights, 0).frequencies
+    inputs = 61 + dims.qkv_bias
+    covariance, attended = torch.zeros(2, inputs, inputs, dtype=torch.float64)
+    sensitivity = torch.zeros(6, dtype=torch.float64)
+    queries = torch.zeros(6, 16, 16, dtype=torch.float64)
+    rotation = torch.zeros(6, 8, dtype=torch.complex128)
+    tables = RotaryTables(config.rope_of(0), 16)(torch.arange(LENGTH))
+    for window in ids:
+        x = weights.read("embed_tokens.weight")[window]
+        x = x * (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt() * norm
+        q, k, v = (getattr(module, f"{n}_proj")(x).view(LENGTH, -1, 16).detach() for n in "qkv")
+        x = torch.cat([x, x.new_ones(LENGTH, inputs - 61)], dim=1)
+        covariance += x.T @ x
+        turned = [
+            apply_rope(part, *tables, interleave=config.rope_of(0).rope_interleave)
+            for part in (q, k)
+        ]
+        for head in range(6):
+            group = head // per_group
+            scores = turned[0][:, head] @ turned[1][:, group].T / 4
+            scores = scores.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -torch.inf)
+            attends = scores.softmax(-1)
+            w_o = module.o_proj.weight[:, 16 * head : 16 * head + 16].detach()
+            for n in range(LENGTH):
+                moved = (v[:, group] - attends[n] @ v[:, group]) @ w_o.T
+                own = attends[n] * moved.square().sum(-1)
+                sensitivity[head] += own.sum()
+                query = q[n, head][order]
+                queries[head] += own.sum() * torch.outer(query, query)
+                turned_by = torch.outer(n - torch.arange(LENGTH), frequencies)
+                rotation[head] += attends[n].to(torch.complex128) @ torch.exp(1j * turned_by)
+                attended += (x.T * attends[n]) @ x / 6
+    tokens = ids.numel()
+    close = {"rtol": 2e-4, "atol": 1e-5}
+    torch.testing.assert_close(found.covariance, covariance / tokens, **close)
+    torch.testing.assert_close(found.attended, attended / tokens, **close)
+    torch.testing.assert_close(found.sensitivity, sensitivity / tokens, **close)
+    torch.testing.assert_close(
+        found.queries, queries / sensitivity[:, None, None], rtol=1e-3, atol=1e-4
+    )
+    torch.testing.assert_close(found.rotation, rotation / tokens, **close)
+
+
+def test_factors_are_the_best_and_cost_what_they_say() -> None:
+    weights = weights_of(model_config(bias=True))
+    own, statistics = read_attention(weights, 0), statistics_of(weights)[0]
+    way = RECIPES["weighted"]
+    parts = components(own, statistics, way.basis, way.priority, keeps_mean=True)
+    halves = split(parts, own, statistics, torch.tensor([1, 7, 20]), keeps_mean=True)
+    target = weighted_target(own, statistics, halves)
+
+    def cost(approximation: Tensor) -> float:
+        error = target.maps - approximation
+        return float(torch.trace(target.metric @ error @ target.inputs @ error.T))
+
+    generator = torch.Generator().manual_seed(3)
+    costs = rank_costs(target)
+    for rank in (1, 9, 30):
+        factors = factorize(target, rank)
+        best = cost(factors.up @ factors.down)
+        assert best == pytest.approx(float(costs[rank]), rel=1e-6)
+        size = torch.einsum("rx,xy,ry->r", factors.down, target.inputs, factors.down)
+        torch.testing.assert_close(size, torch.ones_like(size))
+        for part in ("up", "down"):
+            changed = getattr(factors, part)
+            noise = torch.randn(changed.shape, generator=generator, dtype=torch.float64)
+            moved = {part: changed + 0.01 * changed.abs().mean() * noise}
+            other = {"up": factors.up, "down": factors.down} | moved
+            assert cost(other["up"] @ other["down"]) > best
+    assert float(costs[0]) == pytest.approx(cost(torch.zeros_like(target.maps)))
+
+
+def test_components_that_keep_their_mean_cost_less() -> None:
+    """And those of a frequency that hardly turns cost next to nothing."""
+    slow = model_config(rope=RopeConfig(rope_theta=1e9))
+    weights = weights_of(slow)
+    own, statistics = read_attention(weights, 0), statistics_of(weights)[0]
+    way = RECIPES["weighted"]
+    with_mean, without = (
+        components(own, statistics, way.basis, way.priority, keeps_mean=keeps).cost
+        for keeps in (True, False)
+    )
+    assert (with_mean <= without + 1e-12).all()
+    assert (with_mean[-1] < 1e-6 * without[-1]).all()
+
+
+def random_costs(seed: int) -> list[dict[int, Costs]]:
+    generator = torch.Generator().manual_seed(seed)
+    layers: list[dict[int, Costs]] = []
+    for _ in range(3):
+        size = float(torch.rand((), generator=generator)) * 10
+        layers.append(
+            {
+                rotary: Costs(
+                    still=size * 2.0 ** (-rotary / 8),
+                    latent=size
+                    * torch.rand(49, generator=generator, dtype=torch.float64).cumsum(0).flip(0),
+                )
+                for rotary in (8, 16, 24)
+            }
+        )
+    return layers
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_budgets_are_kept_and_well_spent(seed: int) -> None:
+    layers, budget = random_costs(seed), 40
+    choices = [
+        (STILL_SHARE * c.still + float(c.latent[rank]), rotary + rank)
+        for layer in layers
+        for rotary, c in layer.items()
+        for rank in range(STEP, 49, STEP)
+    ]
+    each = len(choices) // 3
+    per_layer = [choices[i * each : (i + 1) * each] for i in range(3)]
+    found = free_widths(layers, budget)
+    spent = sum(w.latent + w.rotary for w in found)
+    cost = sum(layer[w.rotary].of(w.latent) for layer, w in zip(layers, found, strict=True))
+    assert spent <= 3 * budget
+    best_at_this_price = min(
+        sum(c for c, _ in chosen)
+        for chosen in product(*per_layer)
+        if sum(width for _, width in chosen) <= spent
+    )
+    assert cost == pytest.approx(best_at_this_price)
+    even = even_widths(layers, budget)
+    assert even.latent + even.rotary == budget
+    assert sum(layer[even.rotary].of(even.latent) for layer in layers) == pytest.approx(
+        min(sum(layer[r].of(budget - r) for layer in layers) for r in (8, 16, 24))
+    )
+
+
+def compressed_model(
+    weights: Weights, folder: Path, layout: str, recipe: str = "weighted", share: float = 0.5
+) -> tuple[Weights, CompressionReport]:
+    return compress(
+        weights,
+        Calibration(windows=windows(8), held_out=windows(4) + 1 - 1, origin="test"),
+        share=share,
+        recipe=recipe,
+        layout=layout,  # pyright: ignore[reportArgumentType]
+        scratch=folder,
+        dtype=torch.float32,
+        progress=SilentProgress(),
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("layout", ["standard", "free"])
+@pytest.mark.parametrize("config", CASES, ids=IDS)
+def test_a_model(tmp_path: Path, config: ModelConfig, layout: str, recipe: str) -> None:
+    """The cache keeps its budget, and the model made of the weights has the reported perplexity."""
+    weights = weights_of(config)
+    assert isinstance(config.attention, GQAConfig)
+    row = config.attention.row_dim
+    if recipe == "mha2mla" and row // 2 < 2 * config.attention.num_key_value_heads + STEP:
+        pytest.skip("every group needs a pair of channels that turn")
+    new, report = compressed_model(weights, tmp_path, layout, recipe)
+    attention = [new.config.attention_of(i) for i in range(3)]
+    assert sum(a.row_dim for a in attention) <= 3 * row // 2
+    assert report.channels_before == row
+    assert report.channels_after == sum(a.row_dim for a in attention) / 3
+    assert [layer.latent + layer.rotary for layer in report.layers] == [
+        a.row_dim for a in attention
+    ]
+    assert (new.config.model_type == "deepseek_v3") == (layout == "standard")
+    model = Transformer(new.config, dtype=torch.float32)
+    model.load_state_dict({name: new.read(name).float() for name in model.state_dict()})
+    before = tiny_model(config, torch.float32)
+    before.load_state_dict({n: weights.read(n).float() for n in before.state_dict()})
+    for side, expected in ((before, report.perplexity_before), (model, report.perplexity_after)):
+        backend = PackedAttention([LENGTH] * 4)
+        ids = windows(4)
+        with torch.no_grad():
+            logits = side.logits(side(ids.flatten(), backend.positions(), backend))
+        logits = logits.unflatten(0, (4, LENGTH))[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+        assert float(loss.exp()) == pytest.approx(expected, rel=1e-4)
+    assert all(layer.measured > 0 for layer in report.layers)
+
+
+def test_it_is_deterministic(tmp_path: Path) -> None:
+    weights = weights_of(model_config())
+    found = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        new, report = compressed_model(weights, tmp_path / name, "free")
+        found.append((report, {n: new.read(n) for n in new.config and _names(new.config)}))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][n], found[1][1][n]) for n in found[0][1])
+
+
+def _names(config: ModelConfig) -> list[str]:
+    with torch.device("meta"):
+        return list(Transformer(config).state_dict())
+
+
+def test_weighted_loses_least(tmp_path: Path) -> None:
+    """On inputs of low rank, as those of trained models are."""
+    weights = weights_of(model_config())
+    embedding = weights.read("embed_tokens.weight")
+    left, values, right = torch.linalg.svd(embedding, full_matrices=False)
+    scales = 0.8 ** torch.arange(len(values), dtype=torch.float64)
+    embedding.copy_(left @ (values * scales).diag() @ right)
+    found: dict[str, float] = {}
+    for recipe in RECIPES:
+        (tmp_path / recipe).mkdir()
+        _, report = compressed_model(weights, tmp_path / recipe, "standard", recipe)
+        found[recipe] = report.layers[0].measured
+    assert min(found, key=lambda name: found[name]) == "weighted"
+
+
+@pytest.mark.parametrize(
+    ("share", "words"), [(0.0, "below 1"), (1.0, "below 1"), (0.1, "at least")]
+)
+def test_shares_out_of_reach(share: float, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        row_budget(share, 96, least=16)
+
+
+Text = Callable[[Path], None]
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda path: None, "cannot be read"),
+        (lambda path: path.write_bytes(b"\xff\xfe" * 9000), "not UTF-8"),
+        (lambda path: path.write_bytes(b"a\0" * 9000), "zero bytes"),
+        (lambda path: path.write_text("short"), "5 tokens are too few, at least 432"),
+    ],
+)
+def test_unfit_calibration_text(tmp_path: Path, write: Text, words: str) -> None:
+    path = tmp_path / "text"
+    write(path)
+    with pytest.raises(UserError, match=words):
+        read_calibration([path], byte_tokenizer(), 36)
+
+
+def test_calibration_windows_are_spread_over_the_texts(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_text(name * 4000)
+    found = read_calibration([tmp_path / n for n in "abc"], byte_tokenizer(), 100)
+    assert (len(found.windows), len(found.held_out), found.origin) == (32, 4, "a, b, c")
+    letters = [set(map(chr, part.flatten().tolist())) for part in (found.windows, found.held_out)]
+    assert letters == [set("abc"), set("abc")]
+
+
+def test_without_text_there_is_text() -> None:
+    found = read_calibration([], byte_tokenizer(), 4096)
+    assert found.windows.shape == (32, 1024)
+    assert "lowlat" in found.origin
+
+
+def test_rows_by_layer_are_described() -> None:
+    config = replace(
+        model_config(),
+        attention=MLAConfig(
+            num_attention_heads=6,
+            kv_lora_rank=40,
+            q_lora_rank=None,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=8,
+            v_head_dim=16,
+            kv_a_layernorm=False,
+        ),
+    )
+    assert isinstance(config.attention, MLAConfig)
+    assert row_widths(config.attention) == ("40", "8")

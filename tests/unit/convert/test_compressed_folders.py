@@ -1,0 +1,190 @@
+"""Compressed models as folders: what is written, who loads it, what is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lowlat.attention.packed import PackedAttention
+from lowlat.checkpoint.load import load_model
+from lowlat.checkpoint.save import save_model
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
+from lowlat.convert.compression import (
+    REPORT_FILE,
+    Compression,
+    asked_compression,
+    scratch_folder,
+)
+from lowlat.convert.run import convert
+from lowlat.model.init import init_weights
+from lowlat.model.transformer import Transformer
+from lowlat.utils.errors import UserError
+from tests.fakes import byte_tokenizer, gqa_config
+
+LENGTH = 40
+LLAMA3 = RopeConfig(
+    rope_theta=10000.0,
+    rope_type="llama3",
+    factor=8.0,
+    original_max_position_embeddings=24,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+)
+
+
+def source_model(folder: Path, *, bias: bool = False, **changes: Any) -> Path:
+    """A GQA model with a tokenizer; its text is bytes."""
+    attention = GQAConfig(num_attention_heads=6, num_key_value_heads=2, head_dim=16, qkv_bias=bias)
+    config = gqa_config(
+        model_type="qwen2" if bias else "llama",
+        hidden_size=64,
+        attention=attention,
+        max_position_embeddings=LENGTH,
+        **changes,
+    )
+    model = Transformer(config, dtype=torch.float32)
+    init_weights(model, seed=3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_model(model, config, folder, source=None)
+    byte_tokenizer().save(folder)
+    return folder
+
+
+def wanted(tmp_path: Path, **changes: Any) -> Compression:
+    text = tmp_path / "text.txt"
+    if not text.exists():
+        text.write_text("".join(chr(33 + i * i * 7 % 90) for i in range(LENGTH * 40)))
+    return replace(Compression(share=0.5, calibrate=(text,)), **changes)
+
+
+def logits(config: ModelConfig, model: Transformer, ids: torch.Tensor) -> torch.Tensor:
+    backend = PackedAttention([len(ids)])
+    with torch.no_grad():
+        return model.logits(model(ids, backend.positions(), backend))
+
+
+@pytest.mark.parametrize("recipe", ["weighted", "transmla", "mha2mla"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_other_programs_compute_the_same(tmp_path: Path, bias: bool, recipe: str) -> None:
+    """The standard layout in transformers' DeepseekV3ForCausalLM, fp32."""
+    rope = RopeConfig(rope_theta=10000.0) if bias else LLAMA3
+    source = source_model(tmp_path / "source", bias=bias, rope=rope)
+    convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path, recipe=recipe))
+    loaded = load_model(tmp_path / "mla")
+    assert loaded.config.model_type == "deepseek_v3"
+    assert isinstance(loaded.config.attention, MLAConfig)
+    assert loaded.config.attention.row_dim == 32
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "mla", dtype=torch.float32, experts_implementation="eager"
+    )
+    assert type(theirs).__name__ == "DeepseekV3ForCausalLM"
+    ids = torch.randint(263, (LENGTH,), generator=torch.Generator().manual_seed(1))
+    expected = theirs(ids[None]).logits[0].detach()
+    found = logits(loaded.config, loaded.model, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["standard", "free"])
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "int8"])
+def test_what_is_written(tmp_path: Path, layout: str, dtype: str) -> None:
+    """The folder loads, has half the cache, and says what it cost."""
+    source = source_model(tmp_path / "source")
+    compression = wanted(tmp_path, layout=layout)
+    report = convert(source, tmp_path / "mla", to="mla", dtype=dtype, compression=compression)
+    loaded = load_model(tmp_path / "mla")
+    assert report.cache_bytes_per_token_after * 2 <= report.cache_bytes_per_token_before
+    rows = [loaded.config.attention_of(i).row_dim for i in range(2)]
+    assert report.compression is not None
+    assert sum(rows) / 2 == report.compression.channels_after <= 32
+    said = json.loads((tmp_path / "mla" / REPORT_FILE).read_text())
+    assert said["layout"] == layout
+    assert said["perplexity_after"] == report.compression.perplexity_after
+    assert [layer["latent"] + layer["rotary"] for layer in said["layers"]] == rows
+    assert (tmp_path / "mla" / "tokenizer.json").exists()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"source", "mla", "text.txt"}
+
+
+def test_the_same_bytes_again(tmp_path: Path) -> None:
+    source = source_model(tmp_path / "source")
+    for name in "ab":
+        convert(source, tmp_path / name, to="mla", compression=wanted(tmp_path, layout="free"))
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab"
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"share": 0.05}, "--cache 0.05 leaves 0 of 64 channels"),
+        ({"share": 1.5}, "below 1"),
+        ({"recipe": "best"}, "--recipe 'best' is unknown; choose one of weighted"),
+        ({"calibrate": (Path("nowhere.txt"),)}, "nowhere.txt: cannot be read"),
+    ],
+)
+def test_refused_before_anything_is_written(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    source = source_model(tmp_path / "source")
+    before = set(tmp_path.iterdir()) | {tmp_path / "text.txt"}
+    with pytest.raises(UserError, match=words):
+        convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path, **changes))
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_an_existing_destination_is_refused_before_calibration(tmp_path: Path) -> None:
+    source = source_model(tmp_path / "source")
+    (tmp_path / "mla").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        convert(
+            source,
+            tmp_path / "mla",
+            to="mla",
+            compression=wanted(tmp_path, calibrate=(Path("nowhere"),)),
+        )
+
+
+def test_without_to_mla_it_is_refused(tmp_path: Path) -> None:
+    source = source_model(tmp_path / "source")
+    with pytest.raises(UserError, match="add --to mla"):
+        convert(source, tmp_path / "mla", dtype="bf16", compression=wanted(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((None, "weighted", "free", ()), "--layout belongs to --cache"),
+        ((None, "transmla", "standard", ()), "--recipe belongs to --cache"),
+        ((None, "weighted", "standard", (Path("a"),)), "--calibrate belongs to --cache"),
+        ((0.5, "exact", "standard", ()), "--recipe exact keeps the cache"),
+        ((0.5, "weighted", "wide", ()), "--layout 'wide' is unknown; choose standard or free"),
+    ],
+)
+def test_options_without_effect(options: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        asked_compression(*options)
+
+
+def test_exact_needs_no_options() -> None:
+    assert asked_compression(None, "exact", "standard", ()) is None
+    assert asked_compression(None, "weighted", "standard", ()) is None
+
+
+def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
+    left = tmp_path / ".mla.calibration"
+    left.mkdir()
+    (left / "statistics-0.safetensors").write_bytes(b"cut sho")
+    with scratch_folder(tmp_path / "mla") as folder:
+        assert [path.name for path in folder.iterdir()] == ["lock"]
+        with pytest.raises(UserError, match="another process"), scratch_folder(tmp_path / "mla"):
+            pass
+        assert folder.is_dir()
+    assert list(tmp_path.iterdir()) == []
