@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "lowlat"
 # Top to bottom. Names in one row are independent of one another, save what ALLOWED lists.
 LAYERS = [
     {"cli"},
-    {"bench", "study"},
+    {"bench", "study", "compare"},
     {"api"},
     {"serve", "train", "convert"},
     {"engine"},

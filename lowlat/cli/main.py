@@ -11,6 +11,7 @@ import typer
 
 from lowlat.cli.bench import bench
 from lowlat.cli.chat import chat
+from lowlat.cli.compare import compare
 from lowlat.cli.convert import convert
 from lowlat.cli.data import app as data
 from lowlat.cli.eval import evaluate
@@ -37,6 +38,7 @@ app.command("generate")(generate)
 app.command("serve")(serve)
 app.command("info")(info)
 app.command("convert")(convert)
+app.command("compare")(compare)
 app.command("eval")(evaluate)
 app.command("bench")(bench)
 app.command("plan")(plan)
@@ -65,7 +67,9 @@ def lowlat(
 
 
 def run() -> None:
-    """Entry point. Exit codes: 0 done, 2 a fault in what the user gave, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 2 a fault in what the user gave, 130 interrupted; verbs that
+    judge (compare) end with 1 where their verdict is no.
+    """
     try:
         app()
     except UserError as error:

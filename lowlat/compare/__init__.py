@@ -1,0 +1,1 @@
+"""Two implementations beside each other: where they first differ, by how much, and why."""

@@ -1,0 +1,144 @@
+"""One trace against its config, step by step: does each step do what the config says, or one of
+the mistakes that are known to happen there?
+
+Every step is computed again from its own recorded inputs, once as it should be and once with each
+mistake. Whichever reproduces the recorded output is what the implementation does; nothing is read
+off the size of a difference. Steps: rotation of queries and keys, softmax scale, gate, and the
+input of MTP modules.
+"""
+
+from collections.abc import Iterator
+
+from lowlat.compare.audit_gate import gate
+from lowlat.compare.audit_mtp import join
+from lowlat.compare.outcome import UNEXPLAINED, Kind, Mistake, Outcome, limit_of
+from lowlat.compare.rotation import Fit, best_fit, magnitude, magnitudes, right
+from lowlat.compare.trace import Block, Place, Trace, Window, layer_number
+from lowlat.config.model import MLAConfig, ModelConfig, RopeConfig, yarn_mscale
+
+SAME_SCALE = 1e-5
+"""Largest relative difference of two softmax scales that are one."""
+AUDITED = {
+    "q_rotated": "rotation of queries",
+    "k_rotated": "rotation of keys",
+    "scores": "softmax scale",
+    "gate": "gate",
+    "router": "choice of experts",
+    "joined": "input of MTP modules",
+}
+"""Steps in words."""
+
+
+def audit(trace: Trace, config: ModelConfig, window: Window) -> dict[Place, Outcome]:
+    """The outcome of every step whose inputs and output are in the trace."""
+    found: dict[Place, Outcome] = {}
+    for block in trace.blocks():
+        if block.stage not in ("layer", "mtp"):
+            continue
+        steps = {
+            "joined": join(trace, config, block),
+            "q_rotated": _rotation(trace, config, block, window, "q"),
+            "k_rotated": _rotation(trace, config, block, window, "k"),
+            "scores": _scale(trace, config, block),
+            **gate(trace, config, block),
+        }
+        found |= {Place(block, part): out for part, out in steps.items() if out is not None}
+    return found
+
+
+# Rotation
+
+
+def _rotation(
+    trace: Trace, config: ModelConfig, block: Block, window: Window, name: str
+) -> Outcome | None:
+    layer = layer_number(config, block)
+    rope, width = config.rope_of(layer), config.attention_of(layer).rope_dim
+    before, after = trace.get(block, name), trace.get(block, f"{name}_rotated")
+    if before is None or after is None or before.shape != after.shape or not width:
+        return None
+    late = block.number + 1 if block.stage == "mtp" else 0
+    positions = window.positions[late : late + len(before)]
+    limit = limit_of(trace)
+    best = best_fit(before[..., -width:], after[..., -width:], positions, rope, limit)
+    if not best.error <= limit:
+        return UNEXPLAINED
+    return Outcome(mistakes=tuple(_misturned(best, rope, limit, name)))
+
+
+def _misturned(fit: Fit, rope: RopeConfig, limit: float, name: str) -> Iterator[Mistake]:
+    turn, should = fit.turn, right(rope)
+    what = "queries" if name == "q" else "keys"
+    pairs = {True: "(2i, 2i+1)", False: "(i, i + d/2)"}
+    if turn.frequencies == "none":
+        yield Mistake("rope_missing", f"does not rotate the {what}")
+        return
+    if turn.interleave != should.interleave:
+        yield Mistake(
+            "rope_layout",
+            f"rotates pairs {pairs[turn.interleave]} of the {what}, not "
+            f"{pairs[should.interleave]} as the checkpoint has them",
+        )
+    elif turn.order != should.order:
+        yield Mistake("rope_order", f"leaves the rotated channels of the {what} in another order")
+    if turn.frequencies == "unscaled":
+        yield Mistake("rope_frequencies", f"does not scale the frequencies for {rope.rope_type}")
+    expected = magnitude(rope)
+    if not _near(expected, fit.ratio, limit):
+        known = [why for value, why in magnitudes(rope).items() if _near(value, fit.ratio, limit)]
+        reason = f": {known[0]}" if known and known[0] else ""
+        yield Mistake(
+            "yarn_cos_sin",
+            f"scales cos and sin of the {what} by {fit.ratio:.4f}, not {expected:.4f}{reason}",
+        )
+
+
+def _near(value: float, found: float, limit: float) -> bool:
+    return value != 0 and abs(found / value - 1) <= limit
+
+
+# Softmax scale
+
+
+def _scale(trace: Trace, config: ModelConfig, block: Block) -> Outcome | None:
+    noted = trace.get(block, "scale")
+    if noted is None:
+        return None
+    layer, found = layer_number(config, block), float(noted)
+    should = config.softmax_scale_of(layer)
+    if _near(should, found, SAME_SCALE):
+        return Outcome()
+    is_yarn = config.rope_of(layer).rope_type == "yarn"
+    known = [
+        why
+        for value, why in _wrong_scales(config, layer).items()
+        if _near(value, found, SAME_SCALE)
+    ]
+    if not known and not is_yarn:
+        return UNEXPLAINED
+    reason = f": {known[0]}" if known else ""
+    kind: Kind = "yarn_softmax_scale" if is_yarn else "softmax_scale"
+    return Outcome(
+        mistakes=(Mistake(kind, f"scales scores by {found:.6f}, not {should:.6f}{reason}"),)
+    )
+
+
+def _wrong_scales(config: ModelConfig, layer: int) -> dict[float, str]:
+    """Scales people come by, and how."""
+    attention, rope = config.attention_of(layer), config.rope_of(layer)
+    base = attention.qk_head_dim**-0.5
+    every = yarn_mscale(rope.factor, rope.mscale_all_dim or 0.0)
+    other = yarn_mscale(rope.factor, rope.mscale or 0.0)
+    plain = yarn_mscale(rope.factor, 1.0)
+    wrong = {
+        base: "m(mscale_all_dim)^2 is missing",
+        base * every: "m(mscale_all_dim) is not squared",
+        base * every**4: "m(mscale_all_dim)^2 is applied twice",
+        base * other**2: "m(mscale)^2 stands in for m(mscale_all_dim)^2",
+        base * plain**2: "mscale_all_dim is not read",
+    }
+    if isinstance(attention, MLAConfig) and attention.qk_nope_head_dim:
+        nope = attention.qk_nope_head_dim**-0.5
+        wrong |= {nope: "the rotary channels are not counted"}
+        wrong |= {nope * every**2: "the rotary channels are not counted"}
+    return wrong

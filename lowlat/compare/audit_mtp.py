@@ -1,0 +1,55 @@
+"""Audit of the input of MTP modules: what is joined, in which order, and which hidden state."""
+
+import torch
+from torch import Tensor
+
+from lowlat.compare.outcome import UNEXPLAINED, Mistake, Outcome, limit_of, off
+from lowlat.compare.trace import OUTPUT, Block, Trace
+from lowlat.config.model import ModelConfig
+
+
+def join(trace: Trace, config: ModelConfig, block: Block) -> Outcome | None:
+    if block.stage != "mtp":
+        return None
+    names = ("embedded", "carried", "enorm", "hnorm", "eh_proj", "joined")
+    seen = [trace.get(block, name) for name in names]
+    if any(value is None for value in seen):
+        return None
+    embedded, carried, enorm, hnorm, weight, joined = (v for v in seen if v is not None)
+    e = _normed(embedded, enorm, config.rms_norm_eps)
+    h = _normed(carried, hnorm, config.rms_norm_eps)
+    in_order = off(joined, torch.cat([e, h], dim=-1) @ weight.T)
+    swapped = off(joined, torch.cat([h, e], dim=-1) @ weight.T)
+    limit = limit_of(trace)
+    mistakes = []
+    if swapped < in_order and swapped <= limit:
+        detail = "joins hidden state and embedding in this order, not embedding first"
+        mistakes.append(Mistake("mtp_order", detail))
+    elif in_order > limit:
+        return UNEXPLAINED
+    mistakes += _carried(trace, config, block, carried, limit)
+    if float(embedded[0].abs().max()) == 0.0 and float(embedded.abs().max()) > 0.0:
+        mistakes.append(Mistake("mtp_zeroed", "zeroes the embedding of the first position"))
+    return Outcome(mistakes=tuple(mistakes))
+
+
+def _carried(
+    trace: Trace, config: ModelConfig, block: Block, carried: Tensor, limit: float
+) -> list[Mistake]:
+    """Which hidden state the module was given: the one before it behind its norm, or in front."""
+    depth = block.number
+    before = OUTPUT if depth == 0 else Block("mtp", depth - 1)
+    last = Block("layer", config.num_hidden_layers - 1) if depth == 0 else before
+    normed, raw = trace.get(before, "norm"), trace.get(last, "residual")
+    if normed is None or raw is None:
+        return []
+    count = len(carried)
+    as_should, as_raw = off(carried, normed[:count]), off(carried, raw[:count])
+    if as_raw < as_should and as_raw <= limit:
+        detail = "carries the hidden state from before the final norm, not behind it"
+        return [Mistake("mtp_hidden", detail)]
+    return []
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight

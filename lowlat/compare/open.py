@@ -1,0 +1,70 @@
+"""Specs to loaded sides."""
+
+from pathlib import Path
+
+import torch
+
+from lowlat.api import prepare
+from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.load import load_model, read_config
+from lowlat.checkpoint.mapping import settle_mtp
+from lowlat.compare.gguf_side import GgufSide
+from lowlat.compare.lowlat_side import LowlatSide
+from lowlat.compare.native_side import NativeSide
+from lowlat.compare.official_side import OfficialSide
+from lowlat.compare.side import Side
+from lowlat.compare.spec import Spec
+from lowlat.compare.transformers_side import load_transformers
+from lowlat.config.model import ModelConfig
+from lowlat.model.quant import packed_type
+from lowlat.model.transformer import Transformer
+from lowlat.utils.device import name_of, parse_cache, parse_dtype
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress
+
+
+def open_side(spec: Spec, progress: Progress) -> tuple[Side, Path]:
+    """The side and the folder or file its checkpoint is in. Raises UserError for what cannot be
+    found, read or run.
+    """
+    path = prepare(spec.model, progress=progress)
+    if spec.implementation == "lowlat":
+        return _own(spec, path, progress), path
+    config = config_of(path)
+    if spec.implementation == "gguf":
+        if path.is_dir():
+            raise UserError(f"{spec.text}: '{path}' is a folder; give a .gguf file")
+        # Stored types vary within a file: what llama.cpp rounds to is int8 at best.
+        return GgufSide(path, config, label=spec.text, precision="int8"), path
+    if not path.is_dir():
+        raise UserError(f"{spec.text}: '{path}' is no checkpoint folder; convert the file first")
+    dtype = parse_dtype(spec.dtype)
+    if spec.implementation == "official":
+        script = Path(spec.script).expanduser()
+        return OfficialSide(script, path, config, label=spec.text, dtype=dtype), path
+    return load_transformers(path, config, label=spec.text, dtype=dtype), path
+
+
+def config_of(path: Path) -> ModelConfig:
+    """The config of a checkpoint, with the MTP modules that its tensors have."""
+    source = open_checkpoint(path)
+    return settle_mtp(read_config(source), source)
+
+
+def _own(spec: Spec, path: Path, progress: Progress) -> Side:
+    wanted = "auto" if spec.dtype == "fp8" else spec.dtype
+    model = load_model(path, dtype=wanted, progress=progress).model.requires_grad_(False)
+    if spec.dtype == "fp8" and model.config.quantization is None:
+        raise UserError(
+            f"{spec.text}: '{path}' holds no fp8 blocks; "
+            f"make a checkpoint that does with: lowlat convert {spec.model} DST --dtype fp8"
+        )
+    kind = NativeSide if spec.native else LowlatSide
+    cache: torch.dtype | None = parse_cache(spec.cache or "auto")
+    return kind(model, label=spec.text, precision=_precision(model), form=spec.form, cache=cache)
+
+
+def _precision(model: Transformer) -> str:
+    if model.config.quantization is not None:
+        return "fp8"
+    return packed_type(model) or name_of(model.embed_tokens.weight.dtype)

@@ -1,0 +1,72 @@
+"""A report as a picture: how differences grow from layer to layer."""
+
+from pathlib import Path
+from typing import Any
+
+from lowlat.compare.wording import headline, verdicts
+from lowlat.utils.errors import UserError
+
+Object = dict[str, Any]
+
+SMALLEST = 1e-9
+"""Where equal parts are drawn on the logarithmic axis."""
+COLUMNS = 4
+"""Curves of a colour map before styles repeat."""
+
+
+def require_matplotlib() -> None:
+    """Raises UserError without matplotlib: asked before models are loaded."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError("--plot needs matplotlib; install lowlat[bench], or use --json") from error
+
+
+def draw(report: Object, path: Path) -> None:
+    """Write the plot; the ending of `path` chooses the format (svg, png, pdf)."""
+    from matplotlib.figure import Figure
+
+    has_gates = any(item["block"].startswith("layer") for item in report["experts"])
+    figure = Figure(figsize=(9.0, 7.0 if has_gates else 5.0), layout="constrained")
+    ratios = [3, 1] if has_gates else [1]
+    panels = figure.subplots(len(ratios), 1, height_ratios=ratios, squeeze=False, sharex=True)
+    _curves(panels[0][0], report)
+    if has_gates:
+        _changes(panels[1][0], report)
+    panels[-1][0].set_xlabel("layer")
+    panels[-1][0].xaxis.get_major_locator().set_params(integer=True)
+    said = [f"A {report['a']['name']}, B {report['b']['name']}", headline(report)]
+    figure.suptitle("\n".join([*said, *verdicts(report)[:1]]), fontsize=9)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {path}: cannot be written ({error})") from error
+
+
+def _curves(axes: Any, report: Object) -> None:
+    """Relative difference of every part over the layers."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for item in report["parts"]:
+        if item["stage"] == "layer":
+            value = 1e9 if item["relative"] is None else max(item["relative"], SMALLEST)
+            curves.setdefault(item["part"], []).append((item["number"], value))
+    for place, (part, points) in enumerate(curves.items()):
+        style = ("-", "--", ":", "-.")[place // 5 % COLUMNS]
+        axes.plot(*zip(*points, strict=True), style, marker=".", label=part)
+    axes.axhline(report["tolerance"], color="black", linewidth=0.8, label="tolerance")
+    first = report["first_difference"]
+    if first is not None and first["stage"] == "layer":
+        value = 1e9 if first["relative"] is None else first["relative"]
+        axes.plot([first["number"]], [value], "o", color="red", fillstyle="none", markersize=12)
+    axes.set(yscale="log", ylabel="relative difference")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _changes(axes: Any, report: Object) -> None:
+    """Share of experts that B does not choose."""
+    found = [item for item in report["experts"] if item["block"].startswith("layer")]
+    numbers = [int(item["block"].split()[1]) for item in found]
+    axes.bar(numbers, [100 * item["changed"] / item["chosen"] for item in found], color="gray")
+    axes.set_ylabel("experts changed, %")
+    axes.grid(alpha=0.3)

@@ -1,0 +1,118 @@
+"""What a side is called on the command line, taken apart.
+
+    NAME[@OPTION,...]                     a model in lowlat
+    transformers:NAME[@OPTION]            in transformers
+    official:FILE:NAME[@OPTION]           in DeepSeek's inference/model.py
+    gguf:FILE                             in llama.cpp
+
+A hub id may hold an @ of its own: what follows the last one counts as options if it starts with
+one.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lowlat.attention.forms import Form
+from lowlat.utils.errors import UserError
+
+Implementation = Literal["lowlat", "transformers", "official", "gguf"]
+
+DTYPES = ("fp64", "fp32", "bf16", "fp16", "int8", "int4", "fp8", "auto")
+PLAIN = ("fp64", "fp32", "bf16", "fp16")
+FORMS: tuple[Form, ...] = ("absorbed", "expanded", "stream")
+NATIVE = "native"
+CACHES = {"cache-int8": "int8", "cache-bf16": "bf16"}
+OPTIONS = (*DTYPES, *FORMS, NATIVE, *CACHES)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """One side, not yet opened."""
+
+    text: str
+    """As the user wrote it."""
+    implementation: Implementation = "lowlat"
+    model: str
+    """A name `lowlat` resolves, or the path of a GGUF file."""
+    script: str = ""
+    """Path of model.py."""
+    dtype: str = "fp32"
+    form: Form | None = None
+    native: bool = False
+    cache: str | None = None
+
+
+def parse(text: str) -> Spec:
+    """`text` taken apart. Raises UserError where an option does not exist or does not apply."""
+    name, options = _options(text)
+    implementation, model, script = _implementation(name, text)
+    if not model:
+        raise UserError(f"'{text}' names no model; write {_forms()}")
+    unknown = [option for option in options if option not in OPTIONS]
+    if unknown:
+        raise UserError(
+            f"'{text}': option '{unknown[0]}' is unknown; choose from {', '.join(OPTIONS)}"
+        )
+    spec = Spec(
+        text=text,
+        implementation=implementation,
+        model=model,
+        script=script,
+        native=NATIVE in options,
+        dtype=_one(text, options, DTYPES) or ("bf16" if NATIVE in options else "fp32"),
+        form=next((form for form in FORMS if form == _one(text, options, FORMS)), None),
+        cache=CACHES.get(_one(text, options, tuple(CACHES)) or ""),
+    )
+    _check(spec, options)
+    return spec
+
+
+def _options(text: str) -> tuple[str, list[str]]:
+    name, mark, tail = text.rpartition("@")
+    words = tail.split(",")
+    # A revision of the hub is no option; a misspelt option beside a real one is.
+    if mark and name and any(word in OPTIONS for word in words):
+        return name, words
+    return text, []
+
+
+def _implementation(name: str, text: str) -> tuple[Implementation, str, str]:
+    kind, mark, rest = name.partition(":")
+    if mark and kind == "transformers":
+        return "transformers", rest, ""
+    if mark and kind == "gguf":
+        return "gguf", rest, ""
+    if mark and kind == "official":
+        script, found, model = rest.partition(":")
+        if not found:
+            raise UserError(f"'{text}' is not of the form official:MODEL.PY:NAME")
+        return "official", model, script
+    return "lowlat", name, ""
+
+
+def _one(text: str, options: list[str], kind: tuple[str, ...]) -> str | None:
+    found = [option for option in options if option in kind]
+    if len(found) > 1:
+        raise UserError(f"'{text}': {found[0]} and {found[1]} exclude each other; choose one")
+    return found[0] if found else None
+
+
+def _check(spec: Spec, options: list[str]) -> None:
+    if spec.implementation == "gguf" and options:
+        raise UserError(f"'{spec.text}': llama.cpp takes the file as it is; leave @ away")
+    if spec.implementation in ("transformers", "official"):
+        wrong = [option for option in options if option not in PLAIN]
+        if wrong:
+            raise UserError(
+                f"'{spec.text}': '{wrong[0]}' is an option of lowlat's own models; "
+                f"choose from {', '.join(PLAIN)}"
+            )
+    if spec.native and spec.dtype not in ("bf16", "int8", "int4", "fp8", "auto"):
+        raise UserError(
+            f"'{spec.text}': the native kernels do not compute in {spec.dtype}; "
+            "choose bf16, int8 or int4"
+        )
+
+
+def _forms() -> str:
+    return "NAME[@OPTION,...], transformers:NAME, official:MODEL.PY:NAME or gguf:FILE"

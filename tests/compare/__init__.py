@@ -1,0 +1,1 @@
+"""lowlat compare: clean pairs are equal, planted mistakes are named."""

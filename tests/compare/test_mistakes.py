@@ -1,0 +1,132 @@
+"""Every known mistake, planted in either side, is named, and so is the part it shows in first."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowlat.compare.report import as_dict
+from lowlat.compare.run import Report, compare
+from lowlat.compare.side import Side
+from lowlat.compare.trace import Block
+from lowlat.compare.transformers_side import load_transformers
+from lowlat.compare.wording import verdicts
+
+from .plants import PLANTS, Plant
+from .sides import YARN, Planted, own_side, v3_case, window, write
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory):
+    """The checkpoint with given rotary settings, written once."""
+
+    @cache
+    def folder(kind: str) -> Path:
+        settings = YARN if kind == "unequal" else next(p.rope for p in PLANTS if p.rope)
+        path = tmp_path_factory.mktemp(kind)
+        return write(v3_case(rope_parameters=dict(settings)), path)
+
+    return folder
+
+
+def side(path: Path, implementation: str) -> Side:
+    own = own_side(path)
+    if implementation == "lowlat":
+        return own
+    return load_transformers(path, own.config, label="theirs", dtype=torch.float32)
+
+
+def planted_pair(plant: Plant, guilty: str, path: Path) -> Report:
+    clean = Planted(lambda: own_side(path), None)
+    bad = Planted(lambda: side(path, plant.implementation), plant.plant)
+    pair = (bad, clean) if guilty == "A" else (clean, bad)
+    return compare(*pair, [window()])
+
+
+OWN = [plant for plant in PLANTS if plant.implementation == "lowlat"]
+GUILTY = [(plant, "B") for plant in PLANTS] + [(plant, "A") for plant in OWN]
+
+
+@pytest.mark.parametrize(
+    ("plant", "guilty"), GUILTY, ids=[f"{plant.name} in {side}" for plant, side in GUILTY]
+)
+def test_planted_mistake_is_named(plant: Plant, guilty: str, folders) -> None:
+    report = planted_pair(plant, guilty, folders("unequal" if plant.rope is None else "equal"))
+    assert not report.equal
+    assert report.first is not None and report.first.part == plant.first
+    found = report.verdict.findings
+    assert {item.side for item in found} == {guilty} == {item.judged_by for item in found}
+    assert {item.kind for item in found} == {plant.kind}
+    assert report.first in found[0].places
+    assert not report.verdict.unexplained
+    said = verdicts(as_dict(report))
+    assert plant.says in said[0] and f": {guilty} " in said[0]
+    assert not any("no known mistake" in line for line in said)
+
+
+def test_every_listed_mistake_is_planted() -> None:
+    """Nobody's change of the list may lose one."""
+    kinds = {(plant.kind, plant.implementation) for plant in PLANTS}
+    for kind in (
+        "yarn_cos_sin",
+        "yarn_softmax_scale",
+        "rope_layout",
+        "group_mask",
+        "bias_in_weights",
+        "gate_precision",
+    ):
+        assert {(kind, "lowlat"), (kind, "transformers")} <= kinds
+    assert {("mtp_order", "lowlat"), ("mtp_hidden", "lowlat")} <= kinds
+
+
+@pytest.mark.parametrize("plant", OWN[::4], ids=lambda plant: plant.name)
+def test_a_mistake_of_both_sides_is_no_difference(plant: Plant, folders) -> None:
+    path = folders("unequal" if plant.rope is None else "equal")
+    pair = [Planted(lambda: own_side(path), plant.plant) for _ in range(2)]
+    report = compare(pair[0], pair[1], [window()])
+    assert report.equal and report.verdict.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("layers.1.self_attn.o_proj.weight", "layer 1 attention"),
+        ("layers.0.self_attn.q_b_proj.weight", "layer 0 q"),
+        ("layers.1.mlp.gate.weight", "layer 1 gate"),
+        ("layers.1.mlp.shared_experts.up_proj.weight", "layer 1 shared"),
+        ("layers.1.mlp.experts.{used}.down_proj.weight", "layer 1 routed"),
+        ("layers.1.self_attn.kv_b_proj.weight", "layer 1 v"),
+        ("mtp.1.eh_proj.weight", "mtp 1 joined"),
+        ("lm_head.weight", "output logits"),
+    ],
+)
+def test_a_perturbation_is_located_and_no_known_mistake(
+    name: str, first: str, folders: object
+) -> None:
+    assert callable(folders)
+    a, b = own_side(folders("unequal")), own_side(folders("unequal"))
+    used = int(a.trace(window()).choices()[Block("layer", 1)][0, 0])
+    weight = b.model.get_parameter(name.format(used=used))
+    weight.add_(0.1 * weight.std() * torch.randn(weight.shape))
+    report = compare(a, b, [window()])
+    assert str(report.first) == first
+    assert report.verdict.findings == () and report.verdict.unexplained == ()
+    assert "no known mistake explains it" in verdicts(as_dict(report))[0]
+
+
+def test_noise_in_a_step_is_no_known_mistake(folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate that follows no rule is said to follow none."""
+    from lowlat.model import moe
+    from lowlat.ops import routing
+
+    def noisy(x, gate, bias, settings):
+        return routing.route(x + 0.05 * torch.randn_like(x), gate, bias, settings)
+
+    path = folders("unequal")
+    bad = Planted(lambda: own_side(path), lambda patch: patch.setattr(moe, "route", noisy))
+    report = compare(own_side(path), bad, [window()])
+    assert report.verdict.findings == ()
+    assert {side for side, _ in report.verdict.unexplained} == {"B"}
+    said = verdicts(as_dict(report))
+    assert "B computes layer 1 router neither as its config says nor by a known mistake" in said[-1]

@@ -1,0 +1,146 @@
+"""DeepSeek's inference/model.py through a stand-in of its public shape, in a process of its own."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from lowlat.compare import official_worker
+from lowlat.compare.official_side import OfficialSide
+from lowlat.compare.report import as_dict
+from lowlat.compare.run import Report, compare
+from lowlat.compare.wording import notes
+from lowlat.utils.errors import UserError
+
+from .sides import EQUAL_SCALES, llama_case, own_side, v3_case, window, write
+
+STAND_IN = Path(__file__).with_name("stand_in_model.py")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The public file knows one mscale: that of a checkpoint whose two are equal."""
+    case = v3_case(rope_parameters=dict(EQUAL_SCALES))
+    return write(case, tmp_path_factory.mktemp("official"))
+
+
+def edited(folder: Path, old: str, new: str) -> Path:
+    """The stand-in with one line replaced."""
+    source = STAND_IN.read_text()
+    assert source.count(old) == 1, old
+    path = folder / "model.py"
+    path.write_text(source.replace(old, new))
+    return path
+
+
+@pytest.fixture
+def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker's work in this process, which saves the start of another."""
+
+    def run(self: OfficialSide, request: dict[str, Any]) -> None:
+        try:
+            official_worker.run(request)
+        except UserError as error:
+            raise UserError(f"{self.label}: {error}") from error
+
+    monkeypatch.setattr(OfficialSide, "_run", run)
+    for name in ("kernel", "official_model"):  # what the worker puts there goes again
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+
+
+def against(script: Path, path: Path, dtype: str = "fp32") -> Report:
+    own = own_side(path, dtype)
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    side = OfficialSide(script, path, own.config, label="official", dtype=kind)
+    return compare(own, side, [window()])
+
+
+def test_it_computes_the_same(checkpoint: Path) -> None:
+    """In a process of its own, as users run it."""
+    report = against(STAND_IN, checkpoint)
+    assert report.equal and report.verdict.findings == ()
+    parts = {place.part for place in report.comparison.places() if place.block.number == 1}
+    assert {"q", "q_rotated", "k_rotated", "latent", "scores", "heads", "router"} <= parts
+    assert {"routed", "shared", "mlp", "residual"} <= parts
+    assert "has no MTP modules" in notes(as_dict(report))[0]
+
+
+def test_a_fault_comes_back_from_the_other_process(checkpoint: Path, tmp_path: Path) -> None:
+    script = edited(tmp_path, "class Gate(", "class Router(")
+    with pytest.raises(UserError) as caught:
+        against(script, checkpoint)
+    assert "has no Gate" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("same_process")
+def test_its_gate_in_bf16_is_named(checkpoint: Path) -> None:
+    """In bf16 the public file multiplies its gate in bf16: the mistake is found, not assumed."""
+    report = against(STAND_IN, checkpoint, "bf16")
+    assert {(f.side, f.kind) for f in report.verdict.findings} == {("B", "gate_precision")}
+    if report.fixed is not None:
+        assert all(found.changed == 0 for found in report.fixed.choices.values())
+
+
+@pytest.mark.usefixtures("same_process")
+@pytest.mark.parametrize(
+    ("old", "new", "kind"),
+    [
+        (
+            'groups.masked_fill(outside[..., None], float("-inf"))',
+            "groups.masked_fill(outside[..., None], 0.0)",
+            "group_mask",
+        ),
+        (
+            "if args.max_seq_len > args.original_seq_len:\n            self",
+            "if False:\n            self",
+            "yarn_softmax_scale",
+        ),
+    ],
+    ids=["group mask", "softmax scale"],
+)
+def test_mistakes_in_the_file_are_named(
+    checkpoint: Path, tmp_path: Path, old: str, new: str, kind: str
+) -> None:
+    report = against(edited(tmp_path, old, new), checkpoint)
+    assert {(f.side, f.kind) for f in report.verdict.findings} == {("B", kind)}
+
+
+@pytest.mark.usefixtures("same_process")
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("class Gate(", "class Router(", "has no Gate; is it DeepSeek's inference/model.py?"),
+        ("    mscale: float = 1.0\n", "", "its ModelArgs is not the public one"),
+        ("import math\n", "import maths\n", "cannot be imported: ModuleNotFoundError"),
+        (
+            "self.wkv_b = Linear(args.kv_lora_rank, ",
+            "self.wkv_b = Linear(1 + args.kv_lora_rank, ",
+            "model.py has no layers.0.attn.wkv_b.weight of shape",
+        ),
+        (
+            "self.norm = RMSNorm(args.dim)",
+            "self.norm = RMSNorm(args.dim); self.x = RMSNorm(3)",
+            "has nothing for x.weight of model.py",
+        ),
+    ],
+    ids=["class", "field", "import", "shape", "missing"],
+)
+def test_another_file_is_refused_in_one_line(
+    checkpoint: Path, tmp_path: Path, old: str, new: str, says: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        against(edited(tmp_path, old, new), checkpoint)
+    assert says in str(caught.value) and str(caught.value).startswith("official: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_models_it_cannot_run_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    config = own_side(checkpoint).config
+    with pytest.raises(UserError, match="is no file"):
+        OfficialSide(tmp_path / "no.py", checkpoint, config, label="o", dtype=torch.float32)
+    llama = own_side(write(llama_case(), tmp_path))
+    with pytest.raises(UserError, match="runs DeepSeek models only"):
+        OfficialSide(STAND_IN, tmp_path, llama.config, label="o", dtype=torch.float32)
