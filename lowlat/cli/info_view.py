@@ -103,9 +103,8 @@ def _parts(config: ModelConfig, count: ParameterCount) -> list[tuple[str, int, s
 
 
 def _attention(config: ModelConfig) -> str:
-    attention = config.attention
-    heads = attention.num_attention_heads
-    if isinstance(attention, MLAConfig | GLAConfig):
+    attention, heads = config.attention, config.num_attention_heads
+    if isinstance(attention, MLAConfig | GLAConfig | tuple):
         return f"{heads} heads"
     return f"{heads} heads of {attention.head_dim}"
 
@@ -118,22 +117,19 @@ def _depth(config: ModelConfig) -> str:
 def _cache(config: ModelConfig, cost: CacheCost, dtype: str) -> Table:
     table = _table(f"Cache per token ({dtype})", "bytes", "per layer", "ratio")
     own = cost.elements_per_token_layer
-    groups = min(8, config.attention.num_attention_heads)
+    heads = config.num_attention_heads
+    groups = min(8, heads)
     rows = [
         (f"this model: {short_name(config.attention)}", own, cost.own_bytes_per_token(dtype)),
         ("MQA, 1 group", cost.mqa, cost.bytes_per_token(cost.mqa, dtype)),
         (f"GQA, {groups} groups", cost.gqa8, cost.bytes_per_token(cost.gqa8, dtype)),
-        (
-            f"MHA, {config.attention.num_attention_heads} heads",
-            cost.mha,
-            cost.bytes_per_token(cost.mha, dtype),
-        ),
+        (f"MHA, {heads} heads", cost.mha, cost.bytes_per_token(cost.mha, dtype)),
     ]
     for index, (name, elements, size) in enumerate(rows):
         style, color = ("", "blue") if index else ("bold green", "green")
         bar = Text(_bar(elements / max(own, cost.mha)), style=color)
         ratio = f"{elements / own:.2f}"
-        table.add_row(name, f"{size:,}", f"{elements:,}", ratio, bar, style=style)
+        table.add_row(name, f"{size:,}", f"{round(elements, 1):,}", ratio, bar, style=style)
     table.add_section()
     note = "row / (2 d_h)"
     table.add_row("GQA groups of this size", f"{cost.gqa_groups_equivalent:.4g}", "", "", note)

@@ -65,7 +65,7 @@ def show_dry_run(name: str, found: DryRun, console: Console | None = None) -> No
     facts.add_row("time", f"{duration(least)} to {duration(most)}", "before the first step")
     _print(console, Text(name, style="bold"))
     _print(console, facts)
-    _print(console, _flops(found.flops[-1]))
+    _print(console, _flops(found.flops[-1], found.trained_flops[-1]))
     _print(console, _memory(found.memory, found.memory_bytes))
     console.print()
 
@@ -116,16 +116,19 @@ def _short_name(job: Job) -> str:
     return f"PP{layout.pp}{schedule} EP{layout.ep}{tensor} ZeRO-{layout.zero} {job.recompute}"
 
 
-def _flops(flops: TokenFlops) -> Table:
+def _flops(flops: TokenFlops, trained: float | None = None) -> Table:
     table = _table("FLOPs per token", "forward", "share")
     for part, value in flops.parts.items():
         if value:
             table.add_row(part, amount(value), f"{value / flops.forward:.1%}")
     table.add_section()
     table.add_row("forward", amount(flops.forward), "")
-    table.add_row("training", amount(flops.training), "", "three times that", style="bold")
+    trained = flops.training if trained is None else trained
+    is_all = trained == flops.training
+    note = "three times that" if is_all else "without what stays, with the teacher"
+    table.add_row("training", amount(trained), "", note, style="bold")
     if flops.recomputed:
-        table.add_row("executed", amount(flops.executed), "", "with recomputation")
+        table.add_row("executed", amount(trained + flops.recomputed), "", "with recomputation")
     return table
 
 

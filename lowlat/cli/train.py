@@ -49,7 +49,7 @@ def train(
 
     The finished model lies in FOLDER/model, ready for lowlat chat and lowlat serve.
     """
-    from lowlat.cli.train_start import start_files
+    from lowlat.cli.train_start import start_files, teacher_files
     from lowlat.train.recipe import read_recipe
     from lowlat.utils.progress import make_progress
 
@@ -57,11 +57,12 @@ def train(
     progress = make_progress(quiet=quiet)
     _check_device(parsed, recipe)
     start = start_files(parsed, recipe, progress)
+    teacher = teacher_files(parsed, recipe, progress)
     if dry_run:
         from lowlat.cli.train_dry_run import print_dry_run
 
-        return print_dry_run(parsed, recipe, start)
-    _run(parsed, recipe, out or Path("runs") / parsed.name, start, quiet)
+        return print_dry_run(parsed, recipe, start, teacher)
+    _run(parsed, recipe, out or Path("runs") / parsed.name, start, teacher, quiet)
     return None
 
 
@@ -76,7 +77,14 @@ def _check_device(parsed: "Recipe", recipe: Path) -> None:
         raise UserError(f"{recipe}: {what}") from error
 
 
-def _run(parsed: "Recipe", recipe: Path, folder: Path, start: Path | None, quiet: bool) -> None:
+def _run(
+    parsed: "Recipe",
+    recipe: Path,
+    folder: Path,
+    start: Path | None,
+    teacher: Path | None,
+    quiet: bool,
+) -> None:
     from lowlat.train.parallel.launch import joined
     from lowlat.train.saves.run_folder import RunFolder
     from lowlat.train.trainer import Trainer
@@ -96,6 +104,7 @@ def _run(parsed: "Recipe", recipe: Path, folder: Path, start: Path | None, quiet
                 log,
                 base=recipe.parent,
                 start=start,
+                teacher=teacher,
                 origin=str(recipe),
                 progress=make_progress(quiet=quiet),
                 team=team,

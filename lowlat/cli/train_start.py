@@ -1,5 +1,5 @@
-"""The files behind a recipe's `start`. Owns where names are looked for; what names there are is
-`api`'s.
+"""The files behind a recipe's `start` and its teacher. Owns where names are looked for; what names
+there are is `api`'s.
 """
 
 from pathlib import Path
@@ -11,14 +11,28 @@ from lowlat.utils.progress import Progress
 
 
 def start_files(recipe: Recipe, path: Path, progress: Progress) -> Path | None:
-    """The checkpoint that `recipe`, read from `path`, goes on from: one that lies there counted
-    from the recipe, as its data does, or from here, or else a name; None where there is none.
+    """The checkpoint that `recipe`, read from `path`, goes on from; None where there is none.
     Raises UserError.
     """
-    if recipe.start is None:
+    return None if recipe.start is None else _files("start", recipe.start, path, progress)
+
+
+def teacher_files(recipe: Recipe, path: Path, progress: Progress) -> Path | None:
+    """The checkpoint that `recipe`, read from `path`, learns from; None where there is none. Raises
+    UserError.
+    """
+    table = recipe.distillation
+    if table is None:
         return None
-    beside = path.parent / recipe.start
+    return _files("distillation.teacher", table.teacher, path, progress)
+
+
+def _files(key: str, name: str, path: Path, progress: Progress) -> Path:
+    """What lies there counted from the recipe at `path`, as its data does, or from here, or else a
+    name.
+    """
+    beside = path.parent / name
     try:
-        return api.prepare(str(beside) if beside.exists() else recipe.start, progress=progress)
+        return api.prepare(str(beside) if beside.exists() else name, progress=progress)
     except UserError as error:
-        raise UserError(f"{path}: start: {error}") from error
+        raise UserError(f"{path}: {key}: {error}") from error

@@ -1,9 +1,11 @@
 """Cross entropy of a head's logits without the logits: rows in pieces, gradients made on the way.
 
 Owns the memory of the loss: a [tokens, vocab] matrix is never whole (the idea of Liger's fused
-linear cross entropy, arXiv 2410.10989, in plain tensor operations).
+linear cross entropy, arXiv 2410.10989, in plain tensor operations). `divergence` has its own losses
+of such pieces.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,22 +58,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         counted: Tensor,
         z_weight: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = accumulation_dtype(hidden.dtype)
-        matrix = weight.to(hidden.dtype)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        sums = torch.zeros(2, dtype=wide, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        rows = max(1, PIECE_ELEMENTS // weight.shape[0])
-        for first in range(0, hidden.shape[0], rows):
-            piece = slice(first, first + rows)
-            grad = _piece(hidden[piece], matrix, targets[piece], counted[piece], z_weight, sums)
-            grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, matrix, out=grad_hidden[piece])
-            if grad_weight is not None:
-                grad_weight += grad.T @ hidden[piece]
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        sums = torch.zeros(2, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
+
+        def gradient(rows: slice, logits: Tensor) -> Tensor:
+            return _piece(logits, targets[rows], counted[rows], z_weight, sums)
+
+        gradients = head_gradients(hidden, weight, ctx.needs_input_grad[:2], gradient)
+        ctx.save_for_backward(*gradients)
         ctx.weight_dtype = weight.dtype
         nll, z = sums.unbind()
         ctx.mark_non_differentiable(nll, z)
@@ -81,24 +74,55 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor, _nll: Tensor | None, _z: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        return *scaled_gradients(ctx, grad), None, None, None
+
+
+def head_gradients(
+    hidden: Float[Tensor, "tokens hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    needed: Sequence[bool],
+    gradient: Callable[[slice, Tensor], Tensor],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a loss of the logits hidden W^T, which are made a piece of rows at a time.
+
+    gradient: gets a piece's rows and logits, which it may overwrite, and returns the loss's
+    gradient by them; needed: whether hidden and whether weight take one. Theirs has hidden's dtype,
+    and is summed in fp32 (fp64 for fp64 inputs) for the weight.
+    """
+    matrix = weight.to(hidden.dtype)
+    needs_hidden, needs_weight = needed
+    wide = accumulation_dtype(hidden.dtype)
+    grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+    rows = max(1, PIECE_ELEMENTS // weight.shape[0])
+    for first in range(0, hidden.shape[0], rows):
+        piece = slice(first, first + rows)
+        grad = gradient(piece, hidden[piece] @ matrix.T).to(hidden.dtype)
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+            torch.mm(grad, matrix, out=grad_hidden[piece])
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+            grad_weight += grad.T @ hidden[piece]
+    return grad_hidden, grad_weight
+
+
+def scaled_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients that a forward pass saved in `ctx`, times that of the loss."""
+    grad_hidden, grad_weight = ctx.saved_tensors
+    if grad_hidden is not None:
+        grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+    if grad_weight is not None:
+        grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
+    return grad_hidden, grad_weight
 
 
 def _piece(
-    hidden: Tensor,
-    matrix: Tensor,
+    product: Tensor,
     targets: Tensor,
     counted: Tensor,
     z_weight: float,
     sums: Tensor,
 ) -> Tensor:
     """Add this piece's nll and z to `sums`; the gradient of total by the logits, [rows, vocab]."""
-    product = hidden @ matrix.T
     if native_training.usable(product):
         nll, z = native_training.entropy(product, targets, counted, z_weight)
         sums += torch.stack([nll.sum(), z.sum()])

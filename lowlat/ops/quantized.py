@@ -98,7 +98,7 @@ def dequantize_int8(
     packed: Int8Weight, rows: int, columns: int, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "out in"]:
     """The matrix [rows, columns], multiplied in fp32 and rounded once to `dtype`."""
-    values = _unpack_int8(packed.weight) * _by_row(packed.weight_scale)[..., None]
+    values = int8_steps(packed.weight) * _wide(packed.weight_scale)
     return values.flatten(1)[:rows, :columns].to(dtype)
 
 
@@ -106,8 +106,8 @@ def dequantize_int4(
     packed: Int4Weight, rows: int, columns: int, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "out in"]:
     """The matrix [rows, columns], computed in fp32 and rounded once to `dtype`."""
-    values = _unpack_int4(packed.weight) * _by_row(packed.weight_scale)[..., None]
-    values = values + _by_row(packed.weight_minimum)[..., None]
+    values = int4_steps(packed.weight) * _wide(packed.weight_scale)
+    values = values + _wide(packed.weight_minimum)
     return values.flatten(1)[:rows, :columns].to(dtype)
 
 
@@ -118,22 +118,31 @@ def dequantize_rows(
     return (packed.weight.to(torch.float32) * packed.weight_scale[:, None]).to(dtype)
 
 
-def _by_row(numbers: Float16[Tensor, "tiles groups 16"]) -> Float32[Tensor, "padded_rows groups"]:
-    return numbers.transpose(1, 2).flatten(0, 1).to(torch.float32)
+def numbers_by_row(
+    numbers: Float16[Tensor, "tiles groups 16"],
+) -> Float16[Tensor, "padded_rows groups"]:
+    """Scales or minima in the order of rows and groups."""
+    return numbers.transpose(1, 2).flatten(0, 1)
 
 
-def _unpack_int8(
+def _wide(numbers: Float16[Tensor, "tiles groups 16"]) -> Float32[Tensor, "padded_rows groups 1"]:
+    return numbers_by_row(numbers).to(torch.float32)[..., None]
+
+
+def int8_steps(
     weight: UInt8[Tensor, "tiles groups 8 16 2 2"],
 ) -> Float32[Tensor, "padded_rows groups 32"]:
+    """The q of int8 weights in the order of rows and columns."""
     # tiles x groups x steps x rows x parity x bytes
     # -> tiles x rows x groups x steps x bytes x parity
     ordered = weight.permute(0, 3, 1, 2, 5, 4)
     return ordered.flatten(3).flatten(0, 1).to(torch.float32) - INT8_OFFSET
 
 
-def _unpack_int4(
+def int4_steps(
     weight: UInt8[Tensor, "tiles groups 4 16 2 2"],
 ) -> Float32[Tensor, "padded_rows groups 32"]:
+    """The q of int4 weights in the order of rows and columns."""
     halves = torch.stack([weight & 15, weight >> 4])
     # half x tiles x groups x steps x rows x parity x bytes
     # -> tiles x rows x groups x steps x bytes x half x parity

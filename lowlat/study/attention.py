@@ -40,7 +40,7 @@ class Matched:
     """without_embedding over the baseline's, minus 1."""
     intermediate_size: int
     """MLP width that was found."""
-    cache_elements: int
+    cache_elements: int | float
     """Cached per token and layer."""
     groups_equivalent: float
     """Groups of a GQA with the same cache."""

@@ -4,7 +4,6 @@ Owns the way from an arm and a seed to a Recipe. Running is `run`'s; which arms 
 `attention`, `balance` and `mtp`.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,31 +194,3 @@ def open_data(folder: Path, size: Size) -> TokenFolder:
             f"{least}; build it again with more documents held out"
         )
     return opened
-
-
-def to_toml(raw: dict[str, Any]) -> str:
-    """A raw recipe as a TOML file: JSON's scalars and arrays are TOML's too. Takes no None."""
-    plain = {key: value for key, value in raw.items() if not _is_table(value)}
-    lines = [f"{key} = {_toml(value)}" for key, value in plain.items()]
-    for key, value in raw.items():
-        if not _is_table(value):
-            continue
-        many = isinstance(value, list)
-        for table in value if many else [value]:
-            lines += ["", f"[[{key}]]" if many else f"[{key}]"]
-            lines += [f"{name} = {_toml(item)}" for name, item in table.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict) or (
-        isinstance(value, list) and all(isinstance(item, dict) for item in value)
-    )
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)

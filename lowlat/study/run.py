@@ -19,9 +19,10 @@ from typing import Any, final
 
 from lowlat.checkpoint.strict_json import parse_object
 from lowlat.study.measure import measure
-from lowlat.study.plan import Arm, Plan, to_toml
+from lowlat.study.plan import Arm, Plan
 from lowlat.train.data.folder import TokenFolder
 from lowlat.train.recipe import Recipe
+from lowlat.train.recipe_text import to_toml
 from lowlat.train.runlog.jsonl import RunHistory, read_log
 from lowlat.train.runlog.record import EvalRecord, StartRecord, StepRecord
 from lowlat.train.runlog.runlog import FolderRunLog
@@ -200,7 +201,7 @@ def _training(history: RunHistory) -> dict[str, Any]:
         "seconds": steps[-1].seconds,
         "tokens_per_second": statistics.median(step.tokens_per_second for step in steps),
         "memory_bytes": steps[-1].memory_bytes,
-        "train_loss": statistics.fmean(step.loss for step in last),
+        "train_loss": statistics.fmean(step.loss for step in last if step.loss is not None),
         "curve": [[record.tokens, record.loss] for record in history.evaluations],
         "train_max_violations": [
             statistics.fmean(step.experts[place].max_violation for step in last)

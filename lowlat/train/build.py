@@ -22,6 +22,8 @@ from lowlat.train.parallel.layout import Layout, lay_out
 from lowlat.train.parallel.team import Team
 from lowlat.train.passes import Passes, PlainPasses
 from lowlat.train.recipe import Recipe
+from lowlat.train.teacher import Teacher
+from lowlat.train.trainable import keep_all_but_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Of activations, by precision."""
@@ -51,6 +53,8 @@ def new_model(
         model = Transformer(config)
         init_weights(model, seed=recipe.seed)
         stack_experts(model)
+    if recipe.trainable == "attention":
+        keep_all_but_attention(model)
     if recipe.precision == "fp8":
         use_fp8(model)
     for module in model.modules():
@@ -60,12 +64,20 @@ def new_model(
 
 
 def new_passes(
-    model: Transformer, team: Team, *, device: str, dtype: torch.dtype, sequence_length: int
+    model: Transformer,
+    team: Team,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    sequence_length: int,
+    teacher: Teacher | None = None,
 ) -> tuple[Passes, Layout]:
-    """Lay out `model`, which is whole, over `team`; passes over it with activations of `dtype`."""
+    """Lay out `model`, which is whole, over `team`; passes over it with activations of `dtype`.
+    `teacher`, which every process has whole, does not go with a pipeline.
+    """
     if team.size("pipeline") == 1:
         layout = lay_out(model, team, device=device, dtype=dtype)
-        return PlainPasses(model, dtype, team), layout
+        return PlainPasses(model, dtype, team, teacher), layout
     # Seconds of imports that no other run needs.
     from lowlat.train.parallel.pipeline import PipelinePasses
 
@@ -74,6 +86,18 @@ def new_passes(
         model, team, device=device, dtype=dtype, roots=passes.modules, copies=passes.copies
     )
     return passes, layout
+
+
+def new_teacher(path: Path, recipe: Recipe) -> Teacher:
+    """The checkpoint `path` as the teacher of `recipe`, its weights in the products' dtype."""
+    assert recipe.distillation is not None
+    model = load_model(path, dtype=base_dtype(recipe)).model
+    stack_experts(model)
+    return Teacher(
+        model.to(recipe.device),
+        DTYPES[recipe.precision],
+        cross_entropy=recipe.distillation.cross_entropy,
+    )
 
 
 def new_optimizer(

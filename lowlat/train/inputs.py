@@ -14,6 +14,7 @@ from lowlat.checkpoint.index import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.checkpoint.mapping import settle_mtp
 from lowlat.checkpoint.save import text_files
+from lowlat.config.attention import distinct
 from lowlat.config.families import LOWLAT
 from lowlat.config.fields import Fields
 from lowlat.config.hf import config_from_hf
@@ -25,6 +26,8 @@ from lowlat.train.data.windows import Windows
 from lowlat.train.lora import check_lora
 from lowlat.train.parallel.check import check_parallel
 from lowlat.train.recipe import Data, Phase, Recipe
+from lowlat.train.teacher_check import check_teacher
+from lowlat.train.trainable import check_trainable
 from lowlat.utils.errors import UserError
 
 NULLABLE = ("q_lora_rank", "sliding_window")
@@ -49,20 +52,27 @@ class Inputs:
     data: list[PhaseData]
 
 
-def open_inputs(recipe: Recipe, start: Path | None, base: Path, origin: str) -> Inputs:
+def open_inputs(
+    recipe: Recipe, start: Path | None, base: Path, origin: str, teacher: Path | None = None
+) -> Inputs:
     """Read and check everything but the tokens themselves.
 
-    start: the files behind recipe.start; base: where relative paths begin; origin: the recipe's
-    name in errors. Raises UserError naming the phase, key or file.
+    start, teacher: the files behind recipe.start and recipe.distillation; base: where relative
+    paths begin; origin: the recipe's name in errors. Raises UserError naming phase, key or file.
     """
     folders = [phase_folder(recipe, index, base) for index in range(len(recipe.phase))]
     _check_same_tokenizer(folders, recipe, origin)
     config = base_config(recipe, start, folders[0].vocab_size, origin)
     check_lora(config, recipe, origin)
+    check_trainable(config, recipe, origin)
+    if recipe.distillation is not None:
+        assert teacher is not None
+        check_teacher(config, teacher, recipe, origin)
+        _check_same_vocabulary(teacher, folders[0], origin)
     check_parallel(config, recipe, origin)
     configs = phase_configs(config, recipe, origin)
     if start is not None:
-        _check_start_tokenizer(start, folders[0], origin)
+        _check_same_vocabulary(start, folders[0], origin)
     num_ahead = 1 + config.num_nextn_predict_layers
     data = [phase_data(recipe, i, folder, num_ahead) for i, folder in enumerate(folders)]
     return Inputs(configs=configs, data=data)
@@ -73,8 +83,7 @@ def base_config(recipe: Recipe, start: Path | None, vocab_size: int, origin: str
     if start is not None:
         source = open_checkpoint(start)
         config = settle_mtp(read_config(source), source)
-        if config.quantization is not None:
-            config = replace(config, quantization=None)
+        config = replace(config, quantization=None, packing=None)
     else:
         absent = dict.fromkeys(NULLABLE) if (recipe.model or {}).get("model_type") != LOWLAT else {}
         raw = {"vocab_size": vocab_size, **absent, **(recipe.model or {})}
@@ -114,20 +123,28 @@ def _changed_rope(config: ModelConfig, phase: Phase, longest: int, origin: str) 
     """What the phase gives as config.json's rope_scaling. Unless it says otherwise rope_theta
     stays, and the context before extension is that of the phase before.
     """
+    where = f"{origin}: phase {phase.name}: rope"
+    before = config.rope
+    if isinstance(before, tuple):
+        raise UserError(f"{where} cannot say what each layer has for itself; leave it out")
     given = phase.rope or {}
     kept: dict[str, Any] = {
-        "rope_theta": config.rope.rope_theta,
-        "original_max_position_embeddings": config.rope.original_max_position_embeddings
+        "rope_theta": before.rope_theta,
+        "original_max_position_embeddings": before.original_max_position_embeddings
         or config.max_position_embeddings,
     }
     raw = {key: value for key, value in kept.items() if key not in given} | {"rope_scaling": given}
-    return rope_from_hf(
-        Fields(raw, f"{origin}: phase {phase.name}: rope"),
-        model_type=config.model_type,
-        dim=config.attention.rope_dim,
-        context=longest,
-        interleave=config.rope.rope_interleave,
-    )
+    changed = {
+        rope_from_hf(
+            Fields(raw, where),
+            model_type=config.model_type,
+            dim=dim,
+            context=longest,
+            interleave=before.rope_interleave,
+        )
+        for dim in {layer.rope_dim for layer in distinct(config.attention)}
+    }
+    return changed.pop()  # widths are checked, and nothing else depends on them
 
 
 def _check_same_tokenizer(folders: Sequence[TokenFolder], recipe: Recipe, origin: str) -> None:
@@ -140,7 +157,7 @@ def _check_same_tokenizer(folders: Sequence[TokenFolder], recipe: Recipe, origin
             )
 
 
-def _check_start_tokenizer(start: Path, folder: TokenFolder, origin: str) -> None:
+def _check_same_vocabulary(start: Path, folder: TokenFolder, origin: str) -> None:
     """The ids of the data in `folder` mean to the checkpoint `start` what they mean there, as far
     as it has a tokenizer. Raises UserError.
     """

@@ -17,7 +17,7 @@ from lowlat.model.low_rank import LowRank, LowRankExperts
 from lowlat.model.moe import StackedExperts
 from lowlat.model.transformer import Transformer
 from lowlat.train.recipe import Lora, Recipe
-from lowlat.train.schedule import value_at
+from lowlat.train.trainable import check_biases_stay
 from lowlat.utils.errors import UserError
 
 UPDATE = ".low_rank."
@@ -35,14 +35,7 @@ def check_lora(config: ModelConfig, recipe: Recipe, origin: str) -> None:
     sizes = recipe.parallel
     if sizes.processes > sizes.data or sizes.expert > 1:
         raise UserError(f"{origin}: lora divides batches only; set all of [parallel] but data to 1")
-    if config.moe is None or config.moe.topk_method != "noaux_tc":
-        return
-    for phase in recipe.phase:
-        if any(value_at(phase.bias_update_speed, step, phase.steps) for step in range(phase.steps)):
-            raise UserError(
-                f"{origin}: phase {phase.name}: lora leaves routing biases as they are; set "
-                "bias_update_speed = 0"
-            )
+    check_biases_stay(config, recipe, "lora", origin)
 
 
 def base_dtype(recipe: Recipe) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowlat.checkpoint.mapping import file_name
 from lowlat.checkpoint.padding import pad_columns, pad_rows
-from lowlat.config.families import MLA_FAMILIES
+from lowlat.config.families import LOWLAT, MLA_FAMILIES
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.train.lora import EXPERT_PROJECTIONS, UPDATE
 from lowlat.train.recipe import Lora
@@ -80,7 +80,8 @@ def _tensors(config: ModelConfig, updates: Mapping[str, Tensor]) -> Iterator[tup
 def _in_file(config: ModelConfig, owner: str, part: str, tensor: Tensor) -> Tensor:
     """`tensor` in the shape that the weight of module `owner` asks for in files."""
     attention = config.attention
-    if not isinstance(attention, MLAConfig) or attention.kv_a_layernorm:
+    is_padded = config.model_type != LOWLAT
+    if not isinstance(attention, MLAConfig) or attention.kv_a_layernorm or not is_padded:
         return tensor.contiguous()
     rank = attention.kv_lora_rank
     match owner.rpartition(".")[2], part:

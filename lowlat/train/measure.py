@@ -35,7 +35,7 @@ class Meter:
             phase=plan.phase.name,
             tokens=tokens,
             seconds=position.seconds,
-            loss=result.losses[0],
+            loss=result.losses[0] if result.losses else None,
             mtp_losses=result.losses[1:],
             z_loss=plan.phase.z_weight * result.z,
             sequence_loss=result.sequence_loss,
@@ -46,13 +46,18 @@ class Meter:
             mfu=rate * self.flops_per_token / self.gemm_rate,
             memory_bytes=_memory(self.device),
             experts=tuple(_expert_record(load) for load in result.loads),
+            divergence=result.matched if result.losses else None,
+            layer_error=None if result.losses else result.matched,
         )
 
 
 def eval_record(
-    losses: tuple[float, ...], step: int, tokens: int, folder: TokenFolder
+    figures: tuple[float, ...], num_heads: int, step: int, tokens: int, folder: TokenFolder
 ) -> EvalRecord:
-    """The record of an evaluation on the held-out split of `folder`."""
+    """The record of an evaluation on the held-out split of `folder`: losses of `num_heads` heads,
+    and with a teacher the divergence from it.
+    """
+    losses, more = figures[:num_heads], figures[num_heads:]
     ids, size = folder.num_tokens("held_out"), folder.num_bytes("held_out")
     return EvalRecord(
         step=step,
@@ -61,6 +66,7 @@ def eval_record(
         loss=losses[0],
         bits_per_byte=losses[0] / math.log(2) * ids / size if size else None,
         mtp_losses=losses[1:],
+        divergence=more[0] if more else None,
     )
 
 

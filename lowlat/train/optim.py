@@ -36,12 +36,11 @@ class Optimizer:
             {"params": [p for _, p in decayed], "weight_decay": table.weight_decay},
             {"params": [p for _, p in plain], "weight_decay": 0.0},
         ]
-        self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=0.0,
-            betas=table.betas,
-            eps=table.eps,
-            fused=True,
+        groups = [group for group in groups if group["params"]]
+        self._adamw = (
+            torch.optim.AdamW(groups, lr=0.0, betas=table.betas, eps=table.eps, fused=True)
+            if groups
+            else None
         )
         self._muon = (
             Muon(
@@ -98,7 +97,8 @@ class Optimizer:
             keys = ("momentum",) if optimizer is self._muon else ADAMW_STATE
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for name, parameter in self._named:
-                if id(parameter) in own:
+                # What no gradient has reached yet has no state.
+                if id(parameter) in own and f"{keys[0]}.{name}" in tensors:
                     division = self._layout.division(name)
                     whole = {key: tensors[f"{key}.{name}"] for key in keys}
                     optimizer.state[parameter] = {
@@ -109,7 +109,7 @@ class Optimizer:
                     }
 
     def _optimizers(self) -> Iterable[torch.optim.Optimizer]:
-        return [self._adamw] if self._muon is None else [self._adamw, self._muon]
+        return [one for one in (self._adamw, self._muon) if one is not None]
 
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")

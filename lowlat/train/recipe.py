@@ -146,6 +146,17 @@ class Lora(_Table):
     """Names of the projections that get one."""
 
 
+class Distillation(_Table):
+    """A second model, which stays, that is learned from: forward KL between next-token
+    distributions.
+    """
+
+    teacher: str
+    """A checkpoint as `start`: folder, .gguf, preset or hub id; of the model's own vocabulary."""
+    cross_entropy: Amount = 0.0
+    """Weight of the ordinary loss beside the divergence."""
+
+
 class Phase(_Table):
     """A stretch of training with one sequence length."""
 
@@ -173,6 +184,10 @@ class Phase(_Table):
     """Context the exported config names from this phase on."""
     data: Data | None = None
     """Other data for this phase."""
+    match: Literal["logits", "attention", "layers"] = "logits"
+    """With a teacher, what is matched: its next-token distributions, or layer by layer, each layer
+    given what the teacher's got, its attention's output or all that the layer adds.
+    """
 
     @model_validator(mode="after")
     def _segments_fit(self) -> "Phase":
@@ -217,6 +232,12 @@ class Recipe(_Table):
     """How experts are kept equally busy."""
     lora: Lora | None = None
     """Train low-rank updates only."""
+    distillation: Distillation | None = None
+    """Learn from another model."""
+    trainable: Literal["all", "attention"] = "all"
+    """Weights that move; attention: its matrices and their biases, while norms, MLPs, embedding and
+    head stay.
+    """
     parallel: Parallel = Parallel()
     """Division among processes."""
     phase: Annotated[list[Phase], Field(min_length=1)]
@@ -234,6 +255,10 @@ class Recipe(_Table):
             raise ValueError("give either [model] or start, not both")
         if self.lora is not None and self.start is None:
             raise ValueError("lora needs start, a checkpoint whose weights stay")
+        if self.lora is not None and self.trainable != "all":
+            raise ValueError("trainable: lora says what is trained, by its modules; leave one out")
+        if self.distillation is None and any(phase.match != "logits" for phase in self.phase):
+            raise ValueError("phase.match needs [distillation], a teacher to match")
         return self
 
 

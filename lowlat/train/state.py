@@ -17,7 +17,7 @@ from lowlat.config.model import ModelConfig
 from lowlat.train.lora import is_update
 from lowlat.train.optim import Optimizer
 from lowlat.train.parallel.layout import Layout
-from lowlat.train.recipe import Recipe
+from lowlat.train.recipe import Recipe, parse_recipe
 from lowlat.train.schedule import Timetable
 from lowlat.utils.errors import UserError
 
@@ -75,12 +75,13 @@ def facts(
     fingerprints: list[str],
     timetable: Timetable,
     start: Path | None = None,
+    teacher: str | None = None,
 ) -> dict[str, Any]:
     """Everything of the state that is no tensor.
 
     `fingerprints` name the data of each phase, and with LoRA the weights that stay; `start` are the
-    files behind recipe.start. The rows read so far are written down although they follow from step
-    and recipe, so that a reader sees them.
+    files behind recipe.start, `teacher` names the model that is learned from. The rows read so far
+    are written down although they follow from step and recipe, so that a reader sees them.
     """
     done = position.step >= timetable.steps
     plan = timetable.at(min(position.step, timetable.steps - 1))
@@ -94,6 +95,7 @@ def facts(
         "config": config_to_hf(config),
         "recipe": recipe.model_dump(mode="json"),
         "start": None if start is None else str(start.absolute()),
+        "teacher": teacher,
         "torch": torch.__version__,
     }
 
@@ -104,17 +106,22 @@ def check_resumable(
     fingerprints: list[str],
     timetable: Timetable,
     folder: str,
+    teacher: str | None = None,
 ) -> Position:
-    """Where a run goes on. Raises UserError, saying what differs, where the recipe or the data
-    would not continue what was saved.
+    """Where a run goes on. Raises UserError, saying what differs, where the recipe, the data or the
+    teacher would not continue what was saved.
     """
-    differences = list(_differences(saved["recipe"], recipe.model_dump(mode="json")))
+    # Keys that recipes did not have when it was written have their defaults.
+    before = parse_recipe(dict(saved["recipe"]), origin=folder).model_dump(mode="json")
+    differences = list(_differences(before, recipe.model_dump(mode="json")))
     differences = [text for key, text in differences if key.split(".")[0] not in FREE_KEYS]
     phases = len(recipe.phase)
     if saved["data"][:phases] != fingerprints[:phases]:
         differences.append("the token folder holds other data")
     if saved["data"][phases:] != fingerprints[phases:]:
         differences.append("start holds other weights")
+    if saved.get("teacher") != teacher:
+        differences.append("distillation.teacher is another model")
     if differences:
         raise UserError(
             f"{folder}: was trained by another recipe: {'; '.join(differences[:5])}; "

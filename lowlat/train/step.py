@@ -24,7 +24,9 @@ class StepResult:
     """What a step found out."""
 
     losses: tuple[float, ...]
-    """Mean negative log-likelihood of the main head and of each MTP module, nats per token."""
+    """Mean negative log-likelihood of the main head and of each MTP module, nats per token; empty
+    where layers are matched, which asks no head.
+    """
     z: float
     """Mean squared log-denominator of the main head."""
     sequence_loss: float
@@ -32,12 +34,16 @@ class StepResult:
     grad_norm: float
     """Global norm before clipping; NaN where a loss is not finite."""
     loads: tuple[GateLoad, ...]
-    """Every gate's load."""
+    """Every gate's load; empty where only attention is run."""
+    matched: float | None = None
+    """With a teacher, mean divergence from it in nats per token, or relative squared error of
+    layers, as the phase matches them.
+    """
 
     @property
     def is_finite(self) -> bool:
         """Whether the weights were updated."""
-        values = torch.tensor([*self.losses, self.grad_norm])
+        values = torch.tensor([*self.losses, self.matched or 0.0, self.grad_norm])
         return bool(values.isfinite().all())
 
 
@@ -63,20 +69,23 @@ def train_step(
         sums = passes.backward(batch, plan, targets)
     watch.reduce()
     sums = team.sum(sums, TOKENS)
-    means = sums / torch.tensor([*targets, targets[0]]).clamp(min=1)
+    more = len(sums) - num_ahead
+    means = sums / torch.tensor([*targets, *(targets[0] for _ in range(more))]).clamp(min=1)
     if means.isfinite().all():
         norm = optimizer.step(plan.learning_rate)
     else:  # gradients may be finite all the same
         optimizer.zero_grad()
         norm = math.nan
+    match = plan.phase.match
     result = StepResult(
-        losses=tuple(means[:-1].tolist()),
-        z=means[-1].item(),
+        losses=tuple(means[:num_ahead].tolist()) if match == "logits" else (),
+        z=means[num_ahead].item(),
         sequence_loss=watch.sequence_loss,
         grad_norm=norm,
-        loads=tuple(watch.loads()),
+        loads=() if match == "attention" else tuple(watch.loads()),
+        matched=means[num_ahead + 1].item() if more > 1 else None,
     )
-    if result.is_finite:
+    if result.is_finite and match != "attention":
         watch.update_biases(plan.bias_update_speed)
     return result
 
@@ -85,14 +94,15 @@ def train_step(
 def evaluate(
     passes: Passes, batches: Iterable[Batch], *, num_ahead: int, team: Team | None = None
 ) -> tuple[float, ...]:
-    """Mean loss of every head over the `batches` of all processes, equally many of each, nats per
-    token; nothing is updated or watched.
+    """Mean loss of every head, and with a teacher the mean divergence from it, over the `batches`
+    of all processes, equally many of each, nats per token; nothing is updated or watched.
     """
     team = team or Team()
-    sums = torch.zeros(num_ahead, dtype=torch.float64)
+    sums = torch.zeros((), dtype=torch.float64)
     counts = torch.zeros(num_ahead, dtype=torch.float64)
     for batch in batches:
-        sums += passes.likelihood(batch)
+        sums = sums + passes.likelihood(batch)
         counts += torch.tensor(count_targets(batch, num_ahead))
     sums, counts = team.sum(sums, ("pipeline", *TOKENS)), team.sum(counts, ROWS)
+    counts = torch.cat([counts, counts[:1].expand(len(sums) - num_ahead)])
     return tuple((sums / counts.clamp(min=1)).tolist())

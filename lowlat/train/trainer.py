@@ -23,6 +23,7 @@ from lowlat.train.build import (
     new_model,
     new_optimizer,
     new_passes,
+    new_teacher,
 )
 from lowlat.train.export import TOKENIZER, export, keep_tokenizer
 from lowlat.train.inputs import PhaseData, open_inputs
@@ -31,8 +32,8 @@ from lowlat.train.lora_files import start_fingerprint
 from lowlat.train.measure import Meter, eval_record
 from lowlat.train.optim import Optimizer
 from lowlat.train.parallel.team import Team
-from lowlat.train.plan.dryrun import require_fit, trained_share, usable_memory
-from lowlat.train.plan.flops import token_flops
+from lowlat.train.plan.dryrun import require_fit, usable_memory
+from lowlat.train.plan.learning import training_flops
 from lowlat.train.plan.rate import measure_gemm_rate
 from lowlat.train.recipe import Recipe
 from lowlat.train.replay import batch_file, keep_batch
@@ -54,6 +55,7 @@ from lowlat.train.state import (
 )
 from lowlat.train.step import StepResult, evaluate, train_step
 from lowlat.train.stop import StopSignals
+from lowlat.train.teacher import Teacher, teacher_config, teacher_fingerprint
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
@@ -86,16 +88,18 @@ class Trainer:
         *,
         base: Path,
         start: Path | None = None,
+        teacher: Path | None = None,
         origin: str = "recipe",
         progress: Progress | None = None,
         team: Team | None = None,
     ) -> None:
         """Open data, build or resume.
 
-        base: where relative paths of the recipe start; start: the files behind recipe.start;
-        origin: the recipe's name in errors; team: the processes that run it, of which the first
-        holds the folder and has a log. Raises UserError for data that is not whole, a recipe
-        that does not continue what the folder holds, and as `build`.
+        base: where relative paths of the recipe start; start, teacher: the files behind
+        recipe.start and recipe.distillation; origin: the recipe's name in errors; team: the
+        processes that run it, of which the first holds the folder and has a log. Raises UserError
+        for data that is not whole, a recipe that does not continue what the folder holds, and as
+        `build`.
         """
         progress = progress or SilentProgress()
         self._team = team = team or Team()
@@ -104,9 +108,12 @@ class Trainer:
         self.log = log
         self.timetable = Timetable(recipe, ranks=team.row_parts)
         self._dtype = DTYPES[recipe.precision]
-        self._inputs = open_inputs(recipe, start, base, origin)
+        self._inputs = open_inputs(recipe, start, base, origin, teacher)
+        self._teacher_config = None if teacher is None else teacher_config(teacher)
         memory = usable_memory(torch.device(recipe.device), recipe.parallel.processes)
-        require_fit(self._inputs.configs[0], recipe, memory_bytes=memory)
+        require_fit(
+            self._inputs.configs[0], recipe, memory_bytes=memory, teacher=self._teacher_config
+        )
         folders = [data.folder for data in self._inputs.data]
         if team.is_first:
             for folder in {folder.path: folder for folder in folders}.values():
@@ -114,6 +121,7 @@ class Trainer:
         self._fingerprints = [folder.fingerprint for folder in folders]
         if recipe.lora is not None and start is not None:
             self._fingerprints.append(start_fingerprint(start))
+        self._taught_by = None if teacher is None else teacher_fingerprint(teacher)
         table = recipe.saves
         hours = table.keep_every_hours
         self._saves = Saves(
@@ -126,10 +134,16 @@ class Trainer:
         self.position = Position(step=0, seconds=0.0)
         if save is not None:
             self.position = check_resumable(
-                save.facts, recipe, self._fingerprints, self.timetable, str(run.path)
+                save.facts,
+                recipe,
+                self._fingerprints,
+                self.timetable,
+                str(run.path),
+                self._taught_by,
             )
         self._phase = self._plan().phase_index
         self._start = start
+        self._teacher: Teacher | None = None if teacher is None else new_teacher(teacher, recipe)
         self._build(_tensors(save))
         if team.is_first:
             keep_tokenizer(run.path, folders[0].path if start is None else start)
@@ -149,6 +163,8 @@ class Trainer:
         self._note_what_is_not_held_out()
         losses: tuple[float, ...] = ()
         saved = self.position.step
+        if self._teacher is not None and saved == 0:
+            self._evaluate(self._plan())
         with StopSignals() as stop:
             while self.position.step < self.timetable.steps and not self._team.any(stop.asked):
                 plan = self._plan()
@@ -200,6 +216,7 @@ class Trainer:
             device=self.recipe.device,
             dtype=self._dtype,
             sequence_length=self.recipe.phase[self._phase].sequence_length,
+            teacher=self._teacher,
         )
         self.optimizer: Optimizer = new_optimizer(self.model, self.recipe, moments, self.layout)
         if tensors is not None:
@@ -256,7 +273,8 @@ class Trainer:
             kept = keep_batch(path, plan.step, self._present.train.batch(plan.first_row, plan.rows))
         self._saves.wait()
         self._team.wait()
-        what = "gradient" if all(map(_is_finite, result.losses)) else "loss"
+        losses = (*result.losses, result.matched or 0.0)
+        what = "gradient" if all(map(_is_finite, losses)) else "loss"
         raise UserError(
             f"step {plan.step + 1}: the {what} is not finite; its batch is {kept}, the state "
             f"before it in {self._saves.folder}; lower the learning rate or look at the batch"
@@ -270,11 +288,12 @@ class Trainer:
         self.log.status("evaluating")
         batches = self._held_out_batches(plan)
         num_ahead = 1 + self.config.num_nextn_predict_layers
-        losses = evaluate(self._passes, batches, num_ahead=num_ahead, team=self._team)
+        found = evaluate(self._passes, batches, num_ahead=num_ahead, team=self._team)
         self._advance(0, time.monotonic() - began)
         self.log.status("")
         tokens = self.timetable.tokens_before(self.position.step)
-        self.log.evaluation(eval_record(losses, self.position.step, tokens, self._present.folder))
+        at = self.position.step, tokens, self._present.folder
+        self.log.evaluation(eval_record(found, num_ahead, *at))
 
     def _note_what_is_not_held_out(self) -> None:
         for phase, data in zip(self.recipe.phase, self._inputs.data, strict=True):
@@ -315,6 +334,7 @@ class Trainer:
                     self._fingerprints,
                     self.timetable,
                     self._start,
+                    self._taught_by,
                 ),
             )
         self._advance(0, time.monotonic() - began)
@@ -341,9 +361,9 @@ class Trainer:
         return self._inputs.data[self._phase]
 
     def _new_meter(self) -> Meter:
-        length = self.recipe.phase[self._phase].sequence_length
+        phase = self.recipe.phase[self._phase]
         return Meter(
-            flops_per_token=trained_share(self.recipe) * token_flops(self.config, length).training,
+            flops_per_token=training_flops(self.config, self.recipe, phase, self._teacher_config),
             gemm_rate=measure_gemm_rate(self._dtype, self.recipe.device) * self._team.world,
             device=torch.device(self.recipe.device),
         )

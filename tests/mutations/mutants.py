@@ -214,7 +214,7 @@ PACKED = [
     Mutant(
         "packed: fp8 blocks rounded to bf16 before they are packed",
         "checkpoint/load.py",
-        "torch.float32 if packs else wanted",
+        "torch.float32 if form or wanted is None else wanted",
         "wanted",
         "tests/unit/checkpoint/test_packing.py::test_packed_from_exact_values[deepseek_v3-fp8-int8]",
     ),
@@ -296,12 +296,52 @@ FURTHER_FORMS = [
     ),
 ]
 
+DIFFER = MODEL + "test_layers_differ.py::"
+LAYERS = [
+    Mutant(
+        "layers: all rotate by the first one's frequencies",
+        "model/rotary.py",
+        "first = self._first[layer]",
+        "first = self._first[0]",
+        DIFFER + "test_logits_are_those_of_the_equations",
+    ),
+    Mutant(
+        "layers: pairs lie as in the first one",
+        "model/mla.py",
+        "config.rope_of(layer).rope_interleave",
+        "config.rope_of(0).rope_interleave",
+        DIFFER + "test_logits_are_those_of_the_equations",
+    ),
+    Mutant(
+        "layers: scores scaled by the first one's head width",
+        "config/model.py",
+        "attention, rope = self.attention_of(layer), self.rope_of(layer)",
+        "attention, rope = self.attention_of(0), self.rope_of(layer)",
+        DIFFER + "test_logits_are_those_of_the_equations",
+    ),
+    Mutant(
+        "layers: MTP modules begin again with the first one's rotation",
+        "config/model.py",
+        "return self.rope[min(layer, self.num_hidden_layers - 1)]",
+        "return self.rope[layer % self.num_hidden_layers]",
+        DIFFER + "test_every_layer_is_asked_for_itself",
+    ),
+    Mutant(
+        "layers: the widest row counted for all",
+        "config/arithmetic.py",
+        "return sum(row.elements for row in self.rows) * ELEMENT_BYTES[dtype]",
+        "return len(self.rows) * max(row.elements for row in self.rows) * ELEMENT_BYTES[dtype]",
+        DIFFER + "test_the_cache_is_the_sum_of_the_layers",
+    ),
+]
+
 MUTANTS = [
     *YARN,
     *ROPE,
     *ROUTING,
     *ATTENTION_FORMS,
     *FURTHER_FORMS,
+    *LAYERS,
     *FP8,
     *PACKED,
     *INT8_CACHE,

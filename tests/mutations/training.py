@@ -269,4 +269,45 @@ STATES = [
     ),
 ]
 
-TRAINING = [*LOSSES, *BALANCING, *OPTIMISING, *STATES]
+DIVERGENCE = "tests/unit/ops/test_divergence.py::test_values_and_gradients_whatever_the_pieces"
+DISTILLATION = TRAIN + "test_distillation.py::"
+
+DISTILLING = [
+    Mutant(
+        "distillation: the student's surprise in place of the teacher's",
+        "ops/divergence.py",
+        "kl = torch.bmm(p[:, None], surplus[:, :, None])",
+        "kl = torch.bmm(log_q.exp()[:, None], surplus[:, :, None])",
+        DIVERGENCE,
+    ),
+    Mutant(
+        "distillation: gradient of another function",
+        "ops/divergence.py",
+        "torch.sub(log_q.exp_(), p, out=p)",
+        "torch.mul(log_q.exp_(), p, out=p)",
+        DIVERGENCE,
+    ),
+    Mutant(
+        "distillation: layers get what the layers before made",
+        "train/layerwise.py",
+        "given = taught.given.to(dtype)",
+        "given = taught.given.to(dtype) if number == 0 else given + made.detach()",
+        DISTILLATION + "test_errors_of_layers_by_definition[layers-3]",
+    ),
+    Mutant(
+        "distillation: everything moves",
+        "train/build.py",
+        "        keep_all_but_attention(model)\n",
+        "        pass\n",
+        DISTILLATION + "test_only_attention_moves",
+    ),
+    Mutant(
+        "resume: another teacher taken",
+        "train/state.py",
+        'if saved.get("teacher") != teacher:',
+        "if False:",
+        DISTILLATION + "test_a_teacher_that_changed_is_refused",
+    ),
+]
+
+TRAINING = [*LOSSES, *BALANCING, *OPTIMISING, *STATES, *DISTILLING]

@@ -76,6 +76,7 @@ ALL = [
     Pipeline("1f1b"),
     Pipeline("1f1b", tied=True, masks=True),
     Pipeline("1f1b", attention="gqa", recompute=True, optimizer="muon"),
+    Pipeline("1f1b", attention="layers"),
     Pipeline("interleaved", tied=True),
     Pipeline("interleaved", recompute=True, masks=True),
     Pipeline("zb"),

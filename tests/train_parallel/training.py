@@ -39,23 +39,32 @@ EPS = 1e-5
 """So large that no update follows the rounding of a gradient that is zero but for it."""
 
 
-def model_config(attention: str) -> ModelConfig:
+def model_config(attention: str, layers: int = 2) -> ModelConfig:
     """Prime sizes but where four processes divide: heads, channels, experts."""
     base = {
         "mla": mla_config(),
+        "layers": mla_config(model_type="lowlat"),
         "gqa": gqa_config(model_type="qwen3_moe"),
         "gla": lowlat_config(GLA),
         "gta": lowlat_config(GTA),
         "tpa": lowlat_config(TPA),
     }[attention]
     sizes: dict[str, Any] = {}
-    if attention in ("mla", "gqa"):
+    if attention in ("mla", "gqa", "layers"):
         sizes["num_attention_heads"] = 4
     if attention == "gqa":
         sizes |= {"num_key_value_heads": 4, "qk_norm": True}
+    own: Any = replace(base.attention, **sizes)
+    if attention == "layers":
+        own = replace(own, qk_nope_head_dim=3)
+        own = tuple(
+            replace(own, kv_lora_rank=29 - layer, qk_rope_head_dim=2 + 2 * layer)
+            for layer in range(layers)
+        )
     return replace(
         base,
-        attention=replace(base.attention, **sizes),
+        num_hidden_layers=layers,
+        attention=own,
         intermediate_size=28,
         initializer_range=0.2,
         tie_word_embeddings=attention == "gqa",
@@ -118,7 +127,9 @@ class Training:
 
     def __init__(self, spec: Mapping[str, Any], team: Team) -> None:
         self.spec, self.team = spec, team
-        config = replace(model_config(spec["attention"]), **spec.get("changes", {}))
+        changes = dict(spec.get("changes", {}))
+        config = model_config(spec["attention"], changes.pop("num_hidden_layers", 2))
+        config = replace(config, **changes)
         self.model = Transformer(config)
         init_weights(self.model, seed=3)
         stack_experts(self.model)

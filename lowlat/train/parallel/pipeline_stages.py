@@ -175,9 +175,9 @@ class StageModule(nn.Module):
         if self.stage.is_first:
             assert self.embed_tokens is not None
             x = self.embed_tokens(x).to(self._dtype)
-        rope = self._rotary(positions)
-        for layer in self.layers:
-            x = layer(x, rope, attention)
+        tables = self._rotary(positions)
+        for number, layer in zip(self.stage.layers, self.layers, strict=True):
+            x = layer(x, self._rotary.of(number, tables), attention)
         if self.norm is None:
             return x
         loss = self._head_losses(

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowlat.attention.base import AttentionBackend
+from lowlat.config.attention import distinct
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.gqa import GQA
@@ -40,12 +41,13 @@ def check_divisible(config: ModelConfig, size: int, origin: str) -> None:
     """Raises UserError where `size` processes cannot divide a model of `config`."""
     attention, moe = config.attention, config.moe
     where = f"{origin}: parallel.tensor {size}"
-    if not isinstance(attention, MLAConfig | GQAConfig):
-        raise UserError(f"{where}: only MLA and GQA are divided; leave it at 1")
-    if attention.o_bias or (isinstance(attention, MLAConfig) and attention.attention_bias):
-        raise UserError(f"{where}: an o_proj with a bias is not divided; leave it at 1")
+    for layer in distinct(attention):
+        if not isinstance(layer, MLAConfig | GQAConfig):
+            raise UserError(f"{where}: only MLA and GQA are divided; leave it at 1")
+        if layer.o_bias or (isinstance(layer, MLAConfig) and layer.attention_bias):
+            raise UserError(f"{where}: an o_proj with a bias is not divided; leave it at 1")
     sizes = {
-        "num_attention_heads": attention.num_attention_heads,
+        "num_attention_heads": config.num_attention_heads,
         "intermediate_size": config.intermediate_size,
     }
     if isinstance(attention, GQAConfig):

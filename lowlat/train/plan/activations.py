@@ -8,7 +8,14 @@ values to the width of keys and the router's input is cast; with 'fused' neither
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lowlat.config.attention import GLAConfig, GQAConfig, GTAConfig, MLAConfig, TPAConfig
+from lowlat.config.attention import (
+    AttentionConfig,
+    GLAConfig,
+    GQAConfig,
+    GTAConfig,
+    MLAConfig,
+    TPAConfig,
+)
 from lowlat.config.model import ModelConfig, MoEConfig
 from lowlat.train.plan.job import Job, Kernels, Precision
 
@@ -83,14 +90,22 @@ def all_bytes(config: ModelConfig, layer: int, job: Job, *, selective: bool) -> 
         load_margin=job.load_margin,
         row_copies=job.layout.tp if job.layout.ep > 1 else 0,
     )
-    return _kept_bytes(config, config.is_moe_layer(layer), sizes, selective)
+    attention = config.attention_of(layer)
+    return _kept_bytes(config, attention, config.is_moe_layer(layer), sizes, selective)
 
 
 @lru_cache(maxsize=256)
 def _kept_bytes(
-    config: ModelConfig, is_moe: bool, sizes: "_Sizes", selective: bool
+    config: ModelConfig,
+    attention: AttentionConfig,
+    is_moe: bool,
+    sizes: "_Sizes",
+    selective: bool,
 ) -> dict[str, float]:
-    kept = [*_attention(config, sizes), *sizes.norm("MLP", config.hidden_size)]
+    kept = [
+        *_attention(config.hidden_size, attention, sizes),
+        *sizes.norm("MLP", config.hidden_size),
+    ]
     if is_moe and config.moe is not None:
         kept += _moe(config.hidden_size, config.moe, sizes)
     else:
@@ -102,10 +117,9 @@ def _kept_bytes(
     }
 
 
-def _attention(config: ModelConfig, sizes: _Sizes) -> list[_Kept]:
-    attention = config.attention
+def _attention(hidden: int, attention: AttentionConfig, sizes: _Sizes) -> list[_Kept]:
     kept = [
-        *sizes.norm("attention", config.hidden_size),
+        *sizes.norm("attention", hidden),
         _Kept(name="softmax sums", size=attention.num_attention_heads * FP32_BYTES),
     ]
     heads, element = attention.num_attention_heads, sizes.element

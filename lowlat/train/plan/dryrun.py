@@ -16,6 +16,7 @@ from lowlat.train.data.folder import TokenFolder
 from lowlat.train.inputs import base_config
 from lowlat.train.plan.flops import TokenFlops, token_flops
 from lowlat.train.plan.job import Job, Layout, Schedule, ZeroStage, check
+from lowlat.train.plan.learning import learning_memory, training_flops
 from lowlat.train.plan.memory import ACTIVATIONS, WORKING, Memory, device_memory
 from lowlat.train.plan.stages import cut, held
 from lowlat.train.recipe import Parallel, Phase, Recipe
@@ -47,6 +48,8 @@ class DryRun:
     """Input tokens of all phases."""
     flops: list[TokenFlops]
     """Per token, of each phase."""
+    trained_flops: list[float]
+    """Per token, of each phase: what is done of `flops` forward and backward, and by a teacher."""
     memory: Memory
     """Of a process in the phase that needs most; program and libraries not counted."""
     memory_bytes: int
@@ -68,9 +71,17 @@ class DryRun:
         return whole / REACHED[1], whole / REACHED[0]
 
 
-def dry_run(config: ModelConfig, recipe: Recipe, *, rate: float, memory_bytes: int) -> DryRun:
+def dry_run(
+    config: ModelConfig,
+    recipe: Recipe,
+    *,
+    rate: float,
+    memory_bytes: int,
+    teacher: ModelConfig | None = None,
+) -> DryRun:
     """The cost of `recipe` for `config`. rate: FLOP/s of products in the recipe's precision
-    (`rate.measure_gemm_rate`); memory_bytes: what a process may use (`utils.memory.memory_limit`).
+    (`rate.measure_gemm_rate`); memory_bytes: what a process may use (`utils.memory.memory_limit`);
+    teacher: the config of what is learned from.
 
     Raises UserError where the model cannot be divided as the recipe says.
     """
@@ -84,6 +95,8 @@ def dry_run(config: ModelConfig, recipe: Recipe, *, rate: float, memory_bytes: i
         bounds.append(bounds[-1] + phase.steps)
     tokens = [timetable.tokens_before(step) for step in bounds]
     count = count_parameters(config)
+    trained = [training_flops(config, recipe, phase, teacher) for phase in recipe.phase]
+    memories = [_memory(config, recipe, job, teacher) for job in jobs]
     return DryRun(
         parameters=count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0),
         active=count.active,
@@ -91,21 +104,24 @@ def dry_run(config: ModelConfig, recipe: Recipe, *, rate: float, memory_bytes: i
         steps=timetable.steps,
         tokens=timetable.tokens,
         flops=flops,
-        memory=max((_memory(config, recipe, job) for job in jobs), key=lambda memory: memory.total),
+        trained_flops=trained,
+        memory=max(memories, key=lambda memory: memory.total),
         memory_bytes=memory_bytes,
         total_flops=sum(
-            trained_share(recipe) * each.training * (after - before)
-            for each, (before, after) in zip(flops, pairwise(tokens), strict=True)
+            each * (after - before)
+            for each, (before, after) in zip(trained, pairwise(tokens), strict=True)
         ),
         rate=rate,
     )
 
 
-def require_fit(config: ModelConfig, recipe: Recipe, *, memory_bytes: int) -> Memory:
+def require_fit(
+    config: ModelConfig, recipe: Recipe, *, memory_bytes: int, teacher: ModelConfig | None = None
+) -> Memory:
     """The memory of a process; raises UserError naming the largest part and the remedy where
     `memory_bytes` are not enough.
     """
-    memories = [_memory(config, recipe, job_of(recipe, phase)) for phase in recipe.phase]
+    memories = [_memory(config, recipe, job_of(recipe, phase), teacher) for phase in recipe.phase]
     index = max(range(len(memories)), key=lambda place: memories[place].total)
     memory = memories[index]
     if _needed(memory) <= memory_bytes:
@@ -117,13 +133,6 @@ def require_fit(config: ModelConfig, recipe: Recipe, *, memory_bytes: int) -> Me
         f"{_gigabytes(memory.parts[memory.largest])} of {memory.largest}: "
         f"{_remedy(recipe, phase, memory)}"
     )
-
-
-def trained_share(recipe: Recipe) -> float:
-    """The share of a training's FLOPs that `recipe` does: with LoRA weights take no gradient, which
-    is a third; the updates' own products are not counted.
-    """
-    return 1.0 if recipe.lora is None else 2 / 3
 
 
 def job_of(recipe: Recipe, phase: Phase) -> Job:
@@ -196,16 +205,11 @@ def _needed(memory: Memory) -> float:
     return memory.total * ALLOCATOR + PROGRAM_BYTES
 
 
-def _memory(config: ModelConfig, recipe: Recipe, job: Job) -> Memory:
+def _memory(config: ModelConfig, recipe: Recipe, job: Job, teacher: ModelConfig | None) -> Memory:
     check(config, job)
     costs = (1.0,) * (config.num_hidden_layers + 1)
     memory = device_memory(config, job, held(cut(config, job.layout, costs), job.layout))
-    if recipe.lora is None:
-        return memory
-    # Weights stay, in the dtype of products; what updates take beside them is next to nothing.
-    weights = memory.parts["weights"] * (1.0 if recipe.precision == "fp32" else 0.5)
-    frozen = {"weights": weights, "gradients": 0.0, "optimiser": 0.0}
-    return replace(memory, parts=memory.parts | frozen)
+    return learning_memory(memory, config, recipe, job, teacher)
 
 
 def _remedy(recipe: Recipe, phase: Phase, memory: Memory) -> str:

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from lowlat.config.arithmetic import expert_parameters, mlp_parameters
-from lowlat.config.attention import GLAConfig, GQAConfig, GTAConfig, MLAConfig, TPAConfig
+from lowlat.config.attention import (
+    AttentionConfig,
+    GLAConfig,
+    GQAConfig,
+    GTAConfig,
+    MLAConfig,
+    TPAConfig,
+)
 from lowlat.config.model import ModelConfig
 from lowlat.train.plan.job import Recompute
 
@@ -114,13 +121,12 @@ def recomputed_work(
     if recompute == "layers":
         return layer_work(config, layer, sequence_length)
     if recompute == "selective":
-        return Work(products=2.0 * up_projections(config))
+        return Work(products=2.0 * up_projections(config.attention_of(layer)))
     return Work()
 
 
-def up_projections(config: ModelConfig) -> int:
+def up_projections(attention: AttentionConfig) -> int:
     """Parameters that make queries, keys and values from latents; none without latents."""
-    attention = config.attention
     match attention:
         case MLAConfig():
             latent = attention.kv_lora_rank
@@ -133,15 +139,14 @@ def up_projections(config: ModelConfig) -> int:
     return attention.num_attention_heads * (queries + latent * keys_values)
 
 
-def attention_products(config: ModelConfig) -> int:
+def attention_products(attention: AttentionConfig, hidden: int) -> int:
     """Multiply-adds of a token in one layer's projections: its matrices, no norms, no biases; with
     TPA also the products of its factors.
     """
-    attention, hidden = config.attention, config.hidden_size
     heads = attention.num_attention_heads
     queries = heads * attention.qk_head_dim
     outputs = heads * attention.v_head_dim
-    inner = up_projections(config)
+    inner = up_projections(attention)
     match attention:
         case MLAConfig() | GLAConfig():
             queries = attention.q_lora_rank or queries
@@ -165,11 +170,11 @@ def average_keys(sequence_length: int, window: int | None) -> float:
 
 
 def _layer_parts(config: ModelConfig, layer: int, sequence_length: int) -> dict[str, float]:
-    attention, moe = config.attention, config.moe
+    attention, moe = config.attention_of(layer), config.moe
     width = attention.qk_head_dim + attention.v_head_dim
     keys = average_keys(sequence_length, config.window(layer))
     parts = {
-        "attention": 2.0 * attention_products(config),
+        "attention": 2.0 * attention_products(attention, config.hidden_size),
         "scores": 2.0 * attention.num_attention_heads * width * keys,
     }
     if moe is None or not config.is_moe_layer(layer):

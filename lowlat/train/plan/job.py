@@ -120,7 +120,7 @@ class Job:
 def check(config: ModelConfig, job: Job) -> None:
     """Raise UserError where `config` cannot be divided as `job` says."""
     layout, moe = job.layout, config.moe
-    heads = config.attention.num_attention_heads
+    heads = config.num_attention_heads
     if isinstance(config.attention, GQAConfig | GTAConfig):
         heads = config.attention.num_key_value_heads
     experts = 1 if moe is None else moe.n_routed_experts

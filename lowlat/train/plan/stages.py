@@ -94,7 +94,8 @@ def device_parameters(config: ModelConfig, stages: list[Stage], layout: Layout) 
     divide routed experts.
     """
     moe, hidden, tp = config.moe, config.hidden_size, layout.tp
-    layers = sum(len(stage.all_layers(config)) for stage in stages)
+    numbers = [layer for stage in stages for layer in stage.all_layers(config)]
+    layers = len(numbers)
     sparse = sum(stage.moe_layers(config) for stage in stages)
     first, last = any(s.is_first for s in stages), any(s.is_last for s in stages)
     table = config.vocab_size * hidden / tp
@@ -104,7 +105,7 @@ def device_parameters(config: ModelConfig, stages: list[Stage], layout: Layout) 
     return {
         "embedding": table if needs_embedding else 0.0,
         "head": table if last and not config.tie_word_embeddings else 0.0,
-        "attention": layers * _attention(config, tp),
+        "attention": float(sum(_attention(config, layer, tp) for layer in numbers)),
         "dense MLP": (layers - sparse) * mlp_parameters(config, config.intermediate_size) / tp,
         "shared experts": 0.0 if moe is None else expert * moe.n_shared_experts,
         ROUTED: 0.0 if moe is None else expert * moe.n_routed_experts / layout.ep,
@@ -114,9 +115,9 @@ def device_parameters(config: ModelConfig, stages: list[Stage], layout: Layout) 
     }
 
 
-def _attention(config: ModelConfig, tp: int) -> float:
-    """One layer's attention on one of `tp` devices."""
-    attention, whole = config.attention, attention_parameters(config)
+def _attention(config: ModelConfig, layer: int, tp: int) -> float:
+    """The attention of `layer` on one of `tp` devices."""
+    attention, whole = config.attention_of(layer), attention_parameters(config, layer)
     if not isinstance(attention, MLAConfig | GLAConfig):
         return whole / tp
     rank = attention.q_lora_rank or 0

@@ -128,9 +128,11 @@ def _context(config: ModelConfig, job: Job, machine: Machine, stages: list[Stage
     gradients.
     """
     layout = job.layout
-    layers = sum(len(stage.all_layers(config)) for stage in stages) / layout.copies
-    rows = job.device_tokens * (layout.cp - 1) * job.micro_batches * layers
-    sent = 3 * rows * config.attention.row_dim * job.element_bytes
+    elements = sum(
+        config.attention_of(layer).row_dim for stage in stages for layer in stage.all_layers(config)
+    )
+    rows = job.device_tokens * (layout.cp - 1) * job.micro_batches
+    sent = 3 * rows * elements / layout.copies * job.element_bytes
     is_local = layout.cp * layout.tp <= machine.devices_per_node
     return Transfer(
         kind="context parallel",

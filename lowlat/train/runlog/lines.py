@@ -23,6 +23,8 @@ from lowlat.utils.errors import UserError
 
 _KINDS = {StartRecord: "start", StepRecord: "step", EvalRecord: "evaluation", NoteRecord: "note"}
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+OPTIONAL = ("divergence", "layer_error")
+"""Fields that lines leave out where they are not known."""
 _LOAD_DIGITS = 4
 """Significant digits kept of a load: all a picture shows, and a third of the bytes."""
 
@@ -58,7 +60,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, StartRecord | StepRecord | EvalRecord | NoteRecord | ExpertRecord):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        known = {field.name: getattr(value, field.name) for field in fields(value)}
+        return {n: plain(v) for n, v in known.items() if v is not None or n not in OPTIONAL}
     return value
 
 
@@ -84,11 +87,14 @@ Reader = Callable[[Any], Any]
 
 
 def _checked(raw: Mapping[str, Any], readers: Mapping[str, Reader]) -> dict[str, Any]:
-    """The fields of one record: exactly those of `readers`."""
-    if odd := sorted(raw.keys() ^ readers.keys()):
+    """The fields of one record: those of `readers`, of which only OPTIONAL ones may be missing."""
+    spared = {name for name in OPTIONAL if name in readers and name not in raw}
+    if odd := sorted((raw.keys() ^ readers.keys()) - spared):
         raise ValueError(f"'{odd[0]}' is {'unknown' if odd[0] in raw else 'missing'}")
     values = {}
     for name, reader in readers.items():
+        if name not in raw:
+            continue
         try:
             values[name] = reader(raw[name])
         except (TypeError, ValueError) as error:
@@ -151,7 +157,7 @@ _STEP: dict[str, Reader] = {
     "phase": _text,
     "tokens": _integer,
     "seconds": _number,
-    "loss": _number,
+    "loss": _number_or_none,
     "mtp_losses": _numbers,
     "z_loss": _number,
     "sequence_loss": _number,
@@ -162,6 +168,8 @@ _STEP: dict[str, Reader] = {
     "mfu": _number_or_none,
     "memory_bytes": _integer,
     "experts": _experts,
+    "divergence": _number_or_none,
+    "layer_error": _number_or_none,
 }
 _EVALUATION: dict[str, Reader] = {
     "step": _integer,
@@ -170,6 +178,7 @@ _EVALUATION: dict[str, Reader] = {
     "loss": _number,
     "bits_per_byte": _number_or_none,
     "mtp_losses": _numbers,
+    "divergence": _number_or_none,
 }
 _START: dict[str, Reader] = {
     "step": _integer,

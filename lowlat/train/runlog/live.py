@@ -106,7 +106,10 @@ def _progress(pace: Pace, waited: float, status: str, width: int) -> Table:
 def _losses(pace: Pace, last: StepRecord) -> Text:
     mtp = "".join(f"  mtp {loss:.3f}" for loss in last.mtp_losses)
     text = Text(no_wrap=True, overflow="ellipsis")
-    text.append("loss ").append(f"{pace.loss:.4f}", "bold").append(mtp)
+    for name, value in pace.figures.items():
+        text.append(f"{name} ").append(f"{value:.4f}  ", "bold")
+    text.rstrip()
+    text.append(mtp)
     if pace.evaluation is not None:
         at = f" at step {pace.evaluation.step:,}"
         text.append("  |  ").append(evaluation_text(pace.evaluation), "cyan").append(at)

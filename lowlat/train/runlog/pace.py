@@ -1,4 +1,4 @@
-"""How a run is getting on: its smoothed loss, how fast it is, and when it will be done.
+"""How a run is getting on: its smoothed figures, how fast it is, and when it will be done.
 
 Owns the arithmetic over the latest records, which the live view and the plain lines share.
 """
@@ -8,8 +8,10 @@ from typing import final
 
 from lowlat.train.runlog.record import EvalRecord, StartRecord, StepRecord
 
+FIGURES = {"loss": "loss", "divergence": "KL", "layer_error": "layers"}
+"""Fields of steps that are smoothed, and what people read."""
 _SMOOTHING = 0.9
-"""Weight of what came before in the smoothed loss; about ten steps are seen at once."""
+"""Weight of what came before in smoothed figures; about ten steps are seen at once."""
 _WINDOW_SECONDS = 600.0
 """The speed that the remaining time is told from: long enough to hold evaluations."""
 
@@ -24,23 +26,28 @@ class Pace:
         """The latest step."""
         self.evaluation: EvalRecord | None = None
         """The latest evaluation."""
-        self._mean = 0.0
-        self._weight = 0.0
+        self._means: dict[str, tuple[float, float]] = {}
         self._recent: deque[tuple[float, int]] = deque()
 
     def step(self, record: StepRecord) -> None:
         """Take the next step."""
         self.last = record
-        self._mean = _SMOOTHING * self._mean + (1 - _SMOOTHING) * record.loss
-        self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
+        for name in FIGURES:
+            value = getattr(record, name)
+            if value is None:
+                self._means.pop(name, None)
+            else:
+                mean, weight = self._means.get(name, (0.0, 0.0))
+                added = 1 - _SMOOTHING
+                self._means[name] = (_SMOOTHING * mean + added * value, _SMOOTHING * weight + added)
         self._recent.append((record.seconds, record.tokens))
         while len(self._recent) > 2 and record.seconds - self._recent[0][0] > _WINDOW_SECONDS:
             self._recent.popleft()
 
     @property
-    def loss(self) -> float:
-        """Mean loss that weighs recent steps more, nats per target; NaN before the first step."""
-        return self._mean / self._weight if self._weight else float("nan")
+    def figures(self) -> dict[str, float]:
+        """Of FIGURES those that the latest step had: means that weigh recent steps more."""
+        return {FIGURES[name]: mean / weight for name, (mean, weight) in self._means.items()}
 
     @property
     def tokens_per_second(self) -> float:

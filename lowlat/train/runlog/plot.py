@@ -16,6 +16,8 @@ from lowlat.train.runlog.plot_panels import (
     balance,
     bias,
     curve,
+    divergence,
+    is_taught,
     log_scale,
     losses,
 )
@@ -66,7 +68,8 @@ def draw(histories: dict[str, RunHistory], paths: list[Path]) -> None:
     runs = _runs(histories)
     maps = _chosen(load_maps(runs[0].history, runs[0].x)) if runs[0].alone else []
     with_experts = any(run.history.steps[-1].experts for run in runs)
-    rows = 4 if with_experts else 3
+    with_teacher = any(is_taught(run) for run in runs)
+    rows = 3 + with_experts + with_teacher
     map_rows = -(-len(maps) // _COLUMNS)
     with matplotlib.rc_context(_STYLE):
         size = (_WIDTH * _COLUMNS, _HEIGHT * (rows + map_rows))
@@ -75,6 +78,8 @@ def draw(histories: dict[str, RunHistory], paths: list[Path]) -> None:
         _panels(figure, grid, runs)
         if with_experts:
             _expert_panels(figure, grid, runs)
+        if with_teacher:
+            _teacher_panels(figure, grid[rows - 1, :], runs)
         if maps:
             places = [grid[rows + i // _COLUMNS, i % _COLUMNS] for i in range(len(maps))]
             draw_maps(figure, [figure.add_subplot(place) for place in places], maps)
@@ -138,6 +143,15 @@ def _expert_panels(figure: Any, grid: Any, runs: list[DrawnRun]) -> None:
     title = f"entropy of load / ln(experts){over}"
     balance(figure.add_subplot(grid[3, 1]), runs, title, lambda e: e.entropy)
     bias(figure.add_subplot(grid[3, 2]), runs)
+
+
+def _teacher_panels(figure: Any, row: Any, runs: list[DrawnRun]) -> None:
+    """The last row before the maps: how far from the teacher."""
+    halves = row.subgridspec(1, 2)
+    divergence(figure.add_subplot(halves[0]), runs)
+    layers = figure.add_subplot(halves[1])
+    curve(layers, runs, "relative squared error of layers", lambda s: s.layer_error, noisy=True)
+    log_scale(layers)
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lowlat.train.runlog.jsonl import RunHistory
-from lowlat.train.runlog.record import ExpertRecord, StepRecord
+from lowlat.train.runlog.record import EvalRecord, ExpertRecord, StepRecord
 from lowlat.train.runlog.series import Array, finite, medians, smoothed, thinned
 from lowlat.train.runlog.wording import tick
 
@@ -57,7 +57,7 @@ def losses(axes: Any, runs: list[DrawnRun]) -> None:
         axes.plot(x, faint, color=run.colour, **_FAINT)
         axes.plot(x, mean, color=run.colour, label=run.named("train"))
         means += _mtp_losses(axes, run)
-        _evaluations(axes, run)
+        _evaluations(axes, run, lambda e: e.loss)
     _finish(axes, runs, "loss, nats per token")
     _leave_out_the_fall(axes, means)
     if runs[0].alone:
@@ -87,6 +87,20 @@ def curve(
     if not any(np.isfinite(run.values(value)).any() for run in runs):
         axes.text(0.5, 0.5, "not known", ha="center", va="center", transform=axes.transAxes)
         axes.set_yticks([])
+
+
+def is_taught(run: DrawnRun) -> bool:
+    """Whether the run learns from a teacher."""
+    return any(s.divergence is not None or s.layer_error is not None for s in run.history.steps)
+
+
+def divergence(axes: Any, runs: list[DrawnRun]) -> None:
+    """KL from the teacher: of steps, and of evaluations as points."""
+    title = "KL from the teacher, nats per token"
+    curve(axes, runs, title, lambda s: s.divergence, noisy=True)
+    for run in runs:
+        _evaluations(axes, run, lambda e: e.divergence)
+    log_scale(axes)
 
 
 def log_scale(axes: Any) -> None:
@@ -159,12 +173,12 @@ def _mtp_losses(axes: Any, run: DrawnRun) -> list[Array]:
     return means
 
 
-def _evaluations(axes: Any, run: DrawnRun) -> None:
+def _evaluations(axes: Any, run: DrawnRun, value: Callable[[EvalRecord], float | None]) -> None:
     for place, split in enumerate(dict.fromkeys(e.split for e in run.history.evaluations)):
         records = [e for e in run.history.evaluations if e.split == split]
         axes.plot(
             [e.step if run.alone else e.tokens for e in records],
-            [e.loss for e in records],
+            finite([value(e) for e in records]),
             "-",
             marker="o^sD"[place % 4] if len(records) <= _MOST_MARKED_EVALUATIONS else "",
             color=COLOURS[1] if run.alone else run.colour,

@@ -39,10 +39,10 @@ class StepRecord:
     """Input tokens read so far by all steps."""
     seconds: float
     """Wall-clock seconds of steps and evaluations so far, summed over all runs of a folder."""
-    loss: float
-    """Main cross-entropy before the update, nats per target."""
+    loss: float | None
+    """Main cross-entropy before the update, nats per target; None in phases that match layers."""
     mtp_losses: tuple[float, ...]
-    """Cross-entropy of each MTP module, unweighted, nats per target."""
+    """Cross-entropy of each MTP module, unweighted, nats per target; empty where loss is None."""
     z_loss: float
     """The z-loss term as added to the loss; 0 where it is off."""
     sequence_loss: float
@@ -61,6 +61,10 @@ class StepRecord:
     """Largest memory used by one process so far: resident on the CPU, allocated on a GPU."""
     experts: tuple[ExpertRecord, ...]
     """One record per MoE layer, in order of layers; empty for a dense model."""
+    divergence: float | None = None
+    """With a teacher, forward KL from its next-token distribution, nats per target."""
+    layer_error: float | None = None
+    """In phases that match layers, their relative squared error, the mean of all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +83,8 @@ class EvalRecord:
     """loss as bits per byte of the text; None where the bytes are not known."""
     mtp_losses: tuple[float, ...]
     """Cross-entropy of each MTP module, nats per target."""
+    divergence: float | None = None
+    """With a teacher, forward KL from its next-token distribution, nats per target."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,7 +38,12 @@ def _course(runs: list[Summary]) -> list[Row]:
 
 def _losses(runs: list[Summary]) -> list[Row]:
     """Nats per target; those of an evaluation are of the one with the least main loss."""
-    rows = [("loss at the end", [f"{run['loss']:.4f}" for run in runs])]
+    rows = [("loss at the end", [_figure(run, "loss", ".4f") for run in runs])]
+    for name, key in (
+        ("  KL from the teacher", "divergence"),
+        ("  error of layers", "layer_error"),
+    ):
+        rows.append((name, [_figure(run, key, ".4f") for run in runs]))
     for depth in range(max(len(run["mtp_losses"]) for run in runs)):
         rows.append(
             (
@@ -51,6 +56,7 @@ def _losses(runs: list[Summary]) -> list[Row]:
         rows += [
             (f"best {split} loss", [_figure(e, "loss", ".4f") for e in best]),
             ("  bits per byte", [_figure(e, "bits_per_byte", ".4f") for e in best]),
+            ("  KL from the teacher", [_figure(e, "divergence", ".4f") for e in best]),
             ("  at step", [_figure(e, "step", ",") for e in best]),
         ]
         for depth in range(max(len(e["mtp_losses"]) if e else 0 for e in best)):
@@ -82,10 +88,10 @@ def _at(losses: list[float], depth: int) -> str:
     return f"{losses[depth]:.4f}" if depth < len(losses) else ""
 
 
-def _figure(evaluation: dict[str, Any] | None, name: str, form: str) -> str:
-    if evaluation is None or evaluation[name] is None:
+def _figure(figures: dict[str, Any] | None, name: str, form: str) -> str:
+    if figures is None or figures[name] is None:
         return ""
-    return format(evaluation[name], form)
+    return format(figures[name], form)
 
 
 def _violation(run: Summary, over: Callable[[list[float]], float]) -> str:

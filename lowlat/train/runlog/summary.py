@@ -21,9 +21,9 @@ _LAST_PART, _MOST_LAST_STEPS = 20, 100
 def summarise(history: RunHistory) -> Summary:
     """The figures of one run, which may still be going.
 
-    Keys say their units: losses in nats per target, `mfu` as a share, `seconds` of all runs of
-    the folder. `mean_of_steps` tells over how many last steps `loss`, `mtp_losses` and the
-    `last` of experts are means.
+    Keys say their units: losses and divergences in nats per target, `mfu` as a share, `seconds` of
+    all runs of the folder. `mean_of_steps` tells over how many last steps `loss`, `divergence`,
+    `layer_error`, `mtp_losses` and the `last` of experts are means; None is not known.
 
     Raises UserError if no step is done yet.
     """
@@ -49,7 +49,9 @@ def summarise(history: RunHistory) -> Summary:
         "tokens_total": start.tokens_total,
         "seconds": last.seconds,
         "mean_of_steps": window,
-        "loss": statistics.fmean(step.loss for step in ending),
+        "loss": _mean([step.loss for step in ending]),
+        "divergence": _mean([step.divergence for step in ending]),
+        "layer_error": _mean([step.layer_error for step in ending]),
         "mtp_losses": _column_means([step.mtp_losses for step in ending]),
         "evaluations": _evaluations(history.evaluations),
         "tokens_per_second": statistics.median(step.tokens_per_second for step in steps),
@@ -60,18 +62,25 @@ def summarise(history: RunHistory) -> Summary:
     }
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
 def _column_means(rows: Sequence[tuple[float, ...]]) -> list[float]:
     return [statistics.fmean(column) for column in zip(*rows, strict=False)]
 
 
 def _evaluations(records: Sequence[EvalRecord]) -> dict[str, Any]:
-    """Per split the best and the last evaluation."""
+    """Per split the first, the best and the last evaluation."""
     found = {}
     for split in dict.fromkeys(record.split for record in records):
         of_split = [record for record in records if record.split == split]
         # A loss that is not a number compares as false with all and could stand as the best.
         best = min(of_split, key=lambda record: (record.loss != record.loss, record.loss))
-        found[split] = {"best": _evaluation(best), "last": _evaluation(of_split[-1])}
+        places = {"first": of_split[0], "best": best, "last": of_split[-1]}
+        found[split] = {place: _evaluation(record) for place, record in places.items()}
     return found
 
 
@@ -81,6 +90,7 @@ def _evaluation(record: EvalRecord) -> dict[str, Any]:
         "loss": record.loss,
         "bits_per_byte": record.bits_per_byte,
         "mtp_losses": list(record.mtp_losses),
+        "divergence": record.divergence,
     }
 
 

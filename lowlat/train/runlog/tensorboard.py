@@ -73,6 +73,8 @@ class TensorBoardFiles:
                 add(f"bits_per_byte/{record.split}", record.bits_per_byte, record.step)
             for depth, loss in enumerate(record.mtp_losses, start=1):
                 add(f"loss/{record.split}_mtp_{depth}", loss, record.step)
+            if record.divergence is not None:
+                add(f"divergence/{record.split}", record.divergence, record.step)
 
     def close(self) -> None:
         """Further calls do nothing. Raises UserError as `step` does."""
@@ -105,7 +107,6 @@ class TensorBoardFiles:
 def _curves(record: StepRecord) -> dict[str, float]:
     """Names and values of the curves of a step; what is off or unknown has none."""
     curves = {
-        "loss/train": record.loss,
         "optimizer/learning_rate": record.learning_rate,
         "optimizer/grad_norm": record.grad_norm,
         "optimizer/batch_tokens": float(record.batch_tokens),
@@ -114,14 +115,19 @@ def _curves(record: StepRecord) -> dict[str, float]:
         "progress/tokens": float(record.tokens),
         "progress/hours": record.seconds / 3600,
     }
+    known = {
+        "loss/train": record.loss,
+        "divergence/train": record.divergence,
+        "divergence/layer_error": record.layer_error,
+        "speed/mfu": record.mfu,
+    }
+    curves |= {name: value for name, value in known.items() if value is not None}
     for depth, loss in enumerate(record.mtp_losses, start=1):
         curves[f"loss/train_mtp_{depth}"] = loss
     if record.z_loss:
         curves["loss/z"] = record.z_loss
     if record.sequence_loss:
         curves["loss/sequence_balance"] = record.sequence_loss
-    if record.mfu is not None:
-        curves["speed/mfu"] = record.mfu
     for layer in record.experts:
         curves[f"max_violation/layer_{layer.layer:02}"] = layer.max_violation
         curves[f"load_entropy/layer_{layer.layer:02}"] = layer.entropy

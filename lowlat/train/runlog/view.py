@@ -140,7 +140,7 @@ def line(pace: Pace) -> str:
         raise ValueError("no step is known yet")
     parts = [
         f"step {last.step:,}/{pace.start.total_steps:,}",
-        f"loss {pace.loss:.4f}",
+        *(f"{name} {value:.4f}" for name, value in pace.figures.items()),
         *(f"mtp {loss:.4f}" for loss in last.mtp_losses),
         f"lr {last.learning_rate:.2e}",
         f"grad {last.grad_norm:.2f}",
@@ -157,7 +157,8 @@ def evaluation_text(record: EvalRecord) -> str:
     """'held_out loss 3.3012 (1.021 bits/byte), mtp 3.6120'."""
     bits = "" if record.bits_per_byte is None else f" ({record.bits_per_byte:.3f} bits/byte)"
     mtp = "".join(f", mtp {loss:.4f}" for loss in record.mtp_losses)
-    return f"{record.split} loss {record.loss:.4f}{bits}{mtp}"
+    taught = "" if record.divergence is None else f", KL {record.divergence:.4f}"
+    return f"{record.split} loss {record.loss:.4f}{bits}{mtp}{taught}"
 
 
 def _worst(experts: tuple[ExpertRecord, ...]) -> str:

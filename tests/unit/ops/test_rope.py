@@ -73,15 +73,15 @@ def test_yarn_softmax_factor_of_released_models(rope: RopeConfig, factor: float)
     """Holds shut: YaRN's correction of the softmax scale left out, or applied once instead of
     squared.
     """
-    assert mla_model(rope).softmax_scale * math.sqrt(192) == pytest.approx(factor, abs=5e-4)
+    assert mla_model(rope).softmax_scale_of(0) * math.sqrt(192) == pytest.approx(factor, abs=5e-4)
 
 
 def test_yarn_softmax_factor_only_with_yarn() -> None:
-    assert mla_model(RopeConfig(rope_theta=1e4)).softmax_scale == pytest.approx(192**-0.5)
+    assert mla_model(RopeConfig(rope_theta=1e4)).softmax_scale_of(0) == pytest.approx(192**-0.5)
     # mscale alone belongs to cos and sin
-    assert mla_model(yarn(1.0, None)).softmax_scale == pytest.approx(192**-0.5)
+    assert mla_model(yarn(1.0, None)).softmax_scale_of(0) == pytest.approx(192**-0.5)
     gqa = GQAConfig(num_attention_heads=6, num_key_value_heads=2, head_dim=16)
-    assert model_with(gqa, V3_ROPE).softmax_scale == pytest.approx(0.25)
+    assert model_with(gqa, V3_ROPE).softmax_scale_of(0) == pytest.approx(0.25)
 
 
 def test_yarn_cos_and_sin_factor() -> None:

@@ -6,9 +6,10 @@ from itertools import pairwise
 
 import pytest
 
-from lowlat.study.plan import Plan, choose_arms, num_steps, to_toml
+from lowlat.study.plan import Plan, choose_arms, num_steps
 from lowlat.study.sizes import TINY, find_size
 from lowlat.train.recipe import parse_recipe
+from lowlat.train.recipe_text import to_toml
 from lowlat.train.schedule import Timetable
 from lowlat.utils.errors import UserError
 

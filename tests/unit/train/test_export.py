@@ -55,6 +55,66 @@ def test_a_finished_model(base: Path, tied: bool) -> None:
     assert tokenizer.encode("abc") == [97, 98, 99]
 
 
+LAYERS = {
+    "model_type": "lowlat",
+    "hidden_size": 14,
+    "intermediate_size": 19,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-6,
+    "num_nextn_predict_layers": 1,
+    "initializer_range": 0.2,
+    "attention": {
+        "form": "mla",
+        "num_attention_heads": 3,
+        "kv_lora_rank": [13, 5, 29],
+        "qk_nope_head_dim": [5, 0, 11],
+        "qk_rope_head_dim": [4, 10, 2],
+        "v_head_dim": 7,
+        "kv_a_layernorm": [True, False, True],
+    },
+    "rope": {
+        "rope_type": "longrope",
+        "rope_theta": [100.0, 30.0, 7.0],
+        "short_factor": [[1.0, 3.0], [1.0, 2.0, 5.0, 6.0, 9.0], [4.0]],
+        "long_factor": [[1.0, 3.0], [1.0, 2.0, 5.0, 6.0, 9.0], [4.0]],
+    },
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_layers_that_differ(base: Path, precision: str) -> None:
+    """Trained from a recipe, saved, resumed, exported: the weights bit by bit, the logits, and a
+    loss that falls; their rotary settings are no phase's to change.
+    """
+    wanted = runs.recipe(model=LAYERS, precision=precision)
+    runs.train(base / "run", wanted, 4)
+    log = runs.Notes()
+    with runs.opened(base / "run", wanted, log) as trainer:
+        outcome = trainer.run()
+        trained = trainer.model
+    assert log.begun_at == 4 and log.steps[-1].loss < log.steps[0].loss
+    assert outcome.model is not None
+    loaded = load_model(outcome.model, dtype="fp32")
+    assert loaded.config == trainer.config
+    assert [layer.self_attn.dims.kv_lora_rank for layer in loaded.model.layers] == [13, 5, 29]
+    stored = torch.float32 if precision == "fp32" else torch.bfloat16
+    parameters = dict(trained.named_parameters())
+    names = dict(loaded.model.named_parameters())
+    assert names.keys() == parameters.keys()
+    for name, tensor in parameters.items():
+        assert torch.equal(names[name], tensor.to(stored).float())
+    if precision == "fp32":
+        for found, expected in zip(logits(loaded.model), logits(trained), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    phases = runs.phases({}, {"rope": {"type": "yarn", "factor": 2.0}})
+    with (
+        pytest.raises(UserError, match="phase long: rope cannot say what each layer has"),
+        runs.opened(base / "other", runs.recipe(model=LAYERS, phase=phases)),
+    ):
+        pass
+
+
 def test_bf16_models_keep_routing_biases(base: Path) -> None:
     outcome, _ = runs.train(base / "run", runs.recipe(precision="bf16"))
     assert outcome.model is not None

@@ -133,6 +133,7 @@ def train(
     raw: dict[str, Any],
     *,
     start: Path | None = None,
+    teacher: Path | None = None,
     name: str = "run",
     kind: type[Trainer] = Trainer,
 ) -> Run:
@@ -146,7 +147,8 @@ def train(
             tensorboard_wanted=False,
         )
         with closing(log):
-            trainer = kind(recipe, run, log, base=folder, start=start, origin="r.toml")
+            files = {"start": start, "teacher": teacher}
+            trainer = kind(recipe, run, log, base=folder, origin="r.toml", **files)
             outcome = trainer.run()
     return Run(path=folder / name, outcome=outcome, trainer=trainer)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lowlat.config.model import MoEConfig
+from lowlat.config.model import MLAConfig, MoEConfig
 from lowlat.config.presets import load_preset
 from lowlat.train.plan.flops import average_keys, token_flops, up_projections
 from tests.fakes import gqa_config, mla_config
@@ -70,6 +70,19 @@ def test_experts_that_are_not_chosen_cost_nothing():
     assert many.parts["router"] == 2 * few.parts["router"]
 
 
+def test_layers_that_differ_are_counted_one_by_one():
+    """Half of what two layers of the one and two of the other cost."""
+    base = mla_config(model_type="lowlat", num_nextn_predict_layers=0)
+    assert isinstance(base.attention, MLAConfig)
+    wide = replace(base.attention, kv_lora_rank=97, qk_nope_head_dim=3, v_head_dim=13)
+    found, first, second = (
+        token_flops(replace(base, attention=attention), 9).parts
+        for attention in ((base.attention, wide), base.attention, wide)
+    )
+    for part in ("attention", "scores"):
+        assert found[part] == (first[part] + second[part]) / 2 and first[part] != second[part]
+
+
 def test_recomputation_is_executed_but_not_trained_on():
     config = mla_config()
     plain, selective, layers = (
@@ -77,6 +90,6 @@ def test_recomputation_is_executed_but_not_trained_on():
     )
     assert plain.training == selective.training == layers.training == plain.executed
     # Two decoder layers and two MTP modules.
-    assert selective.recomputed == 4 * 2 * up_projections(config)
+    assert selective.recomputed == 4 * 2 * up_projections(config.attention)
     main = sum(layers.parts[part] for part in ("attention", "scores", "dense MLP"))
     assert layers.recomputed == pytest.approx(2 * main)

@@ -39,6 +39,16 @@ SPARSE = mla_config(attention=LATENT, moe=MIXTURE, num_nextn_predict_layers=0, *
 DENSE = gqa_config(
     attention=GQAConfig(num_attention_heads=6, num_key_value_heads=2, head_dim=16), **WIDE
 )
+LAYERS = replace(
+    SPARSE,
+    moe=None,
+    model_type="lowlat",
+    attention=(
+        LATENT,
+        replace(LATENT, kv_lora_rank=167, qk_nope_head_dim=56),
+        replace(LATENT, kv_lora_rank=11, q_lora_rank=None, qk_rope_head_dim=14),
+    ),
+)
 
 
 def kept_bytes(model: nn.Module, hidden: Tensor, lengths: list[int]) -> int:
@@ -57,15 +67,15 @@ def kept_bytes(model: nn.Module, hidden: Tensor, lengths: list[int]) -> int:
 
     attention = FlashAttention(lengths)
     assert isinstance(model, Transformer)
-    rope = model.rotary(attention.positions())
+    tables = model.rotary(attention.positions())
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        for layer in model.layers:
-            hidden = layer(hidden, rope, attention)
+        for number, layer in enumerate(model.layers):
+            hidden = layer(hidden, model.rotary.of(number, tables), attention)
     return sum(size for size, _ in sizes.values())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("config", [SPARSE, DENSE], ids=["sparse", "dense"])
+@pytest.mark.parametrize("config", [SPARSE, DENSE, LAYERS], ids=["sparse", "dense", "layers"])
 def test_activations_are_what_autograd_keeps(
     config: ModelConfig, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ):

@@ -4,11 +4,12 @@ from itertools import combinations
 
 import pytest
 
-from lowlat.config.arithmetic import count_parameters
+from lowlat.config.arithmetic import attention_parameters, count_parameters
 from lowlat.config.presets import load_preset
 from lowlat.train.plan.job import Layout
 from lowlat.train.plan.stages import ROUTED, Stage, cut, device_parameters, held
 from tests.fakes import gqa_config
+from tests.lowlat_configs import LAYERS
 
 V3 = load_preset("deepseek-v3")
 
@@ -60,6 +61,19 @@ def test_the_devices_of_a_pipeline_hold_the_model_once(schedule: str):
     # The MTP module needs the embedding too, unless its device has the first stage.
     copies = 0 if schedule == "dualpipev" else count.embedding
     assert total == own + copies
+
+
+def test_layers_that_differ_are_held_where_they_lie():
+    config = LAYERS["all"]
+    layout = Layout(pp=2)
+    first, second = (
+        device_parameters(config, stages, layout)
+        for stages in held(cut(config, layout, (1.0,) * 5), layout)
+    )
+    numbers = [attention_parameters(config, layer) for layer in range(5)]
+    held_first = round(first["attention"])
+    assert held_first in (sum(numbers[:2]), sum(numbers[:3]))
+    assert held_first + second["attention"] == sum(numbers)
 
 
 def test_dualpipe_holds_it_twice():

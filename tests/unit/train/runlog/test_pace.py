@@ -11,12 +11,24 @@ from train.runlog.records import start, step
 
 def test_loss_is_a_mean_that_forgets() -> None:
     pace = Pace(start())
-    assert math.isnan(pace.loss)
+    assert pace.figures == {}
     pace.step(step(1, loss=4.0))
-    assert pace.loss == pytest.approx(4.0)  # not pulled towards zero
+    assert pace.figures == {"loss": pytest.approx(4.0)}  # not pulled towards zero
     for number in range(2, 102):
         pace.step(step(number, loss=2.0))
-    assert pace.loss == pytest.approx(2.0, abs=1e-3)
+    assert pace.figures == {"loss": pytest.approx(2.0, abs=1e-3)}
+
+
+def test_figures_are_those_of_the_latest_step() -> None:
+    """A phase that matches layers knows no loss, one that matches distributions no error of
+    layers: what came before must not stay on the screen.
+    """
+    pace = Pace(start())
+    pace.step(step(1, loss=None, layer_error=0.5))
+    pace.step(step(2, loss=None, layer_error=0.5))
+    assert pace.figures == {"layers": pytest.approx(0.5)}
+    pace.step(step(3, loss=3.0, divergence=0.25))
+    assert pace.figures == {"loss": pytest.approx(3.0), "KL": pytest.approx(0.25)}
 
 
 def test_time_left_follows_tokens_and_pauses() -> None:

@@ -20,6 +20,9 @@ LAYER = layer(11, [1, 3], bias=(-0.1, 1 / 3))
         step(3, experts=(LAYER, LAYER)),
         step(3, mfu=None, mtp_losses=(), loss=0.1 + 0.2, experts=()),
         step(7, grad_norm=math.inf, learning_rate=-math.inf, experts=()),
+        step(3, divergence=0.25, experts=()),
+        step(3, loss=None, mtp_losses=(), layer_error=0.5, experts=()),
+        evaluation(3, divergence=0.0),
         evaluation(3),
         evaluation(3, bits_per_byte=None, split="dérivé"),
         NoteRecord(step=2, text='a "note"\u2028'),
@@ -29,6 +32,12 @@ def test_lines_give_back_the_record(record: Record) -> None:
     line = encode(record)
     assert line.endswith(b"\n") and line.count(b"\n") == 1
     assert decode(line, "x") == record
+
+
+def test_lines_without_a_teacher_know_nothing_of_one() -> None:
+    """Logs of runs that have none stay readable by and for versions that knew of none."""
+    for record in (step(3), evaluation(3)):
+        assert not {"divergence", "layer_error"} & json.loads(encode(record)).keys()
 
 
 def test_not_finite_is_strict_json() -> None:

@@ -55,6 +55,7 @@ def test_figures_of_a_run() -> None:
         "loss": 2.0,
         "bits_per_byte": 1.0,
         "mtp_losses": [3.5],
+        "divergence": None,
     }
     assert summary["evaluations"]["held_out"]["last"]["step"] == 59
     assert summary["evaluations"]["train"]["best"]["loss"] == 1.0

@@ -1,0 +1,117 @@
+"""Divergence of a head's logits from a teacher's, in pieces as `cross_entropy` has them: neither
+matrix of logits is ever whole.
+
+Owns the loss of distillation: forward KL, sum p (log p - log q), whose gradient by the student's
+logits is q - p, with p the teacher's and q the student's next-token distribution.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lowlat.ops.cross_entropy import head_gradients, scaled_gradients
+from lowlat.ops.norm import accumulation_dtype
+
+BLOCK_ELEMENTS = 2**18
+"""Logits whose distributions are worked out at once: 1 MiB in fp32, which caches hold."""
+
+
+class Divergence(NamedTuple):
+    """Sums over the rows that count."""
+
+    total: Float[Tensor, ""]
+    """kl + nll_weight * nll: what is differentiated."""
+    kl: Float[Tensor, ""]
+    """Divergences of the student's distributions from the teacher's, nats."""
+    nll: Float[Tensor, ""]
+    """Negative log-likelihoods of the targets under the student, nats."""
+
+
+def linear_divergence(
+    hidden: Float[Tensor, "tokens hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    teacher_hidden: Float[Tensor, "tokens teacher_hidden"],
+    teacher_weight: Float[Tensor, "vocab teacher_hidden"],
+    targets: Int[Tensor, "tokens"],
+    counted: Bool[Tensor, "tokens"],
+    *,
+    nll_weight: float = 0.0,
+) -> Divergence:
+    """KL(softmax(teacher_hidden V^T) || softmax(hidden W^T)) over the rows `counted`, and
+    nll_weight times the cross entropy of `targets` there. The teacher takes no gradient.
+
+    Products have the dtypes of the hidden states; logits, softmax and sums are fp32 (fp64 for fp64
+    inputs).
+    """
+    if not torch.is_grad_enabled():  # which a function's needs_input_grad does not know
+        hidden, weight = hidden.detach(), weight.detach()
+    taught = teacher_hidden.detach(), teacher_weight.detach()
+    total, kl, nll = _LinearDivergence.apply(hidden, weight, *taught, targets, counted, nll_weight)  # pyright: ignore[reportGeneralTypeIssues]
+    return Divergence(total, kl, nll)
+
+
+class _LinearDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        targets: Tensor,
+        counted: Tensor,
+        nll_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needed = ctx.needs_input_grad[:2]
+        teacher_matrix = teacher_weight.to(teacher_hidden.dtype)
+        kept = counted.to(accumulation_dtype(hidden.dtype))
+        sums = kept.new_zeros(2)
+
+        def gradient(rows: slice, logits: Tensor) -> Tensor:
+            taught = teacher_hidden[rows] @ teacher_matrix.T
+            block = max(1, BLOCK_ELEMENTS // logits.shape[1])
+            parts = (x.split(block) for x in (logits, taught, targets[rows], kept[rows]))
+            for q, p, target, keep in zip(*parts, strict=True):
+                sums.add_(_block(q, p, target, keep, nll_weight, any(needed)))
+            return logits
+
+        gradients = head_gradients(hidden, weight, needed, gradient)
+        ctx.save_for_backward(*gradients)
+        ctx.weight_dtype = weight.dtype
+        kl, nll = sums.unbind()
+        ctx.mark_non_differentiable(kl, nll)
+        return kl + nll_weight * nll, kl, nll
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor, _kl: Tensor | None, _nll: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return *scaled_gradients(ctx, grad), None, None, None, None, None
+
+
+def _block(
+    logits: Tensor,
+    taught: Tensor,
+    targets: Tensor,
+    kept: Tensor,
+    nll_weight: float,
+    wants_gradient: bool,
+) -> Tensor:
+    """KL and nll of some rows; with `wants_gradient`, `logits` become the gradient by them of
+    kl + nll_weight * nll.
+    """
+    log_q = torch.log_softmax(logits, dim=1, dtype=kept.dtype)
+    log_p = torch.log_softmax(taught, dim=1, dtype=kept.dtype)
+    nll = -log_q.gather(1, targets[:, None])[:, 0]
+    surplus = log_p - log_q
+    p = log_p.exp_()
+    kl = torch.bmm(p[:, None], surplus[:, :, None]).flatten()  # one pass, as vecdot's is not
+    if wants_gradient:
+        grad = torch.sub(log_q.exp_(), p, out=p)
+        if nll_weight:
+            grad.add_(log_q, alpha=nll_weight)
+            grad.scatter_add_(1, targets[:, None], grad.new_full((len(grad), 1), -nll_weight))
+        logits.copy_(grad.mul_(kept[:, None]))
+    return torch.stack([kl @ kept, nll @ kept])

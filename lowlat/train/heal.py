@@ -1,0 +1,192 @@
+"""Healing: a converted model distilled against the one it was made from, in one call.
+
+Owns the recipe that suits it and what is told afterwards; the training is `trainer`'s, so called
+again with the same arguments it goes on from its last save, or returns what is done.
+"""
+
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lowlat.train.data.folder import TokenFolder
+from lowlat.train.recipe import parse_recipe
+from lowlat.train.recipe_text import to_toml
+from lowlat.train.runlog.jsonl import read_log
+from lowlat.train.runlog.record import EvalRecord
+from lowlat.train.runlog.runlog import FolderRunLog
+from lowlat.train.runlog.view import make_view
+from lowlat.train.saves.run_folder import RunFolder
+from lowlat.train.trainer import Trainer
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress
+
+SEQUENCE_LENGTH = 1024
+"""Tokens of a row: what was cut from rotary parts shows at long distances."""
+BATCHES = ((400_000, 2048), (2**63, 4096))
+"""Budgets in tokens, up to which a step reads so many: small budgets need their steps."""
+LEARNING_RATE = 3e-4
+"""Peak, for models of a few hundred million parameters; Muon's updates are as large as AdamW's. In
+steps of 512 tokens SmolLM2-135M with a latent cut by half mends at 2e-4 and comes apart at 1e-3.
+"""
+WARM_UP, END = 0.05, 0.05
+"""Share of the steps that warms up; share of the peak that the cosine ends at."""
+EVALUATIONS, EVALUATED_TOKENS = 4, 16_384
+"""During a healing beside that before it, and held-out tokens of each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Healing:
+    """How to heal; the defaults suit SmolLM2-135M on two cores."""
+
+    tokens: int
+    """Training tokens to read, rounded to whole steps."""
+    sequence_length: int = SEQUENCE_LENGTH
+    batch_tokens: int | None = None
+    """Tokens of a step; by BATCHES unless given."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float | None = None
+    """Peak; LEARNING_RATE unless given."""
+    layer_share: float = 0.0
+    """Share of the steps that match layer by layer before the rest matches distributions."""
+    cross_entropy: float = 0.0
+    """Weight of the ordinary loss."""
+    trainable: Literal["all", "attention"] = "attention"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    device: str = "cpu"
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Healed:
+    """What came of it."""
+
+    model: Path
+    """The healed model in the Hugging Face layout."""
+    before: EvalRecord
+    """Held-out loss and divergence before the first step."""
+    after: EvalRecord
+    """The same after the last."""
+    tokens: int
+    """Training tokens read."""
+    seconds: float
+    """Of steps and evaluations, over all calls."""
+
+
+def healing_recipe(student: Path, teacher: Path, tokens: Path, healing: Healing) -> dict[str, Any]:
+    """The raw recipe of `heal`; all paths are absolute in it."""
+    length = healing.sequence_length
+    step_tokens = healing.batch_tokens or next(t for most, t in BATCHES if healing.tokens <= most)
+    rows = max(1, round(step_tokens / length))
+    steps = max(1, round(healing.tokens / (rows * length)))
+    layers = round(healing.layer_share * steps)
+    peak = healing.learning_rate or LEARNING_RATE
+    phases = [("layers", "attention", layers), ("heal", "logits", steps - layers)]
+    return {
+        "name": "heal",
+        "seed": healing.seed,
+        "start": str(student.absolute()),
+        "precision": healing.precision,
+        "device": healing.device,
+        "trainable": healing.trainable,
+        "distillation": {
+            "teacher": str(teacher.absolute()),
+            "cross_entropy": healing.cross_entropy,
+        },
+        "data": {"folder": str(tokens.absolute())},
+        "optimizer": {"name": healing.optimizer, "weight_decay": 0.0},
+        "phase": [
+            {
+                "name": name,
+                "match": match,
+                "steps": count,
+                "sequence_length": length,
+                "batch_rows": rows,
+                "micro_batch_rows": 2 - rows % 2,
+                "learning_rate": _schedule(peak, count),
+                "bias_update_speed": 0.0,
+            }
+            for name, match, count in phases
+            if count
+        ],
+        "saves": {"every_steps": max(1, min(50, steps // 4))},
+        "evaluation": {
+            "every_steps": max(1, -(-steps // EVALUATIONS)),
+            "rows": max(1, EVALUATED_TOKENS // length),
+        },
+    }
+
+
+def heal(
+    student: Path,
+    teacher: Path,
+    tokens: Path,
+    out: Path,
+    healing: Healing,
+    *,
+    quiet: bool = False,
+    progress: Progress | None = None,
+) -> Healed:
+    """Train the checkpoint `student` to say what the checkpoint `teacher` says (folders or .gguf
+    files), on the token folder `tokens`, in the run's folder `out`.
+
+    Raises UserError as the trainer, where `tokens` holds nothing out to measure on, and where `out`
+    holds a run with other arguments; KeyboardInterrupt after a save where the run was asked to stop
+    by SIGINT or SIGTERM.
+    """
+    _check(tokens, healing)
+    raw = healing_recipe(student, teacher, tokens, healing)
+    recipe = parse_recipe(raw, origin="healing")
+    with RunFolder(out) as run:
+        log = FolderRunLog(
+            log=run.log,
+            tensorboard_folder=run.tensorboard,
+            view=make_view(quiet=quiet),
+            tensorboard_wanted=False,
+        )
+        with closing(log):
+            trainer = Trainer(
+                recipe,
+                run,
+                log,
+                base=Path("/"),
+                start=student,
+                teacher=teacher,
+                origin="healing",
+                progress=progress,
+            )
+            run.keep_recipe(to_toml(raw))
+            outcome = trainer.run()
+    if outcome.model is None:
+        raise KeyboardInterrupt
+    history = read_log(run.log)
+    return Healed(
+        model=outcome.model,
+        before=history.evaluations[0],
+        after=history.evaluations[-1],
+        tokens=history.steps[-1].tokens,
+        seconds=history.steps[-1].seconds,
+    )
+
+
+def _check(tokens: Path, healing: Healing) -> None:
+    folder, least = TokenFolder.open(tokens), healing.sequence_length + 1
+    if folder.num_tokens("held_out") < least:
+        raise UserError(
+            f"{tokens}: holds {folder.num_tokens('held_out')} held-out tokens, and healing is "
+            f"measured on {least} at least; build it again with more documents held out"
+        )
+    if healing.tokens < healing.sequence_length:
+        raise UserError(
+            f"healing on {healing.tokens} tokens is less than a row of {healing.sequence_length}; "
+            "ask for more"
+        )
+    if not 0 <= healing.layer_share <= 1:
+        raise UserError(f"the share of layer by layer, {healing.layer_share}, must be 0 to 1")
+
+
+def _schedule(peak: float, steps: int) -> list[dict[str, Any]]:
+    """Warm-up, then a cosine."""
+    warm = max(1, round(WARM_UP * steps))
+    falls = [] if warm == steps else [{"to": END * peak, "shape": "cosine"}]
+    return [{"to": peak, "steps": warm}, *falls]

@@ -1,0 +1,85 @@
+"""What a recipe saves by weights that stay and spends on a teacher, in FLOPs and bytes.
+
+Owns the difference from a training of every weight alone, which is `flops`'s and `memory`'s.
+"""
+
+from dataclasses import replace
+
+from lowlat.config.arithmetic import count_parameters
+from lowlat.config.model import ModelConfig
+from lowlat.train.plan.activations import FP32_BYTES, all_bytes
+from lowlat.train.plan.flops import LAYER_PARTS, token_flops
+from lowlat.train.plan.job import Job
+from lowlat.train.plan.memory import ACTIVATIONS, WEIGHTS, Memory, moment_bytes, shares
+from lowlat.train.recipe import Phase, Recipe
+
+ATTENTION = ("attention", "scores")
+"""Parts of FLOPs that are attention's."""
+PASSED = {"attention": ATTENTION, "layers": LAYER_PARTS}
+"""What matching layer by layer computes of the model; distributions need everything."""
+INPUTS_OF_MLPS = ("MLP norm", "MLP SwiGLU", "shared experts' SwiGLU")
+"""Activations that only gradients of MLPs' weights read."""
+
+
+def training_flops(
+    config: ModelConfig, recipe: Recipe, phase: Phase, teacher: ModelConfig | None
+) -> float:
+    """FLOPs of training on a token in `phase`, nothing of it done again, the teacher's forward pass
+    included. A weight that stays saves the product that its gradient is; MTP modules count as if
+    all of theirs did, updates of LoRA as nothing.
+    """
+    length = phase.sequence_length
+    parts = token_flops(config, length).parts
+    passed = PASSED.get(phase.match, tuple(parts))
+    moved = ATTENTION if recipe.trainable == "attention" else () if recipe.lora else tuple(parts)
+    own = sum(
+        flops * (3.0 if part in moved else 2.0) for part, flops in parts.items() if part in passed
+    )
+    return own + (0.0 if teacher is None else _teacher_flops(teacher, phase))
+
+
+def _teacher_flops(teacher: ModelConfig, phase: Phase) -> float:
+    """Of its forward pass without MTP modules; without its head where layers are matched."""
+    parts = token_flops(teacher, phase.sequence_length).parts
+    return sum(flops for part, flops in parts.items() if part in (*LAYER_PARTS, *_head(phase)))
+
+
+def _head(phase: Phase) -> tuple[str, ...]:
+    return ("head",) if phase.match == "logits" else ()
+
+
+def learning_memory(
+    memory: Memory, config: ModelConfig, recipe: Recipe, job: Job, teacher: ModelConfig | None
+) -> Memory:
+    """`memory`, which is that of a training of every weight of `config` alone, as `recipe` needs
+    it.
+    """
+    parts, activations = dict(memory.parts), memory.activations
+    if recipe.lora is not None:
+        # Weights stay, in the dtype of products; what updates take beside them is next to nothing.
+        weights = parts[WEIGHTS] * (1.0 if recipe.precision == "fp32" else 0.5)
+        parts |= {WEIGHTS: weights, "gradients": 0.0, "optimiser": 0.0}
+    elif recipe.trainable == "attention":
+        moved = memory.parameters["attention"] / shares(job.layout, "attention")[1]
+        parts["gradients"] = FP32_BYTES * moved
+        parts["optimiser"] = moment_bytes(job, "attention") * moved
+        parts["loss"] -= _head_gradient(config)
+        activations = {k: v for k, v in activations.items() if k not in INPUTS_OF_MLPS}
+        parts[ACTIVATIONS] = sum(activations.values())
+    if teacher is not None:
+        parts["teacher"] = _teacher_bytes(teacher, recipe, job)
+    return replace(memory, parts=parts, activations=activations)
+
+
+def _head_gradient(config: ModelConfig) -> float:
+    """The part of the loss that a head which stays does not need, MTP modules' included."""
+    heads = 1 + config.num_nextn_predict_layers
+    return float(heads * FP32_BYTES * config.vocab_size * config.hidden_size)
+
+
+def _teacher_bytes(teacher: ModelConfig, recipe: Recipe, job: Job) -> float:
+    """Weights in the dtype of products, and what its largest layer makes on the way."""
+    size = FP32_BYTES if recipe.precision == "fp32" else 2
+    layers = range(teacher.num_hidden_layers)
+    widest = max(sum(all_bytes(teacher, layer, job, selective=False).values()) for layer in layers)
+    return size * count_parameters(teacher).total + widest * job.device_tokens

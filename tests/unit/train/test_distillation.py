@@ -1,0 +1,386 @@
+"""Learning from a teacher: what is measured and moved, exact resumption, refusals."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowlat.attention.flash import FlashAttention
+from lowlat.checkpoint.load import load_model
+from lowlat.checkpoint.save import save_model
+from lowlat.model.transformer import Transformer
+from lowlat.train.batch import Batch
+from lowlat.train.data.folder import TokenFolder
+from lowlat.train.data.windows import Windows
+from lowlat.train.loss import batch_loss, count_targets
+from lowlat.train.recipe import parse_recipe
+from lowlat.train.teacher import Teacher
+from lowlat.utils.errors import UserError
+
+from . import healing, tuning
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("healing")
+    healing.models(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """The models and tokens, and room for runs."""
+    for entry in made.iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    return tmp_path
+
+
+def loaded(path: Path, dtype: torch.dtype = torch.float64) -> Transformer:
+    return load_model(path, dtype=str(dtype).removeprefix("torch.").replace("float", "fp")).model
+
+
+def held_out(folder: Path, rows: int = 4) -> Batch:
+    windows = Windows(
+        TokenFolder.open(folder / "tokens"),
+        split="held_out",
+        sequence_length=31,
+        num_ahead=1,
+        seed=0,
+        document_masks=True,
+        fim_rate=0.0,
+    )
+    return windows.batch(0, min(rows, windows.per_epoch))
+
+
+def whole_logits(model: Transformer, batch: Batch) -> Tensor:
+    attention = FlashAttention(batch.lengths(1))
+    length = batch.sequence_length(1)
+    positions = attention.positions()
+    hidden = model(batch.tokens[:, :length].flatten(), positions, attention)
+    return model.logits(hidden)
+
+
+def divergence(folder: Path, name: str, batch: Batch) -> Tensor:
+    """Mean KL over the targets of `batch` by whole logits, in fp64."""
+    taught = whole_logits(loaded(folder / "teacher"), batch).log_softmax(1)
+    own = whole_logits(loaded(folder / name), batch).log_softmax(1)
+    kept = batch.predicted[:, 1:].flatten()
+    return (taught.exp() * (taught - own)).sum(1)[kept].mean()
+
+
+def test_an_exact_student_diverges_by_rounding(folder: Path) -> None:
+    """The converted model is the teacher: there is nothing to learn."""
+    run = healing.heal(folder, healing.raw({"steps": 1}, start="student"))
+    found = [run.records(kind)[0]["divergence"] for kind in ("step", "evaluation")]
+    assert max(map(abs, found)) < 1e-6
+    assert run.records("step")[0]["grad_norm"] < 1e-4
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_a_damaged_student_heals(folder: Path, optimiser: str) -> None:
+    """Held-out KL falls, to what the exported model really has; what was measured before the first
+    step is that of the start.
+    """
+    table = {"name": optimiser, "weight_decay": 0.0}
+    rate = {"learning_rate": 2e-3, "steps": 20}
+    recipe = healing.raw(rate, optimizer=table, evaluation={"every_steps": 50, "rows": 4})
+    run = healing.heal(folder, recipe)
+    first, last = run.records("evaluation")
+    batch = held_out(folder)
+    assert (first["step"], last["step"]) == (0, 20)
+    before = divergence(folder, "damaged", batch)
+    after = divergence(folder, "run/model", batch)
+    assert first["divergence"] == pytest.approx(before.item(), rel=1e-3)
+    assert last["divergence"] == pytest.approx(after.item(), rel=1e-3)
+    assert after < 0.5 * before
+    assert run.records("step")[-1]["divergence"] < 0.5 * run.records("step")[0]["divergence"]
+
+
+def test_only_attention_moves(folder: Path) -> None:
+    """Frozen parameters take no gradient and no state of the optimiser, keep every bit, and are in
+    saves and exports all the same.
+    """
+    run = healing.heal(folder, healing.raw({"steps": 2}))
+    start, end = tuning.loaded(folder / "damaged"), tuning.loaded(run.path / "model")
+    moved = set(tuning.changed(start, end))
+    own = {name for name in start if ".self_attn." in name}
+    assert moved == own
+    saved = run.saved()
+    assert {name.removeprefix("model.") for name in saved if name.startswith("model.")} == {*start}
+    with_state = {n.removeprefix("optimizer.exp_avg.") for n in saved if ".exp_avg." in n}
+    assert with_state == own
+    frozen = [p for n, p in run.trainer.model.named_parameters() if n not in own]
+    assert all(p.grad is None and not p.requires_grad for p in frozen)
+
+
+def test_attention_alone_without_a_teacher(folder: Path) -> None:
+    recipe = healing.raw({"steps": 2})
+    del recipe["distillation"]
+    run = healing.heal(folder, recipe, teacher=None)
+    start, end = tuning.loaded(folder / "damaged"), tuning.loaded(run.path / "model")
+    assert {name for name in start if ".self_attn." in name} == set(tuning.changed(start, end))
+    assert "divergence" not in run.records("step")[0]
+
+
+def test_biases_of_attention_move_and_its_norms_do_not(tmp_path: Path) -> None:
+    """A DeepSeek with latent norms and biases; MTP modules have attention as well."""
+    from dataclasses import replace
+
+    plain = tuning.config(moe=None)
+    attention = replace(plain.attention, attention_bias=True)  # pyright: ignore[reportArgumentType]
+    config = replace(plain, attention=attention)
+    tuning.checkpoint(tmp_path / "base", config)
+    tuning.chats(tmp_path / "tokens")
+    recipe = tuning.raw_recipe(start="base", trainable="attention")
+    run = tuning.train(tmp_path, recipe, start=tmp_path / "base")
+    moved = tuning.changed(tuning.loaded(tmp_path / "base"), tuning.loaded(run.path / "model"))
+    assert any(name.endswith("bias") for name in moved)
+    assert any(name.startswith("mtp.0.block.self_attn") for name in moved)
+    assert all(".self_attn." in name and "norm" not in name for name in moved)
+
+
+@pytest.mark.parametrize("stopped", [3, 5])
+@pytest.mark.parametrize("match", ["logits", "attention", "layers"])
+def test_a_stopped_run_goes_on_exactly(folder: Path, match: str, stopped: int) -> None:
+    """Bit for bit, within a phase that matches layers and between that and the next."""
+    phases = ({"steps": 5, "match": match}, {"name": "more", "steps": 4, "learning_rate": 1e-3})
+    recipe = healing.raw(*phases, saves={"every_steps": 1, "keep_last": 20}, trainable="all")
+    given = {"start": folder / "damaged", "teacher": folder / "teacher"}
+    whole = healing.heal(folder, recipe, name="whole")
+    tuning.stop_after(stopped, folder, recipe, name="parts", **given)
+    parts = healing.heal(folder, recipe, name="parts")
+    tuning.assert_same(parts.saved(), whole.saved())
+    assert whole.records("step")[-1]["divergence"] == parts.records("step")[-1]["divergence"]
+
+
+@pytest.mark.parametrize("match", ["attention", "layers"])
+def test_layers_learn_from_the_teachers_own_inputs(folder: Path, match: str) -> None:
+    """The error falls, as does the divergence of a model that had no gradient from it; steps know
+    no loss.
+    """
+    rate = {"learning_rate": 2e-3, "steps": 25, "match": match}
+    evaluation = {"every_steps": 50, "rows": 4}
+    run = healing.heal(folder, healing.raw(rate, evaluation=evaluation))
+    steps, (first, last) = run.records("step"), run.records("evaluation")
+    assert all(step["loss"] is None and step["mtp_losses"] == [] for step in steps)
+    assert steps[-1]["layer_error"] < 0.5 * steps[0]["layer_error"]
+    assert last["divergence"] < 0.5 * first["divergence"]
+    assert last["loss"] != first["loss"]
+
+
+def layer_errors(folder: Path, batch: Batch, match: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean error of layers by definition, in fp64, and its gradients."""
+    teacher, model = loaded(folder / "teacher"), loaded(folder / "damaged")
+    attention = FlashAttention(batch.lengths(1))
+    positions = attention.positions()
+    x = teacher.embed_tokens(batch.tokens[:, :31].flatten())
+    ropes = [each.rotary.of(0, each.rotary(positions)) for each in (teacher, model)]
+    weights = batch.predicted[:, 1:].sum(1) / batch.predicted[:, 1:].sum()
+    total = torch.zeros((), dtype=torch.float64)
+    for layer, other in zip(model.layers, teacher.layers, strict=True):
+        with torch.no_grad():
+            after = other(x, ropes[0], attention)
+            wanted = other.self_attn(other.input_layernorm(x), ropes[0], attention)  # pyright: ignore
+        made = layer.self_attn(layer.input_layernorm(x), ropes[1], attention)  # pyright: ignore
+        if match == "layers":
+            wanted, made = after - x, layer(x, ropes[1], attention) - x
+        error = (made - wanted).square().view(batch.rows, -1).sum(1)
+        total = total + (error / wanted.square().view(batch.rows, -1).sum(1) * weights).sum()
+        x = after
+    total = total / len(model.layers)
+    total.backward()
+    return total, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("match", ["attention", "layers"])
+def test_errors_of_layers_by_definition(folder: Path, match: str, rows: int) -> None:
+    """Value and gradients, however a batch is cut into micro-batches."""
+    from lowlat.train.passes import PlainPasses
+    from lowlat.train.schedule import Timetable
+
+    batch = held_out(folder)
+    wanted, gradients = layer_errors(folder, batch, match)
+    change = {"match": match, "micro_batch_rows": rows, "batch_rows": 12}
+    plan = Timetable(parse_recipe(healing.raw(change), origin="r")).at(0)
+    model = loaded(folder / "damaged")
+    teacher = Teacher(loaded(folder / "teacher"), torch.float64, cross_entropy=0.0)
+    passes = PlainPasses(model, torch.float64, teacher=teacher)
+    targets = count_targets(batch, 1)
+    sums = passes.backward(batch, plan, targets)
+    torch.testing.assert_close(sums[-1] / targets[0], wanted.detach())
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == gradients.keys() and any(".self_attn." in name for name in found)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-7, atol=1e-12)
+
+
+def test_cross_entropy_is_added_with_its_weight(folder: Path) -> None:
+    """total = KL + weight * nll, of which the gradient is taken."""
+    batch = held_out(folder)
+    attention = FlashAttention(batch.lengths(1))
+    model, taught = loaded(folder / "damaged"), loaded(folder / "teacher")
+    targets = count_targets(batch, 1)
+
+    def loss(teacher: Teacher | None) -> Any:
+        return batch_loss(
+            model,
+            batch,
+            attention,
+            attention.positions(),
+            targets=targets,
+            mtp_weight=0.0,
+            z_weight=0.0,
+            dtype=torch.float64,
+            teacher=teacher,
+        )
+
+    plain = loss(None)
+    pure, mixed = (loss(Teacher(taught, torch.float64, cross_entropy=w)) for w in (0.0, 0.7))
+    torch.testing.assert_close(mixed.total, pure.total + 0.7 * plain.total)
+    torch.testing.assert_close(mixed.heads, plain.heads)
+    torch.testing.assert_close(pure.matched, divergence(folder, "damaged", batch) * targets[0])
+
+
+def test_a_teacher_that_changed_is_refused(folder: Path, made: Path) -> None:
+    recipe = healing.raw({"steps": 4}, saves={"every_steps": 1})
+    given = {"start": folder / "damaged", "teacher": folder / "teacher"}
+    tuning.stop_after(2, folder, recipe, **given)
+    other = load_model(made / "teacher", dtype="fp32")
+    with torch.no_grad():
+        next(other.model.parameters())[5, 3] += 0.01
+    (folder / "teacher").unlink()
+    save_model(other.model, other.config, folder / "teacher", source=made / "teacher")
+    with pytest.raises(UserError, match=r"run: was trained by .* distillation\.teacher is another"):
+        healing.heal(folder, recipe)
+    shutil.rmtree(folder / "teacher")
+    (folder / "teacher").symlink_to(made / "teacher")
+    assert healing.heal(folder, recipe).outcome.is_complete
+
+
+def test_a_teacher_of_another_config_is_another(folder: Path, made: Path) -> None:
+    """The same weights with another base of rotary frequencies compute something else."""
+    recipe = healing.raw({"steps": 4}, saves={"every_steps": 1})
+    tuning.stop_after(2, folder, recipe, start=folder / "damaged", teacher=folder / "teacher")
+    shutil.copytree(made / "teacher", folder / "copy")
+    file = folder / "copy" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"rope_theta": 101.0}))
+    with pytest.raises(UserError, match=r"distillation\.teacher is another model"):
+        healing.heal(folder, recipe, teacher=folder / "copy")
+
+
+def test_a_save_from_before_there_were_teachers_goes_on(folder: Path) -> None:
+    """A recipe written down without the keys of distillation has their defaults."""
+    from lowlat.train.schedule import Timetable
+    from lowlat.train.state import check_resumable
+
+    recipe = parse_recipe(tuning.raw_recipe(start="damaged"), origin="r")
+    written = recipe.model_dump(mode="json")
+    del written["distillation"], written["trainable"], written["phase"][0]["match"]
+    saved = {"recipe": written, "data": ["f"], "step": 0, "tokens": 0, "seconds": 0.0}
+    assert check_resumable(saved, recipe, ["f"], Timetable(recipe), "runs/x").step == 0
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "layers without a teacher": (
+        {"phase": [healing.PHASE | {"match": "layers"}], "distillation": None},
+        r"phase\.match needs \[distillation\]",
+    ),
+    "updates and attention": (
+        {"lora": {"rank": 2, "alpha": 2.0}},
+        "trainable: lora says what is trained",
+    ),
+    "fp8 with a teacher": (
+        {"precision": "fp8", "trainable": "all"},
+        "distillation trains in bf16 or fp32",
+    ),
+    "fp8 of attention": ({"precision": "fp8"}, "trainable = 'attention' trains in bf16 or fp32"),
+    "z-loss": ({"phase": [healing.PHASE | {"z_weight": 0.1}]}, "phase heal: z_weight does not go"),
+    "no teacher": ({"distillation": {}}, r"distillation\.teacher is missing"),
+    "unknown key": (
+        {"distillation": {"teacher": "t", "temperatur": 2.0}},
+        r"distillation\.temperatur is not a key",
+    ),
+    "other parts": ({"trainable": "mlp"}, "trainable: must be 'all' or 'attention', not 'mlp'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_go_together_is_named(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    recipe = {k: v for k, v in (healing.raw() | changes).items() if v is not None}
+    with pytest.raises(UserError, match=message) as caught:
+        healing.heal(folder, recipe)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline", "expert", "context"])
+@pytest.mark.parametrize("trainable", ["all", "attention"])
+def test_other_divisions_than_of_batches_are_refused(
+    folder: Path, axis: str, trainable: str
+) -> None:
+    """Before processes of such a run are asked for anything."""
+    from lowlat.train.inputs import open_inputs
+
+    recipe = parse_recipe(healing.raw(parallel={axis: 2}, trainable=trainable), origin="r.toml")
+    with pytest.raises(UserError, match=rf"parallel\.{axis} 2 does not go with"):
+        open_inputs(recipe, folder / "damaged", folder, "r.toml", folder / "teacher")
+
+
+@pytest.mark.parametrize(
+    ("changes", "phase", "message"),
+    [
+        ({"vocab_size": 271}, {}, "teacher has a vocabulary of 271, the model one of 263"),
+        (
+            {"max_position_embeddings": 23},
+            {},
+            "phase heal: sequence_length 31 is beyond the teacher's context of 23",
+        ),
+        (
+            {"num_hidden_layers": 3},
+            {"match": "layers"},
+            "num_hidden_layers is 2 and the teacher's 3; match 'logits'",
+        ),
+        ({"hidden_size": 29}, {"match": "attention"}, "hidden_size is 23 and the teacher's 29"),
+    ],
+)
+def test_teachers_that_do_not_fit(
+    folder: Path, changes: dict[str, Any], phase: dict[str, Any], message: str
+) -> None:
+    (folder / "teacher").unlink()
+    healing.teacher(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        healing.heal(folder, healing.raw(phase))
+
+
+def test_a_teacher_of_another_size_teaches_distributions(folder: Path) -> None:
+    (folder / "teacher").unlink()
+    healing.teacher(folder, num_hidden_layers=3, hidden_size=29)
+    run = healing.heal(folder, healing.raw({"steps": 6}))
+    divergences = [step["divergence"] for step in run.records("step")]
+    assert divergences[-1] < divergences[0]
+
+
+def test_updates_of_lora_learn_from_a_teacher(folder: Path) -> None:
+    recipe = healing.raw({"steps": 12, "learning_rate": 2e-2}, lora={"rank": 4, "alpha": 8.0})
+    run = healing.heal(folder, recipe | {"trainable": "all"})
+    first, last = run.records("evaluation")[0], run.records("evaluation")[-1]
+    assert last["divergence"] < first["divergence"]
+
+
+def test_a_divergence_that_is_not_finite_ends_the_run(folder: Path, made: Path) -> None:
+    """Nothing moves, the batch is kept, and the message names the loss."""
+    broken = load_model(made / "teacher", dtype="fp32")
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    (folder / "teacher").unlink()
+    save_model(broken.model, broken.config, folder / "teacher", source=made / "teacher")
+    with pytest.raises(UserError, match="step 1: the loss is not finite; its batch is in"):
+        healing.heal(folder, healing.raw())
+    assert (folder / "run" / "failed-step-00000001.safetensors").exists()
