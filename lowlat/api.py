@@ -47,11 +47,12 @@ def load(
 ) -> Model:
     """Load a model by preset, folder, .gguf file, hub id or pypi: name.
 
-    dtype: bf16, int8, int4, fp32, fp16, fp64, or auto (as stored). context: most tokens of prompt
-    and output together, None for all the model allows. cache: bf16, int8, or auto (as the
-    activations); max_cache_bytes: the most it may take, "auto" for most of the memory that the
-    weights leave. speculates: whether several tokens may be verified in a step, which changes no
-    token. Raises UserError naming what cannot be found, read or served.
+    dtype: bf16, int8, int4, fp32, fp16, fp64, or auto (as stored); weights stored in int8 or int4
+    stay so in bf16. context: most tokens of prompt and output together, None for all the model
+    allows. cache: bf16, int8, or auto (as the activations); max_cache_bytes: the most it may take,
+    "auto" for most of the memory that the weights leave. speculates: whether several tokens may be
+    verified in a step, which changes no token. Raises UserError naming what cannot be found, read
+    or served.
     """
     parse_cache(cache)
     path = prepare(name, progress=progress)
