@@ -12,7 +12,6 @@ import os
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
@@ -80,7 +79,7 @@ MODEL_PRESETS = {
 }
 FILE_PRESETS = {"smollm2-135m": SMOLLM2}
 """Presets with weights; a config preset of the same name gives way."""
-PACKAGED = {"minnow": Path(str(files("lowlat"))) / "models" / "minnow"}
+PACKAGED = {"minnow": Path(__file__).parents[1] / "models" / "minnow"}
 """Trained models that come with lowlat: docs/results/minnow.md."""
 
 

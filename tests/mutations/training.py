@@ -110,8 +110,8 @@ BALANCING = [
     Mutant(
         "balance: bias moved after a step that was none",
         "train/step.py",
-        "    if result.is_finite:\n",
-        "    if True:\n",
+        "    if result.is_finite and match",
+        "    if match",
         TRAIN + "test_step.py::test_a_step_that_is_not_finite_moves_nothing[gradient-nan]",
     ),
     Mutant(
