@@ -1,7 +1,8 @@
 """How many drafts pay: acceptance and the cost of a step, measured as they come.
 
 Owns the estimates. A draft pays while the tokens it is expected to yield cost less than tokens cost
-without it; where none does, none is made, and from time to time one is tried again.
+without it; a round of them must also pay for what making any drafts costs. Where none does, none is
+made, and from time to time one is tried again.
 """
 
 import heapq
@@ -35,6 +36,11 @@ class StepCost:
             COST_MEMORY * old + new for old, new in zip(kept, sums, strict=True)
         )
 
+    @property
+    def is_known(self) -> bool:
+        """Whether anything was added."""
+        return self._count > 0.0
+
     def estimate(self) -> tuple[float, float]:
         """(a, b), both at least 0 and not both 0. One token more is taken to cost a tenth of a
         step where steps of one size only were seen."""
@@ -55,6 +61,7 @@ class DepthChoice:
 
     def __init__(self) -> None:
         self._cost = StepCost()
+        self._drafting = StepCost()
         self._acceptance: weakref.WeakKeyDictionary[Sequence, float] = weakref.WeakKeyDictionary()
 
     def acceptance(self, sequence: Sequence) -> float:
@@ -65,7 +72,13 @@ class DepthChoice:
         """How many drafts each sequence should make, at most `most`."""
         depths = dict.fromkeys(most, 0)
         base, slope = self._cost.estimate()
-        tokens, seconds = float(len(most)), base + slope * len(most)
+        # Until drafts were made they are taken to cost nothing, so that they are tried.
+        round_cost, draft_cost = (
+            self._drafting.estimate() if self._drafting.is_known else (0.0, 0.0)
+        )
+        plain = base + slope * len(most)
+        tokens, seconds = float(len(most)), plain + round_cost
+        slope += draft_cost
         gains = [
             (-self.acceptance(sequence), place, sequence)
             for place, sequence in enumerate(most)
@@ -81,6 +94,8 @@ class DepthChoice:
             tokens, seconds = tokens - gain, seconds + slope
             if depths[sequence] < min(MAX_DEPTH, most[sequence]):
                 heapq.heappush(gains, (gain * self.acceptance(sequence), place, sequence))
+        if tokens * plain <= len(most) * seconds:
+            depths = dict.fromkeys(most, 0)
         for sequence, depth in depths.items():
             if depth == 0:
                 known = self.acceptance(sequence)
@@ -95,5 +110,9 @@ class DepthChoice:
         self._acceptance[sequence] = known
 
     def stepped(self, num_tokens: int, seconds: float) -> None:
-        """Learn what a step costs."""
+        """Learn what a step costs, without the making of drafts."""
         self._cost.add(num_tokens, seconds)
+
+    def drafted(self, num_drafts: int, seconds: float) -> None:
+        """Learn what making drafts for a step costs."""
+        self._drafting.add(num_drafts, seconds)

@@ -5,6 +5,7 @@ and how many are worth verifying. Verifying is the engine's, and exact: a draft 
 the token that the model draws anyway.
 """
 
+import time
 import weakref
 from collections.abc import Sequence as SequenceOf
 
@@ -25,6 +26,7 @@ class Speculator:
         self.depth = DepthChoice()
         has_mtp = runner.model.config.num_nextn_predict_layers > 0
         self._mtp = MTPDrafter(runner) if has_mtp else None
+        self._drafting_seconds = 0.0
         self._lookups: weakref.WeakKeyDictionary[Sequence, PromptLookup] = (
             weakref.WeakKeyDictionary()
         )
@@ -43,9 +45,14 @@ class Speculator:
             and not item.sequence.is_reading
         ]
         depths = self.depth.choose({s: _most_drafts(s) for s in decoding})
+        self._drafting_seconds = 0.0
         if self._mtp is not None:
             assert hidden is not None
+            started = time.perf_counter()
             self._mtp.propose(work, hidden, depths)
+            self._drafting_seconds = time.perf_counter() - started
+            if total := sum(depths.values()):
+                self.depth.drafted(total, self._drafting_seconds)
             return
         for sequence in decoding:
             if depths[sequence] > 0:
@@ -57,8 +64,8 @@ class Speculator:
         self.depth.verified(sequence, drafted, accepted)
 
     def stepped(self, num_tokens: int, seconds: float) -> None:
-        """A step that read streams only took this long."""
-        self.depth.stepped(num_tokens, seconds)
+        """A step that read streams only took this long, its making of drafts included."""
+        self.depth.stepped(num_tokens, seconds - self._drafting_seconds)
 
 
 def _most_drafts(sequence: Sequence) -> int:

@@ -137,6 +137,21 @@ def test_a_sequence_whose_drafts_hold_gets_more_of_them() -> None:
     assert depths[good] > depths[bad] == 0
 
 
+def test_a_round_of_drafts_must_pay_for_its_making() -> None:
+    """Seconds of a step are 1 + 0.02 a token; making drafts costs so much whatever their number."""
+    one = sequence()
+    for cost, wanted in ((0.5, MAX_DEPTH), (50.0, 0)):
+        choice = DepthChoice()
+        for _ in range(20):
+            choice.stepped(1, 1.02)
+            choice.stepped(5, 1.1)
+            choice.verified(one, 1, 1)
+        assert choice.choose({one: 50}) == {one: MAX_DEPTH}, "tried while the cost is not known"
+        for drafts in (1, 2, 4):
+            choice.drafted(drafts, cost)
+        assert choice.choose({one: 50}) == {one: wanted}
+
+
 # Verifying
 
 
