@@ -126,15 +126,13 @@ def compress(
         reports: list[LayerReport] = []
         for number, (own, turning) in enumerate(zip(widths, chosen, strict=True)):
             tensors = _layer_tensors(way, base, number, own, turning, scratch)
-            save_file(
-                {name: t.to(dtype).contiguous() for name, t in tensors.items()},
-                _tensor_file(scratch, number),
-            )
-            measured = sides.advance(number, tensors)
-            predicted = costs[number][own.rotary].of(own.latent)
+            _save_tensors(_tensor_file(scratch, number), tensors, dtype)
             reports.append(
                 LayerReport(
-                    latent=own.latent, rotary=own.rotary, predicted=predicted, measured=measured
+                    latent=own.latent,
+                    rotary=own.rotary,
+                    predicted=costs[number][own.rotary].of(own.latent),
+                    measured=sides.advance(number, tensors),
                 )
             )
             task.advance(1)
@@ -354,6 +352,10 @@ def _statistics_file(scratch: Path, number: int) -> Path:
 
 def _tensor_file(scratch: Path, number: int) -> Path:
     return scratch / f"layer-{number}.safetensors"
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    save_file({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _save_statistics(path: Path, statistics: LayerStatistics) -> None:

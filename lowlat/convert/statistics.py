@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Complex128, Float, Float64, Int
 from torch import Tensor
 
@@ -155,8 +156,7 @@ def _gathered(
     chosen = normed[:: max(1, len(normed) // ATTENTION_WINDOWS)][:ATTENTION_WINDOWS]
     metric = torch.einsum("hxd,hxe->hde", own.o, own.o).float()
     rope = rope[0][:length], rope[1][:length]
-    apart = torch.arange(length)[:, None] - torch.arange(length)
-    future = apart < 0
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
     for window in chosen:
         extended = _extended(window, inputs)
         q, k, v = (torch.einsum("hdx,tx->htd", w.float(), extended) for w in (own.q, own.k, own.v))
@@ -172,13 +172,8 @@ def _gathered(
             scores = turned_q[head] @ turned_k[group].T * attention.scale
             attends = scores.masked_fill_(future, -torch.inf).softmax(dim=-1)
             received += attends.sum(0)
-            distances[head].index_add_(0, apart.clamp(min=0).flatten(), attends.double().flatten())
-            values = v[group]
-            out, moved = attends @ values, values @ metric[head]
-            # |W_O (v_m - o_n)|^2 for all n and m
-            apart_by = (moved * values).sum(-1) - 2 * out @ moved.T
-            apart_by += ((out @ metric[head]) * out).sum(-1, keepdim=True)
-            per_query = (attends * apart_by.clamp_(min=0)).sum(1)
+            distances[head] += _by_distance(attends)
+            per_query = _sensitivity(attends, v[group], metric[head])
             queries[head] += ((q[head] * per_query[:, None]).T @ q[head]).double()
             sensitivity[head] += per_query.sum().double()
         attended += ((extended * received[:, None]).T @ extended).double() / heads
@@ -193,6 +188,26 @@ def _gathered(
         "rotation": (distances.to(torch.complex128) @ turned) / tokens,
         "norms": norms.prod(0) / tokens**2,
     }
+
+
+def _sensitivity(
+    attends: Float[Tensor, "length length"],
+    values: Float[Tensor, "length head_dim"],
+    metric: Float[Tensor, "head_dim head_dim"],
+) -> Float[Tensor, " length"]:
+    """a_nm |W_O (v_m - o_n)|^2 of every query n, summed over its keys m; metric is W_O^T W_O."""
+    out, moved = attends @ values, values @ metric
+    apart = (moved * values).sum(-1) - 2 * out @ moved.T
+    apart += ((out @ metric) * out).sum(-1, keepdim=True)
+    return (attends * apart.clamp_(min=0)).sum(1)
+
+
+def _by_distance(attends: Float[Tensor, "length length"]) -> Float64[Tensor, " length"]:
+    """Sums along diagonals: what is attended to 0, 1, ... positions back."""
+    length = len(attends)
+    # Rows that are wider by one step than their stride lie skewed: diagonals become columns.
+    skewed = F.pad(attends.flip(1), (0, length)).flatten()[:-length].view(length, -1)
+    return skewed.sum(0, dtype=torch.float64)[length - 1 :]
 
 
 def _pair_norms(heads: Float[Tensor, "heads length head_dim"]) -> Float64[Tensor, "heads pairs"]:

@@ -1,0 +1,70 @@
+"""How a cache budget is divided among layers: kept, and well spent."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from lowlat.convert.budget import (
+    STEP,
+    STILL_SHARE,
+    Costs,
+    even_widths,
+    free_widths,
+    row_budget,
+)
+from lowlat.utils.errors import UserError
+
+
+def random_costs(seed: int) -> list[dict[int, Costs]]:
+    generator = torch.Generator().manual_seed(seed)
+    layers: list[dict[int, Costs]] = []
+    for _ in range(3):
+        size = float(torch.rand((), generator=generator)) * 10
+        layers.append(
+            {
+                rotary: Costs(
+                    still=size * 2.0 ** (-rotary / 8),
+                    latent=size
+                    * torch.rand(49, generator=generator, dtype=torch.float64).cumsum(0).flip(0),
+                )
+                for rotary in (8, 16, 24)
+            }
+        )
+    return layers
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_budgets_are_kept_and_well_spent(seed: int) -> None:
+    layers, budget = random_costs(seed), 40
+    choices = [
+        (STILL_SHARE * c.still + float(c.latent[rank]), rotary + rank)
+        for layer in layers
+        for rotary, c in layer.items()
+        for rank in range(STEP, 49, STEP)
+    ]
+    each = len(choices) // 3
+    per_layer = [choices[i * each : (i + 1) * each] for i in range(3)]
+    found = free_widths(layers, budget)
+    spent = sum(w.latent + w.rotary for w in found)
+    cost = sum(layer[w.rotary].of(w.latent) for layer, w in zip(layers, found, strict=True))
+    assert spent <= 3 * budget
+    best_at_this_price = min(
+        sum(c for c, _ in chosen)
+        for chosen in product(*per_layer)
+        if sum(width for _, width in chosen) <= spent
+    )
+    assert cost == pytest.approx(best_at_this_price)
+    even = even_widths(layers, budget)
+    assert even.latent + even.rotary == budget
+    assert sum(layer[even.rotary].of(even.latent) for layer in layers) == pytest.approx(
+        min(sum(layer[r].of(budget - r) for layer in layers) for r in (8, 16, 24))
+    )
+
+
+@pytest.mark.parametrize(
+    ("share", "words"), [(0.0, "below 1"), (1.0, "below 1"), (0.1, "at least")]
+)
+def test_shares_out_of_reach(share: float, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        row_budget(share, 96, least=16)
