@@ -12,6 +12,7 @@ import threading
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -133,16 +134,20 @@ def test_waves_of_overload_leave_nothing_behind() -> None:
         try:
             waves(2)
             before = (server.num_tasks(), num_descriptors(), threading.active_count())
-            memory = tracemalloc.get_traced_memory()[0]
-            counts = waves(8)
+            memory = [tracemalloc.get_traced_memory()[0]]
+            counts: Counter[int] = Counter()
+            for _ in range(2):
+                counts += waves(8)
+                memory.append(tracemalloc.get_traced_memory()[0])
             after = (server.num_tasks(), num_descriptors(), threading.active_count())
-            grown = tracemalloc.get_traced_memory()[0] - memory
         finally:
             tracemalloc.stop()
         assert counts[200] > 50 and counts[429] > 20, counts
         assert after == before
         # 640 requests, 64 of them served: 200 bytes kept of each, or 2,000 of these, would show.
-        assert grown < 128_000, f"{grown} bytes more"
+        # A table of the interpreter may double its size once; what is kept of requests grows again.
+        grown = [later - earlier for earlier, later in pairwise(memory)]
+        assert min(grown) < 128_000, f"{grown} bytes more"
         server.model.engine.check_integrity()
 
 
