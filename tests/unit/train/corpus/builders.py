@@ -1,5 +1,6 @@
 """Tiny archives and formats of packages, made in memory."""
 
+import gzip
 import hashlib
 import io
 import struct
@@ -23,7 +24,8 @@ def tar_bytes(files: dict[str, bytes], mode: str = "w:xz") -> bytes:
 
 
 def make_tgz(path: Path, files: dict[str, bytes]) -> Path:
-    path.write_bytes(tar_bytes(files, "w:gz"))
+    # Without a time of its own, so that the same files are the same bytes a second later.
+    path.write_bytes(gzip.compress(tar_bytes(files, "w"), mtime=0))
     return path
 
 
