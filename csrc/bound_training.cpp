@@ -63,7 +63,7 @@ void norm_backward(const Array& x, const Array& weight, float eps, const Array& 
   run(ops(level).norm_backward, pass);
 }
 
-GatedPass gated(const Array& gate, const Array& up, const Array& inner) {
+GatedPass gated(const Array& gate, const Array& up, const std::optional<Array>& inner) {
   GatedPass pass;
   pass.rows = size(gate, 0);
   pass.size = size(gate, 1);
@@ -71,7 +71,7 @@ GatedPass gated(const Array& gate, const Array& up, const Array& inner) {
   pass.stride = pass.rows > 1 ? gate.stride(0) : pass.size;
   pass.gate = strided(gate, "gate", is_bf16, pass.rows, pass.size, pass.stride);
   pass.up = strided(up, "up", is_bf16, pass.rows, pass.size, pass.stride);
-  pass.inner = values(inner, "inner", is_bf16, {pass.rows, pass.size});
+  if (inner) pass.inner = values(*inner, "inner", is_bf16, {pass.rows, pass.size});
   return pass;
 }
 
@@ -80,7 +80,7 @@ void gated_forward(const Array& gate, const Array& up, const Array& inner, const
 }
 
 void gated_backward(const Array& gate, const Array& up, const Array& grad, const std::optional<Array>& factors,
-                    const Array& inner, const Array& grad_gate, const Array& grad_up,
+                    const std::optional<Array>& inner, const Array& grad_gate, const Array& grad_up,
                     const std::optional<Array>& grad_factors, const std::string& level) {
   GatedPass pass = gated(gate, up, inner);
   const bool is_bf16 = pass.gate.is_bf16;
@@ -88,6 +88,7 @@ void gated_backward(const Array& gate, const Array& up, const Array& grad, const
   if (factors) pass.factors = elements<float>(*factors, "factors", Type::fp32, {pass.rows});
   pass.grad_gate = strided(grad_gate, "grad_gate", is_bf16, pass.rows, pass.size, pass.stride);
   pass.grad_up = strided(grad_up, "grad_up", is_bf16, pass.rows, pass.size, pass.stride);
+  if (grad_factors && !inner) throw std::invalid_argument("grad_factors needs inner");
   if (grad_factors) pass.grad_factors = elements<float>(*grad_factors, "grad_factors", Type::fp32, {pass.rows});
   run(ops(level).gated_backward, pass);
 }
@@ -108,6 +109,49 @@ void entropy(const Array& logits, const Array& targets, const Array& counted, fl
     if (pass.targets[r] < 0 || pass.targets[r] >= pass.size) throw std::invalid_argument("targets name no column");
   }
   run(ops(level).entropy, pass);
+}
+
+void divergence(const Array& logits, const Array& taught, const Array& targets, const Array& counted, float nll_weight,
+                bool wants_gradient, const Array& kl, const Array& nll, const std::string& level) {
+  DivergencePass pass;
+  pass.rows = size(logits, 0);
+  pass.size = size(logits, 1);
+  if (pass.size == 0) throw std::invalid_argument("logits has no columns");
+  const bool is_bf16 = has_type(logits, Type::bf16);
+  pass.logits = values(logits, "logits", is_bf16, {pass.rows, pass.size});
+  pass.taught = values(taught, "taught", is_bf16, {pass.rows, pass.size});
+  pass.targets = elements<std::int64_t>(targets, "targets", Type::int64, {pass.rows});
+  pass.counted = elements<bool>(counted, "counted", Type::uint8, {pass.rows});
+  pass.nll_weight = nll_weight;
+  pass.wants_gradient = wants_gradient;
+  pass.kl = elements<float>(kl, "kl", Type::fp32, {pass.rows});
+  pass.nll = elements<float>(nll, "nll", Type::fp32, {pass.rows});
+  for (std::int64_t r = 0; r < pass.rows; ++r) {
+    if (pass.targets[r] < 0 || pass.targets[r] >= pass.size) throw std::invalid_argument("targets name no column");
+  }
+  run(ops(level).divergence, pass);
+}
+
+void rotation(const Array& x, const Array& cos, const Array& sin, bool interleave, bool is_inverse, const Array& out,
+              const std::string& level) {
+  RotationPass pass;
+  pass.tokens = size(x, 0);
+  pass.heads = size(x, 1);
+  pass.dim = size(x, 2);
+  const bool is_bf16 = has_type(x, Type::bf16);
+  check(x, "x", is_bf16 ? Type::bf16 : Type::fp32, {pass.tokens, pass.heads, pass.dim});
+  if (pass.dim % 2 != 0) throw std::invalid_argument("heads have no pairs");
+  if (!is_contiguous(x, 2)) throw std::invalid_argument("x has other strides");
+  pass.x = {const_cast<void*>(static_cast<const void*>(x.data())), is_bf16};
+  pass.token_step = x.stride(0);
+  pass.head_step = x.stride(1);
+  pass.out = values(out, "out", is_bf16, {pass.tokens, pass.heads, pass.dim});
+  pass.table_step = pass.tokens > 1 ? cos.stride(0) : pass.dim / 2;
+  pass.cos = static_cast<const float*>(strided(cos, "cos", false, pass.tokens, pass.dim / 2, pass.table_step).data);
+  pass.sin = static_cast<const float*>(strided(sin, "sin", false, pass.tokens, pass.dim / 2, pass.table_step).data);
+  pass.interleave = interleave;
+  pass.is_inverse = is_inverse;
+  run(ops(level).rotation, pass);
 }
 
 void combine(const Array& rows, const std::optional<Array>& factors, const Array& places, const Array& out,
@@ -179,9 +223,12 @@ void bind_training(nb::module_& module) {
   module.def("norm_backward", norm_backward, "x"_a, "weight"_a, "eps"_a, "inverse"_a, "grad"_a, "grad_x"_a,
              "grad_weight"_a, "partial"_a, "level"_a = "");
   module.def("gated_forward", gated_forward, "gate"_a, "up"_a, "inner"_a, "level"_a = "");
-  module.def("gated_backward", gated_backward, "gate"_a, "up"_a, "grad"_a, "factors"_a.none(), "inner"_a,
-             "grad_gate"_a, "grad_up"_a, "grad_factors"_a.none(), "level"_a = "");
+  module.def("gated_backward", gated_backward, "gate"_a, "up"_a, "grad"_a, "factors"_a.none(),
+             "inner"_a.none(), "grad_gate"_a, "grad_up"_a, "grad_factors"_a.none(), "level"_a = "");
   module.def("entropy", entropy, "logits"_a, "targets"_a, "counted"_a, "z_weight"_a, "nll"_a, "z"_a, "level"_a = "");
+  module.def("divergence", divergence, "logits"_a, "taught"_a, "targets"_a, "counted"_a, "nll_weight"_a,
+             "wants_gradient"_a, "kl"_a, "nll"_a, "level"_a = "");
+  module.def("rotation", rotation, "x"_a, "cos"_a, "sin"_a, "interleave"_a, "is_inverse"_a, "out"_a, "level"_a = "");
   module.def("causal_forward", causal_forward, "q"_a, "k"_a, "v"_a, "ends"_a, "scale"_a, "out"_a, "log_total"_a,
              "level"_a = "");
   module.def("causal_backward", causal_backward, "q"_a, "k"_a, "v"_a, "ends"_a, "scale"_a, "out"_a, "log_total"_a,

@@ -7,6 +7,7 @@
 
 #include "kernels/causal.h"
 #include "kernels/common.h"
+#include "kernels/divergence.h"
 #include "kernels/linear.h"
 #include "kernels/pack.h"
 #include "kernels/paged.h"
@@ -157,6 +158,8 @@ const lowlat::Ops LOWLAT_NAME(lowlat_ops_, LOWLAT_ISA) = {
     .gated_forward = lowlat::LOWLAT_ISA::training::gated_forward,
     .gated_backward = lowlat::LOWLAT_ISA::training::gated_backward,
     .entropy = lowlat::LOWLAT_ISA::training::entropy,
+    .divergence = lowlat::LOWLAT_ISA::training::divergence,
+    .rotation = lowlat::LOWLAT_ISA::training::rotation,
     .combine = lowlat::LOWLAT_ISA::training::combine,
     .causal_forward = lowlat::LOWLAT_ISA::causal::forward,
     .causal_backward = lowlat::LOWLAT_ISA::causal::backward,

@@ -65,6 +65,8 @@ struct Ops {
   void (*gated_forward)(Team&, const GatedPass&);
   void (*gated_backward)(Team&, const GatedPass&);
   void (*entropy)(Team&, const EntropyPass&);
+  void (*divergence)(Team&, const DivergencePass&);
+  void (*rotation)(Team&, const RotationPass&);
   void (*combine)(Team&, const CombinePass&);
   void (*causal_forward)(Team&, const CausalPass&);
   void (*causal_backward)(Team&, const CausalPass&);

@@ -31,7 +31,7 @@ struct GatedPass {
   std::int64_t rows = 0, size = 0;
   std::int64_t stride = 0;          // elements from row to row of gate, up and their gradients
   Values gate, up;
-  Values inner;                     // [rows, size] silu(gate) * up
+  Values inner;                     // [rows, size] silu(gate) * up; backward: null where it is not wanted
   Values grad;                      // backward: [rows, size] gradient of inner, before factors
   const float* factors = nullptr;   // backward: [rows] what grad is multiplied by; null: 1
   Values grad_gate, grad_up;        // backward
@@ -46,6 +46,32 @@ struct EntropyPass {
   float z_weight = 0;
   float* nll = nullptr;                 // [rows] nats
   float* z = nullptr;                   // [rows] squared log of the denominator
+};
+
+// Forward KL of a student's next-token distributions from a teacher's, and the negative log-likelihood of targets.
+struct DivergencePass {
+  std::int64_t rows = 0, size = 0;
+  Values logits;                        // the student's; in place: the gradient of kl + nll_weight * nll
+  Values taught;                        // [rows, size] the teacher's logits
+  const std::int64_t* targets = nullptr;
+  const bool* counted = nullptr;        // rows that are not counted have no gradient and no loss
+  float nll_weight = 0;
+  bool wants_gradient = true;           // otherwise logits stay
+  float* kl = nullptr;                  // [rows] nats
+  float* nll = nullptr;                 // [rows] nats
+};
+
+// Rotary embedding of heads that may be columns of something wider.
+struct RotationPass {
+  std::int64_t tokens = 0, heads = 0, dim = 0;
+  Values x;
+  std::int64_t token_step = 0, head_step = 0;  // elements of x from token to token and from head to head
+  Values out;                                  // [tokens, heads, dim]
+  const float* cos = nullptr;                  // [tokens, dim / 2], rows `table_step` apart, as sin
+  const float* sin = nullptr;
+  std::int64_t table_step = 0;
+  bool interleave = false;                     // pairs (2i, 2i + 1); otherwise (i, i + dim / 2)
+  bool is_inverse = false;                     // by the negative angles: the gradient of x from that of out
 };
 
 struct CombinePass {

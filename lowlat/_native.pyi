@@ -304,13 +304,39 @@ def gated_backward(
     up: Tensor,
     grad: Tensor,
     factors: Tensor | None,
-    inner: Tensor,
+    inner: Tensor | None,
     grad_gate: Tensor,
     grad_up: Tensor,
     grad_factors: Tensor | None,
     level: str = "",
 ) -> None:
     """As gated_forward; factors and grad_factors fp32 [rows]."""
+
+def divergence(
+    logits: Tensor,
+    taught: Tensor,
+    targets: Tensor,
+    counted: Tensor,
+    nll_weight: float,
+    wants_gradient: bool,
+    kl: Tensor,
+    nll: Tensor,
+    level: str = "",
+) -> None:
+    """As entropy; taught as logits, kl and nll fp32 [rows]."""
+
+def rotation(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleave: bool,
+    is_inverse: bool,
+    out: Tensor,
+    level: str = "",
+) -> None:
+    """x, out [tokens, heads, dim] bf16 or fp32; cos, sin fp32 [tokens, dim / 2]. Rows of x, cos and
+    sin may be columns of something wider.
+    """
 
 def entropy(
     logits: Tensor,

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "lowlat"
 # Top to bottom. Names in one row are independent of one another, save what ALLOWED lists.
 LAYERS = [
     {"cli"},
-    {"bench", "study", "compare"},
+    {"bench", "study", "compare", "heal"},
     {"api"},
     {"serve", "train", "convert"},
     {"engine"},
@@ -76,6 +76,7 @@ def test_imports_point_downward() -> None:
     [
         ("lowlat.ops.rope", "from lowlat.model.mla import MLA"),
         ("lowlat.serve.app", "import lowlat.train.loop"),
+        ("lowlat.convert.run", "from lowlat.heal.run import convert_and_heal"),
         ("lowlat.engine.llm", "def late():\n    from lowlat import api"),
         ("lowlat.model.mla", "from ..engine import params"),
         ("lowlat.utils.device", "from lowlat.config.model import ModelConfig"),

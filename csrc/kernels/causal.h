@@ -33,15 +33,6 @@ inline void copy_rows(const bf16* from, std::int64_t step, std::int64_t rows, st
   }
 }
 
-// The same turned: [width, columns], columns a multiple of 64, zeros beyond `rows`.
-inline void turn_rows(const bf16* from, std::int64_t step, std::int64_t rows, std::int64_t width, bf16* to) {
-  const std::int64_t columns = round_up(rows, kBlock);
-  std::memset(to, 0, width * columns * sizeof(bf16));
-  for (std::int64_t r = 0; r < rows; ++r) {
-    for (std::int64_t c = 0; c < width; ++c) to[c * columns + r] = from[r * step + c];
-  }
-}
-
 // A head's rows as panels, block by block: as they lie (products with rows), and turned (products that sum over them).
 struct HeadPanels {
   Panel* rows = nullptr;    // [blocks, 4 tiles, panels of width]
@@ -55,17 +46,18 @@ struct HeadPanels {
   std::int64_t block_length(std::int64_t block) const { return least(kBlock, length - block * kBlock); }
 };
 
-inline HeadPanels make_panels(const bf16* from, std::int64_t step, std::int64_t length, std::int64_t width, Buffer& rows,
-                              Buffer& turned) {
+// Without a buffer for one of the two, the other alone.
+inline HeadPanels make_panels(const bf16* from, std::int64_t step, std::int64_t length, std::int64_t width, Buffer* rows,
+                              Buffer* turned) {
   HeadPanels head;
   head.width = width;
   head.length = length;
-  head.rows = room<Panel>(rows, blocks_of(length) * head.row_panels());
-  head.turned = room<Panel>(turned, blocks_of(length) * head.turned_panels());
+  if (rows != nullptr) head.rows = room<Panel>(*rows, blocks_of(length) * head.row_panels());
+  if (turned != nullptr) head.turned = room<Panel>(*turned, blocks_of(length) * head.turned_panels());
   for (std::int64_t block = 0; block < blocks_of(length); ++block) {
     const std::int64_t there = head.block_length(block), count = num_panels(width);
     const Matrix m = view(from + block * kBlock * step, there, width, step);
-    for (std::int64_t tile = 0; tile < kBlock / kTile; ++tile) {
+    for (std::int64_t tile = 0; rows != nullptr && tile < kBlock / kTile; ++tile) {
       Panel* panels = head.block_rows(block) + tile * count;
       if (tile < m.tiles()) {
         load_panels(m, tile, panels);
@@ -74,7 +66,7 @@ inline HeadPanels make_panels(const bf16* from, std::int64_t step, std::int64_t 
       }
     }
     const std::int64_t pairs_of_rows = num_panels(there);
-    for (std::int64_t i = 0; i < count; ++i) {
+    for (std::int64_t i = 0; turned != nullptr && i < count; ++i) {
       load_turned_panels(m, kColumns * i, 0, there, head.block_turned(block) + 2 * i * pairs_of_rows);
     }
   }
@@ -102,8 +94,8 @@ struct HeadAt {
 
 // Memory of a thread.
 struct Memory {
-  Buffer key_rows, key_turned, value_rows, value_turned, query_rows, query_turned, grad_rows, grad_turned;
-  Buffer q, k, v, k_turned, scores, products, weights, slopes, turned, tops, totals, values, first, last, logs, along;
+  Buffer key_rows, key_turned, value_turned, query_rows, query_turned, grad_rows, grad_turned;
+  Buffer q, k, v, scores, products, weights, slopes, turned, tops, totals, values, first, last, logs, along;
   Buffer grad_q, grad_k, grad_v;
 };
 
@@ -149,16 +141,34 @@ inline void turned_weights(std::int64_t keys, bool is_diagonal, float scale, con
                            const float* logs, const float* along, bf16* weights, bf16* slopes) {
   const F by = set1(scale), end = set1(static_cast<float>(kBlock));
   for (std::int64_t key = 0; key < keys; ++key) {
-    for (std::int64_t i = 0; i < kBlock; i += 16) {
-      const std::int64_t at = key * kBlock + i;
-      F weight = exp_of_negative(min(zero(), sub(mul(load(scores + at), by), load(logs + i))));
-      if (is_diagonal) {
-        const F query = add(lane_numbers(), set1(static_cast<float>(i)));
-        weight = within(weight, query, set1(static_cast<float>(key)), end, zero());
+    for (std::int64_t i = 0; i < kBlock; i += 32) {
+      F weight[2], slope[2];
+      for (int half = 0; half < 2; ++half) {
+        const std::int64_t query = i + 16 * half, at = key * kBlock + query;
+        weight[half] = exp_of_negative(min(zero(), sub(mul(load(scores + at), by), load(logs + query))));
+        if (is_diagonal) {
+          const F number = add(lane_numbers(), set1(static_cast<float>(query)));
+          weight[half] = within(weight[half], number, set1(static_cast<float>(key)), end, zero());
+        }
+        slope[half] = mul(mul(weight[half], sub(load(products + at), load(along + query))), by);
       }
-      const F slope = mul(mul(weight, sub(load(products + at), load(along + i))), by);
-      store_bf16(weights + at, weight);
-      store_bf16(slopes + at, slope);
+      store_pairs(weights + key * kBlock + i, pairs_in_order(weight[0], weight[1]));
+      store_pairs(slopes + key * kBlock + i, pairs_in_order(slope[0], slope[1]));
+    }
+  }
+}
+
+// slopes [keys, 64] as [64, 64]: a row is a query, zeros beyond `keys`.
+inline void turn_slopes(const bf16* slopes, std::int64_t keys, bf16* turned) {
+  const Matrix block = view(slopes, keys, kBlock, kBlock);
+  const std::int64_t count = num_panels(keys);
+  Panel panels[2 * kBlock / kColumns];
+  for (std::int64_t query = 0; query < kBlock; query += kColumns) {
+    load_turned_panels(block, query, 0, keys, panels);
+    for (std::int64_t i = 0; i < 2 * count; ++i) {
+      transpose(panels[i], panels[i]);
+      const std::int64_t first = query + i / count * kTile;
+      for (int r = 0; r < kTile; ++r) store_pairs(turned + (first + r) * kBlock + i % count * kColumns, panels[i][r]);
     }
   }
 }
@@ -172,31 +182,32 @@ inline void sums_along(const CausalPass& p, const HeadAt& at, float* logs, float
     if (r >= at.length) continue;
     const std::int64_t place = (at.start + r) * p.heads + at.head;
     logs[r] = p.log_total[place];
+    const bf16* grad = p.grad + place * p.value_dim;
+    const bf16* out = p.out + place * p.value_dim;
+    const std::int64_t whole = p.value_dim / 16 * 16, left = p.value_dim - whole;
     F total = zero();
-    for (std::int64_t c = 0; c < p.value_dim; c += 16) {
-      const std::int64_t left = p.value_dim - c;
-      total = fma(load_bf16(p.grad + place * p.value_dim + c, left), load_bf16(p.out + place * p.value_dim + c, left), total);
-    }
+    for (std::int64_t c = 0; c < whole; c += 16) total = fma(load_bf16(grad + c), load_bf16(out + c), total);
+    if (left > 0) total = fma(load_bf16(grad + whole, left), load_bf16(out + whole, left), total);
     along[r] = sum(total);
   }
 }
 
-// Sums of one key-value head in fp32: gradients of its keys and values, and, turned, of the queries of one head.
+// Sums of one key-value head in fp32: gradients of its keys and values, and of the queries of one head.
 struct Sums {
   float* k;  // [length, k_stride]
   float* v;  // [length, v_stride]
-  float* q;  // [key_dim, columns]
-  std::int64_t k_stride, v_stride, columns;
+  float* q;  // [length rounded up to 64, k_stride]
+  std::int64_t k_stride, v_stride;
 };
 
 // Adds what the queries of one head say to the sums.
-inline void backward_head(const CausalPass& p, const HeadAt& at, const bf16* k, const bf16* v, const bf16* k_turned,
+inline void backward_head(const CausalPass& p, const HeadAt& at, const bf16* k, const bf16* v, const HeadPanels& keys_turned,
                           const Sums& sums, Memory& memory) {
   const std::int64_t q_step = p.heads * p.key_dim, v_step = p.heads * p.value_dim, blocks = blocks_of(at.length);
   const HeadPanels queries = make_panels(p.q + at.start * q_step + at.head * p.key_dim, q_step, at.length, p.key_dim,
-                                         memory.query_rows, memory.query_turned);
+                                         &memory.query_rows, &memory.query_turned);
   const HeadPanels grads = make_panels(p.grad + at.start * v_step + at.head * p.value_dim, v_step, at.length, p.value_dim,
-                                       memory.grad_rows, memory.grad_turned);
+                                       &memory.grad_rows, &memory.grad_turned);
   auto* logs = room<float>(memory.logs, blocks * kBlock);
   auto* along = room<float>(memory.along, blocks * kBlock);
   sums_along(p, at, logs, along);
@@ -204,10 +215,10 @@ inline void backward_head(const CausalPass& p, const HeadAt& at, const bf16* k, 
   auto* products = room<float>(memory.products, kBlock * kBlock);
   auto* weights = room<bf16>(memory.weights, kBlock * kBlock);
   auto* slopes = room<bf16>(memory.slopes, kBlock * kBlock);
-  auto* turned = room<Panel>(memory.turned, kBlock / kTile * 2);
+  auto* turned = room<bf16>(memory.turned, kBlock * kBlock);
   const std::int64_t k_width = round_up(p.key_dim, kColumns), v_width = round_up(p.value_dim, kColumns);
   for (std::int64_t key = 0; key < blocks; ++key) {
-    const std::int64_t first = key * kBlock, keys = least(kBlock, at.length - first), count = num_panels(keys);
+    const std::int64_t first = key * kBlock, keys = least(kBlock, at.length - first);
     for (std::int64_t query = key; query < blocks; ++query) {
       times_rows(queries, query, k + first * k_width, keys, scores);
       times_rows(grads, query, v + first * v_width, keys, products);
@@ -215,12 +226,8 @@ inline void backward_head(const CausalPass& p, const HeadAt& at, const bf16* k, 
                      slopes);
       times_block(grads, query, weights, keys, sums.v + first * sums.v_stride, sums.v_stride);
       times_block(queries, query, slopes, keys, sums.k + first * sums.k_stride, sums.k_stride);
-      const Matrix block = view(slopes, keys, kBlock, kBlock);
-      for (std::int64_t i = 0; i < kBlock / kColumns; ++i) {
-        load_turned_panels(block, kColumns * i, 0, keys, turned + 2 * i * count);
-      }
-      multiply(turned, kBlock / kTile, count, count, k_turned + first, sums.columns, p.key_dim, sums.q + query * kBlock,
-               sums.columns, true);
+      turn_slopes(slopes, keys, turned);
+      times_block(keys_turned, key, turned, kBlock, sums.q + query * kBlock * sums.k_stride, sums.k_stride);
     }
   }
 }
@@ -234,13 +241,6 @@ inline void write_rows(const float* from, std::int64_t stride, std::int64_t rows
   }
 }
 
-inline void write_turned(const float* from, std::int64_t columns, std::int64_t rows, std::int64_t width, bf16* to,
-                         std::int64_t step) {
-  for (std::int64_t r = 0; r < rows; ++r) {
-    for (std::int64_t c = 0; c < width; ++c) to[r * step + c] = float_to_bf16(from[c * columns + r]);
-  }
-}
-
 // All query heads of one key-value head of one sequence.
 inline void backward_group(const CausalPass& p, HeadAt at, Memory& memory) {
   const std::int64_t k_step = p.kv_heads * p.key_dim, v_step = p.kv_heads * p.value_dim, group = p.heads / p.kv_heads;
@@ -248,24 +248,23 @@ inline void backward_group(const CausalPass& p, HeadAt at, Memory& memory) {
   const bf16* v_from = p.v + at.start * v_step + at.kv_head * p.value_dim;
   auto* k = room<bf16>(memory.k, at.length * round_up(p.key_dim, kColumns));
   auto* v = room<bf16>(memory.v, at.length * round_up(p.value_dim, kColumns));
-  auto* k_turned = room<bf16>(memory.k_turned, p.key_dim * round_up(at.length, kBlock));
+  const HeadPanels k_turned = make_panels(k_from, k_step, at.length, p.key_dim, nullptr, &memory.key_turned);
   copy_rows(k_from, k_step, at.length, p.key_dim, k);
   copy_rows(v_from, v_step, at.length, p.value_dim, v);
-  turn_rows(k_from, k_step, at.length, p.key_dim, k_turned);
   Sums sums;
   sums.k_stride = round_up(p.key_dim, kColumns);
   sums.v_stride = round_up(p.value_dim, kColumns);
-  sums.columns = round_up(at.length, kBlock);
+  const std::int64_t q_size = round_up(at.length, kBlock) * sums.k_stride;
   sums.k = room<float>(memory.grad_k, at.length * sums.k_stride);
   sums.v = room<float>(memory.grad_v, at.length * sums.v_stride);
-  sums.q = room<float>(memory.grad_q, p.key_dim * sums.columns);
+  sums.q = room<float>(memory.grad_q, q_size);
   std::memset(sums.k, 0, at.length * sums.k_stride * sizeof(float));
   std::memset(sums.v, 0, at.length * sums.v_stride * sizeof(float));
   for (at.head = at.kv_head * group; at.head < (at.kv_head + 1) * group; ++at.head) {
-    std::memset(sums.q, 0, p.key_dim * sums.columns * sizeof(float));
+    std::memset(sums.q, 0, q_size * sizeof(float));
     backward_head(p, at, k, v, k_turned, sums, memory);
     const std::int64_t step = p.heads * p.key_dim;
-    write_turned(sums.q, sums.columns, at.length, p.key_dim, p.grad_q + at.start * step + at.head * p.key_dim, step);
+    write_rows(sums.q, sums.k_stride, at.length, p.key_dim, p.grad_q + at.start * step + at.head * p.key_dim, step);
   }
   write_rows(sums.k, sums.k_stride, at.length, p.key_dim, p.grad_k + at.start * k_step + at.kv_head * p.key_dim, k_step);
   write_rows(sums.v, sums.v_stride, at.length, p.value_dim, p.grad_v + at.start * v_step + at.kv_head * p.value_dim, v_step);
@@ -274,9 +273,9 @@ inline void backward_group(const CausalPass& p, HeadAt at, Memory& memory) {
 inline void forward_group(const CausalPass& p, HeadAt at, Memory& memory) {
   const std::int64_t k_step = p.kv_heads * p.key_dim, v_step = p.kv_heads * p.value_dim, group = p.heads / p.kv_heads;
   const HeadPanels keys = make_panels(p.k + at.start * k_step + at.kv_head * p.key_dim, k_step, at.length, p.key_dim,
-                                      memory.key_rows, memory.key_turned);
+                                      &memory.key_rows, nullptr);
   const HeadPanels values = make_panels(p.v + at.start * v_step + at.kv_head * p.value_dim, v_step, at.length, p.value_dim,
-                                        memory.value_rows, memory.value_turned);
+                                        nullptr, &memory.value_turned);
   for (at.head = at.kv_head * group; at.head < (at.kv_head + 1) * group; ++at.head) {
     forward_head(p, at, keys, values, memory);
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "../training.h"
 #include "../workspace.h"
@@ -29,6 +30,14 @@ T* row(const Values& values, std::int64_t index, std::int64_t stride) {
   return static_cast<T*>(values.data) + index * stride;
 }
 
+// body(i, 16) for all whole vectors of a row and body(i, left) for what is left, which is known apart when compiled.
+template <class Body>
+inline void for_lanes(std::int64_t size, Body&& body) {
+  const std::int64_t whole = size / 16 * 16;
+  for (std::int64_t i = 0; i < whole; i += 16) body(i, std::integral_constant<std::int64_t, 16>{});
+  if (whole < size) body(whole, size - whole);
+}
+
 // One chunk of rows for each call of body, for either type of numbers.
 constexpr std::int64_t kRowChunk = 16;
 
@@ -39,16 +48,15 @@ void norm_forward(Team& team, const NormPass& p) {
       const T* x = row<T>(p.x, r, p.size);
       T* out = row<T>(p.out, r, p.size);
       F squares = zero();
-      for (std::int64_t i = 0; i < p.size; i += 16) {
-        const F v = get(x + i, p.size - i);
+      for_lanes(p.size, [&](std::int64_t i, auto left) {
+        const F v = get(x + i, left);
         squares = fma(v, v, squares);
-      }
+      });
       p.inverse[r] = 1.0f / std::sqrt(sum(squares) / static_cast<float>(p.size) + p.eps);
       const F scale = set1(p.inverse[r]);
-      for (std::int64_t i = 0; i < p.size; i += 16) {
-        const std::int64_t left = p.size - i;
+      for_lanes(p.size, [&](std::int64_t i, auto left) {
         put(out + i, mul(mul(get(x + i, left), scale), load(p.weight + i, left)), left);
-      }
+      });
     }
   });
 }
@@ -61,19 +69,17 @@ void norm_backward_row(const NormPass& p, std::int64_t r, float* grad_weight) {
   T* out = row<T>(p.out, r, p.size);
   const F inverse = set1(p.inverse[r]);
   F along = zero();
-  for (std::int64_t i = 0; i < p.size; i += 16) {
-    const std::int64_t left = p.size - i;
+  for_lanes(p.size, [&](std::int64_t i, auto left) {
     const F dy_x = mul(get(grad + i, left), get(x + i, left));
     along = fma(dy_x, load(p.weight + i, left), along);
     put(grad_weight + i, fma(dy_x, inverse, load(grad_weight + i, left)), left);
-  }
+  });
   const float r1 = p.inverse[r];
   const F back = set1(-r1 * r1 * r1 * sum(along) / static_cast<float>(p.size));
-  for (std::int64_t i = 0; i < p.size; i += 16) {
-    const std::int64_t left = p.size - i;
+  for_lanes(p.size, [&](std::int64_t i, auto left) {
     const F straight = mul(mul(get(grad + i, left), load(p.weight + i, left)), inverse);
     put(out + i, fma(get(x + i, left), back, straight), left);
-  }
+  });
 }
 
 template <class T>
@@ -108,10 +114,9 @@ void gated_forward(Team& team, const GatedPass& p) {
       const T* gate = row<T>(p.gate, r, p.stride);
       const T* up = row<T>(p.up, r, p.stride);
       T* inner = row<T>(p.inner, r, p.size);
-      for (std::int64_t i = 0; i < p.size; i += 16) {
-        const std::int64_t left = p.size - i;
+      for_lanes(p.size, [&](std::int64_t i, auto left) {
         put(inner + i, swiglu(get(gate + i, left), get(up + i, left)), left);
-      }
+      });
     }
   });
 }
@@ -121,21 +126,22 @@ void gated_backward_row(const GatedPass& p, std::int64_t r) {
   const T* gate = row<T>(p.gate, r, p.stride);
   const T* up = row<T>(p.up, r, p.stride);
   const T* grad = row<T>(p.grad, r, p.size);
-  T* inner = row<T>(p.inner, r, p.size);
+  T* inner = p.inner.data == nullptr ? nullptr : row<T>(p.inner, r, p.size);
   T* grad_gate = row<T>(p.grad_gate, r, p.stride);
   T* grad_up = row<T>(p.grad_up, r, p.stride);
   const F factor = set1(p.factors == nullptr ? 1.0f : p.factors[r]), unit = set1(1.0f);
   F along = zero();
-  for (std::int64_t i = 0; i < p.size; i += 16) {
-    const std::int64_t left = p.size - i;
+  for_lanes(p.size, [&](std::int64_t i, auto left) {
     const F g = get(gate + i, left), u = get(up + i, left), d = get(grad + i, left);
     const F s = sigmoid(g), silu = mul(g, s);
-    put(inner + i, mul(silu, u), left);
-    along = fma(d, get(inner + i, left), along);
+    if (inner != nullptr) {
+      put(inner + i, mul(silu, u), left);
+      along = fma(d, get(inner + i, left), along);
+    }
     const F scaled = mul(d, factor);
     put(grad_up + i, mul(scaled, silu), left);
     put(grad_gate + i, mul(mul(scaled, u), fma(silu, sub(unit, s), s)), left);
-  }
+  });
   if (p.grad_factors != nullptr) p.grad_factors[r] = sum(along);
 }
 
@@ -144,6 +150,17 @@ void gated_backward(Team& team, const GatedPass& p) {
   team.for_chunks(p.rows, kRowChunk, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t r = first; r < last; ++r) gated_backward_row<T>(p, r);
   });
+}
+
+template <class T>
+float largest_of(const T* values, std::int64_t size) {
+  const std::int64_t whole = size / 16 * 16;
+  float top = one(values[0]);
+  F tops = set1(top);
+  for (std::int64_t i = 0; i < whole; i += 16) tops = max(tops, get(values + i, 16));
+  top = largest(tops);
+  for (std::int64_t i = whole; i < size; ++i) top = std::fmax(top, one(values[i]));
+  return top;
 }
 
 template <class T>
@@ -156,29 +173,22 @@ void entropy_row(const EntropyPass& p, std::int64_t r, float* weights) {
   }
   const std::int64_t target = p.targets[r];
   const float chosen = one(logits[target]);
-  float top = one(logits[0]);
-  F tops = set1(top);
-  const std::int64_t whole = p.size / 16 * 16;
-  for (std::int64_t i = 0; i < whole; i += 16) tops = max(tops, get(logits + i, 16));
-  top = largest(tops);
-  for (std::int64_t i = whole; i < p.size; ++i) top = std::fmax(top, one(logits[i]));
+  const float top = largest_of(logits, p.size);
   const F highest = set1(top);
   F totals = zero();
-  for (std::int64_t i = 0; i < p.size; i += 16) {
-    const std::int64_t left = p.size - i;
+  for_lanes(p.size, [&](std::int64_t i, auto left) {
     F e = exp_of_negative(sub(get(logits + i, left), highest));
     put(weights + i, e, left);
     totals = add(totals, left < 16 ? load(weights + i, left) : e);
-  }
+  });
   const float total = sum(totals), denominator = top + std::log(total);
   p.nll[r] = denominator - chosen;
   p.z[r] = denominator * denominator;
   const float slope = 1.0f + 2.0f * p.z_weight * denominator;
   const F share = set1(slope / total);
-  for (std::int64_t i = 0; i < p.size; i += 16) {
-    const std::int64_t left = p.size - i;
+  for_lanes(p.size, [&](std::int64_t i, auto left) {
     put(logits + i, mul(load(weights + i, left), share), left);
-  }
+  });
   set(logits[target], weights[target] * (slope / total) - 1.0f);
 }
 
@@ -188,6 +198,40 @@ void entropy(Team& team, const EntropyPass& p) {
   auto* weights = static_cast<float*>(room.reserve(static_cast<std::size_t>(p.size) * sizeof(float)));
   team.for_chunks(p.rows, 4, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t r = first; r < last; ++r) entropy_row<T>(p, r, weights);
+  });
+}
+
+// The products and their sum are rounded one by one, as in the PyTorch form: the same bits.
+template <class T>
+void rotate_head(const RotationPass& p, const T* x, const float* cos, const float* sin, T* out) {
+  const std::int64_t half = p.dim / 2;
+  const float sign = p.is_inverse ? -1.0f : 1.0f;
+  if (p.interleave) {
+    for (std::int64_t i = 0; i < half; ++i) {
+      const float real = one(x[2 * i]), imaginary = one(x[2 * i + 1]), turn = sign * sin[i];
+      set(out[2 * i], real * cos[i] - imaginary * turn);
+      set(out[2 * i + 1], real * turn + imaginary * cos[i]);
+    }
+    return;
+  }
+  for_lanes(half, [&](std::int64_t i, auto left) {
+    const F real = get(x + i, left), imaginary = get(x + half + i, left);
+    const F c = load(cos + i, left), turn = mul(set1(sign), load(sin + i, left));
+    put(out + i, sub(mul(real, c), mul(imaginary, turn)), left);
+    put(out + half + i, add(mul(real, turn), mul(imaginary, c)), left);
+  });
+}
+
+template <class T>
+void rotation(Team& team, const RotationPass& p) {
+  team.for_chunks(p.tokens, kRowChunk, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t t = first; t < last; ++t) {
+      for (std::int64_t h = 0; h < p.heads; ++h) {
+        const T* x = row<T>(p.x, 1, t * p.token_step + h * p.head_step);
+        T* out = row<T>(p.out, t * p.heads + h, p.dim);
+        rotate_head(p, x, p.cos + t * p.table_step, p.sin + t * p.table_step, out);
+      }
+    }
   });
 }
 
@@ -216,6 +260,7 @@ inline void norm_backward(Team& t, const NormPass& p) { p.x.is_bf16 ? norm_backw
 inline void gated_forward(Team& t, const GatedPass& p) { p.gate.is_bf16 ? gated_forward<bf16>(t, p) : gated_forward<float>(t, p); }
 inline void gated_backward(Team& t, const GatedPass& p) { p.gate.is_bf16 ? gated_backward<bf16>(t, p) : gated_backward<float>(t, p); }
 inline void entropy(Team& t, const EntropyPass& p) { p.logits.is_bf16 ? entropy<bf16>(t, p) : entropy<float>(t, p); }
+inline void rotation(Team& t, const RotationPass& p) { p.x.is_bf16 ? rotation<bf16>(t, p) : rotation<float>(t, p); }
 inline void combine(Team& t, const CombinePass& p) { p.rows.is_bf16 ? combine<bf16>(t, p) : combine<float>(t, p); }
 
 }  // namespace lowlat::LOWLAT_ISA::training

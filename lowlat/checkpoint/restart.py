@@ -104,7 +104,7 @@ def _opened(
         if not lines:
             _append(journal, facts)
         else:
-            _check_same(json.loads(lines[0]), facts, partial)
+            check_same(json.loads(lines[0]), facts, partial)
         entries = [json.loads(line) for line in lines[1:]]
         yield journal, {(entry["file"], entry["at"]): entry["sha256"] for entry in entries}
 
@@ -124,7 +124,7 @@ def hold(file: IO[bytes], dst: Path) -> None:
         raise UserError(f"{dst}: another process is writing it; wait for it to end") from error
 
 
-def _check_same(before: Mapping[str, str], facts: Mapping[str, str], partial: Path) -> None:
+def check_same(before: Mapping[str, str], facts: Mapping[str, str], partial: Path) -> None:
     """UserError unless the conversion that was interrupted is the one asked for."""
     for key, value in facts.items():
         if before.get(key) != value:

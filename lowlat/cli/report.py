@@ -1,15 +1,13 @@
-"""Short reports: what an answer cost, and what a conversion did."""
+"""A short report: what an answer cost."""
 
 from rich.console import Console
-from rich.filesize import decimal
 from rich.table import Table
 
 from lowlat.checkpoint.names import MODEL_PRESETS
 from lowlat.config.arithmetic import cache_cost
 from lowlat.config.model import ModelConfig
 from lowlat.config.presets import load_preset
-from lowlat.convert.compress import CompressionReport
-from lowlat.convert.run import Report, describe_attention
+from lowlat.convert.report import describe_attention
 from lowlat.engine.completion import Completion
 from lowlat.engine.llm import Model
 from lowlat.model.quant import packed_type
@@ -31,39 +29,6 @@ def print_answer_report(model: Model, completion: Completion, console: Console) 
         f"in {usage.prefill_seconds:.2f} s)",
     }
     print_rows(rows, console)
-
-
-def print_conversion(report: Report, console: Console | None = None) -> None:
-    """What a conversion did and where it is."""
-    before, after = report.cache_bytes_per_token_before, report.cache_bytes_per_token_after
-    rows = {
-        "attention": f"{report.attention_before}  ->  {report.attention_after}",
-        "cache per token": f"{before:,}  ->  {after:,} bytes in bf16",
-        "parameters": f"{report.parameters_before:,}  ->  {report.parameters_after:,}",
-        "weights": f"{decimal(report.weight_bytes_before)}  ->  "
-        f"{decimal(report.weight_bytes_after)}",
-        "bits per weight": f"{report.bits_per_weight_before:.2f}  ->  "
-        f"{report.bits_per_weight_after:.2f}",
-    }
-    if report.compression is not None:
-        rows |= _compression_rows(report.compression)
-    rows["written"] = f"{report.destination} in {report.seconds:.1f} s"
-    print_rows(rows, Console() if console is None else console)
-
-
-def _compression_rows(report: CompressionReport) -> dict[str, str]:
-    before, after = report.perplexity_before, report.perplexity_after
-    worst = max(range(len(report.layers)), key=lambda number: report.layers[number].measured)
-    layer = report.layers[worst]
-    return {
-        "recipe": f"{report.recipe}, layout {report.layout}, calibrated on {report.calibration}",
-        "channels": f"{report.channels_before}  ->  {report.channels_after:.0f} a token and layer "
-        f"({report.channels_after / report.channels_before:.0%} kept)",
-        "perplexity": f"{before:.2f}  ->  {after:.2f} ({after / before:.3f} times) on other parts "
-        "of that text",
-        "worst layer": f"{worst}, latent {layer.latent} + rotary key {layer.rotary}: the residual "
-        f"stream deviates by {layer.measured**0.5:.1%}",
-    }
 
 
 def source_config(name: str) -> ModelConfig | None:

@@ -48,11 +48,12 @@ LayerCosts = Mapping[int, Costs]
 
 
 def row_budget(share: float, row: int, least: int) -> int:
-    """Channels a row may have on average if `share` of `row` is kept, a multiple of STEP.
+    """Channels a row may have on average if `share` of `row` is kept: the nearest multiple of STEP,
+    so that 0.33 is a third.
 
     Raises UserError where that is fewer than `least` or no saving.
     """
-    kept = int(share * row) // STEP * STEP
+    kept = round(share * row / STEP) * STEP
     if not 0 < share < 1 or kept >= row:
         raise UserError(
             f"--cache {share:g}: give the share of the cache to keep, below 1 and at least "

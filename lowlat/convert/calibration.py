@@ -18,7 +18,7 @@ from lowlat.utils.errors import UserError
 
 WINDOW = 1024
 """Tokens of a window, or the model's context where that is shorter."""
-WINDOWS = 32
+WINDOWS = 64
 """Windows that statistics are taken of."""
 HELD_OUT = 4
 """Windows, of other places of the text, that loss is measured on before and after."""
@@ -64,8 +64,8 @@ def read_calibration(paths: Sequence[Path], tokenizer: Tokenizer, context: int) 
 
 
 def _default_texts() -> list[str]:
-    """Nine books and collections in the public domain (recipes/corpus.toml names them), and as much
-    of Python's documentation as a third of them.
+    """Books, speeches and reference works in the public domain (recipes/corpus.toml names them),
+    and as much of Python's documentation as a third of them.
     """
     prose = (files("lowlat.convert") / "calibration.txt").read_text(encoding="utf-8")
     documentation = "\n\n".join(topics[key] for key in sorted(topics))

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowlat.attention.flash import FlashAttention
 from lowlat.config.families import LOWLAT
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from lowlat.convert.budget import (
@@ -33,26 +31,22 @@ from lowlat.convert.calibration import Calibration
 from lowlat.convert.components import Components, components, split
 from lowlat.convert.exact import check_exact
 from lowlat.convert.factors import attention_tensors, factorize, rank_costs
+from lowlat.convert.layer_run import fast_dtype
 from lowlat.convert.recipes import RECIPES, Recipe
 from lowlat.convert.rotary import wide_rope
+from lowlat.convert.sides import Sides
 from lowlat.convert.statistics import (
     AttentionWeights,
     LayerStatistics,
-    filled_layer,
     read_attention,
     run_layers,
 )
 from lowlat.convert.weights import DerivedWeights, Weights
-from lowlat.model.block import DecoderLayer
-from lowlat.model.linear import RMSNorm
-from lowlat.ops.rope import RotaryTables
 from lowlat.utils.progress import Progress
 
 Layout = Literal["standard", "free"]
 CANDIDATES = 12
 """Numbers of rotary channels to choose from, evenly spread."""
-HEAD_ROWS = 512
-"""Tokens whose logits are in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,13 +92,16 @@ def compress(
     scratch: Path,
     dtype: torch.dtype,
     progress: Progress,
+    precision: torch.dtype | None = None,
 ) -> tuple[Weights, CompressionReport]:
     """The GQA model `base` as MLA whose cache rows have `share` of the channels, and what it cost.
 
     layout: standard gives every layer the same widths and frequencies, free its own. `scratch` is a
-    folder for files that the result reads as long as it is used. Raises UserError for models that
-    are no plain GQA and for shares out of reach.
+    folder for files that the result reads as long as it is used. dtype: of the new tensors.
+    precision: of products with weights while measuring; the processor's fast one by default. Raises
+    UserError for models that are no plain GQA and for shares out of reach.
     """
+    precision = precision or fast_dtype()
     source = check_exact(base.config)
     row = source.row_dim
     budget = row_budget(share, row, least=2 * STEP)
@@ -113,7 +110,8 @@ def compress(
     costs: list[LayerCosts] = []
     priorities: list[Tensor] = []
     with progress.task("Measuring attention", count, "items") as task:
-        for number, statistics in enumerate(run_layers(base, calibration.windows, task)):
+        layers = run_layers(base, calibration.windows, precision, task)
+        for number, statistics in enumerate(layers):
             _save_statistics(_statistics_file(scratch, number), statistics)
             parts = _components(way, read_attention(base, number), statistics)
             costs.append(_layer_costs(way, base, number, statistics, parts, budget))
@@ -122,17 +120,19 @@ def compress(
     chosen = _turning(priorities, widths, layout)
     config = compressed_config(base, source, widths, chosen, layout)
     with progress.task("Compressing", count, "items") as task:
-        sides = _Sides(base, config, calibration.held_out)
+        fitted = calibration.windows[: len(calibration.windows) * way.refits_output]
+        sides = Sides(base, config, fitted, calibration.held_out, precision)
         reports: list[LayerReport] = []
         for number, (own, turning) in enumerate(zip(widths, chosen, strict=True)):
-            tensors = _layer_tensors(way, base, number, own, turning, scratch)
+            made = _layer_tensors(way, base, number, own, turning, scratch)
+            tensors, measured = sides.advance(number, made)
             _save_tensors(_tensor_file(scratch, number), tensors, dtype)
             reports.append(
                 LayerReport(
                     latent=own.latent,
                     rotary=own.rotary,
                     predicted=costs[number][own.rotary].of(own.latent),
-                    measured=sides.advance(number, tensors),
+                    measured=measured,
                 )
             )
             task.advance(1)
@@ -148,7 +148,7 @@ def compress(
         layers=tuple(reports),
     )
     derived = DerivedWeights(
-        base, config, _reader(scratch), derives=_is_replaced(source), dtype=dtype
+        base, config, _reader(scratch), derives=_is_replaced(source, way), dtype=dtype
     )
     return derived, report
 
@@ -271,61 +271,11 @@ def _layer_tensors(
     return tensors
 
 
-class _Sides:
-    """The model before and after, run side by side on windows of text."""
-
-    def __init__(
-        self, base: Weights, config: ModelConfig, windows: Int64[Tensor, "windows length"]
-    ) -> None:
-        self._base, self._config, self._windows = base, config, windows
-        x = base.read("embed_tokens.weight")[windows.flatten()].float()
-        self._before, self._after = x, x.clone()
-        self._positions = torch.arange(windows.shape[1]).repeat(len(windows))
-
-    @torch.no_grad()
-    def advance(self, number: int, tensors: dict[str, Tensor]) -> float:
-        """Run layer `number`; the relative squared deviation behind it."""
-        layer = filled_layer(self._base, number)
-        self._before = self._run(self._base.config, number, layer, self._before)
-        with torch.device("meta"):
-            changed = DecoderLayer(self._config, number, dtype=torch.float32)
-        state = {f"self_attn.{name}": tensor.float() for name, tensor in tensors.items()}
-        changed.load_state_dict(layer.state_dict() | state, strict=False, assign=True)
-        self._after = self._run(self._config, number, changed, self._after)
-        error = (self._after - self._before).square().sum()
-        return float(error / self._before.square().sum())
-
-    def losses(self) -> tuple[float, float]:
-        """Perplexities of the model before and after."""
-        head = "embed_tokens" if self._base.config.tie_word_embeddings else "lm_head"
-        weight = self._base.read(f"{head}.weight").float()
-        norm = RMSNorm(weight.shape[1], self._base.config.rms_norm_eps, dtype=torch.float32)
-        norm.weight.data = self._base.read("norm.weight").float()
-        before, after = (self._perplexity(x, norm, weight) for x in (self._before, self._after))
-        return before, after
-
-    def _run(
-        self, config: ModelConfig, number: int, layer: DecoderLayer, x: Tensor
-    ) -> Float[Tensor, "tokens hidden"]:
-        rope = RotaryTables(config.rope_of(number), config.attention_of(number).rope_dim)
-        count, length = self._windows.shape
-        return layer(x, rope(self._positions), FlashAttention([length] * count))
-
-    @torch.no_grad()
-    def _perplexity(self, x: Tensor, norm: RMSNorm, weight: Tensor) -> float:
-        count, length = self._windows.shape
-        hidden = norm(x).unflatten(0, (count, length))[:, :-1].flatten(0, 1)
-        targets = self._windows[:, 1:].flatten()
-        total = sum(
-            float(F.cross_entropy(rows @ weight.T, ids, reduction="sum"))
-            for rows, ids in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
-        )
-        return float(torch.tensor(total / len(targets)).exp())
-
-
-def _is_replaced(source: GQAConfig) -> Callable[[str], bool]:
-    """Whether a parameter of the converted model is new: all of the attention but the output."""
-    kept = ["o_proj.weight"] + ["o_proj.bias"] * source.o_bias
+def _is_replaced(source: GQAConfig, way: Recipe) -> Callable[[str], bool]:
+    """Whether a parameter of the converted model is new: all of the attention, but the output where
+    it is not fitted again.
+    """
+    kept = ["o_proj.weight"] * (not way.refits_output) + ["o_proj.bias"] * source.o_bias
 
     def is_replaced(name: str) -> bool:
         return ".self_attn." in name and not name.endswith(tuple(kept))
@@ -368,5 +318,6 @@ def _save_statistics(path: Path, statistics: LayerStatistics) -> None:
 def _load_statistics(path: Path) -> LayerStatistics:
     values = load_file(path)
     residual = float(values.pop("residual"))
-    rotation = torch.view_as_complex(values.pop("rotation"))
+    # a tensor in a file may lie at a multiple of 8 bytes, which is none of a complex number's 16
+    rotation = torch.view_as_complex(values.pop("rotation").clone())
     return LayerStatistics(**values, residual=residual, rotation=rotation)

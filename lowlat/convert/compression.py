@@ -1,26 +1,27 @@
-"""A wanted compression: its options, its scratch folder, its report in a file."""
+"""A wanted compression: its options and its scratch folder."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from lowlat.checkpoint.restart import hold
+from lowlat.config.model import ModelConfig
+from lowlat.convert.budget import STEP, row_budget
 from lowlat.convert.calibration import read_calibration
 from lowlat.convert.compress import CompressionReport, Layout, compress
+from lowlat.convert.exact import check_exact
 from lowlat.convert.recipes import RECIPES
 from lowlat.convert.weights import Weights
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
-REPORT_FILE = "conversion.json"
-"""In the folder of a compressed model: its CompressionReport."""
 DEFAULT_RECIPE = "weighted"
 LAYOUTS: tuple[Layout, ...] = ("standard", "free")
 
@@ -39,8 +40,14 @@ class Compression:
     """Text files; without any, text that comes with lowlat."""
 
     def words(self) -> dict[str, Any]:
-        """What distinguishes it from others, for the journal of a conversion."""
-        texts = [f"{path.resolve()} {path.stat().st_size}" for path in self.calibrate]
+        """What distinguishes it from others, for the journal of a conversion. Raises UserError for
+        a file that is not there.
+        """
+        try:
+            texts = [f"{path.resolve()} {path.stat().st_size}" for path in self.calibrate]
+        except OSError as error:
+            where = f"--calibrate {error.filename}"
+            raise UserError(f"{where}: cannot be read ({error.strerror})") from error
         return {"cache": self.share, "recipe": self.recipe, "layout": self.layout, "text": texts}
 
 
@@ -74,6 +81,11 @@ def check_compression(compression: Compression, to: str | None) -> None:
             f"--recipe '{compression.recipe}' is unknown; choose one of "
             f"{', '.join((*RECIPES, 'exact'))}"
         )
+
+
+def check_reach(compression: Compression, config: ModelConfig) -> None:
+    """Raises UserError where a model of `config` cannot be compressed, or not so far."""
+    row_budget(compression.share, check_exact(config).row_dim, least=2 * STEP)
 
 
 def compressed_weights(
@@ -119,8 +131,7 @@ def scratch_folder(dst: Path) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{dst}: cannot be written ({error.strerror})") from error
-
-
-def report_json(report: CompressionReport) -> bytes:
-    """The report as a file."""
-    return (json.dumps(asdict(report), indent=2) + "\n").encode()
+    except SafetensorError as error:  # what that library makes of a full disk
+        raise UserError(
+            f"{folder}: cannot be written ({error}); make room and give the same command again"
+        ) from error

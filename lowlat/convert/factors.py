@@ -108,23 +108,44 @@ def attention_tensors(
     """The tensors of an MLA layer (`q_proj.weight`, ...) in fp64, without the output projection.
 
     A head's query keeps its head_dim channels beside the rotary ones; the wider head's softmax
-    scale is made up for.
+    scale is made up for. Channels of the latent and of k_R are scaled so that what writes them and
+    what reads them are weights of one size.
     """
     heads, head_dim, inputs = weights.q.shape
     groups, static = len(weights.v), len(parts.static)
+    hidden = inputs - has_bias
     wider = (1 + len(parts.rotary) / head_dim) ** 0.5
-    turned = torch.einsum("hrd,hdx->hrx", parts.rotary_queries, weights.q)
-    queries = torch.cat([weights.q, turned], dim=1).flatten(0, 1) * wider
     keys = torch.einsum("hsd,sr->hdr", parts.static_queries, factors.up[:static])
     values = factors.up[static:].unflatten(0, (groups, -1))
     values = values.repeat_interleave(heads // groups, dim=0)
-    rows = torch.cat([factors.down, parts.rotary])
+    up = torch.cat([keys, values], dim=1).flatten(0, 1)
+    turned = torch.einsum("hrd,hdx->hrx", parts.rotary_queries, weights.q)
+    latent = _evenly(factors.down[:, :hidden], up.T)
+    pairs = [_by_pair(part) for part in (parts.rotary[:, :hidden], turned[..., :hidden])]
+    rotary = _evenly(*pairs).repeat(2)
+    rows = torch.cat([factors.down * latent[:, None], parts.rotary * rotary[:, None]])
+    queries = torch.cat([weights.q, turned / rotary[:, None]], dim=1).flatten(0, 1) * wider
     tensors = {"q_proj": queries, "kv_a_proj_with_mqa": rows}
-    hidden = inputs - has_bias
     found = {f"{name}.weight": whole[:, :hidden] for name, whole in tensors.items()}
     if has_bias:
         found |= {f"{name}.bias": whole[:, hidden] for name, whole in tensors.items()}
-    return found | {"kv_b_proj.weight": torch.cat([keys, values], dim=1).flatten(0, 1)}
+    return found | {"kv_b_proj.weight": up / latent}
+
+
+def _evenly(
+    given: Float64[Tensor, "channels given"], read: Float64[Tensor, "channels read"]
+) -> Float64[Tensor, " channels"]:
+    """Factors on channels that make the weights that write a channel as large as those that read it
+    (times the inverse): training moves both alike.
+    """
+    sizes = [part.square().mean(1).sqrt().clamp(min=1e-30) for part in (given, read)]
+    return (sizes[1] / sizes[0]).sqrt()
+
+
+def _by_pair(rows: Float64[Tensor, "*heads rotary inputs"]) -> Float64[Tensor, "pairs all"]:
+    """All weights of the channels i and i + rotary / 2, which turn together."""
+    halves = rows.unflatten(-2, (2, -1)).movedim(-2, 0)
+    return halves.flatten(1)
 
 
 def _moments(target: Target) -> Float64[Tensor, "outputs outputs"]:

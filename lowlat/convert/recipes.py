@@ -33,6 +33,8 @@ class Recipe:
     """What the latent is fitted to."""
     rotary: Callable[[int, int, int], int] | None
     """Rotary channels for (head_dim, groups, budget); None has them chosen by cost."""
+    refits_output: bool
+    """W_O is fitted again behind the new heads (`convert.refit`)."""
 
 
 def _by_cost(statistics: LayerStatistics, cost: Tensor) -> Tensor:
@@ -76,6 +78,7 @@ RECIPES = {
         keeps_mean=True,
         target=weighted_target,
         rotary=None,
+        refits_output=True,
     ),
     "transmla": Recipe(
         basis=pooled_basis,
@@ -83,6 +86,7 @@ RECIPES = {
         keeps_mean=False,
         target=balanced_target,
         rotary=_transmla_rotary,
+        refits_output=False,
     ),
     "mha2mla": Recipe(
         basis=own_basis,
@@ -90,6 +94,7 @@ RECIPES = {
         keeps_mean=False,
         target=plain_target,
         rotary=_mha2mla_rotary,
+        refits_output=False,
     ),
 }
 """weighted is lowlat's own; the others are baselines, as their papers have them."""

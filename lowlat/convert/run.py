@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowlat.checkpoint.dense import dense_source
+from lowlat.checkpoint.gguf_keys import architecture_of
 from lowlat.checkpoint.index import INDEX_FILE, open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.checkpoint.mapping import settle_mtp
@@ -27,20 +28,17 @@ from lowlat.checkpoint.planned_files import plan_folder
 from lowlat.checkpoint.restart import options_text, write_planned
 from lowlat.checkpoint.save import refuse_existing, text_files
 from lowlat.checkpoint.source import TensorSource
-from lowlat.config.arithmetic import cache_cost, count_parameters
-from lowlat.config.attention import ModelAttention, distinct, row_widths, short_name
 from lowlat.config.hf import config_to_hf
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
-from lowlat.convert.compress import CompressionReport
+from lowlat.config.model import ModelConfig
 from lowlat.convert.compression import (
-    REPORT_FILE,
     Compression,
     check_compression,
+    check_reach,
     compressed_weights,
-    report_json,
     scratch_folder,
 )
 from lowlat.convert.exact import check_exact, mla_config, mla_parameters
+from lowlat.convert.report import Report, compression_object, measure, report_files, weight_files
 from lowlat.convert.store import PLAIN, Form, stored_config, stored_groups
 from lowlat.convert.store_gguf import KINDS, stored_gguf
 from lowlat.convert.weights import DerivedWeights, SourceWeights, Weights, parameter_shapes
@@ -50,43 +48,56 @@ from lowlat.utils.progress import Progress, SilentProgress
 FORMS: dict[str, Form] = {form: form for form in get_args(Form)}
 FORMATS = ("auto", "hf", "gguf")
 GGUF_SUFFIX = ".gguf"
-CACHE_DTYPE = "bf16"
 STORAGE_FIELDS = ("dtype", "torch_dtype", "quantization_config", "quantization")
 """Fields of a config.json that say how numbers are stored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """What a conversion did. Cache sizes are those of lowlat with a bf16 cache."""
+class Job:
+    """A conversion that can begin: options and source, checked."""
 
-    source: Path
-    """The folder or .gguf file read."""
-    destination: Path
-    """The folder or .gguf file written."""
-    attention_before: str
-    """'GQA, 9 heads in 3 groups of 64'."""
-    attention_after: str
-    """'MLA, 9 heads, latent 192 + rotary key 192'."""
-    cache_bytes_per_token_before: int
-    """All layers together."""
-    cache_bytes_per_token_after: int
-    """All layers together."""
-    parameters_before: int
-    """Without MTP modules; a tied head counts once."""
-    parameters_after: int
-    """As lowlat loads it: without the padding that files hold for other programs."""
-    weight_bytes_before: int
-    """Size of the files that hold the weights."""
-    weight_bytes_after: int
-    """The same of the destination."""
-    bits_per_weight_before: float
-    """Those bytes by the model's parameters, MTP modules included."""
-    bits_per_weight_after: float
-    """The same of the destination."""
-    seconds: float
-    """From opening the source to the finished destination."""
-    compression: CompressionReport | None = None
-    """What a smaller cache cost; None for exact conversions."""
+    src: Path
+    """The folder or .gguf file to read."""
+    dst: Path
+    """What to write."""
+    to: str | None
+    """The form of attention: mla, or None for the source's own."""
+    dtype: str
+    """As asked for."""
+    form: Form | None
+    """What that stores; None keeps the type of every tensor."""
+    is_gguf: bool
+    """Whether `dst` is a .gguf file."""
+    compression: Compression | None
+    """To a smaller cache; None for exact conversions."""
+    opened: TensorSource
+    """The tensors of `src`."""
+    found: ModelConfig
+    """Its config."""
+
+    def identity(self) -> dict[str, str]:
+        """What distinguishes it from other conversions to `dst`."""
+        options: dict[str, Any] = {"to": self.to, "dtype": self.dtype}
+        options["format"] = "gguf" if self.is_gguf else "hf"
+        if self.compression is not None:
+            options["compression"] = self.compression.words()
+        return {
+            "source": fingerprint(self.src),
+            "version of lowlat": version("lowlat"),
+            "options": options_text(options),
+        }
+
+    def base(self) -> SourceWeights:
+        """The weights as they are to be converted."""
+        source, config = dense_source(self.opened, self.found, _exact_dtype(self.form))
+        return SourceWeights(source, config, pads=self.found.packing is None)
+
+    def stored_dtype(self) -> str:
+        """`dtype` by name: what auto means for the matrices of this source."""
+        if self.form is not None:
+            return self.form
+        widest = _widest(self.base(), None)
+        return next((name for name, dtype in PLAIN.items() if dtype == widest), "fp32")
 
 
 def convert(
@@ -113,20 +124,8 @@ def convert(
     models, damaged files, an existing destination, a full disk.
     """
     start = time.perf_counter()
-    form, is_gguf = _checked_options(src, dst, to, dtype, file_format)
-    if compression is not None:
-        check_compression(compression, to)
-        refuse_existing(dst.absolute())
-    opened = open_checkpoint(src)
-    found = settle_mtp(read_config(opened), opened)
-    if to is None and is_gguf == _is_gguf(src) and form == _stored_form(found):
-        raise UserError(f"{src}: nothing to convert; its weights are {form} already")
-    # what is packed stays so unless another type is asked for
-    form = form or found.packing
-    source, config = dense_source(opened, found, _exact_dtype(form))
-    base = SourceWeights(source, config, pads=found.packing is None)
-    options: dict[str, Any] = {"to": to, "dtype": dtype, "format": "gguf" if is_gguf else "hf"}
-    identity = {"source": _fingerprint(src), "version of lowlat": version("lowlat")}
+    job = check(src, dst, to=to, dtype=dtype, file_format=file_format, compression=compression)
+    base, form = job.base(), job.form
     progress = progress or SilentProgress()
     with ExitStack() as until_written:
         extra, cost = {}, None
@@ -135,38 +134,57 @@ def convert(
             weights, cost = compressed_weights(
                 base, src, compression, scratch, _widest(base, form), progress
             )
-            options |= {"compression": compression.words()}
-            extra[REPORT_FILE] = report_json(cost)
+            extra |= report_files(compression_object(cost, job.found, weights.config))
         else:
             weights = _mla_weights(base, form) if to == "mla" else base
-        if is_gguf:
+        if job.is_gguf:
             files, extra = [stored_gguf(weights, form, src, dst.name)], {}
         else:
-            raw = _config_fields(opened, weights, form, keeps=to is None)
+            raw = _config_fields(job.opened, weights, form, keeps=to is None)
             files, index = plan_folder(stored_groups(weights, form))
             extra["config.json"] = (json.dumps(raw, indent=2) + "\n").encode()
             extra |= text_files(src) | ({} if index is None else {INDEX_FILE: index})
-        identity["options"] = options_text(options)
-        write_planned(dst, files, extra, identity, progress, f"Converting {src.name}")
+        write_planned(dst, files, extra, job.identity(), progress, f"Converting {src.name}")
     seconds = time.perf_counter() - start
-    return replace(_report(src, dst, found, weights.config, seconds), compression=cost)
+    return replace(measure(src, dst, job.found, weights.config, seconds), compression=cost)
 
 
-def describe_attention(attention: ModelAttention) -> str:
-    """The form of attention in a few words."""
-    heads = distinct(attention)[0].num_attention_heads
-    if isinstance(attention, MLAConfig | tuple):
-        latent, rotary = row_widths(attention)
-        each = " by layer" if isinstance(attention, tuple) else ""
-        return f"MLA, {heads} heads, latent {latent} + rotary key {rotary}{each}"
-    if not isinstance(attention, GQAConfig):
-        return f"{short_name(attention)}, {heads} heads"
-    groups, head_dim = attention.num_key_value_heads, attention.head_dim
-    if groups == heads:
-        return f"MHA, {heads} heads of {head_dim}"
-    if groups == 1:
-        return f"MQA, {heads} heads sharing one key and value of {head_dim}"
-    return f"GQA, {heads} heads in {groups} groups of {head_dim}"
+def check(
+    src: Path,
+    dst: Path,
+    *,
+    to: str | None,
+    dtype: str,
+    file_format: str,
+    compression: Compression | None,
+) -> Job:
+    """What `convert` of the same arguments is to do. Raises its errors as far as they can be known
+    before any work.
+    """
+    form, is_gguf = _checked_options(src, dst, to, dtype, file_format)
+    if compression is not None:
+        check_compression(compression, to)
+        refuse_existing(dst.absolute())
+    opened = open_checkpoint(src)
+    found = settle_mtp(read_config(opened), opened)
+    if to is None and is_gguf == _is_gguf(src) and form == _stored_form(found):
+        raise UserError(f"{src}: nothing to convert; its weights are {form} already")
+    if compression is not None:
+        check_reach(compression, found)
+    if to == "mla" and is_gguf:
+        architecture_of(mla_config(found))
+    return Job(
+        src=src,
+        dst=dst,
+        to=to,
+        dtype=dtype,
+        # what is packed stays so unless another type is asked for
+        form=form or found.packing,
+        is_gguf=is_gguf,
+        compression=compression,
+        opened=opened,
+        found=found,
+    )
 
 
 def _checked_options(
@@ -261,44 +279,13 @@ def _config_fields(
     return raw | {"dtype": str(plain).removeprefix("torch.")}
 
 
-def _weight_files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-
-
-def _fingerprint(src: Path) -> str:
+def fingerprint(src: Path) -> str:
     """The source, and what would change if it were another."""
     facts: list[Any] = []
     if src.is_dir():
         facts.append((src / "config.json").read_text(encoding="utf-8"))
-    for file in _weight_files(src):
+    for file in weight_files(src):
         stat = file.stat()
         facts.append([file.name, stat.st_size, stat.st_mtime_ns])
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     return f"{src.resolve()} {digest}"
-
-
-def _report(
-    src: Path, dst: Path, config: ModelConfig, converted: ModelConfig, seconds: float
-) -> Report:
-    costs = cache_cost(config), cache_cost(converted)
-    counts = count_parameters(config), count_parameters(converted)
-    sizes = [sum(file.stat().st_size for file in _weight_files(path)) for path in (src, dst)]
-    bits = [
-        8 * size / (count.total + count.mtp + count.mtp_copies * config.mtp_copies)
-        for size, count in zip(sizes, counts, strict=True)
-    ]
-    return Report(
-        source=src,
-        destination=dst,
-        attention_before=describe_attention(config.attention),
-        attention_after=describe_attention(converted.attention),
-        cache_bytes_per_token_before=costs[0].own_bytes_per_token(CACHE_DTYPE),
-        cache_bytes_per_token_after=costs[1].own_bytes_per_token(CACHE_DTYPE),
-        parameters_before=counts[0].total,
-        parameters_after=counts[1].total,
-        weight_bytes_before=sizes[0],
-        weight_bytes_after=sizes[1],
-        bits_per_weight_before=bits[0],
-        bits_per_weight_after=bits[1],
-        seconds=seconds,
-    )

@@ -8,20 +8,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Complex128, Float, Float64, Int
 from torch import Tensor
 
-from lowlat.attention.flash import FlashAttention
 from lowlat.config.model import GQAConfig
+from lowlat.convert.layer_run import LayerRun, layer_weights
 from lowlat.convert.weights import Weights
-from lowlat.model.block import DecoderLayer
-from lowlat.model.gqa import GQA
-from lowlat.ops.rope import RotaryTables, apply_rope, inverse_frequencies, rotation_magnitude
+from lowlat.ops.rope import apply_rope, inverse_frequencies, rotation_magnitude
 from lowlat.utils.progress import Task
 
 ATTENTION_WINDOWS = 8
 """Windows whose attention is looked at; the inputs' covariance comes from all."""
+BLOCK = 256
+"""Queries whose attention is computed at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,118 +95,130 @@ def read_attention(weights: Weights, number: int) -> AttentionWeights:
 
 
 def run_layers(
-    weights: Weights, windows: Int[Tensor, "windows length"], task: Task
+    weights: Weights, windows: Int[Tensor, "windows length"], dtype: torch.dtype, task: Task
 ) -> Iterator[LayerStatistics]:
-    """Statistics of each decoder layer of a GQA model, in order, computed in fp32 on the CPU."""
+    """Statistics of each decoder layer of a GQA model, in order, on the CPU; products with weights
+    are of `dtype`, what is gathered is fp32.
+    """
     config = weights.config
-    count, length = windows.shape
-    x = weights.read("embed_tokens.weight")[windows.flatten()].float()
+    length = windows.shape[1]
+    streams = list(weights.read("embed_tokens.weight")[windows].float())
     weights.release("embed_tokens.weight")
-    positions = torch.arange(length).repeat(count)
+    every = max(1, len(windows) // ATTENTION_WINDOWS)
+    looked_at = range(0, len(windows), every)[:ATTENTION_WINDOWS]
     for number in range(config.num_hidden_layers):
         own = read_attention(weights, number)
-        layer = filled_layer(weights, number)
-        width = config.attention_of(number).rope_dim
-        rope = RotaryTables(config.rope_of(number), width)(positions)
-        with torch.no_grad():
-            normed = layer.input_layernorm(x)
-            gathered = _gathered(layer, own, normed.unflatten(0, (count, length)), rope)
-            x = x + layer.self_attn(normed, rope, FlashAttention([length] * count))
-            residual = x.double().square().sum(-1)
-            # The first tokens of a window may be huge in every model: they are no measure.
-            residual = float(residual.unflatten(0, (count, length))[:, length // 8 :].mean())
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        yield LayerStatistics(**gathered, residual=residual)
+        layer = LayerRun(config, number, layer_weights(weights, number), length, dtype)
+        gathered = _Gathered(own, layer)
+        for window, x in enumerate(streams):
+            normed = layer.normed(x)
+            gathered.add(normed, attends=window in looked_at)
+            x = x + layer.attend(normed)
+            gathered.add_residual(x)
+            streams[window] = layer.finish(x)
+        yield gathered.statistics()
         task.advance(1)
 
 
-def filled_layer(weights: Weights, number: int) -> DecoderLayer:
-    """Layer `number` in fp32, without gradients."""
-    with torch.device("meta"):
-        layer = DecoderLayer(weights.config, number, dtype=torch.float32)
-    prefix = f"layers.{number}."
-    state = {name: weights.read(prefix + name).float() for name in layer.state_dict()}
-    layer.load_state_dict(state, assign=True)
-    for name in state:
-        weights.release(prefix + name)
-    return layer.requires_grad_(False)
+class _Gathered:
+    """Sums over the windows of one layer."""
 
+    def __init__(self, own: AttentionWeights, layer: LayerRun) -> None:
+        heads, head_dim, inputs = own.q.shape
+        length = len(layer.rope[0])
+        self._own, self._rope, self._scale = own, layer.rope, layer.softmax_scale
+        self._projections = [part.flatten(0, 1).float() for part in (own.q, own.k, own.v)]
+        self._metric = torch.einsum("hxd,hxe->hde", own.o, own.o).float()
+        turns = torch.outer(torch.arange(length).double(), own.frequencies)
+        self._turned = torch.polar(torch.ones_like(turns), turns)
+        self._tokens = self._attending = 0
+        self._covariance, self._attended = torch.zeros(2, inputs, inputs, dtype=torch.float64)
+        self._queries = torch.zeros(heads, head_dim, head_dim, dtype=torch.float64)
+        self._sensitivity = torch.zeros(heads, dtype=torch.float64)
+        self._rotation = torch.zeros(heads, head_dim // 2, dtype=torch.complex128)
+        self._norms = torch.zeros(2, heads, head_dim // 2, dtype=torch.float64)
+        self._residual, self._residuals = 0.0, 0
 
-def _gathered(
-    layer: DecoderLayer,
-    own: AttentionWeights,
-    normed: Float[Tensor, "windows length hidden"],
-    rope: tuple[Tensor, Tensor],
-) -> dict[str, Tensor]:
-    attention = layer.self_attn
-    assert isinstance(attention, GQA)
-    dims, length = attention.dims, normed.shape[1]
-    heads, groups = dims.num_attention_heads, dims.num_key_value_heads
-    inputs = own.q.shape[2]
-    covariance = torch.zeros(inputs, inputs, dtype=torch.float64)
-    for window in normed:
-        extended = _extended(window, inputs)
-        covariance += (extended.T @ extended).double()
-    attended = torch.zeros_like(covariance)
-    queries = torch.zeros(heads, dims.head_dim, dims.head_dim, dtype=torch.float64)
-    sensitivity = torch.zeros(heads, dtype=torch.float64)
-    distances = torch.zeros(heads, length, dtype=torch.float64)
-    norms = torch.zeros(2, heads, dims.head_dim // 2, dtype=torch.float64)
-    chosen = normed[:: max(1, len(normed) // ATTENTION_WINDOWS)][:ATTENTION_WINDOWS]
-    metric = torch.einsum("hxd,hxe->hde", own.o, own.o).float()
-    rope = rope[0][:length], rope[1][:length]
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    for window in chosen:
-        extended = _extended(window, inputs)
-        q, k, v = (torch.einsum("hdx,tx->htd", w.float(), extended) for w in (own.q, own.k, own.v))
+    def add(self, normed: Float[Tensor, "length hidden"], *, attends: bool) -> None:
+        """A window of normalised inputs; attends: look at its attention as well."""
+        extended = _extended(normed, self._own.q.shape[2])
+        self._covariance += extended.T @ extended
+        self._tokens += len(normed)
+        if attends:
+            self._add_attention(extended)
+
+    def add_residual(self, x: Float[Tensor, "length hidden"]) -> None:
+        """The residual stream behind the attention, without the first tokens of the window: they
+        may be huge in every model and are no measure.
+        """
+        later = x[len(x) // 8 :]
+        self._residual += float(later.square().sum(-1).double().sum())
+        self._residuals += len(later)
+
+    def statistics(self) -> LayerStatistics:
+        """The averages."""
+        return LayerStatistics(
+            covariance=self._covariance / self._tokens,
+            attended=self._attended / self._attending,
+            queries=self._queries / self._sensitivity.clamp(min=1e-30)[:, None, None],
+            sensitivity=self._sensitivity / self._attending,
+            rotation=self._rotation / self._attending,
+            norms=self._norms.prod(0) / self._attending**2,
+            residual=self._residual / self._residuals,
+        )
+
+    def _add_attention(self, extended: Float[Tensor, "length inputs"]) -> None:
+        head_dim = self._own.q.shape[1]
+        q, k, v = (
+            (extended @ projection.T).unflatten(1, (-1, head_dim)).transpose(0, 1)
+            for projection in self._projections
+        )
+        per_group = len(q) // len(k)
         turned_q, turned_k = (
-            apply_rope(part.transpose(0, 1), *rope, interleave=False).transpose(0, 1)
+            apply_rope(part.transpose(0, 1), *self._rope, interleave=False).transpose(0, 1)
             for part in (q, k)
         )
-        for part, single in enumerate((q, k.repeat_interleave(heads // groups, dim=0))):
-            norms[part] += _pair_norms(single)
-        received = torch.zeros(length)
-        for head in range(heads):
-            group = head // (heads // groups)
-            scores = turned_q[head] @ turned_k[group].T * attention.scale
-            attends = scores.masked_fill_(future, -torch.inf).softmax(dim=-1)
-            received += attends.sum(0)
-            distances[head] += _by_distance(attends)
-            per_query = _sensitivity(attends, v[group], metric[head])
-            queries[head] += ((q[head] * per_query[:, None]).T @ q[head]).double()
-            sensitivity[head] += per_query.sum().double()
-        attended += ((extended * received[:, None]).T @ extended).double() / heads
-    tokens = len(chosen) * length
-    turns = torch.outer(torch.arange(length).double(), own.frequencies)
-    turned = torch.polar(torch.ones_like(turns), turns)
-    return {
-        "covariance": covariance / (len(normed) * length),
-        "attended": attended / tokens,
-        "queries": queries / sensitivity.clamp(min=1e-30)[:, None, None],
-        "sensitivity": sensitivity / tokens,
-        "rotation": (distances.to(torch.complex128) @ turned) / tokens,
-        "norms": norms.prod(0) / tokens**2,
-    }
+        for part, single in enumerate((q, k.repeat_interleave(per_group, dim=0))):
+            self._norms[part] += _pair_norms(single)
+        angles = torch.view_as_real(self._turned).flatten(1).float()
+        received = torch.zeros(len(extended))
+        for head, metric in enumerate(self._metric):
+            group = head // per_group
+            # Sensitivity does not change as all values move by the same.
+            values = v[group] - v[group].mean(0)
+            sizes = ((values @ metric) * values).sum(1, keepdim=True)
+            carried = torch.cat([values, sizes, angles], dim=1)
+            seen = self._seen(turned_q[head], turned_k[group], carried, received)
+            out, size, turned = seen.split([head_dim, 1, angles.shape[1]], dim=1)
+            # sum over keys of a_nm |W (v_m - o_n)|^2 = sum of a_nm |W v_m|^2 - |W o_n|^2
+            moved = (size[:, 0] - ((out @ metric) * out).sum(1)).clamp(min=0)
+            self._queries[head] += (q[head] * moved[:, None]).T @ q[head]
+            self._sensitivity[head] += moved.double().sum()
+            facing = torch.view_as_complex(turned.double().unflatten(1, (-1, 2)))
+            self._rotation[head] += (self._turned * facing.conj()).sum(0)
+        self._attended += (extended * received[:, None]).T @ extended / len(self._metric)
+        self._attending += len(extended)
 
-
-def _sensitivity(
-    attends: Float[Tensor, "length length"],
-    values: Float[Tensor, "length head_dim"],
-    metric: Float[Tensor, "head_dim head_dim"],
-) -> Float[Tensor, " length"]:
-    """a_nm |W_O (v_m - o_n)|^2 of every query n, summed over its keys m; metric is W_O^T W_O."""
-    out, moved = attends @ values, values @ metric
-    apart = (moved * values).sum(-1) - 2 * out @ moved.T
-    apart += ((out @ metric) * out).sum(-1, keepdim=True)
-    return (attends * apart.clamp_(min=0)).sum(1)
-
-
-def _by_distance(attends: Float[Tensor, "length length"]) -> Float64[Tensor, " length"]:
-    """Sums along diagonals: what is attended to 0, 1, ... positions back."""
-    length = len(attends)
-    # Rows that are wider by one step than their stride lie skewed: diagonals become columns.
-    skewed = F.pad(attends.flip(1), (0, length)).flatten()[:-length].view(length, -1)
-    return skewed.sum(0, dtype=torch.float64)[length - 1 :]
+    def _seen(
+        self,
+        q: Float[Tensor, "length head_dim"],
+        k: Float[Tensor, "length head_dim"],
+        carried: Float[Tensor, "length width"],
+        received: Float[Tensor, " length"],
+    ) -> Float[Tensor, "length width"]:
+        """What each query's attention makes of `carried`; what each key gets goes into `received`.
+        Blocks of queries are small enough for the processor's cache.
+        """
+        seen: list[Tensor] = []
+        for start in range(0, len(q), BLOCK):
+            stop = min(start + BLOCK, len(q))
+            scores = q[start:stop] @ k[:stop].T * self._scale
+            future = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
+            scores[:, start:].masked_fill_(future, -torch.inf)
+            attends = scores.softmax(dim=-1)
+            received[:stop] += attends.sum(0)
+            seen.append(attends @ carried[:stop])
+        return torch.cat(seen)
 
 
 def _pair_norms(heads: Float[Tensor, "heads length head_dim"]) -> Float64[Tensor, "heads pairs"]:

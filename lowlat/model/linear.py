@@ -187,10 +187,13 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.eps = eps
+        # Set by train.build: the form of training, also where no gradient is asked for.
+        self.trains = False
         self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
-        trains = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        learns = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        trains = self.trains or learns
         return (differentiable.rms_norm if trains else rms_norm)(x, self.weight, self.eps)
 
 

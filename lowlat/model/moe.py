@@ -24,10 +24,12 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden_size, inner_size, dtype=dtype)
         self.up_proj = Linear(hidden_size, inner_size, dtype=dtype)
         self.down_proj = Linear(inner_size, hidden_size, dtype=dtype)
+        # As `RMSNorm.trains`.
+        self.trains = False
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        gated = differentiable.swiglu if gate.requires_grad else swiglu
+        gated = differentiable.swiglu if self.trains or gate.requires_grad else swiglu
         return self.down_proj(gated(gate, up))
 
 

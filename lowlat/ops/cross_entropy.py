@@ -82,27 +82,40 @@ def head_gradients(
     weight: Float[Tensor, "vocab hidden"],
     needed: Sequence[bool],
     gradient: Callable[[slice, Tensor], Tensor],
+    *,
+    elements: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of a loss of the logits hidden W^T, which are made a piece of rows at a time.
 
     gradient: gets a piece's rows and logits, which it may overwrite, and returns the loss's
     gradient by them; needed: whether hidden and whether weight take one. Theirs has hidden's dtype,
-    and is summed in fp32 (fp64 for fp64 inputs) for the weight.
+    and is summed in fp32 (fp64 for fp64 inputs) for the weight. A piece has up to `elements` logits
+    (by default PIECE_ELEMENTS).
     """
     matrix = weight.to(hidden.dtype)
     needs_hidden, needs_weight = needed
     wide = accumulation_dtype(hidden.dtype)
     grad_hidden = torch.empty_like(hidden) if needs_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-    rows = max(1, PIECE_ELEMENTS // weight.shape[0])
-    for first in range(0, hidden.shape[0], rows):
-        piece = slice(first, first + rows)
-        grad = gradient(piece, hidden[piece] @ matrix.T).to(hidden.dtype)
+    most = max(1, (elements or PIECE_ELEMENTS) // weight.shape[0])
+    pieces = even_pieces(hidden.shape[0], most)
+    room = hidden.new_empty(pieces[0].stop if pieces else 0, weight.shape[0])
+    for piece in pieces:
+        logits = torch.mm(hidden[piece], matrix.T, out=room[: piece.stop - piece.start])
+        grad = gradient(piece, logits).to(hidden.dtype)
         if grad_hidden is not None:
             torch.mm(grad, matrix, out=grad_hidden[piece])
         if grad_weight is not None:
             grad_weight += grad.T @ hidden[piece]
     return grad_hidden, grad_weight
+
+
+def even_pieces(rows: int, most: int) -> list[slice]:
+    """As few pieces of `rows` as have at most `most` each, none larger than the first and all but
+    the last as large.
+    """
+    size = -(-rows // max(1, -(-rows // most)))
+    return [slice(at, min(at + size, rows)) for at in range(0, rows, max(1, size))]
 
 
 def scaled_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -1,5 +1,5 @@
-"""RMSNorm, SwiGLU and attention for training: the same functions as elsewhere in `ops`, with
-backward passes that keep little and take one pass over their rows.
+"""RMSNorm, SwiGLU, rotation and attention for training: the same functions as elsewhere in `ops`,
+with backward passes that keep little and take one pass over their rows.
 
 Owns the gradients. On the CPU in bf16 and fp32 the native kernels compute them.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import BFloat16, Float, Int
+from jaxtyping import BFloat16, Float, Float32, Int
 from torch import Tensor
 
 from lowlat.ops import native_training
@@ -45,6 +45,19 @@ def causal_attention(
     native kernels, which must be usable. Keeps one number per query and head.
     """
     out = _CausalAttention.apply(q, k, v, ends, scale)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def rotate(
+    x: Float[Tensor, "tokens heads dim"],
+    cos: Float32[Tensor, "tokens pairs"],
+    sin: Float32[Tensor, "tokens pairs"],
+    *,
+    interleave: bool,
+) -> Float[Tensor, "tokens heads dim"]:
+    """`rope.apply_rope` by the native kernels, which must be usable; keeps the tables alone."""
+    out = _Rotation.apply(x, cos, sin, interleave)
     assert isinstance(out, Tensor)
     return out
 
@@ -96,9 +109,28 @@ class _SwiGLU(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        if native_training.usable(gate, grad):
+            return native_training.gated_gradients(gate, up, grad.contiguous())
         _, grad_gate_up, _ = gated_backward(torch.cat([gate, up], dim=1), grad.contiguous(), None)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=1)
         return grad_gate, grad_up
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleave = interleave
+        return native_training.rotation(x, cos, sin, interleave=interleave)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None, None, None]:
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        cos, sin = ctx.saved_tensors
+        back = native_training.rotation(grad, cos, sin, interleave=ctx.interleave, is_inverse=True)
+        return back, None, None, None
 
 
 class _CausalAttention(torch.autograd.Function):

@@ -79,6 +79,19 @@ def gated_backward(
     return inner, grad_gate_up, grad_factors
 
 
+def gated_gradients(
+    gate: Float[Tensor, "rows inner"],
+    up: Float[Tensor, "rows inner"],
+    grad: Float[Tensor, "rows inner"],
+    *,
+    level: str = "",
+) -> tuple[Float[Tensor, "rows inner"], Float[Tensor, "rows inner"]]:
+    """Gradients of gate and up, which lie in one piece each, given that of silu(gate) * up."""
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    native.module().gated_backward(gate, up, grad, None, None, grad_gate, grad_up, None, level)
+    return grad_gate, grad_up
+
+
 def entropy(
     logits: Float[Tensor, "rows vocab"],
     targets: Int64[Tensor, "rows"],
@@ -92,6 +105,43 @@ def entropy(
     shown = counted.contiguous().view(torch.uint8)
     native.module().entropy(logits, targets.contiguous(), shown, z_weight, nll, z, level)
     return nll, z
+
+
+def divergence(
+    logits: Float[Tensor, "rows vocab"],
+    taught: Float[Tensor, "rows vocab"],
+    targets: Int64[Tensor, "rows"],
+    counted: Bool[Tensor, "rows"],
+    nll_weight: float,
+    *,
+    wants_gradient: bool,
+    level: str = "",
+) -> tuple[Float32[Tensor, "rows"], Float32[Tensor, "rows"]]:
+    """KL(softmax(taught) || softmax(logits)) and nll of every row. With `wants_gradient` turns
+    `logits` into the gradient of kl + nll_weight * nll in place.
+    """
+    kl, nll = torch.empty(2, logits.shape[0])
+    shown = counted.contiguous().view(torch.uint8)
+    given = logits, taught, targets.contiguous(), shown
+    native.module().divergence(*given, nll_weight, wants_gradient, kl, nll, level)
+    return kl, nll
+
+
+def rotation(
+    x: Float[Tensor, "tokens heads dim"],
+    cos: Float32[Tensor, "tokens pairs"],
+    sin: Float32[Tensor, "tokens pairs"],
+    *,
+    interleave: bool,
+    is_inverse: bool = False,
+    level: str = "",
+) -> Float[Tensor, "tokens heads dim"]:
+    """`rope.apply_rope`, to the bit; with `is_inverse` by the negative angles. x may be columns of
+    something wider, as may the tables, which then are columns of tables of one width.
+    """
+    out = torch.empty(x.shape, dtype=x.dtype)
+    native.module().rotation(x.detach(), cos, sin, interleave, is_inverse, out, level)
+    return out
 
 
 def combine(

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lowlat.config.model import RopeConfig, yarn_mscale
+from lowlat.ops import differentiable, native_training
 from lowlat.ops.norm import accumulation_dtype
 
 
@@ -125,8 +126,10 @@ def apply_rope(
     """Rotate the pairs of every head: channels (2i, 2i+1) if `interleave`, else (i, i + dim/2).
 
     Channels keep their places, so a checkpoint's rows need no permutation. Computed in fp32,
-    rounded once.
+    rounded once. The native kernel, where it is usable, gives the same bits.
     """
+    if native_training.usable(x) and native_training.usable(cos, sin) and x.stride(-1) == 1:
+        return differentiable.rotate(x, cos, sin, interleave=interleave)
     wide = x.to(accumulation_dtype(x.dtype))
     cos, sin = cos[:, None], sin[:, None]
     if interleave:

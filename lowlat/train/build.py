@@ -13,6 +13,8 @@ from lowlat.checkpoint.load import load_model
 from lowlat.config.model import ModelConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.init import init_weights
+from lowlat.model.linear import RMSNorm
+from lowlat.model.moe import MLP
 from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
 from lowlat.train.fp8 import use_fp8
@@ -23,7 +25,7 @@ from lowlat.train.parallel.team import Team
 from lowlat.train.passes import Passes, PlainPasses
 from lowlat.train.recipe import Recipe
 from lowlat.train.teacher import Teacher
-from lowlat.train.trainable import keep_all_but_attention
+from lowlat.train.trainable import hold_frozen, keep_all_but_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Of activations, by precision."""
@@ -34,7 +36,8 @@ def new_model(
 ) -> Transformer:
     """The whole model with fp32 weights on the CPU: `weights` if given, else those of `start`, else
     new ones. With LoRA those of `start` in the products' dtype, and `weights` are its updates.
-    They may be views of files: `parallel.layout.lay_out` gives them memory.
+    They may be views of files: `parallel.layout.lay_out` gives them memory. Where attention alone
+    is trained, the matrices that stay have the products' dtype.
     """
     if recipe.lora is not None:
         assert start is not None
@@ -55,11 +58,13 @@ def new_model(
         stack_experts(model)
     if recipe.trainable == "attention":
         keep_all_but_attention(model)
+        hold_frozen(model, DTYPES[recipe.precision])
     if recipe.precision == "fp8":
         use_fp8(model)
     for module in model.modules():
         if isinstance(module, DecoderLayer):
             module.recompute = recipe.recompute == "layers"
+    _use_forms_of_training(model)
     return model
 
 
@@ -93,6 +98,7 @@ def new_teacher(path: Path, recipe: Recipe) -> Teacher:
     assert recipe.distillation is not None
     model = load_model(path, dtype=base_dtype(recipe)).model
     stack_experts(model)
+    _use_forms_of_training(model)
     return Teacher(
         model.to(recipe.device),
         DTYPES[recipe.precision],
@@ -120,3 +126,10 @@ def started(start: Path, config: ModelConfig, dtype: str) -> Transformer:
     model.load_state_dict(loaded.state_dict(), assign=True)
     stack_experts(model)
     return model
+
+
+def _use_forms_of_training(model: Transformer) -> None:
+    """A teacher, and what is evaluated, take no gradients, but as many tokens at once."""
+    for module in model.modules():
+        if isinstance(module, RMSNorm | MLP):
+            module.trains = True

@@ -29,6 +29,10 @@ LEARNING_RATE = 3e-4
 """Peak, for models of a few hundred million parameters; Muon's updates are as large as AdamW's. In
 steps of 512 tokens SmolLM2-135M with a latent cut by half mends at 2e-4 and comes apart at 1e-3.
 """
+FULL_STEPS = 100
+"""A run of fewer steps has a peak as much lower: AdamW's first steps move every weight by the whole
+rate, and a short run has no time to mend that.
+"""
 WARM_UP, END = 0.05, 0.05
 """Share of the steps that warms up; share of the peak that the cosine ends at."""
 EVALUATIONS, EVALUATED_TOKENS = 4, 16_384
@@ -46,7 +50,7 @@ class Healing:
     """Tokens of a step; by BATCHES unless given."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float | None = None
-    """Peak; LEARNING_RATE unless given."""
+    """Peak; LEARNING_RATE unless given, less where there are fewer than FULL_STEPS."""
     layer_share: float = 0.0
     """Share of the steps that match layer by layer before the rest matches distributions."""
     cross_entropy: float = 0.0
@@ -67,6 +71,8 @@ class Healed:
     """Held-out loss and divergence before the first step."""
     after: EvalRecord
     """The same after the last."""
+    evaluations: tuple[EvalRecord, ...]
+    """All of them, from `before` to `after`."""
     tokens: int
     """Training tokens read."""
     seconds: float
@@ -80,7 +86,7 @@ def healing_recipe(student: Path, teacher: Path, tokens: Path, healing: Healing)
     rows = max(1, round(step_tokens / length))
     steps = max(1, round(healing.tokens / (rows * length)))
     layers = round(healing.layer_share * steps)
-    peak = healing.learning_rate or LEARNING_RATE
+    peak = healing.learning_rate or LEARNING_RATE * min(1.0, steps / FULL_STEPS)
     phases = [("layers", "attention", layers), ("heal", "logits", steps - layers)]
     return {
         "name": "heal",
@@ -134,7 +140,7 @@ def heal(
     holds a run with other arguments; KeyboardInterrupt after a save where the run was asked to stop
     by SIGINT or SIGTERM.
     """
-    _check(tokens, healing)
+    check_healing(tokens, healing)
     raw = healing_recipe(student, teacher, tokens, healing)
     recipe = parse_recipe(raw, origin="healing")
     with RunFolder(out) as run:
@@ -164,12 +170,14 @@ def heal(
         model=outcome.model,
         before=history.evaluations[0],
         after=history.evaluations[-1],
+        evaluations=tuple(history.evaluations),
         tokens=history.steps[-1].tokens,
         seconds=history.steps[-1].seconds,
     )
 
 
-def _check(tokens: Path, healing: Healing) -> None:
+def check_healing(tokens: Path, healing: Healing) -> None:
+    """Raises UserError where the token folder `tokens` cannot be healed on as `healing` says."""
     folder, least = TokenFolder.open(tokens), healing.sequence_length + 1
     if folder.num_tokens("held_out") < least:
         raise UserError(

@@ -3,9 +3,12 @@
 Owns the choice and what does not go with weights that stay; the updates of LoRA are `lora`'s.
 """
 
+import torch
+
 from lowlat.config.model import ModelConfig
 from lowlat.model.block import DecoderLayer
-from lowlat.model.linear import Linear
+from lowlat.model.linear import Embedding, Linear
+from lowlat.model.moe import StackedExperts
 from lowlat.model.transformer import Transformer
 from lowlat.train.recipe import Recipe
 from lowlat.train.schedule import value_at
@@ -20,6 +23,17 @@ def keep_all_but_attention(model: Transformer) -> None:
             for part in module.self_attn.modules():
                 if isinstance(part, Linear):
                     part.requires_grad_(True)
+
+
+def hold_frozen(model: Transformer, dtype: torch.dtype) -> None:
+    """Hold the matrices that stay and that products take in `dtype`, as products have them: no step
+    casts them again. Norms and the gates of experts, which compute in fp32, keep their dtype.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear | Embedding | StackedExperts):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
 
 
 def check_trainable(config: ModelConfig, recipe: Recipe, origin: str) -> None:

@@ -16,6 +16,7 @@ from lowlat.ops.experts import routed_experts
 from lowlat.ops.experts import swiglu as plain_swiglu
 from lowlat.ops.grouped import group_by_expert, stacked_experts
 from lowlat.ops.norm import rms_norm as plain_rms_norm
+from lowlat.ops.rope import apply_rope
 from lowlat.ops.routing import Routing, route
 
 LEVELS = native.levels() or [pytest.param("", marks=pytest.mark.skip("no native kernels"))]
@@ -72,6 +73,85 @@ def test_native_gated(
         if left is not None and right is not None:
             close(left, right, dtype)
     assert (found[2] is None) == (factors is None)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "dim"), SIZES)
+def test_native_gradients_of_gate_and_up_apart(
+    level: str, dtype: torch.dtype, rows: int, dim: int
+) -> None:
+    """The bits of the gradients that lie side by side."""
+    gate, up, grad = (draw(rows, dim, dtype=dtype, seed=seed) for seed in range(3))
+    found = native_training.gated_gradients(gate, up, grad, level=level)
+    _, wanted, _ = native_training.gated_backward(
+        torch.cat([gate, up], dim=1), grad, None, level=level
+    )
+    assert torch.equal(torch.cat(found, dim=1), wanted)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleave", [True, False])
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 2), (5, 3, 14), (37, 2, 64)])
+def test_native_rotation_has_the_bits_of_the_plain_one(
+    level: str, dtype: torch.dtype, interleave: bool, tokens: int, heads: int, dim: int
+) -> None:
+    """Forward and, against autograd, backward; x, tables and gradient columns of wider tensors."""
+    wide = draw(tokens, heads, dim + 3, dtype=dtype)
+    tables = draw(tokens, dim + 5, dtype=torch.float32, seed=1)
+    cos, sin = tables[:, 2 : 2 + dim // 2], tables[:, 5 + dim // 2 : 5 + dim]
+    grad = draw(tokens, heads, dim + 1, dtype=dtype, seed=2)[..., 1:]
+    x = wide[..., 3:].detach().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_training, "usable", lambda *tensors: False)
+        wanted = apply_rope(x, cos, sin, interleave=interleave)
+    wanted.backward(grad)
+    found = native_training.rotation(x, cos, sin, interleave=interleave, level=level)
+    assert torch.equal(found, wanted)
+    back = native_training.rotation(
+        grad, cos, sin, interleave=interleave, is_inverse=True, level=level
+    )
+    assert x.grad is not None
+    close(back, x.grad, dtype)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "vocab"), SIZES)
+@pytest.mark.parametrize("nll_weight", [0.0, 0.7])
+def test_native_divergence(
+    level: str, dtype: torch.dtype, rows: int, vocab: int, nll_weight: float
+) -> None:
+    logits, taught = 4 * draw(rows, vocab, dtype=dtype), 4 * draw(rows, vocab, dtype=dtype, seed=1)
+    targets = torch.arange(rows) % vocab
+    counted = torch.arange(rows) % 3 != 1
+    wide = logits.double().requires_grad_()
+    log_p, log_q = taught.double().log_softmax(1), wide.log_softmax(1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(1) * counted
+    nll = F.cross_entropy(wide, targets, reduction="none") * counted
+    (kl + nll_weight * nll).sum().backward()
+    given, before = (logits, taught, targets, counted, nll_weight), logits.clone()
+    plain = native_training.divergence(*given, wants_gradient=False, level=level)
+    assert torch.equal(logits, before)
+    found = native_training.divergence(*given, wants_gradient=True, level=level)
+    for left, again, right in zip(found, plain, (kl, nll), strict=True):
+        assert torch.equal(left, again)
+        torch.testing.assert_close(left.double(), right.detach(), rtol=1e-5, atol=1e-5)
+    assert wide.grad is not None
+    close(logits, wide.grad, dtype)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_native_divergence_hides_no_nan(level: str) -> None:
+    """Of the student or the teacher, wherever in a row; other rows know nothing of it."""
+    for at in (0, 20, 36):
+        for which in (0, 1):
+            pair = [draw(3, 37, dtype=torch.float32, seed=seed) for seed in (0, 1)]
+            pair[which][1, at] = torch.nan
+            given = *pair, torch.arange(3), torch.ones(3, dtype=torch.bool), 0.0
+            kl, _ = native_training.divergence(*given, wants_gradient=False, level=level)
+            assert kl.isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowlat.train.recipe_text import to_toml
 from tests.train_parallel.processes import run
 from tests.train_parallel.runs import PROGRAM, state
-from tests.unit.train import healing
+from tests.unit.train import healing, tuning
 
 TOLERANCE = 1e-5
 
@@ -38,3 +39,15 @@ def test_two_processes_learn_what_one_learns(recipe: Path, tmp_path: Path, axis:
         allowed = TOLERANCE if ".self_attn." in name else 0.0
         error = (found[name].double() - tensor.double()).norm()
         assert error <= allowed * tensor.double().norm(), name
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_weights_that_stay_are_divided_in_bf16(recipe: Path, tmp_path: Path, axis: str) -> None:
+    """Beside fp32 ones that move: a run of two processes ends with the bits of what stays."""
+    changes = ["--set", "phase.0.match=logits", "--set", "precision=bf16"]
+    command = [*PROGRAM, "train", str(recipe), "--quiet", *changes, "--out", str(tmp_path / "run")]
+    run(2, [*command, "--set", f"parallel.{axis}=2"])
+    start = tuning.loaded(recipe.parent / "damaged")
+    for name, tensor in state(tmp_path / "run").items():
+        if name.startswith("model.") and ".self_attn." not in name and tensor.ndim > 1:
+            assert torch.equal(tensor, start[name.removeprefix("model.")].bfloat16()), name

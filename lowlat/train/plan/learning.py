@@ -10,13 +10,28 @@ from lowlat.config.model import ModelConfig
 from lowlat.train.plan.activations import FP32_BYTES, all_bytes
 from lowlat.train.plan.flops import LAYER_PARTS, token_flops
 from lowlat.train.plan.job import Job
-from lowlat.train.plan.memory import ACTIVATIONS, WEIGHTS, Memory, moment_bytes, shares
+from lowlat.train.plan.memory import (
+    ACTIVATIONS,
+    CASTS,
+    PIECE_COPIES,
+    PIECE_ELEMENTS,
+    WEIGHTS,
+    Memory,
+    held,
+    live_casts,
+    moment_bytes,
+    shares,
+)
 from lowlat.train.recipe import Phase, Recipe
 
 ATTENTION = ("attention", "scores")
 """Parts of FLOPs that are attention's."""
 PASSED = {"attention": ATTENTION, "layers": LAYER_PARTS}
 """What matching layer by layer computes of the model; distributions need everything."""
+HELD_IN_FP32 = ("attention", "norms", "router")
+"""Parts of the parameters that move, or that compute in fp32, where attention alone is trained."""
+NATIVE_PIECE_BYTES = 2**26
+"""Most bytes of a piece of logits, as in `ops.divergence`."""
 INPUTS_OF_MLPS = ("MLP norm", "MLP SwiGLU", "shared experts' SwiGLU")
 """Activations that only gradients of MLPs' weights read."""
 
@@ -64,11 +79,30 @@ def learning_memory(
         parts["gradients"] = FP32_BYTES * moved
         parts["optimiser"] = moment_bytes(job, "attention") * moved
         parts["loss"] -= _head_gradient(config)
+        if recipe.precision == "bf16":
+            parts |= _held_in_bf16(memory, job)
         activations = {k: v for k, v in activations.items() if k not in INPUTS_OF_MLPS}
         parts[ACTIVATIONS] = sum(activations.values())
     if teacher is not None:
         parts["teacher"] = _teacher_bytes(teacher, recipe, job)
+        parts["loss"] += _more_logits(config, job)
     return replace(memory, parts=parts, activations=activations)
+
+
+def _held_in_bf16(memory: Memory, job: Job) -> dict[str, float]:
+    """Weights, where matrices that stay are held as products take them, and the casts of others."""
+    parts = {WEIGHTS: 0.0, CASTS: live_casts(job, "attention", memory.parameters["attention"])}
+    for part, count in memory.parameters.items():
+        size = FP32_BYTES if part in HELD_IN_FP32 else 2
+        parts[WEIGHTS] += size * held(job, part, count)
+    return parts
+
+
+def _more_logits(config: ModelConfig, job: Job) -> float:
+    """What a piece of both models' logits takes beyond a piece of the loss without a teacher."""
+    logits = float(job.device_tokens * config.vocab_size)
+    taught = 2 * min(NATIVE_PIECE_BYTES, job.element_bytes * logits)
+    return max(0.0, taught - PIECE_COPIES * FP32_BYTES * min(PIECE_ELEMENTS, logits))
 
 
 def _head_gradient(config: ModelConfig) -> float:

@@ -83,12 +83,17 @@ def _states(job: Job, parameters: dict[str, float]) -> dict[str, float]:
     states = {WEIGHTS: 0.0, CASTS: 0.0, "gradients": 0.0, "optimiser": 0.0}
     for part, count in parameters.items():
         share = count / shares(job.layout, part)[1]
-        is_sharded = zero == 3 or (zero >= 1 and job.precision != "fp32")
-        states[WEIGHTS] += FP32_BYTES * (share if is_sharded else count)
-        states[CASTS] += _cast(job, part, count)
+        states[WEIGHTS] += FP32_BYTES * held(job, part, count)
+        states[CASTS] += live_casts(job, part, count)
         states["gradients"] += FP32_BYTES * (share if zero >= 2 else count)
         states["optimiser"] += moment_bytes(job, part) * (share if zero >= 1 else count)
     return states
+
+
+def held(job: Job, part: str, count: float) -> float:
+    """How many of `count` weights a device has as the optimiser moves them, or as they stay."""
+    is_sharded = job.layout.zero == 3 or (job.layout.zero >= 1 and job.precision != "fp32")
+    return count / shares(job.layout, part)[1] if is_sharded else count
 
 
 def cast_bytes(job: Job, part: str) -> float:
@@ -99,7 +104,7 @@ def cast_bytes(job: Job, part: str) -> float:
     return 1 + FP32_BYTES / 128**2 if is_fp8 else 2.0
 
 
-def _cast(job: Job, part: str, count: float) -> float:
+def live_casts(job: Job, part: str, count: float) -> float:
     """Bytes of the casts that live as long as a step. ZeRO-1 and 2 hold all of them; ZeRO-3
     gathers them layer by layer; otherwise they live until the backward pass has used them, and
     experts and head make them afresh (`ops.grouped`, `ops.cross_entropy`).

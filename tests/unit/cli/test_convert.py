@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import Result
 
-from lowlat.convert.run import Report
+from lowlat.cli.options import parse_count
+from lowlat.convert.report import Report
+from lowlat.heal.wanted import Wanted
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -71,3 +74,54 @@ def test_a_missing_source_is_named(lowlat: Invoke, tmp_path: Path) -> None:
     assert isinstance(result.exception, UserError)
     assert "absent" in str(result.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_healing_gets_its_options(
+    monkeypatch: pytest.MonkeyPatch, lowlat: Invoke, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {}
+
+    def heal(src: Path, dst: Path, **options: Any) -> None:
+        given.update(options)
+        (tmp_path / ".out.conversion").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowlat.heal.run.convert_and_heal", heal)
+    monkeypatch.setattr("lowlat.api.prepare", lambda name, **options: Path("some"))
+    options = "--to mla --cache 0.5 --heal 1.5M --text a.txt --text b --evaluate c.txt --dtype bf16"
+    result = lowlat("convert", "some", str(tmp_path / "out"), *options.split())
+    assert given["wanted"] == Wanted(tokens=1_500_000, texts=("a.txt", "b"), evaluate=Path("c.txt"))
+    assert (given["to"], given["dtype"], given["compression"].share) == ("mla", "bf16", 0.5)
+    assert result.exit_code != 0
+    assert ".out.conversion is kept, the same command goes on from there" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--heal 1M --text a", "--heal mends a model whose cache was made smaller; add --cache"),
+        ("--cache 0.5 --heal 1M", "--heal trains on text; add --text FILE_OR_FOLDER"),
+        ("--cache 0.5 --text a", "--text belongs to --heal TOKENS"),
+        ("--evaluate a", "--evaluate belongs to --cache SHARE"),
+        ("--cache 0.5 --heal 1G --text a", "--heal '1G': write a number such as 500000"),
+        ("--cache 0.5 --heal 0 --text a", "--heal '0': write a number"),
+        ("--cache 0.5 --heal -5 --text a", "--heal '-5': write a number"),
+        ("--cache 0.5 --heal 1M --text a --evaluate a", "is given as --text too"),
+        ("--cache 0.5 --calibrate a --evaluate a", "is given as --calibrate too"),
+    ],
+)
+def test_options_without_effect(lowlat: Invoke, tmp_path: Path, options: str, message: str) -> None:
+    """Refused before the model is looked for."""
+    arguments = ("absent", str(tmp_path / "out"), "--to", "mla", *options.split())
+    result = lowlat("convert", *arguments)
+    assert isinstance(result.exception, UserError), result.output
+    assert message in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("500000", 500_000), ("500K", 500_000), ("1.5m", 1_500_000), ("2B", 2 * 10**9), ("0.5K", 500)],
+)
+def test_counts(text: str, number: int) -> None:
+    assert parse_count(text, "--heal") == number

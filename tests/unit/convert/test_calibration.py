@@ -32,12 +32,12 @@ def test_calibration_windows_are_spread_over_the_texts(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / name).write_text(name * 4000)
     found = read_calibration([tmp_path / n for n in "abc"], byte_tokenizer(), 100)
-    assert (len(found.windows), len(found.held_out), found.origin) == (32, 4, "a, b, c")
+    assert (len(found.windows), len(found.held_out), found.origin) == (64, 4, "a, b, c")
     letters = [set(map(chr, part.flatten().tolist())) for part in (found.windows, found.held_out)]
     assert letters == [set("abc"), set("abc")]
 
 
 def test_without_text_there_is_text() -> None:
     found = read_calibration([], byte_tokenizer(), 4096)
-    assert found.windows.shape == (32, 1024)
+    assert found.windows.shape == (64, 1024)
     assert "lowlat" in found.origin

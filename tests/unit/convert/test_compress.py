@@ -2,6 +2,7 @@
 predicted costs are what they say, its budget is kept and well spent.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,13 @@ from lowlat.convert.budget import (
 )
 from lowlat.convert.calibration import Calibration
 from lowlat.convert.components import components, split
-from lowlat.convert.compress import CompressionReport, compress, compressed_config
+from lowlat.convert.compress import (
+    CompressionReport,
+    _load_statistics,
+    _save_statistics,
+    compress,
+    compressed_config,
+)
 from lowlat.convert.factors import attention_tensors, factorize, rank_costs, weighted_target
 from lowlat.convert.recipes import RECIPES
 from lowlat.convert.statistics import LayerStatistics, read_attention, run_layers
@@ -26,87 +33,14 @@ from lowlat.model.mla import MLA
 from lowlat.model.transformer import Transformer
 from lowlat.ops.rope import RotaryTables, apply_rope
 from lowlat.utils.progress import SilentProgress
-from tests.fakes import gqa_config, tiny_model
+from tests.fakes import tiny_model
 
-LENGTH = 37
-YARN = RopeConfig(
-    rope_theta=100.0,
-    rope_type="yarn",
-    factor=4.0,
-    original_max_position_embeddings=24,
-    beta_fast=4.0,
-    beta_slow=1.0,
-)
-INTERLEAVED = RopeConfig(rope_theta=100.0, rope_interleave=True)
-
-
-def model_config(
-    *, bias: bool = False, groups: int = 3, rope: RopeConfig | None = None
-) -> ModelConfig:
-    attention = GQAConfig(
-        num_attention_heads=6, num_key_value_heads=groups, head_dim=16, qkv_bias=bias
-    )
-    return gqa_config(
-        model_type="qwen2" if bias else "llama",
-        hidden_size=61,
-        num_hidden_layers=3,
-        attention=attention,
-        rope=rope or RopeConfig(rope_theta=100.0),
-    )
-
-
-class ModelWeights(Weights):
-    """The parameters of a model in memory."""
-
-    def __init__(self, model: Transformer) -> None:
-        self._config, self._state = model.config, model.state_dict()
-
-    @property
-    def config(self) -> ModelConfig:
-        return self._config
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._state[name].dtype
-
-    def read(self, name: str) -> Tensor:
-        return self._state[name]
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self._state[name][start:stop]
-
-    def release(self, name: str) -> None:
-        pass
-
-    def where(self, name: str) -> str:
-        return name
-
-
-CASES = [
-    model_config(),
-    model_config(bias=True),
-    model_config(groups=1),
-    model_config(groups=6, rope=YARN),
-    model_config(rope=INTERLEAVED),
-]
-IDS = ["plain", "bias", "mqa", "mha-yarn", "interleaved"]
-
-
-def weights_of(config: ModelConfig) -> ModelWeights:
-    model = tiny_model(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.5)
-    return ModelWeights(model)
-
-
-def windows(count: int = 6) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randint(263, (count, LENGTH), generator=generator)
+from .models import CASES, IDS, LENGTH, model_config, weights_of, windows
 
 
 def statistics_of(weights: Weights) -> list[LayerStatistics]:
     with SilentProgress().task("", 3, "items") as task:
-        return list(run_layers(weights, windows(), task))
+        return list(run_layers(weights, windows(), torch.float32, task))
 
 
 def outputs(attention: GQA | MLA, config: ModelConfig, x: Tensor, *, moves: bool = True) -> Tensor:
@@ -225,6 +159,48 @@ def test_statistics_by_hand(config: ModelConfig) -> None:
     torch.testing.assert_close(found.rotation, rotation / tokens, **close)
 
 
+@pytest.mark.parametrize("config", CASES[:2], ids=IDS[:2])
+def test_what_writes_a_channel_is_as_large_as_what_reads_it(config: ModelConfig) -> None:
+    """So that training moves both alike."""
+    module, _ = compressed(weights_of(config), "weighted", 12)
+    rows = module.kv_a_proj_with_mqa.weight.detach()
+    latent = len(rows) - 12
+    read = module.kv_b_proj.weight.detach()
+    torch.testing.assert_close(_size(rows[:latent].T), _size(read))
+    queries = module.q_proj.weight.detach().unflatten(0, (6, -1))[:, 16:].transpose(0, 1)
+    wider = (1 + 12 / 16) ** 0.5
+    for pair in range(6):
+        own = rows[latent:][[pair, pair + 6]], queries[[pair, pair + 6]] / wider
+        torch.testing.assert_close(*(part.square().mean() for part in own))
+
+
+def _size(columns: Tensor) -> Tensor:
+    return columns.square().mean(0).sqrt()
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+@pytest.mark.parametrize("inputs", [2, 3])
+def test_statistics_come_back_from_a_file(tmp_path: Path, heads: int, inputs: int) -> None:
+    """Wherever they lie in it: also at places that are no multiple of a complex number's size."""
+    wide = torch.float64
+    saved = LayerStatistics(
+        covariance=torch.rand(inputs, inputs, dtype=wide),
+        attended=torch.rand(inputs, inputs, dtype=wide),
+        queries=torch.rand(heads, 2, 2, dtype=wide),
+        sensitivity=torch.rand(heads, dtype=wide),
+        rotation=torch.rand(heads, 1, dtype=torch.complex128),
+        norms=torch.rand(heads, 1, dtype=wide),
+        residual=0.3,
+    )
+    _save_statistics(tmp_path / "x", saved)
+    found = _load_statistics(tmp_path / "x")
+    assert found.rotation.data_ptr() % 16 == 0
+    for name, value in asdict(saved).items():
+        if isinstance(value, Tensor):
+            assert torch.equal(getattr(found, name), value)
+    assert found.residual == saved.residual
+
+
 def test_factors_are_the_best_and_cost_what_they_say() -> None:
     weights = weights_of(model_config(bias=True))
     own, statistics = read_attention(weights, 0), statistics_of(weights)[0]
@@ -280,6 +256,7 @@ def compressed_model(
         scratch=folder,
         dtype=torch.float32,
         progress=SilentProgress(),
+        precision=torch.float32,
     )
 
 

@@ -7,18 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
-from lowlat.convert.compression import (
-    REPORT_FILE,
-    Compression,
-    asked_compression,
-    scratch_folder,
-)
+from lowlat.convert.compression import Compression, asked_compression, scratch_folder
+from lowlat.convert.report import REPORT_FILE
 from lowlat.convert.run import convert
 from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
@@ -188,3 +185,16 @@ def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
             pass
         assert folder.is_dir()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_while_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library of the scratch files has an exception of its own for it."""
+
+    def full(*arguments: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("lowlat.convert.compress.save_file", full)
+    source = source_model(tmp_path / "source")
+    with pytest.raises(UserError, match=r"cannot be written .*No space left.*make room"):
+        convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "text.txt"}

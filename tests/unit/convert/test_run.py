@@ -20,7 +20,8 @@ from lowlat.config.model import (
     RopeConfig,
 )
 from lowlat.convert.exact import mla_config
-from lowlat.convert.run import convert, describe_attention
+from lowlat.convert.report import describe_attention
+from lowlat.convert.run import convert
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
 

@@ -75,6 +75,34 @@ def test_in_the_types_of_training(dtype: torch.dtype, close: float) -> None:
         assert (own - other).norm() <= close * other.norm()
 
 
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("rows", [1, 5, 23])
+def test_native_pieces_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, close: float, rows: int
+) -> None:
+    """Pieces of up to `rows` rows give what one piece gives."""
+    given = inputs(dtype)
+    whole = linear_divergence(*given)
+    size = given[0].element_size()
+    monkeypatch.setattr(divergence, "NATIVE_PIECE_BYTES", rows * VOCAB * size)
+    monkeypatch.setattr(cross_entropy, "PIECE_ELEMENTS", rows * VOCAB)
+    found = linear_divergence(*given)
+    torch.testing.assert_close(found.total, whole.total, rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad(whole.total, given[:2])
+    for own, other in zip(torch.autograd.grad(found.total, given[:2]), wanted, strict=True):
+        assert (own - other).norm() <= close * other.norm()
+
+
+@given(rows=st.integers(0, 50), most=st.integers(1, 60))
+def test_pieces_are_few_and_even(rows: int, most: int) -> None:
+    pieces = cross_entropy.even_pieces(rows, most)
+    sizes = [piece.stop - piece.start for piece in pieces]
+    assert [row for piece in pieces for row in range(piece.start, piece.stop)] == [*range(rows)]
+    assert len(pieces) <= -(-rows // most)
+    assert not sizes or most >= sizes[0] == max(sizes)
+    assert set(sizes[:-1]) <= {*sizes[:1]}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_teacher_itself_diverges_by_nothing(dtype: torch.dtype) -> None:
     """p = q: no divergence and no gradient, not even the rounding of p and q."""

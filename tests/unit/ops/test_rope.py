@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig, yarn_mscale
+from lowlat.ops import native_training
 from lowlat.ops.rope import RotaryTables, apply_rope, inverse_frequencies, rotation_magnitude
 
 V3_ROPE = RopeConfig(
@@ -181,15 +182,21 @@ def quarter_and_half_turn() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([[0.0, -1.0]]), torch.tensor([[1.0, 0.0]])
 
 
-def test_interleaved_pairs_are_neighbours() -> None:
+BOTH_FORMS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+"""The native kernels do not know fp64."""
+
+
+@BOTH_FORMS
+def test_interleaved_pairs_are_neighbours(dtype: torch.dtype) -> None:
     """Holds shut: the half-split layout on interleaved weights."""
-    x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
+    x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]], dtype=dtype)
     out = apply_rope(x, *quarter_and_half_turn(), interleave=True)
     assert out.tolist() == [[[-2.0, 1.0, -3.0, -4.0]]]
 
 
-def test_half_split_pairs_are_half_a_head_apart() -> None:
-    x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
+@BOTH_FORMS
+def test_half_split_pairs_are_half_a_head_apart(dtype: torch.dtype) -> None:
+    x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]], dtype=dtype)
     out = apply_rope(x, *quarter_and_half_turn(), interleave=False)
     assert out.tolist() == [[[-3.0, -2.0, 1.0, -4.0]]]
 
@@ -225,3 +232,22 @@ def test_tables_are_fp32_at_far_positions() -> None:
     expected = torch.tensor([60001.0, 600.01], dtype=torch.float64)
     torch.testing.assert_close(cos[0].double(), expected.cos(), rtol=0, atol=1e-4)
     torch.testing.assert_close(sin[0].double(), expected.sin(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("interleave", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_the_native_rotation(dtype: torch.dtype, interleave: bool) -> None:
+    """Those of the plain form, of a slice of something wider as MLA rotates it."""
+    generator = torch.Generator().manual_seed(0)
+    leaf = torch.randn(11, 3, 26, generator=generator).to(dtype).requires_grad_()
+    cos, sin = RotaryTables(V3_ROPE, 20)(torch.arange(11))
+    grad = torch.randn(11, 3, 20, generator=generator).to(dtype)
+    found = []
+    for is_usable in (native_training.usable, lambda *tensors: False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native_training, "usable", is_usable)
+            rotated = apply_rope(leaf[..., 6:], cos, sin, interleave=interleave)
+            found.append((rotated.detach(), *torch.autograd.grad(rotated, leaf, grad)))
+    assert torch.equal(found[0][0], found[1][0])
+    close = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=close, atol=close)

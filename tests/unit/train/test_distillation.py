@@ -117,6 +117,42 @@ def test_only_attention_moves(folder: Path) -> None:
     assert all(p.grad is None and not p.requires_grad for p in frozen)
 
 
+def test_what_stays_is_held_as_products_take_it(folder: Path) -> None:
+    """In bf16: matrices in bf16, rounded once from the checkpoint's fp32; what moves, norms and
+    their like in fp32. A run goes on from its save to the same bits.
+    """
+    phase = {"steps": 4}
+    recipe = healing.raw(phase, precision="bf16", saves={"every_steps": 1, "keep_last": 20})
+    given = {"start": folder / "damaged", "teacher": folder / "teacher"}
+    whole = healing.heal(folder, recipe, name="whole")
+    tuning.stop_after(2, folder, recipe, name="parts", **given)
+    parts = healing.heal(folder, recipe, name="parts")
+    tuning.assert_same(parts.saved(), whole.saved())
+    start = tuning.loaded(folder / "damaged")
+    for run in (whole, parts):
+        for name, parameter in run.trainer.model.named_parameters():
+            stays = not parameter.requires_grad and parameter.ndim > 1
+            assert parameter.dtype == (torch.bfloat16 if stays else torch.float32), name
+            assert not stays or torch.equal(parameter, start[name].bfloat16()), name
+
+
+def test_gates_of_experts_that_stay_are_fp32() -> None:
+    """They compute in it; embeddings, experts and heads are held in bf16."""
+    from lowlat.model.stacking import stack_experts
+    from lowlat.train.trainable import hold_frozen, keep_all_but_attention
+    from tests.lowlat_configs import random_model
+
+    model = random_model(tuning.config(), torch.float32)
+    stack_experts(model)
+    keep_all_but_attention(model)
+    hold_frozen(model, torch.bfloat16)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    for name, dtype in dtypes.items():
+        is_wide = ".self_attn." in name or "norm" in name or ".gate." in name
+        assert dtype == (torch.float32 if is_wide else torch.bfloat16), name
+    assert any(".gate." in name for name in dtypes) and any(".experts." in n for n in dtypes)
+
+
 def test_attention_alone_without_a_teacher(folder: Path) -> None:
     recipe = healing.raw({"steps": 2})
     del recipe["distillation"]

@@ -99,6 +99,20 @@ def test_recipes_spend_their_budget(tokens: int, optimizer: Any, layer_share: fl
     assert Path(raw["start"]).is_absolute() and Path(raw["data"]["folder"]).is_absolute()
 
 
+@pytest.mark.parametrize(("steps", "share"), [(4, 0.04), (50, 0.5), (100, 1.0), (195, 1.0)])
+def test_few_steps_are_small(steps: int, share: float) -> None:
+    """Four steps at the whole rate made SmolLM2's divergence ten times what it was."""
+
+    def peak(**more: Any) -> float:
+        wanted = Healing(tokens=steps * 2048, **more)
+        raw = healing_recipe(Path("s"), Path("t"), Path("d"), wanted)
+        assert raw["phase"][0]["steps"] == steps
+        return raw["phase"][0]["learning_rate"][0]["to"]
+
+    assert peak() == pytest.approx(share * LEARNING_RATE)
+    assert peak(learning_rate=1e-3) == 1e-3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

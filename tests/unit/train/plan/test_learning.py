@@ -12,7 +12,7 @@ from lowlat.ops import native_training
 from lowlat.train.plan.activations import layer_bytes
 from lowlat.train.plan.dryrun import dry_run, require_fit
 from lowlat.train.plan.flops import token_flops
-from lowlat.train.plan.learning import INPUTS_OF_MLPS, training_flops
+from lowlat.train.plan.learning import HELD_IN_FP32, INPUTS_OF_MLPS, training_flops
 from lowlat.train.recipe import Recipe, parse_recipe
 from lowlat.train.trainable import keep_all_but_attention
 from lowlat.utils.errors import UserError
@@ -76,7 +76,9 @@ def test_memory_by_hand(precision: str, size: int) -> None:
     attention = count_parameters(STUDENT).attention
     assert ours.parts["gradients"] == 4 * attention < full.parts["gradients"]
     assert ours.parts["optimiser"] == 8 * attention < full.parts["optimiser"]
-    assert ours.parts["weights"] == full.parts["weights"]
+    stays = full.parts["weights"] / 4 - sum(ours.parameters[p] for p in HELD_IN_FP32)
+    assert ours.parts["weights"] == full.parts["weights"] - (4 - size) * stays
+    assert ours.parts["cast weights"] == (4 - size) * attention <= full.parts["cast weights"]
     head = 4 * STUDENT.vocab_size * STUDENT.hidden_size
     assert ours.parts["loss"] == full.parts["loss"] - head
     weights = size * count_parameters(TEACHER).total

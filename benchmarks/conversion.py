@@ -1,0 +1,207 @@
+"""What compressing a model's cache costs: recipes, cache sizes, healing, measured by one harness.
+
+    python benchmarks/conversion.py WORK --text wikitext2-valid.txt --text gsm8k-test.txt
+        [--model smollm2-135m] [--windows 32] [--cells NAME,...]
+        [--heal 500K --heal-text FOLDER] [--speed] [--page docs/results/conversion.md]
+
+Makes every model of `CELLS` that WORK does not hold yet with `lowlat convert`, and measures those
+not measured yet, with a bf16 cache and an int8 one, against the unconverted model: perplexity of
+each text (windows of 1024 tokens spread evenly over it) and how often both find the same token
+likeliest. --speed times decoding, the models in turn. Everything found stays in WORK/figures.json;
+--page writes the page and its picture from that.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lowlat
+from lowlat.bench.run_lowlat import Lowlat
+from lowlat.engine.llm import Model
+
+WINDOW = 1024
+SHARES = {"67": 2 / 3, "50": 0.5, "33": 1 / 3}
+"""Of the cache that are kept, by the name they have in cells' names."""
+RECIPES: dict[str, list[str]] = {
+    "mha2mla": ["--recipe", "mha2mla"],
+    "transmla": ["--recipe", "transmla"],
+    "weighted": [],
+    "free": ["--layout", "free"],
+}
+CELLS = {
+    f"{recipe}-{name}": ["--cache", f"{share:.4g}", *options]
+    for name, share in SHARES.items()
+    for recipe, options in RECIPES.items()
+}
+CACHES = ("bf16", "int8")
+CONTEXTS = (2048, 8000)
+STEPS, ROUNDS = 32, 5
+Figures = dict[str, Any]
+
+
+def main() -> None:
+    args = _arguments()
+    store = args.work / "figures.json"
+    figures: Figures = {"models": {}, "speed": []}
+    if store.exists():
+        figures = json.loads(store.read_text(encoding="utf-8"))
+    figures |= {"model": args.model, "windows": args.windows, "window": WINDOW}
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in args.text}
+    exact = lowlat.load(args.model, dtype="bf16")
+    windows = {name: _windows(exact, text, args.windows) for name, text in texts.items()}
+    reference = {name: _outcome(exact, ids) for name, ids in windows.items()}
+    figures["original"] = {name: math.exp(own["nll"]) for name, own in reference.items()}
+    for name, options in _wanted(args).items():
+        folder = args.work / name
+        entry = figures["models"].setdefault(name, {})
+        if not folder.exists():
+            command = ["convert", args.model, str(folder), "--to", "mla", "--dtype", "bf16"]
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "lowlat", *command, *options], check=True)
+            entry["seconds"] = time.perf_counter() - started
+        entry["command"] = " ".join(["lowlat convert", args.model, name, "--to mla", *options])
+        entry["conversion"] = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
+        for cache in CACHES:
+            found = entry.setdefault(cache, {})
+            missing = {text: ids for text, ids in windows.items() if text not in found}
+            if missing:
+                model = lowlat.load(str(folder), dtype="bf16", **_cache(cache))
+                entry[f"{cache}_bytes_per_token"] = model.cache_bytes_per_token
+                for text, ids in missing.items():
+                    found[text] = _compared(_outcome(model, ids), reference[text])
+                    print(f"{name}, {cache} cache, {text}: {found[text]}", flush=True)
+            _save(figures, store)
+    if args.speed:
+        figures["speed"] = _speeds(args)
+        _save(figures, store)
+    if args.page is not None:
+        from conversion_page import write_page
+
+        write_page(figures, args.page)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--text", type=Path, action="append", required=True)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--cells", help="names of CELLS, all by default", default=",".join(CELLS))
+    parser.add_argument("--heal", default="", help="budgets in tokens: 100K,500K")
+    parser.add_argument("--heal-text", action="append", default=[])
+    parser.add_argument("--healed", default="weighted-50,weighted-33", help="cells to heal")
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--page", type=Path)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def _wanted(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Names of the models to make, and the options that make them."""
+    wanted = {name: CELLS[name] for name in args.cells.split(",") if name}
+    texts = [part for path in args.heal_text for part in ("--text", path)]
+    for budget in filter(None, args.heal.split(",")):
+        for name in args.healed.split(","):
+            wanted[f"{name}-healed-{budget}"] = [*CELLS[name], "--heal", budget, *texts]
+    return wanted
+
+
+def _cache(name: str) -> dict[str, Any]:
+    return {"cache": name} if name == "int8" else {}
+
+
+def _windows(model: Model, text: str, count: int) -> list[list[int]]:
+    """Windows of tokens, evenly spread over `text`."""
+    ids = model.tokenizer.encode(text)
+    available = len(ids) // WINDOW
+    count = min(count, available)
+    starts = [i * available // count * WINDOW for i in range(count)]
+    return [ids[start : start + WINDOW] for start in starts]
+
+
+def _outcome(model: Model, windows: list[list[int]]) -> Figures:
+    """Mean negative log-likelihood in nats, and the likeliest token at each place."""
+    total, likeliest = 0.0, []
+    for ids in windows:
+        rows = model.logits(ids)[:-1]
+        targets = torch.tensor(ids[1:])
+        total += float(torch.nn.functional.cross_entropy(rows, targets, reduction="sum"))
+        likeliest.append(rows.argmax(dim=-1))
+    found = torch.cat(likeliest)
+    return {"nll": total / len(found), "likeliest": found}
+
+
+def _compared(own: Figures, original: Figures) -> Figures:
+    same = (own["likeliest"] == original["likeliest"]).double().mean()
+    return {
+        "perplexity": math.exp(own["nll"]),
+        "ratio": math.exp(own["nll"] - original["nll"]),
+        "same": float(same),
+    }
+
+
+def _speeds(args: argparse.Namespace) -> list[Figures]:
+    """Decoding with long contexts: the original and the standard layouts, step after step."""
+    folders = {"original": args.model} | {
+        name: str(args.work / name) for name in args.cells.split(",") if name.startswith("weighted")
+    }
+    threads = torch.get_num_threads()
+    arms = [(name, cache) for name in folders for cache in CACHES]
+    steppers: dict[tuple[str, str], Lowlat] = {}
+    for name, cache in arms:
+        stepper = Lowlat()
+        stepper.load(
+            model=folders[name],
+            precision="bf16",
+            cache=cache,
+            threads=threads,
+            context=max(CONTEXTS),
+        )
+        steppers[name, cache] = stepper
+    found: list[Figures] = []
+    for context in CONTEXTS:
+        rounds: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}
+        for number in range(ROUNDS + 1):
+            for arm in arms[number % len(arms) :] + arms[: number % len(arms)]:
+                steppers[arm].fill(context)
+                started = time.perf_counter()
+                for step in range(STEPS):
+                    steppers[arm].step(1 + step, context + step)
+                if number:  # the first round warms up
+                    rounds[arm].append(STEPS / (time.perf_counter() - started))
+        base = rounds["original", "bf16"]
+        for (name, cache), own in rounds.items():
+            ratios = [a / b for a, b in zip(own, base, strict=True)]
+            found.append(
+                {
+                    "model": name,
+                    "cache": cache,
+                    "context": context,
+                    "tokens_per_second": statistics.median(own),
+                    "ratio": statistics.median(ratios),
+                    "least": min(ratios),
+                    "most": max(ratios),
+                    "cache_bytes": steppers[name, cache].model.cache_bytes_per_token * context,
+                    "machine": f"{threads} threads, {platform.machine()}",
+                }
+            )
+            print(found[-1], flush=True)
+    return found
+
+
+def _save(figures: Figures, path: Path) -> None:
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The figures of benchmarks/conversion.py as a page with a picture.
+
+    python benchmarks/conversion_page.py WORK/figures.json docs/results/conversion.md
+
+Owns wording and drawing; every figure is measured there.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowlat.study.plot import COLOURS, MARKERS, STYLE
+
+Figures = dict[str, Any]
+Row = Sequence[str]
+KINDS = {
+    "mha2mla": "MHA2MLA",
+    "transmla": "TransMLA",
+    "weighted": "weighted",
+    "free": "weighted, free layout",
+}
+
+
+def main() -> None:
+    figures, page = map(Path, sys.argv[1:])
+    write_page(json.loads(figures.read_text(encoding="utf-8")), page)
+
+
+def write_page(figures: Figures, page: Path) -> None:
+    """`page` and the picture beside it."""
+    picture = page.with_suffix(".svg")
+    _draw(figures, picture)
+    page.write_text(_page(figures, picture.name), encoding="utf-8")
+
+
+def _page(figures: Figures, picture: str) -> str:
+    texts = list(figures["original"])
+    originals = ", ".join(f"{name} {value:.2f}" for name, value in figures["original"].items())
+    unhealed = list(_models(figures, healed=False))
+    parts = [
+        f"# What a smaller cache costs: {figures['model']}",
+        f"Perplexity relative to the unconverted model ({originals}) on {figures['windows']} "
+        f"windows of {figures['window']:,} tokens spread evenly over each text, bf16 weights. "
+        "*same* is how often both find the same next token likeliest, over all places of the "
+        "windows. No model was calibrated or healed on these texts.",
+        f"![perplexity over bytes of cache]({picture})",
+        "## Recipes, without training",
+        _table(
+            ["recipe", "cache kept", *(f"{t}: ratio | same" for t in texts), "conversion"],
+            (
+                _quality(name, entry, texts, "bf16")
+                for name, entry in _models(figures, healed=False)
+            ),
+        ),
+        "## The same with int8 latents",
+        "The latent in int8 with a scale per row, rotary keys in bf16; both count.",
+        _table(
+            ["recipe", "bytes kept", *(f"{t}: ratio | same" for t in texts), "over bf16 latents"],
+            (_int8(name, entry, texts) for name, entry in unhealed),
+        ),
+    ]
+    healed = list(_models(figures, healed=True))
+    if healed:
+        parts += [
+            "## Healed",
+            "Distilled against the original: Kullback-Leibler divergence of next-token "
+            "distributions, weights of attention only.",
+            _table(
+                ["model", "cache kept", *(f"{t}: ratio | same" for t in texts), "all in all"],
+                (_quality(name, entry, texts, "bf16") for name, entry in healed),
+            ),
+        ]
+    if figures["speed"]:
+        parts += [
+            "## Decoding with a long context",
+            "One sequence, all models in turn; ratios are medians over rounds of what was measured "
+            f"side by side ({figures['speed'][0]['machine']}).",
+            _table(
+                ["context", "model", "cache", "tokens/s", "ratio", "MB of cache"],
+                map(_speed, figures["speed"]),
+            ),
+        ]
+    commands = "\n".join(f"    {entry['command']}" for entry in figures["models"].values())
+    parts += ["## Commands", commands]
+    return "\n\n".join(parts) + "\n"
+
+
+def _models(figures: Figures, *, healed: bool) -> Iterable[tuple[str, Figures]]:
+    for name, entry in figures["models"].items():
+        if ("healed" in name) == healed:
+            yield name, entry
+
+
+def _label(name: str) -> str:
+    kind, _, rest = name.partition("-")
+    budget = rest.partition("healed-")[2]
+    return KINDS[kind] + (f", {budget} tokens" if budget else "")
+
+
+def _kept(figures: Figures) -> str:
+    conversion = figures["conversion"]
+    return f"{conversion['channels_after'] / conversion['channels_before']:.0%}"
+
+
+def _quality(name: str, entry: Figures, texts: Sequence[str], cache: str) -> Row:
+    found = [f"{entry[cache][t]['ratio']:.3f} | {entry[cache][t]['same']:.1%}" for t in texts]
+    seconds = entry.get("seconds")
+    return [_label(name), _kept(entry), *found, "" if seconds is None else f"{seconds:,.0f} s"]
+
+
+def _int8(name: str, entry: Figures, texts: Sequence[str]) -> Row:
+    row = _quality(name, entry, texts, "int8")
+    share = _share_of_bytes(entry)
+    more = max(entry["int8"][t]["ratio"] / entry["bf16"][t]["ratio"] - 1 for t in texts)
+    return [row[0], f"{share:.0%}", *row[2:-1], f"{more:+.2%} at most"]
+
+
+def _share_of_bytes(entry: Figures) -> float:
+    conversion = entry["conversion"]
+    layers = len(conversion["layers"])
+    return entry["int8_bytes_per_token"] / (2 * conversion["channels_before"] * layers)
+
+
+def _speed(row: Figures) -> Row:
+    return [
+        f"{row['context']:,}",
+        row["model"],
+        row["cache"],
+        f"{row['tokens_per_second']:.1f}",
+        f"{row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f})",
+        f"{row['cache_bytes'] / 1e6:.1f}",
+    ]
+
+
+def _table(head: Row, rows: Iterable[Row]) -> str:
+    names = " | ".join(head)
+    columns = names.count("|") + 1
+    lines = [f"| {names} |", "|" + "---|" * columns]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _draw(figures: Figures, path: Path) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    lines: dict[str, list[tuple[float, Figures]]] = {}
+    for name, entry in figures["models"].items():
+        for cache in ("bf16", "int8"):
+            label = _label(name) + (", int8 latents" if cache == "int8" else "")
+            kept = entry["conversion"]["channels_after"] / entry["conversion"]["channels_before"]
+            place = kept if cache == "bf16" else _share_of_bytes(entry)
+            lines.setdefault(label, []).append((place, entry[cache]))
+    texts = list(figures["original"])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+        panels = figure.subplots(1, len(texts), squeeze=False)[0]
+        for axes, text in zip(panels, texts, strict=True):
+            for index, (label, points) in enumerate(lines.items()):
+                places, entries = zip(*sorted(points, key=lambda p: p[0]), strict=True)
+                axes.plot(
+                    [100 * place for place in places],
+                    [entry[text]["ratio"] for entry in entries],
+                    marker=MARKERS[index // 2 % len(MARKERS)],
+                    color=COLOURS[index // 2 % len(COLOURS)],
+                    linestyle=":" if "int8" in label else "-",
+                    fillstyle="none" if "int8" in label else "full",
+                    label=label,
+                )
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(FixedLocator([1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100]))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.set(title=text, xlabel="% of the bytes of cache", ylabel="perplexity / original's")
+        panels[-1].legend(frameon=False, fontsize=7)
+        figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What a conversion did: its sizes, and for a smaller cache what that cost layer by layer.
+
+Owns the record, the object of conversion.json and which files a compressed model's folder gets
+beside its weights; the picture is `convert.report_plot`'s.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lowlat.config.arithmetic import cache_cost, count_parameters
+from lowlat.config.attention import ModelAttention, distinct, row_widths, short_name
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
+from lowlat.convert import report_plot
+from lowlat.convert.compress import CompressionReport
+
+CACHE_DTYPE = "bf16"
+REPORT_FILE = "conversion.json"
+"""In the folder of a compressed model: `compression_object`, and what healing adds."""
+PLOT_FILE = "conversion.svg"
+"""Beside it where matplotlib is installed: the same as a picture."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What a conversion did. Cache sizes are those of lowlat with a bf16 cache."""
+
+    source: Path
+    """The folder or .gguf file read."""
+    destination: Path
+    """The folder or .gguf file written."""
+    attention_before: str
+    """'GQA, 9 heads in 3 groups of 64'."""
+    attention_after: str
+    """'MLA, 9 heads, latent 192 + rotary key 192'."""
+    cache_bytes_per_token_before: int
+    """All layers together."""
+    cache_bytes_per_token_after: int
+    """All layers together."""
+    parameters_before: int
+    """Without MTP modules; a tied head counts once."""
+    parameters_after: int
+    """As lowlat loads it: without the padding that files hold for other programs."""
+    weight_bytes_before: int
+    """Size of the files that hold the weights."""
+    weight_bytes_after: int
+    """The same of the destination."""
+    bits_per_weight_before: float
+    """Those bytes by the model's parameters, MTP modules included."""
+    bits_per_weight_after: float
+    """The same of the destination."""
+    seconds: float
+    """From opening the source to the finished destination."""
+    compression: CompressionReport | None = None
+    """What a smaller cache cost; None for exact conversions."""
+
+
+def measure(
+    src: Path, dst: Path, config: ModelConfig, converted: ModelConfig, seconds: float
+) -> Report:
+    """The report of a conversion from `src` (a model of `config`) to `dst` (of `converted`)."""
+    costs = cache_cost(config), cache_cost(converted)
+    counts = count_parameters(config), count_parameters(converted)
+    sizes = [sum(file.stat().st_size for file in weight_files(path)) for path in (src, dst)]
+    bits = [
+        8 * size / (count.total + count.mtp + count.mtp_copies * config.mtp_copies)
+        for size, count in zip(sizes, counts, strict=True)
+    ]
+    return Report(
+        source=src,
+        destination=dst,
+        attention_before=describe_attention(config.attention),
+        attention_after=describe_attention(converted.attention),
+        cache_bytes_per_token_before=costs[0].own_bytes_per_token(CACHE_DTYPE),
+        cache_bytes_per_token_after=costs[1].own_bytes_per_token(CACHE_DTYPE),
+        parameters_before=counts[0].total,
+        parameters_after=counts[1].total,
+        weight_bytes_before=sizes[0],
+        weight_bytes_after=sizes[1],
+        bits_per_weight_before=bits[0],
+        bits_per_weight_after=bits[1],
+        seconds=seconds,
+    )
+
+
+def compression_object(
+    cost: CompressionReport, config: ModelConfig, converted: ModelConfig
+) -> dict[str, Any]:
+    """The object of conversion.json: all of `cost`, each layer with the share of its cache row that
+    turns, and the cache of the models before (`config`) and after.
+    """
+    before, after = (
+        cache_cost(each).own_bytes_per_token(CACHE_DTYPE) for each in (config, converted)
+    )
+    layers = [
+        asdict(layer) | {"rotary_share": layer.rotary / (layer.latent + layer.rotary)}
+        for layer in cost.layers
+    ]
+    return asdict(cost) | {
+        "attention_before": describe_attention(config.attention),
+        "attention_after": describe_attention(converted.attention),
+        "cache_bytes_per_token_before": before,
+        "cache_bytes_per_token_after": after,
+        "layers": layers,
+    }
+
+
+def report_files(report: Mapping[str, Any]) -> dict[str, bytes]:
+    """conversion.json, and conversion.svg where matplotlib is installed, by name."""
+    files = {REPORT_FILE: (json.dumps(report, indent=2) + "\n").encode()}
+    if report_plot.available():
+        files[PLOT_FILE] = report_plot.draw(report)
+    return files
+
+
+def describe_attention(attention: ModelAttention) -> str:
+    """The form of attention in a few words."""
+    heads = distinct(attention)[0].num_attention_heads
+    if isinstance(attention, MLAConfig | tuple):
+        latent, rotary = row_widths(attention)
+        each = " by layer" if isinstance(attention, tuple) else ""
+        return f"MLA, {heads} heads, latent {latent} + rotary key {rotary}{each}"
+    if not isinstance(attention, GQAConfig):
+        return f"{short_name(attention)}, {heads} heads"
+    groups, head_dim = attention.num_key_value_heads, attention.head_dim
+    if groups == heads:
+        return f"MHA, {heads} heads of {head_dim}"
+    if groups == 1:
+        return f"MQA, {heads} heads sharing one key and value of {head_dim}"
+    return f"GQA, {heads} heads in {groups} groups of {head_dim}"
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files of a folder, or the file itself, that hold weights."""
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]

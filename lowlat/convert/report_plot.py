@@ -1,0 +1,101 @@
+"""A compression as a picture: where loss arises, what each layer keeps, how healing went.
+
+Owns what is drawn where; every figure is conversion.json's. The same report gives the same bytes.
+"""
+
+import io
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+Object = Mapping[str, Any]
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#777777"
+"""Okabe and Ito's, which colour-blind readers tell apart."""
+STYLE: dict[Any, Any] = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.hashsalt": "lowlat",
+}
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def draw(report: Object) -> bytes:
+    """The picture of a report (conversion.json's object) as an SVG file."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    healing = report.get("healing")
+    panels = [_losses, _widths] + [_healing] * (healing is not None)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.8 * len(panels), 4.0), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for panel, own in zip(panels, axes, strict=True):
+            panel(own, report)
+        figure.suptitle(_title(report), fontsize=10)
+        content = io.BytesIO()
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    return content.getvalue()
+
+
+def _title(report: Object) -> str:
+    before, after = (report[f"cache_bytes_per_token_{when}"] for when in ("before", "after"))
+    return (
+        f"{report['attention_before']} to {report['attention_after']}, recipe {report['recipe']}: "
+        f"{before:,} to {after:,} bytes of cache per token"
+    )
+
+
+def _losses(axes: Any, report: Object) -> None:
+    layers = report["layers"]
+    for key, marker, colour, label in (
+        ("predicted", "o", BLUE, "attention's error, predicted"),
+        ("measured", "s", ORANGE, "residual stream, measured"),
+    ):
+        values = [100 * layer[key] ** 0.5 for layer in layers]
+        axes.plot(
+            range(len(layers)), values, marker=marker, color=colour, markersize=4, label=label
+        )
+    axes.set(title="Error of each layer", ylabel="% of the residual stream")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    _layers_along(axes)
+
+
+def _widths(axes: Any, report: Object) -> None:
+    layers, places = report["layers"], range(len(report["layers"]))
+    latent = [layer["latent"] for layer in layers]
+    rotary = [layer["rotary"] for layer in layers]
+    axes.bar(places, latent, color=BLUE, label="latent")
+    axes.bar(places, rotary, bottom=latent, color=ORANGE, label="rotary key")
+    axes.axhline(report["channels_before"], color=GREY, linestyle="--", label="before")
+    axes.set(title="Channels of a cache row", ylabel="channels")
+    axes.set_ylim(top=1.3 * report["channels_before"])
+    axes.legend(fontsize=8, ncols=3, loc="upper center")
+    _layers_along(axes)
+
+
+def _healing(axes: Any, report: Object) -> None:
+    found = report["healing"]["evaluations"]
+    tokens = [entry["tokens"] for entry in found]
+    axes.plot(tokens, [entry["divergence"] for entry in found], marker="o", color=GREEN)
+    axes.set(
+        title="Healing: divergence on held-out text",
+        xlabel="tokens read",
+        ylabel="KL from the original, nats per token",
+    )
+    axes.set_ylim(bottom=0)
+
+
+def _layers_along(axes: Any) -> None:
+    axes.set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)

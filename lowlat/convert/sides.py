@@ -1,0 +1,110 @@
+"""A model before and after its compression, run side by side on the same text, layer by layer.
+
+Owns both residual streams, where W_O is fitted again in between, and what the change costs.
+"""
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lowlat.config.model import ModelConfig
+from lowlat.convert.layer_run import LayerRun, layer_weights
+from lowlat.convert.refit import Refit
+from lowlat.convert.weights import Weights
+from lowlat.model.linear import RMSNorm
+
+HEAD_ROWS = 512
+"""Tokens whose logits are in memory at a time."""
+OUTPUT = "o_proj.weight"
+
+
+@final
+class Sides:
+    """`base` and the same model with the attention of `config`.
+
+    fitted: windows to fit W_O on; without any it stays as it is. held_out: windows that deviation
+    and loss are measured on. dtype: of products with weights.
+    """
+
+    def __init__(
+        self,
+        base: Weights,
+        config: ModelConfig,
+        fitted: Int[Tensor, "windows length"],
+        held_out: Int[Tensor, "held_out length"],
+        dtype: torch.dtype,
+    ) -> None:
+        self._base, self._config, self._dtype = base, config, dtype
+        self._fits, self._held_out = len(fitted), held_out
+        embedded = base.read("embed_tokens.weight")[torch.cat([fitted, held_out])].float()
+        self._before, self._after = list(embedded), list(embedded)
+
+    @torch.no_grad()
+    def advance(self, number: int, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+        """Run layer `number`, its attention replaced by `tensors` on one side.
+
+        Returns the tensors, W_O among them where it was fitted, and the squared deviation of the
+        residual stream behind the layer relative to its square.
+        """
+        state = layer_weights(self._base, number)
+        length = self._held_out.shape[1]
+        original = LayerRun(self._base.config, number, state, length, self._dtype)
+        kept = {n: t for n, t in state.items() if not n.startswith("self_attn.")}
+        changed = kept | {f"self_attn.{name}": tensor for name, tensor in tensors.items()}
+        heads = LayerRun(self._config, number, changed, length, self._dtype, joins_heads=False)
+        weight, bias = state["self_attn." + OUTPUT], state.get("self_attn.o_proj.bias")
+        refit, outputs = Refit(weight, bias), list[Tensor]()
+        for window, (before, after) in enumerate(zip(self._before, self._after, strict=True)):
+            middle = before + original.attend(original.normed(before))
+            outputs.append(heads.attend(heads.normed(after)))
+            if window < self._fits:
+                refit.add(outputs[-1], after, middle)
+            self._before[window] = original.finish(middle)
+        if self._fits:
+            weight = refit.solution()
+            tensors = tensors | {OUTPUT: weight}
+        joined = weight.to(self._dtype)
+        for window, (given, after) in enumerate(zip(outputs, self._after, strict=True)):
+            added = F.linear(given.to(self._dtype), joined).float()
+            added = added if bias is None else added + bias.float()
+            self._after[window] = heads.finish(after + added)
+        return tensors, self._deviation()
+
+    def losses(self) -> tuple[float, float]:
+        """Perplexities of the held-out windows before and after."""
+        head = "embed_tokens" if self._base.config.tie_word_embeddings else "lm_head"
+        weight = self._base.read(f"{head}.weight").to(self._dtype)
+        norm = RMSNorm(weight.shape[1], self._base.config.rms_norm_eps, dtype=torch.float32)
+        norm.weight.data = self._base.read("norm.weight").float()
+        before, after = (
+            self._perplexity(side[self._fits :], norm, weight)
+            for side in (self._before, self._after)
+        )
+        return before, after
+
+    def _deviation(self) -> float:
+        error = size = 0.0
+        for before, after in zip(
+            self._before[self._fits :], self._after[self._fits :], strict=True
+        ):
+            error += float((after - before).square().sum())
+            size += float(before.square().sum())
+        return error / size
+
+    @torch.no_grad()
+    def _perplexity(
+        self, streams: Sequence[Float[Tensor, "length hidden"]], norm: RMSNorm, weight: Tensor
+    ) -> float:
+        total = 0.0
+        for x, ids in zip(streams, self._held_out, strict=True):
+            hidden = norm(x[:-1]).to(self._dtype)
+            for rows, targets in zip(
+                hidden.split(HEAD_ROWS), ids[1:].split(HEAD_ROWS), strict=True
+            ):
+                logits = (rows @ weight.T).float()
+                total += float(F.cross_entropy(logits, targets, reduction="sum"))
+        return float(torch.tensor(total / self._held_out[:, 1:].numel()).exp())

@@ -1,0 +1,1 @@
+"""Conversions to a smaller cache with what comes around them: healing and measuring."""

@@ -1,0 +1,64 @@
+"""Perplexities of the models of a conversion on one text, as `lowlat eval` measures them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from lowlat import api
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.train.data.overlap import LENGTH
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress
+
+WINDOW = 1024
+"""Tokens of a window, or the model's context where that is shorter."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationText:
+    """What models are evaluated on."""
+
+    path: Path
+    """Its file."""
+    content: str
+    """All of it."""
+    ids: Int[np.ndarray, " tokens"]
+    """By the tokenizer of the models."""
+
+
+def read_evaluation_text(path: Path, tokenizer: Tokenizer) -> EvaluationText:
+    """The text in the file `path`. Raises UserError where it is none, or too short to be found in
+    other text.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--evaluate {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--evaluate {path}: is not UTF-8 text; give plain text") from error
+    # as token folders have them
+    (found,) = tokenizer.encode_batch([content])
+    ids = np.array(found, np.int64)
+    if len(ids) < LENGTH:
+        raise UserError(
+            f"--evaluate {path}: {len(ids)} tokens are too few, at least {LENGTH} are needed"
+        )
+    return EvaluationText(path=path, content=content, ids=ids)
+
+
+def evaluate(model: Path, text: EvaluationText, progress: Progress) -> dict[str, Any]:
+    """How well the checkpoint `model` predicts `text`, computed in bf16: perplexity, bits per byte,
+    tokens predicted, and tokens of a window.
+    """
+    loaded = api.load(str(model.absolute()), progress=progress)
+    window = min(WINDOW, loaded.context)
+    score = loaded.perplexity(text.content, window=window, progress=progress)
+    return {
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "tokens": score.tokens,
+        "window": window,
+    }

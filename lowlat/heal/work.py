@@ -1,0 +1,117 @@
+"""Where a conversion with healing lies until it is whole, so that the same command goes on.
+
+Everything is made in `.NAME.conversion` beside the destination:
+
+    lock            held by the process at work
+    request.json    what is asked for
+    tokens/         the text to heal on
+    start/          the compressed model
+    run/            the trainer's folder
+    trained/        its last save as a model in fp32
+    healed/         the attention of that, all else from start/
+    out/            that in the number type asked for, which takes the destination's place
+    *.json          what was measured
+
+Each appears whole or not at all. Owns the folder; what is made in it is `heal.run`'s.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowlat.checkpoint.cachefolder import sync_folder
+from lowlat.checkpoint.restart import check_same, hold, partial_path
+from lowlat.checkpoint.save import refuse_existing, sync_parent
+from lowlat.train.saves.disk import replace_file
+from lowlat.utils.errors import UserError
+
+REQUEST = "request.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The places of a conversion under way."""
+
+    folder: Path
+
+    @property
+    def tokens(self) -> Path:
+        return self.folder / "tokens"
+
+    @property
+    def start(self) -> Path:
+        return self.folder / "start"
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def trained(self) -> Path:
+        return self.folder / "trained"
+
+    @property
+    def healed(self) -> Path:
+        return self.folder / "healed"
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """The value of `name`, a plain JSON value that `make` finds once."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            replace_file(path, json.dumps(make()).encode())
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def place(self, made: Path, files: Mapping[str, bytes], dst: Path) -> None:
+        """Put `made`, a folder of this work, with `files` by name, in the place of `dst`."""
+        for name, content in files.items():
+            replace_file(made / name, content)
+        sync_folder(made)
+        refuse_existing(dst)
+        made.rename(dst)
+        sync_parent(dst)
+
+
+def work_path(dst: Path) -> Path:
+    """Where an unfinished conversion with healing to `dst` lies."""
+    return dst.with_name(f".{dst.name}.conversion")
+
+
+@contextmanager
+def opened(dst: Path, identity: Mapping[str, str]) -> Iterator[Work]:
+    """The work on `dst`, held against other processes; gone when it is left without an exception.
+
+    With an exception it is kept, unless nothing in it took long. Raises UserError where `dst`
+    exists, another process is at work, `identity` differs from that of what is there, or the disk
+    refuses.
+    """
+    refuse_existing(dst)
+    work = Work(work_path(dst))
+    try:
+        work.folder.mkdir(exist_ok=True)
+        with (work.folder / "lock").open("ab") as lock:
+            hold(lock, dst)
+            request = work.folder / REQUEST
+            if request.exists():
+                check_same(json.loads(request.read_text(encoding="utf-8")), identity, work.folder)
+            else:
+                replace_file(request, json.dumps(identity).encode())
+            try:
+                yield work
+            except UserError:
+                if not (work.start.exists() or partial_path(work.start).exists()):
+                    shutil.rmtree(work.folder, ignore_errors=True)
+                raise
+            shutil.rmtree(work.folder, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"{dst}: cannot be written ({error.strerror}); what is done is kept in {work.folder}: "
+            "make room and give the same command again, or remove it"
+        ) from error

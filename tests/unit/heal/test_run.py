@@ -1,0 +1,193 @@
+"""Conversions with healing and evaluation: what is made, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lowlat import api
+from lowlat.checkpoint.load import load_model
+from lowlat.convert.compression import Compression
+from lowlat.convert.run import convert
+from lowlat.heal.evaluation import WINDOW
+from lowlat.heal.run import convert_and_heal
+from lowlat.heal.wanted import Wanted
+from lowlat.heal.work import work_path
+from lowlat.utils.errors import UserError
+from tests.unit.convert.test_compressed_folders import LENGTH, logits, source_model
+from tests.unit.convert.texts import write_tokenizer
+
+from . import tiny
+
+ATTENTION = ".self_attn."
+
+
+def test_a_healed_model(made: Path) -> None:
+    """Its attention moved, nothing else did; all that was asked for is in the report."""
+    told = tiny.report(made / "whole")
+    source, healed = (load_model(made / name, dtype="fp32").model for name in ("source", "whole"))
+    before, after = source.state_dict(), healed.state_dict()
+    kept = [name for name in after if ATTENTION not in name]
+    assert len(kept) > 8 and all(torch.equal(before[name], after[name]) for name in kept)
+    healing = told["healing"]
+    assert healing["tokens"] == tiny.TOKENS and healing["settings"]["trainable"] == "attention"
+    assert healing["divergence_after"] < healing["divergence_before"]
+    assert [entry["tokens"] for entry in healing["evaluations"]] == [0, 320, 640, 960, 1280]
+    assert healing["tokens_per_second"] == pytest.approx(tiny.TOKENS / healing["seconds"])
+    assert told["cache_bytes_per_token_after"] * 2 == told["cache_bytes_per_token_before"]
+    for layer in told["layers"]:
+        assert layer["rotary_share"] == layer["rotary"] / (layer["latent"] + layer["rotary"])
+        assert layer["predicted"] > 0 and layer["measured"] > 0
+    names = {path.name for path in (made / "whole").iterdir()}
+    assert {"tokenizer.json", "conversion.json", "conversion.svg", "config.json"} <= names
+    assert not work_path(made / "whole").exists()
+
+
+def test_perplexities_are_those_of_eval(made: Path) -> None:
+    told = tiny.report(made / "whole")["evaluation"]
+    text = (made / "evaluate.txt").read_text()
+    for name, folder in (("original", "source"), ("healed", "whole")):
+        window = min(WINDOW, LENGTH)
+        score = api.load(str(made / folder)).perplexity(text, window=window)
+        assert told[name]["perplexity"] == score.perplexity
+        assert told[name]["window"] == window and told[name]["tokens"] == score.tokens
+    assert told["compressed"]["perplexity"] != told["healed"]["perplexity"]
+
+
+def test_the_same_bytes_again(made: Path) -> None:
+    tiny.call(made, made / "again")
+    assert tiny.contents(made / "again") == tiny.contents(made / "whole")
+
+
+def test_other_programs_compute_the_same(made: Path) -> None:
+    loaded = load_model(made / "whole", dtype="fp32")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        made / "whole", dtype=torch.float32, experts_implementation="eager"
+    )
+    ids = torch.randint(263, (LENGTH,), generator=torch.Generator().manual_seed(1))
+    expected = theirs(ids[None]).logits[0].detach()
+    found = logits(loaded.config, loaded.model, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"), [({"dtype": "int8"}, "int8"), ({"layout": "free"}, "fp32")]
+)
+def test_other_forms(made: Path, tmp_path: Path, changes: dict[str, Any], dtype: str) -> None:
+    """Packed numbers, and layers that differ; without an evaluation."""
+    report = tiny.call(made, tmp_path / "mla", evaluate=None, **changes)
+    told = tiny.report(tmp_path / "mla")
+    assert told["dtype"] == dtype and "evaluation" not in told
+    assert report.bits_per_weight_after < 24 if dtype == "int8" else told["layout"] == "free"
+    assert load_model(tmp_path / "mla").config.packing == ("int8" if dtype == "int8" else None)
+
+
+def test_evaluation_alone(made: Path, tmp_path: Path) -> None:
+    tiny.call(made, tmp_path / "mla", tokens=None, texts=(), dtype="bf16")
+    told = tiny.report(tmp_path / "mla")
+    assert set(told["evaluation"]) == {"text", "original", "compressed"}
+    score = api.load(str(tmp_path / "mla")).perplexity(
+        (made / "evaluate.txt").read_text(), window=LENGTH
+    )
+    assert told["evaluation"]["compressed"]["perplexity"] == score.perplexity
+    assert "healing" not in told
+    assert [path.name for path in tmp_path.iterdir()] == ["mla"]
+
+
+def refused(made: Path, tmp_path: Path, words: str, **changes: Any) -> None:
+    with pytest.raises(UserError, match=words):
+        tiny.call(made, tmp_path / changes.pop("dst", "mla"), **changes)
+    assert not (tmp_path / "mla").exists() and not work_path(tmp_path / "mla").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokens": 39}, "--heal 39: is less than a row of 40 tokens"),
+        ({"share": 0.05}, "--cache 0.05 leaves 0 of 64 channels"),
+        ({"recipe": "best"}, "--recipe 'best' is unknown"),
+        ({"to": None, "dtype": "bf16"}, "add --to mla"),
+        ({"dst": "mla.gguf"}, r"latent without norm"),
+        ({"texts": ("nowhere",)}, "--text: source 'nowhere' does not exist"),
+        ({"calibrate": (Path("nowhere"),)}, "--calibrate nowhere: cannot be read"),
+        ({"evaluate": Path("nowhere")}, "--evaluate nowhere: cannot be read"),
+        ({"dtype": "int2"}, "--dtype 'int2' is unknown"),
+    ],
+)
+def test_what_cannot_be_asked(
+    made: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    refused(made, tmp_path, words, **changes)
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "words"),
+    [
+        ("texts", b"too little", "--text: of 1 documents .* at least 41 are needed; add text"),
+        ("texts", b"   \n", "sources hold no documents"),
+        ("texts", b"caf\xe9 " * 999, "--text: .*byte 3 is not UTF-8 text; convert the file$"),
+        ("texts", b"a\0b" * 999, "--text: .* holds zero bytes, so it is not text"),
+        ("calibrate", b"too little", "--calibrate bad.txt: 10 tokens are too few"),
+        ("calibrate", b"\xff" * 999, "--calibrate .*bad.txt: is not UTF-8"),
+        ("evaluate", b"too little", "--evaluate .*bad.txt: 10 tokens are too few"),
+        ("evaluate", b"\xff" * 999, "--evaluate .*bad.txt: is not UTF-8"),
+    ],
+)
+def test_unfit_text(made: Path, tmp_path: Path, option: str, content: bytes, words: str) -> None:
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(content)
+    value = {"texts": (str(bad),), "calibrate": (bad,), "evaluate": bad}[option]
+    refused(made, tmp_path, words, **{option: value})
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize("option", ["--text", "--calibrate"])
+def test_evaluation_text_elsewhere(made: Path, tmp_path: Path, option: str, suffix: str) -> None:
+    """A copy of it within other text, in files of other names."""
+    mixed = tiny.prose(300, seed=4) + (made / "evaluate.txt").read_text() + tiny.prose(9, seed=5)
+    file = tmp_path / f"mixed{suffix}"
+    if suffix == ".jsonl":
+        pieces = [mixed[first : first + 500] for first in range(0, len(mixed), 500)]
+        mixed = "\n".join(json.dumps({"text": piece}) for piece in pieces)
+    file.write_text(mixed)
+    changes: dict[str, Any] = {"texts": (str(file),)}
+    if option == "--calibrate":
+        changes = {"calibrate": (file,)}
+    refused(made, tmp_path, f"of it is in the text of {option}", **changes)
+
+
+def test_the_evaluation_text_itself(made: Path, tmp_path: Path) -> None:
+    """Known by its name, or as part of a folder, before anything is read."""
+    text = made / "evaluate.txt"
+    refused(made, tmp_path, "is given as --text too", texts=(str(made),))
+    refused(made, tmp_path, "is given as --text too", texts=(str(text),))
+    refused(made, tmp_path, "is given as --calibrate too", calibrate=(text,))
+
+
+def test_an_existing_destination_is_left_alone(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "mla").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        tiny.call(made, tmp_path / "mla")
+    assert (tmp_path / "mla").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["mla"]
+
+
+def test_a_gguf_file_is_healed(made: Path, tmp_path: Path) -> None:
+    """And is the teacher; its blocks of four bits become fp32."""
+    folder = tmp_path / "m"
+    source_model(folder, vocab_size=290)
+    write_tokenizer(folder)
+    convert(folder, tmp_path / "m.gguf", dtype="int4")
+    convert_and_heal(
+        tmp_path / "m.gguf",
+        tmp_path / "mla",
+        compression=Compression(share=0.5, calibrate=(made / "calibrate.txt",)),
+        wanted=Wanted(tokens=320, texts=(str(made / "heal.txt"),)),
+    )
+    assert tiny.report(tmp_path / "mla")["dtype"] == "fp32"
+    source, healed = (load_model(tmp_path / name, dtype="fp32") for name in ("m.gguf", "mla"))
+    name = "layers.0.mlp.up_proj.weight"
+    assert torch.equal(source.model.get_parameter(name), healed.model.get_parameter(name))
