@@ -57,10 +57,11 @@ def page_text(report: Report, picture: str, figures: str) -> str:
 def _what_was_run(report: Report) -> list[str]:
     size, data, machine = report["size"], report["data"], report["machine"]
     seeds = ", ".join(map(str, report["seeds"]))
+    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
     parts = [
         f"    {report['command']}",
-        f"{report['date']}, {machine['cpu']}, {machine['threads']} threads, PyTorch "
-        f"{machine['torch']}. Every arm is trained {len(report['seeds'])} times (seeds {seeds}) by "
+        f"{report['date']}, {machine['cpu']}, {threads}, PyTorch {machine['torch']}. "
+        f"Every arm is trained {len(report['seeds'])} times (seeds {seeds}) by "
         f"`lowlat train`'s trainer: {size['num_hidden_layers']} layers of {size['hidden_size']}, "
         f"{size['num_attention_heads']} heads of "
         f"{size['hidden_size'] // size['num_attention_heads']}, {report['steps']:,} steps of "

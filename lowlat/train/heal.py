@@ -25,9 +25,10 @@ SEQUENCE_LENGTH = 1024
 """Tokens of a row: what was cut from rotary parts shows at long distances."""
 BATCHES = ((400_000, 2048), (2**63, 4096))
 """Budgets in tokens, up to which a step reads so many: small budgets need their steps."""
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 2e-4
 """Peak, for models of a few hundred million parameters; Muon's updates are as large as AdamW's. In
-steps of 512 tokens SmolLM2-135M with a latent cut by half mends at 2e-4 and comes apart at 1e-3.
+16 steps of 2,048 tokens SmolLM2-135M with half its cache goes from a held-out divergence of 0.220
+to 0.190 at 1e-4 and to 0.226 at 3e-4; in 64 steps at 1.5e-4 to 0.158.
 """
 FULL_STEPS = 100
 """A run of fewer steps has a peak as much lower: AdamW's first steps move every weight by the whole
@@ -35,7 +36,7 @@ rate, and a short run has no time to mend that.
 """
 WARM_UP, END = 0.05, 0.05
 """Share of the steps that warms up; share of the peak that the cosine ends at."""
-EVALUATIONS, EVALUATED_TOKENS = 4, 16_384
+EVALUATIONS, EVALUATED_TOKENS = 2, 16_384
 """During a healing beside that before it, and held-out tokens of each."""
 
 
