@@ -65,9 +65,7 @@ def main() -> None:
         entry = figures["models"].setdefault(name, {})
         if not folder.exists():
             command = ["convert", args.model, str(folder), "--to", "mla", "--dtype", "bf16"]
-            started = time.perf_counter()
             subprocess.run([sys.executable, "-m", "lowlat", *command, *options], check=True)
-            entry["seconds"] = time.perf_counter() - started
         entry["command"] = " ".join(["lowlat convert", args.model, name, "--to mla", *options])
         entry["conversion"] = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
         for cache in CACHES:

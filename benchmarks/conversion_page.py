@@ -48,7 +48,7 @@ def _page(figures: Figures, picture: str) -> str:
         f"![perplexity over bytes of cache]({picture})",
         "## Recipes, without training",
         _table(
-            ["recipe", "cache kept", *(f"{t}: ratio | same" for t in texts), "conversion"],
+            ["recipe", "cache kept", *(f"{t}: ratio | same" for t in texts)],
             (
                 _quality(name, entry, texts, "bf16")
                 for name, entry in _models(figures, healed=False)
@@ -68,7 +68,7 @@ def _page(figures: Figures, picture: str) -> str:
             "Distilled against the original: Kullback-Leibler divergence of next-token "
             "distributions, weights of attention only.",
             _table(
-                ["model", "cache kept", *(f"{t}: ratio | same" for t in texts), "all in all"],
+                ["model", "cache kept", *(f"{t}: ratio | same" for t in texts)],
                 (_quality(name, entry, texts, "bf16") for name, entry in healed),
             ),
         ]
@@ -106,15 +106,14 @@ def _kept(figures: Figures) -> str:
 
 def _quality(name: str, entry: Figures, texts: Sequence[str], cache: str) -> Row:
     found = [f"{entry[cache][t]['ratio']:.3f} | {entry[cache][t]['same']:.1%}" for t in texts]
-    seconds = entry.get("seconds")
-    return [_label(name), _kept(entry), *found, "" if seconds is None else f"{seconds:,.0f} s"]
+    return [_label(name), _kept(entry), *found]
 
 
 def _int8(name: str, entry: Figures, texts: Sequence[str]) -> Row:
     row = _quality(name, entry, texts, "int8")
     share = _share_of_bytes(entry)
     more = max(entry["int8"][t]["ratio"] / entry["bf16"][t]["ratio"] - 1 for t in texts)
-    return [row[0], f"{share:.0%}", *row[2:-1], f"{more:+.2%} at most"]
+    return [row[0], f"{share:.0%}", *row[2:], f"{more:+.2%} at most"]
 
 
 def _share_of_bytes(entry: Figures) -> float:

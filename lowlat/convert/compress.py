@@ -6,7 +6,7 @@ new attention and runs both models side by side on text of its own. Statistics a
 in a scratch folder. Owns the order of things; the steps are the modules' beside it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -107,15 +107,9 @@ def compress(
     budget = row_budget(share, row, least=2 * STEP)
     way = RECIPES[recipe]
     count = base.config.num_hidden_layers
-    costs: list[LayerCosts] = []
-    priorities: list[Tensor] = []
     with progress.task("Measuring attention", count, "items") as task:
         layers = run_layers(base, calibration.windows, precision, task)
-        for number, statistics in enumerate(layers):
-            _save_statistics(_statistics_file(scratch, number), statistics)
-            parts = _components(way, read_attention(base, number), statistics)
-            costs.append(_layer_costs(way, base, number, statistics, parts, budget))
-            priorities.append(parts.priority / statistics.residual)
+        costs, priorities = _measured(way, base, layers, budget, scratch)
     widths = _widths(costs, budget, layout)
     chosen = _turning(priorities, widths, layout)
     config = compressed_config(base, source, widths, chosen, layout)
@@ -151,6 +145,20 @@ def compress(
         base, config, _reader(scratch), derives=_is_replaced(source, way), dtype=dtype
     )
     return derived, report
+
+
+def _measured(
+    way: Recipe, base: Weights, layers: Iterable[LayerStatistics], budget: int, scratch: Path
+) -> tuple[list[LayerCosts], list[Tensor]]:
+    """Of each layer, what widths cost and which components should turn; statistics are kept."""
+    costs: list[LayerCosts] = []
+    priorities: list[Tensor] = []
+    for number, statistics in enumerate(layers):
+        _save_statistics(_statistics_file(scratch, number), statistics)
+        parts = _components(way, read_attention(base, number), statistics)
+        costs.append(_layer_costs(way, base, number, statistics, parts, budget))
+        priorities.append(parts.priority / statistics.residual)
+    return costs, priorities
 
 
 def compressed_config(
