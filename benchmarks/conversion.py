@@ -64,9 +64,9 @@ def main() -> None:
         folder = args.work / name
         entry = figures["models"].setdefault(name, {})
         if not folder.exists():
-            command = ["convert", args.model, str(folder), "--to", "mla", "--dtype", "bf16"]
-            subprocess.run([sys.executable, "-m", "lowlat", *command, *options], check=True)
-        entry["command"] = " ".join(["lowlat convert", args.model, name, "--to mla", *options])
+            command = _command(args.model, folder, options)
+            subprocess.run([sys.executable, "-m", "lowlat", *command], check=True)
+        entry["command"] = " ".join(["lowlat", *_command(args.model, Path(name), options)])
         entry["conversion"] = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
         for cache in CACHES:
             found = entry.setdefault(cache, {})
@@ -112,6 +112,10 @@ def _wanted(args: argparse.Namespace) -> dict[str, list[str]]:
         for name in args.healed.split(","):
             wanted[f"{name}-healed-{budget}"] = [*CELLS[name], "--heal", budget, *texts]
     return wanted
+
+
+def _command(model: str, folder: Path, options: list[str]) -> list[str]:
+    return ["convert", model, str(folder), "--to", "mla", "--dtype", "bf16", *options]
 
 
 def _cache(name: str) -> dict[str, Any]:

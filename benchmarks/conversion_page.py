@@ -45,6 +45,9 @@ def _page(figures: Figures, picture: str) -> str:
         f"windows of {figures['window']:,} tokens spread evenly over each text, bf16 weights. "
         "*same* is how often both find the same next token likeliest, over all places of the "
         "windows. No model was calibrated or healed on these texts.",
+        "    python benchmarks/conversion.py WORK "
+        + " ".join(f"--text {name}.txt" for name in texts)
+        + f" --windows {figures['windows']}",
         f"![perplexity over bytes of cache]({picture})",
         "## Recipes, without training",
         _table(

@@ -219,7 +219,7 @@ class Recipe(_Table):
     start: str | None = None
     """A checkpoint to go on from instead of `model`: folder, .gguf, preset or hub id."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
-    """Of the products; weights and optimiser are fp32 always."""
+    """Of the products; weights that move and the optimiser are fp32 always."""
     recompute: Literal["none", "layers"] = "none"
     """Activations computed again in the backward pass: less memory, a third more work."""
     device: str = "cpu"

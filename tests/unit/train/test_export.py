@@ -106,7 +106,8 @@ def test_layers_that_differ(base: Path, precision: str) -> None:
         assert torch.equal(names[name], tensor.to(stored).float())
     if precision == "fp32":
         for found, expected in zip(logits(loaded.model), logits(trained), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+            # a model that trains has fused kernels, which round elsewhere
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-6)
     phases = runs.phases({}, {"rope": {"type": "yarn", "factor": 2.0}})
     with (
         pytest.raises(UserError, match="phase long: rope cannot say what each layer has"),
