@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowlat.study.plot import COLOURS, MARKERS, STYLE
+from lowlat.study.plot import COLOURS, MARKERS
+from lowlat.utils.plots import STYLE
 
 Figures = dict[str, Any]
 Row = Sequence[str]

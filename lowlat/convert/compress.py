@@ -113,22 +113,16 @@ def compress(
     widths = _widths(costs, budget, layout)
     chosen = _turning(priorities, widths, layout)
     config = compressed_config(base, source, widths, chosen, layout)
+    fitted = calibration.windows if way.refits_output else calibration.windows[:0]
+    sides = Sides(base, config, fitted, calibration.held_out, precision)
+    reports: list[LayerReport] = []
     with progress.task("Compressing", count, "items") as task:
-        fitted = calibration.windows[: len(calibration.windows) * way.refits_output]
-        sides = Sides(base, config, fitted, calibration.held_out, precision)
-        reports: list[LayerReport] = []
         for number, (own, turning) in enumerate(zip(widths, chosen, strict=True)):
             made = _layer_tensors(way, base, number, own, turning, scratch)
             tensors, measured = sides.advance(number, made)
             _save_tensors(_tensor_file(scratch, number), tensors, dtype)
-            reports.append(
-                LayerReport(
-                    latent=own.latent,
-                    rotary=own.rotary,
-                    predicted=costs[number][own.rotary].of(own.latent),
-                    measured=measured,
-                )
-            )
+            predicted = costs[number][own.rotary].of(own.latent)
+            reports.append(LayerReport(**asdict(own), predicted=predicted, measured=measured))
             task.advance(1)
         before, after = sides.losses()
     report = CompressionReport(

@@ -8,20 +8,9 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-Object = Mapping[str, Any]
+from lowlat.utils.plots import BLUE, GREEN, GREY, ORANGE, STYLE
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#777777"
-"""Okabe and Ito's, which colour-blind readers tell apart."""
-STYLE: dict[Any, Any] = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "svg.hashsalt": "lowlat",
-}
+Object = Mapping[str, Any]
 
 
 def available() -> bool:
@@ -67,7 +56,7 @@ def _losses(axes: Any, report: Object) -> None:
         )
     axes.set(title="Error of each layer", ylabel="% of the residual stream")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, frameon=False)
     _layers_along(axes)
 
 
@@ -80,7 +69,7 @@ def _widths(axes: Any, report: Object) -> None:
     axes.axhline(report["channels_before"], color=GREY, linestyle="--", label="before")
     axes.set(title="Channels of a cache row", ylabel="channels")
     axes.set_ylim(top=1.3 * report["channels_before"])
-    axes.legend(fontsize=8, ncols=3, loc="upper center")
+    axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper center")
     _layers_along(axes)
 
 

@@ -72,7 +72,6 @@ class _LinearDivergence(torch.autograd.Function):
         needed = ctx.needs_input_grad[:2]
         teacher_matrix = teacher_weight.to(teacher_hidden.dtype)
         sums = torch.zeros(2, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-        native = native_training.usable(hidden, teacher_hidden)
         room: list[Tensor] = []
 
         def gradient(rows: slice, logits: Tensor) -> Tensor:
@@ -81,9 +80,10 @@ class _LinearDivergence(torch.autograd.Function):
             taught = room[0][: len(logits)]
             torch.mm(teacher_hidden[rows], teacher_matrix.T, out=taught)
             given = logits, taught, targets[rows], counted[rows], nll_weight, any(needed)
-            sums.add_(_native_piece(*given) if native else _piece(*given))
+            sums.add_(_piece(*given))
             return logits
 
+        native = native_training.usable(hidden, teacher_hidden)
         elements = NATIVE_PIECE_BYTES // hidden.element_size() if native else None
         gradients = head_gradients(hidden, weight, needed, gradient, elements=elements)
         ctx.save_for_backward(*gradients)
@@ -99,21 +99,6 @@ class _LinearDivergence(torch.autograd.Function):
         return *scaled_gradients(ctx, grad), None, None, None, None, None
 
 
-def _native_piece(
-    logits: Tensor,
-    taught: Tensor,
-    targets: Tensor,
-    counted: Tensor,
-    nll_weight: float,
-    wants_gradient: bool,
-) -> Tensor:
-    """`_piece` by the native kernels."""
-    found = native_training.divergence(
-        logits, taught, targets, counted, nll_weight, wants_gradient=wants_gradient
-    )
-    return torch.stack(found).sum(dim=1)
-
-
 def _piece(
     logits: Tensor,
     taught: Tensor,
@@ -123,6 +108,11 @@ def _piece(
     wants_gradient: bool,
 ) -> Tensor:
     """Sums of KL and nll over some rows, of which `logits` become the gradient as in `_block`."""
+    if native_training.usable(logits, taught):
+        found = native_training.divergence(
+            logits, taught, targets, counted, nll_weight, wants_gradient=wants_gradient
+        )
+        return torch.stack(found).sum(dim=1)
     kept = counted.to(accumulation_dtype(logits.dtype))
     sums = kept.new_zeros(2)
     block = max(1, BLOCK_ELEMENTS // logits.shape[1])

@@ -1,6 +1,6 @@
 """A study as a picture. Owns what is drawn where; every figure is the report's.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; points are named as well.
+Points are named beside their colours.
 """
 
 from importlib.util import find_spec
@@ -11,27 +11,10 @@ from lowlat.study.findings import confidence
 from lowlat.study.report import Report, find_comparison
 from lowlat.train.runlog.wording import count
 from lowlat.utils.errors import UserError
+from lowlat.utils.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE
 
-COLOURS = (
-    "#000000",
-    "#56B4E9",
-    "#0072B2",
-    "#E69F00",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#777777",
-)
+COLOURS = (BLACK, SKY, BLUE, ORANGE, RED, GREEN, PINK, GREY)
 MARKERS = "osDv^P*X"
-STYLE: dict[Any, Any] = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "grid.alpha": 0.25,
-    "svg.hashsalt": "lowlat",
-}
 ASIDE = 1.1
 """Factor between neighbours of the same cache, which would hide one another."""
 ROOM = 0.16

@@ -24,6 +24,7 @@ from lowlat.train.runlog.plot_panels import (
 from lowlat.train.runlog.series import LoadMap, finite, load_maps
 from lowlat.train.runlog.wording import count
 from lowlat.utils.errors import UserError
+from lowlat.utils.plots import STYLE
 
 FORMATS = (".png", ".svg", ".pdf")
 """Endings of files a picture can be written to."""
@@ -32,17 +33,10 @@ _WIDTH, _HEIGHT = 4.4, 2.6
 """Inches of a panel."""
 _MOST_MAPS = 18
 _DOTS_PER_INCH = 130
-_STYLE: dict[Any, Any] = {
-    "axes.grid": True,
+_STYLE: dict[Any, Any] = STYLE | {
     "axes.labelsize": 9,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "grid.alpha": 0.25,
     "legend.fontsize": 8,
     "lines.linewidth": 1.4,
-    "svg.hashsalt": "lowlat",
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
 }

@@ -13,9 +13,9 @@ from lowlat.train.runlog.jsonl import RunHistory
 from lowlat.train.runlog.record import EvalRecord, ExpertRecord, StepRecord
 from lowlat.train.runlog.series import Array, finite, medians, smoothed, thinned
 from lowlat.train.runlog.wording import tick
+from lowlat.utils.plots import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
 
-# Okabe and Ito: told apart with every form of colour blindness.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK)
 _FAINT = {"alpha": 0.25, "linewidth": 0.6}
 _MOST_NAMED_LAYERS = 8
 _MOST_MARKED_EVALUATIONS = 60

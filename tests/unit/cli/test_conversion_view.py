@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from lowlat.cli.conversion_view import print_conversion
-from lowlat.convert.report import Report
+
+from .reports import conversion
 
 LAYERS = [
     {"latent": 96, "rotary": 32, "rotary_share": 0.25, "predicted": 0.0001, "measured": 0.0004},
@@ -45,21 +46,7 @@ SCORES = {
 
 def printed(folder: Path, told: dict[str, Any]) -> str:
     (folder / "conversion.json").write_text(json.dumps(told))
-    report = Report(
-        source=folder,
-        destination=folder,
-        attention_before="GQA",
-        attention_after="MLA",
-        cache_bytes_per_token_before=1234,
-        cache_bytes_per_token_after=567,
-        parameters_before=89,
-        parameters_after=98,
-        weight_bytes_before=5_000_000,
-        weight_bytes_after=20_000_000,
-        bits_per_weight_before=4.5,
-        bits_per_weight_after=16.0,
-        seconds=1.5,
-    )
+    report = conversion(folder, folder)
     console = Console(width=200, record=True, file=io.StringIO())
     print_conversion(report, console)
     return console.export_text()

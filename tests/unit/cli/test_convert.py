@@ -13,6 +13,8 @@ from lowlat.heal.wanted import Wanted
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
+from .reports import conversion
+
 Invoke = Callable[..., Result]
 
 
@@ -28,21 +30,7 @@ def test_report(monkeypatch: pytest.MonkeyPatch, lowlat: Invoke, tmp_path: Path)
         **more: object,
     ) -> Report:
         assert (src, to, dtype, file_format) == (Path("some.gguf"), "mla", "bf16", "hf")
-        return Report(
-            source=src,
-            destination=dst,
-            attention_before="GQA",
-            attention_after="MLA",
-            cache_bytes_per_token_before=1234,
-            cache_bytes_per_token_after=567,
-            parameters_before=89,
-            parameters_after=98,
-            weight_bytes_before=5_000_000,
-            weight_bytes_after=20_000_000,
-            bits_per_weight_before=4.5,
-            bits_per_weight_after=16.0,
-            seconds=1.5,
-        )
+        return conversion(src, dst)
 
     monkeypatch.setattr("lowlat.convert.run.convert", convert)
     monkeypatch.setattr("lowlat.api.prepare", lambda name, **options: Path("some.gguf"))

@@ -6,7 +6,7 @@ import pytest
 
 from lowlat.train.plan import rate
 
-from . import runs
+from . import healing, runs
 
 
 @pytest.fixture(scope="session")
@@ -19,4 +19,20 @@ def base(made_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A folder with the tokens in it, to be named `tokens` in recipes."""
     monkeypatch.setitem(rate.SIDES, "cpu", 64)
     (tmp_path / "tokens").symlink_to(made_tokens)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def teacher_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, its students and tokens; see `healing`."""
+    folder = tmp_path_factory.mktemp("healing")
+    healing.models(folder)
+    return folder
+
+
+@pytest.fixture
+def teacher_folder(teacher_models: Path, tmp_path: Path) -> Path:
+    """The same, with room for runs."""
+    for entry in teacher_models.iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
     return tmp_path

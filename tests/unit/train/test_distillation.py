@@ -1,4 +1,4 @@
-"""Learning from a teacher: what is measured and moved, exact resumption, refusals."""
+"""Learning from a teacher: what is measured and moved, exact resumption."""
 
 import json
 import shutil
@@ -24,19 +24,9 @@ from lowlat.utils.errors import UserError
 from . import healing, tuning
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("healing")
-    healing.models(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    """The models and tokens, and room for runs."""
-    for entry in made.iterdir():
-        (tmp_path / entry.name).symlink_to(entry)
-    return tmp_path
+def folder(teacher_folder: Path) -> Path:
+    return teacher_folder
 
 
 def loaded(path: Path, dtype: torch.dtype = torch.float64) -> Transformer:
@@ -282,27 +272,27 @@ def test_cross_entropy_is_added_with_its_weight(folder: Path) -> None:
     torch.testing.assert_close(pure.matched, divergence(folder, "damaged", batch) * targets[0])
 
 
-def test_a_teacher_that_changed_is_refused(folder: Path, made: Path) -> None:
+def test_a_teacher_that_changed_is_refused(folder: Path, teacher_models: Path) -> None:
     recipe = healing.raw({"steps": 4}, saves={"every_steps": 1})
     given = {"start": folder / "damaged", "teacher": folder / "teacher"}
     tuning.stop_after(2, folder, recipe, **given)
-    other = load_model(made / "teacher", dtype="fp32")
+    other = load_model(teacher_models / "teacher", dtype="fp32")
     with torch.no_grad():
         next(other.model.parameters())[5, 3] += 0.01
     (folder / "teacher").unlink()
-    save_model(other.model, other.config, folder / "teacher", source=made / "teacher")
+    save_model(other.model, other.config, folder / "teacher", source=teacher_models / "teacher")
     with pytest.raises(UserError, match=r"run: was trained by .* distillation\.teacher is another"):
         healing.heal(folder, recipe)
     shutil.rmtree(folder / "teacher")
-    (folder / "teacher").symlink_to(made / "teacher")
+    (folder / "teacher").symlink_to(teacher_models / "teacher")
     assert healing.heal(folder, recipe).outcome.is_complete
 
 
-def test_a_teacher_of_another_config_is_another(folder: Path, made: Path) -> None:
+def test_a_teacher_of_another_config_is_another(folder: Path, teacher_models: Path) -> None:
     """The same weights with another base of rotary frequencies compute something else."""
     recipe = healing.raw({"steps": 4}, saves={"every_steps": 1})
     tuning.stop_after(2, folder, recipe, start=folder / "damaged", teacher=folder / "teacher")
-    shutil.copytree(made / "teacher", folder / "copy")
+    shutil.copytree(teacher_models / "teacher", folder / "copy")
     file = folder / "copy" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"rope_theta": 101.0}))
@@ -322,79 +312,6 @@ def test_a_save_from_before_there_were_teachers_goes_on(folder: Path) -> None:
     assert check_resumable(saved, recipe, ["f"], Timetable(recipe), "runs/x").step == 0
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "layers without a teacher": (
-        {"phase": [healing.PHASE | {"match": "layers"}], "distillation": None},
-        r"phase\.match needs \[distillation\]",
-    ),
-    "updates and attention": (
-        {"lora": {"rank": 2, "alpha": 2.0}},
-        "trainable: lora says what is trained",
-    ),
-    "fp8 with a teacher": (
-        {"precision": "fp8", "trainable": "all"},
-        "distillation trains in bf16 or fp32",
-    ),
-    "fp8 of attention": ({"precision": "fp8"}, "trainable = 'attention' trains in bf16 or fp32"),
-    "z-loss": ({"phase": [healing.PHASE | {"z_weight": 0.1}]}, "phase heal: z_weight does not go"),
-    "no teacher": ({"distillation": {}}, r"distillation\.teacher is missing"),
-    "unknown key": (
-        {"distillation": {"teacher": "t", "temperatur": 2.0}},
-        r"distillation\.temperatur is not a key",
-    ),
-    "other parts": ({"trainable": "mlp"}, "trainable: must be 'all' or 'attention', not 'mlp'"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_does_not_go_together_is_named(
-    folder: Path, changes: dict[str, Any], message: str
-) -> None:
-    recipe = {k: v for k, v in (healing.raw() | changes).items() if v is not None}
-    with pytest.raises(UserError, match=message) as caught:
-        healing.heal(folder, recipe)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("axis", ["tensor", "pipeline", "expert", "context"])
-@pytest.mark.parametrize("trainable", ["all", "attention"])
-def test_other_divisions_than_of_batches_are_refused(
-    folder: Path, axis: str, trainable: str
-) -> None:
-    """Before processes of such a run are asked for anything."""
-    from lowlat.train.inputs import open_inputs
-
-    recipe = parse_recipe(healing.raw(parallel={axis: 2}, trainable=trainable), origin="r.toml")
-    with pytest.raises(UserError, match=rf"parallel\.{axis} 2 does not go with"):
-        open_inputs(recipe, folder / "damaged", folder, "r.toml", folder / "teacher")
-
-
-@pytest.mark.parametrize(
-    ("changes", "phase", "message"),
-    [
-        ({"vocab_size": 271}, {}, "teacher has a vocabulary of 271, the model one of 263"),
-        (
-            {"max_position_embeddings": 23},
-            {},
-            "phase heal: sequence_length 31 is beyond the teacher's context of 23",
-        ),
-        (
-            {"num_hidden_layers": 3},
-            {"match": "layers"},
-            "num_hidden_layers is 2 and the teacher's 3; match 'logits'",
-        ),
-        ({"hidden_size": 29}, {"match": "attention"}, "hidden_size is 23 and the teacher's 29"),
-    ],
-)
-def test_teachers_that_do_not_fit(
-    folder: Path, changes: dict[str, Any], phase: dict[str, Any], message: str
-) -> None:
-    (folder / "teacher").unlink()
-    healing.teacher(folder, **changes)
-    with pytest.raises(UserError, match=message):
-        healing.heal(folder, healing.raw(phase))
-
-
 def test_a_teacher_of_another_size_teaches_distributions(folder: Path) -> None:
     (folder / "teacher").unlink()
     healing.teacher(folder, num_hidden_layers=3, hidden_size=29)
@@ -410,13 +327,13 @@ def test_updates_of_lora_learn_from_a_teacher(folder: Path) -> None:
     assert last["divergence"] < first["divergence"]
 
 
-def test_a_divergence_that_is_not_finite_ends_the_run(folder: Path, made: Path) -> None:
+def test_a_divergence_that_is_not_finite_ends_the_run(folder: Path, teacher_models: Path) -> None:
     """Nothing moves, the batch is kept, and the message names the loss."""
-    broken = load_model(made / "teacher", dtype="fp32")
+    broken = load_model(teacher_models / "teacher", dtype="fp32")
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
     (folder / "teacher").unlink()
-    save_model(broken.model, broken.config, folder / "teacher", source=made / "teacher")
+    save_model(broken.model, broken.config, folder / "teacher", source=teacher_models / "teacher")
     with pytest.raises(UserError, match="step 1: the loss is not finite; its batch is in"):
         healing.heal(folder, healing.raw())
     assert (folder / "run" / "failed-step-00000001.safetensors").exists()
