@@ -55,7 +55,7 @@ def _losses(axes: Any, report: Object) -> None:
             range(len(layers)), values, marker=marker, color=colour, markersize=4, label=label
         )
     axes.set(title="Error of each layer", ylabel="% of the residual stream")
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     axes.legend(fontsize=8, frameon=False)
     _layers_along(axes)
 
@@ -82,7 +82,12 @@ def _healing(axes: Any, report: Object) -> None:
         xlabel="tokens read",
         ylabel="KL from the original, nats per token",
     )
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
+
+
+def _from_zero(axes: Any) -> None:
+    """All of the highest marker is to be seen, however near the others lie to it."""
+    axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
 
 
 def _layers_along(axes: Any) -> None:
