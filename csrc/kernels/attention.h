@@ -104,13 +104,10 @@ inline void block_softmax(const Queries& q, std::int64_t start, float scale, con
 inline std::int64_t attend_panels(std::int64_t key_dim) { return most(2 * num_panels(key_dim), 4); }
 
 // Scores of a block with the queries as panels: key by query, then turned 16 by 16.
-inline void turned_scores(const Queries& q, const KeyBlock& block, const ScoreScratch& scratch) {
+inline void turned_scores(const Queries& q, const KeyBlock& block, const ScoreScratch& scratch, Ahead& ahead) {
   const std::int64_t width = num_panels(block.keys.columns), tiles = (q.rows + kTile - 1) / kTile;
-  for (std::int64_t tile = 0; tile < block.next_keys.tiles(); ++tile) {
-    for (std::int64_t i = 0; i < width; ++i) prefetch_panel(block.next_keys, tile, i, true);
-  }
   multiply(q.panels, tiles, width, width, static_cast<const bf16*>(block.keys.data), block.keys.stride, block.keys.rows,
-           scratch.turned, tiles * kTile, false);
+           scratch.turned, tiles * kTile, false, &ahead);
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     for (std::int64_t key = 0; key < kKeyBlock; key += kTile) {
       Panel square;
@@ -135,8 +132,10 @@ inline void plain_scores(const Queries& q, const KeyBlock& block, Panel* panels,
 // Folds one block of keys into the state of all query rows.
 inline void attend(const Queries& q, const KeyBlock& block, std::int64_t start, float scale, Panel* panels,
                    const ScoreScratch& scratch, const SoftmaxState& state) {
+  Ahead ahead;
   if (q.panels != nullptr) {
-    turned_scores(q, block, scratch);
+    ahead = Ahead(block.next_keys);
+    turned_scores(q, block, scratch, ahead);
   } else {
     plain_scores(q, block, panels, scratch);
   }
@@ -147,7 +146,8 @@ inline void attend(const Queries& q, const KeyBlock& block, std::int64_t start, 
     for (std::int64_t tile = 0; tile < block.next_values.tiles(); ++tile) {
       prefetch_panel(block.next_values, tile, channel / kColumns, true);
     }
-    multiply(panels, 2, count, count, scratch.weights, kKeyBlock, q.rows, state.values + channel, state.stride, true);
+    multiply(panels, 2, count, count, scratch.weights, kKeyBlock, q.rows, state.values + channel, state.stride, true,
+             &ahead);
   }
 }
 

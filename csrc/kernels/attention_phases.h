@@ -137,12 +137,15 @@ inline void run_attention_task(const Pass& pass, const Attention& a, const Cache
   const QueryGroup& group = pass.work.groups[task.group];
   const Queries q = queries_of(pass, a, group);
   const std::int64_t context = q.last[q.rows - 1];
+  const SoftmaxState state = scratch_state(pass, q.rows, 8);
   if (task.split >= 0) {
-    const SoftmaxState state = partial_state(pass.work, group.partial + task.split * q.rows);
     attend_range(pass, a, cache, group, q, task.split * kSplit, least(context, (task.split + 1) * kSplit), state);
+    const SoftmaxState out = partial_state(pass.work, group.partial + task.split * q.rows);
+    std::memcpy(out.top, state.top, q.rows * sizeof(float));
+    std::memcpy(out.total, state.total, q.rows * sizeof(float));
+    std::memcpy(out.values, state.values, q.rows * state.stride * sizeof(float));
     return;
   }
-  const SoftmaxState state = scratch_state(pass, q.rows, 8);
   const SoftmaxState later = scratch_state(pass, q.rows, 9);
   attend_range(pass, a, cache, group, q, 0, least(context, kSplit), state);
   for (std::int64_t start = kSplit; start < context; start += kSplit) {
@@ -236,6 +239,28 @@ inline Matrix value_projection(const Attention& a, std::int64_t head) {
   return a.kv_b.part(head * (a.nope_dim + a.value_dim) + a.nope_dim, a.value_dim);
 }
 
+// Position-free queries of a head, rows `stride` apart. Where W_UK is in int8 its rows leave their scales to them.
+inline Activations head_queries(const Pass& pass, const Attention& a, const Matrix& w, std::int64_t head,
+                                std::int64_t first, std::int64_t tokens) {
+  Activations q;
+  q.rows = tokens;
+  q.stride = a.heads * a.query_dim();
+  q.values = pass.work.q + (first * a.heads + head) * a.query_dim();
+  if (w.storage != Storage::int8_rows) return q;
+  const std::int64_t width = round_up(w.rows, 32);
+  auto* scaled = pass.scratch.get<bf16>(3, tokens * width);
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t i = 0; i < w.rows; i += 16) {
+      const F scale = load(static_cast<const float*>(w.scale) + i, w.rows - i);
+      store_bf16(scaled + t * width + i, mul(load_bf16(q.values + t * q.stride + i, w.rows - i), scale), w.rows - i);
+    }
+    pad_row(scaled + t * width, w.rows);
+  }
+  q.stride = width;
+  q.values = scaled;
+  return q;
+}
+
 // 32 latent channels of the absorbed query of a head, W_UK^T q^C, for all absorbed tokens.
 inline void absorb_query(const Pass& pass, const Attention& a, std::int64_t head, std::int64_t strip) {
   const Workspace& work = pass.work;
@@ -244,29 +269,35 @@ inline void absorb_query(const Pass& pass, const Attention& a, std::int64_t head
   Panel* panels = pass.scratch.get<Panel>(2, 2 * count);
   load_turned_panels(w, strip * kStrip, 0, w.rows, panels, true);
   each_absorbed(pass, [&](std::int64_t first, std::int64_t tokens) {
-    const bf16* q = work.q + (first * a.heads + head) * a.query_dim();
-    std::int64_t stride = a.heads * a.query_dim();
-    if (w.storage == Storage::int8_rows) {
-      // The rows' scales go onto the query.
-      const std::int64_t width = round_up(w.rows, 32);
-      auto* scaled = pass.scratch.get<bf16>(3, tokens * width);
-      for (std::int64_t t = 0; t < tokens; ++t) {
-        for (std::int64_t i = 0; i < w.rows; i += 16) {
-          const F scale = load(static_cast<const float*>(w.scale) + i, w.rows - i);
-          store_bf16(scaled + t * width + i, mul(load_bf16(q + t * stride + i, w.rows - i), scale), w.rows - i);
-        }
-        pad_row(scaled + t * width, w.rows);
-      }
-      q = scaled;
-      stride = width;
-    }
+    const Activations q = head_queries(pass, a, w, head, first, tokens);
     float* out = pass.strip_out(tokens);
-    multiply(panels, 2, count, count, q, stride, tokens, out, kStrip, false);
+    multiply(panels, 2, count, count, q.values, q.stride, tokens, out, kStrip, false);
     each_half(strip, a.latent_dim, [&](std::int64_t channel, int lane, std::int64_t width) {
       bf16* to = work.absorbed_q + (first * a.heads + head) * work.absorbed_stride + channel;
       store_lanes(out + lane, nullptr, width, tokens, to, a.heads * work.absorbed_stride);
     });
   });
+}
+
+// Whether the step has one token alone to absorb, with widths and weights that absorb_one_query() takes.
+inline bool absorbs_one(const Pass& pass, const Attention& a) {
+  const Storage storage = a.kv_b.storage;
+  const bool is_plain = storage == Storage::bf16 || storage == Storage::int8_rows;
+  return kMultipliesByDots && is_plain && pass.step.tokens == 1 && a.nope_dim % 32 == 0 && a.latent_dim % 32 == 0;
+}
+
+// The absorbed query of a head for the step's only token.
+inline void absorb_one_query(const Pass& pass, const Attention& a, std::int64_t head) {
+  const Matrix w = key_projection(a, head);
+  const bf16* q = head_queries(pass, a, w, head, 0, 1).values;
+  auto* out = pass.scratch.get<float>(2, 2 * a.latent_dim);
+  if (w.storage == Storage::bf16) {
+    multiply_turned<Storage::bf16>(w, q, out, out + a.latent_dim);
+  } else {
+    multiply_turned<Storage::int8_rows>(w, q, out, out + a.latent_dim);
+  }
+  bf16* to = pass.work.absorbed_q + head * pass.work.absorbed_stride;
+  for (std::int64_t c = 0; c < a.latent_dim; c += kTile) store_bf16(to + c, load(out + c));
 }
 
 // The rotary part of a head's queries, rotated, and copied behind the absorbed part.
@@ -283,12 +314,15 @@ inline void finish_rotary_query(const Pass& pass, const Attention& a, std::int64
 }
 
 inline void make_mla_queries(const Pass& pass, const Attention& a) {
-  const std::int64_t absorbs = a.nope_dim > 0 && !pass.work.absorbed.empty();
-  const std::int64_t blocks = 1 + (absorbs ? (a.latent_dim + kStrip - 1) / kStrip : 0);
+  const bool absorbs = a.nope_dim > 0 && !pass.work.absorbed.empty(), is_one = absorbs && absorbs_one(pass, a);
+  const std::int64_t strips = (a.latent_dim + kStrip - 1) / kStrip;
+  const std::int64_t blocks = 1 + (is_one ? 1 : absorbs ? strips : 0);
   pass.each(a.heads * blocks, [&](std::int64_t item) {
     const std::int64_t head = item / blocks, block = item % blocks;
     if (block == 0) {
       finish_rotary_query(pass, a, head);
+    } else if (is_one) {
+      absorb_one_query(pass, a, head);
     } else {
       absorb_query(pass, a, head, block - 1);
     }
@@ -296,9 +330,12 @@ inline void make_mla_queries(const Pass& pass, const Attention& a) {
 }
 
 // Values of a head from the attended latent, W_UV times it, for all absorbed tokens.
-inline void make_head_values(const Pass& pass, const Attention& a, std::int64_t head, std::int64_t strip) {
+inline void make_head_values(const Pass& pass, const Attention& a, std::int64_t head, std::int64_t strip, bool goes_on) {
   const Workspace& work = pass.work;
   const Matrix w = value_projection(a, head);
+  const bool is_last = strip + 1 == num_strips(w);
+  const Matrix follows = is_last && goes_on ? value_projection(a, head + 1) : w;
+  const NextTile next = is_last ? next_strip(follows, -1, goes_on) : next_strip(w, strip, goes_on);
   each_absorbed(pass, [&](std::int64_t first, std::int64_t tokens) {
     Activations x;
     x.rows = tokens;
@@ -306,7 +343,7 @@ inline void make_head_values(const Pass& pass, const Attention& a, std::int64_t 
     x.stride = a.heads * work.mixed_stride;
     x.values = work.mixed + (first * a.heads + head) * work.mixed_stride;
     float* out = pass.strip_out(tokens);
-    multiply_strip(w, strip, x, pass.panels(w), out);
+    multiply_strip(w, strip, x, pass.panels(w), out, next);
     each_half(strip, a.value_dim, [&](std::int64_t column, int lane, std::int64_t count) {
       bf16* to = work.attended.values + first * work.attended.stride + head * a.value_dim + column;
       store_lanes(out + lane, nullptr, count, tokens, to, work.attended.stride);
@@ -329,7 +366,9 @@ inline void attend_mla(const Pass& pass, const Attention& a, const Cache& cache)
   attend_all(pass, a, cache);
   if (work.absorbed.empty()) return;
   const std::int64_t strips = (a.value_dim + kStrip - 1) / kStrip;
-  pass.each(a.heads * strips, [&](std::int64_t item) { make_head_values(pass, a, item / strips, item % strips); });
+  pass.each_in_turn(a.heads * strips, [&](std::int64_t item, bool goes_on) {
+    make_head_values(pass, a, item / strips, item % strips, goes_on);
+  });
 }
 
 // --- GQA ------------------------------------------------------------------------------------------------------------

@@ -14,8 +14,12 @@ namespace lowlat::LOWLAT_ISA {
 
 #if defined(LOWLAT_AMX)
 
+constexpr bool kMultipliesByDots = false;  // what multiply() does
+
 inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count, const bf16* x,
-                     std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds) {
+                     std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds,
+                     Ahead* ahead = nullptr) {
+  if (ahead != nullptr) ahead->ask(kAllLines);
   multiply_by_tiles(panels, tiles, tile_step, count, x, stride, rows, out, out_stride, adds);
 }
 
@@ -33,9 +37,12 @@ inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last
 
 #else
 
+constexpr bool kMultipliesByDots = true;
+
 inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count, const bf16* x,
-                     std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds) {
-  multiply_by_dots(panels, tiles, tile_step, count, x, stride, rows, out, out_stride, adds);
+                     std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds,
+                     Ahead* ahead = nullptr) {
+  multiply_by_dots(panels, tiles, tile_step, count, x, stride, rows, out, out_stride, adds, ahead);
 }
 
 inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,

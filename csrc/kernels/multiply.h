@@ -14,26 +14,105 @@ inline void dot_panel(const Panel& panel, const bf16* x, std::int64_t stride, F 
   }
 }
 
-// out[r][16 k + lane] = sum over the panels of tile k, `tile_step` panels apart, of panel . x[r]; plus what is there if
-// `adds`.
-inline void multiply_by_dots(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count, const bf16* x,
-                     std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds) {
-  const std::int64_t step = even_block(rows);
-  for (std::int64_t tile = 0; tile < tiles; ++tile, panels += tile_step, out += kTile) {
-    for (std::int64_t row = 0; row < rows; row += step) {
-      with_tokens(least(step, rows - row), [&]<int T>() {
-        F even[T], odd[T];
+constexpr int kLinesAhead = 6;  // asked for with every panel
+
+// T rows times K tiles that lie `tile_step` panels apart.
+template <int T, int K>
+inline void multiply_block(const Panel* panels, std::int64_t tile_step, std::int64_t count, const bf16* x,
+                           std::int64_t stride, float* out, std::int64_t out_stride, bool adds, Ahead* ahead) {
+  F even[K][T], odd[K][T];
+  for (int k = 0; k < K; ++k) {
+    for (int t = 0; t < T; ++t) {
+      even[k][t] = adds ? load(out + t * out_stride + k * kTile) : zero();
+      odd[k][t] = zero();
+    }
+  }
+  for (std::int64_t i = 0; i < count; ++i, x += kColumns) {
+    if (ahead != nullptr) ahead->ask(kLinesAhead);
+    if constexpr (K == 1) {
+      dot_panel<T>(panels[i], x, stride, even[0], odd[0]);
+    } else {
+      for (int j = 0; j < 16; j += 2) {
         for (int t = 0; t < T; ++t) {
-          even[t] = adds ? load(out + (row + t) * out_stride) : zero();
-          odd[t] = zero();
+          const P first = set1_pair(word_at(x + t * stride + 2 * j));
+          for (int k = 0; k < K; ++k) even[k][t] = dot(even[k][t], panels[k * tile_step + i][j], first);
         }
-        for (std::int64_t i = 0; i < count; ++i) {
-          dot_panel<T>(panels[i], x + row * stride + i * kColumns, stride, even, odd);
+        for (int t = 0; t < T; ++t) {
+          const P second = set1_pair(word_at(x + t * stride + 2 * j + 2));
+          for (int k = 0; k < K; ++k) odd[k][t] = dot(odd[k][t], panels[k * tile_step + i][j + 1], second);
         }
-        for (int t = 0; t < T; ++t) store(out + (row + t) * out_stride, add(even[t], odd[t]));
+      }
+    }
+  }
+  for (int k = 0; k < K; ++k) {
+    for (int t = 0; t < T; ++t) store(out + t * out_stride + k * kTile, add(even[k][t], odd[k][t]));
+  }
+}
+
+// out[r][16 k + lane] = sum over the panels of tile k, `tile_step` panels apart, of panel . x[r]; plus what is there if
+// `adds`. Tiles are taken in twos where that keeps more chains of dot products going.
+inline void multiply_by_dots(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count,
+                             const bf16* x, std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride,
+                             bool adds, Ahead* ahead = nullptr) {
+  constexpr int kFew = kTokens / 2;
+  const std::int64_t step = even_block(rows), few = even_block(rows, kFew);
+  const std::int64_t twos = 2 * few > step ? tiles / 2 : 0;
+  for (std::int64_t two = 0; two < twos; ++two, panels += 2 * tile_step, out += 2 * kTile) {
+    for (std::int64_t row = 0; row < rows; row += few) {
+      with_tokens<kFew>(least(few, rows - row), [&]<int T>() {
+        multiply_block<T, 2>(panels, tile_step, count, x + row * stride, stride, out + row * out_stride, out_stride, adds,
+                             ahead);
       });
     }
   }
+  for (std::int64_t tile = 2 * twos; tile < tiles; ++tile, panels += tile_step, out += kTile) {
+    for (std::int64_t row = 0; row < rows; row += step) {
+      with_tokens(least(step, rows - row), [&]<int T>() {
+        multiply_block<T, 1>(panels, tile_step, count, x + row * stride, stride, out + row * out_stride, out_stride, adds,
+                             ahead);
+      });
+    }
+  }
+}
+
+// 32 columns of a row of bf16 or int8_rows, whole.
+template <Storage storage>
+inline P whole_pairs(const char* row, std::int64_t column) {
+  if constexpr (storage == Storage::bf16) return pairs(reinterpret_cast<const bf16*>(row) + column);
+  return pairs_of_int8(reinterpret_cast<const std::int8_t*>(row) + column);
+}
+
+// out[c] = sum over rows of w[row][c] * x[row] for the one row x: the bits of load_turned_panels() and
+// multiply_by_dots(), but W is read once, as it lies. Rows and columns are multiples of 32. out and odd [columns].
+template <Storage storage>
+inline void multiply_turned(const Matrix& w, const bf16* x, float* out, float* odd) {
+  constexpr int kRows = 8, kAhead = 16;
+  const std::int64_t row_bytes = w.stride * w.element_bytes();
+  std::memset(out, 0, w.columns * sizeof(float));
+  std::memset(odd, 0, w.columns * sizeof(float));
+  for (std::int64_t row = 0; row < w.rows; row += kRows) {
+    const char* base = static_cast<const char*>(w.data) + row * row_bytes;
+    P both[kRows / 2];
+    for (int i = 0; i < kRows / 2; ++i) both[i] = set1_pair(word_at(x + row + 2 * i));
+    for (std::int64_t c = 0; c < w.columns; c += kColumns) {
+      F sums[2][2] = {{load(out + c), load(out + c + kTile)}, {load(odd + c), load(odd + c + kTile)}};
+      for (int i = 0; i < kRows / 2; ++i) {
+        const char* from = base + 2 * i * row_bytes;
+        const std::int64_t ahead = kAhead * row_bytes + c * w.element_bytes();
+        prefetch(from + ahead);
+        prefetch(from + row_bytes + ahead);
+        P low, high;
+        interleave(whole_pairs<storage>(from, c), whole_pairs<storage>(from + row_bytes, c), low, high);
+        sums[i % 2][0] = dot(sums[i % 2][0], low, both[i]);
+        sums[i % 2][1] = dot(sums[i % 2][1], high, both[i]);
+      }
+      for (int half = 0; half < 2; ++half) {
+        store(out + c + half * kTile, sums[0][half]);
+        store(odd + c + half * kTile, sums[1][half]);
+      }
+    }
+  }
+  for (std::int64_t c = 0; c < w.columns; c += kTile) store(out + c, add(load(out + c), load(odd + c)));
 }
 
 // One tile for at most 12 rows, with panels made on the way: where reading the weights is all the time.
@@ -159,20 +238,19 @@ inline void stream_tiles(const Matrix& w, std::int64_t first, std::int64_t last,
 
 // --- any storage --------------------------------------------------------------------------------------------------------
 
-// Tiles [first, last) of y = x W^T by dot products. `panels` has room for a tile.
+// Tiles [first, last), at most two, of y = x W^T by dot products. `panels` has room for both.
 inline void multiply_rows_by_dots(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next,
                                   const Activations& x, Panel* panels, float* out, std::int64_t out_stride) {
   if (x.is_stream && w.is_tiled()) {
     return stream_tiles(w, first, last, x, reinterpret_cast<float*>(panels), out, out_stride);
   }
-  const std::int64_t count = num_panels(w.columns);
+  if (x.rows > kTokens) {
+    const std::int64_t count = num_panels(w.columns);
+    for (std::int64_t tile = first; tile < last; ++tile) load_panels(w, tile, panels + (tile - first) * count);
+    return multiply_by_dots(panels, last - first, count, count, x.values, x.stride, x.rows, out, out_stride, false);
+  }
   for (std::int64_t tile = first; tile < last; ++tile, out += kTile) {
-    if (x.rows <= kTokens) {
-      multiply_stream(w, tile, tile + 1 < last ? NextTile{&w, tile + 1} : next, x, out, out_stride);
-    } else {
-      load_panels(w, tile, panels);
-      multiply_by_dots(panels, 1, count, count, x.values, x.stride, x.rows, out, out_stride, false);
-    }
+    multiply_stream(w, tile, tile + 1 < last ? NextTile{&w, tile + 1} : next, x, out, out_stride);
   }
 }
 

@@ -11,18 +11,18 @@ namespace lowlat::LOWLAT_ISA {
 constexpr int kTokens = 12;   // activation rows a block of accumulators holds
 constexpr int kColumns = 32;  // columns of a panel: 16 pairs
 
-// Calls body.operator()<T>() for the run-time value of T in 1..kTokens, and nothing for 0.
-template <int T = 0, class Body>
+// Calls body.operator()<T>() for the run-time value of T in 1..most, and nothing for 0.
+template <int most = kTokens, int T = 0, class Body>
 inline void with_tokens(std::int64_t tokens, Body&& body) {
-  if constexpr (T < kTokens) {
-    if (tokens != T) return with_tokens<T + 1>(tokens, body);
+  if constexpr (T < most) {
+    if (tokens != T) return with_tokens<most, T + 1>(tokens, body);
   }
   if constexpr (T > 0) body.template operator()<T>();
 }
 
-// Rows taken at once: as even as the block of accumulators allows.
-inline std::int64_t even_block(std::int64_t rows) {
-  const std::int64_t blocks = (rows + kTokens - 1) / kTokens;
+// Rows taken at once: as even as a block of accumulators for `most` rows allows.
+inline std::int64_t even_block(std::int64_t rows, std::int64_t most = kTokens) {
+  const std::int64_t blocks = (rows + most - 1) / most;
   return blocks == 0 ? 1 : (rows + blocks - 1) / blocks;
 }
 
@@ -55,9 +55,13 @@ inline P row_pairs(const Matrix& w, std::int64_t row, std::int64_t column) {
 inline void turn_panel(const Matrix& w, std::int64_t tile, std::int64_t column, Panel& panel) {
   const std::int64_t row = tile * kTile;
   const std::int64_t rows = least(kTile, w.rows - row);
-  if (rows == kTile && w.storage == Storage::bf16 && w.columns - column >= kColumns) {
+  const bool is_whole = rows == kTile && w.columns - column >= kColumns;
+  if (is_whole && w.storage == Storage::bf16) {
     const bf16* base = static_cast<const bf16*>(w.data) + row * w.stride + column;
     for (int r = 0; r < kTile; ++r) panel[r] = pairs(base + r * w.stride);
+  } else if (is_whole && w.storage == Storage::int8_rows) {
+    const std::int8_t* base = static_cast<const std::int8_t*>(w.data) + row * w.stride + column;
+    for (int r = 0; r < kTile; ++r) panel[r] = pairs_of_int8(base + r * w.stride);
   } else {
     for (int r = 0; r < kTile; ++r) panel[r] = r < rows ? row_pairs(w, row + r, column) : zero_pairs();
   }
@@ -115,6 +119,46 @@ inline void prefetch_panel(const Matrix& w, std::int64_t tile, std::int64_t i, b
   const char* at = static_cast<const char*>(w.data) + tile * kTile * row_bytes + i * kColumns * w.element_bytes();
   for (int r = 0; r < kTile; ++r) far ? prefetch_far(at + r * row_bytes) : prefetch(at + r * row_bytes);
 }
+
+constexpr int kAllLines = 1 << 30;
+
+// A matrix stored row by row that is read soon, asked for a few lines of cache at a time while something else is
+// computed: many at once would hold up the loads of that.
+class Ahead {
+ public:
+  Ahead() = default;
+  explicit Ahead(const Matrix& w)
+      : at_(static_cast<const char*>(w.data)),
+        rows_(w.rows),
+        bytes_(w.columns * w.element_bytes()),
+        gap_((w.stride - w.columns) * w.element_bytes()) {
+    if (gap_ == 0) {
+      bytes_ *= rows_;
+      rows_ = rows_ > 0;
+    }
+    end_ = at_ + bytes_;
+  }
+
+  void ask(int lines) {
+    if (rows_ == 0) return;
+    for (; lines > 0; --lines, at_ += 64) {
+      if (at_ >= end_ && !next_row()) return;
+      prefetch(at_);
+    }
+  }
+
+ private:
+  bool next_row() {
+    if (--rows_ == 0) return false;
+    at_ = end_ + gap_;
+    end_ = at_ + bytes_;
+    return true;
+  }
+
+  const char* at_ = nullptr;
+  const char* end_ = nullptr;
+  std::int64_t rows_ = 0, bytes_ = 0, gap_ = 0;
+};
 
 // All panels of a tile, one after the other; on the way the same tile of `ahead`, if any, is asked for.
 inline void load_panels(const Matrix& w, std::int64_t tile, Panel* panels, const Matrix* ahead = nullptr) {
