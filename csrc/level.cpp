@@ -84,43 +84,28 @@ void route(Team& team, const Router& router, std::int64_t tokens, float* scores,
   });
 }
 
-// Memory of a thread that attends with `rows` query rows.
-struct AttentionRoom {
-  Buffer panels, scores, weights, cached, first, last, tops[2], totals[2], values[2];
-
-  SoftmaxState state(int i, std::int64_t rows, std::int64_t stride) {
-    return {room<float>(tops[i], rows), room<float>(totals[i], rows), room<float>(values[i], rows * stride), stride};
-  }
-};
-
 // The query rows of one group of heads at one position, split by split as the keys lie.
-void attend_position(const PagedAttention& a, std::int64_t query, std::int64_t group, AttentionRoom& memory) {
-  constexpr std::int64_t kSplit = 1024;
+void attend_position(const PagedAttention& a, std::int64_t query, std::int64_t group, Scratch& scratch) {
   const std::int64_t rows = a.heads / a.kv_heads, row = query * a.heads + group * rows;
   const std::int64_t last = a.start + query + 1, first = a.window > 0 ? most(0, last - a.window) : 0;
-  auto* firsts = room<std::int64_t>(memory.first, rows);
-  auto* lasts = room<std::int64_t>(memory.last, rows);
+  auto* bounds = scratch.get<std::int64_t>(3, 2 * rows);
   for (std::int64_t r = 0; r < rows; ++r) {
-    firsts[r] = first;
-    lasts[r] = last;
+    bounds[r] = first;
+    bounds[rows + r] = last;
   }
-  const Queries q{a.q + row * a.q_stride, a.q_stride, rows, firsts, lasts};
-  const ScoreScratch scores{room<float>(memory.scores, rows * kKeyBlock), room<bf16>(memory.weights, rows * kKeyBlock)};
-  auto* panels = room<Panel>(memory.panels, attend_panels(a.key_dim));
-  auto* cached = room<bf16>(memory.cached, kKeyBlock * round_up(a.row_dim, 32));
+  const Queries q{a.q + row * a.q_stride, a.q_stride, rows, bounds, bounds + rows};
+  const CachedKeys keys{a.cache, a.pages, a.row_dim,
+                        {group * a.key_step, a.key_dim, a.value_offset + group * a.value_step, a.value_dim}, a.scale};
   const std::int64_t stride = round_up(a.value_dim, 32);
-  const SoftmaxState all = memory.state(0, rows, stride), part = memory.state(1, rows, stride);
+  const auto state = [&](int slot) {
+    auto* memory = scratch.get<float>(slot, rows * (stride + 2));
+    return SoftmaxState{memory + rows * stride, memory + rows * (stride + 1), memory, stride};
+  };
+  const SoftmaxState all = state(8), part = state(9);
   all.clear(rows);
-  for (std::int64_t split = first / kSplit * kSplit; split < last; split += kSplit) {
-    part.clear(rows);
-    const std::int64_t end = least(split + kSplit, last);
-    for (std::int64_t key = most(split, first / kKeyBlock * kKeyBlock); key < end; key += kKeyBlock) {
-      const std::int64_t keys = least(kKeyBlock, end - key);
-      const Rows block = cached_rows(a.cache, a.pages, key, keys, a.row_dim, false, cached);
-      const KeyBlock views{view(block.data + group * a.key_step, keys, a.key_dim, block.stride),
-                           view(block.data + a.value_offset + group * a.value_step, keys, a.value_dim, block.stride), {}, {}};
-      attend(q, views, key, a.scale, panels, scores, part);
-    }
+  for (std::int64_t split = 0; split < num_splits(last); ++split) {
+    if (split_start(split + 1) <= first) continue;
+    attend_range(keys, q, split_start(split), least(split_start(split + 1), last), scratch, part);
     fold(part, all, rows);
   }
   for (std::int64_t r = 0; r < rows; ++r) finish(all, r, a.value_dim, a.out + (row + r) * a.value_dim);
@@ -128,9 +113,9 @@ void attend_position(const PagedAttention& a, std::int64_t query, std::int64_t g
 
 void attention(Team& team, const PagedAttention& a) {
   const ProductSession session;
-  AttentionRoom memory;
+  Scratch scratch;
   team.for_chunks(a.queries * a.kv_heads, 1, [&](std::int64_t task, std::int64_t) {
-    attend_position(a, task / a.kv_heads, task % a.kv_heads, memory);
+    attend_position(a, task / a.kv_heads, task % a.kv_heads, scratch);
   });
 }
 

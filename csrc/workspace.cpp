@@ -8,7 +8,6 @@ namespace lowlat {
 
 namespace {
 
-constexpr std::int64_t kSplit = 1024;       // keys of a split
 constexpr std::int64_t kQueryRows = 48;     // query rows that share the work of preparing keys
 constexpr std::align_val_t kAlignment{64};
 
@@ -104,7 +103,7 @@ void Workspace::plan_attention(const Attention& a, const Step& step, int threads
       const std::int64_t count = std::min(tokens, sequence.length - token);
       const std::int64_t context = sequence.start + token + count;
       for (std::int64_t head = 0; head < kv_heads; ++head) {
-        groups.push_back({number, head, token, count, (context + kSplit - 1) / kSplit, 0});
+        groups.push_back({number, head, token, count, num_splits(context), 0});
       }
     }
   }
@@ -124,8 +123,9 @@ void Workspace::plan_attention(const Attention& a, const Step& step, int threads
     for (std::int64_t split = 0; split < groups[g].splits; ++split) tasks.push_back({number, split});
   }
   // Long tasks first: the last to finish should be a short one.
-  std::stable_sort(tasks.begin(), tasks.end(),
-                   [](const AttentionTask& one, const AttentionTask& other) { return one.split < other.split; });
+  std::stable_sort(tasks.begin(), tasks.end(), [](const AttentionTask& one, const AttentionTask& other) {
+    return one.split >= 0 && other.split >= 0 ? one.split > other.split : one.split < other.split;
+  });
   value_stride = round_up(sizes.value, 32);
   top = take<float>(14, rows);
   total = take<float>(15, rows);

@@ -36,6 +36,23 @@ class Scratch {
   Buffer slots_[kSlots];
 };
 
+// A context is attended to split by split, and the splits are added up in order: where they begin is fixed by the
+// position alone, so that a query's bits are. Each of the first is as long as all before it, so that two threads have
+// even shares of a short context: 0, 64, 128, 256, 512, 1024, and from there every 1024.
+constexpr std::int64_t kFirstSplit = 64, kSplit = 1024, kShortSplits = 5;
+
+inline std::int64_t split_start(std::int64_t split) {
+  if (split == 0) return 0;
+  return split <= kShortSplits ? kFirstSplit << (split - 1) : kSplit * (split - kShortSplits + 1);
+}
+
+inline std::int64_t num_splits(std::int64_t context) {
+  if (context > kSplit) return kShortSplits + (context - 1) / kSplit;
+  std::int64_t splits = 0;
+  while (split_start(splits) < context) ++splits;
+  return splits;
+}
+
 // Query rows of one sequence that share keys: `tokens` queries from `token` (of the sequence) on, all heads of one
 // key-value head. Their partial results lie at row `partial`, one copy per split.
 struct QueryGroup {

@@ -1,7 +1,7 @@
 // Attention of query rows over blocks of cached rows, with an online softmax.
 //
-// Keys are taken in blocks of 64 and splits of 1024 that start at multiples of themselves in the context. A query's
-// result is thus one chain of operations fixed by its own position, whatever else is computed beside it.
+// Keys are taken in blocks of 64 that start at multiples of 64 in the context, and in the splits of workspace.h. A
+// query's result is thus one chain of operations fixed by its own position, whatever else is computed beside it.
 #pragma once
 
 #include <cmath>
@@ -73,10 +73,11 @@ inline void visible_scores(const Queries& q, std::int64_t r, std::int64_t start,
   }
 }
 
-// Scores of the block that starts at `start` become weights in bf16, zero where a query may not look, and are folded
-// into the state.
+// Scores of the block that starts at `start` become weights, zero where a query may not look, that
+// keep_weights(row, weights) stores, and are folded into the state.
+template <class Keep>
 inline void block_softmax(const Queries& q, std::int64_t start, float scale, const ScoreScratch& scratch,
-                          const SoftmaxState& state) {
+                          const SoftmaxState& state, Keep&& keep_weights) {
   for (std::int64_t r = 0; r < q.rows; ++r) {
     F row[4];
     visible_scores(q, r, start, scale, scratch.scores + r * kKeyBlock, row);
@@ -84,9 +85,7 @@ inline void block_softmax(const Queries& q, std::int64_t start, float scale, con
     const float before = state.top[r], top = std::fmax(before, best);
     const F base = set1(top == kNone ? 0.0f : top);
     for (int i = 0; i < 4; ++i) row[i] = exp_of_negative(sub(row[i], base));
-    bf16* weights = scratch.weights + r * kKeyBlock;
-    store_pairs(weights, pairs_in_order(row[0], row[1]));
-    store_pairs(weights + 32, pairs_in_order(row[2], row[3]));
+    keep_weights(r, row);
     const float total = sum(add(add(row[0], row[1]), add(row[2], row[3])));
     if (top == before) {
       state.total[r] += total;
@@ -100,23 +99,39 @@ inline void block_softmax(const Queries& q, std::int64_t start, float scale, con
   }
 }
 
+// The same with weights in bf16: scratch.weights [rows, kKeyBlock].
+inline void block_softmax(const Queries& q, std::int64_t start, float scale, const ScoreScratch& scratch,
+                          const SoftmaxState& state) {
+  block_softmax(q, start, scale, scratch, state, [&](std::int64_t r, const F(&row)[4]) {
+    bf16* weights = scratch.weights + r * kKeyBlock;
+    store_pairs(weights, pairs_in_order(row[0], row[1]));
+    store_pairs(weights + 32, pairs_in_order(row[2], row[3]));
+  });
+}
+
 // Panels attend() may need: two tiles of keys, or two blocks of 16 channels of values.
 inline std::int64_t attend_panels(std::int64_t key_dim) { return most(2 * num_panels(key_dim), 4); }
 
-// Scores of a block with the queries as panels: key by query, then turned 16 by 16.
-inline void turned_scores(const Queries& q, const KeyBlock& block, const ScoreScratch& scratch, Ahead& ahead) {
-  const std::int64_t width = num_panels(block.keys.columns), tiles = (q.rows + kTile - 1) / kTile;
-  multiply(q.panels, tiles, width, width, static_cast<const bf16*>(block.keys.data), block.keys.stride, block.keys.rows,
-           scratch.turned, tiles * kTile, false, &ahead);
+// Scores that lie key by query, in whole tiles of queries, into rows of queries: 16 by 16.
+inline void turn_scores(std::int64_t rows, const ScoreScratch& scratch) {
+  const std::int64_t tiles = (rows + kTile - 1) / kTile;
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     for (std::int64_t key = 0; key < kKeyBlock; key += kTile) {
       Panel square;
       for (int i = 0; i < kTile; ++i) square[i] = pairs(scratch.turned + ((key + i) * tiles + tile) * kTile);
       transpose(square, square);
-      const std::int64_t rows = least(kTile, q.rows - tile * kTile);
-      for (int r = 0; r < rows; ++r) store_pairs(scratch.scores + (tile * kTile + r) * kKeyBlock + key, square[r]);
+      const std::int64_t count = least(kTile, rows - tile * kTile);
+      for (int r = 0; r < count; ++r) store_pairs(scratch.scores + (tile * kTile + r) * kKeyBlock + key, square[r]);
     }
   }
+}
+
+// Scores of a block with the queries as panels.
+inline void turned_scores(const Queries& q, const KeyBlock& block, const ScoreScratch& scratch, Ahead& ahead) {
+  const std::int64_t width = num_panels(block.keys.columns), tiles = (q.rows + kTile - 1) / kTile;
+  multiply(q.panels, tiles, width, width, static_cast<const bf16*>(block.keys.data), block.keys.stride, block.keys.rows,
+           scratch.turned, tiles * kTile, false, &ahead);
+  turn_scores(q.rows, scratch);
 }
 
 // Scores of a block with its keys as panels.

@@ -3,6 +3,7 @@
 
 #include "expanded.h"
 #include "pass.h"
+#include "range.h"
 
 namespace lowlat::LOWLAT_ISA {
 
@@ -33,11 +34,7 @@ inline void each_absorbed(const Pass& pass, Body&& body) {
 
 // --- attention over cached rows -------------------------------------------------------------------------------------
 
-// How the heads of a layer read rows: keys key_dim elements from `key` on, values from `value` on.
-struct RowView {
-  std::int64_t key, key_dim, value, value_dim;
-};
-
+// How the heads of a layer read rows.
 inline RowView row_view(const Attention& a, std::int64_t kv_head) {
   if (!a.is_mla()) return {kv_head * a.rope_dim, a.rope_dim, (a.kv_heads + kv_head) * a.rope_dim, a.rope_dim};
   // Without position-free channels the latent takes no part in the scores.
@@ -71,40 +68,8 @@ inline Queries queries_of(const Pass& pass, const Attention& a, const QueryGroup
   return {q, stride, rows, first, last};
 }
 
-// Attention of a group over the keys [start, end) into a cleared state.
-inline void attend_range(const Pass& pass, const Attention& a, const Cache& cache, const QueryGroup& group,
-                         const Queries& queries, std::int64_t start, std::int64_t end, const SoftmaxState& state) {
-  const Sequence& sequence = pass.step.sequences[group.sequence];
-  const RowView rows_view = row_view(a, group.kv_head);
-  const std::int64_t tiles = (queries.rows + kTile - 1) / kTile, width = num_panels(rows_view.key_dim);
-  ScoreScratch scores{pass.scratch.get<float>(5, queries.rows * kKeyBlock),
-                      pass.scratch.get<bf16>(6, queries.rows * kKeyBlock)};
-  Queries q = queries;
-  if (takes_query_panels(q.rows, rows_view.key_dim)) {
-    auto* query_panels = pass.scratch.get<Panel>(11, tiles * width);
-    const Matrix rows = view(q.values, q.rows, rows_view.key_dim, q.stride);
-    for (std::int64_t tile = 0; tile < tiles; ++tile) load_panels(rows, tile, query_panels + tile * width);
-    q.panels = query_panels;
-    scores.turned = pass.scratch.get<float>(12, tiles * kTile * kKeyBlock);
-  }
-  Panel* panels = pass.scratch.get<Panel>(2, attend_panels(rows_view.key_dim));
-  auto* gathered = pass.scratch.get<bf16>(7, kKeyBlock * round_up(a.row_dim(), 32));
-  state.clear(q.rows);
-  for (std::int64_t at = start; at < end; at += kKeyBlock) {
-    const std::int64_t count = least(kKeyBlock, end - at);
-    if (at + count <= q.first[0]) continue;  // before every query's window
-    const Rows rows = cached_rows(cache, sequence.pages, at, count, a.row_dim(), false, gathered);
-    KeyBlock block{view(rows.data + rows_view.key, count, rows_view.key_dim, rows.stride),
-                   view(rows.data + rows_view.value, count, rows_view.value_dim, rows.stride), {}, {}};
-    if (at + kKeyBlock < end && rows.data != gathered) {
-      const auto* next = reinterpret_cast<const bf16*>(cached_row(cache, sequence.pages, at + kKeyBlock));
-      const std::int64_t size = least(kKeyBlock, end - at - kKeyBlock);
-      block.next_keys = view(next + rows_view.key, size, rows_view.key_dim, rows.stride);
-      const bool is_apart = rows_view.value >= rows_view.key + rows_view.key_dim || rows_view.key > rows_view.value;
-      if (is_apart) block.next_values = view(next + rows_view.value, size, rows_view.value_dim, rows.stride);
-    }
-    attend(q, block, at, a.scale, panels, scores, state);
-  }
+inline CachedKeys keys_of(const Pass& pass, const Attention& a, const Cache& cache, const QueryGroup& group) {
+  return {cache, pass.step.sequences[group.sequence].pages, a.row_dim(), row_view(a, group.kv_head), a.scale};
 }
 
 // Where the attended values of row r of a group go.
@@ -116,8 +81,6 @@ inline bf16* attended_row(const Pass& pass, const Attention& a, const QueryGroup
   if (a.is_mla()) return work.mixed + (token * heads + head) * work.mixed_stride;
   return work.attended.values + token * work.attended.stride + head * a.rope_dim;
 }
-
-constexpr std::int64_t kSplit = 1024;
 
 inline std::int64_t group_rows_of(const Attention& a, const QueryGroup& group) {
   return group.tokens * (a.is_mla() ? a.heads : a.heads / a.kv_heads);
@@ -136,20 +99,23 @@ inline SoftmaxState scratch_state(const Pass& pass, std::int64_t rows, int slot)
 inline void run_attention_task(const Pass& pass, const Attention& a, const Cache& cache, const AttentionTask& task) {
   const QueryGroup& group = pass.work.groups[task.group];
   const Queries q = queries_of(pass, a, group);
+  const CachedKeys keys = keys_of(pass, a, cache, group);
   const std::int64_t context = q.last[q.rows - 1];
   const SoftmaxState state = scratch_state(pass, q.rows, 8);
   if (task.split >= 0) {
-    attend_range(pass, a, cache, group, q, task.split * kSplit, least(context, (task.split + 1) * kSplit), state);
+    // Threads write side by side there, and would take each other's lines of cache while adding up.
     const SoftmaxState out = partial_state(pass.work, group.partial + task.split * q.rows);
+    const std::int64_t end = least(context, split_start(task.split + 1));
+    attend_range(keys, q, split_start(task.split), end, pass.scratch, state);
     std::memcpy(out.top, state.top, q.rows * sizeof(float));
     std::memcpy(out.total, state.total, q.rows * sizeof(float));
     std::memcpy(out.values, state.values, q.rows * state.stride * sizeof(float));
     return;
   }
   const SoftmaxState later = scratch_state(pass, q.rows, 9);
-  attend_range(pass, a, cache, group, q, 0, least(context, kSplit), state);
-  for (std::int64_t start = kSplit; start < context; start += kSplit) {
-    attend_range(pass, a, cache, group, q, start, least(context, start + kSplit), later);
+  attend_range(keys, q, 0, least(context, split_start(1)), pass.scratch, state);
+  for (std::int64_t split = 1; split < num_splits(context); ++split) {
+    attend_range(keys, q, split_start(split), least(context, split_start(split + 1)), pass.scratch, later);
     fold(later, state, q.rows);
   }
   const std::int64_t value_dim = row_view(a, 0).value_dim;

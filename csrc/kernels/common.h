@@ -18,6 +18,9 @@
 #include <cstdint>
 #include <cstring>
 
+// Before a loop over an array of accumulators: only a loop that is unrolled early leaves them in registers.
+#define LOWLAT_UNROLL _Pragma("GCC unroll 16")
+
 namespace lowlat::LOWLAT_ISA {
 
 using namespace simd;

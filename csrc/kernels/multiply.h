@@ -9,7 +9,9 @@ namespace lowlat::LOWLAT_ISA {
 template <int T>
 inline void dot_panel(const Panel& panel, const bf16* x, std::int64_t stride, F (&even)[T], F (&odd)[T]) {
   for (int j = 0; j < 16; j += 2) {
+    LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) even[t] = dot(even[t], panel[j], set1_pair(word_at(x + t * stride + 2 * j)));
+    LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) odd[t] = dot(odd[t], panel[j + 1], set1_pair(word_at(x + t * stride + 2 * j + 2)));
   }
 }
@@ -21,7 +23,9 @@ template <int T, int K>
 inline void multiply_block(const Panel* panels, std::int64_t tile_step, std::int64_t count, const bf16* x,
                            std::int64_t stride, float* out, std::int64_t out_stride, bool adds, Ahead* ahead) {
   F even[K][T], odd[K][T];
+  LOWLAT_UNROLL
   for (int k = 0; k < K; ++k) {
+    LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) {
       even[k][t] = adds ? load(out + t * out_stride + k * kTile) : zero();
       odd[k][t] = zero();
@@ -33,18 +37,24 @@ inline void multiply_block(const Panel* panels, std::int64_t tile_step, std::int
       dot_panel<T>(panels[i], x, stride, even[0], odd[0]);
     } else {
       for (int j = 0; j < 16; j += 2) {
+        LOWLAT_UNROLL
         for (int t = 0; t < T; ++t) {
           const P first = set1_pair(word_at(x + t * stride + 2 * j));
+          LOWLAT_UNROLL
           for (int k = 0; k < K; ++k) even[k][t] = dot(even[k][t], panels[k * tile_step + i][j], first);
         }
+        LOWLAT_UNROLL
         for (int t = 0; t < T; ++t) {
           const P second = set1_pair(word_at(x + t * stride + 2 * j + 2));
+          LOWLAT_UNROLL
           for (int k = 0; k < K; ++k) odd[k][t] = dot(odd[k][t], panels[k * tile_step + i][j + 1], second);
         }
       }
     }
   }
+  LOWLAT_UNROLL
   for (int k = 0; k < K; ++k) {
+    LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) store(out + t * out_stride + k * kTile, add(even[k][t], odd[k][t]));
   }
 }
@@ -73,13 +83,6 @@ inline void multiply_by_dots(const Panel* panels, std::int64_t tiles, std::int64
       });
     }
   }
-}
-
-// 32 columns of a row of bf16 or int8_rows, whole.
-template <Storage storage>
-inline P whole_pairs(const char* row, std::int64_t column) {
-  if constexpr (storage == Storage::bf16) return pairs(reinterpret_cast<const bf16*>(row) + column);
-  return pairs_of_int8(reinterpret_cast<const std::int8_t*>(row) + column);
 }
 
 // out[c] = sum over rows of w[row][c] * x[row] for the one row x: the bits of load_turned_panels() and
@@ -120,6 +123,7 @@ inline void multiply_stream(const Matrix& w, std::int64_t tile, NextTile next, c
                             std::int64_t out_stride) {
   with_tokens(x.rows, [&]<int T>() {
     F even[T], odd[T];
+    LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) even[t] = odd[t] = zero();
     for (std::int64_t i = 0; i < num_panels(w.columns); ++i) {
       Panel panel;
@@ -127,6 +131,7 @@ inline void multiply_stream(const Matrix& w, std::int64_t tile, NextTile next, c
       if (next.w != nullptr) prefetch_panel(*next.w, next.tile, i, false);
       dot_panel<T>(panel, x.values + i * kColumns, x.stride, even, odd);
     }
+    LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) store(out + t * out_stride, add(even[t], odd[t]));
   });
 }
@@ -140,6 +145,7 @@ inline void multiply_stream(const Matrix& w, std::int64_t tile, NextTile next, c
 // sums[t][g] of the 32 activations of a group.
 template <int T>
 inline void group_sums(const Activations& x, std::int64_t groups, float* sums) {
+  LOWLAT_UNROLL
   for (int t = 0; t < T; ++t) {
     const bf16* row = x.values + t * x.stride;
     for (std::int64_t g = 0; g < groups; ++g) {
@@ -150,6 +156,7 @@ inline void group_sums(const Activations& x, std::int64_t groups, float* sums) {
 
 template <int T>
 inline void add_step(P integers, const bf16* x, std::int64_t stride, F (&acc)[T]) {
+  LOWLAT_UNROLL
   for (int t = 0; t < T; ++t) acc[t] = dot(acc[t], integers, set1_pair(word_at(x + t * stride)));
 }
 
@@ -162,9 +169,11 @@ inline void stream_int4(const Matrix& w, std::int64_t tile, const Activations& x
   const fp16* scale = static_cast<const fp16*>(w.scale) + tile * groups * kTile;
   const fp16* minimum = static_cast<const fp16*>(w.minimum) + tile * groups * kTile;
   F total[T];
+  LOWLAT_UNROLL
   for (int t = 0; t < T; ++t) total[t] = zero();
   for (std::int64_t g = 0; g < groups; ++g, data += w.group_bytes(), scale += kTile, minimum += kTile) {
     F even[T], odd[T];
+    LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) even[t] = odd[t] = zero();
     for (int step = 0; step < 4; ++step) {
       const bf16* at = x.values + g * kGroup + 8 * step;
@@ -176,12 +185,14 @@ inline void stream_int4(const Matrix& w, std::int64_t tile, const Activations& x
       add_step<T>(small_integers<12>(bytes), at + 6, x.stride, odd);
     }
     const F row_scale = load_fp16(scale), row_minimum = load_fp16(minimum);
+    LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) {
       const float sum_x = sums[t * groups + g];
       const F value = sub(add(even[t], odd[t]), set1(128.0f * sum_x));
       total[t] = fma(row_minimum, set1(sum_x), fma(value, row_scale, total[t]));
     }
   }
+  LOWLAT_UNROLL
   for (int t = 0; t < T; ++t) store(out + t * out_stride, total[t]);
 }
 
@@ -193,9 +204,11 @@ inline void stream_int8(const Matrix& w, std::int64_t tile, const Activations& x
   const std::uint8_t* data = static_cast<const std::uint8_t*>(w.data) + tile * groups * w.group_bytes();
   const fp16* scale = static_cast<const fp16*>(w.scale) + tile * groups * kTile;
   F total[T];
+  LOWLAT_UNROLL
   for (int t = 0; t < T; ++t) total[t] = zero();
   for (std::int64_t g = 0; g < groups; ++g, data += w.group_bytes(), scale += kTile) {
     F low[T], high[T];
+    LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) low[t] = high[t] = zero();
     for (int step = 0; step < 8; ++step) {
       const bf16* at = x.values + g * kGroup + 4 * step;
@@ -207,12 +220,14 @@ inline void stream_int8(const Matrix& w, std::int64_t tile, const Activations& x
       add_step<T>(small_integers<12>(bytes), at + 2, x.stride, high);
     }
     const F row_scale = load_fp16(scale);
+    LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) {
       // 16 (h + 128) + (l + 128) - (16 * 128 + 128 + 128) = 16 h + l - 128
       const F offset = set1(-2304.0f * sums[t * groups + g]);
       total[t] = fma(fma(high[t], set1(16.0f), add(low[t], offset)), row_scale, total[t]);
     }
   }
+  LOWLAT_UNROLL
   for (int t = 0; t < T; ++t) store(out + t * out_stride, total[t]);
 }
 

@@ -174,25 +174,41 @@ inline void prefetch_row(const Matrix& w, std::int64_t row, std::int64_t column)
   prefetch(static_cast<const char*>(w.data) + (row * w.stride + column) * w.element_bytes());
 }
 
+// 32 columns of a row of bf16 or int8_rows, whole.
+template <Storage storage>
+inline P whole_pairs(const char* row, std::int64_t column) {
+  if constexpr (storage == Storage::bf16) return pairs(reinterpret_cast<const bf16*>(row) + column);
+  return pairs_of_int8(reinterpret_cast<const std::int8_t*>(row) + column);
+}
+
+// Panels of two neighbouring blocks of 16 channels against 32 rows from `row` on, all whole.
+template <Storage storage>
+inline void turn_rows(const Matrix& w, std::int64_t channel, std::int64_t row, Panel& first, Panel& second, bool reads_on) {
+  const std::int64_t row_bytes = w.stride * w.element_bytes();
+  const char* base = static_cast<const char*>(w.data) + row * row_bytes;
+  for (int j = 0; j < 16; ++j, base += 2 * row_bytes) {
+    if (reads_on) {
+      prefetch_row(w, row + 2 * j, channel + kColumns);
+      prefetch_row(w, row + 2 * j + 1, channel + kColumns);
+    }
+    interleave(whole_pairs<storage>(base, channel), whole_pairs<storage>(base + row_bytes, channel), first[j], second[j]);
+  }
+}
+
 // Panels of W^T: 16 channels (columns of W) against all its rows in pairs. Two neighbours are made at once, as 32
-// channels are one cache line: panel i of channel block b lies at panels[b * num_panels(rows) + i]. `reads_on`: the next
-// 32 channels are read next and asked for.
+// channels of bf16 are one cache line: panel i of channel block b lies at panels[b * num_panels(rows) + i]. `reads_on`:
+// the next 32 channels are read next and asked for.
 inline void load_turned_panels(const Matrix& w, std::int64_t first_channel, std::int64_t first_row, std::int64_t rows,
                                Panel* panels, bool reads_on = false) {
   const std::int64_t count = num_panels(rows);
-  const bool is_plain = w.storage == Storage::bf16 && w.columns - first_channel >= kColumns;
+  const bool is_whole = w.columns - first_channel >= kColumns;
   for (std::int64_t i = 0; i < count; ++i) {
-    const std::int64_t start = first_row + i * 32;
-    if (is_plain && (i + 1) * 32 <= rows) {
-      const bf16* base = static_cast<const bf16*>(w.data) + start * w.stride + first_channel;
-      for (int j = 0; j < 16; ++j) {
-        const bf16* row = base + 2 * j * w.stride;
-        if (reads_on) {
-          prefetch_row(w, start + 2 * j, first_channel + kColumns);
-          prefetch_row(w, start + 2 * j + 1, first_channel + kColumns);
-        }
-        interleave(pairs(row), pairs(row + w.stride), panels[i][j], panels[count + i][j]);
-      }
+    if (is_whole && (i + 1) * 32 <= rows && w.storage == Storage::bf16) {
+      turn_rows<Storage::bf16>(w, first_channel, first_row + i * 32, panels[i], panels[count + i], reads_on);
+      continue;
+    }
+    if (is_whole && (i + 1) * 32 <= rows && w.storage == Storage::int8_rows) {
+      turn_rows<Storage::int8_rows>(w, first_channel, first_row + i * 32, panels[i], panels[count + i], reads_on);
       continue;
     }
     for (int j = 0; j < 16; ++j) {

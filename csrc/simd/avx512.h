@@ -67,6 +67,12 @@ inline F dot(F acc, P a, P b) {
   return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
 }
 
+// 64 bytes of int8 as value + 128.
+inline P plus_128(P a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8(static_cast<char>(0x80)))}; }
+// acc + the sum of four products of an unsigned and a signed byte, in the 32 bits of every lane.
+inline P dot_bytes(P acc, P plain, P with_sign) { return {_mm512_dpbusd_epi32(acc.v, plain.v, with_sign.v)}; }
+inline F integers_to_float(P a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
 // Pairs (a[i], b[i]) of the first and of the last 16 of 32 elements.
 inline void interleave(P a, P b, P& first, P& last) {
   alignas(64) static constexpr std::uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,

@@ -7,7 +7,7 @@ level of instructions than the one in use.
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import BFloat16, Float, Float32, Int32
+from jaxtyping import BFloat16, Float, Float32, Int32, UInt8
 from torch import Tensor
 
 from lowlat.config.model import MoEConfig
@@ -133,7 +133,7 @@ def _choice(moe: MoEConfig) -> Any:
 
 def mla_attention(
     q: BFloat16[Tensor, "queries heads row_dim"],
-    cache: BFloat16[Tensor, "pages page_size row_dim"],
+    cache: BFloat16[Tensor, "pages page_size row_dim"] | UInt8[Tensor, "pages page_size row_bytes"],
     pages: Int32[Tensor, "sequence_pages"],
     *,
     latent: int,
@@ -143,6 +143,9 @@ def mla_attention(
 ) -> BFloat16[Tensor, "queries heads latent"]:
     """Causal attention of queries at start, start + 1, ... over the rows in `pages`: the key of
     every head is the row, its value the row's first `latent` channels.
+
+    Bytes are rows of lowlat.attention.rows with the latent in int8. The level avx512 rounds the
+    latent part of a query to int8 as well, in the same groups of 64 channels.
     """
     layout = native.module().RowLayout(
         kv_heads=1, key_step=0, value_dim=latent, value_step=0, value_offset=0
@@ -182,13 +185,14 @@ def _attention(
     window: int | None,
     level: str,
 ) -> Tensor:
+    is_packed = cache.dtype == torch.uint8
     out = torch.empty(q.shape[0], q.shape[1], value_dim, dtype=q.dtype)
     native.module().attention(
         q.contiguous(),
         cache.view(torch.uint8),
         pages.contiguous(),
-        row_dim=cache.shape[2],
-        quantized=0,
+        row_dim=q.shape[2] if is_packed else cache.shape[2],
+        quantized=value_dim if is_packed else 0,
         start=start,
         scale=scale,
         window=window or 0,

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowlat.attention.rows import pack_rows, unpack_rows
 from lowlat.ops import native_ops
 from lowlat.ops.attention import causal_attention
 
@@ -25,8 +26,10 @@ few = settings(max_examples=40, deadline=None)
 page_sizes = st.sampled_from([1, 7, 16, 64])
 starts = st.one_of(st.integers(0, 70), st.sampled_from([127, 128, 1023, 1024, 1100, 2050]))
 seeds = st.integers(0, 1000)
-NOWHERE = 12345.0
-"""What rows hold that no query may see."""
+NOWHERE = 113.0
+"""What rows hold that no query may see, as numbers and as bytes."""
+INTEGER_LEVELS = {"avx512"}
+"""Levels that score int8 latents by integer products."""
 
 
 def paged(rows: Tensor, page_size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -34,7 +37,7 @@ def paged(rows: Tensor, page_size: int, seed: int) -> tuple[Tensor, Tensor]:
     count = -(-len(rows) // page_size)
     generator = torch.Generator().manual_seed(seed)
     pages = torch.randperm(2 * count, generator=generator)[:count].int()
-    cache = torch.full((2 * count * page_size, rows.shape[1]), NOWHERE, dtype=torch.bfloat16)
+    cache = rows.new_full((2 * count * page_size, rows.shape[1]), NOWHERE)
     position = torch.arange(len(rows))
     cache[pages[position // page_size].long() * page_size + position % page_size] = rows
     return cache.unflatten(0, (-1, page_size)), pages
@@ -91,6 +94,50 @@ def test_mla(
     )
     if queries:
         check(out, q, rows[:, None], rows[:, None, :latent], start, scale, None)
+
+
+def as_integers_read_it(q: Tensor, latent: int) -> Tensor:
+    """Queries with their latent part in int8, by groups of 64 channels, multiplied out again."""
+    flat = q.flatten(0, 1)
+    packed = pack_rows(flat, latent)
+    return unpack_rows(packed, q.shape[2], latent, torch.float32).view_as(q)
+
+
+@every_level
+@few
+@given(
+    queries=st.integers(1, 9),
+    heads=st.integers(1, 40),
+    latent=st.integers(1, 200),
+    pairs=st.integers(0, 20),
+    start=starts,
+    page_size=page_sizes,
+    seed=seeds,
+)
+def test_mla_over_int8(
+    level: str,
+    queries: int,
+    heads: int,
+    latent: int,
+    pairs: int,
+    start: int,
+    page_size: int,
+    seed: int,
+) -> None:
+    width = latent + 2 * pairs
+    packed = pack_rows(draw((start + queries, width), "normal", seed), latent)
+    q = draw((queries, heads, width), "normal", seed + 1)
+    cache, pages = paged(packed, page_size, seed)
+    scale = width**-0.5
+    out = native_ops.mla_attention(
+        q, cache, pages, latent=latent, start=start, scale=scale, level=level
+    )
+    if level in INTEGER_LEVELS:
+        rows = unpack_rows(packed, width, latent, torch.float32)
+        q = as_integers_read_it(q, latent)
+    else:
+        rows = unpack_rows(packed, width, latent, torch.bfloat16)
+    check(out, q, rows[:, None], rows[:, None, :latent], start, scale, None)
 
 
 @every_level

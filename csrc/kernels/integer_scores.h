@@ -1,0 +1,171 @@
+// Attention over int8 latents: scores by integer dot products, values by bf16 ones that no number is rounded for.
+//
+// A query is rounded to int8 as the cache's rows are, in groups of 64 channels with a scale each; its rotary part stays
+// bf16. The integers of a latent are exact in bf16, so their scales go onto the softmax weights.
+#pragma once
+
+#include "paged.h"
+
+namespace lowlat::LOWLAT_ISA {
+
+#if defined(LOWLAT_AVX512)
+
+constexpr bool kHasIntegerScores = true;
+constexpr int kScaled = 64;  // channels that share a scale
+constexpr int kQuads = kScaled / 4;
+
+// Queries in tiles of 16 rows: lane r of a vector holds row r.
+struct IntegerQueries {
+  Panel* latent;         // [tiles, groups]: vector j of a panel holds channels 4j to 4j + 3 as int8
+  float* scales;         // [tiles, groups, 16]
+  std::int32_t* starts;  // [tiles, groups, 16]: what takes off the 128 that is added to every integer of a key
+  Panel* rotary;         // [tiles, panels of the rotary part]
+  std::int64_t tiles, groups, quads, rotary_panels;
+};
+
+// Up to 64 rows of the cache that follow each other, `row_bytes` apart: int8 latents, their scales, rotary parts.
+struct IntegerBlock {
+  const std::uint8_t* rows;
+  std::int64_t row_bytes, count;
+  float* scales;  // [groups, 64], 0 where there is no row
+  bf16* rotary;   // [64, 32 times the panels of the rotary part]
+};
+
+// The rows of q [rows, stride], of which `latent` channels are rounded and `rotary` follow them.
+inline void round_queries(const bf16* q, std::int64_t stride, std::int64_t rows, std::int64_t latent,
+                          std::int64_t rotary, const IntegerQueries& out) {
+  for (std::int64_t tile = 0; tile < out.tiles; ++tile) {
+    const std::int64_t count = least(kTile, rows - tile * kTile);
+    for (std::int64_t g = 0; g < out.groups; ++g) {
+      const std::int64_t at = tile * out.groups + g, channels = least(kScaled, latent - g * kScaled);
+      alignas(64) std::int8_t bytes[kTile][kScaled] = {};
+      for (std::int64_t r = 0; r < kTile; ++r) {
+        const bf16* row = q + (tile * kTile + r) * stride + g * kScaled;
+        F top = zero();
+        for (std::int64_t i = 0; r < count && i < channels; i += 16) {
+          const F v = load_bf16(row + i, channels - i);
+          top = max(top, max(v, sub(zero(), v)));
+        }
+        const float scale = largest(top) / 127.0f;
+        const F divisor = set1(scale == 0.0f ? 1.0f : scale);
+        std::int32_t sum = 0;
+        for (std::int64_t i = 0; r < count && i < channels; i += 16) {
+          store_int8(bytes[r] + i, round_even(div(load_bf16(row + i, channels - i), divisor)));
+        }
+        for (int i = 0; i < kScaled; ++i) sum += bytes[r][i];
+        out.scales[at * kTile + r] = scale;
+        out.starts[at * kTile + r] = -128 * sum;
+      }
+      Panel& panel = out.latent[at];
+      for (int r = 0; r < kTile; ++r) panel[r] = pairs(bytes[r]);
+      transpose(panel, panel);
+    }
+    const Matrix rest = view(q + latent, rows, rotary, stride);
+    for (std::int64_t i = 0; i < out.rotary_panels; ++i) load_panel(rest, tile, i, out.rotary[tile * out.rotary_panels + i]);
+  }
+}
+
+// Copies scales and rotary parts to where they are read from.
+inline void gather_scales(const IntegerBlock& block, std::int64_t latent, std::int64_t rotary) {
+  const std::int64_t groups = (latent + kScaled - 1) / kScaled, rotary_stride = round_up(rotary, kColumns);
+  for (std::int64_t r = 0; r < block.count; ++r) {
+    const std::uint8_t* scales = block.rows + r * block.row_bytes + padded_to_4(latent);
+    for (std::int64_t g = 0; g < groups; ++g) {
+      std::memcpy(block.scales + g * kKeyBlock + r, scales + 4 * g, sizeof(float));
+    }
+    const auto* from = reinterpret_cast<const bf16*>(scales + 4 * groups);
+    bf16* to = block.rotary + r * rotary_stride;
+    for (std::int64_t i = 0; i < rotary; i += kColumns) store_pairs(to + i, load_pairs(from + i, rotary - i));
+  }
+  for (std::int64_t g = 0; g < groups; ++g) {
+    std::memset(block.scales + g * kKeyBlock + block.count, 0, (kKeyBlock - block.count) * sizeof(float));
+  }
+}
+
+// Scores of T keys from `key` on with a tile of queries, 16 for each key: out [T, out_stride].
+template <int T>
+inline void score_keys(const IntegerQueries& q, std::int64_t tile, const IntegerBlock& block, std::int64_t key,
+                       std::int64_t rotary_stride, float* out, std::int64_t out_stride, Ahead& ahead) {
+  F sums[T], odd[T];
+  LOWLAT_UNROLL
+  for (int t = 0; t < T; ++t) sums[t] = odd[t] = zero();
+  const bf16* rotary = block.rotary + key * rotary_stride;
+  for (std::int64_t i = 0; i < q.rotary_panels; ++i) {
+    dot_panel<T>(q.rotary[tile * q.rotary_panels + i], rotary + i * kColumns, rotary_stride, sums, odd);
+  }
+  LOWLAT_UNROLL
+  for (int t = 0; t < T; ++t) sums[t] = add(sums[t], odd[t]);
+  for (std::int64_t g = 0; g < q.groups; ++g) {
+    const std::int64_t at = tile * q.groups + g;
+    const Panel& panel = q.latent[at];
+    const std::uint8_t* keys = block.rows + key * block.row_bytes + g * kScaled;
+    const int quads = static_cast<int>(least(kQuads, q.quads - g * kQuads));
+    ahead.ask(kLinesAhead);
+    P integers[T];
+    LOWLAT_UNROLL
+    for (int t = 0; t < T; ++t) integers[t] = pairs(q.starts + at * kTile);
+    for (int j = 0; j < quads; ++j) {
+      LOWLAT_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const P four = plus_128(set1_pair(word_at(keys + t * block.row_bytes + 4 * j)));
+        integers[t] = dot_bytes(integers[t], four, panel[j]);
+      }
+    }
+    const F scale = load(q.scales + at * kTile);
+    LOWLAT_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const F both = mul(scale, set1(block.scales[g * kKeyBlock + key + t]));
+      sums[t] = fma(integers_to_float(integers[t]), both, sums[t]);
+    }
+  }
+  LOWLAT_UNROLL
+  for (int t = 0; t < T; ++t) store(out + t * out_stride, sums[t]);
+}
+
+// Folds a block of keys into the state of the query rows.
+inline void attend_integers(const Queries& q, const IntegerQueries& rounded, const IntegerBlock& block,
+                            std::int64_t value_dim, std::int64_t start, float scale, Panel* panels,
+                            const ScoreScratch& scratch, const SoftmaxState& state, Ahead& ahead) {
+  const std::int64_t count = block.count;
+  const std::int64_t rotary_stride = rounded.rotary_panels * kColumns, turned_stride = rounded.tiles * kTile;
+  const std::int64_t step = even_block(count);
+  for (std::int64_t tile = 0; tile < rounded.tiles; ++tile) {
+    for (std::int64_t key = 0; key < count; key += step) {
+      with_tokens(least(step, count - key), [&]<int T>() {
+        score_keys<T>(rounded, tile, block, key, rotary_stride, scratch.turned + key * turned_stride + tile * kTile,
+                      turned_stride, ahead);
+      });
+    }
+  }
+  turn_scores(q.rows, scratch);
+  block_softmax(q, start, scale, scratch, state, [&](std::int64_t r, const F(&row)[4]) {
+    for (std::int64_t g = 0; g < rounded.groups; ++g) {
+      const float* scales = block.scales + g * kKeyBlock;
+      bf16* weights = scratch.weights + (g * q.rows + r) * kKeyBlock;
+      F scaled[4];
+      for (int i = 0; i < 4; ++i) scaled[i] = mul(row[i], load(scales + 16 * i));
+      store_pairs(weights, pairs_in_order(scaled[0], scaled[1]));
+      store_pairs(weights + 32, pairs_in_order(scaled[2], scaled[3]));
+    }
+  });
+  Matrix values;
+  values.storage = Storage::int8_rows;  // their scales are on the weights
+  values.rows = count;
+  values.columns = value_dim;
+  values.stride = block.row_bytes;
+  values.data = block.rows;
+  const std::int64_t across = num_panels(count);
+  for (std::int64_t channel = 0; channel < value_dim; channel += kColumns) {
+    load_turned_panels(values, channel, 0, count, panels);
+    const bf16* weights = scratch.weights + channel / kScaled * q.rows * kKeyBlock;
+    multiply(panels, 2, across, across, weights, kKeyBlock, q.rows, state.values + channel, state.stride, true, &ahead);
+  }
+}
+
+#else
+
+constexpr bool kHasIntegerScores = false;
+
+#endif
+
+}  // namespace lowlat::LOWLAT_ISA
