@@ -60,13 +60,14 @@ inline void multiply_block(const Panel* panels, std::int64_t tile_step, std::int
 }
 
 // out[r][16 k + lane] = sum over the panels of tile k, `tile_step` panels apart, of panel . x[r]; plus what is there if
-// `adds`. Tiles are taken in twos where that keeps more chains of dot products going.
+// `adds`. Tiles are taken in twos, which share what is broadcast, where that keeps as many chains of dot products
+// going.
 inline void multiply_by_dots(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count,
                              const bf16* x, std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride,
                              bool adds, Ahead* ahead = nullptr) {
   constexpr int kFew = kTokens / 2;
   const std::int64_t step = even_block(rows), few = even_block(rows, kFew);
-  const std::int64_t twos = 2 * few > step ? tiles / 2 : 0;
+  const std::int64_t twos = 2 * few >= step ? tiles / 2 : 0;
   for (std::int64_t two = 0; two < twos; ++two, panels += 2 * tile_step, out += 2 * kTile) {
     for (std::int64_t row = 0; row < rows; row += few) {
       with_tokens<kFew>(least(few, rows - row), [&]<int T>() {
