@@ -4,6 +4,7 @@ Owns the process group and what a failure in one process does to the others.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +21,11 @@ from lowlat.utils.errors import UserError
 PATIENCE = timedelta(hours=2)
 """How long processes wait for one another, as when the first verifies data or saves. Ones that died
 are noticed at once.
+"""
+
+SETTLING = 0.2
+"""Seconds for gloo's threads to drop the last tensors they moved. A group that a mesh still refers
+to keeps its threads, and one that drops a tensor while the interpreter ends aborts the process.
 """
 
 _REPORTS = "lowlat/reports"
@@ -63,6 +69,7 @@ def joined(parallel: Parallel, *, device: str = "cpu", origin: str = "recipe") -
         raise
     finally:
         dist.destroy_process_group()
+        time.sleep(SETTLING)
 
 
 def _is_first_report(store: Store) -> bool:
