@@ -102,12 +102,7 @@ void attend_position(const PagedAttention& a, std::int64_t query, std::int64_t g
     return SoftmaxState{memory + rows * stride, memory + rows * (stride + 1), memory, stride};
   };
   const SoftmaxState all = state(8), part = state(9);
-  all.clear(rows);
-  for (std::int64_t split = 0; split < num_splits(last); ++split) {
-    if (split_start(split + 1) <= first) continue;
-    attend_range(keys, q, split_start(split), least(split_start(split + 1), last), scratch, part);
-    fold(part, all, rows);
-  }
+  attend_splits(keys, q, 0, num_splits(last), last, scratch, all, part);
   for (std::int64_t r = 0; r < rows; ++r) finish(all, r, a.value_dim, a.out + (row + r) * a.value_dim);
 }
 

@@ -101,23 +101,17 @@ inline void run_attention_task(const Pass& pass, const Attention& a, const Cache
   const Queries q = queries_of(pass, a, group);
   const CachedKeys keys = keys_of(pass, a, cache, group);
   const std::int64_t context = q.last[q.rows - 1];
-  const SoftmaxState state = scratch_state(pass, q.rows, 8);
+  const SoftmaxState state = scratch_state(pass, q.rows, 8), part = scratch_state(pass, q.rows, 9);
   if (task.split >= 0) {
+    attend_splits(keys, q, task.split, task.split + 1, context, pass.scratch, state, part);
     // Threads write side by side there, and would take each other's lines of cache while adding up.
     const SoftmaxState out = partial_state(pass.work, group.partial + task.split * q.rows);
-    const std::int64_t end = least(context, split_start(task.split + 1));
-    attend_range(keys, q, split_start(task.split), end, pass.scratch, state);
     std::memcpy(out.top, state.top, q.rows * sizeof(float));
     std::memcpy(out.total, state.total, q.rows * sizeof(float));
     std::memcpy(out.values, state.values, q.rows * state.stride * sizeof(float));
     return;
   }
-  const SoftmaxState later = scratch_state(pass, q.rows, 9);
-  attend_range(keys, q, 0, least(context, split_start(1)), pass.scratch, state);
-  for (std::int64_t split = 1; split < num_splits(context); ++split) {
-    attend_range(keys, q, split_start(split), least(context, split_start(split + 1)), pass.scratch, later);
-    fold(later, state, q.rows);
-  }
+  attend_splits(keys, q, 0, num_splits(context), context, pass.scratch, state, part);
   const std::int64_t value_dim = row_view(a, 0).value_dim;
   for (std::int64_t r = 0; r < q.rows; ++r) finish(state, r, value_dim, attended_row(pass, a, group, r));
 }
@@ -296,7 +290,8 @@ inline void make_mla_queries(const Pass& pass, const Attention& a) {
 }
 
 // Values of a head from the attended latent, W_UV times it, for all absorbed tokens.
-inline void make_head_values(const Pass& pass, const Attention& a, std::int64_t head, std::int64_t strip, bool goes_on) {
+inline void make_head_values(const Pass& pass, const Attention& a, std::int64_t head, std::int64_t strip,
+                             bool goes_on) {
   const Workspace& work = pass.work;
   const Matrix w = value_projection(a, head);
   const bool is_last = strip + 1 == num_strips(w);

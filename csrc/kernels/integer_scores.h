@@ -10,7 +10,6 @@ namespace lowlat::LOWLAT_ISA {
 
 #if defined(LOWLAT_AVX512)
 
-constexpr bool kHasIntegerScores = true;
 constexpr int kScaled = 64;  // channels that share a scale
 constexpr int kQuads = kScaled / 4;
 
@@ -61,7 +60,9 @@ inline void round_queries(const bf16* q, std::int64_t stride, std::int64_t rows,
       transpose(panel, panel);
     }
     const Matrix rest = view(q + latent, rows, rotary, stride);
-    for (std::int64_t i = 0; i < out.rotary_panels; ++i) load_panel(rest, tile, i, out.rotary[tile * out.rotary_panels + i]);
+    for (std::int64_t i = 0; i < out.rotary_panels; ++i) {
+      load_panel(rest, tile, i, out.rotary[tile * out.rotary_panels + i]);
+    }
   }
 }
 
@@ -161,10 +162,6 @@ inline void attend_integers(const Queries& q, const IntegerQueries& rounded, con
     multiply(panels, 2, across, across, weights, kKeyBlock, q.rows, state.values + channel, state.stride, true, &ahead);
   }
 }
-
-#else
-
-constexpr bool kHasIntegerScores = false;
 
 #endif
 

@@ -19,7 +19,7 @@ constexpr bool kMultipliesByDots = false;  // what multiply() does
 inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count, const bf16* x,
                      std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds,
                      Ahead* ahead = nullptr) {
-  if (ahead != nullptr) ahead->ask(kAllLines);
+  if (ahead != nullptr) ahead->ask_for_all();
   multiply_by_tiles(panels, tiles, tile_step, count, x, stride, rows, out, out_stride, adds);
 }
 

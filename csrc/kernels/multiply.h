@@ -33,22 +33,18 @@ inline void multiply_block(const Panel* panels, std::int64_t tile_step, std::int
   }
   for (std::int64_t i = 0; i < count; ++i, x += kColumns) {
     if (ahead != nullptr) ahead->ask(kLinesAhead);
-    if constexpr (K == 1) {
-      dot_panel<T>(panels[i], x, stride, even[0], odd[0]);
-    } else {
-      for (int j = 0; j < 16; j += 2) {
+    for (int j = 0; j < 16; j += 2) {
+      LOWLAT_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const P first = set1_pair(word_at(x + t * stride + 2 * j));
         LOWLAT_UNROLL
-        for (int t = 0; t < T; ++t) {
-          const P first = set1_pair(word_at(x + t * stride + 2 * j));
-          LOWLAT_UNROLL
-          for (int k = 0; k < K; ++k) even[k][t] = dot(even[k][t], panels[k * tile_step + i][j], first);
-        }
+        for (int k = 0; k < K; ++k) even[k][t] = dot(even[k][t], panels[k * tile_step + i][j], first);
+      }
+      LOWLAT_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const P second = set1_pair(word_at(x + t * stride + 2 * j + 2));
         LOWLAT_UNROLL
-        for (int t = 0; t < T; ++t) {
-          const P second = set1_pair(word_at(x + t * stride + 2 * j + 2));
-          LOWLAT_UNROLL
-          for (int k = 0; k < K; ++k) odd[k][t] = dot(odd[k][t], panels[k * tile_step + i][j + 1], second);
-        }
+        for (int k = 0; k < K; ++k) odd[k][t] = dot(odd[k][t], panels[k * tile_step + i][j + 1], second);
       }
     }
   }
@@ -71,16 +67,16 @@ inline void multiply_by_dots(const Panel* panels, std::int64_t tiles, std::int64
   for (std::int64_t two = 0; two < twos; ++two, panels += 2 * tile_step, out += 2 * kTile) {
     for (std::int64_t row = 0; row < rows; row += few) {
       with_tokens<kFew>(least(few, rows - row), [&]<int T>() {
-        multiply_block<T, 2>(panels, tile_step, count, x + row * stride, stride, out + row * out_stride, out_stride, adds,
-                             ahead);
+        multiply_block<T, 2>(panels, tile_step, count, x + row * stride, stride, out + row * out_stride, out_stride,
+                             adds, ahead);
       });
     }
   }
   for (std::int64_t tile = 2 * twos; tile < tiles; ++tile, panels += tile_step, out += kTile) {
     for (std::int64_t row = 0; row < rows; row += step) {
       with_tokens(least(step, rows - row), [&]<int T>() {
-        multiply_block<T, 1>(panels, tile_step, count, x + row * stride, stride, out + row * out_stride, out_stride, adds,
-                             ahead);
+        multiply_block<T, 1>(panels, tile_step, count, x + row * stride, stride, out + row * out_stride, out_stride,
+                             adds, ahead);
       });
     }
   }

@@ -120,8 +120,6 @@ inline void prefetch_panel(const Matrix& w, std::int64_t tile, std::int64_t i, b
   for (int r = 0; r < kTile; ++r) far ? prefetch_far(at + r * row_bytes) : prefetch(at + r * row_bytes);
 }
 
-constexpr int kAllLines = 1 << 30;
-
 // A matrix stored row by row that is read soon, asked for a few lines of cache at a time while something else is
 // computed: many at once would hold up the loads of that.
 class Ahead {
@@ -134,22 +132,25 @@ class Ahead {
         gap_((w.stride - w.columns) * w.element_bytes()) {
     if (gap_ == 0) {
       bytes_ *= rows_;
-      rows_ = rows_ > 0;
+      rows_ = 1;
     }
-    end_ = at_ + bytes_;
+    end_ = rows_ > 0 ? at_ + bytes_ : at_;
   }
 
   void ask(int lines) {
-    if (rows_ == 0) return;
-    for (; lines > 0; --lines, at_ += 64) {
-      if (at_ >= end_ && !next_row()) return;
-      prefetch(at_);
-    }
+    for (; lines > 0 && has_line(); --lines, at_ += 64) prefetch(at_);
+  }
+
+  // All at once, into the second level of cache: where products take so little time that there is none to spread over.
+  void ask_for_all() {
+    for (; has_line(); at_ += 64) prefetch_far(at_);
   }
 
  private:
-  bool next_row() {
-    if (--rows_ == 0) return false;
+  bool has_line() {
+    if (at_ < end_) return true;
+    if (rows_ <= 1) return false;
+    --rows_;
     at_ = end_ + gap_;
     end_ = at_ + bytes_;
     return true;
@@ -183,7 +184,8 @@ inline P whole_pairs(const char* row, std::int64_t column) {
 
 // Panels of two neighbouring blocks of 16 channels against 32 rows from `row` on, all whole.
 template <Storage storage>
-inline void turn_rows(const Matrix& w, std::int64_t channel, std::int64_t row, Panel& first, Panel& second, bool reads_on) {
+inline void turn_rows(const Matrix& w, std::int64_t channel, std::int64_t row, Panel& first, Panel& second,
+                      bool reads_on) {
   const std::int64_t row_bytes = w.stride * w.element_bytes();
   const char* base = static_cast<const char*>(w.data) + row * row_bytes;
   for (int j = 0; j < 16; ++j, base += 2 * row_bytes) {
@@ -191,7 +193,8 @@ inline void turn_rows(const Matrix& w, std::int64_t channel, std::int64_t row, P
       prefetch_row(w, row + 2 * j, channel + kColumns);
       prefetch_row(w, row + 2 * j + 1, channel + kColumns);
     }
-    interleave(whole_pairs<storage>(base, channel), whole_pairs<storage>(base + row_bytes, channel), first[j], second[j]);
+    const P even = whole_pairs<storage>(base, channel), odd = whole_pairs<storage>(base + row_bytes, channel);
+    interleave(even, odd, first[j], second[j]);
   }
 }
 

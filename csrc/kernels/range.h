@@ -19,9 +19,9 @@ struct CachedKeys {
   RowView view;
   float scale;  // of the scores
 
-  // Whether the rows are int8 latents that are keys and values at once, with integer products to score them by.
+  // Whether the rows are int8 latents that are keys and values at once.
   bool are_integers() const {
-    return kHasIntegerScores && cache.quantized > 0 && view.key == 0 && view.value == 0 && view.key_dim == row_dim &&
+    return cache.quantized > 0 && view.key == 0 && view.value == 0 && view.key_dim == row_dim &&
            view.value_dim == cache.quantized;
   }
 };
@@ -52,77 +52,117 @@ inline Ahead rows_ahead(const CachedKeys& keys, std::int64_t position, std::int6
   return Ahead(rows);
 }
 
-inline void attend_integer_range(const CachedKeys& keys, const Queries& q, std::int64_t start, std::int64_t end,
-                                 Scratch& scratch, const SoftmaxState& state) {
-  const std::int64_t latent = keys.view.value_dim, rotary = keys.row_dim - latent;
-  const std::int64_t groups = (latent + kScaled - 1) / kScaled, tiles = (q.rows + kTile - 1) / kTile;
-  const std::int64_t rotary_panels = num_panels(rotary);
-  auto* scales = scratch.get<float>(12, 2 * tiles * groups * kTile);
-  auto* starts = reinterpret_cast<std::int32_t*>(scales + tiles * groups * kTile);
-  auto* query_panels = scratch.get<Panel>(11, tiles * (groups + rotary_panels));
-  const IntegerQueries rounded{query_panels, scales, starts,           query_panels + tiles * groups,
-                               tiles,        groups, (latent + 3) / 4, rotary_panels};
-  round_queries(q.values, q.stride, q.rows, latent, rotary, rounded);
-  const ScoreScratch scores{scratch.get<float>(5, q.rows * kKeyBlock),
-                            scratch.get<bf16>(6, groups * q.rows * kKeyBlock),
-                            scratch.get<float>(10, tiles * kTile * kKeyBlock)};
-  Panel* panels = scratch.get<Panel>(2, attend_panels(keys.view.key_dim));
-  IntegerBlock block{nullptr, keys.cache.row_bytes, 0, scratch.get<float>(14, groups * kKeyBlock),
-                     scratch.get<bf16>(15, kKeyBlock * rotary_panels * kColumns)};
-  for (std::int64_t at = start; at < end; at += kKeyBlock) {
-    block.count = least(kKeyBlock, end - at);
-    if (at + block.count <= q.first[0]) continue;  // before every query's window
-    block.rows = packed_rows(keys, at, block.count, scratch);
-    gather_scales(block, latent, rotary);
-    Ahead ahead = rows_ahead(keys, at + kKeyBlock, end);
-    attend_integers(q, rounded, block, latent, at, keys.scale, panels, scores, state, ahead);
+// Query rows made ready for int8 latents, to attend to one range after the other.
+class IntegerReader {
+ public:
+  IntegerReader(const CachedKeys& keys, const Queries& q, Scratch& scratch)
+      : keys_(keys), q_(q), scratch_(scratch), latent_(keys.view.value_dim), rotary_(keys.row_dim - latent_) {
+    const std::int64_t groups = (latent_ + kScaled - 1) / kScaled, tiles = (q.rows + kTile - 1) / kTile;
+    const std::int64_t rotary_panels = num_panels(rotary_);
+    auto* scales = scratch.get<float>(12, 2 * tiles * groups * kTile);
+    auto* starts = reinterpret_cast<std::int32_t*>(scales + tiles * groups * kTile);
+    auto* query_panels = scratch.get<Panel>(11, tiles * (groups + rotary_panels));
+    rounded_ = {query_panels, scales, starts,            query_panels + tiles * groups,
+                tiles,        groups, (latent_ + 3) / 4, rotary_panels};
+    round_queries(q.values, q.stride, q.rows, latent_, rotary_, rounded_);
+    scores_ = {scratch.get<float>(5, q.rows * kKeyBlock), scratch.get<bf16>(6, groups * q.rows * kKeyBlock),
+               scratch.get<float>(10, tiles * kTile * kKeyBlock)};
+    panels_ = scratch.get<Panel>(2, attend_panels(keys.view.key_dim));
+    block_ = {nullptr, keys.cache.row_bytes, 0, scratch.get<float>(14, groups * kKeyBlock),
+              scratch.get<bf16>(15, kKeyBlock * rotary_panels * kColumns)};
   }
-}
 
-#endif
-
-inline void attend_plain_range(const CachedKeys& keys, const Queries& queries, std::int64_t start, std::int64_t end,
-                               Scratch& scratch, const SoftmaxState& state) {
-  const RowView& reads = keys.view;
-  const std::int64_t tiles = (queries.rows + kTile - 1) / kTile, width = num_panels(reads.key_dim);
-  ScoreScratch scores{scratch.get<float>(5, queries.rows * kKeyBlock),
-                      scratch.get<bf16>(6, queries.rows * kKeyBlock)};
-  Queries q = queries;
-  if (takes_query_panels(q.rows, reads.key_dim)) {
-    auto* query_panels = scratch.get<Panel>(11, tiles * width);
-    const Matrix rows = view(q.values, q.rows, reads.key_dim, q.stride);
-    for (std::int64_t tile = 0; tile < tiles; ++tile) load_panels(rows, tile, query_panels + tile * width);
-    q.panels = query_panels;
-    scores.turned = scratch.get<float>(12, tiles * kTile * kKeyBlock);
-  }
-  Panel* panels = scratch.get<Panel>(2, attend_panels(reads.key_dim));
-  auto* gathered = scratch.get<bf16>(7, kKeyBlock * round_up(keys.row_dim, 32));
-  for (std::int64_t at = start; at < end; at += kKeyBlock) {
-    const std::int64_t count = least(kKeyBlock, end - at);
-    if (at + count <= q.first[0]) continue;  // before every query's window
-    const Rows rows = cached_rows(keys.cache, keys.pages, at, count, keys.row_dim, false, gathered);
-    KeyBlock block{view(rows.data + reads.key, count, reads.key_dim, rows.stride),
-                   view(rows.data + reads.value, count, reads.value_dim, rows.stride), {}, {}};
-    if (at + kKeyBlock < end && rows.data != gathered) {
-      const auto* next = reinterpret_cast<const bf16*>(cached_row(keys.cache, keys.pages, at + kKeyBlock));
-      const std::int64_t size = least(kKeyBlock, end - at - kKeyBlock);
-      block.next_keys = view(next + reads.key, size, reads.key_dim, rows.stride);
-      const bool is_apart = reads.value >= reads.key + reads.key_dim || reads.key > reads.value;
-      if (is_apart) block.next_values = view(next + reads.value, size, reads.value_dim, rows.stride);
+  // Attention over the keys [start, end) into `state`.
+  void attend_to(std::int64_t start, std::int64_t end, const SoftmaxState& state) {
+    for (std::int64_t at = start; at < end; at += kKeyBlock) {
+      block_.count = least(kKeyBlock, end - at);
+      if (at + block_.count <= q_.first[0]) continue;  // before every query's window
+      block_.rows = packed_rows(keys_, at, block_.count, scratch_);
+      gather_scales(block_, latent_, rotary_);
+      Ahead ahead = rows_ahead(keys_, at + kKeyBlock, end);
+      attend_integers(q_, rounded_, block_, latent_, at, keys_.scale, panels_, scores_, state, ahead);
     }
-    attend(q, block, at, keys.scale, panels, scores, state);
+  }
+
+ private:
+  const CachedKeys& keys_;
+  const Queries& q_;
+  Scratch& scratch_;
+  std::int64_t latent_, rotary_;
+  IntegerQueries rounded_;
+  ScoreScratch scores_;
+  Panel* panels_;
+  IntegerBlock block_;
+};
+
+#endif
+
+// The same for rows that are bf16, or go into it.
+class PlainReader {
+ public:
+  PlainReader(const CachedKeys& keys, const Queries& q, Scratch& scratch) : keys_(keys), q_(q) {
+    const std::int64_t tiles = (q.rows + kTile - 1) / kTile, width = num_panels(keys.view.key_dim);
+    scores_ = {scratch.get<float>(5, q.rows * kKeyBlock), scratch.get<bf16>(6, q.rows * kKeyBlock)};
+    if (takes_query_panels(q.rows, keys.view.key_dim)) {
+      auto* query_panels = scratch.get<Panel>(11, tiles * width);
+      const Matrix rows = view(q.values, q.rows, keys.view.key_dim, q.stride);
+      for (std::int64_t tile = 0; tile < tiles; ++tile) load_panels(rows, tile, query_panels + tile * width);
+      q_.panels = query_panels;
+      scores_.turned = scratch.get<float>(12, tiles * kTile * kKeyBlock);
+    }
+    panels_ = scratch.get<Panel>(2, attend_panels(keys.view.key_dim));
+    gathered_ = scratch.get<bf16>(7, kKeyBlock * round_up(keys.row_dim, 32));
+  }
+
+  void attend_to(std::int64_t start, std::int64_t end, const SoftmaxState& state) {
+    const RowView& reads = keys_.view;
+    for (std::int64_t at = start; at < end; at += kKeyBlock) {
+      const std::int64_t count = least(kKeyBlock, end - at);
+      if (at + count <= q_.first[0]) continue;  // before every query's window
+      const Rows rows = cached_rows(keys_.cache, keys_.pages, at, count, keys_.row_dim, false, gathered_);
+      KeyBlock block{view(rows.data + reads.key, count, reads.key_dim, rows.stride),
+                     view(rows.data + reads.value, count, reads.value_dim, rows.stride), {}, {}};
+      if (at + kKeyBlock < end && rows.data != gathered_) {
+        const auto* next = reinterpret_cast<const bf16*>(cached_row(keys_.cache, keys_.pages, at + kKeyBlock));
+        const std::int64_t size = least(kKeyBlock, end - at - kKeyBlock);
+        block.next_keys = view(next + reads.key, size, reads.key_dim, rows.stride);
+        const bool is_apart = reads.value >= reads.key + reads.key_dim || reads.key > reads.value;
+        if (is_apart) block.next_values = view(next + reads.value, size, reads.value_dim, rows.stride);
+      }
+      attend(q_, block, at, keys_.scale, panels_, scores_, state);
+    }
+  }
+
+ private:
+  const CachedKeys& keys_;
+  Queries q_;
+  ScoreScratch scores_;
+  Panel* panels_;
+  bf16* gathered_;
+};
+
+// Attention over the splits [first, last) of a context that ends at `end`, added up in `state`; `part` holds one split.
+template <class Reader>
+inline void attend_splits(Reader reader, const Queries& q, std::int64_t first, std::int64_t last, std::int64_t end,
+                          const SoftmaxState& state, const SoftmaxState& part) {
+  state.clear(q.rows);
+  bool is_empty = true;
+  for (std::int64_t split = first; split < last; ++split) {
+    if (split_start(split + 1) <= q.first[0]) continue;  // before every query's window
+    if (!is_empty) part.clear(q.rows);
+    reader.attend_to(split_start(split), least(end, split_start(split + 1)), is_empty ? state : part);
+    if (!is_empty) fold(part, state, q.rows);
+    is_empty = false;
   }
 }
 
-// Attention over the keys [start, end) into `state`. Takes slots 2, 5 to 7, 10 to 12, 14 and 15
-// of `scratch`.
-inline void attend_range(const CachedKeys& keys, const Queries& q, std::int64_t start, std::int64_t end,
-                         Scratch& scratch, const SoftmaxState& state) {
-  state.clear(q.rows);
+// The same with the reader that suits the rows. Takes slots 2, 5 to 7, 10 to 12, 14 and 15 of `scratch`.
+inline void attend_splits(const CachedKeys& keys, const Queries& q, std::int64_t first, std::int64_t last,
+                          std::int64_t end, Scratch& scratch, const SoftmaxState& state, const SoftmaxState& part) {
 #if defined(LOWLAT_AVX512)
-  if (keys.are_integers()) return attend_integer_range(keys, q, start, end, scratch, state);
+  if (keys.are_integers()) return attend_splits(IntegerReader(keys, q, scratch), q, first, last, end, state, part);
 #endif
-  attend_plain_range(keys, q, start, end, scratch, state);
+  attend_splits(PlainReader(keys, q, scratch), q, first, last, end, state, part);
 }
 
 }  // namespace lowlat::LOWLAT_ISA
