@@ -104,9 +104,10 @@ def test_a_thousand_disconnects_leave_nothing_behind() -> None:
 def test_who_leaves_is_aborted(monkeypatch: pytest.MonkeyPatch, path: str, stream: bool) -> None:
     """Holds shut: answers generated to their end for nobody."""
     model = counting_model()
-    step, may_go = model.engine.step, threading.Event()
+    step, is_held, may_go = model.engine.step, threading.Event(), threading.Event()
 
     def held() -> Any:
+        is_held.set()
         assert may_go.wait(SECONDS)
         return step()
 
@@ -119,6 +120,7 @@ def test_who_leaves_is_aborted(monkeypatch: pytest.MonkeyPatch, path: str, strea
             with socket.create_connection((HOST, server.port), timeout=SECONDS) as connection:
                 connection.sendall(data)
                 until(lambda: len(server.services.bridge._open) > number, "the request")  # noqa: B023
+                until(is_held.is_set, "the first step")
         until(lambda: server.services.num_requests == 0, "the end of all requests")
         may_go.set()
         until(lambda: server.is_idle, "the end")
