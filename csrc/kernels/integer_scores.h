@@ -1,7 +1,7 @@
-// Attention over int8 latents: scores by integer dot products, values by bf16 ones that no number is rounded for.
+// Attention over int8 rows: scores by integer dot products, values by bf16 ones that no number is rounded for.
 //
-// A query is rounded to int8 as the cache's rows are, in groups of 64 channels with a scale each; its rotary part stays
-// bf16. The integers of a latent are exact in bf16, so their scales go onto the softmax weights.
+// A query is rounded to int8 where the cache's rows are, in groups of 64 channels with a scale each; what is bf16 in
+// a row stays so. The integers of a latent are exact in bf16, so their scales go onto the softmax weights.
 #pragma once
 
 #include "paged.h"
@@ -15,28 +15,28 @@ constexpr int kQuads = kScaled / 4;
 
 // Queries in tiles of 16 rows: lane r of a vector holds row r.
 struct IntegerQueries {
-  Panel* latent;         // [tiles, groups]: vector j of a panel holds channels 4j to 4j + 3 as int8
+  Panel* integers;       // [tiles, groups]: vector j of a panel holds channels 4j to 4j + 3 as int8
   float* scales;         // [tiles, groups, 16]
   std::int32_t* starts;  // [tiles, groups, 16]: what takes off the 128 that is added to every integer of a key
-  Panel* rotary;         // [tiles, panels of the rotary part]
-  std::int64_t tiles, groups, quads, rotary_panels;
+  Panel* rest;           // [tiles, panels of the channels that are bf16]
+  std::int64_t tiles, groups, quads, rest_panels;
 };
 
-// Up to 64 rows of the cache that follow each other, `row_bytes` apart: int8 latents, their scales, rotary parts.
+// Up to 64 rows of the cache that follow each other, `row_bytes` apart: int8 channels, their scales, bf16 ones.
 struct IntegerBlock {
   const std::uint8_t* rows;
   std::int64_t row_bytes, count;
   float* scales;  // [groups, 64], 0 where there is no row
-  bf16* rotary;   // [64, 32 times the panels of the rotary part]
+  bf16* rest;     // [64, 32 times the panels of the bf16 channels]
 };
 
-// The rows of q [rows, stride], of which `latent` channels are rounded and `rotary` follow them.
-inline void round_queries(const bf16* q, std::int64_t stride, std::int64_t rows, std::int64_t latent,
-                          std::int64_t rotary, const IntegerQueries& out) {
+// The rows of q [rows, stride], of which `integers` channels are rounded and `rest` follow them.
+inline void round_queries(const bf16* q, std::int64_t stride, std::int64_t rows, std::int64_t integers,
+                          std::int64_t rest, const IntegerQueries& out) {
   for (std::int64_t tile = 0; tile < out.tiles; ++tile) {
     const std::int64_t count = least(kTile, rows - tile * kTile);
     for (std::int64_t g = 0; g < out.groups; ++g) {
-      const std::int64_t at = tile * out.groups + g, channels = least(kScaled, latent - g * kScaled);
+      const std::int64_t at = tile * out.groups + g, channels = least(kScaled, integers - g * kScaled);
       alignas(64) std::int8_t bytes[kTile][kScaled] = {};
       for (std::int64_t r = 0; r < kTile; ++r) {
         const bf16* row = q + (tile * kTile + r) * stride + g * kScaled;
@@ -55,28 +55,28 @@ inline void round_queries(const bf16* q, std::int64_t stride, std::int64_t rows,
         out.scales[at * kTile + r] = scale;
         out.starts[at * kTile + r] = -128 * sum;
       }
-      Panel& panel = out.latent[at];
+      Panel& panel = out.integers[at];
       for (int r = 0; r < kTile; ++r) panel[r] = pairs(bytes[r]);
       transpose(panel, panel);
     }
-    const Matrix rest = view(q + latent, rows, rotary, stride);
-    for (std::int64_t i = 0; i < out.rotary_panels; ++i) {
-      load_panel(rest, tile, i, out.rotary[tile * out.rotary_panels + i]);
+    const Matrix plain = view(q + integers, rows, rest, stride);
+    for (std::int64_t i = 0; i < out.rest_panels; ++i) {
+      load_panel(plain, tile, i, out.rest[tile * out.rest_panels + i]);
     }
   }
 }
 
-// Copies scales and rotary parts to where they are read from.
-inline void gather_scales(const IntegerBlock& block, std::int64_t latent, std::int64_t rotary) {
-  const std::int64_t groups = (latent + kScaled - 1) / kScaled, rotary_stride = round_up(rotary, kColumns);
+// Copies scales and bf16 channels to where they are read from.
+inline void gather_scales(const IntegerBlock& block, std::int64_t integers, std::int64_t rest) {
+  const std::int64_t groups = (integers + kScaled - 1) / kScaled, rest_stride = round_up(rest, kColumns);
   for (std::int64_t r = 0; r < block.count; ++r) {
-    const std::uint8_t* scales = block.rows + r * block.row_bytes + padded_to_4(latent);
+    const std::uint8_t* scales = block.rows + r * block.row_bytes + padded_to_4(integers);
     for (std::int64_t g = 0; g < groups; ++g) {
       std::memcpy(block.scales + g * kKeyBlock + r, scales + 4 * g, sizeof(float));
     }
     const auto* from = reinterpret_cast<const bf16*>(scales + 4 * groups);
-    bf16* to = block.rotary + r * rotary_stride;
-    for (std::int64_t i = 0; i < rotary; i += kColumns) store_pairs(to + i, load_pairs(from + i, rotary - i));
+    bf16* to = block.rest + r * rest_stride;
+    for (std::int64_t i = 0; i < rest; i += kColumns) store_pairs(to + i, load_pairs(from + i, rest - i));
   }
   for (std::int64_t g = 0; g < groups; ++g) {
     std::memset(block.scales + g * kKeyBlock + block.count, 0, (kKeyBlock - block.count) * sizeof(float));
@@ -86,19 +86,19 @@ inline void gather_scales(const IntegerBlock& block, std::int64_t latent, std::i
 // Scores of T keys from `key` on with a tile of queries, 16 for each key: out [T, out_stride].
 template <int T>
 inline void score_keys(const IntegerQueries& q, std::int64_t tile, const IntegerBlock& block, std::int64_t key,
-                       std::int64_t rotary_stride, float* out, std::int64_t out_stride, Ahead& ahead) {
+                       std::int64_t rest_stride, float* out, std::int64_t out_stride, Ahead& ahead) {
   F sums[T], odd[T];
   LOWLAT_UNROLL
   for (int t = 0; t < T; ++t) sums[t] = odd[t] = zero();
-  const bf16* rotary = block.rotary + key * rotary_stride;
-  for (std::int64_t i = 0; i < q.rotary_panels; ++i) {
-    dot_panel<T>(q.rotary[tile * q.rotary_panels + i], rotary + i * kColumns, rotary_stride, sums, odd);
+  const bf16* rest = block.rest + key * rest_stride;
+  for (std::int64_t i = 0; i < q.rest_panels; ++i) {
+    dot_panel<T>(q.rest[tile * q.rest_panels + i], rest + i * kColumns, rest_stride, sums, odd);
   }
   LOWLAT_UNROLL
   for (int t = 0; t < T; ++t) sums[t] = add(sums[t], odd[t]);
   for (std::int64_t g = 0; g < q.groups; ++g) {
     const std::int64_t at = tile * q.groups + g;
-    const Panel& panel = q.latent[at];
+    const Panel& panel = q.integers[at];
     const std::uint8_t* keys = block.rows + key * block.row_bytes + g * kScaled;
     const int quads = static_cast<int>(least(kQuads, q.quads - g * kQuads));
     ahead.ask(kLinesAhead);
@@ -128,12 +128,12 @@ inline void attend_integers(const Queries& q, const IntegerQueries& rounded, con
                             std::int64_t value_dim, std::int64_t start, float scale, Panel* panels,
                             const ScoreScratch& scratch, const SoftmaxState& state, Ahead& ahead) {
   const std::int64_t count = block.count;
-  const std::int64_t rotary_stride = rounded.rotary_panels * kColumns, turned_stride = rounded.tiles * kTile;
+  const std::int64_t rest_stride = rounded.rest_panels * kColumns, turned_stride = rounded.tiles * kTile;
   const std::int64_t step = even_block(count);
   for (std::int64_t tile = 0; tile < rounded.tiles; ++tile) {
     for (std::int64_t key = 0; key < count; key += step) {
       with_tokens(least(step, count - key), [&]<int T>() {
-        score_keys<T>(rounded, tile, block, key, rotary_stride, scratch.turned + key * turned_stride + tile * kTile,
+        score_keys<T>(rounded, tile, block, key, rest_stride, scratch.turned + key * turned_stride + tile * kTile,
                       turned_stride, ahead);
       });
     }

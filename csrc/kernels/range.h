@@ -19,10 +19,10 @@ struct CachedKeys {
   RowView view;
   float scale;  // of the scores
 
-  // Whether the rows are int8 latents that are keys and values at once.
+  // Whether whole rows are keys, and values are the first of their int8 channels.
   bool are_integers() const {
     return cache.quantized > 0 && view.key == 0 && view.value == 0 && view.key_dim == row_dim &&
-           view.value_dim == cache.quantized;
+           view.value_dim <= cache.quantized;
   }
 };
 
@@ -56,20 +56,20 @@ inline Ahead rows_ahead(const CachedKeys& keys, std::int64_t position, std::int6
 class IntegerReader {
  public:
   IntegerReader(const CachedKeys& keys, const Queries& q, Scratch& scratch)
-      : keys_(keys), q_(q), scratch_(scratch), latent_(keys.view.value_dim), rotary_(keys.row_dim - latent_) {
-    const std::int64_t groups = (latent_ + kScaled - 1) / kScaled, tiles = (q.rows + kTile - 1) / kTile;
-    const std::int64_t rotary_panels = num_panels(rotary_);
+      : keys_(keys), q_(q), scratch_(scratch), integers_(keys.cache.quantized), rest_(keys.row_dim - integers_) {
+    const std::int64_t groups = (integers_ + kScaled - 1) / kScaled, tiles = (q.rows + kTile - 1) / kTile;
+    const std::int64_t rest_panels = num_panels(rest_);
     auto* scales = scratch.get<float>(12, 2 * tiles * groups * kTile);
     auto* starts = reinterpret_cast<std::int32_t*>(scales + tiles * groups * kTile);
-    auto* query_panels = scratch.get<Panel>(11, tiles * (groups + rotary_panels));
-    rounded_ = {query_panels, scales, starts,            query_panels + tiles * groups,
-                tiles,        groups, (latent_ + 3) / 4, rotary_panels};
-    round_queries(q.values, q.stride, q.rows, latent_, rotary_, rounded_);
+    auto* query_panels = scratch.get<Panel>(11, tiles * (groups + rest_panels));
+    rounded_ = {query_panels, scales, starts,              query_panels + tiles * groups,
+                tiles,        groups, (integers_ + 3) / 4, rest_panels};
+    round_queries(q.values, q.stride, q.rows, integers_, rest_, rounded_);
     scores_ = {scratch.get<float>(5, q.rows * kKeyBlock), scratch.get<bf16>(6, groups * q.rows * kKeyBlock),
                scratch.get<float>(10, tiles * kTile * kKeyBlock)};
     panels_ = scratch.get<Panel>(2, attend_panels(keys.view.key_dim));
     block_ = {nullptr, keys.cache.row_bytes, 0, scratch.get<float>(14, groups * kKeyBlock),
-              scratch.get<bf16>(15, kKeyBlock * rotary_panels * kColumns)};
+              scratch.get<bf16>(15, kKeyBlock * rest_panels * kColumns)};
   }
 
   // Attention over the keys [start, end) into `state`.
@@ -78,9 +78,9 @@ class IntegerReader {
       block_.count = least(kKeyBlock, end - at);
       if (at + block_.count <= q_.first[0]) continue;  // before every query's window
       block_.rows = packed_rows(keys_, at, block_.count, scratch_);
-      gather_scales(block_, latent_, rotary_);
+      gather_scales(block_, integers_, rest_);
       Ahead ahead = rows_ahead(keys_, at + kKeyBlock, end);
-      attend_integers(q_, rounded_, block_, latent_, at, keys_.scale, panels_, scores_, state, ahead);
+      attend_integers(q_, rounded_, block_, keys_.view.value_dim, at, keys_.scale, panels_, scores_, state, ahead);
     }
   }
 
@@ -88,7 +88,7 @@ class IntegerReader {
   const CachedKeys& keys_;
   const Queries& q_;
   Scratch& scratch_;
-  std::int64_t latent_, rotary_;
+  std::int64_t integers_, rest_;  // channels of a row
   IntegerQueries rounded_;
   ScoreScratch scores_;
   Panel* panels_;

@@ -1,7 +1,7 @@
 """One row of the int8 cache: which of its channels are int8, and its bytes.
 
     [0, n)        n channels as int8: the latents of MLA and GLA, the tied states of GTA, all of the
-                  row of MHA, GQA, MQA and TPA
+                  row of MHA, GQA, MQA, TPA, and MLA that was converted from GQA
     [n, m)        zeros up to m, the next multiple of 4
     [m, m + 4 g)  g = ceil(n / 64) fp32 scales, one for each 64 channels: max |x| / 127
     [m + 4 g, ..) the other channels in bf16: k_R

@@ -94,7 +94,7 @@ def _head_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int)
         products = 2 * (attention.k_rank + attention.v_rank) * attention.head_dim
         expanded = pairs * 4 * attention.head_dim + keys * products
         return min(pairs * products, expanded)
-    latent = attention.quantized_dim
+    latent = attention.row_dim - attention.qk_rope_head_dim
     absorbed = pairs * 2 * (2 * latent + attention.qk_rope_head_dim)
     expanded = pairs * 2 * (attention.qk_head_dim + attention.v_head_dim)
     width = attention.qk_nope_head_dim + attention.v_head_dim

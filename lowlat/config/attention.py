@@ -75,8 +75,10 @@ class MLAConfig:
 
     @property
     def quantized_dim(self) -> int:
-        """Leading elements of a row that an int8 cache keeps in int8: c_t; k_R stays bf16."""
-        return self.kv_lora_rank
+        """Leading elements of a row that an int8 cache keeps in int8: c_t, while k_R stays bf16. In
+        converted models, whose k_R comes from the keys of GQA, all of the row as with GQA.
+        """
+        return self.kv_lora_rank if self.kv_a_layernorm else self.row_dim
 
     @property
     def rope_dim(self) -> int:

@@ -139,18 +139,22 @@ def mla_attention(
     latent: int,
     start: int,
     scale: float,
+    quantized: int | None = None,
     level: str = "",
 ) -> BFloat16[Tensor, "queries heads latent"]:
     """Causal attention of queries at start, start + 1, ... over the rows in `pages`: the key of
     every head is the row, its value the row's first `latent` channels.
 
-    Bytes are rows of lowlat.attention.rows with the latent in int8. The level avx512 rounds the
-    latent part of a query to int8 as well, in the same groups of 64 channels.
+    Bytes are rows of lowlat.attention.rows with `quantized` channels in int8, those of the latent
+    unless given. The level avx512 rounds the same channels of a query to int8 as well, in the same
+    groups of 64.
     """
     layout = native.module().RowLayout(
         kv_heads=1, key_step=0, value_dim=latent, value_step=0, value_offset=0
     )
-    return _attention(q, cache, pages, layout, latent, start, scale, None, level)
+    if cache.dtype == torch.uint8:
+        quantized = quantized or latent
+    return _attention(q, cache, pages, layout, latent, start, scale, None, level, quantized or 0)
 
 
 def gqa_attention(
@@ -184,15 +188,15 @@ def _attention(
     scale: float,
     window: int | None,
     level: str,
+    quantized: int = 0,
 ) -> Tensor:
-    is_packed = cache.dtype == torch.uint8
     out = torch.empty(q.shape[0], q.shape[1], value_dim, dtype=q.dtype)
     native.module().attention(
         q.contiguous(),
         cache.view(torch.uint8),
         pages.contiguous(),
-        row_dim=q.shape[2] if is_packed else cache.shape[2],
-        quantized=value_dim if is_packed else 0,
+        row_dim=q.shape[2] if quantized else cache.shape[2],
+        quantized=quantized,
         start=start,
         scale=scale,
         window=window or 0,

@@ -1,5 +1,6 @@
 """Attention over paged rows at every level, against the exact softmax."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,14 +97,15 @@ def test_mla(
         check(out, q, rows[:, None], rows[:, None, :latent], start, scale, None)
 
 
-def as_integers_read_it(q: Tensor, latent: int) -> Tensor:
-    """Queries with their latent part in int8, by groups of 64 channels, multiplied out again."""
+def as_integers_read_it(q: Tensor, quantized: int) -> Tensor:
+    """Queries with `quantized` channels in int8, by groups of 64, multiplied out again."""
     flat = q.flatten(0, 1)
-    packed = pack_rows(flat, latent)
-    return unpack_rows(packed, q.shape[2], latent, torch.float32).view_as(q)
+    packed = pack_rows(flat, quantized)
+    return unpack_rows(packed, q.shape[2], quantized, torch.float32).view_as(q)
 
 
 @every_level
+@pytest.mark.parametrize("whole", [False, True], ids=["latent", "whole row"])
 @few
 @given(
     queries=st.integers(1, 9),
@@ -116,6 +118,7 @@ def as_integers_read_it(q: Tensor, latent: int) -> Tensor:
 )
 def test_mla_over_int8(
     level: str,
+    whole: bool,
     queries: int,
     heads: int,
     latent: int,
@@ -125,18 +128,26 @@ def test_mla_over_int8(
     seed: int,
 ) -> None:
     width = latent + 2 * pairs
-    packed = pack_rows(draw((start + queries, width), "normal", seed), latent)
+    quantized = width if whole else latent
+    packed = pack_rows(draw((start + queries, width), "normal", seed), quantized)
     q = draw((queries, heads, width), "normal", seed + 1)
     cache, pages = paged(packed, page_size, seed)
     scale = width**-0.5
     out = native_ops.mla_attention(
-        q, cache, pages, latent=latent, start=start, scale=scale, level=level
+        q,
+        cache,
+        pages,
+        latent=latent,
+        start=start,
+        scale=scale,
+        quantized=quantized,
+        level=level,
     )
     if level in INTEGER_LEVELS:
-        rows = unpack_rows(packed, width, latent, torch.float32)
-        q = as_integers_read_it(q, latent)
+        rows = unpack_rows(packed, width, quantized, torch.float32)
+        q = as_integers_read_it(q, quantized)
     else:
-        rows = unpack_rows(packed, width, latent, torch.bfloat16)
+        rows = unpack_rows(packed, width, quantized, torch.bfloat16)
     check(out, q, rows[:, None], rows[:, None, :latent], start, scale, None)
 
 
