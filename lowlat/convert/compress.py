@@ -6,13 +6,14 @@ new attention and runs both models side by side on text of its own. Statistics a
 in a scratch folder. Owns the order of things; the steps are the modules' beside it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,7 +29,12 @@ from lowlat.convert.budget import (
     row_budget,
 )
 from lowlat.convert.calibration import Calibration
-from lowlat.convert.components import Components, components, split
+from lowlat.convert.components import (
+    Components,
+    component_frequencies,
+    components,
+    split,
+)
 from lowlat.convert.exact import check_exact
 from lowlat.convert.factors import attention_tensors, factorize, rank_costs
 from lowlat.convert.layer_run import fast_dtype
@@ -42,6 +48,7 @@ from lowlat.convert.statistics import (
     run_layers,
 )
 from lowlat.convert.weights import DerivedWeights, Weights
+from lowlat.ops.rope import rotation_magnitude
 from lowlat.utils.progress import Progress
 
 Layout = Literal["standard", "free"]
@@ -70,6 +77,8 @@ class CompressionReport:
     """What a compression did, measured on text that no statistic was taken of."""
 
     recipe: str
+    folded: int
+    """Neighbouring frequencies that the recipe took for one."""
     layout: str
     calibration: str
     """Where the text comes from."""
@@ -108,11 +117,20 @@ def compress(
     way = RECIPES[recipe]
     count = base.config.num_hidden_layers
     with progress.task("Measuring attention", count, "items") as task:
-        layers = run_layers(base, calibration.windows, precision, task)
-        costs, priorities = _measured(way, base, layers, budget, scratch)
+        for number, statistics in enumerate(run_layers(base, calibration.windows, precision, task)):
+            _save_statistics(_statistics_file(scratch, number), statistics)
+    if way.folded is not None:
+        ways = way.folded(source.head_dim, source.num_key_value_heads, budget)
+        held_out = calibration.held_out
+        way = _best_folded(ways, base, source, held_out, budget, scratch, precision, progress)
+    costs, priorities = _measured(way, base, budget, scratch)
     widths = _widths(costs, budget, layout)
     chosen = _turning(priorities, widths, layout)
-    config = compressed_config(base, source, widths, chosen, layout)
+    frequencies = [
+        component_frequencies(read_attention(base, number), way.fold, way.stride).flatten()[own]
+        for number, own in enumerate(chosen)
+    ]
+    config = compressed_config(base, source, widths, frequencies, layout)
     fitted = calibration.windows if way.refits_output else calibration.windows[:0]
     sides = Sides(base, config, fitted, calibration.held_out, precision)
     reports: list[LayerReport] = []
@@ -127,6 +145,7 @@ def compress(
         before, after = sides.losses()
     report = CompressionReport(
         recipe=recipe,
+        folded=way.fold,
         layout=layout,
         calibration=calibration.origin,
         channels_before=row,
@@ -141,14 +160,68 @@ def compress(
     return derived, report
 
 
+def _best_folded(
+    ways: Sequence[Recipe],
+    base: Weights,
+    source: GQAConfig,
+    held_out: Int64[Tensor, "windows length"],
+    budget: int,
+    scratch: Path,
+    precision: torch.dtype,
+    progress: Progress,
+) -> Recipe:
+    """Of `ways`, that with the least perplexity on `held_out` while the latent is whole: what
+    folding costs, and what it saves on the components that stand still. Folds grow until one is
+    worse than the last, as TransMLA tries them.
+    """
+    best, least = ways[0], math.inf
+    with progress.task("Folding frequencies", len(ways), "items") as task:
+        for way in ways:
+            found = _rotary_only(way, base, source, held_out, budget, scratch, precision)
+            if found >= least:
+                break
+            best, least = way, found
+            task.advance(1)
+    return best
+
+
+def _rotary_only(
+    way: Recipe,
+    base: Weights,
+    source: GQAConfig,
+    held_out: Int64[Tensor, "windows length"],
+    budget: int,
+    scratch: Path,
+    precision: torch.dtype,
+) -> float:
+    """Perplexity with the rotary channels of `way` and every channel of the latent."""
+    assert way.rotary is not None
+    row, layers = source.row_dim, range(base.config.num_hidden_layers)
+    rotary = way.rotary(source.head_dim, source.num_key_value_heads, budget)
+    widths = Widths(latent=row - rotary, rotary=rotary)
+    parts = [
+        _components(
+            way, read_attention(base, number), _load_statistics(_statistics_file(scratch, number))
+        )
+        for number in layers
+    ]
+    turning = [_largest(own.priority, rotary // 2) for own in parts]
+    frequencies = [own.frequencies.flatten()[t] for own, t in zip(parts, turning, strict=True)]
+    config = compressed_config(base, source, [widths] * len(parts), frequencies, "free")
+    sides = Sides(base, config, held_out[:0], held_out, precision)
+    for number in layers:
+        sides.advance(number, _layer_tensors(way, base, number, widths, turning[number], scratch))
+    return sides.losses()[1]
+
+
 def _measured(
-    way: Recipe, base: Weights, layers: Iterable[LayerStatistics], budget: int, scratch: Path
+    way: Recipe, base: Weights, budget: int, scratch: Path
 ) -> tuple[list[LayerCosts], list[Tensor]]:
-    """Of each layer, what widths cost and which components should turn; statistics are kept."""
+    """Of each layer, what widths cost and which components should turn."""
     costs: list[LayerCosts] = []
     priorities: list[Tensor] = []
-    for number, statistics in enumerate(layers):
-        _save_statistics(_statistics_file(scratch, number), statistics)
+    for number in range(base.config.num_hidden_layers):
+        statistics = _load_statistics(_statistics_file(scratch, number))
         parts = _components(way, read_attention(base, number), statistics)
         costs.append(_layer_costs(way, base, number, statistics, parts, budget))
         priorities.append(parts.priority / statistics.residual)
@@ -159,10 +232,12 @@ def compressed_config(
     base: Weights,
     source: GQAConfig,
     widths: Sequence[Widths],
-    turning: Sequence[Int64[Tensor, "_"]],
+    frequencies: Sequence[Float64[Tensor, "_"]],
     layout: Layout,
 ) -> ModelConfig:
-    """`base.config` with MLA of the given widths; deepseek_v3 in the standard layout."""
+    """`base.config` with MLA of the given widths, k_R turning with `frequencies`; deepseek_v3 in
+    the standard layout.
+    """
     config = base.config
     attention = [
         MLAConfig(
@@ -180,11 +255,10 @@ def compressed_config(
         for own in widths
     ]
     ropes: list[RopeConfig] = []
-    for number, own in enumerate(turning):
-        weights = read_attention(base, number)
-        frequencies = weights.frequencies.repeat_interleave(source.num_key_value_heads)[own]
+    for number, own in enumerate(frequencies):
+        magnitude = rotation_magnitude(config.rope_of(number))
         context = config.max_position_embeddings
-        ropes.append(wide_rope(frequencies.float(), weights.magnitude, 1, context))
+        ropes.append(wide_rope(own.float(), magnitude, 1, context))
     even = layout == "standard"
     return replace(
         config,
@@ -199,7 +273,14 @@ def compressed_config(
 
 
 def _components(way: Recipe, weights: AttentionWeights, statistics: LayerStatistics) -> Components:
-    return components(weights, statistics, way.basis, way.priority, keeps_mean=way.keeps_mean)
+    return components(
+        weights,
+        statistics,
+        way.basis,
+        way.priority,
+        keeps_mean=way.keeps_mean,
+        stride=way.stride,
+    )
 
 
 def _layer_costs(

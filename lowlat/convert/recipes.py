@@ -1,7 +1,8 @@
 """Recipes of compression by name: whose components turn, what the latent is fitted to."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float64
@@ -35,6 +36,12 @@ class Recipe:
     """Rotary channels for (head_dim, groups, budget); None has them chosen by cost."""
     refits_output: bool
     """W_O is fitted again behind the new heads (`convert.refit`)."""
+    fold: int = 1
+    """Neighbouring frequencies that `basis` takes for one."""
+    stride: int = 1
+    """Of the frequencies of a fold, from one turning component to the next."""
+    folded: Callable[[int, int, int], list["Recipe"]] | None = None
+    """For (head_dim, groups, budget), itself with frequencies folded more and more, to try."""
 
 
 def _by_cost(statistics: LayerStatistics, cost: Tensor) -> Tensor:
@@ -42,11 +49,10 @@ def _by_cost(statistics: LayerStatistics, cost: Tensor) -> Tensor:
 
 
 def _leading_first(
-    statistics: LayerStatistics, cost: Float64[Tensor, "pairs components"]
-) -> Float64[Tensor, "pairs components"]:
-    """The leading component of every frequency before any second one."""
-    place = torch.arange(cost.shape[1], dtype=torch.float64)
-    return cost / cost.max() - place
+    statistics: LayerStatistics, cost: Float64[Tensor, "folds components"]
+) -> Float64[Tensor, "folds components"]:
+    """The leading component of every fold before any second one."""
+    return -torch.arange(cost.shape[1], dtype=torch.float64).expand(cost.shape)
 
 
 def _by_norms(
@@ -61,6 +67,20 @@ def _by_norms(
 def _transmla_rotary(head_dim: int, groups: int, budget: int) -> int:
     """One key head, half of one where it would be more than a third of the row."""
     return head_dim if budget >= 3 * head_dim else head_dim // 2
+
+
+def _transmla_folds(head_dim: int, groups: int, budget: int) -> list[Recipe]:
+    """FreqFold: the leading components of a fold turn with every stride-th of its frequencies,
+    where half of the frequencies are kept with every second.
+    """
+    pairs, stride = head_dim // 2, head_dim // _transmla_rotary(head_dim, groups, budget)
+    plain = RECIPES["transmla"]
+    folds = [stride << step for step in range(pairs.bit_length())]
+    return [
+        replace(plain, basis=partial(pooled_basis, fold=fold), fold=fold, stride=stride)
+        for fold in folds
+        if fold <= pairs and pairs % fold == 0
+    ]
 
 
 def _mha2mla_rotary(head_dim: int, groups: int, budget: int) -> int:
@@ -87,6 +107,7 @@ RECIPES = {
         target=balanced_target,
         rotary=_transmla_rotary,
         refits_output=False,
+        folded=_transmla_folds,
     ),
     "mha2mla": Recipe(
         basis=own_basis,

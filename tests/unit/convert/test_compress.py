@@ -19,13 +19,15 @@ from lowlat.convert.calibration import Calibration
 from lowlat.convert.components import components, split
 from lowlat.convert.compress import (
     CompressionReport,
+    _best_folded,
+    _components,
     _load_statistics,
     _save_statistics,
     compress,
     compressed_config,
 )
 from lowlat.convert.factors import attention_tensors, factorize, rank_costs, weighted_target
-from lowlat.convert.recipes import RECIPES
+from lowlat.convert.recipes import RECIPES, Recipe
 from lowlat.convert.statistics import LayerStatistics, read_attention, run_layers
 from lowlat.convert.weights import Weights
 from lowlat.model.gqa import GQA
@@ -58,10 +60,11 @@ def original(weights: Weights) -> GQA:
     return module
 
 
-def compressed(weights: Weights, recipe: str, rotary: int) -> tuple[MLA, ModelConfig]:
+def compressed(weights: Weights, recipe: str | Recipe, rotary: int) -> tuple[MLA, ModelConfig]:
     """Layer 0 in fp64 with `rotary` channels that turn, all of the latent."""
-    way, own, statistics = RECIPES[recipe], read_attention(weights, 0), statistics_of(weights)[0]
-    parts = components(own, statistics, way.basis, way.priority, keeps_mean=way.keeps_mean)
+    way = RECIPES[recipe] if isinstance(recipe, str) else recipe
+    own, statistics = read_attention(weights, 0), statistics_of(weights)[0]
+    parts = _components(way, own, statistics)
     turning = parts.priority.flatten().argsort(descending=True)[: rotary // 2]
     halves = split(parts, own, statistics, turning, keeps_mean=way.keeps_mean)
     rank = len(halves.static) + own.v.shape[0] * own.v.shape[1]
@@ -73,7 +76,7 @@ def compressed(weights: Weights, recipe: str, rotary: int) -> tuple[MLA, ModelCo
     if source.qkv_bias:
         tensors["o_proj.bias"] = torch.zeros(61, dtype=torch.float64)
     widths = [Widths(latent=len(factors.down), rotary=rotary)] * 3
-    config = compressed_config(weights, source, widths, [turning] * 3, "standard")
+    config = compressed_config(weights, source, widths, [halves.frequencies] * 3, "standard")
     assert isinstance(config.attention, MLAConfig)
     module = MLA(config, config.attention, 0, dtype=torch.float64)
     module.load_state_dict(tensors)
@@ -90,6 +93,67 @@ def test_nothing_dropped_is_nothing_changed(config: ModelConfig, recipe: str) ->
     x = torch.randn(LENGTH, 61, dtype=torch.float64)
     expected = outputs(original(weights), config, x)
     torch.testing.assert_close(outputs(module, new, x), expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_equal_frequencies_fold_without_loss(place: int, bias: bool) -> None:
+    """One rotation for all of a fold is exact where its frequencies are the same."""
+    weights = weights_of(model_config(bias=bias, rope=RopeConfig(rope_theta=1.0)))
+    way = folds(16, 3, 48)[place]
+    assert way.fold == 2**place
+    module, new = compressed(weights, way, 48)
+    x = torch.randn(LENGTH, 61, dtype=torch.float64)
+    expected = outputs(original(weights), weights.config, x)
+    torch.testing.assert_close(outputs(module, new, x), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_folds_gather_keys_in_fewer_components() -> None:
+    """The components that turn hold more of the keys the wider the fold; each turns with another of
+    its fold's frequencies, every second where half of them are kept.
+    """
+    weights = weights_of(model_config())
+    own, statistics = read_attention(weights, 0), statistics_of(weights)[0]
+    held: list[float] = []
+    for way in folds(16, 3, 48):
+        parts = _components(way, own, statistics)
+        turning = parts.priority.flatten().argsort(descending=True, stable=True)[:8]
+        frequencies = parts.frequencies.flatten()[turning].sort(descending=True).values
+        torch.testing.assert_close(frequencies, own.frequencies)
+        keys = parts.keys.flatten(0, 1)[turning]
+        moments = torch.einsum("jx,xy,jy->j", keys, statistics.covariance.to(keys), keys.conj())
+        held.append(float(moments.real.sum()))
+    assert len(held) == 4 and held == sorted(held) and held[0] < 0.99 * held[-1]
+    halved = folds(16, 3, 40)
+    assert [way.fold for way in halved] == [2, 4, 8] and halved[0].stride == 2
+    parts = _components(halved[1], own, statistics)
+    turning = parts.priority.flatten().argsort(descending=True, stable=True)[:4]
+    found = parts.frequencies.flatten()[turning].sort(descending=True).values
+    torch.testing.assert_close(found, own.frequencies[::2])
+
+
+def folds(head_dim: int, groups: int, budget: int) -> list[Recipe]:
+    made = RECIPES["transmla"].folded
+    assert made is not None
+    return made(head_dim, groups, budget)
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "fold"), [((9, 8, 7, 6), 8), ((9, 8, 8.5, 6), 2), ((9, 9.5, 3, 3), 1)]
+)
+def test_folds_grow_until_one_is_worse(
+    perplexities: tuple[float, ...], fold: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = iter(perplexities)
+    monkeypatch.setattr("lowlat.convert.compress._rotary_only", lambda *_: next(found))
+    weights = weights_of(model_config())
+    source = weights.config.attention
+    assert isinstance(source, GQAConfig)
+    wide = torch.float32
+    best = _best_folded(
+        folds(16, 3, 48), weights, source, windows(2), 48, tmp_path, wide, SilentProgress()
+    )
+    assert best.fold == fold
 
 
 @pytest.mark.parametrize("recipe", ["transmla", "mha2mla"])
