@@ -29,7 +29,14 @@ from lowlat.heal.work import Work, opened
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.data.folder import TokenFolder
 from lowlat.train.export import export_save
-from lowlat.train.heal import SEQUENCE_LENGTH, Healing, check_healing, heal, healing_recipe
+from lowlat.train.heal import (
+    SEQUENCE_LENGTH,
+    Healing,
+    check_healing,
+    check_memory,
+    heal,
+    healing_recipe,
+)
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
@@ -79,6 +86,8 @@ def convert_and_heal(
     assert compression is not None and not wanted.is_plain
     tokenizer = Tokenizer.from_folder(src) if src.is_dir() else Tokenizer.from_gguf(src)
     healing = _healing(wanted, job.found)
+    if healing is not None:
+        check_memory(job.found, healing)
     path = wanted.evaluate
     text = None if path is None else read_evaluation_text(path, tokenizer)
     facts = identity(job, wanted, None if text is None else text.content)

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from lowlat.config.model import ModelConfig
 from lowlat.train.data.folder import TokenFolder
+from lowlat.train.plan.dryrun import require_fit, usable_memory
 from lowlat.train.recipe import parse_recipe
 from lowlat.train.recipe_text import to_toml
 from lowlat.train.runlog.jsonl import read_log
@@ -23,8 +27,8 @@ from lowlat.utils.progress import Progress
 
 SEQUENCE_LENGTH = 1024
 """Tokens of a row: what was cut from rotary parts shows at long distances."""
-BATCHES = ((400_000, 2048), (2**63, 4096))
-"""Budgets in tokens, up to which a step reads so many: small budgets need their steps."""
+BATCH_TOKENS = 2048
+"""Of a step: what a budget needs most is steps."""
 LEARNING_RATE = 2e-4
 """Peak, for models of a few hundred million parameters; Muon's updates are as large as AdamW's. In
 16 steps of 2,048 tokens SmolLM2-135M with half its cache goes from a held-out divergence of 0.220
@@ -34,8 +38,12 @@ FULL_STEPS = 100
 """A run of fewer steps has a peak as much lower: AdamW's first steps move every weight by the whole
 rate, and a short run has no time to mend that.
 """
-WARM_UP, END = 0.05, 0.05
-"""Share of the steps that warms up; share of the peak that the cosine ends at."""
+WARM_UP, WARM_UP_STEPS = 0.05, 10
+"""Share of the steps that warms up, and how many steps at most."""
+DECAY, END = 0.3, 0.05
+"""Share of the steps in which the rate falls from its peak, and to which share of it. Until then
+all budgets of more than twice `FULL_STEPS` steps are the same run.
+"""
 EVALUATIONS, EVALUATED_TOKENS = 2, 16_384
 """During a healing beside that before it, and held-out tokens of each."""
 
@@ -48,7 +56,7 @@ class Healing:
     """Training tokens to read, rounded to whole steps."""
     sequence_length: int = SEQUENCE_LENGTH
     batch_tokens: int | None = None
-    """Tokens of a step; by BATCHES unless given."""
+    """Tokens of a step; BATCH_TOKENS unless given."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float | None = None
     """Peak; LEARNING_RATE unless given, less where there are fewer than FULL_STEPS."""
@@ -83,8 +91,7 @@ class Healed:
 def healing_recipe(student: Path, teacher: Path, tokens: Path, healing: Healing) -> dict[str, Any]:
     """The raw recipe of `heal`; all paths are absolute in it."""
     length = healing.sequence_length
-    step_tokens = healing.batch_tokens or next(t for most, t in BATCHES if healing.tokens <= most)
-    rows = max(1, round(step_tokens / length))
+    rows = max(1, round((healing.batch_tokens or BATCH_TOKENS) / length))
     steps = max(1, round(healing.tokens / (rows * length)))
     layers = round(healing.layer_share * steps)
     peak = healing.learning_rate or LEARNING_RATE * min(1.0, steps / FULL_STEPS)
@@ -194,8 +201,27 @@ def check_healing(tokens: Path, healing: Healing) -> None:
         raise UserError(f"the share of layer by layer, {healing.layer_share}, must be 0 to 1")
 
 
+def check_memory(original: ModelConfig, healing: Healing) -> None:
+    """Raises UserError where training a model like `original` against it takes more memory than
+    there is: a compressed model differs in attention alone, so this is known before it is made.
+    """
+    here = Path(".")
+    recipe = parse_recipe(healing_recipe(here, here, here, healing), origin="healing")
+    require_fit(
+        original,
+        recipe,
+        memory_bytes=usable_memory(torch.device(recipe.device), recipe.parallel.processes),
+        teacher=original,
+    )
+
+
 def _schedule(peak: float, steps: int) -> list[dict[str, Any]]:
-    """Warm-up, then a cosine."""
-    warm = max(1, round(WARM_UP * steps))
-    falls = [] if warm == steps else [{"to": END * peak, "shape": "cosine"}]
-    return [{"to": peak, "steps": warm}, *falls]
+    """Warm-up, the peak, and a straight fall."""
+    warm = max(1, min(WARM_UP_STEPS, round(WARM_UP * steps)))
+    held = max(0, steps - warm - round(DECAY * steps))
+    segments: list[dict[str, Any]] = [{"to": peak, "steps": warm}]
+    if held:
+        segments.append({"to": peak, "shape": "constant", "steps": held})
+    if warm + held < steps:
+        segments.append({"to": END * peak})
+    return segments

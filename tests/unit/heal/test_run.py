@@ -167,6 +167,15 @@ def test_the_evaluation_text_itself(made: Path, tmp_path: Path) -> None:
     refused(made, tmp_path, "is given as --calibrate too", calibrate=(text,))
 
 
+def test_too_little_memory_is_told_first(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowlat.train.heal.usable_memory", lambda *_: 1_000_000)
+    with pytest.raises(UserError, match=r"needs about .* of memory .* 1 MB"):
+        tiny.call(made, tmp_path / "dst")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_existing_destination_is_left_alone(made: Path, tmp_path: Path) -> None:
     (tmp_path / "mla").write_text("mine")
     with pytest.raises(UserError, match="exists already"):
