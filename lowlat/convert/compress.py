@@ -199,15 +199,14 @@ def _rotary_only(
     row, layers = source.row_dim, range(base.config.num_hidden_layers)
     rotary = way.rotary(source.head_dim, source.num_key_value_heads, budget)
     widths = Widths(latent=row - rotary, rotary=rotary)
-    parts = [
-        _components(
-            way, read_attention(base, number), _load_statistics(_statistics_file(scratch, number))
-        )
-        for number in layers
-    ]
-    turning = [_largest(own.priority, rotary // 2) for own in parts]
-    frequencies = [own.frequencies.flatten()[t] for own, t in zip(parts, turning, strict=True)]
-    config = compressed_config(base, source, [widths] * len(parts), frequencies, "free")
+    turning: list[Tensor] = []
+    frequencies: list[Tensor] = []
+    for number in layers:
+        statistics = _load_statistics(_statistics_file(scratch, number))
+        parts = _components(way, read_attention(base, number), statistics)
+        turning.append(_largest(parts.priority, rotary // 2))
+        frequencies.append(parts.frequencies.flatten()[turning[-1]])
+    config = compressed_config(base, source, [widths] * len(layers), frequencies, "free")
     sides = Sides(base, config, held_out[:0], held_out, precision)
     for number in layers:
         sides.advance(number, _layer_tensors(way, base, number, widths, turning[number], scratch))

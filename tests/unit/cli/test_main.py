@@ -8,9 +8,8 @@ import pytest
 
 def lowlat(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The real command in a process of its own."""
-    code = "from lowlat.cli.main import run; run()"
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "lowlat", *arguments], capture_output=True, text=True, timeout=60
     )
 
 
