@@ -61,10 +61,10 @@ def _page(figures: Figures, picture: str) -> str:
                 for name, entry in _models(figures, healed=False)
             ),
         ),
-        "## The same with int8 latents",
-        "The latent in int8 with a scale per row, rotary keys in bf16; both count.",
+        "## The same with an int8 cache",
+        "Whole rows in int8, 64 channels sharing a scale in fp32; the scales count.",
         _table(
-            ["recipe", "bytes kept", *(f"{t}: ratio | same" for t in texts), "over bf16 latents"],
+            ["recipe", "bytes kept", *(f"{t}: ratio | same" for t in texts), "over a bf16 cache"],
             (_int8(name, entry, texts) for name, entry in unhealed),
         ),
     ]
