@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "lowlat"
 
 # Top to bottom. Names in one row are independent of one another, save what ALLOWED lists.
 LAYERS = [
+    {"__main__"},
     {"cli"},
     {"bench", "study", "compare", "heal"},
     {"api"},

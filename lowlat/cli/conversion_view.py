@@ -61,8 +61,10 @@ def _compression_rows(told: Object) -> dict[str, str]:
     worst = max(range(len(layers)), key=lambda number: layers[number]["measured"])
     latent = sum(layer["latent"] for layer in layers) / len(layers)
     rotary = sum(layer["rotary"] for layer in layers) / len(layers)
+    folded = f", frequencies folded by {told['folded']}" if told["folded"] > 1 else ""
     return {
-        "recipe": f"{told['recipe']}, layout {told['layout']}, calibrated on {told['calibration']}",
+        "recipe": f"{told['recipe']}{folded}, layout {told['layout']}, calibrated on "
+        f"{told['calibration']}",
         "channels": f"{told['channels_before']}  ->  {latent + rotary:.0f} a token and layer "
         f"({told['channels_after'] / told['channels_before']:.0%} kept): latent {latent:.0f} + "
         f"rotary key {rotary:.0f}",

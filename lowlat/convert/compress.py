@@ -77,7 +77,7 @@ class CompressionReport:
     """What a compression did, measured on text that no statistic was taken of."""
 
     recipe: str
-    folded: int
+    folded: int = 1
     """Neighbouring frequencies that the recipe took for one."""
     layout: str
     calibration: str

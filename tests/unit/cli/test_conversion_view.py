@@ -18,6 +18,7 @@ LAYERS = [
 ]
 TOLD = {
     "recipe": "weighted",
+    "folded": 1,
     "layout": "free",
     "calibration": "lowlat's own text",
     "channels_before": 384,
@@ -84,3 +85,10 @@ def test_without_healing(tmp_path: Path, layers: list[dict[str, Any]]) -> None:
     text = printed(tmp_path, TOLD | {"layers": layers})
     assert ("rotary key" in text.splitlines()[0]) == (len(layers) == 2)
     assert "tokens of a text" not in text and "conversion.json and conversion.svg" in text
+
+
+def test_folded_frequencies_stand_beside_the_recipe(tmp_path: Path) -> None:
+    assert "folded by" not in printed(tmp_path, TOLD)
+    told = TOLD | {"recipe": "transmla", "folded": 2}
+    text = " ".join(printed(tmp_path, told).split())
+    assert "transmla, frequencies folded by 2, layout free" in text
