@@ -238,8 +238,8 @@ INT8_CACHE = [
     Mutant(
         "int8 cache: the rotary key in int8 too",
         "config/attention.py",
-        'c_t; k_R stays bf16."""\n        return self.kv_lora_rank\n',
-        'c_t; k_R stays bf16."""\n        return self.row_dim\n',
+        "return self.kv_lora_rank if self.kv_a_layernorm else self.row_dim",
+        "return self.row_dim",
         ATTENTION + "test_cache.py::test_int8_bytes_per_token",
     ),
     Mutant(
