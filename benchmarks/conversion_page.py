@@ -155,7 +155,7 @@ def _draw(figures: Figures, path: Path) -> None:
     lines: dict[str, list[tuple[float, Figures]]] = {}
     for name, entry in figures["models"].items():
         for cache in ("bf16", "int8"):
-            label = _label(name) + (", int8 latents" if cache == "int8" else "")
+            label = _label(name) + (", int8 cache" if cache == "int8" else "")
             kept = entry["conversion"]["channels_after"] / entry["conversion"]["channels_before"]
             place = kept if cache == "bf16" else _share_of_bytes(entry)
             lines.setdefault(label, []).append((place, entry[cache]))

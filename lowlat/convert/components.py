@@ -68,8 +68,9 @@ def components(
     """The keys of a layer in `basis`.
 
     keeps_mean: components that stand still are multiplied by their mean rotation, which makes their
-    cost energy * (1 - |mean|^2) instead of energy; for folds of one frequency. stride: as in
-    `component_frequencies`.
+    cost energy * (1 - |mean|^2) instead of energy; for folds of one frequency. The components of a
+    fold turn, in their order, with every `stride`-th of its frequencies, and with its last one
+    where these are used up.
     """
     unitary, factors = basis(weights, statistics)
     pairs, folds = len(weights.frequencies), len(unitary)
@@ -95,23 +96,14 @@ def components(
     cost = cost * weights.magnitude**4
     wanted = priority(statistics, cost)
     order = wanted.argsort(dim=1, descending=True, stable=True)
+    places = (torch.arange(cost.shape[1]) * stride).clamp(max=fold[1] - 1)
     return Components(
         keys=keys.take_along_dim(order[:, :, None], dim=1),
         queries=queries.take_along_dim(order[None, :, :, None], dim=2),
         cost=cost.take_along_dim(order, dim=1),
         priority=wanted.take_along_dim(order, dim=1),
-        frequencies=component_frequencies(weights, fold[1], stride),
+        frequencies=weights.frequencies.unflatten(0, fold)[:, places],
     )
-
-
-def component_frequencies(
-    weights: AttentionWeights, fold: int, stride: int
-) -> Float64[Tensor, "folds components"]:
-    """What the components of each fold of `fold` frequencies turn with, in their order: every
-    `stride`-th of the fold's, the last of them for all that are left.
-    """
-    places = torch.arange(fold * len(weights.k)) * stride
-    return weights.frequencies.unflatten(0, (-1, fold))[:, places.clamp(max=fold - 1)]
 
 
 def split(

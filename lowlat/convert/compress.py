@@ -6,7 +6,6 @@ new attention and runs both models side by side on text of its own. Statistics a
 in a scratch folder. Owns the order of things; the steps are the modules' beside it.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Float64, Int64
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowlat.config.families import LOWLAT
@@ -29,17 +27,13 @@ from lowlat.convert.budget import (
     row_budget,
 )
 from lowlat.convert.calibration import Calibration
-from lowlat.convert.components import (
-    Components,
-    component_frequencies,
-    components,
-    split,
-)
+from lowlat.convert.components import Components, split
 from lowlat.convert.exact import check_exact
 from lowlat.convert.factors import attention_tensors, factorize, rank_costs
 from lowlat.convert.layer_run import fast_dtype
-from lowlat.convert.recipes import RECIPES, Recipe
+from lowlat.convert.recipes import RECIPES, Recipe, best_folded, way_components
 from lowlat.convert.rotary import wide_rope
+from lowlat.convert.scratch import Scratch
 from lowlat.convert.sides import Sides
 from lowlat.convert.statistics import (
     AttentionWeights,
@@ -110,36 +104,33 @@ def compress(
     precision: of products with weights while measuring; the processor's fast one by default. Raises
     UserError for models that are no plain GQA and for shares out of reach.
     """
-    precision = precision or fast_dtype()
     source = check_exact(base.config)
-    row = source.row_dim
-    budget = row_budget(share, row, least=2 * STEP)
-    way = RECIPES[recipe]
-    count = base.config.num_hidden_layers
+    job = _Job(
+        base=base,
+        source=source,
+        budget=row_budget(share, source.row_dim, least=2 * STEP),
+        calibration=calibration,
+        scratch=Scratch(scratch),
+        precision=precision or fast_dtype(),
+    )
+    way, count = RECIPES[recipe], base.config.num_hidden_layers
     with progress.task("Measuring attention", count, "items") as task:
-        for number, statistics in enumerate(run_layers(base, calibration.windows, precision, task)):
-            _save_statistics(_statistics_file(scratch, number), statistics)
+        measuring = run_layers(base, calibration.windows, job.precision, task)
+        for number, statistics in enumerate(measuring):
+            job.scratch.keep_statistics(number, statistics)
     if way.folded is not None:
-        ways = way.folded(source.head_dim, source.num_key_value_heads, budget)
-        held_out = calibration.held_out
-        way = _best_folded(ways, base, source, held_out, budget, scratch, precision, progress)
-    costs, priorities = _measured(way, base, budget, scratch)
-    widths = _widths(costs, budget, layout)
-    chosen = _turning(priorities, widths, layout)
-    frequencies = [
-        component_frequencies(read_attention(base, number), way.fold, way.stride).flatten()[own]
-        for number, own in enumerate(chosen)
-    ]
-    config = compressed_config(base, source, widths, frequencies, layout)
+        ways = way.folded(source.head_dim, source.num_key_value_heads, job.budget)
+        with progress.task("Folding frequencies", len(ways), "items") as task:
+            way = best_folded(ways, lambda each: _rotary_only(job, each), task)
+    plan = _plan(job, way, layout)
     fitted = calibration.windows if way.refits_output else calibration.windows[:0]
-    sides = Sides(base, config, fitted, calibration.held_out, precision)
+    sides = Sides(base, plan.config, fitted, calibration.held_out, job.precision)
     reports: list[LayerReport] = []
     with progress.task("Compressing", count, "items") as task:
-        for number, (own, turning) in enumerate(zip(widths, chosen, strict=True)):
-            made = _layer_tensors(way, base, number, own, turning, scratch)
-            tensors, measured = sides.advance(number, made)
-            _save_tensors(_tensor_file(scratch, number), tensors, dtype)
-            predicted = costs[number][own.rotary].of(own.latent)
+        for number, own in enumerate(plan.widths):
+            tensors, measured = sides.advance(number, _layer_tensors(job, plan, number))
+            job.scratch.keep_tensors(number, tensors, dtype)
+            predicted = plan.costs[number][own.rotary].of(own.latent)
             reports.append(LayerReport(**asdict(own), predicted=predicted, measured=measured))
             task.advance(1)
         before, after = sides.losses()
@@ -148,83 +139,76 @@ def compress(
         folded=way.fold,
         layout=layout,
         calibration=calibration.origin,
-        channels_before=row,
-        channels_after=sum(w.latent + w.rotary for w in widths) / count,
+        channels_before=source.row_dim,
+        channels_after=sum(w.latent + w.rotary for w in plan.widths) / count,
         perplexity_before=before,
         perplexity_after=after,
         layers=tuple(reports),
     )
     derived = DerivedWeights(
-        base, config, _reader(scratch), derives=_is_replaced(source, way), dtype=dtype
+        base, plan.config, job.scratch.read, derives=_is_replaced(source, way), dtype=dtype
     )
     return derived, report
 
 
-def _best_folded(
-    ways: Sequence[Recipe],
-    base: Weights,
-    source: GQAConfig,
-    held_out: Int64[Tensor, "windows length"],
-    budget: int,
-    scratch: Path,
-    precision: torch.dtype,
-    progress: Progress,
-) -> Recipe:
-    """Of `ways`, that with the least perplexity on `held_out` while the latent is whole: what
-    folding costs, and what it saves on the components that stand still. Folds grow until one is
-    worse than the last, as TransMLA tries them.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    """What is compressed, and with what."""
+
+    base: Weights
+    source: GQAConfig
+    budget: int
+    """Channels of a row on average."""
+    calibration: Calibration
+    scratch: Scratch
+    precision: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """A compression decided on; lists are by layer."""
+
+    way: Recipe
+    costs: list[LayerCosts]
+    """Predicted; none where the widths were given."""
+    widths: list[Widths]
+    turning: list[Int64[Tensor, "_"]]
+    """Numbers of the components that turn."""
+    config: ModelConfig
+
+
+def _plan(job: _Job, way: Recipe, layout: Layout, widths: list[Widths] | None = None) -> _Plan:
+    """What `way` makes of the statistics in the scratch folder, with `widths` or those that cost
+    least.
     """
-    best, least = ways[0], math.inf
-    with progress.task("Folding frequencies", len(ways), "items") as task:
-        for way in ways:
-            found = _rotary_only(way, base, source, held_out, budget, scratch, precision)
-            if found >= least:
-                break
-            best, least = way, found
-            task.advance(1)
-    return best
-
-
-def _rotary_only(
-    way: Recipe,
-    base: Weights,
-    source: GQAConfig,
-    held_out: Int64[Tensor, "windows length"],
-    budget: int,
-    scratch: Path,
-    precision: torch.dtype,
-) -> float:
-    """Perplexity with the rotary channels of `way` and every channel of the latent."""
-    assert way.rotary is not None
-    row, layers = source.row_dim, range(base.config.num_hidden_layers)
-    rotary = way.rotary(source.head_dim, source.num_key_value_heads, budget)
-    widths = Widths(latent=row - rotary, rotary=rotary)
-    turning: list[Tensor] = []
-    frequencies: list[Tensor] = []
-    for number in layers:
-        statistics = _load_statistics(_statistics_file(scratch, number))
-        parts = _components(way, read_attention(base, number), statistics)
-        turning.append(_largest(parts.priority, rotary // 2))
-        frequencies.append(parts.frequencies.flatten()[turning[-1]])
-    config = compressed_config(base, source, [widths] * len(layers), frequencies, "free")
-    sides = Sides(base, config, held_out[:0], held_out, precision)
-    for number in layers:
-        sides.advance(number, _layer_tensors(way, base, number, widths, turning[number], scratch))
-    return sides.losses()[1]
-
-
-def _measured(
-    way: Recipe, base: Weights, budget: int, scratch: Path
-) -> tuple[list[LayerCosts], list[Tensor]]:
-    """Of each layer, what widths cost and which components should turn."""
     costs: list[LayerCosts] = []
     priorities: list[Tensor] = []
-    for number in range(base.config.num_hidden_layers):
-        statistics = _load_statistics(_statistics_file(scratch, number))
-        parts = _components(way, read_attention(base, number), statistics)
-        costs.append(_layer_costs(way, base, number, statistics, parts, budget))
+    frequencies: list[Tensor] = []
+    for number in range(job.base.config.num_hidden_layers):
+        weights, statistics = read_attention(job.base, number), job.scratch.statistics(number)
+        parts = way_components(way, weights, statistics)
+        if widths is None:
+            costs.append(_layer_costs(way, weights, statistics, parts, job.budget))
         priorities.append(parts.priority / statistics.residual)
-    return costs, priorities
+        frequencies.append(parts.frequencies)
+    widths = widths or _widths(costs, job.budget, layout)
+    turning = _turning(priorities, widths, layout)
+    turned = [own.flatten()[each] for own, each in zip(frequencies, turning, strict=True)]
+    config = compressed_config(job.base, job.source, widths, turned, layout)
+    return _Plan(way=way, costs=costs, widths=widths, turning=turning, config=config)
+
+
+def _rotary_only(job: _Job, way: Recipe) -> float:
+    """Held-out perplexity with the rotary channels of `way` and every channel of the latent."""
+    assert way.rotary is not None
+    row, count = job.source.row_dim, job.base.config.num_hidden_layers
+    rotary = way.rotary(job.source.head_dim, job.source.num_key_value_heads, job.budget)
+    plan = _plan(job, way, "standard", [Widths(latent=row - rotary, rotary=rotary)] * count)
+    held_out = job.calibration.held_out
+    sides = Sides(job.base, plan.config, held_out[:0], held_out, job.precision)
+    for number in range(count):
+        sides.advance(number, _layer_tensors(job, plan, number))
+    return sides.losses()[1]
 
 
 def compressed_config(
@@ -271,27 +255,14 @@ def compressed_config(
     )
 
 
-def _components(way: Recipe, weights: AttentionWeights, statistics: LayerStatistics) -> Components:
-    return components(
-        weights,
-        statistics,
-        way.basis,
-        way.priority,
-        keeps_mean=way.keeps_mean,
-        stride=way.stride,
-    )
-
-
 def _layer_costs(
     way: Recipe,
-    base: Weights,
-    number: int,
+    weights: AttentionWeights,
     statistics: LayerStatistics,
     parts: Components,
     budget: int,
 ) -> LayerCosts:
     """For every number of rotary channels worth a thought, relative to the residual stream."""
-    weights = read_attention(base, number)
     groups, head_dim = len(weights.k), weights.k.shape[1]
     if way.rotary is not None:
         candidates = [way.rotary(head_dim, groups, budget)]
@@ -336,20 +307,16 @@ def _largest(priority: Float[Tensor, "pairs components"], count: int) -> Int64[T
     return priority.flatten().argsort(descending=True, stable=True)[:count].sort().values
 
 
-def _layer_tensors(
-    way: Recipe, base: Weights, number: int, own: Widths, turning: Tensor, scratch: Path
-) -> dict[str, Tensor]:
-    weights = read_attention(base, number)
-    source = base.config.attention_of(number)
-    assert isinstance(source, GQAConfig)
-    statistics = _load_statistics(_statistics_file(scratch, number))
-    parts = _components(way, weights, statistics)
-    halves = split(parts, weights, statistics, turning, keeps_mean=way.keeps_mean)
-    factors = factorize(way.target(weights, statistics, halves), own.latent)
+def _layer_tensors(job: _Job, plan: _Plan, number: int) -> dict[str, Tensor]:
+    weights, statistics = read_attention(job.base, number), job.scratch.statistics(number)
+    way, source = plan.way, job.source
+    parts = way_components(way, weights, statistics)
+    halves = split(parts, weights, statistics, plan.turning[number], keeps_mean=way.keeps_mean)
+    factors = factorize(way.target(weights, statistics, halves), plan.widths[number].latent)
     tensors = attention_tensors(weights, halves, factors, has_bias=source.qkv_bias)
     if source.qkv_bias and not source.o_bias:
         # attention_bias puts a bias on kv_a_proj_with_mqa and on o_proj, or on neither
-        tensors["o_proj.bias"] = torch.zeros(base.config.hidden_size, dtype=torch.float64)
+        tensors["o_proj.bias"] = torch.zeros(job.base.config.hidden_size, dtype=torch.float64)
     return tensors
 
 
@@ -363,43 +330,3 @@ def _is_replaced(source: GQAConfig, way: Recipe) -> Callable[[str], bool]:
         return ".self_attn." in name and not name.endswith(tuple(kept))
 
     return is_replaced
-
-
-def _reader(scratch: Path) -> Callable[[str], Tensor]:
-    held: dict[int, dict[str, Tensor]] = {}
-
-    def read(name: str) -> Tensor:
-        _, number, _, below = name.split(".", 3)
-        if int(number) not in held:
-            held.clear()
-            held[int(number)] = load_file(_tensor_file(scratch, int(number)))
-        return held[int(number)][below]
-
-    return read
-
-
-def _statistics_file(scratch: Path, number: int) -> Path:
-    return scratch / f"statistics-{number}.safetensors"
-
-
-def _tensor_file(scratch: Path, number: int) -> Path:
-    return scratch / f"layer-{number}.safetensors"
-
-
-def _save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    save_file({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _save_statistics(path: Path, statistics: LayerStatistics) -> None:
-    values = asdict(statistics)
-    residual = torch.tensor(values.pop("residual"), dtype=torch.float64)
-    rotation = torch.view_as_real(values.pop("rotation")).contiguous()
-    save_file(values | {"residual": residual, "rotation": rotation}, path)
-
-
-def _load_statistics(path: Path) -> LayerStatistics:
-    values = load_file(path)
-    residual = float(values.pop("residual"))
-    # a tensor in a file may lie at a multiple of 8 bytes, which is none of a complex number's 16
-    rotation = torch.view_as_complex(values.pop("rotation").clone())
-    return LayerStatistics(**values, residual=residual, rotation=rotation)

@@ -1,6 +1,7 @@
 """Recipes of compression by name: whose components turn, what the latent is fitted to."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,14 +11,17 @@ from torch import Tensor
 
 from lowlat.convert.components import (
     Basis,
+    Components,
     Priority,
     Split,
+    components,
     own_basis,
     pooled_basis,
     weighted_basis,
 )
 from lowlat.convert.factors import Target, balanced_target, plain_target, weighted_target
 from lowlat.convert.statistics import AttentionWeights, LayerStatistics
+from lowlat.utils.progress import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +46,36 @@ class Recipe:
     """Of the frequencies of a fold, from one turning component to the next."""
     folded: Callable[[int, int, int], list["Recipe"]] | None = None
     """For (head_dim, groups, budget), itself with frequencies folded more and more, to try."""
+
+
+def way_components(
+    way: Recipe, weights: AttentionWeights, statistics: LayerStatistics
+) -> Components:
+    """The keys of a layer as `way` takes them apart."""
+    return components(
+        weights,
+        statistics,
+        way.basis,
+        way.priority,
+        keeps_mean=way.keeps_mean,
+        stride=way.stride,
+    )
+
+
+def best_folded(
+    ways: Sequence[Recipe], perplexity: Callable[[Recipe], float], task: Task
+) -> Recipe:
+    """Of `ways`, which fold more and more, the last before `perplexity` stops falling, as TransMLA
+    tries them.
+    """
+    best, least = ways[0], math.inf
+    for way in ways:
+        found = perplexity(way)
+        if found >= least:
+            break
+        best, least = way, found
+        task.advance(1)
+    return best
 
 
 def _by_cost(statistics: LayerStatistics, cost: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from lowlat.config.model import ModelConfig
 from lowlat.train.data.folder import TokenFolder
-from lowlat.train.plan.dryrun import require_fit, usable_memory
+from lowlat.train.plan.dryrun import gigabytes, most_memory, needed_bytes, usable_memory
 from lowlat.train.recipe import parse_recipe
 from lowlat.train.recipe_text import to_toml
 from lowlat.train.runlog.jsonl import read_log
@@ -207,12 +207,13 @@ def check_memory(original: ModelConfig, healing: Healing) -> None:
     """
     here = Path(".")
     recipe = parse_recipe(healing_recipe(here, here, here, healing), origin="healing")
-    require_fit(
-        original,
-        recipe,
-        memory_bytes=usable_memory(torch.device(recipe.device), recipe.parallel.processes),
-        teacher=original,
-    )
+    there = usable_memory(torch.device(recipe.device), recipe.parallel.processes)
+    needed = needed_bytes(most_memory(original, recipe, teacher=original)[1])
+    if needed > there:
+        raise UserError(
+            f"--heal: training needs about {gigabytes(needed)} of memory and {gigabytes(there)} "
+            "are there; convert without --heal, or where there is more"
+        )
 
 
 def _schedule(peak: float, steps: int) -> list[dict[str, Any]]:

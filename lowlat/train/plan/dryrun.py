@@ -62,7 +62,7 @@ class DryRun:
     @property
     def needed_bytes(self) -> float:
         """Memory of a process, program and libraries included."""
-        return _needed(self.memory)
+        return needed_bytes(self.memory)
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -121,18 +121,23 @@ def require_fit(
     """The memory of a process; raises UserError naming the largest part and the remedy where
     `memory_bytes` are not enough.
     """
-    memories = [_memory(config, recipe, job_of(recipe, phase), teacher) for phase in recipe.phase]
-    index = max(range(len(memories)), key=lambda place: memories[place].total)
-    memory = memories[index]
-    if _needed(memory) <= memory_bytes:
+    phase, memory = most_memory(config, recipe, teacher)
+    if needed_bytes(memory) <= memory_bytes:
         return memory
-    phase = recipe.phase[index]
     raise UserError(
-        f"phase '{phase.name}' needs about {_gigabytes(_needed(memory))} of memory "
-        f"per process and {_gigabytes(memory_bytes)} are there; the largest part is "
-        f"{_gigabytes(memory.parts[memory.largest])} of {memory.largest}: "
+        f"phase '{phase.name}' needs about {gigabytes(needed_bytes(memory))} of memory "
+        f"per process and {gigabytes(memory_bytes)} are there; the largest part is "
+        f"{gigabytes(memory.parts[memory.largest])} of {memory.largest}: "
         f"{_remedy(recipe, phase, memory)}"
     )
+
+
+def most_memory(
+    config: ModelConfig, recipe: Recipe, teacher: ModelConfig | None
+) -> tuple[Phase, Memory]:
+    """The phase that takes most, and what a process holds in it."""
+    found = ((p, _memory(config, recipe, job_of(recipe, p), teacher)) for p in recipe.phase)
+    return max(found, key=lambda each: each[1].total)
 
 
 def job_of(recipe: Recipe, phase: Phase) -> Job:
@@ -201,7 +206,8 @@ def layout_of(parallel: Parallel) -> Layout:
     )
 
 
-def _needed(memory: Memory) -> float:
+def needed_bytes(memory: Memory) -> float:
+    """Bytes of a process that holds `memory`."""
     return memory.total * ALLOCATOR + PROGRAM_BYTES
 
 
@@ -224,5 +230,6 @@ def _remedy(recipe: Recipe, phase: Phase, memory: Memory) -> str:
     return "use a smaller model, or raise parallel.fsdp, parallel.expert or parallel.pipeline"
 
 
-def _gigabytes(size: int | float) -> str:
+def gigabytes(size: int | float) -> str:
+    """`size` bytes as people read them."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

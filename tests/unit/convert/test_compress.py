@@ -19,15 +19,12 @@ from lowlat.convert.calibration import Calibration
 from lowlat.convert.components import components, split
 from lowlat.convert.compress import (
     CompressionReport,
-    _best_folded,
-    _components,
-    _load_statistics,
-    _save_statistics,
     compress,
     compressed_config,
 )
 from lowlat.convert.factors import attention_tensors, factorize, rank_costs, weighted_target
-from lowlat.convert.recipes import RECIPES, Recipe
+from lowlat.convert.recipes import RECIPES, Recipe, best_folded, way_components
+from lowlat.convert.scratch import Scratch
 from lowlat.convert.statistics import LayerStatistics, read_attention, run_layers
 from lowlat.convert.weights import Weights
 from lowlat.model.gqa import GQA
@@ -64,7 +61,7 @@ def compressed(weights: Weights, recipe: str | Recipe, rotary: int) -> tuple[MLA
     """Layer 0 in fp64 with `rotary` channels that turn, all of the latent."""
     way = RECIPES[recipe] if isinstance(recipe, str) else recipe
     own, statistics = read_attention(weights, 0), statistics_of(weights)[0]
-    parts = _components(way, own, statistics)
+    parts = way_components(way, own, statistics)
     turning = parts.priority.flatten().argsort(descending=True)[: rotary // 2]
     halves = split(parts, own, statistics, turning, keeps_mean=way.keeps_mean)
     rank = len(halves.static) + own.v.shape[0] * own.v.shape[1]
@@ -108,7 +105,7 @@ def test_equal_frequencies_fold_without_loss(place: int, bias: bool) -> None:
     torch.testing.assert_close(outputs(module, new, x), expected, rtol=2e-5, atol=2e-6)
 
 
-def test_folds_gather_keys_in_fewer_components() -> None:
+def test_folds_gather_keys_in_fewerway_components() -> None:
     """The components that turn hold more of the keys the wider the fold; each turns with another of
     its fold's frequencies, every second where half of them are kept.
     """
@@ -116,7 +113,7 @@ def test_folds_gather_keys_in_fewer_components() -> None:
     own, statistics = read_attention(weights, 0), statistics_of(weights)[0]
     held: list[float] = []
     for way in folds(16, 3, 48):
-        parts = _components(way, own, statistics)
+        parts = way_components(way, own, statistics)
         turning = parts.priority.flatten().argsort(descending=True, stable=True)[:8]
         frequencies = parts.frequencies.flatten()[turning].sort(descending=True).values
         torch.testing.assert_close(frequencies, own.frequencies)
@@ -126,7 +123,7 @@ def test_folds_gather_keys_in_fewer_components() -> None:
     assert len(held) == 4 and held == sorted(held) and held[0] < 0.99 * held[-1]
     halved = folds(16, 3, 40)
     assert [way.fold for way in halved] == [2, 4, 8] and halved[0].stride == 2
-    parts = _components(halved[1], own, statistics)
+    parts = way_components(halved[1], own, statistics)
     turning = parts.priority.flatten().argsort(descending=True, stable=True)[:4]
     found = parts.frequencies.flatten()[turning].sort(descending=True).values
     torch.testing.assert_close(found, own.frequencies[::2])
@@ -141,18 +138,10 @@ def folds(head_dim: int, groups: int, budget: int) -> list[Recipe]:
 @pytest.mark.parametrize(
     ("perplexities", "fold"), [((9, 8, 7, 6), 8), ((9, 8, 8.5, 6), 2), ((9, 9.5, 3, 3), 1)]
 )
-def test_folds_grow_until_one_is_worse(
-    perplexities: tuple[float, ...], fold: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_folds_grow_until_one_is_worse(perplexities: tuple[float, ...], fold: int) -> None:
     found = iter(perplexities)
-    monkeypatch.setattr("lowlat.convert.compress._rotary_only", lambda *_: next(found))
-    weights = weights_of(model_config())
-    source = weights.config.attention
-    assert isinstance(source, GQAConfig)
-    wide = torch.float32
-    best = _best_folded(
-        folds(16, 3, 48), weights, source, windows(2), 48, tmp_path, wide, SilentProgress()
-    )
+    with SilentProgress().task("", 4, "items") as task:
+        best = best_folded(folds(16, 3, 48), lambda _: next(found), task)
     assert best.fold == fold
 
 
@@ -256,8 +245,9 @@ def test_statistics_come_back_from_a_file(tmp_path: Path, heads: int, inputs: in
         norms=torch.rand(heads, 1, dtype=wide),
         residual=0.3,
     )
-    _save_statistics(tmp_path / "x", saved)
-    found = _load_statistics(tmp_path / "x")
+    scratch = Scratch(tmp_path)
+    scratch.keep_statistics(3, saved)
+    found = scratch.statistics(3)
     assert found.rotation.data_ptr() % 16 == 0
     for name, value in asdict(saved).items():
         if isinstance(value, Tensor):

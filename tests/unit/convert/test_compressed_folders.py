@@ -193,7 +193,7 @@ def test_a_full_disk_while_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def full(*arguments: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("lowlat.convert.compress.save_file", full)
+    monkeypatch.setattr("lowlat.convert.scratch.save_file", full)
     source = source_model(tmp_path / "source")
     with pytest.raises(UserError, match=r"cannot be written .*No space left.*make room"):
         convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path))

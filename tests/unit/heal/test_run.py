@@ -171,7 +171,7 @@ def test_too_little_memory_is_told_first(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lowlat.train.heal.usable_memory", lambda *_: 1_000_000)
-    with pytest.raises(UserError, match=r"needs about .* of memory .* 1 MB"):
+    with pytest.raises(UserError, match=r"--heal: training needs about .* and 1 MB are there"):
         tiny.call(made, tmp_path / "dst")
     assert not list(tmp_path.iterdir())
 
