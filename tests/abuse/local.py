@@ -75,6 +75,14 @@ class Local:
         )
 
 
+def num_threads() -> int:
+    """Of this process, without those of the work pool, which start when there is work for one more
+    and of which there is a fixed number at most.
+    """
+    names = [thread.name for thread in threading.enumerate()]
+    return sum(not name.startswith("lowlat-work") for name in names)
+
+
 def num_descriptors() -> int:
     """Open files and sockets of this process."""
     return len(os.listdir("/proc/self/fd"))

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from .local import NAME, Local, counting_model, listening, num_descriptors, successors, until
+from .local import (
+    NAME,
+    Local,
+    counting_model,
+    listening,
+    num_descriptors,
+    num_threads,
+    successors,
+    until,
+)
 from .wire import HOST, SECONDS, call, post
 
 COMPLETIONS = "/v1/completions"
@@ -86,12 +95,12 @@ def test_a_thousand_disconnects_leave_nothing_behind() -> None:
         asyncio.run(leave(server, rng, 100))
         until(lambda: server.is_idle, "the end")
         quiet = server.num_tasks()
-        before = (num_descriptors(), threading.active_count())
+        before = (num_descriptors(), num_threads())
         asyncio.run(leave(server, rng, 1000))
         until(lambda: server.is_idle, "the end")
         until(lambda: server.num_tasks() <= quiet, "the end of all tasks")
         until(lambda: num_descriptors() <= before[0], "the end of all sockets")
-        assert threading.active_count() <= before[1]
+        assert num_threads() <= before[1]
         assert server.services.bridge._open == {} and server.services.bridge._live == {}
         server.model.engine.check_integrity()
         body = {"model": NAME, "prompt": "abc", "max_tokens": 12, "temperature": 0}

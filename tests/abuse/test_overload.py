@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from .local import NAME, counting_model, listening, num_descriptors, successors, until
+from .local import NAME, counting_model, listening, num_descriptors, num_threads, successors, until
 from .wire import HOST, SECONDS, Reply, get, post
 
 COMPLETIONS = "/v1/completions"
@@ -133,13 +133,13 @@ def test_waves_of_overload_leave_nothing_behind() -> None:
         tracemalloc.start()
         try:
             waves(2)
-            before = (server.num_tasks(), num_descriptors(), threading.active_count())
+            before = (server.num_tasks(), num_descriptors(), num_threads())
             memory = [tracemalloc.get_traced_memory()[0]]
             counts: Counter[int] = Counter()
             for _ in range(2):
                 counts += waves(8)
                 memory.append(tracemalloc.get_traced_memory()[0])
-            after = (server.num_tasks(), num_descriptors(), threading.active_count())
+            after = (server.num_tasks(), num_descriptors(), num_threads())
         finally:
             tracemalloc.stop()
         assert counts[200] > 50 and counts[429] > 20, counts
