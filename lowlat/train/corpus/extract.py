@@ -13,6 +13,7 @@ from lowlat.train.corpus.archive import gunzip
 from lowlat.train.corpus.clean import even_text, unwrapped, without_dropped
 from lowlat.train.corpus.document import Document, Member
 from lowlat.train.corpus.html_text import Selector, html_to_text
+from lowlat.train.corpus.mediawiki import mediawiki_documents
 from lowlat.train.corpus.r_data import read_texts
 from lowlat.train.corpus.recipe import Source
 from lowlat.train.corpus.reference import (
@@ -85,6 +86,8 @@ def _documents(source: Source, members: Sequence[Member], task: Task) -> Iterato
                 yield from factbook_documents(member)
             case "dictionary":
                 yield from dictionary_documents(member)
+            case "mediawiki":
+                yield from mediawiki_documents(member)
             case "text":
                 title = PurePosixPath(member.path).name.split(".")[0].replace("_", " ")
                 yield Document(title=title, text=_decoded(member, source), path=member.path)

@@ -80,7 +80,9 @@ class Source(_Table):
     """Globs of files left out again."""
     held_out: tuple[Text, ...] = ()
     """Globs of documents (path in the archive, and what stands in the file) kept from training."""
-    format: Literal["text", "html", "r", "sword", "wordnet", "factbook", "dictionary"] = "text"
+    format: Literal[
+        "text", "html", "r", "sword", "wordnet", "factbook", "dictionary", "mediawiki"
+    ] = "text"
     """How text is got out of the files."""
     encoding: Literal["utf-8", "latin-1"] = "utf-8"
     """Of plain text."""

@@ -15,7 +15,8 @@ from lowlat.train.recipe_reference import reference
 from lowlat.train.schedule import Timetable
 
 ROOT = Path(__file__).parents[3]
-RECIPES = sorted(set((ROOT / "recipes").glob("*.toml")) - {ROOT / "recipes" / "corpus.toml"})
+CORPORA = {ROOT / "recipes" / name for name in ("corpus.toml", "heal-corpus.toml")}
+RECIPES = sorted(set((ROOT / "recipes").glob("*.toml")) - CORPORA)
 VOCAB = 49152
 
 

@@ -7,7 +7,8 @@ import pytest
 from lowlat.train.corpus.recipe import read_corpus_recipe, split_package
 from lowlat.utils.errors import UserError
 
-SHIPPED = Path(__file__).parents[4] / "recipes" / "corpus.toml"
+RECIPES = Path(__file__).parents[4] / "recipes"
+SHIPPED = RECIPES / "corpus.toml"
 SOURCE = """
 name = "tiny"
 [[source]]
@@ -32,6 +33,17 @@ def test_the_shipped_recipe_is_valid_and_every_source_tells_its_licence() -> Non
         assert source.licence.files, source.name
         assert source.licence.holder or source.licence.name == "public domain", source.name
     assert [source.name for source in recipe.source if source.held_out] == ["austen", "sotu"]
+
+
+def test_the_healing_corpus_is_of_the_same_sources_and_wikipedia() -> None:
+    recipe = read_corpus_recipe(RECIPES / "heal-corpus.toml")
+    wikipedia, *others = recipe.source
+    assert wikipedia.licence.name == "CC-BY-SA-3.0" and wikipedia.licence.holder
+    known = {source.name: source for source in read_corpus_recipe(SHIPPED).source}
+    for source in others:
+        assert source.max_megabytes is not None and source.max_megabytes < 0.5, source.name
+        cap = known[source.name].max_megabytes
+        assert source.model_copy(update={"max_megabytes": cap}) == known[source.name]
 
 
 def test_packages_are_taken_apart() -> None:
