@@ -53,7 +53,7 @@ Calibrate = Annotated[
     typer.Option(
         metavar="FILE",
         help="Text to measure attention on, like what the model will see; may be repeated. By "
-        "default prose and documentation that come along.",
+        "default the text of --text, or prose and documentation that come along.",
         show_default=False,
         rich_help_panel=_CACHE_PANEL,
     ),
@@ -87,6 +87,15 @@ Evaluate = Annotated[
         rich_help_panel=_HEALING_PANEL,
     ),
 ]
+Experts = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="With MLA: make N routed experts, of which a token uses two, and a shared one of "
+        "every dense layer. They compute the same until they are trained.",
+        show_default=False,
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -114,6 +123,7 @@ def convert(
     heal: Heal = None,
     text: Text = None,
     evaluate: Evaluate = None,
+    experts: Experts = None,
     dtype: Dtype = "auto",
     file_format: Format = "auto",
 ) -> None:
@@ -139,7 +149,8 @@ def convert(
     check_wanted(wanted, compression)
     progress = make_progress()
     path = api.prepare(src, progress=progress)
-    given = {"to": to, "dtype": dtype, "file_format": file_format, "compression": compression}
+    given = {"to": to, "dtype": dtype, "file_format": file_format}
+    given |= {"compression": compression, "experts": experts}
     with _saying_how_to_go_on(dst):
         if wanted.is_plain:
             report = run_conversion(path, dst, **given, progress=progress)

@@ -3,12 +3,14 @@
 Owns windows of token ids and the errors of unfit text; what is measured is `convert.statistics`'s.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -37,6 +39,11 @@ class Calibration:
     origin: str
     """Where the text comes from, for the report."""
 
+    def digest(self) -> str:
+        """Tells it from others."""
+        held = (self.windows, self.held_out)
+        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in held)).hexdigest()[:12]
+
 
 def read_calibration(paths: Sequence[Path], tokenizer: Tokenizer, context: int) -> Calibration:
     """Windows spread evenly over the texts in `paths`; without any, over prose that comes with
@@ -49,14 +56,37 @@ def read_calibration(paths: Sequence[Path], tokenizer: Tokenizer, context: int) 
     length = min(WINDOW, context)
     parts = [torch.tensor(tokenizer.encode(text), dtype=torch.int64) for text in texts]
     windows = torch.cat([part[: len(part) // length * length].view(-1, length) for part in parts])
-    wanted = WINDOWS + HELD_OUT
     if len(windows) < MINIMUM + HELD_OUT:
         found = sum(map(len, parts))
         raise UserError(
             f"--calibrate {origin}: {found} tokens are too few, at least "
             f"{(MINIMUM + HELD_OUT) * length} are needed (windows of {length}); add text"
         )
-    count = min(len(windows), wanted)
+    return _spread(windows, origin)
+
+
+def calibration_of(
+    tokens: Callable[[Int[np.ndarray, "windows length"]], Int[np.ndarray, "windows length"]],
+    count: int,
+    context: int,
+    origin: str,
+) -> Calibration | None:
+    """The same of a text that is tokens already, `count` of them; None where they are too few.
+
+    tokens: the ids at given places of the text.
+    """
+    length = min(WINDOW, context)
+    available = count // length
+    if available < MINIMUM + HELD_OUT:
+        return None
+    wanted = min(available, WINDOWS + HELD_OUT)
+    starts = np.arange(wanted) * available // wanted * length
+    return _spread(torch.from_numpy(tokens(starts[:, None] + np.arange(length))), origin)
+
+
+def _spread(windows: Int[Tensor, "available length"], origin: str) -> Calibration:
+    """As many of the windows as are wanted, evenly spread, some of them held out."""
+    count = min(len(windows), WINDOWS + HELD_OUT)
     chosen = windows[[i * len(windows) // count for i in range(count)]]
     every = count // HELD_OUT
     is_held_out = torch.tensor([i % every == every - 1 for i in range(count)])

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from lowlat.checkpoint.restart import hold
 from lowlat.config.model import ModelConfig
 from lowlat.convert.budget import STEP, row_budget
-from lowlat.convert.calibration import read_calibration
+from lowlat.convert.calibration import Calibration, read_calibration
 from lowlat.convert.compress import CompressionReport, Layout, compress
 from lowlat.convert.exact import check_exact
 from lowlat.convert.recipes import RECIPES
@@ -38,13 +38,16 @@ class Compression:
     """standard: a deepseek_v3 that other programs load; free: widths and frequencies by layer."""
     calibrate: tuple[Path, ...] = ()
     """Text files; without any, text that comes with lowlat."""
+    calibration: Calibration | None = field(default=None, compare=False)
+    """Instead of text files, windows that are there already."""
 
     def words(self) -> dict[str, Any]:
         """What distinguishes it from others, for the journal of a conversion. Raises UserError for
         a file that is not there.
         """
         try:
-            texts = [f"{path.resolve()} {path.stat().st_size}" for path in self.calibrate]
+            texts = [] if self.calibration is None else [self.calibration.digest()]
+            texts += [f"{path.resolve()} {path.stat().st_size}" for path in self.calibrate]
         except OSError as error:
             where = f"--calibrate {error.filename}"
             raise UserError(f"{where}: cannot be read ({error.strerror})") from error
@@ -103,7 +106,7 @@ def compressed_weights(
     context = base.config.max_position_embeddings
     return compress(
         base,
-        read_calibration(compression.calibrate, tokenizer, context),
+        compression.calibration or read_calibration(compression.calibrate, tokenizer, context),
         share=compression.share,
         recipe=compression.recipe,
         layout=compression.layout,

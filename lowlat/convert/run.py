@@ -41,6 +41,7 @@ from lowlat.convert.exact import check_exact, mla_config, mla_parameters
 from lowlat.convert.report import Report, compression_object, measure, report_files, weight_files
 from lowlat.convert.store import PLAIN, Form, stored_config, stored_groups
 from lowlat.convert.store_gguf import KINDS, stored_gguf
+from lowlat.convert.upcycle import UpcycledWeights, upcycled_config
 from lowlat.convert.weights import DerivedWeights, SourceWeights, Weights, parameter_shapes
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
@@ -70,6 +71,8 @@ class Job:
     """Whether `dst` is a .gguf file."""
     compression: Compression | None
     """To a smaller cache; None for exact conversions."""
+    experts: int | None
+    """Routed experts to make of every dense layer; None to keep layers dense."""
     opened: TensorSource
     """The tensors of `src`."""
     found: ModelConfig
@@ -81,6 +84,8 @@ class Job:
         options["format"] = "gguf" if self.is_gguf else "hf"
         if self.compression is not None:
             options["compression"] = self.compression.words()
+        if self.experts is not None:
+            options["experts"] = self.experts
         return {
             "source": fingerprint(self.src),
             "version of lowlat": version("lowlat"),
@@ -108,12 +113,14 @@ def convert(
     dtype: str = "auto",
     file_format: str = "auto",
     compression: Compression | None = None,
+    experts: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Write the model at `src` (folder or .gguf) as `dst`, a Hugging Face folder or a .gguf file.
 
     to: "mla" rewrites MHA, GQA or MQA as Multi-head Latent Attention computing the same function,
-    or with `compression` nearly the same from a smaller cache; None keeps the attention. dtype:
+    or with `compression` nearly the same from a smaller cache; None keeps the attention. experts:
+    that many routed experts of every dense layer, which compute the same (`upcycle`). dtype:
     fp32, bf16, fp16, fp8 (128x128 blocks as released), int8 or int4 (packed as loading does it;
     Q8_0 and Q4_1 in GGUF), or auto, which keeps each tensor's type (fp8 blocks become bf16, GGUF's
     blocks fp32). Numbers stored in fewer bits are multiplied out in fp32 first. Router biases stay
@@ -124,7 +131,15 @@ def convert(
     models, damaged files, an existing destination, a full disk.
     """
     start = time.perf_counter()
-    job = check(src, dst, to=to, dtype=dtype, file_format=file_format, compression=compression)
+    job = check(
+        src,
+        dst,
+        to=to,
+        dtype=dtype,
+        file_format=file_format,
+        compression=compression,
+        experts=experts,
+    )
     base, form = job.base(), job.form
     progress = progress or SilentProgress()
     with ExitStack() as until_written:
@@ -137,10 +152,12 @@ def convert(
             extra |= report_files(compression_object(cost, job.found, weights.config))
         else:
             weights = _mla_weights(base, form) if to == "mla" else base
+        if experts is not None:
+            weights = UpcycledWeights(weights, experts)
         if job.is_gguf:
             files, extra = [stored_gguf(weights, form, src, dst.name)], {}
         else:
-            raw = _config_fields(job.opened, weights, form, keeps=to is None)
+            raw = _config_fields(job.opened, weights, form, keeps=weights is base)
             files, index = plan_folder(stored_groups(weights, form))
             extra["config.json"] = (json.dumps(raw, indent=2) + "\n").encode()
             extra |= text_files(src) | ({} if index is None else {INDEX_FILE: index})
@@ -157,20 +174,24 @@ def check(
     dtype: str,
     file_format: str,
     compression: Compression | None,
+    experts: int | None = None,
 ) -> Job:
     """What `convert` of the same arguments is to do. Raises its errors as far as they can be known
     before any work.
     """
-    form, is_gguf = _checked_options(src, dst, to, dtype, file_format)
+    form, is_gguf = _checked_options(src, dst, to, dtype, file_format, experts)
     if compression is not None:
         check_compression(compression, to)
         refuse_existing(dst.absolute())
     opened = open_checkpoint(src)
     found = settle_mtp(read_config(opened), opened)
-    if to is None and is_gguf == _is_gguf(src) and form == _stored_form(found):
+    is_same = to is None and experts is None and is_gguf == _is_gguf(src)
+    if is_same and form == _stored_form(found):
         raise UserError(f"{src}: nothing to convert; its weights are {form} already")
     if compression is not None:
         check_reach(compression, found)
+    if experts is not None:
+        upcycled_config(mla_config(found) if to == "mla" else found, experts)
     if to == "mla" and is_gguf:
         architecture_of(mla_config(found))
     return Job(
@@ -182,6 +203,7 @@ def check(
         form=form or found.packing,
         is_gguf=is_gguf,
         compression=compression,
+        experts=experts,
         opened=opened,
         found=found,
     )
@@ -193,6 +215,7 @@ def _checked_options(
     to: str | None,
     dtype: str,
     file_format: str,
+    experts: int | None,
 ) -> tuple[Form | None, bool]:
     """The form to store (None to keep) and whether in GGUF. Raises UserError for unknown options
     and for combinations that do not exist.
@@ -212,10 +235,10 @@ def _checked_options(
         raise UserError(
             f"--dtype {dtype} does not exist in GGUF files; choose {', '.join(KINDS)} or auto"
         )
-    if to is None and form is None and is_gguf == _is_gguf(src):
+    if to is None and form is None and experts is None and is_gguf == _is_gguf(src):
         raise UserError(
             f"nothing to convert; give --to mla, --dtype ({', '.join(FORMS)}), another --format, "
-            "or several of them"
+            "--experts, or several of them"
         )
     return form, is_gguf
 

@@ -7,7 +7,8 @@ What would fail is found first: options, texts, and whether they hold the evalua
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lowlat.checkpoint.load import read_config
 from lowlat.checkpoint.mapping import settle_mtp
 from lowlat.checkpoint.save import text_files, write_checkpoint
 from lowlat.config.model import ModelConfig
-from lowlat.convert.calibration import read_calibration
+from lowlat.convert.calibration import calibration_of, read_calibration
 from lowlat.convert.compression import Compression
 from lowlat.convert.report import REPORT_FILE, Report, measure, report_files
 from lowlat.convert.run import Job, check, convert
@@ -66,6 +67,7 @@ def convert_and_heal(
     dtype: str = "auto",
     file_format: str = "auto",
     compression: Compression | None,
+    experts: int | None = None,
     wanted: Wanted,
     progress: Progress | None = None,
 ) -> Report:
@@ -82,7 +84,15 @@ def convert_and_heal(
     began = time.perf_counter()
     dst = dst.absolute()
     check_wanted(wanted, compression)
-    job = check(src, dst, to=to, dtype=dtype, file_format=file_format, compression=compression)
+    job = check(
+        src,
+        dst,
+        to=to,
+        dtype=dtype,
+        file_format=file_format,
+        compression=compression,
+        experts=experts,
+    )
     assert compression is not None and not wanted.is_plain
     tokenizer = Tokenizer.from_folder(src) if src.is_dir() else Tokenizer.from_gguf(src)
     healing = _healing(wanted, job.found)
@@ -102,8 +112,7 @@ def convert_and_heal(
             work=work,
             progress=progress or SilentProgress(),
         )
-        _check_texts(task)
-        made, report = _made(task)
+        made, report = _made(replace(task, compression=_checked_texts(task)))
         converted = _config(made)
         work.place(made, report_files(report), dst)
     return measure(src, dst, job.found, converted, time.perf_counter() - began)
@@ -118,9 +127,12 @@ def _healing(wanted: Wanted, config: ModelConfig) -> Healing | None:
     return Healing(tokens=wanted.tokens, sequence_length=length)
 
 
-def _check_texts(task: _Task) -> None:
-    """Make the token folder; find unfit texts before anything that takes long."""
+def _checked_texts(task: _Task) -> Compression:
+    """Make the token folder; find unfit texts before anything that takes long. The compression
+    that is asked for, calibrated on the text to heal on unless another is given.
+    """
     work, text, progress = task.work, task.text, task.progress
+    compression, context = task.compression, task.job.found.max_position_embeddings
     if task.healing is not None:
         length = task.healing.sequence_length
         if work.tokens.exists():
@@ -130,20 +142,25 @@ def _check_texts(task: _Task) -> None:
         check_healing(work.tokens, task.healing)
         if text is not None:
             require_unseen(folder, text.ids, text.path, progress)
-    if not work.start.exists():
-        paths = task.compression.calibrate
-        found = read_calibration(paths, task.tokenizer, task.job.found.max_position_embeddings)
+        if not compression.calibrate:
+            tokens, count = partial(folder.tokens, "train"), folder.num_tokens("train")
+            own = calibration_of(tokens, count, context, "the text of --text")
+            compression = replace(compression, calibration=own)
+    if not work.start.exists() and compression.calibration is None:
+        paths = compression.calibrate
+        found = read_calibration(paths, task.tokenizer, context)
         if text is not None:
             given = task.tokenizer.encode_batch([path.read_text("utf-8") for path in paths])
             seen = map(np.array, given) if paths else found.windows.numpy()
             require_uncalibrated(seen, text.ids, text.path)
+    return compression
 
 
 def _made(task: _Task) -> tuple[Path, dict[str, Any]]:
     """The finished model in the work's folder, and its report."""
     work, job = task.work, task.job
-    # what is trained is rounded once, when it is done
-    dtype = job.dtype if task.healing is None else "fp32"
+    # what is trained is rounded once, when it is done, and its experts are made then
+    dtype, experts = (job.dtype, job.experts) if task.healing is None else ("fp32", None)
     if not work.start.exists():
         convert(
             job.src,
@@ -151,6 +168,7 @@ def _made(task: _Task) -> tuple[Path, dict[str, Any]]:
             to="mla",
             dtype=dtype,
             compression=task.compression,
+            experts=experts,
             progress=task.progress,
         )
     report = json.loads((work.start / REPORT_FILE).read_text(encoding="utf-8"))
@@ -161,7 +179,13 @@ def _made(task: _Task) -> tuple[Path, dict[str, Any]]:
         return work.start, report | _evaluation(task, scores)
     report["healing"] = work.kept("healing", lambda: _heal(task))
     if not work.out.exists():
-        convert(work.healed, work.out, dtype=job.stored_dtype(), progress=task.progress)
+        convert(
+            work.healed,
+            work.out,
+            dtype=job.stored_dtype(),
+            experts=job.experts,
+            progress=task.progress,
+        )
     scores["healed"] = _score(task, "healed", work.out)
     return work.out, report | _evaluation(task, scores)
 

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from lowlat.convert.calibration import read_calibration
+from lowlat.convert.calibration import calibration_of, read_calibration
 from lowlat.utils.errors import UserError
 from tests.fakes import byte_tokenizer
 
@@ -41,3 +43,19 @@ def test_without_text_there_is_text() -> None:
     found = read_calibration([], byte_tokenizer(), 4096)
     assert found.windows.shape == (64, 1024)
     assert "lowlat" in found.origin
+
+
+@pytest.mark.parametrize("count", [1200, 4321, 68 * 100, 99_999])
+def test_tokens_are_windows_spread_over_all_of_them(count: int) -> None:
+    found = calibration_of(lambda places: places, count, 100, "tokens")
+    assert found is not None and found.origin == "tokens"
+    windows = torch.cat([found.windows, found.held_out])
+    assert windows.shape == (min(68, count // 100), 100) and len(found.held_out) == 4
+    starts = sorted(windows[:, 0].tolist())
+    assert torch.equal(windows, windows[:, :1] + torch.arange(100))
+    gaps = np.diff([*starts, count // 100 * 100])
+    assert starts[0] == 0 and max(gaps) - min(gaps) <= 100 and min(gaps) >= 100
+
+
+def test_few_tokens_are_no_calibration() -> None:
+    assert calibration_of(lambda places: places, 1199, 100, "tokens") is None

@@ -200,3 +200,29 @@ def test_a_gguf_file_is_healed(made: Path, tmp_path: Path) -> None:
     source, healed = (load_model(tmp_path / name, dtype="fp32") for name in ("m.gguf", "mla"))
     name = "layers.0.mlp.up_proj.weight"
     assert torch.equal(source.model.get_parameter(name), healed.model.get_parameter(name))
+
+
+def test_calibration_is_on_the_text_to_heal_on(made: Path, tmp_path: Path) -> None:
+    """Unless another is given; and it is the same every time."""
+    changes = {"calibrate": (), "evaluate": None}
+    for name in ("a", "b"):
+        tiny.call(made, tmp_path / name, **changes)
+    assert tiny.contents(tmp_path / "a") == tiny.contents(tmp_path / "b")
+    assert tiny.report(tmp_path / "a")["calibration"] == "the text of --text"
+    assert tiny.report(made / "whole")["calibration"] == "calibrate.txt"
+
+
+def test_experts_are_made_of_what_was_healed(tmp_path: Path) -> None:
+    made = tiny.make(tmp_path, intermediate_size=30)
+    for name, experts in (("dense", None), ("experts", 4)):
+        tiny.call(made, made / name, experts=experts)
+    dense, found = (load_model(made / name).model for name in ("dense", "experts"))
+    assert found.config.moe is not None and found.config.moe.n_routed_experts == 4
+    before, after = dense.state_dict(), found.state_dict()
+    kept = [name for name in before if ".mlp." not in name]
+    assert len(kept) > 8 and all(torch.equal(before[name], after[name]) for name in kept)
+    whole = before["layers.1.mlp.up_proj.weight"]
+    halves = [
+        after[f"layers.1.mlp.{name}.up_proj.weight"] for name in ("shared_experts", "experts.3")
+    ]
+    assert torch.equal(torch.cat(halves), whole)
