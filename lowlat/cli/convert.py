@@ -91,8 +91,8 @@ Experts = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="With MLA: make N routed experts, of which a token uses two, and a shared one of "
-        "every dense layer. They compute the same until they are trained.",
+        help="Of a dense model, with --to mla or as MLA already: make N routed experts, of which a "
+        "token uses two, and a shared one of every layer. They compute the same until trained.",
         show_default=False,
     ),
 ]

@@ -40,7 +40,7 @@ class Calibration:
     """Where the text comes from, for the report."""
 
     def digest(self) -> str:
-        """Tells it from others."""
+        """A short hash of the windows."""
         held = (self.windows, self.held_out)
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in held)).hexdigest()[:12]
 
@@ -62,7 +62,7 @@ def read_calibration(paths: Sequence[Path], tokenizer: Tokenizer, context: int) 
             f"--calibrate {origin}: {found} tokens are too few, at least "
             f"{(MINIMUM + HELD_OUT) * length} are needed (windows of {length}); add text"
         )
-    return _spread(windows, origin)
+    return _divided(windows[_spread(len(windows))], origin)
 
 
 def calibration_of(
@@ -71,23 +71,27 @@ def calibration_of(
     context: int,
     origin: str,
 ) -> Calibration | None:
-    """The same of a text that is tokens already, `count` of them; None where they are too few.
+    """Windows spread evenly over `count` tokens; None where they are too few.
 
-    tokens: the ids at given places of the text.
+    tokens: the ids at given places. context: of the model.
     """
     length = min(WINDOW, context)
     available = count // length
     if available < MINIMUM + HELD_OUT:
         return None
-    wanted = min(available, WINDOWS + HELD_OUT)
-    starts = np.arange(wanted) * available // wanted * length
-    return _spread(torch.from_numpy(tokens(starts[:, None] + np.arange(length))), origin)
+    starts = np.array(_spread(available)) * length
+    return _divided(torch.from_numpy(tokens(starts[:, None] + np.arange(length))), origin)
 
 
-def _spread(windows: Int[Tensor, "available length"], origin: str) -> Calibration:
-    """As many of the windows as are wanted, evenly spread, some of them held out."""
-    count = min(len(windows), WINDOWS + HELD_OUT)
-    chosen = windows[[i * len(windows) // count for i in range(count)]]
+def _spread(available: int) -> list[int]:
+    """Which of so many windows are used."""
+    count = min(available, WINDOWS + HELD_OUT)
+    return [i * available // count for i in range(count)]
+
+
+def _divided(chosen: Int[Tensor, "windows length"], origin: str) -> Calibration:
+    """Every so many windows one is held out."""
+    count = len(chosen)
     every = count // HELD_OUT
     is_held_out = torch.tensor([i % every == every - 1 for i in range(count)])
     return Calibration(windows=chosen[~is_held_out], held_out=chosen[is_held_out], origin=origin)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lowlat.config.arithmetic import cache_cost, count_parameters
 from lowlat.config.attention import ModelAttention, distinct, row_widths, short_name
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from lowlat.convert import report_plot
 from lowlat.convert.compress import CompressionReport
 
@@ -51,6 +51,8 @@ class Report:
     """Those bytes by the model's parameters, MTP modules included."""
     bits_per_weight_after: float
     """The same of the destination."""
+    experts: str | None
+    """'8 routed, of which a token uses 2, and 1 shared', made of every dense layer; else None."""
     seconds: float
     """From opening the source to the finished destination."""
     compression: CompressionReport | None = None
@@ -81,6 +83,7 @@ def measure(
         weight_bytes_after=sizes[1],
         bits_per_weight_before=bits[0],
         bits_per_weight_after=bits[1],
+        experts=None if config.moe == converted.moe else _describe_experts(converted.moe),
         seconds=seconds,
     )
 
@@ -98,13 +101,18 @@ def compression_object(
         asdict(layer) | {"rotary_share": layer.rotary / (layer.latent + layer.rotary)}
         for layer in cost.layers
     ]
-    return asdict(cost) | {
-        "attention_before": describe_attention(config.attention),
-        "attention_after": describe_attention(converted.attention),
-        "cache_bytes_per_token_before": before,
-        "cache_bytes_per_token_after": after,
-        "layers": layers,
-    }
+    made = {} if converted.moe is None else {"routed_experts": converted.moe.n_routed_experts}
+    return (
+        asdict(cost)
+        | made
+        | {
+            "attention_before": describe_attention(config.attention),
+            "attention_after": describe_attention(converted.attention),
+            "cache_bytes_per_token_before": before,
+            "cache_bytes_per_token_after": after,
+            "layers": layers,
+        }
+    )
 
 
 def report_files(report: Mapping[str, Any]) -> dict[str, bytes]:
@@ -130,6 +138,13 @@ def describe_attention(attention: ModelAttention) -> str:
     if groups == 1:
         return f"MQA, {heads} heads sharing one key and value of {head_dim}"
     return f"GQA, {heads} heads in {groups} groups of {head_dim}"
+
+
+def _describe_experts(moe: MoEConfig | None) -> str | None:
+    if moe is None:
+        return None
+    routed, used, shared = moe.n_routed_experts, moe.num_experts_per_tok, moe.n_shared_experts
+    return f"{routed} routed, of which a token uses {used}, and {shared} shared"
 
 
 def weight_files(path: Path) -> list[Path]:

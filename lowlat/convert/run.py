@@ -174,7 +174,7 @@ def check(
     dtype: str,
     file_format: str,
     compression: Compression | None,
-    experts: int | None = None,
+    experts: int | None,
 ) -> Job:
     """What `convert` of the same arguments is to do. Raises its errors as far as they can be known
     before any work.

@@ -23,6 +23,8 @@ from lowlat.utils.errors import UserError
 CHOSEN = 2
 """Routed experts a token uses: with one, its weight would be 1 and the router would learn nothing.
 """
+MOST = 1024
+"""Routed experts of a layer; released models have 384 at most."""
 EXPERTS = re.compile(r"(?P<mlp>.+\.mlp)\.(?:shared_experts|experts\.\d+)\.(?P<matrix>\w+)\.weight")
 ROUTER = ".mlp.gate.weight"
 
@@ -36,13 +38,17 @@ def upcycled_config(config: ModelConfig, experts: int) -> ModelConfig:
             f"--experts makes experts of a dense model, and this one has "
             f"{config.moe.n_routed_experts} already"
         )
-    is_mla = isinstance(config.attention_of(0), MLAConfig)
-    if not is_mla or config.model_type not in ("deepseek_v3", LOWLAT):
+    if not isinstance(config.attention_of(0), MLAConfig):
         raise UserError("--experts makes a model of the deepseek_v3 kind; add --to mla")
-    if experts <= CHOSEN:
+    if config.model_type not in ("deepseek_v3", LOWLAT):
         raise UserError(
-            f"--experts {experts} leaves a router nothing to choose: a token uses {CHOSEN}; give "
-            f"{CHOSEN + 1} or more"
+            f"--experts makes a model of the deepseek_v3 kind, and '{config.model_type}' routes "
+            "by other rules"
+        )
+    if not CHOSEN < experts <= MOST:
+        raise UserError(
+            f"--experts {experts} is out of range: a token uses {CHOSEN} of them, so give "
+            f"{CHOSEN + 1} to {MOST}"
         )
     if config.intermediate_size % 2:
         raise UserError(

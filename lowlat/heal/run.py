@@ -112,7 +112,8 @@ def convert_and_heal(
             work=work,
             progress=progress or SilentProgress(),
         )
-        made, report = _made(replace(task, compression=_checked_texts(task)))
+        folder = _checked_texts(task)
+        made, report = _made(replace(task, compression=_calibrated(task, folder)))
         converted = _config(made)
         work.place(made, report_files(report), dst)
     return measure(src, dst, job.found, converted, time.perf_counter() - began)
@@ -127,12 +128,12 @@ def _healing(wanted: Wanted, config: ModelConfig) -> Healing | None:
     return Healing(tokens=wanted.tokens, sequence_length=length)
 
 
-def _checked_texts(task: _Task) -> Compression:
-    """Make the token folder; find unfit texts before anything that takes long. The compression
-    that is asked for, calibrated on the text to heal on unless another is given.
+def _checked_texts(task: _Task) -> TokenFolder | None:
+    """The text to heal on as tokens, None without healing. Finds unfit texts before anything that
+    takes long.
     """
     work, text, progress = task.work, task.text, task.progress
-    compression, context = task.compression, task.job.found.max_position_embeddings
+    folder, found = None, task.job.found
     if task.healing is not None:
         length = task.healing.sequence_length
         if work.tokens.exists():
@@ -140,20 +141,33 @@ def _checked_texts(task: _Task) -> Compression:
         else:
             folder = build_tokens(work.tokens, task.wanted.texts, task.tokenizer, length, progress)
         check_healing(work.tokens, task.healing)
+        if folder.vocab_size > found.vocab_size:
+            raise UserError(
+                f"{task.job.src}: its tokenizer has ids up to {folder.vocab_size - 1}, its model "
+                f"only {found.vocab_size} of them; restore tokenizer.json"
+            )
         if text is not None:
             require_unseen(folder, text.ids, text.path, progress)
-        if not compression.calibrate:
-            tokens, count = partial(folder.tokens, "train"), folder.num_tokens("train")
-            own = calibration_of(tokens, count, context, "the text of --text")
-            compression = replace(compression, calibration=own)
-    if not work.start.exists() and compression.calibration is None:
-        paths = compression.calibrate
-        found = read_calibration(paths, task.tokenizer, context)
+    if not work.start.exists() and _calibrated(task, folder).calibration is None:
+        paths = task.compression.calibrate
+        calibration = read_calibration(paths, task.tokenizer, found.max_position_embeddings)
         if text is not None:
             given = task.tokenizer.encode_batch([path.read_text("utf-8") for path in paths])
-            seen = map(np.array, given) if paths else found.windows.numpy()
+            seen = map(np.array, given) if paths else calibration.windows.numpy()
             require_uncalibrated(seen, text.ids, text.path)
-    return compression
+    return folder
+
+
+def _calibrated(task: _Task, folder: TokenFolder | None) -> Compression:
+    """The compression that is asked for, calibrated on the text to heal on, which `folder` holds,
+    unless another is given or that one is too short.
+    """
+    compression, context = task.compression, task.job.found.max_position_embeddings
+    if folder is None or compression.calibrate:
+        return compression
+    tokens, count = partial(folder.tokens, "train"), folder.num_tokens("train")
+    own = calibration_of(tokens, count, context, "the text of --text")
+    return replace(compression, calibration=own)
 
 
 def _made(task: _Task) -> tuple[Path, dict[str, Any]]:
@@ -173,6 +187,8 @@ def _made(task: _Task) -> tuple[Path, dict[str, Any]]:
         )
     report = json.loads((work.start / REPORT_FILE).read_text(encoding="utf-8"))
     report["dtype"] = job.stored_dtype()
+    if job.experts is not None:
+        report["routed_experts"] = job.experts
     models = {"original": job.src, "compressed": work.start}
     scores = {name: _score(task, name, model) for name, model in models.items()}
     if task.healing is None:

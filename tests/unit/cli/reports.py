@@ -19,5 +19,6 @@ def conversion(source: Path, destination: Path) -> Report:
         weight_bytes_after=20_000_000,
         bits_per_weight_before=4.5,
         bits_per_weight_after=16.0,
+        experts=None,
         seconds=1.5,
     )

@@ -10,19 +10,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
+from lowlat.cli.main import app
 from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import GQAConfig, ModelConfig
 from lowlat.convert.compression import Compression
-from lowlat.convert.exact import mla_config
 from lowlat.convert.run import convert
 from lowlat.convert.upcycle import upcycled_config
 from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
+from tests import fakes
 from tests.fakes import byte_tokenizer, gqa_config
 
 EXPERTS = 5
@@ -32,7 +34,8 @@ LENGTH = 40
 def dense(folder: Path, **changes: Any) -> Path:
     """A GQA model with an inner width that no block divides."""
     attention = GQAConfig(num_attention_heads=6, num_key_value_heads=2, head_dim=16)
-    config = gqa_config(hidden_size=64, attention=attention, intermediate_size=154, **changes)
+    sizes = {"hidden_size": 64, "intermediate_size": 154} | changes
+    config = gqa_config(attention=attention, **sizes)
     model = Transformer(config, dtype=torch.float32)
     init_weights(model, seed=3)
     save_model(model, config, folder, source=None)
@@ -120,27 +123,70 @@ def test_experts_are_stored_in_any_form(tmp_path: Path, dtype: str) -> None:
     assert all(torch.equal(each, found[0]) for each in found)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_packed_experts_compute_what_packed_dense_layers_do(tmp_path: Path, dtype: str) -> None:
+    """Half of the inner width is whole groups, so both round the same numbers together."""
+    src = dense(tmp_path / "src", intermediate_size=128)
+    convert(src, tmp_path / "dense", to="mla", dtype=dtype)
+    convert(src, tmp_path / "experts", to="mla", dtype=dtype, experts=EXPERTS)
+    ids = torch.arange(LENGTH) * 7 % 250
+    (wanted, _), (found, _) = (logits(tmp_path / name, ids) for name in ("dense", "experts"))
+    torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
+
+
+def test_a_deepseek_model_with_mtp_modules(tmp_path: Path) -> None:
+    """Whose latents have norms; `--to mla` has nothing to do with it."""
+    config = fakes.mla_config(intermediate_size=30)
+    model = Transformer(config, dtype=torch.float32)
+    init_weights(model, seed=3)
+    save_model(model, config, tmp_path / "dense", source=None)
+    convert(tmp_path / "dense", tmp_path / "experts", experts=EXPERTS)
+    ids = torch.arange(LENGTH) * 7 % 250
+    (wanted, _), (found, own) = (logits(tmp_path / name, ids) for name in ("dense", "experts"))
+    assert own == upcycled_config(config, EXPERTS)
+    torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
+    names = load_file(tmp_path / "experts/model.safetensors")
+    assert f"model.layers.{config.num_hidden_layers}.mlp.experts.0.up_proj.weight" in names
+
+
+def test_the_command_says_what_was_made(tmp_path: Path) -> None:
+    src = dense(tmp_path / "src")
+    command = ["convert", str(src), str(tmp_path / "dst"), "--to", "mla", "--experts", "8"]
+    done = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert "in every layer 8 routed, of which a token uses 2, and 1 shared" in done.output
+
+
 @pytest.mark.parametrize(
-    ("changes", "given", "message"),
+    ("given", "message"),
     [
-        ({}, {"experts": 2, "to": "mla"}, r"^--experts 2 leaves .*; give 3 or more$"),
-        ({}, {"experts": -1, "to": "mla"}, r"^--experts -1 leaves .*; give 3 or more$"),
-        ({}, {"experts": 4}, r"^--experts makes .*; add --to mla$"),
+        ({"experts": 2, "to": "mla"}, r"^--experts 2 is out of range: .* give 3 to 1024$"),
+        ({"experts": -1, "to": "mla"}, r"^--experts -1 is out of range: .* give 3 to 1024$"),
+        ({"experts": 1025, "to": "mla"}, r"^--experts 1025 is out of range: .* 3 to 1024$"),
+        ({"experts": 4}, r"^--experts makes .*; add --to mla$"),
     ],
 )
-def test_what_cannot_be_is_refused(
-    tmp_path: Path, changes: dict[str, Any], given: dict[str, Any], message: str
-) -> None:
-    src = dense(tmp_path / "src", **changes)
+def test_what_cannot_be_is_refused(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    src = dense(tmp_path / "src")
     with pytest.raises(UserError, match=message):
         convert(src, tmp_path / "dst", **given)
     assert not (tmp_path / "dst").exists()
 
 
-def test_models_without_a_half_or_with_experts_are_refused(tmp_path: Path) -> None:
-    src = dense(tmp_path / "src")
-    config = load_model(src, dtype="fp32").model.config
-    with pytest.raises(UserError, match="intermediate_size 155 is odd"):
-        upcycled_config(replace(mla_config(config), intermediate_size=155), 4)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"intermediate_size": 155}, "intermediate_size 155 is odd"),
+        ({"model_type": "deepseek_v2"}, "'deepseek_v2' routes by other rules"),
+    ],
+)
+def test_models_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    config = replace(fakes.mla_config(intermediate_size=30), **changes)
+    with pytest.raises(UserError, match=message):
+        upcycled_config(config, 4)
+
+
+def test_models_with_experts_are_refused() -> None:
+    config = upcycled_config(fakes.mla_config(intermediate_size=30), 4)
     with pytest.raises(UserError, match="this one has 4 already"):
-        upcycled_config(upcycled_config(mla_config(config), 4), 4)
+        upcycled_config(config, 4)

@@ -104,6 +104,8 @@ def test_a_stopped_training_goes_on(
         ({"tokens": 640}, "healing .it was 1280 tokens, now 640 tokens"),
         ({"share": 0.75}, "options .it was .*'cache': 0.5.*now .*'cache': 0.75"),
         ({"dtype": "bf16"}, "options .it was .*dtype auto.*now .*dtype bf16"),
+        ({"experts": 4}, "options .it was .*now .*experts 4"),
+        ({"calibrate": ()}, "options .it was .*'text': .*now .*'text'"),
         ({"evaluate": None}, "evaluation text .it was .*now none"),
         ({"texts": "calibrate.txt"}, "healing text .it was .*heal.txt .*now .*calibrate.txt"),
     ],

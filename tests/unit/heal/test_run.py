@@ -1,6 +1,7 @@
 """Conversions with healing and evaluation: what is made, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -212,11 +213,11 @@ def test_calibration_is_on_the_text_to_heal_on(made: Path, tmp_path: Path) -> No
     assert tiny.report(made / "whole")["calibration"] == "calibrate.txt"
 
 
-def test_experts_are_made_of_what_was_healed(tmp_path: Path) -> None:
-    made = tiny.make(tmp_path, intermediate_size=30)
-    for name, experts in (("dense", None), ("experts", 4)):
-        tiny.call(made, made / name, experts=experts)
-    dense, found = (load_model(made / name).model for name in ("dense", "experts"))
+def test_experts_are_made_of_what_was_healed(made: Path, tmp_path: Path) -> None:
+    report = tiny.call(made, tmp_path / "experts", experts=4)
+    assert report.experts == "4 routed, of which a token uses 2, and 1 shared"
+    assert tiny.report(tmp_path / "experts")["routed_experts"] == 4
+    dense, found = (load_model(path).model for path in (made / "whole", tmp_path / "experts"))
     assert found.config.moe is not None and found.config.moe.n_routed_experts == 4
     before, after = dense.state_dict(), found.state_dict()
     kept = [name for name in before if ".mlp." not in name]
@@ -226,3 +227,30 @@ def test_experts_are_made_of_what_was_healed(tmp_path: Path) -> None:
         after[f"layers.1.mlp.{name}.up_proj.weight"] for name in ("shared_experts", "experts.3")
     ]
     assert torch.equal(torch.cat(halves), whole)
+
+
+def test_experts_without_healing(made: Path, tmp_path: Path) -> None:
+    tiny.call(made, tmp_path / "experts", experts=4, tokens=None, texts=())
+    told = tiny.report(tmp_path / "experts")
+    assert told["routed_experts"] == 4 and "healed" not in told["evaluation"]
+    assert load_model(tmp_path / "experts").config.moe is not None
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(made: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(made / "source", source)
+    file = source / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    raw["added_tokens"] += [
+        {"id": 256 + number, "content": f"<{number}>", "special": True, **plain}
+        for number in range(20)
+    ]
+    file.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="its tokenizer has ids up to 279, its model only 263"):
+        convert_and_heal(
+            source,
+            tmp_path / "mla",
+            compression=Compression(share=0.5),
+            wanted=Wanted(tokens=tiny.TOKENS, texts=(str(made / "heal.txt"),)),
+        )

@@ -27,11 +27,9 @@ def prose(lines: int, seed: int) -> str:
     return "\n".join(" ".join(drawn.choice(WORDS) for _ in range(12)) for _ in range(lines))
 
 
-def make(folder: Path, **changes: Any) -> Path:
-    """`source`, with `changes` of its config, heal.txt, calibrate.txt and evaluate.txt in
-    `folder`.
-    """
-    source_model(folder / "source", **changes)
+def make(folder: Path) -> Path:
+    """`source`, heal.txt, calibrate.txt and evaluate.txt in `folder`."""
+    source_model(folder / "source", intermediate_size=30)
     (folder / "heal.txt").write_text(prose(500, seed=1))
     (folder / "calibrate.txt").write_text(prose(100, seed=2))
     (folder / "evaluate.txt").write_text(prose(30, seed=3))

@@ -46,6 +46,8 @@ def test_articles_are_documents_and_nothing_else_is() -> None:
         Member(path="w/dump.xml", data=data),
         Member(path="w/dump.xml", data=b'<?xml version="1.0"?>' + data),
         Member(path="w/dump.xml.bz2", data=bz2.compress(data)),
+        Member(path="w/dump.xml.bz2", data=bz2.compress(data[:300]) + bz2.compress(data[300:])),
+        Member(path="w/dump.xml", data=data.replace(b"<ns>0</ns>", b"")),
     ):
         found = list(mediawiki_documents(member))
         assert [document.title for document in found] == ["Alpha", "Beta"]
@@ -63,10 +65,15 @@ def test_articles_are_documents_and_nothing_else_is() -> None:
         ("a [[town hall|hall]], a [[:Category:Halls|list]]", "a hall, a list"),
         ("[[File:a.jpg|thumb|A [[dog]] barks]]A dog.[[Category:Dogs]]", "A dog."),
         ("[[fr:Chien]]A dog.", "A dog."),
+        ("[[CSI: Miami|the show]] and [[MI: 5]]", "the show and MI: 5"),
+        ("in [[File:a.jpg]] .NET, at 3 : 2 or 9", "in .NET, at 3: 2 or 9"),
         ("see [http://a.org the page] and [http://b.org]", "see the page and"),
         ("true.<ref name=a>A book, p. 3</ref> And<ref name=a/> so.", "true. And so."),
         ("five<!-- six --> &eacute; seven&nbsp;km", "five é seven km"),
         ("A {{convert|10|km|mi}} road {{citation needed}} ends", "A 10 km road ends"),
+        ("{{convert|60|to|70|km}}, {{As of|2009|6}}", "60 to 70 km, As of 2009"),
+        ("a&#xD800;b", "a?b"),
+        ("Are:\n* a\n** b\n** {{c}}\n* d<pre>x  y</pre>", "Are:\n- a\n- b\n- d"),
         ("a Greek ({{lang|el|λόγος}}; {{IPA|x}}) word", "a Greek (λόγος;) word"),
         ("a man ({{IPA|x}}; born 1870) of ({{audio|y}}) note", "a man (born 1870) of note"),
         ("x<math>y^2</math>,\n{| class=w\n| cell\n|}\nafter", "x,\n\nafter"),
@@ -87,7 +94,17 @@ def test_sections_that_list_other_texts_are_left_out() -> None:
     assert article(markup) == "Intro\n\nLife\n\nLong.\n\nYouth\n\nShort.\n\nDeath\n\nIt ended."
 
 
-@pytest.mark.parametrize("data", [b"no XML", export(page("T", "x"))[:-20], b"", b"<html></html>"])
+NO_EXPORTS = [
+    b"no XML",
+    export(page("T", "x"))[:-20],
+    b"",
+    b"<html></html>",
+    b'<?xml version="1.0" encoding="klingon"?><a/>',
+    b'<?xml version="1.0" encoding="gb18030"?><a/>',
+]
+
+
+@pytest.mark.parametrize("data", NO_EXPORTS)
 def test_what_is_no_export_is_an_error(data: bytes) -> None:
     with pytest.raises(UserError, match=r"w\.xml is not a MediaWiki XML export"):
         list(mediawiki_documents(Member(path="w.xml", data=data)))
