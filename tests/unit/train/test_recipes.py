@@ -15,7 +15,9 @@ from lowlat.train.recipe_reference import reference
 from lowlat.train.schedule import Timetable
 
 ROOT = Path(__file__).parents[3]
-CORPORA = {ROOT / "recipes" / name for name in ("corpus.toml", "heal-corpus.toml")}
+CORPORA = {
+    ROOT / "recipes" / name for name in ("corpus.toml", "heal-corpus.toml", "heal-wikitext.toml")
+}
 RECIPES = sorted(set((ROOT / "recipes").glob("*.toml")) - CORPORA)
 VOCAB = 49152
 

@@ -1,5 +1,6 @@
 """Corpus recipes: what they may say, and what their errors name."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,23 @@ def test_the_healing_corpus_is_of_the_same_sources_and_wikipedia() -> None:
         assert source.max_megabytes is not None and source.max_megabytes < 0.5, source.name
         cap = known[source.name].max_megabytes
         assert source.model_copy(update={"max_megabytes": cap}) == known[source.name]
+
+
+def test_the_other_spelling_is_of_the_same_articles() -> None:
+    (plain, *_), (spelled,) = (
+        read_corpus_recipe(RECIPES / f"{name}.toml").source
+        for name in ("heal-corpus", "heal-wikitext")
+    )
+    assert spelled.replace
+    assert spelled.model_copy(update={"name": plain.name, "replace": ()}) == plain
+    text = "A-League\n\nTeams\n\nIn 2015-16, 10,000 people saw the league's 3.5 (or so) games."
+    for pattern, replacement in spelled.replace:
+        text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
+    title, heading, paragraph = text.split("\n\n")
+    assert (title, heading) == (" = A @-@ League = ", " = = Teams = = ")
+    assert paragraph == (
+        " In 2015 @-@ 16 , 10 @,@ 000 people saw the league 's 3 @.@ 5 ( or so ) games . "
+    )
 
 
 def test_packages_are_taken_apart() -> None:
