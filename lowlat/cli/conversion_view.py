@@ -28,8 +28,7 @@ def print_conversion(report: Report, console: Console | None = None) -> None:
         f"{report.bits_per_weight_after:.2f}",
     }
     if report.experts is not None:
-        rows["experts"] = f"in every layer {report.experts}; until they are trained they compute "
-        rows["experts"] += "what the dense layer does"
+        rows["experts"] = f"in every layer {report.experts}; they compute the same until trained"
     written = f"{report.destination} in {report.seconds:.1f} s"
     file = report.destination / REPORT_FILE
     if file.is_file():

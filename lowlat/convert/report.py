@@ -101,18 +101,16 @@ def compression_object(
         asdict(layer) | {"rotary_share": layer.rotary / (layer.latent + layer.rotary)}
         for layer in cost.layers
     ]
-    made = {} if converted.moe is None else {"routed_experts": converted.moe.n_routed_experts}
-    return (
-        asdict(cost)
-        | made
-        | {
-            "attention_before": describe_attention(config.attention),
-            "attention_after": describe_attention(converted.attention),
-            "cache_bytes_per_token_before": before,
-            "cache_bytes_per_token_after": after,
-            "layers": layers,
-        }
-    )
+    told = asdict(cost) | {
+        "attention_before": describe_attention(config.attention),
+        "attention_after": describe_attention(converted.attention),
+        "cache_bytes_per_token_before": before,
+        "cache_bytes_per_token_after": after,
+        "layers": layers,
+    }
+    if converted.moe is not None:
+        told["routed_experts"] = converted.moe.n_routed_experts
+    return told
 
 
 def report_files(report: Mapping[str, Any]) -> dict[str, bytes]:

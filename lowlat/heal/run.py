@@ -112,8 +112,10 @@ def convert_and_heal(
             work=work,
             progress=progress or SilentProgress(),
         )
-        folder = _checked_texts(task)
-        made, report = _made(replace(task, compression=_calibrated(task, folder)))
+        folder = _checked_tokens(task)
+        task = replace(task, compression=_calibrated(task, folder))
+        _check_calibration(task)
+        made, report = _made(task)
         converted = _config(made)
         work.place(made, report_files(report), dst)
     return measure(src, dst, job.found, converted, time.perf_counter() - began)
@@ -128,33 +130,27 @@ def _healing(wanted: Wanted, config: ModelConfig) -> Healing | None:
     return Healing(tokens=wanted.tokens, sequence_length=length)
 
 
-def _checked_texts(task: _Task) -> TokenFolder | None:
-    """The text to heal on as tokens, None without healing. Finds unfit texts before anything that
-    takes long.
+def _checked_tokens(task: _Task) -> TokenFolder | None:
+    """The text to heal on as tokens, found fit before anything that takes long; None without
+    healing.
     """
     work, text, progress = task.work, task.text, task.progress
-    folder, found = None, task.job.found
-    if task.healing is not None:
+    if task.healing is None:
+        return None
+    if work.tokens.exists():
+        folder = TokenFolder.open(work.tokens)
+    else:
         length = task.healing.sequence_length
-        if work.tokens.exists():
-            folder = TokenFolder.open(work.tokens)
-        else:
-            folder = build_tokens(work.tokens, task.wanted.texts, task.tokenizer, length, progress)
-        check_healing(work.tokens, task.healing)
-        if folder.vocab_size > found.vocab_size:
-            raise UserError(
-                f"{task.job.src}: its tokenizer has ids up to {folder.vocab_size - 1}, its model "
-                f"only {found.vocab_size} of them; restore tokenizer.json"
-            )
-        if text is not None:
-            require_unseen(folder, text.ids, text.path, progress)
-    if not work.start.exists() and _calibrated(task, folder).calibration is None:
-        paths = task.compression.calibrate
-        calibration = read_calibration(paths, task.tokenizer, found.max_position_embeddings)
-        if text is not None:
-            given = task.tokenizer.encode_batch([path.read_text("utf-8") for path in paths])
-            seen = map(np.array, given) if paths else calibration.windows.numpy()
-            require_uncalibrated(seen, text.ids, text.path)
+        folder = build_tokens(work.tokens, task.wanted.texts, task.tokenizer, length, progress)
+    check_healing(work.tokens, task.healing)
+    ids = task.job.found.vocab_size
+    if folder.vocab_size > ids:
+        raise UserError(
+            f"{task.job.src}: its tokenizer has ids up to {folder.vocab_size - 1}, its model only "
+            f"{ids} of them; restore tokenizer.json"
+        )
+    if text is not None:
+        require_unseen(folder, text.ids, text.path, progress)
     return folder
 
 
@@ -168,6 +164,18 @@ def _calibrated(task: _Task, folder: TokenFolder | None) -> Compression:
     tokens, count = partial(folder.tokens, "train"), folder.num_tokens("train")
     own = calibration_of(tokens, count, context, "the text of --text")
     return replace(compression, calibration=own)
+
+
+def _check_calibration(task: _Task) -> None:
+    """Raises UserError for unfit text to calibrate on, before anything that takes long."""
+    paths, text = task.compression.calibrate, task.text
+    if task.work.start.exists() or task.compression.calibration is not None:
+        return
+    found = read_calibration(paths, task.tokenizer, task.job.found.max_position_embeddings)
+    if text is not None:
+        given = task.tokenizer.encode_batch([path.read_text("utf-8") for path in paths])
+        seen = map(np.array, given) if paths else found.windows.numpy()
+        require_uncalibrated(seen, text.ids, text.path)
 
 
 def _made(task: _Task) -> tuple[Path, dict[str, Any]]:

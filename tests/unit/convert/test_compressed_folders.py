@@ -36,13 +36,8 @@ LLAMA3 = RopeConfig(
 def source_model(folder: Path, *, bias: bool = False, **changes: Any) -> Path:
     """A GQA model with a tokenizer; its text is bytes."""
     attention = GQAConfig(num_attention_heads=6, num_key_value_heads=2, head_dim=16, qkv_bias=bias)
-    config = gqa_config(
-        model_type="qwen2" if bias else "llama",
-        hidden_size=64,
-        attention=attention,
-        max_position_embeddings=LENGTH,
-        **changes,
-    )
+    fields = {"hidden_size": 64, "attention": attention, "max_position_embeddings": LENGTH}
+    config = gqa_config(model_type="qwen2" if bias else "llama", **(fields | changes))
     model = Transformer(config, dtype=torch.float32)
     init_weights(model, seed=3)
     for name, parameter in model.named_parameters():

@@ -12,12 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.cli.main import app
 from lowlat.config.arithmetic import count_parameters
-from lowlat.config.model import GQAConfig, ModelConfig
+from lowlat.config.model import ModelConfig
 from lowlat.convert.compression import Compression
 from lowlat.convert.run import convert
 from lowlat.convert.upcycle import upcycled_config
@@ -25,29 +24,21 @@ from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
 from tests import fakes
-from tests.fakes import byte_tokenizer, gqa_config
+
+from .test_compressed_folders import LENGTH, source_model
+from .test_compressed_folders import logits as logits_of
 
 EXPERTS = 5
-LENGTH = 40
 
 
 def dense(folder: Path, **changes: Any) -> Path:
     """A GQA model with an inner width that no block divides."""
-    attention = GQAConfig(num_attention_heads=6, num_key_value_heads=2, head_dim=16)
-    sizes = {"hidden_size": 64, "intermediate_size": 154} | changes
-    config = gqa_config(attention=attention, **sizes)
-    model = Transformer(config, dtype=torch.float32)
-    init_weights(model, seed=3)
-    save_model(model, config, folder, source=None)
-    byte_tokenizer().save(folder)
-    return folder
+    return source_model(folder, **({"intermediate_size": 154} | changes))
 
 
 def logits(folder: Path, ids: Tensor) -> tuple[Tensor, ModelConfig]:
-    model = load_model(folder, dtype="fp32").model
-    backend = PackedAttention([len(ids)])
-    with torch.inference_mode():
-        return model.logits(model(ids, backend.positions(), backend)), model.config
+    loaded = load_model(folder, dtype="fp32")
+    return logits_of(loaded.config, loaded.model, ids), loaded.config
 
 
 def compression(tmp_path: Path) -> Compression:
@@ -58,7 +49,7 @@ def compression(tmp_path: Path) -> Compression:
 
 @pytest.mark.parametrize("is_free", [False, True])
 def test_experts_compute_what_the_dense_layer_does(tmp_path: Path, is_free: bool) -> None:
-    src = dense(tmp_path / "src", max_position_embeddings=LENGTH)
+    src = dense(tmp_path / "src")
     given = {"to": "mla", "compression": compression(tmp_path) if is_free else None}
     convert(src, tmp_path / "dense", **given)
     report = convert(src, tmp_path / "experts", **given, experts=EXPERTS)
