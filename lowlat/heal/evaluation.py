@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Int
 
 from lowlat import api
@@ -53,9 +54,14 @@ def evaluate(model: Path, text: EvaluationText, progress: Progress) -> dict[str,
     """How well the checkpoint `model` predicts `text`, computed in bf16: perplexity, bits per byte,
     tokens predicted, and tokens of a window.
     """
-    loaded = api.load(str(model.absolute()), progress=progress)
-    window = min(WINDOW, loaded.context)
-    score = loaded.perplexity(text.content, window=window, progress=progress)
+    # A native model takes all threads from PyTorch, which the training that follows needs.
+    threads = torch.get_num_threads()
+    try:
+        loaded = api.load(str(model.absolute()), progress=progress)
+        window = min(WINDOW, loaded.context)
+        score = loaded.perplexity(text.content, window=window, progress=progress)
+    finally:
+        torch.set_num_threads(threads)
     return {
         "perplexity": score.perplexity,
         "bits_per_byte": score.bits_per_byte,

@@ -26,7 +26,7 @@ from lowlat.convert.run import Job, check, convert
 from lowlat.heal.evaluation import EvaluationText, evaluate, read_evaluation_text
 from lowlat.heal.text import build_tokens, require_uncalibrated, require_unseen
 from lowlat.heal.wanted import Wanted, check_wanted, identity
-from lowlat.heal.work import Work, opened
+from lowlat.heal.work import Work, clear_placed, opened
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.data.folder import TokenFolder
 from lowlat.train.export import export_save
@@ -83,6 +83,7 @@ def convert_and_heal(
     """
     began = time.perf_counter()
     dst = dst.absolute()
+    clear_placed(dst)
     check_wanted(wanted, compression)
     job = check(
         src,

@@ -11,6 +11,7 @@ Everything is made in `.NAME.conversion` beside the destination:
     healed/         the attention of that, all else from start/
     out/            that in the number type asked for, which takes the destination's place
     *.json          what was measured
+    placed          written when nothing but the last renaming is left
 
 Each appears whole or not at all. Owns the folder; what is made in it is `heal.run`'s.
 """
@@ -29,7 +30,7 @@ from lowlat.checkpoint.save import refuse_existing, sync_parent
 from lowlat.train.saves.disk import replace_file
 from lowlat.utils.errors import UserError
 
-REQUEST = "request.json"
+REQUEST, PLACED = "request.json", "placed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Work:
             replace_file(made / name, content)
         sync_folder(made)
         refuse_existing(dst)
+        replace_file(self.folder / PLACED, b"")
         made.rename(dst)
         sync_parent(dst)
 
@@ -82,6 +84,15 @@ class Work:
 def work_path(dst: Path) -> Path:
     """Where an unfinished conversion with healing to `dst` lies."""
     return dst.with_name(f".{dst.name}.conversion")
+
+
+def clear_placed(dst: Path) -> None:
+    """Remove what is left of the work on `dst` where that ended between the last renaming and its
+    own removal.
+    """
+    folder = work_path(dst)
+    if dst.exists() and (folder / PLACED).exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -77,6 +77,38 @@ def test_ctrl_c_and_on(
     assert [path.name for path in tmp_path.iterdir()] == ["mla"]
 
 
+@pytest.mark.parametrize("is_renamed", [False, True])
+def test_ctrl_c_around_the_last_renaming(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_renamed: bool
+) -> None:
+    """Before it the same call goes on; after it the model is there and nothing else stays."""
+    dst, alone = tmp_path / "mla", {"tokens": None, "texts": ()}
+    replace_file = work.replace_file
+
+    def stop_before(path: Path, content: bytes) -> None:
+        replace_file(path, content)
+        if path.name == work.PLACED:
+            raise KeyboardInterrupt
+
+    def stop_after(_path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if is_renamed:
+            patch.setattr(work, "sync_parent", stop_after)
+        else:
+            patch.setattr(work, "replace_file", stop_before)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.call(made, dst, **alone)
+    assert work_path(dst).is_dir() and dst.exists() == is_renamed
+    if is_renamed:
+        with pytest.raises(UserError, match="exists already"):
+            tiny.call(made, dst, **alone)
+    else:
+        tiny.call(made, dst, **alone)
+    assert [path.name for path in tmp_path.iterdir()] == ["mla"]
+
+
 def test_a_stopped_training_goes_on(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -254,3 +254,13 @@ def test_a_tokenizer_with_more_ids_than_the_model(made: Path, tmp_path: Path) ->
             compression=Compression(share=0.5),
             wanted=Wanted(tokens=tiny.TOKENS, texts=(str(made / "heal.txt"),)),
         )
+
+
+def test_evaluating_leaves_pytorch_its_threads(made: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        tiny.call(made, tmp_path / "mla", tokens=None, texts=(), dtype="bf16")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
