@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lowlat.bench.plan import usable_cores
+from lowlat.ops import native
 
 LEVELS = (
     "amx_int8",
@@ -29,8 +29,8 @@ def describe() -> dict[str, Any]:
     return {
         "cpu": cpu["model"],
         "flags": cpu["flags"],
-        "isa": os.environ.get("LOWLAT_ISA", "best available"),
-        "cores": usable_cores(),
+        "isa": native.level() if native.available() else "plain PyTorch",
+        "cores": native.processors(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from lowlat.ops import native
 from lowlat.utils.errors import UserError
 
 DTYPES = ("bf16", "int8", "int4", "fp8", "fp32")
@@ -124,7 +125,7 @@ def parse_peers(text: str) -> tuple[Peer, ...]:
 
 def check_threads(threads: int | None) -> int:
     """`threads`, or one per core. Raises UserError for more than this process may use."""
-    cores = usable_cores()
+    cores = native.processors()
     if threads is None:
         return cores
     if not 1 <= threads <= cores:
@@ -132,10 +133,3 @@ def check_threads(threads: int | None) -> int:
             f"--threads {threads}: this machine offers {cores} cores; give 1 to {cores}"
         )
     return threads
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -115,7 +115,7 @@ def _load_all(
             try:
                 loaded = stage.load(program, dtype=plan.dtype, cache=plan.cache, context=context)
                 stack.enter_context(loaded.worker)
-                _warm(program, loaded, checked, ready)
+                _warm(program, loaded, checked, ready, plan.dtype)
             except Refused as refused:
                 if program.name == "lowlat":
                     raise UserError(f"lowlat does not run this: {refused}") from refused
@@ -124,7 +124,9 @@ def _load_all(
     return ready
 
 
-def _warm(program: Program, loaded: Loaded, checked: check.Checked, ready: Ready) -> None:
+def _warm(
+    program: Program, loaded: Loaded, checked: check.Checked, ready: Ready, dtype: str
+) -> None:
     worker = loaded.worker
     worker.ask("prefill", tokens=WARM_TOKENS)
     worker.ask("decode", context=WARM_TOKENS, steps=2, seconds=1.0)
@@ -132,7 +134,9 @@ def _warm(program: Program, loaded: Loaded, checked: check.Checked, ready: Ready
         checked.differences[program.name] = check.top_difference(worker, checked)
     else:
         found = check.logits_of(worker, checked.ids)
-        ready.errors[program.name] = check.relative_error(found, checked.reference)
+        error = ready.errors[program.name] = check.relative_error(found, checked.reference)
+        if program.name == "lowlat":
+            check.require_near(error, dtype)
     ready.workers.append((program.name, worker))
     ready.facts[program.name] = {"python": program.python, **loaded.facts}
 

@@ -26,7 +26,9 @@ class Lowlat(Stepper):
         native.use_threads(threads)
         # a plain cache has the dtype of the computation
         options: dict[str, Any] = {"cache": cache} if cache == "int8" else {}
-        self.model = api.load(model, dtype=precision, **options)
+        # blocks of fp8 are a property of the checkpoint
+        dtype = "auto" if precision == "fp8" else precision
+        self.model = api.load(model, dtype=dtype, **options)
         self.runner = self.model.runner
         self.vocab_size = self.model.config.vocab_size
         self.pages: list[int] = []

@@ -1,7 +1,8 @@
 """What every part of a run needs: the plan, the model's files, a folder for logs; loaded workers.
 
-Owns the converted files of llama.cpp, which are made once per checkpoint and precision and kept in
-the cache folder; the fp32 one, the largest, only until it has been compared.
+Owns the converted files, GGUF for llama.cpp and fp8 blocks for lowlat, which are made once per
+checkpoint and precision and kept in the cache folder; llama.cpp's in fp32, the largest, only until
+it has been compared.
 """
 
 from dataclasses import dataclass
@@ -71,14 +72,31 @@ class Stage:
 
     def _file(self, program: Program, dtype: str) -> Path:
         """What `program` loads for weights of `dtype`, made if need be."""
-        return self._gguf(program, GGUF_KINDS[dtype]) if program.name == "llama.cpp" else self.model
+        if program.name == "llama.cpp":
+            return self._gguf(program, GGUF_KINDS[dtype])
+        return self._fp8_blocks() if program.name == "lowlat" and dtype == "fp8" else self.model
+
+    def _fp8_blocks(self) -> Path:
+        """The model with its projections in fp8 blocks."""
+        if self.config.quantization is not None:
+            return self.model
+        path = self._derived() / "fp8"
+        if not path.exists():
+            with disk_faults(path.parent), self.progress.task("writing fp8 blocks"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                convert(self.model, path, dtype="fp8")
+        return path
 
     def _gguf_path(self, kind: str) -> Path:
+        return self._derived() / f"{kind.lower()}.gguf"
+
+    def _derived(self) -> Path:
+        """Where what is made of the checkpoint lies."""
         key = [str(self.model.resolve())]
         for file in sorted(self.model.glob("*.safetensors")):
             stat = file.stat()
             key.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}")
-        return derived_dir(f"bench-{self.model.name}", key) / f"{kind.lower()}.gguf"
+        return derived_dir(f"bench-{self.model.name}", key)
 
     def _gguf(self, program: Program, kind: str) -> Path:
         path = self._gguf_path(kind)

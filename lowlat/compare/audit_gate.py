@@ -22,46 +22,59 @@ REPRODUCED = 0.5
 
 
 class _Way(NamedTuple):
-    mistake: Mistake | None
+    mistakes: tuple[Mistake, ...]
     rule: Rule
     moe: MoEConfig
 
 
-def _ways(moe: MoEConfig, has_bias: bool) -> Iterator[_Way]:
-    """The right way to choose experts, then mistakes."""
-    yield _Way(None, RIGHT, moe)
+def _ways(moe: MoEConfig, has_bias: bool, dtype: torch.dtype) -> Iterator[_Way]:
+    """The right way to choose experts, then mistakes; `dtype` is the activations'."""
+    choosing, weighing = list(_choosing(moe, has_bias)), list(_weighing(moe))
+    yield _Way((), RIGHT, moe)
+    yield from choosing
+    yield from (way for kind in (torch.bfloat16, torch.float16) for way in _rounding(moe, kind))
+    yield from weighing
+    if dtype not in (torch.bfloat16, torch.float16):
+        return
+    # A gate in the type of the activations may have another mistake as well.
+    for way in (*choosing, *weighing):
+        for rounded in _rounding(way.moe, dtype):
+            rule = replace(way.rule, product=rounded.rule.product, scores=rounded.rule.scores)
+            yield _Way((*rounded.mistakes, *way.mistakes), rule, way.moe)
+
+
+def _choosing(moe: MoEConfig, has_bias: bool) -> Iterator[_Way]:
+    """Mistakes in groups and bias."""
     if moe.n_group > 1 and moe.topk_method != "greedy":
-        yield _Way(
-            Mistake("group_mask", "fills discarded groups with 0, not -inf"), Rule(fill=0.0), moe
-        )
+        mask = Mistake("group_mask", "fills discarded groups with 0, not -inf")
+        yield _Way((mask,), Rule(fill=0.0), moe)
         if moe.topk_method == "noaux_tc":
-            yield _Way(
-                Mistake("group_rank", "ranks groups by their best expert, not by their two best"),
-                Rule(by_best=True),
-                moe,
-            )
+            rank = Mistake("group_rank", "ranks groups by their best expert, not by their two best")
+            yield _Way((rank,), Rule(by_best=True), moe)
     if has_bias:
-        yield _Way(
-            Mistake("bias_in_weights", "takes the experts' factors from the biased scores"),
-            Rule(bias_in_weights=True),
-            moe,
-        )
-        yield _Way(
-            Mistake("bias_not_in_choice", "selects experts without the bias"),
-            Rule(bias_in_choice=False),
-            moe,
-        )
-    for kind in (torch.bfloat16, torch.float16):
-        name = "bf16" if kind is torch.bfloat16 else "fp16"
-        for rule in (Rule(product=kind), Rule(product=kind, scores=kind), Rule(scores=kind)):
-            yield _Way(Mistake("gate_precision", f"computes the gate in {name}"), rule, moe)
+        weights = Mistake("bias_in_weights", "takes the experts' factors from the biased scores")
+        yield _Way((weights,), Rule(bias_in_weights=True), moe)
+        choice = Mistake("bias_not_in_choice", "selects experts without the bias")
+        yield _Way((choice,), Rule(bias_in_choice=False), moe)
+
+
+def _rounding(moe: MoEConfig, kind: torch.dtype) -> Iterator[_Way]:
+    """Gates that compute in `kind`."""
+    name = "bf16" if kind is torch.bfloat16 else "fp16"
+    for rule in (Rule(product=kind), Rule(product=kind, scores=kind), Rule(scores=kind)):
+        yield _Way((Mistake("gate_precision", f"computes the gate in {name}"),), rule, moe)
+
+
+def _weighing(moe: MoEConfig) -> Iterator[_Way]:
+    """Mistakes in the factors."""
     opposite = replace(moe, norm_topk_prob=not moe.norm_topk_prob)
     done = "normalises" if opposite.norm_topk_prob else "does not normalise"
-    yield _Way(Mistake("gate_normalisation", f"{done} the experts' factors"), RIGHT, opposite)
+    normal = Mistake("gate_normalisation", f"{done} the experts' factors")
+    yield _Way((normal,), RIGHT, opposite)
     if moe.routed_scaling_factor != 1.0:
         unscaled = replace(moe, routed_scaling_factor=1.0)
-        detail = "does not apply routed_scaling_factor"
-        yield _Way(Mistake("gate_scaling", detail), RIGHT, unscaled)
+        scaling = Mistake("gate_scaling", "does not apply routed_scaling_factor")
+        yield _Way((scaling,), RIGHT, unscaled)
 
 
 def gate(trace: Trace, config: ModelConfig, block: Block) -> dict[str, Outcome]:
@@ -75,13 +88,12 @@ def gate(trace: Trace, config: ModelConfig, block: Block) -> dict[str, Outcome]:
         return {}
     bias, chosen = trace.get(block, "gate_bias"), chosen.to(torch.int64)
     seen_gate = _SeenGate(x, weight, bias, chosen, seen.gather(1, chosen), trace.dtype)
-    share, mistake = _best_way(seen_gate, moe)
+    share, mistakes = _best_way(seen_gate, moe)
     if share < REPRODUCED:
         return {"gate": Outcome(), "router": UNEXPLAINED}
-    guilty = Outcome() if mistake is None else Outcome(mistakes=(mistake,))
-    if mistake is not None and mistake.kind == "gate_precision":
-        return {"gate": guilty, "router": Outcome()}
-    return {"gate": Outcome(), "router": guilty}
+    rounded = tuple(found for found in mistakes if found.kind == "gate_precision")
+    others = tuple(found for found in mistakes if found.kind != "gate_precision")
+    return {"gate": Outcome(mistakes=rounded), "router": Outcome(mistakes=others)}
 
 
 class _SeenGate(NamedTuple):
@@ -96,15 +108,15 @@ class _SeenGate(NamedTuple):
     """Number type of the activations."""
 
 
-def _best_way(gate: _SeenGate, moe: MoEConfig) -> tuple[float, Mistake | None]:
-    """The share of tokens that the best way reproduces, and its mistake (the right one first)."""
+def _best_way(gate: _SeenGate, moe: MoEConfig) -> tuple[float, tuple[Mistake, ...]]:
+    """The share of tokens that the best way reproduces, and its mistakes (the right one first)."""
 
     @cache
     def scores(rule: Rule) -> Tensor:
         return gate_scores(gate.x, gate.weight, moe, rule)
 
-    best: tuple[float, Mistake | None] = (-1.0, None)
-    for way in _ways(moe, gate.bias is not None):
+    best: tuple[float, tuple[Mistake, ...]] = (-1.0, ())
+    for way in _ways(moe, gate.bias is not None, gate.dtype):
         made = scores(replace(RIGHT, product=way.rule.product, scores=way.rule.scores))
         same = _is_largest(ranking(made, gate.bias, way.moe, way.rule), gate.chosen)
         # A gate in bf16 may normalise in bf16 too, each step rounding once more.
@@ -113,7 +125,7 @@ def _best_way(gate: _SeenGate, moe: MoEConfig) -> tuple[float, Mistake | None]:
         same &= _is_close(expected, gate.factors, close)
         share = float(same.double().mean())
         if share > best[0]:
-            best = share, way.mistake
+            best = share, way.mistakes
         if share == 1.0:
             break
     return best

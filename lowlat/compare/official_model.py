@@ -60,8 +60,8 @@ def import_script(path: Path) -> Any:
     sys.modules["official_model"] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    # Anything may go wrong in a file of the user's; it is that file's fault.
-    except Exception as error:
+    # Anything may go wrong in a file of the user's, its end included; it is that file's fault.
+    except (Exception, SystemExit) as error:
         raise UserError(f"'{path}' cannot be imported: {type(error).__name__}: {error}") from error
     absent = [name for name in (*CLASSES, *FUNCTIONS) if not hasattr(module, name)]
     if absent:
@@ -140,7 +140,9 @@ def load_weights(model: Any, source: TensorSource, config: ModelConfig) -> None:
     if config.tie_word_embeddings:
         model.head.weight.data.copy_(model.embed.weight.data)
         filled.add("head.weight")
-    missing = [name for name, _ in model.named_parameters() if name not in filled]
+    # Without shared experts theirs are there all the same, of width 0.
+    empty = {name for name, value in model.named_parameters() if not value.numel()}
+    missing = [name for name, _ in model.named_parameters() if name not in filled | empty]
     if missing:
         raise UserError(f"{source.path} has nothing for {missing[0]} of model.py")
 
@@ -152,8 +154,9 @@ def _fill(model: Any, target: str, value: Tensor) -> None:
     except AttributeError as error:
         raise UserError(f"model.py has no place for {target}") from error
     parameter = getattr(module, leaf, None)
-    if leaf == "bias" and (parameter is None or parameter.shape == value.shape):
-        # Linear layers of the public file have none, and its gate only where dim is 7168.
+    if leaf == "bias" and parameter is None:
+        # Linear layers of the public file have none, and its gate only where dim is 7168: in fp32,
+        # but before August 2025 in the type of the activations, which stays as the file has it.
         kept = value.float() if owner.endswith("gate") else value.to(module.weight.dtype)
         module.bias = torch.nn.Parameter(kept, requires_grad=False)
         return
@@ -170,10 +173,9 @@ def build(module: Any, config: ModelConfig, length: int, dtype: torch.dtype) -> 
         model = module.Transformer(model_args(module, config, length))
     finally:
         torch.set_default_dtype(before)
-    # Linear layers are bf16 whatever the default. Complex buffers keep their type, which
-    # Module.to would not.
+    # Linear layers are bf16 whatever the default; what the file makes fp32 stays so.
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
+        if tensor.dtype == torch.bfloat16:
             tensor.data = tensor.data.to(dtype)
     for name, part in model.named_modules():
         if name.rpartition(".")[2] in ("attn_norm", "ffn_norm", "norm") and hasattr(part, "eps"):

@@ -4,23 +4,17 @@ The file is the user's, named on the command line, and never part of lowlat; `of
 it. It has no MTP modules.
 """
 
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from lowlat.compare.side import Side
+from lowlat.compare.side import Side, run_apart
 from lowlat.compare.trace import Choices, Trace, Window, load_trace
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.utils.device import name_of
 from lowlat.utils.errors import UserError
-
-TIMEOUT = 3600.0
-"""Seconds for loading and one window."""
 
 
 class OfficialSide(Side):
@@ -67,15 +61,4 @@ class OfficialSide(Side):
 
     def _run(self, request: dict[str, object]) -> None:
         """Run the worker. Raises UserError with what it says it cannot do."""
-        done = subprocess.run(
-            [sys.executable, "-m", "lowlat.compare.official_worker"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
-        if done.returncode == 0:
-            return
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(f"{self.label}: {lines[-1] if lines else 'the process died'}")
+        run_apart("lowlat.compare.official_worker", request, label=self.label)

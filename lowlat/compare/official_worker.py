@@ -64,8 +64,9 @@ def observe(
     turned: list[Tensor] = []
     original: Callable[..., Tensor] = module.apply_rotary_emb
 
-    def rotate(*args: Any, **kwargs: Any) -> Tensor:
-        turned.append(original(*args, **kwargs))
+    def rotate(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # In fp32 it views the slice it is given as complex, which one of an odd stride cannot be.
+        turned.append(original(x.contiguous(), *args, **kwargs))
         return turned[-1]
 
     module.apply_rotary_emb = rotate
@@ -130,9 +131,14 @@ def _watch_mixture(
     def chosen(inputs: tuple[Tensor, ...], out: tuple[Tensor, Tensor]) -> Any:
         weights, experts = out
         if imposed is not None:
-            # Its scores stay inside: these are what the input of the gate gives in fp32.
+            # Its scores stay inside: these are what the input of the gate gives in fp32. Tokens
+            # that chose alike keep the factors of the file, whose mistakes are to be seen.
             scores = gate_scores(inputs[0].float(), ffn.gate.weight.float(), moe)
-            experts, weights = imposed, factors(scores.gather(1, imposed), moe).to(weights.dtype)
+            given = factors(scores.gather(1, imposed), moe).to(weights.dtype)
+            alike = experts.sort(dim=-1).values == imposed.sort(dim=-1).values
+            alike = alike.all(dim=-1, keepdim=True)
+            weights = torch.where(alike, weights, given)
+            experts = torch.where(alike, experts, imposed)
         observer.routed(
             block, gate=None, chosen=experts, weights=weights, experts=moe.n_routed_experts
         )

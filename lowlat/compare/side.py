@@ -1,9 +1,31 @@
-"""The interface of everything that can be compared."""
+"""The interface of everything that can be compared, and the process in which other people's code
+runs.
+"""
 
+import json
+import os
+import signal
+import subprocess
+import sys
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 from lowlat.compare.trace import Choices, Trace, Window
 from lowlat.config.model import ModelConfig
+from lowlat.utils.errors import UserError
+
+TIMEOUT = 3600.0
+"""Seconds for loading and one window."""
+SETTINGS = {"GGML_NO_BACKTRACE": "1"}
+"""llama.cpp's last words are then why it ends, not where."""
+BOOT = (
+    "import runpy, sys; sys.path.append(sys.argv[1]); "
+    "runpy.run_module(sys.argv[2], run_name='__main__')"
+)
+PACKAGES = Path(__file__).parents[2]
+"""Where lowlat lies."""
+LONGEST = 300
+"""Characters of a fault that are passed on."""
 
 
 class Side(ABC):
@@ -25,3 +47,32 @@ class Side(ABC):
         """Run `window` and record what can be seen; `choices` imposes the experts of the gates
         that it names.
         """
+
+
+def run_apart(module: str, request: dict[str, object], *, label: str) -> None:
+    """Run one of lowlat's modules in a process of its own, with `request` as JSON on stdin.
+
+    Raises UserError with the last line of its stderr where it fails or takes longer than TIMEOUT.
+    """
+    # -P: the folder the user is in may be a model's, whose files must not be imported.
+    command = [sys.executable, "-P", "-c", BOOT, str(PACKAGES), module]
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(request),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=os.environ | SETTINGS,
+            timeout=TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{label}: not done within {TIMEOUT:.0f} s; read fewer tokens") from error
+    if done.returncode == 0:
+        return
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    said = [lines[-1][-LONGEST:]] if lines else []
+    if done.returncode < 0:
+        said.insert(0, f"killed by {signal.Signals(-done.returncode).name}")
+    raise UserError(f"{label}: {'; '.join(said) or 'the process died'}")

@@ -24,14 +24,15 @@ def verdicts(report: Object) -> list[str]:
         lines.append(f"configs differ in {listed}")
     if report["verdict"]["mistakes"] or report["equal"]:
         return lines
-    fixed = report["with_experts_imposed"]
-    if fixed is not None and fixed["first_difference"] is None:
+    fixed, strays = report["with_experts_imposed"], report["verdict"]["unexplained"]
+    # Imposed experts have a right gate's factors: they say nothing of a gate that follows no rule.
+    odd = any(stray["place"].endswith(" router") for stray in strays)
+    if fixed is not None and fixed["first_difference"] is None and not odd:
         lines.append("the choice of experts explains it: all else follows from other experts")
         return lines
     audited = report["verdict"]["audited"]
     checked = f"checked on both sides: {', '.join(audited)}" if audited else "nothing to check"
     lines.append(f"no known mistake explains it ({checked})")
-    strays = report["verdict"]["unexplained"]
     if strays:
         side, place = strays[0]["side"], strays[0]["place"]
         lines.append(f"{side} computes {place} neither as its config says nor by a known mistake")

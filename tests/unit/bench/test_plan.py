@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from lowlat.bench.plan import Cell, Peer, make_plan, parse_lengths, parse_peers, usable_cores
+from lowlat.bench.plan import Cell, Peer, make_plan, parse_lengths, parse_peers
+from lowlat.ops import native
 from lowlat.utils.errors import UserError
 
 
@@ -30,7 +31,7 @@ def test_a_plan_has_prompts_first_and_rising() -> None:
         ({"decode": "9999999"}, "--decode '9999999'"),
         ({"rounds": 0}, "--rounds 0"),
         ({"threads": 0}, "--threads 0"),
-        ({"threads": usable_cores() + 1}, f"offers {usable_cores()} cores"),
+        ({"threads": native.processors() + 1}, f"offers {native.processors()} cores"),
         ({"peers": "ollama"}, "--peers 'ollama'"),
         ({"peers": "vllm,vllm"}, "names vllm twice"),
         ({"peers": "vllm=/no/such/python"}, "/no/such/python"),

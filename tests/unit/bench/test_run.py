@@ -1,13 +1,15 @@
 """A whole run on a small random checkpoint: lowlat's real worker beside fake peers."""
 
+import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lowlat.bench import run
-from lowlat.bench.check import Checked, relative_error, top_difference
+from lowlat.bench.check import Checked, relative_error, require_near, top_difference
 from lowlat.bench.plan import make_plan
 from lowlat.bench.programs import MODULES
 from lowlat.utils.errors import UserError
@@ -43,6 +45,30 @@ def test_lowlat_alone_from_plan_to_report(fakes_only: None, checkpoint: Path) ->
     assert report["model"]["cache_bytes_per_token"] == 3 * (64 + 32) * 2
     assert 0 < report["programs"]["lowlat"]["error_against_fp32"] < 0.1
     assert len(report["start_to_first_token"]["lowlat"]["samples"]) == 2
+
+
+def test_fp8_blocks_are_made_of_a_plain_checkpoint_once(
+    fakes_only: None, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWLAT_CACHE", str(tmp_path))
+    plan = make_plan(prefill="", decode="9", dtype="fp8", threads=1, rounds=1)
+    report = run.bench(str(checkpoint), plan, SilentProgress())
+    bf16_error = 0.03
+    assert bf16_error < report["programs"]["lowlat"]["error_against_fp32"] < 0.4
+    (made,) = tmp_path.glob("converted/bench-tiny-*/fp8/model.safetensors")
+    before = made.stat().st_mtime_ns
+    run.bench(str(made.parent), plan, SilentProgress())
+    run.bench(str(checkpoint), plan, SilentProgress())
+    assert [made.stat().st_mtime_ns] == [
+        path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")
+    ]
+    assert made.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("error", "is_near"), [(0.19, True), (0.21, False), (math.nan, False)])
+def test_what_is_timed_must_be_near(error: float, is_near: bool) -> None:
+    with nullcontext() if is_near else pytest.raises(UserError, match="in bf16 differ from fp32"):
+        require_near(error, "bf16")
 
 
 def test_programs_that_disagree_are_not_timed(fakes_only: None, checkpoint: Path) -> None:
