@@ -10,6 +10,7 @@ from lowlat.utils.errors import UserError
 
 RECIPES = Path(__file__).parents[4] / "recipes"
 SHIPPED = RECIPES / "corpus.toml"
+SOURCES = RECIPES.parent / "lowlat" / "models" / "minnow" / "SOURCES.md"
 SOURCE = """
 name = "tiny"
 [[source]]
@@ -107,3 +108,14 @@ def test_two_sources_of_one_name_are_an_error(tmp_path: Path) -> None:
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_corpus_recipe(tmp_path / "none.toml")
+
+
+def test_minnow_names_what_it_was_trained_on() -> None:
+    """Licences ask for it wherever the weights go."""
+    rows = [line for line in SOURCES.read_text().splitlines() if line.startswith("| ")][1:]
+    sources = read_corpus_recipe(SHIPPED).source
+    assert len(rows) == len(sources)
+    for row, source in zip(rows, sources, strict=True):
+        licence = source.licence
+        assert {source.package, licence.name} <= {cell.strip(" `") for cell in row.split("|")}
+        assert licence.holder in row
