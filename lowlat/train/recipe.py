@@ -167,7 +167,9 @@ class Phase(_Table):
     sequence_length: Count
     """Tokens of a row."""
     batch_rows: Schedule
-    """Rows of a global batch, whole micro-batches; a schedule ramps it and is rounded to them."""
+    """Rows of a global batch, whole micro-batches of all processes; a schedule ramps it and is
+    rounded to them.
+    """
     micro_batch_rows: Count
     """Rows of one forward and backward pass of one process."""
     learning_rate: Schedule
@@ -259,6 +261,20 @@ class Recipe(_Table):
             raise ValueError("trainable: lora says what is trained, by its modules; leave one out")
         if self.distillation is None and any(phase.match != "logits" for phase in self.phase):
             raise ValueError("phase.match needs [distillation], a teacher to match")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "Recipe":
+        """A layout must not change what a run computes: only ramps are rounded."""
+        data, fsdp = self.parallel.data, self.parallel.fsdp
+        for phase in self.phase:
+            unit = phase.micro_batch_rows * data * fsdp
+            if not isinstance(phase.batch_rows, list) and phase.batch_rows % unit:
+                raise ValueError(
+                    f"phase {phase.name}: batch_rows {phase.batch_rows:g} is no multiple of "
+                    f"{unit}, micro_batch_rows {phase.micro_batch_rows} x parallel.data {data} x "
+                    f"parallel.fsdp {fsdp}; change one of them"
+                )
         return self
 
 

@@ -68,7 +68,9 @@ def _within_segment(segment: Segment, start: float, share: float) -> float:
 
 
 def batch_rows(phase: Phase, step: int, unit: int) -> int:
-    """Rows of the global batch at `step` of `phase`: whole multiples of `unit`, at least one."""
+    """Rows of the global batch at `step` of `phase`: whole multiples of `unit`, at least one. Of
+    what a recipe may say, that changes ramps alone.
+    """
     return max(1, round(value_at(phase.batch_rows, step, phase.steps) / unit)) * unit
 
 
