@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from lowlat.checkpoint.index import open_checkpoint
@@ -22,10 +23,12 @@ from lowlat.config.hf_rope import rope_from_hf
 from lowlat.config.model import ModelConfig, RopeConfig
 from lowlat.train.data.folder import TokenFolder
 from lowlat.train.data.layout import TOKENIZER_FILE
+from lowlat.train.data.shuffle import mixed
 from lowlat.train.data.windows import Windows
 from lowlat.train.lora import check_lora
 from lowlat.train.parallel.check import check_parallel
-from lowlat.train.recipe import Data, Phase, Recipe
+from lowlat.train.recipe import Phase, Recipe
+from lowlat.train.schedule import data_begins, data_of
 from lowlat.train.teacher_check import check_teacher
 from lowlat.train.trainable import check_trainable
 from lowlat.utils.errors import UserError
@@ -176,17 +179,17 @@ def _check_same_vocabulary(start: Path, folder: TokenFolder, origin: str) -> Non
 
 def phase_folder(recipe: Recipe, index: int, base: Path) -> TokenFolder:
     """The token folder of phase `index`; paths in the recipe start at `base`. Raises UserError."""
-    return TokenFolder.open(base / _table(recipe, index).folder)
+    return TokenFolder.open(base / data_of(recipe, index).folder)
 
 
 def phase_data(recipe: Recipe, index: int, folder: TokenFolder, num_ahead: int) -> PhaseData:
     """The windows of phase `index` in its `folder`. Raises UserError where there are none."""
-    phase, table = recipe.phase[index], _table(recipe, index)
+    phase, table = recipe.phase[index], data_of(recipe, index)
     shared = {"sequence_length": phase.sequence_length, "num_ahead": num_ahead}
     train = Windows(
         folder,
         split="train",
-        seed=recipe.seed + index,
+        seed=_order(recipe, index),
         document_masks=table.document_masks,
         fim_rate=table.fim_rate,
         **shared,
@@ -204,5 +207,9 @@ def phase_data(recipe: Recipe, index: int, folder: TokenFolder, num_ahead: int) 
     return PhaseData(folder=folder, train=train, held_out=held_out)
 
 
-def _table(recipe: Recipe, index: int) -> Data:
-    return recipe.phase[index].data or recipe.data
+def _order(recipe: Recipe, index: int) -> int:
+    """The seed of the order in which phase `index` reads: that of the phase whose data it goes on
+    in, and for data that begins anew one of its own, which no other seed of a recipe has as its.
+    """
+    first = data_begins(recipe, index)
+    return int(mixed(np.array([first]), recipe.seed)[0]) if first else recipe.seed

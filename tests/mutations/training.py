@@ -211,9 +211,16 @@ OPTIMISING = [
     Mutant(
         "schedule: every batch begins with the first row",
         "train/schedule.py",
-        "first_row=self._before[index][within]",
-        "first_row=0",
+        "self._before[index][within],",
+        "0,",
         TRAIN + "test_schedule.py::test_phases_follow_one_another",
+    ),
+    Mutant(
+        "schedule: every phase reads its data from the first row",
+        "train/schedule.py",
+        "first_row=self._first[index] + ",
+        "first_row=",
+        TRAIN + "test_schedule.py::test_a_phase_goes_on_in_the_data_of_the_one_before",
     ),
 ]
 

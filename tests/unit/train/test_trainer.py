@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite(base: Path, every: int) -> None:
             trainer.run()
     assert [record.step for record in log.steps] == [1, 2, 3]
     save = runs.saved(base / "run")
-    assert save.step == 3 and save.facts["rows_of_phase"] == 2 + 4 + 4
+    assert save.step == 3 and save.facts["rows_of_data"] == 2 + 4 + 4
     path = base / "run" / "failed-step-00000004.safetensors"
     assert str(path) in str(caught.value) and str(base / "run" / "saves") in str(caught.value)
     batch = read_batch(path)
