@@ -26,7 +26,7 @@ from lowlat.train.build import (
     new_teacher,
 )
 from lowlat.train.export import TOKENIZER, export, keep_tokenizer
-from lowlat.train.inputs import PhaseData, open_inputs
+from lowlat.train.inputs import PhaseData, left_out, open_inputs
 from lowlat.train.lora import merged
 from lowlat.train.lora_files import start_fingerprint
 from lowlat.train.measure import Meter, eval_record
@@ -160,7 +160,8 @@ class Trainer:
             tokens_total=self.timetable.tokens,
             facts=self._run_facts(),
         )
-        self._note_what_is_not_held_out()
+        for note in left_out(self.recipe, self._inputs.data):
+            self.log.note(note)
         losses: tuple[float, ...] = ()
         saved = self.position.step
         if self._teacher is not None and saved == 0:
@@ -294,14 +295,6 @@ class Trainer:
         tokens = self.timetable.tokens_before(self.position.step)
         at = self.position.step, tokens, self._present.folder
         self.log.evaluation(eval_record(found, num_ahead, *at))
-
-    def _note_what_is_not_held_out(self) -> None:
-        for phase, data in zip(self.recipe.phase, self._inputs.data, strict=True):
-            if data.held_out is None:
-                self.log.note(
-                    f"phase {phase.name}: no evaluations, {data.folder.path} holds out less than "
-                    "a row; build it with --held-out"
-                )
 
     def _held_out_batches(self, plan: StepPlan) -> Iterator[Batch]:
         """This process's, every `row_parts`-th; where they do not come out even, the last one

@@ -14,6 +14,13 @@ LOSSES = [
         TRAIN + "test_loss.py::test_micro_batches_change_nothing",
     ),
     Mutant(
+        "loss: what fills a row of chats is learned",
+        "train/data/chat_rows.py",
+        "predicted = np.zeros((count, self._length), np.bool_)",
+        "predicted = np.ones((count, self._length), np.bool_)",
+        TRAIN + "data/test_chat_rows.py::test_every_chat_is_whole_in_one_row[0-False]",
+    ),
+    Mutant(
         "loss: lambda left out",
         "train/loss.py",
         "weight = mtp_weight / (num_ahead - 1) if depth else 1.0",
