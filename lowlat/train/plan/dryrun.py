@@ -4,6 +4,7 @@ of one that cannot fit.
 Owns the way from a Recipe to Jobs. Clusters are `estimate`'s and `search`'s.
 """
 
+import os
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -184,7 +185,12 @@ def usable_memory(device: torch.device, processes: int) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return memory_limit() // processes
+    return memory_limit() // on_this_machine(processes)
+
+
+def on_this_machine(processes: int) -> int:
+    """How many of `processes` share this machine's memory: as torchrun says, else all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes))
 
 
 def layout_of(parallel: Parallel) -> Layout:

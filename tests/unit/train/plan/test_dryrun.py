@@ -127,5 +127,9 @@ def test_a_recipe_that_cannot_be_divided_is_refused():
         dry_run(config(own), own, rate=1e9, memory_bytes=10**9)
 
 
-def test_processes_share_the_memory_of_a_machine():
+def test_processes_share_the_memory_of_a_machine(monkeypatch: pytest.MonkeyPatch):
+    """Those of other nodes have that of theirs."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert usable_memory(torch.device("cpu"), 4) == memory_limit() // 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert usable_memory(torch.device("cpu"), 4) == memory_limit() // 2
