@@ -283,6 +283,11 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
     Raises UserError naming file and key for anything that is not a recipe.
     """
+    return parse_recipe(read_raw(path, changes), origin=str(path))
+
+
+def read_raw(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """The same as TOML's values, unchecked. Raises UserError for a file that is no TOML."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -294,7 +299,7 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: is not TOML ({error})") from error
     for change in changes:
         _apply(raw, change)
-    return parse_recipe(raw, origin=str(path))
+    return raw
 
 
 def parse_recipe(raw: dict[str, Any], *, origin: str) -> Recipe:
