@@ -278,7 +278,8 @@ class Trainer:
         what = "gradient" if all(map(_is_finite, losses)) else "loss"
         raise UserError(
             f"step {plan.step + 1}: the {what} is not finite; its batch is {kept}, the state "
-            f"before it in {self._saves.folder}; lower the learning rate or look at the batch"
+            f"before it in {self._saves.folder}; to go on, lowlat train export "
+            f"{self.run_folder.path} DST, and a new recipe with start = DST and a lower rate"
         )
 
     def _evaluate(self, plan: StepPlan) -> None:
