@@ -4,6 +4,7 @@ Owns the loop and what interrupts it. Building is `build`'s, a step `step`'s, fi
 `saves` and `runlog`.
 """
 
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -205,12 +206,17 @@ class Trainer:
     def _plan(self) -> StepPlan:
         return self.timetable.at(min(self.position.step, self.timetable.steps - 1))
 
-    def _build(self, tensors: dict[str, Tensor] | None) -> None:
-        """Model and optimiser of the present phase, from `tensors` of a state if given."""
+    def _build(self, tensors: dict[str, Tensor]) -> None:
+        """Model and optimiser of the present phase, from the `tensors` of a state unless empty.
+
+        They are taken out of it, so that what is copied may be forgotten tensor by tensor.
+        """
         config = self._inputs.configs[self._phase]
-        weights = None if tensors is None else part(tensors, MODEL)
-        moments = None if tensors is None else part(tensors, OPTIMIZER)
+        moments, random = part(tensors, OPTIMIZER), tensors.get(RANDOM)
+        weights = part(tensors, MODEL) or None
+        tensors.clear()
         self.model: Transformer = new_model(config, self.recipe, self._start, weights)
+        del weights
         self._passes, self.layout = new_passes(
             self.model,
             self._team,
@@ -220,8 +226,8 @@ class Trainer:
             teacher=self._teacher,
         )
         self.optimizer: Optimizer = new_optimizer(self.model, self.recipe, moments, self.layout)
-        if tensors is not None:
-            torch.set_rng_state(tensors[RANDOM])
+        if random is not None:
+            torch.set_rng_state(random)
         self._watch = RouterWatch(
             self.model,
             sequence_weight=self.recipe.balance.sequence_weight,
@@ -229,12 +235,17 @@ class Trainer:
         )
 
     def _enter_phase(self, plan: StepPlan) -> None:
-        if plan.phase_index != self._phase:
-            self._phase = plan.phase_index
-            state = state_tensors(self.layout, self.optimizer)
-            self._build({name: tensor.cpu() for name, tensor in state})
-            self._meter = self._new_meter()
-            self.log.note(f"phase {plan.phase.name} begins")
+        if plan.phase_index == self._phase:
+            return
+        self._phase = plan.phase_index
+        state = state_tensors(self.layout, self.optimizer)
+        tensors = {name: tensor.cpu() for name, tensor in state}
+        # Weights and moments are moved, not held twice.
+        del state, self.model, self._passes, self.layout, self.optimizer, self._watch
+        gc.collect()  # gates and what watches them refer to each other
+        self._build(tensors)
+        self._meter = self._new_meter()
+        self.log.note(f"phase {plan.phase.name} begins")
 
     def _step(self, plan: StepPlan) -> StepResult:
         began = time.monotonic()
@@ -316,6 +327,7 @@ class Trainer:
 
     def _save(self) -> None:
         began = time.monotonic()
+        self._saves.wait()  # its copy of the state goes before the next is made
         tensors = snapshot(self.layout, self.optimizer, keep=self._team.is_first)
         if self._team.is_first:
             self._saves.write_later(
@@ -376,8 +388,8 @@ class Trainer:
         }
 
 
-def _tensors(save: Save | None) -> dict[str, Tensor] | None:
-    return None if save is None else {name: save.tensor(name) for name in save.names()}
+def _tensors(save: Save | None) -> dict[str, Tensor]:
+    return {} if save is None else {name: save.tensor(name) for name in save.names()}
 
 
 def _is_finite(value: float) -> bool:

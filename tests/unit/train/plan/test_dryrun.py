@@ -12,6 +12,7 @@ from lowlat.train.plan.dryrun import (
     dry_run,
     job_of,
     largest_job,
+    needed_bytes,
     recipe_config,
     require_fit,
     usable_memory,
@@ -108,7 +109,11 @@ def test_what_fits_is_let_through():
         ),
         (
             {"model": MODEL | {"intermediate_size": 3_000_000}},
-            r"of optimiser: use a smaller model, optimizer\.name = 'muon', or raise",
+            r"of saves: use a smaller model or optimizer\.name = 'muon'; what is saved is copied",
+        ),
+        (
+            {"model": MODEL | {"intermediate_size": 3_000_000}, "optimizer": {"name": "muon"}},
+            r"of saves: use a smaller model; what is saved is copied",
         ),
     ],
 )
@@ -119,6 +124,42 @@ def test_what_does_not_fit_names_the_largest_part_and_the_remedy(
     with pytest.raises(UserError, match=message) as caught:
         require_fit(config(own), own, memory_bytes=2**30)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("optimizer", "size"), [("adamw", 12), ("muon", None)])
+def test_the_copy_that_is_saved_is_counted(optimizer: str, size: int | None):
+    """Holds shut: a training that fits until its first save."""
+    own = recipe(optimizer={"name": optimizer})
+    parts = require_fit(config(own), own, memory_bytes=2**40).parts
+    assert parts["saves"] == parts["weights"] + parts["optimiser"]
+    if size is not None:
+        assert parts["saves"] == size * count_parameters(config(own)).total
+    there = needed_bytes(require_fit(config(own), own, memory_bytes=2**40))
+    with pytest.raises(UserError, match="needs about"):
+        require_fit(config(own), own, memory_bytes=int(there - parts["saves"] / 2))
+
+
+def test_copies_of_the_state_in_several_processes(monkeypatch: pytest.MonkeyPatch):
+    """One of those that share a machine holds what is saved, and leaves it the others' room; all of
+    them hold the whole state while one phase follows another.
+    """
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    whole = require_fit(config(recipe()), recipe(), memory_bytes=2**40).parts["saves"]
+    own = recipe(parallel={"fsdp": 4})
+    parts = require_fit(config(own), own, memory_bytes=2**40).parts
+    assert parts["saves"] == whole / 4 and "change of phase" not in parts
+    own = recipe(parallel={"fsdp": 4}, phase=[PHASE, PHASE])
+    parts = require_fit(config(own), own, memory_bytes=2**40).parts
+    step = sum(parts[part] for part in ("gradients", "cast weights", "activations", "loss"))
+    step += parts["working memory"]
+    assert parts["change of phase"] == max(0.0, whole - step)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert require_fit(config(own), own, memory_bytes=2**40).parts["saves"] == whole / 2
+
+
+def test_copies_of_the_state_of_gpus_are_in_the_host():
+    own = recipe(device="cuda")
+    assert "saves" not in require_fit(config(own), own, memory_bytes=2**40).parts
 
 
 def test_a_recipe_that_cannot_be_divided_is_refused():
