@@ -25,6 +25,7 @@ from .runs import STEPS, opened, train
         ("fp32", "muon", "layers"),
         ("bf16", "muon", "none"),
         ("bf16", "adamw", "layers"),
+        ("fp8", "adamw", "none"),
     ],
 )
 def test_a_stopped_run_goes_on_exactly(
