@@ -51,6 +51,7 @@ def train(
     """
     from lowlat.cli.train_start import start_files, teacher_files
     from lowlat.train.recipe import read_recipe
+    from lowlat.train.recipe_text import text_of
     from lowlat.utils.progress import make_progress
 
     parsed = read_recipe(recipe, changes or [])
@@ -62,7 +63,8 @@ def train(
         from lowlat.cli.train_dry_run import print_dry_run
 
         return print_dry_run(parsed, recipe, start, teacher)
-    _run(parsed, recipe, out or Path("runs") / parsed.name, start, teacher, quiet)
+    text = text_of(recipe, changes or [])
+    _run(parsed, recipe, text, out or Path("runs") / parsed.name, start, teacher, quiet)
     return None
 
 
@@ -80,6 +82,7 @@ def _check_device(parsed: "Recipe", recipe: Path) -> None:
 def _run(
     parsed: "Recipe",
     recipe: Path,
+    text: str,
     folder: Path,
     start: Path | None,
     teacher: Path | None,
@@ -110,7 +113,7 @@ def _run(
                 team=team,
             )
             if team.is_first:
-                run.keep_recipe(recipe.read_text(encoding="utf-8"))
+                run.keep_recipe(text)
             outcome = trainer.run()
     if team.is_first and outcome.model is not None:
         print(f"{outcome.model}: trained for {outcome.step} steps; lowlat chat {outcome.model}")

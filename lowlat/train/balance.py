@@ -65,7 +65,9 @@ class RouterWatch:
         self._team = team or Team()
         self._sequence_length = 0
         self._num_sequences = 0
-        self._sequence_loss = torch.zeros((), dtype=torch.float64)
+        # Where the model is, in a process without gates too: a sum over processes needs all alike.
+        device = next(model.parameters()).device
+        self._sequence_loss = torch.zeros((), dtype=torch.float64, device=device)
         self._enabled = False
         self._gates: list[_Watched] = []
         for layer, gate in gates(model):
@@ -91,7 +93,7 @@ class RouterWatch:
     def reduce(self) -> None:
         """Sum the counters over processes, once per global batch."""
         counters = [watched.counters for watched in self._gates]
-        own = [*counters, self._sequence_loss[None].to(counters[0].device)] if counters else []
+        own = [*counters, self._sequence_loss[None]] if counters else []
         if own:
             sizes = [len(part) for part in own]
             *sums, loss = self._team.sum(torch.cat(own), TOKENS).split(sizes)
@@ -130,8 +132,7 @@ class RouterWatch:
                 return None
             loss = self._sequence_wise(watched.gate, routing)
             if not _in_backward():
-                # Not in place: the first is on the CPU, wherever the model is.
-                self._sequence_loss = self._sequence_loss + loss.detach()
+                self._sequence_loss += loss.detach()
             weights = _AddLoss.apply(routing.weights, loss)
             assert isinstance(weights, Tensor)
             return routing._replace(weights=weights)

@@ -3,7 +3,7 @@
 Owns how they are made anew, from a checkpoint or from a state; what a recipe reads is `inputs`'s.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 import torch
@@ -107,9 +107,9 @@ def new_teacher(path: Path, recipe: Recipe) -> Teacher:
 
 
 def new_optimizer(
-    model: Transformer, recipe: Recipe, tensors: Mapping[str, Tensor] | None, layout: Layout
+    model: Transformer, recipe: Recipe, tensors: MutableMapping[str, Tensor], layout: Layout
 ) -> Optimizer:
-    """The optimiser, with the (whole) state in `tensors` if given."""
+    """The optimiser, with the (whole) state that it takes out of `tensors`, if there is one."""
     optimizer = Optimizer(model, recipe.optimizer, layout)
     if tensors:
         optimizer.load(tensors)

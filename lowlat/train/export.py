@@ -85,10 +85,10 @@ def export_save(
     step: None takes the latest whole one. Raises UserError where there is no such save, and as
     `export`.
     """
-    save = _save(run, step, progress)
-    config, recipe, weights = _contents(save)
+    save = open_save(run, step, progress)
+    config, recipe, weights = contents(save)
     if recipe.lora is not None:
-        base = started(_start(save), config, base_dtype(recipe)).state_dict()
+        base = started(start_of(save), config, base_dtype(recipe)).state_dict()
         weights = dict(merged(base | weights, recipe.lora))
     export(config, weights, dst, dtype=dtype, text=run / TOKENIZER)
     return save.step
@@ -101,15 +101,16 @@ def export_adapter(
 
     Raises UserError where the run in `run` has none, and as `write_adapter`.
     """
-    save = _save(run, step, progress)
-    config, recipe, updates = _contents(save)
+    save = open_save(run, step, progress)
+    config, recipe, updates = contents(save)
     if recipe.lora is None:
         raise UserError(f"{run}: was trained without lora; leave out --adapter")
     write_adapter(config, updates, recipe.lora, dst, start=Path(str(save.facts["start"])))
     return save.step
 
 
-def _save(run: Path, step: int | None, progress: Progress | None) -> Save:
+def open_save(run: Path, step: int | None, progress: Progress | None = None) -> Save:
+    """The save of `step` of the run in `run`, or its latest whole one. Raises UserError."""
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name the folder of a run")
     saves = Saves(RunFolder(run), report=_log.warning)
@@ -121,7 +122,7 @@ def _save(run: Path, step: int | None, progress: Progress | None) -> Save:
     return save
 
 
-def _contents(save: Save) -> tuple[ModelConfig, Recipe, dict[str, Tensor]]:
+def contents(save: Save) -> tuple[ModelConfig, Recipe, dict[str, Tensor]]:
     """Config, recipe, and the parameters that were saved."""
     config = config_from_hf(dict(save.facts["config"]), source=str(save.folder))
     recipe = parse_recipe(dict(save.facts["recipe"]), origin=str(save.folder))
@@ -129,7 +130,7 @@ def _contents(save: Save) -> tuple[ModelConfig, Recipe, dict[str, Tensor]]:
     return config, recipe, part(tensors, MODEL)
 
 
-def _start(save: Save) -> Path:
+def start_of(save: Save) -> Path:
     """The checkpoint whose weights stayed. Raises UserError where it is gone or another."""
     start = Path(str(save.facts["start"]))
     there = start.exists() and start_fingerprint(start) == save.facts["data"][-1]

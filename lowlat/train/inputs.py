@@ -1,13 +1,14 @@
-"""What a recipe reads: the model's config, phase by phase, and the windows of its data.
+"""What a recipe reads: the model's config, phase by phase, and the rows of its data.
 
 Owns everything that can be wrong with them, found before anything is built or trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from lowlat.checkpoint.index import open_checkpoint
@@ -20,12 +21,15 @@ from lowlat.config.fields import Fields
 from lowlat.config.hf import config_from_hf
 from lowlat.config.hf_rope import rope_from_hf
 from lowlat.config.model import ModelConfig, RopeConfig
+from lowlat.train.data.chat_rows import ChatRows
 from lowlat.train.data.folder import TokenFolder
-from lowlat.train.data.layout import TOKENIZER_FILE
+from lowlat.train.data.layout import TOKENIZER_FILE, Split
+from lowlat.train.data.shuffle import mixed
 from lowlat.train.data.windows import Windows
 from lowlat.train.lora import check_lora
 from lowlat.train.parallel.check import check_parallel
-from lowlat.train.recipe import Data, Phase, Recipe
+from lowlat.train.recipe import Phase, Recipe
+from lowlat.train.schedule import data_begins, data_of
 from lowlat.train.teacher_check import check_teacher
 from lowlat.train.trainable import check_trainable
 from lowlat.utils.errors import UserError
@@ -36,12 +40,12 @@ NULLABLE = ("q_lora_rank", "sliding_window")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseData:
-    """The windows of one phase."""
+    """The rows of one phase: windows of text, or whole chats."""
 
     folder: TokenFolder
-    train: Windows
-    held_out: Windows | None
-    """None where no document was held out."""
+    train: Windows | ChatRows
+    held_out: Windows | ChatRows | None
+    """None where less than a row was held out, or no chat."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,33 +180,53 @@ def _check_same_vocabulary(start: Path, folder: TokenFolder, origin: str) -> Non
 
 def phase_folder(recipe: Recipe, index: int, base: Path) -> TokenFolder:
     """The token folder of phase `index`; paths in the recipe start at `base`. Raises UserError."""
-    return TokenFolder.open(base / _table(recipe, index).folder)
+    return TokenFolder.open(base / data_of(recipe, index).folder)
 
 
 def phase_data(recipe: Recipe, index: int, folder: TokenFolder, num_ahead: int) -> PhaseData:
-    """The windows of phase `index` in its `folder`. Raises UserError where there are none."""
-    phase, table = recipe.phase[index], _table(recipe, index)
-    shared = {"sequence_length": phase.sequence_length, "num_ahead": num_ahead}
-    train = Windows(
-        folder,
-        split="train",
-        seed=recipe.seed + index,
-        document_masks=table.document_masks,
-        fim_rate=table.fim_rate,
-        **shared,
-    )
-    held_out = None
-    if folder.num_tokens("held_out") >= phase.sequence_length + num_ahead:
-        held_out = Windows(
+    """The rows of phase `index` in its `folder`. Raises UserError where there are none."""
+    phase, table = recipe.phase[index], data_of(recipe, index)
+
+    def rows(split: Split, seed: int, fim_rate: float) -> Windows | ChatRows:
+        kind = ChatRows if folder.has_mask(split) else Windows
+        return kind(
             folder,
-            split="held_out",
-            seed=0,
+            split=split,
+            sequence_length=phase.sequence_length,
+            num_ahead=num_ahead,
+            seed=seed,
             document_masks=table.document_masks,
-            fim_rate=0.0,
-            **shared,
+            fim_rate=fim_rate,
         )
-    return PhaseData(folder=folder, train=train, held_out=held_out)
+
+    enough = folder.num_tokens("held_out") >= phase.sequence_length + num_ahead
+    return PhaseData(
+        folder=folder,
+        train=rows("train", _order(recipe, index), table.fim_rate),
+        held_out=rows("held_out", 0, 0.0) if enough or folder.has_mask("held_out") else None,
+    )
 
 
-def _table(recipe: Recipe, index: int) -> Data:
-    return recipe.phase[index].data or recipe.data
+def left_out(recipe: Recipe, data: Sequence[PhaseData]) -> Iterator[str]:
+    """What each phase of `recipe` does without in its `data`, a line each."""
+    for phase, own in zip(recipe.phase, data, strict=True):
+        if own.held_out is None:
+            yield (
+                f"phase {phase.name}: no evaluations, {own.folder.path} holds out less than "
+                "a row; build it with --held-out"
+            )
+        if isinstance(own.train, ChatRows) and own.train.left_out.chats:
+            left = own.train.left_out
+            yield (
+                f"phase {phase.name}: {left.chats:,} of {own.folder.num_documents('train'):,} "
+                f"chats are longer than a row; their last {left.tokens:,} tokens are not learned; "
+                f"sequence_length = {left.longest - 1} holds all"
+            )
+
+
+def _order(recipe: Recipe, index: int) -> int:
+    """The seed of the order in which phase `index` reads: that of the phase whose data it goes on
+    in, and for data that begins anew one of its own, which no other seed of a recipe has as its.
+    """
+    first = data_begins(recipe, index)
+    return int(mixed(np.array([first]), recipe.seed)[0]) if first else recipe.seed

@@ -2,7 +2,7 @@
 and the optimiser's state by parameter name.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, MutableMapping
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +91,8 @@ class Optimizer:
                 for key, value in optimizer.state.get(parameter, {}).items():
                     yield f"{key}.{name}", value if value.ndim == 0 else division.whole(value)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `tensors` gave."""
+    def load(self, tensors: MutableMapping[str, Tensor]) -> None:
+        """Take what `tensors` gave out of a mapping, copying one after the other."""
         for optimizer in self._optimizers():
             keys = ("momentum",) if optimizer is self._muon else ADAMW_STATE
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -100,13 +100,11 @@ class Optimizer:
                 # What no gradient has reached yet has no state.
                 if id(parameter) in own and f"{keys[0]}.{name}" in tensors:
                     division = self._layout.division(name)
-                    whole = {key: tensors[f"{key}.{name}"] for key in keys}
-                    optimizer.state[parameter] = {
-                        key: (value if value.ndim == 0 else division.own(value)).to(
-                            parameter.device, copy=True
-                        )
-                        for key, value in whole.items()
-                    }
+                    own_state = optimizer.state[parameter]
+                    for key in keys:
+                        value = tensors.pop(f"{key}.{name}")
+                        piece = value if value.ndim == 0 else division.own(value)
+                        own_state[key] = piece.to(parameter.device, copy=True)
 
     def _optimizers(self) -> Iterable[torch.optim.Optimizer]:
         return [one for one in (self._adamw, self._muon) if one is not None]

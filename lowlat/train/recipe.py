@@ -167,7 +167,9 @@ class Phase(_Table):
     sequence_length: Count
     """Tokens of a row."""
     batch_rows: Schedule
-    """Rows of a global batch, whole micro-batches; a schedule ramps it and is rounded to them."""
+    """Rows of a global batch, whole micro-batches of all processes; a schedule ramps it and is
+    rounded to them.
+    """
     micro_batch_rows: Count
     """Rows of one forward and backward pass of one process."""
     learning_rate: Schedule
@@ -261,12 +263,31 @@ class Recipe(_Table):
             raise ValueError("phase.match needs [distillation], a teacher to match")
         return self
 
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "Recipe":
+        """A layout must not change what a run computes: only ramps are rounded."""
+        data, fsdp = self.parallel.data, self.parallel.fsdp
+        for phase in self.phase:
+            unit = phase.micro_batch_rows * data * fsdp
+            if not isinstance(phase.batch_rows, list) and phase.batch_rows % unit:
+                raise ValueError(
+                    f"phase {phase.name}: batch_rows {phase.batch_rows:g} is no multiple of "
+                    f"{unit}, micro_batch_rows {phase.micro_batch_rows} x parallel.data {data} x "
+                    f"parallel.fsdp {fsdp}; change one of them"
+                )
+        return self
+
 
 def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """The recipe in the TOML file `path`, with `changes` 'key.sub=value' (values as TOML).
 
     Raises UserError naming file and key for anything that is not a recipe.
     """
+    return parse_recipe(read_raw(path, changes), origin=str(path))
+
+
+def read_raw(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """The same as TOML's values, unchecked. Raises UserError for a file that is no TOML."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -278,7 +299,7 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: is not TOML ({error})") from error
     for change in changes:
         _apply(raw, change)
-    return parse_recipe(raw, origin=str(path))
+    return raw
 
 
 def parse_recipe(raw: dict[str, Any], *, origin: str) -> Recipe:

@@ -12,10 +12,18 @@ from safetensors.torch import save_file
 from lowlat.train.batch import Batch
 from lowlat.utils.errors import UserError
 
+BATCH_FILES = "failed-step-*.safetensors"
+"""Batches in the folder of a run."""
+
 
 def batch_file(folder: Path, step: int) -> Path:
     """Where the batch of `step` (from 0) is kept in the folder of a run."""
     return folder / f"failed-step-{step + 1:08}.safetensors"
+
+
+def step_of(path: Path) -> int:
+    """The step (from 0) whose batch `batch_file` keeps as `path`."""
+    return int(path.stem.rpartition("-")[2]) - 1
 
 
 def keep_batch(path: Path, step: int, batch: Batch) -> str:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowlat.train.recipe import Phase, Recipe, Schedule, Segment
+from lowlat.train.recipe import Data, Phase, Recipe, Schedule, Segment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,7 @@ class StepPlan:
     phase: Phase
     """Its phase."""
     first_row: int
-    """Rows of the phase used before this step: the position in its data."""
+    """Rows of its phase's data used before this step, by earlier phases too: the position there."""
     rows: int
     """Rows of this step's global batch."""
     learning_rate: float
@@ -68,8 +68,28 @@ def _within_segment(segment: Segment, start: float, share: float) -> float:
 
 
 def batch_rows(phase: Phase, step: int, unit: int) -> int:
-    """Rows of the global batch at `step` of `phase`: whole multiples of `unit`, at least one."""
+    """Rows of the global batch at `step` of `phase`: whole multiples of `unit`, at least one. Of
+    what a recipe may say, that changes ramps alone.
+    """
     return max(1, round(value_at(phase.batch_rows, step, phase.steps) / unit)) * unit
+
+
+def data_of(recipe: Recipe, index: int) -> Data:
+    """What phase `index` reads."""
+    return recipe.phase[index].data or recipe.data
+
+
+def data_begins(recipe: Recipe, index: int) -> int:
+    """The phase that began the data of phase `index`, perhaps itself: one that reads the same rows
+    as the phase before goes on where that ended.
+    """
+    while index and _reads(recipe, index) == _reads(recipe, index - 1):
+        index -= 1
+    return index
+
+
+def _reads(recipe: Recipe, index: int) -> tuple[Data, int]:
+    return data_of(recipe, index), recipe.phase[index].sequence_length
 
 
 class Timetable:
@@ -82,6 +102,10 @@ class Timetable:
             for phase in recipe.phase
         ]
         self._before = [_running(rows) for rows in self._rows]
+        totals = [before[-1] for before in self._before]
+        self._first = [
+            sum(totals[data_begins(recipe, index) : index]) for index in range(len(totals))
+        ]
 
     @property
     def steps(self) -> int:
@@ -113,7 +137,7 @@ class Timetable:
             step=step,
             phase_index=index,
             phase=phase,
-            first_row=self._before[index][within],
+            first_row=self._first[index] + self._before[index][within],
             rows=self._rows[index][within],
             learning_rate=value_at(phase.learning_rate, within, phase.steps),
             mtp_weight=value_at(phase.mtp_weight, within, phase.steps),

@@ -89,7 +89,7 @@ def facts(
         "step": position.step,
         "seconds": position.seconds,
         "phase": plan.phase_index,
-        "rows_of_phase": plan.first_row + (plan.rows if done else 0),
+        "rows_of_data": plan.first_row + (plan.rows if done else 0),
         "tokens": timetable.tokens_before(position.step),
         "data": fingerprints,
         "config": config_to_hf(config),

@@ -4,6 +4,7 @@ Owns the loop and what interrupts it. Building is `build`'s, a step `step`'s, fi
 `saves` and `runlog`.
 """
 
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from lowlat.train.build import (
     new_teacher,
 )
 from lowlat.train.export import TOKENIZER, export, keep_tokenizer
-from lowlat.train.inputs import PhaseData, open_inputs
+from lowlat.train.inputs import PhaseData, left_out, open_inputs
 from lowlat.train.lora import merged
 from lowlat.train.lora_files import start_fingerprint
 from lowlat.train.measure import Meter, eval_record
@@ -160,7 +161,8 @@ class Trainer:
             tokens_total=self.timetable.tokens,
             facts=self._run_facts(),
         )
-        self._note_what_is_not_held_out()
+        for note in left_out(self.recipe, self._inputs.data):
+            self.log.note(note)
         losses: tuple[float, ...] = ()
         saved = self.position.step
         if self._teacher is not None and saved == 0:
@@ -204,12 +206,17 @@ class Trainer:
     def _plan(self) -> StepPlan:
         return self.timetable.at(min(self.position.step, self.timetable.steps - 1))
 
-    def _build(self, tensors: dict[str, Tensor] | None) -> None:
-        """Model and optimiser of the present phase, from `tensors` of a state if given."""
+    def _build(self, tensors: dict[str, Tensor]) -> None:
+        """Model and optimiser of the present phase, from the `tensors` of a state unless empty.
+
+        They are taken out of it, so that what is copied may be forgotten tensor by tensor.
+        """
         config = self._inputs.configs[self._phase]
-        weights = None if tensors is None else part(tensors, MODEL)
-        moments = None if tensors is None else part(tensors, OPTIMIZER)
+        moments, random = part(tensors, OPTIMIZER), tensors.get(RANDOM)
+        weights = part(tensors, MODEL) or None
+        tensors.clear()
         self.model: Transformer = new_model(config, self.recipe, self._start, weights)
+        del weights
         self._passes, self.layout = new_passes(
             self.model,
             self._team,
@@ -219,8 +226,8 @@ class Trainer:
             teacher=self._teacher,
         )
         self.optimizer: Optimizer = new_optimizer(self.model, self.recipe, moments, self.layout)
-        if tensors is not None:
-            torch.set_rng_state(tensors[RANDOM])
+        if random is not None:
+            torch.set_rng_state(random)
         self._watch = RouterWatch(
             self.model,
             sequence_weight=self.recipe.balance.sequence_weight,
@@ -228,12 +235,17 @@ class Trainer:
         )
 
     def _enter_phase(self, plan: StepPlan) -> None:
-        if plan.phase_index != self._phase:
-            self._phase = plan.phase_index
-            state = state_tensors(self.layout, self.optimizer)
-            self._build({name: tensor.cpu() for name, tensor in state})
-            self._meter = self._new_meter()
-            self.log.note(f"phase {plan.phase.name} begins")
+        if plan.phase_index == self._phase:
+            return
+        self._phase = plan.phase_index
+        state = state_tensors(self.layout, self.optimizer)
+        tensors = {name: tensor.cpu() for name, tensor in state}
+        # Weights and moments are moved, not held twice.
+        del state, self.model, self._passes, self.layout, self.optimizer, self._watch
+        gc.collect()  # gates and what watches them refer to each other
+        self._build(tensors)
+        self._meter = self._new_meter()
+        self.log.note(f"phase {plan.phase.name} begins")
 
     def _step(self, plan: StepPlan) -> StepResult:
         began = time.monotonic()
@@ -277,7 +289,8 @@ class Trainer:
         what = "gradient" if all(map(_is_finite, losses)) else "loss"
         raise UserError(
             f"step {plan.step + 1}: the {what} is not finite; its batch is {kept}, the state "
-            f"before it in {self._saves.folder}; lower the learning rate or look at the batch"
+            f"before it in {self._saves.folder}; to go on, lowlat train export "
+            f"{self.run_folder.path} DST, and a new recipe with start = DST and a lower rate"
         )
 
     def _evaluate(self, plan: StepPlan) -> None:
@@ -294,14 +307,6 @@ class Trainer:
         tokens = self.timetable.tokens_before(self.position.step)
         at = self.position.step, tokens, self._present.folder
         self.log.evaluation(eval_record(found, num_ahead, *at))
-
-    def _note_what_is_not_held_out(self) -> None:
-        for phase, data in zip(self.recipe.phase, self._inputs.data, strict=True):
-            if data.held_out is None:
-                self.log.note(
-                    f"phase {phase.name}: no evaluations, {data.folder.path} holds out less than "
-                    "a row; build it with --held-out"
-                )
 
     def _held_out_batches(self, plan: StepPlan) -> Iterator[Batch]:
         """This process's, every `row_parts`-th; where they do not come out even, the last one
@@ -322,6 +327,7 @@ class Trainer:
 
     def _save(self) -> None:
         began = time.monotonic()
+        self._saves.wait()  # its copy of the state goes before the next is made
         tensors = snapshot(self.layout, self.optimizer, keep=self._team.is_first)
         if self._team.is_first:
             self._saves.write_later(
@@ -382,8 +388,8 @@ class Trainer:
         }
 
 
-def _tensors(save: Save | None) -> dict[str, Tensor] | None:
-    return None if save is None else {name: save.tensor(name) for name in save.names()}
+def _tensors(save: Save | None) -> dict[str, Tensor]:
+    return {} if save is None else {name: save.tensor(name) for name in save.names()}
 
 
 def _is_finite(value: float) -> bool:

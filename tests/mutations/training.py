@@ -14,6 +14,13 @@ LOSSES = [
         TRAIN + "test_loss.py::test_micro_batches_change_nothing",
     ),
     Mutant(
+        "loss: what fills a row of chats is learned",
+        "train/data/chat_rows.py",
+        "predicted = np.zeros((count, self._length), np.bool_)",
+        "predicted = np.ones((count, self._length), np.bool_)",
+        TRAIN + "data/test_chat_rows.py::test_every_chat_is_whole_in_one_row[0-False]",
+    ),
+    Mutant(
         "loss: lambda left out",
         "train/loss.py",
         "weight = mtp_weight / (num_ahead - 1) if depth else 1.0",
@@ -211,9 +218,16 @@ OPTIMISING = [
     Mutant(
         "schedule: every batch begins with the first row",
         "train/schedule.py",
-        "first_row=self._before[index][within]",
-        "first_row=0",
+        "self._before[index][within],",
+        "0,",
         TRAIN + "test_schedule.py::test_phases_follow_one_another",
+    ),
+    Mutant(
+        "schedule: every phase reads its data from the first row",
+        "train/schedule.py",
+        "first_row=self._first[index] + ",
+        "first_row=",
+        TRAIN + "test_schedule.py::test_a_phase_goes_on_in_the_data_of_the_one_before",
     ),
 ]
 

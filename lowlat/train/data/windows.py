@@ -102,7 +102,7 @@ class Windows:
         lengths = np.diff(borders)
         inside = np.arange(start, stop) - np.repeat(begins, lengths)
         documents = epoch.order[first:last].astype(np.int64)
-        places, sizes = _extents(self._ends, documents)
+        places, sizes = extents(self._ends, documents)
         positions = inside + np.repeat(places, lengths)
         for index in np.flatnonzero(self._infilling.chosen(documents, sizes, epoch.number)):
             own = slice(borders[index] - start, borders[index + 1] - start)
@@ -132,7 +132,7 @@ class _Epoch:
         self.order = permutation(len(ends), seed, number, DOCUMENT_ORDER)
         """Documents as they follow one another in the stream."""
         documents = np.arange(len(ends))
-        _, lengths = _extents(ends, documents)
+        _, lengths = extents(ends, documents)
         lengths += NUM_MARKS * infilling.chosen(documents, lengths, number)
         self.starts = np.zeros(len(ends) + 1, np.int64)
         """Where each of them begins in the stream, and where the last ends."""
@@ -141,7 +141,7 @@ class _Epoch:
         """Windows as they are used."""
 
 
-def _extents(
+def extents(
     ends: Int64[np.ndarray, " documents"], chosen: Int64[np.ndarray, " n"]
 ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
     """Where the `chosen` documents begin in the split, and how many tokens they have."""

@@ -4,6 +4,7 @@ of one that cannot fit.
 Owns the way from a Recipe to Jobs. Clusters are `estimate`'s and `search`'s.
 """
 
+import os
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,14 @@ from lowlat.train.inputs import base_config
 from lowlat.train.plan.flops import TokenFlops, token_flops
 from lowlat.train.plan.job import Job, Layout, Schedule, ZeroStage, check
 from lowlat.train.plan.learning import learning_memory, training_flops
-from lowlat.train.plan.memory import ACTIVATIONS, WORKING, Memory, device_memory
+from lowlat.train.plan.memory import (
+    ACTIVATIONS,
+    OPTIMISER,
+    WEIGHTS,
+    WORKING,
+    Memory,
+    device_memory,
+)
 from lowlat.train.plan.stages import cut, held
 from lowlat.train.recipe import Parallel, Phase, Recipe
 from lowlat.train.schedule import Timetable, batch_rows
@@ -28,6 +36,10 @@ REACHED = (0.1, 0.5)
 """Shares of the measured rate of products that a step reaches: of small models, of large ones."""
 PROGRAM_BYTES = 400 * 2**20
 """Memory of the program and its libraries."""
+SAVES, PHASES = "saves", "change of phase"
+"""Parts of memory that only whole runs have: copies of the state."""
+KEPT_BY_PHASES = (WEIGHTS, OPTIMISER, "teacher")
+"""What stays where it is while a phase is followed by another."""
 ALLOCATOR = 1.08
 """What allocators hold over what is asked of them (docs/planning.md tells what was measured)."""
 
@@ -179,12 +191,17 @@ def recipe_config(recipe: Recipe, path: Path, start: Path | None) -> ModelConfig
 
 
 def usable_memory(device: torch.device, processes: int) -> int:
-    """Bytes that each of `processes` processes may use: of the device, or their share of the
+    """Bytes that each of `processes` processes may use: of the device, or its share of this
     machine's.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return memory_limit() // processes
+    return memory_limit() // on_this_machine(processes)
+
+
+def on_this_machine(processes: int) -> int:
+    """How many of `processes` share this machine's memory: as torchrun says, else all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes))
 
 
 def layout_of(parallel: Parallel) -> Layout:
@@ -213,9 +230,40 @@ def needed_bytes(memory: Memory) -> float:
 
 def _memory(config: ModelConfig, recipe: Recipe, job: Job, teacher: ModelConfig | None) -> Memory:
     check(config, job)
+    memory = _step_memory(config, recipe, job, teacher)
+    if recipe.device != "cpu":
+        return memory  # copies of the state are in the memory of the host
+    return _with_copies(memory, recipe, _state_bytes(config, recipe, job))
+
+
+def _step_memory(
+    config: ModelConfig, recipe: Recipe, job: Job, teacher: ModelConfig | None
+) -> Memory:
     costs = (1.0,) * (config.num_hidden_layers + 1)
     memory = device_memory(config, job, held(cut(config, job.layout, costs), job.layout))
     return learning_memory(memory, config, recipe, job, teacher)
+
+
+def _state_bytes(config: ModelConfig, recipe: Recipe, job: Job) -> float:
+    """The whole state of the training, as a save holds it."""
+    if recipe.lora is not None:
+        return 0.0  # updates alone
+    undivided = replace(job, layout=layout_of(Parallel()), batch_rows=job.micro_batch_rows)
+    parts = _step_memory(config, recipe, undivided, None).parts
+    return parts[WEIGHTS] + parts[OPTIMISER]
+
+
+def _with_copies(memory: Memory, recipe: Recipe, state: float) -> Memory:
+    """`memory` and the copies of the state that lie beside it: what is being saved, which is in one
+    process of those that share this machine; and what a change of phase makes beyond the memory of
+    a step, where every process has the state whole for a moment (one process moves its own).
+    """
+    parallel = recipe.parallel
+    parts = memory.parts | {SAVES: state / on_this_machine(parallel.processes)}
+    if len(recipe.phase) > 1 and parallel.processes > 1:
+        free = sum(size for part, size in memory.parts.items() if part not in KEPT_BY_PHASES)
+        parts[PHASES] = max(0.0, state - free)
+    return replace(memory, parts=parts)
 
 
 def _remedy(recipe: Recipe, phase: Phase, memory: Memory) -> str:
@@ -225,7 +273,10 @@ def _remedy(recipe: Recipe, phase: Phase, memory: Memory) -> str:
         if recipe.recompute == "none":
             return "set recompute = 'layers'"
         return f"lower sequence_length ({phase.sequence_length}) or raise parallel.context"
-    if memory.largest == "optimiser" and recipe.optimizer.name == "adamw":
+    if memory.largest == SAVES:
+        muon = " or optimizer.name = 'muon'" if recipe.optimizer.name == "adamw" else ""
+        return f"use a smaller model{muon}; what is saved is copied first"
+    if memory.largest == OPTIMISER and recipe.optimizer.name == "adamw":
         return "use a smaller model, optimizer.name = 'muon', or raise parallel.fsdp"
     return "use a smaller model, or raise parallel.fsdp, parallel.expert or parallel.pipeline"
 

@@ -22,6 +22,7 @@ HIGH_PRECISION = ("embedding", "head", "router", "norms", "MTP joint")
 """Parts that fp8 training keeps in bf16 (DeepSeek-V3 section 3.3.1)."""
 WEIGHTS = "weights"
 CASTS = "cast weights"
+OPTIMISER = "optimiser"
 ACTIVATIONS = "activations"
 WORKING = "working memory"
 
@@ -80,13 +81,13 @@ def shares(layout: Layout, part: str) -> tuple[int, int]:
 def _states(job: Job, parameters: dict[str, float]) -> dict[str, float]:
     """Bytes of masters, casts, gradients and moments."""
     zero = job.layout.zero
-    states = {WEIGHTS: 0.0, CASTS: 0.0, "gradients": 0.0, "optimiser": 0.0}
+    states = {WEIGHTS: 0.0, CASTS: 0.0, "gradients": 0.0, OPTIMISER: 0.0}
     for part, count in parameters.items():
         share = count / shares(job.layout, part)[1]
         states[WEIGHTS] += FP32_BYTES * held(job, part, count)
         states[CASTS] += live_casts(job, part, count)
         states["gradients"] += FP32_BYTES * (share if zero >= 2 else count)
-        states["optimiser"] += moment_bytes(job, part) * (share if zero >= 1 else count)
+        states[OPTIMISER] += moment_bytes(job, part) * (share if zero >= 1 else count)
     return states
 
 

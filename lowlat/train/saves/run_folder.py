@@ -1,7 +1,7 @@
 """The folder of one run: where its files are, and the lock that keeps a second run out.
 
     RUN/lock            held while a process trains here; says which
-    RUN/recipe.toml     the recipe, as given
+    RUN/recipe.toml     the recipe as it ran
     RUN/saves/          complete states
     RUN/log.jsonl       one record per step
     RUN/tensorboard/    the same for TensorBoard

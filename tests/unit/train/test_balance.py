@@ -80,6 +80,18 @@ def test_bias_moves_against_the_load() -> None:
     assert all(map(torch.equal, biases(model), biases(model)))
 
 
+def test_a_watch_is_where_the_model_is() -> None:
+    """Without gates too: a process of a pipeline that has none sums with those that have some.
+
+    Holds shut: one process that waits in gloo for another that waits in NCCL.
+    """
+    for model_config in (tiny.config(), tiny.config(moe=None)):
+        watch = RouterWatch(tiny.model(model_config).to("meta"), sequence_weight=1.0)
+        assert watch._sequence_loss.device.type == "meta"
+        watch.reduce()
+        assert watch._sequence_loss.device.type == "meta"
+
+
 def test_only_watched_passes_count() -> None:
     model, batch = tiny.model(tiny.config()), tiny.batch()
     watch = watched(model, batch, alpha=1.0)

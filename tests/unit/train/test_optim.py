@@ -125,7 +125,7 @@ def test_state_goes_on(name: str, dtype: torch.dtype) -> None:
     saved = {key: tensor.clone() for key, tensor in whole.tensors()}
     other.load_state_dict(one.state_dict())
     resumed = Optimizer(other, table)
-    resumed.load(saved)
+    resumed.load(dict(saved))
     for model, optimizer in ((one, whole), (other, resumed)):
         for seed in (3, 4):
             set_gradients(model, seed)

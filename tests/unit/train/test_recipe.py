@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lowlat.train.recipe import Segment, parse_recipe, read_recipe
+from lowlat.train.schedule import Timetable
 from lowlat.utils.errors import UserError
 
 TEXT = """
@@ -137,6 +138,11 @@ def test_changes(path: Path) -> None:
             "phase.0.learning_rate=[{ to = 1, steps = 5 }, { to = 2, steps = 5 }]",
             "recipe.toml: phase.0: learning_rate: its segments last longer than steps 9",
         ),
+        (
+            "parallel.fsdp=4",
+            "recipe.toml: phase second: batch_rows 4 is no multiple of 8, micro_batch_rows 2 x "
+            "parallel.data 1 x parallel.fsdp 4; change one of them",
+        ),
     ],
 )
 def test_refusals(path: Path, change: str, said: str) -> None:
@@ -147,6 +153,20 @@ def test_refusals(path: Path, change: str, said: str) -> None:
     assert said in message
     assert "\n" not in message and "pydantic" not in message and "constrained" not in message
     assert "Value error" not in message and "list[" not in message
+
+
+@pytest.mark.parametrize("parallel", [{}, {"data": 2}, {"fsdp": 2}, {"tensor": 4, "context": 2}])
+def test_no_layout_changes_a_constant_batch(path: Path, parallel: dict[str, int]) -> None:
+    """Holds shut: 8 rows of micro-batches of 4 that became 32 on 8 processes."""
+    recipe = read_recipe(path, [f"parallel.{axis}={size}" for axis, size in parallel.items()])
+    ranks = recipe.parallel.data * recipe.parallel.fsdp
+    assert [Timetable(recipe, ranks=ranks).at(step).rows for step in (9, 10, 11)] == [4] * 3
+
+
+def test_ramps_are_rounded_instead(path: Path) -> None:
+    changes = ["parallel.data=2", "parallel.fsdp=4", "phase.1.batch_rows=16"]
+    recipe = read_recipe(path, changes)
+    assert {Timetable(recipe, ranks=8).at(step).rows for step in range(9)} == {16}
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def phases() -> Timetable:
 
 
 def test_phases_follow_one_another() -> None:
-    """Positions in the data begin anew in every phase; tokens are counted over all of them."""
+    """Positions in the data begin anew with every other row length; tokens are counted over all."""
     table = phases()
     plans = [table.at(step) for step in range(table.steps)]
     assert [plan.step for plan in plans] == list(range(6))
@@ -93,6 +93,39 @@ def test_phases_follow_one_another() -> None:
     before = [0, *itertools.accumulate(plan.tokens for plan in plans)]
     assert [table.tokens_before(step) for step in range(7)] == before
     assert table.tokens == before[-1] == 132
+
+
+def test_a_phase_goes_on_in_the_data_of_the_one_before() -> None:
+    """As long as folder, masks, infilling and row length are the same, said once or twice; batches
+    may differ. After other data it begins anew.
+    """
+    own = {"data": {"folder": "none"}}
+    table = of_phases({}, own | {"batch_rows": 4}, {}, {"sequence_length": 7}, own)
+    plans = [table.at(step) for step in range(table.steps)]
+    assert [plan.first_row for plan in plans] == [0, 2, 4, 8, 12, 14, 0, 2, 0, 2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sequence_length": 6},
+        {"data": {"folder": "other"}},
+        {"data": {"folder": "none", "document_masks": True}},
+        {"data": {"folder": "none", "fim_rate": 0.5}},
+    ],
+)
+def test_a_phase_with_other_rows_begins_anew(change: dict[str, Any]) -> None:
+    assert of_phases({}, change).at(2).first_row == 0
+
+
+def of_phases(*changes: dict[str, Any]) -> Timetable:
+    """Two steps of two rows in every phase."""
+    fields = {"name": "p", "steps": 2, "sequence_length": 5, "batch_rows": 2}
+    fields |= {"micro_batch_rows": 1, "learning_rate": 0.1}
+    raw = {"name": "t", "model": {}, "data": {"folder": "none"}}
+    return Timetable(
+        parse_recipe(raw | {"phase": [fields | change for change in changes]}, origin="test")
+    )
 
 
 T, B = 10**12, 10**9

@@ -15,7 +15,7 @@ from lowlat.text.chat_prompt import encode_chat
 from lowlat.text.token_bytes import byte_alphabet
 from lowlat.train.batch import Batch
 from lowlat.train.data.folder import TokenFolder
-from lowlat.train.inputs import phase_data, phase_folder
+from lowlat.train.inputs import left_out, phase_data, phase_folder
 from lowlat.train.recipe import parse_recipe
 from tests.fakes import ASSISTANT, EOS, TEMPLATE, byte_tokenizer, gqa_config
 from tests.unit.checkpoint.gguf_files import write_gguf
@@ -41,6 +41,36 @@ def test_only_answers_are_targets(tmp_path: Path) -> None:
     assert batch.documents is not None and max(map(len, batch.documents)) > 1
     ends = {(batch.tokens == EOS)[row, sum(part[:-1]) - 1].item() for row, part in cut(batch)}
     assert ends == {True}
+
+
+def test_no_answer_is_learned_without_its_question(tmp_path: Path) -> None:
+    """What has targets begins with the beginning of a chat, in every row of an epoch."""
+    folder = TokenFolder.open(tuning.chats(tmp_path / "tokens"))
+    recipe = parse_recipe(tuning.raw_recipe(model={}), origin="r.toml")
+    rows = phase_data(recipe, 0, folder, 1).train
+    batch = rows.batch(0, rows.per_epoch)
+    begin = int(folder.tokens("train", np.array([0]))[0])
+    assert batch.documents is not None
+    learned = 0
+    for row, lengths in enumerate(batch.documents):
+        for first, size in zip(np.cumsum([0, *lengths]), lengths, strict=False):
+            targets = int(batch.predicted[row, first : first + size].sum())
+            assert not targets or int(batch.tokens[row, first]) == begin
+            learned += targets
+    assert learned >= 0.9 * folder.facts.splits["train"].predicted
+
+
+def test_what_is_left_out_of_long_chats_is_said(tmp_path: Path) -> None:
+    folder = TokenFolder.open(tuning.chats(tmp_path / "tokens"))
+    raw = tuning.raw_recipe(model={}, phase=tuning.phases({"sequence_length": 9}))
+    recipe = parse_recipe(raw, origin="r.toml")
+    sizes = np.diff(folder.ends("train"), prepend=0)
+    (line,) = left_out(recipe, [phase_data(recipe, 0, folder, 1)])
+    assert f"{(sizes > 10).sum()} of {len(sizes)} chats are longer than a row" in line
+    assert f"their last {np.maximum(sizes - 10, 0).sum()} tokens are not learned" in line
+    long = tuning.phases({"sequence_length": int(sizes.max()) - 1})
+    recipe = parse_recipe(raw | {"phase": long}, origin="r.toml")
+    assert list(left_out(recipe, [phase_data(recipe, 0, folder, 1)])) == []
 
 
 def cut(batch: Batch) -> Iterator[tuple[int, tuple[int, ...]]]:

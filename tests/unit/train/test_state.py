@@ -80,7 +80,7 @@ def saved(step: int) -> dict[str, Any]:
 def test_where_a_run_stands(step: int, phase: int, rows: int) -> None:
     """In its recipe, in the data of its phase, and in tokens of all phases."""
     found = saved(step)
-    assert (found["step"], found["phase"], found["rows_of_phase"]) == (step, phase, rows)
+    assert (found["step"], found["phase"], found["rows_of_data"]) == (step, phase, rows)
     tokens = [0, 22, 66, 110, 176, 242, 310, 378, 446, 514]
     assert found["tokens"] == tokens[step]
     assert resume(found) == Position(step=step, seconds=2.5)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from lowlat.train.failed_step import look_again
 from lowlat.train.recipe import Recipe
 from lowlat.train.replay import read_batch
 from lowlat.train.step import evaluate
@@ -24,6 +25,7 @@ from .runs import STEPS, opened, train
         ("fp32", "muon", "layers"),
         ("bf16", "muon", "none"),
         ("bf16", "adamw", "layers"),
+        ("fp8", "adamw", "none"),
     ],
 )
 def test_a_stopped_run_goes_on_exactly(
@@ -132,9 +134,13 @@ def test_a_loss_that_is_not_finite(base: Path, every: int) -> None:
             trainer.run()
     assert [record.step for record in log.steps] == [1, 2, 3]
     save = runs.saved(base / "run")
-    assert save.step == 3 and save.facts["rows_of_phase"] == 2 + 4 + 4
+    assert save.step == 3 and save.facts["rows_of_data"] == 2 + 4 + 4
     path = base / "run" / "failed-step-00000004.safetensors"
     assert str(path) in str(caught.value) and str(base / "run" / "saves") in str(caught.value)
+    assert f"lowlat train export {base / 'run'} DST" in str(caught.value)
+    seen = look_again(base / "run")
+    assert seen.step == 4 and not all(map(math.isfinite, (*seen.losses, seen.grad_norm)))
+    assert seen.activation or seen.gradient
     batch = read_batch(path)
     with opened(base / "other", wanted) as trainer:
         expected = trainer._present.train.batch(10, 6)
@@ -150,6 +156,7 @@ def test_a_gradient_that_is_not_finite_at_the_first_step(base: Path) -> None:
         with pytest.raises(UserError, match="step 1: the loss is not finite"):
             trainer.run()
     assert runs.steps(base / "run") == [0]
+    assert look_again(base / "run").activation == "norm"
     with (
         opened(base / "run", runs.recipe()) as trainer,
         pytest.raises(UserError, match="step 1: the loss"),

@@ -12,6 +12,7 @@ from lowlat.train.plan.dryrun import (
     dry_run,
     job_of,
     largest_job,
+    needed_bytes,
     recipe_config,
     require_fit,
     usable_memory,
@@ -108,7 +109,11 @@ def test_what_fits_is_let_through():
         ),
         (
             {"model": MODEL | {"intermediate_size": 3_000_000}},
-            r"of optimiser: use a smaller model, optimizer\.name = 'muon', or raise",
+            r"of saves: use a smaller model or optimizer\.name = 'muon'; what is saved is copied",
+        ),
+        (
+            {"model": MODEL | {"intermediate_size": 3_000_000}, "optimizer": {"name": "muon"}},
+            r"of saves: use a smaller model; what is saved is copied",
         ),
     ],
 )
@@ -121,11 +126,51 @@ def test_what_does_not_fit_names_the_largest_part_and_the_remedy(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("optimizer", "size"), [("adamw", 12), ("muon", None)])
+def test_the_copy_that_is_saved_is_counted(optimizer: str, size: int | None):
+    """Holds shut: a training that fits until its first save."""
+    own = recipe(optimizer={"name": optimizer})
+    parts = require_fit(config(own), own, memory_bytes=2**40).parts
+    assert parts["saves"] == parts["weights"] + parts["optimiser"]
+    if size is not None:
+        assert parts["saves"] == size * count_parameters(config(own)).total
+    there = needed_bytes(require_fit(config(own), own, memory_bytes=2**40))
+    with pytest.raises(UserError, match="needs about"):
+        require_fit(config(own), own, memory_bytes=int(there - parts["saves"] / 2))
+
+
+def test_copies_of_the_state_in_several_processes(monkeypatch: pytest.MonkeyPatch):
+    """One of those that share a machine holds what is saved, and leaves it the others' room; all of
+    them hold the whole state while one phase follows another.
+    """
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    whole = require_fit(config(recipe()), recipe(), memory_bytes=2**40).parts["saves"]
+    own = recipe(parallel={"fsdp": 4})
+    parts = require_fit(config(own), own, memory_bytes=2**40).parts
+    assert parts["saves"] == whole / 4 and "change of phase" not in parts
+    own = recipe(parallel={"fsdp": 4}, phase=[PHASE, PHASE])
+    parts = require_fit(config(own), own, memory_bytes=2**40).parts
+    step = sum(parts[part] for part in ("gradients", "cast weights", "activations", "loss"))
+    step += parts["working memory"]
+    assert parts["change of phase"] == max(0.0, whole - step)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert require_fit(config(own), own, memory_bytes=2**40).parts["saves"] == whole / 2
+
+
+def test_copies_of_the_state_of_gpus_are_in_the_host():
+    own = recipe(device="cuda")
+    assert "saves" not in require_fit(config(own), own, memory_bytes=2**40).parts
+
+
 def test_a_recipe_that_cannot_be_divided_is_refused():
     own = recipe(parallel={"tensor": 5})
     with pytest.raises(UserError, match="tp 5: must divide the 2 attention heads"):
         dry_run(config(own), own, rate=1e9, memory_bytes=10**9)
 
 
-def test_processes_share_the_memory_of_a_machine():
+def test_processes_share_the_memory_of_a_machine(monkeypatch: pytest.MonkeyPatch):
+    """Those of other nodes have that of theirs."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert usable_memory(torch.device("cpu"), 4) == memory_limit() // 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert usable_memory(torch.device("cpu"), 4) == memory_limit() // 2
