@@ -161,6 +161,17 @@ def test_bad_requests_are_refused_with_the_numbers(
     engine.check_integrity()
 
 
+def test_a_prompt_that_is_too_long_is_not_looked_through() -> None:
+    """Holds shut: millions of ids compared on the server's event loop."""
+
+    class Ids(list[int]):
+        def __iter__(self) -> Any:
+            raise AssertionError("looked at every id")
+
+    with pytest.raises(UserError, match="98 tokens and the context is 97"):
+        counting_engine().check(Ids([1] * 98), SamplingParams())
+
+
 def test_more_completions_than_may_run_are_refused() -> None:
     """Holds shut: a request that waits for ever."""
     engine = counting_engine(limits=Limits(max_sequences=3))
