@@ -99,7 +99,7 @@ class Request:
     started_at: float | None = None
     """Clock in seconds when the first step of the prompt began."""
     num_matched: int = 0
-    """Tokens of the prompt that the prefix cache held when it started."""
+    """Tokens of the prompt that the prefix cache held when it started: others had read them."""
 
 
 @dataclass(frozen=True, slots=True)
