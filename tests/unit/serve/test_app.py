@@ -182,7 +182,9 @@ def test_the_server_sets_the_longest_deadline(make_client: MakeClient, bridge: F
     client = make_client(request_seconds=10)
     for given in ({}, {"deadline_seconds": 99}, {"deadline_seconds": 2}):
         assert client.post("/v1/completions", json={**BODY, **given}).status_code == 200
-    assert [asked.deadline for asked in bridge.asked] == [10.0, 10.0, 2.0]
+    # What is left of them, after a moment.
+    for asked, seconds in zip(bridge.asked, (10.0, 10.0, 2.0), strict=True):
+        assert asked.deadline is not None and seconds - 1.5 < asked.deadline < seconds
 
 
 @pytest.mark.parametrize(
