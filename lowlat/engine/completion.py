@@ -101,6 +101,8 @@ class CompletionBuilder:
         self.pieces: list[str] = []
         self.error: str | None = None
         """With finish_reason "error": what failed, in one line."""
+        self.is_form = False
+        """With an error: whether the form that was asked for is at fault."""
         self._detokenizer = Detokenizer(tokenizer, keep_special=keep_special)
         self._stops = StopStrings(request.params.stop)
         self.token_ids: list[int] = []
@@ -118,7 +120,7 @@ class CompletionBuilder:
         if self.finish_reason is None and event.finish_reason is not None:
             piece += self._flush()
             self.finish_reason = self.finish_reason or event.finish_reason
-            self.error = event.error
+            self.error, self.is_form = event.error, event.is_form
         if piece:
             self.pieces.append(piece)
 

@@ -262,9 +262,11 @@ class Engine:
                     return [*events, *self._fail(sequence, NOT_FINITE)]
                 event = self._advance(sequence, sampled)
             except Exception as error:
-                if not isinstance(error, UserError):
+                # Only a grammar raises UserError here: it has turned out to be too much work.
+                is_form = isinstance(error, UserError)
+                if not is_form:
                     logger.exception("sampling failed for request %d", sequence.request.id)
-                return [*events, *self._fail(sequence, _line(error))]
+                return [*events, *self._fail(sequence, _line(error), is_form=is_form)]
             events.append(event)
             if sequence.finish_reason is not None or place == len(drafts):
                 break
@@ -331,15 +333,14 @@ class Engine:
 
     # --- ends ----------------------------------------------------------------------------------
 
-    def _fail(self, sequence: Sequence, error: str) -> list[Event]:
-        return self._end(sequence, "error", error)
+    def _fail(self, sequence: Sequence, error: str, *, is_form: bool = False) -> list[Event]:
+        ends = self._end(sequence, "error")
+        return [replace(end, error=error, is_form=is_form) for end in ends]
 
-    def _end(
-        self, sequence: Sequence, reason: FinishReason, error: str | None = None
-    ) -> list[Event]:
+    def _end(self, sequence: Sequence, reason: FinishReason) -> list[Event]:
         """End a sequence without a token; the ends of all completions that it stands for."""
         ends = [
-            Event(sequence.request.id, index, None, finish_reason=reason, error=error)
+            Event(sequence.request.id, index, None, finish_reason=reason)
             for index in _completions(sequence)
         ]
         self._finish(sequence, reason)

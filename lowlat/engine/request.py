@@ -117,6 +117,8 @@ class Event:
     """False for a token that only says that the completion ends."""
     error: str | None = None
     """With finish_reason "error": what failed, in one line."""
+    is_form: bool = False
+    """With an error: whether the form that was asked for is at fault, and nothing of ours."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -328,6 +328,7 @@ class Bridge:
             logprobs=tuple(builder.logprobs[shown[2] :]),
             finish_reason=builder.finish_reason,
             error=builder.error,
+            is_form=builder.is_form,
         )
         self._time(live, builder)
         if builder.finish_reason is not None:

@@ -24,6 +24,8 @@ class Call:
         self._arrived_at = time.perf_counter()
         self.num_tokens = 0
         """Generated so far, by all completions."""
+        self.form_field = "structured_outputs"
+        """The field of the request that asks for the form of the answer, where one does."""
         self._num_completions = 0
         self._salt = salt
         self._generations: list[Generation] = []
@@ -84,15 +86,15 @@ class Call:
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """(number of the prompt, what one of its completions gained), in the order of arrival.
 
-        Raises RequestError 408 for a missed deadline, Draining where the server ends,
-        GenerationFailed for a fault of the engine.
+        Raises RequestError 408 for a missed deadline and 400 for a form that was too much work,
+        Draining where the server ends, GenerationFailed for a fault of the engine.
         """
         generations = self._generations
         several = len(generations) > 1
         merged = _merge(generations) if several else _number(generations[0])
         async with contextlib.aclosing(merged) as deltas:
             async for number, delta in deltas:
-                _check_end(delta)
+                _check_end(delta, self.form_field)
                 self.num_tokens += len(delta.tokens)
                 yield number, delta
 
@@ -160,12 +162,14 @@ async def _merge(
             future.cancel()
 
 
-def _check_end(delta: Delta) -> None:
+def _check_end(delta: Delta, form_field: str) -> None:
     match delta.finish_reason:
         case "deadline":
             raise _late()
         case "abort":
             raise Draining
+        case "error" if delta.is_form:
+            raise RequestError(f"{form_field}: {delta.error}", param=form_field)
         case "error":
             raise GenerationFailed(delta.error)
         case _:

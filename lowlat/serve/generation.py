@@ -43,6 +43,8 @@ class Delta:
     finish_reason: FinishReason | None
     error: str | None
     """With finish_reason "error": what failed, in one line."""
+    is_form: bool = False
+    """With an error: whether the form that was asked for is at fault, and nothing of ours."""
 
 
 class Generation:
