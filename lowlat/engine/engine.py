@@ -37,7 +37,8 @@ class Engine:
 
     `context` is the most tokens prompt and output may have together. What a request generates
     depends on the request alone: neither on what runs beside it, nor on the limits, the prefix
-    cache or speculation.
+    cache or speculation. Without native kernels that is up to PyTorch's rounding, which depends on
+    how many rows a step has.
     """
 
     def __init__(

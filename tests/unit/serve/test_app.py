@@ -187,6 +187,11 @@ def test_the_server_sets_the_longest_deadline(make_client: MakeClient, bridge: F
         assert asked.deadline is not None and seconds - 1.5 < asked.deadline < seconds
 
 
+def test_the_model_says_whether_company_may_change_its_tokens(client: TestClient) -> None:
+    """Holds shut: a promise that only the native kernels keep."""
+    assert client.get("/v1/models").json()["data"][0]["batch_invariant"] is False
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
