@@ -310,7 +310,7 @@ class Bridge:
     ) -> list[tuple[Generation, Delta]]:
         """One completion's events of a step as a delta."""
         builder = live.builders[index]
-        shown = (len(builder.pieces), len(builder.token_ids), len(builder.logprobs))
+        shown = (len(builder.pieces), len(builder.token_ids), builder.num_in_text)
         try:
             for event in events:
                 if builder.finish_reason is None:
@@ -325,7 +325,7 @@ class Bridge:
             index=index,
             text="".join(builder.pieces[shown[0] :]),
             tokens=tuple(builder.token_ids[shown[1] :]),
-            logprobs=tuple(builder.logprobs[shown[2] :]),
+            logprobs=tuple(builder.logprobs[shown[2] : builder.num_in_text]),
             finish_reason=builder.finish_reason,
             error=builder.error,
             is_form=builder.is_form,

@@ -90,7 +90,7 @@ class FakeGeneration(Generation):
         logprobs = ()
         if self._asked.params.logprobs is not None:
             top = tuple((byte + i, -0.5 - i) for i in range(self._asked.params.logprobs))
-            logprobs = (TokenLogprob(byte, -0.5, top),)
+            logprobs = (TokenLogprob(byte, -0.5, top, len(before)),)
         return Delta(
             index=index,
             text=text,
