@@ -18,14 +18,15 @@ def room_for(
     and by how much."""
     if len(prompt) == 0:
         raise UserError("the prompt is empty; give at least one token")
-    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-        raise UserError(f"the prompt has a token id outside the vocabulary of {vocab_size}")
     room = context - len(prompt)
     if room < 1:
         raise UserError(
             f"the prompt has {len(prompt)} tokens and the context is {context}, of which one must "
             "be left for the answer; shorten the prompt"
         )
+    # After the length, which is all that is asked of a prompt of millions of ids.
+    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        raise UserError(f"the prompt has a token id outside the vocabulary of {vocab_size}")
     if params.max_tokens is not None and params.max_tokens > room:
         raise UserError(
             f"max_tokens {params.max_tokens} and a prompt of {len(prompt)} tokens exceed the "

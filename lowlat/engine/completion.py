@@ -4,6 +4,7 @@ Owns the step from one completion's tokens to its text (detokenising, stop strin
 nothing itself.
 """
 
+import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,6 +24,8 @@ class TokenLogprob:
     logprob: float
     top: tuple[tuple[int, float], ...]
     """(token id, log-probability), best first."""
+    start: int = 0
+    """Characters of the text before it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,10 +104,16 @@ class CompletionBuilder:
         self.pieces: list[str] = []
         self.error: str | None = None
         """With finish_reason "error": what failed, in one line."""
+        self.is_form = False
+        """With an error: whether the form that was asked for is at fault."""
         self._detokenizer = Detokenizer(tokenizer, keep_special=keep_special)
         self._stops = StopStrings(request.params.stop)
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self._num_characters = 0
+        """Of all tokens so far."""
+        self._num_certain = 0
+        """Of `pieces`."""
 
     def push(self, event: Event) -> None:
         """Take one event; sets `finish_reason` at the end, also for a stop string found here."""
@@ -112,15 +121,26 @@ class CompletionBuilder:
         if event.token is not None:
             self.token_ids.append(event.token)
             if event.logprob is not None:
-                self.logprobs.append(TokenLogprob(event.token, event.logprob, event.top))
+                start = self._num_characters
+                self.logprobs.append(TokenLogprob(event.token, event.logprob, event.top, start))
             if event.is_text:
-                piece = self._push_text(self._detokenizer.push(event.token))
+                text = self._detokenizer.push(event.token)
+                self._num_characters += len(text)
+                piece = self._push_text(text)
         if self.finish_reason is None and event.finish_reason is not None:
             piece += self._flush()
             self.finish_reason = self.finish_reason or event.finish_reason
-            self.error = event.error
+            self.error, self.is_form = event.error, event.is_form
         if piece:
             self.pieces.append(piece)
+            self._num_certain += len(piece)
+
+    @property
+    def num_in_text(self) -> int:
+        """Log-probabilities, of `logprobs` the first, whose tokens begin within the text so far:
+        all but those held back, and at the end those of a stop string and of the end of sequence.
+        """
+        return bisect.bisect_left(self.logprobs, self._num_certain, key=lambda entry: entry.start)
 
     def result(self) -> Completion:
         """The completion as far as it has come. Raises UserError where it failed."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from lowlat.engine.admission import room_for
@@ -36,7 +37,8 @@ class Engine:
 
     `context` is the most tokens prompt and output may have together. What a request generates
     depends on the request alone: neither on what runs beside it, nor on the limits, the prefix
-    cache or speculation.
+    cache or speculation. Without native kernels that is up to PyTorch's rounding, which depends on
+    how many rows a step has.
     """
 
     def __init__(
@@ -179,39 +181,32 @@ class Engine:
         for request in late:
             for sequence in list(request.sequences):
                 if sequence.finish_reason is None:
-                    self._finish(sequence, "deadline")
-                    events.append(_end(sequence, "deadline"))
+                    events += self._end(sequence, "deadline")
         return events
 
     def _run(self, work: list[Work]) -> tuple[Tensor | None, Tensor | None, list[Event]]:
         """Logits and hidden states of the step, and the ends of sequences that the model failed
-        on: where a step fails, each of its sequences is tried alone, and then the rest together.
+        on: where a step fails, each of its sequences is run alone, and who passes goes on.
         """
         try:
             return *self.runner.step([self._chunk(item) for item in work]), []
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(work))
-            failed = self._failing(work, error)
-        events = []
-        for sequence, error in failed.items():
-            events.append(self._fail(sequence, f"the model failed: {_line(error)}"))
-        rest = [item for item in work if item.sequence not in failed]
-        if not rest:
-            return None, None, events
-        return *self.runner.step([self._chunk(item) for item in rest]), events
-
-    def _failing(self, work: list[Work], error: Exception) -> dict[Sequence, Exception]:
-        """Which sequences of a failed step fail alone, and how."""
-        if len(work) == 1:
-            return {work[0].sequence: error}
-        failed: dict[Sequence, Exception] = {}
+            if len(work) == 1:
+                return None, None, self._fail(work[0].sequence, _model_fault(error))
+        passed: list[tuple[Tensor, Tensor]] = []
+        events: list[Event] = []
         for item in work:
             try:
                 # Rows that are written twice get the same values twice.
-                self.runner.step([self._chunk(item)])
-            except Exception as own:
-                failed[item.sequence] = own
-        return failed
+                passed.append(self.runner.step([self._chunk(item)]))
+            except Exception as error:
+                events += self._fail(item.sequence, _model_fault(error))
+        if not passed:
+            return None, None, events
+        # What each got alone is kept: run together they may fail again, which is nobody's fault.
+        logits, hidden = zip(*passed, strict=True)
+        return torch.cat(logits), torch.cat(hidden), events
 
     def _chunk(self, work: Work) -> Chunk:
         """The work as the runner wants it."""
@@ -264,12 +259,15 @@ class Engine:
         for place in range(count):
             try:
                 sampled = rows.sample(first + place, sequence.sampler)
+                if sampled is None:
+                    return [*events, *self._fail(sequence, NOT_FINITE)]
                 event = self._advance(sequence, sampled)
             except Exception as error:
-                if not isinstance(error, UserError):
+                # Only a grammar raises UserError here: it has turned out to be too much work.
+                is_form = isinstance(error, UserError)
+                if not is_form:
                     logger.exception("sampling failed for request %d", sequence.request.id)
-                events.append(self._fail(sequence, _line(error)))
-                return events
+                return [*events, *self._fail(sequence, _line(error), is_form=is_form)]
             events.append(event)
             if sequence.finish_reason is not None or place == len(drafts):
                 break
@@ -301,10 +299,8 @@ class Engine:
         )
         return Sequence(request=request, index=index, tokens=list(request.prompt), sampler=sampler)
 
-    def _advance(self, sequence: Sequence, sampled: Sampled | None) -> Event:
+    def _advance(self, sequence: Sequence, sampled: Sampled) -> Event:
         """Append the chosen token and say whether the sequence ends with it."""
-        if sampled is None:
-            return self._fail(sequence, NOT_FINITE)
         request, token = sequence.request, sampled.token
         is_end = token in request.options.stop_ids or (
             token in self.eos_ids and not request.params.ignore_eos
@@ -338,9 +334,18 @@ class Engine:
 
     # --- ends ----------------------------------------------------------------------------------
 
-    def _fail(self, sequence: Sequence, error: str) -> Event:
-        self._finish(sequence, "error")
-        return replace(_end(sequence, "error"), error=error)
+    def _fail(self, sequence: Sequence, error: str, *, is_form: bool = False) -> list[Event]:
+        ends = self._end(sequence, "error")
+        return [replace(end, error=error, is_form=is_form) for end in ends]
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> list[Event]:
+        """End a sequence without a token; the ends of all completions that it stands for."""
+        ends = [
+            Event(sequence.request.id, index, None, finish_reason=reason)
+            for index in _completions(sequence)
+        ]
+        self._finish(sequence, reason)
+        return ends
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence and give its pages back; with its request's last, forget the request."""
@@ -350,13 +355,23 @@ class Engine:
         self.scheduler.remove(sequence)
         request = sequence.request
         is_last = all(s.finish_reason is not None for s in request.sequences)
-        self.recorder.finished(sequence, time.perf_counter())
+        now = time.perf_counter()
+        for _ in _completions(sequence):
+            self.recorder.finished(sequence, now)
         if is_last:
             del self._requests[request.id]
 
 
-def _end(sequence: Sequence, reason: FinishReason) -> Event:
-    return Event(sequence.request.id, sequence.index, None, finish_reason=reason)
+def _completions(sequence: Sequence) -> range:
+    """Completions that a sequence stands for: all n of its request until the prompt is read."""
+    request = sequence.request
+    if len(request.sequences) < request.params.n:
+        return range(request.params.n)
+    return range(sequence.index, sequence.index + 1)
+
+
+def _model_fault(error: Exception) -> str:
+    return f"the model failed: {_line(error)}"
 
 
 def _line(error: Exception) -> str:

@@ -288,6 +288,9 @@ class Model:
 
     def _step(self) -> None:
         """One step of the engine, for all completions under way; each event goes to its builder."""
+        if not self.engine.has_work:
+            # Whoever waits would ask for ever.
+            raise RuntimeError("a completion has not ended, and the engine has nothing left to do")
         for event in self.engine.step():
             builder = self._builders.get((event.request_id, event.index))
             if builder is None:  # a stop string was found in what came before in this step

@@ -99,7 +99,7 @@ class Request:
     started_at: float | None = None
     """Clock in seconds when the first step of the prompt began."""
     num_matched: int = 0
-    """Tokens of the prompt that the prefix cache held when it started."""
+    """Tokens of the prompt that the prefix cache held when it started: others had read them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,8 @@ class Event:
     """False for a token that only says that the completion ends."""
     error: str | None = None
     """With finish_reason "error": what failed, in one line."""
+    is_form: bool = False
+    """With an error: whether the form that was asked for is at fault, and nothing of ours."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

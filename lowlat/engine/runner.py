@@ -49,6 +49,12 @@ class Runner:
             device=self.device,
         )
 
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether a sequence gets the same bits in any company: PyTorch's products round by their
+        shape."""
+        return self._native is not None
+
     def reserve(self, pages: list[int], num_tokens: int) -> None:
         """Extend `pages` in place until they cover `num_tokens` rows; the pool grows for it."""
         missing = -(-num_tokens // self.cache.page_size) - len(pages)

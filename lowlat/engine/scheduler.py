@@ -179,11 +179,12 @@ class Scheduler:
         )
         if len(found) * size <= sequence.num_cached:
             self.pool.release(found)
-            return
-        self.pool.release(sequence.pages)
-        sequence.pages = found
-        sequence.num_cached, sequence.num_indexed = len(found) * size, len(found)
-        if sequence.is_prefilling:
+        else:
+            self.pool.release(sequence.pages)
+            sequence.pages = found
+            sequence.num_cached, sequence.num_indexed = len(found) * size, len(found)
+        # Once it has read anything it may find its own pages, which nobody saved it.
+        if sequence.request.started_at is None:
             sequence.request.num_matched = sequence.num_cached
 
     def _page_forms(self, sequence: Sequence, count: int) -> list[str]:

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lowlat.engine.completion import CompletionBuilder
@@ -29,13 +29,15 @@ from lowlat.serve.generation import (
     end_of,
     ends_of,
 )
+from lowlat.serve.pulse import LOOK_SECONDS, Pulse
 
 logger = logging.getLogger(__name__)
 
 MAX_QUEUE = 256
-STALL_SECONDS = 5.0
-"""An engine that has work and completes no step for so long is reported as not healthy; to which
-comes the time its slowest steps have taken."""
+STALL_SECONDS = 4.0
+"""An engine's thread that does not come round for so long is reported as not healthy, unless it is
+in the model and computes; with the time between looks that is told within 5 s."""
+JOIN_SECONDS = 5.0
 IDLE_SECONDS = 1.0
 """After so long without work the engine checks that no page is lost."""
 
@@ -69,9 +71,9 @@ class Bridge:
         self._ids: dict[Generation, int] = {}
         self._is_draining = False
         self._is_ending = False
+        self._has_ended = False
         self._failure: str | None = None
-        self._step_began: float | None = None
-        self._slowest_step = 0.0
+        self._pulse = Pulse()
         self._is_checked = True
         self._open: dict[Generation, int] = {}
         """Completions that have not ended, as the event loop knows."""
@@ -84,6 +86,7 @@ class Bridge:
         self._loop = asyncio.get_running_loop()
         self._is_idle.set()
         self._thread.start()
+        self._look()
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise the UserError that `submit` would, queuing nothing."""
@@ -127,11 +130,14 @@ class Bridge:
             grammar=grammar,
         )
         generation = Generation(prompt, params, options, keep_special, self.cancel)
-        self._open[generation] = params.n
-        self._is_idle.clear()
         with self._wake:
+            if self._has_ended:
+                # Since it was asked for room; nobody would take what is queued now.
+                raise Draining if self._failure is None else EngineDead(self._failure)
             self._submitted.append(generation)
             self._wake.notify()
+        self._open[generation] = params.n
+        self._is_idle.clear()
         return generation
 
     def cancel(self, generation: Generation) -> None:
@@ -156,12 +162,10 @@ class Bridge:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the engine's thread runs and, where it has work, completes steps."""
-        began = self._step_began
+        """Whether the engine's thread runs and, where it has something to do, gets on with it."""
         if self._failure is not None or not self._thread.is_alive():
             return False
-        allowed = STALL_SECONDS + 2.0 * self._slowest_step
-        return began is None or time.perf_counter() - began < allowed
+        return self._pulse.silence() < STALL_SECONDS
 
     @property
     def is_draining(self) -> bool:
@@ -179,7 +183,13 @@ class Bridge:
         with self._wake:
             self._is_ending = True
             self._wake.notify()
-        await asyncio.to_thread(self._thread.join, STALL_SECONDS)
+        await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
+
+    def _look(self) -> None:
+        """Feel the pulse of the engine's thread, now and then again."""
+        if self._loop is not None and self._thread.is_alive():
+            self._pulse.look()
+            self._loop.call_later(LOOK_SECONDS, self._look)
 
     def _num_queued(self) -> int:
         return len(self._submitted) + len(self._engine.scheduler.waiting)
@@ -205,6 +215,7 @@ class Bridge:
     # --- on the engine's thread ----------------------------------------------------------------
 
     def _run(self) -> None:
+        self._pulse.begin()
         try:
             while self._turn():
                 pass
@@ -218,20 +229,23 @@ class Bridge:
     def _turn(self) -> bool:
         """Take what has come in and run one step; False when the thread is to end."""
         self._wait()
+        self._pulse.beat()
         with self._wake:
             submitted, cancelled = list(self._submitted), list(self._cancelled)
             is_ending = self._is_ending
-        deltas = []
-        for generation in submitted:
-            deltas += self._add(generation)
-            self._submitted.popleft()
-        deltas += self._cancel(cancelled)
-        if is_ending:
+        deltas: list[tuple[Generation, Delta]] = []
+        try:
+            for generation in submitted:
+                deltas += self._add(generation)
+                self._submitted.popleft()
+            deltas += self._cancel(cancelled)
+            if not is_ending:
+                for delta in self._step():
+                    deltas.append(delta)
+        finally:
+            # Also when the engine ends in this turn: nobody else knows of these.
             self._post(deltas)
-            return False
-        deltas += self._step()
-        self._post(deltas)
-        return True
+        return not is_ending
 
     def _wait(self) -> None:
         """Until there is something to do."""
@@ -239,25 +253,30 @@ class Bridge:
             with self._wake:
                 if self._submitted or self._cancelled or self._is_ending:
                     return
+                self._pulse.rest()
                 if self._wake.wait(None if self._is_checked else IDLE_SECONDS):
                     return
+            self._pulse.beat()
             self._engine.check_integrity()
             self._is_checked = True
 
     def _add(self, generation: Generation) -> list[tuple[Generation, Delta]]:
         """Hand a request to the engine; its ends, where that fails."""
+        request = None
         try:
             request = self._engine.add(generation.prompt, generation.params, generation.options)
+            builders = {
+                index: CompletionBuilder(
+                    self.model.tokenizer, request, index, keep_special=generation.keep_special
+                )
+                for index in range(generation.params.n)
+            }
         except Exception as error:
             logger.exception("a request could not be started")
+            if request is not None:
+                self._engine.abort(request.id)
             return ends_of(generation, "error", f"the request could not be started: {error}")
         self._is_checked = False
-        builders = {
-            index: CompletionBuilder(
-                self.model.tokenizer, request, index, keep_special=generation.keep_special
-            )
-            for index in range(generation.params.n)
-        }
         self._live[request.id] = _Live(generation, request, builders)
         self._ids[generation] = request.id
         return []
@@ -272,31 +291,26 @@ class Bridge:
                 deltas += self._end(live, "abort", None)
         return deltas
 
-    def _step(self) -> list[tuple[Generation, Delta]]:
+    def _step(self) -> Iterator[tuple[Generation, Delta]]:
+        """Run one step; what completions gained by it, as it becomes known."""
         if not self._engine.has_work:
-            return []
-        self._step_began = time.perf_counter()
-        try:
+            return
+        with self._pulse.in_the_model():
             events = self._engine.step()
-        finally:
-            self._slowest_step = max(self._slowest_step, time.perf_counter() - self._step_began)
-            self._step_began = None
         grouped: dict[tuple[int, int], list[Event]] = {}
         for event in events:
             grouped.setdefault((event.request_id, event.index), []).append(event)
-        deltas = []
         for (request_id, index), own in grouped.items():
             live = self._live.get(request_id)
             if live is not None and index in live.builders:
-                deltas += self._advance(live, index, own)
-        return deltas
+                yield from self._advance(live, index, own)
 
     def _advance(
         self, live: _Live, index: int, events: list[Event]
     ) -> list[tuple[Generation, Delta]]:
         """One completion's events of a step as a delta."""
         builder = live.builders[index]
-        shown = (len(builder.pieces), len(builder.token_ids), len(builder.logprobs))
+        shown = (len(builder.pieces), len(builder.token_ids), builder.num_in_text)
         try:
             for event in events:
                 if builder.finish_reason is None:
@@ -311,9 +325,10 @@ class Bridge:
             index=index,
             text="".join(builder.pieces[shown[0] :]),
             tokens=tuple(builder.token_ids[shown[1] :]),
-            logprobs=tuple(builder.logprobs[shown[2] :]),
+            logprobs=tuple(builder.logprobs[shown[2] : builder.num_in_text]),
             finish_reason=builder.finish_reason,
             error=builder.error,
+            is_form=builder.is_form,
         )
         self._time(live, builder)
         if builder.finish_reason is not None:
@@ -346,16 +361,20 @@ class Bridge:
 
     def _end_all(self) -> None:
         """Nobody is left waiting when the thread ends."""
+        with self._wake:
+            # From here on nothing more is queued.
+            self._has_ended = True
+            submitted = list(self._submitted)
+            self._submitted.clear()
         reason = "abort" if self._failure is None else "error"
-        deltas = []
-        for live in list(self._live.values()):
-            if self._failure is None:
-                self._engine.abort(live.request.id)
-            deltas += self._end(live, reason, self._failure)
-        for generation in self._submitted:
+        lives = list(self._live.values())
+        deltas = [ends for live in lives for ends in self._end(live, reason, self._failure)]
+        for generation in submitted:
             deltas += ends_of(generation, reason, self._failure)
-        self._submitted.clear()
         self._post(deltas)
+        if self._failure is None:
+            for live in lives:
+                self._engine.abort(live.request.id)
 
     def _post(self, deltas: list[tuple[Generation, Delta]]) -> None:
         if deltas and self._loop is not None and not self._loop.is_closed():

@@ -5,7 +5,8 @@ Owns that every generation ends with its request, however that ends, and the sum
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 from lowlat.engine.grammar import CompiledGrammar
 from lowlat.engine.params import SamplingParams
@@ -16,17 +17,46 @@ from lowlat.serve.services import Services
 
 
 class Call:
-    """One request of the key with `salt`."""
+    """One request of the key with `salt`, which has just arrived."""
 
     def __init__(self, services: Services, *, salt: bytes) -> None:
         self.services = services
+        self._arrived_at = time.perf_counter()
         self.num_tokens = 0
         """Generated so far, by all completions."""
+        self.form_field = "structured_outputs"
+        """The field of the request that asks for the form of the answer, where one does."""
         self._num_completions = 0
         self._salt = salt
         self._generations: list[Generation] = []
         self._is_coming = True
+        self._preparing: asyncio.Timeout | None = None
         services.num_coming += 1
+
+    @contextlib.asynccontextmanager
+    async def prepare(self, deadline: int | float | None) -> AsyncIterator[None]:
+        """Give up where nothing has been submitted by the deadline, in seconds from arrival.
+
+        From then on it is the engine's to keep. Raises RequestError 408.
+        """
+        waiting = asyncio.timeout(self._left(deadline))
+        try:
+            async with waiting as self._preparing:
+                yield
+        except TimeoutError as error:
+            if waiting.expired():
+                raise _late() from error
+            raise
+        finally:
+            self._preparing = None
+
+    def _left(self, deadline: int | float | None) -> float | None:
+        """Seconds that are left of a deadline, or of the longest that the server allows."""
+        longest = self.services.config.request_seconds
+        limits = [seconds for seconds in (deadline, longest) if seconds is not None]
+        if not limits:
+            return None
+        return max(0.0, min(limits) - (time.perf_counter() - self._arrived_at))
 
     async def submit(
         self,
@@ -38,16 +68,15 @@ class Call:
         grammar: CompiledGrammar | None = None,
         keep_special: frozenset[int] = frozenset(),
     ) -> None:
-        """Have `prompt` completed. Raises what `Bridge.submit` raises."""
-        longest = self.services.config.request_seconds
-        limits = [seconds for seconds in (deadline, longest) if seconds is not None]
+        """Have `prompt` completed; `deadline` is in seconds from arrival. Raises what
+        `Bridge.submit` raises."""
         generation = await self.services.bridge.submit(
             prompt,
             params,
             grammar=grammar,
             salt=self._salt,
             priority=priority or 0,
-            deadline=float(min(limits)) if limits else None,
+            deadline=self._left(deadline),
             keep_special=keep_special,
         )
         self._arrive()
@@ -57,15 +86,15 @@ class Call:
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """(number of the prompt, what one of its completions gained), in the order of arrival.
 
-        Raises RequestError 408 for a missed deadline, Draining where the server ends,
-        GenerationFailed for a fault of the engine.
+        Raises RequestError 408 for a missed deadline and 400 for a form that was too much work,
+        Draining where the server ends, GenerationFailed for a fault of the engine.
         """
         generations = self._generations
         several = len(generations) > 1
         merged = _merge(generations) if several else _number(generations[0])
         async with contextlib.aclosing(merged) as deltas:
             async for number, delta in deltas:
-                _check_end(delta)
+                _check_end(delta, self.form_field)
                 self.num_tokens += len(delta.tokens)
                 yield number, delta
 
@@ -79,6 +108,8 @@ class Call:
         if self._is_coming:
             self._is_coming = False
             self.services.num_coming -= 1
+        if self._preparing is not None and not self._preparing.expired():
+            self._preparing.reschedule(None)
 
     @property
     def prompt_tokens(self) -> int:
@@ -131,18 +162,24 @@ async def _merge(
             future.cancel()
 
 
-def _check_end(delta: Delta) -> None:
+def _check_end(delta: Delta, form_field: str) -> None:
     match delta.finish_reason:
         case "deadline":
-            raise RequestError(
-                "the deadline passed before the answer was complete",
-                param="deadline_seconds",
-                code="deadline_exceeded",
-                status=408,
-            )
+            raise _late()
         case "abort":
             raise Draining
+        case "error" if delta.is_form:
+            raise RequestError(f"{form_field}: {delta.error}", param=form_field)
         case "error":
             raise GenerationFailed(delta.error)
         case _:
             pass
+
+
+def _late() -> RequestError:
+    return RequestError(
+        "the deadline passed before the answer was complete",
+        param="deadline_seconds",
+        code="deadline_exceeded",
+        status=408,
+    )

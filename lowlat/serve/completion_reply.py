@@ -28,7 +28,6 @@ class CompletionReply:
         self._echoes = echoes
         self._id = new_id("cmpl-")
         self._created = now()
-        self._offsets = [0] * (self._n * len(echoes))
 
     async def whole(self) -> wire.CompletionResponse:
         """The answer when it is complete."""
@@ -46,7 +45,7 @@ class CompletionReply:
             wire.CompletionChoice(
                 index=index,
                 text="".join(texts[index]),
-                logprobs=self._logprobs(index, logprobs[index]),
+                logprobs=self._logprobs(logprobs[index]),
                 finish_reason=reasons[index],
             )
             for index in range(count)
@@ -66,7 +65,7 @@ class CompletionReply:
                 choice = wire.CompletionChoice(
                     index=index,
                     text=echo + delta.text,
-                    logprobs=self._logprobs(index, delta.logprobs),
+                    logprobs=self._logprobs(delta.logprobs),
                     finish_reason=_finish(delta),
                 )
                 yield event(self._response([choice]).model_dump_json())
@@ -86,27 +85,18 @@ class CompletionReply:
             lowlat=timings_of(self._call) if is_last else None,
         )
 
-    def _logprobs(
-        self, index: int, entries: Sequence[completion.TokenLogprob]
-    ) -> wire.LegacyLogprobs | None:
+    def _logprobs(self, entries: Sequence[completion.TokenLogprob]) -> wire.LegacyLogprobs | None:
         if self._request.logprobs is None:
             return None
         tokenizer = self._call.services.model.tokenizer
-        tokens, offsets = [], []
-        for entry in entries:
-            tokens.append(_token_text(tokenizer, entry.token))
-            offsets.append(self._offsets[index])
-            # Counted in bytes' own characters: the start of a character counts, its rest does not.
-            data = tokenizer.id_to_bytes(entry.token)
-            self._offsets[index] += sum(byte & 0xC0 != 0x80 for byte in data)
         return wire.LegacyLogprobs(
-            tokens=tokens,
+            tokens=[_token_text(tokenizer, entry.token) for entry in entries],
             token_logprobs=[entry.logprob for entry in entries],
             top_logprobs=[
                 {_token_text(tokenizer, token): value for token, value in entry.top}
                 for entry in entries
             ],
-            text_offset=offsets,
+            text_offset=[entry.start for entry in entries],
         )
 
 

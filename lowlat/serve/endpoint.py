@@ -67,7 +67,8 @@ class JsonEndpoint(Generic[Body]):
         self, call: Call, body: bytes, scope: Scope, receive: Receive, send: Send
     ) -> None:
         request = await call.services.workers.run(_parse, self._kind, body)
-        response = await self._handle(call, request)
+        async with call.prepare(getattr(request, "deadline_seconds", None)):
+            response = await self._handle(call, request)
         await response(scope, receive, send)
 
 

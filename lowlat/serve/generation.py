@@ -39,10 +39,12 @@ class Delta:
     """Certain text: whole characters, without the stop string that ended it."""
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
-    """One per token where asked for."""
+    """Where asked for, one per token that begins within the text so far and was not told before."""
     finish_reason: FinishReason | None
     error: str | None
     """With finish_reason "error": what failed, in one line."""
+    is_form: bool = False
+    """With an error: whether the form that was asked for is at fault, and nothing of ours."""
 
 
 class Generation:

@@ -126,7 +126,8 @@ class ResponsesReply:
         if status == 500:
             log(logging.ERROR, "internal error", error=error)
         response = self._response("failed")
-        response.error = wire.ResponseFault(code=code or "server_error", message=message)
+        code = code or ("server_error" if status >= 500 else "invalid_prompt")
+        response.error = wire.ResponseFault(code=code, message=message)
         return self._encode("response.failed", {"response": response.model_dump(by_alias=True)})
 
     def _encode(self, kind: str, fields: dict[str, object]) -> bytes:

@@ -32,7 +32,7 @@ async def submit_chat(call: Call, request: ChatRequest) -> PreparedChat:
     prepared = await services.workers.run(prepare_chat, services.model, request)
     grammar = None
     if prepared.structured is not None:
-        param = _form_field(request)
+        param = call.form_field = _form_field(request)
         with _limits_named(request):
             services.bridge.check(prepared.ids, prepared.params)
         grammar = await services.grammars.compile(prepared.structured, param=param)

@@ -61,6 +61,7 @@ def model_card(services: Services) -> ModelCard:
         context_length=model.context,
         cache_bytes_per_token=model.cache_bytes_per_token,
         cache_dtype=model.cache_dtype,
+        batch_invariant=model.runner.is_batch_invariant,
         has_chat_template=has_template,
         supports_tools=has_template and dialect.supports_tools,
         reasoning=has_template and dialect.reasoning is not None,

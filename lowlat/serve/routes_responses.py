@@ -29,6 +29,7 @@ async def create_response(call: Call, request: ResponsesRequest) -> Response:
     with renamed(_FIELDS):
         chat = await call.services.workers.run(as_chat, request)
         prepared = await submit_chat(call, chat)
+    call.form_field = _FIELDS.get(call.form_field, call.form_field)
     reply = ResponsesReply(call, request, prepared.make_parser())
     if request.stream:
         return stream_response(reply.events(), call.services.config)

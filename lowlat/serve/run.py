@@ -93,6 +93,8 @@ async def _run(
         gc.collect()
         gc.freeze()
         _handle_signals(server, services)
+        if not bridge.model.runner.is_batch_invariant:
+            log(logging.WARNING, "without native kernels a token may depend on what else runs")
         log(logging.INFO, "ready", model=services.model_name, url=url_of(listener))
         on_ready()
     try:

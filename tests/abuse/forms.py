@@ -133,6 +133,7 @@ HARD: dict[str, dict[str, Any]] = {
     "a million alternatives": {"regex": "(a|b|ab|ba|aa|bb){20}"},
     "a huge repeat of a rule": {"grammar": 'start: ("a" | "b" "c"){100000000}'},
     "an ambiguous grammar": {"grammar": 'start: start start | "a"'},
+    "an ambiguous rule": {"grammar": 'start: s\ns: s s | "x"'},
     "an empty rule": {"grammar": "start:"},
     "a recursive schema": {"json": {"$ref": "#/$defs/a", "$defs": {"a": RECURSIVE}}},
     "a huge length": {"json": {"type": "string", "minLength": 10**9}},

@@ -9,6 +9,8 @@ import time
 import httpx
 import pytest
 
+from lowlat.ops import native
+
 COMMAND = [sys.executable, "-c", "from lowlat.cli.main import run; run()", "serve", "minnow"]
 
 
@@ -34,6 +36,8 @@ def test_it_serves_text_and_tries_drafts() -> None:
                     if line.startswith("data: {"):
                         streamed += json.loads(line[6:])["choices"][0]["text"]
             assert streamed == text
+            (card,) = httpx.get(f"{url}/v1/models").json()["data"]
+            assert card["batch_invariant"] == native.available()
             metrics = httpx.get(f"{url}/metrics").text
             assert counter(metrics, "num_draft_tokens") > 0
         finally:

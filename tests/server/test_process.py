@@ -163,3 +163,8 @@ def test_a_second_signal_ends_at_once() -> None:
         thread.join()
         for line in server.logged().splitlines():
             json.loads(line)
+
+
+def test_without_native_kernels_the_log_says_what_that_means(server: Server) -> None:
+    """The tiny model computes in fp32, for which there are none."""
+    assert "without native kernels a token may depend on what else runs" in server.logged()

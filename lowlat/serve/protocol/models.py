@@ -17,6 +17,8 @@ class ModelCard(WireModel):
     """Most tokens of prompt and answer together."""
     cache_bytes_per_token: int
     cache_dtype: str
+    batch_invariant: bool
+    """Whether tokens never depend on what else runs, nor on speculation."""
     has_chat_template: bool
     """Without one there are completions, but no chats."""
     supports_tools: bool

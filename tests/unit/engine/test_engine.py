@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lowlat.config.model import ModelConfig
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import SamplingParams
-from lowlat.engine.request import Event, Request
+from lowlat.engine.request import Chunk, Event, Request
 from lowlat.engine.runner import INITIAL_PAGES, Runner
 from lowlat.engine.scheduler import Limits
 from lowlat.model.transformer import Transformer
@@ -161,6 +161,17 @@ def test_bad_requests_are_refused_with_the_numbers(
     engine.check_integrity()
 
 
+def test_a_prompt_that_is_too_long_is_not_looked_through() -> None:
+    """Holds shut: millions of ids compared on the server's event loop."""
+
+    class Ids(list[int]):
+        def __iter__(self) -> Any:
+            raise AssertionError("looked at every id")
+
+    with pytest.raises(UserError, match="98 tokens and the context is 97"):
+        counting_engine().check(Ids([1] * 98), SamplingParams())
+
+
 def test_more_completions_than_may_run_are_refused() -> None:
     """Holds shut: a request that waits for ever."""
     engine = counting_engine(limits=Limits(max_sequences=3))
@@ -303,3 +314,44 @@ def test_completions_fork_after_the_cache_has_grown() -> None:
     request = engine.add(list(range(71)), params)
     run(engine)
     assert all(sequence.num_outputs == 20 for sequence in request.sequences)
+
+
+# The prefix cache
+
+
+def test_a_long_system_prompt_is_read_once() -> None:
+    """4,096 tokens that four requests begin with, one after the other and two at once."""
+    model = ScriptedModel(gqa_config(max_position_embeddings=8192), lambda token: token + 1)
+    engine = Engine(Runner(model), context=8192, eos_ids=frozenset())
+    step, rows = engine.runner.step, []
+
+    def counted(chunks: list[Chunk]) -> Any:
+        rows.extend(len(chunk.tokens) for chunk in chunks)
+        return step(chunks)
+
+    engine.runner.step = counted  # pyright: ignore[reportAttributeAccessIssue]
+    system = [(i * 37) % 200 for i in range(4096)]
+    requests = []
+    for questions in ([[1, 2, 3]], [[4, 5]], [[6], [7, 8, 9]]):
+        prompts = [system + question for question in questions]
+        requests += [engine.add(prompt, SamplingParams(max_tokens=1)) for prompt in prompts]
+        run(engine)
+    assert sum(rows) == 4096 + 3 + 2 + 1 + 3
+    assert [request.num_matched for request in requests] == [0, 4096, 4096, 4096]
+
+
+def test_a_preempted_prompt_does_not_count_its_own_pages_as_found() -> None:
+    """Holds shut: cached tokens reported for prompts that nobody had sent before."""
+    model = ScriptedModel(gqa_config(), lambda token: (token + 1) % 200)
+    limits = Limits(max_pages=20, mixed_tokens=4, step_tokens=4)
+    engine = engine_for(
+        model, page_size=4, prefill_chunk=4, limits=limits, speculates=False, eos_ids=frozenset()
+    )
+    old = [engine.add([100 + i], SamplingParams(max_tokens=28)) for i in range(2)]
+    for _ in range(12):
+        engine.step()
+    late = engine.add(list(range(36)), SamplingParams(max_tokens=5))
+    run(engine)
+    assert engine.scheduler.num_preemptions > 0 and old[0].sequences[0].num_outputs == 28
+    assert late.num_matched == 0
+    assert engine.recorder._cached_prompt_tokens == 0

@@ -45,6 +45,7 @@ class Answer:
     text: str = "Hello"
     finish_reason: FinishReason = "stop"
     error: str | None = None
+    is_form: bool = False
     hangs: bool = False
     """Whether nothing more comes after the text."""
     seconds: float = 0.0
@@ -77,6 +78,7 @@ class FakeGeneration(Generation):
                 logprobs=(),
                 finish_reason=self._answer.finish_reason,
                 error=self._answer.error,
+                is_form=self._answer.is_form,
             )
         self.is_finished = True
 
@@ -88,7 +90,7 @@ class FakeGeneration(Generation):
         logprobs = ()
         if self._asked.params.logprobs is not None:
             top = tuple((byte + i, -0.5 - i) for i in range(self._asked.params.logprobs))
-            logprobs = (TokenLogprob(byte, -0.5, top),)
+            logprobs = (TokenLogprob(byte, -0.5, top, len(before)),)
         return Delta(
             index=index,
             text=text,

@@ -47,6 +47,22 @@ def test_stop_strings_and_stop_tokens_end_a_completion() -> None:
     assert_nothing_is_left(with_bridge(use))
 
 
+def test_log_probabilities_are_those_of_the_text() -> None:
+    """Holds shut: entries for the end of sequence and for a stop string."""
+    model = ScriptedModel(gqa_config(), lambda token: token + 1 if token < 104 else EOS)
+
+    async def use(bridge: Bridge) -> None:
+        for stop, text in (((), b"defgh"), (("fg",), b"de")):
+            generation = await bridge.submit(b"abc", SamplingParams(logprobs=0, stop=stop))
+            deltas = [delta async for delta in generation]
+            entries = [entry for delta in deltas for entry in delta.logprobs]
+            assert bytes(entry.token for entry in entries) == text
+            assert [entry.start for entry in entries] == list(range(len(text)))
+            assert "".join(delta.text for delta in deltas) == text.decode()
+
+    with_bridge(use, Model(model, byte_tokenizer(), name="ends"))
+
+
 def test_special_tokens_are_text_where_asked_for() -> None:
     model = ScriptedModel(gqa_config(), lambda token: {97: 258, 258: 98}.get(token, EOS))
     for keep, text in ((frozenset(), "b"), (frozenset({258}), "<user>b")):

@@ -1,10 +1,13 @@
 """Faults under the bridge: a request's own stays with it, the engine's own is told to everybody."""
 
+import asyncio
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from lowlat.engine.engine import Engine
@@ -14,9 +17,10 @@ from lowlat.engine.request import Chunk
 from lowlat.engine.runner import Runner
 from lowlat.engine.structured import Choice
 from lowlat.serve import bridge as bridge_module
+from lowlat.serve import pulse
 from lowlat.serve.bridge import Bridge
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.generation import EngineDead
+from lowlat.serve.generation import Delta, EngineDead, Generation
 from lowlat.serve.run import open_socket, run
 from lowlat.utils.errors import UserError
 
@@ -142,6 +146,166 @@ def test_an_engine_that_stands_still_is_not_healthy(monkeypatch: pytest.MonkeyPa
         released.set()
         assert await collect(generation) == ("def", ["length"])
         await until(lambda: bridge.is_healthy)
+
+    with_bridge(use, model)
+
+
+def hold(kind: type, name: str, patch: pytest.MonkeyPatch) -> threading.Event:
+    """Let a method wait for the event."""
+    released, method = threading.Event(), getattr(kind, name)
+
+    def held(self: Any, *args: Any) -> Any:
+        released.wait(20.0)
+        return method(self, *args)
+
+    patch.setattr(kind, name, held)
+    return released
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (Engine, "add"),
+        (Engine, "step"),
+        (Engine, "abort"),
+        (Engine, "check_integrity"),
+        (bridge_module.CompletionBuilder, "push"),
+    ],
+)
+def test_a_thread_that_hangs_anywhere_is_not_healthy(
+    kind: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Holds shut: a /health that looks at the model's step alone."""
+    monkeypatch.setattr(bridge_module, "STALL_SECONDS", 0.1)
+    monkeypatch.setattr(bridge_module, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(bridge_module, "IDLE_SECONDS", 0.01)
+    released = hold(kind, name, monkeypatch)
+
+    async def use(bridge: Bridge) -> None:
+        generation = await bridge.submit(b"abc", SamplingParams(ignore_eos=True))
+        if name in ("abort", "check_integrity"):
+            await generation.__aiter__().__anext__()
+            generation.cancel()
+        await asyncio.wait_for(until(lambda: not bridge.is_healthy), 10.0)
+        released.set()
+        await until(lambda: bridge.is_healthy)
+
+    with_bridge(use)
+
+
+def test_a_long_step_that_computes_is_healthy_until_it_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Holds shut: a server taken out of service for reading a long prompt, and one that no longer
+    notices a hang because a step was slow once."""
+    monkeypatch.setattr(bridge_module, "STALL_SECONDS", 0.4)
+    monkeypatch.setattr(bridge_module, "LOOK_SECONDS", 0.1)
+    model = counting_model()
+    step, hanging, released = model.engine.step, threading.Event(), threading.Event()
+
+    def slow() -> list[Any]:
+        end = time.monotonic() + 2.0
+        while time.monotonic() < end:
+            torch.ones(100, 100) @ torch.ones(100, 100)
+        hanging.set()
+        released.wait(20.0)
+        return step()
+
+    async def use(bridge: Bridge) -> None:
+        model.engine.step = slow
+        generation = await bridge.submit(b"abc", SamplingParams(max_tokens=1))
+        while not hanging.is_set():
+            assert bridge.is_healthy
+            await asyncio.sleep(0.02)
+        began = time.monotonic()
+        await until(lambda: not bridge.is_healthy)
+        assert time.monotonic() - began < 2.0
+        released.set()
+        assert await collect(generation) == ("d", ["length"])
+
+    with_bridge(use, model)
+
+
+def test_a_step_that_computes_without_end_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge_module, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(bridge_module, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(pulse, "LONGEST_STEP_SECONDS", 0.5)
+    model = counting_model()
+    step, released = model.engine.step, threading.Event()
+
+    def endless() -> list[Any]:
+        while not released.is_set():
+            pass
+        return step()
+
+    async def use(bridge: Bridge) -> None:
+        model.engine.step = endless
+        generation = await bridge.submit(b"abc", SamplingParams(max_tokens=1))
+        await until(lambda: not bridge.is_healthy)
+        released.set()
+        await collect(generation)
+
+    with_bridge(use, model)
+
+
+# Nobody is left waiting when the engine ends
+
+
+async def last_of(generation: Generation) -> Delta:
+    deltas = await asyncio.wait_for(_all(generation), 10.0)
+    return deltas[-1]
+
+
+async def _all(generation: Generation) -> list[Delta]:
+    return [delta async for delta in generation]
+
+
+def test_a_request_that_comes_as_the_engine_ends_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Holds shut: room was found, the engine ended, and what is queued then waits for ever."""
+    model = counting_model()
+
+    def broken() -> list[Any]:
+        raise AssertionError("a page is lost")
+
+    async def use(bridge: Bridge) -> None:
+        model.engine.step = broken
+        first = await bridge.submit(b"abc", SamplingParams())
+        assert (await last_of(first)).finish_reason == "error"
+        monkeypatch.setattr(bridge, "check_room", lambda: None)
+        with pytest.raises(EngineDead):
+            await bridge.submit(b"abc", SamplingParams())
+
+    with_bridge(use, model)
+
+
+def test_what_was_known_when_the_engine_ended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holds shut: ends that were on their way in the very turn in which the engine ends."""
+    model = counting_model()
+    add, timed = Engine.add, Bridge._time
+
+    def picky(self: Engine, prompt: Any, *rest: Any) -> Any:
+        if POISON in prompt:
+            raise RuntimeError("not this one")
+        return add(self, prompt, *rest)
+
+    def broken(self: Bridge, live: Any, builder: Any) -> None:
+        if live.request.prompt[0] == ord("x"):
+            raise AssertionError("a page is lost")
+        timed(self, live, builder)
+
+    monkeypatch.setattr(Engine, "add", picky)
+    monkeypatch.setattr(Bridge, "_time", broken)
+
+    async def use(bridge: Bridge) -> None:
+        with bridge._wake:  # so that one turn takes in all three
+            refused = await bridge.submit(bytes([POISON]), SamplingParams(max_tokens=1))
+            done = await bridge.submit(b"abc", SamplingParams(max_tokens=1))
+            last = await bridge.submit(b"xyz", SamplingParams(max_tokens=1))
+        assert "not this one" in ((await last_of(refused)).error or "")
+        assert (await last_of(done)).finish_reason == "length"
+        assert "the engine ended" in ((await last_of(last)).error or "")
 
     with_bridge(use, model)
 

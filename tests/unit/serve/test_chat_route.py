@@ -119,7 +119,8 @@ def test_options_reach_the_engine(client: TestClient, bridge: FakeBridge) -> Non
     body = {**HELLO, **options, "priority": -3, "deadline_seconds": 2.5}
     assert client.post(PATH, json=body).status_code == 200
     asked = bridge.asked[0]
-    assert (asked.priority, asked.deadline) == (-3, 2.5)
+    assert asked.priority == -3
+    assert asked.deadline is not None and 1.0 < asked.deadline < 2.5  # what is left of it
     params = asked.params
     assert params.logit_bias == {65: -100.0}
     assert params.stop == ("a", "b")

@@ -78,7 +78,7 @@ def test_logprobs(client: TestClient, bridge: FakeBridge) -> None:
     logprobs = client.post(PATH, json=body).json()["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["a", "bytes:\\xc3", "bytes:\\xa9", "!"]
     assert logprobs["token_logprobs"] == [-0.5] * 4
-    assert logprobs["text_offset"] == [0, 1, 2, 2]
+    assert logprobs["text_offset"] == [0, 1, 1, 2]
     assert logprobs["top_logprobs"][0] == {"a": -0.5, "b": -1.5}
     parts = [
         chunk["choices"][0]["logprobs"]

@@ -1,0 +1,99 @@
+"""Faults of the model under the engine: every completion gets an end, and no other is touched."""
+
+from typing import Any
+
+import pytest
+import torch
+from fakes import ScriptedModel, byte_tokenizer, gqa_config
+
+from lowlat.engine.engine import Engine
+from lowlat.engine.llm import Model
+from lowlat.engine.params import SamplingParams
+from lowlat.engine.request import Chunk, RequestOptions
+from lowlat.engine.runner import Runner
+from lowlat.utils.errors import UserError
+
+from .test_engine import counting_engine, run
+
+POISON = 200
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model fail for whoever brings POISON."""
+    step = Runner.step
+
+    def broken(self: Runner, chunks: list[Chunk]) -> Any:
+        if any(POISON in chunk.tokens for chunk in chunks):
+            raise RuntimeError("the model broke")
+        return step(self, chunks)
+
+    monkeypatch.setattr(Runner, "step", broken)
+
+
+def counting() -> Model:
+    model = ScriptedModel(gqa_config(), lambda token: token + 1)
+    return Model(model, byte_tokenizer(), name="counting")
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_prompt_that_fails_ends_all_its_completions(
+    monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    """Holds shut: callers that wait for ever for completions 1 to n - 1."""
+    poison(monkeypatch)
+    engine = counting_engine()
+    good = [engine.add([number], SamplingParams(max_tokens=3)) for number in range(others)]
+    bad = engine.add([POISON], SamplingParams(n=3, temperature=1.0))
+    events = run(engine)
+    for index in range(3):
+        (event,) = events[bad.id, index]
+        assert (event.token, event.finish_reason) == (None, "error")
+        assert event.error == "the model failed: the model broke"
+    assert [len(events[request.id, 0]) for request in good] == [3] * others
+    assert engine.recorder._finished.get("error") == 3
+
+
+def test_a_deadline_missed_in_the_queue_ends_all_completions() -> None:
+    engine = counting_engine()
+    request = engine.add([1], SamplingParams(n=3, temperature=1.0), RequestOptions(deadline=0.0))
+    events = run(engine)
+    assert [events[request.id, index][0].finish_reason for index in range(3)] == ["deadline"] * 3
+
+
+def test_generate_tells_of_a_prompt_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holds shut: a loop without end over an engine without work."""
+    poison(monkeypatch)
+    model = counting()
+    for n in (1, 2):
+        with pytest.raises(UserError, match="the model broke"):
+            model.generate([POISON], n=n, temperature=1.0, max_tokens=3)
+    assert model.generate([65], max_tokens=2) == "BC"
+
+
+def test_who_waits_for_an_engine_without_work_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = counting()
+    stream = model.generate([65], stream=True, max_tokens=9)
+    assert next(stream) == "B"
+    model.engine.abort(0)
+    with pytest.raises(RuntimeError, match="nothing left to do"):
+        next(stream)
+
+
+def test_sequences_that_fail_only_together_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holds shut: an engine that ends for everyone where a step is too large, say for memory."""
+    step = Runner.step
+
+    def broken(self: Runner, chunks: list[Chunk]) -> Any:
+        if len(chunks) > 1:
+            raise torch.OutOfMemoryError("too large")
+        return step(self, chunks)
+
+    def ask(engine: Engine) -> list[list[int | None]]:
+        prompts = ([1, 2, 3], [50], [90, 91])
+        requests = [engine.add(prompt, SamplingParams(max_tokens=7)) for prompt in prompts]
+        events = run(engine)
+        return [[event.token for event in events[request.id, 0]] for request in requests]
+
+    expected = ask(counting_engine())
+    monkeypatch.setattr(Runner, "step", broken)
+    assert ask(counting_engine()) == expected

@@ -1,0 +1,93 @@
+"""Deadlines count from a request's arrival, whatever it waits for."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from lowlat.serve import endpoint, routes_chat, routes_completions
+from lowlat.serve.grammars import Grammars
+
+from .conftest import MakeClient
+from .fake_bridge import NAME, FakeBridge
+
+SECONDS = 0.6
+"""What the slow part takes."""
+CHAT = "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}
+COMPLETIONS = "/v1/completions", {"prompt": "x"}
+FORM = "/v1/completions", {"prompt": "x", "structured_outputs": {"choice": ["yes"]}}
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def slow(owner: Any, name: str) -> Patch:
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        function = getattr(owner, name)
+
+        def held(*args: Any) -> Any:
+            time.sleep(SECONDS)
+            return function(*args)
+
+        patch.setattr(owner, name, held)
+
+    return apply
+
+
+def slow_body(patch: pytest.MonkeyPatch) -> None:
+    read = endpoint.read_body
+
+    async def held(*args: Any, **options: Any) -> bytes:
+        await asyncio.sleep(SECONDS)
+        return await read(*args, **options)
+
+    patch.setattr(endpoint, "read_body", held)
+
+
+SLOW: dict[str, tuple[Patch, tuple[str, dict[str, Any]]]] = {
+    "body": (slow_body, COMPLETIONS),
+    "template": (slow(routes_chat, "prepare_chat"), CHAT),
+    "tokenising": (slow(routes_completions, "_encode"), COMPLETIONS),
+    "form": (slow(Grammars, "_compile"), FORM),
+}
+
+
+@pytest.mark.parametrize("part", SLOW)
+def test_what_comes_before_the_engine_counts(
+    client: TestClient, bridge: FakeBridge, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Holds shut: a deadline that starts when the request has waited for all else."""
+    patch, (path, body) = SLOW[part]
+    patch(monkeypatch)
+    body = {"model": NAME, **body}
+    late = client.post(path, json={**body, "deadline_seconds": 0.1})
+    assert late.status_code == 408 and bridge.asked == []
+    error = late.json()["error"]
+    assert (error["param"], error["code"]) == ("deadline_seconds", "deadline_exceeded")
+    assert client.post(path, json={**body, "deadline_seconds": 60}).status_code == 200
+    assert bridge.asked[0].deadline is not None
+    assert 50.0 < bridge.asked[0].deadline <= 60.0 - SECONDS
+
+
+def test_the_servers_own_limit_counts_in_the_same_way(
+    make_client: MakeClient, bridge: FakeBridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow(routes_chat, "prepare_chat")(monkeypatch)
+    path, body = CHAT
+    client = make_client(request_seconds=0.1)
+    started = time.monotonic()
+    assert client.post(path, json={"model": NAME, **body}).status_code == 408
+    assert time.monotonic() - started < SECONDS and bridge.asked == []
+
+
+def test_what_is_with_the_engine_is_the_engines_to_end(
+    client: TestClient, bridge: FakeBridge
+) -> None:
+    """Holds shut: an answer cut off by the limit of what comes before it."""
+    bridge.answer.seconds = 0.1
+    path, body = COMPLETIONS
+    for stream in (False, True):
+        body = {**body, "model": NAME, "deadline_seconds": 0.3, "stream": stream}
+        answer = client.post(path, json=body)
+        assert answer.status_code == 200 and "deadline_exceeded" not in answer.text
