@@ -84,6 +84,8 @@ def test_limits_are_those_of_the_code() -> None:
     expected = {
         "body; line and headers": f"{config.max_body_bytes // 2**20} MiB; "
         f"{limits.MAX_HEADER_BYTES // kib} KiB",
+        "open connections": f"{config.max_connections:,}, or what the system's limit on open files "
+        "leaves",
         "time for headers; for the body": f"{config.header_seconds:g} s; {config.body_seconds:g} s",
         "nesting of JSON": f"{limits.MAX_JSON_DEPTH}",
         "requests under way": f"{config.max_requests:,}, of which `--max-queue` wait",
@@ -97,7 +99,7 @@ def test_limits_are_those_of_the_code() -> None:
         "choices": f"{structured.MAX_CHOICES:,} of {structured.MAX_CHOICE_BYTES // kib} KiB, "
         f"{structured.MAX_CHOICES_BYTES // kib} KiB together",
         "`deadline_seconds`": f"{limits.MAX_DEADLINE_SECONDS / 3600:g} hours",
-        "a client that reads nothing of its stream": f"{config.send_seconds:g} s",
+        "a client that reads nothing of its answer": f"{config.send_seconds:g} s",
     }
     assert {name: table[name] for name in expected} == expected
 
