@@ -4,11 +4,11 @@ Owns the checks that templates leave out: that a tool's result answers a call, t
 are JSON. Roles and their order are the templates' business.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lowlat.serve.body import parse_object
 from lowlat.serve.dialect import Dialect
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.protocol.messages import (
@@ -99,8 +99,9 @@ class _History:
         self.num_calls += 1
         self.calls[call.id] = shown
         arguments: Any = call.function.arguments
+        decoded = _decoded(arguments, f"{place}.function.arguments")
         if not self.dialect.takes_text_arguments:
-            arguments = _decoded(arguments, f"{place}.function.arguments")
+            arguments = decoded
         function = {"name": name, "arguments": arguments}
         return {"id": shown.id, "type": "function", "function": function}
 
@@ -121,11 +122,10 @@ def _named(message: dict[str, Any], name: str | None) -> dict[str, Any]:
 
 
 def _decoded(arguments: str, place: str) -> dict[str, Any]:
-    """The arguments of a past call. Raises RequestError unless they are a JSON object."""
-    try:
-        value = json.loads(arguments) if arguments.strip() else {}
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise RequestError(f"{place} must be the text of a JSON object", param=place)
-    return value
+    """The arguments of a past call, held to what bodies are. Raises RequestError where they are no
+    JSON object; numbers stay as the model wrote them.
+    """
+    if not arguments.strip():
+        return {}
+    text = arguments.encode("utf-8", "surrogatepass")
+    return parse_object(text, what=place, param=place, keeps_floats=True)

@@ -164,6 +164,45 @@ def contents(url: str) -> Iterator[Case]:
         yield bad_field(f"the tool {kind} with more", RESPONSES, change, "tools[0].type")
 
 
+ARGUMENTS = {
+    "no JSON": '{"a": 1',
+    "two values": "{} {}",
+    "an array": "[1]",
+    "a text": '"a"',
+    "null": "null",
+    "deep": '{"a":' + "[" * 70 + "]" * 70 + "}",
+    "deeper than templates are rendered": '{"a":' + "[" * 700 + "]" * 700 + "}",
+    "deeper than JSON is read": '{"a":' + "[" * 20_000 + "]" * 20_000 + "}",
+    "NaN": '{"a": NaN}',
+    "an infinite number": '{"a": 1e999}',
+    "a huge number": '{"a": ' + "9" * 5000 + "}",
+    "a key twice": '{"a": 1, "a": 2}',
+    "half a surrogate pair": '{"a": "\\ud800"}',
+}
+
+
+def past_arguments() -> Iterator[Case]:
+    """Arguments of earlier calls, which are JSON inside of JSON."""
+    for name, text in ARGUMENTS.items():
+        called = {"name": "f", "arguments": text}
+        call = {"id": "c", "type": "function", "function": called}
+        messages = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "x"},
+        ]
+        param = "messages[1].tool_calls[0].function.arguments"
+        yield bad_field(f"arguments: {name}", CHAT, {"messages": messages}, param)
+        change = {"prompt": None, "messages": messages}
+        yield bad_field(f"arguments: {name}, tokenized", TOKENIZE, change, param)
+        items = [
+            {"role": "user", "content": "x"},
+            {"type": "function_call", "call_id": "c", **called},
+            {"type": "function_call_output", "call_id": "c", "output": "x"},
+        ]
+        yield bad_field(f"arguments: {name}, as an item", RESPONSES, {"input": items}, "input")
+
+
 def templates() -> Iterator[Case]:
     """Attempts to bring a template, or to reach its variables."""
     for field in ("chat_template", "template", "jinja", "chat_template_path"):

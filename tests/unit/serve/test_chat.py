@@ -219,3 +219,19 @@ def test_strict_functions_are_held_to_their_schema() -> None:
     free = prepare("hermes", tools=[TOOL], parallel_tool_calls=False).structured
     assert isinstance(free, Grammar)
     assert '"required"' not in free.lark
+
+
+@pytest.mark.parametrize("family", ["hermes", "r1", "llama", "mistral", "kimi", "glm"])
+def test_past_arguments_are_read_as_strictly_as_bodies(family: str) -> None:
+    """Holds shut: a fault of ours for JSON too deep to be written again, or NaN in a prompt."""
+    deep = '{"a":' + "[" * 700 + "]" * 700 + "}"
+    for text in ("{", "[]", "null", deep, '{"a": NaN}', '{"a": 1e999}', '{"a": 1, "a": 2}'):
+        bad = {**CALL, "function": {"name": "weather", "arguments": text}}
+        messages = [USER, {"role": "assistant", "tool_calls": [bad]}]
+        refused("messages[1].tool_calls[0].function.arguments", family, messages)
+
+
+def test_numbers_of_past_arguments_stay_as_they_were() -> None:
+    call = {**CALL, "function": {"name": "weather", "arguments": '{"a": 1.0, "b": 2}'}}
+    messages = [USER, {"role": "assistant", "tool_calls": [call]}]
+    assert '"parameters": {"a": 1.0, "b": 2}' in prompt("llama", messages)

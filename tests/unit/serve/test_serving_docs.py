@@ -87,7 +87,7 @@ def test_limits_are_those_of_the_code() -> None:
         "open connections": f"{config.max_connections:,}, or what the system's limit on open files "
         "leaves",
         "time for headers; for the body": f"{config.header_seconds:g} s; {config.body_seconds:g} s",
-        "nesting of JSON": f"{limits.MAX_JSON_DEPTH}",
+        "nesting of JSON, also of past calls' arguments": f"{limits.MAX_JSON_DEPTH}",
         "requests under way": f"{config.max_requests:,}, of which `--max-queue` wait",
         "messages; parts of one": f"{limits.MAX_MESSAGES:,}; {limits.MAX_CONTENT_PARTS}",
         "prompts times `n`; `n`": f"{limits.MAX_PROMPTS}; {params.MAX_N}",
