@@ -29,6 +29,9 @@ def contradictions() -> Iterator[Case]:
     result = {"role": "tool", "tool_call_id": "c", "content": "x"}
     output = {"type": "function_call_output", "call_id": "c", "output": "x"}
     flat = {"type": "function", "name": "f"}
+    endless = {"ignore_eos": True, **json_form}
+    unending = {"ignore_eos": True, field: {"choice": ["a"]}}
+    named_user = {"role": "user", "content": "x", "name": "bob"}
     special = {"prompt": None, **user("x"), "add_special_tokens": True}
     unlogged = {"top_logprobs": 0, "logprobs": False}
     rows: list[tuple[str, str, dict[str, Any], str]] = [
@@ -50,6 +53,9 @@ def contradictions() -> Iterator[Case]:
         ("no form", CHAT, {field: {}}, field),
         ("only nulls as form", CHAT, {field: {"regex": None}}, field),
         ("two forms in one", COMPLETIONS, {field: {"regex": "a", "choice": ["a"]}}, field),
+        ("a form without an end", CHAT, endless, "ignore_eos"),
+        ("choices without an end", COMPLETIONS, unending, "ignore_eos"),
+        ("a name that is not shown", CHAT, {"messages": [named_user]}, "messages[0].name"),
         ("prompt and messages", TOKENIZE, user("x"), "prompt"),
         ("neither of them", TOKENIZE, {"prompt": None}, "prompt"),
         ("tools with a prompt", TOKENIZE, tools, "tools"),

@@ -51,6 +51,8 @@ class CompletionRequest(SamplingRequest):
     @model_validator(mode="after")
     def _check(self) -> "CompletionRequest":
         self.check_stream()
+        if self.structured_outputs is not None:
+            self.check_end()
         if self.echo and self.logprobs is not None:
             raise RequestError(
                 "echo with logprobs is not supported: a prompt's tokens have none; leave one out",
