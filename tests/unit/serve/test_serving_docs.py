@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from lowlat.cli.main import app
-from lowlat.engine import params, structured
+from lowlat.engine import grammar_worker, params, structured
 from lowlat.serve import limits
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.operations import GETS, POSTS
@@ -91,6 +91,7 @@ def test_limits_are_those_of_the_code() -> None:
         "requests under way": f"{config.max_requests:,}, of which `--max-queue` wait",
         "messages; parts of one": f"{limits.MAX_MESSAGES:,}; {limits.MAX_CONTENT_PARTS}",
         "prompts times `n`; `n`": f"{limits.MAX_PROMPTS}; {params.MAX_N}",
+        "completions times (`top_logprobs` + 1)": f"{limits.MAX_LOGPROBS}",
         "`stop`": f"{params.MAX_STOPS} texts of {params.MAX_STOP_LENGTH} characters",
         "`logit_bias`": f"{params.MAX_LOGIT_BIAS:,} tokens",
         "tools; their descriptions": f"{limits.MAX_TOOLS}; {limits.MAX_DESCRIPTION:,} characters",
@@ -98,10 +99,12 @@ def test_limits_are_those_of_the_code() -> None:
         f"{structured.MAX_PATTERN_BYTES // kib} KiB; {structured.MAX_GRAMMAR_BYTES // kib} KiB",
         "choices": f"{structured.MAX_CHOICES:,} of {structured.MAX_CHOICE_BYTES // kib} KiB, "
         f"{structured.MAX_CHOICES_BYTES // kib} KiB together",
+        "compiling a form": f"{grammar_worker.CPU_SECONDS} s and "
+        f"{grammar_worker.MEMORY_BYTES // 2**20} MiB beside the tokens, in a process of its own",
         "`deadline_seconds`": f"{limits.MAX_DEADLINE_SECONDS / 3600:g} hours",
         "a client that reads nothing of its answer": f"{config.send_seconds:g} s",
     }
-    assert {name: table[name] for name in expected} == expected
+    assert table == expected
 
 
 @pytest.fixture
