@@ -4,7 +4,7 @@ Owns the fields and the rules between them. Fields of OpenAI's API that are not 
 refused by name.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import TypeAliasType
@@ -35,6 +35,8 @@ Prompt = str | Texts | TokenIds | IdLists
 
 class CompletionRequest(SamplingRequest):
     """Texts, or token ids, to go on with."""
+
+    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset({"suffix"})
 
     prompt: Prompt
     max_tokens: MaxTokens | None = None

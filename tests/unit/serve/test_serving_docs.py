@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
@@ -14,6 +13,7 @@ from lowlat.engine import grammar_worker, params, structured
 from lowlat.serve import limits
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.operations import GETS, POSTS
+from lowlat.serve.protocol.base import StrictModel
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.protocol.completions import CompletionRequest
 from lowlat.serve.protocol.responses import ResponsesRequest
@@ -51,7 +51,7 @@ def test_every_option_is_described_and_no_other() -> None:
     ("column", "kind"), [(1, ChatRequest), (2, CompletionRequest), (3, ResponsesRequest)]
 )
 def test_every_field_is_described_and_refused_ones_are_none(
-    column: int, kind: type[BaseModel]
+    column: int, kind: type[StrictModel]
 ) -> None:
     table = [row for row in rows(section("API")) if len(row) == 4]
     taken, refused = set[str](), set[str]()
@@ -65,6 +65,7 @@ def test_every_field_is_described_and_refused_ones_are_none(
     assert fields <= taken, fields - taken
     assert taken <= fields, taken - fields
     assert not refused & set(kind.model_fields)
+    assert refused <= kind.UNSUPPORTED
 
 
 def test_the_sampling_row_names_all_options() -> None:
