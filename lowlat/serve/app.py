@@ -60,7 +60,7 @@ def build_app(services: Services) -> Starlette:
         *InfoRoutes(services).routes(),
         metrics.route(),
         openapi_route(services),
-        *page_routes(services.config.api_keys),
+        *page_routes(services.config.api_keys, body_seconds=services.config.body_seconds),
     ]
     metrics.name_routes(routes)
     for route in routes:

@@ -6,7 +6,7 @@ Owns bytes and JSON; what the values must be is the protocol models' business.
 import asyncio
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from starlette.datastructures import Headers
@@ -74,30 +74,42 @@ def _too_large(max_bytes: int) -> RequestError:
     return RequestError(f"the request's body is larger than {max_bytes} bytes", status=413)
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`: UTF-8, no key twice, finite numbers, bounded depth.
+def parse_object(
+    text: bytes, *, what: str = "the body", param: str | None = None, keeps_floats: bool = False
+) -> dict[str, Any]:
+    """The JSON object in `text`: UTF-8, no key twice, finite numbers, bounded depth. A number
+    without a fraction becomes an integer, unless `keeps_floats`.
 
-    Raises RequestError for anything else.
+    Raises RequestError for anything else, which says `what` is wrong and names `param`.
     """
     try:
+        return _parse(text, _finite if keeps_floats else _number)
+    except _Refused as error:
+        raise RequestError(f"{what} {error}", param=param) from error.__cause__
+
+
+class _Refused(Exception):
+    """What is wrong with a text."""
+
+
+def _parse(text: bytes, number: Callable[[str], int | float]) -> dict[str, Any]:
+    try:
         value = json.loads(
-            body.decode("utf-8"),
+            text.decode("utf-8"),
             object_pairs_hook=_unique_keys,
             parse_constant=_refuse_constant,
-            parse_float=_finite,
+            parse_float=number,
             parse_int=_bounded,
         )
     except RecursionError as error:
         raise _too_deep() from error
     except UnicodeDecodeError as error:
-        raise RequestError(f"the body is no UTF-8 text (byte {error.start})") from error
+        raise _Refused(f"is no UTF-8 text (byte {error.start})") from error
     except json.JSONDecodeError as error:
-        raise RequestError(
-            f"the body is no valid JSON: {error.msg} at character {error.pos}"
-        ) from error
+        raise _Refused(f"is no valid JSON: {error.msg} at character {error.pos}") from error
     if not isinstance(value, dict):
-        raise RequestError("the body must be a JSON object")
-    _check_values(value, has_surrogates=_LONE_ESCAPE.search(body) is not None)
+        raise _Refused("must be a JSON object")
+    _check_values(value, has_surrogates=_LONE_ESCAPE.search(text) is not None)
     return value
 
 
@@ -107,26 +119,31 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise RequestError(f"the body has the key {key[:_SHOWN]!r} twice in one object")
+                raise _Refused(f"has the key {key[:_SHOWN]!r} twice in one object")
             seen.add(key)
     return result
 
 
 def _refuse_constant(text: str) -> NoReturn:
-    raise RequestError(f"the body holds {text}, which is no JSON number")
+    raise _Refused(f"holds {text}, which is no JSON number")
 
 
-def _finite(text: str) -> int | float:
+def _finite(text: str) -> float:
     number = float(text)
     if number in (float("inf"), float("-inf")):
-        raise RequestError(f"the number {text[:_SHOWN]} in the body is too large")
+        raise _Refused(f"holds the number {text[:_SHOWN]}, which is too large")
+    return number
+
+
+def _number(text: str) -> int | float:
+    number = _finite(text)
     # As in JSON schema: a number without a fraction is an integer, however it is written.
     return int(number) if number.is_integer() and abs(number) < MAX_EXACT else number
 
 
 def _bounded(text: str) -> int:
     if len(text) > 32:
-        raise RequestError(f"the number {text[:_SHOWN]} in the body is too large")
+        raise _Refused(f"holds the number {text[:_SHOWN]}, which is too large")
     return int(text)
 
 
@@ -136,7 +153,7 @@ def _check_values(value: object, *, has_surrogates: bool) -> None:
     for _ in range(limits.MAX_JSON_DEPTH):
         level = [child for item in level for child in _children(item)]
         if has_surrogates and any(_is_broken(item) for item in level):
-            raise RequestError("the body has half of a surrogate pair in a string")
+            raise _Refused("has half of a surrogate pair in a string")
         level = [item for item in level if isinstance(item, dict | list)]
         if not level:
             return
@@ -161,5 +178,5 @@ def _is_broken(item: object) -> bool:
     return False
 
 
-def _too_deep() -> RequestError:
-    return RequestError(f"the body is nested deeper than {limits.MAX_JSON_DEPTH} levels")
+def _too_deep() -> _Refused:
+    return _Refused(f"is nested deeper than {limits.MAX_JSON_DEPTH} levels")

@@ -53,11 +53,14 @@ def prepare_chat(model: Model, request: ChatRequest) -> PreparedChat:
     tools = _shown_tools(dialect, request)
     ids = _encode(model, dialect, request, tools)
     thinking = dialect.thinking(ids)
+    structured = _form(dialect, request, tools, thinking)
+    if structured is not None:
+        request.check_end()
     schemas = {tool.function.name: _schema(tool.function) for tool in tools} if tools else None
     return PreparedChat(
         ids=tuple(ids),
         params=request.to_params(),
-        structured=_form(dialect, request, tools, thinking),
+        structured=structured,
         keep_special=dialect.keep_special(thinking=thinking, tools=bool(tools)),
         make_parser=lambda: dialect.parser(thinking=thinking, schemas=schemas),
     )

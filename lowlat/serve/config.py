@@ -35,6 +35,8 @@ class ServeConfig:
     """Host names requests may be addressed to, besides loopback names and `host`."""
     max_body_bytes: int = limits.MAX_BODY_BYTES
     """Largest request body; 413 above."""
+    max_connections: int = 2048
+    """Open connections; one more is answered with 503 and closed."""
     max_requests: int = 1024
     """HTTP requests under way at once; 429 above."""
     workers: int = 2
@@ -48,7 +50,7 @@ class ServeConfig:
     body_seconds: int | float = 30.0
     """And its body within this; 408 after."""
     send_seconds: int | float = 60.0
-    """A client that takes nothing of its stream for this long is disconnected."""
+    """A client that takes nothing of its answer for this long is disconnected."""
     ping_seconds: int | float = 15.0
     """A stream without news sends a comment this often, so that proxies keep it open."""
     keep_alive_seconds: int = 30
@@ -61,6 +63,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         _check_range("port", self.port, 0, 65535)
         _check_range("max_body_bytes", self.max_body_bytes, 1024, 2**30)
+        _check_range("max_connections", self.max_connections, 1, 100_000)
         _check_range("max_requests", self.max_requests, 1, 100_000)
         _check_range("workers", self.workers, 1, 64)
         _check_range("max_waiting_work", self.max_waiting_work, 1, 100_000)

@@ -35,6 +35,7 @@ VARIABLES: Mapping[str, tuple[Any, ...]] = {
     "reasoning_effort": ("low", "medium", "high"),
 }
 """Variables of templates that a request may set, and to what."""
+ROLES = ("system", "developer", "user", "assistant")
 PROBE = "probe_7f3a"
 TAIL = 32
 """Tokens at the end of a prompt in which its last mark is looked for."""
@@ -53,6 +54,8 @@ class Dialect:
     """Those of VARIABLES that the template knows."""
     supports_system: bool
     """Whether the template shows system messages to the model."""
+    named_roles: frozenset[str]
+    """Roles whose messages' `name` the template shows to the model."""
     has_developer_role: bool
     """Whether the template tells developer messages from system messages."""
     takes_text_arguments: bool
@@ -72,6 +75,7 @@ class Dialect:
             reasoning=_find_marks(source, tokenizer),
             variables={name: VARIABLES[name] for name in VARIABLES if _uses(code, name)},
             supports_system=_shows(tokenizer, system),
+            named_roles=frozenset(role for role in ROLES if _shows_name(tokenizer, role)),
             has_developer_role=re.search(r"""['"]developer['"]""", source) is not None,
             takes_text_arguments=_takes_text_arguments(source, format),
         )
@@ -162,6 +166,13 @@ def _shows(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **more: 
         return PROBE in tokenizer.apply_chat_template(messages, **more)
     except UserError:
         return False
+
+
+def _shows_name(tokenizer: Tokenizer, role: str) -> bool:
+    named = {"role": role, "content": "x", "name": PROBE}
+    user = {"role": "user", "content": "x"}
+    around = {"user": [named], "assistant": [user, named, user]}
+    return _shows(tokenizer, around.get(role, [named, user]))
 
 
 def _shows_tools(tokenizer: Tokenizer) -> bool:

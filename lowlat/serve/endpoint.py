@@ -15,11 +15,12 @@ from starlette.types import Receive, Scope, Send
 from lowlat.serve.body import Disconnected, check_json_headers, parse_object, read_body
 from lowlat.serve.call import Call
 from lowlat.serve.errors import API_HEADERS
+from lowlat.serve.protocol.base import StrictModel
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.protocol.validation import validate
 from lowlat.serve.services import Services
 
-Body = TypeVar("Body", bound=BaseModel)
+Body = TypeVar("Body", bound=StrictModel)
 
 
 def json_response(model: BaseModel) -> Response:

@@ -86,9 +86,6 @@ def response_to(error: Exception) -> Response:
     if code == "deadline_exceeded":
         # OpenAI's clients would ask twice more, and miss the deadline again.
         headers["X-Should-Retry"] = "false"
-    elif status in (408, 413, 415):
-        # What is left of the body is not read.
-        headers["Connection"] = "close"
     return error_response(status, message, param=param, code=code, headers=headers)
 
 

@@ -1,14 +1,14 @@
 """A request's messages as chat templates expect them.
 
 Owns the checks that templates leave out: that a tool's result answers a call, that past arguments
-are JSON. Roles and their order are the templates' business.
+are JSON, that names are shown. Roles and their order are the templates' business.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lowlat.serve.body import parse_object
 from lowlat.serve.dialect import Dialect
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.protocol.messages import (
@@ -50,7 +50,8 @@ class _History:
             case SystemMessage():
                 return self._system(message, place)
             case UserMessage():
-                return _named({"role": "user", "content": text_of(message.content)}, message.name)
+                turn = {"role": "user", "content": text_of(message.content)}
+                return self._named(turn, message.name, place)
             case AssistantMessage():
                 return self._answer(message, place)
             case ToolMessage():
@@ -64,7 +65,8 @@ class _History:
                 param=f"{place}.role",
             )
         role = message.role if self.dialect.has_developer_role else "system"
-        return _named({"role": role, "content": text_of(message.content)}, message.name)
+        turn = {"role": role, "content": text_of(message.content)}
+        return self._named(turn, message.name, place)
 
     def _answer(self, message: AssistantMessage, place: str) -> dict[str, Any]:
         content: str | None = text_of(message.content)
@@ -80,7 +82,18 @@ class _History:
             if not content and not format.needs_content:
                 content = None
         turn["content"] = content
-        return _named(turn, message.name)
+        return self._named(turn, message.name, place)
+
+    def _named(self, turn: dict[str, Any], name: str | None, place: str) -> dict[str, Any]:
+        if name is None:
+            return turn
+        if turn["role"] not in self.dialect.named_roles:
+            raise RequestError(
+                f"{place}.name: this model's chat template does not show names; leave it out, or"
+                " put it into the text",
+                param=f"{place}.name",
+            )
+        return {**turn, "name": name}
 
     def _format(self, place: str) -> ToolFormat:
         """How calls are written. Raises RequestError where there is no way."""
@@ -99,8 +112,9 @@ class _History:
         self.num_calls += 1
         self.calls[call.id] = shown
         arguments: Any = call.function.arguments
+        decoded = _decoded(arguments, f"{place}.function.arguments")
         if not self.dialect.takes_text_arguments:
-            arguments = _decoded(arguments, f"{place}.function.arguments")
+            arguments = decoded
         function = {"name": name, "arguments": arguments}
         return {"id": shown.id, "type": "function", "function": function}
 
@@ -112,20 +126,20 @@ class _History:
                 f"{place}.tool_call_id: no assistant message before it holds a call with this id",
                 param=f"{place}.tool_call_id",
             )
+        if message.name not in (None, call.name):
+            raise RequestError(
+                f"{place}.name is not that of the function called; leave it out",
+                param=f"{place}.name",
+            )
         result = {"role": "tool", "content": text_of(message.content), "tool_call_id": call.id}
-        return {**result, "name": message.name or call.name}
-
-
-def _named(message: dict[str, Any], name: str | None) -> dict[str, Any]:
-    return message if name is None else {**message, "name": name}
+        return {**result, "name": call.name}
 
 
 def _decoded(arguments: str, place: str) -> dict[str, Any]:
-    """The arguments of a past call. Raises RequestError unless they are a JSON object."""
-    try:
-        value = json.loads(arguments) if arguments.strip() else {}
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise RequestError(f"{place} must be the text of a JSON object", param=place)
-    return value
+    """The arguments of a past call, held to what bodies are. Raises RequestError where they are no
+    JSON object; numbers stay as the model wrote them.
+    """
+    if not arguments.strip():
+        return {}
+    text = arguments.encode("utf-8", "surrogatepass")
+    return parse_object(text, what=place, param=place, keeps_floats=True)

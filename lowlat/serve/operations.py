@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from lowlat.serve.call import Call
+from lowlat.serve.protocol.base import StrictModel
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.protocol.chat_response import ChatChunk, ChatCompletion
 from lowlat.serve.protocol.completions import CompletionRequest, CompletionResponse
@@ -36,7 +37,7 @@ class Post:
     """An operation with a JSON body."""
 
     path: str
-    request: type[BaseModel]
+    request: type[StrictModel]
     response: type[BaseModel]
     chunk: type[BaseModel] | None = None
     """What each event of a stream holds, for operations that can stream."""

@@ -18,6 +18,9 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from lowlat.serve.body import read_body
+from lowlat.serve.protocol.failure import RequestError
+
 COOKIE = "lowlat_key"
 MARK = "lowlat_login"
 """A cookie without a secret: tells the page's scripts, which cannot read COOKIE, of it."""
@@ -52,8 +55,9 @@ _NEVER_KEPT = {"Cache-Control": "no-store"}
 _Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def page_routes(keys: Sequence[str] = ()) -> list[Route]:
-    """GET `/` and `/static/NAME`, one route per file; with `keys` also POST `/login`, `/logout`.
+def page_routes(keys: Sequence[str] = (), *, body_seconds: int | float = 30.0) -> list[Route]:
+    """GET `/` and `/static/NAME`, one route per file; with `keys` also POST `/login`, whose form
+    has to arrive within `body_seconds`, and `/logout`.
 
     The files are read once, here: a request's path is compared with their names and never
     reaches the file system.
@@ -64,7 +68,7 @@ def page_routes(keys: Sequence[str] = ()) -> list[Route]:
         if not name.endswith(".html"):
             routes.append(Route(f"/static/{name}", _file_endpoint(name, body), methods=["GET"]))
     if keys:
-        routes.append(Route("/login", _login_endpoint(tuple(keys)), methods=["POST"]))
+        routes.append(Route("/login", _login_endpoint(tuple(keys), body_seconds), methods=["POST"]))
         routes.append(Route("/logout", _logout, methods=["POST"]))
     return routes
 
@@ -107,9 +111,12 @@ def _file_endpoint(name: str, body: bytes) -> _Endpoint:
     return endpoint
 
 
-def _login_endpoint(keys: tuple[str, ...]) -> _Endpoint:
+def _login_endpoint(keys: tuple[str, ...], body_seconds: int | float) -> _Endpoint:
     async def login(request: Request) -> Response:
-        given = await _key_from_form(request)
+        try:
+            given = await _key_from_form(request, body_seconds)
+        except RequestError as error:
+            return login_page(f"Send the form again: {error.message}.", status=error.status)
         if given is None:
             return login_page("Send the form with an API key.", status=400)
         # Every key is compared, in constant time: the answer takes as long whichever it is.
@@ -139,16 +146,16 @@ async def _logout(request: Request) -> Response:
     return response
 
 
-async def _key_from_form(request: Request) -> str | None:
-    """The field `key` of an urlencoded form of at most MAX_FORM_BYTES; None for anything else."""
+async def _key_from_form(request: Request, seconds: int | float) -> str | None:
+    """The field `key` of an urlencoded form; None for anything else. As `read_body`, raises
+    RequestError for a form that is larger than MAX_FORM_BYTES or comes too slowly.
+    """
     kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
         return None
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_FORM_BYTES:
-            return None
+    body = await read_body(
+        request.receive, request.headers, max_bytes=MAX_FORM_BYTES, seconds=seconds
+    )
     try:
         fields = parse_qs(body.decode("ascii"), strict_parsing=True, max_num_fields=4)
     except ValueError:

@@ -1,6 +1,7 @@
 """Listening and ending: one socket, uvicorn on it, and a drain when the process is told to end.
 
-Owns the socket, the signals and uvicorn's settings. The application is `serve.app`'s.
+Owns the socket, the signals, how many files may be open, and uvicorn's settings. The application is
+`serve.app`'s.
 """
 
 import asyncio
@@ -23,6 +24,8 @@ from lowlat.serve.services import Services
 from lowlat.utils.errors import UserError
 
 BACKLOG = 2048
+SPARE_DESCRIPTORS = 256
+"""Open files that connections leave to the rest of the process."""
 
 
 def open_socket(config: ServeConfig) -> socket.socket:
@@ -104,11 +107,26 @@ async def _run(
         gc.unfreeze()
 
 
+def _room(connections: int) -> int:
+    """`connections`, or as many as the system lets this process open beside its own files."""
+    try:
+        import resource
+    except ImportError:
+        return connections
+    kind, needed = resource.RLIMIT_NOFILE, connections + SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(kind)
+    if 0 <= soft < needed:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(kind, (needed if hard < 0 else min(needed, hard), hard))
+        soft = resource.getrlimit(kind)[0]
+    return connections if soft < 0 else max(1, min(connections, soft - SPARE_DESCRIPTORS))
+
+
 def _uvicorn_config(services: Services) -> uvicorn.Config:
     config = services.config
     return uvicorn.Config(
         build_app(services),
-        http=connection_class(config.header_seconds),
+        http=connection_class(config, max_connections=_room(config.max_connections)),
         loop="asyncio",
         ws="none",
         lifespan="on",

@@ -60,7 +60,7 @@ class ChatTemplate:
         }
         try:
             line = json.dumps(request)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise UserError(
                 f"messages and template variables must be JSON values: {error}"
             ) from error

@@ -15,10 +15,11 @@ from typing import Any
 
 import uvicorn
 from fakes import ScriptedModel, byte_tokenizer, gqa_config
+from starlette.routing import Route
 
 from lowlat.engine.llm import Model
 from lowlat.serve import run as run_module
-from lowlat.serve.app import make_services
+from lowlat.serve.app import build_app, make_services
 from lowlat.serve.bridge import Bridge
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.services import Services
@@ -73,6 +74,18 @@ class Local:
             and self.services.num_requests == 0
             and self.services.num_coming == 0
         )
+
+
+def routes(server: Local) -> list[tuple[str, str]]:
+    """(method, path) of all routes."""
+    found = [
+        (method, route.path.replace("{id:path}", NAME))
+        for route in build_app(server.services).routes
+        if isinstance(route, Route)
+        for method in sorted(route.methods or ())
+    ]
+    assert len(found) > 20
+    return found
 
 
 def num_threads() -> int:

@@ -29,6 +29,9 @@ def contradictions() -> Iterator[Case]:
     result = {"role": "tool", "tool_call_id": "c", "content": "x"}
     output = {"type": "function_call_output", "call_id": "c", "output": "x"}
     flat = {"type": "function", "name": "f"}
+    endless = {"ignore_eos": True, **json_form}
+    unending = {"ignore_eos": True, field: {"choice": ["a"]}}
+    named_user = {"role": "user", "content": "x", "name": "bob"}
     special = {"prompt": None, **user("x"), "add_special_tokens": True}
     unlogged = {"top_logprobs": 0, "logprobs": False}
     rows: list[tuple[str, str, dict[str, Any], str]] = [
@@ -50,6 +53,9 @@ def contradictions() -> Iterator[Case]:
         ("no form", CHAT, {field: {}}, field),
         ("only nulls as form", CHAT, {field: {"regex": None}}, field),
         ("two forms in one", COMPLETIONS, {field: {"regex": "a", "choice": ["a"]}}, field),
+        ("a form without an end", CHAT, endless, "ignore_eos"),
+        ("choices without an end", COMPLETIONS, unending, "ignore_eos"),
+        ("a name that is not shown", CHAT, {"messages": [named_user]}, "messages[0].name"),
         ("prompt and messages", TOKENIZE, user("x"), "prompt"),
         ("neither of them", TOKENIZE, {"prompt": None}, "prompt"),
         ("tools with a prompt", TOKENIZE, tools, "tools"),
@@ -162,6 +168,45 @@ def contents(url: str) -> Iterator[Case]:
             f"the tool {kind}", RESPONSES, {"tools": [{"type": kind, "name": "x"}]}, "tools[0].type"
         )
         yield bad_field(f"the tool {kind} with more", RESPONSES, change, "tools[0].type")
+
+
+ARGUMENTS = {
+    "no JSON": '{"a": 1',
+    "two values": "{} {}",
+    "an array": "[1]",
+    "a text": '"a"',
+    "null": "null",
+    "deep": '{"a":' + "[" * 70 + "]" * 70 + "}",
+    "deeper than templates are rendered": '{"a":' + "[" * 700 + "]" * 700 + "}",
+    "deeper than JSON is read": '{"a":' + "[" * 20_000 + "]" * 20_000 + "}",
+    "NaN": '{"a": NaN}',
+    "an infinite number": '{"a": 1e999}',
+    "a huge number": '{"a": ' + "9" * 5000 + "}",
+    "a key twice": '{"a": 1, "a": 2}',
+    "half a surrogate pair": '{"a": "\\ud800"}',
+}
+
+
+def past_arguments() -> Iterator[Case]:
+    """Arguments of earlier calls, which are JSON inside of JSON."""
+    for name, text in ARGUMENTS.items():
+        called = {"name": "f", "arguments": text}
+        call = {"id": "c", "type": "function", "function": called}
+        messages = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "x"},
+        ]
+        param = "messages[1].tool_calls[0].function.arguments"
+        yield bad_field(f"arguments: {name}", CHAT, {"messages": messages}, param)
+        change = {"prompt": None, "messages": messages}
+        yield bad_field(f"arguments: {name}, tokenized", TOKENIZE, change, param)
+        items = [
+            {"role": "user", "content": "x"},
+            {"type": "function_call", "call_id": "c", **called},
+            {"type": "function_call_output", "call_id": "c", "output": "x"},
+        ]
+        yield bad_field(f"arguments: {name}, as an item", RESPONSES, {"input": items}, "input")
 
 
 def templates() -> Iterator[Case]:

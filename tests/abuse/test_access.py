@@ -7,12 +7,10 @@ import json
 from collections.abc import Iterator, Mapping
 
 import pytest
-from starlette.routing import Route
 
-from lowlat.serve.app import build_app
 from lowlat.serve.pages import COOKIE, cookie_value
 
-from .local import NAME, Local, listening
+from .local import NAME, Local, listening, routes
 from .wire import HOST, Reply, exchange, request
 
 KEY, OTHER = "k" * 32, "o" * 32
@@ -31,18 +29,6 @@ def locked() -> Iterator[Local]:
     """A server with two keys."""
     with listening(api_keys=(KEY, OTHER)) as server:
         yield server
-
-
-def routes(server: Local) -> list[tuple[str, str]]:
-    """(method, path) of all routes."""
-    found = [
-        (method, route.path.replace("{id:path}", NAME))
-        for route in build_app(server.services).routes
-        if isinstance(route, Route)
-        for method in sorted(route.methods or ())
-    ]
-    assert len(found) > 20
-    return found
 
 
 def ask(server: Local, method: str, path: str, headers: Mapping[str, str]) -> Reply:

@@ -20,7 +20,7 @@ from .cases import BODIES, CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, Case, user
 from .connections import BOTH, HEAD, framing, methods, paths, types
 from .fields import field_cases
 from .forms import HARD, forms
-from .meanings import contents, contradictions, templates, unsupported
+from .meanings import contents, contradictions, past_arguments, templates, unsupported
 from .no_json import texts_of_json
 from .wire import HOST, SECONDS, call, exchange, get, post, request
 
@@ -31,6 +31,7 @@ TABLES: dict[str, Callable[[], Iterator[Case]]] = {
     "no JSON": texts_of_json,
     "contradictions": contradictions,
     "unsupported": unsupported,
+    "arguments": past_arguments,
     "templates": templates,
     "forms": forms,
     "fields": field_cases,
@@ -59,6 +60,13 @@ def impatient() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
+def tagged() -> Iterator[Server]:
+    """A server whose model's template takes the arguments of past calls as objects."""
+    with serving("--template", "glm") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
 def songs() -> dict[int, str]:
     """What the canary of the server at each port said first."""
     return {}
@@ -68,7 +76,7 @@ def songs() -> dict[int, str]:
 def canary(request: pytest.FixtureRequest, songs: dict[int, str]) -> Iterator[None]:
     """After each test the server says what it said before, and calls itself healthy."""
     yield
-    for name in {"server", "impatient"} & set(request.fixturenames):
+    for name in {"server", "impatient", "tagged"} & set(request.fixturenames):
         port = request.getfixturevalue(name).port
         reply = call(port, COMPLETIONS, CANARY)
         assert reply.status == 200, reply
@@ -94,6 +102,14 @@ def faults(server: Server, cases: Iterator[Case]) -> Iterator[str]:
 @pytest.mark.parametrize("table", TABLES)
 def test_each_is_refused_by_name(server: Server, table: str) -> None:
     found = list(faults(server, TABLES[table]()))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_each_is_refused_where_arguments_are_objects(tagged: Server, table: str) -> None:
+    # Where calls are no JSON, the keywords of a whole function's schema are not asked for.
+    cases = (case for case in TABLES[table]() if not case.name.startswith("forced tool"))
+    found = list(faults(tagged, cases))
     assert not found, "\n".join(found)
 
 

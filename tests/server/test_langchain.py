@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import openai
 import pytest
 from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
@@ -86,3 +87,35 @@ def test_structured_output(model: ChatOpenAI, method: str) -> None:
 def test_logprobs(model: ChatOpenAI) -> None:
     answer = model.bind(logprobs=True, top_logprobs=2).invoke("Hello")
     assert len(answer.response_metadata["logprobs"]["content"][0]["top_logprobs"]) == 2
+
+
+def test_a_wrong_field_is_named(model: ChatOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        model.bind(temperature=3.0).invoke("Hello")
+    assert (caught.value.status_code, caught.value.param) == (400, "temperature")
+    assert caught.value.type == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError, match="reasoning_effort is not supported"):
+        model.bind(reasoning_effort="low").invoke("Hello")
+    with pytest.raises(openai.BadRequestError) as caught:
+        list(model.bind(stop=["x" * 300]).stream("Hello"))
+    assert str(caught.value.param).startswith("stop")
+
+
+def test_a_prompt_that_does_not_fit(model: ChatOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        model.invoke("x" * 3000)
+    assert (caught.value.param, caught.value.code) == ("messages", "context_length_exceeded")
+
+
+def test_a_wrong_key(server: Server) -> None:
+    model = ChatOpenAI(base_url=f"{server.url}/v1", api_key="wrong", model=NAME, max_retries=0)
+    with pytest.raises(openai.AuthenticationError) as caught:
+        model.invoke("Hello")
+    assert (caught.value.status_code, caught.value.code) == (401, "invalid_api_key")
+
+
+def test_a_model_that_is_not_there(server: Server) -> None:
+    model = ChatOpenAI(base_url=f"{server.url}/v1", api_key=KEY, model="other", max_retries=0)
+    with pytest.raises(openai.NotFoundError) as caught:
+        model.invoke("Hello")
+    assert (caught.value.status_code, caught.value.param) == (404, "model")

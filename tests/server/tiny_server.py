@@ -20,9 +20,9 @@ NAME = "tiny"
 CONTEXT = 2048
 
 
-def make_model(context: int = CONTEXT) -> Model:
+def make_model(context: int = CONTEXT, template: str = "hermes") -> Model:
     """A model that knows no language, but chats and calls tools in the form of its template."""
-    tokenizer = tokenizer_of("hermes")
+    tokenizer = tokenizer_of(template)
     config = gqa_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=context)
     return Model(tiny_model(config, torch.float32), tokenizer, name=NAME)
 
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--header-seconds", type=float, default=10.0)
     parser.add_argument("--body-seconds", type=float, default=10.0)
     parser.add_argument("--context", type=int, default=CONTEXT)
+    parser.add_argument("--template", default="hermes")
     parser.add_argument("--max-queue", type=int, default=64)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -45,7 +46,7 @@ def main() -> None:
         body_seconds=given.body_seconds,
     )
     configure()
-    bridge = Bridge(make_model(given.context), max_queue=given.max_queue)
+    bridge = Bridge(make_model(given.context, given.template), max_queue=given.max_queue)
     with socket.socket(fileno=given.listener) as listener:
         run(bridge, config, listener, on_ready=lambda: print("ready", flush=True))
 

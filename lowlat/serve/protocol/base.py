@@ -3,7 +3,7 @@
 Owns no route's fields. JSON numbers are finite and unlike booleans; unknown fields are errors.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -22,6 +22,9 @@ class StrictModel(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset()
+    """Fields of OpenAI's API that a request must not set; null, their default, sets nothing."""
 
 
 class WireModel(BaseModel):

@@ -4,7 +4,7 @@ Owns the fields and the rules between them. Fields of OpenAI's API that are not 
 name, never ignored; some are here with their harmless values alone, since clients send those.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,11 @@ TemplateVariable = bool | int | Annotated[str, Field(max_length=limits.MAX_ID)]
 
 class ChatRequest(SamplingRequest):
     """A conversation to go on with."""
+
+    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
+        "audio function_call functions prediction prompt_cache_key prompt_cache_retention"
+        " reasoning_effort verbosity web_search_options".split()
+    )
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
     max_completion_tokens: MaxTokens | None = None

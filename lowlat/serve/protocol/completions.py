@@ -4,7 +4,7 @@ Owns the fields and the rules between them. Fields of OpenAI's API that are not 
 refused by name.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import TypeAliasType
@@ -36,6 +36,8 @@ Prompt = str | Texts | TokenIds | IdLists
 class CompletionRequest(SamplingRequest):
     """Texts, or token ids, to go on with."""
 
+    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset({"suffix"})
+
     prompt: Prompt
     max_tokens: MaxTokens | None = None
     """Most tokens to generate; default 16."""
@@ -51,6 +53,8 @@ class CompletionRequest(SamplingRequest):
     @model_validator(mode="after")
     def _check(self) -> "CompletionRequest":
         self.check_stream()
+        if self.structured_outputs is not None:
+            self.check_end()
         if self.echo and self.logprobs is not None:
             raise RequestError(
                 "echo with logprobs is not supported: a prompt's tokens have none; leave one out",

@@ -3,7 +3,7 @@
 Owns the fields. Nothing is stored, so whatever needs an earlier response is refused by name.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -152,6 +152,11 @@ class TextOptions(StrictModel):
 
 class ResponsesRequest(StrictModel):
     """A conversation to go on with. Null means the default everywhere."""
+
+    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
+        "max_tool_calls prompt prompt_cache_key prompt_cache_retention reasoning stream_options"
+        " top_logprobs".split()
+    )
 
     model: Id
     """A name that /v1/models lists."""

@@ -63,7 +63,7 @@ class SamplingRequest(StrictModel):
     """Completions of each prompt; at temperature 0 they are equal."""
     stop: Stop | None = None
     ignore_eos: bool | None = None
-    """Go on after the end-of-sequence token."""
+    """Go on after the end-of-sequence token; not with a form, which ends the answer."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
@@ -83,6 +83,14 @@ class SamplingRequest(StrictModel):
             raise RequestError(
                 "stream_options has an effect with stream true only; leave it out",
                 param="stream_options",
+            )
+
+    def check_end(self) -> None:
+        """Raises RequestError where an answer of a form, which ends with it, is to go on."""
+        if self.ignore_eos:
+            raise RequestError(
+                "ignore_eos: an answer that is held to a form ends with it; leave it out",
+                param="ignore_eos",
             )
 
     def check_logprobs(self, top: int, *, completions: int, param: str) -> None:

@@ -6,9 +6,10 @@ Owns the wording and the path (`messages[0].content`) in `param`.
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from lowlat.serve.protocol.base import StrictModel
 from lowlat.serve.protocol.failure import RequestError
 
 MAX_MESSAGE = 400
@@ -16,14 +17,15 @@ MAX_PARAM = 200
 UNKNOWN_KIND = "unknown_kind"
 """Type of the error of a union whose branch is told by the field `type` in a way of its own."""
 
-Body = TypeVar("Body", bound=BaseModel)
+Body = TypeVar("Body", bound=StrictModel)
 Path = tuple[str | int, ...]
 
 
 def validate(kind: type[Body], value: dict[str, Any]) -> Body:
     """`value` as a `kind`. Raises RequestError that names the field."""
+    unset = {name for name in kind.UNSUPPORTED & value.keys() if value[name] is None}
     try:
-        return kind.model_validate(value)
+        return kind.model_validate({name: value[name] for name in value if name not in unset})
     except ValidationError as error:
         details = error.errors(include_url=False)
         found = [(item, _path(item, value)) for item in details]

@@ -9,11 +9,14 @@ import pytest
 from lowlat.engine.llm import Model
 from lowlat.engine.structured import Choice, Grammar, JsonObject, JsonSchema
 from lowlat.serve.chat import PreparedChat, prepare_chat
+from lowlat.serve.dialect import Dialect
+from lowlat.serve.history import template_messages
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.protocol.failure import RequestError
+from lowlat.serve.protocol.messages import UserMessage
 from lowlat.serve.tools.parts import ContentPart, ReasoningPart, ToolCallStart
 from tests.fakes import byte_tokenizer, gqa_config, tiny_model
-from tests.unit.serve.templates import tokenizer_of
+from tests.unit.serve.templates import CHATML, tokenizer_of, tokenizer_with
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL = {
@@ -219,3 +222,59 @@ def test_strict_functions_are_held_to_their_schema() -> None:
     free = prepare("hermes", tools=[TOOL], parallel_tool_calls=False).structured
     assert isinstance(free, Grammar)
     assert '"required"' not in free.lark
+
+
+@pytest.mark.parametrize("family", ["hermes", "r1", "llama", "mistral", "kimi", "glm"])
+def test_past_arguments_are_read_as_strictly_as_bodies(family: str) -> None:
+    """Holds shut: a fault of ours for JSON too deep to be written again, or NaN in a prompt."""
+    deep = '{"a":' + "[" * 700 + "]" * 700 + "}"
+    for text in ("{", "[]", "null", deep, '{"a": NaN}', '{"a": 1e999}', '{"a": 1, "a": 2}'):
+        bad = {**CALL, "function": {"name": "weather", "arguments": text}}
+        messages = [USER, {"role": "assistant", "tool_calls": [bad]}]
+        refused("messages[1].tool_calls[0].function.arguments", family, messages)
+
+
+def test_numbers_of_past_arguments_stay_as_they_were() -> None:
+    call = {**CALL, "function": {"name": "weather", "arguments": '{"a": 1.0, "b": 2}'}}
+    messages = [USER, {"role": "assistant", "tool_calls": [call]}]
+    assert '"parameters": {"a": 1.0, "b": 2}' in prompt("llama", messages)
+
+
+@pytest.mark.parametrize("family", ["chatml", "hermes", "llama"])
+def test_names_that_the_template_does_not_show_are_refused(family: str) -> None:
+    """Holds shut: speakers the model is never told apart."""
+    for place, role in enumerate(("system", "user", "assistant")):
+        messages: list[dict[str, Any]] = [{"role": "system", "content": "a"}, USER, dict(USER)]
+        messages[2]["role"] = "assistant"
+        assert messages[place]["role"] == role
+        messages[place] = {**messages[place], "name": "bob"}
+        refused(f"messages[{place}].name", family, messages)
+
+
+def test_names_of_results_are_those_of_the_calls() -> None:
+    assert "sun" in prompt("hermes", [*CALLED, {**ANSWERED[2], "name": "weather"}])
+    refused("messages[2].name", "hermes", [*CALLED, {**ANSWERED[2], "name": "bob"}])
+
+
+def test_names_that_the_template_shows_reach_it() -> None:
+    source = CHATML.replace("{{ m.role }}", "{{ m.role }}{{ '=' + m.name if m.name }}")
+    tokenizer = tokenizer_with(source)
+    turn = template_messages(
+        Dialect.of(tokenizer), [UserMessage(role="user", content="a", name="bob")]
+    )
+    assert "user=bob" in tokenizer.apply_chat_template(turn)
+
+
+FORMS: list[dict[str, Any]] = [
+    {"response_format": {"type": "json_object"}},
+    {"structured_outputs": {"choice": ["a"]}},
+    {"tools": [TOOL], "tool_choice": "required"},
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_ends_the_answer(form: dict[str, Any]) -> None:
+    """Holds shut: ignore_eos without effect, which the Python API refuses."""
+    refused("ignore_eos", "hermes", ignore_eos=True, **form)
+    assert prepare("hermes", ignore_eos=False, **form).structured is not None
+    assert prepare("hermes", ignore_eos=True, tools=[TOOL]).params.ignore_eos

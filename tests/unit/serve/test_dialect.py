@@ -76,6 +76,17 @@ def test_system_and_developer_messages() -> None:
     assert Dialect.of(tokenizer_with(knows)).has_developer_role
 
 
+def test_roles_whose_names_are_shown() -> None:
+    for family in TEMPLATES:
+        assert not Dialect.of(tokenizer_of(family)).named_roles
+    shown = CHATML.replace("{{ m.role }}", "{{ m.role }}{{ '=' + m.name if m.name }}")
+    roles = {"system", "developer", "user", "assistant"}
+    assert Dialect.of(tokenizer_with(shown)).named_roles == roles
+    users = CHATML.replace("{{ m.role }}", "{{ m.name if m.role == 'user' else m.role }}")
+    assert Dialect.of(tokenizer_with(users)).named_roles == {"user"}
+    assert not Dialect.of(tokenizer_with(None)).named_roles
+
+
 @pytest.mark.parametrize(
     ("family", "variables", "expected"),
     [

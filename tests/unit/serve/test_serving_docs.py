@@ -5,15 +5,15 @@ import re
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from lowlat.cli.main import app
-from lowlat.engine import params, structured
+from lowlat.engine import grammar_worker, params, structured
 from lowlat.serve import limits
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.operations import GETS, POSTS
+from lowlat.serve.protocol.base import StrictModel
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.protocol.completions import CompletionRequest
 from lowlat.serve.protocol.responses import ResponsesRequest
@@ -51,7 +51,7 @@ def test_every_option_is_described_and_no_other() -> None:
     ("column", "kind"), [(1, ChatRequest), (2, CompletionRequest), (3, ResponsesRequest)]
 )
 def test_every_field_is_described_and_refused_ones_are_none(
-    column: int, kind: type[BaseModel]
+    column: int, kind: type[StrictModel]
 ) -> None:
     table = [row for row in rows(section("API")) if len(row) == 4]
     taken, refused = set[str](), set[str]()
@@ -65,6 +65,7 @@ def test_every_field_is_described_and_refused_ones_are_none(
     assert fields <= taken, fields - taken
     assert taken <= fields, taken - fields
     assert not refused & set(kind.model_fields)
+    assert refused <= kind.UNSUPPORTED
 
 
 def test_the_sampling_row_names_all_options() -> None:
@@ -84,11 +85,14 @@ def test_limits_are_those_of_the_code() -> None:
     expected = {
         "body; line and headers": f"{config.max_body_bytes // 2**20} MiB; "
         f"{limits.MAX_HEADER_BYTES // kib} KiB",
+        "open connections": f"{config.max_connections:,}, or what the system's limit on open files "
+        "leaves",
         "time for headers; for the body": f"{config.header_seconds:g} s; {config.body_seconds:g} s",
-        "nesting of JSON": f"{limits.MAX_JSON_DEPTH}",
+        "nesting of JSON, also of past calls' arguments": f"{limits.MAX_JSON_DEPTH}",
         "requests under way": f"{config.max_requests:,}, of which `--max-queue` wait",
         "messages; parts of one": f"{limits.MAX_MESSAGES:,}; {limits.MAX_CONTENT_PARTS}",
         "prompts times `n`; `n`": f"{limits.MAX_PROMPTS}; {params.MAX_N}",
+        "completions times (`top_logprobs` + 1)": f"{limits.MAX_LOGPROBS}",
         "`stop`": f"{params.MAX_STOPS} texts of {params.MAX_STOP_LENGTH} characters",
         "`logit_bias`": f"{params.MAX_LOGIT_BIAS:,} tokens",
         "tools; their descriptions": f"{limits.MAX_TOOLS}; {limits.MAX_DESCRIPTION:,} characters",
@@ -96,10 +100,12 @@ def test_limits_are_those_of_the_code() -> None:
         f"{structured.MAX_PATTERN_BYTES // kib} KiB; {structured.MAX_GRAMMAR_BYTES // kib} KiB",
         "choices": f"{structured.MAX_CHOICES:,} of {structured.MAX_CHOICE_BYTES // kib} KiB, "
         f"{structured.MAX_CHOICES_BYTES // kib} KiB together",
+        "compiling a form": f"{grammar_worker.CPU_SECONDS} s and "
+        f"{grammar_worker.MEMORY_BYTES // 2**20} MiB beside the tokens, in a process of its own",
         "`deadline_seconds`": f"{limits.MAX_DEADLINE_SECONDS / 3600:g} hours",
-        "a client that reads nothing of its stream": f"{config.send_seconds:g} s",
+        "a client that reads nothing of its answer": f"{config.send_seconds:g} s",
     }
-    assert {name: table[name] for name in expected} == expected
+    assert table == expected
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field
 
+from lowlat.serve.operations import POSTS, Post
 from lowlat.serve.protocol.base import StrictModel
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.protocol.validation import MAX_MESSAGE, MAX_PARAM, validate
@@ -88,3 +89,20 @@ def test_long_and_strange_names_stay_short_and_on_one_line() -> None:
 def test_good_values_pass() -> None:
     tree = validate(Tree, {"name": "x", "parts": [LEAF], "weight": 1})
     assert tree.weight == 1.0
+
+
+class Wide(Tree):
+    UNSUPPORTED = frozenset({"height"})
+
+
+def test_null_for_what_is_not_supported_is_nothing() -> None:
+    """Clients send the defaults of all fields they know; a value, or another name, is refused."""
+    assert validate(Wide, {"name": "x", "height": None}) == validate(Wide, {"name": "x"})
+    for value in ({"height": 1}, {"height": False}, {"width": None}):
+        with pytest.raises(RequestError, match="not supported"):
+            validate(Wide, {"name": "x", **value})
+
+
+@pytest.mark.parametrize("post", POSTS, ids=lambda post: post.path)
+def test_no_field_is_both_supported_and_not(post: Post) -> None:
+    assert not post.request.UNSUPPORTED & set(post.request.model_fields)

@@ -141,3 +141,11 @@ def test_values_that_are_not_json_are_refused() -> None:
 def test_jinja_is_new_enough() -> None:
     """3.1.6 closed the last known ways out of the sandbox."""
     assert tuple(map(int, jinja2.__version__.split(".")[:3])) >= (3, 1, 6)
+
+
+def test_messages_too_deep_to_be_written_are_an_error() -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(UserError, match="JSON values"):
+        ChatTemplate("x", "y").render([{"role": "user", "content": deep}])

@@ -1,0 +1,160 @@
+"""Clients that hold connections: whatever they send or leave unread, with or without a key.
+
+Routes are asked of the application, so that a new one is covered when it is added.
+"""
+
+import contextlib
+import http.client
+import itertools
+import json
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from lowlat.serve import connection as connection_module
+
+from .local import NAME, Local, counting_model, listening, num_descriptors, routes, until
+from .wire import HOST, SECONDS, exchange, get, post, request
+
+KEY = "k" * 32
+BOUND = f"Bearer {KEY}"
+FORM = "application/x-www-form-urlencoded"
+TYPES = ("application/json", FORM)
+UNENDED = {"Content-Length": "1000000"}
+PROMPT: dict[str, Any] = {"header_seconds": 0.3, "body_seconds": 0.3, "send_seconds": 0.5}
+PROMPT |= {"keep_alive_seconds": 1}
+
+
+@pytest.fixture(autouse=True)
+def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "LINGER_SECONDS", 0.2)
+
+
+def heads(server: Local) -> Iterator[bytes]:
+    """The beginning of a request with a body, for each route there is and some that are none; with
+    a key, without one, and addressed to another host.
+    """
+    none = [("POST", "/nothing"), ("PUT", "/v1/models"), ("BREW", "/"), ("POST", "/health")]
+    variants = ({}, {"Authorization": BOUND}, {"Host": "evil.example"})
+    for (method, path), kind, more in itertools.product([*routes(server), *none], TYPES, variants):
+        headers = {"Host": HOST, "Content-Type": kind, **UNENDED, **more}
+        yield request(method, path, headers)
+
+
+def held_after(connections: Sequence[socket.socket], *, is_trickling: bool) -> set[int]:
+    """Which are open after all times are over; a byte now and then is sent on each meanwhile."""
+    held = set(range(len(connections)))
+    end = time.monotonic() + SECONDS / 2
+    for connection in connections:
+        connection.setblocking(False)
+    while held and time.monotonic() < end:
+        for number in list(held):
+            try:
+                if is_trickling:
+                    connections[number].send(b"a")
+                while data := connections[number].recv(65536):
+                    assert data
+                held.discard(number)
+            except BlockingIOError:
+                pass
+            except ConnectionError:
+                held.discard(number)
+        time.sleep(0.05)
+    return held
+
+
+@pytest.mark.parametrize("is_trickling", [True, False], ids=["a byte now and then", "one byte"])
+@pytest.mark.parametrize("keys", [(), (KEY,)], ids=["open", "locked"])
+def test_no_route_waits_for_a_body_for_ever(keys: tuple[str, ...], is_trickling: bool) -> None:
+    """Holds shut: connections that a body without end keeps, whether it is read or not."""
+    with listening(api_keys=keys, **PROMPT) as server, contextlib.ExitStack() as stack:
+        sent = list(heads(server))
+        connections = [
+            stack.enter_context(socket.create_connection((HOST, server.port))) for _ in sent
+        ]
+        for connection, head in zip(connections, sent, strict=True):
+            connection.sendall(head)
+        # The answers that do not wait for the body are there when its first byte comes.
+        time.sleep(0.1)
+        for connection in connections:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"a")
+        held = held_after(connections, is_trickling=is_trickling)
+        assert not held, [sent[number] for number in held]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/nothing", "/health"])
+def test_an_early_answer_says_that_the_connection_ends(path: str) -> None:
+    """And is read to its end by a client that still sends."""
+    with listening(api_keys=(KEY,)) as server:
+        whole = exchange(server.port, post(path, b"{}"))
+        assert "connection" not in whole.headers
+        for body in (b"", b" " * 2_000_000):
+            head = request("POST", path, {"Host": HOST, "Content-Length": "4000000"})
+            early = exchange(server.port, head + body)
+            assert (early.status, early.error) == (whole.status, whole.error)
+            assert early.headers["connection"] == "close"
+
+
+def test_a_body_that_comes_late_is_read_where_it_is_wanted() -> None:
+    with listening() as server:
+        chat = {"model": NAME, "prompt": "abc", "max_tokens": 2, "temperature": 0}
+        body = json.dumps(chat).encode()
+        data = post("/v1/completions", body)
+        with socket.create_connection((HOST, server.port), timeout=SECONDS) as connection:
+            for _ in range(2):
+                connection.sendall(data[: -len(body)])
+                time.sleep(0.1)
+                connection.sendall(body)
+                response = http.client.HTTPResponse(connection)
+                response.begin()
+                assert (response.status, response.will_close) == (200, False)
+                assert json.loads(response.read())["choices"][0]["text"] == "de"
+
+
+def test_who_leaves_the_login_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    with listening(api_keys=(KEY,)) as server:
+        quiet = num_descriptors()
+        head = request("POST", "/login", {"Host": HOST, "Content-Type": FORM, **UNENDED})
+        with socket.create_connection((HOST, server.port), timeout=SECONDS) as connection:
+            connection.sendall(head.replace(b"1000000", b"100"))
+            time.sleep(0.1)
+        until(lambda: num_descriptors() <= quiet, "the end of the connection")
+        assert get(server.port, "/health").status == 200
+    assert "internal error" not in caplog.text
+
+
+@pytest.mark.parametrize("count", [10, 2000])
+def test_who_reads_no_answer_is_cut_off(count: int) -> None:
+    """Holds shut: answers kept for who asks without a key and does not read them; few are less than
+    the server waits for before it writes more, many are not.
+    """
+    with listening(api_keys=(KEY,), send_buffer=4096, **PROMPT) as server:
+        quiet = num_descriptors()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            connection.settimeout(0.2)
+            connection.connect((HOST, server.port))
+            with contextlib.suppress(TimeoutError):
+                connection.sendall(request("GET", "/") * count)
+            until(lambda: num_descriptors() == quiet + 2, "the connection")
+            # This end of it stays open.
+            until(lambda: num_descriptors() <= quiet + 1, "the end of the connection")
+
+
+def test_connections_above_the_cap_are_refused() -> None:
+    """Holds shut: all descriptors of the process taken by who only connects."""
+    with listening(counting_model(), max_connections=5) as server:
+        with contextlib.ExitStack() as stack:
+            for _ in range(5):
+                held = socket.create_connection((HOST, server.port), timeout=SECONDS)
+                stack.enter_context(held).sendall(request("GET", "/health"))
+                assert b" 200 " in held.recv(65536)
+            for _ in range(3):
+                reply = exchange(server.port, b"")
+                assert (reply.status, reply.error["code"]) == (503, "overloaded")
+                assert int(reply.headers["retry-after"]) > 0
+        until(lambda: get(server.port, "/health").status == 200, "room")
