@@ -37,6 +37,8 @@ for _ in range(2):
 print(logits.shape[0], bool(logits.isfinite().all()), runner._native is None)
 """
 
+OWN, TOP = "proc/self/cgroup", "sys/fs/cgroup/"
+
 
 def run(code: str, isa: str | None = None) -> subprocess.CompletedProcess[str]:
     """`code` in a new process with LOWLAT_ISA set to `isa`."""
@@ -57,6 +59,13 @@ def test_a_compiler_means_native_kernels() -> None:
     assert native.available(), native.reason()
     assert native.level() in native.levels()
     assert native.levels()[-1] == "portable"
+
+
+def written(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return root
 
 
 @needs_native
@@ -127,19 +136,55 @@ def test_default_threads_follow_openmp() -> None:
 @pytest.mark.parametrize(
     ("files", "limit"),
     [
-        ({"cpu.max": "max 100000"}, None),
-        ({"cpu.max": "150000 100000"}, 2),
-        ({"cpu.max": "50000 100000"}, 1),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
-        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({TOP + "cpu.max": "max 100000"}, None),
+        ({TOP + "cpu.max": "150000 100000"}, 2),
+        ({TOP + "cpu.max": "50000 100000"}, 1),
+        ({TOP + "cpu/cpu.cfs_quota_us": "-1", TOP + "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({TOP + "cpu/cpu.cfs_quota_us": "300000", TOP + "cpu/cpu.cfs_period_us": "100000"}, 3),
         ({}, None),
     ],
 )
 def test_container_limits(tmp_path: Path, files: dict[str, str], limit: int | None) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
-    assert native._cgroup_limit(tmp_path) == limit
+    assert native._cgroup_limit(written(tmp_path, files)) == limit
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        # Its own, one between it and the topmost, and the lowest of several.
+        ({OWN: "0::/a/b/c", TOP + "a/b/c/cpu.max": "200000 100000"}, 2),
+        ({OWN: "0::/a/b/c", TOP + "a/b/cpu.max": "300000 100000", TOP + "cpu.max": "max 9"}, 3),
+        (
+            {OWN: "0::/a/b", TOP + "a/b/cpu.max": "max 100000", TOP + "a/cpu.max": "400000 100000"},
+            4,
+        ),
+        (
+            {
+                OWN: "0::/a/b",
+                TOP + "a/b/cpu.max": "500000 100000",
+                TOP + "a/cpu.max": "150000 100000",
+            },
+            2,
+        ),
+        # Not that of a group beside it.
+        ({OWN: "0::/a/b", TOP + "a/c/cpu.max": "100000 100000"}, None),
+        (
+            {
+                OWN: "5:cpu,cpuacct:/d/e\n4:memory:/m\n0::/",
+                TOP + "cpu/d/cpu.cfs_quota_us": "200000",
+                TOP + "cpu/d/cpu.cfs_period_us": "100000",
+                TOP + "cpu/m/cpu.cfs_quota_us": "100000",
+                TOP + "cpu/m/cpu.cfs_period_us": "100000",
+            },
+            2,
+        ),
+    ],
+)
+def test_limits_of_the_own_group_and_those_above_count(
+    tmp_path: Path, files: dict[str, str], limit: int | None
+) -> None:
+    """Holds shut: a service with a quota of its own that starts a thread for every processor."""
+    assert native._cgroup_limit(written(tmp_path, files)) == limit
 
 
 @needs_native
