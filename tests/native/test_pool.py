@@ -1,0 +1,99 @@
+"""Threads of the native kernels: shared by callers, and made anew in a forked child."""
+
+import threading
+
+import torch
+
+from lowlat.ops import native, native_ops
+
+from .inputs import draw, needs_native, thread_count
+from .processes import run
+
+STEPS = """
+import torch
+from fakes import mla_config, tiny_model
+from lowlat.attention.cache import PagedCache
+from lowlat.attention.metadata import AttentionBatch, SequenceSlice
+from lowlat.model.native import NativeModel
+config = mla_config(max_position_embeddings=4096)
+plain = tiny_model(config, torch.bfloat16)
+model = NativeModel(plain)
+def new_cache():
+    return PagedCache(config, num_pages=150, page_size=16, dtype=torch.bfloat16)
+def step(ids, cache, model=model, form="stream"):
+    item = SequenceSlice(pages=tuple(range(150)), start=0, length=len(ids), form=form)
+    batch = AttentionBatch.build([item], page_size=16)
+    return model.step(torch.tensor(list(ids)), batch, cache, [len(ids) - 1])[1]
+"""
+"""Steps of one sequence, and the logits of its last token."""
+
+
+@needs_native
+def test_the_pool_may_be_replaced_and_shared() -> None:
+    """Callers on several threads, while another changes the pool under them."""
+    w, x = draw((300, 200), "normal", 1), draw((7, 200), "normal", 2)
+    matrix = native.module().Matrix.bf16(w)
+    expected = native_ops.linear(x, matrix)
+    failures: list[str] = []
+
+    def call() -> None:
+        for _ in range(200):
+            if not torch.equal(native_ops.linear(x, matrix), expected):
+                failures.append("other numbers")
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    with thread_count(2):
+        for caller in callers:
+            caller.start()
+        for count in (1, 3, 2, 4) * 5:
+            native.module().set_threads(count)
+        for caller in callers:
+            caller.join()
+    assert not failures
+
+
+@needs_native
+def test_a_forked_child_computes() -> None:
+    """Holds shut: a child that waits for threads only its parent has."""
+    code = """
+import os, torch
+from lowlat.ops import native, native_ops
+x = torch.ones(3, 64, dtype=torch.bfloat16)
+native.module().set_threads(2)
+matrix = native.module().Matrix.bf16(x)
+native_ops.linear(x, matrix)
+child = os.fork()
+if child == 0:
+    os._exit(0 if native_ops.linear(x, matrix)[0, 0] == 64 else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    result = run(code)
+    assert result.stdout.strip() == "0", result.stderr
+
+
+@needs_native
+def test_threads_step_one_model() -> None:
+    """Holds shut: a step that waits for Python's lock, held by one that waits for the model, or
+    that works in the memory of another's."""
+    code = (
+        STEPS
+        + """
+import threading
+texts = [range(9), range(20, 49), range(50, 53)]
+expected = [step(text, new_cache()) for text in texts]
+results = [[] for _ in texts]
+def steps(number):
+    cache = new_cache()
+    for _ in range(100):
+        results[number].append(step(texts[number], cache))
+callers = [threading.Thread(target=steps, args=[number]) for number in range(3)]
+for caller in callers:
+    caller.start()
+for caller in callers:
+    caller.join()
+same = [torch.equal(r, logits) for own, logits in zip(results, expected) for r in own]
+print(len(same), all(same), torch.equal(expected[0], expected[1]))
+"""
+    )
+    result = run(code)
+    assert result.stdout.split() == ["300", "True", "False"], result.stderr
