@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 
 namespace lowlat {
 
@@ -32,6 +33,9 @@ void spin_until(Done done) {
     }
   }
 }
+
+// Ends a thread's part of a job that another thread has failed in.
+struct Abandoned {};
 
 // How long an idle worker watches for the next job before it sleeps: decoding leaves gaps of tens of microseconds.
 constexpr int kIdleSpins = 20000;
@@ -82,7 +86,9 @@ void Team::barrier() {
     pool_.counters_[phase_ % 4].next.store(0, std::memory_order_relaxed);
     pool_.sense_.store(sense + 1, std::memory_order_release);
   } else {
-    spin_until([&] { return pool_.sense_.load(std::memory_order_acquire) != sense; });
+    const auto has_come = [&] { return pool_.sense_.load(std::memory_order_acquire) != sense; };
+    spin_until([&] { return has_come() || pool_.failed_.load(std::memory_order_relaxed); });
+    if (!has_come()) throw Abandoned{};
   }
 }
 
@@ -106,14 +112,29 @@ void Pool::run(const std::function<void(Team&)>& job) {
   const std::lock_guard one_caller(callers_);
   for (Counter& counter : counters_) counter.next.store(0, std::memory_order_relaxed);
   job_ = &job;
+  busy_.store(threads() - 1, std::memory_order_relaxed);
   {
     const std::lock_guard lock(sleep_);
     generation_.fetch_add(1, std::memory_order_release);
   }
   wake_.notify_all();
-  Team team(*this, 0, threads());
-  job(team);
-  team.barrier();
+  take_part(0);
+  spin_until([&] { return busy_.load(std::memory_order_acquire) == 0; });
+  if (!failed_.load()) return;
+  // Those who waited for the thread that failed have not left the barrier by its door.
+  arrived_.store(0);
+  failed_.store(false);
+  std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+void Pool::take_part(int thread) {
+  Team team(*this, thread, threads());
+  try {
+    (*job_)(team);
+  } catch (const Abandoned&) {
+  } catch (...) {
+    if (!failed_.exchange(true)) error_ = std::current_exception();
+  }
 }
 
 void Pool::wait_for_job(std::uint64_t seen) {
@@ -131,9 +152,8 @@ void Pool::work(int thread) {
     wait_for_job(seen);
     seen = generation_.load(std::memory_order_acquire);
     if (stopping_.load()) return;
-    Team team(*this, thread, threads());
-    (*job_)(team);
-    team.barrier();
+    take_part(thread);
+    busy_.fetch_sub(1, std::memory_order_release);
   }
 }
 

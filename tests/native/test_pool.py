@@ -1,4 +1,4 @@
-"""Threads of the native kernels: shared by callers, and made anew in a forked child."""
+"""Threads of the native kernels: shared, forked, and refused memory or threads by the system."""
 
 import threading
 
@@ -97,3 +97,71 @@ print(len(same), all(same), torch.equal(expected[0], expected[1]))
     )
     result = run(code)
     assert result.stdout.split() == ["300", "True", "False"], result.stderr
+
+
+LIMIT = """
+import resource, torch
+from lowlat.ops import native, native_ops
+module = native.module()
+def leave(mebibytes=None):
+    # Address space beside what there is; None: no limit.
+    pages = int(open("/proc/self/statm").read().split()[0])
+    room = -1 if mebibytes is None else pages * resource.getpagesize() + int(mebibytes * 2**20)
+    resource.setrlimit(resource.RLIMIT_AS, (room, -1))
+"""
+
+
+@needs_native
+def test_a_product_without_memory_is_an_error() -> None:
+    """Holds shut: an exception that leaves a thread of the pool, which ends the process."""
+    code = (
+        LIMIT
+        + """
+x = torch.ones(400_000, 32, dtype=torch.bfloat16)
+matrix = module.Matrix.bf16(torch.ones(128, 32, dtype=torch.bfloat16))
+out = torch.zeros(len(x), 128)
+module.set_threads(3)
+native_ops.linear(x[:3], matrix)
+for _ in range(3):
+    leave(40)  # 25 for a copy of x, then each thread wants 50
+    try:
+        module.linear(matrix, x, out)
+    except MemoryError:
+        print("MemoryError")
+    leave()
+module.linear(matrix, x, out)
+print(bool((out == 32).all()))
+"""
+    )
+    result = run(code)
+    assert result.stdout.split() == ["MemoryError"] * 3 + ["True"], result.stderr
+
+
+@needs_native
+def test_a_step_without_memory_is_an_error() -> None:
+    """Wherever it runs out: while some threads wait for others, too."""
+    code = (
+        STEPS
+        + LIMIT
+        + """
+module.set_threads(3)
+ids = [(7 * i) % 263 for i in range(60)] * 40
+expected = step(ids, new_cache(), form="expanded")
+errors = 0
+for eighth in range(128):
+    model = NativeModel(plain)
+    cache = new_cache()
+    leave(eighth / 8)
+    try:
+        step(ids, cache, model, form="expanded")
+    except (MemoryError, RuntimeError):  # PyTorch's own is a RuntimeError
+        errors += 1
+    leave()
+    if eighth % 20 == 0:
+        assert torch.equal(step(ids, cache, model, form="expanded"), expected)
+print(errors)
+"""
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert 0 < int(result.stdout) < 128
