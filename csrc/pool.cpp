@@ -5,6 +5,9 @@
 
 #include <algorithm>
 #include <memory>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <utility>
 
 namespace lowlat {
@@ -95,10 +98,22 @@ void Team::barrier() {
 std::atomic<std::int64_t>& Team::counter() { return pool_.counters_[phase_ % 4].next; }
 
 Pool::Pool(int threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  try {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  } catch (const std::system_error& error) {
+    const std::string reason = error.what();
+    stop();
+    throw std::runtime_error("the system does not start " + std::to_string(threads) + " threads (" + reason +
+                             "); use fewer, or allow more threads or memory");
+  } catch (...) {
+    stop();
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
   stopping_.store(true);
   {
     const std::lock_guard lock(sleep_);

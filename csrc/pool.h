@@ -51,7 +51,7 @@ class Team {
 
 class Pool {
  public:
-  explicit Pool(int threads);
+  explicit Pool(int threads);  // throws std::runtime_error where the system refuses a thread
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -66,6 +66,7 @@ class Pool {
   friend class Team;
   void work(int thread);
   void take_part(int thread);
+  void stop();
   void wait_for_job(std::uint64_t seen);
 
   std::vector<std::thread> workers_;

@@ -165,3 +165,28 @@ print(errors)
     result = run(code)
     assert result.returncode == 0, result.stderr
     assert 0 < int(result.stdout) < 128
+
+
+@needs_native
+def test_threads_the_system_refuses_are_an_error() -> None:
+    """Holds shut: threads that did start and are not waited for, which ends the process."""
+    code = (
+        LIMIT
+        + """
+x = torch.ones(3, 64, dtype=torch.bfloat16)
+matrix = module.Matrix.bf16(x)
+module.set_threads(8)
+leave(20)  # their stacks take 8 each
+for _ in range(2):
+    try:
+        native_ops.linear(x, matrix)
+    except RuntimeError as error:
+        print(error)
+leave()
+print(bool((native_ops.linear(x, matrix) == 64).all()))
+"""
+    )
+    result = run(code)
+    *errors, last = result.stdout.strip().splitlines()
+    assert len(errors) == 2 and last == "True", result.stderr
+    assert all("does not start 8 threads" in error for error in errors)
