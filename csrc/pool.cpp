@@ -48,6 +48,7 @@ struct State {
   std::mutex mutex;
   std::shared_ptr<Pool> pool;
   int wanted_threads = 0;
+  std::atomic<std::uint64_t> forks{0};
 };
 
 State& state() {
@@ -57,6 +58,7 @@ State& state() {
                    [] {
                      new std::shared_ptr<Pool>(std::move(state().pool));
                      state().pool = nullptr;
+                     ++state().forks;
                      state().mutex.unlock();
                    });
     return new State;
@@ -193,5 +195,7 @@ int get_threads() {
   if (s.pool) return s.pool->threads();
   return s.wanted_threads > 0 ? s.wanted_threads : usable_processors();
 }
+
+std::uint64_t forks() { return state().forks.load(); }
 
 }  // namespace lowlat

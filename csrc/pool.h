@@ -94,4 +94,7 @@ std::shared_ptr<Pool> pool();
 void set_threads(int threads);
 int get_threads();
 
+// Grows in a forked child, where what another thread of the parent held is never given back.
+std::uint64_t forks();
+
 }  // namespace lowlat

@@ -72,6 +72,39 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @needs_native
+def test_a_child_forked_within_a_step_steps() -> None:
+    """Holds shut: a child that waits for the model until a thread it does not have is done."""
+    code = (
+        STEPS
+        + """
+import os, signal, threading, time
+expected = step(range(1, 60), new_cache())
+stops = False
+def go_on():
+    cache = new_cache()
+    while not stops:
+        step(range(60), cache)
+thread = threading.Thread(target=go_on)
+thread.start()
+statuses = []
+for _ in range(8):
+    time.sleep(0.01)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        same = all(torch.equal(step(range(1, 60), new_cache()), expected) for _ in range(2))
+        os._exit(0 if same else 1)
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+stops = True
+thread.join()
+print(set(statuses), torch.equal(step(range(1, 60), new_cache()), expected))
+"""
+    )
+    result = run(code)
+    assert result.stdout.strip() == "{0} True", result.stderr
+
+
+@needs_native
 def test_threads_step_one_model() -> None:
     """Holds shut: a step that waits for Python's lock, held by one that waits for the model, or
     that works in the memory of another's."""
