@@ -13,7 +13,7 @@
 #include "bound_matrix.h"
 #include "dispatch.h"
 #include "pool.h"
-#include "workspace.h"
+#include "stage.h"
 
 namespace lowlat {
 
@@ -243,7 +243,7 @@ class BoundModel {
  public:
   BoundModel(const Array& embedding, const std::vector<BoundLayer>& layers, const BoundNorm& norm,
              const BoundProjection& head, bool is_larger_than_memory)
-      : model_(assemble(embedding, layers, norm, head)), work_(model_) {
+      : model_(assemble(embedding, layers, norm, head)) {
     model_.is_larger_than_memory = is_larger_than_memory;
   }
 
@@ -251,7 +251,8 @@ class BoundModel {
             const std::vector<SequenceArgs>& sequences, const BoundCache& cache, const Array& hidden,
             const std::vector<std::int64_t>& wanted, const std::optional<Array>& logits, bool is_stream) {
     // Not waited for with Python's lock in hand: the step that goes on will ask for it before it gives up this one.
-    std::unique_lock one_step(mutex_, std::defer_lock);
+    Stage& own = stage_.get(model_);
+    std::unique_lock one_step(own.mutex, std::defer_lock);
     {
       const nb::gil_scoped_release released;
       one_step.lock();
@@ -273,8 +274,8 @@ class BoundModel {
     const nb::gil_scoped_release released;
     const Ops& table = ops();
     const std::shared_ptr<Pool> team = pool();
-    work_.prepare(model_, step, team->threads());
-    team->run([&](Team& member) { table.step(member, model_, step, work_); });
+    own.work.prepare(model_, step, team->threads());
+    team->run([&](Team& member) { table.step(member, model_, step, own.work); });
   }
 
  private:
@@ -361,8 +362,7 @@ class BoundModel {
 
   std::vector<Array> owners_;
   Model model_;
-  Workspace work_;
-  std::mutex mutex_;
+  OwnStage stage_;
 };
 
 }  // namespace

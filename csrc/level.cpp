@@ -84,6 +84,12 @@ void route(Team& team, const Router& router, std::int64_t tokens, float* scores,
   });
 }
 
+void store_rows(Team& team, const bf16* rows, std::int64_t count, std::int64_t row_dim, const Cache& cache) {
+  team.for_chunks(count, 1, [&](std::int64_t row, std::int64_t) {
+    store_row(cache, rows + row * row_dim, row_dim, cache.data + row * cache.row_bytes);
+  });
+}
+
 // The query rows of one group of heads at one position, split by split as the keys lie.
 void attend_position(const PagedAttention& a, std::int64_t query, std::int64_t group, Scratch& scratch) {
   const std::int64_t rows = a.heads / a.kv_heads, row = query * a.heads + group * rows;
@@ -132,6 +138,7 @@ const lowlat::Ops LOWLAT_NAME(lowlat_ops_, LOWLAT_ISA) = {
     .rotate = lowlat::LOWLAT_ISA::single::rotate_heads,
     .swiglu = lowlat::LOWLAT_ISA::single::gated,
     .route = lowlat::LOWLAT_ISA::single::route,
+    .store_rows = lowlat::LOWLAT_ISA::single::store_rows,
     .attention = lowlat::LOWLAT_ISA::single::attention,
     .norm_forward = lowlat::LOWLAT_ISA::training::norm_forward,
     .norm_backward = lowlat::LOWLAT_ISA::training::norm_backward,

@@ -150,6 +150,16 @@ Cache cache_of(const Array& cache, std::int64_t page_size, std::int64_t row_dim,
   return result;
 }
 
+void store_rows(const Array& rows, const Array& cache, std::int64_t quantized, const std::string& level) {
+  const Ops& table = ops(level);
+  const std::int64_t count = size(rows, 0), row_dim = size(rows, 1);
+  if (quantized < 0 || quantized > row_dim) throw std::invalid_argument("quantized channels do not fit the rows");
+  const auto* values = elements<bf16>(rows, "rows", Type::bf16, {count, row_dim});
+  const Cache to = cache_of(cache, size(cache, 1), row_dim, quantized);
+  if (size(cache, 0) * to.page_size < count) throw std::invalid_argument("the cache has no room for the rows");
+  run([&](Team& team) { table.store_rows(team, values, count, row_dim, to); });
+}
+
 void check_pages(const PagedAttention& a, std::int64_t pages, std::int64_t all_pages) {
   if (a.start < 0 || (a.start + a.queries + a.cache.page_size - 1) / a.cache.page_size > pages) {
     throw std::invalid_argument("pages are too few for the positions");
@@ -206,6 +216,7 @@ void bind_ops(nb::module_& module) {
   nb::class_<RowLayout>(module, "RowLayout")
       .def(nb::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>(), nb::kw_only(),
            "kv_heads"_a, "key_step"_a, "value_dim"_a, "value_step"_a, "value_offset"_a);
+  module.def("store_rows", store_rows, "rows"_a, "cache"_a, nb::kw_only(), "quantized"_a, "level"_a = "");
   module.def("attention", attention, "q"_a, "cache"_a, "pages"_a, nb::kw_only(), "row_dim"_a, "quantized"_a, "start"_a,
              "scale"_a, "window"_a, "layout"_a, "out"_a, "level"_a = "");
 }

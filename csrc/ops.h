@@ -57,6 +57,9 @@ struct Ops {
   void (*route)(Team&, const Router& router, std::int64_t tokens, float* scores, std::int32_t* experts,
                 float* weights);
 
+  // rows [count, row_dim] as rows of the cache, one after the other from its start
+  void (*store_rows)(Team&, const bf16* rows, std::int64_t count, std::int64_t row_dim, const Cache& cache);
+
   void (*attention)(Team&, const PagedAttention& attention);
 
   // Between the products of a training step (training.h)

@@ -5,6 +5,10 @@
 
 #include <algorithm>
 #include <memory>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <utility>
 
 namespace lowlat {
 
@@ -33,6 +37,9 @@ void spin_until(Done done) {
   }
 }
 
+// Ends a thread's part of a job that another thread has failed in.
+struct Abandoned {};
+
 // How long an idle worker watches for the next job before it sleeps: decoding leaves gaps of tens of microseconds.
 constexpr int kIdleSpins = 20000;
 
@@ -41,6 +48,7 @@ struct State {
   std::mutex mutex;
   std::shared_ptr<Pool> pool;
   int wanted_threads = 0;
+  std::atomic<std::uint64_t> forks{0};
 };
 
 State& state() {
@@ -50,6 +58,7 @@ State& state() {
                    [] {
                      new std::shared_ptr<Pool>(std::move(state().pool));
                      state().pool = nullptr;
+                     ++state().forks;
                      state().mutex.unlock();
                    });
     return new State;
@@ -82,17 +91,31 @@ void Team::barrier() {
     pool_.counters_[phase_ % 4].next.store(0, std::memory_order_relaxed);
     pool_.sense_.store(sense + 1, std::memory_order_release);
   } else {
-    spin_until([&] { return pool_.sense_.load(std::memory_order_acquire) != sense; });
+    const auto has_come = [&] { return pool_.sense_.load(std::memory_order_acquire) != sense; };
+    spin_until([&] { return has_come() || pool_.failed_.load(std::memory_order_relaxed); });
+    if (!has_come()) throw Abandoned{};
   }
 }
 
 std::atomic<std::int64_t>& Team::counter() { return pool_.counters_[phase_ % 4].next; }
 
 Pool::Pool(int threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  try {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  } catch (const std::system_error& error) {
+    const std::string reason = error.what();
+    stop();
+    throw std::runtime_error("the system does not start " + std::to_string(threads) + " threads (" + reason +
+                             "); use fewer, or allow more threads or memory");
+  } catch (...) {
+    stop();
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
   stopping_.store(true);
   {
     const std::lock_guard lock(sleep_);
@@ -106,14 +129,29 @@ void Pool::run(const std::function<void(Team&)>& job) {
   const std::lock_guard one_caller(callers_);
   for (Counter& counter : counters_) counter.next.store(0, std::memory_order_relaxed);
   job_ = &job;
+  busy_.store(threads() - 1, std::memory_order_relaxed);
   {
     const std::lock_guard lock(sleep_);
     generation_.fetch_add(1, std::memory_order_release);
   }
   wake_.notify_all();
-  Team team(*this, 0, threads());
-  job(team);
-  team.barrier();
+  take_part(0);
+  spin_until([&] { return busy_.load(std::memory_order_acquire) == 0; });
+  if (!failed_.load()) return;
+  // Those who waited for the thread that failed have not left the barrier by its door.
+  arrived_.store(0);
+  failed_.store(false);
+  std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+void Pool::take_part(int thread) {
+  Team team(*this, thread, threads());
+  try {
+    (*job_)(team);
+  } catch (const Abandoned&) {
+  } catch (...) {
+    if (!failed_.exchange(true)) error_ = std::current_exception();
+  }
 }
 
 void Pool::wait_for_job(std::uint64_t seen) {
@@ -131,9 +169,8 @@ void Pool::work(int thread) {
     wait_for_job(seen);
     seen = generation_.load(std::memory_order_acquire);
     if (stopping_.load()) return;
-    Team team(*this, thread, threads());
-    (*job_)(team);
-    team.barrier();
+    take_part(thread);
+    busy_.fetch_sub(1, std::memory_order_release);
   }
 }
 
@@ -158,5 +195,7 @@ int get_threads() {
   if (s.pool) return s.pool->threads();
   return s.wanted_threads > 0 ? s.wanted_threads : usable_processors();
 }
+
+std::uint64_t forks() { return state().forks.load(); }
 
 }  // namespace lowlat

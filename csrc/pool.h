@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -22,7 +23,8 @@ class Team {
   int thread() const { return thread_; }
   int threads() const { return threads_; }
 
-  // Waits until every thread of the job is here. Writes before it are visible after it.
+  // Waits until every thread of the job is here. Writes before it are visible after it. Where another thread's part of
+  // the job has failed this one's ends here, by an exception that is none of the job's business.
   void barrier();
 
   // Calls body(first, last) for chunks of [0, count), each chunk on one thread, and then waits for all threads.
@@ -49,7 +51,7 @@ class Team {
 
 class Pool {
  public:
-  explicit Pool(int threads);
+  explicit Pool(int threads);  // throws std::runtime_error where the system refuses a thread
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -57,12 +59,14 @@ class Pool {
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
   // Runs job on all threads, the caller's included, and returns when all are done. One job at a time: concurrent
-  // callers wait for each other. A job must not throw.
+  // callers wait for each other. What it throws on any thread (memory may run out) is thrown here, once all are done.
   void run(const std::function<void(Team&)>& job);
 
  private:
   friend class Team;
   void work(int thread);
+  void take_part(int thread);
+  void stop();
   void wait_for_job(std::uint64_t seen);
 
   std::vector<std::thread> workers_;
@@ -72,10 +76,13 @@ class Pool {
   const std::function<void(Team&)>* job_ = nullptr;
   std::atomic<std::uint64_t> generation_{0};
   std::atomic<bool> stopping_{false};
+  std::atomic<int> busy_{0};  // workers that are not done with the job
+  std::exception_ptr error_;  // of the first thread that failed
 
   // Sense-reversing barrier; on its own cache line, as every thread spins on it.
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<std::uint32_t> sense_{0};
+  std::atomic<bool> failed_{false};  // some thread will not come to the barrier
   // Counters of consecutive phases: while one phase uses its counter, the barrier of the one before clears the next.
   struct alignas(64) Counter { std::atomic<std::int64_t> next{0}; };
   Counter counters_[4];
@@ -86,5 +93,8 @@ class Pool {
 std::shared_ptr<Pool> pool();
 void set_threads(int threads);
 int get_threads();
+
+// Grows in a forked child, where what another thread of the parent held is never given back.
+std::uint64_t forks();
 
 }  // namespace lowlat

@@ -255,6 +255,9 @@ def route(
     [tokens, experts].
     """
 
+def store_rows(rows: Tensor, cache: Tensor, *, quantized: int, level: str = "") -> None:
+    """bf16 [tokens, row_dim] as the first rows of cache uint8 [pages, page_size, row_bytes]."""
+
 def attention(
     q: Tensor,
     cache: Tensor,

@@ -53,6 +53,15 @@ struct ScoreScratch {
   float* turned = nullptr;  // where q.panels are used
 };
 
+// Rows of one head, `step` elements apart, as rows that products read: a multiple of 32 wide, zeros beyond `width`.
+inline void copy_rows(const bf16* from, std::int64_t step, std::int64_t rows, std::int64_t width, bf16* to) {
+  const std::int64_t stride = round_up(width, kColumns);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    std::memcpy(to + r * stride, from + r * step, width * sizeof(bf16));
+    std::memset(to + r * stride + width, 0, (stride - width) * sizeof(bf16));
+  }
+}
+
 // Whether scores are taken with the queries in the place of weights: cached rows are then read as they lie, where they
 // would have to be turned otherwise. The bits are the same. Worth it for whole tiles of queries; rows of keys must be
 // readable in whole steps of 32.

@@ -60,10 +60,9 @@ inline Queries queries_of(const Pass& pass, const Attention& a, const QueryGroup
   }
   const std::int64_t stride = round_up(a.rope_dim, 32);
   auto* q = pass.scratch.get<bf16>(4, rows * stride);
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const bf16* from = work.q + ((token + r / heads) * a.heads + group.kv_head * heads + r % heads) * a.rope_dim;
-    std::memcpy(q + r * stride, from, a.rope_dim * sizeof(bf16));
-    pad_row(q + r * stride, a.rope_dim);
+  for (std::int64_t t = 0; t < group.tokens; ++t) {
+    const bf16* from = work.q + ((token + t) * a.heads + group.kv_head * heads) * a.rope_dim;
+    copy_rows(from, a.rope_dim, heads, a.rope_dim, q + t * heads * stride);
   }
   return {q, stride, rows, first, last};
 }
@@ -202,13 +201,10 @@ inline Matrix value_projection(const Attention& a, std::int64_t head) {
 // Position-free queries of a head, rows `stride` apart. Where W_UK is in int8 its rows leave their scales to them.
 inline Activations head_queries(const Pass& pass, const Attention& a, const Matrix& w, std::int64_t head,
                                 std::int64_t first, std::int64_t tokens) {
-  Activations q;
-  q.rows = tokens;
-  q.stride = a.heads * a.query_dim();
-  q.values = pass.work.q + (first * a.heads + head) * a.query_dim();
+  Activations q = rows_of_head(pass, a, head, first, tokens, w.rows, 3);
   if (w.storage != Storage::int8_rows) return q;
   const std::int64_t width = round_up(w.rows, 32);
-  auto* scaled = pass.scratch.get<bf16>(3, tokens * width);
+  auto* scaled = pass.scratch.get<bf16>(4, tokens * width);
   for (std::int64_t t = 0; t < tokens; ++t) {
     for (std::int64_t i = 0; i < w.rows; i += 16) {
       const F scale = load(static_cast<const float*>(w.scale) + i, w.rows - i);
@@ -350,6 +346,7 @@ inline void attend_gqa(const Pass& pass, const Attention& a, const Cache& cache)
     bf16* row = work.row + t * 2 * kv_width;
     for (std::int64_t h = 0; h < a.kv_heads; ++h) finish_head(a.k_norm, row + h * dim);
     store_token(pass, a, cache, t);
+    pad_row(work.attended.values + t * work.attended.stride, a.heads * dim);
   });
   attend_all(pass, a, cache);
 }

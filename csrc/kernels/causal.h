@@ -24,15 +24,6 @@ T* room(Buffer& buffer, std::int64_t count) {
 
 inline std::int64_t blocks_of(std::int64_t length) { return (length + kBlock - 1) / kBlock; }
 
-// Rows of one head, `step` elements apart, as rows that products read: a multiple of 32 wide, zeros beyond `width`.
-inline void copy_rows(const bf16* from, std::int64_t step, std::int64_t rows, std::int64_t width, bf16* to) {
-  const std::int64_t stride = round_up(width, kColumns);
-  for (std::int64_t r = 0; r < rows; ++r) {
-    std::memcpy(to + r * stride, from + r * step, width * sizeof(bf16));
-    std::memset(to + r * stride + width, 0, (stride - width) * sizeof(bf16));
-  }
-}
-
 // A head's rows as panels, block by block: as they lie (products with rows), and turned (products that sum over them).
 struct HeadPanels {
   Panel* rows = nullptr;    // [blocks, 4 tiles, panels of width]

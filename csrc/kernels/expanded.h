@@ -58,8 +58,8 @@ inline void expand_head(const Pass& pass, const Attention& a, const Cache& cache
                         std::int64_t head) {
   const Workspace& work = pass.work;
   const std::int64_t queries = sequence.length, context = sequence.start + queries;
-  const std::int64_t q_stride = a.heads * a.query_dim(), value_stride = round_up(a.value_dim, 32);
-  const bf16* q = work.q + sequence.first_token * q_stride + head * a.query_dim();
+  const std::int64_t value_stride = round_up(a.value_dim, 32);
+  const Activations q = rows_of_head(pass, a, head, sequence.first_token, queries, a.query_dim(), 11);
   auto* first = pass.scratch.get<std::int64_t>(3, 2 * queries);
   auto* last = first + queries;
   for (std::int64_t i = 0; i < queries; ++i) {
@@ -85,7 +85,7 @@ inline void expand_head(const Pass& pass, const Attention& a, const Cache& cache
     for (std::int64_t i = 0; i < queries; i += kQueryGroup) {
       const std::int64_t size = least(kQueryGroup, queries - i);
       if (last[i + size - 1] <= at) continue;
-      attend_loaded({q + i * q_stride, q_stride, size, first + i, last + i}, block, panels, at, a.scale, scores,
+      attend_loaded({q.from(i).values, q.stride, size, first + i, last + i}, block, panels, at, a.scale, scores,
                     state.from(i));
     }
   }

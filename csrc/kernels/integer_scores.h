@@ -40,17 +40,8 @@ inline void round_queries(const bf16* q, std::int64_t stride, std::int64_t rows,
       alignas(64) std::int8_t bytes[kTile][kScaled] = {};
       for (std::int64_t r = 0; r < kTile; ++r) {
         const bf16* row = q + (tile * kTile + r) * stride + g * kScaled;
-        F top = zero();
-        for (std::int64_t i = 0; r < count && i < channels; i += 16) {
-          const F v = load_bf16(row + i, channels - i);
-          top = max(top, max(v, sub(zero(), v)));
-        }
-        const float scale = largest(top) / 127.0f;
-        const F divisor = set1(scale == 0.0f ? 1.0f : scale);
+        const float scale = r < count ? round_to_int8(row, channels, bytes[r]) : 0.0f;
         std::int32_t sum = 0;
-        for (std::int64_t i = 0; r < count && i < channels; i += 16) {
-          store_int8(bytes[r] + i, round_even(div(load_bf16(row + i, channels - i), divisor)));
-        }
         for (int i = 0; i < kScaled; ++i) sum += bytes[r][i];
         out.scales[at * kTile + r] = scale;
         out.starts[at * kTile + r] = -128 * sum;

@@ -3,6 +3,7 @@
 
 #include "../model.h"
 #include "attention.h"
+#include "rowwise.h"
 
 namespace lowlat::LOWLAT_ISA {
 
@@ -35,7 +36,7 @@ inline void dequantize_row(const Cache& cache, const std::uint8_t* row, std::int
   std::memcpy(out + cache.quantized, scales + 4 * groups, (row_dim - cache.quantized) * sizeof(bf16));
 }
 
-// Stores a row: out is the row's place in the cache.
+// Stores a row, a twin of pack_rows in lowlat/attention/rows.py: out is the row's place in the cache.
 inline void store_row(const Cache& cache, const bf16* row, std::int64_t row_dim, std::uint8_t* out) {
   if (cache.quantized == 0) {
     std::memcpy(out, row, row_dim * sizeof(bf16));
@@ -45,17 +46,7 @@ inline void store_row(const Cache& cache, const bf16* row, std::int64_t row_dim,
   std::uint8_t* scales = out + padded_to_4(cache.quantized);
   const std::int64_t groups = (cache.quantized + 63) / 64;
   for (std::int64_t g = 0; g < groups; ++g) {
-    const std::int64_t end = least(64 * (g + 1), cache.quantized);
-    F top = zero();
-    for (std::int64_t i = 64 * g; i < end; i += 16) {
-      const F v = load_bf16(row + i, end - i);
-      top = max(top, max(v, sub(zero(), v)));
-    }
-    const float scale = largest(top) / 127.0f;
-    const F divisor = set1(scale == 0.0f ? 1.0f : scale);
-    for (std::int64_t i = 64 * g; i < end; i += 16) {
-      store_int8(values + i, round_even(div(load_bf16(row + i, end - i), divisor)), end - i);
-    }
+    const float scale = round_to_int8(row + 64 * g, least(64, cache.quantized - 64 * g), values + 64 * g);
     std::memcpy(scales + 4 * g, &scale, 4);
   }
   std::memcpy(scales + 4 * groups, row + cache.quantized, (row_dim - cache.quantized) * sizeof(bf16));

@@ -59,6 +59,23 @@ inline void pad_row(bf16* row, std::int64_t columns) {
   std::memset(row + columns, 0, (round_up(columns, kGroup) - columns) * sizeof(bf16));
 }
 
+// The first `width` channels of a head's queries, zeros up to a multiple of 32: where they lie if `width` is one, else
+// in `slot` of the scratch. What lies behind them may be another request's, whose NaN would come through a weight of 0.
+inline Activations rows_of_head(const Pass& pass, const Attention& a, std::int64_t head, std::int64_t first,
+                                std::int64_t tokens, std::int64_t width, int slot) {
+  Activations q;
+  q.rows = tokens;
+  q.stride = a.heads * a.query_dim();
+  q.values = pass.work.q + (first * a.heads + head) * a.query_dim();
+  const std::int64_t stride = round_up(width, kColumns);
+  if (width == stride) return q;
+  auto* padded = pass.scratch.get<bf16>(slot, tokens * stride);
+  copy_rows(q.values, q.stride, tokens, width, padded);
+  q.stride = stride;
+  q.values = padded;
+  return q;
+}
+
 // body(column, lane, count) for each 16 lanes of a strip that hold columns of a result `width` wide.
 template <class Body>
 inline void each_half(std::int64_t strip, std::int64_t width, Body&& body) {

@@ -34,6 +34,31 @@ inline void rotate(bf16* x, std::int64_t dim, const float* cos, const float* sin
   }
 }
 
+// NaN if one of the numbers is: without their signs, its bits are above those of any other.
+inline float largest_magnitude(const bf16* x, std::int64_t count) {
+  bf16 top = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const bf16 magnitude = x[i] & 0x7fff;
+    top = magnitude > top ? magnitude : top;
+  }
+  return bf16_to_float(top);
+}
+
+// The channels that share a scale as int8; returns the scale. With one that is infinite or NaN, which zeros turn into
+// NaN, they are zeros.
+inline float round_to_int8(const bf16* x, std::int64_t count, std::int8_t* out) {
+  const float scale = largest_magnitude(x, count) / 127.0f;
+  if (!std::isfinite(scale)) {
+    std::memset(out, 0, count);
+    return scale;
+  }
+  const F divisor = set1(scale == 0.0f ? 1.0f : scale);
+  for (std::int64_t i = 0; i < count; i += 16) {
+    store_int8(out + i, round_even(div(load_bf16(x + i, count - i), divisor)), count - i);
+  }
+  return scale;
+}
+
 // silu(gate) * up for 16 lanes. The sigmoid from e^-|gate| is exact at both ends: 1 / (1 + e), or e / (1 + e) below 0.
 inline F swiglu(F gate, F up) {
   const F one = set1(1.0f), minus = sub(zero(), gate);

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import torch
 
+from lowlat.utils.cgroups import group_folders
 from lowlat.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -97,14 +98,21 @@ def processors() -> int:
     return allowed if limit is None else max(1, min(allowed, limit))
 
 
-def _cgroup_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Processors' worth of time a container may use, rounded up; None where there is no limit."""
+def _cgroup_limit(root: Path = Path("/")) -> int | None:
+    """Processors' worth of time the process's control groups may use, rounded up; None where there
+    is no limit. `root` is where proc and sys lie.
+    """
+    quotas = (_quota(folder) for folder in group_folders("cpu", root))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _quota(group: Path) -> int | None:
     try:
-        quota, period = (root / "cpu.max").read_text().split()
+        quota, period = (group / "cpu.max").read_text().split()
     except (OSError, ValueError):
         try:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
-            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
+            quota = (group / "cpu.cfs_quota_us").read_text().strip()
+            period = (group / "cpu.cfs_period_us").read_text().strip()
         except OSError:
             return None
     if quota in ("max", "-1"):

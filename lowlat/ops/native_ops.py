@@ -10,6 +10,7 @@ import torch
 from jaxtyping import BFloat16, Float, Float32, Int32, UInt8
 from torch import Tensor
 
+from lowlat.config.arithmetic import int8_row_bytes
 from lowlat.config.model import MoEConfig
 from lowlat.ops import native
 from lowlat.ops.quantized import (
@@ -129,6 +130,16 @@ def _choice(moe: MoEConfig) -> Any:
         normalizes=normalizes,
         scaling=moe.routed_scaling_factor if moe.scale_after_norm or not normalizes else 1.0,
     )
+
+
+def pack_rows(
+    rows: BFloat16[Tensor, "tokens row_dim"], quantized: int, *, level: str = ""
+) -> UInt8[Tensor, "tokens row_bytes"]:
+    """Twin of lowlat.attention.rows.pack_rows."""
+    row_bytes = int8_row_bytes(rows.shape[1], quantized)
+    packed = torch.zeros(1, len(rows), row_bytes, dtype=torch.uint8)
+    native.module().store_rows(rows.contiguous(), packed, quantized=quantized, level=level)
+    return packed[0]
 
 
 def mla_attention(

@@ -3,21 +3,17 @@
 import ast
 import os
 import shutil
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
-import torch
 
-from lowlat.ops import native, native_ops
+from lowlat.ops import native
 from lowlat.utils.errors import UserError
 
-from .inputs import LEVELS, draw, needs_native, thread_count
+from .inputs import LEVELS, needs_native
+from .processes import run
 
 COMPILERS = ("c++", "g++", "clang++")
-TESTS = Path(__file__).parents[1]
 HIDE = "import sys; sys.modules['lowlat._native'] = None\n"
 """Makes `from lowlat import _native` fail as in an install without it."""
 USE = """
@@ -37,16 +33,14 @@ for _ in range(2):
 print(logits.shape[0], bool(logits.isfinite().all()), runner._native is None)
 """
 
+OWN, TOP = "proc/self/cgroup", "sys/fs/cgroup/"
 
-def run(code: str, isa: str | None = None) -> subprocess.CompletedProcess[str]:
-    """`code` in a new process with LOWLAT_ISA set to `isa`."""
-    environment = {name: value for name, value in os.environ.items() if name != native.ISA_VARIABLE}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    if isa is not None:
-        environment[native.ISA_VARIABLE] = isa
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
+
+def written(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return root
 
 
 def test_a_compiler_means_native_kernels() -> None:
@@ -127,90 +121,55 @@ def test_default_threads_follow_openmp() -> None:
 @pytest.mark.parametrize(
     ("files", "limit"),
     [
-        ({"cpu.max": "max 100000"}, None),
-        ({"cpu.max": "150000 100000"}, 2),
-        ({"cpu.max": "50000 100000"}, 1),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
-        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({TOP + "cpu.max": "max 100000"}, None),
+        ({TOP + "cpu.max": "150000 100000"}, 2),
+        ({TOP + "cpu.max": "50000 100000"}, 1),
+        ({TOP + "cpu/cpu.cfs_quota_us": "-1", TOP + "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({TOP + "cpu/cpu.cfs_quota_us": "300000", TOP + "cpu/cpu.cfs_period_us": "100000"}, 3),
         ({}, None),
     ],
 )
 def test_container_limits(tmp_path: Path, files: dict[str, str], limit: int | None) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
-    assert native._cgroup_limit(tmp_path) == limit
+    assert native._cgroup_limit(written(tmp_path, files)) == limit
 
 
-@needs_native
-def test_the_pool_may_be_replaced_and_shared() -> None:
-    """Callers on several threads, while another changes the pool under them."""
-    w, x = draw((300, 200), "normal", 1), draw((7, 200), "normal", 2)
-    matrix = native.module().Matrix.bf16(w)
-    expected = native_ops.linear(x, matrix)
-    failures: list[str] = []
-
-    def call() -> None:
-        for _ in range(200):
-            if not torch.equal(native_ops.linear(x, matrix), expected):
-                failures.append("other numbers")
-
-    callers = [threading.Thread(target=call) for _ in range(3)]
-    with thread_count(2):
-        for caller in callers:
-            caller.start()
-        for count in (1, 3, 2, 4) * 5:
-            native.module().set_threads(count)
-        for caller in callers:
-            caller.join()
-    assert not failures
-
-
-@needs_native
-def test_a_forked_child_computes() -> None:
-    """Holds shut: a child that waits for threads only its parent has."""
-    code = """
-import os, torch
-from lowlat.ops import native, native_ops
-x = torch.ones(3, 64, dtype=torch.bfloat16)
-native.module().set_threads(2)
-matrix = native.module().Matrix.bf16(x)
-native_ops.linear(x, matrix)
-child = os.fork()
-if child == 0:
-    os._exit(0 if native_ops.linear(x, matrix)[0, 0] == 64 else 1)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    result = run(code)
-    assert result.stdout.strip() == "0", result.stderr
-
-
-@needs_native
-def test_two_threads_step_one_model() -> None:
-    """Holds shut: a step that waits for Python's lock, held by one that waits for the model."""
-    code = """
-import threading, torch
-from fakes import mla_config, tiny_model
-from lowlat.attention.cache import PagedCache
-from lowlat.attention.metadata import AttentionBatch, SequenceSlice
-from lowlat.model.native import NativeModel
-config = mla_config()
-model = NativeModel(tiny_model(config, torch.bfloat16))
-results = []
-def steps():
-    cache = PagedCache(config, num_pages=1, page_size=16, dtype=torch.bfloat16)
-    batch = AttentionBatch.build([SequenceSlice(pages=(0,), start=0, length=9)], page_size=16)
-    for _ in range(100):
-        results.append(model.step(torch.arange(9), batch, cache, [8])[1])
-callers = [threading.Thread(target=steps) for _ in range(3)]
-for caller in callers:
-    caller.start()
-for caller in callers:
-    caller.join()
-print(len(results), all(torch.equal(result, results[0]) for result in results))
-"""
-    result = run(code)
-    assert result.stdout.split() == ["300", "True"], result.stderr
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        # Its own, one between it and the topmost, and the lowest of several.
+        ({OWN: "0::/a/b/c", TOP + "a/b/c/cpu.max": "200000 100000"}, 2),
+        ({OWN: "0::/a/b/c", TOP + "a/b/cpu.max": "300000 100000", TOP + "cpu.max": "max 9"}, 3),
+        (
+            {OWN: "0::/a/b", TOP + "a/b/cpu.max": "max 100000", TOP + "a/cpu.max": "400000 100000"},
+            4,
+        ),
+        (
+            {
+                OWN: "0::/a/b",
+                TOP + "a/b/cpu.max": "500000 100000",
+                TOP + "a/cpu.max": "150000 100000",
+            },
+            2,
+        ),
+        # Not that of a group beside it.
+        ({OWN: "0::/a/b", TOP + "a/c/cpu.max": "100000 100000"}, None),
+        (
+            {
+                OWN: "5:cpu,cpuacct:/d/e\n4:memory:/m\n0::/",
+                TOP + "cpu/d/cpu.cfs_quota_us": "200000",
+                TOP + "cpu/d/cpu.cfs_period_us": "100000",
+                TOP + "cpu/m/cpu.cfs_quota_us": "100000",
+                TOP + "cpu/m/cpu.cfs_period_us": "100000",
+            },
+            2,
+        ),
+    ],
+)
+def test_limits_of_the_own_group_and_those_above_count(
+    tmp_path: Path, files: dict[str, str], limit: int | None
+) -> None:
+    """Holds shut: a service with a quota of its own that starts a thread for every processor."""
+    assert native._cgroup_limit(written(tmp_path, files)) == limit
 
 
 @needs_native

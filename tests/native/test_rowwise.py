@@ -1,15 +1,20 @@
-"""Norm, rotation and SwiGLU at every level, against the exact result rounded once to bf16."""
+"""Norm, rotation and SwiGLU at every level, against the exact result rounded once to bf16; cached
+rows, bit by bit.
+"""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowlat.attention.rows import pack_rows
 from lowlat.ops import experts, native_ops, norm, rope
 
 from .inputs import (
     BF16_UNIT,
     UNIT,
     assert_rows_stand_alone,
+    assert_same_bits,
     assert_within,
     draw,
     every_level,
@@ -110,3 +115,34 @@ def test_rotation_leaves_its_input(level: str) -> None:
     before = x.clone()
     native_ops.apply_rope(x, torch.rand(3, 4), torch.rand(3, 4), interleave=True, level=level)
     assert torch.equal(x, before)
+
+
+@every_level
+@many
+@given(rows=st.integers(1, 9), quantized=sizes, rest=st.integers(0, 9), kind=kinds, seed=seeds)
+def test_cached_rows_have_the_bits_of_their_definition(
+    level: str, rows: int, quantized: int, rest: int, kind: str, seed: int
+) -> None:
+    x = draw((rows, quantized + rest), kind, seed)
+    assert_same_bits(native_ops.pack_rows(x, quantized, level=level), pack_rows(x, quantized))
+
+
+@every_level
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("quantized", [1, 11, 16, 40, 64, 72, 130])
+def test_one_number_that_is_not_finite_spoils_its_group(
+    level: str, value: float, quantized: int
+) -> None:
+    """Holds shut: a maximum that loses NaN, so that a broken row is cached as zeros."""
+    x = draw((quantized + 2, quantized + 3), "normal", 1)
+    x[:quantized].diagonal().fill_(value)
+    x[-1] = value  # and one row of nothing else
+    packed = native_ops.pack_rows(x, quantized, level=level)
+    assert_same_bits(packed, pack_rows(x, quantized))
+    groups = -(-quantized // 64)
+    at = -(-quantized // 4) * 4
+    scales = packed[:, at : at + 4 * groups].contiguous().view(torch.float32)
+    expected = torch.ones(quantized + 2, groups, dtype=torch.bool)
+    expected[torch.arange(quantized), torch.arange(quantized) // 64] = False
+    expected[-1] = False
+    assert torch.equal(scales.isfinite(), expected)

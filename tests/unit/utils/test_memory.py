@@ -34,6 +34,26 @@ def test_a_limit_of_the_own_group_counts(tmp_path: Path) -> None:
     assert (memory_limit(first), memory_limit(second)) == (1000, 2000)
 
 
+def test_limits_of_the_groups_above_count(tmp_path: Path) -> None:
+    """Holds shut: a service whose limit is its slice's, neither its own nor the topmost group's."""
+    first = written(
+        tmp_path / "one",
+        {
+            "proc/self/cgroup": "0::/a/b/c\n",
+            "sys/fs/cgroup/a/b/c/memory.max": "max\n",
+            "sys/fs/cgroup/a/memory.max": "4000\n",
+        },
+    )
+    second = written(
+        tmp_path / "two",
+        {
+            "proc/self/cgroup": "4:memory:/a/b\n",
+            "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "5000\n",
+        },
+    )
+    assert (memory_limit(first), memory_limit(second)) == (4000, 5000)
+
+
 def test_a_containers_limit_counts_and_max_is_none(tmp_path: Path) -> None:
     root = written(tmp_path, {"sys/fs/cgroup/memory.max": "3000\n"})
     assert memory_limit(root) == 3000
