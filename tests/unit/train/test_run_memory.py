@@ -1,6 +1,6 @@
 """Copies of the state in a run: one at a time for saves, none from phase to phase."""
 
-import time
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import pytest
 
 import lowlat.train.trainer as trainer_module
 from lowlat.train.saves import writer
+from lowlat.train.saves.saves import Saves
 
 from . import runs
 from .runs import train
@@ -21,17 +22,24 @@ def test_one_copy_of_the_state_at_a_time(base: Path, monkeypatch: pytest.MonkeyP
     """
     written: list[int] = []
     copied: list[int] = []
+    asked = threading.Event()
 
     def write(*arguments: Any) -> None:
-        time.sleep(0.05)
+        asked.wait(60)  # slower than any step
         plain_write(*arguments)
         written.append(arguments[1])
+
+    def wait(self: Saves) -> None:
+        if self._work.busy:
+            asked.set()
+        plain_wait(self)
 
     def copy(*arguments: Any, **options: Any) -> Any:
         copied.append(len(written))
         return plain_copy(*arguments, **options)
 
-    plain_write, plain_copy = writer.write_save, trainer_module.snapshot
+    plain_write, plain_copy, plain_wait = writer.write_save, trainer_module.snapshot, Saves.wait
+    monkeypatch.setattr(Saves, "wait", wait)
     monkeypatch.setattr(writer, "write_save", write)
     monkeypatch.setattr(trainer_module, "snapshot", copy)
     train(base / "run", runs.recipe(saves={"every_steps": 1}), 4)
