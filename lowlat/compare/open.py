@@ -5,11 +5,13 @@ from pathlib import Path
 import torch
 
 from lowlat.api import prepare
+from lowlat.checkpoint.gguf_file import PLAIN, GGUFFile
 from lowlat.checkpoint.index import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
 from lowlat.checkpoint.mapping import settle_mtp
 from lowlat.compare.gguf_side import GgufSide
 from lowlat.compare.lowlat_side import LowlatSide
+from lowlat.compare.measure import TOLERANCE
 from lowlat.compare.native_side import NativeSide
 from lowlat.compare.official_side import OfficialSide
 from lowlat.compare.side import Side
@@ -34,8 +36,7 @@ def open_side(spec: Spec, progress: Progress) -> tuple[Side, Path]:
     if spec.implementation == "gguf":
         if path.is_dir():
             raise UserError(f"{spec.text}: '{path}' is a folder; give a .gguf file")
-        # Stored types vary within a file: what llama.cpp rounds to is int8 at best.
-        return GgufSide(path, config, label=spec.text, precision="int8"), path
+        return GgufSide(path, config, label=spec.text, precision=_stored_in(path)), path
     if not path.is_dir():
         raise UserError(f"{spec.text}: '{path}' is no checkpoint folder; convert the file first")
     dtype = parse_dtype(spec.dtype)
@@ -62,6 +63,15 @@ def _own(spec: Spec, path: Path, progress: Progress) -> Side:
     kind = NativeSide if spec.native else LowlatSide
     cache: torch.dtype | None = parse_cache(spec.cache or "auto")
     return kind(model, label=spec.text, precision=_precision(model), form=spec.form, cache=cache)
+
+
+def _stored_in(path: Path) -> str:
+    """The coarsest number type of a file's matrices: llama.cpp rounds what it multiplies them with
+    to the same, and to int8 for all formats of blocks.
+    """
+    kinds = [tensor.kind for tensor in GGUFFile(path).tensors.values() if len(tensor.shape) > 1]
+    names = [name_of(PLAIN[kind]) if kind in PLAIN else "int8" for kind in kinds]
+    return max(["fp32", *names], key=lambda name: TOLERANCE[name])
 
 
 def _precision(model: Transformer) -> str:

@@ -98,7 +98,7 @@ def frequencies(args):
 
 
 def apply_rotary_emb(x, freqs_cis):
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     turned = pairs * freqs_cis[None, :, None]
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 

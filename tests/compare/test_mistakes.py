@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowlat.compare.gate import factors
 from lowlat.compare.report import as_dict
 from lowlat.compare.run import Report, compare
 from lowlat.compare.side import Side
@@ -129,4 +130,27 @@ def test_noise_in_a_step_is_no_known_mistake(folders, monkeypatch: pytest.Monkey
     assert report.verdict.findings == ()
     assert {side for side, _ in report.verdict.unexplained} == {"B"}
     said = verdicts(as_dict(report))
+    assert "B computes layer 1 router neither as its config says nor by a known mistake" in said[-1]
+
+
+def test_experts_by_no_rule_are_not_explained_by_other_experts(
+    folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Imposed experts take the place of what is wrong, so that all else being equal proves nothing
+    about the gate.
+    """
+    from lowlat.model import moe
+    from lowlat.ops import routing
+
+    def noisy(x, gate, bias, settings):
+        chosen = routing.route(x + 0.3 * torch.randn_like(x), gate, bias, settings).experts
+        scores = routing.route(x, gate, bias, settings).scores
+        return routing.Routing(chosen, factors(scores.gather(1, chosen), settings), scores)
+
+    path = folders("unequal")
+    bad = Planted(lambda: own_side(path), lambda patch: patch.setattr(moe, "route", noisy))
+    report = compare(own_side(path), bad, [window()])
+    assert report.fixed is not None and report.fixed.first_beyond(report.tolerance) is None
+    said = verdicts(as_dict(report))
+    assert not any("the choice of experts explains it" in line for line in said)
     assert "B computes layer 1 router neither as its config says nor by a known mistake" in said[-1]

@@ -1,5 +1,6 @@
 """DeepSeek's inference/model.py through a stand-in of its public shape, in a process of its own."""
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -7,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from lowlat.compare import official_worker
+from lowlat.compare import official_worker, side
 from lowlat.compare.official_side import OfficialSide
 from lowlat.compare.report import as_dict
 from lowlat.compare.run import Report, compare
+from lowlat.compare.trace import Block
 from lowlat.compare.wording import notes
 from lowlat.utils.errors import UserError
 
@@ -51,15 +54,23 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
 
 
-def against(script: Path, path: Path, dtype: str = "fp32") -> Report:
-    own = own_side(path, dtype)
+def official(script: Path, path: Path, dtype: str = "fp32") -> OfficialSide:
+    config = own_side(path).config
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    side = OfficialSide(script, path, own.config, label="official", dtype=kind)
-    return compare(own, side, [window()])
+    return OfficialSide(script, path, config, label="official", dtype=kind)
 
 
-def test_it_computes_the_same(checkpoint: Path) -> None:
-    """In a process of its own, as users run it."""
+def against(script: Path, path: Path, dtype: str = "fp32", **options: Any) -> Report:
+    pair = own_side(path, dtype), official(script, path, dtype)
+    return compare(*pair, [window()], **options)
+
+
+def test_it_computes_the_same(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process of its own, as users run it: beside files that nobody asked it to run."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('a file of the folder')")
+    monkeypatch.chdir(tmp_path)
     report = against(STAND_IN, checkpoint)
     assert report.equal and report.verdict.findings == ()
     parts = {place.part for place in report.comparison.places() if place.block.number == 1}
@@ -75,6 +86,17 @@ def test_a_fault_comes_back_from_the_other_process(checkpoint: Path, tmp_path: P
     assert "has no Gate" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_the_end_of_the_other_process_is_told(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = edited(tmp_path, "import math\n", "import os\nos.abort()\n")
+    with pytest.raises(UserError, match="official: killed by SIGABRT"):
+        official(script, checkpoint).trace(window())
+    monkeypatch.setattr(side, "TIMEOUT", 0.01)
+    with pytest.raises(UserError, match="official: not done within 0 s"):
+        official(STAND_IN, checkpoint).trace(window())
+
+
 @pytest.mark.usefixtures("same_process")
 def test_its_gate_in_bf16_is_named(checkpoint: Path) -> None:
     """In bf16 the public file multiplies its gate in bf16: the mistake is found, not assumed."""
@@ -84,15 +106,72 @@ def test_its_gate_in_bf16_is_named(checkpoint: Path) -> None:
         assert all(found.changed == 0 for found in report.fixed.choices.values())
 
 
+GROUP_MASK = (
+    'groups.masked_fill(outside[..., None], float("-inf"))',
+    "groups.masked_fill(outside[..., None], 0.0)",
+    "group_mask",
+)
+NORMALISATION = (
+    "weights = weights / weights.sum(-1, keepdim=True)",
+    "pass",
+    "gate_normalisation",
+)
+
+
+@pytest.mark.usefixtures("same_process")
+@pytest.mark.parametrize(
+    ("old", "new", "kind"), [GROUP_MASK, NORMALISATION], ids=["group mask", "normalisation"]
+)
+def test_a_mistake_of_a_gate_in_bf16_is_named_as_well(
+    checkpoint: Path, tmp_path: Path, old: str, new: str, kind: str
+) -> None:
+    """Holds shut: "the choice of experts explains it" of a gate that makes two mistakes at once."""
+    report = against(edited(tmp_path, old, new), checkpoint, "bf16")
+    found = {(f.side, f.kind) for f in report.verdict.findings}
+    assert found == {("B", "gate_precision"), ("B", kind)}
+
+
+@pytest.mark.usefixtures("same_process")
+def test_imposed_experts_leave_the_files_factors(checkpoint: Path, tmp_path: Path) -> None:
+    """Holds shut: factors computed as they should be in place of those of the file."""
+    old, new, kind = NORMALISATION
+    report = against(edited(tmp_path, old, new), checkpoint, fix_experts=True)
+    assert str(report.first) == "layer 1 router"
+    assert {(f.side, f.kind) for f in report.verdict.findings} == {("B", kind)}
+
+
+@pytest.mark.usefixtures("same_process")
+@pytest.mark.parametrize(
+    ("made", "kept"), [("", torch.bfloat16), (", dtype=torch.float32", torch.float32)]
+)
+def test_the_gates_bias_has_the_files_type(
+    checkpoint: Path, tmp_path: Path, made: str, kept: torch.dtype
+) -> None:
+    """The public file has its bias in the default type in older versions, in fp32 in newer ones."""
+    old = "nn.Parameter(torch.empty(args.n_routed_experts)) if args.dim == 7168"
+    new = f"nn.Parameter(torch.empty(args.n_routed_experts{made})) if args.dim == 34"
+    trace = official(edited(tmp_path, old, new), checkpoint, "bf16").trace(window())
+    stored = load_file(checkpoint / "model.safetensors")
+    expected = stored["model.layers.1.mlp.gate.e_score_correction_bias"].to(kept).float()
+    found = trace.get(Block("layer", 1), "gate_bias")
+    assert found is not None and torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("same_process")
+def test_a_checkpoint_without_shared_experts(checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_shared_experts": 0}))
+    stored = load_file(checkpoint / "model.safetensors")
+    kept = {name: tensor for name, tensor in stored.items() if "shared_experts" not in name}
+    save_file(kept, tmp_path / "model.safetensors")
+    assert against(STAND_IN, tmp_path).equal
+
+
 @pytest.mark.usefixtures("same_process")
 @pytest.mark.parametrize(
     ("old", "new", "kind"),
     [
-        (
-            'groups.masked_fill(outside[..., None], float("-inf"))',
-            "groups.masked_fill(outside[..., None], 0.0)",
-            "group_mask",
-        ),
+        GROUP_MASK,
         (
             "if args.max_seq_len > args.original_seq_len:\n            self",
             "if False:\n            self",
@@ -115,6 +194,7 @@ def test_mistakes_in_the_file_are_named(
         ("class Gate(", "class Router(", "has no Gate; is it DeepSeek's inference/model.py?"),
         ("    mscale: float = 1.0\n", "", "its ModelArgs is not the public one"),
         ("import math\n", "import maths\n", "cannot be imported: ModuleNotFoundError"),
+        ("import math\n", "raise SystemExit(0)\n", "cannot be imported: SystemExit"),
         (
             "self.wkv_b = Linear(args.kv_lora_rank, ",
             "self.wkv_b = Linear(1 + args.kv_lora_rank, ",
@@ -126,7 +206,7 @@ def test_mistakes_in_the_file_are_named(
             "has nothing for x.weight of model.py",
         ),
     ],
-    ids=["class", "field", "import", "shape", "missing"],
+    ids=["class", "field", "import", "end", "shape", "missing"],
 )
 def test_another_file_is_refused_in_one_line(
     checkpoint: Path, tmp_path: Path, old: str, new: str, says: str

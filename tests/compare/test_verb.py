@@ -1,13 +1,13 @@
 """The verb: exit codes, text, JSON, plot, and one line for every fault."""
 
+import ctypes
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from fakes import byte_tokenizer
@@ -16,7 +16,13 @@ from typer.testing import CliRunner, Result
 from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.cli import main
+from lowlat.compare import gguf_side
+from lowlat.compare.gguf_side import GgufSide
+from lowlat.compare.open import open_side
+from lowlat.compare.spec import parse
+from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError
+from lowlat.utils.progress import SilentProgress
 
 from .sides import llama_case, v3_case, write
 
@@ -132,45 +138,134 @@ def test_transformers_that_is_not_installed(folder: Path, monkeypatch: pytest.Mo
     assert "pip install transformers" in fault(folder, f"transformers:{folder}")
 
 
+@pytest.fixture
+def gguf(folder: Path, tmp_path: Path) -> Path:
+    """The model that reads bytes as llama.cpp's file, in fp32."""
+    convert(folder, tmp_path / "m.gguf", dtype="fp32")
+    return tmp_path / "m.gguf"
+
+
 def test_llama_cpp_that_is_not_installed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folder: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    monkeypatch.setattr("lowlat.compare.open.prepare", lambda name, progress: as_file(name, folder))
-    monkeypatch.setattr("lowlat.compare.open.config_of", lambda path: load_model(folder).config)
-    assert "pip install llama-cpp-python" in fault(folder, f"gguf:{tmp_path}/m.gguf")
+    assert "pip install llama-cpp-python" in fault(folder, f"gguf:{gguf}")
 
 
+class LlamaCpp(ModuleType):
+    """A stand-in for the functions of llama_cpp that computes with lowlat's model."""
+
+    llama_token = ctypes.c_int32
+    llama_log_callback = staticmethod(lambda hear: hear)
+    llama_model_get_vocab = staticmethod(lambda model: model.config)
+    llama_vocab_n_tokens = staticmethod(lambda config: config.vocab_size)
+    llama_batch_get_one = staticmethod(lambda tokens, count: list(tokens)[:count])
+
+    def __init__(self, folder: Path, loads: bool = True) -> None:
+        super().__init__("llama_cpp")
+        self.model = load_model(folder, dtype="fp32").model
+        self.loads = loads
+        self.settings, self.options = SimpleNamespace(), SimpleNamespace(yarn_beta_fast=-1.0)
+        self.llama_backend_init = lambda: None
+        self.llama_print_system_info = lambda: b"AVX512 = 1 | AMX_INT8 = 1 | "
+        self.llama_model_default_params = lambda: self.settings
+        self.llama_context_default_params = lambda: self.options
+        self.llama_init_from_model = lambda model, options: [model]
+
+    def llama_log_set(self, hear: Callable[..., None], _: object) -> None:
+        self.hear = hear
+
+    def llama_model_load_from_file(self, path: bytes, _: object) -> Any:
+        assert path.endswith(b"m.gguf")
+        self.hear(2, b"llama_model_load: loading\n", None)
+        if not self.loads:
+            self.hear(4, b"error loading model: tensor not found\n", None)
+            self.hear(4, b"failed to load model\n", None)
+        return self.model if self.loads else None
+
+    def llama_decode(self, context: list[Any], batch: list[int]) -> int:
+        context += batch
+        return 0
+
+    def llama_get_logits_ith(self, context: list[Any], _: int) -> Any:
+        model, *ids = context
+        backend = PackedAttention([len(ids)])
+        with torch.no_grad():
+            hidden = model(torch.tensor(ids), backend.positions(), backend)
+            self.row = model.logits(hidden)[-1].numpy()
+        return self.row.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+
+@pytest.fixture
+def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What llama.cpp's process does, in this one."""
+
+    def run(self: GgufSide, request: dict[str, Any]) -> None:
+        try:
+            gguf_side.read(request)
+        except UserError as error:
+            raise UserError(f"{self.label}: {error}") from error
+
+    monkeypatch.setattr(GgufSide, "_run", run)
+
+
+@pytest.mark.usefixtures("same_process")
 def test_llama_cpp_shows_logits_alone(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folder: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for llama_cpp.Llama that computes with lowlat's model."""
-    module: Any = ModuleType("llama_cpp")
-
-    class Llama:
-        def __init__(self, model_path: str, logits_all: bool, **_: object) -> None:
-            assert logits_all and model_path.endswith("m.gguf")
-            self.model, self.scores = load_model(folder, dtype="fp32").model, np.zeros(0)
-
-        def eval(self, ids: list[int]) -> None:
-            backend = PackedAttention([len(ids)])
-            with torch.no_grad():
-                hidden = self.model(torch.tensor(ids), backend.positions(), backend)
-                self.scores = self.model.logits(hidden).numpy()
-
-    module.Llama = Llama
-    monkeypatch.setitem(sys.modules, "llama_cpp", module)
-    monkeypatch.setattr("lowlat.compare.open.prepare", lambda name, progress: as_file(name, folder))
-    monkeypatch.setattr("lowlat.compare.open.config_of", lambda path: load_model(folder).config)
-    result = invoke(folder, f"gguf:{tmp_path}/m.gguf", "--tolerance", "1e-4", "--tokens", "9")
+    llama = LlamaCpp(folder)
+    monkeypatch.setitem(sys.modules, "llama_cpp", llama)
+    result = invoke(folder, f"gguf:{gguf}", "--tokens", "9", "--window", "5")
     assert result.exit_code == 0, result.output
     assert "llama.cpp shows logits alone" in result.output
-    assert "reads from position 0" in fault(folder, f"gguf:{tmp_path}/m.gguf", "--start", "3")
+    assert "equal within 0.0001" in result.output  # the file's own number type
+    # The file's settings are used, and no buffers in which llama.cpp ends on some models.
+    assert llama.options.yarn_beta_fast == -1.0 and llama.settings.use_extra_bufts is False
+    assert (llama.options.type_k, llama.options.type_v) == (0, 0)
+    assert "reads from position 0" in fault(folder, f"gguf:{gguf}", "--start", "3")
 
 
-def as_file(name: str, folder: Path) -> Path:
-    """Names of GGUF files as they are, all else the folder."""
-    return Path(name) if name.endswith(".gguf") else folder
+@pytest.mark.usefixtures("same_process")
+def test_llama_cpp_says_why_it_cannot_load(
+    folder: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", LlamaCpp(folder, loads=False))
+    said = fault(folder, f"gguf:{gguf}", "--tokens", "9")
+    assert said == f"gguf:{gguf}: llama.cpp cannot load it: error loading model: tensor not found"
+
+
+def test_llama_cpp_ends_in_a_process_of_its_own(
+    folder: Path, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Holds shut: a failed assertion of llama.cpp that ends lowlat."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "llama_cpp.py").write_text(
+        "import os, sys\n"
+        "llama_log_callback = lambda hear: hear\n"
+        "llama_log_set = lambda hear, data: None\n"
+        "def llama_backend_init():\n"
+        "    sys.stderr.write('x.cpp:1: GGML_ASSERT(a < b) failed\\n')\n"
+        "    sys.stderr.flush()\n"
+        "    os.abort()\n"
+    )
+    monkeypatch.setitem(sys.modules, "llama_cpp", ModuleType("llama_cpp"))
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    said = fault(folder, f"gguf:{gguf}", "--tokens", "9")
+    assert said.endswith(": killed by SIGABRT; x.cpp:1: GGML_ASSERT(a < b) failed")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"), ("int8", "int8")]
+)
+def test_the_tolerance_of_a_file_is_that_of_its_matrices(
+    tmp_path: Path, dtype: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = write(llama_case(hidden_size=192, intermediate_size=64, head_dim=32), tmp_path / "m")
+    convert(wide, tmp_path / "m.gguf", dtype=dtype)
+    monkeypatch.setitem(sys.modules, "llama_cpp", ModuleType("llama_cpp"))
+    side, _ = open_side(parse(f"gguf:{tmp_path}/m.gguf"), SilentProgress())
+    assert side.precision == precision
 
 
 def test_plot_without_matplotlib_is_said_first(
