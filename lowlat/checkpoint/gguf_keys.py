@@ -18,6 +18,8 @@ from lowlat.utils.errors import UserError
 _log = logging.getLogger(__name__)
 
 GATES = {"softmax": 1, "sigmoid": 2}
+LLAMA_BETA_FAST = 32.0
+"""What llama.cpp computes YaRN with in deepseek2, whatever the file says."""
 
 
 def architecture_of(config: ModelConfig) -> str:
@@ -129,14 +131,16 @@ def _expert_keys(config: ModelConfig) -> dict[str, Any]:
     if moe.topk_method == "group_limited_greedy":
         _log.warning("llama.cpp weighs groups of experts as V3 does, so its tokens will differ")
     normalizes, scale = _weighting(moe)
+    # Where no group is left out there is but one; llama.cpp ends at the same thing said otherwise.
+    is_grouped = moe.topk_group < moe.n_group
     return {
         "leading_dense_block_count": moe.first_k_dense_replace,
         "expert_feed_forward_length": moe.moe_intermediate_size,
         "expert_count": moe.n_routed_experts,
         "expert_used_count": moe.num_experts_per_tok,
         "expert_shared_count": moe.n_shared_experts,
-        "expert_group_count": moe.n_group,
-        "expert_group_used_count": moe.topk_group,
+        "expert_group_count": moe.n_group if is_grouped else 1,
+        "expert_group_used_count": moe.topk_group if is_grouped else 1,
         "expert_gating_func": GATES[moe.scoring_func],
         "expert_weights_scale": scale,
         "expert_weights_norm": normalizes,
@@ -185,6 +189,12 @@ def _yarn_keys(rope: RopeConfig, is_latent: bool) -> dict[str, Any]:
     if not is_latent:
         _require(not (rope.mscale or rope.mscale_all_dim), "YaRN's mscale outside MLA")
         return keys
+    if rope.beta_fast != LLAMA_BETA_FAST:
+        _log.warning(
+            "llama.cpp takes YaRN's beta_fast as %g in MLA, not %g, so its tokens will differ",
+            LLAMA_BETA_FAST,
+            rope.beta_fast,
+        )
     same = rope.mscale == rope.mscale_all_dim and bool(rope.mscale)
     _require(same, f"YaRN's mscale {rope.mscale} beside mscale_all_dim {rope.mscale_all_dim}")
     return keys | {"rope.scaling.yarn_log_multiplier": 0.1 * (rope.mscale_all_dim or 0.0)}

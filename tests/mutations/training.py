@@ -242,7 +242,7 @@ STATES = [
     Mutant(
         "resume: random numbers begin anew",
         "train/trainer.py",
-        "torch.set_rng_state(tensors[RANDOM])",
+        "torch.set_rng_state(random)",
         "pass",
         TRAIN + "test_trainer.py::test_a_stopped_run_goes_on_exactly[fp32-adamw-none]",
     ),

@@ -235,6 +235,27 @@ def test_no_vocabulary_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert not (tmp_path / "back" / "tokenizer.json").exists()
 
 
+def test_groups_of_which_none_is_left_out_are_one(tmp_path: Path) -> None:
+    """llama.cpp takes a file as damaged that uses as many groups as it has."""
+    moe = replace(mla("deepseek_v3").moe, n_group=3, topk_group=3)
+    before = write_model(tmp_path / "m", mla("deepseek_v3", moe=moe))
+    convert(tmp_path / "m", tmp_path / "m.gguf")
+    convert(tmp_path / "m.gguf", tmp_path / "back", dtype="bf16")
+    after = load_model(tmp_path / "back")
+    assert after.config.moe == replace(moe, n_group=1, topk_group=1)
+    assert_same_bits(after.model, before)
+
+
+@pytest.mark.parametrize(("beta_fast", "is_said"), [(32.0, False), (1.0, True)])
+def test_what_llama_cpp_computes_otherwise_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, beta_fast: float, is_said: bool
+) -> None:
+    write_model(tmp_path / "m", mla("deepseek_v3", rope=replace(YARN, beta_fast=beta_fast)))
+    convert(tmp_path / "m", tmp_path / "m.gguf")
+    assert ("llama.cpp takes YaRN's beta_fast as 32 in MLA, not 1" in caplog.text) == is_said
+    assert load_model(tmp_path / "m.gguf").config.rope.beta_fast == beta_fast
+
+
 def test_too_small_an_embedding_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path / "m", replace(gqa("llama"), vocab_size=250))
     write_tokenizer(tmp_path / "m")

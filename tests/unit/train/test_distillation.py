@@ -14,8 +14,8 @@ from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.model.transformer import Transformer
 from lowlat.train.batch import Batch
+from lowlat.train.data.chat_rows import ChatRows
 from lowlat.train.data.folder import TokenFolder
-from lowlat.train.data.windows import Windows
 from lowlat.train.loss import batch_loss, count_targets
 from lowlat.train.recipe import parse_recipe
 from lowlat.train.teacher import Teacher
@@ -34,7 +34,7 @@ def loaded(path: Path, dtype: torch.dtype = torch.float64) -> Transformer:
 
 
 def held_out(folder: Path, rows: int = 4) -> Batch:
-    windows = Windows(
+    windows = ChatRows(
         TokenFolder.open(folder / "tokens"),
         split="held_out",
         sequence_length=31,
