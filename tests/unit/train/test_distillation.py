@@ -16,6 +16,7 @@ from lowlat.model.transformer import Transformer
 from lowlat.train.batch import Batch
 from lowlat.train.data.chat_rows import ChatRows
 from lowlat.train.data.folder import TokenFolder
+from lowlat.train.data.windows import Windows
 from lowlat.train.loss import batch_loss, count_targets
 from lowlat.train.recipe import parse_recipe
 from lowlat.train.teacher import Teacher
@@ -33,8 +34,8 @@ def loaded(path: Path, dtype: torch.dtype = torch.float64) -> Transformer:
     return load_model(path, dtype=str(dtype).removeprefix("torch.").replace("float", "fp")).model
 
 
-def held_out(folder: Path, rows: int = 4) -> Batch:
-    windows = ChatRows(
+def held_out(folder: Path, rows: int = 4, kind: type[Windows] | type[ChatRows] = Windows) -> Batch:
+    windows = kind(
         TokenFolder.open(folder / "tokens"),
         split="held_out",
         sequence_length=31,
@@ -80,7 +81,7 @@ def test_a_damaged_student_heals(folder: Path, optimiser: str) -> None:
     recipe = healing.raw(rate, optimizer=table, evaluation={"every_steps": 50, "rows": 4})
     run = healing.heal(folder, recipe)
     first, last = run.records("evaluation")
-    batch = held_out(folder)
+    batch = held_out(folder, kind=ChatRows)  # the text has a mask, so whole documents are packed
     assert (first["step"], last["step"]) == (0, 20)
     before = divergence(folder, "damaged", batch)
     after = divergence(folder, "run/model", batch)
