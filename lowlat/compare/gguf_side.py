@@ -4,8 +4,6 @@ It runs in a process of its own, because a failed assertion of llama.cpp ends th
 This file is both: imported, the host's side; run, that process.
 """
 
-import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowlat.compare.side import Side, run_apart
+from lowlat.compare.side import Side, answer, run_apart
 from lowlat.compare.trace import OUTPUT, Choices, Trace, Window
 from lowlat.config.model import ModelConfig
 from lowlat.utils.errors import UserError
@@ -118,14 +116,5 @@ def _logits(api: Any, path: str, ids: list[int], threads: int) -> np.ndarray:
     return logits
 
 
-def main() -> int:
-    try:
-        read(json.load(sys.stdin))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    answer(read)

@@ -3,8 +3,6 @@
 Reads one JSON request on stdin, writes a trace; what went wrong is the last line of stderr.
 """
 
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,10 @@ from lowlat.compare.gate import factors, gate_scores
 from lowlat.compare.lowlat_side import widths_of
 from lowlat.compare.observe import Names, Observer
 from lowlat.compare.official_model import build, import_script, load_weights
+from lowlat.compare.side import answer
 from lowlat.compare.trace import OUTPUT, Block, Trace, Window, save_trace
 from lowlat.config.model import ModelConfig
 from lowlat.utils.device import parse_dtype
-from lowlat.utils.errors import UserError
 
 OFFICIAL = Names(
     input_norm="attn_norm",
@@ -156,14 +154,5 @@ def _watch_mixture(
     observer.watch(ffn, routed)
 
 
-def main() -> int:
-    try:
-        run(json.load(sys.stdin))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    answer(run)

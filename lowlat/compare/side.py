@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lowlat.compare.trace import Choices, Trace, Window
 from lowlat.config.model import ModelConfig
@@ -76,3 +78,14 @@ def run_apart(module: str, request: dict[str, object], *, label: str) -> None:
     if done.returncode < 0:
         said.insert(0, f"killed by {signal.Signals(-done.returncode).name}")
     raise UserError(f"{label}: {'; '.join(said) or 'the process died'}")
+
+
+def answer(work: Callable[[Any], None]) -> None:
+    """What the module that `run_apart` runs does there: `work` on the request, and a UserError's
+    words as the last of stderr.
+    """
+    try:
+        work(json.load(sys.stdin))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

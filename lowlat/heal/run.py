@@ -99,8 +99,7 @@ def convert_and_heal(
     healing = _healing(wanted, job.found)
     if healing is not None:
         check_memory(job.found, healing)
-    path = wanted.evaluate
-    text = None if path is None else read_evaluation_text(path, tokenizer)
+    text = wanted.evaluate and read_evaluation_text(wanted.evaluate, tokenizer)
     facts = identity(job, wanted, None if text is None else text.content)
     with opened(dst, facts) as work:
         task = _Task(

@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from lowlat.text.parts import TokenizerParts
 from lowlat.text.token_bytes import byte_alphabet
 from lowlat.text.tokenizer import Tokenizer
+from lowlat.train.data.chat_rows import ChatRows
 from lowlat.train.data.folder import TokenFolder
 from lowlat.train.data.layout import (
     SPLITS,
@@ -19,6 +21,7 @@ from lowlat.train.data.layout import (
     id_type,
 )
 from lowlat.train.data.vocabulary import CHAT_TEMPLATE, FIM, end_of_text, fim_tokens
+from lowlat.train.data.windows import Windows
 from lowlat.train.data.writer import SplitWriter, partial_folder, write_facts, write_tokenizer
 
 END = 256
@@ -94,3 +97,15 @@ def make_folder(tmp_path: Path) -> Make:
         return TokenFolder.open(tmp_path / name)
 
     return make
+
+
+def assert_found_by_number(ahead: Windows | ChatRows, behind: Windows | ChatRows) -> None:
+    """Rows that `ahead` reads as they come are those that `behind` reads alone, out of order."""
+    count = 3 * ahead.per_epoch
+    whole = ahead.batch(0, count)
+    for number in [*range(count - 1, -1, -7), 0, 2, 1]:
+        row = behind.batch(number, 1)
+        assert torch.equal(row.tokens[0], whole.tokens[number])
+        assert torch.equal(row.predicted[0], whole.predicted[number])
+        assert row.documents is not None and whole.documents is not None
+        assert row.documents[0] == whole.documents[number]

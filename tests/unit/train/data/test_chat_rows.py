@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,7 +9,7 @@ from lowlat.train.data.chat_rows import ChatRows, LeftOut, packed
 from lowlat.train.data.folder import TokenFolder
 from lowlat.utils.errors import UserError
 
-from .conftest import END, Make, texts
+from .conftest import END, Make, assert_found_by_number, texts
 
 T, AHEAD = 61, 3
 QUESTION = 5
@@ -98,14 +97,7 @@ def test_a_row_depends_on_its_number_alone(make_folder: Make) -> None:
     """Holds shut: a resumed run, or another layout of processes, that reads other tokens."""
     folder = chats(make_folder, texts(53, longest=40))
     ahead, behind = rows(folder), rows(folder)
-    count = 3 * ahead.per_epoch
-    whole = ahead.batch(0, count)
-    for number in [*range(count - 1, -1, -7), 0, 2, 1]:
-        row = behind.batch(number, 1)
-        assert torch.equal(row.tokens[0], whole.tokens[number])
-        assert torch.equal(row.predicted[0], whole.predicted[number])
-        assert row.documents is not None and whole.documents is not None
-        assert row.documents[0] == whole.documents[number]
+    assert_found_by_number(ahead, behind)
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(make_folder: Make) -> None:

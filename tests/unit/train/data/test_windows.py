@@ -10,7 +10,7 @@ from lowlat.train.data.folder import TokenFolder
 from lowlat.train.data.windows import Windows
 from lowlat.utils.errors import UserError
 
-from .conftest import END, Make, texts
+from .conftest import END, Make, assert_found_by_number, texts
 
 T, AHEAD = 37, 3
 
@@ -83,14 +83,7 @@ def test_a_window_depends_on_its_number_alone(make_folder: Make, fim_rate: float
     folder = make_folder(texts(29))
     options = {"document_masks": True, "fim_rate": fim_rate}
     ahead, behind = windows(folder, **options), windows(folder, **options)
-    count = 3 * ahead.per_epoch
-    whole = ahead.batch(0, count)
-    for number in [*range(count - 1, -1, -7), 0, 2, 1]:
-        row = behind.batch(number, 1)
-        assert torch.equal(row.tokens[0], whole.tokens[number])
-        assert torch.equal(row.predicted[0], whole.predicted[number])
-        assert row.documents is not None and whole.documents is not None
-        assert row.documents[0] == whole.documents[number]
+    assert_found_by_number(ahead, behind)
 
 
 def test_windows_are_shuffled_anew_in_every_epoch(make_folder: Make) -> None:
