@@ -42,6 +42,10 @@ struct Matrix {
   bool is_tiled() const { return storage == Storage::int8 || storage == Storage::int4; }
   // Bytes of a group of a tile.
   std::int64_t group_bytes() const { return storage == Storage::int8 ? 512 : 256; }
+  // The groups of a tile of int8 or int4.
+  const std::uint8_t* tile_data(std::int64_t tile) const {
+    return static_cast<const std::uint8_t*>(data) + tile * groups() * group_bytes();
+  }
   std::int64_t element_bytes() const { return storage == Storage::bf16 ? 2 : 1; }
 
   // Rows [first, first + count) of a matrix stored row by row.

@@ -2,6 +2,7 @@
 // barriers and rows are handed out in chunks, so that a core slowed down by its neighbours takes fewer of them.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -36,6 +37,21 @@ class Team {
       const std::int64_t first = next.fetch_add(chunk, std::memory_order_relaxed);
       if (first >= count) break;
       body(first, first + chunk < count ? first + chunk : count);
+    }
+    barrier();
+  }
+
+  // The same with chunks that shrink as less is left, from a share of a thread's part down to 1: few at first, so that
+  // a thread goes on where it is, and small ones last, so that none is waited for long.
+  template <class Body>
+  void for_shrinking_chunks(std::int64_t count, Body&& body) {
+    std::atomic<std::int64_t>& next = counter();
+    std::int64_t first = next.load(std::memory_order_relaxed);
+    while (first < count) {
+      const std::int64_t chunk = std::max<std::int64_t>(1, (count - first) / (2 * threads_));
+      if (!next.compare_exchange_weak(first, first + chunk, std::memory_order_relaxed)) continue;
+      body(first, first + chunk);
+      first = next.load(std::memory_order_relaxed);
     }
     barrier();
   }

@@ -7,7 +7,7 @@
 #if defined(LOWLAT_AMX)
 #include "multiply_amx.h"
 #else
-#include "multiply.h"
+#include "stream.h"
 #endif
 
 namespace lowlat::LOWLAT_ISA {
@@ -30,7 +30,7 @@ inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last
   }
   forget_rows();
   if (x.is_stream && w.is_tiled()) {
-    return stream_tiles(w, first, last, x, reinterpret_cast<float*>(panels), out, out_stride);
+    return stream_tiles(w, first, last, next, x, panels, out, out_stride);
   }
   multiply_rows_by_tiles(w, first, last, x, panels, out, out_stride);
 }
@@ -47,15 +47,30 @@ inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_
 
 inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                           Panel* panels, float* out, std::int64_t out_stride) {
-  multiply_rows_by_dots(w, first, last, next, x, panels, out, out_stride);
+  if (x.is_stream) {
+    if (w.is_tiled()) return stream_tiles(w, first, last, next, x, panels, out, out_stride);
+    return stream_rows(w, first, last, x, out, out_stride);
+  }
+  if (x.rows > kTokens) {
+    const std::int64_t count = num_panels(w.columns);
+    for (std::int64_t tile = first; tile < last; ++tile) load_panels(w, tile, panels + (tile - first) * count);
+    return multiply_by_dots(panels, last - first, count, count, x.values, x.stride, x.rows, out, out_stride, false);
+  }
+  for (std::int64_t tile = first; tile < last; ++tile, out += kTile) {
+    multiply_few(w, tile, tile + 1 < last ? NextTile{&w, tile + 1} : next, x, out, out_stride);
+  }
 }
 
-// Nothing to set up or to give back, nothing to remember.
-struct ProductSession {
-  ProductSession() {}
-};
+// What a thread keeps of the activations it multiplies, from strip to strip, holds until they may have changed.
+inline void forget_rows() {
+#if defined(LOWLAT_AVX512)
+  split_store.forget();
+#endif
+}
 
-inline void forget_rows() {}
+struct ProductSession {
+  ProductSession() { forget_rows(); }
+};
 
 #endif
 
@@ -95,8 +110,6 @@ inline void multiply_strip(const Matrix& w, std::int64_t strip, const Activation
   for (std::int64_t tile = first; tile < last; ++tile) {
     scale_rows(w, tile, x.rows, out + (tile - first) * kTile, kStrip);
   }
-  // Another strip of the same activations follows, or they may change before they are read again.
-  if (next.w == nullptr) forget_rows();
 }
 
 }  // namespace lowlat::LOWLAT_ISA

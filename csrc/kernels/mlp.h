@@ -81,7 +81,7 @@ inline void make_inner_rows(const Pass& pass) {
 }
 
 // One strip of the residual: plus the weighted sum of the routed experts, plus the shared or dense MLP.
-inline void add_down_strip(const Pass& pass, std::int64_t strip) {
+inline void add_down_strip(const Pass& pass, std::int64_t strip, bool goes_on) {
   Workspace& work = pass.work;
   const std::int64_t tokens = pass.step.tokens;
   float* sums = pass.strip_out(tokens, 1);
@@ -94,7 +94,8 @@ inline void add_down_strip(const Pass& pass, std::int64_t strip) {
     inner.rows = e.rows;
     float* out = pass.strip_out(e.rows, 0);
     const bool is_last = &e == &work.expert_rows.back();
-    const NextTile next = is_last ? NextTile{} : NextTile{&(&e + 1)->mlp->down.weight, 2 * strip};
+    const NextTile next = is_last ? next_strip(work.expert_rows.front().mlp->down.weight, strip, goes_on)
+                                  : NextTile{&(&e + 1)->mlp->down.weight, 2 * strip};
     multiply_strip(down, strip, inner, pass.panels(down), out, next);
     if (!e.is_routed) {
       plain = out;
@@ -151,7 +152,8 @@ inline void add_mlp(const Pass& pass, const Layer& layer) {
   });
   if (layer.moe && pass.step.tokens > 1) gather_rows(pass, pass.step.tokens * layer.moe->router.chosen);
   make_inner_rows(pass);
-  pass.each((pass.model.hidden + kStrip - 1) / kStrip, [&](std::int64_t strip) { add_down_strip(pass, strip); });
+  pass.each_in_turn((pass.model.hidden + kStrip - 1) / kStrip,
+                    [&](std::int64_t strip, bool goes_on) { add_down_strip(pass, strip, goes_on); });
 }
 
 }  // namespace lowlat::LOWLAT_ISA

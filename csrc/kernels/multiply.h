@@ -99,8 +99,8 @@ inline void multiply_turned(const Matrix& w, const bf16* x, float* out, float* o
       for (int i = 0; i < kRows / 2; ++i) {
         const char* from = base + 2 * i * row_bytes;
         const std::int64_t ahead = kAhead * row_bytes + c * w.element_bytes();
-        prefetch(from + ahead);
-        prefetch(from + row_bytes + ahead);
+        prefetch_far(from + ahead);
+        prefetch_far(from + row_bytes + ahead);
         P low, high;
         interleave(whole_pairs<storage>(from, c), whole_pairs<storage>(from + row_bytes, c), low, high);
         sums[i % 2][0] = dot(sums[i % 2][0], low, both[i]);
@@ -115,9 +115,9 @@ inline void multiply_turned(const Matrix& w, const bf16* x, float* out, float* o
   for (std::int64_t c = 0; c < w.columns; c += kTile) store(out + c, add(load(out + c), load(odd + c)));
 }
 
-// One tile for at most 12 rows, with panels made on the way: where reading the weights is all the time.
-inline void multiply_stream(const Matrix& w, std::int64_t tile, NextTile next, const Activations& x, float* out,
-                            std::int64_t out_stride) {
+// One tile for at most 12 rows, with panels made on the way.
+inline void multiply_few(const Matrix& w, std::int64_t tile, NextTile next, const Activations& x, float* out,
+                         std::int64_t out_stride) {
   with_tokens(x.rows, [&]<int T>() {
     F even[T], odd[T];
     LOWLAT_UNROLL
@@ -131,139 +131,6 @@ inline void multiply_stream(const Matrix& w, std::int64_t tile, NextTile next, c
     LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) store(out + t * out_stride, add(even[t], odd[t]));
   });
-}
-
-// --- int8 and int4 where reading the weights is all the time ----------------------------------------------------------
-
-// The numbers of a group stay integers: 4 bits of them are exact in bf16 as 128 + n, which costs two instructions where
-// the weight itself would cost ten. What 128 adds is taken off by the sum of the activations, and the scale (and the
-// minimum) come once per group, in fp32.
-
-// sums[t][g] of the 32 activations of a group.
-template <int T>
-inline void group_sums(const Activations& x, std::int64_t groups, float* sums) {
-  LOWLAT_UNROLL
-  for (int t = 0; t < T; ++t) {
-    const bf16* row = x.values + t * x.stride;
-    for (std::int64_t g = 0; g < groups; ++g) {
-      sums[t * groups + g] = sum(add(load_bf16(row + g * kGroup), load_bf16(row + g * kGroup + 16)));
-    }
-  }
-}
-
-template <int T>
-inline void add_step(P integers, const bf16* x, std::int64_t stride, F (&acc)[T]) {
-  LOWLAT_UNROLL
-  for (int t = 0; t < T; ++t) acc[t] = dot(acc[t], integers, set1_pair(word_at(x + t * stride)));
-}
-
-// One tile; `sums` are those of group_sums().
-template <int T>
-inline void stream_int4(const Matrix& w, std::int64_t tile, const Activations& x, const float* sums, float* out,
-                        std::int64_t out_stride) {
-  const std::int64_t groups = w.groups();
-  const std::uint8_t* data = static_cast<const std::uint8_t*>(w.data) + tile * groups * w.group_bytes();
-  const fp16* scale = static_cast<const fp16*>(w.scale) + tile * groups * kTile;
-  const fp16* minimum = static_cast<const fp16*>(w.minimum) + tile * groups * kTile;
-  F total[T];
-  LOWLAT_UNROLL
-  for (int t = 0; t < T; ++t) total[t] = zero();
-  for (std::int64_t g = 0; g < groups; ++g, data += w.group_bytes(), scale += kTile, minimum += kTile) {
-    F even[T], odd[T];
-    LOWLAT_UNROLL
-    for (int t = 0; t < T; ++t) even[t] = odd[t] = zero();
-    for (int step = 0; step < 4; ++step) {
-      const bf16* at = x.values + g * kGroup + 8 * step;
-      const P bytes = pairs(data + 64 * step);
-      prefetch(data + 64 * step + 4096);
-      add_step<T>(small_integers<0>(bytes), at, x.stride, even);
-      add_step<T>(small_integers<4>(bytes), at + 2, x.stride, odd);
-      add_step<T>(small_integers<8>(bytes), at + 4, x.stride, even);
-      add_step<T>(small_integers<12>(bytes), at + 6, x.stride, odd);
-    }
-    const F row_scale = load_fp16(scale), row_minimum = load_fp16(minimum);
-    LOWLAT_UNROLL
-    for (int t = 0; t < T; ++t) {
-      const float sum_x = sums[t * groups + g];
-      const F value = sub(add(even[t], odd[t]), set1(128.0f * sum_x));
-      total[t] = fma(row_minimum, set1(sum_x), fma(value, row_scale, total[t]));
-    }
-  }
-  LOWLAT_UNROLL
-  for (int t = 0; t < T; ++t) store(out + t * out_stride, total[t]);
-}
-
-// The same for int8, whose bytes value + 128 are two integers of 4 bits: 16 high + low.
-template <int T>
-inline void stream_int8(const Matrix& w, std::int64_t tile, const Activations& x, const float* sums, float* out,
-                        std::int64_t out_stride) {
-  const std::int64_t groups = w.groups();
-  const std::uint8_t* data = static_cast<const std::uint8_t*>(w.data) + tile * groups * w.group_bytes();
-  const fp16* scale = static_cast<const fp16*>(w.scale) + tile * groups * kTile;
-  F total[T];
-  LOWLAT_UNROLL
-  for (int t = 0; t < T; ++t) total[t] = zero();
-  for (std::int64_t g = 0; g < groups; ++g, data += w.group_bytes(), scale += kTile) {
-    F low[T], high[T];
-    LOWLAT_UNROLL
-    for (int t = 0; t < T; ++t) low[t] = high[t] = zero();
-    for (int step = 0; step < 8; ++step) {
-      const bf16* at = x.values + g * kGroup + 4 * step;
-      const P bytes = pairs(data + 64 * step);
-      prefetch(data + 64 * step + 4096);
-      add_step<T>(small_integers<0>(bytes), at, x.stride, low);
-      add_step<T>(small_integers<4>(bytes), at, x.stride, high);
-      add_step<T>(small_integers<8>(bytes), at + 2, x.stride, low);
-      add_step<T>(small_integers<12>(bytes), at + 2, x.stride, high);
-    }
-    const F row_scale = load_fp16(scale);
-    LOWLAT_UNROLL
-    for (int t = 0; t < T; ++t) {
-      // 16 (h + 128) + (l + 128) - (16 * 128 + 128 + 128) = 16 h + l - 128
-      const F offset = set1(-2304.0f * sums[t * groups + g]);
-      total[t] = fma(fma(high[t], set1(16.0f), add(low[t], offset)), row_scale, total[t]);
-    }
-  }
-  LOWLAT_UNROLL
-  for (int t = 0; t < T; ++t) store(out + t * out_stride, total[t]);
-}
-
-// Tiles [first, last) of y = x W^T for int8 or int4; `sums` has room for 12 rows of groups.
-inline void stream_tiles(const Matrix& w, std::int64_t first, std::int64_t last, const Activations& x, float* sums,
-                         float* out, std::int64_t out_stride) {
-  const std::int64_t step = even_block(x.rows);
-  for (std::int64_t row = 0; row < x.rows; row += step) {
-    with_tokens(least(step, x.rows - row), [&]<int T>() {
-      const Activations part = x.from(row);
-      group_sums<T>(part, w.groups(), sums);
-      for (std::int64_t tile = first; tile < last; ++tile) {
-        float* to = out + row * out_stride + (tile - first) * kTile;
-        if (w.storage == Storage::int8) {
-          stream_int8<T>(w, tile, part, sums, to, out_stride);
-        } else {
-          stream_int4<T>(w, tile, part, sums, to, out_stride);
-        }
-      }
-    });
-  }
-}
-
-// --- any storage --------------------------------------------------------------------------------------------------------
-
-// Tiles [first, last), at most two, of y = x W^T by dot products. `panels` has room for both.
-inline void multiply_rows_by_dots(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next,
-                                  const Activations& x, Panel* panels, float* out, std::int64_t out_stride) {
-  if (x.is_stream && w.is_tiled()) {
-    return stream_tiles(w, first, last, x, reinterpret_cast<float*>(panels), out, out_stride);
-  }
-  if (x.rows > kTokens) {
-    const std::int64_t count = num_panels(w.columns);
-    for (std::int64_t tile = first; tile < last; ++tile) load_panels(w, tile, panels + (tile - first) * count);
-    return multiply_by_dots(panels, last - first, count, count, x.values, x.stride, x.rows, out, out_stride, false);
-  }
-  for (std::int64_t tile = first; tile < last; ++tile, out += kTile) {
-    multiply_stream(w, tile, tile + 1 < last ? NextTile{&w, tile + 1} : next, x, out, out_stride);
-  }
 }
 
 }  // namespace lowlat::LOWLAT_ISA

@@ -1,7 +1,7 @@
 // Products of activation rows with panels on AMX: a panel is a tile register's 16 rows of 64 bytes as it lies.
 #pragma once
 
-#include "multiply.h"
+#include "stream.h"
 
 namespace lowlat::LOWLAT_ISA {
 

@@ -29,8 +29,8 @@ struct Pass {
   // The same with body(item, goes_on): whether this thread does item + 1, too.
   template <class Body>
   void each_in_turn(std::int64_t count, Body&& body) const {
-    const std::int64_t chunk = most(1, least(16, count / (4 * team.threads())));
-    team.for_chunks(count, chunk, [&](std::int64_t first, std::int64_t last) {
+    forget_rows();  // of the phase before
+    team.for_shrinking_chunks(count, [&](std::int64_t first, std::int64_t last) {
       for (std::int64_t item = first; item < last; ++item) body(item, item + 1 < last);
     });
   }

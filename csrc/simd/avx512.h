@@ -71,6 +71,9 @@ inline F dot(F acc, P a, P b) {
 inline P plus_128(P a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8(static_cast<char>(0x80)))}; }
 // acc + the sum of four products of an unsigned and a signed byte, in the 32 bits of every lane.
 inline P dot_bytes(P acc, P plain, P with_sign) { return {_mm512_dpbusd_epi32(acc.v, plain.v, with_sign.v)}; }
+// The low and the high 4 bits of every byte.
+inline P low_halves(P a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(0x0f))}; }
+inline P high_halves(P a) { return low_halves({_mm512_srli_epi16(a.v, 4)}); }
 inline F integers_to_float(P a) { return {_mm512_cvtepi32_ps(a.v)}; }
 
 // Pairs (a[i], b[i]) of the first and of the last 16 of 32 elements.

@@ -21,8 +21,6 @@ from lowlat.utils.memory import is_larger_than_memory
 
 BLOCK = (128, 128)
 """Rows and columns of the fp8 blocks the kernels know."""
-STREAM_ROWS = 128
-"""Up to so many tokens of a step, reading the weights is most of the time."""
 
 
 def has_native_form(model: Transformer) -> bool:
@@ -61,10 +59,6 @@ class NativeModel:
     def __init__(self, model: Transformer) -> None:
         self.config = model.config
         self.rotary = model.rotary
-        self._has_integers = any(
-            isinstance(part, Linear) and part.storage in ("int8", "int4")
-            for part in model.modules()
-        )
         module = native.module()
         native.keep_torch_single_threaded()
         embedding = model.embed_tokens.weight.detach()
@@ -93,13 +87,10 @@ class NativeModel:
         """Cache the rows of new tokens; their hidden states after the final norm (bf16), and the
         logits (fp32) of the tokens numbered in `wanted`.
 
-        A sequence gets the same bits in any company. int8 and int4 weights are multiplied otherwise
-        by streams, so that a step that mixes them with other forms is two calls, streams last.
+        A sequence gets the same bits in any company. Streams multiply otherwise, so that a step
+        that mixes them with other forms is two calls, streams last.
         """
         kinds = [item.form == "stream" for item in batch.sequences]
-        if not self._has_integers:
-            # Bits are the same either way: what counts is the number of rows.
-            kinds = [len(ids) <= STREAM_ROWS] * len(kinds)
         hidden = torch.empty(len(ids), self.config.hidden_size, dtype=torch.bfloat16)
         logits = torch.empty(len(wanted), self.config.vocab_size)
         if len(set(kinds)) == 1:
