@@ -113,12 +113,12 @@ class Engine:
         started = time.perf_counter()
         for item in work:
             self._start(item.sequence.request, started)
-        logits, hidden, failed = self._run(work)
+        outputs, failed = self._run(work)
         events += failed
-        if logits is None:
+        if outputs is None:
             return events
         ran = [item for item in work if item.sequence.finish_reason is None]
-        events += self._sample(ran, logits, hidden)
+        events += self._sample(ran, *outputs)
         self._observe(ran, time.perf_counter() - started)
         return events
 
@@ -184,16 +184,16 @@ class Engine:
                     events += self._end(sequence, "deadline")
         return events
 
-    def _run(self, work: list[Work]) -> tuple[Tensor | None, Tensor | None, list[Event]]:
+    def _run(self, work: list[Work]) -> tuple[tuple[Tensor, Tensor] | None, list[Event]]:
         """Logits and hidden states of the step, and the ends of sequences that the model failed
         on: where a step fails, each of its sequences is run alone, and who passes goes on.
         """
         try:
-            return *self.runner.step([self._chunk(item) for item in work]), []
+            return self.runner.step([self._chunk(item) for item in work]), []
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(work))
             if len(work) == 1:
-                return None, None, self._fail(work[0].sequence, _model_fault(error))
+                return None, self._fail(work[0].sequence, _model_fault(error))
         passed: list[tuple[Tensor, Tensor]] = []
         events: list[Event] = []
         for item in work:
@@ -203,10 +203,10 @@ class Engine:
             except Exception as error:
                 events += self._fail(item.sequence, _model_fault(error))
         if not passed:
-            return None, None, events
+            return None, events
         # What each got alone is kept: run together they may fail again, which is nobody's fault.
         logits, hidden = zip(*passed, strict=True)
-        return torch.cat(logits), torch.cat(hidden), events
+        return (torch.cat(logits), torch.cat(hidden)), events
 
     def _chunk(self, work: Work) -> Chunk:
         """The work as the runner wants it."""
@@ -224,7 +224,7 @@ class Engine:
             form=work.form,
         )
 
-    def _sample(self, work: list[Work], logits: Tensor, hidden: Tensor | None) -> list[Event]:
+    def _sample(self, work: list[Work], logits: Tensor, hidden: Tensor) -> list[Event]:
         """Choose tokens for every sequence that has been read to its end."""
         rows = Rows(logits)
         events: list[Event] = []
