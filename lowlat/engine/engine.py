@@ -229,14 +229,17 @@ class Engine:
         rows = Rows(logits)
         events: list[Event] = []
         row = 0
-        for item in work:
+        states = hidden.split([item.length for item in work])
+        for item, own in zip(work, states, strict=True):
             sequence = item.sequence
             known = len(sequence.tokens)
             count = max(0, item.start + item.length - known + 1)
-            if count == 0:
+            # Of most rows that are read no logits are asked, and others may soon share them.
+            if sequence.is_reading and not own.isfinite().all():
+                events += self._fail_not_finite(sequence)
+            elif count == 0:
                 self.scheduler.advance(sequence, item.length)
-                continue
-            if sequence.is_prefilling:
+            elif sequence.is_prefilling:
                 self.scheduler.advance(sequence, item.length)
                 for member in self._fork(sequence):
                     events += self._verify(member, rows, row, 1)
@@ -260,7 +263,7 @@ class Engine:
             try:
                 sampled = rows.sample(first + place, sequence.sampler)
                 if sampled is None:
-                    return [*events, *self._fail(sequence, NOT_FINITE)]
+                    return [*events, *self._fail_not_finite(sequence)]
                 event = self._advance(sequence, sampled)
             except Exception as error:
                 # Only a grammar raises UserError here: it has turned out to be too much work.
@@ -337,6 +340,11 @@ class Engine:
     def _fail(self, sequence: Sequence, error: str, *, is_form: bool = False) -> list[Event]:
         ends = self._end(sequence, "error")
         return [replace(end, error=error, is_form=is_form) for end in ends]
+
+    def _fail_not_finite(self, sequence: Sequence) -> list[Event]:
+        """End a sequence whose rows nobody may go on from."""
+        self.scheduler.withdraw(sequence)
+        return self._fail(sequence, NOT_FINITE)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> list[Event]:
         """End a sequence without a token; the ends of all completions that it stands for."""

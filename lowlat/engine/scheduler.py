@@ -134,6 +134,11 @@ class Scheduler:
             self.prefix.insert(salt, sequence.tokens, forms, sequence.pages)
             sequence.num_indexed = full
 
+    def withdraw(self, sequence: Sequence) -> None:
+        """Let nobody find the rows that a sequence has read or written: one of them is at fault."""
+        if self.prefix is not None:
+            self.prefix.withdraw(sequence.pages)
+
     # --- admission -----------------------------------------------------------------------------
 
     def _admit(self) -> None:
