@@ -356,10 +356,14 @@ class Engine:
         return ends
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence and give its pages back; with its request's last, forget the request."""
+        """End a sequence and give its pages back; with its request's last, forget the request.
+
+        The grammar goes at once: the records refer to each other, and would keep it for long.
+        """
         if sequence.finish_reason is not None:
             raise AssertionError("a sequence has ended twice")
         sequence.finish_reason = reason
+        sequence.sampler.grammar = None
         self.scheduler.remove(sequence)
         request = sequence.request
         is_last = all(s.finish_reason is not None for s in request.sequences)
@@ -367,6 +371,7 @@ class Engine:
         for _ in _completions(sequence):
             self.recorder.finished(sequence, now)
         if is_last:
+            request.options = replace(request.options, grammar=None)
             del self._requests[request.id]
 
 
