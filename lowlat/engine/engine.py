@@ -113,12 +113,12 @@ class Engine:
         started = time.perf_counter()
         for item in work:
             self._start(item.sequence.request, started)
-        logits, hidden, failed = self._run(work)
+        outputs, failed = self._run(work)
         events += failed
-        if logits is None:
+        if outputs is None:
             return events
         ran = [item for item in work if item.sequence.finish_reason is None]
-        events += self._sample(ran, logits, hidden)
+        events += self._sample(ran, *outputs)
         self._observe(ran, time.perf_counter() - started)
         return events
 
@@ -184,16 +184,16 @@ class Engine:
                     events += self._end(sequence, "deadline")
         return events
 
-    def _run(self, work: list[Work]) -> tuple[Tensor | None, Tensor | None, list[Event]]:
+    def _run(self, work: list[Work]) -> tuple[tuple[Tensor, Tensor] | None, list[Event]]:
         """Logits and hidden states of the step, and the ends of sequences that the model failed
         on: where a step fails, each of its sequences is run alone, and who passes goes on.
         """
         try:
-            return *self.runner.step([self._chunk(item) for item in work]), []
+            return self.runner.step([self._chunk(item) for item in work]), []
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(work))
             if len(work) == 1:
-                return None, None, self._fail(work[0].sequence, _model_fault(error))
+                return None, self._fail(work[0].sequence, _model_fault(error))
         passed: list[tuple[Tensor, Tensor]] = []
         events: list[Event] = []
         for item in work:
@@ -203,10 +203,10 @@ class Engine:
             except Exception as error:
                 events += self._fail(item.sequence, _model_fault(error))
         if not passed:
-            return None, None, events
+            return None, events
         # What each got alone is kept: run together they may fail again, which is nobody's fault.
         logits, hidden = zip(*passed, strict=True)
-        return torch.cat(logits), torch.cat(hidden), events
+        return (torch.cat(logits), torch.cat(hidden)), events
 
     def _chunk(self, work: Work) -> Chunk:
         """The work as the runner wants it."""
@@ -224,19 +224,22 @@ class Engine:
             form=work.form,
         )
 
-    def _sample(self, work: list[Work], logits: Tensor, hidden: Tensor | None) -> list[Event]:
+    def _sample(self, work: list[Work], logits: Tensor, hidden: Tensor) -> list[Event]:
         """Choose tokens for every sequence that has been read to its end."""
         rows = Rows(logits)
         events: list[Event] = []
         row = 0
-        for item in work:
+        states = hidden.split([item.length for item in work])
+        for item, own in zip(work, states, strict=True):
             sequence = item.sequence
             known = len(sequence.tokens)
             count = max(0, item.start + item.length - known + 1)
-            if count == 0:
+            # Of most rows that are read no logits are asked, and others may soon share them.
+            if sequence.is_reading and not own.isfinite().all():
+                events += self._fail_not_finite(sequence)
+            elif count == 0:
                 self.scheduler.advance(sequence, item.length)
-                continue
-            if sequence.is_prefilling:
+            elif sequence.is_prefilling:
                 self.scheduler.advance(sequence, item.length)
                 for member in self._fork(sequence):
                     events += self._verify(member, rows, row, 1)
@@ -260,7 +263,7 @@ class Engine:
             try:
                 sampled = rows.sample(first + place, sequence.sampler)
                 if sampled is None:
-                    return [*events, *self._fail(sequence, NOT_FINITE)]
+                    return [*events, *self._fail_not_finite(sequence)]
                 event = self._advance(sequence, sampled)
             except Exception as error:
                 # Only a grammar raises UserError here: it has turned out to be too much work.
@@ -338,6 +341,11 @@ class Engine:
         ends = self._end(sequence, "error")
         return [replace(end, error=error, is_form=is_form) for end in ends]
 
+    def _fail_not_finite(self, sequence: Sequence) -> list[Event]:
+        """End a sequence whose rows nobody may go on from."""
+        self.scheduler.withdraw(sequence)
+        return self._fail(sequence, NOT_FINITE)
+
     def _end(self, sequence: Sequence, reason: FinishReason) -> list[Event]:
         """End a sequence without a token; the ends of all completions that it stands for."""
         ends = [
@@ -348,10 +356,14 @@ class Engine:
         return ends
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence and give its pages back; with its request's last, forget the request."""
+        """End a sequence and give its pages back; with its request's last, forget the request.
+
+        The grammar goes at once: the records refer to each other, and would keep it for long.
+        """
         if sequence.finish_reason is not None:
             raise AssertionError("a sequence has ended twice")
         sequence.finish_reason = reason
+        sequence.sampler.grammar = None
         self.scheduler.remove(sequence)
         request = sequence.request
         is_last = all(s.finish_reason is not None for s in request.sequences)
@@ -359,6 +371,7 @@ class Engine:
         for _ in _completions(sequence):
             self.recorder.finished(sequence, now)
         if is_last:
+            request.options = replace(request.options, grammar=None)
             del self._requests[request.id]
 
 

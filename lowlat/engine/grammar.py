@@ -35,7 +35,9 @@ WORKER = Path(__file__).with_name("grammar_worker.py")
 TRIAL_SECONDS = 5.0
 """Of real time; the worker itself ends after CPU_SECONDS of work."""
 MAX_KNOWN = 1024
-"""Grammars remembered as harmless, so that they are not tried again."""
+"""Grammars remembered as harmless, with their sizes, so that they are not tried again."""
+BYTES_PER_CHARACTER = 64
+"""What a character of a grammar takes where that cannot be measured."""
 MASK_SECONDS = 1.0
 MASK_SECONDS_PER_TOKEN = 0.01
 """Processor time one output may spend on its masks: this much, and so much more per token."""
@@ -67,7 +69,7 @@ class GrammarCompiler:
         self._tokenizer = make_tokenizer(tokens, special, eos)
         self._lock = threading.Lock()
         self._worker: LineWorker | None = None
-        self._known: dict[bytes, None] = {}
+        self._known: dict[bytes, int] = {}
 
     def compile(self, output: StructuredOutput) -> "CompiledGrammar":
         """The grammar of `output`, ready to be followed.
@@ -78,18 +80,19 @@ class GrammarCompiler:
         """
         field = FIELDS[type(output)]
         source = grammar_source(output, strips_leading_space=self._strips_leading_space)
-        self._try(source, field)
+        size = self._try(source, field)
         matcher = make_matcher(self._tokenizer, source)
         if matcher.is_error():
             raise _fault(field, matcher.get_error())
-        return CompiledGrammar(matcher, field, self._is_token, self._ends)
+        return CompiledGrammar(matcher, field, self._is_token, self._ends, size)
 
-    def _try(self, source: str, field: str) -> None:
-        """Raise UserError unless `source` compiles in the worker, within its limits."""
+    def _try(self, source: str, field: str) -> int:
+        """Bytes that `source` takes compiled. Raises UserError unless it compiles in the worker,
+        within its limits."""
         digest = hashlib.sha256(source.encode()).digest()
         # Asked without the lock: what is known does not wait for others' trials.
-        if digest in self._known:
-            return
+        if (size := self._known.get(digest)) is not None:
+            return size
         with self._lock:
             reply = self._running_worker().ask(json.dumps(source), TRIAL_SECONDS)
             if reply is None:
@@ -97,11 +100,14 @@ class GrammarCompiler:
                     f"{field}: too complex (compiling it takes more than {CPU_SECONDS} s, "
                     f"{MEMORY_BYTES >> 20} MiB or {STACK_BYTES >> 20} MiB of stack); simplify it"
                 )
-            if message := json.loads(reply):
+            message, size = json.loads(reply)
+            if message:
                 raise _fault(field, message)
+            size = size or BYTES_PER_CHARACTER * len(source)
             if len(self._known) == MAX_KNOWN:
                 del self._known[next(iter(self._known))]
-            self._known[digest] = None
+            self._known[digest] = size
+            return size
 
     def _running_worker(self) -> LineWorker:
         if self._worker is None or not self._worker.is_alive():
@@ -124,7 +130,10 @@ class CompiledGrammar(Constraint):
         field: str,
         is_token: Bool[Tensor, " vocab"],
         ends: frozenset[int],
+        num_bytes: int,
     ) -> None:
+        self.num_bytes = num_bytes
+        """What it took, with a few outputs begun, when it was tried."""
         self._matcher = matcher
         self._field = field
         self._is_token = is_token

@@ -1,4 +1,5 @@
-"""The process that tries grammars: a grammar a line in, what is wrong with it a line out.
+"""The process that tries grammars: a grammar a line in, what is wrong with it and the bytes that it
+takes a line out.
 
 Run as a script by grammar.py, which kills it when a grammar takes too long; grammar.py also uses
 the functions here, so that both processes do the same. Nothing of the package is imported here, so
@@ -9,6 +10,7 @@ gigabytes, and long chains of rules overflow the stack. What passes here, with l
 stack than the caller has, is safe to compile there.
 """
 
+import ctypes
 import json
 import os
 import random
@@ -17,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import llguidance
 
@@ -71,15 +74,17 @@ def make_matcher(tokenizer: llguidance.LLTokenizer, grammar: str) -> llguidance.
     return llguidance.LLMatcher(tokenizer, grammar, limits=limits, log_level=0)
 
 
-def trial(tokenizer: llguidance.LLTokenizer, grammar: str) -> str:
-    """What is wrong with `grammar`, found by compiling it and beginning some outputs; or "".
+def trial(tokenizer: llguidance.LLTokenizer, grammar: str) -> tuple[str, int]:
+    """What is wrong with `grammar`, found by compiling it and beginning some outputs, or ""; and
+    the bytes that all of these take.
 
     The outputs are the same every time: a grammar is refused always or never.
     """
+    before = used_bytes()
     start = make_matcher(tokenizer, grammar)
+    outputs = [start.deep_copy() for _ in range(TRIAL_OUTPUTS)]
     rng = random.Random(0)
-    for _ in range(TRIAL_OUTPUTS):
-        matcher = start.deep_copy()
+    for matcher in outputs:
         for _ in range(TRIAL_TOKENS):
             if matcher.is_error() or matcher.is_stopped():
                 break
@@ -88,8 +93,8 @@ def trial(tokenizer: llguidance.LLTokenizer, grammar: str) -> str:
                 break
             matcher.consume_token(token)
         if matcher.is_error():
-            return matcher.get_error() or "failed"
-    return ""
+            return matcher.get_error() or "failed", 0
+    return "", max(0, used_bytes() - before)
 
 
 def _draw(bits: bytes, ends: Sequence[int], rng: random.Random) -> int | None:
@@ -105,6 +110,26 @@ def _draw(bits: bytes, ends: Sequence[int], rng: random.Random) -> int | None:
     first = len(masked) - len(rest)
     chosen = rng.choice([bit for bit in range(8) if rest[0] >> bit & 1])
     return 8 * first + chosen
+
+
+class AllocatorFigures(ctypes.Structure):
+    """What glibc's mallinfo2 returns."""
+
+    _fields_: ClassVar = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks used free top".split()
+    ]
+
+
+def used_bytes() -> int:
+    """Bytes allocated in this process; 0 where the C library does not tell."""
+    try:
+        figures = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError, TypeError):
+        return 0
+    figures.restype = AllocatorFigures
+    found = figures()
+    return found.used + found.hblkhd
 
 
 def limit_memory() -> None:

@@ -53,7 +53,7 @@ def read_schema(text: str, field: str) -> dict[str, Any]:
     _check_values(schema, field)
     pointers: set[str] = set()
     references: list[tuple[str, object]] = []
-    for pointer, node in _subschemas(schema, field):
+    for pointer, node in subschemas(schema, field):
         pointers.add(pointer)
         _check_keywords(node, pointer, field)
         if "$ref" in node:
@@ -86,7 +86,7 @@ def _check_values(schema: dict[str, Any], field: str) -> None:
         )
 
 
-def _subschemas(schema: dict[str, Any], field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def subschemas(schema: dict[str, Any], field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every schema inside `schema` that may hold keywords, with its JSON pointer."""
     found: list[tuple[str, object]] = [("#", schema)]
     while found:

@@ -77,13 +77,13 @@ class MTPDrafter:
 
     @torch.inference_mode()
     def propose(
-        self, work: SequenceOf[Work], hidden: Tensor, depths: Mapping[Sequence, int]
+        self, parts: SequenceOf[tuple[Work, Tensor]], depths: Mapping[Sequence, int]
     ) -> None:
-        """Set drafts; `work`, `hidden` as in Speculator.propose, `depths` the drafts wanted."""
-        states = hidden.split([item.length for item in work])
+        """Set drafts; `parts` are the step's work with its hidden states, `depths` the drafts
+        wanted."""
         turns = [
             self._turn(item, part, depths.get(item.sequence, 0))
-            for item, part in zip(work, states, strict=True)
+            for item, part in parts
             if self._takes_part(item, depths)
         ]
         for module in range(self._num_modules):

@@ -20,11 +20,11 @@ class PagePool:
     becomes free. `allocate` takes free pages before it evicts cached ones, and says so to the
     listener.
 
-    What mutates: `allocate`, `retain`, `release`, `keep`, `evict_all`, `grow`. Not thread-safe:
-    only the engine's thread calls it. A page may be written only by a sequence that is its one
-    holder (`is_shared` is false) and, once it is kept, by nobody. A caller that breaks the contract
-    (releases a free page, allocates more than `num_available`) gets an AssertionError, under
-    `python -O` too, and the pool stays as it was.
+    What mutates: `allocate`, `retain`, `release`, `keep`, `unkeep`, `evict_all`, `grow`. Not
+    thread-safe: only the engine's thread calls it. A page may be written only by a sequence that is
+    its one holder (`is_shared` is false) and, once it is kept, by nobody. A caller that breaks the
+    contract (releases a free page, allocates more than `num_available`) gets an AssertionError,
+    under `python -O` too, and the pool stays as it was.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -120,6 +120,16 @@ class PagePool:
         if self._ref_counts[page] == 0 or self._is_kept[page]:
             raise AssertionError(f"page {page} is not in use, or kept already")
         self._is_kept[page] = True
+
+    def unkeep(self, page: int) -> None:
+        """Take `keep` back, which the listener asks for and is not told of: a cached page is free
+        at once, a used one when its last holder lets go."""
+        if not self._is_kept[page]:
+            raise AssertionError(f"page {page} is not kept")
+        self._is_kept[page] = False
+        if self._ref_counts[page] == 0:
+            del self._cached[page]
+            heapq.heappush(self._free, page)
 
     def evict_all(self) -> None:
         """Make every cached page free, the least recently released first."""

@@ -49,9 +49,9 @@ class PrefixCache:
     page is never given up before those that follow it, every cached page can be given up, and the
     indexed pages of a sequence are its leading ones.
 
-    What mutates: `match`, `insert`, `clear`, and the pool when it evicts. Not thread-safe: only
-    the engine's thread calls it. A pool has one PrefixCache at most. Indexed pages must not be
-    written; a sequence that continues after its whole pages writes into others.
+    What mutates: `match`, `insert`, `withdraw`, `clear`, and the pool when it evicts. Not
+    thread-safe: only the engine's thread calls it. A pool has one PrefixCache at most. Indexed
+    pages must not be written; a sequence that continues after its whole pages writes into others.
     """
 
     def __init__(self, pool: PagePool, *, page_size: int, digest: Digest | None = None) -> None:
@@ -129,6 +129,22 @@ class PrefixCache:
                 self._pool.release([pages[index]])
                 pages[index] = entry.page
             parent = entry
+
+    def withdraw(self, pages: Iterable[int]) -> None:
+        """Forget what is known of `pages`, whoever holds them, and of all pages that follow them:
+        their rows are not to be trusted. Takes time for every known page."""
+        doomed = [self._by_page[page] for page in pages if page in self._by_page]
+        if not doomed:
+            return
+        numbers = {entry.page for entry in doomed}
+        for entry in sorted(self._by_page.values(), key=_depth):
+            follows = entry.parent is not None and entry.parent.page in numbers
+            if follows and entry.page not in numbers:
+                doomed.append(entry)
+                numbers.add(entry.page)
+        for entry in sorted(doomed, key=_depth, reverse=True):
+            self._forget(entry.page)
+            self._pool.unkeep(entry.page)
 
     def clear(self) -> None:
         """Forget and free every cached page; pages in use stay known."""
@@ -213,6 +229,10 @@ class PrefixCache:
         """The last indexed page of a sequence must be what the caller says."""
         if (entry.salt, entry.tokens, entry.depth) != (salt, tokens, depth):
             raise AssertionError(f"page {entry.page} is known to hold other rows")
+
+
+def _depth(entry: Entry) -> int:
+    return entry.depth
 
 
 def _sha256(data: bytes) -> bytes:

@@ -23,7 +23,7 @@ class RequestOptions:
     """What a request asks of the engine besides its tokens."""
 
     priority: int = 0
-    """Lower values go first."""
+    """Lower values go first: see Scheduler."""
     deadline: float | None = None
     """Clock (time.perf_counter) in seconds at which what is unfinished ends."""
     salt: bytes = b""

@@ -5,6 +5,8 @@ sequences hold: taken from the pool and the prefix cache, given back when a sequ
 make room. What the tokens are is the engine's.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lowlat.attention.forms import Form
@@ -20,6 +22,8 @@ MIXED_TOKENS = 256
 """Tokens of prompts read in a step beside decoding, which waits for them: about as long as a step
 of eight decoding sequences takes on a CPU."""
 MAX_SEQUENCES = 128
+PRIORITY_SECONDS = 1.0
+"""Waiting so long outweighs one step of priority, so that nobody waits without end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +54,23 @@ class Scheduler:
 
     Half of it goes to the prompt that has waited longest, the rest to those that are nearest their
     end, so that a long prompt neither holds up short ones nor starves. Sequences are admitted by
-    priority, then by the service their client has had, then in order of arrival; a request waits
-    until all its n completions have room. When pages run out, the last in that order gives its own
-    back and is read again later; its tokens do not change by that.
+    the service their client has had, then in order of arrival; a request waits until all its n
+    completions have room. When pages run out, who came last gives its own back and is read again
+    later; its tokens do not change by that.
+
+    A request of priority p is treated as if it had come p times PRIORITY_SECONDS later. Above 0 it
+    lets all others pass; below 0 it passes those of its own client alone, and only while it waits:
+    no client can put itself before the others.
     """
 
     def __init__(
-        self, *, reader: Reader, pool: PagePool, prefix: PrefixCache | None, limits: Limits
+        self,
+        *,
+        reader: Reader,
+        pool: PagePool,
+        prefix: PrefixCache | None,
+        limits: Limits,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.reader = reader
         self.pool = pool
@@ -65,6 +79,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self._clock = clock
         self._fairness = Fairness()
         self._awaiting: set[Sequence] = set()
         """Those whose next page another is about to read."""
@@ -134,23 +149,32 @@ class Scheduler:
             self.prefix.insert(salt, sequence.tokens, forms, sequence.pages)
             sequence.num_indexed = full
 
+    def withdraw(self, sequence: Sequence) -> None:
+        """Let nobody find the rows that a sequence has read or written: one of them is at fault."""
+        if self.prefix is not None:
+            self.prefix.withdraw(sequence.pages)
+
     # --- admission -----------------------------------------------------------------------------
 
     def _admit(self) -> None:
         taken = sum(_room(sequence) for sequence in self.running)
+        now = self._clock()
         while self.waiting:
-            sequence = min(self.waiting, key=self._rank)
+            sequence = min(self.waiting, key=lambda sequence: self._rank(sequence, now))
             taken += _room(sequence)
             if taken > self.limits.max_sequences or not self._take_pages(sequence):
                 return
             self.waiting.remove(sequence)
             self.running.append(sequence)
 
-    def _rank(self, sequence: Sequence) -> tuple[int, bool, int, float, int]:
-        options = sequence.request.options
-        service = self._fairness.service(options.salt)
+    def _rank(self, sequence: Sequence, now: float) -> tuple[int, bool, int, float, int]:
+        request = sequence.request
+        waited = int((now - request.arrived_at) / PRIORITY_SECONDS)
+        gives_way = max(0, request.options.priority - waited)
+        service = self._fairness.service(request.options.salt)
+        place = request.arrived_at + PRIORITY_SECONDS * request.options.priority
         # Who had to make room comes back first, or work done twice would be done three times.
-        return (options.priority, not sequence.was_preempted, service, *_order(sequence)[1:])
+        return (gives_way, not sequence.was_preempted, service, place, sequence.index)
 
     def _take_pages(self, sequence: Sequence) -> bool:
         """Give a waiting sequence what the prefix cache has of it, if the pool has room for all
@@ -308,13 +332,15 @@ class Scheduler:
         return count <= self.pool.num_available
 
 
-def _order(sequence: Sequence) -> tuple[int, float, int]:
+def _order(sequence: Sequence) -> tuple[float, int]:
+    """Of those that run, of all clients."""
     request = sequence.request
-    return (request.options.priority, request.arrived_at, sequence.index)
+    late = PRIORITY_SECONDS * max(0, request.options.priority)
+    return (request.arrived_at + late, sequence.index)
 
 
 def _remaining(sequence: Sequence) -> tuple[int, float, int]:
-    return (sequence.num_pending, *_order(sequence)[1:])
+    return (sequence.num_pending, *_order(sequence))
 
 
 def _room(sequence: Sequence) -> int:

@@ -2,9 +2,10 @@
 
 Owns where drafts come from (the checkpoint's MTP modules, or what followed the same tokens before)
 and how many are worth verifying. Verifying is the engine's, and exact: a draft is kept where it is
-the token that the model draws anyway.
+the token that the model draws anyway. So a sequence that no drafts can be made for goes on without.
 """
 
+import logging
 import time
 import weakref
 from collections.abc import Sequence as SequenceOf
@@ -18,6 +19,8 @@ from lowlat.engine.request import Sequence
 from lowlat.engine.runner import Runner
 from lowlat.engine.scheduler import Work
 
+logger = logging.getLogger(__name__)
+
 
 class Speculator:
     """Drafts for all sequences of an engine."""
@@ -30,16 +33,41 @@ class Speculator:
         self._lookups: weakref.WeakKeyDictionary[Sequence, PromptLookup] = (
             weakref.WeakKeyDictionary()
         )
+        self._given_up: weakref.WeakSet[Sequence] = weakref.WeakSet()
 
-    def propose(self, work: SequenceOf[Work], hidden: Tensor | None) -> None:
+    def propose(self, work: SequenceOf[Work], hidden: Tensor) -> None:
         """Set the drafts of the sequences that have just been part of a step.
 
         `work` is what the step was, `hidden` [tokens, hidden] the final hidden states of its
-        tokens.
+        tokens. Where that fails, each sequence is tried alone; one that fails gets no drafts from
+        then on.
         """
+        states = hidden.split([item.length for item in work])
+        parts = [
+            (item, part)
+            for item, part in zip(work, states, strict=True)
+            if item.sequence not in self._given_up
+        ]
+        try:
+            self._propose(parts)
+        except Exception as error:
+            logger.warning("drafts for %d sequences could not be made: %r", len(parts), error)
+            for item, part in parts:
+                self._propose_alone(item, part)
+
+    def _propose_alone(self, item: Work, hidden: Tensor) -> None:
+        item.sequence.drafts = []
+        try:
+            self._propose([(item, hidden)])
+        except Exception:
+            logger.exception("request %d goes on without drafts", item.sequence.request.id)
+            self._given_up.add(item.sequence)
+
+    def _propose(self, parts: SequenceOf[tuple[Work, Tensor]]) -> None:
+        """Set drafts; each part of the step comes with its hidden states."""
         decoding = [
             item.sequence
-            for item in work
+            for item, _ in parts
             if item.sequence.finish_reason is None
             and item.sequence.pages
             and not item.sequence.is_reading
@@ -47,9 +75,8 @@ class Speculator:
         depths = self.depth.choose({s: _most_drafts(s) for s in decoding})
         self._drafting_seconds = 0.0
         if self._mtp is not None:
-            assert hidden is not None
             started = time.perf_counter()
-            self._mtp.propose(work, hidden, depths)
+            self._mtp.propose(parts, depths)
             self._drafting_seconds = time.perf_counter() - started
             if total := sum(depths.values()):
                 self.depth.drafted(total, self._drafting_seconds)

@@ -41,7 +41,11 @@ def make_services(bridge: Bridge, config: ServeConfig) -> Services:
         bridge=bridge,
         config=config,
         workers=WorkPool(threads=config.workers, max_waiting=config.max_waiting_work),
-        grammars=Grammars(bridge.model, max_waiting=config.max_waiting_grammars),
+        grammars=Grammars(
+            bridge.model,
+            max_waiting=config.max_waiting_grammars,
+            max_bytes=config.max_grammar_bytes,
+        ),
         started_at=int(time.time()),
     )
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 from lowlat.engine.grammar import CompiledGrammar
 from lowlat.engine.params import SamplingParams
+from lowlat.engine.structured import StructuredOutput
 from lowlat.serve.errors import GenerationFailed
 from lowlat.serve.generation import Delta, Draining, Generation
 from lowlat.serve.protocol.failure import RequestError
@@ -57,6 +58,10 @@ class Call:
         if not limits:
             return None
         return max(0.0, min(limits) - (time.perf_counter() - self._arrived_at))
+
+    async def compile(self, output: StructuredOutput, *, param: str) -> CompiledGrammar:
+        """The grammar of what the request's field `param` asks for; raises what `Grammars` do."""
+        return await self.services.grammars.compile(output, param=param, salt=self._salt)
 
     async def submit(
         self,

@@ -166,16 +166,16 @@ def _forced_calls(
     several = request.parallel_tool_calls is not False and not isinstance(choice, NamedTool)
     if not (required or has_form or is_strict or not several):
         return None
-    if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if tool.function.name == choice.function.name]
     functions = [
         CallableFunction(
             name=tool.function.name,
             schema={"type": "object", **_schema(tool.function)}
             if required or tool.function.strict
             else {"type": "object"},
+            place=f"tools[{index}].function.parameters",
         )
-        for tool in tools
+        for index, tool in enumerate(tools)
+        if not isinstance(choice, NamedTool) or tool.function.name == choice.function.name
     ]
     return ForcedCalls(
         format=dialect.tools, functions=functions, several=several, required=required

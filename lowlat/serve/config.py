@@ -45,6 +45,8 @@ class ServeConfig:
     """Pieces of such work that may wait for a thread; 429 above."""
     max_waiting_grammars: int = 32
     """Grammars that may wait to be compiled, one after the other; 429 above."""
+    max_grammar_bytes: int = 2**30
+    """Memory of the grammars of requests under way, half of it for one key; 429 above."""
     header_seconds: int | float = 10.0
     """A connection must send a request's line and headers within this time."""
     body_seconds: int | float = 30.0
@@ -68,6 +70,7 @@ class ServeConfig:
         _check_range("workers", self.workers, 1, 64)
         _check_range("max_waiting_work", self.max_waiting_work, 1, 100_000)
         _check_range("max_waiting_grammars", self.max_waiting_grammars, 1, 100_000)
+        _check_range("max_grammar_bytes", self.max_grammar_bytes, 2**20, 2**40)
         _check_range("keep_alive_seconds", self.keep_alive_seconds, 1, 3600)
         for name in ("header_seconds", "body_seconds", "send_seconds", "ping_seconds"):
             _check_range(name, getattr(self, name), 0.01, 3600.0)

@@ -1,40 +1,109 @@
 """Grammars: the one compiler of a server, made when the first request needs it.
 
-Owns its thread, apart from those of other work: grammars that take long delay one another alone.
-Compiling and its limits are `engine.grammar`'s.
+Owns its thread, apart from those of other work: grammars that take long delay one another alone;
+and how much memory the grammars of requests under way may take, together and of one key. Compiling
+and the limits of one grammar are `engine.grammar`'s.
 """
+
+import threading
+import weakref
+from collections import Counter, deque
 
 from lowlat.engine.grammar import CompiledGrammar, GrammarCompiler
 from lowlat.engine.llm import Model
 from lowlat.engine.structured import StructuredOutput
+from lowlat.serve.generation import Overloaded
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.workers import WorkPool
 from lowlat.utils.errors import UserError
 
+LEAST_BYTES = 1 << 20
+"""What every grammar counts as, at least: it grows while outputs are followed."""
+GROWTH = 4
+"""Times what a grammar took when it was tried with a few tokens."""
+
 
 class Grammars:
-    """Compiles structured outputs for `model`; at most `max_waiting` wait for their turn."""
+    """Compiles structured outputs for `model`; at most `max_waiting` wait for their turn.
 
-    def __init__(self, model: Model, *, max_waiting: int) -> None:
+    What was compiled counts for as long as it is referred to, up to `max_bytes`.
+    """
+
+    def __init__(self, model: Model, *, max_waiting: int, max_bytes: int) -> None:
         self._model = model
         self._worker = WorkPool(threads=1, max_waiting=max_waiting)
         self._compiler: GrammarCompiler | None = None
+        self._held = HeldBytes(max_bytes)
 
-    async def compile(self, output: StructuredOutput, *, param: str) -> CompiledGrammar:
-        """The grammar of `output`. Raises RequestError for the request's field `param`, Overloaded
-        where too many wait.
+    async def compile(
+        self, output: StructuredOutput, *, param: str, salt: bytes = b""
+    ) -> CompiledGrammar:
+        """The grammar of `output`, for the key with `salt`. Raises RequestError for the request's
+        field `param`, Overloaded where too many wait or too much is held.
         """
         try:
-            return await self._worker.run(self._compile, output)
+            return await self._worker.run(self._compile, output, salt)
         except UserError as error:
             raise RequestError(f"{param}: {error}", param=param) from error
+
+    @property
+    def held_bytes(self) -> int:
+        """What the grammars that are referred to count as."""
+        return self._held.total()
 
     def close(self) -> None:
         """End the thread."""
         self._worker.close()
 
-    def _compile(self, output: StructuredOutput) -> CompiledGrammar:
+    def _compile(self, output: StructuredOutput, salt: bytes) -> CompiledGrammar:
+        self._held.check(salt, LEAST_BYTES)
         # Reads the whole vocabulary, which takes a second for a large one.
         if self._compiler is None:
             self._compiler = GrammarCompiler(self._model.tokenizer, self._model.config.vocab_size)
-        return self._compiler.compile(output)
+        grammar = self._compiler.compile(output)
+        self._held.hold(salt, grammar, max(LEAST_BYTES, GROWTH * grammar.num_bytes))
+        return grammar
+
+
+class HeldBytes:
+    """Bytes that living objects count for, together at most `most`; of one key at most half of it,
+    so that no key leaves nothing to the others. Safe to use from several threads."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._by_salt: Counter[bytes] = Counter()
+        # An object may end in any thread, also in one that holds the lock.
+        self._ended: deque[tuple[bytes, int]] = deque()
+
+    def check(self, salt: bytes, size: int) -> None:
+        """Raise Overloaded unless there is room for `size` bytes more of the key with `salt`."""
+        with self._lock:
+            self._settle()
+            self._check(salt, size)
+
+    def hold(self, salt: bytes, thing: object, size: int) -> None:
+        """Count `size` bytes until `thing` ends. Raises Overloaded, counting nothing."""
+        with self._lock:
+            self._settle()
+            self._check(salt, size)
+            self._by_salt[salt] += size
+        weakref.finalize(thing, self._ended.append, (salt, size)).atexit = False
+
+    def total(self) -> int:
+        """Bytes that count."""
+        with self._lock:
+            self._settle()
+            return self._by_salt.total()
+
+    def _check(self, salt: bytes, size: int) -> None:
+        own = self._most // 2 if salt else self._most
+        if self._by_salt[salt] + size > own or self._by_salt.total() + size > self._most:
+            raise Overloaded(retry_after=1)
+
+    def _settle(self) -> None:
+        while self._ended:
+            salt, size = self._ended.popleft()
+            self._by_salt[salt] -= size
+            if self._by_salt[salt] == 0:
+                del self._by_salt[salt]

@@ -37,7 +37,7 @@ MAX_METADATA_VALUE = 512
 """Characters of one value of metadata."""
 MAX_TEMPLATE_VARIABLES = 16
 """Variables a request may pass to the chat template."""
-MAX_PRIORITY = 1000
+MAX_PRIORITY = 100
 """Priorities run from minus this to this."""
 MAX_DEADLINE_SECONDS = 24 * 3600.0
 """Longest deadline a request may set."""

@@ -35,7 +35,7 @@ async def submit_chat(call: Call, request: ChatRequest) -> PreparedChat:
         param = call.form_field = _form_field(request)
         with _limits_named(request):
             services.bridge.check(prepared.ids, prepared.params)
-        grammar = await services.grammars.compile(prepared.structured, param=param)
+        grammar = await call.compile(prepared.structured, param=param)
     with _limits_named(request):
         await call.submit(
             prepared.ids,

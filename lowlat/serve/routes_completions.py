@@ -31,7 +31,7 @@ async def create_completion(call: Call, request: CompletionRequest) -> Response:
     grammar = None
     if request.structured_outputs is not None:
         output = _form(request.structured_outputs)
-        grammar = await services.grammars.compile(output, param="structured_outputs")
+        grammar = await call.compile(output, param="structured_outputs")
     for ids, _ in prompts:
         await call.submit(
             ids,

@@ -19,6 +19,8 @@ _FIELDS = {
     "prompt": "input",
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
+    # The same field, whose functions have another form.
+    "tools": "tools",
 }
 """A chat's fields, and what they are in this API."""
 

@@ -107,10 +107,19 @@ def test_each_is_refused_by_name(server: Server, table: str) -> None:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_each_is_refused_where_arguments_are_objects(tagged: Server, table: str) -> None:
-    # Where calls are no JSON, the keywords of a whole function's schema are not asked for.
     cases = (case for case in TABLES[table]() if not case.name.startswith("forced tool"))
     found = list(faults(tagged, cases))
     assert not found, "\n".join(found)
+
+
+def test_forced_calls_are_refused_where_arguments_are_texts(tagged: Server) -> None:
+    """Holds shut: keywords of a whole function's schema that nothing would hold the calls to."""
+    cases = [case for case in forms() if case.name.startswith("forced tool")]
+    assert len(cases) > 10
+    for case in cases:
+        reply = exchange(tagged.port, case.make())
+        assert reply.status == 400, case.name
+        assert reply.error["param"].startswith("tools[0].function.parameters"), reply
 
 
 def test_nothing_is_fetched(server: Server) -> None:

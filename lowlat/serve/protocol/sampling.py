@@ -69,7 +69,7 @@ class SamplingRequest(StrictModel):
     user: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
     """An annotation, without effect."""
     priority: Annotated[int, Field(ge=-limits.MAX_PRIORITY, le=limits.MAX_PRIORITY)] | None = None
-    """Lower values are served first. Default 0."""
+    """Lower values are served first, each as if it had come a second earlier. Default 0."""
     deadline_seconds: Annotated[float, Field(gt=0.0, le=limits.MAX_DEADLINE_SECONDS)] | None = None
     """Give up after this long with status 408."""
 

@@ -44,7 +44,7 @@ def _failure(item: ErrorDetails, path: Path) -> RequestError:
         message = f"{name} must be one of {context['expected_tags']}, got {context['tag']!r}"
     else:
         message = f"{name}: {item['msg'][:1].lower()}{item['msg'][1:]}"
-    return RequestError(_one_line(message, MAX_MESSAGE), param=_one_line(name, MAX_PARAM))
+    return RequestError(one_line(message, MAX_MESSAGE), param=one_line(name, MAX_PARAM))
 
 
 def _rank(item: ErrorDetails, path: Path) -> tuple[int, int]:
@@ -94,6 +94,6 @@ def _spell(path: Path) -> str:
     return text.removeprefix(".")
 
 
-def _one_line(text: str, length: int) -> str:
+def one_line(text: str, length: int) -> str:
     line = "".join(char if char.isprintable() else "?" for char in text[: length + 1])
     return line if len(line) <= length else line[: length - 3] + "..."

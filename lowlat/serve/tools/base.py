@@ -21,6 +21,8 @@ class Function:
     name: str
     schema: Mapping[str, Any]
     """JSON schema of the arguments, which is an object's."""
+    place: str = "tools"
+    """Where it stands in the request, for what is said about it."""
 
 
 class ToolFormat(ABC):

@@ -54,6 +54,9 @@ class Lark:
             return item
         return self.rule(f"{item} ({self.sequence(*between, item)})*")
 
+    def any_number(self, item: Rule) -> Rule:
+        return self.rule(f"({item})*")
+
     def optional(self, item: Rule) -> Rule:
         return self.rule(f"({item})?")
 
@@ -73,16 +76,26 @@ class Lark:
 
     def text_without(self, *literals: str) -> Rule:
         """Any text in which none of `literals` occurs."""
-        banned = "|".join(_escaped(literal) for literal in literals)
+        banned = "|".join(escaped(literal) for literal in literals)
         return self.pattern(f"/(.|\\n)*/ & ~/(.|\\n)*({banned})(.|\\n)*/")
 
     def text_until(self, end: str) -> Rule:
         """Any text, and the first `end` in it as its last part."""
         if end in self._tokens:
             return self.sequence(self.text_without(end), end)
+        return self._with_suffix("/(.|\\n)*/", end)
+
+    def matching_until(self, regex: str, end: str) -> Rule:
+        """Text that matches `regex`, to the first `end` after which it does, and that `end`."""
+        spelt = self._with_suffix(regex, end)
+        if end not in self._tokens:
+            return spelt
+        return self.choice([spelt, self.sequence(self.pattern(regex), end)])
+
+    def _with_suffix(self, regex: str, end: str) -> Rule:
         # A terminal that could go on past the first letter of `end` would do so.
         name = f"r{len(self._rules)}"
-        self._rules.append(f"{name}[suffix={self.quoted(end)}]: /(.|\\n)*/")
+        self._rules.append(f"{name}[suffix={self.quoted(end)}]: {regex}")
         return Rule(name)
 
     def text(self, start: Rule) -> str:
@@ -90,7 +103,7 @@ class Lark:
         return "\n".join([f"start: {start}", *self._rules]) + "\n"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """`text` as a regular expression between slashes."""
     return re.sub(r"([.+*?()|\[\]{}^$/\\&~#-])", r"\\\1", text).replace("\n", "\\n")
 

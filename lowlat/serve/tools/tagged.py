@@ -4,22 +4,42 @@ Whether "5" is text or a number is then in the function's schema alone.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import ClassVar
 
+from lowlat.serve.tools.arguments import (
+    Argument,
+    Arguments,
+    Text,
+    argument_schema,
+    fault,
+    is_free,
+    json_schema,
+    kind_of,
+    kinds,
+    read_arguments,
+    read_texts,
+)
 from lowlat.serve.tools.base import Function, ToolFormat
 from lowlat.serve.tools.calls import Calls
-from lowlat.serve.tools.lark import Lark, Rule
+from lowlat.serve.tools.lark import Lark, Rule, escaped
 from lowlat.serve.tools.reader import Malformed, Steps
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MAX_NAME = 256
 MAX_VALUE = 1 << 20
-KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
+NAME = "[^<>\\s]{1,64}"
+"""Names of arguments that no schema lists."""
 
 
 class _Tagged(ToolFormat):
     opening = OPEN
+    key_end: ClassVar[str]
+    """What ends the name of an argument."""
+    value_end: ClassVar[str]
+    """What ends its value."""
+    before_end: ClassVar[str] = ""
+    """What stands between the two."""
 
     def read(self, calls: Calls) -> Steps[None]:
         while (opening := (yield from calls.content_until(OPEN))) is not None:
@@ -42,7 +62,7 @@ class _Tagged(ToolFormat):
             if argument is None:
                 break
             key, raw = argument
-            value = to_json(raw, _property(schema, key))
+            value = to_json(raw, kinds(*argument_schema(schema, key)))
             calls.arguments(f"{comma}{json.dumps(key, ensure_ascii=False)}: {value}")
             comma = ", "
         calls.arguments("{}" if comma == "{" else "}")
@@ -54,7 +74,62 @@ class _Tagged(ToolFormat):
         return grammar.repeated(call, between=("\n", OPEN), several=several)
 
     def _body(self, grammar: Lark, function: Function) -> Rule:
+        """The name and the arguments of a call."""
         raise NotImplementedError
+
+    def _pairs(self, grammar: Lark, function: Function) -> list[Rule]:
+        """The arguments of a call: those that are listed in their order, then any others."""
+        arguments = read_arguments(function.schema, function.place)
+        pairs: list[Rule] = []
+        for argument in arguments.listed:
+            self._check_name(argument)
+            key = grammar.sequence(grammar.quoted(argument.name), self.key_end)
+            pair = self._pair(grammar, key, self._value(grammar, argument, arguments))
+            pairs.append(pair if argument.is_required else grammar.optional(pair))
+        if arguments.others is not None:
+            listed = "|".join(escaped(argument.name) for argument in arguments.listed)
+            but = f" & ~/{listed}/" if listed else ""
+            key = grammar.matching_until(f"/{NAME}/{but}", self.key_end)
+            value = self._value(grammar, arguments.others, arguments)
+            pairs.append(grammar.any_number(self._pair(grammar, key, value)))
+        return pairs
+
+    def _check_name(self, argument: Argument) -> None:
+        """Raise RequestError for a name that would be read back as another."""
+        name = argument.name
+        if name.strip() != name or self.key_end in name or not 0 < len(name) <= MAX_NAME:
+            raise fault(argument.place, "this model's format of calls cannot write the name")
+
+    def _pair(self, grammar: Lark, key: Rule, value: Rule) -> Rule:
+        """One argument: `key` to its end, `value` to its end, and what stands around them."""
+        raise NotImplementedError
+
+    def _value(self, grammar: Lark, argument: Argument, arguments: Arguments) -> Rule:
+        """A value and its end: JSON, or text that does not hold the end."""
+        schema, root = argument.schema, arguments.root
+        if is_free(schema):
+            return grammar.text_until(self.value_end)
+        if kinds(schema, root) != {"string"}:
+            value = grammar.json(json_schema(schema, root))
+            return grammar.sequence(value, self.before_end, self.value_end)
+        return self._text(grammar, read_texts(schema, root, argument.place), argument.place)
+
+    def _text(self, grammar: Lark, texts: Sequence[Text], place: str) -> Rule:
+        """One of `texts` and its end."""
+        options = [option for text in texts for option in text.options or ()]
+        if any(self.value_end in option for option in options):
+            raise fault(place, f"no text may hold {self.value_end}; leave it out")
+        free = [text for text in texts if text.options is None]
+        if not free:
+            rule = grammar.choice([grammar.quoted(option) for option in options])
+            return grammar.sequence(rule, self.before_end, self.value_end)
+        if any(text.shortest == 0 and text.longest is None for text in free):
+            return grammar.text_until(self.value_end)
+        # One terminal: of several, the one that can go on longest would be taken.
+        before = escaped(self.before_end)
+        regexes = [f"{escaped(option)}{before}" for option in options]
+        regexes += [f"{lengths(text)}({before})?" for text in free]
+        return grammar.matching_until(f"/{'|'.join(regexes)}/", self.value_end)
 
     def _read_name(self, calls: Calls) -> Steps[str]:
         raise NotImplementedError
@@ -70,6 +145,7 @@ class Glm(_Tagged):
     """<tool_call>name, then <arg_key> and <arg_value> for each argument."""
 
     markers = (OPEN, CLOSE, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+    key_end, value_end = "</arg_key>", "</arg_value>"
 
     def _read_name(self, calls: Calls) -> Steps[str]:
         name = yield from calls.reader.read_before("<", limit=MAX_NAME)
@@ -92,18 +168,17 @@ class Glm(_Tagged):
         yield from calls.reader.accept_after_space(CLOSE)
 
     def _body(self, grammar: Lark, function: Function) -> Rule:
-        pairs: list[str] = []
-        for key, schema, is_required in properties(function.schema):
-            tags = "<arg_key>", grammar.quoted(key), "</arg_key>", "\n", "<arg_value>"
-            pair = grammar.sequence(*tags, value_rule(grammar, schema, "</arg_value>"), "\n")
-            pairs.append(pair if is_required else grammar.optional(pair))
-        return grammar.sequence(function.name + "\n", *pairs)
+        return grammar.sequence(function.name + "\n", *self._pairs(grammar, function))
+
+    def _pair(self, grammar: Lark, key: Rule, value: Rule) -> Rule:
+        return grammar.sequence("<arg_key>", key, "\n", "<arg_value>", value, "\n")
 
 
 class QwenCoder(_Tagged):
     """<function=name> inside <tool_call>, then <parameter=key> for each argument."""
 
     markers = (OPEN, CLOSE)
+    key_end, value_end, before_end = ">", "</parameter>", "\n"
 
     def _read_name(self, calls: Calls) -> Steps[str]:
         yield from calls.reader.skip_space()
@@ -122,60 +197,43 @@ class QwenCoder(_Tagged):
         yield from calls.reader.accept_after_space(CLOSE)
 
     def _body(self, grammar: Lark, function: Function) -> Rule:
-        pairs: list[str] = []
-        for key, schema, is_required in properties(function.schema):
-            value = value_rule(grammar, schema, "</parameter>", before_end="\n")
-            pair = grammar.sequence(f"<parameter={key}>\n", value, "\n")
-            pairs.append(pair if is_required else grammar.optional(pair))
+        pairs = self._pairs(grammar, function)
         return grammar.sequence(f"\n<function={function.name}>\n", *pairs, "</function>\n")
 
+    def _pair(self, grammar: Lark, key: Rule, value: Rule) -> Rule:
+        return grammar.sequence("<parameter=", key, "\n", value, "\n")
 
-def to_json(raw: str, schema: Mapping[str, Any]) -> str:
-    """JSON text for `raw`, as the model wrote it: by `schema`, else by what it looks like."""
-    kinds = set(_kinds(schema))
+
+def lengths(text: Text) -> str:
+    """A regular expression of the texts of these lengths.
+
+    It has no tag begin before the shortest length is reached, where reading would cut the text, nor
+    a line end reach it, which may be what stands before the tag. A ban of the tag itself would take
+    a state of the lexer for every pair of places.
+    """
+    least, most = text.shortest, text.longest
+    if least == 0:
+        return _any(0, most)
+    begin = f"[^<]{{{least - 1}}}"
+    options = [f"[^<\\n]{_any(least, most)}"]
+    if most != least:
+        options.append(f"<[^\\/]{_any(least + 1, most)}")
+    return f"{begin}({'|'.join(options)})"
+
+
+def _any(done: int, most: int | None) -> str:
+    """What may follow `done` characters of at most `most`."""
+    return f"(.|\\n){{0,{'' if most is None else most - done}}}"
+
+
+def to_json(raw: str, allowed: Collection[str]) -> str:
+    """JSON text for `raw`, as the model wrote it: of an `allowed` type, else as it looks."""
     try:
         value = json.loads(raw)
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         return json.dumps(raw, ensure_ascii=False)
-    kind = KINDS.get(type(value), "array" if isinstance(value, list) else "object")
-    fits = kind in kinds or (kind == "integer" and "number" in kinds)
-    if fits and kind != "string":
-        return raw.strip()
-    if "string" in kinds:
+    # Where a value may only be text, all of it is text.
+    if "string" in allowed and (len(allowed) == 1 or kind_of(value) not in allowed):
         return json.dumps(raw, ensure_ascii=False)
     return raw.strip()
-
-
-def _kinds(schema: Mapping[str, Any]) -> Iterator[str]:
-    """The types that `schema` allows, as far as it says so."""
-    declared = schema.get("type", [])
-    yield from [declared] if isinstance(declared, str) else declared
-    for value in [*schema.get("enum", []), *([schema["const"]] if "const" in schema else [])]:
-        yield KINDS.get(type(value), "array" if isinstance(value, list) else "object")
-    for option in [*schema.get("anyOf", []), *schema.get("oneOf", [])]:
-        if isinstance(option, Mapping):
-            yield from _kinds(option)
-
-
-def _property(schema: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found = schema.get("properties", {}).get(key, {})
-    return found if isinstance(found, Mapping) else {}
-
-
-def properties(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
-    """Name, schema and whether it is required, of every property of the object in `schema`."""
-    shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
-    required = schema.get("required", [])
-    for key in schema.get("properties", {}):
-        yield key, {**shared, **_property(schema, key)}, key in required
-
-
-def value_rule(grammar: Lark, schema: Mapping[str, Any], end: str, *, before_end: str = "") -> Rule:
-    """A value and `end`: JSON, or text that does not hold `end`; `before_end` stands between."""
-    if set(_kinds(schema)) != {"string"}:
-        return grammar.sequence(grammar.json(schema), before_end, end)
-    if options := [value for value in schema.get("enum", []) if isinstance(value, str)]:
-        texts = grammar.choice([grammar.quoted(value) for value in options])
-        return grammar.sequence(texts, before_end, end)
-    return grammar.text_until(end)

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import ScriptedModel, byte_tokenizer, gqa_config
+from fakes import ScriptedModel, byte_tokenizer, gqa_config, mla_config, tiny_model
 
+from lowlat.config.model import ModelConfig
 from lowlat.engine.engine import Engine
 from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
@@ -13,7 +14,7 @@ from lowlat.engine.request import Chunk, RequestOptions
 from lowlat.engine.runner import Runner
 from lowlat.utils.errors import UserError
 
-from .test_engine import counting_engine, run
+from .test_engine import counting_engine, engine_for, run
 
 POISON = 200
 
@@ -97,3 +98,78 @@ def test_sequences_that_fail_only_together_go_on(monkeypatch: pytest.MonkeyPatch
     expected = ask(counting_engine())
     monkeypatch.setattr(Runner, "step", broken)
     assert ask(counting_engine()) == expected
+
+
+# Rows that are not finite
+
+PROMPT = [(i * 37) % 200 for i in range(23)]
+
+
+def plant_nan(monkeypatch: pytest.MonkeyPatch, engine: Engine, number: int) -> None:
+    """Let step `number` of the engine compute with an embedding of NaN."""
+    step, done = engine.runner.step, []
+
+    def planted(chunks: list[Chunk]) -> Any:
+        done.append(chunks)
+        if len(done) != number:
+            return step(chunks)
+        weight = engine.runner.model.embed_tokens.weight
+        row = weight.data[chunks[0].tokens[0]].clone()
+        weight.data[chunks[0].tokens[0]] = float("nan")
+        try:
+            return step(chunks)
+        finally:
+            weight.data[chunks[0].tokens[0]] = row
+
+    monkeypatch.setattr(engine.runner, "step", planted)
+
+
+def tokens_of(engine: Engine, prompt: list[int]) -> list[int | None]:
+    request = engine.add(prompt, SamplingParams(max_tokens=9))
+    return [event.token for event in run(engine)[request.id, 0]]
+
+
+@pytest.mark.parametrize("config", [gqa_config(), mla_config()], ids=["gqa", "mla"])
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+def test_rows_of_a_request_that_failed_are_not_found(
+    monkeypatch: pytest.MonkeyPatch, config: ModelConfig, number: int
+) -> None:
+    """Holds shut: one NaN that ends every request with the same beginning, through the cache."""
+    options: dict[str, Any] = {"page_size": 4, "prefill_chunk": 8, "speculates": False}
+    engine = engine_for(tiny_model(config), **options)
+    expected = tokens_of(engine_for(engine.runner.model, **options), PROMPT)
+    plant_nan(monkeypatch, engine, number)
+    bad = engine.add(PROMPT, SamplingParams(max_tokens=9))
+    events = run(engine)[bad.id, 0]
+    assert events[-1].finish_reason == "error" and len(events) == max(1, number - 2)
+    good = engine.add(PROMPT, SamplingParams(max_tokens=9))
+    assert [event.token for event in run(engine)[good.id, 0]] == expected
+    assert good.num_matched == 0
+
+
+def test_who_waits_for_rows_of_a_request_that_fails_reads_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Holds shut: rows that are offered before anybody has looked whether they are numbers."""
+    options: dict[str, Any] = {"page_size": 4, "prefill_chunk": 8, "speculates": False}
+    engine = engine_for(tiny_model(gqa_config()), **options)
+    expected = tokens_of(engine_for(engine.runner.model, **options), PROMPT)
+    plant_nan(monkeypatch, engine, 1)
+    bad, good = (engine.add(PROMPT, SamplingParams(max_tokens=9)) for _ in range(2))
+    events = run(engine)
+    assert [event.finish_reason for event in events[bad.id, 0]] == ["error"]
+    assert [event.token for event in events[good.id, 0]] == expected
+
+
+def test_a_row_that_is_spoilt_in_the_cache_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was finite when it was computed, so that others have found it by then."""
+    options: dict[str, Any] = {"page_size": 4, "prefill_chunk": 8, "speculates": False}
+    engine = engine_for(tiny_model(gqa_config()), **options)
+    expected = tokens_of(engine, PROMPT)
+    assert engine.prefix is not None
+    known = len(engine.prefix)
+    for rows in engine.runner.cache.layers:
+        rows[0] = float("nan")
+    assert tokens_of(engine, PROMPT)[-1] is None
+    assert known > 0 and len(engine.prefix) == 0
+    assert tokens_of(engine, PROMPT) == expected

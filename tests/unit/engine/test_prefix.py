@@ -268,6 +268,27 @@ def test_clear_frees_cached_pages_and_leaves_those_in_use() -> None:
 # The contract
 
 
+def test_what_is_withdrawn_is_forgotten_with_all_that_follows_it() -> None:
+    """Held or not: a cached page is free at once, a used one when its holder lets go."""
+    pool, cache = cache_for(12)
+    ended = put(pool, cache, LONG)
+    going = cache.match(SALT, LONG, ["stream"] * 2)
+    going += pool.allocate(1)
+    branch = [*LONG[:6], 7, 7, 7]
+    cache.insert(SALT, branch, ["stream"] * 3, going)
+    other = put(pool, cache, [1, 2, 3])
+    pool.release(ended)
+    cache.withdraw([ended[1], 11])
+    cache.check_integrity([going, other])
+    assert found(pool, cache, LONG) == found(pool, cache, branch) == ended[:1]
+    assert found(pool, cache, [1, 2, 3]) == other
+    assert (pool.num_used, pool.num_cached, cache.evictions) == (4, 0, 4)
+    # Who computed on them and got on makes them known again.
+    cache.insert(SALT, branch, ["stream"] * 3, going)
+    assert found(pool, cache, branch) == going
+    cache.check_integrity([going, other])
+
+
 def test_breaking_the_contract_is_noticed() -> None:
     pool, cache = cache_for()
     pages = put(pool, cache, LONG)

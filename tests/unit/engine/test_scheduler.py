@@ -1,5 +1,7 @@
 """The scheduler alone: who runs, in which order, on which pages. No tensors."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +19,12 @@ PAGE = 4
 
 
 def scheduler_for(
-    *, pages: int = 1000, chunk: int = 100, has_prefix_cache: bool = True, **limits: Any
+    *,
+    pages: int = 1000,
+    chunk: int = 100,
+    has_prefix_cache: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+    **limits: Any,
 ) -> Scheduler:
     pool = PagePool(pages)
     return Scheduler(
@@ -25,6 +32,7 @@ def scheduler_for(
         pool=pool,
         prefix=PrefixCache(pool, page_size=PAGE) if has_prefix_cache else None,
         limits=Limits(max_pages=pages, **limits),
+        clock=clock,
     )
 
 
@@ -133,6 +141,48 @@ def test_lower_priority_values_are_admitted_first() -> None:
     scheduler.add(late)
     scheduler.add(early)
     assert step(scheduler) == {early: 3}
+
+
+def test_who_gives_way_is_passed_for_so_many_seconds_only() -> None:
+    """Holds shut: a request of low priority that waits for ever while others come."""
+    now = 0.0
+    scheduler = scheduler_for(max_sequences=1, clock=lambda: now)
+    late = sequence(2, priority=3, salt=b"late")
+    scheduler.add(late)
+    served = []
+    for turn in range(1, 6):
+        scheduler.add(sequence(3, first=50 * turn))
+        now = late.request.arrived_at + turn
+        served.append(next(iter(step(scheduler))))
+        scheduler.remove(served[-1])
+    assert served.index(late) == 2
+
+
+def test_urgency_passes_requests_of_its_own_client_only() -> None:
+    """Holds shut: a client that is served before all others because it says so."""
+    scheduler = scheduler_for(max_sequences=1)
+    modest = [sequence(4, first=100 * i, salt=b"modest") for i in range(1, 4)]
+    urgent = [sequence(4, first=100 * i, salt=b"urgent", priority=-100) for i in range(4, 7)]
+    plain = sequence(4, first=700, salt=b"urgent")
+    for item in [*modest, plain, *urgent]:
+        scheduler.add(item)
+    served = []
+    while scheduler.has_work:
+        served.append(next(iter(step(scheduler))))
+        scheduler.remove(served[-1])
+    assert [served.index(item) for item in urgent] == [0, 2, 4]
+    assert [served.index(item) for item in modest] == [1, 3, 5]
+    assert served[-1] is plain
+
+
+def test_urgency_takes_no_pages_from_those_that_run() -> None:
+    scheduler = scheduler_for(pages=7, has_prefix_cache=False)
+    first, second = sequence(8, salt=b"a"), sequence(8, first=50, salt=b"b", priority=-100)
+    scheduler.add(first)
+    scheduler.add(second)
+    for _ in range(6):
+        step(scheduler)
+    assert scheduler.waiting == [second] and scheduler.running == [first]
 
 
 def test_a_client_with_many_requests_does_not_keep_another_waiting() -> None:

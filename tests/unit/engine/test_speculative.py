@@ -308,3 +308,62 @@ def test_drafts_change_no_structured_output(options: dict[str, Any]) -> None:
     assert found[0] == found[1]
     for tokens in found[0]:
         assert re.fullmatch("([abc]{3}-){5}", bytes(t for t in tokens if t < 256).decode())
+
+
+# Faults
+
+
+def test_a_fault_in_the_lookup_leaves_one_sequence_without_drafts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Holds shut: an engine that ends for everyone because a guess could not be made."""
+    propose = PromptLookup.propose
+
+    def broken(self: PromptLookup, tokens: list[int], most: int) -> list[int]:
+        if tokens[0] == 200:
+            raise RuntimeError("no guess")
+        return propose(self, tokens, most)
+
+    model = ScriptedModel(gqa_config(), lambda token: (token + 1) % 7)
+    engine = engine_for(model)
+    always_draft(engine, 3)
+    monkeypatch.setattr(PromptLookup, "propose", broken)
+    bad, good = (engine.add([first, 3, 4], SamplingParams(max_tokens=60)) for first in (200, 8))
+    finish(engine)
+    expected = [(5 + place) % 7 for place in range(60)]
+    for request in (bad, good):
+        assert request.sequences[0].tokens[3:] == expected
+    assert engine.recorder._accepted > 20
+    assert [r.message for r in caplog.records if r.levelname == "ERROR"] == [
+        "request 0 goes on without drafts"
+    ]
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_a_fault_in_the_modules_changes_no_token(
+    monkeypatch: pytest.MonkeyPatch, modules: int
+) -> None:
+    """Also while the prompt is read, of which the modules read their part."""
+    model = tiny_model(mla_config(num_nextn_predict_layers=modules))
+    prompts = [[(i * step) % 200 for i in range(23)] for step in (37, 29)]
+    poisoned = [[*prompt[:20], 262, *prompt[20:]] for prompt in prompts[:1]]
+    mtp = Runner.mtp
+
+    def broken(self: Runner, depth: int, hidden: torch.Tensor, chunks: list[Any]) -> Any:
+        if any(262 in chunk.tokens for chunk in chunks):
+            raise RuntimeError("no guess")
+        return mtp(self, depth, hidden, chunks)
+
+    found = []
+    for speculates in (False, True):
+        engine = engine_for(model, prefill_chunk=8, speculates=speculates)
+        if speculates:
+            always_draft(engine, modules + 1)
+            monkeypatch.setattr(Runner, "mtp", broken)
+        requests = [
+            engine.add(prompt, SamplingParams(max_tokens=20)) for prompt in poisoned + prompts
+        ]
+        finish(engine)
+        found.append([request.sequences[0].tokens for request in requests])
+        assert (engine.recorder._drafted > 0) is speculates
+    assert found[0] == found[1]

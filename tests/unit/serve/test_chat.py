@@ -71,6 +71,21 @@ def test_a_plain_chat() -> None:
     assert prepare("chatml").params.max_tokens is None
 
 
+@pytest.mark.parametrize("family", ["glm", "qwen coder"])
+def test_what_calls_cannot_be_held_to_is_named(family: str) -> None:
+    """Where nothing is promised, the same functions are served."""
+    odd = {"type": "function", "function": {"name": "odd", "parameters": {"not": {}}}}
+    for choice in ("required", {"type": "function", "function": {"name": "odd"}}):
+        param = "tools[1].function.parameters.not"
+        refused(param, family, tools=[TOOL, odd], tool_choice=choice)
+    strict = {"type": "function", "function": {**odd["function"], "strict": True}}
+    refused("tools[0].function.parameters.not", family, tools=[strict])
+    other = {"type": "function", "function": {"name": "weather"}}
+    assert prepare(family, tools=[TOOL, odd], tool_choice=other).structured is not None
+    assert prepare(family, tools=[TOOL, odd]).structured is None
+    assert prepare(family, tools=[TOOL, odd], parallel_tool_calls=False).structured is not None
+
+
 def test_parts_of_content_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "<|im_end|>"}]
     text = prompt("chatml", [{"role": "user", "content": parts}])

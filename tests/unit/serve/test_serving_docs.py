@@ -102,6 +102,10 @@ def test_limits_are_those_of_the_code() -> None:
         f"{structured.MAX_CHOICES_BYTES // kib} KiB together",
         "compiling a form": f"{grammar_worker.CPU_SECONDS} s and "
         f"{grammar_worker.MEMORY_BYTES // 2**20} MiB beside the tokens, in a process of its own",
+        "compiled forms of requests under way; of one key": (
+            f"{config.max_grammar_bytes // 2**20:,} MiB; half of that"
+        ),
+        "`priority`": f"-{limits.MAX_PRIORITY} to {limits.MAX_PRIORITY}",
         "`deadline_seconds`": f"{limits.MAX_DEADLINE_SECONDS / 3600:g} hours",
         "a client that reads nothing of its answer": f"{config.send_seconds:g} s",
     }

@@ -1,0 +1,252 @@
+"""Calls of arguments without JSON: what schemas they are held to, and which they cannot be."""
+
+import json
+from typing import Any
+
+import pytest
+
+from lowlat.engine.grammar import CompiledGrammar, GrammarCompiler
+from lowlat.serve.answer import AnswerParser, ReasoningMarks
+from lowlat.serve.protocol.failure import RequestError
+from lowlat.serve.tools.arguments import kinds
+from lowlat.serve.tools.base import Function, ToolFormat
+from lowlat.serve.tools.forcing import ForcedCalls, forced_output
+from lowlat.serve.tools.parts import ToolCallArguments
+from lowlat.serve.tools.tagged import Glm, QwenCoder
+from tests.unit.serve.templates import tokenizer_of
+from tests.unit.serve.test_tools_forcing import accepts
+
+TOKENIZER = tokenizer_of("chatml")
+FORMATS = (Glm(), QwenCoder())
+IDS = [type(tools).__name__ for tools in FORMATS]
+PLACE = "tools[0].function.parameters"
+CITY = {"city": {"type": "string"}}
+UNIT = {"unit": {"enum": ["C", "F"]}}
+CHAIN = {f"a{i}": {"anyOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 4} for i in range(40)}
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size)
+
+
+def grammar_of(tools: ToolFormat, schema: dict[str, Any], compiler: GrammarCompiler) -> Any:
+    function = Function(name="f", schema={"type": "object", **schema}, place=PLACE)
+    calls = ForcedCalls(format=tools, functions=[function], several=True, required=True)
+    output = forced_output(TOKENIZER, form=None, calls=calls, reasoning=None)
+    assert output is not None
+    return compiler.compile(output)
+
+
+def written(tools: ToolFormat, *pairs: tuple[str, str]) -> str:
+    if isinstance(tools, Glm):
+        texts = [f"<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>\n" for k, v in pairs]
+        return f"<tool_call>f\n{''.join(texts)}</tool_call>"
+    texts = [f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in pairs]
+    return f"<tool_call>\n<function=f>\n{''.join(texts)}</function>\n</tool_call>"
+
+
+def arguments(tools: ToolFormat, schema: dict[str, Any], text: str) -> Any:
+    marks = ReasoningMarks("<think>", "</think>")
+    parser = AnswerParser(marks=marks, thinking="never", tools=tools, schemas={"f": schema})
+    parts = [*parser.push(text), *parser.finish()]
+    return json.loads("".join(p.text for p in parts if isinstance(p, ToolCallArguments)))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "if": ({"properties": CITY, "if": {"required": ["city"]}}, ".if"),
+    "not": ({"properties": CITY, "not": {"required": ["city"]}}, ".not"),
+    "anyOf": ({"properties": CITY, "anyOf": [{"required": ["city"]}]}, ".anyOf"),
+    "allOf": ({"properties": CITY, "allOf": [{"required": ["city"]}]}, ".allOf"),
+    "oneOf": ({"properties": CITY, "oneOf": [{"required": ["city"]}]}, ".oneOf"),
+    "enum": ({"enum": [{"city": "Bern"}]}, ".enum"),
+    "const": ({"const": {"city": "Bern"}}, ".const"),
+    "propertyNames": ({"propertyNames": {"pattern": "^x"}}, ".propertyNames"),
+    "patternProperties": ({"patternProperties": {"^x": {}}}, ".patternProperties"),
+    "unevaluated": ({"unevaluatedProperties": False}, ".unevaluatedProperties"),
+    "dependentRequired": ({"dependentRequired": {"city": ["day"]}}, ".dependentRequired"),
+    "dependentSchemas": ({"dependentSchemas": {"city": {}}}, ".dependentSchemas"),
+    "minProperties": ({"properties": CITY, "minProperties": 1}, ".minProperties"),
+    "maxProperties": ({"properties": CITY | UNIT, "maxProperties": 1}, ".maxProperties"),
+    "maxProperties of any": ({"maxProperties": 9}, ".maxProperties"),
+    "a type": ({"type": "string"}, ".type"),
+    "required": ({"required": "city"}, ".required"),
+    "what is not allowed": ({"required": ["x"], "additionalProperties": False}, ".required"),
+    "never": ({"properties": {"x": False}, "required": ["x"]}, ".required"),
+    "a reference elsewhere": ({"$ref": "http://127.0.0.1/x"}, ".$ref"),
+    "a reference to itself": ({"$ref": "#"}, ".$ref"),
+    "a circle": ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, ".$ref"),
+    "more than a reference": (
+        {"$ref": "#/$defs/a", "properties": CITY, "$defs": {"a": {"type": "object"}}}, ".$ref"
+    ),
+    "a reference to the whole": ({"properties": {"x": {"$ref": "#"}}}, ".properties.x.$ref"),
+    "a reference beside": (
+        {"properties": CITY | {"x": {"items": {"$ref": "#/properties/city"}}}},
+        ".properties.x.items.$ref",
+    ),
+    "not inside": ({"properties": {"x": {"type": "string", "not": {"const": "a"}}}}, ""),
+    "pattern": ({"properties": {"x": {"type": "string", "pattern": "a"}}}, ".properties.x.pattern"),
+    "format": ({"properties": {"x": {"type": "string", "format": "date"}}}, ".properties.x.format"),
+    "texts that exclude each other": (
+        {"properties": {"x": {"type": "string", "oneOf": [{"const": "a"}, {"maxLength": 1}]}}},
+        ".properties.x.oneOf",
+    ),
+    "a pattern by reference": (
+        {
+            "properties": {"x": {"$ref": "#/$defs/a"}},
+            "$defs": {"a": {"type": "string", "pattern": "a"}},
+        },
+        ".properties.x.pattern",
+    ),
+    "no text": (
+        {"properties": {"x": {"type": "string", "enum": ["abc"], "maxLength": 2}}},
+        ".properties.x.enum",
+    ),
+    "lengths": (
+        {"properties": {"x": {"type": "string", "minLength": 3, "maxLength": 2}}},
+        ".properties.x.minLength",
+    ),
+    "a name with a space at its end": ({"properties": {"x ": {}}}, ".properties.x "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tools", FORMATS, ids=IDS)
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_enforced_is_refused_by_name(
+    tools: ToolFormat, name: str, compiler: GrammarCompiler
+) -> None:
+    """Holds shut: forced calls that the function's own schema refuses."""
+    schema, inside = REFUSED[name]
+    with pytest.raises(RequestError) as caught:
+        grammar_of(tools, schema, compiler)
+    assert caught.value.status == 400
+    assert caught.value.param == PLACE + inside
+    assert caught.value.message.startswith(f"{PLACE}{inside}: ")
+
+
+Pairs = list[tuple[str, str]]
+ENFORCED: dict[str, tuple[dict[str, Any], list[Pairs], list[Pairs]]] = {
+    "lengths": (
+        {"properties": {"x": {"type": "string", "minLength": 2, "maxLength": 4}}},
+        [[], [("x", "ab")], [("x", "a<\n>")]],
+        [[("x", "a")], [("x", "abcde")], [("x", "")]],
+    ),
+    "a least length": (
+        {"properties": {"x": {"type": "string", "minLength": 30}}},
+        [[("x", "a" * 30)], [("x", "a" * 99)], [("x", "a" * 30 + "</b>")]],
+        [[("x", "a" * 29)], [("x", "a" * 29 + "\n")], [("x", "b"), ("x", "c" * 40)]],
+    ),
+    "not empty": (
+        {"properties": {"x": {"type": "string", "minLength": 1, "maxLength": 2000}}},
+        [[("x", "a")], [("x", "<b>\n" * 500)]],
+        [[("x", "")], [("x", "\n")], [("x", "a" * 2001)]],
+    ),
+    "one length": (
+        {"properties": {"x": {"type": "string", "minLength": 2, "maxLength": 2}}},
+        [[("x", "ab")]],
+        [[("x", "a")], [("x", "abc")], [("x", "<a")]],
+    ),
+    "no length": (
+        {"properties": {"x": {"type": "string", "maxLength": 0}}}, [[("x", "")]], [[("x", "a")]]
+    ),
+    "a constant": ({"properties": {"x": {"const": "a b"}}}, [[("x", "a b")]], [[("x", "a")]]),
+    "texts of a length": (
+        {"properties": {"x": {"enum": ["a", "bc", 1], "type": "string", "minLength": 2}}},
+        [[("x", "bc")]],
+        [[("x", "a")], [("x", "1")]],
+    ),
+    "one text or another": (
+        {"properties": {"x": {"anyOf": [{"const": "a"}, {"type": "string", "minLength": 3}]}}},
+        [[("x", "a")], [("x", "abc")]],
+        [[("x", "ab")]],
+    ),
+    "a text or null": (
+        {"properties": {"x": {"anyOf": [{"enum": ["a", "5"]}, {"type": "null"}]}}},
+        [[("x", '"a"')], [("x", '"5"')], [("x", "null")]],
+        [[("x", "a")], [("x", "5")], [("x", '"b"')]],
+    ),
+    "texts by reference": (
+        {"properties": {"x": {"$ref": "#/$defs/u"}}, "$defs": {"u": UNIT["unit"]}},
+        [[("x", "C")]],
+        [[("x", '"C"')], [("x", "K")]],
+    ),
+    "a function by reference": (
+        {"$ref": "#/$defs/f", "$defs": {"f": {"properties": UNIT, "required": ["unit"]}}},
+        [[("unit", "C")]],
+        [[], [("unit", "K")]],
+    ),
+    "definitions of its own": (
+        {
+            "properties": {"x": {"$ref": "#/$defs/a", "$defs": {"a": {"type": "null"}}}},
+            "$defs": {"a": {"type": "integer"}},
+        },
+        [[("x", "5")]],
+        [[("x", "null")]],
+    ),
+    "no others": ({"properties": CITY}, [[], [("city", "a")]], [[("x", "5")]]),
+    "others of a type": (
+        {"properties": CITY, "additionalProperties": {"type": "integer"}},
+        [[("x", "5")], [("city", "Bern"), ("x", "5"), ("y", "6")]],
+        [[("x", "a")], [("x", "1"), ("city", "Bern")]],
+    ),
+    "texts as others": (
+        {"additionalProperties": {"type": "string", "maxLength": 2}},
+        [[], [("x", "12"), ("city", "ab")]],
+        [[("x", "123")]],
+    ),
+    "anything": ({}, [[], [("x", "Bern"), ("y", "[1]")]], [[("a b", "1")]]),
+    "required and not listed": (
+        {"properties": {}, "required": ["x"]},
+        [[("x", "Bern")]],
+        [[], [("y", "Bern")]],
+    ),
+    "one that may not be": ({"properties": {"x": False} | CITY}, [[("city", "a")]], [[("x", "1")]]),
+    "any value": ({"properties": {"x": {"description": "?"}}}, [[("x", "Bern")], [("x", "5")]], []),
+    "numbers that the names keep": (
+        {"properties": UNIT, "required": ["unit"], "minProperties": 1, "maxProperties": 1},
+        [[("unit", "C")]],
+        [[]],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tools", FORMATS, ids=IDS)
+@pytest.mark.parametrize("name", ENFORCED)
+def test_what_can_be_enforced_is(tools: ToolFormat, name: str, compiler: GrammarCompiler) -> None:
+    schema, good, bad = ENFORCED[name]
+    grammar: CompiledGrammar = grammar_of(tools, schema, compiler)
+    for pairs in good:
+        assert accepts(grammar, written(tools, *pairs)), pairs
+    for pairs in bad:
+        assert not accepts(grammar, written(tools, *pairs)), pairs
+
+
+@pytest.mark.parametrize("tools", FORMATS, ids=IDS)
+@pytest.mark.parametrize(
+    ("schema", "raw", "value"),
+    [
+        ({"properties": {"x": {"type": "string"}}}, '"5"', '"5"'),
+        ({"properties": {"x": {"type": ["string", "null"]}}}, '"5"', "5"),
+        ({"properties": {"x": {"type": ["string", "null"]}}}, "5", "5"),
+        ({"properties": {"x": {"type": ["string", "null"]}}}, "null", None),
+        ({"properties": {"x": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"const": "5"}}}, "5", "5"),
+        ({"additionalProperties": {"type": "string"}}, "5", "5"),
+        ({"$ref": "#/$defs/f", "$defs": {"f": {"properties": {"x": {"const": "5"}}}}}, "5", "5"),
+        ({"properties": []}, "5", 5),
+        ({"properties": {"x": {"type": 3, "anyOf": "a", "$ref": "#/$defs"}}}, "5", 5),
+        ({"properties": {"x": {"$ref": "#/$defs/a0"}}, "$defs": CHAIN}, "5", 5),
+    ],
+)  # fmt: skip
+def test_values_are_read_by_their_schema(
+    tools: ToolFormat, schema: dict[str, Any], raw: str, value: object
+) -> None:
+    """Holds shut: quotes of JSON inside a text; also of schemas that nothing was promised of."""
+    assert arguments(tools, schema, written(tools, ("x", raw))) == {"x": value}
+
+
+def test_many_references_take_a_moment(compiler: GrammarCompiler) -> None:
+    """Holds shut: references to references that are followed once for each way there."""
+    chain = {**CHAIN, "a40": {"type": "string"}, "a39": {"$ref": "#/$defs/a40"}}
+    schema = {"properties": {"x": {"$ref": "#/$defs/a30"}}, "$defs": chain}
+    assert kinds({"$ref": "#/$defs/a30"}, schema) == {"string"}
+    assert accepts(grammar_of(Glm(), schema, compiler), written(Glm(), ("x", "Bern")))
