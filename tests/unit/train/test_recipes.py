@@ -1,6 +1,7 @@
 """The recipes that come with the project, and their reference in docs/training.md."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ from lowlat.cli.main import app
 from lowlat.train.inputs import base_config, phase_configs
 from lowlat.train.lora import check_lora
 from lowlat.train.parallel.check import check_parallel
+from lowlat.train.plan.dryrun import job_of, recipe_config
+from lowlat.train.plan.estimate import estimate
+from lowlat.train.plan.machine import H100
 from lowlat.train.recipe import Recipe, read_recipe
 from lowlat.train.recipe_reference import reference
-from lowlat.train.schedule import Timetable
+from lowlat.train.schedule import Timetable, batch_rows
 
 ROOT = Path(__file__).parents[3]
 CORPORA = {
@@ -58,6 +62,23 @@ def test_large_recipe_is_the_reports() -> None:
     assert timetable.at(1999).learning_rate == timetable.at(45_999).learning_rate == 4.2e-4
     assert later.learning_rate == pytest.approx(4.2e-5)
     assert [phase.max_position_embeddings for phase in recipe.phase] == [None, 32768, 163840]
+
+
+def test_large_recipe_fits_its_machine() -> None:
+    """Every phase on 32 H100, at the MFU that its head says."""
+    path = ROOT / "recipes" / "deepseek-v3-16b.toml"
+    recipe = read_recipe(path)
+    config = recipe_config(recipe, path, None)
+    jobs = [
+        replace(job_of(recipe, phase), batch_rows=batch_rows(phase, 0, phase.micro_batch_rows * 8))
+        for phase in recipe.phase
+    ]
+    first, *later = (estimate(config, job, H100) for job in jobs)
+    assert len(later) == 2 and all(found.fits for found in (first, *later))
+    assert first.mfu == pytest.approx(0.34, abs=0.01)
+    assert all(found.mfu > 0.3 for found in later)
+    quick = estimate(config, replace(first.job, recompute="none"), H100)
+    assert quick.fits and quick.mfu == pytest.approx(0.44, abs=0.01)
 
 
 def test_reference_is_in_the_document() -> None:
