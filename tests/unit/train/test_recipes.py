@@ -1,4 +1,4 @@
-"""The recipes that come with the project, and their reference in docs/training.md."""
+"""The recipes that come with the project, and their reference in docs/recipe-reference.md."""
 
 import shutil
 from dataclasses import replace
@@ -82,11 +82,11 @@ def test_large_recipe_fits_its_machine() -> None:
 
 
 def test_reference_is_in_the_document() -> None:
-    """Every key with its docstring, as docs/training.md has it: paste `reference()` there after a
-    change.
+    """Every key with its docstring, as docs/recipe-reference.md has it: paste `reference()` there
+    after a change.
     """
     text = reference()
-    assert text.strip() in (ROOT / "docs" / "training.md").read_text()
+    assert text.strip() in (ROOT / "docs" / "recipe-reference.md").read_text()
     for key in (*Recipe.model_fields, "to", "shape", "fim_rate", "keep_last", "z_weight", "alpha"):
         assert f"| `{key}` |" in text
     assert "|  |" not in text, "a key has no docstring"
