@@ -8,6 +8,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROW = re.compile(r"^\|.*\| `(?P<code>.+?)` \| (?P<file>lowlat/\S+\.py) \|$", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?://|#)(?P<target>[^)#]+)")
+ANCHOR = re.compile(r"\]\((?P<page>[^):#]*\.md)?#(?P<anchor>[^)]+)\)")
+HEADING = re.compile(r"^#+ (?P<text>.+)$", re.MULTILINE)
+PAGES = sorted(
+    p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+)
 
 
 def quotes() -> list[tuple[str, str]]:
@@ -29,15 +34,24 @@ def test_quoted_code_is_in_its_file(code: str, file: str) -> None:
     assert flat(code) in flat((ROOT / file).read_text()), f"{file} no longer contains: {code}"
 
 
-@pytest.mark.parametrize(
-    "page",
-    sorted(
-        p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
-    ),
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for match in LINK.finditer(path.read_text()):
         assert (path.parent / match["target"]).exists(), (
             f"{page} links to missing {match['target']}"
         )
+
+
+def anchors(text: str) -> set[str]:
+    """The headings of a page as links name them."""
+    headings = (match["text"].lower() for match in HEADING.finditer(text))
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_name_headings(page: str) -> None:
+    path = ROOT / page
+    for match in ANCHOR.finditer(path.read_text()):
+        target = path if match["page"] is None else path.parent / match["page"]
+        assert match["anchor"] in anchors(target.read_text()), f"{page}: no {match[0]}"

@@ -59,14 +59,16 @@ def eval_record(
     """
     losses, more = figures[:num_heads], figures[num_heads:]
     ids, size = folder.num_tokens("held_out"), folder.num_bytes("held_out")
+    has_chats = folder.has_mask("held_out")
     return EvalRecord(
         step=step,
         tokens=tokens,
         split="held_out",
         loss=losses[0],
-        bits_per_byte=losses[0] / math.log(2) * ids / size if size else None,
+        bits_per_byte=losses[0] / math.log(2) * ids / size if size and not has_chats else None,
         mtp_losses=losses[1:],
         divergence=more[0] if more else None,
+        targets="answer token" if has_chats else None,
     )
 
 

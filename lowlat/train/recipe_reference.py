@@ -1,5 +1,5 @@
 """The keys of recipes as Markdown, from the docstrings of their fields: the reference in
-docs/training.md, which a test compares with this.
+docs/recipe-reference.md, which a test compares with this.
 """
 
 import types
@@ -34,7 +34,7 @@ def _tables(name: str, table: type[BaseModel]) -> Iterator[tuple[str, type[BaseM
 
 
 def _lines(name: str, table: type[BaseModel]) -> Iterator[str]:
-    yield f"### {name}"
+    yield f"## {name}"
     yield ""
     yield _flat(table.__doc__)
     yield ""

@@ -1,7 +1,7 @@
 """A run from its recipe to its last save: resume, steps, evaluations, saves, export.
 
-Owns the loop and what interrupts it. Building is `build`'s, a step `step`'s, files are those of
-`saves` and `runlog`.
+Owns the loop and what interrupts it. What a run rests on is `basis`'s, building `build`'s, a step
+`step`'s, files are those of `saves` and `runlog`.
 """
 
 import gc
@@ -18,6 +18,7 @@ from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
 from lowlat.model.transformer import Transformer
 from lowlat.train.balance import RouterWatch
+from lowlat.train.basis import open_basis
 from lowlat.train.batch import Batch
 from lowlat.train.build import (
     DTYPES,
@@ -27,13 +28,11 @@ from lowlat.train.build import (
     new_teacher,
 )
 from lowlat.train.export import TOKENIZER, export, keep_tokenizer
-from lowlat.train.inputs import PhaseData, left_out, open_inputs
+from lowlat.train.inputs import PhaseData, left_out
 from lowlat.train.lora import merged
-from lowlat.train.lora_files import start_fingerprint
 from lowlat.train.measure import Meter, eval_record
 from lowlat.train.optim import Optimizer
 from lowlat.train.parallel.team import Team
-from lowlat.train.plan.dryrun import require_fit, usable_memory
 from lowlat.train.plan.learning import training_flops
 from lowlat.train.plan.rate import measure_gemm_rate
 from lowlat.train.recipe import Recipe
@@ -56,7 +55,7 @@ from lowlat.train.state import (
 )
 from lowlat.train.step import StepResult, evaluate, train_step
 from lowlat.train.stop import StopSignals
-from lowlat.train.teacher import Teacher, teacher_config, teacher_fingerprint
+from lowlat.train.teacher import Teacher
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
@@ -109,20 +108,9 @@ class Trainer:
         self.log = log
         self.timetable = Timetable(recipe, ranks=team.row_parts)
         self._dtype = DTYPES[recipe.precision]
-        self._inputs = open_inputs(recipe, start, base, origin, teacher)
-        self._teacher_config = None if teacher is None else teacher_config(teacher)
-        memory = usable_memory(torch.device(recipe.device), recipe.parallel.processes)
-        require_fit(
-            self._inputs.configs[0], recipe, memory_bytes=memory, teacher=self._teacher_config
-        )
-        folders = [data.folder for data in self._inputs.data]
+        self._basis = open_basis(recipe, base=base, start=start, teacher=teacher, origin=origin)
         if team.is_first:
-            for folder in {folder.path: folder for folder in folders}.values():
-                folder.verify(progress)
-        self._fingerprints = [folder.fingerprint for folder in folders]
-        if recipe.lora is not None and start is not None:
-            self._fingerprints.append(start_fingerprint(start))
-        self._taught_by = None if teacher is None else teacher_fingerprint(teacher)
+            self._basis.verify(progress)
         table = recipe.saves
         hours = table.keep_every_hours
         self._saves = Saves(
@@ -132,22 +120,12 @@ class Trainer:
             keep_every=None if hours is None else timedelta(hours=hours),
         )
         save = self._latest(progress)
-        self.position = Position(step=0, seconds=0.0)
-        if save is not None:
-            self.position = check_resumable(
-                save.facts,
-                recipe,
-                self._fingerprints,
-                self.timetable,
-                str(run.path),
-                self._taught_by,
-            )
+        self.position = Position(step=0, seconds=0.0) if save is None else self._resumed(save)
         self._phase = self._plan().phase_index
-        self._start = start
         self._teacher: Teacher | None = None if teacher is None else new_teacher(teacher, recipe)
         self._build(_tensors(save))
         if team.is_first:
-            keep_tokenizer(run.path, folders[0].path if start is None else start)
+            keep_tokenizer(run.path, self._basis.text)
 
     def run(self) -> Outcome:
         """Train to the end of the recipe, or until SIGINT or SIGTERM, which end a run after the
@@ -161,7 +139,7 @@ class Trainer:
             tokens_total=self.timetable.tokens,
             facts=self._run_facts(),
         )
-        for note in left_out(self.recipe, self._inputs.data):
+        for note in left_out(self.recipe, self._basis.inputs.data):
             self.log.note(note)
         losses: tuple[float, ...] = ()
         saved = self.position.step
@@ -203,6 +181,17 @@ class Trainer:
         step = self._team.from_first(-1 if save is None else save.step)
         return self._saves.open(step) if save is None and step >= 0 else save
 
+    def _resumed(self, save: Save) -> Position:
+        """Where `save` is. Raises UserError if it is not of this recipe on this basis."""
+        return check_resumable(
+            save.facts,
+            self.recipe,
+            self._basis.fingerprints,
+            self.timetable,
+            str(self.run_folder.path),
+            self._basis.taught_by,
+        )
+
     def _plan(self) -> StepPlan:
         return self.timetable.at(min(self.position.step, self.timetable.steps - 1))
 
@@ -211,11 +200,11 @@ class Trainer:
 
         They are taken out of it, so that what is copied may be forgotten tensor by tensor.
         """
-        config = self._inputs.configs[self._phase]
+        config = self._basis.inputs.configs[self._phase]
         moments, random = part(tensors, OPTIMIZER), tensors.get(RANDOM)
         weights = part(tensors, MODEL) or None
         tensors.clear()
-        self.model: Transformer = new_model(config, self.recipe, self._start, weights)
+        self.model: Transformer = new_model(config, self.recipe, self._basis.start, weights)
         del weights
         self._passes, self.layout = new_passes(
             self.model,
@@ -337,10 +326,10 @@ class Trainer:
                     self.recipe,
                     self.config,
                     self.position,
-                    self._fingerprints,
+                    self._basis.fingerprints,
                     self.timetable,
-                    self._start,
-                    self._taught_by,
+                    self._basis.start,
+                    self._basis.taught_by,
                 ),
             )
         self._advance(0, time.monotonic() - began)
@@ -364,12 +353,14 @@ class Trainer:
 
     @property
     def _present(self) -> PhaseData:
-        return self._inputs.data[self._phase]
+        return self._basis.inputs.data[self._phase]
 
     def _new_meter(self) -> Meter:
         phase = self.recipe.phase[self._phase]
         return Meter(
-            flops_per_token=training_flops(self.config, self.recipe, phase, self._teacher_config),
+            flops_per_token=training_flops(
+                self.config, self.recipe, phase, self._basis.teacher_config
+            ),
             gemm_rate=measure_gemm_rate(self._dtype, self.recipe.device) * self._team.world,
             device=torch.device(self.recipe.device),
         )

@@ -87,6 +87,7 @@ def kill_until_the_end(
 
     Returns how many kills are left.
     """
+    killed = Killed(folder, reference)
     while left > 0:
         process = server.run(reference.recipe, folder)
         try:
@@ -98,22 +99,36 @@ def kill_until_the_end(
             assert status == 0, "the run failed, see stderr"
             return left
         left -= 1
-        step = check(folder, reference)
-        if step > STEPS - LAST_STEPS - INTERVAL:
+        killed.check()
+        if killed.step > STEPS - LAST_STEPS - INTERVAL:
             return left
     return left
 
 
-def check(folder: Path, reference: Reference) -> int:
-    """What a killed run left: its newest save is whole and right, and not long ago; its step."""
-    under_way = any((folder / "saves").glob(".*.writing"))
-    save = latest(folder) if (folder / "lock").exists() else None
-    step = 0 if save is None else save.step
-    if save is not None:
-        compare(save, reference.save(step))
-    lost = logged_step(folder) - step
-    print(f"goes on from {step}, lost {lost}" + ", a save was under way" * under_way)
-    # At most the steps since the last save, and where that was still being written, one interval
-    # more: the next save waits for it.
-    assert lost <= 2 * INTERVAL
-    return step
+@dataclass
+class Killed:
+    """A run that is killed again and again."""
+
+    folder: Path
+    reference: Reference
+    step: int = 0
+    """Of the newest save."""
+    begun: int | None = None
+    """Step of a save after that one which was being written when the run was killed."""
+
+    def check(self) -> None:
+        """What the run left: its newest save is whole and right, and not long ago."""
+        unfinished = [int(found.name[6:14]) for found in self.folder.glob("saves/.*.writing")]
+        save = latest(self.folder) if (self.folder / "lock").exists() else None
+        if save is not None:
+            compare(save, self.reference.save(save.step))
+            if save.step > self.step:
+                self.step, self.begun = save.step, None
+        self.begun = max(unfinished, default=self.begun)
+        logged = logged_step(self.folder)
+        print(f"goes on from {self.step}, lost {logged - self.step}, under way {self.begun}")
+        # The interval, and steps of a next one that were made while the save between was written;
+        # the save after it waits, so there is no third.
+        since = 0 if self.begun is None else max(0, logged - self.begun)
+        assert since <= INTERVAL
+        assert logged - self.step <= INTERVAL + since

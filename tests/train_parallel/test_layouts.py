@@ -24,6 +24,7 @@ from tests.train_parallel.layouts import (
     difference,
     divided,
 )
+from tests.train_parallel.pipelines import ALL as PIPELINES
 from tests.train_parallel.training import train
 
 CASES = ALL if os.environ.get("LOWLAT_ALL_LAYOUTS") else SHORT
@@ -55,3 +56,8 @@ def test_cases_are_told_apart() -> None:
     """A case that is listed twice is one that was meant to be another."""
     assert len({str(case) for case in ALL}) == len(ALL)
     assert all(isinstance(case, Case) for case in SHORT)
+
+
+def test_the_document_counts_them() -> None:
+    text = " ".join((Path(__file__).parents[2] / "docs" / "parallelism.md").read_text().split())
+    assert f"in {len(ALL)} layouts" in text and f"{len(PIPELINES)} pipelines" in text

@@ -4,11 +4,19 @@ failures.
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lowlat.model.transformer import Transformer
+from lowlat.train import trainer
+from lowlat.train.balance import RouterWatch
+from lowlat.train.recipe import read_recipe
+from lowlat.train.saves.run_folder import RunFolder
+from tests.train_parallel.choices import Margin
 from tests.train_parallel.processes import finish, run, start
 from tests.train_parallel.runs import PROGRAM, losses, state, wait_for_step, write_recipe
+from tests.unit.train.runs import Notes
 
 TOLERANCE = 1e-5
 
@@ -50,6 +58,23 @@ def test_a_run_goes_on_in_another_layout(recipe: Path, tmp_path: Path) -> None:
     assert all(one[:2] == other[:2] for one, other in pairs)
     assert [other[2] for _, other in pairs] == pytest.approx([one[2] for one, _ in pairs], rel=1e-5)
     assert (moved / "model" / "config.json").exists()
+
+
+def test_no_rounding_decides_about_experts(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the layouts of these tests may train differently: take another SEED."""
+    found: list[Margin] = []
+
+    def watch(model: Transformer, **options: Any) -> RouterWatch:
+        found.append(Margin(model))
+        return RouterWatch(model, **options)
+
+    monkeypatch.setattr(trainer, "RouterWatch", watch)
+    with RunFolder(tmp_path / "run") as folder:
+        trainer.Trainer(read_recipe(recipe), folder, Notes(), base=recipe.parent).run()
+    assert len(found) == 2, "one of each phase"
+    assert min(margin.smallest for margin in found) > 1e-5
 
 
 def test_an_error_is_told_once(recipe: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 """Twenty steps of a tiny model on one process of a team; what they were is written down whole.
+Its gates choose by far, at every step, so that the choice of experts is no matter of rounding.
 
 Run as a program by `processes`; the single process of a comparison calls `train` itself.
 """
@@ -31,6 +32,7 @@ from lowlat.train.schedule import StepPlan, Timetable
 from lowlat.train.step import train_step
 from tests.fakes import gqa_config, mla_config
 from tests.lowlat_configs import GLA, GTA, TPA, lowlat_config
+from tests.train_parallel.choices import MARGIN, Margin, decide
 
 LENGTH = 16
 ROWS = 8
@@ -98,8 +100,8 @@ def timetable(steps: int, ranks: int) -> Timetable:
                 "sequence_length": LENGTH,
                 "batch_rows": ROWS,
                 "micro_batch_rows": 1,
-                "learning_rate": 0.003,
-                "bias_update_speed": 0.01,
+                "learning_rate": 0.002,
+                "bias_update_speed": 0.002,
                 "z_weight": 0.001,
             }
         ],
@@ -132,6 +134,7 @@ class Training:
         config = replace(config, **changes)
         self.model = Transformer(config)
         init_weights(self.model, seed=3)
+        decide(self.model)
         stack_experts(self.model)
         for module in self.model.modules():
             if isinstance(module, DecoderLayer):
@@ -142,6 +145,7 @@ class Training:
         table = OptimizerTable(name=spec["optimizer"], eps=EPS)
         self.optimizer = Optimizer(self.model, table, self.layout)
         self.watch = RouterWatch(self.model, sequence_weight=0.01, team=team)
+        self.margin = Margin(self.model)
         self.timetable = timetable(spec["steps"], team.row_parts)
         self.losses: list[list[float]] = []
 
@@ -186,6 +190,7 @@ def train(spec: Mapping[str, Any], team: Team) -> dict[str, Tensor]:
         training.step(training.timetable.at(step))
         if step == 0:
             gradients = training.first_gradients()
+    assert training.margin.smallest > MARGIN, "rounding might decide about experts"
     weights = {name: t.clone() for name, t in training.layout.whole_parameters()}
     return {
         "losses": torch.tensor(training.losses, dtype=torch.float64),

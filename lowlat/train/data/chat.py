@@ -6,6 +6,8 @@ lowlat.text's.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,14 @@ from jaxtyping import Bool, Int64
 from lowlat.text.chat_prompt import encode_chat
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.data.documents import BadDocument, ChatDocument
+from lowlat.train.data.reasoning import (
+    CLOSE,
+    OPEN,
+    end_of_answer,
+    is_opened,
+    opens_reasoning,
+    parts,
+)
 from lowlat.utils.errors import UserError
 
 
@@ -24,6 +34,10 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._lengths: dict[int, int] = {}
 
+    @cached_property
+    def _opens_reasoning(self) -> bool:
+        return opens_reasoning(self._tokenizer)
+
     def encode(
         self, chat: ChatDocument
     ) -> tuple[Int64[np.ndarray, " n"], Bool[np.ndarray, " n"], int]:
@@ -31,22 +45,61 @@ class ChatEncoder:
 
         No message can write a control token. A token with bytes of both the prompt and the answer
         is a target; blanks that the template puts after an answer's end token are not.
-        Raises BadDocument where the template refuses the chat, or renders an answer otherwise
-        once more follows it (as templates do that leave out earlier reasoning): what was to be
-        learned could not be told then. UserError where the tokenizer has no template.
+        Where the template asks for answers with reasoning open, only the last one is learned: those
+        before it stand without theirs. Raises BadDocument where the template refuses the chat, asks
+        for reasoning that is not there, or renders an answer otherwise once more follows it (as
+        templates do that leave out earlier reasoning): what was to be learned could not be told
+        then. UserError where the tokenizer has no template.
         """
-        ids = self._ids(chat, chat.messages, asks=False)
-        ends = np.cumsum([self._length(id) for id in ids])
+        ids, answers = self._last(chat) if self._opens_reasoning else self._all(chat)
         predicted = np.zeros(len(ids), np.bool_)
-        for index, message in enumerate(chat.messages):
-            if message["role"] == "assistant":
-                predicted[self._answer(chat, index, ids, ends)] = True
-        return np.array(ids, np.int64), predicted, int(ends[-1]) if ids else 0
+        for answer in answers:
+            predicted[answer] = True
+        return np.array(ids, np.int64), predicted, sum(map(self._length, ids))
 
-    def _answer(
-        self, chat: ChatDocument, index: int, ids: list[int], ends: Int64[np.ndarray, " n"]
-    ) -> slice:
+    def _all(self, chat: ChatDocument) -> tuple[list[int], list[slice]]:
+        """The ids of `chat`, and where its answers are in them."""
+        ids = self._ids(chat, chat.messages, asks=False)
+        roles = [message["role"] for message in chat.messages]
+        places = [place for place, role in enumerate(roles) if role == "assistant"]
+        return ids, [self._answer(chat, place, ids) for place in places]
+
+    def _last(self, chat: ChatDocument) -> tuple[list[int], list[slice]]:
+        """The same to the last answer, which alone is told, after the prompt that asks for it."""
+        roles = [message["role"] for message in chat.messages]
+        if "assistant" not in roles:
+            return self._ids(chat, chat.messages, asks=False), []
+        last = len(roles) - 1 - roles[::-1].index("assistant")
+        chat = replace(chat, messages=chat.messages[: last + 1])
+        prompt = self._ids(chat, chat.messages[:last], asks=True)
+        ids = self._ids(chat, chat.messages, asks=False)
+        opened = self._bytes(prompt)
+        said = parts(chat.messages[last])
+        is_whole = ids[: len(prompt)] == prompt
+        is_whole |= said is None and self._bytes(ids).startswith(opened)
+        if is_whole or not is_opened(opened):
+            return ids, [self._answer(chat, last, ids)]
+        ids = [*prompt, *self._reasoned(chat, said)]
+        return ids, [slice(len(prompt), self._after_end(ids, len(prompt), len(ids)))]
+
+    def _reasoned(self, chat: ChatDocument, said: tuple[str, str] | None) -> list[int]:
+        """What a model is to say where its reasoning is open, to the end of the turn: `parts`."""
+        if said is None:
+            raise BadDocument(
+                f"{chat.origin}: the chat template asks for answers that begin with {OPEN}, and "
+                f"the last one is no reasoning and text; give it reasoning_content, or {CLOSE} in "
+                "its content, or pass --invalid skip"
+            )
+        thought, answer = (
+            self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+            for text in said
+        )
+        closed = self._tokenizer.encode(CLOSE, add_special_tokens=False)
+        return [*thought, *closed, *answer, *end_of_answer(self._tokenizer)]
+
+    def _answer(self, chat: ChatDocument, index: int, ids: list[int]) -> slice:
         """Which of the chat's `ids` are the answer that is message `index`."""
+        ends = np.cumsum([self._length(id) for id in ids])
         prompt = self._ids(chat, chat.messages[:index], asks=True)
         last = index + 1 == len(chat.messages)
         told = ids if last else self._ids(chat, chat.messages[: index + 1], asks=False)
@@ -54,14 +107,16 @@ class ChatEncoder:
         stop = self._common_bytes(chat, told, ids, ends)
         first = int(np.searchsorted(ends, start, side="right"))
         after = int(np.searchsorted(ends, stop, side="left")) + 1
-        special = self._tokenizer.special_ids
+        return slice(first, self._after_end(ids, first, after))
+
+    def _after_end(self, ids: list[int], first: int, after: int) -> int:
+        """Where the answer `first` to `after` - 1 ends, without blanks behind its end token."""
         for place in range(after - 1, first - 1, -1):
-            if ids[place] in special:
-                after = place + 1
-                break
+            if ids[place] in self._tokenizer.special_ids:
+                return place + 1
             if not self._tokenizer.id_to_bytes(ids[place]).isspace():
                 break
-        return slice(first, after)
+        return after
 
     def _common_bytes(
         self, chat: ChatDocument, part: list[int], ids: list[int], ends: Int64[np.ndarray, " n"]

@@ -69,12 +69,12 @@ def _rank(config: ModelConfig, job: Job, stages: list[Stage], rank: int) -> Memo
 
 
 def shares(layout: Layout, part: str) -> tuple[int, int]:
-    """(replicas, of which this many share states) of a part of the model. A device that holds
-    experts has fewer twins; DualPipe's second copy of a stage is one more.
+    """(replicas, of which this many share states) of a part of the model. Those along fsdp share; a
+    device that holds experts has fewer twins; DualPipe's second copy of a stage is one more.
     """
     over = layout.ep if part == ROUTED else 1
     replicas = layout.replicas // over * layout.copies
-    shared = max(1, layout.fsdp * layout.cp // over) * layout.copies
+    shared = max(1, layout.fsdp // over) * layout.copies
     return replicas, min(replicas, shared)
 
 

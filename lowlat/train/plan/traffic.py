@@ -1,8 +1,8 @@
 """Bytes a device sends per step, by kind and by link, and whether computation can hide them.
 
-Ranks lie with tp innermost, then the replicas, then the pipeline. Collectives over whole nodes send
-within the node first, so that each device's own network link carries its share only. Owns volumes;
-`estimate` turns them into time.
+Ranks lie with tp innermost, then fsdp, cp and dp, then the pipeline. Collectives over whole nodes
+send within the node first, so that each device's own network link carries its share only. Owns
+volumes; `estimate` turns them into time.
 """
 
 import math
@@ -13,7 +13,7 @@ from lowlat.train.plan.activations import FP8_BYTES, FP32_BYTES
 from lowlat.train.plan.job import Job
 from lowlat.train.plan.machine import Machine
 from lowlat.train.plan.memory import cast_bytes, shares
-from lowlat.train.plan.stages import Stage, device_parameters
+from lowlat.train.plan.stages import ROUTED, Stage, device_parameters
 
 DISPATCH, COMBINE = "expert dispatch", "expert combine"
 
@@ -133,7 +133,7 @@ def _context(config: ModelConfig, job: Job, machine: Machine, stages: list[Stage
     )
     rows = job.device_tokens * (layout.cp - 1) * job.micro_batches
     sent = 3 * rows * elements / layout.copies * job.element_bytes
-    is_local = layout.cp * layout.tp <= machine.devices_per_node
+    is_local = layout.cp * layout.fsdp * layout.tp <= machine.devices_per_node
     return Transfer(
         kind="context parallel",
         node_bytes=sent if is_local else 0.0,
@@ -161,33 +161,31 @@ def _pipeline(config: ModelConfig, job: Job, machine: Machine) -> Transfer:
 def _replicas(
     config: ModelConfig, job: Job, machine: Machine, stages: list[Stage]
 ) -> list[Transfer]:
-    """Gradients to those that update, weights back (ZeRO, arXiv 1910.02054 section 7)."""
-    layout = job.layout
+    """Gradients to those that update, weights back (ZeRO, arXiv 1910.02054 section 7), both among
+    the replicas that share states; then sums of gradients over the groups that do.
+    """
+    layout, passes = job.layout, job.micro_batches
     once, gathers, scatters = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
     for part, count in device_parameters(config, stages, layout).items():
         replicas, shared = shares(layout, part)
-        stride = layout.tp * (layout.ep if layout.ep > 1 and part == "routed experts" else 1)
-        weight = cast_bytes(job, part) or FP32_BYTES
-        passes = job.micro_batches
-        gradient = count * FP32_BYTES * (1 - 1 / shared)
-        gather = count * weight * (1 - 1 / shared)
         if layout.zero == 0:
             shared = 1
-            per_step = 2 * count * FP32_BYTES * (1 - 1 / replicas)
-        else:
-            per_step = 0.0 if layout.zero == 3 else gather
-            per_step += gradient if layout.zero == 1 else 0.0
-            outer = replicas / shared
-            per_step += 2 * count / shared * FP32_BYTES * (1 - 1 / outer)
-        pairs = (
-            (once, per_step),
-            (gathers, gather * 2 * passes if layout.zero == 3 else 0.0),
-            (scatters, gradient * passes if layout.zero >= 2 else 0.0),
-        )
-        for sums, sent in pairs:
-            local, remote = _split(sent, replicas, stride, machine)
-            sums[0] += local
-            sums[1] += remote
+        outer = replicas // shared
+        stride = layout.tp * (layout.ep if layout.ep > 1 and part == ROUTED else 1)
+        gather = count * (cast_bytes(job, part) or FP32_BYTES) * (1 - 1 / shared)
+        scatter = count * FP32_BYTES * (1 - 1 / shared)
+        sums = 2 * count / shared * FP32_BYTES * (1 - 1 / outer)
+        per_step = (gather if layout.zero < 3 else 0.0) + (scatter if layout.zero == 1 else 0.0)
+        inner = shared, stride
+        for total, sent, ranks in (
+            (once, per_step, inner),
+            (once, sums, (outer, stride * shared)),
+            (gathers, gather * 2 * passes if layout.zero == 3 else 0.0, inner),
+            (scatters, scatter * passes if layout.zero >= 2 else 0.0, inner),
+        ):
+            local, remote = _split(sent, *ranks, machine)
+            total[0] += local
+            total[1] += remote
     return [
         Transfer(
             kind="gradients and weights",

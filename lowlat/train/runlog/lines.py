@@ -23,7 +23,7 @@ from lowlat.utils.errors import UserError
 
 _KINDS = {StartRecord: "start", StepRecord: "step", EvalRecord: "evaluation", NoteRecord: "note"}
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-OPTIONAL = ("divergence", "layer_error")
+OPTIONAL = ("divergence", "layer_error", "targets")
 """Fields that lines leave out where they are not known."""
 _LOAD_DIGITS = 4
 """Significant digits kept of a load: all a picture shows, and a third of the bytes."""
@@ -179,6 +179,7 @@ _EVALUATION: dict[str, Reader] = {
     "bits_per_byte": _number_or_none,
     "mtp_losses": _numbers,
     "divergence": _number_or_none,
+    "targets": _text,
 }
 _START: dict[str, Reader] = {
     "step": _integer,

@@ -80,11 +80,15 @@ class EvalRecord:
     loss: float
     """Main cross-entropy, nats per target."""
     bits_per_byte: float | None
-    """loss as bits per byte of the text; None where the bytes are not known."""
+    """loss as bits per byte of the text; None where the bytes are not known, or not all of them are
+    predicted.
+    """
     mtp_losses: tuple[float, ...]
     """Cross-entropy of each MTP module, nats per target."""
     divergence: float | None = None
     """With a teacher, forward KL from its next-token distribution, nats per target."""
+    targets: str | None = None
+    """What a target is where not every token is one: "answer token" of chats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

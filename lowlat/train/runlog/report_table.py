@@ -55,6 +55,7 @@ def _losses(runs: list[Summary]) -> list[Row]:
         best = [run["evaluations"].get(split, {"best": None})["best"] for run in runs]
         rows += [
             (f"best {split} loss", [_figure(e, "loss", ".4f") for e in best]),
+            ("  per", [(e or {}).get("targets") or "" for e in best]),
             ("  bits per byte", [_figure(e, "bits_per_byte", ".4f") for e in best]),
             ("  KL from the teacher", [_figure(e, "divergence", ".4f") for e in best]),
             ("  at step", [_figure(e, "step", ",") for e in best]),

@@ -91,6 +91,7 @@ def _evaluation(record: EvalRecord) -> dict[str, Any]:
         "bits_per_byte": record.bits_per_byte,
         "mtp_losses": list(record.mtp_losses),
         "divergence": record.divergence,
+        "targets": record.targets,
     }
 
 

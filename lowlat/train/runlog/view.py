@@ -154,8 +154,9 @@ def line(pace: Pace) -> str:
 
 
 def evaluation_text(record: EvalRecord) -> str:
-    """'held_out loss 3.3012 (1.021 bits/byte), mtp 3.6120'."""
+    """'held_out loss 3.3012 (1.021 bits/byte), mtp 3.6120'; of chats 'per answer token'."""
     bits = "" if record.bits_per_byte is None else f" ({record.bits_per_byte:.3f} bits/byte)"
+    bits += "" if record.targets is None else f" per {record.targets}"
     mtp = "".join(f", mtp {loss:.4f}" for loss in record.mtp_losses)
     taught = "" if record.divergence is None else f", KL {record.divergence:.4f}"
     return f"{record.split} loss {record.loss:.4f}{bits}{mtp}{taught}"

@@ -5,6 +5,8 @@ Owns which saves exist, which are kept, which one a run resumes from, and what a
 - A save that cannot be written never harms an earlier one, and never stops training: `write_later`
   reports it in one line, and the next save is tried as if nothing had been. Only when the last save
   of all failed does `close` raise, since the end of the run is then on no disk.
+- A death loses the steps since the last whole save: one interval at most and, while a save is being
+  written, the steps since that one began. The next save waits for it, so there are never three.
 - A save that is not what was written is moved aside, never deleted, and the one before is used,
   in one line. If none is whole, nothing is moved and the run does not begin from the start.
 """

@@ -48,10 +48,10 @@ def test_data_that_begins_anew_has_an_order_of_its_own(base: Path) -> None:
     other = {"data": {"folder": "tokens"}, "sequence_length": 11}
     wanted = runs.recipe(data={"folder": "tokens"}, phase=[*runs.PHASES, runs.PHASES[1] | other])
     with opened(base / "run", wanted) as trainer:
-        orders = [batches_of(data.train) for data in trainer._inputs.data]
+        orders = [batches_of(data.train) for data in trainer._basis.inputs.data]
     for seed in (4, 5):
         with opened(base / f"run-{seed}", runs.recipe(data={"folder": "tokens"}, seed=seed)) as run:
-            assert batches_of(run._inputs.data[0].train) not in orders
+            assert batches_of(run._basis.inputs.data[0].train) not in orders
     assert orders[0] != orders[2]
 
 

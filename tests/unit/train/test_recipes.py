@@ -1,6 +1,7 @@
-"""The recipes that come with the project, and their reference in docs/training.md."""
+"""The recipes that come with the project, and their reference in docs/recipe-reference.md."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ from lowlat.cli.main import app
 from lowlat.train.inputs import base_config, phase_configs
 from lowlat.train.lora import check_lora
 from lowlat.train.parallel.check import check_parallel
+from lowlat.train.plan.dryrun import job_of, recipe_config
+from lowlat.train.plan.estimate import estimate
+from lowlat.train.plan.machine import H100
 from lowlat.train.recipe import Recipe, read_recipe
 from lowlat.train.recipe_reference import reference
-from lowlat.train.schedule import Timetable
+from lowlat.train.schedule import Timetable, batch_rows
 
 ROOT = Path(__file__).parents[3]
 CORPORA = {
@@ -60,12 +64,29 @@ def test_large_recipe_is_the_reports() -> None:
     assert [phase.max_position_embeddings for phase in recipe.phase] == [None, 32768, 163840]
 
 
+def test_large_recipe_fits_its_machine() -> None:
+    """Every phase on 32 H100, at the MFU that its head says."""
+    path = ROOT / "recipes" / "deepseek-v3-16b.toml"
+    recipe = read_recipe(path)
+    config = recipe_config(recipe, path, None)
+    jobs = [
+        replace(job_of(recipe, phase), batch_rows=batch_rows(phase, 0, phase.micro_batch_rows * 8))
+        for phase in recipe.phase
+    ]
+    first, *later = (estimate(config, job, H100) for job in jobs)
+    assert len(later) == 2 and all(found.fits for found in (first, *later))
+    assert first.mfu == pytest.approx(0.34, abs=0.01)
+    assert all(found.mfu > 0.3 for found in later)
+    quick = estimate(config, replace(first.job, recompute="none"), H100)
+    assert quick.fits and quick.mfu == pytest.approx(0.44, abs=0.01)
+
+
 def test_reference_is_in_the_document() -> None:
-    """Every key with its docstring, as docs/training.md has it: paste `reference()` there after a
-    change.
+    """Every key with its docstring, as docs/recipe-reference.md has it: paste `reference()` there
+    after a change.
     """
     text = reference()
-    assert text.strip() in (ROOT / "docs" / "training.md").read_text()
+    assert text.strip() in (ROOT / "docs" / "recipe-reference.md").read_text()
     for key in (*Recipe.model_fields, "to", "shape", "fim_rate", "keep_last", "z_weight", "alpha"):
         assert f"| `{key}` |" in text
     assert "|  |" not in text, "a key has no docstring"

@@ -73,6 +73,16 @@ def test_what_is_left_out_of_long_chats_is_said(tmp_path: Path) -> None:
     assert list(left_out(recipe, [phase_data(recipe, 0, folder, 1)])) == []
 
 
+def test_losses_are_per_answer_token(tmp_path: Path) -> None:
+    """Bytes of prompts, which nobody predicts, make no bits per byte."""
+    tuning.chats(tmp_path / "tokens")
+    start = tuning.checkpoint(tmp_path / "base", tuning.config())
+    recipe = tuning.raw_recipe(start="base", phase=tuning.phases({"steps": 1}))
+    run = tuning.train(tmp_path, recipe, start=start)
+    (record,) = run.records("evaluation")
+    assert record["bits_per_byte"] is None and record["targets"] == "answer token"
+
+
 def cut(batch: Batch) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Rows that hold the end of a chat, and the lengths up to and with the next one."""
     assert batch.documents is not None

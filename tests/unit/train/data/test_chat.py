@@ -1,14 +1,17 @@
 """Chats: which tokens are learned, and that no message can write a control token."""
 
+from typing import Any
+
 import pytest
 
+from lowlat.text.chat_prompt import encode_chat
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.data.chat import ChatEncoder
 from lowlat.train.data.documents import BadDocument, ChatDocument
 from lowlat.train.data.vocabulary import train_bpe
 from lowlat.utils.errors import UserError
 
-from .conftest import byte_level
+from .conftest import SPECIAL, byte_level
 
 REASONING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}:"
@@ -17,6 +20,13 @@ REASONING = (
     "{{ m.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
 )
+R1 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'user' %}<|user|>{{ m.content }}{% else %}"
+    "<|assistant|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+"""As that of DeepSeek-R1: what asks opens the reasoning, which is in no answer that stands."""
 
 
 def chat_of(*contents: str, tools: list[dict] | None = None) -> ChatDocument:
@@ -87,6 +97,46 @@ def test_templates_that_forget_reasoning() -> None:
     assert learned(tokenizer, chat_of("hi", "hello")) == ["<think>hm</think>hello<|im_end|>"]
     with pytest.raises(BadDocument, match="chat 3: the chat template renders a turn otherwise"):
         ChatEncoder(tokenizer).encode(chat_of("hi", "hello", "more", "world"))
+
+
+@pytest.fixture(scope="module")
+def r1() -> Tokenizer:
+    marks = ("<|user|>", "<|assistant|>", "<think>", "</think>")
+    return byte_level(template=R1, special=(*SPECIAL, *marks))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": "hello", "reasoning_content": "hm"},
+        {"content": "<think>\nhm\n</think>\n\nhello"},
+        {"content": "hm\n</think>\n\nhello"},
+    ],
+)
+def test_reasoning_that_the_template_opens(r1: Tokenizer, answer: dict[str, str]) -> None:
+    """What a model is asked with, then all that it is to say, by the tokens that it says it with;
+    answers before the last stand without their reasoning and are not learned.
+    """
+    before = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "a</think>hey"}
+    messages = [*before, {"role": "user", "content": "<think>"}, {"role": "assistant", **answer}]
+    chat = ChatDocument(origin="x", messages=messages, tools=None, source_bytes=0)
+    ids, _, _ = ChatEncoder(r1).encode(chat)
+    prompt = encode_chat(r1, messages[:-1])
+    assert ids[: len(prompt)].tolist() == prompt
+    close = r1.encode("</think>", add_special_tokens=False)
+    end = r1.encode("<|endoftext|>", add_special_tokens=False)
+    assert ids[len(prompt) :].tolist() == [*b"hm\n", *close, *b"\n\nhello", *end]
+    assert learned(r1, chat) == ["hm\n</think>\n\nhello<|endoftext|>"]
+
+
+@pytest.mark.parametrize("answer", [{}, {"reasoning_content": "hm", "tool_calls": [{}]}])
+def test_reasoning_that_is_asked_for_and_missing(r1: Tokenizer, answer: dict[str, Any]) -> None:
+    """Holds shut: every chat refused for a reason that is another one."""
+    told = {"role": "assistant", "content": "hello", **answer}
+    messages = [{"role": "user", "content": "hi"}, told]
+    chat = ChatDocument(origin="chat 3", messages=messages, tools=None, source_bytes=0)
+    with pytest.raises(BadDocument, match=r"chat 3: .* begin with <think>, and the last one is no"):
+        ChatEncoder(r1).encode(chat)
 
 
 def test_faults_of_template_and_chat() -> None:

@@ -9,7 +9,7 @@ import pytest
 from lowlat.config.model import ModelConfig, MoEConfig
 from lowlat.train.plan.job import Job, Layout
 from lowlat.train.plan.machine import H800
-from lowlat.train.plan.stages import cut, held
+from lowlat.train.plan.stages import ROUTED, cut, device_parameters, held
 from lowlat.train.plan.traffic import Transfer, places, transfers
 from tests.fakes import mla_config
 
@@ -75,8 +75,6 @@ def test_gradients_and_weights():
     """ZeRO-1: gradients scattered in fp32, weights gathered in bf16 (the embedding has no cast)."""
     found = sent(JOB)["gradients and weights"]
     cut_ = held(cut(CONFIG, JOB.layout, (1.0,) * 5), JOB.layout)[0]
-    from lowlat.train.plan.stages import device_parameters
-
     counts = device_parameters(CONFIG, cut_, JOB.layout)
     expected = sum(
         count * (4 + (4 if part == "embedding" else 2)) * 15 / 16 for part, count in counts.items()
@@ -100,5 +98,30 @@ def test_pipeline_tensor_and_context():
     tensor = sent(replace(JOB, layout=Layout(tp=5, fsdp=16)))["tensor parallel"]
     # Four gathers or scatters each way; the other four fifths of a row of tokens.
     assert tensor.node_bytes == pytest.approx(2 * 4 * 4 * 6 * 40 * 4 / 5 * 23 * 2)
-    ring = sent(replace(JOB, layout=Layout(cp=2, fsdp=8)))["context parallel"]
-    assert ring.node_bytes == pytest.approx(3 * 4 * 12 * 20 * 17 * 2)
+    ring = sent(replace(JOB, layout=Layout(cp=2, fsdp=4)))["context parallel"]
+    assert ring.node_bytes == pytest.approx(3 * 4 * 24 * 20 * 17 * 2)
+    # The processes of one place along fsdp are as far apart as all of fsdp.
+    far = sent(replace(JOB, layout=Layout(cp=2, fsdp=8)))["context parallel"]
+    assert far.network_bytes == pytest.approx(3 * 4 * 12 * 20 * 17 * 2) and not far.node_bytes
+
+
+@pytest.mark.parametrize("outer", [{"dp": 4}, {"cp": 4}])
+def test_only_fsdp_shares_states(outer: dict[str, int]):
+    """Of 4 x 8 processes: what is gathered stays within the nodes of eight, experts that no two of
+    them have are not gathered, and gradients are summed over the four once per step.
+    """
+    job = replace(JOB, layout=Layout(fsdp=8, ep=8, zero=3, **outer))
+    found = sent(job)
+    stages = held(cut(CONFIG, job.layout, (1.0,) * 5), job.layout)[0]
+    counts = device_parameters(CONFIG, stages, job.layout)
+    experts = counts.pop(ROUTED)
+    gathered = sum(n * (4 if part == "embedding" else 2) for part, n in counts.items()) * 7 / 8
+    weights, gradients = found["gathered weights"], found["scattered gradients"]
+    assert weights.node_bytes == pytest.approx(2 * job.micro_batches * gathered)
+    assert gradients.node_bytes == pytest.approx(
+        job.micro_batches * 4 * sum(counts.values()) * 7 / 8
+    )
+    assert weights.network_bytes == gradients.network_bytes == 0
+    once = found["gradients and weights"]
+    own = sum(counts.values()) / 8 + experts
+    assert once.network_bytes == pytest.approx(2 * 4 * own * 3 / 4) and once.is_per_step

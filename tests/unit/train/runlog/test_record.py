@@ -25,6 +25,7 @@ LAYER = layer(11, [1, 3], bias=(-0.1, 1 / 3))
         evaluation(3, divergence=0.0),
         evaluation(3),
         evaluation(3, bits_per_byte=None, split="dérivé"),
+        evaluation(3, bits_per_byte=None, targets="answer token"),
         NoteRecord(step=2, text='a "note"\u2028'),
     ],
 )

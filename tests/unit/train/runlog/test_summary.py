@@ -56,6 +56,7 @@ def test_figures_of_a_run() -> None:
         "bits_per_byte": 1.0,
         "mtp_losses": [3.5],
         "divergence": None,
+        "targets": None,
     }
     assert summary["evaluations"]["held_out"]["last"]["step"] == 59
     assert summary["evaluations"]["train"]["best"]["loss"] == 1.0

@@ -57,6 +57,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
         view.step(step(number))
     view.status("evaluating")
     view.evaluation(evaluation(3))
+    view.evaluation(evaluation(3, bits_per_byte=None, targets="answer token"))
     view.note("saved [3]")
     view.close()
     view.close()
@@ -67,6 +68,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
         "step 1/13  loss 7.0000  mtp 8.0000  lr 3.00e-04  grad 1.50  12.5 tok/s  MFU 43 %  "
         "1.23 GB  MaxVio 0.47 (layer 3)  1:36 left",
         "step 3: held_out loss 4.1667 (1.250 bits/byte), mtp 3.5000",
+        "step 3: held_out loss 4.1667 per answer token, mtp 3.5000",
         "saved [3]",
         "step 3/13  loss 4.9397  mtp 4.6667  lr 3.00e-04  grad 1.50  12.5 tok/s  MFU 43 %  "
         "1.23 GB  MaxVio 0.47 (layer 3)  1:40 left",
