@@ -138,7 +138,9 @@ def _warm(
         if program.name == "lowlat":
             check.require_near(error, dtype)
     ready.workers.append((program.name, worker))
-    ready.facts[program.name] = {"python": program.python, **loaded.facts}
+    # where this very interpreter lies is nobody's business but this machine's
+    python = "python" if program.python == sys.executable else program.python
+    ready.facts[program.name] = {"python": python, **loaded.facts}
 
 
 def _starts(stage: Stage, programs: Sequence[Program]) -> dict[str, list[float]]:
