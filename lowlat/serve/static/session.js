@@ -113,7 +113,8 @@ export class Session {
 
   async remove() {
     const { id } = this.conversation;
-    this.stop();
+    const live = this.#live.get(id);
+    if (live) this.#halt(live);
     this.conversation = newConversation(this.settings().system);
     await this.store.remove(id);
     this.on.opened();
@@ -167,10 +168,14 @@ export class Session {
     this.#answer(conversation, attempt + 1);
   }
 
-  #end(live) {
+  #halt(live) {
     this.#live.delete(live.conversation.id);
     clearTimeout(live.timer);
     live.run.stop();
+  }
+
+  #end(live) {
+    this.#halt(live);
     const { message } = live;
     if (message.error) message.error.retryAt = null;
     this.#save(live.conversation);

@@ -79,6 +79,8 @@ export class ConversationStore {
     return new Promise((resolve, reject) => {
       const transaction = this.#database.transaction(TABLE, mode);
       const request = action(transaction.objectStore(TABLE));
+      // Without this a page that is closed now takes the change with it.
+      transaction.commit?.();
       transaction.oncomplete = () => resolve(request.result);
       transaction.onerror = transaction.onabort = () => reject(transaction.error ?? request.error);
     });
