@@ -19,8 +19,8 @@ from lowlat.engine.request import Sequence
 STEP_TOKENS = 1024
 """Tokens of prompts read in a step while nobody decodes."""
 MIXED_TOKENS = 256
-"""Tokens of prompts read in a step beside decoding, which waits for them: about as long as a step
-of eight decoding sequences takes on a CPU."""
+"""Tokens of prompts read in a step beside decoding, which waits for them, while no more sequences
+read than decode: about as long as a step of eight decoding sequences takes on a CPU."""
 MAX_SEQUENCES = 128
 PRIORITY_SECONDS = 1.0
 """Waiting so long outweighs one step of priority, so that nobody waits without end."""
@@ -52,7 +52,9 @@ class Limits:
 class Scheduler:
     """Every decoding sequence runs in every step; the rest of the budget reads prompts.
 
-    Half of it goes to the prompt that has waited longest, the rest to those that are nearest their
+    The more sequences read for each that decodes, the larger the budget, up to a whole step: when
+    many come at once, the few that are ahead do not keep the others from their first token. Half
+    of it goes to the prompt that has waited longest, the rest to those that are nearest their
     end, so that a long prompt neither holds up short ones nor starves. Sequences are admitted by
     the service their client has had, then in order of arrival; a request waits until all its n
     completions have room. When pages run out, who came last gives its own back and is read again
@@ -133,8 +135,7 @@ class Scheduler:
             if not sequence.is_reading and sequence in self.running:
                 self._drop_costly_drafts(sequence)
                 self._choose(chosen, sequence, 1 + len(sequence.drafts), "stream")
-        limits = self.limits
-        self._read(chosen, limits.mixed_tokens if chosen else limits.step_tokens)
+        self._read(chosen, self._reading_budget(len(chosen)))
         for work in chosen.values():
             self._fairness.serve(work.sequence.request.options.salt, work.length)
         return list(chosen.values())
@@ -216,6 +217,15 @@ class Scheduler:
         return [self.reader.page_form(page, prompt) for page in range(count)]
 
     # --- reading -------------------------------------------------------------------------------
+
+    def _reading_budget(self, num_decoding: int) -> int:
+        """Tokens of prompts to read in a step beside `num_decoding` sequences."""
+        limits = self.limits
+        if num_decoding == 0:
+            return limits.step_tokens
+        num_reading = len(self.running) - num_decoding
+        budget = limits.mixed_tokens * num_reading // num_decoding
+        return min(max(budget, limits.mixed_tokens), limits.step_tokens)
 
     def _read(self, chosen: dict[Sequence, Work], budget: int) -> None:
         """Share `budget` among the sequences that read known tokens."""

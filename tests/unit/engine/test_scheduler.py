@@ -91,6 +91,26 @@ def test_decoding_goes_on_while_a_prompt_is_read() -> None:
     assert step(scheduler) == {short: 1, long: 1}
 
 
+def test_the_more_read_for_each_that_decodes_the_more_is_read() -> None:
+    """Holds shut: many prompts that come at once, held up by the first of them to be answered."""
+    scheduler = scheduler_for(step_tokens=20, mixed_tokens=8, has_prefix_cache=False)
+    short = sequence(3)
+    scheduler.add(short)
+    assert step(scheduler) == {short: 3}
+    prompts = [sequence(length, first=100 * length) for length in (30, 31, 32)]
+    for prompt in prompts[:2]:
+        scheduler.add(prompt)
+    assert sum(step(scheduler).values()) == 1 + 2 * 8
+    scheduler.add(prompts[2])
+    assert sum(step(scheduler).values()) == 1 + 20
+    scheduler.remove(short)
+    while any(prompt.is_reading for prompt in prompts):
+        step(scheduler)
+    late = sequence(40, first=900)
+    scheduler.add(late)
+    assert step(scheduler) == {**dict.fromkeys(prompts, 1), late: 8}
+
+
 def test_half_of_the_budget_is_the_oldest_prompts_and_the_rest_the_shortest_ones() -> None:
     """Holds shut: short prompts waiting behind a long one, and a long one starving."""
     scheduler = scheduler_for(step_tokens=20)
