@@ -50,6 +50,7 @@ using BoundRouter = Bound<Router>;
 using BoundMoe = Bound<Moe>;
 using BoundAttention = Bound<Attention>;
 using BoundLayer = Bound<Layer>;
+using BoundJoin = Bound<Join>;
 
 void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
@@ -200,6 +201,15 @@ BoundLayer make_layer(const BoundNorm& input_norm, const BoundNorm& post_attenti
   return bound;
 }
 
+BoundJoin make_join(const BoundNorm& embedding_norm, const BoundNorm& hidden_norm, const BoundProjection& projection) {
+  BoundJoin bound;
+  bound.part = {bound.keep(embedding_norm), bound.keep(hidden_norm), bound.keep(projection)};
+  const Join& join = bound.part;
+  require(join.embedding_norm.size == join.hidden_norm.size, "a module's norms have different sizes");
+  require_shape(join.projection.weight, join.hidden_norm.size, 2 * join.hidden_norm.size, "a module's projection");
+  return bound;
+}
+
 // The cache of a layer: rows [pages, page_size, row], their elements, and how many of these are int8 (0: all bf16).
 using CacheArgs = std::tuple<Array, std::int64_t, std::int64_t>;
 
@@ -241,14 +251,16 @@ using SequenceArgs = std::tuple<std::vector<std::int32_t>, std::int64_t, std::in
 
 class BoundModel {
  public:
-  BoundModel(const Array& embedding, const std::vector<BoundLayer>& layers, const BoundNorm& norm,
-             const BoundProjection& head, bool is_larger_than_memory)
-      : model_(assemble(embedding, layers, norm, head)) {
+  BoundModel(const Array& embedding, const std::optional<BoundJoin>& join, const std::vector<BoundLayer>& layers,
+             std::int64_t first_layer, const BoundNorm& norm, const BoundProjection& head, bool is_larger_than_memory)
+      : model_(assemble(embedding, join, layers, norm, head)) {
+    require(first_layer >= 0, "layers begin before the cache's first");
+    model_.first_layer = first_layer;
     model_.is_larger_than_memory = is_larger_than_memory;
   }
 
-  void step(const Array& ids, const Array& slots, const Array& cos, const Array& sin,
-            const std::vector<SequenceArgs>& sequences, const BoundCache& cache, const Array& hidden,
+  void step(const Array& ids, const std::optional<Array>& previous, const Array& slots, const Array& cos,
+            const Array& sin, const std::vector<SequenceArgs>& sequences, const BoundCache& cache, const Array& hidden,
             const std::vector<std::int64_t>& wanted, const std::optional<Array>& logits, bool is_stream) {
     // Not waited for with Python's lock in hand: the step that goes on will ask for it before it gives up this one.
     Stage& own = stage_.get(model_);
@@ -259,6 +271,8 @@ class BoundModel {
     }
     Step step;
     read_tokens(step, ids, slots, cos, sin);
+    require(previous.has_value() == model_.join.has_value(), "an MTP module, and no other, goes on from hidden states");
+    if (previous) step.previous = elements<bf16>(*previous, "previous", Type::bf16, {step.tokens, model_.hidden});
     read_cache(step, cache);
     read_sequences(step, sequences, cache);
     step.hidden = elements<bf16>(hidden, "hidden", Type::bf16, {step.tokens, model_.hidden});
@@ -279,8 +293,8 @@ class BoundModel {
   }
 
  private:
-  Model assemble(const Array& embedding, const std::vector<BoundLayer>& layers, const BoundNorm& norm,
-                 const BoundProjection& head) {
+  Model assemble(const Array& embedding, const std::optional<BoundJoin>& join, const std::vector<BoundLayer>& layers,
+                 const BoundNorm& norm, const BoundProjection& head) {
     Model model;
     model.vocab = size(embedding, 0);
     model.hidden = size(embedding, 1);
@@ -290,6 +304,10 @@ class BoundModel {
       owners_.insert(owners_.end(), bound.owners.begin(), bound.owners.end());
       return bound.part;
     };
+    if (join) {
+      model.join = keep(*join);
+      require(model.join->hidden_norm.size == model.hidden, "a module has another width than the embedding");
+    }
     for (const BoundLayer& layer : layers) {
       model.layers.push_back(keep(layer));
       check_layer(model, model.layers.back());
@@ -336,11 +354,12 @@ class BoundModel {
   }
 
   void read_cache(Step& step, const BoundCache& cache) const {
-    require(cache.layers.size() >= model_.layers.size(), "the cache has too few layers");
+    const auto first = static_cast<std::size_t>(model_.first_layer);
+    require(cache.layers.size() >= first + model_.layers.size(), "the cache has too few layers");
     for (std::size_t layer = 0; layer < model_.layers.size(); ++layer) {
-      require(cache.row_dims[layer] == model_.layers[layer].attention.row_dim(), "the cache has rows of another width");
+      require(cache.row_dims[first + layer] == model_.layers[layer].attention.row_dim(), "the cache has rows of another width");
     }
-    step.caches = cache.layers.data();
+    step.caches = cache.layers.data() + first;
     const std::int64_t slots = cache.pages * cache.page_size();
     for (std::int64_t t = 0; t < step.tokens; ++t) {
       require(step.slots[t] >= 0 && step.slots[t] < slots, "a slot is outside the cache");
@@ -385,13 +404,16 @@ void bind_model(nb::module_& module) {
   nb::class_<BoundLayer>(module, "Layer")
       .def_static("make", make_layer, nb::kw_only(), "input_norm"_a, "post_attention_norm"_a, "attention"_a,
                   "first_pair"_a, "mlp"_a.none(), "moe"_a.none());
+  nb::class_<BoundJoin>(module, "Join")
+      .def_static("make", make_join, "embedding_norm"_a, "hidden_norm"_a, "projection"_a);
   nb::class_<BoundCache>(module, "Cache").def_static("make", make_cache, "layers"_a);
   nb::class_<BoundModel>(module, "Model")
-      .def(nb::init<const Array&, const std::vector<BoundLayer>&, const BoundNorm&, const BoundProjection&,
-                    bool>(),
-           nb::kw_only(), "embedding"_a, "layers"_a, "norm"_a, "head"_a, "is_larger_than_memory"_a)
-      .def("step", &BoundModel::step, nb::kw_only(), "ids"_a, "slots"_a, "cos"_a, "sin"_a, "sequences"_a, "cache"_a,
-           "hidden"_a, "wanted"_a, "logits"_a.none(), "is_stream"_a);
+      .def(nb::init<const Array&, const std::optional<BoundJoin>&, const std::vector<BoundLayer>&, std::int64_t,
+                    const BoundNorm&, const BoundProjection&, bool>(),
+           nb::kw_only(), "embedding"_a, "join"_a.none(), "layers"_a, "first_layer"_a, "norm"_a, "head"_a,
+           "is_larger_than_memory"_a)
+      .def("step", &BoundModel::step, nb::kw_only(), "ids"_a, "previous"_a.none(), "slots"_a, "cos"_a, "sin"_a,
+           "sequences"_a, "cache"_a, "hidden"_a, "wanted"_a, "logits"_a.none(), "is_stream"_a);
 }
 
 }  // namespace lowlat

@@ -79,11 +79,20 @@ struct Layer {
   std::optional<Moe> moe;
 };
 
+// How an MTP module begins: projection (embedding_norm e, hidden_norm h) of the embedding e of a later token and the
+// hidden state h of the depth before.
+struct Join {
+  Norm embedding_norm, hidden_norm;
+  Projection projection;  // [hidden, 2 hidden]
+};
+
 struct Model {
   std::int64_t hidden = 0;
   std::int64_t vocab = 0;
   const bf16* embedding = nullptr;  // [vocab, hidden]
+  std::optional<Join> join;         // of an MTP module; without one the layers are given the embedding
   std::vector<Layer> layers;
+  std::int64_t first_layer = 0;  // of the cache's
   Norm norm;
   Projection head;
   bool is_larger_than_memory = false;  // weights are read from their files again and again
@@ -111,12 +120,13 @@ struct Sequence {
 struct Step {
   std::int64_t tokens = 0;
   const std::int64_t* ids = nullptr;    // [tokens]
+  const bf16* previous = nullptr;       // with a Join: [tokens, hidden], hidden states of the depth before
   const std::int64_t* slots = nullptr;  // [tokens]: page * page_size + row
   const float* cos = nullptr;           // [tokens, pairs]: a layer's own start at its first_pair
   const float* sin = nullptr;
   std::int64_t pairs = 0;
   std::vector<Sequence> sequences;
-  const Cache* caches = nullptr;        // of each layer; pages are the same in all
+  const Cache* caches = nullptr;        // of each of the model's layers; pages are the same in all
   bool is_stream = false;               // every sequence has few new tokens, see Activations
   bf16* hidden = nullptr;               // out [tokens, hidden], after the final norm
   std::vector<std::int64_t> wanted;     // tokens whose logits are asked for

@@ -67,6 +67,7 @@ void Workspace::prepare(const Model& model, const Step& step, int threads) {
   inner = rows_of(3, routed + n, sizes.inner, step.is_stream);
   // A single token's row serves all its experts as it is.
   gathered = n > 1 ? rows_of(4, routed, model.hidden, step.is_stream) : Activations{};
+  joined = model.join ? rows_of(17, n, 2 * model.hidden, step.is_stream) : Activations{};
   x = take<bf16>(5, n * hidden.stride);
   query_latent_raw = take<bf16>(6, n * query_latent.stride);
   row = take<bf16>(7, n * sizes.row);

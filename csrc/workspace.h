@@ -90,7 +90,7 @@ struct Sizes {
 struct Workspace {
   // Activations of all tokens; strides are multiples of 32 and the same in all layers, those of the widest. A layer's
   // rows are followed by zeros up to a multiple of 32.
-  Activations hidden, query_latent, attended, inner, gathered;
+  Activations hidden, query_latent, attended, inner, gathered, joined;
   bf16* x = nullptr;                 // residual [tokens, hidden.stride]
   bf16* query_latent_raw = nullptr;  // [tokens, query_latent.stride]
   bf16* row = nullptr;               // [tokens, row_dim]
@@ -130,7 +130,7 @@ struct Workspace {
   Activations rows_of(int slot, std::int64_t rows, std::int64_t columns, bool is_stream);
 
   Sizes sizes;
-  Buffer buffers_[17];
+  Buffer buffers_[18];
 };
 
 }  // namespace lowlat

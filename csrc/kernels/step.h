@@ -1,4 +1,4 @@
-// A whole step: embedding, layers, final norm, head.
+// A whole step: embedding, layers, final norm, head. An MTP module's is one, too.
 #pragma once
 
 #include "attention_phases.h"
@@ -13,6 +13,18 @@ inline void embed(const Pass& pass) {
     const bf16* row = pass.model.embedding + pass.step.ids[t] * hidden;
     std::memcpy(work.x + t * work.hidden.stride, row, hidden * sizeof(bf16));
   });
+}
+
+inline void embed_and_join(const Pass& pass, const Join& join) {
+  const Workspace& work = pass.work;
+  const std::int64_t hidden = pass.model.hidden;
+  pass.each_token([&](std::int64_t t) {
+    bf16* row = work.joined.values + t * work.joined.stride;
+    rms_norm(join.embedding_norm, pass.model.embedding + pass.step.ids[t] * hidden, row);
+    rms_norm(join.hidden_norm, pass.step.previous + t * hidden, row + hidden);
+    pad_row(row, 2 * hidden);
+  });
+  multiply_all(pass, {Product{&join.projection, &work.joined, work.x, work.hidden.stride}});
 }
 
 // The final norm of every token into step.hidden.
@@ -50,7 +62,11 @@ inline void make_logits(const Pass& pass) {
 inline void run_step(Team& team, const Model& model, const Step& step, Workspace& work) {
   const ProductSession session;
   const Pass pass{team, model, step, work, work.scratch[team.thread()]};
-  embed(pass);
+  if (model.join) {
+    embed_and_join(pass, *model.join);
+  } else {
+    embed(pass);
+  }
   std::int64_t number = 0;
   for (const Layer& layer : model.layers) {
     if (model.is_larger_than_memory && team.thread() == 0 && &layer != &model.layers.back()) read_ahead(*(&layer + 1));

@@ -63,12 +63,20 @@ class _Turn:
         return known[self.end - count + module + 1 : self.end + module + 1]
 
 
-class MTPDrafter:
-    """Runs the MTP modules after every step, over the tokens that the step made certain.
+def takes_part(item: Work, depths: Mapping[Sequence, int]) -> bool:
+    """Whether the modules run over this part of a step.
 
     Sequences that want no draft are left out while they decode, so that what does not pay costs
     nothing; gaps this leaves in the modules' rows only make later drafts worse.
     """
+    sequence = item.sequence
+    if sequence.finish_reason is not None or not sequence.pages:
+        return False
+    return sequence.is_reading or item.form != "stream" or depths.get(sequence, 0) > 0
+
+
+class MTPDrafter:
+    """Runs the MTP modules after a step, over the tokens that the step made certain."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -79,13 +87,9 @@ class MTPDrafter:
     def propose(
         self, parts: SequenceOf[tuple[Work, Tensor]], depths: Mapping[Sequence, int]
     ) -> None:
-        """Set drafts; `parts` are the step's work with its hidden states, `depths` the drafts
-        wanted."""
-        turns = [
-            self._turn(item, part, depths.get(item.sequence, 0))
-            for item, part in parts
-            if self._takes_part(item, depths)
-        ]
+        """Set drafts; `parts` are the step's work that takes part, with its hidden states,
+        `depths` the drafts wanted."""
+        turns = [self._turn(item, part, depths.get(item.sequence, 0)) for item, part in parts]
         for module in range(self._num_modules):
             self._run_module(module, turns)
         for turn in turns:
@@ -93,12 +97,6 @@ class MTPDrafter:
         self._repeat_last(turns)
         for turn in turns:
             turn.sequence.drafts = turn.drafts[: turn.depth]
-
-    def _takes_part(self, item: Work, depths: Mapping[Sequence, int]) -> bool:
-        sequence = item.sequence
-        if sequence.finish_reason is not None or not sequence.pages:
-            return False
-        return sequence.is_reading or item.form != "stream" or depths.get(sequence, 0) > 0
 
     def _turn(self, item: Work, hidden: Tensor, depth: int) -> _Turn:
         # Rows of drafts that were not kept come last.

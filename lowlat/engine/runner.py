@@ -86,11 +86,7 @@ class Runner:
     ) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "tokens hidden"]]:
         """Cache the chunks' rows; the logits they ask for, in order, at least fp32, and the final
         hidden state of every token."""
-        wanted: list[int] = []
-        end = 0
-        for chunk in chunks:
-            end += len(chunk.tokens)
-            wanted.extend(range(end - chunk.num_logits, end))
+        wanted = _wanted(chunks)
         batch = self._batch(chunks)
         ids = self._ids([token for chunk in chunks for token in chunk.tokens])
         if self._native is not None:
@@ -98,7 +94,7 @@ class Runner:
             return logits, hidden
         hidden = self.model(ids, batch.positions, CachedAttention(self.cache, batch))
         chosen = hidden
-        if len(wanted) < end:
+        if len(wanted) < len(ids):
             chosen = hidden[torch.tensor(wanted, dtype=torch.int64, device=self.device)]
         return self.model.logits(chosen), hidden
 
@@ -114,13 +110,11 @@ class Runner:
         """
         batch = self._batch(chunks)
         ids = self._ids([token for chunk in chunks for token in chunk.tokens])
+        wanted = _wanted(chunks)
+        if self._native is not None:
+            return self._native.mtp(depth, hidden, ids, batch, self.cache, wanted)
         attention = CachedAttention(self.cache, batch)
         hidden = self.model.mtp_hidden(depth, hidden, ids, batch.positions, attention)
-        wanted: list[int] = []
-        end = 0
-        for chunk in chunks:
-            end += len(chunk.tokens)
-            wanted.extend(range(end - chunk.num_logits, end))
         return hidden, self.model.mtp_logits(depth, hidden[wanted])
 
     def check_integrity(self, holders: Sequence[Sequence[int]]) -> None:
@@ -153,3 +147,13 @@ class Runner:
 
     def _ids(self, ids: Sequence[int]) -> Int[Tensor, " tokens"]:
         return torch.tensor(ids, dtype=torch.int64, device=self.device)
+
+
+def _wanted(chunks: Sequence[Chunk]) -> list[int]:
+    """Rows of a step whose logits its chunks ask for."""
+    wanted: list[int] = []
+    end = 0
+    for chunk in chunks:
+        end += len(chunk.tokens)
+        wanted.extend(range(end - chunk.num_logits, end))
+    return wanted

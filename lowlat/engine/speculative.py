@@ -8,13 +8,14 @@ the token that the model draws anyway. So a sequence that no drafts can be made 
 import logging
 import time
 import weakref
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 
 from torch import Tensor
 
-from lowlat.engine.depth import DepthChoice
+from lowlat.engine.depth import MAX_DEPTH, DepthChoice
 from lowlat.engine.lookup import PromptLookup
-from lowlat.engine.mtp_drafts import MTPDrafter
+from lowlat.engine.mtp_drafts import MTPDrafter, takes_part
 from lowlat.engine.request import Sequence
 from lowlat.engine.runner import Runner
 from lowlat.engine.scheduler import Work
@@ -42,32 +43,27 @@ class Speculator:
         tokens. Where that fails, each sequence is tried alone; one that fails gets no drafts from
         then on.
         """
-        states = hidden.split([item.length for item in work])
-        parts = [
-            (item, part)
-            for item, part in zip(work, states, strict=True)
-            if item.sequence not in self._given_up
-        ]
+        going_on = [item for item in work if item.sequence not in self._given_up]
         try:
-            self._propose(parts)
+            self._propose(going_on, work, hidden)
         except Exception as error:
-            logger.warning("drafts for %d sequences could not be made: %r", len(parts), error)
-            for item, part in parts:
-                self._propose_alone(item, part)
+            logger.warning("drafts for %d sequences could not be made: %r", len(going_on), error)
+            for item in going_on:
+                self._propose_alone(item, work, hidden)
 
-    def _propose_alone(self, item: Work, hidden: Tensor) -> None:
+    def _propose_alone(self, item: Work, work: SequenceOf[Work], hidden: Tensor) -> None:
         item.sequence.drafts = []
         try:
-            self._propose([(item, hidden)])
+            self._propose([item], work, hidden)
         except Exception:
             logger.exception("request %d goes on without drafts", item.sequence.request.id)
             self._given_up.add(item.sequence)
 
-    def _propose(self, parts: SequenceOf[tuple[Work, Tensor]]) -> None:
-        """Set drafts; each part of the step comes with its hidden states."""
+    def _propose(self, parts: SequenceOf[Work], work: SequenceOf[Work], hidden: Tensor) -> None:
+        """Set drafts after some `parts` of a step."""
         decoding = [
             item.sequence
-            for item, _ in parts
+            for item in parts
             if item.sequence.finish_reason is None
             and item.sequence.pages
             and not item.sequence.is_reading
@@ -75,16 +71,33 @@ class Speculator:
         depths = self.depth.choose({s: _most_drafts(s) for s in decoding})
         self._drafting_seconds = 0.0
         if self._mtp is not None:
-            started = time.perf_counter()
-            self._mtp.propose(parts, depths)
-            self._drafting_seconds = time.perf_counter() - started
-            if total := sum(depths.values()):
-                self.depth.drafted(total, self._drafting_seconds)
+            self._run_modules(self._mtp, parts, work, hidden, depths)
             return
         for sequence in decoding:
             if depths[sequence] > 0:
                 lookup = self._lookups.setdefault(sequence, PromptLookup())
                 sequence.drafts = lookup.propose(sequence.tokens, depths[sequence])
+
+    def _run_modules(
+        self,
+        mtp: MTPDrafter,
+        parts: SequenceOf[Work],
+        work: SequenceOf[Work],
+        hidden: Tensor,
+        depths: Mapping[Sequence, int],
+    ) -> None:
+        taking_part = {item for item in parts if takes_part(item, depths)}
+        if not taking_part:
+            return
+        started = time.perf_counter()
+        states = hidden.split([item.length for item in work])
+        own = zip(work, states, strict=True)
+        mtp.propose([(item, state) for item, state in own if item in taking_part], depths)
+        self._drafting_seconds = time.perf_counter() - started
+        # A prompt's rows are made beside the drafts, and are no cost of theirs.
+        is_reading = any(item.length > 1 + MAX_DEPTH for item in taking_part)
+        if not is_reading and (total := sum(depths.values())):
+            self.depth.drafted(total, self._drafting_seconds)
 
     def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
         """So many drafts of a sequence were verified, and so many of them kept."""

@@ -14,7 +14,15 @@ from lowlat.config.model import TPAConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Linear
 from lowlat.model.moe import Gate
-from lowlat.model.native_layers import layer_of, matrix_of, norm_of, weight_of
+from lowlat.model.mtp import MTPModule
+from lowlat.model.native_layers import (
+    join_of,
+    layer_of,
+    matrix_of,
+    norm_of,
+    projection_of,
+    weight_of,
+)
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
 from lowlat.utils.memory import is_larger_than_memory
@@ -54,7 +62,7 @@ def _is_known(module: torch.nn.Module) -> bool:
 
 
 class NativeModel:
-    """Runs the decoder layers of a Transformer that `has_native_form`. MTP modules stay with it."""
+    """Runs a Transformer that `has_native_form`, and its MTP modules."""
 
     def __init__(self, model: Transformer) -> None:
         self.config = model.config
@@ -63,17 +71,36 @@ class NativeModel:
         native.keep_torch_single_threaded()
         embedding = model.embed_tokens.weight.detach()
         head = matrix_of(embedding) if model.lm_head is None else weight_of(model.lm_head)
+        head = module.Projection.make(head, None)
+        is_larger = is_larger_than_memory(weight_bytes(model))
         self._model = module.Model(
             embedding=embedding,
+            join=None,
             layers=[
                 layer_of(layer, first_pair=self.rotary.first_pair(number))
                 for number, layer in enumerate(model.layers)
                 if isinstance(layer, DecoderLayer)
             ],
+            first_layer=0,
             norm=norm_of(model.norm),
-            head=module.Projection.make(head, None),
-            is_larger_than_memory=is_larger_than_memory(weight_bytes(model)),
+            head=head,
+            is_larger_than_memory=is_larger,
         )
+        self._modules = []
+        for number, mtp in enumerate(model.mtp, start=self.config.num_hidden_layers):
+            assert isinstance(mtp, MTPModule)
+            copy, own_head = mtp.embed_tokens, mtp.head
+            self._modules.append(
+                module.Model(
+                    embedding=embedding if copy is None else copy.weight.detach(),
+                    join=join_of(mtp),
+                    layers=[layer_of(mtp.block, first_pair=self.rotary.first_pair(number))],
+                    first_layer=number,
+                    norm=norm_of(mtp.norm),
+                    head=head if own_head is None else projection_of(own_head),
+                    is_larger_than_memory=is_larger,
+                )
+            )
         self._cache: PagedCache | None = None
         self._rows = None
 
@@ -90,40 +117,66 @@ class NativeModel:
         A sequence gets the same bits in any company. Streams multiply otherwise, so that a step
         that mixes them with other forms is two calls, streams last.
         """
-        kinds = [item.form == "stream" for item in batch.sequences]
-        hidden = torch.empty(len(ids), self.config.hidden_size, dtype=torch.bfloat16)
-        logits = torch.empty(len(wanted), self.config.vocab_size)
-        if len(set(kinds)) == 1:
-            self._call(ids, batch, cache, wanted, kinds[0], hidden, logits)
-            return hidden, logits
-        for kind in (False, True):
-            tokens, part = _part(batch, kinds, kind)
-            chosen = [row for row, token in enumerate(wanted) if token in tokens]
-            rows = [tokens[wanted[row]] for row in chosen]
-            own_hidden = hidden.new_empty(len(tokens), hidden.shape[1])
-            own_logits = logits.new_empty(len(rows), logits.shape[1])
-            self._call(ids[list(tokens)], part, cache, rows, kind, own_hidden, own_logits)
-            hidden[list(tokens)], logits[chosen] = own_hidden, own_logits
-        return hidden, logits
+        return self._step(self._model, None, ids, batch, cache, wanted)
 
-    def _call(
+    def mtp(
         self,
+        depth: int,
+        hidden: Float[Tensor, "tokens hidden"],
+        ahead_ids: Int[Tensor, "tokens"],
+        batch: AttentionBatch,
+        cache: PagedCache,
+        wanted: list[int],
+    ) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "wanted vocab"]]:
+        """The same of MTP module `depth`, from `hidden` (bf16) of the depth before and the ids
+        depth + 1 places after the batch's positions, as `Transformer.mtp_hidden` takes them.
+        """
+        return self._step(self._modules[depth], hidden, ahead_ids, batch, cache, wanted)
+
+    def _step(
+        self,
+        model,
+        previous: Tensor | None,
         ids: Tensor,
         batch: AttentionBatch,
         cache: PagedCache,
         wanted: list[int],
-        is_stream: bool,
-        hidden: Tensor,
-        logits: Tensor,
-    ) -> None:
-        """One step of sequences of one kind, written into `hidden` and `logits`."""
+    ) -> tuple[Tensor, Tensor]:
+        """Of all sequences: those of one kind at a time."""
+        kinds = [item.form == "stream" for item in batch.sequences]
+        if len(set(kinds)) == 1:
+            return self._call(model, previous, ids, batch, cache, wanted)
+        hidden = torch.empty(len(ids), self.config.hidden_size, dtype=torch.bfloat16)
+        logits = torch.empty(len(wanted), self.config.vocab_size)
+        for kind in (False, True):
+            tokens, part = _part(batch, kinds, kind)
+            index = list(tokens)
+            chosen = [row for row, token in enumerate(wanted) if token in tokens]
+            rows = [tokens[wanted[row]] for row in chosen]
+            before = None if previous is None else previous[index]
+            hidden[index], logits[chosen] = self._call(model, before, ids[index], part, cache, rows)
+        return hidden, logits
+
+    def _call(
+        self,
+        model,
+        previous: Tensor | None,
+        ids: Tensor,
+        batch: AttentionBatch,
+        cache: PagedCache,
+        wanted: list[int],
+    ) -> tuple[Tensor, Tensor]:
+        """Of sequences of one kind."""
+        hidden = torch.empty(len(ids), self.config.hidden_size, dtype=torch.bfloat16)
+        logits = torch.empty(len(wanted), self.config.vocab_size)
         cos, sin = self.rotary(batch.positions)
         sequences = [
             (item.pages, item.start, item.length, item.form == "expanded")
             for item in batch.sequences
         ]
-        self._model.step(
+        model.step(
             ids=ids,
+            previous=previous,
             slots=batch.slots,
             cos=cos,
             sin=sin,
@@ -132,8 +185,9 @@ class NativeModel:
             hidden=hidden,
             wanted=wanted,
             logits=logits,
-            is_stream=is_stream,
+            is_stream=batch.sequences[0].form == "stream",
         )
+        return hidden, logits
 
     def _rows_of(self, cache: PagedCache):
         """`cache` as the kernels take it; kept, as there is a new one only where it has grown."""

@@ -14,6 +14,7 @@ from lowlat.model.gta import GTA
 from lowlat.model.linear import Linear, RMSNorm
 from lowlat.model.mla import MLA
 from lowlat.model.moe import MLP, Experts, MoE
+from lowlat.model.mtp import MTPModule
 from lowlat.ops import native
 from lowlat.ops.gta import selectors
 
@@ -33,6 +34,13 @@ def layer_of(layer: DecoderLayer, *, first_pair: int):
         first_pair=first_pair,
         mlp=_dense(mlp.shared_experts if isinstance(mlp, MoE) else mlp),
         moe=_moe(mlp) if isinstance(mlp, MoE) else None,
+    )
+
+
+def join_of(mtp: MTPModule):
+    """How the module begins: two norms and the projection of what they give."""
+    return native.module().Join.make(
+        norm_of(mtp.enorm), norm_of(mtp.hnorm), projection_of(mtp.eh_proj)
     )
 
 
@@ -73,13 +81,13 @@ def _latent(attention: MLA | GLA, norms: list[RMSNorm], kv_b, *, sparse_queries:
         value_dim=dims.v_head_dim,
         scale=attention.scale,
         interleave=attention.interleave,
-        q_a=_projection(attention.q_a_proj) if has_query_latent else None,
+        q_a=projection_of(attention.q_a_proj) if has_query_latent else None,
         q_a_norm=norm_of(attention.q_a_layernorm) if has_query_latent else None,
-        q=_projection(q, sparse=sparse_queries),
-        kv_a=_projection(attention.kv_a_proj_with_mqa),
+        q=projection_of(q, sparse=sparse_queries),
+        kv_a=projection_of(attention.kv_a_proj_with_mqa),
         kv_a_norms=[norm_of(norm) for norm in norms],
         kv_b=kv_b,
-        o=_projection(attention.o_proj),
+        o=projection_of(attention.o_proj),
     )
 
 
@@ -107,11 +115,11 @@ def _gta(attention: GTA):
         interleave=attention.interleave,
         q_a=None,
         q_a_norm=None,
-        q=_projection(attention.q_proj),
-        kv_a=_projection(attention.kv_proj_with_mqa),
+        q=projection_of(attention.q_proj),
+        kv_a=projection_of(attention.kv_proj_with_mqa),
         kv_a_norms=[],
         kv_b=matrix_of(torch.cat(up, dim=1).flatten(0, 1)),
-        o=_projection(attention.o_proj),
+        o=projection_of(attention.o_proj),
     )
 
 
@@ -124,10 +132,10 @@ def _gqa(attention: GQA):
         scale=attention.scale,
         interleave=attention.interleave,
         window=attention.window or 0,
-        q=_projection(attention.q_proj),
-        k=_projection(attention.k_proj),
-        v=_projection(attention.v_proj),
-        o=_projection(attention.o_proj),
+        q=projection_of(attention.q_proj),
+        k=projection_of(attention.k_proj),
+        v=projection_of(attention.v_proj),
+        o=projection_of(attention.o_proj),
         q_norm=norm_of(attention.q_norm) if dims.qk_norm else None,
         k_norm=norm_of(attention.k_norm) if dims.qk_norm else None,
     )
@@ -138,7 +146,7 @@ def _dense(mlp: torch.nn.Module | None):
         return None
     assert isinstance(mlp, MLP)
     return native.module().Mlp.make(
-        _projection(mlp.gate_proj), _projection(mlp.up_proj), _projection(mlp.down_proj)
+        projection_of(mlp.gate_proj), projection_of(mlp.up_proj), projection_of(mlp.down_proj)
     )
 
 
@@ -167,7 +175,8 @@ def norm_of(norm: RMSNorm):
     return native.module().Norm.make(_numbers(norm.weight), norm.eps)
 
 
-def _projection(linear: Linear, *, sparse: bool = False):
+def projection_of(linear: Linear, *, sparse: bool = False):
+    """A linear layer and its bias."""
     return native.module().Projection.make(weight_of(linear, sparse=sparse), _numbers(linear.bias))
 
 

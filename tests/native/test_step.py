@@ -34,6 +34,7 @@ STEPS = (
     ((2, 71, 19),),
 )
 """(sequence, start, length) of each step: prompts, decoding and several tokens at once, mixed."""
+Steps = Sequence[tuple[int, int, int]]
 CASES = {case.name: case for index, case in enumerate(all_cases()) if index % 3 == 0}
 FEW = [CASES[name] for name in ("deepseek_v3-9", "deepseek_v2-5", "mistral-4")]
 """MLA and a mixture, DeepSeek-V2's router, GQA with a window: what every level runs."""
@@ -179,6 +180,111 @@ def test_bits_do_not_depend_on_company_pages_or_threads(case: Case, level: str) 
             end += length
     native.set_threads(used)
     assert end == len(together)
+
+
+def with_modules(case: Case, *, has_copies: bool) -> ModelConfig:
+    """Two MTP modules, each with its own embedding and head or with the model's."""
+    return replace(drawn_config(case), num_nextn_predict_layers=2, mtp_copies=has_copies)
+
+
+def ahead_of(config: ModelConfig, step: Sequence[tuple[int, int, int]], depth: int) -> Tensor:
+    """Ids depth + 1 places after those of the step."""
+    return ids_of(config, [(s, start + depth + 1, n) for s, start, n in step])
+
+
+def drawn_states(config: ModelConfig, step: Sequence[tuple[int, int, int]], depth: int) -> Tensor:
+    """Hidden states of the depth before, for the step's positions."""
+    generator = torch.Generator().manual_seed(depth)
+    states = torch.randn(3, 100, config.hidden_size, generator=generator)
+    return torch.cat([states[s, start : start + n] for s, start, n in step]).bfloat16()
+
+
+def plain_modules(model: Transformer, break_even: float) -> Tensor:
+    """Logits of all modules in all steps."""
+    config, dtype = model.config, model.embed_tokens.weight.dtype
+    cache = new_cache(config, dtype)
+    rows = []
+    for step in STEPS:
+        batch = batch_of(step, break_even)
+        backend = CachedAttention(cache, batch)
+        for depth in range(config.num_nextn_predict_layers):
+            states = drawn_states(config, step, depth).to(dtype)
+            ids = ahead_of(config, step, depth)
+            hidden = model.mtp_hidden(depth, states, ids, batch.positions, backend)
+            rows.append(model.mtp_logits(depth, hidden))
+    return torch.cat(rows).float()
+
+
+def native_modules(model: NativeModel, steps: Sequence[Steps], break_even: float) -> Tensor:
+    config = model.config
+    cache = new_cache(config, torch.bfloat16)
+    rows = []
+    for step in steps:
+        batch = batch_of(step, break_even)
+        for depth in range(config.num_nextn_predict_layers):
+            states, ids = drawn_states(config, step, depth), ahead_of(config, step, depth)
+            rows.append(model.mtp(depth, states, ids, batch, cache, list(range(len(ids))))[1])
+    return torch.cat(rows)
+
+
+@every_level
+@few_cases
+@pytest.mark.parametrize("has_copies", [False, True])
+@torch.inference_mode()
+def test_modules_are_as_near_to_fp32_as_plain_bf16(
+    case: Case, level: str, has_copies: bool
+) -> None:
+    config = with_modules(case, has_copies=has_copies)
+    model = random_model(config, case.seed)
+    assert has_native_form(model)
+    exact = Transformer(config, dtype=torch.float32)
+    exact.load_state_dict({name: p.float() for name, p in model.state_dict().items()})
+    for break_even in (0.0, 2.0):
+        reference = plain_modules(exact, break_even)
+        plain = distances(plain_modules(model, break_even), reference)
+        ours = distances(native_modules(NativeModel(model), STEPS, break_even), reference)
+        assert ours.median() <= 1.4 * plain.median()
+        assert ours.median() < 0.03
+        if config.moe is None:
+            assert ours.max() <= 2 * plain.max()
+
+
+@every_level
+@few_cases
+@torch.inference_mode()
+def test_bits_of_modules_do_not_depend_on_company_or_threads(case: Case, level: str) -> None:
+    """Holds shut: drafts that depend on who else is in the step."""
+    model = NativeModel(random_model(with_modules(case, has_copies=False), case.seed))
+    together = native_modules(model, STEPS, 2.0)
+    used = native.threads()
+    native.set_threads(1)
+    # A row of logits belongs to (step, depth, sequence); one sequence's steps come alone.
+    place, where = 0, {}
+    for number, step in enumerate(STEPS):
+        for depth in range(2):
+            for s, _, length in step:
+                where[number, depth, s] = slice(place, place + length)
+                place += length
+    assert place == len(together)
+    for s in range(len(TABLES)):
+        own = [(n, item) for n, step in enumerate(STEPS) for item in step if item[0] == s]
+        alone = native_modules(model, [(item,) for _, item in own], 2.0)
+        expected = [together[where[number, depth, s]] for number, _ in own for depth in range(2)]
+        assert torch.equal(alone, torch.cat(expected))
+    native.set_threads(used)
+
+
+@torch.inference_mode()
+def test_a_module_goes_on_from_hidden_states_and_no_other_does() -> None:
+    """Holds shut: a step that reads memory nobody gave it."""
+    config = with_modules(FEW[0], has_copies=False)
+    model = NativeModel(random_model(config, FEW[0].seed))
+    batch, cache = batch_of(STEPS[0], 2.0), new_cache(config, torch.bfloat16)
+    ids = ids_of(config, STEPS[0])
+    hidden, _ = model.step(ids, batch, cache, [])
+    for wrong in (hidden[:-1], hidden[:, :-1], hidden.float()):
+        with pytest.raises((ValueError, TypeError)):
+            model.mtp(0, wrong.contiguous(), ids, batch, cache, [])
 
 
 @every_level

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fakes import ScriptedModel, byte_tokenizer, gqa_config, mla_config, tiny_model
 
-from lowlat.engine.depth import MAX_DEPTH, DepthChoice, StepCost
+from lowlat.engine.depth import MAX_DEPTH, PRIOR, RETRY, DepthChoice, StepCost
 from lowlat.engine.engine import Engine
 from lowlat.engine.grammar import GrammarCompiler
 from lowlat.engine.lookup import PromptLookup
@@ -98,7 +98,7 @@ def test_lookup_grows_with_its_sequence() -> None:
 
 
 def test_cost_of_a_step_is_learnt() -> None:
-    cost = StepCost()
+    cost = StepCost(share=0.5)
     for count in (1, 2, 5, 9, 1, 3):
         cost.add(count, 0.020 + 0.003 * count)
     assert cost.estimate() == pytest.approx((0.020, 0.003))
@@ -150,6 +150,62 @@ def test_a_round_of_drafts_must_pay_for_its_making() -> None:
         for drafts in (1, 2, 4):
             choice.drafted(drafts, cost)
         assert choice.choose({one: 50}) == {one: wanted}
+
+
+def test_each_draft_costs_its_part_of_a_round() -> None:
+    """Holds shut: one draft taken to cost nearly what the four cost that were measured."""
+    choice, one = DepthChoice(), sequence()
+    for _ in range(20):
+        choice.stepped(1, 1.0)
+        choice.stepped(5, 1.1)
+        choice.verified(one, 1, 1)
+        choice.verified(one, 2, 1)
+    choice.drafted(4, 1.6)
+    assert choice.choose({one: 50})[one] in (1, 2)
+
+
+def test_one_slow_round_does_not_end_drafts() -> None:
+    """Holds shut: a machine that was busy once, and drafts never made again."""
+    choice, one = DepthChoice(), sequence()
+    for _ in range(20):
+        choice.stepped(1, 1.0)
+        choice.stepped(5, 1.1)
+        choice.verified(one, 4, 4)
+        choice.drafted(4, 0.2)
+    choice.drafted(4, 1000.0)
+    assert choice.choose({one: 50}) == {one: MAX_DEPTH}
+    first = DepthChoice()
+    for _ in range(20):
+        first.stepped(1, 1.0)
+        first.stepped(5, 1.1)
+        first.verified(one, 4, 4)
+    first.drafted(4, 1000.0)
+    depths = [first.choose({one: 50})[one] for _ in range(RETRY + 2)]
+    assert depths[0] == 0 and depths[-1] == MAX_DEPTH
+
+
+def test_new_sequences_begin_with_what_others_taught() -> None:
+    choice, old, new = DepthChoice(), sequence(), sequence()
+    assert choice.acceptance(new) == PRIOR
+    for _ in range(300):
+        choice.verified(old, 2, 0)
+    assert choice.acceptance(sequence()) < 0.1 < choice.acceptance(new)
+
+
+def test_reading_a_prompt_is_no_cost_of_drafts() -> None:
+    """Holds shut: what a module takes for the rows of a prompt, taken for the cost of a draft."""
+    engine = engine_for(tiny_model(mla_config(num_nextn_predict_layers=1)))
+    always_draft(engine, 1)
+    assert engine.speculator is not None
+    counted: list[int] = []
+    engine.speculator.depth.drafted = lambda num_drafts, seconds: counted.append(num_drafts)
+    request = engine.add([(i * 29) % 263 for i in range(30)], SamplingParams(max_tokens=9))
+    rounds: list[bool] = []
+    while engine.has_work:
+        engine.step()
+        rounds.append(any(one.drafts for one in request.sequences))
+    assert rounds[0]
+    assert len(counted) == sum(rounds) - 1 > 2
 
 
 # Verifying
