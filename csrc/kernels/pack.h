@@ -49,6 +49,11 @@ inline GroupOfWeights read_group(const void* row, bool is_bf16, std::int64_t fir
     store(edge + i, is_bf16 ? load_bf16(narrow + i, count - i) : load(wide + i, count - i));
   }
   GroupOfWeights g{load(edge), load(edge + 16), edge[0], edge[0]};
+  if (count == kGroup && sum(add(mul(g.low, zero()), mul(g.high, zero()))) == 0.0f) {  // all are finite
+    g.largest = largest(max(g.low, g.high));
+    g.smallest = -largest(max(sub(zero(), g.low), sub(zero(), g.high)));
+    return g;
+  }
   for (std::int64_t i = 0; i < count; ++i) {
     // A NaN stays: it compares as neither smaller nor larger.
     g.smallest = edge[i] < g.smallest || edge[i] != edge[i] ? edge[i] : g.smallest;
@@ -67,8 +72,10 @@ inline void pack_int8_group(const GroupOfWeights& g, std::int64_t row, std::uint
   alignas(64) std::int8_t q[kGroup];
   store_int8(q, clamped(round_even(div(g.low, divisor)), -127, 127));
   store_int8(q + 16, clamped(round_even(div(g.high, divisor)), -127, 127));
-  for (std::int64_t c = 0; c < kGroup; ++c) {
-    data[c / 4 * 64 + 4 * row + c % 2 * 2 + c % 4 / 2] = static_cast<std::uint8_t>(q[c] + 128);
+  for (int step = 0; step < 8; ++step) {
+    const std::uint32_t x = word_at(q + 4 * step) ^ 0x80808080;  // + 128
+    const std::uint32_t even_first = (x & 0xff0000ff) | (x >> 8 & 0xff00) | (x << 8 & 0xff0000);
+    std::memcpy(data + 64 * step + 4 * row, &even_first, 4);
   }
 }
 
@@ -81,9 +88,13 @@ inline void pack_int4_group(const GroupOfWeights& g, std::int64_t count, std::in
   alignas(64) std::int8_t q[kGroup];
   store_int8(q, clamped(round_even(div(sub(g.low, least_value), divisor)), 0, 15));
   store_int8(q + 16, clamped(round_even(div(sub(g.high, least_value), divisor)), 0, 15));
-  for (std::int64_t c = 0; c < count; ++c) {
-    const std::int64_t at = c / 8 * 64 + 4 * row + c % 2 * 2 + c % 8 / 4;
-    data[at] = static_cast<std::uint8_t>(data[at] | q[c] << (c % 4 / 2 * 4));
+  std::memset(q + count, 0, kGroup - count);
+  for (int step = 0; step < 4; ++step) {
+    // The third and fourth column of four go into the high halves of the first two.
+    const std::uint32_t first = word_at(q + 8 * step), second = word_at(q + 8 * step + 4);
+    const std::uint32_t a = first | first >> 12, b = second | second >> 12;
+    const std::uint32_t even_first = (a & 0xff) | (b & 0xff) << 8 | (a & 0xff00) << 8 | (b & 0xff00) << 16;
+    std::memcpy(data + 64 * step + 4 * row, &even_first, 4);
   }
 }
 
@@ -94,7 +105,6 @@ inline void pack_tile(const void* weights, bool is_bf16, std::int64_t stride, co
   auto* scale = static_cast<fp16*>(const_cast<void*>(to.scale)) + tile * groups * kTile;
   auto* minimum = static_cast<fp16*>(const_cast<void*>(to.minimum)) + tile * groups * kTile;
   const char* base = static_cast<const char*>(weights);
-  std::memset(data, 0, groups * bytes);
   for (std::int64_t r = 0; r < kTile; ++r) {
     const std::int64_t row = tile * kTile + r;
     const char* from = base + row * stride * (is_bf16 ? 2 : 4);
