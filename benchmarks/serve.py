@@ -163,6 +163,11 @@ def say(turn: Turn) -> None:
     )
 
 
+def named(command: Sequence[str]) -> list[str]:
+    """The command, without where this interpreter lies."""
+    return ["python" if part == sys.executable else part for part in command]
+
+
 def report(bench: Bench, turns: Sequence[Turn], rates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One JSON object with every request and the figures derived from them."""
     return {
@@ -178,7 +183,7 @@ def report(bench: Bench, turns: Sequence[Turn], rates: Sequence[dict[str, Any]])
         "output": asdict(bench.output),
         "shared_prefix": bench.shared,
         "seed": bench.seed,
-        "servers": {program.name: program.command for program in bench.programs},
+        "servers": {program.name: named(program.command) for program in bench.programs},
         "calibration": list(rates),
         "rows": rows_of(turns),
         "turns": [turn.record() for turn in turns],
