@@ -43,18 +43,19 @@ def test_leaving_early_ends_the_request(open_page: Open) -> None:
     cancelled = page.evaluate(
         """async () => {
           const { readEvents } = await import("/static/sse.js");
-          let isCancelled = false;
+          let cancel;
+          const isCancelled = new Promise((resolve) => (cancel = resolve));
           const body = new ReadableStream({
             start(controller) {
               controller.enqueue(new TextEncoder().encode("data: 1\\n\\ndata: 2\\n\\n"));
             },
             cancel() {
-              isCancelled = true;
+              cancel(true);
             },
           });
           for await (const event of readEvents(body)) break;
-          await new Promise((resolve) => setTimeout(resolve, 50));
-          return isCancelled;
+          const isLate = new Promise((resolve) => setTimeout(() => resolve(false), 60_000));
+          return Promise.race([isCancelled, isLate]);
         }"""
     )
     assert cancelled
@@ -69,7 +70,7 @@ def test_one_drawing_a_frame(open_page: Open) -> None:
           let drawings = 0;
           const frames = new Frames(() => (drawings += 1));
           for (let change = 0; change < 1000; change += 1) frames.request();
-          await new Promise((resolve) => setTimeout(resolve, 200));
+          for (let frame = 0; frame < 5; frame += 1) await new Promise(requestAnimationFrame);
           return drawings;
         }"""
     )
