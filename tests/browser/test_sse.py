@@ -75,3 +75,32 @@ def test_one_drawing_a_frame(open_page: Open) -> None:
         }"""
     )
     assert drawings == 1
+
+
+def test_what_comes_after_a_stop_is_not_taken(open_page: Open) -> None:
+    """Holds shut: a stopped answer that grows, by a piece that was on its way."""
+    page = open_page()
+    said = page.evaluate(
+        """async () => {
+          const { newAnswer, Run } = await import("/static/run.js");
+          const piece = (content) => {
+            const chunk = { choices: [{ index: 0, delta: { content }, finish_reason: null }] };
+            return new TextEncoder().encode(`data: ${JSON.stringify(chunk)}\\n\\n`);
+          };
+          let stream, begin;
+          const body = new ReadableStream({ start: (controller) => (stream = controller) });
+          window.fetch = async () => new Response(body);
+          const hasBegun = new Promise((resolve) => (begin = resolve));
+          const message = newAnswer("m");
+          const run = new Run(message, { path: "x", body: {} }, () => message.content && begin());
+          const over = run.start();
+          stream.enqueue(piece("before"));
+          await hasBegun;
+          run.stop();
+          stream.enqueue(piece("after"));
+          stream.close();
+          await over;
+          return [message.content, message.status];
+        }"""
+    )
+    assert said == ["before", "stopped"]
