@@ -21,7 +21,7 @@ from lowlat.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds after which something that should happen at once has not."""
 
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-TIMEOUT = 240
+TIMEOUT = 900
 
 
 def blocks(language: str) -> list[str]:

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,7 +146,7 @@ def write_record(path: Path, stat: os.stat_result, digest: str) -> None:
     """Records that the file at `path`, when it has this size and time, has this sha256."""
     record = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
     target = path.with_name(path.name + RECORD_SUFFIX)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         part.write_text(json.dumps(record), encoding="utf-8")
         os.replace(part, target)

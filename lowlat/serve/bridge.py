@@ -185,6 +185,14 @@ class Bridge:
             self._wake.notify()
         await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
 
+    def cut_off(self) -> None:
+        """End all requests now; whoever waits for them does not wait for the engine's step."""
+        for generation in self._open:
+            for _, delta in ends_of(generation, "abort", None):
+                generation.put(delta)
+        self._open.clear()
+        self._is_idle.set()
+
     def _look(self) -> None:
         """Feel the pulse of the engine's thread, now and then again."""
         if self._loop is not None and self._thread.is_alive():
@@ -204,6 +212,8 @@ class Bridge:
 
     def _dispatch(self, deltas: list[tuple[Generation, Delta]]) -> None:
         for generation, delta in deltas:
+            if generation not in self._open:
+                continue  # it was cut off
             generation.put(delta)
             if delta.finish_reason is not None:
                 self._open[generation] -= 1

@@ -3,6 +3,7 @@
 Owns what is seen of a request from outside, and the answer to faults nobody caught.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lowlat.serve.body import Disconnected
 from lowlat.serve.errors import response_to
+from lowlat.serve.generation import Draining
 from lowlat.serve.logs import REQUEST_ID, choose_request_id, log
 
 CLIENT_CLOSED = 499
@@ -53,6 +55,10 @@ class Observer:
             await self._app(scope, receive, send_with_id)
         except Disconnected:
             pass
+        except asyncio.CancelledError:
+            # The server ends and has waited long enough. An answer that has begun breaks off.
+            if status == CLIENT_CLOSED:
+                await response_to(Draining())(scope, receive, send_with_id)
         except Exception as error:
             log(logging.ERROR, "internal error", error=error)
             if status != CLIENT_CLOSED:

@@ -24,6 +24,10 @@ from lowlat.serve.services import Services
 from lowlat.utils.errors import UserError
 
 BACKLOG = 2048
+ANSWER_SECONDS = 5
+"""How long answers may take to leave when nothing is generated any more."""
+HURRIED_ANSWER_SECONDS = 1
+"""The same after a second signal."""
 SPARE_DESCRIPTORS = 256
 """Open files that connections leave to the rest of the process."""
 
@@ -70,7 +74,7 @@ def run(
     *,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. A second signal ends at once.
+    """Serve until SIGTERM or SIGINT, then drain. A second signal cuts off what still runs.
 
     `on_ready` is called when connections are taken. Raises UserError where another program has
     begun to listen at the address since the socket was bound.
@@ -137,8 +141,7 @@ def _uvicorn_config(services: Services) -> uvicorn.Config:
         proxy_headers=False,
         backlog=BACKLOG,
         timeout_keep_alive=config.keep_alive_seconds,
-        # What still runs after the drain has been aborted; its answers need a moment to leave.
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=ANSWER_SECONDS,
         h11_max_incomplete_event_size=limits.MAX_HEADER_BYTES,
     )
 
@@ -150,9 +153,9 @@ def _handle_signals(server: uvicorn.Server, services: Services) -> None:
 
     def on_signal() -> None:
         if draining:
-            log(logging.WARNING, "ending at once")
-            draining[0].cancel()
-            server.config.timeout_graceful_shutdown = 0
+            log(logging.WARNING, "ending at once", requests=services.num_requests)
+            services.bridge.cut_off()
+            server.config.timeout_graceful_shutdown = HURRIED_ANSWER_SECONDS
             server.should_exit = True
         else:
             draining.append(loop.create_task(_drain(server, services)))

@@ -146,7 +146,7 @@ def test_hard_forms_take_a_moment(server: Server, name: str) -> None:
     body = {**BODIES[COMPLETIONS], "structured_outputs": HARD[name], "max_tokens": 1200}
     began = time.monotonic()
     reply = call(server.port, COMPLETIONS, body)
-    assert time.monotonic() - began < SECONDS / 2
+    assert time.monotonic() - began < SECONDS
     assert reply.status == 200 or reply.error["param"] == "structured_outputs"
 
 
@@ -219,14 +219,14 @@ def test_who_trickles_is_cut_off(impatient: Server, is_body: bool) -> None:
         began = time.monotonic()
         answer = b""
         connection.settimeout(0.02)
-        for byte in b"G" * 500:
+        for byte in b"G" * 5000:
             with contextlib.suppress(ConnectionError):
                 connection.sendall(bytes([byte]))
             with contextlib.suppress(TimeoutError):
                 answer = connection.recv(65536)
                 break
         assert b" 408 " in answer.splitlines()[0]
-        assert time.monotonic() - began < 5.0
+        assert time.monotonic() - began < SECONDS
 
 
 def test_many_slow_connections_hold_up_nobody(impatient: Server) -> None:
@@ -234,5 +234,6 @@ def test_many_slow_connections_hold_up_nobody(impatient: Server) -> None:
         for _ in range(200):
             connection = socket.create_connection((HOST, impatient.port), timeout=SECONDS)
             held.enter_context(connection)
-            connection.sendall(HEAD)
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(HEAD)
         assert call(impatient.port, COMPLETIONS, CANARY).status == 200

@@ -27,7 +27,7 @@ MISSING = (
     "Chromium is not here: install it (Debian, Ubuntu: apt-get install chromium), name the program "
     f"in {VARIABLE}, or leave these tests out with -m 'not browser'"
 )
-TIMEOUT = 30_000.0  # milliseconds: machines that run tests may have much else to do
+TIMEOUT = 60_000.0  # milliseconds: machines that run tests may have much else to do
 # Chromium's own report of an answer with status 4xx or 5xx; tests that cause one allow it.
 REFUSED = "Failed to load resource: the server responded with a status of "
 BROKEN = "Failed to load resource: net::"

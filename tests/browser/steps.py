@@ -1,7 +1,7 @@
 """What a user does and sees, in a few words, for the tests of the page."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,48 @@ def send(page: Page, text: str) -> None:
 
 
 def ask(page: Page, text: str) -> Locator:
-    """Send `text` and wait for the answer's end; the answer."""
+    """Send `text` and wait until its answer is at its end and kept; the answer.
+
+    The conversation has to be on the page: after a reload, wait for what it should show.
+    """
     num_answers = answers(page).count()
     send(page, text)
     answer = answers(page).nth(num_answers)
-    answer.locator(".stats").filter(has_text="token").wait_for()
+    wait_for_end(answer)
     return answer
+
+
+def wait_for_end(answer: Locator) -> None:
+    """Until `answer`, one of the open conversation, is at its end and the browser keeps it."""
+    answer.locator(".stats").filter(has_text="token").wait_for()
+    answer.page.wait_for_function(
+        f"""async () => {{
+          const stored = await ({script("stored.js")})();
+          const open = stored.find(({{ id }}) => id === location.hash.slice(1));
+          return open !== undefined && open.messages.at(-1).status === "done";
+        }}"""
+    )
+
+
+def record_texts(page: Page, selector: str) -> Callable[[], list[str]]:
+    """Begin to note what elements that match `selector` say; call the result for what they said.
+
+    For what stands on the page for so short a time that a slow machine may look too late.
+    """
+    page.evaluate(
+        """(selector) => {
+          const texts = ((window.recorded ??= {})[selector] = []);
+          const look = () => {
+            for (const { textContent } of document.querySelectorAll(selector)) {
+              if (textContent && texts.at(-1) !== textContent) texts.push(textContent);
+            }
+          };
+          const what = { childList: true, subtree: true, characterData: true };
+          new MutationObserver(look).observe(document.body, what);
+        }""",
+        selector,
+    )
+    return lambda: page.evaluate("(selector) => window.recorded[selector]", selector)
 
 
 def answers(page: Page) -> Locator:
@@ -47,18 +83,7 @@ def stop_button(page: Page) -> Locator:
 
 def stored(page: Page) -> list[dict[str, Any]]:
     """The conversations the browser keeps."""
-    return page.evaluate(
-        """() => new Promise((resolve) => {
-          const opening = indexedDB.open("lowlat", 1);
-          opening.onsuccess = () => {
-            const table = opening.result.transaction("conversations").objectStore("conversations");
-            table.getAll().onsuccess = (event) => {
-              opening.result.close();
-              resolve(event.target.result);
-            };
-          };
-        })"""
-    )
+    return page.evaluate(script("stored.js"))
 
 
 def event(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:

@@ -43,18 +43,19 @@ def test_leaving_early_ends_the_request(open_page: Open) -> None:
     cancelled = page.evaluate(
         """async () => {
           const { readEvents } = await import("/static/sse.js");
-          let isCancelled = false;
+          let cancel;
+          const isCancelled = new Promise((resolve) => (cancel = resolve));
           const body = new ReadableStream({
             start(controller) {
               controller.enqueue(new TextEncoder().encode("data: 1\\n\\ndata: 2\\n\\n"));
             },
             cancel() {
-              isCancelled = true;
+              cancel(true);
             },
           });
           for await (const event of readEvents(body)) break;
-          await new Promise((resolve) => setTimeout(resolve, 50));
-          return isCancelled;
+          const isLate = new Promise((resolve) => setTimeout(() => resolve(false), 60_000));
+          return Promise.race([isCancelled, isLate]);
         }"""
     )
     assert cancelled
@@ -69,8 +70,37 @@ def test_one_drawing_a_frame(open_page: Open) -> None:
           let drawings = 0;
           const frames = new Frames(() => (drawings += 1));
           for (let change = 0; change < 1000; change += 1) frames.request();
-          await new Promise((resolve) => setTimeout(resolve, 200));
+          for (let frame = 0; frame < 5; frame += 1) await new Promise(requestAnimationFrame);
           return drawings;
         }"""
     )
     assert drawings == 1
+
+
+def test_what_comes_after_a_stop_is_not_taken(open_page: Open) -> None:
+    """Holds shut: a stopped answer that grows, by a piece that was on its way."""
+    page = open_page()
+    said = page.evaluate(
+        """async () => {
+          const { newAnswer, Run } = await import("/static/run.js");
+          const piece = (content) => {
+            const chunk = { choices: [{ index: 0, delta: { content }, finish_reason: null }] };
+            return new TextEncoder().encode(`data: ${JSON.stringify(chunk)}\\n\\n`);
+          };
+          let stream, begin;
+          const body = new ReadableStream({ start: (controller) => (stream = controller) });
+          window.fetch = async () => new Response(body);
+          const hasBegun = new Promise((resolve) => (begin = resolve));
+          const message = newAnswer("m");
+          const run = new Run(message, { path: "x", body: {} }, () => message.content && begin());
+          const over = run.start();
+          stream.enqueue(piece("before"));
+          await hasBegun;
+          run.stop();
+          stream.enqueue(piece("after"));
+          stream.close();
+          await over;
+          return [message.content, message.status];
+        }"""
+    )
+    assert said == ["before", "stopped"]

@@ -113,7 +113,7 @@ class TrainServer:
         return int(self._line())
 
     def close(self) -> None:
-        self._process.communicate(timeout=60)
+        self._process.communicate(timeout=600)
 
     def _line(self) -> str:
         assert self._process.stdout is not None

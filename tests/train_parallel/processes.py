@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-TIMEOUT = 240
+TIMEOUT = 900
 
 
 def free_port() -> int:

@@ -41,9 +41,12 @@ export class Run {
     const { path, body } = this.request;
     try {
       for await (const chunk of streamChunks(path, body, this.#abort.signal)) {
+        // What was on its way when the answer was stopped is not part of it.
+        this.#abort.signal.throwIfAborted();
         this.#take(chunk);
         this.onChange();
       }
+      this.#abort.signal.throwIfAborted();
       this.#end("done");
     } catch (error) {
       if (this.#abort.signal.aborted) this.#end("stopped");

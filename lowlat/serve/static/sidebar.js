@@ -1,12 +1,14 @@
 // The side panel: the list of conversations, and on narrow screens its opening and closing.
 
-import { h, icon } from "./dom.js";
+import { arrange, h, icon } from "./dom.js";
 
 export class Sidebar {
   #list = document.getElementById("conversations");
   #panel = document.getElementById("sidebar");
   #toggle = document.getElementById("toggle-sidebar");
   #narrow = matchMedia("(max-width: 56rem)");
+  /** Entries by conversation: one that stays is not made anew, or a click on it would be lost. */
+  #entries = new Map();
 
   constructor({ onNew }) {
     const begin = document.getElementById("new");
@@ -43,20 +45,12 @@ export class Sidebar {
   show(conversations, currentId, isRunning) {
     const focused = document.activeElement?.closest?.("#conversations a")?.hash;
     this.ids = conversations.map(({ id }) => id);
-    this.#list.replaceChildren(
-      ...conversations.map(({ id, title }) =>
-        h(
-          "li",
-          {},
-          h(
-            "a",
-            { href: `#${id}`, "aria-current": id === currentId ? "page" : undefined },
-            h("span", {}, title || "Untitled"),
-            isRunning(id) ? h("span", { class: "running", role: "img", "aria-label": "answering" }) : null,
-          ),
-        ),
-      ),
-    );
+    const entries = conversations.map(({ id }) => [id, this.#entries.get(id) ?? new Entry(id)]);
+    this.#entries = new Map(entries);
+    for (const { id, title } of conversations) {
+      this.#entries.get(id).update({ title, isCurrent: id === currentId, isRunning: isRunning(id) });
+    }
+    arrange(this.#list, entries.map(([, entry]) => entry.element));
     if (focused) this.#list.querySelector(`a[href="${focused}"]`)?.focus();
   }
 
@@ -70,5 +64,24 @@ export class Sidebar {
     document.getElementById("app").classList.toggle("sidebar-open", isOpen);
     this.#toggle.setAttribute("aria-expanded", String(isOpen));
     if (isOpen) document.getElementById("new").focus();
+  }
+}
+
+/** The line of one conversation. */
+class Entry {
+  constructor(id) {
+    this.title = h("span", {});
+    this.running = h("span", { class: "running", role: "img", "aria-label": "answering" });
+    this.link = h("a", { href: `#${id}` }, this.title);
+    this.element = h("li", {}, this.link);
+  }
+
+  update({ title, isCurrent, isRunning }) {
+    const text = title || "Untitled";
+    if (this.title.textContent !== text) this.title.textContent = text;
+    if (isCurrent) this.link.setAttribute("aria-current", "page");
+    else this.link.removeAttribute("aria-current");
+    if (isRunning) this.link.append(this.running);
+    else this.running.remove();
   }
 }

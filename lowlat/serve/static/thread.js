@@ -1,7 +1,7 @@
 // The messages of the open conversation, from top to bottom. Owns the order of their views and the
 // scrolling: it follows an answer only while the reader is at the bottom.
 
-import { h, icon } from "./dom.js";
+import { arrange, h, icon } from "./dom.js";
 import { MessageView } from "./message_view.js";
 
 const NEAR = 48; // pixels from the bottom that still count as at it
@@ -75,15 +75,6 @@ export class Thread {
   #markLast() {
     this.#views.forEach((view, index) => view.setLast(index === this.#views.length - 1));
   }
-}
-
-/** Makes `nodes` the children of `parent` without taking out those that are in place. */
-function arrange(parent, nodes) {
-  const wanted = new Set(nodes);
-  for (const child of [...parent.children]) if (!wanted.has(child)) child.remove();
-  nodes.forEach((node, index) => {
-    if (parent.children[index] !== node) parent.insertBefore(node, parent.children[index] ?? null);
-  });
 }
 
 function systemNote(system) {

@@ -143,6 +143,39 @@ def read_value(reader: Reader) -> Steps[str]:
     return (yield from _read_scalar(reader))
 
 
+def read_value_until(reader: Reader, literal: str, *, limit: int) -> Steps[str | None]:
+    """The JSON value that comes next, with the spaces around it, and `literal`, which ends it.
+
+    Inside its strings `literal` is text. None, and nothing read, where something else comes or no
+    such end within `limit` characters.
+    """
+    scanner = ObjectScanner()
+    scanner.scan("[")  # whose items may be any value
+    size = 0
+    while True:
+        coming = reader.ahead(size)
+        count, shown = scanner.scan(coming)
+        if shown != coming[:count]:
+            return None  # a line end in a string, which is no JSON
+        size += count
+        if count < len(coming) or size > limit or scanner.is_done or reader.has_ended:
+            break
+        yield
+    text = reader.unread[:size]
+    if size > limit or not _is_json(text) or not (yield from reader.is_next(literal, after=size)):
+        return None
+    reader.skip(size + len(literal))
+    return text
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _read_nested(reader: Reader) -> Steps[str]:
     scanner = ObjectScanner()
     pieces, size = [], 0

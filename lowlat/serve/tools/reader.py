@@ -57,6 +57,15 @@ class Reader:
         """What has arrived and was not read."""
         return self._text[self._at :]
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether what is unread is all that comes."""
+        return self._ended
+
+    def ahead(self, count: int) -> str:
+        """What of `unread` comes after its first `count` characters."""
+        return self._text[self._at + count :]
+
     def skip(self, count: int) -> None:
         """Read `count` characters of `unread`."""
         self._at += count
@@ -73,10 +82,12 @@ class Reader:
         """The next character, not read; "" at the end of the text."""
         return self._text[self._at] if (yield from self.has_more()) else ""
 
-    def is_next(self, literal: str) -> Steps[bool]:
-        """Whether `literal` comes next; waits no longer than it takes to know."""
+    def is_next(self, literal: str, *, after: int = 0) -> Steps[bool]:
+        """Whether `literal` comes next, or `after` so many characters; waits no longer than it
+        takes to know."""
         while True:
-            found = self._text[self._at : self._at + len(literal)]
+            start = self._at + after
+            found = self._text[start : start + len(literal)]
             if found == literal:
                 return True
             if self._ended or not literal.startswith(found):

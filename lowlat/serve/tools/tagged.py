@@ -10,6 +10,7 @@ from typing import ClassVar
 from lowlat.serve.tools.arguments import (
     Argument,
     Arguments,
+    Schema,
     Text,
     argument_schema,
     fault,
@@ -22,6 +23,7 @@ from lowlat.serve.tools.arguments import (
 )
 from lowlat.serve.tools.base import Function, ToolFormat
 from lowlat.serve.tools.calls import Calls
+from lowlat.serve.tools.json_text import read_value_until
 from lowlat.serve.tools.lark import Lark, Rule, escaped
 from lowlat.serve.tools.reader import Malformed, Steps
 
@@ -52,7 +54,7 @@ class _Tagged(ToolFormat):
         while True:
             calls.reader.mark()
             try:
-                argument = yield from self._read_argument(calls)
+                argument = yield from self._read_argument(calls, schema)
             except Malformed:
                 # Cut off or broken: passed on as it is, so that nobody takes it for whole.
                 calls.reader.rewind()
@@ -61,12 +63,25 @@ class _Tagged(ToolFormat):
             calls.reader.release()
             if argument is None:
                 break
-            key, raw = argument
-            value = to_json(raw, kinds(*argument_schema(schema, key)))
+            key, value = argument
             calls.arguments(f"{comma}{json.dumps(key, ensure_ascii=False)}: {value}")
             comma = ", "
         calls.arguments("{}" if comma == "{" else "}")
         yield from self._read_end(calls)
+
+    def _read_argument(self, calls: Calls, schema: Schema) -> Steps[tuple[str, str] | None]:
+        """The name of the next argument and its value as JSON text; None: there is none."""
+        key = yield from self._read_key(calls)
+        if key is None:
+            return None
+        allowed, raw = kinds(*argument_schema(schema, key)), None
+        if allowed != {"string"}:
+            # What looks like the end, but stands in a string of a JSON value, is part of it.
+            raw = yield from read_value_until(calls.reader, self.value_end, limit=MAX_VALUE)
+        if raw is None:
+            raw = yield from calls.reader.read_until(self.value_end, limit=MAX_VALUE)
+        raw = raw.removeprefix(self.before_end).removesuffix(self.before_end)
+        return key, to_json(raw, allowed)
 
     def rule(self, grammar: Lark, functions: Sequence[Function], *, several: bool) -> Rule:
         bodies = [self._body(grammar, function) for function in functions]
@@ -134,7 +149,8 @@ class _Tagged(ToolFormat):
     def _read_name(self, calls: Calls) -> Steps[str]:
         raise NotImplementedError
 
-    def _read_argument(self, calls: Calls) -> Steps[tuple[str, str] | None]:
+    def _read_key(self, calls: Calls) -> Steps[str | None]:
+        """The name of the next argument, up to where its value begins; None: there is none."""
         raise NotImplementedError
 
     def _read_end(self, calls: Calls) -> Steps[None]:
@@ -154,15 +170,14 @@ class Glm(_Tagged):
             raise Malformed("arguments")
         return name.strip()
 
-    def _read_argument(self, calls: Calls) -> Steps[tuple[str, str] | None]:
+    def _read_key(self, calls: Calls) -> Steps[str | None]:
         reader = calls.reader
         if (yield from reader.accept_after_space("<arg_key>")) is None:
             return None
         key = yield from reader.read_until("</arg_key>", limit=MAX_NAME)
         yield from reader.skip_space()
         yield from reader.expect("<arg_value>")
-        value = yield from reader.read_until("</arg_value>", limit=MAX_VALUE)
-        return key.strip(), value
+        return key.strip()
 
     def _read_end(self, calls: Calls) -> Steps[None]:
         yield from calls.reader.accept_after_space(CLOSE)
@@ -185,12 +200,10 @@ class QwenCoder(_Tagged):
         yield from calls.reader.expect("<function=")
         return (yield from calls.reader.read_until(">", limit=MAX_NAME)).strip()
 
-    def _read_argument(self, calls: Calls) -> Steps[tuple[str, str] | None]:
+    def _read_key(self, calls: Calls) -> Steps[str | None]:
         if (yield from calls.reader.accept_after_space("<parameter=")) is None:
             return None
-        key = yield from calls.reader.read_until(">", limit=MAX_NAME)
-        value = yield from calls.reader.read_until("</parameter>", limit=MAX_VALUE)
-        return key.strip(), value.removeprefix("\n").removesuffix("\n")
+        return (yield from calls.reader.read_until(">", limit=MAX_NAME)).strip()
 
     def _read_end(self, calls: Calls) -> Steps[None]:
         yield from calls.reader.accept_after_space("</function>")

@@ -203,7 +203,7 @@ def run_load(monkeypatch: pytest.MonkeyPatch, fault: str) -> Any:
         transport = httpx.MockTransport(Server(fault))
         async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
             load = soak_load.Load(client, ShortMix(), "m", rate=300.0)
-            await load.run(0.3)
+            await load.run(1.0)
             return load.tally
 
     return asyncio.run(run())

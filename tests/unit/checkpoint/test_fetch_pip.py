@@ -74,11 +74,24 @@ def test_pip_failure_is_one_line(
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".lock"]
 
 
-def test_run_pip_returns_output_and_watches() -> None:
-    script = "import sys, time; print('out'); time.sleep(0.25); print('err', file=sys.stderr)"
+def test_run_pip_returns_output_and_watches(tmp_path: Path) -> None:
+    """It goes on once it has been watched, and is watched once more at its end."""
+    script = (
+        "import os, sys, time\n"
+        "print('out', flush=True)\n"
+        "while not os.path.exists(sys.argv[1]): time.sleep(0.01)\n"
+        "print('err', file=sys.stderr)\n"
+        "sys.exit(3)\n"
+    )
+    watched = tmp_path / "watched"
     seen: list[int] = []
-    command = [sys.executable, "-c", script + "; sys.exit(3)"]
-    code, output = fetch.run_pip(command, dict(os.environ), lambda: seen.append(1))
+
+    def watch() -> None:
+        seen.append(1)
+        watched.touch()
+
+    command = [sys.executable, "-c", script, str(watched)]
+    code, output = fetch.run_pip(command, dict(os.environ), watch)
     assert code == 3
     assert set(output.split()) == {"out", "err"}
     assert len(seen) >= 2

@@ -320,7 +320,7 @@ print(json.dumps([added("auto"), added("fp32")]))
 
 def child(source: str, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", source, *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", source, *arguments], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

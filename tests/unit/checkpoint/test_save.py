@@ -196,7 +196,7 @@ def test_disk_takes_no_more(tmp_path: Path) -> None:
         [sys.executable, "-c", FULL, str(tmp_path / "m")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{tmp_path / 'm'}: cannot be written (File too large)")

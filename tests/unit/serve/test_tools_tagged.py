@@ -1,6 +1,7 @@
 """Calls of arguments without JSON: what schemas they are held to, and which they cannot be."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from lowlat.serve.answer import AnswerParser, ReasoningMarks
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.tools.arguments import kinds
 from lowlat.serve.tools.base import Function, ToolFormat
+from lowlat.serve.tools.calls import Calls
 from lowlat.serve.tools.forcing import ForcedCalls, forced_output
-from lowlat.serve.tools.parts import ToolCallArguments
-from lowlat.serve.tools.tagged import Glm, QwenCoder
+from lowlat.serve.tools.parts import ToolCallArguments, append_part
+from lowlat.serve.tools.tagged import MAX_VALUE, Glm, QwenCoder
 from tests.unit.serve.templates import tokenizer_of
 from tests.unit.serve.test_tools_forcing import accepts
 
@@ -51,6 +53,33 @@ def arguments(tools: ToolFormat, schema: dict[str, Any], text: str) -> Any:
     parser = AnswerParser(marks=marks, thinking="never", tools=tools, schemas={"f": schema})
     parts = [*parser.push(text), *parser.finish()]
     return json.loads("".join(p.text for p in parts if isinstance(p, ToolCallArguments)))
+
+
+def cuts(text: str, size: int) -> tuple[list[str], list[str]]:
+    """The text in one piece, and in pieces of `size`."""
+    return [text], [text[at : at + size] for at in range(0, len(text), size)]
+
+
+def parts_of(tools: ToolFormat, schema: dict[str, Any], pieces: Iterable[str]) -> list[Any]:
+    """The joined parts of an answer that arrives as `pieces`."""
+    parser = AnswerParser(tools=tools, calls=Calls({"f": schema}, lambda: "id"))
+    parts: list[Any] = []
+    for piece in pieces:
+        for part in parser.push(piece):
+            append_part(parts, part)
+    for part in parser.finish():
+        append_part(parts, part)
+    return parts
+
+
+def assert_read(tools: ToolFormat, schema: dict[str, Any], text: str, value: object) -> None:
+    """One call with arguments `value`, however the text is cut."""
+    whole, *others = [
+        parts_of(tools, schema, cut) for size in (1, 2, 7) for cut in cuts(text, size)
+    ]
+    assert all(other == whole for other in others)
+    (arguments,) = [part for part in whole if isinstance(part, ToolCallArguments)]
+    assert json.loads(arguments.text) == value
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -242,6 +271,50 @@ def test_values_are_read_by_their_schema(
 ) -> None:
     """Holds shut: quotes of JSON inside a text; also of schemas that nothing was promised of."""
     assert arguments(tools, schema, written(tools, ("x", raw))) == {"x": value}
+
+
+TEXT_OR_NULL = {"type": ["string", "null"]}
+ENDS = ("</arg_value>", "</parameter>", "</tool_call>", "</function>", "<tool_call>", "<arg_key>")
+NESTED: dict[str, tuple[dict[str, Any], str, Any]] = {
+    "an object": ({"type": "object"}, '{"a": "x%sy"}', {"a": "x%sy"}),
+    "an array": ({"type": "array"}, '["%s", {"b": ["%s"]}]', ["%s", {"b": ["%s"]}]),
+    "a key": ({"type": "object"}, '{"%s": 1}', {"%s": 1}),
+    "after a quote": ({"type": "object"}, '{"a": "\\"%s\\\\"}', {"a": '"%s\\'}),
+    "lines": ({"type": "object"}, '{\n "a":\n "%s"\n}', {"a": "%s"}),
+    "a text in quotes": (TEXT_OR_NULL, '"%s"', "%s"),
+    "any value": ({}, '{"a": "%s"}', {"a": "%s"}),
+}
+
+
+@pytest.mark.parametrize("tools", FORMATS, ids=IDS)
+@pytest.mark.parametrize("name", NESTED)
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_inside_a_string_of_json_is_text(tools: ToolFormat, name: str, end: str) -> None:
+    """Holds shut: values that are cut where a string of theirs looks like their end."""
+    kind, raw, value = NESTED[name]
+    schema = {"properties": {"x": kind, "y": {"type": "integer"}}}
+    written_out = written(tools, ("x", raw.replace("%s", end)), ("y", "5"))
+    wanted = {"x": json.loads(json.dumps(value).replace("%s", end)), "y": 5}
+    assert_read(tools, schema, written_out + "\nDone.", wanted)
+
+
+@pytest.mark.parametrize("tools", FORMATS, ids=IDS)
+@pytest.mark.parametrize(
+    "raw",
+    ['{"a": "', '{"a": 1', "[1, ", '["a" "b"]', '"a', '"a" b', "{a}", '{"a": "\nb"}', "[" * 200],
+)
+def test_what_is_no_json_ends_at_the_first_end(tools: ToolFormat, raw: str) -> None:
+    """Also where what follows would complete it."""
+    schema = {"properties": {"x": {"type": ["object", "array", "string"]}}}
+    written_out = written(tools, ("x", raw), ("y", '"}'), ("z", '"}]'))
+    assert_read(tools, schema, written_out + 'Done "}', {"x": raw, "y": '"}', "z": '"}]'})
+
+
+def test_a_value_above_the_limit_is_none() -> None:
+    """However it is cut: a call that is not read to its end is passed on as it is."""
+    raw = json.dumps({"a": "x" * MAX_VALUE})
+    whole, pieces = (parts_of(Glm(), {}, cut) for cut in cuts(written(Glm(), ("x", raw)), 1 << 18))
+    assert whole == pieces and "<arg_value>" in whole[-1].text
 
 
 def test_many_references_take_a_moment(compiler: GrammarCompiler) -> None:

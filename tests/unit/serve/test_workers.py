@@ -26,7 +26,7 @@ def test_too_much_waiting_work_is_refused_at_once() -> None:
     async def main() -> None:
         pool = WorkPool(threads=1, max_waiting=2)
         gate = threading.Event()
-        running = [asyncio.create_task(pool.run(gate.wait, 5)) for _ in range(3)]
+        running = [asyncio.create_task(pool.run(gate.wait, 60)) for _ in range(3)]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
             await pool.run(int)
@@ -43,10 +43,16 @@ def test_room_stays_taken_while_abandoned_work_runs() -> None:
 
     async def main() -> None:
         pool = WorkPool(threads=1, max_waiting=1)
-        gate = threading.Event()
-        first = asyncio.create_task(pool.run(gate.wait, 5))
-        second = asyncio.create_task(pool.run(gate.wait, 5))
-        await asyncio.sleep(0.02)
+        begun, gate = threading.Event(), threading.Event()
+
+        def wait() -> bool:
+            begun.set()
+            return gate.wait(60)
+
+        first = asyncio.create_task(pool.run(wait))
+        second = asyncio.create_task(pool.run(wait))
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
         first.cancel()
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):

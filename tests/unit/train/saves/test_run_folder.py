@@ -18,7 +18,7 @@ from lowlat.train.saves.run_folder import RunFolder
 run = RunFolder(Path(sys.argv[1]))
 run.acquire()
 print("held", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 FORK_AND_DIE = """
 import os, signal, sys, time
@@ -30,7 +30,7 @@ child = os.fork()
 if child == 0:
     os.close(1)  # whoever reads the parent's output waits for nobody else
     os.write(int(sys.argv[2]), b"x")
-    time.sleep(60)
+    time.sleep(600)
 print(child, flush=True)
 os.read(int(sys.argv[3]), 1)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -92,7 +92,7 @@ def test_forked_children_do_not_keep_the_lock(tmp_path: Path) -> None:
     ready, tell = os.pipe()
     command = [sys.executable, "-c", FORK_AND_DIE, str(tmp_path / "run"), str(tell), str(ready)]
     killed = subprocess.run(
-        command, stdout=subprocess.PIPE, pass_fds=(ready, tell), timeout=60, check=False
+        command, stdout=subprocess.PIPE, pass_fds=(ready, tell), timeout=600, check=False
     )
     child = int(killed.stdout)
     try:

@@ -185,7 +185,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     gate, real = threading.Event(), part.write_part
 
     def slow(*arguments: object) -> object:
-        assert gate.wait(60)
+        assert gate.wait(600)
         return real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(writer, "write_part", slow)
