@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--vocab", default="32000,49152,129280", help="comma-separated")
     args = parser.parse_args()
     native.keep_torch_single_threaded()
-    print(f"{native.level()}, {native.threads()} threads; native / definition, ms")
+    print(f"{native.level()}; native / definition, ms")
     for vocab in map(int, args.vocab.split(",")):
         for kind, deviation in DEVIATIONS.items():
             logits = deviation * torch.randn(vocab, generator=torch.Generator().manual_seed(1))

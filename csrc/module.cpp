@@ -229,7 +229,11 @@ std::int64_t draw(const Array& logits, double number, double temperature, std::i
   pass.pieces = static_cast<DrawPiece*>(room.pieces.reserve(pieces * sizeof(DrawPiece)));
   std::int64_t token = -1;
   pass.token = &token;
-  run([&](Team& team) { table.draw(team, pass); });
+  {
+    // On this thread alone: to wake another takes longer than what it would save.
+    const nb::gil_scoped_release released;
+    Pool(1).run([&](Team& team) { table.draw(team, pass); });
+  }
   if (token < 0) throw std::invalid_argument("the largest logit is not finite");
   return token;
 }

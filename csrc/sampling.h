@@ -5,7 +5,7 @@
 
 namespace lowlat {
 
-// Logits that one thread works on at a time: their sums are added in order, so the bits do not depend on threads.
+// Logits that one thread works on at a time: their sums are added in order, so the bits would not depend on threads.
 constexpr std::int64_t kDrawPiece = 8192;
 
 constexpr std::int64_t draw_pieces(std::int64_t size) { return (size + kDrawPiece - 1) / kDrawPiece; }

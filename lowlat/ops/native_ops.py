@@ -142,7 +142,7 @@ def draw(
     min_p: int | float = 0.0,
     level: str = "",
 ) -> int:
-    """Twin of lowlat.ops.sampling.draw; every level and number of threads gives the same token."""
+    """Twin of lowlat.ops.sampling.draw; every level gives the same token."""
     return native.module().draw(
         logits.detach().contiguous(),
         number,
