@@ -13,6 +13,7 @@
 #include "kernels/paged.h"
 #include "kernels/routing.h"
 #include "kernels/rowwise.h"
+#include "kernels/sampling.h"
 #include "kernels/step.h"
 #include "kernels/training.h"
 #include "workspace.h"
@@ -140,6 +141,7 @@ const lowlat::Ops LOWLAT_NAME(lowlat_ops_, LOWLAT_ISA) = {
     .route = lowlat::LOWLAT_ISA::single::route,
     .store_rows = lowlat::LOWLAT_ISA::single::store_rows,
     .attention = lowlat::LOWLAT_ISA::single::attention,
+    .draw = lowlat::LOWLAT_ISA::sampling::draw,
     .norm_forward = lowlat::LOWLAT_ISA::training::norm_forward,
     .norm_backward = lowlat::LOWLAT_ISA::training::norm_backward,
     .gated_forward = lowlat::LOWLAT_ISA::training::gated_forward,

@@ -1,4 +1,4 @@
-// lowlat._native: the module, its levels and threads, and single operations for tests and tools.
+// lowlat._native: the module, its levels and threads, the draw of tokens, and single operations for tests and tools.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -12,6 +12,7 @@
 #include "bound_training.h"
 #include "dispatch.h"
 #include "pool.h"
+#include "workspace.h"
 
 namespace lowlat {
 
@@ -202,6 +203,41 @@ void attention(const Array& q, const Array& cache, const Array& pages, std::int6
   run([&](Team& team) { table.attention(team, a); });
 }
 
+// A caller's memory for its draws, kept from one to the next: fresh pages cost as much as a draw does.
+struct DrawRoom {
+  Buffer weights, bins, pieces;
+};
+
+std::int64_t draw(const Array& logits, double number, double temperature, std::int64_t top_k, double top_p,
+                  double min_p, const std::string& level) {
+  const Ops& table = ops(level);
+  DrawPass pass;
+  pass.size = size(logits, 0);
+  pass.logits = elements<float>(logits, "logits", Type::fp32, {pass.size});
+  const bool is_valid = pass.size > 0 && 0 <= number && number < 1 && temperature > 0 && top_k >= 0 && top_p > 0 &&
+                        top_p <= 1 && min_p >= 0 && min_p <= 1;
+  if (!is_valid) throw std::invalid_argument("options of a draw are out of their ranges");
+  pass.number = number;
+  pass.temperature = temperature;
+  pass.top_k = top_k;
+  pass.top_p = top_p;
+  pass.min_p = min_p;
+  static thread_local DrawRoom room;
+  const auto pieces = static_cast<std::size_t>(draw_pieces(pass.size));
+  pass.weights = static_cast<double*>(room.weights.reserve(pass.size * sizeof(double)));
+  pass.bins = static_cast<double*>(room.bins.reserve(kDrawLevels * pieces * kDrawBinStride * sizeof(double)));
+  pass.pieces = static_cast<DrawPiece*>(room.pieces.reserve(pieces * sizeof(DrawPiece)));
+  std::int64_t token = -1;
+  pass.token = &token;
+  {
+    // On this thread alone: to wake another takes longer than what it would save.
+    const nb::gil_scoped_release released;
+    Pool(1).run([&](Team& team) { table.draw(team, pass); });
+  }
+  if (token < 0) throw std::invalid_argument("the largest logit is not finite");
+  return token;
+}
+
 void bind_ops(nb::module_& module) {
   module.def("linear", linear, "matrix"_a, "x"_a, "out"_a, "is_stream"_a = false, "level"_a = "");
   module.def("pack", pack, "weights"_a, "to"_a, "level"_a = "");
@@ -212,6 +248,8 @@ void bind_ops(nb::module_& module) {
       .def(nb::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool, bool, float>(), nb::kw_only(),
            "chosen"_a, "groups"_a, "kept_groups"_a, "best_in_group"_a, "is_sigmoid"_a, "normalizes"_a, "scaling"_a);
   module.def("route", route, "x"_a, "gate"_a, "bias"_a.none(), "choice"_a, "experts"_a, "weights"_a, "scores"_a,
+             "level"_a = "");
+  module.def("draw", draw, "logits"_a, "number"_a, nb::kw_only(), "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
              "level"_a = "");
   nb::class_<RowLayout>(module, "RowLayout")
       .def(nb::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>(), nb::kw_only(),

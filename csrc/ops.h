@@ -8,6 +8,7 @@
 
 #include "model.h"
 #include "pool.h"
+#include "sampling.h"
 #include "training.h"
 
 namespace lowlat {
@@ -61,6 +62,9 @@ struct Ops {
   void (*store_rows)(Team&, const bf16* rows, std::int64_t count, std::int64_t row_dim, const Cache& cache);
 
   void (*attention)(Team&, const PagedAttention& attention);
+
+  // A token of a row of logits (sampling.h)
+  void (*draw)(Team&, const DrawPass&);
 
   // Between the products of a training step (training.h)
   void (*norm_forward)(Team&, const NormPass&);

@@ -255,6 +255,18 @@ def route(
     [tokens, experts].
     """
 
+def draw(
+    logits: Tensor,
+    number: float,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    level: str = "",
+) -> int:
+    """fp32 [vocab]."""
+
 def store_rows(rows: Tensor, cache: Tensor, *, quantized: int, level: str = "") -> None:
     """bf16 [tokens, row_dim] as the first rows of cache uint8 [pages, page_size, row_bytes]."""
 

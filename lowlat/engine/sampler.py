@@ -4,9 +4,9 @@ Owns the order of the sampling steps and each sequence's random numbers. Knows n
 cache.
 
 The order is: repetition, frequency and presence penalty, logit bias, grammar, temperature, top-k,
-top-p, min-p, draw. Probabilities are computed in fp64 on the CPU from fp32 logits. A sequence draws
-one number per token from its own generator, so its tokens do not depend on what else is in the
-batch. Equal scores rank by token id, lowest first.
+top-p, min-p, draw; the last five are `ops.sampling`. Probabilities are computed in fp64 on the CPU
+from fp32 logits. A sequence draws one number per token from its own generator, so its tokens do not
+depend on what else is in the batch. Equal scores rank by token id, lowest first.
 """
 
 import math
@@ -20,9 +20,7 @@ from torch import Tensor
 
 from lowlat.engine.constraint import ConstraintState
 from lowlat.engine.params import SamplingParams
-
-FEW = 256
-"""Likeliest tokens among which top-p is looked for first."""
+from lowlat.ops import sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +94,14 @@ class SequenceSampler:
             logits = logits.masked_fill(~self.grammar.mask(), -math.inf)
         if params.is_greedy:
             return int(logits.argmax())
-        ids, probabilities = candidates(logits, params)
-        cumulative = probabilities.cumsum(0)
-        # random() < 1, so the threshold stays below the last entry and the index within bounds.
-        threshold = self._random.random() * float(cumulative[-1])
-        index = int(torch.searchsorted(cumulative, threshold, right=True))
-        return int(ids[index]) if ids is not None else index
+        return sampling.draw(
+            logits,
+            self._random.random(),
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+        )
 
 
 class Rows:
@@ -131,52 +131,6 @@ def penalise(
     repeated = torch.where(logits > 0, logits / factor, logits * factor)
     logits = torch.where(seen, repeated, logits)
     return logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
-
-
-def candidates(
-    logits: Float[Tensor, " vocab"], params: SamplingParams
-) -> tuple[Int[Tensor, " kept"] | None, Float[Tensor, " kept"]]:
-    """Token ids that survive the filters and their probabilities (fp64, not normalised).
-
-    Ids are None where no filter is set: the probabilities are then those of all tokens in order.
-    """
-    scores = logits.double()
-    scores = (scores - scores.max()) / params.temperature
-    if params.top_k == 0 and params.top_p == 1.0:
-        ids = None
-        if params.min_p > 0.0:
-            ids = torch.nonzero(scores >= math.log(params.min_p)).flatten()
-            scores = scores[ids]
-        return ids, scores.exp()
-    ids = _nucleus(scores, params)
-    scores = scores[ids]
-    if params.min_p > 0.0:
-        is_kept = scores >= math.log(params.min_p)
-        ids, scores = ids[is_kept], scores[is_kept]
-    return ids, scores.exp()
-
-
-def _nucleus(scores: Float[Tensor, " vocab"], params: SamplingParams) -> Int[Tensor, " kept"]:
-    """Ids kept by top-k, then top-p over the probabilities renormalised after top-k; best first."""
-    vocab = scores.shape[0]
-    if params.top_k > 0:
-        ids = ranked(scores, params.top_k)[: params.top_k]
-        return ids[: _prefix(scores[ids].softmax(0), params.top_p)]
-    log_total = scores.logsumexp(0)
-    # Sorting a whole vocabulary takes milliseconds per token: only where few do not suffice.
-    for count in (FEW, vocab):
-        ids = ranked(scores, count)
-        probabilities = (scores[ids] - log_total).exp()
-        if float(probabilities.sum()) >= params.top_p:
-            break
-    return ids[: _prefix(probabilities, params.top_p)]
-
-
-def _prefix(probabilities: Float[Tensor, " kept"], top_p: float) -> int:
-    """Length of the shortest prefix whose sum reaches `top_p` (or all)."""
-    if top_p == 1.0:
-        return probabilities.shape[0]
-    return int((probabilities.cumsum(0) < top_p).sum()) + 1
 
 
 def ranked(scores: Float[Tensor, " vocab"], count: int) -> Int[Tensor, " ranked"]:

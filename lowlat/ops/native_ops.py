@@ -1,7 +1,7 @@
 """Single operations of the native kernels, with the signatures of their PyTorch definitions.
 
-For tests and tools; a model's step is one call (lowlat/model/native.py). `level` asks for another
-level of instructions than the one in use.
+For tests and tools, but for `draw`, which lowlat.ops.sampling calls; a model's step is one call
+(lowlat/model/native.py). `level` asks for another level of instructions than the one in use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -129,6 +129,28 @@ def _choice(moe: MoEConfig) -> Any:
         is_sigmoid=moe.scoring_func == "sigmoid",
         normalizes=normalizes,
         scaling=moe.routed_scaling_factor if moe.scale_after_norm or not normalizes else 1.0,
+    )
+
+
+def draw(
+    logits: Float32[Tensor, " vocab"],
+    number: float,
+    *,
+    temperature: int | float,
+    top_k: int = 0,
+    top_p: int | float = 1.0,
+    min_p: int | float = 0.0,
+    level: str = "",
+) -> int:
+    """Twin of lowlat.ops.sampling.draw; every level gives the same token."""
+    return native.module().draw(
+        logits.detach().contiguous(),
+        number,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        level=level,
     )
 
 

@@ -6,6 +6,7 @@ A text that is not found exactly once is an error of the list: whoever changes t
 from .mutant import Mutant
 from .positions import ROPE, YARN
 from .routing import ROUTING
+from .sampling import SAMPLING
 from .training import TRAINING
 
 OPS, MODEL, ATTENTION = "tests/unit/ops/", "tests/unit/model/", "tests/unit/attention/"
@@ -339,6 +340,7 @@ MUTANTS = [
     *YARN,
     *ROPE,
     *ROUTING,
+    *SAMPLING,
     *ATTENTION_FORMS,
     *FURTHER_FORMS,
     *LAYERS,

@@ -171,6 +171,28 @@ print(bool((out == 32).all()))
 
 
 @needs_native
+def test_a_draw_without_memory_is_an_error() -> None:
+    """And the memory kept from draw to draw grows with the next row that is longer."""
+    code = (
+        LIMIT
+        + """
+x = torch.zeros(4_000_000)
+native_ops.draw(x[:3], 0.5, temperature=1.0)
+for _ in range(3):
+    leave(20)  # 31 for the weights
+    try:
+        native_ops.draw(x, 0.5, temperature=1.0)
+    except MemoryError:
+        print("MemoryError")
+    leave()
+print(native_ops.draw(x[:3], 0.5, temperature=1.0), native_ops.draw(x, 0.5, temperature=1.0))
+"""
+    )
+    result = run(code)
+    assert result.stdout.split() == ["MemoryError"] * 3 + ["1", "2000000"], result.stderr
+
+
+@needs_native
 def test_a_step_without_memory_is_an_error() -> None:
     """Wherever it runs out: while some threads wait for others, too."""
     code = (

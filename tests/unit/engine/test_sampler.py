@@ -1,4 +1,4 @@
-"""The sampler: filters and penalties by hand, the law of the draws, independence of the batch."""
+"""The sampler: penalties by hand, the law of the draws, independence of the batch."""
 
 import math
 from collections import Counter
@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from lowlat.engine.params import SamplingParams
-from lowlat.engine.sampler import Rows, Sampled, SequenceSampler, candidates, penalise, ranked
+from lowlat.engine.sampler import Rows, Sampled, SequenceSampler, penalise, ranked
+from lowlat.ops.sampling import kept_weights
 
 VOCAB = 11
 
@@ -24,13 +23,6 @@ def sample(logits: Tensor, samplers: list[SequenceSampler]) -> list[Sampled | No
 
 def sampler(prompt: tuple[int, ...] = (), index: int = 0, **options: Any) -> SequenceSampler:
     return SequenceSampler(SamplingParams(**options), prompt, index, VOCAB)
-
-
-def kept(probabilities: list[float], **options: Any) -> set[int]:
-    """Ids that survive the filters, for logits with these probabilities."""
-    logits = torch.tensor(probabilities).log()
-    ids, _ = candidates(logits, SamplingParams(temperature=1.0, **options))
-    return set(range(len(probabilities))) if ids is None else set(ids.tolist())
 
 
 def chi_squared(counts: Counter[int], expected: dict[int, float]) -> float:
@@ -57,75 +49,6 @@ def test_ranked_breaks_ties_by_id_and_includes_all_ties_of_the_last() -> None:
     assert ranked(scores, 1).tolist() == [1, 3]
     assert ranked(scores, 3).tolist() == [1, 3, 2, 4, 5]
     assert ranked(scores, 99).tolist() == [1, 3, 2, 4, 5, 0]
-
-
-# Filters
-
-
-def test_top_k_keeps_exactly_k_lowest_ids_first() -> None:
-    assert kept([0.2, 0.3, 0.2, 0.2, 0.1], top_k=2) == {0, 1}
-    assert kept([0.2, 0.3, 0.2, 0.2, 0.1], top_k=1) == {1}
-    assert kept([0.2, 0.3, 0.2, 0.2, 0.1], top_k=99) == {0, 1, 2, 3, 4}
-
-
-@pytest.mark.parametrize(
-    ("top_p", "expected"),
-    [(0.3, {3}), (0.45, {3, 1}), (0.75, {3, 1, 0}), (0.93, {3, 1, 0, 4}), (1.0, {0, 1, 2, 3, 4})],
-)
-def test_top_p_keeps_the_shortest_prefix_that_reaches_it(top_p: float, expected: set[int]) -> None:
-    """Holds shut: dropping the token that crosses the border."""
-    assert kept([0.15, 0.3, 0.05, 0.4, 0.1], top_p=top_p) == expected
-
-
-def test_top_p_counts_probabilities_renormalised_after_top_k() -> None:
-    # After top-k: 0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85 = 0.47, 0.35, 0.18.
-    assert kept([0.15, 0.3, 0.05, 0.4, 0.1], top_k=3, top_p=0.8) == {3, 1}
-    assert kept([0.15, 0.3, 0.05, 0.4, 0.1], top_p=0.8) == {3, 1, 0}
-
-
-def test_min_p_is_relative_to_the_likeliest() -> None:
-    assert kept([0.15, 0.3, 0.05, 0.4, 0.1], min_p=0.3) == {0, 1, 3}
-    assert kept([0.15, 0.3, 0.05, 0.4, 0.1], min_p=0.3, top_p=0.6) == {1, 3}
-    assert kept([0.15, 0.3, 0.05, 0.4, 0.1], min_p=0.8, top_k=4) == {3}
-
-
-def test_temperature_is_applied_before_the_filters() -> None:
-    """At temperature 0.5 probabilities 0.5, 0.3, 0.2 become 25, 9, 4 of 38."""
-    logits = torch.tensor([0.5, 0.3, 0.2]).log()
-    ids, weights = candidates(logits, SamplingParams(temperature=0.5, top_p=0.8))
-    assert ids is not None and ids.tolist() == [0, 1]
-    assert (weights / weights.sum()).tolist() == pytest.approx([25 / 34, 9 / 34])
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.integers(-40, 40), min_size=1, max_size=700),
-    st.sampled_from([0, 1, 3, 300]),
-    st.sampled_from([0.1, 0.6, 0.999, 1.0]),
-    st.sampled_from([0.0, 0.05, 1.0]),
-)
-def test_filters_match_a_plain_definition(
-    values: list[int], top_k: int, top_p: float, min_p: float
-) -> None:
-    """Against sorting everything in Python, with many ties and beyond the first 256 candidates."""
-    logits = torch.tensor(values, dtype=torch.float32) / 8
-    params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
-    ids, weights = candidates(logits, params)
-    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
-    order = order[:top_k] if top_k else order
-    total = sum(math.exp(values[i] / 8) for i in order)
-    expected: set[int] = set()
-    reached = 0.0
-    for i in order:
-        if top_p == 1.0 or reached < top_p * total * (1 - 1e-12) or not expected:
-            expected.add(i)
-            reached += math.exp(values[i] / 8)
-    best = max(values)
-    if min_p > 0:
-        expected = {i for i in expected if math.exp((values[i] - best) / 8) >= min_p * (1 - 1e-9)}
-    found = set(range(len(values))) if ids is None else set(ids.tolist())
-    assert found == expected
-    assert len(weights) == len(found) and float(weights.max()) == 1.0
 
 
 # Penalties and bias
@@ -201,9 +124,9 @@ def test_draws_follow_the_filtered_distribution(options: dict[str, Any]) -> None
     params = SamplingParams(temperature=0.8, seed=11, **options)
     one = SequenceSampler(params, (), 0, VOCAB)
     counts = Counter(one.sample(logits, 0).token for _ in range(4000))
-    ids, weights = candidates(logits, params)
-    names = list(range(VOCAB)) if ids is None else ids.tolist()
-    expected = dict(zip(names, (weights / weights.sum()).tolist(), strict=True))
+    weights = kept_weights(logits, temperature=0.8, **options)
+    shares = (weights / weights.sum()).tolist()
+    expected = {token: share for token, share in enumerate(shares) if share > 0}
     assert chi_squared(counts, expected) < 40
 
 
