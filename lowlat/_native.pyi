@@ -159,6 +159,13 @@ class Layer:
     ) -> Layer:
         """first_pair: the column of a step's cos and sin where the layer's own begin."""
 
+class Join:
+    """How an MTP module begins: the projection of a normalised embedding and hidden state."""
+
+    @staticmethod
+    def make(embedding_norm: Norm, hidden_norm: Norm, projection: Projection) -> Join:
+        """projection: [hidden, 2 hidden], the embedding first."""
+
 class Cache:
     """The paged rows of all layers, where they lie."""
 
@@ -169,13 +176,17 @@ class Cache:
         """
 
 class Model:
-    """Decoder layers between an embedding (bf16 [vocab, hidden]) and a head."""
+    """Decoder layers between an embedding (bf16 [vocab, hidden]) and a head; an MTP module where
+    join is given. first_layer: of the cache's layers, the one of the first.
+    """
 
     def __init__(
         self,
         *,
         embedding: Tensor,
+        join: Join | None,
         layers: Sequence[Layer],
+        first_layer: int,
         norm: Norm,
         head: Projection,
         is_larger_than_memory: bool,
@@ -184,6 +195,7 @@ class Model:
         self,
         *,
         ids: Tensor,
+        previous: Tensor | None,
         slots: Tensor,
         cos: Tensor,
         sin: Tensor,
@@ -194,10 +206,11 @@ class Model:
         logits: Tensor | None,
         is_stream: bool,
     ) -> None:
-        """ids and slots int64 [tokens]; cos and sin fp32 [tokens, pairs], the tables of all layers;
-        sequences of (pages, rows cached before, new rows, whether MLA is expanded); cache: of at
-        least the model's layers; hidden bf16 [tokens, hidden] and logits fp32 [wanted, vocab] are
-        written. is_stream: every sequence has few new tokens (lowlat.model.native).
+        """ids and slots int64 [tokens]; previous: with a join, hidden states of the depth before,
+        bf16 [tokens, hidden]; cos and sin fp32 [tokens, pairs], the tables of all layers; sequences
+        of (pages, rows cached before, new rows, whether MLA is expanded); hidden bf16 [tokens,
+        hidden] and logits fp32 [wanted, vocab] are written. is_stream: every sequence has few new
+        tokens (lowlat.model.native).
         """
 
 class Choice:
