@@ -11,7 +11,6 @@ wrong, /health is not 200, or pages of the cache are still held when all is done
 import argparse
 import asyncio
 import csv
-import json
 import re
 import shlex
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import kept
 from serving import verdict
 from serving.client import new_client
 from serving.mix import Mix
@@ -31,7 +31,6 @@ from serving.servers import Server, Setup, lowlat_program
 from serving.soak_load import Load, Tally
 from serving.verdict import Sample
 
-from lowlat.bench import machine
 from lowlat.bench.plan import check_threads
 from lowlat.bench.plot import require_matplotlib
 from lowlat.utils.errors import UserError
@@ -172,9 +171,7 @@ def report(
     if not (tally.answered and tally.refused and tally.cancelled and tally.canaries > 1):
         found.append("too little was asked to tell; give more --minutes or a higher --rate")
     return {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": machine.describe(),
+        **kept.heading(),
         "model": str(options.model),
         "minutes": options.minutes,
         "rate": options.rate,
@@ -195,7 +192,7 @@ def report(
 
 def write(found: dict[str, Any], samples: Sequence[Sample], folder: Path) -> None:
     """results.json, samples.csv and plot.svg."""
-    (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    kept.write(found, folder)
     with (folder / "samples.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, [field.name for field in fields(Sample)])
         table.writeheader()
