@@ -1,6 +1,6 @@
 """How much batching brings: mixed prompts together against the same ones one at a time.
 
-    python benchmarks/batch.py MODEL [--dtype bf16] [--prompts 64]
+    python benchmarks/batch.py MODEL [--dtype bf16] [--prompts 64] [--out FOLDER]
 
 Owns the mix and the ratio. Prompts are random tokens of 16 to 512, answers 16 to 96 tokens, half of
 them sampled. One at a time takes an eighth of the prompts, before and after the batch, so that a
@@ -10,6 +10,9 @@ machine whose speed changes is seen to have done so.
 import argparse
 import random
 import time
+from pathlib import Path
+
+import kept
 
 import lowlat
 from lowlat.engine.llm import Model
@@ -59,6 +62,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--out", type=Path, metavar="FOLDER")
     args = parser.parse_args()
     model = lowlat.load(args.model, dtype=args.dtype)
     prompts, params = mix(model.config.vocab_size, args.prompts)
@@ -67,10 +71,22 @@ def main() -> None:
     before = tokens_per_second(model, *few, at_once=False)
     batch = tokens_per_second(model, prompts, params, at_once=True)
     after = tokens_per_second(model, *few, at_once=False)
+    ratio = batch / max(before, after)
     print(
         f"{args.model} {args.dtype}: one at a time {before:.1f} and {after:.1f} tok/s, "
-        f"{args.prompts} together {batch:.1f} tok/s: {batch / max(before, after):.2f} times"
+        f"{args.prompts} together {batch:.1f} tok/s: {ratio:.2f} times"
     )
+    if args.out is not None:
+        found = {
+            "model": args.model,
+            "dtype": args.dtype,
+            "prompts": args.prompts,
+            "prompt_tokens": sum(len(prompt) for prompt in prompts),
+            "output_tokens": sum(own.max_tokens or 0 for own in params),
+            "tokens_per_second": {"alone_before": before, "together": batch, "alone_after": after},
+            "ratio": ratio,
+        }
+        kept.write(kept.heading() | found, args.out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import random
-import shlex
 import statistics
 import sys
 import tempfile
@@ -25,10 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import kept
 from serving.process import usage
 from serving.servers import HOST, Server, Setup, lowlat_program
 
-from lowlat.bench import machine
 from lowlat.bench.plan import check_threads
 from lowlat.utils.errors import UserError
 
@@ -199,9 +198,7 @@ def report(
     if grown > MEMORY_BYTES:
         faults.append(f"memory grew by {grown / 1e6:.0f} MB")
     return {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": machine.describe(),
+        **kept.heading(),
         "model": str(options.model),
         "factor": options.factor,
         "seconds": options.seconds,
@@ -268,8 +265,7 @@ def main() -> int:
     except UserError as error:
         sys.exit(f"error: {error}")
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+        kept.write(found, options.out)
     print(json.dumps({key: found[key] for key in found if key != "machine"}, indent=1))
     return 1 if found["faults"] else 0
 

@@ -1,6 +1,6 @@
 """The page pool and its prefix cache: correct over millions of random steps, and how quick.
 
-    python benchmarks/page_pool.py [--seeds 20] [--steps 100000] [--pages 100000] [--json FILE]
+    python benchmarks/page_pool.py [--seeds 20] [--steps 100000] [--pages 100000] [--out FOLDER]
 
 For each seed, so many random steps (admit, extend, fork, publish, shorten, finish, grow, clear) of
 sequences over a small pool: every page handed out, found or evicted is compared with a plain model,
@@ -9,7 +9,6 @@ first difference ends the run with an error. Then the time per page of a pool of
 """
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+import kept
 from page_driver import Driver
 
 from lowlat.engine.pages import PagePool
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--pages", type=int, default=100_000)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, metavar="FOLDER")
     options = parser.parse_args()
     runs = []
     for seed in range(options.seeds):
@@ -95,9 +95,9 @@ def main() -> None:
     print(f"microseconds per page of {PAGE_SIZE} tokens, pool of {options.pages:,} pages:")
     for name, value in speed.items():
         print(f"  {name:20} {value:6.2f}")
-    if options.json:
-        report = {"runs": runs, "microseconds_per_page": speed}
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.out is not None:
+        found = {"pages": options.pages, "runs": runs, "microseconds_per_page": speed}
+        kept.write(kept.heading() | found, options.out)
 
 
 if __name__ == "__main__":

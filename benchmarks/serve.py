@@ -20,7 +20,6 @@ EXPORTED.gguf is what `lowlat bench MODEL --peers llama.cpp=PYTHON` leaves in th
 
 import argparse
 import asyncio
-import json
 import shlex
 import sys
 import tempfile
@@ -31,12 +30,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import kept
 from serving.client import ask_all
 from serving.figures import Turn, draw, rows_of, table
 from serving.servers import Program, Server, Setup, llama_program, lowlat_program, vllm_program
 from serving.workload import Work, draw_work, parse_span
 
-from lowlat.bench import machine
 from lowlat.bench.plan import check_threads
 from lowlat.bench.plot import require_matplotlib
 from lowlat.bench.worker import Worker
@@ -172,9 +171,7 @@ def report(bench: Bench, turns: Sequence[Turn], rates: Sequence[dict[str, Any]])
     """One JSON object with every request and the figures derived from them."""
     return {
         "format": FORMAT,
-        "command": shlex.join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": machine.describe(),
+        **kept.heading(),
         "model": str(bench.model),
         "dtype": bench.setup.dtype,
         "threads": bench.setup.threads,
@@ -226,7 +223,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(table(found["rows"]))
     if options.out is not None:
-        (options.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+        kept.write(found, options.out)
         title = f"{Path(found['model']).name}, {found['dtype']}, {found['machine']['cpu']}"
         draw(found["rows"], title, options.out / "plot.svg")
 

@@ -11,121 +11,28 @@ wrong, /health is not 200, or pages of the cache are still held when all is done
 import argparse
 import asyncio
 import csv
-import json
-import re
 import shlex
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import httpx
+import kept
 from serving import verdict
 from serving.client import new_client
 from serving.mix import Mix
-from serving.process import usage
 from serving.servers import Server, Setup, lowlat_program
 from serving.soak_load import Load, Tally
 from serving.verdict import Sample
+from serving.watch import Watch, fill_cache
 
-from lowlat.bench import machine
 from lowlat.bench.plan import check_threads
 from lowlat.bench.plot import require_matplotlib
 from lowlat.utils.errors import UserError
 
-SAMPLE_SECONDS = 5.0
-IDLE_SECONDS = 20.0
-"""Within which everything must be given back after the load."""
-HEALTH_SECONDS = 5.0
 WARM_CALLS = 60
-FILLING_CALLS = 1000
-FILLING_WORDS = 120
-FILLED_SHARE = 0.9
-"""A page per prompt at most is not kept, as it is not full."""
-SERIES = re.compile(r"^(lowlat:\w+)(?:\{[^}]*\})? (\S+)", re.MULTILINE)
-GAUGES = {
-    "running": "lowlat:num_requests_running",
-    "waiting": "lowlat:num_requests_waiting",
-    "cache_usage": "lowlat:kv_cache_usage_perc",
-}
-
-
-class Watch:
-    """Samples of one server while it is under load."""
-
-    def __init__(self, server: Server, client: httpx.AsyncClient, tally: Tally) -> None:
-        self.samples: list[Sample] = []
-        self._server = server
-        self._client = client
-        self._tally = tally
-        self._begin = time.monotonic()
-
-    async def run(self) -> None:
-        """Sample until cancelled."""
-        self._begin = time.monotonic()
-        while True:
-            self.samples.append(await self.sample())
-            await asyncio.sleep(SAMPLE_SECONDS)
-
-    async def sample(self) -> Sample:
-        """The server now. Raises ProcessLookupError if it has ended."""
-        held, tally = usage(self._server.pid), self._tally
-        health, gauges = await self._health(), await self._gauges()
-        return Sample(
-            seconds=round(time.monotonic() - self._begin, 2),
-            rss_bytes=held.rss_bytes,
-            descriptors=held.descriptors,
-            threads=held.threads,
-            processes=held.processes,
-            health=health,
-            **gauges,
-            answered=tally.answered,
-            cancelled=tally.cancelled,
-            refused=tally.refused,
-            busy=tally.busy,
-        )
-
-    async def idle(self) -> Sample:
-        """The server when all requests are done, or as it is after IDLE_SECONDS."""
-        end = time.monotonic() + IDLE_SECONDS
-        while True:
-            sample = await self.sample()
-            is_idle = not (sample.running or sample.waiting or sample.cache_usage)
-            if is_idle or time.monotonic() > end:
-                return sample
-            await asyncio.sleep(0.5)
-
-    async def _health(self) -> int:
-        try:
-            return (await self._client.get("/health", timeout=HEALTH_SECONDS)).status_code
-        except httpx.HTTPError:
-            return 0
-
-    async def _gauges(self) -> dict[str, float]:
-        values = await self._values()
-        return {ours: values[name] for ours, name in GAUGES.items()}
-
-    async def _values(self) -> dict[str, float]:
-        text = (await self._client.get("/metrics")).text
-        return {name: float(value) for name, value in SERIES.findall(text)}
-
-    async def cached_share(self) -> float:
-        """How much of the cache the prefix cache keeps."""
-        values = await self._values()
-        return values["lowlat:kv_cache_pages_cached"] / values["lowlat:kv_cache_pages"]
-
-
-async def fill_cache(load: Load, watch: Watch) -> None:
-    """Have prompts read until every page of the cache has been written once: memory that is first
-    touched under load would look like a leak."""
-    for _ in range(FILLING_CALLS):
-        if await watch.cached_share() >= FILLED_SHARE:
-            return
-        await load.read_prompt(FILLING_WORDS)
-    print("the cache is not full; memory may grow by what is left of it", flush=True)
 
 
 async def soak(server: Server, options: argparse.Namespace) -> tuple[dict[str, Any], Watch]:
@@ -172,9 +79,7 @@ def report(
     if not (tally.answered and tally.refused and tally.cancelled and tally.canaries > 1):
         found.append("too little was asked to tell; give more --minutes or a higher --rate")
     return {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": machine.describe(),
+        **kept.heading(),
         "model": str(options.model),
         "minutes": options.minutes,
         "rate": options.rate,
@@ -195,7 +100,7 @@ def report(
 
 def write(found: dict[str, Any], samples: Sequence[Sample], folder: Path) -> None:
     """results.json, samples.csv and plot.svg."""
-    (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    kept.write(found, folder)
     with (folder / "samples.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, [field.name for field in fields(Sample)])
         table.writeheader()

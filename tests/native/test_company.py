@@ -2,10 +2,19 @@
 
 Holds shut: a token that changes with who runs beside it, with how its prompt is cut, with what the
 prefix cache held, with being preempted and read again, or with drafts.
+
+LOWLAT_COMPANY_REQUESTS says how many requests there are at each concurrency, and has each of them
+run with the prefix cache and with drafts on and off, where each is off once by default:
+
+    LOWLAT_COMPANY_REQUESTS=1000 python -m pytest tests/native/test_company.py -rP
+
+which also prints what happened to them.
 """
 
+import os
 import random
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -31,6 +40,11 @@ PAGE_SIZE = 8
 CHUNK = 48
 NUM_REQUESTS = {"mla": 250, "gqa": 60, "mtp": 40, "layers": 40}
 """For each of four concurrencies: 1,000 in all for MLA."""
+SWITCHES = {1: [(True, True)], 2: [(False, True)], 8: [(True, False)], 32: [(True, True)]}
+"""By concurrency: whether there is a prefix cache, and whether there are drafts."""
+if REQUESTS := os.environ.get("LOWLAT_COMPANY_REQUESTS"):
+    NUM_REQUESTS = dict.fromkeys(NUM_REQUESTS, int(REQUESTS))
+    SWITCHES = {concurrency: [*product((True, False), repeat=2)] for concurrency in SWITCHES}
 CONTEXT = 400
 MAX_TOKENS = 80
 """Of some requests, which outgrow the pages they were admitted with."""
@@ -112,6 +126,34 @@ def together(engine: Engine, asks: list[Ask], concurrency: int, seed: int) -> li
     return requests
 
 
+@dataclass(frozen=True)
+class Happened:
+    """To the requests of an engine."""
+
+    preemptions: int
+    hits: int
+    """Tokens that the prefix cache had."""
+    accepted: int
+    """Drafts that were kept."""
+
+    @classmethod
+    def to(cls, engine: Engine) -> "Happened":
+        stats = engine.recorder.snapshot(
+            queued=0,
+            running=0,
+            preemptions=0,
+            pages_total=0,
+            pages_used=0,
+            pages_cached=0,
+            page_tokens=0,
+        )
+        return cls(
+            preemptions=engine.scheduler.num_preemptions,
+            hits=0 if engine.prefix is None else engine.prefix.hit_tokens,
+            accepted=stats.accepted_tokens,
+        )
+
+
 @pytest.mark.parametrize("kind", NUM_REQUESTS)
 @torch.inference_mode()
 def test_not_one_token_differs_from_running_alone(
@@ -122,36 +164,33 @@ def test_not_one_token_differs_from_running_alone(
     asks = drawn_asks(11, NUM_REQUESTS[kind])
     expected = [alone(model, ask) for ask in asks]
     assert len({tuple(tokens) for found in expected for tokens in found}) > NUM_REQUESTS[kind]
+    num_tokens = sum(len(tokens) for found in expected for tokens in found)
     longest = -(-(max(len(ask.prompt) for ask in asks) + MAX_TOKENS) // PAGE_SIZE)
-    preemptions = hits = accepted = 0
-    for number, concurrency in enumerate((1, 2, 8, 32)):
-        engine = engine_for(
-            model,
-            limits=Limits(
-                step_tokens=random.Random(number).choice([40, 96]),
-                mixed_tokens=random.Random(number).choice([5, 24]),
-                # The longest request has hardly any room beside it.
-                max_pages=longest + 1 if number >= 2 else None,
-            ),
-            has_prefix_cache=number != 1,
-            speculates=number != 2,
-        )
-        if engine.speculator is not None:
-            # However slow: drafts are made, so that company changes their number.
-            monkeypatch.setattr(engine.speculator.depth, "drafted", lambda count, seconds: None)
-        requests = together(engine, asks, concurrency, number)
-        for ask, request, tokens in zip(asks, requests, expected, strict=True):
-            assert generated(request) == tokens, (concurrency, ask)
-        preemptions += engine.scheduler.num_preemptions
-        hits += 0 if engine.prefix is None else engine.prefix.hit_tokens
-        counts = engine.recorder.snapshot(
-            queued=0,
-            running=0,
-            preemptions=0,
-            pages_total=0,
-            pages_used=0,
-            pages_cached=0,
-            page_tokens=0,
-        )
-        accepted += counts.accepted_tokens
-    assert preemptions > 1 and hits > 1000 and accepted > 5, (preemptions, hits, accepted)
+    found = []
+    for number, (concurrency, switches) in enumerate(SWITCHES.items()):
+        for has_cache, speculates in switches:
+            engine = engine_for(
+                model,
+                limits=Limits(
+                    step_tokens=random.Random(number).choice([40, 96]),
+                    mixed_tokens=random.Random(number).choice([5, 24]),
+                    # The longest request has hardly any room beside it.
+                    max_pages=longest + 1 if concurrency > 1 else None,
+                ),
+                has_prefix_cache=has_cache,
+                speculates=speculates,
+            )
+            if engine.speculator is not None:
+                # However slow: drafts are made, so that company changes their number.
+                monkeypatch.setattr(engine.speculator.depth, "drafted", lambda count, seconds: None)
+            requests = together(engine, asks, concurrency, number)
+            for ask, request, tokens in zip(asks, requests, expected, strict=True):
+                assert generated(request) == tokens, (concurrency, has_cache, speculates, ask)
+            found.append(Happened.to(engine))
+            print(
+                f"{kind}, {concurrency} at once, prefix cache {has_cache}, drafts {speculates}: "
+                f"{len(asks)} requests, {num_tokens} tokens, none differs; {found[-1]}"
+            )
+    assert sum(one.preemptions for one in found) > 1, found
+    assert sum(one.hits for one in found) > 1000, found
+    assert sum(one.accepted for one in found) > 5, found
