@@ -23,13 +23,19 @@ inline void store_token(const Pass& pass, const Attention& a, const Cache& cache
   store_row(cache, row, a.row_dim(), cache.data + pass.step.slots[token] * cache.row_bytes);
 }
 
-// body(first, tokens) for every run of tokens in the absorbed form.
+// body(first, tokens) for every run of tokens in the absorbed form; sequences that follow each other are one.
 template <class Body>
 inline void each_absorbed(const Pass& pass, Body&& body) {
+  std::int64_t first = 0, last = 0;
   for (const std::int32_t s : pass.work.absorbed) {
     const Sequence& sequence = pass.step.sequences[s];
-    body(sequence.first_token, sequence.length);
+    if (sequence.first_token != last) {
+      if (first < last) body(first, last - first);
+      first = sequence.first_token;
+    }
+    last = sequence.first_token + sequence.length;
   }
+  if (first < last) body(first, last - first);
 }
 
 // --- attention over cached rows -------------------------------------------------------------------------------------

@@ -241,7 +241,7 @@ class Model:
         requests: list[Request] = []
         try:
             pairs = zip(encoded, params, strict=True)
-            added = [self._add(ids, own, requests) for ids, own in pairs]
+            added = [self._add(ids, own, requests, is_patient=True) for ids, own in pairs]
             with (progress or SilentProgress()).task("generating", len(added), "items") as task:
                 unfinished = list(range(len(added)))
                 while unfinished:
@@ -258,13 +258,14 @@ class Model:
         if params.n > 1:
             raise UserError(f"n {params.n} cannot be streamed; set n to 1 or stream to False")
         requests: list[Request] = []
-        (builder,) = self._add(self.encode_prompt(prompt), params, requests)
+        (builder,) = self._add(self.encode_prompt(prompt), params, requests, is_patient=False)
         return Stream(builder, step=self._step, close=lambda: self._abandon(requests[0]))
 
     def _add(
-        self, ids: list[int], params: SamplingParams, requests: list[Request]
+        self, ids: list[int], params: SamplingParams, requests: list[Request], *, is_patient: bool
     ) -> list[CompletionBuilder]:
-        options = RequestOptions(grammar=self._grammar(params.structured))
+        grammar = self._grammar(params.structured)
+        options = RequestOptions(grammar=grammar, is_patient=is_patient)
         request = self.engine.add(ids, params, options)
         requests.append(request)
         builders = [CompletionBuilder(self.tokenizer, request, i) for i in range(params.n)]

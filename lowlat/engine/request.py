@@ -33,6 +33,9 @@ class RequestOptions:
     """Tokens that end a completion besides the model's own."""
     grammar: Constraint | None = None
     """What the output must look like."""
+    is_patient: bool = False
+    """Whether nobody waits for its tokens one by one: prompts are not read in smaller pieces for
+    the sake of its decoding."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

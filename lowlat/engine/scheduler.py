@@ -53,12 +53,12 @@ class Scheduler:
     """Every decoding sequence runs in every step; the rest of the budget reads prompts.
 
     The more sequences read for each that decodes, the larger the budget, up to a whole step: when
-    many come at once, the few that are ahead do not keep the others from their first token. Half
-    of it goes to the prompt that has waited longest, the rest to those that are nearest their
-    end, so that a long prompt neither holds up short ones nor starves. Sequences are admitted by
-    the service their client has had, then in order of arrival; a request waits until all its n
-    completions have room. When pages run out, who came last gives its own back and is read again
-    later; its tokens do not change by that.
+    many come at once, the few that are ahead do not keep the others from their first token. It is
+    a whole step where all that decode are patient. Half of it goes to the prompt that has waited
+    longest, the rest to those that are nearest their end, so that a long prompt neither holds up
+    short ones nor starves. Sequences are admitted by the service their client has had, then in
+    order of arrival; a request waits until all its n completions have room. When pages run out,
+    who came last gives its own back and is read again later; its tokens do not change by that.
 
     A request of priority p is treated as if it had come p times PRIORITY_SECONDS later. Above 0 it
     lets all others pass; below 0 it passes those of its own client alone, and only while it waits:
@@ -135,7 +135,9 @@ class Scheduler:
             if not sequence.is_reading and sequence in self.running:
                 self._drop_costly_drafts(sequence)
                 self._choose(chosen, sequence, 1 + len(sequence.drafts), "stream")
-        self._read(chosen, self._reading_budget(len(chosen)))
+        waited_for = [s for s in chosen if not s.request.options.is_patient]
+        budget = self._reading_budget(len(chosen)) if waited_for else self.limits.step_tokens
+        self._read(chosen, budget)
         for work in chosen.values():
             self._fairness.serve(work.sequence.request.options.salt, work.length)
         return list(chosen.values())
@@ -219,10 +221,8 @@ class Scheduler:
     # --- reading -------------------------------------------------------------------------------
 
     def _reading_budget(self, num_decoding: int) -> int:
-        """Tokens of prompts to read in a step beside `num_decoding` sequences."""
+        """Tokens of prompts to read in a step that `num_decoding` sequences wait for."""
         limits = self.limits
-        if num_decoding == 0:
-            return limits.step_tokens
         num_reading = len(self.running) - num_decoding
         budget = limits.mixed_tokens * num_reading // num_decoding
         return min(max(budget, limits.mixed_tokens), limits.step_tokens)

@@ -111,6 +111,19 @@ def test_the_more_read_for_each_that_decodes_the_more_is_read() -> None:
     assert step(scheduler) == {**dict.fromkeys(prompts, 1), late: 8}
 
 
+def test_prompts_are_not_read_piecemeal_where_all_that_decode_are_patient() -> None:
+    scheduler = scheduler_for(step_tokens=20, mixed_tokens=4, has_prefix_cache=False)
+    patient, hasty = sequence(3, is_patient=True), sequence(3, first=50)
+    long = sequence(90, first=100)
+    scheduler.add(patient)
+    step(scheduler)
+    scheduler.add(long)
+    assert step(scheduler) == {patient: 1, long: 20}
+    scheduler.add(hasty)
+    assert step(scheduler) == {patient: 1, hasty: 3, long: 17}
+    assert step(scheduler) == {patient: 1, hasty: 1, long: 4}
+
+
 def test_half_of_the_budget_is_the_oldest_prompts_and_the_rest_the_shortest_ones() -> None:
     """Holds shut: short prompts waiting behind a long one, and a long one starving."""
     scheduler = scheduler_for(step_tokens=20)
