@@ -53,6 +53,7 @@ RUNNING, WAITING = "lowlat:num_requests_running", "lowlat:num_requests_waiting"
 USED, PAGES = "lowlat:kv_cache_usage_perc", "lowlat:kv_cache_pages"
 ENDED = "lowlat:request_success_total"
 HTTP = "lowlat:http_requests_total"
+BUSY = 'status="429"'
 PREEMPTIONS = "lowlat:num_preemptions_total"
 
 
@@ -89,7 +90,8 @@ class Run:
         before = await watch.metrics()
         storm, count = Storm(port=self._server.port), self._options.storm
         await storm.come(self._storm_calls(count))
-        under_way = await until(watch, lambda now: now[RUNNING] + now[WAITING] >= count)
+        # On a slow machine the first may have their answer before the last has come.
+        under_way = await until(watch, lambda now: arrived(now) - arrived(before) >= count)
         full = await until(watch, lambda now: now[STEPS] >= under_way[STEPS] + 2)
         seconds = await storm.leave(random.Random(self._options.seed), STORM_SECONDS)
         left = await watch.metrics()
@@ -117,6 +119,13 @@ class Run:
                 "stream": number % 2 == 0,
             }
             yield Call(manner="cancelled", path=COMPLETIONS, body=body, kind="storm")
+
+
+def arrived(metrics: dict[str, float]) -> float:
+    """Requests that have come: the engine's, ended or not, and those refused for its load."""
+    ended = sum(value for name, value in metrics.items() if name.startswith(ENDED))
+    busy = sum(value for name, value in metrics.items() if name.startswith(HTTP) and BUSY in name)
+    return ended + busy + metrics[RUNNING] + metrics[WAITING]
 
 
 async def until(watch: Watch, condition: Any) -> dict[str, float]:
