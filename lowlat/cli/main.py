@@ -26,8 +26,8 @@ from lowlat.cli.train import app as train
 from lowlat.utils.errors import UserError
 
 USER_ERROR = 2
-COLLECT_AFTER = 50_000
-"""New objects before Python looks for cycles among them."""
+FIRST_COLLECTION = 300_000
+"""New objects before Python looks for cycles among them the first time."""
 
 app = typer.Typer(
     name="lowlat",
@@ -70,14 +70,30 @@ def lowlat(
     pass
 
 
+def put_off_collections() -> None:
+    """Look for garbage late the first time, then as usual among newer objects, and not at the end.
+
+    Imports make a hundred thousand objects that stay; looking through them again and again would
+    be a third of the time of a short run.
+    """
+    usual = gc.get_threshold()
+
+    def resume(phase: str, _: dict[str, int]) -> None:
+        if phase == "stop":
+            gc.callbacks.remove(resume)
+            gc.freeze()
+            gc.set_threshold(*usual)
+
+    gc.callbacks.append(resume)
+    gc.set_threshold(FIRST_COLLECTION)
+    atexit.register(gc.freeze)
+
+
 def run() -> None:
     """Entry point. Exit codes: 0 done, 2 a fault in what the user gave, 130 interrupted; verbs that
     judge (compare) end with 1 where their verdict is no.
     """
-    # Imports make a hundred thousand objects that stay: looking through them for garbage, again and
-    # again and once more at the end, took a third of the time of a short run.
-    gc.set_threshold(COLLECT_AFTER)
-    atexit.register(gc.freeze)
+    put_off_collections()
     try:
         app()
     except UserError as error:

@@ -69,3 +69,18 @@ def test_interrupt_is_exit_code_130() -> None:
     )
     assert result.returncode == 130
     assert "Traceback" not in result.stderr
+
+
+def test_collections_are_as_usual_after_the_first() -> None:
+    """Holds shut: a server or a training whose garbage waits for long."""
+    program = """
+import gc
+from lowlat.cli.main import put_off_collections
+usual = gc.get_threshold()
+put_off_collections()
+assert gc.get_threshold() > usual and gc.get_freeze_count() == 0
+kept = [[] for _ in range(400_000)]
+assert gc.get_threshold() == usual and gc.get_freeze_count() > 0
+assert not gc.callbacks
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=600)
