@@ -31,7 +31,7 @@ from serving import verdict
 from serving.client import new_client
 from serving.leaving import Leaver, Storm, leave_all
 from serving.mix import COMPLETIONS, Call, Mix
-from serving.servers import Server, Setup, lowlat_program
+from serving.servers import Server, Setup, folder_or_name, lowlat_program
 from serving.soak_load import Load
 from serving.verdict import Sample
 from serving.watch import Watch, fill_cache
@@ -232,9 +232,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8192)), hard))
     try:
         setup = Setup(
-            model=str(Path(options.model).resolve())
-            if Path(options.model).exists()
-            else options.model,
+            model=folder_or_name(options.model),
             dtype=options.dtype,
             threads=check_threads(options.threads),
             context=512,

@@ -26,7 +26,7 @@ from typing import Any
 
 import kept
 from serving.process import usage
-from serving.servers import HOST, Server, Setup, lowlat_program
+from serving.servers import HOST, Server, Setup, folder_or_name, lowlat_program
 
 from lowlat.bench.plan import check_threads
 from lowlat.utils.errors import UserError
@@ -245,9 +245,7 @@ def main() -> int:
     options = parse(sys.argv[1:])
     try:
         setup = Setup(
-            model=str(Path(options.model).resolve())
-            if Path(options.model).exists()
-            else options.model,
+            model=folder_or_name(options.model),
             dtype=options.dtype,
             threads=check_threads(options.threads),
             context=CONTEXT,

@@ -23,7 +23,7 @@ import kept
 from serving import verdict
 from serving.client import new_client
 from serving.mix import Mix
-from serving.servers import Server, Setup, lowlat_program
+from serving.servers import Server, Setup, folder_or_name, lowlat_program
 from serving.soak_load import Load, Tally
 from serving.verdict import Sample
 from serving.watch import Watch, fill_cache
@@ -144,11 +144,6 @@ def summary(found: dict[str, Any]) -> str:
         f"growth after the warm-up: memory {growth['rss_bytes'] / 1e6:+.1f} MB, descriptors "
         f"{growth['descriptors']:+.1f}, threads {growth['threads']:+.1f}"
     )
-
-
-def folder_or_name(model: str) -> str:
-    """A folder as an absolute path, since the server runs in a folder of its own."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -53,6 +53,11 @@ class Program:
     """Fields that keep it from ending an answer early."""
 
 
+def folder_or_name(model: str) -> str:
+    """A folder as an absolute path, since the server runs in a folder of its own."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
 def lowlat_program(setup: Setup, extra: list[str]) -> Program:
     """This package's server, under this interpreter."""
     options = ["--dtype", setup.dtype, "--threads", str(setup.threads)]

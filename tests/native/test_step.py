@@ -1,7 +1,7 @@
 """The native step against the modules it stands for: whole models, drawn configs, mixed batches."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -113,6 +113,28 @@ def native_logits(model: NativeModel, break_even: float) -> Tensor:
     return torch.cat(rows)
 
 
+def check_near_to_fp32(
+    model: Transformer,
+    plain_of: Callable[[Transformer, float], Tensor],
+    native_of: Callable[[NativeModel, float], Tensor],
+    break_evens: Sequence[float],
+) -> None:
+    """Rounding moves both by the same amount from fp32; a token whose router has a near tie may
+    jump in either, so typical tokens are compared in mixtures and all tokens in dense models."""
+    assert has_native_form(model)
+    exact = Transformer(model.config, dtype=torch.float32)
+    exact.load_state_dict({name: p.float() for name, p in model.state_dict().items()})
+    compiled = NativeModel(model)
+    for break_even in break_evens:
+        reference = plain_of(exact, break_even)
+        plain = distances(plain_of(model, break_even), reference)
+        ours = distances(native_of(compiled, break_even), reference)
+        assert ours.median() <= 1.4 * plain.median()
+        assert ours.median() < 0.03
+        if model.config.moe is None:
+            assert ours.max() <= 2 * plain.max()
+
+
 def distances(logits: Tensor, reference: Tensor) -> Tensor:
     """Per token, relative to the reference."""
     return (logits - reference).norm(dim=-1) / reference.norm(dim=-1)
@@ -138,22 +160,8 @@ few_cases = pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
 )
 @torch.inference_mode()
 def test_logits_are_as_near_to_fp32_as_plain_bf16(case: Case, level: str) -> None:
-    """Rounding moves both by the same amount from fp32; a token whose router has a near tie may
-    jump in either, so typical tokens are compared in mixtures and all tokens in dense models."""
-    config = drawn_config(case)
-    model = random_model(config, case.seed)
-    assert has_native_form(model)
-    exact = Transformer(config, dtype=torch.float32)
-    exact.load_state_dict({name: p.float() for name, p in model.state_dict().items()})
-    compiled = NativeModel(model)
-    for break_even in (0.0, 2.0, math.inf):
-        reference = plain_logits(exact, break_even)
-        plain = distances(plain_logits(model, break_even), reference)
-        ours = distances(native_logits(compiled, break_even), reference)
-        assert ours.median() <= 1.4 * plain.median()
-        assert ours.median() < 0.03
-        if config.moe is None:
-            assert ours.max() <= 2 * plain.max()
+    model = random_model(drawn_config(case), case.seed)
+    check_near_to_fp32(model, plain_logits, native_logits, (0.0, 2.0, math.inf))
 
 
 @every_level
@@ -215,7 +223,7 @@ def plain_modules(model: Transformer, break_even: float) -> Tensor:
     return torch.cat(rows).float()
 
 
-def native_modules(model: NativeModel, steps: Sequence[Steps], break_even: float) -> Tensor:
+def native_modules(model: NativeModel, break_even: float, steps: Sequence[Steps] = STEPS) -> Tensor:
     config = model.config
     cache = new_cache(config, torch.bfloat16)
     rows = []
@@ -234,19 +242,8 @@ def native_modules(model: NativeModel, steps: Sequence[Steps], break_even: float
 def test_modules_are_as_near_to_fp32_as_plain_bf16(
     case: Case, level: str, has_copies: bool
 ) -> None:
-    config = with_modules(case, has_copies=has_copies)
-    model = random_model(config, case.seed)
-    assert has_native_form(model)
-    exact = Transformer(config, dtype=torch.float32)
-    exact.load_state_dict({name: p.float() for name, p in model.state_dict().items()})
-    for break_even in (0.0, 2.0):
-        reference = plain_modules(exact, break_even)
-        plain = distances(plain_modules(model, break_even), reference)
-        ours = distances(native_modules(NativeModel(model), STEPS, break_even), reference)
-        assert ours.median() <= 1.4 * plain.median()
-        assert ours.median() < 0.03
-        if config.moe is None:
-            assert ours.max() <= 2 * plain.max()
+    model = random_model(with_modules(case, has_copies=has_copies), case.seed)
+    check_near_to_fp32(model, plain_modules, native_modules, (0.0, 2.0))
 
 
 @every_level
@@ -255,7 +252,7 @@ def test_modules_are_as_near_to_fp32_as_plain_bf16(
 def test_bits_of_modules_do_not_depend_on_company_or_threads(case: Case, level: str) -> None:
     """Holds shut: drafts that depend on who else is in the step."""
     model = NativeModel(random_model(with_modules(case, has_copies=False), case.seed))
-    together = native_modules(model, STEPS, 2.0)
+    together = native_modules(model, 2.0)
     used = native.threads()
     native.set_threads(1)
     # A row of logits belongs to (step, depth, sequence); one sequence's steps come alone.
@@ -268,7 +265,7 @@ def test_bits_of_modules_do_not_depend_on_company_or_threads(case: Case, level: 
     assert place == len(together)
     for s in range(len(TABLES)):
         own = [(n, item) for n, step in enumerate(STEPS) for item in step if item[0] == s]
-        alone = native_modules(model, [(item,) for _, item in own], 2.0)
+        alone = native_modules(model, 2.0, [(item,) for _, item in own])
         expected = [together[where[number, depth, s]] for number, _ in own for depth in range(2)]
         assert torch.equal(alone, torch.cat(expected))
     native.set_threads(used)
