@@ -52,6 +52,10 @@ inline bool is_contiguous(const Array& array, std::size_t from = 0) {
   return true;
 }
 
+inline void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
 inline std::int64_t size(const Array& array, std::size_t axis) {
   if (axis >= array.ndim()) throw std::invalid_argument("a tensor has too few dimensions");
   return static_cast<std::int64_t>(array.shape(axis));

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <utility>
 
+#include "bound_cache.h"
 #include "bound_matrix.h"
 #include "dispatch.h"
 #include "pool.h"
@@ -51,10 +52,6 @@ using BoundMoe = Bound<Moe>;
 using BoundAttention = Bound<Attention>;
 using BoundLayer = Bound<Layer>;
 using BoundJoin = Bound<Join>;
-
-void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
 
 void require_shape(const Matrix& m, std::int64_t rows, std::int64_t columns, const char* name) {
   if (m.rows == rows && m.columns == columns) return;
@@ -207,42 +204,6 @@ BoundJoin make_join(const BoundNorm& embedding_norm, const BoundNorm& hidden_nor
   const Join& join = bound.part;
   require(join.embedding_norm.size == join.hidden_norm.size, "a module's norms have different sizes");
   require_shape(join.projection.weight, join.hidden_norm.size, 2 * join.hidden_norm.size, "a module's projection");
-  return bound;
-}
-
-// The cache of a layer: rows [pages, page_size, row], their elements, and how many of these are int8 (0: all bf16).
-using CacheArgs = std::tuple<Array, std::int64_t, std::int64_t>;
-
-// The paged cache, put together once for all steps until it grows.
-struct BoundCache {
-  std::vector<Cache> layers;
-  std::vector<std::int64_t> row_dims;
-  std::int64_t pages = 0;
-  std::vector<Array> owners;
-
-  std::int64_t page_size() const { return layers[0].page_size; }
-};
-
-BoundCache make_cache(const std::vector<CacheArgs>& layers) {
-  require(!layers.empty(), "a cache has no layers");
-  BoundCache bound;
-  for (const auto& [rows, row_dim, quantized] : layers) {
-    require(quantized >= 0 && quantized <= row_dim, "quantized channels do not fit the row");
-    Cache cache;
-    cache.quantized = quantized;
-    cache.row_bytes = quantized == 0
-                          ? 2 * row_dim
-                          : (quantized + 3) / 4 * 4 + (quantized + 63) / 64 * 4 + 2 * (row_dim - quantized);
-    cache.page_size = size(rows, 1);
-    const Type type = quantized == 0 ? Type::bf16 : Type::uint8;
-    const std::int64_t width = quantized == 0 ? row_dim : cache.row_bytes;
-    cache.data = elements<std::uint8_t>(rows, "cache", type, {size(rows, 0), cache.page_size, width});
-    bound.layers.push_back(cache);
-    bound.row_dims.push_back(row_dim);
-    bound.owners.push_back(rows);
-    bound.pages = size(bound.owners[0], 0);
-    require(size(rows, 0) == bound.pages && cache.page_size == bound.page_size(), "layers of a cache differ in pages");
-  }
   return bound;
 }
 
@@ -406,7 +367,6 @@ void bind_model(nb::module_& module) {
                   "first_pair"_a, "mlp"_a.none(), "moe"_a.none());
   nb::class_<BoundJoin>(module, "Join")
       .def_static("make", make_join, "embedding_norm"_a, "hidden_norm"_a, "projection"_a);
-  nb::class_<BoundCache>(module, "Cache").def_static("make", make_cache, "layers"_a);
   nb::class_<BoundModel>(module, "Model")
       .def(nb::init<const Array&, const std::optional<BoundJoin>&, const std::vector<BoundLayer>&, std::int64_t,
                     const BoundNorm&, const BoundProjection&, bool>(),

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "arrays.h"
+#include "bound_cache.h"
 #include "bound_matrix.h"
 #include "bound_model.h"
 #include "bound_training.h"
@@ -273,6 +274,7 @@ NB_MODULE(_native, module) {
   module.def("set_threads", set_threads, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
   module.def("threads", get_threads);
   bind_matrix(module);
+  bind_cache(module);
   bind_ops(module);
   bind_model(module);
   bind_training(module);
