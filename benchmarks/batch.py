@@ -3,8 +3,8 @@
     python benchmarks/batch.py MODEL [--dtype bf16] [--prompts 64] [--out FOLDER]
 
 Owns the mix and the ratio. Prompts are random tokens of 16 to 512, answers 16 to 96 tokens, half of
-them sampled. One at a time takes an eighth of the prompts, before and after the batch, so that a
-machine whose speed changes is seen to have done so.
+them sampled. One at a time half of them are answered before and the other half after the batch, so
+that a machine whose speed changes is seen to have done so.
 """
 
 import argparse
@@ -37,14 +37,14 @@ def mix(vocab_size: int, count: int) -> tuple[list[list[int]], list[lowlat.Sampl
     return prompts, params
 
 
-def tokens_per_second(
+def seconds_of(
     model: Model,
     prompts: list[list[int]],
     params: list[lowlat.SamplingParams],
     *,
     at_once: bool,
 ) -> float:
-    """Generated tokens, over the time from the first prompt to the last token."""
+    """From the first prompt to the last token."""
     assert model.engine.prefix is not None
     model.engine.prefix.clear()
     started = time.perf_counter()
@@ -53,8 +53,11 @@ def tokens_per_second(
     else:
         for prompt, own in zip(prompts, params, strict=True):
             model.generate_each([prompt], [own])
-    seconds = time.perf_counter() - started
-    return sum(own.max_tokens or 0 for own in params) / seconds
+    return time.perf_counter() - started
+
+
+def tokens_of(params: list[lowlat.SamplingParams]) -> int:
+    return sum(own.max_tokens or 0 for own in params)
 
 
 def main() -> None:
@@ -66,14 +69,21 @@ def main() -> None:
     args = parser.parse_args()
     model = lowlat.load(args.model, dtype=args.dtype)
     prompts, params = mix(model.config.vocab_size, args.prompts)
-    few = prompts[::8], params[::8]
-    tokens_per_second(model, prompts[:2], params[:2], at_once=True)
-    before = tokens_per_second(model, *few, at_once=False)
-    batch = tokens_per_second(model, prompts, params, at_once=True)
-    after = tokens_per_second(model, *few, at_once=False)
-    ratio = batch / max(before, after)
+    half = len(prompts) // 2
+    halves = [(prompts[:half], params[:half]), (prompts[half:], params[half:])]
+    seconds_of(model, prompts[:2], params[:2], at_once=True)
+    before = seconds_of(model, *halves[0], at_once=False)
+    batch = tokens_of(params) / seconds_of(model, prompts, params, at_once=True)
+    after = seconds_of(model, *halves[1], at_once=False)
+    alone = tokens_of(params) / (before + after)
+    parts = [
+        tokens_of(own) / seconds
+        for (_, own), seconds in zip(halves, (before, after), strict=True)
+    ]
+    ratio = batch / alone
     print(
-        f"{args.model} {args.dtype}: one at a time {before:.1f} and {after:.1f} tok/s, "
+        f"{args.model} {args.dtype}: one at a time {alone:.1f} tok/s "
+        f"({parts[0]:.1f} before, {parts[1]:.1f} after), "
         f"{args.prompts} together {batch:.1f} tok/s: {ratio:.2f} times"
     )
     if args.out is not None:
@@ -83,7 +93,7 @@ def main() -> None:
             "prompts": args.prompts,
             "prompt_tokens": sum(len(prompt) for prompt in prompts),
             "output_tokens": sum(own.max_tokens or 0 for own in params),
-            "tokens_per_second": {"alone_before": before, "together": batch, "alone_after": after},
+            "tokens_per_second": {"alone": alone, "together": batch},
             "ratio": ratio,
         }
         kept.write(kept.heading() | found, args.out)

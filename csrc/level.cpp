@@ -36,7 +36,7 @@ void linear(Team& team, const Matrix& w, const Activations& x, float* out) {
   const std::int64_t chunk = most(1, num_strips(w) / (8 * team.threads()));
   team.for_chunks(num_strips(w), chunk, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t strip = first; strip < last; ++strip) {
-      multiply_strip(w, strip, x, panels, block);
+      multiply_strip(w, strip, x, panels, block, next_strip(w, strip, strip + 1 < last));
       const std::int64_t column = strip * kStrip;
       const auto width = static_cast<std::size_t>(least(kStrip, w.rows - column)) * sizeof(float);
       for (std::int64_t r = 0; r < x.rows; ++r) std::memcpy(out + r * w.rows + column, block + r * kStrip, width);

@@ -28,18 +28,18 @@ void run(Job&& job) {
   pool()->run(job);
 }
 
-// Rows of x with room for whole groups of 32 columns.
+// Rows of x with room for whole groups of 32 columns, aligned as those of a step are.
 struct PaddedRows {
   PaddedRows(const bf16* x, std::int64_t rows, std::int64_t columns) {
     const std::int64_t stride = (columns + kGroup - 1) / kGroup * kGroup;
-    values.resize(rows * stride);
+    auto* values = static_cast<bf16*>(memory.reserve(rows * stride * sizeof(bf16)));
     for (std::int64_t r = 0; r < rows && columns > 0; ++r) {
-      std::memcpy(values.data() + r * stride, x + r * columns, columns * sizeof(bf16));
+      std::memcpy(values + r * stride, x + r * columns, columns * sizeof(bf16));
     }
-    activations = {rows, stride, values.data(), false};
+    activations = {rows, stride, values, false};
   }
 
-  std::vector<bf16> values;
+  Buffer memory;
   Activations activations;
 };
 
@@ -267,6 +267,8 @@ void bind_ops(nb::module_& module) {
 NB_MODULE(_native, module) {
   using namespace lowlat;
   using namespace nb::literals;
+  // What is alive at the end goes with the process: Python does not take apart modules that others still hold.
+  nb::set_leak_warnings(false);
   module.def("built_levels", built_levels);
   module.def("usable_levels", usable_levels);
   module.def("level", [] { return std::string(ops().name); });

@@ -49,7 +49,7 @@ inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last
                           Panel* panels, float* out, std::int64_t out_stride) {
   if (x.is_stream) {
     if (w.is_tiled()) return stream_tiles(w, first, last, next, x, panels, out, out_stride);
-    return stream_rows(w, first, last, x, out, out_stride);
+    return stream_rows(w, first, last, next, x, out, out_stride);
   }
   if (x.rows > kTokens) {
     const std::int64_t count = num_panels(w.columns);
@@ -77,6 +77,11 @@ struct ProductSession {
 constexpr int kStrip = 32;  // weight rows of a piece of work: two tiles
 
 inline std::int64_t num_strips(const Matrix& w) { return (w.rows + kStrip - 1) / kStrip; }
+
+// The first tile of the strip after this one, if the thread goes on to it.
+inline NextTile next_strip(const Matrix& w, std::int64_t strip, bool goes_on) {
+  return goes_on && strip + 1 < num_strips(w) ? NextTile{&w, 2 * (strip + 1)} : NextTile{};
+}
 
 // Panels multiply_strip() may need.
 inline std::int64_t strip_panels(const Matrix& w) { return 2 * num_panels(w.columns); }

@@ -49,15 +49,15 @@ inline void gather_rows(const Pass& pass, std::int64_t routed) {
   });
 }
 
-// silu(gate x) * up x for one strip of an MLP's inner channels.
-inline void make_inner_strip(const Pass& pass, const ExpertRows& e, std::int64_t strip, bool goes_on) {
+// silu(gate x) * up x for one strip of an MLP's inner channels; `next` is read after it.
+inline void make_inner_strip(const Pass& pass, const ExpertRows& e, std::int64_t strip, NextTile next) {
   const Activations x = inputs_of(pass, e);
   const Matrix &gate = e.mlp->gate.weight, &up = e.mlp->up.weight;
   float* g = pass.strip_out(e.rows, 0);
   float* u = pass.strip_out(e.rows, 1);
   Panel* panels = pass.panels(gate);
   multiply_strip(gate, strip, x, panels, g, {&up, 2 * strip});
-  multiply_strip(up, strip, x, panels, u, next_strip(gate, strip, goes_on));
+  multiply_strip(up, strip, x, panels, u, next);
   const Activations inner = pass.work.inner.from(e.first);
   each_half(strip, gate.rows, [&](std::int64_t column, int lane, std::int64_t count) {
     for (std::int64_t r = 0; r < e.rows; ++r) {
@@ -76,7 +76,10 @@ inline void make_inner_rows(const Pass& pass) {
   pass.each_in_turn(strips, [&](std::int64_t strip, bool goes_on) {
     const ExpertRows* e = work.expert_rows.data();
     while (strip >= num_strips(e->mlp->gate.weight)) strip -= num_strips((e++)->mlp->gate.weight);
-    make_inner_strip(pass, *e, strip, goes_on);
+    const bool is_last = strip + 1 == num_strips(e->mlp->gate.weight);
+    const NextTile next = goes_on && is_last ? NextTile{&(e + 1)->mlp->gate.weight, 0}
+                                             : next_strip(e->mlp->gate.weight, strip, goes_on);
+    make_inner_strip(pass, *e, strip, next);
   });
 }
 

@@ -92,11 +92,6 @@ inline void store_lanes(const float* out, const float* bias, std::int64_t count,
   for (std::int64_t r = 0; r < rows; ++r) store_bf16(y + r * stride, add(load(out + r * kStrip), b), count);
 }
 
-// The first tile of the strip after this one, if the thread goes on to it.
-inline NextTile next_strip(const Matrix& w, std::int64_t strip, bool goes_on) {
-  return goes_on ? NextTile{&w, 2 * (strip + 1)} : NextTile{};
-}
-
 // y = x W^T + b, in bf16.
 struct Product {
   const Projection* projection;

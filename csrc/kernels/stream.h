@@ -2,6 +2,8 @@
 // storage allows.
 #pragma once
 
+#include <utility>
+
 #include "multiply.h"
 #if defined(LOWLAT_AVX512)
 #include "split_rows.h"
@@ -16,12 +18,17 @@ namespace lowlat::LOWLAT_ISA {
 // added up in the end.
 
 constexpr int kChains = 4;
+constexpr std::int64_t kStep = kChains * kColumns;  // columns
 constexpr std::int64_t kBytesAhead = 8192;
 #if defined(LOWLAT_AVX512)
 constexpr int kLyingTokens = 6;
 #else
 constexpr int kLyingTokens = 4;
 #endif
+
+inline const char* row_start(const Matrix& w, std::int64_t row) {
+  return static_cast<const char*>(w.data) + row * w.stride * w.element_bytes();
+}
 
 // 32 whole columns of a row.
 template <Storage storage>
@@ -33,8 +40,7 @@ inline P lying_pairs(const Matrix& w, std::int64_t row, const char* start, std::
 // lanes[t] of a weight row and T rows of x.
 template <Storage storage, int T>
 inline void dot_lying_row(const Matrix& w, std::int64_t row, const Activations& x, F (&lanes)[T]) {
-  constexpr std::int64_t kStep = kChains * kColumns;
-  const char* start = static_cast<const char*>(w.data) + row * w.stride * w.element_bytes();
+  const char* start = row_start(w, row);
   F sums[kChains][T];
   LOWLAT_UNROLL
   for (int k = 0; k < kChains; ++k) {
@@ -63,26 +69,24 @@ inline void dot_lying_row(const Matrix& w, std::int64_t row, const Activations& 
   }
 }
 
+using Lanes = float[kTile][kTile];
+
 // The sums of the lanes of 16 outputs.
-inline F sums_of_lanes(const float (&lanes)[kTile][kTile]) {
-  Panel turned;
-  for (int i = 0; i < kTile; ++i) turned[i] = pairs(lanes[i]);
-  transpose(turned, turned);
-  alignas(64) float rows[kTile][kTile];
-  for (int i = 0; i < kTile; ++i) store_pairs(rows[i], turned[i]);
-  F sums[kTile];
-  for (int i = 0; i < kTile; ++i) sums[i] = load(rows[i]);
-  for (int width = kTile / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) sums[i] = add(sums[i], sums[i + width]);
+inline F sums_of_lanes(const Lanes& lanes) {
+  F fours[4];
+  LOWLAT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const F first = fold(load(lanes[4 * i]), load(lanes[4 * i + 1]));
+    fours[i] = fold_again(first, fold(load(lanes[4 * i + 2]), load(lanes[4 * i + 3])));
   }
-  return sums[0];
+  return fold_fully(fours);
 }
 
 template <Storage storage, int T>
 inline void multiply_lying(const Matrix& w, std::int64_t tile, const Activations& x, float* out,
                            std::int64_t out_stride) {
   const std::int64_t first = tile * kTile, rows = least(kTile, w.rows - first);
-  alignas(64) float lanes[T][kTile][kTile];
+  alignas(64) Lanes lanes[T];
   if (rows < kTile) std::memset(lanes, 0, sizeof lanes);
   for (std::int64_t r = 0; r < rows; ++r) {
     F found[T];
@@ -93,21 +97,170 @@ inline void multiply_lying(const Matrix& w, std::int64_t tile, const Activations
   for (int t = 0; t < T; ++t) store(out + t * out_stride, sums_of_lanes(lanes[t]));
 }
 
-// Tiles [first, last) of y = x W^T for rows that lie one after the other.
-inline void stream_rows(const Matrix& w, std::int64_t first, std::int64_t last, const Activations& x, float* out,
+#if defined(LOWLAT_AVX512)
+
+// More activations than one block of accumulators holds read a tile several times, from cache but for the first. Two
+// rows share what is loaded of the activations then; and every time but the first asks for its share of the next tile,
+// so that memory is busy all the while.
+constexpr int kSharingTokens = 3;
+
+// What is asked for while a tile is multiplied: with every step of every row, some lines of cache. At first those of the
+// row that is kBytesAhead behind it; beyond the matrix what is not there is not fetched.
+class Asked {
+ public:
+  Asked(const Matrix& w, std::int64_t tile, NextTile next) : next_(next), steps_(most(1, w.columns / kStep)) {
+    const std::int64_t row_bytes = w.stride * w.element_bytes(), first = tile * kTile;
+    const std::int64_t rows_ahead = least(kTile, most(1, kBytesAhead / row_bytes));
+    lines_ = kStep * w.element_bytes() / 64;
+    here_ = {row_start(w, first + rows_ahead), row_bytes};
+    if (next.w == nullptr) return;
+    rows_here_ = least(kTile, w.rows - first) - rows_ahead;
+    const std::int64_t bytes_there = next.w->stride * next.w->element_bytes();
+    there_ = {row_start(*next.w, next.tile * kTile) - rows_here_ * bytes_there, bytes_there};
+  }
+
+  std::int64_t lines() const { return lines_; }
+
+  // Where the lines of a row begin.
+  const char* from(std::int64_t row) const {
+    const Rows& rows = row < rows_here_ ? here_ : there_;
+    return rows.start + row * rows.bytes;
+  }
+
+  // The next time, `times` in all with the first: their share of the next tile.
+  void go_on(std::int64_t time, std::int64_t times) {
+    lines_ = 0;
+    if (next_.w == nullptr) return;
+    const Matrix& w = *next_.w;
+    const std::int64_t first = next_.tile * kTile;
+    const std::int64_t bytes = least(kTile, w.rows - first) * w.stride * w.element_bytes();
+    const std::int64_t of_a_line = 64 * (times - 1) * kTile * steps_;
+    const std::int64_t lines = (bytes + of_a_line - 1) / of_a_line;
+    const std::int64_t row_bytes = 64 * lines * steps_, done = (time - 1) * kTile * row_bytes;
+    if (done >= bytes) return;
+    lines_ = lines;
+    rows_here_ = kTile;
+    here_ = {row_start(w, first) + done, row_bytes};
+  }
+
+ private:
+  struct Rows {
+    const char* start = nullptr;
+    std::int64_t bytes = 0;
+  };
+
+  NextTile next_;
+  std::int64_t steps_, lines_, rows_here_ = kTile;
+  Rows here_, there_;
+};
+
+// lanes[r][t] of weight rows `row` and `other`, and T rows of x: dot_lying_row() of both.
+template <Storage storage, int T>
+inline void dot_lying_rows(const Matrix& w, std::int64_t row, std::int64_t other, const Activations& x,
+                           const Asked& asked, std::int64_t in_tile, F (&lanes)[2][T]) {
+  const std::int64_t rows[2] = {row, other};
+  const char* starts[2] = {row_start(w, row), row_start(w, other)};
+  const char* ahead[2] = {asked.from(in_tile), asked.from(in_tile + 1)};
+  const std::int64_t lines = asked.lines(), whole = w.columns / kStep * kStep;
+  F sums[kChains][2][T];
+  LOWLAT_UNROLL
+  for (int k = 0; k < kChains; ++k) {
+    LOWLAT_UNROLL
+    for (int t = 0; t < T; ++t) sums[k][0][t] = sums[k][1][t] = zero();
+  }
+  for (std::int64_t column = 0; column < whole; column += kStep) {
+    for (std::int64_t line = 0; line < lines; ++line) {
+      for (const char*& at : ahead) prefetch_far(std::exchange(at, at + 64));
+    }
+    LOWLAT_UNROLL
+    for (int k = 0; k < kChains; ++k) {
+      const std::int64_t c = column + k * kColumns;
+      P first = lying_pairs<storage>(w, rows[0], starts[0], c), second = lying_pairs<storage>(w, rows[1], starts[1], c);
+      keep(first);
+      keep(second);
+      LOWLAT_UNROLL
+      for (int t = 0; t < T; ++t) {
+        P activations = pairs(x.values + t * x.stride + c);
+        keep(activations);
+        sums[k][0][t] = dot(sums[k][0][t], first, activations);
+        sums[k][1][t] = dot(sums[k][1][t], second, activations);
+      }
+    }
+  }
+  LOWLAT_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    LOWLAT_UNROLL
+    for (int t = 0; t < T; ++t) {
+      lanes[r][t] = add(add(sums[0][r][t], sums[1][r][t]), add(sums[2][r][t], sums[3][r][t]));
+      for (std::int64_t column = whole; column < w.columns; column += kColumns) {
+        lanes[r][t] = dot(lanes[r][t], row_pairs(w, rows[r], column), pairs(x.values + t * x.stride + column));
+      }
+    }
+  }
+}
+
+template <Storage storage, int T>
+inline void multiply_lying_twos(const Matrix& w, std::int64_t tile, const Activations& x, const Asked& asked,
+                                float* out, std::int64_t out_stride) {
+  const std::int64_t first = tile * kTile, rows = least(kTile, w.rows - first);
+  alignas(64) Lanes lanes[T];
+  if (rows < kTile) std::memset(lanes, 0, sizeof lanes);
+  for (std::int64_t r = 0; r < rows; r += 2) {
+    F found[2][T];
+    dot_lying_rows<storage, T>(w, first + r, first + least(r + 1, rows - 1), x, asked, r, found);
+    LOWLAT_UNROLL
+    for (int t = 0; t < T; ++t) {
+      store(lanes[t][r], found[0][t]);
+      store(lanes[t][r + 1], found[1][t]);
+    }
+  }
+  for (int t = 0; t < T; ++t) store(out + t * out_stride, sums_of_lanes(lanes[t]));
+}
+
+template <Storage storage>
+inline void stream_tile(const Matrix& w, std::int64_t tile, NextTile next, const Activations& x, float* out,
+                        std::int64_t out_stride) {
+  if (x.rows <= kLyingTokens) {
+    return with_tokens<kLyingTokens>(
+        x.rows, [&]<int T>() { multiply_lying<storage, T>(w, tile, x, out, out_stride); });
+  }
+  const std::int64_t step = even_block(x.rows, kSharingTokens), times = (x.rows + step - 1) / step;
+  Asked asked(w, tile, next);
+  for (std::int64_t time = 0; time < times; ++time) {
+    if (time > 0) asked.go_on(time, times);
+    const Activations part = x.from(time * step);
+    float* to = out + time * step * out_stride;
+    with_tokens<kSharingTokens>(least(step, part.rows), [&]<int T>() {
+      multiply_lying_twos<storage, T>(w, tile, part, asked, to, out_stride);
+    });
+  }
+}
+
+#else
+
+template <Storage storage>
+inline void stream_tile(const Matrix& w, std::int64_t tile, NextTile, const Activations& x, float* out,
                         std::int64_t out_stride) {
   const std::int64_t step = even_block(x.rows, kLyingTokens);
+  for (std::int64_t row = 0; row < x.rows; row += step) {
+    const Activations part = x.from(row);
+    with_tokens<kLyingTokens>(least(step, part.rows), [&]<int T>() {
+      multiply_lying<storage, T>(w, tile, part, out + row * out_stride, out_stride);
+    });
+  }
+}
+
+#endif
+
+// Tiles [first, last) of y = x W^T for rows that lie one after the other.
+inline void stream_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
+                        float* out, std::int64_t out_stride) {
   for (std::int64_t tile = first; tile < last; ++tile, out += kTile) {
-    for (std::int64_t row = 0; row < x.rows; row += step) {
-      const Activations part = x.from(row);
-      float* to = out + row * out_stride;
-      with_tokens<kLyingTokens>(least(step, part.rows), [&]<int T>() {
-        switch (w.storage) {
-          case Storage::fp8: return multiply_lying<Storage::fp8, T>(w, tile, part, to, out_stride);
-          case Storage::int8_rows: return multiply_lying<Storage::int8_rows, T>(w, tile, part, to, out_stride);
-          default: return multiply_lying<Storage::bf16, T>(w, tile, part, to, out_stride);
-        }
-      });
+    const NextTile then = tile + 1 < last ? NextTile{&w, tile + 1} : next;
+    switch (w.storage) {
+      case Storage::fp8: stream_tile<Storage::fp8>(w, tile, then, x, out, out_stride); break;
+      case Storage::int8_rows: stream_tile<Storage::int8_rows>(w, tile, then, x, out, out_stride); break;
+      default: stream_tile<Storage::bf16>(w, tile, then, x, out, out_stride);
     }
   }
 }

@@ -226,6 +226,34 @@ inline void transpose(const P (&rows)[16], P (&out)[16]) {
   }
 }
 
+// The sums of the lanes of 16 rows, lane i always added to lane i + 8, then i + 4, i + 2 and i + 1, in three steps.
+// Two rows to 8 lanes each: [a | b].
+inline F fold(F a, F b) { return {_mm256_add_ps(a.lo, a.hi), _mm256_add_ps(b.lo, b.hi)}; }
+// Four rows to 4 lanes each: [a | b], [c | d] to [a | b | c | d].
+inline F fold_again(F ab, F cd) {
+  const auto fold_two = [](F x) {
+    return _mm256_add_ps(_mm256_permute2f128_ps(x.lo, x.hi, 0x20), _mm256_permute2f128_ps(x.lo, x.hi, 0x31));
+  };
+  return {fold_two(ab), fold_two(cd)};
+}
+// Four times four rows of 4 lanes to the 16 sums, in their order.
+inline F fold_fully(const F (&fours)[4]) {
+  const auto halve = [](__m256 a, __m256 b) {
+    return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  };
+  const auto fold_four = [&](__m256 a, __m256 b, __m256 c, __m256 d) {
+    const __m256 even = halve(a, b), odd = halve(c, d);
+    return _mm256_add_ps(_mm256_shuffle_ps(even, odd, 0x88), _mm256_shuffle_ps(even, odd, 0xdd));
+  };
+  const __m256 lo = fold_four(fours[0].lo, fours[1].lo, fours[2].lo, fours[3].lo);
+  const __m256 hi = fold_four(fours[0].hi, fours[1].hi, fours[2].hi, fours[3].hi);
+  // Row 4 g + l is element g of the four of l.
+  __m128 l0 = _mm256_castps256_ps128(lo), l1 = _mm256_extractf128_ps(lo, 1);
+  __m128 l2 = _mm256_castps256_ps128(hi), l3 = _mm256_extractf128_ps(hi, 1);
+  _MM_TRANSPOSE4_PS(l0, l1, l2, l3);
+  return {_mm256_set_m128(l1, l0), _mm256_set_m128(l3, l2)};
+}
+
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 // Into the second level of cache only: what is used later.
 inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

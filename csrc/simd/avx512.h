@@ -60,6 +60,8 @@ inline F load_fp16(const fp16* p) {
 }
 
 inline P pairs(const void* p) { return {_mm512_loadu_si512(p)}; }
+// What is in a register stays there: for what several products read, compilers would load it again for each.
+inline void keep(P& a) { asm("" : "+v"(a.v)); }
 inline void store_pairs(void* p, P a) { _mm512_storeu_si512(p, a.v); }
 inline P set1_pair(std::uint32_t pair) { return {_mm512_set1_epi32(static_cast<int>(pair))}; }
 // acc + low(a) * low(b) + high(a) * high(b), lane by lane
@@ -167,6 +169,26 @@ inline void transpose(const P (&rows)[16], P (&out)[16]) {
     out[4 + j] = {_mm512_shuffle_i32x4(b, d, 0x88)};
     out[12 + j] = {_mm512_shuffle_i32x4(b, d, 0xdd)};
   }
+}
+
+// The sums of the lanes of 16 rows, lane i always added to lane i + 8, then i + 4, i + 2 and i + 1, in three steps.
+// Two rows to 8 lanes each: [a | b].
+inline F fold(F a, F b) {
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x44), _mm512_shuffle_f32x4(a.v, b.v, 0xee))};
+}
+// Four rows to 4 lanes each: [a | b], [c | d] to [a | b | c | d].
+inline F fold_again(F ab, F cd) {
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(ab.v, cd.v, 0x88), _mm512_shuffle_f32x4(ab.v, cd.v, 0xdd))};
+}
+// Four times four rows of 4 lanes to the 16 sums, in their order.
+inline F fold_fully(const F (&fours)[4]) {
+  const auto halve = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  };
+  const __m512 even = halve(fours[0].v, fours[1].v), odd = halve(fours[2].v, fours[3].v);
+  const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(even, odd, 0x88), _mm512_shuffle_ps(even, odd, 0xdd));
+  // Lane 4 l + g holds row 4 g + l.
+  return {_mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums)};
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

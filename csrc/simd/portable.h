@@ -219,6 +219,26 @@ inline void transpose(const P (&rows)[16], P (&out)[16]) {
   }
 }
 
+// The sums of the lanes of 16 rows, lane i always added to lane i + 8, then i + 4, i + 2 and i + 1, in three steps.
+// Two rows to 8 lanes each: [a | b].
+inline F fold(F a, F b) {
+  return lanes<F>([&](int i) { return i < 8 ? a.v[i] + a.v[i + 8] : b.v[i - 8] + b.v[i]; });
+}
+// Four rows to 4 lanes each: [a | b], [c | d] to [a | b | c | d].
+inline F fold_again(F ab, F cd) {
+  return lanes<F>([&](int i) {
+    const float* row = (i < 8 ? ab.v : cd.v) + i / 4 % 2 * 8 + i % 4;
+    return row[0] + row[4];
+  });
+}
+// Four times four rows of 4 lanes to the 16 sums, in their order.
+inline F fold_fully(const F (&fours)[4]) {
+  return lanes<F>([&](int i) {
+    const float* row = fours[i / 4].v + i % 4 * 4;
+    return (row[0] + row[2]) + (row[1] + row[3]);
+  });
+}
+
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 // Into the second level of cache only: what is used later.
 inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
