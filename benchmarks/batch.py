@@ -1,6 +1,6 @@
 """How much batching brings: mixed prompts together against the same ones one at a time.
 
-    python benchmarks/batch.py MODEL [--dtype bf16] [--prompts 64] [--out FOLDER]
+    python benchmarks/batch.py MODEL [--dtype bf16] [--prompts 64] [--rounds 5] [--out FOLDER]
 
 Owns the mix and the ratio. Prompts are random tokens of 16 to 512, answers 16 to 96 tokens, half of
 them sampled. One at a time half of them are answered before and the other half after the batch, so
@@ -9,6 +9,7 @@ that a machine whose speed changes is seen to have done so.
 
 import argparse
 import random
+import statistics
 import time
 from pathlib import Path
 
@@ -60,40 +61,46 @@ def tokens_of(params: list[lowlat.SamplingParams]) -> int:
     return sum(own.max_tokens or 0 for own in params)
 
 
+def round_of(
+    model: Model, prompts: list[list[int]], params: list[lowlat.SamplingParams]
+) -> tuple[float, float]:
+    """Tokens per second of all of them one at a time and together."""
+    half = len(prompts) // 2
+    alone = seconds_of(model, prompts[:half], params[:half], at_once=False)
+    together = seconds_of(model, prompts, params, at_once=True)
+    alone += seconds_of(model, prompts[half:], params[half:], at_once=False)
+    return tokens_of(params) / alone, tokens_of(params) / together
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, metavar="FOLDER")
     args = parser.parse_args()
     model = lowlat.load(args.model, dtype=args.dtype)
     prompts, params = mix(model.config.vocab_size, args.prompts)
-    half = len(prompts) // 2
-    halves = [(prompts[:half], params[:half]), (prompts[half:], params[half:])]
     seconds_of(model, prompts[:2], params[:2], at_once=True)
-    before = seconds_of(model, *halves[0], at_once=False)
-    batch = tokens_of(params) / seconds_of(model, prompts, params, at_once=True)
-    after = seconds_of(model, *halves[1], at_once=False)
-    alone = tokens_of(params) / (before + after)
-    parts = [
-        tokens_of(own) / seconds
-        for (_, own), seconds in zip(halves, (before, after), strict=True)
-    ]
-    ratio = batch / alone
-    print(
-        f"{args.model} {args.dtype}: one at a time {alone:.1f} tok/s "
-        f"({parts[0]:.1f} before, {parts[1]:.1f} after), "
-        f"{args.prompts} together {batch:.1f} tok/s: {ratio:.2f} times"
-    )
+    rounds = []
+    for number in range(args.rounds):
+        alone, together = round_of(model, prompts, params)
+        rounds.append({"alone": alone, "together": together, "ratio": together / alone})
+        print(
+            f"round {number + 1}: one at a time {alone:.1f} tok/s, {args.prompts} together "
+            f"{together:.1f} tok/s: {together / alone:.2f} times"
+        )
+    ratio = statistics.median(found["ratio"] for found in rounds)
+    print(f"{args.model} {args.dtype}: {ratio:.2f} times, median of {args.rounds}")
     if args.out is not None:
         found = {
             "model": args.model,
             "dtype": args.dtype,
             "prompts": args.prompts,
             "prompt_tokens": sum(len(prompt) for prompt in prompts),
-            "output_tokens": sum(own.max_tokens or 0 for own in params),
-            "tokens_per_second": {"alone": alone, "together": batch},
+            "output_tokens": tokens_of(params),
+            "tokens_per_second": rounds,
             "ratio": ratio,
         }
         kept.write(kept.heading() | found, args.out)

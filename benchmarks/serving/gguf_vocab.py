@@ -22,13 +22,18 @@ BYTE = int(TokenType.BYTE)
 
 
 def vocabulary(tokenizer: Tokenizer, count: int) -> tuple[list[bytes], list[int]]:
-    """Texts and types of `count` tokens as SentencePiece vocabularies spell them."""
+    """Texts and types of `count` tokens as SentencePiece vocabularies spell them. What is no UTF-8
+    by itself gets a name: random weights put any tokens side by side, and llama.cpp's server cuts an
+    answer off whose text is none.
+    """
     special = {tokenizer.bos_id, *tokenizer.eos_ids}
     texts, types, seen = [], [], set()
     for token in range(count):
         raw = tokenizer.id_to_bytes(token)
         if token in special:
             text, kind = f"<|special {token}|>".encode(), CONTROL
+        elif not is_text(raw):
+            text, kind = f"<|bytes {raw.hex()}|>".encode(), NORMAL
         elif len(raw) == 1:
             text, kind = f"<0x{raw[0]:02X}>".encode(), BYTE
         else:
@@ -39,6 +44,14 @@ def vocabulary(tokenizer: Tokenizer, count: int) -> tuple[list[bytes], list[int]
         texts.append(text)
         types.append(kind)
     return texts, types
+
+
+def is_text(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def write(source: Path, model: Path, target: Path) -> None:

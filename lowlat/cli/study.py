@@ -172,6 +172,30 @@ def mtp(
     _study(own.study, plan, folder, _Output(out, page, dry_run, as_json, quiet))
 
 
+@app.command("precision")
+def precision(
+    data: Data,
+    out: Out,
+    seeds: Seeds = 3,
+    steps: Steps = None,
+    tokens: Tokens = None,
+    size: SizeName = "small",
+    arms: Arms = None,
+    page: Page = None,
+    dry_run: DryRun = False,
+    as_json: options.Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """One model trained in bf16, in DeepSeek-V3's FP8 and in fp32: loss beside bf16's."""
+    from lowlat.study import precision as own
+
+    def all_arms(chosen: "Size", _folder: "TokenFolder") -> "Sequence[Arm]":
+        return own.precision_arms(chosen)
+
+    plan, folder = _plan("precision", data, seeds, steps, tokens, size, arms, all_arms)
+    _study(own.study, plan, folder, _Output(out, page, dry_run, as_json, quiet))
+
+
 def _plan(
     kind: str,
     data: Path,

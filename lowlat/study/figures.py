@@ -31,6 +31,14 @@ def with_half(value: dict[str, Any] | None, digits: int = 4) -> str:
     return text if value["half"] is None else f"{text} ± {value['half']:.{digits}f}"
 
 
+def percent(share: dict[str, Any] | None) -> str:
+    """'+0.12 % ± 0.05' of a share with its interval."""
+    if share is None:
+        return NOTHING
+    text = f"{100 * share['mean']:+.2f} %"
+    return text if share["half"] is None else f"{text} ± {100 * share['half']:.2f}"
+
+
 def _label(_report: Report, arm: dict[str, Any]) -> str:
     return arm["label"]
 
@@ -90,6 +98,10 @@ def _interval(key: str, digits: int) -> Cell:
     return lambda _report, arm: with_half(arm.get(key), digits)
 
 
+def _share(key: str) -> Cell:
+    return lambda _report, arm: percent(arm.get(key))
+
+
 def _number(key: str) -> Cell:
     return lambda _report, arm: count(arm[key])
 
@@ -127,6 +139,15 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "drafts kept": _interval("acceptance_mean", 3),
         "drafts right": _interval("draft_hits_mean", 3),
         "main right": _interval("main_hits_mean", 3),
+        "train tok/s": _training,
+        "train": _ratio,
+    },
+    "precision": {
+        "": _label,
+        "held-out loss": _loss,
+        "minus bf16": _difference,
+        "relative": _share("loss_relative"),
+        "relative, last steps": _share("train_loss_relative"),
         "train tok/s": _training,
         "train": _ratio,
     },

@@ -21,6 +21,7 @@ TITLES = {
     "attention": "Forms of attention at one number of parameters",
     "balance": "Balancing experts: bias, auxiliary loss, nothing",
     "mtp": "Multi-token prediction on and off",
+    "precision": "Training in bf16, FP8 and fp32",
 }
 OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}
 
@@ -67,7 +68,7 @@ def _what_was_run(report: Report) -> list[str]:
         f"{size['hidden_size'] // size['num_attention_heads']}, {report['steps']:,} steps of "
         f"{size['batch_rows']} x {size['sequence_length']} tokens = {count(report['tokens'])} "
         f"tokens a run, {OPTIMIZERS[report['optimizer']]} with a peak rate of "
-        f"{size['learning_rate']:g}, bf16 products over "
+        f"{size['learning_rate']:g}, {_products(report)} over "
         "fp32 weights. A seed decides initial weights and the order of the data, and is the same "
         "for all arms; arms take turns.",
         f"Data: {count(data['train_tokens'])} training tokens, vocabulary {data['vocab_size']:,}, "
@@ -78,6 +79,10 @@ def _what_was_run(report: Report) -> list[str]:
     if report["failures"]:
         parts.append("\n".join(f"- {failure_text(item)}" for item in report["failures"]))
     return parts
+
+
+def _products(report: Report) -> str:
+    return "products as the arm says" if report["study"] == "precision" else "bf16 products"
 
 
 def _text_error(report: Report) -> str:

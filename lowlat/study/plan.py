@@ -1,7 +1,7 @@
 """What a study is: arms that differ in one thing, seeds, data, and the recipe of every run.
 
 Owns the way from an arm and a seed to a Recipe. Running is `run`'s; which arms there are say
-`attention`, `balance` and `mtp`.
+`attention`, `balance`, `mtp` and `precision`.
 """
 
 from collections.abc import Sequence
@@ -44,6 +44,8 @@ class Arm:
     """Alpha of the sequence-wise balance loss; without effect in dense models."""
     bias_update_speed: float = 1e-3
     """Gamma of the routing bias; without effect in dense models."""
+    precision: str = "bf16"
+    """Of the products, as recipes have it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +53,7 @@ class Plan:
     """A study before it is run."""
 
     kind: str
-    """attention, balance or mtp."""
+    """attention, balance, mtp or precision."""
     data: Path
     """Token folder, absolute."""
     size: Size
@@ -98,7 +100,7 @@ class Plan:
         return {
             "name": f"{self.kind}-{arm.name}-{seed}",
             "seed": seed,
-            "precision": "bf16",
+            "precision": arm.precision,
             "data": {"folder": str(self.data)},
             "optimizer": {"name": OPTIMIZER},
             "balance": {"sequence_weight": arm.sequence_weight},
