@@ -42,6 +42,7 @@ from lowlat.utils.errors import UserError
 STORM_STEPS = 2
 STORM_SECONDS = 1.0
 STORM_TOKENS = 400
+STORM_GROUP = 200
 WARM_CALLS = 60
 CHECK_SECONDS = 1.5
 """After so long without work the engine has counted its pages, and has ended if one is lost."""
@@ -89,9 +90,15 @@ class Run:
         """The storm, and how many steps its pages took to come back."""
         before = await watch.metrics()
         storm, count = Storm(port=self._server.port), self._options.storm
-        await storm.come(self._storm_calls(count))
-        # On a slow machine the first may have their answer before the last has come.
-        under_way = await until(watch, lambda now: arrived(now) - arrived(before) >= count)
+        calls = list(self._storm_calls(count))
+        # No more at a time than may wait to be tokenised: the others would be refused.
+        for first in range(0, count, STORM_GROUP):
+            await storm.come(calls[first : first + STORM_GROUP])
+            come = min(first + STORM_GROUP, count)
+            # On a slow machine the first may have their answer before the last has come.
+            under_way = await until(
+                watch, lambda now, come=come: arrived(now) - arrived(before) >= come
+            )
         full = await until(watch, lambda now: now[STEPS] >= under_way[STEPS] + 2)
         seconds = await storm.leave(random.Random(self._options.seed), STORM_SECONDS)
         left = await watch.metrics()

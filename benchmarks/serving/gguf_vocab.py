@@ -23,8 +23,8 @@ BYTE = int(TokenType.BYTE)
 
 def vocabulary(tokenizer: Tokenizer, count: int) -> tuple[list[bytes], list[int]]:
     """Texts and types of `count` tokens as SentencePiece vocabularies spell them. What is no UTF-8
-    by itself gets a name: random weights put any tokens side by side, and llama.cpp's server cuts an
-    answer off whose text is none.
+    by itself gets a name: random weights put any tokens side by side, and llama.cpp's server cuts
+    an answer off whose text is none.
     """
     special = {tokenizer.bos_id, *tokenizer.eos_ids}
     texts, types, seen = [], [], set()

@@ -185,11 +185,10 @@ def _precision(report: Report) -> list[str]:
         "## Beside bf16",
         "\n".join(shares),
         "## Limits",
-        "FP8 is the recipe of DeepSeek-V3 (section 3.3): products of e4m3 numbers in blocks of 1x128 "
-        "and 128x128 that share a scale, computed exactly on this machine, which has no such "
+        "FP8 is the recipe of DeepSeek-V3 (section 3.3): products of e4m3 numbers in blocks of "
+        "1x128 and 128x128 that share a scale, computed exactly on this machine, which has no such "
         "products and only loses time by them. Its model is saved as FP8 and read so on held-out "
-        "text; bf16's and fp32's are saved in fp32. "
-        + _SCALE.format(seeds=len(report["seeds"])),
+        "text; bf16's and fp32's are saved in fp32. " + _SCALE.format(seeds=len(report["seeds"])),
     ]
 
 

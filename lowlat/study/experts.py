@@ -1,4 +1,4 @@
-"""The model of the studies of balancing, MTP and precision: DeepSeek-V3's form, small. Owns its sizes."""
+"""The model of the studies of balancing, MTP and precision, DeepSeek-V3's form. Owns its sizes."""
 
 from typing import Any
 

@@ -164,8 +164,10 @@ def test_peers_that_cannot_be_run_are_named(tmp_path: Path) -> None:
         serve.programs_of(serve.parse(["m", "--vllm", "python"]), setup)
 
 
-def test_a_vocabulary_keeps_every_byte(tmp_path: Path) -> None:
-    """Servers would answer with nothing where a token has no bytes of its own."""
+def test_every_token_of_a_vocabulary_is_text(tmp_path: Path) -> None:
+    """Holds shut: servers that answer with nothing where a token has no bytes of its own, or that
+    cut an answer off where its bytes are no UTF-8.
+    """
     import tokenizers
 
     from lowlat.text.tokenizer import Tokenizer
@@ -178,6 +180,7 @@ def test_a_vocabulary_keeps_every_byte(tmp_path: Path) -> None:
     texts, types = module("serving.gguf_vocab").vocabulary(Tokenizer.from_folder(tmp_path), 300)
     assert len(set(texts)) == len(texts) == len(types) == 300
     assert {text for text, kind in zip(texts, types, strict=True) if kind == 6} == {
-        f"<0x{value:02X}>".encode() for value in range(256)
+        f"<0x{value:02X}>".encode() for value in range(128)
     }
+    assert {f"<|bytes {value:02x}|>".encode() for value in range(128, 256)} < set(texts)
     assert types[256:258] == [3, 3] and texts[299] == "filler▁299".encode()
