@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +150,16 @@ def work(arguments: argparse.Namespace) -> None:
     """A worker: takes a step for every line it reads."""
     folder = Path(arguments.folder)
     if arguments.worker == "lowlat":
-        step = lowlat_stepper(folder, arguments)
+        from lowlat.utils.memory import keeping_freed_memory
+
+        with keeping_freed_memory():  # as Trainer.run() does
+            take_steps(lowlat_stepper(folder, arguments))
     else:
         eager = "eager" if arguments.worker.endswith("eager") else None
-        step = transformers_stepper(folder, arguments, eager)
+        take_steps(transformers_stepper(folder, arguments, eager))
+
+
+def take_steps(step: Callable[[int], float]) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         begin = time.perf_counter()

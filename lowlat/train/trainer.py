@@ -57,6 +57,7 @@ from lowlat.train.step import StepResult, evaluate, train_step
 from lowlat.train.stop import StopSignals
 from lowlat.train.teacher import Teacher
 from lowlat.utils.errors import UserError
+from lowlat.utils.memory import keeping_freed_memory
 from lowlat.utils.progress import Progress, SilentProgress
 
 MODEL_FOLDER = "model"
@@ -145,7 +146,7 @@ class Trainer:
         saved = self.position.step
         if self._teacher is not None and saved == 0:
             self._evaluate(self._plan())
-        with StopSignals() as stop:
+        with keeping_freed_memory(), StopSignals() as stop:
             while self.position.step < self.timetable.steps and not self._team.any(stop.asked):
                 plan = self._plan()
                 self._enter_phase(plan)

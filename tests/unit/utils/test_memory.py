@@ -1,6 +1,11 @@
-"""The memory a process may use, from a tree of files like Linux's."""
+"""The memory a process may use, from a tree of files like Linux's, and what it keeps of it."""
 
+import ctypes
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from lowlat.utils.memory import memory_limit
 
@@ -59,3 +64,30 @@ def test_a_containers_limit_counts_and_max_is_none(tmp_path: Path) -> None:
     assert memory_limit(root) == 3000
     written(tmp_path, {"sys/fs/cgroup/memory.max": "max\n"})
     assert memory_limit(root) > 2**28
+
+
+def test_freed_memory_is_kept_and_then_given_back() -> None:
+    """Counts page faults: of memory that comes from the system each time there is one a page."""
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("this C library gives memory back as it likes")
+    program = """
+import resource
+from lowlat.utils.memory import keeping_freed_memory
+size = 64 * 2**20
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+def take():
+    before = faults()
+    bytearray(size)
+    return faults() - before
+before = resident()
+with keeping_freed_memory():
+    first, again, kept = take(), take(), resident()
+print(first, again, kept - before > size / 2, resident() - before < size / 2, take())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    first, again, kept, is_back, outside = done.stdout.split()
+    assert kept == is_back == "True"
+    assert int(again) < int(first) / 10 and int(outside) > int(first) / 2
