@@ -55,11 +55,19 @@ def fitted_growth(points: Sequence[tuple[float, float]]) -> float:
 
 
 def growths(samples: Sequence[Sample]) -> dict[str, float]:
-    """Growth after the warm-up of what must stay flat."""
+    """Growth after the warm-up of what must stay flat. Descriptors are those beside the connections
+    of requests under way, of which a server that something else slows down has more.
+    """
     counted = [s for s in samples if s.seconds >= WARM_SHARE * samples[-1].seconds]
+    series = {
+        "rss_bytes": [float(s.rss_bytes) for s in counted],
+        "descriptors": [s.descriptors - s.running - s.waiting for s in counted],
+        "threads": [float(s.threads) for s in counted],
+    }
+    times = [s.seconds for s in counted]
     return {
-        name: fitted_growth([(s.seconds, float(getattr(s, name))) for s in counted])
-        for name in ("rss_bytes", "descriptors", "threads")
+        name: fitted_growth(list(zip(times, values, strict=True)))
+        for name, values in series.items()
     }
 
 

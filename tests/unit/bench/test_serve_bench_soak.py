@@ -62,6 +62,11 @@ def test_flat_samples_have_no_fault() -> None:
     )
 
 
+def test_connections_of_a_queue_are_no_leak() -> None:
+    queue = {"descriptors": lambda t: 40 + int(t / 50), "waiting": lambda t: float(int(t / 50))}
+    assert faults(**queue) == []
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
