@@ -54,9 +54,7 @@ def balance_arms(size: Size) -> tuple[Arm, ...]:
 def study(plan: Plan, data: TokenFolder, out: Path, progress: Progress, command: str) -> Report:
     """Run all of it, or what is left of it, and report."""
     ran = run_all(plan, data, out, progress)
-    names = [arm.name for arm in plan.arms]
-    pairs = [(name, names[0]) for name in names[1:]]
-    report = make_report(plan, data, ran, command=command, pairs=pairs)
+    report = make_report(plan, data, ran, command=command)
     for entry in report["arms"]:
         if entry["runs"]:
             for key in ("train_max_violations", "max_violations"):

@@ -40,7 +40,7 @@ def study(plan: Plan, data: TokenFolder, out: Path, progress: Progress, command:
             return asdict(drafts(folder, data, length=length, windows=DRAFT_WINDOWS))
 
     ran = run_all(plan, data, out, progress, also=judged)
-    report = make_report(plan, data, ran, command=command, pairs=[("on", "off")])
+    report = make_report(plan, data, ran, command=command)
     for arm, entry in zip(plan.arms, report["arms"], strict=True):
         count = count_parameters(config_of(arm.model, data.vocab_size))
         entry |= {"parameters": count.total, "active": count.active, "mtp_parameters": count.mtp}

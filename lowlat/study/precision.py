@@ -34,12 +34,10 @@ def precision_arms(size: Size) -> tuple[Arm, ...]:
 def study(plan: Plan, data: TokenFolder, out: Path, progress: Progress, command: str) -> Report:
     """Run all of it, or what is left of it, and report."""
     ran = run_all(plan, data, out, progress)
-    names = [arm.name for arm in plan.arms]
-    pairs = [(name, names[0]) for name in names[1:]]
-    report = make_report(plan, data, ran, command=command, pairs=pairs)
+    report = make_report(plan, data, ran, command=command)
     for entry in report["arms"]:
         for key in ("train_loss", "loss"):
-            found = relative(ran, entry["name"], names[0], key)
+            found = relative(ran, entry["name"], plan.baseline.name, key)
             if found is not None:
                 entry[f"{key}_relative"] = asdict(found)
     return report

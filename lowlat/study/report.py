@@ -44,10 +44,14 @@ def make_report(
     ran: Sequence[Ran],
     *,
     command: str,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[tuple[str, str]] | None = None,
 ) -> Report:
-    """What all studies report: `pairs` are compared, `command` is how it was run."""
+    """What all studies report: `pairs` are compared, by default every arm with the first; `command`
+    is how it was run.
+    """
     names = [arm.name for arm in plan.arms]
+    if pairs is None:
+        pairs = [(name, names[0]) for name in names[1:]]
     return {
         "study": plan.kind,
         "command": command,
