@@ -1,23 +1,27 @@
 // Attention of query rows over blocks of cached rows, with an online softmax.
 //
-// Keys are taken in blocks of 64 that start at multiples of 64 in the context, and in the splits of workspace.h. A
-// query's result is thus one chain of operations fixed by its own position, whatever else is computed beside it.
+// Keys are taken in blocks of 64 that start at multiples of 64 in the context, cached rows two blocks at a time, and in
+// the splits of workspace.h. A query's result is thus one chain of operations fixed by its own position, whatever else is
+// computed beside it.
 #pragma once
 
 #include <cmath>
 
-#include "linear.h"
+#include "turned.h"
 
 namespace lowlat::LOWLAT_ISA {
 
 constexpr std::int64_t kKeyBlock = 64;
+// Blocks that share a step of the softmax: what is added up of their values stays in registers meanwhile.
+constexpr int kSpanBlocks = TurnedRows::kMost;
+constexpr std::int64_t kSpan = kSpanBlocks * kKeyBlock;
 constexpr float kNone = -__builtin_inff();
 
 // Up to 64 cached rows: keys [keys, key_dim] and values [keys, value_dim], views of the cache or of scratch.
 struct KeyBlock {
   Matrix keys;
   Matrix values;
-  Matrix next_keys;    // of the block after this one, to be asked for early; empty where not known
+  Matrix next_keys;    // of a block that is read soon, to be asked for early; empty where not known
   Matrix next_values;  // empty where the keys bring the values along
 };
 
@@ -46,11 +50,17 @@ struct Queries {
   const Panel* panels = nullptr;  // the rows as panels, where they take the place of weights
 };
 
-// What a block of scores needs: kKeyBlock of fp32 and of bf16 for every query row.
+// What scores need: `stride` of fp32 and of bf16 for every query row.
 struct ScoreScratch {
   float* scores;
   bf16* weights;
-  float* turned = nullptr;  // where q.panels are used
+  float* turned = nullptr;  // where q.panels are used: a block of scores, key by query
+  std::int64_t stride = kKeyBlock;
+
+  // The same for a later block of a span.
+  ScoreScratch block(std::int64_t number) const {
+    return {scores + number * kKeyBlock, weights + number * kKeyBlock, turned, stride};
+  }
 };
 
 // Rows of one head, `step` elements apart, as rows that products read: a multiple of 32 wide, zeros beyond `width`.
@@ -69,9 +79,9 @@ inline bool takes_query_panels(std::int64_t rows, std::int64_t key_dim) {
   return key_dim % kColumns == 0 && (rows % kTile == 0 || rows > 2 * kTile);
 }
 
-// The scaled scores of one row, -inf where its query may not look.
+// The scaled scores of one row with a block, -inf where its query may not look.
 inline void visible_scores(const Queries& q, std::int64_t r, std::int64_t start, float scale, const float* scores,
-                           F (&row)[4]) {
+                           F* row) {
   for (int i = 0; i < 4; ++i) row[i] = mul(load(scores + 16 * i), set1(scale));
   if (q.first[r] <= start && q.last[r] >= start + kKeyBlock) return;
   const F first = set1(static_cast<float>(most(-1, least(q.first[r] - start, kKeyBlock))));
@@ -82,20 +92,27 @@ inline void visible_scores(const Queries& q, std::int64_t r, std::int64_t start,
   }
 }
 
-// Scores of the block that starts at `start` become weights, zero where a query may not look, that
-// keep_weights(row, weights) stores, and are folded into the state.
-template <class Keep>
-inline void block_softmax(const Queries& q, std::int64_t start, float scale, const ScoreScratch& scratch,
-                          const SoftmaxState& state, Keep&& keep_weights) {
+// Scores of `blocks` <= kMost blocks, the first of which starts at `start`, become weights, zero where a query may not
+// look, that keep_weights(row, block, weights) stores, and are folded into the state.
+template <int kMost, class Keep>
+inline void softmax_step(const Queries& q, std::int64_t start, std::int64_t blocks, float scale,
+                         const ScoreScratch& scratch, const SoftmaxState& state, Keep&& keep_weights) {
   for (std::int64_t r = 0; r < q.rows; ++r) {
-    F row[4];
-    visible_scores(q, r, start, scale, scratch.scores + r * kKeyBlock, row);
-    const float best = largest(max(max(row[0], row[1]), max(row[2], row[3])));
-    const float before = state.top[r], top = std::fmax(before, best);
+    F row[4 * kMost], highest = set1(kNone), sums = zero();
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      F* part = row + 4 * b;
+      visible_scores(q, r, start + b * kKeyBlock, scale, scratch.scores + r * scratch.stride + b * kKeyBlock, part);
+      highest = max(highest, max(max(part[0], part[1]), max(part[2], part[3])));
+    }
+    const float before = state.top[r], top = std::fmax(before, largest(highest));
     const F base = set1(top == kNone ? 0.0f : top);
-    for (int i = 0; i < 4; ++i) row[i] = exp_of_negative(sub(row[i], base));
-    keep_weights(r, row);
-    const float total = sum(add(add(row[0], row[1]), add(row[2], row[3])));
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      F* part = row + 4 * b;
+      for (int i = 0; i < 4; ++i) part[i] = exp_of_negative(sub(part[i], base));
+      keep_weights(r, b, part);
+      sums = add(sums, add(add(part[0], part[1]), add(part[2], part[3])));
+    }
+    const float total = sum(sums);
     if (top == before) {
       state.total[r] += total;
       continue;
@@ -108,18 +125,19 @@ inline void block_softmax(const Queries& q, std::int64_t start, float scale, con
   }
 }
 
-// The same with weights in bf16: scratch.weights [rows, kKeyBlock].
-inline void block_softmax(const Queries& q, std::int64_t start, float scale, const ScoreScratch& scratch,
-                          const SoftmaxState& state) {
-  block_softmax(q, start, scale, scratch, state, [&](std::int64_t r, const F(&row)[4]) {
-    bf16* weights = scratch.weights + r * kKeyBlock;
+// The same with weights in bf16: scratch.weights [rows, scratch.stride].
+template <int kMost>
+inline void softmax_step(const Queries& q, std::int64_t start, std::int64_t blocks, float scale,
+                         const ScoreScratch& scratch, const SoftmaxState& state) {
+  softmax_step<kMost>(q, start, blocks, scale, scratch, state, [&](std::int64_t r, std::int64_t block, const F* row) {
+    bf16* weights = scratch.weights + r * scratch.stride + block * kKeyBlock;
     store_pairs(weights, pairs_in_order(row[0], row[1]));
     store_pairs(weights + 32, pairs_in_order(row[2], row[3]));
   });
 }
 
-// Panels attend() may need: two tiles of keys, or two blocks of 16 channels of values.
-inline std::int64_t attend_panels(std::int64_t key_dim) { return most(2 * num_panels(key_dim), 4); }
+// Panels attend() may need: two tiles of keys, or two blocks of 16 channels of a span's values.
+inline std::int64_t attend_panels(std::int64_t key_dim) { return most(2 * num_panels(key_dim), 2 * num_panels(kSpan)); }
 
 // Scores that lie key by query, in whole tiles of queries, into rows of queries: 16 by 16.
 inline void turn_scores(std::int64_t rows, const ScoreScratch& scratch) {
@@ -130,7 +148,7 @@ inline void turn_scores(std::int64_t rows, const ScoreScratch& scratch) {
       for (int i = 0; i < kTile; ++i) square[i] = pairs(scratch.turned + ((key + i) * tiles + tile) * kTile);
       transpose(square, square);
       const std::int64_t count = least(kTile, rows - tile * kTile);
-      for (int r = 0; r < count; ++r) store_pairs(scratch.scores + (tile * kTile + r) * kKeyBlock + key, square[r]);
+      for (int r = 0; r < count; ++r) store_pairs(scratch.scores + (tile * kTile + r) * scratch.stride + key, square[r]);
     }
   }
 }
@@ -149,60 +167,65 @@ inline void plain_scores(const Queries& q, const KeyBlock& block, Panel* panels,
   for (std::int64_t tile = 0; tile < block.keys.tiles(); tile += 2) {
     const std::int64_t tiles = least(2, block.keys.tiles() - tile);
     for (std::int64_t i = 0; i < tiles; ++i) load_panels(block.keys, tile + i, panels + i * width, &block.next_keys);
-    multiply(panels, tiles, width, width, q.values, q.stride, q.rows, scratch.scores + tile * kTile, kKeyBlock, false);
+    multiply(panels, tiles, width, width, q.values, q.stride, q.rows, scratch.scores + tile * kTile, scratch.stride,
+             false);
   }
 }
 
-// Folds one block of keys into the state of all query rows.
-inline void attend(const Queries& q, const KeyBlock& block, std::int64_t start, float scale, Panel* panels,
-                   const ScoreScratch& scratch, const SoftmaxState& state) {
-  Ahead ahead;
-  if (q.panels != nullptr) {
-    ahead = Ahead(block.next_keys);
-    turned_scores(q, block, scratch, ahead);
-  } else {
-    plain_scores(q, block, panels, scratch);
-  }
-  block_softmax(q, start, scale, scratch, state);
-  const std::int64_t keys = block.keys.rows, count = num_panels(keys);
-  for (std::int64_t channel = 0; channel < block.values.columns; channel += 32) {
-    load_turned_panels(block.values, channel, 0, keys, panels);
-    for (std::int64_t tile = 0; tile < block.next_values.tiles(); ++tile) {
-      prefetch_panel(block.next_values, tile, channel / kColumns, true);
+// Folds a span of at most kSpanBlocks blocks, all but the last of 64 keys, into the state of all query rows.
+inline void attend(const Queries& q, const KeyBlock* blocks, std::int64_t count, std::int64_t start, float scale,
+                   Panel* panels, const ScoreScratch& scratch, const SoftmaxState& state) {
+  Ahead ahead[kSpanBlocks];
+  for (std::int64_t b = 0; b < count; ++b) {
+    ahead[b] = Ahead(q.panels != nullptr ? blocks[b].next_keys : blocks[b].next_values);
+    if (q.panels != nullptr) {
+      turned_scores(q, blocks[b], scratch.block(b), ahead[b]);
+    } else {
+      plain_scores(q, blocks[b], panels, scratch.block(b));
     }
-    multiply(panels, 2, count, count, scratch.weights, kKeyBlock, q.rows, state.values + channel, state.stride, true,
-             &ahead);
+  }
+  softmax_step<kSpanBlocks>(q, start, count, scale, scratch, state);
+  TurnedRows values;
+  for (std::int64_t b = 0; b < count; ++b) values.add(blocks[b].values);
+  for (std::int64_t channel = 0; channel < values.columns; channel += kColumns) {
+    multiply_turned(values, channel, panels, scratch.weights, scratch.stride, q.rows, state.values + channel,
+                    state.stride, &ahead[channel * count / values.columns]);
   }
 }
 
-// Panels of a whole block, for many groups of query rows: keys [tiles, panels of key_dim], values [channels / 16, 2].
-struct BlockPanels {
-  Panel* keys;
-  Panel* values;
+// Panels of a span of up to `blocks` blocks, for many groups of query rows.
+struct SpanPanels {
+  Panel* keys;    // [blocks, 4 tiles, panels of key_dim]
+  Panel* values;  // [channels / 16 rounded up to 2, 2 * blocks]
+  std::int64_t key_width, apart;
+
+  static std::int64_t key_panels(std::int64_t key_dim, int blocks) { return 4 * blocks * num_panels(key_dim); }
+  static std::int64_t value_panels(std::int64_t value_dim, int blocks) { return 4 * blocks * num_panels(value_dim); }
+  Panel* keys_of(std::int64_t block) const { return keys + block * 4 * key_width; }
+
+  void load(std::int64_t number, const KeyBlock& block) const {
+    for (std::int64_t tile = 0; tile < block.keys.tiles(); ++tile) {
+      load_panels(block.keys, tile, keys_of(number) + tile * key_width);
+    }
+    for (std::int64_t i = 0; 32 * i < block.values.columns; ++i) {
+      load_turned_panels(block.values, 32 * i, 0, block.keys.rows, values + 2 * (i * apart + number), apart);
+    }
+  }
 };
 
-inline std::int64_t block_panel_count(std::int64_t key_dim, std::int64_t value_dim) {
-  return 4 * num_panels(key_dim) + 4 * num_panels(value_dim);
-}
-
-inline void load_block(const KeyBlock& block, const BlockPanels& panels) {
-  const std::int64_t width = num_panels(block.keys.columns), count = num_panels(block.keys.rows);
-  for (std::int64_t tile = 0; tile < block.keys.tiles(); ++tile) {
-    load_panels(block.keys, tile, panels.keys + tile * width);
+// attend() to the first `keys` keys of a span of at most kMost blocks whose panels are there.
+template <int kMost>
+inline void attend_loaded(const Queries& q, const SpanPanels& panels, std::int64_t keys, std::int64_t value_dim,
+                          std::int64_t start, float scale, const ScoreScratch& scratch, const SoftmaxState& state) {
+  const std::int64_t blocks = (keys + kKeyBlock - 1) / kKeyBlock;
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    const std::int64_t tiles = (least(kKeyBlock, keys - b * kKeyBlock) + kTile - 1) / kTile;
+    multiply(panels.keys_of(b), tiles, panels.key_width, panels.key_width, q.values, q.stride, q.rows,
+             scratch.block(b).scores, scratch.stride, false);
   }
-  for (std::int64_t i = 0; 32 * i < block.values.columns; ++i) {
-    load_turned_panels(block.values, 32 * i, 0, block.keys.rows, panels.values + 2 * i * count);
-  }
-}
-
-// attend() with the panels of load_block().
-inline void attend_loaded(const Queries& q, const KeyBlock& block, const BlockPanels& panels, std::int64_t start,
-                          float scale, const ScoreScratch& scratch, const SoftmaxState& state) {
-  const std::int64_t width = num_panels(block.keys.columns), count = num_panels(block.keys.rows);
-  multiply(panels.keys, block.keys.tiles(), width, width, q.values, q.stride, q.rows, scratch.scores, kKeyBlock, false);
-  block_softmax(q, start, scale, scratch, state);
-  multiply(panels.values, block.values.tiles_across(), count, count, scratch.weights, kKeyBlock, q.rows, state.values,
-           state.stride, true);
+  softmax_step<kMost>(q, start, blocks, scale, scratch, state);
+  multiply(panels.values, (value_dim + kTile - 1) / kTile, panels.apart, num_panels(keys), scratch.weights,
+           scratch.stride, q.rows, state.values, state.stride, true);
 }
 
 // Adds the state of later keys to that of earlier ones, row by row.

@@ -229,7 +229,7 @@ inline void absorb_query(const Pass& pass, const Attention& a, std::int64_t head
   const Matrix w = key_projection(a, head);
   const std::int64_t count = num_panels(w.rows);
   Panel* panels = pass.scratch.get<Panel>(2, 2 * count);
-  load_turned_panels(w, strip * kStrip, 0, w.rows, panels, true);
+  load_turned_panels(w, strip * kStrip, 0, w.rows, panels, count, true);
   each_absorbed(pass, [&](std::int64_t first, std::int64_t tokens) {
     const Activations q = head_queries(pass, a, w, head, first, tokens);
     float* out = pass.strip_out(tokens);

@@ -58,7 +58,7 @@ inline HeadPanels make_panels(const bf16* from, std::int64_t step, std::int64_t 
     }
     const std::int64_t pairs_of_rows = num_panels(there);
     for (std::int64_t i = 0; turned != nullptr && i < count; ++i) {
-      load_turned_panels(m, kColumns * i, 0, there, head.block_turned(block) + 2 * i * pairs_of_rows);
+      load_turned_panels(m, kColumns * i, 0, there, head.block_turned(block) + 2 * i * pairs_of_rows, pairs_of_rows);
     }
   }
   return head;
@@ -114,7 +114,7 @@ inline void forward_head(const CausalPass& p, const HeadAt& at, const HeadPanels
     const Queries queries{q, stride, rows, first, last};
     for (std::int64_t other = 0; other <= block; ++other) {
       times_rows(keys, other, q, rows, scratch.scores);
-      block_softmax(queries, other * kBlock, p.scale, scratch, state);
+      softmax_step<1>(queries, other * kBlock, 1, p.scale, scratch, state);
       times_block(values, other, scratch.weights, rows, state.values, out_stride);
     }
     for (std::int64_t r = 0; r < rows; ++r) {
@@ -155,7 +155,7 @@ inline void turn_slopes(const bf16* slopes, std::int64_t keys, bf16* turned) {
   const std::int64_t count = num_panels(keys);
   Panel panels[2 * kBlock / kColumns];
   for (std::int64_t query = 0; query < kBlock; query += kColumns) {
-    load_turned_panels(block, query, 0, keys, panels);
+    load_turned_panels(block, query, 0, keys, panels, count);
     for (std::int64_t i = 0; i < 2 * count; ++i) {
       transpose(panels[i], panels[i]);
       const std::int64_t first = query + i / count * kTile;

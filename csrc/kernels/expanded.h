@@ -1,12 +1,13 @@
-// MLA in the expanded form: the keys and values of one head, built from cached rows 64 at a time and used at once by
-// all new queries of a sequence. Memory grows with the new queries, not with the context.
+// MLA in the expanded form: the keys and values of one head, built from cached rows 64 at a time and used, a few such
+// blocks at once, by all new queries of a sequence. Memory grows with the new queries, not with the context.
 #pragma once
 
 #include "pass.h"
 
 namespace lowlat::LOWLAT_ISA {
 
-constexpr std::int64_t kQueryGroup = 48;  // queries whose scores against a block are taken at once
+constexpr std::int64_t kQueryGroup = 48;  // queries whose scores against a span are taken at once
+constexpr int kBuiltBlocks = 4;          // blocks of a span
 
 // The two halves of a head's kv_b_proj as panels, and room for a block of what they build.
 struct HeadProjections {
@@ -66,27 +67,32 @@ inline void expand_head(const Pass& pass, const Attention& a, const Cache& cache
     first[i] = 0;
     last[i] = sequence.start + i + 1;
   }
-  const ScoreScratch scores{pass.scratch.get<float>(5, kQueryGroup * kKeyBlock),
-                            pass.scratch.get<bf16>(6, kQueryGroup * kKeyBlock)};
+  const std::int64_t span = kBuiltBlocks * kKeyBlock;
+  const ScoreScratch scores{pass.scratch.get<float>(5, kQueryGroup * span),
+                            pass.scratch.get<bf16>(6, kQueryGroup * span), nullptr, span};
   auto* memory = pass.scratch.get<float>(8, queries * (value_stride + 2));
   const SoftmaxState state{memory + queries * value_stride, memory + queries * (value_stride + 1), memory,
                            value_stride};
   state.clear(queries);
   const HeadProjections projections = load_head(pass, a, head);
-  const BlockPanels panels{pass.scratch.get<Panel>(9, 4 * num_panels(a.query_dim())),
-                           pass.scratch.get<Panel>(10, 4 * num_panels(a.value_dim))};
+  const SpanPanels panels{pass.scratch.get<Panel>(9, SpanPanels::key_panels(a.query_dim(), kBuiltBlocks)),
+                          pass.scratch.get<Panel>(10, SpanPanels::value_panels(a.value_dim, kBuiltBlocks)),
+                          num_panels(a.query_dim()), num_panels(span)};
   auto* gathered = pass.scratch.get<bf16>(7, kKeyBlock * round_up(a.row_dim(), 32));
-  for (std::int64_t at = 0; at < context; at += kKeyBlock) {
-    const std::int64_t count = least(kKeyBlock, context - at);
-    const Rows rows =
-        cached_rows(cache, sequence.pages, at, count, a.row_dim(), a.latent_dim % 32 != 0, gathered);
-    const KeyBlock block = build_block(pass, a, projections, rows, count);
-    load_block(block, panels);
+  for (std::int64_t at = 0; at < context; at += span) {
+    const std::int64_t keys = least(span, context - at);
+    for (std::int64_t key = 0; key < keys; key += kKeyBlock) {
+      const std::int64_t count = least(kKeyBlock, keys - key);
+      const Rows rows =
+          cached_rows(cache, sequence.pages, at + key, count, a.row_dim(), a.latent_dim % 32 != 0, gathered);
+      panels.load(key / kKeyBlock, build_block(pass, a, projections, rows, count));
+    }
     for (std::int64_t i = 0; i < queries; i += kQueryGroup) {
       const std::int64_t size = least(kQueryGroup, queries - i);
-      if (last[i + size - 1] <= at) continue;
-      attend_loaded({q.from(i).values, q.stride, size, first + i, last + i}, block, panels, at, a.scale, scores,
-                    state.from(i));
+      const std::int64_t seen = least(keys, round_up(last[i + size - 1] - at, kKeyBlock));
+      if (seen <= 0) continue;
+      attend_loaded<kBuiltBlocks>({q.from(i).values, q.stride, size, first + i, last + i}, panels, seen, a.value_dim,
+                                  at, a.scale, scores, state.from(i));
     }
   }
   for (std::int64_t i = 0; i < queries; ++i) {

@@ -130,7 +130,7 @@ inline void attend_integers(const Queries& q, const IntegerQueries& rounded, con
     }
   }
   turn_scores(q.rows, scratch);
-  block_softmax(q, start, scale, scratch, state, [&](std::int64_t r, const F(&row)[4]) {
+  softmax_step<1>(q, start, 1, scale, scratch, state, [&](std::int64_t r, std::int64_t, const F* row) {
     for (std::int64_t g = 0; g < rounded.groups; ++g) {
       const float* scales = block.scales + g * kKeyBlock;
       bf16* weights = scratch.weights + (g * q.rows + r) * kKeyBlock;
@@ -148,7 +148,7 @@ inline void attend_integers(const Queries& q, const IntegerQueries& rounded, con
   values.data = block.rows;
   const std::int64_t across = num_panels(count);
   for (std::int64_t channel = 0; channel < value_dim; channel += kColumns) {
-    load_turned_panels(values, channel, 0, count, panels);
+    load_turned_panels(values, channel, 0, count, panels, across);
     const bf16* weights = scratch.weights + channel / kScaled * q.rows * kKeyBlock;
     multiply(panels, 2, across, across, weights, kKeyBlock, q.rows, state.values + channel, state.stride, true, &ahead);
   }

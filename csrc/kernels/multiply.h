@@ -18,10 +18,21 @@ inline void dot_panel(const Panel& panel, const bf16* x, std::int64_t stride, F 
 
 constexpr int kLinesAhead = 6;  // asked for with every panel
 
-// T rows times K tiles that lie `tile_step` panels apart.
-template <int T, int K>
-inline void multiply_block(const Panel* panels, std::int64_t tile_step, std::int64_t count, const bf16* x,
-                           std::int64_t stride, float* out, std::int64_t out_stride, bool adds, Ahead* ahead) {
+// Panels of tiles that lie `tile_step` panels apart.
+struct PanelsThere {
+  const Panel* panels;
+  std::int64_t tile_step;
+
+  template <int K>
+  void get(std::int64_t i, int j, P (&tiles)[K]) const {
+    for (int k = 0; k < K; ++k) tiles[k] = panels[k * tile_step + i][j];
+  }
+};
+
+// T rows times K tiles, of which source.get(i, j, tiles) gives vector j of panel i.
+template <int T, int K, class Source>
+inline void multiply_block(const Source& source, std::int64_t count, const bf16* x, std::int64_t stride, float* out,
+                           std::int64_t out_stride, bool adds, Ahead* ahead) {
   F even[K][T], odd[K][T];
   LOWLAT_UNROLL
   for (int k = 0; k < K; ++k) {
@@ -34,17 +45,20 @@ inline void multiply_block(const Panel* panels, std::int64_t tile_step, std::int
   for (std::int64_t i = 0; i < count; ++i, x += kColumns) {
     if (ahead != nullptr) ahead->ask(kLinesAhead);
     for (int j = 0; j < 16; j += 2) {
+      P tiles[K];
+      source.get(i, j, tiles);
       LOWLAT_UNROLL
       for (int t = 0; t < T; ++t) {
         const P first = set1_pair(word_at(x + t * stride + 2 * j));
         LOWLAT_UNROLL
-        for (int k = 0; k < K; ++k) even[k][t] = dot(even[k][t], panels[k * tile_step + i][j], first);
+        for (int k = 0; k < K; ++k) even[k][t] = dot(even[k][t], tiles[k], first);
       }
+      source.get(i, j + 1, tiles);
       LOWLAT_UNROLL
       for (int t = 0; t < T; ++t) {
         const P second = set1_pair(word_at(x + t * stride + 2 * j + 2));
         LOWLAT_UNROLL
-        for (int k = 0; k < K; ++k) odd[k][t] = dot(odd[k][t], panels[k * tile_step + i][j + 1], second);
+        for (int k = 0; k < K; ++k) odd[k][t] = dot(odd[k][t], tiles[k], second);
       }
     }
   }
@@ -64,19 +78,20 @@ inline void multiply_by_dots(const Panel* panels, std::int64_t tiles, std::int64
   constexpr int kFew = kTokens / 2;
   const std::int64_t step = even_block(rows), few = even_block(rows, kFew);
   const std::int64_t twos = 2 * few >= step ? tiles / 2 : 0;
+  const auto there = [&](const Panel* from) { return PanelsThere{from, tile_step}; };
   for (std::int64_t two = 0; two < twos; ++two, panels += 2 * tile_step, out += 2 * kTile) {
     for (std::int64_t row = 0; row < rows; row += few) {
       with_tokens<kFew>(least(few, rows - row), [&]<int T>() {
-        multiply_block<T, 2>(panels, tile_step, count, x + row * stride, stride, out + row * out_stride, out_stride,
-                             adds, ahead);
+        multiply_block<T, 2>(there(panels), count, x + row * stride, stride, out + row * out_stride, out_stride, adds,
+                             ahead);
       });
     }
   }
   for (std::int64_t tile = 2 * twos; tile < tiles; ++tile, panels += tile_step, out += kTile) {
     for (std::int64_t row = 0; row < rows; row += step) {
       with_tokens(least(step, rows - row), [&]<int T>() {
-        multiply_block<T, 1>(panels, tile_step, count, x + row * stride, stride, out + row * out_stride, out_stride,
-                             adds, ahead);
+        multiply_block<T, 1>(there(panels), count, x + row * stride, stride, out + row * out_stride, out_stride, adds,
+                             ahead);
       });
     }
   }

@@ -138,7 +138,7 @@ class Ahead {
   }
 
   void ask(int lines) {
-    for (; lines > 0 && has_line(); --lines, at_ += 64) prefetch(at_);
+    for (; lines > 0 && has_line(); --lines, at_ += 64) prefetch_far(at_);
   }
 
   // All at once, into the second level of cache: where products take so little time that there is none to spread over.
@@ -199,19 +199,19 @@ inline void turn_rows(const Matrix& w, std::int64_t channel, std::int64_t row, P
 }
 
 // Panels of W^T: 16 channels (columns of W) against all its rows in pairs. Two neighbours are made at once, as 32
-// channels of bf16 are one cache line: panel i of channel block b lies at panels[b * num_panels(rows) + i]. `reads_on`:
-// the next 32 channels are read next and asked for.
+// channels of bf16 are one cache line: panel i of channel block b lies at panels[b * apart + i]. `reads_on`: the next 32
+// channels are read next and asked for.
 inline void load_turned_panels(const Matrix& w, std::int64_t first_channel, std::int64_t first_row, std::int64_t rows,
-                               Panel* panels, bool reads_on = false) {
+                               Panel* panels, std::int64_t apart, bool reads_on = false) {
   const std::int64_t count = num_panels(rows);
   const bool is_whole = w.columns - first_channel >= kColumns;
   for (std::int64_t i = 0; i < count; ++i) {
     if (is_whole && (i + 1) * 32 <= rows && w.storage == Storage::bf16) {
-      turn_rows<Storage::bf16>(w, first_channel, first_row + i * 32, panels[i], panels[count + i], reads_on);
+      turn_rows<Storage::bf16>(w, first_channel, first_row + i * 32, panels[i], panels[apart + i], reads_on);
       continue;
     }
     if (is_whole && (i + 1) * 32 <= rows && w.storage == Storage::int8_rows) {
-      turn_rows<Storage::int8_rows>(w, first_channel, first_row + i * 32, panels[i], panels[count + i], reads_on);
+      turn_rows<Storage::int8_rows>(w, first_channel, first_row + i * 32, panels[i], panels[apart + i], reads_on);
       continue;
     }
     for (int j = 0; j < 16; ++j) {
@@ -222,7 +222,7 @@ inline void load_turned_panels(const Matrix& w, std::int64_t first_channel, std:
       }
       const P a = row < rows ? row_pairs(w, first_row + row, first_channel) : zero_pairs();
       const P b = row + 1 < rows ? row_pairs(w, first_row + row + 1, first_channel) : zero_pairs();
-      interleave(a, b, panels[i][j], panels[count + i][j]);
+      interleave(a, b, panels[i][j], panels[apart + i][j]);
     }
   }
 }

@@ -100,9 +100,10 @@ class IntegerReader {
 // The same for rows that are bf16, or go into it.
 class PlainReader {
  public:
-  PlainReader(const CachedKeys& keys, const Queries& q, Scratch& scratch) : keys_(keys), q_(q) {
+  PlainReader(const CachedKeys& keys, const Queries& q, Scratch& scratch)
+      : keys_(keys), q_(q), gathered_stride_(round_up(keys.row_dim, 32)) {
     const std::int64_t tiles = (q.rows + kTile - 1) / kTile, width = num_panels(keys.view.key_dim);
-    scores_ = {scratch.get<float>(5, q.rows * kKeyBlock), scratch.get<bf16>(6, q.rows * kKeyBlock)};
+    scores_ = {scratch.get<float>(5, q.rows * kSpan), scratch.get<bf16>(6, q.rows * kSpan), nullptr, kSpan};
     if (takes_query_panels(q.rows, keys.view.key_dim)) {
       auto* query_panels = scratch.get<Panel>(11, tiles * width);
       const Matrix rows = view(q.values, q.rows, keys.view.key_dim, q.stride);
@@ -111,31 +112,46 @@ class PlainReader {
       scores_.turned = scratch.get<float>(12, tiles * kTile * kKeyBlock);
     }
     panels_ = scratch.get<Panel>(2, attend_panels(keys.view.key_dim));
-    gathered_ = scratch.get<bf16>(7, kKeyBlock * round_up(keys.row_dim, 32));
+    gathered_ = scratch.get<bf16>(7, kSpan * gathered_stride_);
   }
 
   void attend_to(std::int64_t start, std::int64_t end, const SoftmaxState& state) {
-    const RowView& reads = keys_.view;
-    for (std::int64_t at = start; at < end; at += kKeyBlock) {
-      const std::int64_t count = least(kKeyBlock, end - at);
-      if (at + count <= q_.first[0]) continue;  // before every query's window
-      const Rows rows = cached_rows(keys_.cache, keys_.pages, at, count, keys_.row_dim, false, gathered_);
-      KeyBlock block{view(rows.data + reads.key, count, reads.key_dim, rows.stride),
-                     view(rows.data + reads.value, count, reads.value_dim, rows.stride), {}, {}};
-      if (at + kKeyBlock < end && rows.data != gathered_) {
-        const auto* next = reinterpret_cast<const bf16*>(cached_row(keys_.cache, keys_.pages, at + kKeyBlock));
-        const std::int64_t size = least(kKeyBlock, end - at - kKeyBlock);
-        block.next_keys = view(next + reads.key, size, reads.key_dim, rows.stride);
-        const bool is_apart = reads.value >= reads.key + reads.key_dim || reads.key > reads.value;
-        if (is_apart) block.next_values = view(next + reads.value, size, reads.value_dim, rows.stride);
+    for (std::int64_t at = start; at < end;) {
+      const std::int64_t stop = least(end, at - at % kSpan + kSpan);
+      KeyBlock blocks[kSpanBlocks];
+      std::int64_t count = 0, first = at;
+      for (; at < stop; at += kKeyBlock) {
+        if (at + kKeyBlock <= q_.first[0]) {  // before every query's window
+          first = at + kKeyBlock;
+          continue;
+        }
+        blocks[count] = block_at(at, least(kKeyBlock, stop - at), end, gathered_ + count * kKeyBlock * gathered_stride_);
+        ++count;
       }
-      attend(q_, block, at, keys_.scale, panels_, scores_, state);
+      if (count > 0) attend(q_, blocks, count, first, keys_.scale, panels_, scores_, state);
     }
   }
 
  private:
+  KeyBlock block_at(std::int64_t at, std::int64_t count, std::int64_t end, bf16* gathered) const {
+    const RowView& reads = keys_.view;
+    const Rows rows = cached_rows(keys_.cache, keys_.pages, at, count, keys_.row_dim, false, gathered);
+    KeyBlock block{view(rows.data + reads.key, count, reads.key_dim, rows.stride),
+                   view(rows.data + reads.value, count, reads.value_dim, rows.stride), {}, {}};
+    const std::int64_t later = at + kSpan;
+    if (later < end && rows.data != gathered) {
+      const auto* next = reinterpret_cast<const bf16*>(cached_row(keys_.cache, keys_.pages, later));
+      const std::int64_t size = least(kKeyBlock, end - later);
+      block.next_keys = view(next + reads.key, size, reads.key_dim, rows.stride);
+      const bool is_apart = reads.value >= reads.key + reads.key_dim || reads.key > reads.value;
+      if (is_apart) block.next_values = view(next + reads.value, size, reads.value_dim, rows.stride);
+    }
+    return block;
+  }
+
   const CachedKeys& keys_;
   Queries q_;
+  std::int64_t gathered_stride_;
   ScoreScratch scores_;
   Panel* panels_;
   bf16* gathered_;

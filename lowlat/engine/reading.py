@@ -11,8 +11,10 @@ from functools import cache, partial
 from lowlat.attention.forms import Form, form_of
 from lowlat.config.attention import ModelAttention
 
-PREFILL_CHUNK = 1024
-"""Tokens of a chunk of a prompt."""
+PREFILL_CHUNK = 2048
+"""Tokens of a chunk of a prompt. In the expanded form each chunk builds the keys and values of all
+rows before it again: at 8,192 tokens a fifth of the products with chunks of 1,024, half of that
+with these."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from lowlat.attention.forms import Form
 from lowlat.engine.fairness import Fairness
 from lowlat.engine.pages import PagePool
 from lowlat.engine.prefix import PrefixCache
-from lowlat.engine.reading import Reader
+from lowlat.engine.reading import PREFILL_CHUNK, Reader
 from lowlat.engine.request import Sequence
 
 STEP_TOKENS = 1024
@@ -42,6 +42,8 @@ class Limits:
     """Bounds of a step and of the cache."""
 
     step_tokens: int = STEP_TOKENS
+    lone_tokens: int = PREFILL_CHUNK
+    """Tokens of a prompt read in a step while there is no other sequence."""
     mixed_tokens: int = MIXED_TOKENS
     max_sequences: int = MAX_SEQUENCES
     """Completions that run at once."""
@@ -136,8 +138,7 @@ class Scheduler:
                 self._drop_costly_drafts(sequence)
                 self._choose(chosen, sequence, 1 + len(sequence.drafts), "stream")
         waited_for = [s for s in chosen if not s.request.options.is_patient]
-        budget = self._reading_budget(len(chosen)) if waited_for else self.limits.step_tokens
-        self._read(chosen, budget)
+        self._read(chosen, self._reading_budget(len(chosen), waited_for=bool(waited_for)))
         for work in chosen.values():
             self._fairness.serve(work.sequence.request.options.salt, work.length)
         return list(chosen.values())
@@ -220,9 +221,13 @@ class Scheduler:
 
     # --- reading -------------------------------------------------------------------------------
 
-    def _reading_budget(self, num_decoding: int) -> int:
-        """Tokens of prompts to read in a step that `num_decoding` sequences wait for."""
+    def _reading_budget(self, num_decoding: int, *, waited_for: bool) -> int:
+        """Tokens of prompts to read in a step with `num_decoding` sequences, for which somebody
+        waits or not."""
         limits = self.limits
+        if not waited_for:
+            is_alone = len(self.running) == 1 and not self.waiting
+            return limits.lone_tokens if is_alone else limits.step_tokens
         num_reading = len(self.running) - num_decoding
         budget = limits.mixed_tokens * num_reading // num_decoding
         return min(max(budget, limits.mixed_tokens), limits.step_tokens)

@@ -27,6 +27,7 @@ def scheduler_for(
     **limits: Any,
 ) -> Scheduler:
     pool = PagePool(pages)
+    limits.setdefault("lone_tokens", limits.get("step_tokens", 1024))
     return Scheduler(
         reader=Reader(gqa_config().attention, chunk=chunk, page_size=PAGE),
         pool=pool,
@@ -89,6 +90,15 @@ def test_decoding_goes_on_while_a_prompt_is_read() -> None:
         assert step(scheduler) == {short: 1, long: 8}, start
     assert step(scheduler) == {short: 1, long: 4}
     assert step(scheduler) == {short: 1, long: 1}
+
+
+def test_a_prompt_that_is_alone_is_read_in_longer_steps() -> None:
+    scheduler = scheduler_for(step_tokens=20, lone_tokens=50, has_prefix_cache=False)
+    long = sequence(90)
+    scheduler.add(long)
+    assert step(scheduler) == {long: 50}
+    scheduler.add(sequence(30, first=100))
+    assert sum(step(scheduler).values()) == 20
 
 
 def test_the_more_read_for_each_that_decodes_the_more_is_read() -> None:
