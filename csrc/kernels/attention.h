@@ -37,6 +37,19 @@ struct SoftmaxState {
     std::memset(total, 0, rows * sizeof(float));
     std::memset(values, 0, rows * stride * sizeof(float));
   }
+  // Before the values of more keys are added: their largest score is at most `top`, the sum of their weights `sum`.
+  void go_on(std::int64_t row, float new_top, float sum) const {
+    const float before = top[row];
+    if (new_top == before) {
+      total[row] += sum;
+      return;
+    }
+    const float keep = before == kNone ? 0.0f : scalar_exp(before - new_top);
+    top[row] = new_top;
+    total[row] = total[row] * keep + sum;
+    float* of_row = values + row * stride;
+    for (std::int64_t c = 0; c < stride; c += 16) store(of_row + c, mul(load(of_row + c), set1(keep)));
+  }
   SoftmaxState from(std::int64_t row) const { return {top + row, total + row, values + row * stride, stride}; }
 };
 
@@ -54,7 +67,7 @@ struct Queries {
 struct ScoreScratch {
   float* scores;
   bf16* weights;
-  float* turned = nullptr;  // where q.panels are used: a block of scores, key by query
+  float* turned = nullptr;  // where q.panels are used: scores of all keys, key by query in whole tiles of queries
   std::int64_t stride = kKeyBlock;
 
   // The same for a later block of a span.
@@ -112,16 +125,7 @@ inline void softmax_step(const Queries& q, std::int64_t start, std::int64_t bloc
       keep_weights(r, b, part);
       sums = add(sums, add(add(part[0], part[1]), add(part[2], part[3])));
     }
-    const float total = sum(sums);
-    if (top == before) {
-      state.total[r] += total;
-      continue;
-    }
-    const float keep = before == kNone ? 0.0f : scalar_exp(before - top);
-    state.top[r] = top;
-    state.total[r] = state.total[r] * keep + total;
-    float* values = state.values + r * state.stride;
-    for (std::int64_t c = 0; c < state.stride; c += 16) store(values + c, mul(load(values + c), set1(keep)));
+    state.go_on(r, top, sum(sums));
   }
 }
 
@@ -153,12 +157,68 @@ inline void turn_scores(std::int64_t rows, const ScoreScratch& scratch) {
   }
 }
 
-// Scores of a block with the queries as panels.
-inline void turned_scores(const Queries& q, const KeyBlock& block, const ScoreScratch& scratch, Ahead& ahead) {
+// Scores of a block with the queries as panels, key by query into `out`.
+inline void turned_scores(const Queries& q, const KeyBlock& block, float* out, Ahead& ahead) {
   const std::int64_t width = num_panels(block.keys.columns), tiles = (q.rows + kTile - 1) / kTile;
   multiply(q.panels, tiles, width, width, static_cast<const bf16*>(block.keys.data), block.keys.stride, block.keys.rows,
-           scratch.turned, tiles * kTile, false, &ahead);
-  turn_scores(q.rows, scratch);
+           out, tiles * kTile, false, &ahead);
+}
+
+// softmax_step() of one tile of queries, a lane each, whose scores lie key by query, `width` apart; the weights go to
+// `pairs`, pair of keys by query. No lane waits for another, and the bits are those of softmax_step().
+inline void turned_softmax(const Queries& q, std::int64_t tile, std::int64_t start, std::int64_t keys, float scale,
+                           float* scores, std::int64_t width, std::uint32_t* pairs_out, const SoftmaxState& state) {
+  const std::int64_t first_row = tile * kTile, rows = least(kTile, q.rows - first_row);
+  alignas(64) float first[kTile], last[kTile], top[kTile], base[kTile], totals[kTile];
+  bool sees_all = true;
+  for (std::int64_t r = 0; r < kTile; ++r) {
+    const bool is_there = r < rows;
+    const std::int64_t from = is_there ? q.first[first_row + r] - start : 0;
+    const std::int64_t to = is_there ? q.last[first_row + r] - start : 0;
+    sees_all = sees_all && from <= 0 && to >= keys;
+    first[r] = static_cast<float>(most(-1, least(from, keys)));
+    last[r] = static_cast<float>(most(-1, least(to, keys)));
+  }
+  F highest[4] = {set1(kNone), set1(kNone), set1(kNone), set1(kNone)};
+  for (std::int64_t key = 0; key < keys; ++key) {
+    F score = mul(load(scores + key * width), set1(scale));
+    if (!sees_all) score = within(score, set1(static_cast<float>(key)), load(first), load(last), set1(kNone));
+    store(scores + key * width, score);
+    highest[key % 4] = max(highest[key % 4], score);
+  }
+  store(top, max(max(highest[0], highest[1]), max(highest[2], highest[3])));
+  for (std::int64_t r = 0; r < kTile; ++r) {
+    if (r < rows) top[r] = std::fmax(state.top[first_row + r], top[r]);
+    base[r] = top[r] == kNone ? 0.0f : top[r];
+  }
+  F sums[16];
+  for (int lane = 0; lane < 16; ++lane) sums[lane] = zero();
+  for (std::int64_t block = 0; block < keys; block += kKeyBlock) {
+    for (int lane = 0; lane < 16; ++lane) {
+      F four[4];
+      for (int i = 0; i < 4; ++i) {
+        float* at = scores + (block + 16 * i + lane) * width;
+        four[i] = exp_of_negative(sub(load(at), load(base)));
+        store(at, four[i]);
+      }
+      sums[lane] = add(sums[lane], add(add(four[0], four[1]), add(four[2], four[3])));
+    }
+  }
+  // As sum() adds up the lanes of a row.
+  for (int half = 8; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) sums[lane] = add(sums[lane], sums[lane + half]);
+  }
+  store(totals, sums[0]);
+  for (std::int64_t key = 0; key < keys; key += 4) {
+    const float* at = scores + key * width;
+    const P even = pairs_in_order(load(at), load(at + 2 * width));
+    const P odd = pairs_in_order(load(at + width), load(at + 3 * width));
+    P one, other;
+    interleave(even, odd, one, other);
+    store_pairs(pairs_out + key / 2 * width, one);
+    store_pairs(pairs_out + (key / 2 + 1) * width, other);
+  }
+  for (std::int64_t r = 0; r < rows; ++r) state.go_on(first_row + r, top[r], totals[r]);
 }
 
 // Scores of a block with its keys as panels.
@@ -172,24 +232,64 @@ inline void plain_scores(const Queries& q, const KeyBlock& block, Panel* panels,
   }
 }
 
+// What a span of blocks is asked for meanwhile, block by block.
+struct SpanAhead {
+  Ahead blocks[kSpanBlocks];
+  std::int64_t count;
+
+  SpanAhead(const KeyBlock* span, std::int64_t count, bool with_keys) : count(count) {
+    for (std::int64_t b = 0; b < count; ++b) blocks[b] = Ahead(with_keys ? span[b].next_keys : span[b].next_values);
+  }
+  // While 32 channels of `channels` are multiplied.
+  Ahead* at(std::int64_t channel, std::int64_t channels) { return &blocks[channel * count / channels]; }
+};
+
+inline TurnedRows values_of(const KeyBlock* blocks, std::int64_t count) {
+  TurnedRows values;
+  for (std::int64_t b = 0; b < count; ++b) values.add(blocks[b].values);
+  return values;
+}
+
+// attend() with the queries as panels and a lane for each of them.
+inline void attend_in_lanes(const Queries& q, const KeyBlock* blocks, std::int64_t count, std::int64_t start,
+                            float scale, Panel* panels, const ScoreScratch& scratch, const SoftmaxState& state) {
+  const std::int64_t tiles = (q.rows + kTile - 1) / kTile, width = tiles * kTile, keys = count * kKeyBlock;
+  SpanAhead ahead(blocks, count, true);
+  for (std::int64_t b = 0; b < count; ++b) {
+    turned_scores(q, blocks[b], scratch.turned + b * kKeyBlock * width, ahead.blocks[b]);
+  }
+  auto* weights = reinterpret_cast<std::uint32_t*>(scratch.weights);
+  for (std::int64_t tile = 0; tile < tiles; ++tile) {
+    turned_softmax(q, tile, start, keys, scale, scratch.turned + tile * kTile, width, weights + tile * kTile, state);
+  }
+  const TurnedRows values = values_of(blocks, count);
+  for (std::int64_t channel = 0; channel < values.columns; channel += kColumns) {
+    multiply_turned_by_dots(values, channel, panels, PairedRows{weights, width}, q.rows, state.values + channel,
+                            state.stride, ahead.at(channel, values.columns));
+  }
+}
+
 // Folds a span of at most kSpanBlocks blocks, all but the last of 64 keys, into the state of all query rows.
 inline void attend(const Queries& q, const KeyBlock* blocks, std::int64_t count, std::int64_t start, float scale,
                    Panel* panels, const ScoreScratch& scratch, const SoftmaxState& state) {
-  Ahead ahead[kSpanBlocks];
+  const bool has_panels = q.panels != nullptr;
+  if (kMultipliesByDots && has_panels) {
+    return attend_in_lanes(q, blocks, count, start, scale, panels, scratch, state);
+  }
+  SpanAhead ahead(blocks, count, has_panels);
   for (std::int64_t b = 0; b < count; ++b) {
-    ahead[b] = Ahead(q.panels != nullptr ? blocks[b].next_keys : blocks[b].next_values);
-    if (q.panels != nullptr) {
-      turned_scores(q, blocks[b], scratch.block(b), ahead[b]);
+    if (has_panels) {
+      turned_scores(q, blocks[b], scratch.turned, ahead.blocks[b]);
+      turn_scores(q.rows, scratch.block(b));
     } else {
       plain_scores(q, blocks[b], panels, scratch.block(b));
     }
   }
   softmax_step<kSpanBlocks>(q, start, count, scale, scratch, state);
-  TurnedRows values;
-  for (std::int64_t b = 0; b < count; ++b) values.add(blocks[b].values);
+  const TurnedRows values = values_of(blocks, count);
   for (std::int64_t channel = 0; channel < values.columns; channel += kColumns) {
-    multiply_turned(values, channel, panels, scratch.weights, scratch.stride, q.rows, state.values + channel,
-                    state.stride, &ahead[channel * count / values.columns]);
+    multiply_turned_rows(values, channel, panels, scratch.weights, scratch.stride, q.rows, state.values + channel,
+                         state.stride, ahead.at(channel, values.columns));
   }
 }
 

@@ -29,10 +29,31 @@ struct PanelsThere {
   }
 };
 
+// Activations as the products read them: pair p of row t, of the panel that advance() has come to.
+// As they lie, rows `stride` elements apart.
+struct PlainRows {
+  const bf16* x;
+  std::int64_t stride;
+
+  P pair(std::int64_t t, int p) const { return set1_pair(word_at(x + t * stride + 2 * p)); }
+  void advance() { x += kColumns; }
+  PlainRows from(std::int64_t row) const { return {x + row * stride, stride}; }
+};
+
+// Pair by pair, in each the words of all rows.
+struct PairedRows {
+  const std::uint32_t* x;
+  std::int64_t width;  // words of a pair
+
+  P pair(std::int64_t t, int p) const { return set1_pair(x[p * width + t]); }
+  void advance() { x += kColumns / 2 * width; }
+  PairedRows from(std::int64_t row) const { return {x + row, width}; }
+};
+
 // T rows times K tiles, of which source.get(i, j, tiles) gives vector j of panel i.
-template <int T, int K, class Source>
-inline void multiply_block(const Source& source, std::int64_t count, const bf16* x, std::int64_t stride, float* out,
-                           std::int64_t out_stride, bool adds, Ahead* ahead) {
+template <int T, int K, class Source, class Rows>
+inline void multiply_block(const Source& source, std::int64_t count, Rows x, float* out, std::int64_t out_stride,
+                           bool adds, Ahead* ahead) {
   F even[K][T], odd[K][T];
   LOWLAT_UNROLL
   for (int k = 0; k < K; ++k) {
@@ -42,21 +63,21 @@ inline void multiply_block(const Source& source, std::int64_t count, const bf16*
       odd[k][t] = zero();
     }
   }
-  for (std::int64_t i = 0; i < count; ++i, x += kColumns) {
+  for (std::int64_t i = 0; i < count; ++i, x.advance()) {
     if (ahead != nullptr) ahead->ask(kLinesAhead);
     for (int j = 0; j < 16; j += 2) {
       P tiles[K];
       source.get(i, j, tiles);
       LOWLAT_UNROLL
       for (int t = 0; t < T; ++t) {
-        const P first = set1_pair(word_at(x + t * stride + 2 * j));
+        const P first = x.pair(t, j);
         LOWLAT_UNROLL
         for (int k = 0; k < K; ++k) even[k][t] = dot(even[k][t], tiles[k], first);
       }
       source.get(i, j + 1, tiles);
       LOWLAT_UNROLL
       for (int t = 0; t < T; ++t) {
-        const P second = set1_pair(word_at(x + t * stride + 2 * j + 2));
+        const P second = x.pair(t, j + 1);
         LOWLAT_UNROLL
         for (int k = 0; k < K; ++k) odd[k][t] = dot(odd[k][t], tiles[k], second);
       }
@@ -72,9 +93,10 @@ inline void multiply_block(const Source& source, std::int64_t count, const bf16*
 // out[r][16 k + lane] = sum over the panels of tile k, `tile_step` panels apart, of panel . x[r]; plus what is there if
 // `adds`. Tiles are taken in twos, which share what is broadcast, where that keeps as many chains of dot products
 // going.
+template <class Rows>
 inline void multiply_by_dots(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count,
-                             const bf16* x, std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride,
-                             bool adds, Ahead* ahead = nullptr) {
+                             const Rows& x, std::int64_t rows, float* out, std::int64_t out_stride, bool adds,
+                             Ahead* ahead) {
   constexpr int kFew = kTokens / 2;
   const std::int64_t step = even_block(rows), few = even_block(rows, kFew);
   const std::int64_t twos = 2 * few >= step ? tiles / 2 : 0;
@@ -82,19 +104,23 @@ inline void multiply_by_dots(const Panel* panels, std::int64_t tiles, std::int64
   for (std::int64_t two = 0; two < twos; ++two, panels += 2 * tile_step, out += 2 * kTile) {
     for (std::int64_t row = 0; row < rows; row += few) {
       with_tokens<kFew>(least(few, rows - row), [&]<int T>() {
-        multiply_block<T, 2>(there(panels), count, x + row * stride, stride, out + row * out_stride, out_stride, adds,
-                             ahead);
+        multiply_block<T, 2>(there(panels), count, x.from(row), out + row * out_stride, out_stride, adds, ahead);
       });
     }
   }
   for (std::int64_t tile = 2 * twos; tile < tiles; ++tile, panels += tile_step, out += kTile) {
     for (std::int64_t row = 0; row < rows; row += step) {
       with_tokens(least(step, rows - row), [&]<int T>() {
-        multiply_block<T, 1>(there(panels), count, x + row * stride, stride, out + row * out_stride, out_stride, adds,
-                             ahead);
+        multiply_block<T, 1>(there(panels), count, x.from(row), out + row * out_stride, out_stride, adds, ahead);
       });
     }
   }
+}
+
+inline void multiply_by_dots(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count,
+                             const bf16* x, std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride,
+                             bool adds, Ahead* ahead = nullptr) {
+  multiply_by_dots(panels, tiles, tile_step, count, PlainRows{x, stride}, rows, out, out_stride, adds, ahead);
 }
 
 // out[c] = sum over rows of w[row][c] * x[row] for the one row x: the bits of load_turned_panels() and

@@ -103,13 +103,13 @@ class PlainReader {
   PlainReader(const CachedKeys& keys, const Queries& q, Scratch& scratch)
       : keys_(keys), q_(q), gathered_stride_(round_up(keys.row_dim, 32)) {
     const std::int64_t tiles = (q.rows + kTile - 1) / kTile, width = num_panels(keys.view.key_dim);
-    scores_ = {scratch.get<float>(5, q.rows * kSpan), scratch.get<bf16>(6, q.rows * kSpan), nullptr, kSpan};
+    scores_ = {scratch.get<float>(5, q.rows * kSpan), scratch.get<bf16>(6, tiles * kTile * kSpan), nullptr, kSpan};
     if (takes_query_panels(q.rows, keys.view.key_dim)) {
       auto* query_panels = scratch.get<Panel>(11, tiles * width);
       const Matrix rows = view(q.values, q.rows, keys.view.key_dim, q.stride);
       for (std::int64_t tile = 0; tile < tiles; ++tile) load_panels(rows, tile, query_panels + tile * width);
       q_.panels = query_panels;
-      scores_.turned = scratch.get<float>(12, tiles * kTile * kKeyBlock);
+      scores_.turned = scratch.get<float>(12, tiles * kTile * kSpan);
     }
     panels_ = scratch.get<Panel>(2, attend_panels(keys.view.key_dim));
     gathered_ = scratch.get<bf16>(7, kSpan * gathered_stride_);

@@ -55,38 +55,54 @@ inline PanelsOnTheWay<storage, keeps> panels_on_the_way(const TurnedRows& w, std
 }
 
 // The first few rows of activations turn the rows, the others find panels.
-template <Storage storage>
-inline void turn_and_multiply(const TurnedRows& w, std::int64_t channel, Panel* panels, const bf16* x,
-                              std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride,
-                              Ahead* ahead) {
+template <Storage storage, class Rows>
+inline void turn_and_multiply(const TurnedRows& w, std::int64_t channel, Panel* panels, const Rows& x,
+                              std::int64_t rows, float* out, std::int64_t out_stride, Ahead* ahead) {
   const std::int64_t count = num_panels(w.rows), few = even_block(rows, kTokens / 2);
   with_tokens<kTokens / 2>(few, [&]<int T>() {
     if (rows > few) {
       const auto made = panels_on_the_way<storage, true>(w, channel, panels);
-      multiply_block<T, 2>(made, count, x, stride, out, out_stride, true, ahead);
+      multiply_block<T, 2>(made, count, x, out, out_stride, true, ahead);
     } else {
       const auto made = panels_on_the_way<storage, false>(w, channel, panels);
-      multiply_block<T, 2>(made, count, x, stride, out, out_stride, true, ahead);
+      multiply_block<T, 2>(made, count, x, out, out_stride, true, ahead);
     }
   });
-  multiply_by_dots(panels, 2, count, count, x + few * stride, stride, rows - few, out + few * out_stride, out_stride,
-                   true, ahead);
+  multiply_by_dots(panels, 2, count, count, x.from(few), rows - few, out + few * out_stride, out_stride, true, ahead);
+}
+
+inline void turn_panels(const TurnedRows& w, std::int64_t channel, Panel* panels) {
+  for (int i = 0; i < w.count; ++i) {
+    Panel* to = panels + i * TurnedRows::kRows / kColumns;
+    load_turned_panels(*w.parts[i], channel, 0, w.parts[i]->rows, to, num_panels(w.rows));
+  }
 }
 
 // out[r][c] += sum over rows of w[row][channel + c] * x[r][row], c < 32, for all columns there are; `panels` has room
 // for those of two tiles. Whole rows are turned where the first product needs them.
-inline void multiply_turned(const TurnedRows& w, std::int64_t channel, Panel* panels, const bf16* x,
-                            std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, Ahead* ahead) {
-  if (kMultipliesByDots && w.is_whole(channel)) {
-    if (w.parts[0]->storage == Storage::bf16) {
-      return turn_and_multiply<Storage::bf16>(w, channel, panels, x, stride, rows, out, out_stride, ahead);
-    }
-    return turn_and_multiply<Storage::int8_rows>(w, channel, panels, x, stride, rows, out, out_stride, ahead);
+template <class Rows>
+inline void multiply_turned_by_dots(const TurnedRows& w, std::int64_t channel, Panel* panels, const Rows& x,
+                                    std::int64_t rows, float* out, std::int64_t out_stride, Ahead* ahead) {
+  if (!w.is_whole(channel)) {
+    const std::int64_t count = num_panels(w.rows);
+    turn_panels(w, channel, panels);
+    return multiply_by_dots(panels, 2, count, count, x, rows, out, out_stride, true, ahead);
+  }
+  if (w.parts[0]->storage == Storage::bf16) {
+    return turn_and_multiply<Storage::bf16>(w, channel, panels, x, rows, out, out_stride, ahead);
+  }
+  turn_and_multiply<Storage::int8_rows>(w, channel, panels, x, rows, out, out_stride, ahead);
+}
+
+// The same for rows `stride` apart, by what the level multiplies with.
+inline void multiply_turned_rows(const TurnedRows& w, std::int64_t channel, Panel* panels, const bf16* x,
+                                 std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride,
+                                 Ahead* ahead) {
+  if (kMultipliesByDots) {
+    return multiply_turned_by_dots(w, channel, panels, PlainRows{x, stride}, rows, out, out_stride, ahead);
   }
   const std::int64_t count = num_panels(w.rows);
-  for (int i = 0; i < w.count; ++i) {
-    load_turned_panels(*w.parts[i], channel, 0, w.parts[i]->rows, panels + i * TurnedRows::kRows / kColumns, count);
-  }
+  turn_panels(w, channel, panels);
   multiply(panels, 2, count, count, x, stride, rows, out, out_stride, true, ahead);
 }
 
