@@ -165,7 +165,7 @@ inline void turned_scores(const Queries& q, const KeyBlock& block, float* out, A
 }
 
 // softmax_step() of one tile of queries, a lane each, whose scores lie key by query, `width` apart; the weights go to
-// `pairs`, pair of keys by query. No lane waits for another, and the bits are those of softmax_step().
+// `pairs_out`, pair of keys by query. No lane waits for another, and the bits are those of softmax_step().
 inline void turned_softmax(const Queries& q, std::int64_t tile, std::int64_t start, std::int64_t keys, float scale,
                            float* scores, std::int64_t width, std::uint32_t* pairs_out, const SoftmaxState& state) {
   const std::int64_t first_row = tile * kTile, rows = least(kTile, q.rows - first_row);

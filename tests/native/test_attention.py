@@ -29,6 +29,9 @@ starts = st.one_of(st.integers(0, 70), st.sampled_from([127, 128, 1023, 1024, 11
 seeds = st.integers(0, 1000)
 NOWHERE = 113.0
 """What rows hold that no query may see, as numbers and as bytes."""
+WHOLE = [(64, 32), (80, 16), (32, 0)]
+"""Latent and rotary channels, together a multiple of 32: keys that whole tiles of queries, each a
+lane, read as they lie."""
 INTEGER_LEVELS = {"avx512"}
 """Levels that score int8 latents by integer products."""
 
@@ -70,8 +73,7 @@ def check(
 @given(
     queries=st.integers(0, 9),
     heads=st.integers(1, 20),
-    latent=st.integers(1, 90),
-    rope_dim=st.integers(0, 30),
+    widths=st.one_of(st.tuples(st.integers(1, 90), st.integers(0, 30)), st.sampled_from(WHOLE)),
     start=starts,
     page_size=page_sizes,
     seed=seeds,
@@ -80,12 +82,12 @@ def test_mla(
     level: str,
     queries: int,
     heads: int,
-    latent: int,
-    rope_dim: int,
+    widths: tuple[int, int],
     start: int,
     page_size: int,
     seed: int,
 ) -> None:
+    latent, rope_dim = widths
     rows = draw((start + queries, latent + rope_dim), "normal", seed)
     q = draw((queries, heads, latent + rope_dim), "normal", seed + 1)
     cache, pages = paged(rows, page_size, seed)
@@ -156,8 +158,8 @@ def test_mla_over_int8(
 @given(
     queries=st.integers(1, 9),
     kv_heads=st.integers(1, 3),
-    group=st.integers(1, 5),
-    dim=st.integers(1, 70),
+    group=st.sampled_from([1, 2, 3, 4, 5, 8, 16]),
+    dim=st.one_of(st.integers(1, 70), st.sampled_from([32, 64])),
     start=starts,
     page_size=page_sizes,
     window=st.one_of(st.none(), st.integers(1, 1200)),
@@ -186,12 +188,13 @@ def test_gqa(
 
 
 @every_level
-def test_scores_of_any_size(level: str) -> None:
+@pytest.mark.parametrize(("width", "heads"), [(40, 2), (64, 16)])
+def test_scores_of_any_size(level: str, width: int, heads: int) -> None:
     """Scores of thousands choose one key; equal scores of any size mean all alike."""
-    rows = torch.zeros(200, 40, dtype=torch.bfloat16)
+    rows = torch.zeros(200, width, dtype=torch.bfloat16)
     rows[:, :32] = draw((200, 32), "normal", 1)
     rows[150, 39] = 100.0
-    q = torch.zeros(1, 2, 40, dtype=torch.bfloat16)
+    q = torch.zeros(1, heads, width, dtype=torch.bfloat16)
     q[0, 0, 39], q[0, 1, 39] = 100.0, -100.0
     cache, pages = paged(rows, 16, 1)
     out = native_ops.mla_attention(q, cache, pages, latent=32, start=199, scale=1.0, level=level)
@@ -201,10 +204,11 @@ def test_scores_of_any_size(level: str) -> None:
 
 
 @every_level
-def test_nan_stays_with_those_who_see_it(level: str) -> None:
-    rows = draw((90, 40), "normal", 1)
+@pytest.mark.parametrize("width", [40, 64])
+def test_nan_stays_with_those_who_see_it(level: str, width: int) -> None:
+    rows = draw((90, width), "normal", 1)
     rows[70] = torch.nan
-    q = draw((20, 3, 40), "normal", 2)
+    q = draw((20, 3, width), "normal", 2)
     cache, pages = paged(rows, 16, 1)
     out = native_ops.mla_attention(q, cache, pages, latent=32, start=60, scale=0.2, level=level)
     assert out[:10].isfinite().all()
@@ -212,9 +216,11 @@ def test_nan_stays_with_those_who_see_it(level: str) -> None:
 
 
 @every_level
-def test_queries_stand_alone(level: str) -> None:
-    """A query's bits depend neither on its neighbours, nor on pages, nor on threads."""
-    rows, q = draw((1300, 72), "normal", 1), draw((20, 5, 72), "normal", 2)
+@pytest.mark.parametrize("width", [72, 96])
+def test_queries_stand_alone(level: str, width: int) -> None:
+    """A query's bits depend neither on its neighbours, nor on pages, nor on threads: groups of
+    some sizes have a lane for each row of queries, where keys are of whole pieces, others not."""
+    rows, q = draw((1300, width), "normal", 1), draw((20, 5, width), "normal", 2)
 
     def attend(first: int, count: int, page_size: int) -> Tensor:
         cache, pages = paged(rows, page_size, page_size)
