@@ -181,8 +181,9 @@ def test_not_one_token_differs_from_running_alone(
                 speculates=speculates,
             )
             if engine.speculator is not None:
-                # However slow: drafts are made, so that company changes their number.
-                monkeypatch.setattr(engine.speculator.depth, "drafted", lambda count, seconds: None)
+                # However slow the machine: drafts are made, so that company changes their number.
+                for learn in ("drafted", "stepped"):
+                    monkeypatch.setattr(engine.speculator.depth, learn, lambda count, seconds: None)
             requests = together(engine, asks, concurrency, number)
             for ask, request, tokens in zip(asks, requests, expected, strict=True):
                 assert generated(request) == tokens, (concurrency, has_cache, speculates, ask)
