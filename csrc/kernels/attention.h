@@ -105,11 +105,11 @@ inline void visible_scores(const Queries& q, std::int64_t r, std::int64_t start,
   }
 }
 
-// Scores of `blocks` <= kMost blocks, the first of which starts at `start`, become weights, zero where a query may not
-// look, that keep_weights(row, block, weights) stores, and are folded into the state.
-template <int kMost, class Keep>
+// Scores of `blocks` <= kMost blocks, the first of which starts at `start`, become weights in bf16, zero where a query may
+// not look, and are folded into the state: scratch.weights [rows, scratch.stride].
+template <int kMost>
 inline void softmax_step(const Queries& q, std::int64_t start, std::int64_t blocks, float scale,
-                         const ScoreScratch& scratch, const SoftmaxState& state, Keep&& keep_weights) {
+                         const ScoreScratch& scratch, const SoftmaxState& state) {
   for (std::int64_t r = 0; r < q.rows; ++r) {
     F row[4 * kMost], highest = set1(kNone), sums = zero();
     for (std::int64_t b = 0; b < blocks; ++b) {
@@ -122,22 +122,13 @@ inline void softmax_step(const Queries& q, std::int64_t start, std::int64_t bloc
     for (std::int64_t b = 0; b < blocks; ++b) {
       F* part = row + 4 * b;
       for (int i = 0; i < 4; ++i) part[i] = exp_of_negative(sub(part[i], base));
-      keep_weights(r, b, part);
+      bf16* weights = scratch.weights + r * scratch.stride + b * kKeyBlock;
+      store_pairs(weights, pairs_in_order(part[0], part[1]));
+      store_pairs(weights + 32, pairs_in_order(part[2], part[3]));
       sums = add(sums, add(add(part[0], part[1]), add(part[2], part[3])));
     }
     state.go_on(r, top, sum(sums));
   }
-}
-
-// The same with weights in bf16: scratch.weights [rows, scratch.stride].
-template <int kMost>
-inline void softmax_step(const Queries& q, std::int64_t start, std::int64_t blocks, float scale,
-                         const ScoreScratch& scratch, const SoftmaxState& state) {
-  softmax_step<kMost>(q, start, blocks, scale, scratch, state, [&](std::int64_t r, std::int64_t block, const F* row) {
-    bf16* weights = scratch.weights + r * scratch.stride + block * kKeyBlock;
-    store_pairs(weights, pairs_in_order(row[0], row[1]));
-    store_pairs(weights + 32, pairs_in_order(row[2], row[3]));
-  });
 }
 
 // Panels attend() may need: two tiles of keys, or two blocks of 16 channels of a span's values.
@@ -164,36 +155,54 @@ inline void turned_scores(const Queries& q, const KeyBlock& block, float* out, A
            out, tiles * kTile, false, &ahead);
 }
 
-// softmax_step() of one tile of queries, a lane each, whose scores lie key by query, `width` apart; the weights go to
-// `pairs_out`, pair of keys by query. No lane waits for another, and the bits are those of softmax_step().
-inline void turned_softmax(const Queries& q, std::int64_t tile, std::int64_t start, std::int64_t keys, float scale,
-                           float* scores, std::int64_t width, std::uint32_t* pairs_out, const SoftmaxState& state) {
-  const std::int64_t first_row = tile * kTile, rows = least(kTile, q.rows - first_row);
-  alignas(64) float first[kTile], last[kTile], top[kTile], base[kTile], totals[kTile];
-  bool sees_all = true;
-  for (std::int64_t r = 0; r < kTile; ++r) {
-    const bool is_there = r < rows;
-    const std::int64_t from = is_there ? q.first[first_row + r] - start : 0;
-    const std::int64_t to = is_there ? q.last[first_row + r] - start : 0;
-    sees_all = sees_all && from <= 0 && to >= keys;
-    first[r] = static_cast<float>(most(-1, least(from, keys)));
-    last[r] = static_cast<float>(most(-1, least(to, keys)));
+// A tile of queries, a lane each, and what they make of a span of keys.
+struct LaneTile {
+  alignas(64) float first[kTile], last[kTile];  // which keys of the span they see
+  alignas(64) float top[kTile];                 // their largest score up to the span's end
+  alignas(64) float peak[kTile];                // their largest weight in the span
+  std::int64_t tile, rows, keys;
+  bool sees_all;
+
+  LaneTile(const Queries& q, std::int64_t tile, std::int64_t start, std::int64_t keys)
+      : tile(tile), rows(least(kTile, q.rows - tile * kTile)), keys(keys), sees_all(true) {
+    for (std::int64_t r = 0; r < kTile; ++r) {
+      const bool is_there = r < rows;
+      const std::int64_t from = is_there ? q.first[tile * kTile + r] - start : 0;
+      const std::int64_t to = is_there ? q.last[tile * kTile + r] - start : 0;
+      sees_all = sees_all && from <= 0 && to >= keys;
+      first[r] = static_cast<float>(most(-1, least(from, keys)));
+      last[r] = static_cast<float>(most(-1, least(to, keys)));
+    }
   }
+  // a where the query sees the key, else other.
+  F visible(std::int64_t key, F a, F other) const {
+    return within(a, set1(static_cast<float>(key)), load(first), load(last), other);
+  }
+};
+
+// softmax_step() of one tile of queries, whose scores lie key by query, `width` apart, and become weights. No lane waits
+// for another, and the bits are those of softmax_step().
+inline void softmax_in_lanes(LaneTile& lanes, float scale, float* scores, std::int64_t width,
+                             const SoftmaxState& state) {
+  const std::int64_t first_row = lanes.tile * kTile;
+  alignas(64) float base[kTile], totals[kTile];
   F highest[4] = {set1(kNone), set1(kNone), set1(kNone), set1(kNone)};
-  for (std::int64_t key = 0; key < keys; ++key) {
+  for (std::int64_t key = 0; key < lanes.keys; ++key) {
     F score = mul(load(scores + key * width), set1(scale));
-    if (!sees_all) score = within(score, set1(static_cast<float>(key)), load(first), load(last), set1(kNone));
+    if (!lanes.sees_all) score = lanes.visible(key, score, set1(kNone));
     store(scores + key * width, score);
     highest[key % 4] = max(highest[key % 4], score);
   }
-  store(top, max(max(highest[0], highest[1]), max(highest[2], highest[3])));
+  const F own_top = max(max(highest[0], highest[1]), max(highest[2], highest[3]));
+  store(lanes.top, own_top);
   for (std::int64_t r = 0; r < kTile; ++r) {
-    if (r < rows) top[r] = std::fmax(state.top[first_row + r], top[r]);
-    base[r] = top[r] == kNone ? 0.0f : top[r];
+    if (r < lanes.rows) lanes.top[r] = std::fmax(state.top[first_row + r], lanes.top[r]);
+    base[r] = lanes.top[r] == kNone ? 0.0f : lanes.top[r];
   }
+  store(lanes.peak, exp_of_negative(sub(own_top, load(base))));
   F sums[16];
   for (int lane = 0; lane < 16; ++lane) sums[lane] = zero();
-  for (std::int64_t block = 0; block < keys; block += kKeyBlock) {
+  for (std::int64_t block = 0; block < lanes.keys; block += kKeyBlock) {
     for (int lane = 0; lane < 16; ++lane) {
       F four[4];
       for (int i = 0; i < 4; ++i) {
@@ -209,8 +218,13 @@ inline void turned_softmax(const Queries& q, std::int64_t tile, std::int64_t sta
     for (int lane = 0; lane < half; ++lane) sums[lane] = add(sums[lane], sums[lane + half]);
   }
   store(totals, sums[0]);
+  for (std::int64_t r = 0; r < lanes.rows; ++r) state.go_on(first_row + r, lanes.top[r], totals[r]);
+}
+
+// Weights of a tile of queries in bf16, pair of keys by query.
+inline void pair_weights(const float* weights, std::int64_t keys, std::int64_t width, std::uint32_t* pairs_out) {
   for (std::int64_t key = 0; key < keys; key += 4) {
-    const float* at = scores + key * width;
+    const float* at = weights + key * width;
     const P even = pairs_in_order(load(at), load(at + 2 * width));
     const P odd = pairs_in_order(load(at + width), load(at + 3 * width));
     P one, other;
@@ -218,7 +232,6 @@ inline void turned_softmax(const Queries& q, std::int64_t tile, std::int64_t sta
     store_pairs(pairs_out + key / 2 * width, one);
     store_pairs(pairs_out + (key / 2 + 1) * width, other);
   }
-  for (std::int64_t r = 0; r < rows; ++r) state.go_on(first_row + r, top[r], totals[r]);
 }
 
 // Scores of a block with its keys as panels.
@@ -235,11 +248,13 @@ inline void plain_scores(const Queries& q, const KeyBlock& block, Panel* panels,
 // What a span of blocks is asked for meanwhile, block by block.
 struct SpanAhead {
   Ahead blocks[kSpanBlocks];
-  std::int64_t count;
+  std::int64_t count = 0;
 
-  SpanAhead(const KeyBlock* span, std::int64_t count, bool with_keys) : count(count) {
-    for (std::int64_t b = 0; b < count; ++b) blocks[b] = Ahead(with_keys ? span[b].next_keys : span[b].next_values);
+  SpanAhead() = default;
+  SpanAhead(const KeyBlock* span, std::int64_t count, bool with_keys) {
+    for (std::int64_t b = 0; b < count; ++b) add(Ahead(with_keys ? span[b].next_keys : span[b].next_values));
   }
+  void add(const Ahead& block) { blocks[count++] = block; }
   // While 32 channels of `channels` are multiplied.
   Ahead* at(std::int64_t channel, std::int64_t channels) { return &blocks[channel * count / channels]; }
 };
@@ -260,7 +275,10 @@ inline void attend_in_lanes(const Queries& q, const KeyBlock* blocks, std::int64
   }
   auto* weights = reinterpret_cast<std::uint32_t*>(scratch.weights);
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
-    turned_softmax(q, tile, start, keys, scale, scratch.turned + tile * kTile, width, weights + tile * kTile, state);
+    float* scores = scratch.turned + tile * kTile;
+    LaneTile lanes(q, tile, start, keys);
+    softmax_in_lanes(lanes, scale, scores, width, state);
+    pair_weights(scores, keys, width, weights + tile * kTile);
   }
   const TurnedRows values = values_of(blocks, count);
   for (std::int64_t channel = 0; channel < values.columns; channel += kColumns) {

@@ -1,7 +1,7 @@
-// Attention over int8 rows: scores by integer dot products, values by bf16 ones that no number is rounded for.
+// Scores of attention over int8 rows, by integer dot products.
 //
 // A query is rounded to int8 where the cache's rows are, in groups of 64 channels with a scale each; what is bf16 in
-// a row stays so. The integers of a latent are exact in bf16, so their scales go onto the softmax weights.
+// a row stays so.
 #pragma once
 
 #include "paged.h"
@@ -114,43 +114,15 @@ inline void score_keys(const IntegerQueries& q, std::int64_t tile, const Integer
   for (int t = 0; t < T; ++t) store(out + t * out_stride, sums[t]);
 }
 
-// Folds a block of keys into the state of the query rows.
-inline void attend_integers(const Queries& q, const IntegerQueries& rounded, const IntegerBlock& block,
-                            std::int64_t value_dim, std::int64_t start, float scale, Panel* panels,
-                            const ScoreScratch& scratch, const SoftmaxState& state, Ahead& ahead) {
-  const std::int64_t count = block.count;
-  const std::int64_t rest_stride = rounded.rest_panels * kColumns, turned_stride = rounded.tiles * kTile;
-  const std::int64_t step = even_block(count);
-  for (std::int64_t tile = 0; tile < rounded.tiles; ++tile) {
-    for (std::int64_t key = 0; key < count; key += step) {
-      with_tokens(least(step, count - key), [&]<int T>() {
-        score_keys<T>(rounded, tile, block, key, rest_stride, scratch.turned + key * turned_stride + tile * kTile,
-                      turned_stride, ahead);
+// Scores of a block with all queries, key by query into `out`.
+inline void integer_scores(const IntegerQueries& q, const IntegerBlock& block, float* out, Ahead& ahead) {
+  const std::int64_t width = q.tiles * kTile, step = even_block(block.count);
+  for (std::int64_t tile = 0; tile < q.tiles; ++tile) {
+    for (std::int64_t key = 0; key < block.count; key += step) {
+      with_tokens(least(step, block.count - key), [&]<int T>() {
+        score_keys<T>(q, tile, block, key, q.rest_panels * kColumns, out + key * width + tile * kTile, width, ahead);
       });
     }
-  }
-  turn_scores(q.rows, scratch);
-  softmax_step<1>(q, start, 1, scale, scratch, state, [&](std::int64_t r, std::int64_t, const F* row) {
-    for (std::int64_t g = 0; g < rounded.groups; ++g) {
-      const float* scales = block.scales + g * kKeyBlock;
-      bf16* weights = scratch.weights + (g * q.rows + r) * kKeyBlock;
-      F scaled[4];
-      for (int i = 0; i < 4; ++i) scaled[i] = mul(row[i], load(scales + 16 * i));
-      store_pairs(weights, pairs_in_order(scaled[0], scaled[1]));
-      store_pairs(weights + 32, pairs_in_order(scaled[2], scaled[3]));
-    }
-  });
-  Matrix values;
-  values.storage = Storage::int8_rows;  // their scales are on the weights
-  values.rows = count;
-  values.columns = value_dim;
-  values.stride = block.row_bytes;
-  values.data = block.rows;
-  const std::int64_t across = num_panels(count);
-  for (std::int64_t channel = 0; channel < value_dim; channel += kColumns) {
-    load_turned_panels(values, channel, 0, count, panels, across);
-    const bf16* weights = scratch.weights + channel / kScaled * q.rows * kKeyBlock;
-    multiply(panels, 2, across, across, weights, kKeyBlock, q.rows, state.values + channel, state.stride, true, &ahead);
   }
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../workspace.h"
-#include "integer_scores.h"
+#include "integer_values.h"
 
 namespace lowlat::LOWLAT_ISA {
 
@@ -30,14 +30,13 @@ struct CachedKeys {
 
 // Rows [position, position + count) of the cache: where they lie if they follow each other, else in `scratch`.
 inline const std::uint8_t* packed_rows(const CachedKeys& keys, std::int64_t position, std::int64_t count,
-                                       Scratch& scratch) {
+                                       std::uint8_t* scratch) {
   const Cache& cache = keys.cache;
   if (position % cache.page_size + count <= cache.page_size) return cached_row(cache, keys.pages, position);
-  auto* rows = scratch.get<std::uint8_t>(7, kKeyBlock * cache.row_bytes);
   for (std::int64_t i = 0; i < count; ++i) {
-    std::memcpy(rows + i * cache.row_bytes, cached_row(cache, keys.pages, position + i), cache.row_bytes);
+    std::memcpy(scratch + i * cache.row_bytes, cached_row(cache, keys.pages, position + i), cache.row_bytes);
   }
-  return rows;
+  return scratch;
 }
 
 // Rows of a block that is read later.
@@ -65,22 +64,43 @@ class IntegerReader {
     rounded_ = {query_panels, scales, starts,              query_panels + tiles * groups,
                 tiles,        groups, (integers_ + 3) / 4, rest_panels};
     round_queries(q.values, q.stride, q.rows, integers_, rest_, rounded_);
-    scores_ = {scratch.get<float>(5, q.rows * kKeyBlock), scratch.get<bf16>(6, groups * q.rows * kKeyBlock),
-               scratch.get<float>(10, tiles * kTile * kKeyBlock)};
-    panels_ = scratch.get<Panel>(2, attend_panels(keys.view.key_dim));
-    block_ = {nullptr, keys.cache.row_bytes, 0, scratch.get<float>(14, groups * kKeyBlock),
-              scratch.get<bf16>(15, kKeyBlock * rest_panels * kColumns)};
+    const std::int64_t value_groups = (keys.view.value_dim + kScaled - 1) / kScaled;
+    const std::int64_t width = tiles * kTile, words = value_groups * kSpan / kQuad * width;
+    ByteWeights weights;
+    weights.groups = value_groups;
+    weights.width = width;
+    weights.high = scratch.get<std::uint32_t>(5, 2 * words);
+    weights.low = weights.high + words;
+    weights.has_peaks = scratch.get<bool>(13, tiles);
+    weights.worth = scratch.get<float>(6, value_groups * (width + kSpan + kTile + 1));
+    weights.shares = weights.worth + value_groups * width;
+    weights.of_one = weights.shares + value_groups * kSpan;
+    weights.largest = weights.of_one + value_groups * kTile;
+    work_ = {scratch.get<float>(10, width * kSpan), weights, scratch.get<P[kQuad]>(2, kSpan / kQuad)};
+    scales_ = scratch.get<float>(14, kSpanBlocks * groups * kKeyBlock);
+    rests_ = scratch.get<bf16>(15, kSpan * rest_panels * kColumns);
+    rows_ = scratch.get<std::uint8_t>(7, kSpan * keys.cache.row_bytes);
   }
 
   // Attention over the keys [start, end) into `state`.
   void attend_to(std::int64_t start, std::int64_t end, const SoftmaxState& state) {
-    for (std::int64_t at = start; at < end; at += kKeyBlock) {
-      block_.count = least(kKeyBlock, end - at);
-      if (at + block_.count <= q_.first[0]) continue;  // before every query's window
-      block_.rows = packed_rows(keys_, at, block_.count, scratch_);
-      gather_scales(block_, integers_, rest_);
-      Ahead ahead = rows_ahead(keys_, at + kKeyBlock, end);
-      attend_integers(q_, rounded_, block_, keys_.view.value_dim, at, keys_.scale, panels_, scores_, state, ahead);
+    for (std::int64_t at = start; at < end;) {
+      const std::int64_t stop = least(end, at - at % kSpan + kSpan);
+      IntegerSpan span;
+      SpanAhead ahead;
+      std::int64_t first = at;
+      for (; at < stop; at += kKeyBlock) {
+        if (at + kKeyBlock <= q_.first[0]) {  // before every query's window
+          first = at + kKeyBlock;
+          continue;
+        }
+        if (at < start + kSpan) rows_ahead(keys_, at, end).ask_for_all();
+        ahead.add(rows_ahead(keys_, at + kSpan, end));
+        span.add(block_at(at, least(kKeyBlock, stop - at), span.count));
+      }
+      if (span.count > 0) {
+        attend_integers(q_, rounded_, span, keys_.view.value_dim, first, keys_.scale, work_, state, ahead);
+      }
     }
   }
 
@@ -88,11 +108,22 @@ class IntegerReader {
   const CachedKeys& keys_;
   const Queries& q_;
   Scratch& scratch_;
+  // Block `number` of a span.
+  IntegerBlock block_at(std::int64_t at, std::int64_t count, std::int64_t number) const {
+    const std::int64_t row_bytes = keys_.cache.row_bytes;
+    const std::uint8_t* rows = packed_rows(keys_, at, count, rows_ + number * kKeyBlock * row_bytes);
+    const IntegerBlock block{rows, row_bytes, count, scales_ + number * rounded_.groups * kKeyBlock,
+                             rests_ + number * kKeyBlock * rounded_.rest_panels * kColumns};
+    gather_scales(block, integers_, rest_);
+    return block;
+  }
+
   std::int64_t integers_, rest_;  // channels of a row
   IntegerQueries rounded_;
-  ScoreScratch scores_;
-  Panel* panels_;
-  IntegerBlock block_;
+  IntegerScratch work_;
+  float* scales_;
+  bf16* rests_;
+  std::uint8_t* rows_;
 };
 
 #endif
@@ -172,7 +203,7 @@ inline void attend_splits(Reader reader, const Queries& q, std::int64_t first, s
   }
 }
 
-// The same with the reader that suits the rows. Takes slots 2, 5 to 7, 10 to 12, 14 and 15 of `scratch`.
+// The same with the reader that suits the rows. Takes slots 2, 5 to 7 and 10 to 15 of `scratch`.
 inline void attend_splits(const CachedKeys& keys, const Queries& q, std::int64_t first, std::int64_t last,
                           std::int64_t end, Scratch& scratch, const SoftmaxState& state, const SoftmaxState& part) {
 #if defined(LOWLAT_AVX512)

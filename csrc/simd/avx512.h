@@ -78,6 +78,53 @@ inline P low_halves(P a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(0x0f))
 inline P high_halves(P a) { return low_halves({_mm512_srli_epi16(a.v, 4)}); }
 inline F integers_to_float(P a) { return {_mm512_cvtepi32_ps(a.v)}; }
 
+inline P bits(F a) { return {_mm512_castps_si512(a.v)}; }
+inline P both(P a, P b) { return {_mm512_and_si512(a.v, b.v)}; }
+// All bits of the lanes that are zero.
+inline P bits_where_zero(F a) {
+  const __mmask16 is_zero = _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_EQ_OQ);
+  return {_mm512_maskz_mov_epi32(is_zero, _mm512_set1_epi32(-1))};
+}
+// The larger of numbers that are not negative; NaN where either is.
+inline F max_bits(F a, F b) {
+  return {_mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
+}
+inline float largest_bits(F a) {
+  return _mm_cvtss_f32(_mm_castsi128_ps(
+      _mm_cvtsi32_si128(static_cast<int>(_mm512_reduce_max_epu32(_mm512_castps_si512(a.v))))));
+}
+// Byte `number` (0 is the lowest) of the lanes of a, b, c and d, in the order of memory.
+template <int number>
+inline P gather_bytes(P a, P b, P c, P d) {
+  const auto move = [](__m512i v, int to) {
+    return to >= number ? _mm512_slli_epi32(v, 8 * (to - number)) : _mm512_srli_epi32(v, 8 * (number - to));
+  };
+  const auto choose = [](int mask, __m512i one, __m512i other) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(mask), one, other, 0xca);
+  };
+  const __m512i low = choose(0x000000ff, move(a.v, 0), move(b.v, 1));
+  const __m512i high = choose(0x00ff0000, move(c.v, 2), move(d.v, 3));
+  return {choose(0x0000ffff, low, high)};
+}
+// Rows of 64 bytes: words of a byte of each. Vector k holds bytes 16 l + 4 k to 16 l + 4 k + 3 in its quarter l.
+inline void interleave_bytes(const P (&rows)[4], P (&out)[4]) {
+  const __m512i ab = _mm512_unpacklo_epi8(rows[0].v, rows[1].v), cd = _mm512_unpacklo_epi8(rows[2].v, rows[3].v);
+  const __m512i ef = _mm512_unpackhi_epi8(rows[0].v, rows[1].v), gh = _mm512_unpackhi_epi8(rows[2].v, rows[3].v);
+  out[0] = {_mm512_unpacklo_epi16(ab, cd)};
+  out[1] = {_mm512_unpackhi_epi16(ab, cd)};
+  out[2] = {_mm512_unpacklo_epi16(ef, gh)};
+  out[3] = {_mm512_unpackhi_epi16(ef, gh)};
+}
+// Quarter l of vector k goes to quarter k of vector l.
+inline void transpose_quarters(P (&a)[4]) {
+  const __m512i p = _mm512_shuffle_i32x4(a[0].v, a[1].v, 0x44), q = _mm512_shuffle_i32x4(a[2].v, a[3].v, 0x44);
+  const __m512i r = _mm512_shuffle_i32x4(a[0].v, a[1].v, 0xee), s = _mm512_shuffle_i32x4(a[2].v, a[3].v, 0xee);
+  a[0] = {_mm512_shuffle_i32x4(p, q, 0x88)};
+  a[1] = {_mm512_shuffle_i32x4(p, q, 0xdd)};
+  a[2] = {_mm512_shuffle_i32x4(r, s, 0x88)};
+  a[3] = {_mm512_shuffle_i32x4(r, s, 0xdd)};
+}
+
 // Pairs (a[i], b[i]) of the first and of the last 16 of 32 elements.
 inline void interleave(P a, P b, P& first, P& last) {
   alignas(64) static constexpr std::uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,

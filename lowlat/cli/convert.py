@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lowlat.cli.options import parse_count
+from lowlat.cli.waiting import let_threads_sleep
 
 _CACHE_PANEL = "A smaller cache"
 _HEALING_PANEL = "Healing and measuring a smaller cache"
@@ -133,6 +134,7 @@ def convert(
     heals or evaluates, .DST.conversion beside it, and the same command again goes on from there.
     Memory stays small whatever the model's size, but for training.
     """
+    let_threads_sleep()
     from lowlat import api
     from lowlat.cli.conversion_view import print_conversion
     from lowlat.convert.compression import asked_compression

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowlat.cli import options
+from lowlat.cli.waiting import let_threads_sleep
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def attention(
 
     Held-out loss with its confidence, cache per token, decode speed at a long context.
     """
+    let_threads_sleep()
     from lowlat.study import attention as own
 
     def all_arms(chosen: "Size", folder: "TokenFolder") -> "Sequence[Arm]":
@@ -134,6 +136,7 @@ def balance(
     quiet: Quiet = False,
 ) -> None:
     """Experts balanced by a routing bias, by an auxiliary loss, by nothing: loss and MaxVio."""
+    let_threads_sleep()
     from lowlat.study import balance as own
 
     plan, folder = _plan(
@@ -163,6 +166,7 @@ def mtp(
     quiet: Quiet = False,
 ) -> None:
     """One model trained with a multi-token prediction module and without: loss, drafts kept."""
+    let_threads_sleep()
     from lowlat.study import mtp as own
 
     def all_arms(chosen: "Size", _folder: "TokenFolder") -> "Sequence[Arm]":
@@ -187,6 +191,7 @@ def precision(
     quiet: Quiet = False,
 ) -> None:
     """One model trained in bf16, in DeepSeek-V3's FP8 and in fp32: loss beside bf16's."""
+    let_threads_sleep()
     from lowlat.study import precision as own
 
     def all_arms(chosen: "Size", _folder: "TokenFolder") -> "Sequence[Arm]":

@@ -13,6 +13,7 @@ import typer
 from lowlat.cli.subverbs import with_subverbs
 from lowlat.cli.train_export import export
 from lowlat.cli.train_report import report
+from lowlat.cli.waiting import let_threads_sleep
 
 if TYPE_CHECKING:
     from lowlat.train.recipe import Recipe
@@ -49,6 +50,7 @@ def train(
 
     The finished model lies in FOLDER/model, ready for lowlat chat and lowlat serve.
     """
+    let_threads_sleep()
     from lowlat.cli.train_start import start_files, teacher_files
     from lowlat.train.recipe import read_recipe
     from lowlat.train.recipe_text import text_of

@@ -1,5 +1,7 @@
 """Attention over paged rows at every level, against the exact softmax."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -48,9 +50,18 @@ def paged(rows: Tensor, page_size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def check(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, window: int | None
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: int,
+    scale: float,
+    window: int | None,
+    rounding: Tensor | float = 0.0,
 ) -> None:
-    """Compare with causal_attention in fp64 over keys [rows, kv_heads, d] and values."""
+    """Compare with causal_attention in fp64 over keys [rows, kv_heads, d] and values; `rounding` is
+    what may come on top.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal_attention(
@@ -65,7 +76,7 @@ def check(
     # Weights are rounded to bf16, and a score carries the rounding errors of its sum.
     products = scale * q.double().abs().amax() * k.double().abs().amax() * q.shape[2]
     relative = 2 * BF16_UNIT + 2 * (q.shape[2] + 8) * UNIT * products + 1e-5
-    assert_within(out, exact, relative * around + BF16_UNIT * exact.abs())
+    assert_within(out, exact, relative * around + BF16_UNIT * exact.abs() + rounding)
 
 
 @every_level
@@ -104,6 +115,32 @@ def as_integers_read_it(q: Tensor, quantized: int) -> Tensor:
     flat = q.flatten(0, 1)
     packed = pack_rows(flat, quantized)
     return unpack_rows(packed, q.shape[2], quantized, torch.float32).view_as(q)
+
+
+def byte_rounding(
+    q: Tensor, keys: Tensor, packed: Tensor, latent: int, quantized: int, scale: float
+) -> Tensor:
+    """Six standard deviations of the errors of attended latents [queries, heads, latent] where
+    softmax weights, times the scales of a key's groups, are rounded to 254ths of the largest there
+    could be in a span of keys, at random: a standard deviation of half a step for each key.
+    """
+    queries, count = len(q), len(keys)
+    scores = torch.einsum("qhd,kd->qhk", q.double(), keys.double()) * scale
+    hidden = torch.ones(queries, count).triu(count - queries + 1).bool()[:, None]
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    groups = -(-latent // 64)
+    scales_at = -(-quantized // 4) * 4
+    scales = packed[:, scales_at : scales_at + 4 * groups].contiguous().view(torch.float32)
+    values = packed[:, :latent].view(torch.int8).double()
+    of_channel = torch.arange(latent) // 64
+    variance = torch.zeros(*q.shape[:2], latent, dtype=torch.float64)
+    for first, last in pairwise([0, 64, *range(128, count + 128, 128)]):
+        part = slice(first, last)
+        if first < count:
+            largest = scales[part].double().amax(dim=0)[of_channel] / 254
+            squares = values[part].square().sum(dim=0)
+            variance += (weights[..., part].amax(dim=-1, keepdim=True) * largest) ** 2 * squares
+    return 3 * variance.sqrt()
 
 
 @every_level
@@ -145,12 +182,14 @@ def test_mla_over_int8(
         quantized=quantized,
         level=level,
     )
+    rounding: Tensor | float = 0.0
     if level in INTEGER_LEVELS:
         rows = unpack_rows(packed, width, quantized, torch.float32)
         q = as_integers_read_it(q, quantized)
+        rounding = byte_rounding(q, rows, packed, latent, quantized, scale)
     else:
         rows = unpack_rows(packed, width, quantized, torch.bfloat16)
-    check(out, q, rows[:, None], rows[:, None, :latent], start, scale, None)
+    check(out, q, rows[:, None], rows[:, None, :latent], start, scale, None, rounding)
 
 
 @every_level
@@ -203,34 +242,47 @@ def test_scores_of_any_size(level: str, width: int, heads: int) -> None:
     assert_within(out[0, 1], others.mean(dim=0), 2 * BF16_UNIT * others.abs().mean(dim=0))
 
 
+def stored(rows: Tensor, quantized: int) -> Tensor:
+    """The rows as the cache holds them, the first `quantized` channels in int8."""
+    return pack_rows(rows, quantized) if quantized else rows
+
+
 @every_level
+@pytest.mark.parametrize("quantized", [0, 32, 40], ids=["bf16", "latent", "whole row"])
 @pytest.mark.parametrize("width", [40, 64])
-def test_nan_stays_with_those_who_see_it(level: str, width: int) -> None:
+def test_nan_stays_with_those_who_see_it(level: str, width: int, quantized: int) -> None:
     rows = draw((90, width), "normal", 1)
     rows[70] = torch.nan
     q = draw((20, 3, width), "normal", 2)
-    cache, pages = paged(rows, 16, 1)
-    out = native_ops.mla_attention(q, cache, pages, latent=32, start=60, scale=0.2, level=level)
+    cache, pages = paged(stored(rows, quantized), 16, 1)
+    out = native_ops.mla_attention(
+        q, cache, pages, latent=32, start=60, scale=0.2, quantized=quantized, level=level
+    )
     assert out[:10].isfinite().all()
     assert out[10:].isnan().all()
 
 
 @every_level
+@pytest.mark.parametrize("quantized", [0, 64, 72], ids=["bf16", "latent", "whole row"])
+@pytest.mark.parametrize("sharpness", [0.1, 2.0])
 @pytest.mark.parametrize("width", [72, 96])
-def test_queries_stand_alone(level: str, width: int) -> None:
+def test_queries_stand_alone(level: str, width: int, sharpness: float, quantized: int) -> None:
     """A query's bits depend neither on its neighbours, nor on pages, nor on threads: groups of
-    some sizes have a lane for each row of queries, where keys are of whole pieces, others not."""
+    some sizes have a lane for each row of queries, where keys are of whole pieces, others not; some
+    queries give single keys much, others little."""
     rows, q = draw((1300, width), "normal", 1), draw((20, 5, width), "normal", 2)
+    q[:, ::2] /= 8
 
     def attend(first: int, count: int, page_size: int) -> Tensor:
-        cache, pages = paged(rows, page_size, page_size)
+        cache, pages = paged(stored(rows, quantized), page_size, page_size)
         return native_ops.mla_attention(
             q[first : first + count],
             cache,
             pages,
             latent=64,
             start=1280 + first,
-            scale=0.1,
+            scale=sharpness,
+            quantized=quantized,
             level=level,
         )
 
@@ -240,3 +292,31 @@ def test_queries_stand_alone(level: str, width: int) -> None:
     for count in (1, 3):
         with thread_count(count):
             assert_same_bits(attend(0, 20, 64), together)
+
+
+@every_level
+@pytest.mark.parametrize(
+    ("strong", "weak", "within"), [(16.0, 0.01, 0.1), (1024.0, 0.5, 0.02)], ids=["spread", "peak"]
+)
+def test_weak_keys_keep_their_sum(level: str, strong: float, weak: float, within: float) -> None:
+    """Of rows in int8, weights of less than half a step beside a large one: none of them is lost
+    where it tells, and their sum stays where it does not.
+    """
+    latent, count, last = 64, 1024, 896
+    weights = torch.ones(count)
+    weights[last:] = weak
+    weights[last + 5] = strong
+    rows = torch.zeros(count, latent + 2)
+    rows[last:, :latent] = 1.0
+    rows[last + 5, :latent] = 0.0
+    rows[:, latent] = weights.log()
+    rows = rows.bfloat16()
+    q = torch.zeros(1, 16, latent + 2, dtype=torch.bfloat16)
+    q[..., latent] = 1.0
+    cache, pages = paged(pack_rows(rows, latent), 64, 1)
+    out = native_ops.mla_attention(
+        q, cache, pages, latent=latent, start=count - 1, scale=1.0, quantized=latent, level=level
+    )
+    exact = rows[:, latent].double().exp()
+    share = (exact[last:].sum() - exact[last + 5]) / exact.sum()
+    assert (out.double() / share - 1).abs().max() < within

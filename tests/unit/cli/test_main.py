@@ -1,9 +1,13 @@
 """The command as a whole: exit codes, errors of one line, a quick start."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
+
+from lowlat.cli.main import app
 
 
 def lowlat(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -84,3 +88,20 @@ assert gc.get_threshold() == usual and gc.get_freeze_count() > 0
 assert not gc.callbacks
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=600)
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+@pytest.mark.parametrize(
+    "words", [["train", "none.toml", "--dry-run"], ["convert", "none", "dst"], ["study", "mtp"]]
+)
+def test_threads_of_verbs_that_train_sleep_between_operators(
+    words: list[str], chosen: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before torch is there, whatever the verb goes on to find wrong; a user's choice stays."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    if words[0] == "study":
+        words = [*words, "--data", "none", "--out", "none"]
+    CliRunner().invoke(app, words)
+    assert os.environ["OMP_WAIT_POLICY"] == expected

@@ -1,0 +1,257 @@
+// Values of attention over int8 rows, by integer dot products.
+//
+// A softmax weight times the scale of a key's 64 channels becomes a byte: so many 254ths of the largest there could be
+// of that query in the span. To no byte is it rounded to the nearest, which would leave nothing of many small weights:
+// what is added before the fraction is dropped runs through 64 even steps from key to key, so that a sum over keys keeps
+// what they were worth. Where a weight is a large part of all that a query has given so far, its span is taken with 8
+// bits more, in products of their own.
+#pragma once
+
+#include "integer_scores.h"
+
+namespace lowlat::LOWLAT_ISA {
+
+#if defined(LOWLAT_AVX512)
+
+constexpr int kQuad = 4;         // keys that share a word
+constexpr int kQuadsAtOnce = 4;  // words a product takes between what it asks for
+constexpr float kLargestByte = 254.0f, kBelowOne = 256.0f;
+constexpr float kWhole = 12582912.0f;  // added to numbers below 65536 it leaves them, rounded, in the last bits
+constexpr float kPeak = 1.0f / 16;  // of all weights so far: what asks for more bits
+
+// Blocks that share a step of the softmax, all but the last of 64 keys.
+struct IntegerSpan {
+  IntegerBlock blocks[kSpanBlocks];
+  std::int64_t count = 0, keys = 0;
+
+  void add(const IntegerBlock& block) {
+    blocks[count++] = block;
+    keys += block.count;
+  }
+  std::int64_t quads() const { return round_up(keys, kQuad * kQuadsAtOnce) / kQuad; }
+  float scale(std::int64_t group, std::int64_t key) const {
+    return blocks[key / kKeyBlock].scales[group * kKeyBlock + key % kKeyBlock];
+  }
+};
+
+// Weights of queries in words of four keys, [groups, quads, width].
+struct ByteWeights {
+  std::uint32_t* high;
+  std::uint32_t* low;  // 256ths of them, in tiles that have peaks
+  bool* has_peaks;     // [tiles]
+  float* worth;        // of one, [groups, width]
+  float* largest;      // scale of a group's keys, [groups]
+  float* shares;       // scales of keys over the largest, [groups, kSpan]
+  float* of_one;       // one over the largest scale that each query of a tile sees, [groups, 16]
+  std::int64_t groups = 0, quads = 0, width = 0;
+
+  std::int64_t at(std::int64_t group, std::int64_t quad) const { return (group * quads + quad) * width; }
+};
+
+// What is added to the weight of a key before its fraction is dropped, in 256ths.
+inline float added_fraction(std::int64_t key) {
+  int turned = 0;
+  for (int bit = 0; bit < 6; ++bit) turned |= (static_cast<int>(key) >> bit & 1) << (5 - bit);
+  return static_cast<float>(4 * turned + 2);
+}
+
+inline void share_scales(const IntegerSpan& span, const ByteWeights& out) {
+  const auto scales = [&](std::int64_t group, std::int64_t key) {
+    return load(span.blocks[key / kKeyBlock].scales + group * kKeyBlock + key % kKeyBlock);
+  };
+  for (std::int64_t g = 0; g < out.groups; ++g) {
+    F highest = zero();
+    for (std::int64_t key = 0; key < span.count * kKeyBlock; key += kTile) highest = max_bits(highest, scales(g, key));
+    out.largest[g] = largest_bits(highest);
+    const F of_one = div(set1(1.0f), set1(out.largest[g]));
+    for (std::int64_t key = 0; key < span.count * kKeyBlock; key += kTile) {
+      store(out.shares + g * kSpan + key, mul(scales(g, key), of_one));
+    }
+  }
+}
+
+// The largest scale of a group among the keys that each query of a tile sees.
+inline F seen_scale(const LaneTile& lanes, const IntegerSpan& span, std::int64_t group) {
+  const F first = load(lanes.first), last = load(lanes.last);
+  F highest = zero();
+  for (std::int64_t key = 0; key < span.keys; ++key) {
+    const F number = set1(static_cast<float>(key));
+    highest = max_bits(highest, within(set1(span.scale(group, key)), number, first, last, zero()));
+  }
+  return highest;
+}
+
+// Bytes of the weights [keys, width] of a tile of queries, `factor` for each. is_spread: 1 where the fraction is dropped
+// after something was added, 0 where it is kept in `low`.
+template <bool sees_all, bool has_low>
+inline void make_bytes(const IntegerSpan& span, const float* weights, F factor, F is_spread, std::int64_t first_row,
+                       const ByteWeights& out) {
+  const P has_peak = bits_where_zero(is_spread);
+  for (std::int64_t quad = 0; quad < out.quads; ++quad) {
+    F four[kQuad], added[kQuad];
+    for (int i = 0; i < kQuad; ++i) {
+      const std::int64_t key = quad * kQuad + i;
+      four[i] = mul(load(weights + key * out.width), factor);
+      added[i] = fma(is_spread, set1(added_fraction(key % kKeyBlock)), set1(kWhole));
+    }
+    for (std::int64_t g = 0; g < out.groups; ++g) {
+      P bytes[kQuad];
+      for (int i = 0; i < kQuad; ++i) {
+        const std::int64_t key = quad * kQuad + i;
+        F share = set1(out.shares[g * kSpan + key]);
+        if constexpr (!sees_all) {
+          share = mul(set1(span.scale(g, key)), load(out.of_one + g * kTile));
+        }
+        bytes[i] = bits(fma(four[i], share, added[i]));
+      }
+      const std::int64_t at = out.at(g, quad) + first_row;
+      store_pairs(out.high + at, gather_bytes<1>(bytes[0], bytes[1], bytes[2], bytes[3]));
+      if constexpr (has_low) {
+        store_pairs(out.low + at, both(gather_bytes<0>(bytes[0], bytes[1], bytes[2], bytes[3]), has_peak));
+      }
+    }
+  }
+}
+
+// The weights [keys, width] of a tile of queries as bytes.
+inline void round_weights(const LaneTile& lanes, const IntegerSpan& span, const float* weights,
+                          const SoftmaxState& state, const ByteWeights& out) {
+  const std::int64_t first_row = lanes.tile * kTile;
+  alignas(64) float is_spread[kTile];
+  bool has_peaks = false;
+  for (std::int64_t r = 0; r < kTile; ++r) {
+    const bool has_peak = r < lanes.rows && lanes.peak[r] > kPeak * state.total[first_row + r];
+    is_spread[r] = has_peak ? 0.0f : 1.0f;
+    has_peaks = has_peaks || has_peak;
+  }
+  const F peak = load(lanes.peak);
+  for (std::int64_t g = 0; g < out.groups; ++g) {
+    const F largest = lanes.sees_all ? set1(out.largest[g]) : seen_scale(lanes, span, g);
+    store(out.worth + g * out.width + first_row, mul(mul(peak, largest), set1(1 / kLargestByte)));
+    store(out.of_one + g * kTile, div(set1(1.0f), largest));
+  }
+  // A query that sees nothing has no peak, and no weights.
+  const F factor = div(set1(kLargestByte * kBelowOne), max(peak, set1(1e-30f)));
+  const F spread = load(is_spread);
+  out.has_peaks[lanes.tile] = has_peaks;
+  if (lanes.sees_all) {
+    has_peaks ? make_bytes<true, true>(span, weights, factor, spread, first_row, out)
+              : make_bytes<true, false>(span, weights, factor, spread, first_row, out);
+  } else {
+    has_peaks ? make_bytes<false, true>(span, weights, factor, spread, first_row, out)
+              : make_bytes<false, false>(span, weights, factor, spread, first_row, out);
+  }
+}
+
+// 64 channels from `channel` on of the rows of a span, four keys to a word: vector k of a quad holds channels
+// 16 l + 4 k to 16 l + 4 k + 3 in its quarter l. Where there are no more keys the last one stands: weights are zero.
+inline void turn_bytes(const IntegerSpan& span, std::int64_t channel, std::int64_t channels, P (*quads)[kQuad]) {
+  for (std::int64_t b = 0; b < span.count; ++b) {
+    const IntegerBlock& block = span.blocks[b];
+    const std::uint8_t* first = block.rows + channel;
+    const std::int64_t count = block.count, step = block.row_bytes;
+    for (std::int64_t key = 0; key < round_up(count, kQuad * kQuadsAtOnce); key += kQuad, ++quads) {
+      P rows[kQuad];
+      for (int i = 0; i < kQuad; ++i) {
+        const std::uint8_t* row = first + least(key + i, count - 1) * step;
+        rows[i] = channels >= kScaled ? pairs(row) : load_pairs(reinterpret_cast<const bf16*>(row), (channels + 1) / 2);
+      }
+      interleave_bytes(rows, *quads);
+    }
+  }
+}
+
+// out[r][channel] += worth[r] * sum over keys of byte[r] * key[channel], for T queries and `tiles` <= 4 tiles of channels.
+template <int T>
+inline void multiply_bytes(const P (*panels)[kQuad], std::int64_t quads, const std::uint32_t* words,
+                           std::int64_t width, const float* worth, float gain, float* out, std::int64_t out_stride,
+                           int tiles, Ahead& ahead) {
+  P sums[kQuad][T];
+  LOWLAT_UNROLL
+  for (int k = 0; k < kQuad; ++k) {
+    LOWLAT_UNROLL
+    for (int t = 0; t < T; ++t) sums[k][t] = zero_pairs();
+  }
+  for (std::int64_t first = 0; first < quads; first += kQuadsAtOnce) {
+    ahead.ask(kLinesAhead);
+    for (int quad = 0; quad < kQuadsAtOnce; ++quad, ++panels, words += width) {
+      LOWLAT_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const P word = set1_pair(words[t]);
+        LOWLAT_UNROLL
+        for (int k = 0; k < kQuad; ++k) sums[k][t] = dot_bytes(sums[k][t], word, panels[0][k]);
+      }
+    }
+  }
+  LOWLAT_UNROLL
+  for (int t = 0; t < T; ++t) {
+    P of_row[kQuad] = {sums[0][t], sums[1][t], sums[2][t], sums[3][t]};
+    transpose_quarters(of_row);
+    const F scale = set1(worth[t] * gain);
+    LOWLAT_UNROLL
+    for (int k = 0; k < kQuad; ++k) {
+      float* at = out + t * out_stride + k * kTile;
+      if (k < tiles) store(at, fma(integers_to_float(of_row[k]), scale, load(at)));
+    }
+  }
+}
+
+// Adds the weighted values of a span to the state of the queries.
+inline void add_values(const IntegerSpan& span, const ByteWeights& weights, std::int64_t rows, std::int64_t value_dim,
+                       P (*panels)[kQuad], const SoftmaxState& state, SpanAhead& ahead) {
+  constexpr int kRows = 6;  // 24 sums stay in registers
+  for (std::int64_t channel = 0, g = 0; channel < value_dim; channel += kScaled, ++g) {
+    const std::int64_t channels = least(kScaled, value_dim - channel);
+    const int tiles = static_cast<int>((channels + kTile - 1) / kTile);
+    Ahead& asked = *ahead.at(channel, value_dim);
+    turn_bytes(span, channel, channels, panels);
+    for (std::int64_t first = 0; first < rows; first += kTile) {
+      const std::int64_t last = least(rows, first + kTile), step = even_block(last - first, kRows);
+      const bool has_peaks = weights.has_peaks[first / kTile];
+      for (std::int64_t row = first; row < last; row += step) {
+        float* out = state.values + row * state.stride + channel;
+        const float* worth = weights.worth + g * weights.width + row;
+        const std::int64_t at = weights.at(g, 0) + row;
+        const auto multiply = [&](const std::uint32_t* words, float gain) {
+          with_tokens<kRows>(least(step, last - row), [&]<int T>() {
+            multiply_bytes<T>(panels, weights.quads, words + at, weights.width, worth, gain, out, state.stride, tiles,
+                              asked);
+          });
+        };
+        multiply(weights.high, 1.0f);
+        if (has_peaks) multiply(weights.low, 1 / kBelowOne);
+      }
+    }
+  }
+}
+
+// Memory of attend_integers().
+struct IntegerScratch {
+  float* scores;  // [kSpan, tiles * 16]
+  ByteWeights weights;
+  P (*panels)[kQuad];  // [kSpan / 4]
+};
+
+// Folds a span of keys that starts at `start` into the state of the query rows.
+inline void attend_integers(const Queries& q, const IntegerQueries& rounded, const IntegerSpan& span,
+                            std::int64_t value_dim, std::int64_t start, float scale, const IntegerScratch& scratch,
+                            const SoftmaxState& state, SpanAhead& ahead) {
+  const std::int64_t width = rounded.tiles * kTile;
+  for (std::int64_t b = 0; b < span.count; ++b) {
+    integer_scores(rounded, span.blocks[b], scratch.scores + b * kKeyBlock * width, ahead.blocks[b]);
+  }
+  ByteWeights weights = scratch.weights;
+  weights.quads = span.quads();
+  share_scales(span, weights);
+  for (std::int64_t tile = 0; tile < rounded.tiles; ++tile) {
+    float* scores = scratch.scores + tile * kTile;
+    LaneTile lanes(q, tile, start, span.count * kKeyBlock);
+    softmax_in_lanes(lanes, scale, scores, width, state);
+    round_weights(lanes, span, scores, state, weights);
+  }
+  add_values(span, weights, q.rows, value_dim, scratch.panels, state, ahead);
+}
+
+#endif
+
+}  // namespace lowlat::LOWLAT_ISA
