@@ -3,16 +3,30 @@
 import ctypes
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lowlat.bench.llama_state import extended
 from lowlat.bench.protocol import Refusal, Stepper, serve, steps_of, token_ids
 
 FTYPES = {"Q8_0": 7, "Q4_K_M": 15}
-CACHE_TYPES = {"fp32": 0, "bf16": 1, "int8": 8}
-"""ggml's F32, F16 (its default, of bf16's size) and Q8_0."""
-FLASH = {"fp32": (False,), "bf16": (False, True), "int8": (True,)}
-"""Flash attention off or on: it rounds to fp16, and only it reads quantised rows."""
+CACHE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 8}
+
+
+class Way(NamedTuple):
+    """How llama.cpp does attention: what its cache holds, and flash attention on or off."""
+
+    cache: str
+    flash: bool
+
+
+WAYS = {
+    "fp32": (Way("F32", False),),
+    "bf16": (Way("F16", False), Way("F16", True)),
+    "int8": (Way("Q8_0", True), Way("F16", False), Way("F16", True)),
+}
+"""Of which it takes the fastest: F16 is its default, of bf16's size, and may be faster than Q8_0,
+which only flash attention reads.
+"""
 SPARE_ROWS = 64
 SEED_TOKENS = 64
 TRIAL_TOKENS = 1024
@@ -21,7 +35,7 @@ LONGEST_REAL = 8192
 
 
 class LlamaCpp(Stepper):
-    """One sequence, llama.cpp's default batch sizes, flash attention where it is faster."""
+    """One sequence, llama.cpp's default batch sizes, attention in the way that is fastest."""
 
     def load(
         self, *, model: str, precision: str, cache: str, threads: int, context: int
@@ -37,20 +51,21 @@ class LlamaCpp(Stepper):
         self.model = llama_cpp.llama_model_load_from_file(model.encode(), settings)
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {model}; its log says why")
-        flags = FLASH[cache]
-        self.contexts = {flag: self._new_context(threads, context, cache, flag) for flag in flags}
+        ways = WAYS[cache]
+        self.contexts = {way: self._new_context(threads, context, way) for way in ways}
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(
             llama_cpp.llama_model_get_vocab(self.model)
         )
-        self.flash = {"read": flags[0], "step": flags[0]}
+        self.ways = {"read": ways[0], "step": ways[0]}
         self._use("read")
-        if len(flags) > 1 and context >= TRIAL_TOKENS:
-            self._choose_flash(context)
+        if len(ways) > 1 and context >= TRIAL_TOKENS:
+            self._choose_ways()
         return {
             "version": llama_cpp.__version__,
             "system_info": info,
             "extra_buffers": bool(settings.use_extra_bufts),
-            "flash_attention": self.flash,
+            "flash_attention": {kind: way.flash for kind, way in self.ways.items()},
+            "cache_type": {kind: way.cache for kind, way in self.ways.items()},
         }
 
     def read(self, ids: Sequence[int]) -> Any:
@@ -91,12 +106,12 @@ class LlamaCpp(Stepper):
             rows.append(self._row(-1))
         return numpy.stack(rows)
 
-    def _new_context(self, threads: int, context: int, cache: str, flash: bool) -> Any:
+    def _new_context(self, threads: int, context: int, way: Way) -> Any:
         options = self.api.llama_context_default_params()
         options.n_ctx = context + SPARE_ROWS
         options.n_threads = options.n_threads_batch = threads
-        options.type_k = options.type_v = CACHE_TYPES[cache]
-        options.flash_attn_type = int(flash)
+        options.type_k = options.type_v = CACHE_TYPES[way.cache]
+        options.flash_attn_type = int(way.flash)
         options.no_perf = True
         made = self.api.llama_init_from_model(self.model, options)
         if not made:
@@ -105,22 +120,22 @@ class LlamaCpp(Stepper):
 
     def _use(self, kind: str) -> None:
         """Turn to the context of this kind of work."""
-        self.context = self.contexts[self.flash[kind]]
+        self.context = self.contexts[self.ways[kind]]
         self.memory = self.api.llama_get_memory(self.context)
         self.batch = self.api.llama_n_batch(self.context)
 
-    def _choose_flash(self, context: int) -> None:
-        """Flash attention on or off, whichever is faster, for each kind of work."""
+    def _choose_ways(self) -> None:
+        """The fastest way for each kind of work."""
         ids = token_ids(TRIAL_TOKENS, self.vocab_size)
         works = {"read": lambda: self.read(ids), "step": lambda: self.step(ids[0], TRIAL_TOKENS)}
         for kind, work in works.items():
             times = {}
-            for flash in self.contexts:
-                self.flash[kind] = flash
+            for way in self.contexts:
+                self.ways[kind] = way
                 if kind == "step":
                     self.fill(TRIAL_TOKENS)
-                times[flash] = min(_timed(work) for _ in range(3))
-            self.flash[kind] = min(times, key=lambda flash: times[flash])
+                times[way] = min(_timed(work) for _ in range(3))
+            self.ways[kind] = min(times, key=lambda way: times[way])
 
     def _read(self, ids: Sequence[int]) -> Any:
         self.api.llama_memory_clear(self.memory, True)
