@@ -37,7 +37,12 @@ def build(
     row_bytes = facts["lowlat"]["cache_bytes_per_token"]
     roofline = {
         cell: tokens_per_second(
-            config, cell, dtype=plan.dtype, row_bytes=row_bytes, rates=median_rates(rates)
+            config,
+            cell,
+            dtype=plan.dtype,
+            cache=plan.cache,
+            row_bytes=row_bytes,
+            rates=median_rates(rates),
         )
         for cell in plan.cells
     }

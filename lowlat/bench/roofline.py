@@ -3,6 +3,8 @@
     seconds >= max((weights read + cache rows) / bandwidth,
                    FLOPs of the weights / GEMM rate + FLOPs of attention / GEMM rate)
 
+A step over an int8 cache can multiply its int8 channels at the rate of int8.
+
 A step of decoding reads the weights one token uses and every cached row once. A prompt reads what
 its tokens hit together (with enough tokens, every expert) once. Attention is counted in the
 cheaper of its two forms: absorbed or expanded. Two FLOPs are one multiply-add.
@@ -42,21 +44,28 @@ class Work:
     cache_bytes: float
     weight_flops: float
     attention_flops: float
+    int8_flops: float = 0.0
+    """Of attention, those over channels that are cached in int8."""
 
 
-def work_of(config: ModelConfig, cell: Cell, *, dtype: str, row_bytes: int) -> Work:
+def work_of(
+    config: ModelConfig, cell: Cell, *, dtype: str, row_bytes: int, cache: str = "bf16"
+) -> Work:
     """The work of one cell: the whole prompt, or one step.
 
-    row_bytes: cache of one token in all layers.
+    row_bytes: cache of one token in all layers. cache: what rows are cached in.
     """
     count = count_parameters(config)
     head = config.vocab_size * config.hidden_size
     if cell.kind == "decode":
+        attention = attention_flops(config, queries=1, keys=cell.tokens + 1, pairs=None)
+        plain = attention if cache != "int8" else _bf16_flops(config, keys=cell.tokens + 1)
         return Work(
             weight_bytes=count.active_without_embedding * WEIGHT_BYTES[dtype],
             cache_bytes=float(cell.tokens * row_bytes),
             weight_flops=2.0 * count.active_without_embedding,
-            attention_flops=attention_flops(config, queries=1, keys=cell.tokens + 1, pairs=None),
+            attention_flops=attention,
+            int8_flops=attention - plain,
         )
     embedding = count.embedding if count.head else 0
     touched = count.total - embedding - count.routed_experts * (1 - _hit(config, cell.tokens))
@@ -86,6 +95,13 @@ def attention_flops(config: ModelConfig, *, queries: int, keys: int, pairs: int 
     return float(config.num_attention_heads * sum(each))
 
 
+def _bf16_flops(config: ModelConfig, *, keys: int) -> float:
+    """FLOPs of one query's scores over channels that an int8 cache keeps in bf16."""
+    layers = (config.attention_of(layer) for layer in range(config.num_hidden_layers))
+    channels = sum(layer.row_dim - layer.quantized_dim for layer in layers)
+    return 2.0 * config.num_attention_heads * keys * channels
+
+
 def _head_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int) -> int:
     """FLOPs of one head in one layer."""
     if isinstance(attention, GQAConfig):
@@ -107,15 +123,23 @@ def seconds(work: Work, dtype: str, rates: dict[str, float]) -> float:
     memory = (work.weight_bytes + work.cache_bytes) / rates["bandwidth"]
     plain = rates["gemm_fp32" if dtype == "fp32" else "gemm_bf16"]
     # Where the int8 product that was measured is slower than bf16, bf16 is the better way.
-    products = max(plain, rates[RATES[dtype]])
-    return max(memory, work.weight_flops / products + work.attention_flops / plain)
+    products, integers = max(plain, rates[RATES[dtype]]), max(plain, rates["gemm_int8"])
+    attention = (work.attention_flops - work.int8_flops) / plain + work.int8_flops / integers
+    return max(memory, work.weight_flops / products + attention)
 
 
 def tokens_per_second(
-    config: ModelConfig, cell: Cell, *, dtype: str, row_bytes: int, rates: dict[str, float]
+    config: ModelConfig,
+    cell: Cell,
+    *,
+    dtype: str,
+    row_bytes: int,
+    rates: dict[str, float],
+    cache: str = "bf16",
 ) -> float:
     """The roofline of a cell in tokens per second."""
-    least = seconds(work_of(config, cell, dtype=dtype, row_bytes=row_bytes), dtype, rates)
+    work = work_of(config, cell, dtype=dtype, row_bytes=row_bytes, cache=cache)
+    least = seconds(work, dtype, rates)
     return (cell.tokens if cell.kind == "prefill" else 1) / least
 
 

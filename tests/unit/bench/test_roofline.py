@@ -59,6 +59,19 @@ def test_the_slower_of_memory_and_arithmetic_counts() -> None:
     assert seconds(work, "int8", RATES | {"bandwidth": 1e15}) == products
 
 
+def test_a_step_over_an_int8_cache_multiplies_its_latents_at_the_rate_of_int8() -> None:
+    cell = Cell(kind="decode", tokens=8192)
+    work = work_of(MINI, cell, dtype="bf16", row_bytes=ROW, cache="int8")
+    rotary = 12 * 16 * 8193 * 2 * 64
+    assert work.attention_flops - work.int8_flops == rotary
+    products = (work.weight_flops + rotary) / 1e12 + work.int8_flops / 2e12
+    assert seconds(work, "bf16", RATES | {"bandwidth": 1e15}) == pytest.approx(products)
+    slow = RATES | {"bandwidth": 1e15, "gemm_int8": 1e9}
+    assert seconds(work, "bf16", slow) == pytest.approx(
+        (work.weight_flops + work.attention_flops) / 1e12
+    )
+
+
 def test_int8_products_slower_than_bf16_do_not_lower_the_bar() -> None:
     work = work_of(MINI, Cell(kind="prefill", tokens=2048), dtype="int8", row_bytes=ROW)
     slow = seconds(work, "int8", RATES | {"gemm_int8": 1e9})
