@@ -74,7 +74,8 @@ inline Queries queries_of(const Pass& pass, const Attention& a, const QueryGroup
 }
 
 inline CachedKeys keys_of(const Pass& pass, const Attention& a, const Cache& cache, const QueryGroup& group) {
-  return {cache, pass.step.sequences[group.sequence].pages, a.row_dim(), row_view(a, group.kv_head), a.scale};
+  const std::int64_t heads = a.is_mla() ? a.heads : a.heads / a.kv_heads;
+  return {cache, pass.step.sequences[group.sequence].pages, a.row_dim(), row_view(a, group.kv_head), a.scale, heads};
 }
 
 // Where the attended values of row r of a group go.

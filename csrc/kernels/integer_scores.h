@@ -22,12 +22,14 @@ struct IntegerQueries {
   std::int64_t tiles, groups, quads, rest_panels;
 };
 
-// Up to 64 rows of the cache that follow each other, `row_bytes` apart: int8 channels, their scales, bf16 ones.
+// Up to 64 cached rows that follow each other, `row_bytes` apart.
 struct IntegerBlock {
-  const std::uint8_t* rows;
-  std::int64_t row_bytes, count;
-  float* scales;  // [groups, 64], 0 where there is no row
-  bf16* rest;     // [64, 32 times the panels of the bf16 channels]
+  std::int64_t count, row_bytes;
+  const std::uint8_t* keys;  // the int8 channels of the first row that are keys
+  const std::uint8_t* values;
+  const float* key_scales;  // [groups, 64], 0 where there is no row
+  const float* value_scales;
+  const bf16* rest;  // the keys' channels that are bf16: [64, 32 times their panels]
 };
 
 // The rows of q [rows, stride], of which `integers` channels are rounded and `rest` follow them.
@@ -57,20 +59,25 @@ inline void round_queries(const bf16* q, std::int64_t stride, std::int64_t rows,
   }
 }
 
-// Copies scales and bf16 channels to where they are read from.
-inline void gather_scales(const IntegerBlock& block, std::int64_t integers, std::int64_t rest) {
-  const std::int64_t groups = (integers + kScaled - 1) / kScaled, rest_stride = round_up(rest, kColumns);
-  for (std::int64_t r = 0; r < block.count; ++r) {
-    const std::uint8_t* scales = block.rows + r * block.row_bytes + padded_to_4(integers);
-    for (std::int64_t g = 0; g < groups; ++g) {
-      std::memcpy(block.scales + g * kKeyBlock + r, scales + 4 * g, sizeof(float));
-    }
-    const auto* from = reinterpret_cast<const bf16*>(scales + 4 * groups);
-    bf16* to = block.rest + r * rest_stride;
-    for (std::int64_t i = 0; i < rest; i += kColumns) store_pairs(to + i, load_pairs(from + i, rest - i));
+// Scales of `count` rows, of which the first lies at `from`, group by group: out [groups, 64], 0 where there is no row.
+inline void gather_scales(const std::uint8_t* from, std::int64_t row_bytes, std::int64_t count, std::int64_t groups,
+                          float* out) {
+  for (std::int64_t r = 0; r < count; ++r, from += row_bytes) {
+    for (std::int64_t g = 0; g < groups; ++g) std::memcpy(out + g * kKeyBlock + r, from + 4 * g, sizeof(float));
   }
   for (std::int64_t g = 0; g < groups; ++g) {
-    std::memset(block.scales + g * kKeyBlock + block.count, 0, (kKeyBlock - block.count) * sizeof(float));
+    std::memset(out + g * kKeyBlock + count, 0, (kKeyBlock - count) * sizeof(float));
+  }
+}
+
+// bf16 channels of `count` rows: out [rows, 32 times their panels], zeros behind them.
+inline void gather_rest(const std::uint8_t* from, std::int64_t row_bytes, std::int64_t count, std::int64_t channels,
+                        bf16* out) {
+  for (std::int64_t r = 0; r < count; ++r, from += row_bytes) {
+    const auto* row = reinterpret_cast<const bf16*>(from);
+    for (std::int64_t i = 0; i < channels; i += kColumns, out += kColumns) {
+      store_pairs(out, load_pairs(row + i, channels - i));
+    }
   }
 }
 
@@ -90,7 +97,7 @@ inline void score_keys(const IntegerQueries& q, std::int64_t tile, const Integer
   for (std::int64_t g = 0; g < q.groups; ++g) {
     const std::int64_t at = tile * q.groups + g;
     const Panel& panel = q.integers[at];
-    const std::uint8_t* keys = block.rows + key * block.row_bytes + g * kScaled;
+    const std::uint8_t* keys = block.keys + key * block.row_bytes + g * kScaled;
     const int quads = static_cast<int>(least(kQuads, q.quads - g * kQuads));
     ahead.ask(kLinesAhead);
     P integers[T];
@@ -106,7 +113,7 @@ inline void score_keys(const IntegerQueries& q, std::int64_t tile, const Integer
     const F scale = load(q.scales + at * kTile);
     LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) {
-      const F both = mul(scale, set1(block.scales[g * kKeyBlock + key + t]));
+      const F both = mul(scale, set1(block.key_scales[g * kKeyBlock + key + t]));
       sums[t] = fma(integers_to_float(integers[t]), both, sums[t]);
     }
   }

@@ -30,7 +30,7 @@ struct IntegerSpan {
   }
   std::int64_t quads() const { return round_up(keys, kQuad * kQuadsAtOnce) / kQuad; }
   float scale(std::int64_t group, std::int64_t key) const {
-    return blocks[key / kKeyBlock].scales[group * kKeyBlock + key % kKeyBlock];
+    return blocks[key / kKeyBlock].value_scales[group * kKeyBlock + key % kKeyBlock];
   }
 };
 
@@ -57,7 +57,7 @@ inline float added_fraction(std::int64_t key) {
 
 inline void share_scales(const IntegerSpan& span, const ByteWeights& out) {
   const auto scales = [&](std::int64_t group, std::int64_t key) {
-    return load(span.blocks[key / kKeyBlock].scales + group * kKeyBlock + key % kKeyBlock);
+    return load(span.blocks[key / kKeyBlock].value_scales + group * kKeyBlock + key % kKeyBlock);
   };
   for (std::int64_t g = 0; g < out.groups; ++g) {
     F highest = zero();
@@ -148,7 +148,7 @@ inline void round_weights(const LaneTile& lanes, const IntegerSpan& span, const 
 inline void turn_bytes(const IntegerSpan& span, std::int64_t channel, std::int64_t channels, P (*quads)[kQuad]) {
   for (std::int64_t b = 0; b < span.count; ++b) {
     const IntegerBlock& block = span.blocks[b];
-    const std::uint8_t* first = block.rows + channel;
+    const std::uint8_t* first = block.values + channel;
     const std::int64_t count = block.count, step = block.row_bytes;
     for (std::int64_t key = 0; key < round_up(count, kQuad * kQuadsAtOnce); key += kQuad, ++quads) {
       P rows[kQuad];
@@ -232,13 +232,14 @@ struct IntegerScratch {
   P (*panels)[kQuad];  // [kSpan / 4]
 };
 
-// Folds a span of keys that starts at `start` into the state of the query rows.
+// Folds a span of keys that starts at `start` into the state of the query rows. Keys that are read soon are asked for
+// beside the scores, values beside the values; the two may be one.
 inline void attend_integers(const Queries& q, const IntegerQueries& rounded, const IntegerSpan& span,
                             std::int64_t value_dim, std::int64_t start, float scale, const IntegerScratch& scratch,
-                            const SoftmaxState& state, SpanAhead& ahead) {
+                            const SoftmaxState& state, SpanAhead& keys_ahead, SpanAhead& values_ahead) {
   const std::int64_t width = rounded.tiles * kTile;
   for (std::int64_t b = 0; b < span.count; ++b) {
-    integer_scores(rounded, span.blocks[b], scratch.scores + b * kKeyBlock * width, ahead.blocks[b]);
+    integer_scores(rounded, span.blocks[b], scratch.scores + b * kKeyBlock * width, keys_ahead.blocks[b]);
   }
   ByteWeights weights = scratch.weights;
   weights.quads = span.quads();
@@ -249,7 +250,7 @@ inline void attend_integers(const Queries& q, const IntegerQueries& rounded, con
     softmax_in_lanes(lanes, scale, scores, width, state);
     round_weights(lanes, span, scores, state, weights);
   }
-  add_values(span, weights, q.rows, value_dim, scratch.panels, state, ahead);
+  add_values(span, weights, q.rows, value_dim, scratch.panels, state, values_ahead);
 }
 
 #endif

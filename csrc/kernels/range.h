@@ -17,12 +17,17 @@ struct CachedKeys {
   const std::int32_t* pages;
   std::int64_t row_dim;
   RowView view;
-  float scale;  // of the scores
+  float scale;         // of the scores
+  std::int64_t heads;  // of queries that read these keys
 
-  // Whether whole rows are keys, and values are the first of their int8 channels.
+  // Whether products with integers are to be taken: keys and values begin where channels share a scale, keys are int8
+  // but for what ends the row, values are int8, and queries fill the lanes of a tile, where keys and values lie apart
+  // and have to be read one after the other.
   bool are_integers() const {
-    return cache.quantized > 0 && view.key == 0 && view.value == 0 && view.key_dim == row_dim &&
-           view.value_dim <= cache.quantized;
+    const std::int64_t quantized = cache.quantized, key_end = view.key + view.key_dim;
+    const bool fit = view.key % 64 == 0 && view.value % 64 == 0 && view.key < quantized &&
+                     (key_end <= quantized || key_end == row_dim) && view.value + view.value_dim <= quantized;
+    return fit && (view.key == view.value || heads >= kTile / 2);
   }
 };
 
@@ -39,32 +44,37 @@ inline const std::uint8_t* packed_rows(const CachedKeys& keys, std::int64_t posi
   return scratch;
 }
 
-// Rows of a block that is read later.
-inline Ahead rows_ahead(const CachedKeys& keys, std::int64_t position, std::int64_t end) {
+// Bytes [first, last) of the rows of a block that is read later.
+inline Ahead bytes_ahead(const CachedKeys& keys, std::int64_t position, std::int64_t end, std::int64_t first,
+                         std::int64_t last) {
   const Cache& cache = keys.cache;
   if (position >= end) return {};
   Matrix rows;
   rows.storage = Storage::int8_rows;
   rows.rows = least(least(kKeyBlock, end - position), cache.page_size - position % cache.page_size);
-  rows.columns = rows.stride = cache.row_bytes;
-  rows.data = cached_row(cache, keys.pages, position);
+  rows.columns = last - first;
+  rows.stride = cache.row_bytes;
+  rows.data = cached_row(cache, keys.pages, position) + first;
   return Ahead(rows);
 }
 
-// Query rows made ready for int8 latents, to attend to one range after the other.
+// Query rows made ready for int8 channels, to attend to one range after the other.
 class IntegerReader {
  public:
-  IntegerReader(const CachedKeys& keys, const Queries& q, Scratch& scratch)
-      : keys_(keys), q_(q), scratch_(scratch), integers_(keys.cache.quantized), rest_(keys.row_dim - integers_) {
-    const std::int64_t groups = (integers_ + kScaled - 1) / kScaled, tiles = (q.rows + kTile - 1) / kTile;
+  IntegerReader(const CachedKeys& keys, const Queries& q, Scratch& scratch) : keys_(keys), q_(q) {
+    const RowView& reads = keys.view;
+    const std::int64_t integers = least(reads.key_dim, keys.cache.quantized - reads.key);
+    rest_ = reads.key_dim - integers;
+    is_one_ = reads.key == reads.value && reads.key_dim >= reads.value_dim;
+    const std::int64_t groups = groups_of(integers), tiles = (q.rows + kTile - 1) / kTile;
     const std::int64_t rest_panels = num_panels(rest_);
     auto* scales = scratch.get<float>(12, 2 * tiles * groups * kTile);
     auto* starts = reinterpret_cast<std::int32_t*>(scales + tiles * groups * kTile);
     auto* query_panels = scratch.get<Panel>(11, tiles * (groups + rest_panels));
-    rounded_ = {query_panels, scales, starts,              query_panels + tiles * groups,
-                tiles,        groups, (integers_ + 3) / 4, rest_panels};
-    round_queries(q.values, q.stride, q.rows, integers_, rest_, rounded_);
-    const std::int64_t value_groups = (keys.view.value_dim + kScaled - 1) / kScaled;
+    rounded_ = {query_panels, scales, starts,             query_panels + tiles * groups,
+                tiles,        groups, (integers + 3) / 4, rest_panels};
+    round_queries(q.values, q.stride, q.rows, integers, rest_, rounded_);
+    const std::int64_t value_groups = groups_of(reads.value_dim);
     const std::int64_t width = tiles * kTile, words = value_groups * kSpan / kQuad * width;
     ByteWeights weights;
     weights.groups = value_groups;
@@ -77,7 +87,7 @@ class IntegerReader {
     weights.of_one = weights.shares + value_groups * kSpan;
     weights.largest = weights.of_one + value_groups * kTile;
     work_ = {scratch.get<float>(10, width * kSpan), weights, scratch.get<P[kQuad]>(2, kSpan / kQuad)};
-    scales_ = scratch.get<float>(14, kSpanBlocks * groups * kKeyBlock);
+    scales_ = scratch.get<float>(14, (groups + value_groups) * kSpan);
     rests_ = scratch.get<bf16>(15, kSpan * rest_panels * kColumns);
     rows_ = scratch.get<std::uint8_t>(7, kSpan * keys.cache.row_bytes);
   }
@@ -87,38 +97,63 @@ class IntegerReader {
     for (std::int64_t at = start; at < end;) {
       const std::int64_t stop = least(end, at - at % kSpan + kSpan);
       IntegerSpan span;
-      SpanAhead ahead;
+      SpanAhead keys, values;
       std::int64_t first = at;
       for (; at < stop; at += kKeyBlock) {
         if (at + kKeyBlock <= q_.first[0]) {  // before every query's window
           first = at + kKeyBlock;
           continue;
         }
-        if (at < start + kSpan) rows_ahead(keys_, at, end).ask_for_all();
-        ahead.add(rows_ahead(keys_, at + kSpan, end));
+        if (at < start + kSpan) {
+          keys_ahead(at, end).ask_for_all();
+          if (!is_one_) values_ahead(at, end).ask_for_all();
+        }
+        keys.add(keys_ahead(at + kSpan, end));
+        if (!is_one_) values.add(values_ahead(at + kSpan, end));
         span.add(block_at(at, least(kKeyBlock, stop - at), span.count));
       }
-      if (span.count > 0) {
-        attend_integers(q_, rounded_, span, keys_.view.value_dim, first, keys_.scale, work_, state, ahead);
-      }
+      if (span.count == 0) continue;
+      attend_integers(q_, rounded_, span, keys_.view.value_dim, first, keys_.scale, work_, state, keys,
+                      is_one_ ? keys : values);
     }
   }
 
  private:
-  const CachedKeys& keys_;
-  const Queries& q_;
-  Scratch& scratch_;
-  // Block `number` of a span.
-  IntegerBlock block_at(std::int64_t at, std::int64_t count, std::int64_t number) const {
-    const std::int64_t row_bytes = keys_.cache.row_bytes;
-    const std::uint8_t* rows = packed_rows(keys_, at, count, rows_ + number * kKeyBlock * row_bytes);
-    const IntegerBlock block{rows, row_bytes, count, scales_ + number * rounded_.groups * kKeyBlock,
-                             rests_ + number * kKeyBlock * rounded_.rest_panels * kColumns};
-    gather_scales(block, integers_, rest_);
-    return block;
+  static std::int64_t groups_of(std::int64_t channels) { return (channels + kScaled - 1) / kScaled; }
+
+  // With the scales and bf16 channels that follow, where keys reach up to them.
+  Ahead keys_ahead(std::int64_t position, std::int64_t end) const {
+    const RowView& reads = keys_.view;
+    const bool is_last = reads.key + reads.key_dim == keys_.row_dim;
+    const std::int64_t last = is_last ? keys_.cache.row_bytes : reads.key + reads.key_dim;
+    return bytes_ahead(keys_, position, end, reads.key, last);
+  }
+  Ahead values_ahead(std::int64_t position, std::int64_t end) const {
+    return bytes_ahead(keys_, position, end, keys_.view.value, keys_.view.value + keys_.view.value_dim);
   }
 
-  std::int64_t integers_, rest_;  // channels of a row
+  // Block `number` of a span.
+  IntegerBlock block_at(std::int64_t at, std::int64_t count, std::int64_t number) const {
+    const RowView& reads = keys_.view;
+    const std::int64_t row_bytes = keys_.cache.row_bytes, quantized = keys_.cache.quantized;
+    const std::int64_t groups = rounded_.groups, value_groups = work_.weights.groups;
+    const std::uint8_t* rows = packed_rows(keys_, at, count, rows_ + number * kKeyBlock * row_bytes);
+    const std::uint8_t* scales = rows + padded_to_4(quantized);
+    float* key_scales = scales_ + number * (groups + value_groups) * kKeyBlock;
+    float* value_scales = is_one_ ? key_scales : key_scales + groups * kKeyBlock;
+    bf16* rest = rests_ + number * kKeyBlock * rounded_.rest_panels * kColumns;
+    gather_scales(scales + 4 * (reads.key / kScaled), row_bytes, count, groups, key_scales);
+    if (!is_one_) {
+      gather_scales(scales + 4 * (reads.value / kScaled), row_bytes, count, value_groups, value_scales);
+    }
+    gather_rest(scales + 4 * groups_of(quantized), row_bytes, count, rest_, rest);
+    return {count, row_bytes, rows + reads.key, rows + reads.value, key_scales, value_scales, rest};
+  }
+
+  const CachedKeys& keys_;
+  const Queries& q_;
+  std::int64_t rest_;  // channels of a key that are bf16
+  bool is_one_;        // values are the first channels of keys
   IntegerQueries rounded_;
   IntegerScratch work_;
   float* scales_;

@@ -187,12 +187,14 @@ def mla_attention(
     )
     if cache.dtype == torch.uint8:
         quantized = quantized or latent
-    return _attention(q, cache, pages, layout, latent, start, scale, None, level, quantized or 0)
+    return _attention(
+        q, cache, pages, layout, q.shape[2], latent, start, scale, None, level, quantized or 0
+    )
 
 
 def gqa_attention(
     q: BFloat16[Tensor, "queries heads head_dim"],
-    cache: BFloat16[Tensor, "pages page_size row_dim"],
+    cache: BFloat16[Tensor, "pages page_size row_dim"] | UInt8[Tensor, "pages page_size row_bytes"],
     pages: Int32[Tensor, "sequence_pages"],
     *,
     kv_heads: int,
@@ -203,12 +205,20 @@ def gqa_attention(
 ) -> BFloat16[Tensor, "queries heads head_dim"]:
     """Causal attention over rows [K ; V] of `kv_heads` heads each; `window` as in
     lowlat.ops.attention.causal_attention.
+
+    Bytes are rows of lowlat.attention.rows, all of whose channels are in int8. The level avx512
+    rounds queries as for `mla_attention` where heads are whole groups of 64 channels wide and 8 of
+    them share their keys.
     """
     dim = q.shape[2]
+    row_dim = 2 * kv_heads * dim
+    quantized = row_dim if cache.dtype == torch.uint8 else 0
     layout = native.module().RowLayout(
         kv_heads=kv_heads, key_step=dim, value_dim=dim, value_step=dim, value_offset=kv_heads * dim
     )
-    return _attention(q, cache, pages, layout, dim, start, scale, window, level)
+    return _attention(
+        q, cache, pages, layout, row_dim, dim, start, scale, window, level, quantized
+    )
 
 
 def _attention(
@@ -216,19 +226,20 @@ def _attention(
     cache: Tensor,
     pages: Tensor,
     layout: Any,
+    row_dim: int,
     value_dim: int,
     start: int,
     scale: float,
     window: int | None,
     level: str,
-    quantized: int = 0,
+    quantized: int,
 ) -> Tensor:
     out = torch.empty(q.shape[0], q.shape[1], value_dim, dtype=q.dtype)
     native.module().attention(
         q.contiguous(),
         cache.view(torch.uint8),
         pages.contiguous(),
-        row_dim=q.shape[2] if quantized else cache.shape[2],
+        row_dim=row_dim,
         quantized=quantized,
         start=start,
         scale=scale,

@@ -118,29 +118,34 @@ def as_integers_read_it(q: Tensor, quantized: int) -> Tensor:
 
 
 def byte_rounding(
-    q: Tensor, keys: Tensor, packed: Tensor, latent: int, quantized: int, scale: float
+    q: Tensor, keys: Tensor, integers: Tensor, scales: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    """Six standard deviations of the errors of attended latents [queries, heads, latent] where
-    softmax weights, times the scales of a key's groups, are rounded to 254ths of the largest there
-    could be in a span of keys, at random: a standard deviation of half a step for each key.
+    """Six standard deviations of the errors of attended values [queries, heads, d] where softmax
+    weights, times the scales of a key's groups, are rounded to 254ths of the largest there could be
+    in a span of keys, at random: a standard deviation of half a step for each key. The values are
+    `integers` [keys, d] times `scales` [keys, d].
     """
     queries, count = len(q), len(keys)
     scores = torch.einsum("qhd,kd->qhk", q.double(), keys.double()) * scale
-    hidden = torch.ones(queries, count).triu(count - queries + 1).bool()[:, None]
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
-    groups = -(-latent // 64)
-    scales_at = -(-quantized // 4) * 4
-    scales = packed[:, scales_at : scales_at + 4 * groups].contiguous().view(torch.float32)
-    values = packed[:, :latent].view(torch.int8).double()
-    of_channel = torch.arange(latent) // 64
-    variance = torch.zeros(*q.shape[:2], latent, dtype=torch.float64)
+    seen = torch.ones(queries, count).tril(count - queries)
+    if window is not None:
+        seen = seen.triu(count - queries - window + 1)
+    weights = scores.masked_fill(seen[:, None] == 0, -torch.inf).softmax(dim=-1)
+    variance = torch.zeros(*q.shape[:2], integers.shape[1], dtype=torch.float64)
     for first, last in pairwise([0, 64, *range(128, count + 128, 128)]):
         part = slice(first, last)
         if first < count:
-            largest = scales[part].double().amax(dim=0)[of_channel] / 254
-            squares = values[part].square().sum(dim=0)
-            variance += (weights[..., part].amax(dim=-1, keepdim=True) * largest) ** 2 * squares
+            step = weights[..., part].amax(dim=-1, keepdim=True) * scales[part].amax(dim=0) / 254
+            variance += step**2 * integers[part].double().square().sum(dim=0)
     return 3 * variance.sqrt()
+
+
+def integers_and_scales(packed: Tensor, quantized: int) -> tuple[Tensor, Tensor]:
+    """The int8 channels [keys, quantized] and the scale of each, fp64."""
+    at, groups = -(-quantized // 4) * 4, -(-quantized // 64)
+    scales = packed[:, at : at + 4 * groups].contiguous().view(torch.float32).double()
+    of_channel = torch.arange(quantized) // 64
+    return packed[:, :quantized].view(torch.int8), scales[:, of_channel]
 
 
 @every_level
@@ -186,7 +191,8 @@ def test_mla_over_int8(
     if level in INTEGER_LEVELS:
         rows = unpack_rows(packed, width, quantized, torch.float32)
         q = as_integers_read_it(q, quantized)
-        rounding = byte_rounding(q, rows, packed, latent, quantized, scale)
+        integers, scales = integers_and_scales(packed, quantized)
+        rounding = byte_rounding(q, rows, integers[:, :latent], scales[:, :latent], scale, None)
     else:
         rows = unpack_rows(packed, width, quantized, torch.bfloat16)
     check(out, q, rows[:, None], rows[:, None, :latent], start, scale, None, rounding)
@@ -224,6 +230,58 @@ def test_gqa(
     )
     k, v = rows.unflatten(1, (2, kv_heads, dim)).unbind(1)
     check(out, q, k, v, start, scale, window)
+
+
+@every_level
+@few
+@given(
+    queries=st.integers(1, 9),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 3, 8, 16, 20]),
+    dim=st.sampled_from([20, 64, 96, 128]),
+    start=starts,
+    page_size=page_sizes,
+    window=st.one_of(st.none(), st.integers(1, 1200)),
+    seed=seeds,
+)
+def test_gqa_over_int8(
+    level: str,
+    queries: int,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    start: int,
+    page_size: int,
+    window: int | None,
+    seed: int,
+) -> None:
+    """Products are with integers where queries share keys by eight, and a head's keys and values
+    begin where 64 channels do."""
+    width = 2 * kv_heads * dim
+    packed = pack_rows(draw((start + queries, width), "normal", seed), width)
+    q = draw((queries, kv_heads * group, dim), "normal", seed + 1)
+    cache, pages = paged(packed, page_size, seed)
+    scale = dim**-0.5
+    out = native_ops.gqa_attention(
+        q, cache, pages, kv_heads=kv_heads, start=start, scale=scale, window=window, level=level
+    )
+    exact = unpack_rows(packed, width, width, torch.float32).unflatten(1, (2, kv_heads, dim))
+    plain = exact.bfloat16()
+    integers, scales = (
+        each.unflatten(1, (2, kv_heads, dim)) for each in integers_and_scales(packed, width)
+    )
+    for head in range(kv_heads):
+        own = slice(head * group, (head + 1) * group)
+        starts_at = head * dim, (kv_heads + head) * dim
+        fits = all(at % 64 == 0 for at in starts_at)
+        rows, asked, rounding = plain[:, :, head], q[:, own], 0.0
+        if level in INTEGER_LEVELS and fits and group >= 8:
+            rows, asked = exact[:, :, head], as_integers_read_it(q[:, own], dim)
+            rounding = byte_rounding(
+                asked, rows[:, 0], integers[:, 1, head], scales[:, 1, head], scale, window
+            )
+        k, v = rows[:, :1], rows[:, 1:]
+        check(out[:, own], asked, k, v, start, scale, window, rounding)
 
 
 @every_level
