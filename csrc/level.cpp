@@ -102,8 +102,7 @@ void attend_position(const PagedAttention& a, std::int64_t query, std::int64_t g
   }
   const Queries q{a.q + row * a.q_stride, a.q_stride, rows, bounds, bounds + rows};
   const CachedKeys keys{a.cache, a.pages, a.row_dim,
-                        {group * a.key_step, a.key_dim, a.value_offset + group * a.value_step, a.value_dim}, a.scale,
-                        a.heads / a.kv_heads};
+                        {group * a.key_step, a.key_dim, a.value_offset + group * a.value_step, a.value_dim}, a.scale};
   const std::int64_t stride = round_up(a.value_dim, 32);
   const auto state = [&](int slot) {
     auto* memory = scratch.get<float>(slot, rows * (stride + 2));

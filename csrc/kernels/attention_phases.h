@@ -74,8 +74,7 @@ inline Queries queries_of(const Pass& pass, const Attention& a, const QueryGroup
 }
 
 inline CachedKeys keys_of(const Pass& pass, const Attention& a, const Cache& cache, const QueryGroup& group) {
-  const std::int64_t heads = a.is_mla() ? a.heads : a.heads / a.kv_heads;
-  return {cache, pass.step.sequences[group.sequence].pages, a.row_dim(), row_view(a, group.kv_head), a.scale, heads};
+  return {cache, pass.step.sequences[group.sequence].pages, a.row_dim(), row_view(a, group.kv_head), a.scale};
 }
 
 // Where the attended values of row r of a group go.

@@ -83,8 +83,8 @@ inline void expand_head(const Pass& pass, const Attention& a, const Cache& cache
     const std::int64_t keys = least(span, context - at);
     for (std::int64_t key = 0; key < keys; key += kKeyBlock) {
       const std::int64_t count = least(kKeyBlock, keys - key);
-      const Rows rows =
-          cached_rows(cache, sequence.pages, at + key, count, a.row_dim(), a.latent_dim % 32 != 0, gathered);
+      const Rows rows = cached_rows(cache, sequence.pages, at + key, count, a.row_dim(), a.latent_dim % 32 != 0,
+                                    {{0, a.row_dim()}}, gathered);
       panels.load(key / kKeyBlock, build_block(pass, a, projections, rows, count));
     }
     for (std::int64_t i = 0; i < queries; i += kQueryGroup) {

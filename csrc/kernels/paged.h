@@ -1,6 +1,8 @@
 // Cached rows, page by page, as blocks of keys and values.
 #pragma once
 
+#include <initializer_list>
+
 #include "../model.h"
 #include "attention.h"
 #include "rowwise.h"
@@ -20,12 +22,18 @@ inline const std::uint8_t* cached_row(const Cache& cache, const std::int32_t* pa
 
 inline std::int64_t padded_to_4(std::int64_t bytes) { return (bytes + 3) / 4 * 4; }
 
-// A row of the int8 cache back in bf16: out [row_dim].
-inline void dequantize_row(const Cache& cache, const std::uint8_t* row, std::int64_t row_dim, bf16* out) {
+// Channels [first, last) of a row.
+struct Channels {
+  std::int64_t first, last;
+};
+
+// Channels of a row of the int8 cache back in bf16, in their places in out [row_dim], and what shares their scales.
+inline void dequantize_row(const Cache& cache, const std::uint8_t* row, Channels wanted, bf16* out) {
+  if (wanted.first == wanted.last) return;
   const auto* values = reinterpret_cast<const std::int8_t*>(row);
   const std::uint8_t* scales = row + padded_to_4(cache.quantized);
   const std::int64_t groups = (cache.quantized + 63) / 64;
-  for (std::int64_t g = 0; g < groups; ++g) {
+  for (std::int64_t g = wanted.first / 64; 64 * g < least(wanted.last, cache.quantized); ++g) {
     float scale;
     std::memcpy(&scale, scales + 4 * g, 4);
     const std::int64_t end = least(64 * (g + 1), cache.quantized);
@@ -33,7 +41,8 @@ inline void dequantize_row(const Cache& cache, const std::uint8_t* row, std::int
     for (; i + 32 <= end; i += 32) store_pairs(out + i, pairs_of_int8(values + i, scale));
     for (; i < end; i += 16) store_bf16(out + i, mul(load_int8(values + i, end - i), set1(scale)), end - i);
   }
-  std::memcpy(out + cache.quantized, scales + 4 * groups, (row_dim - cache.quantized) * sizeof(bf16));
+  const std::int64_t plain = most(0, wanted.last - cache.quantized);
+  std::memcpy(out + cache.quantized, scales + 4 * groups, plain * sizeof(bf16));
 }
 
 // Stores a row, a twin of pack_rows in lowlat/attention/rows.py: out is the row's place in the cache.
@@ -53,9 +62,10 @@ inline void store_row(const Cache& cache, const bf16* row, std::int64_t row_dim,
 }
 
 // Rows [position, position + count) of a sequence, count <= 64: where they lie if they follow each other in bf16, else
-// in `scratch` [64, row_dim rounded up to 32]. `padded` asks for whole multiples of 32 readable elements per row.
+// in `scratch` [64, row_dim rounded up to 32], with the channels `wanted`. `padded` asks for whole multiples of 32
+// readable elements per row.
 inline Rows cached_rows(const Cache& cache, const std::int32_t* pages, std::int64_t position, std::int64_t count,
-                        std::int64_t row_dim, bool padded, bf16* scratch) {
+                        std::int64_t row_dim, bool padded, std::initializer_list<Channels> wanted, bf16* scratch) {
   const bool follows = position % cache.page_size + count <= cache.page_size;
   if (cache.quantized == 0 && follows && (!padded || row_dim % 32 == 0)) {
     const std::uint8_t* row = cached_row(cache, pages, position);
@@ -68,7 +78,7 @@ inline Rows cached_rows(const Cache& cache, const std::int32_t* pages, std::int6
     if (cache.quantized == 0) {
       std::memcpy(out, row, row_dim * sizeof(bf16));
     } else {
-      dequantize_row(cache, row, row_dim, out);
+      for (const Channels& channels : wanted) dequantize_row(cache, row, channels, out);
     }
     std::memset(out + row_dim, 0, (stride - row_dim) * sizeof(bf16));
   }

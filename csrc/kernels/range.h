@@ -17,17 +17,14 @@ struct CachedKeys {
   const std::int32_t* pages;
   std::int64_t row_dim;
   RowView view;
-  float scale;         // of the scores
-  std::int64_t heads;  // of queries that read these keys
+  float scale;  // of the scores
 
-  // Whether products with integers are to be taken: keys and values begin where channels share a scale, keys are int8
-  // but for what ends the row, values are int8, and queries fill the lanes of a tile, where keys and values lie apart
-  // and have to be read one after the other.
+  // Whether products can be with integers: keys and values begin where channels share a scale, keys are int8 but for
+  // what ends the row, values are int8.
   bool are_integers() const {
     const std::int64_t quantized = cache.quantized, key_end = view.key + view.key_dim;
-    const bool fit = view.key % 64 == 0 && view.value % 64 == 0 && view.key < quantized &&
-                     (key_end <= quantized || key_end == row_dim) && view.value + view.value_dim <= quantized;
-    return fit && (view.key == view.value || heads >= kTile / 2);
+    return view.key % 64 == 0 && view.value % 64 == 0 && view.key < quantized &&
+           (key_end <= quantized || key_end == row_dim) && view.value + view.value_dim <= quantized;
   }
 };
 
@@ -52,7 +49,7 @@ inline Ahead bytes_ahead(const CachedKeys& keys, std::int64_t position, std::int
   Matrix rows;
   rows.storage = Storage::int8_rows;
   rows.rows = least(least(kKeyBlock, end - position), cache.page_size - position % cache.page_size);
-  rows.columns = last - first;
+  rows.columns = least(last - first + 63, cache.row_bytes - first);  // they begin anywhere in a line
   rows.stride = cache.row_bytes;
   rows.data = cached_row(cache, keys.pages, position) + first;
   return Ahead(rows);
@@ -106,10 +103,16 @@ class IntegerReader {
         }
         if (at < start + kSpan) {
           keys_ahead(at, end).ask_for_all();
-          if (!is_one_) values_ahead(at, end).ask_for_all();
+          if (!is_one_) {
+            values_ahead(at, end).ask_for_all();
+            scales_ahead(at, end).ask_for_all();
+          }
         }
         keys.add(keys_ahead(at + kSpan, end));
-        if (!is_one_) values.add(values_ahead(at + kSpan, end));
+        if (!is_one_) {
+          values.add(values_ahead(at + kSpan, end));
+          scales_ahead(at + kSpan, end).ask_for_all();
+        }
         span.add(block_at(at, least(kKeyBlock, stop - at), span.count));
       }
       if (span.count == 0) continue;
@@ -130,6 +133,11 @@ class IntegerReader {
   }
   Ahead values_ahead(std::int64_t position, std::int64_t end) const {
     return bytes_ahead(keys_, position, end, keys_.view.value, keys_.view.value + keys_.view.value_dim);
+  }
+  // Scales of keys and values that lie apart.
+  Ahead scales_ahead(std::int64_t position, std::int64_t end) const {
+    const std::int64_t first = padded_to_4(keys_.cache.quantized);
+    return bytes_ahead(keys_, position, end, first, first + 4 * groups_of(keys_.cache.quantized));
   }
 
   // Block `number` of a span.
@@ -201,7 +209,11 @@ class PlainReader {
  private:
   KeyBlock block_at(std::int64_t at, std::int64_t count, std::int64_t end, bf16* gathered) const {
     const RowView& reads = keys_.view;
-    const Rows rows = cached_rows(keys_.cache, keys_.pages, at, count, keys_.row_dim, false, gathered);
+    const Channels keys{reads.key, reads.key + reads.key_dim};
+    const bool are_apart = reads.value < keys.first || reads.value + reads.value_dim > keys.last;
+    const Channels values{reads.value, are_apart ? reads.value + reads.value_dim : reads.value};
+    const Rows rows =
+        cached_rows(keys_.cache, keys_.pages, at, count, keys_.row_dim, false, {keys, values}, gathered);
     KeyBlock block{view(rows.data + reads.key, count, reads.key_dim, rows.stride),
                    view(rows.data + reads.value, count, reads.value_dim, rows.stride), {}, {}};
     const std::int64_t later = at + kSpan;

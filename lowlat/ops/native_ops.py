@@ -207,8 +207,7 @@ def gqa_attention(
     lowlat.ops.attention.causal_attention.
 
     Bytes are rows of lowlat.attention.rows, all of whose channels are in int8. The level avx512
-    rounds queries as for `mla_attention` where heads are whole groups of 64 channels wide and 8 of
-    them share their keys.
+    rounds queries as for `mla_attention` where a head's keys and values begin where 64 channels do.
     """
     dim = q.shape[2]
     row_dim = 2 * kv_heads * dim
@@ -216,9 +215,7 @@ def gqa_attention(
     layout = native.module().RowLayout(
         kv_heads=kv_heads, key_step=dim, value_dim=dim, value_step=dim, value_offset=kv_heads * dim
     )
-    return _attention(
-        q, cache, pages, layout, row_dim, dim, start, scale, window, level, quantized
-    )
+    return _attention(q, cache, pages, layout, row_dim, dim, start, scale, window, level, quantized)
 
 
 def _attention(
