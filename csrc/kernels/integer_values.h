@@ -1,10 +1,10 @@
 // Values of attention over int8 rows, by integer dot products.
 //
-// A softmax weight times the scale of a key's 64 channels becomes a byte: so many 254ths of the largest there could be
-// of that query in the span. To no byte is it rounded to the nearest, which would leave nothing of many small weights:
-// what is added before the fraction is dropped runs through 64 even steps from key to key, so that a sum over keys keeps
-// what they were worth. Where a weight is a large part of all that a query has given so far, its span is taken with 8
-// bits more, in products of their own.
+// A softmax weight times the scale of a key's 64 channels becomes a byte: so many 254ths of the largest there could be of
+// that query in the span. Of many small weights the nearest byte would leave nothing; a fraction that runs through 64 even
+// steps from key to key is added instead, and what is below one dropped, so that sums over keys stay what they are.
+// Where one weight is a large part of all that a query has given so far, its span is taken with 8 bits more, in
+// products of their own.
 #pragma once
 
 #include "integer_scores.h"
@@ -48,7 +48,7 @@ struct ByteWeights {
   std::int64_t at(std::int64_t group, std::int64_t quad) const { return (group * quads + quad) * width; }
 };
 
-// What is added to the weight of a key before its fraction is dropped, in 256ths.
+// What is added to the weight of a key before what is below one is dropped, in 256ths: the key's last six bits in reverse.
 inline float added_fraction(std::int64_t key) {
   int turned = 0;
   for (int bit = 0; bit < 6; ++bit) turned |= (static_cast<int>(key) >> bit & 1) << (5 - bit);
