@@ -172,6 +172,46 @@ void combine(const Array& rows, const std::optional<Array>& factors, const Array
   run(ops(level).combine, pass);
 }
 
+// Rows of every expert, which are not negative and as many as there are.
+const std::int64_t* group_counts(const Array& counts, std::int64_t experts, std::int64_t rows) {
+  const auto* each = elements<std::int64_t>(counts, "counts", Type::int64, {experts});
+  std::int64_t left = rows;
+  for (std::int64_t e = 0; e < experts; ++e) {
+    if (each[e] < 0 || each[e] > left) throw std::invalid_argument("counts do not fit the rows");
+    left -= each[e];
+  }
+  if (left != 0) throw std::invalid_argument("counts do not fit the rows");
+  return each;
+}
+
+void grouped(const Array& rows, const Array& weight, const Array& counts, bool is_turned, const Array& products,
+             const std::string& level) {
+  GroupedPass pass;
+  const std::int64_t count = size(rows, 0);
+  pass.experts = size(weight, 0);
+  pass.out = size(weight, 1);
+  pass.in = size(weight, 2);
+  pass.counts = group_counts(counts, pass.experts, count);
+  pass.weight = values(weight, "weight", has_type(weight, Type::bf16), {pass.experts, pass.out, pass.in});
+  pass.is_turned = is_turned;
+  pass.rows = elements<bf16>(rows, "rows", Type::bf16, {count, is_turned ? pass.out : pass.in});
+  pass.products = elements<bf16>(products, "products", Type::bf16, {count, is_turned ? pass.in : pass.out});
+  run(ops(level).grouped, pass);
+}
+
+void outer(const Array& left, const Array& right, const Array& counts, const Array& sums, const std::string& level) {
+  OuterPass pass;
+  const std::int64_t count = size(left, 0);
+  pass.experts = size(sums, 0);
+  pass.out = size(sums, 1);
+  pass.in = size(sums, 2);
+  pass.counts = group_counts(counts, pass.experts, count);
+  pass.left = elements<bf16>(left, "left", Type::bf16, {count, pass.out});
+  pass.right = elements<bf16>(right, "right", Type::bf16, {count, pass.in});
+  pass.sums = elements<float>(sums, "sums", Type::fp32, {pass.experts, pass.out, pass.in});
+  run(ops(level).outer, pass);
+}
+
 CausalPass causal(const Array& q, const Array& k, const Array& v, const Array& ends, float scale, const Array& out,
                   const Array& log_total) {
   CausalPass pass;
@@ -233,6 +273,8 @@ void bind_training(nb::module_& module) {
              "level"_a = "");
   module.def("causal_backward", causal_backward, "q"_a, "k"_a, "v"_a, "ends"_a, "scale"_a, "out"_a, "log_total"_a,
              "grad"_a, "grad_q"_a, "grad_k"_a, "grad_v"_a, "level"_a = "");
+  module.def("grouped", grouped, "rows"_a, "weight"_a, "counts"_a, "is_turned"_a, "products"_a, "level"_a = "");
+  module.def("outer", outer, "left"_a, "right"_a, "counts"_a, "sums"_a, "level"_a = "");
   module.def("combine", combine, "rows"_a, "factors"_a.none(), "places"_a, "out"_a, "level"_a = "");
 }
 

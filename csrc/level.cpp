@@ -8,6 +8,7 @@
 #include "kernels/causal.h"
 #include "kernels/common.h"
 #include "kernels/divergence.h"
+#include "kernels/grouped.h"
 #include "kernels/linear.h"
 #include "kernels/pack.h"
 #include "kernels/paged.h"
@@ -21,11 +22,6 @@
 namespace lowlat::LOWLAT_ISA {
 
 namespace single {
-
-template <class T>
-T* room(Buffer& buffer, std::int64_t count) {
-  return static_cast<T*>(buffer.reserve(static_cast<std::size_t>(count) * sizeof(T)));
-}
 
 void linear(Team& team, const Matrix& w, const Activations& x, float* out) {
   if (x.rows == 0) return;
@@ -150,6 +146,8 @@ const lowlat::Ops LOWLAT_NAME(lowlat_ops_, LOWLAT_ISA) = {
     .divergence = lowlat::LOWLAT_ISA::training::divergence,
     .rotation = lowlat::LOWLAT_ISA::training::rotation,
     .combine = lowlat::LOWLAT_ISA::training::combine,
+    .grouped = lowlat::LOWLAT_ISA::grouped::products,
+    .outer = lowlat::LOWLAT_ISA::grouped::outer,
     .causal_forward = lowlat::LOWLAT_ISA::causal::forward,
     .causal_backward = lowlat::LOWLAT_ISA::causal::backward,
     .step = lowlat::LOWLAT_ISA::run_step,

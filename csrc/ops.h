@@ -75,6 +75,8 @@ struct Ops {
   void (*divergence)(Team&, const DivergencePass&);
   void (*rotation)(Team&, const RotationPass&);
   void (*combine)(Team&, const CombinePass&);
+  void (*grouped)(Team&, const GroupedPass&);
+  void (*outer)(Team&, const OuterPass&);
   void (*causal_forward)(Team&, const CausalPass&);
   void (*causal_backward)(Team&, const CausalPass&);
 

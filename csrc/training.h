@@ -82,6 +82,25 @@ struct CombinePass {
   Values out;                            // [tokens, size]
 };
 
+// Rows sorted by expert, each times the matrix of its expert: x W^T, or turned: x W.
+struct GroupedPass {
+  std::int64_t experts = 0, out = 0, in = 0;
+  const std::int64_t* counts = nullptr;  // [experts] rows of each, one expert's after the other's
+  Values weight;                         // [experts, out, in]
+  bool is_turned = false;
+  const std::uint16_t* rows = nullptr;   // bf16 [any, in], turned: [any, out]
+  std::uint16_t* products = nullptr;     // bf16 [any, out], turned: [any, in]
+};
+
+// left^T right over the rows of every expert: the gradient of its matrix.
+struct OuterPass {
+  std::int64_t experts = 0, out = 0, in = 0;
+  const std::int64_t* counts = nullptr;  // [experts]
+  const std::uint16_t* left = nullptr;   // bf16 [any, out]
+  const std::uint16_t* right = nullptr;  // bf16 [any, in]
+  float* sums = nullptr;                 // [experts, out, in]
+};
+
 // Causal attention of whole sequences that lie one after the other. bf16; heads / kv_heads query heads share a key head.
 struct CausalPass {
   std::int64_t sequences = 0;

@@ -23,13 +23,19 @@ class Buffer {
   std::size_t bytes_ = 0;
 };
 
+// The start of a buffer that has room for `count` of T.
+template <class T>
+T* room(Buffer& buffer, std::int64_t count) {
+  return static_cast<T*>(buffer.reserve(static_cast<std::size_t>(count) * sizeof(T)));
+}
+
 // A thread's own buffers, by number.
 class Scratch {
  public:
   static constexpr int kSlots = 16;
   template <class T>
   T* get(int slot, std::int64_t count) {
-    return static_cast<T*>(slots_[slot].reserve(static_cast<std::size_t>(count) * sizeof(T)));
+    return room<T>(slots_[slot], count);
   }
 
  private:

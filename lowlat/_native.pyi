@@ -384,6 +384,21 @@ def combine(
 ) -> None:
     """rows and out bf16 or fp32 [any, dim], factors fp32 [any], places int64 [tokens, chosen]."""
 
+def grouped(
+    rows: Tensor,
+    weight: Tensor,
+    counts: Tensor,
+    is_turned: bool,
+    products: Tensor,
+    level: str = "",
+) -> None:
+    """rows and products bf16 [rows, width], weight bf16 or fp32 [experts, out, in], counts int64
+    [experts], whose sum is the number of rows.
+    """
+
+def outer(left: Tensor, right: Tensor, counts: Tensor, sums: Tensor, level: str = "") -> None:
+    """left and right bf16 [rows, width], counts int64 [experts], sums fp32 [experts, out, in]."""
+
 def causal_forward(
     q: Tensor,
     k: Tensor,

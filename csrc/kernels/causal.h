@@ -1,5 +1,5 @@
-// Attention in training: whole sequences, forward and backward, 64 queries by 64 keys at a time (FlashAttention-2, arXiv
-// 2307.08691, with the rows of a head as panels of the one product).
+// Attention in training: whole sequences, 64 queries at a time, forward by 256 keys and backward by 64 (FlashAttention-2,
+// arXiv 2307.08691, with the rows of a head as panels of the one product).
 //
 // A key-value head of a sequence is one piece of work of one thread, and its sums go in one order: the bits do not
 // depend on the number of threads.
@@ -15,12 +15,9 @@
 namespace lowlat::LOWLAT_ISA::causal {
 
 constexpr std::int64_t kBlock = kKeyBlock;
+constexpr int kForwardBlocks = 4;  // of keys, that share a step of the forward softmax
+constexpr std::int64_t kForwardKeys = kForwardBlocks * kBlock;
 constexpr float kNever = 1e30f;  // log total of a query that is not there: every weight is 0
-
-template <class T>
-T* room(Buffer& buffer, std::int64_t count) {
-  return static_cast<T*>(buffer.reserve(static_cast<std::size_t>(count) * sizeof(T)));
-}
 
 inline std::int64_t blocks_of(std::int64_t length) { return (length + kBlock - 1) / kBlock; }
 
@@ -92,19 +89,48 @@ struct Memory {
 
 // --- forward -------------------------------------------------------------------------------------------------------------
 
-inline void forward_head(const CausalPass& p, const HeadAt& at, const HeadPanels& keys, const HeadPanels& values,
-                         Memory& memory) {
+// A head's keys and values as panels, a span after the other.
+struct HeadSpans {
+  Panel* keys;
+  Panel* values;
+  std::int64_t key_dim, value_dim;
+
+  SpanPanels span(std::int64_t number) const {
+    return {keys + number * SpanPanels::key_panels(key_dim, kForwardBlocks),
+            values + number * SpanPanels::value_panels(value_dim, kForwardBlocks), num_panels(key_dim),
+            2 * kForwardBlocks};
+  }
+};
+
+inline HeadSpans make_spans(const CausalPass& p, const HeadAt& at, Memory& memory) {
+  const std::int64_t spans = (at.length + kForwardKeys - 1) / kForwardKeys;
+  const std::int64_t k_step = p.kv_heads * p.key_dim, v_step = p.kv_heads * p.value_dim;
+  const HeadSpans head{room<Panel>(memory.key_rows, spans * SpanPanels::key_panels(p.key_dim, kForwardBlocks)),
+                       room<Panel>(memory.value_turned, spans * SpanPanels::value_panels(p.value_dim, kForwardBlocks)),
+                       p.key_dim, p.value_dim};
+  for (std::int64_t key = 0; key < at.length; key += kBlock) {
+    const std::int64_t count = least(kBlock, at.length - key), token = at.start + key;
+    const KeyBlock block{view(p.k + token * k_step + at.kv_head * p.key_dim, count, p.key_dim, k_step),
+                         view(p.v + token * v_step + at.kv_head * p.value_dim, count, p.value_dim, v_step),
+                         {},
+                         {}};
+    head.span(key / kForwardKeys).load(key % kForwardKeys / kBlock, block);
+  }
+  return head;
+}
+
+inline void forward_head(const CausalPass& p, const HeadAt& at, const HeadSpans& spans, Memory& memory) {
   const std::int64_t step = p.heads * p.key_dim, stride = round_up(p.key_dim, kColumns);
   const std::int64_t out_stride = round_up(p.value_dim, kColumns);
   auto* q = room<bf16>(memory.q, kBlock * stride);
   auto* first = room<std::int64_t>(memory.first, kBlock);
   auto* last = room<std::int64_t>(memory.last, kBlock);
-  const ScoreScratch scratch{room<float>(memory.scores, kBlock * kBlock), room<bf16>(memory.weights, kBlock * kBlock)};
+  const ScoreScratch scratch{room<float>(memory.scores, kBlock * kForwardKeys),
+                             room<bf16>(memory.weights, kBlock * kForwardKeys), nullptr, kForwardKeys};
   const SoftmaxState state{room<float>(memory.tops, kBlock), room<float>(memory.totals, kBlock),
                            room<float>(memory.values, kBlock * out_stride), out_stride};
-  for (std::int64_t block = 0; block < blocks_of(at.length); ++block) {
-    const std::int64_t start = block * kBlock, rows = least(kBlock, at.length - start);
-    const std::int64_t token = at.start + start;
+  for (std::int64_t start = 0; start < at.length; start += kBlock) {
+    const std::int64_t rows = least(kBlock, at.length - start), token = at.start + start, seen = start + rows;
     copy_rows(p.q + token * step + at.head * p.key_dim, step, rows, p.key_dim, q);
     for (std::int64_t r = 0; r < rows; ++r) {
       first[r] = 0;
@@ -112,10 +138,9 @@ inline void forward_head(const CausalPass& p, const HeadAt& at, const HeadPanels
     }
     state.clear(rows);
     const Queries queries{q, stride, rows, first, last};
-    for (std::int64_t other = 0; other <= block; ++other) {
-      times_rows(keys, other, q, rows, scratch.scores);
-      softmax_step<1>(queries, other * kBlock, 1, p.scale, scratch, state);
-      times_block(values, other, scratch.weights, rows, state.values, out_stride);
+    for (std::int64_t key = 0; key < seen; key += kForwardKeys) {
+      attend_loaded<kForwardBlocks>(queries, spans.span(key / kForwardKeys), least(kForwardKeys, seen - key), p.value_dim,
+                                    key, p.scale, scratch, state);
     }
     for (std::int64_t r = 0; r < rows; ++r) {
       finish(state, r, p.value_dim, p.out + ((token + r) * p.heads + at.head) * p.value_dim);
@@ -145,21 +170,6 @@ inline void turned_weights(std::int64_t keys, bool is_diagonal, float scale, con
       }
       store_pairs(weights + key * kBlock + i, pairs_in_order(weight[0], weight[1]));
       store_pairs(slopes + key * kBlock + i, pairs_in_order(slope[0], slope[1]));
-    }
-  }
-}
-
-// slopes [keys, 64] as [64, 64]: a row is a query, zeros beyond `keys`.
-inline void turn_slopes(const bf16* slopes, std::int64_t keys, bf16* turned) {
-  const Matrix block = view(slopes, keys, kBlock, kBlock);
-  const std::int64_t count = num_panels(keys);
-  Panel panels[2 * kBlock / kColumns];
-  for (std::int64_t query = 0; query < kBlock; query += kColumns) {
-    load_turned_panels(block, query, 0, keys, panels, count);
-    for (std::int64_t i = 0; i < 2 * count; ++i) {
-      transpose(panels[i], panels[i]);
-      const std::int64_t first = query + i / count * kTile;
-      for (int r = 0; r < kTile; ++r) store_pairs(turned + (first + r) * kBlock + i % count * kColumns, panels[i][r]);
     }
   }
 }
@@ -207,6 +217,7 @@ inline void backward_head(const CausalPass& p, const HeadAt& at, const bf16* k, 
   auto* weights = room<bf16>(memory.weights, kBlock * kBlock);
   auto* slopes = room<bf16>(memory.slopes, kBlock * kBlock);
   auto* turned = room<bf16>(memory.turned, kBlock * kBlock);
+  Panel turned_panels[2 * kBlock / kColumns];
   const std::int64_t k_width = round_up(p.key_dim, kColumns), v_width = round_up(p.value_dim, kColumns);
   for (std::int64_t key = 0; key < blocks; ++key) {
     const std::int64_t first = key * kBlock, keys = least(kBlock, at.length - first);
@@ -217,7 +228,7 @@ inline void backward_head(const CausalPass& p, const HeadAt& at, const bf16* k, 
                      slopes);
       times_block(grads, query, weights, keys, sums.v + first * sums.v_stride, sums.v_stride);
       times_block(queries, query, slopes, keys, sums.k + first * sums.k_stride, sums.k_stride);
-      turn_slopes(slopes, keys, turned);
+      turn_columns(view(slopes, keys, kBlock, kBlock), turned_panels, turned, kBlock);
       times_block(keys_turned, key, turned, kBlock, sums.q + query * kBlock * sums.k_stride, sums.k_stride);
     }
   }
@@ -262,13 +273,10 @@ inline void backward_group(const CausalPass& p, HeadAt at, Memory& memory) {
 }
 
 inline void forward_group(const CausalPass& p, HeadAt at, Memory& memory) {
-  const std::int64_t k_step = p.kv_heads * p.key_dim, v_step = p.kv_heads * p.value_dim, group = p.heads / p.kv_heads;
-  const HeadPanels keys = make_panels(p.k + at.start * k_step + at.kv_head * p.key_dim, k_step, at.length, p.key_dim,
-                                      &memory.key_rows, nullptr);
-  const HeadPanels values = make_panels(p.v + at.start * v_step + at.kv_head * p.value_dim, v_step, at.length, p.value_dim,
-                                        nullptr, &memory.value_turned);
+  const std::int64_t group = p.heads / p.kv_heads;
+  const HeadSpans spans = make_spans(p, at, memory);
   for (at.head = at.kv_head * group; at.head < (at.kv_head + 1) * group; ++at.head) {
-    forward_head(p, at, keys, values, memory);
+    forward_head(p, at, spans, memory);
   }
 }
 

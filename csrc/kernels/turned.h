@@ -92,4 +92,20 @@ inline void multiply_turned_rows(const TurnedRows& w, std::int64_t channel, Pane
   multiply(panels, 2, count, count, x, stride, rows, out, out_stride, true, ahead);
 }
 
+// The columns of a matrix of bf16 as rows `stride` apart, zeros up to a multiple of 32; `panels` has room for those of
+// two tiles.
+inline void turn_columns(const Matrix& w, Panel* panels, bf16* to, std::int64_t stride) {
+  const std::int64_t count = num_panels(w.rows);
+  for (std::int64_t channel = 0; channel < w.columns; channel += kColumns) {
+    load_turned_panels(w, channel, 0, w.rows, panels, count);
+    for (std::int64_t i = 0; i < 2 * count; ++i) {
+      transpose(panels[i], panels[i]);
+      const std::int64_t first = channel + i / count * kTile, there = least(kTile, w.columns - first);
+      for (std::int64_t r = 0; r < there; ++r) {
+        store_pairs(to + (first + r) * stride + i % count * kColumns, panels[i][r]);
+      }
+    }
+  }
+}
+
 }  // namespace lowlat::LOWLAT_ISA

@@ -19,13 +19,9 @@ from lowlat.ops.differentiable import gated_backward
 from lowlat.ops.norm import accumulation_dtype
 from lowlat.ops.routing import Routing
 
-GroupedLinear = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
-"""rows [rows, in] sorted by expert, weight [experts, out, in], rows per expert -> [rows, out]."""
-
-
 ROW_UNIT = 64
-"""Rows of an expert are filled up to a multiple of this in bf16 on the CPU: oneDNN compiles a
-kernel for every number of rows it has not met, which takes longer than the product.
+"""Rows of an expert are filled up to a multiple of this for oneDNN's products in bf16: it compiles
+a kernel for every number of rows it has not met, which takes longer than the product.
 """
 
 
@@ -64,28 +60,45 @@ def group_by_expert(
 
 
 def grouped_linear(
-    x: Float[Tensor, "rows in"], weight: Float[Tensor, "experts out in"], counts: Sequence[int]
-) -> Float[Tensor, "rows out"]:
-    """Every expert's product with its own rows."""
+    x: Float[Tensor, "rows width"],
+    weight: Float[Tensor, "experts out in"],
+    counts: Sequence[int],
+    *,
+    is_turned: bool = False,
+) -> Float[Tensor, "rows outputs"]:
+    """Every expert's product with its own rows: x W^T, or with `is_turned` x W. Weights of another
+    dtype are rounded to x's.
+    """
+    if native_training.multiplies_groups(x, weight):
+        return native_training.grouped(x, weight, torch.tensor(counts), is_turned=is_turned)
+    weight = weight.to(x.dtype)
+    weight = weight if is_turned else weight.transpose(1, 2)
     if x.is_cuda and x.dtype == torch.bfloat16:
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=_ends(counts, x))
-    out = x.new_empty(x.shape[0], weight.shape[1])
+        return F.grouped_mm(x, weight, offs=_ends(counts, x))
+    out = x.new_empty(x.shape[0], weight.shape[2])
     for rows, group, matrix in zip(x.split(counts), out.split(counts), weight, strict=True):
-        torch.mm(rows, matrix.T, out=group)
+        torch.mm(rows, matrix, out=group)
     return out
 
 
 def grouped_outer(
-    left: Float[Tensor, "rows out"], right: Float[Tensor, "rows in"], counts: Sequence[int]
+    left: Float[Tensor, "rows out"],
+    right: Float[Tensor, "rows in"],
+    counts: Sequence[int],
+    dtype: torch.dtype,
 ) -> Float[Tensor, "experts out in"]:
-    """left^T right over the rows of each expert: the gradient of its weight. Zero without rows."""
+    """left^T right over the rows of each expert in `dtype`: the gradient of its weight. Zero
+    without rows.
+    """
+    if native_training.multiplies_groups(left, right):
+        return native_training.outer(left, right, torch.tensor(counts)).to(dtype)
     if left.is_cuda and left.dtype == torch.bfloat16:
-        return F.grouped_mm(left.T, right, offs=_ends(counts, left))
+        return F.grouped_mm(left.T, right, offs=_ends(counts, left)).to(dtype)
     out = left.new_empty(len(counts), left.shape[1], right.shape[1])
     groups = zip(left.split(counts), right.split(counts), out, strict=True)
     for rows, columns, matrix in groups:
         torch.mm(rows.T, columns, out=matrix)
-    return out
+    return out.to(dtype)
 
 
 def _ends(counts: Sequence[int], like: Tensor) -> Tensor:
@@ -106,7 +119,11 @@ def stacked_experts(
     to x's; their gradients come in their own, through `later` where that is given (weights are
     leaves then). Sums over experts are fp32 (fp64 for fp64 inputs).
     """
-    groups = group_by_expert(routing.experts, gate_up_proj.shape[0], unit=_row_unit(x))
+    by_onednn = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    if native_training.multiplies_groups(x, gate_up_proj, down_proj):
+        by_onednn = False
+    unit = ROW_UNIT if by_onednn else 1
+    groups = group_by_expert(routing.experts, gate_up_proj.shape[0], unit=unit)
     out = _StackedExperts.apply(x, routing.weights, gate_up_proj, down_proj, groups, later)
     assert isinstance(out, Tensor)
     return out
@@ -127,9 +144,9 @@ class _StackedExperts(torch.autograd.Function):
     ) -> Tensor:
         factors = _factors(weights, groups, accumulation_dtype(x.dtype))
         rows = x.index_select(0, groups.tokens)
-        gate_up = grouped_linear(rows, gate_up_proj.to(x.dtype), groups.counts)
+        gate_up = grouped_linear(rows, gate_up_proj, groups.counts)
         inner = _swiglu(gate_up)
-        rows = grouped_linear(inner, down_proj.to(x.dtype), groups.counts)
+        rows = grouped_linear(inner, down_proj, groups.counts)
         ctx.save_for_backward(x, weights, gate_up_proj, down_proj, gate_up)
         ctx.groups = groups
         ctx.later = later
@@ -145,36 +162,37 @@ class _StackedExperts(torch.autograd.Function):
         groups: Groups = ctx.groups
         factors = _factors(weights, groups, accumulation_dtype(x.dtype))
         grads = grad.to(x.dtype).index_select(0, groups.tokens)
-        down = down_proj.to(x.dtype).transpose(1, 2)
-        inner, grad_gate_up, row_factors = gated_backward(
-            gate_up, grouped_linear(grads, down, groups.counts), factors
-        )
+        grad_inner = grouped_linear(grads, down_proj, groups.counts, is_turned=True)
+        inner, grad_gate_up, row_factors = gated_backward(gate_up, grad_inner, factors)
         assert row_factors is not None
         grad_factors = torch.empty_like(weights).flatten()
         grad_factors[groups.order] = row_factors[groups.rows].to(weights.dtype)
-        gate_up_weight = gate_up_proj.to(x.dtype).transpose(1, 2)
-        grad_rows = grouped_linear(grad_gate_up, gate_up_weight, groups.counts)
+        grad_rows = grouped_linear(grad_gate_up, gate_up_proj, groups.counts, is_turned=True)
         grad_x = _combine(grad_rows, None, groups, weights.shape[1])
         grad_weights = grad_factors.view_as(weights)
         if not any(ctx.needs_input_grad[2:4]):
             return grad_x, grad_weights, None, None, None, None
-        outer = partial(_outer, x, grads, factors, inner, grad_gate_up, groups)
+        given = x, grads, factors, inner, grad_gate_up, groups
+        outer = partial(_outer, *given, gate_up_proj.dtype)
         if ctx.later is not None:
             ctx.later(partial(_add_outer, ctx.leaves, outer))
             return grad_x, grad_weights, None, None, None, None
-        grad_proj, grad_down = outer()
-        grad_down = grad_down.to(down_proj.dtype)
-        grad_proj = grad_proj.to(gate_up_proj.dtype)
-        return grad_x, grad_weights, grad_proj, grad_down, None, None
+        return grad_x, grad_weights, *outer(), None, None
 
 
 def _outer(
-    x: Tensor, grads: Tensor, factors: Tensor, inner: Tensor, grad_gate_up: Tensor, groups: Groups
+    x: Tensor,
+    grads: Tensor,
+    factors: Tensor,
+    inner: Tensor,
+    grad_gate_up: Tensor,
+    groups: Groups,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of gate_up_proj and down_proj."""
-    down = grouped_outer(_scaled(grads, factors), inner, groups.counts)
+    """Gradients of gate_up_proj and down_proj, in `dtype`."""
+    down = grouped_outer(_scaled(grads, factors), inner, groups.counts, dtype)
     rows = x.index_select(0, groups.tokens)
-    return grouped_outer(grad_gate_up, rows, groups.counts), down
+    return grouped_outer(grad_gate_up, rows, groups.counts, dtype), down
 
 
 @torch.no_grad()
@@ -182,10 +200,6 @@ def _add_outer(leaves: tuple[Tensor, Tensor], outer: Callable[[], tuple[Tensor, 
     for leaf, gradient in zip(leaves, outer(), strict=True):
         if leaf.requires_grad:
             add_gradient(leaf, gradient)
-
-
-def _row_unit(x: Tensor) -> int:
-    return ROW_UNIT if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1
 
 
 def _scaled(

@@ -157,6 +157,45 @@ def combine(
     return out
 
 
+def multiplies_groups(rows: Tensor, *weights: Tensor) -> bool:
+    """Whether `grouped` and `outer` are what is fastest for these: bf16 on the CPU by dot products
+    of pairs. oneDNN has the tile registers of AMX to itself, and bf16 elsewhere.
+    """
+    if not (rows.dtype == torch.bfloat16 and usable(rows)) or native.level() != "avx512":
+        return False
+    plain = all(type(w.detach()) is Tensor and w.is_contiguous() for w in weights)
+    return plain and all(w.dtype in (torch.bfloat16, torch.float32) for w in weights)
+
+
+def grouped(
+    rows: BFloat16[Tensor, "rows width"],
+    weight: Float[Tensor, "experts out in"],
+    counts: Int64[Tensor, "experts"],
+    *,
+    is_turned: bool = False,
+    level: str = "",
+) -> BFloat16[Tensor, "rows outputs"]:
+    """Rows sorted by expert, each times the matrix of its expert, rounded to bf16: x W^T, or with
+    `is_turned` x W.
+    """
+    out = rows.new_empty(rows.shape[0], weight.shape[2 if is_turned else 1])
+    native.module().grouped(rows.detach(), weight.detach(), counts, is_turned, out, level)
+    return out
+
+
+def outer(
+    left: BFloat16[Tensor, "rows out"],
+    right: BFloat16[Tensor, "rows in"],
+    counts: Int64[Tensor, "experts"],
+    *,
+    level: str = "",
+) -> Float32[Tensor, "experts out in"]:
+    """left^T right over the rows of each expert, in fp32; zero without rows."""
+    sums = torch.empty(len(counts), left.shape[1], right.shape[1])
+    native.module().outer(left.detach(), right.detach(), counts, sums, level)
+    return sums
+
+
 def causal_forward(
     q: BFloat16[Tensor, "tokens heads key_dim"],
     k: BFloat16[Tensor, "tokens kv_heads key_dim"],

@@ -63,7 +63,7 @@ class Optimizer:
         norm = self._layout.gradient_norm(name for name, _ in self._named)
         if norm.isfinite():
             parameters = [p for _, p in self._named]
-            if self.clip > 0:
+            if 0 < self.clip < norm:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
             for optimizer in self._optimizers():
                 for group in optimizer.param_groups:
