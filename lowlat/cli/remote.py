@@ -6,6 +6,7 @@ left out.
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,6 @@ from lowlat.engine.params import SamplingOptions
 from lowlat.utils.errors import UserError
 
 CONNECT_SECONDS = 10.0
-FINISHES = {"stop": "stop", "length": "length", "tool_calls": "stop", "content_filter": "stop"}
 THINKING, THOUGHT = "<think>\n", "\n</think>\n\n"
 
 
@@ -41,8 +41,8 @@ class _Answer:
         """Take one chunk of the stream."""
         self.usage = chunk.get("usage") or self.usage
         self.seconds = chunk.get("lowlat") or self.seconds
-        for choice in chunk.get("choices", []):
-            delta = choice.get("delta", {})
+        for choice in chunk.get("choices") or []:
+            delta = choice.get("delta") or {}
             self._push_reasoning(delta.get("reasoning_content"))
             if delta.get("content"):
                 self._end_reasoning()
@@ -66,10 +66,12 @@ class _Answer:
 
     def completion(self) -> Completion:
         count = self.usage.get("completion_tokens", 0)
+        # Servers have reasons of their own ("tool_calls", "content_filter", "abort").
+        ended = "length" if self.finish_reason == "length" else "stop"
         return Completion(
             "".join(self.pieces),
             token_ids=(),
-            finish_reason=FINISHES[self.finish_reason] if self.finish_reason else "abort",  # pyright: ignore
+            finish_reason=ended if self.finish_reason else "abort",
             logprobs=None,
             usage=Usage(
                 prompt_tokens=self.usage.get("prompt_tokens", 0),
@@ -78,6 +80,14 @@ class _Answer:
                 decode_seconds=self.seconds.get("decode_seconds", 0.0),
             ),
         )
+
+
+class _Refused(UserError):
+    """A server refuses a request for its field `param`, where it says which."""
+
+    def __init__(self, message: str, param: str | None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class RemoteSpeaker(Speaker):
@@ -118,9 +128,24 @@ class RemoteSpeaker(Speaker):
             "max_tokens": max_tokens,
             **{name: value for name, value in sampling.items() if value is not None},
         }
+        try:
+            return self._answer(body, write, interrupted)
+        except _Refused as refused:
+            if refused.param not in ("max_tokens", "max_completion_tokens"):
+                raise
+            # The context leaves less: a server that is not told gives what it leaves.
+            del body["max_tokens"]
+            return self._answer(body, write, interrupted)
+
+    def _answer(
+        self, body: dict[str, Any], write: Callable[[str], None], interrupted: threading.Event
+    ) -> Completion:
         answer = _Answer(write)
         for chunk in self._stream(body):
-            answer.push(chunk)
+            try:
+                answer.push(chunk)
+            except (AttributeError, TypeError) as error:
+                raise self._foreign() from error
             if interrupted.is_set():
                 break
         return answer.completion()
@@ -142,7 +167,10 @@ class RemoteSpeaker(Speaker):
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from error
         self._check(response)
-        models = {model["id"]: model for model in response.json()["data"]}
+        try:
+            models = {model["id"]: model for model in response.json()["data"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._foreign() from error
         if name is None and len(models) == 1:
             return next(iter(models.values()))
         if name not in models:
@@ -160,23 +188,40 @@ class RemoteSpeaker(Speaker):
                 for line in response.iter_lines():
                     if not line.startswith("data:") or line.endswith("[DONE]"):
                         continue
-                    chunk = json.loads(line.removeprefix("data:"))
-                    if "error" in chunk:
-                        raise UserError(f"{self._url}: {chunk['error']['message']}")
-                    yield chunk
+                    yield self._chunk(line.removeprefix("data:"))
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
+
+    def _chunk(self, data: str) -> dict[str, Any]:
+        """A chunk of a stream. Raises UserError where it is none, or tells of a fault."""
+        try:
+            chunk = json.loads(data)
+        except ValueError as error:
+            raise self._foreign() from error
+        if not isinstance(chunk, dict):
+            raise self._foreign()
+        if fault := chunk.get("error"):
+            message = fault.get("message") if isinstance(fault, dict) else None
+            raise UserError(f"{self._url}: {message or fault}")
+        return chunk
 
     def _check(self, response: httpx.Response) -> None:
         if response.is_success:
             return
         response.read()
+        param = None
         try:
-            message = response.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):
+            fault = response.json()["error"]
+            message, param = fault["message"], fault.get("param")
+        except (ValueError, KeyError, TypeError, AttributeError):
             message = f"status {response.status_code}"
         hint = "; give the key's file as --api-key-file" if response.status_code == 401 else ""
-        raise UserError(f"{self._url}: {message}{hint}")
+        raise _Refused(f"{self._url}: {message}{hint}", param)
+
+    def _foreign(self) -> UserError:
+        return UserError(
+            f"{self._url} does not answer as OpenAI's API does; check --url and what runs there"
+        )
 
     def _unreachable(self, error: Exception) -> UserError:
         return UserError(
@@ -187,7 +232,15 @@ class RemoteSpeaker(Speaker):
 def read_key(path: Path | None) -> str | None:
     """The first key of an --api-key-file; without one, LOWLAT_API_KEY from the environment."""
     if path is None:
-        return os.environ.get("LOWLAT_API_KEY")
+        origin, key = "LOWLAT_API_KEY", os.environ.get("LOWLAT_API_KEY") or None
+    else:
+        origin, key = f"--api-key-file '{path}'", _first_key(path)
+    if key is not None and not re.fullmatch("[!-~]+", key):
+        raise UserError(f"{origin}: a key has printable ASCII characters without spaces, not these")
+    return key
+
+
+def _first_key(path: Path) -> str:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:

@@ -3,6 +3,7 @@
 Owns the options; listening and ending are `serve.run`'s.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -106,6 +107,8 @@ def serve(
     from lowlat.serve.logs import configure
     from lowlat.serve.run import open_socket, run, url_of
 
+    if cache_memory is not None and not math.isfinite(cache_memory):
+        raise UserError(f"--cache-memory must be a number of GiB, got {cache_memory}")
     config = ServeConfig(
         host=host,
         port=port,

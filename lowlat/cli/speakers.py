@@ -74,10 +74,9 @@ class LocalSpeaker(Speaker):
         write: Callable[[str], None],
         interrupted: threading.Event,
     ) -> Completion:
-        prompt = self._model.encode_prompt(messages)
-        room = max(1, self._model.context - len(prompt))
+        room = max(1, self._model.context - len(self._model.encode_prompt(messages)))
         options: SamplingOptions = {**sampling, "max_tokens": min(max_tokens, room)}
-        with self._model.generate(prompt, stream=True, **options) as stream:
+        with self._model.generate(messages, stream=True, **options) as stream:
             for piece in stream:
                 write(piece)
                 if interrupted.is_set():

@@ -45,7 +45,7 @@ def new_runner(
             f"max_cache_bytes {max_cache_bytes} is less than a page of the cache ({page} bytes, "
             f"{PAGE_SIZE} tokens); raise it"
         )
-    runner = Runner(transformer, cache_dtype=dtype, num_pages=num_pages)
+    runner = Runner(transformer, cache_dtype=dtype, num_pages=num_pages, max_pages=num_pages)
     return runner, Limits(max_pages=num_pages)
 
 

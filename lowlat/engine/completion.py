@@ -106,7 +106,9 @@ class CompletionBuilder:
         """With finish_reason "error": what failed, in one line."""
         self.is_form = False
         """With an error: whether the form that was asked for is at fault."""
-        self._detokenizer = Detokenizer(tokenizer, keep_special=keep_special)
+        self._detokenizer = Detokenizer(
+            tokenizer, keep_special=keep_special, begins_text=request.options.begins_text
+        )
         self._stops = StopStrings(request.params.stop)
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []

@@ -71,15 +71,16 @@ class GrammarCompiler:
         self._worker: LineWorker | None = None
         self._known: dict[bytes, int] = {}
 
-    def compile(self, output: StructuredOutput) -> "CompiledGrammar":
-        """The grammar of `output`, ready to be followed.
+    def compile(self, output: StructuredOutput, *, begins_text: bool = True) -> "CompiledGrammar":
+        """The grammar of `output`, ready to be followed; `begins_text` as in RequestOptions.
 
         Takes at most TRIAL_SECONDS, and the wait for other threads' trials: there is one at a time.
         Raises UserError naming json_object, json_schema, regex, choice or grammar and what is wrong
         with it.
         """
         field = FIELDS[type(output)]
-        source = grammar_source(output, strips_leading_space=self._strips_leading_space)
+        strips = begins_text and self._strips_leading_space
+        source = grammar_source(output, strips_leading_space=strips)
         size = self._try(source, field)
         matcher = make_matcher(self._tokenizer, source)
         if matcher.is_error():

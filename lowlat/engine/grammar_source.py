@@ -45,8 +45,8 @@ _LARK = re.compile(
 def grammar_source(output: StructuredOutput, *, strips_leading_space: bool) -> str:
     """The grammar of `output` in llguidance's own JSON.
 
-    strips_leading_space: the tokenizer drops one space at the start of a text, so that space comes
-    on top of the output: it may before JSON, which cannot begin with one, and must elsewhere.
+    strips_leading_space: the tokenizer drops one space at the start of this text, so that space
+    comes on top of the output: it may before JSON, which cannot begin with one, and must elsewhere.
     Raises UserError for schemas and grammars that cannot be used.
     """
     prefix = ""

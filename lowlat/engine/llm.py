@@ -135,10 +135,10 @@ class Model:
     ) -> Completion | list[Completion] | Stream:
         """Complete `prompt`; `options` are the fields of SamplingParams.
 
-        Text is continued as it is, messages go through the model's chat template. Returns a
-        Completion, or a list of them for n > 1; with stream=True an iterator of text pieces that
-        carries the same fields. Raises UserError for a prompt that does not fit the context and
-        for options that contradict each other.
+        Text and token ids are continued as they are, messages go through the chat template.
+        Returns a Completion, or a list of them for n > 1; with stream=True an iterator of text
+        pieces that carries the same fields. Raises UserError for a prompt that does not fit the
+        context and for options that contradict each other.
         """
         if stream:
             return self._stream(prompt, make_params(options))
@@ -173,11 +173,12 @@ class Model:
         """Token ids the model reads for `prompt`. Raises UserError where it has no known form."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if all(isinstance(item, int) and not isinstance(item, bool) for item in prompt):
-            return [item for item in prompt if isinstance(item, int)]
-        messages = [item for item in prompt if isinstance(item, Mapping)]
-        if len(messages) == len(prompt):
-            return encode_chat(self.tokenizer, messages)
+        if isinstance(prompt, Sequence):
+            messages = [item for item in prompt if isinstance(item, Mapping)]
+            if messages and len(messages) == len(prompt):
+                return encode_chat(self.tokenizer, messages)
+            if (ids := _plain_integers(prompt)) is not None:
+                return ids
         raise UserError(
             "prompt must be text, a list of token ids, or a list of messages with role and content"
         )
@@ -237,11 +238,11 @@ class Model:
         params: Sequence[SamplingParams],
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
-        encoded = [self.encode_prompt(prompt) for prompt in prompts]
+        encoded = [self._encode(prompt) for prompt in prompts]
         requests: list[Request] = []
         try:
             pairs = zip(encoded, params, strict=True)
-            added = [self._add(ids, own, requests, is_patient=True) for ids, own in pairs]
+            added = [self._add(each, own, requests, is_patient=True) for each, own in pairs]
             with (progress or SilentProgress()).task("generating", len(added), "items") as task:
                 unfinished = list(range(len(added)))
                 while unfinished:
@@ -258,21 +259,35 @@ class Model:
         if params.n > 1:
             raise UserError(f"n {params.n} cannot be streamed; set n to 1 or stream to False")
         requests: list[Request] = []
-        (builder,) = self._add(self.encode_prompt(prompt), params, requests, is_patient=False)
+        (builder,) = self._add(self._encode(prompt), params, requests, is_patient=False)
         return Stream(builder, step=self._step, close=lambda: self._abandon(requests[0]))
 
+    def _encode(self, prompt: Prompt) -> tuple[list[int], bool]:
+        """The prompt's token ids, and whether what follows is a text of its own: an answer to
+        messages, or after no text.
+        """
+        ids = self.encode_prompt(prompt)
+        is_chat = not isinstance(prompt, str) and any(isinstance(item, Mapping) for item in prompt)
+        return ids, is_chat or not self.tokenizer.has_text(ids)
+
     def _add(
-        self, ids: list[int], params: SamplingParams, requests: list[Request], *, is_patient: bool
+        self,
+        encoded: tuple[list[int], bool],
+        params: SamplingParams,
+        requests: list[Request],
+        *,
+        is_patient: bool,
     ) -> list[CompletionBuilder]:
-        grammar = self._grammar(params.structured)
-        options = RequestOptions(grammar=grammar, is_patient=is_patient)
+        ids, begins_text = encoded
+        grammar = self._grammar(params.structured, begins_text=begins_text)
+        options = RequestOptions(grammar=grammar, is_patient=is_patient, begins_text=begins_text)
         request = self.engine.add(ids, params, options)
         requests.append(request)
         builders = [CompletionBuilder(self.tokenizer, request, i) for i in range(params.n)]
         self._builders.update({(request.id, builder.index): builder for builder in builders})
         return builders
 
-    def _grammar(self, output: StructuredOutput | None) -> Constraint | None:
+    def _grammar(self, output: StructuredOutput | None, *, begins_text: bool) -> Constraint | None:
         """`output` compiled. Raises UserError where it cannot be, or without llguidance."""
         if output is None:
             return None
@@ -285,7 +300,7 @@ class Model:
                     "pip install 'lowlat[serve]'"
                 ) from error
             self._compiler = GrammarCompiler(self.tokenizer, self.config.vocab_size)
-        return self._compiler.compile(output)
+        return self._compiler.compile(output, begins_text=begins_text)
 
     def _step(self) -> None:
         """One step of the engine, for all completions under way; each event goes to its builder."""
@@ -306,6 +321,16 @@ class Model:
         self.engine.abort(request.id)
         for index in range(request.params.n):
             self._builders.pop((request.id, index), None)
+
+
+def _plain_integers(items: Sequence[Any]) -> list[int] | None:
+    """`items` as plain integers, those of numpy and torch too; None where one is no integer."""
+    if any(isinstance(item, bool) for item in items):
+        return None
+    try:
+        return [operator.index(item) for item in items]
+    except TypeError:
+        return None
 
 
 def _is_unfinished(builders: list[CompletionBuilder]) -> bool:

@@ -6,7 +6,7 @@ An option that would have no effect is an error, never ignored.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from lowlat.engine.structured import StructuredOutput
 from lowlat.utils.errors import UserError
@@ -95,7 +95,7 @@ class SamplingParams:
             )
         _check_float("top_p", self.top_p, 0.0, 1.0, above=True)
         _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
 
@@ -161,7 +161,7 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | None
     logprobs: int | None
     n: int
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     ignore_eos: bool
     structured: StructuredOutput | None
 
@@ -172,9 +172,16 @@ def make_params(options: SamplingOptions) -> SamplingParams:
     if unknown:
         known = ", ".join(SamplingParams.__dataclass_fields__)
         raise UserError(f"option '{unknown[0]}' is unknown; the sampling options are {known}")
-    stop = options.get("stop", ())
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    return SamplingParams(**{**options, "stop": stops})
+    return SamplingParams(**{**options, "stop": _stops(options.get("stop"))})
+
+
+def _stops(stop: object) -> tuple[Any, ...]:
+    """`stop` as SamplingParams has it, which checks what is in it."""
+    if stop is None:
+        return ()
+    if isinstance(stop, Sequence):
+        return (stop,) if isinstance(stop, str) else tuple(stop)
+    raise UserError(f"stop must be a string or a list of strings, got {stop!r}")
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

@@ -33,6 +33,9 @@ class RequestOptions:
     """Tokens that end a completion besides the model's own."""
     grammar: Constraint | None = None
     """What the output must look like."""
+    begins_text: bool = True
+    """Whether the output is a text of its own, which a tokenizer may drop a first space of, and not
+    the rest of the prompt's."""
     is_patient: bool = False
     """Whether nobody waits for its tokens one by one: prompts are not read in smaller pieces for
     the sake of its decoding."""

@@ -17,6 +17,7 @@ from lowlat.engine.pages import PagePool
 from lowlat.engine.request import Chunk
 from lowlat.model.native import NativeModel, has_native_form
 from lowlat.model.transformer import Transformer
+from lowlat.utils.errors import UserError
 
 INITIAL_PAGES = 16
 
@@ -25,7 +26,8 @@ class Runner:
     """One model and one cache. Page lists are the callers', who `reserve` before they `run`.
 
     `cache_dtype` is that of the cache, torch.int8 included; None takes the activations'. Of the
-    `num_pages` the cache starts with, those that are never used cost no memory.
+    `num_pages` the cache starts with, those that are never used cost no memory; it grows to
+    `max_pages` at most.
     """
 
     def __init__(
@@ -35,7 +37,9 @@ class Runner:
         page_size: int = PAGE_SIZE,
         cache_dtype: torch.dtype | None = None,
         num_pages: int = INITIAL_PAGES,
+        max_pages: int | None = None,
     ) -> None:
+        self._max_pages = max_pages
         self.model = model
         self._native = NativeModel(model) if has_native_form(model) else None
         self.pool = PagePool(num_pages)
@@ -56,11 +60,22 @@ class Runner:
         return self._native is not None
 
     def reserve(self, pages: list[int], num_tokens: int) -> None:
-        """Extend `pages` in place until they cover `num_tokens` rows; the pool grows for it."""
+        """Extend `pages` in place until they cover `num_tokens` rows; the pool grows for it.
+
+        Raises UserError where it may not grow so far.
+        """
         missing = -(-num_tokens // self.cache.page_size) - len(pages)
         if missing > self.pool.num_available:
             wanted = self.pool.num_pages - self.pool.num_available + missing
-            self.pool.grow(max(2 * self.pool.num_pages, wanted))
+            if self._max_pages is not None and wanted > self._max_pages:
+                size = self.cache.page_size
+                raise UserError(
+                    f"{num_tokens} tokens do not fit into the cache of {self._max_pages * size}, of"
+                    f" which {size * (wanted - missing)} are taken by what is being generated; end "
+                    "that first, or raise max_cache_bytes"
+                )
+            grown = max(2 * self.pool.num_pages, wanted)
+            self.pool.grow(grown if self._max_pages is None else min(grown, self._max_pages))
         if missing > 0:
             pages += self.pool.allocate(missing)
         self._fit_cache()

@@ -89,7 +89,7 @@ class SequenceSampler:
         if params.has_penalties:
             logits = penalise(logits, self._seen, self._counts, params)
         if params.logit_bias:
-            logits = logits.index_add(0, self._bias_ids, self._bias)
+            logits = logits.index_add(0, self._bias_ids, self._bias.to(logits.dtype))
         if self.grammar is not None:
             logits = logits.masked_fill(~self.grammar.mask(), -math.inf)
         if params.is_greedy:

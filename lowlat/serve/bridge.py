@@ -114,8 +114,10 @@ class Bridge:
         deadline: float | None = None,
         keep_special: frozenset[int] = frozenset(),
         stop_ids: frozenset[int] = frozenset(),
+        begins_text: bool = True,
     ) -> Generation:
-        """Queue a request. `deadline` is in seconds from now; `salt` says whose it is.
+        """Queue a request. `deadline` is in seconds from now; `salt` says whose it is;
+        `begins_text` as in RequestOptions.
 
         Special tokens in `keep_special` are part of the text, those in `stop_ids` end it. Raises
         UserError where the model cannot serve it, Overloaded, Draining and EngineDead.
@@ -128,6 +130,7 @@ class Bridge:
             salt=salt,
             stop_ids=stop_ids,
             grammar=grammar,
+            begins_text=begins_text,
         )
         generation = Generation(prompt, params, options, keep_special, self.cancel)
         with self._wake:

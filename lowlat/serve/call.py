@@ -59,9 +59,13 @@ class Call:
             return None
         return max(0.0, min(limits) - (time.perf_counter() - self._arrived_at))
 
-    async def compile(self, output: StructuredOutput, *, param: str) -> CompiledGrammar:
+    async def compile(
+        self, output: StructuredOutput, *, param: str, begins_text: bool = True
+    ) -> CompiledGrammar:
         """The grammar of what the request's field `param` asks for; raises what `Grammars` do."""
-        return await self.services.grammars.compile(output, param=param, salt=self._salt)
+        return await self.services.grammars.compile(
+            output, param=param, salt=self._salt, begins_text=begins_text
+        )
 
     async def submit(
         self,
@@ -72,6 +76,7 @@ class Call:
         deadline: int | float | None = None,
         grammar: CompiledGrammar | None = None,
         keep_special: frozenset[int] = frozenset(),
+        begins_text: bool = True,
     ) -> None:
         """Have `prompt` completed; `deadline` is in seconds from arrival. Raises what
         `Bridge.submit` raises."""
@@ -83,6 +88,7 @@ class Call:
             priority=priority or 0,
             deadline=self._left(deadline),
             keep_special=keep_special,
+            begins_text=begins_text,
         )
         self._arrive()
         self._generations.append(generation)

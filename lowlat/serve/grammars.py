@@ -36,13 +36,19 @@ class Grammars:
         self._held = HeldBytes(max_bytes)
 
     async def compile(
-        self, output: StructuredOutput, *, param: str, salt: bytes = b""
+        self,
+        output: StructuredOutput,
+        *,
+        param: str,
+        salt: bytes = b"",
+        begins_text: bool = True,
     ) -> CompiledGrammar:
-        """The grammar of `output`, for the key with `salt`. Raises RequestError for the request's
+        """The grammar of `output`, for the key with `salt`; `begins_text` as in RequestOptions.
+        Raises RequestError for the request's
         field `param`, Overloaded where too many wait or too much is held.
         """
         try:
-            return await self._worker.run(self._compile, output, salt)
+            return await self._worker.run(self._compile, output, salt, begins_text)
         except UserError as error:
             raise RequestError(f"{param}: {error}", param=param) from error
 
@@ -55,12 +61,12 @@ class Grammars:
         """End the thread."""
         self._worker.close()
 
-    def _compile(self, output: StructuredOutput, salt: bytes) -> CompiledGrammar:
+    def _compile(self, output: StructuredOutput, salt: bytes, begins_text: bool) -> CompiledGrammar:
         self._held.check(salt, LEAST_BYTES)
         # Reads the whole vocabulary, which takes a second for a large one.
         if self._compiler is None:
             self._compiler = GrammarCompiler(self._model.tokenizer, self._model.config.vocab_size)
-        grammar = self._compiler.compile(output)
+        grammar = self._compiler.compile(output, begins_text=begins_text)
         self._held.hold(salt, grammar, max(LEAST_BYTES, GROWTH * grammar.num_bytes))
         return grammar
 

@@ -6,6 +6,7 @@ reply.
 
 from starlette.responses import Response
 
+from lowlat.engine.grammar import CompiledGrammar
 from lowlat.engine.llm import Model
 from lowlat.engine.structured import StructuredOutput
 from lowlat.serve.call import Call
@@ -28,22 +29,35 @@ async def create_completion(call: Call, request: CompletionRequest) -> Response:
     prompts = await services.workers.run(_encode, services.model, request)
     for ids, _ in prompts:
         services.bridge.check(ids, params)
-    grammar = None
-    if request.structured_outputs is not None:
-        output = _form(request.structured_outputs)
-        grammar = await call.compile(output, param="structured_outputs")
-    for ids, _ in prompts:
+    # A prompt without text is not continued: its answer is a text of its own.
+    begin = [not services.model.tokenizer.has_text(ids) for ids, _ in prompts]
+    grammars = await _grammars(call, request, set(begin))
+    for (ids, _), begins_text in zip(prompts, begin, strict=True):
         await call.submit(
             ids,
             params,
             priority=request.priority,
             deadline=request.deadline_seconds,
-            grammar=grammar,
+            grammar=grammars.get(begins_text),
+            begins_text=begins_text,
         )
     reply = CompletionReply(call, request, [echo for _, echo in prompts])
     if request.stream:
         return stream_response(reply.events(), services.config)
     return json_response(await reply.whole())
+
+
+async def _grammars(
+    call: Call, request: CompletionRequest, kinds: set[bool]
+) -> dict[bool, CompiledGrammar]:
+    """What the answers are held to, of those that begin a text and those that go on with one."""
+    if request.structured_outputs is None:
+        return {}
+    output = _form(request.structured_outputs)
+    return {
+        begins_text: await call.compile(output, param="structured_outputs", begins_text=begins_text)
+        for begins_text in kinds
+    }
 
 
 def _form(given: StructuredOutputs) -> StructuredOutput:

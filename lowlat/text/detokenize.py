@@ -8,7 +8,8 @@ from lowlat.text.tokenizer import Tokenizer
 class Detokenizer:
     """Turns a stream of token ids into text that never has to be taken back.
 
-    The pieces of all `push` calls and one `flush` joined are `tokenizer.decode` of all ids. A
+    The pieces of all `push` calls and one `flush` joined are `tokenizer.decode` of all ids, or
+    where they go on with a text what it has more with them. A
     character whose bytes are spread over several tokens comes out whole with its last byte; bytes
     that cannot become a character come out as U+FFFD as soon as that is certain. Each call costs as
     much as its token is long.
@@ -20,15 +21,18 @@ class Detokenizer:
         *,
         skip_special_tokens: bool = True,
         keep_special: frozenset[int] = frozenset(),
+        begins_text: bool = True,
     ) -> None:
-        """`keep_special`: special tokens that are not skipped all the same."""
+        """`keep_special`: special tokens that are not skipped all the same. `begins_text`: whether
+        no text lies before the first token.
+        """
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids - keep_special if skip_special_tokens else frozenset()
-        self._start()
+        self._start(begins_text=begins_text)
 
-    def _start(self) -> None:
+    def _start(self, *, begins_text: bool) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip = self._tokenizer.strips_leading_space
+        self._strip = begins_text and self._tokenizer.strips_leading_space
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; often empty, never half a character."""
@@ -39,7 +43,7 @@ class Detokenizer:
     def flush(self) -> str:
         """What an unfinished character leaves (U+FFFD); the next push starts a new text."""
         text = self._clean(self._decoder.decode(b"", final=True))
-        self._start()
+        self._start(begins_text=True)
         return text
 
     def _clean(self, text: str) -> str:

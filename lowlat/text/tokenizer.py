@@ -126,6 +126,10 @@ class Tokenizer:
         text = data.decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self.strips_leading_space else text
 
+    def has_text(self, ids: Iterable[int]) -> bool:
+        """Whether any of `ids` is part of a text, not special."""
+        return any(index not in self.special_ids for index in ids)
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

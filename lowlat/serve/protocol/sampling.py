@@ -21,7 +21,7 @@ StopString = Annotated[str, Field(min_length=1, max_length=params.MAX_STOP_LENGT
 Stop = StopString | Annotated[list[StopString], Field(max_length=params.MAX_STOPS)]
 TokenBias = Annotated[float, Field(ge=-100.0, le=100.0)]
 LogitBias = Annotated[
-    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], TokenBias],
+    dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], TokenBias],
     Field(max_length=params.MAX_LOGIT_BIAS),
 ]
 MaxTokens = Annotated[int, Field(ge=1, le=params.MAX_TOKENS)]

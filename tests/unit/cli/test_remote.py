@@ -23,10 +23,20 @@ class Script(BaseHTTPRequestHandler):
     asked: list[dict[str, Any]]
     deltas: list[dict[str, Any]]
     models: list[str]
+    listed: Any = None
+    """What /v1/models says instead of them."""
+    ending: str = "length"
+    after: bytes = b""
+    """What the stream says at its end."""
+    refused: str | None = None
+    """The field a refusal names."""
 
     def do_GET(self) -> None:
         if self.headers["Authorization"] != f"Bearer {KEY}":
             self._send(401, {"error": {"message": "the API key is missing or wrong"}})
+            return
+        if self.listed is not None:
+            self._send(200, self.listed)
             return
         entries = [{"id": name, "cache_bytes_per_token": 480} for name in self.models]
         self._send(200, {"data": entries})
@@ -34,19 +44,20 @@ class Script(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append(body)
-        if body["max_tokens"] > 1000:
-            self._send(400, {"error": {"message": "max_tokens: at most 1000"}})
+        if body.get("max_tokens", 0) > 1000:
+            fault = {"message": "max_tokens: at most 1000", "param": self.refused}
+            self._send(400, {"error": fault})
             return
         self.send_response(200)
         self.end_headers()
         chunks = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in self.deltas]
-        chunks.append({"choices": [{"delta": {}, "finish_reason": "length"}]})
+        chunks.append({"choices": [{"delta": {}, "finish_reason": self.ending}]})
         usage = {"prompt_tokens": 7, "completion_tokens": 4}
         seconds = {"prefill_seconds": 0.5, "decode_seconds": 0.3}
         chunks.append({"choices": [], "usage": usage, "lowlat": seconds})
         for chunk in chunks:
             self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
-        self.wfile.write(b"data: [DONE]\n\n")
+        self.wfile.write(self.after + b"data: [DONE]\n\n")
 
     def _send(self, status: int, body: dict[str, Any]) -> None:
         self.send_response(status)
@@ -125,6 +136,67 @@ def test_faults_are_one_line(
     result = lowlat("chat", *options, "--url", url)
     assert isinstance(result.exception, UserError)
     assert message in str(result.exception) and "\n" not in str(result.exception)
+
+
+def test_a_context_that_leaves_less_than_asked_for_is_filled(
+    lowlat: Invoke, url: str, script: type[Script]
+) -> None:
+    """Holds shut: a server's context that ends conversations sooner than a local model's does."""
+    script.refused = "max_tokens"
+    result = lowlat("chat", "--url", url, "--max-tokens", "2000", stdin="one\n")
+    assert result.exit_code == 0 and result.stdout == "abcd\n"
+    assert "max_tokens" not in script.asked[1] and script.asked[1]["messages"]
+
+
+@pytest.mark.parametrize("reason", ["abort", "function_call", "content_filter", "eos"])
+def test_other_servers_have_reasons_of_their_own(
+    lowlat: Invoke, url: str, script: type[Script], reason: str
+) -> None:
+    script.ending = reason
+    result = lowlat("chat", "--url", url, stdin="one\n")
+    assert result.exit_code == 0 and result.stdout == "abcd\n"
+    assert "cut at the limit" not in result.stderr
+
+
+@pytest.mark.parametrize("listed", [[], "<html>", {"data": 3}, {"data": [{}]}, {"data": ["tiny"]}])
+def test_a_server_of_something_else_is_told_apart(
+    url: str, script: type[Script], listed: Any
+) -> None:
+    script.listed = listed
+    with pytest.raises(UserError, match="does not answer as OpenAI's API does; check --url"):
+        RemoteSpeaker(url, api_key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [
+        (b"data: {oops\n\n", "does not answer as OpenAI's API does"),
+        (b"data: 3\n\n", "does not answer as OpenAI's API does"),
+        (b'data: {"choices": [3]}\n\n', "does not answer as OpenAI's API does"),
+        (b'data: {"error": "no more"}\n\n', "no more"),
+        (b'data: {"error": {"message": "no less"}}\n\n', "no less"),
+        (b'data: {"error": {"code": 7}}\n\n', "'code': 7"),
+    ],
+)
+def test_a_stream_that_goes_wrong_is_one_line(
+    lowlat: Invoke, url: str, script: type[Script], after: bytes, message: str
+) -> None:
+    script.after = after
+    result = lowlat("chat", "--url", url, "--once", "hello")
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception) and "\n" not in str(result.exception)
+
+
+def test_a_key_that_no_header_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("schl\u00fcssel\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"keys': a key has printable ASCII characters"):
+        read_key(keys)
+    monkeypatch.setenv("LOWLAT_API_KEY", "two words")
+    with pytest.raises(UserError, match="LOWLAT_API_KEY: a key has printable"):
+        read_key(None)
+    monkeypatch.setenv("LOWLAT_API_KEY", "")
+    assert read_key(None) is None
 
 
 def test_a_wrong_key_says_how_to_give_it(url: str) -> None:

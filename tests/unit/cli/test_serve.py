@@ -90,6 +90,7 @@ def unloadable(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--host", "0.0.0.0"), "--api-key-file"),
         (("--host", "no.such.host.invalid", "--api-key-file", "keys"), "--host"),
         (("--port", "70000"), "port must be"),
+        (("--cache-memory", "inf"), "--cache-memory must be"),
         (("--api-key-file", "missing"), "No such file"),
         (("--drain-seconds", "-1"), "drain-seconds must be"),
         (("--request-timeout", "0"), "request-seconds must be"),

@@ -29,6 +29,8 @@ from lowlat.engine.structured import Choice, Regex
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
 
+from .grammar_walk import stripping_tokenizer
+
 TOKENIZER = byte_tokenizer()
 LONG = [(i * 37 + i * i) % 256 for i in range(90)]
 
@@ -65,7 +67,16 @@ def test_the_three_forms_of_a_prompt() -> None:
     assert model.encode_prompt(messages) == [BOS, USER, *b"hi", EOS, ASSISTANT]
 
 
-@pytest.mark.parametrize("prompt", [[1, "a"], [True, 2], [{"role": "user"}, 3]])
+def test_integers_of_other_packages_are_token_ids() -> None:
+    import numpy as np
+
+    for ids in (list(np.array([3, 5])), list(torch.tensor([3, 5]))):
+        # Past the types, which tests check.
+        found = inspect.unwrap(Model.encode_prompt)(counting(), ids)
+        assert found == [3, 5] and [type(item) for item in found] == [int, int]
+
+
+@pytest.mark.parametrize("prompt", [[1, "a"], [True, 2], [{"role": "user"}, 3], None, 5, [1.5]])
 def test_another_kind_of_prompt_is_an_error(prompt: Any) -> None:
     with pytest.raises(UserError, match="prompt must be text"):
         # Past the types, which tests check.
@@ -88,6 +99,59 @@ def test_generate_returns_text_ids_reason_and_usage() -> None:
     assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (1, 4)
     assert found.usage.decode_tokens_per_second > 0 and found.usage.prefill_tokens_per_second > 0
     assert found.logprobs is None
+    check_idle(model)
+
+
+@pytest.mark.parametrize("stop", [5, 2.5, {"a"}])
+def test_stop_is_a_string_or_several(stop: Any) -> None:
+    with pytest.raises(UserError, match="stop must be a string or a list"):
+        inspect.unwrap(Model.generate)(counting(), "a", stop=stop)
+
+
+STRIPPING = stripping_tokenizer()
+SPACED = STRIPPING.vocab_size - 5
+"""The token of " a"."""
+
+
+def spaced() -> Model:
+    """Says " a" after everything."""
+    config = gqa_config(vocab_size=STRIPPING.vocab_size)
+    return Model(ScriptedModel(config, lambda token: SPACED), STRIPPING, name="spaced")
+
+
+def test_a_continuation_keeps_the_space_between_it_and_its_prompt() -> None:
+    """Holds shut: sentencepiece's first space dropped in the middle of a text."""
+    model = spaced()
+    for prompt in ("b", STRIPPING.encode("b")):
+        assert one(model.generate(prompt, max_tokens=2)).text == " a a"
+    begin = STRIPPING.bos_id
+    assert begin is not None
+    assert one(model.generate([begin], max_tokens=2)).text == "a a"
+    assert "".join(model.generate("b", max_tokens=2, stream=True)) == " a a"
+
+
+def test_a_form_holds_for_the_very_text_of_a_continuation() -> None:
+    """Holds shut: a space that is asked for beside the form, where none is dropped."""
+    form = Choice(options=("b", " a b"))
+    bias = {SPACED: 5.0}
+    assert one(spaced().generate("b", structured=form, logit_bias=bias)).text == " a b"
+    begin = STRIPPING.bos_id
+    assert begin is not None
+    assert one(spaced().generate([begin], structured=form, logit_bias=bias)).text in form.options
+
+
+def test_scoring_keeps_within_the_cache_s_limit() -> None:
+    """Holds shut: a pool that grows under a text beside a stream, for good."""
+    model = real(mla_config(num_nextn_predict_layers=0), max_cache_bytes=2**15)
+    limit = model.runner.pool.num_pages
+    stream = model.generate(LONG[:60], stream=True, ignore_eos=True)
+    next(stream)
+    with pytest.raises(UserError, match=r"do not fit into the cache .* raise max_cache_bytes"):
+        for length in range(2, 90):
+            model.nll(LONG[:length])
+    assert model.runner.pool.num_pages == limit
+    stream.close()
+    assert len(model.nll(LONG[:60])) == 59
     check_idle(model)
 
 

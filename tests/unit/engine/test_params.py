@@ -43,6 +43,7 @@ def test_defaults_are_greedy_up_to_the_context() -> None:
         ("min_p", 1.01),
         ("min_p", math.nan),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-40),
         ("repetition_penalty", -1.0),
         ("repetition_penalty", math.inf),
         ("presence_penalty", 2.1),
@@ -118,6 +119,7 @@ def test_options_that_agree_with_greedy_are_allowed() -> None:
 
 def test_keyword_options_become_params() -> None:
     assert make_params({"stop": "\n"}).stop == ("\n",)
+    assert make_params({"stop": None}).stop == ()
     assert make_params({"stop": ["a", "b"], "temperature": 0.5}) == SamplingParams(
         stop=("a", "b"), temperature=0.5
     )

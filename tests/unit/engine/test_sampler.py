@@ -99,6 +99,8 @@ def test_logit_bias_moves_and_forbids() -> None:
     row[0, 3] = 50.0
     (found,) = sample(row, [sampler(logit_bias={3: -100, 8: 1.0})])
     assert found is not None and found.token == 8
+    (found,) = sample(row.double(), [sampler(logit_bias={3: -100, 8: 1.0})])
+    assert found is not None and found.token == 8
 
 
 def test_raw_logits_are_left_as_they_were() -> None:

@@ -36,6 +36,7 @@ class Asked:
     priority: int
     deadline: float | None
     keep_special: frozenset[int]
+    begins_text: bool
 
 
 @dataclass(kw_only=True)
@@ -133,6 +134,7 @@ class FakeBridge(Bridge):
         deadline: float | None = None,
         keep_special: frozenset[int] = frozenset(),
         stop_ids: frozenset[int] = frozenset(),
+        begins_text: bool = True,
     ) -> Generation:
         if self.refusal is not None:
             raise self.refusal
@@ -144,6 +146,7 @@ class FakeBridge(Bridge):
             priority=priority,
             deadline=deadline,
             keep_special=keep_special,
+            begins_text=begins_text,
         )
         self.asked.append(asked)
         self.generations.append(FakeGeneration(asked, self.answer))

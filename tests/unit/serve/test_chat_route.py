@@ -205,6 +205,7 @@ def test_every_generation_is_given_up_at_the_end(client: TestClient, bridge: Fak
         ({"stop": [""]}, "stop[0]"),
         ({"stop": ["x" * 257]}, "stop[0]"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias.05"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1"),
         ({"seed": 1 << 63}, "seed"),
         ({"stream": "yes"}, "stream"),

@@ -50,6 +50,14 @@ def test_forms_of_prompts(
     assert answer["usage"]["completion_tokens"] == 10 * len(prompts)
 
 
+def test_only_a_prompt_without_text_has_answers_of_their_own(
+    client: TestClient, bridge: FakeBridge
+) -> None:
+    """Holds shut: a tokenizer that drops the space between a prompt and its continuation."""
+    client.post(PATH, json={**BODY, "prompt": [[256], [256, 97]]})
+    assert [asked.begins_text for asked in bridge.asked] == [True, False]
+
+
 def test_stream_of_several_prompts(client: TestClient) -> None:
     body = {**BODY, "prompt": ["a", "b"], "n": 2, "echo": True, "stream": True}
     body["stream_options"] = {"include_usage": True}
