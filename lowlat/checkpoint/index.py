@@ -30,7 +30,7 @@ def open_checkpoint(path: Path) -> TensorSource:
 
     Raises UserError naming the file (and tensor) that is missing, damaged or outside the folder.
     """
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
         return GGUFSource(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")

@@ -52,9 +52,11 @@ def write_planned(
     identity: Mapping[str, str],
     progress: Progress,
     label: str,
+    *,
+    is_file: bool,
 ) -> None:
-    """Write `dst`: a folder of `files` and `extra_files` (by name), or `files[0]` itself where that
-    has the name of `dst`.
+    """Write `dst`: a folder of `files` and `extra_files` (by name), or with `is_file` the one of
+    `files` itself.
 
     identity: what is converted and how, as words for error messages; a partial conversion goes on
     only where it is the same. Raises UserError if `dst` exists, another process writes it, a
@@ -76,15 +78,18 @@ def write_planned(
                 sync_folder(partial / OUT)
                 refuse_existing(dst)
                 made = partial / OUT
-                (made / dst.name if files[0].name == dst.name else made).rename(dst)
+                (made / files[0].name if is_file else made).rename(dst)
                 shutil.rmtree(partial, ignore_errors=True)
             except UserError:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
     except OSError as error:
+        what = f"{dst}: cannot be written ({error.strerror})"
+        if not os.path.exists(partial):  # which takes a name too long for one of no file
+            raise UserError(f"{what}; choose another destination") from error
         raise UserError(
-            f"{dst}: cannot be written ({error.strerror}); what is done is kept in {partial}: make "
-            "room and give the same command again, or remove it"
+            f"{what}; what is done is kept in {partial}: make room and give the same command "
+            "again, or remove it"
         ) from error
     sync_parent(dst)
 

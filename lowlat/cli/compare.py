@@ -1,12 +1,14 @@
 """`lowlat compare`: two models or implementations, part by part, and which known mistake it is."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lowlat.cli import options
+from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
     from lowlat.compare.side import Side
@@ -93,8 +95,12 @@ def compare(
     from lowlat.utils.progress import make_progress
 
     specs = parse(a), parse(b)
+    if not (tolerance is None or math.isfinite(tolerance)):
+        raise UserError(f"--tolerance must be a finite number, got {tolerance}")
     if plot is not None:
         require_matplotlib()
+        if not plot.absolute().parent.is_dir():
+            raise UserError(f"--plot {plot}: its folder is not there; make it first")
     if threads is not None:
         native.use_threads(threads)
     sides, read = _inputs(specs, text, tokens, window, start, seed)

@@ -74,7 +74,8 @@ def import_script(path: Path) -> Any:
 def model_args(module: Any, config: ModelConfig, length: int) -> Any:
     """ModelArgs for `config`. YaRN is on where max_seq_len exceeds original_seq_len."""
     attention, rope, moe = config.attention, config.rope, config.moe
-    assert isinstance(attention, MLAConfig) and not isinstance(rope, tuple)
+    if not isinstance(attention, MLAConfig) or isinstance(rope, tuple):
+        raise UserError("model.py knows MLA alone, with the same widths and rotation in all layers")
     is_yarn = rope.rope_type == "yarn"
     if rope.rope_type not in ("default", "yarn"):
         raise UserError(f"model.py knows no rope_type '{rope.rope_type}'")

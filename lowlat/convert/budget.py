@@ -53,8 +53,8 @@ def row_budget(share: float, row: int, least: int) -> int:
 
     Raises UserError where that is fewer than `least` or no saving.
     """
-    kept = round(share * row / STEP) * STEP
-    if not 0 < share < 1 or kept >= row:
+    kept = round(share * row / STEP) * STEP if 0 < share < 1 else row
+    if kept >= row:
         raise UserError(
             f"--cache {share:g}: give the share of the cache to keep, below 1 and at least "
             f"{least / row:.2f}; without --cache the conversion is exact"

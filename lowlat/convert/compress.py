@@ -6,6 +6,7 @@ new attention and runs both models side by side on text of its own. Statistics a
 in a scratch folder. Owns the order of things; the steps are the modules' beside it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,6 +44,7 @@ from lowlat.convert.statistics import (
 )
 from lowlat.convert.weights import DerivedWeights, Weights
 from lowlat.ops.rope import rotation_magnitude
+from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
 Layout = Literal["standard", "free"]
@@ -117,6 +119,7 @@ def compress(
     with progress.task("Measuring attention", count, "items") as task:
         measuring = run_layers(base, calibration.windows, job.precision, task)
         for number, statistics in enumerate(measuring):
+            _check_measured(number, statistics)
             job.scratch.keep_statistics(number, statistics)
     if way.folded is not None:
         ways = way.folded(source.head_dim, source.num_key_value_heads, job.budget)
@@ -129,6 +132,8 @@ def compress(
     with progress.task("Compressing", count, "items") as task:
         for number, own in enumerate(plan.widths):
             tensors, measured = sides.advance(number, _layer_tensors(job, plan, number))
+            if not math.isfinite(measured):
+                raise _overflows(number)
             job.scratch.keep_tensors(number, tensors, dtype)
             predicted = plan.costs[number][own.rotary].of(own.latent)
             reports.append(LayerReport(**asdict(own), predicted=predicted, measured=measured))
@@ -305,6 +310,22 @@ def _turning(
 def _largest(priority: Float[Tensor, "pairs components"], count: int) -> Int64[Tensor, " count"]:
     """Numbers of the components of largest priority, in order of number."""
     return priority.flatten().argsort(descending=True, stable=True)[:count].sort().values
+
+
+def _check_measured(number: int, statistics: LayerStatistics) -> None:
+    """Raises UserError where a layer has no numbers to go by."""
+    values = (value for value in asdict(statistics).values() if isinstance(value, Tensor))
+    if not (math.isfinite(statistics.residual) and all(v.isfinite().all() for v in values)):
+        raise _overflows(number)
+    if statistics.residual <= 0:
+        raise UserError(f"layer {number}: all that reaches it is 0; such a model has no cache")
+
+
+def _overflows(number: int) -> UserError:
+    return UserError(
+        f"layer {number}: numbers that are not finite come out of it on the calibration text; "
+        "check the weights, or calibrate on other text"
+    )
 
 
 def _layer_tensors(job: _Job, plan: _Plan, number: int) -> dict[str, Tensor]:

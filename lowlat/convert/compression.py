@@ -1,5 +1,6 @@
 """A wanted compression: its options and its scratch folder."""
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,11 +48,16 @@ class Compression:
         """
         try:
             texts = [] if self.calibration is None else [self.calibration.digest()]
-            texts += [f"{path.resolve()} {path.stat().st_size}" for path in self.calibrate]
+            texts += [f"{path.resolve()} {_digest(path)}" for path in self.calibrate]
         except OSError as error:
             where = f"--calibrate {error.filename}"
             raise UserError(f"{where}: cannot be read ({error.strerror})") from error
         return {"cache": self.share, "recipe": self.recipe, "layout": self.layout, "text": texts}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def asked_compression(
@@ -88,7 +94,22 @@ def check_compression(compression: Compression, to: str | None) -> None:
 
 def check_reach(compression: Compression, config: ModelConfig) -> None:
     """Raises UserError where a model of `config` cannot be compressed, or not so far."""
-    row_budget(compression.share, check_exact(config).row_dim, least=2 * STEP)
+    source = check_exact(config)
+    if config.num_nextn_predict_layers:
+        raise UserError(
+            "--cache: the model has MTP modules, whose attention is not calibrated; leave out "
+            "--cache, and they are converted exactly with all else"
+        )
+    row = source.row_dim
+    budget = row_budget(compression.share, row, least=2 * STEP)
+    rotary = RECIPES[compression.recipe].rotary
+    turning = 0 if rotary is None else rotary(source.head_dim, source.num_key_value_heads, budget)
+    if turning + STEP > budget:
+        raise UserError(
+            f"--cache {compression.share:g} leaves {budget} of {row} channels a token and layer, "
+            f"and --recipe {compression.recipe} needs {turning} for rotation and {STEP} more; keep "
+            f"{(turning + STEP) / row:.2f} or more"
+        )
 
 
 def compressed_weights(
@@ -103,10 +124,18 @@ def compressed_weights(
     for unfit text.
     """
     tokenizer = Tokenizer.from_folder(src) if src.is_dir() else Tokenizer.from_gguf(src)
-    context = base.config.max_position_embeddings
+    context, rows = base.config.max_position_embeddings, base.config.vocab_size
+    calibration = compression.calibration
+    calibration = calibration or read_calibration(compression.calibrate, tokenizer, context)
+    most = max(int(part.max()) for part in (calibration.windows, calibration.held_out))
+    if most >= rows:
+        raise UserError(
+            f"{src}: its tokenizer writes token {most}, and the model has {rows} tokens; put back "
+            "the tokenizer that belongs to it"
+        )
     return compress(
         base,
-        compression.calibration or read_calibration(compression.calibrate, tokenizer, context),
+        calibration,
         share=compression.share,
         recipe=compression.recipe,
         layout=compression.layout,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lowlat.checkpoint.operations import Read
 from lowlat.config.attention import short_name
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
-from lowlat.convert.rotary import channel_order, wide_rope
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
+from lowlat.convert.rotary import channel_order, half_order, wide_rope
 from lowlat.ops.rope import inverse_frequencies, rotation_magnitude
 from lowlat.utils.errors import UserError
 
@@ -151,13 +151,21 @@ def attention_names(source: GQAConfig) -> list[str]:
     return names + ["o_proj.bias"] * source.o_bias
 
 
-def mla_parameters(read: Read, source: GQAConfig) -> Read:
+def mla_parameters(read: Read, source: GQAConfig, rope: RopeConfig) -> Read:
     """From a function that reads the source's parameters to one that reads the converted model's.
+    `rope` is the source's.
 
     Names are the model's (`layers.0.self_attn.q_proj.weight`). One layer's attention is held at a
     time, so parameters should be asked for layer by layer.
     """
     held: dict[str, dict[str, Tensor]] = {}
+    order = half_order(rope, source.head_dim)
+
+    def in_half_layout(name: str) -> Tensor:
+        rows = read(name)
+        if not name.rpartition(".")[0].endswith(("q_proj", "k_proj")):
+            return rows
+        return rows.unflatten(0, (-1, source.head_dim))[:, order].flatten(0, 1)
 
     def converted(parameter: str) -> Tensor:
         prefix, _, below = parameter.rpartition("self_attn.")
@@ -165,7 +173,8 @@ def mla_parameters(read: Read, source: GQAConfig) -> Read:
             return read(parameter)
         if prefix not in held:
             held.clear()
-            tensors = {name: read(f"{prefix}self_attn.{name}") for name in attention_names(source)}
+            names = attention_names(source)
+            tensors = {name: in_half_layout(f"{prefix}self_attn.{name}") for name in names}
             held[prefix] = mla_attention(tensors, source)
         return held[prefix][below]
 

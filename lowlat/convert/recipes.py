@@ -100,7 +100,7 @@ def _by_norms(
 
 def _transmla_rotary(head_dim: int, groups: int, budget: int) -> int:
     """One key head, half of one where it would be more than a third of the row."""
-    return head_dim if budget >= 3 * head_dim else head_dim // 2
+    return head_dim if budget >= 3 * head_dim else head_dim // 4 * 2
 
 
 def _transmla_folds(head_dim: int, groups: int, budget: int) -> list[Recipe]:
@@ -110,11 +110,12 @@ def _transmla_folds(head_dim: int, groups: int, budget: int) -> list[Recipe]:
     pairs, stride = head_dim // 2, head_dim // _transmla_rotary(head_dim, groups, budget)
     plain = RECIPES["transmla"]
     folds = [stride << step for step in range(pairs.bit_length())]
-    return [
+    folded = [
         replace(plain, basis=partial(pooled_basis, fold=fold), fold=fold, stride=stride)
         for fold in folds
         if fold <= pairs and pairs % fold == 0
     ]
+    return folded or [plain]
 
 
 def _mha2mla_rotary(head_dim: int, groups: int, budget: int) -> int:

@@ -19,6 +19,12 @@ SCALE_FACTOR = 2.0
 """`factor` of a converted model: only mscale_all_dim uses it, all else is explicit."""
 
 
+def half_order(rope: RopeConfig, head_dim: int) -> Int64[Tensor, " channels"]:
+    """Channels of a head in half layout: pair i turns channels i and i + head_dim / 2 of them."""
+    order = torch.arange(head_dim)
+    return order.view(-1, 2).T.flatten() if rope.rope_interleave else order
+
+
 def wide_rope(
     frequencies: Float32[Tensor, " pairs"], attention_factor: float, groups: int, context: int
 ) -> RopeConfig:

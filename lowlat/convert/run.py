@@ -39,6 +39,7 @@ from lowlat.convert.compression import (
 )
 from lowlat.convert.exact import check_exact, mla_config, mla_parameters
 from lowlat.convert.report import Report, compression_object, measure, report_files, weight_files
+from lowlat.convert.scratch import digest_of
 from lowlat.convert.store import PLAIN, Form, stored_config, stored_groups
 from lowlat.convert.store_gguf import KINDS, stored_gguf
 from lowlat.convert.upcycle import UpcycledWeights, upcycled_config
@@ -140,7 +141,7 @@ def convert(
         compression=compression,
         experts=experts,
     )
-    base, form = job.base(), job.form
+    base, form, identity = job.base(), job.form, job.identity()
     progress = progress or SilentProgress()
     with ExitStack() as until_written:
         extra, cost = {}, None
@@ -149,6 +150,9 @@ def convert(
             weights, cost = compressed_weights(
                 base, src, compression, scratch, _widest(base, form), progress
             )
+            # Stretches that are there already must be of the very same tensors: texts may have
+            # changed, and another processor rounds another way.
+            identity["calibration"] = digest_of(scratch)
             extra |= report_files(compression_object(cost, job.found, weights.config))
         else:
             weights = _mla_weights(base, form) if to == "mla" else base
@@ -161,7 +165,15 @@ def convert(
             files, index = plan_folder(stored_groups(weights, form))
             extra["config.json"] = (json.dumps(raw, indent=2) + "\n").encode()
             extra |= text_files(src) | ({} if index is None else {INDEX_FILE: index})
-        write_planned(dst, files, extra, job.identity(), progress, f"Converting {src.name}")
+        write_planned(
+            dst,
+            files,
+            extra,
+            identity,
+            progress,
+            f"Converting {src.name}",
+            is_file=job.is_gguf,
+        )
     seconds = time.perf_counter() - start
     return replace(measure(src, dst, job.found, weights.config, seconds), compression=cost)
 
@@ -244,7 +256,7 @@ def _checked_options(
 
 
 def _is_gguf(path: Path) -> bool:
-    return path.suffix == GGUF_SUFFIX
+    return path.suffix.lower() == GGUF_SUFFIX and not path.is_dir()
 
 
 def _stored_form(config: ModelConfig) -> Form | None:
@@ -265,7 +277,7 @@ def _mla_weights(base: Weights, form: Form | None) -> Weights:
     def read(name: str) -> Tensor:
         return fit(base.read(name), name, base.where(name), False, wanted)
 
-    derived = mla_parameters(read, attention)
+    derived = mla_parameters(read, attention, base.config.rope_of(0))
     return DerivedWeights(
         base, converted, derived, derives=_is_attention, dtype=_widest(base, form)
     )

@@ -3,6 +3,7 @@
 Owns the files of a scratch folder: statistics of layers, and their new tensors.
 """
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import final
@@ -12,6 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowlat.convert.statistics import LayerStatistics
+
+
+def digest_of(folder: Path) -> str:
+    """A short hash of the new tensors of all layers in `folder`."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("layer-*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} ".encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 @final

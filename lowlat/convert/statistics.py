@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowlat.config.model import GQAConfig
 from lowlat.convert.layer_run import LayerRun, layer_weights
+from lowlat.convert.rotary import half_order
 from lowlat.convert.weights import Weights
 from lowlat.ops.rope import apply_rope, inverse_frequencies, rotation_magnitude
 from lowlat.utils.progress import Task
@@ -71,9 +72,7 @@ def read_attention(weights: Weights, number: int) -> AttentionWeights:
     """The projections of layer `number` of a GQA model."""
     dims, rope = weights.config.attention_of(number), weights.config.rope_of(number)
     assert isinstance(dims, GQAConfig)
-    order = torch.arange(dims.head_dim)
-    if rope.rope_interleave:
-        order = order.view(-1, 2).T.flatten()
+    order = half_order(rope, dims.head_dim)
 
     def heads(name: str) -> Tensor:
         prefix = f"layers.{number}.self_attn.{name}."

@@ -4,6 +4,7 @@ Owns which numbers a trained model is stored in; names and files are `checkpoint
 """
 
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from lowlat.train.fp8 import save_fp8
 from lowlat.train.lora import base_dtype, merged
 from lowlat.train.lora_files import start_fingerprint, write_adapter
 from lowlat.train.recipe import Recipe, parse_recipe
+from lowlat.train.saves.disk import sync_folder, write_new
+from lowlat.train.saves.errors import writing
 from lowlat.train.saves.run_folder import RunFolder
 from lowlat.train.saves.save import Save, folder_name
 from lowlat.train.saves.saves import Saves
@@ -31,19 +34,29 @@ from lowlat.utils.progress import Progress
 TOKENIZER = "tokenizer"
 """Where a run's folder keeps the tokenizer and chat template of its models."""
 
+STORED = ("bf16", "fp16", "fp32", "fp8")
+"""What numbers of a model may be stored in."""
+
 _log = logging.getLogger(__name__)
 
 
 def keep_tokenizer(run: Path, text: Path) -> None:
-    """Copy tokenizer and chat template of the folder or .gguf `text` into the run's folder."""
+    """Copy tokenizer and chat template of the folder or .gguf `text` into the run's folder. Raises
+    UserError where they cannot be written.
+    """
     folder = run / TOKENIZER
     if folder.exists():
         return
     partial = run / f".{TOKENIZER}.partial"
-    partial.mkdir(exist_ok=True)
-    for name, content in text_files(text).items():
-        (partial / name).write_bytes(content)
-    partial.rename(folder)
+    files = text_files(text)
+    with writing(str(folder), run):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for name, content in files.items():
+            write_new(partial / name, [content])
+        sync_folder(partial)
+        partial.rename(folder)
+        sync_folder(run)
 
 
 def export(
@@ -82,9 +95,11 @@ def export_save(
     """Write a save of the run in `run` as the folder `dst`, updates of LoRA merged; returns its
     step.
 
-    step: None takes the latest whole one. Raises UserError where there is no such save, and as
-    `export`.
+    step: None takes the latest whole one. Raises UserError where there is no such save or dtype,
+    and as `export`.
     """
+    if dtype not in STORED:
+        raise UserError(f"--dtype '{dtype}' is unknown; choose one of {', '.join(STORED)}")
     save = open_save(run, step, progress)
     config, recipe, weights = contents(save)
     if recipe.lora is not None:

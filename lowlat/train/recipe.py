@@ -2,12 +2,20 @@
 (`schedule`) and no files beyond the recipe itself.
 """
 
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from lowlat.train.recipe_errors import explain
 from lowlat.utils.errors import UserError
@@ -16,6 +24,19 @@ Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+def _check_plain(table: dict[str, Any]) -> dict[str, Any]:
+    """A table as config.json may hold it. Raises ValueError naming a key that is none."""
+    for key, value in table.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{key} must be finite numbers, texts, lists or tables") from error
+    return table
+
+
+ConfigTable = Annotated[dict[str, Any], AfterValidator(_check_plain)]
 
 
 class _Table(BaseModel):
@@ -104,7 +125,7 @@ class Saves(_Table):
     """Optimiser steps between saves; one is written at the end of every phase as well."""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """Latest saves that stay."""
-    keep_every_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    keep_every_hours: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """One save per so many hours stays for good."""
 
 
@@ -133,7 +154,7 @@ class Lora(_Table):
     """Rank of an update."""
     alpha: Amount
     """The update is scaled by alpha / rank."""
-    modules: tuple[str, ...] = (
+    modules: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "q_proj",
         "q_a_proj",
         "q_b_proj",
@@ -162,7 +183,7 @@ class Phase(_Table):
 
     name: str
     """Shown in logs."""
-    steps: Count
+    steps: Annotated[int, Field(ge=1, le=10_000_000)]
     """Optimiser steps."""
     sequence_length: Count
     """Tokens of a row."""
@@ -180,7 +201,7 @@ class Phase(_Table):
     """Gamma of the routing bias (V3: 0.001, then 0)."""
     z_weight: Amount = 0.0
     """Weight of the z-loss."""
-    rope: dict[str, Any] | None = None
+    rope: ConfigTable | None = None
     """rope_scaling from this phase on, as config.json spells it (YaRN for longer contexts)."""
     max_position_embeddings: Count | None = None
     """Context the exported config names from this phase on."""
@@ -216,7 +237,7 @@ class Recipe(_Table):
     """Name of the run, and of its folder unless one is given."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of weights and data order."""
-    model: dict[str, Any] | None = None
+    model: ConfigTable | None = None
     """The fields of config.json; vocab_size may be left to the data."""
     start: str | None = None
     """A checkpoint to go on from instead of `model`: folder, .gguf, preset or hub id."""
@@ -338,7 +359,7 @@ def _apply(raw: dict[str, Any], change: str) -> None:
     node: Any = raw
     for part in parents:
         node = _step_into(node, part, change)
-    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+    if isinstance(node, list) and last.isdecimal() and int(last) < len(node):
         node[int(last)] = value
     elif isinstance(node, dict):
         node[last] = value
@@ -349,6 +370,6 @@ def _apply(raw: dict[str, Any], change: str) -> None:
 def _step_into(node: Any, part: str, change: str) -> Any:
     if isinstance(node, dict):
         return node.setdefault(part, {})
-    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+    if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
         return node[int(part)]
     raise UserError(f"--set {change}: the recipe has no such place")

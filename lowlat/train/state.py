@@ -4,7 +4,7 @@ Owns what a state consists of: weights with routing biases, optimiser, random nu
 the data, recipe. Files are `saves`'; none of it depends on how a run is divided among processes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlat.config.hf import config_to_hf
+from lowlat.config.hf import config_from_hf, config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.train.lora import is_update
 from lowlat.train.optim import Optimizer
@@ -135,6 +135,24 @@ def check_resumable(
             "data x fsdp x micro_batch_rows divides batch_rows"
         )
     return Position(step=step, seconds=float(saved["seconds"]))
+
+
+def check_config(
+    saved: Mapping[str, Any], configs: Sequence[ModelConfig], timetable: Timetable, folder: str
+) -> None:
+    """Whether the model that was saved has the config of its phase. Raises UserError saying what
+    differs: a checkpoint to start from may have become another.
+    """
+    done = max(0, int(saved["step"]) - 1)
+    present = config_to_hf(configs[timetable.at(done).phase_index])
+    # Keys that configs did not have when it was written have their defaults.
+    before = config_to_hf(config_from_hf(dict(saved["config"]), source=folder))
+    differences = [text for _, text in _differences(before, present)]
+    if differences:
+        raise UserError(
+            f"{folder}: was trained as another model: {'; '.join(differences[:5])}; restore the "
+            "config.json of start, or choose another --out for the changed one"
+        )
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str]]:

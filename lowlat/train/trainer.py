@@ -47,6 +47,7 @@ from lowlat.train.state import (
     OPTIMIZER,
     RANDOM,
     Position,
+    check_config,
     check_resumable,
     facts,
     part,
@@ -121,6 +122,8 @@ class Trainer:
             keep_every=None if hours is None else timedelta(hours=hours),
         )
         save = self._latest(progress)
+        if save is None:
+            self._refuse_older_model()
         self.position = Position(step=0, seconds=0.0) if save is None else self._resumed(save)
         self._phase = self._plan().phase_index
         self._teacher: Teacher | None = None if teacher is None else new_teacher(teacher, recipe)
@@ -182,16 +185,28 @@ class Trainer:
         step = self._team.from_first(-1 if save is None else save.step)
         return self._saves.open(step) if save is None and step >= 0 else save
 
+    def _refuse_older_model(self) -> None:
+        """A folder without saves may hold the model of a run whose saves were removed."""
+        model = self.run_folder.path / MODEL_FOLDER
+        if self._team.from_first(int(model.exists())):
+            raise UserError(
+                f"{model}: is there from a run whose saves are gone; move it away, or choose "
+                "another --out"
+            )
+
     def _resumed(self, save: Save) -> Position:
         """Where `save` is. Raises UserError if it is not of this recipe on this basis."""
-        return check_resumable(
+        folder = str(self.run_folder.path)
+        position = check_resumable(
             save.facts,
             self.recipe,
             self._basis.fingerprints,
             self.timetable,
-            str(self.run_folder.path),
+            folder,
             self._basis.taught_by,
         )
+        check_config(save.facts, self._basis.inputs.configs, self.timetable, folder)
+        return position
 
     def _plan(self) -> StepPlan:
         return self.timetable.at(min(self.position.step, self.timetable.steps - 1))

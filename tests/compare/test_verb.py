@@ -268,6 +268,14 @@ def test_the_tolerance_of_a_file_is_that_of_its_matrices(
     assert side.precision == precision
 
 
+def test_what_cannot_be_told_is_said_first(tmp_path: Path) -> None:
+    """Holds shut: a comparison of hours whose report is lost for want of a folder."""
+    pytest.importorskip("matplotlib")
+    nowhere = tmp_path / "nowhere" / "p.svg"
+    assert "its folder is not there" in fault("nothing", "nothing", "--plot", nowhere)
+    assert "--tolerance must be a finite" in fault("nothing", "nothing", "--tolerance", "inf")
+
+
 def test_plot_without_matplotlib_is_said_first(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

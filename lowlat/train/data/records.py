@@ -6,6 +6,7 @@ text_files.py's.
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from io import BufferedIOBase
 from pathlib import Path
@@ -38,6 +39,7 @@ def read_json_lines(path: Path, options: ReadOptions) -> Iterator[Read]:
     try:
         with open_binary(path) as file:
             for number, line in _lines(file, path):
+                line = line.removeprefix(BOM_UTF8) if number == 1 else line
                 origin = f"{path}: line {number}"
                 try:
                     record = _parsed(line, origin, options)
@@ -74,7 +76,12 @@ def _parsed(line: bytes, origin: str, options: ReadOptions) -> Mapping[str, Any]
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadDocument(f"{origin}: not valid JSON ({error}); mend the line") from error
+        # Lines are counted by `origin`; a JSONDecodeError's own text counts within this one.
+        what = getattr(error, "msg", None) or str(error)
+        column = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+        raise BadDocument(
+            f"{origin}: not valid JSON ({what}{column}); mend the line, or pass --invalid skip"
+        ) from error
     if not isinstance(record, dict):
         raise BadDocument(f"{origin}: must be a JSON object, not {type(record).__name__}")
     return record
@@ -138,6 +145,11 @@ def document_of(
         text = _valid(text, origin, options)
         return TextDocument(
             origin=origin, pieces=lambda: text_pieces([text]), source_bytes=source_bytes
+        )
+    if messages is None and options.field in record:
+        kind = "null" if text is None else type(text).__name__
+        raise BadDocument(
+            f"{origin}: '{options.field}' is {kind}, not a text; mend it, or pass --invalid skip"
         )
     if messages is None:
         raise _no_document(origin, list(record), options)

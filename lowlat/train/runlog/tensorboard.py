@@ -4,7 +4,8 @@ Owns the names of the curves and how often the dear ones are written. Loss curve
 group, as the part before the slash says.
 """
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,6 +52,8 @@ class TensorBoardFiles:
 
         self._folder = folder
         self._first: int | None = None
+        if not isinstance(threading.excepthook, _WriterFaults):
+            threading.excepthook = _WriterFaults(threading.excepthook)
         with self._failures():
             self._writer = SummaryWriter(str(folder), purge_step=start.step + 1)
 
@@ -102,6 +105,20 @@ class TensorBoardFiles:
             raise UserError(
                 f"{self._folder}: TensorBoard files cannot be written ({error.strerror or error})"
             ) from error
+
+
+class _WriterFaults:
+    """Hook of threads: a full disk reaches whoever writes next, by the writer's own doing, so that
+    the traceback of its thread would only come before one line that says the same.
+    """
+
+    def __init__(self, before: Callable[[threading.ExceptHookArgs], Any]) -> None:
+        self._before = before
+
+    def __call__(self, arguments: threading.ExceptHookArgs) -> None:
+        is_writer = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(arguments.exc_value, OSError)):
+            self._before(arguments)
 
 
 def _curves(record: StepRecord) -> dict[str, float]:

@@ -1,16 +1,21 @@
 """Compressed models as folders: what is written, who loads it, what is refused."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from lowlat_configs import EVERY, random_model
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lowlat.attention.packed import PackedAttention
+from lowlat.checkpoint import restart
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
@@ -119,6 +124,8 @@ def test_the_same_bytes_again(tmp_path: Path) -> None:
         ({"share": 0.05}, "--cache 0.05 leaves 0 of 64 channels"),
         ({"share": 1.5}, "below 1"),
         ({"recipe": "best"}, "--recipe 'best' is unknown; choose one of weighted"),
+        ({"share": math.nan}, "--cache nan: give the share"),
+        ({"share": math.inf}, "--cache inf: give the share"),
         ({"calibrate": (Path("nowhere.txt"),)}, "nowhere.txt: cannot be read"),
     ],
 )
@@ -130,6 +137,79 @@ def test_refused_before_anything_is_written(
     with pytest.raises(UserError, match=words):
         convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path, **changes))
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("layout", ["standard", "free"])
+def test_a_recipe_keeps_within_the_budget_or_says_so(tmp_path: Path, layout: str) -> None:
+    """Holds shut: one key head whose rotation alone is more than was asked for."""
+    one = GQAConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=64)
+    source = source_model(tmp_path / "source", attention=one)
+    asked = wanted(tmp_path, share=0.25, recipe="transmla", layout=layout)
+    with pytest.raises(UserError, match=r"needs 32 for rotation and 8 more; keep 0.31 or more"):
+        convert(source, tmp_path / "mla", to="mla", compression=asked)
+    report = convert(source, tmp_path / "mla", to="mla", compression=replace(asked, share=0.32))
+    assert report.compression is not None and report.compression.channels_after == 40
+
+
+def test_heads_whose_pairs_no_fold_divides(tmp_path: Path) -> None:
+    narrow = GQAConfig(num_attention_heads=6, num_key_value_heads=2, head_dim=10)
+    source = source_model(tmp_path / "source", attention=narrow)
+    asked = wanted(tmp_path, recipe="transmla")
+    report = convert(source, tmp_path / "mla", to="mla", compression=asked)
+    assert report.compression is not None and report.compression.folded == 1
+
+
+FAULTS = {
+    "nan": ({"model.layers.1.self_attn.k_proj.weight": math.nan}, "layer 1: numbers that are not"),
+    "large": ({"model.layers.0.mlp.down_proj.weight": 1e32}, "layer 1: numbers that are not fin"),
+    "zero": ({"model.embed_tokens.weight": 0.0}, "layer 0: all that reaches it is 0"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_weights_that_tell_nothing_are_said(tmp_path: Path, fault: str) -> None:
+    changes, words = FAULTS[fault]
+    file = source_model(tmp_path / "source") / "model.safetensors"
+    tensors = load_file(file)
+    for name, factor in changes.items():
+        tensors[name] = tensors[name] * factor
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=words):
+        convert(file.parent, tmp_path / "mla", to="mla", compression=wanted(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "text.txt"}
+
+
+def test_models_that_cannot_be_calibrated_are_said_before(tmp_path: Path) -> None:
+    source = source_model(tmp_path / "source", vocab_size=100)
+    with pytest.raises(UserError, match=r"its tokenizer writes token \d+, and the model has 100"):
+        convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path))
+    gqa = EVERY["combined gqa"]
+    save_model(random_model(gqa, torch.float32), gqa, tmp_path / "mtp", source=None)
+    with pytest.raises(UserError, match="--cache: the model has MTP modules"):
+        convert(tmp_path / "mtp", tmp_path / "mla", to="mla", compression=wanted(tmp_path))
+
+
+def test_another_text_of_equal_length_does_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Holds shut: layers of two calibrations in one model."""
+    source = source_model(tmp_path / "source")
+    asked = wanted(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(restart, "_to_disk", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "mla", to="mla", compression=asked)
+    (text,) = asked.calibrate
+    before = text.read_text()
+    text.write_text(before[::-1])
+    with pytest.raises(UserError, match="an unfinished conversion that differs in its options"):
+        convert(source, tmp_path / "mla", to="mla", compression=asked)
+    text.write_text(before)
+    with monkeypatch.context() as patch:
+        patch.setattr("lowlat.convert.run.digest_of", lambda folder: "of another processor")
+        with pytest.raises(UserError, match="differs in its calibration"):
+            convert(source, tmp_path / "mla", to="mla", compression=asked)
+    convert(source, tmp_path / "mla", to="mla", compression=asked)
 
 
 def test_an_existing_destination_is_refused_before_calibration(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Models of the family converted: GQA with experts and MTP exactly, other forms not at all."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,14 @@ from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError
 
 
-def test_grouped_query_attention_with_experts_becomes_deepseek_v3(tmp_path: Path) -> None:
+@pytest.mark.parametrize("interleave", [False, True])
+def test_grouped_query_attention_with_experts_becomes_deepseek_v3(
+    tmp_path: Path, interleave: bool
+) -> None:
+    """Holds shut: neighbouring channels that turn together taken for halves of a head."""
     config = EVERY["combined gqa"]
+    rope = config.rope_of(0)
+    config = replace(config, rope=replace(rope, rope_interleave=interleave))
     save_model(random_model(config, torch.float32), config, tmp_path / "gqa", source=None)
     convert(tmp_path / "gqa", tmp_path / "mla", to="mla")
     models = [load_model(tmp_path / name, dtype="fp64").model for name in ("gqa", "mla")]

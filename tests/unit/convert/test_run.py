@@ -145,6 +145,30 @@ def test_dtype_is_that_of_every_tensor_and_of_the_config(
     assert torch.equal(tensors["model.embed_tokens.weight"], embedding.to(wanted))
 
 
+def test_a_folder_may_have_the_name_of_a_file_in_it(tmp_path: Path) -> None:
+    """Holds shut: config and tokenizer lost with the rest of what was taken for one file."""
+    source = write(tmp_path / "m", gqa_model("llama"))
+    convert(source, tmp_path / "model.safetensors", dtype="fp32")
+    assert {"config.json", "model.safetensors"} <= {
+        path.name for path in (tmp_path / "model.safetensors").iterdir()
+    }
+
+
+def test_the_ending_of_a_gguf_file_in_capitals(tmp_path: Path) -> None:
+    source = write(tmp_path / "m", gqa_model("llama"))
+    convert(source, tmp_path / "new.GGUF")
+    assert (tmp_path / "new.GGUF").is_file()
+    convert(tmp_path / "new.GGUF", tmp_path / "back", dtype="fp32")
+    (tmp_path / "back").rename(tmp_path / "back.gguf")
+    convert(tmp_path / "back.gguf", tmp_path / "again", dtype="bf16")
+
+
+def test_a_name_no_file_can_have(tmp_path: Path) -> None:
+    source = write(tmp_path / "m", gqa_model("llama"))
+    with pytest.raises(UserError, match=r"cannot be written .*; choose another destination"):
+        convert(source, tmp_path / ("x" * 250), dtype="fp32")
+
+
 def test_resave_keeps_names_and_config_fields(tmp_path: Path) -> None:
     """Attention is not touched without --to, QK-norm and windows included."""
     for family, changes in (("qwen3", {}), ("mistral", {"sliding_window": 7})):

@@ -144,6 +144,9 @@ def test_any_save_of_a_run(base: Path) -> None:
         export_save(base / "run", base / "x", step=3, dtype="fp32")
     with pytest.raises(UserError):
         export_save(base / "run", base / "model-2", step=2, dtype="fp32")
+    for dtype in ("int8", "auto", "x"):
+        with pytest.raises(UserError, match=f"--dtype '{dtype}' is unknown; .* bf16, fp16, fp32, "):
+            export_save(base / "run", base / "x", step=2, dtype=dtype)
     with runs.opened(base / "new", runs.recipe()):
         pass
     with pytest.raises(UserError, match="new: has no save yet"):

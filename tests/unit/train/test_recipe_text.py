@@ -1,6 +1,8 @@
 """The text of a recipe that is kept beside its run."""
 
+import math
 import tomllib
+from datetime import date, time
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,9 @@ def test_what_was_changed_is_in_it(path: Path) -> None:
 def test_keys_that_need_quotes(tmp_path: Path) -> None:
     raw = {"a b": 1, "c.d": {"e f": [1, {"g h": "x"}]}, "t": [{"ü": True}, {"v": 1e-5}]}
     assert tomllib.loads(to_toml(raw)) == raw
+
+
+def test_what_json_cannot_hold_is_written_for_those_who_refuse_it() -> None:
+    raw = {"a": float("inf"), "b": -float("inf"), "c": date(2026, 1, 2), "d": time(3, 4)}
+    assert tomllib.loads(to_toml(raw)) == raw
+    assert math.isnan(tomllib.loads(to_toml({"x": float("nan")}))["x"])

@@ -1,5 +1,6 @@
 """What a state consists of, and when a run may go on from it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lowlat.train.state import (
     OPTIMIZER,
     RANDOM,
     Position,
+    check_config,
     check_resumable,
     facts,
     part,
@@ -97,6 +99,19 @@ def test_what_differs_is_said() -> None:
         resume(other)
     with pytest.raises(UserError, match="batches rounded"):
         resume(saved(3) | {"tokens": 111})
+
+
+@pytest.mark.parametrize(("step", "phase"), [(0, 0), (3, 0), (5, 0), (6, 1), (9, 1)])
+def test_a_model_of_another_config_does_not_go_on(step: int, phase: int) -> None:
+    """Holds shut: weights of a save under the config of a checkpoint that has changed since."""
+    own, other = tiny.config(), replace(tiny.config(), rms_norm_eps=1e-3)
+    timetable = Timetable(runs.recipe())
+    configs = [other, other]
+    configs[phase] = own
+    check_config(saved(step), configs, timetable, "runs/x")
+    configs.reverse()
+    with pytest.raises(UserError, match=r"rms_norm_eps was 1e-0\d and is 0.001; restore the con"):
+        check_config(saved(step), configs, timetable, "runs/x")
 
 
 def test_what_may_differ() -> None:

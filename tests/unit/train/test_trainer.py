@@ -1,8 +1,11 @@
 """Whole runs: exact resumption, signals, saves at borders of phases, losses that are not finite."""
 
+import errno
 import math
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -106,6 +109,30 @@ def test_a_finished_run_has_nothing_left_to_do(base: Path) -> None:
     outcome, log = train(base / "run", runs.recipe())
     assert outcome.is_complete and outcome.losses == () and log.steps == []
     assert outcome.model == base / "run" / "model"
+
+
+def test_a_model_whose_saves_are_gone_is_not_taken_for_a_new_one(base: Path) -> None:
+    train(base / "run", runs.recipe())
+    shutil.rmtree(base / "run" / "saves")
+    with (
+        pytest.raises(UserError, match=r"model: is there from a run whose saves are gone; move it"),
+        opened(base / "run", runs.recipe(seed=7)),
+    ):
+        pass
+
+
+def test_a_tokenizer_that_cannot_be_written(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holds shut: a full disk told by a traceback, and half a tokenizer taken for a whole one."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr("lowlat.train.export.write_new", Mock(side_effect=full))
+        with (
+            pytest.raises(UserError, match=r"tokenizer: cannot be written, .*free"),
+            opened(base / "run", runs.recipe()),
+        ):
+            pass
+    outcome, _ = train(base / "run", runs.recipe())
+    assert outcome.model is not None and (outcome.model / "tokenizer.json").stat().st_size > 0
 
 
 def test_a_stop_before_the_first_step(base: Path) -> None:

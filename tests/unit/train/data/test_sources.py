@@ -152,6 +152,8 @@ def test_json_lines(tmp_path: Path) -> None:
     assert chat.messages == [asked, told] and chat.tools == [{"name": "f"}]
     path.write_text('{"body": "x", "text": 5}')
     assert texts(read(path, field="body")) == ["x"]
+    path.write_bytes(b'\xef\xbb\xbf{"text": "marked"}\n{"text": "second"}\n')
+    assert texts(read(path)) == ["marked", "second"]
     (tmp_path / "x.ndjson.gz").write_bytes(gzip.compress(b'{"text": "packed"}'))
     assert texts(read(tmp_path / "x.ndjson.gz")) == ["packed"]
 
@@ -164,7 +166,9 @@ def test_json_lines(tmp_path: Path) -> None:
         (b"[" * 100_000, "not valid JSON"),
         (b'["a"]', "must be a JSON object, not list"),
         (b'{"body": "a"}', r"neither a text in 'text' nor 'messages' \(fields: body\)"),
-        (b'{"text": null}', "neither a text"),
+        (b'{"text": null}', r"'text' is null, not a text; .* pass --invalid skip"),
+        (b'{"text": ["a"]}', r"'text' is list, not a text"),
+        (b'{"text": }', r"not valid JSON \(Expecting value at character 10\); mend"),
         (b'{"text": "\\ud800x"}', "character 0 of a text is half of a surrogate pair"),
         (b'{"messages": [{"role": "user", "content": "\\udc00"}]}', "half of a surrogate"),
         (b'{"messages": "a"}', "'messages' must be objects with a role"),

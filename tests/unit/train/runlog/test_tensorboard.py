@@ -1,8 +1,11 @@
 """TensorBoard files, read back with tensorboard's own reader."""
 
+import errno
 import math
+import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -76,6 +79,29 @@ def test_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("")
     with pytest.raises(UserError, match="TensorBoard files cannot be written"):
         TensorBoardFiles(tmp_path / "tensorboard", start())
+
+
+def test_a_full_disk_is_told_once(tmp_path: Path) -> None:
+    """Holds shut: the traceback of a thread before the line that says the same; those of others
+    are shown.
+    """
+    told: list[object] = []
+    before = threading.excepthook
+    threading.excepthook = lambda arguments: told.append(arguments.exc_value)
+    try:
+        files = TensorBoardFiles(tmp_path, start())
+        queue = files._writer.file_writer.event_writer._async_writer  # pyright: ignore
+        queue._writer.write = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(UserError, match=r"TensorBoard files cannot be written .No space left"):
+            for number in range(1, 200):
+                files.step(step(number))
+        fault = OSError("another")
+        other = threading.Thread(target=Mock(side_effect=fault))
+        other.start()
+        other.join()
+    finally:
+        threading.excepthook = before
+    assert told == [fault]
 
 
 def test_missing_tensorboard_names_the_remedy(
