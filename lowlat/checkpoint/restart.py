@@ -81,7 +81,9 @@ def write_planned(
                 (made / files[0].name if is_file else made).rename(dst)
                 shutil.rmtree(partial, ignore_errors=True)
             except UserError:
-                shutil.rmtree(partial, ignore_errors=True)
+                # A destination that appeared meanwhile may go again.
+                if not os.path.lexists(dst):
+                    shutil.rmtree(partial, ignore_errors=True)
                 raise
     except OSError as error:
         what = f"{dst}: cannot be written ({error.strerror})"

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from lowlat.cli.terminal import printable
 from lowlat.engine.completion import Completion
 from lowlat.engine.llm import Model
 from lowlat.utils.errors import UserError
@@ -55,4 +56,4 @@ def completion_dict(completion: Completion) -> dict[str, Any]:
 
 def print_numbered(completions: list[Completion]) -> None:
     for number, completion in enumerate(completions, 1):
-        print(f"--- {number}\n{completion.text}")
+        print(f"--- {number}\n{printable(completion.text)}")

@@ -35,17 +35,20 @@ Cache = Annotated[
     ),
 ]
 Recipe = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="How to compress: weighted, or transmla and mha2mla as their papers have it.",
+        help="How to compress: weighted, which is the default, or transmla and mha2mla as their "
+        "papers have it; exact for not at all.",
+        show_default=False,
         rich_help_panel=_CACHE_PANEL,
     ),
 ]
 Layout = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="standard: a deepseek_v3 that other programs load as well; free: widths and "
-        "frequencies by layer, which loses less and which lowlat alone loads.",
+        help="standard, which is the default: a deepseek_v3 that other programs load as well; "
+        "free: widths and frequencies by layer, which loses less and which lowlat alone loads.",
+        show_default=False,
         rich_help_panel=_CACHE_PANEL,
     ),
 ]
@@ -118,8 +121,8 @@ def convert(
     dst: Destination,
     to: To = None,
     cache: Cache = None,
-    recipe: Recipe = "weighted",
-    layout: Layout = "standard",
+    recipe: Recipe = None,
+    layout: Layout = None,
     calibrate: Calibrate = None,
     heal: Heal = None,
     text: Text = None,

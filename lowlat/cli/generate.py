@@ -55,6 +55,7 @@ def generate(
     """
     from lowlat.cli.completions import as_prompt, print_json, print_numbered
     from lowlat.cli.inputs import load_model, read_stdin
+    from lowlat.cli.terminal import printable
 
     sampling: SamplingOptions = {
         "max_tokens": max_tokens,
@@ -84,7 +85,7 @@ def generate(
         print_numbered(loaded.generate_many([start], **sampling)[0])
     else:
         for piece in loaded.generate(start, stream=True, **sampling):
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print()
 
 

@@ -30,6 +30,11 @@ CONTROL = dict.fromkeys((*range(32), *range(127, 160)), "�")
 del CONTROL[ord("\n")], CONTROL[ord("\t")]
 
 
+def printable(text: str) -> str:
+    """`text` as it may be printed: as it is into a pipe or a file."""
+    return text.translate(CONTROL) if sys.stdout.isatty() else text
+
+
 def answer_once(conversation: Conversation, question: str) -> None:
     """One answer, then the report."""
     completion = conversation.ask(question, write, threading.Event())

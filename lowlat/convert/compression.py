@@ -61,21 +61,24 @@ def _digest(path: Path) -> str:
 
 
 def asked_compression(
-    share: float | None, recipe: str, layout: str, calibrate: tuple[Path, ...]
+    share: float | None, recipe: str | None, layout: str | None, calibrate: tuple[Path, ...]
 ) -> Compression | None:
-    """What options of a command line mean; None for an exact conversion.
+    """What options of a command line mean, None those that were not given; None for an exact
+    conversion.
 
     Raises UserError for options that have no effect or do not exist.
     """
     if share is not None:
         if recipe == "exact":
             raise UserError("--recipe exact keeps the cache as it is; leave out --cache")
+        layout = layout or LAYOUTS[0]
         if layout not in LAYOUTS:
             raise UserError(f"--layout '{layout}' is unknown; choose {' or '.join(LAYOUTS)}")
+        recipe = recipe or DEFAULT_RECIPE
         return Compression(share=share, recipe=recipe, layout=layout, calibrate=calibrate)
-    changed = {"--recipe": recipe not in ("exact", DEFAULT_RECIPE)}
-    changed |= {"--layout": layout != LAYOUTS[0], "--calibrate": bool(calibrate)}
-    for option, is_given in changed.items():
+    given = {"--recipe": recipe not in (None, "exact"), "--layout": layout is not None}
+    given |= {"--calibrate": bool(calibrate)}
+    for option, is_given in given.items():
         if is_given:
             raise UserError(f"{option} belongs to --cache SHARE, the share of the cache to keep")
     return None

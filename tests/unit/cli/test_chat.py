@@ -1,6 +1,7 @@
 """lowlat chat: turns, commands, interruption and the report."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ from typer.testing import Result
 
 from lowlat.cli.conversation import Conversation
 from lowlat.cli.speakers import LocalSpeaker
-from lowlat.cli.terminal import interruptions, write
+from lowlat.cli.terminal import interruptions, printable, write
 from lowlat.engine.llm import Model
 from lowlat.utils.errors import UserError
 
@@ -106,3 +107,9 @@ def test_first_interrupt_is_an_event_and_the_second_one_interrupts() -> None:
 def test_escape_sequences_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     write("a\x1b[2Jb\n\tc")
     assert capsys.readouterr().out == "a�[2Jb\n\tc"
+
+
+def test_what_goes_into_a_pipe_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_terminal, shown in ((True, "a�[2Jb\n"), (False, "a\x1b[2Jb\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        assert printable("a\x1b[2Jb\n") == shown

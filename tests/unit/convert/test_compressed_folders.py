@@ -140,7 +140,7 @@ def test_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("layout", ["standard", "free"])
-def test_a_recipe_keeps_within_the_budget_or_says_so(tmp_path: Path, layout: str) -> None:
+def test_a_recipe_keeps_within_the_budget_or_says_so(tmp_path: Path, layout: Any) -> None:
     """Holds shut: one key head whose rotation alone is more than was asked for."""
     one = GQAConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=64)
     source = source_model(tmp_path / "source", attention=one)
@@ -233,9 +233,11 @@ def test_without_to_mla_it_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((None, "weighted", "free", ()), "--layout belongs to --cache"),
-        ((None, "transmla", "standard", ()), "--recipe belongs to --cache"),
-        ((None, "weighted", "standard", (Path("a"),)), "--calibrate belongs to --cache"),
+        ((None, None, "free", ()), "--layout belongs to --cache"),
+        ((None, None, "standard", ()), "--layout belongs to --cache"),
+        ((None, "weighted", None, ()), "--recipe belongs to --cache"),
+        ((None, "transmla", None, ()), "--recipe belongs to --cache"),
+        ((None, None, None, (Path("a"),)), "--calibrate belongs to --cache"),
         ((0.5, "exact", "standard", ()), "--recipe exact keeps the cache"),
         ((0.5, "weighted", "wide", ()), "--layout 'wide' is unknown; choose standard or free"),
     ],
@@ -246,8 +248,13 @@ def test_options_without_effect(options: tuple[Any, ...], words: str) -> None:
 
 
 def test_exact_needs_no_options() -> None:
-    assert asked_compression(None, "exact", "standard", ()) is None
-    assert asked_compression(None, "weighted", "standard", ()) is None
+    assert asked_compression(None, "exact", None, ()) is None
+    assert asked_compression(None, None, None, ()) is None
+
+
+def test_what_is_left_out_has_its_default() -> None:
+    asked = asked_compression(0.5, None, None, ())
+    assert asked is not None and (asked.recipe, asked.layout) == ("weighted", "standard")
 
 
 def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:

@@ -177,6 +177,21 @@ def test_what_would_fail_again_is_not_kept(place: Path) -> None:
     assert not partial_path(place).exists() and not place.exists()
 
 
+def test_a_destination_that_appears_meanwhile_costs_no_work(
+    place: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(restart, "sync_folder", lambda folder: place.write_text("mine"))
+        with pytest.raises(UserError, match="exists already"):
+            again(place)
+    assert place.read_text() == "mine"
+    place.unlink()
+    counted.written.clear()
+    again(place)
+    assert counted.written == []
+    assert_whole(place)
+
+
 def test_an_existing_destination_is_left_alone(place: Path) -> None:
     place.write_text("mine")
     with pytest.raises(UserError, match="exists already"):
