@@ -147,10 +147,10 @@ def check_config(
     present = config_to_hf(configs[timetable.at(done).phase_index])
     # Keys that configs did not have when it was written have their defaults.
     before = config_to_hf(config_from_hf(dict(saved["config"]), source=folder))
-    differences = [text for _, text in _differences(before, present)]
-    if differences:
+    changes = [text for _, text in _differences(before, present)]
+    if changes:
         raise UserError(
-            f"{folder}: was trained as another model: {'; '.join(differences[:5])}; restore the "
+            f"{folder}: was trained as another model: {'; '.join(changes[:5])}; restore the "
             "config.json of start, or choose another --out for the changed one"
         )
 

@@ -169,7 +169,7 @@ OPTIMISING = [
     Mutant(
         "AdamW: gradients not clipped",
         "train/optim.py",
-        "if self.clip > 0:",
+        "if 0 < self.clip < norm:",
         "if False:",
         TRAIN + "test_optim.py::test_adamw_by_hand",
     ),
@@ -252,6 +252,13 @@ STATES = [
         "    if differences:\n",
         "    if False:\n",
         TRAIN + "test_state.py::test_what_differs_is_said",
+    ),
+    Mutant(
+        "resume: another config taken",
+        "train/state.py",
+        "    if changes:\n",
+        "    if False:\n",
+        TRAIN + "test_state.py::test_a_model_of_another_config_does_not_go_on",
     ),
     Mutant(
         "save: tensors that training changes",
