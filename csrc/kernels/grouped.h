@@ -4,13 +4,12 @@
 // copy in memory. Every output is one chain of operations, so the bits do not depend on the number of threads.
 #pragma once
 
-#include <type_traits>
 #include <vector>
 
 #include "../training.h"
 #include "../workspace.h"
+#include "attention.h"
 #include "paged.h"
-#include "turned.h"
 
 namespace lowlat::LOWLAT_ISA::grouped {
 
@@ -74,16 +73,12 @@ inline std::vector<std::int64_t> first_rows(const std::int64_t* counts, std::int
 // Rows as products read them: those that are no whole number of steps wide are copied.
 inline const bf16* whole_rows(const bf16* from, std::int64_t rows, std::int64_t width, Buffer& copy) {
   if (width % kColumns == 0) return from;
-  const std::int64_t stride = round_up(width, kColumns);
-  auto* to = room<bf16>(copy, rows * stride);
-  for (std::int64_t r = 0; r < rows; ++r) {
-    std::memcpy(to + r * stride, from + r * width, width * sizeof(bf16));
-    std::memset(to + r * stride + width, 0, (stride - width) * sizeof(bf16));
-  }
+  auto* to = room<bf16>(copy, rows * round_up(width, kColumns));
+  copy_rows(from, width, rows, width, to);
   return to;
 }
 
-// body(expert, strip) for the strips of all experts that have rows.
+// body(expert, strip) for the strips of all experts.
 template <class Body>
 void for_strips(Team& team, std::int64_t experts, std::int64_t strips, Body&& body) {
   team.for_chunks(experts * strips, kChunk, [&](std::int64_t first, std::int64_t last) {

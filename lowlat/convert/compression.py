@@ -1,6 +1,5 @@
 """A wanted compression: its options and its scratch folder."""
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from lowlat.checkpoint.cachefolder import sha256_file
 from lowlat.checkpoint.restart import hold
 from lowlat.config.model import ModelConfig
 from lowlat.convert.budget import STEP, row_budget
@@ -48,16 +48,11 @@ class Compression:
         """
         try:
             texts = [] if self.calibration is None else [self.calibration.digest()]
-            texts += [f"{path.resolve()} {_digest(path)}" for path in self.calibrate]
+            texts += [f"{path.resolve()} {sha256_file(path)[:12]}" for path in self.calibrate]
         except OSError as error:
             where = f"--calibrate {error.filename}"
             raise UserError(f"{where}: cannot be read ({error.strerror})") from error
         return {"cache": self.share, "recipe": self.recipe, "layout": self.layout, "text": texts}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def asked_compression(

@@ -163,7 +163,8 @@ def mla_parameters(read: Read, source: GQAConfig, rope: RopeConfig) -> Read:
 
     def in_half_layout(name: str) -> Tensor:
         rows = read(name)
-        if not name.rpartition(".")[0].endswith(("q_proj", "k_proj")):
+        turns = name.rpartition(".")[0].endswith(("q_proj", "k_proj"))
+        if not (turns and rope.rope_interleave):
             return rows
         return rows.unflatten(0, (-1, source.head_dim))[:, order].flatten(0, 1)
 

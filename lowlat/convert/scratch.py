@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lowlat.checkpoint.cachefolder import sha256_file
 from lowlat.convert.statistics import LayerStatistics
 
 
@@ -19,8 +20,7 @@ def digest_of(folder: Path) -> str:
     """A short hash of the new tensors of all layers in `folder`."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("layer-*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} ".encode() + hashlib.file_digest(file, "sha256").digest())
+        digest.update(f"{path.name} {sha256_file(path)}\n".encode())
     return digest.hexdigest()[:12]
 
 

@@ -20,6 +20,7 @@ from lowlat.train.build import started
 from lowlat.train.fp8 import save_fp8
 from lowlat.train.lora import base_dtype, merged
 from lowlat.train.lora_files import start_fingerprint, write_adapter
+from lowlat.train.parallel.team import Team
 from lowlat.train.recipe import Recipe, parse_recipe
 from lowlat.train.saves.disk import sync_folder, write_new
 from lowlat.train.saves.errors import writing
@@ -57,6 +58,17 @@ def keep_tokenizer(run: Path, text: Path) -> None:
         sync_folder(partial)
         partial.rename(folder)
         sync_folder(run)
+
+
+def refuse_older_model(model: Path, team: Team) -> None:
+    """Raises UserError where a run without saves holds a model all the same: that of a run whose
+    saves were removed. Collective.
+    """
+    if team.from_first(int(model.exists())):
+        raise UserError(
+            f"{model}: is there from a run whose saves are gone; move it away, or choose another "
+            "--out"
+        )
 
 
 def export(

@@ -27,7 +27,7 @@ from lowlat.train.build import (
     new_passes,
     new_teacher,
 )
-from lowlat.train.export import TOKENIZER, export, keep_tokenizer
+from lowlat.train.export import TOKENIZER, export, keep_tokenizer, refuse_older_model
 from lowlat.train.inputs import PhaseData, left_out
 from lowlat.train.lora import merged
 from lowlat.train.measure import Meter, eval_record
@@ -123,7 +123,7 @@ class Trainer:
         )
         save = self._latest(progress)
         if save is None:
-            self._refuse_older_model()
+            refuse_older_model(run.path / MODEL_FOLDER, team)
         self.position = Position(step=0, seconds=0.0) if save is None else self._resumed(save)
         self._phase = self._plan().phase_index
         self._teacher: Teacher | None = None if teacher is None else new_teacher(teacher, recipe)
@@ -184,15 +184,6 @@ class Trainer:
         save = self._saves.latest(progress) if self._team.is_first else None
         step = self._team.from_first(-1 if save is None else save.step)
         return self._saves.open(step) if save is None and step >= 0 else save
-
-    def _refuse_older_model(self) -> None:
-        """A folder without saves may hold the model of a run whose saves were removed."""
-        model = self.run_folder.path / MODEL_FOLDER
-        if self._team.from_first(int(model.exists())):
-            raise UserError(
-                f"{model}: is there from a run whose saves are gone; move it away, or choose "
-                "another --out"
-            )
 
     def _resumed(self, save: Save) -> Position:
         """Where `save` is. Raises UserError if it is not of this recipe on this basis."""

@@ -29,8 +29,6 @@ from lowlat.engine.structured import Choice, Regex
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
 
-from .grammar_walk import stripping_tokenizer
-
 TOKENIZER = byte_tokenizer()
 LONG = [(i * 37 + i * i) % 256 for i in range(90)]
 
@@ -106,38 +104,6 @@ def test_generate_returns_text_ids_reason_and_usage() -> None:
 def test_stop_is_a_string_or_several(stop: Any) -> None:
     with pytest.raises(UserError, match="stop must be a string or a list"):
         inspect.unwrap(Model.generate)(counting(), "a", stop=stop)
-
-
-STRIPPING = stripping_tokenizer()
-SPACED = STRIPPING.vocab_size - 5
-"""The token of " a"."""
-
-
-def spaced() -> Model:
-    """Says " a" after everything."""
-    config = gqa_config(vocab_size=STRIPPING.vocab_size)
-    return Model(ScriptedModel(config, lambda token: SPACED), STRIPPING, name="spaced")
-
-
-def test_a_continuation_keeps_the_space_between_it_and_its_prompt() -> None:
-    """Holds shut: sentencepiece's first space dropped in the middle of a text."""
-    model = spaced()
-    for prompt in ("b", STRIPPING.encode("b")):
-        assert one(model.generate(prompt, max_tokens=2)).text == " a a"
-    begin = STRIPPING.bos_id
-    assert begin is not None
-    assert one(model.generate([begin], max_tokens=2)).text == "a a"
-    assert "".join(model.generate("b", max_tokens=2, stream=True)) == " a a"
-
-
-def test_a_form_holds_for_the_very_text_of_a_continuation() -> None:
-    """Holds shut: a space that is asked for beside the form, where none is dropped."""
-    form = Choice(options=("b", " a b"))
-    bias = {SPACED: 5.0}
-    assert one(spaced().generate("b", structured=form, logit_bias=bias)).text == " a b"
-    begin = STRIPPING.bos_id
-    assert begin is not None
-    assert one(spaced().generate([begin], structured=form, logit_bias=bias)).text in form.options
 
 
 def test_scoring_keeps_within_the_cache_s_limit() -> None:
