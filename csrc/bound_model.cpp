@@ -285,7 +285,8 @@ class BoundModel {
     const Attention &a = layer.attention, &first = model.layers[0].attention;
     const Projection& input = a.q_a ? *a.q_a : a.q;
     require(layer.input_norm.size == model.hidden && layer.post_attention_norm.size == model.hidden &&
-                input.weight.columns == model.hidden && a.o.weight.rows == model.hidden,
+                input.weight.columns == model.hidden && a.o.weight.rows == model.hidden &&
+                (!a.is_mla() || a.kv_a.weight.columns == model.hidden),
             "a layer has another width than the embedding");
     require(a.heads == first.heads && a.kv_heads == first.kv_heads && a.is_mla() == first.is_mla(),
             "the layers' attention differs in form or heads");
@@ -332,7 +333,7 @@ class BoundModel {
     for (const auto& [pages, start, length, is_expanded] : sequences) {
       require(start >= 0 && length > 0, "a sequence has no new tokens");
       const auto rows = static_cast<std::int64_t>(pages.size()) * cache.page_size();
-      require(rows >= start + length, "a sequence has too few pages");
+      require(length <= rows && start <= rows - length, "a sequence has too few pages");
       for (const std::int32_t page : pages) require(page >= 0 && page < cache.pages, "a page is outside the cache");
       step.sequences.push_back({pages.data(), start, length, token, is_expanded});
       token += length;

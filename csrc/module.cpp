@@ -163,7 +163,8 @@ void store_rows(const Array& rows, const Array& cache, std::int64_t quantized, c
 }
 
 void check_pages(const PagedAttention& a, std::int64_t pages, std::int64_t all_pages) {
-  if (a.start < 0 || (a.start + a.queries + a.cache.page_size - 1) / a.cache.page_size > pages) {
+  const std::int64_t rows = pages * a.cache.page_size;
+  if (a.start < 0 || a.queries > rows || a.start > rows - a.queries) {
     throw std::invalid_argument("pages are too few for the positions");
   }
   for (std::int64_t i = 0; i < pages; ++i) {
@@ -189,8 +190,10 @@ void attention(const Array& q, const Array& cache, const Array& pages, std::int6
   a.value_step = layout.value_step;
   a.value_offset = layout.value_offset;
   const std::int64_t group = a.kv_heads - 1;
-  if (a.kv_heads < 1 || a.heads % a.kv_heads != 0 || group * a.key_step + a.key_dim > row_dim ||
-      a.value_offset + group * a.value_step + a.value_dim > row_dim || quantized < 0 || quantized > row_dim) {
+  const bool is_in_range = a.kv_heads >= 1 && a.key_step >= 0 && a.value_step >= 0 && a.value_offset >= 0 &&
+                           a.value_dim >= 0 && a.window >= 0 && quantized >= 0 && size(cache, 1) > 0;
+  if (!is_in_range || a.heads % a.kv_heads != 0 || group * a.key_step + a.key_dim > row_dim ||
+      a.value_offset + group * a.value_step + a.value_dim > row_dim || quantized > row_dim) {
     throw std::invalid_argument("heads do not fit the cached rows");
   }
   a.cache = cache_of(cache, size(cache, 1), row_dim, quantized);

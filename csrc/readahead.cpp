@@ -9,14 +9,22 @@ namespace lowlat {
 
 namespace {
 
-void read_ahead(const Matrix& w) {
-  if (w.data == nullptr || w.is_tiled()) return;  // tiles are made at load: no file holds them
+void read_ahead(const void* data, std::int64_t bytes) {
+  if (data == nullptr) return;
   static const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto first = reinterpret_cast<std::uintptr_t>(w.data);
-  const auto bytes = static_cast<std::uintptr_t>(w.rows * w.stride * w.element_bytes());
+  const auto first = reinterpret_cast<std::uintptr_t>(data);
   const std::uintptr_t start = first / page * page;
   // Advice only: where it is refused, the pages come when they are touched.
-  madvise(reinterpret_cast<void*>(start), first + bytes - start, MADV_WILLNEED);
+  madvise(reinterpret_cast<void*>(start), first + static_cast<std::uintptr_t>(bytes) - start, MADV_WILLNEED);
+}
+
+void read_ahead(const Matrix& w) {
+  // Scales of other storages are a hundredth of the weights, and come when they are touched.
+  if (!w.is_tiled()) return read_ahead(w.data, w.rows * w.stride * w.element_bytes());
+  const std::int64_t groups = w.tiles() * w.groups();
+  read_ahead(w.data, groups * w.group_bytes());
+  read_ahead(w.scale, groups * kTile * 2);
+  read_ahead(w.minimum, groups * kTile * 2);
 }
 
 }  // namespace

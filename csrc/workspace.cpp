@@ -24,7 +24,8 @@ Sizes::Sizes(const Model& model) {
     key = std::max(key, a.key_dim());
     value = std::max(value, a.is_mla() ? a.latent_dim : a.out_dim());
     if (a.q_a) query_latent = std::max(query_latent, a.q_a->weight.rows);
-    if (layer.mlp) inner = std::max(inner, layer.mlp->gate.weight.rows);
+    std::int64_t& width = layer.moe ? inner : dense_inner;
+    if (layer.mlp) width = std::max(width, layer.mlp->gate.weight.rows);
     if (!layer.moe) continue;
     experts = std::max(experts, layer.moe->router.experts);
     chosen = std::max(chosen, layer.moe->router.chosen);
@@ -57,6 +58,14 @@ Activations Workspace::rows_of(int slot, std::int64_t rows, std::int64_t columns
   return {rows, stride, take<bf16>(slot, rows * stride), is_stream};
 }
 
+void Workspace::make_inner(std::int64_t tokens, bool is_stream) {
+  const std::int64_t dense_stride = round_up(sizes.dense_inner, kGroup), stride = round_up(sizes.inner, kGroup);
+  const std::int64_t rows = sizes.inner > 0 ? tokens * (sizes.chosen + 1) : 0;
+  bf16* values = take<bf16>(3, std::max(tokens * dense_stride, rows * stride));
+  dense_inner = {tokens, dense_stride, values, is_stream};
+  moe_inner = {rows, stride, values, is_stream};
+}
+
 void Workspace::prepare(const Model& model, const Step& step, int threads) {
   if (static_cast<int>(scratch.size()) < threads) scratch = std::vector<Scratch>(threads);
   const Attention& a = model.layers[0].attention;
@@ -64,7 +73,7 @@ void Workspace::prepare(const Model& model, const Step& step, int threads) {
   hidden = rows_of(0, n, model.hidden, step.is_stream);
   query_latent = rows_of(1, n, sizes.query_latent, step.is_stream);
   attended = rows_of(2, n, sizes.outputs, step.is_stream);
-  inner = rows_of(3, routed + n, sizes.inner, step.is_stream);
+  make_inner(n, step.is_stream);
   // A single token's row serves all its experts as it is.
   gathered = n > 1 ? rows_of(4, routed, model.hidden, step.is_stream) : Activations{};
   joined = model.join ? rows_of(17, n, 2 * model.hidden, step.is_stream) : Activations{};

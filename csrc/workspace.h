@@ -86,7 +86,8 @@ struct ExpertRows {
 
 // The largest sizes of a model's layers.
 struct Sizes {
-  std::int64_t query_latent = 0, inner = 0, experts = 0, chosen = 0;
+  std::int64_t query_latent = 0, experts = 0, chosen = 0;
+  std::int64_t dense_inner = 0, inner = 0;  // of layers without experts, and with
   std::int64_t row = 0, queries = 0, outputs = 0, key = 0, value = 0;
 
   explicit Sizes(const Model& model);
@@ -96,7 +97,10 @@ struct Sizes {
 struct Workspace {
   // Activations of all tokens; strides are multiples of 32 and the same in all layers, those of the widest. A layer's
   // rows are followed by zeros up to a multiple of 32.
-  Activations hidden, query_latent, attended, inner, gathered, joined;
+  Activations hidden, query_latent, attended, gathered, joined;
+  // Inner rows of MLPs, in the same memory: a layer without experts has fewer rows, as a rule wider ones.
+  Activations dense_inner, moe_inner;
+  Activations inner;  // those of the layer at hand
   bf16* x = nullptr;                 // residual [tokens, hidden.stride]
   bf16* query_latent_raw = nullptr;  // [tokens, query_latent.stride]
   bf16* row = nullptr;               // [tokens, row_dim]
@@ -134,6 +138,7 @@ struct Workspace {
   template <class T>
   T* take(int slot, std::int64_t count);
   Activations rows_of(int slot, std::int64_t rows, std::int64_t columns, bool is_stream);
+  void make_inner(std::int64_t tokens, bool is_stream);
 
   Sizes sizes;
   Buffer buffers_[18];

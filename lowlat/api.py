@@ -16,6 +16,7 @@ from lowlat.convert.run import convert
 from lowlat.engine.completion import Completion
 from lowlat.engine.llm import Model, Prompt
 from lowlat.engine.params import SamplingOptions, SamplingParams, make_params
+from lowlat.ops import native
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.device import parse_cache
 from lowlat.utils.errors import UserError
@@ -55,6 +56,8 @@ def load(
     or served.
     """
     parse_cache(cache)
+    # A wrong LOWLAT_ISA is told before minutes of loading.
+    native.available()
     path = prepare(name, progress=progress)
     # First, because it fails in milliseconds where a tokenizer is missing.
     tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(path)

@@ -20,6 +20,7 @@ inline void group_rows(const Pass& pass, const Layer& layer) {
   Workspace& work = pass.work;
   const std::int64_t tokens = pass.step.tokens;
   work.expert_rows.clear();
+  work.inner = layer.moe ? work.moe_inner : work.dense_inner;
   std::int64_t routed = 0;
   if (layer.moe) {
     const Router& router = layer.moe->router;

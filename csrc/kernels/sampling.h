@@ -86,12 +86,19 @@ inline void for_pieces(Team& team, const DrawPass& p, Body&& body) {
   });
 }
 
+// NaN where any logit is: comparisons would pass over it.
 inline float largest_logit(Team& team, const DrawPass& p) {
   for_pieces(team, p, [&](std::int64_t piece, std::int64_t first, std::int64_t last) {
-    p.pieces[piece].largest = training::largest_of(p.logits + first, last - first);
+    const float* logits = p.logits;
+    int unordered = 0;
+    for (std::int64_t i = first; i < last; ++i) unordered |= logits[i] != logits[i];
+    p.pieces[piece].largest = unordered ? __builtin_nanf("") : training::largest_of(logits + first, last - first);
   });
   float largest = p.pieces[0].largest;
-  for (std::int64_t i = 1; i < draw_pieces(p.size); ++i) largest = std::fmax(largest, p.pieces[i].largest);
+  for (std::int64_t i = 1; i < draw_pieces(p.size) && !std::isnan(largest); ++i) {
+    const float other = p.pieces[i].largest;
+    largest = std::isnan(other) ? other : std::fmax(largest, other);
+  }
   return largest;
 }
 

@@ -11,7 +11,7 @@ from lowlat.ops import native
 from lowlat.utils.errors import UserError
 
 DTYPES = ("bf16", "int8", "int4", "fp8", "fp32")
-CACHES = ("bf16", "int8")
+CACHES = ("auto", "bf16", "int8")
 PEERS = ("transformers", "llama.cpp", "vllm")
 PREFILL = "512,2048,8192"
 DECODE = "128,2048,8192,32768"
@@ -67,15 +67,21 @@ def make_plan(
     prefill: str = PREFILL,
     decode: str = DECODE,
     dtype: str = "bf16",
-    cache: str = "bf16",
+    cache: str = "auto",
     threads: int | None = None,
     peers: str = "",
     rounds: int = ROUNDS,
 ) -> Plan:
-    """The plan behind the options as typed. Raises UserError naming the option that is wrong."""
+    """The plan behind the options as typed; cache "auto" is fp32 for fp32 weights, else bf16.
+
+    Raises UserError naming the option that is wrong.
+    """
     for option, value, known in (("--dtype", dtype, DTYPES), ("--cache", cache, CACHES)):
         if value not in known:
             raise UserError(f"{option} '{value}' is unknown; choose one of {', '.join(known)}")
+    if dtype == "fp32" and cache == "bf16":
+        raise UserError("--cache bf16: what fp32 weights make is cached in fp32; leave it out")
+    plain = "fp32" if dtype == "fp32" else "bf16"
     if rounds < 1:
         raise UserError(f"--rounds {rounds}: give at least 1")
     cells = [Cell(kind="prefill", tokens=n) for n in parse_lengths("--prefill", prefill)]
@@ -85,7 +91,7 @@ def make_plan(
     return Plan(
         cells=tuple(cells),
         dtype=dtype,
-        cache=cache,
+        cache=plain if cache == "auto" else cache,
         threads=check_threads(threads),
         peers=parse_peers(peers),
         rounds=rounds,

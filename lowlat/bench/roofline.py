@@ -5,9 +5,10 @@
 
 A step over an int8 cache can multiply its int8 channels at the rate of int8.
 
-A step of decoding reads the weights one token uses and every cached row once. A prompt reads what
-its tokens hit together (with enough tokens, every expert) once. Attention is counted in the
-cheaper of its two forms: absorbed or expanded. Two FLOPs are one multiply-add.
+A step of decoding reads the weights one token uses and every cached row it attends to once. A
+prompt reads what its tokens hit together (with enough tokens, every expert) once. Attention is
+counted in the cheaper of its two forms: absorbed or expanded. Two FLOPs are one multiply-add. Zeros
+count like other weights, also where a conversion left whole tiles of them, which kernels skip.
 """
 
 from collections import Counter
@@ -15,17 +16,9 @@ from dataclasses import dataclass
 
 from lowlat.bench.plan import Cell
 from lowlat.config.arithmetic import count_parameters
+from lowlat.config.memory import read_bytes
 from lowlat.config.model import AttentionConfig, GQAConfig, ModelConfig, TPAConfig
 
-WEIGHT_BYTES = {
-    "fp32": 4.0,
-    "bf16": 2.0,
-    "fp8": 1 + 4 / 128**2,
-    "int8": 1 + 2 / 32,
-    "int4": 0.5 + 4 / 32,
-}
-"""Bytes of a weight with its share of scales: fp8 blocks of 128 x 128 with an fp32 scale; groups
-of 32 with an fp16 scale (int8), or with scale and minimum (int4)."""
 RATES = {
     "fp32": "gemm_fp32",
     "bf16": "gemm_bf16",
@@ -55,27 +48,25 @@ def work_of(
 
     row_bytes: cache of one token in all layers. cache: what rows are cached in.
     """
-    count = count_parameters(config)
-    head = config.vocab_size * config.hidden_size
-    if cell.kind == "decode":
-        attention = attention_flops(config, queries=1, keys=cell.tokens + 1, pairs=None)
-        plain = attention if cache != "int8" else _bf16_flops(config, keys=cell.tokens + 1)
-        return Work(
-            weight_bytes=count.active_without_embedding * WEIGHT_BYTES[dtype],
-            cache_bytes=float(cell.tokens * row_bytes),
-            weight_flops=2.0 * count.active_without_embedding,
-            attention_flops=attention,
-            int8_flops=attention - plain,
-        )
-    embedding = count.embedding if count.head else 0
-    touched = count.total - embedding - count.routed_experts * (1 - _hit(config, cell.tokens))
-    pairs = cell.tokens * (cell.tokens + 1) // 2
-    return Work(
-        weight_bytes=touched * WEIGHT_BYTES[dtype],
-        cache_bytes=float(cell.tokens * row_bytes),
+    count, tokens = count_parameters(config), cell.tokens
+    if cell.kind == "prefill":
+        head = config.vocab_size * config.hidden_size
+        experts = _hit(config, tokens)
         # only the last token needs the head
-        weight_flops=2.0 * ((count.active_without_embedding - head) * cell.tokens + head),
-        attention_flops=attention_flops(config, queries=cell.tokens, keys=cell.tokens, pairs=pairs),
+        weight_flops = 2.0 * ((count.active_without_embedding - head) * tokens + head)
+        queries, keys, pairs = tokens, tokens, tokens * (tokens + 1) // 2
+    else:
+        experts = config.moe.num_experts_per_tok if config.moe else 0
+        weight_flops = 2.0 * count.active_without_embedding
+        queries, keys, pairs = 1, tokens + 1, tokens + 1
+    attention = attention_flops(config, queries=queries, keys=keys, pairs=pairs)
+    is_int8 = cell.kind == "decode" and cache == "int8"
+    return Work(
+        weight_bytes=float(read_bytes(config, dtype, experts)),
+        cache_bytes=_rows_read(config, tokens) * row_bytes / config.num_hidden_layers,
+        weight_flops=weight_flops,
+        attention_flops=attention,
+        int8_flops=attention - _bf16_flops(config, keys=keys) if is_int8 else 0.0,
     )
 
 
@@ -87,12 +78,33 @@ def attention_flops(config: ModelConfig, *, queries: int, keys: int, pairs: int 
     are computed by.
     """
     pairs = queries * keys if pairs is None else pairs
-    layers = Counter(config.attention_of(layer) for layer in range(config.num_hidden_layers))
+    layers = Counter(
+        (config.attention_of(layer), config.window(layer))
+        for layer in range(config.num_hidden_layers)
+    )
     each = (
-        number * _head_flops(attention, queries, keys, pairs)
-        for attention, number in layers.items()
+        number * _head_flops(attention, queries, keys, _pairs_within(window, queries, keys, pairs))
+        for (attention, window), number in layers.items()
     )
     return float(config.num_attention_heads * sum(each))
+
+
+def _pairs_within(window: int | None, queries: int, keys: int, pairs: int) -> int:
+    """Those of `pairs` within `window` keys; of `keys` tokens the last `queries` ask."""
+    if window is None:
+        return pairs
+
+    def up_to(tokens: int) -> int:
+        inside = min(tokens, window)
+        return inside * (inside + 1) // 2 + (tokens - inside) * window
+
+    return min(pairs, up_to(keys) - up_to(keys - queries))
+
+
+def _rows_read(config: ModelConfig, tokens: int) -> int:
+    """Cached rows of all layers that a step after `tokens`, or a prompt of `tokens`, reads."""
+    windows = (config.window(layer) for layer in range(config.num_hidden_layers))
+    return sum(tokens if window is None else min(tokens, window) for window in windows)
 
 
 def _bf16_flops(config: ModelConfig, *, keys: int) -> float:
@@ -111,7 +123,9 @@ def _head_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int)
         expanded = pairs * 4 * attention.head_dim + keys * products
         return min(pairs * products, expanded)
     latent = attention.row_dim - attention.qk_rope_head_dim
-    absorbed = pairs * 2 * (2 * latent + attention.qk_rope_head_dim)
+    # Without a part that is not rotated the latent holds values alone.
+    scored = latent if attention.qk_nope_head_dim else 0
+    absorbed = pairs * 2 * (scored + attention.qk_rope_head_dim + latent)
     expanded = pairs * 2 * (attention.qk_head_dim + attention.v_head_dim)
     width = attention.qk_nope_head_dim + attention.v_head_dim
     expanded += (keys - queries) * 2 * latent * width
@@ -143,9 +157,10 @@ def tokens_per_second(
     return (cell.tokens if cell.kind == "prefill" else 1) / least
 
 
-def _hit(config: ModelConfig, tokens: int) -> float:
-    """Expected share of a layer's routed experts that `tokens` tokens use, chosen at random."""
+def _hit(config: ModelConfig, tokens: int) -> int:
+    """Routed experts of a layer that `tokens` tokens are expected to use, chosen at random."""
     moe = config.moe
     if moe is None:
-        return 1.0
-    return float(1 - (1 - moe.num_experts_per_tok / moe.n_routed_experts) ** tokens)
+        return 0
+    missed = (1 - moe.num_experts_per_tok / moe.n_routed_experts) ** tokens
+    return round(moe.n_routed_experts * (1 - missed))

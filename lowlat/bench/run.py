@@ -57,6 +57,10 @@ def bench(model: str, plan: Plan, progress: Progress) -> dict[str, Any]:
             f"{plan.context:,} tokens exceed the model's max_position_embeddings of "
             f"{config.max_position_embeddings:,}; ask for less in --prefill and --decode"
         )
+    if config.packing is not None and plan.dtype not in (config.packing, "fp32"):
+        raise UserError(
+            f"{model}: holds {config.packing} weights, which stay so; give --dtype {config.packing}"
+        )
     programs = [Program(name="lowlat", python=sys.executable), *map(Program.of, plan.peers)]
     with tempfile.TemporaryDirectory(prefix="lowlat-bench-") as folder:
         stage = Stage(plan=plan, model=path, config=config, folder=Path(folder), progress=progress)

@@ -5,6 +5,7 @@ Owns the order of things; casting and placing are `place`'s, where tensors lie `
 `gguf`'s, what they are called `mapping`'s.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from lowlat.checkpoint.mapping import check_tensors, operations, settle_mtp
 from lowlat.checkpoint.place import fill
 from lowlat.checkpoint.source import TensorSource
 from lowlat.config.hf import config_from_hf
+from lowlat.config.memory import weight_bytes
 from lowlat.config.model import ModelConfig, Packing
 from lowlat.model.quant import PACKED, store_packed
 from lowlat.model.transformer import Transformer
 from lowlat.utils.device import parse_device, parse_dtype
 from lowlat.utils.errors import UserError
+from lowlat.utils.memory import is_larger_than_memory, memory_limit
 from lowlat.utils.progress import Progress, SilentProgress
 
 
@@ -55,12 +58,13 @@ def load_model(
     Memory stays under the model, its largest tensor and a constant.
 
     Raises UserError naming file and tensor for anything missing, left over, misshapen or of a
-    dtype that is not a weight's, and for a router bias that is not finite.
+    dtype that is not a weight's, for a router bias that is not finite, and where weights that
+    `dtype` makes anew are more than there is memory.
     """
     form: Packing | None = next((packing for packing in PACKED if packing == dtype), None)
     wanted = None if dtype == "auto" else parse_dtype("bf16" if form else dtype)
     place = parse_device(device)
-    source = open_checkpoint(path)
+    source = stored = open_checkpoint(path)
     config = settle_mtp(read_config(source), source)
     is_packed, keeps = config.packing is not None, dtype in ("auto", "bf16", config.packing)
     if (is_packed and not keeps) or (config.quantization is not None and wanted is not None):
@@ -75,6 +79,9 @@ def load_model(
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     expected = {file: shape for step in plan for file, shape in step.file_shapes(shapes).items()}
     check_tensors(config, source, expected)
+    if place.type == "cpu":
+        made = weight_bytes(config, form) if form and config.packing is None else None
+        _check_memory(stored, source, wanted, dtype, made)
     packed = store_packed(model, form) if form and config.packing is None else {}
     filled = fill(source, plan, parameters, wanted, place, progress or SilentProgress(), packed)
     model.load_state_dict(filled, strict=True, assign=True)
@@ -85,6 +92,32 @@ def read_config(source: TensorSource) -> ModelConfig:
     """The config of a checkpoint. Raises UserError naming file and field."""
     file = source.path / "config.json" if source.path.is_dir() else source.path
     return config_from_hf(source.hf_config, source=str(file))
+
+
+def _check_memory(
+    stored: TensorSource,
+    source: TensorSource,
+    wanted: torch.dtype | None,
+    dtype: str,
+    made: int | None,
+) -> None:
+    """UserError where weights that are made in memory cannot stay there: what is not a view of a
+    file is never dropped and read again. `source` is `stored`, multiplied out where that is asked
+    for; `made`: bytes that are made, where packing decides them.
+    """
+    if made is None:
+        sizes = (
+            math.prod(source.shape(name)) * (wanted or source.dtype(name)).itemsize
+            for name in source.names()
+            if stored.dtype(name) != (wanted or source.dtype(name))
+        )
+        made = sum(sizes)
+    if is_larger_than_memory(made):
+        raise UserError(
+            f"{source.path}: --dtype {dtype} makes {made / 1e9:,.1f} GB of weights in memory, and "
+            f"{memory_limit() / 1e9:,.1f} GB are there; use --dtype auto, which reads the "
+            "checkpoint where it lies"
+        )
 
 
 def _empty_model(config: ModelConfig, source: TensorSource) -> Transformer:

@@ -29,7 +29,10 @@ def bench(
         str, typer.Option(metavar="N,...", help="Tokens in the cache before a step; '' for none.")
     ] = DECODE,
     dtype: Annotated[str, typer.Option(help="Weights: bf16, int8, int4, fp8 or fp32.")] = "bf16",
-    cache: Annotated[str, typer.Option(help="Cached rows: bf16 or int8.")] = "bf16",
+    cache: Annotated[
+        str,
+        typer.Option(help="Cached rows: bf16, int8, or auto (fp32 with --dtype fp32, else bf16)."),
+    ] = "auto",
     threads: options.Threads = None,
     peers: Annotated[
         str,
@@ -73,18 +76,34 @@ def bench(
         require_matplotlib()
         make_folder(out)
     report = run(model, plan, make_progress())
-    if out is not None:
-        (out / "results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        draw(report, out / "plot.svg")
+    # Printed first: minutes of measuring are not lost to a full disk.
     if as_json:
         print(json.dumps(report, indent=2))
     else:
         show(report)
+    if out is not None:
+        text = json.dumps(report, indent=1) + "\n"
+        try:
+            (out / "results.json").write_text(text, encoding="utf-8")
+            draw(report, out / "plot.svg")
+        except OSError as error:
+            raise UserError(
+                f"--out {out}: the report cannot be written ({error.strerror}); it was printed all "
+                "the same"
+            ) from error
 
 
 def make_folder(folder: Path) -> None:
-    """Create `folder` if it is not there. Raises UserError where that cannot be."""
+    """Create `folder` if it is not there. Raises UserError where it cannot be, or be written in."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be a folder ({error.strerror})") from error
+    for name in ("results.json", "plot.svg"):
+        try:
+            (folder / name).open("ab").close()
+        except OSError as error:
+            raise UserError(
+                f"--out {folder}: {name} cannot be written there ({error.strerror}); "
+                "give another folder"
+            ) from error

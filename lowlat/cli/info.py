@@ -124,18 +124,34 @@ def memory_of(subject: Subject, context: int, dtype: str | None, cache: str) -> 
 
 
 def machine_of(subject: Subject, dtype: str | None) -> dict[str, int | bool]:
-    """What to expect here: weights_bytes, memory_bytes, fits_in_memory, and the weight bytes one
-    token reads at most, active_bytes.
+    """What to expect here: weights_bytes, memory_bytes, fits_in_memory, whether they are read where
+    the checkpoint lies, read_in_place, and the weight bytes one token reads at most, active_bytes.
     """
+    config = subject.config
     weights = memory_of(subject, 1, dtype, "bf16")["weights_bytes"]
-    count = count_parameters(subject.config)
-    all_parameters = count.total + count.mtp + count.mtp_copies
+    count = count_parameters(config)
+    all_parameters = count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0)
     return {
         "weights_bytes": weights,
         "memory_bytes": memory_limit(),
         "fits_in_memory": not is_larger_than_memory(weights),
+        "read_in_place": _is_stored(subject, dtype),
         "active_bytes": round(weights * count.active_without_embedding / all_parameters),
     }
+
+
+def _is_stored(subject: Subject, dtype: str | None) -> bool:
+    """Whether the weights need nothing made of them to be used as `dtype`."""
+    config = subject.config
+    if dtype is None:
+        return True
+    if config.packing is not None or dtype in PACKED_DTYPES:
+        return dtype in ("bf16", config.packing) and config.packing is not None
+    if config.quantization is not None:
+        return False
+    if subject.stored_bytes is None:
+        return dtype == "bf16"
+    return memory_of(subject, 1, dtype, "bf16")["weights_bytes"] == subject.stored_bytes
 
 
 def as_json(config: ModelConfig, memory: dict[str, int] | None, cache: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from rich.text import Text
 
 from lowlat.config.arithmetic import CacheCost, ParameterCount, cache_cost, count_parameters
 from lowlat.config.attention import short_name
-from lowlat.config.memory import PACKED_DTYPES
 from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig
 
 BAR_WIDTH = 14
@@ -144,7 +143,7 @@ def _memory(
     weights, cache = memory["weights_bytes"], memory["cache_bytes"]
     with_mtp = ", MTP included" if config.num_nextn_predict_layers else ""
     table.add_row("weights", _bytes(weights), f"{dtype or 'dtype auto'}{with_mtp}")
-    table.add_row("cache", _bytes(cache), f"{cache_dtype}, one sequence")
+    table.add_row("cache", _bytes(cache), f"{cache_dtype}, one sequence{with_mtp}")
     table.add_section()
     beyond = ""
     if tokens > config.max_position_embeddings:
@@ -159,9 +158,9 @@ def _expectation(machine: dict[str, int | bool], dtype: str | None) -> Text:
     text = f"On this machine: weights {weights}, memory {memory}"
     if machine["fits_in_memory"]:
         return Text(f"{text}: they stay in memory.", style="dim")
-    if dtype in PACKED_DTYPES:
+    if not machine["read_in_place"]:
         return Text(
-            f"{text}: too small for {dtype}, which is packed in memory; use --dtype bf16, which "
+            f"{text}: too small for {dtype}, which is made in memory; use --dtype auto, which "
             "reads the checkpoint where it lies.",
             style="yellow",
         )

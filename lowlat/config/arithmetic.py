@@ -253,6 +253,15 @@ def int8_row_bytes(elements: int, quantized: int) -> int:
     return padded + FP32_BYTES * scales + ELEMENT_BYTES["bf16"] * (elements - quantized)
 
 
+def mtp_cache_bytes(config: ModelConfig, dtype: str) -> int:
+    """Bytes per token that MTP modules add to a cache of `dtype`."""
+    ahead = range(config.num_hidden_layers, config.num_cache_layers)
+    rows = [config.attention_of(layer) for layer in ahead]
+    if dtype == "int8":
+        return sum(int8_row_bytes(row.row_dim, row.quantized_dim) for row in rows)
+    return sum(row.row_dim for row in rows) * ELEMENT_BYTES[dtype]
+
+
 def cache_cost(config: ModelConfig) -> CacheCost:
     """Cached elements per token and layer of `config` and of the alternatives."""
     layers = [config.attention_of(layer) for layer in range(config.num_hidden_layers)]

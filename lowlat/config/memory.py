@@ -7,7 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lowlat.config.arithmetic import ELEMENT_BYTES, FP32_BYTES, cache_cost, count_parameters
+from lowlat.config.arithmetic import (
+    ELEMENT_BYTES,
+    FP32_BYTES,
+    cache_cost,
+    count_parameters,
+    mtp_cache_bytes,
+)
 from lowlat.config.model import (
     AttentionConfig,
     GLAConfig,
@@ -51,38 +57,71 @@ def weight_bytes(config: ModelConfig, dtype: str | None = None) -> int:
     size = ELEMENT_BYTES["bf16" if dtype is None or dtype in PACKED_DTYPES else dtype]
     total = (parameters - biases) * size + biases * max(size, FP32_BYTES)
     if dtype is None and config.quantization is not None:
-        total -= _block_savings(config, config.quantization, sparse)
+        total -= _block_savings(config, config.quantization)
     if dtype in PACKED_DTYPES:
-        total -= _packing_savings(config, sparse, dtype)
+        total -= _packing_savings(config, dtype)
     return total
+
+
+def read_bytes(config: ModelConfig, dtype: str, experts: int) -> int:
+    """Bytes of the main model's weights that tokens read who use `experts` of the routed experts of
+    each layer: all but MTP modules, other experts and the input embedding (a tied one is the head).
+
+    dtype: as `weight_bytes`, or fp8: blocks of the config, else of DeepSeek-V3's size.
+    """
+    count, moe = count_parameters(config), config.moe
+    layers = config.num_hidden_layers
+    sparse = sum(config.is_moe_layer(layer) for layer in range(layers))
+    routed = 0 if moe is None else count.routed_experts // moe.n_routed_experts * experts
+    parameters = count.total - count.routed_experts + routed
+    parameters -= count.embedding if count.head else 0
+    biases = sparse * moe.n_routed_experts if moe and moe.topk_method == "noaux_tc" else 0
+    size = ELEMENT_BYTES.get(dtype, ELEMENT_BYTES["bf16"])
+    total = (parameters - biases) * size + biases * max(size, FP32_BYTES)
+    if dtype in ELEMENT_BYTES:
+        return total
+    quant = config.quantization or QuantConfig()
+    matrices = list(_projections(config, layers, experts))
+    if dtype in PACKED_DTYPES:
+        head = _Matrices(1, config.vocab_size, config.hidden_size)
+        total -= 2 * head.rows * head.columns - _packed_bytes(head, "int8")
+        return total - sum(
+            m.number * (2 * m.rows * m.columns - _packed_bytes(m, dtype)) for m in matrices
+        )
+    return total - sum(m.number * _saved_by_blocks(m, quant) for m in matrices)
 
 
 def memory_at(
     config: ModelConfig, context: int, dtype: str | None = None, cache: str = "bf16"
 ) -> dict[str, int]:
-    """weights_bytes as `dtype`, cache_bytes of one sequence as `cache`, context."""
+    """weights_bytes as `dtype`, cache_bytes of one sequence as `cache`, context; MTP modules
+    included.
+    """
+    row_bytes = cache_cost(config).own_bytes_per_token(cache) + mtp_cache_bytes(config, cache)
     return {
         "weights_bytes": weight_bytes(config, dtype),
-        "cache_bytes": cache_cost(config).own_bytes_per_token(cache) * context,
+        "cache_bytes": row_bytes * context,
         "context": context,
     }
 
 
-def _block_savings(config: ModelConfig, quant: QuantConfig, sparse: int) -> int:
-    """Bytes saved by fp8 blocks against bf16; `sparse` layers (MTP included) have experts."""
+def _block_savings(config: ModelConfig, quant: QuantConfig) -> int:
+    """Bytes saved by fp8 blocks against bf16, MTP modules included."""
+    return sum(m.number * _saved_by_blocks(m, quant) for m in _projections(config))
+
+
+def _saved_by_blocks(matrix: _Matrices, quant: QuantConfig) -> int:
+    """Bytes of one matrix in bf16 less those in fp8 blocks."""
     height, width = quant.weight_block_size
-    return sum(
-        m.number * (m.rows * m.columns - FP32_BYTES * -(-m.rows // height) * -(-m.columns // width))
-        for m in _projections(config, sparse)
-    )
+    scales = -(-matrix.rows // height) * -(-matrix.columns // width)
+    return matrix.rows * matrix.columns - FP32_BYTES * scales
 
 
-def _packing_savings(config: ModelConfig, sparse: int, dtype: str) -> int:
+def _packing_savings(config: ModelConfig, dtype: str) -> int:
     """Bytes saved by int8 or int4 against bf16."""
     hidden, depth = config.hidden_size, config.num_nextn_predict_layers
     saved = sum(
-        m.number * (2 * m.rows * m.columns - _packed_bytes(m, dtype))
-        for m in _projections(config, sparse)
+        m.number * (2 * m.rows * m.columns - _packed_bytes(m, dtype)) for m in _projections(config)
     )
     head, joint = _Matrices(1, config.vocab_size, hidden), _Matrices(1, hidden, 2 * hidden)
     heads = 1 + (depth if config.mtp_copies else 0)
@@ -99,16 +138,22 @@ def _packed_bytes(matrix: _Matrices, dtype: str) -> int:
     return 16 * blocks * {"int8": 32 + 2, "int4": 16 + 2 + 2}[dtype]
 
 
-def _projections(config: ModelConfig, sparse: int) -> Iterator[_Matrices]:
-    """Projections of all layers, MTP modules' included, of which `sparse` have experts."""
-    layers, moe = config.num_cache_layers, config.moe
+def _projections(
+    config: ModelConfig, layers: int | None = None, experts: int | None = None
+) -> Iterator[_Matrices]:
+    """Projections of the first `layers` layers, of all and MTP modules' if None, each layer with
+    `experts` routed experts, with all if None.
+    """
+    layers, moe = config.num_cache_layers if layers is None else layers, config.moe
+    sparse = sum(config.is_moe_layer(layer) for layer in range(layers))
     numbers = Counter(config.attention_of(layer) for layer in range(layers))
     for attention, number in numbers.items():
         yield from _attention(attention, config.hidden_size, number)
     yield from _mlp(config, layers - sparse, config.intermediate_size)
     if moe is not None:
         width = moe.moe_intermediate_size
-        yield from _mlp(config, sparse * moe.n_routed_experts, width)
+        routed = moe.n_routed_experts if experts is None else experts
+        yield from _mlp(config, sparse * routed, width)
         if moe.n_shared_experts:
             yield from _mlp(config, sparse, width * moe.n_shared_experts)
 

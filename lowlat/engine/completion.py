@@ -38,10 +38,14 @@ class Usage:
     """From the prompt's first step to the first token."""
     decode_seconds: float
     """From the first token to the last."""
+    cached_tokens: int = 0
+    """Of the prompt, those whose rows the prefix cache held."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds > 0.0 else 0.0
+        """Tokens of the prompt that were read, per second."""
+        read = self.prompt_tokens - self.cached_tokens
+        return read / self.prefill_seconds if self.prefill_seconds > 0.0 else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -180,6 +184,7 @@ class CompletionBuilder:
             completion_tokens=len(self.token_ids),
             prefill_seconds=0.0 if started is None or first is None else first - started,
             decode_seconds=0.0 if first is None or last is None else last - first,
+            cached_tokens=self.request.num_matched,
         )
 
 

@@ -33,7 +33,8 @@ BLOCK = (128, 128)
 
 def has_native_form(model: Transformer) -> bool:
     """Whether the kernels are here and can run `model`: on the CPU, with bf16 activations, every
-    projection bf16, int8, int4 or fp8 in blocks of 128, and any attention but TPA.
+    projection bf16, int8, int4 or fp8 in blocks of 128 without a low-rank update, and any attention
+    but TPA.
     """
     if isinstance(model.config.attention, TPAConfig):  # all layers then are
         return False
@@ -56,6 +57,8 @@ def _is_known(module: torch.nn.Module) -> bool:
         return module.weight.dtype == torch.bfloat16
     if not isinstance(module, Linear):
         return True
+    if module.low_rank is not None:
+        return False
     if module.storage == "plain":
         return module.weight.dtype == torch.bfloat16
     return module.storage != "fp8" or module.block == BLOCK

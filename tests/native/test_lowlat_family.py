@@ -15,7 +15,9 @@ from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.config.model import ModelConfig, QuantConfig, TPAConfig
 from lowlat.engine import scoring
 from lowlat.engine.runner import Runner
+from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Linear
+from lowlat.model.low_rank import LowRank
 from lowlat.model.native import NativeModel, has_native_form
 from lowlat.model.quant import store_packed
 from lowlat.model.transformer import Transformer
@@ -149,6 +151,34 @@ def test_tpa_falls_back() -> None:
         scoring.logits(Runner(m, page_size=8), ids, chunk=7) for m in (model, exact)
     )
     assert distances(logits, reference).median() < 0.03
+
+
+@torch.inference_mode()
+def test_a_model_with_updates_falls_back() -> None:
+    """Holds shut: a native form that leaves low-rank updates out."""
+    config = CONFIGS["combined gqa"]
+    model = random_model(config, torch.bfloat16)
+    assert has_native_form(model)
+    layer = model.layers[0]
+    assert isinstance(layer, DecoderLayer)
+    projection = layer.get_submodule("self_attn.o_proj")
+    assert isinstance(projection, Linear)
+    rows, columns = projection.out_features, projection.in_features
+    projection.low_rank = LowRank(rank=2, rows=rows, columns=columns, scale=1.0)
+    assert not has_native_form(model)
+
+
+@torch.inference_mode()
+def test_a_sequence_beyond_its_pages_is_refused() -> None:
+    """Holds shut: a sum of start and length that overflows and looks small."""
+    config = CONFIGS["combined gqa"]
+    compiled = NativeModel(random_model(config, torch.bfloat16))
+    cache = PagedCache(config, num_pages=1, page_size=8, dtype=torch.bfloat16)
+    good = AttentionBatch.build([SequenceSlice(pages=(0,), start=0, length=3)], page_size=8)
+    for start in (6, 2**63 - 1):
+        beyond = (SequenceSlice(pages=(0,), start=start, length=3),)
+        with pytest.raises(ValueError, match="too few pages"):
+            compiled.step(torch.arange(3), replace(good, sequences=beyond), cache, [])
 
 
 @torch.inference_mode()

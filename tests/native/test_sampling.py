@@ -163,6 +163,19 @@ def test_the_largest_logit_must_be_finite(level: str) -> None:
             native_ops.draw(logits, 0.5, temperature=1.0, level=level)
 
 
+@every_level
+@pytest.mark.parametrize(
+    ("size", "place"), [(1, 0), (5, 4), (40, 17), (20_000, 19_999), (20_000, 3)]
+)
+def test_no_logit_may_be_nan(level: str, size: int, place: int) -> None:
+    """Holds shut: a maximum that passes over NaN, so that the draw is from garbage."""
+    logits = torch.randn(size)
+    logits[place] = math.nan
+    for filters in ({}, {"top_k": 3}, {"top_p": 0.5}):
+        with pytest.raises(ValueError, match="the largest logit is not finite"):
+            native_ops.draw(logits, 0.5, temperature=1.0, level=level, **filters)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

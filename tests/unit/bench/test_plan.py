@@ -24,6 +24,7 @@ def test_a_plan_has_prompts_first_and_rising() -> None:
     [
         ({"dtype": "int3"}, "--dtype 'int3'"),
         ({"cache": "fp4"}, "--cache 'fp4'"),
+        ({"cache": "bf16", "dtype": "fp32"}, "--cache bf16: what fp32"),
         ({"prefill": "", "decode": ""}, "both empty"),
         ({"prefill": "12,x"}, "--prefill 'x'"),
         ({"decode": "0"}, "--decode '0'"),
@@ -40,6 +41,20 @@ def test_a_plan_has_prompts_first_and_rising() -> None:
 def test_wrong_options_are_named(options: dict[str, object], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         make_plan(**options)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache", "found"),
+    [
+        ("bf16", "auto", "bf16"),
+        ("int4", "bf16", "bf16"),
+        ("fp32", "auto", "fp32"),
+        ("fp32", "int8", "int8"),
+    ],
+)
+def test_a_plan_says_what_rows_are_cached_in(dtype: str, cache: str, found: str) -> None:
+    """Holds shut: reports of an fp32 cache that call it bf16."""
+    assert make_plan(dtype=dtype, cache=cache, threads=1).cache == found
 
 
 def test_lengths_are_sorted_and_single() -> None:

@@ -12,6 +12,7 @@ from lowlat.bench import run
 from lowlat.bench.check import Checked, relative_error, require_near, top_difference
 from lowlat.bench.plan import make_plan
 from lowlat.bench.programs import MODULES
+from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import SilentProgress
 
@@ -75,6 +76,15 @@ def test_programs_that_disagree_are_not_timed(fakes_only: None, checkpoint: Path
     plan = make_plan(prefill="20", decode="", peers=f"transformers={sys.executable}", threads=1)
     with pytest.raises(UserError, match="transformers and lowlat disagree in fp32"):
         run.bench(str(checkpoint), plan, SilentProgress())
+
+
+def test_packed_weights_are_not_called_bf16(checkpoint: Path, tmp_path: Path) -> None:
+    """Holds shut: a report and a roofline of bf16 weights where int4 ones were timed."""
+    convert(checkpoint, tmp_path / "int4", dtype="int4")
+    for dtype in ("bf16", "int8", "fp8"):
+        plan = make_plan(prefill="", decode="9", dtype=dtype, threads=1)
+        with pytest.raises(UserError, match=r"holds int4 weights.*--dtype int4"):
+            run.bench(str(tmp_path / "int4"), plan, SilentProgress())
 
 
 def test_contexts_beyond_the_model_are_refused_at_once(checkpoint: Path) -> None:

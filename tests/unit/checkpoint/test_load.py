@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.ops.fp8 import dequantize_blocks
 from lowlat.utils.errors import UserError
+from lowlat.utils.memory import RESERVE
 
 from .builders import FAMILIES, FP8, assert_same_bits, edit_config, rewrite, write_model
 
@@ -53,6 +55,27 @@ def test_fp8_is_multiplied_out(tmp_path: Path, dtype: str) -> None:
             exact = dequantize_blocks(ours[name], scale, block, wanted)
             assert torch.equal(value, exact), name
     assert seen > 10 and not any(name.endswith("_scale_inv") for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "fits"),
+    [
+        ("deepseek_v3-fp8", "auto", True),
+        ("deepseek_v3-fp8", "bf16", False),
+        ("deepseek_v3-fp8", "int4", False),
+        ("qwen2-converted", "auto", True),
+        ("qwen2-converted", "fp64", False),
+        ("qwen2-converted", "int8", False),
+    ],
+)
+def test_weights_made_beyond_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dtype: str, fits: bool
+) -> None:
+    """Mapped weights may exceed the memory; those that a dtype makes anew would be its end."""
+    write_model(tmp_path / "m", FAMILIES[family])
+    monkeypatch.setattr("lowlat.utils.memory.memory_limit", lambda: RESERVE + 1000)
+    with nullcontext() if fits else pytest.raises(UserError, match=rf"--dtype {dtype} makes.*auto"):
+        load_model(tmp_path / "m", dtype=dtype)
 
 
 def test_loaded_model_computes_the_same(tmp_path: Path) -> None:

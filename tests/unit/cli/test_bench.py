@@ -1,5 +1,6 @@
 """lowlat bench: its options, and where its report goes."""
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,31 @@ def test_out_that_cannot_be_a_folder_is_named_before_measuring(
     result = lowlat("bench", "model", "--out", str(tmp_path / "file"))
     assert isinstance(result.exception, UserError) and "--out" in str(result.exception)
     assert plans == []
+
+
+def test_out_that_cannot_be_written_is_named_before_measuring(
+    lowlat: Invoke, plans: list[plan.Plan], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "results.json").mkdir()
+    result = lowlat("bench", "model", "--out", str(tmp_path))
+    assert isinstance(result.exception, UserError)
+    assert "results.json cannot be written there" in str(result.exception)
+    assert plans == []
+
+
+def test_a_disk_that_fills_while_measuring_loses_no_report(
+    lowlat: Invoke, plans: list[plan.Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lowlat.bench.plot.draw", full)
+    result = lowlat("bench", "model", "--out", str(tmp_path))
+    assert isinstance(result.exception, UserError)
+    assert "No space left on device" in str(result.exception) and "roofline" in result.stdout
 
 
 def test_too_many_threads_are_refused(lowlat: Invoke, plans: list[plan.Plan]) -> None:

@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import fakes
 import pytest
 import torch
 from lowlat_configs import EVERY, random_model
@@ -15,10 +16,11 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from lowlat.checkpoint.save import save_model
-from lowlat.cli.info import find, info
+from lowlat.cli.info import DTYPES, Subject, find, info, machine_of
 from lowlat.cli.info_view import show
 from lowlat.config.arithmetic import count_parameters
 from lowlat.config.hf import config_to_hf
+from lowlat.config.model import Packing
 from lowlat.config.presets import load_preset, preset_names
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
@@ -66,14 +68,29 @@ def test_what_to_expect_of_this_machine(
         "weights_bytes": 134_515_008 * 2,
         "memory_bytes": 2**33,
         "fits_in_memory": True,
+        "read_in_place": True,
         "active_bytes": 134_515_008 * 2,
     }
     info("smollm2-135m")
     assert "they stay in memory" in capsys.readouterr().out
     info("deepseek-v3")
     assert "read from disk as" in capsys.readouterr().out
-    info("deepseek-v3", dtype="int4")
-    assert "too small for int4" in capsys.readouterr().out
+    for dtype in ("int4", "bf16", "fp32"):
+        info("deepseek-v3", dtype=dtype)
+        assert f"too small for {dtype}" in capsys.readouterr().out
+    info("deepseek-v3", dtype="auto")
+    assert "read from disk as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("packing", ["int8", "int4"])
+def test_packed_checkpoints_are_read_in_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], packing: Packing
+):
+    config = replace(fakes.gqa_config(), packing=packing)
+    subject = Subject(name="packed", config=config, stored_bytes=1000)
+    found = {dtype: machine_of(subject, dtype)["read_in_place"] for dtype in (None, *DTYPES)}
+    kept = {dtype for dtype, is_read in found.items() if is_read}
+    assert kept == {None, "bf16", packing}
 
 
 def test_context_and_dtype(capsys: pytest.CaptureFixture[str]):

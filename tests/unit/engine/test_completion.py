@@ -1,5 +1,7 @@
 """From events to text: characters, stop strings, end of sequence, timing."""
 
+from dataclasses import replace
+
 import pytest
 from fakes import EOS, byte_tokenizer
 
@@ -106,6 +108,7 @@ def test_speeds_by_hand() -> None:
     usage = Usage(prompt_tokens=100, completion_tokens=21, prefill_seconds=0.5, decode_seconds=4.0)
     assert usage.prefill_tokens_per_second == 200.0
     assert usage.decode_tokens_per_second == 5.0
+    assert replace(usage, cached_tokens=80).prefill_tokens_per_second == 40.0
     short = Usage(prompt_tokens=1, completion_tokens=1, prefill_seconds=0.0, decode_seconds=0.0)
     assert short.prefill_tokens_per_second == short.decode_tokens_per_second == 0.0
 
