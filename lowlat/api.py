@@ -10,6 +10,7 @@ from typing import Literal, TypedDict, Unpack
 
 from lowlat.checkpoint.cachefolder import disk_faults, locked
 from lowlat.checkpoint.fetch import fetch_pypi
+from lowlat.checkpoint.index import open_checkpoint
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.names import ConfigPreset, LocalModel, ModelPreset, resolve
 from lowlat.convert.run import convert
@@ -59,8 +60,12 @@ def load(
     # A wrong LOWLAT_ISA is told before minutes of loading.
     native.available()
     path = prepare(name, progress=progress)
-    # First, because it fails in milliseconds where a tokenizer is missing.
-    tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(path)
+    # Whichever of tokenizer and weights fails in milliseconds is looked at first.
+    if path.is_dir():
+        tokenizer = Tokenizer.from_folder(path)
+    else:
+        open_checkpoint(path)
+        tokenizer = Tokenizer.from_gguf(path)
     loaded = load_model(path, dtype=dtype, device=device, progress=progress)
     return Model(
         loaded.model,

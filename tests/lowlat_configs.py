@@ -171,6 +171,8 @@ def random_model(config: ModelConfig, dtype: torch.dtype, *, seed: int = 7) -> T
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         drawn = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("_scale_inv"):
+            drawn = drawn.abs()
         if "norm" in name:
             parameter.copy_(1 + 0.2 * drawn)
         elif parameter.dim() == 1:

@@ -12,7 +12,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.mapping import SCALE_SUFFIX, file_name
+from lowlat.checkpoint.mapping import (
+    SCALE_SUFFIX,
+    check_scale_type,
+    check_scale_values,
+    file_name,
+)
 from lowlat.checkpoint.place import type_name
 from lowlat.checkpoint.source import TensorSource
 from lowlat.config.model import ModelConfig, QuantConfig
@@ -34,11 +39,15 @@ def dense_source(
 
     Each such weight is read as its exact values rounded once to `dtype`; tensors keep the layout of
     `source`: packed ones hold no padding. Raises UserError naming a weight
-    whose scales are missing or of a wrong shape.
+    whose scales are missing, or of a wrong type or shape.
     """
     plain = replace(config, quantization=None, packing=None)
     if config.quantization is not None:
-        names = [name for name in source.names() if source.dtype(name) == torch.float8_e4m3fn]
+        names = [
+            name
+            for name in source.names()
+            if source.dtype(name) == torch.float8_e4m3fn and not name.endswith(SCALE_SUFFIX)
+        ]
         weights: dict[str, Weight] = {name: _Blocks(name, config.quantization) for name in names}
         for weight in weights.values():
             weight.check(source)
@@ -92,8 +101,7 @@ class _Blocks(Weight):
         name, block = self.name + SCALE_SUFFIX, self.quant.weight_block_size
         first = start // block[0]
         scale = source.rows(name, first, math.ceil(stop / block[0])).to(torch.float32)
-        if not bool(scale.isfinite().all()):
-            raise UserError(f"{source.where(name)} is not finite; the checkpoint is damaged")
+        check_scale_values(scale, source.where(name))
         weight = source.rows(self.name, first * block[0], stop)
         return dequantize_blocks(weight, scale, block, dtype)[start - first * block[0] :]
 
@@ -108,6 +116,7 @@ class _Blocks(Weight):
                 f"{source.where(name)} has shape {list(source.shape(name))}, but {list(shape)} in "
                 f"blocks of {list(block)} needs {list(grid)}"
             )
+        check_scale_type(self.quant, source, name)
 
 
 @final

@@ -19,8 +19,8 @@ from lowlat.checkpoint.gguf_config import architecture, hf_config
 from lowlat.checkpoint.gguf_file import GGUFFile
 from lowlat.checkpoint.gguf_names import EXPERTS, GLOBAL_NAMES, MODULES, ROUTER_BIAS
 from lowlat.checkpoint.source import TensorSource
-from lowlat.checkpoint.strict_json import quoted
 from lowlat.utils.errors import UserError
+from lowlat.utils.strict_json import quoted
 
 IN_CONFIG = ("rope_freqs.weight",)
 """Tensors that became fields of the config."""

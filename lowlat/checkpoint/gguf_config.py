@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from lowlat.checkpoint.gguf_file import GGUFFile
-from lowlat.checkpoint.strict_json import quoted
+from lowlat.config import families
+from lowlat.text.gguf_vocab import ALL_ENDS
 from lowlat.utils.errors import UserError
+from lowlat.utils.strict_json import quoted
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "deepseek2")
 GATES = {1: "softmax", 2: "sigmoid"}
@@ -108,7 +110,7 @@ def hf_config(file: GGUFFile, vocab_size: int) -> dict[str, Any]:
     config |= _deepseek(file, keys) if arch == "deepseek2" else _dense(file, keys, arch)
     config |= _rope(file, keys)
     keys.reject_unread()
-    return config
+    return {"architectures": [families.ARCHITECTURES[config["model_type"]]], **config}
 
 
 def mtp_layers(file: GGUFFile, blocks: Iterable[int]) -> int:
@@ -141,8 +143,14 @@ def _token(file: GGUFFile, role: str) -> int | None:
 
 
 def _end_tokens(file: GGUFFile) -> list[int]:
-    """End of sequence and, where it is another token, end of turn."""
-    tokens = [_token(file, role) for role in ("eos", "eot")]
+    """The ends of a text, a turn and a message, or all those that lowlat wrote beside them."""
+    key = f"tokenizer.{ALL_ENDS}"
+    listed = file.metadata.get(key)
+    if listed is not None:
+        if not isinstance(listed, list) or not all(type(token) is int for token in listed):
+            raise UserError(f"{file.path}: key {key!r} is not a list of token ids")
+        return listed
+    tokens = [_token(file, role) for role in ("eos", "eot", "eom")]
     return list(dict.fromkeys(token for token in tokens if token is not None))
 
 

@@ -17,8 +17,8 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from lowlat.checkpoint.mapped_file import MappedFile
-from lowlat.checkpoint.strict_json import quoted
 from lowlat.utils.errors import UserError
+from lowlat.utils.strict_json import quoted
 
 MAX_KEYS = 2**16
 MAX_TENSORS = 2**20

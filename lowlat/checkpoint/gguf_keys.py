@@ -111,8 +111,15 @@ def _grouped_keys(config: ModelConfig, attention: GQAConfig) -> dict[str, Any]:
         "attention.value_length": attention.head_dim,
         "rope.dimension_count": attention.head_dim,
     }
-    if config.sliding_window is not None:
-        keys["attention.sliding_window"] = config.sliding_window
+    window = config.sliding_window
+    if window is not None:
+        keys["attention.sliding_window"] = window
+        if window < config.max_position_embeddings:
+            _log.warning(
+                "llama.cpp reads no sliding_window of mistral, so its tokens will differ in texts "
+                "longer than the %d tokens of this one",
+                window,
+            )
     return keys
 
 
@@ -167,6 +174,8 @@ def _rope_keys(config: ModelConfig) -> dict[str, Any]:
         case "default":
             return {}
         case "linear":
+            # which llama.cpp computes to other logits
+            _require(not is_latent, "rope_type 'linear' of MLA")
             _require(not rope.mscale_all_dim, "rope_type 'linear' with mscale_all_dim")
             return scaling
         case "yarn":

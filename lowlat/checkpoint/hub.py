@@ -13,7 +13,15 @@ from lowlat.checkpoint.cachefolder import cache_dir
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
-FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
+FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "tiktoken.model",
+    "vocab.txt",
+    "merges.txt",
+]
 """What is taken: never pickles, never code."""
 IGNORED = ["*/*", "consolidated*"]
 """Subfolders hold other formats; consolidated files hold the same weights a second time."""

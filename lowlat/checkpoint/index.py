@@ -16,8 +16,8 @@ from lowlat.checkpoint.gguf import GGUFSource
 from lowlat.checkpoint.mapped_file import MappedFile
 from lowlat.checkpoint.safetensors_file import Extent, SafetensorsFile
 from lowlat.checkpoint.source import TensorSource
-from lowlat.checkpoint.strict_json import MAX_JSON_BYTES, parse_object, quoted
 from lowlat.utils.errors import UserError
+from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object, quoted
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

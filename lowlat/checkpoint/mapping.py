@@ -14,14 +14,17 @@ import torch
 
 from lowlat.checkpoint.operations import Operation, PadLatent, Rename, parameter_names
 from lowlat.checkpoint.source import TensorSource
-from lowlat.checkpoint.strict_json import quoted
 from lowlat.config.families import LOWLAT
-from lowlat.config.model import MLAConfig, ModelConfig
+from lowlat.config.model import MLAConfig, ModelConfig, QuantConfig
 from lowlat.utils.errors import UserError
+from lowlat.utils.strict_json import quoted
 
 SCALE_SUFFIX = "_scale_inv"
 PACKED_SUFFIXES = (".weight_scale", ".weight_minimum")
 ROUTER_BIAS = ".e_score_correction_bias"
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+POWERS_OF_TWO = torch.float8_e8m0fnu
+"""What scales may be stored in where scale_fmt is ue8m0."""
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WEIGHT_DTYPES = (*PLAIN_DTYPES, torch.float8_e4m3fn)
 PACKED_DTYPES = (torch.uint8, torch.int8)
@@ -125,17 +128,53 @@ def check_tensors(
     if extra:
         raise UserError(
             f"{source.where(extra[0])}{_more(extra)} has no place in the model; "
-            f"{_hint(config, extra[0])}"
+            f"{_hint(config, extra[0])}; take config.json and weights from one model"
         )
     for name, shape in expected.items():
-        if source.dtype(name) not in WEIGHT_DTYPES + PACKED_DTYPES * (config.packing is not None):
-            dtype = str(source.dtype(name)).removeprefix("torch.")
-            raise UserError(f"{source.where(name)} is {dtype}, which no weight can be")
+        _check_type(config, source, name)
         if source.shape(name) != shape:
             raise UserError(
                 f"{source.where(name)} has shape {list(source.shape(name))}, but the config asks "
                 f"for {list(shape)}"
             )
+
+
+def _check_type(config: ModelConfig, source: TensorSource, name: str) -> None:
+    """UserError for a number type that the tensor can have in no checkpoint of this config."""
+    dtype = source.dtype(name)
+    if config.quantization is not None and name.endswith(SCALE_SUFFIX):
+        check_scale_type(config.quantization, source, name)
+    elif dtype == torch.float8_e4m3fn and config.quantization is None:
+        raise UserError(
+            f"{source.where(name)} is fp8 (F8_E4M3), but config.json has no quantization_config "
+            "that says which scales it goes with; take config.json and all weights from the "
+            "original model"
+        )
+    elif dtype not in WEIGHT_DTYPES + PACKED_DTYPES * (config.packing is not None):
+        shown = str(dtype).removeprefix("torch.")
+        raise UserError(f"{source.where(name)} is {shown}, which no weight can be")
+
+
+def check_scale_type(quant: QuantConfig, source: TensorSource, name: str) -> None:
+    """UserError unless the tensor `name` is of a number type that scales of fp8 blocks have."""
+    dtype = source.dtype(name)
+    if dtype in SCALE_DTYPES or (dtype == POWERS_OF_TWO and quant.scale_fmt == "ue8m0"):
+        return
+    shown = str(dtype).removeprefix("torch.")
+    also = ", or float8_e8m0fnu with scale_fmt ue8m0" if dtype == POWERS_OF_TWO else ""
+    raise UserError(
+        f"{source.where(name)} is {shown}, but scales are float32, bfloat16 or float16{also}; "
+        "get the original checkpoint again"
+    )
+
+
+def check_scale_values(scale: torch.Tensor, where: str) -> None:
+    """UserError starting with `where` unless all of `scale` is finite and none is below 0."""
+    values = scale.to(torch.float32)
+    if not bool(values.isfinite().all()):
+        raise UserError(f"{where} holds values that are not finite; the checkpoint is damaged")
+    if bool((values < 0).any()):
+        raise UserError(f"{where} holds scales below 0; the checkpoint is damaged")
 
 
 def _below_attention(parameter: str) -> tuple[str, str]:

@@ -105,6 +105,7 @@ def resolve(name: str, *, progress: Progress | None = None) -> Resolved:
     path = _expanded(name)
     if _exists(path):
         return LocalModel(path=_model_path(path))
+    _refuse_revision(name)
     if hub_id := _hub_id(name):
         return LocalModel(path=_model_path(fetch_hub(*hub_id, progress)))
     if _is_path(name):
@@ -149,6 +150,18 @@ def _expanded(name: str) -> Path:
         return Path(name).expanduser()
     except RuntimeError as error:
         raise UserError(f"'{name}': {error}; write the path out") from error
+
+
+def _refuse_revision(name: str) -> None:
+    """UserError where what stands before an @ is on disk: only the hub has revisions."""
+    local, mark, tail = name.rpartition("@")
+    if mark and local and _exists(_expanded(local)):
+        kind = "folder" if _expanded(local).is_dir() else "file"
+        raise UserError(
+            f"'{name}': the {kind} '{local}' is here and has no revision '{tail}'; "
+            f"leave '@{tail}' away (revisions are of hub ids; only lowlat compare takes options "
+            "behind an @)"
+        )
 
 
 def _exists(path: Path) -> bool:

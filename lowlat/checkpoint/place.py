@@ -12,6 +12,7 @@ from lowlat.checkpoint.mapping import (
     PLAIN_DTYPES,
     ROUTER_BIAS,
     SCALE_SUFFIX,
+    check_scale_values,
 )
 from lowlat.checkpoint.operations import Operation, Piece
 from lowlat.checkpoint.padding import PaddingError
@@ -80,7 +81,10 @@ def fit(
     Raises UserError starting with `where` for a number type that does not belong there, a router
     bias or scale that is not finite, and values beyond the range of `dtype`.
     """
-    if parameter.endswith((ROUTER_BIAS, SCALE_SUFFIX)):
+    if parameter.endswith(SCALE_SUFFIX):
+        check_scale_values(tensor, where)
+        return tensor.to(torch.float32)
+    if parameter.endswith(ROUTER_BIAS):
         if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
             raise UserError(f"{where} holds values that are not finite; the checkpoint is damaged")
         return tensor.to(torch.float32)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lowlat.checkpoint.mapped_file import MappedFile
-from lowlat.checkpoint.strict_json import MAX_JSON_BYTES, parse_object, quoted
 from lowlat.utils.errors import UserError
+from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object, quoted
 
 DTYPES = {
     "F64": torch.float64,

@@ -24,6 +24,7 @@ from lowlat.config.hf import config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.model.quant import packed_type
 from lowlat.model.transformer import Transformer
+from lowlat.text.folder import TIKTOKEN_FILE, TOOL_TEMPLATE_FILE
 from lowlat.text.gguf_vocab import has_vocabulary
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
@@ -33,12 +34,14 @@ COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    TIKTOKEN_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    TOOL_TEMPLATE_FILE,
     "generation_config.json",
 )
 """Files a model folder may have beside weights and config that stay true when weights change."""
@@ -185,11 +188,13 @@ def _write_shards(
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """A new file, brought to the disk."""
+    """A new file, brought to the disk, in a folder that is made if need be."""
+    path.parent.mkdir(exist_ok=True)
     with path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    sync_folder(path.parent)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -9,6 +9,7 @@ A hub id may hold an @ of its own: what follows the last one counts as options i
 one.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,10 +71,16 @@ def parse(text: str) -> Spec:
 def _options(text: str) -> tuple[str, list[str]]:
     name, mark, tail = text.rpartition("@")
     words = tail.split(",")
-    # A revision of the hub is no option; a misspelt option beside a real one is.
-    if mark and name and any(word in OPTIONS for word in words):
+    # A revision of the hub is no option; a misspelt option beside a real one, or behind what is on
+    # disk, is.
+    if mark and name and (any(word in OPTIONS for word in words) or _is_here(name)):
         return name, words
     return text, []
+
+
+def _is_here(name: str) -> bool:
+    """Whether the model in `name` is a folder or file on this disk."""
+    return os.path.exists(os.path.expanduser(_implementation(name, name)[1]))
 
 
 def _implementation(name: str, text: str) -> tuple[Implementation, str, str]:

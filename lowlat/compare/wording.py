@@ -18,10 +18,11 @@ def headline(report: Object) -> str:
 
 def verdicts(report: Object) -> list[str]:
     """What explains the difference, a line each."""
-    lines = [_mistake(found) for found in report["verdict"]["mistakes"]]
-    if report["config_differences"] and (lines or not report["equal"]):
+    mistakes = report["verdict"]["mistakes"]
+    lines = [_mistake(found) for found in mistakes if _is_own(found)]
+    if report["config_differences"] and (mistakes or not report["equal"]):
         listed = "; ".join(report["config_differences"][:6])
-        lines.append(f"configs differ in {listed}")
+        lines.append(f"configs differ in {listed}{_seen([m for m in mistakes if not _is_own(m)])}")
     if report["verdict"]["mistakes"] or report["equal"]:
         return lines
     fixed, strays = report["with_experts_imposed"], report["verdict"]["unexplained"]
@@ -39,12 +40,28 @@ def verdicts(report: Object) -> list[str]:
     return lines
 
 
+def _is_own(found: Object) -> bool:
+    """Whether the side does not do what its own config says."""
+    return found["judged_by_config_of"] == found["side"]
+
+
 def _mistake(found: Object) -> str:
-    places = found["places"]
-    where = places[0] if len(places) == 1 else f"{places[0]} and {len(places) - 1} more"
-    judge = found["judged_by_config_of"]
-    by = "" if judge == found["side"] else f" (by {judge}'s config)"
-    return f"{found['name']}: {found['side']} {found['detail']}{by}, at {where}"
+    return f"{found['name']}: {found['side']} {found['detail']}, at {_where(found['places'])}"
+
+
+def _seen(crossed: list[Object]) -> str:
+    """Where sides that each do what their own config says differ for it: said once, though each is
+    judged by the other's, queries and keys apart.
+    """
+    if not crossed:
+        return ""
+    names = ", ".join(dict.fromkeys(found["name"] for found in crossed))
+    places = list(dict.fromkeys(place for found in crossed for place in found["places"]))
+    return f"; each side does what its own says: {names}, at {_where(places)}"
+
+
+def _where(places: list[str]) -> str:
+    return places[0] if len(places) == 1 else f"{places[0]} and {len(places) - 1} more"
 
 
 def choices(report: Object) -> list[str]:

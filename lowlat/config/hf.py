@@ -228,10 +228,13 @@ def _blocks(table: Fields) -> QuantConfig:
     block = table.items("weight_block_size")
     if len(block) != 2 or any(type(size) is not int or not 0 < size <= 2**16 for size in block):
         raise table.wrong("weight_block_size", "two sizes such as [128, 128]")
-    has_format = table.present("scale_fmt")
+    table.choice("expert_dtype", ("fp8",), "fp8")
+    if table.boolean("dequantize", False):
+        raise table.unsupported("dequantize", "set it to false, and choose with --dtype")
+    scale_fmt = table.choice("scale_fmt", ("float", "ue8m0"), "float")
     quant = QuantConfig(
         weight_block_size=(block[0], block[1]),
-        scale_fmt=table.choice("scale_fmt", ("ue8m0",)) if has_format else None,
+        scale_fmt=None if scale_fmt == "float" else scale_fmt,
         modules_to_not_convert=table.strings("modules_to_not_convert"),
     )
     table.reject_unread("is unknown and may change the weights; remove it if it does not")

@@ -7,6 +7,7 @@ atomic destination are `checkpoint`'s.
 
 import hashlib
 import json
+import logging
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ from lowlat.convert.store import PLAIN, Form, stored_config, stored_groups
 from lowlat.convert.store_gguf import KINDS, stored_gguf
 from lowlat.convert.upcycle import UpcycledWeights, upcycled_config
 from lowlat.convert.weights import DerivedWeights, SourceWeights, Weights, parameter_shapes
+from lowlat.text.folder import read_folder
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
@@ -52,6 +54,8 @@ FORMATS = ("auto", "hf", "gguf")
 GGUF_SUFFIX = ".gguf"
 STORAGE_FIELDS = ("dtype", "torch_dtype", "quantization_config", "quantization")
 """Fields of a config.json that say how numbers are stored."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +168,7 @@ def convert(
             raw = _config_fields(job.opened, weights, form, keeps=weights is base)
             files, index = plan_folder(stored_groups(weights, form))
             extra["config.json"] = (json.dumps(raw, indent=2) + "\n").encode()
-            extra |= text_files(src) | ({} if index is None else {INDEX_FILE: index})
+            extra |= _text(src, dst) | ({} if index is None else {INDEX_FILE: index})
         write_planned(
             dst,
             files,
@@ -312,6 +316,19 @@ def _config_fields(
     else:
         plain = PLAIN.get(form, torch.bfloat16)
     return raw | {"dtype": str(plain).removeprefix("torch.")}
+
+
+def _text(src: Path, dst: Path) -> dict[str, bytes]:
+    """The tokenizer's files; where there are none that lowlat reads, a warning says so."""
+    files = text_files(src)
+    try:
+        if src.is_dir():
+            read_folder(src)
+        elif not files:
+            raise UserError(f"{src}: holds no vocabulary; copy the original model's tokenizer.json")
+    except UserError as error:
+        _log.warning("%s: is made without a usable tokenizer: %s", dst, error)
+    return files
 
 
 def fingerprint(src: Path) -> str:

@@ -24,7 +24,7 @@ from lowlat.config.model import ModelConfig
 from lowlat.convert.store import CHUNK_ELEMENTS, Form, row_pieces
 from lowlat.convert.weights import Shapes, Weights, parameter_shapes
 from lowlat.text.folder import read_folder
-from lowlat.text.gguf_keys import gguf_vocabulary, has_merges
+from lowlat.text.gguf_keys import end_keys, gguf_vocabulary, has_merges
 from lowlat.text.gguf_vocab import has_vocabulary, read_gguf
 from lowlat.utils.errors import UserError
 
@@ -152,18 +152,17 @@ def _vocabulary(config: ModelConfig, text: Path) -> dict[str, Any]:
         lack = "no tokenizer" if parts is None else "a tokenizer without merges"
         _log.warning("%s: has %s, so the GGUF file has no vocabulary", text, lack)
         return {"tokenizer.ggml.model": "none"} | _token_ids(config)
-    return _token_ids(config) | gguf_vocabulary(parts, config.vocab_size)
+    keys = _token_ids(config, has_ends=bool(parts.eos_ids))
+    return keys | gguf_vocabulary(parts, config.vocab_size)
 
 
-def _token_ids(config: ModelConfig) -> dict[str, int]:
-    """What the model's config says of begin and end, as the format can: one of each. What the
-    tokenizer says goes before.
+def _token_ids(config: ModelConfig, *, has_ends: bool = False) -> dict[str, Any]:
+    """What the model's config says of begin and end. What the tokenizer says goes before; of the
+    ends it says all, if it `has_ends`.
     """
-    keys: dict[str, int] = {}
+    keys: dict[str, Any] = {}
     if config.bos_token_id is not None:
-        keys["tokenizer.ggml.bos_token_id"] = config.bos_token_id
-    if config.eos_token_ids:
-        keys["tokenizer.ggml.eos_token_id"] = config.eos_token_ids[0]
-    if len(config.eos_token_ids) > 1:
-        keys["tokenizer.ggml.eot_token_id"] = config.eos_token_ids[1]
-    return keys
+        keys["ggml.bos_token_id"] = config.bos_token_id
+    if not has_ends:
+        keys |= end_keys(config.eos_token_ids)
+    return {f"tokenizer.{key}": value for key, value in keys.items()}

@@ -7,7 +7,6 @@ import json
 import re
 from typing import Any, assert_never
 
-from lowlat.checkpoint.strict_json import quoted
 from lowlat.engine.json_schema import read_schema
 from lowlat.engine.structured import (
     MAX_SCHEMA_BYTES,
@@ -20,6 +19,7 @@ from lowlat.engine.structured import (
     check_text,
 )
 from lowlat.utils.errors import UserError
+from lowlat.utils.strict_json import quoted
 
 FIELDS = {
     JsonObject: "json_object",

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
 
-from lowlat.checkpoint.strict_json import parse_object, quoted
 from lowlat.utils.errors import UserError
+from lowlat.utils.strict_json import parse_object, quoted
 
 MAX_DEPTH = 64
 """Levels of brackets in the schema's text: about 30 objects inside one another."""

@@ -68,7 +68,8 @@ class Dialect:
         source = tokenizer.chat_template or ""
         code = _code(source)
         system = [{"role": "system", "content": PROBE}, {"role": "user", "content": "x"}]
-        format = find_format(source)
+        tool_source = tokenizer.template_for(()) or ""
+        format = find_format(tool_source)
         return Dialect(
             tokenizer=tokenizer,
             tools=format if format is not None and _shows_tools(tokenizer) else None,
@@ -77,7 +78,7 @@ class Dialect:
             supports_system=_shows(tokenizer, system),
             named_roles=frozenset(role for role in ROLES if _shows_name(tokenizer, role)),
             has_developer_role=re.search(r"""['"]developer['"]""", source) is not None,
-            takes_text_arguments=_takes_text_arguments(source, format),
+            takes_text_arguments=_takes_text_arguments(tool_source, format),
         )
 
     @property

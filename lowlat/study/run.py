@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
-from lowlat.checkpoint.strict_json import parse_object
 from lowlat.study.measure import measure
 from lowlat.study.plan import Arm, Plan
 from lowlat.train.data.folder import TokenFolder
@@ -32,6 +31,7 @@ from lowlat.train.saves.run_folder import RunFolder
 from lowlat.train.trainer import MODEL_FOLDER, Trainer
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, Task
+from lowlat.utils.strict_json import parse_object
 
 RESULT = "result.json"
 LAST_PART = 20

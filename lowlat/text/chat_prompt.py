@@ -49,7 +49,7 @@ def encode_chat(
     text = tokenizer.apply_chat_template(**sent, **template_vars)
     ids = tokenizer.encode(text, add_special_tokens=False)
     control = {id: text for id, text in tokenizer.added_tokens.items() if not text.isspace()}
-    marks = _Marks(sent, list(control.values()), tokenizer.chat_template or "")
+    marks = _Marks(sent, list(control.values()), tokenizer.template_for(tools) or "")
     if not marks.any:
         return ids
     marked = tokenizer.apply_chat_template(**marks.apply(sent), **template_vars)

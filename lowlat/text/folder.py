@@ -10,32 +10,56 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, models
 
-from lowlat.text.parts import TokenizerParts, set_bos_eos
+from lowlat.text.parts import TokenizerParts, around, set_around
 from lowlat.utils.errors import UserError
+from lowlat.utils.strict_json import parse_object
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+TOKENIZER_FILE = "tokenizer.json"
+TIKTOKEN_FILE = "tiktoken.model"
+"""All that Kimi-K2 and Moonlight bring; how text is cut stands in their Python code."""
+TEMPLATE_FILE = "chat_template.jinja"
+TOOL_TEMPLATE = "tool_use"
+"""What the template for prompts with tools is called, in lists and as a file."""
+TOOL_TEMPLATE_FILE = f"additional_chat_templates/{TOOL_TEMPLATE}.jinja"
+MAX_TOKENIZER_BYTES = 256 * 2**20
+"""Largest tokenizer.json read; vocabularies of 256,000 tokens take 34 MB."""
 
 
 def read_folder(folder: Path) -> TokenizerParts:
     """The tokenizer in `folder`. Raises UserError naming an absent or broken file."""
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER_FILE
     if not path.is_file():
-        raise UserError(
-            f"{path}: not found; copy it from the original model"
-            " (a folder with only tokenizer.model needs it made with transformers' save_pretrained)"
-        )
+        raise UserError(f"{path}: not found; {how_to_get_tokenizer(folder)}")
     backend = _read_backend(path)
     config = _read_object(folder / "tokenizer_config.json")
     _add_missing_tokens(backend, config, folder)
     special = _special_tokens(folder, config)
     _mark_special(backend, special, folder)
     _override_bos_eos(backend, config, special)
+    template, tool_template = _chat_templates(config, folder)
     return TokenizerParts(
         backend=backend,
         special_tokens=special,
         eos_ids=_eos_ids(backend, special, folder),
-        chat_template=_chat_template(config, folder),
+        chat_template=template,
         origin=str(folder),
+        tool_template=tool_template,
+    )
+
+
+def how_to_get_tokenizer(folder: Path) -> str:
+    """What to do about a `folder` without tokenizer.json, for an error message."""
+    if (folder / TIKTOKEN_FILE).is_file():
+        return (
+            f"the folder has {TIKTOKEN_FILE}, of which transformers and the original model's code "
+            "make it: convert_tiktoken_to_fast(AutoTokenizer.from_pretrained(ORIGINAL, "
+            f"trust_remote_code=True).model, {str(folder)!r}), "
+            "of transformers.integrations.tiktoken (pip install tiktoken blobfile)"
+        )
+    return (
+        "copy it from the original model (a folder with only tokenizer.model needs it made with "
+        "transformers' save_pretrained)"
     )
 
 
@@ -53,7 +77,12 @@ def write_folder(parts: TokenizerParts, folder: Path) -> None:
     }
     if parts.chat_template is not None:
         config["chat_template"] = parts.chat_template
-    _write_json(folder / "tokenizer.json", json.loads(parts.backend.to_str()))
+    if parts.tool_template is not None:
+        named = {"default": parts.chat_template, TOOL_TEMPLATE: parts.tool_template}
+        config["chat_template"] = [
+            {"name": name, "template": template} for name, template in named.items()
+        ]
+    _write_json(folder / TOKENIZER_FILE, json.loads(parts.backend.to_str()))
     _write_json(folder / "tokenizer_config.json", config)
     generation = folder / "generation_config.json"
     if parts.eos_ids and not generation.exists():
@@ -78,15 +107,11 @@ def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; empty without the file, as all but tokenizer.json are optional."""
     if not path.is_file():
         return {}
+    data = _read_text(path).encode()
     try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: broken JSON at line {error.lineno}; get the file again"
-        ) from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: should hold a JSON object; get the file again")
-    return value
+        return parse_object(data, str(path), limit=MAX_TOKENIZER_BYTES)
+    except UserError as error:
+        raise UserError(f"{error}; get the file again") from error
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
@@ -165,14 +190,23 @@ def _mark_special(backend: tokenizers.Tokenizer, special: dict[str, str], folder
 def _override_bos_eos(
     backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]
 ) -> None:
-    """add_bos_token and add_eos_token, where given, replace what tokenizer.json does.
+    """add_bos_token and add_eos_token, where given, each replace what tokenizer.json puts at that
+    end; null is as if not given.
 
     DeepSeek's tokenizer.json adds no bos and its tokenizer_config.json asks for one.
     """
-    if "add_bos_token" in config or "add_eos_token" in config:
-        bos = special.get("bos_token") if config.get("add_bos_token") else None
-        eos = special.get("eos_token") if config.get("add_eos_token") else None
-        set_bos_eos(backend, bos, eos)
+    before, after = around(backend)
+    first = _end(before, config.get("add_bos_token"), special.get("bos_token"))
+    last = _end(after, config.get("add_eos_token"), special.get("eos_token"))
+    if (first, last) != (before, after):
+        set_around(backend, first, last)
+
+
+def _end(found: list[str], adds: object, token: str | None) -> list[str]:
+    """The tokens at one end of a text: `found`, unless the config says whether `token` is."""
+    if adds is None:
+        return found
+    return [token] if adds and token is not None else []
 
 
 def _eos_ids(
@@ -194,17 +228,23 @@ def _eos_ids(
     return frozenset(ids)
 
 
-def _chat_template(config: dict[str, Any], folder: Path) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return _read_text(path)
+def _chat_templates(config: dict[str, Any], folder: Path) -> tuple[str | None, str | None]:
+    """The template to use, and the one for prompts with tools where that is another.
+
+    Files go before tokenizer_config.json, which names several in a list.
+    """
+    if (folder / TEMPLATE_FILE).is_file():
+        tool_file = folder / TOOL_TEMPLATE_FILE
+        tools = _read_text(tool_file) if tool_file.is_file() else None
+        return _read_text(folder / TEMPLATE_FILE), tools
     template = config.get("chat_template")
+    named: dict[str, Any] = {"default": template}
     if isinstance(template, list):
         named = {str(e.get("name")): e.get("template") for e in template if isinstance(e, dict)}
         if "default" not in named:
             what = f"chat_template has no 'default' among {', '.join(named)}"
-            raise _config_fault(folder, f"{what}; put the one to use into chat_template.jinja")
-        template = named["default"]
-    if template is not None and not isinstance(template, str):
+            raise _config_fault(folder, f"{what}; put the one to use into {TEMPLATE_FILE}")
+    used = named["default"], named.get(TOOL_TEMPLATE)
+    if not all(text is None or isinstance(text, str) for text in used):
         raise _config_fault(folder, "chat_template should be text; get the file again")
-    return template
+    return used

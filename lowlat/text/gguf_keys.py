@@ -2,16 +2,27 @@
 
 `gguf_vocab` is the other direction. Byte-level vocabularies name how text is cut before merging:
 the name is that of the known way which cuts some telling texts as the tokenizer does. Sentencepiece
-vocabularies have scores, which are made of the order of merges.
+vocabularies have scores, which are made of the order of merges; what a reader makes of them is
+compared on the same texts.
 """
 
 import json
+import logging
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import tokenizers
 from gguf import TokenType
 
-from lowlat.text.gguf_vocab import END_NAMES
-from lowlat.text.parts import TokenizerParts
+from lowlat.text.gguf_vocab import (
+    ALL_ENDS,
+    END_KEYS,
+    TOOL_TEMPLATE,
+    Metadata,
+    named_ends,
+    read_metadata,
+)
+from lowlat.text.parts import TokenizerParts, around
 from lowlat.text.pretokenizers import splitting
 from lowlat.text.token_bytes import BYTE_TOKEN
 from lowlat.utils.errors import UserError
@@ -36,6 +47,10 @@ PROBES = (
     "#include <x.h>\n\tif (a!=b) { c+=1; }  // ---- $%&*\n",
 )
 """Texts that the known ways cut differently."""
+EDGES = (" hello", "  a  b ")
+"""Texts in front of which sentencepiece vocabularies put a space, or none as one is there."""
+
+_log = logging.getLogger(__name__)
 
 
 def gguf_vocabulary(parts: TokenizerParts, rows: int) -> dict[str, Any]:
@@ -56,10 +71,15 @@ def gguf_vocabulary(parts: TokenizerParts, rows: int) -> dict[str, Any]:
             "ggml.pre": _pre_name(parts, model),
             "ggml.merges": [f"{left} {right}" for left, right in merges],
         }
-    keys |= _special(parts)
+    keys |= _special(parts) | _ends(parts, tokens, types)
     if parts.chat_template is not None:
         keys["chat_template"] = parts.chat_template
-    return {f"tokenizer.{key}": value for key, value in keys.items()}
+    if parts.tool_template is not None:
+        keys |= {"chat_templates": ["tool_use"], TOOL_TEMPLATE: parts.tool_template}
+    written = {f"tokenizer.{key}": value for key, value in keys.items()}
+    if model.get("byte_fallback"):
+        _compare(parts, read_metadata(Metadata(written.get, parts.origin)).backend)
+    return written
 
 
 def has_merges(parts: TokenizerParts) -> bool:
@@ -139,26 +159,84 @@ def _adds_space(spec: dict[str, Any]) -> bool:
 
 
 def _special(parts: TokenizerParts) -> dict[str, Any]:
-    """Ids of special tokens, and whether bos and eos are put around a text."""
+    """Ids of special tokens but eos, and whether bos and eos are put around a text."""
     names = {
         "bos_token": "ggml.bos_token_id",
-        "eos_token": "ggml.eos_token_id",
         "unk_token": "ggml.unknown_token_id",
         "pad_token": "ggml.padding_token_id",
     }
-    ids = {name: parts.backend.token_to_id(token) for name, token in parts.special_tokens.items()}
-    keys: dict[str, Any] = {
-        names[name]: index for name, index in ids.items() if index is not None and name in names
-    }
-    ends = sorted(parts.eos_ids - {ids.get("eos_token")})
-    unnamed = [i for i in ends if parts.backend.id_to_token(i) not in END_NAMES]
-    if unnamed or ends:
-        # end-of-turn; the others of END_NAMES are known by their names
-        keys["ggml.eot_token_id"] = (unnamed or ends)[0]
-    around = parts.backend.encode("", add_special_tokens=True).ids
-    keys["ggml.add_bos_token"] = bool(around) and around[0] == ids.get("bos_token")
-    keys["ggml.add_eos_token"] = bool(around) and around[-1] == ids.get("eos_token")
+    ids = {key: _id_of(parts, name) for name, key in names.items()}
+    keys: dict[str, Any] = {key: index for key, index in ids.items() if index is not None}
+    before, after = around(parts.backend)
+    bos, eos = parts.special_tokens.get("bos_token"), parts.special_tokens.get("eos_token")
+    keys["ggml.add_bos_token"] = bos is not None and before == [bos]
+    keys["ggml.add_eos_token"] = eos is not None and after == [eos]
+    if before not in ([], [bos]) or after not in ([], [eos]):
+        _log.warning(
+            "%s: GGUF files cannot say that %s is put around a text, so it is left out",
+            parts.origin,
+            " ".join([*before, *after]),
+        )
     return keys
+
+
+def end_keys(ends: Sequence[int], named: Collection[int] = ()) -> dict[str, Any]:
+    """Keys for a model's ends, the first as eos. Further ones than llama.cpp has keys for are
+    written for lowlat alone, with a warning but for those `named`, which it knows by their names.
+    """
+    keys: dict[str, Any] = dict(zip(END_KEYS, ends, strict=False))
+    if len(ends) > len(END_KEYS):
+        keys[ALL_ENDS] = list(ends)
+    lost = [index for index in ends[len(END_KEYS) :] if index not in named]
+    if lost:
+        _log.warning(
+            "llama.cpp knows %d tokens that end a text, so it will not end at %s",
+            len(END_KEYS),
+            ", ".join(map(str, lost)),
+        )
+    return keys
+
+
+def _ends(parts: TokenizerParts, tokens: list[str], types: list[int]) -> dict[str, Any]:
+    """The ids after which generation ends, those that are known by their names last."""
+    eos, named = _id_of(parts, "eos_token"), named_ends(tokens, types)
+    others = sorted(parts.eos_ids - {eos}, key=lambda index: (index in named, index))
+    ends = others if eos is None else [eos, *others]
+    keys = end_keys(ends, named)
+    if not named <= parts.eos_ids:  # a name that ends nothing in this model
+        keys[ALL_ENDS] = ends
+    return keys
+
+
+def _compare(parts: TokenizerParts, read: tokenizers.Tokenizer) -> None:
+    """UserError unless `read`, which is made of the metadata alone, makes the tokenizer's tokens of
+    plain texts; a warning where they differ behind a space or a special token.
+
+    llama.cpp puts a space at the start and behind every special token, whatever is there already.
+    """
+
+    def differs(text: str) -> bool:
+        return read.encode(text).ids != parts.backend.encode(text).ids
+
+    for text in PROBES:
+        if differs(text):
+            raise _fault(parts, f"makes other tokens of {text[:20]!r} than GGUF files can say")
+    added = [token.content for token in parts.backend.get_added_tokens_decoder().values()]
+    texts = [*EDGES, *(f"hello {token}hello {token} hello" for token in added)]
+    found = next(filter(differs, texts), None)
+    if found is not None:
+        _log.warning(
+            "%s: llama.cpp puts spaces into texts where this tokenizer does not, so its tokens "
+            "will differ, as of %r",
+            parts.origin,
+            found,
+        )
+
+
+def _id_of(parts: TokenizerParts, name: str) -> int | None:
+    """The id of a special token; None where the model names none."""
+    token = parts.special_tokens.get(name)
+    return None if token is None else parts.backend.token_to_id(token)
 
 
 def _fault(parts: TokenizerParts, what: str) -> UserError:

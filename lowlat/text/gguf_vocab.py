@@ -4,6 +4,7 @@ Tensors and the model's configuration are read elsewhere; the split patterns are
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import tokenizers
@@ -20,22 +21,30 @@ from lowlat.utils.errors import UserError
 END_NAMES = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
 
 
+END_KEYS = ("ggml.eos_token_id", "ggml.eot_token_id", "ggml.eom_token_id")
+"""What llama.cpp knows of a model's ends: of the text, of a turn, of a message."""
+ALL_ENDS = "lowlat.eos_token_ids"
+"""Every end, in files of lowlat's that the other keys and the names say too little or too much
+of."""
+TOOL_TEMPLATE = "chat_template.tool_use"
+
+
 class Metadata:
     """Checked access to the `tokenizer.*` fields; a fault is a UserError naming file and field."""
 
-    def __init__(self, reader: GGUFReader, origin: str) -> None:
-        self._fields = reader.fields
+    def __init__(self, lookup: Callable[[str], Any], origin: str) -> None:
+        """`lookup`: the value of a field by its whole name, None where there is none."""
+        self._lookup = lookup
         self.origin = origin
 
     def get(self, key: str, kind: type) -> Any:
         """The value of `tokenizer.<key>`, or None where the file has no such field."""
-        field = self._fields.get(f"tokenizer.{key}")
-        if field is None:
-            return None
         try:
-            value = field.contents()
+            value = self._lookup(f"tokenizer.{key}")
         except UnicodeDecodeError as error:
             raise self.fault(key, "is not UTF-8 text") from error
+        if value is None:
+            return None
         if not isinstance(value, kind):
             raise self.fault(key, f"should be of type {kind.__name__}")
         return value
@@ -55,7 +64,12 @@ class Metadata:
 def read_gguf(source: str | os.PathLike[str] | GGUFReader) -> TokenizerParts:
     """The tokenizer in the GGUF file `source`. Raises UserError naming what it cannot use."""
     reader = source if isinstance(source, GGUFReader) else _open(source)
-    meta = Metadata(reader, os.fspath(reader.data.filename))  # type: ignore[attr-defined]
+    origin = os.fspath(reader.data.filename)  # type: ignore[attr-defined]
+    return read_metadata(Metadata(_contents(reader), origin))
+
+
+def read_metadata(meta: Metadata) -> TokenizerParts:
+    """The tokenizer that the fields `meta` describe. Raises UserError naming what it cannot use."""
     tokens = _tokens(meta)
     types = _token_types(meta, len(tokens))
     model = meta.need("ggml.model", str)
@@ -80,12 +94,21 @@ def read_gguf(source: str | os.PathLike[str] | GGUFReader) -> TokenizerParts:
         eos_ids=_eos_ids(meta, tokens, types),
         chat_template=meta.get("chat_template", str),
         origin=meta.origin,
+        tool_template=meta.get(TOOL_TEMPLATE, str),
     )
 
 
 def has_vocabulary(path: str | os.PathLike[str]) -> bool:
     """Whether the GGUF file `path` is meant to hold a tokenizer."""
-    return Metadata(_open(path), os.fspath(path)).get("ggml.model", str) != "none"
+    return Metadata(_contents(_open(path)), os.fspath(path)).get("ggml.model", str) != "none"
+
+
+def _contents(reader: GGUFReader) -> Callable[[str], Any]:
+    def lookup(name: str) -> Any:
+        field = reader.fields.get(name)
+        return None if field is None else field.contents()
+
+    return lookup
 
 
 def _open(path: str | os.PathLike[str]) -> GGUFReader:
@@ -234,14 +257,26 @@ def _special_tokens(meta: Metadata, tokens: list[str]) -> dict[str, str]:
 
 
 def _eos_ids(meta: Metadata, tokens: list[str], types: list[int]) -> frozenset[int]:
-    ids = {
-        index
-        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind == TokenType.CONTROL and token in END_NAMES
-    }
-    for key in ("ggml.eos_token_id", "ggml.eot_token_id", "ggml.eom_token_id"):
+    listed = meta.get(ALL_ENDS, list)
+    if listed is not None:
+        if not all(type(index) is int for index in listed):
+            raise meta.fault(ALL_ENDS, "should be a list of token ids")
+        for index in listed:
+            _token_at(meta, tokens, ALL_ENDS, index)
+        return frozenset(listed)
+    ids = named_ends(tokens, types)
+    for key in END_KEYS:
         index = meta.get(key, int)
         if index is not None:
             _token_at(meta, tokens, key, index)
             ids.add(index)
     return frozenset(ids)
+
+
+def named_ends(tokens: list[str], types: list[int]) -> set[int]:
+    """Ids of the tokens that every reader takes as ends for their names."""
+    return {
+        index
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind == TokenType.CONTROL and token in END_NAMES
+    }

@@ -3,6 +3,7 @@
 Reading files is folder.py's and gguf_vocab.py's work.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tokenizers
@@ -20,17 +21,37 @@ class TokenizerParts:
     eos_ids: frozenset[int]
     """Ids after which generation ends."""
     chat_template: str | None
+    """The one to use, but for prompts with tools where there is a `tool_template`."""
     origin: str
     """The file or folder, for error messages."""
+    tool_template: str | None = None
+    """The chat template that the model names tool_use; None if it has one for all prompts."""
 
 
 def set_bos_eos(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
     """Make `backend` put `bos` before and `eos` after a text encoded with special tokens."""
-    pieces = ["BOS"] * (bos is not None) + ["$A"] + ["EOS"] * (eos is not None)
+    set_around(backend, [] if bos is None else [bos], [] if eos is None else [eos])
+
+
+def set_around(backend: tokenizers.Tokenizer, before: Sequence[str], after: Sequence[str]) -> None:
+    """Make `backend` put the tokens `before` and `after` around a text encoded with special
+    tokens.
+    """
+    # The alias names keep tokens with spaces or colons out of the template's own little language.
+    first = {f"B{number}": token for number, token in enumerate(before)}
+    last = {f"E{number}": token for number, token in enumerate(after)}
     known = [
         {"id": name, "ids": [backend.token_to_id(token)], "tokens": [token]}
-        for name, token in (("BOS", bos), ("EOS", eos))
-        if token is not None
+        for name, token in (first | last).items()
     ]
-    # The alias names keep tokens with spaces or colons out of the template's own little language.
+    pieces = [*first, "$A", *last]
     backend.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=known)  # type: ignore[arg-type]
+
+
+def around(backend: tokenizers.Tokenizer) -> tuple[list[str], list[str]]:
+    """The tokens that `backend` puts before and after a text encoded with special tokens."""
+    encoding = backend.encode("a", add_special_tokens=True)
+    tokens = [str(backend.id_to_token(index)) for index in encoding.ids]
+    own = [place for place, added in enumerate(encoding.special_tokens_mask) if not added]
+    start, end = (own[0], own[-1] + 1) if own else (len(tokens), len(tokens))
+    return tokens[:start], tokens[end:]

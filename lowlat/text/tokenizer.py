@@ -28,6 +28,7 @@ class Tokenizer:
         self._parts = parts
         self._backend = parts.backend
         self._bytes = TokenBytes(parts.backend, parts.origin)
+        self._templates: dict[str, ChatTemplate] = {}
         added = parts.backend.get_added_tokens_decoder()
         self.added_tokens = {index: token.content for index, token in added.items()}
         """Id -> text of the tokens that are found in a text before anything else is."""
@@ -63,6 +64,13 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The chat template's source, if the model has one."""
         return self._parts.chat_template
+
+    def template_for(self, tools: object) -> str | None:
+        """The source of the template that prompts with `tools` (None: without) are made by: the one
+        named tool_use where the model has it.
+        """
+        tool_template = self._parts.tool_template
+        return self.chat_template if tools is None or tool_template is None else tool_template
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True
@@ -141,21 +149,25 @@ class Tokenizer:
         Encode it with add_special_tokens=False: the template writes bos itself.
 
         The template sees `template_vars` (tools=[...], enable_thinking=False, ...) and the special
-        tokens' texts. Raises UserError when the model has no chat template or the template fails.
+        tokens' texts; where tools are given it is the model's own for them, if it has one. Raises
+        UserError when the model has no chat template or the template fails.
         """
         variables = {**self._parts.special_tokens, **template_vars}
-        return self._template.render(
+        source = self.template_for(template_vars.get("tools"))
+        return self._template(source).render(
             messages, add_generation_prompt=add_generation_prompt, **variables
         )
 
-    @cached_property
-    def _template(self) -> ChatTemplate:
-        if self._parts.chat_template is None:
+    def _template(self, source: str | None) -> ChatTemplate:
+        """The program of a template, whose process later prompts share."""
+        if source is None:
             raise UserError(
                 f"{self._parts.origin}: the model has no chat_template; give a plain prompt,"
                 " or put the template of its instruct version into chat_template.jinja"
             )
-        return ChatTemplate(self._parts.chat_template, self._parts.origin)
+        if source not in self._templates:
+            self._templates[source] = ChatTemplate(source, self._parts.origin)
+        return self._templates[source]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the files that from_folder, and transformers' AutoTokenizer, read back."""

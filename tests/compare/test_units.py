@@ -214,6 +214,18 @@ def test_sides_that_mean_nothing_are_refused(text: str, says: str) -> None:
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_word_behind_a_folder_is_an_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Holds shut: taken for a revision of the hub, which was asked for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m" / "v3").mkdir(parents=True)
+    for text in ("m/v3@foo", "transformers:m/v3@foo"):
+        with pytest.raises(UserError, match=r"option 'foo' is unknown; choose from fp64, .*native"):
+            parse(text)
+    assert parse("m/v4@foo").model == "m/v4@foo"
+
+
 def test_random_tokens_depend_on_the_seed_alone() -> None:
     assert random_ids(97, 50, 3) == random_ids(97, 50, 3) != random_ids(97, 50, 4)
     assert set(random_ids(7, 500, 0)) == set(range(7))

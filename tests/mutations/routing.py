@@ -59,8 +59,8 @@ ROUTING = [
     Mutant(
         "router bias: cast while loading",
         "checkpoint/place.py",
-        "        return tensor.to(torch.float32)\n",
-        "        return tensor.to(dtype or torch.float32)\n",
+        "        return tensor.to(torch.float32)\n    if blocks",
+        "        return tensor.to(dtype or torch.float32)\n    if blocks",
         LOAD + "::test_cast[bf16]",
     ),
     Mutant(

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def model(
     rope: RopeConfig,
     moe: MoEConfig | None = None,
     mtp: int = 0,
-    **more: bool,
+    **more: Any,
 ) -> ModelConfig:
     return ModelConfig(
         model_type=family,
@@ -126,6 +127,7 @@ MODELS = {
     "llama": model("llama", grouped(), PLAIN),
     "llama-bias": model("llama", grouped(qkv_bias=True, o_bias=True), PLAIN),
     "llama3": model("llama", grouped(), LLAMA3, tie_word_embeddings=True),
+    "mistral": model("mistral", grouped(), PLAIN, sliding_window=512),
     "qwen2": model("qwen2", grouped(qkv_bias=True), PLAIN),
     "qwen3": model("qwen3", grouped(32, qk_norm=True), PLAIN),
 }
@@ -154,7 +156,27 @@ def llama(tmp_path: Path) -> Iterator[Worker]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits(tmp_path: Path, llama: Worker, name: str) -> None:
-    source = write(tmp_path / "m", MODELS[name])
+    expected, found = both_logits(tmp_path, llama, MODELS[name])
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def test_a_window_shorter_than_the_text(
+    tmp_path: Path, llama: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """llama.cpp attends beyond it, of which the conversion warns; up to it logits are the same."""
+    window = 7
+    config = model("mistral", grouped(), PLAIN, sliding_window=window)
+    expected, found = both_logits(tmp_path, llama, config)
+    assert "llama.cpp reads no sliding_window of mistral" in caplog.text
+    error = np.abs(found - expected).max(axis=1) / np.abs(expected).max()
+    assert error[:window].max() <= TOLERANCE < 1e-3 < error[window:].min()
+
+
+def both_logits(
+    tmp_path: Path, llama: Worker, config: ModelConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of TOKENS, in fp32: lowlat's of random weights, and llama.cpp's of the file made of them."""
+    source = write(tmp_path / "m", config)
     convert(tmp_path / "m", tmp_path / "m.gguf", dtype="fp32")
     backend = PackedAttention([len(TOKENS)])
     with torch.no_grad():
@@ -168,8 +190,7 @@ def test_logits(tmp_path: Path, llama: Worker, name: str) -> None:
         threads=1,
         context=128,
     )
-    found = logits_of(llama, TOKENS)
-    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+    return expected, logits_of(llama, TOKENS)
 
 
 CHAT = """

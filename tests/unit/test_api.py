@@ -81,3 +81,17 @@ def test_what_cannot_be_served_generates_nothing(
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         lowlat.LLM(str(tmp_path / "nothing"))
+
+
+def test_a_truncated_file_is_refused_before_its_vocabulary_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes seconds: holds shut a download cut short that looked like a long loading."""
+
+    def refuse(path: Path) -> None:
+        raise AssertionError("read the vocabulary")
+
+    monkeypatch.setattr(api.Tokenizer, "from_gguf", refuse)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    with pytest.raises(UserError, match="it is truncated"):
+        lowlat.load(str(tmp_path / "m.gguf"))

@@ -235,6 +235,19 @@ def test_hub_names(
     assert asked == [(repo, revision)]
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("org/name@foo", "the folder 'org/name' is here and has no revision 'foo'"),
+        ("./org/name@foo", "the folder './org/name' is here"),
+        ("models/q4.gguf@main", "the file 'models/q4.gguf' is here and has no revision 'main'"),
+    ],
+)
+def test_what_is_here_has_no_revisions(name: str, words: str) -> None:
+    """Holds shut: the hub asked for a revision of a folder, and that called unreachable."""
+    assert words in message(name) and "leave '@" in message(name)
+
+
 def test_urls() -> None:
     assert "is a URL; give a hub id" in message("https://example.org/org/name")
 

@@ -208,13 +208,16 @@ def test_tokenizer_files_come_along(tmp_path: Path) -> None:
     """From a folder the files that stay true; weights and index of the source are not copied."""
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("tokenizer.json", "chat_template.jinja", "model.safetensors.index.json", "x.py"):
+    (source / "additional_chat_templates").mkdir()
+    copied = {"tokenizer.json", "tiktoken.model", "chat_template.jinja"}
+    copied.add("additional_chat_templates/tool_use.jinja")
+    for name in (*copied, "model.safetensors.index.json", "x.py"):
         (source / name).write_text(name)
-    assert set(text_files(source)) == {"tokenizer.json", "chat_template.jinja"}
+    assert set(text_files(source)) == copied
     config = FAMILIES["llama"]
     model = random_model(config)
     save_model(model, config, tmp_path / "m", source=source)
-    assert (tmp_path / "m" / "tokenizer.json").read_text() == "tokenizer.json"
+    assert all((tmp_path / "m" / name).read_text() == name for name in copied)
     assert not (tmp_path / "m" / "x.py").exists()
     raw = json.loads((tmp_path / "m" / "config.json").read_text())
     assert raw["dtype"] == "bfloat16" and raw["architectures"] == ["LlamaForCausalLM"]

@@ -186,7 +186,10 @@ def test_fp8_quantisation():
         {"quant_method": "gptq"},
         {"fmt": "e5m2"},
         {"activation_scheme": "static"},
-        {"scale_fmt": "float"},
+        {"scale_fmt": "mxfp8"},
+        {"expert_dtype": "fp4"},
+        {"dequantize": True},
+        {"modules_to_convert": ["model.embed_tokens"]},
         {"weight_block_size": None},
         {"weight_block_size": [128]},
         {"weight_block_size": [128, 0]},
@@ -197,6 +200,15 @@ def test_fp8_quantisation():
         name = next(iter(change))
         message = refusal(V3 | {"quantization_config": quant | change})
         assert f"quantization_config.{name}" in message
+
+
+def test_fp8_settings_as_transformers_writes_them():
+    """Every field it has, at its default."""
+    quant = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    quant |= {"dequantize": False, "modules_to_not_convert": None, "modules_to_convert": None}
+    quant |= {"scale_fmt": "float", "expert_dtype": "fp8"}
+    config = config_from_hf(V3 | {"quantization_config": quant})
+    assert config.quantization == QuantConfig(weight_block_size=(128, 128))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -103,6 +103,17 @@ def test_every_pair(tmp_path: Path, first: str, second: str) -> None:
         assert_same_bits(found.model, load_model(tmp_path / "first", dtype=second).model)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "int8"])
+def test_fp8_of_which_the_config_says_nothing(tmp_path: Path, dtype: str) -> None:
+    """Refused as in loading; holds shut: bits of fp8 numbers taken for values."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    write_model(tmp_path / "m", FAMILIES["llama"])
+    rewrite(tmp_path / "m", lambda t: t.update({name: t[name].to(torch.float8_e4m3fn)}))
+    options = {"to": "mla"} if dtype == "auto" else {}
+    with pytest.raises(UserError, match=r"no quantization_config that says .*; take config.json"):
+        convert(tmp_path / "m", tmp_path / "new", dtype=dtype, **options)
+
+
 @pytest.mark.parametrize("dtype", ["fp8", "int8", "int4", "bf16"])
 def test_router_biases_stay_fp32(tmp_path: Path, dtype: str) -> None:
     """MTP modules' included, through a type and back."""

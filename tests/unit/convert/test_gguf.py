@@ -15,6 +15,7 @@ from gguf.quants import dequantize
 
 from lowlat.checkpoint.gguf_file import GGUFFile
 from lowlat.checkpoint.load import load_model
+from lowlat.config.families import ARCHITECTURES
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from lowlat.convert.run import convert
 from lowlat.model.linear import Linear
@@ -179,6 +180,10 @@ def test_packed_folders_keep_their_type(tmp_path: Path) -> None:
         ),
         (gqa("qwen3", sliding_window=7), "sliding_window 7"),
         (replace(mla("deepseek_v3"), model_type="lowlat", rope=LLAMA3), "rope_interleave false"),
+        (
+            mla("deepseek_v3", rope=replace(YARN, rope_type="linear", mscale_all_dim=None)),
+            "rope_type 'linear' of MLA",
+        ),
     ],
 )
 def test_what_the_format_cannot_say(tmp_path: Path, config: ModelConfig, what: str) -> None:
@@ -254,6 +259,62 @@ def test_what_llama_cpp_computes_otherwise_is_said(
     convert(tmp_path / "m", tmp_path / "m.gguf")
     assert ("llama.cpp takes YaRN's beta_fast as 32 in MLA, not 1" in caplog.text) == is_said
     assert load_model(tmp_path / "m.gguf").config.rope.beta_fast == beta_fast
+
+
+@pytest.mark.parametrize(("window", "is_said"), [(None, False), (512, False), (7, True)])
+def test_windows_that_llama_cpp_does_not_read_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, window: int | None, is_said: bool
+) -> None:
+    """Where texts can be longer than the window at all."""
+    write_model(tmp_path / "m", gqa("mistral", sliding_window=window))
+    convert(tmp_path / "m", tmp_path / "m.gguf")
+    assert ("llama.cpp reads no sliding_window of mistral" in caplog.text) == is_said
+
+
+@pytest.mark.parametrize("family", EXPRESSIBLE)
+def test_folders_made_of_files_name_their_class(tmp_path: Path, family: str) -> None:
+    """`architectures`, which programs choose the model's code by."""
+    write_model(tmp_path / "m", MODELS[family])
+    convert(tmp_path / "m", tmp_path / "m.gguf")
+    convert(tmp_path / "m.gguf", tmp_path / "back", dtype="fp16")
+    before, after = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("m", "back")
+    )
+    if before["model_type"] == after["model_type"]:
+        assert after["architectures"] == before["architectures"]
+    assert after["architectures"] == [ARCHITECTURES[after["model_type"]]]
+
+
+@pytest.mark.parametrize("ends", [(2,), (2, 5), (2, 5, 6), (2, 5, 6, 7)])
+@pytest.mark.parametrize("has_text", [True, False])
+def test_every_end_comes_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, ends: tuple[int, ...], has_text: bool
+) -> None:
+    """Holds shut: a model that runs past the third of its ends, or ends at a token of another
+    model's for its name.
+    """
+    config = replace(gqa("llama"), vocab_size=307, eos_token_ids=ends)
+    write_model(tmp_path / "m", config)
+    if has_text:
+        backend = write_tokenizer(tmp_path / "m")
+        spec = backend.to_str().replace('"<s>"', '"<|endoftext|>"')
+        (tmp_path / "m" / "tokenizer.json").write_text(spec)
+        config_file = tmp_path / "m" / "tokenizer_config.json"
+        config_file.write_text(json.dumps({"eos_token": backend.id_to_token(ends[-1])}))
+    convert(tmp_path / "m", tmp_path / "m.gguf")
+    convert(tmp_path / "m.gguf", tmp_path / "back", dtype="fp32")
+    assert ("llama.cpp knows 3 tokens that end a text" in caplog.text) == (len(ends) > 3)
+    if has_text:
+        expected = Tokenizer.from_folder(tmp_path / "m").eos_ids
+        assert expected >= set(ends)
+        for after in (
+            Tokenizer.from_gguf(tmp_path / "m.gguf"),
+            Tokenizer.from_folder(tmp_path / "back"),
+        ):
+            assert after.eos_ids == expected
+        assert set(load_model(tmp_path / "back").config.eos_token_ids) == expected
+    else:
+        assert load_model(tmp_path / "back").config.eos_token_ids == ends
 
 
 def test_too_small_an_embedding_is_refused(tmp_path: Path) -> None:

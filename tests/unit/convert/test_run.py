@@ -25,6 +25,8 @@ from lowlat.convert.run import convert
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
 
+from .texts import write_tokenizer
+
 HEADS, GROUPS, HEAD_DIM = 6, 2, 10
 
 
@@ -312,3 +314,17 @@ def test_existing_destination_is_left_alone(tmp_path: Path) -> None:
 )
 def test_attention_in_words(groups: int, words: str) -> None:
     assert describe_attention(gqa_model(groups=groups).attention) == words
+
+
+def test_no_usable_tokenizer_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Models with tiktoken.model alone are converted, file included, with what makes the rest."""
+    source = write(tmp_path / "source", gqa_model())
+    (source / "tiktoken.model").write_text("YQ== 0")
+    convert(source, tmp_path / "new", dtype="fp16")
+    assert (tmp_path / "new" / "tiktoken.model").read_text() == "YQ== 0"
+    assert "new: is made without a usable tokenizer" in caplog.text
+    assert "convert_tiktoken_to_fast(" in caplog.text
+    caplog.clear()
+    write_tokenizer(source)
+    convert(source, tmp_path / "usable", dtype="fp16")
+    assert "tokenizer" not in caplog.text

@@ -1,6 +1,8 @@
 """Tokenizers as GGUF metadata: what the reader makes of it is the tokenizer it was made of."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from tokenizers import models
 from lowlat.text.folder import read_folder
 from lowlat.text.gguf_keys import PRE_NAMES, PROBES, gguf_vocabulary, has_merges
 from lowlat.text.gguf_vocab import read_gguf
-from lowlat.text.parts import TokenizerParts
+from lowlat.text.parts import TokenizerParts, set_around
 from lowlat.text.pretokenizers import splitting
+from lowlat.text.token_bytes import SPACE_MARK
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
 
@@ -94,7 +97,41 @@ def test_several_ends(make_folder: MakeFolder, tmp_path: Path) -> None:
     """The end of a turn has a key of its own."""
     files = {"generation_config.json": '{"eos_token_id": [2, 9]}'}
     after = written(read_folder(make_folder(files=files)), 400, tmp_path)
-    assert after.eos_ids >= {2, 9}
+    assert after.eos_ids == {2, 9}
+
+
+@pytest.mark.parametrize(("ends", "said"), [([2, 9, 11], ""), ([2, 9, 11, 13], "not end at 13")])
+def test_more_ends_than_two(
+    make_folder: MakeFolder,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    ends: list[int],
+    said: str,
+) -> None:
+    """The third is llama.cpp's end of message; <|endoftext|>, which is no end here, stays none."""
+    files = {"generation_config.json": json.dumps({"eos_token_id": ends})}
+    parts = read_folder(make_folder(files=files))
+    keys = gguf_vocabulary(parts, 400)
+    found = [keys[f"tokenizer.ggml.{role}_token_id"] for role in ("eos", "eot", "eom")]
+    assert found == [2, 9, 11]
+    assert said in caplog.text and bool(caplog.text) == bool(said)
+    assert written(parts, 400, tmp_path).eos_ids == set(ends)
+
+
+def test_the_template_for_tools(make_folder: MakeFolder, tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    after = written(read_folder(make_folder(chat_template=named)), 400, tmp_path)
+    assert after.apply_chat_template([]) == "D"
+    assert after.apply_chat_template([], tools=[]) == "T"
+
+
+def test_what_stands_around_a_text_and_cannot_be_said(
+    make_folder: MakeFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = read_folder(make_folder(bos_token="<|im_start|>"))
+    set_around(parts.backend, ["<|endoftext|>", "<|im_start|>"], [])
+    written(parts, 400, tmp_path)
+    assert "cannot say that <|endoftext|> <|im_start|> is put around a text" in caplog.text
 
 
 def test_sentencepiece(make_sentencepiece: Callable[..., Path], tmp_path: Path) -> None:
@@ -105,6 +142,47 @@ def test_sentencepiece(make_sentencepiece: Callable[..., Path], tmp_path: Path) 
     for text in ("abc bc ab", " a  b", "é🙂 abcabc", ""):
         assert after.encode(text) == before.encode(text), text
         assert after.decode(after.encode(text)) == before.decode(before.encode(text))
+
+
+def cut_by_metaspace(parts: TokenizerParts, scheme: str) -> TokenizerParts:
+    """The sentencepiece tokenizer as newer files have it: spaces are put by the cutting."""
+    spec = json.loads(parts.backend.to_str())
+    spec["normalizer"] = None
+    spec["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": SPACE_MARK,
+        "prepend_scheme": scheme,
+        "split": False,
+    }
+    return replace(parts, backend=tokenizers.Tokenizer.from_str(json.dumps(spec)))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "differs"), [("never", False), ("first", True), ("always", True)]
+)
+def test_spaces_that_llama_cpp_puts_elsewhere_are_said(
+    make_sentencepiece: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    scheme: str,
+    differs: bool,
+) -> None:
+    """Holds shut: Mistral's newer tokenizers gave other tokens behind [INST], unsaid."""
+    parts = cut_by_metaspace(read_gguf(make_sentencepiece()), scheme)
+    after = written(parts, 300, tmp_path)
+    assert ("llama.cpp puts spaces into texts where" in caplog.text) == differs
+    assert (after.encode("a<s>bc") != Tokenizer(parts).encode("a<s>bc")) == (scheme == "first")
+    assert (after.encode(" bc") != Tokenizer(parts).encode(" bc")) == differs
+    assert after.encode("abc bc") == Tokenizer(parts).encode("abc bc")
+
+
+def test_sentencepiece_that_scores_cannot_say(make_sentencepiece: Callable[..., Path]) -> None:
+    parts = read_gguf(make_sentencepiece())
+    spec = json.loads(parts.backend.to_str())
+    spec["normalizer"]["normalizers"].append({"type": "Lowercase"})
+    changed = replace(parts, backend=tokenizers.Tokenizer.from_str(json.dumps(spec)))
+    with pytest.raises(UserError, match=r"makes other tokens of .* than GGUF files can say; use"):
+        gguf_vocabulary(changed, 300)
 
 
 def test_ids_beyond_the_embedding(make_folder: MakeFolder) -> None:

@@ -1,10 +1,11 @@
-"""JSON files of a model folder, read without guessing: no duplicate keys, no NaN, bounded size
-and depth.
+"""JSON files of a model folder, read without guessing: no duplicate keys, no NaN, no half of a
+surrogate pair, bounded size and depth.
 
 Owns the parsing only; what the values mean is the caller's.
 """
 
 import json
+import re
 from typing import Any, NoReturn
 
 from lowlat.utils.errors import UserError
@@ -12,19 +13,21 @@ from lowlat.utils.errors import UserError
 MAX_JSON_BYTES = 32 * 2**20
 """Largest JSON text accepted. Kimi-K2's index, about 70,000 tensors, takes 7 MB."""
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
-def parse_object(data: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `data` (UTF-8). Raises UserError starting with `where` for anything
-    else.
+
+def parse_object(data: bytes, where: str, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in `data` (UTF-8, at most `limit` bytes). Raises UserError starting with
+    `where` for anything else.
     """
-    if len(data) > MAX_JSON_BYTES:
-        raise UserError(
-            f"{where}: the JSON text is {len(data)} bytes long, more than {MAX_JSON_BYTES}"
-        )
+    if len(data) > limit:
+        raise UserError(f"{where}: the JSON text is {len(data)} bytes long, more than {limit}")
     try:
         value = json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
         )
+        if _SURROGATE.search(data):
+            _refuse_halves(value)
     except RecursionError as error:
         raise UserError(f"{where}: the JSON text is nested too deeply") from error
     except ValueError as error:
@@ -50,3 +53,13 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a JSON number")
+
+
+def _refuse_halves(value: object) -> None:
+    """ValueError if a text in `value` cannot be written as UTF-8, which nothing later expects."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"{half} is half of a surrogate pair") from error
