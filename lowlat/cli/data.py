@@ -60,8 +60,13 @@ def build(
         typer.Option(metavar="SOURCE", help="Hold out these documents; may be repeated."),
     ] = None,
     field: Annotated[
-        str, typer.Option(help="Field of JSON lines, or column of tables, with the text.")
-    ] = "text",
+        str | None,
+        typer.Option(
+            help="Field of JSON lines, or column of tables, with the text, or messages; text by "
+            "default.",
+            show_default=False,
+        ),
+    ] = None,
     separator: Annotated[
         str | None,
         typer.Option(
@@ -139,7 +144,7 @@ def verify(folder: Folder, as_json: options.Json = False) -> None:
 
 
 def _read_options(
-    field: str, separator: str | None, only: list[str] | None, invalid: str
+    field: str | None, separator: str | None, only: list[str] | None, invalid: str
 ) -> "ReadOptions":
     from lowlat.train.data.documents import ReadOptions
     from lowlat.utils.errors import UserError

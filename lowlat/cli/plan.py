@@ -140,7 +140,9 @@ def _subject(name: str, changes: list[str]) -> Subject:
 
 def _recipe(path: Path, changes: list[str]) -> Subject:
     from lowlat.cli.train_start import start_files
+    from lowlat.train.parallel.check import check_parallel
     from lowlat.train.plan.dryrun import largest_job, recipe_config
+    from lowlat.train.plan.job import check
     from lowlat.train.plan.machine import H100
     from lowlat.train.recipe import read_recipe
     from lowlat.utils.progress import make_progress
@@ -148,7 +150,12 @@ def _recipe(path: Path, changes: list[str]) -> Subject:
     recipe = read_recipe(path, changes)
     start = start_files(recipe, path, make_progress())
     config = recipe_config(recipe, path, start)
+    check_parallel(config, recipe, str(path))
     job = largest_job(recipe)
+    try:
+        check(config, job)
+    except UserError as error:
+        raise UserError(f"{path}: [parallel]: {error}") from error
     return Subject(name=recipe.name, config=config, job=job, machine=H100, has_layout=True)
 
 

@@ -1,14 +1,19 @@
-"""`lowlat train RECIPE --dry-run`: what a recipe takes on this machine. Owns the output only."""
+"""`lowlat train RECIPE --dry-run`: what a recipe takes on this machine, and whether it would run.
+Owns the output only.
+"""
 
+import sys
 from pathlib import Path
 
 from lowlat.cli.plan_view import show_dry_run
+from lowlat.config.model import ModelConfig
 from lowlat.train.build import DTYPES
-from lowlat.train.plan.dryrun import dry_run, recipe_config, usable_memory
+from lowlat.train.inputs import check_recipe, open_inputs
+from lowlat.train.plan.dryrun import dry_run, recipe_config, require_fit, usable_memory
 from lowlat.train.plan.rate import measure_gemm_rate
 from lowlat.train.recipe import Recipe
+from lowlat.train.schedule import data_of
 from lowlat.train.teacher import teacher_config
-from lowlat.train.teacher_check import check_teacher
 from lowlat.utils.device import parse_device
 
 
@@ -17,14 +22,27 @@ def print_dry_run(
 ) -> None:
     """Measure the rate of products and print the figures of `recipe`, which was read from `path`;
     start, teacher: the files behind recipe.start and recipe.distillation.
+
+    Raises UserError for what a run would refuse, a lack of memory after the figures are printed.
     """
     device = parse_device(recipe.device)
+    config = _config(recipe, path, start, teacher)
+    taught = None if teacher is None else teacher_config(teacher)
     rate = measure_gemm_rate(DTYPES[recipe.precision], device)
-    config = recipe_config(recipe, path, start)
-    taught = None
-    if teacher is not None:
-        check_teacher(config, teacher, recipe, str(path))
-        taught = teacher_config(teacher)
     memory = usable_memory(device, recipe.parallel.processes)
     found = dry_run(config, recipe, rate=rate, memory_bytes=memory, teacher=taught)
     show_dry_run(recipe.name, found)
+    require_fit(config, recipe, memory_bytes=memory, teacher=taught, origin=str(path))
+
+
+def _config(recipe: Recipe, path: Path, start: Path | None, teacher: Path | None) -> ModelConfig:
+    """The model in the first phase, after all that a run would check: of its data as far as that is
+    there.
+    """
+    folders = [path.parent / data_of(recipe, index).folder for index in range(len(recipe.phase))]
+    absent = [folder for folder in folders if not folder.exists()]
+    if not absent:
+        return open_inputs(recipe, start, path.parent, str(path), teacher).configs[0]
+    config = check_recipe(recipe_config(recipe, path, start), recipe, str(path), teacher)[0]
+    print(f"{absent[0]}: not there yet, so the data was not checked", file=sys.stderr)
+    return config

@@ -24,8 +24,8 @@ def report(
         typer.Option(
             metavar="FILE",
             help="Where the picture goes: a .png, .svg or .pdf file, or a name without ending for "
-            "a .png and an .svg. By default one run gets report.png, report.svg and report.json "
-            "in its folder.",
+            "a .png and an .svg; the figures go beside it as .json. By default one run gets "
+            "report.png, report.svg and report.json in its folder.",
             show_default=False,
         ),
     ] = None,
@@ -40,7 +40,7 @@ def report(
 
     from lowlat.train.runlog.lines import plain
     from lowlat.train.runlog.plot import available, draw
-    from lowlat.train.runlog.report import pictures, read_runs, write_report
+    from lowlat.train.runlog.report import pictures, read_runs, write_json, write_report
     from lowlat.train.runlog.report_table import table
     from lowlat.train.runlog.summary import summarise
 
@@ -53,6 +53,7 @@ def report(
         Console().print(table(summaries))
     if files:
         draw(histories, files)
+        files.append(write_json(summaries, files[0].with_suffix(".json")))
     elif len(runs) > 1:
         _tell("no picture of several runs without --out FILE")
     elif not available():

@@ -51,7 +51,7 @@ def open_basis(
     inputs = open_inputs(recipe, start, base, origin, teacher)
     taught = None if teacher is None else teacher_config(teacher)
     memory = usable_memory(torch.device(recipe.device), recipe.parallel.processes)
-    require_fit(inputs.configs[0], recipe, memory_bytes=memory, teacher=taught)
+    require_fit(inputs.configs[0], recipe, memory_bytes=memory, teacher=taught, origin=origin)
     fingerprints = [data.folder.fingerprint for data in inputs.data]
     if recipe.lora is not None and start is not None:
         fingerprints.append(start_fingerprint(start))

@@ -45,7 +45,12 @@ class PhaseData:
     folder: TokenFolder
     train: Windows | ChatRows
     held_out: Windows | ChatRows | None
-    """None where less than a row was held out, or no chat."""
+    """None where there is nothing to evaluate on."""
+    no_evaluation: str = ""
+    """Why that is so, and the remedy."""
+    document_masks: bool = False
+    """Whether the documents of a row do not see one another, and their first tokens are no targets.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,19 +72,29 @@ def open_inputs(
     folders = [phase_folder(recipe, index, base) for index in range(len(recipe.phase))]
     _check_same_tokenizer(folders, recipe, origin)
     config = base_config(recipe, start, folders[0].vocab_size, origin)
+    configs = check_recipe(config, recipe, origin, teacher)
+    for model in (teacher, start):
+        if model is not None:
+            _check_same_vocabulary(model, folders[0], origin)
+    num_ahead = 1 + config.num_nextn_predict_layers
+    data = [phase_data(recipe, i, folder, num_ahead) for i, folder in enumerate(folders)]
+    _check_targets(recipe, data, origin)
+    return Inputs(configs=configs, data=data)
+
+
+def check_recipe(
+    config: ModelConfig, recipe: Recipe, origin: str, teacher: Path | None = None
+) -> list[ModelConfig]:
+    """Whether a model of `config` can be trained as `recipe` says, whatever its data; its config in
+    every phase. Raises UserError naming phase or key.
+    """
     check_lora(config, recipe, origin)
     check_trainable(config, recipe, origin)
     if recipe.distillation is not None:
         assert teacher is not None
         check_teacher(config, teacher, recipe, origin)
-        _check_same_vocabulary(teacher, folders[0], origin)
     check_parallel(config, recipe, origin)
-    configs = phase_configs(config, recipe, origin)
-    if start is not None:
-        _check_same_vocabulary(start, folders[0], origin)
-    num_ahead = 1 + config.num_nextn_predict_layers
-    data = [phase_data(recipe, i, folder, num_ahead) for i, folder in enumerate(folders)]
-    return Inputs(configs=configs, data=data)
+    return phase_configs(config, recipe, origin)
 
 
 def base_config(recipe: Recipe, start: Path | None, vocab_size: int, origin: str) -> ModelConfig:
@@ -199,22 +214,46 @@ def phase_data(recipe: Recipe, index: int, folder: TokenFolder, num_ahead: int) 
             fim_rate=fim_rate,
         )
 
+    train = rows("train", _order(recipe, index), table.fim_rate)
     enough = folder.num_tokens("held_out") >= phase.sequence_length + num_ahead
+    held_out = rows("held_out", 0, 0.0) if enough or folder.has_mask("held_out") else None
+    why = ""
+    if held_out is None:
+        why = f"{folder.path} holds out less than a row; build it with --held-out"
+    elif not held_out.has_targets(recipe.evaluation.rows):
+        held_out = None
+        why = (
+            f"the held-out rows of {folder.path} hold no target; raise sequence_length "
+            f"({phase.sequence_length}) or build it with more documents held out"
+        )
     return PhaseData(
         folder=folder,
-        train=rows("train", _order(recipe, index), table.fim_rate),
-        held_out=rows("held_out", 0, 0.0) if enough or folder.has_mask("held_out") else None,
+        train=train,
+        held_out=held_out,
+        no_evaluation=why,
+        document_masks=table.document_masks,
     )
+
+
+def _check_targets(recipe: Recipe, data: Sequence[PhaseData], origin: str) -> None:
+    """Every phase has something to learn. Raises UserError naming the one that has not."""
+    for phase, own in zip(recipe.phase, data, strict=True):
+        if own.train.has_targets():
+            continue
+        where = f"{origin}: phase {phase.name}: no row of {own.folder.path} holds a target"
+        if isinstance(own.train, ChatRows) and own.train.left_out.chats:
+            raise UserError(
+                f"{where}: every answer lies beyond sequence_length {phase.sequence_length}; "
+                f"sequence_length = {own.train.left_out.longest - 1} holds all"
+            )
+        raise UserError(f"{where}; build it from texts, or from chats with answers")
 
 
 def left_out(recipe: Recipe, data: Sequence[PhaseData]) -> Iterator[str]:
     """What each phase of `recipe` does without in its `data`, a line each."""
     for phase, own in zip(recipe.phase, data, strict=True):
         if own.held_out is None:
-            yield (
-                f"phase {phase.name}: no evaluations, {own.folder.path} holds out less than "
-                "a row; build it with --held-out"
-            )
+            yield f"phase {phase.name}: no evaluations, {own.no_evaluation}"
         if isinstance(own.train, ChatRows) and own.train.left_out.chats:
             left = own.train.left_out
             yield (

@@ -7,6 +7,7 @@ Owns the rules; parameters and products of updates are `model.low_rank`'s, their
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lowlat.config.model import ModelConfig
 from lowlat.model.linear import Linear
 from lowlat.model.low_rank import LowRank, LowRankExperts
 from lowlat.model.moe import StackedExperts
+from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
 from lowlat.train.recipe import Lora, Recipe
 from lowlat.train.trainable import check_biases_stay
@@ -36,6 +38,7 @@ def check_lora(config: ModelConfig, recipe: Recipe, origin: str) -> None:
     if sizes.processes > sizes.data or sizes.expert > 1:
         raise UserError(f"{origin}: lora divides batches only; set all of [parallel] but data to 1")
     check_biases_stay(config, recipe, "lora", origin)
+    _check_modules({name for name, _ in _shapes(config)}, recipe.lora, origin)
 
 
 def base_dtype(recipe: Recipe) -> str:
@@ -50,32 +53,59 @@ def add_updates(model: Transformer, table: Lora, *, seed: int, origin: str) -> N
     Routed experts, which must be stacked, get a pair each. Raises UserError for a name that no
     projection has.
     """
+    _check_modules({name for name, _, _ in _projections(model)}, table, origin)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    found: set[str] = set()
-    present: set[str] = set()
-    for name, module in list(model.named_modules()):
-        own = name.rpartition(".")[2]
+    for name, module, weight in list(_projections(model)):
         if isinstance(module, StackedExperts):
-            present.update(EXPERT_PROJECTIONS)
-            found.update(set(EXPERT_PROJECTIONS) & set(table.modules))
             module.low_rank = _of_experts(module, table)
-        elif isinstance(module, Linear) and module is not model.lm_head:
-            present.add(own)
-            if own in table.modules:
-                found.add(own)
-                module.low_rank = _update(module.weight, table)
-    absent = sorted(set(table.modules) - found)
-    if absent and (not found or "modules" in table.model_fields_set):
-        raise UserError(
-            f"{origin}: lora.modules: the model has no {', '.join(absent)}; "
-            f"it has {', '.join(sorted(present))}"
-        )
+        elif name in table.modules:
+            module.low_rank = _update(weight, table)
     for module in model.modules():
         if isinstance(module, LowRank):
             bound = 1 / math.sqrt(module.lora_A.shape[-1])
             nn.init.uniform_(module.lora_A, -bound, bound, generator=generator)
             nn.init.zeros_(module.lora_B)
+
+
+def _projections(model: Transformer) -> Iterator[tuple[str, Linear | StackedExperts, Tensor]]:
+    """Every projection that may have an update: its name, the module that has it, its weight."""
+    for name, module in model.named_modules():
+        if isinstance(module, StackedExperts):
+            yield from ((own, module, weight) for own, weight in _expert_weights(module).items())
+        elif isinstance(module, Linear) and module is not model.lm_head:
+            yield name.rpartition(".")[2], module, module.weight
+
+
+def _check_modules(present: set[str], table: Lora, origin: str) -> None:
+    """Raises UserError where `table` names a projection that is not among those `present`; of the
+    default ones any will do.
+    """
+    absent = sorted(set(table.modules) - present)
+    none = not set(table.modules) & present
+    if absent and (none or "modules" in table.model_fields_set):
+        raise UserError(
+            f"{origin}: lora.modules: the model has no {', '.join(absent)}; "
+            f"it has {', '.join(sorted(present))}"
+        )
+
+
+@lru_cache(maxsize=8)
+def _shapes(config: ModelConfig) -> tuple[tuple[str, torch.Size], ...]:
+    """Names and shapes of all projections of a model of `config`, for which no memory is taken."""
+    with torch.device("meta"):
+        model = Transformer(config)
+        stack_experts(model)
+    return tuple((name, weight.shape) for name, _, weight in _projections(model))
+
+
+def count_updates(config: ModelConfig, table: Lora) -> int:
+    """Parameters of the updates that `table` asks of a model of `config`."""
+    return sum(
+        math.prod(stack) * table.rank * (rows + columns)
+        for name, (*stack, rows, columns) in _shapes(config)
+        if name in table.modules
+    )
 
 
 def is_update(name: str) -> bool:
@@ -127,11 +157,14 @@ def _update(weight: Tensor, table: Lora) -> LowRank:
 def _of_experts(experts: StackedExperts, table: Lora) -> LowRankExperts | None:
     if not set(EXPERT_PROJECTIONS) & set(table.modules):
         return None
-    half = experts.gate_up_proj.chunk(2, dim=1)[0]
-    weights = {"gate_proj": half, "up_proj": half, "down_proj": experts.down_proj}
     return LowRankExperts(
         **{
             name: _update(weight, table) if name in table.modules else None
-            for name, weight in weights.items()
+            for name, weight in _expert_weights(experts).items()
         }
     )
+
+
+def _expert_weights(experts: StackedExperts) -> dict[str, Tensor]:
+    half = experts.gate_up_proj.chunk(2, dim=1)[0]
+    return dict(zip(EXPERT_PROJECTIONS, (half, half, experts.down_proj), strict=True))

@@ -8,6 +8,7 @@ import torch
 
 from lowlat.train.balance import GateLoad
 from lowlat.train.data.folder import TokenFolder
+from lowlat.train.inputs import PhaseData
 from lowlat.train.runlog.record import EvalRecord, ExpertRecord, StepRecord
 from lowlat.train.schedule import StepPlan
 from lowlat.train.state import Position
@@ -52,24 +53,39 @@ class Meter:
 
 
 def eval_record(
-    figures: tuple[float, ...], num_heads: int, step: int, tokens: int, folder: TokenFolder
+    figures: tuple[float, ...], num_heads: int, step: int, tokens: int, data: PhaseData
 ) -> EvalRecord:
-    """The record of an evaluation on the held-out split of `folder`: losses of `num_heads` heads,
-    and with a teacher the divergence from it.
+    """The record of an evaluation on the held-out split of `data`: losses of `num_heads` heads, and
+    with a teacher the divergence from it.
     """
     losses, more = figures[:num_heads], figures[num_heads:]
-    ids, size = folder.num_tokens("held_out"), folder.num_bytes("held_out")
-    has_chats = folder.has_mask("held_out")
+    has_chats = data.folder.has_mask("held_out")
+    per_byte = targets_per_byte(data.folder, document_masks=data.document_masks)
     return EvalRecord(
         step=step,
         tokens=tokens,
         split="held_out",
         loss=losses[0],
-        bits_per_byte=losses[0] / math.log(2) * ids / size if size and not has_chats else None,
+        bits_per_byte=None if per_byte is None else losses[0] / math.log(2) * per_byte,
         mtp_losses=losses[1:],
         divergence=more[0] if more else None,
         targets="answer token" if has_chats else None,
     )
+
+
+def targets_per_byte(folder: TokenFolder, *, document_masks: bool) -> float | None:
+    """Targets of the held-out split of `folder` over the bytes of its text; None where not all of
+    these are predicted: of chats, and of masked documents whose first token is text.
+    """
+    size = folder.num_bytes("held_out")
+    if not size or folder.has_mask("held_out"):
+        return None
+    targets = folder.num_tokens("held_out")
+    if document_masks:
+        if folder.facts.begin_of_text is None:
+            return None
+        targets -= folder.num_documents("held_out")
+    return targets / size
 
 
 def _expert_record(load: GateLoad) -> ExpertRecord:

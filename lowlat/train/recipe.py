@@ -20,7 +20,7 @@ from pydantic import (
 from lowlat.train.recipe_errors import explain
 from lowlat.utils.errors import UserError
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -37,6 +37,10 @@ def _check_plain(table: dict[str, Any]) -> dict[str, Any]:
 
 
 ConfigTable = Annotated[dict[str, Any], AfterValidator(_check_plain)]
+
+
+MOST_ROWS = 10**9
+"""Rows of a global batch: what memory holds of them is the plan's to say."""
 
 
 class _Table(BaseModel):
@@ -216,6 +220,8 @@ class Phase(_Table):
     def _segments_fit(self) -> "Phase":
         for field in ("batch_rows", "learning_rate", "mtp_weight", "bias_update_speed"):
             schedule = getattr(self, field)
+            if field == "batch_rows":
+                _check_rows(schedule)
             if not isinstance(schedule, list):
                 if field == "batch_rows" and (schedule < 1 or schedule % self.micro_batch_rows):
                     raise ValueError(
@@ -228,6 +234,13 @@ class Phase(_Table):
             if sum(segment.steps or 0 for segment in schedule) > self.steps:
                 raise ValueError(f"{field}: its segments last longer than steps {self.steps}")
         return self
+
+
+def _check_rows(schedule: float | list[Segment]) -> None:
+    """Raises ValueError for batches beyond all memories."""
+    most = max(segment.to for segment in schedule) if isinstance(schedule, list) else schedule
+    if most > MOST_ROWS:
+        raise ValueError(f"batch_rows: must be at most {MOST_ROWS:,}, not {most:g}")
 
 
 class Recipe(_Table):
@@ -325,6 +338,9 @@ def read_raw(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
 
 def parse_recipe(raw: dict[str, Any], *, origin: str) -> Recipe:
     """`raw` as a Recipe; errors name `origin` and the key."""
+    if "source" in raw and "phase" not in raw:
+        what = "is a recipe for text, not for a training"
+        raise UserError(f"{origin}: {what}; lowlat data collect {origin} FOLDER")
     raw = _tuples(raw)
     try:
         return Recipe.model_validate(raw)

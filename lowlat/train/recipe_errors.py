@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 UNKNOWN, MISSING = "extra_forbidden", "missing"
 SCHEDULE = "must be a number, or segments such as [{ to = 1e-3, steps = 100 }]"
+LISTS = {"betas": "a list of two numbers", "modules": "a list of names"}
 NAME = "must be letters, digits, '.', '_' and '-', a letter or digit first"
 LONGEST_VALUE = 40
 """Characters of a value that is quoted."""
@@ -41,6 +42,8 @@ def _reason(found: Any) -> str:
         return found["msg"].removeprefix("Value error, ")
     if found["type"] == "string_pattern_mismatch":
         return f"{NAME}{_not(found)}"
+    if found["type"] == "tuple_type":
+        return f"must be {LISTS.get(str(found['loc'][-1]), 'a list')}{_not(found)}"
     if found["type"] == "too_short":
         return f"must have {found['ctx']['min_length']} entries or more"
     if any(map(_is_variant, found["loc"][-1:])) and found["type"].endswith("_type"):

@@ -74,6 +74,15 @@ def batch_rows(phase: Phase, step: int, unit: int) -> int:
     return max(1, round(value_at(phase.batch_rows, step, phase.steps) / unit)) * unit
 
 
+def most_rows(phase: Phase, unit: int) -> int:
+    """Rows of the largest global batch of `phase`, as `batch_rows`: segments have their extremes at
+    their ends.
+    """
+    rows = phase.batch_rows
+    most = max(segment.to for segment in rows) if isinstance(rows, list) else rows
+    return max(1, round(most / unit)) * unit
+
+
 def data_of(recipe: Recipe, index: int) -> Data:
     """What phase `index` reads."""
     return recipe.phase[index].data or recipe.data

@@ -260,6 +260,8 @@ class Trainer:
             self._stop_at(plan, result)
         seconds = time.monotonic() - began
         self._advance(1, seconds)
+        if not result.has_targets:
+            self.log.note(f"step {plan.step + 1}: its batch holds no target; nothing moved")
         if self.position.step % self.recipe.log.every_steps == 0 or plan.ends_phase:
             tokens = self.timetable.tokens_before(self.position.step)
             self.log.step(self._meter.record(plan, result, self.position, seconds, tokens))
@@ -301,7 +303,7 @@ class Trainer:
         self._advance(0, time.monotonic() - began)
         self.log.status("")
         tokens = self.timetable.tokens_before(self.position.step)
-        at = self.position.step, tokens, self._present.folder
+        at = self.position.step, tokens, self._present
         self.log.evaluation(eval_record(found, num_ahead, *at))
 
     def _held_out_batches(self, plan: StepPlan) -> Iterator[Batch]:

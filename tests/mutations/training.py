@@ -117,7 +117,7 @@ BALANCING = [
     Mutant(
         "balance: bias moved after a step that was none",
         "train/step.py",
-        "    if result.is_finite and match",
+        "    if result.is_finite and result.has_targets and match",
         "    if match",
         TRAIN + "test_step.py::test_a_step_that_is_not_finite_moves_nothing[gradient-nan]",
     ),
@@ -183,8 +183,8 @@ OPTIMISING = [
     Mutant(
         "step: losses that are not finite applied",
         "train/step.py",
-        "if means.isfinite().all():",
-        "if True:",
+        "if num_heads and means.isfinite().all():",
+        "if num_heads:",
         TRAIN + "test_step.py::test_a_step_that_is_not_finite_moves_nothing[0-nan]",
     ),
     Mutant(

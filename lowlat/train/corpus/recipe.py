@@ -169,6 +169,8 @@ def read_corpus_recipe(path: Path) -> CorpusRecipe:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not TOML ({error})") from error
+    if "phase" in raw and "source" not in raw:
+        raise UserError(f"{path}: is a recipe for a training, not for text; lowlat train {path}")
     try:
         # As JSON, whose arrays are tuples too, types are held to strictly.
         return CorpusRecipe.model_validate_json(json.dumps(raw, default=str), strict=True)

@@ -65,9 +65,7 @@ def build(
         if isinstance(tokenizer, int):
             tokenizer = _trained(options, tokenizer, progress)
         facts = _tokenised(folder, options, tokenizer, progress)
-        if not facts.splits["train"].documents and not facts.splits["held_out"].documents:
-            dropped = ", ".join(f"{count} {why}" for why, count in facts.dropped.items())
-            raise UserError(f"sources hold no documents ({dropped or 'none'}); give others")
+        _check_documents(facts)
         write_facts(folder, facts)
     seconds = time.monotonic() - start
     return BuildReport(path=destination, facts=facts, asked_vocab=asked, seconds=seconds)
@@ -80,6 +78,19 @@ def _check(options: BuildOptions) -> None:
         raise UserError("the separator must be one line, without a line break")
     if options.shard_tokens < 1:
         raise UserError(f"shard_tokens {options.shard_tokens} must be at least 1")
+
+
+def _check_documents(facts: FolderFacts) -> None:
+    """Raises UserError where there is nothing to train on."""
+    if facts.splits["train"].documents:
+        return
+    dropped = ", ".join(f"{count} {why}" for why, count in facts.dropped.items())
+    if facts.splits["held_out"].documents:
+        raise UserError(
+            f"sources leave no document to train on, all are held out ({dropped or 'none'} "
+            "dropped); give other sources, or hold out fewer"
+        )
+    raise UserError(f"sources hold no documents ({dropped or 'none'}); give others")
 
 
 def _trained(options: BuildOptions, vocab_size: int, progress: Progress) -> Tokenizer:

@@ -75,6 +75,11 @@ class ChatRows:
         )
         self._orders: dict[int, np.ndarray] = {}
 
+    def has_targets(self, count: int | None = None) -> bool:
+        """Whether any of the first `count` rows, or of an epoch, has a target of the main head."""
+        order = self._order(0)[:count]
+        return any(bool(self._predicted(*self._places(int(row)))[1:].any()) for row in order)
+
     def batch(self, first: int, count: int) -> Batch:
         """Rows first .. first + count - 1, counted over all epochs."""
         tokens = np.full((count, self._length), self._folder.facts.end_of_text, np.int64)
@@ -104,19 +109,36 @@ class ChatRows:
         predicted: Bool[np.ndarray, " length"],
     ) -> tuple[int, ...]:
         """Write one row; the lengths of the chats within its inputs, then that of the filling."""
+        positions, borders = self._places(row)
+        used = len(positions)
+        tokens[:used] = self._folder.tokens(self._split, positions)
+        predicted[:used] = self._predicted(positions, borders)
+        inside = np.minimum(np.append(borders, self._length), self._sequence_length)
+        lengths = np.diff(inside)
+        return tuple(lengths[lengths > 0].tolist())
+
+    def _places(
+        self, row: int
+    ) -> tuple[Int64[np.ndarray, " used"], Int64[np.ndarray, " chats_and_one"]]:
+        """Where in the split the tokens of the chats of `row` are, and where in the row each chat
+        begins and the last one ends.
+        """
         chats = self._chats[self._firsts[row] : self._firsts[row + 1]].astype(np.int64)
         starts, sizes = extents(self._ends, chats)
         sizes = np.minimum(sizes, self._sequence_length + 1)
         borders = np.concatenate([[0], np.cumsum(sizes)])
-        used = int(borders[-1])
-        positions = np.arange(used) + np.repeat(starts - borders[:-1], sizes)
-        tokens[:used] = self._folder.tokens(self._split, positions)
-        predicted[:used] = self._folder.predicted(self._split, positions)
+        return np.arange(borders[-1]) + np.repeat(starts - borders[:-1], sizes), borders
+
+    def _predicted(
+        self,
+        positions: Int64[np.ndarray, " used"],
+        borders: Int64[np.ndarray, " chats_and_one"],
+    ) -> Bool[np.ndarray, " used"]:
+        """Which of these tokens are targets, as far as the chats themselves decide."""
+        predicted = self._folder.predicted(self._split, positions)
         if self._document_masks:
             predicted[borders[:-1]] = False
-        inside = np.minimum(np.append(borders, self._length), self._sequence_length)
-        lengths = np.diff(inside)
-        return tuple(lengths[lengths > 0].tolist())
+        return predicted
 
 
 def packed(sizes: Int64[np.ndarray, " documents"], room: int) -> Int64[np.ndarray, " documents"]:

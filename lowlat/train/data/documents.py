@@ -27,8 +27,10 @@ class BadDocument(UserError):
 class ReadOptions:
     """How sources are read."""
 
-    field: str = "text"
-    """The field of JSON objects, or the column of tables, that holds a document's text."""
+    field: str | None = None
+    """The field of JSON objects, or the column of tables, that holds a document's text, or
+    'messages'; None is 'text', in records that are not chats as well.
+    """
     separator: str | None = None
     """The line between two documents of a text file; None: a file is one document."""
     invalid: Invalid = "error"
@@ -37,6 +39,10 @@ class ReadOptions:
     """
     patterns: tuple[str, ...] = ()
     """Which files of a folder are read, such as *.txt; () is all that are not hidden."""
+
+    @property
+    def text_field(self) -> str:
+        return self.field or "text"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

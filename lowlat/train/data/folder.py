@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Bool, Int64, Integer
 
 from lowlat.checkpoint.mapped_file import MappedFile
-from lowlat.checkpoint.strict_json import parse_object
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.data.layout import (
     FACTS_FILE,
@@ -27,6 +26,7 @@ from lowlat.train.data.layout import (
 )
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress, Task
+from lowlat.utils.strict_json import parse_object
 
 CHUNK = 1 << 22
 """Bytes hashed at once."""

@@ -1,7 +1,7 @@
 """Documents out of records: JSON lines, parquet tables, and names the `datasets` library knows.
 
-A record is a text where it has the text field, and a chat where it has `messages`. Text files are
-text_files.py's.
+A record is a text where it has the text field, and a chat where it has `messages`; one that has
+both is what --field says. Text files are text_files.py's.
 """
 
 import json
@@ -29,6 +29,7 @@ ROWS = 256
 """Rows of a table in memory at once."""
 OUTER_COLON = re.compile(r":(?![^\[]*\])")
 """Between parts of a data set's name, but not inside train[:1%]."""
+INSTALL = "pip install 'lowlat[data]'"
 MESSAGES, TOOLS = "messages", "tools"
 
 Read = Document | BadDocument
@@ -93,7 +94,7 @@ def read_parquet(path: Path, options: ReadOptions) -> Iterator[Read]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise UserError(f"{path}: parquet files need pyarrow; pip install pyarrow") from error
+        raise UserError(f"{path}: parquet files need pyarrow; {INSTALL}") from error
     try:
         file = parquet.ParquetFile(path)
         names = [name for name in file.schema_arrow.names if name in _columns(options)]
@@ -115,7 +116,7 @@ def read_dataset(spec: str, options: ReadOptions) -> Iterator[Read]:
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise UserError(f"datasets:{spec} needs datasets; pip install datasets") from error
+        raise UserError(f"datasets:{spec} needs datasets; {INSTALL}") from error
     parts = OUTER_COLON.split(spec)
     name, config, split, column = (*parts, "", "", "")[:4]
     if not name or len(parts) > 4:
@@ -139,18 +140,24 @@ def read_dataset(spec: str, options: ReadOptions) -> Iterator[Read]:
 def document_of(
     record: Mapping[str, Any], origin: str, options: ReadOptions, source_bytes: int
 ) -> Document:
-    """The document a record stands for. Raises BadDocument where it stands for none."""
-    text, messages = record.get(options.field), record.get(MESSAGES)
+    """The document a record stands for. Raises BadDocument where it stands for none, and UserError
+    where it may stand for two.
+    """
+    text, messages = record.get(options.text_field), record.get(MESSAGES)
+    if isinstance(text, str) and messages is not None and options.field is None:
+        raise UserError(
+            f"{origin}: has both a text in '{options.text_field}' and '{MESSAGES}'; say which is "
+            f"meant, --field {options.text_field} or --field {MESSAGES}"
+        )
     if isinstance(text, str):
         text = _valid(text, origin, options)
         return TextDocument(
             origin=origin, pieces=lambda: text_pieces([text]), source_bytes=source_bytes
         )
-    if messages is None and options.field in record:
+    if messages is None and options.text_field in record:
         kind = "null" if text is None else type(text).__name__
-        raise BadDocument(
-            f"{origin}: '{options.field}' is {kind}, not a text; mend it, or pass --invalid skip"
-        )
+        what = f"'{options.text_field}' is {kind}, not a text"
+        raise BadDocument(f"{origin}: {what}; mend it, or pass --invalid skip")
     if messages is None:
         raise _no_document(origin, list(record), options)
     messages, tools = _valid(messages, origin, options), _valid(record.get(TOOLS), origin, options)
@@ -164,19 +171,19 @@ def document_of(
 def _checked(record: Mapping[str, Any], origin: str, options: ReadOptions) -> Read:
     """As `document_of`, with the fault as a value."""
     try:
-        text = record.get(options.field)
+        text = record.get(options.text_field)
         return document_of(record, origin, options, len(text) if isinstance(text, str) else 0)
     except BadDocument as error:
         return error
 
 
 def _columns(options: ReadOptions) -> tuple[str, ...]:
-    return (options.field, MESSAGES, TOOLS)
+    return (options.text_field, MESSAGES, TOOLS)
 
 
 def _no_document(origin: str, names: list[str], options: ReadOptions) -> BadDocument:
     known = ", ".join(names[:8]) or "none"
-    what = f"has neither a text in '{options.field}' nor '{MESSAGES}' (fields: {known})"
+    what = f"has neither a text in '{options.text_field}' nor '{MESSAGES}' (fields: {known})"
     return BadDocument(f"{origin}: {what}; name the field with --field")
 
 

@@ -6,20 +6,37 @@ Owns what stands around and between them. Chats are encoded in chat.py, files wr
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.data.chat import ChatEncoder
-from lowlat.train.data.documents import BadDocument, ChatDocument, Document, Invalid, TextDocument
+from lowlat.train.data.documents import (
+    PIECE,
+    BadDocument,
+    ChatDocument,
+    Document,
+    Invalid,
+    TextDocument,
+)
 from lowlat.train.data.layout import Split
 from lowlat.train.data.selection import INVALID
 from lowlat.train.data.vocabulary import begin_of_text
 from lowlat.train.data.writer import SplitWriter
+from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Task
 
 BATCH = 1 << 22
 """Characters handed to the tokenizer at once; its threads share them."""
+
+
+HEAD_PROBE = "a\n"
+"""Text that no tokenizer joins with the same text after it."""
+LEADS = ("\n", ".", "a", "0", "\u4e00")
+"""Texts to encode a piece after, so that its head is one within a text: the first as pieces are cut
+at line breaks, others for pieces whose head would be joined with that.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,13 +84,45 @@ class Tokenising:
     def flush(self) -> None:
         """Tokenise and write all that waits."""
         pieces, self._waiting, self._size = self._waiting, [], 0
-        encoded = self._tokenizer.encode_batch([piece.text for piece in pieces])
-        for piece, ids in zip(pieces, encoded, strict=True):
+        for piece, ids in zip(pieces, self._encoded(pieces), strict=True):
             writer = self._writers[piece.split]
             head, tail = self._begin * piece.begins, self._end * (piece.ends is not None)
             writer.add(np.array([*head, *ids, *tail], np.int64))
             if piece.ends is not None:
                 writer.end_document(piece.ends)
+
+    def _encoded(self, pieces: list[_Piece]) -> list[list[int]]:
+        """The ids of every piece, as they are within its document."""
+        apart = any(not piece.begins for piece in pieces) and self._marks_heads
+        before = [LEADS[0] if apart and not piece.begins else "" for piece in pieces]
+        texts = [head + piece.text for head, piece in zip(before, pieces, strict=True)]
+        found = self._tokenizer.encode_batch(texts)
+        for index, (head, piece) in enumerate(zip(before, pieces, strict=True)):
+            if head:
+                ids = _without_lead(self._tokenizer, head, found[index])
+                found[index] = self._continued(piece.text) if ids is None else ids
+        return found
+
+    @cached_property
+    def _marks_heads(self) -> bool:
+        """Whether the head of a text is encoded otherwise than the same within one: sentencepiece
+        puts a blank there.
+        """
+        texts = [HEAD_PROBE * 2, HEAD_PROBE, HEAD_PROBE]
+        whole, first, second = self._tokenizer.encode_batch(texts)
+        return whole != first + second
+
+    def _continued(self, text: str) -> list[int]:
+        """The ids of `text` after another one. Raises UserError where all are joined with it."""
+        for lead in LEADS[1:]:
+            (whole,) = self._tokenizer.encode_batch([lead + text])
+            ids = _without_lead(self._tokenizer, lead, whole)
+            if ids is not None:
+                return ids
+        raise UserError(
+            f"a document is longer than {PIECE} characters, and this tokenizer joins any two: cut "
+            "it into documents with --separator, or take another --tokenizer"
+        )
 
     def _add_text(self, document: TextDocument, split: Split, size: int) -> None:
         told = 0
@@ -103,6 +152,12 @@ class Tokenising:
         self._writers[split].add(ids, predicted)
         self._writers[split].end_document(size)
         self._task.advance(chat.source_bytes)
+
+
+def _without_lead(tokenizer: Tokenizer, lead: str, ids: list[int]) -> list[int] | None:
+    """`ids` of `lead` and a text without those of `lead`; None where these two are joined."""
+    (own,) = tokenizer.encode_batch([lead])
+    return ids[len(own) :] if ids[: len(own)] == own else None
 
 
 def _with_last(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:

@@ -22,6 +22,8 @@ from lowlat.utils.errors import UserError
 
 DOCUMENT_ORDER, WINDOW_ORDER = 1, 2
 KEPT_EPOCHS = 2
+LEAST_AHEAD = 2
+"""Tokens after the last window of several: what a model with one MTP module needs."""
 
 
 class Windows:
@@ -44,7 +46,11 @@ class Windows:
         """
         tokens = folder.num_tokens(split)
         self.per_epoch = (tokens - num_ahead) // sequence_length
-        """Windows of one epoch."""
+        """Windows of one epoch: as many for a model without MTP modules as for one with a module,
+        so that both are trained and measured on the same ones.
+        """
+        if self.per_epoch > 1:
+            self.per_epoch = (tokens - max(num_ahead, LEAST_AHEAD)) // sequence_length
         if self.per_epoch < 1:
             raise UserError(
                 f"{folder.path}: {split} holds {tokens} tokens, fewer than the"
@@ -59,6 +65,14 @@ class Windows:
         self._infilling = Infilling(folder, split, rate=fim_rate, seed=seed)
         self._ends = folder.ends(split)
         self._epochs: dict[int, _Epoch] = {}
+
+    def has_targets(self, count: int | None = None) -> bool:
+        """Whether any of the first `count` windows, or of an epoch, has a target of the main
+        head.
+        """
+        rows = self.per_epoch if count is None else min(count, self.per_epoch)
+        ahead = slice(1, self._sequence_length + 1)
+        return any(bool(self.batch(row, 1).predicted[:, ahead].any()) for row in range(rows))
 
     def batch(self, first: int, count: int) -> Batch:
         """Windows first .. first + count - 1, counted over all epochs."""

@@ -5,13 +5,14 @@ Owns the refusals, so that a run ends before anything is read.
 
 from lowlat.config.model import ModelConfig
 from lowlat.train.parallel.pipeline_check import check_pipeline
+from lowlat.train.parallel.team import expert_sizes
 from lowlat.train.parallel.tensor import check_divisible
 from lowlat.train.recipe import Recipe
 from lowlat.utils.errors import UserError
 
 
 def check_parallel(config: ModelConfig, recipe: Recipe, origin: str) -> None:
-    """Raises UserError naming the size that does not fit."""
+    """Raises UserError naming the key whose size does not fit."""
     sizes = recipe.parallel
     if sizes.tensor > 1 and recipe.precision == "fp8":
         raise UserError(
@@ -27,6 +28,10 @@ def check_parallel(config: ModelConfig, recipe: Recipe, origin: str) -> None:
                 f"{origin}: parallel.expert {sizes.expert} does not divide n_routed_experts "
                 f"{experts}"
             )
+        try:
+            expert_sizes(sizes, sizes.data * sizes.context)
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from error
     if sizes.pipeline > 1:
         check_pipeline(config, recipe, origin)
     if sizes.context > 1:

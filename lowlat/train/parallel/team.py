@@ -142,7 +142,7 @@ class Share:
 def view_sizes(parallel: Parallel) -> list[dict[str, int]]:
     """Sizes of the axes in each view of the processes."""
     replicate = parallel.data * parallel.context
-    expert_fsdp, expert_replicate = _expert_sizes(parallel, replicate)
+    expert_fsdp, expert_replicate = expert_sizes(parallel, replicate)
     ends = {"pipeline": parallel.pipeline}, {"tensor": parallel.tensor}
     base = {"data": parallel.data, "context": parallel.context, "fsdp": parallel.fsdp}
     held = {"replicate": replicate, "fsdp": parallel.fsdp}
@@ -154,7 +154,7 @@ def view_sizes(parallel: Parallel) -> list[dict[str, int]]:
     return [ends[0] | view | ends[1] for view in (base, held, expert)]
 
 
-def _expert_sizes(parallel: Parallel, replicate: int) -> tuple[int, int]:
+def expert_sizes(parallel: Parallel, replicate: int) -> tuple[int, int]:
     """Sizes of expert_fsdp and expert_replicate. Raises UserError where experts do not fit."""
     fsdp, expert = parallel.fsdp, parallel.expert
     if fsdp % expert == 0:

@@ -46,17 +46,18 @@ def check_divisible(config: ModelConfig, size: int, origin: str) -> None:
             raise UserError(f"{where}: only MLA and GQA are divided; leave it at 1")
         if layer.o_bias or (isinstance(layer, MLAConfig) and layer.attention_bias):
             raise UserError(f"{where}: an o_proj with a bias is not divided; leave it at 1")
-    sizes = {
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-    }
-    if isinstance(attention, GQAConfig):
-        sizes["num_key_value_heads"] = attention.num_key_value_heads
+    sizes = [
+        ("num_attention_heads", config.num_attention_heads),
+        ("intermediate_size", config.intermediate_size),
+    ]
+    for layer in distinct(attention):
+        if isinstance(layer, GQAConfig):
+            sizes.append(("num_key_value_heads", layer.num_key_value_heads))
     if moe is not None:
-        sizes["moe_intermediate_size"] = moe.moe_intermediate_size
-    for field, count in sizes.items():
+        sizes.append(("moe_intermediate_size", moe.moe_intermediate_size))
+    for field, count in sizes:
         if count % size:
-            raise UserError(f"{where} does not divide {field} {count}")
+            raise UserError(f"{where} does not divide {field} {count}; choose one that does")
 
 
 def cuts(layer: DecoderLayer) -> Iterator[tuple[nn.Parameter, Cut]]:

@@ -16,8 +16,14 @@ from lowlat.config.model import ModelConfig
 from lowlat.train.data.folder import TokenFolder
 from lowlat.train.inputs import base_config
 from lowlat.train.plan.flops import TokenFlops, token_flops
-from lowlat.train.plan.job import Job, Layout, Schedule, ZeroStage, check
-from lowlat.train.plan.learning import learning_memory, training_flops
+from lowlat.train.plan.job import Job, Layout, Schedule, ZeroStage
+from lowlat.train.plan.learning import (
+    UPDATES,
+    gradient_bytes,
+    learning_memory,
+    training_flops,
+    update_bytes,
+)
 from lowlat.train.plan.memory import (
     ACTIVATIONS,
     OPTIMISER,
@@ -28,7 +34,7 @@ from lowlat.train.plan.memory import (
 )
 from lowlat.train.plan.stages import cut, held
 from lowlat.train.recipe import Parallel, Phase, Recipe
-from lowlat.train.schedule import Timetable, batch_rows
+from lowlat.train.schedule import Timetable, most_rows
 from lowlat.utils.errors import UserError
 from lowlat.utils.memory import memory_limit
 
@@ -38,6 +44,9 @@ PROGRAM_BYTES = 400 * 2**20
 """Memory of the program and its libraries."""
 SAVES, PHASES = "saves", "change of phase"
 """Parts of memory that only whole runs have: copies of the state."""
+BATCH = "batch"
+TOKEN_BYTES = 9
+"""Of a token of a batch: its id, and whether it is a target."""
 KEPT_BY_PHASES = (WEIGHTS, OPTIMISER, "teacher")
 """What stays where it is while a phase is followed by another."""
 ALLOCATOR = 1.08
@@ -93,13 +102,10 @@ def dry_run(
 ) -> DryRun:
     """The cost of `recipe` for `config`. rate: FLOP/s of products in the recipe's precision
     (`rate.measure_gemm_rate`); memory_bytes: what a process may use (`utils.memory.memory_limit`);
-    teacher: the config of what is learned from.
-
-    Raises UserError where the model cannot be divided as the recipe says.
+    teacher: the config of what is learned from. That the model can be divided as the recipe says is
+    `parallel.check`'s to find.
     """
     jobs = [job_of(recipe, phase) for phase in recipe.phase]
-    for job in jobs:
-        check(config, job)
     timetable = Timetable(recipe, ranks=recipe.parallel.data * recipe.parallel.fsdp)
     flops = [token_flops(config, job.sequence_length, job.recompute) for job in jobs]
     bounds = [0]
@@ -108,7 +114,7 @@ def dry_run(
     tokens = [timetable.tokens_before(step) for step in bounds]
     count = count_parameters(config)
     trained = [training_flops(config, recipe, phase, teacher) for phase in recipe.phase]
-    memories = [_memory(config, recipe, job, teacher) for job in jobs]
+    memories = [_memory(config, recipe, phase, teacher) for phase in recipe.phase]
     return DryRun(
         parameters=count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0),
         active=count.active,
@@ -128,16 +134,21 @@ def dry_run(
 
 
 def require_fit(
-    config: ModelConfig, recipe: Recipe, *, memory_bytes: int, teacher: ModelConfig | None = None
+    config: ModelConfig,
+    recipe: Recipe,
+    *,
+    memory_bytes: int,
+    teacher: ModelConfig | None = None,
+    origin: str = "recipe",
 ) -> Memory:
     """The memory of a process; raises UserError naming the largest part and the remedy where
-    `memory_bytes` are not enough.
+    `memory_bytes` are not enough. origin: the recipe's name there.
     """
     phase, memory = most_memory(config, recipe, teacher)
     if needed_bytes(memory) <= memory_bytes:
         return memory
     raise UserError(
-        f"phase '{phase.name}' needs about {gigabytes(needed_bytes(memory))} of memory "
+        f"{origin}: phase '{phase.name}' needs about {gigabytes(needed_bytes(memory))} of memory "
         f"per process and {gigabytes(memory_bytes)} are there; the largest part is "
         f"{gigabytes(memory.parts[memory.largest])} of {memory.largest}: "
         f"{_remedy(recipe, phase, memory)}"
@@ -148,7 +159,7 @@ def most_memory(
     config: ModelConfig, recipe: Recipe, teacher: ModelConfig | None
 ) -> tuple[Phase, Memory]:
     """The phase that takes most, and what a process holds in it."""
-    found = ((p, _memory(config, recipe, job_of(recipe, p), teacher)) for p in recipe.phase)
+    found = ((p, _memory(config, recipe, p, teacher)) for p in recipe.phase)
     return max(found, key=lambda each: each[1].total)
 
 
@@ -175,8 +186,7 @@ def largest_job(recipe: Recipe) -> Job:
     jobs = []
     for phase in recipe.phase:
         each = phase.micro_batch_rows * unit
-        rows = max(batch_rows(phase, step, each) for step in range(phase.steps))
-        jobs.append(replace(job_of(recipe, phase), batch_rows=rows))
+        jobs.append(replace(job_of(recipe, phase), batch_rows=most_rows(phase, each)))
     return max(jobs, key=lambda job: job.tokens)
 
 
@@ -228,12 +238,14 @@ def needed_bytes(memory: Memory) -> float:
     return memory.total * ALLOCATOR + PROGRAM_BYTES
 
 
-def _memory(config: ModelConfig, recipe: Recipe, job: Job, teacher: ModelConfig | None) -> Memory:
-    check(config, job)
+def _memory(
+    config: ModelConfig, recipe: Recipe, phase: Phase, teacher: ModelConfig | None
+) -> Memory:
+    job = job_of(recipe, phase)
     memory = _step_memory(config, recipe, job, teacher)
-    if recipe.device != "cpu":
-        return memory  # copies of the state are in the memory of the host
-    return _with_copies(memory, recipe, _state_bytes(config, recipe, job))
+    if recipe.device == "cpu":  # otherwise copies of the state are in the memory of the host
+        memory = _with_copies(memory, recipe, _state_bytes(config, recipe, job))
+    return replace(memory, parts=memory.parts | {BATCH: _batch_bytes(config, recipe, phase)})
 
 
 def _step_memory(
@@ -244,10 +256,17 @@ def _step_memory(
     return learning_memory(memory, config, recipe, job, teacher)
 
 
+def _batch_bytes(config: ModelConfig, recipe: Recipe, phase: Phase) -> float:
+    """A process's rows of the largest global batch, which are made whole before any is used."""
+    ranks = recipe.parallel.data * recipe.parallel.fsdp
+    rows = most_rows(phase, phase.micro_batch_rows * ranks) // ranks
+    return float(TOKEN_BYTES) * rows * (phase.sequence_length + 1 + config.num_nextn_predict_layers)
+
+
 def _state_bytes(config: ModelConfig, recipe: Recipe, job: Job) -> float:
-    """The whole state of the training, as a save holds it."""
+    """The whole state of the training, as a save holds it: with LoRA updates alone."""
     if recipe.lora is not None:
-        return 0.0  # updates alone
+        return update_bytes(config, recipe.lora, job) - gradient_bytes(config, recipe.lora)
     undivided = replace(job, layout=layout_of(Parallel()), batch_rows=job.micro_batch_rows)
     parts = _step_memory(config, recipe, undivided, None).parts
     return parts[WEIGHTS] + parts[OPTIMISER]
@@ -273,6 +292,10 @@ def _remedy(recipe: Recipe, phase: Phase, memory: Memory) -> str:
         if recipe.recompute == "none":
             return "set recompute = 'layers'"
         return f"lower sequence_length ({phase.sequence_length}) or raise parallel.context"
+    if memory.largest == BATCH:
+        return "lower batch_rows, or raise parallel.data"
+    if recipe.lora is not None and memory.largest in (UPDATES, SAVES):
+        return f"lower lora.rank ({recipe.lora.rank}) or name fewer lora.modules"
     if memory.largest == SAVES:
         muon = " or optimizer.name = 'muon'" if recipe.optimizer.name == "adamw" else ""
         return f"use a smaller model{muon}; what is saved is copied first"

@@ -34,7 +34,8 @@ class Layout:
     """What each of fsdp replicas holds a share of: 1 optimiser states, 2 gradients too, 3 weights
     too (FSDP2 with resharding); 0 nothing (ZeRO, arXiv 1910.02054)."""
     tp: int = 1
-    """Devices that divide every projection; activations between them are divided by token."""
+    """Devices that divide every projection; activations between them are divided by token, evenly
+    or not."""
     cp: int = 1
     """Devices that divide a sequence."""
     ep: int = 1
@@ -139,8 +140,8 @@ def check(config: ModelConfig, job: Job) -> None:
             f"micro-batch = {per_pass}",
         ),
         (
-            job.sequence_length % (layout.cp * layout.tp),
-            f"sequence length {job.sequence_length}: must be a multiple of cp * tp",
+            job.sequence_length % layout.cp,
+            f"sequence length {job.sequence_length}: must be a multiple of cp = {layout.cp}",
         ),
         (
             layout.num_stages > pieces,

@@ -7,12 +7,14 @@ from dataclasses import replace
 
 from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
+from lowlat.train.lora import count_updates
 from lowlat.train.plan.activations import FP32_BYTES, all_bytes
 from lowlat.train.plan.flops import LAYER_PARTS, token_flops
 from lowlat.train.plan.job import Job
 from lowlat.train.plan.memory import (
     ACTIVATIONS,
     CASTS,
+    OPTIMISER,
     PIECE_COPIES,
     PIECE_ELEMENTS,
     WEIGHTS,
@@ -22,8 +24,10 @@ from lowlat.train.plan.memory import (
     moment_bytes,
     shares,
 )
-from lowlat.train.recipe import Phase, Recipe
+from lowlat.train.recipe import Lora, Phase, Recipe
 
+UPDATES = "updates"
+"""The part of memory that is LoRA's: weights, gradients and moments of updates."""
 ATTENTION = ("attention", "scores")
 """Parts of FLOPs that are attention's."""
 PASSED = {"attention": ATTENTION, "layers": LAYER_PARTS}
@@ -71,13 +75,14 @@ def learning_memory(
     """
     parts, activations = dict(memory.parts), memory.activations
     if recipe.lora is not None:
-        # Weights stay, in the dtype of products; what updates take beside them is next to nothing.
+        # Weights stay, in the dtype of products.
         weights = parts[WEIGHTS] * (1.0 if recipe.precision == "fp32" else 0.5)
-        parts |= {WEIGHTS: weights, "gradients": 0.0, "optimiser": 0.0}
+        parts |= {WEIGHTS: weights, "gradients": 0.0, OPTIMISER: 0.0}
+        parts[UPDATES] = update_bytes(config, recipe.lora, job)
     elif recipe.trainable == "attention":
         moved = memory.parameters["attention"] / shares(job.layout, "attention")[1]
         parts["gradients"] = FP32_BYTES * moved
-        parts["optimiser"] = moment_bytes(job, "attention") * moved
+        parts[OPTIMISER] = moment_bytes(job, "attention") * moved
         parts["loss"] -= _head_gradient(config)
         if recipe.precision == "bf16":
             parts |= _held_in_bf16(memory, job)
@@ -87,6 +92,19 @@ def learning_memory(
         parts["teacher"] = _teacher_bytes(teacher, recipe, job)
         parts["loss"] += _more_logits(config, job)
     return replace(memory, parts=parts, activations=activations)
+
+
+def update_bytes(config: ModelConfig, table: Lora, job: Job) -> float:
+    """What the updates that `table` asks for take: fp32 weights, gradients, and moments as matrices
+    of layers have them. They are in every process whole.
+    """
+    each = 2 * FP32_BYTES + moment_bytes(job, "attention")
+    return each * count_updates(config, table)
+
+
+def gradient_bytes(config: ModelConfig, table: Lora) -> float:
+    """The gradients' part of that."""
+    return float(FP32_BYTES * count_updates(config, table))
 
 
 def _held_in_bf16(memory: Memory, job: Job) -> dict[str, float]:

@@ -7,14 +7,16 @@ import torch
 SIDES = {"cpu": 2048, "cuda": 8192, "mps": 2048}
 """Rows and columns of the factors: well beyond caches."""
 WARM_UP = 2
-TRIES = 5
+LEAST_TRIES, TRIES = 3, 5
 PATIENCE = 1.0
-"""Seconds after which no further try begins."""
+"""Seconds after which no further try begins, beyond the least: one alone may be of a moment in
+which the machine did something else.
+"""
 
 
 def measure_gemm_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
     """FLOP/s of a square product in `dtype` (fp32, bf16, fp16) on `device` with the threads torch
-    has: the best of a few tries. Takes about a second at most on usual machines.
+    has: the best of a few tries. Takes about a second on usual machines.
     """
     device = torch.device(device)
     side = SIDES[device.type]
@@ -30,7 +32,7 @@ def measure_gemm_rate(dtype: torch.dtype, device: torch.device | str = "cpu") ->
         torch.mm(left, right.T, out=out)
         _wait(device)
         times.append(time.perf_counter() - start)
-        if len(times) > WARM_UP and time.perf_counter() - began > PATIENCE:
+        if len(times) >= WARM_UP + LEAST_TRIES and time.perf_counter() - began > PATIENCE:
             break
     return 2.0 * side**3 / min(times[WARM_UP:])
 

@@ -20,6 +20,8 @@ RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "layers")
 ZERO_STAGES: tuple[ZeroStage, ...] = (1, 2, 3)
 MOST_TENSOR = 8
 MOST_STAGES = 64
+NO_DIVISION, NO_MEMORY = "cannot be divided so", "do not fit memory"
+"""Why layouts fail."""
 TIE = 0.01
 """Layouts whose steps differ by less than this share are ranked by what they send over the
 network."""
@@ -46,7 +48,7 @@ def search(
     progress: Progress | None = None,
 ) -> Search:
     """The best of `layouts` for `job`, each with the ZeRO stage and the recomputation that suit it.
-    Raises UserError where none fits.
+    Raises UserError where none can be divided so, or none fits.
     """
     ranked: list[Estimate] = []
     failed: Counter[str] = Counter()
@@ -56,6 +58,13 @@ def search(
             best = _best(config, replace(job, layout=layout), machine, failed)
             ranked += [] if best is None else [best]
             task.advance(1)
+    if not ranked and not failed[NO_MEMORY]:
+        devices = layouts[0].devices
+        near = _nearest(config, job, machine, devices)
+        raise UserError(
+            f"{job.batch_rows} rows of a step, and the model's heads and experts, do not divide "
+            f"among {devices} devices; give {near} instead"
+        )
     if not ranked:
         raise UserError(
             f"no layout of this model fits devices of {machine.memory_bytes / 2**30:.0f} GB; give "
@@ -78,6 +87,28 @@ def all_layouts(config: ModelConfig, devices: int, machine: Machine) -> list[Lay
     ]
 
 
+def _nearest(config: ModelConfig, job: Job, machine: Machine, devices: int) -> int:
+    """The number of devices nearest to `devices` that some layout divides the work among; one
+    device always is.
+    """
+    for distance in range(1, devices):
+        for number in (devices - distance, devices + distance):
+            if any(
+                _is_possible(config, replace(job, layout=layout))
+                for layout in all_layouts(config, number, machine)
+            ):
+                return number
+    return 1
+
+
+def _is_possible(config: ModelConfig, job: Job) -> bool:
+    try:
+        check(config, job)
+    except UserError:
+        return False
+    return True
+
+
 def _powers(most: int) -> list[int]:
     """1, 2, 4, ... up to `most`."""
     return [1 << exponent for exponent in range(most.bit_length())]
@@ -85,10 +116,8 @@ def _powers(most: int) -> list[int]:
 
 def _best(config: ModelConfig, job: Job, machine: Machine, failed: Counter[str]) -> Estimate | None:
     """The fastest of the ZeRO stages and recomputations of a layout that fits."""
-    try:
-        check(config, job)
-    except UserError:
-        failed["cannot be divided so"] += 1
+    if not _is_possible(config, job):
+        failed[NO_DIVISION] += 1
         return None
     found = []
     # The further down, the less memory and the more time.
@@ -100,7 +129,7 @@ def _best(config: ModelConfig, job: Job, machine: Machine, failed: Counter[str])
                 found.append(timed(config, tried, machine, devices, memory))
                 break
     if not found:
-        failed["do not fit memory"] += 1
+        failed[NO_MEMORY] += 1
         return None
     return min(found, key=lambda each: each.time.total)
 

@@ -147,7 +147,10 @@ def read_log(path: Path) -> RunHistory:
         try:
             record = decode(line, f"{path}: line {number}")
         except UserError as error:
-            raise UserError(f"{error}; delete that line to read the others") from error
+            remedy = "delete that line to read the others"
+            if number == 1:
+                remedy = "if this is no log of a training, name the folder of one"
+            raise UserError(f"{error}; {remedy}") from error
         if not history.starts and not isinstance(record, StartRecord | NoteRecord):
             raise UserError(f"{path}: line {number}: a log begins with a start record")
         history.add(record)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from lowlat.checkpoint.strict_json import parse_object
 from lowlat.train.runlog.record import (
     EvalRecord,
     ExpertRecord,
@@ -20,6 +19,7 @@ from lowlat.train.runlog.record import (
     StepRecord,
 )
 from lowlat.utils.errors import UserError
+from lowlat.utils.strict_json import parse_object
 
 _KINDS = {StartRecord: "start", StepRecord: "step", EvalRecord: "evaluation", NoteRecord: "note"}
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

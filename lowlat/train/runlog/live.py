@@ -15,7 +15,7 @@ from rich.text import Text
 from lowlat.train.runlog.pace import Pace
 from lowlat.train.runlog.record import EvalRecord, ExpertRecord, StartRecord, StepRecord
 from lowlat.train.runlog.view import View, evaluation_text, heading
-from lowlat.train.runlog.wording import bars, clock, count, memory, rate, share
+from lowlat.train.runlog.wording import bars, clock, count, memory, rate, utilisation
 
 _REFRESHES_PER_SECOND = 2
 _BESIDE_BAR = 64
@@ -119,7 +119,7 @@ def _losses(pace: Pace, last: StepRecord) -> Text:
 def _speed(pace: Pace, last: StepRecord) -> Text:
     parts = [
         rate(last.tokens_per_second),
-        f"MFU {share(last.mfu)}",
+        f"MFU {'?' if last.mfu is None else utilisation(last.mfu)}",
         f"{count(last.tokens)} of {count(pace.start.tokens_total)} tokens",
         memory(last.memory_bytes),
         f"lr {last.learning_rate:.2e}",

@@ -61,7 +61,7 @@ def draw(histories: dict[str, RunHistory], paths: list[Path]) -> None:
 
     runs = _runs(histories)
     maps = _chosen(load_maps(runs[0].history, runs[0].x)) if runs[0].alone else []
-    with_experts = any(run.history.steps[-1].experts for run in runs)
+    with_experts = any(step.experts for run in runs for step in run.history.steps)
     with_teacher = any(is_taught(run) for run in runs)
     rows = 3 + with_experts + with_teacher
     map_rows = -(-len(maps) // _COLUMNS)

@@ -17,12 +17,15 @@ class ExpertRecord:
     log where it was left out to save space.
     """
     max_violation: float
-    """MaxVio = largest load / mean load - 1; 0 is perfect balance (arXiv 2408.15664, section 4.1).
+    """MaxVio = largest load / mean load - 1 (arXiv 2408.15664, section 4.1): 0 is perfect balance;
+    the most, n / k - 1, is an expert that all tokens have among the k they choose of n.
     """
     entropy: float
-    """Entropy of the load over ln(experts): 1 is perfect balance, 0 is one expert alone."""
+    """Entropy of the load over ln(experts): 1 is perfect balance. Where all tokens choose the same
+    k of n experts it is ln k / ln n, the least there is, and 0 with k = 1.
+    """
     bias_min: float
-    """Smallest routing bias after the step."""
+    """Smallest routing bias after the step, with which the next one routes."""
     bias_max: float
     """Largest routing bias after the step."""
 
@@ -40,9 +43,13 @@ class StepRecord:
     seconds: float
     """Wall-clock seconds of steps and evaluations so far, summed over all runs of a folder."""
     loss: float | None
-    """Main cross-entropy before the update, nats per target; None in phases that match layers."""
+    """Main cross-entropy before the update, nats per target; None in phases that match layers, and
+    of a batch without targets, from which nothing is learned.
+    """
     mtp_losses: tuple[float, ...]
-    """Cross-entropy of each MTP module, unweighted, nats per target; empty where loss is None."""
+    """Cross-entropy of each MTP module, unweighted, nats per target; of modules that have no target
+    in the batch none, so empty where loss is None.
+    """
     z_loss: float
     """The z-loss term as added to the loss; 0 where it is off."""
     sequence_loss: float
@@ -84,7 +91,7 @@ class EvalRecord:
     predicted.
     """
     mtp_losses: tuple[float, ...]
-    """Cross-entropy of each MTP module, nats per target."""
+    """Cross-entropy of each MTP module, nats per target; NaN for one without."""
     divergence: float | None = None
     """With a teacher, forward KL from its next-token distribution, nats per target."""
     targets: str | None = None

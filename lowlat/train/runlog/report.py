@@ -66,8 +66,10 @@ def write_report(history: RunHistory) -> list[Path]:
     return [*files, write_json(summary, folder / f"{REPORT_STEM}.json")]
 
 
-def write_json(summary: Summary, path: Path) -> Path:
-    """`summary` as strict JSON in `path`, which is returned. Raises UserError if it cannot be."""
+def write_json(summary: Summary | dict[str, Summary], path: Path) -> Path:
+    """`summary`, or several by label, as strict JSON in `path`, which is returned. Raises UserError
+    if it cannot be.
+    """
     text = json.dumps(plain(summary), allow_nan=False, indent=1)
     try:
         path.write_text(text + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from lowlat.train.runlog.summary import Summary
-from lowlat.train.runlog.wording import clock, count, memory, rate, share
+from lowlat.train.runlog.wording import clock, count, memory, rate, utilisation
 
 
 def table(summaries: dict[str, Summary]) -> Table:
@@ -71,7 +71,7 @@ def _speed(runs: list[Summary]) -> list[Row]:
     return [
         ("speed of steps", [rate(run["tokens_per_second"]) for run in runs]),
         ("  with evaluations", ["" if speed is None else rate(speed) for speed in overall]),
-        ("MFU", ["" if run["mfu"] is None else share(run["mfu"]) for run in runs]),
+        ("MFU", ["" if run["mfu"] is None else utilisation(run["mfu"]) for run in runs]),
         ("most memory", [memory(run["memory_bytes"]) for run in runs]),
     ]
 

@@ -6,10 +6,11 @@ over the last steps, since single steps are noisy; speeds are medians, which a p
 
 import statistics
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from lowlat.train.runlog.jsonl import RunHistory
-from lowlat.train.runlog.record import EvalRecord, StepRecord
+from lowlat.train.runlog.record import EvalRecord, ExpertRecord, StepRecord
 from lowlat.utils.errors import UserError
 
 Summary = dict[str, Any]
@@ -69,7 +70,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _column_means(rows: Sequence[tuple[float, ...]]) -> list[float]:
-    return [statistics.fmean(column) for column in zip(*rows, strict=False)]
+    """Of the rows that reach as far: a step may have fewer MTP modules with targets than others."""
+    columns = zip_longest(*rows)
+    return [statistics.fmean(x for x in column if x is not None) for column in columns]
 
 
 def _evaluations(records: Sequence[EvalRecord]) -> dict[str, Any]:
@@ -96,22 +99,32 @@ def _evaluation(record: EvalRecord) -> dict[str, Any]:
 
 
 def _experts(steps: Sequence[StepRecord], ending: Sequence[StepRecord]) -> list[dict[str, Any]]:
-    """Per MoE layer its balance at the first step, at its worst, and at the end."""
+    """Per MoE layer its balance at the first step that ran it, at its worst, and at the end."""
+    courses, lasts = _by_layer(steps), _by_layer(ending)
     layers = []
-    for place, first in enumerate(steps[0].experts):
-        course = [step.experts[place] for step in steps if place < len(step.experts)]
-        last = [step.experts[place] for step in ending if place < len(step.experts)]
-        if last:
-            layers.append(
-                {
-                    "layer": first.layer,
-                    "max_violation_first": first.max_violation,
-                    "max_violation_highest": max(e.max_violation for e in course),
-                    "max_violation_last": statistics.fmean(e.max_violation for e in last),
-                    "entropy_first": first.entropy,
-                    "entropy_last": statistics.fmean(e.entropy for e in last),
-                    "bias_min_last": last[-1].bias_min,
-                    "bias_max_last": last[-1].bias_max,
-                }
-            )
+    for layer in sorted(courses):
+        course = courses[layer]
+        # Phases that match attention run no experts: a run that ends with one has the last known.
+        last = lasts.get(layer, course[-1:])
+        layers.append(
+            {
+                "layer": layer,
+                "max_violation_first": course[0].max_violation,
+                "max_violation_highest": max(e.max_violation for e in course),
+                "max_violation_last": statistics.fmean(e.max_violation for e in last),
+                "entropy_first": course[0].entropy,
+                "entropy_last": statistics.fmean(e.entropy for e in last),
+                "bias_min_last": last[-1].bias_min,
+                "bias_max_last": last[-1].bias_max,
+            }
+        )
     return layers
+
+
+def _by_layer(steps: Sequence[StepRecord]) -> dict[int, list[ExpertRecord]]:
+    """The records of every MoE layer, in order of steps."""
+    found: dict[int, list[ExpertRecord]] = {}
+    for step in steps:
+        for record in step.experts:
+            found.setdefault(record.layer, []).append(record)
+    return found

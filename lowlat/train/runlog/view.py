@@ -12,7 +12,7 @@ from typing import final
 
 from lowlat.train.runlog.pace import Pace
 from lowlat.train.runlog.record import EvalRecord, ExpertRecord, StartRecord, StepRecord
-from lowlat.train.runlog.wording import clock, count, memory, rate, share
+from lowlat.train.runlog.wording import clock, count, memory, rate, utilisation
 
 PLAIN_SECONDS = 30.0
 """Seconds between two plain lines about steps."""
@@ -145,7 +145,7 @@ def line(pace: Pace) -> str:
         f"lr {last.learning_rate:.2e}",
         f"grad {last.grad_norm:.2f}",
         rate(last.tokens_per_second),
-        *([f"MFU {share(last.mfu)}"] if last.mfu is not None else []),
+        *([f"MFU {utilisation(last.mfu)}"] if last.mfu is not None else []),
         memory(last.memory_bytes),
         *([_worst(last.experts)] if last.experts else []),
         f"{clock(pace.seconds_left)} left",

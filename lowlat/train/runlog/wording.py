@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 
 _SIZES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+BUSY = "rate measured while busy"
+"""Why a share of the measured rate of products can exceed 1: something else ran meanwhile."""
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -48,6 +50,11 @@ def rate(tokens_per_second: float) -> str:
 def share(part: float | None) -> str:
     """'43 %'; '?' if not known."""
     return "?" if part is None else f"{part:.0%}".replace("%", " %")
+
+
+def utilisation(mfu: float) -> str:
+    """'43 %'; more than all there is is told to be no truth about the training."""
+    return share(mfu) + (f" ({BUSY})" if mfu > 1 else "")
 
 
 def bars(load: Sequence[float], width: int) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lowlat.checkpoint.strict_json import quoted
 from lowlat.utils.errors import UserError
+from lowlat.utils.strict_json import quoted
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DAMAGED = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP}

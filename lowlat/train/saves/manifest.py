@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlat.checkpoint.strict_json import MAX_JSON_BYTES, parse_object, quoted
 from lowlat.train.saves.disk import CHUNK, FileRecord
 from lowlat.train.saves.errors import BrokenSaveError, reading
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Task
+from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object, quoted
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1

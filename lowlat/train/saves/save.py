@@ -11,11 +11,11 @@ from typing import Any, final
 from torch import Tensor
 
 from lowlat.checkpoint.safetensors_file import SafetensorsFile
-from lowlat.checkpoint.strict_json import MAX_JSON_BYTES, parse_object, quoted
 from lowlat.train.saves.errors import BrokenSaveError, reading
 from lowlat.train.saves.manifest import Manifest, check_digest, read_manifest
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
+from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object, quoted
 
 FACTS_FILE = "facts.json"
 PART_SUFFIX = ".safetensors"

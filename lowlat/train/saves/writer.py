@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowlat.checkpoint.strict_json import MAX_JSON_BYTES, parse_object
 from lowlat.train.saves.disk import (
     FileRecord,
     move_folder,
@@ -29,6 +28,7 @@ from lowlat.train.saves.manifest import MANIFEST_FILE, Manifest, check_part_name
 from lowlat.train.saves.part import NamedTensor, write_part
 from lowlat.train.saves.save import FACTS_FILE, PART_SUFFIX, folder_name, open_parts
 from lowlat.utils.progress import amount
+from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object
 
 RECORD_SUFFIX = ".part.json"
 SPACE_LEFT = 1 << 20

@@ -9,6 +9,7 @@ from typer.testing import Result
 
 from lowlat.train.data.folder import TokenFolder
 from lowlat.utils.errors import UserError
+from tests.fakes import byte_tokenizer
 
 Invoke = Callable[..., Result]
 
@@ -87,6 +88,21 @@ def test_faults_are_one_line_and_leave_nothing(
     assert isinstance(result.exception, UserError)
     assert words in str(result.exception) and "\n" not in str(result.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_sources_that_are_all_held_out_are_refused(
+    lowlat: Invoke, corpus: Path, tmp_path: Path
+) -> None:
+    """Holds shut: a token folder without a document to train on."""
+    held_out = ("--held-out-source", str(corpus), "--train-bpe", "300")
+    result = build(lowlat, tmp_path, str(corpus), *held_out)
+    assert isinstance(result.exception, UserError)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+    model = tmp_path / "model"
+    byte_tokenizer().save(model)
+    held_out = ("--held-out-source", str(corpus), "--tokenizer", str(model))
+    result = build(lowlat, tmp_path, str(corpus), *held_out)
+    assert "sources leave no document to train on, all are held out" in str(result.exception)
 
 
 def test_bad_text_is_named_or_passed_over(lowlat: Invoke, corpus: Path, tmp_path: Path) -> None:

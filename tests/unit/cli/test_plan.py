@@ -1,6 +1,7 @@
 """`lowlat plan`: the published layout as tables and JSON, searches, recipes, bad options."""
 
 import json
+import re
 from collections import Counter
 from io import StringIO
 from pathlib import Path
@@ -103,6 +104,57 @@ def test_a_recipe_is_planned_and_run_dry(tmp_path: Path, capsys: pytest.CaptureF
     show_dry_run("small", found, Console(file=out, width=80))
     assert "768" in out.getvalue()  # 3 steps of 8 rows of 32 tokens
     assert "…" not in out.getvalue()
+
+
+CHANGES = {
+    "none": "ZeRO-1",
+    "no recomputation": "recompute none",
+    "interleaved 1F1B": "interleaved",
+    "1F1B": "1f1b",
+    "ZB1P": "zb1p",
+}
+"""Rows of the table in docs/planning.md by another name than `neighbours` gives; others are PP8."""
+
+
+def test_the_documented_changes_are_those_of_today():
+    """Every figure of the table of single changes."""
+    config = find("deepseek-v3").config
+    base = estimate(config, DEEPSEEK_V3.job, DEEPSEEK_V3.machine)
+    around = {each.change: each.found for each in neighbours(config, base)}
+    text = (Path(__file__).parents[3] / "docs" / "planning.md").read_text(encoding="utf-8")
+    table = text[text.index("| change | step, s | GB | |") :].split("\n\n")[0]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+    checked = 0
+    for name, seconds, memory, _ in rows:
+        cells = zip(name.split(", "), seconds.split(", "), memory.split(", "), strict=True)
+        for change, time, size in cells:
+            found = around[CHANGES.get(change, re.sub(r"^(PP|EP|TP)", _spaced, change))]
+            assert found is not None
+            assert (f"{found.time.total:.2f}", f"{found.memory.total / 1e9:.1f}") == (time, size)
+            checked += 1
+    assert checked == 14
+
+
+def _spaced(match: re.Match[str]) -> str:
+    return f"{match[0].lower()} "
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("parallel.tensor=3", "parallel.tensor 3 does not divide num_attention_heads 4"),
+        ("parallel.expert=2", "parallel.expert 2 does not divide n_routed_experts 0"),
+        ("parallel.context=3", "sequence_length 32 is no multiple of 6, twice parallel.context"),
+        ("parallel.pipeline=5", "parallel.pipeline 5: 1f1b makes 5 stages of num_hidden_layers 2"),
+    ],
+)
+def test_faults_of_recipes_name_file_and_key(tmp_path: Path, change: str, message: str):
+    """Holds shut: the planner's own words, which are no keys of recipes."""
+    path = tmp_path / "small.toml"
+    path.write_text(RECIPE, encoding="utf-8")
+    changes = [change, "phase.0.sequence_length=32"]
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: .*{message}"):
+        plan(str(path), changes=changes)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from lowlat.cli import main
 from lowlat.train.data.build import build
 from lowlat.train.data.selection import BuildOptions
+from lowlat.train.plan import dryrun, rate
 from tests.fakes import byte_tokenizer
 
 RECIPE = """
@@ -125,6 +126,11 @@ def test_no_recipe(
         ),
         ("'fp32'", "'fp16'", "precision: must be 'fp32', 'bf16' or 'fp8', not 'fp16'"),
         ("[log]", "[optimizer]\nname = 'sgd'\n[log]", "optimizer.name: must be 'adamw' or 'muon'"),
+        (
+            "[log]",
+            "[optimizer]\nbetas = 0.9\n[log]",
+            "optimizer.betas: must be a list of two numbers, not 0.9",
+        ),
         ("[log]", "[saves]\nkeep_last = 1\n[log]", "saves.keep_last: must be greater than or"),
         ("[log]", "[lora]\nrank = 2\nalpha = 4.0\n[log]", "lora needs start, a checkpoint whose"),
         ("name = ", "start = 'x'\nname = ", "give either [model] or start, not both"),
@@ -238,6 +244,78 @@ def test_arguments(
     assert found.startswith(said.format(folder=folder))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            ["phase.0.sequence_length=33"],
+            "r.toml: phase first: sequence_length 33 is beyond max_position_embeddings 32; raise",
+        ),
+        (["data.fim_rate=0.5"], "tokens: the tokenizer has no tokens for infilling such as"),
+        (
+            ["trainable='attention'", "precision='fp8'"],
+            "r.toml: trainable = 'attention' trains in bf16 or fp32",
+        ),
+        (
+            ["parallel.tensor=2"],
+            "r.toml: parallel.tensor 2 does not divide num_attention_heads 3; choose one that does",
+        ),
+        (["parallel.expert=2"], "r.toml: parallel.expert 2 does not divide n_routed_experts 0"),
+        (
+            ["phase.0.batch_rows=1e30"],
+            "r.toml: phase.0: batch_rows: must be at most 1,000,000,000, not 1e+30",
+        ),
+        (["phase.0.batch_rows=1e9"], "r.toml: phase 'first' needs about "),
+        (["model.vocab_size=300", "data.folder='none'", "phase.0.sequence_length=33"], "r.toml: "),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_does(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: list[str],
+    said: str,
+) -> None:
+    """Holds shut: a recipe that is found good and then refused. The machine is a small one."""
+    monkeypatch.setattr(dryrun, "memory_limit", lambda: 2**33)
+    monkeypatch.setitem(rate.SIDES, "cpu", 64)
+    (folder / "r.toml").write_text(RECIPE)
+    arguments = ["r.toml", *(word for change in changes for word in ("--set", change))]
+    dry = fails(monkeypatch, capsys, *arguments, "--dry-run")
+    assert dry.startswith(said)
+    if "'none'" not in str(changes) and "parallel" not in str(changes):
+        assert fails(monkeypatch, capsys, *arguments) == dry
+
+
+def test_a_dry_run_that_does_not_fit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ends as the run would, after its table."""
+    monkeypatch.setattr(dryrun, "memory_limit", lambda: 2**27)
+    monkeypatch.setitem(rate.SIDES, "cpu", 64)
+    (folder / "r.toml").write_text(RECIPE)
+    monkeypatch.setattr(sys, "argv", ["lowlat", "train", "r.toml", "--dry-run"])
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert "Memory per" in printed.out
+    assert "r.toml: phase 'first' needs about 420 MB of memory" in printed.err
+
+
+def test_a_dry_run_before_there_is_data(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(rate.SIDES, "cpu", 64)
+    (folder / "r.toml").write_text(RECIPE)
+    changes = ["--set", "model.vocab_size=300", "--set", "data.folder='none'"]
+    monkeypatch.setattr(sys, "argv", ["lowlat", "train", "r.toml", "--dry-run", *changes])
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert ended.value.code == 0
+    assert "none: not there yet, so the data was not checked" in capsys.readouterr().err
+
+
 def test_what_is_there(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,6 +339,7 @@ def test_what_is_there(
         (["export", run, "dst", "--dtype", "fp9"], "--dtype 'fp9' is unknown; choose one of"),
         (["export", run, "text"], f"{folder}/text: exists already; choose another destination"),
         (["export", run, "dst", "--adapter"], f"{run}: was trained without lora; leave out"),
+        (["report", "r.toml"], "r.toml: line 1: not valid JSON"),
         (["report", "absent"], "absent: no such log; name the folder of a training run"),
     ):
         assert fails(monkeypatch, capsys, *arguments).startswith(said), arguments

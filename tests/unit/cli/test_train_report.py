@@ -56,7 +56,10 @@ def test_out_names_the_picture(lowlat: Invoke, tmp_path: Path) -> None:
     result = lowlat("train", "report", *map(str, runs), "--out", str(tmp_path / "new" / "c.svg"))
     assert result.exit_code == 0, result.output
     assert "a: train" not in result.stdout
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["c.svg"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["c.json", "c.svg"]
+    assert result.stderr == f"wrote {tmp_path}/new/c.svg, {tmp_path}/new/c.json\n"
+    figures = json.loads((tmp_path / "new" / "c.json").read_text())
+    assert list(figures) == ["a", "b"] and figures["b"]["tokens"] == 300
     assert not (runs[0] / "report.png").exists()
 
 
@@ -86,6 +89,7 @@ def test_without_matplotlib_there_is_a_table(
         (None, "log.jsonl: no such log; name the folder of a training run"),
         (b"", "log.jsonl: the log is empty"),
         (b"\x00\x01\n", "log.jsonl: line 1: not valid JSON"),
+        (b"{}\n", "if this is no log of a training, name the folder of one"),
     ],
 )
 def test_faults_are_one_line(

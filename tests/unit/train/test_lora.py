@@ -15,14 +15,16 @@ from lowlat.attention.flash import FlashAttention
 from lowlat.checkpoint.index import open_checkpoint
 from lowlat.config.model import GQAConfig
 from lowlat.convert.run import convert
+from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
 from lowlat.train.export import export_adapter, export_save
-from lowlat.train.lora import add_updates, is_update, merged
+from lowlat.train.lora import add_updates, check_lora, count_updates, is_update, merged
 from lowlat.train.loss import batch_loss
 from lowlat.train.plan.dryrun import require_fit
 from lowlat.train.recipe import Lora, parse_recipe
 from lowlat.utils.errors import UserError
 from tests.fakes import gqa_config
+from tests.lowlat_configs import random_model
 
 from . import tiny, tuning
 
@@ -271,7 +273,9 @@ def test_frozen_experts_take_no_gradient() -> None:
 
 @pytest.mark.parametrize(("precision", "bytes_each"), [("fp32", 4), ("bf16", 2)])
 def test_memory_is_that_of_weights_that_stay(precision: str, bytes_each: int) -> None:
-    """A recipe fits where its weights and activations do: no gradients, no optimiser."""
+    """A recipe fits where its weights, activations and updates do: no gradients or moments of what
+    stays.
+    """
     config = tuning.config()
     plain = tuning.raw_recipe(start="base", precision=precision)
     full, ours = (
@@ -281,6 +285,43 @@ def test_memory_is_that_of_weights_that_stay(precision: str, bytes_each: int) ->
     assert ours["weights"] == full["weights"] / 4 * bytes_each
     assert ours["gradients"] == ours["optimiser"] == 0 < full["optimiser"]
     assert ours["activations"] == full["activations"]
+
+
+@pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 8), ("muon", 4)])
+def test_memory_of_updates_by_hand(optimizer: str, moments: int) -> None:
+    """fp32 weights, gradients and moments of every update, and the copy of them that is saved.
+
+    Holds shut: a rank that no memory holds, which fits by the estimate.
+    """
+    config = tuning.config()
+    modules = ["o_proj", "q_a_proj", "up_proj"]
+    raw = tuning.raw_recipe(start="base", optimizer={"name": optimizer})
+    recipe = parse_recipe(raw | {"lora": {"rank": 3, "alpha": 4.0, "modules": modules}}, origin="r")
+    assert recipe.lora is not None
+    model = random_model(config, torch.float32)
+    stack_experts(model)
+    add_updates(model, recipe.lora, seed=0, origin="r.toml")
+    count = sum(p.numel() for name, p in model.named_parameters() if is_update(name))
+    assert count_updates(config, recipe.lora) == count > 0
+    parts = require_fit(config, recipe, memory_bytes=2**40).parts
+    assert parts["updates"] == (8 + moments) * count
+    assert parts["saves"] == (4 + moments) * count
+
+
+def test_a_rank_that_cannot_fit_is_told_of() -> None:
+    raw = tuning.raw_recipe(start="base", lora={"rank": 100_000_000, "alpha": 4.0})
+    recipe = parse_recipe(raw, origin="r.toml")
+    said = r"^r.toml: phase 'p' needs about .* of updates: lower lora.rank \(100000000\) or name"
+    with pytest.raises(UserError, match=said):
+        require_fit(tuning.config(), recipe, memory_bytes=2**30, origin="r.toml")
+
+
+def test_modules_that_are_not_there_are_refused_with_the_file() -> None:
+    """By the config alone: before data is verified or weights are read."""
+    lora = {"rank": 2, "alpha": 4.0, "modules": ["o_proj", "w_proj"]}
+    recipe = parse_recipe(tuning.raw_recipe(start="base", lora=lora), origin="r.toml")
+    with pytest.raises(UserError, match=r"^r.toml: lora.modules: the model has no w_proj; it has"):
+        check_lora(tuning.config(), recipe, "r.toml")
 
 
 def test_default_modules_are_those_the_model_has() -> None:

@@ -1,5 +1,7 @@
 """Supervised fine-tuning: what of a chat is learned, and every kind of checkpoint as the start."""
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +16,12 @@ from lowlat.convert.run import convert
 from lowlat.text.chat_prompt import encode_chat
 from lowlat.text.token_bytes import byte_alphabet
 from lowlat.train.batch import Batch
+from lowlat.train.data.build import build
 from lowlat.train.data.folder import TokenFolder
+from lowlat.train.data.selection import BuildOptions
 from lowlat.train.inputs import left_out, phase_data, phase_folder
 from lowlat.train.recipe import parse_recipe
+from lowlat.utils.errors import UserError
 from tests.fakes import ASSISTANT, EOS, TEMPLATE, byte_tokenizer, gqa_config
 from tests.unit.checkpoint.gguf_files import write_gguf
 
@@ -71,6 +76,58 @@ def test_what_is_left_out_of_long_chats_is_said(tmp_path: Path) -> None:
     long = tuning.phases({"sequence_length": int(sizes.max()) - 1})
     recipe = parse_recipe(raw | {"phase": long}, origin="r.toml")
     assert list(left_out(recipe, [phase_data(recipe, 0, folder, 1)])) == []
+
+
+def test_chats_without_a_target_are_refused(tmp_path: Path) -> None:
+    """Holds shut: a run over rows that cut every answer, of a loss of 0 and decaying weights."""
+    folder = TokenFolder.open(tuning.chats(tmp_path / "tokens"))
+    start = tuning.checkpoint(tmp_path / "base", tuning.config())
+    raw = tuning.raw_recipe(start="base", phase=tuning.phases({"sequence_length": 2}))
+    longest = int(np.diff(folder.ends("train"), prepend=0).max())
+    what = f"r.toml: phase p: no row of {folder.path} holds a target: every answer lies beyond "
+    what += f"sequence_length 2; sequence_length = {longest - 1} holds all"
+    with pytest.raises(UserError, match=re.escape(what)):
+        tuning.train(tmp_path, raw, start=start)
+
+
+def test_held_out_chats_without_a_target_are_not_evaluated(tmp_path: Path) -> None:
+    """A note says so, where a loss of nothing would be 0."""
+    long, short = two_chats(tmp_path)
+    options = BuildOptions(sources=(short,), held_out_sources=(long,))
+    build(tmp_path / "tokens", options, byte_tokenizer())
+    start = tuning.checkpoint(tmp_path / "base", tuning.config())
+    raw = tuning.raw_recipe(start="base", phase=tuning.phases({"steps": 1, "sequence_length": 11}))
+    run = tuning.train(tmp_path, raw, start=start)
+    assert run.records("evaluation") == [] and run.losses()[0] > 0
+    (note, *_) = [record["text"] for record in run.records("note")]
+    assert "phase p: no evaluations, the held-out rows of" in note and "hold no target" in note
+
+
+def test_a_batch_of_cut_answers_is_told_of(tmp_path: Path) -> None:
+    """Every second row has its answer cut off: a step of it moves nothing and has no loss."""
+    options = BuildOptions(sources=two_chats(tmp_path), held_out=0.0)
+    build(tmp_path / "tokens", options, byte_tokenizer())
+    start = tuning.checkpoint(tmp_path / "base", tuning.config())
+    one = {"steps": 4, "sequence_length": 11, "batch_rows": 1, "micro_batch_rows": 1}
+    run = tuning.train(
+        tmp_path, tuning.raw_recipe(start="base", phase=tuning.phases(one)), start=start
+    )
+    blind = [record["step"] for record in run.records("step") if record["loss"] is None]
+    assert len(blind) == 2
+    notes = [record["text"] for record in run.records("note")]
+    assert [note for note in notes if note.startswith("step")] == [
+        f"step {step}: its batch holds no target; nothing moved" for step in blind
+    ]
+
+
+def two_chats(folder: Path) -> tuple[str, str]:
+    """Files of a chat whose question alone is longer than 11 tokens, and of a short one."""
+    said = {"role": "assistant", "content": "b"}
+    paths = (folder / "long.jsonl", folder / "short.jsonl")
+    for path, question in zip(paths, ("a question of more tokens than a row", "c"), strict=True):
+        asked = {"role": "user", "content": question}
+        path.write_text(json.dumps({"messages": [asked, said]}))
+    return str(paths[0]), str(paths[1])
 
 
 def test_losses_are_per_answer_token(tmp_path: Path) -> None:

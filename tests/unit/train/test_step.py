@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import final
 
 import pytest
@@ -155,3 +156,51 @@ def test_evaluation_is_the_mean_over_targets() -> None:
     assert all(p.grad is None for p in model.parameters())
     biases = [gate.e_score_correction_bias for _, gate in gates(model)]
     assert all(bias is not None and not bias.requires_grad for bias in biases)
+
+
+def blind() -> Batch:
+    """Nothing of it is a target."""
+    batch = tiny.batch()
+    return replace(batch, predicted=torch.zeros_like(batch.predicted))
+
+
+def test_a_batch_without_targets_moves_nothing() -> None:
+    """Nothing is known of its loss, and decay alone does not move weights either."""
+    model = tiny.model(tiny.config())
+    optimizer, watch = parts(model)
+    passes = PlainPasses(model, torch.float64)
+    plan = tiny.plan(bias_update_speed=GAMMA)
+    train_step(passes, optimizer, watch, tiny.batch(), plan, num_ahead=3)
+    before = state(model, optimizer)
+    result = train_step(passes, optimizer, watch, blind(), plan, num_ahead=3)
+    assert result.losses == () and result.matched is None
+    assert result.is_finite and not result.has_targets
+    after = state(model, optimizer)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_heads_without_targets_have_no_loss() -> None:
+    """Every second token is a target: the main head learns, MTP modules have nothing to."""
+    model = tiny.model(tiny.config())
+    optimizer, watch = parts(model)
+    passes = PlainPasses(model, torch.float64)
+    batch = blind()
+    batch.predicted[:, 1::2] = True
+    before = state(model, optimizer)
+    (loss,) = train_step(passes, optimizer, watch, batch, tiny.plan(), num_ahead=3).losses
+    assert loss > 0 and not torch.equal(before["norm.weight"], model.norm.weight)
+    main, *mtp = evaluate(passes, [batch], num_ahead=3)
+    assert main > 0 and all(math.isnan(one) for one in mtp)
+
+
+def test_biases_are_those_the_step_leaves() -> None:
+    """Holds shut: a log in which routing biases lag a step behind."""
+    model = tiny.model(tiny.config())
+    optimizer, watch = parts(model)
+    plan = tiny.plan(bias_update_speed=GAMMA)
+    passes = PlainPasses(model, torch.float64)
+    result = train_step(passes, optimizer, watch, tiny.batch(), plan, num_ahead=3)
+    for load, (_, gate) in zip(result.loads, gates(model), strict=True):
+        bias = gate.e_score_correction_bias
+        assert bias is not None
+        assert load.bias_range == pytest.approx((bias.min().item(), bias.max().item()))

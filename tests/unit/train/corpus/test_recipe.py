@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lowlat.train.corpus.recipe import read_corpus_recipe, split_package
+from lowlat.train.recipe import read_recipe
 from lowlat.utils.errors import UserError
 
 RECIPES = Path(__file__).parents[4] / "recipes"
@@ -119,3 +120,11 @@ def test_minnow_names_what_it_was_trained_on() -> None:
         licence = source.licence
         assert {source.package, licence.name} <= {cell.strip(" `") for cell in row.split("|")}
         assert licence.holder in row
+
+
+def test_the_two_kinds_of_recipes_are_told_apart() -> None:
+    """Each says which command the other is for."""
+    with pytest.raises(UserError, match=r"corpus.toml: is a recipe for text.*; lowlat data coll"):
+        read_recipe(SHIPPED)
+    with pytest.raises(UserError, match=r"tiny.toml: is a recipe for a training.*; lowlat train"):
+        read_corpus_recipe(RECIPES / "tiny.toml")

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers
 
+from lowlat.text.parts import TokenizerParts
+from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.data import documents, text_files, tokenising
 from lowlat.train.data.build import build
 from lowlat.train.data.documents import ReadOptions
@@ -139,6 +143,56 @@ def test_large_documents_come_out_whole(tmp_path: Path, monkeypatch: pytest.Monk
     path.write_text("---\n".join(f"{text}\n" for text in texts))
     folder = made(tmp_path, path, read=ReadOptions(separator="---"))
     assert told(folder) == [f"{text}\n" for text in texts]
+
+
+MARK = "\u2581"
+
+
+def sentencepiece(vocab: list[str], merges: list[tuple[str, str]]) -> Tokenizer:
+    """Of the sentencepiece kind: a blank is put before every text, and bytes stand for the rest."""
+    tokens = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), MARK, *vocab]
+    ids = {token: index for index, token in enumerate(tokens)}
+    model = models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True)
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(MARK), normalizers.Replace(" ", MARK)]
+    )
+    parts = [decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens([AddedToken("</s>", special=True)])
+    return Tokenizer(
+        TokenizerParts(
+            backend=backend,
+            special_tokens={"eos_token": "</s>"},
+            eos_ids=frozenset({1}),
+            chat_template=None,
+            origin="fake",
+        )
+    )
+
+
+@pytest.mark.parametrize("joins_line_breaks", [False, True])
+def test_pieces_get_no_blank_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joins_line_breaks: bool
+) -> None:
+    """A folder says its text, whatever a tokenizer puts before one.
+
+    Holds shut: a blank at every place where a long document was cut.
+    """
+    monkeypatch.setattr(documents, "PIECE", 20)
+    vocab, merges = ["a", "b", "c", MARK + "a"], [(MARK, "a")]
+    if joins_line_breaks:
+        vocab, merges = [*vocab, "\n", "\nb"], [*merges, ("\n", "b")]
+    tokenizer = sentencepiece(vocab, merges)
+    text = "ab a\nb ca\n" * 5 + "abc" * 30 + " b\n\na"
+    assert len(list(documents.text_pieces([text]))) > 4
+    (tmp_path / "long.txt").write_text(text)
+    options = BuildOptions(sources=(str(tmp_path / "long.txt"),), held_out=0.0)
+    folder = TokenFolder.open(build(tmp_path / "tokens", options, tokenizer).path)
+    ids = folder.tokens("train", np.arange(folder.num_tokens("train"))).tolist()
+    assert tokenizer.decode(ids) == text
+    if not joins_line_breaks:
+        assert ids == [*tokenizer.encode(text, add_special_tokens=False), 1]
 
 
 def test_bad_documents_stop_the_build_or_are_counted(corpus: Path, tmp_path: Path) -> None:

@@ -218,13 +218,13 @@ def test_parquet(tmp_path: Path) -> None:
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (tmp_path / "x.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match="need pyarrow; pip install pyarrow"):
+    with pytest.raises(UserError, match=r"need pyarrow; pip install 'lowlat\[data\]'"):
         read(tmp_path / "x.parquet")
 
 
 def test_datasets_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(UserError, match="datasets:wiki needs datasets; pip install datasets"):
+    with pytest.raises(UserError, match=r"datasets:wiki needs datasets; pip install 'lowlat\["):
         read("datasets:wiki")
 
 
@@ -260,3 +260,18 @@ def test_datasets_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         read("datasets:absent")
     with pytest.raises(UserError, match=r"neither a text in 'text' .*\(fields: id, body\)"):
         read("datasets:name")
+
+
+def test_a_text_and_messages_in_one_record(tmp_path: Path) -> None:
+    """Holds shut: chats taken as plain text, prompts learned with them, without a word."""
+    told = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = tmp_path / "both.jsonl"
+    path.write_text(json.dumps({"text": "a b", "messages": told}))
+    said = "line 1: has both a text in 'text' and 'messages'; say which is meant, --field text or"
+    with pytest.raises(UserError, match=said):
+        read(path)
+    with pytest.raises(UserError, match=said):
+        read(path, invalid="skip")
+    assert texts(read(path, field="text")) == ["a b"]
+    (chat,) = read(path, field="messages")
+    assert isinstance(chat, ChatDocument) and list(chat.messages) == told

@@ -144,6 +144,18 @@ def test_targets_of_the_folder_are_kept(make_folder: Make) -> None:
     assert seen > 300
 
 
+@pytest.mark.parametrize("rest", [0, 1, 2])
+def test_a_model_with_mtp_and_one_without_read_the_same(make_folder: Make, rest: int) -> None:
+    """Holds shut: other windows in another order where documents are a token longer than windows
+    without MTP need.
+    """
+    folder = make_folder([[place % 251 for place in range(9 * T + rest - 1)]])
+    one, two = (windows(folder, num_ahead=ahead) for ahead in (1, 2))
+    assert one.per_epoch == two.per_epoch
+    rows = (used.batch(0, 2 * used.per_epoch).tokens[:, : T + 1] for used in (one, two))
+    assert torch.equal(*rows)
+
+
 def test_splits_are_apart(make_folder: Make) -> None:
     documents = texts(23)
     folder = make_folder(documents[:20], held_out=documents[20:])

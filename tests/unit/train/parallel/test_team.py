@@ -97,6 +97,7 @@ def test_only_the_first_says_that_processes_are_missing(monkeypatch: pytest.Monk
         ({"tensor": 3}, "tensor 3 does not divide num_attention_heads 4"),
         ({"tensor": 2, "precision": "fp8"}, "tensor 2 does not go with precision fp8"),
         ({"expert": 3}, "expert 3 does not divide n_routed_experts 8"),
+        ({"expert": 2}, r"r\.toml: parallel\.expert 2 does not fit fsdp 1 and data x context 1"),
         ({"context": 3}, "phase only: sequence_length 16 is no multiple of 6"),
     ],
 )
@@ -106,7 +107,7 @@ def test_models_that_cannot_be_divided(options: dict, message: str) -> None:
 
 
 def test_models_that_can_be_divided() -> None:
-    check_parallel(model_config("gqa"), recipe(tensor=4, expert=8, context=4), "r.toml")
+    check_parallel(model_config("gqa"), recipe(data=2, tensor=4, expert=8, context=4), "r.toml")
     check_parallel(mla_config(), recipe(), "r.toml")
 
 

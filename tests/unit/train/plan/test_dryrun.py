@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lowlat.config.arithmetic import count_parameters
+from lowlat.train.parallel.check import check_parallel
 from lowlat.train.plan.dryrun import (
     REACHED,
     dry_run,
@@ -18,6 +19,7 @@ from lowlat.train.plan.dryrun import (
     usable_memory,
 )
 from lowlat.train.plan.flops import token_flops
+from lowlat.train.plan.job import check
 from lowlat.train.recipe import Recipe, parse_recipe
 from lowlat.utils.errors import UserError
 from lowlat.utils.memory import memory_limit
@@ -162,10 +164,25 @@ def test_copies_of_the_state_of_gpus_are_in_the_host():
     assert "saves" not in require_fit(config(own), own, memory_bytes=2**40).parts
 
 
-def test_a_recipe_that_cannot_be_divided_is_refused():
-    own = recipe(parallel={"tensor": 5})
-    with pytest.raises(UserError, match="tp 5: must divide the 2 attention heads"):
-        dry_run(config(own), own, rate=1e9, memory_bytes=10**9)
+def test_rows_need_not_divide_by_the_tensor_processes():
+    """Holds shut: a run refused by a rule of layouts that divide norms by sequence."""
+    model = MODEL | {"num_key_value_heads": 6, "intermediate_size": 132}
+    own = recipe(model=model, parallel={"tensor": 3}, phase=[PHASE | {"sequence_length": 127}])
+    check_parallel(config(own), own, "r.toml")
+    assert require_fit(config(own), own, memory_bytes=2**30).total > 0
+    assert dry_run(config(own), own, rate=1e9, memory_bytes=10**9).processes == 3
+    check(config(own), largest_job(own))
+
+
+def test_the_largest_batch_is_counted():
+    """Holds shut: a batch that no memory holds, which ends a run in its first step."""
+    own = recipe(phase=[PHASE | {"batch_rows": [{"to": 1e9, "steps": 3}, {"to": 4.0}]}])
+    said = r"r\.toml: phase 'first' needs about .* of batch: lower batch_rows"
+    with pytest.raises(UserError, match=said):
+        require_fit(config(own), own, memory_bytes=2**36, origin="r.toml")
+    own = recipe(parallel={"data": 2})
+    parts = require_fit(config(own), own, memory_bytes=2**30).parts
+    assert parts["batch"] == 9 * 12 // 2 * 65
 
 
 def test_processes_share_the_memory_of_a_machine(monkeypatch: pytest.MonkeyPatch):

@@ -37,6 +37,15 @@ def test_the_papers_layout_is_the_best_around_it():
     assert (short.job.layout.zero, short.job.recompute) != (1, "selective")
 
 
+@pytest.mark.parametrize(("devices", "near"), [(7, 8), (3000, 2048)])
+def test_devices_that_divide_nothing_are_told(devices: int, near: int):
+    """Holds shut: a lack of memory named where rows do not come out even."""
+    layouts = all_layouts(V3, devices, H800)
+    said = f"4096 rows of a step.* do not divide among {devices} devices; give {near} instead"
+    with pytest.raises(UserError, match=said):
+        search(V3, replace(JOB, batch_rows=4096), H800, layouts)
+
+
 def test_layouts_are_every_division_by_powers_of_two():
     layouts = all_layouts(load_preset("smollm2-135m"), 4, H800)
     assert {(each.pp, each.tp, each.fsdp) for each in layouts} == {

@@ -71,6 +71,28 @@ def test_figures_of_a_run() -> None:
     assert summary["experts"][0]["max_violation_last"] == pytest.approx(last)
 
 
+def test_layers_are_found_wherever_they_are() -> None:
+    """Holds shut: no figures of experts where the first phase matches attention, and those of other
+    layers where steps differ in which they have.
+    """
+    steps = [
+        step(1, experts=()),
+        step(2, experts=(layer(4, [1, 3]),)),
+        step(3, experts=(layer(2, [1, 1]), layer(4, [1, 1]))),
+        step(4, experts=()),
+    ]
+    two, four = summarise(history(start(), *steps))["experts"]
+    assert (two["layer"], four["layer"]) == (2, 4)
+    assert two["max_violation_first"] == two["max_violation_highest"] == pytest.approx(0.0)
+    assert four["max_violation_first"] == four["max_violation_highest"] == pytest.approx(0.5)
+    assert four["max_violation_last"] == pytest.approx(0.0)
+
+
+def test_steps_with_fewer_modules_count_where_they_have_them() -> None:
+    steps = [step(n, mtp_losses=(4.0, 5.0)[: n % 2 + 1]) for n in range(1, 41)]
+    assert summarise(history(start(), *steps))["mtp_losses"] == [4.0, 5.0]
+
+
 def test_superseded_steps_do_not_count() -> None:
     summary = summarise(
         history(start(), step(1), step(2, loss=99.0), step(3, loss=99.0), start(1), step(2))
@@ -114,6 +136,12 @@ def test_table_of_one_run() -> None:
     assert figures["worst layer"] == "0.47 -> 0.47"
     assert figures["highest in between"] == "0.47"
     assert "times started" not in figures
+
+
+def test_more_than_all_products_is_remarked_on() -> None:
+    """Holds shut: an MFU above 100 %, of a rate measured while the machine was busy, as a fact."""
+    lines = shown(tiny=summarise(history(start(), step(1, mfu=1.3))))
+    assert any("130 % (rate measured while busy)" in line for line in lines)
 
 
 def test_table_of_different_runs_leaves_cells_empty() -> None:
