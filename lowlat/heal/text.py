@@ -52,7 +52,8 @@ def build_tokens(
         shutil.rmtree(partial, ignore_errors=True)
         options = BuildOptions(sources=sources, held_out=share, end_of_text=end)
         try:
-            build(partial, options, tokenizer, progress)
+            # Too little of either split is told with what is needed.
+            build(partial, options, tokenizer, progress, is_all_held_out=True)
         except BadDocument as error:
             raise _bad_text(error) from error
         if TokenFolder.open(partial).num_tokens("held_out") > EVALUATED_TOKENS:

@@ -27,8 +27,11 @@ from lowlat.utils.progress import Progress
 
 SEQUENCE_LENGTH = 1024
 """Tokens of a row: what was cut from rotary parts shows at long distances."""
-BATCH_TOKENS = 2048
-"""Of a step: what a budget needs most is steps."""
+BATCH_TOKENS = 1024
+"""Of a step: what a budget needs most is steps. SmolLM2-135M with a third of its cache goes on 100K
+tokens from a held-out divergence of 0.545 to 0.352, and to 0.384 in half as many steps of twice the
+tokens.
+"""
 LEARNING_RATE = 2e-4
 """Peak, for models of a few hundred million parameters; Muon's updates are as large as AdamW's. In
 16 steps of 2,048 tokens SmolLM2-135M with half its cache goes from a held-out divergence of 0.220

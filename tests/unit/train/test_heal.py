@@ -10,7 +10,7 @@ import pytest
 from lowlat.train import heal as healing_module
 from lowlat.train.data.build import build
 from lowlat.train.data.selection import BuildOptions
-from lowlat.train.heal import LEARNING_RATE, Healing, heal, healing_recipe
+from lowlat.train.heal import BATCH_TOKENS, LEARNING_RATE, Healing, heal, healing_recipe
 from lowlat.train.recipe import parse_recipe, read_recipe
 from lowlat.train.schedule import Timetable
 from lowlat.train.trainer import Trainer
@@ -104,7 +104,7 @@ def test_few_steps_are_small(steps: int, share: float) -> None:
     """Four steps at the whole rate made SmolLM2's divergence ten times what it was."""
 
     def peak(**more: Any) -> float:
-        wanted = Healing(tokens=steps * 2048, **more)
+        wanted = Healing(tokens=steps * BATCH_TOKENS, **more)
         raw = healing_recipe(Path("s"), Path("t"), Path("d"), wanted)
         assert raw["phase"][0]["steps"] == steps
         return raw["phase"][0]["learning_rate"][0]["to"]
