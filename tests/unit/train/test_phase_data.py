@@ -23,6 +23,7 @@ def test_a_phase_goes_on_in_the_same_data(
     with opened(base / "look", runs.recipe()) as trainer:
         windows = trainer._present.train
     rows = windows.per_epoch // 4
+    assert rows > 1
     expected = windows.batch(0, 4 * rows).tokens
     each = {"name": "a", "steps": 2, "sequence_length": 11, "batch_rows": rows}
     each |= {"micro_batch_rows": rows, "learning_rate": 1e-3}
@@ -31,7 +32,7 @@ def test_a_phase_goes_on_in_the_same_data(
 
     def batch(self: Windows, first: int, count: int) -> Batch:
         found = plain(self, first, count)
-        if self._split == "train":
+        if self._split == "train" and count == rows:  # single ones are looked at before the start
             read.append(found.tokens)
         return found
 
