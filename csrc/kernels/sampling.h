@@ -86,13 +86,28 @@ inline void for_pieces(Team& team, const DrawPass& p, Body&& body) {
   });
 }
 
+// Whether any logit is NaN, whose bits without the sign are above those of infinity.
+inline bool any_nan(const float* logits, std::int64_t size) {
+  constexpr int kLanes = 16;
+  std::uint32_t most[kLanes] = {};
+  std::int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    LOWLAT_UNROLL
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const std::uint32_t bits = std::bit_cast<std::uint32_t>(logits[i + lane]) & 0x7fffffffu;
+      most[lane] = most[lane] > bits ? most[lane] : bits;
+    }
+  }
+  for (; i < size; ++i) most[0] = std::max(most[0], std::bit_cast<std::uint32_t>(logits[i]) & 0x7fffffffu);
+  return *std::max_element(most, most + kLanes) > 0x7f800000u;
+}
+
 // NaN where any logit is: comparisons would pass over it.
 inline float largest_logit(Team& team, const DrawPass& p) {
   for_pieces(team, p, [&](std::int64_t piece, std::int64_t first, std::int64_t last) {
-    const float* logits = p.logits;
-    int unordered = 0;
-    for (std::int64_t i = first; i < last; ++i) unordered |= logits[i] != logits[i];
-    p.pieces[piece].largest = unordered ? __builtin_nanf("") : training::largest_of(logits + first, last - first);
+    const float* logits = p.logits + first;
+    const bool is_nan = any_nan(logits, last - first);
+    p.pieces[piece].largest = is_nan ? __builtin_nanf("") : training::largest_of(logits, last - first);
   });
   float largest = p.pieces[0].largest;
   for (std::int64_t i = 1; i < draw_pieces(p.size) && !std::isnan(largest); ++i) {

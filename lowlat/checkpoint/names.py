@@ -219,6 +219,6 @@ def _unknown(name: str) -> str:
     near = get_close_matches(plain, known_names(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return (
-        f"model '{name}' is unknown; {hint}Accepted: a folder with config.json, a .gguf file, "
+        f"model '{name}' is unknown; {hint}give a folder with config.json, a .gguf file, "
         f"a hub id ORG/NAME, {FORM}, or one of {', '.join(known_names())}"
     )

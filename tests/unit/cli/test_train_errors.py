@@ -205,7 +205,7 @@ def test_data(
 @pytest.mark.parametrize(
     ("start", "said"),
     [
-        ("nosuchmodel", "r.toml: start: model 'nosuchmodel' is unknown; Accepted: a folder with"),
+        ("nosuchmodel", "r.toml: start: model 'nosuchmodel' is unknown; give a folder with"),
         ("empty", "r.toml: start: folder 'empty' holds no config.json, so it is not a model"),
         ("deepseek-v3", "r.toml: start: 'deepseek-v3' is known by its config only"),
     ],
