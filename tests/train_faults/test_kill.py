@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def kill_until_the_end(
         process = server.run(reference.recipe, folder)
         try:
             time.sleep(chance.uniform(0.0, LONGEST_LIFE))
-            os.kill(process, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it came to its end by itself
+                os.kill(process, signal.SIGKILL)
         finally:
             status = server.status()
         if status != -signal.SIGKILL:
