@@ -130,7 +130,9 @@ def stacked_experts(
 
 
 class _StackedExperts(torch.autograd.Function):
-    """Keeps x, the gate and up products and the choice; rows are gathered again in backward."""
+    """Keeps the gate and up products, the choice, and x where experts are trained; rows are
+    gathered again in backward.
+    """
 
     @staticmethod
     def forward(
@@ -147,7 +149,9 @@ class _StackedExperts(torch.autograd.Function):
         gate_up = grouped_linear(rows, gate_up_proj, groups.counts)
         inner = _swiglu(gate_up)
         rows = grouped_linear(inner, down_proj, groups.counts)
-        ctx.save_for_backward(x, weights, gate_up_proj, down_proj, gate_up)
+        # Only gradients of the experts' weights read x.
+        given = x if any(ctx.needs_input_grad[2:4]) else None
+        ctx.save_for_backward(given, weights, gate_up_proj, down_proj, gate_up)
         ctx.groups = groups
         ctx.later = later
         # Saved tensors may come back as copies, which no gradient can be added to.
@@ -160,8 +164,8 @@ class _StackedExperts(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None, None]:
         x, weights, gate_up_proj, down_proj, gate_up = ctx.saved_tensors
         groups: Groups = ctx.groups
-        factors = _factors(weights, groups, accumulation_dtype(x.dtype))
-        grads = grad.to(x.dtype).index_select(0, groups.tokens)
+        factors = _factors(weights, groups, accumulation_dtype(gate_up.dtype))
+        grads = grad.to(gate_up.dtype).index_select(0, groups.tokens)
         grad_inner = grouped_linear(grads, down_proj, groups.counts, is_turned=True)
         inner, grad_gate_up, row_factors = gated_backward(gate_up, grad_inner, factors)
         assert row_factors is not None

@@ -99,12 +99,30 @@ def _shapes(config: ModelConfig) -> tuple[tuple[str, torch.Size], ...]:
     return tuple((name, weight.shape) for name, _, weight in _projections(model))
 
 
+def updated_shapes(config: ModelConfig, table: Lora) -> list[torch.Size]:
+    """Of the weights of a model of `config` that `table` asks updates of; experts' are stacked, and
+    gate and up stand for themselves.
+    """
+    return [shape for name, shape in _shapes(config) if name in table.modules]
+
+
 def count_updates(config: ModelConfig, table: Lora) -> int:
     """Parameters of the updates that `table` asks of a model of `config`."""
     return sum(
         math.prod(stack) * table.rank * (rows + columns)
-        for name, (*stack, rows, columns) in _shapes(config)
-        if name in table.modules
+        for *stack, rows, columns in updated_shapes(config, table)
+    )
+
+
+def count_added_up(config: ModelConfig, table: Lora) -> int:
+    """Weights of experts that are added up with their updates in every pass
+    (`LowRankExperts.added`): gate and up rows are one tensor, so an update of one copies both.
+    """
+    asked = set(table.modules)
+    both = set(EXPERT_PROJECTIONS[:2])
+    asked |= both if asked & both else set()
+    return sum(
+        math.prod(shape) for name, shape in _shapes(config) if len(shape) == 3 and name in asked
     )
 
 

@@ -7,7 +7,12 @@ from dataclasses import replace
 
 from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
-from lowlat.train.lora import count_updates
+from lowlat.train.lora import (
+    EXPERT_PROJECTIONS,
+    count_added_up,
+    count_updates,
+    updated_shapes,
+)
 from lowlat.train.plan.activations import FP32_BYTES, all_bytes
 from lowlat.train.plan.flops import LAYER_PARTS, token_flops
 from lowlat.train.plan.job import Job
@@ -38,6 +43,8 @@ NATIVE_PIECE_BYTES = 2**26
 """Most bytes of a piece of logits, as in `ops.divergence`."""
 INPUTS_OF_MLPS = ("MLP norm", "MLP SwiGLU", "shared experts' SwiGLU")
 """Activations that only gradients of MLPs' weights read."""
+INPUT_OF_ROUTER = "router input"
+"""Read by the gradient of the gate's weight alone."""
 
 
 def training_flops(
@@ -77,8 +84,13 @@ def learning_memory(
     if recipe.lora is not None:
         # Weights stay, in the dtype of products.
         weights = parts[WEIGHTS] * (1.0 if recipe.precision == "fp32" else 0.5)
-        parts |= {WEIGHTS: weights, "gradients": 0.0, OPTIMISER: 0.0}
+        parts |= {WEIGHTS: weights, CASTS: 0.0, "gradients": 0.0, OPTIMISER: 0.0}
         parts[UPDATES] = update_bytes(config, recipe.lora, job)
+        updates_mlps = bool(set(recipe.lora.modules) & set(EXPERT_PROJECTIONS))
+        unread = [INPUT_OF_ROUTER] if updates_mlps else [INPUT_OF_ROUTER, *INPUTS_OF_MLPS]
+        activations = {k: v for k, v in activations.items() if k not in unread}
+        activations |= _kept_by_updates(config, recipe.lora, job)
+        parts[ACTIVATIONS] = sum(activations.values())
     elif recipe.trainable == "attention":
         moved = memory.parameters["attention"] / shares(job.layout, "attention")[1]
         parts["gradients"] = FP32_BYTES * moved
@@ -86,7 +98,8 @@ def learning_memory(
         parts["loss"] -= _head_gradient(config)
         if recipe.precision == "bf16":
             parts |= _held_in_bf16(memory, job)
-        activations = {k: v for k, v in activations.items() if k not in INPUTS_OF_MLPS}
+        unread = [INPUT_OF_ROUTER, *INPUTS_OF_MLPS]
+        activations = {k: v for k, v in activations.items() if k not in unread}
         parts[ACTIVATIONS] = sum(activations.values())
     if teacher is not None:
         parts["teacher"] = _teacher_bytes(teacher, recipe, job)
@@ -100,6 +113,22 @@ def update_bytes(config: ModelConfig, table: Lora, job: Job) -> float:
     """
     each = 2 * FP32_BYTES + moment_bytes(job, "attention")
     return each * count_updates(config, table)
+
+
+def _kept_by_updates(config: ModelConfig, table: Lora, job: Job) -> dict[str, float]:
+    """What updates of projections keep for the backward pass beside the projections' own inputs:
+    the rows between A and B with casts of both, and of experts their weights with the updates, in
+    fp32 (`model.low_rank`). With recomputation of layers that is one layer's.
+    """
+    single = [shape for shape in updated_shapes(config, table) if len(shape) == 2]
+    inner = table.rank * len(single) * job.device_tokens
+    factors = sum(table.rank * sum(shape) for shape in single)
+    found = {
+        "rows of updates": float(job.element_bytes * (inner + factors)),
+        "updated experts": float(FP32_BYTES * count_added_up(config, table)),
+    }
+    share = 1 / config.num_hidden_layers if job.recompute == "layers" else 1.0
+    return {name: size * share for name, size in found.items()}
 
 
 def gradient_bytes(config: ModelConfig, table: Lora) -> float:

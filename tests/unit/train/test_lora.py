@@ -284,7 +284,7 @@ def test_memory_is_that_of_weights_that_stay(precision: str, bytes_each: int) ->
     )
     assert ours["weights"] == full["weights"] / 4 * bytes_each
     assert ours["gradients"] == ours["optimiser"] == 0 < full["optimiser"]
-    assert ours["activations"] == full["activations"]
+    assert ours["cast weights"] == 0
 
 
 @pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 8), ("muon", 4)])

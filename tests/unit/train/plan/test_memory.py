@@ -12,10 +12,13 @@ from lowlat.model.init import init_weights
 from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native_training
+from lowlat.train.lora import EXPERT_PROJECTIONS, add_updates, is_update
 from lowlat.train.plan.activations import layer_bytes
+from lowlat.train.plan.dryrun import require_fit
 from lowlat.train.plan.job import Job, Layout, Precision
 from lowlat.train.plan.memory import Memory, device_memory
 from lowlat.train.plan.stages import cut, held
+from lowlat.train.recipe import parse_recipe
 from tests.fakes import gqa_config, mla_config
 
 JOB = Job(sequence_length=128, batch_rows=8, precision="fp32", layout=Layout(zero=0))
@@ -51,17 +54,17 @@ LAYERS = replace(
 )
 
 
-def kept_bytes(model: nn.Module, hidden: Tensor, lengths: list[int]) -> int:
+def kept_bytes(model: nn.Module, hidden: Tensor, lengths: list[int], *, casts: bool = True) -> int:
     """Bytes of the distinct tensors that the layers keep for their backward passes, without
-    parameters and their casts.
+    parameters and, unless told otherwise, their casts.
     """
     sizes: dict[int, tuple[int, Tensor]] = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    casts = {p.shape for p in model.parameters()} | {p.shape[::-1] for p in model.parameters()}
+    shapes = {p.shape for p in model.parameters()} | {p.shape[::-1] for p in model.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
         memory = tensor.untyped_storage()
-        if memory.data_ptr() not in parameters and tensor.shape not in casts:
+        if memory.data_ptr() not in parameters and not (casts and tensor.shape in shapes):
             sizes[memory.data_ptr()] = (memory.nbytes(), tensor)
         return tensor
 
@@ -95,6 +98,53 @@ def test_activations_are_what_autograd_keeps(
     layers = range(config.num_hidden_layers)
     estimated = sum(sum(layer_bytes(config, layer, job).values()) for layer in layers)
     assert kept_bytes(model, hidden, [128] * 4) == pytest.approx(4 * 128 * estimated, rel=0.05)
+
+
+ATTENTIONS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("modules", [ATTENTIONS, (*ATTENTIONS, *EXPERT_PROJECTIONS)])
+def test_what_updates_keep(
+    modules: tuple[str, ...], precision: Precision, monkeypatch: pytest.MonkeyPatch
+):
+    """Holds shut: experts whose weights with their updates are as large as the model itself."""
+    monkeypatch.setattr(native_training, "usable", lambda *tensors: False)
+    model = Transformer(SPARSE)
+    init_weights(model, seed=5)
+    stack_experts(model)
+    lora = {"rank": 7, "alpha": 1.0, "modules": modules}
+    recipe = parse_recipe(
+        {
+            "name": "r",
+            "start": "base",
+            "precision": precision,
+            "data": {"folder": "tokens"},
+            "lora": lora,
+            "phase": [
+                {
+                    "name": "p",
+                    "steps": 1,
+                    "sequence_length": 128,
+                    "batch_rows": 4,
+                    "micro_batch_rows": 4,
+                    "learning_rate": [{"to": 1.0}],
+                }
+            ],
+        },
+        origin="r",
+    )
+    assert recipe.lora is not None
+    add_updates(model, recipe.lora, seed=3, origin="r")
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    for name, parameter in model.named_parameters():
+        if not is_update(name):
+            parameter.data = parameter.data.to(dtype)
+    found = require_fit(SPARSE, recipe, memory_bytes=2**40)
+    hidden = torch.randn(4 * 128, 96).to(dtype).requires_grad_()
+    assert kept_bytes(model, hidden, [128] * 4, casts=False) == pytest.approx(
+        found.parts["activations"], rel=0.05
+    )
 
 
 def memory(job: Job, config: ModelConfig = SPARSE) -> Memory:
