@@ -47,13 +47,15 @@ def _layers(told: Object) -> Table:
     layers = told["layers"]
     differ = len({(layer["latent"], layer["rotary"]) for layer in layers}) > 1
     table = Table(box=None, padding=(0, 2), header_style="bold cyan")
-    names = ["layer", *["latent", "rotary key"] * differ, "attention, predicted"]
-    for name in (*names, "residual stream, measured"):
+    weighed = all(layer["alone"] is not None for layer in layers)
+    names = ["layer", *["latent", "rotary key"] * differ, *["alone, nats"] * weighed]
+    for name in (*names, "attention, predicted", "residual stream, measured"):
         table.add_column(name, justify="right")
     for number, layer in enumerate(layers):
         widths = [str(layer["latent"]), f"{layer['rotary']} ({layer['rotary_share']:.0%})"]
         errors = [f"{layer[key] ** 0.5:.1%}" for key in ("predicted", "measured")]
-        table.add_row(str(number), *widths * differ, *errors)
+        alone = [f"{layer['alone']:.4f}"] if weighed else []
+        table.add_row(str(number), *widths * differ, *alone, *errors)
     return table
 
 

@@ -11,11 +11,10 @@ from lowlat.utils.errors import UserError
 
 STEP = 8
 """Channels come in multiples of this, so that rows of a cache lie well in memory."""
-STILL_SHARE = 0.2
-"""Of the predicted cost of components that stand still. Errors of different keys are taken for
-independent, but where keys stand still their errors change slowly with distance and the softmax
-takes out what they have in common; measured on SmolLM2-135M, where any value from 0.2 to 0.5 leads
-to the same loss.
+STILL_SHARE = 0.4
+"""Of the predicted cost of components that stand still, where its price is not known. Errors of
+different keys are taken for independent, but where keys stand still their errors change slowly with
+distance and the softmax takes out what they have in common.
 """
 
 
@@ -38,9 +37,22 @@ class Costs:
     latent: Float64[Tensor, " ranks"]
     """Of keeping 0, 1, ... channels of the latent."""
 
-    def of(self, latent: int) -> float:
-        """Predicted cost."""
-        return STILL_SHARE * self.still + float(self.latent[min(latent, len(self.latent) - 1)])
+    def of(self, latent: int, price: "Price | None" = None) -> float:
+        """All together at a price, or as it is predicted without measuring one."""
+        price = price or Price(still=STILL_SHARE, latent=1.0)
+        return price.still * self.still + price.latent * self.dropped(latent)
+
+    def dropped(self, latent: int) -> float:
+        """Of so many channels of the latent."""
+        return float(self.latent[min(latent, len(self.latent) - 1)])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Price:
+    """What a unit of a layer's predicted costs is worth at the end of the model."""
+
+    still: float
+    latent: float
 
 
 LayerCosts = Mapping[int, Costs]
@@ -67,10 +79,13 @@ def row_budget(share: float, row: int, least: int) -> int:
     return kept
 
 
-def even_widths(layers: Sequence[LayerCosts], budget: int) -> Widths:
+def even_widths(
+    layers: Sequence[LayerCosts], budget: int, prices: Sequence[Price] | None = None
+) -> Widths:
     """The same widths for all layers that cost least together."""
+    priced = list(zip(layers, prices or [None] * len(layers), strict=True))
     choices = [
-        (sum(layer[rotary].of(budget - rotary) for layer in layers), rotary)
+        (sum(layer[rotary].of(budget - rotary, price) for layer, price in priced), rotary)
         for rotary in layers[0]
         if budget - rotary >= STEP
     ]
@@ -78,32 +93,50 @@ def even_widths(layers: Sequence[LayerCosts], budget: int) -> Widths:
     return Widths(latent=budget - rotary, rotary=rotary)
 
 
-def free_widths(layers: Sequence[LayerCosts], budget: int) -> list[Widths]:
+def free_widths(
+    layers: Sequence[LayerCosts], budget: int, prices: Sequence[Price] | None = None
+) -> list[Widths]:
     """Widths by layer, `budget` channels a layer on average at most, of least total cost.
 
-    One price per channel holds for all layers (a Lagrange multiplier); it is found by bisection.
+    A channel costs the same in all layers (a Lagrange multiplier), which is found by bisection.
     """
     total = budget * len(layers)
+    pairs = zip(layers, prices or [None] * len(layers), strict=True)
+    choices = [_choices(costs, price) for costs, price in pairs]
     low, high = 1e-20, 1e20
-    found = [_cheapest(layer, high) for layer in layers]
+    found = [each.cheapest(high) for each in choices]
     for _ in range(200):
-        price = (low * high) ** 0.5
-        widths = [_cheapest(layer, price) for layer in layers]
+        channel = (low * high) ** 0.5
+        widths = [each.cheapest(channel) for each in choices]
         if sum(w.latent + w.rotary for w in widths) > total:
-            low = price
+            low = channel
         else:
-            high, found = price, widths
+            high, found = channel, widths
     return found
 
 
-def _cheapest(layer: LayerCosts, price: float) -> Widths:
-    best: tuple[float, int, int] | None = None
-    for rotary, costs in layer.items():
-        ranks = torch.arange(STEP, max(len(costs.latent), STEP + 1), STEP)
-        kept = costs.latent[ranks.clamp(max=len(costs.latent) - 1)]
-        totals = STILL_SHARE * costs.still + kept + price * (rotary + ranks)
-        place = int(totals.argmin())
-        choice = (float(totals[place]), rotary, int(ranks[place]))
-        best = choice if best is None else min(best, choice)
-    assert best is not None
-    return Widths(latent=best[2], rotary=best[1])
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Choices:
+    """All widths a layer may have."""
+
+    widths: list[Widths]
+    costs: Float64[Tensor, " choices"]
+    channels: Float64[Tensor, " choices"]
+
+    def cheapest(self, channel: float) -> Widths:
+        """Where a channel costs so much."""
+        return self.widths[int((self.costs + channel * self.channels).argmin())]
+
+
+def _choices(layer: LayerCosts, price: Price | None) -> _Choices:
+    widths: list[Widths] = []
+    costs: list[float] = []
+    for rotary, own in layer.items():
+        for latent in range(STEP, max(len(own.latent), STEP + 1), STEP):
+            widths.append(Widths(latent=latent, rotary=rotary))
+            costs.append(own.of(latent, price))
+    return _Choices(
+        widths=widths,
+        costs=torch.tensor(costs, dtype=torch.float64),
+        channels=torch.tensor([each.latent + each.rotary for each in widths], dtype=torch.float64),
+    )

@@ -15,8 +15,9 @@ from lowlat.checkpoint.restart import hold
 from lowlat.config.model import ModelConfig
 from lowlat.convert.budget import STEP, row_budget
 from lowlat.convert.calibration import Calibration, read_calibration
-from lowlat.convert.compress import CompressionReport, Layout, compress
+from lowlat.convert.compress import CompressionReport, compress
 from lowlat.convert.exact import check_exact
+from lowlat.convert.planning import Layout
 from lowlat.convert.recipes import RECIPES
 from lowlat.convert.weights import Weights
 from lowlat.text.tokenizer import Tokenizer

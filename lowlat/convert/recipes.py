@@ -40,6 +40,8 @@ class Recipe:
     """Rotary channels for (head_dim, groups, budget); None has them chosen by cost."""
     refits_output: bool
     """W_O is fitted again behind the new heads (`convert.refit`)."""
+    prices_layers: bool
+    """What a layer's error costs is measured (`convert.prices`), not taken to be the same."""
     fold: int = 1
     """Neighbouring frequencies that `basis` takes for one."""
     stride: int = 1
@@ -134,6 +136,7 @@ RECIPES = {
         target=weighted_target,
         rotary=None,
         refits_output=True,
+        prices_layers=True,
     ),
     "transmla": Recipe(
         basis=pooled_basis,
@@ -142,6 +145,7 @@ RECIPES = {
         target=balanced_target,
         rotary=_transmla_rotary,
         refits_output=False,
+        prices_layers=False,
         folded=_transmla_folds,
     ),
     "mha2mla": Recipe(
@@ -151,6 +155,7 @@ RECIPES = {
         target=plain_target,
         rotary=_mha2mla_rotary,
         refits_output=False,
+        prices_layers=False,
     ),
 }
 """weighted is lowlat's own; the others are baselines, as their papers have them."""

@@ -76,13 +76,9 @@ class Sides:
 
     def losses(self) -> tuple[float, float]:
         """Perplexities of the held-out windows before and after."""
-        head = "embed_tokens" if self._base.config.tie_word_embeddings else "lm_head"
-        weight = self._base.read(f"{head}.weight").to(self._dtype)
-        norm = RMSNorm(weight.shape[1], self._base.config.rms_norm_eps, dtype=torch.float32)
-        norm.weight.data = self._base.read("norm.weight").float()
+        ending = Ending(self._base, self._dtype)
         before, after = (
-            self._perplexity(side[self._fits :], norm, weight)
-            for side in (self._before, self._after)
+            self._perplexity(side[self._fits :], ending) for side in (self._before, self._after)
         )
         return before, after
 
@@ -97,14 +93,30 @@ class Sides:
 
     @torch.no_grad()
     def _perplexity(
-        self, streams: Sequence[Float[Tensor, "length hidden"]], norm: RMSNorm, weight: Tensor
+        self, streams: Sequence[Float[Tensor, "length hidden"]], ending: "Ending"
     ) -> float:
         total = 0.0
         for x, ids in zip(streams, self._held_out, strict=True):
-            hidden = norm(x[:-1]).to(self._dtype)
             for rows, targets in zip(
-                hidden.split(HEAD_ROWS), ids[1:].split(HEAD_ROWS), strict=True
+                x[:-1].split(HEAD_ROWS), ids[1:].split(HEAD_ROWS), strict=True
             ):
-                logits = (rows @ weight.T).float()
+                logits = ending.logits(rows)
                 total += float(F.cross_entropy(logits, targets, reduction="sum"))
         return float(torch.tensor(total / self._held_out[:, 1:].numel()).exp())
+
+
+@final
+class Ending:
+    """Last norm and head of `base`; products in `dtype`."""
+
+    def __init__(self, base: Weights, dtype: torch.dtype) -> None:
+        head = "embed_tokens" if base.config.tie_word_embeddings else "lm_head"
+        self._weight, self._dtype = base.read(f"{head}.weight").to(dtype), dtype
+        hidden = self._weight.shape[1]
+        self._norm = RMSNorm(hidden, base.config.rms_norm_eps, dtype=torch.float32)
+        self._norm.weight.data = base.read("norm.weight").float()
+
+    @torch.no_grad()
+    def logits(self, x: Float[Tensor, "length hidden"]) -> Float[Tensor, "length vocab"]:
+        """Of the residual stream `x` behind the last layer."""
+        return (self._norm(x).to(self._dtype) @ self._weight.T).float()

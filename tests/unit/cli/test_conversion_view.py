@@ -12,10 +12,15 @@ from lowlat.cli.conversion_view import print_conversion
 
 from .reports import conversion
 
-LAYERS = [
-    {"latent": 96, "rotary": 32, "rotary_share": 0.25, "predicted": 0.0001, "measured": 0.0004},
-    {"latent": 160, "rotary": 96, "rotary_share": 0.375, "predicted": 0.0225, "measured": 0.01},
+WIDTHS = [
+    {"latent": 96, "rotary": 32, "rotary_share": 0.25},
+    {"latent": 160, "rotary": 96, "rotary_share": 0.375},
 ]
+ERRORS = [
+    {"predicted": 0.0001, "alone": 0.00125, "measured": 0.0004},
+    {"predicted": 0.0225, "alone": 0.02, "measured": 0.01},
+]
+LAYERS = [widths | errors for widths, errors in zip(WIDTHS, ERRORS, strict=True)]
 TOLD = {
     "recipe": "weighted",
     "folded": 1,
@@ -57,8 +62,8 @@ def test_all_of_it(tmp_path: Path) -> None:
     text = printed(tmp_path, TOLD | {"healing": HEALING, "evaluation": SCORES})
     rows = [line.split() for line in text.splitlines()[1:3]]
     assert rows == [
-        ["0", "96", "32", "(25%)", "1.0%", "2.0%"],
-        ["1", "160", "96", "(38%)", "15.0%", "10.0%"],
+        ["0", "96", "32", "(25%)", "0.0013", "1.0%", "2.0%"],
+        ["1", "160", "96", "(38%)", "0.0200", "15.0%", "10.0%"],
     ]
     for words in (
         "384  ->  192 a token and layer (50% kept): latent 128 + rotary key 64",
@@ -70,6 +75,13 @@ def test_all_of_it(tmp_path: Path) -> None:
         "the plot needs lowlat[train]",
     ):
         assert words in text
+
+
+def test_recipes_that_do_not_weigh_layers(tmp_path: Path) -> None:
+    layers = [layer | {"alone": None} for layer in LAYERS]
+    text = printed(tmp_path, TOLD | {"layers": layers})
+    assert "alone" not in text
+    assert text.splitlines()[1].split() == ["0", "96", "32", "(25%)", "1.0%", "2.0%"]
 
 
 def test_a_healing_that_harmed_says_so(tmp_path: Path) -> None:

@@ -11,18 +11,12 @@ from torch import Tensor
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
-from lowlat.convert.budget import (
-    STEP,
-    Widths,
-)
+from lowlat.convert.budget import STEP, Widths
 from lowlat.convert.calibration import Calibration
 from lowlat.convert.components import components, split
-from lowlat.convert.compress import (
-    CompressionReport,
-    compress,
-    compressed_config,
-)
+from lowlat.convert.compress import CompressionReport, compress
 from lowlat.convert.factors import attention_tensors, factorize, rank_costs, weighted_target
+from lowlat.convert.planning import compressed_config
 from lowlat.convert.recipes import RECIPES, Recipe, best_folded, way_components
 from lowlat.convert.scratch import Scratch
 from lowlat.convert.statistics import LayerStatistics, read_attention, run_layers

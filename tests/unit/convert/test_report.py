@@ -21,8 +21,8 @@ COST = CompressionReport(
     perplexity_before=20.0,
     perplexity_after=25.0,
     layers=(
-        LayerReport(latent=24, rotary=8, predicted=0.01, measured=0.02),
-        LayerReport(latent=10, rotary=18, predicted=0.04, measured=0.09),
+        LayerReport(latent=24, rotary=8, predicted=0.01, alone=0.003, measured=0.02),
+        LayerReport(latent=10, rotary=18, predicted=0.04, alone=0.02, measured=0.09),
     ),
 )
 EVALUATIONS = [{"tokens": 0, "divergence": 0.4}, {"tokens": 4096, "divergence": 0.2}]
