@@ -49,7 +49,7 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Price:
-    """What a unit of a layer's predicted costs is worth at the end of the model."""
+    """What a unit of a layer's predicted costs (`Costs`) is worth at the end of the model."""
 
     still: float
     latent: float

@@ -1,9 +1,10 @@
 """Compression from start to end: calibration, the division of the budget, a layer's tensors, and
 what it cost.
 
-Two passes over the layers, each with one layer in memory: the first measures, the second makes the
-new attention and runs both models side by side on text of its own. Statistics and new tensors wait
-in a scratch folder. Owns the order of things; the steps are the modules' beside it.
+Passes over the layers, each with one layer in memory: the first measures, some weigh what errors of
+single layers do, the last makes the new attention and runs both models side by side on text of its
+own. Statistics and new tensors wait in a scratch folder. Owns the order of things; the steps are
+the modules' beside it.
 """
 
 import math

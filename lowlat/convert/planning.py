@@ -1,7 +1,8 @@
 """What a compression decides: widths of every layer, which components turn, the new config, and a
 layer's new tensors once that is settled.
 
-Statistics come from a scratch folder; what is decided depends on them alone.
+Statistics come from a scratch folder; what a layer's error is worth is measured elsewhere
+(`convert.prices`).
 """
 
 from collections.abc import Sequence
@@ -205,6 +206,7 @@ def _largest(priority: Float[Tensor, "pairs components"], count: int) -> Int64[T
 
 
 def layer_tensors(job: Job, plan: Plan, number: int) -> dict[str, Tensor]:
+    """The new attention of layer `number` in fp64, by names in it, without W_O."""
     weights, statistics = read_attention(job.base, number), job.scratch.statistics(number)
     way, source = plan.way, job.source
     parts = way_components(way, weights, statistics)

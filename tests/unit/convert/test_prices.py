@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowlat.attention.packed import PackedAttention
-from lowlat.config.model import MLAConfig, ModelConfig
+from lowlat.config.model import ModelConfig
+from lowlat.convert import compress as compress_module
 from lowlat.convert.budget import Costs, Price, Widths
 from lowlat.convert.calibration import Calibration
-from lowlat.convert.compress import compress
+from lowlat.convert.compress import PRICINGS, compress
 from lowlat.convert.prices import EVERY, LEAST, MOST, layer_prices, lone_divergences
 from lowlat.model.block import DecoderLayer
 from lowlat.model.transformer import Transformer
@@ -113,14 +114,19 @@ def test_prices_that_cannot_be_measured() -> None:
     assert [own.still for own in found] == pytest.approx([1 / MOST, 1.0, 1.0, MOST])
 
 
-def test_channels_go_where_errors_cost(tmp_path: Path) -> None:
-    """A layer whose errors the head does not see gives its channels to the others."""
+def test_channels_go_where_errors_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer whose errors the head does not see gives channels to the others."""
     weights = weights_of(model_config())
     seen = torch.arange(61) < 30
     weights.read("layers.2.self_attn.o_proj.weight")[seen] = 0
     weights.read("layers.2.mlp.down_proj.weight")[:] = 0
     weights.read("lm_head.weight")[:, ~seen] = 0
-    model = compressed_folder(weights, tmp_path)
-    attention = [model.config.attention_of(number) for number in range(3)]
-    assert all(isinstance(own, MLAConfig) for own in attention)
-    assert attention[2].row_dim < min(own.row_dim for own in attention[:2])
+    rows: dict[int, list[int]] = {}
+    for pricings in (0, PRICINGS):
+        monkeypatch.setattr(compress_module, "PRICINGS", pricings)
+        folder = tmp_path / str(pricings)
+        folder.mkdir()
+        config = compressed_folder(weights, folder).config
+        rows[pricings] = [config.attention_of(number).row_dim for number in range(3)]
+    assert rows[PRICINGS][2] < rows[0][2]
+    assert sum(rows[PRICINGS][:2]) > sum(rows[0][:2])
