@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from lowlat.cli.bench import bench
 from lowlat.cli.chat import chat
@@ -95,9 +96,24 @@ def run() -> None:
     """
     put_off_collections()
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except UserError as error:
         print(f"lowlat: error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
+    except TyperException as error:
+        if told := usage_fault(error):
+            print(f"lowlat: error: {told}", file=sys.stderr)
+        sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def usage_fault(error: TyperException) -> str:
+    """What is wrong with the command line, in one line with where to read on; empty where the help
+    has been printed instead.
+    """
+    told = " ".join(error.format_message().split())
+    context = getattr(error, "ctx", None)
+    if not told or context is None:
+        return told
+    return f"{told.rstrip('.')} ({context.command_path} --help tells more)"

@@ -38,12 +38,32 @@ def test_a_fault_of_the_user_is_one_line_and_exit_code_2() -> None:
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [("generate",), ("chat", "--nonsense"), ("fly",)])
-def test_wrong_usage_is_exit_code_2_without_a_traceback(arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("generate", "minnow"), ("'--prompt'", "generate --help")),
+        (("chat", "--nonsense"), ("--nonsense", "chat --help")),
+        (("fly",), ("'fly'", "--help")),
+        (("generate", "-p", "x", "--max-tokens", "some"), ("'--max-tokens'", "integer")),
+        (("data", "build", "out"), ("'SOURCE'", "data build --help")),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], told: tuple[str, ...]
+) -> None:
     result = lowlat(*arguments)
     assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert "Usage" in result.stderr
+    assert result.stdout == ""
+    assert result.stderr.startswith("lowlat: error: ")
+    assert result.stderr.count("\n") == 1
+    assert all(word in result.stderr for word in told)
+
+
+def test_without_words_the_help_is_shown() -> None:
+    result = lowlat()
+    assert result.returncode == 2
+    assert "generate" in result.stdout
+    assert result.stderr == ""
 
 
 @pytest.mark.parametrize("arguments", [("--version",), ("--help",), ("generate", "--help")])
