@@ -20,7 +20,7 @@ def join(trace: Trace, config: ModelConfig, block: Block) -> Outcome | None:
     h = _normed(carried, hnorm, config.rms_norm_eps)
     in_order = off(joined, torch.cat([e, h], dim=-1) @ weight.T)
     swapped = off(joined, torch.cat([h, e], dim=-1) @ weight.T)
-    limit = limit_of(trace)
+    limit = limit_of(trace.dtype)
     mistakes = []
     if swapped < in_order and swapped <= limit:
         detail = "joins hidden state and embedding in this order, not embedding first"

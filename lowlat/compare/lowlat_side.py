@@ -60,7 +60,7 @@ class LowlatSide(Side):
     @torch.no_grad()
     def trace(self, window: Window, choices: Choices | None = None) -> Trace:
         model = self.model
-        trace = Trace(dtype=model.embed_tokens.weight.dtype)
+        trace = Trace(dtype=model.embed_tokens.weight.dtype, cached=self.cache)
         with Observer(trace) as observer:
             observer.embedding(model.embed_tokens)
             watch_layers(observer, model, choices or {})

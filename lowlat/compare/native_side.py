@@ -48,7 +48,7 @@ class NativeSide(Side):
     @torch.inference_mode()
     def trace(self, window: Window, choices: Choices | None = None) -> Trace:
         assert not choices, "a native step takes no choices"
-        trace = Trace(dtype=torch.bfloat16)
+        trace = Trace(dtype=torch.bfloat16, cached=self.cache)
         length = len(window.ids)
         form = self.form or form_of(self.config.attention, length)
         cache, batch = one_sequence(self.model, window, form, self.cache)

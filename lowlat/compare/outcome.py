@@ -6,10 +6,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lowlat.compare.trace import Trace
-
 EXPLAINED, NARROW = 1e-3, 2e-2
-"""Largest relative difference of a step that was reproduced; NARROW for bf16 and fp16."""
+"""Largest relative difference of a step that was reproduced; NARROW for NARROW_TYPES."""
+NARROW_TYPES = (torch.bfloat16, torch.float16, torch.int8)
 
 Kind = Literal[
     "yarn_cos_sin",
@@ -53,9 +52,9 @@ class Outcome:
 UNEXPLAINED = Outcome(explained=False)
 
 
-def limit_of(trace: Trace) -> float:
-    """The largest relative difference that still is a reproduction."""
-    return NARROW if trace.dtype in (torch.bfloat16, torch.float16) else EXPLAINED
+def limit_of(dtype: torch.dtype) -> float:
+    """The largest relative difference that still is a reproduction of what is held in `dtype`."""
+    return NARROW if dtype in NARROW_TYPES else EXPLAINED
 
 
 def off(found: Tensor, expected: Tensor) -> float:

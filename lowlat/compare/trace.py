@@ -130,6 +130,8 @@ class Trace:
 
     dtype: torch.dtype
     """Number type of the activations they were computed in."""
+    cached: torch.dtype | None = None
+    """Number type of cached rows; None: the activations'."""
     parts: dict[Place, Tensor] = field(default_factory=dict)
     """What is compared."""
     evidence: dict[Place, Tensor] = field(default_factory=dict)

@@ -61,6 +61,18 @@ def test_equal_ends_with_0(folder: Path) -> None:
     assert "equal within 0.0001" in result.output and "layer 1" in result.output
 
 
+def test_rounded_rows_of_a_cache_are_within_their_tolerance(folder: Path) -> None:
+    """Holds shut: judged as fp32, every int8 cache is different and its keys are unexplained."""
+    result = invoke(folder, f"{folder}@cache-int8", "--tokens", "19", "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0 and report["tolerance"] == 0.2
+    assert report["a"]["precision"] == "fp32" and report["b"]["precision"] == "int8"
+    assert report["verdict"]["unexplained"] == []
+    assert next(row["relative"] for row in report["parts"] if row["part"] == "v") > 1e-3
+    tight = invoke(folder, f"{folder}@cache-int8", "--tokens", "19", "--tolerance", "1e-4")
+    assert tight.exit_code == 1 and "differ first at layer 0 v" in tight.output
+
+
 def test_different_ends_with_1_and_names_the_place(folder: Path) -> None:
     result = invoke(folder, f"{folder}@int4", "--tolerance", "0.01", "--tokens", "19")
     assert result.exit_code == 1
