@@ -20,7 +20,8 @@ def print_conversion(report: Report, console: Console | None = None) -> None:
     before, after = report.cache_bytes_per_token_before, report.cache_bytes_per_token_after
     rows = {
         "attention": f"{report.attention_before}  ->  {report.attention_after}",
-        "cache per token": f"{before:,}  ->  {after:,} bytes in bf16",
+        "cache per token": f"{before:,}  ->  {after:,} bytes in bf16, "
+        f"{report.cache_bytes_per_token_int8:,} in int8",
         "parameters": f"{report.parameters_before:,}  ->  {report.parameters_after:,}",
         "weights": f"{decimal(report.weight_bytes_before)}  ->  "
         f"{decimal(report.weight_bytes_after)}",

@@ -96,7 +96,7 @@ def run() -> None:
     """
     put_off_collections()
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(standalone_mode=False) or 0)
     except UserError as error:
         print(f"lowlat: error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)

@@ -25,7 +25,7 @@ PLOT_FILE = "conversion.svg"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What a conversion did. Cache sizes are those of lowlat with a bf16 cache."""
+    """What a conversion did. Cache sizes are those of lowlat, in bf16 unless named otherwise."""
 
     source: Path
     """The folder or .gguf file read."""
@@ -39,6 +39,8 @@ class Report:
     """All layers together."""
     cache_bytes_per_token_after: int
     """All layers together."""
+    cache_bytes_per_token_int8: int
+    """The same in an int8 cache."""
     parameters_before: int
     """Without MTP modules; a tied head counts once."""
     parameters_after: int
@@ -77,6 +79,7 @@ def measure(
         attention_after=describe_attention(converted.attention),
         cache_bytes_per_token_before=costs[0].own_bytes_per_token(CACHE_DTYPE),
         cache_bytes_per_token_after=costs[1].own_bytes_per_token(CACHE_DTYPE),
+        cache_bytes_per_token_int8=costs[1].own_bytes_per_token("int8"),
         parameters_before=counts[0].total,
         parameters_after=counts[1].total,
         weight_bytes_before=sizes[0],
@@ -94,9 +97,7 @@ def compression_object(
     """The object of conversion.json: all of `cost`, each layer with the share of its cache row that
     turns, and the cache of the models before (`config`) and after.
     """
-    before, after = (
-        cache_cost(each).own_bytes_per_token(CACHE_DTYPE) for each in (config, converted)
-    )
+    before, after = cache_cost(config), cache_cost(converted)
     layers = [
         asdict(layer) | {"rotary_share": layer.rotary / (layer.latent + layer.rotary)}
         for layer in cost.layers
@@ -104,8 +105,9 @@ def compression_object(
     told = asdict(cost) | {
         "attention_before": describe_attention(config.attention),
         "attention_after": describe_attention(converted.attention),
-        "cache_bytes_per_token_before": before,
-        "cache_bytes_per_token_after": after,
+        "cache_bytes_per_token_before": before.own_bytes_per_token(CACHE_DTYPE),
+        "cache_bytes_per_token_after": after.own_bytes_per_token(CACHE_DTYPE),
+        "cache_bytes_per_token_int8": after.own_bytes_per_token("int8"),
         "layers": layers,
     }
     if converted.moe is not None:

@@ -13,6 +13,7 @@ def conversion(source: Path, destination: Path) -> Report:
         attention_after="MLA",
         cache_bytes_per_token_before=1234,
         cache_bytes_per_token_after=567,
+        cache_bytes_per_token_int8=345,
         parameters_before=89,
         parameters_after=98,
         weight_bytes_before=5_000_000,

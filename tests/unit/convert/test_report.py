@@ -50,6 +50,7 @@ def test_what_the_object_holds() -> None:
     assert found["attention_after"] == "MLA, 6 heads, latent 24 + rotary key 6"
     assert found["cache_bytes_per_token_before"] == 2 * 2 * 60
     assert found["cache_bytes_per_token_after"] == 2 * 2 * 30
+    assert found["cache_bytes_per_token_int8"] == 2 * (32 + 4)
     assert [layer["rotary_share"] for layer in found["layers"]] == [0.25, 18 / 28]
     assert json.loads(report_files(found)["conversion.json"]) == json.loads(json.dumps(found))
 
