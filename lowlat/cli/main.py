@@ -116,4 +116,5 @@ def usage_fault(error: TyperException) -> str:
     context = getattr(error, "ctx", None)
     if not told or context is None:
         return told
-    return f"{told.rstrip('.')} ({context.command_path} --help tells more)"
+    end = "" if told[-1] in ".?" else ";"
+    return f"{told}{end} {context.command_path} --help tells more"

@@ -59,7 +59,7 @@ def _rotation(
         return None
     late = block.number + 1 if block.stage == "mtp" else 0
     positions = window.positions[late : late + len(before)]
-    limit = limit_of(trace.dtype if name == "q" or trace.cached is None else trace.cached)
+    limit = limit_of(trace.dtype if name == "q" else trace.cached or trace.dtype)
     best = best_fit(before[..., -width:], after[..., -width:], positions, rope, limit)
     if not best.error <= limit:
         return UNEXPLAINED
