@@ -7,13 +7,13 @@ to whom is the engine's business. What a row is made of in int8 is `rows`'s.
 
 import math
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lowlat.attention.rows import pack_rows, row_bytes, unpack_rows
 from lowlat.config.model import ModelConfig
+from lowlat.utils import large_pages
 
 PAGE_SIZE = 64
 
@@ -105,6 +105,4 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeros; on the CPU pages of the cache that are never written take no memory."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # torch.zeros writes them, numpy has the system give them when they are touched.
-    data = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8))
-    return data.view(dtype).view(shape)
+    return large_pages.zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

@@ -19,6 +19,7 @@ from lowlat.checkpoint.padding import PaddingError
 from lowlat.checkpoint.source import TensorSource
 from lowlat.model.linear import Linear, Storage
 from lowlat.utils.errors import UserError
+from lowlat.utils.large_pages import LargePages
 from lowlat.utils.progress import Progress
 
 FP8 = torch.float8_e4m3fn
@@ -40,6 +41,7 @@ def fill(
     that are no weight's and for values that are not finite where they must be.
     """
     filled: dict[str, Tensor] = {}
+    held = LargePages()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     total = sum(_stored_bytes(source, name) for step in plan for name in step.file_shapes(shapes))
     with progress.task("Loading weights", total=total, unit="bytes") as task:
@@ -48,6 +50,8 @@ def fill(
             where = source.where(names[-1]) if names else f"{source.path}: tensor {name!r}"
             if packed is not None and name in packed:
                 parts = fit_packed(tensor, name, where, packed[name])
+                if device.type == "cpu":
+                    parts = {part: held.hold(value) for part, value in parts.items()}
             else:
                 parts = {name: _fit_stored(tensor, name, where, parameters[name].dtype, dtype)}
             filled |= {part: fitted.to(device) for part, fitted in parts.items()}

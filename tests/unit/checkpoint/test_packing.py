@@ -20,6 +20,7 @@ from lowlat.convert.run import convert
 from lowlat.model.linear import Linear
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
+from lowlat.utils.large_pages import HAS_LARGE_PAGES
 from lowlat.utils.progress import Task, Unit
 
 from .builders import (
@@ -163,6 +164,14 @@ def test_values_that_do_not_fit(tmp_path: Path, dtype: str, value: float) -> Non
     rewrite(tmp_path / "m", change)
     with pytest.raises(UserError, match=f"'{name}' has values .* too large for {dtype}; use"):
         load_model(tmp_path / "m", dtype=dtype)
+
+
+@pytest.mark.skipif(not HAS_LARGE_PAGES, reason="the system has no large pages")
+def test_packed_weights_share_large_pages(tmp_path: Path) -> None:
+    write_model(tmp_path / "m", FAMILIES["llama"])
+    model = load_model(tmp_path / "m", dtype="int4").model
+    matrices = [part for linear in linears(model).values() for part in linear.parameters()]
+    assert len({part.untyped_storage().data_ptr() for part in matrices}) == 1
 
 
 def test_progress_ends_at_its_total(tmp_path: Path) -> None:
