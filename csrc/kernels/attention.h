@@ -349,7 +349,8 @@ inline void attend_loaded(const Queries& q, const SpanPanels& panels, std::int64
 // Adds the state of later keys to that of earlier ones, row by row.
 inline void fold(const SoftmaxState& later, const SoftmaxState& into, std::int64_t rows) {
   for (std::int64_t r = 0; r < rows; ++r) {
-    if (later.top[r] == kNone) continue;
+    // Scores that are all NaN leave no top, but sums that must come through.
+    if (later.top[r] == kNone && later.total[r] == 0.0f) continue;
     const float top = std::fmax(into.top[r], later.top[r]);
     const float keep = into.top[r] == kNone ? 0.0f : scalar_exp(into.top[r] - top);
     const float gain = scalar_exp(later.top[r] - top);

@@ -320,6 +320,22 @@ def test_nan_stays_with_those_who_see_it(level: str, width: int, quantized: int)
 
 
 @every_level
+@pytest.mark.parametrize("quantized", [0, 32, 40], ids=["bf16", "latent", "whole row"])
+@pytest.mark.parametrize("start", [64, 70, 128])
+def test_nan_comes_through_where_a_split_holds_nothing_else(
+    level: str, start: int, quantized: int
+) -> None:
+    rows = draw((start + 2, 40), "normal", 1)
+    rows[start // 64 * 64 :] = torch.nan
+    q = draw((2, 3, 40), "normal", 2)
+    cache, pages = paged(stored(rows, quantized), 16, 1)
+    out = native_ops.mla_attention(
+        q, cache, pages, latent=32, start=start, scale=0.2, quantized=quantized, level=level
+    )
+    assert out.isnan().all()
+
+
+@every_level
 @pytest.mark.parametrize("quantized", [0, 64, 72], ids=["bf16", "latent", "whole row"])
 @pytest.mark.parametrize("sharpness", [0.1, 2.0])
 @pytest.mark.parametrize("width", [72, 96])
