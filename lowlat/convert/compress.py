@@ -31,7 +31,7 @@ from lowlat.convert.planning import (
     layer_tensors,
     make_plan,
 )
-from lowlat.convert.prices import WINDOWS, layer_prices, lone_divergences
+from lowlat.convert.prices import layer_prices, lone_divergences, priced_on
 from lowlat.convert.recipes import RECIPES, Recipe, best_folded
 from lowlat.convert.scratch import Scratch
 from lowlat.convert.sides import Sides
@@ -179,8 +179,7 @@ def _planned(job: Job, way: Recipe, layout: Layout, progress: Progress) -> tuple
 
 def _alone(job: Job, plan: Plan, progress: Progress) -> list[float]:
     """What every layer of `plan` costs when it is the only one compressed."""
-    windows = job.calibration.windows
-    windows = windows[:: -(-len(windows) // WINDOWS)]
+    windows = priced_on(job.calibration.windows)
     with progress.task("Weighing layers", len(plan.widths), "items") as task:
         tensors = partial(layer_tensors, job, plan)
         return lone_divergences(job.base, plan.config, tensors, windows, job.precision, task)

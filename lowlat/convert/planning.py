@@ -19,6 +19,7 @@ from lowlat.convert.budget import STEP, Costs, LayerCosts, Price, Widths, even_w
 from lowlat.convert.calibration import Calibration
 from lowlat.convert.components import Components, split
 from lowlat.convert.factors import attention_tensors, factorize, rank_costs
+from lowlat.convert.prices import trusted
 from lowlat.convert.recipes import Recipe, way_components
 from lowlat.convert.rotary import wide_rope
 from lowlat.convert.scratch import Scratch
@@ -89,6 +90,7 @@ def cheapest_widths(
     job: Job, layout: Layout, known: Forecast, prices: Sequence[Price] | None
 ) -> list[Widths]:
     """Widths that cost least under the budget, each layer's predicted costs at its price."""
+    prices = None if prices is None else trusted(prices)
     if layout == "standard":
         return [even_widths(known.costs, job.budget, prices)] * len(known.costs)
     return free_widths(known.costs, job.budget, prices)
@@ -107,7 +109,7 @@ def make_plan(
     """
     priorities = known.priorities
     if prices is not None:
-        priced = zip(priorities, prices, strict=True)
+        priced = zip(priorities, trusted(prices), strict=True)
         priorities = [own * price.still for own, price in priced]
     turning = _turning(priorities, widths, layout)
     turned = [own.flatten()[each] for own, each in zip(known.frequencies, turning, strict=True)]

@@ -5,6 +5,7 @@ others. So each layer is compressed alone, and how far the next-token distributi
 from the original's is measured; layers pass by one after the other, each is in memory once.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,16 +20,23 @@ from lowlat.convert.sides import Ending
 from lowlat.convert.weights import Weights
 from lowlat.utils.progress import Task
 
-WINDOWS = 2
-"""Of text: prices need not be exact."""
+WINDOWS, LENGTH = 8, 256
+"""Of text, and tokens of each: of many kinds of text, as two kinds have prices of their own."""
 EVERY = 2
 """Of so many tokens one is looked at: the head is much of the work in small models."""
 HEAD_ROWS = 256
 """Tokens whose logits are in memory at a time."""
 MOST = 16.0
 """How far prices may lie from their median: what a layer loses may be too little to measure."""
+TRUST = 0.5
+"""Power of a price over the median: on text of another kind it would be another."""
 LEAST = 0.1
 """Share of a layer's divergence that its latent has at least: the two parts do not add up."""
+
+
+def priced_on(windows: Int[Tensor, "windows length"]) -> Int[Tensor, "few short"]:
+    """Beginnings of some of the calibration's windows, evenly spread."""
+    return windows[:: -(-len(windows) // WINDOWS), :LENGTH]
 
 
 @torch.no_grad()
@@ -90,6 +98,17 @@ def layer_prices(
     dropped = [own.dropped(each.latent) for own, each in zip(costs, widths, strict=True)]
     by_part = (_worth(still, [own.still for own in costs]), _worth(latent, dropped))
     return [Price(still=one, latent=other) for one, other in zip(*by_part, strict=True)]
+
+
+def trusted(prices: Sequence[Price]) -> list[Price]:
+    """Prices to divide a budget by: those measured, drawn to their median."""
+    still, latent = _drawn([p.still for p in prices]), _drawn([p.latent for p in prices])
+    return [Price(still=one, latent=other) for one, other in zip(still, latent, strict=True)]
+
+
+def _drawn(values: Sequence[float]) -> list[float]:
+    median = statistics.median(values)
+    return [median ** (1 - TRUST) * value**TRUST for value in values]
 
 
 def _worth(divergences: Sequence[float], costs: Sequence[float]) -> list[float]:

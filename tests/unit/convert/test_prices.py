@@ -13,7 +13,17 @@ from lowlat.convert import compress as compress_module
 from lowlat.convert.budget import Costs, Price, Widths
 from lowlat.convert.calibration import Calibration
 from lowlat.convert.compress import PRICINGS, compress
-from lowlat.convert.prices import EVERY, LEAST, MOST, layer_prices, lone_divergences
+from lowlat.convert.prices import (
+    EVERY,
+    LEAST,
+    LENGTH,
+    MOST,
+    WINDOWS,
+    layer_prices,
+    lone_divergences,
+    priced_on,
+    trusted,
+)
 from lowlat.model.block import DecoderLayer
 from lowlat.model.transformer import Transformer
 from lowlat.utils.progress import SilentProgress
@@ -112,6 +122,25 @@ def test_prices_that_cannot_be_measured() -> None:
     still = [1e-9, 0.1, 0.1, 900.0]
     found = priced([each + 0.1 for each in still], still, [(0.1, 0.1)] * 4)
     assert [own.still for own in found] == pytest.approx([1 / MOST, 1.0, 1.0, MOST])
+
+
+def test_prices_are_trusted_by_half() -> None:
+    found = trusted(
+        [Price(still=1.0, latent=8.0), Price(still=4.0, latent=2.0), Price(still=16.0, latent=0.5)]
+    )
+    assert [own.still for own in found] == pytest.approx([2.0, 4.0, 8.0])
+    assert [own.latent for own in found] == pytest.approx([4.0, 2.0, 1.0])
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 64])
+def test_prices_are_of_all_parts_of_the_text(count: int) -> None:
+    given = torch.arange(count)[:, None].expand(count, 1024)
+    found = priced_on(given)
+    assert found.shape[1] == LENGTH
+    assert min(count, WINDOWS) // 2 < len(found) <= WINDOWS
+    places = found[:, 0]
+    assert places[0] == 0
+    assert places[-1] >= count - 1 - count // WINDOWS
 
 
 def test_channels_go_where_errors_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
