@@ -90,8 +90,12 @@ def load_model(
 
 def read_config(source: TensorSource) -> ModelConfig:
     """The config of a checkpoint. Raises UserError naming file and field."""
-    file = source.path / "config.json" if source.path.is_dir() else source.path
-    return config_from_hf(source.hf_config, source=str(file))
+    return config_from_hf(source.hf_config, source=str(config_file(source)))
+
+
+def config_file(source: TensorSource) -> Path:
+    """What the config of a checkpoint is read from."""
+    return source.path / "config.json" if source.path.is_dir() else source.path
 
 
 def _check_memory(

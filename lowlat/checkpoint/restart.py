@@ -96,6 +96,21 @@ def write_planned(
     sync_parent(dst)
 
 
+def check_room(dst: Path, needed: int) -> None:
+    """Raises UserError where the disk has no room for `needed` bytes of `dst`."""
+    if shortage := _shortage(dst.parent, needed):
+        raise UserError(f"{dst}: {shortage} on its disk; make room or choose another destination")
+
+
+def _shortage(place: Path, needed: int) -> str:
+    """In words; empty where the disk of `place` has room for `needed` bytes."""
+    needed, free = needed + SPARE_BYTES, shutil.disk_usage(place).free
+    if needed <= free:
+        return ""
+    megabyte = 10**6
+    return f"{-(-needed // megabyte):,} MB are needed, {free // megabyte:,} MB are free"
+
+
 @contextmanager
 def _opened(
     partial: Path, dst: Path, facts: dict[str, str]
@@ -158,7 +173,11 @@ def _write_all(
         for stretch in file.stretches
         if (file.name, stretch.label) in finished
     )
-    _check_room(dst, partial, sum(file.size for file in files) - kept, kept)
+    needed = sum(file.size for file in files) - kept
+    if not kept:
+        check_room(dst, needed)
+    elif shortage := _shortage(partial, needed):
+        raise OSError(errno.ENOSPC, shortage)
     if kept:
         _log.info("%s: going on after %d bytes", partial, kept)
     with progress.task(label, total, "bytes") as task:
@@ -204,16 +223,6 @@ def _sha256(out: IO[bytes], stretch: Stretch) -> str:
         digest.update(data)
         left -= len(data)
     return digest.hexdigest()
-
-
-def _check_room(dst: Path, partial: Path, needed: int, kept: int) -> None:
-    free = shutil.disk_usage(partial).free
-    if needed + SPARE_BYTES <= free:
-        return
-    shortage = f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
-    if kept:
-        raise OSError(errno.ENOSPC, shortage)
-    raise UserError(f"{dst}: {shortage} on its disk; make room or choose another destination")
 
 
 def _append(journal: IO[bytes], line: Mapping[str, str]) -> None:

@@ -4,12 +4,13 @@ A step that both sides compute alike explains no difference. A side that does no
 config says is to blame; where both do and the configs disagree, each is judged by the other's.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, NamedTuple
 
 from lowlat.compare.audit import AUDITED, audit
 from lowlat.compare.outcome import Kind, Mistake, Outcome
 from lowlat.compare.trace import Place, Trace, Window
+from lowlat.config.attention import AttentionConfig, short_name
 from lowlat.config.model import ModelConfig
 
 SideName = Literal["A", "B"]
@@ -137,6 +138,8 @@ def _charges(place: Place, own: Audits, crossed: Audits) -> list[_Charge]:
 
 STORAGE = ("quantization", "packing", "mtp_copies")
 """Fields that say how weights are stored, not what is computed."""
+LISTED = 4
+"""More numbers than this are only counted."""
 
 
 def disagreements(a: ModelConfig, b: ModelConfig) -> list[str]:
@@ -147,16 +150,30 @@ def disagreements(a: ModelConfig, b: ModelConfig) -> list[str]:
 def _unequal(a: Any, b: Any, prefix: str) -> list[str]:
     found = []
     for item in fields(a):
-        x, y = getattr(a, item.name), getattr(b, item.name)
-        if x == y:
-            continue
-        name = prefix + item.name
-        if type(x) is type(y) and hasattr(x, "__dataclass_fields__"):
-            found += _unequal(x, y, f"{name}.")
-        else:
-            found.append(f"{name}: {_short(x)} and {_short(y)}")
+        found += _differing(getattr(a, item.name), getattr(b, item.name), prefix + item.name)
     return found
 
 
+def _differing(x: Any, y: Any, name: str) -> list[str]:
+    """Two values of the field `name`; of as many layers or numbers, those that differ."""
+    if x == y:
+        return []
+    if type(x) is type(y) and is_dataclass(x):
+        return _unequal(x, y, f"{name}.")
+    if isinstance(x, tuple) and isinstance(y, tuple) and len(x) == len(y):
+        pairs = enumerate(zip(x, y, strict=True))
+        return [line for number, pair in pairs for line in _differing(*pair, f"{name}[{number}]")]
+    return [f"{name}: {_short(x)} and {_short(y)}"]
+
+
 def _short(value: Any) -> str:
-    return type(value).__name__ if hasattr(value, "__dataclass_fields__") else repr(value)
+    """A value in a few words, those of all layers together."""
+    first = value[0] if isinstance(value, tuple) and value else value
+    if isinstance(first, AttentionConfig):
+        return short_name(value)
+    if is_dataclass(first):
+        kind = type(first).__name__
+        return kind if value is first else f"{kind} by layer"
+    if isinstance(value, tuple) and len(value) > LISTED:
+        return f"{len(value)} numbers"
+    return repr(value)

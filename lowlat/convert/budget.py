@@ -1,5 +1,6 @@
 """How a cache budget is divided: rotary and latent channels of every layer."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,24 +60,42 @@ LayerCosts = Mapping[int, Costs]
 """By rotary channels."""
 
 
-def row_budget(share: float, row: int, least: int) -> int:
+def row_budget(share: float, row: int, least: int, why: str = "") -> int:
     """Channels a row may have on average if `share` of `row` is kept: the nearest multiple of STEP,
-    so that 0.33 is a third.
+    so that 0.33 is a third. why: what needs `least`, a multiple of STEP, for the message.
 
     Raises UserError where that is fewer than `least` or no saving.
     """
-    kept = round(share * row / STEP) * STEP if 0 < share < 1 else row
+    if least >= row:
+        raise UserError(
+            f"--cache: of {row} channels a token and layer, {least} are needed{why}; leave out "
+            "--cache, and the conversion is exact"
+        )
+    kept = _kept(share, row) if 0 < share < 1 else row
     if kept >= row:
         raise UserError(
             f"--cache {share:g}: give the share of the cache to keep, below 1 and at least "
-            f"{least / row:.2f}; without --cache the conversion is exact"
+            f"{_least_share(row, least)}; without --cache the conversion is exact"
         )
     if kept < least:
         raise UserError(
             f"--cache {share:g} leaves {kept} of {row} channels a token and layer, at least "
-            f"{least} are needed; keep {least / row:.2f} or more"
+            f"{least} are needed{why}; keep {_least_share(row, least)} or more"
         )
     return kept
+
+
+def _kept(share: float, row: int) -> int:
+    return round(share * row / STEP) * STEP
+
+
+def _least_share(row: int, least: int) -> str:
+    """What keeps `least` of `row`, rounded up to as many digits as say no more than that."""
+    for digits in itertools.count(2):
+        share = -(-least * 10**digits // row) / 10**digits
+        if _kept(share, row) == least:
+            return f"{share:.{digits}f}"
+    raise AssertionError
 
 
 def even_widths(

@@ -20,6 +20,8 @@ from lowlat.utils.errors import UserError
 
 WINDOW = 1024
 """Tokens of a window, or the model's context where that is shorter."""
+SHORTEST = 2
+"""Tokens of a window in which one is predicted."""
 WINDOWS = 64
 """Windows that statistics are taken of."""
 HELD_OUT = 4
@@ -49,11 +51,12 @@ def read_calibration(paths: Sequence[Path], tokenizer: Tokenizer, context: int) 
     """Windows spread evenly over the texts in `paths`; without any, over prose that comes with
     lowlat and the documentation that comes with Python.
 
-    Raises UserError naming a file that is no UTF-8 text, and for text that is too short.
+    Raises UserError naming a file that is no UTF-8 text, and for a context or text that is too
+    short.
     """
     texts = [_read(path) for path in paths] or _default_texts()
     origin = ", ".join(path.name for path in paths) or "lowlat's own text"
-    length = min(WINDOW, context)
+    length = _window_length(context)
     parts = [torch.tensor(tokenizer.encode(text), dtype=torch.int64) for text in texts]
     windows = torch.cat([part[: len(part) // length * length].view(-1, length) for part in parts])
     if len(windows) < MINIMUM + HELD_OUT:
@@ -73,14 +76,24 @@ def calibration_of(
 ) -> Calibration | None:
     """Windows spread evenly over `count` tokens; None where they are too few.
 
-    tokens: the ids at given places. context: of the model.
+    tokens: the ids at given places. context: of the model. Raises UserError for one that is too
+    short.
     """
-    length = min(WINDOW, context)
+    length = _window_length(context)
     available = count // length
     if available < MINIMUM + HELD_OUT:
         return None
     starts = np.array(_spread(available)) * length
     return _divided(torch.from_numpy(tokens(starts[:, None] + np.arange(length))), origin)
+
+
+def _window_length(context: int) -> int:
+    if context < SHORTEST:
+        raise UserError(
+            f"--cache: max_position_embeddings {context} leaves nothing to predict in calibration "
+            f"text; set it to {SHORTEST} or more in config.json, or leave out --cache"
+        )
+    return min(WINDOW, context)
 
 
 def _spread(available: int) -> list[int]:

@@ -1,5 +1,6 @@
 """A wanted compression: its options and its scratch folder."""
 
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,16 +100,20 @@ def check_reach(compression: Compression, config: ModelConfig) -> None:
             "--cache: the model has MTP modules, whose attention is not calibrated; leave out "
             "--cache, and they are converted exactly with all else"
         )
-    row = source.row_dim
-    budget = row_budget(compression.share, row, least=2 * STEP)
-    rotary = RECIPES[compression.recipe].rotary
-    turning = 0 if rotary is None else rotary(source.head_dim, source.num_key_value_heads, budget)
-    if turning + STEP > budget:
-        raise UserError(
-            f"--cache {compression.share:g} leaves {budget} of {row} channels a token and layer, "
-            f"and --recipe {compression.recipe} needs {turning} for rotation and {STEP} more; keep "
-            f"{(turning + STEP) / row:.2f} or more"
-        )
+    rotary, row = RECIPES[compression.recipe].rotary, source.row_dim
+
+    def turning(budget: int) -> int:
+        if rotary is None:
+            return 0
+        return rotary(source.head_dim, source.num_key_value_heads, budget)
+
+    budgets = range(2 * STEP, row, STEP)
+    least = next((each for each in budgets if turning(each) + STEP <= each), row)
+    why = (
+        f" (--recipe {compression.recipe}: {turning(least)} for rotation and {STEP} more, in "
+        f"multiples of {STEP})"
+    )
+    row_budget(compression.share, row, least, why if turning(least) else "")
 
 
 def compressed_weights(
@@ -161,7 +166,12 @@ def scratch_folder(dst: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"{dst}: cannot be written ({error.strerror})") from error
+        is_full = error.errno == errno.ENOSPC
+        remedy = "make room and give the same command again"
+        raise UserError(
+            f"{dst}: cannot be written ({error.strerror}); "
+            f"{remedy if is_full else 'choose another destination'}"
+        ) from error
     except SafetensorError as error:  # what that library makes of a full disk
         raise UserError(
             f"{folder}: cannot be written ({error}); make room and give the same command again"

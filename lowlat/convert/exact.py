@@ -8,6 +8,7 @@ Owns configs and tensors, not files: reading and writing is `convert.run`'s.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Shaped
@@ -21,29 +22,31 @@ from lowlat.ops.rope import inverse_frequencies, rotation_magnitude
 from lowlat.utils.errors import UserError
 
 
-def check_exact(config: ModelConfig) -> GQAConfig:
-    """The attention of `config`. Raises UserError saying why the exact form cannot express it."""
-    attention = config.attention
+def check_exact(config: ModelConfig, file: Path | None = None) -> GQAConfig:
+    """The attention of `config`, read from `file`. Raises UserError saying why the exact form
+    cannot express it.
+    """
+    attention, where = config.attention, f"{file}: " if file else ""
     if isinstance(attention, MLAConfig | tuple):
         raise UserError(
-            f"model_type '{config.model_type}' already has Multi-head Latent Attention; "
+            f"{where}model_type '{config.model_type}' already has Multi-head Latent Attention; "
             "--to mla converts MHA, GQA and MQA models"
         )
     if not isinstance(attention, GQAConfig):
         raise UserError(
-            f"the model's attention is {short_name(attention)}; --to mla converts MHA, GQA and MQA "
-            "models"
+            f"{where}the model's attention is {short_name(attention)}; --to mla converts MHA, GQA "
+            "and MQA models"
         )
     if attention.qk_norm:
         raise UserError(
-            f"model_type '{config.model_type}' normalises every key head (QK-norm), so its keys "
-            "are no linear map of the hidden state and --to mla cannot be exact; use a llama, "
+            f"{where}model_type '{config.model_type}' normalises every key head (QK-norm), so its "
+            "keys are no linear map of the hidden state and --to mla cannot be exact; use a llama, "
             "mistral or qwen2 model"
         )
     window = config.sliding_window
     if window is not None and window < config.max_position_embeddings:
         raise UserError(
-            f"sliding_window {window} is shorter than max_position_embeddings "
+            f"{where}sliding_window {window} is shorter than max_position_embeddings "
             f"{config.max_position_embeddings}, and a deepseek_v3 model sees its whole context; "
             f"set max_position_embeddings to {window} in config.json to convert it for that context"
         )

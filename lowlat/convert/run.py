@@ -22,11 +22,11 @@ from torch import Tensor
 from lowlat.checkpoint.dense import dense_source
 from lowlat.checkpoint.gguf_keys import architecture_of
 from lowlat.checkpoint.index import INDEX_FILE, open_checkpoint
-from lowlat.checkpoint.load import read_config
+from lowlat.checkpoint.load import config_file, read_config
 from lowlat.checkpoint.mapping import settle_mtp
 from lowlat.checkpoint.place import fit
 from lowlat.checkpoint.planned_files import plan_folder
-from lowlat.checkpoint.restart import options_text, write_planned
+from lowlat.checkpoint.restart import check_room, options_text, partial_path, write_planned
 from lowlat.checkpoint.save import refuse_existing, text_files
 from lowlat.checkpoint.source import TensorSource
 from lowlat.config.hf import config_to_hf
@@ -150,6 +150,7 @@ def convert(
     with ExitStack() as until_written:
         extra, cost = {}, None
         if compression is not None:
+            _check_room(dst.absolute(), base, form)
             scratch = until_written.enter_context(scratch_folder(dst))
             weights, cost = compressed_weights(
                 base, src, compression, scratch, _widest(base, form), progress
@@ -204,6 +205,8 @@ def check(
     is_same = to is None and experts is None and is_gguf == _is_gguf(src)
     if is_same and form == _stored_form(found):
         raise UserError(f"{src}: nothing to convert; its weights are {form} already")
+    if to == "mla":
+        check_exact(found, config_file(opened))
     if compression is not None:
         check_reach(compression, found)
     if experts is not None:
@@ -296,6 +299,16 @@ def _widest(base: Weights, form: Form | None) -> torch.dtype:
 
 def _is_attention(name: str) -> bool:
     return ".self_attn." in name
+
+
+def _check_room(dst: Path, base: Weights, form: Form | None) -> None:
+    """Raises UserError where the disk cannot take what a compression leaves as it is: so much of
+    the result's size is known before the work.
+    """
+    if partial_path(dst).exists():  # with some of it
+        return
+    tensors = (tensor for group in stored_groups(base, form) for tensor in group.tensors)
+    check_room(dst, sum(each.size for each in tensors if not _is_attention(each.name)))
 
 
 def _config_fields(

@@ -175,7 +175,8 @@ def _check_calibration(task: _Task) -> None:
     if text is not None:
         given = task.tokenizer.encode_batch([path.read_text("utf-8") for path in paths])
         seen = map(np.array, given) if paths else found.windows.numpy()
-        require_uncalibrated(seen, text.ids, text.path)
+        origin = "the text of --calibrate" if paths else "lowlat's own calibration text"
+        require_uncalibrated(seen, text.ids, text.path, origin)
 
 
 def _made(task: _Task) -> tuple[Path, dict[str, Any]]:

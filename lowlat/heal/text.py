@@ -6,7 +6,7 @@ Owns how text becomes documents here and what is too little; token folders are `
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -39,7 +39,7 @@ RECORDS = re.compile(r"\.(jsonl|ndjson|parquet)(\.gz)?$", re.IGNORECASE)
 
 
 def build_tokens(
-    folder: Path, texts: Iterable[str], tokenizer: Tokenizer, length: int, progress: Progress
+    folder: Path, texts: Sequence[str], tokenizer: Tokenizer, length: int, progress: Progress
 ) -> TokenFolder:
     """Make the token folder `folder` of `texts`, for rows of `length` tokens.
 
@@ -53,12 +53,12 @@ def build_tokens(
         options = BuildOptions(sources=sources, held_out=share, end_of_text=end)
         try:
             # Too little of either split is told with what is needed.
-            build(partial, options, tokenizer, progress, is_all_held_out=True)
+            build(partial, options, tokenizer, progress, may_be_empty=True)
         except BadDocument as error:
             raise _bad_text(error) from error
         if TokenFolder.open(partial).num_tokens("held_out") > EVALUATED_TOKENS:
             break
-    _check_enough(TokenFolder.open(partial), length)
+    _check_enough(TokenFolder.open(partial), texts, length)
     passages.unlink(missing_ok=True)
     partial.rename(folder)
     return TokenFolder.open(folder)
@@ -70,25 +70,28 @@ def require_unseen(
     """Raises UserError where the training split of `folder` holds the evaluation text `ids`, whose
     file is `name`.
     """
-    _require_few(shared_runs(folder, ids, progress=progress), name, "--text")
+    _require_few(shared_runs(folder, ids, progress=progress), name, "the text of --text")
 
 
 def require_uncalibrated(
-    calibration: Iterable[Int[np.ndarray, " tokens"]], ids: Int[np.ndarray, " tokens"], name: Path
+    calibration: Iterable[Int[np.ndarray, " length"]],
+    ids: Int[np.ndarray, " tokens"],
+    name: Path,
+    origin: str,
 ) -> None:
     """Raises UserError where the texts that a model is calibrated on hold the evaluation text
-    `ids`, whose file is `name`.
+    `ids`, whose file is `name`. `origin` is what these texts are called.
     """
     wanted = {hash(run.tobytes()) for run in _runs(ids)}
     seen = {hash(run.tobytes()) for text in calibration for run in _runs(text)} & wanted
-    _require_few(len(seen) / max(1, len(wanted)), name, "--calibrate")
+    _require_few(len(seen) / max(1, len(wanted)), name, origin)
 
 
-def _require_few(share: float, name: Path, option: str) -> None:
+def _require_few(share: float, name: Path, origin: str) -> None:
     if share > MOST_SHARED:
         raise UserError(
-            f"--evaluate {name}: {share:.1%} of it is in the text of {option}; evaluate on text "
-            "that the model is not made with"
+            f"--evaluate {name}: {share:.1%} of it is in {origin}; evaluate on text that the "
+            "model is not made with"
         )
 
 
@@ -156,7 +159,7 @@ def _bad_text(error: BadDocument) -> UserError:
     return UserError(f"--text: {str(error).removesuffix(', or pass --invalid skip or replace')}")
 
 
-def _check_enough(made: TokenFolder, length: int) -> None:
+def _check_enough(made: TokenFolder, texts: Sequence[str], length: int) -> None:
     least = length + 1
     splits: dict[Split, str] = {"train": "to train on", "held_out": "held out to measure on"}
     for split, what in splits.items():
@@ -164,6 +167,6 @@ def _check_enough(made: TokenFolder, length: int) -> None:
         if found < least:
             documents = sum(facts.documents for facts in made.facts.splits.values())
             raise UserError(
-                f"--text: of {documents} documents {found} tokens are {what}, at least {least} are "
-                "needed; add text, or give more documents"
+                f"--text: {', '.join(texts)}: of {documents} documents {found} tokens are {what}, "
+                f"at least {least} are needed; add text, or give more documents"
             )

@@ -17,6 +17,7 @@ Each appears whole or not at all. Owns the folder; what is made in it is `heal.r
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -122,7 +123,10 @@ def opened(dst: Path, identity: Mapping[str, str]) -> Iterator[Work]:
                 raise
             shutil.rmtree(work.folder, ignore_errors=True)
     except OSError as error:
+        what = f"{dst}: cannot be written ({error.strerror})"
+        if not os.path.exists(work.folder):
+            raise UserError(f"{what}; choose another destination") from error
         raise UserError(
-            f"{dst}: cannot be written ({error.strerror}); what is done is kept in {work.folder}: "
-            "make room and give the same command again, or remove it"
+            f"{what}; what is done is kept in {work.folder}: make room and give the same command "
+            "again, or remove it"
         ) from error

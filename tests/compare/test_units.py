@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowlat_configs import EVERY, MLA, lowlat_config
 
+from lowlat.compare.blame import disagreements
 from lowlat.compare.gate import gate_scores, ranking, weighed
 from lowlat.compare.inputs import random_ids
 from lowlat.compare.measure import Comparison, Sums
@@ -23,6 +25,7 @@ from lowlat.compare.trace import (
     load_trace,
     save_trace,
 )
+from lowlat.config.attention import short_name
 from lowlat.config.model import MoEConfig, RopeConfig
 from lowlat.ops.rope import RotaryTables, apply_rope
 from lowlat.ops.routing import route
@@ -229,3 +232,24 @@ def test_a_word_behind_a_folder_is_an_option(
 def test_random_tokens_depend_on_the_seed_alone() -> None:
     assert random_ids(97, 50, 3) == random_ids(97, 50, 3) != random_ids(97, 50, 4)
     assert set(random_ids(7, 500, 0)) == set(range(7))
+
+
+def test_configs_differ_in_short_words() -> None:
+    """Layers together, and of as many layers or numbers those that differ."""
+    whole, free = lowlat_config(MLA), EVERY["layers all"]
+    attention, ropes = free.attention, free.rope
+    assert isinstance(attention, tuple) and isinstance(ropes, tuple)
+    found = disagreements(whole, free)
+    assert f"attention: MLA 13 + 6 and {short_name(attention)}" in found
+    assert "rope: RopeConfig and RopeConfig by layer" in found
+    assert max(map(len, found)) < 100
+    wider = replace(attention[1], kv_lora_rank=777)
+    again = disagreements(free, replace(free, attention=(attention[0], wider, *attention[2:])))
+    assert again == [f"attention[1].kv_lora_rank: {attention[1].kv_lora_rank} and 777"]
+    for plain, expected in ((None, "None and 40 numbers"), ((1.0,) * 39 + (2.0,), "2.0 and 1.0")):
+        a, b = (
+            replace(whole, rope=RopeConfig(rope_type="longrope", rope_theta=9.0, pair_factors=each))
+            for each in (plain, (1.0,) * 40)
+        )
+        (line,) = disagreements(a, b)
+        assert line.startswith("rope.pair_factors") and line.endswith(expected)

@@ -50,10 +50,10 @@ def build(
     tokenizer: Tokenizer | int,
     progress: Progress | None = None,
     *,
-    is_all_held_out: bool = False,
+    may_be_empty: bool = False,
 ) -> BuildReport:
     """Make the token folder `destination`, with `tokenizer` or a vocabulary trained to that size.
-    is_all_held_out: whether it may be without a document to train on.
+    may_be_empty: whether it may be without a document to train on, or without any.
 
     The folder appears whole or not at all. The same sources and options give the same bytes,
     however many threads the tokenizer uses (RAYON_NUM_THREADS).
@@ -68,7 +68,8 @@ def build(
         if isinstance(tokenizer, int):
             tokenizer = _trained(options, tokenizer, progress)
         facts = _tokenised(folder, options, tokenizer, progress)
-        _check_documents(facts, is_all_held_out)
+        if not may_be_empty:
+            _check_documents(facts)
         write_facts(folder, facts)
     seconds = time.monotonic() - start
     return BuildReport(path=destination, facts=facts, asked_vocab=asked, seconds=seconds)
@@ -83,19 +84,20 @@ def _check(options: BuildOptions) -> None:
         raise UserError(f"shard_tokens {options.shard_tokens} must be at least 1")
 
 
-def _check_documents(facts: FolderFacts, is_all_held_out: bool) -> None:
+def _check_documents(facts: FolderFacts) -> None:
     """Raises UserError where there is nothing, or nothing to train on."""
     if facts.splits["train"].documents:
         return
     dropped = ", ".join(f"{count} {why}" for why, count in facts.dropped.items())
     if facts.splits["held_out"].documents:
-        if is_all_held_out:
-            return
         raise UserError(
             f"sources leave no document to train on, all are held out ({dropped or 'none'} "
             "dropped); give other sources, or hold out fewer"
         )
-    raise UserError(f"sources hold no documents ({dropped or 'none'}); give others")
+    raise UserError(
+        f"{', '.join(facts.sources)}: no documents to train on ({dropped or 'none'} dropped); give "
+        "other sources"
+    )
 
 
 def _trained(options: BuildOptions, vocab_size: int, progress: Progress) -> Tokenizer:

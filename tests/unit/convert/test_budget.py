@@ -1,5 +1,6 @@
 """How a cache budget is divided among layers: kept, and well spent."""
 
+import re
 from itertools import product
 
 import pytest
@@ -68,3 +69,19 @@ def test_budgets_are_kept_and_well_spent(seed: int) -> None:
 def test_shares_out_of_reach(share: float, words: str) -> None:
     with pytest.raises(UserError, match=words):
         row_budget(share, 96, least=16)
+
+
+@pytest.mark.parametrize(
+    ("row", "least"), [(20, 16), (44, 40), (96, 16), (128, 40), (192, 24), (192, 184), (8192, 16)]
+)
+def test_the_share_that_is_named_is_accepted(row: int, least: int) -> None:
+    for share in (1e-5, 1.0):
+        with pytest.raises(UserError) as caught:
+            row_budget(share, row, least)
+        named = re.search(r"(?:keep|at least) (0\.\d+)", str(caught.value))
+        assert named is not None and row_budget(float(named[1]), row, least) == least
+
+
+def test_rows_of_which_no_part_is_enough() -> None:
+    with pytest.raises(UserError, match=r"of 16 channels .* 16 are needed; leave out --cache"):
+        row_budget(0.5, 16, least=16)

@@ -59,3 +59,14 @@ def test_tokens_are_windows_spread_over_all_of_them(count: int) -> None:
 
 def test_few_tokens_are_no_calibration() -> None:
     assert calibration_of(lambda places: places, 1199, 100, "tokens") is None
+
+
+def test_a_context_without_a_token_to_predict() -> None:
+    """Holds shut: a division by the number of predictions."""
+    for read in (
+        lambda: read_calibration([], byte_tokenizer(), 1),
+        lambda: calibration_of(lambda places: places, 9999, 1, "tokens"),
+    ):
+        with pytest.raises(UserError, match=r"max_position_embeddings 1 .* set it to 2 or more"):
+            read()
+    assert read_calibration([], byte_tokenizer(), 2).windows.shape == (64, 2)

@@ -1,7 +1,9 @@
 """Compressed models as folders: what is written, who loads it, what is refused."""
 
+import errno
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,8 +147,10 @@ def test_a_recipe_keeps_within_the_budget_or_says_so(tmp_path: Path, layout: Any
     one = GQAConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=64)
     source = source_model(tmp_path / "source", attention=one)
     asked = wanted(tmp_path, share=0.25, recipe="transmla", layout=layout)
-    with pytest.raises(UserError, match=r"needs 32 for rotation and 8 more; keep 0.31 or more"):
-        convert(source, tmp_path / "mla", to="mla", compression=asked)
+    words = r"at least 40 are needed .--recipe transmla: 32 for rotation and 8 more.*keep 0.32 or"
+    for share in (0.01, 0.25):
+        with pytest.raises(UserError, match=words):
+            convert(source, tmp_path / "mla", to="mla", compression=replace(asked, share=share))
     report = convert(source, tmp_path / "mla", to="mla", compression=replace(asked, share=0.32))
     assert report.compression is not None and report.compression.channels_after == 40
 
@@ -267,6 +271,30 @@ def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
             pass
         assert folder.is_dir()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "remedy"), [(errno.EROFS, "choose another"), (errno.ENOSPC, "make room and give")]
+)
+def test_a_disk_that_takes_no_scratch_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int, remedy: str
+) -> None:
+    monkeypatch.setattr(Path, "mkdir", Mock(side_effect=OSError(fault, os.strerror(fault))))
+    words = rf"mla: cannot be written \({os.strerror(fault)}\); {remedy}"
+    with pytest.raises(UserError, match=words), scratch_folder(tmp_path / "mla"):
+        pass
+
+
+def test_a_disk_too_small_is_said_before_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_model(tmp_path / "source")
+    usage = restart.shutil.disk_usage(tmp_path)._replace(free=restart.SPARE_BYTES)
+    monkeypatch.setattr(restart.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("lowlat.convert.run.compressed_weights", Mock(side_effect=AssertionError))
+    with pytest.raises(UserError, match="mla: 17 MB are needed, 16 MB are free on its disk"):
+        convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "text.txt"}
 
 
 def test_a_full_disk_while_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,13 @@ def test_packed_folders_keep_their_type(tmp_path: Path) -> None:
             "experts without shared ones",
         ),
         (gqa("qwen3", sliding_window=7), "sliding_window 7"),
+        (
+            replace(
+                gqa("qwen3"),
+                attention=replace(gqa("qwen3").attention, qkv_bias=True, o_bias=True),
+            ),
+            "attention_bias true of model_type 'qwen3'",
+        ),
         (replace(mla("deepseek_v3"), model_type="lowlat", rope=LLAMA3), "rope_interleave false"),
         (
             mla("deepseek_v3", rope=replace(YARN, rope_type="linear", mscale_all_dim=None)),

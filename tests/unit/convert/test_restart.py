@@ -153,9 +153,10 @@ def test_two_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_full_disk_is_said_before(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = restart.shutil.disk_usage(place.parent)._replace(free=1000)
+    """The room that is left free counted."""
+    usage = restart.shutil.disk_usage(place.parent)._replace(free=restart.SPARE_BYTES)
     monkeypatch.setattr(restart.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"GB are needed, 0.00 GB are free on its disk; make room"):
+    with pytest.raises(UserError, match=r"17 MB are needed, 16 MB are free on its disk; make room"):
         again(place)
     assert not partial_path(place).exists() and not place.exists()
 

@@ -249,8 +249,8 @@ def test_options_that_cannot_be_served(
 
 def test_unfit_models_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     configs = {
-        "QK-norm": gqa_model("qwen3"),
-        "sliding_window 7": gqa_model("mistral", sliding_window=7),
+        r"config.json: model_type 'qwen3' .*QK-norm": gqa_model("qwen3"),
+        "config.json: sliding_window 7": gqa_model("mistral", sliding_window=7),
         "already has": mla_config(gqa_model()),
     }
     for number, (message, config) in enumerate(configs.items()):

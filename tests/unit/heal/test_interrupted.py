@@ -1,5 +1,6 @@
 """Healings that end in the middle: what is left, and that the same call goes on from there."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -182,6 +184,16 @@ def test_a_full_disk(
     assert (work_path(tmp_path / "mla") / "start").is_dir()
     tiny.call(made, tmp_path / "mla")
     assert tiny.contents(tmp_path / "mla") == tiny.contents(made / "whole")
+
+
+def test_a_disk_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr(Path, "mkdir", Mock(side_effect=fault))
+    with (
+        pytest.raises(UserError, match=r"Read-only file system.; choose another destination$"),
+        work.opened(tmp_path / "mla", {}),
+    ):
+        pass
 
 
 def test_a_destination_made_meanwhile(

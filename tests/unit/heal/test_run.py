@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,9 @@ def test_what_cannot_be_asked(
 @pytest.mark.parametrize(
     ("option", "content", "words"),
     [
-        ("texts", b"too little", "--text: of 1 documents .* at least 41 are needed; add text"),
-        ("texts", b"   \n", "sources hold no documents"),
+        ("texts", b"too little", "--text: .*bad.txt: of 1 documents .* at least 41 are needed"),
+        ("texts", b"   \n", "--text: .*bad.txt: of 0 documents 0 tokens are to train on"),
+        ("texts", b"", "--text: .*bad.txt: of 0 documents 0 tokens are to train on"),
         ("texts", b"caf\xe9 " * 999, "--text: .*byte 3 is not UTF-8 text; convert the file$"),
         ("texts", b"a\0b" * 999, "--text: .* holds zero bytes, so it is not text"),
         ("calibrate", b"too little", "--calibrate bad.txt: 10 tokens are too few"),
@@ -158,6 +160,13 @@ def test_evaluation_text_elsewhere(made: Path, tmp_path: Path, option: str, suff
     if option == "--calibrate":
         changes = {"calibrate": (file,)}
     refused(made, tmp_path, f"of it is in the text of {option}", **changes)
+
+
+def test_evaluation_text_that_comes_along(made: Path, tmp_path: Path) -> None:
+    text = (files("lowlat.convert") / "calibration.txt").read_text(encoding="utf-8")
+    (tmp_path / "own.txt").write_text(text[:2000])
+    changes = {"calibrate": (), "tokens": None, "texts": (), "evaluate": tmp_path / "own.txt"}
+    refused(made, tmp_path, "of it is in lowlat's own calibration text", **changes)
 
 
 def test_the_evaluation_text_itself(made: Path, tmp_path: Path) -> None:

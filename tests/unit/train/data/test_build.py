@@ -262,7 +262,7 @@ def test_a_vocabulary_learns_from_training_text_alone(tmp_path: Path) -> None:
         ({"held_out": float("nan")}, "held-out share nan"),
         ({"read": ReadOptions(separator="a\n")}, "separator must be one line"),
         ({"shard_tokens": 0}, "shard_tokens 0 must be at least 1"),
-        ({"read": ReadOptions(patterns=("005*",))}, r"hold no documents \(1 empty\); give others"),
+        ({"read": ReadOptions(patterns=("005*",))}, r"corpus: no documents .*\(1 empty dropped\)"),
     ],
 )
 def test_options_that_cannot_be(
