@@ -52,9 +52,9 @@ def load(
     dtype: bf16, int8, int4, fp32, fp16, fp64, or auto (as stored); weights stored in int8 or int4
     stay so in bf16. context: most tokens of prompt and output together, None for all the model
     allows. cache: bf16, int8, or auto (as the activations); max_cache_bytes: the most it may take,
-    "auto" for most of the memory that the weights leave. speculates: whether several tokens may be
-    verified in a step, which changes no token. Raises UserError naming what cannot be found, read
-    or served.
+    at most the machine's memory, "auto" for most of what the weights leave. speculates: whether
+    several tokens may be verified in a step, which changes no token. Raises UserError naming what
+    cannot be found, read or served.
     """
     parse_cache(cache)
     # A wrong LOWLAT_ISA is told before minutes of loading.

@@ -119,7 +119,7 @@ def _load_all(
             try:
                 loaded = stage.load(program, dtype=plan.dtype, cache=plan.cache, context=context)
                 stack.enter_context(loaded.worker)
-                _warm(program, loaded, checked, ready, plan.dtype)
+                _warm(program, loaded, checked, ready, plan)
             except Refused as refused:
                 if program.name == "lowlat":
                     raise UserError(f"lowlat does not run this: {refused}") from refused
@@ -129,7 +129,7 @@ def _load_all(
 
 
 def _warm(
-    program: Program, loaded: Loaded, checked: check.Checked, ready: Ready, dtype: str
+    program: Program, loaded: Loaded, checked: check.Checked, ready: Ready, plan: Plan
 ) -> None:
     worker = loaded.worker
     worker.ask("prefill", tokens=WARM_TOKENS)
@@ -140,7 +140,7 @@ def _warm(
         found = check.logits_of(worker, checked.ids)
         error = ready.errors[program.name] = check.relative_error(found, checked.reference)
         if program.name == "lowlat":
-            check.require_near(error, dtype)
+            check.require_near(error, plan.dtype, plan.cache)
     ready.workers.append((program.name, worker))
     # where this very interpreter lies is nobody's business but this machine's
     python = "python" if program.python == sys.executable else program.python

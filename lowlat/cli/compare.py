@@ -50,7 +50,10 @@ def compare(
             metavar="N", min=0, help="Position of the first token: far ones show other mistakes."
         ),
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random tokens.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Of the random tokens; 0 by default.", show_default=False),
+    ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
@@ -86,7 +89,7 @@ def compare(
 
     Exit code: 0 equal within the tolerance, 1 different, 2 a fault in what was given.
     """
-    from lowlat.compare.plot import draw, require_matplotlib
+    from lowlat.compare.plot import check_ending, draw, require_matplotlib
     from lowlat.compare.report import as_dict
     from lowlat.compare.run import compare as run
     from lowlat.compare.spec import parse
@@ -97,13 +100,16 @@ def compare(
     specs = parse(a), parse(b)
     if not (tolerance is None or math.isfinite(tolerance)):
         raise UserError(f"--tolerance must be a finite number, got {tolerance}")
+    if text is not None and seed is not None:
+        raise UserError("--seed is of random tokens, and --text is read instead; leave one out")
     if plot is not None:
         require_matplotlib()
+        check_ending(plot)
         if not plot.absolute().parent.is_dir():
             raise UserError(f"--plot {plot}: its folder is not there; make it first")
     if threads is not None:
         native.use_threads(threads)
-    sides, read = _inputs(specs, text, tokens, window, start, seed)
+    sides, read = _inputs(specs, text, tokens, window, start, seed or 0)
     found = run(
         *sides,
         read,

@@ -9,6 +9,7 @@ import typer
 
 from lowlat.cli.options import parse_count
 from lowlat.cli.waiting import let_threads_sleep
+from lowlat.utils.errors import UserError
 
 _CACHE_PANEL = "A smaller cache"
 _HEALING_PANEL = "Healing and measuring a smaller cache"
@@ -145,6 +146,8 @@ def convert(
     from lowlat.heal.wanted import Wanted, check_wanted
     from lowlat.utils.progress import make_progress
 
+    if cache is not None and to is None:
+        raise UserError("--cache compresses into Multi-head Latent Attention; add --to mla")
     compression = asked_compression(cache, recipe, layout, tuple(calibrate or ()))
     wanted = Wanted(
         tokens=None if heal is None else parse_count(heal, "--heal"),

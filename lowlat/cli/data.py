@@ -93,12 +93,15 @@ def build(
     from lowlat.cli.data_view import print_build, print_json
     from lowlat.train.data.build import build as run_build
     from lowlat.train.data.selection import BuildOptions
-    from lowlat.train.data.vocabulary import load_tokenizer
+    from lowlat.train.data.sources import has_records
+    from lowlat.train.data.vocabulary import MAX_VOCAB, MIN_VOCAB, load_tokenizer
     from lowlat.utils.errors import UserError
     from lowlat.utils.progress import make_progress
 
     if (tokenizer is None) == (train_bpe is None):
         raise UserError("give either --tokenizer MODEL or --train-bpe N")
+    if train_bpe is not None and not MIN_VOCAB <= train_bpe <= MAX_VOCAB:
+        raise UserError(f"--train-bpe {train_bpe}: must be from {MIN_VOCAB} to {MAX_VOCAB}")
     chosen = BuildOptions(
         sources=tuple(sources),
         held_out_sources=tuple(held_out_source or ()),
@@ -106,6 +109,8 @@ def build(
         end_of_text=end_of_text,
         read=_read_options(field, separator, only, invalid),
     )
+    if field is not None and not has_records([*sources, *chosen.held_out_sources], chosen.read):
+        raise UserError("--field is of JSON lines and tables, and no source is one; leave it out")
     progress = make_progress()
     vocabulary = train_bpe if tokenizer is None else load_tokenizer(tokenizer, progress)
     assert vocabulary is not None

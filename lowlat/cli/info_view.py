@@ -35,7 +35,7 @@ def show(
     for table in tables:
         console.print(Padding(table, (1, 0, 0, 1), expand=False))
     if machine is not None:
-        console.print(Padding(_expectation(machine, dtype), (1, 0, 0, 1), expand=False))
+        console.print(Padding(_expectation(config, machine, dtype), (1, 0, 0, 1), expand=False))
     console.print()
 
 
@@ -152,7 +152,7 @@ def _memory(
     return table
 
 
-def _expectation(machine: dict[str, int | bool], dtype: str | None) -> Text:
+def _expectation(config: ModelConfig, machine: dict[str, int | bool], dtype: str | None) -> Text:
     """What this machine makes of weights of that size."""
     weights, memory = _bytes(machine["weights_bytes"]), _bytes(machine["memory_bytes"])
     text = f"On this machine: weights {weights}, memory {memory}"
@@ -164,11 +164,11 @@ def _expectation(machine: dict[str, int | bool], dtype: str | None) -> Text:
             "reads the checkpoint where it lies.",
             style="yellow",
         )
-    return Text(
-        f"{text}: they are read from disk as experts are chosen, up to "
-        f"{_bytes(machine['active_bytes'])} for a token.",
-        style="yellow",
-    )
+    active = _bytes(machine["active_bytes"])
+    how = f"at every step, {active} for a token"
+    if config.moe is not None:
+        how = f"as experts are chosen, up to {active} for a token"
+    return Text(f"{text}: they are read from disk {how}.", style="yellow")
 
 
 def _bar(share: float) -> str:

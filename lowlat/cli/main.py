@@ -22,6 +22,7 @@ from lowlat.cli.generate import generate
 from lowlat.cli.info import info
 from lowlat.cli.plan import plan
 from lowlat.cli.serve import serve
+from lowlat.cli.streams import abandon_output, open_streams
 from lowlat.cli.study import app as study
 from lowlat.cli.train import app as train
 from lowlat.utils.errors import UserError
@@ -95,11 +96,20 @@ def run() -> None:
     judge (compare) end with 1 where their verdict is no.
     """
     put_off_collections()
+    open_streams()
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        try:
+            sys.exit(app(standalone_mode=False) or 0)
+        finally:
+            # A fault of the output is told here; later it would be Python's to tell.
+            sys.stdout.flush()
     except UserError as error:
         print(f"lowlat: error: {error}", file=sys.stderr)
+        abandon_output()
         sys.exit(USER_ERROR)
+    except BrokenPipeError:
+        abandon_output()
+        sys.exit(1)
     except TyperException as error:
         if told := usage_fault(error):
             print(f"lowlat: error: {told}", file=sys.stderr)

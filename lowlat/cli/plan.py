@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MACHINES = ("h800", "h100")
 DEFAULT_LENGTH = 4096
 DEFAULT_ROWS = 4096
+TOP = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,13 +78,20 @@ def plan(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; may be repeated."),
     ] = None,
-    top: Annotated[int, typer.Option(metavar="N", min=1, help="Layouts to show.")] = 10,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help=f"Layouts to show; {TOP} by default.", show_default=False
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Memory, traffic, pipeline bubble and time of a training; with --devices, the best layouts."""
+    if top is not None and devices is None:
+        raise UserError("--top is of layouts that are searched; add --devices, or leave it out")
     subject = _subject(name, changes or [])
     subject = replace(subject, machine=_machine(subject.machine, machine, memory, network))
-    _report(subject, devices, top, as_json)
+    _report(subject, devices, top or TOP, as_json)
 
 
 def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> None:

@@ -96,6 +96,7 @@ class RemoteSpeaker(Speaker):
 
     def __init__(self, url: str, *, name: str | None = None, api_key: str | None = None) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
+        _check_port(url)
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         # An answer may be long in coming, so only connecting has a limit.
         timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
@@ -227,6 +228,16 @@ class RemoteSpeaker(Speaker):
         return UserError(
             f"cannot talk to {self._url}: {error}; check --url and that the server runs"
         )
+
+
+def _check_port(url: str) -> None:
+    """Raises UserError for a port there cannot be: a connection would go to another."""
+    try:
+        port = httpx.URL(url).port
+    except httpx.InvalidURL:  # said when it is asked
+        return
+    if port is not None and not 1 <= port <= 65535:
+        raise UserError(f"--url {url}: port {port} is not from 1 to 65535; give the server's")
 
 
 def read_key(path: Path | None) -> str | None:

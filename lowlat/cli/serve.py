@@ -5,7 +5,7 @@ Owns the options; listening and ending are `serve.run`'s.
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -53,6 +53,7 @@ def serve(
     max_context: Annotated[
         int | None,
         typer.Option(
+            min=2,
             help="Most tokens of prompt and answer together; the default is all the model allows.",
             rich_help_panel=_LIMITS_PANEL,
         ),
@@ -107,8 +108,9 @@ def serve(
     from lowlat.serve.logs import configure
     from lowlat.serve.run import open_socket, run, url_of
 
-    if cache_memory is not None and not math.isfinite(cache_memory):
-        raise UserError(f"--cache-memory must be a number of GiB, got {cache_memory}")
+    if name == "":
+        raise UserError("--name is empty; give a name, or leave the option out")
+    max_cache_bytes = _cache_bytes(cache_memory, device)
     config = ServeConfig(
         host=host,
         port=port,
@@ -127,7 +129,7 @@ def serve(
             device=device,
             threads=threads,
             context=max_context,
-            max_cache_bytes="auto" if cache_memory is None else int(cache_memory * 2**30),
+            max_cache_bytes=max_cache_bytes,
             speculates=speculate,
         )
         configure()
@@ -148,6 +150,20 @@ def _check_extra() -> None:
             f"the server needs the package {error.name}; install it with: "
             "pip install 'lowlat[serve]'"
         ) from error
+
+
+def _cache_bytes(gib: float | None, device: str) -> int | Literal["auto"]:
+    """What --cache-memory allows. Raises UserError where the device has less."""
+    from lowlat.engine.cache_size import check_cache_bytes
+    from lowlat.utils.device import parse_device
+
+    if gib is None:
+        return "auto"
+    size = gib * 2**30
+    if not math.isfinite(size):
+        raise UserError(f"--cache-memory must be a number of GiB, got {gib}")
+    check_cache_bytes(int(size), parse_device(device), f"--cache-memory {gib:g}")
+    return int(size)
 
 
 def _served_name(model: str) -> str:

@@ -31,6 +31,7 @@ from lowlat.model.moe import Gate, MoE
 from lowlat.model.transformer import Transformer
 from lowlat.ops.layout import RowLayout
 from lowlat.ops.routing import Routing
+from lowlat.utils.device import name_of
 
 
 class LowlatSide(Side):
@@ -52,6 +53,7 @@ class LowlatSide(Side):
         self.label = label
         self.config = model.config
         self.precision = precision
+        self.cache_precision = None if cache is None else name_of(cache)
         self.form: Form | None = form
         """None: the form a request of that length would get."""
         self.cache = cache

@@ -14,6 +14,7 @@ from lowlat.compare.trace import OUTPUT, Block, Choices, Trace, Window
 from lowlat.config.model import GQAConfig
 from lowlat.model.native import NativeModel, has_native_form
 from lowlat.model.transformer import Transformer
+from lowlat.utils.device import name_of
 from lowlat.utils.errors import UserError
 
 
@@ -41,6 +42,7 @@ class NativeSide(Side):
         self.label = label
         self.config = model.config
         self.precision = precision
+        self.cache_precision = None if cache is None else name_of(cache)
         self.form: Form | None = form
         self.cache = cache
         self._native = NativeModel(model)

@@ -62,9 +62,7 @@ def _own(spec: Spec, path: Path, progress: Progress) -> Side:
         )
     kind = NativeSide if spec.native else LowlatSide
     cache: torch.dtype | None = parse_cache(spec.cache or "auto")
-    return kind(
-        model, label=spec.text, precision=_precision(model, cache), form=spec.form, cache=cache
-    )
+    return kind(model, label=spec.text, precision=_precision(model), form=spec.form, cache=cache)
 
 
 def _stored_in(path: Path) -> str:
@@ -76,9 +74,7 @@ def _stored_in(path: Path) -> str:
     return max(["fp32", *names], key=lambda name: TOLERANCE[name])
 
 
-def _precision(model: Transformer, cache: torch.dtype | None) -> str:
+def _precision(model: Transformer) -> str:
     if model.config.quantization is not None:
-        weights = "fp8"
-    else:
-        weights = packed_type(model) or name_of(model.embed_tokens.weight.dtype)
-    return weights if cache is None else max(weights, name_of(cache), key=TOLERANCE.__getitem__)
+        return "fp8"
+    return packed_type(model) or name_of(model.embed_tokens.weight.dtype)

@@ -22,6 +22,14 @@ def require_matplotlib() -> None:
         raise UserError("--plot needs matplotlib; install lowlat[bench], or use --json") from error
 
 
+def check_ending(path: Path) -> None:
+    """Raises UserError where the ending of `path` is that of no picture; without one, it is png."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if path.suffix and path.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise UserError(f"--plot {path}: '{path.suffix}' is no picture's; end it in .svg or .png")
+
+
 def draw(report: Object, path: Path) -> None:
     """Write the plot; the ending of `path` chooses the format (svg, png, pdf)."""
     from matplotlib.figure import Figure

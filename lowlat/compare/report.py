@@ -37,7 +37,12 @@ def as_dict(report: Report) -> dict[str, Any]:
 
 
 def _side(side: Side) -> dict[str, Any]:
-    return {"name": side.label, "precision": side.precision, "unseen": side.unseen}
+    return {
+        "name": side.label,
+        "precision": side.precision,
+        "cache": side.cache_precision,
+        "unseen": side.unseen,
+    }
 
 
 def _measured(comparison: Comparison, tolerance: float) -> dict[str, Any]:

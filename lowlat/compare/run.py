@@ -44,8 +44,9 @@ class Report:
 
 
 def tolerance_of(a: Side, b: Side) -> float:
-    """The tolerance of the coarser side's number type."""
-    return TOLERANCE[max(a.precision, b.precision, key=ORDER.index)]
+    """The tolerance of the coarsest number type of weights and caches."""
+    own = (a.precision, b.precision, a.cache_precision, b.cache_precision)
+    return TOLERANCE[max(filter(None, own), key=ORDER.index)]
 
 
 def check_pair(a: Side, b: Side) -> None:

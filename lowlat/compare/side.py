@@ -38,8 +38,9 @@ class Side(ABC):
     config: ModelConfig
     """What its checkpoint says, which need not be what the implementation does."""
     precision: str
-    """fp64, fp32, bf16, fp16, fp8, int8 or int4: the coarser of its weights' and its cache's, which
-    the comparison's tolerance follows."""
+    """fp64, fp32, bf16, fp16, fp8, int8 or int4: that of its weights."""
+    cache_precision: str | None = None
+    """That of its cache's rows; None: as they are computed."""
     unseen: str
     """Which parts cannot be observed and why; empty if all can."""
     takes_choices: bool

@@ -36,11 +36,16 @@ def heading(report: Object) -> list[str]:
     windows = f" in {report['windows']} windows" if report["windows"] > 1 else ""
     imposed = ", A's experts imposed on B" if report["experts_imposed"] else ""
     return [
-        f"A  {a['name']} ({a['precision']})",
-        f"B  {b['name']} ({b['precision']})",
+        f"A  {a['name']} ({_numbers(a)})",
+        f"B  {b['name']} ({_numbers(b)})",
         f"{report['tokens']:,} tokens{windows} from position {report['start']:,}, "
         f"tolerance {report['tolerance']:g}{imposed}",
     ]
+
+
+def _numbers(side: Object) -> str:
+    cache = "" if side["cache"] is None else f" with its cache in {side['cache']}"
+    return f"{side['precision']}{cache}"
 
 
 def _summary(report: Object) -> list[Table]:

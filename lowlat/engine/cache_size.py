@@ -27,7 +27,9 @@ def new_runner(
     max_cache_bytes: int | Literal["auto"] | None,
     context: int,
 ) -> tuple[Runner, Limits]:
-    """A runner whose cache keeps within the bytes. Raises UserError where they hold no page."""
+    """A runner whose cache keeps within the bytes. Raises UserError where they hold no page, or are
+    more than there are.
+    """
     dtype = parse_cache(cache)
     if max_cache_bytes is None:
         return Runner(transformer, cache_dtype=dtype), Limits()
@@ -36,10 +38,13 @@ def new_runner(
     layers = range(config.num_cache_layers)
     page = PAGE_SIZE * sum(row_bytes(config.attention_of(layer), stored) for layer in layers)
     if max_cache_bytes == "auto":
-        # More than all sequences together can fill is of no use.
-        most = MAX_SEQUENCES * (-(-context // PAGE_SIZE)) * page
-        max_cache_bytes = min(most, max(page, _spare_memory(transformer)))
-    num_pages = max_cache_bytes // page
+        max_cache_bytes = max(page, _spare_memory(transformer))
+    else:
+        device = transformer.embed_tokens.weight.device
+        check_cache_bytes(max_cache_bytes, device, f"max_cache_bytes {max_cache_bytes}")
+    # More than all sequences together can fill is of no use.
+    most = MAX_SEQUENCES * (-(-context // PAGE_SIZE))
+    num_pages = min(most, max_cache_bytes // page)
     if num_pages < 1:
         raise UserError(
             f"max_cache_bytes {max_cache_bytes} is less than a page of the cache ({page} bytes, "
@@ -47,6 +52,15 @@ def new_runner(
         )
     runner = Runner(transformer, cache_dtype=dtype, num_pages=num_pages, max_pages=num_pages)
     return runner, Limits(max_pages=num_pages)
+
+
+def check_cache_bytes(size: int, device: torch.device, given: str) -> None:
+    """Raises UserError naming what was `given` where `size` bytes are more than the device has."""
+    there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else memory_limit()
+    if size > there:
+        raise UserError(
+            f"{given}: more than the {there / 2**30:.1f} GiB of memory there is; give less"
+        )
 
 
 def _spare_memory(transformer: Transformer) -> int:

@@ -60,7 +60,7 @@ class Sequence:
     drafts: list[int] = field(default_factory=list)
     """Guesses at the next tokens, to be verified with the next step."""
     was_preempted: bool = False
-    """Whether it has lost its pages since it last ran."""
+    """Whether it has lost its pages after it ran."""
     finish_reason: FinishReason | None = None
     first_token_at: float | None = None
     """Clock in seconds when the first token was chosen."""

@@ -76,7 +76,7 @@ class ServeConfig:
             _check_range(name, getattr(self, name), 0.01, 3600.0)
         _check_range("drain_seconds", self.drain_seconds, 0.0, 24 * 3600.0)
         if self.request_seconds is not None:
-            _check_range("request_seconds", self.request_seconds, 0.01, limits.MAX_DEADLINE_SECONDS)
+            _check_range("request_timeout", self.request_seconds, 0.01, limits.MAX_DEADLINE_SECONDS)
         self._check_hosts()
         self._check_keys()
 

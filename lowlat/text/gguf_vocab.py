@@ -70,6 +70,11 @@ def read_gguf(source: str | os.PathLike[str] | GGUFReader) -> TokenizerParts:
 
 def read_metadata(meta: Metadata) -> TokenizerParts:
     """The tokenizer that the fields `meta` describe. Raises UserError naming what it cannot use."""
+    if meta.get("ggml.model", str) == "none":
+        raise UserError(
+            f"{meta.origin}: holds no vocabulary; use the folder it was converted from, or convert "
+            "a model whose tokenizer has a form in GGUF"
+        )
     tokens = _tokens(meta)
     types = _token_types(meta, len(tokens))
     model = meta.need("ggml.model", str)

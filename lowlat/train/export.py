@@ -142,7 +142,9 @@ def open_save(run: Path, step: int | None, progress: Progress | None = None) -> 
         raise UserError(f"{run}: no such folder; name the folder of a run")
     saves = Saves(RunFolder(run), report=_log.warning)
     if step is not None and step not in saves.steps():
-        raise UserError(f"{run}: has no save of step {step}; there are {saves.steps()}")
+        there = ", ".join(map(str, saves.steps()))
+        remedy = f"--step may be {there}" if there else "it has none yet"
+        raise UserError(f"{run}: has no save of step {step}; {remedy}")
     save = saves.latest(progress) if step is None else Save(saves.folder / folder_name(step))
     if save is None:
         raise UserError(f"{run}: has no save yet")

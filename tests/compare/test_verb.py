@@ -20,6 +20,7 @@ from lowlat.compare import gguf_side
 from lowlat.compare.gguf_side import GgufSide
 from lowlat.compare.open import open_side
 from lowlat.compare.spec import parse
+from lowlat.compare.table import heading
 from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import SilentProgress
@@ -66,7 +67,12 @@ def test_rounded_rows_of_a_cache_are_within_their_tolerance(folder: Path) -> Non
     result = invoke(folder, f"{folder}@cache-int8", "--tokens", "19", "--json")
     report = json.loads(result.stdout)
     assert result.exit_code == 0 and report["tolerance"] == 0.2
-    assert report["a"]["precision"] == "fp32" and report["b"]["precision"] == "int8"
+    assert (report["a"]["precision"], report["a"]["cache"]) == ("fp32", None)
+    assert (report["b"]["precision"], report["b"]["cache"]) == ("fp32", "int8")
+    assert heading(report)[:2] == [
+        f"A  {folder} (fp32)",
+        f"B  {folder}@cache-int8 (fp32 with its cache in int8)",
+    ]
     assert report["verdict"]["unexplained"] == []
     assert next(row["relative"] for row in report["parts"] if row["part"] == "v") > 1e-3
     tight = invoke(folder, f"{folder}@cache-int8", "--tokens", "19", "--tolerance", "1e-4")
@@ -285,6 +291,10 @@ def test_what_cannot_be_told_is_said_first(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     nowhere = tmp_path / "nowhere" / "p.svg"
     assert "its folder is not there" in fault("nothing", "nothing", "--plot", nowhere)
+    picture = tmp_path / "p.foo"
+    assert "'.foo' is no picture's; end it in" in fault("nothing", "nothing", "--plot", picture)
+    told = fault("nothing", "nothing", "--text", "some.txt", "--seed", 7)
+    assert "--seed is of random tokens" in told
     assert "--tolerance must be a finite" in fault("nothing", "nothing", "--tolerance", "inf")
 
 

@@ -16,6 +16,7 @@ from lowlat.train.data.text_files import read_text
 from lowlat.utils.errors import UserError
 
 DATASETS = "datasets:"
+RECORDS = (".jsonl", ".ndjson", ".parquet")
 
 
 def read_sources(sources: Sequence[str], options: ReadOptions) -> Iterator[Read]:
@@ -64,9 +65,21 @@ def files_of(source: str, options: ReadOptions) -> list[Path]:
     return sorted(wanted, key=lambda file: file.relative_to(path).parts)
 
 
+def has_records(sources: Sequence[str], options: ReadOptions) -> bool:
+    """Whether any source has fields or columns, as text files do not. Raises as `files_of`."""
+    return any(
+        source.startswith(DATASETS)
+        or any(_kind(path) in RECORDS for path in files_of(source, options))
+        for source in sources
+    )
+
+
+def _kind(path: Path) -> str:
+    return (path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix).lower()
+
+
 def _read_file(path: Path, options: ReadOptions) -> Iterator[Read]:
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    match kind.lower():
+    match _kind(path):
         case ".jsonl" | ".ndjson":
             yield from read_json_lines(path, options)
         case ".parquet":

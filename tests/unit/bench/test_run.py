@@ -69,7 +69,24 @@ def test_fp8_blocks_are_made_of_a_plain_checkpoint_once(
 @pytest.mark.parametrize(("error", "is_near"), [(0.19, True), (0.21, False), (math.nan, False)])
 def test_what_is_timed_must_be_near(error: float, is_near: bool) -> None:
     with nullcontext() if is_near else pytest.raises(UserError, match="in bf16 differ from fp32"):
-        require_near(error, "bf16")
+        require_near(error, "bf16", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache", "error", "told"),
+    [
+        ("fp32", "fp32", 2e-4, r"2\.0e-04 of their size, more than 0\.0001; .* --cache auto"),
+        ("fp32", "int8", 0.5, r"5\.0e-01 of their size, more than 0\.4; .* --cache auto"),
+        ("bf16", "int8", 0.5, r"cache in int8 differ .* LOWLAT_ISA=none"),
+    ],
+)
+def test_what_is_timed_is_as_near_as_its_cache_leaves_it(
+    dtype: str, cache: str, error: float, told: str
+) -> None:
+    """Holds shut: an int8 cache held to what fp32 rounds."""
+    with pytest.raises(UserError, match=told):
+        require_near(error, dtype, cache)
+    require_near(error * 0.4, dtype, cache)
 
 
 def test_programs_that_disagree_are_not_timed(fakes_only: None, checkpoint: Path) -> None:

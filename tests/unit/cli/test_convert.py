@@ -84,6 +84,12 @@ def test_healing_gets_its_options(
     assert ".out.conversion is kept, the same command goes on from there" in result.stderr
 
 
+def test_a_smaller_cache_needs_a_form_to_convert_to(lowlat: Invoke, tmp_path: Path) -> None:
+    result = lowlat("convert", "absent", str(tmp_path / "out"), "--cache", "0.5")
+    assert isinstance(result.exception, UserError), result.output
+    assert "--cache compresses" in str(result.exception) and "--to mla" in str(result.exception)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

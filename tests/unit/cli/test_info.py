@@ -80,6 +80,9 @@ def test_what_to_expect_of_this_machine(
         assert f"too small for {dtype}" in capsys.readouterr().out
     info("deepseek-v3", dtype="auto")
     assert "read from disk as" in capsys.readouterr().out
+    info("qwen2.5-72b")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "read from disk at every step" in told and "experts" not in told.split("this machine")[1]
 
 
 @pytest.mark.parametrize("packing", ["int8", "int4"])

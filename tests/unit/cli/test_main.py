@@ -17,6 +17,12 @@ def lowlat(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def shell(words: str) -> subprocess.CompletedProcess[str]:
+    """The same from a shell, whose redirections `words` may have."""
+    command = f"{sys.executable} -m lowlat {words}"
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=600)
+
+
 def test_version() -> None:
     result = lowlat("--version")
     assert result.returncode == 0
@@ -93,6 +99,44 @@ def test_interrupt_is_exit_code_130() -> None:
     )
     assert result.returncode == 130
     assert "Traceback" not in result.stderr
+
+
+def test_interrupt_while_modules_are_read_is_exit_code_130() -> None:
+    code = (
+        "import sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'lowlat.cli.bench': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "from lowlat.__main__ import main\n"
+        "main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600
+    )
+    assert (result.returncode, result.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "info deepseek-v3", "info minnow --json"])
+@pytest.mark.parametrize("output", [">/dev/full", ">&-"])
+def test_an_output_that_takes_nothing_is_one_line_and_exit_code_2(words: str, output: str) -> None:
+    result = shell(f"{words} {output}")
+    assert result.returncode == 2
+    assert result.stderr.startswith("lowlat: error: standard output cannot be written (")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
+    result = shell("info deepseek-v3 --json | true; exit ${PIPESTATUS[0]}")
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_closed_input_is_empty_and_closed_error_takes_everything() -> None:
+    result = shell("generate minnow -p - --max-tokens 2 <&-")
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    result = shell("info deepseek-v3 2>&-")
+    assert result.returncode == 0
+    assert "671" in result.stdout
 
 
 def test_collections_are_as_usual_after_the_first() -> None:

@@ -217,6 +217,13 @@ def test_a_server_that_is_not_there(url: str) -> None:
         RemoteSpeaker(url)
 
 
+@pytest.mark.parametrize("port", [0, 65536, 83767])
+def test_a_port_that_cannot_be_is_refused(port: int) -> None:
+    """Holds shut: a question sent to another server, on the port's lower 16 bits."""
+    with pytest.raises(UserError, match=f"port {port} is not from 1 to 65535"):
+        RemoteSpeaker(f"http://127.0.0.1:{port}")
+
+
 def test_a_key_file_belongs_to_a_url(lowlat: Invoke, tmp_path: Path) -> None:
     result = lowlat("chat", "tiny", "--api-key-file", str(tmp_path / "keys"))
     assert isinstance(result.exception, UserError)

@@ -91,9 +91,11 @@ def unloadable(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--host", "no.such.host.invalid", "--api-key-file", "keys"), "--host"),
         (("--port", "70000"), "port must be"),
         (("--cache-memory", "inf"), "--cache-memory must be"),
+        (("--cache-memory", "1e9"), "--cache-memory 1e+09: more than the"),
+        (("--name", ""), "--name is empty"),
         (("--api-key-file", "missing"), "No such file"),
         (("--drain-seconds", "-1"), "drain-seconds must be"),
-        (("--request-timeout", "0"), "request-seconds must be"),
+        (("--request-timeout", "0"), "request-timeout must be"),
     ],
 )
 def test_faults_are_found_before_a_model_is_loaded(
@@ -110,6 +112,12 @@ def test_faults_are_found_before_a_model_is_loaded(
     assert result.exit_code != 0
     assert words in str(result.exception)
     assert "\n" not in str(result.exception)
+
+
+def test_no_context_is_too_short_before_a_model_is_loaded(lowlat: Invoke, unloadable: None) -> None:
+    result = lowlat("serve", "tiny", "--max-context", "0")
+    assert result.exit_code == 2
+    assert "--max-context" in result.output
 
 
 def test_a_taken_port_is_found_before_a_model_is_loaded(lowlat: Invoke, unloadable: None) -> None:

@@ -335,7 +335,7 @@ def test_what_is_there(
         ),
         (["export", "absent", "dst"], "absent: no such folder; name the folder of a run"),
         (["export", "empty", "dst"], "empty: has no save yet"),
-        (["export", run, "dst", "--step", "7"], f"{run}: has no save of step 7; there are [2]"),
+        (["export", run, "dst", "--step", "7"], f"{run}: has no save of step 7; --step may be 2"),
         (["export", run, "dst", "--dtype", "fp9"], "--dtype 'fp9' is unknown; choose one of"),
         (["export", run, "text"], f"{folder}/text: exists already; choose another destination"),
         (["export", run, "dst", "--adapter"], f"{run}: was trained without lora; leave out"),

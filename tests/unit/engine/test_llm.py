@@ -25,6 +25,7 @@ from lowlat.config.model import ModelConfig
 from lowlat.engine.completion import Completion
 from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
+from lowlat.engine.scheduler import MAX_SEQUENCES
 from lowlat.engine.structured import Choice, Regex
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
@@ -119,6 +120,18 @@ def test_scoring_keeps_within_the_cache_s_limit() -> None:
     stream.close()
     assert len(model.nll(LONG[:60])) == 59
     check_idle(model)
+
+
+def test_a_cache_beyond_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowlat.engine.cache_size.memory_limit", lambda: 3 * 2**30)
+    with pytest.raises(UserError, match=r"max_cache_bytes 5368709120: .* 3\.0 GiB .* give less"):
+        real(gqa_config(), max_cache_bytes=5 * 2**30)
+
+
+def test_no_more_pages_than_all_sequences_can_fill() -> None:
+    """Holds shut: lists of pages that take more memory than the cache."""
+    model = real(gqa_config(), context=70, max_cache_bytes=2**30)
+    assert model.runner.pool.num_pages == 2 * MAX_SEQUENCES
 
 
 def test_stop_strings_stop_the_engine_too() -> None:

@@ -96,6 +96,12 @@ def sentencepiece(make_sentencepiece: MakeGguf) -> Tokenizer:
     return Tokenizer.from_gguf(make_sentencepiece())
 
 
+def test_without_a_vocabulary_the_folder_is_the_remedy(make_gguf: MakeGguf) -> None:
+    """Holds shut: advice to convert a file again that would have none again."""
+    with pytest.raises(UserError, match=r"holds no vocabulary; use the folder it was converted"):
+        Tokenizer.from_gguf(make_gguf(ggml__model="none", ggml__tokens=None))
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
