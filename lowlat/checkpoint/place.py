@@ -18,6 +18,7 @@ from lowlat.checkpoint.operations import Operation, Piece
 from lowlat.checkpoint.padding import PaddingError
 from lowlat.checkpoint.source import TensorSource
 from lowlat.model.linear import Linear, Storage
+from lowlat.ops.quantized import Empty
 from lowlat.utils.errors import UserError
 from lowlat.utils.large_pages import LargePages
 from lowlat.utils.progress import Progress
@@ -41,7 +42,7 @@ def fill(
     that are no weight's and for values that are not finite where they must be.
     """
     filled: dict[str, Tensor] = {}
-    held = LargePages()
+    empty = LargePages().empty if device.type == "cpu" else torch.empty
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     total = sum(_stored_bytes(source, name) for step in plan for name in step.file_shapes(shapes))
     with progress.task("Loading weights", total=total, unit="bytes") as task:
@@ -49,9 +50,7 @@ def fill(
             name, tensor = piece
             where = source.where(names[-1]) if names else f"{source.path}: tensor {name!r}"
             if packed is not None and name in packed:
-                parts = fit_packed(tensor, name, where, packed[name])
-                if device.type == "cpu":
-                    parts = {part: held.hold(value) for part, value in parts.items()}
+                parts = fit_packed(tensor, name, where, packed[name], empty)
             else:
                 parts = {name: _fit_stored(tensor, name, where, parameters[name].dtype, dtype)}
             filled |= {part: fitted.to(device) for part, fitted in parts.items()}
@@ -104,15 +103,17 @@ def fit(
     return result
 
 
-def fit_packed(tensor: Tensor, parameter: str, where: str, linear: Linear) -> dict[str, Tensor]:
-    """`tensor` in the storage of `linear`, by names of parameters.
+def fit_packed(
+    tensor: Tensor, parameter: str, where: str, linear: Linear, empty: Empty
+) -> dict[str, Tensor]:
+    """`tensor` in the storage of `linear`, by names of parameters; `empty` gives the memory.
 
     Raises UserError starting with `where` for a number type that is no weight's and for values
     that are not finite or beyond the range of the storage.
     """
     if tensor.dtype not in PLAIN_DTYPES:
         raise UserError(f"{where} is {type_name(tensor.dtype)}, not a plain float")
-    parts = linear.pack(tensor)
+    parts = linear.pack(tensor, empty)
     check_packed(parts, linear.storage, where)
     prefix = parameter.removesuffix("weight")
     return {prefix + part: value for part, value in parts.items()}

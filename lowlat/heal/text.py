@@ -4,7 +4,6 @@ Owns how text becomes documents here and what is too little; token folders are `
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -21,7 +20,7 @@ from lowlat.train.data.folder import TokenFolder
 from lowlat.train.data.layout import Split
 from lowlat.train.data.overlap import LENGTH, MOST_SHARED, shared_runs
 from lowlat.train.data.selection import BuildOptions
-from lowlat.train.data.sources import DATASETS
+from lowlat.train.data.sources import DATASETS, is_records
 from lowlat.train.data.text_files import read_text
 from lowlat.train.data.vocabulary import KNOWN_ENDS
 from lowlat.train.heal import EVALUATED_TOKENS
@@ -34,8 +33,6 @@ next line: so there are documents to hold out, and rows of training have room in
 """
 HELD_OUT = (0.01, 0.05, 0.2, 0.5)
 """Shares of the documents to hold out, of which the first that gives enough is taken."""
-RECORDS = re.compile(r"\.(jsonl|ndjson|parquet)(\.gz)?$", re.IGNORECASE)
-"""Files that consist of documents already."""
 
 
 def build_tokens(
@@ -120,7 +117,7 @@ def _sources(texts: Iterable[str], passages: Path) -> tuple[str, ...]:
             records.append(text)
             continue
         for file in text_files(text):
-            if RECORDS.search(file.name):
+            if is_records(file):
                 records.append(str(file))
             else:
                 plain.append(file)

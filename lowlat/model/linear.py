@@ -19,6 +19,7 @@ from lowlat.ops.quantized import (
     INT4_SHAPE,
     INT8_SHAPE,
     TILE,
+    Empty,
     Int4Weight,
     Int8Rows,
     Int8Weight,
@@ -40,18 +41,20 @@ def has_twin(dense: Tensor) -> bool:
     return dense.device.type == "cpu" and is_known and native.available()
 
 
-def pack(dense: Float[Tensor, "out in"], storage: Storage) -> dict[str, Tensor]:
-    """`dense` in a packed storage: weight, weight_scale, weight_minimum.
+def pack(
+    dense: Float[Tensor, "out in"], storage: Storage, empty: Empty = torch.empty
+) -> dict[str, Tensor]:
+    """`dense` in a packed storage: weight, weight_scale, weight_minimum, in memory from `empty`.
 
     Scales are not finite where `dense` is not, or lies beyond the range of the storage.
     """
     twin = native_ops if has_twin(dense) else quantized
     if storage == "int4":
-        return twin.quantize_int4(dense)._asdict()
+        return twin.quantize_int4(dense, empty)._asdict()
     if storage == "int8":
-        return twin.quantize_int8(dense)._asdict()
+        return twin.quantize_int8(dense, empty)._asdict()
     assert storage == "int8_rows"
-    return quantize_rows(dense)._asdict()
+    return quantize_rows(dense, empty)._asdict()
 
 
 def unpack_rows(
@@ -140,9 +143,9 @@ class Linear(nn.Module):
         self.weight_scale = self._unfilled((self.out_features,), torch.float32)
         self.weight = self._unfilled((self.out_features, self.in_features), torch.int8)
 
-    def pack(self, dense: Float[Tensor, "out in"]) -> dict[str, Tensor]:
+    def pack(self, dense: Float[Tensor, "out in"], empty: Empty = torch.empty) -> dict[str, Tensor]:
         """`dense` as this module's parameters; see `pack`."""
-        return pack(dense, self.storage)
+        return pack(dense, self.storage, empty)
 
     def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weight as a matrix of `dtype`."""

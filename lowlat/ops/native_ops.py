@@ -16,6 +16,7 @@ from lowlat.ops import native
 from lowlat.ops.quantized import (
     INT4_SHAPE,
     INT8_SHAPE,
+    Empty,
     Int4Weight,
     Int8Weight,
     num_groups,
@@ -38,23 +39,27 @@ def linear(
     return out
 
 
-def quantize_int8(dense: Float[Tensor, "out in"], *, level: str = "") -> Int8Weight:
+def quantize_int8(
+    dense: Float[Tensor, "out in"], empty: Empty = torch.empty, *, level: str = ""
+) -> Int8Weight:
     """Twin of lowlat.ops.quantized.quantize_int8; dense is bf16 or fp32."""
     rows, columns = dense.shape
     tiles, groups = num_tiles(rows), num_groups(columns)
-    weight = torch.empty(tiles, groups, *INT8_SHAPE, dtype=torch.uint8)
-    packed = Int8Weight(weight, torch.empty(tiles, groups, 16, dtype=torch.float16))
+    weight = empty(tiles, groups, *INT8_SHAPE, dtype=torch.uint8)
+    packed = Int8Weight(weight, empty(tiles, groups, 16, dtype=torch.float16))
     module = native.module()
     module.pack(dense, module.Matrix.int8(*packed, rows=rows, columns=columns), level)
     return packed
 
 
-def quantize_int4(dense: Float[Tensor, "out in"], *, level: str = "") -> Int4Weight:
+def quantize_int4(
+    dense: Float[Tensor, "out in"], empty: Empty = torch.empty, *, level: str = ""
+) -> Int4Weight:
     """Twin of lowlat.ops.quantized.quantize_int4; dense is bf16 or fp32."""
     rows, columns = dense.shape
     tiles, groups = num_tiles(rows), num_groups(columns)
-    weight = torch.empty(tiles, groups, *INT4_SHAPE, dtype=torch.uint8)
-    scale, minimum = torch.empty(2, tiles, groups, 16, dtype=torch.float16)
+    weight = empty(tiles, groups, *INT4_SHAPE, dtype=torch.uint8)
+    scale, minimum = empty(2, tiles, groups, 16, dtype=torch.float16)
     packed = Int4Weight(weight, scale, minimum)
     module = native.module()
     module.pack(dense, module.Matrix.int4(*packed, rows=rows, columns=columns), level)

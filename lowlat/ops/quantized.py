@@ -41,6 +41,8 @@ INT8_MAX = 127
 INT8_OFFSET = 128
 """Added to int8 values where they are stored."""
 INT4_MAX = 15
+Empty = Callable[..., Tensor]
+"""torch.empty, or what gives memory of another kind."""
 CHUNK_ELEMENTS = 2**15
 """Elements quantised at a time: intermediates stay in the cache, and torch splits no operation."""
 
@@ -77,21 +79,22 @@ def num_groups(columns: int) -> int:
     return -(-columns // GROUP)
 
 
-def quantize_int8(dense: Float[Tensor, "out in"]) -> Int8Weight:
+def quantize_int8(dense: Float[Tensor, "out in"], empty: Empty = torch.empty) -> Int8Weight:
     """`dense` in int8 groups; a scale is infinite or NaN where a group does not fit."""
-    return Int8Weight(*_in_chunks(dense, _int8_chunk))
+    return Int8Weight(*_in_chunks(dense, _int8_chunk, empty))
 
 
-def quantize_int4(dense: Float[Tensor, "out in"]) -> Int4Weight:
+def quantize_int4(dense: Float[Tensor, "out in"], empty: Empty = torch.empty) -> Int4Weight:
     """`dense` in int4 groups; a scale or minimum is infinite or NaN where a group does not fit."""
-    return Int4Weight(*_in_chunks(dense, _int4_chunk))
+    return Int4Weight(*_in_chunks(dense, _int4_chunk, empty))
 
 
-def quantize_rows(dense: Float[Tensor, "out in"]) -> Int8Rows:
+def quantize_rows(dense: Float[Tensor, "out in"], empty: Empty = torch.empty) -> Int8Rows:
     """`dense` in int8 with scale = max |value| / 127 of each row, NaN or infinite where that is."""
     wide = dense.to(torch.float32)
     scale = wide.abs().amax(dim=1) / INT8_MAX
-    return Int8Rows((wide / _divisor(scale)[:, None]).round().to(torch.int8), scale)
+    weight = empty(*dense.shape, dtype=torch.int8)
+    return Int8Rows(weight.copy_((wide / _divisor(scale)[:, None]).round()), scale)
 
 
 def dequantize_int8(
@@ -151,7 +154,7 @@ def int4_steps(
 
 
 def _in_chunks(
-    dense: Tensor, quantize: Callable[[Tensor], tuple[Tensor, ...]]
+    dense: Tensor, quantize: Callable[[Tensor], tuple[Tensor, ...]], empty: Empty
 ) -> tuple[Tensor, ...]:
     """`quantize` applied to whole tiles of rows, in parallel; its results joined."""
     step = max(CHUNK_ELEMENTS // dense.shape[1] // TILE, 1) * TILE
@@ -162,7 +165,12 @@ def _in_chunks(
 
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         chunks = list(threads.map(chunk, range(0, len(dense), step)))
-    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+
+    def joined(parts: tuple[Tensor, ...]) -> Tensor:
+        tiles = sum(map(len, parts))
+        return torch.cat(parts, out=empty(tiles, *parts[0].shape[1:], dtype=parts[0].dtype))
+
+    return tuple(map(joined, zip(*chunks, strict=True)))
 
 
 def _int8_chunk(rows: Float32[Tensor, "padded_rows in"]) -> tuple[Tensor, Tensor]:

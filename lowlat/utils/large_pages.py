@@ -2,9 +2,10 @@
 again.
 
 Processors fetch ahead no further than to the end of a page, and look up where the next one lies: in
-pages of 4 KiB int4 weights are read a tenth slower.
+pages of 4 KiB a step over int4 weights takes a twentieth longer.
 """
 
+import math
 import mmap
 import sys
 from contextlib import suppress
@@ -39,12 +40,13 @@ class LargePages:
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)
 
-    def hold(self, tensor: Tensor) -> Tensor:
-        """`tensor`, copied here; itself where there are no large pages."""
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """As torch.empty, which it is where there are no large pages."""
         if not HAS_LARGE_PAGES:
-            return tensor
-        size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        if size > len(self._block):
-            self._block = zeros(max(size, BLOCK))
-        place, self._block = self._block[: tensor.nbytes], self._block[size:]
-        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            return torch.empty(shape, dtype=dtype)
+        size = math.prod(shape) * dtype.itemsize
+        taken = -(-size // ALIGNMENT) * ALIGNMENT
+        if taken > len(self._block):
+            self._block = zeros(max(taken, BLOCK))
+        place, self._block = self._block[:size], self._block[taken:]
+        return place.view(dtype).view(shape)

@@ -68,10 +68,14 @@ def files_of(source: str, options: ReadOptions) -> list[Path]:
 def has_records(sources: Sequence[str], options: ReadOptions) -> bool:
     """Whether any source has fields or columns, as text files do not. Raises as `files_of`."""
     return any(
-        source.startswith(DATASETS)
-        or any(_kind(path) in RECORDS for path in files_of(source, options))
+        source.startswith(DATASETS) or any(map(is_records, files_of(source, options)))
         for source in sources
     )
+
+
+def is_records(path: Path) -> bool:
+    """Whether `path` is named as one that has fields or columns."""
+    return _kind(path) in RECORDS
 
 
 def _kind(path: Path) -> str:

@@ -49,39 +49,36 @@ def test_no_zeros() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.int64])
-def test_held_tensors_are_equal_and_stand_alone(dtype: torch.dtype) -> None:
+def test_tensors_stand_alone(dtype: torch.dtype) -> None:
     pages = LargePages()
-    sources = [torch.arange(n).to(dtype).reshape(-1, 1) for n in (0, 1, 3, 64, 1000)]
-    sources += [torch.arange(12).to(dtype).view(3, 4).T, torch.tensor(7).to(dtype)]
-    held = [pages.hold(source) for source in sources]
-    for source, copy in zip(sources, held, strict=True):
-        assert copy.dtype == dtype
-        assert copy.shape == source.shape
-        assert torch.equal(copy, source)
-    for copy in held[1:]:
-        copy.fill_(1)
-    assert torch.equal(sources[4].flatten(), torch.arange(1000).to(dtype))
-    assert all(bool((copy == 1).all()) for copy in held)
+    shapes = [(0, 3), (1,), (3,), (64, 1), (10, 100), ()]
+    made = [pages.empty(*shape, dtype=dtype) for shape in shapes]
+    for number, (shape, tensor) in enumerate(zip(shapes, made, strict=True)):
+        assert tensor.dtype == dtype
+        assert tensor.shape == shape
+        assert tensor.is_contiguous()
+        tensor.fill_(number)
+    assert all(bool((tensor == number).all()) for number, tensor in enumerate(made))
 
 
 @needs_large_pages
-def test_held_tensors_begin_with_a_line_of_cache_in_large_pages() -> None:
+def test_tensors_begin_with_a_line_of_cache_in_large_pages() -> None:
     pages = LargePages()
     for size in (1, 63, 64, 65, BLOCK - 1, BLOCK + 1, 5):
-        held = pages.hold(torch.full((size,), 3, dtype=torch.uint8))
-        assert held.data_ptr() % ALIGNMENT == 0
-        assert asks_for_large_pages(held)
+        made = pages.empty(size, dtype=torch.uint8)
+        assert made.data_ptr() % ALIGNMENT == 0
+        assert asks_for_large_pages(made)
 
 
 @needs_large_pages
 def test_a_block_lives_as_long_as_its_tensors() -> None:
     pages = LargePages()
-    first, second = pages.hold(torch.full((1000,), 3.0)), pages.hold(torch.ones(1000))
+    first, second = (pages.empty(1000, dtype=torch.float32).fill_(1) for _ in range(2))
     del pages, first
     gc.collect()
     assert second.sum() == 1000
     before = resident()
-    large = LargePages().hold(torch.ones(16 << 20))
+    large = LargePages().empty(16 << 20, dtype=torch.float32).fill_(1)
     assert resident() - before >= 60 << 20
     del large
     gc.collect()
