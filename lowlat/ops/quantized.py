@@ -91,7 +91,7 @@ def quantize_int4(dense: Float[Tensor, "out in"], empty: Empty = torch.empty) ->
 
 def quantize_rows(dense: Float[Tensor, "out in"], empty: Empty = torch.empty) -> Int8Rows:
     """`dense` in int8 with scale = max |value| / 127 of each row, NaN or infinite where that is."""
-    wide = dense.to(torch.float32)
+    wide = dense.detach().to(torch.float32)
     scale = wide.abs().amax(dim=1) / INT8_MAX
     weight = empty(*dense.shape, dtype=torch.int8)
     return Int8Rows(weight.copy_((wide / _divisor(scale)[:, None]).round()), scale)
@@ -157,6 +157,7 @@ def _in_chunks(
     dense: Tensor, quantize: Callable[[Tensor], tuple[Tensor, ...]], empty: Empty
 ) -> tuple[Tensor, ...]:
     """`quantize` applied to whole tiles of rows, in parallel; its results joined."""
+    dense = dense.detach()
     step = max(CHUNK_ELEMENTS // dense.shape[1] // TILE, 1) * TILE
 
     def chunk(first: int) -> tuple[Tensor, ...]:

@@ -197,3 +197,14 @@ def test_ones_and_zeros_survive_in_rows() -> None:
     weight = torch.eye(7, 11)
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(dequantize_rows(quantize_rows(weight), dtype), weight.to(dtype))
+
+
+@pytest.mark.parametrize("pack", [quantize_int8, quantize_int4, quantize_rows])
+def test_parameters_are_packed_without_their_gradient(pack: object) -> None:
+    """A trained weight is packed as it is, outside of `torch.no_grad` too."""
+    weight = torch.randn(17, 33)
+    assert callable(pack)
+    with torch.enable_grad():
+        packed = pack(torch.nn.Parameter(weight))
+    for part, expected in zip(packed, pack(weight), strict=True):
+        assert not part.requires_grad and torch.equal(part, expected)
