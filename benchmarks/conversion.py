@@ -8,7 +8,7 @@ Makes every model of `CELLS` that WORK does not hold yet with `lowlat convert`, 
 not measured yet, with a bf16 cache and an int8 one, against the unconverted model: perplexity of
 each text (windows of 1024 tokens spread evenly over it) and how often both find the same token
 likeliest. --speed times decoding, the models in turn. Everything found stays in WORK/figures.json;
---page writes the page and its picture from that.
+--page fills that page's tables from it and draws its picture (conversion_page.py).
 """
 
 import argparse

@@ -1,8 +1,9 @@
-"""The figures of benchmarks/conversion.py as a page with a picture.
+"""The figures of benchmarks/conversion.py in the tables and the picture of a page.
 
     python benchmarks/conversion_page.py WORK/figures.json docs/results/conversion.md
 
-Owns wording and drawing; every figure is measured there.
+Owns tables and drawing; every figure is measured there, and what is said about them stands on the
+page.
 """
 
 import json
@@ -16,6 +17,7 @@ from lowlat.utils.plots import STYLE
 
 Figures = dict[str, Any]
 Row = Sequence[str]
+END = "<!-- end -->"
 TOP = 6
 """Of the picture: what is worse stands in the table."""
 KINDS = {
@@ -32,78 +34,57 @@ def main() -> None:
 
 
 def write_page(figures: Figures, page: Path) -> None:
-    """`page` and the picture beside it."""
-    picture = page.with_suffix(".svg")
-    _draw(figures, picture)
-    page.write_text(_page(figures, picture.name), encoding="utf-8")
+    """Fill the places of `page` that stand between marks, and draw the picture beside it.
+
+    A place begins with a line `<!-- figures: NAME -->` and ends with `<!-- end -->`; what is
+    written around it stays. Raises ValueError where a place has no end or an unknown name.
+    """
+    filled = _places(figures)
+    parts = page.read_text(encoding="utf-8").split("<!-- figures: ")
+    for index, part in enumerate(parts[1:], start=1):
+        name, _, rest = part.partition(" -->")
+        _, end, after = rest.partition(END)
+        if not end or name not in filled:
+            raise ValueError(f"{page}: no place of figures: {name}")
+        parts[index] = f"{name} -->\n\n{filled[name]}\n\n{END}{after}"
+    page.write_text("<!-- figures: ".join(parts), encoding="utf-8")
+    _draw(figures, page.with_suffix(".svg"))
 
 
-def _page(figures: Figures, picture: str) -> str:
+def _places(figures: Figures) -> dict[str, str]:
+    """What stands in the places of a page, by their names."""
     texts = list(figures["original"])
     originals = ", ".join(f"{name} {value:.2f}" for name, value in figures["original"].items())
-    unhealed = list(_models(figures, healed=False))
-    parts = [
-        f"# What a smaller cache costs: {figures['model']}",
+    measured = (
         f"Perplexity relative to the unconverted model ({originals}) on {figures['windows']} "
         f"windows of {figures['window']:,} tokens spread evenly over each text, bf16 weights. "
         "*same* is how often both find the same next token likeliest, over all places of the "
-        "windows. No model was calibrated or healed on these texts.",
-        "    python benchmarks/conversion.py WORK "
-        + " ".join(f"--text {name}.txt" for name in texts)
-        + f" --windows {figures['windows']}",
-        f"![perplexity over bytes of cache]({picture})",
-        f"Beyond {TOP} times the perplexity only the table tells.",
-        "## Recipes, without training",
-        _table(
-            ["recipe", "cache kept", *(f"{t}: ratio | same" for t in texts)],
-            (
-                _quality(name, entry, texts, "bf16")
-                for name, entry in _models(figures, healed=False)
-            ),
+        "windows. No model was calibrated or healed on these texts."
+    )
+    columns = [f"{text}: ratio | same" for text in texts]
+    models: dict[str, Figures] = figures["models"]
+    return {
+        "measured": measured,
+        "recipes": _table(
+            ["recipe", "cache kept", *columns],
+            (_quality(name, entry, texts, "bf16") for name, entry in models.items()),
         ),
-        "## The same with an int8 cache",
-        "Whole rows in int8, 64 channels sharing a scale in fp32; the scales count.",
-        _table(
-            ["recipe", "bytes kept", *(f"{t}: ratio | same" for t in texts), "over a bf16 cache"],
-            (_int8(name, entry, texts) for name, entry in unhealed),
+        "int8": _table(
+            ["recipe", "bytes kept", *columns, "over a bf16 cache"],
+            (_int8(name, entry, texts) for name, entry in models.items()),
         ),
-    ]
-    healed = list(_models(figures, healed=True))
-    if healed:
-        parts += [
-            "## Healed",
-            "Distilled against the original: Kullback-Leibler divergence of next-token "
-            "distributions, weights of attention only.",
-            _table(
-                ["model", "cache kept", *(f"{t}: ratio | same" for t in texts)],
-                (_quality(name, entry, texts, "bf16") for name, entry in healed),
-            ),
-        ]
-    if figures["speed"]:
-        parts += [
-            "## Decoding with a long context",
-            "One sequence, all models in turn; ratios are medians over rounds of what was measured "
-            f"side by side ({figures['speed'][0]['machine']}).",
-            _table(
-                ["context", "model", "cache", "tokens/s", "ratio", "MB of cache"],
-                map(_speed, figures["speed"]),
-            ),
-        ]
-    commands = "\n".join(f"    {entry['command']}" for entry in figures["models"].values())
-    parts += ["## Commands", commands]
-    return "\n\n".join(parts) + "\n"
-
-
-def _models(figures: Figures, *, healed: bool) -> Iterable[tuple[str, Figures]]:
-    for name, entry in figures["models"].items():
-        if ("healed" in name) == healed:
-            yield name, entry
+        "speed": _table(
+            ["context", "model", "cache", "tokens/s", "ratio", "MB of cache"],
+            map(_speed, figures["speed"]),
+        ),
+        "commands": "\n".join(f"    {entry['command']}" for entry in models.values()),
+    }
 
 
 def _label(name: str) -> str:
     kind, _, rest = name.partition("-")
     budget = rest.partition("healed-")[2]
-    return KINDS[kind] + (f", {budget} tokens" if budget else "")
+    return KINDS[kind] + (f", healed on {budget} tokens" if budget else "")
 
 
 def _kept(figures: Figures) -> str:

@@ -11,11 +11,11 @@ from typing import Literal, TypedDict, Unpack
 from lowlat.checkpoint.cachefolder import disk_faults, locked
 from lowlat.checkpoint.fetch import fetch_pypi
 from lowlat.checkpoint.index import open_checkpoint
-from lowlat.checkpoint.load import load_model
+from lowlat.checkpoint.load import load_model, read_config
 from lowlat.checkpoint.names import ConfigPreset, LocalModel, ModelPreset, resolve
 from lowlat.convert.run import convert
 from lowlat.engine.completion import Completion
-from lowlat.engine.llm import Model, Prompt
+from lowlat.engine.llm import Model, Prompt, check_context
 from lowlat.engine.params import SamplingOptions, SamplingParams, make_params
 from lowlat.ops import native
 from lowlat.text.tokenizer import Tokenizer
@@ -60,12 +60,10 @@ def load(
     # A wrong LOWLAT_ISA is told before minutes of loading.
     native.available()
     path = prepare(name, progress=progress)
-    # Whichever of tokenizer and weights fails in milliseconds is looked at first.
-    if path.is_dir():
-        tokenizer = Tokenizer.from_folder(path)
-    else:
-        open_checkpoint(path)
-        tokenizer = Tokenizer.from_gguf(path)
+    # Whatever fails in milliseconds is looked at before the weights are.
+    check_context(read_config(open_checkpoint(path)), context)
+    folder = path.is_dir()
+    tokenizer = Tokenizer.from_folder(path) if folder else Tokenizer.from_gguf(path)
     loaded = load_model(path, dtype=dtype, device=device, progress=progress)
     return Model(
         loaded.model,

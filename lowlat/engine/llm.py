@@ -64,7 +64,7 @@ class Model:
         self.name = name
         self.transformer = transformer
         self.tokenizer = tokenizer
-        self.context = _check_context(config, context)
+        self.context = check_context(config, context)
         self.runner, limits = new_runner(transformer, cache, max_cache_bytes, self.context)
         self.engine = Engine(
             self.runner,
@@ -337,7 +337,11 @@ def _is_unfinished(builders: list[CompletionBuilder]) -> bool:
     return any(builder.finish_reason is None for builder in builders)
 
 
-def _check_context(config: ModelConfig, context: int | None) -> int:
+def check_context(config: ModelConfig, context: int | None) -> int:
+    """Most tokens of prompt and output: `context`, or all that the model allows where it is None.
+
+    Raises UserError where the model allows fewer.
+    """
     longest = config.max_position_embeddings
     if context is None:
         return longest

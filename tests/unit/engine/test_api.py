@@ -74,6 +74,19 @@ def test_int8_cache(folder: Path, dtype: str) -> None:
     assert [len(completion.token_ids) for (completion,) in long] == [90] * 20
 
 
+def test_a_context_too_long_is_refused_before_the_weights_are_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes minutes where the model is large."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("loaded weights")
+
+    monkeypatch.setattr(api, "load_model", refuse)
+    with pytest.raises(UserError, match=r"max_position_embeddings of \d+, got 98765"):
+        lowlat.load(str(folder), context=98765)
+
+
 def test_loading_changes_no_logit(folder: Path) -> None:
     expected = lowlat.Model(
         tiny_model(gqa_config(), torch.float32), byte_tokenizer(), name="memory"
