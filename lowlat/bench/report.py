@@ -9,7 +9,7 @@ from typing import Any
 
 from lowlat.bench.measure import Row, median_rates
 from lowlat.bench.plan import Cell, Plan
-from lowlat.bench.roofline import tokens_per_second
+from lowlat.bench.roofline import Least, least_seconds
 from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
 
@@ -35,8 +35,8 @@ def build(
 ) -> dict[str, Any]:
     """The object. Rates are tokens per second, memory bytes, times seconds."""
     row_bytes = facts["lowlat"]["cache_bytes_per_token"]
-    roofline = {
-        cell: tokens_per_second(
+    least = {
+        cell: least_seconds(
             config,
             cell,
             dtype=plan.dtype,
@@ -64,7 +64,7 @@ def build(
             for name, precision in precisions.items()
         },
         "calibration": {"median": median_rates(rates), "rounds": list(rates)},
-        "rows": [_row(row, roofline[row.cell], rows) for row in rows],
+        "rows": [_row(row, least[row.cell], rows) for row in rows],
         "start_to_first_token": {
             name: {"seconds": statistics.median(taken), "samples": list(taken)}
             for name, taken in starts.items()
@@ -89,7 +89,7 @@ def _model(model: Path, config: ModelConfig, row_bytes: int) -> dict[str, Any]:
     }
 
 
-def _row(row: Row, roofline: float, rows: Sequence[Row]) -> dict[str, Any]:
+def _row(row: Row, least: Least, rows: Sequence[Row]) -> dict[str, Any]:
     best = best_peer(rows, row.cell) if row.program == "lowlat" else None
     median = row.median
     return {
@@ -98,8 +98,9 @@ def _row(row: Row, roofline: float, rows: Sequence[Row]) -> dict[str, Any]:
         "tokens": row.cell.tokens,
         "tokens_per_second": median,
         "spread": row.spread,
-        "roofline_tokens_per_second": roofline,
-        "share_of_roofline": None if median is None else median / roofline,
+        "roofline_tokens_per_second": 1 / least.together,
+        "share_of_roofline": None if median is None else median * least.together,
+        "share_in_turn": None if median is None else median * least.in_turn,
         "best_peer": None if best is None else best.program,
         "ratio_to_best_peer": median / best.median if median and best and best.median else None,
         "peak_bytes": row.peak_bytes,

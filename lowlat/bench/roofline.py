@@ -3,6 +3,10 @@
     seconds >= max((weights read + cache rows) / bandwidth,
                    FLOPs of the weights / GEMM rate + FLOPs of attention / GEMM rate)
 
+which is reached where weights are read while attention is computed. In turn, the least is that of
+the weights and that of attention, added: where one is bound by memory and the other by arithmetic,
+that is more.
+
 A step over an int8 cache can multiply its int8 channels at the rate of int8.
 
 A step of decoding reads the weights one token uses and every cached row it attends to once. A
@@ -132,17 +136,31 @@ def _head_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int)
     return min(absorbed, expanded)
 
 
-def seconds(work: Work, dtype: str, rates: dict[str, float]) -> float:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Least:
+    """The least seconds of a cell."""
+
+    together: float
+    """Memory and arithmetic both busy all the time: the roofline."""
+    in_turn: float
+    """Weights first, then attention, each with both busy."""
+
+
+def seconds(work: Work, dtype: str, rates: dict[str, float]) -> Least:
     """The least time. rates: bandwidth in bytes/s; gemm_fp32, gemm_bf16, gemm_int8 in FLOP/s."""
-    memory = (work.weight_bytes + work.cache_bytes) / rates["bandwidth"]
     plain = rates["gemm_fp32" if dtype == "fp32" else "gemm_bf16"]
     # Where the int8 product that was measured is slower than bf16, bf16 is the better way.
     products, integers = max(plain, rates[RATES[dtype]]), max(plain, rates["gemm_int8"])
-    attention = (work.attention_flops - work.int8_flops) / plain + work.int8_flops / integers
-    return max(memory, work.weight_flops / products + attention)
+    weights = work.weight_bytes / rates["bandwidth"], work.weight_flops / products
+    scores = (work.attention_flops - work.int8_flops) / plain + work.int8_flops / integers
+    attention = work.cache_bytes / rates["bandwidth"], scores
+    return Least(
+        together=max(weights[0] + attention[0], weights[1] + attention[1]),
+        in_turn=max(weights) + max(attention),
+    )
 
 
-def tokens_per_second(
+def least_seconds(
     config: ModelConfig,
     cell: Cell,
     *,
@@ -150,11 +168,12 @@ def tokens_per_second(
     row_bytes: int,
     rates: dict[str, float],
     cache: str = "bf16",
-) -> float:
-    """The roofline of a cell in tokens per second."""
+) -> Least:
+    """The least seconds per token of a cell."""
     work = work_of(config, cell, dtype=dtype, row_bytes=row_bytes, cache=cache)
     least = seconds(work, dtype, rates)
-    return (cell.tokens if cell.kind == "prefill" else 1) / least
+    tokens = cell.tokens if cell.kind == "prefill" else 1
+    return Least(together=least.together / tokens, in_turn=least.in_turn / tokens)
 
 
 def _hit(config: ModelConfig, tokens: int) -> int:

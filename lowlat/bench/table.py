@@ -43,10 +43,11 @@ def heading(report: Report) -> str:
 def rates(report: Report) -> Table:
     """Tokens per second: a block of lines per cell, one per program and the roofline.
 
-    Behind the rate: half its spread over the rounds, its share of the roofline, how many times
-    faster lowlat is, and the most memory resident while a prompt was read.
+    Behind the rate: half its spread over the rounds, its share of the roofline and of what weights
+    and attention allow in turn, how many times faster lowlat is, and the most memory resident while
+    a prompt was read.
     """
-    table = _table("", "", "tok/s", "", "roof", "lowlat", "memory")
+    table = _table("", "", "tok/s", "", "roof", "in turn", "lowlat", "memory")
     for cell in dict.fromkeys((row["kind"], row["tokens"]) for row in report["rows"]):
         rows = [row for row in report["rows"] if (row["kind"], row["tokens"]) == cell]
         rows.sort(key=lambda row: row["program"] != "lowlat")
@@ -99,6 +100,7 @@ def _figures(row: dict[str, Any], own: dict[str, Any]) -> list[str]:
         _number(rate),
         f"±{row['spread'] / 2:.0%}",
         f"{row['share_of_roofline']:.0%}",
+        f"{row['share_in_turn']:.0%}",
         "" if faster is None else f"{faster:.2f} x",
         f"{peak / 1e9:.2f} GB" if peak else "",
     ]

@@ -13,7 +13,7 @@ from lowlat.bench import machine, report, table
 from lowlat.bench.measure import Row, Sample
 from lowlat.bench.plan import Cell, Peer, make_plan
 from lowlat.bench.plot import draw
-from lowlat.bench.roofline import tokens_per_second
+from lowlat.bench.roofline import least_seconds
 
 CONFIG = fakes.mla_config()
 RATES = {"bandwidth": 1e9, "gemm_fp32": 1e9, "gemm_bf16": 2e9, "gemm_int8": 3e9}
@@ -62,9 +62,10 @@ def test_lowlat_is_set_against_the_fastest_peer_and_the_roofline() -> None:
     assert own["tokens_per_second"] == 100.0 and own["spread"] == pytest.approx(0.3)
     assert (own["best_peer"], own["ratio_to_best_peer"]) == ("llama.cpp", 2.0)
     cell = Cell(kind="prefill", tokens=8)
-    limit = tokens_per_second(CONFIG, cell, dtype="bf16", row_bytes=68, rates=RATES)
-    assert own["roofline_tokens_per_second"] == limit
-    assert own["share_of_roofline"] == pytest.approx(100 / limit)
+    least = least_seconds(CONFIG, cell, dtype="bf16", row_bytes=68, rates=RATES)
+    assert own["roofline_tokens_per_second"] == 1 / least.together
+    assert own["share_of_roofline"] == pytest.approx(100 * least.together)
+    assert own["share_in_turn"] == pytest.approx(100 * least.in_turn)
 
 
 def test_a_peer_without_a_figure_is_no_best_peer() -> None:

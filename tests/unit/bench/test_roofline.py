@@ -8,7 +8,7 @@ import torch
 from lowlat_configs import GLA, GTA, MLA, MOE, TPA, lowlat_config
 
 from lowlat.bench.plan import Cell
-from lowlat.bench.roofline import attention_flops, seconds, tokens_per_second, work_of
+from lowlat.bench.roofline import attention_flops, least_seconds, seconds, work_of
 from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import QuantConfig
 from lowlat.model.quant import store_packed, store_quantized
@@ -99,9 +99,20 @@ def test_rows_that_rotate_as_a_whole_are_not_scored_by_their_latent() -> None:
 def test_the_slower_of_memory_and_arithmetic_counts() -> None:
     work = work_of(MINI, Cell(kind="decode", tokens=128), dtype="int8", row_bytes=ROW)
     memory = (work.weight_bytes + work.cache_bytes) / 1e10
-    assert seconds(work, "int8", RATES) == memory
+    assert seconds(work, "int8", RATES).together == memory
     products = work.weight_flops / 2e12 + work.attention_flops / 1e12
-    assert seconds(work, "int8", RATES | {"bandwidth": 1e15}) == products
+    assert seconds(work, "int8", RATES | {"bandwidth": 1e15}).together == products
+
+
+def test_in_turn_weights_wait_for_memory_and_attention_for_arithmetic() -> None:
+    work = work_of(MINI, Cell(kind="decode", tokens=32768), dtype="bf16", row_bytes=ROW)
+    rates = RATES | {"gemm_bf16": 1e11}
+    least = seconds(work, "bf16", rates)
+    attention = work.attention_flops / 1e11
+    assert least.together == pytest.approx((work.weight_flops + work.attention_flops) / 1e11)
+    assert least.in_turn == pytest.approx(work.weight_bytes / 1e10 + attention)
+    fast = seconds(work, "bf16", RATES | {"bandwidth": 1e15})
+    assert fast.in_turn == pytest.approx(fast.together)
 
 
 def test_a_step_over_an_int8_cache_multiplies_its_latents_at_the_rate_of_int8() -> None:
@@ -110,9 +121,9 @@ def test_a_step_over_an_int8_cache_multiplies_its_latents_at_the_rate_of_int8() 
     rotary = 12 * 16 * 8193 * 2 * 64
     assert work.attention_flops - work.int8_flops == rotary
     products = (work.weight_flops + rotary) / 1e12 + work.int8_flops / 2e12
-    assert seconds(work, "bf16", RATES | {"bandwidth": 1e15}) == pytest.approx(products)
+    assert seconds(work, "bf16", RATES | {"bandwidth": 1e15}).together == pytest.approx(products)
     slow = RATES | {"bandwidth": 1e15, "gemm_int8": 1e9}
-    assert seconds(work, "bf16", slow) == pytest.approx(
+    assert seconds(work, "bf16", slow).together == pytest.approx(
         (work.weight_flops + work.attention_flops) / 1e12
     )
 
@@ -120,14 +131,16 @@ def test_a_step_over_an_int8_cache_multiplies_its_latents_at_the_rate_of_int8() 
 def test_int8_products_slower_than_bf16_do_not_lower_the_bar() -> None:
     work = work_of(MINI, Cell(kind="prefill", tokens=2048), dtype="int8", row_bytes=ROW)
     slow = seconds(work, "int8", RATES | {"gemm_int8": 1e9})
-    assert slow == pytest.approx((work.weight_flops + work.attention_flops) / 1e12)
+    assert slow.together == pytest.approx((work.weight_flops + work.attention_flops) / 1e12)
 
 
-def test_rates_are_tokens_per_second() -> None:
+def test_a_prompts_least_time_is_told_per_token() -> None:
     cell = Cell(kind="prefill", tokens=2048)
     work = work_of(MINI, cell, dtype="bf16", row_bytes=ROW)
-    rate = tokens_per_second(MINI, cell, dtype="bf16", row_bytes=ROW, rates=RATES)
-    assert rate == pytest.approx(2048 / seconds(work, "bf16", RATES))
+    least = least_seconds(MINI, cell, dtype="bf16", row_bytes=ROW, rates=RATES)
+    whole = seconds(work, "bf16", RATES)
+    assert least.together == pytest.approx(whole.together / 2048)
+    assert least.in_turn == pytest.approx(whole.in_turn / 2048)
 
 
 def test_expanding_a_long_cache_for_one_query_never_pays() -> None:
