@@ -3,6 +3,7 @@
 
 #if defined(LOWLAT_AMX)
 #define LOWLAT_ISA amx  // tile registers beside the vectors of AVX-512
+#define LOWLAT_AVX512
 #include "../simd/avx512.h"
 #elif defined(LOWLAT_AVX512)
 #define LOWLAT_ISA avx512

@@ -19,19 +19,17 @@ constexpr bool kMultipliesByDots = false;  // what multiply() does
 inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count, const bf16* x,
                      std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds,
                      Ahead* ahead = nullptr) {
-  if (ahead != nullptr) ahead->ask_for_all();
-  multiply_by_tiles(panels, tiles, tile_step, count, x, stride, rows, out, out_stride, adds);
+  multiply_by_tiles(panels, tiles, tile_step, count, x, stride, rows, out, out_stride, adds, ahead);
 }
 
 inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                           Panel* panels, float* out, std::int64_t out_stride) {
+  if (x.is_stream && w.is_tiled()) return stream_tiles(w, first, last, next, x, panels, out, out_stride);
   if (x.is_stream && lies_in_tiles(w, first) && lies_in_tiles(w, last - 1)) {
     return multiply_stream_by_tiles(w, first, last, next, x, panels, out, out_stride);
   }
-  forget_rows();
-  if (x.is_stream && w.is_tiled()) {
-    return stream_tiles(w, first, last, next, x, panels, out, out_stride);
-  }
+  if (x.is_stream && w.storage != Storage::bf16) return stream_rows(w, first, last, next, x, out, out_stride);
+  row_panels.values = nullptr;  // other panels take their place
   multiply_rows_by_tiles(w, first, last, x, panels, out, out_stride);
 }
 

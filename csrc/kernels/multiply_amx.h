@@ -6,6 +6,7 @@
 namespace lowlat::LOWLAT_ISA {
 
 constexpr int kTileRows = 16;  // activation rows of a tile register
+constexpr int kLinesOfTiles = 24;  // asked for with every column of tiles
 
 // The thread's tile registers: 0 to 3 sums (two blocks of rows by two tiles of weights), 4 and 5 rows, 6 and 7 weights.
 inline thread_local int configured_rows = -1;
@@ -38,7 +39,8 @@ inline void configure_tiles(int first_rows, int second_rows) {
 // out[r][16 k + lane] = sum over the panels of tile k, `tile_step` panels apart, of panel . x[r]; plus what is there if
 // `adds`.
 inline void multiply_by_tiles(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count, const bf16* x,
-                     std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds) {
+                     std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds,
+                     Ahead* ahead = nullptr) {
   const auto x_pitch = static_cast<long>(stride * sizeof(bf16)), pitch = static_cast<long>(out_stride * sizeof(float));
   for (std::int64_t tile = 0; tile < tiles; tile += 2) {
     const bool has_two = tile + 1 < tiles;
@@ -63,6 +65,7 @@ inline void multiply_by_tiles(const Panel* panels, std::int64_t tiles, std::int6
         }
       }
       for (std::int64_t i = 0; i < count; ++i) {
+        if (ahead != nullptr) ahead->ask(kLinesOfTiles);
         _tile_loadd(4, a + i * kColumns, x_pitch);
         _tile_loadd(6, left + i, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -119,7 +122,11 @@ struct RowPanels {
 };
 inline thread_local RowPanels row_panels;
 
-inline void forget_rows() { row_panels.values = nullptr; }
+// What a thread keeps of the activations it multiplies, from strip to strip, holds until they may have changed.
+inline void forget_rows() {
+  row_panels.values = nullptr;
+  split_store.forget();
+}
 
 // Rows of a block of up to 16 as the other side of a product with rows of weights: `width` words of 4 bytes for each pair
 // of columns, one for each row.

@@ -138,10 +138,15 @@ class Ahead {
   }
 
   void ask(int lines) {
-    for (; lines > 0 && has_line(); --lines, at_ += 64) prefetch_far(at_);
+    while (lines > 0 && has_line()) {
+      const std::int64_t here = (end_ - at_ + 63) / 64;
+      const char* stop = at_ + 64 * (here < lines ? here : lines);
+      lines -= static_cast<int>((stop - at_) / 64);
+      for (; at_ < stop; at_ += 64) prefetch_far(at_);
+    }
   }
 
-  // All at once, into the second level of cache: where products take so little time that there is none to spread over.
+  // All at once, for what is read next.
   void ask_for_all() {
     for (; has_line(); at_ += 64) prefetch_far(at_);
   }

@@ -254,7 +254,10 @@ inline void attend_splits(Reader reader, const Queries& q, std::int64_t first, s
 inline void attend_splits(const CachedKeys& keys, const Queries& q, std::int64_t first, std::int64_t last,
                           std::int64_t end, Scratch& scratch, const SoftmaxState& state, const SoftmaxState& part) {
 #if defined(LOWLAT_AVX512)
-  if (keys.are_integers()) return attend_splits(IntegerReader(keys, q, scratch), q, first, last, end, state, part);
+  // Products of bf16 by tiles are no slower, and round less.
+  if (kMultipliesByDots && keys.are_integers()) {
+    return attend_splits(IntegerReader(keys, q, scratch), q, first, last, end, state, part);
+  }
 #endif
   attend_splits(PlainReader(keys, q, scratch), q, first, last, end, state, part);
 }

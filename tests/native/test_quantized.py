@@ -95,7 +95,7 @@ def test_int8_and_int4_stream_exact_values(
             bound += 48 * group_sums(x.abs(), minimum.abs()).sum(dim=-1)
             added += group_sums(x, minimum).abs().sum(dim=-1)
         bound += (2 * columns / 32 + 4) * added
-        if level == "avx512":
+        if level in ("amx", "avx512"):
             whole = scaled if minimum is None else scaled + minimum
             bound += group_sums(half_steps(x), whole.abs()).sum(dim=-1) / UNIT
         out = native_ops.linear(x, matrix, is_stream=True, level=level)
