@@ -61,10 +61,11 @@ def load(
     native.available()
     path = prepare(name, progress=progress)
     # Whatever fails in milliseconds is looked at before the weights are.
-    check_context(read_config(open_checkpoint(path)), context)
+    checkpoint = open_checkpoint(path)
+    check_context(read_config(checkpoint), context)
     folder = path.is_dir()
     tokenizer = Tokenizer.from_folder(path) if folder else Tokenizer.from_gguf(path)
-    loaded = load_model(path, dtype=dtype, device=device, progress=progress)
+    loaded = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
     return Model(
         loaded.model,
         tokenizer,

@@ -42,9 +42,13 @@ class Loaded:
 
 
 def load_model(
-    path: Path, *, dtype: str = "auto", device: str = "cpu", progress: Progress | None = None
+    checkpoint: Path | TensorSource,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    progress: Progress | None = None,
 ) -> Loaded:
-    """The model at `path`, a Hugging Face folder or a .gguf file.
+    """The model of `checkpoint`: a Hugging Face folder or a .gguf file, opened already or not.
 
     dtype: "auto" keeps every tensor as stored (fp8 blocks included; GGUF's block formats become
     fp32), fp64, fp32, bf16 and fp16 cast all of them, int8 and int4 pack the projections as
@@ -64,7 +68,8 @@ def load_model(
     form: Packing | None = next((packing for packing in PACKED if packing == dtype), None)
     wanted = None if dtype == "auto" else parse_dtype("bf16" if form else dtype)
     place = parse_device(device)
-    source = stored = open_checkpoint(path)
+    stored = checkpoint if isinstance(checkpoint, TensorSource) else open_checkpoint(checkpoint)
+    source = stored
     config = settle_mtp(read_config(source), source)
     is_packed, keeps = config.packing is not None, dtype in ("auto", "bf16", config.packing)
     if (is_packed and not keeps) or (config.quantization is not None and wanted is not None):
@@ -85,7 +90,7 @@ def load_model(
     packed = store_packed(model, form) if form and config.packing is None else {}
     filled = fill(source, plan, parameters, wanted, place, progress or SilentProgress(), packed)
     model.load_state_dict(filled, strict=True, assign=True)
-    return Loaded(model=model, config=config, path=path)
+    return Loaded(model=model, config=config, path=stored.path)
 
 
 def read_config(source: TensorSource) -> ModelConfig:
