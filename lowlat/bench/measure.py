@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowlat.bench.plan import Cell
-from lowlat.bench.worker import Refused, Worker
+from lowlat.bench.worker import TIMEOUT, Refused, Worker
 from lowlat.utils.progress import Progress
 
 STEPS = 32
@@ -20,6 +20,8 @@ STEP_SECONDS = 2.0
 """A sample of decoding ends after this long (and at least two steps)."""
 CELL_SECONDS = 45.0
 """A program that has spent this long on a cell does not repeat it in later rounds."""
+LONG_PROMPT = 32768
+"""Tokens up to which a prompt has the usual time; as attention does, it grows with the square."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +104,8 @@ def _sample(row: Row, worker: Worker, number: int) -> None:
     cell = row.cell
     try:
         if cell.kind == "prefill":
-            raw = worker.ask("prefill", tokens=cell.tokens)
+            patience = TIMEOUT * max(1.0, (cell.tokens / LONG_PROMPT) ** 2)
+            raw = worker.ask("prefill", timeout=patience, tokens=cell.tokens)
             seconds, tokens = raw["seconds"], cell.tokens
         else:
             raw = worker.ask("decode", context=cell.tokens, steps=STEPS, seconds=STEP_SECONDS)

@@ -182,7 +182,7 @@ def _alone(job: Job, plan: Plan, progress: Progress) -> list[float]:
     windows = priced_on(job.calibration.windows)
     with progress.task("Weighing layers", len(plan.widths), "items") as task:
         tensors = partial(layer_tensors, job, plan)
-        return lone_divergences(job.base, plan.config, tensors, windows, job.precision, task)
+        return lone_divergences(job.base, plan.config, tensors, windows, task)
 
 
 def _rotary_only(job: Job, way: Recipe) -> float:

@@ -17,11 +17,13 @@ class Scripted(Worker):
 
     def __init__(self, name: str, diary: list[str], seconds: list[float]) -> None:
         self.name, self.diary, self.script = name, diary, seconds
+        self.patience: list[float] = []
 
     def ask(self, op: str, *, timeout: float = 0.0, **arguments: Any) -> dict[str, Any]:
         self.diary.append(f"{self.name} {op}")
         if op == "measure":
             return {"bandwidth": self.script.pop(0)}
+        self.patience.append(timeout)
         took = self.script.pop(0)
         if took < 0:
             raise Refused("too much for it")
@@ -71,3 +73,11 @@ def test_long_cells_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "CELL_SECONDS", 10.0)
     (row,), _, _ = run({"a": [6.0, 6.0]}, [PROMPT], 3)
     assert len(row.samples) == 2 and row.reason is None
+
+
+def test_long_prompts_have_longer() -> None:
+    """Attention grows with the square of a prompt."""
+    worker, machine = Scripted("a", [], [1.0] * 3), Scripted("machine", [], [1.0])
+    cells = [Cell(kind="prefill", tokens=tokens) for tokens in (2048, 32768, 131072)]
+    measure.measure([("a", worker)], cells, machine, 1, SilentProgress())
+    assert worker.patience == [900.0, 900.0, 14400.0]

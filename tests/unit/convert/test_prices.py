@@ -80,7 +80,7 @@ def test_one_layer_at_a_time(config: ModelConfig, tmp_path: Path) -> None:
 
     ids = windows(3)
     with SilentProgress().task("", 3, "items") as task:
-        found = lone_divergences(weights, compressed.config, tensors, ids, torch.float32, task)
+        found = lone_divergences(weights, compressed.config, tensors, ids, task)
     expected = [0.0] * 3
     for window in ids:
         plain = F.log_softmax(mixed_logits(original, original, -1, window)[::EVERY], dim=-1)
@@ -124,11 +124,15 @@ def test_prices_that_cannot_be_measured() -> None:
     assert [own.still for own in found] == pytest.approx([1 / MOST, 1.0, 1.0, MOST])
 
 
-def test_prices_are_trusted_by_half() -> None:
+def test_prices_are_trusted_by_a_quarter() -> None:
     found = trusted(
-        [Price(still=1.0, latent=8.0), Price(still=4.0, latent=2.0), Price(still=16.0, latent=0.5)]
+        [
+            Price(still=1.0, latent=32.0),
+            Price(still=16.0, latent=2.0),
+            Price(still=256.0, latent=0.125),
+        ]
     )
-    assert [own.still for own in found] == pytest.approx([2.0, 4.0, 8.0])
+    assert [own.still for own in found] == pytest.approx([8.0, 16.0, 32.0])
     assert [own.latent for own in found] == pytest.approx([4.0, 2.0, 1.0])
 
 
