@@ -36,11 +36,15 @@ class Lowlat(Stepper):
         return {"cache_bytes_per_token": self.model.cache_bytes_per_token}
 
     def read(self, ids: Sequence[int]) -> Any:
+        return self.read_on(ids, 0)
+
+    def read_on(self, ids: Sequence[int], cached: int) -> Any:
+        """Read `ids` behind the first `cached` rows; logits [vocab] of the last."""
         logits = None
         for start in range(0, len(ids), PREFILL_CHUNK):
             part = ids[start : start + PREFILL_CHUNK]
             last = start + len(part) == len(ids)
-            logits = self._run(part, start, num_logits=1 if last else 0)
+            logits = self._run(part, cached + start, num_logits=1 if last else 0)
         assert logits is not None
         return logits[0].numpy()
 

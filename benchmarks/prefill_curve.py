@@ -1,0 +1,102 @@
+"""What a long prompt takes as its reading goes on: memory and time of the chunk that ends at N.
+
+    python benchmarks/prefill_curve.py MODEL [--contexts 2048,8192,32768,131072] [--dtype bf16]
+        [--cache bf16] [--out FOLDER]
+
+For every N a process of its own loads the model, puts N random rows into the cache and reads 2,048
+tokens over the last of them, as the engine reads the end of a prompt of N tokens: the most that is
+resident meanwhile (mapped weights among it), the cache's share of that, and the seconds. To read
+all that comes before would take minutes to hours and change none of the three.
+"""
+
+import argparse
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import kept
+import torch
+
+from lowlat.bench.protocol import peak_memory, reset_peak_memory, token_ids
+from lowlat.bench.run_lowlat import Lowlat
+from lowlat.engine.reading import PREFILL_CHUNK
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--contexts", default="2048,8192,32768,131072")
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--cache", default="bf16")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    contexts = [int(each) for each in args.contexts.split(",")]
+    print(f"{'tokens':>8} {'memory':>9} {'of cache':>9} {'the rest':>9} {'seconds':>8}")
+    rows: list[Row] = []
+    for context in contexts:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            row = pool.apply(last_chunk, (args.model, args.dtype, args.cache, context))
+        rest = row["peak_bytes"] - row["cache_bytes"]
+        sizes = (f"{size / 1e9:6.3f} GB" for size in (row["peak_bytes"], row["cache_bytes"], rest))
+        print(f"{context:8,} {' '.join(sizes)} {row['seconds']:8.2f}", flush=True)
+        rows.append(row)
+    if args.out is not None:
+        kept.write(kept.heading() | {"model": Path(args.model).name, "rows": rows}, args.out)
+        draw(rows, args.out / "plot.svg", f"{Path(args.model).name}, {args.dtype} weights")
+
+
+def last_chunk(model: str, dtype: str, cache: str, context: int) -> Row:
+    """The last chunk of a prompt of `context` tokens, in this process."""
+    if context < PREFILL_CHUNK:
+        raise SystemExit(f"--contexts {context}: is less than a chunk ({PREFILL_CHUNK}); give more")
+    program = Lowlat()
+    threads = torch.get_num_threads()
+    facts = program.load(
+        model=model, precision=dtype, cache=cache, threads=threads, context=context
+    )
+    ids = token_ids(PREFILL_CHUNK, program.vocab_size)
+    program.read(ids)  # pages of weights, and buffers that stay
+    start = context - PREFILL_CHUNK
+    program.fill(context)
+    reset_peak_memory()
+    began = time.perf_counter()
+    program.read_on(ids, start)
+    return {
+        "tokens": context,
+        "seconds": time.perf_counter() - began,
+        "peak_bytes": peak_memory(),
+        "cache_bytes": facts["cache_bytes_per_token"] * context,
+        "threads": threads,
+    }
+
+
+def draw(rows: list[Row], path: Path, title: str) -> None:
+    """Memory and time over the length of the prompt."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.0, 4.0), layout="constrained")
+    memory, times = figure.subplots(1, 2)
+    tokens = [row["tokens"] for row in rows]
+    peaks = [row["peak_bytes"] / 1e9 for row in rows]
+    caches = [row["cache_bytes"] / 1e9 for row in rows]
+    memory.plot(tokens, peaks, "o-", label="the process")
+    memory.plot(
+        tokens, [a - b for a, b in zip(peaks, caches, strict=True)], "s-", label="without its cache"
+    )
+    memory.plot(tokens, caches, "^--", label="the cache")
+    memory.set(xlabel="tokens of prompt", ylabel="GB", ylim=(0, None))
+    memory.legend()
+    times.plot(tokens, [row["seconds"] for row in rows], "o-")
+    times.set(xlabel="tokens of prompt", ylabel="seconds of the last 2,048", ylim=(0, None))
+    for axes in (memory, times):
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
