@@ -164,25 +164,30 @@ def compress(
 def _planned(job: Job, way: Recipe, layout: Layout, progress: Progress) -> tuple[Forecast, Plan]:
     """What is known of the layers, and the division of the budget that follows."""
     known = forecast(job, way)
-    prices: list[Price] | None = None
-    for _ in range(PRICINGS if way.prices_layers else 0):
-        widths = cheapest_widths(job, layout, known, prices)
-        whole = [replace(own, latent=job.source.row_dim - own.rotary) for own in widths]
-        alone, still = (
-            _alone(job, make_plan(job, way, layout, known, each, prices), progress)
-            for each in (widths, whole)
-        )
-        prices = layer_prices(known.costs_of(widths), widths, alone, still)
+    prices = _prices(job, way, layout, known, progress) if way.prices_layers else None
     widths = cheapest_widths(job, layout, known, prices)
     return known, make_plan(job, way, layout, known, widths, prices)
 
 
-def _alone(job: Job, plan: Plan, progress: Progress) -> list[float]:
-    """What every layer of `plan` costs when it is the only one compressed."""
-    windows = priced_on(job.calibration.windows)
-    with progress.task("Weighing layers", len(plan.widths), "items") as task:
-        tensors = partial(layer_tensors, job, plan)
-        return lone_divergences(job.base, plan.config, tensors, windows, task)
+def _prices(
+    job: Job, way: Recipe, layout: Layout, known: Forecast, progress: Progress
+) -> list[Price]:
+    """What errors of the layers cost near the division that these prices lead to."""
+    windows, row = priced_on(job.calibration.windows), job.source.row_dim
+    passes = 2 * PRICINGS * job.base.config.num_hidden_layers
+    prices: list[Price] | None = None
+    with progress.task("Weighing layers", passes, "items") as task:
+        for _ in range(PRICINGS):
+            widths = cheapest_widths(job, layout, known, prices)
+            whole = [replace(own, latent=row - own.rotary) for own in widths]
+            both: list[list[float]] = []
+            for each in (widths, whole):
+                plan = make_plan(job, way, layout, known, each, prices)
+                tensors = partial(layer_tensors, job, plan)
+                both.append(lone_divergences(job.base, plan.config, tensors, windows, task))
+            prices = layer_prices(known.costs_of(widths), widths, *both)
+    assert prices is not None
+    return prices
 
 
 def _rotary_only(job: Job, way: Recipe) -> float:
