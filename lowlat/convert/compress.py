@@ -171,7 +171,7 @@ def _planned(job: Job, way: Recipe, layout: Layout, progress: Progress) -> tuple
 
 def _prices(
     job: Job, way: Recipe, layout: Layout, known: Forecast, progress: Progress
-) -> list[Price]:
+) -> list[Price] | None:
     """What errors of the layers cost near the division that these prices lead to."""
     windows, row = priced_on(job.calibration.windows), job.source.row_dim
     passes = 2 * PRICINGS * job.base.config.num_hidden_layers
@@ -186,7 +186,6 @@ def _prices(
                 tensors = partial(layer_tensors, job, plan)
                 both.append(lone_divergences(job.base, plan.config, tensors, windows, task))
             prices = layer_prices(known.costs_of(widths), widths, *both)
-    assert prices is not None
     return prices
 
 
