@@ -98,13 +98,10 @@ def _least_share(row: int, least: int) -> str:
     raise AssertionError
 
 
-def even_widths(
-    layers: Sequence[LayerCosts], budget: int, prices: Sequence[Price] | None = None
-) -> Widths:
+def even_widths(layers: Sequence[LayerCosts], budget: int) -> Widths:
     """The same widths for all layers that cost least together."""
-    priced = list(zip(layers, prices or [None] * len(layers), strict=True))
     choices = [
-        (sum(layer[rotary].of(budget - rotary, price) for layer, price in priced), rotary)
+        (sum(layer[rotary].of(budget - rotary) for layer in layers), rotary)
         for rotary in layers[0]
         if budget - rotary >= STEP
     ]

@@ -56,7 +56,7 @@ class LayerReport:
     """Predicted squared error of the attention output, relative to the residual stream."""
     alone: float | None
     """By how much, as far as predicted, next-token distributions diverge from the original's where
-    this layer alone is compressed: nats per token. None for recipes that do not measure it.
+    this layer alone is compressed: nats per token. None where it was not measured.
     """
     measured: float
     """Relative squared deviation of the residual stream behind the layer, all layers before it
@@ -164,25 +164,25 @@ def compress(
 def _planned(job: Job, way: Recipe, layout: Layout, progress: Progress) -> tuple[Forecast, Plan]:
     """What is known of the layers, and the division of the budget that follows."""
     known = forecast(job, way)
-    prices = _prices(job, way, layout, known, progress) if way.prices_layers else None
+    prices: list[Price] | None = None
+    if way.prices_layers and layout == "free":
+        prices = _prices(job, way, known, progress)
     widths = cheapest_widths(job, layout, known, prices)
     return known, make_plan(job, way, layout, known, widths, prices)
 
 
-def _prices(
-    job: Job, way: Recipe, layout: Layout, known: Forecast, progress: Progress
-) -> list[Price] | None:
+def _prices(job: Job, way: Recipe, known: Forecast, progress: Progress) -> list[Price] | None:
     """What errors of the layers cost near the division that these prices lead to."""
     windows, row = priced_on(job.calibration.windows), job.source.row_dim
     passes = 2 * PRICINGS * job.base.config.num_hidden_layers
     prices: list[Price] | None = None
     with progress.task("Weighing layers", passes, "items") as task:
         for _ in range(PRICINGS):
-            widths = cheapest_widths(job, layout, known, prices)
+            widths = cheapest_widths(job, "free", known, prices)
             whole = [replace(own, latent=row - own.rotary) for own in widths]
             both: list[list[float]] = []
             for each in (widths, whole):
-                plan = make_plan(job, way, layout, known, each, prices)
+                plan = make_plan(job, way, "free", known, each, prices)
                 tensors = partial(layer_tensors, job, plan)
                 both.append(lone_divergences(job.base, plan.config, tensors, windows, task))
             prices = layer_prices(known.costs_of(widths), widths, *both)

@@ -89,11 +89,12 @@ def forecast(job: Job, way: Recipe, *, with_costs: bool = True) -> Forecast:
 def cheapest_widths(
     job: Job, layout: Layout, known: Forecast, prices: Sequence[Price] | None
 ) -> list[Widths]:
-    """Widths that cost least under the budget, each layer's predicted costs at its price."""
-    prices = None if prices is None else trusted(prices)
+    """Widths that cost least under the budget; in the free layout each layer's predicted costs at
+    its price.
+    """
     if layout == "standard":
-        return [even_widths(known.costs, job.budget, prices)] * len(known.costs)
-    return free_widths(known.costs, job.budget, prices)
+        return [even_widths(known.costs, job.budget)] * len(known.costs)
+    return free_widths(known.costs, job.budget, None if prices is None else trusted(prices))
 
 
 def make_plan(
@@ -104,14 +105,8 @@ def make_plan(
     widths: list[Widths],
     prices: Sequence[Price] | None = None,
 ) -> Plan:
-    """The compression with `widths`; prices decide which frequencies all layers share in the
-    standard layout.
-    """
-    priorities = known.priorities
-    if prices is not None:
-        priced = zip(priorities, trusted(prices), strict=True)
-        priorities = [own * price.still for own, price in priced]
-    turning = _turning(priorities, widths, layout)
+    """The compression with `widths`, which were found at `prices`."""
+    turning = _turning(known.priorities, widths, layout)
     turned = [own.flatten()[each] for own, each in zip(known.frequencies, turning, strict=True)]
     config = compressed_config(job.base, job.source, widths, turned, layout)
     return Plan(way=way, widths=widths, turning=turning, config=config, prices=prices)

@@ -41,7 +41,9 @@ class Recipe:
     refits_output: bool
     """W_O is fitted again behind the new heads (`convert.refit`)."""
     prices_layers: bool
-    """What a layer's error costs is measured (`convert.prices`), not taken to be the same."""
+    """In the free layout, what a layer's error costs is measured (`convert.prices`), not taken to
+    be the same.
+    """
     fold: int = 1
     """Neighbouring frequencies that `basis` takes for one."""
     stride: int = 1

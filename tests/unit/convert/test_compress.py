@@ -340,6 +340,8 @@ def test_a_model(tmp_path: Path, config: ModelConfig, layout: str, recipe: str) 
         loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
         assert float(loss.exp()) == pytest.approx(expected, rel=1e-4)
     assert all(layer.measured > 0 for layer in report.layers)
+    is_weighed = layout == "free" and recipe == "weighted"
+    assert all((layer.alone is not None) == is_weighed for layer in report.layers)
 
 
 def test_it_is_deterministic(tmp_path: Path) -> None:

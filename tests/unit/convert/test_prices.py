@@ -32,13 +32,13 @@ from tests.fakes import tiny_model
 from .models import CASES, IDS, ModelWeights, model_config, weights_of, windows
 
 
-def compressed_folder(weights: ModelWeights, folder: Path, layout: str = "free") -> Transformer:
+def compressed_folder(weights: ModelWeights, folder: Path) -> Transformer:
     new, _ = compress(
         weights,
         Calibration(windows=windows(8), held_out=windows(4), origin="test"),
         share=0.5,
         recipe="weighted",
-        layout=layout,  # pyright: ignore[reportArgumentType]
+        layout="free",
         scratch=folder,
         dtype=torch.float32,
         progress=SilentProgress(),

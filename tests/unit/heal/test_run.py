@@ -42,7 +42,7 @@ def test_a_healed_model(made: Path) -> None:
     assert told["cache_bytes_per_token_after"] * 2 == told["cache_bytes_per_token_before"]
     for layer in told["layers"]:
         assert layer["rotary_share"] == layer["rotary"] / (layer["latent"] + layer["rotary"])
-        assert min(layer[key] for key in ("predicted", "alone", "measured")) > 0
+        assert min(layer[key] for key in ("predicted", "measured")) > 0
     names = {path.name for path in (made / "whole").iterdir()}
     assert {"tokenizer.json", "conversion.json", "conversion.svg", "config.json"} <= names
     assert not work_path(made / "whole").exists()
