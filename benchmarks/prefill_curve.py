@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     contexts = [int(each) for each in args.contexts.split(",")]
+    if min(contexts) < PREFILL_CHUNK:
+        parser.error(f"--contexts: {PREFILL_CHUNK} at least, the tokens of a chunk")
     print(f"{'tokens':>8} {'memory':>9} {'of cache':>9} {'the rest':>9} {'seconds':>8}")
     rows: list[Row] = []
     for context in contexts:
@@ -50,8 +52,6 @@ def main() -> None:
 
 def last_chunk(model: str, dtype: str, cache: str, context: int) -> Row:
     """The last chunk of a prompt of `context` tokens, in this process."""
-    if context < PREFILL_CHUNK:
-        raise SystemExit(f"--contexts {context}: is less than a chunk ({PREFILL_CHUNK}); give more")
     program = Lowlat()
     threads = torch.get_num_threads()
     facts = program.load(

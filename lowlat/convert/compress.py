@@ -99,8 +99,9 @@ def compress(
 
     layout: standard gives every layer the same widths and frequencies, free its own. `scratch` is a
     folder for files that the result reads as long as it is used. dtype: of the new tensors.
-    precision: of products with weights while measuring; the processor's fast one by default. Raises
-    UserError for models that are no plain GQA and for shares out of reach.
+    precision: of products with weights while measuring, the processor's fast one by default; layers
+    are weighed in fp32. Raises UserError for models that are no plain GQA and for shares out of
+    reach.
     """
     source = check_exact(base.config)
     job = Job(
