@@ -6,6 +6,7 @@ Owns the metric that errors are measured in, the factorisation, and the tensors 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float64
 from torch import Tensor
 
@@ -103,28 +104,29 @@ def rank_costs(target: Target) -> Float64[Tensor, " ranks"]:
 
 
 def attention_tensors(
-    weights: AttentionWeights, parts: Split, factors: Factors, *, has_bias: bool
+    weights: AttentionWeights, parts: Split, factors: Factors, *, padding: int, has_bias: bool
 ) -> dict[str, Tensor]:
     """The tensors of an MLA layer (`q_proj.weight`, ...) in fp64, without the output projection.
 
-    A head's query keeps its head_dim channels beside the rotary ones; the wider head's softmax
-    scale is made up for. Channels of the latent and of k_R are scaled so that what writes them and
-    what reads them are weights of one size.
+    A head's query keeps its head_dim channels, then come `padding` of zeros and the rotary ones;
+    the wider head's softmax scale is made up for. Channels of the latent and of k_R are scaled so
+    that what writes them and what reads them are weights of one size.
     """
     heads, head_dim, inputs = weights.q.shape
     groups, static = len(weights.v), len(parts.static)
     hidden = inputs - has_bias
-    wider = (1 + len(parts.rotary) / head_dim) ** 0.5
+    wider = (1 + (padding + len(parts.rotary)) / head_dim) ** 0.5
     keys = torch.einsum("hsd,sr->hdr", parts.static_queries, factors.up[:static])
     values = factors.up[static:].unflatten(0, (groups, -1))
     values = values.repeat_interleave(heads // groups, dim=0)
-    up = torch.cat([keys, values], dim=1).flatten(0, 1)
     turned = torch.einsum("hrd,hdx->hrx", parts.rotary_queries, weights.q)
-    latent = _evenly(factors.down[:, :hidden], up.T)
+    latent = _evenly(factors.down[:, :hidden], torch.cat([keys, values], dim=1).flatten(0, 1).T)
     pairs = [_by_pair(part) for part in (parts.rotary[:, :hidden], turned[..., :hidden])]
     rotary = _evenly(*pairs).repeat(2)
     rows = torch.cat([factors.down * latent[:, None], parts.rotary * rotary[:, None]])
-    queries = torch.cat([weights.q, turned / rotary[:, None]], dim=1).flatten(0, 1) * wider
+    still, keys = (F.pad(rows, (0, 0, 0, padding)) for rows in (weights.q, keys))
+    up = torch.cat([keys, values], dim=1).flatten(0, 1)
+    queries = torch.cat([still, turned / rotary[:, None]], dim=1).flatten(0, 1) * wider
     tensors = {"q_proj": queries, "kv_a_proj_with_mqa": rows}
     found = {f"{name}.weight": whole[:, :hidden] for name, whole in tensors.items()}
     if has_bias:

@@ -30,6 +30,10 @@ from lowlat.ops.rope import rotation_magnitude
 Layout = Literal["standard", "free"]
 CANDIDATES = 24
 """Numbers of rotary channels to choose from, evenly spread."""
+HEAD_STEP, WIDEST_HEAD = 32, 256
+"""Key heads that other programs' kernels take: so many channels, or a multiple up to the widest
+(vLLM on CPUs).
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,16 +123,18 @@ def compressed_config(
     frequencies: Sequence[Float64[Tensor, "_"]],
     layout: Layout,
 ) -> ModelConfig:
-    """`base.config` with MLA of the given widths, k_R turning with `frequencies`; deepseek_v3 in
-    the standard layout.
+    """`base.config` with MLA of the given widths, k_R turning with `frequencies`; in the standard
+    layout deepseek_v3, its key heads padded to what other programs take.
     """
     config = base.config
+    even = layout == "standard"
     attention = [
         MLAConfig(
             num_attention_heads=source.num_attention_heads,
             kv_lora_rank=own.latent,
             q_lora_rank=None,
-            qk_nope_head_dim=source.head_dim,
+            qk_nope_head_dim=source.head_dim
+            + (_padding(source.head_dim + own.rotary) if even else 0),
             qk_rope_head_dim=own.rotary,
             v_head_dim=source.head_dim,
             attention_bias=source.qkv_bias,
@@ -143,7 +149,6 @@ def compressed_config(
         magnitude = rotation_magnitude(config.rope_of(number))
         context = config.max_position_embeddings
         ropes.append(wide_rope(own.float(), magnitude, 1, context))
-    even = layout == "standard"
     return replace(
         config,
         model_type="deepseek_v3" if even else LOWLAT,
@@ -154,6 +159,12 @@ def compressed_config(
         sliding_window=None,
         sliding_window_layers=None,
     )
+
+
+def _padding(head: int) -> int:
+    """Channels of zeros that make a key head of `head` channels one that other programs take."""
+    padding = -head % HEAD_STEP
+    return padding if head + padding <= WIDEST_HEAD else 0
 
 
 def _layer_costs(
@@ -209,7 +220,15 @@ def layer_tensors(job: Job, plan: Plan, number: int) -> dict[str, Tensor]:
     parts = way_components(way, weights, statistics)
     halves = split(parts, weights, statistics, plan.turning[number], keeps_mean=way.keeps_mean)
     factors = factorize(way.target(weights, statistics, halves), plan.widths[number].latent)
-    tensors = attention_tensors(weights, halves, factors, has_bias=source.qkv_bias)
+    attention = plan.config.attention_of(number)
+    assert isinstance(attention, MLAConfig)
+    tensors = attention_tensors(
+        weights,
+        halves,
+        factors,
+        padding=attention.qk_nope_head_dim - source.head_dim,
+        has_bias=source.qkv_bias,
+    )
     if source.qkv_bias and not source.o_bias:
         # attention_bias puts a bias on kv_a_proj_with_mqa and on o_proj, or on neither
         tensors["o_proj.bias"] = torch.zeros(job.base.config.hidden_size, dtype=torch.float64)

@@ -23,7 +23,9 @@ TOLERANCE = 5e-6
 CONTEXT = 128
 IDS = [7 * place % 250 for place in range(40)]
 SHARES = {"exact": None, "half": 0.5}
-"""With heads of 160 and 192 key channels: its kernels on CPUs have multiples of 32."""
+"""With heads of 192 and 160 key channels, padded from 136: its kernels on CPUs have multiples of
+32.
+"""
 PROGRAM = Path(__file__).with_name("vllm_logits.py")
 
 pytestmark = [

@@ -16,7 +16,7 @@ from lowlat.convert.calibration import Calibration
 from lowlat.convert.components import components, split
 from lowlat.convert.compress import CompressionReport, compress
 from lowlat.convert.factors import attention_tensors, factorize, rank_costs, weighted_target
-from lowlat.convert.planning import compressed_config
+from lowlat.convert.planning import Layout, compressed_config
 from lowlat.convert.recipes import RECIPES, Recipe, best_folded, way_components
 from lowlat.convert.scratch import Scratch
 from lowlat.convert.statistics import LayerStatistics, read_attention, run_layers
@@ -62,13 +62,15 @@ def compressed(weights: Weights, recipe: str | Recipe, rotary: int) -> tuple[MLA
     factors = factorize(way.target(own, statistics, halves), rank)
     source = weights.config.attention
     assert isinstance(source, GQAConfig)
-    tensors = attention_tensors(own, halves, factors, has_bias=source.qkv_bias)
-    tensors["o_proj.weight"] = weights.read("layers.0.self_attn.o_proj.weight")
-    if source.qkv_bias:
-        tensors["o_proj.bias"] = torch.zeros(61, dtype=torch.float64)
     widths = [Widths(latent=len(factors.down), rotary=rotary)] * 3
     config = compressed_config(weights, source, widths, [halves.frequencies] * 3, "standard")
     assert isinstance(config.attention, MLAConfig)
+    padding = config.attention.qk_nope_head_dim - source.head_dim
+    has_bias = source.qkv_bias
+    tensors = attention_tensors(own, halves, factors, padding=padding, has_bias=has_bias)
+    tensors["o_proj.weight"] = weights.read("layers.0.self_attn.o_proj.weight")
+    if source.qkv_bias:
+        tensors["o_proj.bias"] = torch.zeros(61, dtype=torch.float64)
     module = MLA(config, config.attention, 0, dtype=torch.float64)
     module.load_state_dict(tensors)
     return module, config
@@ -208,17 +210,44 @@ def test_statistics_by_hand(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize("config", CASES[:2], ids=IDS[:2])
 def test_what_writes_a_channel_is_as_large_as_what_reads_it(config: ModelConfig) -> None:
-    """So that training moves both alike."""
+    """So that training moves both alike. Heads of 28 channels are padded to 32."""
     module, _ = compressed(weights_of(config), "weighted", 12)
     rows = module.kv_a_proj_with_mqa.weight.detach()
     latent = len(rows) - 12
-    read = module.kv_b_proj.weight.detach()
-    torch.testing.assert_close(_size(rows[:latent].T), _size(read))
-    queries = module.q_proj.weight.detach().unflatten(0, (6, -1))[:, 16:].transpose(0, 1)
-    wider = (1 + 12 / 16) ** 0.5
+    read = module.kv_b_proj.weight.detach().unflatten(0, (6, -1))
+    queries = module.q_proj.weight.detach().unflatten(0, (6, -1))
+    assert not read[:, 16:20].any() and not queries[:, 16:20].any()
+    torch.testing.assert_close(
+        _size(rows[:latent].T), _size(torch.cat([read[:, :16], read[:, 20:]], dim=1).flatten(0, 1))
+    )
+    queries = queries[:, 20:].transpose(0, 1)
+    wider = (1 + 16 / 16) ** 0.5
     for pair in range(6):
         own = rows[latent:][[pair, pair + 6]], queries[[pair, pair + 6]] / wider
         torch.testing.assert_close(*(part.square().mean() for part in own))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "rotary", "layout", "padding"),
+    [
+        (64, 56, "standard", 8),
+        (64, 96, "standard", 0),
+        (64, 56, "free", 0),
+        (128, 128, "standard", 0),
+        (128, 136, "standard", 0),
+    ],
+)
+def test_key_heads_are_as_wide_as_other_programs_take(
+    head_dim: int, rotary: int, layout: Layout, padding: int
+) -> None:
+    """Multiples of 32 channels where they are 256 at most, in the layout that others load."""
+    source = GQAConfig(num_attention_heads=2, num_key_value_heads=2, head_dim=head_dim)
+    widths, frequencies = [Widths(latent=8, rotary=rotary)], torch.ones(rotary // 2).double()
+    weights = weights_of(model_config())
+    config = compressed_config(weights, source, widths * 3, [frequencies] * 3, layout)
+    attention = config.attention
+    assert isinstance(attention, MLAConfig)
+    assert attention.qk_nope_head_dim == head_dim + padding
 
 
 def _size(columns: Tensor) -> Tensor:
