@@ -32,7 +32,7 @@ WINDOW = 1024
 SHARES = {"67": 2 / 3, "50": 0.5, "33": 1 / 3}
 """Of the cache that are kept, by the name they have in cells' names."""
 RECIPES: dict[str, list[str]] = {
-    "mha2mla": ["--recipe", "mha2mla"],
+    "mha2mla": ["--recipe", "mha2mla", "--layout", "free"],
     "transmla": ["--recipe", "transmla"],
     "weighted": [],
     "free": ["--layout", "free"],
@@ -42,8 +42,8 @@ CELLS = {
     for name, share in SHARES.items()
     for recipe, options in RECIPES.items()
 }
-CELLS["free-62"] = ["--cache", "0.62", *RECIPES["free"]]
-"""A third of the original's bytes, with an int8 cache."""
+CELLS |= {f"free-{kept}": ["--cache", f"0.{kept}", *RECIPES["free"]] for kept in (62, 46, 31)}
+"""A third, a quarter and a sixth of the original's bytes, with an int8 cache."""
 CACHES = ("bf16", "int8")
 CONTEXTS = (2048, 8000)
 STEPS, ROUNDS = 32, 5

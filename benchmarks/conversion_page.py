@@ -20,6 +20,7 @@ Row = Sequence[str]
 END = "<!-- end -->"
 TOP = 6
 """Of the picture: what is worse stands in the table."""
+INT8 = "int8 cache"
 KINDS = {
     "mha2mla": "MHA2MLA",
     "transmla": "TransMLA",
@@ -62,16 +63,22 @@ def _places(figures: Figures) -> dict[str, str]:
         "windows. No model was calibrated or healed on these texts."
     )
     columns = [f"{text}: ratio | same" for text in texts]
-    models: dict[str, Figures] = figures["models"]
+    models = _in_order(figures["models"])
+    plain = {name: entry for name, entry in models.items() if not _budget(name)}
+    healed = {name: entry for name, entry in models.items() if _budget(name)}
     return {
         "measured": measured,
         "recipes": _table(
             ["recipe", "cache kept", *columns],
-            (_quality(name, entry, texts, "bf16") for name, entry in models.items()),
+            (_quality(name, entry, texts, "bf16") for name, entry in plain.items()),
+        ),
+        "healed": _table(
+            ["recipe", "cache kept", "tokens", *columns, "int8 cache: bytes kept, ratios"],
+            (_healed(name, entry, texts) for name, entry in healed.items()),
         ),
         "int8": _table(
             ["recipe", "bytes kept", *columns, "over a bf16 cache"],
-            (_int8(name, entry, texts) for name, entry in models.items()),
+            (_int8(name, entry, texts) for name, entry in plain.items()),
         ),
         "speed": _table(
             ["context", "model", "cache", "tokens/s", "ratio", "MB of cache"],
@@ -81,10 +88,24 @@ def _places(figures: Figures) -> dict[str, str]:
     }
 
 
+def _in_order(models: dict[str, Figures]) -> dict[str, Figures]:
+    """By recipe, then by falling share of the cache."""
+    kinds = list(KINDS)
+
+    def place(item: tuple[str, Figures]) -> tuple[int, float]:
+        name, entry = item
+        return kinds.index(name.partition("-")[0]), -entry["conversion"]["channels_after"]
+
+    return dict(sorted(models.items(), key=place))
+
+
 def _label(name: str) -> str:
-    kind, _, rest = name.partition("-")
-    budget = rest.partition("healed-")[2]
-    return KINDS[kind] + (f", healed on {budget} tokens" if budget else "")
+    return KINDS[name.partition("-")[0]]
+
+
+def _budget(name: str) -> str:
+    """Tokens that the model of this name was healed on, "" for none."""
+    return name.partition("-healed-")[2]
 
 
 def _kept(figures: Figures) -> str:
@@ -95,6 +116,12 @@ def _kept(figures: Figures) -> str:
 def _quality(name: str, entry: Figures, texts: Sequence[str], cache: str) -> Row:
     found = [f"{entry[cache][t]['ratio']:.3f} | {entry[cache][t]['same']:.1%}" for t in texts]
     return [_label(name), _kept(entry), *found]
+
+
+def _healed(name: str, entry: Figures, texts: Sequence[str]) -> Row:
+    label, kept, *found = _quality(name, entry, texts, "bf16")
+    int8 = ", ".join(f"{entry['int8'][text]['ratio']:.3f}" for text in texts)
+    return [label, kept, _budget(name), *found, f"{_share_of_bytes(entry):.0%}: {int8}"]
 
 
 def _int8(name: str, entry: Figures, texts: Sequence[str]) -> Row:
@@ -128,33 +155,41 @@ def _table(head: Row, rows: Iterable[Row]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def _lines(models: dict[str, Figures]) -> dict[tuple[str, str], list[tuple[float, Figures]]]:
+    """By recipe and what was done beside it: shares of the bytes of cache, and what was found."""
+    lines: dict[tuple[str, str], list[tuple[float, Figures]]] = {}
+    for name, entry in _in_order(models).items():
+        kind, budget = name.partition("-")[0], _budget(name)
+        kept = entry["conversion"]["channels_after"] / entry["conversion"]["channels_before"]
+        way = f"healed on {budget} tokens" if budget else ""
+        lines.setdefault((kind, way), []).append((kept, entry["bf16"]))
+        if not budget:
+            lines.setdefault((kind, INT8), []).append((_share_of_bytes(entry), entry["int8"]))
+    return lines
+
+
 def _draw(figures: Figures, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-    lines: dict[str, list[tuple[float, Figures]]] = {}
-    for name, entry in figures["models"].items():
-        for cache in ("bf16", "int8"):
-            label = _label(name) + (", int8 cache" if cache == "int8" else "")
-            kept = entry["conversion"]["channels_after"] / entry["conversion"]["channels_before"]
-            place = kept if cache == "bf16" else _share_of_bytes(entry)
-            lines.setdefault(label, []).append((place, entry[cache]))
+    lines = _lines(figures["models"])
     texts = list(figures["original"])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 4.4), layout="constrained")
         panels = figure.subplots(1, len(texts), squeeze=False)[0]
         for axes, text in zip(panels, texts, strict=True):
-            for index, (label, points) in enumerate(lines.items()):
+            for (kind, way), points in lines.items():
+                index = list(KINDS).index(kind)
                 places, entries = zip(*sorted(points, key=lambda p: p[0]), strict=True)
                 axes.plot(
                     [100 * place for place in places],
                     [entry[text]["ratio"] for entry in entries],
-                    marker=MARKERS[index // 2 % len(MARKERS)],
-                    color=COLOURS[index // 2 % len(COLOURS)],
-                    linestyle=":" if "int8" in label else "-",
-                    fillstyle="none" if "int8" in label else "full",
-                    label=label,
+                    marker=MARKERS[index % len(MARKERS)],
+                    color=COLOURS[index % len(COLOURS)],
+                    linestyle=":" if way == INT8 else "--" if way else "-",
+                    fillstyle="none" if way else "full",
+                    label=", ".join(filter(None, [KINDS[kind], way])),
                 )
             axes.set_yscale("log")
             axes.set_ylim(0.98, TOP)

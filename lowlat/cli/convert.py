@@ -148,6 +148,8 @@ def convert(
 
     if cache is not None and to is None:
         raise UserError("--cache compresses into Multi-head Latent Attention; add --to mla")
+    if recipe is not None and to is None:
+        raise UserError("--recipe is a way to Multi-head Latent Attention; add --to mla")
     compression = asked_compression(cache, recipe, layout, tuple(calibrate or ()))
     wanted = Wanted(
         tokens=None if heal is None else parse_count(heal, "--heal"),

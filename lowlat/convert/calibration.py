@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lowlat.text.plain import read_plain_text
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
 
@@ -48,19 +49,21 @@ class Calibration:
 
 
 def read_calibration(paths: Sequence[Path], tokenizer: Tokenizer, context: int) -> Calibration:
-    """Windows spread evenly over the texts in `paths`; without any, over prose that comes with
-    lowlat and the documentation that comes with Python.
+    """Windows spread evenly over the texts in `paths`, those that are shorter than a window joined;
+    without any, over prose that comes with lowlat and the documentation that comes with Python.
 
-    Raises UserError naming a file that is no UTF-8 text, and for a context or text that is too
+    Raises UserError naming a file that is no plain text, and for a context or text that is too
     short.
     """
-    texts = [_read(path) for path in paths] or _default_texts()
+    texts = [read_plain_text(path, "--calibrate") for path in paths] or _default_texts()
     origin = ", ".join(path.name for path in paths) or "lowlat's own text"
     length = _window_length(context)
     parts = [torch.tensor(tokenizer.encode(text), dtype=torch.int64) for text in texts]
+    found, short = sum(map(len, parts)), [part for part in parts if len(part) < length]
+    parts = [part for part in parts if len(part) >= length]
+    parts += [torch.cat(short)] if short else []
     windows = torch.cat([part[: len(part) // length * length].view(-1, length) for part in parts])
     if len(windows) < MINIMUM + HELD_OUT:
-        found = sum(map(len, parts))
         raise UserError(
             f"--calibrate {origin}: {found} tokens are too few, at least "
             f"{(MINIMUM + HELD_OUT) * length} are needed (windows of {length}); add text"
@@ -117,15 +120,3 @@ def _default_texts() -> list[str]:
     prose = (files("lowlat.convert") / "calibration.txt").read_text(encoding="utf-8")
     documentation = "\n\n".join(topics[key] for key in sorted(topics))
     return [prose, documentation[: len(prose) // 3]]
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--calibrate {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--calibrate {path}: is not UTF-8 text; give plain text") from error
-    if "\0" in text:
-        raise UserError(f"--calibrate {path}: holds zero bytes, so it is not text")
-    return text

@@ -166,9 +166,10 @@ def _planned(job: Job, way: Recipe, layout: Layout, progress: Progress) -> tuple
     """What is known of the layers, and the division of the budget that follows."""
     known = forecast(job, way)
     prices: list[Price] | None = None
-    if way.prices_layers and layout == "free":
+    divided: Layout = layout if way.divides_budget else "standard"
+    if divided == "free":
         prices = _prices(job, way, known, progress)
-    widths = cheapest_widths(job, layout, known, prices)
+    widths = cheapest_widths(job, divided, known, prices)
     return known, make_plan(job, way, layout, known, widths, prices)
 
 

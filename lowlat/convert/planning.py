@@ -56,7 +56,7 @@ class Forecast:
     costs: list[LayerCosts]
     """Relative to the residual stream."""
     priorities: list[Float64[Tensor, "pairs components"]]
-    """Of turning, relative to the residual stream."""
+    """Of turning."""
     frequencies: list[Float64[Tensor, "pairs components"]]
 
     def costs_of(self, widths: Sequence[Widths]) -> list[Costs]:
@@ -85,7 +85,7 @@ def forecast(job: Job, way: Recipe, *, with_costs: bool = True) -> Forecast:
         parts = way_components(way, weights, statistics)
         if with_costs:
             found.costs.append(_layer_costs(way, weights, statistics, parts, job.budget))
-        found.priorities.append(parts.priority / statistics.residual)
+        found.priorities.append(parts.priority)
         found.frequencies.append(parts.frequencies)
     return found
 

@@ -40,9 +40,9 @@ class Recipe:
     """Rotary channels for (head_dim, groups, budget); None has them chosen by cost."""
     refits_output: bool
     """W_O is fitted again behind the new heads (`convert.refit`)."""
-    prices_layers: bool
-    """In the free layout, what a layer's error costs is measured (`convert.prices`), not taken to
-    be the same.
+    divides_budget: bool
+    """In the free layout layers have widths of their own, by what their errors cost
+    (`convert.prices`); otherwise all have the same there, too.
     """
     fold: int = 1
     """Neighbouring frequencies that `basis` takes for one."""
@@ -83,7 +83,8 @@ def best_folded(
 
 
 def _by_cost(statistics: LayerStatistics, cost: Tensor) -> Tensor:
-    return cost
+    """Relative to the residual stream, so that those of different layers can be added."""
+    return cost / statistics.residual
 
 
 def _leading_first(
@@ -138,7 +139,7 @@ RECIPES = {
         target=weighted_target,
         rotary=None,
         refits_output=True,
-        prices_layers=True,
+        divides_budget=True,
     ),
     "transmla": Recipe(
         basis=pooled_basis,
@@ -147,7 +148,7 @@ RECIPES = {
         target=balanced_target,
         rotary=_transmla_rotary,
         refits_output=False,
-        prices_layers=False,
+        divides_budget=False,
         folded=_transmla_folds,
     ),
     "mha2mla": Recipe(
@@ -157,7 +158,10 @@ RECIPES = {
         target=plain_target,
         rotary=_mha2mla_rotary,
         refits_output=False,
-        prices_layers=False,
+        divides_budget=False,
     ),
 }
-"""weighted is lowlat's own; the others are baselines, as their papers have them."""
+"""weighted is lowlat's own; the others are baselines, as their papers have them. MHA2MLA's layers
+turn with frequencies of their own, which needs the free layout; in the standard one all share those
+that are best on average.
+"""

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 
 from lowlat import api
+from lowlat.text.plain import read_plain_text
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.data.overlap import LENGTH
 from lowlat.utils.errors import UserError
@@ -34,12 +35,7 @@ def read_evaluation_text(path: Path, tokenizer: Tokenizer) -> EvaluationText:
     """The text in the file `path`. Raises UserError where it is none, or too short to be found in
     other text.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--evaluate {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--evaluate {path}: is not UTF-8 text; give plain text") from error
+    content = read_plain_text(path, "--evaluate")
     # as token folders have them
     (found,) = tokenizer.encode_batch([content])
     ids = np.array(found, np.int64)

@@ -112,9 +112,12 @@ def convert_and_heal(
             work=work,
             progress=progress or SilentProgress(),
         )
+        if compression.calibrate:
+            _check_calibration(task)  # sooner told than what --text takes
         folder = _checked_tokens(task)
-        task = replace(task, compression=_calibrated(task, folder))
-        _check_calibration(task)
+        if not compression.calibrate:
+            task = replace(task, compression=_calibrated(task, folder))
+            _check_calibration(task)
         made, report = _made(task)
         converted = _config(made)
         work.place(made, report_files(report), dst)

@@ -18,7 +18,7 @@ from lowlat.train.data.build import build
 from lowlat.train.data.documents import BadDocument, ReadOptions
 from lowlat.train.data.folder import TokenFolder
 from lowlat.train.data.layout import Split
-from lowlat.train.data.overlap import LENGTH, MOST_SHARED, shared_runs
+from lowlat.train.data.overlap import MOST_SHARED, share_seen, shared_runs
 from lowlat.train.data.selection import BuildOptions
 from lowlat.train.data.sources import DATASETS, is_records
 from lowlat.train.data.text_files import read_text
@@ -79,9 +79,7 @@ def require_uncalibrated(
     """Raises UserError where the texts that a model is calibrated on hold the evaluation text
     `ids`, whose file is `name`. `origin` is what these texts are called.
     """
-    wanted = {hash(run.tobytes()) for run in _runs(ids)}
-    seen = {hash(run.tobytes()) for text in calibration for run in _runs(text)} & wanted
-    _require_few(len(seen) / max(1, len(wanted)), name, origin)
+    _require_few(share_seen(ids, calibration), name, origin)
 
 
 def _require_few(share: float, name: Path, origin: str) -> None:
@@ -90,12 +88,6 @@ def _require_few(share: float, name: Path, origin: str) -> None:
             f"--evaluate {name}: {share:.1%} of it is in {origin}; evaluate on text that the "
             "model is not made with"
         )
-
-
-def _runs(ids: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, "runs length"]:
-    if len(ids) < LENGTH:
-        return np.empty((0, LENGTH), np.int64)
-    return np.lib.stride_tricks.sliding_window_view(ids.astype(np.int64), LENGTH)
 
 
 def _end_of_text(tokenizer: Tokenizer) -> str | None:

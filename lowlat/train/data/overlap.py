@@ -4,6 +4,7 @@ Owns the comparison by long runs of tokens. A text that was edited here and ther
 words that two authors have in common are not, at 32 tokens in a row.
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,18 +37,36 @@ def shared_runs(
 
     Runs are compared by 64-bit hashes: that one only seems shared is not to be expected.
     """
+    tokens = folder.num_tokens("train")
+
+    def chunks() -> Iterator[Int64[np.ndarray, " chunk"]]:
+        with (progress or SilentProgress()).task("Looking for the evaluation text", tokens) as task:
+            for first in range(0, tokens, CHUNK):
+                last = min(first + CHUNK + length - 1, tokens)
+                yield folder.tokens("train", np.arange(first, last))
+                task.advance(min(CHUNK, tokens - first))
+
+    return share_seen(ids, chunks(), length=length)
+
+
+def share_seen(
+    ids: Int64[np.ndarray, " tokens"],
+    texts: Iterable[Int64[np.ndarray, " text"]],
+    *,
+    length: int = LENGTH,
+) -> float:
+    """The share of the runs of `length` tokens in `ids` that also occur in one of `texts`, as
+    `shared_runs`.
+    """
     wanted = np.unique(_hashes(ids, length))
     if not len(wanted):
         return 0.0
     found = np.zeros(len(wanted), np.bool_)
-    tokens = folder.num_tokens("train")
-    with (progress or SilentProgress()).task("Looking for the evaluation text", tokens) as task:
-        for first in range(0, tokens, CHUNK):
-            last = min(first + CHUNK + length - 1, tokens)
-            own = _hashes(folder.tokens("train", np.arange(first, last)), length)
+    for text in texts:
+        for first in range(0, len(text), CHUNK):
+            own = _hashes(text[first : first + CHUNK + length - 1], length)
             places = np.minimum(np.searchsorted(wanted, own), len(wanted) - 1)
             found[places[wanted[places] == own]] = True
-            task.advance(min(CHUNK, tokens - first))
     return float(found.mean())
 
 

@@ -90,6 +90,12 @@ def test_a_smaller_cache_needs_a_form_to_convert_to(lowlat: Invoke, tmp_path: Pa
     assert "--cache compresses" in str(result.exception) and "--to mla" in str(result.exception)
 
 
+def test_a_recipe_needs_a_form_to_convert_to(lowlat: Invoke, tmp_path: Path) -> None:
+    result = lowlat("convert", "absent", str(tmp_path / "out"), "--recipe", "exact")
+    assert isinstance(result.exception, UserError), result.output
+    assert "--recipe" in str(result.exception) and "add --to mla" in str(result.exception)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -39,6 +39,28 @@ def test_calibration_windows_are_spread_over_the_texts(tmp_path: Path) -> None:
     assert letters == [set("abc"), set("abc")]
 
 
+def test_short_texts_are_joined(tmp_path: Path) -> None:
+    """Many of them are as good as one long text, and none beside a long one is left out."""
+    for name in "abcdefghijklmnopqrst":
+        (tmp_path / name).write_text(name * 70)
+    paths = sorted(tmp_path.iterdir())
+    found = read_calibration(paths, byte_tokenizer(), 100)
+    windows = torch.cat([found.windows, found.held_out])
+    assert windows.shape == (14, 100)
+    assert set(map(chr, windows.flatten().tolist())) == set("abcdefghijklmnopqrst")
+    (tmp_path / "long").write_text("z" * 1000)
+    found = read_calibration([tmp_path / "long", *paths], byte_tokenizer(), 100)
+    windows = torch.cat([found.windows, found.held_out])
+    assert windows.shape == (24, 100)
+    assert set(map(chr, windows.flatten().tolist())) == set("abcdefghijklmnopqrstz")
+
+
+def test_records_are_no_calibration_text(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "words"}\n' * 900)
+    with pytest.raises(UserError, match=r"--calibrate .*text\.jsonl: by its name it holds records"):
+        read_calibration([tmp_path / "text.jsonl"], byte_tokenizer(), 36)
+
+
 def test_without_text_there_is_text() -> None:
     found = read_calibration([], byte_tokenizer(), 4096)
     assert found.windows.shape == (64, 1024)

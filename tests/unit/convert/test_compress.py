@@ -16,7 +16,7 @@ from lowlat.convert.calibration import Calibration
 from lowlat.convert.components import components, split
 from lowlat.convert.compress import CompressionReport, compress
 from lowlat.convert.factors import attention_tensors, factorize, rank_costs, weighted_target
-from lowlat.convert.planning import Layout, compressed_config
+from lowlat.convert.planning import compressed_config
 from lowlat.convert.recipes import RECIPES, Recipe, best_folded, way_components
 from lowlat.convert.scratch import Scratch
 from lowlat.convert.statistics import LayerStatistics, read_attention, run_layers
@@ -225,29 +225,6 @@ def test_what_writes_a_channel_is_as_large_as_what_reads_it(config: ModelConfig)
     for pair in range(6):
         own = rows[latent:][[pair, pair + 6]], queries[[pair, pair + 6]] / wider
         torch.testing.assert_close(*(part.square().mean() for part in own))
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "rotary", "layout", "padding"),
-    [
-        (64, 56, "standard", 8),
-        (64, 96, "standard", 0),
-        (64, 56, "free", 0),
-        (128, 128, "standard", 0),
-        (128, 136, "standard", 0),
-    ],
-)
-def test_key_heads_are_as_wide_as_other_programs_take(
-    head_dim: int, rotary: int, layout: Layout, padding: int
-) -> None:
-    """Multiples of 32 channels where they are 256 at most, in the layout that others load."""
-    source = GQAConfig(num_attention_heads=2, num_key_value_heads=2, head_dim=head_dim)
-    widths, frequencies = [Widths(latent=8, rotary=rotary)], torch.ones(rotary // 2).double()
-    weights = weights_of(model_config())
-    config = compressed_config(weights, source, widths * 3, [frequencies] * 3, layout)
-    attention = config.attention
-    assert isinstance(attention, MLAConfig)
-    assert attention.qk_nope_head_dim == head_dim + padding
 
 
 def _size(columns: Tensor) -> Tensor:

@@ -137,6 +137,7 @@ def test_what_cannot_be_asked(
         ("calibrate", b"\xff" * 999, "--calibrate .*bad.txt: is not UTF-8"),
         ("evaluate", b"too little", "--evaluate .*bad.txt: 10 tokens are too few"),
         ("evaluate", b"\xff" * 999, "--evaluate .*bad.txt: is not UTF-8"),
+        ("evaluate", b"a\0b" * 999, "--evaluate .*bad.txt: holds zero bytes"),
     ],
 )
 def test_unfit_text(made: Path, tmp_path: Path, option: str, content: bytes, words: str) -> None:
@@ -146,8 +147,9 @@ def test_unfit_text(made: Path, tmp_path: Path, option: str, content: bytes, wor
     refused(made, tmp_path, words, **{option: value})
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-@pytest.mark.parametrize("option", ["--text", "--calibrate"])
+@pytest.mark.parametrize(
+    ("option", "suffix"), [("--text", ".txt"), ("--text", ".jsonl"), ("--calibrate", ".txt")]
+)
 def test_evaluation_text_elsewhere(made: Path, tmp_path: Path, option: str, suffix: str) -> None:
     """A copy of it within other text, in files of other names."""
     mixed = tiny.prose(300, seed=4) + (made / "evaluate.txt").read_text() + tiny.prose(9, seed=5)
