@@ -85,7 +85,7 @@ def _misturned(fit: Fit, rope: RopeConfig, limit: float, name: str) -> Iterator[
         yield Mistake("rope_frequencies", f"does not scale the frequencies for {rope.rope_type}")
     expected = magnitude(rope)
     if not _near(expected, fit.ratio, limit):
-        known = [why for value, why in magnitudes(rope).items() if _near(value, fit.ratio, limit)]
+        known = [why for value, why in magnitudes(rope) if _near(value, fit.ratio, limit)]
         reason = f": {known[0]}" if known and known[0] else ""
         yield Mistake(
             "yarn_cos_sin",
@@ -109,11 +109,7 @@ def _scale(trace: Trace, config: ModelConfig, block: Block) -> Outcome | None:
     if _near(should, found, SAME_SCALE):
         return Outcome()
     is_yarn = config.rope_of(layer).rope_type == "yarn"
-    known = [
-        why
-        for value, why in _wrong_scales(config, layer).items()
-        if _near(value, found, SAME_SCALE)
-    ]
+    known = [why for value, why in _wrong_scales(config, layer) if _near(value, found, SAME_SCALE)]
     if not known and not is_yarn:
         return UNEXPLAINED
     reason = f": {known[0]}" if known else ""
@@ -123,22 +119,23 @@ def _scale(trace: Trace, config: ModelConfig, block: Block) -> Outcome | None:
     )
 
 
-def _wrong_scales(config: ModelConfig, layer: int) -> dict[float, str]:
-    """Scales people come by, and how."""
+def _wrong_scales(config: ModelConfig, layer: int) -> list[tuple[float, str]]:
+    """Scales people come by, and how: of equal ones the first is meant."""
     attention, rope = config.attention_of(layer), config.rope_of(layer)
     base = attention.qk_head_dim**-0.5
     every = yarn_mscale(rope.factor, rope.mscale_all_dim or 0.0)
     other = yarn_mscale(rope.factor, rope.mscale or 0.0)
     plain = yarn_mscale(rope.factor, 1.0)
-    wrong = {
-        base: "m(mscale_all_dim)^2 is missing",
-        base * every: "m(mscale_all_dim) is not squared",
-        base * every**4: "m(mscale_all_dim)^2 is applied twice",
-        base * other**2: "m(mscale)^2 stands in for m(mscale_all_dim)^2",
-        base * plain**2: "mscale_all_dim is not read",
-    }
+    wrong = [
+        (base, "m(mscale_all_dim)^2 is missing"),
+        (base * every, "m(mscale_all_dim) is not squared"),
+        (base * every**4, "m(mscale_all_dim)^2 is applied twice"),
+        (base * other**2, "m(mscale)^2 stands in for m(mscale_all_dim)^2"),
+        (base * plain**2, "mscale_all_dim is not read"),
+    ]
     if isinstance(attention, MLAConfig) and attention.qk_nope_head_dim:
         nope = attention.qk_nope_head_dim**-0.5
-        wrong |= {nope: "the rotary channels are not counted"}
-        wrong |= {nope * every**2: "the rotary channels are not counted"}
+        wrong += [
+            (scale, "the rotary channels are not counted") for scale in (nope, nope * every**2)
+        ]
     return wrong

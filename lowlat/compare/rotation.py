@@ -113,24 +113,26 @@ def _frequencies(rope: RopeConfig, dim: int, turn: Turn) -> Tensor:
 
 def magnitude(rope: RopeConfig) -> float:
     """The factor on cos and sin: YaRN's m(mscale) / m(mscale_all_dim), 1 for others."""
-    return next(iter(magnitudes(rope)))
+    return magnitudes(rope)[0][0]
 
 
-def magnitudes(rope: RopeConfig) -> dict[float, str]:
-    """The right factor, then wrong ones and how people come by them."""
+def magnitudes(rope: RopeConfig) -> list[tuple[float, str]]:
+    """The right factor, then wrong ones and how people come by them: of equal ones the first is
+    meant.
+    """
     if rope.attention_factor is not None:
-        return {rope.attention_factor: "", 1.0: "attention_factor is not applied"}
+        return [(rope.attention_factor, ""), (1.0, "attention_factor is not applied")]
     if rope.rope_type != "yarn":
-        return {1.0: ""}
+        return [(1.0, "")]
     top = yarn_mscale(rope.factor, rope.mscale or 0.0)
     bottom = yarn_mscale(rope.factor, rope.mscale_all_dim or 0.0)
     plain = yarn_mscale(rope.factor, 1.0)
     proper = top / bottom if rope.mscale and rope.mscale_all_dim else plain
-    wrong = {
-        1.0: "the factor is not applied",
-        top: "the denominator m(mscale_all_dim) is missing",
-        bottom: "m(mscale_all_dim) stands alone",
-        plain: "mscale and mscale_all_dim are not read",
-        proper * proper: "the factor is applied twice",
-    }
-    return {proper: ""} | {value: why for value, why in wrong.items() if value != proper}
+    return [
+        (proper, ""),
+        (1.0, "the factor is not applied"),
+        (top, "the denominator m(mscale_all_dim) is missing"),
+        (bottom, "m(mscale_all_dim) stands alone"),
+        (plain, "mscale and mscale_all_dim are not read"),
+        (proper * proper, "the factor is applied twice"),
+    ]
