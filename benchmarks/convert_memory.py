@@ -2,6 +2,7 @@
 
     python benchmarks/random_checkpoint.py large /tmp/large
     sudo python benchmarks/convert_memory.py /tmp/large /tmp/out --limit-gb 2
+        [--kept benchmarks/results/NAME]
 
 Every conversion runs in a control group of its own whose memory is limited, cached file pages
 included, with none of the checkpoint's files cached beforehand. Needs Linux and the right to make a
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import kept
 from larger_than_memory import ControlGroup, forget
 
 CONVERSIONS = (
@@ -72,19 +74,21 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for destinations, made and removed")
     parser.add_argument("--limit-gb", type=float, default=2.0)
     parser.add_argument("--only", help="a dtype")
+    parser.add_argument("--kept", type=Path, help="folder to keep results.json in")
     given = parser.parse_args()
     given.out.mkdir()
+    rows: list[dict[str, object]] = []
     try:
         for dtype, name in CONVERSIONS:
             if given.only in (None, dtype):
                 target = given.out / name
-                print(
-                    json.dumps(convert(given.checkpoint, target, dtype, int(given.limit_gb * 1e9)))
-                )
-                sys.stdout.flush()
+                rows.append(convert(given.checkpoint, target, dtype, int(given.limit_gb * 1e9)))
+                print(json.dumps(rows[-1]), flush=True)
                 target.unlink() if target.is_file() else shutil.rmtree(target)
     finally:
         shutil.rmtree(given.out)
+    if given.kept is not None:
+        kept.write(kept.heading() | {"rows": rows}, given.kept)
 
 
 if __name__ == "__main__":
