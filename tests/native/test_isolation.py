@@ -23,7 +23,7 @@ from lowlat.engine.runner import Runner
 from lowlat.model.native import NativeModel
 from lowlat.model.transformer import Transformer
 
-from .inputs import LEVELS, assert_same_bits, needs_native
+from .inputs import LEVELS, assert_same_bits, needs_native, thread_count
 from .test_step import every_level, level  # noqa: F401, a fixture
 
 pytestmark = needs_native
@@ -94,24 +94,30 @@ def test_nan_stays_with_its_sequence(level: str, config: ModelConfig, dtype: tor
     model = model_of(config)
     for form in FORMS:
         fresh = Steps(model, form, dtype)
-        (alone,), (next_alone,) = fresh(GOOD), fresh([6], start=5)
+        with thread_count(1):
+            (alone,), (next_alone,) = fresh(GOOD), fresh([6], start=5)
         assert alone.isfinite().all() and next_alone.isfinite().all()
-        steps = Steps(model, form, dtype)
-        # A larger step than all that follow, so that nothing writes over what it leaves.
-        assert all(logits.isnan().all() for logits in steps([BAD] * 9, [BAD] * 9, [BAD] * 9))
-        for _ in range(2):
-            assert_same_bits(steps(GOOD)[0], alone)
-            assert_same_bits(steps([6], start=5)[0], next_alone)
-            together = steps(GOOD, [BAD] * 5, GOOD, [BAD])
-            for logits, is_good in zip(together, (True, False, True, False), strict=True):
-                if is_good:
-                    assert_same_bits(logits, alone)
-                else:
-                    assert logits.isnan().all()
-            beside = steps([6], [BAD], [6], start=5)
-            assert_same_bits(beside[0], next_alone)
-            assert beside[1].isnan().all()
-            assert_same_bits(beside[2], next_alone)
+        for threads in (1, 3):
+            with thread_count(threads):
+                check_isolation(Steps(model, form, dtype), alone, next_alone)
+
+
+def check_isolation(steps: Steps, alone: Tensor, next_alone: Tensor) -> None:
+    # A larger step than all that follow, so that nothing writes over what it leaves.
+    assert all(logits.isnan().all() for logits in steps([BAD] * 9, [BAD] * 9, [BAD] * 9))
+    for _ in range(2):
+        assert_same_bits(steps(GOOD)[0], alone)
+        assert_same_bits(steps([6], start=5)[0], next_alone)
+        together = steps(GOOD, [BAD] * 5, GOOD, [BAD])
+        for logits, is_good in zip(together, (True, False, True, False), strict=True):
+            if is_good:
+                assert_same_bits(logits, alone)
+            else:
+                assert logits.isnan().all()
+        beside = steps([6], [BAD], [6], start=5)
+        assert_same_bits(beside[0], next_alone)
+        assert beside[1].isnan().all()
+        assert_same_bits(beside[2], next_alone)
 
 
 def finished(engine: Engine, *prompts: list[int]) -> list[Request]:
@@ -137,12 +143,15 @@ def test_a_request_of_nan_fails_alone(level: str) -> None:  # noqa: F811
     def new_engine() -> Engine:
         return Engine(Runner(model), context=64, eos_ids=frozenset(), speculates=False)
 
-    (request,) = finished(new_engine(), GOOD)
+    with thread_count(1):
+        (request,) = finished(new_engine(), GOOD)
     expected = tokens_of(request)
-    engine = new_engine()
-    (bad,) = finished(engine, [3, BAD])
-    assert [sequence.finish_reason for sequence in bad.sequences] == ["error"]
-    first, bad, last = finished(engine, GOOD, [3, 5, BAD, 6], GOOD)
-    assert [sequence.finish_reason for sequence in bad.sequences] == ["error"]
-    (after,) = finished(engine, GOOD)
-    assert tokens_of(first) == tokens_of(last) == tokens_of(after) == expected
+    for threads in (1, 3):
+        with thread_count(threads):
+            engine = new_engine()
+            (bad,) = finished(engine, [3, BAD])
+            assert [sequence.finish_reason for sequence in bad.sequences] == ["error"]
+            first, bad, last = finished(engine, GOOD, [3, 5, BAD, 6], GOOD)
+            assert [sequence.finish_reason for sequence in bad.sequences] == ["error"]
+            (after,) = finished(engine, GOOD)
+        assert tokens_of(first) == tokens_of(last) == tokens_of(after) == expected

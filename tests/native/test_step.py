@@ -1,4 +1,7 @@
-"""The native step against the modules it stands for: whole models, drawn configs, mixed batches."""
+"""The native step against the modules it stands for: whole models, drawn configs, mixed batches.
+
+Its bits in other company and on other threads are test_step_company's.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -103,8 +106,11 @@ def plain_logits(model: Transformer, break_even: float) -> Tensor:
     return torch.cat(rows).float()
 
 
-def native_logits(model: NativeModel, break_even: float) -> Tensor:
-    cache = new_cache(model.config, torch.bfloat16)
+def native_logits(
+    model: NativeModel, break_even: float, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Of all tokens of STEPS, over a cache of `dtype`."""
+    cache = new_cache(model.config, dtype)
     rows = []
     for step in STEPS:
         ids = ids_of(model.config, step)
@@ -164,32 +170,6 @@ def test_logits_are_as_near_to_fp32_as_plain_bf16(case: Case, level: str) -> Non
     check_near_to_fp32(model, plain_logits, native_logits, (0.0, 2.0, math.inf))
 
 
-@every_level
-@few_cases
-@torch.inference_mode()
-def test_bits_do_not_depend_on_company_pages_or_threads(case: Case, level: str) -> None:
-    """Holds shut: a sum whose order follows the batch, the page table or the pool."""
-    config = drawn_config(case)
-    model = NativeModel(random_model(config, case.seed))
-    together = native_logits(model, 2.0)
-    caches = [new_cache(config, torch.bfloat16) for _ in TABLES]
-    used = native.threads()
-    native.set_threads(1)
-    end = 0
-    for step in STEPS:
-        for s, start, length in step:
-            pages = tuple(range(len(TABLES[s])))
-            form = form_for(length, 2.0)
-            item = SequenceSlice(pages=pages, start=start, length=length, form=form)
-            batch = AttentionBatch.build([item], page_size=PAGE_SIZE)
-            ids = ids_of(config, [(s, start, length)])
-            own = model.step(ids, batch, caches[s], list(range(length)))[1]
-            assert torch.equal(own, together[end : end + length])
-            end += length
-    native.set_threads(used)
-    assert end == len(together)
-
-
 def with_modules(case: Case, *, has_copies: bool) -> ModelConfig:
     """Two MTP modules, each with its own embedding and head or with the model's."""
     return replace(drawn_config(case), num_nextn_predict_layers=2, mtp_copies=has_copies)
@@ -244,31 +224,6 @@ def test_modules_are_as_near_to_fp32_as_plain_bf16(
 ) -> None:
     model = random_model(with_modules(case, has_copies=has_copies), case.seed)
     check_near_to_fp32(model, plain_modules, native_modules, (0.0, 2.0))
-
-
-@every_level
-@few_cases
-@torch.inference_mode()
-def test_bits_of_modules_do_not_depend_on_company_or_threads(case: Case, level: str) -> None:
-    """Holds shut: drafts that depend on who else is in the step."""
-    model = NativeModel(random_model(with_modules(case, has_copies=False), case.seed))
-    together = native_modules(model, 2.0)
-    used = native.threads()
-    native.set_threads(1)
-    # A row of logits belongs to (step, depth, sequence); one sequence's steps come alone.
-    place, where = 0, {}
-    for number, step in enumerate(STEPS):
-        for depth in range(2):
-            for s, _, length in step:
-                where[number, depth, s] = slice(place, place + length)
-                place += length
-    assert place == len(together)
-    for s in range(len(TABLES)):
-        own = [(n, item) for n, step in enumerate(STEPS) for item in step if item[0] == s]
-        alone = native_modules(model, 2.0, [(item,) for _, item in own])
-        expected = [together[where[number, depth, s]] for number, _ in own for depth in range(2)]
-        assert torch.equal(alone, torch.cat(expected))
-    native.set_threads(used)
 
 
 @torch.inference_mode()
