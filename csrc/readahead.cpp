@@ -3,19 +3,25 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 
 namespace lowlat {
 
 namespace {
 
+// Linux cuts a request to the file's readahead window or to the device's largest transfer, whichever is more, and says
+// nothing. Pieces are the window that every file has unless told otherwise, so that none is cut.
+constexpr std::uintptr_t kPiece = 128 * 1024;
+
 void read_ahead(const void* data, std::int64_t bytes) {
   if (data == nullptr) return;
   static const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto first = reinterpret_cast<std::uintptr_t>(data);
-  const std::uintptr_t start = first / page * page;
-  // Advice only: where it is refused, the pages come when they are touched.
-  madvise(reinterpret_cast<void*>(start), first + static_cast<std::uintptr_t>(bytes) - start, MADV_WILLNEED);
+  const auto first = reinterpret_cast<std::uintptr_t>(data), last = first + static_cast<std::uintptr_t>(bytes);
+  for (std::uintptr_t start = first / page * page; start < last; start += kPiece) {
+    // Advice only: where it is refused, the pages come when they are touched.
+    madvise(reinterpret_cast<void*>(start), std::min(kPiece, last - start), MADV_WILLNEED);
+  }
 }
 
 void read_ahead(const Matrix& w) {
