@@ -55,6 +55,9 @@ def load(
     at most the machine's memory, "auto" for most of what the weights leave. speculates: whether
     several tokens may be verified in a step, which changes no token. Raises UserError naming what
     cannot be found, read or served.
+
+    A model that runs on the native kernels leaves PyTorch's own pool at one thread for the rest of
+    the process; `torch.set_num_threads` gives it more again.
     """
     parse_cache(cache)
     # A wrong LOWLAT_ISA is told before minutes of loading.
