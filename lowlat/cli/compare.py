@@ -3,11 +3,12 @@
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lowlat.cli import options
+from lowlat.cli.streams import abandon_output
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,13 +88,13 @@ def compare(
     M@absorbed M@expanded, M@bf16 M@native, M transformers:M. transformers and official take a
     number type.
 
-    Exit code: 0 equal within the tolerance, 1 different, 2 a fault in what was given.
+    Exit code: 0 equal within the tolerance, 1 different, 2 a fault in what was given or of the
+    implementation that is compared with, 70 one that nobody expected, with its traceback.
     """
     from lowlat.compare.plot import check_ending, draw, require_matplotlib
     from lowlat.compare.report import as_dict
     from lowlat.compare.run import compare as run
     from lowlat.compare.spec import parse
-    from lowlat.compare.table import show
     from lowlat.ops import native
     from lowlat.utils.progress import make_progress
 
@@ -120,10 +121,7 @@ def compare(
     report = as_dict(found)
     if plot is not None:
         draw(report, plot)
-    if as_json:
-        print(json.dumps(report, indent=2, allow_nan=False))
-    else:
-        show(report, every_part=every_part)
+    _print(report, every_part=every_part, as_json=as_json)
     if not found.equal:
         raise typer.Exit(DIFFERENT)
 
@@ -148,3 +146,23 @@ def _inputs(
     else:
         ids = text_ids(content, str(text), tokens, (path_a, path_b))
     return (a, b), windows(ids, window, start, (a, b))
+
+
+def _print(report: dict[str, Any], *, every_part: bool, as_json: bool) -> None:
+    """Print the report. A reader that leaves before its end changes no verdict."""
+    from rich.console import Console
+
+    from lowlat.compare.table import show
+
+    if as_json:
+        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    else:
+        # Rich ends the program with 1, which says different, where its reader has gone.
+        console = Console()
+        with console.capture() as captured:
+            show(report, console, every_part=every_part)
+        text = captured.get()
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        abandon_output()

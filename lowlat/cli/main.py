@@ -6,6 +6,7 @@ Owns no verb. Verbs import torch inside their functions, so that --help and --ve
 import atexit
 import gc
 import sys
+import traceback
 from importlib.metadata import version
 from typing import Annotated
 
@@ -28,6 +29,8 @@ from lowlat.cli.train import app as train
 from lowlat.utils.errors import UserError
 
 USER_ERROR = 2
+UNEXPECTED = 70
+"""What sysexits.h calls an internal fault of the program; Python's own 1 is compare's verdict."""
 FIRST_COLLECTION = 300_000
 """New objects before Python looks for cycles among them the first time."""
 
@@ -92,8 +95,9 @@ def put_off_collections() -> None:
 
 
 def run() -> None:
-    """Entry point. Exit codes: 0 done, 2 a fault in what the user gave, 130 interrupted; verbs that
-    judge (compare) end with 1 where their verdict is no.
+    """Entry point. Exit codes: 0 done, 2 a fault in what the user gave, 70 one that nobody
+    expected, with its traceback, 130 interrupted; verbs that judge (compare) end with 1 where
+    their verdict is no.
     """
     put_off_collections()
     open_streams()
@@ -116,6 +120,10 @@ def run() -> None:
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        abandon_output()
+        sys.exit(UNEXPECTED)
 
 
 def usage_fault(error: TyperException) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowlat.compare.side import Side, answer, run_apart
+from lowlat.compare.side import Side, answer, cannot_import, run_apart
 from lowlat.compare.trace import OUTPUT, Choices, Trace, Window
 from lowlat.config.model import ModelConfig
 from lowlat.utils.errors import UserError
@@ -30,11 +30,9 @@ class GgufSide(Side):
     def __init__(self, path: Path, config: ModelConfig, *, label: str, precision: str) -> None:
         try:
             import llama_cpp  # noqa: F401 # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise UserError(
-                f"{label} needs the package llama-cpp-python, which is not installed; "
-                "install it with: pip install llama-cpp-python"
-            ) from error
+        # Its libraries are loaded with it, and end in exceptions of many types where they cannot.
+        except Exception as error:
+            raise cannot_import("llama_cpp", "llama-cpp-python", error, label=label) from error
         self.path = path
         self.label = label
         self.config = config

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowlat.compare.gate import factors
 from lowlat.compare.lowlat_side import watch_join, widths_of
 from lowlat.compare.observe import Observer, Widths, find
-from lowlat.compare.side import Side
+from lowlat.compare.side import REMEDY, Side, cannot_import, told
 from lowlat.compare.trace import OUTPUT, Block, Choices, Trace, Window
 from lowlat.config.model import ModelConfig
 from lowlat.utils.device import name_of
@@ -42,22 +42,31 @@ class TransformersSide(Side):
         self.dtype = next(model.parameters()).dtype
         self.precision = name_of(self.dtype)
 
-    @torch.no_grad()
     def trace(self, window: Window, choices: Choices | None = None) -> Trace:
+        try:
+            return self._trace(window, choices or {})
+        # Whatever a peer raises is a fault of that side.
+        except Exception as error:
+            raise UserError(
+                f"{self.label}: transformers fails while it runs: {told(error)}; {REMEDY}"
+            ) from error
+
+    @torch.no_grad()
+    def _trace(self, window: Window, choices: Choices) -> Trace:
         trace = Trace(dtype=self.dtype)
         model: Any = self.model
         decoder = model.get_decoder()
         with Observer(trace) as observer:
             observer.embedding(model.get_input_embeddings())
             for number, layer in enumerate(decoder.layers):
-                self._watch(observer, Block("layer", number), layer, choices or {})
+                self._watch(observer, Block("layer", number), layer, choices)
             hidden = decoder(
                 input_ids=window.ids[None], position_ids=window.positions[None], use_cache=False
             ).last_hidden_state
             trace.keep(OUTPUT, "norm", hidden[0])
             trace.keep(OUTPUT, "logits", model.lm_head(hidden)[0])
             if self.mtp is not None:
-                self._run_mtp(observer, hidden, window, choices or {})
+                self._run_mtp(observer, hidden, window, choices)
         return trace
 
     def _watch(self, observer: Observer, block: Block, layer: nn.Module, choices: Choices) -> None:
@@ -165,11 +174,8 @@ def load_transformers(
         from transformers import AttentionInterface, AutoModelForCausalLM
         from transformers.masking_utils import AttentionMaskInterface, eager_mask
         from transformers.modeling_layers import MtpModel
-    except ImportError as error:
-        raise UserError(
-            f"{label} needs the package transformers, which is not installed; "
-            "install it with: pip install transformers"
-        ) from error
+    except Exception as error:
+        raise cannot_import("transformers", "transformers", error, label=label) from error
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, eager_mask)
     transformers.logging.set_verbosity_error()
@@ -198,6 +204,5 @@ def load_transformers(
             mtp = MtpModel.from_pretrained(model).eval()
     # Whatever a peer raises about a checkpoint is a fault of that side.
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{label}: transformers cannot load it: {reason[0]}") from error
+        raise UserError(f"{label}: transformers cannot load it: {told(error)}") from error
     return TransformersSide(model, config, label=label, mtp=mtp)

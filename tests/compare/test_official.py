@@ -90,7 +90,7 @@ def test_the_end_of_the_other_process_is_told(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = edited(tmp_path, "import math\n", "import os\nos.abort()\n")
-    with pytest.raises(UserError, match="official: killed by SIGABRT"):
+    with pytest.raises(UserError, match="official: fails while it runs: killed by SIGABRT"):
         official(script, checkpoint).trace(window())
     monkeypatch.setattr(side, "TIMEOUT", 0.01)
     with pytest.raises(UserError, match="official: not done within 0 s"):

@@ -270,7 +270,7 @@ def test_llama_cpp_ends_in_a_process_of_its_own(
     monkeypatch.setitem(sys.modules, "llama_cpp", ModuleType("llama_cpp"))
     monkeypatch.setenv("PYTHONPATH", str(site))
     said = fault(folder, f"gguf:{gguf}", "--tokens", "9")
-    assert said.endswith(": killed by SIGABRT; x.cpp:1: GGML_ASSERT(a < b) failed")
+    assert ": killed by SIGABRT; x.cpp:1: GGML_ASSERT(a < b) failed; read fewer" in said
 
 
 @pytest.mark.parametrize(
