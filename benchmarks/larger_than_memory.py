@@ -1,6 +1,6 @@
 """A checkpoint of twice the memory limit gives the same tokens as in memory.
 
-    sudo python benchmarks/larger_than_memory.py CHECKPOINT
+    sudo python benchmarks/larger_than_memory.py CHECKPOINT [--kept benchmarks/results/NAME]
 
 Generates with and without a control group's memory limit of half the checkpoint's size, each in a
 process of its own and with none of the files cached beforehand. Needs Linux and the right to make a
@@ -13,6 +13,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+import kept
 
 GROUP = "lowlat_larger_than_memory"
 PROMPT = [5, 77, 1234, 900, 31, 8]
@@ -80,7 +82,9 @@ def generate(folder: Path, group: ControlGroup | None) -> dict[str, object]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
-    folder = parser.parse_args().checkpoint
+    parser.add_argument("--kept", type=Path, help="folder to keep results.json in")
+    given = parser.parse_args()
+    folder = given.checkpoint
     size = forget(folder)
     free = generate(folder, None)
     group = ControlGroup(size // 2)
@@ -91,7 +95,10 @@ def main() -> int:
         group.remove()
     same = free["tokens"] == limited["tokens"]
     report = {"checkpoint_bytes": size, "limit_bytes": size // 2, "peak_bytes": peak, "same": same}
-    print(json.dumps(report | {"in_memory": free, "limited": limited}, indent=2))
+    report |= {"in_memory": free, "limited": limited}
+    print(json.dumps(report, indent=2))
+    if given.kept is not None:
+        kept.write(kept.heading() | report, given.kept)
     return 0 if same else 1
 
 
