@@ -2,7 +2,8 @@
 
 In fp32, on a short prompt of random tokens, every logit must agree with lowlat's to TOLERANCE of
 the largest; in the precision that is timed, which other kernels may compute, lowlat's own must be
-as near as rounding leaves them. vLLM has no fp32 experts and takes minutes to start: there the
+as near as rounding leaves them, on longer prompts too, as other forms of attention read those. vLLM
+has no fp32 experts and takes minutes to start: there the
 likeliest tokens that the worker to be timed names, in bf16, are compared.
 """
 
@@ -21,7 +22,11 @@ from lowlat.bench.worker import Refused, Worker
 from lowlat.utils.errors import UserError
 
 PROMPT_TOKENS = 24
-CHECK_CONTEXT = 64
+OWN_TOKENS = (PROMPT_TOKENS, 48, 256)
+"""Of prompts that lowlat's own precision is checked on: the usual sizes of attention read them as a
+stream, absorbed and expanded.
+"""
+CHECK_CONTEXT = OWN_TOKENS[-1] + 64
 TOLERANCE = 1e-4
 LARGEST_ERROR = {"fp32": 1e-4, "bf16": 0.2, "fp8": 0.4, "int8": 0.4, "int4": 0.8}
 """`relative_error` of lowlat's logits by the coarser dtype timed, of weights or cache: twice to
@@ -39,10 +44,18 @@ class Checked:
     """What the check found."""
 
     ids: list[int]
+    """Of the longest prompt; peers read the first PROMPT_TOKENS."""
     reference: Array
-    """lowlat's logits in fp32, [tokens, vocab]."""
+    """lowlat's logits of them in fp32, [tokens, vocab]."""
     differences: dict[str, float]
     """Largest difference by program: relative to the largest logit, or in nats (vllm)."""
+
+    def error(self, worker: Worker, lengths: Sequence[int] = (PROMPT_TOKENS,)) -> float:
+        """The largest `relative_error` of the worker's logits over prompts of these lengths."""
+        return max(
+            relative_error(logits_of(worker, self.ids[:length]), self.reference[:length])
+            for length in lengths
+        )
 
 
 def check(stage: Stage, programs: Sequence[Program]) -> Checked:
@@ -51,13 +64,16 @@ def check(stage: Stage, programs: Sequence[Program]) -> Checked:
     Raises UserError where one disagrees or fails.
     """
     reference, *peers = (program for program in programs if program.name != "vllm")
-    ids = token_ids(PROMPT_TOKENS, stage.config.vocab_size)
+    tokens = min(OWN_TOKENS[-1], stage.config.max_position_embeddings)
+    ids = token_ids(tokens, stage.config.vocab_size)
     with stage.progress.task("checking in fp32", 1 + len(peers)) as task:
         expected = _fp32_logits(stage, reference, ids)
         task.advance()
         differences: dict[str, float] = {}
         for peer in peers:
-            differences[peer.name] = _logit_difference(stage, peer, ids, expected)
+            differences[peer.name] = _logit_difference(
+                stage, peer, ids[:PROMPT_TOKENS], expected[:PROMPT_TOKENS]
+            )
             task.advance()
     return Checked(ids=ids, reference=expected, differences=differences)
 
@@ -107,8 +123,8 @@ def _logit_difference(stage: Stage, program: Program, ids: list[int], expected: 
 
 def top_difference(worker: Worker, checked: Checked) -> float:
     """Largest difference in nats of its likeliest tokens. Raises UserError if it is too large."""
-    answer = worker.ask("top", ids=checked.ids)
-    row = checked.reference[-1].astype(np.float64)
+    answer = worker.ask("top", ids=checked.ids[:PROMPT_TOKENS])
+    row = checked.reference[:PROMPT_TOKENS][-1].astype(np.float64)
     logprobs = row - row.max() - np.log(np.exp(row - row.max()).sum())
     errors = [abs(value - logprobs[int(token)]) for token, value in answer["logprobs"].items()]
     worst = float(max(errors))

@@ -37,8 +37,9 @@ Device = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Weights and computation: bf16 (weights stored in int8 or int4 stay so), int8 or int4 "
-        "(weights packed while loading, computed in bf16), fp16, fp32, fp64, or auto (as stored).",
+        help="Weights and computation: bf16 (weights stored in int8 or int4 stay so, fp8 blocks "
+        "are multiplied out), int8 or int4 (weights packed while loading, computed in bf16), fp16, "
+        "fp32, fp64, or auto (as stored, fp8 blocks too).",
         rich_help_panel=_MACHINE_PANEL,
     ),
 ]

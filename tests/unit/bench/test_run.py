@@ -8,8 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowlat.bench import run
-from lowlat.bench.check import Checked, relative_error, require_near, top_difference
+from lowlat.bench import check, run
+from lowlat.bench.check import (
+    OWN_TOKENS,
+    Checked,
+    relative_error,
+    require_near,
+    top_difference,
+)
 from lowlat.bench.plan import make_plan
 from lowlat.bench.programs import MODULES
 from lowlat.convert.run import convert
@@ -113,6 +119,21 @@ def test_contexts_beyond_the_model_are_refused_at_once(checkpoint: Path) -> None
 def test_relative_error_is_of_root_mean_squares() -> None:
     expected = np.array([[3.0, 4.0]], np.float32)
     assert relative_error(expected * 1.1, expected) == pytest.approx(0.1, rel=1e-5)
+
+
+def test_longer_prompts_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holds shut: kernels that only prompts of some length use, never compared."""
+    logits = np.ones((OWN_TOKENS[-1], 4), np.float32)
+    checked = Checked(ids=list(range(OWN_TOKENS[-1])), reference=logits, differences={})
+    worker = Scripted("lowlat", [], [])
+    for wrong in OWN_TOKENS[1:]:
+        monkeypatch.setattr(
+            check,
+            "logits_of",
+            lambda _, ids, wrong=wrong: logits[: len(ids)] * (1.5 if len(ids) == wrong else 1),
+        )
+        assert checked.error(worker) == 0
+        assert checked.error(worker, OWN_TOKENS) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("shift", "agrees"), [(0.05, True), (0.2, False)])
