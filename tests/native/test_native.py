@@ -2,6 +2,7 @@
 
 import ast
 import os
+import platform
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lowlat.utils.errors import UserError
 from .inputs import LEVELS, needs_native
 from .processes import run
 
+CPU_INFO = Path("/proc/cpuinfo")
 COMPILERS = ("c++", "g++", "clang++")
 HIDE = "import sys; sys.modules['lowlat._native'] = None\n"
 """Makes `from lowlat import _native` fail as in an install without it."""
@@ -51,6 +53,24 @@ def test_a_compiler_means_native_kernels() -> None:
     assert native.available(), native.reason()
     assert native.level() in native.levels()
     assert native.levels()[-1] == "portable"
+
+
+NEEDED_FLAGS = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"},
+}
+"""Of a processor, as Linux spells them, for a level."""
+
+
+@needs_native
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not CPU_INFO.exists(), reason="levels are of x86-64 on Linux"
+)
+def test_a_build_has_the_levels_of_its_processor() -> None:
+    """Holds shut: a linker or compiler that quietly leaves out the fast ones."""
+    flags = next(line for line in CPU_INFO.read_text().splitlines() if line.startswith("flags"))
+    expected = {level for level, needed in NEEDED_FLAGS.items() if needed <= set(flags.split())}
+    assert expected <= set(native.levels())
 
 
 @needs_native
