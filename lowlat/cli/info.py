@@ -75,7 +75,7 @@ def info(
         cache = dtype if dtype is not None and dtype in ELEMENT_BYTES else "bf16"
     subject = find(model)
     memory = None if context is None else memory_of(subject, context, dtype, cache)
-    machine = machine_of(subject, dtype)
+    machine = machine_of(subject, dtype, None if memory is None else memory["cache_bytes"])
     if json_output:
         report = as_json(subject.config, memory, cache) | {"machine": machine}
         print(json.dumps(report, indent=2))
@@ -123,21 +123,27 @@ def memory_of(subject: Subject, context: int, dtype: str | None, cache: str) -> 
     return memory
 
 
-def machine_of(subject: Subject, dtype: str | None) -> dict[str, int | bool]:
+def machine_of(
+    subject: Subject, dtype: str | None, cache_bytes: int | None = None
+) -> dict[str, int | bool]:
     """What to expect here: weights_bytes, memory_bytes, fits_in_memory, whether they are read where
-    the checkpoint lies, read_in_place, and the weight bytes one token reads at most, active_bytes.
+    the checkpoint lies, read_in_place, and the weight bytes one token reads at most, active_bytes;
+    where a cache is asked about, whether both fit, fits_with_cache.
     """
     config = subject.config
     weights = memory_of(subject, 1, dtype, "bf16")["weights_bytes"]
     count = count_parameters(config)
     all_parameters = count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0)
+    beside = {}
+    if cache_bytes is not None:
+        beside = {"fits_with_cache": not is_larger_than_memory(weights + cache_bytes)}
     return {
         "weights_bytes": weights,
         "memory_bytes": memory_limit(),
         "fits_in_memory": not is_larger_than_memory(weights),
         "read_in_place": _is_stored(subject, dtype),
         "active_bytes": round(weights * count.active_without_embedding / all_parameters),
-    }
+    } | beside
 
 
 def _is_stored(subject: Subject, dtype: str | None) -> bool:

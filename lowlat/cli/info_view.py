@@ -156,6 +156,12 @@ def _expectation(config: ModelConfig, machine: dict[str, int | bool], dtype: str
     """What this machine makes of weights of that size."""
     weights, memory = _bytes(machine["weights_bytes"]), _bytes(machine["memory_bytes"])
     text = f"On this machine: weights {weights}, memory {memory}"
+    if machine["fits_in_memory"] and not machine.get("fits_with_cache", True):
+        return Text(
+            f"{text}: they stay in memory, but not beside a cache of that context; use --cache "
+            "int8, weights of fewer bits or a shorter one.",
+            style="yellow",
+        )
     if machine["fits_in_memory"]:
         return Text(f"{text}: they stay in memory.", style="dim")
     if not machine["read_in_place"]:

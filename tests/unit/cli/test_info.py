@@ -73,6 +73,11 @@ def test_what_to_expect_of_this_machine(
     }
     info("smollm2-135m")
     assert "they stay in memory" in capsys.readouterr().out
+    long = {"context": 2**20, "cache": "bf16"}
+    assert report(capsys, "smollm2-135m", **long)["machine"]["fits_with_cache"] is False
+    info("smollm2-135m", **long)
+    assert "but not beside a cache of that context" in " ".join(capsys.readouterr().out.split())
+    assert report(capsys, "smollm2-135m", context=2048)["machine"]["fits_with_cache"] is True
     info("deepseek-v3")
     assert "read from disk as" in capsys.readouterr().out
     for dtype in ("int4", "bf16", "fp32"):
