@@ -182,13 +182,15 @@ def _draw(figures: Figures, path: Path) -> None:
             for (kind, way), points in lines.items():
                 index = list(KINDS).index(kind)
                 places, entries = zip(*sorted(points, key=lambda p: p[0]), strict=True)
+                if min(entry[text]["ratio"] for entry in entries) > TOP:
+                    continue
                 axes.plot(
                     [100 * place for place in places],
                     [entry[text]["ratio"] for entry in entries],
                     marker=MARKERS[index % len(MARKERS)],
                     color=COLOURS[index % len(COLOURS)],
                     linestyle=":" if way == INT8 else "--" if way else "-",
-                    fillstyle="none" if way else "full",
+                    fillstyle="none" if way == INT8 else "bottom" if way else "full",
                     label=", ".join(filter(None, [KINDS[kind], way])),
                 )
             axes.set_yscale("log")
