@@ -2,9 +2,9 @@
 
 In fp32, on a short prompt of random tokens, every logit must agree with lowlat's to TOLERANCE of
 the largest; in the precision that is timed, which other kernels may compute, lowlat's own must be
-as near as rounding leaves them, on longer prompts too, as other forms of attention read those. vLLM
-has no fp32 experts and takes minutes to start: there the
-likeliest tokens that the worker to be timed names, in bf16, are compared.
+as near as rounding leaves them, on longer prompts too, as other forms of attention read those.
+vLLM has no fp32 experts and takes minutes to start: there the likeliest tokens that the worker to
+be timed names, in bf16, are compared.
 """
 
 import tempfile

@@ -34,8 +34,7 @@ def heading(report: Report) -> str:
             f"{model['active_parameters'] / 1e6:,.1f}M active; {plan['dtype']} weights, "
             f"{plan['cache']} cache of {model['cache_bytes_per_token']:,} bytes per token",
             f"{machine['cpu']} ({', '.join(machine['flags'])}), kernels: {machine['isa']}, "
-            f"{plan['threads']} threads; "
-            f"commit {machine['commit']}",
+            f"{plan['threads']} threads; commit {machine['commit']}",
             f"memory read {limits['bandwidth'] / 1e9:,.1f} GB/s; products {gemm} GFLOP/s",
         ]
     )

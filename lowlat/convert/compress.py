@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowlat.config.model import GQAConfig
-from lowlat.convert.budget import STEP, Price, Widths, row_budget
+from lowlat.convert.budget import STEP, Costs, Price, Widths, row_budget
 from lowlat.convert.calibration import Calibration
 from lowlat.convert.exact import check_exact
 from lowlat.convert.layer_run import fast_dtype
@@ -113,38 +113,16 @@ def compress(
         precision=precision or fast_dtype(),
     )
     way, count = RECIPES[recipe], base.config.num_hidden_layers
-    with progress.task("Measuring attention", count, "items") as task:
-        measuring = run_layers(base, calibration.windows, job.precision, task)
-        for number, statistics in enumerate(measuring):
-            _check_measured(number, statistics)
-            job.scratch.keep_statistics(number, statistics)
+    _measure(job, progress)
     if way.folded is not None:
         ways = way.folded(source.head_dim, source.num_key_value_heads, job.budget)
         with progress.task("Folding frequencies", len(ways), "items") as task:
             way = best_folded(ways, lambda each: _rotary_only(job, each), task)
     known, plan = _planned(job, way, layout, progress)
-    costs = known.costs_of(plan.widths)
     fitted = calibration.windows if way.refits_output else calibration.windows[:0]
     sides = Sides(base, plan.config, fitted, calibration.held_out, job.precision)
-    reports: list[LayerReport] = []
-    with progress.task("Compressing", count, "items") as task:
-        for number, own in enumerate(plan.widths):
-            tensors, measured = sides.advance(number, layer_tensors(job, plan, number))
-            if not math.isfinite(measured):
-                raise _overflows(number)
-            job.scratch.keep_tensors(number, tensors, dtype)
-            reports.append(
-                LayerReport(
-                    **asdict(own),
-                    predicted=costs[number].of(own.latent),
-                    alone=None
-                    if plan.prices is None
-                    else costs[number].of(own.latent, plan.prices[number]),
-                    measured=measured,
-                )
-            )
-            task.advance(1)
-        before, after = sides.losses()
+    layers = _make_layers(job, plan, known.costs_of(plan.widths), sides, dtype, progress)
+    before, after = sides.losses()
     report = CompressionReport(
         recipe=recipe,
         folded=way.fold,
@@ -154,12 +132,51 @@ def compress(
         channels_after=sum(w.latent + w.rotary for w in plan.widths) / count,
         perplexity_before=before,
         perplexity_after=after,
-        layers=tuple(reports),
+        layers=layers,
     )
     derived = DerivedWeights(
         base, plan.config, job.scratch.read, derives=_is_replaced(source, way), dtype=dtype
     )
     return derived, report
+
+
+def _measure(job: Job, progress: Progress) -> None:
+    """Keep every layer's statistics."""
+    count = job.base.config.num_hidden_layers
+    with progress.task("Measuring attention", count, "items") as task:
+        measuring = run_layers(job.base, job.calibration.windows, job.precision, task)
+        for number, statistics in enumerate(measuring):
+            _check_measured(number, statistics)
+            job.scratch.keep_statistics(number, statistics)
+
+
+def _make_layers(
+    job: Job,
+    plan: Plan,
+    costs: list[Costs],
+    sides: Sides,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> tuple[LayerReport, ...]:
+    """Keep every layer's new tensors; what each cost."""
+    reports: list[LayerReport] = []
+    with progress.task("Compressing", len(plan.widths), "items") as task:
+        for number, own in enumerate(plan.widths):
+            tensors, measured = sides.advance(number, layer_tensors(job, plan, number))
+            if not math.isfinite(measured):
+                raise _overflows(number)
+            job.scratch.keep_tensors(number, tensors, dtype)
+            price = None if plan.prices is None else plan.prices[number]
+            reports.append(
+                LayerReport(
+                    **asdict(own),
+                    predicted=costs[number].of(own.latent),
+                    alone=None if price is None else costs[number].of(own.latent, price),
+                    measured=measured,
+                )
+            )
+            task.advance(1)
+    return tuple(reports)
 
 
 def _planned(job: Job, way: Recipe, layout: Layout, progress: Progress) -> tuple[Forecast, Plan]:

@@ -31,9 +31,7 @@ Layout = Literal["standard", "free"]
 CANDIDATES = 24
 """Numbers of rotary channels to choose from, evenly spread."""
 HEAD_STEP, WIDEST_HEAD = 32, 256
-"""Key heads that other programs' kernels take: so many channels, or a multiple up to the widest
-(vLLM on CPUs).
-"""
+"""Key heads that vLLM's kernels for CPUs take: multiples of so many channels, up to the widest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

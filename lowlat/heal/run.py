@@ -112,12 +112,7 @@ def convert_and_heal(
             work=work,
             progress=progress or SilentProgress(),
         )
-        if compression.calibrate:
-            _check_calibration(task)  # sooner told than what --text takes
-        folder = _checked_tokens(task)
-        if not compression.calibrate:
-            task = replace(task, compression=_calibrated(task, folder))
-            _check_calibration(task)
+        task = _with_fit_text(task)
         made, report = _made(task)
         converted = _config(made)
         work.place(made, report_files(report), dst)
@@ -131,6 +126,17 @@ def _healing(wanted: Wanted, config: ModelConfig) -> Healing | None:
     if wanted.tokens < length:
         raise UserError(f"--heal {wanted.tokens}: is less than a row of {length} tokens; give more")
     return Healing(tokens=wanted.tokens, sequence_length=length)
+
+
+def _with_fit_text(task: _Task) -> _Task:
+    """`task` with what it is calibrated on; all of its text is found fit."""
+    if task.compression.calibrate:
+        _check_calibration(task)  # a wrong file is told before all of --text is read
+        _checked_tokens(task)
+        return task
+    task = replace(task, compression=_calibrated(task, _checked_tokens(task)))
+    _check_calibration(task)
+    return task
 
 
 def _checked_tokens(task: _Task) -> TokenFolder | None:
@@ -159,10 +165,10 @@ def _checked_tokens(task: _Task) -> TokenFolder | None:
 
 def _calibrated(task: _Task, folder: TokenFolder | None) -> Compression:
     """The compression that is asked for, calibrated on the text to heal on, which `folder` holds,
-    unless another is given or that one is too short.
+    unless that one is too short.
     """
     compression, context = task.compression, task.job.found.max_position_embeddings
-    if folder is None or compression.calibrate:
+    if folder is None:
         return compression
     tokens, count = partial(folder.tokens, "train"), folder.num_tokens("train")
     own = calibration_of(tokens, count, context, "the text of --text")
