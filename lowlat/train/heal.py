@@ -48,6 +48,12 @@ DECAY, END = 0.9, 0.02
 small are noisy, and what a falling rate takes out of them is worth more than a peak held: 200K
 tokens end at a divergence of 0.131, and of 0.134 where the rate falls in the last 0.3.
 """
+LAYER_SHARE, LAYER_STEPS = 0.2, 20
+"""Share of the steps that match layer by layer before the rest matches distributions, and how many
+at most. Such a step takes six tenths of the time, having neither MLPs nor a head, and is worth as
+much as the one it takes the place of: 100K tokens end at a divergence of 0.3189 with 20 and of
+0.3195 without, a third of the cache kept.
+"""
 EVALUATIONS, EVALUATED_TOKENS = 2, 16_384
 """During a healing beside that before it, and held-out tokens of each."""
 
@@ -64,8 +70,10 @@ class Healing:
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float | None = None
     """Peak; LEARNING_RATE unless given, less where there are fewer than FULL_STEPS."""
-    layer_share: float = 0.0
-    """Share of the steps that match layer by layer before the rest matches distributions."""
+    layer_share: float | None = None
+    """Share of the steps that match layer by layer first; LAYER_SHARE unless given, and then at
+    most LAYER_STEPS of them.
+    """
     cross_entropy: float = 0.0
     """Weight of the ordinary loss."""
     trainable: Literal["all", "attention"] = "attention"
@@ -97,7 +105,10 @@ def healing_recipe(student: Path, teacher: Path, tokens: Path, healing: Healing)
     length = healing.sequence_length
     rows = max(1, round((healing.batch_tokens or BATCH_TOKENS) / length))
     steps = max(1, round(healing.tokens / (rows * length)))
-    layers = round(healing.layer_share * steps)
+    if healing.layer_share is None:
+        layers = min(LAYER_STEPS, round(LAYER_SHARE * steps))
+    else:
+        layers = round(healing.layer_share * steps)
     peak = healing.learning_rate or LEARNING_RATE * min(1.0, steps / FULL_STEPS)
     phases = [("layers", "attention", layers), ("heal", "logits", steps - layers)]
     return {
@@ -201,7 +212,7 @@ def check_healing(tokens: Path, healing: Healing) -> None:
             f"healing on {healing.tokens} tokens is less than a row of {healing.sequence_length}; "
             "ask for more"
         )
-    if not 0 <= healing.layer_share <= 1:
+    if healing.layer_share is not None and not 0 <= healing.layer_share <= 1:
         raise UserError(f"the share of layer by layer, {healing.layer_share}, must be 0 to 1")
 
 
