@@ -153,17 +153,22 @@ inline P pairs_of_int8(const std::int8_t* p, float scale) {
 }
 // bf16(value * scale) of 32 values of fp8-e4m3.
 inline P pairs_of_fp8(const std::uint8_t* p, float scale) {
-  const auto widen = [scale](const std::uint8_t* q) {
-    const __m512i raw = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
-    const __m512i magnitude = _mm512_and_si512(raw, _mm512_set1_epi32(0x7f));
-    const __m512i sign = _mm512_slli_epi32(_mm512_andnot_si512(_mm512_set1_epi32(0x7f), raw), 24);
-    // The exponent is biased by 7 here and by 127 in fp32: a factor of 2^120.
-    const __m512 tiny = _mm512_castsi512_ps(_mm512_or_si512(sign, _mm512_slli_epi32(magnitude, 20)));
-    const __m512 value = _mm512_mul_ps(_mm512_mul_ps(tiny, _mm512_set1_ps(0x1p120f)), _mm512_set1_ps(scale));
-    const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f));
-    return _mm512_mask_mov_ps(value, nan, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
+  const __m512i to_top = _mm512_set_epi32(0x0f808080, 0x0e808080, 0x0d808080, 0x0c808080, 0x0b808080, 0x0a808080,
+                                          0x09808080, 0x08808080, 0x07808080, 0x06808080, 0x05808080, 0x04808080,
+                                          0x03808080, 0x02808080, 0x01808080, 0x00808080);
+  const auto widen = [&](const std::uint8_t* q) {
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+    // Four bits down from the top of its lane, the exponent of a byte is where that of fp32 is, biased by 7 instead of
+    // 127: a factor of 2^120.
+    const __m512i moved = _mm512_srai_epi32(_mm512_shuffle_epi8(bytes, to_top), 4);
+    const __m512 tiny = _mm512_castsi512_ps(_mm512_and_si512(moved, _mm512_set1_epi32(static_cast<int>(0x87f00000))));
+    return _mm512_mul_ps(_mm512_mul_ps(tiny, _mm512_set1_ps(0x1p120f)), _mm512_set1_ps(scale));
   };
-  return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(widen(p + 16), widen(p)))};
+  const __m256i magnitudes = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+                                              _mm256_set1_epi8(0x7f));
+  const __mmask32 nan = _mm256_cmpeq_epi8_mask(magnitudes, _mm256_set1_epi8(0x7f));
+  const auto values = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(widen(p + 16), widen(p)));
+  return {_mm512_mask_mov_epi16(values, nan, _mm512_set1_epi16(0x7fc0))};
 }
 
 // 32 values rounded to bf16, in their order, for values that are not subnormal.
