@@ -2,7 +2,7 @@
 
     python benchmarks/default_model.py --peers llama.cpp=PYTHON [--decode 128,2048] [--rounds 5]
 
-PYTHON is the interpreter that has llama-cpp-python; `--json FILE` keeps the figures. Three programs
+PYTHON is the interpreter that has llama-cpp-python; `--out FOLDER` keeps figures. Three programs
 take turns, those not measured stopped: lowlat with smollm2-135m, a file of Q4_1, in int4, which
 holds the same weights; lowlat with `default`, the same model as MLA; and llama.cpp with that file,
 flash attention where it is faster. Steps of decoding, the median of a round; the median over the
@@ -10,14 +10,14 @@ rounds is reported.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from lowlat.bench.machine import describe
+import kept
+
 from lowlat.bench.plan import check_threads, parse_lengths, parse_peers
 from lowlat.bench.programs import MODULES
 from lowlat.bench.worker import Refused, Worker
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--peers", required=True, metavar="llama.cpp=PYTHON")
     parser.add_argument("--decode", default="128,2048")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="a folder for results.json")
     options = parser.parse_args()
     try:
         measure(options)
@@ -93,9 +93,8 @@ def measure(options: argparse.Namespace) -> None:
     ]
     for row in rows:
         print(f"{row['program']:<10} {row['context']:>7,} {row['tokens_per_second']:8.1f} tok/s")
-    if options.json is not None:
-        report = {"machine": describe(), "rounds": options.rounds, "rows": rows}
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if options.out is not None:
+        kept.write(kept.heading() | {"rounds": options.rounds, "rows": rows}, options.out)
 
 
 if __name__ == "__main__":

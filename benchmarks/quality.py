@@ -1,28 +1,35 @@
 """What number types cost in quality: perplexity and distance from fp32, weights and cache.
 
-    python benchmarks/quality.py TEXT [--bytes 100000] [--models default smollm2-135m] [--json FILE]
+    python benchmarks/quality.py TEXT [--bytes 100000] [--models default smollm2-135m]
+        [--forms prompt step] [--out FOLDER]
 
 For each model and each pair of weights (bf16, int8, int4) and cache (bf16, int8): the perplexity of
 the first bytes of TEXT in windows of 1024 tokens, its increase over fp32, the mean Kullback-Leibler
 divergence from fp32's next-token distribution in nats, and how often both predict the same token.
+The arithmetic is that of a prompt, which takes a window in one piece, and that of decoding, here in
+steps of 32 tokens: products and attention of a step give each of them the bits it has alone.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import kept
 import torch
 from torch import Tensor
 
 import lowlat
+from lowlat.attention.forms import STREAM_TOKENS
+from lowlat.engine import scoring
 from lowlat.engine.llm import Model
 
 WEIGHTS = ("bf16", "int8", "int4")
 CACHES = ("bf16", "int8")
 WINDOW = 1024
+FORMS = {"prompt": WINDOW, "step": STREAM_TOKENS}
+"""Tokens that are read at a time."""
 
 
 @dataclass
@@ -32,6 +39,7 @@ class Quality:
     model: str
     weights: str
     cache: str
+    form: str
     tokens: int = 0
     nll: float = 0.0
     """Nats."""
@@ -53,11 +61,12 @@ class Quality:
         return math.exp(self.nll / self.tokens)
 
 
-def measure(name: str, text: str) -> list[Quality]:
-    """All pairs on the model `name`, fp32 first."""
+def measure(name: str, text: str, forms: Sequence[str]) -> list[Quality]:
+    """All pairs on the model `name` in all forms, fp32 first."""
     exact = lowlat.load(name, dtype="fp32")
-    models = dict(variants(name))
-    results = [Quality(name, "fp32", "fp32"), *(Quality(name, *pair) for pair in models)]
+    models = variants(name)
+    results = [Quality(name, "fp32", "fp32", "prompt")]
+    results += [Quality(name, *pair, form) for form in forms for pair, _ in models]
     ids = exact.tokenizer.encode(text)
     for start in range(0, len(ids), WINDOW):
         window = ids[start : start + WINDOW]
@@ -68,8 +77,10 @@ def measure(name: str, text: str) -> list[Quality]:
         logits = exact.logits(window)[:-1]
         reference = logits.log_softmax(dim=-1)
         results[0].add(logits, reference, following)
-        for result, model in zip(results[1:], models.values(), strict=True):
-            result.add(model.logits(window)[:-1], reference, following)
+        runs = [(form, model) for form in forms for _, model in models]
+        for result, (form, model) in zip(results[1:], runs, strict=True):
+            found = scoring.logits(model.runner, window, chunk=FORMS[form])
+            result.add(found[:-1], reference, following)
     return results
 
 
@@ -87,13 +98,14 @@ def variants(name: str) -> list[tuple[tuple[str, str], Model]]:
 
 def table(results: Sequence[Quality]) -> str:
     """Markdown, a line per pair."""
-    lines = ["| model | weights | cache | perplexity | over fp32 | KL to fp32 | same token |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    heading = "| model | weights | cache | read as | perplexity | over fp32 | KL | same token |"
+    lines = [heading, "|---|---|---|---|---|---|---|---|"]
     exact = {r.model: r.perplexity for r in results if r.weights == "fp32"}
     for r in results:
         increase = r.perplexity / exact[r.model] - 1
         lines.append(
-            f"| {r.model} | {r.weights} | {r.cache} | {r.perplexity:.4f} | {increase:+.3%} | "
+            f"| {r.model} | {r.weights} | {r.cache} | {r.form} | {r.perplexity:.4f} | "
+            f"{increase:+.3%} | "
             f"{r.divergence / r.tokens:.2e} | {r.same / r.tokens:.2%} |"
         )
     return "\n".join(lines)
@@ -104,14 +116,15 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="a UTF-8 text file")
     parser.add_argument("--bytes", type=int, default=100_000, help="how much of it is read")
     parser.add_argument("--models", nargs="+", default=["default", "smollm2-135m"])
-    parser.add_argument("--json", type=Path, help="where to write the numbers, too")
+    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
+    parser.add_argument("--out", type=Path, help="a folder for results.json")
     options = parser.parse_args()
     text = options.text.read_bytes()[: options.bytes].decode(errors="ignore")
-    results = [result for name in options.models for result in measure(name, text)]
+    results = [each for name in options.models for each in measure(name, text, options.forms)]
     print(table(results))
-    if options.json is not None:
-        numbers = [asdict(r) | {"perplexity": r.perplexity} for r in results]
-        options.json.write_text(json.dumps(numbers, indent=2) + "\n")
+    if options.out is not None:
+        rows = [asdict(r) | {"perplexity": r.perplexity} for r in results]
+        kept.write(kept.heading() | {"rows": rows}, options.out)
 
 
 if __name__ == "__main__":
