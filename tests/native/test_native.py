@@ -4,6 +4,9 @@ import ast
 import os
 import platform
 import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,31 @@ def test_a_compiler_means_native_kernels() -> None:
     assert native.available(), native.reason()
     assert native.level() in native.levels()
     assert native.levels()[-1] == "portable"
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_without_a_compiler_lowlat_installs_as_plain_python(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    if not (root / "CMakeLists.txt").exists():
+        pytest.skip("the sources are not here")
+    told = ["--no-deps", "--quiet", "--wheel-dir", str(tmp_path)]
+    building = ["--config-settings", f"build-dir={tmp_path / 'build'}"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", str(root), *told, *building],
+        env=os.environ | {"CC": str(tmp_path / "none"), "CXX": str(tmp_path / "none")},
+        capture_output=True,
+        text=True,
+    )
+    if "No matching distribution found for" in result.stderr:
+        pytest.skip("what builds lowlat cannot be fetched")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("lowlat-*-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        names = packed.namelist()
+    assert "lowlat/__main__.py" in names
+    assert "lowlat/models/minnow/model.safetensors" in names
+    assert not any(name.endswith(".so") for name in names)
 
 
 NEEDED_FLAGS = {
