@@ -19,6 +19,9 @@ extern const lowlat::Ops lowlat_ops_avx512;
 #ifdef LOWLAT_HAS_AVX2
 extern const lowlat::Ops lowlat_ops_avx2;
 #endif
+#ifdef LOWLAT_HAS_NEON
+extern const lowlat::Ops lowlat_ops_neon;
+#endif
 extern const lowlat::Ops lowlat_ops_portable;
 }
 
@@ -66,6 +69,9 @@ constexpr Level kLevels[] = {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
      }},
 #endif
+#ifdef LOWLAT_HAS_NEON
+    {&lowlat_ops_neon, [] { return true; }},  // every 64-bit ARM processor has it
+#endif
     {&lowlat_ops_portable, [] { return true; }},
 };
 
@@ -97,12 +103,12 @@ std::vector<std::string> usable_levels() {
   return names;
 }
 
-const Ops& ops(const std::string& name) {
+const Ops& ops(std::string_view name) {
   if (name.empty()) return *in_use().load();
   for (const Level& level : kLevels) {
     if (name == level.ops->name && level.runs_here()) return *level.ops;
   }
-  throw std::invalid_argument("no level " + name + " on this machine");
+  throw std::invalid_argument("no level " + std::string(name) + " on this machine");
 }
 
 void set_level(const std::string& level) { in_use().store(&ops(level)); }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "ops.h"
@@ -15,7 +16,7 @@ std::vector<std::string> built_levels();
 std::vector<std::string> usable_levels();
 
 // The table of a level; empty name: the one in use. Throws std::invalid_argument for one that cannot run here.
-const Ops& ops(const std::string& level = "");
+const Ops& ops(std::string_view level = {});
 
 // Chooses the level in use; at first it is the best usable one.
 void set_level(const std::string& level);

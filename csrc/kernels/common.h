@@ -11,6 +11,9 @@
 #elif defined(LOWLAT_AVX2)
 #define LOWLAT_ISA avx2
 #include "../simd/avx2.h"
+#elif defined(LOWLAT_NEON)
+#define LOWLAT_ISA neon
+#include "../simd/neon.h"
 #else
 #define LOWLAT_ISA portable
 #include "../simd/portable.h"
