@@ -2,13 +2,14 @@
 
     python benchmarks/conversion.py WORK --text wikitext2-valid.txt --text gsm8k-test.txt
         [--model smollm2-135m] [--windows 32] [--cells NAME,...]
-        [--heal 500K --heal-text FOLDER] [--speed] [--page docs/results/conversion.md]
+        [--heal 500K --heal-text FOLDER] [--speed NAME,...] [--page docs/results/conversion.md]
 
 Makes every model of `CELLS` that WORK does not hold yet with `lowlat convert`, and measures those
 not measured yet, with a bf16 cache and an int8 one, against the unconverted model: perplexity of
 each text (windows of 1024 tokens spread evenly over it) and how often both find the same token
-likeliest. --speed times decoding, the models in turn. Everything found stays in WORK/figures.json;
---page fills that page's tables from it and draws its picture (conversion_page.py).
+likeliest. --speed times decoding with the original and the models in WORK that it names, in turn.
+Everything found stays in WORK/figures.json; --page fills that page's tables from it and draws its
+picture (conversion_page.py).
 """
 
 import argparse
@@ -95,11 +96,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--cells", help="names of CELLS, all by default", default=",".join(CELLS))
+    parser.add_argument(
+        "--cells", help="names of CELLS, all by default, '' for none", default=",".join(CELLS)
+    )
     parser.add_argument("--heal", default="", help="budgets in tokens: 100K,500K")
     parser.add_argument("--heal-text", action="append", default=[])
     parser.add_argument("--healed", default="weighted-50,weighted-33", help="cells to heal")
-    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--speed", default="", help="names of models in WORK")
     parser.add_argument("--page", type=Path)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -155,10 +158,9 @@ def _compared(own: Figures, original: Figures) -> Figures:
 
 
 def _speeds(args: argparse.Namespace) -> list[Figures]:
-    """Decoding with long contexts: the original and the standard layouts, step after step."""
-    folders = {"original": args.model} | {
-        name: str(args.work / name) for name in args.cells.split(",") if name.startswith("weighted")
-    }
+    """Decoding with long contexts: the original and other models, step after step."""
+    folders = {"original": args.model}
+    folders |= {name: str(args.work / name) for name in args.speed.split(",")}
     threads = torch.get_num_threads()
     arms = [(name, cache) for name in folders for cache in CACHES]
     steppers: dict[tuple[str, str], Lowlat] = {}
