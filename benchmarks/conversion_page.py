@@ -21,6 +21,14 @@ END = "<!-- end -->"
 TOP = 6
 """Of the picture: what is worse stands in the table."""
 INT8 = "int8 cache"
+LINES = {(False, False): "-", (False, True): ":", (True, False): "--", (True, True): "-."}
+FILLS = {
+    (False, False): "full",
+    (False, True): "none",
+    (True, False): "bottom",
+    (True, True): "top",
+}
+"""By whether a model is healed, and whether its cache is int8."""
 KINDS = {
     "mha2mla": "MHA2MLA",
     "transmla": "TransMLA",
@@ -163,8 +171,8 @@ def _lines(models: dict[str, Figures]) -> dict[tuple[str, str], list[tuple[float
         kept = entry["conversion"]["channels_after"] / entry["conversion"]["channels_before"]
         way = f"healed on {budget} tokens" if budget else ""
         lines.setdefault((kind, way), []).append((kept, entry["bf16"]))
-        if not budget:
-            lines.setdefault((kind, INT8), []).append((_share_of_bytes(entry), entry["int8"]))
+        beside = ", ".join(filter(None, [way, INT8]))
+        lines.setdefault((kind, beside), []).append((_share_of_bytes(entry), entry["int8"]))
     return lines
 
 
@@ -176,11 +184,11 @@ def _draw(figures: Figures, path: Path) -> None:
     lines = _lines(figures["models"])
     texts = list(figures["original"])
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+        figure = Figure(figsize=(11.5, 4.2), layout="constrained")
         panels = figure.subplots(1, len(texts), squeeze=False)[0]
         for axes, text in zip(panels, texts, strict=True):
             for (kind, way), points in lines.items():
-                index = list(KINDS).index(kind)
+                index, style = list(KINDS).index(kind), ("healed" in way, INT8 in way)
                 places, entries = zip(*sorted(points, key=lambda p: p[0]), strict=True)
                 if min(entry[text]["ratio"] for entry in entries) > TOP:
                     continue
@@ -189,8 +197,8 @@ def _draw(figures: Figures, path: Path) -> None:
                     [entry[text]["ratio"] for entry in entries],
                     marker=MARKERS[index % len(MARKERS)],
                     color=COLOURS[index % len(COLOURS)],
-                    linestyle=":" if way == INT8 else "--" if way else "-",
-                    fillstyle="none" if way == INT8 else "bottom" if way else "full",
+                    linestyle=LINES[style],
+                    fillstyle=FILLS[style],
                     label=", ".join(filter(None, [KINDS[kind], way])),
                 )
             axes.set_yscale("log")
@@ -199,7 +207,9 @@ def _draw(figures: Figures, path: Path) -> None:
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.set(title=text, xlabel="% of the bytes of cache", ylabel="perplexity / original's")
-        panels[-1].legend(frameon=False, fontsize=7)
+        drawn = [axes.get_legend_handles_labels() for axes in panels]
+        named = {label: line for own in drawn for line, label in zip(*own, strict=True)}
+        figure.legend(named.values(), named, loc="outside right upper", frameon=False, fontsize=7)
         figure.savefig(path, metadata={"Date": None})
 
 
