@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 import lowlat
+from lowlat.bench.plan import check_threads
 from lowlat.bench.run_lowlat import Lowlat
 from lowlat.engine.llm import Model
 
@@ -161,7 +162,7 @@ def _speeds(args: argparse.Namespace) -> list[Figures]:
     """Decoding with long contexts: the original and other models, step after step."""
     folders = {"original": args.model}
     folders |= {name: str(args.work / name) for name in args.speed.split(",")}
-    threads = torch.get_num_threads()
+    threads = check_threads(None)  # PyTorch's own pool has one where kernels are native
     arms = [(name, cache) for name in folders for cache in CACHES]
     steppers: dict[tuple[str, str], Lowlat] = {}
     for name, cache in arms:
