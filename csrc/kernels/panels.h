@@ -35,6 +35,11 @@ struct NextTile {
   std::int64_t tile = 0;
 };
 
+// The scales of a row of fp8, one for every 128 columns.
+inline const float* row_scales(const Matrix& w, std::int64_t row) {
+  return static_cast<const float*>(w.scale) + (w.first_row + row) / 128 * ((w.columns + 127) / 128);
+}
+
 // Columns [column, column + 32) of a row as bf16 pairs; zero beyond the last column.
 inline P row_pairs(const Matrix& w, std::int64_t row, std::int64_t column) {
   const std::int64_t count = least(kColumns, w.columns - column);
@@ -47,8 +52,7 @@ inline P row_pairs(const Matrix& w, std::int64_t row, std::int64_t column) {
     bytes = edge;
   }
   if (w.storage == Storage::int8_rows) return pairs_of_int8(reinterpret_cast<const std::int8_t*>(bytes));
-  const std::int64_t blocks = (w.columns + 127) / 128;
-  return pairs_of_fp8(bytes, static_cast<const float*>(w.scale)[(w.first_row + row) / 128 * blocks + column / 128]);
+  return pairs_of_fp8(bytes, row_scales(w, row)[column / 128]);
 }
 
 // Columns [column, column + 32) of a tile of weights stored row by row.

@@ -30,17 +30,12 @@ inline const char* row_start(const Matrix& w, std::int64_t row) {
   return static_cast<const char*>(w.data) + row * w.stride * w.element_bytes();
 }
 
-// The scales of a row, one for each step; none but of fp8.
+// The scale of a step of a row; 1 but of fp8.
 template <Storage storage>
-inline const float* row_scales(const Matrix& w, std::int64_t row) {
+inline float step_scale(const Matrix& w, std::int64_t row, std::int64_t column) {
   static_assert(kStep == 128);
-  if constexpr (storage != Storage::fp8) return nullptr;
-  return static_cast<const float*>(w.scale) + (w.first_row + row) / 128 * ((w.columns + 127) / 128);
-}
-template <Storage storage>
-inline float step_scale(const float* scales, std::int64_t column) {
-  if constexpr (storage != Storage::fp8) return 1.0f;
-  return scales[column / kStep];
+  if constexpr (storage == Storage::fp8) return row_scales(w, row)[column / kStep];
+  return 1.0f;
 }
 
 // 32 whole columns of a row, in a step of that scale.
@@ -56,7 +51,6 @@ inline P lying_pairs(const char* start, std::int64_t column, float scale) {
 template <Storage storage, int T>
 inline void dot_lying_row(const Matrix& w, std::int64_t row, const Activations& x, F (&lanes)[T]) {
   const char* start = row_start(w, row);
-  const float* scales = row_scales<storage>(w, row);
   F sums[kChains][T];
   LOWLAT_UNROLL
   for (int k = 0; k < kChains; ++k) {
@@ -66,7 +60,7 @@ inline void dot_lying_row(const Matrix& w, std::int64_t row, const Activations& 
   const std::int64_t whole = w.columns / kStep * kStep;
   for (std::int64_t column = 0; column < whole; column += kStep) {
     const bf16* at = x.values + column;
-    const float scale = step_scale<storage>(scales, column);
+    const float scale = step_scale<storage>(w, row, column);
     LOWLAT_UNROLL
     for (int k = 0; k < kChains; ++k) {
       const std::int64_t c = column + k * kColumns;
@@ -177,7 +171,6 @@ inline void dot_lying_rows(const Matrix& w, std::int64_t row, std::int64_t other
                            const Asked& asked, std::int64_t in_tile, F (&lanes)[2][T]) {
   const std::int64_t rows[2] = {row, other};
   const char* starts[2] = {row_start(w, row), row_start(w, other)};
-  const float* scales[2] = {row_scales<storage>(w, row), row_scales<storage>(w, other)};
   const char* ahead[2] = {asked.from(in_tile), asked.from(in_tile + 1)};
   const std::int64_t lines = asked.lines(), whole = w.columns / kStep * kStep;
   F sums[kChains][2][T];
@@ -190,7 +183,7 @@ inline void dot_lying_rows(const Matrix& w, std::int64_t row, std::int64_t other
     for (std::int64_t line = 0; line < lines; ++line) {
       for (const char*& at : ahead) prefetch_far(std::exchange(at, at + 64));
     }
-    const float one = step_scale<storage>(scales[0], column), two = step_scale<storage>(scales[1], column);
+    const float one = step_scale<storage>(w, row, column), two = step_scale<storage>(w, other, column);
     LOWLAT_UNROLL
     for (int k = 0; k < kChains; ++k) {
       const std::int64_t c = column + k * kColumns;
