@@ -8,13 +8,14 @@ import pytest
 
 from lowlat.checkpoint.load import load_model
 from lowlat.cli.main import app
+from lowlat.train.heal import Healing, healing_recipe
 from lowlat.train.inputs import base_config, phase_configs
 from lowlat.train.lora import check_lora
 from lowlat.train.parallel.check import check_parallel
 from lowlat.train.plan.dryrun import job_of, recipe_config
 from lowlat.train.plan.estimate import estimate
 from lowlat.train.plan.machine import H100
-from lowlat.train.recipe import Recipe, read_recipe
+from lowlat.train.recipe import Recipe, parse_recipe, read_recipe
 from lowlat.train.recipe_reference import reference
 from lowlat.train.schedule import Timetable, batch_rows
 
@@ -47,6 +48,31 @@ def test_recipe(path: Path) -> None:
         check_parallel(config, recipe, str(path))
         check_lora(config, recipe, str(path))
     assert f"../recipes/{path.name}" in (ROOT / "docs" / "training.md").read_text()
+
+
+def test_heal_recipe_is_what_convert_does() -> None:
+    """heal.toml and `lowlat convert --heal 2M` train alike, whatever their folders are called."""
+    here = Path(".")
+    raw = healing_recipe(here, here, here, Healing(tokens=2_000_000))
+    done, recipe = parse_recipe(raw, origin="healing"), read_recipe(ROOT / "recipes" / "heal.toml")
+    tables = [Timetable(each, ranks=1) for each in (done, recipe)]
+    assert tables[0].steps == tables[1].steps
+    for step in range(tables[0].steps):
+        rates = [table.at(step).learning_rate for table in tables]
+        assert rates[0] == pytest.approx(rates[1], rel=1e-9)
+    assert _beside_folders(done) == _beside_folders(recipe)
+
+
+def _beside_folders(recipe: Recipe) -> Recipe:
+    assert recipe.distillation is not None
+    return recipe.model_copy(
+        update={
+            "start": None,
+            "distillation": recipe.distillation.model_copy(update={"teacher": ""}),
+            "data": recipe.data.model_copy(update={"folder": ""}),
+            "phase": [phase.model_copy(update={"learning_rate": 0.0}) for phase in recipe.phase],
+        }
+    )
 
 
 def test_large_recipe_is_the_reports() -> None:
