@@ -13,6 +13,7 @@ picture (conversion_page.py).
 """
 
 import argparse
+import hashlib
 import json
 import math
 import platform
@@ -58,8 +59,12 @@ def main() -> None:
     figures: Figures = {"models": {}, "speed": []}
     if store.exists():
         figures = json.loads(store.read_text(encoding="utf-8"))
-    figures |= {"model": args.model, "windows": args.windows, "window": WINDOW}
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in args.text}
+    texts = {path.stem: path.read_bytes().decode() for path in args.text}
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    measured = {"model": args.model, "windows": args.windows, "window": WINDOW, "texts": digests}
+    for key, value in measured.items():
+        if figures.setdefault(key, value) != value:
+            sys.exit(f"{store}: its {key} are {figures[key]}, not {value}; give another WORK")
     exact = lowlat.load(args.model, dtype="bf16")
     windows = {name: _windows(exact, text, args.windows) for name, text in texts.items()}
     reference = {name: _outcome(exact, ids) for name, ids in windows.items()}
@@ -67,10 +72,12 @@ def main() -> None:
     for name, options in _wanted(args).items():
         folder = args.work / name
         entry = figures["models"].setdefault(name, {})
+        told = " ".join(["lowlat", *_command(args.model, Path(name), options)])
+        if entry.setdefault("command", told) != told:
+            sys.exit(f"{store}: {name} was made by '{entry['command']}', not '{told}'")
         if not folder.exists():
             command = _command(args.model, folder, options)
             subprocess.run([sys.executable, "-m", "lowlat", *command], check=True)
-        entry["command"] = " ".join(["lowlat", *_command(args.model, Path(name), options)])
         entry["conversion"] = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
         for cache in CACHES:
             found = entry.setdefault(cache, {})

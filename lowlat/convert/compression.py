@@ -174,5 +174,5 @@ def scratch_folder(dst: Path) -> Iterator[Path]:
         ) from error
     except SafetensorError as error:  # what that library makes of a full disk
         raise UserError(
-            f"{folder}: cannot be written ({error}); make room and give the same command again"
+            f"{dst}: cannot be written ({error}); make room and give the same command again"
         ) from error

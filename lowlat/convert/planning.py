@@ -110,21 +110,20 @@ def make_plan(
     """The compression with `widths`, which were found at `prices`."""
     turning = _turning(known.priorities, widths, layout)
     turned = [own.flatten()[each] for own, each in zip(known.frequencies, turning, strict=True)]
-    config = compressed_config(job.base, job.source, widths, turned, layout)
+    config = compressed_config(job.base.config, job.source, widths, turned, layout)
     return Plan(way=way, widths=widths, turning=turning, config=config, prices=prices)
 
 
 def compressed_config(
-    base: Weights,
+    config: ModelConfig,
     source: GQAConfig,
     widths: Sequence[Widths],
     frequencies: Sequence[Float64[Tensor, "_"]],
     layout: Layout,
 ) -> ModelConfig:
-    """`base.config` with MLA of the given widths, k_R turning with `frequencies`; in the standard
-    layout deepseek_v3, its key heads padded to what other programs take.
+    """`config` with MLA of the given widths, k_R turning with `frequencies`; in the standard layout
+    deepseek_v3, its key heads padded to what other programs take.
     """
-    config = base.config
     even = layout == "standard"
     attention = [
         MLAConfig(
@@ -157,6 +156,20 @@ def compressed_config(
         sliding_window=None,
         sliding_window_layers=None,
     )
+
+
+def likely_config(
+    config: ModelConfig, source: GQAConfig, share: float, layout: Layout
+) -> ModelConfig:
+    """About what a compression of `config` to `share` of its cache leads to, before anything is
+    measured: a quarter of a row turns.
+    """
+    row = round(share * source.row_dim / STEP)
+    rotary = max(1, row // 4)
+    widths = Widths(latent=(row - rotary) * STEP, rotary=rotary * STEP)
+    layers = config.num_hidden_layers
+    frequencies = torch.ones(widths.rotary // 2, dtype=torch.float64)
+    return compressed_config(config, source, [widths] * layers, [frequencies] * layers, layout)
 
 
 def _padding(head: int) -> int:

@@ -196,13 +196,17 @@ def check(
     """What `convert` of the same arguments is to do. Raises its errors as far as they can be known
     before any work.
     """
-    form, is_gguf = _checked_options(src, dst, to, dtype, file_format, experts)
-    if compression is not None:
-        check_compression(compression, to)
-        refuse_existing(dst.absolute())
+    form, is_gguf = check_options(
+        dst, to=to, dtype=dtype, file_format=file_format, compression=compression
+    )
+    is_same = to is None and experts is None and is_gguf == _is_gguf(src)
+    if is_same and form is None:
+        raise UserError(
+            f"nothing to convert; give --to mla, --dtype ({', '.join(FORMS)}), another --format, "
+            "--experts, or several of them"
+        )
     opened = open_checkpoint(src)
     found = settle_mtp(read_config(opened), opened)
-    is_same = to is None and experts is None and is_gguf == _is_gguf(src)
     if is_same and form == _stored_form(found):
         raise UserError(f"{src}: nothing to convert; its weights are {form} already")
     if to == "mla":
@@ -228,16 +232,11 @@ def check(
     )
 
 
-def _checked_options(
-    src: Path,
-    dst: Path,
-    to: str | None,
-    dtype: str,
-    file_format: str,
-    experts: int | None,
+def check_options(
+    dst: Path, *, to: str | None, dtype: str, file_format: str, compression: Compression | None
 ) -> tuple[Form | None, bool]:
-    """The form to store (None to keep) and whether in GGUF. Raises UserError for unknown options
-    and for combinations that do not exist.
+    """The form to store (None to keep) and whether in GGUF, whatever is converted. Raises UserError
+    for unknown options and for combinations that do not exist.
     """
     if to not in (None, "mla"):
         raise UserError(f"--to '{to}' is unknown; the only form to convert to is mla")
@@ -254,11 +253,9 @@ def _checked_options(
         raise UserError(
             f"--dtype {dtype} does not exist in GGUF files; choose {', '.join(KINDS)} or auto"
         )
-    if to is None and form is None and experts is None and is_gguf == _is_gguf(src):
-        raise UserError(
-            f"nothing to convert; give --to mla, --dtype ({', '.join(FORMS)}), another --format, "
-            "--experts, or several of them"
-        )
+    if compression is not None:
+        check_compression(compression, to)
+    refuse_existing(dst.absolute())
     return form, is_gguf
 
 

@@ -21,12 +21,15 @@ from lowlat.checkpoint.save import text_files, write_checkpoint
 from lowlat.config.model import ModelConfig
 from lowlat.convert.calibration import calibration_of, read_calibration
 from lowlat.convert.compression import Compression
+from lowlat.convert.exact import check_exact
+from lowlat.convert.planning import likely_config
 from lowlat.convert.report import REPORT_FILE, Report, measure, report_files
 from lowlat.convert.run import Job, check, convert
 from lowlat.heal.evaluation import EvaluationText, evaluate, read_evaluation_text
 from lowlat.heal.text import build_tokens, require_uncalibrated, require_unseen
 from lowlat.heal.wanted import Wanted, check_wanted, identity
 from lowlat.heal.work import Work, clear_placed, opened
+from lowlat.text.plain import read_plain_text
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.data.folder import TokenFolder
 from lowlat.train.export import export_save
@@ -98,7 +101,9 @@ def convert_and_heal(
     tokenizer = Tokenizer.from_folder(src) if src.is_dir() else Tokenizer.from_gguf(src)
     healing = _healing(wanted, job.found)
     if healing is not None:
-        check_memory(job.found, healing)
+        share, layout = compression.share, compression.layout
+        likely = likely_config(job.found, check_exact(job.found), share, layout)
+        check_memory(job.found, likely, healing)
     text = wanted.evaluate and read_evaluation_text(wanted.evaluate, tokenizer)
     facts = identity(job, wanted, None if text is None else text.content)
     with opened(dst, facts) as work:
@@ -151,7 +156,7 @@ def _checked_tokens(task: _Task) -> TokenFolder | None:
     else:
         length = task.healing.sequence_length
         folder = build_tokens(work.tokens, task.wanted.texts, task.tokenizer, length, progress)
-    check_healing(work.tokens, task.healing)
+    check_healing(work.tokens, task.healing, origin=f"--text {', '.join(task.wanted.texts)}")
     ids = task.job.found.vocab_size
     if folder.vocab_size > ids:
         raise UserError(
@@ -182,7 +187,8 @@ def _check_calibration(task: _Task) -> None:
         return
     found = read_calibration(paths, task.tokenizer, task.job.found.max_position_embeddings)
     if text is not None:
-        given = task.tokenizer.encode_batch([path.read_text("utf-8") for path in paths])
+        texts = [read_plain_text(path, "--calibrate") for path in paths]
+        given = task.tokenizer.encode_batch(texts)
         seen = map(np.array, given) if paths else found.windows.numpy()
         origin = "the text of --calibrate" if paths else "lowlat's own calibration text"
         require_uncalibrated(seen, text.ids, text.path, origin)

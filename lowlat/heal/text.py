@@ -4,6 +4,7 @@ Owns how text becomes documents here and what is too little; token folders are `
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lowlat.heal.wanted import text_files
+from lowlat.text.plain import TABLES
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.data.build import build
 from lowlat.train.data.documents import BadDocument, ReadOptions
@@ -31,6 +33,12 @@ SHORTEST, LONGEST, PASSAGES = 1 << 11, 1 << 14, 64
 """Plain texts are cut into passages of about a 64th of all, from 2,048 characters to 16,384, at the
 next line: so there are documents to hold out, and rows of training have room in them.
 """
+IN_OTHER_WORDS = {
+    r", or pass\s+--invalid .*": "",
+    r"name the field with --field": "call the field 'text'",
+    r"say which is meant, --field .*": "leave one of them out",
+}
+"""Endings of errors that name options of `lowlat data build`, and what is to be done here."""
 HELD_OUT = (0.01, 0.05, 0.2, 0.5)
 """Shares of the documents to hold out, of which the first that gives enough is taken."""
 
@@ -52,6 +60,10 @@ def build_tokens(
             # Too little of either split is told with what is needed.
             build(partial, options, tokenizer, progress, may_be_empty=True)
         except BadDocument as error:
+            raise _bad_text(error) from error
+        except UserError as error:
+            if error.__cause__ is not None:  # of the disk, not of the text
+                raise
             raise _bad_text(error) from error
         if TokenFolder.open(partial).num_tokens("held_out") > EVALUATED_TOKENS:
             break
@@ -109,6 +121,11 @@ def _sources(texts: Iterable[str], passages: Path) -> tuple[str, ...]:
             records.append(text)
             continue
         for file in text_files(text):
+            if Path(text.removesuffix(".gz").lower()).suffix in TABLES:
+                raise UserError(
+                    f"--text: {text}: by its name it holds records; give them as .jsonl with a "
+                    "field 'text', as .parquet, or as plain text"
+                )
             if is_records(file):
                 records.append(str(file))
             else:
@@ -144,8 +161,11 @@ def _cut(text: str, length: int) -> Iterator[str]:
     yield text[start:]
 
 
-def _bad_text(error: BadDocument) -> UserError:
-    return UserError(f"--text: {str(error).removesuffix(', or pass --invalid skip or replace')}")
+def _bad_text(error: UserError) -> UserError:
+    words = str(error)
+    for ending, other in IN_OTHER_WORDS.items():
+        words = re.sub(f"{ending}$", other, words)
+    return UserError(f"--text: {words}")
 
 
 def _check_enough(made: TokenFolder, texts: Sequence[str], length: int) -> None:

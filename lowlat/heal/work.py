@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lowlat.checkpoint.cachefolder import sync_folder
 from lowlat.checkpoint.restart import check_same, hold, partial_path
 from lowlat.checkpoint.save import refuse_existing, sync_parent
@@ -100,7 +102,8 @@ def clear_placed(dst: Path) -> None:
 def opened(dst: Path, identity: Mapping[str, str]) -> Iterator[Work]:
     """The work on `dst`, held against other processes; gone when it is left without an exception.
 
-    With an exception it is kept, unless nothing in it took long. Raises UserError where `dst`
+    With an exception it is kept, unless nothing in it took long; tokens do where the disk is full.
+    Raises UserError where `dst`
     exists, another process is at work, `identity` differs from that of what is there, or the disk
     refuses.
     """
@@ -117,8 +120,10 @@ def opened(dst: Path, identity: Mapping[str, str]) -> Iterator[Work]:
                 replace_file(request, json.dumps(identity).encode())
             try:
                 yield work
-            except UserError:
-                if not (work.start.exists() or partial_path(work.start).exists()):
+            except UserError as error:
+                of_disk = isinstance(error.__cause__, OSError | SafetensorError)
+                is_begun = work.start.exists() or partial_path(work.start).exists()
+                if not (is_begun or (of_disk and work.tokens.exists())):
                     shutil.rmtree(work.folder, ignore_errors=True)
                 raise
             shutil.rmtree(work.folder, ignore_errors=True)

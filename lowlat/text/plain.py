@@ -4,12 +4,14 @@ from pathlib import Path
 
 from lowlat.utils.errors import UserError
 
-RECORDS = (".jsonl", ".ndjson", ".parquet", ".gz")
+TABLES = (".json", ".csv", ".tsv")
+"""Endings of files whose text is within records that nothing here reads."""
+RECORDS = (".jsonl", ".ndjson", ".parquet", ".gz", *TABLES)
 """Endings of files whose text is within records or packed."""
 
 
 def read_plain_text(path: Path, option: str) -> str:
-    """The text of the UTF-8 file `path`, given as `option`.
+    """The text of the UTF-8 file `path`, given as `option`, with its line ends as they are.
 
     Raises UserError for a file that cannot be read, is no UTF-8 text, or holds zero bytes, and for
     one that by its name holds records, whose braces and escapes would be taken for text.
@@ -20,7 +22,7 @@ def read_plain_text(path: Path, option: str) -> str:
             f"{where}: by its name it holds records or is packed; give their text as a plain file"
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

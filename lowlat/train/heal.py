@@ -13,6 +13,7 @@ import torch
 
 from lowlat.config.model import ModelConfig
 from lowlat.train.data.folder import TokenFolder
+from lowlat.train.inputs import phase_data
 from lowlat.train.plan.dryrun import gigabytes, most_memory, needed_bytes, usable_memory
 from lowlat.train.recipe import parse_recipe
 from lowlat.train.recipe_text import to_toml
@@ -199,31 +200,42 @@ def heal(
     )
 
 
-def check_healing(tokens: Path, healing: Healing) -> None:
-    """Raises UserError where the token folder `tokens` cannot be healed on as `healing` says."""
-    folder, least = TokenFolder.open(tokens), healing.sequence_length + 1
-    if folder.num_tokens("held_out") < least:
+def check_healing(tokens: Path, healing: Healing, *, origin: str | None = None) -> None:
+    """Raises UserError where the token folder `tokens`, in errors called `origin`, cannot be healed
+    on as `healing` says.
+    """
+    folder, length = TokenFolder.open(tokens), healing.sequence_length
+    origin = origin or str(tokens)
+    if folder.num_tokens("held_out") <= length:
         raise UserError(
-            f"{tokens}: holds {folder.num_tokens('held_out')} held-out tokens, and healing is "
-            f"measured on {least} at least; build it again with more documents held out"
+            f"{origin}: holds {folder.num_tokens('held_out')} held-out tokens, and healing is "
+            f"measured on {length + 1} at least; build it again with more documents held out"
         )
-    if healing.tokens < healing.sequence_length:
+    if healing.tokens < length:
         raise UserError(
-            f"healing on {healing.tokens} tokens is less than a row of {healing.sequence_length}; "
-            "ask for more"
+            f"healing on {healing.tokens} tokens is less than a row of {length}; ask for more"
         )
     if healing.layer_share is not None and not 0 <= healing.layer_share <= 1:
         raise UserError(f"the share of layer by layer, {healing.layer_share}, must be 0 to 1")
+    recipe = parse_recipe(healing_recipe(tokens, tokens, tokens, healing), origin="healing")
+    data = phase_data(recipe, len(recipe.phase) - 1, folder, num_ahead=1)
+    rows = {"to train on": data.train, "held out to measure on": data.held_out}
+    for what, found in rows.items():
+        if found is None or not found.has_targets():
+            raise UserError(
+                f"{origin}: no answer {what} is within the first {length} tokens of its chat, "
+                "which is as far as chats are read; give shorter chats, or text"
+            )
 
 
-def check_memory(original: ModelConfig, healing: Healing) -> None:
-    """Raises UserError where training a model like `original` against it takes more memory than
-    there is: a compressed model differs in attention alone, so this is known before it is made.
+def check_memory(original: ModelConfig, student: ModelConfig, healing: Healing) -> None:
+    """Raises UserError where training a model like `student` against `original` takes more memory
+    than there is.
     """
     here = Path(".")
     recipe = parse_recipe(healing_recipe(here, here, here, healing), origin="healing")
     there = usable_memory(torch.device(recipe.device), recipe.parallel.processes)
-    needed = needed_bytes(most_memory(original, recipe, teacher=original)[1])
+    needed = needed_bytes(most_memory(student, recipe, teacher=original)[1])
     if needed > there:
         raise UserError(
             f"--heal: training needs about {gigabytes(needed)} of memory and {gigabytes(there)} "

@@ -35,7 +35,15 @@ def test_report(monkeypatch: pytest.MonkeyPatch, lowlat: Invoke, tmp_path: Path)
     monkeypatch.setattr("lowlat.convert.run.convert", convert)
     monkeypatch.setattr("lowlat.api.prepare", lambda name, **options: Path("some.gguf"))
     result = lowlat(
-        "convert", "some.gguf", str(tmp_path), "--to", "mla", "--dtype", "bf16", "--format", "hf"
+        "convert",
+        "some.gguf",
+        str(tmp_path / "out"),
+        "--to",
+        "mla",
+        "--dtype",
+        "bf16",
+        "--format",
+        "hf",
     )
     assert result.exit_code == 0
     sizes = ("5.0 MB  ->  20.0 MB", "4.50  ->  16.00")
@@ -108,6 +116,9 @@ def test_a_recipe_needs_a_form_to_convert_to(lowlat: Invoke, tmp_path: Path) -> 
         ("--cache 0.5 --heal -5 --text a", "--heal '-5': write a number"),
         ("--cache 0.5 --heal 1M --text a --evaluate a", "is given as --text too"),
         ("--cache 0.5 --calibrate a --evaluate a", "is given as --calibrate too"),
+        ("--cache 0.5 --recipe best", "--recipe 'best' is unknown"),
+        ("--dtype int2", "--dtype 'int2' is unknown"),
+        ("--format zip", "--format 'zip' is unknown"),
     ],
 )
 def test_options_without_effect(lowlat: Invoke, tmp_path: Path, options: str, message: str) -> None:
@@ -117,6 +128,15 @@ def test_options_without_effect(lowlat: Invoke, tmp_path: Path, options: str, me
     assert isinstance(result.exception, UserError), result.output
     assert message in str(result.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_destination_is_told_before_the_model_is_looked_for(
+    lowlat: Invoke, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    result = lowlat("convert", "absent", str(tmp_path / "out"), "--to", "mla")
+    assert isinstance(result.exception, UserError), result.output
+    assert "out: exists already" in str(result.exception)
 
 
 @pytest.mark.parametrize(

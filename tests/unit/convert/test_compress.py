@@ -63,7 +63,7 @@ def compressed(weights: Weights, recipe: str | Recipe, rotary: int) -> tuple[MLA
     source = weights.config.attention
     assert isinstance(source, GQAConfig)
     widths = [Widths(latent=len(factors.down), rotary=rotary)] * 3
-    config = compressed_config(weights, source, widths, [halves.frequencies] * 3, "standard")
+    config = compressed_config(weights.config, source, widths, [halves.frequencies] * 3, "standard")
     assert isinstance(config.attention, MLAConfig)
     padding = config.attention.qk_nope_head_dim - source.head_dim
     has_bias = source.qkv_bias
@@ -101,7 +101,7 @@ def test_equal_frequencies_fold_without_loss(place: int, bias: bool) -> None:
     torch.testing.assert_close(outputs(module, new, x), expected, rtol=2e-5, atol=2e-6)
 
 
-def test_folds_gather_keys_in_fewerway_components() -> None:
+def test_folds_gather_keys_in_fewer_components() -> None:
     """The components that turn hold more of the keys the wider the fold; each turns with another of
     its fold's frequencies, every second where half of them are kept.
     """

@@ -54,7 +54,7 @@ def test_key_heads_are_as_wide_as_other_programs_take(
     source = GQAConfig(num_attention_heads=2, num_key_value_heads=2, head_dim=head_dim)
     widths, frequencies = [Widths(latent=8, rotary=rotary)], torch.ones(rotary // 2).double()
     weights = weights_of(model_config())
-    config = compressed_config(weights, source, widths * 3, [frequencies] * 3, layout)
+    config = compressed_config(weights.config, source, widths * 3, [frequencies] * 3, layout)
     attention = config.attention
     assert isinstance(attention, MLAConfig)
     assert attention.qk_nope_head_dim == head_dim + padding

@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from safetensors import SafetensorError
 
 from lowlat.heal import run as heal_run
 from lowlat.heal import work
@@ -183,6 +184,22 @@ def test_a_full_disk(
             tiny.call(made, tmp_path / "mla")
     assert (work_path(tmp_path / "mla") / "start").is_dir()
     tiny.call(made, tmp_path / "mla")
+    assert tiny.contents(tmp_path / "mla") == tiny.contents(made / "whole")
+
+
+def test_a_disk_that_fills_while_attention_is_measured(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens stay, and are not made again."""
+    with monkeypatch.context() as patch:
+        fault = SafetensorError("I/O error: No space left on device (os error 28)")
+        patch.setattr("lowlat.convert.scratch.save_file", Mock(side_effect=fault))
+        with pytest.raises(UserError, match=r"No space left.*give the same command again"):
+            tiny.call(made, tmp_path / "mla")
+    assert (work_path(tmp_path / "mla") / "tokens").is_dir()
+    with monkeypatch.context() as patch:
+        patch.setattr(heal_run, "build_tokens", Mock(side_effect=AssertionError))
+        tiny.call(made, tmp_path / "mla")
     assert tiny.contents(tmp_path / "mla") == tiny.contents(made / "whole")
 
 

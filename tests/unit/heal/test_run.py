@@ -13,11 +13,16 @@ from transformers import AutoModelForCausalLM
 from lowlat import api
 from lowlat.checkpoint.load import load_model
 from lowlat.convert.compression import Compression
+from lowlat.convert.exact import check_exact
+from lowlat.convert.planning import likely_config
 from lowlat.convert.run import convert
 from lowlat.heal.evaluation import WINDOW
 from lowlat.heal.run import convert_and_heal
 from lowlat.heal.wanted import Wanted
 from lowlat.heal.work import work_path
+from lowlat.train.heal import Healing, healing_recipe
+from lowlat.train.plan.dryrun import most_memory
+from lowlat.train.recipe import parse_recipe
 from lowlat.utils.errors import UserError
 from tests.unit.convert.test_compressed_folders import LENGTH, logits, source_model
 from tests.unit.convert.texts import write_tokenizer
@@ -148,6 +153,49 @@ def test_unfit_text(made: Path, tmp_path: Path, option: str, content: bytes, wor
 
 
 @pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"content": "a"}', r"\(fields: content\); call the field 'text'$"),
+        ('{"text": null}', "'text' is null, not a text; mend it$"),
+        ('{"text": "a"', r"not valid JSON \(.*\); mend the line$"),
+        ('{"text": "a", "messages": []}', "has both .*; leave one of them out$"),
+    ],
+)
+def test_unfit_records(made: Path, tmp_path: Path, line: str, words: str) -> None:
+    """What is to be done is something that can be done here."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(f"{line}\n")
+    refused(made, tmp_path, f"^--text: .*bad.jsonl: line 1: .*{words}", texts=(str(bad),))
+
+
+@pytest.mark.parametrize("name", ["bad.json", "bad.csv", "bad.JSON.gz"])
+@pytest.mark.parametrize("option", ["texts", "calibrate", "evaluate"])
+def test_records_that_nothing_reads(made: Path, tmp_path: Path, name: str, option: str) -> None:
+    bad = tmp_path / name
+    bad.write_text(json.dumps([{"text": tiny.prose(300, seed=1)}]))
+    value = {"texts": (str(bad),), "calibrate": (bad,), "evaluate": bad}[option]
+    refused(made, tmp_path, f"{name}: by its name it holds records", **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("within_reach", "what"), [(4, "held out to measure on"), (0, "to train on")]
+)
+def test_answers_out_of_reach(made: Path, tmp_path: Path, within_reach: int, what: str) -> None:
+    """Chats are read as far as a row goes: where the answers of all begin behind it, that is told
+    before anything is trained.
+    """
+    file = tmp_path / "chats.jsonl"
+    with file.open("w") as out:
+        for number in range(400):
+            question = "who?" if number < within_reach else tiny.prose(9, seed=number)
+            said = {"user": question, "assistant": f"home {number}"}
+            messages = [{"role": role, "content": text} for role, text in said.items()]
+            out.write(json.dumps({"messages": messages}) + "\n")
+    words = f"^--text .*chats.jsonl: no answer {what} is within the first 40 tokens of its chat"
+    refused(made, tmp_path, words, texts=(str(file),))
+
+
+@pytest.mark.parametrize(
     ("option", "suffix"), [("--text", ".txt"), ("--text", ".jsonl"), ("--calibrate", ".txt")]
 )
 def test_evaluation_text_elsewhere(made: Path, tmp_path: Path, option: str, suffix: str) -> None:
@@ -162,6 +210,19 @@ def test_evaluation_text_elsewhere(made: Path, tmp_path: Path, option: str, suff
     if option == "--calibrate":
         changes = {"calibrate": (file,)}
     refused(made, tmp_path, f"of it is in the text of {option}", **changes)
+
+
+@pytest.mark.parametrize("option", ["--text", "--calibrate"])
+def test_evaluation_text_with_other_line_ends(made: Path, tmp_path: Path, option: str) -> None:
+    """Lines shorter than the runs that are looked for, ended as on Windows."""
+    lines = tiny.prose(60, seed=3).replace(" ", "\r\n")
+    own, mixed = tmp_path / "own.txt", tmp_path / "mixed.txt"
+    own.write_bytes(lines.encode())
+    mixed.write_bytes((tiny.prose(300, seed=4) + lines).encode())
+    changes: dict[str, Any] = {"texts": (str(mixed),)}
+    if option == "--calibrate":
+        changes = {"calibrate": (mixed,)}
+    refused(made, tmp_path, f"of it is in the text of {option}", evaluate=own, **changes)
 
 
 def test_evaluation_text_that_comes_along(made: Path, tmp_path: Path) -> None:
@@ -186,6 +247,18 @@ def test_too_little_memory_is_told_first(
     with pytest.raises(UserError, match=r"--heal: training needs about .* and 1 MB are there"):
         tiny.call(made, tmp_path / "dst")
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_that_of_the_compressed_model(made: Path) -> None:
+    """Whose queries are wider than the original's; nothing that fits is refused."""
+    config, converted = (load_model(made / name).config for name in ("source", "whole"))
+    likely = likely_config(config, check_exact(config), 0.5, "standard")
+    healing = Healing(tokens=tiny.TOKENS, sequence_length=LENGTH)
+    recipe = parse_recipe(healing_recipe(made, made, made, healing), origin="healing")
+    original, found, true = (
+        most_memory(each, recipe, teacher=config)[1].total for each in (config, likely, converted)
+    )
+    assert original < found < true
 
 
 def test_an_existing_destination_is_left_alone(made: Path, tmp_path: Path) -> None:
