@@ -38,7 +38,10 @@ def compare(
             metavar="FILE", help="UTF-8 text to read instead of random tokens.", show_default=False
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to read.")] = TOKENS,
+    tokens: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Tokens to read; a last window of one is left out."),
+    ] = TOKENS,
     window: Annotated[
         int,
         typer.Option(
