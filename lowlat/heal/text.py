@@ -120,12 +120,13 @@ def _sources(texts: Iterable[str], passages: Path) -> tuple[str, ...]:
         if text.startswith(DATASETS):
             records.append(text)
             continue
-        for file in text_files(text):
-            if Path(text.removesuffix(".gz").lower()).suffix in TABLES:
-                raise UserError(
-                    f"--text: {text}: by its name it holds records; give them as .jsonl with a "
-                    "field 'text', as .parquet, or as plain text"
-                )
+        files = text_files(text)
+        if files == [Path(text)] and text.lower().removesuffix(".gz").endswith(TABLES):
+            raise UserError(
+                f"--text: {text}: by its name it holds records; give them as .jsonl with a field "
+                "'text', as .parquet, or as plain text"
+            )
+        for file in files:
             if is_records(file):
                 records.append(str(file))
             else:

@@ -103,9 +103,8 @@ def opened(dst: Path, identity: Mapping[str, str]) -> Iterator[Work]:
     """The work on `dst`, held against other processes; gone when it is left without an exception.
 
     With an exception it is kept, unless nothing in it took long; tokens do where the disk is full.
-    Raises UserError where `dst`
-    exists, another process is at work, `identity` differs from that of what is there, or the disk
-    refuses.
+    Raises UserError where `dst` exists, another process is at work, `identity` differs from that of
+    what is there, or the disk refuses.
     """
     refuse_existing(dst)
     work = Work(work_path(dst))

@@ -21,7 +21,7 @@ from lowlat.heal.run import convert_and_heal
 from lowlat.heal.wanted import Wanted
 from lowlat.heal.work import work_path
 from lowlat.train.heal import Healing, healing_recipe
-from lowlat.train.plan.dryrun import most_memory
+from lowlat.train.plan.dryrun import most_memory, needed_bytes
 from lowlat.train.recipe import parse_recipe
 from lowlat.utils.errors import UserError
 from tests.unit.convert.test_compressed_folders import LENGTH, logits, source_model
@@ -249,16 +249,21 @@ def test_too_little_memory_is_told_first(
     assert not list(tmp_path.iterdir())
 
 
-def test_memory_is_that_of_the_compressed_model(made: Path) -> None:
+def test_memory_is_that_of_the_compressed_model(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whose queries are wider than the original's; nothing that fits is refused."""
     config, converted = (load_model(made / name).config for name in ("source", "whole"))
     likely = likely_config(config, check_exact(config), 0.5, "standard")
     healing = Healing(tokens=tiny.TOKENS, sequence_length=LENGTH)
     recipe = parse_recipe(healing_recipe(made, made, made, healing), origin="healing")
     original, found, true = (
-        most_memory(each, recipe, teacher=config)[1].total for each in (config, likely, converted)
+        needed_bytes(most_memory(each, recipe, teacher=config)[1])
+        for each in (config, likely, converted)
     )
     assert original < found < true
+    monkeypatch.setattr("lowlat.train.heal.usable_memory", lambda *_: (original + found) // 2)
+    refused(made, tmp_path, "--heal: training needs about")
 
 
 def test_an_existing_destination_is_left_alone(made: Path, tmp_path: Path) -> None:
