@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import pytest
 
@@ -23,7 +22,7 @@ class Server:
 
     process: subprocess.Popen[str]
     port: int
-    log: IO[str]
+    log: Path
 
     @property
     def url(self) -> str:
@@ -31,14 +30,13 @@ class Server:
 
     def logged(self) -> str:
         """Everything on its stderr so far."""
-        self.log.seek(0)
-        return self.log.read()
+        return self.log.read_text()
 
 
 @contextlib.contextmanager
 def serving(*options: str) -> Iterator[Server]:
     """A server of tiny_server.py with `options`; it must end with exit code 0 on SIGTERM."""
-    with socket.socket() as listener, tempfile.TemporaryFile("w+") as log:
+    with socket.socket() as listener, tempfile.NamedTemporaryFile("w") as log:
         listener.bind(("127.0.0.1", 0))
         command = [sys.executable, str(Path(__file__).with_name("tiny_server.py"))]
         process = subprocess.Popen(
@@ -49,7 +47,8 @@ def serving(*options: str) -> Iterator[Server]:
             pass_fds=[listener.fileno()],
             env={**os.environ, "PYTHONPATH": str(TESTS)},
         )
-        server = Server(process, listener.getsockname()[1], log)
+        # By its name: a file opened again has a place of its own, and the server writes at its.
+        server = Server(process, listener.getsockname()[1], Path(log.name))
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n", server.logged()
