@@ -59,8 +59,8 @@ class LayerReport:
     this layer alone is compressed: nats per token. None where it was not measured.
     """
     measured: float
-    """Relative squared deviation of the residual stream behind the layer, all layers before it
-    compressed as well.
+    """Squared deviation of the residual stream behind the layer relative to its square, on average
+    over tokens, all layers before it compressed as well.
     """
 
 

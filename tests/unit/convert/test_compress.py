@@ -299,11 +299,16 @@ def test_components_that_keep_their_mean_cost_less() -> None:
 
 
 def compressed_model(
-    weights: Weights, folder: Path, layout: str, recipe: str = "weighted", share: float = 0.5
+    weights: Weights,
+    folder: Path,
+    layout: str,
+    recipe: str = "weighted",
+    share: float = 0.5,
+    calibration: Calibration | None = None,
 ) -> tuple[Weights, CompressionReport]:
     return compress(
         weights,
-        Calibration(windows=windows(8), held_out=windows(4), origin="test"),
+        calibration or Calibration(windows=windows(8), held_out=windows(4), origin="test"),
         share=share,
         recipe=recipe,
         layout=layout,  # pyright: ignore[reportArgumentType]
