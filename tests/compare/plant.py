@@ -15,6 +15,8 @@ UNSCALED = {
 }
 """YaRN whose factor on cos and sin is m(1) and whose softmax has none."""
 SOFTMAX_ALONE = {"rope_parameters": {name: v for name, v in YARN.items() if name != "mscale"}}
+GIVEN = {"rope_parameters": YARN | {"attention_factor": 1.3}}
+"""YaRN whose factor on cos and sin stands in the config."""
 PLAIN = {"rope_parameters": DEFAULT}
 LINEAR = {"rope_parameters": DEFAULT | {"rope_type": "linear", "factor": 8.0}}
 UNNORMALISED = {"norm_topk_prob": False}

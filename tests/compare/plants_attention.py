@@ -11,7 +11,7 @@ from lowlat.config.model import ModelConfig, RopeConfig, yarn_mscale
 from lowlat.model import mla
 from lowlat.ops import rope
 
-from .plant import EQUAL, LINEAR, PLAIN, SOFTMAX_ALONE, UNSCALED, Plant, replace_function
+from .plant import EQUAL, GIVEN, LINEAR, PLAIN, SOFTMAX_ALONE, UNSCALED, Plant, replace_function
 
 MAGNITUDE = rope.rotation_magnitude
 FREQUENCIES = rope.inverse_frequencies
@@ -198,6 +198,7 @@ MAGNITUDES = [
         lambda settings: yarn_mscale(settings.factor, 1.0),
         "mscale and mscale_all_dim are not read",
     ),
+    magnitude("not as given", lambda _: 1.0, "attention_factor is not applied", GIVEN),
     magnitude("twice", lambda settings: MAGNITUDE(settings) ** 2, "the factor is applied twice"),
     magnitude(
         "twice, no scales",
