@@ -24,8 +24,8 @@ BLOCK = 256
 """Queries whose attention is computed at a time."""
 HUGE = 1000.0
 """Squared residual streams of so many times the median are of attention sinks: a text's first token
-and an end of text within it, 20,000 to 40,000 times from some layer on. Five such tokens among
-29,000 make three times as much of the mean.
+and an end of text within it, 44,000 times from the layer on that makes them, 1,700 at the end. Five
+such tokens among 29,000 made the mean three times as large.
 """
 
 
