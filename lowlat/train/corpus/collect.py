@@ -22,6 +22,7 @@ from lowlat.train.corpus.extract import Extracted, extract
 from lowlat.train.corpus.fetch import Archive, fetch_archive
 from lowlat.train.corpus.output import Collected, CorpusSummary, write_corpus
 from lowlat.train.corpus.recipe import CorpusRecipe, Source
+from lowlat.train.corpus.wikitext import spell_as_wikitext
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
@@ -67,6 +68,9 @@ def collect_corpus(
                 paragraphs.add(document.text)
         for one in collected:
             _once(one.extracted, paragraphs, one.source)
+            if one.source.wikitext:
+                both = spell_as_wikitext(one.extracted.train, one.extracted.held_out)
+                one.extracted.train, one.extracted.held_out = both
             task.advance()
     return write_corpus(destination, recipe, collected, left_out=sorted(without))
 

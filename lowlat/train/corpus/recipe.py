@@ -102,6 +102,8 @@ class Source(_Table):
     """A new document begins at every match of this."""
     unwrap: bool = False
     """Paragraphs wrapped at a width become one line."""
+    wikitext: bool = False
+    """Articles are spelled as WikiText is: words apart, rare ones unknown, marks at headings."""
     min_chars: Annotated[int, Field(ge=0)] = 200
     """Shorter documents are left out."""
     max_megabytes: Annotated[float, Field(gt=0)] | None = None
@@ -119,6 +121,8 @@ class Source(_Table):
             raise ValueError("sdist is for pypi packages only")
         if self.format != "html" and (self.root or self.skip):
             raise ValueError("root and skip are for format 'html' only")
+        if self.wikitext and self.format != "mediawiki":
+            raise ValueError("wikitext is for format 'mediawiki' only")
         return self
 
     @property

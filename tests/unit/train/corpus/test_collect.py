@@ -14,6 +14,7 @@ from lowlat.train.corpus.recipe import CorpusRecipe, Source
 from lowlat.utils.errors import UserError
 
 from .builders import make_source, make_tgz
+from .test_mediawiki import export, page
 
 LONG = "A paragraph that is long enough to be taken only once, wherever it may stand in the corpus."
 HELD = "Words of a speech that no training may see, however often they are quoted elsewhere here."
@@ -88,6 +89,25 @@ def test_sources_can_be_left_out_by_name(shelf: Path, tmp_path: Path) -> None:
     assert manifest["left_out_sources"] == ["speeches"]
     with pytest.raises(UserError, match="--without poems: the recipe has no source of this name"):
         collect(sources, tmp_path / "other", without=["poems"])
+
+
+def test_articles_are_spelled_after_what_repeats_is_left_out(shelf: Path, tmp_path: Path) -> None:
+    articles = {"Claws": "One, one, one.", "Tail": f"{SEEN}\n\nOne, one.\n\nNo, one."}
+    dump = export(*(page(title, text) for title, text in articles.items()))
+    keep_out = tmp_path / "evaluation.txt"
+    keep_out.write_text(SEEN)
+    source = make_source(
+        make_tgz(shelf / "c-1.0.tgz", {"p/dump.xml": dump}),
+        "npm:c==1.0",
+        name="x",
+        members=["*.xml"],
+        format="mediawiki",
+        wikitext=True,
+    )
+    collect([source], tmp_path / "out", keep_out=[keep_out])
+    claws, tail = (one["text"] for one in records(tmp_path / "out" / "train" / "x.jsonl"))
+    assert claws == " \n = <unk> = \n \n <unk> , one , one . \n \n"
+    assert tail == " \n = <unk> = \n \n <unk> , one . \n <unk> , one . \n \n"
 
 
 def test_an_existing_folder_is_never_touched(shelf: Path, tmp_path: Path) -> None:
