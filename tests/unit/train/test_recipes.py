@@ -63,6 +63,20 @@ def test_heal_recipe_is_what_convert_does() -> None:
     assert _beside_folders(done) == _beside_folders(recipe)
 
 
+def test_healing_in_turn_is_heal_on_two_texts() -> None:
+    """One rate that falls over both texts, as heal's over one."""
+    recipes = [read_recipe(ROOT / "recipes" / name) for name in ("heal.toml", "heal-in-turn.toml")]
+    heal_table, in_turn = (Timetable(recipe, ranks=1) for recipe in recipes)
+    assert heal_table.steps == in_turn.steps
+    assert heal_table.tokens == in_turn.tokens
+    for step in range(in_turn.steps):
+        plans = heal_table.at(step), in_turn.at(step)
+        assert plans[0].phase.match == plans[1].phase.match
+        assert plans[0].learning_rate == pytest.approx(plans[1].learning_rate, rel=0.01)
+    folders = {phase.data.folder if phase.data else "" for phase in recipes[1].phase}
+    assert len(folders) == 2
+
+
 def _beside_folders(recipe: Recipe) -> Recipe:
     assert recipe.distillation is not None
     return recipe.model_copy(
