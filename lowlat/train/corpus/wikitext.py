@@ -15,9 +15,9 @@ from lowlat.train.corpus.document import Document
 RARE = 3
 """Words that a corpus holds less often than this are unknown, as in the paper."""
 UNKNOWN = "<unk>"
-HEADING = re.compile(r".{1,60}(?<![.:;,!?])")
-"""Paragraphs that are headings: one short line that no punctuation ends."""
-JOINED = re.compile(r"(?<=\w)(-)(?=\w)|(?<=\d)([,.])(?=\d)")
+HEADING = re.compile(r"(?!- ).{1,60}(?<![.:;,!?])")
+"""Paragraphs that are headings: one short line that no punctuation ends, no item of a list."""
+JOINED = re.compile(r"(?<=\w)-(?=\w)|(?<=\d)[,.](?=\d)")
 SIGNS = re.compile(r'(?<!@)[,;:](?!@)|[!?()\[\]"%$£&/–—°+*~]|\.{3,}')  # noqa: RUF001
 INNER_APOSTROPHE = re.compile(r"(?<=\w)'(?=\w)")  # the rest of the word stays with it: 's, 't, 're
 OUTER_APOSTROPHE = re.compile(r"(?<=\S)'(?=\s|$)|(?<!\S)'(?=\w)")

@@ -35,11 +35,13 @@ def test_words_stand_apart(text: str, expected: str) -> None:
 
 
 def test_headings_paragraphs_and_lists() -> None:
-    article = document("Lobster\n\nIt is blue.\n\nIt is large.\n\nLife\n\nIt is old.\n- so so")
+    article = document(
+        "Lobster\n\nIt is blue.\n\nIt is large.\n\nLife\n\nIt is old.\n- so so\n\n- so"
+    )
     (one, *_), _ = spell_as_wikitext([article] * RARE, [])
     assert one.text == (
         " \n = Lobster = \n \n It is blue . \n It is large . \n \n = = Life = = \n \n"
-        " It is old . \n so so \n \n"
+        " It is old . \n so so \n so \n \n"
     )
 
 
