@@ -51,6 +51,7 @@ def collect_corpus(
     if unknown := set(without) - {source.name for source in recipe.source}:
         raise UserError(f"--without {min(unknown)}: the recipe has no source of this name")
     sources = [source for source in recipe.source if source.name not in without]
+    evaluation = [_evaluation_text(path, recipe) for path in keep_out]
     # Everything is fetched before anything is read: what is missing is said within seconds.
     archives = [
         fetch_archive(source, accept_newer=accept_newer, progress=progress) for source in sources
@@ -61,8 +62,8 @@ def collect_corpus(
     ]
     with progress.task("dropping what repeats", len(collected)) as task:
         paragraphs = Paragraphs(recipe.repeated_from)
-        for path in keep_out:
-            paragraphs.add(_evaluation_text(path, recipe))
+        for text in evaluation:
+            paragraphs.add(text)
         for one in collected:
             for document in one.extracted.held_out:
                 paragraphs.add(document.text)

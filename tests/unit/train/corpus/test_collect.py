@@ -125,6 +125,14 @@ def test_a_missing_archive_is_said_before_anything_is_written(shelf: Path, tmp_p
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_a_text_to_keep_out_that_is_missing_is_said_first(shelf: Path, tmp_path: Path) -> None:
+    sources = two_sources(shelf)
+    (shelf / "c-1.0.tgz").unlink()
+    with pytest.raises(UserError, match=r"--keep-out .*/evaluation\.txt: cannot be read"):
+        collect(sources, tmp_path / "out", keep_out=[tmp_path / "evaluation.txt"])
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_a_destination_that_cannot_be_written(shelf: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/out cannot be written \(Not a directory\)"):
