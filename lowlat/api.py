@@ -4,6 +4,7 @@ Owns the way from a name to a loaded Model, and the one-time conversion of prese
 folder. What names mean is `checkpoint.names`'s business.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack
@@ -14,12 +15,13 @@ from lowlat.checkpoint.index import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
 from lowlat.checkpoint.names import ConfigPreset, LocalModel, ModelPreset, resolve
 from lowlat.convert.run import convert
+from lowlat.engine.cache_size import check_cache_limit
 from lowlat.engine.completion import Completion
-from lowlat.engine.llm import Model, Prompt, check_context
+from lowlat.engine.llm import Model, Prompt, as_prompts, check_context
 from lowlat.engine.params import SamplingOptions, SamplingParams, make_params
 from lowlat.ops import native
 from lowlat.text.tokenizer import Tokenizer
-from lowlat.utils.device import parse_cache
+from lowlat.utils.device import parse_cache, parse_device
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress, make_progress
 
@@ -37,7 +39,7 @@ class LoadOptions(TypedDict, total=False):
 
 
 def load(
-    name: str = "default",
+    name: str | os.PathLike[str] = "default",
     *,
     dtype: str = "bf16",
     device: str = "cpu",
@@ -47,7 +49,7 @@ def load(
     speculates: bool = True,
     progress: Progress | None = None,
 ) -> Model:
-    """Load a model by preset, folder, .gguf file, hub id or pypi: name.
+    """Load a model by preset, folder, .gguf file, hub id or pypi: name; a Path is never a preset.
 
     dtype: bf16, int8, int4, fp32, fp16, fp64, or auto (as stored); weights stored in int8 or int4
     stay so in bf16. context: most tokens of prompt and output together, None for all the model
@@ -60,6 +62,7 @@ def load(
     the process; `torch.set_num_threads` gives it more again.
     """
     parse_cache(cache)
+    check_cache_limit(max_cache_bytes, parse_device(device))
     # A wrong LOWLAT_ISA is told before minutes of loading.
     native.available()
     path = prepare(name, progress=progress)
@@ -72,7 +75,7 @@ def load(
     return Model(
         loaded.model,
         tokenizer,
-        name=name,
+        name=os.fspath(name),
         context=context,
         cache=cache,
         max_cache_bytes=max_cache_bytes,
@@ -87,18 +90,21 @@ class LLM:
     are read once.
     """
 
-    def __init__(self, model: str = "default", **options: Unpack[LoadOptions]) -> None:
+    def __init__(
+        self, model: str | os.PathLike[str] = "default", **options: Unpack[LoadOptions]
+    ) -> None:
         self.model = load(model, **options)
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: Progress | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[Completion | list[Completion]]:
-        """Complete all `prompts` (texts, lists of token ids or of messages), in their order.
+        """Complete all `prompts` (texts, lists of token ids or of messages), in their order; a
+        single one is a list of one.
 
         Options are those of SamplingParams: `params` for all prompts or for each, or as keyword
         arguments. Where n is above 1, a prompt's completions are a list. `progress` draws the bar:
@@ -109,6 +115,7 @@ class LLM:
             raise UserError(f"give {next(iter(options))} in params or as a keyword, not both")
         if params is None:
             params = make_params(options)
+        prompts = as_prompts(prompts)
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         bar = make_progress() if progress is None else progress
         found = self.model.generate_each(prompts, each, progress=bar)
@@ -118,12 +125,14 @@ class LLM:
         ]
 
 
-def prepare(name: str = "default", *, progress: Progress | None = None) -> Path:
+def prepare(name: str | os.PathLike[str] = "default", *, progress: Progress | None = None) -> Path:
     """The folder or .gguf file behind `name`, fetched and converted if it is not here yet.
 
     Raises UserError for a name that stands for nothing, or for a config without weights.
     """
     progress = progress or SilentProgress()
+    # In a folder of its own a path cannot be mistaken for a preset or a hub id.
+    name = name if isinstance(name, str) else os.path.join(".", name)
     resolved = resolve(name, progress=progress)
     match resolved:
         case LocalModel():

@@ -37,11 +37,9 @@ def new_runner(
     stored = dtype or transformer.embed_tokens.weight.dtype
     layers = range(config.num_cache_layers)
     page = PAGE_SIZE * sum(row_bytes(config.attention_of(layer), stored) for layer in layers)
+    check_cache_limit(max_cache_bytes, transformer.embed_tokens.weight.device)
     if max_cache_bytes == "auto":
         max_cache_bytes = max(page, _spare_memory(transformer))
-    else:
-        device = transformer.embed_tokens.weight.device
-        check_cache_bytes(max_cache_bytes, device, f"max_cache_bytes {max_cache_bytes}")
     # More than all sequences together can fill is of no use.
     most = MAX_SEQUENCES * (-(-context // PAGE_SIZE))
     num_pages = min(most, max_cache_bytes // page)
@@ -52,6 +50,17 @@ def new_runner(
         )
     runner = Runner(transformer, cache_dtype=dtype, num_pages=num_pages, max_pages=num_pages)
     return runner, Limits(max_pages=num_pages)
+
+
+def check_cache_limit(limit: int | Literal["auto"] | None, device: torch.device) -> None:
+    """Raises UserError where `limit` is no number of bytes that the device has."""
+    if limit is None or limit == "auto":
+        return
+    if not isinstance(limit, int) or isinstance(limit, bool):
+        raise UserError(
+            f"max_cache_bytes must be an integer of bytes, 'auto' or None, got {limit!r}"
+        )
+    check_cache_bytes(limit, device, f"max_cache_bytes {limit}")
 
 
 def check_cache_bytes(size: int, device: torch.device, given: str) -> None:

@@ -5,7 +5,7 @@ Owns prompts and the sharing of one engine by several completions and streams. N
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 from jaxtyping import Float
 from torch import Tensor
@@ -147,13 +147,13 @@ class Model:
 
     def generate_many(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         *,
         progress: Progress | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[list[Completion]]:
         """Complete several prompts with the same options in one batch: n completions for each."""
-        params = make_params(options)
+        params, prompts = make_params(options), as_prompts(prompts)
         return self._complete(prompts, [params] * len(prompts), progress)
 
     def generate_each(
@@ -165,6 +165,8 @@ class Model:
     ) -> list[list[Completion]]:
         """Complete several prompts, each with its own options, in one batch. Raises UserError
         where there are not as many params as prompts."""
+        if not all(isinstance(own, SamplingParams) for own in params):
+            raise UserError(f"params must be SamplingParams, or a list of them, got {params!r}")
         if len(params) != len(prompts):
             raise UserError(f"{len(prompts)} prompts need as many params, got {len(params)}")
         return self._complete(prompts, params, progress)
@@ -323,6 +325,15 @@ class Model:
             self._builders.pop((request.id, index), None)
 
 
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """`prompts`, or a list of one where they are a single prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    first = next(iter(prompts), None)
+    is_one = isinstance(first, Mapping) or hasattr(first, "__index__")
+    return cast("Sequence[Prompt]", [prompts] if is_one else prompts)
+
+
 def _plain_integers(items: Sequence[Any]) -> list[int] | None:
     """`items` as plain integers, those of numpy and torch too; None where one is no integer."""
     if any(isinstance(item, bool) for item in items):
@@ -345,9 +356,9 @@ def check_context(config: ModelConfig, context: int | None) -> int:
     longest = config.max_position_embeddings
     if context is None:
         return longest
-    if not 2 <= context <= longest:
+    if not isinstance(context, int) or not 2 <= context <= longest:
         raise UserError(
-            f"context must be from 2 to the model's max_position_embeddings of {longest}, "
-            f"got {context}"
+            "context must be an integer from 2 to the model's max_position_embeddings of "
+            f"{longest}, got {context!r}"
         )
     return context

@@ -1,6 +1,9 @@
 """The offline batch API."""
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import ScriptedModel, byte_tokenizer, gqa_config
@@ -31,6 +34,22 @@ def test_many_prompts_with_one_kind_of_options(llm: lowlat.LLM) -> None:
 def test_each_prompt_with_its_own_options(llm: lowlat.LLM) -> None:
     params = [SamplingParams(max_tokens=1), SamplingParams(max_tokens=2, temperature=0.01, n=2)]
     assert llm.generate(["a", "b"], params) == ["b", ["cd", "cd"]]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["abc", list(b"abc"), [{"role": "user", "content": "abc"}]],
+    ids=["text", "ids", "chat"],
+)
+def test_a_single_prompt_is_a_list_of_one(
+    llm: lowlat.LLM, prompt: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Holds shut: each letter of a text taken for a prompt of its own."""
+    monkeypatch.setattr(llm.model, "encode_prompt", lambda one: list(b"abc") * (one == prompt))
+    options = {"max_tokens": 3, "progress": SilentProgress()}
+    assert llm.generate(prompt, **options) == ["def"]  # pyright: ignore
+    assert llm.model.generate_many(prompt, **options) == [["def"]]  # pyright: ignore
+    assert llm.generate([], **options) == []
 
 
 def test_progress_counts_prompts(llm: lowlat.LLM) -> None:
@@ -81,6 +100,57 @@ def test_what_cannot_be_served_generates_nothing(
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         lowlat.LLM(str(tmp_path / "nothing"))
+
+
+def test_a_path_is_no_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="default"):
+        lowlat.load(Path("default"))
+    (tmp_path / "default").mkdir()
+    (tmp_path / "default" / "config.json").touch()
+    assert lowlat.api.prepare(Path("default")).samefile(tmp_path / "default")
+    assert lowlat.api.prepare(tmp_path / "default") == tmp_path / "default"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_cache_bytes": True}, "max_cache_bytes must be an integer of bytes"),
+        ({"max_cache_bytes": 1 << 60}, "more than the"),
+        ({"context": 1}, "context must be an integer from 2"),
+        ({"device": "gpu"}, "device 'gpu' is unknown"),
+    ],
+)
+def test_options_are_looked_at_before_weights(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "load_model", None)
+    with pytest.raises(UserError, match=message):
+        lowlat.load("minnow", **options)
+
+
+WRONG_TYPES = """
+import lowlat
+for use in (
+    lambda: lowlat.load("minnow", max_cache_bytes=1.5e9),
+    lambda: lowlat.load("minnow", context="5"),
+    lambda: lowlat.load("minnow", context=2.5),
+    lambda: lowlat.LLM("minnow").generate(["a"], "x"),
+):
+    try:
+        use()
+    except lowlat.UserError as error:
+        print(error)
+"""
+
+
+def test_options_of_a_wrong_type_are_named() -> None:
+    """In a process whose calls nothing checks, as a user's are."""
+    command = [sys.executable, "-c", WRONG_TYPES]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split(" must be")[0] for line in told] == [
+        "max_cache_bytes", "context", "context", "params",
+    ]  # fmt: skip
 
 
 def test_a_truncated_file_is_refused_before_its_vocabulary_is_read(

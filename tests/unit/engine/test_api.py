@@ -112,7 +112,7 @@ def test_faults_name_what_is_wrong(folder: Path, tmp_path: Path) -> None:
         lowlat.load("no-such-model")
     with pytest.raises(UserError, match=r"'deepseek-v3' is known by its config only.*lowlat info"):
         lowlat.load("deepseek-v3")
-    with pytest.raises(UserError, match="context must be from 2 to"):
+    with pytest.raises(UserError, match="context must be an integer from 2 to"):
         lowlat.load(str(folder), context=98)
     with pytest.raises(UserError, match="dtype 'fp7' is unknown"):
         lowlat.load(str(folder), dtype="fp7")
