@@ -156,10 +156,11 @@ class RemoteSpeaker(Speaker):
         rows = {"model": self.description}
         if self.cache_bytes_per_token:
             rows["cache per token"] = f"{self.cache_bytes_per_token:,} bytes"
-        rows["speed"] = (
-            f"{usage.decode_tokens_per_second:.1f} tok/s ({usage.completion_tokens} tokens; prompt "
-            f"of {usage.prompt_tokens} in {usage.prefill_seconds:.2f} s)"
-        )
+        if usage.prompt_tokens:
+            rows["speed"] = (
+                f"{usage.decode_tokens_per_second:.1f} tok/s ({usage.completion_tokens} tokens; "
+                f"prompt of {usage.prompt_tokens} in {usage.prefill_seconds:.2f} s)"
+            )
         print_rows(rows, console)
 
     def _choose(self, name: str | None) -> dict[str, Any]:

@@ -116,9 +116,13 @@ def figures(conversation: Conversation, completion: Completion) -> str:
     usage = completion.usage
     cached = usage.prompt_tokens + usage.completion_tokens
     per_token = conversation.speaker.cache_bytes_per_token
-    stopped = {"abort": " (stopped)", "length": " (cut at the limit)"}
+    reasons = {"abort": " (stopped)", "length": " (cut at the limit)"}
+    ended = reasons.get(str(completion.finish_reason), "")
+    if usage.prompt_tokens == 0:
+        # Every prompt has tokens. A server tells its figures last, so one that is left does not.
+        return f"no figures from the server{ended}"
     return (
-        f"{usage.completion_tokens} tokens{stopped.get(str(completion.finish_reason), '')}, "
+        f"{usage.completion_tokens} tokens{ended}, "
         f"{usage.decode_tokens_per_second:.1f} tok/s; "
         f"prompt {usage.prompt_tokens} in {usage.prefill_seconds:.2f} s"
         + (f"; cache {cached:,} x {per_token:,} bytes = {cached * per_token / 1e6:.1f} MB")

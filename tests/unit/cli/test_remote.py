@@ -26,6 +26,7 @@ class Script(BaseHTTPRequestHandler):
     listed: Any = None
     """What /v1/models says instead of them."""
     ending: str = "length"
+    has_usage: bool = True
     after: bytes = b""
     """What the stream says at its end."""
     refused: str | None = None
@@ -54,7 +55,8 @@ class Script(BaseHTTPRequestHandler):
         chunks.append({"choices": [{"delta": {}, "finish_reason": self.ending}]})
         usage = {"prompt_tokens": 7, "completion_tokens": 4}
         seconds = {"prefill_seconds": 0.5, "decode_seconds": 0.3}
-        chunks.append({"choices": [], "usage": usage, "lowlat": seconds})
+        if self.has_usage:
+            chunks.append({"choices": [], "usage": usage, "lowlat": seconds})
         for chunk in chunks:
             self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
         self.wfile.write(self.after + b"data: [DONE]\n\n")
@@ -102,6 +104,17 @@ def test_a_conversation_over_http(lowlat: Invoke, url: str, script: type[Script]
     assert first["model"] == "tiny" and first["seed"] == 3 and first["stream"] is True
     assert [message["content"] for message in second["messages"]] == ["S", "one", "abcd", "two"]
     assert "min_p" in first and "logit_bias" not in first
+
+
+def test_figures_that_a_server_keeps_are_not_made_up(
+    lowlat: Invoke, url: str, script: type[Script]
+) -> None:
+    """Which they are, too, where an answer is left before its end."""
+    script.has_usage = False
+    result = lowlat("chat", "--url", url, stdin="one\n")
+    assert result.stdout == "abcd\n"
+    assert result.stderr.endswith("no figures from the server (cut at the limit)\n")
+    assert "tok/s" not in lowlat("chat", "--url", url, "--once", "hello").stdout
 
 
 def test_once_prints_a_report(lowlat: Invoke, url: str) -> None:
