@@ -45,10 +45,15 @@ class AnswerParser:
         new_id = tools.new_id if tools is not None else str
         self._calls = calls or Calls(schemas or {}, new_id)
         self._marks = marks if thinking != "never" else None
-        self._is_inside = thinking == "begun"
+        self._is_inside = marks is not None and thinking == "begun"
         self._tools = tools
         self._steps: Generator[None, None, None] | None = self._read()
         self._advance()
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the reasoning has begun and its end has not been read."""
+        return self._is_inside
 
     @property
     def has_tool_calls(self) -> bool:
@@ -88,6 +93,8 @@ class AnswerParser:
         opening = yield from reader.accept_after_space(marks.open)
         if opening is None and not self._is_inside:
             return
+        self._is_inside = True
         yield from reader.skip_newlines()
         yield from reader.pass_until(marks.close, self._calls.reasoning, held="\n")
+        self._is_inside = False
         yield from reader.skip_newlines()

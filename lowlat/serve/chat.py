@@ -26,6 +26,7 @@ from lowlat.text.chat_prompt import encode_chat
 from lowlat.utils.errors import UserError
 
 NO_ARGUMENTS: dict[str, object] = {"type": "object", "properties": {}}
+"""What templates are shown of a function without parameters, as models were trained on it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +110,13 @@ def _schema(function: Function) -> dict[str, object]:
     return NO_ARGUMENTS if function.parameters is None else function.parameters
 
 
+def _held_schema(function: Function, *, is_strict: bool) -> dict[str, object]:
+    """What the arguments of a call are held to."""
+    if function.parameters is None:
+        return {**NO_ARGUMENTS, "additionalProperties": False}
+    return {"type": "object", **(function.parameters if is_strict else {})}
+
+
 def _variables(dialect: Dialect, request: ChatRequest) -> dict[str, Any]:
     """The template variables that a request sets."""
     field = "chat_template_kwargs"
@@ -132,9 +140,7 @@ def _form(
     dialect: Dialect, request: ChatRequest, tools: list[Tool], thinking: Thinking
 ) -> StructuredOutput | None:
     """What the answer is held to, reasoning and calls included."""
-    field = "structured_outputs" if request.structured_outputs is not None else "response_format"
-    if request.response_format is None and request.structured_outputs is None:
-        field = "tools"
+    field = request.form_field
     reasoning = None
     if dialect.reasoning is not None and thinking != "never":
         marks = dialect.reasoning
@@ -169,9 +175,7 @@ def _forced_calls(
     functions = [
         CallableFunction(
             name=tool.function.name,
-            schema={"type": "object", **_schema(tool.function)}
-            if required or tool.function.strict
-            else {"type": "object"},
+            schema=_held_schema(tool.function, is_strict=required or tool.function.strict is True),
             place=f"tools[{index}].function.parameters",
         )
         for index, tool in enumerate(tools)

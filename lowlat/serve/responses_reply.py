@@ -21,7 +21,6 @@ from lowlat.serve.protocol.sampling import DEFAULT_TEMPERATURE
 from lowlat.serve.replies import new_id, now
 from lowlat.serve.responses_output import Event, Output
 from lowlat.serve.stream import event
-from lowlat.serve.tools.parts import ReasoningPart
 
 
 class ResponsesReply:
@@ -61,11 +60,13 @@ class ResponsesReply:
         yield self._told(f"response.{self._final_status}", self._final_status)
 
     def _take(self, delta: Delta) -> Iterator[Event]:
+        was_reasoning = self._parser.is_reasoning
         parts = self._parser.push(delta.text)
+        # A step that ends the reasoning counts whole, which is more than one token at times.
+        if was_reasoning or self._parser.is_reasoning:
+            self._reasoning_tokens += len(delta.tokens)
         if delta.finish_reason is not None:
             parts = [*parts, *self._parser.finish()]
-        if parts and all(isinstance(part, ReasoningPart) for part in parts):
-            self._reasoning_tokens += len(delta.tokens)
         for part in parts:
             yield from self._output.push(part)
         if delta.finish_reason is not None:

@@ -32,7 +32,7 @@ async def submit_chat(call: Call, request: ChatRequest) -> PreparedChat:
     prepared = await services.workers.run(prepare_chat, services.model, request)
     grammar = None
     if prepared.structured is not None:
-        param = call.form_field = _form_field(request)
+        param = call.form_field = request.form_field
         with _limits_named(request):
             services.bridge.check(prepared.ids, prepared.params)
         grammar = await call.compile(prepared.structured, param=param)
@@ -52,10 +52,3 @@ def _limits_named(request: ChatRequest) -> AbstractContextManager[None]:
     """The engine knows one limit of an answer, chats have two names for it."""
     is_new = request.max_tokens is None
     return renamed({"max_tokens": "max_completion_tokens"} if is_new else {})
-
-
-def _form_field(request: ChatRequest) -> str:
-    """The field that asks for the form of the answer."""
-    if request.structured_outputs is not None:
-        return "structured_outputs"
-    return "response_format" if request.response_format is not None else "tools"

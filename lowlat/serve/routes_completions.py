@@ -25,17 +25,21 @@ async def create_completion(call: Call, request: CompletionRequest) -> Response:
     """Complete the prompts of `request`, streamed where it asks for that."""
     services = call.services
     services.check_model(request.model)
-    params = request.to_params()
+    _check_queue(request, services.bridge.max_queue)
     prompts = await services.workers.run(_encode, services.model, request)
-    for ids, _ in prompts:
-        services.bridge.check(ids, params)
+    params = [request.to_params(services.model.context - len(ids)) for ids, _ in prompts]
+    for (ids, _), own in zip(prompts, params, strict=True):
+        services.bridge.check(ids, own)
     # A prompt without text is not continued: its answer is a text of its own.
     begin = [not services.model.tokenizer.has_text(ids) for ids, _ in prompts]
     grammars = await _grammars(call, request, set(begin))
-    for (ids, _), begins_text in zip(prompts, begin, strict=True):
+    if len(prompts) > 1:
+        # All of them or none: what has begun would be thrown away.
+        services.bridge.check_room(len(prompts) - 1)
+    for (ids, _), own, begins_text in zip(prompts, params, begin, strict=True):
         await call.submit(
             ids,
-            params,
+            own,
             priority=request.priority,
             deadline=request.deadline_seconds,
             grammar=grammars.get(begins_text),
@@ -45,6 +49,16 @@ async def create_completion(call: Call, request: CompletionRequest) -> Response:
     if request.stream:
         return stream_response(reply.events(), services.config)
     return json_response(await reply.whole())
+
+
+def _check_queue(request: CompletionRequest, max_queue: int) -> None:
+    """Raises RequestError for prompts that no wait makes room for."""
+    if len(request.prompts) > max_queue:
+        raise RequestError(
+            f"prompt: {len(request.prompts)} prompts are more than the {max_queue} requests that"
+            " this server lets wait; send fewer at once",
+            param="prompt",
+        )
 
 
 async def _grammars(

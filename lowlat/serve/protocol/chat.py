@@ -85,10 +85,7 @@ class ChatRequest(SamplingRequest):
             self.check_logprobs(top, completions=self.n or 1, param="top_logprobs")
 
     def _check_forms(self) -> None:
-        has_format = self.response_format is not None and not isinstance(
-            self.response_format, TextFormat
-        )
-        if has_format and self.structured_outputs is not None:
+        if self._has_format and self.structured_outputs is not None:
             raise RequestError(
                 "response_format and structured_outputs contradict each other; give one",
                 param="structured_outputs",
@@ -112,6 +109,17 @@ class ChatRequest(SamplingRequest):
                     f"'{self.tool_choice.function.name}'",
                     param="tool_choice",
                 )
+
+    @property
+    def _has_format(self) -> bool:
+        return not isinstance(self.response_format, TextFormat | None)
+
+    @property
+    def form_field(self) -> str:
+        """The field that holds answers to a form, where one does."""
+        if self.structured_outputs is not None:
+            return "structured_outputs"
+        return "response_format" if self._has_format else "tools"
 
     @property
     def completion_limit(self) -> int | None:

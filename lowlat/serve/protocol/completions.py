@@ -40,7 +40,7 @@ class CompletionRequest(SamplingRequest):
 
     prompt: Prompt
     max_tokens: MaxTokens | None = None
-    """Most tokens to generate; default 16."""
+    """Most tokens to generate; default 16, or what the context leaves where that is less."""
     logprobs: TopLogprobs | None = None
     """Return each token's log-probability and those of this many of the likeliest tokens."""
     echo: bool | None = None
@@ -83,11 +83,10 @@ class CompletionRequest(SamplingRequest):
             case _:
                 return [item for item in self.prompt if isinstance(item, str | list)]
 
-    def to_params(self) -> SamplingParams:
-        """The engine's sampling record for this request."""
-        return self.sampling_params(
-            max_tokens=self.max_tokens or DEFAULT_MAX_TOKENS, logprobs=self.logprobs
-        )
+    def to_params(self, room: int) -> SamplingParams:
+        """The engine's sampling record for a prompt after which the context has `room` tokens."""
+        default = max(1, min(DEFAULT_MAX_TOKENS, room))
+        return self.sampling_params(max_tokens=self.max_tokens or default, logprobs=self.logprobs)
 
 
 class LegacyLogprobs(WireModel):

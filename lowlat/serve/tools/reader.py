@@ -123,6 +123,14 @@ class Reader:
                 return None
             yield
 
+    def accept_closing(self, literal: str) -> Steps[None]:
+        """Read spaces and `literal` if they come next, or what there is of it where the text ends
+        within it: an answer may be cut off there."""
+        if (yield from self.accept_after_space(literal)) is None and self._ended:
+            rest = self.unread.lstrip()
+            if rest and literal.startswith(rest):
+                self._at = len(self._text)
+
     def skip_space(self) -> Steps[None]:
         """Read what spaces and line ends come next."""
         while (yield from self.has_more()) and self._text[self._at].isspace():

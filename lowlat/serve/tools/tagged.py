@@ -180,7 +180,7 @@ class Glm(_Tagged):
         return key.strip()
 
     def _read_end(self, calls: Calls) -> Steps[None]:
-        yield from calls.reader.accept_after_space(CLOSE)
+        yield from calls.reader.accept_closing(CLOSE)
 
     def _body(self, grammar: Lark, function: Function) -> Rule:
         return grammar.sequence(function.name + "\n", *self._pairs(grammar, function))
@@ -206,8 +206,8 @@ class QwenCoder(_Tagged):
         return (yield from calls.reader.read_until(">", limit=MAX_NAME)).strip()
 
     def _read_end(self, calls: Calls) -> Steps[None]:
-        yield from calls.reader.accept_after_space("</function>")
-        yield from calls.reader.accept_after_space(CLOSE)
+        yield from calls.reader.accept_closing("</function>")
+        yield from calls.reader.accept_closing(CLOSE)
 
     def _body(self, grammar: Lark, function: Function) -> Rule:
         pairs = self._pairs(grammar, function)

@@ -117,6 +117,7 @@ class FakeBridge(Bridge):
     generations: list[FakeGeneration] = field(default_factory=list)
     drained: list[float] = field(default_factory=list)
     room: int = 1000
+    max_queue: int = 1000
     num_coming: int = 0
     """As `check_room` was last told."""
 

@@ -109,6 +109,20 @@ def test_every_format_is_read(tools: ToolFormat) -> None:
     assert parts == [*call(0, "f", '{"a": "x\\"}<", "n": [5, {}]}'), *call(1, "g", "{}")]
 
 
+def test_where_reasoning_begins_and_ends() -> None:
+    """By the marks, not by what is shown: line ends are held back."""
+    pieces = ["<thi", "nk>", "\n", "a", "\n\n", "</thi", "nk>", "\n", "b"]
+    for thinking, known in (("maybe", False), ("begun", True)):
+        parser = AnswerParser(marks=MARKS, thinking=thinking)
+        states = [parser.is_reasoning]
+        for piece in pieces:
+            parser.push(piece)
+            states.append(parser.is_reasoning)
+        assert states == [known, known, True, True, True, True, True, False, False, False]
+    assert not AnswerParser(marks=MARKS, thinking="never").is_reasoning
+    assert not AnswerParser(marks=None, thinking="begun").is_reasoning
+
+
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
 def test_character_by_character_is_the_same(tools: ToolFormat) -> None:
     """Holds shut: decisions that depend on where a piece of the text ended."""

@@ -229,6 +229,22 @@ def test_choices_of_tools() -> None:
     assert isinstance(one, Grammar)
 
 
+@pytest.mark.parametrize("family", ["hermes", "v3.1"])
+@pytest.mark.parametrize("choice", ["required", "auto"])
+def test_a_function_without_parameters_takes_no_arguments(family: str, choice: str) -> None:
+    fields = {"tool_choice": choice, "parallel_tool_calls": False}
+    structured = prepare(family, tools=[BARE_TOOL], **fields).structured
+    assert isinstance(structured, Grammar)
+    assert '"additionalProperties": false' in structured.lark
+
+
+def test_a_form_of_text_is_not_named_for_the_fault_of_a_tool() -> None:
+    body = {"model": "m", "messages": [USER], "tools": [TOOL]}
+    for name in ("text", "json_object"):
+        request = ChatRequest.model_validate(body | {"response_format": {"type": name}})
+        assert request.form_field == ("tools" if name == "text" else "response_format")
+
+
 def test_strict_functions_are_held_to_their_schema() -> None:
     strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}
     held = prepare("hermes", tools=[strict, BARE_TOOL]).structured

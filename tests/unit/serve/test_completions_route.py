@@ -30,6 +30,31 @@ def test_whole_answer(client: TestClient, bridge: FakeBridge) -> None:
     assert bridge.asked[0].params.temperature == 1.0
 
 
+def test_the_default_length_fits_the_context(client: TestClient, bridge: FakeBridge) -> None:
+    """Holds shut: a client told to leave out what it had not given."""
+    context = bridge.model.context
+    prompts = ["x" * (context - left) for left in (20, 16, 15, 1)]
+    assert client.post(PATH, json={**BODY, "prompt": prompts}).status_code == 200
+    assert [asked.params.max_tokens for asked in bridge.asked] == [16, 16, 15, 1]
+
+
+def test_prompts_are_taken_together_or_not_at_all(client: TestClient, bridge: FakeBridge) -> None:
+    body = {**BODY, "prompt": ["a", "b", "c"]}
+    bridge.room = 2
+    assert client.post(PATH, json=body).status_code == 429
+    bridge.room = 3
+    assert client.post(PATH, json=body).status_code == 200
+    bridge.max_queue = 2
+    answer = client.post(PATH, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == (
+        "prompt: 3 prompts are more than the 2 requests that this server lets wait; send fewer at"
+        " once"
+    )
+    assert answer.json()["error"]["param"] == "prompt"
+    assert len(bridge.asked) == 3
+
+
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
     [

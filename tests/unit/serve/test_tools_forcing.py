@@ -137,6 +137,16 @@ def parse(text: str, tools: ToolFormat | None, thinking: Thinking = "never") -> 
     return parts
 
 
+@pytest.mark.parametrize("tools", FORMATS, ids=IDS)
+def test_what_is_cut_off_behind_a_call_shows_no_part_of_its_end(tools: ToolFormat) -> None:
+    text = WRITTEN[type(tools).__name__]
+    whole = parse(text, tools)
+    cut = [parse(text[:size], tools) for size in range(len(text))]
+    complete = [parts[1:] for parts in cut if whole[-1] in parts]
+    assert all(parts == whole[1:] for parts in complete)
+    assert complete or isinstance(tools, MistralNames)
+
+
 def check_calls(parts: list[Part]) -> int:
     """Assert that `parts` are calls with arguments that match their schemas; returns how many."""
     starts = [part for part in parts if isinstance(part, ToolCallStart)]
