@@ -39,6 +39,22 @@ def open_checkpoint(path: Path) -> TensorSource:
     return FolderSource(path)
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files of the checkpoint at `path` that hold weights; others in a folder are not read.
+
+    Raises UserError for a folder without any, and for an index that is none.
+    """
+    if not path.is_dir():
+        return [path]
+    if (path / SINGLE_FILE).exists():
+        return [path / SINGLE_FILE]
+    if (path / INDEX_FILE).exists():
+        index = path / INDEX_FILE
+        shards = _weight_map(read_json(contained(path, INDEX_FILE)), index).values()
+        return [path / shard for shard in sorted(set(shards))]
+    raise UserError(_no_weights(path))
+
+
 @final
 class FolderSource(TensorSource):
     """A folder with config.json and safetensors: `model.safetensors`, or shards named by an

@@ -40,7 +40,12 @@ def compare(
     ] = None,
     tokens: Annotated[
         int,
-        typer.Option(metavar="N", min=1, help="Tokens to read; a last window of one is left out."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1 << 24,
+            help="Tokens to read; a last window of one is left out.",
+        ),
     ] = TOKENS,
     window: Annotated[
         int,
@@ -56,7 +61,12 @@ def compare(
     ] = 0,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="Of the random tokens; 0 by default.", show_default=False),
+        typer.Option(
+            min=0,
+            max=(1 << 63) - 1,
+            help="Of the random tokens; 0 by default.",
+            show_default=False,
+        ),
     ] = None,
     tolerance: Annotated[
         float | None,

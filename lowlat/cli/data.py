@@ -93,7 +93,7 @@ def build(
     from lowlat.cli.data_view import print_build, print_json
     from lowlat.train.data.build import build as run_build
     from lowlat.train.data.selection import BuildOptions
-    from lowlat.train.data.sources import has_records
+    from lowlat.train.data.sources import check_used
     from lowlat.train.data.vocabulary import MAX_VOCAB, MIN_VOCAB, load_tokenizer
     from lowlat.utils.errors import UserError
     from lowlat.utils.progress import make_progress
@@ -109,8 +109,7 @@ def build(
         end_of_text=end_of_text,
         read=_read_options(field, separator, only, invalid),
     )
-    if field is not None and not has_records([*sources, *chosen.held_out_sources], chosen.read):
-        raise UserError("--field is of JSON lines and tables, and no source is one; leave it out")
+    check_used([*sources, *chosen.held_out_sources], chosen.read)
     progress = make_progress()
     vocabulary = train_bpe if tokenizer is None else load_tokenizer(tokenizer, progress)
     assert vocabulary is not None

@@ -8,8 +8,6 @@ import typer
 
 from lowlat.cli import options
 
-WINDOW = 1024
-
 
 def evaluate(
     text: Annotated[
@@ -17,9 +15,13 @@ def evaluate(
     ],
     model: options.Model = options.DEFAULT_MODEL,
     window: Annotated[
-        int,
-        typer.Option(help="Tokens per window; windows do not overlap and share no context."),
-    ] = WINDOW,
+        int | None,
+        typer.Option(
+            help="Tokens per window; windows do not overlap and share no context. By default 1024, "
+            "or the model's context where that is less.",
+            show_default=False,
+        ),
+    ] = None,
     device: options.Device = options.DEFAULT_DEVICE,
     dtype: options.Dtype = options.DEFAULT_DTYPE,
     cache: options.Cache = options.DEFAULT_CACHE,

@@ -7,6 +7,7 @@ from typing import Any
 from lowlat.engine.llm import Model
 from lowlat.engine.scoring import Score
 from lowlat.utils.progress import make_progress
+from lowlat.utils.strict_json import finite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,42 +16,40 @@ class Evaluation:
 
     model: str
     text: str
-    window: int
     score: Score
     seconds: float
 
 
-def measure(model: Model, origin: str, content: str, window: int) -> Evaluation:
+def measure(model: Model, origin: str, content: str, window: int | None) -> Evaluation:
     """Score `content`, with progress on stderr."""
     started = time.perf_counter()
     score = model.perplexity(content, window=window, progress=make_progress())
     return Evaluation(
         model=model.name,
         text=origin,
-        window=window,
         score=score,
         seconds=time.perf_counter() - started,
     )
 
 
 def as_dict(result: Evaluation) -> dict[str, Any]:
-    """What --json prints."""
+    """What --json prints; null for a number that is not finite."""
     score = result.score
     return {
         "model": result.model,
         "text": result.text,
-        "window": result.window,
+        "window": score.window,
         "tokens": score.tokens,
         "bytes": score.bytes,
-        "perplexity": score.perplexity,
-        "bits_per_byte": score.bits_per_byte,
+        "perplexity": finite(score.perplexity),
+        "bits_per_byte": finite(score.bits_per_byte),
         "seconds": result.seconds,
     }
 
 
 def print_text(result: Evaluation) -> None:
     score = result.score
-    print(f"{result.model} on {result.text}, windows of {result.window} tokens")
+    print(f"{result.model} on {result.text}, windows of {score.window} tokens")
     print(f"perplexity     {score.perplexity:.4f}")
     print(f"bits per byte  {score.bits_per_byte:.4f}")
     print(

@@ -3,13 +3,13 @@
 Numbers that are not finite become null, which JSON can say.
 """
 
-import math
 from typing import Any
 
 from lowlat.compare.measure import Comparison, Difference
 from lowlat.compare.run import Report
 from lowlat.compare.side import Side
 from lowlat.compare.trace import Place
+from lowlat.utils.strict_json import finite
 
 FORMAT = 1
 
@@ -62,7 +62,7 @@ def _measured(comparison: Comparison, tolerance: float) -> dict[str, Any]:
         "logits": [
             {
                 "block": str(block),
-                "kl": _number(found.kl / found.tokens),
+                "kl": finite(found.kl / found.tokens),
                 "same_likeliest": found.agreeing / found.tokens,
             }
             for block, found in comparison.predictions.items()
@@ -77,9 +77,9 @@ def _part(place: Place, found: Difference) -> dict[str, Any]:
         "stage": place.block.stage,
         "number": place.block.number,
         "part": place.part,
-        "max_abs": _number(found.max_abs),
-        "relative": _number(found.relative),
-        "cosine": _number(found.cosine),
+        "max_abs": finite(found.max_abs),
+        "relative": finite(found.relative),
+        "cosine": finite(found.cosine),
     }
 
 
@@ -100,7 +100,3 @@ def _verdict(report: Report) -> dict[str, Any]:
         "audited": list(verdict.audited),
         "unexplained": [{"side": side, "place": str(place)} for side, place in verdict.unexplained],
     }
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -60,6 +60,20 @@ def check_pair(a: Side, b: Side) -> None:
             )
 
 
+def check_experts(a: Side, b: Side) -> None:
+    """Raises UserError where the experts of `a` cannot be imposed on `b`."""
+    if a.config.moe is None or b.config.moe is None:
+        label = a.label if a.config.moe is None else b.label
+        raise UserError(f"--fix-experts: {label} has no experts; leave it out")
+    if not a.takes_choices:
+        raise UserError(
+            f"--fix-experts: {a.label} does not show which experts it takes; give another form of "
+            "the model as A"
+        )
+    if not b.takes_choices:
+        raise UserError(f"--fix-experts: experts cannot be imposed on {b.label}; exchange A and B")
+
+
 def compare(
     a: Side,
     b: Side,
@@ -75,8 +89,8 @@ def compare(
     Memory: the traces of one window. Raises UserError where the models do not fit each other.
     """
     check_pair(a, b)
-    if fix_experts and not b.takes_choices:
-        raise UserError(f"--fix-experts: experts cannot be imposed on {b.label}; exchange A and B")
+    if fix_experts:
+        check_experts(a, b)
     own, fixed = Comparison(), Comparison()
     verdict: Verdict | None = None
     total = sum(len(window.ids) for window in windows)

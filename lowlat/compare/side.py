@@ -49,7 +49,7 @@ class Side(ABC):
     unseen: str
     """Which parts cannot be observed and why; empty if all can."""
     takes_choices: bool
-    """Whether experts can be imposed on it."""
+    """Whether it shows the experts that it takes, and others can be imposed on it."""
 
     @abstractmethod
     def trace(self, window: Window, choices: Choices | None = None) -> Trace:

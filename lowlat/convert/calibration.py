@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lowlat.text.pieces import encode_long
 from lowlat.text.plain import read_plain_text
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
@@ -58,7 +59,7 @@ def read_calibration(paths: Sequence[Path], tokenizer: Tokenizer, context: int) 
     texts = [read_plain_text(path, "--calibrate") for path in paths] or _default_texts()
     origin = ", ".join(path.name for path in paths) or "lowlat's own text"
     length = _window_length(context)
-    parts = [torch.tensor(tokenizer.encode(text), dtype=torch.int64) for text in texts]
+    parts = [torch.from_numpy(encode_long(tokenizer, text)) for text in texts]
     found, short = sum(map(len, parts)), [part for part in parts if len(part) < length]
     parts = [part for part in parts if len(part) >= length]
     parts += [torch.cat(short)] if short else []
@@ -68,7 +69,7 @@ def read_calibration(paths: Sequence[Path], tokenizer: Tokenizer, context: int) 
             f"--calibrate {origin}: {found} tokens are too few, at least "
             f"{(MINIMUM + HELD_OUT) * length} are needed (windows of {length}); add text"
         )
-    return _divided(windows[_spread(len(windows))], origin)
+    return _divided(windows[_spread(len(windows))].long(), origin)
 
 
 def calibration_of(

@@ -123,6 +123,8 @@ def compress(
     sides = Sides(base, plan.config, fitted, calibration.held_out, job.precision)
     layers = _make_layers(job, plan, known.costs_of(plan.widths), sides, dtype, progress)
     before, after = sides.losses()
+    if not (math.isfinite(before) and math.isfinite(after)):
+        raise _overflows("the last norm and the head")
     report = CompressionReport(
         recipe=recipe,
         folded=way.fold,
@@ -164,7 +166,7 @@ def _make_layers(
         for number, own in enumerate(plan.widths):
             tensors, measured = sides.advance(number, layer_tensors(job, plan, number))
             if not math.isfinite(measured):
-                raise _overflows(number)
+                raise _overflows(f"layer {number}")
             job.scratch.keep_tensors(number, tensors, dtype)
             price = None if plan.prices is None else plan.prices[number]
             reports.append(
@@ -227,15 +229,15 @@ def _check_measured(number: int, statistics: LayerStatistics) -> None:
     """Raises UserError where a layer has no numbers to go by."""
     values = (value for value in asdict(statistics).values() if isinstance(value, Tensor))
     if not (math.isfinite(statistics.residual) and all(v.isfinite().all() for v in values)):
-        raise _overflows(number)
+        raise _overflows(f"layer {number}")
     if statistics.residual <= 0:
         raise UserError(f"layer {number}: all that reaches it is 0; such a model has no cache")
 
 
-def _overflows(number: int) -> UserError:
+def _overflows(place: str) -> UserError:
     return UserError(
-        f"layer {number}: numbers that are not finite come out of it on the calibration text; "
-        "check the weights, or calibrate on other text"
+        f"{place}: numbers that are not finite come out of it on the calibration text; check the "
+        "weights, or calibrate on other text"
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lowlat.checkpoint.index import weight_files
 from lowlat.config.arithmetic import cache_cost, count_parameters
 from lowlat.config.attention import ModelAttention, distinct, row_widths, short_name
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig
@@ -145,8 +146,3 @@ def _describe_experts(moe: MoEConfig | None) -> str | None:
         return None
     routed, used, shared = moe.n_routed_experts, moe.num_experts_per_tok, moe.n_shared_experts
     return f"{routed} routed, of which a token uses {used}, and {shared} shared"
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The files of a folder, or the file itself, that hold weights."""
-    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]

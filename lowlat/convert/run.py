@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowlat.checkpoint.dense import dense_source
 from lowlat.checkpoint.gguf_keys import architecture_of
-from lowlat.checkpoint.index import INDEX_FILE, open_checkpoint
+from lowlat.checkpoint.index import INDEX_FILE, open_checkpoint, weight_files
 from lowlat.checkpoint.load import config_file, read_config
 from lowlat.checkpoint.mapping import settle_mtp
 from lowlat.checkpoint.place import fit
@@ -39,7 +39,7 @@ from lowlat.convert.compression import (
     scratch_folder,
 )
 from lowlat.convert.exact import check_exact, mla_config, mla_parameters
-from lowlat.convert.report import Report, compression_object, measure, report_files, weight_files
+from lowlat.convert.report import Report, compression_object, measure, report_files
 from lowlat.convert.scratch import digest_of
 from lowlat.convert.store import PLAIN, Form, stored_config, stored_groups
 from lowlat.convert.store_gguf import KINDS, stored_gguf

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowlat.checkpoint.cachefolder import sha256_file
+from lowlat.checkpoint.place import fit
 from lowlat.convert.statistics import LayerStatistics
 
 
@@ -49,8 +50,15 @@ class Scratch:
         return LayerStatistics(**values, residual=residual, rotation=rotation)
 
     def keep_tensors(self, number: int, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Write down the new tensors of layer `number`, by their names in its attention."""
-        stored = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+        """Write down the new tensors of layer `number`, by their names in its attention.
+
+        Raises UserError for values beyond the range of `dtype`.
+        """
+        where = f"layer {number} of the converted model: '{{}}'"
+        stored = {
+            name: fit(tensor, name, where.format(name), False, dtype).contiguous()
+            for name, tensor in tensors.items()
+        }
         save_file(stored, self._tensor_file(number))
 
     def read(self, name: str) -> Tensor:

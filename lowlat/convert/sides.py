@@ -103,7 +103,8 @@ class Sides:
             ):
                 logits = ending.logits(rows)
                 total += float(F.cross_entropy(logits, targets, reduction="sum"))
-        return float(torch.tensor(total / self._held_out[:, 1:].numel()).exp())
+        mean = torch.tensor(total / self._held_out[:, 1:].numel(), dtype=torch.float64)
+        return float(mean.exp())
 
 
 @final

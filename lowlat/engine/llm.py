@@ -203,13 +203,15 @@ class Model:
         return scoring.nll(self.runner, self._check_ids(ids), chunk=PREFILL_CHUNK)
 
     def perplexity(
-        self, text: str, *, window: int = 1024, progress: Progress | None = None
+        self, text: str, *, window: int | None = None, progress: Progress | None = None
     ) -> Score:
-        """How well the model predicts `text`, in windows of `window` tokens without overlap.
+        """How well the model predicts `text`, in windows of `window` tokens without overlap: 1,024
+        by default, or the context where that is less.
 
         The first token of a window is given, not predicted. Raises UserError for a window the
         context cannot hold and for a text of less than two tokens.
         """
+        window = min(scoring.WINDOW, self.context) if window is None else window
         if not 2 <= window <= self.context:
             raise UserError(f"window must be from 2 to the context of {self.context}, got {window}")
         ids = self.tokenizer.encode(text)
@@ -224,7 +226,7 @@ class Model:
                     tokens += len(part) - 1
                     num_bytes += sum(len(self.tokenizer.id_to_bytes(id)) for id in part[1:])
                 task.advance(len(part))
-        return Score(tokens=tokens, bytes=num_bytes, nll=total)
+        return Score(window=window, tokens=tokens, bytes=num_bytes, nll=total)
 
     def _check_ids(self, ids: Sequence[int]) -> list[int]:
         if not 1 <= len(ids) <= self.context:

@@ -15,11 +15,16 @@ from lowlat.attention.forms import form_of
 from lowlat.engine.request import Chunk
 from lowlat.engine.runner import Runner
 
+WINDOW = 1024
+"""Tokens of a window that nobody chose, or the model's context where that is shorter."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
     """How well a model predicts a text."""
 
+    window: int
+    """Tokens of a window."""
     tokens: int
     """Tokens predicted: all but the first of each window."""
     bytes: int
@@ -29,7 +34,11 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll / self.tokens)
+        """Infinite where it is more than a float says, which takes 710 nats a token."""
+        try:
+            return math.exp(self.nll / self.tokens)
+        except OverflowError:
+            return math.inf
 
     @property
     def bits_per_byte(self) -> float:

@@ -1,5 +1,6 @@
 """Perplexities of the models of a conversion on one text, as `lowlat eval` measures them."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,12 @@ import torch
 from jaxtyping import Int
 
 from lowlat import api
+from lowlat.text.pieces import encode_plain
 from lowlat.text.plain import read_plain_text
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.data.overlap import LENGTH
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
-
-WINDOW = 1024
-"""Tokens of a window, or the model's context where that is shorter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +36,7 @@ def read_evaluation_text(path: Path, tokenizer: Tokenizer) -> EvaluationText:
     """
     content = read_plain_text(path, "--evaluate")
     # as token folders have them
-    (found,) = tokenizer.encode_batch([content])
-    ids = np.array(found, np.int64)
+    ids = encode_plain(tokenizer, content).astype(np.int64)
     if len(ids) < LENGTH:
         raise UserError(
             f"--evaluate {path}: {len(ids)} tokens are too few, at least {LENGTH} are needed"
@@ -48,19 +46,23 @@ def read_evaluation_text(path: Path, tokenizer: Tokenizer) -> EvaluationText:
 
 def evaluate(model: Path, text: EvaluationText, progress: Progress) -> dict[str, Any]:
     """How well the checkpoint `model` predicts `text`, computed in bf16: perplexity, bits per byte,
-    tokens predicted, and tokens of a window.
+    tokens predicted, and tokens of a window. Raises UserError where that is no number.
     """
     # A native model takes all threads from PyTorch, which the training that follows needs.
     threads = torch.get_num_threads()
     try:
         loaded = api.load(str(model.absolute()), progress=progress)
-        window = min(WINDOW, loaded.context)
-        score = loaded.perplexity(text.content, window=window, progress=progress)
+        score = loaded.perplexity(text.content, progress=progress)
     finally:
         torch.set_num_threads(threads)
+    if not math.isfinite(score.perplexity):
+        raise UserError(
+            f"--evaluate {text.path}: no perplexity comes out of {model}, its loss is "
+            f"{score.nll / score.tokens:.4g} nats a token; check its weights"
+        )
     return {
         "perplexity": score.perplexity,
         "bits_per_byte": score.bits_per_byte,
         "tokens": score.tokens,
-        "window": window,
+        "window": score.window,
     }

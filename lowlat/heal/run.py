@@ -29,6 +29,7 @@ from lowlat.heal.evaluation import EvaluationText, evaluate, read_evaluation_tex
 from lowlat.heal.text import build_tokens, require_uncalibrated, require_unseen
 from lowlat.heal.wanted import Wanted, check_wanted, identity
 from lowlat.heal.work import Work, clear_placed, opened
+from lowlat.text.pieces import encode_plain
 from lowlat.text.plain import read_plain_text
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.data.folder import TokenFolder
@@ -187,9 +188,9 @@ def _check_calibration(task: _Task) -> None:
         return
     found = read_calibration(paths, task.tokenizer, task.job.found.max_position_embeddings)
     if text is not None:
-        texts = [read_plain_text(path, "--calibrate") for path in paths]
-        given = task.tokenizer.encode_batch(texts)
-        seen = map(np.array, given) if paths else found.windows.numpy()
+        texts = (read_plain_text(path, "--calibrate") for path in paths)
+        given = (encode_plain(task.tokenizer, each).astype(np.int64) for each in texts)
+        seen = given if paths else found.windows.numpy()
         origin = "the text of --calibrate" if paths else "lowlat's own calibration text"
         require_uncalibrated(seen, text.ids, text.path, origin)
 
@@ -199,6 +200,7 @@ def _made(task: _Task) -> tuple[Path, dict[str, Any]]:
     work, job = task.work, task.job
     # what is trained is rounded once, when it is done, and its experts are made then
     dtype, experts = (job.dtype, job.experts) if task.healing is None else ("fp32", None)
+    scores = {"original": _score(task, "original", job.src)}
     if not work.start.exists():
         convert(
             job.src,
@@ -213,8 +215,7 @@ def _made(task: _Task) -> tuple[Path, dict[str, Any]]:
     report["dtype"] = job.stored_dtype()
     if job.experts is not None:
         report["routed_experts"] = job.experts
-    models = {"original": job.src, "compressed": work.start}
-    scores = {name: _score(task, name, model) for name, model in models.items()}
+    scores["compressed"] = _score(task, "compressed", work.start)
     if task.healing is None:
         return work.start, report | _evaluation(task, scores)
     report["healing"] = work.kept("healing", lambda: _heal(task))

@@ -1,10 +1,11 @@
-"""JSON files of a model folder, read without guessing: no duplicate keys, no NaN, no half of a
-surrogate pair, bounded size and depth.
+"""JSON without what others may read in another way: files of a model folder have no duplicate keys,
+no NaN, no half of a surrogate pair, bounded size and depth, and no NaN is written.
 
 Owns the parsing only; what the values mean is the caller's.
 """
 
 import json
+import math
 import re
 from typing import Any, NoReturn
 
@@ -35,6 +36,11 @@ def parse_object(data: bytes, where: str, *, limit: int = MAX_JSON_BYTES) -> dic
     if not isinstance(value, dict):
         raise UserError(f"{where}: must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+def finite(value: float) -> float | None:
+    """`value` as JSON can say it: None where it is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def quoted(name: str) -> str:

@@ -126,7 +126,15 @@ def test_faults_of_the_sides(folder: Path, v3: Path, tmp_path: Path) -> None:
     assert "holds no fp8 blocks" in fault(folder, f"{folder}@fp8")
     assert "option 'fast' is unknown" in fault(folder, f"{folder}@bf16,fast")
     assert "is a folder; give a .gguf file" in fault(folder, f"gguf:{folder}")
-    assert "experts cannot be imposed" in fault(folder, f"{folder}@native", "--fix-experts")
+    assert "experts cannot be imposed" in fault(v3, f"{v3}@native", "--fix-experts")
+    assert "does not show which experts" in fault(f"{v3}@native", v3, "--fix-experts")
+    assert "has no experts" in fault(folder, f"{folder}@bf16", "--fix-experts")
+
+
+@pytest.mark.parametrize("option", [("--seed", str(1 << 63)), ("--tokens", "1000000000000")])
+def test_numbers_beyond_all_bounds(folder: Path, option: tuple[str, str]) -> None:
+    result = invoke(folder, folder, *option)
+    assert result.exit_code == 2 and option[0] in result.output
 
 
 def test_sizes_that_differ_are_named(folder: Path, tmp_path: Path) -> None:

@@ -4,17 +4,11 @@ sources.py's, what becomes of them build.py's.
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lowlat.utils.errors import UserError
-
-PIECE = 1 << 18
-"""Characters from which on a document is cut for the tokenizer."""
-LINE_BREAK = re.compile(r"\S\r?\n(?=\S)")
-"""Where a cut changes no token: no pattern of pretokenizers.py reaches over such a line break."""
 
 Invalid = Literal["error", "skip", "replace"]
 
@@ -96,30 +90,3 @@ class ChatDocument:
 
 
 Document = TextDocument | ChatDocument
-
-
-def text_pieces(texts: Iterable[str]) -> Iterator[str]:
-    """`texts`, which follow one another, cut anew: where does not depend on how they came.
-
-    A piece ends at the first line break between two visible characters after PIECE characters, or
-    after twice as many where there is none.
-    """
-    buffer = ""
-    for text in texts:
-        buffer += text
-        while len(buffer) > 2 * PIECE:
-            match = LINE_BREAK.search(buffer, PIECE, 2 * PIECE + 1)
-            end = 2 * PIECE if match is None else match.end()
-            yield buffer[:end]
-            buffer = buffer[end:]
-    if buffer:
-        yield from _last_pieces(buffer)
-
-
-def _last_pieces(buffer: str) -> Iterator[str]:
-    """The end of a text, of at most 2 * PIECE characters, by the same rule."""
-    match = LINE_BREAK.search(buffer, PIECE)
-    end = len(buffer) if match is None else match.end()
-    yield buffer[:end]
-    if buffer[end:]:
-        yield buffer[end:]

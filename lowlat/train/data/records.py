@@ -12,13 +12,13 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+from lowlat.text.pieces import text_pieces
 from lowlat.train.data.documents import (
     BadDocument,
     ChatDocument,
     Document,
     ReadOptions,
     TextDocument,
-    text_pieces,
 )
 from lowlat.train.data.text_files import READ_ERRORS, open_binary, unreadable
 from lowlat.utils.errors import UserError

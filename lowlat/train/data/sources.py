@@ -65,12 +65,17 @@ def files_of(source: str, options: ReadOptions) -> list[Path]:
     return sorted(wanted, key=lambda file: file.relative_to(path).parts)
 
 
-def has_records(sources: Sequence[str], options: ReadOptions) -> bool:
-    """Whether any source has fields or columns, as text files do not. Raises as `files_of`."""
-    return any(
-        source.startswith(DATASETS) or any(map(is_records, files_of(source, options)))
-        for source in sources
-    )
+def check_used(sources: Sequence[str], options: ReadOptions) -> None:
+    """Raises UserError for an option that is of no use to any source, and as `files_of`."""
+    paths = [source for source in sources if not source.startswith(DATASETS)]
+    if options.patterns and not any(Path(path).is_dir() for path in paths):
+        raise UserError("--only is of the files of folders, and no source is one; leave it out")
+    files = [file for path in paths for file in files_of(path, options)]
+    has_records = len(paths) < len(sources) or any(map(is_records, files))
+    if options.field is not None and not has_records:
+        raise UserError("--field is of JSON lines and tables, and no source is one; leave it out")
+    if options.separator is not None and all(map(is_records, files)):
+        raise UserError("--separator is of text files, and no source is one; leave it out")
 
 
 def is_records(path: Path) -> bool:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
 
-from lowlat.train.data.documents import BadDocument, Invalid, ReadOptions, TextDocument, text_pieces
+from lowlat.text.pieces import text_pieces
+from lowlat.train.data.documents import BadDocument, Invalid, ReadOptions, TextDocument
 from lowlat.utils.errors import UserError
 
 CHUNK = 1 << 20

@@ -10,10 +10,10 @@ from functools import cached_property
 
 import numpy as np
 
+from lowlat.text.pieces import PIECE
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.data.chat import ChatEncoder
 from lowlat.train.data.documents import (
-    PIECE,
     BadDocument,
     ChatDocument,
     Document,

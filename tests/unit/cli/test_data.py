@@ -91,6 +91,23 @@ def test_faults_are_one_line_and_leave_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
+@pytest.mark.parametrize(
+    ("source", "option", "words"),
+    [
+        ("c.md", ("--only", "*.md"), "--only is of the files of folders, and no source is one"),
+        ("x.jsonl", ("--separator", "X"), "--separator is of text files, and no source is one"),
+    ],
+)
+def test_options_of_no_use_are_refused(
+    lowlat: Invoke, corpus: Path, tmp_path: Path, source: str, option: tuple[str, str], words: str
+) -> None:
+    (corpus / "x.jsonl").write_text('{"text": "words"}\n' * 9)
+    result = build(lowlat, tmp_path, str(corpus / source), "--train-bpe", "300", *option)
+    assert isinstance(result.exception, UserError) and words in str(result.exception)
+    both = build(lowlat, tmp_path, str(corpus), "--train-bpe", "300", *option)
+    assert both.exit_code == 0, both.output
+
+
 def test_sources_that_are_all_held_out_are_refused(
     lowlat: Invoke, corpus: Path, tmp_path: Path
 ) -> None:

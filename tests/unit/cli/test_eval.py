@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
+from lowlat.cli.evaluation import Evaluation, as_dict
+from lowlat.engine.scoring import Score
 from lowlat.utils.errors import UserError
 
 Invoke = Callable[..., Result]
@@ -33,6 +35,20 @@ def test_figures_by_hand(lowlat: Invoke, alphabet: Path) -> None:
 def test_each_window_gives_its_first_token_away(lowlat: Invoke, alphabet: Path) -> None:
     result = lowlat("eval", "tiny", "--text", str(alphabet), "--window", "3", "--json")
     assert json.loads(result.stdout)["tokens"] == 4
+
+
+def test_without_a_window_it_is_that_of_the_context(lowlat: Invoke, alphabet: Path) -> None:
+    """Holds shut: a default that no model of a short context could take."""
+    report = json.loads(lowlat("eval", "tiny", "--text", str(alphabet), "--json").stdout)
+    assert report["window"] < 1024 and report["tokens"] == 6
+
+
+def test_numbers_that_are_not_finite_are_null() -> None:
+    for nll in (math.nan, 1e6, math.inf):
+        score = Score(window=8, tokens=7, bytes=7, nll=nll)
+        told = as_dict(Evaluation(model="m", text="t", score=score, seconds=1.0))
+        assert told["perplexity"] is None
+        assert (told["bits_per_byte"] is None) == (nll != 1e6)
 
 
 def test_text_form(lowlat: Invoke, alphabet: Path) -> None:

@@ -28,6 +28,7 @@ from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
 from tests.fakes import byte_tokenizer, gqa_config
+from tests.unit.convert.test_run import edit_tensors
 
 LENGTH = 40
 LLAMA3 = RopeConfig(
@@ -118,6 +119,46 @@ def test_the_same_bytes_again(tmp_path: Path) -> None:
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab"
     )
     assert first == second
+
+
+def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
+    """Of attention whose values are small and whose output makes them large again.
+
+    Holds shut: weights that silently become infinite.
+    """
+    source = source_model(tmp_path / "source")
+
+    def scale(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensor *= {"v_proj": 1e-6, "o_proj": 1e6}.get(name.split(".")[-2], 1.0)
+
+    edit_tensors(source, scale)
+    with pytest.raises(UserError, match=r"o_proj.weight' has values beyond the range of fp16"):
+        convert(source, tmp_path / "mla", to="mla", dtype="fp16", compression=wanted(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "text.txt"}
+    convert(source, tmp_path / "mla", to="mla", dtype="bf16", compression=wanted(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("norm.weight", "the last norm and the head"), ("layers.1.mlp.up_proj.weight", "layer 1")],
+)
+def test_weights_without_numbers_are_named(tmp_path: Path, name: str, place: str) -> None:
+    source = source_model(tmp_path / "source")
+    edit_tensors(source, lambda tensors: tensors[f"model.{name}"][0].fill_(math.nan))
+    with pytest.raises(UserError, match=rf"{place}: numbers that are not finite"):
+        convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "text.txt"}
+
+
+def test_only_weights_of_the_checkpoint_are_counted(tmp_path: Path) -> None:
+    """Releases have the same weights in another form beside them."""
+    source = source_model(tmp_path / "source")
+    first = convert(source, tmp_path / "a", to="mla")
+    save_file({"other": torch.zeros(9999)}, source / "consolidated.safetensors")
+    second = convert(source, tmp_path / "b", to="mla")
+    assert second.weight_bytes_before == first.weight_bytes_before
+    assert second.bits_per_weight_before == first.bits_per_weight_before
 
 
 @pytest.mark.parametrize(

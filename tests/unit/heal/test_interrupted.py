@@ -174,7 +174,7 @@ def test_two_at_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         tiny.call(made, tmp_path / "mla")
 
 
-@pytest.mark.parametrize(("stage", "at"), [("evaluate", 1), ("heal", 1), ("export_save", 1)])
+@pytest.mark.parametrize(("stage", "at"), [("evaluate", 2), ("heal", 1), ("export_save", 1)])
 def test_a_full_disk(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, at: int
 ) -> None:

@@ -1,6 +1,7 @@
 """Conversions with healing and evaluation: what is made, and what is refused."""
 
 import json
+import math
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +17,6 @@ from lowlat.convert.compression import Compression
 from lowlat.convert.exact import check_exact
 from lowlat.convert.planning import likely_config
 from lowlat.convert.run import convert
-from lowlat.heal.evaluation import WINDOW
 from lowlat.heal.run import convert_and_heal
 from lowlat.heal.wanted import Wanted
 from lowlat.heal.work import work_path
@@ -25,6 +25,7 @@ from lowlat.train.plan.dryrun import most_memory, needed_bytes
 from lowlat.train.recipe import parse_recipe
 from lowlat.utils.errors import UserError
 from tests.unit.convert.test_compressed_folders import LENGTH, logits, source_model
+from tests.unit.convert.test_run import edit_tensors
 from tests.unit.convert.texts import write_tokenizer
 
 from . import tiny
@@ -57,10 +58,9 @@ def test_perplexities_are_those_of_eval(made: Path) -> None:
     told = tiny.report(made / "whole")["evaluation"]
     text = (made / "evaluate.txt").read_text()
     for name, folder in (("original", "source"), ("healed", "whole")):
-        window = min(WINDOW, LENGTH)
-        score = api.load(str(made / folder)).perplexity(text, window=window)
+        score = api.load(str(made / folder)).perplexity(text)
         assert told[name]["perplexity"] == score.perplexity
-        assert told[name]["window"] == window and told[name]["tokens"] == score.tokens
+        assert told[name]["window"] == LENGTH and told[name]["tokens"] == score.tokens
     assert told["compressed"]["perplexity"] != told["healed"]["perplexity"]
 
 
@@ -230,6 +230,15 @@ def test_evaluation_text_that_comes_along(made: Path, tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text(text[:2000])
     changes = {"calibrate": (), "tokens": None, "texts": (), "evaluate": tmp_path / "own.txt"}
     refused(made, tmp_path, "of it is in lowlat's own calibration text", **changes)
+
+
+def test_a_model_that_predicts_nothing(made: Path, tmp_path: Path) -> None:
+    """Told before the work begins, and not in a report that is no JSON."""
+    shutil.copytree(made / "source", tmp_path / "source")
+    for name in ("heal.txt", "calibrate.txt", "evaluate.txt"):
+        shutil.copy(made / name, tmp_path)
+    edit_tensors(tmp_path / "source", lambda tensors: tensors["model.norm.weight"].fill_(math.inf))
+    refused(tmp_path, tmp_path, "no perplexity comes out of")
 
 
 def test_the_evaluation_text_itself(made: Path, tmp_path: Path) -> None:

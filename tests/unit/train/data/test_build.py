@@ -12,9 +12,10 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
+from lowlat.text import pieces
 from lowlat.text.parts import TokenizerParts
 from lowlat.text.tokenizer import Tokenizer
-from lowlat.train.data import documents, text_files, tokenising
+from lowlat.train.data import text_files, tokenising
 from lowlat.train.data.build import build
 from lowlat.train.data.documents import ReadOptions
 from lowlat.train.data.folder import TokenFolder
@@ -134,7 +135,7 @@ def test_the_same_sources_give_the_same_bytes(corpus: Path, tmp_path: Path) -> N
 
 
 def test_large_documents_come_out_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "PIECE", 101)
+    monkeypatch.setattr(pieces, "PIECE", 101)
     monkeypatch.setattr(text_files, "CHUNK", 57)
     monkeypatch.setattr(text_files, "KEPT", 211)
     monkeypatch.setattr(tokenising, "BATCH", 501)
@@ -179,13 +180,13 @@ def test_pieces_get_no_blank_of_their_own(
 
     Holds shut: a blank at every place where a long document was cut.
     """
-    monkeypatch.setattr(documents, "PIECE", 20)
+    monkeypatch.setattr(pieces, "PIECE", 20)
     vocab, merges = ["a", "b", "c", MARK + "a"], [(MARK, "a")]
     if joins_line_breaks:
         vocab, merges = [*vocab, "\n", "\nb"], [*merges, ("\n", "b")]
     tokenizer = sentencepiece(vocab, merges)
     text = "ab a\nb ca\n" * 5 + "abc" * 30 + " b\n\na"
-    assert len(list(documents.text_pieces([text]))) > 4
+    assert len(list(pieces.text_pieces([text]))) > 4
     (tmp_path / "long.txt").write_text(text)
     options = BuildOptions(sources=(str(tmp_path / "long.txt"),), held_out=0.0)
     folder = TokenFolder.open(build(tmp_path / "tokens", options, tokenizer).path)

@@ -1,0 +1,77 @@
+"""Texts in pieces: cut at the same places however they come, without changing tokens."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from fakes import byte_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
+
+from lowlat.text import pieces
+from lowlat.text.pieces import encode_long, encode_plain, text_pieces
+from lowlat.text.pretokenizers import splitting
+
+PIECE = 23
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_pieces() -> object:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(pieces, "PIECE", PIECE)
+    yield
+    patch.undo()
+
+
+TEXTS = st.text(alphabet="ab1 .\n\r\t\u3000é日", max_size=300)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXTS, cuts=st.lists(st.integers(0, 300), max_size=9))
+def test_pieces_depend_on_the_text_alone(text: str, cuts: list[int]) -> None:
+    borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    parts = [text[start:stop] for start, stop in pairwise(borders)]
+    found = list(text_pieces(parts))
+    assert found == list(text_pieces([text]))
+    assert "".join(found) == text
+    assert all(0 < len(piece) <= 2 * PIECE for piece in found)
+
+
+def test_short_texts_are_whole() -> None:
+    text = "a\nb" * 7 + "xy"
+    assert len(text) == PIECE
+    assert list(text_pieces([text])) == [text]
+    assert list(text_pieces([])) == list(text_pieces([""])) == []
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "deepseek-v3", "deepseek-llm", "default"],
+)
+@pytest.mark.parametrize(
+    "blanks", [(" ", "\n", "\n", "\n", "\n\n", "\n  ", " \n", "  "), (" ", " \n ", "  ", "\t")]
+)
+def test_cuts_change_no_word(family: str, blanks: tuple[str, ...]) -> None:
+    """Holds shut: tokens that depend on how large the pieces of a text are."""
+    rng = np.random.default_rng(3)
+    words = ["one", "two.", "(3)", "four,", "5", "“six”", "七", "don't"]
+    pre_tokenizer: pre_tokenizers.PreTokenizer = splitting(family, "test").pre_tokenizer()
+    seen = 0
+    for _ in range(200):
+        text = "".join(rng.choice(words) + rng.choice(blanks) for _ in range(40))
+        found = list(text_pieces([text]))
+        if any(len(piece) == 2 * PIECE for piece in found[:-1]):
+            continue  # cut where there is neither
+        seen += len(found) - 1
+        apart = [word for piece in found for word, _ in pre_tokenizer.pre_tokenize_str(piece)]
+        assert apart == [word for word, _ in pre_tokenizer.pre_tokenize_str(text)]
+    assert seen > 100
+
+
+def test_long_texts_are_encoded_as_short_ones() -> None:
+    """What stands before a text stands there once."""
+    tokenizer = byte_tokenizer()
+    for text in ("", "one\ntwo", "three\nfour five\n\nsix é 七\n" * 20):
+        assert encode_long(tokenizer, text).tolist() == tokenizer.encode(text)
+        assert encode_plain(tokenizer, text).tolist() == tokenizer.encode_batch([text])[0]
