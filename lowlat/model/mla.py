@@ -132,7 +132,8 @@ class MLA(nn.Module):
         k_nope, v = heads.split([dims.qk_nope_head_dim, dims.v_head_dim], dim=-1)
         k = torch.cat([k_nope, k_rope[:, None].expand_as(q_rope)], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
-        # Heads have one width there: zeros beyond v's own add nothing and are cut off.
-        v = F.pad(v, (0, dims.qk_head_dim - dims.v_head_dim))
+        # Heads have one width there: zeros beyond their own add nothing and are cut off.
+        width = max(dims.qk_head_dim, dims.v_head_dim)
+        q, k, v = (F.pad(part, (0, width - part.shape[-1])) for part in (q, k, v))
         out = attention.gqa(self.layer, q, k, v, self.scale, None)
         return out[..., : dims.v_head_dim]

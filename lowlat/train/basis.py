@@ -23,6 +23,8 @@ class Basis:
     inputs: Inputs
     start: Path | None
     """The files behind recipe.start."""
+    teacher: Path | None
+    """The files behind recipe.distillation."""
     teacher_config: ModelConfig | None
     """Of what is learned from."""
     fingerprints: list[str]
@@ -58,6 +60,7 @@ def open_basis(
     return Basis(
         inputs=inputs,
         start=start,
+        teacher=teacher,
         teacher_config=taught,
         fingerprints=fingerprints,
         taught_by=None if teacher is None else teacher_fingerprint(teacher),

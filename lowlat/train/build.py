@@ -26,6 +26,7 @@ from lowlat.train.passes import Passes, PlainPasses
 from lowlat.train.recipe import Recipe
 from lowlat.train.teacher import Teacher
 from lowlat.train.trainable import hold_frozen, keep_all_but_attention
+from lowlat.utils.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Of activations, by precision."""
@@ -97,6 +98,7 @@ def new_teacher(path: Path, recipe: Recipe) -> Teacher:
     """The checkpoint `path` as the teacher of `recipe`, its weights in the products' dtype."""
     assert recipe.distillation is not None
     model = load_model(path, dtype=base_dtype(recipe)).model
+    _require_finite(model, f"distillation.teacher {path}")
     stack_experts(model)
     _use_forms_of_training(model)
     return Teacher(
@@ -121,11 +123,22 @@ def started(start: Path, config: ModelConfig, dtype: str) -> Transformer:
     which may say other things about positions.
     """
     loaded = load_model(start, dtype=dtype).model
+    _require_finite(loaded, f"start {start}")
     with torch.device("meta"):
         model = Transformer(config)
     model.load_state_dict(loaded.state_dict(), assign=True)
     stack_experts(model)
     return model
+
+
+def _require_finite(model: Transformer, what: str) -> None:
+    """Raises UserError for weights that no lower rate makes numbers of."""
+    for name, weight in model.named_parameters():
+        # Unlike isfinite, without a mask of the weight's size; NaN comes through.
+        if weight.numel() and not all(map(torch.isfinite, weight.detach().aminmax())):
+            raise UserError(
+                f"{what}: '{name}' holds values that are not finite; give a whole model"
+            )
 
 
 def _use_forms_of_training(model: Transformer) -> None:

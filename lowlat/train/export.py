@@ -28,6 +28,7 @@ from lowlat.train.saves.run_folder import RunFolder
 from lowlat.train.saves.save import Save, folder_name
 from lowlat.train.saves.saves import Saves
 from lowlat.train.state import MODEL, part
+from lowlat.train.teacher import teacher_fingerprint
 from lowlat.utils.device import parse_dtype
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
@@ -157,6 +158,16 @@ def contents(save: Save) -> tuple[ModelConfig, Recipe, dict[str, Tensor]]:
     recipe = parse_recipe(dict(save.facts["recipe"]), origin=str(save.folder))
     tensors = {name: save.tensor(name) for name in save.names() if name.startswith(MODEL)}
     return config, recipe, part(tensors, MODEL)
+
+
+def teacher_of(save: Save) -> Path:
+    """The checkpoint that was learned from. Raises UserError where it is gone or another."""
+    teacher = Path(str(save.facts.get("teacher_files")))
+    there = teacher.exists() and teacher_fingerprint(teacher) == save.facts["teacher"]
+    if not there:
+        what = "holds another model now" if teacher.exists() else "is not there"
+        raise UserError(f"{teacher}: {what}; put back what {save.folder} learned from")
+    return teacher
 
 
 def start_of(save: Save) -> Path:

@@ -4,7 +4,7 @@ Owns looking. The batch is `replay`'s, the state that of the save before the ste
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowlat.train.build import DTYPES, new_model, new_passes
-from lowlat.train.export import contents, open_save, start_of
+from lowlat.train.balance import RouterWatch
+from lowlat.train.build import DTYPES, new_model, new_passes, new_teacher
+from lowlat.train.export import contents, open_save, start_of, teacher_of
 from lowlat.train.inputs import phase_configs
 from lowlat.train.loss import count_targets
 from lowlat.train.parallel.layout import Layout
@@ -31,18 +32,26 @@ class FailedStep:
     step: int
     """From 1, as the run told it."""
     losses: tuple[float, ...]
-    """Of the main head and of each MTP module, nats per token."""
+    """Of the main head and of each MTP module, nats per token; none in phases that match layers or
+    attention.
+    """
+    matched: float | None
+    """With a teacher, the mean divergence from it or the error of what the phase matches."""
+    sequence_loss: float
+    """The sequence-wise loss of balancing, its weight included."""
     grad_norm: float
     """Global norm before clipping."""
     activation: str | None
-    """Name of the first module whose output is not finite."""
+    """Name of the first module whose output is not finite; those of the teacher begin with
+    `teacher.`.
+    """
     gradient: str | None
     """Name of the parameter nearest to the loss whose gradient is not finite."""
 
 
 def look_again(run: Path) -> FailedStep:
-    """The last failed step of the run in `run`, in this process, without a teacher and without the
-    sequence-wise loss. Raises UserError where no step failed or the save before it is gone.
+    """The last failed step of the run in `run`, in this process. Raises UserError where no step
+    failed, the save before it is gone, or what it learned from is gone or another.
     """
     path = max(run.glob(BATCH_FILES), default=None)
     if path is None:
@@ -57,22 +66,32 @@ def look_again(run: Path) -> FailedStep:
     (config,) = phase_configs(config, own, str(save.folder))
     start = None if recipe.lora is None else start_of(save)
     model = new_model(config, recipe, start, weights)
+    teacher = None if recipe.distillation is None else new_teacher(teacher_of(save), recipe)
     passes, layout = new_passes(
         model,
         Team(),
         device=recipe.device,
         dtype=DTYPES[recipe.precision],
         sequence_length=plan.phase.sequence_length,
+        teacher=teacher,
     )
-    targets = count_targets(batch, 1 + config.num_nextn_predict_layers)
-    with _first_not_finite(model) as found:
-        sums = passes.backward(batch.to(recipe.device), plan, targets)
+    watch = RouterWatch(model, sequence_weight=recipe.balance.sequence_weight)
+    num_ahead = 1 + config.num_nextn_predict_layers
+    targets = count_targets(batch, num_ahead)
+    length = batch.sequence_length(num_ahead)
+    watched = {"": model} if teacher is None else {"": model, "teacher.": teacher.model}
+    with (
+        _first_not_finite(watched) as found,
+        watch.watching(sequence_length=length, num_sequences=batch.rows),
+    ):
+        sums = passes.backward(batch.to(recipe.device), plan, targets).tolist()
     layout.take_gradients()
+    losses = tuple(total / max(1, count) for total, count in zip(sums, targets, strict=False))
     return FailedStep(
         step=step + 1,
-        losses=tuple(
-            total / max(1, count) for total, count in zip(sums.tolist(), targets, strict=False)
-        ),
+        losses=losses if plan.phase.match == "logits" else (),
+        matched=None if teacher is None else sums[num_ahead + 1] / max(1, targets[0]),
+        sequence_loss=watch.sequence_loss,
         grad_norm=_norm(layout),
         activation=next(iter(found), None),
         gradient=_nearest_gradient(layout),
@@ -80,8 +99,10 @@ def look_again(run: Path) -> FailedStep:
 
 
 @contextmanager
-def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Collects the names of modules whose outputs are not finite, in the order they are made."""
+def _first_not_finite(models: Mapping[str, nn.Module]) -> Iterator[list[str]]:
+    """Collects the names of modules whose outputs are not finite, in the order they are made, each
+    behind what `models` calls its model.
+    """
     found: list[str] = []
 
     def watch(name: str) -> Any:
@@ -91,7 +112,11 @@ def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    hooks = [
+        module.register_forward_hook(watch(prefix + name))
+        for prefix, model in models.items()
+        for name, module in model.named_modules()
+    ]
     try:
         yield found
     finally:

@@ -107,6 +107,11 @@ def base_config(recipe: Recipe, start: Path | None, vocab_size: int, origin: str
         absent = dict.fromkeys(NULLABLE) if (recipe.model or {}).get("model_type") != LOWLAT else {}
         raw = {"vocab_size": vocab_size, **absent, **(recipe.model or {})}
         config = config_from_hf(raw, source=f"{origin}: [model]")
+        if config.quantization is not None or config.packing is not None:
+            raise UserError(
+                f"{origin}: [model]: quantization_config says how a checkpoint is stored; leave it "
+                "out (precision = 'fp8' trains in FP8, train export --dtype fp8 stores it)"
+            )
     if config.vocab_size < vocab_size:
         raise UserError(
             f"{origin}: the data has {vocab_size} token ids, but the model's vocab_size is "

@@ -75,12 +75,14 @@ def facts(
     fingerprints: list[str],
     timetable: Timetable,
     start: Path | None = None,
-    teacher: str | None = None,
+    teacher: Path | None = None,
+    taught_by: str | None = None,
 ) -> dict[str, Any]:
     """Everything of the state that is no tensor.
 
     `fingerprints` name the data of each phase, and with LoRA the weights that stay; `start` are the
-    files behind recipe.start, `teacher` names the model that is learned from. The rows read so far
+    files behind recipe.start, `teacher` those behind recipe.distillation, of which `taught_by` is
+    the fingerprint. The rows read so far
     are written down although they follow from step and recipe, so that a reader sees them.
     """
     done = position.step >= timetable.steps
@@ -95,7 +97,8 @@ def facts(
         "config": config_to_hf(config),
         "recipe": recipe.model_dump(mode="json"),
         "start": None if start is None else str(start.absolute()),
-        "teacher": teacher,
+        "teacher": taught_by,
+        "teacher_files": None if teacher is None else str(teacher.absolute()),
         "torch": torch.__version__,
     }
 

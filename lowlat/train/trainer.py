@@ -338,6 +338,7 @@ class Trainer:
                     self._basis.fingerprints,
                     self.timetable,
                     self._basis.start,
+                    self._basis.teacher,
                     self._basis.taught_by,
                 ),
             )

@@ -1,6 +1,7 @@
 """Learning from a teacher: what is measured and moved, exact resumption."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lowlat.train.batch import Batch
 from lowlat.train.data.chat_rows import ChatRows
 from lowlat.train.data.folder import TokenFolder
 from lowlat.train.data.windows import Windows
+from lowlat.train.failed_step import look_again
 from lowlat.train.loss import batch_loss, count_targets
 from lowlat.train.recipe import parse_recipe
 from lowlat.train.teacher import Teacher
@@ -328,13 +330,46 @@ def test_updates_of_lora_learn_from_a_teacher(folder: Path) -> None:
     assert last["divergence"] < first["divergence"]
 
 
-def test_a_divergence_that_is_not_finite_ends_the_run(folder: Path, teacher_models: Path) -> None:
-    """Nothing moves, the batch is kept, and the message names the loss."""
+def break_teacher(folder: Path, teacher_models: Path, value: float) -> None:
     broken = load_model(teacher_models / "teacher", dtype="fp32")
     with torch.no_grad():
-        broken.model.norm.weight.fill_(float("nan"))
+        broken.model.norm.weight.fill_(value)
     (folder / "teacher").unlink()
     save_model(broken.model, broken.config, folder / "teacher", source=teacher_models / "teacher")
+
+
+def test_a_divergence_that_is_not_finite_ends_the_run(folder: Path, teacher_models: Path) -> None:
+    """Nothing moves, the batch is kept, and the message names the loss. Looked at again, the number
+    comes out of the teacher.
+    """
+    break_teacher(folder, teacher_models, 3e38)
     with pytest.raises(UserError, match="step 1: the loss is not finite; its batch is in"):
         healing.heal(folder, healing.raw())
     assert (folder / "run" / "failed-step-00000001.safetensors").exists()
+    found = look_again(folder / "run")
+    assert (found.step, found.activation) == (1, "teacher.norm")
+    assert found.matched is not None and not math.isfinite(found.matched)
+    assert all(map(math.isfinite, found.losses))
+    shutil.rmtree(folder / "teacher")
+    with pytest.raises(UserError, match="is not there; put back what"):
+        look_again(folder / "run")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_teacher_without_numbers_is_named(
+    folder: Path, teacher_models: Path, value: float
+) -> None:
+    """Holds shut: a lower rate advised where none would help."""
+    break_teacher(folder, teacher_models, value)
+    with pytest.raises(
+        UserError, match=r"distillation\.teacher .*'norm\.weight' holds values that"
+    ):
+        healing.heal(folder, healing.raw())
+
+
+def test_a_step_that_a_weight_of_the_loss_broke_is_broken_again(folder: Path) -> None:
+    raw = healing.raw()
+    raw["distillation"] = raw["distillation"] | {"cross_entropy": 1e38}
+    with pytest.raises(UserError, match=r"step \d: the (gradient|loss) is not finite"):
+        healing.heal(folder, raw)
+    assert not math.isfinite(look_again(folder / "run").grad_norm)

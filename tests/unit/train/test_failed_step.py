@@ -4,7 +4,12 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
+from lowlat.checkpoint.save import save_model
+from lowlat.config.hf import config_from_hf
+from lowlat.model.init import init_weights
+from lowlat.model.transformer import Transformer
 from lowlat.train.export import export_save
 from lowlat.train.failed_step import look_again
 from lowlat.utils.errors import UserError
@@ -29,3 +34,34 @@ def test_a_failed_run_goes_on_as_its_message_says(base: Path) -> None:
     wanted = runs.recipe(model=None, start="good", phase=runs.PHASES[1:])
     outcome, _ = train(base / "on", wanted, start=good)
     assert outcome.is_complete and all(map(math.isfinite, outcome.losses))
+
+
+def test_the_sequence_wise_loss_breaks_a_step_again(base: Path) -> None:
+    run = base / "run"
+    with (
+        opened(run, runs.recipe(balance={"sequence_weight": 1e38})) as trainer,
+        pytest.raises(UserError, match="not finite"),
+    ):
+        trainer.run()
+    found = look_again(run)
+    assert found.sequence_loss > 1e30 and found.matched is None
+    assert all(map(math.isfinite, found.losses)) and not math.isfinite(found.grad_norm)
+
+
+def test_a_start_without_numbers_is_named(base: Path) -> None:
+    """Holds shut: a lower rate advised where none would help."""
+    broken = build_start(base / "start")
+    wanted = runs.recipe(model=None, start="start", phase=runs.PHASES[1:])
+    with pytest.raises(UserError, match=r"start .*'norm\.weight' holds values that are not finite"):
+        train(base / "run", wanted, start=broken)
+
+
+def build_start(folder: Path) -> Path:
+    """A model of the recipe's kind, of which one number is none."""
+    config = config_from_hf({"vocab_size": 270, **runs.MODEL}, source="test")
+    model = Transformer(config)
+    init_weights(model, seed=1)
+    with torch.no_grad():
+        model.norm.weight[3] = math.nan
+    save_model(model, config, folder, source=None)
+    return folder

@@ -111,12 +111,16 @@ def test_every_product_of_a_layer_is_rounded() -> None:
     assert torch.equal(middle, after)
 
 
+@pytest.mark.parametrize("v_head_dim", [3, 40])
 @pytest.mark.parametrize("backend", [FlashAttention, PackedAttention])
-def test_expanded_attention_is_mla(backend: type[FlashAttention | PackedAttention]) -> None:
+def test_expanded_attention_is_mla(
+    backend: type[FlashAttention | PackedAttention], v_head_dim: int
+) -> None:
     """Keys and values through kv_b_proj give what up-projections inside attention give, when
-    nothing is rounded.
+    nothing is rounded, and whichever are wider.
     """
-    model = tiny_model(config(), torch.float64)
+    attention = replace(config().attention, v_head_dim=v_head_dim)
+    model = tiny_model(config(attention=attention), torch.float64)
     ids, attention = torch.randint(0, 263, (31,)), backend([17, 14])
     absorbed = model(ids, attention.positions(), attention)
     for module in model.modules():

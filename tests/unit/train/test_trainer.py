@@ -358,6 +358,17 @@ def test_a_vocabulary_too_small_for_the_data(base: Path) -> None:
         pass
 
 
+def test_how_a_checkpoint_is_stored_is_no_part_of_a_model(base: Path) -> None:
+    """Released configs say it, and are copied into recipes."""
+    stored = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    wanted = runs.recipe(model=runs.MODEL | {"quantization_config": stored})
+    with (
+        pytest.raises(UserError, match=r"\[model\]: quantization_config .* leave it out"),
+        opened(base / "run", wanted),
+    ):
+        pass
+
+
 def test_the_seed_decides(base: Path) -> None:
     def last(folder: str, wanted: Recipe) -> dict[str, torch.Tensor]:
         train(base / folder, wanted, 2)
