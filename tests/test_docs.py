@@ -1,5 +1,6 @@
 """Documents that quote code or link to files stay true."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -23,6 +24,15 @@ def quotes() -> list[tuple[str, str]]:
 def flat(text: str) -> str:
     """Code without the white space that formatting may move."""
     return re.sub(r"\s+", "", text)
+
+
+def test_every_option_is_on_the_page_of_commands() -> None:
+    spec = importlib.util.spec_from_file_location("list_commands", ROOT / "docs/list_commands.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    written = (ROOT / "docs" / "commands.md").read_text()
+    assert module.page() == written, "run: python docs/list_commands.py docs/commands.md"
 
 
 def test_every_equation_has_its_line() -> None:

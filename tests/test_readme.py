@@ -76,4 +76,4 @@ def test_python_example(smollm_gguf: Path, tmp_path: Path) -> None:
     shown = run([sys.executable, "-c", example], tmp_path)
     assert "Paris" in shown and "MLAConfig" in shown
     answer = run([sys.executable, "-c", batches], tmp_path).split("\n", 1)[1]
-    assert set(json.loads(answer)) == {"name", "age"}
+    assert set(json.loads(answer)) == {"city", "country"}

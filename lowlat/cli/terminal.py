@@ -107,7 +107,7 @@ def turn(conversation: Conversation, question: str, console: Console, *, interac
             raise
         console.print(f"{error}; /reset starts anew", style="red", markup=False)
         return
-    print()
+    print(flush=True)  # before the figures, which go to another file
     console.print(figures(conversation, completion), style="dim", markup=False, soft_wrap=True)
 
 

@@ -1,6 +1,7 @@
 """The command as a whole: exit codes, errors of one line, a quick start."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -129,6 +130,16 @@ def test_an_output_that_takes_nothing_is_one_line_and_exit_code_2(words: str, ou
 def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
     result = shell("info deepseek-v3 --json | true; exit ${PIPESTATUS[0]}")
     assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_figures_stand_on_a_line_of_their_own() -> None:
+    """However output is buffered: in containers it mostly is not."""
+    for buffering in ("", "PYTHONUNBUFFERED=1 "):
+        command = (
+            f"echo hello | {buffering}{sys.executable} -m lowlat chat minnow --max-tokens 3 2>&1"
+        )
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=600)
+        assert re.search(r"\n\d tokens", done.stdout), done.stdout
 
 
 def test_closed_input_is_empty_and_closed_error_takes_everything() -> None:
