@@ -9,6 +9,7 @@ import torch
 
 from lowlat.attention.cache import PAGE_SIZE
 from lowlat.attention.rows import row_bytes
+from lowlat.engine.params import integer_of
 from lowlat.engine.runner import Runner
 from lowlat.engine.scheduler import MAX_SEQUENCES, Limits
 from lowlat.model.native import weight_bytes
@@ -37,30 +38,33 @@ def new_runner(
     stored = dtype or transformer.embed_tokens.weight.dtype
     layers = range(config.num_cache_layers)
     page = PAGE_SIZE * sum(row_bytes(config.attention_of(layer), stored) for layer in layers)
-    check_cache_limit(max_cache_bytes, transformer.embed_tokens.weight.device)
-    if max_cache_bytes == "auto":
-        max_cache_bytes = max(page, _spare_memory(transformer))
+    limit = check_cache_limit(max_cache_bytes, transformer.embed_tokens.weight.device)
+    if limit is None:
+        limit = max(page, _spare_memory(transformer))
     # More than all sequences together can fill is of no use.
     most = MAX_SEQUENCES * (-(-context // PAGE_SIZE))
-    num_pages = min(most, max_cache_bytes // page)
+    num_pages = min(most, limit // page)
     if num_pages < 1:
         raise UserError(
-            f"max_cache_bytes {max_cache_bytes} is less than a page of the cache ({page} bytes, "
+            f"max_cache_bytes {limit} is less than a page of the cache ({page} bytes, "
             f"{PAGE_SIZE} tokens); raise it"
         )
     runner = Runner(transformer, cache_dtype=dtype, num_pages=num_pages, max_pages=num_pages)
     return runner, Limits(max_pages=num_pages)
 
 
-def check_cache_limit(limit: int | Literal["auto"] | None, device: torch.device) -> None:
-    """Raises UserError where `limit` is no number of bytes that the device has."""
+def check_cache_limit(limit: int | Literal["auto"] | None, device: torch.device) -> int | None:
+    """`limit` as a number, None where it is none. Raises UserError for more than the device has and
+    for what is neither."""
     if limit is None or limit == "auto":
-        return
-    if not isinstance(limit, int) or isinstance(limit, bool):
+        return None
+    size = integer_of(limit)
+    if size is None:
         raise UserError(
             f"max_cache_bytes must be an integer of bytes, 'auto' or None, got {limit!r}"
         )
-    check_cache_bytes(limit, device, f"max_cache_bytes {limit}")
+    check_cache_bytes(size, device, f"max_cache_bytes {size}")
+    return size
 
 
 def check_cache_bytes(size: int, device: torch.device, given: str) -> None:

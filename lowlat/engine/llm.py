@@ -19,7 +19,7 @@ from lowlat.engine.cache_size import new_runner
 from lowlat.engine.completion import Completion, CompletionBuilder, Stream
 from lowlat.engine.constraint import Constraint
 from lowlat.engine.engine import Engine
-from lowlat.engine.params import SamplingOptions, SamplingParams, make_params
+from lowlat.engine.params import SamplingOptions, SamplingParams, integer_of, make_params
 from lowlat.engine.reading import PREFILL_CHUNK
 from lowlat.engine.request import Request, RequestOptions
 from lowlat.engine.scoring import Score
@@ -27,6 +27,7 @@ from lowlat.engine.structured import StructuredOutput
 from lowlat.model.quant import packed_type
 from lowlat.model.transformer import Transformer
 from lowlat.text.chat_prompt import encode_chat
+from lowlat.text.pieces import encode_long
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.device import name_of
 from lowlat.utils.errors import UserError
@@ -158,15 +159,17 @@ class Model:
 
     def generate_each(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         params: Sequence[SamplingParams],
         *,
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """Complete several prompts, each with its own options, in one batch. Raises UserError
         where there are not as many params as prompts."""
-        if not all(isinstance(own, SamplingParams) for own in params):
-            raise UserError(f"params must be SamplingParams, or a list of them, got {params!r}")
+        prompts = as_prompts(prompts)
+        each = params if isinstance(params, Sequence) else [params]
+        if strange := [own for own in each if not isinstance(own, SamplingParams)]:
+            raise UserError(f"params must be SamplingParams, or a list of them, not {strange[0]!r}")
         if len(params) != len(prompts):
             raise UserError(f"{len(prompts)} prompts need as many params, got {len(params)}")
         return self._complete(prompts, params, progress)
@@ -214,13 +217,13 @@ class Model:
         window = min(scoring.WINDOW, self.context) if window is None else window
         if not 2 <= window <= self.context:
             raise UserError(f"window must be from 2 to the context of {self.context}, got {window}")
-        ids = self.tokenizer.encode(text)
+        ids = encode_long(self.tokenizer, text)
         if len(ids) < 2:
             raise UserError("the text has less than two tokens; nothing can be predicted")
         tokens, num_bytes, total = 0, 0, 0.0
         with (progress or SilentProgress()).task("evaluating", len(ids), "tokens") as task:
             for start in range(0, len(ids), window):
-                part = ids[start : start + window]
+                part = ids[start : start + window].tolist()
                 if len(part) > 1:
                     total += float(self.nll(part).sum())
                     tokens += len(part) - 1
@@ -328,22 +331,20 @@ class Model:
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """`prompts`, or a list of one where they are a single prompt."""
+    """`prompts`, or a list of one where they are a single prompt; a message alone is a chat."""
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, Mapping):
+        return [[prompts]]
     first = next(iter(prompts), None)
-    is_one = isinstance(first, Mapping) or hasattr(first, "__index__")
+    is_one = isinstance(first, Mapping) or integer_of(first) is not None
     return cast("Sequence[Prompt]", [prompts] if is_one else prompts)
 
 
 def _plain_integers(items: Sequence[Any]) -> list[int] | None:
-    """`items` as plain integers, those of numpy and torch too; None where one is no integer."""
-    if any(isinstance(item, bool) for item in items):
-        return None
-    try:
-        return [operator.index(item) for item in items]
-    except TypeError:
-        return None
+    """`items` as plain integers; None where one is no integer."""
+    found = [integer_of(item) for item in items]
+    return None if None in found else cast("list[int]", found)
 
 
 def _is_unfinished(builders: list[CompletionBuilder]) -> bool:
@@ -358,9 +359,10 @@ def check_context(config: ModelConfig, context: int | None) -> int:
     longest = config.max_position_embeddings
     if context is None:
         return longest
-    if not isinstance(context, int) or not 2 <= context <= longest:
+    wanted = integer_of(context)
+    if wanted is None or not 2 <= wanted <= longest:
         raise UserError(
             "context must be an integer from 2 to the model's max_position_embeddings of "
             f"{longest}, got {context!r}"
         )
-    return context
+    return wanted

@@ -4,9 +4,10 @@ Owns the options, their ranges and their contradictions. Does not sample: that i
 An option that would have no effect is an error, never ignored.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, SupportsIndex, TypedDict
 
 from lowlat.engine.structured import StructuredOutput
 from lowlat.utils.errors import UserError
@@ -182,6 +183,16 @@ def _stops(stop: object) -> tuple[Any, ...]:
     if isinstance(stop, Sequence):
         return (stop,) if isinstance(stop, str) else tuple(stop)
     raise UserError(f"stop must be a string or a list of strings, got {stop!r}")
+
+
+def integer_of(value: object) -> int | None:
+    """`value` as a plain integer, those of numpy and torch too; None where it is none."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

@@ -45,15 +45,16 @@ class AnswerParser:
         new_id = tools.new_id if tools is not None else str
         self._calls = calls or Calls(schemas or {}, new_id)
         self._marks = marks if thinking != "never" else None
-        self._is_inside = marks is not None and thinking == "begun"
+        is_begun = marks is not None and thinking == "begun"
+        self._reasoning: Literal["none", "begun", "over"] = "begun" if is_begun else "none"
         self._tools = tools
         self._steps: Generator[None, None, None] | None = self._read()
         self._advance()
 
     @property
-    def is_reasoning(self) -> bool:
-        """Whether the reasoning has begun and its end has not been read."""
-        return self._is_inside
+    def reasoning(self) -> Literal["none", "begun", "over"]:
+        """How far the reasoning has been read, its marks included."""
+        return self._reasoning
 
     @property
     def has_tool_calls(self) -> bool:
@@ -91,10 +92,10 @@ class AnswerParser:
         reader = self._calls.reader
         # A model may write the mark again though the prompt ends with it.
         opening = yield from reader.accept_after_space(marks.open)
-        if opening is None and not self._is_inside:
+        if opening is None and self._reasoning == "none":
             return
-        self._is_inside = True
+        self._reasoning = "begun"
         yield from reader.skip_newlines()
         yield from reader.pass_until(marks.close, self._calls.reasoning, held="\n")
-        self._is_inside = False
+        self._reasoning = "over"
         yield from reader.skip_newlines()

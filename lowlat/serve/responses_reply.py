@@ -60,10 +60,10 @@ class ResponsesReply:
         yield self._told(f"response.{self._final_status}", self._final_status)
 
     def _take(self, delta: Delta) -> Iterator[Event]:
-        was_reasoning = self._parser.is_reasoning
+        before = self._parser.reasoning
         parts = self._parser.push(delta.text)
-        # A step that ends the reasoning counts whole, which is more than one token at times.
-        if was_reasoning or self._parser.is_reasoning:
+        # A step with some of the reasoning counts whole: what else it may hold is a few tokens.
+        if before == "begun" or before != self._parser.reasoning:
             self._reasoning_tokens += len(delta.tokens)
         if delta.finish_reason is not None:
             parts = [*parts, *self._parser.finish()]

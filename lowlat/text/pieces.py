@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import numpy as np
 from jaxtyping import Int32
@@ -20,44 +21,42 @@ def text_pieces(texts: Iterable[str]) -> Iterator[str]:
     """`texts`, which follow one another, cut anew: where does not depend on how they came.
 
     A piece ends at the first line break between two visible characters after PIECE characters, else
-    before the first blank between two of them, or after twice as many where there is none.
+    before the first blank between two of them, or after twice as many where there is none. What is
+    left at the end, of at most so many, is cut at such a line break alone.
     """
-    buffer = ""
+    buffer, at = "", 0
     for text in texts:
-        buffer += text
-        while len(buffer) > 2 * PIECE:
-            near = PIECE, 2 * PIECE + 1
+        buffer, at = buffer[at:] + text, 0
+        while len(buffer) - at > 2 * PIECE:
+            near = at + PIECE, at + 2 * PIECE + 1
             match = LINE_BREAK.search(buffer, *near) or BLANK.search(buffer, *near)
-            end = 2 * PIECE if match is None else match.end()
-            yield buffer[:end]
-            buffer = buffer[end:]
-    if buffer:
-        yield from _last_pieces(buffer)
-
-
-def _last_pieces(buffer: str) -> Iterator[str]:
-    """The end of a text, of at most 2 * PIECE characters, by the same rule."""
-    match = LINE_BREAK.search(buffer, PIECE)
+            end = at + 2 * PIECE if match is None else match.end()
+            yield buffer[at:end]
+            at = end
+    match = LINE_BREAK.search(buffer, at + PIECE)
     end = len(buffer) if match is None else match.end()
-    yield buffer[:end]
-    if buffer[end:]:
-        yield buffer[end:]
+    yield from filter(None, (buffer[at:end], buffer[end:]))
 
 
 def encode_long(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " tokens"]:
-    """The ids of `text` as `tokenizer.encode` gives them, in little memory beside them: a tokenizer
-    that puts a blank before each text puts one at every cut, a quarter of a million characters
-    apart.
-    """
-    return _joined(
-        tokenizer.encode(piece, add_special_tokens=number == 0)
-        for number, piece in enumerate(text_pieces([text]))
-    )
+    """The ids of `text` as `tokenizer.encode` gives them, in little memory beside them."""
+    probe = "a"
+    whole, bare = tokenizer.encode(probe), tokenizer.encode(probe, add_special_tokens=False)
+    before = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    around = whole[:before], whole[before + len(bare) :]
+    parts = (tokenizer.encode(piece, add_special_tokens=False) for piece in _cut(tokenizer, text))
+    return _joined(chain([around[0]], parts, [around[1]]))
 
 
 def encode_plain(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " tokens"]:
-    """The ids of `text` as `tokenizer.encode_batch` gives them, in the way of `encode_long`."""
-    return _joined(tokenizer.encode_batch([piece])[0] for piece in text_pieces([text]))
+    """The ids of `text` as `tokenizer.encode_batch` gives them, in little memory beside them."""
+    return _joined(tokenizer.encode_batch([piece])[0] for piece in _cut(tokenizer, text))
+
+
+def _cut(tokenizer: Tokenizer, text: str) -> Iterable[str]:
+    """`text` in pieces, but whole for a tokenizer that puts something before each text."""
+    whole, head, rest = tokenizer.encode_batch(["a\na", "a\n", "a"])
+    return text_pieces([text]) if whole == head + rest else [text]
 
 
 def _joined(parts: Iterable[list[int]]) -> Int32[np.ndarray, " tokens"]:

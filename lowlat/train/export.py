@@ -5,7 +5,7 @@ Owns which numbers a trained model is stored in; names and files are `checkpoint
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -162,19 +162,21 @@ def contents(save: Save) -> tuple[ModelConfig, Recipe, dict[str, Tensor]]:
 
 def teacher_of(save: Save) -> Path:
     """The checkpoint that was learned from. Raises UserError where it is gone or another."""
-    teacher = Path(str(save.facts.get("teacher_files")))
-    there = teacher.exists() and teacher_fingerprint(teacher) == save.facts["teacher"]
-    if not there:
-        what = "holds another model now" if teacher.exists() else "is not there"
-        raise UserError(f"{teacher}: {what}; put back what {save.folder} learned from")
-    return teacher
+    path = save.facts.get("teacher_files")
+    if path is None:
+        raise UserError(f"{save.folder}: does not say where its teacher lies; train a step anew")
+    return _unchanged(Path(str(path)), teacher_fingerprint, save.facts["teacher"], save)
 
 
 def start_of(save: Save) -> Path:
     """The checkpoint whose weights stayed. Raises UserError where it is gone or another."""
     start = Path(str(save.facts["start"]))
-    there = start.exists() and start_fingerprint(start) == save.facts["data"][-1]
-    if not there:
-        what = "holds other weights now" if start.exists() else "is not there"
-        raise UserError(f"{start}: {what}; put back what {save.folder} holds the updates of")
-    return start
+    return _unchanged(start, start_fingerprint, save.facts["data"][-1], save)
+
+
+def _unchanged(path: Path, fingerprint: Callable[[Path], str], known: object, save: Save) -> Path:
+    """`path`, if it is what it was. Raises UserError."""
+    if not path.exists() or fingerprint(path) != known:
+        what = "holds other weights now" if path.exists() else "is not there"
+        raise UserError(f"{path}: {what}; put back what {save.folder} was trained with")
+    return path

@@ -91,6 +91,7 @@ class ScriptedBridge(Bridge):
 
     def __init__(self, model: Model) -> None:
         self.model = model
+        self.max_queue = 1
         self.generations: list[ScriptedGeneration] = []
 
     async def start(self) -> None:

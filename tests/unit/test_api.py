@@ -130,12 +130,18 @@ def test_options_are_looked_at_before_weights(
 
 
 WRONG_TYPES = """
+import numpy
 import lowlat
+alone = {"role": "user", "content": "abc"}
+llm = lowlat.LLM("minnow", context=numpy.int64(64), max_cache_bytes=numpy.int64(1 << 26))
+assert type(llm.model.context) is int
+assert llm.generate(alone, max_tokens=2) == llm.generate([[alone]], max_tokens=2)
 for use in (
     lambda: lowlat.load("minnow", max_cache_bytes=1.5e9),
     lambda: lowlat.load("minnow", context="5"),
     lambda: lowlat.load("minnow", context=2.5),
-    lambda: lowlat.LLM("minnow").generate(["a"], "x"),
+    lambda: llm.generate(["a"], "x"),
+    lambda: llm.generate(["a"], 5),
 ):
     try:
         use()
@@ -145,11 +151,13 @@ for use in (
 
 
 def test_options_of_a_wrong_type_are_named() -> None:
-    """In a process whose calls nothing checks, as a user's are."""
+    """In a process whose calls nothing checks, as a user's are; integers of numpy are integers, and
+    a message alone is a chat, not texts that are its keys.
+    """
     command = [sys.executable, "-c", WRONG_TYPES]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert [line.split(" must be")[0] for line in told] == [
-        "max_cache_bytes", "context", "context", "params",
+        "max_cache_bytes", "context", "context", "params", "params",
     ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ class _DeepSeek(ToolFormat):
         yield from calls.reader.skip_space()
         yield from calls.reader.expect(CALL)
         yield from calls.read_series(lambda: self._read_call(calls), CALL)
-        yield from calls.reader.accept_closing(END)
+        yield from calls.reader.accept_within_call(END)
 
     def _read_call(self, calls: Calls) -> Steps[None]:
         name = calls.checked((yield from self._read_header(calls)))
@@ -36,8 +36,8 @@ class _DeepSeek(ToolFormat):
             raise Malformed("arguments")
         calls.start(name)
         yield from calls.stream_object(CALL_END)
-        yield from calls.reader.accept_closing(FENCE_END.strip())
-        yield from calls.reader.accept_closing(CALL_END)
+        yield from calls.reader.accept_within_call(FENCE_END.strip())
+        yield from calls.reader.accept_within_call(CALL_END)
 
     def _read_header(self, calls: Calls) -> Steps[str]:
         raise NotImplementedError

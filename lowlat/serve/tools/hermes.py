@@ -23,7 +23,7 @@ class Hermes(ToolFormat):
     def _read_call(self, calls: Calls) -> Steps[None]:
         yield from calls.reader.skip_space()
         yield from calls.read_object_call(until=CLOSE)
-        yield from calls.reader.accept_closing(CLOSE)
+        yield from calls.reader.accept_within_call(CLOSE)
 
     def rule(self, grammar: Lark, functions: Sequence[Function], *, several: bool) -> Rule:
         bodies = [

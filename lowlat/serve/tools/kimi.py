@@ -30,7 +30,7 @@ class Kimi(ToolFormat):
         yield from calls.reader.skip_space()
         yield from calls.reader.expect(CALL)
         yield from calls.read_series(lambda: self._read_call(calls), CALL)
-        yield from calls.reader.accept_closing(END)
+        yield from calls.reader.accept_within_call(END)
 
     def _read_call(self, calls: Calls) -> Steps[None]:
         header = yield from calls.reader.read_until(ARGUMENTS, limit=MAX_HEADER)
@@ -42,7 +42,7 @@ class Kimi(ToolFormat):
             raise Malformed("header")
         calls.start(name)
         yield from calls.stream_object(CALL_END)
-        yield from calls.reader.accept_closing(CALL_END)
+        yield from calls.reader.accept_within_call(CALL_END)
 
     def rule(self, grammar: Lark, functions: Sequence[Function], *, several: bool) -> Rule:
         number = grammar.pattern("/[0-9]{1,4}/")

@@ -47,7 +47,7 @@ class MistralList(_Mistral):
         yield from calls.reader.skip_space()
         yield from calls.reader.expect("[")
         yield from calls.read_series(one, ",")
-        yield from calls.reader.accept_closing("]")
+        yield from calls.reader.accept_within_call("]")
 
     def rule(self, grammar: Lark, functions: Sequence[Function], *, several: bool) -> Rule:
         items = [

@@ -123,13 +123,15 @@ class Reader:
                 return None
             yield
 
-    def accept_closing(self, literal: str) -> Steps[None]:
+    def accept_within_call(self, literal: str) -> Steps[bool]:
         """Read spaces and `literal` if they come next, or what there is of it where the text ends
-        within it: an answer may be cut off there."""
-        if (yield from self.accept_after_space(literal)) is None and self._ended:
+        within it: an answer may be cut off there. Whether all of it came."""
+        found = yield from self.accept_after_space(literal)
+        if found is None and self._ended:
             rest = self.unread.lstrip()
             if rest and literal.startswith(rest):
                 self._at = len(self._text)
+        return found is not None
 
     def skip_space(self) -> Steps[None]:
         """Read what spaces and line ends come next."""

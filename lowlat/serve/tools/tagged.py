@@ -172,7 +172,7 @@ class Glm(_Tagged):
 
     def _read_key(self, calls: Calls) -> Steps[str | None]:
         reader = calls.reader
-        if (yield from reader.accept_after_space("<arg_key>")) is None:
+        if not (yield from reader.accept_within_call("<arg_key>")):
             return None
         key = yield from reader.read_until("</arg_key>", limit=MAX_NAME)
         yield from reader.skip_space()
@@ -180,7 +180,7 @@ class Glm(_Tagged):
         return key.strip()
 
     def _read_end(self, calls: Calls) -> Steps[None]:
-        yield from calls.reader.accept_closing(CLOSE)
+        yield from calls.reader.accept_within_call(CLOSE)
 
     def _body(self, grammar: Lark, function: Function) -> Rule:
         return grammar.sequence(function.name + "\n", *self._pairs(grammar, function))
@@ -201,13 +201,13 @@ class QwenCoder(_Tagged):
         return (yield from calls.reader.read_until(">", limit=MAX_NAME)).strip()
 
     def _read_key(self, calls: Calls) -> Steps[str | None]:
-        if (yield from calls.reader.accept_after_space("<parameter=")) is None:
+        if not (yield from calls.reader.accept_within_call("<parameter=")):
             return None
         return (yield from calls.reader.read_until(">", limit=MAX_NAME)).strip()
 
     def _read_end(self, calls: Calls) -> Steps[None]:
-        yield from calls.reader.accept_closing("</function>")
-        yield from calls.reader.accept_closing(CLOSE)
+        yield from calls.reader.accept_within_call("</function>")
+        yield from calls.reader.accept_within_call(CLOSE)
 
     def _body(self, grammar: Lark, function: Function) -> Rule:
         pairs = self._pairs(grammar, function)

@@ -112,15 +112,15 @@ def test_every_format_is_read(tools: ToolFormat) -> None:
 def test_where_reasoning_begins_and_ends() -> None:
     """By the marks, not by what is shown: line ends are held back."""
     pieces = ["<thi", "nk>", "\n", "a", "\n\n", "</thi", "nk>", "\n", "b"]
-    for thinking, known in (("maybe", False), ("begun", True)):
+    for thinking, known in (("maybe", "none"), ("begun", "begun")):
         parser = AnswerParser(marks=MARKS, thinking=thinking)
-        states = [parser.is_reasoning]
+        states = [parser.reasoning]
         for piece in pieces:
             parser.push(piece)
-            states.append(parser.is_reasoning)
-        assert states == [known, known, True, True, True, True, True, False, False, False]
-    assert not AnswerParser(marks=MARKS, thinking="never").is_reasoning
-    assert not AnswerParser(marks=None, thinking="begun").is_reasoning
+            states.append(parser.reasoning)
+        assert states == [known, known, *["begun"] * 5, "over", "over", "over"]
+    assert AnswerParser(marks=MARKS, thinking="never").reasoning == "none"
+    assert AnswerParser(marks=None, thinking="begun").reasoning == "none"
 
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)

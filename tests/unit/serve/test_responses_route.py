@@ -1,16 +1,22 @@
 """POST /v1/responses: its translation to chats, its items, its events."""
 
+import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from lowlat.serve.answer import AnswerParser, ReasoningMarks, Thinking
+from lowlat.serve.call import Call
+from lowlat.serve.generation import Delta
 from lowlat.serve.protocol.messages import AssistantMessage
 from lowlat.serve.protocol.responses import ResponsesRequest
 from lowlat.serve.protocol.responses_output import ResponseObject
 from lowlat.serve.responses_chat import as_chat
 from lowlat.serve.responses_output import Output
+from lowlat.serve.responses_reply import ResponsesReply
 from lowlat.serve.tools.parts import (
     ContentPart,
     ReasoningPart,
@@ -51,6 +57,55 @@ def test_whole_answer(client: TestClient, bridge: FakeBridge) -> None:
     params = bridge.asked[0].params
     assert (params.max_tokens, params.temperature) == (9, 0.5)
     assert b"Be kind" in bytes(id for id in bridge.asked[0].prompt if id < 256)
+
+
+class Told(Call):
+    """Of which each step brings a text and so many tokens."""
+
+    def __init__(self, steps: list[tuple[str, int]]) -> None:
+        self._steps = steps
+        self._generations = []
+        self.num_tokens = 0
+
+    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        for number, (text, count) in enumerate(self._steps, 1):
+            reason = "stop" if number == len(self._steps) else None
+            yield (
+                0,
+                Delta(
+                    index=0,
+                    text=text,
+                    tokens=(7,) * count,
+                    logprobs=(),
+                    finish_reason=reason,
+                    error=None,
+                ),
+            )
+
+
+@pytest.mark.parametrize(
+    ("steps", "thinking", "count"),
+    [
+        (
+            [(p, 1) for p in ("<think>", "\n", "a", "\n\n", "b", "</think>", "\n\n", "c")],
+            "maybe",
+            6,
+        ),
+        ([(p, 1) for p in ("\n", "a", "\n", "</think>", "c", "d")], "begun", 4),
+        ([("<think>a b c</think>x", 6), ("y", 1)], "maybe", 6),
+        ([("<think>a", 2), ("", 1), ("b</think>", 2), ("x", 1)], "maybe", 5),
+        ([("a", 1), ("<think>b</think>", 3)], "maybe", 0),
+        ([("a", 1)], "never", 0),
+    ],
+)
+def test_tokens_of_reasoning(steps: list[tuple[str, int]], thinking: Thinking, count: int) -> None:
+    """Marks and line ends that are held back are counted with it."""
+    parser = AnswerParser(marks=ReasoningMarks("<think>", "</think>"), thinking=thinking)
+    request = ResponsesRequest.model_validate(BODY)
+    reply = ResponsesReply(Told(steps), request, parser)
+    answer = asyncio.run(reply.whole())
+    assert answer.usage is not None
+    assert answer.usage.output_tokens_details.reasoning_tokens == count
 
 
 def test_events(client: TestClient) -> None:

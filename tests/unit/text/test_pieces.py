@@ -1,13 +1,14 @@
 """Texts in pieces: cut at the same places however they come, without changing tokens."""
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
-from fakes import byte_tokenizer
+from fakes import BOS, EOS, byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers
+from tokenizers import pre_tokenizers, processors
 
 from lowlat.text import pieces
 from lowlat.text.pieces import encode_long, encode_plain, text_pieces
@@ -69,9 +70,44 @@ def test_cuts_change_no_word(family: str, blanks: tuple[str, ...]) -> None:
     assert seen > 100
 
 
-def test_long_texts_are_encoded_as_short_ones() -> None:
-    """What stands before a text stands there once."""
+LONG = "three\nfour five\n\nsix é 七\n" * 20
+
+
+@pytest.mark.parametrize("text", ["", "x", "one\ntwo", LONG])
+@pytest.mark.parametrize("around", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
+def test_long_texts_are_encoded_as_short_ones(text: str, around: str) -> None:
+    """What stands before and behind a text stands there once."""
     tokenizer = byte_tokenizer()
-    for text in ("", "one\ntwo", "three\nfour five\n\nsix é 七\n" * 20):
-        assert encode_long(tokenizer, text).tolist() == tokenizer.encode(text)
-        assert encode_plain(tokenizer, text).tolist() == tokenizer.encode_batch([text])[0]
+    specials = [("<s>", BOS), ("</s>", EOS)]
+    template = processors.TemplateProcessing(single=around, special_tokens=specials)
+    tokenizer._backend.post_processor = template  # pyright: ignore[reportPrivateUsage]
+    assert encode_long(tokenizer, text).tolist() == tokenizer.encode(text)
+    assert encode_plain(tokenizer, text).tolist() == tokenizer.encode_batch([text])[0]
+
+
+def test_texts_that_a_tokenizer_begins_in_a_way_of_its_own_stay_whole() -> None:
+    """Holds shut: a blank at every cut, as sentencepiece puts one before each text."""
+    tokenizer = byte_tokenizer()
+    tokenizer._backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # pyright: ignore[reportPrivateUsage]
+    assert len(list(text_pieces([LONG]))) > 5
+    assert encode_long(tokenizer, LONG).tolist() == tokenizer.encode(LONG)
+    assert encode_plain(tokenizer, LONG).tolist() == tokenizer.encode_batch([LONG])[0]
+
+
+def test_cutting_takes_time_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the characters that are copied: holds shut a copy of all that is left at every cut."""
+    copied = 0
+
+    class Counted(str):
+        def __getitem__(self, key: Any) -> "Counted":
+            nonlocal copied
+            found = Counted(super().__getitem__(key))
+            copied += len(found)
+            return found
+
+        def __radd__(self, other: str) -> "Counted":
+            return self
+
+    text = Counted("word " * 40_000)
+    assert sum(map(len, text_pieces([text]))) == len(text)
+    assert copied <= 2 * len(text)

@@ -219,7 +219,7 @@ def test_base_that_is_gone(tmp_path: Path) -> None:
     raw = lora_recipe(phase=tuning.phases({"steps": 1}))
     run = tuning.train(tmp_path, raw, start=base)
     base.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"base: is not there; put back what .* the updates of"):
+    with pytest.raises(UserError, match=r"base: is not there; put back what .* was trained with"):
         export_save(run.path, tmp_path / "dst", step=None, dtype="fp32")
     tuning.checkpoint(base, tuning.config(), seed=8)
     with pytest.raises(UserError, match="base: holds other weights now"):
