@@ -40,7 +40,10 @@ def _commands(command: Any, name: str, parent: Any) -> Iterator[tuple[str, Any, 
 
 def _section(name: str, command: Any, context: Any) -> str:
     records = [parameter.get_help_record(context) for parameter in command.params]
-    rows = [f"| `{_cell(record[0])}` | {_cell(record[1])} |" for record in records if record]
+    # Types, whose names differ from one version of typer to the next, tell little beside the help.
+    names = (re.sub(r" <[^>]*>", "", record[0]) for record in records if record)
+    told = (record[1] for record in records if record)
+    rows = [f"| `{_cell(name)}` | {_cell(text)} |" for name, text in zip(names, told, strict=True)]
     table = ["| | |", "|---|---|", *rows] if rows else []
     said = re.sub(r"\n(?!\n)(?<!\n\n)", " ", (command.help or "").strip())
     return "\n".join([f"## {name}\n", said, "", *table, ""])

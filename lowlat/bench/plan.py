@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lowlat.ops import native
@@ -55,6 +55,13 @@ class Plan:
     peers: tuple[Peer, ...] = ()
     rounds: int = ROUNDS
     """Every cell is measured once per round by every program in turn."""
+    unasked: tuple[Kind, ...] = ()
+    """Kinds whose lengths nobody chose."""
+
+    def within(self, context: int) -> "Plan":
+        """Without the lengths beyond `context` that nobody chose."""
+        kept = [c for c in self.cells if c.tokens <= context or c.kind not in self.unasked]
+        return replace(self, cells=tuple(kept or self.cells))
 
     @property
     def context(self) -> int:
@@ -64,15 +71,16 @@ class Plan:
 
 def make_plan(
     *,
-    prefill: str = PREFILL,
-    decode: str = DECODE,
+    prefill: str | None = None,
+    decode: str | None = None,
     dtype: str = "bf16",
     cache: str = "auto",
     threads: int | None = None,
     peers: str = "",
     rounds: int = ROUNDS,
 ) -> Plan:
-    """The plan behind the options as typed; cache "auto" is fp32 for fp32 weights, else bf16.
+    """The plan behind the options as typed; cache "auto" is fp32 for fp32 weights, else bf16, and
+    lengths that are None are PREFILL and DECODE, as far as the model goes.
 
     Raises UserError naming the option that is wrong.
     """
@@ -84,8 +92,16 @@ def make_plan(
     plain = "fp32" if dtype == "fp32" else "bf16"
     if rounds < 1:
         raise UserError(f"--rounds {rounds}: give at least 1")
-    cells = [Cell(kind="prefill", tokens=n) for n in parse_lengths("--prefill", prefill)]
-    cells += [Cell(kind="decode", tokens=n) for n in parse_lengths("--decode", decode)]
+    asked: dict[Kind, str | None] = {"prefill": prefill, "decode": decode}
+    wanted: dict[Kind, str] = {
+        "prefill": PREFILL if prefill is None else prefill,
+        "decode": DECODE if decode is None else decode,
+    }
+    cells = [
+        Cell(kind=kind, tokens=n)
+        for kind, lengths in wanted.items()
+        for n in parse_lengths(f"--{kind}", lengths)
+    ]
     if not cells:
         raise UserError("--prefill and --decode are both empty; give at least one length")
     return Plan(
@@ -95,6 +111,7 @@ def make_plan(
         threads=check_threads(threads),
         peers=parse_peers(peers),
         rounds=rounds,
+        unasked=tuple(kind for kind, lengths in asked.items() if lengths is None),
     )
 
 

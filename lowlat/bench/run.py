@@ -52,6 +52,7 @@ def bench(model: str, plan: Plan, progress: Progress) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"{model}: bench reads folders in the Hugging Face layout; give one")
     config = read_config(open_checkpoint(path))
+    plan = plan.within(config.max_position_embeddings)
     if plan.context > config.max_position_embeddings:
         raise UserError(
             f"{plan.context:,} tokens exceed the model's max_position_embeddings of "

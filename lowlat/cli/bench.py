@@ -23,11 +23,22 @@ def bench(
         ),
     ],
     prefill: Annotated[
-        str, typer.Option(metavar="N,...", help="Prompt lengths; '' for none.")
-    ] = PREFILL,
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help=f"Prompt lengths; '' for none, by default {PREFILL} as far as the model goes.",
+            show_default=False,
+        ),
+    ] = None,
     decode: Annotated[
-        str, typer.Option(metavar="N,...", help="Tokens in the cache before a step; '' for none.")
-    ] = DECODE,
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help="Tokens in the cache before a step; '' for none, by default "
+            f"{DECODE} as far as the model goes.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Weights: bf16, int8, int4, fp8 or fp32.")] = "bf16",
     cache: Annotated[
         str,

@@ -19,7 +19,8 @@ def collect(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="A text used for evaluation: none of its paragraphs gets into the corpus.",
+            help="A text used for evaluation: none of its paragraphs of 80 characters or more (the "
+            "recipe's repeated_from) gets into the corpus, in whatever spelling.",
         ),
     ] = None,
     accept_newer: Annotated[

@@ -115,19 +115,20 @@ def _depth(config: ModelConfig) -> str:
 
 def _cache(config: ModelConfig, cost: CacheCost, dtype: str) -> Table:
     table = _table(f"Cache per token ({dtype})", "bytes", "per layer", "ratio")
-    own = cost.elements_per_token_layer
+    own, own_size = cost.elements_per_token_layer, cost.own_bytes_per_token(dtype)
     heads = config.num_attention_heads
     groups = min(8, heads)
     rows = [
-        (f"this model: {short_name(config.attention)}", own, cost.own_bytes_per_token(dtype)),
+        (f"this model: {short_name(config.attention)}", own, own_size),
         ("MQA, 1 group", cost.mqa, cost.bytes_per_token(cost.mqa, dtype)),
         (f"GQA, {groups} groups", cost.gqa8, cost.bytes_per_token(cost.gqa8, dtype)),
         (f"MHA, {heads} heads", cost.mha, cost.bytes_per_token(cost.mha, dtype)),
     ]
+    largest = max(size for _, _, size in rows)
     for index, (name, elements, size) in enumerate(rows):
         style, color = ("", "blue") if index else ("bold green", "green")
-        bar = Text(_bar(elements / max(own, cost.mha)), style=color)
-        ratio = f"{elements / own:.2f}"
+        bar = Text(_bar(size / largest), style=color)
+        ratio = f"{size / own_size:.2f}"
         table.add_row(name, f"{size:,}", f"{round(elements, 1):,}", ratio, bar, style=style)
     table.add_section()
     note = "row / (2 d_h)"

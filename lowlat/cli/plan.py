@@ -19,11 +19,13 @@ from lowlat.utils.errors import UserError
 if TYPE_CHECKING:
     from lowlat.train.plan.job import Job
     from lowlat.train.plan.machine import Machine
+    from lowlat.train.recipe import Recipe
 
 MACHINES = ("h800", "h100")
 DEFAULT_LENGTH = 4096
 DEFAULT_ROWS = 4096
 TOP = 10
+MOST_GB = 1e6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +158,7 @@ def _recipe(path: Path, changes: list[str]) -> Subject:
     from lowlat.utils.progress import make_progress
 
     recipe = read_recipe(path, changes)
+    _check_whole(recipe, path)
     start = start_files(recipe, path, make_progress())
     config = recipe_config(recipe, path, start)
     check_parallel(config, recipe, str(path))
@@ -165,6 +168,20 @@ def _recipe(path: Path, changes: list[str]) -> Subject:
     except UserError as error:
         raise UserError(f"{path}: [parallel]: {error}") from error
     return Subject(name=recipe.name, config=config, job=job, machine=H100, has_layout=True)
+
+
+def _check_whole(recipe: "Recipe", path: Path) -> None:
+    """Raises UserError for a training that is not of all weights, by an ordinary loss."""
+    for key, is_there in (
+        ("lora", recipe.lora is not None),
+        ("trainable", recipe.trainable != "all"),
+        ("distillation", recipe.distillation is not None),
+    ):
+        if is_there:
+            raise UserError(
+                f"{path}: {key}: plan is of trainings of whole models; lowlat train {path} "
+                "--dry-run counts this one"
+            )
 
 
 def _machine(
@@ -177,6 +194,9 @@ def _machine(
     machine = default if name is None else MACHINES[name]
     if memory is not None:
         machine = replace(machine, memory_bytes=parse_memory(memory))
+        if machine.usable_bytes <= 0:
+            kept = machine.reserve_bytes / 1e9
+            raise UserError(f"--memory '{memory}': {kept:g} GB are kept free of it; give more")
     if network is not None:
         if not 0 < network < float("inf"):
             raise UserError(f"--network {network}: give gigabytes per second, above 0")
@@ -187,6 +207,6 @@ def _machine(
 def parse_memory(text: str) -> int:
     """Bytes of '80GB', '80 GiB', '80'; GB as devices are sold, 2^30 bytes. Raises UserError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:G|GB|GiB)?", text.strip(), re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
+    if match is None or not 0 < float(match[1]) <= MOST_GB:
         raise UserError(f"--memory '{text}': write a size in gigabytes, such as 80GB")
     return int(float(match[1]) * 2**30)

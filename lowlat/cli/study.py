@@ -234,19 +234,23 @@ def _study(
     output: _Output,
 ) -> None:
     page = output.page
-    from lowlat.study.page import write_page
+    from lowlat.study.page import check_page, write_page
     from lowlat.study.plot import require_matplotlib
     from lowlat.study.table import show
     from lowlat.utils.progress import make_progress
 
     progress = make_progress(quiet=output.quiet)
+    if page is not None and page.suffix != ".md":
+        raise UserError(f"--page {page}: give a file that ends in .md")
     if output.dry_run:
         from lowlat.study.dry_run import describe
 
         return describe(plan, folder, progress, as_json=output.as_json)
     require_matplotlib()
-    if page is not None and page.suffix != ".md":
-        raise UserError(f"--page {page}: give a file that ends in .md")
+    # Hours of training come before they are written.
+    check_page(output.out / "report.md", "--out")
+    if page is not None:
+        check_page(page, "--page")
     report = run(plan, folder, output.out.resolve(), progress, _command(plan))
     written = write_page(report, output.out / "report.md")
     if page is not None:

@@ -23,21 +23,39 @@ TITLES = {
     "mtp": "Multi-token prediction on and off",
     "precision": "Training in bf16, FP8 and fp32",
 }
+SUFFIXES = (".md", ".svg", ".json")
 OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}
+
+
+def check_page(page: Path, option: str) -> None:
+    """Make its folder and raise UserError, naming the `option` that gave it, where a page cannot be
+    written.
+    """
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        for path in map(page.with_suffix, SUFFIXES):
+            is_new = not path.exists()
+            path.open("ab").close()
+            if is_new:
+                path.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{option}: {page} cannot be written ({error.strerror}); give another place"
+        ) from error
 
 
 def write_page(report: Report, page: Path) -> list[Path]:
     """Write `page` (.md), its picture (.svg) and its figures (.json) side by side; what was
     written. Raises UserError where that cannot be.
     """
-    picture, figures = page.with_suffix(".svg"), page.with_suffix(".json")
+    _, picture, figures = (page.with_suffix(suffix) for suffix in SUFFIXES)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         draw(report, picture)
         figures.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         page.write_text(page_text(report, picture.name, figures.name), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--page {page}: cannot be written ({error.strerror})") from error
+        raise UserError(f"{page}: cannot be written ({error.strerror})") from error
     return [page, picture, figures]
 
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowlat.train.corpus.archive import read_members
-from lowlat.train.corpus.clean import Paragraphs, even_text
+from lowlat.train.corpus.clean import KeptOut, Paragraphs, even_text
 from lowlat.train.corpus.document import Document
 from lowlat.train.corpus.extract import Extracted, extract
 from lowlat.train.corpus.fetch import Archive, fetch_archive
@@ -62,13 +62,12 @@ def collect_corpus(
     ]
     with progress.task("dropping what repeats", len(collected)) as task:
         paragraphs = Paragraphs(recipe.repeated_from)
-        for text in evaluation:
-            paragraphs.add(text)
+        kept_out = KeptOut(evaluation, recipe.repeated_from)
         for one in collected:
             for document in one.extracted.held_out:
                 paragraphs.add(document.text)
         for one in collected:
-            _once(one.extracted, paragraphs, one.source)
+            _once(one.extracted, paragraphs, kept_out, one.source)
             if one.source.wikitext:
                 both = spell_as_wikitext(one.extracted.train, one.extracted.held_out)
                 one.extracted.train, one.extracted.held_out = both
@@ -96,11 +95,15 @@ def _evaluation_text(path: Path, recipe: CorpusRecipe) -> str:
     return even_text("\n\n".join(line for line in lines if line), plain_quotes=recipe.plain_quotes)
 
 
-def _once(extracted: Extracted, paragraphs: Paragraphs, source: Source) -> None:
-    """Takes paragraphs seen before out of the training documents, then keeps to the size limit."""
+def _once(extracted: Extracted, paragraphs: Paragraphs, kept_out: KeptOut, source: Source) -> None:
+    """Takes paragraphs seen before, and those to keep out, from the training documents, then keeps
+    to the size limit.
+    """
     kept: list[Document] = []
     for document in extracted.train:
-        text, dropped = paragraphs.without_seen(document.text)
+        text, theirs = kept_out.without(document.text)
+        extracted.drop("paragraphs of texts to keep out", theirs)
+        text, dropped = paragraphs.without_seen(text)
         extracted.drop("paragraphs that repeat", dropped)
         if len(text) < source.min_chars:
             extracted.drop("documents of which too little is new")

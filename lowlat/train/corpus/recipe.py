@@ -194,6 +194,8 @@ def _place(location: tuple[int | str, ...], raw: dict[str, Any]) -> str:
     parts = [str(part) for part in location]
     prefix = ""
     if len(location) > 1 and location[0] == "source" and isinstance(location[1], int):
-        prefix = f"source {raw['source'][location[1]].get('name', location[1])}: "
+        source = raw["source"][location[1]]
+        name = source.get("name", location[1]) if isinstance(source, dict) else location[1]
+        prefix = f"source {name}: "
         parts = parts[2:]
     return prefix + (f"{'.'.join(parts)}: " if parts else "")

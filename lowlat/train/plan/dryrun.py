@@ -226,6 +226,7 @@ def layout_of(parallel: Parallel) -> Layout:
         fsdp=parallel.fsdp,
         zero=zero,
         tp=parallel.tensor,
+        divides_tables=False,
         cp=parallel.context,
         ep=parallel.expert,
         pp=parallel.pipeline,

@@ -36,6 +36,8 @@ class Layout:
     tp: int = 1
     """Devices that divide every projection; activations between them are divided by token, evenly
     or not."""
+    divides_tables: bool = True
+    """Whether tp divides embedding, head and loss too; lowlat's trainer keeps them whole."""
     cp: int = 1
     """Devices that divide a sequence."""
     ep: int = 1
@@ -46,6 +48,11 @@ class Layout:
     """Order of micro-batches in the pipeline."""
     stages_per_device: int = 2
     """Stages of a device with the interleaved schedule."""
+
+    @property
+    def table_parts(self) -> int:
+        """Parts of embedding and head, of which a device has one."""
+        return self.tp if self.divides_tables else 1
 
     @property
     def replicas(self) -> int:

@@ -128,12 +128,17 @@ def _activations(config: ModelConfig, job: Job, stages: list[Stage]) -> dict[str
     kept: dict[str, float] = {}
     for stage in stages:
         tokens = job.device_tokens * in_flight(job.layout, job.micro_batches, stage.index)
-        kinds = Counter(config.is_moe_layer(layer) for layer in stage.all_layers(config))
-        example = {config.is_moe_layer(layer): layer for layer in stage.all_layers(config)}
-        for is_moe, count in kinds.items():
-            for name, size in layer_bytes(config, example[is_moe], job).items():
+        # Layers of one form take the same.
+        example = {_form(config, layer): layer for layer in stage.all_layers(config)}
+        forms = Counter(_form(config, layer) for layer in stage.all_layers(config))
+        for form, count in forms.items():
+            for name, size in layer_bytes(config, example[form], job).items():
                 kept[name] = kept.get(name, 0.0) + size * tokens * count
     return kept
+
+
+def _form(config: ModelConfig, layer: int) -> tuple[bool, object]:
+    return config.is_moe_layer(layer), config.attention_of(layer)
 
 
 def _workspace(config: ModelConfig, job: Job, stages: list[Stage]) -> float:
@@ -158,7 +163,8 @@ def _workspace(config: ModelConfig, job: Job, stages: list[Stage]) -> float:
 def _loss(config: ModelConfig, job: Job) -> float:
     """The head's gradient, made with the loss, and a piece of the logits, for every head."""
     heads = 1 + config.num_nextn_predict_layers
-    gradient = FP32_BYTES * config.vocab_size * config.hidden_size / job.layout.tp
+    parts = job.layout.table_parts
+    gradient = FP32_BYTES * config.vocab_size * config.hidden_size / parts
     hidden = job.device_tokens * config.hidden_size * job.element_bytes
-    logits = min(PIECE_ELEMENTS, job.device_tokens * config.vocab_size / job.layout.tp)
+    logits = min(PIECE_ELEMENTS, job.device_tokens * config.vocab_size / parts)
     return heads * (gradient + hidden) + PIECE_COPIES * FP32_BYTES * logits

@@ -90,15 +90,15 @@ def stage_work(config: ModelConfig, stage: Stage, sequence_length: int) -> Work:
 def device_parameters(config: ModelConfig, stages: list[Stage], layout: Layout) -> dict[str, float]:
     """Parameters of a device that holds `stages`, by part, before any share among replicas.
 
-    tp divides every matrix but the down-projections to MLA's latents and the router; ep and tp
-    divide routed experts.
+    tp divides every matrix but the down-projections to MLA's latents and the router, embedding and
+    head as the layout says; ep and tp divide routed experts.
     """
     moe, hidden, tp = config.moe, config.hidden_size, layout.tp
     numbers = [layer for stage in stages for layer in stage.all_layers(config)]
     layers = len(numbers)
     sparse = sum(stage.moe_layers(config) for stage in stages)
     first, last = any(s.is_first for s in stages), any(s.is_last for s in stages)
-    table = config.vocab_size * hidden / tp
+    table = config.vocab_size * hidden / layout.table_parts
     depth = config.num_nextn_predict_layers if last else 0
     needs_embedding = first or depth or (last and config.tie_word_embeddings)
     expert = 0.0 if moe is None else sparse * expert_parameters(config) / tp

@@ -19,6 +19,15 @@ def test_a_plan_has_prompts_first_and_rising() -> None:
     assert plan.context == 300
 
 
+def test_lengths_nobody_chose_end_with_the_context() -> None:
+    """Holds shut: a command without options that no model of a short context could take."""
+    lengths = [(c.kind, c.tokens) for c in make_plan(threads=1).within(2048).cells]
+    assert lengths == [("prefill", 512), ("prefill", 2048), ("decode", 128), ("decode", 2048)]
+    chosen = make_plan(prefill="512,4096", threads=1).within(2048)
+    assert chosen.context == 4096
+    assert make_plan(threads=1).within(64).context == 32768, "nothing would be left"
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [

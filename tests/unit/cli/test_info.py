@@ -1,6 +1,7 @@
 """`lowlat info`: exact numbers as JSON and as tables; presets without weights, checkpoints too."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -88,6 +89,15 @@ def test_what_to_expect_of_this_machine(
     info("qwen2.5-72b")
     told = " ".join(capsys.readouterr().out.split())
     assert "read from disk at every step" in told and "experts" not in told.split("this machine")[1]
+
+
+def test_ratios_are_of_the_bytes_beside_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """A rotary key stays bf16 in an int8 cache: so channels are no measure."""
+    info("deepseek-v2-lite", cache="int8")
+    rows = re.findall(r"([\d,]+) +[\d,.]+ +(\d+\.\d\d) ", capsys.readouterr().out)
+    sizes = [int(size.replace(",", "")) for size, _ in rows]
+    assert len(rows) == 4
+    assert [float(ratio) for _, ratio in rows] == [round(s / sizes[0], 2) for s in sizes]
 
 
 @pytest.mark.parametrize("packing", ["int8", "int4"])

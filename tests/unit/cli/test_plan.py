@@ -57,6 +57,31 @@ def test_json_of_the_published_layout(capsys: pytest.CaptureFixture[str]):
     assert "search" not in answer
 
 
+@pytest.mark.parametrize("size", ["3GB", "3.5", "9" * 400])
+def test_memory_that_no_device_has(size: str):
+    with pytest.raises(UserError, match=r"--memory '\d+"):
+        plan("deepseek-v3", memory=size)
+
+
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [
+        ("[lora]\nrank = 4\nalpha = 8.0\n", "lora"),
+        ('[distillation]\nteacher = "x"\n', "distillation"),
+    ],
+)
+def test_trainings_of_part_of_a_model_are_refused(tmp_path: Path, table: str, key: str):
+    """Holds shut: figures of a training of all weights."""
+    recipe = RECIPE.replace("[data]", f"{table}[data]")
+    if key == "lora":
+        recipe = re.sub(r"\[model\].*?(?=\[lora\])", "", recipe, flags=re.DOTALL)
+        recipe = recipe.replace('precision = "fp32"', 'precision = "fp32"\nstart = "minnow"')
+    path = tmp_path / "r.toml"
+    path.write_text(recipe)
+    with pytest.raises(UserError, match=rf"r\.toml: {key}: .*--dry-run"):
+        plan(str(path))
+
+
 def test_less_memory_is_told(capsys: pytest.CaptureFixture[str]):
     plan("deepseek-v3", memory="64GB", as_json=True)
     assert json.loads(capsys.readouterr().out)["estimate"]["fits"] is False

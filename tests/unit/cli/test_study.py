@@ -8,6 +8,8 @@ import pytest
 from train.data.conftest import Make, make_folder, texts
 from typer.testing import Result
 
+from lowlat.utils.errors import UserError
+
 __all__ = ["make_folder"]  # the fixture
 
 Invoke = Callable[..., Result]
@@ -51,6 +53,20 @@ def test_faults(
     common = ("--data", tokens, "--out", str(tmp_path / "runs"))
     result = lowlat("study", "attention", *common, *arguments)
     assert result.exit_code != 0 and reason in str(result.exception)
+
+
+@pytest.mark.parametrize("option", ["--out", "--page"])
+def test_places_that_take_nothing_are_told_before_training(
+    lowlat: Invoke, tokens: str, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "file").touch()
+    place = {"--out": str(tmp_path / "runs"), "--page": str(tmp_path / "page.md")}
+    place[option] = str(tmp_path / "file" / "page.md")
+    common = ("--data", tokens, "--size", "tiny", "--quiet", "--seeds", "1", "--steps", "2")
+    result = lowlat("study", "mtp", *common, *(word for pair in place.items() for word in pair))
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).startswith(f"{option}: {tmp_path / 'file'}")
+    assert not list(tmp_path.glob("runs/*")) and not (tmp_path / "page.md").exists()
 
 
 def test_a_study_from_the_command_line(lowlat: Invoke, tokens: str, tmp_path: Path) -> None:

@@ -69,5 +69,5 @@ def test_failed_arms_are_told(size: Size, data: TokenFolder, tmp_path: Path) -> 
 
 def test_pages_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--page .*cannot be written"):
+    with pytest.raises(UserError, match=r"page\.md: cannot be written"):
         write_page({"arms": [], "study": "mtp"}, tmp_path / "file" / "page.md")

@@ -63,10 +63,13 @@ def test_a_corpus_and_what_is_written_down(shelf: Path, tmp_path: Path) -> None:
     assert notes["text"] == "Note.\n\nEnd."
     assert (out / "licences" / "speeches" / "p_LICENCE").read_bytes() == b"free"
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["sources"][1]["dropped"] == {"paragraphs that repeat": 3}
+    assert manifest["sources"][1]["dropped"] == {
+        "paragraphs that repeat": 2,
+        "paragraphs of texts to keep out": 1,
+    }
     assert manifest["train_bytes"] == summary.train_bytes == len(f"Old's.\n\n{LONG}Note.\n\nEnd.")
     licences = (out / "LICENCES.md").read_text()
-    assert "- left out: 3 paragraphs that repeat" in licences
+    assert "2 paragraphs that repeat" in licences
     assert "## speeches" in licences and "npm:@a/b==1.0" in licences and "LICENCE" in licences
     assert not list(tmp_path.glob(".out*"))
 
@@ -108,6 +111,34 @@ def test_articles_are_spelled_after_what_repeats_is_left_out(shelf: Path, tmp_pa
     claws, tail = (one["text"] for one in records(tmp_path / "out" / "train" / "x.jsonl"))
     assert claws == " \n = <unk> = \n \n <unk> , one , one . \n \n"
     assert tail == " \n = <unk> = \n \n <unk> , one . \n <unk> , one . \n \n"
+
+
+def test_texts_to_keep_out_are_known_in_another_spelling(shelf: Path, tmp_path: Path) -> None:
+    """As WikiText has them, a word in ten unknown. Holds shut: evaluation text in a corpus."""
+    theirs = (
+        "The European lobster's claws are unequal: one is for crushing, the other, of 2,500 small "
+        "teeth, for cutting; it may well-nigh double its weight in a year or so."
+    )
+    spelled = (
+        " The European <unk> 's claws are unequal : one is for crushing , the other , of 2 @,@ 500 "
+        "small teeth , for <unk> ; it may well @-@ nigh double its weight in a year or so . "
+    )
+    own = "Lobsters of a year, or of two, are for the most part caught in pots, and are of no use."
+    dump = export(page("Claws", f"{theirs}\n\n{own}"))
+    keep_out = tmp_path / "evaluation.txt"
+    keep_out.write_text(f" \n = Claws = \n \n{spelled}\n")
+    source = make_source(
+        make_tgz(shelf / "c-1.0.tgz", {"p/dump.xml": dump}),
+        "npm:c==1.0",
+        name="x",
+        members=["*.xml"],
+        format="mediawiki",
+    )
+    collect([source], tmp_path / "out", keep_out=[keep_out])
+    (record,) = records(tmp_path / "out" / "train" / "x.jsonl")
+    assert own in record["text"] and "unequal" not in record["text"]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["sources"][0]["dropped"] == {"paragraphs of texts to keep out": 1}
 
 
 def test_an_existing_folder_is_never_touched(shelf: Path, tmp_path: Path) -> None:

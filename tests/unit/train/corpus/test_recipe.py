@@ -93,6 +93,13 @@ def test_faults_name_source_and_field(tmp_path: Path, old: str, new: str, messag
         read_corpus_recipe(path)
 
 
+def test_a_source_that_is_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('name = "x"\nsource = ["y"]\n')
+    with pytest.raises(UserError, match="source 0: Input should be an object"):
+        read_corpus_recipe(path)
+
+
 def test_two_sources_of_one_name_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text(SOURCE + SOURCE.split("\n", 2)[2])

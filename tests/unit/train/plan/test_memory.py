@@ -152,6 +152,36 @@ def memory(job: Job, config: ModelConfig = SPARSE) -> Memory:
     return device_memory(config, job, held(cut(config, job.layout, costs), job.layout))
 
 
+def test_embedding_and_head_are_whole_where_they_are_not_divided():
+    """As lowlat's trainer has them. Holds shut: a recipe that passes and runs out of memory."""
+    job = replace(JOB, layout=Layout(tp=2))
+    divided = memory(job)
+    whole = memory(replace(job, layout=Layout(tp=2, divides_tables=False)))
+    for part in ("embedding", "head"):
+        assert whole.parameters[part] == 2 * divided.parameters[part]
+    assert whole.parameters["attention"] == divided.parameters["attention"]
+    assert whole.parts["loss"] > divided.parts["loss"]
+
+
+def test_every_layers_activations_are_its_own():
+    """Of layers that differ, in whatever order. Holds shut: all taken for the last one."""
+    attention = MLAConfig(
+        num_attention_heads=6,
+        kv_lora_rank=64,
+        q_lora_rank=None,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+    )
+    wide, narrow = attention, replace(attention, kv_lora_rank=16)
+    kept = [
+        memory(JOB, replace(SPARSE, attention=each, num_hidden_layers=3)).activations
+        for each in ((wide, wide, narrow), (narrow, wide, wide), (wide, wide, wide))
+    ]
+    assert sum(kept[0].values()) == pytest.approx(sum(kept[1].values()))
+    assert sum(kept[0].values()) < sum(kept[2].values())
+
+
 def test_states_by_hand():
     found = memory(JOB)
     count = sum(found.parameters.values())
