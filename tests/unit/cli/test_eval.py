@@ -43,6 +43,12 @@ def test_without_a_window_it_is_that_of_the_context(lowlat: Invoke, alphabet: Pa
     assert report["window"] < 1024 and report["tokens"] == 6
 
 
+def test_a_loss_beyond_what_a_perplexity_can_say() -> None:
+    assert Score(window=8, tokens=2, bytes=2, nll=1419.0).perplexity > 1e300
+    assert Score(window=8, tokens=2, bytes=2, nll=1420.0).perplexity == math.inf
+    assert math.isnan(Score(window=8, tokens=2, bytes=2, nll=math.nan).perplexity)
+
+
 def test_numbers_that_are_not_finite_are_null() -> None:
     for nll in (math.nan, 1e6, math.inf):
         score = Score(window=8, tokens=7, bytes=7, nll=nll)
