@@ -134,6 +134,9 @@ class MLA(nn.Module):
         q = torch.cat([q_nope, q_rope], dim=-1)
         # Heads have one width there: zeros beyond their own add nothing and are cut off.
         width = max(dims.qk_head_dim, dims.v_head_dim)
-        q, k, v = (F.pad(part, (0, width - part.shape[-1])) for part in (q, k, v))
+        q, k, v = (
+            part if part.shape[-1] == width else F.pad(part, (0, width - part.shape[-1]))
+            for part in (q, k, v)
+        )
         out = attention.gqa(self.layer, q, k, v, self.scale, None)
         return out[..., : dims.v_head_dim]

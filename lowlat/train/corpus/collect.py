@@ -63,6 +63,8 @@ def collect_corpus(
     with progress.task("dropping what repeats", len(collected)) as task:
         paragraphs = Paragraphs(recipe.repeated_from)
         kept_out = KeptOut(evaluation, recipe.repeated_from)
+        for text in evaluation:  # of few words, too: not all writing puts blanks between them
+            paragraphs.add(text)
         for one in collected:
             for document in one.extracted.held_out:
                 paragraphs.add(document.text)

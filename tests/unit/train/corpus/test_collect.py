@@ -46,6 +46,13 @@ def two_sources(shelf: Path, **fields: object) -> list[Source]:
     ]
 
 
+def articles_of(shelf: Path, dump: str, **options: object) -> Source:
+    """The export `dump` of a wiki in an archive on the shelf."""
+    archive = make_tgz(shelf / "c-1.0.tgz", {"p/dump.xml": dump})
+    fields = {"name": "x", "members": ["*.xml"], "format": "mediawiki", **options}
+    return make_source(archive, "npm:c==1.0", **fields)
+
+
 def collect(sources: list[Source], folder: Path, **options: object) -> CorpusSummary:
     return collect_corpus(CorpusRecipe(name="t", source=tuple(sources)), folder, **options)
 
@@ -99,14 +106,7 @@ def test_articles_are_spelled_after_what_repeats_is_left_out(shelf: Path, tmp_pa
     dump = export(*(page(title, text) for title, text in articles.items()))
     keep_out = tmp_path / "evaluation.txt"
     keep_out.write_text(SEEN)
-    source = make_source(
-        make_tgz(shelf / "c-1.0.tgz", {"p/dump.xml": dump}),
-        "npm:c==1.0",
-        name="x",
-        members=["*.xml"],
-        format="mediawiki",
-        wikitext=True,
-    )
+    source = articles_of(shelf, dump, wikitext=True)
     collect([source], tmp_path / "out", keep_out=[keep_out])
     claws, tail = (one["text"] for one in records(tmp_path / "out" / "train" / "x.jsonl"))
     assert claws == " \n = <unk> = \n \n <unk> , one , one . \n \n"
@@ -127,18 +127,24 @@ def test_texts_to_keep_out_are_known_in_another_spelling(shelf: Path, tmp_path: 
     dump = export(page("Claws", f"{theirs}\n\n{own}"))
     keep_out = tmp_path / "evaluation.txt"
     keep_out.write_text(f" \n = Claws = \n \n{spelled}\n")
-    source = make_source(
-        make_tgz(shelf / "c-1.0.tgz", {"p/dump.xml": dump}),
-        "npm:c==1.0",
-        name="x",
-        members=["*.xml"],
-        format="mediawiki",
-    )
+    source = articles_of(shelf, dump)
     collect([source], tmp_path / "out", keep_out=[keep_out])
     (record,) = records(tmp_path / "out" / "train" / "x.jsonl")
     assert own in record["text"] and "unequal" not in record["text"]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["sources"][0]["dropped"] == {"paragraphs of texts to keep out": 1}
+
+
+def test_texts_to_keep_out_without_blanks_between_words(shelf: Path, tmp_path: Path) -> None:
+    theirs = "海龙虾的两只螯大小不同一只用来压碎另一只有许多小齿用来切割" * 4
+    own = "这一段文字与评测无关因此应当留在语料之中不应被去除" * 4
+    dump = export(page("螯", f"{theirs}。\n\n{own}。"))
+    keep_out = tmp_path / "evaluation.txt"
+    keep_out.write_text(theirs)
+    source = articles_of(shelf, dump)
+    collect([source], tmp_path / "out", keep_out=[keep_out])
+    (record,) = records(tmp_path / "out" / "train" / "x.jsonl")
+    assert own in record["text"] and theirs not in record["text"]
 
 
 def test_an_existing_folder_is_never_touched(shelf: Path, tmp_path: Path) -> None:
