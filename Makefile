@@ -79,5 +79,5 @@ $(BIN)/python:
 
 .venv/dev.stamp: $(BUILT_FROM) | $(BIN)/python
 	@echo "Installing lowlat with its development tools into .venv"
-	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable ./lab
 	@touch .venv/run.stamp $@

@@ -16,7 +16,7 @@ from pathlib import Path
 import kept
 
 import lowlat
-from lowlat.engine.llm import Model
+from lowlat.generate.model import Model
 from lowlat.utils.progress import SilentProgress
 
 

@@ -29,7 +29,7 @@ import torch
 import lowlat
 from lowlat.bench.plan import check_threads
 from lowlat.bench.run_lowlat import Lowlat
-from lowlat.engine.llm import Model
+from lowlat.generate.model import Model
 
 WINDOW = 1024
 SHARES = {"67": 2 / 3, "50": 0.5, "33": 1 / 3}

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowlat.study.plot import COLOURS, MARKERS
+from lowlat_lab.study.plot import COLOURS, MARKERS
+
 from lowlat.utils.plots import STYLE
 
 Figures = dict[str, Any]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lowlat
-from lowlat.engine.llm import Model
+from lowlat.generate.model import Model
 
 PROMPT_TOKENS = 32
 

@@ -23,7 +23,7 @@ from torch import Tensor
 import lowlat
 from lowlat.attention.forms import STREAM_TOKENS
 from lowlat.engine import scoring
-from lowlat.engine.llm import Model
+from lowlat.generate.model import Model
 
 WEIGHTS = ("bf16", "int8", "int4")
 CACHES = ("bf16", "int8")

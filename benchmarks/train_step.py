@@ -69,15 +69,15 @@ def tokens(rows: int, length: int, step: int) -> torch.Tensor:
 
 def lowlat_stepper(folder: Path, arguments: argparse.Namespace) -> Any:
     from lowlat.checkpoint.load import load_model
+    from lowlat.data.batch import Batch
     from lowlat.model.stacking import stack_experts
-    from lowlat.train.balance import RouterWatch
-    from lowlat.train.batch import Batch
-    from lowlat.train.optim import Optimizer
-    from lowlat.train.passes import PlainPasses
-    from lowlat.train.recipe import Optimizer as Table
-    from lowlat.train.recipe import Phase
-    from lowlat.train.schedule import StepPlan
-    from lowlat.train.step import train_step
+    from lowlat.train.recipe.schedule import StepPlan
+    from lowlat.train.recipe.schema import Optimizer as Table
+    from lowlat.train.recipe.schema import Phase
+    from lowlat.train.step.balance import RouterWatch
+    from lowlat.train.step.optim import Optimizer
+    from lowlat.train.step.passes import PlainPasses
+    from lowlat.train.step.step import train_step
 
     model = load_model(folder, dtype="fp32").model
     stack_experts(model)

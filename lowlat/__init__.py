@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from lowlat.api import load as load
     from lowlat.api import prepare as prepare
     from lowlat.config.model import ModelConfig as ModelConfig
-    from lowlat.engine.completion import Completion as Completion
-    from lowlat.engine.llm import Model as Model
     from lowlat.engine.params import SamplingParams as SamplingParams
+    from lowlat.generate.completion import Completion as Completion
+    from lowlat.generate.model import Model as Model
     from lowlat.utils.errors import UserError as UserError
 
     __version__: str
@@ -33,8 +33,8 @@ _HOMES = {
     "load": "lowlat.api",
     "prepare": "lowlat.api",
     "ModelConfig": "lowlat.config.model",
-    "Completion": "lowlat.engine.completion",
-    "Model": "lowlat.engine.llm",
+    "Completion": "lowlat.generate.completion",
+    "Model": "lowlat.generate.model",
     "SamplingParams": "lowlat.engine.params",
     "UserError": "lowlat.utils.errors",
 }

@@ -13,9 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "lowlat"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"bench", "study", "compare", "heal"},
+    {"bench", "compare", "recovery"},
     {"api"},
     {"serve", "train", "convert"},
+    {"generate", "data", "plan"},
     {"engine"},
     {"checkpoint"},
     {"model"},
@@ -77,8 +78,8 @@ def test_imports_point_downward() -> None:
     [
         ("lowlat.ops.rope", "from lowlat.model.mla import MLA"),
         ("lowlat.serve.app", "import lowlat.train.loop"),
-        ("lowlat.convert.run", "from lowlat.heal.run import convert_and_heal"),
-        ("lowlat.engine.llm", "def late():\n    from lowlat import api"),
+        ("lowlat.convert.run", "from lowlat.recovery.run import convert_and_heal"),
+        ("lowlat.generate.model", "def late():\n    from lowlat import api"),
         ("lowlat.model.mla", "from ..engine import params"),
         ("lowlat.utils.device", "from lowlat.config.model import ModelConfig"),
         ("lowlat.config.hf", "from lowlat.text.tokenizer import Tokenizer"),

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from lowlat.cli.terminal import printable
-from lowlat.engine.completion import Completion
-from lowlat.engine.llm import Model
+from lowlat.generate.completion import Completion
+from lowlat.generate.model import Model
 from lowlat.utils.errors import UserError
 
 

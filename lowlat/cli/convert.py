@@ -145,8 +145,8 @@ def convert(
     from lowlat.convert.compression import asked_compression
     from lowlat.convert.run import check_options
     from lowlat.convert.run import convert as run_conversion
-    from lowlat.heal.wanted import Wanted, check_wanted
-    from lowlat.heal.work import clear_placed
+    from lowlat.recovery.wanted import Wanted, check_wanted
+    from lowlat.recovery.work import clear_placed
     from lowlat.utils.progress import make_progress
 
     if cache is not None and to is None:
@@ -170,7 +170,7 @@ def convert(
         if wanted.is_plain:
             report = run_conversion(path, dst, **given, progress=progress)
         else:
-            from lowlat.heal.run import convert_and_heal  # imports all of training
+            from lowlat.recovery.run import convert_and_heal  # imports all of training
 
             report = convert_and_heal(path, dst, **given, wanted=wanted, progress=progress)
     print_conversion(report)
@@ -180,7 +180,7 @@ def convert(
 def _saying_how_to_go_on(dst: Path) -> Iterator[None]:
     """After Ctrl-C, name what is kept."""
     from lowlat.checkpoint.restart import partial_path
-    from lowlat.heal.work import work_path
+    from lowlat.recovery.work import work_path
 
     try:
         yield

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowlat.cli import options
-from lowlat.cli.data_collect import collect
 
 if TYPE_CHECKING:
-    from lowlat.train.data.documents import ReadOptions
+    from lowlat.data.documents import ReadOptions
 
 app = typer.Typer(
     name="data",
@@ -91,10 +90,10 @@ def build(
     FOLDER appears only when it is whole. The same sources give the same bytes.
     """
     from lowlat.cli.data_view import print_build, print_json
-    from lowlat.train.data.build import build as run_build
-    from lowlat.train.data.selection import BuildOptions
-    from lowlat.train.data.sources import check_used
-    from lowlat.train.data.vocabulary import MAX_VOCAB, MIN_VOCAB, load_tokenizer
+    from lowlat.data.build import build as run_build
+    from lowlat.data.selection import BuildOptions
+    from lowlat.data.sources import check_used
+    from lowlat.data.vocabulary import MAX_VOCAB, MIN_VOCAB, load_tokenizer
     from lowlat.utils.errors import UserError
     from lowlat.utils.progress import make_progress
 
@@ -124,7 +123,7 @@ def build(
 def info(folder: Folder, as_json: options.Json = False) -> None:
     """What a token folder holds."""
     from lowlat.cli.data_view import print_facts, print_json
-    from lowlat.train.data.folder import TokenFolder
+    from lowlat.data.folder import TokenFolder
 
     facts = TokenFolder.open(folder).facts
     if as_json:
@@ -136,7 +135,7 @@ def info(folder: Folder, as_json: options.Json = False) -> None:
 @app.command("verify")
 def verify(folder: Folder, as_json: options.Json = False) -> None:
     """Check every file of a token folder against its SHA-256, and every id."""
-    from lowlat.train.data.folder import TokenFolder
+    from lowlat.data.folder import TokenFolder
     from lowlat.utils.progress import make_progress
 
     opened = TokenFolder.open(folder)
@@ -150,7 +149,7 @@ def verify(folder: Folder, as_json: options.Json = False) -> None:
 def _read_options(
     field: str | None, separator: str | None, only: list[str] | None, invalid: str
 ) -> "ReadOptions":
-    from lowlat.train.data.documents import ReadOptions
+    from lowlat.data.documents import ReadOptions
     from lowlat.utils.errors import UserError
 
     if invalid != "error" and invalid != "skip" and invalid != "replace":
@@ -158,6 +157,3 @@ def _read_options(
     return ReadOptions(
         field=field, separator=separator, invalid=invalid, patterns=tuple(only or ())
     )
-
-
-app.command("collect")(collect)

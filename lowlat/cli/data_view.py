@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lowlat.cli.report import print_rows
-from lowlat.train.data.build import BuildReport
-from lowlat.train.data.layout import SPLITS, FolderFacts, SplitFacts, to_json
+from lowlat.data.build import BuildReport
+from lowlat.data.layout import SPLITS, FolderFacts, SplitFacts, to_json
 
 
 def print_build(report: BuildReport, console: Console | None = None) -> None:

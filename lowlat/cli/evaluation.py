@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from lowlat.engine.llm import Model
 from lowlat.engine.scoring import Score
+from lowlat.generate.model import Model
 from lowlat.utils.progress import make_progress
 from lowlat.utils.strict_json import finite
 

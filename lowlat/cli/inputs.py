@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from lowlat import api
-from lowlat.engine.llm import Model
+from lowlat.generate.model import Model
 from lowlat.ops import native
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import make_progress

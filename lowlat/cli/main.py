@@ -24,7 +24,6 @@ from lowlat.cli.info import info
 from lowlat.cli.plan import plan
 from lowlat.cli.serve import serve
 from lowlat.cli.streams import abandon_output, open_streams
-from lowlat.cli.study import app as study
 from lowlat.cli.train import app as train
 from lowlat.utils.errors import UserError
 
@@ -52,7 +51,6 @@ app.command("eval")(evaluate)
 app.command("bench")(bench)
 app.command("plan")(plan)
 app.add_typer(data)
-app.add_typer(study, name="study")
 app.add_typer(train, name="train")
 
 
@@ -95,9 +93,16 @@ def put_off_collections() -> None:
 
 
 def run() -> None:
-    """Entry point. Exit codes: 0 done, 2 a fault in what the user gave, 70 one that nobody
-    expected, with its traceback, 130 interrupted; verbs that judge (compare) end with 1 where
-    their verdict is no.
+    """Entry point of `lowlat`."""
+    run_app(app)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command-line app to its end.
+
+    Exit codes: 0 done, 2 an error in what the user gave, 70 an unexpected one (with its traceback),
+    130 interrupted; verbs that judge (compare) end with 1 where the verdict is no.
+    """
     """
     put_off_collections()
     open_streams()

@@ -17,9 +17,9 @@ from lowlat.config.model import ModelConfig
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from lowlat.train.plan.job import Job
-    from lowlat.train.plan.machine import Machine
-    from lowlat.train.recipe import Recipe
+    from lowlat.plan.job import Job
+    from lowlat.plan.machine import Machine
+    from lowlat.train.recipe.schema import Recipe
 
 MACHINES = ("h800", "h100")
 DEFAULT_LENGTH = 4096
@@ -97,10 +97,10 @@ def plan(
 
 
 def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> None:
-    from lowlat.train.plan.estimate import estimate
-    from lowlat.train.plan.flops import token_flops
-    from lowlat.train.plan.report import plan_object
-    from lowlat.train.plan.search import all_layouts, neighbours, search
+    from lowlat.cli.plan_report import plan_object
+    from lowlat.plan.estimate import estimate
+    from lowlat.plan.flops import token_flops
+    from lowlat.plan.search import all_layouts, neighbours, search
     from lowlat.utils.progress import make_progress
 
     config, job = subject.config, subject.job
@@ -125,9 +125,9 @@ def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> N
 
 
 def _subject(name: str, changes: list[str]) -> Subject:
-    from lowlat.train.plan.job import Job
-    from lowlat.train.plan.machine import H100
-    from lowlat.train.plan.published import PUBLISHED
+    from lowlat.plan.job import Job
+    from lowlat.plan.machine import H100
+    from lowlat.plan.published import PUBLISHED
 
     if name.endswith(".toml"):
         return _recipe(Path(name), changes)
@@ -150,11 +150,11 @@ def _subject(name: str, changes: list[str]) -> Subject:
 
 def _recipe(path: Path, changes: list[str]) -> Subject:
     from lowlat.cli.train_start import start_files
+    from lowlat.plan.job import check
+    from lowlat.plan.machine import H100
     from lowlat.train.parallel.check import check_parallel
-    from lowlat.train.plan.dryrun import largest_job, recipe_config
-    from lowlat.train.plan.job import check
-    from lowlat.train.plan.machine import H100
-    from lowlat.train.recipe import read_recipe
+    from lowlat.train.recipe.schema import read_recipe
+    from lowlat.train.run.dry_run import largest_job, recipe_config
     from lowlat.utils.progress import make_progress
 
     recipe = read_recipe(path, changes)
@@ -187,7 +187,7 @@ def _check_whole(recipe: "Recipe", path: Path) -> None:
 def _machine(
     default: "Machine", name: str | None, memory: str | None, network: float | None
 ) -> "Machine":
-    from lowlat.train.plan.machine import MACHINES
+    from lowlat.plan.machine import MACHINES
 
     if name is not None and name not in MACHINES:
         raise UserError(f"--machine '{name}' is unknown; choose one of {', '.join(MACHINES)}")

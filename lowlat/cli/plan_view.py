@@ -8,12 +8,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lowlat.train.plan.dryrun import DryRun
-from lowlat.train.plan.estimate import Estimate
-from lowlat.train.plan.flops import TokenFlops
-from lowlat.train.plan.job import Job
-from lowlat.train.plan.memory import ACTIVATIONS, Memory
-from lowlat.train.plan.search import Neighbour, Search
+from lowlat.plan.estimate import Estimate
+from lowlat.plan.flops import TokenFlops
+from lowlat.plan.job import Job
+from lowlat.plan.memory import ACTIVATIONS, Memory
+from lowlat.plan.search import Neighbour, Search
+from lowlat.train.run.dry_run import DryRun
 
 STEP_NOTES = {
     "compute": "forward, backward, recomputation",

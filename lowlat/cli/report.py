@@ -8,8 +8,8 @@ from lowlat.config.arithmetic import cache_cost
 from lowlat.config.model import ModelConfig
 from lowlat.config.presets import load_preset
 from lowlat.convert.report import describe_attention
-from lowlat.engine.completion import Completion
-from lowlat.engine.llm import Model
+from lowlat.generate.completion import Completion
+from lowlat.generate.model import Model
 from lowlat.model.quant import packed_type
 
 

@@ -14,7 +14,7 @@ from types import FrameType
 from rich.console import Console
 
 from lowlat.cli.conversation import Conversation
-from lowlat.engine.completion import Completion
+from lowlat.generate.completion import Completion
 from lowlat.utils.errors import UserError
 
 HELP = """\

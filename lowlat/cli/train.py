@@ -16,9 +16,9 @@ from lowlat.cli.train_report import report
 from lowlat.cli.waiting import let_threads_sleep
 
 if TYPE_CHECKING:
-    from lowlat.train.recipe import Recipe
-    from lowlat.train.runlog.runlog import RunLog
-    from lowlat.train.saves.run_folder import RunFolder
+    from lowlat.train.checkpoints.run_folder import RunFolder
+    from lowlat.train.metrics.runlog import RunLog
+    from lowlat.train.recipe.schema import Recipe
 
 
 def train(
@@ -52,8 +52,8 @@ def train(
     """
     let_threads_sleep()
     from lowlat.cli.train_start import start_files, teacher_files
-    from lowlat.train.recipe import read_recipe
-    from lowlat.train.recipe_text import text_of
+    from lowlat.train.recipe.schema import read_recipe
+    from lowlat.train.recipe.toml import text_of
     from lowlat.utils.progress import make_progress
 
     parsed = read_recipe(recipe, changes or [])
@@ -90,9 +90,9 @@ def _run(
     teacher: Path | None,
     quiet: bool,
 ) -> None:
+    from lowlat.train.checkpoints.run_folder import RunFolder
     from lowlat.train.parallel.launch import joined
-    from lowlat.train.saves.run_folder import RunFolder
-    from lowlat.train.trainer import Trainer
+    from lowlat.train.run.trainer import Trainer
     from lowlat.utils.progress import make_progress
 
     with joined(parsed.parallel, device=parsed.device, origin=str(recipe)) as team:
@@ -127,8 +127,8 @@ def _run(
 
 def _log(parsed: "Recipe", run: "RunFolder", quiet: bool) -> "RunLog":
     """The log of the process that holds the folder; the others keep none."""
-    from lowlat.train.runlog.runlog import FolderRunLog, SilentRunLog
-    from lowlat.train.runlog.view import make_view
+    from lowlat.train.metrics.runlog import FolderRunLog, SilentRunLog
+    from lowlat.train.metrics.view import make_view
 
     if not run.held:
         return SilentRunLog()

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from lowlat.cli.plan_view import show_dry_run
 from lowlat.config.model import ModelConfig
-from lowlat.train.build import DTYPES
-from lowlat.train.inputs import check_recipe, open_inputs
-from lowlat.train.plan.dryrun import dry_run, recipe_config, require_fit, usable_memory
-from lowlat.train.plan.rate import measure_gemm_rate
-from lowlat.train.recipe import Recipe
-from lowlat.train.schedule import data_of
-from lowlat.train.teacher import teacher_config
+from lowlat.plan.rate import measure_gemm_rate
+from lowlat.train.recipe.schedule import data_of
+from lowlat.train.recipe.schema import Recipe
+from lowlat.train.run.build import DTYPES
+from lowlat.train.run.dry_run import dry_run, recipe_config, require_fit, usable_memory
+from lowlat.train.run.inputs import check_recipe, open_inputs
+from lowlat.train.step.teacher import teacher_config
 from lowlat.utils.device import parse_device
 
 

@@ -19,7 +19,7 @@ def export(
     ] = False,
 ) -> None:
     """Write a save in the Hugging Face layout, which `lowlat chat` and other programs load."""
-    from lowlat.train.export import export_adapter, export_save
+    from lowlat.train.run.export import export_adapter, export_save
     from lowlat.utils.progress import make_progress
 
     progress = make_progress()

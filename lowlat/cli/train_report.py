@@ -38,11 +38,11 @@ def report(
     """
     from rich.console import Console
 
-    from lowlat.train.runlog.lines import plain
-    from lowlat.train.runlog.plot import available, draw
-    from lowlat.train.runlog.report import pictures, read_runs, write_json, write_report
-    from lowlat.train.runlog.report_table import table
-    from lowlat.train.runlog.summary import summarise
+    from lowlat.train.metrics.lines import plain
+    from lowlat.train.metrics.plot import available, draw
+    from lowlat.train.metrics.report import pictures, read_runs, write_json, write_report
+    from lowlat.train.metrics.report_table import table
+    from lowlat.train.metrics.summary import summarise
 
     files = [] if out is None else pictures(out)
     histories = read_runs(runs)

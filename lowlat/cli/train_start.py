@@ -5,7 +5,7 @@ there are is `api`'s.
 from pathlib import Path
 
 from lowlat import api
-from lowlat.train.recipe import Recipe
+from lowlat.train.recipe.schema import Recipe
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 

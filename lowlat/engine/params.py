@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, SupportsIndex, TypedDict
 
-from lowlat.engine.structured import StructuredOutput
+from lowlat.generate.structured import StructuredOutput
 from lowlat.utils.errors import UserError
 
 MAX_TOKENS = 1 << 20
@@ -78,7 +78,7 @@ class SamplingParams:
         if self.structured is not None and not isinstance(self.structured, StructuredOutput):
             raise UserError(
                 "structured must be a JsonObject, JsonSchema, Regex, Choice or Grammar of "
-                f"lowlat.engine.structured, got {self.structured!r}"
+                f"lowlat.generate.structured, got {self.structured!r}"
             )
         if self.structured is not None and self.ignore_eos:
             raise UserError("structured outputs end; set ignore_eos to False")

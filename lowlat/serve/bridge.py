@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lowlat.engine.completion import CompletionBuilder
 from lowlat.engine.constraint import Constraint
-from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import Event, FinishReason, Request, RequestOptions
 from lowlat.engine.stats import EngineStats
+from lowlat.generate.completion import CompletionBuilder
+from lowlat.generate.model import Model
 from lowlat.serve.generation import (
     Delta,
     Draining,

@@ -8,9 +8,9 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
-from lowlat.engine.grammar import CompiledGrammar
 from lowlat.engine.params import SamplingParams
-from lowlat.engine.structured import StructuredOutput
+from lowlat.generate.grammar import CompiledGrammar
+from lowlat.generate.structured import StructuredOutput
 from lowlat.serve.errors import GenerationFailed
 from lowlat.serve.generation import Delta, Draining, Generation
 from lowlat.serve.protocol.failure import RequestError

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
-from lowlat.engine.structured import StructuredOutput
+from lowlat.generate.model import Model
+from lowlat.generate.structured import StructuredOutput
 from lowlat.serve.answer import AnswerParser, Thinking
 from lowlat.serve.dialect import Dialect
 from lowlat.serve.forms import format_output, structured_output

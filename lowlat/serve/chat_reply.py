@@ -7,7 +7,7 @@ Owns the form of message and chunks. Splitting text into content, reasoning and 
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 
-from lowlat.engine import completion
+from lowlat.generate import completion
 from lowlat.serve.answer import AnswerParser
 from lowlat.serve.call import Call
 from lowlat.serve.generation import Delta

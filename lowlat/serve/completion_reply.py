@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Literal
 
-from lowlat.engine import completion
+from lowlat.generate import completion
 from lowlat.serve.call import Call
 from lowlat.serve.generation import Delta
 from lowlat.serve.protocol import completions as wire

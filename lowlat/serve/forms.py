@@ -5,7 +5,7 @@ Owns the choice of the record; its limits and its meaning are `engine.structured
 
 import json
 
-from lowlat.engine.structured import (
+from lowlat.generate.structured import (
     Choice,
     Grammar,
     JsonObject,

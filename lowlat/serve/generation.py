@@ -7,9 +7,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from lowlat.engine.completion import TokenLogprob
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import FinishReason, RequestOptions
+from lowlat.generate.completion import TokenLogprob
 
 
 class Overloaded(Exception):

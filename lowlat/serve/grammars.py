@@ -9,9 +9,9 @@ import threading
 import weakref
 from collections import Counter, deque
 
-from lowlat.engine.grammar import CompiledGrammar, GrammarCompiler
-from lowlat.engine.llm import Model
-from lowlat.engine.structured import StructuredOutput
+from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler
+from lowlat.generate.model import Model
+from lowlat.generate.structured import StructuredOutput
 from lowlat.serve.generation import Overloaded
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.workers import WorkPool

@@ -6,7 +6,7 @@ context has of them has more tokens too. Exact counts are taken after tokenising
 
 from collections.abc import Iterable
 
-from lowlat.engine.llm import Model
+from lowlat.generate.model import Model
 from lowlat.serve.protocol.failure import RequestError
 
 

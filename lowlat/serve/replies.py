@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Sequence
 
-from lowlat.engine import completion
+from lowlat.generate import completion
 from lowlat.serve.call import Call
 from lowlat.serve.protocol.chat_response import AnswerLogprob, ChoiceLogprobs, TopLogprob
 from lowlat.serve.protocol.usage import PromptDetails, Timings, Usage

@@ -6,9 +6,9 @@ reply.
 
 from starlette.responses import Response
 
-from lowlat.engine.grammar import CompiledGrammar
-from lowlat.engine.llm import Model
-from lowlat.engine.structured import StructuredOutput
+from lowlat.generate.grammar import CompiledGrammar
+from lowlat.generate.model import Model
+from lowlat.generate.structured import StructuredOutput
 from lowlat.serve.call import Call
 from lowlat.serve.completion_reply import CompletionReply
 from lowlat.serve.endpoint import json_response

@@ -2,7 +2,7 @@
 
 from starlette.responses import Response
 
-from lowlat.engine.llm import Model
+from lowlat.generate.model import Model
 from lowlat.serve.call import Call
 from lowlat.serve.chat import prepare_chat
 from lowlat.serve.endpoint import json_response

@@ -5,7 +5,7 @@ Owns nothing but the names; `serve.app` makes the parts.
 
 from dataclasses import dataclass, field
 
-from lowlat.engine.llm import Model
+from lowlat.generate.model import Model
 from lowlat.serve.bridge import Bridge
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Draining, Overloaded

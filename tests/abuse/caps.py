@@ -3,10 +3,9 @@
 import json
 from collections.abc import Iterator
 
-from server.tiny_server import CONTEXT, NAME
-
 from lowlat.engine import params
 from lowlat.serve import limits
+from tests.server.tiny_server import CONTEXT, NAME
 
 from .cases import (
     BODIES,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.tiny_server import NAME
+from tests.server.tiny_server import NAME
 
 from .wire import post
 

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from server.tiny_server import NAME
-
 from lowlat.serve.operations import POSTS
+from tests.server.tiny_server import NAME
 
 from .cases import Case, bad_body, bad_value
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from lowlat.engine import structured
+from lowlat.generate import structured
 
 from .cases import BODIES, CHAT, COMPLETIONS, RESPONSES, Case, bad_field, bad_value, tool
 

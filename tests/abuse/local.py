@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
-from fakes import ScriptedModel, byte_tokenizer, gqa_config
 from starlette.routing import Route
 
-from lowlat.engine.llm import Model
+from lowlat.generate.model import Model
 from lowlat.serve import run as run_module
 from lowlat.serve.app import build_app, make_services
 from lowlat.serve.bridge import Bridge
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.services import Services
+from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config
 
 from .wire import SECONDS
 

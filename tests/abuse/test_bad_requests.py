@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from server.conftest import Server, serving
-from server.tiny_server import NAME
+
+from tests.server.conftest import Server, serving
+from tests.server.tiny_server import NAME
 
 from .caps import caps, lengths
 from .cases import BODIES, CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, Case, user

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from lowlat.engine.engine import Engine
-from lowlat.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarState
 from lowlat.engine.runner import Runner
+from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler, GrammarState
 from lowlat.serve import bridge as bridge_module
 from lowlat.serve import chat_reply, completion_reply, routes_chat, routes_completions
 from lowlat.serve.answer import AnswerParser

@@ -20,11 +20,11 @@ import schemathesis
 from schemathesis import GenerationMode
 from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from server.conftest import Server, serving
-from server.tiny_server import NAME
 
 from lowlat.serve.operations import GETS, POSTS
 from lowlat.serve.protocol.models import ErrorResponse
+from tests.server.conftest import Server, serving
+from tests.server.tiny_server import NAME
 
 from .wire import call, get
 

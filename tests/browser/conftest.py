@@ -19,7 +19,7 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
-from browser.scripted import ScriptedBridge, Server, serve, tiny_chat_model
+from tests.browser.scripted import ScriptedBridge, Server, serve, tiny_chat_model
 
 VARIABLE = "LOWLAT_CHROMIUM"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

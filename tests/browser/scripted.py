@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
-from fakes import EOS, USER, ScriptedModel, byte_tokenizer, gqa_config
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
+from lowlat.generate.model import Model
 from lowlat.serve.app import build_app, make_services
 from lowlat.serve.bridge import Bridge
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Delta, Generation
+from tests.fakes import EOS, USER, ScriptedModel, byte_tokenizer, gqa_config
 
 CONTEXT = 4096
 TABLE = "| a | b |\n|---|--:|\n| 1 | 2 |\n\n"

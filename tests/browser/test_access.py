@@ -2,8 +2,8 @@
 
 from playwright.sync_api import Page, expect
 
-from browser.scripted import Server
-from browser.steps import answer_text, answers, ask
+from tests.browser.scripted import Server
+from tests.browser.steps import answer_text, answers, ask
 
 
 def test_keyboard_alone(page: Page, server: Server) -> None:

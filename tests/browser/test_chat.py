@@ -7,9 +7,9 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
-from browser.conftest import TIMEOUT, Open
-from browser.scripted import Server
-from browser.steps import (
+from tests.browser.conftest import TIMEOUT, Open
+from tests.browser.scripted import Server
+from tests.browser.steps import (
     answer_text,
     answers,
     ask,

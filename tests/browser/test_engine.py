@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Page, expect
 
-from browser.conftest import REFUSED, Errors, Open
-from browser.scripted import Server, serve, tiny_chat_model
-from browser.steps import answer_text, answers, ask, send, stop_button
 from lowlat.serve.bridge import Bridge
+from tests.browser.conftest import REFUSED, Errors, Open
+from tests.browser.scripted import Server, serve, tiny_chat_model
+from tests.browser.steps import answer_text, answers, ask, send, stop_button
 
 
 @pytest.fixture(scope="module")

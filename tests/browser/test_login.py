@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Page, expect
 
-from browser.conftest import REFUSED, Errors, Open
-from browser.scripted import Server, serve
-from browser.steps import answers, ask, send
+from tests.browser.conftest import REFUSED, Errors, Open
+from tests.browser.scripted import Server, serve
+from tests.browser.steps import answers, ask, send
 
 KEY = "a-key-of-this-test-0123456789"
 

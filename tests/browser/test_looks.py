@@ -5,8 +5,8 @@ import re
 import pytest
 from playwright.sync_api import Page, expect
 
-from browser.conftest import Open
-from browser.steps import answers, ask, contrast, send, stop_button
+from tests.browser.conftest import Open
+from tests.browser.steps import answers, ask, contrast, send, stop_button
 
 NARROW = {"width": 320, "height": 640}
 TEXTS = [

@@ -5,8 +5,8 @@ import random
 import pytest
 from playwright.sync_api import Page
 
-from browser.conftest import Errors, Open
-from browser.steps import script
+from tests.browser.conftest import Errors, Open
+from tests.browser.steps import script
 
 RENDER = script("render.js")
 

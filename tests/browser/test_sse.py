@@ -1,6 +1,6 @@
 """Reading the server's events: framing, whatever the network cuts."""
 
-from browser.conftest import Open
+from tests.browser.conftest import Open
 
 READ = """
 async ([text, size]) => {

@@ -5,8 +5,8 @@ Answers here are made in the browser's network layer, in the server's own shape.
 
 from playwright.sync_api import Page, expect
 
-from browser.conftest import BROKEN, REFUSED, Errors, Open
-from browser.steps import (
+from tests.browser.conftest import BROKEN, REFUSED, Errors, Open
+from tests.browser.steps import (
     CHAT,
     USAGE,
     answer_text,

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from parity.draw import Case
-from parity.oracle import build, save
 from transformers import DeepseekV3Config, LlamaConfig
 
 from lowlat.checkpoint.load import load_model
@@ -17,6 +15,8 @@ from lowlat.compare.lowlat_side import LowlatSide
 from lowlat.compare.side import Side
 from lowlat.compare.trace import Choices, Trace, Window
 from lowlat.config.model import ModelConfig
+from tests.parity.draw import Case
+from tests.parity.oracle import build, save
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 YARN = {

@@ -12,14 +12,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from fakes import byte_tokenizer
-from parity.draw import Case
 from typer.testing import CliRunner, Result
 
 from lowlat.cli import main
 from lowlat.compare.gguf_side import GgufSide
 from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError
+from tests.fakes import byte_tokenizer
+from tests.parity.draw import Case
 
 from .sides import EQUAL_SCALES, llama_case, own_side, v3_case, window, write
 

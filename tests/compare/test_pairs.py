@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowlat_configs import EVERY, random_model
-from parity.draw import Case, draw_case
 
 from lowlat.checkpoint.load import load_model
 from lowlat.compare.lowlat_side import LowlatSide
@@ -21,6 +19,8 @@ from lowlat.compare.wording import choices, notes, verdicts
 from lowlat.convert.run import convert
 from lowlat.ops import native
 from lowlat.utils.errors import UserError
+from tests.lowlat_configs import EVERY, random_model
+from tests.parity.draw import Case, draw_case
 
 from .sides import START, VOCAB, llama_case, own_side, v3_case, window, write
 

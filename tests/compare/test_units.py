@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowlat_configs import EVERY, MLA, lowlat_config
 
 from lowlat.compare.blame import disagreements
 from lowlat.compare.gate import gate_scores, ranking, weighed
@@ -30,6 +29,7 @@ from lowlat.config.model import MoEConfig, RopeConfig
 from lowlat.ops.rope import RotaryTables, apply_rope
 from lowlat.ops.routing import route
 from lowlat.utils.errors import UserError
+from tests.lowlat_configs import EVERY, MLA, lowlat_config
 
 LAYER = Block("layer", 3)
 

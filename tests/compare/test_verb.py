@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import byte_tokenizer
 from typer.testing import CliRunner, Result
 
 from lowlat.attention.packed import PackedAttention
@@ -24,6 +23,7 @@ from lowlat.compare.table import heading
 from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import SilentProgress
+from tests.fakes import byte_tokenizer
 
 from .sides import llama_case, v3_case, write
 

@@ -8,7 +8,7 @@ from lowlat.config.model import ModelConfig, QuantConfig
 from lowlat.model.linear import Linear
 from lowlat.model.transformer import Transformer
 from lowlat.ops.fp8 import quantize_blocks
-from native.test_step import packed_and_plain, random_model
+from tests.native.test_step import packed_and_plain, random_model
 
 STORAGES = ("bf16", "fp8", "int8", "int4")
 

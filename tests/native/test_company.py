@@ -19,8 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import mla_config
-from lowlat_configs import LAYERS
 
 from lowlat.config.model import GQAConfig, ModelConfig
 from lowlat.engine.engine import Engine
@@ -30,7 +28,9 @@ from lowlat.engine.runner import Runner
 from lowlat.engine.scheduler import Limits
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
-from native.test_step import random_model
+from tests.fakes import mla_config
+from tests.lowlat_configs import LAYERS
+from tests.native.test_step import random_model
 
 from .inputs import thread_count
 

@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fakes import gqa_config, mla_config, tiny_model
-from lowlat_configs import LAYERS
 from torch import Tensor
 
 from lowlat.attention.cache import PagedCache
@@ -22,6 +20,8 @@ from lowlat.engine.request import Request
 from lowlat.engine.runner import Runner
 from lowlat.model.native import NativeModel
 from lowlat.model.transformer import Transformer
+from tests.fakes import gqa_config, mla_config, tiny_model
+from tests.lowlat_configs import LAYERS
 
 from .inputs import LEVELS, assert_same_bits, needs_native, thread_count
 from .test_step import every_level, level  # noqa: F401, a fixture

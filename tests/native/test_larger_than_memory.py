@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity.draw import Case
 
 from lowlat.config.model import ModelConfig
 from lowlat.model import native as native_model
 from lowlat.model.native import NativeModel, has_native_form
 from lowlat.ops import native
-from native.storages import STORAGES, stored_model
-from native.test_step import FEW, drawn_config, native_logits, native_modules
+from tests.native.storages import STORAGES, stored_model
+from tests.native.test_step import FEW, drawn_config, native_logits, native_modules
+from tests.parity.draw import Case
 
 from .inputs import assert_same_bits, thread_count
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lowlat_configs import EVERY, YARN, random_model
 from torch import Tensor
 
 from lowlat.attention.cache import PagedCache
@@ -22,7 +21,8 @@ from lowlat.model.native import NativeModel, has_native_form
 from lowlat.model.quant import store_packed
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
-from native.test_step import distances, native_logits, plain_logits
+from tests.lowlat_configs import EVERY, YARN, random_model
+from tests.native.test_step import distances, native_logits, plain_logits
 
 if not native.available():
     pytest.skip(native.reason(), allow_module_level=True)

@@ -23,7 +23,7 @@ HIDE = "import sys; sys.modules['lowlat._native'] = None\n"
 """Makes `from lowlat import _native` fail as in an install without it."""
 USE = """
 import torch
-from fakes import mla_config, tiny_model
+from tests.fakes import mla_config, tiny_model
 from lowlat.attention.metadata import AttentionBatch
 from lowlat.engine.runner import Chunk, Runner
 model = tiny_model(mla_config(), torch.bfloat16)

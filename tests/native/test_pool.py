@@ -11,7 +11,7 @@ from .processes import run
 
 STEPS = """
 import torch
-from fakes import mla_config, tiny_model
+from tests.fakes import mla_config, tiny_model
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.model.native import NativeModel

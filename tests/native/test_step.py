@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity.draw import Case, all_cases
 from torch import Tensor, nn
 
 from lowlat.attention.cache import PagedCache
@@ -23,6 +22,7 @@ from lowlat.model.native import NativeModel, has_native_form
 from lowlat.model.quant import store_packed
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
+from tests.parity.draw import Case, all_cases
 
 if not native.available():
     pytest.skip(native.reason(), allow_module_level=True)

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity.draw import Case
 
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.forms import Form
@@ -17,8 +16,8 @@ from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.config.model import ModelConfig
 from lowlat.model.native import NativeModel, has_native_form
 from lowlat.ops import native
-from native.storages import stored_model
-from native.test_step import (
+from tests.native.storages import stored_model
+from tests.native.test_step import (
     PAGE_SIZE,
     STEPS,
     TABLES,
@@ -33,6 +32,7 @@ from native.test_step import (
     new_cache,
     with_modules,
 )
+from tests.parity.draw import Case
 
 from .inputs import thread_count
 

@@ -15,19 +15,19 @@ from transformers import AutoModelForCausalLM
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
+from lowlat.data.batch import Batch
+from lowlat.data.writer import write_tokenizer
 from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
-from lowlat.train.balance import RouterWatch
-from lowlat.train.batch import Batch
-from lowlat.train.data.writer import write_tokenizer
-from lowlat.train.export import export
-from lowlat.train.loss import count_targets
-from lowlat.train.optim import Optimizer
-from lowlat.train.passes import PlainPasses
-from lowlat.train.recipe import Optimizer as OptimizerTable
-from lowlat.train.recipe import parse_recipe
-from lowlat.train.schedule import StepPlan, Timetable
-from lowlat.train.step import train_step
+from lowlat.train.recipe.schedule import StepPlan, Timetable
+from lowlat.train.recipe.schema import Optimizer as OptimizerTable
+from lowlat.train.recipe.schema import parse_recipe
+from lowlat.train.run.export import export
+from lowlat.train.step.balance import RouterWatch
+from lowlat.train.step.loss import count_targets
+from lowlat.train.step.optim import Optimizer
+from lowlat.train.step.passes import PlainPasses
+from lowlat.train.step.step import train_step
 from tests.fakes import byte_tokenizer
 
 from .draw import Case, all_cases

@@ -7,14 +7,14 @@ import argparse
 import socket
 
 import torch
-from fakes import gqa_config, tiny_model
-from unit.serve.templates import tokenizer_of
 
-from lowlat.engine.llm import Model
+from lowlat.generate.model import Model
 from lowlat.serve.bridge import Bridge
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.logs import configure
 from lowlat.serve.run import run
+from tests.fakes import gqa_config, tiny_model
+from tests.unit.serve.templates import tokenizer_of
 
 NAME = "tiny"
 CONTEXT = 2048

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowlat.train.saves.run_folder import RunFolder
+from lowlat.train.checkpoints.run_folder import RunFolder
 
 from .states import assert_is, facts, make_run, saves_in, state
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from lowlat.train.saves.run_folder import RunFolder
-from lowlat.train.saves.saves import Saves
+from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.train.checkpoints.saves import Saves
 from lowlat.utils.errors import UserError
 
 from .states import assert_is, facts, make_run, saves_in, state

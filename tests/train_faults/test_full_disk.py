@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowlat.train.saves import writer
-from lowlat.train.saves.errors import SaveError
-from lowlat.train.saves.run_folder import RunFolder
-from lowlat.train.saves.saves import Saves
+from lowlat.train.checkpoints import writer
+from lowlat.train.checkpoints.errors import SaveError
+from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.train.checkpoints.saves import Saves
 
 from .states import assert_is, facts, make_run, saves_in, state
 from .tracing import Tracer, in_child, nothing

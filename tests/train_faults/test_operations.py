@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from lowlat.train.saves import disk
-from lowlat.train.saves.errors import SaveError
-from lowlat.train.saves.run_folder import RunFolder
+from lowlat.train.checkpoints import disk
+from lowlat.train.checkpoints.errors import SaveError
+from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.utils.errors import UserError
 
 from .power import after
@@ -124,7 +124,7 @@ def test_power_cuts_would_show_a_missing_fsync(
     if skipped == "files":
         monkeypatch.setattr(disk, "_sync", lambda descriptor: None)
     else:
-        monkeypatch.setattr("lowlat.train.saves.writer.sync_folder", lambda folder: None)
+        monkeypatch.setattr("lowlat.train.checkpoints.writer.sync_folder", lambda folder: None)
     run = fresh(tmp_path / "prepared")
     operations = traced(run, scenario).operations
     monkeypatch.undo()

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from lowlat.train.plan import rate
-from lowlat.train.recipe import read_recipe
-from lowlat.train.runlog.runlog import FolderRunLog
-from lowlat.train.runlog.view import SilentView
-from lowlat.train.saves.run_folder import RunFolder
-from lowlat.train.trainer import Trainer
+from lowlat.plan import rate
+from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.train.metrics.runlog import FolderRunLog
+from lowlat.train.metrics.view import SilentView
+from lowlat.train.recipe.schema import read_recipe
+from lowlat.train.run.trainer import Trainer
 
 
 def train(recipe_path: Path, folder: Path) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from lowlat.train.data.build import build
-from lowlat.train.data.selection import BuildOptions
-from lowlat.train.saves.run_folder import RunFolder
-from lowlat.train.saves.save import Save
-from lowlat.train.saves.saves import Saves
+from lowlat.data.build import build
+from lowlat.data.selection import BuildOptions
+from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.train.checkpoints.save import Save
+from lowlat.train.checkpoints.saves import Saves
 
 from .states import bits
 

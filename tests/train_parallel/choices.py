@@ -14,7 +14,7 @@ from lowlat.model.moe import Gate
 from lowlat.model.mtp import MTPModule
 from lowlat.model.transformer import Transformer
 from lowlat.ops.routing import Routing, route
-from lowlat.train.balance import gates
+from lowlat.train.step.balance import gates
 
 MARGIN = 0.01
 """Smallest difference of two scores that may decide; rounding changes one by less than 1e-5."""

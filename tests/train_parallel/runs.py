@@ -9,9 +9,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowlat.train.data.build import build
-from lowlat.train.data.documents import ReadOptions
-from lowlat.train.data.selection import BuildOptions
+from lowlat.data.build import build
+from lowlat.data.documents import ReadOptions
+from lowlat.data.selection import BuildOptions
 from tests.fakes import byte_tokenizer
 from tests.train_parallel.processes import finish
 

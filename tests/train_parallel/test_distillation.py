@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowlat.train.recipe_text import to_toml
+from lowlat.train.recipe.toml import to_toml
 from tests.train_parallel.processes import run
 from tests.train_parallel.runs import PROGRAM, state
 from tests.unit.train import healing, tuning

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from lowlat.model.transformer import Transformer
-from lowlat.train import trainer
-from lowlat.train.balance import RouterWatch
-from lowlat.train.recipe import read_recipe
-from lowlat.train.saves.run_folder import RunFolder
+from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.train.recipe.schema import read_recipe
+from lowlat.train.run import trainer as trainer
+from lowlat.train.step.balance import RouterWatch
 from tests.train_parallel.choices import Margin
 from tests.train_parallel.processes import finish, run, start
 from tests.train_parallel.runs import PROGRAM, losses, state, wait_for_step, write_recipe

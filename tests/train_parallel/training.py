@@ -16,20 +16,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowlat.config.model import ModelConfig, MoEConfig
+from lowlat.data.batch import Batch
 from lowlat.model.block import DecoderLayer
 from lowlat.model.init import init_weights
 from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
-from lowlat.train.balance import RouterWatch
-from lowlat.train.batch import Batch
-from lowlat.train.build import new_passes
-from lowlat.train.optim import Optimizer
 from lowlat.train.parallel.launch import joined
 from lowlat.train.parallel.team import Team
-from lowlat.train.recipe import Optimizer as OptimizerTable
-from lowlat.train.recipe import Parallel, parse_recipe
-from lowlat.train.schedule import StepPlan, Timetable
-from lowlat.train.step import train_step
+from lowlat.train.recipe.schedule import StepPlan, Timetable
+from lowlat.train.recipe.schema import Optimizer as OptimizerTable
+from lowlat.train.recipe.schema import Parallel, parse_recipe
+from lowlat.train.run.build import new_passes
+from lowlat.train.step.balance import RouterWatch
+from lowlat.train.step.optim import Optimizer
+from lowlat.train.step.step import train_step
 from tests.fakes import gqa_config, mla_config
 from tests.lowlat_configs import GLA, GTA, TPA, lowlat_config
 from tests.train_parallel.choices import MARGIN, Margin, decide

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import ScriptedModel, byte_tokenizer, gqa_config
 
 import lowlat
 from lowlat import api
-from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
+from lowlat.generate.model import Model
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import SilentProgress
+from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config
 
 
 @pytest.fixture

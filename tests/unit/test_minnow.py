@@ -8,7 +8,7 @@ import pytest
 import lowlat
 from lowlat.checkpoint.names import PACKAGED, LocalModel, resolve
 from lowlat.config.model import MLAConfig
-from lowlat.engine.llm import Model
+from lowlat.generate.model import Model
 
 MINNOW = PACKAGED["minnow"]
 PROSE = (

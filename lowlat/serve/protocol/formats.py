@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lowlat.engine import structured
+from lowlat.generate import structured
 from lowlat.serve.protocol.base import Description, FunctionName, JsonSchemaObject, StrictModel
 from lowlat.serve.protocol.failure import RequestError
 

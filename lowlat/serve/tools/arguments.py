@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowlat.engine.json_schema import ANNOTATIONS, read_schema, subschemas
+from lowlat.generate.json_schema import ANNOTATIONS, read_schema, subschemas
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.protocol.validation import MAX_MESSAGE, MAX_PARAM, one_line
 from lowlat.utils.errors import UserError

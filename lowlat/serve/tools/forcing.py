@@ -7,8 +7,8 @@ is the engine's business.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowlat.engine import structured
-from lowlat.engine.structured import StructuredOutput
+from lowlat.generate import structured
+from lowlat.generate.structured import StructuredOutput
 from lowlat.serve.tools.base import Function, ToolFormat
 from lowlat.serve.tools.lark import Lark, Rule, between_slashes
 from lowlat.text.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from lowlat.config.model import ModelConfig
 from lowlat.train.parallel.pipeline_check import check_pipeline
 from lowlat.train.parallel.team import expert_sizes
 from lowlat.train.parallel.tensor import check_divisible
-from lowlat.train.recipe import Recipe
+from lowlat.train.recipe.schema import Recipe
 from lowlat.utils.errors import UserError
 
 

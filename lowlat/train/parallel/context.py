@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from lowlat.attention.base import AttentionBackend
+from lowlat.data.batch import Batch
 from lowlat.ops.layout import RowLayout
-from lowlat.train.batch import Batch
 from lowlat.train.parallel.collectives import gathered
 
 

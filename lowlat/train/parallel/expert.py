@@ -18,8 +18,8 @@ from lowlat.ops.deferred import Later
 from lowlat.ops.grouped import group_by_expert, stacked_experts
 from lowlat.ops.norm import accumulation_dtype
 from lowlat.ops.routing import Routing
-from lowlat.train.fp8 import Fp8Experts
 from lowlat.train.parallel.collectives import exchanged
+from lowlat.train.step.fp8 import Fp8Experts
 
 Products = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
 """As `ops.grouped.stacked_experts`."""

@@ -20,7 +20,6 @@ from lowlat.model.moe import Gate, MoE, StackedExperts
 from lowlat.model.transformer import Transformer
 from lowlat.ops.fp8_experts import fp8_stacked_experts
 from lowlat.ops.grouped import stacked_experts
-from lowlat.train.fp8 import Fp8Experts
 from lowlat.train.parallel import tensor
 from lowlat.train.parallel.division import Cut, Division
 from lowlat.train.parallel.expert import DividedExperts
@@ -28,6 +27,7 @@ from lowlat.train.parallel.relay import AXIS as PIPELINE
 from lowlat.train.parallel.relay import along_pipeline
 from lowlat.train.parallel.shard import shard
 from lowlat.train.parallel.team import Team
+from lowlat.train.step.fp8 import Fp8Experts
 
 ExpertsOfMoE = StackedExperts | Fp8Experts
 """Routed experts whose parameters have one of them per entry of dimension 0."""

@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
-from lowlat.train.batch import Batch
+from lowlat.plan.stages import Stage
 from lowlat.train.parallel.pipeline_schedule import AnySchedule, Shape, new_schedule
 from lowlat.train.parallel.pipeline_stages import (
     EMBEDDING,
@@ -30,9 +31,8 @@ from lowlat.train.parallel.pipeline_stages import (
 from lowlat.train.parallel.relay import AXIS
 from lowlat.train.parallel.team import Team
 from lowlat.train.parallel.view import View, own_view
-from lowlat.train.passes import Passes
-from lowlat.train.plan.stages import Stage
-from lowlat.train.schedule import StepPlan
+from lowlat.train.recipe.schedule import StepPlan
+from lowlat.train.step.passes import Passes
 
 
 @final

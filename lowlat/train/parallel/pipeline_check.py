@@ -11,8 +11,8 @@ from lowlat.train.parallel.pipeline_stages import (
     needs_embedding,
     planned,
 )
-from lowlat.train.recipe import Recipe
-from lowlat.train.schedule import Timetable
+from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schema import Recipe
 from lowlat.utils.errors import UserError
 
 

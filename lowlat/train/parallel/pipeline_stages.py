@@ -17,12 +17,12 @@ from lowlat.config.model import ModelConfig
 from lowlat.model.linear import Linear
 from lowlat.model.moe import StackedExperts
 from lowlat.model.transformer import Transformer
-from lowlat.train.loss import head_losses
+from lowlat.plan.flops import head_flops, layer_work, mtp_work
+from lowlat.plan.job import Layout
+from lowlat.plan.stages import Stage, cut, held
 from lowlat.train.parallel.expert import DividedExperts
 from lowlat.train.parallel.view import View
-from lowlat.train.plan.flops import head_flops, layer_work, mtp_work
-from lowlat.train.plan.job import Layout
-from lowlat.train.plan.stages import Stage, cut, held
+from lowlat.train.step.loss import head_losses
 
 Schedule = Literal["1f1b", "interleaved", "zb", "zbv", "dualpipev"]
 """1F1B; interleaved 1F1B with two stages per process (arXiv 2104.04473); ZB1P and ZBV (arXiv

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lowlat.train.recipe import Parallel
+from lowlat.train.recipe.schema import Parallel
 from lowlat.utils.errors import UserError
 
 ROWS = ("data", "fsdp")

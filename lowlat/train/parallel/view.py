@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowlat.attention.base import AttentionBackend
 from lowlat.attention.flash import FlashAttention
-from lowlat.train.batch import Batch
+from lowlat.data.batch import Batch
 from lowlat.train.parallel.context import ContextAttention, Zigzag
 from lowlat.train.parallel.team import Team
 from lowlat.train.parallel.tensor import SharedRows

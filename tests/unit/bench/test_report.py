@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import fakes
 import pytest
 from rich.console import Console
 
@@ -14,6 +13,7 @@ from lowlat.bench.measure import Row, Sample
 from lowlat.bench.plan import Cell, Peer, make_plan
 from lowlat.bench.plot import draw
 from lowlat.bench.roofline import least_seconds
+from tests import fakes
 
 CONFIG = fakes.mla_config()
 RATES = {"bandwidth": 1e9, "gemm_fp32": 1e9, "gemm_bf16": 2e9, "gemm_int8": 3e9}

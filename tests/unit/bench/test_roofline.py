@@ -2,10 +2,8 @@
 
 from dataclasses import replace
 
-import fakes
 import pytest
 import torch
-from lowlat_configs import GLA, GTA, MLA, MOE, TPA, lowlat_config
 
 from lowlat.bench.plan import Cell
 from lowlat.bench.roofline import attention_flops, least_seconds, seconds, work_of
@@ -13,6 +11,8 @@ from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import QuantConfig
 from lowlat.model.quant import store_packed, store_quantized
 from lowlat.model.transformer import Transformer
+from tests import fakes
+from tests.lowlat_configs import GLA, GTA, MLA, MOE, TPA, lowlat_config
 
 from .benchmarks import random_checkpoint
 

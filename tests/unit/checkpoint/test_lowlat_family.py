@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowlat_configs import EVERY, LAYERS, random_model
 from safetensors.torch import load_file
 
 from lowlat.checkpoint.load import load_model
@@ -13,6 +12,7 @@ from lowlat.checkpoint.save import save_model
 from lowlat.config.model import ModelConfig, QuantConfig
 from lowlat.model.linear import Linear
 from lowlat.utils.errors import UserError
+from tests.lowlat_configs import EVERY, LAYERS, random_model
 
 from .builders import assert_same_bits, rewrite, write_model
 

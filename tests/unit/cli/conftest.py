@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import pytest
-from fakes import ScriptedModel, byte_tokenizer, gqa_config
 from typer.testing import CliRunner, Result
 
 from lowlat.cli.main import app
-from lowlat.engine.llm import Model
+from lowlat.generate.model import Model
+from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config
 
 
 @pytest.fixture

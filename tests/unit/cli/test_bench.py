@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.test_report import build
 from typer.testing import Result
 
 from lowlat.bench import plan
 from lowlat.cli import bench
 from lowlat.utils.errors import UserError
+from tests.unit.bench.test_report import build
 
 Invoke = Callable[..., Result]
 

@@ -11,7 +11,7 @@ from typer.testing import Result
 from lowlat.cli.conversation import Conversation
 from lowlat.cli.speakers import LocalSpeaker
 from lowlat.cli.terminal import interruptions, printable, write
-from lowlat.engine.llm import Model
+from lowlat.generate.model import Model
 from lowlat.utils.errors import UserError
 
 Invoke = Callable[..., Result]

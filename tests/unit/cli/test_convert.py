@@ -9,7 +9,7 @@ from typer.testing import Result
 
 from lowlat.cli.options import parse_count
 from lowlat.convert.report import Report
-from lowlat.heal.wanted import Wanted
+from lowlat.recovery.wanted import Wanted
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -74,7 +74,7 @@ def test_healing_gets_its_options(
         (tmp_path / ".out.conversion").mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowlat.heal.run.convert_and_heal", heal)
+    monkeypatch.setattr("lowlat.recovery.run.convert_and_heal", heal)
     monkeypatch.setattr("lowlat.api.prepare", lambda name, **options: Path("some"))
     options = "--to mla --cache 0.5 --heal 1.5M --text a.txt --text b --evaluate c.txt --dtype bf16"
     result = lowlat("convert", "some", str(tmp_path / "out"), *options.split())

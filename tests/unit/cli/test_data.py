@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from lowlat.train.data.folder import TokenFolder
+from lowlat.data.folder import TokenFolder
 from lowlat.utils.errors import UserError
 from tests.fakes import byte_tokenizer
 

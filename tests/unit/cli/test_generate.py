@@ -8,7 +8,7 @@ from typer.testing import Result
 
 from lowlat.cli.completions import as_prompt
 from lowlat.cli.options import parse_logit_bias
-from lowlat.engine.llm import Model
+from lowlat.generate.model import Model
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
 

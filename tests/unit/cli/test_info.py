@@ -9,10 +9,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import fakes
 import pytest
 import torch
-from lowlat_configs import EVERY, random_model
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -25,6 +23,8 @@ from lowlat.config.model import Packing
 from lowlat.config.presets import load_preset, preset_names
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
+from tests import fakes
+from tests.lowlat_configs import EVERY, random_model
 
 
 def report(capsys: pytest.CaptureFixture[str], model: str, **options: Any) -> dict[str, Any]:

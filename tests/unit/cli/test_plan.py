@@ -12,12 +12,12 @@ from rich.console import Console
 from lowlat.cli.info import find
 from lowlat.cli.plan import parse_memory, plan
 from lowlat.cli.plan_view import amount, duration, show, show_dry_run
-from lowlat.train.plan.dryrun import dry_run, recipe_config
-from lowlat.train.plan.estimate import estimate
-from lowlat.train.plan.flops import token_flops
-from lowlat.train.plan.published import DEEPSEEK_V3
-from lowlat.train.plan.search import Search, neighbours
-from lowlat.train.recipe import read_recipe
+from lowlat.plan.estimate import estimate
+from lowlat.plan.flops import token_flops
+from lowlat.plan.published import DEEPSEEK_V3
+from lowlat.plan.search import Search, neighbours
+from lowlat.train.recipe.schema import read_recipe
+from lowlat.train.run.dry_run import dry_run, recipe_config
 from lowlat.utils.errors import UserError
 
 RECIPE = """

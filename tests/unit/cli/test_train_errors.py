@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from lowlat.cli import main
-from lowlat.train.data.build import build
-from lowlat.train.data.selection import BuildOptions
-from lowlat.train.plan import dryrun, rate
+from lowlat.data.build import build
+from lowlat.data.selection import BuildOptions
+from lowlat.plan import rate
+from lowlat.train.run import dry_run as dryrun
 from tests.fakes import byte_tokenizer
 
 RECIPE = """

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from train.runlog.records import evaluation, start, step
 from typer.testing import Result
 
-from lowlat.train.runlog import plot
-from lowlat.train.runlog.jsonl import LogWriter
+from lowlat.train.metrics import plot
+from lowlat.train.metrics.jsonl import LogWriter
 from lowlat.utils.errors import UserError
+from tests.unit.train.metrics.records import evaluation, start, step
 
 Invoke = Callable[..., Result]
 

@@ -6,7 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from lowlat_configs import (
+
+from lowlat.config.hf import config_from_hf, config_to_hf
+from lowlat.config.model import ModelConfig, QuantConfig, RopeConfig
+from lowlat.config.presets import load_preset, preset_names
+from lowlat.utils.errors import UserError
+from tests.lowlat_configs import (
     DIFFERING,
     EVERY,
     GLA,
@@ -19,11 +24,6 @@ from lowlat_configs import (
     YARN,
     lowlat_config,
 )
-
-from lowlat.config.hf import config_from_hf, config_to_hf
-from lowlat.config.model import ModelConfig, QuantConfig, RopeConfig
-from lowlat.config.presets import load_preset, preset_names
-from lowlat.utils.errors import UserError
 
 FACTORS = tuple(1.0 + i for i in range(5))
 ROPES = {

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import fakes
 import pytest
 
 from lowlat.config.hf import config_from_hf, config_to_hf
@@ -11,6 +10,7 @@ from lowlat.config.model import ModelConfig, QuantConfig
 from lowlat.config.packing import GROUP_SIZE, TILE_ROWS
 from lowlat.ops.quantized import GROUP, TILE
 from lowlat.utils.errors import UserError
+from tests import fakes
 
 CONFIGS = {
     "llama": fakes.gqa_config(),

@@ -11,7 +11,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from lowlat_configs import EVERY, random_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -28,6 +27,7 @@ from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
 from tests.fakes import byte_tokenizer, gqa_config
+from tests.lowlat_configs import EVERY, random_model
 from tests.unit.convert.test_run import edit_tensors
 
 LENGTH = 40

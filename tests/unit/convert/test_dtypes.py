@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint.builders import FAMILIES, assert_same_bits, bits, rewrite, write_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -20,6 +19,7 @@ from lowlat.model.linear import Linear
 from lowlat.model.transformer import Transformer
 from lowlat.ops.fp8 import quantize_blocks
 from lowlat.utils.errors import UserError
+from tests.unit.checkpoint.builders import FAMILIES, assert_same_bits, bits, rewrite, write_model
 
 TYPES = ("fp32", "bf16", "fp16", "fp8", "int8", "int4")
 SIXTEEN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

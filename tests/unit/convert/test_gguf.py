@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint.builders import FAMILIES, assert_same_bits, gqa, mla, write_model
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
 from gguf.quants import dequantize
@@ -22,6 +21,7 @@ from lowlat.model.linear import Linear
 from lowlat.ops.quantized import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
+from tests.unit.checkpoint.builders import FAMILIES, assert_same_bits, gqa, mla, write_model
 
 from .texts import TEMPLATE, write_tokenizer
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowlat_configs import EVERY, random_model
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
@@ -14,6 +13,7 @@ from lowlat.convert.exact import check_exact
 from lowlat.convert.report import describe_attention
 from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError
+from tests.lowlat_configs import EVERY, random_model
 
 
 @pytest.mark.parametrize("interleave", [False, True])

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint.builders import FAMILIES, edit_config, rewrite, write_model
 
 from lowlat.checkpoint import restart
 from lowlat.checkpoint.planned_files import Stretch
 from lowlat.checkpoint.restart import partial_path
 from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError
+from tests.unit.checkpoint.builders import FAMILIES, edit_config, rewrite, write_model
 
 FAMILY = "deepseek_v3-mtp"
 

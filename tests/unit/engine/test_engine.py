@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import ScriptedModel, gqa_config, mla_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from lowlat.engine.runner import INITIAL_PAGES, Runner
 from lowlat.engine.scheduler import Limits
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
+from tests.fakes import ScriptedModel, gqa_config, mla_config, tiny_model
 
 CONTEXT = 97
 EOS = 257

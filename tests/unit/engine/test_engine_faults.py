@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import ScriptedModel, byte_tokenizer, gqa_config, mla_config, tiny_model
 
 from lowlat.config.model import ModelConfig
 from lowlat.engine.engine import Engine
-from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import Chunk, RequestOptions
 from lowlat.engine.runner import Runner
+from lowlat.generate.model import Model
 from lowlat.utils.errors import UserError
+from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config, mla_config, tiny_model
 
 from .test_engine import counting_engine, engine_for, run
 

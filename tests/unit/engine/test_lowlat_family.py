@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from lowlat_configs import EVERY, random_model
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import ModelConfig
@@ -10,6 +9,7 @@ from lowlat.engine.engine import Engine
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.runner import Runner
 from lowlat.model.transformer import Transformer
+from tests.lowlat_configs import EVERY, random_model
 
 PROMPTS = [[7, 11, 13], [2] * 40, [5, 3, 5, 3, 5, 3, 5]]
 

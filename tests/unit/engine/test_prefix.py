@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Sequence
 
 import pytest
-from page_driver import Driver
 
 from lowlat.engine.pages import PagePool
 from lowlat.engine.prefix import Digest, PrefixCache
+from tests.page_driver import Driver
 
 SALT = b"key"
 LONG = list(range(100, 112))

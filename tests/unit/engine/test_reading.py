@@ -1,10 +1,10 @@
 """How sequences are read: grid, forms, pieces."""
 
 import pytest
-from fakes import gqa_config
 
 from lowlat.config.model import MLAConfig
 from lowlat.engine.reading import Piece, Reader
+from tests.fakes import gqa_config
 
 V3 = MLAConfig(
     num_attention_heads=128,

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fakes import gqa_config
 
 from lowlat.engine.pages import PagePool
 from lowlat.engine.params import SamplingParams
@@ -14,6 +13,7 @@ from lowlat.engine.reading import Reader
 from lowlat.engine.request import Request, RequestOptions, Sequence
 from lowlat.engine.sampler import SequenceSampler
 from lowlat.engine.scheduler import Limits, Scheduler
+from tests.fakes import gqa_config
 
 PAGE = 4
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import ScriptedModel, byte_tokenizer, gqa_config, mla_config, tiny_model
 
 from lowlat.engine.engine import Engine
-from lowlat.engine.grammar import GrammarCompiler
 from lowlat.engine.lookup import PromptLookup
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import RequestOptions
 from lowlat.engine.runner import Runner
-from lowlat.engine.structured import Regex
+from lowlat.generate.grammar import GrammarCompiler
+from lowlat.generate.structured import Regex
 from lowlat.model.transformer import Transformer
+from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config, mla_config, tiny_model
 
 
 def engine_for(model: Transformer, **options: Any) -> Engine:

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lowlat_configs import GLA, YARN, lowlat_config, random_model
 from torch import Tensor
 
 from lowlat.attention.packed import PackedAttention
@@ -15,6 +14,7 @@ from lowlat.model.gla import GLA as Module
 from lowlat.model.transformer import Transformer
 from lowlat.ops.norm import rms_norm
 from lowlat.ops.rope import RotaryTables, apply_rope
+from tests.lowlat_configs import GLA, YARN, lowlat_config, random_model
 
 
 def as_mla(attention: GLAConfig) -> MLAConfig:

@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lowlat_configs import DIFFERING, LAYER_ROPES, LAYERS, MLA, chosen_frequencies, lowlat_config
-from lowlat_configs import random_model as model_of
 from torch import Tensor
 
 from lowlat.attention.forms import form_of
@@ -16,6 +14,15 @@ from lowlat.config.attention import expansion_break_even, short_name
 from lowlat.config.model import MLAConfig, ModelConfig, RopeConfig
 from lowlat.engine import scoring
 from lowlat.engine.runner import Runner
+from tests.lowlat_configs import (
+    DIFFERING,
+    LAYER_ROPES,
+    LAYERS,
+    MLA,
+    chosen_frequencies,
+    lowlat_config,
+)
+from tests.lowlat_configs import random_model as model_of
 
 CONFIG = lowlat_config(
     DIFFERING,

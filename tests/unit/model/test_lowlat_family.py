@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lowlat_configs import EVERY, FORMS, LAYERS, random_model
 
 from lowlat.attention.flash import FlashAttention
 from lowlat.attention.packed import PackedAttention
@@ -16,6 +15,7 @@ from lowlat.engine.runner import Runner
 from lowlat.model.init import init_weights
 from lowlat.model.quant import store_packed
 from lowlat.model.transformer import Transformer
+from tests.lowlat_configs import EVERY, FORMS, LAYERS, random_model
 
 every_config = pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
 IDS = torch.randint(0, 263, (61,), generator=torch.Generator().manual_seed(5))

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lowlat_configs import TPA, lowlat_config, random_model
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import RopeConfig, TPAConfig
@@ -13,6 +12,7 @@ from lowlat.model.init import init_weights
 from lowlat.model.tpa import TPA as Module
 from lowlat.model.transformer import Transformer
 from lowlat.ops.rope import RotaryTables, apply_rope
+from tests.lowlat_configs import TPA, lowlat_config, random_model
 
 
 @pytest.mark.parametrize("interleave", [True, False])

@@ -4,11 +4,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fakes import ScriptedModel, byte_tokenizer, gqa_config
-
-from lowlat.engine.llm import Model
+from lowlat.generate.model import Model
 from lowlat.serve.bridge import Bridge
 from lowlat.serve.generation import Generation
+from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config
 
 
 def counting_model(**options: Any) -> Model:

@@ -4,17 +4,16 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from fakes import byte_tokenizer, gqa_config, tiny_model
-
-from lowlat.engine.completion import TokenLogprob
-from lowlat.engine.grammar import CompiledGrammar
-from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import FinishReason
 from lowlat.engine.stats import EngineStats, Histogram
+from lowlat.generate.completion import TokenLogprob
+from lowlat.generate.grammar import CompiledGrammar
+from lowlat.generate.model import Model
 from lowlat.serve.bridge import Bridge
 from lowlat.serve.generation import Delta, Generation, Overloaded
 from lowlat.text.tokenizer import Tokenizer
+from tests.fakes import byte_tokenizer, gqa_config, tiny_model
 
 NAME = "tiny"
 

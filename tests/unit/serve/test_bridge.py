@@ -7,15 +7,15 @@ import time
 from typing import Any
 
 import pytest
-from fakes import EOS, ScriptedModel, byte_tokenizer, gqa_config
 
-from lowlat.engine.grammar import GrammarCompiler
-from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
-from lowlat.engine.structured import Choice
+from lowlat.generate.grammar import GrammarCompiler
+from lowlat.generate.model import Model
+from lowlat.generate.structured import Choice
 from lowlat.serve.bridge import Bridge
 from lowlat.serve.generation import Draining, Overloaded
 from lowlat.utils.errors import UserError
+from tests.fakes import EOS, ScriptedModel, byte_tokenizer, gqa_config
 
 from .bridge_use import assert_nothing_is_left, collect, counting_model, until, with_bridge
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lowlat.engine.engine import Engine
-from lowlat.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarState
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import Chunk
 from lowlat.engine.runner import Runner
-from lowlat.engine.structured import Choice
+from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler, GrammarState
+from lowlat.generate.structured import Choice
 from lowlat.serve import bridge as bridge_module
 from lowlat.serve import pulse
 from lowlat.serve.bridge import Bridge

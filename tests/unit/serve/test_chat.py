@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from lowlat.engine.llm import Model
-from lowlat.engine.structured import Choice, Grammar, JsonObject, JsonSchema
+from lowlat.generate.model import Model
+from lowlat.generate.structured import Choice, Grammar, JsonObject, JsonSchema
 from lowlat.serve.chat import PreparedChat, prepare_chat
 from lowlat.serve.dialect import Dialect
 from lowlat.serve.history import template_messages

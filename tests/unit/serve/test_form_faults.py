@@ -4,16 +4,16 @@ import json
 from typing import Any
 
 import pytest
-from fakes import ScriptedModel, byte_tokenizer, gqa_config
 from starlette.testclient import TestClient
 
-from lowlat.engine import grammar as grammar_module
-from lowlat.engine.grammar import GrammarCompiler
-from lowlat.engine.llm import Model
 from lowlat.engine.params import SamplingParams
-from lowlat.engine.structured import Grammar
+from lowlat.generate import grammar as grammar_module
+from lowlat.generate.grammar import GrammarCompiler
+from lowlat.generate.model import Model
+from lowlat.generate.structured import Grammar
 from lowlat.serve.bridge import Bridge
 from lowlat.serve.generation import Delta
+from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config
 
 from .bridge_use import assert_nothing_is_left, with_bridge
 from .fake_bridge import NAME, Answer, FakeBridge

@@ -10,9 +10,9 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from lowlat.engine.grammar import GrammarCompiler
-from lowlat.engine.llm import Model
-from lowlat.engine.structured import Choice, Regex
+from lowlat.generate.grammar import GrammarCompiler
+from lowlat.generate.model import Model
+from lowlat.generate.structured import Choice, Regex
 from lowlat.serve.app import build_app, make_services
 from lowlat.serve.bridge import Bridge
 from lowlat.serve.config import ServeConfig

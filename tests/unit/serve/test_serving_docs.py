@@ -9,7 +9,8 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from lowlat.cli.main import app
-from lowlat.engine import grammar_worker, params, structured
+from lowlat.engine import params
+from lowlat.generate import grammar_worker, structured
 from lowlat.serve import limits
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.operations import GETS, POSTS

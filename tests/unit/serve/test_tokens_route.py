@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
-from fakes import ASSISTANT, BOS, EOS, USER
 from starlette.testclient import TestClient
+
+from tests.fakes import ASSISTANT, BOS, EOS, USER
 
 from .fake_bridge import NAME
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from lowlat.engine.grammar import CompiledGrammar, GrammarCompiler
-from lowlat.engine.structured import (
+from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler
+from lowlat.generate.structured import (
     Choice,
     Grammar,
     JsonObject,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lowlat.engine.grammar import CompiledGrammar, GrammarCompiler
+from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler
 from lowlat.serve.answer import AnswerParser, ReasoningMarks
 from lowlat.serve.protocol.failure import RequestError
 from lowlat.serve.tools.arguments import kinds

@@ -192,6 +192,6 @@ def test_ids_beyond_the_embedding(make_folder: MakeFolder) -> None:
 
 
 def test_no_merges() -> None:
-    from fakes import byte_tokenizer
+    from tests.fakes import byte_tokenizer
 
     assert not has_merges(byte_tokenizer()._parts)

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import BOS, EOS, byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers, processors
@@ -13,6 +12,7 @@ from tokenizers import pre_tokenizers, processors
 from lowlat.text import pieces
 from lowlat.text.pieces import encode_long, encode_plain, text_pieces
 from lowlat.text.pretokenizers import splitting
+from tests.fakes import BOS, EOS, byte_tokenizer
 
 PIECE = 23
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lowlat.train.plan import rate
+from lowlat.plan import rate
 
 from . import healing, runs
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowlat.config.model import MLAConfig, ModelConfig, MoEConfig
-from lowlat.train.batch import Batch
+from lowlat.data.batch import Batch
 
 Scores = list[Tensor]
 """Of every MoE layer in turn, [tokens, experts]."""

@@ -14,18 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.train.data.layout import SPLITS, FolderFacts, id_type
-from lowlat.train.data.vocabulary import end_of_text, fim_tokens
-from lowlat.train.data.writer import SplitWriter, partial_folder, write_facts, write_tokenizer
-from lowlat.train.recipe import Recipe, parse_recipe
-from lowlat.train.runlog.record import EvalRecord, StepRecord
-from lowlat.train.runlog.runlog import Fact, RunLog
-from lowlat.train.saves.run_folder import RunFolder
-from lowlat.train.saves.save import Save
-from lowlat.train.saves.saves import Saves
-from lowlat.train.trainer import Outcome, Trainer
-
-from .data.conftest import END, byte_level
+from lowlat.data.layout import SPLITS, FolderFacts, id_type
+from lowlat.data.vocabulary import end_of_text, fim_tokens
+from lowlat.data.writer import SplitWriter, partial_folder, write_facts, write_tokenizer
+from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.train.checkpoints.save import Save
+from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.metrics.record import EvalRecord, StepRecord
+from lowlat.train.metrics.runlog import Fact, RunLog
+from lowlat.train.recipe.schema import Recipe, parse_recipe
+from lowlat.train.run.trainer import Outcome, Trainer
+from tests.unit.data.conftest import END, byte_level
 
 MODEL = {
     "model_type": "deepseek_v3",

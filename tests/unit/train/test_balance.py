@@ -6,20 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowlat.data.batch import Batch
 from lowlat.model.moe import MoE
 from lowlat.model.transformer import Transformer
-from lowlat.train.balance import (
+from lowlat.train.recipe.schema import Optimizer as OptimizerTable
+from lowlat.train.step.balance import (
     RouterWatch,
     choice_frequency,
     gates,
     mean_share,
     sequence_balance_loss,
 )
-from lowlat.train.batch import Batch
-from lowlat.train.optim import Optimizer
-from lowlat.train.passes import PlainPasses
-from lowlat.train.recipe import Optimizer as OptimizerTable
-from lowlat.train.step import evaluate, train_step
+from lowlat.train.step.optim import Optimizer
+from lowlat.train.step.passes import PlainPasses
+from lowlat.train.step.step import evaluate, train_step
 
 from . import tiny
 from .naive import NaiveModel

@@ -13,15 +13,15 @@ from torch import Tensor
 from lowlat.attention.flash import FlashAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
+from lowlat.data.batch import Batch
+from lowlat.data.chat_rows import ChatRows
+from lowlat.data.folder import TokenFolder
+from lowlat.data.windows import Windows
 from lowlat.model.transformer import Transformer
-from lowlat.train.batch import Batch
-from lowlat.train.data.chat_rows import ChatRows
-from lowlat.train.data.folder import TokenFolder
-from lowlat.train.data.windows import Windows
-from lowlat.train.failed_step import look_again
-from lowlat.train.loss import batch_loss, count_targets
-from lowlat.train.recipe import parse_recipe
-from lowlat.train.teacher import Teacher
+from lowlat.train.recipe.schema import parse_recipe
+from lowlat.train.run.failed_step import look_again
+from lowlat.train.step.loss import batch_loss, count_targets
+from lowlat.train.step.teacher import Teacher
 from lowlat.utils.errors import UserError
 
 from . import healing, tuning
@@ -132,7 +132,7 @@ def test_what_stays_is_held_as_products_take_it(folder: Path) -> None:
 def test_gates_of_experts_that_stay_are_fp32() -> None:
     """They compute in it; embeddings, experts and heads are held in bf16."""
     from lowlat.model.stacking import stack_experts
-    from lowlat.train.trainable import hold_frozen, keep_all_but_attention
+    from lowlat.train.step.trainable import hold_frozen, keep_all_but_attention
     from tests.lowlat_configs import random_model
 
     model = random_model(tuning.config(), torch.float32)
@@ -229,8 +229,8 @@ def layer_errors(folder: Path, batch: Batch, match: str) -> tuple[Tensor, dict[s
 @pytest.mark.parametrize("match", ["attention", "layers"])
 def test_errors_of_layers_by_definition(folder: Path, match: str, rows: int) -> None:
     """Value and gradients, however a batch is cut into micro-batches."""
-    from lowlat.train.passes import PlainPasses
-    from lowlat.train.schedule import Timetable
+    from lowlat.train.recipe.schedule import Timetable
+    from lowlat.train.step.passes import PlainPasses
 
     batch = held_out(folder)
     wanted, gradients = layer_errors(folder, batch, match)
@@ -305,8 +305,8 @@ def test_a_teacher_of_another_config_is_another(folder: Path, teacher_models: Pa
 
 def test_a_save_from_before_there_were_teachers_goes_on(folder: Path) -> None:
     """A recipe written down without the keys of distillation has their defaults."""
-    from lowlat.train.schedule import Timetable
-    from lowlat.train.state import check_resumable
+    from lowlat.train.recipe.schedule import Timetable
+    from lowlat.train.run.state import check_resumable
 
     recipe = parse_recipe(tuning.raw_recipe(start="damaged"), origin="r")
     written = recipe.model_dump(mode="json")

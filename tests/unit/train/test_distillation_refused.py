@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lowlat.train.recipe import parse_recipe
+from lowlat.train.recipe.schema import parse_recipe
 from lowlat.utils.errors import UserError
 
 from . import healing
@@ -56,7 +56,7 @@ def test_other_divisions_than_of_batches_are_refused(
     folder: Path, axis: str, trainable: str
 ) -> None:
     """Before processes of such a run are asked for anything."""
-    from lowlat.train.inputs import open_inputs
+    from lowlat.train.run.inputs import open_inputs
 
     recipe = parse_recipe(healing.raw(parallel={axis: 2}, trainable=trainable), origin="r.toml")
     with pytest.raises(UserError, match=rf"parallel\.{axis} 2 does not go with"):

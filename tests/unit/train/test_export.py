@@ -11,8 +11,8 @@ from lowlat.checkpoint.load import load_model
 from lowlat.model.stacking import unstacked
 from lowlat.model.transformer import Transformer
 from lowlat.text.tokenizer import Tokenizer
-from lowlat.train.export import TOKENIZER, export_save, keep_tokenizer
-from lowlat.train.state import MODEL, part
+from lowlat.train.run.export import TOKENIZER, export_save, keep_tokenizer
+from lowlat.train.run.state import MODEL, part
 from lowlat.utils.errors import UserError
 
 from . import runs

@@ -10,8 +10,8 @@ from lowlat.checkpoint.save import save_model
 from lowlat.config.hf import config_from_hf
 from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
-from lowlat.train.export import export_save
-from lowlat.train.failed_step import look_again
+from lowlat.train.run.export import export_save
+from lowlat.train.run.failed_step import look_again
 from lowlat.utils.errors import UserError
 
 from . import runs

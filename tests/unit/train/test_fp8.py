@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fakes import gqa_config, mla_config, tiny_model
 from safetensors import safe_open
 from torch import Tensor
 
@@ -22,8 +21,9 @@ from lowlat.model.stacking import stack_experts, unstacked
 from lowlat.model.transformer import Transformer
 from lowlat.ops.fp8 import quantize_blocks
 from lowlat.ops.fp8_training import Fp8Format, ScaleFormat
-from lowlat.train.fp8 import Fp8Experts, save_fp8, use_fp8
+from lowlat.train.step.fp8 import Fp8Experts, save_fp8, use_fp8
 from lowlat.utils.errors import UserError
+from tests.fakes import gqa_config, mla_config, tiny_model
 
 MOE = MoEConfig(
     n_routed_experts=5,

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from lowlat.train import heal as healing_module
-from lowlat.train.data.build import build
-from lowlat.train.data.selection import BuildOptions
-from lowlat.train.heal import BATCH_TOKENS, LEARNING_RATE, Healing, heal, healing_recipe
-from lowlat.train.recipe import parse_recipe, read_recipe
-from lowlat.train.schedule import Timetable
-from lowlat.train.trainer import Trainer
+from lowlat.data.build import build
+from lowlat.data.selection import BuildOptions
+from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schema import parse_recipe, read_recipe
+from lowlat.train.run import heal as healing_module
+from lowlat.train.run.heal import BATCH_TOKENS, LEARNING_RATE, Healing, heal, healing_recipe
+from lowlat.train.run.trainer import Trainer
 from lowlat.utils.errors import UserError
 from tests.fakes import byte_tokenizer
 

@@ -17,11 +17,11 @@ from lowlat.config.model import GQAConfig
 from lowlat.convert.run import convert
 from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
-from lowlat.train.export import export_adapter, export_save
-from lowlat.train.lora import add_updates, check_lora, count_updates, is_update, merged
-from lowlat.train.loss import batch_loss
-from lowlat.train.plan.dryrun import require_fit
-from lowlat.train.recipe import Lora, parse_recipe
+from lowlat.train.recipe.schema import Lora, parse_recipe
+from lowlat.train.run.dry_run import require_fit
+from lowlat.train.run.export import export_adapter, export_save
+from lowlat.train.step.lora import add_updates, check_lora, count_updates, is_update, merged
+from lowlat.train.step.loss import batch_loss
 from lowlat.utils.errors import UserError
 from tests.fakes import gqa_config
 from tests.lowlat_configs import random_model

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lowlat.attention.flash import FlashAttention
+from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
-from lowlat.train.balance import RouterWatch
-from lowlat.train.batch import Batch
-from lowlat.train.loss import batch_loss, count_targets, counted
-from lowlat.train.passes import PlainPasses
+from lowlat.train.step.balance import RouterWatch
+from lowlat.train.step.loss import batch_loss, count_targets, counted
+from lowlat.train.step.passes import PlainPasses
 
 from . import tiny
 from .naive import NaiveModel

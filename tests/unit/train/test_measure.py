@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from lowlat.train.inputs import PhaseData, phase_data
-from lowlat.train.measure import eval_record
+from lowlat.train.run.inputs import PhaseData, phase_data
+from lowlat.train.run.measure import eval_record
+from tests.unit.data.conftest import Make, make_folder, texts
 
 from . import runs
-from .data.conftest import Make, make_folder, texts
 
 __all__ = ["make_folder"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowlat.train.muon import Muon, orthogonalized
+from lowlat.train.step.muon import Muon, orthogonalized
 
 
 def matrix(*shape: int) -> Tensor:

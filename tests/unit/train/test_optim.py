@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowlat.train.optim import Optimizer
-from lowlat.train.recipe import Optimizer as OptimizerTable
+from lowlat.train.recipe.schema import Optimizer as OptimizerTable
+from lowlat.train.step.optim import Optimizer
 
 from . import tiny
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowlat.train.batch import Batch
-from lowlat.train.data.windows import Windows
+from lowlat.data.batch import Batch
+from lowlat.data.windows import Windows
 
 from . import runs
 from .runs import opened, train

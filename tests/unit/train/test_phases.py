@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from lowlat.attention.flash import FlashAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.model.transformer import Transformer
-from lowlat.train.inputs import base_config, phase_configs
-from lowlat.train.recipe import Recipe, parse_recipe
+from lowlat.train.recipe.schema import Recipe, parse_recipe
+from lowlat.train.run.inputs import base_config, phase_configs
 from lowlat.utils.errors import UserError
 
 from . import tuning
@@ -119,7 +119,7 @@ def test_softmax_scale_changes_with_the_phase(tmp_path: Path) -> None:
 
 
 def exported(folder: Path, step: int) -> Path:
-    from lowlat.train.export import export_save
+    from lowlat.train.run.export import export_save
 
     export_save(folder / "run", folder / f"at-{step}", step=step, dtype="fp32")
     return folder / f"at-{step}"

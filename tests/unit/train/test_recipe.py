@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from lowlat.train.recipe import Segment, parse_recipe, read_recipe
-from lowlat.train.schedule import Timetable
+from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schema import Segment, parse_recipe, read_recipe
 from lowlat.utils.errors import UserError
 
 TEXT = """

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lowlat.train.recipe import read_recipe
-from lowlat.train.recipe_text import text_of, to_toml
+from lowlat.train.recipe.schema import read_recipe
+from lowlat.train.recipe.toml import text_of, to_toml
 
 from .test_recipe import TEXT
 

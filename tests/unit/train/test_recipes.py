@@ -8,16 +8,16 @@ import pytest
 
 from lowlat.checkpoint.load import load_model
 from lowlat.cli.main import app
-from lowlat.train.heal import Healing, healing_recipe
-from lowlat.train.inputs import base_config, phase_configs
-from lowlat.train.lora import check_lora
+from lowlat.plan.estimate import estimate
+from lowlat.plan.machine import H100
 from lowlat.train.parallel.check import check_parallel
-from lowlat.train.plan.dryrun import job_of, recipe_config
-from lowlat.train.plan.estimate import estimate
-from lowlat.train.plan.machine import H100
-from lowlat.train.recipe import Recipe, parse_recipe, read_recipe
-from lowlat.train.recipe_reference import reference
-from lowlat.train.schedule import Timetable, batch_rows
+from lowlat.train.recipe.reference import reference
+from lowlat.train.recipe.schedule import Timetable, batch_rows
+from lowlat.train.recipe.schema import Recipe, parse_recipe, read_recipe
+from lowlat.train.run.dry_run import job_of, recipe_config
+from lowlat.train.run.heal import Healing, healing_recipe
+from lowlat.train.run.inputs import base_config, phase_configs
+from lowlat.train.step.lora import check_lora
 
 ROOT = Path(__file__).parents[3]
 CORPORA = {

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-import lowlat.train.trainer as trainer_module
-from lowlat.train.saves import writer
-from lowlat.train.saves.saves import Saves
+import lowlat.train.run.trainer as trainer_module
+from lowlat.train.checkpoints import writer
+from lowlat.train.checkpoints.saves import Saves
 
 from . import runs
 from .runs import train

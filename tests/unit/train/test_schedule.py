@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from lowlat.train.recipe import Phase, Segment, parse_recipe
-from lowlat.train.schedule import Timetable, batch_rows, value_at
+from lowlat.train.recipe.schedule import Timetable, batch_rows, value_at
+from lowlat.train.recipe.schema import Phase, Segment, parse_recipe
 
 from . import tiny
 

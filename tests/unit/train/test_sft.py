@@ -13,14 +13,14 @@ import torch
 from lowlat.checkpoint.load import load_model
 from lowlat.config.model import GQAConfig, ModelConfig, QuantConfig
 from lowlat.convert.run import convert
+from lowlat.data.batch import Batch
+from lowlat.data.build import build
+from lowlat.data.folder import TokenFolder
+from lowlat.data.selection import BuildOptions
 from lowlat.text.chat_prompt import encode_chat
 from lowlat.text.token_bytes import byte_alphabet
-from lowlat.train.batch import Batch
-from lowlat.train.data.build import build
-from lowlat.train.data.folder import TokenFolder
-from lowlat.train.data.selection import BuildOptions
-from lowlat.train.inputs import left_out, phase_data, phase_folder
-from lowlat.train.recipe import parse_recipe
+from lowlat.train.recipe.schema import parse_recipe
+from lowlat.train.run.inputs import left_out, phase_data, phase_folder
 from lowlat.utils.errors import UserError
 from tests.fakes import ASSISTANT, EOS, TEMPLATE, byte_tokenizer, gqa_config
 from tests.unit.checkpoint.gguf_files import write_gguf

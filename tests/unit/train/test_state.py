@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from lowlat.train.optim import Optimizer
 from lowlat.train.parallel.layout import Layout
-from lowlat.train.recipe import Optimizer as OptimizerTable
-from lowlat.train.schedule import Timetable
-from lowlat.train.state import (
+from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schema import Optimizer as OptimizerTable
+from lowlat.train.run.state import (
     MODEL,
     OPTIMIZER,
     RANDOM,
@@ -23,6 +22,7 @@ from lowlat.train.state import (
     snapshot,
     state_tensors,
 )
+from lowlat.train.step.optim import Optimizer
 from lowlat.utils.errors import UserError
 
 from . import runs, tiny

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
-from lowlat.train.balance import RouterWatch, gates
-from lowlat.train.batch import Batch
-from lowlat.train.optim import Optimizer
-from lowlat.train.passes import Passes, PlainPasses
-from lowlat.train.recipe import Optimizer as OptimizerTable
-from lowlat.train.schedule import StepPlan
-from lowlat.train.step import StepResult, evaluate, train_step
+from lowlat.train.recipe.schedule import StepPlan
+from lowlat.train.recipe.schema import Optimizer as OptimizerTable
+from lowlat.train.step.balance import RouterWatch, gates
+from lowlat.train.step.optim import Optimizer
+from lowlat.train.step.passes import Passes, PlainPasses
+from lowlat.train.step.step import StepResult, evaluate, train_step
 
 from . import tiny
 from .naive import NaiveModel

@@ -10,11 +10,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from lowlat.train.failed_step import look_again
-from lowlat.train.recipe import Recipe
-from lowlat.train.replay import read_batch
-from lowlat.train.step import evaluate
-from lowlat.train.trainer import Trainer
+from lowlat.train.recipe.schema import Recipe
+from lowlat.train.run.failed_step import look_again
+from lowlat.train.run.replay import read_batch
+from lowlat.train.run.trainer import Trainer
+from lowlat.train.step.step import evaluate
 from lowlat.utils.errors import UserError
 
 from . import runs
@@ -125,7 +125,7 @@ def test_a_tokenizer_that_cannot_be_written(base: Path, monkeypatch: pytest.Monk
     """Holds shut: a full disk told by a traceback, and half a tokenizer taken for a whole one."""
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr("lowlat.train.export.write_new", Mock(side_effect=full))
+        patch.setattr("lowlat.train.run.export.write_new", Mock(side_effect=full))
         with (
             pytest.raises(UserError, match=r"tokenizer: cannot be written, .*free"),
             opened(base / "run", runs.recipe()),

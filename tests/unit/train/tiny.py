@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lowlat.config.model import ModelConfig, MoEConfig
+from lowlat.data.batch import Batch
 from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
-from lowlat.train.batch import Batch
-from lowlat.train.recipe import Recipe, parse_recipe
-from lowlat.train.schedule import StepPlan, Timetable
+from lowlat.train.recipe.schedule import StepPlan, Timetable
+from lowlat.train.recipe.schema import Recipe, parse_recipe
 from tests.fakes import mla_config
 from tests.lowlat_configs import random_model
 

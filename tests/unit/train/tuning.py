@@ -17,14 +17,14 @@ from torch import Tensor
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.config.model import ModelConfig
-from lowlat.train.data.build import build
-from lowlat.train.data.selection import BuildOptions
-from lowlat.train.recipe import parse_recipe
-from lowlat.train.runlog.runlog import FolderRunLog
-from lowlat.train.runlog.view import make_view
-from lowlat.train.saves.run_folder import RunFolder
-from lowlat.train.saves.saves import Saves
-from lowlat.train.trainer import Outcome, Trainer
+from lowlat.data.build import build
+from lowlat.data.selection import BuildOptions
+from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.metrics.runlog import FolderRunLog
+from lowlat.train.metrics.view import make_view
+from lowlat.train.recipe.schema import parse_recipe
+from lowlat.train.run.trainer import Outcome, Trainer
 from tests.fakes import byte_tokenizer
 from tests.lowlat_configs import random_model
 

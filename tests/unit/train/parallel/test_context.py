@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowlat.attention.flash import FlashAttention
-from lowlat.train.batch import Batch
+from lowlat.data.batch import Batch
 from lowlat.train.parallel import context
 from lowlat.train.parallel.context import ContextAttention, Zigzag
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lowlat.config.model import ModelConfig
+from lowlat.data.batch import Batch
 from lowlat.model.block import DecoderLayer
 from lowlat.model.transformer import Transformer
-from lowlat.train.batch import Batch
-from lowlat.train.loss import batch_loss, count_targets
+from lowlat.plan.stages import Stage
 from lowlat.train.parallel.pipeline_stages import (
     FOLDED,
     Schedule,
@@ -23,7 +23,7 @@ from lowlat.train.parallel.pipeline_stages import (
 )
 from lowlat.train.parallel.team import Team
 from lowlat.train.parallel.view import own_view
-from lowlat.train.plan.stages import Stage
+from lowlat.train.step.loss import batch_loss, count_targets
 from tests.unit.train import tiny
 
 LAYERS = 7

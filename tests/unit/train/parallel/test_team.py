@@ -6,9 +6,9 @@ import torch
 from lowlat.train.parallel.check import check_parallel
 from lowlat.train.parallel.launch import joined
 from lowlat.train.parallel.team import TOKENS, Team, view_sizes
-from lowlat.train.recipe import Parallel, Recipe, parse_recipe
-from lowlat.train.schedule import Timetable
-from lowlat.train.state import check_resumable
+from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schema import Parallel, Recipe, parse_recipe
+from lowlat.train.run.state import check_resumable
 from lowlat.utils.errors import UserError
 from tests.fakes import gqa_config, mla_config
 from tests.train_parallel.training import model_config

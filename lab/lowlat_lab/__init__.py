@@ -1,0 +1,1 @@
+"""Studies, corpora and result pages of lowlat."""

@@ -1,0 +1,135 @@
+"""Package archives for a corpus: fetched once, checked, then reused offline.
+
+    CACHE/packages/KIND/NAME/VERSION/ARCHIVE    a fetched archive, whole whenever it is there
+    CACHE/packages/KIND/.work/NAME-VERSION/     a fetch under way, and its lock file beside it
+
+Owns that cache. How the package tools are asked is in `corpus.tools`, reading archives in
+`corpus.archive`.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowlat.checkpoint.cachefolder import (
+    cache_dir,
+    checked_digest,
+    disk_faults,
+    locked,
+    sha256_file,
+    sync_folder,
+    write_record,
+)
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress, Task
+from lowlat_lab.corpus.recipe import Source
+from lowlat_lab.corpus.tools import download
+
+SUFFIXES = {"npm": (".tgz",), "debian": (".deb",), "pypi": (".whl",)}
+SDIST_SUFFIXES = (".tar.gz", ".tar.bz2", ".zip")
+NEWEST = "newest"
+"""Folder of a Debian package's version that no recipe names."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Archive:
+    """An archive in the cache and the digest of what it holds."""
+
+    path: Path
+    sha256: str
+
+
+def fetch_archive(source: Source, *, accept_newer: bool, progress: Progress) -> Archive:
+    """The archive of a source, from the cache where it is there, checked by its sha256.
+
+    accept_newer: where a Debian package's version is gone, take the one there is, which apt-get
+    has checked by Debian's signature. Raises UserError: the tool or the version is not there, no
+    network, another hash, a full disk.
+    """
+    with disk_faults(cache_dir()):
+        try:
+            return _cached(source, source.version, progress)
+        except VersionGone:
+            if not accept_newer:
+                raise
+            return _cached(source, NEWEST, progress)
+
+
+class VersionGone(UserError):
+    """Debian has replaced a version by a newer one."""
+
+
+def _cached(source: Source, version: str, progress: Progress) -> Archive:
+    """The archive of `version`, fetched if it is not there."""
+    base = cache_dir() / "packages" / source.kind
+    folder = base.joinpath(*source.package_name.split("/"), version.replace(":", "%3a"))
+    if _archive_in(folder, source) is None:
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", folder.relative_to(base).as_posix())
+        work = base / ".work" / name
+        work.mkdir(parents=True, exist_ok=True)
+        with locked(work.with_name(work.name + ".lock"), source.name, progress):
+            if _archive_in(folder, source) is None:  # whoever held the lock may have fetched it
+                _fetch(source, folder, work, progress)
+    archive = _archive_in(folder, source)
+    assert archive is not None  # _fetch put it there or raised
+    expected = None if version == NEWEST else source.sha256
+    return Archive(path=archive, sha256=checked_digest(archive, expected, progress))
+
+
+def _archive_in(folder: Path, source: Source) -> Path | None:
+    """The one archive of the source's form in `folder`, if there is one."""
+    suffixes = SDIST_SUFFIXES if source.sdist else SUFFIXES[source.kind]
+    found = [path for path in sorted(folder.glob("*")) if path.name.endswith(suffixes)]
+    return found[0] if found else None
+
+
+def _fetch(source: Source, folder: Path, work: Path, progress: Progress) -> None:
+    """Downloads into `work`, checks, and places the archive in `folder` by one rename."""
+    newest = folder.name == NEWEST
+    try:
+        with progress.task(f"downloading {source.name}", source.bytes, "bytes") as task:
+            watch = _growth(work, task)
+            try:
+                download(source, work, watch, newest=newest)
+            except UserError as error:
+                if source.kind == "debian" and re.search(r"Version .* was not found", str(error)):
+                    raise VersionGone(str(error)) from error
+                raise
+            watch()
+        archive = _archive_in(work, source)
+        if archive is None:
+            raise UserError(f"cannot fetch {source.package}: nothing of its form was downloaded")
+        digest = sha256_file(archive)
+        if not newest and digest != source.sha256:
+            raise UserError(
+                f"{source.package} is not the archive the recipe means: sha256 expected "
+                f"{source.sha256}, got {digest}; do not use it unless you know why it differs"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / archive.name
+        write_record(target, archive.stat(), digest)
+        os.replace(archive, target)
+        sync_folder(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _growth(work: Path, task: Task) -> Callable[[], None]:
+    """A function that advances `task` by what the largest file below `work` has grown."""
+    seen = 0
+
+    def watch() -> None:
+        nonlocal seen
+        now = 0
+        for path in work.rglob("*"):
+            try:
+                now = max(now, path.stat().st_size)
+            except FileNotFoundError:  # moved between the two calls
+                continue
+        task.advance(max(0, now - seen))
+        seen = max(seen, now)
+
+    return watch

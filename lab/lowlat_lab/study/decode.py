@@ -1,0 +1,82 @@
+"""How fast the trained models generate with a long context, all in turn.
+
+Owns the rounds. Every model answers through the engine, as users have it.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lowlat import api
+from lowlat.data.folder import TokenFolder
+from lowlat.generate.completion import Completion
+from lowlat.generate.model import Model
+from lowlat.model.native import has_native_form
+from lowlat.utils.progress import Progress
+
+ROUNDS = 5
+NEW_TOKENS = 64
+"""Tokens generated in a round."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Speed:
+    """One arm's decoding."""
+
+    context: int
+    """Tokens in the cache at the first step."""
+    is_native: bool
+    """Whether the native kernels ran it; otherwise PyTorch did."""
+    rounds: list[float] = field(default_factory=list)
+    """Tokens per second of every round."""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+    def ratio(self, other: "Speed") -> float:
+        """This speed over another: the median over rounds of what was measured side by side."""
+        pairs = zip(self.rounds, other.rounds, strict=True)
+        return statistics.median(own / theirs for own, theirs in pairs)
+
+
+def decode_speeds(
+    models: Mapping[str, Path], data: TokenFolder, *, context: int, progress: Progress
+) -> dict[str, Speed]:
+    """Tokens per second of each model of `models`, bf16 weights and cache, by arm.
+
+    The prompt is `context` tokens of held-out text (again from its beginning where it is shorter).
+    """
+    threads = torch.get_num_threads()
+    places = np.arange(context) % data.num_tokens("held_out")
+    prompt = data.tokens("held_out", places).tolist()
+    loaded = {name: api.load(str(path), speculates=False) for name, path in models.items()}
+    speeds = {
+        name: Speed(context=context, is_native=has_native_form(model.transformer))
+        for name, model in loaded.items()
+    }
+    names = list(loaded)
+    try:
+        with progress.task("decoding", (ROUNDS + 1) * len(names)) as task:
+            for number in range(ROUNDS + 1):
+                turn = number % len(names)
+                for name in (*names[turn:], *names[:turn]):
+                    # PyTorch's threads would spin beside those of the native kernels.
+                    torch.set_num_threads(1 if speeds[name].is_native else threads)
+                    rate = _rate(loaded[name], prompt)
+                    if number > 0:  # the first round reads the prompt, which the cache then keeps
+                        speeds[name].rounds.append(rate)
+                    task.advance()
+    finally:
+        torch.set_num_threads(threads)
+    return speeds
+
+
+def _rate(model: Model, prompt: Sequence[int]) -> float:
+    answer = model.generate(prompt, max_tokens=NEW_TOKENS, ignore_eos=True)
+    assert isinstance(answer, Completion)
+    return answer.usage.decode_tokens_per_second

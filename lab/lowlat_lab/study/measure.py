@@ -1,0 +1,123 @@
+"""What a trained model is worth on held-out text: loss window by window, balance, drafts.
+
+Owns the measuring of one model in a folder; it is read as users read it, in the numbers it is
+stored in.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lowlat import api
+from lowlat.checkpoint.load import load_model
+from lowlat.data.folder import TokenFolder
+from lowlat.model.stacking import stack_experts
+from lowlat.train.recipe.schema import Recipe
+from lowlat.train.run.build import DTYPES
+from lowlat.train.run.inputs import phase_data, phase_folder
+from lowlat.train.step.balance import RouterWatch
+from lowlat.train.step.passes import PlainPasses
+from lowlat.train.step.step import evaluate
+from lowlat.utils.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOut:
+    """One model on the held-out windows."""
+
+    window_losses: tuple[float, ...]
+    """Mean main loss of every window, nats per token."""
+    mtp_losses: tuple[float, ...]
+    """Mean loss of each MTP module."""
+    max_violations: tuple[float, ...]
+    """MaxVio of every gate over all windows together."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over windows, which have equally many targets."""
+        return statistics.fmean(self.window_losses)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of `loss` as an estimate for text of this kind, windows taken as independent."""
+        return standard_error(self.window_losses)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of `values`; None for one value."""
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def measure(folder: Path, recipe: Recipe, *, most_windows: int, progress: Progress) -> HeldOut:
+    """Read the held-out split with the model in `folder`, which `recipe` trained: its first
+    `most_windows` windows, or all it has.
+    """
+    model = load_model(folder, dtype="fp32").model
+    stack_experts(model)
+    num_ahead = 1 + model.config.num_nextn_predict_layers
+    windows = phase_data(recipe, 0, phase_folder(recipe, 0, Path("/")), num_ahead).held_out
+    assert windows is not None  # open_data looked
+    rows = min(most_windows, windows.per_epoch)
+    passes = PlainPasses(model, DTYPES[recipe.precision])
+    watch = RouterWatch(model, sequence_weight=0.0)
+    losses = []
+    length = recipe.phase[0].sequence_length
+    with (
+        progress.task("held-out text", rows) as task,
+        watch.watching(sequence_length=length, num_sequences=1),
+    ):
+        for row in range(rows):
+            batch = windows.batch(row, 1)
+            losses.append(evaluate(passes, [batch], num_ahead=num_ahead))
+            task.advance()
+    watch.reduce()
+    main, *mtp = zip(*losses, strict=True)
+    return HeldOut(
+        window_losses=tuple(main),
+        mtp_losses=tuple(map(statistics.fmean, mtp)),
+        max_violations=tuple(load.max_violation for load in watch.loads()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drafts:
+    """MTP modules on held-out text; shares of positions, one for each module."""
+
+    acceptance: tuple[float, ...]
+    """Drafts that are the token the main model would take after the same text."""
+    draft_hits: tuple[float, ...]
+    """Drafts that are the text's own token."""
+    main_hits: tuple[float, ...]
+    """Likeliest tokens of the main model, at the same positions, that are the text's own."""
+
+
+def drafts(folder: Path, data: TokenFolder, *, length: int, windows: int) -> Drafts:
+    """Let the model in `folder` read `windows` pieces of `length` held-out tokens. At every
+    position module k proposes the token k + 2 places on, given the text up to k + 1 places on.
+    """
+    model = api.load(str(folder), dtype="fp32", speculates=False)
+    depths = model.config.num_nextn_predict_layers
+    sums = np.zeros((3, depths))
+    drafted = np.zeros(depths)
+    for place in range(min(windows, data.num_tokens("held_out") // length) if depths else 0):
+        ids = data.tokens("held_out", np.arange(place * length, (place + 1) * length))
+        likeliest = model.logits(ids.tolist()).argmax(dim=-1).numpy()
+        for depth, logits in enumerate(model.mtp_logits(ids.tolist())):
+            # Row i proposes token i + depth + 2, which the main model decides at i + depth + 1.
+            proposed = logits.argmax(dim=-1).numpy()[:-1]
+            decided, truth = likeliest[depth + 1 : -1], ids[depth + 2 :]
+            sums[:, depth] += (
+                (proposed == decided).sum(),
+                (proposed == truth).sum(),
+                (decided == truth).sum(),
+            )
+            drafted[depth] += len(proposed)
+    shares = sums / np.maximum(drafted, 1)
+    kept, hits, own = (tuple(row.tolist()) for row in shares)
+    return Drafts(acceptance=kept, draft_hits=hits, main_hits=own)

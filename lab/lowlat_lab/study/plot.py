@@ -1,0 +1,173 @@
+"""A study as a picture. Owns what is drawn where; every figure is the report's.
+
+Points are named beside their colours.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lowlat.train.metrics.wording import count
+from lowlat.utils.errors import UserError
+from lowlat.utils.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE
+from lowlat_lab.study.findings import confidence
+from lowlat_lab.study.report import Report, find_comparison
+
+COLOURS = (BLACK, SKY, BLUE, ORANGE, RED, GREEN, PINK, GREY)
+MARKERS = "osDv^P*X"
+ASIDE = 1.1
+"""Factor between neighbours of the same cache, which would hide one another."""
+ROOM = 0.16
+"""Part of the height that names above the highest point take."""
+LOADS = (
+    (-0.1, "train_max_violations", "o", "last steps"),
+    (0.1, "max_violations", "s", "held-out text"),
+)
+"""Place beside the arm, figure, marker and name of each kind of MaxVio."""
+
+Arm = dict[str, Any]
+
+
+def require_matplotlib() -> None:
+    """Raises UserError without matplotlib: asked before an hour of training."""
+    if find_spec("matplotlib") is None:
+        raise UserError("a study draws a plot and needs matplotlib; install lowlat[train]")
+
+
+def draw(report: Report, path: Path) -> None:
+    """Write the picture; the ending of `path` chooses the format (svg, png, pdf)."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    arms = [arm for arm in report["arms"] if "loss" in arm]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        if report["study"] == "attention":
+            _over_cache(left, report, arms, differences=False)
+            _over_cache(right, report, arms, differences=True)
+        else:
+            _in_rows(left, report, arms, differences=False)
+            if report["study"] == "balance":
+                _loads(right, arms)
+            else:
+                _in_rows(right, report, arms, differences=True)
+        size = report["size"]
+        figure.suptitle(
+            f"{size['num_hidden_layers']} layers of {size['hidden_size']}, "
+            f"{count(report['tokens'])} tokens a run, {len(report['seeds'])} seeds, "
+            f"bars: {confidence()} confidence",
+            fontsize=10,
+        )
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _over_cache(axes: Any, report: Report, arms: list[Arm], *, differences: bool) -> None:
+    places = _beside_one_another(arms)
+    for index, (arm, place) in enumerate(zip(arms, places, strict=True)):
+        value = _value(report, arm, differences)
+        if value is None:
+            continue
+        colour = COLOURS[index % len(COLOURS)]
+        axes.errorbar(
+            place,
+            value["mean"],
+            yerr=value["half"] or 0.0,
+            fmt=MARKERS[index % len(MARKERS)],
+            color=colour,
+            capsize=3,
+            markersize=7,
+        )
+        axes.annotate(
+            arm["label"],
+            (place, value["mean"] + (value["half"] or 0.0)),
+            xytext=(0, 8),
+            textcoords="offset points",
+            color=colour,
+            fontsize=9,
+            rotation=90,
+            ha="center",
+            va="bottom",
+        )
+        if not differences:
+            losses = [run["loss"] for run in arm["runs"]]
+            axes.plot([place] * len(losses), losses, "_", color=colour, alpha=0.6, markersize=9)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({arm["cache_bytes_per_token"] for arm in arms})
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False, rotation=90)
+    axes.minorticks_off()
+    axes.margins(x=0.08, y=0.1)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + ROOM * (high - low))
+    axes.set_xlabel("bytes of cache per token (bf16; equal ones side by side)")
+    _name(axes, report, differences)
+
+
+def _in_rows(axes: Any, report: Report, arms: list[Arm], *, differences: bool) -> None:
+    for index, arm in enumerate(arms):
+        value = _value(report, arm, differences)
+        if value is not None:
+            axes.errorbar(
+                index,
+                value["mean"],
+                yerr=value["half"] or 0.0,
+                fmt=MARKERS[index],
+                color=COLOURS[index],
+                capsize=3,
+                markersize=7,
+            )
+    _arms_along(axes, arms)
+    _name(axes, report, differences)
+
+
+def _loads(axes: Any, arms: list[Arm]) -> None:
+    for index, arm in enumerate(arms):
+        for shift, key, marker, name in LOADS:
+            value = arm[f"{key}_mean"]
+            axes.errorbar(
+                index + shift,
+                value["mean"],
+                yerr=value["half"] or 0.0,
+                fmt=marker,
+                color=COLOURS[index],
+                capsize=3,
+                label=None if index else name,
+            )
+    _arms_along(axes, arms)
+    axes.set(ylabel="MaxVio, mean over layers", title="Balance: 0 is perfect")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+
+
+def _arms_along(axes: Any, arms: list[Arm]) -> None:
+    axes.set_xticks(range(len(arms)), [arm["label"] for arm in arms])
+    axes.set_xlim(-0.5, len(arms) - 0.5)
+
+
+def _name(axes: Any, report: Report, differences: bool) -> None:
+    base = report["arms"][0]["label"]
+    if differences:
+        axes.axhline(0.0, color="black", linewidth=0.8, alpha=0.6)
+        axes.set(ylabel="nats per token", title=f"Loss minus that of {base}, seed by seed")
+    else:
+        axes.set(ylabel="nats per token", title="Held-out loss")
+
+
+def _value(report: Report, arm: Arm, differences: bool) -> dict[str, Any] | None:
+    """What is drawn of an arm: its loss, or that minus the baseline's."""
+    if not differences:
+        return arm["loss"]
+    if arm is report["arms"][0]:
+        return {"mean": 0.0, "half": None}
+    found = find_comparison(report, arm["name"], report["arms"][0]["name"])
+    return None if found is None else found["difference"]
+
+
+def _beside_one_another(arms: list[Arm]) -> list[float]:
+    """Places on the axis: the first of equal cache at its own, the others to its right."""
+    sizes = [arm["cache_bytes_per_token"] for arm in arms]
+    places = []
+    for index, size in enumerate(sizes):
+        same = [other for other in range(len(sizes)) if sizes[other] == size]
+        places.append(size * ASIDE ** same.index(index))
+    return places

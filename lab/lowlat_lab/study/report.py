@@ -1,0 +1,139 @@
+"""A finished study as one JSON object. Owns its form; tables, pictures and pages read nothing else.
+
+Losses are nats per token of the exported models on the same held-out windows.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from lowlat.data.folder import TokenFolder
+from lowlat_lab.study.findings import compare
+from lowlat_lab.study.machine import describe
+from lowlat_lab.study.plan import Plan
+from lowlat_lab.study.run import Ran, Result
+from lowlat_lab.study.statistics import interval
+
+Report = dict[str, Any]
+
+DRAFT_KEYS = ("acceptance", "draft_hits", "main_hits")
+"""What the MTP study knows of a run besides."""
+RUN_KEYS = (
+    "steps",
+    "tokens",
+    "seconds",
+    "tokens_per_second",
+    "memory_bytes",
+    "loss",
+    "standard_error",
+    "mtp_losses",
+    "max_violations",
+    "train_loss",
+    "train_max_violations",
+    "curve",
+    *DRAFT_KEYS,
+)
+"""What a report keeps of every run."""
+
+
+def make_report(
+    plan: Plan,
+    data: TokenFolder,
+    ran: Sequence[Ran],
+    *,
+    command: str,
+    pairs: Sequence[tuple[str, str]] | None = None,
+) -> Report:
+    """What all studies report: `pairs` are compared, by default every arm with the first; `command`
+    is how it was run.
+    """
+    names = [arm.name for arm in plan.arms]
+    if pairs is None:
+        pairs = [(name, names[0]) for name in names[1:]]
+    return {
+        "study": plan.kind,
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": describe(),
+        "data": {
+            "folder": plan.data.name,
+            "fingerprint": data.fingerprint,
+            "vocab_size": data.vocab_size,
+            "train_tokens": data.num_tokens("train"),
+            "held_out_tokens": data.num_tokens("held_out"),
+        },
+        "size": asdict(plan.size),
+        "optimizer": plan.recipe(plan.baseline, plan.seeds[0]).optimizer.name,
+        "steps": plan.steps,
+        "tokens": plan.tokens,
+        "seeds": list(plan.seeds),
+        "held_out_windows": next(
+            (len(run.result["window_losses"]) for run in ran if run.result is not None), 0
+        ),
+        "arms": [arm_entry(plan, ran, arm.name, arm.label) for arm in plan.arms],
+        "comparisons": [item.as_json() for item in compare(ran, pairs, names)],
+        "failures": [
+            {"arm": run.arm, "seed": run.seed, "reason": run.failure}
+            for run in ran
+            if run.failure is not None
+        ],
+    }
+
+
+def arm_entry(plan: Plan, ran: Sequence[Ran], name: str, label: str) -> dict[str, Any]:
+    """One arm's figures over its finished runs; without `loss` where it has none."""
+    runs = {run.seed: run.result for run in ran if run.arm == name and run.result is not None}
+    base = {
+        run.seed: run.result
+        for run in ran
+        if run.arm == plan.baseline.name and run.result is not None
+    }
+    entry: dict[str, Any] = {
+        "name": name,
+        "label": label,
+        "runs": [{"seed": seed} | _kept(result) for seed, result in runs.items()],
+    }
+    if not runs:
+        return entry
+    speeds = {seed: result["tokens_per_second"] for seed, result in runs.items()}
+    ratios = [speeds[seed] / base[seed]["tokens_per_second"] for seed in speeds if seed in base]
+    return entry | {
+        "loss": asdict(interval([result["loss"] for result in runs.values()])),
+        "standard_error": _mean([result["standard_error"] for result in runs.values()]),
+        "train_tokens_per_second": statistics.median(speeds.values()),
+        "train_ratio": statistics.median(ratios) if ratios else None,
+    }
+
+
+def labels_of(report: Report) -> dict[str, str]:
+    """Labels by name of arm."""
+    return {arm["name"]: arm["label"] for arm in report["arms"]}
+
+
+def find_comparison(report: Report, left: str, right: str) -> dict[str, Any] | None:
+    """The comparison of two arms, if it was made, turned round where it was made the other way."""
+    for item in report["comparisons"]:
+        if (item["left"], item["right"]) == (left, right):
+            return item
+        if (item["left"], item["right"]) == (right, left):
+            return _turned(item)
+    return None
+
+
+def _turned(item: dict[str, Any]) -> dict[str, Any]:
+    other = {"lower": "higher", "higher": "lower"}
+    verdicts = {key: other.get(item[key], item[key]) for key in ("verdict", "pooled_verdict")}
+    difference = item["difference"] | {"mean": -item["difference"]["mean"]}
+    turned = {"left": item["right"], "right": item["left"], "difference": difference}
+    return item | turned | verdicts
+
+
+def _kept(result: Result) -> dict[str, Any]:
+    return {key: result[key] for key in RUN_KEYS if key in result}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None

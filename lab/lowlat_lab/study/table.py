@@ -1,0 +1,57 @@
+"""A report in a terminal. Owns layout; every cell is `figures`'s."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lowlat.train.metrics.wording import count
+from lowlat_lab.study.figures import table_of
+from lowlat_lab.study.findings import confidence, sentence
+from lowlat_lab.study.report import Report, labels_of
+
+
+def show(report: Report, console: Console | None = None) -> None:
+    """Print what was run, the table, what was compared and what failed."""
+    console = Console() if console is None else console
+    console.print(heading(report), highlight=False, markup=False)
+    console.print()
+    console.print(_table(report))
+    labels = labels_of(report)
+    for item in report["comparisons"]:
+        console.print(sentence(item, labels), highlight=False, markup=False)
+    if any("decode" in arm and not arm["decode"]["is_native"] for arm in report["arms"]):
+        console.print("* decoded by PyTorch, not by the native kernels", highlight=False)
+    for failure in report["failures"]:
+        console.print(failure_text(failure), style="red", highlight=False, markup=False)
+
+
+def heading(report: Report) -> str:
+    """What was run, in two lines."""
+    size, data = report["size"], report["data"]
+    seeds = len(report["seeds"])
+    return "\n".join(
+        [
+            f"{report['study']} study, size {size['name']}: {size['num_hidden_layers']} layers of "
+            f"{size['hidden_size']}, {report['steps']:,} steps, {count(report['tokens'])} tokens "
+            f"of {data['folder']} a run, {seeds} seed{'s' if seeds > 1 else ''}",
+            f"losses in nats per token on {report['held_out_windows']:,} held-out windows of "
+            f"{size['sequence_length']}, ± {confidence()} confidence over seeds",
+        ]
+    )
+
+
+def failure_text(failure: dict[str, object]) -> str:
+    """'mla, seed 2: failed: ...'."""
+    seed = "" if failure["seed"] is None else f", seed {failure['seed']}"
+    return f"{failure['arm']}{seed}: failed: {failure['reason']}"
+
+
+def _table(report: Report) -> Table:
+    headings, rows = table_of(report, narrow=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for place, heading in enumerate(headings):
+        wide = max(len(row[place]) for row in rows)
+        table.add_column(heading, justify="right" if place else "left", min_width=wide)
+    for row in rows:
+        table.add_row(*row)
+    return table

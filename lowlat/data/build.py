@@ -1,0 +1,151 @@
+"""Sources to a token folder: documents are dropped or kept, split, tokenised and written.
+
+Owns the order of work. Which documents go where is selection.py's, tokens are tokenising.py's,
+files writer.py's, vocabularies vocabulary.py's.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowlat.data.documents import ChatDocument
+from lowlat.data.layout import (
+    SPLITS,
+    FolderFacts,
+    Split,
+    SplitFacts,
+    id_type,
+)
+from lowlat.data.selection import BuildOptions, Selection
+from lowlat.data.sources import size_of
+from lowlat.data.tokenising import Tokenising
+from lowlat.data.vocabulary import begin_of_text, end_of_text, fim_tokens, train_bpe
+from lowlat.data.writer import SplitWriter, partial_folder, write_facts, write_tokenizer
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress, SilentProgress, Task
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildReport:
+    """What was built."""
+
+    path: Path
+    """The folder."""
+    facts: FolderFacts
+    """What tokens.json says."""
+    asked_vocab: int | None
+    """The size asked of a vocabulary trained on the documents, which may not have had enough pairs;
+    None for an existing one.
+    """
+    seconds: float
+    """How long it took."""
+
+
+def build(
+    destination: Path,
+    options: BuildOptions,
+    tokenizer: Tokenizer | int,
+    progress: Progress | None = None,
+    *,
+    may_be_empty: bool = False,
+) -> BuildReport:
+    """Make the token folder `destination`, with `tokenizer` or a vocabulary trained to that size.
+    may_be_empty: whether it may be without a document to train on, or without any.
+
+    The folder appears whole or not at all. The same sources and options give the same bytes,
+    however many threads the tokenizer uses (RAYON_NUM_THREADS).
+    Raises UserError for options out of range, sources that cannot be read, documents that are no
+    text, and a disk that takes no more.
+    """
+    progress = SilentProgress() if progress is None else progress
+    start = time.monotonic()
+    _check(options)
+    with partial_folder(destination) as folder:
+        asked = tokenizer if isinstance(tokenizer, int) else None
+        if isinstance(tokenizer, int):
+            tokenizer = _trained(options, tokenizer, progress)
+        facts = _tokenised(folder, options, tokenizer, progress)
+        if not may_be_empty:
+            _check_documents(facts)
+        write_facts(folder, facts)
+    seconds = time.monotonic() - start
+    return BuildReport(path=destination, facts=facts, asked_vocab=asked, seconds=seconds)
+
+
+def _check(options: BuildOptions) -> None:
+    if not 0.0 <= options.held_out_share < 1.0:
+        raise UserError(f"held-out share {options.held_out} must be at least 0 and below 1")
+    if options.read.separator is not None and {*"\r\n"} & {*options.read.separator}:
+        raise UserError("the separator must be one line, without a line break")
+    if options.shard_tokens < 1:
+        raise UserError(f"shard_tokens {options.shard_tokens} must be at least 1")
+
+
+def _check_documents(facts: FolderFacts) -> None:
+    """Raises UserError where there is nothing, or nothing to train on."""
+    if facts.splits["train"].documents:
+        return
+    dropped = ", ".join(f"{count} {why}" for why, count in facts.dropped.items())
+    if facts.splits["held_out"].documents:
+        raise UserError(
+            f"sources leave no document to train on, all are held out ({dropped or 'none'} "
+            "dropped); give other sources, or hold out fewer"
+        )
+    raise UserError(
+        f"{', '.join(facts.sources)}: no documents to train on ({dropped or 'none'} dropped); give "
+        "other sources"
+    )
+
+
+def _trained(options: BuildOptions, vocab_size: int, progress: Progress) -> Tokenizer:
+    """A vocabulary from the documents that are not held out."""
+    total = size_of((*options.held_out_sources, *options.sources), options.read)
+    with progress.task("Training the vocabulary", total, "bytes") as task:
+        return train_bpe(_training_texts(options, task), vocab_size)
+
+
+def _training_texts(options: BuildOptions, task: Task) -> Iterator[str]:
+    for document, split, _ in Selection(options):
+        if split == "train":
+            is_chat = isinstance(document, ChatDocument)
+            yield from document.texts() if is_chat else document.pieces()
+        task.advance(document.source_bytes)
+
+
+def _tokenised(
+    folder: Path, options: BuildOptions, tokenizer: Tokenizer, progress: Progress
+) -> FolderFacts:
+    """Write both splits; what was written."""
+    total = size_of((*options.held_out_sources, *options.sources), options.read)
+    selection = Selection(options)
+    with ExitStack() as stack:
+        dtype, shard = id_type(tokenizer.vocab_size), options.shard_tokens
+        writers: dict[Split, SplitWriter] = {
+            split: SplitWriter(folder, split, dtype, shard) for split in SPLITS
+        }
+        for writer in writers.values():
+            stack.callback(writer.close)
+        task = stack.enter_context(progress.task("Tokenising", total, "bytes"))
+        ends = end_of_text(tokenizer, options.end_of_text)
+        work = Tokenising(tokenizer, writers, ends, task, options.read.invalid)
+        for document, split, size in selection:
+            work.add(document, split, size)
+        work.flush()
+        splits: dict[Split, SplitFacts] = {
+            split: writer.finish() for split, writer in writers.items()
+        }
+    dropped = selection.dropped + work.dropped
+    return FolderFacts(
+        vocab_size=tokenizer.vocab_size,
+        end_of_text=ends,
+        begin_of_text=begin_of_text(tokenizer),
+        fim=fim_tokens(tokenizer),
+        tokenizer=write_tokenizer(folder, tokenizer),
+        shard_tokens=shard,
+        splits=splits,
+        sources=(*options.held_out_sources, *options.sources),
+        dropped={why: dropped[why] for why in sorted(dropped)},
+    )

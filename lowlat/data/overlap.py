@@ -1,0 +1,114 @@
+"""Whether a token folder's training split holds a text that a model is to be evaluated on.
+
+Owns the comparison by long runs of tokens. A text that was edited here and there is still found;
+words that two authors have in common are not, at 32 tokens in a row.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64, UInt64
+
+from lowlat.data.folder import TokenFolder
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress, SilentProgress
+
+LENGTH = 32
+"""Tokens of a run."""
+MOST_SHARED = 0.001
+"""Share of an evaluation text's runs that training data may hold: licences, tables, refrains."""
+CHUNK = 1 << 20
+"""Tokens compared at once."""
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+MIXERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+"""Of splitmix64, which spreads small ids over 64 bits."""
+
+
+def shared_runs(
+    folder: TokenFolder,
+    ids: Int64[np.ndarray, " tokens"],
+    *,
+    length: int = LENGTH,
+    progress: Progress | None = None,
+) -> float:
+    """The share of the runs of `length` tokens in `ids`, a text by the tokenizer of `folder`, that
+    also occur in its training split. 0 for a text shorter than a run.
+
+    Runs are compared by 64-bit hashes: that one only seems shared is not to be expected.
+    """
+    tokens = folder.num_tokens("train")
+
+    def chunks() -> Iterator[Int64[np.ndarray, " chunk"]]:
+        with (progress or SilentProgress()).task("Looking for the evaluation text", tokens) as task:
+            for first in range(0, tokens, CHUNK):
+                last = min(first + CHUNK + length - 1, tokens)
+                yield folder.tokens("train", np.arange(first, last))
+                task.advance(min(CHUNK, tokens - first))
+
+    return share_seen(ids, chunks(), length=length)
+
+
+def share_seen(
+    ids: Int64[np.ndarray, " tokens"],
+    texts: Iterable[Int64[np.ndarray, " text"]],
+    *,
+    length: int = LENGTH,
+) -> float:
+    """The share of the runs of `length` tokens in `ids` that also occur in one of `texts`, as
+    `shared_runs`.
+    """
+    wanted = np.unique(_hashes(ids, length))
+    if not len(wanted):
+        return 0.0
+    found = np.zeros(len(wanted), np.bool_)
+    for text in texts:
+        for first in range(0, len(text), CHUNK):
+            own = _hashes(text[first : first + CHUNK + length - 1], length)
+            places = np.minimum(np.searchsorted(wanted, own), len(wanted) - 1)
+            found[places[wanted[places] == own]] = True
+    return float(found.mean())
+
+
+def require_unseen(
+    folder: TokenFolder,
+    text: str,
+    name: str | Path,
+    *,
+    most: float = MOST_SHARED,
+    progress: Progress | None = None,
+) -> None:
+    """Raises UserError naming the folder and `name`, the evaluation text's, where more than the
+    share `most` of the text is in the folder's training split.
+    """
+    ids = np.array(folder.tokenizer().encode(text), np.int64)
+    share = shared_runs(folder, ids, progress=progress)
+    if share > most:
+        raise UserError(
+            f"{folder.path}: its training split holds {share:.1%} of the evaluation text {name}; "
+            "train on other text, or evaluate on one that was not trained on"
+        )
+
+
+def _hashes(ids: Int64[np.ndarray, " tokens"], length: int) -> UInt64[np.ndarray, " runs"]:
+    """A hash of each run of `length` tokens: sum of mix(id) * MULTIPLIER^place modulo 2^64.
+
+    Runs are put together from halves, so that their length hardly counts.
+    """
+    if len(ids) < length:
+        return np.empty(0, np.uint64)
+    if length == 1:
+        return _mixed(ids)
+    half = length // 2
+    left = _hashes(ids, half)
+    right = left if length == 2 * half else _hashes(ids, length - half)
+    runs = len(ids) - length + 1
+    factor = np.uint64(pow(int(MULTIPLIER), half, 1 << 64))
+    return left[:runs] + right[half : half + runs] * factor
+
+
+def _mixed(ids: Int64[np.ndarray, " tokens"]) -> UInt64[np.ndarray, " tokens"]:
+    x = ids.astype(np.uint64) + MULTIPLIER
+    x = (x ^ (x >> np.uint64(30))) * MIXERS[0]
+    x = (x ^ (x >> np.uint64(27))) * MIXERS[1]
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,89 @@
+"""Which documents of a corpus go where: what is dropped, what is held out, and how it is counted.
+
+Owns the options of a build, as these say it. Reading is sources.py's, tokens are tokenising.py's.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from lowlat.data.documents import BadDocument, Document, ReadOptions
+from lowlat.data.layout import Split
+from lowlat.data.sources import read_sources
+from lowlat.data.writer import SHARD_TOKENS
+
+EMPTY, DUPLICATE, INVALID = "empty", "duplicate", "invalid"
+DEFAULT_HELD_OUT = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildOptions:
+    """What goes into a token folder."""
+
+    sources: tuple[str, ...]
+    """Files, folders, datasets:NAME."""
+    held_out_sources: tuple[str, ...] = ()
+    """Sources whose documents are all held out, and left out of training where they recur."""
+    held_out: float | None = None
+    """Share of the documents of `sources` that is held out, chosen by their text alone; None: 0.01
+    without `held_out_sources`, else 0.
+    """
+    end_of_text: str | None = None
+    """The token that ends a document; None: the tokenizer's own."""
+    read: ReadOptions = field(default_factory=ReadOptions)
+    """How sources are read."""
+    shard_tokens: int = SHARD_TOKENS
+    """Ids in one file."""
+
+    @property
+    def held_out_share(self) -> float:
+        """Share of the documents of `sources` that is held out."""
+        if self.held_out is not None:
+            return self.held_out
+        return 0.0 if self.held_out_sources else DEFAULT_HELD_OUT
+
+
+class Selection:
+    """Which documents are kept, and in which split.
+
+    An exact repetition is dropped. Where a document goes follows from its text alone, so that
+    copies never lie in both splits. This takes about 100 bytes of memory per document.
+    """
+
+    def __init__(self, options: BuildOptions) -> None:
+        self.dropped: Counter[str] = Counter()
+        """Reason -> documents that were not kept."""
+        self._options = options
+        self._seen: set[bytes] = set()
+
+    def __iter__(self) -> Iterator[tuple[Document, Split, int]]:
+        """(document, split, bytes of its text), documents of the held-out sources first."""
+        options = self._options
+        share = options.held_out_share
+        for sources, held_out in ((options.held_out_sources, 1.0), (options.sources, share)):
+            for document in read_sources(sources, options.read):
+                try:
+                    kept = self._kept(document)
+                except BadDocument:
+                    if options.read.invalid != "skip":
+                        raise
+                    self.dropped[INVALID] += 1
+                    continue
+                if kept is not None and isinstance(document, Document):
+                    digest, size = kept
+                    is_held = int.from_bytes(digest[-6:], "big") < held_out * 2.0**48
+                    yield document, "held_out" if is_held else "train", size
+
+    def _kept(self, document: Document | BadDocument) -> tuple[bytes, int] | None:
+        """Digest and bytes of a document that is not dropped. Raises BadDocument for a bad one."""
+        if isinstance(document, BadDocument):
+            raise document
+        digest, size, is_written = document.fingerprint()
+        if not is_written:
+            self.dropped[EMPTY] += 1
+        elif digest[:16] in self._seen:
+            self.dropped[DUPLICATE] += 1
+        else:
+            self._seen.add(digest[:16])
+            return digest, size
+        return None

@@ -1,0 +1,158 @@
+"""Documents out of text files of any size, plain or gzipped. Tables and JSON are records.py's.
+
+A file is read through once to find its documents; those that are small are kept while they are
+used, others are read again each time, so memory stays bounded.
+"""
+
+import codecs
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BufferedIOBase
+from pathlib import Path
+
+from lowlat.data.documents import BadDocument, Invalid, ReadOptions, TextDocument
+from lowlat.text.pieces import text_pieces
+from lowlat.utils.errors import UserError
+
+CHUNK = 1 << 20
+"""Bytes read at once."""
+KEPT = 1 << 23
+"""Documents up to so many bytes are read once."""
+BYTE_ORDER_MARK = codecs.BOM_UTF8
+
+
+def read_text(path: Path, options: ReadOptions) -> Iterator[TextDocument]:
+    """The documents of the text file at `path`. Raises UserError where it cannot be read."""
+    several = options.separator is not None
+    for extent in _extents(path, options.separator):
+        start = extent.start
+        origin = f"{path}: document at byte {start}" if several else str(path)
+        yield TextDocument(
+            origin=origin,
+            pieces=_Pieces(path, extent, options.invalid),
+            source_bytes=extent.stop - start,
+        )
+
+
+def open_binary(path: Path) -> BufferedIOBase:
+    """The file, unpacked while it is read if its name ends in .gz. OSError passes through."""
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """The error for a file that `open_binary` or reading what it gave failed on."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return UserError(f"{path}: cannot be read ({reason}); restore the file or leave it out")
+
+
+READ_ERRORS = (OSError, EOFError, zlib.error)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Extent:
+    """A document's place in its file."""
+
+    start: int
+    """First byte, counted in the unpacked file."""
+    stop: int
+    """The byte after the last."""
+    data: bytes | None
+    """The bytes; None where they are too many to keep."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """Reads one document anew at every call."""
+
+    path: Path
+    extent: _Extent
+    invalid: Invalid
+
+    def __call__(self) -> Iterator[str]:
+        return text_pieces(self._texts())
+
+    def _texts(self) -> Iterator[str]:
+        errors = "replace" if self.invalid == "replace" else "strict"
+        decoder = codecs.getincrementaldecoder("utf-8")(errors)
+        place = self.extent.start
+        for chunk in self._chunks():
+            yield self._decoded(decoder, chunk, place, final=False)
+            place += len(chunk)
+        yield self._decoded(decoder, b"", place, final=True)
+
+    def _decoded(
+        self, decoder: codecs.IncrementalDecoder, chunk: bytes, place: int, *, final: bool
+    ) -> str:
+        waiting = len(decoder.getstate()[0])
+        try:
+            return decoder.decode(chunk, final)
+        except UnicodeDecodeError as error:
+            where = place - waiting + error.start
+            raise BadDocument(
+                f"{self.path}: byte {where} is not UTF-8 text; convert the file, or pass"
+                " --invalid skip or replace"
+            ) from error
+
+    def _chunks(self) -> Iterator[bytes]:
+        extent = self.extent
+        if extent.data is not None:
+            yield extent.data
+            return
+        try:
+            with open_binary(self.path) as file:
+                file.seek(extent.start)
+                left = extent.stop - extent.start
+                while left > 0 and (chunk := file.read(min(CHUNK, left))):
+                    left -= len(chunk)
+                    yield chunk
+        except READ_ERRORS as error:
+            raise unreadable(self.path, error) from error
+        if left > 0:
+            raise UserError(f"{self.path}: became shorter while it was read; build again")
+
+
+def _extents(path: Path, separator: str | None) -> Iterator[_Extent]:
+    """Where the documents of the file lie; a byte order mark at its start is no part of them."""
+    try:
+        with open_binary(path) as file:
+            if file.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
+                file.seek(0)
+            yield from _parts(file, None if separator is None else separator.encode())
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from error
+
+
+def _parts(file: BufferedIOBase, separator: bytes | None) -> Iterator[_Extent]:
+    """What stands before, between and after the lines that are the separator."""
+    part = _Part(file.tell())
+    at_line_start = True
+    while chunk := file.read(CHUNK) if separator is None else file.readline(CHUNK):
+        if at_line_start and separator is not None and chunk.rstrip(b"\r\n") == separator:
+            yield part.extent()
+            part = _Part(part.stop + len(chunk))
+        else:
+            part.add(chunk)
+        at_line_start = chunk.endswith(b"\n")
+    yield part.extent()
+
+
+class _Part:
+    """A document being found."""
+
+    def __init__(self, start: int) -> None:
+        self.start = self.stop = start
+        self._chunks: list[bytes] = []
+
+    def add(self, chunk: bytes) -> None:
+        self.stop += len(chunk)
+        if self.stop - self.start > KEPT:
+            self._chunks.clear()
+        else:
+            self._chunks.append(chunk)
+
+    def extent(self) -> _Extent:
+        kept = self.stop - self.start <= KEPT
+        data = b"".join(self._chunks) if kept else None
+        return _Extent(start=self.start, stop=self.stop, data=data)

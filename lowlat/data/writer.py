@@ -1,0 +1,242 @@
+"""Writes a token folder so that it exists whole or not at all.
+
+Everything goes to `.NAME.partial-PID` beside the folder, is brought to the disk, and is renamed
+last. Owns files and their checksums; which tokens there are is build.py's.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from lowlat.data.layout import (
+    FACTS_FILE,
+    TOKENIZER_FILES,
+    FolderFacts,
+    ShardFacts,
+    Split,
+    SplitFacts,
+    ends_file,
+    mask_file,
+    shard_file,
+    to_json,
+)
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.errors import UserError
+
+SHARD_TOKENS = 1 << 28
+"""Ids of one file: half a gigabyte of 16-bit ids."""
+
+
+@contextmanager
+def partial_folder(destination: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `destination` when left without an exception.
+
+    With an exception it is removed; one left by a killed process is removed by the next build of
+    the same destination. Raises UserError where the destination exists or the disk refuses.
+    """
+    destination = Path(os.path.abspath(destination))
+    _refuse_existing(destination)
+    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    try:
+        _remove_abandoned(destination)
+        partial.mkdir()
+        with _locked(partial):
+            yield partial
+            for file in partial.iterdir():
+                _sync(file)
+            _sync(partial)
+            _refuse_existing(destination)
+            partial.rename(destination)
+        _sync(destination.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        what = f"cannot be written ({error.strerror or error}); nothing was left"
+        raise UserError(f"{destination}: {what}") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+class SplitWriter:
+    """The files of one split, written as documents come. OSError passes through."""
+
+    def __init__(
+        self, folder: Path, split: Split, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS
+    ) -> None:
+        self.tokens = 0
+        self.documents = 0
+        self._folder, self._dtype = folder, dtype
+        self._split: Split = split
+        self._shard_tokens = shard_tokens
+        self._shards: list[ShardFacts] = []
+        self._shard: _HashedFile | None = None
+        self._ends = _HashedFile(folder / ends_file(split))
+        self._mask: _MaskFile | None = None
+        self._text_bytes = 0
+
+    def add(self, ids: np.ndarray, predicted: np.ndarray | None = None) -> None:
+        """Append tokens of the document under way; without `predicted` all are targets."""
+        if predicted is not None and self._mask is None:
+            self._mask = _MaskFile(self._folder / mask_file(self._split))
+            self._mask.add_targets(self.tokens)
+        if self._mask is not None:
+            targets = np.ones(len(ids), np.bool_) if predicted is None else predicted
+            self._mask.add(targets)
+        self.tokens += len(ids)
+        data = ids.astype(self._dtype)
+        while len(data):
+            if self._shard is None:
+                name = shard_file(self._split, len(self._shards))
+                self._shard = _HashedFile(self._folder / name)
+            room = self._shard_tokens - self._shard.size // self._dtype.itemsize
+            self._shard.write(data[:room].tobytes())
+            data = data[room:]
+            if len(data):
+                self._finish_shard()
+
+    def end_document(self, text_bytes: int) -> None:
+        """The document under way is complete; it stood for so many bytes of text."""
+        self.documents += 1
+        self._text_bytes += text_bytes
+        self._ends.write(self.tokens.to_bytes(8, "little"))
+
+    def finish(self) -> SplitFacts:
+        """Close all files; what was written. A split without documents leaves no files."""
+        if self._shard is not None:
+            self._finish_shard()
+        ends = self._ends.finish()
+        if not self.documents:
+            self._ends.path.unlink()
+        return SplitFacts(
+            documents=self.documents,
+            tokens=self.tokens,
+            predicted=self.tokens if self._mask is None else self._mask.targets,
+            text_bytes=self._text_bytes,
+            shards=tuple(self._shards),
+            ends_sha256=ends,
+            mask_sha256=None if self._mask is None else self._mask.finish(),
+        )
+
+    def close(self) -> None:
+        """Let go of the files, complete or not."""
+        for file in (self._shard, self._ends, self._mask):
+            if file is not None:
+                file.close()
+
+    def _finish_shard(self) -> None:
+        assert self._shard is not None
+        name, tokens = self._shard.path.name, self._shard.size // self._dtype.itemsize
+        self._shards.append(ShardFacts(file=name, tokens=tokens, sha256=self._shard.finish()))
+        self._shard = None
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """Write the files of `tokenizer`; their SHA-256 by name. OSError passes through."""
+    tokenizer.save(folder)
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name in TOKENIZER_FILES
+        if (path := folder / name).is_file()
+    }
+
+
+def write_facts(folder: Path, facts: FolderFacts) -> None:
+    """Write tokens.json. OSError passes through."""
+    text = json.dumps(to_json(facts), indent=2, ensure_ascii=False) + "\n"
+    (folder / FACTS_FILE).write_text(text, encoding="utf-8")
+
+
+class _HashedFile:
+    """A file that knows the SHA-256 of what was written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._digest = hashlib.sha256()
+        self._file = path.open("xb")
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self.size += len(data)
+
+    def finish(self) -> str:
+        self._file.flush()
+        self.close()
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _MaskFile:
+    """Bits in a file, lowest first."""
+
+    def __init__(self, path: Path) -> None:
+        self.targets = 0
+        self._file = _HashedFile(path)
+        self._rest = np.zeros(0, np.bool_)
+
+    def add_targets(self, count: int) -> None:
+        """Append `count` set bits."""
+        step = 1 << 24
+        for first in range(0, count, step):
+            self.add(np.ones(min(step, count - first), np.bool_))
+
+    def add(self, bits: np.ndarray) -> None:
+        self.targets += int(bits.sum())
+        bits = np.concatenate((self._rest, bits))
+        whole = len(bits) // 8 * 8
+        self._file.write(np.packbits(bits[:whole], bitorder="little").tobytes())
+        self._rest = bits[whole:]
+
+    def finish(self) -> str:
+        self._file.write(np.packbits(self._rest, bitorder="little").tobytes())
+        return self._file.finish()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on `folder` that ends with this process, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(destination: Path) -> None:
+    """Remove what killed builds of `destination` left: partial folders that nobody locks."""
+    prefix = f".{destination.name}.partial-"
+    for folder in [f for f in destination.parent.iterdir() if f.name.startswith(prefix)]:
+        try:
+            with _locked(folder):
+                shutil.rmtree(folder)
+        except BlockingIOError:
+            continue
+
+
+def _refuse_existing(destination: Path) -> None:
+    if os.path.lexists(destination):
+        raise UserError(f"{destination}: exists already; choose another folder or remove it")
+    if not destination.parent.is_dir():
+        raise UserError(f"{destination.parent}: is not a folder; create it first")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,215 @@
+"""Outputs held to a grammar: compiling it within limits, then which tokens may come next.
+
+Owns the two steps of compiling (a trial in a process that can be killed, then here) and each
+output's place in its grammar. What may be asked for is structured.py's, applying a mask to logits
+the sampler's business.
+"""
+
+import hashlib
+import json
+import threading
+import time
+from pathlib import Path
+
+import llguidance
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from lowlat.engine.constraint import Constraint, ConstraintState
+from lowlat.generate.grammar_source import FIELDS, grammar_source
+from lowlat.generate.grammar_worker import (
+    CPU_SECONDS,
+    MEMORY_BYTES,
+    STACK_BYTES,
+    make_matcher,
+    make_tokenizer,
+)
+from lowlat.generate.structured import StructuredOutput
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.errors import UserError
+from lowlat.utils.worker import START_SECONDS, LineWorker
+
+WORKER = Path(__file__).with_name("grammar_worker.py")
+TRIAL_SECONDS = 5.0
+"""Of real time; the worker itself ends after CPU_SECONDS of work."""
+MAX_KNOWN = 1024
+"""Grammars remembered as harmless, with their sizes, so that they are not tried again."""
+BYTES_PER_CHARACTER = 64
+"""What a character of a grammar takes where that cannot be measured."""
+MASK_SECONDS = 1.0
+MASK_SECONDS_PER_TOKEN = 0.01
+"""Processor time one output may spend on its masks: this much, and so much more per token."""
+
+
+class GrammarError(UserError):
+    """A fault while an output is followed: it ends this output, and says nothing of others."""
+
+
+class GrammarCompiler:
+    """Compiles structured outputs for one tokenizer; safe to use from several threads.
+
+    vocab_size: rows of logits; those without a token of the tokenizer are never allowed. The first
+    `compile` starts a process, which takes some tenths of a second.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._strips_leading_space = tokenizer.strips_leading_space
+        tokens = [tokenizer.id_to_bytes(index) for index in range(vocab_size)]
+        eos = sorted(index for index in tokenizer.eos_ids if index < vocab_size)
+        self._ends = frozenset(eos)
+        if not eos:
+            # llguidance needs one. Nothing can choose this row; such outputs end by is_done.
+            eos = [vocab_size]
+            tokens.append(b"")
+        special = sorted(i for i in tokenizer.special_ids | set(eos) if i < len(tokens))
+        self._is_token = torch.tensor([bool(token) for token in tokens[:vocab_size]])
+        self._vocabulary = {"tokens": [t.hex() for t in tokens], "special": special, "eos": eos}
+        self._tokenizer = make_tokenizer(tokens, special, eos)
+        self._lock = threading.Lock()
+        self._worker: LineWorker | None = None
+        self._known: dict[bytes, int] = {}
+
+    def compile(self, output: StructuredOutput, *, begins_text: bool = True) -> "CompiledGrammar":
+        """The grammar of `output`, ready to be followed; `begins_text` as in RequestOptions.
+
+        Takes at most TRIAL_SECONDS, and the wait for other threads' trials: there is one at a time.
+        Raises UserError naming json_object, json_schema, regex, choice or grammar and what is wrong
+        with it.
+        """
+        field = FIELDS[type(output)]
+        strips = begins_text and self._strips_leading_space
+        source = grammar_source(output, strips_leading_space=strips)
+        size = self._try(source, field)
+        matcher = make_matcher(self._tokenizer, source)
+        if matcher.is_error():
+            raise _fault(field, matcher.get_error())
+        return CompiledGrammar(matcher, field, self._is_token, self._ends, size)
+
+    def _try(self, source: str, field: str) -> int:
+        """Bytes that `source` takes compiled. Raises UserError unless it compiles in the worker,
+        within its limits."""
+        digest = hashlib.sha256(source.encode()).digest()
+        # Asked without the lock: what is known does not wait for others' trials.
+        if (size := self._known.get(digest)) is not None:
+            return size
+        with self._lock:
+            reply = self._running_worker().ask(json.dumps(source), TRIAL_SECONDS)
+            if reply is None:
+                raise UserError(
+                    f"{field}: too complex (compiling it takes more than {CPU_SECONDS} s, "
+                    f"{MEMORY_BYTES >> 20} MiB or {STACK_BYTES >> 20} MiB of stack); simplify it"
+                )
+            message, size = json.loads(reply)
+            if message:
+                raise _fault(field, message)
+            size = size or BYTES_PER_CHARACTER * len(source)
+            if len(self._known) == MAX_KNOWN:
+                del self._known[next(iter(self._known))]
+            self._known[digest] = size
+            return size
+
+    def _running_worker(self) -> LineWorker:
+        if self._worker is None or not self._worker.is_alive():
+            worker = LineWorker(WORKER)
+            if worker.ask(json.dumps(self._vocabulary), START_SECONDS) is None:
+                raise RuntimeError("the process that tries grammars did not start")
+            self._worker = worker
+        return self._worker
+
+
+class CompiledGrammar(Constraint):
+    """A grammar from which outputs are started; safe to use from several threads.
+
+    Outputs of one grammar share its tables and their limits: a request compiles its own.
+    """
+
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        field: str,
+        is_token: Bool[Tensor, " vocab"],
+        ends: frozenset[int],
+        num_bytes: int,
+    ) -> None:
+        self.num_bytes = num_bytes
+        """What it took, with a few outputs begun, when it was tried."""
+        self._matcher = matcher
+        self._field = field
+        self._is_token = is_token
+        self._ends = ends
+
+    def start(self) -> "GrammarState":
+        return GrammarState(self._matcher.deep_copy(), self._field, self._is_token, self._ends)
+
+
+class GrammarState(ConstraintState):
+    """One output's place in its grammar; for one thread at a time.
+
+    `mask` and `accept` raise GrammarError when the grammar's work exceeds a limit.
+    """
+
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        field: str,
+        is_token: Bool[Tensor, " vocab"],
+        ends: frozenset[int],
+    ) -> None:
+        self._matcher = matcher
+        self._field = field
+        self._is_token = is_token
+        self._ends = ends
+        self._seconds_left = MASK_SECONDS
+
+    def mask(self) -> Bool[Tensor, " vocab"]:
+        start = time.thread_time()
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._seconds_left -= time.thread_time() - start
+        if self._matcher.is_error():
+            raise self._fault(self._matcher.get_error())
+        if self._seconds_left < 0:
+            raise self._fault("its masks take too long")
+        flags = np.unpackbits(bits, count=len(self._is_token), bitorder="little")
+        return torch.from_numpy(flags).view(torch.bool) & self._is_token
+
+    def accept(self, token: int) -> None:
+        """Go on after `token`; after the end, another end-of-sequence id changes nothing.
+
+        Raises GrammarError if `token` is not allowed; the place is then as before.
+        """
+        if self.is_done and token in self._ends:
+            return
+        if not 0 <= token < len(self._is_token):
+            raise GrammarError(f"{self._field}: token {token} is no token of the model")
+        start = time.thread_time()
+        accepted = self._matcher.try_consume_tokens([token])
+        self._seconds_left += MASK_SECONDS_PER_TOKEN - (time.thread_time() - start)
+        if self._matcher.is_error():
+            raise self._fault(self._matcher.get_error())
+        if accepted != 1:
+            # A limit that is reached looks like a token that does not fit; only this tells why.
+            copy = self._matcher.deep_copy()
+            copy.consume_token(token)
+            raise self._fault(f"token {token} is not allowed: {copy.get_error()}")
+
+    @property
+    def is_done(self) -> bool:
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def _fault(self, message: str) -> GrammarError:
+        return GrammarError(str(_fault(self._field, message)))
+
+
+def _fault(field: str, message: str) -> UserError:
+    """llguidance's `message` on one line, without its picture of the place."""
+    lines = [line.strip() for line in message.replace("<non-verbose/>", "").splitlines()]
+    reasons = [line for line in lines if line.startswith("error: ")]
+    text = " ".join([lines[0][:200], *reasons]) if lines else "failed"
+    if "NoExtensionBias" in text:
+        return UserError(f"{field}: no text satisfies it; allow more")
+    if "coerce_one_of" in text:
+        what = "alternatives of oneOf may overlap"
+        return UserError(f"{field}: {what}; use anyOf, or const to tell them apart")
+    return UserError(f"{field}: {text[:400]}; simplify or correct it")

@@ -1,0 +1,178 @@
+"""Bytes a layer keeps between its forward and its backward pass, per token.
+
+Follows `lowlat.model` as training runs it: norms keep their input, SwiGLU its gate and up products,
+experts, being one function, the same of their rows. With kernels 'torch' fused attention pads
+values to the width of keys and the router's input is cast; with 'fused' neither. Owns no weights.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from lowlat.config.attention import (
+    AttentionConfig,
+    GLAConfig,
+    GQAConfig,
+    GTAConfig,
+    MLAConfig,
+    TPAConfig,
+)
+from lowlat.config.model import ModelConfig, MoEConfig
+from lowlat.plan.job import Job, Kernels, Precision
+
+FP32_BYTES = 4
+FP8_BYTES = 1 + FP32_BYTES / 128
+"""An fp8 element with its share of the scale of 128 (DeepSeek-V3 section 3.3.2)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Kept:
+    """One tensor that the backward pass reads."""
+
+    name: str
+    size: int | float
+    """Bytes per token."""
+    is_selective: bool = False
+    """What selective recomputation computes again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sizes:
+    """Bytes of tensors under a job."""
+
+    precision: Precision
+    kernels: Kernels
+    load_margin: float
+    row_copies: int
+    """Devices that hold the rows sent to an expert; 0 where rows are not sent but gathered again
+    from the norm's output."""
+
+    @property
+    def element(self) -> int:
+        """Of an activation."""
+        return FP32_BYTES if self.precision == "fp32" else 2
+
+    @property
+    def factor(self) -> float:
+        """Of a product's factor, and of what SwiGLU reads."""
+        return FP8_BYTES if self.precision == "fp8" else float(self.element)
+
+    @property
+    def is_fused(self) -> bool:
+        return self.kernels == "fused"
+
+    def norm(self, name: str, width: int) -> list[_Kept]:
+        """An RMSNorm over `width` channels and the product's factor that comes out."""
+        return [
+            _Kept(name=f"{name} input", size=width * self.element + FP32_BYTES),
+            _Kept(name=f"{name} norm", size=width * self.factor, is_selective=True),
+        ]
+
+    def swiglu(self, name: str, width: int) -> list[_Kept]:
+        """silu(gate) * up of `width` channels."""
+        return [
+            _Kept(name=f"{name} gate, up", size=2 * width * self.factor),
+            _Kept(name=f"{name} SwiGLU", size=width * self.factor, is_selective=True),
+        ]
+
+
+def layer_bytes(config: ModelConfig, layer: int, job: Job) -> dict[str, float]:
+    """Bytes per token that decoder layer `layer` keeps, by tensor."""
+    if job.recompute == "layers":
+        return {"layer input": float(config.hidden_size * job.element_bytes)}
+    return all_bytes(config, layer, job, selective=job.recompute == "selective")
+
+
+def all_bytes(config: ModelConfig, layer: int, job: Job, *, selective: bool) -> dict[str, float]:
+    """Bytes per token of everything `layer` keeps without recomputation, or with the selective."""
+    sizes = _Sizes(
+        precision=job.precision,
+        kernels=job.kernels,
+        load_margin=job.load_margin,
+        row_copies=job.layout.tp if job.layout.ep > 1 else 0,
+    )
+    attention = config.attention_of(layer)
+    return _kept_bytes(config, attention, config.is_moe_layer(layer), sizes, selective)
+
+
+@lru_cache(maxsize=256)
+def _kept_bytes(
+    config: ModelConfig,
+    attention: AttentionConfig,
+    is_moe: bool,
+    sizes: "_Sizes",
+    selective: bool,
+) -> dict[str, float]:
+    kept = [
+        *_attention(config.hidden_size, attention, sizes),
+        *sizes.norm("MLP", config.hidden_size),
+    ]
+    if is_moe and config.moe is not None:
+        kept += _moe(config.hidden_size, config.moe, sizes)
+    else:
+        kept += sizes.swiglu("MLP", config.intermediate_size)
+    return {
+        tensor.name: float(tensor.size)
+        for tensor in kept
+        if not (selective and tensor.is_selective)
+    }
+
+
+def _attention(hidden: int, attention: AttentionConfig, sizes: _Sizes) -> list[_Kept]:
+    kept = [
+        *sizes.norm("attention", hidden),
+        _Kept(name="softmax sums", size=attention.num_attention_heads * FP32_BYTES),
+    ]
+    heads, element = attention.num_attention_heads, sizes.element
+    match attention:
+        case MLAConfig() | GLAConfig():
+            return [*kept, *_latents(attention, sizes), *_heads(attention, sizes)]
+        case GQAConfig():
+            keys_values = attention.row_dim
+        case GTAConfig():
+            keys_values = attention.num_key_value_heads * 2 * attention.head_dim
+        case TPAConfig():
+            # The factors, and the heads they make.
+            keys_values = attention.row_dim + 2 * heads * attention.head_dim
+    queries = heads * attention.head_dim
+    return [
+        *kept,
+        _Kept(name="queries, keys, values", size=element * (queries + keys_values)),
+        _Kept(name="attention output", size=element * queries),
+    ]
+
+
+def _latents(attention: MLAConfig | GLAConfig, sizes: _Sizes) -> list[_Kept]:
+    kept = []
+    if attention.q_lora_rank is not None:
+        kept += sizes.norm("query latent", attention.q_lora_rank)
+    return [*kept, *sizes.norm("latent", attention.kv_lora_rank)]
+
+
+def _heads(attention: MLAConfig | GLAConfig, sizes: _Sizes) -> list[_Kept]:
+    heads, width, own = attention.num_attention_heads, attention.qk_head_dim, attention.v_head_dim
+    values = own if sizes.is_fused else max(width, own)
+    # Padded outputs are cut to a copy of their own.
+    copied = own if values != own else 0
+    has_latent = attention.q_lora_rank is not None
+    sized = (
+        ("queries", width, has_latent),
+        ("keys, values", width + values, True),
+        ("attention output", values + copied, False),
+    )
+    return [
+        _Kept(name=name, size=sizes.element * heads * per_head, is_selective=is_selective)
+        for name, per_head, is_selective in sized
+    ]
+
+
+def _moe(hidden: int, moe: MoEConfig, sizes: _Sizes) -> list[_Kept]:
+    width, chosen = moe.moe_intermediate_size, moe.num_experts_per_tok
+    is_cast = sizes.kernels == "torch" and sizes.precision != "fp32"
+    room = (1 + sizes.load_margin) * sizes.factor
+    return [
+        _Kept(name="router scores", size=4 * moe.n_routed_experts * FP32_BYTES),
+        _Kept(name="router input", size=hidden * FP32_BYTES * is_cast),
+        _Kept(name="dispatched rows", size=sizes.row_copies * chosen * hidden * room),
+        _Kept(name="routed gate, up", size=2 * chosen * width * room),
+        *sizes.swiglu("shared experts'", width * moe.n_shared_experts),
+    ]

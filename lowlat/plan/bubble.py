@@ -1,0 +1,62 @@
+"""Idle time of a pipeline per step (DeepSeek-V3 table 2; interleaved: arXiv 2104.04473).
+
+F is the forward time of a stage for one micro-batch, B the backward time with the weights'
+gradients, W the part of B for the weights' gradients, F&B the time of a forward and a backward that
+overlap. Owns formulas only.
+"""
+
+from dataclasses import dataclass
+
+from lowlat.plan.job import Layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageTimes:
+    """Seconds of one device for one micro-batch, over all its stages (with DualPipe a micro-batch
+    runs through one of the two)."""
+
+    forward: float
+    """F."""
+    backward: float
+    """B."""
+    weights: float
+    """W."""
+    overlapped: float
+    """F&B; F + B where nothing overlaps."""
+
+
+def bubble_seconds(layout: Layout, times: StageTimes) -> float:
+    """Seconds a device waits per step because the pipeline fills and drains."""
+    pp = layout.pp
+    if pp == 1:
+        return 0.0
+    forward, backward, weights = times.forward, times.backward, times.weights
+    if layout.schedule == "1f1b":
+        return (pp - 1) * (forward + backward)
+    if layout.schedule == "interleaved":
+        return (pp - 1) * (forward + backward) / layout.stages_per_device
+    if layout.schedule == "zb1p":
+        return (pp - 1) * max(0.0, forward + backward - 2 * weights)
+    idle = times.overlapped + backward - 3 * weights
+    # DualPipeV on pp devices is DualPipe with 2 pp stages of half the size.
+    stages = pp / 2 - 1 if layout.schedule == "dualpipe" else (pp - 1) / 2
+    return stages * max(0.0, idle)
+
+
+def in_flight(layout: Layout, micro_batches: int, stage: int) -> float:
+    """Micro-batches whose activations of stage `stage` live at the same time, at most.
+
+    With DualPipe they are PP - stage: PP + 1 for the two stages of a device together.
+    """
+    pp, per_device = layout.pp, layout.stages_per_device
+    if pp == 1:
+        return 1.0
+    rank = stage % pp
+    most = {
+        "1f1b": pp - rank,
+        "zb1p": pp,
+        "interleaved": pp + (pp - 1 - 2 * rank) / per_device,
+        "dualpipe": layout.num_stages - stage,
+        "dualpipev": layout.num_stages - stage,
+    }[layout.schedule]
+    return min(float(micro_batches), float(most))

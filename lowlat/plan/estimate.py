@@ -1,0 +1,248 @@
+"""The time of a step from its parts: computation, traffic, bubble, synchronisation, update.
+
+A model of what happens, not a measurement: the shares of the machine's published rates are in
+`machine`. Every figure is of the slowest device of a pipeline.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lowlat.config.model import ModelConfig
+from lowlat.plan.activations import FP32_BYTES, all_bytes
+from lowlat.plan.bubble import StageTimes, bubble_seconds
+from lowlat.plan.flops import (
+    Work,
+    head_flops,
+    layer_work,
+    mtp_work,
+    recomputed_work,
+    token_flops,
+)
+from lowlat.plan.job import BIDIRECTIONAL, Job, check
+from lowlat.plan.machine import Machine
+from lowlat.plan.memory import Memory, cast_bytes, device_memory, moment_bytes, shares
+from lowlat.plan.stages import Stage, cut, device_parameters, held, stage_work
+from lowlat.plan.traffic import COMBINE, DISPATCH, Transfer, transfers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """Seconds of a step; they add up to it."""
+
+    compute: float
+    """Forward, backward and recomputation."""
+    traffic: float
+    """Transfers that computation does not hide, and computation slowed by those it does."""
+    bubble: float
+    """Waiting because the pipeline fills and drains."""
+    synchronisation: float
+    """Gradients and weights, once per step; taken as not hidden."""
+    update: float
+    """The optimiser, bound by memory."""
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.traffic + self.bubble + self.synchronisation + self.update
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What training `job` costs on `machine`."""
+
+    job: Job
+    machine: Machine
+    memory: Memory
+    time: StepTime
+    transfers: list[Transfer]
+    """Of the slowest device."""
+    training_flops: float
+    """FLOPs per token without recomputation."""
+    rank: int
+    """The slowest device of the pipeline."""
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.machine.usable_bytes
+
+    @property
+    def network_bytes(self) -> float:
+        """What a device sends to other nodes per step."""
+        return sum((transfer.network_bytes for transfer in self.transfers), 0.0)
+
+    @property
+    def bubble_share(self) -> float:
+        """Bubble as a share of the step."""
+        return self.time.bubble / self.time.total
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all devices."""
+        return self.job.tokens / self.time.total
+
+    @property
+    def mfu(self) -> float:
+        """Share of the published bf16 rate (fp32's in fp32), attention counted causally."""
+        rate = self.machine.flops["fp32" if self.job.precision == "fp32" else "bf16"]
+        return self.training_flops * self.tokens_per_second / rate / self.job.layout.devices
+
+    def device_hours(self, tokens: float) -> float:
+        """Hours of all devices together for so many tokens."""
+        return tokens / self.tokens_per_second * self.job.layout.devices / 3600
+
+
+def estimate(config: ModelConfig, job: Job, machine: Machine) -> Estimate:
+    """The cost of `job`. Raises UserError where the layout is impossible; not where it does not
+    fit, which `Estimate.fits` tells.
+    """
+    check(config, job)
+    devices, memory = divided(config, job, machine)
+    return timed(config, job, machine, devices, memory)
+
+
+def divided(config: ModelConfig, job: Job, machine: Machine) -> tuple[list[list[Stage]], Memory]:
+    """The stages of every device along a pipeline and the memory of the fullest: balanced by time,
+    or where that does not fit by layers.
+    """
+    layout, costs = job.layout, _costs(config, job, machine)
+    devices = held(cut(config, layout, costs), layout)
+    memory = device_memory(config, job, devices)
+    if memory.total <= machine.usable_bytes or layout.num_stages == 1:
+        return devices, memory
+    most = -(-config.num_hidden_layers // layout.num_stages)
+    even = held(cut(config, layout, costs, most), layout)
+    even_memory = device_memory(config, job, even)
+    if even_memory.total < memory.total:
+        return even, even_memory
+    return devices, memory
+
+
+def _costs(config: ModelConfig, job: Job, machine: Machine) -> tuple[float, ...]:
+    """Forward seconds per token of every decoder layer, then of head and MTP modules."""
+    length = job.sequence_length
+    costs = [
+        _product_seconds(job, machine, layer_work(config, layer, length))
+        + _pass_seconds(machine, all_bytes(config, layer, job, selective=False).values())
+        for layer in range(config.num_hidden_layers)
+    ]
+    tail = Work(plain=head_flops(config))
+    for depth in range(config.num_nextn_predict_layers):
+        tail += mtp_work(config, depth, length)
+    return (*costs, _product_seconds(job, machine, tail))
+
+
+def timed(
+    config: ModelConfig, job: Job, machine: Machine, devices: list[list[Stage]], memory: Memory
+) -> Estimate:
+    """The estimate for a division and its memory that are known."""
+    steps: dict[object, tuple[StepTime, list[Transfer]]] = {}
+    times = []
+    for stages in devices:
+        # Devices with as many layers of the same kinds take the same time.
+        key = _anonymous(config, stages)
+        if key not in steps:
+            steps[key] = _step(config, job, machine, stages)
+        times.append(steps[key])
+    rank = max(range(len(times)), key=lambda index: times[index][0].total)
+    return Estimate(
+        job=job,
+        machine=machine,
+        memory=memory,
+        time=times[rank][0],
+        transfers=times[rank][1],
+        training_flops=token_flops(config, job.sequence_length).training,
+        rank=rank,
+    )
+
+
+def _anonymous(config: ModelConfig, stages: list[Stage]) -> tuple[tuple[int, int, bool, bool], ...]:
+    """What about `stages` decides their time."""
+    return tuple((len(s.layers), s.moe_layers(config), s.is_first, s.is_last) for s in stages)
+
+
+def _step(
+    config: ModelConfig, job: Job, machine: Machine, stages: list[Stage]
+) -> tuple[StepTime, list[Transfer]]:
+    """Seconds and transfers of a step on the device that holds `stages`."""
+    layout, passes = job.layout, job.micro_batches
+    moved = transfers(config, job, machine, stages)
+    forward, weights, again = _compute(config, job, machine, stages)
+    backward = 2 * forward + again
+    compute = forward + backward
+    per_pass = [transfer for transfer in moved if not transfer.is_per_step]
+    overlaps = layout.pp > 1 and layout.schedule in BIDIRECTIONAL
+    hides = overlaps and any(t.kind in (DISPATCH, COMBINE) for t in per_pass)
+    shown = [0.0, 0.0]
+    hidden = 0.0
+    for transfer in per_pass:
+        seconds = _seconds(transfer, machine) / passes
+        if transfer.is_hidden or (overlaps and transfer.kind in (DISPATCH, COMBINE)):
+            hidden += seconds
+        else:
+            shown[0] += seconds * transfer.forward_share
+            shown[1] += seconds * (1 - transfer.forward_share)
+    slowed = compute / (1 - machine.overlap_share) if hides else compute
+    together = max(slowed, hidden) + sum(shown)
+    times = StageTimes(
+        forward=forward + shown[0],
+        backward=backward + shown[1],
+        weights=weights,
+        overlapped=together,
+    )
+    sync = sum((_seconds(transfer, machine) for transfer in moved if transfer.is_per_step), 0.0)
+    step = StepTime(
+        compute=compute * passes,
+        traffic=(together - compute) * passes,
+        bubble=bubble_seconds(layout, times),
+        synchronisation=sync,
+        update=_update(config, job, machine, stages),
+    )
+    return step, moved
+
+
+def _compute(
+    config: ModelConfig, job: Job, machine: Machine, stages: list[Stage]
+) -> tuple[float, float, float]:
+    """(forward, weights' gradients, recomputation) seconds of a device for a micro-batch."""
+    forward = weights = again = 0.0
+    for stage in stages:
+        work = stage_work(config, stage, job.sequence_length)
+        kept = {
+            layer: sum(all_bytes(config, layer, job, selective=False).values())
+            for layer in stage.all_layers(config)
+        }
+        forward += _product_seconds(job, machine, work) + _pass_seconds(machine, kept.values())
+        weights += _product_seconds(job, machine, Work(products=work.products, plain=work.plain))
+        for layer, size in kept.items():
+            repeated = recomputed_work(config, layer, job.sequence_length, job.recompute)
+            again += _product_seconds(job, machine, repeated)
+            if job.recompute == "layers":
+                again += _pass_seconds(machine, [size])
+    tokens = job.device_tokens / job.layout.copies
+    return forward * tokens, weights * tokens, again * tokens
+
+
+def _product_seconds(job: Job, machine: Machine, work: Work) -> float:
+    plain = machine.flops["fp32" if job.precision == "fp32" else "bf16"]
+    products = work.products / machine.flops[job.precision] + work.plain / plain
+    return products / machine.product_share + work.scores / (plain * machine.attention_share)
+
+
+def _pass_seconds(machine: Machine, sizes: Iterable[float]) -> float:
+    """Elementwise work: whatever is kept is written once and read once outside of products."""
+    return 2 * sum(sizes) / (machine.memory_bandwidth * machine.memory_share)
+
+
+def _seconds(transfer: Transfer, machine: Machine) -> float:
+    """The two links work at the same time."""
+    node = transfer.node_bytes / machine.node_bandwidth
+    return max(node, transfer.network_bytes / machine.network_bandwidth) / machine.link_share
+
+
+def _update(config: ModelConfig, job: Job, machine: Machine, stages: list[Stage]) -> float:
+    """Seconds of the optimiser: reads gradients, reads and writes masters and moments."""
+    moved = 0.0
+    for part, count in device_parameters(config, stages, job.layout).items():
+        own = count / shares(job.layout, part)[1] if job.layout.zero else count
+        size = 3 * FP32_BYTES + 2 * moment_bytes(job, part) + cast_bytes(job, part)
+        moved += own * size
+    return moved / (machine.memory_bandwidth * machine.memory_share)

@@ -1,0 +1,187 @@
+"""FLOPs of one token, by part of the model: products with weights, scores and values.
+
+Two FLOPs are one multiply-add. Attention is counted causally, in the expanded form that training
+uses: a query sees (T + 1) / 2 keys on average. Norms, softmax and other elementwise work are not
+counted, as is usual; of routed experts only those a token uses.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from lowlat.config.arithmetic import expert_parameters, mlp_parameters
+from lowlat.config.attention import (
+    AttentionConfig,
+    GLAConfig,
+    GQAConfig,
+    GTAConfig,
+    MLAConfig,
+    TPAConfig,
+)
+from lowlat.config.model import ModelConfig
+from lowlat.plan.job import Recompute
+
+LAYER_PARTS = ("attention", "scores", "dense MLP", "routed", "shared", "router")
+"""Parts of decoder layers: projections and scores of attention, MLPs, experts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """Forward FLOPs of a token by the rate they run at."""
+
+    products: float = 0.0
+    """With projections of attention, MLPs and experts: in the recipe's precision."""
+    plain: float = 0.0
+    """With the router, eh_proj and the head: never in fp8."""
+    scores: float = 0.0
+    """Scores and weighted values of attention."""
+
+    @property
+    def total(self) -> float:
+        return self.products + self.plain + self.scores
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            products=self.products + other.products,
+            plain=self.plain + other.plain,
+            scores=self.scores + other.scores,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenFlops:
+    """FLOPs of one token."""
+
+    parts: dict[str, float]
+    """Forward, by part."""
+    recomputed: float
+    """Done again in the backward pass."""
+
+    @property
+    def forward(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def training(self) -> float:
+        """Forward and backward, which has two products for each one of forward; nothing that is
+        done again. What MFU is a share of."""
+        return 3 * self.forward
+
+    @property
+    def executed(self) -> float:
+        """`training` and what is recomputed."""
+        return self.training + self.recomputed
+
+
+@lru_cache(maxsize=64)
+def token_flops(
+    config: ModelConfig, sequence_length: int, recompute: Recompute = "none"
+) -> TokenFlops:
+    """FLOPs per token of `config` in sequences of T tokens, MTP modules included."""
+    parts: dict[str, float] = dict.fromkeys(LAYER_PARTS, 0.0)
+    layers = range(config.num_hidden_layers)
+    for layer in layers:
+        for part, flops in _layer_parts(config, layer, sequence_length).items():
+            parts[part] += flops
+    parts["head"] = head_flops(config)
+    parts["MTP"] = sum(
+        mtp_work(config, depth, sequence_length).total
+        for depth in range(config.num_nextn_predict_layers)
+    )
+    again = sum(
+        recomputed_work(config, layer, sequence_length, recompute).total
+        for layer in range(config.num_cache_layers)
+    )
+    return TokenFlops(parts=parts, recomputed=again)
+
+
+@lru_cache(maxsize=4096)
+def layer_work(config: ModelConfig, layer: int, sequence_length: int) -> Work:
+    """Forward work of a token in decoder layer `layer`; MTP's are numbered after the others."""
+    parts = _layer_parts(config, layer, sequence_length)
+    scores, router = parts.pop("scores"), parts.pop("router", 0.0)
+    return Work(products=sum(parts.values()), plain=router, scores=scores)
+
+
+@lru_cache(maxsize=64)
+def mtp_work(config: ModelConfig, depth: int, sequence_length: int) -> Work:
+    """Forward work of a token in MTP module `depth`, its pass through the head included."""
+    layer = layer_work(config, config.num_hidden_layers + depth, sequence_length)
+    return layer + Work(plain=2.0 * 2 * config.hidden_size**2 + head_flops(config))
+
+
+def head_flops(config: ModelConfig) -> float:
+    """Forward FLOPs of a token in the head."""
+    return 2.0 * config.vocab_size * config.hidden_size
+
+
+def recomputed_work(
+    config: ModelConfig, layer: int, sequence_length: int, recompute: Recompute
+) -> Work:
+    """What the backward pass of decoder layer `layer` computes again."""
+    if recompute == "layers":
+        return layer_work(config, layer, sequence_length)
+    if recompute == "selective":
+        return Work(products=2.0 * up_projections(config.attention_of(layer)))
+    return Work()
+
+
+def up_projections(attention: AttentionConfig) -> int:
+    """Parameters that make queries, keys and values from latents; none without latents."""
+    match attention:
+        case MLAConfig():
+            latent = attention.kv_lora_rank
+        case GLAConfig():
+            latent = attention.group_rank
+        case _:
+            return 0
+    keys_values = attention.qk_nope_head_dim + attention.v_head_dim
+    queries = (attention.q_lora_rank or 0) * attention.qk_head_dim
+    return attention.num_attention_heads * (queries + latent * keys_values)
+
+
+def attention_products(attention: AttentionConfig, hidden: int) -> int:
+    """Multiply-adds of a token in one layer's projections: its matrices, no norms, no biases; with
+    TPA also the products of its factors.
+    """
+    heads = attention.num_attention_heads
+    queries = heads * attention.qk_head_dim
+    outputs = heads * attention.v_head_dim
+    inner = up_projections(attention)
+    match attention:
+        case MLAConfig() | GLAConfig():
+            queries = attention.q_lora_rank or queries
+        case TPAConfig():
+            queries = heads * attention.head_dim
+            ranks = attention.k_rank + attention.v_rank
+            if attention.q_rank is not None:
+                queries = attention.q_rank * (heads + attention.head_dim)
+                ranks += attention.q_rank
+            inner = ranks * heads * attention.head_dim
+        case GQAConfig() | GTAConfig():
+            pass
+    return hidden * (queries + attention.row_dim + outputs) + inner
+
+
+def average_keys(sequence_length: int, window: int | None) -> float:
+    """Keys a query sees, averaged over a sequence."""
+    seen = sequence_length if window is None else min(window, sequence_length)
+    pairs = seen * (seen + 1) / 2 + (sequence_length - seen) * seen
+    return pairs / sequence_length
+
+
+def _layer_parts(config: ModelConfig, layer: int, sequence_length: int) -> dict[str, float]:
+    attention, moe = config.attention_of(layer), config.moe
+    width = attention.qk_head_dim + attention.v_head_dim
+    keys = average_keys(sequence_length, config.window(layer))
+    parts = {
+        "attention": 2.0 * attention_products(attention, config.hidden_size),
+        "scores": 2.0 * attention.num_attention_heads * width * keys,
+    }
+    if moe is None or not config.is_moe_layer(layer):
+        return parts | {"dense MLP": 2.0 * mlp_parameters(config, config.intermediate_size)}
+    expert = 2.0 * expert_parameters(config)
+    return parts | {
+        "routed": expert * moe.num_experts_per_tok,
+        "shared": expert * moe.n_shared_experts,
+        "router": 2.0 * moe.n_routed_experts * config.hidden_size,
+    }

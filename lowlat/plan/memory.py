@@ -1,0 +1,170 @@
+"""Bytes a device needs at the height of a step, by what they are for.
+
+Two moments may be the highest: the end of a forward pass, where every activation lives, and the
+optimiser's update. Follows lowlat's trainer: fp32 masters, fp32 gradients, moments; in bf16 and fp8
+weights are cast as they are used and the casts live until the backward pass. Owns no time.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from lowlat.config.model import ModelConfig
+from lowlat.plan.activations import FP32_BYTES, all_bytes, layer_bytes
+from lowlat.plan.bubble import in_flight
+from lowlat.plan.job import Job, Layout
+from lowlat.plan.stages import ROUTED, Stage, device_parameters
+
+PIECE_ELEMENTS = 2**23
+"""Most logits of a piece, as in `ops.cross_entropy`."""
+PIECE_COPIES = 3
+"""fp32 tensors of a piece: logits, gradient, what is in between."""
+HIGH_PRECISION = ("embedding", "head", "router", "norms", "MTP joint")
+"""Parts that fp8 training keeps in bf16 (DeepSeek-V3 section 3.3.1)."""
+WEIGHTS = "weights"
+CASTS = "cast weights"
+OPTIMISER = "optimiser"
+ACTIVATIONS = "activations"
+WORKING = "working memory"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes of the fullest device of a pipeline."""
+
+    parts: dict[str, float]
+    """By purpose."""
+    activations: dict[str, float]
+    """`activations` by tensor."""
+    parameters: dict[str, float]
+    """Parameters on the device by part of the model, before any share among replicas."""
+    rank: int
+    """Which device of the pipeline it is."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def largest(self) -> str:
+        """The purpose that takes most."""
+        return max(self.parts, key=lambda part: self.parts[part])
+
+
+def device_memory(config: ModelConfig, job: Job, devices: list[list[Stage]]) -> Memory:
+    """The fullest of the devices of a pipeline, of which `devices` gives the stages."""
+    all_ranks = (_rank(config, job, stages, rank) for rank, stages in enumerate(devices))
+    return max(all_ranks, key=lambda memory: memory.total)
+
+
+def _rank(config: ModelConfig, job: Job, stages: list[Stage], rank: int) -> Memory:
+    layout = job.layout
+    parameters = device_parameters(config, stages, layout)
+    activations = _activations(config, job, stages)
+    parts = _states(job, parameters)
+    parts[ACTIVATIONS] = sum(activations.values())
+    parts[WORKING] = _workspace(config, job, stages)
+    if any(stage.is_last for stage in stages):
+        parts["loss"] = _loss(config, job)
+    return Memory(parts=parts, activations=activations, parameters=parameters, rank=rank)
+
+
+def shares(layout: Layout, part: str) -> tuple[int, int]:
+    """(replicas, of which this many share states) of a part of the model. Those along fsdp share; a
+    device that holds experts has fewer twins; DualPipe's second copy of a stage is one more.
+    """
+    over = layout.ep if part == ROUTED else 1
+    replicas = layout.replicas // over * layout.copies
+    shared = max(1, layout.fsdp // over) * layout.copies
+    return replicas, min(replicas, shared)
+
+
+def _states(job: Job, parameters: dict[str, float]) -> dict[str, float]:
+    """Bytes of masters, casts, gradients and moments."""
+    zero = job.layout.zero
+    states = {WEIGHTS: 0.0, CASTS: 0.0, "gradients": 0.0, OPTIMISER: 0.0}
+    for part, count in parameters.items():
+        share = count / shares(job.layout, part)[1]
+        states[WEIGHTS] += FP32_BYTES * held(job, part, count)
+        states[CASTS] += live_casts(job, part, count)
+        states["gradients"] += FP32_BYTES * (share if zero >= 2 else count)
+        states[OPTIMISER] += moment_bytes(job, part) * (share if zero >= 1 else count)
+    return states
+
+
+def held(job: Job, part: str, count: float) -> float:
+    """How many of `count` weights a device has as the optimiser moves them, or as they stay."""
+    is_sharded = job.layout.zero == 3 or (job.layout.zero >= 1 and job.precision != "fp32")
+    return count / shares(job.layout, part)[1] if is_sharded else count
+
+
+def cast_bytes(job: Job, part: str) -> float:
+    """Bytes per parameter of the form that products read, beside the master."""
+    if job.precision == "fp32" or part == "embedding":
+        return 0.0
+    is_fp8 = job.precision == "fp8" and part not in HIGH_PRECISION
+    return 1 + FP32_BYTES / 128**2 if is_fp8 else 2.0
+
+
+def live_casts(job: Job, part: str, count: float) -> float:
+    """Bytes of the casts that live as long as a step. ZeRO-1 and 2 hold all of them; ZeRO-3
+    gathers them layer by layer; otherwise they live until the backward pass has used them, and
+    experts and head make them afresh (`ops.grouped`, `ops.cross_entropy`).
+    """
+    if job.layout.zero in (1, 2):
+        return cast_bytes(job, part) * count
+    is_fresh = part in (ROUTED, "head") or job.recompute == "layers"
+    return 0.0 if job.layout.zero == 3 or is_fresh else cast_bytes(job, part) * count
+
+
+def moment_bytes(job: Job, part: str) -> float:
+    """Bytes of the optimiser's moments per parameter."""
+    size = FP32_BYTES if job.moments == "fp32" else 2
+    is_adam = job.optimiser == "adamw" or part in HIGH_PRECISION
+    return float(size * (2 if is_adam else 1))
+
+
+def _activations(config: ModelConfig, job: Job, stages: list[Stage]) -> dict[str, float]:
+    """Activation bytes of all layers of a device and all micro-batches in flight, by tensor."""
+    kept: dict[str, float] = {}
+    for stage in stages:
+        tokens = job.device_tokens * in_flight(job.layout, job.micro_batches, stage.index)
+        # Layers of one form take the same.
+        example = {_form(config, layer): layer for layer in stage.all_layers(config)}
+        forms = Counter(_form(config, layer) for layer in stage.all_layers(config))
+        for form, count in forms.items():
+            for name, size in layer_bytes(config, example[form], job).items():
+                kept[name] = kept.get(name, 0.0) + size * tokens * count
+    return kept
+
+
+def _form(config: ModelConfig, layer: int) -> tuple[bool, object]:
+    return config.is_moe_layer(layer), config.attention_of(layer)
+
+
+def _workspace(config: ModelConfig, job: Job, stages: list[Stage]) -> float:
+    """What one layer's backward pass needs beside: its recomputed tensors and their gradients;
+    with ZeRO-3 also the gathered weights of two layers.
+    """
+    layers = [layer for stage in stages for layer in stage.all_layers(config)]
+    whole = max(
+        (sum(all_bytes(config, layer, job, selective=False).values()) for layer in layers),
+        default=0.0,
+    )
+    recomputes = job.recompute == "layers"
+    space = whole * job.device_tokens * (2 if recomputes else 1)
+    if job.layout.zero == 3:
+        parameters = device_parameters(config, stages, job.layout)
+        space += (
+            2 * sum(cast_bytes(job, p) * n for p, n in parameters.items()) / max(1, len(layers))
+        )
+    return space
+
+
+def _loss(config: ModelConfig, job: Job) -> float:
+    """The head's gradient, made with the loss, and a piece of the logits, for every head."""
+    heads = 1 + config.num_nextn_predict_layers
+    parts = job.layout.table_parts
+    gradient = FP32_BYTES * config.vocab_size * config.hidden_size / parts
+    hidden = job.device_tokens * config.hidden_size * job.element_bytes
+    logits = min(PIECE_ELEMENTS, job.device_tokens * config.vocab_size / parts)
+    return heads * (gradient + hidden) + PIECE_COPIES * FP32_BYTES * logits

@@ -1,0 +1,39 @@
+"""Trainings that papers describe, as jobs: what estimates are held against."""
+
+from dataclasses import dataclass
+
+from lowlat.plan.job import Job, Layout
+from lowlat.plan.machine import H800, Machine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """A training, and what it took."""
+
+    job: Job
+    machine: Machine
+    hours_per_trillion: float
+    """Device-hours per trillion tokens."""
+    source: str
+    """Where it stands."""
+
+
+DEEPSEEK_V3 = Published(
+    job=Job(
+        sequence_length=4096,
+        batch_rows=15360,
+        precision="fp8",
+        moments="bf16",
+        recompute="selective",
+        kernels="fused",
+        load_margin=0.2,
+        layout=Layout(fsdp=128, zero=1, ep=64, pp=16, schedule="dualpipe"),
+    ),
+    machine=H800,
+    hours_per_trillion=180e3,
+    source="DeepSeek-V3 technical report, sections 1, 3.2, 3.3 and 4.2",
+)
+"""Micro-batches of one row and the room for unequally loaded experts are assumptions; the rest is
+the report's."""
+
+PUBLISHED = {"deepseek-v3": DEEPSEEK_V3}

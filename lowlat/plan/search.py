@@ -1,0 +1,210 @@
+"""Which layouts of a model on a cluster fit, and which of them is fastest.
+
+Owns the order in which layouts are ranked and what is said of
+those that lose.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from lowlat.config.model import ModelConfig
+from lowlat.plan.estimate import Estimate, divided, estimate, timed
+from lowlat.plan.job import Job, Layout, Recompute, Schedule, ZeroStage, check
+from lowlat.plan.machine import Machine
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress, SilentProgress
+
+SCHEDULES: tuple[Schedule, ...] = ("1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")
+RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "layers")
+ZERO_STAGES: tuple[ZeroStage, ...] = (1, 2, 3)
+MOST_TENSOR = 8
+MOST_STAGES = 64
+NO_DIVISION, NO_MEMORY = "cannot be divided so", "do not fit memory"
+"""Why layouts fail."""
+TIE = 0.01
+"""Layouts whose steps differ by less than this share are ranked by what they send over the
+network."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """The outcome."""
+
+    ranked: list[Estimate]
+    """Layouts that fit, best first; of layouts that differ only in ZeRO stage and recomputation,
+    the fastest."""
+    tried: int
+    """Divisions that were looked at."""
+    failed: Counter[str]
+    """How many of them are impossible or do not fit, by reason."""
+
+
+def search(
+    config: ModelConfig,
+    job: Job,
+    machine: Machine,
+    layouts: Sequence[Layout],
+    progress: Progress | None = None,
+) -> Search:
+    """The best of `layouts` for `job`, each with the ZeRO stage and the recomputation that suit it.
+    Raises UserError where none can be divided so, or none fits.
+    """
+    ranked: list[Estimate] = []
+    failed: Counter[str] = Counter()
+    progress = progress or SilentProgress()
+    with progress.task("layouts", total=len(layouts)) as task:
+        for layout in layouts:
+            best = _best(config, replace(job, layout=layout), machine, failed)
+            ranked += [] if best is None else [best]
+            task.advance(1)
+    if not ranked and not failed[NO_MEMORY]:
+        devices = layouts[0].devices
+        near = _nearest(config, job, machine, devices)
+        raise UserError(
+            f"{job.batch_rows} rows of a step, and the model's heads and experts, do not divide "
+            f"among {devices} devices; give {near} instead"
+        )
+    if not ranked:
+        raise UserError(
+            f"no layout of this model fits devices of {machine.memory_bytes / 2**30:.0f} GB; give "
+            "more of them, or more memory"
+        )
+    ranked.sort(key=lambda found: found.time.total)
+    return Search(ranked=_break_ties(ranked), tried=len(layouts), failed=failed)
+
+
+def all_layouts(config: ModelConfig, devices: int, machine: Machine) -> list[Layout]:
+    """Every division of `config` over `devices` devices by powers of two."""
+    experts = 1 if config.moe is None else config.moe.n_routed_experts
+    return [
+        Layout(fsdp=devices // (pp * tp), tp=tp, ep=ep, pp=pp, schedule=schedule)
+        for pp in _powers(min(MOST_STAGES, config.num_hidden_layers, devices))
+        for tp in _powers(min(MOST_TENSOR, machine.devices_per_node, devices // pp))
+        if devices % (pp * tp) == 0
+        for ep in _powers(min(experts, devices // (pp * tp)))
+        for schedule in (SCHEDULES if pp > 1 else SCHEDULES[:1])
+    ]
+
+
+def _nearest(config: ModelConfig, job: Job, machine: Machine, devices: int) -> int:
+    """The number of devices nearest to `devices` that some layout divides the work among; one
+    device always is.
+    """
+    for distance in range(1, devices):
+        for number in (devices - distance, devices + distance):
+            if any(
+                _is_possible(config, replace(job, layout=layout))
+                for layout in all_layouts(config, number, machine)
+            ):
+                return number
+    return 1
+
+
+def _is_possible(config: ModelConfig, job: Job) -> bool:
+    try:
+        check(config, job)
+    except UserError:
+        return False
+    return True
+
+
+def _powers(most: int) -> list[int]:
+    """1, 2, 4, ... up to `most`."""
+    return [1 << exponent for exponent in range(most.bit_length())]
+
+
+def _best(config: ModelConfig, job: Job, machine: Machine, failed: Counter[str]) -> Estimate | None:
+    """The fastest of the ZeRO stages and recomputations of a layout that fits."""
+    if not _is_possible(config, job):
+        failed[NO_DIVISION] += 1
+        return None
+    found = []
+    # The further down, the less memory and the more time.
+    for recompute in RECOMPUTES:
+        for zero in ZERO_STAGES:
+            tried = replace(job, recompute=recompute, layout=replace(job.layout, zero=zero))
+            devices, memory = divided(config, tried, machine)
+            if memory.total <= machine.usable_bytes:
+                found.append(timed(config, tried, machine, devices, memory))
+                break
+    if not found:
+        failed[NO_MEMORY] += 1
+        return None
+    return min(found, key=lambda each: each.time.total)
+
+
+def _break_ties(ranked: list[Estimate]) -> list[Estimate]:
+    """The same by rising time, but within TIE of the first of a group by network traffic."""
+    result: list[Estimate] = []
+    while ranked:
+        limit = ranked[0].time.total * (1 + TIE)
+        group = [found for found in ranked if found.time.total <= limit]
+        result += sorted(group, key=lambda found: found.network_bytes)
+        ranked = ranked[len(group) :]
+    return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Neighbour:
+    """A layout that differs in one thing."""
+
+    change: str
+    """Which."""
+    found: Estimate | None
+    """None where it is impossible."""
+    why: str
+    """What is against it, or for it."""
+
+
+def neighbours(config: ModelConfig, base: Estimate) -> list[Neighbour]:
+    """One change at a time from `base`, and what it costs."""
+    return [_neighbour(config, base, change, job) for change, job in _changes(base.job)]
+
+
+def _changes(job: Job) -> Iterator[tuple[str, Job]]:
+    layout = job.layout
+    for schedule in SCHEDULES if layout.pp > 1 else ():
+        yield schedule, replace(job, layout=replace(layout, schedule=schedule))
+    sizes = (
+        ("pp", layout.pp, 1),
+        ("ep", layout.ep, 0),
+        ("tp", layout.tp, 1),
+    )
+    for name, size, takes_replicas in sizes:
+        for factor in (0.5, 2):
+            changed = int(size * factor)
+            fsdp = layout.fsdp / factor if takes_replicas else layout.fsdp
+            if changed >= 1 and fsdp >= 1 and fsdp == int(fsdp):
+                sized = replace(layout, **{name: changed}, fsdp=int(fsdp))
+                yield f"{name} {changed}", replace(job, layout=sized)
+    for zero in (0, *ZERO_STAGES) if layout.fsdp > 1 else ():
+        yield f"ZeRO-{zero}", replace(job, layout=replace(layout, zero=zero))
+    for recompute in RECOMPUTES:
+        yield f"recompute {recompute}", replace(job, recompute=recompute)
+    for precision in ("bf16", "fp8"):
+        yield precision, replace(job, precision=precision)
+
+
+def _neighbour(config: ModelConfig, base: Estimate, change: str, job: Job) -> Neighbour:
+    if job == base.job:
+        return Neighbour(change=change, found=base, why="this layout")
+    try:
+        found = estimate(config, job, base.machine)
+    except UserError as error:
+        return Neighbour(change=change, found=None, why=str(error))
+    return Neighbour(change=change, found=found, why=_verdict(base, found))
+
+
+def _verdict(base: Estimate, found: Estimate) -> str:
+    if not found.fits:
+        missing = found.memory.total - found.machine.usable_bytes
+        return f"does not fit: {missing / 1e9:.1f} GB more, {found.memory.largest} above all"
+    parts = ("compute", "traffic", "bubble", "synchronisation")
+    changes = {part: getattr(found.time, part) - getattr(base.time, part) for part in parts}
+    total = found.time.total - base.time.total
+    if abs(total) < TIE * base.time.total:
+        more = (found.network_bytes - base.network_bytes) / 1e9
+        return f"as fast; {more:+.0f} GB over the network"
+    main = max(changes, key=lambda part: changes[part] * (1 if total > 0 else -1))
+    return f"{total / base.time.total:+.0%}, mostly {main} ({changes[main]:+.1f} s)"

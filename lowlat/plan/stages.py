@@ -1,0 +1,176 @@
+"""Which layers lie on which device of a pipeline, and how many parameters that is.
+
+Layers are cut where the busiest device has least to do. Owns counts of parameters, not their bytes.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
+
+from lowlat.config.arithmetic import (
+    attention_parameters,
+    expert_parameters,
+    gate_parameters,
+    mlp_parameters,
+)
+from lowlat.config.attention import GLAConfig, MLAConfig
+from lowlat.config.model import ModelConfig
+from lowlat.plan.flops import Work, head_flops, layer_work, mtp_work
+from lowlat.plan.job import BIDIRECTIONAL, Layout
+
+ROUTED = "routed experts"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """Neighbouring layers, and what comes before or after all of them."""
+
+    index: int
+    """Place in the pipeline, from 0."""
+    layers: tuple[int, ...]
+    """Decoder layers."""
+    is_first: bool
+    """Holds the embedding."""
+    is_last: bool
+    """Holds the final norm, the head and the MTP modules, which need the embedding too."""
+
+    def moe_layers(self, config: ModelConfig) -> int:
+        """Layers with routed experts, MTP modules' included."""
+        return sum(config.is_moe_layer(layer) for layer in self.all_layers(config))
+
+    def all_layers(self, config: ModelConfig) -> tuple[int, ...]:
+        """Decoder layers and, on the last stage, those of MTP modules."""
+        ahead = range(config.num_hidden_layers, config.num_cache_layers)
+        return (*self.layers, *ahead) if self.is_last else self.layers
+
+
+def cut(
+    config: ModelConfig, layout: Layout, costs: tuple[float, ...], most_layers: int | None = None
+) -> list[Stage]:
+    """The stages in order, so that the busiest device is as little busy as it can be, with at most
+    `most_layers` decoder layers per stage.
+
+    costs: time of every decoder layer, then of what follows them all (norm, head, MTP modules).
+    """
+    is_folded = layout.pp > 1 and layout.schedule in BIDIRECTIONAL
+    most = most_layers or len(costs)
+    borders = (_folded if is_folded else _balanced)(costs, layout.num_stages, most)
+    runs = enumerate(pairwise((0, *borders)))
+    return [
+        Stage(
+            index=index,
+            layers=tuple(range(first, min(last, config.num_hidden_layers))),
+            is_first=index == 0,
+            is_last=index == layout.num_stages - 1,
+        )
+        for index, (first, last) in runs
+    ]
+
+
+def held(stages: list[Stage], layout: Layout) -> list[list[Stage]]:
+    """The stages of every device along the pipeline."""
+    count = layout.pp
+    if count > 1 and layout.schedule in ("dualpipe", "dualpipev"):
+        return [[stages[rank], stages[-1 - rank]] for rank in range(count)]
+    return [stages[rank::count] for rank in range(count)]
+
+
+def stage_work(config: ModelConfig, stage: Stage, sequence_length: int) -> Work:
+    """Forward work of a token in `stage`."""
+    work = Work()
+    for layer in stage.layers:
+        work += layer_work(config, layer, sequence_length)
+    if stage.is_last:
+        work += Work(plain=head_flops(config))
+        for depth in range(config.num_nextn_predict_layers):
+            work += mtp_work(config, depth, sequence_length)
+    return work
+
+
+def device_parameters(config: ModelConfig, stages: list[Stage], layout: Layout) -> dict[str, float]:
+    """Parameters of a device that holds `stages`, by part, before any share among replicas.
+
+    tp divides every matrix but the down-projections to MLA's latents and the router, embedding and
+    head as the layout says; ep and tp divide routed experts.
+    """
+    moe, hidden, tp = config.moe, config.hidden_size, layout.tp
+    numbers = [layer for stage in stages for layer in stage.all_layers(config)]
+    layers = len(numbers)
+    sparse = sum(stage.moe_layers(config) for stage in stages)
+    first, last = any(s.is_first for s in stages), any(s.is_last for s in stages)
+    table = config.vocab_size * hidden / layout.table_parts
+    depth = config.num_nextn_predict_layers if last else 0
+    needs_embedding = first or depth or (last and config.tie_word_embeddings)
+    expert = 0.0 if moe is None else sparse * expert_parameters(config) / tp
+    return {
+        "embedding": table if needs_embedding else 0.0,
+        "head": table if last and not config.tie_word_embeddings else 0.0,
+        "attention": float(sum(_attention(config, layer, tp) for layer in numbers)),
+        "dense MLP": (layers - sparse) * mlp_parameters(config, config.intermediate_size) / tp,
+        "shared experts": 0.0 if moe is None else expert * moe.n_shared_experts,
+        ROUTED: 0.0 if moe is None else expert * moe.n_routed_experts / layout.ep,
+        "router": 0.0 if moe is None else float(sparse * gate_parameters(config, moe)),
+        "norms": float(hidden * (2 * layers + last + 3 * depth)),
+        "MTP joint": 2.0 * hidden * hidden * depth,
+    }
+
+
+def _attention(config: ModelConfig, layer: int, tp: int) -> float:
+    """The attention of `layer` on one of `tp` devices."""
+    attention, whole = config.attention_of(layer), attention_parameters(config, layer)
+    if not isinstance(attention, MLAConfig | GLAConfig):
+        return whole / tp
+    rank = attention.q_lora_rank or 0
+    shared = config.hidden_size * (rank + attention.row_dim) + rank + attention.kv_lora_rank
+    return shared + (whole - shared) / tp
+
+
+@lru_cache(maxsize=1024)
+def _folded(costs: tuple[float, ...], parts: int, most: int) -> tuple[int, ...]:
+    """As `_balanced`, where run i and run parts - 1 - i share a device."""
+    if parts == 2:
+        return _balanced(costs, parts, most)
+    best: tuple[float, tuple[int, ...]] | None = None
+    count = len(costs)
+    for first in range(1, min(most, count - parts + 1) + 1):
+        for last in range(count - 1, max(count - 2 - most, first + parts - 3), -1):
+            outer = (sum(costs[:first]) + sum(costs[last:])) / 2
+            if best is not None and outer > best[0]:
+                break
+            if last - first > most * (parts - 2):
+                continue
+            # The costs between hold no tail, so one is added that weighs nothing.
+            inner = (0, *_balanced((*costs[first:last], 0.0), parts - 2, most)[:-1], last - first)
+            runs = [sum(costs[first + a : first + b]) for a, b in pairwise(inner)]
+            middle = max((a + b) / 2 for a, b in zip(runs, reversed(runs), strict=True))
+            found = (max(outer, middle), (*(first + end for end in inner), count))
+            best = found if best is None else min(best, found)
+    assert best is not None
+    return best[1]
+
+
+@lru_cache(maxsize=1024)
+def _balanced(costs: tuple[float, ...], parts: int, most: int) -> tuple[int, ...]:
+    """Ends of `parts` runs of `costs`, none empty, of at most `most` beside the last cost, the
+    largest sum as small as possible.
+    """
+    count = len(costs)
+    sums = [0.0, *accumulate(costs)]
+    # row[end]: least largest sum of the first `end` costs, and where the last run begins
+    row = {0: (0.0, 0)}
+    rows = []
+    for part in range(1, parts + 1):
+        row = {
+            end: min(
+                (max(row[start][0], sums[end] - sums[start]), start)
+                for start in row
+                if start < end and min(end, count - 1) - start <= most
+            )
+            for end in range(part, count - (parts - part) + 1)
+            if any(start < end and min(end, count - 1) - start <= most for start in row)
+        }
+        rows.append(row)
+    ends = [count]
+    for row in reversed(rows[1:]):
+        ends.append(row[ends[-1]][1])
+    return tuple(reversed(ends))

@@ -1,0 +1,217 @@
+"""Bytes a device sends per step, by kind and by link, and whether computation can hide them.
+
+Ranks lie with tp innermost, then fsdp, cp and dp, then the pipeline. Collectives over whole nodes
+send within the node first, so that each device's own network link carries its share only. Owns
+volumes; `estimate` turns them into time.
+"""
+
+import math
+from dataclasses import dataclass
+
+from lowlat.config.model import ModelConfig
+from lowlat.plan.activations import FP8_BYTES, FP32_BYTES
+from lowlat.plan.job import Job
+from lowlat.plan.machine import Machine
+from lowlat.plan.memory import cast_bytes, shares
+from lowlat.plan.stages import ROUTED, Stage, device_parameters
+
+DISPATCH, COMBINE = "expert dispatch", "expert combine"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transfer:
+    """What a device sends of one kind."""
+
+    kind: str
+    """For what."""
+    node_bytes: float
+    """Bytes per step within the node."""
+    network_bytes: float
+    """Bytes per step to other nodes."""
+    forward_share: float = 0.5
+    """Part of it in forward passes."""
+    is_per_step: bool = False
+    """Once per step, not with every micro-batch."""
+    is_hidden: bool = False
+    """Moved while the device computes other layers, as far as that takes long enough."""
+
+
+def transfers(
+    config: ModelConfig, job: Job, machine: Machine, stages: list[Stage]
+) -> list[Transfer]:
+    """All transfers of a device that holds `stages`."""
+    found = [
+        *_experts(config, job, machine, stages),
+        _tensor(config, job, stages),
+        _context(config, job, machine, stages),
+        _pipeline(config, job, machine),
+        *_replicas(config, job, machine, stages),
+    ]
+    return [transfer for transfer in found if transfer.node_bytes + transfer.network_bytes]
+
+
+def places(config: ModelConfig, spread: int) -> float:
+    """Expected number of places a token's experts lie in, of `spread` that share a layer's experts
+    equally: nodes or devices. Groups and experts are taken as equally likely.
+    """
+    moe = config.moe
+    assert moe is not None
+    chosen, groups, used = moe.num_experts_per_tok, moe.n_group, moe.topk_group
+    size = moe.n_routed_experts // groups
+    open_experts = used * size
+
+    def missed(own: int | float) -> float:
+        """Probability that none of `own` open experts is chosen."""
+        own = min(round(own), open_experts)
+        return math.comb(open_experts - own, chosen) / math.comb(open_experts, chosen)
+
+    if spread >= groups:
+        hit = used / groups * (1 - missed(moe.n_routed_experts / spread))
+    else:
+        own = groups // spread
+        hit = sum(
+            math.comb(own, open_own)
+            * math.comb(groups - own, used - open_own)
+            / math.comb(groups, used)
+            * (1 - missed(open_own * size))
+            for open_own in range(max(0, used - groups + own), min(own, used) + 1)
+        )
+    return spread * hit
+
+
+def _experts(
+    config: ModelConfig, job: Job, machine: Machine, stages: list[Stage]
+) -> list[Transfer]:
+    """All-to-all: a token goes once to every node that has one of its experts, and within the node
+    to every device that has one (DeepSeek-V3 section 3.2.2); back the same way.
+    """
+    layout = job.layout
+    if config.moe is None or layout.ep == 1:
+        return []
+    nodes = max(1, min(layout.ep, layout.ep * layout.tp // machine.devices_per_node))
+    devices = places(config, layout.ep)
+    other_nodes = places(config, nodes) * (nodes - 1) / nodes
+    other_devices = devices * (1 - nodes / layout.ep)
+    layers = sum(stage.moe_layers(config) for stage in stages) / layout.copies
+    tokens = job.device_tokens * job.micro_batches * layers * config.hidden_size
+    wide = float(job.element_bytes)
+    narrow = FP8_BYTES if job.precision == "fp8" else wide
+    # Backward: the gradient of combine is dispatched, that of dispatch combined.
+    passes = 3 if job.recompute == "layers" else 2
+    return [
+        Transfer(
+            kind=kind,
+            # Every tp device of an expert needs the rows.
+            node_bytes=passes * tokens * size * other_devices * layout.tp,
+            network_bytes=passes * tokens * size * other_nodes,
+            forward_share=1 / passes,
+        )
+        for kind, size in ((DISPATCH, narrow), (COMBINE, wide))
+    ]
+
+
+def _tensor(config: ModelConfig, job: Job, stages: list[Stage]) -> Transfer:
+    """Four gathers or scatters of the activations per layer and direction."""
+    layout = job.layout
+    layers = sum(len(stage.all_layers(config)) for stage in stages) / layout.copies
+    # Of rows that tp devices share, each gets what the others hold.
+    rows = job.device_tokens * (layout.tp - 1) * job.micro_batches
+    return Transfer(
+        kind="tensor parallel",
+        node_bytes=2 * 4 * layers * rows * config.hidden_size * job.element_bytes,
+        network_bytes=0.0,
+    )
+
+
+def _context(config: ModelConfig, job: Job, machine: Machine, stages: list[Stage]) -> Transfer:
+    """Rows of keys and values (MLA: the latent) travel a ring; backward they do it again with their
+    gradients.
+    """
+    layout = job.layout
+    elements = sum(
+        config.attention_of(layer).row_dim for stage in stages for layer in stage.all_layers(config)
+    )
+    rows = job.device_tokens * (layout.cp - 1) * job.micro_batches
+    sent = 3 * rows * elements / layout.copies * job.element_bytes
+    is_local = layout.cp * layout.fsdp * layout.tp <= machine.devices_per_node
+    return Transfer(
+        kind="context parallel",
+        node_bytes=sent if is_local else 0.0,
+        network_bytes=0.0 if is_local else sent,
+        forward_share=1 / 3,
+        is_hidden=True,
+    )
+
+
+def _pipeline(config: ModelConfig, job: Job, machine: Machine) -> Transfer:
+    """A micro-batch's activations to the next stage, their gradients to the one before."""
+    layout = job.layout
+    crossings = layout.num_stages // layout.pp if layout.pp > 1 else 0
+    rows = job.device_tokens * job.micro_batches * crossings
+    sent = 2 * rows * config.hidden_size * job.element_bytes
+    is_local = layout.devices <= machine.devices_per_node
+    return Transfer(
+        kind="pipeline",
+        node_bytes=sent if is_local else 0.0,
+        network_bytes=0.0 if is_local else sent,
+        is_hidden=True,
+    )
+
+
+def _replicas(
+    config: ModelConfig, job: Job, machine: Machine, stages: list[Stage]
+) -> list[Transfer]:
+    """Gradients to those that update, weights back (ZeRO, arXiv 1910.02054 section 7), both among
+    the replicas that share states; then sums of gradients over the groups that do.
+    """
+    layout, passes = job.layout, job.micro_batches
+    once, gathers, scatters = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
+    for part, count in device_parameters(config, stages, layout).items():
+        replicas, shared = shares(layout, part)
+        if layout.zero == 0:
+            shared = 1
+        outer = replicas // shared
+        stride = layout.tp * (layout.ep if layout.ep > 1 and part == ROUTED else 1)
+        gather = count * (cast_bytes(job, part) or FP32_BYTES) * (1 - 1 / shared)
+        scatter = count * FP32_BYTES * (1 - 1 / shared)
+        sums = 2 * count / shared * FP32_BYTES * (1 - 1 / outer)
+        per_step = (gather if layout.zero < 3 else 0.0) + (scatter if layout.zero == 1 else 0.0)
+        inner = shared, stride
+        for total, sent, ranks in (
+            (once, per_step, inner),
+            (once, sums, (outer, stride * shared)),
+            (gathers, gather * 2 * passes if layout.zero == 3 else 0.0, inner),
+            (scatters, scatter * passes if layout.zero >= 2 else 0.0, inner),
+        ):
+            local, remote = _split(sent, *ranks, machine)
+            total[0] += local
+            total[1] += remote
+    return [
+        Transfer(
+            kind="gradients and weights",
+            node_bytes=once[0],
+            network_bytes=once[1],
+            is_per_step=True,
+        ),
+        Transfer(
+            kind="gathered weights",
+            node_bytes=gathers[0],
+            network_bytes=gathers[1],
+            is_hidden=True,
+        ),
+        Transfer(
+            kind="scattered gradients",
+            node_bytes=scatters[0],
+            network_bytes=scatters[1],
+            forward_share=0.0,
+            is_hidden=True,
+        ),
+    ]
+
+
+def _split(sent: float, count: int, stride: int, machine: Machine) -> tuple[float, float]:
+    """(within the node, over the network) bytes of a collective of `count` ranks `stride` apart."""
+    local = max(1, min(count, machine.devices_per_node // stride))
+    if count <= local:
+        return sent, 0.0
+    return (sent if local > 1 else 0.0), sent / local

@@ -1,0 +1,166 @@
+"""The folder of one run: where its files are, and the lock that keeps a second run out.
+
+    RUN/lock            held while a process trains here; says which
+    RUN/recipe.toml     the recipe as it ran
+    RUN/saves/          complete states
+    RUN/log.jsonl       one record per step
+    RUN/tensorboard/    the same for TensorBoard
+
+Owns the lock, the recipe's file and the places; what is in saves and logs is theirs.
+"""
+
+import contextlib
+import functools
+import os
+import socket
+import sys
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import final
+
+from lowlat.train.checkpoints.disk import make_folder, replace_file
+from lowlat.train.checkpoints.errors import using
+from lowlat.utils.errors import UserError
+
+
+@final
+class RunFolder:
+    """A run's folder. Making one touches no file; `acquire` does, and so does entering it.
+
+    Only the process that acquired it may write saves or move them; the others of a distributed run
+    write parts, and anyone may read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(os.path.abspath(path))
+        self._lock: _Lock | None = None
+
+    @property
+    def saves(self) -> Path:
+        return self.path / "saves"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.toml"
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._lock is not None
+
+    def acquire(self) -> None:
+        """Create the folder where it is missing and lock it.
+
+        The lock ends with the process however that ends. Raises UserError if another process has
+        it, if the folder holds other things than a run, or cannot be used.
+        """
+        assert self._lock is None
+        with using(self.path):
+            make_folder(self.path)
+            if not self._lock_file.exists() and any(self.path.iterdir()):
+                raise UserError(
+                    f"{self.path}: is not empty and holds no run; name a new folder for the run"
+                )
+            lock = _Lock(self._lock_file)
+            try:
+                make_folder(self.saves)
+                make_folder(self.tensorboard)
+            except BaseException:
+                lock.release()
+                raise
+            self._lock = lock
+
+    def release(self) -> None:
+        """Let another process have the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def keep_recipe(self, text: str) -> None:
+        """Write the recipe's text into the folder, in place of one that is there."""
+        assert self.held
+        with using(self.recipe):
+            replace_file(self.recipe, text.encode())
+
+    def recipe_text(self) -> str | None:
+        """The recipe kept in the folder; None where none is. Raises UserError if unreadable."""
+        try:
+            with using(self.recipe):
+                return self.recipe.read_text(encoding="utf-8") if self.recipe.exists() else None
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.recipe}: is not UTF-8 text; restore it from the recipe the run began with"
+            ) from error
+
+    @property
+    def _lock_file(self) -> Path:
+        return self.path / "lock"
+
+    def __enter__(self) -> "RunFolder":
+        self.acquire()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+@final
+class _Lock:
+    """An flock, which the kernel drops with the last process that has the descriptor."""
+
+    def __init__(self, path: Path) -> None:
+        if sys.platform == "win32":
+            raise UserError(
+                f"{path}: runs are locked by flock, which Windows lacks; train in WSL instead"
+            )
+        import fcntl
+
+        self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+        except BlockingIOError as error:
+            owner = os.pread(self._descriptor, 300, 0).decode(errors="replace").split()
+            self.release()
+            raise UserError(_refusal(path.parent, owner)) from error
+        except BaseException:
+            self.release()
+            raise
+        # A forked child shares the lock, and would keep it when this process is killed.
+        os.register_at_fork(after_in_child=functools.partial(_forget, weakref.ref(self)))
+
+    def release(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            # an error here can only be about the text in the lock file; the lock is gone anyway
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+def _forget(reference: "weakref.ref[_Lock]") -> None:
+    lock = reference()
+    if lock is not None:
+        lock.release()
+
+
+def _refusal(folder: Path, owner: list[str]) -> str:
+    who = "another process"
+    if len(owner) == 2:
+        here = owner[1] == socket.gethostname()
+        who = f"process {owner[0]}" + ("" if here else f" on {owner[1]}")
+    return f"{folder}: {who} trains in this folder; wait for it to end or name another folder"

@@ -1,0 +1,262 @@
+"""Panels of curves: losses, a figure per step, balance of the experts.
+
+Owns colours, what is smoothed, legends and axes of one panel.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lowlat.train.metrics.jsonl import RunHistory
+from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StepRecord
+from lowlat.train.metrics.series import Array, finite, medians, smoothed, thinned
+from lowlat.train.metrics.wording import tick
+from lowlat.utils.plots import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
+
+COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK)
+_FAINT = {"alpha": 0.25, "linewidth": 0.6}
+_MOST_NAMED_LAYERS = 8
+_MOST_MARKED_EVALUATIONS = 60
+_NAMED_PHASE = 0.02
+"""Part of the x axis that the name of a phase takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrawnRun:
+    """One run as all panels draw it."""
+
+    label: str
+    """Its name in legends."""
+    colour: str
+    """Its colour beside other runs."""
+    history: RunHistory
+    """What there is to draw."""
+    x: Array
+    """Where its steps stand on the x axis: steps if alone, else tokens."""
+    alone: bool
+    """No other run is drawn, so colours are free for what this one consists of."""
+
+    def values(self, value: Callable[[StepRecord], float | None]) -> Array:
+        """`value` of every step; NaN where it is None."""
+        return finite([value(step) for step in self.history.steps])
+
+    def named(self, name: str) -> str:
+        """`name` in a legend."""
+        return name if self.alone else f"{self.label}: {name}"
+
+
+def losses(axes: Any, runs: list[DrawnRun]) -> None:
+    """Training loss of steps faintly and smoothed, MTP modules dashed, evaluations as points."""
+    means = []
+    for run in runs:
+        raw = run.values(lambda step: step.loss)
+        means.append(smoothed(raw))
+        x, faint, mean = thinned(run.x, raw, means[-1])
+        axes.plot(x, faint, color=run.colour, **_FAINT)
+        axes.plot(x, mean, color=run.colour, label=run.named("train"))
+        means += _mtp_losses(axes, run)
+        _evaluations(axes, run, lambda e: e.loss)
+    _finish(axes, runs, "loss, nats per token")
+    _leave_out_the_fall(axes, means)
+    if runs[0].alone:
+        _phases(axes, runs[0])
+    axes.legend(loc="upper right", ncols=1 if len(runs) < 4 else 2)
+
+
+def curve(
+    axes: Any,
+    runs: list[DrawnRun],
+    title: str,
+    value: Callable[[StepRecord], float | None],
+    *,
+    noisy: bool = False,
+) -> None:
+    """One figure of every step; if `noisy`, faintly, with its moving median over it."""
+    from matplotlib.ticker import FuncFormatter
+
+    for run in runs:
+        raw = run.values(value)
+        x, points = thinned(run.x, raw)
+        if noisy:
+            axes.plot(x, points, color=run.colour, **_FAINT)
+        axes.plot(x, medians(raw) if noisy else points, color=run.colour)
+    _finish(axes, runs, title)
+    axes.yaxis.set_major_formatter(FuncFormatter(tick))
+    if not any(np.isfinite(run.values(value)).any() for run in runs):
+        axes.text(0.5, 0.5, "not known", ha="center", va="center", transform=axes.transAxes)
+        axes.set_yticks([])
+
+
+def is_taught(run: DrawnRun) -> bool:
+    """Whether the run learns from a teacher."""
+    return any(s.divergence is not None or s.layer_error is not None for s in run.history.steps)
+
+
+def divergence(axes: Any, runs: list[DrawnRun]) -> None:
+    """KL from the teacher: of steps, and of evaluations as points."""
+    title = "KL from the teacher, nats per token"
+    curve(axes, runs, title, lambda s: s.divergence, noisy=True)
+    for run in runs:
+        _evaluations(axes, run, lambda e: e.divergence)
+    log_scale(axes)
+
+
+def log_scale(axes: Any) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5 times powers of ten; linear if nothing
+    drawn is positive.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    if not np.isfinite(axes.dataLim.minposy):
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(tick))
+
+
+def balance(
+    axes: Any, runs: list[DrawnRun], title: str, value: Callable[[ExpertRecord], float]
+) -> None:
+    """One figure of the experts: of every layer for one run, the mean of layers for several."""
+    for run in runs:
+        layers = _of_layers(run, value)
+        if run.alone:
+            for (layer, values), colour in zip(layers.items(), _shades(len(layers)), strict=True):
+                axes.plot(*thinned(run.x, smoothed(values)), color=colour, label=f"layer {layer}")
+        elif layers:
+            mean = smoothed(np.mean(list(layers.values()), axis=0))
+            axes.plot(*thinned(run.x, mean), color=run.colour)
+    _finish(axes, runs, title)
+    if runs[0].alone:
+        _layer_legend(axes)
+
+
+def bias(axes: Any, runs: list[DrawnRun]) -> None:
+    """The smallest and largest routing bias: of every layer for one run, of all for several."""
+    for run in runs:
+        low = _of_layers(run, lambda e: e.bias_min)
+        high = _of_layers(run, lambda e: e.bias_max)
+        if run.alone:
+            for layer, colour in zip(low, _shades(len(low)), strict=True):
+                x, least, most = thinned(run.x, low[layer], high[layer])
+                axes.plot(x, least, color=colour)
+                axes.plot(x, most, color=colour)
+        elif low:
+            least = np.min(list(low.values()), axis=0)
+            most = np.max(list(high.values()), axis=0)
+            x, least, most = thinned(run.x, least, most)
+            axes.fill_between(x, least, most, color=run.colour, alpha=0.2, linewidth=0)
+            axes.plot(x, least, color=run.colour, linewidth=0.8)
+            axes.plot(x, most, color=run.colour, linewidth=0.8)
+    _finish(axes, runs, "routing bias, smallest and largest")
+
+
+def _mtp_losses(axes: Any, run: DrawnRun) -> list[Array]:
+    """Draws them; returns their moving means."""
+    means = []
+    for depth in range(max(len(step.mtp_losses) for step in run.history.steps)):
+
+        def value(step: StepRecord, depth: int = depth) -> float | None:
+            return step.mtp_losses[depth] if depth < len(step.mtp_losses) else None
+
+        means.append(smoothed(run.values(value)))
+        axes.plot(
+            *thinned(run.x, means[-1]),
+            "--" if depth == 0 else ":",
+            color=COLOURS[2] if run.alone else run.colour,
+            linewidth=1.0,
+            label=run.named(f"train, MTP module {depth + 1}"),
+        )
+    return means
+
+
+def _evaluations(axes: Any, run: DrawnRun, value: Callable[[EvalRecord], float | None]) -> None:
+    for place, split in enumerate(dict.fromkeys(e.split for e in run.history.evaluations)):
+        records = [e for e in run.history.evaluations if e.split == split]
+        axes.plot(
+            [e.step if run.alone else e.tokens for e in records],
+            finite([value(e) for e in records]),
+            "-",
+            marker="o^sD"[place % 4] if len(records) <= _MOST_MARKED_EVALUATIONS else "",
+            color=COLOURS[1] if run.alone else run.colour,
+            linewidth=0.9,
+            markersize=4,
+            markerfacecolor="white",
+            label=run.named(split),
+        )
+
+
+def _leave_out_the_fall(axes: Any, means: list[Array]) -> None:
+    """End the y axis at what follows the first twentieth of the run, which flattens the rest."""
+    rest = np.concatenate([mean[len(mean) // 20 :] for mean in means])
+    rest = rest[np.isfinite(rest)]
+    bottom = axes.dataLim.y0
+    if len(rest) and np.isfinite(bottom) and rest.max() > bottom:
+        margin = 0.04 * (rest.max() - bottom)
+        axes.set_ylim(bottom - margin, rest.max() + margin)
+
+
+def _phases(axes: Any, run: DrawnRun) -> None:
+    """A line where a phase of the recipe begins, with its name where that has room; nothing if
+    there is only one.
+    """
+    steps = run.history.steps
+    begins = [
+        (x, step.phase)
+        for place, (x, step) in enumerate(zip(run.x, steps, strict=True))
+        if place == 0 or steps[place - 1].phase != step.phase
+    ]
+    if len(begins) == 1:
+        return
+    ends = [x for x, _ in begins[1:]] + [run.x[-1]]
+    for (x, phase), end in zip(begins, ends, strict=True):
+        axes.axvline(x, color="grey", linestyle=":", linewidth=0.9)
+        if end - x > _NAMED_PHASE * (run.x[-1] - run.x[0]):
+            axes.text(
+                x,
+                0.01,
+                f" {phase}",
+                color="grey",
+                fontsize=8,
+                rotation="vertical",
+                va="bottom",
+                transform=axes.get_xaxis_transform(),
+            )
+
+
+def _of_layers(run: DrawnRun, value: Callable[[ExpertRecord], float]) -> dict[int, Array]:
+    """`value` of every MoE layer and step; NaN where a step has no record of the layer."""
+    layers = dict.fromkeys(e.layer for step in run.history.steps for e in step.experts)
+    curves = {layer: np.full(len(run.x), np.nan) for layer in sorted(layers)}
+    for place, step in enumerate(run.history.steps):
+        for record in step.experts:
+            curves[record.layer][place] = value(record)
+    return curves
+
+
+def _shades(number: int) -> list[Any]:
+    """Colours of layers in their order, from dark to bright."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](place) for place in np.linspace(0.0, 0.9, number)]
+
+
+def _layer_legend(axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if len(handles) > _MOST_NAMED_LAYERS:
+        handles, labels = [handles[0], handles[-1]], [labels[0], labels[-1]]
+    if handles:
+        axes.legend(handles, labels)
+
+
+def _finish(axes: Any, runs: list[DrawnRun], title: str) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_title(title)
+    axes.set_xlabel("step" if runs[0].alone else "tokens")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(tick))
+    axes.margins(x=0.01)

@@ -1,0 +1,130 @@
+"""What came of a run, in figures: the report as one JSON object.
+
+Owns what is summed up and how; wording is `report_table`'s. Losses and balance at the end are means
+over the last steps, since single steps are noisy; speeds are medians, which a pause does not move.
+"""
+
+import statistics
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
+
+from lowlat.train.metrics.jsonl import RunHistory
+from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StepRecord
+from lowlat.utils.errors import UserError
+
+Summary = dict[str, Any]
+
+_LAST_PART, _MOST_LAST_STEPS = 20, 100
+"""The end of a run: its last twentieth, at most 100 steps."""
+
+
+def summarise(history: RunHistory) -> Summary:
+    """The figures of one run, which may still be going.
+
+    Keys say their units: losses and divergences in nats per target, `mfu` as a share, `seconds` of
+    all runs of the folder. `mean_of_steps` tells over how many last steps `loss`, `divergence`,
+    `layer_error`, `mtp_losses` and the `last` of experts are means; None is not known.
+
+    Raises UserError if no step is done yet.
+    """
+    steps = history.steps
+    if not steps:
+        raise UserError(f"{history.path}: no step is done yet; ask again later")
+    window = max(1, min(_MOST_LAST_STEPS, len(steps) // _LAST_PART))
+    last, ending = steps[-1], steps[-window:]
+    start = history.start
+    mfu = [step.mfu for step in steps if step.mfu is not None]
+    return {
+        "name": start.name,
+        "log": str(history.path),
+        "facts": start.facts,
+        "started": history.starts[0].time,
+        "runs": len(history.starts),
+        "superseded_steps": history.superseded,
+        "torn_last_line": history.torn,
+        "step": last.step,
+        "total_steps": start.total_steps,
+        "finished": last.step >= start.total_steps,
+        "tokens": last.tokens,
+        "tokens_total": start.tokens_total,
+        "seconds": last.seconds,
+        "mean_of_steps": window,
+        "loss": _mean([step.loss for step in ending]),
+        "divergence": _mean([step.divergence for step in ending]),
+        "layer_error": _mean([step.layer_error for step in ending]),
+        "mtp_losses": _column_means([step.mtp_losses for step in ending]),
+        "evaluations": _evaluations(history.evaluations),
+        "tokens_per_second": statistics.median(step.tokens_per_second for step in steps),
+        "tokens_per_second_overall": last.tokens / last.seconds if last.seconds else None,
+        "mfu": statistics.median(mfu) if mfu else None,
+        "memory_bytes": max(step.memory_bytes for step in steps),
+        "experts": _experts(steps, ending),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _column_means(rows: Sequence[tuple[float, ...]]) -> list[float]:
+    """Of the rows that reach as far: a step may have fewer MTP modules with targets than others."""
+    columns = zip_longest(*rows)
+    return [statistics.fmean(x for x in column if x is not None) for column in columns]
+
+
+def _evaluations(records: Sequence[EvalRecord]) -> dict[str, Any]:
+    """Per split the first, the best and the last evaluation."""
+    found = {}
+    for split in dict.fromkeys(record.split for record in records):
+        of_split = [record for record in records if record.split == split]
+        # A loss that is not a number compares as false with all and could stand as the best.
+        best = min(of_split, key=lambda record: (record.loss != record.loss, record.loss))
+        places = {"first": of_split[0], "best": best, "last": of_split[-1]}
+        found[split] = {place: _evaluation(record) for place, record in places.items()}
+    return found
+
+
+def _evaluation(record: EvalRecord) -> dict[str, Any]:
+    return {
+        "step": record.step,
+        "loss": record.loss,
+        "bits_per_byte": record.bits_per_byte,
+        "mtp_losses": list(record.mtp_losses),
+        "divergence": record.divergence,
+        "targets": record.targets,
+    }
+
+
+def _experts(steps: Sequence[StepRecord], ending: Sequence[StepRecord]) -> list[dict[str, Any]]:
+    """Per MoE layer its balance at the first step that ran it, at its worst, and at the end."""
+    courses, lasts = _by_layer(steps), _by_layer(ending)
+    layers = []
+    for layer in sorted(courses):
+        course = courses[layer]
+        # Phases that match attention run no experts: a run that ends with one has the last known.
+        last = lasts.get(layer, course[-1:])
+        layers.append(
+            {
+                "layer": layer,
+                "max_violation_first": course[0].max_violation,
+                "max_violation_highest": max(e.max_violation for e in course),
+                "max_violation_last": statistics.fmean(e.max_violation for e in last),
+                "entropy_first": course[0].entropy,
+                "entropy_last": statistics.fmean(e.entropy for e in last),
+                "bias_min_last": last[-1].bias_min,
+                "bias_max_last": last[-1].bias_max,
+            }
+        )
+    return layers
+
+
+def _by_layer(steps: Sequence[StepRecord]) -> dict[int, list[ExpertRecord]]:
+    """The records of every MoE layer, in order of steps."""
+    found: dict[int, list[ExpertRecord]] = {}
+    for step in steps:
+        for record in step.experts:
+            found.setdefault(record.layer, []).append(record)
+    return found

@@ -1,0 +1,163 @@
+"""What a recipe says about one optimiser step: phase, learning rate, loss weights, batch size.
+
+Owns the shapes of schedules. Everything is a pure function of recipe and step, so nothing of it
+needs saving.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lowlat.train.recipe.schema import Data, Phase, Recipe, Schedule, Segment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPlan:
+    """One optimiser step."""
+
+    step: int
+    """From 0, over all phases."""
+    phase_index: int
+    """Place of its phase in the recipe."""
+    phase: Phase
+    """Its phase."""
+    first_row: int
+    """Rows of its phase's data used before this step, by earlier phases too: the position there."""
+    rows: int
+    """Rows of this step's global batch."""
+    learning_rate: float
+    """Of the optimiser."""
+    mtp_weight: float
+    """Lambda."""
+    bias_update_speed: float
+    """Gamma."""
+    ends_phase: bool
+    """Whether this is the last step of its phase."""
+
+    @property
+    def tokens(self) -> int:
+        """Input tokens of the step."""
+        return self.rows * self.phase.sequence_length
+
+
+def value_at(schedule: Schedule, step: int, steps: int) -> float:
+    """The value of a schedule at `step` (from 0) of a phase of `steps` steps.
+
+    A segment of n steps reaches its end at its n-th step, so warm-up starts above 0; after the
+    last segment its end stays.
+    """
+    if not isinstance(schedule, list):
+        return float(schedule)
+    start, first = 0.0, 0
+    for segment in schedule:
+        length = segment.steps if segment.steps is not None else max(1, steps - first)
+        if step < first + length:
+            return _within_segment(segment, start, (step - first + 1) / length)
+        start, first = segment.to, first + length
+    return start
+
+
+def _within_segment(segment: Segment, start: float, share: float) -> float:
+    match segment.shape:
+        case "constant":
+            return segment.to
+        case "linear":
+            return start + (segment.to - start) * share
+        case "cosine":
+            return segment.to + (start - segment.to) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def batch_rows(phase: Phase, step: int, unit: int) -> int:
+    """Rows of the global batch at `step` of `phase`: whole multiples of `unit`, at least one. Of
+    what a recipe may say, that changes ramps alone.
+    """
+    return max(1, round(value_at(phase.batch_rows, step, phase.steps) / unit)) * unit
+
+
+def most_rows(phase: Phase, unit: int) -> int:
+    """Rows of the largest global batch of `phase`, as `batch_rows`: segments have their extremes at
+    their ends.
+    """
+    rows = phase.batch_rows
+    most = max(segment.to for segment in rows) if isinstance(rows, list) else rows
+    return max(1, round(most / unit)) * unit
+
+
+def data_of(recipe: Recipe, index: int) -> Data:
+    """What phase `index` reads."""
+    return recipe.phase[index].data or recipe.data
+
+
+def data_begins(recipe: Recipe, index: int) -> int:
+    """The phase that began the data of phase `index`, perhaps itself: one that reads the same rows
+    as the phase before goes on where that ended.
+    """
+    while index and _reads(recipe, index) == _reads(recipe, index - 1):
+        index -= 1
+    return index
+
+
+def _reads(recipe: Recipe, index: int) -> tuple[Data, int]:
+    return data_of(recipe, index), recipe.phase[index].sequence_length
+
+
+class Timetable:
+    """The steps of a recipe. `ranks` processes share every batch."""
+
+    def __init__(self, recipe: Recipe, *, ranks: int = 1) -> None:
+        self._phases: Sequence[Phase] = recipe.phase
+        self._rows = [
+            [batch_rows(phase, step, phase.micro_batch_rows * ranks) for step in range(phase.steps)]
+            for phase in recipe.phase
+        ]
+        self._before = [_running(rows) for rows in self._rows]
+        totals = [before[-1] for before in self._before]
+        self._first = [
+            sum(totals[data_begins(recipe, index) : index]) for index in range(len(totals))
+        ]
+
+    @property
+    def steps(self) -> int:
+        """Of all phases."""
+        return sum(phase.steps for phase in self._phases)
+
+    @property
+    def tokens(self) -> int:
+        """Input tokens of all phases."""
+        return self.tokens_before(self.steps)
+
+    def tokens_before(self, step: int) -> int:
+        """Input tokens of the steps before `step`."""
+        total = 0
+        for phase, before in zip(self._phases, self._before, strict=True):
+            within = min(max(step, 0), phase.steps)
+            total += before[within] * phase.sequence_length
+            step -= phase.steps
+        return total
+
+    def at(self, step: int) -> StepPlan:
+        """The plan of `step`, 0 <= step < steps."""
+        index, within = 0, step
+        while within >= self._phases[index].steps:
+            within -= self._phases[index].steps
+            index += 1
+        phase = self._phases[index]
+        return StepPlan(
+            step=step,
+            phase_index=index,
+            phase=phase,
+            first_row=self._first[index] + self._before[index][within],
+            rows=self._rows[index][within],
+            learning_rate=value_at(phase.learning_rate, within, phase.steps),
+            mtp_weight=value_at(phase.mtp_weight, within, phase.steps),
+            bias_update_speed=value_at(phase.bias_update_speed, within, phase.steps),
+            ends_phase=within == phase.steps - 1,
+        )
+
+
+def _running(rows: Sequence[int]) -> list[int]:
+    """Sums of the first 0, 1, 2, ... entries."""
+    sums = [0]
+    for count in rows:
+        sums.append(sums[-1] + count)
+    return sums

@@ -1,0 +1,148 @@
+"""A recipe's model: weights, their place among processes, optimiser.
+
+Owns how they are made anew, from a checkpoint or from a state; what a recipe reads is `inputs`'s.
+"""
+
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowlat.checkpoint.load import load_model
+from lowlat.config.model import ModelConfig
+from lowlat.model.block import DecoderLayer
+from lowlat.model.init import init_weights
+from lowlat.model.linear import RMSNorm
+from lowlat.model.moe import MLP
+from lowlat.model.stacking import stack_experts
+from lowlat.model.transformer import Transformer
+from lowlat.train.parallel.layout import Layout, lay_out
+from lowlat.train.parallel.team import Team
+from lowlat.train.recipe.schema import Recipe
+from lowlat.train.step.fp8 import use_fp8
+from lowlat.train.step.lora import add_updates, base_dtype
+from lowlat.train.step.optim import Optimizer
+from lowlat.train.step.passes import Passes, PlainPasses
+from lowlat.train.step.teacher import Teacher
+from lowlat.train.step.trainable import hold_frozen, keep_all_but_attention
+from lowlat.utils.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Of activations, by precision."""
+
+
+def new_model(
+    config: ModelConfig, recipe: Recipe, start: Path | None, weights: Mapping[str, Tensor] | None
+) -> Transformer:
+    """The whole model with fp32 weights on the CPU: `weights` if given, else those of `start`, else
+    new ones. With LoRA those of `start` in the products' dtype, and `weights` are its updates.
+    They may be views of files: `parallel.layout.lay_out` gives them memory. Where attention alone
+    is trained, the matrices that stay have the products' dtype.
+    """
+    if recipe.lora is not None:
+        assert start is not None
+        model = started(start, config, base_dtype(recipe))
+        add_updates(model, recipe.lora, seed=recipe.seed, origin=recipe.name)
+        model.load_state_dict(weights or {}, strict=False, assign=True)
+    elif weights is not None:
+        with torch.device("meta"):
+            model = Transformer(config)
+            stack_experts(model)
+        state = {name: weights[name] for name in model.state_dict()}
+        model.load_state_dict(state, assign=True)
+    elif start is not None:
+        model = started(start, config, "fp32")
+    else:
+        model = Transformer(config)
+        init_weights(model, seed=recipe.seed)
+        stack_experts(model)
+    if recipe.trainable == "attention":
+        keep_all_but_attention(model)
+        hold_frozen(model, DTYPES[recipe.precision])
+    if recipe.precision == "fp8":
+        use_fp8(model)
+    for module in model.modules():
+        if isinstance(module, DecoderLayer):
+            module.recompute = recipe.recompute == "layers"
+    _use_forms_of_training(model)
+    return model
+
+
+def new_passes(
+    model: Transformer,
+    team: Team,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    sequence_length: int,
+    teacher: Teacher | None = None,
+) -> tuple[Passes, Layout]:
+    """Lay out `model`, which is whole, over `team`; passes over it with activations of `dtype`.
+    `teacher`, which every process has whole, does not go with a pipeline.
+    """
+    if team.size("pipeline") == 1:
+        layout = lay_out(model, team, device=device, dtype=dtype)
+        return PlainPasses(model, dtype, team, teacher), layout
+    # Seconds of imports that no other run needs.
+    from lowlat.train.parallel.pipeline import PipelinePasses
+
+    passes = PipelinePasses(model, team, dtype=dtype, sequence_length=sequence_length)
+    layout = lay_out(
+        model, team, device=device, dtype=dtype, roots=passes.modules, copies=passes.copies
+    )
+    return passes, layout
+
+
+def new_teacher(path: Path, recipe: Recipe) -> Teacher:
+    """The checkpoint `path` as the teacher of `recipe`, its weights in the products' dtype."""
+    assert recipe.distillation is not None
+    model = load_model(path, dtype=base_dtype(recipe)).model
+    _require_finite(model, f"distillation.teacher {path}")
+    stack_experts(model)
+    _use_forms_of_training(model)
+    return Teacher(
+        model.to(recipe.device),
+        DTYPES[recipe.precision],
+        cross_entropy=recipe.distillation.cross_entropy,
+    )
+
+
+def new_optimizer(
+    model: Transformer, recipe: Recipe, tensors: MutableMapping[str, Tensor], layout: Layout
+) -> Optimizer:
+    """The optimiser, with the (whole) state that it takes out of `tensors`, if there is one."""
+    optimizer = Optimizer(model, recipe.optimizer, layout)
+    if tensors:
+        optimizer.load(tensors)
+    return optimizer
+
+
+def started(start: Path, config: ModelConfig, dtype: str) -> Transformer:
+    """The weights of the checkpoint `start` in `dtype`, experts stacked, in a model of `config`,
+    which may say other things about positions.
+    """
+    loaded = load_model(start, dtype=dtype).model
+    _require_finite(loaded, f"start {start}")
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    stack_experts(model)
+    return model
+
+
+def _require_finite(model: Transformer, what: str) -> None:
+    """Raises UserError for weights that no lower rate makes numbers of."""
+    for name, weight in model.named_parameters():
+        # Unlike isfinite, without a mask of the weight's size; NaN comes through.
+        if weight.numel() and not all(map(torch.isfinite, weight.detach().aminmax())):
+            raise UserError(
+                f"{what}: '{name}' holds values that are not finite; give a whole model"
+            )
+
+
+def _use_forms_of_training(model: Transformer) -> None:
+    """A teacher, and what is evaluated, take no gradients, but as many tokens at once."""
+    for module in model.modules():
+        if isinstance(module, RMSNorm | MLP):
+            module.trains = True

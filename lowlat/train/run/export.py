@@ -1,0 +1,182 @@
+"""A save as a model folder in the Hugging Face layout, which every reader of such folders takes.
+
+Owns which numbers a trained model is stored in; names and files are `checkpoint`'s.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowlat.checkpoint.mapping import ROUTER_BIAS
+from lowlat.checkpoint.save import file_tensors, text_files, write_checkpoint
+from lowlat.config.hf import config_from_hf, config_to_hf
+from lowlat.config.model import ModelConfig
+from lowlat.model.stacking import unstacked
+from lowlat.train.checkpoints.disk import sync_folder, write_new
+from lowlat.train.checkpoints.errors import writing
+from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.train.checkpoints.save import Save, folder_name
+from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.parallel.team import Team
+from lowlat.train.recipe.schema import Recipe, parse_recipe
+from lowlat.train.run.build import started
+from lowlat.train.run.lora_files import start_fingerprint, write_adapter
+from lowlat.train.run.state import MODEL, part
+from lowlat.train.step.fp8 import save_fp8
+from lowlat.train.step.lora import base_dtype, merged
+from lowlat.train.step.teacher import teacher_fingerprint
+from lowlat.utils.device import parse_dtype
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress
+
+TOKENIZER = "tokenizer"
+"""Where a run's folder keeps the tokenizer and chat template of its models."""
+
+STORED = ("bf16", "fp16", "fp32", "fp8")
+"""What numbers of a model may be stored in."""
+
+_log = logging.getLogger(__name__)
+
+
+def keep_tokenizer(run: Path, text: Path) -> None:
+    """Copy tokenizer and chat template of the folder or .gguf `text` into the run's folder. Raises
+    UserError where they cannot be written.
+    """
+    folder = run / TOKENIZER
+    if folder.exists():
+        return
+    partial = run / f".{TOKENIZER}.partial"
+    files = text_files(text)
+    with writing(str(folder), run):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for name, content in files.items():
+            write_new(partial / name, [content])
+        sync_folder(partial)
+        partial.rename(folder)
+        sync_folder(run)
+
+
+def refuse_older_model(model: Path, team: Team) -> None:
+    """Raises UserError where a run without saves holds a model all the same: that of a run whose
+    saves were removed. Collective.
+    """
+    if team.from_first(int(model.exists())):
+        raise UserError(
+            f"{model}: is there from a run whose saves are gone; move it away, or choose another "
+            "--out"
+        )
+
+
+def export(
+    config: ModelConfig, weights: Mapping[str, Tensor], dst: Path, *, dtype: str, text: Path
+) -> None:
+    """Write `weights` (a model's parameters, experts stacked) as the folder `dst`.
+
+    dtype: fp32, bf16, fp16, or fp8 for 128x128 blocks as released; routing biases stay fp32.
+    Tokenizer and chat template come from the folder `text`. Raises UserError as `write_checkpoint`.
+    """
+    parameters = dict(unstacked(weights))
+    if dtype == "fp8":
+        save_fp8(config, parameters, dst, source=text)
+        return
+    stored = parse_dtype(dtype)
+    raw = config_to_hf(config) | {"dtype": str(stored).removeprefix("torch.")}
+    tensors = _cast(file_tensors(config, parameters), stored)
+    write_checkpoint(dst, raw, tensors, extra_files=text_files(text))
+
+
+def _cast(
+    tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        yield name, tensor if name.endswith(ROUTER_BIAS) else tensor.to(dtype)
+
+
+def export_save(
+    run: Path,
+    dst: Path,
+    *,
+    step: int | None,
+    dtype: str,
+    progress: Progress | None = None,
+) -> int:
+    """Write a save of the run in `run` as the folder `dst`, updates of LoRA merged; returns its
+    step.
+
+    step: None takes the latest whole one. Raises UserError where there is no such save or dtype,
+    and as `export`.
+    """
+    if dtype not in STORED:
+        raise UserError(f"--dtype '{dtype}' is unknown; choose one of {', '.join(STORED)}")
+    save = open_save(run, step, progress)
+    config, recipe, weights = contents(save)
+    if recipe.lora is not None:
+        base = started(start_of(save), config, base_dtype(recipe)).state_dict()
+        weights = dict(merged(base | weights, recipe.lora))
+    export(config, weights, dst, dtype=dtype, text=run / TOKENIZER)
+    return save.step
+
+
+def export_adapter(
+    run: Path, dst: Path, *, step: int | None, progress: Progress | None = None
+) -> int:
+    """Write the updates of LoRA of a save in peft's layout as the folder `dst`; returns its step.
+
+    Raises UserError where the run in `run` has none, and as `write_adapter`.
+    """
+    save = open_save(run, step, progress)
+    config, recipe, updates = contents(save)
+    if recipe.lora is None:
+        raise UserError(f"{run}: was trained without lora; leave out --adapter")
+    write_adapter(config, updates, recipe.lora, dst, start=Path(str(save.facts["start"])))
+    return save.step
+
+
+def open_save(run: Path, step: int | None, progress: Progress | None = None) -> Save:
+    """The save of `step` of the run in `run`, or its latest whole one. Raises UserError."""
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; name the folder of a run")
+    saves = Saves(RunFolder(run), report=_log.warning)
+    if step is not None and step not in saves.steps():
+        there = ", ".join(map(str, saves.steps()))
+        remedy = f"--step may be {there}" if there else "it has none yet"
+        raise UserError(f"{run}: has no save of step {step}; {remedy}")
+    save = saves.latest(progress) if step is None else Save(saves.folder / folder_name(step))
+    if save is None:
+        raise UserError(f"{run}: has no save yet")
+    return save
+
+
+def contents(save: Save) -> tuple[ModelConfig, Recipe, dict[str, Tensor]]:
+    """Config, recipe, and the parameters that were saved."""
+    config = config_from_hf(dict(save.facts["config"]), source=str(save.folder))
+    recipe = parse_recipe(dict(save.facts["recipe"]), origin=str(save.folder))
+    tensors = {name: save.tensor(name) for name in save.names() if name.startswith(MODEL)}
+    return config, recipe, part(tensors, MODEL)
+
+
+def teacher_of(save: Save) -> Path:
+    """The checkpoint that was learned from. Raises UserError where it is gone or another."""
+    path = save.facts.get("teacher_files")
+    if path is None:
+        raise UserError(f"{save.folder}: does not say where its teacher lies; train a step anew")
+    return _unchanged(Path(str(path)), teacher_fingerprint, save.facts["teacher"], save)
+
+
+def start_of(save: Save) -> Path:
+    """The checkpoint whose weights stayed. Raises UserError where it is gone or another."""
+    start = Path(str(save.facts["start"]))
+    return _unchanged(start, start_fingerprint, save.facts["data"][-1], save)
+
+
+def _unchanged(path: Path, fingerprint: Callable[[Path], str], known: object, save: Save) -> Path:
+    """`path`, if it is what it was. Raises UserError."""
+    if not path.exists() or fingerprint(path) != known:
+        what = "holds other weights now" if path.exists() else "is not there"
+        raise UserError(f"{path}: {what}; put back what {save.folder} was trained with")
+    return path

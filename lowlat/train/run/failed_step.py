@@ -1,0 +1,149 @@
+"""The step that ended a run, computed again: where the first number came from that is not finite.
+
+Owns looking. The batch is `replay`'s, the state that of the save before the step.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowlat.train.parallel.layout import Layout
+from lowlat.train.parallel.team import Team
+from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.run.build import DTYPES, new_model, new_passes, new_teacher
+from lowlat.train.run.export import contents, open_save, start_of, teacher_of
+from lowlat.train.run.inputs import phase_configs
+from lowlat.train.run.replay import BATCH_FILES, read_batch, step_of
+from lowlat.train.step.balance import RouterWatch
+from lowlat.train.step.loss import count_targets
+from lowlat.utils.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FailedStep:
+    """What a failed step looks like from near."""
+
+    step: int
+    """From 1, as the run told it."""
+    losses: tuple[float, ...]
+    """Of the main head and of each MTP module, nats per token; none in phases that match layers or
+    attention.
+    """
+    matched: float | None
+    """With a teacher, the mean divergence from it or the error of what the phase matches."""
+    sequence_loss: float
+    """The sequence-wise loss of balancing, its weight included."""
+    grad_norm: float
+    """Global norm before clipping."""
+    activation: str | None
+    """Name of the first module whose output is not finite; those of the teacher begin with
+    `teacher.`.
+    """
+    gradient: str | None
+    """Name of the parameter nearest to the loss whose gradient is not finite."""
+
+
+def look_again(run: Path) -> FailedStep:
+    """The last failed step of the run in `run`, in this process. Raises UserError where no step
+    failed, the save before it is gone, or what it learned from is gone or another.
+    """
+    path = max(run.glob(BATCH_FILES), default=None)
+    if path is None:
+        raise UserError(f"{run}: no step of it failed; name a run that ended with one")
+    batch, step = read_batch(path), step_of(path)
+    save = open_save(run, step)
+    config, recipe, weights = contents(save)
+    ranks = recipe.parallel.data * recipe.parallel.fsdp
+    plan = Timetable(recipe, ranks=ranks).at(step)
+    # The save may be that of the phase before.
+    own = recipe.model_copy(update={"phase": [plan.phase]})
+    (config,) = phase_configs(config, own, str(save.folder))
+    start = None if recipe.lora is None else start_of(save)
+    model = new_model(config, recipe, start, weights)
+    teacher = None if recipe.distillation is None else new_teacher(teacher_of(save), recipe)
+    passes, layout = new_passes(
+        model,
+        Team(),
+        device=recipe.device,
+        dtype=DTYPES[recipe.precision],
+        sequence_length=plan.phase.sequence_length,
+        teacher=teacher,
+    )
+    watch = RouterWatch(model, sequence_weight=recipe.balance.sequence_weight)
+    num_ahead = 1 + config.num_nextn_predict_layers
+    targets = count_targets(batch, num_ahead)
+    length = batch.sequence_length(num_ahead)
+    watched = {"": model} if teacher is None else {"": model, "teacher.": teacher.model}
+    with (
+        _first_not_finite(watched) as found,
+        watch.watching(sequence_length=length, num_sequences=batch.rows),
+    ):
+        sums = passes.backward(batch.to(recipe.device), plan, targets).tolist()
+    layout.take_gradients()
+    losses = tuple(total / max(1, count) for total, count in zip(sums, targets, strict=False))
+    return FailedStep(
+        step=step + 1,
+        losses=losses if plan.phase.match == "logits" else (),
+        matched=None if teacher is None else sums[num_ahead + 1] / max(1, targets[0]),
+        sequence_loss=watch.sequence_loss,
+        grad_norm=_norm(layout),
+        activation=next(iter(found), None),
+        gradient=_nearest_gradient(layout),
+    )
+
+
+@contextmanager
+def _first_not_finite(models: Mapping[str, nn.Module]) -> Iterator[list[str]]:
+    """Collects the names of modules whose outputs are not finite, in the order they are made, each
+    behind what `models` calls its model.
+    """
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not found and not all(tensor.isfinite().all() for tensor in _tensors(output)):
+                found.append(name)
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(watch(prefix + name))
+        for prefix, model in models.items()
+        for name, module in model.named_modules()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Those of numbers that may be infinite, in what a module returned."""
+    if isinstance(output, Tensor) and output.is_floating_point():
+        yield output
+    elif isinstance(output, tuple | list):
+        for part in output:
+            yield from _tensors(part)
+
+
+def _norm(layout: Layout) -> float:
+    names = [laid.name for laid in layout.laid if laid.piece.grad is not None]
+    return layout.gradient_norm(names).item() if names else math.nan
+
+
+def _nearest_gradient(layout: Layout) -> str | None:
+    """Gradients spread backwards: the last parameter in the model's order is the first to have
+    one.
+    """
+    for laid in reversed(layout.laid):
+        gradient = laid.piece.grad
+        if gradient is not None and not torch.isfinite(gradient).all():
+            return laid.name
+    return None

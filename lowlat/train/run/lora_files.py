@@ -1,0 +1,112 @@
+"""The files around updates of LoRA: those of the weights that stay, told from others, and adapter
+folders in peft's layout (adapter_config.json and adapter_model.safetensors).
+
+Owns names and shapes there; what updates are is `lora`'s.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowlat.checkpoint.mapping import file_name
+from lowlat.checkpoint.padding import pad_columns, pad_rows
+from lowlat.config.families import LOWLAT, MLA_FAMILIES
+from lowlat.config.model import MLAConfig, ModelConfig
+from lowlat.train.recipe.schema import Lora
+from lowlat.train.step.lora import EXPERT_PROJECTIONS, UPDATE
+from lowlat.utils.errors import UserError
+
+PREFIX = "base_model.model."
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16
+"""What is read of a file to know it again: training moves every weight, so any place will do."""
+
+
+def start_fingerprint(start: Path) -> str:
+    """SHA-256 of samples of the weights' files of the checkpoint `start`, and of their sizes."""
+    digest = hashlib.sha256()
+    files = [start] if start.is_file() else sorted(start.glob("*.safetensors"))
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with path.open("rb") as file:
+            for sample in range(SAMPLES):
+                file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def write_adapter(
+    config: ModelConfig, updates: Mapping[str, Tensor], table: Lora, dst: Path, *, start: Path
+) -> None:
+    """Write `updates`, by parameter name, as the folder `dst`, which must not exist; `start` are
+    the files of the weights that they belong to.
+
+    Updates of MTP modules are left out: the programs that read adapters have no such modules.
+    Raises UserError for updates that have no place in the layout: of MLPs and experts in families
+    with experts, and of queries with a bias in exactly converted models; and if `dst` exists.
+    """
+    tensors = dict(_tensors(config, updates))
+    modules = sorted({name.rpartition(".lora_")[0].removeprefix(PREFIX) for name in tensors})
+    text = json.dumps(_settings(table, modules, start), indent=2) + "\n"
+    try:
+        dst.mkdir()
+        save_file(tensors, dst / "adapter_model.safetensors", metadata={"format": "pt"})
+        (dst / "adapter_config.json").write_text(text, encoding="utf-8")
+    except FileExistsError as error:
+        raise UserError(f"{dst}: exists already; choose another destination") from error
+    except OSError as error:
+        raise UserError(f"{dst}: cannot be written ({error.strerror})") from error
+
+
+def _tensors(config: ModelConfig, updates: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in updates.items():
+        owner, _, part = name.partition(UPDATE)
+        own = owner.rpartition(".")[2]
+        if own == "experts" or (own in EXPERT_PROJECTIONS and config.model_type in MLA_FAMILIES):
+            raise UserError(
+                f"{owner}: in models of type {config.model_type} peft takes updates of MLPs for "
+                "those of fused experts; export the merged model"
+            )
+        if not owner.startswith("mtp."):
+            path = file_name(config, f"{owner}.").removesuffix(".")
+            yield f"{PREFIX}{path}.{part}.weight", _in_file(config, owner, part, tensor)
+
+
+def _in_file(config: ModelConfig, owner: str, part: str, tensor: Tensor) -> Tensor:
+    """`tensor` in the shape that the weight of module `owner` asks for in files."""
+    attention = config.attention
+    is_padded = config.model_type != LOWLAT
+    if not isinstance(attention, MLAConfig) or attention.kv_a_layernorm or not is_padded:
+        return tensor.contiguous()
+    rank = attention.kv_lora_rank
+    match owner.rpartition(".")[2], part:
+        case "q_proj", _ if attention.q_bias:
+            raise UserError(
+                f"{owner}: peft's layout has no place for it in an exactly converted model whose "
+                "queries have a bias; export the merged model"
+            )
+        case "kv_a_proj_with_mqa", "lora_B":
+            return pad_rows(tensor, rank)
+        case "kv_b_proj", "lora_A":
+            return pad_columns(tensor, rank)
+    return tensor.contiguous()
+
+
+def _settings(table: Lora, modules: list[str], start: Path) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(start),
+        "r": table.rank,
+        "lora_alpha": table.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": modules,
+    }

@@ -1,0 +1,170 @@
+"""The complete state of a run as named tensors and facts, and back.
+
+Owns what a state consists of: weights with routing biases, optimiser, random numbers, position in
+the data, recipe. Files are `saves`'; none of it depends on how a run is divided among processes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowlat.config.hf import config_from_hf, config_to_hf
+from lowlat.config.model import ModelConfig
+from lowlat.train.parallel.layout import Layout
+from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schema import Recipe, parse_recipe
+from lowlat.train.step.lora import is_update
+from lowlat.train.step.optim import Optimizer
+from lowlat.utils.errors import UserError
+
+Snapshot = list[tuple[str, Tensor]]
+MODEL, OPTIMIZER, RANDOM = "model.", "optimizer.", "random.torch"
+FREE_KEYS = ("name", "saves", "log", "evaluation", "parallel", "device", "recompute")
+"""Parts of a recipe that a resumed run may change: they decide nothing about the numbers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """How far a run has come."""
+
+    step: int
+    """Optimiser steps done."""
+    seconds: float
+    """Spent so far by all processes that ran it, one after the other."""
+
+
+def state_tensors(layout: Layout, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the state, by name and whole: views, not copies, where one process has all.
+    With LoRA the weights that stay are none of it.
+
+    Collective; tensors come one after the other, so that no process needs room for all of them.
+    """
+    updates_only = any(is_update(laid.name) for laid in layout.laid)
+    for name, tensor in layout.whole_parameters():
+        if is_update(name) or not updates_only:
+            yield MODEL + name, tensor
+    for name, tensor in optimizer.tensors():
+        yield OPTIMIZER + name, tensor
+    yield RANDOM, torch.get_rng_state()
+
+
+def snapshot(layout: Layout, optimizer: Optimizer, *, keep: bool = True) -> Snapshot:
+    """The same as copies in memory, which training does not touch; collective. With `keep` false
+    this process only gives its part to the others.
+    """
+    return [
+        (name, tensor.detach().to("cpu", copy=True))
+        for name, tensor in state_tensors(layout, optimizer)
+        if keep
+    ]
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def facts(
+    recipe: Recipe,
+    config: ModelConfig,
+    position: Position,
+    fingerprints: list[str],
+    timetable: Timetable,
+    start: Path | None = None,
+    teacher: Path | None = None,
+    taught_by: str | None = None,
+) -> dict[str, Any]:
+    """Everything of the state that is no tensor.
+
+    `fingerprints` name the data of each phase, and with LoRA the weights that stay; `start` are the
+    files behind recipe.start, `teacher` those behind recipe.distillation, of which `taught_by` is
+    the fingerprint. The rows read so far
+    are written down although they follow from step and recipe, so that a reader sees them.
+    """
+    done = position.step >= timetable.steps
+    plan = timetable.at(min(position.step, timetable.steps - 1))
+    return {
+        "step": position.step,
+        "seconds": position.seconds,
+        "phase": plan.phase_index,
+        "rows_of_data": plan.first_row + (plan.rows if done else 0),
+        "tokens": timetable.tokens_before(position.step),
+        "data": fingerprints,
+        "config": config_to_hf(config),
+        "recipe": recipe.model_dump(mode="json"),
+        "start": None if start is None else str(start.absolute()),
+        "teacher": taught_by,
+        "teacher_files": None if teacher is None else str(teacher.absolute()),
+        "torch": torch.__version__,
+    }
+
+
+def check_resumable(
+    saved: Mapping[str, Any],
+    recipe: Recipe,
+    fingerprints: list[str],
+    timetable: Timetable,
+    folder: str,
+    teacher: str | None = None,
+) -> Position:
+    """Where a run goes on. Raises UserError, saying what differs, where the recipe, the data or the
+    teacher would not continue what was saved.
+    """
+    # Keys that recipes did not have when it was written have their defaults.
+    before = parse_recipe(dict(saved["recipe"]), origin=folder).model_dump(mode="json")
+    differences = list(_differences(before, recipe.model_dump(mode="json")))
+    differences = [text for key, text in differences if key.split(".")[0] not in FREE_KEYS]
+    phases = len(recipe.phase)
+    if saved["data"][:phases] != fingerprints[:phases]:
+        differences.append("the token folder holds other data")
+    if saved["data"][phases:] != fingerprints[phases:]:
+        differences.append("start holds other weights")
+    if saved.get("teacher") != teacher:
+        differences.append("distillation.teacher is another model")
+    if differences:
+        raise UserError(
+            f"{folder}: was trained by another recipe: {'; '.join(differences[:5])}; "
+            "restore it, or choose another --out for the changed one"
+        )
+    step = int(saved["step"])
+    if saved["tokens"] != timetable.tokens_before(step):
+        raise UserError(
+            f"{folder}: {saved['tokens']:,} tokens were read in {step} steps, but batches rounded "
+            f"for this [parallel] come to {timetable.tokens_before(step):,}; choose sizes whose "
+            "data x fsdp x micro_batch_rows divides batch_rows"
+        )
+    return Position(step=step, seconds=float(saved["seconds"]))
+
+
+def check_config(
+    saved: Mapping[str, Any], configs: Sequence[ModelConfig], timetable: Timetable, folder: str
+) -> None:
+    """Whether the model that was saved has the config of its phase. Raises UserError saying what
+    differs: a checkpoint to start from may have become another.
+    """
+    done = max(0, int(saved["step"]) - 1)
+    present = config_to_hf(configs[timetable.at(done).phase_index])
+    # Keys that configs did not have when it was written have their defaults.
+    before = config_to_hf(config_from_hf(dict(saved["config"]), source=folder))
+    changes = [text for _, text in _differences(before, present)]
+    if changes:
+        raise UserError(
+            f"{folder}: was trained as another model: {'; '.join(changes[:5])}; restore the "
+            "config.json of start, or choose another --out for the changed one"
+        )
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            below = f"{path}.{key}" if path else key
+            yield from _differences(old.get(key), new.get(key), below)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (left, right) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(left, right, f"{path}.{index}")
+    elif old != new:
+        yield path, f"{path} was {old!r} and is {new!r}"

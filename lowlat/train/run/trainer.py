@@ -1,0 +1,397 @@
+"""A run from its recipe to its last save: resume, steps, evaluations, saves, export.
+
+Owns the loop and what interrupts it. What a run rests on is `basis`'s, building `build`'s, a step
+`step`'s, files are those of `saves` and `runlog`.
+"""
+
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowlat.config.arithmetic import count_parameters
+from lowlat.config.model import ModelConfig
+from lowlat.data.batch import Batch
+from lowlat.model.transformer import Transformer
+from lowlat.plan.rate import measure_gemm_rate
+from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.train.checkpoints.save import Save
+from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.metrics.runlog import RunLog
+from lowlat.train.parallel.team import Team
+from lowlat.train.recipe.schedule import StepPlan, Timetable
+from lowlat.train.recipe.schema import Recipe
+from lowlat.train.run.build import (
+    DTYPES,
+    new_model,
+    new_optimizer,
+    new_passes,
+    new_teacher,
+)
+from lowlat.train.run.export import TOKENIZER, export, keep_tokenizer, refuse_older_model
+from lowlat.train.run.frozen_cost import training_flops
+from lowlat.train.run.inputs import PhaseData, left_out
+from lowlat.train.run.inputs_check import open_basis
+from lowlat.train.run.measure import Meter, eval_record
+from lowlat.train.run.replay import batch_file, keep_batch
+from lowlat.train.run.state import (
+    MODEL,
+    OPTIMIZER,
+    RANDOM,
+    Position,
+    check_config,
+    check_resumable,
+    facts,
+    part,
+    snapshot,
+    state_tensors,
+)
+from lowlat.train.run.stop import StopSignals
+from lowlat.train.step.balance import RouterWatch
+from lowlat.train.step.lora import merged
+from lowlat.train.step.optim import Optimizer
+from lowlat.train.step.step import StepResult, evaluate, train_step
+from lowlat.train.step.teacher import Teacher
+from lowlat.utils.errors import UserError
+from lowlat.utils.memory import keeping_freed_memory
+from lowlat.utils.progress import Progress, SilentProgress
+
+MODEL_FOLDER = "model"
+"""Where the finished model lies in a run's folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a call of `Trainer.run` ended."""
+
+    step: int
+    """Optimiser steps done."""
+    is_complete: bool
+    """Whether the recipe is done; otherwise the run was asked to stop and can go on."""
+    losses: tuple[float, ...]
+    """Of the last step: main head, then MTP modules, nats per token; empty without a step."""
+    model: Path | None
+    """The finished model in the Hugging Face layout."""
+
+
+class Trainer:
+    """One run of a recipe in a folder that this process holds."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        log: RunLog,
+        *,
+        base: Path,
+        start: Path | None = None,
+        teacher: Path | None = None,
+        origin: str = "recipe",
+        progress: Progress | None = None,
+        team: Team | None = None,
+    ) -> None:
+        """Open data, build or resume.
+
+        base: where relative paths of the recipe start; start, teacher: the files behind
+        recipe.start and recipe.distillation; origin: the recipe's name in errors; team: the
+        processes that run it, of which the first holds the folder and has a log. Raises UserError
+        for data that is not whole, a recipe that does not continue what the folder holds, and as
+        `build`.
+        """
+        progress = progress or SilentProgress()
+        self._team = team = team or Team()
+        self.recipe = recipe
+        self.run_folder = run
+        self.log = log
+        self.timetable = Timetable(recipe, ranks=team.row_parts)
+        self._dtype = DTYPES[recipe.precision]
+        self._basis = open_basis(recipe, base=base, start=start, teacher=teacher, origin=origin)
+        if team.is_first:
+            self._basis.verify(progress)
+        table = recipe.saves
+        hours = table.keep_every_hours
+        self._saves = Saves(
+            run,
+            report=log.note,
+            keep_last=table.keep_last,
+            keep_every=None if hours is None else timedelta(hours=hours),
+        )
+        save = self._latest(progress)
+        if save is None:
+            refuse_older_model(run.path / MODEL_FOLDER, team)
+        self.position = Position(step=0, seconds=0.0) if save is None else self._resumed(save)
+        self._phase = self._plan().phase_index
+        self._teacher: Teacher | None = None if teacher is None else new_teacher(teacher, recipe)
+        self._build(_tensors(save))
+        if team.is_first:
+            keep_tokenizer(run.path, self._basis.text)
+
+    def run(self) -> Outcome:
+        """Train to the end of the recipe, or until SIGINT or SIGTERM, which end a run after the
+        step under way with a save. Raises UserError where a loss or gradient is not finite.
+        """
+        self._meter = self._new_meter()
+        self.log.start(
+            name=self.recipe.name,
+            step=self.position.step,
+            total_steps=self.timetable.steps,
+            tokens_total=self.timetable.tokens,
+            facts=self._run_facts(),
+        )
+        for note in left_out(self.recipe, self._basis.inputs.data):
+            self.log.note(note)
+        losses: tuple[float, ...] = ()
+        saved = self.position.step
+        if self._teacher is not None and saved == 0:
+            self._evaluate(self._plan())
+        with keeping_freed_memory(), StopSignals() as stop:
+            while self.position.step < self.timetable.steps and not self._team.any(stop.asked):
+                plan = self._plan()
+                self._enter_phase(plan)
+                losses = self._step(plan).losses
+                if plan.ends_phase or self.position.step % self.recipe.evaluation.every_steps == 0:
+                    self._evaluate(plan)
+                if plan.ends_phase or self.position.step % self.recipe.saves.every_steps == 0:
+                    self._save()
+                    saved = self.position.step
+            if saved < self.position.step:
+                self._save()
+        self._saves.close()
+        complete = self.position.step >= self.timetable.steps
+        if not complete:
+            self.log.note(
+                f"stopped after step {self.position.step}; the same command goes on from there"
+            )
+        return Outcome(
+            step=self.position.step,
+            is_complete=complete,
+            losses=losses,
+            model=self._export() if complete else None,
+        )
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's, in the present phase."""
+        return self.model.config
+
+    def _latest(self, progress: Progress) -> Save | None:
+        """The save to go on from, which the first process finds and verifies."""
+        save = self._saves.latest(progress) if self._team.is_first else None
+        step = self._team.from_first(-1 if save is None else save.step)
+        return self._saves.open(step) if save is None and step >= 0 else save
+
+    def _resumed(self, save: Save) -> Position:
+        """Where `save` is. Raises UserError if it is not of this recipe on this basis."""
+        folder = str(self.run_folder.path)
+        position = check_resumable(
+            save.facts,
+            self.recipe,
+            self._basis.fingerprints,
+            self.timetable,
+            folder,
+            self._basis.taught_by,
+        )
+        check_config(save.facts, self._basis.inputs.configs, self.timetable, folder)
+        return position
+
+    def _plan(self) -> StepPlan:
+        return self.timetable.at(min(self.position.step, self.timetable.steps - 1))
+
+    def _build(self, tensors: dict[str, Tensor]) -> None:
+        """Model and optimiser of the present phase, from the `tensors` of a state unless empty.
+
+        They are taken out of it, so that what is copied may be forgotten tensor by tensor.
+        """
+        config = self._basis.inputs.configs[self._phase]
+        moments, random = part(tensors, OPTIMIZER), tensors.get(RANDOM)
+        weights = part(tensors, MODEL) or None
+        tensors.clear()
+        self.model: Transformer = new_model(config, self.recipe, self._basis.start, weights)
+        del weights
+        self._passes, self.layout = new_passes(
+            self.model,
+            self._team,
+            device=self.recipe.device,
+            dtype=self._dtype,
+            sequence_length=self.recipe.phase[self._phase].sequence_length,
+            teacher=self._teacher,
+        )
+        self.optimizer: Optimizer = new_optimizer(self.model, self.recipe, moments, self.layout)
+        if random is not None:
+            torch.set_rng_state(random)
+        self._watch = RouterWatch(
+            self.model,
+            sequence_weight=self.recipe.balance.sequence_weight,
+            team=self._team,
+        )
+
+    def _enter_phase(self, plan: StepPlan) -> None:
+        if plan.phase_index == self._phase:
+            return
+        self._phase = plan.phase_index
+        state = state_tensors(self.layout, self.optimizer)
+        tensors = {name: tensor.cpu() for name, tensor in state}
+        # Weights and moments are moved, not held twice.
+        del state, self.model, self._passes, self.layout, self.optimizer, self._watch
+        gc.collect()  # gates and what watches them refer to each other
+        self._build(tensors)
+        self._meter = self._new_meter()
+        self.log.note(f"phase {plan.phase.name} begins")
+
+    def _step(self, plan: StepPlan) -> StepResult:
+        began = time.monotonic()
+        share = self._team.share(plan.first_row, plan.rows)
+        batch = self._present.train.batch(share.first, share.rows).to(self.recipe.device)
+        result = train_step(
+            self._passes,
+            self.optimizer,
+            self._watch,
+            batch,
+            plan,
+            num_ahead=1 + self.config.num_nextn_predict_layers,
+            team=self._team,
+        )
+        if not result.is_finite:
+            self._stop_at(plan, result)
+        seconds = time.monotonic() - began
+        self._advance(1, seconds)
+        if not result.has_targets:
+            self.log.note(f"step {plan.step + 1}: its batch holds no target; nothing moved")
+        if self.position.step % self.recipe.log.every_steps == 0 or plan.ends_phase:
+            tokens = self.timetable.tokens_before(self.position.step)
+            self.log.step(self._meter.record(plan, result, self.position, seconds, tokens))
+        self._saves.poll()
+        return result
+
+    def _advance(self, steps: int, seconds: float) -> None:
+        self.position = Position(
+            step=self.position.step + steps, seconds=self.position.seconds + seconds
+        )
+
+    def _stop_at(self, plan: StepPlan, result: StepResult) -> None:
+        self._saves.wait()
+        if not self._team.from_first(int(plan.step in self._saves.steps())):
+            self._save()
+        kept = "kept by the first process"
+        if self._team.is_first:
+            path = batch_file(self.run_folder.path, plan.step)
+            kept = keep_batch(path, plan.step, self._present.train.batch(plan.first_row, plan.rows))
+        self._saves.wait()
+        self._team.wait()
+        losses = (*result.losses, result.matched or 0.0)
+        what = "gradient" if all(map(_is_finite, losses)) else "loss"
+        raise UserError(
+            f"step {plan.step + 1}: the {what} is not finite; its batch is {kept}, the state "
+            f"before it in {self._saves.folder}; to go on, lowlat train export "
+            f"{self.run_folder.path} DST, and a new recipe with start = DST and a lower rate"
+        )
+
+    def _evaluate(self, plan: StepPlan) -> None:
+        held_out = self._present.held_out
+        if held_out is None:
+            return
+        began = time.monotonic()
+        self.log.status("evaluating")
+        batches = self._held_out_batches(plan)
+        num_ahead = 1 + self.config.num_nextn_predict_layers
+        found = evaluate(self._passes, batches, num_ahead=num_ahead, team=self._team)
+        self._advance(0, time.monotonic() - began)
+        self.log.status("")
+        tokens = self.timetable.tokens_before(self.position.step)
+        at = self.position.step, tokens, self._present
+        self.log.evaluation(eval_record(found, num_ahead, *at))
+
+    def _held_out_batches(self, plan: StepPlan) -> Iterator[Batch]:
+        """This process's, every `row_parts`-th; where they do not come out even, the last one
+        again without targets.
+        """
+        windows = self._present.held_out
+        assert windows is not None
+        rows = min(self.recipe.evaluation.rows, windows.per_epoch)
+        size = plan.phase.micro_batch_rows
+        firsts = range(0, rows, size)
+        for round_first in range(0, len(firsts), self._team.row_parts):
+            mine = round_first + self._team.row_part
+            first = firsts[min(mine, len(firsts) - 1)]
+            batch = windows.batch(first, min(size, rows - first))
+            if mine >= len(firsts):
+                batch = replace(batch, predicted=torch.zeros_like(batch.predicted))
+            yield batch.to(self.recipe.device)
+
+    def _save(self) -> None:
+        began = time.monotonic()
+        self._saves.wait()  # its copy of the state goes before the next is made
+        tensors = snapshot(self.layout, self.optimizer, keep=self._team.is_first)
+        if self._team.is_first:
+            self._saves.write_later(
+                self.position.step,
+                {"state": tensors},
+                facts(
+                    self.recipe,
+                    self.config,
+                    self.position,
+                    self._basis.fingerprints,
+                    self.timetable,
+                    self._basis.start,
+                    self._basis.teacher,
+                    self._basis.taught_by,
+                ),
+            )
+        self._advance(0, time.monotonic() - began)
+
+    def _export(self) -> Path:
+        dst = self.run_folder.path / MODEL_FOLDER
+        if self._team.from_first(int(dst.exists())):
+            return dst
+        weights = {
+            name: tensor.cpu()
+            for name, tensor in self.layout.whole_parameters()
+            if self._team.is_first
+        }
+        if self.recipe.lora is not None:
+            weights = dict(merged(weights, self.recipe.lora))
+        if self._team.is_first:
+            dtype = "fp32" if self.recipe.precision == "fp32" else "bf16"
+            export(self.config, weights, dst, dtype=dtype, text=self.run_folder.path / TOKENIZER)
+        self._team.wait()
+        return dst
+
+    @property
+    def _present(self) -> PhaseData:
+        return self._basis.inputs.data[self._phase]
+
+    def _new_meter(self) -> Meter:
+        phase = self.recipe.phase[self._phase]
+        return Meter(
+            flops_per_token=training_flops(
+                self.config, self.recipe, phase, self._basis.teacher_config
+            ),
+            gemm_rate=measure_gemm_rate(self._dtype, self.recipe.device) * self._team.world,
+            device=torch.device(self.recipe.device),
+        )
+
+    def _run_facts(self) -> dict[str, str | int | float | bool | None]:
+        count = count_parameters(self.config)
+        return {
+            "parameters": count.total,
+            "active parameters": count.active,
+            "MTP parameters": count.mtp,
+            "precision": self.recipe.precision,
+            "device": self.recipe.device,
+            "processes": self._team.world,
+            "threads": torch.get_num_threads(),
+            "GEMM GFLOP/s": round(self._meter.gemm_rate / 1e9),
+        }
+
+
+def _tensors(save: Save | None) -> dict[str, Tensor]:
+    return {} if save is None else {name: save.tensor(name) for name in save.names()}
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0

@@ -1,0 +1,148 @@
+"""The losses of a batch: next token, MTP, z, divergence from a teacher. Owns which tokens are
+targets of which head.
+
+The sequence-wise balance loss is added inside the gates, by `balance`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lowlat.attention.base import AttentionBackend
+from lowlat.data.batch import Batch
+from lowlat.model.transformer import Transformer
+from lowlat.ops.cross_entropy import linear_cross_entropy
+from lowlat.ops.divergence import Divergence, linear_divergence
+from lowlat.train.step.teacher import Teacher, TeacherHead
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossSums:
+    """Sums over the targets of some rows, fp32."""
+
+    total: Float[Tensor, ""]
+    """What is differentiated: the weighted sum of everything, each divided by its number of
+    targets in the global batch.
+    """
+    heads: Float[Tensor, "heads"]
+    """Negative log-likelihoods of the main head and of each MTP module, nats."""
+    z: Float[Tensor, ""]
+    """Squared log-denominators of the main head; zero with a teacher."""
+    matched: Float[Tensor, ""] | None = None
+    """With a teacher, the main head's divergence from it, nats."""
+
+    def figures(self) -> Float[Tensor, "figures"]:
+        """Heads, z and, with a teacher, the divergence: fp64 on the CPU."""
+        more = [self.z] if self.matched is None else [self.z, self.matched]
+        return torch.cat([self.heads, torch.stack(more)]).double().cpu()
+
+
+def counted(batch: Batch, num_ahead: int, depth: int) -> Bool[Tensor, "rows sequence_length"]:
+    """Which targets of head `depth` count: 0 the main head, k + 1 MTP module k.
+
+    A token counts for an MTP module where all tokens on the way to it count too, so that no module
+    predicts across the border of a document.
+    """
+    length = batch.sequence_length(num_ahead)
+    result = batch.predicted[:, 1 : length + 1]
+    for further in range(2, depth + 2):
+        result = result & batch.predicted[:, further : length + further]
+    return result
+
+
+def count_targets(batch: Batch, num_ahead: int) -> list[int]:
+    """Targets of the main head and of each MTP module."""
+    return [int(counted(batch, num_ahead, depth).sum()) for depth in range(num_ahead)]
+
+
+def batch_loss(
+    model: Transformer,
+    batch: Batch,
+    attention: AttentionBackend,
+    positions: Tensor,
+    *,
+    targets: Sequence[int],
+    mtp_weight: float,
+    z_weight: float,
+    dtype: torch.dtype,
+    teacher: Teacher | None = None,
+) -> LossSums:
+    """Losses of `batch` with activations of `dtype`; `targets` are the global batch's
+    `count_targets` (DeepSeek-V3 equations 24 and 25: MTP losses are averaged over depths and
+    weighted by lambda). With `teacher` the main head learns from it.
+    """
+    length = batch.sequence_length(1 + len(model.mtp))
+    ids = batch.tokens[:, :length].flatten()
+    taught = None if teacher is None else teacher.head(ids, positions, attention)
+    hidden = model(ids, positions, attention, dtype=dtype)
+    return head_losses(
+        model,
+        hidden,
+        batch,
+        attention,
+        positions,
+        targets=targets,
+        mtp_weight=mtp_weight,
+        z_weight=z_weight,
+        taught=taught,
+    )
+
+
+def head_losses(
+    model: Transformer,
+    hidden: Float[Tensor, "tokens hidden"],
+    batch: Batch,
+    attention: AttentionBackend,
+    positions: Tensor,
+    *,
+    targets: Sequence[int],
+    mtp_weight: float,
+    z_weight: float,
+    taught: TeacherHead | None = None,
+) -> LossSums:
+    """The part of `batch_loss` after the final norm, which gave `hidden`: heads and MTP modules;
+    `taught` is what the main head should say.
+    """
+    num_ahead = 1 + len(model.mtp)
+    length = batch.sequence_length(num_ahead)
+    tokens = batch.tokens
+    sums = []
+    total = z = torch.zeros((), device=tokens.device)
+    matched = None
+    for depth in range(num_ahead):
+        if depth:
+            ahead = tokens[:, depth : length + depth].flatten()
+            hidden = model.mtp_hidden(depth - 1, hidden, ahead, positions, attention)
+        head = (
+            hidden,
+            model.head_weight(depth),
+            tokens[:, depth + 1 : length + depth + 1].flatten(),
+            counted(batch, num_ahead, depth).flatten(),
+        )
+        weight = mtp_weight / (num_ahead - 1) if depth else 1.0
+        if taught is not None and not depth:
+            found = _divergence(taught, *head)
+            matched = found.kl.detach()
+        else:
+            found = linear_cross_entropy(*head, z_weight=0.0 if depth else z_weight)
+            z = z if depth else found.z.detach()
+        total = total + found.total * (weight / max(1, targets[depth]))
+        sums.append(found.nll.detach())
+    return LossSums(total=total, heads=torch.stack(sums), z=z, matched=matched)
+
+
+def _divergence(
+    taught: TeacherHead, hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor
+) -> Divergence:
+    return linear_divergence(
+        hidden,
+        weight,
+        taught.hidden,
+        taught.weight,
+        targets,
+        counts,
+        nll_weight=taught.cross_entropy,
+    )

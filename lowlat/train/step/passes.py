@@ -1,0 +1,126 @@
+"""Forward and backward passes over the micro-batches of a batch: the interface, and the plain loop.
+
+Owns the order of micro-batches; the losses are `loss`'s, what gradients do is `optim`'s.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lowlat.data.batch import Batch
+from lowlat.model.transformer import Transformer
+from lowlat.train.parallel.shard import sum_over_replicas
+from lowlat.train.parallel.team import Team
+from lowlat.train.parallel.view import own_view
+from lowlat.train.recipe.schedule import StepPlan
+from lowlat.train.step.layerwise import layer_errors
+from lowlat.train.step.loss import batch_loss
+from lowlat.train.step.teacher import Teacher
+
+
+class Passes(ABC):
+    """Gradients of a batch, added to those that the parameters hold."""
+
+    @abstractmethod
+    def backward(
+        self, batch: Batch, plan: StepPlan, targets: Sequence[int]
+    ) -> Float[Tensor, "heads_and_z"]:
+        """Losses and gradients of this process's rows of a global batch with `targets` targets per
+        head.
+
+        Returns fp64 sums on the CPU over this process's tokens: negative log-likelihoods of the
+        main head and of each MTP module, squared log-denominators, and with a teacher what the
+        phase matches: divergences, or errors of layers (`layerwise.layer_errors`), of which the
+        others are zero.
+        """
+
+    @abstractmethod
+    def likelihood(self, batch: Batch) -> Float[Tensor, "heads"]:
+        """Negative log-likelihoods of every head, and with a teacher the divergences from it,
+        without gradients, in one micro-batch: fp64 sums on the CPU, of which the processes of a
+        pipeline have parts.
+        """
+
+
+@final
+class PlainPasses(Passes):
+    """One micro-batch after the other through the whole model."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        dtype: torch.dtype,
+        team: Team | None = None,
+        teacher: Teacher | None = None,
+    ) -> None:
+        """`dtype` is that of activations; `team` divides the model and its tokens; `teacher` is
+        learned from.
+        """
+        self._model = model
+        self._dtype = dtype
+        self._team = team or Team()
+        self._teacher = teacher
+
+    def backward(
+        self, batch: Batch, plan: StepPlan, targets: Sequence[int]
+    ) -> Float[Tensor, "heads_and_z"]:
+        match = plan.phase.match
+        if self._teacher is not None and match != "logits":
+            return self._layers_backward(self._teacher, match, batch, plan, targets)
+        num_ahead = len(targets)
+        size = num_ahead + (1 if self._teacher is None else 2)
+        sums = torch.zeros(size, dtype=torch.float64)
+        parts = list(batch.split(plan.phase.micro_batch_rows))
+        for index, part in enumerate(parts):
+            sum_over_replicas(self._model, index == len(parts) - 1)
+            loss = batch_loss(
+                self._model,
+                *own_view(self._team, part, num_ahead),
+                targets=targets,
+                mtp_weight=plan.mtp_weight,
+                z_weight=plan.phase.z_weight,
+                dtype=self._dtype,
+                teacher=self._teacher,
+            )
+            loss.total.backward()
+            sums += loss.figures()
+        return sums
+
+    def _layers_backward(
+        self,
+        teacher: Teacher,
+        match: Literal["attention", "layers"],
+        batch: Batch,
+        plan: StepPlan,
+        targets: Sequence[int],
+    ) -> Float[Tensor, "heads_and_z_and_match"]:
+        sums = torch.zeros(len(targets) + 2, dtype=torch.float64)
+        for part in batch.split(plan.phase.micro_batch_rows):
+            sums[-1] += layer_errors(
+                self._model,
+                teacher,
+                *own_view(self._team, part, len(targets)),
+                match=match,
+                targets=targets[0],
+                dtype=self._dtype,
+            )
+        return sums
+
+    @torch.no_grad()
+    def likelihood(self, batch: Batch) -> Float[Tensor, "heads"]:
+        num_ahead = 1 + len(self._model.mtp)
+        loss = batch_loss(
+            self._model,
+            *own_view(self._team, batch, num_ahead),
+            targets=[1] * num_ahead,
+            mtp_weight=0.0,
+            z_weight=0.0,
+            dtype=self._dtype,
+            teacher=self._teacher,
+        )
+        figures = loss.figures()
+        return torch.cat([figures[:num_ahead], figures[num_ahead + 1 :]])

@@ -1,0 +1,116 @@
+"""One optimiser step: micro-batches forward and backward, update, routing biases.
+
+Owns the order of things within a step and what is known afterwards; nothing here reads files or
+clocks.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from lowlat.data.batch import Batch
+from lowlat.train.parallel.team import ROWS, TOKENS, Team
+from lowlat.train.recipe.schedule import StepPlan
+from lowlat.train.step.balance import GateLoad, RouterWatch
+from lowlat.train.step.loss import count_targets
+from lowlat.train.step.optim import Optimizer
+from lowlat.train.step.passes import Passes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step found out."""
+
+    losses: tuple[float, ...]
+    """Mean negative log-likelihood of the main head and of each MTP module, nats per token; empty
+    where layers are matched, which asks no head. Heads of which no token of the batch is a target
+    have none: with none at all the batch teaches nothing.
+    """
+    z: float
+    """Mean squared log-denominator of the main head; 0 where it has no target."""
+    sequence_loss: float
+    """Sequence-wise balance loss, alpha included, summed over layers."""
+    grad_norm: float
+    """Global norm before clipping; NaN where a loss is not finite."""
+    loads: tuple[GateLoad, ...]
+    """Every gate's load, and its bias as the step leaves it; empty where only attention is run."""
+    matched: float | None = None
+    """With a teacher, mean divergence from it in nats per token, or relative squared error of
+    layers, as the phase matches them; None where no token of the batch is a target.
+    """
+    has_targets: bool = True
+    """Whether any token of the global batch is a target. Where none is, nothing moved."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether losses and gradient are; where they are not, nothing moved."""
+        values = torch.tensor([*self.losses, self.matched or 0.0, self.grad_norm])
+        return bool(values.isfinite().all())
+
+
+def train_step(
+    passes: Passes,
+    optimizer: Optimizer,
+    watch: RouterWatch,
+    batch: Batch,
+    plan: StepPlan,
+    *,
+    num_ahead: int,
+    team: Team | None = None,
+) -> StepResult:
+    """Move the weights by one global batch, of which `batch` are this process's rows; num_ahead =
+    1 + num_nextn_predict_layers.
+
+    Where a loss or the gradient is not finite, nothing moves and `is_finite` is false. Nor does
+    anything where no token of the batch is a target, for which `has_targets` is false.
+    """
+    team = team or Team()
+    targets = team.sum(torch.tensor(count_targets(batch, num_ahead)), ROWS).tolist()
+    length = batch.sequence_length(num_ahead)
+    with watch.watching(sequence_length=length, num_sequences=batch.rows * team.row_parts):
+        sums = passes.backward(batch, plan, targets)
+    watch.reduce()
+    sums = team.sum(sums, TOKENS)
+    more = len(sums) - num_ahead
+    # Heads without a target have sums of zero, and no mean.
+    means = sums / torch.tensor([*targets, *(targets[0] for _ in range(more))]).clamp(min=1)
+    num_heads = sum(count > 0 for count in targets)
+    if num_heads and means.isfinite().all():
+        norm = optimizer.step(plan.learning_rate)
+    else:  # gradients may be finite all the same, and weights decay without any
+        optimizer.zero_grad()
+        norm = math.nan if num_heads else 0.0
+    match = plan.phase.match
+    result = StepResult(
+        losses=tuple(means[:num_heads].tolist()) if match == "logits" else (),
+        z=means[num_ahead].item(),
+        sequence_loss=watch.sequence_loss,
+        grad_norm=norm,
+        loads=(),
+        matched=means[num_ahead + 1].item() if more > 1 and num_heads else None,
+        has_targets=num_heads > 0,
+    )
+    if result.is_finite and result.has_targets and match != "attention":
+        watch.update_biases(plan.bias_update_speed)
+    return replace(result, loads=() if match == "attention" else tuple(watch.loads()))
+
+
+@torch.no_grad()
+def evaluate(
+    passes: Passes, batches: Iterable[Batch], *, num_ahead: int, team: Team | None = None
+) -> tuple[float, ...]:
+    """Mean loss of every head, and with a teacher the mean divergence from it, over the `batches`
+    of all processes, equally many of each, nats per token; NaN for a head of which no token is a
+    target. Nothing is updated or watched.
+    """
+    team = team or Team()
+    sums = torch.zeros((), dtype=torch.float64)
+    counts = torch.zeros(num_ahead, dtype=torch.float64)
+    for batch in batches:
+        sums = sums + passes.likelihood(batch)
+        counts += torch.tensor(count_targets(batch, num_ahead))
+    sums, counts = team.sum(sums, ("pipeline", *TOKENS)), team.sum(counts, ROWS)
+    counts = torch.cat([counts, counts[:1].expand(len(sums) - num_ahead)])
+    return tuple((sums / counts).tolist())

@@ -1,0 +1,99 @@
+"""The model that another one learns from: never moved, never saved.
+
+Owns its passes and how it is known again; losses are `loss`'s and `layerwise`'s.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lowlat.attention.base import AttentionBackend
+from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.load import read_config
+from lowlat.config.model import ModelConfig
+from lowlat.model.block import DecoderLayer
+from lowlat.model.transformer import Transformer
+from lowlat.train.run.lora_files import start_fingerprint
+
+
+class TeacherHead(NamedTuple):
+    """What the teacher says about the next tokens: softmax(hidden weight^T)."""
+
+    hidden: Float[Tensor, "tokens hidden"]
+    weight: Float[Tensor, "vocab hidden"]
+    cross_entropy: float
+    """Weight of the ordinary loss beside the divergence."""
+
+
+class LayerPass(NamedTuple):
+    """What went through one of the teacher's layers."""
+
+    given: Float[Tensor, "tokens hidden"]
+    """Its input."""
+    attended: Float[Tensor, "tokens hidden"]
+    """What its attention added to that."""
+    added: Float[Tensor, "tokens hidden"]
+    """What the whole layer did."""
+
+
+@final
+class Teacher:
+    """A frozen model without its MTP modules, with activations of `dtype`."""
+
+    def __init__(self, model: Transformer, dtype: torch.dtype, *, cross_entropy: float) -> None:
+        model.mtp = nn.ModuleList()
+        self.model = model.requires_grad_(False)
+        self._dtype = dtype
+        self._cross_entropy = cross_entropy
+
+    @torch.no_grad()
+    def head(
+        self,
+        ids: Int[Tensor, "tokens"],
+        positions: Int[Tensor, "tokens"],
+        attention: AttentionBackend,
+    ) -> TeacherHead:
+        """Its next-token distributions after each of `ids`."""
+        hidden = self.model(ids, positions, attention, dtype=self._dtype)
+        return TeacherHead(hidden, self.model.head_weight(0), self._cross_entropy)
+
+    @torch.no_grad()
+    def layers(
+        self,
+        ids: Int[Tensor, "tokens"],
+        positions: Int[Tensor, "tokens"],
+        attention: AttentionBackend,
+    ) -> Iterator[LayerPass]:
+        """Layer after layer over `ids`."""
+        x = self.model.embed_tokens(ids).to(self._dtype)
+        tables = self.model.rotary(positions)
+        for number, layer in enumerate(layers_of(self.model)):
+            rope = self.model.rotary.of(number, tables)
+            attended = layer.self_attn(layer.input_layernorm(x), rope, attention)
+            middle = x + attended
+            moved = layer.mlp(layer.post_attention_layernorm(middle))
+            yield LayerPass(x, attended, attended + moved)
+            x = middle + moved
+
+
+def layers_of(model: Transformer) -> list[DecoderLayer]:
+    """The decoder layers of `model`, MTP modules not among them."""
+    return [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
+
+
+def teacher_config(path: Path) -> ModelConfig:
+    """The config of the checkpoint `path`. Raises UserError naming file and field."""
+    return read_config(open_checkpoint(path))
+
+
+def teacher_fingerprint(path: Path) -> str:
+    """SHA-256 of what tells the checkpoint `path` from others: its config and samples of its
+    weights.
+    """
+    config = (path / "config.json").read_bytes() if path.is_dir() else b""
+    return hashlib.sha256(config + start_fingerprint(path).encode()).hexdigest()

@@ -1,0 +1,55 @@
+"""A token folder of a few kilobytes, a size that trains on it in moments, and plans for both."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from lowlat_lab.study.attention import attention_arms
+from lowlat_lab.study.plan import Plan
+from lowlat_lab.study.sizes import TINY, Size
+
+from lowlat.data.folder import TokenFolder
+from tests.unit.data.conftest import Make, make_folder, texts
+
+__all__ = ["make_folder"]  # the fixture
+
+MakePlan = Callable[..., Plan]
+
+
+@pytest.fixture(autouse=True)
+def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run measures the machine for a second otherwise."""
+    monkeypatch.setattr("lowlat.train.run.trainer.measure_gemm_rate", lambda *_arguments: 1e9)
+
+
+@pytest.fixture
+def data(make_folder: Make) -> TokenFolder:
+    return make_folder(texts(40), held_out=texts(9))
+
+
+@pytest.fixture
+def size() -> Size:
+    return replace(
+        TINY,
+        sequence_length=13,
+        batch_rows=3,
+        micro_batch_rows=3,
+        held_out_windows=7,
+        decode_context=29,
+        steps=4,
+    )
+
+
+@pytest.fixture
+def make_plan(data: TokenFolder, size: Size) -> MakePlan:
+    """A study of MHA and MLA with two seeds; `changes` replace fields."""
+
+    def make(**changes: object) -> Plan:
+        arms = attention_arms(size, data.vocab_size)
+        chosen = tuple(arm for arm in arms if arm.name in ("mha", "mla"))
+        plan = Plan(
+            kind="attention", data=data.path, size=size, steps=size.steps, arms=chosen, seeds=(1, 2)
+        )
+        return replace(plan, **changes)  # pyright: ignore[reportArgumentType]
+
+    return make

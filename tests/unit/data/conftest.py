@@ -1,0 +1,111 @@
+"""Token folders of known documents, over a byte tokenizer with marks for infilling."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from lowlat.data.chat_rows import ChatRows
+from lowlat.data.folder import TokenFolder
+from lowlat.data.layout import (
+    SPLITS,
+    FolderFacts,
+    Split,
+    id_type,
+)
+from lowlat.data.vocabulary import CHAT_TEMPLATE, FIM, end_of_text, fim_tokens
+from lowlat.data.windows import Windows
+from lowlat.data.writer import SplitWriter, partial_folder, write_facts, write_tokenizer
+from lowlat.text.parts import TokenizerParts
+from lowlat.text.token_bytes import byte_alphabet
+from lowlat.text.tokenizer import Tokenizer
+
+END = 256
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *FIM)
+
+Make = Callable[..., TokenFolder]
+
+
+def byte_level(template: str | None = CHAT_TEMPLATE, special: Sequence[str] = SPECIAL) -> Tokenizer:
+    """Ids 0 to 255 are bytes, then the special tokens; nothing is put around a text."""
+    backend = tokenizers.Tokenizer(models.BPE(vocab=byte_alphabet(), merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return Tokenizer(
+        TokenizerParts(
+            backend=backend,
+            special_tokens={"eos_token": special[0], "bos_token": special[0]},
+            eos_ids=frozenset({END}),
+            chat_template=template,
+            origin="fake",
+        )
+    )
+
+
+def texts(count: int, longest: int = 90) -> list[list[int]]:
+    """Documents of 1 to `longest` printable bytes, all different."""
+    rng = np.random.default_rng(5)
+    return [
+        [*f"{index}:".encode(), *rng.integers(33, 127, rng.integers(1, longest)).tolist()]
+        for index in range(count)
+    ]
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> Make:
+    """Write documents of ids (an end token is put after each) and open the folder."""
+
+    def make(
+        train: Sequence[Sequence[int]],
+        *,
+        held_out: Sequence[Sequence[int]] = (),
+        masks: Sequence[Sequence[bool]] | None = None,
+        shard_tokens: int = 1 << 20,
+        name: str = "tokens",
+        special: Sequence[str] = SPECIAL,
+        head: Sequence[int] = (),
+    ) -> TokenFolder:
+        tokenizer = byte_level(special=special)
+        documents: dict[Split, Sequence[Sequence[int]]] = {"train": train, "held_out": held_out}
+        with partial_folder(tmp_path / name) as folder:
+            dtype = id_type(tokenizer.vocab_size)
+            writers: dict[Split, SplitWriter] = {
+                split: SplitWriter(folder, split, dtype, shard_tokens) for split in SPLITS
+            }
+            for split in SPLITS:
+                for index, ids in enumerate(documents[split]):
+                    mask = None if masks is None else np.array([*masks[index], False])
+                    writers[split].add(np.array([*head, *ids, END]), mask)
+                    writers[split].end_document(len(ids))
+            facts = FolderFacts(
+                vocab_size=tokenizer.vocab_size,
+                end_of_text=end_of_text(tokenizer),
+                begin_of_text=head[0] if head else None,
+                fim=fim_tokens(tokenizer),
+                tokenizer=write_tokenizer(folder, tokenizer),
+                shard_tokens=shard_tokens,
+                splits={split: writer.finish() for split, writer in writers.items()},
+                sources=("made",),
+                dropped={},
+            )
+            write_facts(folder, facts)
+        return TokenFolder.open(tmp_path / name)
+
+    return make
+
+
+def assert_found_by_number(ahead: Windows | ChatRows, behind: Windows | ChatRows) -> None:
+    """Rows that `ahead` reads as they come are those that `behind` reads alone, out of order."""
+    count = 3 * ahead.per_epoch
+    whole = ahead.batch(0, count)
+    for number in [*range(count - 1, -1, -7), 0, 2, 1]:
+        row = behind.batch(number, 1)
+        assert torch.equal(row.tokens[0], whole.tokens[number])
+        assert torch.equal(row.predicted[0], whole.predicted[number])
+        assert row.documents is not None and whole.documents is not None
+        assert row.documents[0] == whole.documents[number]

@@ -1,0 +1,398 @@
+"""The Model users hold: prompts, completions, streams, and scoring through the cache."""
+
+import inspect
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowlat.attention.packed import PackedAttention
+from lowlat.config.model import ModelConfig
+from lowlat.engine.params import SamplingParams
+from lowlat.engine.scheduler import MAX_SEQUENCES
+from lowlat.generate.completion import Completion
+from lowlat.generate.model import Model
+from lowlat.generate.structured import Choice, Regex
+from lowlat.model.transformer import Transformer
+from lowlat.utils.errors import UserError
+from tests.fakes import (
+    ASSISTANT,
+    BOS,
+    EOS,
+    USER,
+    ScriptedModel,
+    byte_tokenizer,
+    gqa_config,
+    mla_config,
+    tiny_model,
+)
+
+TOKENIZER = byte_tokenizer()
+LONG = [(i * 37 + i * i) % 256 for i in range(90)]
+
+
+def counting(config: ModelConfig | None = None) -> Model:
+    """Every byte is followed by its successor: "a" is answered by "bcdef..."."""
+    transformer = ScriptedModel(config or gqa_config(), lambda token: token + 1)
+    return Model(transformer, TOKENIZER, name="counting")
+
+
+def real(config: ModelConfig, dtype: torch.dtype = torch.float64, **options: Any) -> Model:
+    return Model(tiny_model(config, dtype), TOKENIZER, name="tiny", **options)
+
+
+def check_idle(model: Model) -> None:
+    """No page, request or builder is left behind."""
+    model.engine.check_integrity()
+    assert model.runner.pool.num_used == 0 and not model._builders and not model.engine.has_work
+
+
+def one(completion: Completion | list[Completion]) -> Completion:
+    assert isinstance(completion, Completion)
+    return completion
+
+
+# Prompts
+
+
+def test_the_three_forms_of_a_prompt() -> None:
+    model = counting()
+    assert model.encode_prompt("a\u20ac") == [*"a\u20ac".encode()]
+    assert model.encode_prompt([3, 5]) == [3, 5]
+    messages = [{"role": "user", "content": "hi"}]
+    assert model.encode_prompt(messages) == [BOS, USER, *b"hi", EOS, ASSISTANT]
+
+
+def test_integers_of_other_packages_are_token_ids() -> None:
+    import numpy as np
+
+    for ids in (list(np.array([3, 5])), list(torch.tensor([3, 5]))):
+        # Past the types, which tests check.
+        found = inspect.unwrap(Model.encode_prompt)(counting(), ids)
+        assert found == [3, 5] and [type(item) for item in found] == [int, int]
+
+
+@pytest.mark.parametrize("prompt", [[1, "a"], [True, 2], [{"role": "user"}, 3], None, 5, [1.5]])
+def test_another_kind_of_prompt_is_an_error(prompt: Any) -> None:
+    with pytest.raises(UserError, match="prompt must be text"):
+        # Past the types, which tests check.
+        inspect.unwrap(Model.encode_prompt)(counting(), prompt)
+
+
+@pytest.mark.parametrize("prompt", ["", []])
+def test_an_empty_prompt_is_an_error(prompt: Any) -> None:
+    with pytest.raises(UserError, match="prompt is empty"):
+        counting().generate(prompt)
+
+
+# Completions
+
+
+def test_generate_returns_text_ids_reason_and_usage() -> None:
+    model = counting()
+    found = one(model.generate("a", max_tokens=4))
+    assert (found.text, found.token_ids, found.finish_reason) == ("bcde", (*b"bcde",), "length")
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (1, 4)
+    assert found.usage.decode_tokens_per_second > 0 and found.usage.prefill_tokens_per_second > 0
+    assert found.logprobs is None
+    check_idle(model)
+
+
+@pytest.mark.parametrize("stop", [5, 2.5, {"a"}])
+def test_stop_is_a_string_or_several(stop: Any) -> None:
+    with pytest.raises(UserError, match="stop must be a string or a list"):
+        inspect.unwrap(Model.generate)(counting(), "a", stop=stop)
+
+
+def test_scoring_keeps_within_the_cache_s_limit() -> None:
+    """Holds shut: a pool that grows under a text beside a stream, for good."""
+    model = real(mla_config(num_nextn_predict_layers=0), max_cache_bytes=2**15)
+    limit = model.runner.pool.num_pages
+    stream = model.generate(LONG[:60], stream=True, ignore_eos=True)
+    next(stream)
+    with pytest.raises(UserError, match=r"do not fit into the cache .* raise max_cache_bytes"):
+        for length in range(2, 90):
+            model.nll(LONG[:length])
+    assert model.runner.pool.num_pages == limit
+    stream.close()
+    assert len(model.nll(LONG[:60])) == 59
+    check_idle(model)
+
+
+def test_a_cache_beyond_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowlat.engine.cache_size.memory_limit", lambda: 3 * 2**30)
+    with pytest.raises(UserError, match=r"max_cache_bytes 5368709120: .* 3\.0 GiB .* give less"):
+        real(gqa_config(), max_cache_bytes=5 * 2**30)
+
+
+def test_no_more_pages_than_all_sequences_can_fill() -> None:
+    """Holds shut: lists of pages that take more memory than the cache."""
+    model = real(gqa_config(), context=70, max_cache_bytes=2**30)
+    assert model.runner.pool.num_pages == 2 * MAX_SEQUENCES
+
+
+def test_stop_strings_stop_the_engine_too() -> None:
+    """Holds shut: tokens computed after the stop string was found."""
+    model = counting()
+    (found,), (other,) = model.generate_many(["a", "0"], stop="fg", max_tokens=9)
+    assert (found.text, found.finish_reason) == ("bcde", "stop")
+    assert bytes(found.token_ids) == b"bcdefg"
+    assert (other.text, other.finish_reason) == ("123456789", "length")
+    check_idle(model)
+
+
+def test_n_completions_come_as_a_list_and_differ() -> None:
+    model = real(gqa_config())
+    found = model.generate("hello", n=3, temperature=1.0, seed=1, max_tokens=8, ignore_eos=True)
+    assert isinstance(found, list)
+    assert len({completion.token_ids for completion in found}) == 3
+    again = model.generate("hello", n=3, temperature=1.0, seed=1, max_tokens=8, ignore_eos=True)
+    assert isinstance(again, list)
+    assert [c.token_ids for c in again] == [c.token_ids for c in found]
+    check_idle(model)
+
+
+def test_many_prompts_share_steps_and_change_nothing() -> None:
+    model = real(mla_config())
+    prompts = ["one", "another one", [7, 11, 13]]
+    together = model.generate_many(prompts, max_tokens=9, ignore_eos=True)
+    alone = [one(model.generate(prompt, max_tokens=9, ignore_eos=True)) for prompt in prompts]
+    assert [group[0].token_ids for group in together] == [c.token_ids for c in alone]
+    check_idle(model)
+
+
+def test_logprobs_agree_with_logits() -> None:
+    model = real(gqa_config())
+    prompt = [5, 80, 200]
+    found = one(model.generate(prompt, max_tokens=5, logprobs=2, ignore_eos=True))
+    expected = model.logits([*prompt, *found.token_ids]).log_softmax(-1)[len(prompt) - 1 : -1]
+    assert found.logprobs is not None and len(found.logprobs) == 5
+    for entry, row in zip(found.logprobs, expected, strict=True):
+        assert entry.logprob == pytest.approx(float(row[entry.token]), abs=1e-5)
+        best = row.topk(2)
+        assert [token for token, _ in entry.top] == best.indices.tolist()
+        assert [p for _, p in entry.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_a_failing_request_leaves_nothing_behind() -> None:
+    """Holds shut: earlier prompts of a list left in the engine when a later one is refused."""
+    model = counting()
+    with pytest.raises(UserError, match="context is 97"):
+        model.generate_many(["fine", "x" * 97], max_tokens=3)
+    misspelt: Any = {"max_token": 3}
+    with pytest.raises(UserError, match="'max_token' is unknown"):
+        model.generate("a", **misspelt)
+    check_idle(model)
+
+
+def test_an_interrupt_in_a_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = counting()
+    step, calls = model.engine.step, []
+
+    def interrupted() -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(model.engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate_many(["a", "b"], max_tokens=50)
+    check_idle(model)
+
+
+# Streams
+
+
+def test_a_stream_gives_the_pieces_and_then_the_fields() -> None:
+    model = counting()
+    stream = model.generate("a", stream=True, max_tokens=5, stop=["f"])
+    assert next(stream) == "b" and stream.text == "b" and stream.finish_reason is None
+    assert list(stream) == ["c", "d", "e"]
+    assert (stream.text, stream.finish_reason) == ("bcde", "stop")
+    assert stream.token_ids == (*b"bcdef",) and stream.logprobs is None
+    assert stream.usage.completion_tokens == 5
+    check_idle(model)
+
+
+def test_streams_may_interleave() -> None:
+    """Holds shut: one stream swallowing the events of another."""
+    model = counting()
+    first = model.generate("a", stream=True, max_tokens=4)
+    second = model.generate("A", stream=True, max_tokens=4)
+    pieces = [next(first), next(second), next(first), *second, *first]
+    assert pieces == ["b", "B", "c", "C", "D", "E", "d", "e"]
+    assert one(model.generate("k", max_tokens=2)).text == "lm"
+    check_idle(model)
+
+
+def test_a_stream_left_early_ends_its_request() -> None:
+    model = counting()
+    with model.generate("a", stream=True) as stream:
+        assert next(stream) == "b"
+    assert stream.finish_reason == "abort" and stream.text == "b"
+    assert list(stream) == []
+    check_idle(model)
+    dropped = model.generate("a", stream=True)
+    next(dropped)
+    del dropped
+    check_idle(model)
+
+
+def test_a_stream_of_several_completions_is_refused() -> None:
+    with pytest.raises(UserError, match="n 2 cannot be streamed"):
+        counting().generate("a", stream=True, n=2, temperature=1.0)
+
+
+def test_logits_that_are_not_finite_are_an_error_with_a_remedy() -> None:
+    class Broken(ScriptedModel):
+        def logits(self, hidden: Tensor) -> Tensor:
+            return super().logits(hidden) * float("nan")
+
+    model = Model(Broken(gqa_config(), lambda token: token), TOKENIZER, name="broken")
+    with pytest.raises(UserError, match=r"not finite.*fp32"):
+        model.generate("a")
+    with pytest.raises(UserError, match=r"not finite.*fp32"):
+        list(model.generate("a", stream=True))
+    check_idle(model)
+
+
+# Scoring
+
+
+def uncached_hidden(transformer: Transformer, ids: list[int]) -> Tensor:
+    attention = PackedAttention([len(ids)])
+    return transformer(torch.tensor(ids), attention.positions(), attention)
+
+
+@pytest.mark.parametrize("config", [gqa_config(), mla_config()], ids=["gqa", "mla"])
+def test_logits_equal_those_without_a_cache(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks of 7 and whole, against the model without a cache, in fp64."""
+    model = real(config)
+    with torch.no_grad():
+        expected = model.transformer.logits(uncached_hidden(model.transformer, LONG))
+    torch.testing.assert_close(model.logits(LONG), expected, rtol=1e-10, atol=1e-10)
+    monkeypatch.setattr("lowlat.generate.model.PREFILL_CHUNK", 7)
+    torch.testing.assert_close(model.logits(LONG), expected, rtol=1e-10, atol=1e-10)
+    check_idle(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_logits_are_fp32_and_may_be_changed_in_place(dtype: torch.dtype) -> None:
+    """Holds shut: inference tensors handed to callers."""
+    logits = real(gqa_config(), dtype).logits([1, 2, 3])
+    assert logits.dtype == torch.float32 and logits.shape == (3, 263)
+    logits -= 1.0
+
+
+@pytest.mark.parametrize("chunk", [512, 7])
+def test_mtp_logits_equal_those_without_a_cache(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Depth k has one row less than depth k - 1, whatever the chunks."""
+    model = real(mla_config())
+    transformer = model.transformer
+    monkeypatch.setattr("lowlat.generate.model.PREFILL_CHUNK", chunk)
+    found = model.mtp_logits(LONG)
+    assert [tuple(rows.shape) for rows in found] == [(89, 263), (88, 263)]
+    with torch.no_grad():
+        hidden = uncached_hidden(transformer, LONG)
+        for depth, rows in enumerate(found):
+            ahead = torch.tensor(LONG[depth + 1 :])
+            attention = PackedAttention([len(ahead)])
+            hidden = transformer.mtp_hidden(
+                depth, hidden[: len(ahead)], ahead, attention.positions(), attention
+            )
+            expected = transformer.mtp_logits(depth, hidden)
+            torch.testing.assert_close(rows, expected, rtol=1e-10, atol=1e-10)
+    check_idle(model)
+
+
+def test_mtp_logits_of_few_tokens_and_of_models_without_mtp() -> None:
+    assert [rows.shape[0] for rows in real(mla_config()).mtp_logits([5])] == [0, 0]
+    assert [rows.shape[0] for rows in real(mla_config()).mtp_logits([5, 6])] == [1, 0]
+    with pytest.raises(UserError, match="no MTP modules"):
+        real(gqa_config()).mtp_logits([5, 6])
+
+
+@pytest.mark.parametrize("ids", [[], [1] * 98, [263], [-1]])
+def test_ids_that_cannot_be_scored_are_errors(ids: list[int]) -> None:
+    with pytest.raises(UserError, match="ids"):
+        counting().logits(ids)
+
+
+def test_perplexity_by_hand() -> None:
+    """The scripted model gives its successor logit 5 and the other 262 tokens 0.
+
+    "abcaabX" in windows of 3: abc, aab, X. Predicted: b, c, a, b; only "a" is unlikely.
+    """
+    model = counting()
+    likely = math.log(math.exp(5) + 262) - 5
+    score = model.perplexity("abcaabX", window=3)
+    assert (score.tokens, score.bytes) == (4, 4)
+    assert score.nll == pytest.approx(4 * likely + 5, rel=1e-6)
+    assert score.perplexity == pytest.approx(math.exp(likely + 1.25), rel=1e-6)
+    assert score.bits_per_byte == pytest.approx((likely + 1.25) / math.log(2), rel=1e-6)
+    check_idle(model)
+
+
+def test_windows_do_not_see_each_other() -> None:
+    model = real(gqa_config())
+    text = "The quick brown fox jumps over the lazy dog"
+    score = model.perplexity(text, window=13)
+    parts = [text[i : i + 13] for i in range(0, len(text), 13)]
+    assert score.tokens == len(text) - len(parts)
+    expected = sum(float(model.nll(model.encode_prompt(part)).sum()) for part in parts)
+    assert score.nll == pytest.approx(expected)
+
+
+def test_a_window_nobody_chose_is_within_the_context() -> None:
+    assert counting().perplexity("abc" * 70).window == 97
+
+
+@pytest.mark.parametrize(("text", "window"), [("abc", 1), ("abc", 98), ("a", 5), ("", 5)])
+def test_texts_and_windows_that_cannot_be_scored_are_errors(text: str, window: int) -> None:
+    with pytest.raises(UserError, match=r"window|text"):
+        counting().perplexity(text, window=window)
+
+
+# The object
+
+
+def test_the_context_can_be_shortened_but_not_exceed_the_models() -> None:
+    assert real(gqa_config()).context == 97
+    assert real(gqa_config(), context=50).context == 50
+    for wrong in (0, 1, 98):
+        with pytest.raises(UserError, match="max_position_embeddings of 97"):
+            real(gqa_config(), context=wrong)
+
+
+def test_repr_says_what_it_is() -> None:
+    text = repr(real(mla_config(), torch.bfloat16))
+    for part in ("tiny", "deepseek_v3", "MLA 5 heads", "bfloat16 on cpu", "context 97"):
+        assert part in text
+    # 2 layers x (11 + 6) elements x 2 bytes
+    assert "68 bytes of cache per token" in text
+
+
+# Structured output
+
+
+def test_outputs_look_as_asked_for() -> None:
+    model = counting()
+    params = SamplingParams(structured=Choice(options=("yes", "no")))
+    found = model.generate_each(["say ", "say "], [params, SamplingParams(max_tokens=3)])
+    assert found[0][0] in ("yes", "no") and found[0][0].finish_reason == "stop"
+    assert found[1][0] == '!"#'
+    found = model.generate("say ", structured=Regex(pattern="[a-c]{4}"), temperature=1.0, n=2)
+    assert all(re.fullmatch("[a-c]{4}", text) for text in found)
+
+
+def test_a_structured_output_that_is_none_is_an_error() -> None:
+    with pytest.raises(UserError, match="regex: "):
+        counting().generate("say ", structured=Regex(pattern="(("))
