@@ -103,7 +103,6 @@ def run_app(app: typer.Typer) -> None:
     Exit codes: 0 done, 2 an error in what the user gave, 70 an unexpected one (with its traceback),
     130 interrupted; verbs that judge (compare) end with 1 where the verdict is no.
     """
-    """
     put_off_collections()
     open_streams()
     try:
