@@ -14,13 +14,13 @@ from lowlat.checkpoint.mapping import (
     SCALE_SUFFIX,
     check_scale_values,
 )
-from lowlat.checkpoint.operations import Operation, Piece
-from lowlat.checkpoint.padding import PaddingError
-from lowlat.checkpoint.source import TensorSource
+from lowlat.checkpoint.mapping_operations import Operation, Piece
+from lowlat.checkpoint.padded_latent import PaddingError
+from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.model.linear import Linear, Storage
 from lowlat.ops.quantized import Empty
 from lowlat.utils.errors import UserError
-from lowlat.utils.large_pages import LargePages
+from lowlat.utils.huge_pages import LargePages
 from lowlat.utils.progress import Progress
 
 FP8 = torch.float8_e4m3fn

@@ -16,10 +16,10 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from torch import Tensor
 
-from lowlat.checkpoint.gguf_file import DEFAULT_ALIGNMENT
-from lowlat.checkpoint.index import SINGLE_FILE
+from lowlat.checkpoint.gguf.file import DEFAULT_ALIGNMENT
+from lowlat.checkpoint.hf_folder import SINGLE_FILE
+from lowlat.checkpoint.safetensors.writer import ALIGNMENT, CODES
 from lowlat.checkpoint.save import MAX_SHARD_BYTES
-from lowlat.checkpoint.shard_writer import ALIGNMENT, CODES
 
 Pieces = Callable[[], Iterator[Tensor]]
 """Makes the bytes of a stretch of a file, in order: tensors of any dtype."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lowlat.checkpoint.cachefolder import cache_dir
+from lowlat.checkpoint.fetch.cache_dir import cache_dir
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 

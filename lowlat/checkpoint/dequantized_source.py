@@ -12,14 +12,14 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from lowlat.checkpoint.fill_parameters import type_name
 from lowlat.checkpoint.mapping import (
     SCALE_SUFFIX,
     check_scale_type,
     check_scale_values,
     file_name,
 )
-from lowlat.checkpoint.place import type_name
-from lowlat.checkpoint.source import TensorSource
+from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.model import ModelConfig, QuantConfig
 from lowlat.model.linear import Linear, unpack_rows
 from lowlat.model.transformer import Transformer

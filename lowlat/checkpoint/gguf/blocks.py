@@ -12,7 +12,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lowlat.checkpoint.gguf_file import PLAIN
+from lowlat.checkpoint.gguf.file import PLAIN
 from lowlat.model.linear import pack
 from lowlat.ops.quantized import Int4Weight, Int8Weight, int4_steps, int8_steps, numbers_by_row
 

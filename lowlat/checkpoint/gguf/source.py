@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.gguf_config import architecture, hf_config
-from lowlat.checkpoint.gguf_file import GGUFFile
-from lowlat.checkpoint.gguf_names import EXPERTS, GLOBAL_NAMES, MODULES, ROUTER_BIAS
-from lowlat.checkpoint.source import TensorSource
+from lowlat.checkpoint.gguf.file import GGUFFile
+from lowlat.checkpoint.gguf.metadata_reader import architecture, hf_config
+from lowlat.checkpoint.gguf.tensor_names import EXPERTS, GLOBAL_NAMES, MODULES, ROUTER_BIAS
+from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import quoted
 

@@ -10,7 +10,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from lowlat.checkpoint.safetensors_file import SafetensorsFile
+from lowlat.checkpoint.safetensors.reader import SafetensorsFile
 from lowlat.train.checkpoints.errors import BrokenSaveError, reading
 from lowlat.train.checkpoints.manifest import Manifest, check_digest, read_manifest
 from lowlat.utils.errors import UserError

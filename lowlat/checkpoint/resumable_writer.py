@@ -24,8 +24,8 @@ from typing import IO, Any
 
 import torch
 
-from lowlat.checkpoint.cachefolder import CHUNK, sync_folder
-from lowlat.checkpoint.planned_files import PlannedFile, Stretch
+from lowlat.checkpoint.fetch.cache_dir import CHUNK, sync_folder
+from lowlat.checkpoint.file_layout import PlannedFile, Stretch
 from lowlat.checkpoint.save import refuse_existing, sync_parent, write_file
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress

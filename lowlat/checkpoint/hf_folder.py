@@ -12,10 +12,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.gguf import GGUFSource
+from lowlat.checkpoint.gguf.source import GGUFSource
 from lowlat.checkpoint.mapped_file import MappedFile
-from lowlat.checkpoint.safetensors_file import Extent, SafetensorsFile
-from lowlat.checkpoint.source import TensorSource
+from lowlat.checkpoint.safetensors.reader import Extent, SafetensorsFile
+from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object, quoted
 

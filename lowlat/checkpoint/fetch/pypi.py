@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
-from lowlat.checkpoint.cachefolder import (
+from lowlat.checkpoint.fetch.cache_dir import (
     CHUNK,
     RECORD_SUFFIX,
     cache_dir,

@@ -7,8 +7,8 @@ all of it. Owns the fields; what they mean for frequencies is `ops.rope`'s.
 import math
 from typing import Any, get_args
 
-from lowlat.config.fields import Fields
 from lowlat.config.model import RopeConfig, RopeType
+from lowlat.utils.json_fields import Fields
 
 DEFAULT_THETA = {
     "llama": 10000.0,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lowlat.checkpoint.gguf_names import EXPERTS, GLOBAL_NAMES, MODULES, ROUTER_BIAS
+from lowlat.checkpoint.gguf.tensor_names import EXPERTS, GLOBAL_NAMES, MODULES, ROUTER_BIAS
 from lowlat.checkpoint.mapping import file_name
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 

@@ -27,9 +27,9 @@ Owns these numbers; the tensors are written by `convert` and read by `checkpoint
 from dataclasses import replace
 from typing import Any
 
-from lowlat.config.fields import Fields
 from lowlat.config.model import MLAConfig
 from lowlat.utils.errors import UserError
+from lowlat.utils.json_fields import Fields
 
 KEY = "lowlat"
 

@@ -8,21 +8,21 @@ settings are in `config.hf_rope`, experts in `config.hf_moe`, converted models' 
 norms is 1e-6 in every implementation and no field of the file.
 """
 
-from lowlat.config.families import (
+from lowlat.config.hf.families import (
     ARCHITECTURES,
     HARMLESS_FIELDS,
     LOWLAT,
     MAX_LAYERS,
     MLA_FAMILIES,
 )
-from lowlat.config.fields import Fields
-from lowlat.config.hf_extension import native_attention, padded_rank
-from lowlat.config.hf_moe import moe_from_hf
-from lowlat.config.hf_rope import rope_from_hf
-from lowlat.config.hf_write import config_to_hf
-from lowlat.config.lowlat_json import config_from_lowlat
+from lowlat.config.hf.lowlat_model_type import config_from_lowlat
+from lowlat.config.hf.moe import moe_from_hf
+from lowlat.config.hf.packing import METHOD, packing_from_hf
+from lowlat.config.hf.padded_latent import native_attention, padded_rank
+from lowlat.config.hf.rope import rope_from_hf
+from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, Packing, QuantConfig
-from lowlat.config.packing import METHOD, packing_from_hf
+from lowlat.utils.json_fields import Fields
 
 __all__ = ["config_from_hf", "config_to_hf", "padded_rank"]
 

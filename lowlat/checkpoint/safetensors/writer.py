@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.safetensors_file import DTYPES
+from lowlat.checkpoint.safetensors.reader import DTYPES
 
 HEADER_ROOM = 2**20
 """Bytes left for the header: some 8,000 tensors."""

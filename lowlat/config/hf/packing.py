@@ -11,8 +11,8 @@ padded. Owns the object; other quantization methods are `hf`'s.
 
 from typing import Any
 
-from lowlat.config.fields import Fields
 from lowlat.config.model import Packing
+from lowlat.utils.json_fields import Fields
 
 METHOD = "lowlat"
 """Value of quant_method."""

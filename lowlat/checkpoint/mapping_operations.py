@@ -12,8 +12,8 @@ from typing import NamedTuple, final
 
 from torch import Tensor
 
-from lowlat.checkpoint import padding
-from lowlat.config.hf import padded_rank
+from lowlat.checkpoint import padded_latent as padding
+from lowlat.config.hf.reader import padded_rank
 from lowlat.config.model import MLAConfig
 
 Read = Callable[[str], Tensor]

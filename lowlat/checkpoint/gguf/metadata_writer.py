@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lowlat.config.attention import short_name
-from lowlat.config.families import LOWLAT
+from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from lowlat.ops.rope import inverse_frequencies
 from lowlat.utils.errors import UserError

@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from lowlat.config.hf import padded_rank
+from lowlat.config.hf.reader import padded_rank
 from lowlat.config.model import MLAConfig
 from lowlat.utils.errors import UserError
 

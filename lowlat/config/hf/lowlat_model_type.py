@@ -25,10 +25,10 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lowlat.config.attention import DECOUPLED, ModelAttention, distinct
-from lowlat.config.families import LOWLAT, MAX_LAYERS
-from lowlat.config.fields import Fields
-from lowlat.config.hf_moe import check_routing
-from lowlat.config.hf_rope import rope_settings, rope_to_hf
+from lowlat.config.hf.families import LOWLAT, MAX_LAYERS
+from lowlat.config.hf.moe import check_routing
+from lowlat.config.hf.packing import packing_from_hf, packing_to_hf
+from lowlat.config.hf.rope import rope_settings, rope_to_hf
 from lowlat.config.model import (
     AttentionConfig,
     GLAConfig,
@@ -42,7 +42,7 @@ from lowlat.config.model import (
     RopeType,
     TPAConfig,
 )
-from lowlat.config.packing import packing_from_hf, packing_to_hf
+from lowlat.utils.json_fields import Fields
 
 FORMS: dict[str, type[AttentionConfig]] = {
     "mla": MLAConfig,

@@ -3,10 +3,11 @@
 from typing import Any
 
 from lowlat.config.attention import short_name
-from lowlat.config.families import ARCHITECTURES, LOWLAT, MLA_FAMILIES
-from lowlat.config.hf_extension import extension_to_hf
-from lowlat.config.hf_rope import rope_to_hf
-from lowlat.config.lowlat_json import config_to_lowlat
+from lowlat.config.hf.families import ARCHITECTURES, LOWLAT, MLA_FAMILIES
+from lowlat.config.hf.lowlat_model_type import config_to_lowlat
+from lowlat.config.hf.packing import packing_to_hf
+from lowlat.config.hf.padded_latent import extension_to_hf
+from lowlat.config.hf.rope import rope_to_hf
 from lowlat.config.model import (
     AttentionConfig,
     GQAConfig,
@@ -15,7 +16,6 @@ from lowlat.config.model import (
     MoEConfig,
     QuantConfig,
 )
-from lowlat.config.packing import packing_to_hf
 from lowlat.utils.errors import UserError
 
 

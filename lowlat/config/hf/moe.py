@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from lowlat.config.families import MOE_FIELDS
-from lowlat.config.fields import Fields
+from lowlat.config.hf.families import MOE_FIELDS
 from lowlat.config.model import MoEConfig
+from lowlat.utils.json_fields import Fields
 
 
 def moe_from_hf(fields: Fields, model_type: str, layers: int, mtp_layers: int) -> MoEConfig | None:
