@@ -116,8 +116,8 @@ def _divided(chosen: Int[Tensor, "windows length"], origin: str) -> Calibration:
 
 
 def bundled_text() -> str:
-    """The bundled calibration text, English prose in the public domain; compressed, so that searches
-    through the source skip it.
+    """The bundled calibration text, English prose in the public domain; compressed, so that
+    searches through the source skip it.
     """
     return gzip.decompress((files("lowlat.convert") / "calibration.txt.gz").read_bytes()).decode()
 
