@@ -18,9 +18,9 @@ from lowlat.serve.services import Services
 
 
 class Call:
-    """One request of the key with `salt`, which has just arrived."""
+    """One request of the key with `cache_namespace`, which has just arrived."""
 
-    def __init__(self, services: Services, *, salt: bytes) -> None:
+    def __init__(self, services: Services, *, cache_namespace: bytes) -> None:
         self.services = services
         self._arrived_at = time.perf_counter()
         self.num_tokens = 0
@@ -28,7 +28,7 @@ class Call:
         self.form_field = "structured_outputs"
         """The field of the request that asks for the form of the answer, where one does."""
         self._num_completions = 0
-        self._salt = salt
+        self._salt = cache_namespace
         self._generations: list[Generation] = []
         self._is_coming = True
         self._preparing: asyncio.Timeout | None = None
@@ -64,7 +64,7 @@ class Call:
     ) -> CompiledGrammar:
         """The grammar of what the request's field `param` asks for; raises what `Grammars` do."""
         return await self.services.grammars.compile(
-            output, param=param, salt=self._salt, begins_text=begins_text
+            output, param=param, cache_namespace=self._salt, begins_text=begins_text
         )
 
     async def submit(
@@ -79,12 +79,12 @@ class Call:
         begins_text: bool = True,
     ) -> None:
         """Have `prompt` completed; `deadline` is in seconds from arrival. Raises what
-        `Bridge.submit` raises."""
-        generation = await self.services.bridge.submit(
+        `AsyncEngine.submit` raises."""
+        generation = await self.services.engine.submit(
             prompt,
             params,
             grammar=grammar,
-            salt=self._salt,
+            cache_namespace=self._salt,
             priority=priority or 0,
             deadline=self._left(deadline),
             keep_special=keep_special,
@@ -179,7 +179,7 @@ def _check_end(delta: Delta, form_field: str) -> None:
             raise _late()
         case "abort":
             raise Draining
-        case "error" if delta.is_form:
+        case "error" if delta.is_grammar_error:
             raise RequestError(f"{form_field}: {delta.error}", param=form_field)
         case "error":
             raise GenerationFailed(delta.error)

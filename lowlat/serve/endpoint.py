@@ -46,7 +46,7 @@ class JsonEndpoint(Generic[Body]):
         services = self._services
         services.check_room()
         services.num_requests += 1
-        call = Call(services, salt=scope["state"]["salt"])
+        call = Call(services, cache_namespace=scope["state"]["cache_namespace"])
         try:
             body = await self._read(scope, receive)
             await _while_connected(receive, self._answer(call, body, scope, receive, send))

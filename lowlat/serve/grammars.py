@@ -40,15 +40,15 @@ class Grammars:
         output: StructuredOutput,
         *,
         param: str,
-        salt: bytes = b"",
+        cache_namespace: bytes = b"",
         begins_text: bool = True,
     ) -> CompiledGrammar:
-        """The grammar of `output`, for the key with `salt`; `begins_text` as in RequestOptions.
-        Raises RequestError for the request's
+        """The grammar of `output`, for the key with `cache_namespace`; `begins_text` as in
+        RequestOptions. Raises RequestError for the request's
         field `param`, Overloaded where too many wait or too much is held.
         """
         try:
-            return await self._worker.run(self._compile, output, salt, begins_text)
+            return await self._worker.run(self._compile, output, cache_namespace, begins_text)
         except UserError as error:
             raise RequestError(f"{param}: {error}", param=param) from error
 
@@ -61,13 +61,15 @@ class Grammars:
         """End the thread."""
         self._worker.close()
 
-    def _compile(self, output: StructuredOutput, salt: bytes, begins_text: bool) -> CompiledGrammar:
-        self._held.check(salt, LEAST_BYTES)
+    def _compile(
+        self, output: StructuredOutput, cache_namespace: bytes, begins_text: bool
+    ) -> CompiledGrammar:
+        self._held.check(cache_namespace, LEAST_BYTES)
         # Reads the whole vocabulary, which takes a second for a large one.
         if self._compiler is None:
             self._compiler = GrammarCompiler(self._model.tokenizer, self._model.config.vocab_size)
         grammar = self._compiler.compile(output, begins_text=begins_text)
-        self._held.hold(salt, grammar, max(LEAST_BYTES, GROWTH * grammar.num_bytes))
+        self._held.hold(cache_namespace, grammar, max(LEAST_BYTES, GROWTH * grammar.num_bytes))
         return grammar
 
 
@@ -78,38 +80,42 @@ class HeldBytes:
     def __init__(self, most: int) -> None:
         self._most = most
         self._lock = threading.Lock()
-        self._by_salt: Counter[bytes] = Counter()
+        self._by_namespace: Counter[bytes] = Counter()
         # An object may end in any thread, also in one that holds the lock.
         self._ended: deque[tuple[bytes, int]] = deque()
 
-    def check(self, salt: bytes, size: int) -> None:
-        """Raise Overloaded unless there is room for `size` bytes more of the key with `salt`."""
+    def check(self, cache_namespace: bytes, size: int) -> None:
+        """Raise Overloaded unless there is room for `size` bytes more of the key with
+        `cache_namespace`."""
         with self._lock:
             self._settle()
-            self._check(salt, size)
+            self._check(cache_namespace, size)
 
-    def hold(self, salt: bytes, thing: object, size: int) -> None:
+    def hold(self, cache_namespace: bytes, thing: object, size: int) -> None:
         """Count `size` bytes until `thing` ends. Raises Overloaded, counting nothing."""
         with self._lock:
             self._settle()
-            self._check(salt, size)
-            self._by_salt[salt] += size
-        weakref.finalize(thing, self._ended.append, (salt, size)).atexit = False
+            self._check(cache_namespace, size)
+            self._by_namespace[cache_namespace] += size
+        weakref.finalize(thing, self._ended.append, (cache_namespace, size)).atexit = False
 
     def total(self) -> int:
         """Bytes that count."""
         with self._lock:
             self._settle()
-            return self._by_salt.total()
+            return self._by_namespace.total()
 
-    def _check(self, salt: bytes, size: int) -> None:
-        own = self._most // 2 if salt else self._most
-        if self._by_salt[salt] + size > own or self._by_salt.total() + size > self._most:
+    def _check(self, cache_namespace: bytes, size: int) -> None:
+        own = self._most // 2 if cache_namespace else self._most
+        if (
+            self._by_namespace[cache_namespace] + size > own
+            or self._by_namespace.total() + size > self._most
+        ):
             raise Overloaded(retry_after=1)
 
     def _settle(self) -> None:
         while self._ended:
-            salt, size = self._ended.popleft()
-            self._by_salt[salt] -= size
-            if self._by_salt[salt] == 0:
-                del self._by_salt[salt]
+            cache_namespace, size = self._ended.popleft()
+            self._by_namespace[cache_namespace] -= size
+            if self._by_namespace[cache_namespace] == 0:
+                del self._by_namespace[cache_namespace]

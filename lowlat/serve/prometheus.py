@@ -78,7 +78,7 @@ class _EngineCollector(Collector):
         self._services = services
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._services.bridge.stats
+        stats = self._services.engine.stats
         for name, text, value in _gauges(stats):
             yield GaugeMetricFamily(PREFIX + name, text, value=value)
         for name, text, value in _counters(stats):

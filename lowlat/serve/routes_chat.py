@@ -34,7 +34,7 @@ async def submit_chat(call: Call, request: ChatRequest) -> PreparedChat:
     if prepared.structured is not None:
         param = call.form_field = request.form_field
         with _limits_named(request):
-            services.bridge.check(prepared.ids, prepared.params)
+            services.engine.check(prepared.ids, prepared.params)
         grammar = await call.compile(prepared.structured, param=param)
     with _limits_named(request):
         await call.submit(

@@ -25,17 +25,17 @@ async def create_completion(call: Call, request: CompletionRequest) -> Response:
     """Complete the prompts of `request`, streamed where it asks for that."""
     services = call.services
     services.check_model(request.model)
-    _check_queue(request, services.bridge.max_queue)
+    _check_queue(request, services.engine.max_queue)
     prompts = await services.workers.run(_encode, services.model, request)
     params = [request.to_params(services.model.context - len(ids)) for ids, _ in prompts]
     for (ids, _), own in zip(prompts, params, strict=True):
-        services.bridge.check(ids, own)
+        services.engine.check(ids, own)
     # A prompt without text is not continued: its answer is a text of its own.
     begin = [not services.model.tokenizer.has_text(ids) for ids, _ in prompts]
     grammars = await _grammars(call, request, set(begin))
     if len(prompts) > 1:
         # All of them or none: what has begun would be thrown away.
-        services.bridge.check_room(len(prompts) - 1)
+        services.engine.check_room(len(prompts) - 1)
     for (ids, _), own, begins_text in zip(prompts, params, begin, strict=True):
         await call.submit(
             ids,

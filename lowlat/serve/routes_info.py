@@ -39,7 +39,7 @@ class InfoRoutes:
 
     async def health(self, request: Request) -> Response:
         """200 while the engine's loop advances or has nothing to do."""
-        if not self._services.bridge.is_healthy:
+        if not self._services.engine.is_healthy:
             raise EngineDead
         return json_response(Status())
 

@@ -31,7 +31,8 @@ _HOST = re.compile(
 
 
 class Guard:
-    """ASGI middleware. Puts the key's cache salt into scope["state"]["salt"]."""
+    """ASGI middleware. Puts the key's cache namespace into
+    scope["state"]["cache_namespace"]."""
 
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self._app = app
@@ -80,12 +81,12 @@ class Guard:
 
     def _check_key(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> Response | None:
         state = scope.setdefault("state", {})
-        state["salt"] = b""
+        state["cache_namespace"] = b""
         if not self._keys:
             return None
         key = self._find(headers)
         if key is not None:
-            state["salt"] = key.salt
+            state["cache_namespace"] = key.cache_namespace
             return None
         path, method = scope["path"], scope["method"]
         if path in OPEN_PATHS or (path == LOGIN_PATH and method == "POST"):
@@ -125,7 +126,7 @@ class _Key:
     def __init__(self, key: str) -> None:
         self.digest = hashlib.sha256(key.encode("ascii")).digest()
         self.cookie = cookie_value(key).encode("ascii")
-        self.salt = hmac.digest(key.encode("ascii"), b"lowlat prefix cache", "sha256")
+        self.cache_namespace = hmac.digest(key.encode("ascii"), b"lowlat prefix cache", "sha256")
 
 
 def _check_head(scope: Scope, headers: list[tuple[bytes, bytes]]) -> Response | None:

@@ -6,7 +6,7 @@ Owns nothing but the names; `serve.app` makes the parts.
 from dataclasses import dataclass, field
 
 from lowlat.generate.model import Model
-from lowlat.serve.bridge import Bridge
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Draining, Overloaded
 from lowlat.serve.grammars import Grammars
@@ -18,7 +18,7 @@ from lowlat.serve.workers import WorkPool
 class Services:
     """Parts of a server, and whether it takes new requests."""
 
-    bridge: Bridge
+    engine: AsyncEngine
     config: ServeConfig
     workers: WorkPool
     grammars: Grammars
@@ -29,11 +29,11 @@ class Services:
     num_requests: int = field(default=0, init=False)
     """Requests with a body under way."""
     num_coming: int = field(default=0, init=False)
-    """Those of them that the bridge does not have yet."""
+    """Those of them that the engine does not have yet."""
 
     @property
     def model(self) -> Model:
-        return self.bridge.model
+        return self.engine.model
 
     @property
     def model_name(self) -> str:
@@ -49,7 +49,7 @@ class Services:
             raise Draining
         if self.num_requests >= self.config.max_requests:
             raise Overloaded(retry_after=1)
-        self.bridge.check_room(self.num_coming)
+        self.engine.check_room(self.num_coming)
 
     def check_model(self, name: str) -> None:
         """Raises RequestError 404 for any name but the served one."""

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from lowlat.engine.engine import Engine
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler, GrammarState
-from lowlat.serve import bridge as bridge_module
+from lowlat.serve import async_engine as bridge_module
 from lowlat.serve import chat_reply, completion_reply, routes_chat, routes_completions
 from lowlat.serve.answer import AnswerParser
 from lowlat.text.tokenizer import Tokenizer
@@ -44,14 +44,14 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 def in_the_model(patch: pytest.MonkeyPatch) -> None:
-    step = Runner.step
+    step = ModelRunner.step
 
-    def broken(self: Runner, chunks: Any) -> Any:
+    def broken(self: ModelRunner, chunks: Any) -> Any:
         if any(is_poisoned(chunk.tokens) for chunk in chunks):
             fail()
         return step(self, chunks)
 
-    patch.setattr(Runner, "step", broken)
+    patch.setattr(ModelRunner, "step", broken)
 
 
 def in_the_sampler(patch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,11 @@
-"""A bridge over a model that counts, for the time of a function."""
+"""An engine over a model that counts, for the time of a function."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from lowlat.generate.model import Model
-from lowlat.serve.bridge import Bridge
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.generation import Generation
 from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config
 
@@ -16,19 +16,19 @@ def counting_model(**options: Any) -> Model:
     return Model(model, byte_tokenizer(), name="counting", **options)
 
 
-def with_bridge(
-    use: Callable[[Bridge], Awaitable[None]], model: Model | None = None, **options: Any
+def with_engine(
+    use: Callable[[AsyncEngine], Awaitable[None]], model: Model | None = None, **options: Any
 ) -> Model:
-    """Run `use` over a started bridge and end it; returns the model, whose pages are all back."""
+    """Run `use` over a started engine and end it; returns the model, whose pages are all back."""
     model = model or counting_model()
 
     async def main() -> None:
-        bridge = Bridge(model, **options)
-        await bridge.start()
+        engine = AsyncEngine(model, **options)
+        await engine.start()
         try:
-            await use(bridge)
+            await use(engine)
         finally:
-            await bridge.drain(20.0)
+            await engine.drain(20.0)
 
     asyncio.run(main())
     return model
@@ -54,5 +54,5 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def assert_nothing_is_left(model: Model) -> None:
-    assert model.runner.pool.num_used == 0 and not model.engine.has_work
+    assert model.runner.allocator.num_used == 0 and not model.engine.has_work
     model.engine.check_integrity()

@@ -1,4 +1,4 @@
-"""Faults under the bridge: a request's own stays with it, the engine's own is told to everybody."""
+"""Faults under the engine: a request's own stays with it, the engine's own is told to everybody."""
 
 import asyncio
 import threading
@@ -13,18 +13,18 @@ from torch import Tensor
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import Chunk
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler, GrammarState
 from lowlat.generate.structured import Choice
-from lowlat.serve import bridge as bridge_module
-from lowlat.serve import pulse
-from lowlat.serve.bridge import Bridge
+from lowlat.serve import async_engine as bridge_module
+from lowlat.serve import watchdog as pulse
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Delta, EngineDead, Generation
 from lowlat.serve.run import open_socket, run
 from lowlat.utils.errors import UserError
 
-from .bridge_use import assert_nothing_is_left, collect, counting_model, until, with_bridge
+from .engine_use import assert_nothing_is_left, collect, counting_model, until, with_engine
 
 POISON = 13
 """A byte whose request is made to fail."""
@@ -34,14 +34,14 @@ POISON = 13
 
 
 def poison_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Runner.step
+    step = ModelRunner.step
 
-    def broken(self: Runner, chunks: list[Chunk]) -> tuple[Tensor, Tensor]:
+    def broken(self: ModelRunner, chunks: list[Chunk]) -> tuple[Tensor, Tensor]:
         if any(POISON in chunk.tokens for chunk in chunks):
             raise RuntimeError("the model broke")
         return step(self, chunks)
 
-    monkeypatch.setattr(Runner, "step", broken)
+    monkeypatch.setattr(ModelRunner, "step", broken)
 
 
 def poison_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,19 +92,19 @@ def test_a_fault_ends_its_own_request_only(
     is_grammar = poison in (poison_mask, poison_start)
     grammar = compiler.compile(Choice(options=("yes", "no"))) if is_grammar else None
 
-    async def use(bridge: Bridge) -> None:
+    async def use(engine: AsyncEngine) -> None:
         params = SamplingParams(max_tokens=9)
-        good = [await bridge.submit(b"abc", params) for _ in range(3)]
-        bad = await bridge.submit(bytes([97, POISON]), params, grammar=grammar)
-        good += [await bridge.submit(b"abc", params) for _ in range(3)]
+        good = [await engine.submit(b"abc", params) for _ in range(3)]
+        bad = await engine.submit(bytes([97, POISON]), params, grammar=grammar)
+        good += [await engine.submit(b"abc", params) for _ in range(3)]
         deltas = [delta async for delta in bad]
         assert deltas[-1].finish_reason == "error"
         assert deltas[-1].error is not None and "broke" in deltas[-1].error
         assert "\n" not in deltas[-1].error
         assert [await collect(one) for one in good] == [("defghijkl", ["length"])] * 6
-        assert bridge.is_healthy
+        assert engine.is_healthy
 
-    assert_nothing_is_left(with_bridge(use, model))
+    assert_nothing_is_left(with_engine(use, model))
 
 
 def test_a_fault_of_the_engine_itself_is_told_to_everybody() -> None:
@@ -114,18 +114,18 @@ def test_a_fault_of_the_engine_itself_is_told_to_everybody() -> None:
     def broken() -> list[Any]:
         raise AssertionError("a page is lost")
 
-    async def use(bridge: Bridge) -> None:
-        first = await bridge.submit(b"abc", SamplingParams())
+    async def use(engine: AsyncEngine) -> None:
+        first = await engine.submit(b"abc", SamplingParams())
         await first.__aiter__().__anext__()
-        assert bridge.is_healthy
+        assert engine.is_healthy
         model.engine.scheduler.schedule = broken
         deltas = [delta async for delta in first]
         assert deltas[-1].finish_reason == "error"
-        await until(lambda: not bridge.is_healthy)
+        await until(lambda: not engine.is_healthy)
         with pytest.raises(EngineDead):
-            await bridge.submit(b"abc", SamplingParams())
+            await engine.submit(b"abc", SamplingParams())
 
-    with_bridge(use, model)
+    with_engine(use, model)
 
 
 def test_an_engine_that_stands_still_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,16 +138,16 @@ def test_an_engine_that_stands_still_is_not_healthy(monkeypatch: pytest.MonkeyPa
         released.wait()
         return step()
 
-    async def use(bridge: Bridge) -> None:
-        assert bridge.is_healthy
+    async def use(engine: AsyncEngine) -> None:
+        assert engine.is_healthy
         model.engine.step = held
-        generation = await bridge.submit(b"abc", SamplingParams(max_tokens=3))
-        await until(lambda: not bridge.is_healthy)
+        generation = await engine.submit(b"abc", SamplingParams(max_tokens=3))
+        await until(lambda: not engine.is_healthy)
         released.set()
         assert await collect(generation) == ("def", ["length"])
-        await until(lambda: bridge.is_healthy)
+        await until(lambda: engine.is_healthy)
 
-    with_bridge(use, model)
+    with_engine(use, model)
 
 
 def hold(kind: type, name: str, patch: pytest.MonkeyPatch) -> threading.Event:
@@ -181,16 +181,16 @@ def test_a_thread_that_hangs_anywhere_is_not_healthy(
     monkeypatch.setattr(bridge_module, "IDLE_SECONDS", 0.01)
     released = hold(kind, name, monkeypatch)
 
-    async def use(bridge: Bridge) -> None:
-        generation = await bridge.submit(b"abc", SamplingParams(ignore_eos=True))
+    async def use(engine: AsyncEngine) -> None:
+        generation = await engine.submit(b"abc", SamplingParams(ignore_eos=True))
         if name in ("abort", "check_integrity"):
             await generation.__aiter__().__anext__()
             generation.cancel()
-        await until(lambda: not bridge.is_healthy)
+        await until(lambda: not engine.is_healthy)
         released.set()
-        await until(lambda: bridge.is_healthy)
+        await until(lambda: engine.is_healthy)
 
-    with_bridge(use)
+    with_engine(use)
 
 
 def test_a_long_step_that_computes_is_healthy_until_it_hangs(
@@ -211,17 +211,17 @@ def test_a_long_step_that_computes_is_healthy_until_it_hangs(
         released.wait(60.0)
         return step()
 
-    async def use(bridge: Bridge) -> None:
+    async def use(engine: AsyncEngine) -> None:
         model.engine.step = slow
-        generation = await bridge.submit(b"abc", SamplingParams(max_tokens=1))
+        generation = await engine.submit(b"abc", SamplingParams(max_tokens=1))
         while not hanging.is_set():
-            assert bridge.is_healthy
+            assert engine.is_healthy
             await asyncio.sleep(0.02)
-        await until(lambda: not bridge.is_healthy)
+        await until(lambda: not engine.is_healthy)
         released.set()
         assert await collect(generation) == ("d", ["length"])
 
-    with_bridge(use, model)
+    with_engine(use, model)
 
 
 def test_a_step_that_computes_without_end_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,14 +236,14 @@ def test_a_step_that_computes_without_end_is_not_healthy(monkeypatch: pytest.Mon
             pass
         return step()
 
-    async def use(bridge: Bridge) -> None:
+    async def use(engine: AsyncEngine) -> None:
         model.engine.step = endless
-        generation = await bridge.submit(b"abc", SamplingParams(max_tokens=1))
-        await until(lambda: not bridge.is_healthy)
+        generation = await engine.submit(b"abc", SamplingParams(max_tokens=1))
+        await until(lambda: not engine.is_healthy)
         released.set()
         await collect(generation)
 
-    with_bridge(use, model)
+    with_engine(use, model)
 
 
 # Nobody is left waiting when the engine ends
@@ -267,45 +267,45 @@ def test_a_request_that_comes_as_the_engine_ends_is_refused(
     def broken() -> list[Any]:
         raise AssertionError("a page is lost")
 
-    async def use(bridge: Bridge) -> None:
+    async def use(engine: AsyncEngine) -> None:
         model.engine.step = broken
-        first = await bridge.submit(b"abc", SamplingParams())
+        first = await engine.submit(b"abc", SamplingParams())
         assert (await last_of(first)).finish_reason == "error"
-        monkeypatch.setattr(bridge, "check_room", lambda: None)
+        monkeypatch.setattr(engine, "check_room", lambda: None)
         with pytest.raises(EngineDead):
-            await bridge.submit(b"abc", SamplingParams())
+            await engine.submit(b"abc", SamplingParams())
 
-    with_bridge(use, model)
+    with_engine(use, model)
 
 
 def test_what_was_known_when_the_engine_ended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Holds shut: ends that were on their way in the very turn in which the engine ends."""
     model = counting_model()
-    add, timed = Engine.add, Bridge._time
+    add, timed = Engine.add, AsyncEngine._time
 
     def picky(self: Engine, prompt: Any, *rest: Any) -> Any:
         if POISON in prompt:
             raise RuntimeError("not this one")
         return add(self, prompt, *rest)
 
-    def broken(self: Bridge, live: Any, builder: Any) -> None:
+    def broken(self: AsyncEngine, live: Any, builder: Any) -> None:
         if live.request.prompt[0] == ord("x"):
             raise AssertionError("a page is lost")
         timed(self, live, builder)
 
     monkeypatch.setattr(Engine, "add", picky)
-    monkeypatch.setattr(Bridge, "_time", broken)
+    monkeypatch.setattr(AsyncEngine, "_time", broken)
 
-    async def use(bridge: Bridge) -> None:
-        with bridge._wake:  # so that one turn takes in all three
-            refused = await bridge.submit(bytes([POISON]), SamplingParams(max_tokens=1))
-            done = await bridge.submit(b"abc", SamplingParams(max_tokens=1))
-            last = await bridge.submit(b"xyz", SamplingParams(max_tokens=1))
+    async def use(engine: AsyncEngine) -> None:
+        with engine._wake:  # so that one turn takes in all three
+            refused = await engine.submit(bytes([POISON]), SamplingParams(max_tokens=1))
+            done = await engine.submit(b"abc", SamplingParams(max_tokens=1))
+            last = await engine.submit(b"xyz", SamplingParams(max_tokens=1))
         assert "not this one" in ((await last_of(refused)).error or "")
         assert (await last_of(done)).finish_reason == "length"
         assert "the engine ended" in ((await last_of(last)).error or "")
 
-    with_bridge(use, model)
+    with_engine(use, model)
 
 
 def test_an_address_that_is_taken_meanwhile_is_told() -> None:
@@ -315,4 +315,4 @@ def test_an_address_that_is_taken_meanwhile_is_told() -> None:
         with open_socket(config) as second:
             first.listen()
             with pytest.raises(UserError, match=r"cannot listen on .*; choose another"):
-                run(Bridge(counting_model()), config, second)
+                run(AsyncEngine(counting_model()), config, second)

@@ -15,22 +15,22 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lowlat.config.arithmetic import SCALE_CHANNELS, int8_row_bytes
+from lowlat.config.arithmetic import SCALE_CHANNELS, int8_entry_bytes
 from lowlat.config.model import AttentionConfig
 
 INT8_MAX = 127
 
 
-def row_bytes(attention: AttentionConfig, dtype: torch.dtype) -> int:
+def entry_bytes(attention: AttentionConfig, dtype: torch.dtype) -> int:
     """Bytes of a row in a cache of `dtype`."""
     if dtype == torch.int8:
-        return int8_row_bytes(attention.row_dim, attention.quantized_dim)
-    return attention.row_dim * dtype.itemsize
+        return int8_entry_bytes(attention.entry_dim, attention.quantized_dim)
+    return attention.entry_dim * dtype.itemsize
 
 
-def pack_rows(
-    rows: Float[Tensor, "tokens row_dim"], quantized: int
-) -> UInt8[Tensor, "tokens row_bytes"]:
+def pack_entries(
+    rows: Float[Tensor, "tokens entry_dim"], quantized: int
+) -> UInt8[Tensor, "tokens entry_bytes"]:
     """The bytes of `rows`, their first `quantized` channels in int8."""
     wide = rows[:, :quantized].to(torch.float32)
     groups = F.pad(wide, (0, -quantized % SCALE_CHANNELS)).unflatten(1, (-1, SCALE_CHANNELS))
@@ -42,16 +42,16 @@ def pack_rows(
     return torch.cat([part.view(torch.uint8) for part in (values, scale, plain)], dim=1)
 
 
-def unpack_rows(
-    packed: UInt8[Tensor, "tokens row_bytes"], row_dim: int, quantized: int, dtype: torch.dtype
-) -> Float[Tensor, "tokens row_dim"]:
-    """The reverse of `pack_rows`: multiplied in fp32, rounded once to `dtype`."""
+def unpack_entries(
+    packed: UInt8[Tensor, "tokens entry_bytes"], entry_dim: int, quantized: int, dtype: torch.dtype
+) -> Float[Tensor, "tokens entry_dim"]:
+    """The reverse of `pack_entries`: multiplied in fp32, rounded once to `dtype`."""
     scales_at, count = _padded(quantized), _num_scales(quantized)
     values = packed[:, :quantized].view(torch.int8).to(torch.float32)
     scale = packed[:, scales_at : scales_at + 4 * count].contiguous().view(torch.float32)
     scale = scale.repeat_interleave(SCALE_CHANNELS, dim=1)[:, :quantized]
     plain = packed[:, scales_at + 4 * count :].contiguous().view(torch.bfloat16)
-    assert plain.shape[1] == row_dim - quantized
+    assert plain.shape[1] == entry_dim - quantized
     return torch.cat([(values * scale).to(dtype), plain.to(dtype)], dim=1)
 
 

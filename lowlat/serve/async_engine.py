@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from lowlat.engine.constraint import Constraint
 from lowlat.engine.params import SamplingParams
-from lowlat.engine.request import Event, FinishReason, Request, RequestOptions
+from lowlat.engine.request import FinishReason, Request, RequestOptions, TokenEvent
 from lowlat.engine.stats import EngineStats
 from lowlat.generate.completion import CompletionBuilder
 from lowlat.generate.model import Model
@@ -29,7 +29,7 @@ from lowlat.serve.generation import (
     end_of,
     ends_of,
 )
-from lowlat.serve.pulse import LOOK_SECONDS, Pulse
+from lowlat.serve.watchdog import LOOK_SECONDS, Pulse
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class _Live:
     """Of the completions that have not ended."""
 
 
-class Bridge:
+class AsyncEngine:
     """One model's engine in a thread of its own, for one event loop.
 
     At most `max_queue` requests wait for their first step.
@@ -109,14 +109,14 @@ class Bridge:
         params: SamplingParams,
         *,
         grammar: Constraint | None = None,
-        salt: bytes = b"",
+        cache_namespace: bytes = b"",
         priority: int = 0,
         deadline: float | None = None,
         keep_special: frozenset[int] = frozenset(),
         stop_ids: frozenset[int] = frozenset(),
         begins_text: bool = True,
     ) -> Generation:
-        """Queue a request. `deadline` is in seconds from now; `salt` says whose it is;
+        """Queue a request. `deadline` is in seconds from now; `cache_namespace` says whose it is;
         `begins_text` as in RequestOptions.
 
         Special tokens in `keep_special` are part of the text, those in `stop_ids` end it. Raises
@@ -127,7 +127,7 @@ class Bridge:
         options = RequestOptions(
             priority=priority,
             deadline=None if deadline is None else time.perf_counter() + deadline,
-            salt=salt,
+            cache_namespace=cache_namespace,
             stop_ids=stop_ids,
             grammar=grammar,
             begins_text=begins_text,
@@ -152,7 +152,7 @@ class Bridge:
     @property
     def stats(self) -> EngineStats:
         """What the engine has done and is doing."""
-        scheduler, pool = self._engine.scheduler, self._engine.runner.pool
+        scheduler, pool = self._engine.scheduler, self._engine.runner.allocator
         return self._engine.recorder.snapshot(
             queued=self._num_queued(),
             running=len(scheduler.running),
@@ -310,7 +310,7 @@ class Bridge:
             return
         with self._pulse.in_the_model():
             events = self._engine.step()
-        grouped: dict[tuple[int, int], list[Event]] = {}
+        grouped: dict[tuple[int, int], list[TokenEvent]] = {}
         for event in events:
             grouped.setdefault((event.request_id, event.index), []).append(event)
         for (request_id, index), own in grouped.items():
@@ -319,7 +319,7 @@ class Bridge:
                 yield from self._advance(live, index, own)
 
     def _advance(
-        self, live: _Live, index: int, events: list[Event]
+        self, live: _Live, index: int, events: list[TokenEvent]
     ) -> list[tuple[Generation, Delta]]:
         """One completion's events of a step as a delta."""
         builder = live.builders[index]
@@ -341,7 +341,7 @@ class Bridge:
             logprobs=tuple(builder.logprobs[shown[2] : builder.num_in_text]),
             finish_reason=builder.finish_reason,
             error=builder.error,
-            is_form=builder.is_form,
+            is_grammar_error=builder.is_grammar_error,
         )
         self._time(live, builder)
         if builder.finish_reason is not None:

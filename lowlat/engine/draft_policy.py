@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from lowlat.engine.request import Sequence
 
-MAX_DEPTH = 4
+MAX_DRAFT_TOKENS = 4
 """Drafts of a sequence in one step."""
 PRIOR = 0.5
 """Acceptance expected before any draft was verified."""
@@ -70,7 +70,7 @@ class StepCost:
         return max(mean_t - slope * mean_n, 1e-9), slope
 
 
-class DepthChoice:
+class DraftPolicy:
     """Shares out drafts among the sequences of a step where they are worth most."""
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ class DepthChoice:
                 break
             depths[sequence] += 1
             tokens, seconds = tokens - gain, seconds + slope
-            if depths[sequence] < min(MAX_DEPTH, most[sequence]):
+            if depths[sequence] < min(MAX_DRAFT_TOKENS, most[sequence]):
                 heapq.heappush(gains, (gain * self.acceptance(sequence), place, sequence))
         if tokens * plain <= len(most) * seconds:
             return dict.fromkeys(most, 0)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lowlat.engine.request import Chunk, Sequence
-from lowlat.engine.runner import Runner
-from lowlat.engine.scheduler import Work
+from lowlat.engine.runner import ModelRunner
+from lowlat.engine.scheduler import ScheduledChunk
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class _Kept:
 class _Turn:
     """One sequence's part of a round of drafting."""
 
-    work: Work
+    work: ScheduledChunk
     hidden: Tensor
     """Output of the module before, [positions, hidden], up to position `end`."""
     end: int
@@ -42,7 +42,7 @@ class _Turn:
     depth: int
     """Drafts wanted."""
     kept: _Kept
-    drafts: list[int] = field(default_factory=list)
+    draft_tokens: list[int] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     """Per module, what it was given."""
 
@@ -59,11 +59,11 @@ class _Turn:
     def following(self, module: int, count: int) -> list[int]:
         """Tokens module + 1 places after the last `count` positions before `end`, as far as they
         are known or drafted."""
-        known = [*self.sequence.tokens, *self.drafts]
+        known = [*self.sequence.tokens, *self.draft_tokens]
         return known[self.end - count + module + 1 : self.end + module + 1]
 
 
-def takes_part(item: Work, depths: Mapping[Sequence, int]) -> bool:
+def takes_part(item: ScheduledChunk, depths: Mapping[Sequence, int]) -> bool:
     """Whether the modules run over this part of a step.
 
     Sequences that want no draft are left out while they decode, so that what does not pay costs
@@ -72,20 +72,20 @@ def takes_part(item: Work, depths: Mapping[Sequence, int]) -> bool:
     sequence = item.sequence
     if sequence.finish_reason is not None or not sequence.pages:
         return False
-    return sequence.is_reading or item.form != "stream" or depths.get(sequence, 0) > 0
+    return sequence.is_prefilling or item.path != "decode" or depths.get(sequence, 0) > 0
 
 
 class MTPDrafter:
     """Runs the MTP modules after a step, over the tokens that the step made certain."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
         self._num_modules = runner.model.config.num_nextn_predict_layers
         self._kept: weakref.WeakKeyDictionary[Sequence, _Kept] = weakref.WeakKeyDictionary()
 
     @torch.inference_mode()
     def propose(
-        self, parts: SequenceOf[tuple[Work, Tensor]], depths: Mapping[Sequence, int]
+        self, parts: SequenceOf[tuple[ScheduledChunk, Tensor]], depths: Mapping[Sequence, int]
     ) -> None:
         """Set drafts; `parts` are the step's work that takes part, with its hidden states,
         `depths` the drafts wanted."""
@@ -96,9 +96,9 @@ class MTPDrafter:
             self._kept[turn.sequence] = self._keep(turn)
         self._repeat_last(turns)
         for turn in turns:
-            turn.sequence.drafts = turn.drafts[: turn.depth]
+            turn.sequence.draft_tokens = turn.draft_tokens[: turn.depth]
 
-    def _turn(self, item: Work, hidden: Tensor, depth: int) -> _Turn:
+    def _turn(self, item: ScheduledChunk, hidden: Tensor, depth: int) -> _Turn:
         # Rows of drafts that were not kept come last.
         end = min(item.start + item.length, item.sequence.num_cached)
         kept = self._kept.get(item.sequence, _Kept())
@@ -128,7 +128,7 @@ class MTPDrafter:
         for turn, states, token in zip(active, parts, best, strict=True):
             turn.hidden = states
             if turn.depth > 0:
-                turn.drafts.append(token)
+                turn.draft_tokens.append(token)
 
     def _keep(self, turn: _Turn) -> _Kept:
         """Module k goes on at the position k before the next new one."""
@@ -143,7 +143,7 @@ class MTPDrafter:
     def _repeat_last(self, turns: list[_Turn]) -> None:
         """Drafts beyond the modules: the last module over its own output, one place further."""
         module = self._num_modules - 1
-        active = [t for t in turns if len(t.drafts) == self._num_modules]
+        active = [t for t in turns if len(t.draft_tokens) == self._num_modules]
         for turn in active:
             turn.hidden = turn.hidden[-1:]
         place = 0
@@ -151,19 +151,19 @@ class MTPDrafter:
             active = [turn for turn in active if self._goes_on(turn, turn.end + place)]
             if not active:
                 return
-            chunks = [self._chunk(t, t.drafts[-1:], t.end + place) for t in active]
+            chunks = [self._chunk(t, t.draft_tokens[-1:], t.end + place) for t in active]
             states = torch.cat([turn.hidden for turn in active])
             outputs, logits = self._runner.mtp(module, states, chunks)
             best = logits.argmax(dim=-1).tolist()
             for turn, own, token in zip(active, outputs.split(1), best, strict=True):
                 turn.hidden = own
-                turn.drafts.append(token)
+                turn.draft_tokens.append(token)
             place += 1
 
     def _goes_on(self, turn: _Turn, position: int) -> bool:
         """Whether one more draft is wanted and there is a row for it."""
         rows = len(turn.sequence.pages) * self._runner.cache.page_size
-        return len(turn.drafts) < turn.depth and position < rows
+        return len(turn.draft_tokens) < turn.depth and position < rows
 
     def _chunk(self, turn: _Turn, ids: list[int], start: int) -> Chunk:
         return Chunk(
@@ -171,5 +171,5 @@ class MTPDrafter:
             start=start,
             pages=tuple(turn.sequence.pages),
             num_logits=1,
-            form=turn.work.form,
+            path=turn.work.path,
         )

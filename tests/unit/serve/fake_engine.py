@@ -1,4 +1,4 @@
-"""A bridge without an engine: answers are given beforehand, and what was asked is recorded."""
+"""An engine without an engine: answers are given beforehand, and what was asked is recorded."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -10,7 +10,7 @@ from lowlat.engine.stats import EngineStats, Histogram
 from lowlat.generate.completion import TokenLogprob
 from lowlat.generate.grammar import CompiledGrammar
 from lowlat.generate.model import Model
-from lowlat.serve.bridge import Bridge
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.generation import Delta, Generation, Overloaded
 from lowlat.text.tokenizer import Tokenizer
 from tests.fakes import byte_tokenizer, gqa_config, tiny_model
@@ -31,7 +31,7 @@ class Asked:
     prompt: list[int]
     params: SamplingParams
     grammar: CompiledGrammar | None
-    salt: bytes
+    cache_namespace: bytes
     priority: int
     deadline: float | None
     keep_special: frozenset[int]
@@ -45,7 +45,7 @@ class Answer:
     text: str = "Hello"
     finish_reason: FinishReason = "stop"
     error: str | None = None
-    is_form: bool = False
+    is_grammar_error: bool = False
     hangs: bool = False
     """Whether nothing more comes after the text."""
     seconds: float = 0.0
@@ -78,13 +78,13 @@ class FakeGeneration(Generation):
                 logprobs=(),
                 finish_reason=self._answer.finish_reason,
                 error=self._answer.error,
-                is_form=self._answer.is_form,
+                is_grammar_error=self._answer.is_grammar_error,
             )
         self.is_finished = True
 
     def _delta(self, index: int, number: int, byte: int) -> Delta:
         data = self._answer.text.encode()
-        # As the bridge does: text comes with the last byte of a character.
+        # As the engine does: text comes with the last byte of a character.
         before = data[:number].decode(errors="ignore")
         text = data[: number + 1].decode(errors="ignore").removeprefix(before)
         logprobs = ()
@@ -105,7 +105,7 @@ class FakeGeneration(Generation):
 
 
 @dataclass
-class FakeBridge(Bridge):
+class FakeEngine(AsyncEngine):
     """Gives `answer` to every prompt, or raises `refusal`."""
 
     model: Model = field(default_factory=tiny)
@@ -129,7 +129,7 @@ class FakeBridge(Bridge):
         params: SamplingParams,
         *,
         grammar: CompiledGrammar | None = None,
-        salt: bytes = b"",
+        cache_namespace: bytes = b"",
         priority: int = 0,
         deadline: float | None = None,
         keep_special: frozenset[int] = frozenset(),
@@ -142,7 +142,7 @@ class FakeBridge(Bridge):
             prompt=list(prompt),
             params=params,
             grammar=grammar,
-            salt=salt,
+            cache_namespace=cache_namespace,
             priority=priority,
             deadline=deadline,
             keep_special=keep_special,

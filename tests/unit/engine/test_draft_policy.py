@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowlat.engine.depth import MAX_DEPTH, PRIOR, RETRY, DepthChoice, StepCost
+from lowlat.engine.draft_policy import MAX_DRAFT_TOKENS, PRIOR, RETRY, DraftPolicy, StepCost
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import Request, RequestOptions, Sequence
 from lowlat.engine.sampler import SequenceSampler
@@ -30,18 +30,18 @@ def test_cost_of_a_step_is_learnt() -> None:
 
 
 def test_drafts_are_made_where_they_pay() -> None:
-    choice, one = DepthChoice(), sequence()
+    choice, one = DraftPolicy(), sequence()
     for _ in range(9):
         choice.stepped(1, 1.0)
         choice.stepped(5, 1.1)
         choice.verified(one, 4, 4)
-    assert choice.choose({one: 50}) == {one: MAX_DEPTH}
+    assert choice.choose({one: 50}) == {one: MAX_DRAFT_TOKENS}
     assert choice.choose({one: 2}) == {one: 2}
     assert choice.choose({one: 0}) == {one: 0}
 
 
 def test_drafts_end_where_they_do_not_pay_and_are_tried_again() -> None:
-    choice, one = DepthChoice(), sequence()
+    choice, one = DraftPolicy(), sequence()
     for _ in range(60):
         choice.stepped(1, 1.0)
         choice.stepped(2, 1.5)
@@ -52,7 +52,7 @@ def test_drafts_end_where_they_do_not_pay_and_are_tried_again() -> None:
 
 
 def test_a_sequence_whose_drafts_hold_gets_more_of_them() -> None:
-    choice, good, bad = DepthChoice(), sequence(), sequence()
+    choice, good, bad = DraftPolicy(), sequence(), sequence()
     for _ in range(30):
         choice.stepped(2, 1.0)
         choice.stepped(6, 1.4)
@@ -65,13 +65,15 @@ def test_a_sequence_whose_drafts_hold_gets_more_of_them() -> None:
 def test_a_round_of_drafts_must_pay_for_its_making() -> None:
     """Seconds of a step are 1 + 0.02 a token; making drafts costs so much whatever their number."""
     one = sequence()
-    for cost, wanted in ((0.5, MAX_DEPTH), (50.0, 0)):
-        choice = DepthChoice()
+    for cost, wanted in ((0.5, MAX_DRAFT_TOKENS), (50.0, 0)):
+        choice = DraftPolicy()
         for _ in range(20):
             choice.stepped(1, 1.02)
             choice.stepped(5, 1.1)
             choice.verified(one, 1, 1)
-        assert choice.choose({one: 50}) == {one: MAX_DEPTH}, "tried while the cost is not known"
+        assert choice.choose({one: 50}) == {one: MAX_DRAFT_TOKENS}, (
+            "tried while the cost is not known"
+        )
         for drafts in (1, 2, 4):
             choice.drafted(drafts, cost)
         assert choice.choose({one: 50}) == {one: wanted}
@@ -79,7 +81,7 @@ def test_a_round_of_drafts_must_pay_for_its_making() -> None:
 
 def test_each_draft_costs_its_part_of_a_round() -> None:
     """Holds shut: one draft taken to cost nearly what the four cost that were measured."""
-    choice, one = DepthChoice(), sequence()
+    choice, one = DraftPolicy(), sequence()
     for _ in range(20):
         choice.stepped(1, 1.0)
         choice.stepped(5, 1.1)
@@ -91,26 +93,26 @@ def test_each_draft_costs_its_part_of_a_round() -> None:
 
 def test_one_slow_round_does_not_end_drafts() -> None:
     """Holds shut: a machine that was busy once, and drafts never made again."""
-    choice, one = DepthChoice(), sequence()
+    choice, one = DraftPolicy(), sequence()
     for _ in range(20):
         choice.stepped(1, 1.0)
         choice.stepped(5, 1.1)
         choice.verified(one, 4, 4)
         choice.drafted(4, 0.2)
     choice.drafted(4, 1000.0)
-    assert choice.choose({one: 50}) == {one: MAX_DEPTH}
-    first = DepthChoice()
+    assert choice.choose({one: 50}) == {one: MAX_DRAFT_TOKENS}
+    first = DraftPolicy()
     for _ in range(20):
         first.stepped(1, 1.0)
         first.stepped(5, 1.1)
         first.verified(one, 4, 4)
     first.drafted(4, 1000.0)
     depths = [first.choose({one: 50})[one] for _ in range(RETRY + 2)]
-    assert depths[0] == 0 and depths[-1] == MAX_DEPTH
+    assert depths[0] == 0 and depths[-1] == MAX_DRAFT_TOKENS
 
 
 def test_new_sequences_begin_with_what_others_taught() -> None:
-    choice, old, new = DepthChoice(), sequence(), sequence()
+    choice, old, new = DraftPolicy(), sequence(), sequence()
     assert choice.acceptance(new) == PRIOR
     for _ in range(300):
         choice.verified(old, 2, 0)

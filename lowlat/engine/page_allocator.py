@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 
-class PagePool:
+class PageAllocator:
     """Page numbers 0 .. num_pages - 1, each in exactly one of three states:
 
     free    nobody holds it, its rows mean nothing;
@@ -24,11 +24,11 @@ class PagePool:
     thread-safe: only the engine's thread calls it. A page may be written only by a sequence that is
     its one holder (`is_shared` is false) and, once it is kept, by nobody. A caller that breaks the
     contract (releases a free page, allocates more than `num_available`) gets an AssertionError,
-    under `python -O` too, and the pool stays as it was.
+    under `python -O` too, and the allocator stays as it was.
     """
 
     def __init__(self, num_pages: int) -> None:
-        require(num_pages >= 0, "a pool cannot have a negative number of pages")
+        require(num_pages >= 0, "an allocator cannot have a negative number of pages")
         self._ref_counts = [0] * num_pages
         self._is_kept = bytearray(num_pages)
         # A heap: the lowest number is taken first, so a lone sequence's pages follow each other
@@ -110,8 +110,8 @@ class PagePool:
 
     def listen(self, on_evict: Callable[[int], None]) -> None:
         """Have `on_evict` called with each page that is kept no more, before it changes hands. A
-        pool has one listener."""
-        require(self._on_evict is None, "another index listens to the pool")
+        allocator has one listener."""
+        require(self._on_evict is None, "another index listens to the allocator")
         self._on_evict = on_evict
 
     def keep(self, page: int) -> None:
@@ -154,7 +154,7 @@ class PagePool:
         return list(self._cached)
 
     def grow(self, num_pages: int) -> None:
-        """Extend the pool to `num_pages` pages; every page keeps its number and its state."""
+        """Extend the allocator to `num_pages` pages; every page keeps its number and its state."""
         if num_pages < self.num_pages:
             raise AssertionError(f"{self.num_pages} pages cannot become {num_pages}")
         added = range(self.num_pages, num_pages)
@@ -166,7 +166,7 @@ class PagePool:
     def check_integrity(self, holders: Iterable[Iterable[int]] | None = None) -> None:
         """Raise AssertionError unless every page is in one state and the lists of free and cached
         pages agree with counts and marks, and `holders` (the page list of every sequence), where
-        given, account for exactly the pages in use. Takes time for every page of the pool."""
+        given, account for exactly the pages in use. Takes time for every page of the allocator."""
         free, cached = set(self._free), set(self._cached)
         require(len(free) == len(self._free), "a page is on the free list twice")
         require(not free & cached, "a page is both free and cached")
