@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowlat.attention.int8_entry import entry_bytes, pack_entries, unpack_entries
 from lowlat.config.model import ModelConfig
-from lowlat.utils import large_pages
+from lowlat.utils import huge_pages as large_pages
 
 PAGE_SIZE = 64
 

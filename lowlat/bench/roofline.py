@@ -19,9 +19,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from lowlat.bench.plan import Cell
-from lowlat.config.arithmetic import count_parameters
-from lowlat.config.memory import read_bytes
 from lowlat.config.model import AttentionConfig, GQAConfig, ModelConfig, TPAConfig
+from lowlat.config.parameter_count import count_parameters
+from lowlat.config.weight_memory import read_bytes
 
 RATES = {
     "fp32": "gemm_fp32",

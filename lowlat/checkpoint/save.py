@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lowlat.checkpoint.cachefolder import sync_folder
-from lowlat.checkpoint.index import INDEX_FILE, SINGLE_FILE
+from lowlat.checkpoint.fetch.cache_dir import sync_folder
+from lowlat.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE
 from lowlat.checkpoint.mapping import operations
-from lowlat.checkpoint.shard_writer import ShardWriter
-from lowlat.config.hf import config_to_hf
+from lowlat.checkpoint.safetensors.writer import ShardWriter
+from lowlat.config.hf.reader import config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.model.quant import packed_type
 from lowlat.model.transformer import Transformer

@@ -105,7 +105,7 @@ def serve(
     from lowlat.cli.inputs import load_model
     from lowlat.serve.async_engine import AsyncEngine
     from lowlat.serve.config import ServeConfig, read_keys
-    from lowlat.serve.logs import configure
+    from lowlat.serve.http.logs import configure
     from lowlat.serve.run import open_socket, run, url_of
 
     if name == "":

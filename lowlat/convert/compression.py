@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from lowlat.checkpoint.cachefolder import sha256_file
-from lowlat.checkpoint.restart import hold
+from lowlat.checkpoint.fetch.cache_dir import sha256_file
+from lowlat.checkpoint.resumable_writer import hold
 from lowlat.config.model import ModelConfig
 from lowlat.convert.budget import STEP, row_budget
 from lowlat.convert.calibration import Calibration, read_calibration

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from lowlat.config.families import LOWLAT
+from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from lowlat.convert.budget import STEP, Costs, LayerCosts, Price, Widths, even_widths, free_widths
 from lowlat.convert.calibration import Calibration

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlat.checkpoint.index import weight_files
-from lowlat.config.arithmetic import cache_cost, count_parameters
+from lowlat.checkpoint.hf_folder import weight_files
 from lowlat.config.attention import ModelAttention, distinct, entry_widths, short_name
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from lowlat.config.parameter_count import cache_cost, count_parameters
 from lowlat.convert import report_plot
 from lowlat.convert.compress import CompressionReport
 

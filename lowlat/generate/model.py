@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowlat.attention.cache import cache_bytes_per_token
-from lowlat.config.arithmetic import count_parameters
 from lowlat.config.attention import entry_widths, short_name
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
+from lowlat.config.parameter_count import count_parameters
 from lowlat.engine import scoring
 from lowlat.engine.cache_size import new_runner
 from lowlat.engine.constraint import Constraint

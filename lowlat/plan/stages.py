@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-from lowlat.config.arithmetic import (
+from lowlat.config.attention import GLAConfig, MLAConfig
+from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import (
     attention_parameters,
     expert_parameters,
     gate_parameters,
     mlp_parameters,
 )
-from lowlat.config.attention import GLAConfig, MLAConfig
-from lowlat.config.model import ModelConfig
 from lowlat.plan.flops import Work, head_flops, layer_work, mtp_work
 from lowlat.plan.job import BIDIRECTIONAL, Layout
 

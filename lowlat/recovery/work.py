@@ -27,10 +27,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lowlat.checkpoint.cachefolder import sync_folder
-from lowlat.checkpoint.restart import check_same, hold, partial_path
+from lowlat.checkpoint.fetch.cache_dir import sync_folder
+from lowlat.checkpoint.resumable_writer import check_same, hold, partial_path
 from lowlat.checkpoint.save import refuse_existing, sync_parent
-from lowlat.train.checkpoints.disk import replace_file
+from lowlat.utils.atomic_files import replace_file
 from lowlat.utils.errors import UserError
 
 REQUEST, PLACED = "request.json", "placed"

@@ -16,20 +16,20 @@ from starlette.routing import Route
 
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.endpoint import JsonEndpoint
-from lowlat.serve.errors import answer_error
 from lowlat.serve.generation import Draining, EngineDead, Overloaded
-from lowlat.serve.grammars import Grammars
-from lowlat.serve.observe import Observer
-from lowlat.serve.openapi import openapi_route
-from lowlat.serve.operations import POSTS
-from lowlat.serve.pages import page_routes
-from lowlat.serve.prometheus import Metrics
-from lowlat.serve.protocol.failure import RequestError
-from lowlat.serve.routes_info import InfoRoutes
-from lowlat.serve.security import Guard
-from lowlat.serve.services import Services
-from lowlat.serve.workers import WorkPool
+from lowlat.serve.http.access_log import Observer
+from lowlat.serve.http.errors import answer_error
+from lowlat.serve.http.security import Guard
+from lowlat.serve.http.workers import WorkPool
+from lowlat.serve.metrics import Metrics
+from lowlat.serve.protocol.errors import RequestError
+from lowlat.serve.routes.endpoint import JsonEndpoint
+from lowlat.serve.routes.models import InfoRoutes
+from lowlat.serve.routes.openapi import openapi_route
+from lowlat.serve.routes.operations import POSTS
+from lowlat.serve.routes.pages import page_routes
+from lowlat.serve.state import Services
+from lowlat.serve.structured_outputs import Grammars
 from lowlat.utils.errors import UserError
 
 _HANDLED = (RequestError, UserError, Overloaded, Draining, EngineDead, HTTPException)

@@ -14,13 +14,13 @@ from collections.abc import Callable
 
 import uvicorn
 
-from lowlat.serve import limits
 from lowlat.serve.app import build_app, make_services
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.connection import connection_class
-from lowlat.serve.logs import log
-from lowlat.serve.services import Services
+from lowlat.serve.http.connection import connection_class
+from lowlat.serve.http.logs import log
+from lowlat.serve.protocol import limits
+from lowlat.serve.state import Services
 from lowlat.utils.errors import UserError
 
 BACKLOG = 2048

@@ -21,7 +21,7 @@ from lowlat.serve import run as run_module
 from lowlat.serve.app import build_app, make_services
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.services import Services
+from lowlat.serve.state import Services
 from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config
 
 from .wire import SECONDS

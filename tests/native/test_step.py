@@ -15,7 +15,7 @@ from lowlat.attention.cache import PagedCache
 from lowlat.attention.cached import CachedAttention
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.attention.path import DECODE_TOKENS, AttentionPath
-from lowlat.config.hf import config_from_hf
+from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.model import ModelConfig
 from lowlat.model.linear import Linear
 from lowlat.model.native import NativeModel, has_native_form

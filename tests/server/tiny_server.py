@@ -11,7 +11,7 @@ import torch
 from lowlat.generate.model import Model
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.logs import configure
+from lowlat.serve.http.logs import configure
 from lowlat.serve.run import run
 from tests.fakes import gqa_config, tiny_model
 from tests.unit.serve.templates import tokenizer_of

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from lowlat.train.checkpoints import disk
 from lowlat.train.checkpoints.errors import SaveError
 from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.utils import atomic_files as disk
 from lowlat.utils.errors import UserError
 
 from .power import after

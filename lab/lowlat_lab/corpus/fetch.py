@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowlat.checkpoint.cachefolder import (
+from lowlat.checkpoint.fetch.cache_dir import (
     cache_dir,
     checked_digest,
     disk_faults,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlat.checkpoint.cachefolder import NO_SPACE, sync_folder
+from lowlat.checkpoint.fetch.cache_dir import NO_SPACE, sync_folder
 from lowlat.utils.errors import UserError
 from lowlat_lab.corpus.document import Document, Member
 from lowlat_lab.corpus.extract import Extracted

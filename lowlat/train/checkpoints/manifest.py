@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlat.train.checkpoints.disk import CHUNK, FileRecord
 from lowlat.train.checkpoints.errors import BrokenSaveError, reading
+from lowlat.utils.atomic_files import CHUNK, FileRecord
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Task
 from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object, quoted

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.safetensors_file import DTYPES
-from lowlat.train.checkpoints.disk import FileRecord, write_new
+from lowlat.checkpoint.safetensors.reader import DTYPES
+from lowlat.utils.atomic_files import FileRecord, write_new
 
 ALIGNMENT = 64
 """Where the data begin, a multiple of this: the mapped tensors are aligned for vector loads."""

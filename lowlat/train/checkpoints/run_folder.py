@@ -19,8 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import final
 
-from lowlat.train.checkpoints.disk import make_folder, replace_file
 from lowlat.train.checkpoints.errors import using
+from lowlat.utils.atomic_files import make_folder, replace_file
 from lowlat.utils.errors import UserError
 
 

@@ -16,17 +16,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowlat.train.checkpoints.disk import (
+from lowlat.train.checkpoints.checkpoint import FACTS_FILE, PART_SUFFIX, folder_name, open_parts
+from lowlat.train.checkpoints.errors import BrokenSaveError, SaveError, reading
+from lowlat.train.checkpoints.manifest import MANIFEST_FILE, Manifest, check_part_name
+from lowlat.train.checkpoints.part import NamedTensor, write_part
+from lowlat.utils.atomic_files import (
     FileRecord,
     move_folder,
     remove_folder,
     sync_folder,
     write_new,
 )
-from lowlat.train.checkpoints.errors import BrokenSaveError, SaveError, reading
-from lowlat.train.checkpoints.manifest import MANIFEST_FILE, Manifest, check_part_name
-from lowlat.train.checkpoints.part import NamedTensor, write_part
-from lowlat.train.checkpoints.save import FACTS_FILE, PART_SUFFIX, folder_name, open_parts
 from lowlat.utils.progress import amount
 from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object
 

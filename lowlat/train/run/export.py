@@ -13,14 +13,13 @@ from torch import Tensor
 
 from lowlat.checkpoint.mapping import ROUTER_BIAS
 from lowlat.checkpoint.save import file_tensors, text_files, write_checkpoint
-from lowlat.config.hf import config_from_hf, config_to_hf
+from lowlat.config.hf.reader import config_from_hf, config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.model.stacking import unstacked
-from lowlat.train.checkpoints.disk import sync_folder, write_new
+from lowlat.train.checkpoints.checkpoint import Save, folder_name
 from lowlat.train.checkpoints.errors import writing
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.save import Save, folder_name
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import Saves
 from lowlat.train.parallel.team import Team
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.train.run.build import started
@@ -29,6 +28,7 @@ from lowlat.train.run.state import MODEL, part
 from lowlat.train.step.fp8 import save_fp8
 from lowlat.train.step.lora import base_dtype, merged
 from lowlat.train.step.teacher import teacher_fingerprint
+from lowlat.utils.atomic_files import sync_folder, write_new
 from lowlat.utils.device import parse_dtype
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from lowlat.checkpoint.save import save_model
 from lowlat.cli.info import DTYPES, Subject, find, info, machine_of
 from lowlat.cli.info_view import show
-from lowlat.config.arithmetic import count_parameters
-from lowlat.config.hf import config_to_hf
+from lowlat.config.hf.reader import config_to_hf
 from lowlat.config.model import Packing
+from lowlat.config.parameter_count import count_parameters
 from lowlat.config.presets import load_preset, preset_names
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError

@@ -33,7 +33,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[AsyncEngine, ServeConf
         on_ready()
 
     monkeypatch.setattr("lowlat.serve.run.run", run)
-    monkeypatch.setattr("lowlat.serve.logs.configure", lambda: None)
+    monkeypatch.setattr("lowlat.serve.http.logs.configure", lambda: None)
     return calls
 
 

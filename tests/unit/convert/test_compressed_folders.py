@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lowlat.attention.packed import PackedAttention
-from lowlat.checkpoint import restart
+from lowlat.checkpoint import resumable_writer as restart
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig

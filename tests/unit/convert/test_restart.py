@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from lowlat.checkpoint import restart
-from lowlat.checkpoint.planned_files import Stretch
-from lowlat.checkpoint.restart import partial_path
+from lowlat.checkpoint import resumable_writer as restart
+from lowlat.checkpoint.file_layout import Stretch
+from lowlat.checkpoint.resumable_writer import partial_path
 from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError
 from tests.unit.checkpoint.builders import FAMILIES, edit_config, rewrite, write_model
@@ -203,7 +203,7 @@ def test_an_existing_destination_is_left_alone(place: Path) -> None:
 CHILD = """
 import sys
 from pathlib import Path
-from lowlat.checkpoint import restart
+from lowlat.checkpoint import resumable_writer as restart
 from lowlat.convert.run import convert
 
 real = restart._write

@@ -10,8 +10,8 @@ import torch
 
 import lowlat
 from lowlat import api
-from lowlat.checkpoint.fetch import FetchedFile
-from lowlat.checkpoint.names import MODEL_PRESETS
+from lowlat.checkpoint.fetch.model_names import MODEL_PRESETS
+from lowlat.checkpoint.fetch.pypi import FetchedFile
 from lowlat.checkpoint.save import save_model
 from lowlat.generate.completion import Completion
 from lowlat.utils.errors import UserError

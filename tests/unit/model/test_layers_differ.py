@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.attention.path import choose_path
-from lowlat.config.arithmetic import cache_cost
 from lowlat.config.attention import expansion_break_even, short_name
 from lowlat.config.model import MLAConfig, ModelConfig, RopeConfig
+from lowlat.config.parameter_count import cache_cost
 from lowlat.engine import scoring
 from lowlat.engine.runner import ModelRunner
 from tests.lowlat_configs import (

@@ -7,9 +7,9 @@ import torch
 
 from lowlat.attention.flash import FlashAttention
 from lowlat.attention.packed import PackedAttention
-from lowlat.config.arithmetic import cache_cost, count_parameters
-from lowlat.config.memory import weight_bytes
 from lowlat.config.model import ModelConfig, QuantConfig
+from lowlat.config.parameter_count import cache_cost, count_parameters
+from lowlat.config.weight_memory import weight_bytes
 from lowlat.engine import scoring
 from lowlat.engine.runner import ModelRunner
 from lowlat.model.init import init_weights

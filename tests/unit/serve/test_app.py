@@ -8,10 +8,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from lowlat.serve.app import build_app, make_services
-from lowlat.serve.call import Call
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Draining, EngineDead, Overloaded
-from lowlat.serve.protocol.models import ErrorResponse
+from lowlat.serve.protocol.errors import ErrorResponse
+from lowlat.serve.routes.context import Call
 from lowlat.utils.errors import UserError
 
 from .conftest import URL, MakeClient

@@ -16,7 +16,7 @@ from lowlat.engine.request import Chunk
 from lowlat.engine.runner import ModelRunner
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler, GrammarState
 from lowlat.generate.structured import Choice
-from lowlat.serve import async_engine as bridge_module
+from lowlat.serve import async_engine
 from lowlat.serve import watchdog as pulse
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
@@ -56,14 +56,14 @@ def poison_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def poison_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    push = bridge_module.CompletionBuilder.push
+    push = async_engine.CompletionBuilder.push
 
     def broken(self: Any, event: Any) -> None:
         if POISON in self.request.prompt:
             raise RuntimeError("the tokenizer broke")
         push(self, event)
 
-    monkeypatch.setattr(bridge_module.CompletionBuilder, "push", broken)
+    monkeypatch.setattr(async_engine.CompletionBuilder, "push", broken)
 
 
 def poison_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_a_fault_of_the_engine_itself_is_told_to_everybody() -> None:
 
 
 def test_an_engine_that_stands_still_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge_module, "STALL_SECONDS", 0.05)
+    monkeypatch.setattr(async_engine, "STALL_SECONDS", 0.05)
     released = threading.Event()
     model = counting_model()
     step = model.engine.step
@@ -169,16 +169,16 @@ def hold(kind: type, name: str, patch: pytest.MonkeyPatch) -> threading.Event:
         (Engine, "step"),
         (Engine, "abort"),
         (Engine, "check_integrity"),
-        (bridge_module.CompletionBuilder, "push"),
+        (async_engine.CompletionBuilder, "push"),
     ],
 )
 def test_a_thread_that_hangs_anywhere_is_not_healthy(
     kind: type, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Holds shut: a /health that looks at the model's step alone."""
-    monkeypatch.setattr(bridge_module, "STALL_SECONDS", 0.1)
-    monkeypatch.setattr(bridge_module, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(bridge_module, "IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(async_engine, "STALL_SECONDS", 0.1)
+    monkeypatch.setattr(async_engine, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(async_engine, "IDLE_SECONDS", 0.01)
     released = hold(kind, name, monkeypatch)
 
     async def use(engine: AsyncEngine) -> None:
@@ -198,8 +198,8 @@ def test_a_long_step_that_computes_is_healthy_until_it_hangs(
 ) -> None:
     """Holds shut: a server taken out of service for reading a long prompt, and one that no longer
     notices a hang because a step was slow once."""
-    monkeypatch.setattr(bridge_module, "STALL_SECONDS", 1.5)
-    monkeypatch.setattr(bridge_module, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(async_engine, "STALL_SECONDS", 1.5)
+    monkeypatch.setattr(async_engine, "LOOK_SECONDS", 0.1)
     model = counting_model()
     step, hanging, released = model.engine.step, threading.Event(), threading.Event()
 
@@ -225,8 +225,8 @@ def test_a_long_step_that_computes_is_healthy_until_it_hangs(
 
 
 def test_a_step_that_computes_without_end_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge_module, "STALL_SECONDS", 0.2)
-    monkeypatch.setattr(bridge_module, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(async_engine, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(async_engine, "LOOK_SECONDS", 0.1)
     monkeypatch.setattr(pulse, "LONGEST_STEP_SECONDS", 0.5)
     model = counting_model()
     step, released = model.engine.step, threading.Event()

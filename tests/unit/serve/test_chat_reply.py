@@ -139,7 +139,7 @@ def test_logprobs_go_with_the_text(client: TestClient, engine: FakeEngine) -> No
 def test_faults_in_a_template_stay_with_their_request(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lowlat.serve import routes_chat
+    from lowlat.serve.routes import chat as routes_chat
 
     def fail(*args: Any) -> Any:
         raise RecursionError("secret")

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve import endpoint, routes_chat, routes_completions
-from lowlat.serve.grammars import Grammars
+from lowlat.serve.routes import chat as routes_chat
+from lowlat.serve.routes import completions as routes_completions
+from lowlat.serve.routes import endpoint
+from lowlat.serve.structured_outputs import Grammars
 
 from .conftest import MakeClient
 from .fake_engine import NAME, FakeEngine

@@ -123,7 +123,7 @@ def test_leaving_while_the_prompt_is_made(
     """Holds shut: a generation that begins after its client left, and that nobody ends."""
     import threading
 
-    from lowlat.serve import routes_chat
+    from lowlat.serve.routes import chat as routes_chat
 
     started, may_end = threading.Event(), threading.Event()
     prepare = routes_chat.prepare_chat

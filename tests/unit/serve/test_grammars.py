@@ -17,8 +17,8 @@ from lowlat.serve.app import build_app, make_services
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Overloaded
-from lowlat.serve.grammars import LEAST_BYTES, Grammars, HeldBytes
-from lowlat.serve.services import Services
+from lowlat.serve.state import Services
+from lowlat.serve.structured_outputs import LEAST_BYTES, Grammars, HeldBytes
 from tests.fakes import byte_tokenizer, gqa_config, tiny_model
 
 from .fake_engine import FakeEngine

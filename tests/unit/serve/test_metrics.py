@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from lowlat.serve.logs import LOGGER, REQUEST_ID, JsonFormatter, choose_request_id, log
+from lowlat.serve.http.logs import LOGGER, REQUEST_ID, JsonFormatter, choose_request_id, log
 
 from .conftest import MakeClient
 from .fake_engine import NAME, FakeEngine

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.answer import AnswerParser, ReasoningMarks, Thinking
-from lowlat.serve.call import Call
+from lowlat.serve.chat.output_parser import AnswerParser, ReasoningMarks, Thinking
 from lowlat.serve.generation import Delta
 from lowlat.serve.protocol.messages import AssistantMessage
 from lowlat.serve.protocol.responses import ResponsesRequest
 from lowlat.serve.protocol.responses_output import ResponseObject
-from lowlat.serve.responses_chat import as_chat
-from lowlat.serve.responses_output import Output
-from lowlat.serve.responses_reply import ResponsesReply
-from lowlat.serve.tools.parts import (
+from lowlat.serve.routes.context import Call
+from lowlat.serve.routes.responses import ResponsesReply
+from lowlat.serve.routes.responses_input import as_chat
+from lowlat.serve.routes.responses_output import Output
+from lowlat.serve.tool_parsers.parts import (
     ContentPart,
     ReasoningPart,
     ToolCallArguments,

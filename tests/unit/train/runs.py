@@ -17,9 +17,9 @@ from torch import Tensor
 from lowlat.data.layout import SPLITS, FolderFacts, id_type
 from lowlat.data.vocabulary import end_of_text, fim_tokens
 from lowlat.data.writer import SplitWriter, partial_folder, write_facts, write_tokenizer
+from lowlat.train.checkpoints.checkpoint import Save
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.save import Save
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import Saves
 from lowlat.train.metrics.record import EvalRecord, StepRecord
 from lowlat.train.metrics.runlog import Fact, RunLog
 from lowlat.train.recipe.schema import Recipe, parse_recipe
