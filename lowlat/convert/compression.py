@@ -100,7 +100,7 @@ def check_reach(compression: Compression, config: ModelConfig) -> None:
             "--cache: the model has MTP modules, whose attention is not calibrated; leave out "
             "--cache, and they are converted exactly with all else"
         )
-    rotary, row = RECIPES[compression.recipe].rotary, source.row_dim
+    rotary, row = RECIPES[compression.recipe].rotary, source.entry_dim
 
     def turning(budget: int) -> int:
         if rotary is None:
