@@ -21,12 +21,12 @@ void run(void (*kernel)(Team&, const Pass&), const Pass& pass) {
   pool()->run([&](Team& team) { kernel(team, pass); });
 }
 
-// Numbers of the type `is_bf16` says, in one piece.
+// Contiguous values of the type that `is_bf16` selects.
 Values values(const Array& array, const char* name, bool is_bf16, std::initializer_list<std::int64_t> shape) {
   return {elements<void>(array, name, is_bf16 ? Type::bf16 : Type::fp32, shape), is_bf16};
 }
 
-// Rows of numbers that may be columns of a wider matrix; `stride` must be that of `like`.
+// Values whose rows may be columns of a wider matrix; `stride` must equal that of `like`.
 Values strided(const Array& array, const char* name, bool is_bf16, std::int64_t rows, std::int64_t size,
                std::int64_t stride) {
   check(array, name, is_bf16 ? Type::bf16 : Type::fp32, {rows, size});
@@ -172,7 +172,7 @@ void combine(const Array& rows, const std::optional<Array>& factors, const Array
   run(ops(level).combine, pass);
 }
 
-// Rows of every expert, which are not negative and as many as there are.
+// The row count of every expert: none negative, their sum the number of rows.
 const std::int64_t* group_counts(const Array& counts, std::int64_t experts, std::int64_t rows) {
   const auto* each = elements<std::int64_t>(counts, "counts", Type::int64, {experts});
   std::int64_t left = rows;

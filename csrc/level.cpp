@@ -1,5 +1,6 @@
-// One level of instructions: compiled once per level with its flags and its LOWLAT_<LEVEL> defined. Everything here
-// lives in the level's own namespace; the table at the end is the only symbol others see (cmake/levels.cmake).
+// One instruction-set level (AMX, AVX-512, AVX2, NEON or portable): compiled once per level with its flags and
+// LOWLAT_<LEVEL> defined. Everything is in the level's own namespace; the function table at the end is its only
+// exported symbol (cmake/levels.cmake).
 #include "ops.h"
 
 #include <cstring>
@@ -87,7 +88,7 @@ void store_rows(Team& team, const bf16* rows, std::int64_t count, std::int64_t r
   });
 }
 
-// The query rows of one group of heads at one position, split by split as the keys lie.
+// The query rows of one head group at one position, split by split along the keys.
 void attend_position(const PagedAttention& a, std::int64_t query, std::int64_t group, Scratch& scratch) {
   const std::int64_t rows = a.heads / a.kv_heads, row = query * a.heads + group * rows;
   const std::int64_t last = a.start + query + 1, first = a.window > 0 ? most(0, last - a.window) : 0;

@@ -1,4 +1,4 @@
-// What one step of a model at a time uses: its memory and the lock on it, new ones in a forked child.
+// Per-model step state: the workspace and its mutex, recreated in a forked child.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct Stage {
   Workspace work;
 };
 
-// The stage of this process. A child forgets its parent's, which a step may have locked there, and half changed.
+// The step state of this process. A forked child abandons its parent's, which may be locked and half written.
 class OwnStage {
  public:
   OwnStage() = default;
@@ -25,7 +25,7 @@ class OwnStage {
   OwnStage(const OwnStage&) = delete;
   OwnStage& operator=(const OwnStage&) = delete;
 
-  // Called with Python's lock.
+  // Requires the GIL.
   Stage& get(const Model& model) {
     leave_to_parent();
     if (!stage_) stage_ = std::make_unique<Stage>(model);

@@ -1,8 +1,8 @@
-// Attention in training: whole sequences, 64 queries at a time, forward by 256 keys and backward by 64 (FlashAttention-2,
-// arXiv 2307.08691, with the rows of a head as panels of the one product).
+// Flash attention for training: causal, whole sequences, 64 queries at a time, forward by 256 keys and backward by 64
+// (FlashAttention-2, arXiv 2307.08691). The rows of a head are packed as GEMM panels.
 //
-// A key-value head of a sequence is one piece of work of one thread, and its sums go in one order: the bits do not
-// depend on the number of threads.
+// A KV head of a sequence is one work item of one thread, and its sums have a fixed order: bits do not depend on the
+// number of threads.
 #pragma once
 
 #include <cmath>
@@ -15,13 +15,13 @@
 namespace lowlat::LOWLAT_ISA::causal {
 
 constexpr std::int64_t kBlock = kKeyBlock;
-constexpr int kForwardBlocks = 4;  // of keys, that share a step of the forward softmax
+constexpr int kForwardBlocks = 4;  // key blocks per step of the forward softmax
 constexpr std::int64_t kForwardKeys = kForwardBlocks * kBlock;
-constexpr float kNever = 1e30f;  // log total of a query that is not there: every weight is 0
+constexpr float kNever = 1e30f;  // logsumexp of a padding query: every weight is 0
 
 inline std::int64_t blocks_of(std::int64_t length) { return (length + kBlock - 1) / kBlock; }
 
-// A head's rows as panels, block by block: as they lie (products with rows), and turned (products that sum over them).
+// A head's rows as panels, block by block: row-major (products with rows), and transposed (sums over rows).
 struct HeadPanels {
   Panel* rows = nullptr;    // [blocks, 4 tiles, panels of width]
   Panel* turned = nullptr;  // [blocks, tiles of width rounded up to 2, 2]
@@ -34,7 +34,7 @@ struct HeadPanels {
   std::int64_t block_length(std::int64_t block) const { return least(kBlock, length - block * kBlock); }
 };
 
-// Without a buffer for one of the two, the other alone.
+// With one buffer alone, packs that form alone.
 inline HeadPanels make_panels(const bf16* from, std::int64_t step, std::int64_t length, std::int64_t width, Buffer* rows,
                               Buffer* turned) {
   HeadPanels head;
@@ -80,7 +80,7 @@ struct HeadAt {
   std::int64_t start, length, head, kv_head;
 };
 
-// Memory of a thread.
+// Scratch of a thread.
 struct Memory {
   Buffer key_rows, key_turned, value_turned, query_rows, query_turned, grad_rows, grad_turned;
   Buffer q, k, v, scores, products, weights, slopes, turned, tops, totals, values, first, last, logs, along;
@@ -89,7 +89,7 @@ struct Memory {
 
 // --- forward -------------------------------------------------------------------------------------------------------------
 
-// A head's keys and values as panels, a span after the other.
+// A head's keys and values as panels, one span after another.
 struct HeadSpans {
   Panel* keys;
   Panel* values;
@@ -151,8 +151,8 @@ inline void forward_head(const CausalPass& p, const HeadAt& at, const HeadSpans&
 
 // --- backward ------------------------------------------------------------------------------------------------------------
 
-// weights [keys, 64] = exp(score - log total), slopes = weights * (product - along) * scale, both turned: a row is a key,
-// a column a query. In the block on the diagonal a key is seen from its own query on.
+// Recomputes weights [keys, 64] = exp(score - logsumexp) and score gradients `slopes` = weights * (product - along) *
+// scale, both key-major. In the diagonal block a query attends to keys up to its own.
 inline void turned_weights(std::int64_t keys, bool is_diagonal, float scale, const float* scores, const float* products,
                            const float* logs, const float* along, bf16* weights, bf16* slopes) {
   const F by = set1(scale), end = set1(static_cast<float>(kBlock));
@@ -174,7 +174,7 @@ inline void turned_weights(std::int64_t keys, bool is_diagonal, float scale, con
   }
 }
 
-// The sums of grad * out of every query, which softmax takes off.
+// delta = rowsum(grad * out) of every query, the softmax Jacobian's correction term.
 inline void sums_along(const CausalPass& p, const HeadAt& at, float* logs, float* along) {
   const std::int64_t rows = round_up(at.length, kBlock);
   for (std::int64_t r = 0; r < rows; ++r) {
@@ -193,7 +193,7 @@ inline void sums_along(const CausalPass& p, const HeadAt& at, float* logs, float
   }
 }
 
-// Sums of one key-value head in fp32: gradients of its keys and values, and of the queries of one head.
+// Gradients of one KV head's keys and values, and of one head's queries, accumulated in fp32.
 struct Sums {
   float* k;  // [length, k_stride]
   float* v;  // [length, v_stride]
@@ -201,7 +201,7 @@ struct Sums {
   std::int64_t k_stride, v_stride;
 };
 
-// Adds what the queries of one head say to the sums.
+// Adds the contributions of one query head.
 inline void backward_head(const CausalPass& p, const HeadAt& at, const bf16* k, const bf16* v, const HeadPanels& keys_turned,
                           const Sums& sums, Memory& memory) {
   const std::int64_t q_step = p.heads * p.key_dim, v_step = p.heads * p.value_dim, blocks = blocks_of(at.length);
@@ -243,7 +243,7 @@ inline void write_rows(const float* from, std::int64_t stride, std::int64_t rows
   }
 }
 
-// All query heads of one key-value head of one sequence.
+// All query heads of one KV head of one sequence.
 inline void backward_group(const CausalPass& p, HeadAt at, Memory& memory) {
   const std::int64_t k_step = p.kv_heads * p.key_dim, v_step = p.kv_heads * p.value_dim, group = p.heads / p.kv_heads;
   const bf16* k_from = p.k + at.start * k_step + at.kv_head * p.key_dim;

@@ -1,12 +1,12 @@
-// Forward KL of a student's next-token distributions from a teacher's, one row of logits at a time: the loss and its
-// gradient while the row lies in the cache. fp32 inside, rounded once.
+// KL divergence loss for distillation: forward KL of a student's next-token distribution from a teacher's and its
+// gradient, one row of logits at a time while the row is in cache. fp32 inside, rounded once.
 #pragma once
 
 #include "training.h"
 
 namespace lowlat::LOWLAT_ISA::training {
 
-// Logits below the largest of their row, and the weights e^ of them, of student (q) and teacher (p).
+// Logits minus their row's maximum, and the exponentials, of student (q) and teacher (p).
 struct Shares {
   F below_q, below_p, q, p;
 };

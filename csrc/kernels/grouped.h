@@ -1,7 +1,8 @@
-// Products of rows that are sorted by expert with the matrix of each expert, and the gradients of those matrices.
+// Grouped GEMM for mixture-of-experts training: rows sorted by expert times their expert's matrix, and weight
+// gradients.
 //
-// Matrices of fp32 are rounded to bf16 where they are turned into panels, gradients are written in fp32: neither has a
-// copy in memory. Every output is one chain of operations, so the bits do not depend on the number of threads.
+// fp32 matrices are rounded to bf16 while they are packed into panels, gradients are written in fp32: no copy of
+// either in memory. Every output is one chain of operations, so bits do not depend on the number of threads.
 #pragma once
 
 #include <vector>
@@ -14,8 +15,8 @@
 namespace lowlat::LOWLAT_ISA::grouped {
 
 constexpr std::int64_t kRowBlock = 256;   // activation rows whose products a thread holds
-constexpr std::int64_t kOuterRows = 512;  // rows that a gradient is summed over at once
-constexpr std::int64_t kChunk = 4;        // strips of 32 columns a thread takes at a time
+constexpr std::int64_t kOuterRows = 512;  // rows that a weight gradient is summed over at once
+constexpr std::int64_t kChunk = 4;        // strips of 32 columns per work item
 
 // Columns [column, column + 32) of a row as bf16 pairs, zero from `columns` on.
 inline P row_of(const bf16* row, std::int64_t column, std::int64_t columns) {
@@ -38,7 +39,7 @@ struct ExpertMatrix {
   }
 };
 
-// Panels of 32 rows of a matrix against its columns, two tiles one after the other.
+// Panels of 32 rows of a matrix against its columns, two tiles.
 template <class T>
 void load_strip(const ExpertMatrix<T>& w, std::int64_t strip, Panel* panels) {
   const std::int64_t count = num_panels(w.columns);
@@ -70,7 +71,7 @@ inline std::vector<std::int64_t> first_rows(const std::int64_t* counts, std::int
   return first;
 }
 
-// Rows as products read them: those that are no whole number of steps wide are copied.
+// Rows as the GEMM reads them: rows whose width is no multiple of the step are copied.
 inline const bf16* whole_rows(const bf16* from, std::int64_t rows, std::int64_t width, Buffer& copy) {
   if (width % kColumns == 0) return from;
   auto* to = room<bf16>(copy, rows * round_up(width, kColumns));
@@ -123,13 +124,13 @@ struct OuterMemory {
   Buffer panels, turned, edge;
 };
 
-// Strips [first, last) of the gradient of one expert's matrix.
+// Strips [first, last) of the weight gradient of one expert.
 inline void sum_outer(const OuterPass& p, std::int64_t expert, std::int64_t start, std::int64_t first, std::int64_t last,
                       OuterMemory& memory) {
   float* sums = p.sums + expert * p.out * p.in;
   auto* panels = room<Panel>(memory.panels, 2 * num_panels(kOuterRows));
   auto* turned = room<bf16>(memory.turned, p.out * kOuterRows);
-  auto* edge = room<float>(memory.edge, p.out * kStrip);  // of a strip that is not whole
+  auto* edge = room<float>(memory.edge, p.out * kStrip);  // for the last, partial strip
   const std::int64_t end = start + p.counts[expert], in_edge = p.in % kStrip;
   for (std::int64_t row = start; row < end; row += kOuterRows) {
     const std::int64_t rows = least(kOuterRows, end - row), count = num_panels(rows);

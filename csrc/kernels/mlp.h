@@ -1,5 +1,5 @@
-// SwiGLU and its mixture. A dense MLP, the shared experts and the routed ones are one list of (MLP, rows): gate, up
-// and SiLU make the inner rows, then every tile of the output adds up all MLPs in order.
+// SwiGLU MLP and mixture of experts. The dense MLP, the shared and the routed experts form one list of (MLP, rows):
+// gate, up and SiLU give the inner rows, then every output tile sums all MLPs in order.
 #pragma once
 
 #include "pass.h"
@@ -15,7 +15,7 @@ inline Activations inputs_of(const Pass& pass, const ExpertRows& e) {
   return x;
 }
 
-// The list of work for one layer, routed experts in order of their number, rows of an expert in order of tokens.
+// The work list of a layer: routed experts by number, an expert's rows by token.
 inline void group_rows(const Pass& pass, const Layer& layer) {
   Workspace& work = pass.work;
   const std::int64_t tokens = pass.step.tokens;
@@ -50,7 +50,7 @@ inline void gather_rows(const Pass& pass, std::int64_t routed) {
   });
 }
 
-// silu(gate x) * up x for one strip of an MLP's inner channels; `next` is read after it.
+// silu(gate x) * up x for one strip of an MLP's inner channels; `next` is prefetched.
 inline void make_inner_strip(const Pass& pass, const ExpertRows& e, std::int64_t strip, NextTile next) {
   const Activations x = inputs_of(pass, e);
   const Matrix &gate = e.mlp->gate.weight, &up = e.mlp->up.weight;
@@ -84,7 +84,7 @@ inline void make_inner_rows(const Pass& pass) {
   });
 }
 
-// One strip of the residual: plus the weighted sum of the routed experts, plus the shared or dense MLP.
+// One strip of the residual stream: adds the weighted sum of the routed experts and the shared or dense MLP.
 inline void add_down_strip(const Pass& pass, std::int64_t strip, bool goes_on) {
   Workspace& work = pass.work;
   const std::int64_t tokens = pass.step.tokens;

@@ -1,4 +1,4 @@
-// A whole step: embedding, layers, final norm, head. An MTP module's is one, too.
+// One step of a model: embedding (or an MTP module's input), decoder layers, final norm, LM head.
 #pragma once
 
 #include "attention_phases.h"
@@ -35,7 +35,7 @@ inline void final_norm(const Pass& pass) {
   });
 }
 
-// Logits of the wanted tokens: their rows are gathered at the start of work.hidden first.
+// Logits of the requested tokens: their rows are first gathered at the start of work.hidden.
 inline void make_logits(const Pass& pass) {
   const Workspace& work = pass.work;
   const Matrix& head = pass.model.head.weight;
@@ -58,7 +58,7 @@ inline void make_logits(const Pass& pass) {
   });
 }
 
-// Run by every thread of the team; work.prepare() has been called.
+// Run by every thread of the team; work.prepare() must have been called.
 inline void run_step(Team& team, const Model& model, const Step& step, Workspace& work) {
   const ProductSession session;
   const Pass pass{team, model, step, work, work.scratch[team.thread()]};

@@ -1,5 +1,5 @@
-// Products of few activation rows, where reading the weights is all the time: each weight is touched as little as its
-// storage allows.
+// GEMV path for decoding: products of few activation rows, bound by weight bandwidth. Each weight is touched as
+// little as its storage allows: bf16, fp8 and int8 rows in file order, int8 and int4 groups as integers.
 #pragma once
 
 #include <utility>
@@ -11,11 +11,11 @@
 
 namespace lowlat::LOWLAT_ISA {
 
-// --- rows as they lie -------------------------------------------------------------------------------------------------
+// --- row-major weights -----------------------------------------------------------------------------------------------
 
-// A row is read from its start to its end, which processors see coming; several rows side by side, as a tile that is
-// turned takes them, they do not. 64 chains per output, one for each lane of four vectors that follow each other, are
-// added up in the end.
+// A weight row is read sequentially, which hardware prefetchers follow; 16 rows in parallel, as transposing a tile
+// reads them, they do not. 64 accumulator chains per output, one per lane of four consecutive vectors, are summed at
+// the end.
 
 constexpr int kChains = 4;
 constexpr std::int64_t kStep = kChains * kColumns;  // columns
@@ -30,7 +30,7 @@ inline const char* row_start(const Matrix& w, std::int64_t row) {
   return static_cast<const char*>(w.data) + row * w.stride * w.element_bytes();
 }
 
-// The scale of a step of a row; 1 but of fp8.
+// The scale of a step of a row; 1 except for fp8.
 template <Storage storage>
 inline float step_scale(const Matrix& w, std::int64_t row, std::int64_t column) {
   static_assert(kStep == 128);
@@ -38,7 +38,7 @@ inline float step_scale(const Matrix& w, std::int64_t row, std::int64_t column) 
   return 1.0f;
 }
 
-// 32 whole columns of a row, in a step of that scale.
+// 32 whole columns of a row, within one scale step.
 template <Storage storage>
 inline P lying_pairs(const char* start, std::int64_t column, float scale) {
   if constexpr (storage == Storage::fp8) {
@@ -47,7 +47,7 @@ inline P lying_pairs(const char* start, std::int64_t column, float scale) {
   return whole_pairs<storage>(start, column);
 }
 
-// lanes[t] of a weight row and T rows of x.
+// lanes[t]: partial sums of a weight row and T rows of x.
 template <Storage storage, int T>
 inline void dot_lying_row(const Matrix& w, std::int64_t row, const Activations& x, F (&lanes)[T]) {
   const char* start = row_start(w, row);
@@ -64,7 +64,7 @@ inline void dot_lying_row(const Matrix& w, std::int64_t row, const Activations& 
     LOWLAT_UNROLL
     for (int k = 0; k < kChains; ++k) {
       const std::int64_t c = column + k * kColumns;
-      // Beyond the matrix, too: what is not there is not fetched.
+      // May point beyond the matrix: prefetching unmapped memory does nothing.
       prefetch_far(start + c * w.element_bytes() + kBytesAhead);
       const P weights = lying_pairs<storage>(start, c, scale);
       LOWLAT_UNROLL
@@ -82,7 +82,7 @@ inline void dot_lying_row(const Matrix& w, std::int64_t row, const Activations& 
 
 using Lanes = float[kTile][kTile];
 
-// The sums of the lanes of 16 outputs.
+// Horizontal sums of the lanes of 16 outputs.
 inline F sums_of_lanes(const Lanes& lanes) {
   F fours[4];
   LOWLAT_UNROLL
@@ -110,13 +110,13 @@ inline void multiply_lying(const Matrix& w, std::int64_t tile, const Activations
 
 #if defined(LOWLAT_AVX512)
 
-// More activations than one block of accumulators holds read a tile several times, from cache but for the first. Two
-// rows share what is loaded of the activations then; and every time but the first asks for its share of the next tile,
-// so that memory is busy all the while.
+// More activation rows than one block of accumulators holds read a tile several times, from cache except for the
+// first. Two weight rows then share the activation loads, and every pass but the first prefetches a share of the next
+// tile, so that memory stays busy.
 constexpr int kSharingTokens = 3;
 
-// What is asked for while a tile is multiplied: with every step of every row, some lines of cache. At first those of the
-// row that is kBytesAhead behind it; beyond the matrix what is not there is not fetched.
+// Prefetch schedule of a tile: some cache lines with every step of every row. The first pass prefetches the row
+// kBytesAhead further on. Addresses may be beyond the matrix: prefetching unmapped memory does nothing.
 class Asked {
  public:
   Asked(const Matrix& w, std::int64_t tile, NextTile next) : next_(next), steps_(most(1, w.columns / kStep)) {
@@ -138,7 +138,7 @@ class Asked {
     return rows.start + row * rows.bytes;
   }
 
-  // The next time, `times` in all with the first: their share of the next tile.
+  // The next of `times` passes: its share of the next tile.
   void go_on(std::int64_t time, std::int64_t times) {
     lines_ = 0;
     if (next_.w == nullptr) return;
@@ -165,7 +165,7 @@ class Asked {
   Rows here_, there_;
 };
 
-// lanes[r][t] of weight rows `row` and `other`, and T rows of x: dot_lying_row() of both.
+// lanes[r][t] of weight rows `row` and `other`, and T rows of x: dot_weight_row() of both.
 template <Storage storage, int T>
 inline void dot_lying_rows(const Matrix& w, std::int64_t row, std::int64_t other, const Activations& x,
                            const Asked& asked, std::int64_t in_tile, F (&lanes)[2][T]) {
@@ -264,7 +264,7 @@ inline void stream_tile(const Matrix& w, std::int64_t tile, NextTile, const Acti
 
 #endif
 
-// Tiles [first, last) of y = x W^T for rows that lie one after the other.
+// Tiles [first, last) of y = x W^T for row-major weights.
 inline void stream_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                         float* out, std::int64_t out_stride) {
   for (std::int64_t tile = first; tile < last; ++tile, out += kTile) {
@@ -281,9 +281,9 @@ inline void stream_rows(const Matrix& w, std::int64_t first, std::int64_t last, 
 
 #if !defined(LOWLAT_AVX512)
 
-// The numbers of a group stay integers: 4 bits of them are exact in bf16 as 128 + n, which costs two instructions where
-// the weight itself would cost ten. What 128 adds is taken off by the sum of the activations, and the scale (and the
-// minimum) come once per group, in fp32.
+// Weights stay integers: 4 bits are exact in bf16 as 128 + n, which takes two instructions where the dequantized
+// weight would take ten. The offset of 128 is removed by the sum of the activations; scale and minimum are applied
+// once per group, in fp32.
 
 // sums[t][g] of the 32 activations of a group.
 template <int T>
@@ -339,7 +339,7 @@ inline void stream_int4(const Matrix& w, std::int64_t tile, const Activations& x
   for (int t = 0; t < T; ++t) store(out + t * out_stride, total[t]);
 }
 
-// The same for int8, whose bytes value + 128 are two integers of 4 bits: 16 high + low.
+// The same for int8: a byte value + 128 is two 4-bit integers, 16 high + low.
 template <int T>
 inline void stream_int8(const Matrix& w, std::int64_t tile, const Activations& x, const float* sums, float* out,
                         std::int64_t out_stride) {
@@ -374,7 +374,7 @@ inline void stream_int8(const Matrix& w, std::int64_t tile, const Activations& x
   for (int t = 0; t < T; ++t) store(out + t * out_stride, total[t]);
 }
 
-// Tiles [first, last) of y = x W^T for int8 or int4; `panels` has room for a tile's.
+// Tiles [first, last) of y = x W^T for int8 or int4; `panels` holds those of one tile.
 inline void stream_tiles(const Matrix& w, std::int64_t first, std::int64_t last, NextTile, const Activations& x,
                          Panel* panels, float* out, std::int64_t out_stride) {
   auto* sums = reinterpret_cast<float*>(panels);

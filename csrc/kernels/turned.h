@@ -1,11 +1,12 @@
-// Products with the columns of bf16 rows that lie in several places, one place after the other.
+// GEMM with the columns of bf16 rows in several places (attention values): rows are transposed into panels on first
+// use.
 #pragma once
 
 #include "linear.h"
 
 namespace lowlat::LOWLAT_ISA {
 
-// Matrices of bf16 that are one, each below the one before: all but the last have 64 rows.
+// Several bf16 matrices that form one, stacked vertically: all but the last have 64 rows.
 struct TurnedRows {
   static constexpr int kMost = 2, kRows = 64;
   const Matrix* parts[kMost];
@@ -18,14 +19,14 @@ struct TurnedRows {
     rows += part.rows;
     columns = part.columns;
   }
-  // Whether 32 channels from `channel` on need no care at any edge.
+  // Whether 32 channels from `channel` are inside every edge.
   bool is_whole(std::int64_t channel) const { return rows % 32 == 0 && columns - channel >= kColumns; }
 };
 
-// Panels of 32 channels, made where they are used first and kept for later, two tiles `apart` panels from each other.
+// Panels of 32 channels, packed on first use and reused, two tiles `apart` panels from each other.
 template <bool keeps>
 struct PanelsOnTheWay {
-  const bf16* rows[TurnedRows::kMost];  // at the first of the channels
+  const bf16* rows[TurnedRows::kMost];  // at the first channel
   std::int64_t strides[TurnedRows::kMost];
   Panel* panels;
   std::int64_t apart;
@@ -47,7 +48,7 @@ struct PanelsOnTheWay {
   }
 };
 
-// The first few rows of activations turn the rows, the others find panels.
+// The first few activation rows pack the panels, the others reuse them.
 template <class Rows>
 inline void turn_and_multiply(const TurnedRows& w, std::int64_t channel, Panel* panels, const Rows& x,
                               std::int64_t rows, float* out, std::int64_t out_stride, Ahead* ahead) {
@@ -69,8 +70,8 @@ inline void turn_panels(const TurnedRows& w, std::int64_t channel, Panel* panels
   }
 }
 
-// out[r][c] += sum over rows of w[row][channel + c] * x[r][row], c < 32, for all columns there are; `panels` has room
-// for those of two tiles. Whole rows are turned where the first product needs them.
+// out[r][c] += sum over rows of w[row][channel + c] * x[r][row], c < 32, for all columns; `panels` holds those of two
+// tiles. Whole rows are transposed when the first product needs them.
 template <class Rows>
 inline void multiply_turned_by_dots(const TurnedRows& w, std::int64_t channel, Panel* panels, const Rows& x,
                                     std::int64_t rows, float* out, std::int64_t out_stride, Ahead* ahead) {
@@ -80,7 +81,7 @@ inline void multiply_turned_by_dots(const TurnedRows& w, std::int64_t channel, P
   multiply_by_dots(panels, 2, count, count, x, rows, out, out_stride, true, ahead);
 }
 
-// The same for rows `stride` apart, by what the level multiplies with.
+// The same for rows `stride` apart, by the level's multiply().
 inline void multiply_turned_rows(const TurnedRows& w, std::int64_t channel, Panel* panels, const bf16* x,
                                  std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride,
                                  Ahead* ahead) {
@@ -92,8 +93,8 @@ inline void multiply_turned_rows(const TurnedRows& w, std::int64_t channel, Pane
   multiply(panels, 2, count, count, x, stride, rows, out, out_stride, true, ahead);
 }
 
-// The columns of a matrix of bf16 as rows `stride` apart, zeros up to a multiple of 32; `panels` has room for those of
-// two tiles.
+// The columns of a bf16 matrix as rows `stride` apart, zero-padded to a multiple of 32; `panels` holds those of two
+// tiles.
 inline void turn_columns(const Matrix& w, Panel* panels, bf16* to, std::int64_t stride) {
   const std::int64_t count = num_panels(w.rows);
   for (std::int64_t channel = 0; channel < w.columns; channel += kColumns) {
