@@ -7,7 +7,7 @@
 
 #include "arrays.h"
 #include "dispatch.h"
-#include "pool.h"
+#include "thread_pool.h"
 
 namespace lowlat {
 
@@ -111,7 +111,7 @@ void entropy(const Array& logits, const Array& targets, const Array& counted, fl
   run(ops(level).entropy, pass);
 }
 
-void divergence(const Array& logits, const Array& taught, const Array& targets, const Array& counted, float nll_weight,
+void divergence(const Array& logits, const Array& teacher, const Array& targets, const Array& counted, float nll_weight,
                 bool wants_gradient, const Array& kl, const Array& nll, const std::string& level) {
   DivergencePass pass;
   pass.rows = size(logits, 0);
@@ -119,7 +119,7 @@ void divergence(const Array& logits, const Array& taught, const Array& targets, 
   if (pass.size == 0) throw std::invalid_argument("logits has no columns");
   const bool is_bf16 = has_type(logits, Type::bf16);
   pass.logits = values(logits, "logits", is_bf16, {pass.rows, pass.size});
-  pass.taught = values(taught, "taught", is_bf16, {pass.rows, pass.size});
+  pass.teacher = values(teacher, "taught", is_bf16, {pass.rows, pass.size});
   pass.targets = elements<std::int64_t>(targets, "targets", Type::int64, {pass.rows});
   pass.counted = elements<bool>(counted, "counted", Type::uint8, {pass.rows});
   pass.nll_weight = nll_weight;
@@ -184,7 +184,7 @@ const std::int64_t* group_counts(const Array& counts, std::int64_t experts, std:
   return each;
 }
 
-void grouped(const Array& rows, const Array& weight, const Array& counts, bool is_turned, const Array& products,
+void grouped(const Array& rows, const Array& weight, const Array& counts, bool is_transposed, const Array& products,
              const std::string& level) {
   GroupedPass pass;
   const std::int64_t count = size(rows, 0);
@@ -193,9 +193,9 @@ void grouped(const Array& rows, const Array& weight, const Array& counts, bool i
   pass.in = size(weight, 2);
   pass.counts = group_counts(counts, pass.experts, count);
   pass.weight = values(weight, "weight", has_type(weight, Type::bf16), {pass.experts, pass.out, pass.in});
-  pass.is_turned = is_turned;
-  pass.rows = elements<bf16>(rows, "rows", Type::bf16, {count, is_turned ? pass.out : pass.in});
-  pass.products = elements<bf16>(products, "products", Type::bf16, {count, is_turned ? pass.in : pass.out});
+  pass.is_transposed = is_transposed;
+  pass.rows = elements<bf16>(rows, "rows", Type::bf16, {count, is_transposed ? pass.out : pass.in});
+  pass.products = elements<bf16>(products, "products", Type::bf16, {count, is_transposed ? pass.in : pass.out});
   run(ops(level).grouped, pass);
 }
 

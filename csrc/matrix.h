@@ -70,9 +70,9 @@ struct Activations {
   // Rows of decoding sequences (at most 32 new tokens): products take the GEMV path, which is fastest when weight
   // bandwidth is the bound. A property of the row, not of the number of rows, so that bits do not depend on the
   // batch.
-  bool is_stream = false;
+  bool is_decode = false;
 
-  Activations from(std::int64_t row) const { return {rows - row, stride, values + row * stride, is_stream}; }
+  Activations from(std::int64_t row) const { return {rows - row, stride, values + row * stride, is_decode}; }
 };
 
 }  // namespace lowlat

@@ -127,7 +127,7 @@ struct Step {
   std::int64_t pairs = 0;
   std::vector<Sequence> sequences;
   const Cache* caches = nullptr;        // one per layer of the model, with the same page table
-  bool is_stream = false;               // every sequence decodes, see Activations
+  bool is_decode = false;               // every sequence decodes, see Activations
   bf16* hidden = nullptr;               // out [tokens, hidden], after the final norm
   std::vector<std::int64_t> wanted;     // tokens that need logits
   float* logits = nullptr;              // out [wanted, vocab]

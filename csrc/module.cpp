@@ -12,7 +12,7 @@
 #include "bound_model.h"
 #include "bound_training.h"
 #include "dispatch.h"
-#include "pool.h"
+#include "thread_pool.h"
 #include "workspace.h"
 
 namespace lowlat {
@@ -43,14 +43,14 @@ struct PaddedRows {
   Activations activations;
 };
 
-void linear(const BoundMatrix& bound, const Array& x, const Array& out, bool is_stream, const std::string& level) {
+void linear(const BoundMatrix& bound, const Array& x, const Array& out, bool is_decode, const std::string& level) {
   const Matrix& w = bound.matrix;
   const Ops& table = ops(level);
   const auto* values = elements<bf16>(x, "x", Type::bf16, {kAnySize, w.columns});
   const std::int64_t rows = size(x, 0);
   auto* result = elements<float>(out, "out", Type::fp32, {rows, w.rows});
   PaddedRows padded(values, rows, w.columns);
-  padded.activations.is_stream = is_stream;
+  padded.activations.is_decode = is_decode;
   run([&](Team& team) { table.linear(team, w, padded.activations, result); });
 }
 
@@ -208,7 +208,7 @@ void attention(const Array& q, const Array& cache, const Array& pages, std::int6
 }
 
 // Sampling buffers, reused from call to call: fresh memory pages would cost as much as the sampling itself.
-struct DrawRoom {
+struct DrawBuffers {
   Buffer weights, bins, pieces;
 };
 
@@ -226,11 +226,11 @@ std::int64_t draw(const Array& logits, double number, double temperature, std::i
   pass.top_k = top_k;
   pass.top_p = top_p;
   pass.min_p = min_p;
-  static thread_local DrawRoom room;
+  static thread_local DrawBuffers buffer_array;
   const auto pieces = static_cast<std::size_t>(draw_pieces(pass.size));
-  pass.weights = static_cast<double*>(room.weights.reserve(pass.size * sizeof(double)));
-  pass.bins = static_cast<double*>(room.bins.reserve(kDrawLevels * pieces * kDrawBinStride * sizeof(double)));
-  pass.pieces = static_cast<DrawPiece*>(room.pieces.reserve(pieces * sizeof(DrawPiece)));
+  pass.weights = static_cast<double*>(buffer_array.weights.reserve(pass.size * sizeof(double)));
+  pass.bins = static_cast<double*>(buffer_array.bins.reserve(kDrawLevels * pieces * kDrawBinStride * sizeof(double)));
+  pass.pieces = static_cast<DrawPiece*>(buffer_array.pieces.reserve(pieces * sizeof(DrawPiece)));
   std::int64_t token = -1;
   pass.token = &token;
   {

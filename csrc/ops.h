@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "model.h"
-#include "pool.h"
+#include "thread_pool.h"
 #include "sampling.h"
 #include "training.h"
 

@@ -54,7 +54,7 @@ struct EntropyPass {
 struct DivergencePass {
   std::int64_t rows = 0, size = 0;
   Values logits;                        // the student's; in place: the gradient of kl + nll_weight * nll
-  Values taught;                        // [rows, size] the teacher's logits
+  Values teacher;                        // [rows, size] the teacher's logits
   const std::int64_t* targets = nullptr;
   const bool* counted = nullptr;        // rows with false have no gradient and no loss
   float nll_weight = 0;
@@ -89,7 +89,7 @@ struct GroupedPass {
   std::int64_t experts = 0, out = 0, in = 0;
   const std::int64_t* counts = nullptr;  // [experts] rows per expert, in order
   Values weight;                         // [experts, out, in]
-  bool is_turned = false;
+  bool is_transposed = false;
   const std::uint16_t* rows = nullptr;   // bf16 [any, in]; transposed: [any, out]
   std::uint16_t* products = nullptr;     // bf16 [any, out]; transposed: [any, in]
 };

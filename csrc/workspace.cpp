@@ -53,30 +53,30 @@ T* Workspace::take(int slot, std::int64_t count) {
   return static_cast<T*>(buffers_[slot].reserve(static_cast<std::size_t>(count) * sizeof(T)));
 }
 
-Activations Workspace::rows_of(int slot, std::int64_t rows, std::int64_t columns, bool is_stream) {
+Activations Workspace::rows_of(int slot, std::int64_t rows, std::int64_t columns, bool is_decode) {
   const std::int64_t stride = round_up(columns, kGroup);
-  return {rows, stride, take<bf16>(slot, rows * stride), is_stream};
+  return {rows, stride, take<bf16>(slot, rows * stride), is_decode};
 }
 
-void Workspace::make_inner(std::int64_t tokens, bool is_stream) {
+void Workspace::make_inner(std::int64_t tokens, bool is_decode) {
   const std::int64_t dense_stride = round_up(sizes.dense_inner, kGroup), stride = round_up(sizes.inner, kGroup);
   const std::int64_t rows = sizes.inner > 0 ? tokens * (sizes.chosen + 1) : 0;
   bf16* values = take<bf16>(3, std::max(tokens * dense_stride, rows * stride));
-  dense_inner = {tokens, dense_stride, values, is_stream};
-  moe_inner = {rows, stride, values, is_stream};
+  dense_inner = {tokens, dense_stride, values, is_decode};
+  moe_inner = {rows, stride, values, is_decode};
 }
 
 void Workspace::prepare(const Model& model, const Step& step, int threads) {
   if (static_cast<int>(scratch.size()) < threads) scratch = std::vector<Scratch>(threads);
   const Attention& a = model.layers[0].attention;
   const std::int64_t n = step.tokens, routed = n * sizes.chosen;
-  hidden = rows_of(0, n, model.hidden, step.is_stream);
-  query_latent = rows_of(1, n, sizes.query_latent, step.is_stream);
-  attended = rows_of(2, n, sizes.outputs, step.is_stream);
-  make_inner(n, step.is_stream);
+  hidden = rows_of(0, n, model.hidden, step.is_decode);
+  query_latent = rows_of(1, n, sizes.query_latent, step.is_decode);
+  attended = rows_of(2, n, sizes.outputs, step.is_decode);
+  make_inner(n, step.is_decode);
   // A single token's row serves all its experts without a copy.
-  gathered = n > 1 ? rows_of(4, routed, model.hidden, step.is_stream) : Activations{};
-  joined = model.join ? rows_of(17, n, 2 * model.hidden, step.is_stream) : Activations{};
+  gathered = n > 1 ? rows_of(4, routed, model.hidden, step.is_decode) : Activations{};
+  joined = model.join ? rows_of(17, n, 2 * model.hidden, step.is_decode) : Activations{};
   x = take<bf16>(5, n * hidden.stride);
   query_latent_raw = take<bf16>(6, n * query_latent.stride);
   row = take<bf16>(7, n * sizes.row);

@@ -25,7 +25,7 @@ class Buffer {
 
 // The start of `buffer`, grown to hold at least `count` elements.
 template <class T>
-T* room(Buffer& buffer, std::int64_t count) {
+T* buffer_array(Buffer& buffer, std::int64_t count) {
   return static_cast<T*>(buffer.reserve(static_cast<std::size_t>(count) * sizeof(T)));
 }
 
@@ -35,7 +35,7 @@ class Scratch {
   static constexpr int kSlots = 16;
   template <class T>
   T* get(int slot, std::int64_t count) {
-    return room<T>(slots_[slot], count);
+    return buffer_array<T>(slots_[slot], count);
   }
 
  private:
@@ -137,8 +137,8 @@ struct Workspace {
   void plan_attention(const Attention& attention, const Step& step, int threads);
   template <class T>
   T* take(int slot, std::int64_t count);
-  Activations rows_of(int slot, std::int64_t rows, std::int64_t columns, bool is_stream);
-  void make_inner(std::int64_t tokens, bool is_stream);
+  Activations rows_of(int slot, std::int64_t rows, std::int64_t columns, bool is_decode);
+  void make_inner(std::int64_t tokens, bool is_decode);
 
   Sizes sizes;
   Buffer buffers_[18];

@@ -2,9 +2,9 @@
 // projection.
 #pragma once
 
-#include "expanded.h"
-#include "pass.h"
-#include "range.h"
+#include "expanded_mla.h"
+#include "phases.h"
+#include "paged_attention.h"
 
 namespace lowlat::LOWLAT_ISA {
 
@@ -230,7 +230,7 @@ inline void absorb_query(const Pass& pass, const Attention& a, std::int64_t head
   const Matrix w = key_projection(a, head);
   const std::int64_t count = num_panels(w.rows);
   Panel* panels = pass.scratch.get<Panel>(2, 2 * count);
-  load_turned_panels(w, strip * kStrip, 0, w.rows, panels, count, true);
+  load_transposed_panels(w, strip * kStrip, 0, w.rows, panels, count, true);
   each_absorbed(pass, [&](std::int64_t first, std::int64_t tokens) {
     const Activations q = head_queries(pass, a, w, head, first, tokens);
     float* out = pass.strip_out(tokens);
@@ -255,9 +255,9 @@ inline void absorb_one_query(const Pass& pass, const Attention& a, std::int64_t 
   const bf16* q = head_queries(pass, a, w, head, 0, 1).values;
   auto* out = pass.scratch.get<float>(2, 2 * a.latent_dim);
   if (w.storage == Storage::bf16) {
-    multiply_turned<Storage::bf16>(w, q, out, out + a.latent_dim);
+    multiply_transposed<Storage::bf16>(w, q, out, out + a.latent_dim);
   } else {
-    multiply_turned<Storage::int8_rows>(w, q, out, out + a.latent_dim);
+    multiply_transposed<Storage::int8_rows>(w, q, out, out + a.latent_dim);
   }
   bf16* to = pass.work.absorbed_q + head * pass.work.absorbed_stride;
   for (std::int64_t c = 0; c < a.latent_dim; c += kTile) store_bf16(to + c, load(out + c));
@@ -294,16 +294,16 @@ inline void make_mla_queries(const Pass& pass, const Attention& a) {
 
 // Values of a head from the attended latent, W_UV times it, for all tokens on the absorbed path.
 inline void make_head_values(const Pass& pass, const Attention& a, std::int64_t head, std::int64_t strip,
-                             bool goes_on) {
+                             bool continues) {
   const Workspace& work = pass.work;
   const Matrix w = value_projection(a, head);
   const bool is_last = strip + 1 == num_strips(w);
-  const Matrix follows = is_last && goes_on ? value_projection(a, head + 1) : w;
-  const NextTile next = is_last ? next_strip(follows, -1, goes_on) : next_strip(w, strip, goes_on);
+  const Matrix follows = is_last && continues ? value_projection(a, head + 1) : w;
+  const NextTile next = is_last ? next_strip(follows, -1, continues) : next_strip(w, strip, continues);
   each_absorbed(pass, [&](std::int64_t first, std::int64_t tokens) {
     Activations x;
     x.rows = tokens;
-    x.is_stream = pass.step.is_stream;
+    x.is_decode = pass.step.is_decode;
     x.stride = a.heads * work.mixed_stride;
     x.values = work.mixed + (first * a.heads + head) * work.mixed_stride;
     float* out = pass.strip_out(tokens);
@@ -330,8 +330,8 @@ inline void attend_mla(const Pass& pass, const Attention& a, const Cache& cache)
   attend_all(pass, a, cache);
   if (work.absorbed.empty()) return;
   const std::int64_t strips = (a.value_dim + kStrip - 1) / kStrip;
-  pass.each_in_turn(a.heads * strips, [&](std::int64_t item, bool goes_on) {
-    make_head_values(pass, a, item / strips, item % strips, goes_on);
+  pass.each_in_turn(a.heads * strips, [&](std::int64_t item, bool continues) {
+    make_head_values(pass, a, item / strips, item % strips, continues);
   });
 }
 

@@ -4,7 +4,7 @@
 // bf16.
 #pragma once
 
-#include "paged.h"
+#include "kv_cache.h"
 
 namespace lowlat::LOWLAT_ISA {
 
@@ -84,7 +84,7 @@ inline void gather_rest(const std::uint8_t* from, std::int64_t row_bytes, std::i
 // Scores of T keys from `key` with a tile of queries, 16 per key: out [T, out_stride].
 template <int T>
 inline void score_keys(const IntegerQueries& q, std::int64_t tile, const IntegerBlock& block, std::int64_t key,
-                       std::int64_t rest_stride, float* out, std::int64_t out_stride, Ahead& ahead) {
+                       std::int64_t rest_stride, float* out, std::int64_t out_stride, Prefetcher& ahead) {
   F sums[T], odd[T];
   LOWLAT_UNROLL
   for (int t = 0; t < T; ++t) sums[t] = odd[t] = zero();
@@ -122,7 +122,7 @@ inline void score_keys(const IntegerQueries& q, std::int64_t tile, const Integer
 }
 
 // Scores of a block with all queries, key-major into `out`.
-inline void integer_scores(const IntegerQueries& q, const IntegerBlock& block, float* out, Ahead& ahead) {
+inline void integer_scores(const IntegerQueries& q, const IntegerBlock& block, float* out, Prefetcher& ahead) {
   const std::int64_t width = q.tiles * kTile, step = even_block(block.count);
   for (std::int64_t tile = 0; tile < q.tiles; ++tile) {
     for (std::int64_t key = 0; key < block.count; key += step) {

@@ -39,10 +39,10 @@ struct ByteWeights {
   std::uint32_t* high;
   std::uint32_t* low;  // low bytes (256ths), of tiles with peaks
   bool* has_peaks;     // [tiles]
-  float* worth;        // value of one quantization step, [groups, width]
+  float* quantum;        // value of one quantization step, [groups, width]
   float* largest;      // largest scale of a group's keys, [groups]
   float* shares;       // key scales over the largest, [groups, kSpan]
-  float* of_one;       // 1 / largest key scale each query of a tile attends to, [groups, 16]
+  float* inverse_scale;       // 1 / largest key scale each query of a tile attends to, [groups, 16]
   std::int64_t groups = 0, quads = 0, width = 0;
 
   std::int64_t at(std::int64_t group, std::int64_t quad) const { return (group * quads + quad) * width; }
@@ -51,9 +51,9 @@ struct ByteWeights {
 // Dither: the offset added to a key's weight before truncation, in 256ths: the key's last six bits in reverse (van
 // der Corput sequence).
 inline float added_fraction(std::int64_t key) {
-  int turned = 0;
-  for (int bit = 0; bit < 6; ++bit) turned |= (static_cast<int>(key) >> bit & 1) << (5 - bit);
-  return static_cast<float>(4 * turned + 2);
+  int transposed = 0;
+  for (int bit = 0; bit < 6; ++bit) transposed |= (static_cast<int>(key) >> bit & 1) << (5 - bit);
+  return static_cast<float>(4 * transposed + 2);
 }
 
 inline void share_scales(const IntegerSpan& span, const ByteWeights& out) {
@@ -64,9 +64,9 @@ inline void share_scales(const IntegerSpan& span, const ByteWeights& out) {
     F highest = zero();
     for (std::int64_t key = 0; key < span.count * kKeyBlock; key += kTile) highest = max_bits(highest, scales(g, key));
     out.largest[g] = largest_bits(highest);
-    const F of_one = div(set1(1.0f), set1(out.largest[g]));
+    const F inverse_scale = div(set1(1.0f), set1(out.largest[g]));
     for (std::int64_t key = 0; key < span.count * kKeyBlock; key += kTile) {
-      store(out.shares + g * kSpan + key, mul(scales(g, key), of_one));
+      store(out.shares + g * kSpan + key, mul(scales(g, key), inverse_scale));
     }
   }
 }
@@ -101,7 +101,7 @@ inline void make_bytes(const IntegerSpan& span, const float* weights, F factor, 
         const std::int64_t key = quad * kQuad + i;
         F share = set1(out.shares[g * kSpan + key]);
         if constexpr (!sees_all) {
-          share = mul(set1(span.scale(g, key)), load(out.of_one + g * kTile));
+          share = mul(set1(span.scale(g, key)), load(out.inverse_scale + g * kTile));
         }
         bytes[i] = bits(fma(four[i], share, added[i]));
       }
@@ -128,8 +128,8 @@ inline void round_weights(const LaneTile& lanes, const IntegerSpan& span, const 
   const F peak = load(lanes.peak);
   for (std::int64_t g = 0; g < out.groups; ++g) {
     const F largest = lanes.sees_all ? set1(out.largest[g]) : seen_scale(lanes, span, g);
-    store(out.worth + g * out.width + first_row, mul(mul(peak, largest), set1(1 / kLargestByte)));
-    store(out.of_one + g * kTile, div(set1(1.0f), largest));
+    store(out.quantum + g * out.width + first_row, mul(mul(peak, largest), set1(1 / kLargestByte)));
+    store(out.inverse_scale + g * kTile, div(set1(1.0f), largest));
   }
   // A fully masked query has no peak and no weights.
   const F factor = div(set1(kLargestByte * kBelowOne), max(peak, set1(1e-30f)));
@@ -146,7 +146,7 @@ inline void round_weights(const LaneTile& lanes, const IntegerSpan& span, const 
 
 // 64 channels from `channel` of a span's entries, four keys per word: vector k of a quad holds channels 16 l + 4 k to
 // 16 l + 4 k + 3 in its quarter l. Past the end the last key is repeated: its weights are zero.
-inline void turn_bytes(const IntegerSpan& span, std::int64_t channel, std::int64_t channels, P (*quads)[kQuad]) {
+inline void transpose_bytes(const IntegerSpan& span, std::int64_t channel, std::int64_t channels, P (*quads)[kQuad]) {
   for (std::int64_t b = 0; b < span.count; ++b) {
     const IntegerBlock& block = span.blocks[b];
     const std::uint8_t* first = block.values + channel;
@@ -166,8 +166,8 @@ inline void turn_bytes(const IntegerSpan& span, std::int64_t channel, std::int64
 // channels.
 template <int T>
 inline void multiply_bytes(const P (*panels)[kQuad], std::int64_t quads, const std::uint32_t* words,
-                           std::int64_t width, const float* worth, float gain, float* out, std::int64_t out_stride,
-                           int tiles, Ahead& ahead) {
+                           std::int64_t width, const float* quantum, float gain, float* out, std::int64_t out_stride,
+                           int tiles, Prefetcher& ahead) {
   P sums[kQuad][T];
   LOWLAT_UNROLL
   for (int k = 0; k < kQuad; ++k) {
@@ -189,7 +189,7 @@ inline void multiply_bytes(const P (*panels)[kQuad], std::int64_t quads, const s
   for (int t = 0; t < T; ++t) {
     P of_row[kQuad] = {sums[0][t], sums[1][t], sums[2][t], sums[3][t]};
     transpose_quarters(of_row);
-    const F scale = set1(worth[t] * gain);
+    const F scale = set1(quantum[t] * gain);
     LOWLAT_UNROLL
     for (int k = 0; k < kQuad; ++k) {
       float* at = out + t * out_stride + k * kTile;
@@ -200,24 +200,24 @@ inline void multiply_bytes(const P (*panels)[kQuad], std::int64_t quads, const s
 
 // Adds the weighted values of a span to the state of the queries.
 inline void add_values(const IntegerSpan& span, const ByteWeights& weights, std::int64_t rows, std::int64_t value_dim,
-                       P (*panels)[kQuad], const SoftmaxState& state, SpanAhead& ahead) {
+                       P (*panels)[kQuad], const SoftmaxState& state, SpanPrefetcher& ahead) {
   constexpr int kRows = 6;  // 24 accumulators stay in registers
   for (std::int64_t channel = 0, g = 0; channel < value_dim; channel += kScaled, ++g) {
     const std::int64_t channels = least(kScaled, value_dim - channel);
     const int tiles = static_cast<int>((channels + kTile - 1) / kTile);
-    Ahead& asked = *ahead.at(channel, value_dim);
-    turn_bytes(span, channel, channels, panels);
+    Prefetcher& prefetches = *ahead.at(channel, value_dim);
+    transpose_bytes(span, channel, channels, panels);
     for (std::int64_t first = 0; first < rows; first += kTile) {
       const std::int64_t last = least(rows, first + kTile), step = even_block(last - first, kRows);
       const bool has_peaks = weights.has_peaks[first / kTile];
       for (std::int64_t row = first; row < last; row += step) {
         float* out = state.values + row * state.stride + channel;
-        const float* worth = weights.worth + g * weights.width + row;
+        const float* quantum = weights.quantum + g * weights.width + row;
         const std::int64_t at = weights.at(g, 0) + row;
         const auto multiply = [&](const std::uint32_t* words, float gain) {
           with_tokens<kRows>(least(step, last - row), [&]<int T>() {
-            multiply_bytes<T>(panels, weights.quads, words + at, weights.width, worth, gain, out, state.stride, tiles,
-                              asked);
+            multiply_bytes<T>(panels, weights.quads, words + at, weights.width, quantum, gain, out, state.stride, tiles,
+                              prefetches);
           });
         };
         multiply(weights.high, 1.0f);
@@ -238,7 +238,7 @@ struct IntegerScratch {
 // scores, later values during the values; the two may be the same memory.
 inline void attend_integers(const Queries& q, const IntegerQueries& rounded, const IntegerSpan& span,
                             std::int64_t value_dim, std::int64_t start, float scale, const IntegerScratch& scratch,
-                            const SoftmaxState& state, SpanAhead& keys_ahead, SpanAhead& values_ahead) {
+                            const SoftmaxState& state, SpanPrefetcher& keys_ahead, SpanPrefetcher& values_ahead) {
   const std::int64_t width = rounded.tiles * kTile;
   for (std::int64_t b = 0; b < span.count; ++b) {
     integer_scores(rounded, span.blocks[b], scratch.scores + b * kKeyBlock * width, keys_ahead.blocks[b]);

@@ -5,9 +5,9 @@
 #pragma once
 
 #if defined(LOWLAT_AMX)
-#include "multiply_amx.h"
+#include "gemm_amx.h"
 #else
-#include "stream.h"
+#include "gemv.h"
 #endif
 
 namespace lowlat::LOWLAT_ISA {
@@ -18,17 +18,17 @@ constexpr bool kMultipliesByDots = false;  // multiply() uses tile registers
 
 inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count, const bf16* x,
                      std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds,
-                     Ahead* ahead = nullptr) {
+                     Prefetcher* ahead = nullptr) {
   multiply_by_tiles(panels, tiles, tile_step, count, x, stride, rows, out, out_stride, adds, ahead);
 }
 
 inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                           Panel* panels, float* out, std::int64_t out_stride) {
-  if (x.is_stream && w.is_tiled()) return stream_tiles(w, first, last, next, x, panels, out, out_stride);
-  if (x.is_stream && lies_in_tiles(w, first) && lies_in_tiles(w, last - 1)) {
-    return multiply_stream_by_tiles(w, first, last, next, x, panels, out, out_stride);
+  if (x.is_decode && w.is_tiled()) return gemv_tiles(w, first, last, next, x, panels, out, out_stride);
+  if (x.is_decode && lies_in_tiles(w, first) && lies_in_tiles(w, last - 1)) {
+    return gemv_by_tiles(w, first, last, next, x, panels, out, out_stride);
   }
-  if (x.is_stream && w.storage != Storage::bf16) return stream_rows(w, first, last, next, x, out, out_stride);
+  if (x.is_decode && w.storage != Storage::bf16) return gemv_rows(w, first, last, next, x, out, out_stride);
   row_panels.values = nullptr;  // other panels replace them
   multiply_rows_by_tiles(w, first, last, x, panels, out, out_stride);
 }
@@ -39,15 +39,15 @@ constexpr bool kMultipliesByDots = true;
 
 inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count, const bf16* x,
                      std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds,
-                     Ahead* ahead = nullptr) {
+                     Prefetcher* ahead = nullptr) {
   multiply_by_dots(panels, tiles, tile_step, count, x, stride, rows, out, out_stride, adds, ahead);
 }
 
 inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                           Panel* panels, float* out, std::int64_t out_stride) {
-  if (x.is_stream) {
-    if (w.is_tiled()) return stream_tiles(w, first, last, next, x, panels, out, out_stride);
-    return stream_rows(w, first, last, next, x, out, out_stride);
+  if (x.is_decode) {
+    if (w.is_tiled()) return gemv_tiles(w, first, last, next, x, panels, out, out_stride);
+    return gemv_rows(w, first, last, next, x, out, out_stride);
   }
   if (x.rows > kTokens) {
     const std::int64_t count = num_panels(w.columns);
@@ -60,14 +60,14 @@ inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last
 }
 
 // Discards a thread's packed activations of the last strips: the activations may have changed.
-inline void forget_rows() {
+inline void discard_packed_rows() {
 #if defined(LOWLAT_AVX512)
   split_store.forget();
 #endif
 }
 
 struct ProductSession {
-  ProductSession() { forget_rows(); }
+  ProductSession() { discard_packed_rows(); }
 };
 
 #endif
@@ -77,8 +77,8 @@ constexpr int kStrip = 32;  // weight rows per work item: two tiles
 inline std::int64_t num_strips(const Matrix& w) { return (w.rows + kStrip - 1) / kStrip; }
 
 // The first tile of the next strip, if this thread continues with it.
-inline NextTile next_strip(const Matrix& w, std::int64_t strip, bool goes_on) {
-  return goes_on && strip + 1 < num_strips(w) ? NextTile{&w, 2 * (strip + 1)} : NextTile{};
+inline NextTile next_strip(const Matrix& w, std::int64_t strip, bool continues) {
+  return continues && strip + 1 < num_strips(w) ? NextTile{&w, 2 * (strip + 1)} : NextTile{};
 }
 
 // Panels that multiply_strip() may need.

@@ -2,7 +2,7 @@
 // gate, up and SiLU give the inner rows, then every output tile sums all MLPs in order.
 #pragma once
 
-#include "pass.h"
+#include "phases.h"
 #include "routing.h"
 
 namespace lowlat::LOWLAT_ISA {
@@ -74,18 +74,18 @@ inline void make_inner_rows(const Pass& pass) {
   const Workspace& work = pass.work;
   std::int64_t strips = 0;
   for (const ExpertRows& e : work.expert_rows) strips += num_strips(e.mlp->gate.weight);
-  pass.each_in_turn(strips, [&](std::int64_t strip, bool goes_on) {
+  pass.each_in_turn(strips, [&](std::int64_t strip, bool continues) {
     const ExpertRows* e = work.expert_rows.data();
     while (strip >= num_strips(e->mlp->gate.weight)) strip -= num_strips((e++)->mlp->gate.weight);
     const bool is_last = strip + 1 == num_strips(e->mlp->gate.weight);
-    const NextTile next = goes_on && is_last ? NextTile{&(e + 1)->mlp->gate.weight, 0}
-                                             : next_strip(e->mlp->gate.weight, strip, goes_on);
+    const NextTile next = continues && is_last ? NextTile{&(e + 1)->mlp->gate.weight, 0}
+                                             : next_strip(e->mlp->gate.weight, strip, continues);
     make_inner_strip(pass, *e, strip, next);
   });
 }
 
 // One strip of the residual stream: adds the weighted sum of the routed experts and the shared or dense MLP.
-inline void add_down_strip(const Pass& pass, std::int64_t strip, bool goes_on) {
+inline void add_down_strip(const Pass& pass, std::int64_t strip, bool continues) {
   Workspace& work = pass.work;
   const std::int64_t tokens = pass.step.tokens;
   float* sums = pass.strip_out(tokens, 1);
@@ -98,7 +98,7 @@ inline void add_down_strip(const Pass& pass, std::int64_t strip, bool goes_on) {
     inner.rows = e.rows;
     float* out = pass.strip_out(e.rows, 0);
     const bool is_last = &e == &work.expert_rows.back();
-    const NextTile next = is_last ? next_strip(work.expert_rows.front().mlp->down.weight, strip, goes_on)
+    const NextTile next = is_last ? next_strip(work.expert_rows.front().mlp->down.weight, strip, continues)
                                   : NextTile{&(&e + 1)->mlp->down.weight, 2 * strip};
     multiply_strip(down, strip, inner, pass.panels(down), out, next);
     if (!e.is_routed) {
@@ -157,7 +157,7 @@ inline void add_mlp(const Pass& pass, const Layer& layer) {
   if (layer.moe && pass.step.tokens > 1) gather_rows(pass, pass.step.tokens * layer.moe->router.chosen);
   make_inner_rows(pass);
   pass.each_in_turn((pass.model.hidden + kStrip - 1) / kStrip,
-                    [&](std::int64_t strip, bool goes_on) { add_down_strip(pass, strip, goes_on); });
+                    [&](std::int64_t strip, bool continues) { add_down_strip(pass, strip, continues); });
 }
 
 }  // namespace lowlat::LOWLAT_ISA

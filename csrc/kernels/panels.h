@@ -57,7 +57,7 @@ inline P row_pairs(const Matrix& w, std::int64_t row, std::int64_t column) {
 }
 
 // Columns [column, column + 32) of a tile of row-major weights.
-inline void turn_panel(const Matrix& w, std::int64_t tile, std::int64_t column, Panel& panel) {
+inline void transpose_panel(const Matrix& w, std::int64_t tile, std::int64_t column, Panel& panel) {
   const std::int64_t row = tile * kTile;
   const std::int64_t rows = least(kTile, w.rows - row);
   const bool is_whole = rows == kTile && w.columns - column >= kColumns;
@@ -106,7 +106,7 @@ inline void load_int4_panel(const Matrix& w, std::int64_t tile, std::int64_t gro
 inline void load_panel(const Matrix& w, std::int64_t tile, std::int64_t i, Panel& panel) {
   if (w.storage == Storage::int8) return load_int8_panel(w, tile, i, panel);
   if (w.storage == Storage::int4) return load_int4_panel(w, tile, i, panel);
-  turn_panel(w, tile, i * kColumns, panel);
+  transpose_panel(w, tile, i * kColumns, panel);
 }
 
 inline std::int64_t num_panels(std::int64_t columns) { return (columns + kColumns - 1) / kColumns; }
@@ -127,10 +127,10 @@ inline void prefetch_panel(const Matrix& w, std::int64_t tile, std::int64_t i, b
 
 // Prefetches a row-major matrix a few cache lines at a time while something else is computed: many at once would
 // stall that computation's loads.
-class Ahead {
+class Prefetcher {
  public:
-  Ahead() = default;
-  explicit Ahead(const Matrix& w)
+  Prefetcher() = default;
+  explicit Prefetcher(const Matrix& w)
       : at_(static_cast<const char*>(w.data)),
         rows_(w.rows),
         bytes_(w.columns * w.element_bytes()),
@@ -194,7 +194,7 @@ inline P whole_pairs(const char* row, std::int64_t column) {
 
 // Panels of two adjacent blocks of 16 channels against 32 rows from `row`, all whole.
 template <Storage storage>
-inline void turn_rows(const Matrix& w, std::int64_t channel, std::int64_t row, Panel& first, Panel& second,
+inline void transpose_rows(const Matrix& w, std::int64_t channel, std::int64_t row, Panel& first, Panel& second,
                       bool reads_on) {
   const std::int64_t row_bytes = w.stride * w.element_bytes();
   const char* base = static_cast<const char*>(w.data) + row * row_bytes;
@@ -211,17 +211,17 @@ inline void turn_rows(const Matrix& w, std::int64_t channel, std::int64_t row, P
 // Panels of W^T: 16 channels (columns of W) against all its rows in pairs. Two adjacent blocks are packed at once,
 // because 32 bf16 channels are one cache line: panel i of channel block b is panels[b * apart + i]. `reads_on`:
 // prefetch the next 32 channels.
-inline void load_turned_panels(const Matrix& w, std::int64_t first_channel, std::int64_t first_row, std::int64_t rows,
+inline void load_transposed_panels(const Matrix& w, std::int64_t first_channel, std::int64_t first_row, std::int64_t rows,
                                Panel* panels, std::int64_t apart, bool reads_on = false) {
   const std::int64_t count = num_panels(rows);
   const bool is_whole = w.columns - first_channel >= kColumns;
   for (std::int64_t i = 0; i < count; ++i) {
     if (is_whole && (i + 1) * 32 <= rows && w.storage == Storage::bf16) {
-      turn_rows<Storage::bf16>(w, first_channel, first_row + i * 32, panels[i], panels[apart + i], reads_on);
+      transpose_rows<Storage::bf16>(w, first_channel, first_row + i * 32, panels[i], panels[apart + i], reads_on);
       continue;
     }
     if (is_whole && (i + 1) * 32 <= rows && w.storage == Storage::int8_rows) {
-      turn_rows<Storage::int8_rows>(w, first_channel, first_row + i * 32, panels[i], panels[apart + i], reads_on);
+      transpose_rows<Storage::int8_rows>(w, first_channel, first_row + i * 32, panels[i], panels[apart + i], reads_on);
       continue;
     }
     for (int j = 0; j < 16; ++j) {

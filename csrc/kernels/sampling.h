@@ -11,7 +11,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "../pool.h"
+#include "../thread_pool.h"
 #include "../sampling.h"
 #include "training.h"
 

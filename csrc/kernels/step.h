@@ -48,9 +48,9 @@ inline void make_logits(const Pass& pass) {
   });
   Activations x = work.hidden;
   x.rows = wanted;
-  pass.each_in_turn(num_strips(head), [&](std::int64_t strip, bool goes_on) {
+  pass.each_in_turn(num_strips(head), [&](std::int64_t strip, bool continues) {
     float* out = pass.strip_out(wanted);
-    multiply_strip(head, strip, x, pass.panels(head), out, next_strip(head, strip, goes_on));
+    multiply_strip(head, strip, x, pass.panels(head), out, next_strip(head, strip, continues));
     const std::int64_t first = strip * kStrip, count = least(kStrip, head.rows - first);
     for (std::int64_t i = 0; i < wanted; ++i) {
       std::memcpy(pass.step.logits + i * head.rows + first, out + i * kStrip, count * sizeof(float));

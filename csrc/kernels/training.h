@@ -196,8 +196,8 @@ void entropy_row(const EntropyPass& p, std::int64_t r, float* weights) {
 
 template <class T>
 void entropy(Team& team, const EntropyPass& p) {
-  Buffer room;
-  auto* weights = static_cast<float*>(room.reserve(static_cast<std::size_t>(p.size) * sizeof(float)));
+  Buffer buffer_array;
+  auto* weights = static_cast<float*>(buffer_array.reserve(static_cast<std::size_t>(p.size) * sizeof(float)));
   team.for_chunks(p.rows, 4, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t r = first; r < last; ++r) entropy_row<T>(p, r, weights);
   });

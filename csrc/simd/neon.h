@@ -232,7 +232,7 @@ inline void transpose4(uint32x4_t (&r)[4]) {
 }
 // Lane r of out[j] is pair j of row r. May work in place.
 inline void transpose(const P (&rows)[16], P (&out)[16]) {
-  P turned[16];
+  P transposed[16];
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r) {
 #pragma GCC unroll 4
@@ -240,10 +240,10 @@ inline void transpose(const P (&rows)[16], P (&out)[16]) {
       uint32x4_t block[4] = {rows[4 * r].q[c], rows[4 * r + 1].q[c], rows[4 * r + 2].q[c], rows[4 * r + 3].q[c]};
       transpose4(block);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) turned[4 * c + j].q[r] = block[j];
+      for (int j = 0; j < 4; ++j) transposed[4 * c + j].q[r] = block[j];
     }
   }
-  for (int j = 0; j < 16; ++j) out[j] = turned[j];
+  for (int j = 0; j < 16; ++j) out[j] = transposed[j];
 }
 
 // The sums of the lanes of 16 rows, lane i always added to lane i + 8, then i + 4, i + 2 and i + 1, in three steps.

@@ -19,7 +19,7 @@ inline void dot_panel(const Panel& panel, const bf16* x, std::int64_t stride, F 
 constexpr int kLinesAhead = 6;  // cache lines prefetched per panel
 
 // Panels of tiles, `tile_step` panels apart.
-struct PanelsThere {
+struct StoredPanels {
   const Panel* panels;
   std::int64_t tile_step;
 
@@ -53,7 +53,7 @@ struct PairedRows {
 // Microkernel: T rows times K tiles; source.get(i, j, tiles) returns vector j of panel i.
 template <int T, int K, class Source, class Rows>
 inline void multiply_block(const Source& source, std::int64_t count, Rows x, float* out, std::int64_t out_stride,
-                           bool adds, Ahead* ahead) {
+                           bool adds, Prefetcher* ahead) {
   F even[K][T], odd[K][T];
   LOWLAT_UNROLL
   for (int k = 0; k < K; ++k) {
@@ -95,11 +95,11 @@ inline void multiply_block(const Source& source, std::int64_t count, Rows x, flo
 template <class Rows>
 inline void multiply_by_dots(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count,
                              const Rows& x, std::int64_t rows, float* out, std::int64_t out_stride, bool adds,
-                             Ahead* ahead) {
+                             Prefetcher* ahead) {
   constexpr int kFew = kTokens / 2;
   const std::int64_t step = even_block(rows), few = even_block(rows, kFew);
   const std::int64_t twos = 2 * few >= step ? tiles / 2 : 0;
-  const auto there = [&](const Panel* from) { return PanelsThere{from, tile_step}; };
+  const auto there = [&](const Panel* from) { return StoredPanels{from, tile_step}; };
   for (std::int64_t two = 0; two < twos; ++two, panels += 2 * tile_step, out += 2 * kTile) {
     for (std::int64_t row = 0; row < rows; row += few) {
       with_tokens<kFew>(least(few, rows - row), [&]<int T>() {
@@ -118,14 +118,14 @@ inline void multiply_by_dots(const Panel* panels, std::int64_t tiles, std::int64
 
 inline void multiply_by_dots(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count,
                              const bf16* x, std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride,
-                             bool adds, Ahead* ahead = nullptr) {
+                             bool adds, Prefetcher* ahead = nullptr) {
   multiply_by_dots(panels, tiles, tile_step, count, PlainRows{x, stride}, rows, out, out_stride, adds, ahead);
 }
 
 // GEMV with W^T: out[c] = sum over rows of w[row][c] * x[row] for a single x. Same bits as load_transposed_panels()
 // and multiply_by_dots(), but W is read once, row-major. Rows and columns are multiples of 32. out and odd [columns].
 template <Storage storage>
-inline void multiply_turned(const Matrix& w, const bf16* x, float* out, float* odd) {
+inline void multiply_transposed(const Matrix& w, const bf16* x, float* out, float* odd) {
   constexpr int kRows = 8, kAhead = 16;
   const std::int64_t row_bytes = w.stride * w.element_bytes();
   std::memset(out, 0, w.columns * sizeof(float));

@@ -7,7 +7,7 @@
 namespace lowlat::LOWLAT_ISA {
 
 // Several bf16 matrices that form one, stacked vertically: all but the last have 64 rows.
-struct TurnedRows {
+struct TransposedRows {
   static constexpr int kMost = 2, kRows = 64;
   const Matrix* parts[kMost];
   int count = 0;
@@ -25,13 +25,13 @@ struct TurnedRows {
 
 // Panels of 32 channels, packed on first use and reused, two tiles `apart` panels from each other.
 template <bool keeps>
-struct PanelsOnTheWay {
-  const bf16* rows[TurnedRows::kMost];  // at the first channel
-  std::int64_t strides[TurnedRows::kMost];
+struct PanelsOnTheFly {
+  const bf16* rows[TransposedRows::kMost];  // at the first channel
+  std::int64_t strides[TransposedRows::kMost];
   Panel* panels;
   std::int64_t apart;
 
-  PanelsOnTheWay(const TurnedRows& w, std::int64_t channel, Panel* panels) : panels(panels), apart(num_panels(w.rows)) {
+  PanelsOnTheFly(const TransposedRows& w, std::int64_t channel, Panel* panels) : panels(panels), apart(num_panels(w.rows)) {
     for (int i = 0; i < w.count; ++i) {
       rows[i] = static_cast<const bf16*>(w.parts[i]->data) + channel;
       strides[i] = w.parts[i]->stride;
@@ -50,55 +50,55 @@ struct PanelsOnTheWay {
 
 // The first few activation rows pack the panels, the others reuse them.
 template <class Rows>
-inline void turn_and_multiply(const TurnedRows& w, std::int64_t channel, Panel* panels, const Rows& x,
-                              std::int64_t rows, float* out, std::int64_t out_stride, Ahead* ahead) {
+inline void transpose_and_multiply(const TransposedRows& w, std::int64_t channel, Panel* panels, const Rows& x,
+                              std::int64_t rows, float* out, std::int64_t out_stride, Prefetcher* ahead) {
   const std::int64_t count = num_panels(w.rows), few = even_block(rows, kTokens / 2);
   with_tokens<kTokens / 2>(few, [&]<int T>() {
     if (rows > few) {
-      multiply_block<T, 2>(PanelsOnTheWay<true>(w, channel, panels), count, x, out, out_stride, true, ahead);
+      multiply_block<T, 2>(PanelsOnTheFly<true>(w, channel, panels), count, x, out, out_stride, true, ahead);
     } else {
-      multiply_block<T, 2>(PanelsOnTheWay<false>(w, channel, panels), count, x, out, out_stride, true, ahead);
+      multiply_block<T, 2>(PanelsOnTheFly<false>(w, channel, panels), count, x, out, out_stride, true, ahead);
     }
   });
   multiply_by_dots(panels, 2, count, count, x.from(few), rows - few, out + few * out_stride, out_stride, true, ahead);
 }
 
-inline void turn_panels(const TurnedRows& w, std::int64_t channel, Panel* panels) {
+inline void transpose_panels(const TransposedRows& w, std::int64_t channel, Panel* panels) {
   for (int i = 0; i < w.count; ++i) {
-    Panel* to = panels + i * TurnedRows::kRows / kColumns;
-    load_turned_panels(*w.parts[i], channel, 0, w.parts[i]->rows, to, num_panels(w.rows));
+    Panel* to = panels + i * TransposedRows::kRows / kColumns;
+    load_transposed_panels(*w.parts[i], channel, 0, w.parts[i]->rows, to, num_panels(w.rows));
   }
 }
 
 // out[r][c] += sum over rows of w[row][channel + c] * x[r][row], c < 32, for all columns; `panels` holds those of two
 // tiles. Whole rows are transposed when the first product needs them.
 template <class Rows>
-inline void multiply_turned_by_dots(const TurnedRows& w, std::int64_t channel, Panel* panels, const Rows& x,
-                                    std::int64_t rows, float* out, std::int64_t out_stride, Ahead* ahead) {
-  if (w.is_whole(channel)) return turn_and_multiply(w, channel, panels, x, rows, out, out_stride, ahead);
+inline void multiply_transposed_by_dots(const TransposedRows& w, std::int64_t channel, Panel* panels, const Rows& x,
+                                    std::int64_t rows, float* out, std::int64_t out_stride, Prefetcher* ahead) {
+  if (w.is_whole(channel)) return transpose_and_multiply(w, channel, panels, x, rows, out, out_stride, ahead);
   const std::int64_t count = num_panels(w.rows);
-  turn_panels(w, channel, panels);
+  transpose_panels(w, channel, panels);
   multiply_by_dots(panels, 2, count, count, x, rows, out, out_stride, true, ahead);
 }
 
 // The same for rows `stride` apart, by the level's multiply().
-inline void multiply_turned_rows(const TurnedRows& w, std::int64_t channel, Panel* panels, const bf16* x,
+inline void multiply_transposed_rows(const TransposedRows& w, std::int64_t channel, Panel* panels, const bf16* x,
                                  std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride,
-                                 Ahead* ahead) {
+                                 Prefetcher* ahead) {
   if (kMultipliesByDots) {
-    return multiply_turned_by_dots(w, channel, panels, PlainRows{x, stride}, rows, out, out_stride, ahead);
+    return multiply_transposed_by_dots(w, channel, panels, PlainRows{x, stride}, rows, out, out_stride, ahead);
   }
   const std::int64_t count = num_panels(w.rows);
-  turn_panels(w, channel, panels);
+  transpose_panels(w, channel, panels);
   multiply(panels, 2, count, count, x, stride, rows, out, out_stride, true, ahead);
 }
 
 // The columns of a bf16 matrix as rows `stride` apart, zero-padded to a multiple of 32; `panels` holds those of two
 // tiles.
-inline void turn_columns(const Matrix& w, Panel* panels, bf16* to, std::int64_t stride) {
+inline void transpose_columns(const Matrix& w, Panel* panels, bf16* to, std::int64_t stride) {
   const std::int64_t count = num_panels(w.rows);
   for (std::int64_t channel = 0; channel < w.columns; channel += kColumns) {
-    load_turned_panels(w, channel, 0, w.rows, panels, count);
+    load_transposed_panels(w, channel, 0, w.rows, panels, count);
     for (std::int64_t i = 0; i < 2 * count; ++i) {
       transpose(panels[i], panels[i]);
       const std::int64_t first = channel + i / count * kTile, there = least(kTile, w.columns - first);

@@ -4,11 +4,11 @@
 
 #include <initializer_list>
 
-#include "../pool.h"
+#include "../thread_pool.h"
 #include "../readahead.h"
 #include "../workspace.h"
 #include "linear.h"
-#include "paged.h"
+#include "kv_cache.h"
 #include "rowwise.h"
 
 namespace lowlat::LOWLAT_ISA {
@@ -30,7 +30,7 @@ struct Pass {
   // The same with body(item, goes_on): whether this thread also runs item + 1.
   template <class Body>
   void each_in_turn(std::int64_t count, Body&& body) const {
-    forget_rows();  // of the previous phase
+    discard_packed_rows();  // of the previous phase
     team.for_shrinking_chunks(count, [&](std::int64_t first, std::int64_t last) {
       for (std::int64_t item = first; item < last; ++item) body(item, item + 1 < last);
     });
@@ -106,13 +106,13 @@ struct Product {
 inline void multiply_all(const Pass& pass, std::initializer_list<Product> products) {
   std::int64_t strips = 0;
   for (const Product& p : products) strips += num_strips(p.projection->weight);
-  pass.each_in_turn(strips, [&](std::int64_t strip, bool goes_on) {
+  pass.each_in_turn(strips, [&](std::int64_t strip, bool continues) {
     const Product* p = products.begin();
     while (strip >= num_strips(p->projection->weight)) strip -= num_strips((p++)->projection->weight);
     const Matrix& w = p->projection->weight;
     const float* bias = p->projection->bias;
     float* out = pass.strip_out(p->x->rows);
-    multiply_strip(w, strip, *p->x, pass.panels(w), out, next_strip(w, strip, goes_on));
+    multiply_strip(w, strip, *p->x, pass.panels(w), out, next_strip(w, strip, continues));
     each_half(strip, w.rows, [&](std::int64_t column, int lane, std::int64_t count) {
       store_lanes(out + lane, bias == nullptr ? nullptr : bias + column, count, p->x->rows, p->y + column, p->stride);
     });
@@ -122,9 +122,9 @@ inline void multiply_all(const Pass& pass, std::initializer_list<Product> produc
 // x += y W^T + b for the residual stream x.
 inline void multiply_into_residual(const Pass& pass, const Projection& p, const Activations& y) {
   Workspace& work = pass.work;
-  pass.each_in_turn(num_strips(p.weight), [&](std::int64_t strip, bool goes_on) {
+  pass.each_in_turn(num_strips(p.weight), [&](std::int64_t strip, bool continues) {
     float* out = pass.strip_out(y.rows);
-    multiply_strip(p.weight, strip, y, pass.panels(p.weight), out, next_strip(p.weight, strip, goes_on));
+    multiply_strip(p.weight, strip, y, pass.panels(p.weight), out, next_strip(p.weight, strip, continues));
     each_half(strip, p.weight.rows, [&](std::int64_t column, int lane, std::int64_t count) {
       const F bias = p.bias == nullptr ? zero() : load(p.bias + column, count);
       for (std::int64_t r = 0; r < y.rows; ++r) {

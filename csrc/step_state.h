@@ -5,30 +5,30 @@
 #include <memory>
 #include <mutex>
 
-#include "pool.h"
+#include "thread_pool.h"
 #include "workspace.h"
 
 namespace lowlat {
 
-struct Stage {
-  explicit Stage(const Model& model) : work(model) {}
+struct StepState {
+  explicit StepState(const Model& model) : work(model) {}
 
   std::mutex mutex;
   Workspace work;
 };
 
 // The step state of this process. A forked child abandons its parent's, which may be locked and half written.
-class OwnStage {
+class ProcessStepState {
  public:
-  OwnStage() = default;
-  ~OwnStage() { leave_to_parent(); }
-  OwnStage(const OwnStage&) = delete;
-  OwnStage& operator=(const OwnStage&) = delete;
+  ProcessStepState() = default;
+  ~ProcessStepState() { leave_to_parent(); }
+  ProcessStepState(const ProcessStepState&) = delete;
+  ProcessStepState& operator=(const ProcessStepState&) = delete;
 
   // Requires the GIL.
-  Stage& get(const Model& model) {
+  StepState& get(const Model& model) {
     leave_to_parent();
-    if (!stage_) stage_ = std::make_unique<Stage>(model);
+    if (!stage_) stage_ = std::make_unique<StepState>(model);
     return *stage_;
   }
 
@@ -39,7 +39,7 @@ class OwnStage {
     forks_ = forks();
   }
 
-  std::unique_ptr<Stage> stage_;
+  std::unique_ptr<StepState> stage_;
   std::uint64_t forks_ = forks();
 };
 

@@ -1,7 +1,7 @@
 // AMX tile kernels: GEMM with TDPBF16PS. A packed panel is, byte for byte, a tile register of 16 rows of 64 bytes.
 #pragma once
 
-#include "stream.h"
+#include "gemv.h"
 
 namespace lowlat::LOWLAT_ISA {
 
@@ -40,7 +40,7 @@ inline void configure_tiles(int first_rows, int second_rows) {
 // out[r][16 k + lane] = sum over the panels of tile k, `tile_step` panels apart, of panel . x[r]; `adds` accumulates.
 inline void multiply_by_tiles(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count, const bf16* x,
                      std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds,
-                     Ahead* ahead = nullptr) {
+                     Prefetcher* ahead = nullptr) {
   const auto x_pitch = static_cast<long>(stride * sizeof(bf16)), pitch = static_cast<long>(out_stride * sizeof(float));
   for (std::int64_t tile = 0; tile < tiles; tile += 2) {
     const bool has_two = tile + 1 < tiles;
@@ -123,7 +123,7 @@ struct RowPanels {
 inline thread_local RowPanels row_panels;
 
 // Discards a thread's packed activations of the last strips: the activations may have changed.
-inline void forget_rows() {
+inline void discard_packed_rows() {
   row_panels.values = nullptr;
   split_store.forget();
 }
@@ -156,7 +156,7 @@ inline void fill_row_panels(const Activations& x, std::int64_t columns, Panel* p
   }
 }
 
-inline void configure_stream(std::int64_t width) {
+inline void configure_gemv(std::int64_t width) {
   const int wanted = 1000 + static_cast<int>(width);
   if (configured_rows == wanted) return;
   struct alignas(64) Config {
@@ -173,12 +173,12 @@ inline void configure_stream(std::int64_t width) {
 }
 
 // out[r][lane] from sums [lane][width].
-inline void turn_sums(const float* sums, std::int64_t width, std::int64_t rows, float* out, std::int64_t out_stride) {
+inline void transpose_sums(const float* sums, std::int64_t width, std::int64_t rows, float* out, std::int64_t out_stride) {
   if (width == kTile) {
-    Panel turned;
-    for (int lane = 0; lane < kTile; ++lane) turned[lane] = pairs(sums + lane * kTile);
-    transpose(turned, turned);
-    for (std::int64_t r = 0; r < rows; ++r) std::memcpy(out + r * out_stride, &turned[r], sizeof(P));
+    Panel transposed;
+    for (int lane = 0; lane < kTile; ++lane) transposed[lane] = pairs(sums + lane * kTile);
+    transpose(transposed, transposed);
+    for (std::int64_t r = 0; r < rows; ++r) std::memcpy(out + r * out_stride, &transposed[r], sizeof(P));
     return;
   }
   for (std::int64_t r = 0; r < rows; ++r) {
@@ -195,7 +195,7 @@ inline void multiply_tile_rows(const Matrix& w, std::int64_t tile, NextTile next
   const char* left = reinterpret_cast<const char*>(panels);
   const char* right = reinterpret_cast<const char*>(panels + count);
   const std::int64_t panel_bytes = 64 * width;
-  configure_stream(width);
+  configure_gemv(width);
   _tile_zero(0);
   _tile_zero(1);
   for (std::int64_t i = 0; i < count; ++i) {
@@ -210,15 +210,15 @@ inline void multiply_tile_rows(const Matrix& w, std::int64_t tile, NextTile next
   }
   alignas(64) float sums[kTile * kTile];
   _tile_stored(0, sums, row_pitch);
-  turn_sums(sums, width, least(rows, kTile), out, out_stride);
+  transpose_sums(sums, width, least(rows, kTile), out, out_stride);
   if (rows > kTile) {
     _tile_stored(1, sums, row_pitch);
-    turn_sums(sums, width, rows - kTile, out + kTile * out_stride, out_stride);
+    transpose_sums(sums, width, rows - kTile, out + kTile * out_stride, out_stride);
   }
 }
 
 // Tiles [first, last), all of which are whole. `panels` holds two blocks of rows.
-inline void multiply_stream_by_tiles(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next,
+inline void gemv_by_tiles(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next,
                                      const Activations& x, Panel* panels, float* out, std::int64_t out_stride) {
   for (std::int64_t row = 0; row < x.rows; row += 2 * kTile) {
     Activations part = x.from(row);
@@ -238,7 +238,7 @@ inline void multiply_stream_by_tiles(const Matrix& w, std::int64_t first, std::i
 struct ProductSession {
   ProductSession() {
     configured_rows = -1;
-    forget_rows();
+    discard_packed_rows();
   }
   ~ProductSession() {
     if (configured_rows != -1) _tile_release();

@@ -4,9 +4,9 @@
 
 #include <utility>
 
-#include "multiply.h"
+#include "gemm.h"
 #if defined(LOWLAT_AVX512)
-#include "split_rows.h"
+#include "split_activations.h"
 #endif
 
 namespace lowlat::LOWLAT_ISA {
@@ -21,9 +21,9 @@ constexpr int kChains = 4;
 constexpr std::int64_t kStep = kChains * kColumns;  // columns
 constexpr std::int64_t kBytesAhead = 8192;
 #if defined(LOWLAT_AVX512)
-constexpr int kLyingTokens = 6;
+constexpr int kRowMajorTokens = 6;
 #else
-constexpr int kLyingTokens = 4;
+constexpr int kRowMajorTokens = 4;
 #endif
 
 inline const char* row_start(const Matrix& w, std::int64_t row) {
@@ -40,7 +40,7 @@ inline float step_scale(const Matrix& w, std::int64_t row, std::int64_t column) 
 
 // 32 whole columns of a row, within one scale step.
 template <Storage storage>
-inline P lying_pairs(const char* start, std::int64_t column, float scale) {
+inline P row_major_pairs(const char* start, std::int64_t column, float scale) {
   if constexpr (storage == Storage::fp8) {
     return pairs_of_fp8(reinterpret_cast<const std::uint8_t*>(start) + column, scale);
   }
@@ -49,7 +49,7 @@ inline P lying_pairs(const char* start, std::int64_t column, float scale) {
 
 // lanes[t]: partial sums of a weight row and T rows of x.
 template <Storage storage, int T>
-inline void dot_lying_row(const Matrix& w, std::int64_t row, const Activations& x, F (&lanes)[T]) {
+inline void dot_weight_row(const Matrix& w, std::int64_t row, const Activations& x, F (&lanes)[T]) {
   const char* start = row_start(w, row);
   F sums[kChains][T];
   LOWLAT_UNROLL
@@ -66,7 +66,7 @@ inline void dot_lying_row(const Matrix& w, std::int64_t row, const Activations& 
       const std::int64_t c = column + k * kColumns;
       // May point beyond the matrix: prefetching unmapped memory does nothing.
       prefetch_far(start + c * w.element_bytes() + kBytesAhead);
-      const P weights = lying_pairs<storage>(start, c, scale);
+      const P weights = row_major_pairs<storage>(start, c, scale);
       LOWLAT_UNROLL
       for (int t = 0; t < T; ++t) sums[k][t] = dot(sums[k][t], weights, pairs(at + t * x.stride + k * kColumns));
     }
@@ -94,14 +94,14 @@ inline F sums_of_lanes(const Lanes& lanes) {
 }
 
 template <Storage storage, int T>
-inline void multiply_lying(const Matrix& w, std::int64_t tile, const Activations& x, float* out,
+inline void gemv_row_major(const Matrix& w, std::int64_t tile, const Activations& x, float* out,
                            std::int64_t out_stride) {
   const std::int64_t first = tile * kTile, rows = least(kTile, w.rows - first);
   alignas(64) Lanes lanes[T];
   if (rows < kTile) std::memset(lanes, 0, sizeof lanes);
   for (std::int64_t r = 0; r < rows; ++r) {
     F found[T];
-    dot_lying_row<storage, T>(w, first + r, x, found);
+    dot_weight_row<storage, T>(w, first + r, x, found);
     LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) store(lanes[t][r], found[t]);
   }
@@ -117,9 +117,9 @@ constexpr int kSharingTokens = 3;
 
 // Prefetch schedule of a tile: some cache lines with every step of every row. The first pass prefetches the row
 // kBytesAhead further on. Addresses may be beyond the matrix: prefetching unmapped memory does nothing.
-class Asked {
+class PrefetchSchedule {
  public:
-  Asked(const Matrix& w, std::int64_t tile, NextTile next) : next_(next), steps_(most(1, w.columns / kStep)) {
+  PrefetchSchedule(const Matrix& w, std::int64_t tile, NextTile next) : next_(next), steps_(most(1, w.columns / kStep)) {
     const std::int64_t row_bytes = w.stride * w.element_bytes(), first = tile * kTile;
     const std::int64_t rows_ahead = least(kTile, most(1, kBytesAhead / row_bytes));
     lines_ = kStep * w.element_bytes() / 64;
@@ -167,12 +167,12 @@ class Asked {
 
 // lanes[r][t] of weight rows `row` and `other`, and T rows of x: dot_weight_row() of both.
 template <Storage storage, int T>
-inline void dot_lying_rows(const Matrix& w, std::int64_t row, std::int64_t other, const Activations& x,
-                           const Asked& asked, std::int64_t in_tile, F (&lanes)[2][T]) {
+inline void dot_weight_rows(const Matrix& w, std::int64_t row, std::int64_t other, const Activations& x,
+                           const PrefetchSchedule& prefetches, std::int64_t in_tile, F (&lanes)[2][T]) {
   const std::int64_t rows[2] = {row, other};
   const char* starts[2] = {row_start(w, row), row_start(w, other)};
-  const char* ahead[2] = {asked.from(in_tile), asked.from(in_tile + 1)};
-  const std::int64_t lines = asked.lines(), whole = w.columns / kStep * kStep;
+  const char* ahead[2] = {prefetches.from(in_tile), prefetches.from(in_tile + 1)};
+  const std::int64_t lines = prefetches.lines(), whole = w.columns / kStep * kStep;
   F sums[kChains][2][T];
   LOWLAT_UNROLL
   for (int k = 0; k < kChains; ++k) {
@@ -187,7 +187,7 @@ inline void dot_lying_rows(const Matrix& w, std::int64_t row, std::int64_t other
     LOWLAT_UNROLL
     for (int k = 0; k < kChains; ++k) {
       const std::int64_t c = column + k * kColumns;
-      P first = lying_pairs<storage>(starts[0], c, one), second = lying_pairs<storage>(starts[1], c, two);
+      P first = row_major_pairs<storage>(starts[0], c, one), second = row_major_pairs<storage>(starts[1], c, two);
       keep(first);
       keep(second);
       LOWLAT_UNROLL
@@ -212,14 +212,14 @@ inline void dot_lying_rows(const Matrix& w, std::int64_t row, std::int64_t other
 }
 
 template <Storage storage, int T>
-inline void multiply_lying_twos(const Matrix& w, std::int64_t tile, const Activations& x, const Asked& asked,
+inline void gemv_row_major_twos(const Matrix& w, std::int64_t tile, const Activations& x, const PrefetchSchedule& prefetches,
                                 float* out, std::int64_t out_stride) {
   const std::int64_t first = tile * kTile, rows = least(kTile, w.rows - first);
   alignas(64) Lanes lanes[T];
   if (rows < kTile) std::memset(lanes, 0, sizeof lanes);
   for (std::int64_t r = 0; r < rows; r += 2) {
     F found[2][T];
-    dot_lying_rows<storage, T>(w, first + r, first + least(r + 1, rows - 1), x, asked, r, found);
+    dot_weight_rows<storage, T>(w, first + r, first + least(r + 1, rows - 1), x, prefetches, r, found);
     LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) {
       store(lanes[t][r], found[0][t]);
@@ -230,20 +230,20 @@ inline void multiply_lying_twos(const Matrix& w, std::int64_t tile, const Activa
 }
 
 template <Storage storage>
-inline void stream_tile(const Matrix& w, std::int64_t tile, NextTile next, const Activations& x, float* out,
+inline void gemv_tile(const Matrix& w, std::int64_t tile, NextTile next, const Activations& x, float* out,
                         std::int64_t out_stride) {
-  if (x.rows <= kLyingTokens) {
-    return with_tokens<kLyingTokens>(
-        x.rows, [&]<int T>() { multiply_lying<storage, T>(w, tile, x, out, out_stride); });
+  if (x.rows <= kRowMajorTokens) {
+    return with_tokens<kRowMajorTokens>(
+        x.rows, [&]<int T>() { gemv_row_major<storage, T>(w, tile, x, out, out_stride); });
   }
   const std::int64_t step = even_block(x.rows, kSharingTokens), times = (x.rows + step - 1) / step;
-  Asked asked(w, tile, next);
+  PrefetchSchedule prefetches(w, tile, next);
   for (std::int64_t time = 0; time < times; ++time) {
-    if (time > 0) asked.go_on(time, times);
+    if (time > 0) prefetches.go_on(time, times);
     const Activations part = x.from(time * step);
     float* to = out + time * step * out_stride;
     with_tokens<kSharingTokens>(least(step, part.rows), [&]<int T>() {
-      multiply_lying_twos<storage, T>(w, tile, part, asked, to, out_stride);
+      gemv_row_major_twos<storage, T>(w, tile, part, prefetches, to, out_stride);
     });
   }
 }
@@ -251,13 +251,13 @@ inline void stream_tile(const Matrix& w, std::int64_t tile, NextTile next, const
 #else
 
 template <Storage storage>
-inline void stream_tile(const Matrix& w, std::int64_t tile, NextTile, const Activations& x, float* out,
+inline void gemv_tile(const Matrix& w, std::int64_t tile, NextTile, const Activations& x, float* out,
                         std::int64_t out_stride) {
-  const std::int64_t step = even_block(x.rows, kLyingTokens);
+  const std::int64_t step = even_block(x.rows, kRowMajorTokens);
   for (std::int64_t row = 0; row < x.rows; row += step) {
     const Activations part = x.from(row);
-    with_tokens<kLyingTokens>(least(step, part.rows), [&]<int T>() {
-      multiply_lying<storage, T>(w, tile, part, out + row * out_stride, out_stride);
+    with_tokens<kRowMajorTokens>(least(step, part.rows), [&]<int T>() {
+      gemv_row_major<storage, T>(w, tile, part, out + row * out_stride, out_stride);
     });
   }
 }
@@ -265,14 +265,14 @@ inline void stream_tile(const Matrix& w, std::int64_t tile, NextTile, const Acti
 #endif
 
 // Tiles [first, last) of y = x W^T for row-major weights.
-inline void stream_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
+inline void gemv_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                         float* out, std::int64_t out_stride) {
   for (std::int64_t tile = first; tile < last; ++tile, out += kTile) {
     const NextTile then = tile + 1 < last ? NextTile{&w, tile + 1} : next;
     switch (w.storage) {
-      case Storage::fp8: stream_tile<Storage::fp8>(w, tile, then, x, out, out_stride); break;
-      case Storage::int8_rows: stream_tile<Storage::int8_rows>(w, tile, then, x, out, out_stride); break;
-      default: stream_tile<Storage::bf16>(w, tile, then, x, out, out_stride);
+      case Storage::fp8: gemv_tile<Storage::fp8>(w, tile, then, x, out, out_stride); break;
+      case Storage::int8_rows: gemv_tile<Storage::int8_rows>(w, tile, then, x, out, out_stride); break;
+      default: gemv_tile<Storage::bf16>(w, tile, then, x, out, out_stride);
     }
   }
 }
@@ -305,7 +305,7 @@ inline void add_step(P integers, const bf16* x, std::int64_t stride, F (&acc)[T]
 
 // One tile; `sums` are those of group_sums().
 template <int T>
-inline void stream_int4(const Matrix& w, std::int64_t tile, const Activations& x, const float* sums, float* out,
+inline void gemv_int4(const Matrix& w, std::int64_t tile, const Activations& x, const float* sums, float* out,
                         std::int64_t out_stride) {
   const std::int64_t groups = w.groups();
   const std::uint8_t* data = static_cast<const std::uint8_t*>(w.data) + tile * groups * w.group_bytes();
@@ -341,7 +341,7 @@ inline void stream_int4(const Matrix& w, std::int64_t tile, const Activations& x
 
 // The same for int8: a byte value + 128 is two 4-bit integers, 16 high + low.
 template <int T>
-inline void stream_int8(const Matrix& w, std::int64_t tile, const Activations& x, const float* sums, float* out,
+inline void gemv_int8(const Matrix& w, std::int64_t tile, const Activations& x, const float* sums, float* out,
                         std::int64_t out_stride) {
   const std::int64_t groups = w.groups();
   const std::uint8_t* data = static_cast<const std::uint8_t*>(w.data) + tile * groups * w.group_bytes();
@@ -375,7 +375,7 @@ inline void stream_int8(const Matrix& w, std::int64_t tile, const Activations& x
 }
 
 // Tiles [first, last) of y = x W^T for int8 or int4; `panels` holds those of one tile.
-inline void stream_tiles(const Matrix& w, std::int64_t first, std::int64_t last, NextTile, const Activations& x,
+inline void gemv_tiles(const Matrix& w, std::int64_t first, std::int64_t last, NextTile, const Activations& x,
                          Panel* panels, float* out, std::int64_t out_stride) {
   auto* sums = reinterpret_cast<float*>(panels);
   const std::int64_t step = even_block(x.rows);
@@ -386,9 +386,9 @@ inline void stream_tiles(const Matrix& w, std::int64_t first, std::int64_t last,
       for (std::int64_t tile = first; tile < last; ++tile) {
         float* to = out + row * out_stride + (tile - first) * kTile;
         if (w.storage == Storage::int8) {
-          stream_int8<T>(w, tile, part, sums, to, out_stride);
+          gemv_int8<T>(w, tile, part, sums, to, out_stride);
         } else {
-          stream_int4<T>(w, tile, part, sums, to, out_stride);
+          gemv_int4<T>(w, tile, part, sums, to, out_stride);
         }
       }
     });

@@ -2,7 +2,7 @@
 // blocks at once, by all new queries of a sequence. Memory grows with the new queries, not with the context.
 #pragma once
 
-#include "pass.h"
+#include "phases.h"
 
 namespace lowlat::LOWLAT_ISA {
 

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <vector>
 
-#include "multiply.h"
+#include "gemm.h"
 
 namespace lowlat::LOWLAT_ISA {
 
@@ -183,7 +183,7 @@ inline void multiply_split(const Matrix& w, std::int64_t tile, NextTile next, co
 }
 
 // Tiles [first, last) of y = x W^T for int8 or int4.
-inline void stream_tiles(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
+inline void gemv_tiles(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                          Panel*, float* out, std::int64_t out_stride) {
   const SplitRows all = split_store.find(x, w);
   const std::int64_t step = even_block(x.rows, kSplitTokens);

@@ -5,7 +5,7 @@
 #include <initializer_list>
 
 #include "../model.h"
-#include "attention.h"
+#include "flash_attention.h"
 #include "rowwise.h"
 
 namespace lowlat::LOWLAT_ISA {

@@ -42,7 +42,7 @@ inline const std::uint8_t* packed_rows(const CachedKeys& keys, std::int64_t posi
 }
 
 // Bytes [first, last) of the entries of a later block, to prefetch.
-inline Ahead bytes_ahead(const CachedKeys& keys, std::int64_t position, std::int64_t end, std::int64_t first,
+inline Prefetcher bytes_ahead(const CachedKeys& keys, std::int64_t position, std::int64_t end, std::int64_t first,
                          std::int64_t last) {
   const Cache& cache = keys.cache;
   if (position >= end) return {};
@@ -52,7 +52,7 @@ inline Ahead bytes_ahead(const CachedKeys& keys, std::int64_t position, std::int
   rows.columns = least(last - first + 63, cache.row_bytes - first);  // they may begin anywhere in a cache line
   rows.stride = cache.row_bytes;
   rows.data = cached_row(cache, keys.pages, position) + first;
-  return Ahead(rows);
+  return Prefetcher(rows);
 }
 
 // Query rows quantized for int8 channels, to attend to one range after another.
@@ -79,10 +79,10 @@ class IntegerReader {
     weights.high = scratch.get<std::uint32_t>(5, 2 * words);
     weights.low = weights.high + words;
     weights.has_peaks = scratch.get<bool>(13, tiles);
-    weights.worth = scratch.get<float>(6, value_groups * (width + kSpan + kTile + 1));
-    weights.shares = weights.worth + value_groups * width;
-    weights.of_one = weights.shares + value_groups * kSpan;
-    weights.largest = weights.of_one + value_groups * kTile;
+    weights.quantum = scratch.get<float>(6, value_groups * (width + kSpan + kTile + 1));
+    weights.shares = weights.quantum + value_groups * width;
+    weights.inverse_scale = weights.shares + value_groups * kSpan;
+    weights.largest = weights.inverse_scale + value_groups * kTile;
     work_ = {scratch.get<float>(10, width * kSpan), weights, scratch.get<P[kQuad]>(2, kSpan / kQuad)};
     scales_ = scratch.get<float>(14, (groups + value_groups) * kSpan);
     rests_ = scratch.get<bf16>(15, kSpan * rest_panels * kColumns);
@@ -94,7 +94,7 @@ class IntegerReader {
     for (std::int64_t at = start; at < end;) {
       const std::int64_t stop = least(end, at - at % kSpan + kSpan);
       IntegerSpan span;
-      SpanAhead keys, values;
+      SpanPrefetcher keys, values;
       std::int64_t first = at;
       for (; at < stop; at += kKeyBlock) {
         if (at + kKeyBlock <= q_.first[0]) {  // outside every query's sliding window
@@ -125,17 +125,17 @@ class IntegerReader {
   static std::int64_t groups_of(std::int64_t channels) { return (channels + kScaled - 1) / kScaled; }
 
   // With the scales and bf16 channels that follow, if the keys include them.
-  Ahead keys_ahead(std::int64_t position, std::int64_t end) const {
+  Prefetcher keys_ahead(std::int64_t position, std::int64_t end) const {
     const RowView& reads = keys_.view;
     const bool is_last = reads.key + reads.key_dim == keys_.row_dim;
     const std::int64_t last = is_last ? keys_.cache.row_bytes : reads.key + reads.key_dim;
     return bytes_ahead(keys_, position, end, reads.key, last);
   }
-  Ahead values_ahead(std::int64_t position, std::int64_t end) const {
+  Prefetcher values_ahead(std::int64_t position, std::int64_t end) const {
     return bytes_ahead(keys_, position, end, keys_.view.value, keys_.view.value + keys_.view.value_dim);
   }
   // Scales of keys and values that are separate.
-  Ahead scales_ahead(std::int64_t position, std::int64_t end) const {
+  Prefetcher scales_ahead(std::int64_t position, std::int64_t end) const {
     const std::int64_t first = padded_to_4(keys_.cache.quantized);
     return bytes_ahead(keys_, position, end, first, first + 4 * groups_of(keys_.cache.quantized));
   }
@@ -183,7 +183,7 @@ class PlainReader {
       const Matrix rows = view(q.values, q.rows, keys.view.key_dim, q.stride);
       for (std::int64_t tile = 0; tile < tiles; ++tile) load_panels(rows, tile, query_panels + tile * width);
       q_.panels = query_panels;
-      scores_.turned = scratch.get<float>(12, tiles * kTile * kSpan);
+      scores_.transposed = scratch.get<float>(12, tiles * kTile * kSpan);
     }
     panels_ = scratch.get<Panel>(2, attend_panels(keys.view.key_dim));
     gathered_ = scratch.get<bf16>(7, kSpan * gathered_stride_);

@@ -6,13 +6,13 @@
 
 #include <cmath>
 
-#include "turned.h"
+#include "transposed.h"
 
 namespace lowlat::LOWLAT_ISA {
 
 constexpr std::int64_t kKeyBlock = 64;
 // Blocks that share one softmax step: their weighted values are summed in registers.
-constexpr int kSpanBlocks = TurnedRows::kMost;
+constexpr int kSpanBlocks = TransposedRows::kMost;
 constexpr std::int64_t kSpan = kSpanBlocks * kKeyBlock;
 constexpr float kNone = -__builtin_inff();
 
@@ -67,12 +67,12 @@ struct Queries {
 struct ScoreScratch {
   float* scores;
   bf16* weights;
-  float* turned = nullptr;  // if q.panels are used: all scores, key-major, in whole tiles of queries
+  float* transposed = nullptr;  // if q.panels are used: all scores, key-major, in whole tiles of queries
   std::int64_t stride = kKeyBlock;
 
   // The buffers of a later block of a span.
   ScoreScratch block(std::int64_t number) const {
-    return {scores + number * kKeyBlock, weights + number * kKeyBlock, turned, stride};
+    return {scores + number * kKeyBlock, weights + number * kKeyBlock, transposed, stride};
   }
 };
 
@@ -134,12 +134,12 @@ inline void softmax_step(const Queries& q, std::int64_t start, std::int64_t bloc
 inline std::int64_t attend_panels(std::int64_t key_dim) { return most(2 * num_panels(key_dim), 2 * num_panels(kSpan)); }
 
 // Transposes key-major scores of whole query tiles into query rows, 16 x 16 at a time.
-inline void turn_scores(std::int64_t rows, const ScoreScratch& scratch) {
+inline void transpose_scores(std::int64_t rows, const ScoreScratch& scratch) {
   const std::int64_t tiles = (rows + kTile - 1) / kTile;
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     for (std::int64_t key = 0; key < kKeyBlock; key += kTile) {
       Panel square;
-      for (int i = 0; i < kTile; ++i) square[i] = pairs(scratch.turned + ((key + i) * tiles + tile) * kTile);
+      for (int i = 0; i < kTile; ++i) square[i] = pairs(scratch.transposed + ((key + i) * tiles + tile) * kTile);
       transpose(square, square);
       const std::int64_t count = least(kTile, rows - tile * kTile);
       for (int r = 0; r < count; ++r) store_pairs(scratch.scores + (tile * kTile + r) * scratch.stride + key, square[r]);
@@ -148,7 +148,7 @@ inline void turn_scores(std::int64_t rows, const ScoreScratch& scratch) {
 }
 
 // Scores of a block with the queries as panels, key-major into `out`.
-inline void turned_scores(const Queries& q, const KeyBlock& block, float* out, Ahead& ahead) {
+inline void transposed_scores(const Queries& q, const KeyBlock& block, float* out, Prefetcher& ahead) {
   const std::int64_t width = num_panels(block.keys.columns), tiles = (q.rows + kTile - 1) / kTile;
   multiply(q.panels, tiles, width, width, static_cast<const bf16*>(block.keys.data), block.keys.stride, block.keys.rows,
            out, tiles * kTile, false, &ahead);
@@ -245,21 +245,21 @@ inline void plain_scores(const Queries& q, const KeyBlock& block, Panel* panels,
 }
 
 // Prefetches of a span of blocks, block by block.
-struct SpanAhead {
-  Ahead blocks[kSpanBlocks];
+struct SpanPrefetcher {
+  Prefetcher blocks[kSpanBlocks];
   std::int64_t count = 0;
 
-  SpanAhead() = default;
-  SpanAhead(const KeyBlock* span, std::int64_t count, bool with_keys) {
-    for (std::int64_t b = 0; b < count; ++b) add(Ahead(with_keys ? span[b].next_keys : span[b].next_values));
+  SpanPrefetcher() = default;
+  SpanPrefetcher(const KeyBlock* span, std::int64_t count, bool with_keys) {
+    for (std::int64_t b = 0; b < count; ++b) add(Prefetcher(with_keys ? span[b].next_keys : span[b].next_values));
   }
-  void add(const Ahead& block) { blocks[count++] = block; }
+  void add(const Prefetcher& block) { blocks[count++] = block; }
   // Call while 32 of `channels` channels are multiplied.
-  Ahead* at(std::int64_t channel, std::int64_t channels) { return &blocks[channel * count / channels]; }
+  Prefetcher* at(std::int64_t channel, std::int64_t channels) { return &blocks[channel * count / channels]; }
 };
 
-inline TurnedRows values_of(const KeyBlock* blocks, std::int64_t count) {
-  TurnedRows values;
+inline TransposedRows values_of(const KeyBlock* blocks, std::int64_t count) {
+  TransposedRows values;
   for (std::int64_t b = 0; b < count; ++b) values.add(blocks[b].values);
   return values;
 }
@@ -268,20 +268,20 @@ inline TurnedRows values_of(const KeyBlock* blocks, std::int64_t count) {
 inline void attend_in_lanes(const Queries& q, const KeyBlock* blocks, std::int64_t count, std::int64_t start,
                             float scale, Panel* panels, const ScoreScratch& scratch, const SoftmaxState& state) {
   const std::int64_t tiles = (q.rows + kTile - 1) / kTile, width = tiles * kTile, keys = count * kKeyBlock;
-  SpanAhead ahead(blocks, count, true);
+  SpanPrefetcher ahead(blocks, count, true);
   for (std::int64_t b = 0; b < count; ++b) {
-    turned_scores(q, blocks[b], scratch.turned + b * kKeyBlock * width, ahead.blocks[b]);
+    transposed_scores(q, blocks[b], scratch.transposed + b * kKeyBlock * width, ahead.blocks[b]);
   }
   auto* weights = reinterpret_cast<std::uint32_t*>(scratch.weights);
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
-    float* scores = scratch.turned + tile * kTile;
+    float* scores = scratch.transposed + tile * kTile;
     LaneTile lanes(q, tile, start, keys);
     softmax_in_lanes(lanes, scale, scores, width, state);
     pair_weights(scores, keys, width, weights + tile * kTile);
   }
-  const TurnedRows values = values_of(blocks, count);
+  const TransposedRows values = values_of(blocks, count);
   for (std::int64_t channel = 0; channel < values.columns; channel += kColumns) {
-    multiply_turned_by_dots(values, channel, panels, PairedRows{weights, width}, q.rows, state.values + channel,
+    multiply_transposed_by_dots(values, channel, panels, PairedRows{weights, width}, q.rows, state.values + channel,
                             state.stride, ahead.at(channel, values.columns));
   }
 }
@@ -293,19 +293,19 @@ inline void attend(const Queries& q, const KeyBlock* blocks, std::int64_t count,
   if (kMultipliesByDots && has_panels) {
     return attend_in_lanes(q, blocks, count, start, scale, panels, scratch, state);
   }
-  SpanAhead ahead(blocks, count, has_panels);
+  SpanPrefetcher ahead(blocks, count, has_panels);
   for (std::int64_t b = 0; b < count; ++b) {
     if (has_panels) {
-      turned_scores(q, blocks[b], scratch.turned, ahead.blocks[b]);
-      turn_scores(q.rows, scratch.block(b));
+      transposed_scores(q, blocks[b], scratch.transposed, ahead.blocks[b]);
+      transpose_scores(q.rows, scratch.block(b));
     } else {
       plain_scores(q, blocks[b], panels, scratch.block(b));
     }
   }
   softmax_step<kSpanBlocks>(q, start, count, scale, scratch, state);
-  const TurnedRows values = values_of(blocks, count);
+  const TransposedRows values = values_of(blocks, count);
   for (std::int64_t channel = 0; channel < values.columns; channel += kColumns) {
-    multiply_turned_rows(values, channel, panels, scratch.weights, scratch.stride, q.rows, state.values + channel,
+    multiply_transposed_rows(values, channel, panels, scratch.weights, scratch.stride, q.rows, state.values + channel,
                          state.stride, ahead.at(channel, values.columns));
   }
 }
@@ -325,7 +325,7 @@ struct SpanPanels {
       load_panels(block.keys, tile, keys_of(number) + tile * key_width);
     }
     for (std::int64_t i = 0; 32 * i < block.values.columns; ++i) {
-      load_turned_panels(block.values, 32 * i, 0, block.keys.rows, values + 2 * (i * apart + number), apart);
+      load_transposed_panels(block.values, 32 * i, 0, block.keys.rows, values + 2 * (i * apart + number), apart);
     }
   }
 };
