@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,10 +23,19 @@ from typing import IO, Any
 
 import torch
 
-from lowlat.checkpoint.fetch.cache_dir import CHUNK, sync_folder
 from lowlat.checkpoint.file_layout import PlannedFile, Stretch
-from lowlat.checkpoint.save import refuse_existing, sync_parent, write_file
+from lowlat.utils.atomic_files import (
+    CHUNK,
+    refuse_existing,
+    rename_new,
+    sync_descriptor,
+    sync_folder,
+    sync_parent,
+    write_new_files,
+)
+from lowlat.utils.disk_errors import resumable_error
 from lowlat.utils.errors import UserError
+from lowlat.utils.file_lock import lock_for_writing
 from lowlat.utils.progress import Progress
 
 JOURNAL = "journal.jsonl"
@@ -72,13 +80,13 @@ def write_planned(
         with _opened(partial, dst, facts) as (journal, finished):
             try:
                 _write_all(dst, partial, files, journal, finished, progress, label)
-                for name, content in extra_files.items():
-                    (partial / OUT / name).unlink(missing_ok=True)
-                    write_file(partial / OUT / name, content)
-                sync_folder(partial / OUT)
-                refuse_existing(dst)
                 made = partial / OUT
-                (made / files[0].name if is_file else made).rename(dst)
+                for name in extra_files:
+                    (made / name).unlink(missing_ok=True)
+                write_new_files(made, extra_files)
+                for folder in {(made / name).parent for name in extra_files} | {made}:
+                    sync_folder(folder)
+                rename_new(made / files[0].name if is_file else made, dst)
                 shutil.rmtree(partial, ignore_errors=True)
             except UserError:
                 # A destination that appeared meanwhile may go again.
@@ -86,13 +94,7 @@ def write_planned(
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
     except OSError as error:
-        what = f"{dst}: cannot be written ({error.strerror})"
-        if not os.path.exists(partial):  # which takes a name too long for one of no file
-            raise UserError(f"{what}; choose another destination") from error
-        raise UserError(
-            f"{what}; what is done is kept in {partial}: make room and give the same command "
-            "again, or remove it"
-        ) from error
+        raise resumable_error(dst, partial, error) from error
     sync_parent(dst)
 
 
@@ -118,7 +120,7 @@ def _opened(
     """The journal, locked and ready for more lines, and the sha256 of every finished stretch."""
     (partial / OUT).mkdir(parents=True, exist_ok=True)
     with (partial / JOURNAL).open("a+b") as journal:
-        hold(journal, dst)
+        lock_for_writing(journal, dst)
         journal.seek(0)
         # a line that a crash cut short is not there
         lines = [line for line in journal.read().splitlines(keepends=True) if line.endswith(b"\n")]
@@ -129,21 +131,6 @@ def _opened(
             check_same(json.loads(lines[0]), facts, partial)
         entries = [json.loads(line) for line in lines[1:]]
         yield journal, {(entry["file"], entry["at"]): entry["sha256"] for entry in entries}
-
-
-def hold(file: IO[bytes], dst: Path) -> None:
-    """Hold an open file against other processes, where there is flock (not on Windows).
-
-    Raises UserError saying that another process writes `dst`.
-    """
-    if sys.platform == "win32":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{dst}: another process is writing it; wait for it to end") from error
 
 
 def check_same(before: Mapping[str, str], facts: Mapping[str, str], partial: Path) -> None:
@@ -232,7 +219,7 @@ def _append(journal: IO[bytes], line: Mapping[str, str]) -> None:
 
 def _to_disk(out: IO[bytes]) -> None:
     out.flush()
-    os.fsync(out.fileno())
+    sync_descriptor(out.fileno())
     with suppress(OSError, AttributeError):  # only advice
         os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

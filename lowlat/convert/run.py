@@ -27,7 +27,7 @@ from lowlat.checkpoint.hf_folder import INDEX_FILE, open_checkpoint, weight_file
 from lowlat.checkpoint.load import config_file, read_config
 from lowlat.checkpoint.mapping import settle_mtp
 from lowlat.checkpoint.resumable_writer import check_room, options_text, partial_path, write_planned
-from lowlat.checkpoint.save import refuse_existing, text_files
+from lowlat.checkpoint.save import text_files
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.hf.reader import config_to_hf
 from lowlat.config.model import ModelConfig
@@ -46,6 +46,7 @@ from lowlat.convert.store_gguf import KINDS, stored_gguf
 from lowlat.convert.upcycle import UpcycledWeights, upcycled_config
 from lowlat.convert.weights import DerivedWeights, SourceWeights, Weights, parameter_shapes
 from lowlat.text.folder import read_folder
+from lowlat.utils.atomic_files import refuse_existing
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 

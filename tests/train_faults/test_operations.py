@@ -122,7 +122,7 @@ def test_power_cuts_would_show_a_missing_fsync(
     scenario = SCENARIOS["write"]
     scenario.prepare(tmp_path / "prepared")
     if skipped == "files":
-        monkeypatch.setattr(disk, "_sync", lambda descriptor: None)
+        monkeypatch.setattr(disk, "sync_descriptor", lambda descriptor: None)
     else:
         monkeypatch.setattr("lowlat.train.checkpoints.writer.sync_folder", lambda folder: None)
     run = fresh(tmp_path / "prepared")

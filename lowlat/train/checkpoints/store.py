@@ -29,7 +29,7 @@ from lowlat.train.checkpoints.manifest import read_manifest
 from lowlat.train.checkpoints.part import NamedTensor
 from lowlat.train.checkpoints.retention import kept
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.utils.atomic_files import move_folder
+from lowlat.utils.atomic_files import rename_folder
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -186,7 +186,7 @@ class Saves:
         if self._run.held:
             aside = _unused(folder.with_name(f"{folder.name}.broken"))
             with using(folder):
-                move_folder(folder, aside)
+                rename_folder(folder, aside)
             line += f", this one is kept as {aside.name}"
         self._report(line)
 
