@@ -1,4 +1,4 @@
-"""Size of a code base: lines of Python by package, public classes, function lengths, words of the field and of its pages.
+"""Size of a code base: lines of Python by package, public classes, function lengths, docs in words.
 
     python benchmarks/code_size.py [ROOT]
 
@@ -79,7 +79,8 @@ def main() -> None:
     words = {page: len(page.read_text(encoding="utf-8").split()) for page in pages}
     reference = sum(count for page, count in words.items() if page.name in REFERENCE)
     print(
-        f"README {words.get(root / 'README.md', 0):,} words; README and docs {sum(words.values()):,}, "
+        f"README {words.get(root / 'README.md', 0):,} words; "
+        f"README and docs {sum(words.values()):,}, "
         f"{sum(words.values()) - reference:,} without reference pages ({', '.join(REFERENCE)})"
     )
 

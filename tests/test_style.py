@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LONGEST_FUNCTION, LONGEST_KERNEL, LONGEST_FILE = 60, 120, 400
 
 RETIRED_NAMES = (
-    "Asked Basis Later Reader Saves Speaker Team anew arms as_it_lies batch_rows blame company healing_of "
+    "Asked Basis Later Reader Saves Speaker Team anew arms batch_rows blame company healing_of "
     "is_patient micro_batch_rows patient prices recompute row_dim row_widths runlog salt speakers "
     "speakers still_turning twin"
 ).split()
