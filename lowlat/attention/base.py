@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from jaxtyping import Float
 from torch import Tensor
 
-from lowlat.ops.layout import RowLayout
+from lowlat.ops.layout import EntryLayout
 
 
 class AttentionBackend(ABC):
@@ -52,7 +52,7 @@ class AttentionBackend(ABC):
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
         rows: Float[Tensor, "tokens row_dim"],
-        layout: RowLayout,
+        layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
         """Any other attention (GTA, TPA): queries over rows of which `layout` makes keys and

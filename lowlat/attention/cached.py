@@ -10,7 +10,7 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.ops.attention import causal_attention
-from lowlat.ops.layout import RowLayout
+from lowlat.ops.layout import EntryLayout
 from lowlat.ops.mla import absorbed_mla, expanded_mla
 
 
@@ -76,7 +76,7 @@ class CachedAttention(AttentionBackend):
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
         rows: Float[Tensor, "tokens row_dim"],
-        layout: RowLayout,
+        layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
         self.cache.write(layer, self.batch.slots, rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowlat.attention.base import AttentionBackend
 from lowlat.ops.attention import causal_attention
-from lowlat.ops.layout import RowLayout
+from lowlat.ops.layout import EntryLayout
 from lowlat.ops.mla import expanded_mla
 
 
@@ -71,7 +71,7 @@ class PackedAttention(AttentionBackend):
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
         rows: Float[Tensor, "tokens row_dim"],
-        layout: RowLayout,
+        layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
         return self.gqa(layer, q, *layout.expand(rows), scale, None)

@@ -29,7 +29,7 @@ from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.moe import Gate, MoE
 from lowlat.model.transformer import Transformer
-from lowlat.ops.layout import RowLayout
+from lowlat.ops.layout import EntryLayout
 from lowlat.ops.routing import Routing
 from lowlat.utils.device import name_of
 
@@ -229,7 +229,7 @@ class ObservedAttention(AttentionBackend):
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
         rows: Float[Tensor, "tokens row_dim"],
-        layout: RowLayout,
+        layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
         out = self.inner.attend(layer, q, rows, layout, scale)

@@ -13,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowlat.ops.attention import causal_attention
-from lowlat.ops.layout import RowLayout
+from lowlat.ops.layout import EntryLayout
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class TiedLayout(RowLayout):
+class TiedLayout(EntryLayout):
     """One tied state of `head_dim` channels for each of `groups`, then the shared rotated key."""
 
     groups: int

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class RowLayout(ABC):
+class EntryLayout(ABC):
     """How rows become keys and values."""
 
     @abstractmethod

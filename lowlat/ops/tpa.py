@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowlat.ops.layout import RowLayout
+from lowlat.ops.layout import EntryLayout
 from lowlat.ops.norm import accumulation_dtype
 
 PRODUCTS = 2**23
@@ -30,7 +30,7 @@ def outer_mean(
 
 @final
 @dataclass(frozen=True, slots=True)
-class FactorLayout(RowLayout):
+class FactorLayout(EntryLayout):
     """Factors of the keys and values of `heads` heads of `head_dim` channels."""
 
     heads: int

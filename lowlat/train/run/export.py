@@ -15,20 +15,20 @@ from lowlat.checkpoint.mapping import ROUTER_BIAS
 from lowlat.checkpoint.save import file_tensors, text_files, write_checkpoint
 from lowlat.config.hf import config_from_hf, config_to_hf
 from lowlat.config.model import ModelConfig
-from lowlat.model.stacking import unstacked
 from lowlat.train.checkpoints.disk import sync_folder, write_new
 from lowlat.train.checkpoints.errors import writing
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.checkpoints.save import Save, folder_name
 from lowlat.train.checkpoints.saves import Saves
-from lowlat.train.parallel.team import Team
+from lowlat.train.layers.stacked_experts import unstacked
+from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.train.run.build import started
+from lowlat.train.run.fp8_export import save_fp8
 from lowlat.train.run.lora_files import start_fingerprint, write_adapter
 from lowlat.train.run.state import MODEL, part
-from lowlat.train.step.fp8 import save_fp8
+from lowlat.train.run.teacher_check import teacher_fingerprint
 from lowlat.train.step.lora import base_dtype, merged
-from lowlat.train.step.teacher import teacher_fingerprint
 from lowlat.utils.device import parse_dtype
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
@@ -61,11 +61,11 @@ def keep_tokenizer(run: Path, text: Path) -> None:
         sync_folder(run)
 
 
-def refuse_older_model(model: Path, team: Team) -> None:
+def refuse_older_model(model: Path, mesh: ProcessMesh) -> None:
     """Raises UserError where a run without saves holds a model all the same: that of a run whose
     saves were removed. Collective.
     """
-    if team.from_first(int(model.exists())):
+    if mesh.broadcast(int(model.exists())):
         raise UserError(
             f"{model}: is there from a run whose saves are gone; move it away, or choose another "
             "--out"

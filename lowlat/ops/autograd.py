@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import BFloat16, Float, Float32, Int
 from torch import Tensor
 
-from lowlat.ops import native_training
+from lowlat.ops import native_training_kernels
 from lowlat.ops.norm import accumulation_dtype
 
 
@@ -67,8 +67,10 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         wide = accumulation_dtype(x.dtype)
-        if native_training.usable(x):
-            out, inverse = native_training.norm_forward(x, weight.to(wide).contiguous(), eps)
+        if native_training_kernels.usable(x):
+            out, inverse = native_training_kernels.norm_forward(
+                x, weight.to(wide).contiguous(), eps
+            )
         else:
             inverse = torch.rsqrt(x.to(wide).square().mean(dim=-1) + eps)
             out = (x.to(wide) * inverse[:, None] * weight.to(wide)).to(x.dtype)
@@ -82,9 +84,9 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         wide = accumulation_dtype(x.dtype)
         grad = grad.contiguous()
-        if native_training.usable(x, grad):
+        if native_training_kernels.usable(x, grad):
             given = weight.to(wide).contiguous()
-            grad_x, grad_weight = native_training.norm_backward(x, given, inverse, grad)
+            grad_x, grad_weight = native_training_kernels.norm_backward(x, given, inverse, grad)
             return grad_x, grad_weight.to(weight.dtype), None
         normal = x.to(wide) * inverse[:, None]
         grad_weight = (grad.to(wide) * normal).sum(dim=0)
@@ -99,8 +101,8 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        if native_training.usable(gate, up):
-            return native_training.gated_forward(gate, up)
+        if native_training_kernels.usable(gate, up):
+            return native_training_kernels.gated_forward(gate, up)
         wide = accumulation_dtype(gate.dtype)
         return (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
 
@@ -109,8 +111,8 @@ class _SwiGLU(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        if native_training.usable(gate, grad):
-            return native_training.gated_gradients(gate, up, grad.contiguous())
+        if native_training_kernels.usable(gate, grad):
+            return native_training_kernels.gated_gradients(gate, up, grad.contiguous())
         _, grad_gate_up, _ = gated_backward(torch.cat([gate, up], dim=1), grad.contiguous(), None)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=1)
         return grad_gate, grad_up
@@ -121,7 +123,7 @@ class _Rotation(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.interleave = interleave
-        return native_training.rotation(x, cos, sin, interleave=interleave)
+        return native_training_kernels.rotation(x, cos, sin, interleave=interleave)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -129,7 +131,9 @@ class _Rotation(torch.autograd.Function):
     ) -> tuple[Tensor, None, None, None]:
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         cos, sin = ctx.saved_tensors
-        back = native_training.rotation(grad, cos, sin, interleave=ctx.interleave, is_inverse=True)
+        back = native_training_kernels.rotation(
+            grad, cos, sin, interleave=ctx.interleave, is_inverse=True
+        )
         return back, None, None, None
 
 
@@ -137,7 +141,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, logs = native_training.causal_forward(q, k, v, ends, scale)
+        out, logs = native_training_kernels.causal_forward(q, k, v, ends, scale)
         ctx.save_for_backward(q, k, v, ends, out, logs)
         ctx.scale = scale
         return out
@@ -147,7 +151,7 @@ class _CausalAttention(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, ends, out, logs = ctx.saved_tensors
-        grads = native_training.causal_backward(
+        grads = native_training_kernels.causal_backward(
             q, k, v, ends, ctx.scale, out, logs, grad.contiguous()
         )
         return *grads, None, None
@@ -164,8 +168,8 @@ def gated_backward(
     inner activation again, the gradient of gate_up, and that of the factors, for
     <dy, W h> = <W^T dy, h>.
     """
-    if native_training.usable(gate_up, grad):
-        return native_training.gated_backward(gate_up, grad, factors)
+    if native_training_kernels.usable(gate_up, grad):
+        return native_training_kernels.gated_backward(gate_up, grad, factors)
     wide = accumulation_dtype(gate_up.dtype)
     gate, up = gate_up.to(wide).chunk(2, dim=1)
     sigmoid = gate.sigmoid()
