@@ -25,7 +25,7 @@ class TiedLayout(EntryLayout):
     head_dim: int
 
     def expand(
-        self, rows: Float[Tensor, "keys row_dim"]
+        self, rows: Float[Tensor, "keys entry_dim"]
     ) -> tuple[Float[Tensor, "keys groups head_dim"], Float[Tensor, "keys groups head_dim"]]:
         tied = rows[:, : self.groups * self.head_dim].unflatten(1, (self.groups, self.head_dim))
         k_rope = rows[:, None, self.groups * self.head_dim :].expand(-1, self.groups, -1)
@@ -35,7 +35,7 @@ class TiedLayout(EntryLayout):
     def attend(
         self,
         q: Float[Tensor, "queries heads head_dim"],
-        rows: Float[Tensor, "keys row_dim"],
+        rows: Float[Tensor, "keys entry_dim"],
         *,
         start: int,
         scale: float,

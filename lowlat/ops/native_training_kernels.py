@@ -1,6 +1,6 @@
 """The native forms of what training computes between matrix products, and where they may be used.
 
-Owns allocation and layout of what they take; `differentiable`, `grouped` and `cross_entropy` hold
+Owns allocation and layout of what they take; `autograd`, `grouped` and `cross_entropy` hold
 the same in PyTorch, which defines them. `level` asks for another level of instructions than the one
 in use.
 """

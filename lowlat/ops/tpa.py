@@ -39,7 +39,7 @@ class FactorLayout(EntryLayout):
     v_rank: int
 
     def factors(
-        self, rows: Float[Tensor, "keys row_dim"]
+        self, rows: Float[Tensor, "keys entry_dim"]
     ) -> tuple[
         Float[Tensor, "keys k_rank head_dim"],
         Float[Tensor, "keys v_rank head_dim"],
@@ -58,7 +58,7 @@ class FactorLayout(EntryLayout):
         )
 
     def expand(
-        self, rows: Float[Tensor, "keys row_dim"]
+        self, rows: Float[Tensor, "keys entry_dim"]
     ) -> tuple[Float[Tensor, "keys heads head_dim"], Float[Tensor, "keys heads head_dim"]]:
         b_k, b_v, a_k, a_v = self.factors(rows)
         return outer_mean(a_k, b_k), outer_mean(a_v, b_v)
@@ -66,7 +66,7 @@ class FactorLayout(EntryLayout):
     def attend(
         self,
         q: Float[Tensor, "queries heads head_dim"],
-        rows: Float[Tensor, "keys row_dim"],
+        rows: Float[Tensor, "keys entry_dim"],
         *,
         start: int,
         scale: float,

@@ -63,7 +63,7 @@ class Fp8MLA(MLA):
         self,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        entries: Float[Tensor, "tokens row_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
         attention: AttentionBackend,
     ) -> Float[Tensor, "tokens heads v_dim"]:
         dims = self.dims

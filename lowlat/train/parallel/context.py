@@ -108,7 +108,7 @@ class ContextAttention(AttentionBackend):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
+        rows: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
@@ -138,7 +138,7 @@ class ContextAttention(AttentionBackend):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
+        rows: Float[Tensor, "tokens entry_dim"],
         layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:

@@ -5,8 +5,8 @@ Owns the difference from a training of every weight alone, which is `flops`'s an
 
 from dataclasses import replace
 
-from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import count_parameters
 from lowlat.plan.activations import FP32_BYTES, all_bytes
 from lowlat.plan.flops import LAYER_PARTS, token_flops
 from lowlat.plan.job import Job
@@ -118,7 +118,7 @@ def update_bytes(config: ModelConfig, table: Lora, job: Job) -> float:
 def _kept_by_updates(config: ModelConfig, table: Lora, job: Job) -> dict[str, float]:
     """What updates of projections keep for the backward pass beside the projections' own inputs:
     the rows between A and B with casts of both, and of experts their weights with the updates, in
-    fp32 (`model.low_rank`). With recomputation of layers that is one layer's.
+    fp32 (`layers.lora`). With recomputation of layers that is one layer's.
     """
     single = [shape for shape in updated_shapes(config, table) if len(shape) == 2]
     inner = table.rank * len(single) * job.device_tokens

@@ -6,7 +6,7 @@ Owns the refusals, so that a run ends before anything is read.
 import hashlib
 from pathlib import Path
 
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.config.model import ModelConfig
 from lowlat.train.recipe.schema import Phase, Recipe

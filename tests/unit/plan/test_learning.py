@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
 from lowlat.ops import native_training_kernels
 from lowlat.plan.activations import layer_bytes
