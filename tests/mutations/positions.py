@@ -22,8 +22,8 @@ YARN = [
     Mutant(
         "YaRN: cos and sin not corrected",
         "ops/rope.py",
-        "return angles.cos() * magnitude, angles.sin() * magnitude",
-        "return angles.cos(), angles.sin()",
+        "return RotaryTable(angles.cos() * magnitude, angles.sin() * magnitude)",
+        "return RotaryTable(angles.cos(), angles.sin())",
         OPS + "test_rope.py::test_the_tables_carry_the_factor",
     ),
     Mutant(
