@@ -30,7 +30,7 @@ def test_one_copy_of_the_state_at_a_time(base: Path, monkeypatch: pytest.MonkeyP
         written.append(arguments[1])
 
     def wait(self: CheckpointStore) -> None:
-        if self._work.busy:
+        if self._task.is_running:
             asked.set()
         plain_wait(self)
 
