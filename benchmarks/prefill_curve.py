@@ -19,7 +19,7 @@ import kept
 import torch
 
 from lowlat.bench.lowlat_worker import Lowlat
-from lowlat.engine.reading import PREFILL_CHUNK
+from lowlat.engine.prefill_planner import PREFILL_CHUNK
 from lowlat.peers.protocol import peak_memory, random_token_ids, reset_peak_memory
 
 Row = dict[str, Any]

@@ -38,7 +38,7 @@ from serving.workload import Work, draw_work, parse_span
 
 from lowlat.bench.benchmark_plan import check_threads
 from lowlat.bench.results_plot import require_matplotlib
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.peers.worker import Worker
 from lowlat.utils.errors import UserError

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from lowlat import api
-from lowlat.attention.forms import form_of
-from lowlat.engine.reading import PREFILL_CHUNK
+from lowlat.attention.path import choose_path
+from lowlat.engine.prefill_planner import PREFILL_CHUNK
 from lowlat.engine.request import Chunk
 from lowlat.ops import native
 from lowlat.peers.protocol import TimedModel, serve_requests, timed_handlers
@@ -51,13 +51,13 @@ class Lowlat(TimedModel):
     def fill_cache(self, context: int) -> None:
         self.runner.reserve(self.pages, context + SPARE_TOKENS)
         cache = self.runner.cache
-        entries = torch.randn(RANDOM_ENTRIES, max(cache.row_dims))
+        entries = torch.randn(RANDOM_ENTRIES, max(cache.entry_dims))
         for start in range(self.filled, context, RANDOM_ENTRIES):
             positions = torch.arange(start, min(start + RANDOM_ENTRIES, context))
             pages = torch.tensor(self.pages)[positions // cache.page_size]
             slots = pages * cache.page_size + positions % cache.page_size
             for layer in range(self.model.config.num_hidden_layers):
-                part = entries[: len(slots), : cache.row_dims[layer]]
+                part = entries[: len(slots), : cache.entry_dims[layer]]
                 cache.write(layer, slots, part.to(self._dtype()))
         self.filled = max(self.filled, context)
 
@@ -71,9 +71,9 @@ class Lowlat(TimedModel):
         end = start + len(ids)
         self.runner.reserve(self.pages, end)
         self.filled = max(self.filled, end)
-        form = form_of(self.model.config.attention, len(ids))
+        form = choose_path(self.model.config.attention, len(ids))
         chunk = Chunk(
-            tokens=ids, start=start, pages=tuple(self.pages), num_logits=num_logits, form=form
+            tokens=ids, start=start, pages=tuple(self.pages), num_logits=num_logits, path=form
         )
         return self.runner.run([chunk])
 

@@ -10,8 +10,8 @@ from typing import Any
 from lowlat.bench.benchmark_plan import BenchmarkCase, BenchmarkPlan
 from lowlat.bench.measure import CaseResult, median_rates
 from lowlat.bench.roofline import TimeBound, time_bound
-from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import count_parameters
 
 FORMAT = 1
 """Version of the JSON object."""

@@ -18,9 +18,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from lowlat.bench.benchmark_plan import BenchmarkCase
-from lowlat.config.arithmetic import count_parameters
-from lowlat.config.memory import read_bytes
 from lowlat.config.model import AttentionConfig, GQAConfig, ModelConfig, TPAConfig
+from lowlat.config.parameter_count import count_parameters
+from lowlat.config.weight_memory import read_bytes
 
 RATES = {
     "fp32": "gemm_fp32",
@@ -112,7 +112,7 @@ def _entries_read(config: ModelConfig, tokens: int) -> int:
 def _bf16_flops(config: ModelConfig, *, keys: int) -> float:
     """FLOPs of one query's scores over the channels that an int8 cache stores in bf16."""
     layers = (config.attention_of(layer) for layer in range(config.num_hidden_layers))
-    channels = sum(layer.row_dim - layer.quantized_dim for layer in layers)
+    channels = sum(layer.entry_dim - layer.quantized_dim for layer in layers)
     return 2.0 * config.num_attention_heads * keys * channels
 
 
@@ -124,7 +124,7 @@ def _head_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int)
         products = 2 * (attention.k_rank + attention.v_rank) * attention.head_dim
         expanded = pairs * 4 * attention.head_dim + keys * products
         return min(pairs * products, expanded)
-    latent = attention.row_dim - attention.qk_rope_head_dim
+    latent = attention.entry_dim - attention.qk_rope_head_dim
     # Without NoPE components the latent holds values only.
     scored = latent if attention.qk_nope_head_dim else 0
     absorbed = pairs * 2 * (scored + attention.qk_rope_head_dim + latent)

@@ -16,7 +16,7 @@ from lowlat.bench.agreement import Agreement
 from lowlat.bench.benchmark_plan import BenchmarkPlan
 from lowlat.bench.measure import CaseResult, measure
 from lowlat.bench.session import BenchmarkSession, LoadedWorker, Program
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.peers.worker import PeerError, Worker
 from lowlat.utils.errors import UserError

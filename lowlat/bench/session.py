@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowlat.bench.benchmark_plan import BenchmarkPlan, PeerSpec
-from lowlat.checkpoint.cachefolder import derived_dir, disk_faults
+from lowlat.checkpoint.fetch.cache_dir import derived_dir, disk_faults
 from lowlat.config.model import ModelConfig
 from lowlat.convert.run import convert
 from lowlat.peers.worker import PeerError, Worker

@@ -19,17 +19,17 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.dense import dense_source
-from lowlat.checkpoint.gguf_keys import architecture_of
-from lowlat.checkpoint.index import INDEX_FILE, open_checkpoint, weight_files
+from lowlat.checkpoint.dequantized_source import dense_source
+from lowlat.checkpoint.file_layout import plan_folder
+from lowlat.checkpoint.fill_parameters import fit
+from lowlat.checkpoint.gguf.metadata_writer import architecture_of
+from lowlat.checkpoint.hf_folder import INDEX_FILE, open_checkpoint, weight_files
 from lowlat.checkpoint.load import config_file, read_config
 from lowlat.checkpoint.mapping import settle_mtp
-from lowlat.checkpoint.place import fit
-from lowlat.checkpoint.planned_files import plan_folder
-from lowlat.checkpoint.restart import check_room, options_text, partial_path, write_planned
-from lowlat.checkpoint.save import refuse_existing, text_files
-from lowlat.checkpoint.source import TensorSource
-from lowlat.config.hf import config_to_hf
+from lowlat.checkpoint.resumable_writer import check_room, options_text, partial_path, write_planned
+from lowlat.checkpoint.save import text_files
+from lowlat.checkpoint.tensor_source import TensorSource
+from lowlat.config.hf.reader import config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.convert.compression import (
     Compression,
@@ -46,6 +46,7 @@ from lowlat.convert.store_gguf import KINDS, stored_gguf
 from lowlat.convert.upcycle import UpcycledWeights, upcycled_config
 from lowlat.convert.weights import DerivedWeights, SourceWeights, Weights, parameter_shapes
 from lowlat.text.folder import read_folder
+from lowlat.utils.atomic_files import refuse_existing
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 

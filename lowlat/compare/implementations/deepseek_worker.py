@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowlat.checkpoint.dense import dense_source
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.dequantized_source import dense_source
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.compare.diagnosis.gate_reference import gate_scores, routing_weights
 from lowlat.compare.implementations.lowlat_pytorch import attention_shape

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lowlat.attention.cache import PagedCache
-from lowlat.attention.forms import Form, form_of
+from lowlat.attention.path import AttentionPath, choose_path
 from lowlat.compare.implementations.base import Implementation
 from lowlat.compare.implementations.lowlat_pytorch import attention_shape, one_sequence
 from lowlat.compare.observe import canonical
@@ -28,7 +28,7 @@ class LowlatNative(Implementation):
         *,
         label: str,
         precision: str,
-        form: Form | None = None,
+        form: AttentionPath | None = None,
         cache: torch.dtype | None = None,
     ) -> None:
         if not has_native_form(model):
@@ -41,7 +41,7 @@ class LowlatNative(Implementation):
         self.config = model.config
         self.precision = precision
         self.cache_precision = None if cache is None else name_of(cache)
-        self.form: Form | None = form
+        self.form: AttentionPath | None = form
         self.cache = cache
         self._native = NativeModel(model)
 
@@ -50,7 +50,7 @@ class LowlatNative(Implementation):
         assert not experts, "experts cannot be imposed on a native step"
         trace = Trace(dtype=torch.bfloat16, cached=self.cache)
         length = len(window.ids)
-        form = self.form or form_of(self.config.attention, length)
+        form = self.form or choose_path(self.config.attention, length)
         cache, batch = one_sequence(self.model, window, form, self.cache)
         hidden, logits = self._native.step(window.ids, batch, cache, list(range(length)))
         pages = batch.sequences[0].pages
@@ -66,7 +66,7 @@ class LowlatNative(Implementation):
         """Record a layer's KV cache entries as parts."""
         block = Block("layer", layer)
         attention, widths = self.config.attention_of(layer), attention_shape(self.config, block)
-        stored = cache.rows(layer, pages, length, torch.float32)[:, : attention.row_dim]
+        stored = cache.rows(layer, pages, length, torch.float32)[:, : attention.entry_dim]
 
         def in_canonical_order(x: Tensor) -> Tensor:
             return canonical(x, widths.rope, widths.interleave)

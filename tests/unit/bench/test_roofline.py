@@ -7,8 +7,8 @@ import torch
 
 from lowlat.bench.benchmark_plan import BenchmarkCase
 from lowlat.bench.roofline import attention_flops, step_cost, step_seconds, time_bound
-from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import QuantConfig
+from lowlat.config.parameter_count import count_parameters
 from lowlat.model.quant import store_packed, store_quantized
 from lowlat.model.transformer import Transformer
 from tests import fakes
