@@ -1,11 +1,11 @@
-// Products of activation rows with panels, by dot products of pairs.
+// GEMM microkernel by dot products of bf16 pairs: activation rows times packed weight panels.
 #pragma once
 
 #include "panels.h"
 
 namespace lowlat::LOWLAT_ISA {
 
-// Two chains per output, even and odd pairs, hide the latency of the dot instruction.
+// Two accumulator chains per output, even and odd pairs, hide the latency of the dot instruction.
 template <int T>
 inline void dot_panel(const Panel& panel, const bf16* x, std::int64_t stride, F (&even)[T], F (&odd)[T]) {
   for (int j = 0; j < 16; j += 2) {
@@ -16,10 +16,10 @@ inline void dot_panel(const Panel& panel, const bf16* x, std::int64_t stride, F 
   }
 }
 
-constexpr int kLinesAhead = 6;  // asked for with every panel
+constexpr int kLinesAhead = 6;  // cache lines prefetched per panel
 
-// Panels of tiles that lie `tile_step` panels apart.
-struct PanelsThere {
+// Panels of tiles, `tile_step` panels apart.
+struct StoredPanels {
   const Panel* panels;
   std::int64_t tile_step;
 
@@ -29,8 +29,8 @@ struct PanelsThere {
   }
 };
 
-// Activations as the products read them: pair p of row t, of the panel that advance() has come to.
-// As they lie, rows `stride` elements apart.
+// Activation operand: pair p of row t in the panel that advance() has reached. Row-major, `stride` elements between
+// rows.
 struct PlainRows {
   const bf16* x;
   std::int64_t stride;
@@ -40,20 +40,20 @@ struct PlainRows {
   PlainRows from(std::int64_t row) const { return {x + row * stride, stride}; }
 };
 
-// Pair by pair, in each the words of all rows.
+// Interleaved: for each pair, the words of all rows.
 struct PairedRows {
   const std::uint32_t* x;
-  std::int64_t width;  // words of a pair
+  std::int64_t width;  // words per pair
 
   P pair(std::int64_t t, int p) const { return set1_pair(x[p * width + t]); }
   void advance() { x += kColumns / 2 * width; }
   PairedRows from(std::int64_t row) const { return {x + row, width}; }
 };
 
-// T rows times K tiles, of which source.get(i, j, tiles) gives vector j of panel i.
+// Microkernel: T rows times K tiles; source.get(i, j, tiles) returns vector j of panel i.
 template <int T, int K, class Source, class Rows>
 inline void multiply_block(const Source& source, std::int64_t count, Rows x, float* out, std::int64_t out_stride,
-                           bool adds, Ahead* ahead) {
+                           bool adds, Prefetcher* ahead) {
   F even[K][T], odd[K][T];
   LOWLAT_UNROLL
   for (int k = 0; k < K; ++k) {
@@ -90,17 +90,16 @@ inline void multiply_block(const Source& source, std::int64_t count, Rows x, flo
   }
 }
 
-// out[r][16 k + lane] = sum over the panels of tile k, `tile_step` panels apart, of panel . x[r]; plus what is there if
-// `adds`. Tiles are taken in twos, which share what is broadcast, where that keeps as many chains of dot products
-// going.
+// out[r][16 k + lane] = sum over the panels of tile k, `tile_step` panels apart, of panel . x[r]; `adds` accumulates.
+// Two tiles at a time share the activation broadcasts if that keeps as many accumulator chains busy.
 template <class Rows>
 inline void multiply_by_dots(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count,
                              const Rows& x, std::int64_t rows, float* out, std::int64_t out_stride, bool adds,
-                             Ahead* ahead) {
+                             Prefetcher* ahead) {
   constexpr int kFew = kTokens / 2;
   const std::int64_t step = even_block(rows), few = even_block(rows, kFew);
   const std::int64_t twos = 2 * few >= step ? tiles / 2 : 0;
-  const auto there = [&](const Panel* from) { return PanelsThere{from, tile_step}; };
+  const auto there = [&](const Panel* from) { return StoredPanels{from, tile_step}; };
   for (std::int64_t two = 0; two < twos; ++two, panels += 2 * tile_step, out += 2 * kTile) {
     for (std::int64_t row = 0; row < rows; row += few) {
       with_tokens<kFew>(least(few, rows - row), [&]<int T>() {
@@ -119,14 +118,14 @@ inline void multiply_by_dots(const Panel* panels, std::int64_t tiles, std::int64
 
 inline void multiply_by_dots(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count,
                              const bf16* x, std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride,
-                             bool adds, Ahead* ahead = nullptr) {
+                             bool adds, Prefetcher* ahead = nullptr) {
   multiply_by_dots(panels, tiles, tile_step, count, PlainRows{x, stride}, rows, out, out_stride, adds, ahead);
 }
 
-// out[c] = sum over rows of w[row][c] * x[row] for the one row x: the bits of load_turned_panels() and
-// multiply_by_dots(), but W is read once, as it lies. Rows and columns are multiples of 32. out and odd [columns].
+// GEMV with W^T: out[c] = sum over rows of w[row][c] * x[row] for a single x. Same bits as load_transposed_panels()
+// and multiply_by_dots(), but W is read once, row-major. Rows and columns are multiples of 32. out and odd [columns].
 template <Storage storage>
-inline void multiply_turned(const Matrix& w, const bf16* x, float* out, float* odd) {
+inline void multiply_transposed(const Matrix& w, const bf16* x, float* out, float* odd) {
   constexpr int kRows = 8, kAhead = 16;
   const std::int64_t row_bytes = w.stride * w.element_bytes();
   std::memset(out, 0, w.columns * sizeof(float));
@@ -156,7 +155,7 @@ inline void multiply_turned(const Matrix& w, const bf16* x, float* out, float* o
   for (std::int64_t c = 0; c < w.columns; c += kTile) store(out + c, add(load(out + c), load(odd + c)));
 }
 
-// One tile for at most 12 rows, with panels made on the way.
+// One tile for at most 12 rows, packing panels on the fly.
 inline void multiply_few(const Matrix& w, std::int64_t tile, NextTile next, const Activations& x, float* out,
                          std::int64_t out_stride) {
   with_tokens(x.rows, [&]<int T>() {

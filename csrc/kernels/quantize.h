@@ -1,4 +1,5 @@
-// Weights into int8 and int4 groups: a twin of quantize_int8 and quantize_int4 in lowlat/ops/quantized.py, bit for bit.
+// Weight quantization to int8 and int4 groups: native kernel of quantize_int8 and quantize_int4 in
+// lowlat/ops/quantized.py, bit for bit.
 #pragma once
 
 #include <cstring>
@@ -8,7 +9,7 @@
 
 namespace lowlat::LOWLAT_ISA {
 
-// fp32 to fp16, to nearest even; too large becomes infinite.
+// fp32 to fp16, round to nearest even; overflow becomes infinity.
 inline fp16 to_fp16(float x) {
   std::uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -49,13 +50,13 @@ inline GroupOfWeights read_group(const void* row, bool is_bf16, std::int64_t fir
     store(edge + i, is_bf16 ? load_bf16(narrow + i, count - i) : load(wide + i, count - i));
   }
   GroupOfWeights g{load(edge), load(edge + 16), edge[0], edge[0]};
-  if (count == kGroup && sum(add(mul(g.low, zero()), mul(g.high, zero()))) == 0.0f) {  // all are finite
+  if (count == kGroup && sum(add(mul(g.low, zero()), mul(g.high, zero()))) == 0.0f) {  // all finite
     g.largest = largest(max(g.low, g.high));
     g.smallest = -largest(max(sub(zero(), g.low), sub(zero(), g.high)));
     return g;
   }
   for (std::int64_t i = 0; i < count; ++i) {
-    // A NaN stays: it compares as neither smaller nor larger.
+    // NaN is kept: it compares as neither smaller nor larger.
     g.smallest = edge[i] < g.smallest || edge[i] != edge[i] ? edge[i] : g.smallest;
     g.largest = edge[i] > g.largest || edge[i] != edge[i] ? edge[i] : g.largest;
   }
@@ -64,7 +65,7 @@ inline GroupOfWeights read_group(const void* row, bool is_bf16, std::int64_t fir
 
 inline F clamped(F x, float low, float high) { return max(min(x, set1(high)), set1(low)); }
 
-// One group of one row of a tile; `data` is where the group starts.
+// Quantizes one group of one row of a tile; `data` is the start of the group.
 inline void pack_int8_group(const GroupOfWeights& g, std::int64_t row, std::uint8_t* data, fp16* scale) {
   *scale = to_fp16((g.largest > -g.smallest ? g.largest : -g.smallest) / 127.0f);
   const float wide = from_fp16(*scale);
@@ -90,7 +91,7 @@ inline void pack_int4_group(const GroupOfWeights& g, std::int64_t count, std::in
   store_int8(q + 16, clamped(round_even(div(sub(g.high, least_value), divisor)), 0, 15));
   std::memset(q + count, 0, kGroup - count);
   for (int step = 0; step < 4; ++step) {
-    // The third and fourth column of four go into the high halves of the first two.
+    // The third and fourth column of four go into the high nibbles of the first two.
     const std::uint32_t first = word_at(q + 8 * step), second = word_at(q + 8 * step + 4);
     const std::uint32_t a = first | first >> 12, b = second | second >> 12;
     const std::uint32_t even_first = (a & 0xff) | (b & 0xff) << 8 | (a & 0xff00) << 8 | (b & 0xff00) << 16;
@@ -98,7 +99,7 @@ inline void pack_int4_group(const GroupOfWeights& g, std::int64_t count, std::in
   }
 }
 
-// One tile of `to` from rows of fp32 or bf16, `stride` elements apart.
+// Quantizes one tile of `to` from rows of fp32 or bf16, `stride` elements apart.
 inline void pack_tile(const void* weights, bool is_bf16, std::int64_t stride, const Matrix& to, std::int64_t tile) {
   const std::int64_t groups = to.groups(), bytes = to.group_bytes();
   auto* data = static_cast<std::uint8_t*>(const_cast<void*>(to.data)) + tile * groups * bytes;

@@ -1,47 +1,47 @@
-// Attention in training: whole sequences, 64 queries at a time, forward by 256 keys and backward by 64 (FlashAttention-2,
-// arXiv 2307.08691, with the rows of a head as panels of the one product).
+// Flash attention for training: causal, whole sequences, 64 queries at a time, forward by 256 keys and backward by 64
+// (FlashAttention-2, arXiv 2307.08691). The rows of a head are packed as GEMM panels.
 //
-// A key-value head of a sequence is one piece of work of one thread, and its sums go in one order: the bits do not
-// depend on the number of threads.
+// A KV head of a sequence is one work item of one thread, and its sums have a fixed order: bits do not depend on the
+// number of threads.
 #pragma once
 
 #include <cmath>
 
 #include "../training.h"
 #include "../workspace.h"
-#include "attention.h"
-#include "paged.h"
+#include "flash_attention.h"
+#include "kv_cache.h"
 
 namespace lowlat::LOWLAT_ISA::causal {
 
 constexpr std::int64_t kBlock = kKeyBlock;
-constexpr int kForwardBlocks = 4;  // of keys, that share a step of the forward softmax
+constexpr int kForwardBlocks = 4;  // key blocks per step of the forward softmax
 constexpr std::int64_t kForwardKeys = kForwardBlocks * kBlock;
-constexpr float kNever = 1e30f;  // log total of a query that is not there: every weight is 0
+constexpr float kNever = 1e30f;  // logsumexp of a padding query: every weight is 0
 
 inline std::int64_t blocks_of(std::int64_t length) { return (length + kBlock - 1) / kBlock; }
 
-// A head's rows as panels, block by block: as they lie (products with rows), and turned (products that sum over them).
+// A head's rows as panels, block by block: row-major (products with rows), and transposed (sums over rows).
 struct HeadPanels {
   Panel* rows = nullptr;    // [blocks, 4 tiles, panels of width]
-  Panel* turned = nullptr;  // [blocks, tiles of width rounded up to 2, 2]
+  Panel* transposed = nullptr;  // [blocks, tiles of width rounded up to 2, 2]
   std::int64_t width = 0, length = 0;
 
   std::int64_t row_panels() const { return 4 * num_panels(width); }
-  std::int64_t turned_panels() const { return 4 * num_panels(width); }
+  std::int64_t transposed_panels() const { return 4 * num_panels(width); }
   Panel* block_rows(std::int64_t block) const { return rows + block * row_panels(); }
-  Panel* block_turned(std::int64_t block) const { return turned + block * turned_panels(); }
+  Panel* block_transposed(std::int64_t block) const { return transposed + block * transposed_panels(); }
   std::int64_t block_length(std::int64_t block) const { return least(kBlock, length - block * kBlock); }
 };
 
-// Without a buffer for one of the two, the other alone.
+// With one buffer alone, packs that form alone.
 inline HeadPanels make_panels(const bf16* from, std::int64_t step, std::int64_t length, std::int64_t width, Buffer* rows,
-                              Buffer* turned) {
+                              Buffer* transposed) {
   HeadPanels head;
   head.width = width;
   head.length = length;
-  if (rows != nullptr) head.rows = room<Panel>(*rows, blocks_of(length) * head.row_panels());
-  if (turned != nullptr) head.turned = room<Panel>(*turned, blocks_of(length) * head.turned_panels());
+  if (rows != nullptr) head.rows = buffer_array<Panel>(*rows, blocks_of(length) * head.row_panels());
+  if (transposed != nullptr) head.transposed = buffer_array<Panel>(*transposed, blocks_of(length) * head.transposed_panels());
   for (std::int64_t block = 0; block < blocks_of(length); ++block) {
     const std::int64_t there = head.block_length(block), count = num_panels(width);
     const Matrix m = view(from + block * kBlock * step, there, width, step);
@@ -54,8 +54,8 @@ inline HeadPanels make_panels(const bf16* from, std::int64_t step, std::int64_t 
       }
     }
     const std::int64_t pairs_of_rows = num_panels(there);
-    for (std::int64_t i = 0; turned != nullptr && i < count; ++i) {
-      load_turned_panels(m, kColumns * i, 0, there, head.block_turned(block) + 2 * i * pairs_of_rows, pairs_of_rows);
+    for (std::int64_t i = 0; transposed != nullptr && i < count; ++i) {
+      load_transposed_panels(m, kColumns * i, 0, there, head.block_transposed(block) + 2 * i * pairs_of_rows, pairs_of_rows);
     }
   }
   return head;
@@ -72,7 +72,7 @@ inline void times_rows(const HeadPanels& head, std::int64_t block, const bf16* x
 inline void times_block(const HeadPanels& head, std::int64_t block, const bf16* x, std::int64_t rows, float* out,
                         std::int64_t out_stride) {
   const std::int64_t count = num_panels(head.block_length(block));
-  multiply(head.block_turned(block), 2 * num_panels(head.width), count, count, x, kBlock, rows, out, out_stride, true);
+  multiply(head.block_transposed(block), 2 * num_panels(head.width), count, count, x, kBlock, rows, out, out_stride, true);
 }
 
 // One head of one sequence.
@@ -80,16 +80,16 @@ struct HeadAt {
   std::int64_t start, length, head, kv_head;
 };
 
-// Memory of a thread.
+// Scratch of a thread.
 struct Memory {
-  Buffer key_rows, key_turned, value_turned, query_rows, query_turned, grad_rows, grad_turned;
-  Buffer q, k, v, scores, products, weights, slopes, turned, tops, totals, values, first, last, logs, along;
+  Buffer key_rows, key_transposed, value_transposed, query_rows, query_transposed, grad_rows, grad_turned;
+  Buffer q, k, v, scores, products, weights, slopes, transposed, tops, totals, values, first, last, logs, along;
   Buffer grad_q, grad_k, grad_v;
 };
 
 // --- forward -------------------------------------------------------------------------------------------------------------
 
-// A head's keys and values as panels, a span after the other.
+// A head's keys and values as panels, one span after another.
 struct HeadSpans {
   Panel* keys;
   Panel* values;
@@ -105,8 +105,8 @@ struct HeadSpans {
 inline HeadSpans make_spans(const CausalPass& p, const HeadAt& at, Memory& memory) {
   const std::int64_t spans = (at.length + kForwardKeys - 1) / kForwardKeys;
   const std::int64_t k_step = p.kv_heads * p.key_dim, v_step = p.kv_heads * p.value_dim;
-  const HeadSpans head{room<Panel>(memory.key_rows, spans * SpanPanels::key_panels(p.key_dim, kForwardBlocks)),
-                       room<Panel>(memory.value_turned, spans * SpanPanels::value_panels(p.value_dim, kForwardBlocks)),
+  const HeadSpans head{buffer_array<Panel>(memory.key_rows, spans * SpanPanels::key_panels(p.key_dim, kForwardBlocks)),
+                       buffer_array<Panel>(memory.value_transposed, spans * SpanPanels::value_panels(p.value_dim, kForwardBlocks)),
                        p.key_dim, p.value_dim};
   for (std::int64_t key = 0; key < at.length; key += kBlock) {
     const std::int64_t count = least(kBlock, at.length - key), token = at.start + key;
@@ -122,13 +122,13 @@ inline HeadSpans make_spans(const CausalPass& p, const HeadAt& at, Memory& memor
 inline void forward_head(const CausalPass& p, const HeadAt& at, const HeadSpans& spans, Memory& memory) {
   const std::int64_t step = p.heads * p.key_dim, stride = round_up(p.key_dim, kColumns);
   const std::int64_t out_stride = round_up(p.value_dim, kColumns);
-  auto* q = room<bf16>(memory.q, kBlock * stride);
-  auto* first = room<std::int64_t>(memory.first, kBlock);
-  auto* last = room<std::int64_t>(memory.last, kBlock);
-  const ScoreScratch scratch{room<float>(memory.scores, kBlock * kForwardKeys),
-                             room<bf16>(memory.weights, kBlock * kForwardKeys), nullptr, kForwardKeys};
-  const SoftmaxState state{room<float>(memory.tops, kBlock), room<float>(memory.totals, kBlock),
-                           room<float>(memory.values, kBlock * out_stride), out_stride};
+  auto* q = buffer_array<bf16>(memory.q, kBlock * stride);
+  auto* first = buffer_array<std::int64_t>(memory.first, kBlock);
+  auto* last = buffer_array<std::int64_t>(memory.last, kBlock);
+  const ScoreScratch scratch{buffer_array<float>(memory.scores, kBlock * kForwardKeys),
+                             buffer_array<bf16>(memory.weights, kBlock * kForwardKeys), nullptr, kForwardKeys};
+  const SoftmaxState state{buffer_array<float>(memory.tops, kBlock), buffer_array<float>(memory.totals, kBlock),
+                           buffer_array<float>(memory.values, kBlock * out_stride), out_stride};
   for (std::int64_t start = 0; start < at.length; start += kBlock) {
     const std::int64_t rows = least(kBlock, at.length - start), token = at.start + start, seen = start + rows;
     copy_rows(p.q + token * step + at.head * p.key_dim, step, rows, p.key_dim, q);
@@ -151,9 +151,9 @@ inline void forward_head(const CausalPass& p, const HeadAt& at, const HeadSpans&
 
 // --- backward ------------------------------------------------------------------------------------------------------------
 
-// weights [keys, 64] = exp(score - log total), slopes = weights * (product - along) * scale, both turned: a row is a key,
-// a column a query. In the block on the diagonal a key is seen from its own query on.
-inline void turned_weights(std::int64_t keys, bool is_diagonal, float scale, const float* scores, const float* products,
+// Recomputes weights [keys, 64] = exp(score - logsumexp) and score gradients `slopes` = weights * (product - along) *
+// scale, both key-major. In the diagonal block a query attends to keys up to its own.
+inline void transposed_weights(std::int64_t keys, bool is_diagonal, float scale, const float* scores, const float* products,
                            const float* logs, const float* along, bf16* weights, bf16* slopes) {
   const F by = set1(scale), end = set1(static_cast<float>(kBlock));
   for (std::int64_t key = 0; key < keys; ++key) {
@@ -174,7 +174,7 @@ inline void turned_weights(std::int64_t keys, bool is_diagonal, float scale, con
   }
 }
 
-// The sums of grad * out of every query, which softmax takes off.
+// delta = rowsum(grad * out) of every query, the softmax Jacobian's correction term.
 inline void sums_along(const CausalPass& p, const HeadAt& at, float* logs, float* along) {
   const std::int64_t rows = round_up(at.length, kBlock);
   for (std::int64_t r = 0; r < rows; ++r) {
@@ -193,7 +193,7 @@ inline void sums_along(const CausalPass& p, const HeadAt& at, float* logs, float
   }
 }
 
-// Sums of one key-value head in fp32: gradients of its keys and values, and of the queries of one head.
+// Gradients of one KV head's keys and values, and of one head's queries, accumulated in fp32.
 struct Sums {
   float* k;  // [length, k_stride]
   float* v;  // [length, v_stride]
@@ -201,35 +201,35 @@ struct Sums {
   std::int64_t k_stride, v_stride;
 };
 
-// Adds what the queries of one head say to the sums.
-inline void backward_head(const CausalPass& p, const HeadAt& at, const bf16* k, const bf16* v, const HeadPanels& keys_turned,
+// Adds the contributions of one query head.
+inline void backward_head(const CausalPass& p, const HeadAt& at, const bf16* k, const bf16* v, const HeadPanels& keys_transposed,
                           const Sums& sums, Memory& memory) {
   const std::int64_t q_step = p.heads * p.key_dim, v_step = p.heads * p.value_dim, blocks = blocks_of(at.length);
   const HeadPanels queries = make_panels(p.q + at.start * q_step + at.head * p.key_dim, q_step, at.length, p.key_dim,
-                                         &memory.query_rows, &memory.query_turned);
+                                         &memory.query_rows, &memory.query_transposed);
   const HeadPanels grads = make_panels(p.grad + at.start * v_step + at.head * p.value_dim, v_step, at.length, p.value_dim,
                                        &memory.grad_rows, &memory.grad_turned);
-  auto* logs = room<float>(memory.logs, blocks * kBlock);
-  auto* along = room<float>(memory.along, blocks * kBlock);
+  auto* logs = buffer_array<float>(memory.logs, blocks * kBlock);
+  auto* along = buffer_array<float>(memory.along, blocks * kBlock);
   sums_along(p, at, logs, along);
-  auto* scores = room<float>(memory.scores, kBlock * kBlock);
-  auto* products = room<float>(memory.products, kBlock * kBlock);
-  auto* weights = room<bf16>(memory.weights, kBlock * kBlock);
-  auto* slopes = room<bf16>(memory.slopes, kBlock * kBlock);
-  auto* turned = room<bf16>(memory.turned, kBlock * kBlock);
-  Panel turned_panels[2 * kBlock / kColumns];
+  auto* scores = buffer_array<float>(memory.scores, kBlock * kBlock);
+  auto* products = buffer_array<float>(memory.products, kBlock * kBlock);
+  auto* weights = buffer_array<bf16>(memory.weights, kBlock * kBlock);
+  auto* slopes = buffer_array<bf16>(memory.slopes, kBlock * kBlock);
+  auto* transposed = buffer_array<bf16>(memory.transposed, kBlock * kBlock);
+  Panel transposed_panels[2 * kBlock / kColumns];
   const std::int64_t k_width = round_up(p.key_dim, kColumns), v_width = round_up(p.value_dim, kColumns);
   for (std::int64_t key = 0; key < blocks; ++key) {
     const std::int64_t first = key * kBlock, keys = least(kBlock, at.length - first);
     for (std::int64_t query = key; query < blocks; ++query) {
       times_rows(queries, query, k + first * k_width, keys, scores);
       times_rows(grads, query, v + first * v_width, keys, products);
-      turned_weights(keys, key == query, p.scale, scores, products, logs + query * kBlock, along + query * kBlock, weights,
+      transposed_weights(keys, key == query, p.scale, scores, products, logs + query * kBlock, along + query * kBlock, weights,
                      slopes);
       times_block(grads, query, weights, keys, sums.v + first * sums.v_stride, sums.v_stride);
       times_block(queries, query, slopes, keys, sums.k + first * sums.k_stride, sums.k_stride);
-      turn_columns(view(slopes, keys, kBlock, kBlock), turned_panels, turned, kBlock);
-      times_block(keys_turned, key, turned, kBlock, sums.q + query * kBlock * sums.k_stride, sums.k_stride);
+      transpose_columns(view(slopes, keys, kBlock, kBlock), transposed_panels, transposed, kBlock);
+      times_block(keys_transposed, key, transposed, kBlock, sums.q + query * kBlock * sums.k_stride, sums.k_stride);
     }
   }
 }
@@ -243,28 +243,28 @@ inline void write_rows(const float* from, std::int64_t stride, std::int64_t rows
   }
 }
 
-// All query heads of one key-value head of one sequence.
+// All query heads of one KV head of one sequence.
 inline void backward_group(const CausalPass& p, HeadAt at, Memory& memory) {
   const std::int64_t k_step = p.kv_heads * p.key_dim, v_step = p.kv_heads * p.value_dim, group = p.heads / p.kv_heads;
   const bf16* k_from = p.k + at.start * k_step + at.kv_head * p.key_dim;
   const bf16* v_from = p.v + at.start * v_step + at.kv_head * p.value_dim;
-  auto* k = room<bf16>(memory.k, at.length * round_up(p.key_dim, kColumns));
-  auto* v = room<bf16>(memory.v, at.length * round_up(p.value_dim, kColumns));
-  const HeadPanels k_turned = make_panels(k_from, k_step, at.length, p.key_dim, nullptr, &memory.key_turned);
+  auto* k = buffer_array<bf16>(memory.k, at.length * round_up(p.key_dim, kColumns));
+  auto* v = buffer_array<bf16>(memory.v, at.length * round_up(p.value_dim, kColumns));
+  const HeadPanels k_transposed = make_panels(k_from, k_step, at.length, p.key_dim, nullptr, &memory.key_transposed);
   copy_rows(k_from, k_step, at.length, p.key_dim, k);
   copy_rows(v_from, v_step, at.length, p.value_dim, v);
   Sums sums;
   sums.k_stride = round_up(p.key_dim, kColumns);
   sums.v_stride = round_up(p.value_dim, kColumns);
   const std::int64_t q_size = round_up(at.length, kBlock) * sums.k_stride;
-  sums.k = room<float>(memory.grad_k, at.length * sums.k_stride);
-  sums.v = room<float>(memory.grad_v, at.length * sums.v_stride);
-  sums.q = room<float>(memory.grad_q, q_size);
+  sums.k = buffer_array<float>(memory.grad_k, at.length * sums.k_stride);
+  sums.v = buffer_array<float>(memory.grad_v, at.length * sums.v_stride);
+  sums.q = buffer_array<float>(memory.grad_q, q_size);
   std::memset(sums.k, 0, at.length * sums.k_stride * sizeof(float));
   std::memset(sums.v, 0, at.length * sums.v_stride * sizeof(float));
   for (at.head = at.kv_head * group; at.head < (at.kv_head + 1) * group; ++at.head) {
     std::memset(sums.q, 0, q_size * sizeof(float));
-    backward_head(p, at, k, v, k_turned, sums, memory);
+    backward_head(p, at, k, v, k_transposed, sums, memory);
     const std::int64_t step = p.heads * p.key_dim;
     write_rows(sums.q, sums.k_stride, at.length, p.key_dim, p.grad_q + at.start * step + at.head * p.key_dim, step);
   }

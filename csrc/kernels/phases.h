@@ -1,13 +1,14 @@
-// What the phases of a step share: the team, the model, the memory, and products with projections.
+// Phases of a step: parallel loops with barriers over team, model and workspace; linear layers with bias and
+// residual.
 #pragma once
 
 #include <initializer_list>
 
-#include "../pool.h"
+#include "../thread_pool.h"
 #include "../readahead.h"
 #include "../workspace.h"
 #include "linear.h"
-#include "paged.h"
+#include "kv_cache.h"
 #include "rowwise.h"
 
 namespace lowlat::LOWLAT_ISA {
@@ -26,10 +27,10 @@ struct Pass {
     each_in_turn(count, [&](std::int64_t item, bool) { body(item); });
   }
 
-  // The same with body(item, goes_on): whether this thread does item + 1, too.
+  // The same with body(item, goes_on): whether this thread also runs item + 1.
   template <class Body>
   void each_in_turn(std::int64_t count, Body&& body) const {
-    forget_rows();  // of the phase before
+    discard_packed_rows();  // of the previous phase
     team.for_shrinking_chunks(count, [&](std::int64_t first, std::int64_t last) {
       for (std::int64_t item = first; item < last; ++item) body(item, item + 1 < last);
     });
@@ -49,18 +50,19 @@ struct Pass {
     each(step.tokens, body);
   }
 
-  // A thread's results of a strip, and the panels multiply_strip() may need.
+  // A thread's products of a strip, and the panels that multiply_strip() may need.
   float* strip_out(std::int64_t rows, int slot = 0) const { return scratch.get<float>(slot, rows * kStrip); }
   Panel* panels(const Matrix& w) const { return scratch.get<Panel>(2, strip_panels(w)); }
 };
 
-// Zeros from `columns` to the next multiple of 32, which products read.
+// Zeros from `columns` to the next multiple of 32, which the GEMM reads.
 inline void pad_row(bf16* row, std::int64_t columns) {
   std::memset(row + columns, 0, (round_up(columns, kGroup) - columns) * sizeof(bf16));
 }
 
-// The first `width` channels of a head's queries, zeros up to a multiple of 32: where they lie if `width` is one, else
-// in `slot` of the scratch. What lies behind them may be another request's, whose NaN would come through a weight of 0.
+// The first `width` channels of a head's queries, zero-padded to a multiple of 32: in place if `width` is one, else
+// in `slot` of the scratch. The memory behind them may hold another request's values, whose NaN would survive a
+// weight of 0.
 inline Activations rows_of_head(const Pass& pass, const Attention& a, std::int64_t head, std::int64_t first,
                                 std::int64_t tokens, std::int64_t width, int slot) {
   Activations q;
@@ -100,29 +102,29 @@ struct Product {
   std::int64_t stride;
 };
 
-// Several products at once: their strips are one list of work.
+// Several linear layers at once: their strips form one work list.
 inline void multiply_all(const Pass& pass, std::initializer_list<Product> products) {
   std::int64_t strips = 0;
   for (const Product& p : products) strips += num_strips(p.projection->weight);
-  pass.each_in_turn(strips, [&](std::int64_t strip, bool goes_on) {
+  pass.each_in_turn(strips, [&](std::int64_t strip, bool continues) {
     const Product* p = products.begin();
     while (strip >= num_strips(p->projection->weight)) strip -= num_strips((p++)->projection->weight);
     const Matrix& w = p->projection->weight;
     const float* bias = p->projection->bias;
     float* out = pass.strip_out(p->x->rows);
-    multiply_strip(w, strip, *p->x, pass.panels(w), out, next_strip(w, strip, goes_on));
+    multiply_strip(w, strip, *p->x, pass.panels(w), out, next_strip(w, strip, continues));
     each_half(strip, w.rows, [&](std::int64_t column, int lane, std::int64_t count) {
       store_lanes(out + lane, bias == nullptr ? nullptr : bias + column, count, p->x->rows, p->y + column, p->stride);
     });
   });
 }
 
-// x += y W^T + b for the residual x.
+// x += y W^T + b for the residual stream x.
 inline void multiply_into_residual(const Pass& pass, const Projection& p, const Activations& y) {
   Workspace& work = pass.work;
-  pass.each_in_turn(num_strips(p.weight), [&](std::int64_t strip, bool goes_on) {
+  pass.each_in_turn(num_strips(p.weight), [&](std::int64_t strip, bool continues) {
     float* out = pass.strip_out(y.rows);
-    multiply_strip(p.weight, strip, y, pass.panels(p.weight), out, next_strip(p.weight, strip, goes_on));
+    multiply_strip(p.weight, strip, y, pass.panels(p.weight), out, next_strip(p.weight, strip, continues));
     each_half(strip, p.weight.rows, [&](std::int64_t column, int lane, std::int64_t count) {
       const F bias = p.bias == nullptr ? zero() : load(p.bias + column, count);
       for (std::int64_t r = 0; r < y.rows; ++r) {
@@ -133,7 +135,7 @@ inline void multiply_into_residual(const Pass& pass, const Projection& p, const 
   });
 }
 
-// Norm of the residual into work.hidden.
+// RMSNorm of the residual stream into work.hidden.
 inline void norm_residual(const Pass& pass, const Norm& norm) {
   const Workspace& work = pass.work;
   pass.each_token([&](std::int64_t t) {

@@ -1,4 +1,4 @@
-#include "pool.h"
+#include "thread_pool.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -22,8 +22,7 @@ inline void pause_cpu() {
 #endif
 }
 
-// Pauses before a waiting thread lets others run, some ten microseconds: the thread it waits for may need this very
-// processor.
+// Spins before a waiting thread yields, about ten microseconds: the thread it waits for may need this processor.
 constexpr int kSpins = 256;
 
 template <class Done>
@@ -37,13 +36,13 @@ void spin_until(Done done) {
   }
 }
 
-// Ends a thread's part of a job that another thread has failed in.
+// Thrown to end a thread's part of a job in which another thread has failed.
 struct Abandoned {};
 
-// How long an idle worker watches for the next job before it sleeps: decoding leaves gaps of tens of microseconds.
+// Spins of an idle worker before it sleeps: decoding leaves gaps of tens of microseconds between jobs.
 constexpr int kIdleSpins = 20000;
 
-// Never destroyed: threads that wait need not be woken to end with the process.
+// Never destroyed: waiting threads end with the process.
 struct State {
   std::mutex mutex;
   std::shared_ptr<Pool> pool;
@@ -53,7 +52,7 @@ struct State {
 
 State& state() {
   static State* const the_state = [] {
-    // A child has none of its parent's threads, so it forgets the pool; joining them would wait for ever.
+    // A forked child has none of its parent's threads. It drops the pool, because joining them would never return.
     pthread_atfork([] { state().mutex.lock(); }, [] { state().mutex.unlock(); },
                    [] {
                      new std::shared_ptr<Pool>(std::move(state().pool));
@@ -87,7 +86,7 @@ void Team::barrier() {
   ++phase_;
   if (pool_.arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
     pool_.arrived_.store(0, std::memory_order_relaxed);
-    // Every thread has left the counter of the phase that begins, so the last one here clears it.
+    // Every thread has left the counter of the phase that begins, so the last one to arrive resets it.
     pool_.counters_[phase_ % 4].next.store(0, std::memory_order_relaxed);
     pool_.sense_.store(sense + 1, std::memory_order_release);
   } else {
@@ -138,7 +137,7 @@ void Pool::run(const std::function<void(Team&)>& job) {
   take_part(0);
   spin_until([&] { return busy_.load(std::memory_order_acquire) == 0; });
   if (!failed_.load()) return;
-  // Those who waited for the thread that failed have not left the barrier by its door.
+  // Threads that waited for the failed one have not passed the barrier: reset it.
   arrived_.store(0);
   failed_.store(false);
   std::rethrow_exception(std::exchange(error_, nullptr));
@@ -183,7 +182,7 @@ std::shared_ptr<Pool> pool() {
 
 void set_threads(int threads) {
   State& s = state();
-  std::shared_ptr<Pool> old;  // ended outside the lock, by whoever holds it last
+  std::shared_ptr<Pool> old;  // destroyed outside the lock, by its last owner
   const std::lock_guard lock(s.mutex);
   if (s.pool && s.pool->threads() != threads) old = std::move(s.pool);
   s.wanted_threads = threads;

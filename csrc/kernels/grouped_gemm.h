@@ -1,21 +1,22 @@
-// Products of rows that are sorted by expert with the matrix of each expert, and the gradients of those matrices.
+// Grouped GEMM for mixture-of-experts training: rows sorted by expert times their expert's matrix, and weight
+// gradients.
 //
-// Matrices of fp32 are rounded to bf16 where they are turned into panels, gradients are written in fp32: neither has a
-// copy in memory. Every output is one chain of operations, so the bits do not depend on the number of threads.
+// fp32 matrices are rounded to bf16 while they are packed into panels, gradients are written in fp32: no copy of
+// either in memory. Every output is one chain of operations, so bits do not depend on the number of threads.
 #pragma once
 
 #include <vector>
 
 #include "../training.h"
 #include "../workspace.h"
-#include "attention.h"
-#include "paged.h"
+#include "flash_attention.h"
+#include "kv_cache.h"
 
 namespace lowlat::LOWLAT_ISA::grouped {
 
 constexpr std::int64_t kRowBlock = 256;   // activation rows whose products a thread holds
-constexpr std::int64_t kOuterRows = 512;  // rows that a gradient is summed over at once
-constexpr std::int64_t kChunk = 4;        // strips of 32 columns a thread takes at a time
+constexpr std::int64_t kOuterRows = 512;  // rows that a weight gradient is summed over at once
+constexpr std::int64_t kChunk = 4;        // strips of 32 columns per work item
 
 // Columns [column, column + 32) of a row as bf16 pairs, zero from `columns` on.
 inline P row_of(const bf16* row, std::int64_t column, std::int64_t columns) {
@@ -38,7 +39,7 @@ struct ExpertMatrix {
   }
 };
 
-// Panels of 32 rows of a matrix against its columns, two tiles one after the other.
+// Panels of 32 rows of a matrix against its columns, two tiles.
 template <class T>
 void load_strip(const ExpertMatrix<T>& w, std::int64_t strip, Panel* panels) {
   const std::int64_t count = num_panels(w.columns);
@@ -53,7 +54,7 @@ void load_strip(const ExpertMatrix<T>& w, std::int64_t strip, Panel* panels) {
 
 // Panels of 32 columns of a matrix against its rows.
 template <class T>
-void load_turned_strip(const ExpertMatrix<T>& w, std::int64_t strip, Panel* panels) {
+void load_transposed_strip(const ExpertMatrix<T>& w, std::int64_t strip, Panel* panels) {
   const std::int64_t count = num_panels(w.rows), column = strip * kStrip;
   for (std::int64_t i = 0; i < count; ++i) {
     for (int j = 0; j < kTile; ++j) {
@@ -70,10 +71,10 @@ inline std::vector<std::int64_t> first_rows(const std::int64_t* counts, std::int
   return first;
 }
 
-// Rows as products read them: those that are no whole number of steps wide are copied.
+// Rows as the GEMM reads them: rows whose width is no multiple of the step are copied.
 inline const bf16* whole_rows(const bf16* from, std::int64_t rows, std::int64_t width, Buffer& copy) {
   if (width % kColumns == 0) return from;
-  auto* to = room<bf16>(copy, rows * round_up(width, kColumns));
+  auto* to = buffer_array<bf16>(copy, rows * round_up(width, kColumns));
   copy_rows(from, width, rows, width, to);
   return to;
 }
@@ -90,19 +91,19 @@ template <class T>
 void group_products(Team& team, const GroupedPass& p) {
   const ProductSession session;
   const std::vector<std::int64_t> starts = first_rows(p.counts, p.experts);
-  const std::int64_t width = p.is_turned ? p.out : p.in, outputs = p.is_turned ? p.in : p.out;
+  const std::int64_t width = p.is_transposed ? p.out : p.in, outputs = p.is_transposed ? p.in : p.out;
   const std::int64_t count = num_panels(width), stride = round_up(width, kColumns);
-  Buffer panel_room, product_room, row_room;
-  auto* panels = room<Panel>(panel_room, 2 * count);
-  auto* sums = room<float>(product_room, kRowBlock * kStrip);
+  Buffer panel_buffer, product_buffer, row_buffer;
+  auto* panels = buffer_array<Panel>(panel_buffer, 2 * count);
+  auto* sums = buffer_array<float>(product_buffer, kRowBlock * kStrip);
   for_strips(team, p.experts, (outputs + kStrip - 1) / kStrip, [&](std::int64_t expert, std::int64_t strip) {
     if (p.counts[expert] == 0) return;
     const ExpertMatrix<T> w{static_cast<const T*>(p.weight.data) + expert * p.out * p.in, p.out, p.in};
-    p.is_turned ? load_turned_strip(w, strip, panels) : load_strip(w, strip, panels);
+    p.is_transposed ? load_transposed_strip(w, strip, panels) : load_strip(w, strip, panels);
     const std::int64_t column = strip * kStrip, columns = least(kStrip, outputs - column);
     for (std::int64_t row = starts[expert]; row < starts[expert + 1]; row += kRowBlock) {
       const std::int64_t rows = least(kRowBlock, starts[expert + 1] - row);
-      const bf16* x = whole_rows(p.rows + row * width, rows, width, row_room);
+      const bf16* x = whole_rows(p.rows + row * width, rows, width, row_buffer);
       multiply(panels, 2, count, count, x, stride, rows, sums, kStrip, false);
       for (std::int64_t r = 0; r < rows; ++r) {
         bf16* to = p.products + (row + r) * outputs + column;
@@ -120,25 +121,25 @@ inline void products(Team& team, const GroupedPass& p) {
 // --- gradients of the matrices -------------------------------------------------------------------------------------------
 
 struct OuterMemory {
-  Buffer panels, turned, edge;
+  Buffer panels, transposed, edge;
 };
 
-// Strips [first, last) of the gradient of one expert's matrix.
+// Strips [first, last) of the weight gradient of one expert.
 inline void sum_outer(const OuterPass& p, std::int64_t expert, std::int64_t start, std::int64_t first, std::int64_t last,
                       OuterMemory& memory) {
   float* sums = p.sums + expert * p.out * p.in;
-  auto* panels = room<Panel>(memory.panels, 2 * num_panels(kOuterRows));
-  auto* turned = room<bf16>(memory.turned, p.out * kOuterRows);
-  auto* edge = room<float>(memory.edge, p.out * kStrip);  // of a strip that is not whole
+  auto* panels = buffer_array<Panel>(memory.panels, 2 * num_panels(kOuterRows));
+  auto* transposed = buffer_array<bf16>(memory.transposed, p.out * kOuterRows);
+  auto* edge = buffer_array<float>(memory.edge, p.out * kStrip);  // for the last, partial strip
   const std::int64_t end = start + p.counts[expert], in_edge = p.in % kStrip;
   for (std::int64_t row = start; row < end; row += kOuterRows) {
     const std::int64_t rows = least(kOuterRows, end - row), count = num_panels(rows);
-    turn_columns(view(p.left + row * p.out, rows, p.out, p.out), panels, turned, count * kColumns);
+    transpose_columns(view(p.left + row * p.out, rows, p.out, p.out), panels, transposed, count * kColumns);
     const Matrix right = view(p.right + row * p.in, rows, p.in, p.in);
     for (std::int64_t strip = first; strip < last; ++strip) {
       const bool is_whole = (strip + 1) * kStrip <= p.in;
-      load_turned_panels(right, strip * kStrip, 0, rows, panels, count);
-      multiply(panels, 2, count, count, turned, count * kColumns, p.out, is_whole ? sums + strip * kStrip : edge,
+      load_transposed_panels(right, strip * kStrip, 0, rows, panels, count);
+      multiply(panels, 2, count, count, transposed, count * kColumns, p.out, is_whole ? sums + strip * kStrip : edge,
                is_whole ? p.in : kStrip, row > start);
     }
   }

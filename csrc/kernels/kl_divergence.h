@@ -1,21 +1,21 @@
-// Forward KL of a student's next-token distributions from a teacher's, one row of logits at a time: the loss and its
-// gradient while the row lies in the cache. fp32 inside, rounded once.
+// KL divergence loss for distillation: forward KL of a student's next-token distribution from a teacher's and its
+// gradient, one row of logits at a time while the row is in cache. fp32 inside, rounded once.
 #pragma once
 
 #include "training.h"
 
 namespace lowlat::LOWLAT_ISA::training {
 
-// Logits below the largest of their row, and the weights e^ of them, of student (q) and teacher (p).
+// Logits minus their row's maximum, and the exponentials, of student (q) and teacher (p).
 struct Shares {
   F below_q, below_p, q, p;
 };
 
 template <class T, class Left>
-inline Shares shares_at(const T* logits, const T* taught, Left left, F top_q, F top_p) {
+inline Shares shares_at(const T* logits, const T* teacher, Left left, F top_q, F top_p) {
   Shares s;
   s.below_q = sub(get(logits, left), top_q);
-  s.below_p = sub(get(taught, left), top_p);
+  s.below_p = sub(get(teacher, left), top_p);
   s.q = exp_of_negative(s.below_q);
   s.p = exp_of_negative(s.below_p);
   if (left < 16) {
@@ -33,19 +33,19 @@ inline Shares shares_at(const T* logits, const T* taught, Left left, F top_q, F 
 template <class T>
 void divergence_row(const DivergencePass& p, std::int64_t r) {
   T* logits = row<T>(p.logits, r, p.size);
-  const T* taught = row<T>(p.taught, r, p.size);
+  const T* teacher = row<T>(p.teacher, r, p.size);
   if (!p.counted[r]) {
     if (p.wants_gradient) std::memset(logits, 0, p.size * sizeof(T));
     p.kl[r] = p.nll[r] = 0;
     return;
   }
   const std::int64_t target = p.targets[r];
-  const float highest_q = largest_of(logits, p.size), highest_p = largest_of(taught, p.size);
-  const float below_q = one(logits[target]) - highest_q, below_p = one(taught[target]) - highest_p;
+  const float highest_q = largest_of(logits, p.size), highest_p = largest_of(teacher, p.size);
+  const float below_q = one(logits[target]) - highest_q, below_p = one(teacher[target]) - highest_p;
   const F top_q = set1(highest_q), top_p = set1(highest_p);
   F total_q = zero(), total_p = zero(), surplus = zero();
   for_lanes(p.size, [&](std::int64_t i, auto left) {
-    const Shares s = shares_at(logits + i, taught + i, left, top_q, top_p);
+    const Shares s = shares_at(logits + i, teacher + i, left, top_q, top_p);
     total_q = add(total_q, s.q);
     total_p = add(total_p, s.p);
     surplus = fma(s.p, sub(s.below_p, s.below_q), surplus);
@@ -56,7 +56,7 @@ void divergence_row(const DivergencePass& p, std::int64_t r) {
   if (!p.wants_gradient) return;
   const float by_q = (1.0f + p.nll_weight) / sum_q, by_p = 1.0f / sum_p;
   for_lanes(p.size, [&](std::int64_t i, auto left) {
-    const Shares s = shares_at(logits + i, taught + i, left, top_q, top_p);
+    const Shares s = shares_at(logits + i, teacher + i, left, top_q, top_p);
     put(logits + i, sub(mul(s.q, set1(by_q)), mul(s.p, set1(by_p))), left);
   });
   if (p.nll_weight != 0) {

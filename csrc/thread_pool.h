@@ -1,5 +1,6 @@
-// One pool of threads for the whole process. A job runs on every thread at once; inside it, phases are separated by
-// barriers and rows are handed out in chunks, so that a core slowed down by its neighbours takes fewer of them.
+// Thread pool, one per process. A job runs on all threads at once (a thread team); inside it, phases are separated by
+// barriers and work is handed out dynamically in chunks from a shared counter, so that a core slowed down by its
+// neighbours takes fewer of them.
 #pragma once
 
 #include <algorithm>
@@ -17,19 +18,19 @@ namespace lowlat {
 
 class Pool;
 
-// What a job sees of the pool: its thread number, barriers, and shared counters of work.
+// A job's view of the pool: its thread number, barriers, and shared work counters (dynamic scheduling).
 class Team {
  public:
   Team(Pool& pool, int thread, int threads) : pool_(pool), thread_(thread), threads_(threads) {}
   int thread() const { return thread_; }
   int threads() const { return threads_; }
 
-  // Waits until every thread of the job is here. Writes before it are visible after it. Where another thread's part of
-  // the job has failed this one's ends here, by an exception that is none of the job's business.
+  // Waits until every thread of the job arrives. Writes before it are visible after it. If another thread's part of
+  // the job has failed, this thread's part ends here by an internal exception.
   void barrier();
 
-  // Calls body(first, last) for chunks of [0, count), each chunk on one thread, and then waits for all threads.
-  // Which thread takes a chunk varies from run to run; results may not depend on it.
+  // Parallel for: calls body(first, last) for chunks of [0, count), each on one thread, then waits for all threads.
+  // Which thread takes a chunk varies from run to run; results must not depend on it.
   template <class Body>
   void for_chunks(std::int64_t count, std::int64_t chunk, Body&& body) {
     std::atomic<std::int64_t>& next = counter();
@@ -41,8 +42,8 @@ class Team {
     barrier();
   }
 
-  // The same with chunks that shrink as less is left, from a share of a thread's part down to 1: few at first, so that
-  // a thread goes on where it is, and small ones last, so that none is waited for long.
+  // Guided scheduling: chunks shrink with the remaining work, from a fraction of a thread's share down to 1. Large
+  // chunks first keep memory accesses sequential, small ones last balance the threads.
   template <class Body>
   void for_shrinking_chunks(std::int64_t count, Body&& body) {
     std::atomic<std::int64_t>& next = counter();
@@ -67,7 +68,7 @@ class Team {
 
 class Pool {
  public:
-  explicit Pool(int threads);  // throws std::runtime_error where the system refuses a thread
+  explicit Pool(int threads);  // throws std::runtime_error if the system refuses a thread
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -75,7 +76,7 @@ class Pool {
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
   // Runs job on all threads, the caller's included, and returns when all are done. One job at a time: concurrent
-  // callers wait for each other. What it throws on any thread (memory may run out) is thrown here, once all are done.
+  // callers wait. An exception on any thread (memory may run out) is rethrown here once all threads are done.
   void run(const std::function<void(Team&)>& job);
 
  private:
@@ -92,25 +93,25 @@ class Pool {
   const std::function<void(Team&)>* job_ = nullptr;
   std::atomic<std::uint64_t> generation_{0};
   std::atomic<bool> stopping_{false};
-  std::atomic<int> busy_{0};  // workers that are not done with the job
+  std::atomic<int> busy_{0};  // workers still in the job
   std::exception_ptr error_;  // of the first thread that failed
 
-  // Sense-reversing barrier; on its own cache line, as every thread spins on it.
+  // Sense-reversing barrier, on its own cache line because every thread spins on it.
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<std::uint32_t> sense_{0};
-  std::atomic<bool> failed_{false};  // some thread will not come to the barrier
-  // Counters of consecutive phases: while one phase uses its counter, the barrier of the one before clears the next.
+  std::atomic<bool> failed_{false};  // some thread will not reach the barrier
+  // Work counters of consecutive phases: while a phase uses one, the preceding barrier resets the next.
   struct alignas(64) Counter { std::atomic<std::int64_t> next{0}; };
   Counter counters_[4];
 };
 
-// The process's pool, made on first use with `threads` of set_threads (default: the processors this process may use).
-// A pool that set_threads replaces lives until the jobs that run on it are done. A forked child makes its own.
+// The process's pool, created on first use with the threads of set_threads (default: the processors this process may
+// use). A pool replaced by set_threads lives until its jobs are done. A forked child creates its own.
 std::shared_ptr<Pool> pool();
 void set_threads(int threads);
 int get_threads();
 
-// Grows in a forked child, where what another thread of the parent held is never given back.
+// Bytes held by step buffers that a forked child cannot reuse: buffers that another thread of the parent was using.
 std::uint64_t forks();
 
 }  // namespace lowlat

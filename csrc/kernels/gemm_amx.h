@@ -1,14 +1,15 @@
-// Products of activation rows with panels on AMX: a panel is a tile register's 16 rows of 64 bytes as it lies.
+// AMX tile kernels: GEMM with TDPBF16PS. A packed panel is, byte for byte, a tile register of 16 rows of 64 bytes.
 #pragma once
 
-#include "stream.h"
+#include "gemv.h"
 
 namespace lowlat::LOWLAT_ISA {
 
 constexpr int kTileRows = 16;  // activation rows of a tile register
-constexpr int kLinesOfTiles = 24;  // asked for with every column of tiles
+constexpr int kLinesOfTiles = 24;  // cache lines prefetched per column of tiles
 
-// The thread's tile registers: 0 to 3 sums (two blocks of rows by two tiles of weights), 4 and 5 rows, 6 and 7 weights.
+// Tile register allocation: 0 to 3 sums (two blocks of rows by two weight tiles), 4 and 5 activations, 6 and 7
+// weights.
 inline thread_local int configured_rows = -1;
 
 inline void configure_tiles(int first_rows, int second_rows) {
@@ -28,7 +29,7 @@ inline void configure_tiles(int first_rows, int second_rows) {
   configured_rows = wanted;
 }
 
-// Sums start anew or where they are, and go back: one block of rows and one tile of weights.
+// Zeroes or loads the accumulators and stores them: one block of rows and one weight tile.
 #define LOWLAT_START_TILE(tile, at) \
   if (adds) {                       \
     _tile_loadd(tile, at, pitch);   \
@@ -36,11 +37,10 @@ inline void configure_tiles(int first_rows, int second_rows) {
     _tile_zero(tile);               \
   }
 
-// out[r][16 k + lane] = sum over the panels of tile k, `tile_step` panels apart, of panel . x[r]; plus what is there if
-// `adds`.
+// out[r][16 k + lane] = sum over the panels of tile k, `tile_step` panels apart, of panel . x[r]; `adds` accumulates.
 inline void multiply_by_tiles(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count, const bf16* x,
                      std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds,
-                     Ahead* ahead = nullptr) {
+                     Prefetcher* ahead = nullptr) {
   const auto x_pitch = static_cast<long>(stride * sizeof(bf16)), pitch = static_cast<long>(out_stride * sizeof(float));
   for (std::int64_t tile = 0; tile < tiles; tile += 2) {
     const bool has_two = tile + 1 < tiles;
@@ -91,7 +91,7 @@ inline void multiply_by_tiles(const Panel* panels, std::int64_t tiles, std::int6
 
 #undef LOWLAT_START_TILE
 
-// Tiles [first, last) of y = x W^T. `panels` has room for these tiles.
+// Tiles [first, last) of y = x W^T. `panels` holds these tiles.
 inline void multiply_rows_by_tiles(const Matrix& w, std::int64_t first, std::int64_t last, const Activations& x,
                                    Panel* panels, float* out, std::int64_t out_stride) {
   const std::int64_t count = num_panels(w.columns);
@@ -104,32 +104,31 @@ inline void multiply_rows_by_tiles(const Matrix& w, std::int64_t first, std::int
   multiply_by_tiles(panels, last - first, count, count, x.values, x.stride, x.rows, out, out_stride, false);
 }
 
-// --- streams ---------------------------------------------------------------------------------------------------------
+// --- GEMV path -------------------------------------------------------------------------------------------------------
 
-// Rows of bf16 weights are tile registers as they lie, so that with the activations as panels nothing is turned on the
-// way from memory. The sums are those of multiply_by_tiles(), whose two sides have changed places: the same bits.
+// Row-major bf16 weights load directly into tile registers with the activations packed as panels, so nothing is
+// transposed between memory and product. The sums are those of multiply_by_tiles() with operands swapped: same bits.
 
-constexpr std::int64_t kFewRows = 4;  // activation rows that are put into panels one by one
+constexpr std::int64_t kFewRows = 4;  // activation rows that are packed one by one
 
 inline bool lies_in_tiles(const Matrix& w, std::int64_t tile) {
   return w.storage == Storage::bf16 && w.columns % kColumns == 0 && (tile + 1) * kTile <= w.rows;
 }
 
-// Activations a thread has as panels: made once for all strips it multiplies one after the other.
+// A thread's packed activations: made once for all consecutive strips.
 struct RowPanels {
   const bf16* values = nullptr;
   std::int64_t rows = 0, columns = 0;
 };
 inline thread_local RowPanels row_panels;
 
-// What a thread keeps of the activations it multiplies, from strip to strip, holds until they may have changed.
-inline void forget_rows() {
+// Discards a thread's packed activations of the last strips: the activations may have changed.
+inline void discard_packed_rows() {
   row_panels.values = nullptr;
   split_store.forget();
 }
 
-// Rows of a block of up to 16 as the other side of a product with rows of weights: `width` words of 4 bytes for each pair
-// of columns, one for each row.
+// Packs a block of up to 16 rows as the other operand: `width` words of 4 bytes per pair of columns, one per row.
 inline std::int64_t block_width(std::int64_t rows) { return rows <= kFewRows ? rows : kTile; }
 
 inline void fill_row_panels(const Activations& x, std::int64_t columns, Panel* panels) {
@@ -157,7 +156,7 @@ inline void fill_row_panels(const Activations& x, std::int64_t columns, Panel* p
   }
 }
 
-inline void configure_stream(std::int64_t width) {
+inline void configure_gemv(std::int64_t width) {
   const int wanted = 1000 + static_cast<int>(width);
   if (configured_rows == wanted) return;
   struct alignas(64) Config {
@@ -174,12 +173,12 @@ inline void configure_stream(std::int64_t width) {
 }
 
 // out[r][lane] from sums [lane][width].
-inline void turn_sums(const float* sums, std::int64_t width, std::int64_t rows, float* out, std::int64_t out_stride) {
+inline void transpose_sums(const float* sums, std::int64_t width, std::int64_t rows, float* out, std::int64_t out_stride) {
   if (width == kTile) {
-    Panel turned;
-    for (int lane = 0; lane < kTile; ++lane) turned[lane] = pairs(sums + lane * kTile);
-    transpose(turned, turned);
-    for (std::int64_t r = 0; r < rows; ++r) std::memcpy(out + r * out_stride, &turned[r], sizeof(P));
+    Panel transposed;
+    for (int lane = 0; lane < kTile; ++lane) transposed[lane] = pairs(sums + lane * kTile);
+    transpose(transposed, transposed);
+    for (std::int64_t r = 0; r < rows; ++r) std::memcpy(out + r * out_stride, &transposed[r], sizeof(P));
     return;
   }
   for (std::int64_t r = 0; r < rows; ++r) {
@@ -187,7 +186,7 @@ inline void turn_sums(const float* sums, std::int64_t width, std::int64_t rows, 
   }
 }
 
-// One tile of weights and at most 32 rows, which are in `panels`: two blocks of 16.
+// One weight tile and at most 32 rows, packed in `panels`: two blocks of 16.
 inline void multiply_tile_rows(const Matrix& w, std::int64_t tile, NextTile next, const Panel* panels, std::int64_t rows,
                                float* out, std::int64_t out_stride) {
   const std::int64_t count = num_panels(w.columns), width = block_width(rows);
@@ -196,7 +195,7 @@ inline void multiply_tile_rows(const Matrix& w, std::int64_t tile, NextTile next
   const char* left = reinterpret_cast<const char*>(panels);
   const char* right = reinterpret_cast<const char*>(panels + count);
   const std::int64_t panel_bytes = 64 * width;
-  configure_stream(width);
+  configure_gemv(width);
   _tile_zero(0);
   _tile_zero(1);
   for (std::int64_t i = 0; i < count; ++i) {
@@ -211,15 +210,15 @@ inline void multiply_tile_rows(const Matrix& w, std::int64_t tile, NextTile next
   }
   alignas(64) float sums[kTile * kTile];
   _tile_stored(0, sums, row_pitch);
-  turn_sums(sums, width, least(rows, kTile), out, out_stride);
+  transpose_sums(sums, width, least(rows, kTile), out, out_stride);
   if (rows > kTile) {
     _tile_stored(1, sums, row_pitch);
-    turn_sums(sums, width, rows - kTile, out + kTile * out_stride, out_stride);
+    transpose_sums(sums, width, rows - kTile, out + kTile * out_stride, out_stride);
   }
 }
 
-// Tiles [first, last), of which all lie in tiles. `panels` has room for two blocks of rows.
-inline void multiply_stream_by_tiles(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next,
+// Tiles [first, last), all of which are whole. `panels` holds two blocks of rows.
+inline void gemv_by_tiles(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next,
                                      const Activations& x, Panel* panels, float* out, std::int64_t out_stride) {
   for (std::int64_t row = 0; row < x.rows; row += 2 * kTile) {
     Activations part = x.from(row);
@@ -234,11 +233,12 @@ inline void multiply_stream_by_tiles(const Matrix& w, std::int64_t first, std::i
   }
 }
 
-// Tile registers are set up anew by whoever uses them first, and given back at the end: their state is large to save.
+// Tile registers are configured on first use and released at the end: their state is expensive to save at a context
+// switch.
 struct ProductSession {
   ProductSession() {
     configured_rows = -1;
-    forget_rows();
+    discard_packed_rows();
   }
   ~ProductSession() {
     if (configured_rows != -1) _tile_release();

@@ -1,36 +1,36 @@
-// Products of few activation rows, where reading the weights is all the time: each weight is touched as little as its
-// storage allows.
+// GEMV path for decoding: products of few activation rows, bound by weight bandwidth. Each weight is touched as
+// little as its storage allows: bf16, fp8 and int8 rows in file order, int8 and int4 groups as integers.
 #pragma once
 
 #include <utility>
 
-#include "multiply.h"
+#include "gemm.h"
 #if defined(LOWLAT_AVX512)
-#include "split_rows.h"
+#include "split_activations.h"
 #endif
 
 namespace lowlat::LOWLAT_ISA {
 
-// --- rows as they lie -------------------------------------------------------------------------------------------------
+// --- row-major weights -----------------------------------------------------------------------------------------------
 
-// A row is read from its start to its end, which processors see coming; several rows side by side, as a tile that is
-// turned takes them, they do not. 64 chains per output, one for each lane of four vectors that follow each other, are
-// added up in the end.
+// A weight row is read sequentially, which hardware prefetchers follow; 16 rows in parallel, as transposing a tile
+// reads them, they do not. 64 accumulator chains per output, one per lane of four consecutive vectors, are summed at
+// the end.
 
 constexpr int kChains = 4;
 constexpr std::int64_t kStep = kChains * kColumns;  // columns
 constexpr std::int64_t kBytesAhead = 8192;
 #if defined(LOWLAT_AVX512)
-constexpr int kLyingTokens = 6;
+constexpr int kRowMajorTokens = 6;
 #else
-constexpr int kLyingTokens = 4;
+constexpr int kRowMajorTokens = 4;
 #endif
 
 inline const char* row_start(const Matrix& w, std::int64_t row) {
   return static_cast<const char*>(w.data) + row * w.stride * w.element_bytes();
 }
 
-// The scale of a step of a row; 1 but of fp8.
+// The scale of a step of a row; 1 except for fp8.
 template <Storage storage>
 inline float step_scale(const Matrix& w, std::int64_t row, std::int64_t column) {
   static_assert(kStep == 128);
@@ -38,18 +38,18 @@ inline float step_scale(const Matrix& w, std::int64_t row, std::int64_t column) 
   return 1.0f;
 }
 
-// 32 whole columns of a row, in a step of that scale.
+// 32 whole columns of a row, within one scale step.
 template <Storage storage>
-inline P lying_pairs(const char* start, std::int64_t column, float scale) {
+inline P row_major_pairs(const char* start, std::int64_t column, float scale) {
   if constexpr (storage == Storage::fp8) {
     return pairs_of_fp8(reinterpret_cast<const std::uint8_t*>(start) + column, scale);
   }
   return whole_pairs<storage>(start, column);
 }
 
-// lanes[t] of a weight row and T rows of x.
+// lanes[t]: partial sums of a weight row and T rows of x.
 template <Storage storage, int T>
-inline void dot_lying_row(const Matrix& w, std::int64_t row, const Activations& x, F (&lanes)[T]) {
+inline void dot_weight_row(const Matrix& w, std::int64_t row, const Activations& x, F (&lanes)[T]) {
   const char* start = row_start(w, row);
   F sums[kChains][T];
   LOWLAT_UNROLL
@@ -64,9 +64,9 @@ inline void dot_lying_row(const Matrix& w, std::int64_t row, const Activations& 
     LOWLAT_UNROLL
     for (int k = 0; k < kChains; ++k) {
       const std::int64_t c = column + k * kColumns;
-      // Beyond the matrix, too: what is not there is not fetched.
+      // May point beyond the matrix: prefetching unmapped memory does nothing.
       prefetch_far(start + c * w.element_bytes() + kBytesAhead);
-      const P weights = lying_pairs<storage>(start, c, scale);
+      const P weights = row_major_pairs<storage>(start, c, scale);
       LOWLAT_UNROLL
       for (int t = 0; t < T; ++t) sums[k][t] = dot(sums[k][t], weights, pairs(at + t * x.stride + k * kColumns));
     }
@@ -82,7 +82,7 @@ inline void dot_lying_row(const Matrix& w, std::int64_t row, const Activations& 
 
 using Lanes = float[kTile][kTile];
 
-// The sums of the lanes of 16 outputs.
+// Horizontal sums of the lanes of 16 outputs.
 inline F sums_of_lanes(const Lanes& lanes) {
   F fours[4];
   LOWLAT_UNROLL
@@ -94,14 +94,14 @@ inline F sums_of_lanes(const Lanes& lanes) {
 }
 
 template <Storage storage, int T>
-inline void multiply_lying(const Matrix& w, std::int64_t tile, const Activations& x, float* out,
+inline void gemv_row_major(const Matrix& w, std::int64_t tile, const Activations& x, float* out,
                            std::int64_t out_stride) {
   const std::int64_t first = tile * kTile, rows = least(kTile, w.rows - first);
   alignas(64) Lanes lanes[T];
   if (rows < kTile) std::memset(lanes, 0, sizeof lanes);
   for (std::int64_t r = 0; r < rows; ++r) {
     F found[T];
-    dot_lying_row<storage, T>(w, first + r, x, found);
+    dot_weight_row<storage, T>(w, first + r, x, found);
     LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) store(lanes[t][r], found[t]);
   }
@@ -110,16 +110,16 @@ inline void multiply_lying(const Matrix& w, std::int64_t tile, const Activations
 
 #if defined(LOWLAT_AVX512)
 
-// More activations than one block of accumulators holds read a tile several times, from cache but for the first. Two
-// rows share what is loaded of the activations then; and every time but the first asks for its share of the next tile,
-// so that memory is busy all the while.
+// More activation rows than one block of accumulators holds read a tile several times, from cache except for the
+// first. Two weight rows then share the activation loads, and every pass but the first prefetches a share of the next
+// tile, so that memory stays busy.
 constexpr int kSharingTokens = 3;
 
-// What is asked for while a tile is multiplied: with every step of every row, some lines of cache. At first those of the
-// row that is kBytesAhead behind it; beyond the matrix what is not there is not fetched.
-class Asked {
+// Prefetch schedule of a tile: some cache lines with every step of every row. The first pass prefetches the row
+// kBytesAhead further on. Addresses may be beyond the matrix: prefetching unmapped memory does nothing.
+class PrefetchSchedule {
  public:
-  Asked(const Matrix& w, std::int64_t tile, NextTile next) : next_(next), steps_(most(1, w.columns / kStep)) {
+  PrefetchSchedule(const Matrix& w, std::int64_t tile, NextTile next) : next_(next), steps_(most(1, w.columns / kStep)) {
     const std::int64_t row_bytes = w.stride * w.element_bytes(), first = tile * kTile;
     const std::int64_t rows_ahead = least(kTile, most(1, kBytesAhead / row_bytes));
     lines_ = kStep * w.element_bytes() / 64;
@@ -138,7 +138,7 @@ class Asked {
     return rows.start + row * rows.bytes;
   }
 
-  // The next time, `times` in all with the first: their share of the next tile.
+  // The next of `times` passes: its share of the next tile.
   void go_on(std::int64_t time, std::int64_t times) {
     lines_ = 0;
     if (next_.w == nullptr) return;
@@ -165,14 +165,14 @@ class Asked {
   Rows here_, there_;
 };
 
-// lanes[r][t] of weight rows `row` and `other`, and T rows of x: dot_lying_row() of both.
+// lanes[r][t] of weight rows `row` and `other`, and T rows of x: dot_weight_row() of both.
 template <Storage storage, int T>
-inline void dot_lying_rows(const Matrix& w, std::int64_t row, std::int64_t other, const Activations& x,
-                           const Asked& asked, std::int64_t in_tile, F (&lanes)[2][T]) {
+inline void dot_weight_rows(const Matrix& w, std::int64_t row, std::int64_t other, const Activations& x,
+                           const PrefetchSchedule& prefetches, std::int64_t in_tile, F (&lanes)[2][T]) {
   const std::int64_t rows[2] = {row, other};
   const char* starts[2] = {row_start(w, row), row_start(w, other)};
-  const char* ahead[2] = {asked.from(in_tile), asked.from(in_tile + 1)};
-  const std::int64_t lines = asked.lines(), whole = w.columns / kStep * kStep;
+  const char* ahead[2] = {prefetches.from(in_tile), prefetches.from(in_tile + 1)};
+  const std::int64_t lines = prefetches.lines(), whole = w.columns / kStep * kStep;
   F sums[kChains][2][T];
   LOWLAT_UNROLL
   for (int k = 0; k < kChains; ++k) {
@@ -187,7 +187,7 @@ inline void dot_lying_rows(const Matrix& w, std::int64_t row, std::int64_t other
     LOWLAT_UNROLL
     for (int k = 0; k < kChains; ++k) {
       const std::int64_t c = column + k * kColumns;
-      P first = lying_pairs<storage>(starts[0], c, one), second = lying_pairs<storage>(starts[1], c, two);
+      P first = row_major_pairs<storage>(starts[0], c, one), second = row_major_pairs<storage>(starts[1], c, two);
       keep(first);
       keep(second);
       LOWLAT_UNROLL
@@ -212,14 +212,14 @@ inline void dot_lying_rows(const Matrix& w, std::int64_t row, std::int64_t other
 }
 
 template <Storage storage, int T>
-inline void multiply_lying_twos(const Matrix& w, std::int64_t tile, const Activations& x, const Asked& asked,
+inline void gemv_row_major_twos(const Matrix& w, std::int64_t tile, const Activations& x, const PrefetchSchedule& prefetches,
                                 float* out, std::int64_t out_stride) {
   const std::int64_t first = tile * kTile, rows = least(kTile, w.rows - first);
   alignas(64) Lanes lanes[T];
   if (rows < kTile) std::memset(lanes, 0, sizeof lanes);
   for (std::int64_t r = 0; r < rows; r += 2) {
     F found[2][T];
-    dot_lying_rows<storage, T>(w, first + r, first + least(r + 1, rows - 1), x, asked, r, found);
+    dot_weight_rows<storage, T>(w, first + r, first + least(r + 1, rows - 1), x, prefetches, r, found);
     LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) {
       store(lanes[t][r], found[0][t]);
@@ -230,20 +230,20 @@ inline void multiply_lying_twos(const Matrix& w, std::int64_t tile, const Activa
 }
 
 template <Storage storage>
-inline void stream_tile(const Matrix& w, std::int64_t tile, NextTile next, const Activations& x, float* out,
+inline void gemv_tile(const Matrix& w, std::int64_t tile, NextTile next, const Activations& x, float* out,
                         std::int64_t out_stride) {
-  if (x.rows <= kLyingTokens) {
-    return with_tokens<kLyingTokens>(
-        x.rows, [&]<int T>() { multiply_lying<storage, T>(w, tile, x, out, out_stride); });
+  if (x.rows <= kRowMajorTokens) {
+    return with_tokens<kRowMajorTokens>(
+        x.rows, [&]<int T>() { gemv_row_major<storage, T>(w, tile, x, out, out_stride); });
   }
   const std::int64_t step = even_block(x.rows, kSharingTokens), times = (x.rows + step - 1) / step;
-  Asked asked(w, tile, next);
+  PrefetchSchedule prefetches(w, tile, next);
   for (std::int64_t time = 0; time < times; ++time) {
-    if (time > 0) asked.go_on(time, times);
+    if (time > 0) prefetches.go_on(time, times);
     const Activations part = x.from(time * step);
     float* to = out + time * step * out_stride;
     with_tokens<kSharingTokens>(least(step, part.rows), [&]<int T>() {
-      multiply_lying_twos<storage, T>(w, tile, part, asked, to, out_stride);
+      gemv_row_major_twos<storage, T>(w, tile, part, prefetches, to, out_stride);
     });
   }
 }
@@ -251,28 +251,28 @@ inline void stream_tile(const Matrix& w, std::int64_t tile, NextTile next, const
 #else
 
 template <Storage storage>
-inline void stream_tile(const Matrix& w, std::int64_t tile, NextTile, const Activations& x, float* out,
+inline void gemv_tile(const Matrix& w, std::int64_t tile, NextTile, const Activations& x, float* out,
                         std::int64_t out_stride) {
-  const std::int64_t step = even_block(x.rows, kLyingTokens);
+  const std::int64_t step = even_block(x.rows, kRowMajorTokens);
   for (std::int64_t row = 0; row < x.rows; row += step) {
     const Activations part = x.from(row);
-    with_tokens<kLyingTokens>(least(step, part.rows), [&]<int T>() {
-      multiply_lying<storage, T>(w, tile, part, out + row * out_stride, out_stride);
+    with_tokens<kRowMajorTokens>(least(step, part.rows), [&]<int T>() {
+      gemv_row_major<storage, T>(w, tile, part, out + row * out_stride, out_stride);
     });
   }
 }
 
 #endif
 
-// Tiles [first, last) of y = x W^T for rows that lie one after the other.
-inline void stream_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
+// Tiles [first, last) of y = x W^T for row-major weights.
+inline void gemv_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                         float* out, std::int64_t out_stride) {
   for (std::int64_t tile = first; tile < last; ++tile, out += kTile) {
     const NextTile then = tile + 1 < last ? NextTile{&w, tile + 1} : next;
     switch (w.storage) {
-      case Storage::fp8: stream_tile<Storage::fp8>(w, tile, then, x, out, out_stride); break;
-      case Storage::int8_rows: stream_tile<Storage::int8_rows>(w, tile, then, x, out, out_stride); break;
-      default: stream_tile<Storage::bf16>(w, tile, then, x, out, out_stride);
+      case Storage::fp8: gemv_tile<Storage::fp8>(w, tile, then, x, out, out_stride); break;
+      case Storage::int8_rows: gemv_tile<Storage::int8_rows>(w, tile, then, x, out, out_stride); break;
+      default: gemv_tile<Storage::bf16>(w, tile, then, x, out, out_stride);
     }
   }
 }
@@ -281,9 +281,9 @@ inline void stream_rows(const Matrix& w, std::int64_t first, std::int64_t last, 
 
 #if !defined(LOWLAT_AVX512)
 
-// The numbers of a group stay integers: 4 bits of them are exact in bf16 as 128 + n, which costs two instructions where
-// the weight itself would cost ten. What 128 adds is taken off by the sum of the activations, and the scale (and the
-// minimum) come once per group, in fp32.
+// Weights stay integers: 4 bits are exact in bf16 as 128 + n, which takes two instructions where the dequantized
+// weight would take ten. The offset of 128 is removed by the sum of the activations; scale and minimum are applied
+// once per group, in fp32.
 
 // sums[t][g] of the 32 activations of a group.
 template <int T>
@@ -305,7 +305,7 @@ inline void add_step(P integers, const bf16* x, std::int64_t stride, F (&acc)[T]
 
 // One tile; `sums` are those of group_sums().
 template <int T>
-inline void stream_int4(const Matrix& w, std::int64_t tile, const Activations& x, const float* sums, float* out,
+inline void gemv_int4(const Matrix& w, std::int64_t tile, const Activations& x, const float* sums, float* out,
                         std::int64_t out_stride) {
   const std::int64_t groups = w.groups();
   const std::uint8_t* data = static_cast<const std::uint8_t*>(w.data) + tile * groups * w.group_bytes();
@@ -339,9 +339,9 @@ inline void stream_int4(const Matrix& w, std::int64_t tile, const Activations& x
   for (int t = 0; t < T; ++t) store(out + t * out_stride, total[t]);
 }
 
-// The same for int8, whose bytes value + 128 are two integers of 4 bits: 16 high + low.
+// The same for int8: a byte value + 128 is two 4-bit integers, 16 high + low.
 template <int T>
-inline void stream_int8(const Matrix& w, std::int64_t tile, const Activations& x, const float* sums, float* out,
+inline void gemv_int8(const Matrix& w, std::int64_t tile, const Activations& x, const float* sums, float* out,
                         std::int64_t out_stride) {
   const std::int64_t groups = w.groups();
   const std::uint8_t* data = static_cast<const std::uint8_t*>(w.data) + tile * groups * w.group_bytes();
@@ -374,8 +374,8 @@ inline void stream_int8(const Matrix& w, std::int64_t tile, const Activations& x
   for (int t = 0; t < T; ++t) store(out + t * out_stride, total[t]);
 }
 
-// Tiles [first, last) of y = x W^T for int8 or int4; `panels` has room for a tile's.
-inline void stream_tiles(const Matrix& w, std::int64_t first, std::int64_t last, NextTile, const Activations& x,
+// Tiles [first, last) of y = x W^T for int8 or int4; `panels` holds those of one tile.
+inline void gemv_tiles(const Matrix& w, std::int64_t first, std::int64_t last, NextTile, const Activations& x,
                          Panel* panels, float* out, std::int64_t out_stride) {
   auto* sums = reinterpret_cast<float*>(panels);
   const std::int64_t step = even_block(x.rows);
@@ -386,9 +386,9 @@ inline void stream_tiles(const Matrix& w, std::int64_t first, std::int64_t last,
       for (std::int64_t tile = first; tile < last; ++tile) {
         float* to = out + row * out_stride + (tile - first) * kTile;
         if (w.storage == Storage::int8) {
-          stream_int8<T>(w, tile, part, sums, to, out_stride);
+          gemv_int8<T>(w, tile, part, sums, to, out_stride);
         } else {
-          stream_int4<T>(w, tile, part, sums, to, out_stride);
+          gemv_int4<T>(w, tile, part, sums, to, out_stride);
         }
       }
     });

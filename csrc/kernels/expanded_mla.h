@@ -1,15 +1,15 @@
-// MLA in the expanded form: the keys and values of one head, built from cached rows 64 at a time and used, a few such
+// Expanded MLA prefill: keys and values of one head are built from 64 cached latents at a time and used, a few such
 // blocks at once, by all new queries of a sequence. Memory grows with the new queries, not with the context.
 #pragma once
 
-#include "pass.h"
+#include "phases.h"
 
 namespace lowlat::LOWLAT_ISA {
 
-constexpr std::int64_t kQueryGroup = 48;  // queries whose scores against a span are taken at once
+constexpr std::int64_t kQueryGroup = 48;  // queries whose scores with a span are computed at once
 constexpr int kBuiltBlocks = 4;          // blocks of a span
 
-// The two halves of a head's kv_b_proj as panels, and room for a block of what they build.
+// The two halves of a head's kv_b_proj as panels, and scratch for a block of keys and values.
 struct HeadProjections {
   Matrix keys, values;           // W_UK [nope_dim, latent_dim], W_UV [value_dim, latent_dim]
   Panel *key_panels, *value_panels;
@@ -25,7 +25,7 @@ inline HeadProjections load_head(const Pass& pass, const Attention& a, std::int6
   return p;
 }
 
-// out [count, stride] = latent rows times one projection, in bf16.
+// out [count, stride] = latents times one projection, in bf16.
 inline void build(const Matrix& w, const Panel* panels, const Rows& rows, std::int64_t count, float* strip_out,
                   bf16* out, std::int64_t stride) {
   const std::int64_t width = num_panels(w.columns);

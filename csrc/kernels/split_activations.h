@@ -1,24 +1,23 @@
-// Activations as integers, for products with int8 and int4 weights where reading those is all the time.
+// Activation quantization to 15-bit integers for GEMV with int8 and int4 weights on VNNI.
 //
-// The 32 activations that meet a group of weights share a scale and become integers of 15 bits, 128 high + low, each
-// half a signed byte: two integer dot products with the weights as they are stored then take the place of turning
-// every weight into bf16. The step of the integers is the largest of the activations over 16256, a sixtieth of what
-// bf16 leaves of it.
+// The 32 activations of a weight group share a scale and become 15-bit integers, 128 high + low, each half a signed
+// byte: two integer dot products with the stored weight bytes replace dequantizing every weight to bf16. The step is
+// the largest activation over 16256, a sixtieth of bf16's rounding.
 #pragma once
 
 #include <cmath>
 #include <vector>
 
-#include "multiply.h"
+#include "gemm.h"
 
 namespace lowlat::LOWLAT_ISA {
 
-// A group of a row: 8 words for the high bytes, 8 for the low ones, in the order the weights' bytes have.
+// A group of a row: 8 words for the high bytes, 8 for the low ones, in the byte order of the weights.
 struct SplitGroup {
   std::int32_t high[8], low[8];
 };
 
-// Rows of them: [rows, groups], with a scale and the sum of the integers for each.
+// Split rows: [rows, groups], with a scale and the sum of the integers per group.
 struct SplitRows {
   const SplitGroup* split;
   const float* scales;
@@ -33,7 +32,7 @@ inline __m512i split_order(Storage storage) {
   return _mm512_broadcast_i32x4(order);
 }
 
-// A group that holds infinity or NaN becomes zeros with NaN for its scale, which every product takes over.
+// A group with infinity or NaN becomes zeros with a NaN scale, which every product propagates.
 inline void split_group(const bf16* x, __m512i order, SplitGroup& out, float& scale, std::int32_t& total) {
   constexpr float kMost = 127 * 128;
   const F first = load_bf16(x), last = load_bf16(x + kTile);
@@ -65,7 +64,7 @@ inline void split_group(const bf16* x, __m512i order, SplitGroup& out, float& sc
   total = _mm512_reduce_add_epi32(_mm512_add_epi32(q[0], q[1]));
 }
 
-// What a thread has split already: once for all strips it multiplies in a phase.
+// A thread's split rows: computed once for all strips it multiplies in a phase.
 class SplitStore {
  public:
   void forget() {
@@ -73,7 +72,7 @@ class SplitStore {
     groups_ = 0;
   }
 
-  // All rows of x in the order of w's bytes. Valid until the next call.
+  // All rows of x in the byte order of w. Valid until the next call.
   SplitRows find(const Activations& x, const Matrix& w) {
     for (const Known& k : known_) {
       if (k.values == x.values && k.rows == x.rows && k.columns == w.columns && k.storage == w.storage) {
@@ -119,7 +118,7 @@ class SplitStore {
 
 inline thread_local SplitStore split_store;
 
-// acc + 128 high + low, products of the bytes of 16 rows with words of a group.
+// acc + 128 high + low: products of the bytes of 16 rows with the words of a group.
 struct SplitSums {
   P high = zero_pairs(), low = zero_pairs();
 
@@ -184,7 +183,7 @@ inline void multiply_split(const Matrix& w, std::int64_t tile, NextTile next, co
 }
 
 // Tiles [first, last) of y = x W^T for int8 or int4.
-inline void stream_tiles(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
+inline void gemv_tiles(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                          Panel*, float* out, std::int64_t out_stride) {
   const SplitRows all = split_store.find(x, w);
   const std::int64_t step = even_block(x.rows, kSplitTokens);

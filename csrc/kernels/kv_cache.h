@@ -1,15 +1,16 @@
-// Cached rows, page by page, as blocks of keys and values.
+// Paged KV cache access: entries of a sequence, page by page, as blocks of keys and values; int8 quantization of
+// entries.
 #pragma once
 
 #include <initializer_list>
 
 #include "../model.h"
-#include "attention.h"
+#include "flash_attention.h"
 #include "rowwise.h"
 
 namespace lowlat::LOWLAT_ISA {
 
-// `rows` consecutive rows of a sequence as bf16, `stride` elements apart.
+// `rows` consecutive entries of a sequence as bf16, `stride` elements apart.
 struct Rows {
   const bf16* data;
   std::int64_t stride;
@@ -22,12 +23,13 @@ inline const std::uint8_t* cached_row(const Cache& cache, const std::int32_t* pa
 
 inline std::int64_t padded_to_4(std::int64_t bytes) { return (bytes + 3) / 4 * 4; }
 
-// Channels [first, last) of a row.
+// Channels [first, last) of an entry.
 struct Channels {
   std::int64_t first, last;
 };
 
-// Channels of a row of the int8 cache back in bf16, in their places in out [row_dim], and what shares their scales.
+// Dequantizes channels of an int8 entry to bf16 at their places in out [row_dim], with the other channels of their
+// scale groups.
 inline void dequantize_row(const Cache& cache, const std::uint8_t* row, Channels wanted, bf16* out) {
   if (wanted.first == wanted.last) return;
   const auto* values = reinterpret_cast<const std::int8_t*>(row);
@@ -45,7 +47,8 @@ inline void dequantize_row(const Cache& cache, const std::uint8_t* row, Channels
   std::memcpy(out + cache.quantized, scales + 4 * groups, plain * sizeof(bf16));
 }
 
-// Stores a row, a twin of pack_rows in lowlat/attention/int8_entry.py: out is the row's place in the cache.
+// Stores an entry: native kernel of pack_rows in lowlat/attention/int8_entry.py; out is the entry's place in the
+// cache.
 inline void store_row(const Cache& cache, const bf16* row, std::int64_t row_dim, std::uint8_t* out) {
   if (cache.quantized == 0) {
     std::memcpy(out, row, row_dim * sizeof(bf16));
@@ -61,9 +64,9 @@ inline void store_row(const Cache& cache, const bf16* row, std::int64_t row_dim,
   std::memcpy(scales + 4 * groups, row + cache.quantized, (row_dim - cache.quantized) * sizeof(bf16));
 }
 
-// Rows [position, position + count) of a sequence, count <= 64: where they lie if they follow each other in bf16, else
-// in `scratch` [64, row_dim rounded up to 32], with the channels `wanted`. `padded` asks for whole multiples of 32
-// readable elements per row.
+// Entries [position, position + count) of a sequence, count <= 64: in place if they are contiguous bf16, else
+// gathered in `scratch` [64, row_dim rounded up to 32] with the channels `wanted`. `padded` asks for rows readable in
+// whole multiples of 32 elements.
 inline Rows cached_rows(const Cache& cache, const std::int32_t* pages, std::int64_t position, std::int64_t count,
                         std::int64_t row_dim, bool padded, std::initializer_list<Channels> wanted, bf16* scratch) {
   const bool follows = position % cache.page_size + count <= cache.page_size;

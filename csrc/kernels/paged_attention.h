@@ -1,4 +1,4 @@
-// Query rows over a range of a sequence's cached rows, block by block.
+// Paged attention: query rows over a range of a sequence's KV cache entries, block by block, in bf16 or int8.
 #pragma once
 
 #include "../workspace.h"
@@ -6,12 +6,12 @@
 
 namespace lowlat::LOWLAT_ISA {
 
-// How queries read cached rows: keys key_dim elements from `key` on, values from `value` on.
+// Which channels queries read of an entry: keys are key_dim elements from `key`, values begin at `value`.
 struct RowView {
   std::int64_t key, key_dim, value, value_dim;
 };
 
-// Rows of a sequence and how they are read.
+// The entries of a sequence and how they are read.
 struct CachedKeys {
   const Cache& cache;
   const std::int32_t* pages;
@@ -19,8 +19,8 @@ struct CachedKeys {
   RowView view;
   float scale;  // of the scores
 
-  // Whether products can be with integers: keys and values begin where channels share a scale, keys are int8 but for
-  // what ends the row, values are int8.
+  // Whether integer products apply: keys and values begin at scale-group boundaries, keys are int8 except for the end
+  // of the entry, values are int8.
   bool are_integers() const {
     const std::int64_t quantized = cache.quantized, key_end = view.key + view.key_dim;
     return view.key % 64 == 0 && view.value % 64 == 0 && view.key < quantized &&
@@ -30,7 +30,7 @@ struct CachedKeys {
 
 #if defined(LOWLAT_AVX512)
 
-// Rows [position, position + count) of the cache: where they lie if they follow each other, else in `scratch`.
+// Entries [position, position + count): in place if contiguous, else gathered in `scratch`.
 inline const std::uint8_t* packed_rows(const CachedKeys& keys, std::int64_t position, std::int64_t count,
                                        std::uint8_t* scratch) {
   const Cache& cache = keys.cache;
@@ -41,21 +41,21 @@ inline const std::uint8_t* packed_rows(const CachedKeys& keys, std::int64_t posi
   return scratch;
 }
 
-// Bytes [first, last) of the rows of a block that is read later.
-inline Ahead bytes_ahead(const CachedKeys& keys, std::int64_t position, std::int64_t end, std::int64_t first,
+// Bytes [first, last) of the entries of a later block, to prefetch.
+inline Prefetcher bytes_ahead(const CachedKeys& keys, std::int64_t position, std::int64_t end, std::int64_t first,
                          std::int64_t last) {
   const Cache& cache = keys.cache;
   if (position >= end) return {};
   Matrix rows;
   rows.storage = Storage::int8_rows;
   rows.rows = least(least(kKeyBlock, end - position), cache.page_size - position % cache.page_size);
-  rows.columns = least(last - first + 63, cache.row_bytes - first);  // they begin anywhere in a line
+  rows.columns = least(last - first + 63, cache.row_bytes - first);  // they may begin anywhere in a cache line
   rows.stride = cache.row_bytes;
   rows.data = cached_row(cache, keys.pages, position) + first;
-  return Ahead(rows);
+  return Prefetcher(rows);
 }
 
-// Query rows made ready for int8 channels, to attend to one range after the other.
+// Query rows quantized for int8 channels, to attend to one range after another.
 class IntegerReader {
  public:
   IntegerReader(const CachedKeys& keys, const Queries& q, Scratch& scratch) : keys_(keys), q_(q) {
@@ -79,10 +79,10 @@ class IntegerReader {
     weights.high = scratch.get<std::uint32_t>(5, 2 * words);
     weights.low = weights.high + words;
     weights.has_peaks = scratch.get<bool>(13, tiles);
-    weights.worth = scratch.get<float>(6, value_groups * (width + kSpan + kTile + 1));
-    weights.shares = weights.worth + value_groups * width;
-    weights.of_one = weights.shares + value_groups * kSpan;
-    weights.largest = weights.of_one + value_groups * kTile;
+    weights.quantum = scratch.get<float>(6, value_groups * (width + kSpan + kTile + 1));
+    weights.shares = weights.quantum + value_groups * width;
+    weights.inverse_scale = weights.shares + value_groups * kSpan;
+    weights.largest = weights.inverse_scale + value_groups * kTile;
     work_ = {scratch.get<float>(10, width * kSpan), weights, scratch.get<P[kQuad]>(2, kSpan / kQuad)};
     scales_ = scratch.get<float>(14, (groups + value_groups) * kSpan);
     rests_ = scratch.get<bf16>(15, kSpan * rest_panels * kColumns);
@@ -94,10 +94,10 @@ class IntegerReader {
     for (std::int64_t at = start; at < end;) {
       const std::int64_t stop = least(end, at - at % kSpan + kSpan);
       IntegerSpan span;
-      SpanAhead keys, values;
+      SpanPrefetcher keys, values;
       std::int64_t first = at;
       for (; at < stop; at += kKeyBlock) {
-        if (at + kKeyBlock <= q_.first[0]) {  // before every query's window
+        if (at + kKeyBlock <= q_.first[0]) {  // outside every query's sliding window
           first = at + kKeyBlock;
           continue;
         }
@@ -124,18 +124,18 @@ class IntegerReader {
  private:
   static std::int64_t groups_of(std::int64_t channels) { return (channels + kScaled - 1) / kScaled; }
 
-  // With the scales and bf16 channels that follow, where keys reach up to them.
-  Ahead keys_ahead(std::int64_t position, std::int64_t end) const {
+  // With the scales and bf16 channels that follow, if the keys include them.
+  Prefetcher keys_ahead(std::int64_t position, std::int64_t end) const {
     const RowView& reads = keys_.view;
     const bool is_last = reads.key + reads.key_dim == keys_.row_dim;
     const std::int64_t last = is_last ? keys_.cache.row_bytes : reads.key + reads.key_dim;
     return bytes_ahead(keys_, position, end, reads.key, last);
   }
-  Ahead values_ahead(std::int64_t position, std::int64_t end) const {
+  Prefetcher values_ahead(std::int64_t position, std::int64_t end) const {
     return bytes_ahead(keys_, position, end, keys_.view.value, keys_.view.value + keys_.view.value_dim);
   }
-  // Scales of keys and values that lie apart.
-  Ahead scales_ahead(std::int64_t position, std::int64_t end) const {
+  // Scales of keys and values that are separate.
+  Prefetcher scales_ahead(std::int64_t position, std::int64_t end) const {
     const std::int64_t first = padded_to_4(keys_.cache.quantized);
     return bytes_ahead(keys_, position, end, first, first + 4 * groups_of(keys_.cache.quantized));
   }
@@ -160,8 +160,8 @@ class IntegerReader {
 
   const CachedKeys& keys_;
   const Queries& q_;
-  std::int64_t rest_;  // channels of a key that are bf16
-  bool is_one_;        // values are the first channels of keys
+  std::int64_t rest_;  // bf16 channels of a key
+  bool is_one_;        // the values are the first channels of the keys
   IntegerQueries rounded_;
   IntegerScratch work_;
   float* scales_;
@@ -171,7 +171,7 @@ class IntegerReader {
 
 #endif
 
-// The same for rows that are bf16, or go into it.
+// The same for bf16 entries, or entries dequantized to bf16.
 class PlainReader {
  public:
   PlainReader(const CachedKeys& keys, const Queries& q, Scratch& scratch)
@@ -183,7 +183,7 @@ class PlainReader {
       const Matrix rows = view(q.values, q.rows, keys.view.key_dim, q.stride);
       for (std::int64_t tile = 0; tile < tiles; ++tile) load_panels(rows, tile, query_panels + tile * width);
       q_.panels = query_panels;
-      scores_.turned = scratch.get<float>(12, tiles * kTile * kSpan);
+      scores_.transposed = scratch.get<float>(12, tiles * kTile * kSpan);
     }
     panels_ = scratch.get<Panel>(2, attend_panels(keys.view.key_dim));
     gathered_ = scratch.get<bf16>(7, kSpan * gathered_stride_);
@@ -195,7 +195,7 @@ class PlainReader {
       KeyBlock blocks[kSpanBlocks];
       std::int64_t count = 0, first = at;
       for (; at < stop; at += kKeyBlock) {
-        if (at + kKeyBlock <= q_.first[0]) {  // before every query's window
+        if (at + kKeyBlock <= q_.first[0]) {  // outside every query's sliding window
           first = at + kKeyBlock;
           continue;
         }
@@ -235,14 +235,15 @@ class PlainReader {
   bf16* gathered_;
 };
 
-// Attention over the splits [first, last) of a context that ends at `end`, added up in `state`; `part` holds one split.
+// Attention over the splits [first, last) of a context that ends at `end`, merged into `state`; `part` holds one
+// split.
 template <class Reader>
 inline void attend_splits(Reader reader, const Queries& q, std::int64_t first, std::int64_t last, std::int64_t end,
                           const SoftmaxState& state, const SoftmaxState& part) {
   state.clear(q.rows);
   bool is_empty = true;
   for (std::int64_t split = first; split < last; ++split) {
-    if (split_start(split + 1) <= q.first[0]) continue;  // before every query's window
+    if (split_start(split + 1) <= q.first[0]) continue;  // outside every query's sliding window
     if (!is_empty) part.clear(q.rows);
     reader.attend_to(split_start(split), least(end, split_start(split + 1)), is_empty ? state : part);
     if (!is_empty) fold(part, state, q.rows);
@@ -250,11 +251,11 @@ inline void attend_splits(Reader reader, const Queries& q, std::int64_t first, s
   }
 }
 
-// The same with the reader that suits the rows. Takes slots 2, 5 to 7 and 10 to 15 of `scratch`.
+// The same with the reader for the cache's storage. Uses slots 2, 5 to 7 and 10 to 15 of `scratch`.
 inline void attend_splits(const CachedKeys& keys, const Queries& q, std::int64_t first, std::int64_t last,
                           std::int64_t end, Scratch& scratch, const SoftmaxState& state, const SoftmaxState& part) {
 #if defined(LOWLAT_AVX512)
-  // Products of bf16 by tiles are no slower, and round less.
+  // bf16 products by AMX tiles are as fast and round less.
   if (kMultipliesByDots && keys.are_integers()) {
     return attend_splits(IntegerReader(keys, q, scratch), q, first, last, end, state, part);
   }

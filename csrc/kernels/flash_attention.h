@@ -1,31 +1,30 @@
-// Attention of query rows over blocks of cached rows, with an online softmax.
+// Flash attention over KV cache entries: blocks of 64 keys, online softmax.
 //
-// Keys are taken in blocks of 64 that start at multiples of 64 in the context, cached rows two blocks at a time, and in
-// the splits of workspace.h. A query's result is thus one chain of operations fixed by its own position, whatever else is
-// computed beside it.
+// Blocks start at multiples of 64 in the context and are processed two at a time, within the splits of workspace.h.
+// So a query's result is one chain of operations fixed by its own position, whatever else is in the batch.
 #pragma once
 
 #include <cmath>
 
-#include "turned.h"
+#include "transposed.h"
 
 namespace lowlat::LOWLAT_ISA {
 
 constexpr std::int64_t kKeyBlock = 64;
-// Blocks that share a step of the softmax: what is added up of their values stays in registers meanwhile.
-constexpr int kSpanBlocks = TurnedRows::kMost;
+// Blocks that share one softmax step: their weighted values are summed in registers.
+constexpr int kSpanBlocks = TransposedRows::kMost;
 constexpr std::int64_t kSpan = kSpanBlocks * kKeyBlock;
 constexpr float kNone = -__builtin_inff();
 
-// Up to 64 cached rows: keys [keys, key_dim] and values [keys, value_dim], views of the cache or of scratch.
+// Up to 64 cached entries: keys [keys, key_dim] and values [keys, value_dim], views of the cache or of scratch.
 struct KeyBlock {
   Matrix keys;
   Matrix values;
-  Matrix next_keys;    // of a block that is read soon, to be asked for early; empty where not known
-  Matrix next_values;  // empty where the keys bring the values along
+  Matrix next_keys;    // of a later block, to prefetch; empty if unknown
+  Matrix next_values;  // empty if the keys contain the values
 };
 
-// Running softmax of query rows: largest score, sum of exponentials, weighted values [rows, stride].
+// Online softmax state of query rows: maximum score, sum of exponentials, weighted values [rows, stride].
 struct SoftmaxState {
   float* top;
   float* total;
@@ -37,7 +36,7 @@ struct SoftmaxState {
     std::memset(total, 0, rows * sizeof(float));
     std::memset(values, 0, rows * stride * sizeof(float));
   }
-  // Before the values of more keys are added: their largest score is at most `top`, the sum of their weights `sum`.
+  // Rescales for more keys, whose maximum score is at most `top` and whose weights sum to `sum`.
   void go_on(std::int64_t row, float new_top, float sum) const {
     const float before = top[row];
     if (new_top == before) {
@@ -53,30 +52,31 @@ struct SoftmaxState {
   SoftmaxState from(std::int64_t row) const { return {top + row, total + row, values + row * stride, stride}; }
 };
 
-// Query rows [rows, stride], zero beyond the key channels, and the keys each may see: [first, last) in the context.
+// Query rows [rows, stride], zero beyond the key channels, and the keys each may attend to: [first, last) in the
+// context.
 struct Queries {
   const bf16* values;
   std::int64_t stride;
   std::int64_t rows;
   const std::int64_t* first;
   const std::int64_t* last;
-  const Panel* panels = nullptr;  // the rows as panels, where they take the place of weights
+  const Panel* panels = nullptr;  // the rows packed as panels, if they take the weights' side of the GEMM
 };
 
-// What scores need: `stride` of fp32 and of bf16 for every query row.
+// Score buffers: `stride` fp32 and bf16 values per query row.
 struct ScoreScratch {
   float* scores;
   bf16* weights;
-  float* turned = nullptr;  // where q.panels are used: scores of all keys, key by query in whole tiles of queries
+  float* transposed = nullptr;  // if q.panels are used: all scores, key-major, in whole tiles of queries
   std::int64_t stride = kKeyBlock;
 
-  // The same for a later block of a span.
+  // The buffers of a later block of a span.
   ScoreScratch block(std::int64_t number) const {
-    return {scores + number * kKeyBlock, weights + number * kKeyBlock, turned, stride};
+    return {scores + number * kKeyBlock, weights + number * kKeyBlock, transposed, stride};
   }
 };
 
-// Rows of one head, `step` elements apart, as rows that products read: a multiple of 32 wide, zeros beyond `width`.
+// Rows of one head, `step` elements apart, padded for the GEMM: a multiple of 32 wide, zeros beyond `width`.
 inline void copy_rows(const bf16* from, std::int64_t step, std::int64_t rows, std::int64_t width, bf16* to) {
   const std::int64_t stride = round_up(width, kColumns);
   for (std::int64_t r = 0; r < rows; ++r) {
@@ -85,14 +85,13 @@ inline void copy_rows(const bf16* from, std::int64_t step, std::int64_t rows, st
   }
 }
 
-// Whether scores are taken with the queries in the place of weights: cached rows are then read as they lie, where they
-// would have to be turned otherwise. The bits are the same. Worth it for whole tiles of queries; rows of keys must be
-// readable in whole steps of 32.
+// Whether scores put the queries on the weights' side of the GEMM: cached entries are then read row-major instead of
+// being transposed. Same bits. Pays off for whole tiles of queries; key rows must be readable in whole steps of 32.
 inline bool takes_query_panels(std::int64_t rows, std::int64_t key_dim) {
   return key_dim % kColumns == 0 && (rows % kTile == 0 || rows > 2 * kTile);
 }
 
-// The scaled scores of one row with a block, -inf where its query may not look.
+// The scaled scores of one row with a block, -inf for masked keys.
 inline void visible_scores(const Queries& q, std::int64_t r, std::int64_t start, float scale, const float* scores,
                            F* row) {
   for (int i = 0; i < 4; ++i) row[i] = mul(load(scores + 16 * i), set1(scale));
@@ -105,8 +104,8 @@ inline void visible_scores(const Queries& q, std::int64_t r, std::int64_t start,
   }
 }
 
-// Scores of `blocks` <= kMost blocks, the first of which starts at `start`, become weights in bf16, zero where a query may
-// not look, and are folded into the state: scratch.weights [rows, scratch.stride].
+// Online softmax: turns the scores of `blocks` <= kMost blocks, the first of which starts at `start`, into bf16
+// weights in scratch.weights [rows, scratch.stride], zero for masked keys, and updates the state.
 template <int kMost>
 inline void softmax_step(const Queries& q, std::int64_t start, std::int64_t blocks, float scale,
                          const ScoreScratch& scratch, const SoftmaxState& state) {
@@ -131,16 +130,16 @@ inline void softmax_step(const Queries& q, std::int64_t start, std::int64_t bloc
   }
 }
 
-// Panels attend() may need: two tiles of keys, or two blocks of 16 channels of a span's values.
+// Panels that attend() may need: two tiles of keys, or two blocks of 16 channels of a span's values.
 inline std::int64_t attend_panels(std::int64_t key_dim) { return most(2 * num_panels(key_dim), 2 * num_panels(kSpan)); }
 
-// Scores that lie key by query, in whole tiles of queries, into rows of queries: 16 by 16.
-inline void turn_scores(std::int64_t rows, const ScoreScratch& scratch) {
+// Transposes key-major scores of whole query tiles into query rows, 16 x 16 at a time.
+inline void transpose_scores(std::int64_t rows, const ScoreScratch& scratch) {
   const std::int64_t tiles = (rows + kTile - 1) / kTile;
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     for (std::int64_t key = 0; key < kKeyBlock; key += kTile) {
       Panel square;
-      for (int i = 0; i < kTile; ++i) square[i] = pairs(scratch.turned + ((key + i) * tiles + tile) * kTile);
+      for (int i = 0; i < kTile; ++i) square[i] = pairs(scratch.transposed + ((key + i) * tiles + tile) * kTile);
       transpose(square, square);
       const std::int64_t count = least(kTile, rows - tile * kTile);
       for (int r = 0; r < count; ++r) store_pairs(scratch.scores + (tile * kTile + r) * scratch.stride + key, square[r]);
@@ -148,18 +147,18 @@ inline void turn_scores(std::int64_t rows, const ScoreScratch& scratch) {
   }
 }
 
-// Scores of a block with the queries as panels, key by query into `out`.
-inline void turned_scores(const Queries& q, const KeyBlock& block, float* out, Ahead& ahead) {
+// Scores of a block with the queries as panels, key-major into `out`.
+inline void transposed_scores(const Queries& q, const KeyBlock& block, float* out, Prefetcher& ahead) {
   const std::int64_t width = num_panels(block.keys.columns), tiles = (q.rows + kTile - 1) / kTile;
   multiply(q.panels, tiles, width, width, static_cast<const bf16*>(block.keys.data), block.keys.stride, block.keys.rows,
            out, tiles * kTile, false, &ahead);
 }
 
-// A tile of queries, a lane each, and what they make of a span of keys.
+// A tile of 16 queries, one per lane, and its statistics over a span of keys.
 struct LaneTile {
-  alignas(64) float first[kTile], last[kTile];  // which keys of the span they see
-  alignas(64) float top[kTile];                 // their largest score up to the span's end
-  alignas(64) float peak[kTile];                // their largest weight in the span
+  alignas(64) float first[kTile], last[kTile];  // the range of the span's keys that is not masked
+  alignas(64) float top[kTile];                 // maximum score up to the span's end
+  alignas(64) float peak[kTile];                // largest weight in the span
   std::int64_t tile, rows, keys;
   bool sees_all;
 
@@ -174,14 +173,14 @@ struct LaneTile {
       last[r] = static_cast<float>(most(-1, least(to, keys)));
     }
   }
-  // a where the query sees the key, else other.
+  // a if the query attends to the key, else other.
   F visible(std::int64_t key, F a, F other) const {
     return within(a, set1(static_cast<float>(key)), load(first), load(last), other);
   }
 };
 
-// softmax_step() of one tile of queries, whose scores lie key by query, `width` apart, and become weights. No lane waits
-// for another, and the bits are those of softmax_step().
+// softmax_step() for one tile of queries with key-major scores, `width` apart, which become weights. One lane per
+// query, so no horizontal sums in the inner loop; same bits as softmax_step().
 inline void softmax_in_lanes(LaneTile& lanes, float scale, float* scores, std::int64_t width,
                              const SoftmaxState& state) {
   const std::int64_t first_row = lanes.tile * kTile;
@@ -213,7 +212,7 @@ inline void softmax_in_lanes(LaneTile& lanes, float scale, float* scores, std::i
       sums[lane] = add(sums[lane], add(add(four[0], four[1]), add(four[2], four[3])));
     }
   }
-  // As sum() adds up the lanes of a row.
+  // In the lane order of sum() over a row.
   for (int half = 8; half > 0; half /= 2) {
     for (int lane = 0; lane < half; ++lane) sums[lane] = add(sums[lane], sums[lane + half]);
   }
@@ -221,7 +220,7 @@ inline void softmax_in_lanes(LaneTile& lanes, float scale, float* scores, std::i
   for (std::int64_t r = 0; r < lanes.rows; ++r) state.go_on(first_row + r, lanes.top[r], totals[r]);
 }
 
-// Weights of a tile of queries in bf16, pair of keys by query.
+// Weights of a tile of queries in bf16, interleaved in pairs of keys.
 inline void pair_weights(const float* weights, std::int64_t keys, std::int64_t width, std::uint32_t* pairs_out) {
   for (std::int64_t key = 0; key < keys; key += 4) {
     const float* at = weights + key * width;
@@ -234,7 +233,7 @@ inline void pair_weights(const float* weights, std::int64_t keys, std::int64_t w
   }
 }
 
-// Scores of a block with its keys as panels.
+// Scores of a block with its keys packed as panels.
 inline void plain_scores(const Queries& q, const KeyBlock& block, Panel* panels, const ScoreScratch& scratch) {
   const std::int64_t width = num_panels(block.keys.columns);
   for (std::int64_t tile = 0; tile < block.keys.tiles(); tile += 2) {
@@ -245,73 +244,73 @@ inline void plain_scores(const Queries& q, const KeyBlock& block, Panel* panels,
   }
 }
 
-// What a span of blocks is asked for meanwhile, block by block.
-struct SpanAhead {
-  Ahead blocks[kSpanBlocks];
+// Prefetches of a span of blocks, block by block.
+struct SpanPrefetcher {
+  Prefetcher blocks[kSpanBlocks];
   std::int64_t count = 0;
 
-  SpanAhead() = default;
-  SpanAhead(const KeyBlock* span, std::int64_t count, bool with_keys) {
-    for (std::int64_t b = 0; b < count; ++b) add(Ahead(with_keys ? span[b].next_keys : span[b].next_values));
+  SpanPrefetcher() = default;
+  SpanPrefetcher(const KeyBlock* span, std::int64_t count, bool with_keys) {
+    for (std::int64_t b = 0; b < count; ++b) add(Prefetcher(with_keys ? span[b].next_keys : span[b].next_values));
   }
-  void add(const Ahead& block) { blocks[count++] = block; }
-  // While 32 channels of `channels` are multiplied.
-  Ahead* at(std::int64_t channel, std::int64_t channels) { return &blocks[channel * count / channels]; }
+  void add(const Prefetcher& block) { blocks[count++] = block; }
+  // Call while 32 of `channels` channels are multiplied.
+  Prefetcher* at(std::int64_t channel, std::int64_t channels) { return &blocks[channel * count / channels]; }
 };
 
-inline TurnedRows values_of(const KeyBlock* blocks, std::int64_t count) {
-  TurnedRows values;
+inline TransposedRows values_of(const KeyBlock* blocks, std::int64_t count) {
+  TransposedRows values;
   for (std::int64_t b = 0; b < count; ++b) values.add(blocks[b].values);
   return values;
 }
 
-// attend() with the queries as panels and a lane for each of them.
+// attend() with the queries as panels, one lane per query.
 inline void attend_in_lanes(const Queries& q, const KeyBlock* blocks, std::int64_t count, std::int64_t start,
                             float scale, Panel* panels, const ScoreScratch& scratch, const SoftmaxState& state) {
   const std::int64_t tiles = (q.rows + kTile - 1) / kTile, width = tiles * kTile, keys = count * kKeyBlock;
-  SpanAhead ahead(blocks, count, true);
+  SpanPrefetcher ahead(blocks, count, true);
   for (std::int64_t b = 0; b < count; ++b) {
-    turned_scores(q, blocks[b], scratch.turned + b * kKeyBlock * width, ahead.blocks[b]);
+    transposed_scores(q, blocks[b], scratch.transposed + b * kKeyBlock * width, ahead.blocks[b]);
   }
   auto* weights = reinterpret_cast<std::uint32_t*>(scratch.weights);
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
-    float* scores = scratch.turned + tile * kTile;
+    float* scores = scratch.transposed + tile * kTile;
     LaneTile lanes(q, tile, start, keys);
     softmax_in_lanes(lanes, scale, scores, width, state);
     pair_weights(scores, keys, width, weights + tile * kTile);
   }
-  const TurnedRows values = values_of(blocks, count);
+  const TransposedRows values = values_of(blocks, count);
   for (std::int64_t channel = 0; channel < values.columns; channel += kColumns) {
-    multiply_turned_by_dots(values, channel, panels, PairedRows{weights, width}, q.rows, state.values + channel,
+    multiply_transposed_by_dots(values, channel, panels, PairedRows{weights, width}, q.rows, state.values + channel,
                             state.stride, ahead.at(channel, values.columns));
   }
 }
 
-// Folds a span of at most kSpanBlocks blocks, all but the last of 64 keys, into the state of all query rows.
+// Adds a span of at most kSpanBlocks blocks, all but the last of 64 keys, to the state of all query rows.
 inline void attend(const Queries& q, const KeyBlock* blocks, std::int64_t count, std::int64_t start, float scale,
                    Panel* panels, const ScoreScratch& scratch, const SoftmaxState& state) {
   const bool has_panels = q.panels != nullptr;
   if (kMultipliesByDots && has_panels) {
     return attend_in_lanes(q, blocks, count, start, scale, panels, scratch, state);
   }
-  SpanAhead ahead(blocks, count, has_panels);
+  SpanPrefetcher ahead(blocks, count, has_panels);
   for (std::int64_t b = 0; b < count; ++b) {
     if (has_panels) {
-      turned_scores(q, blocks[b], scratch.turned, ahead.blocks[b]);
-      turn_scores(q.rows, scratch.block(b));
+      transposed_scores(q, blocks[b], scratch.transposed, ahead.blocks[b]);
+      transpose_scores(q.rows, scratch.block(b));
     } else {
       plain_scores(q, blocks[b], panels, scratch.block(b));
     }
   }
   softmax_step<kSpanBlocks>(q, start, count, scale, scratch, state);
-  const TurnedRows values = values_of(blocks, count);
+  const TransposedRows values = values_of(blocks, count);
   for (std::int64_t channel = 0; channel < values.columns; channel += kColumns) {
-    multiply_turned_rows(values, channel, panels, scratch.weights, scratch.stride, q.rows, state.values + channel,
+    multiply_transposed_rows(values, channel, panels, scratch.weights, scratch.stride, q.rows, state.values + channel,
                          state.stride, ahead.at(channel, values.columns));
   }
 }
 
-// Panels of a span of up to `blocks` blocks, for many groups of query rows.
+// Packed panels of a span of up to `blocks` blocks, shared by many groups of query rows.
 struct SpanPanels {
   Panel* keys;    // [blocks, 4 tiles, panels of key_dim]
   Panel* values;  // [channels / 16 rounded up to 2, 2 * blocks]
@@ -326,12 +325,12 @@ struct SpanPanels {
       load_panels(block.keys, tile, keys_of(number) + tile * key_width);
     }
     for (std::int64_t i = 0; 32 * i < block.values.columns; ++i) {
-      load_turned_panels(block.values, 32 * i, 0, block.keys.rows, values + 2 * (i * apart + number), apart);
+      load_transposed_panels(block.values, 32 * i, 0, block.keys.rows, values + 2 * (i * apart + number), apart);
     }
   }
 };
 
-// attend() to the first `keys` keys of a span of at most kMost blocks whose panels are there.
+// attend() over the first `keys` keys of a span of at most kMost blocks with packed panels.
 template <int kMost>
 inline void attend_loaded(const Queries& q, const SpanPanels& panels, std::int64_t keys, std::int64_t value_dim,
                           std::int64_t start, float scale, const ScoreScratch& scratch, const SoftmaxState& state) {
@@ -346,10 +345,10 @@ inline void attend_loaded(const Queries& q, const SpanPanels& panels, std::int64
            scratch.stride, q.rows, state.values, state.stride, true);
 }
 
-// Adds the state of later keys to that of earlier ones, row by row.
+// Merges the state of later keys into that of earlier ones, row by row (flash-decoding reduction).
 inline void fold(const SoftmaxState& later, const SoftmaxState& into, std::int64_t rows) {
   for (std::int64_t r = 0; r < rows; ++r) {
-    // Scores that are all NaN leave no top, but sums that must come through.
+    // If all scores are NaN there is no maximum, but the NaN sums must propagate.
     if (later.top[r] == kNone && later.total[r] == 0.0f) continue;
     const float top = std::fmax(into.top[r], later.top[r]);
     const float keep = into.top[r] == kNone ? 0.0f : scalar_exp(into.top[r] - top);
@@ -364,7 +363,7 @@ inline void fold(const SoftmaxState& later, const SoftmaxState& into, std::int64
   }
 }
 
-// The attended values of one row, rounded to bf16.
+// The attention output of one row, rounded to bf16.
 inline void finish(const SoftmaxState& state, std::int64_t row, std::int64_t value_dim, bf16* out) {
   const F total = set1(state.total[row]);
   const float* values = state.values + row * state.stride;
