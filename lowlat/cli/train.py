@@ -115,7 +115,7 @@ def _run(
                 mesh=mesh,
             )
             if mesh.is_main_process:
-                run.keep_recipe(text)
+                run.write_recipe(text)
             outcome = trainer.run()
     if mesh.is_main_process and outcome.model is not None:
         print(f"{outcome.model}: trained for {outcome.step} steps; lowlat chat {outcome.model}")
