@@ -16,11 +16,11 @@ from lowlat.engine import scoring
 from lowlat.engine.runner import ModelRunner
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Linear
-from lowlat.model.low_rank import LowRank
 from lowlat.model.native import NativeModel, has_native_form
 from lowlat.model.quant import store_packed
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
+from lowlat.train.layers.lora import LoraLinear, LowRank
 from tests.lowlat_configs import EVERY, YARN, random_model
 from tests.native.test_step import distances, native_logits, plain_logits
 
@@ -161,10 +161,10 @@ def test_a_model_with_updates_falls_back() -> None:
     assert has_native_form(model)
     layer = model.layers[0]
     assert isinstance(layer, DecoderLayer)
-    projection = layer.get_submodule("self_attn.o_proj")
-    assert isinstance(projection, Linear)
+    projection = layer.self_attn.o_proj
     rows, columns = projection.out_features, projection.in_features
-    projection.low_rank = LowRank(rank=2, rows=rows, columns=columns, scale=1.0)
+    update = LowRank(rank=2, rows=rows, columns=columns, scale=1.0)
+    layer.self_attn.o_proj = LoraLinear(projection, update)
     assert not has_native_form(model)
 
 

@@ -19,7 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 from lowlat.attention.base import AttentionBackend
 from lowlat.data.batch import Batch
 from lowlat.ops.layout import EntryLayout
-from lowlat.train.parallel.collectives import gathered
+from lowlat.train.parallel.collectives import all_gather
 
 
 class Piece(NamedTuple):
@@ -147,7 +147,7 @@ class ContextAttention(AttentionBackend):
         return self._attend(q, k, v, scale, None)
 
     def _gathered(self, own: Float[Tensor, "tokens width"]) -> Float[Tensor, "rows length width"]:
-        return self._zigzag.whole(gathered(own, self._group), self._rows)
+        return self._zigzag.whole(all_gather(own, self._group), self._rows)
 
     def _attend(
         self,
