@@ -1,4 +1,4 @@
-"""Experts' products in training: the native kernels at every level against plain PyTorch."""
+"""Grouped GEMM of experts in training: the native kernels at every level against PyTorch."""
 
 import pytest
 import torch
