@@ -46,7 +46,7 @@ def base_dtype(recipe: Recipe) -> str:
     return "fp32" if recipe.precision == "fp32" else "bf16"
 
 
-def add_updates(model: Transformer, table: Lora, *, seed: int, origin: str) -> None:
+def add_lora(model: Transformer, table: Lora, *, seed: int, origin: str) -> None:
     """Freeze `model` and give the projections that `table` names an update that changes nothing
     yet: A uniform within 1 / sqrt(in), as peft draws it, B zero.
 
@@ -132,7 +132,7 @@ def count_added_up(config: ModelConfig, table: Lora) -> int:
     )
 
 
-def is_update(name: str) -> bool:
+def is_lora_parameter(name: str) -> bool:
     """Whether the parameter `name` belongs to an update."""
     return UPDATE in name
 
@@ -143,7 +143,7 @@ def merged(parameters: Mapping[str, Tensor], table: Lora) -> Iterator[tuple[str,
     """
     scale = table.alpha / table.rank
     for name, weight in parameters.items():
-        if is_update(name):
+        if is_lora_parameter(name):
             continue
         owner, _, own = name.rpartition(".")
         if own == "gate_up_proj":

@@ -15,7 +15,7 @@ from lowlat.train.recipe.schema import Recipe
 from lowlat.utils.errors import UserError
 
 
-def keep_all_but_attention(model: Transformer) -> None:
+def freeze_all_but_attention(model: Transformer) -> None:
     """Leave gradients to the matrices and biases of attention, MTP modules' included."""
     model.requires_grad_(False)
     for module in model.modules():
@@ -25,7 +25,7 @@ def keep_all_but_attention(model: Transformer) -> None:
                     part.requires_grad_(True)
 
 
-def hold_frozen(model: Transformer, dtype: torch.dtype) -> None:
+def cast_frozen(model: Transformer, dtype: torch.dtype) -> None:
     """Hold the matrices that stay and that products take in `dtype`, as products have them: no step
     casts them again. Norms and the gates of experts, which compute in fp32, keep their dtype.
     """
