@@ -22,7 +22,7 @@ def deferred_linear(
     bias: Float[Tensor, "out"] | None,
     defer: Defer,
 ) -> Float[Tensor, "*rows out"]:
-    """x W^T + b in x's dtype; the backward pass hands the gradient of the leaf `weight` to `defer`."""
+    """x W^T + b in x's dtype; the gradient of the leaf `weight` goes to `defer`."""
     out = _Linear.apply(x, weight, bias, defer)
     assert isinstance(out, Tensor)
     return out
