@@ -18,7 +18,7 @@ LOSSES = [
         "data/chat_rows.py",
         "predicted = np.zeros((count, self._length), np.bool_)",
         "predicted = np.ones((count, self._length), np.bool_)",
-        TRAIN + "data/test_chat_rows.py::test_every_chat_is_whole_in_one_row[0-False]",
+        "tests/unit/data/test_chat_rows.py::test_every_chat_is_whole_in_one_row[0-False]",
     ),
     Mutant(
         "loss: lambda left out",
