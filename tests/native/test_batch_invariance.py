@@ -3,8 +3,8 @@
 Holds shut: a token that changes with who runs beside it, with how its prompt is cut, with what the
 prefix cache held, with being preempted and read again, with drafts, or with the number of threads.
 
-LOWLAT_INVARIANCE_REQUESTS says how many requests there are at each concurrency, and has each of them
-run with the prefix cache and with drafts on and off, where each is off once by default:
+LOWLAT_INVARIANCE_REQUESTS sets the number of requests at each concurrency, and runs each of them with
+the prefix cache and with draft tokens on and off, where each is off once by default:
 
     LOWLAT_INVARIANCE_REQUESTS=1000 python -m pytest tests/native/test_batch_invariance.py -rP
 
@@ -186,7 +186,7 @@ def test_not_one_token_differs_from_running_alone(
                 speculates=speculates,
             )
             if engine.speculator is not None:
-                # However slow the machine: draft tokens are made, so that the batch changes their number.
+                # On slow machines, too, there are draft tokens whose number the batch changes.
                 for learn in ("drafted", "stepped"):
                     monkeypatch.setattr(engine.speculator.depth, learn, lambda count, seconds: None)
             with thread_count(THREADS[concurrency]):

@@ -1,4 +1,4 @@
-"""Batch invariance of native steps: same bits in any batch, over any KV cache pages, on any threads.
+"""Batch invariance of native steps: same bits in any batch, over any KV cache pages and threads.
 
 Holds shut: a sum whose order follows the batch, the page table or the pool; what a thread keeps
 from one piece of work to the next and another changes.
