@@ -3,8 +3,8 @@
 Holds shut: a token that changes with who runs beside it, with how its prompt is cut, with what the
 prefix cache held, with being preempted and read again, with drafts, or with the number of threads.
 
-LOWLAT_INVARIANCE_REQUESTS sets the number of requests at each concurrency, and runs each of them with
-the prefix cache and with draft tokens on and off, where each is off once by default:
+LOWLAT_INVARIANCE_REQUESTS sets the number of requests at each concurrency, and runs each of them
+with prefix cache and draft tokens on and off, where each is off once by default:
 
     LOWLAT_INVARIANCE_REQUESTS=1000 python -m pytest tests/native/test_batch_invariance.py -rP
 

@@ -1,1 +1,1 @@
-"""One training step: passes over micro-batches, losses, load balancing, optimizers, distillation."""
+"""One training step: micro-batches, losses, load balancing, optimizers, distillation."""
