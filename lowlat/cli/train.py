@@ -13,7 +13,6 @@ import typer
 from lowlat.cli.subverbs import with_subverbs
 from lowlat.cli.train_export import export
 from lowlat.cli.train_report import report
-from lowlat.cli.waiting import let_threads_sleep
 
 if TYPE_CHECKING:
     from lowlat.train.checkpoints.run_folder import RunFolder
@@ -50,7 +49,6 @@ def train(
 
     The finished model lies in FOLDER/model, ready for lowlat chat and lowlat serve.
     """
-    let_threads_sleep()
     from lowlat.cli.train_start import start_files, teacher_files
     from lowlat.train.recipe.schema import read_recipe
     from lowlat.train.recipe.toml import text_of
@@ -91,11 +89,11 @@ def _run(
     quiet: bool,
 ) -> None:
     from lowlat.train.checkpoints.run_folder import RunFolder
-    from lowlat.train.parallel.launch import joined
+    from lowlat.train.parallel.launch import process_mesh
     from lowlat.train.run.trainer import Trainer
     from lowlat.utils.progress import make_progress
 
-    with joined(parsed.parallel, device=parsed.device, origin=str(recipe)) as mesh:
+    with process_mesh(parsed.parallel, device=parsed.device, origin=str(recipe)) as mesh:
         quiet = quiet or not mesh.is_main_process
         with ExitStack() as held:
             run = RunFolder(folder)

@@ -1,7 +1,7 @@
-"""The routed experts of a layer as one differentiable function over stacked weights.
+"""Grouped GEMM of stacked experts with gradients: the training version of `experts.routed_experts`.
 
-Owns the training form of `experts.routed_experts`: rows sorted by expert, one product per expert
-and projection, and a backward pass that keeps neither the gathered rows nor the activations.
+Rows are sorted by expert, one product per expert and projection; the backward pass saves neither
+the gathered rows nor the activations.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ def group_by_expert(
     order = flat.argsort(stable=True)
     chosen = torch.bincount(flat, minlength=num_experts)
     counts = (chosen + unit - 1) // unit * unit
-    # How far an expert's rows lie behind its choices.
+    # Padding rows before an expert's first row.
     shift = (counts - chosen).cumsum(0) - (counts - chosen)
     rows = torch.arange(len(order), device=order.device) + shift[flat[order]]
     sizes = counts.tolist()

@@ -1,8 +1,7 @@
-"""The native forms of what training computes between matrix products, and where they may be used.
+"""Native kernels of training between matrix products, and the conditions for their use.
 
-Owns allocation and layout of what they take; `autograd`, `grouped` and `cross_entropy` hold
-the same in PyTorch, which defines them. `level` asks for another level of instructions than the one
-in use.
+`autograd`, `grouped`, `cross_entropy` and `divergence` have the reference implementations. `level`
+selects another instruction-set level.
 """
 
 import torch
@@ -65,7 +64,7 @@ def gated_backward(
 ) -> tuple[
     Float[Tensor, "rows inner"], Float[Tensor, "rows inner_twice"], Float32[Tensor, "rows"] | None
 ]:
-    """inner again, the gradient of gate_up, and the factors' where there are factors: `grad` is
+    """Recomputed inner, the gradient of gate_up, and that of the factors, if any: `grad` is
     multiplied by them row by row.
     """
     gate, up = gate_up.chunk(2, dim=1)
@@ -86,7 +85,7 @@ def gated_gradients(
     *,
     level: str = "",
 ) -> tuple[Float[Tensor, "rows inner"], Float[Tensor, "rows inner"]]:
-    """Gradients of gate and up, which lie in one piece each, given that of silu(gate) * up."""
+    """Gradients of gate and up, both contiguous, given that of silu(gate) * up."""
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     native.module().gated_backward(gate, up, grad, None, None, grad_gate, grad_up, None, level)
     return grad_gate, grad_up

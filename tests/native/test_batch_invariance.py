@@ -186,7 +186,7 @@ def test_not_one_token_differs_from_running_alone(
                 speculates=speculates,
             )
             if engine.speculator is not None:
-                # However slow the machine: drafts are made, so that company changes their number.
+                # On slow machines, too, there are draft tokens whose number the batch changes.
                 for learn in ("drafted", "stepped"):
                     monkeypatch.setattr(engine.speculator.depth, learn, lambda count, seconds: None)
             with thread_count(THREADS[concurrency]):

@@ -14,7 +14,7 @@ from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.attention.path import AttentionPath
 from lowlat.config.model import ModelConfig
-from lowlat.model.native import NativeModel, has_native_form
+from lowlat.model.native import NativeModel, supports_native
 from lowlat.ops import native
 from tests.native.storages import stored_model
 from tests.native.test_step import (
@@ -73,14 +73,14 @@ def alone(
 @few_cases
 @every_storage
 @torch.inference_mode()
-def test_bits_do_not_depend_on_company_pages_or_threads(
+def test_bits_do_not_depend_on_batch_pages_or_threads(
     case: Case,
     storage: str,
     dtype: torch.dtype,
     level: str,  # noqa: F811
 ) -> None:
     plain = stored_model(widened(drawn_config(case)), case.seed, storage)
-    assert has_native_form(plain)
+    assert supports_native(plain)
     model = NativeModel(plain)
     for break_even in BREAK_EVENS:
         with thread_count(3):
@@ -101,7 +101,7 @@ def test_bits_do_not_depend_on_company_pages_or_threads(
 @few_cases
 @pytest.mark.parametrize("storage", ["bf16", "int4"])
 @torch.inference_mode()
-def test_bits_of_modules_do_not_depend_on_company_or_threads(
+def test_bits_of_modules_do_not_depend_on_batch_or_threads(
     case: Case,
     storage: str,
     level: str,  # noqa: F811
