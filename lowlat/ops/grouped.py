@@ -64,17 +64,15 @@ def grouped_linear(
     weight: Float[Tensor, "experts out in"],
     counts: Sequence[int],
     *,
-    is_transposed: bool = False,
+    is_turned: bool = False,
 ) -> Float[Tensor, "rows outputs"]:
-    """Every expert's product with its own rows: x W^T, or with `is_transposed` x W. Weights of
-    another dtype are rounded to x's.
+    """Every expert's product with its own rows: x W^T, or with `is_turned` x W. Weights of another
+    dtype are rounded to x's.
     """
     if native_training_kernels.multiplies_groups(x, weight):
-        return native_training_kernels.grouped(
-            x, weight, torch.tensor(counts), is_transposed=is_transposed
-        )
+        return native_training_kernels.grouped(x, weight, torch.tensor(counts), is_turned=is_turned)
     weight = weight.to(x.dtype)
-    weight = weight if is_transposed else weight.transpose(1, 2)
+    weight = weight if is_turned else weight.transpose(1, 2)
     if x.is_cuda and x.dtype == torch.bfloat16:
         return F.grouped_mm(x, weight, offs=_ends(counts, x))
     out = x.new_empty(x.shape[0], weight.shape[2])
@@ -168,12 +166,12 @@ class _StackedExperts(torch.autograd.Function):
         groups: Groups = ctx.groups
         factors = _factors(weights, groups, accumulation_dtype(gate_up.dtype))
         grads = grad.to(gate_up.dtype).index_select(0, groups.tokens)
-        grad_inner = grouped_linear(grads, down_proj, groups.counts, is_transposed=True)
+        grad_inner = grouped_linear(grads, down_proj, groups.counts, is_turned=True)
         inner, grad_gate_up, row_factors = gated_backward(gate_up, grad_inner, factors)
         assert row_factors is not None
         grad_factors = torch.empty_like(weights).flatten()
         grad_factors[groups.order] = row_factors[groups.rows].to(weights.dtype)
-        grad_rows = grouped_linear(grad_gate_up, gate_up_proj, groups.counts, is_transposed=True)
+        grad_rows = grouped_linear(grad_gate_up, gate_up_proj, groups.counts, is_turned=True)
         grad_x = _combine(grad_rows, None, groups, weights.shape[1])
         grad_weights = grad_factors.view_as(weights)
         if not any(ctx.needs_input_grad[2:4]):
