@@ -12,7 +12,7 @@ namespace lowlat {
 // The paged KV cache of all layers. Built once, and again when it grows.
 struct BoundCache {
   std::vector<Cache> layers;
-  std::vector<std::int64_t> row_dims;
+  std::vector<std::int64_t> entry_dims;
   std::int64_t pages = 0;
   std::vector<Array> owners;
 

@@ -51,7 +51,7 @@ using BoundRouter = Bound<Router>;
 using BoundMoe = Bound<Moe>;
 using BoundAttention = Bound<Attention>;
 using BoundLayer = Bound<Layer>;
-using BoundJoin = Bound<Join>;
+using BoundMtpInput = Bound<MtpInput>;
 
 void require_shape(const Matrix& m, std::int64_t rows, std::int64_t columns, const char* name) {
   if (m.rows == rows && m.columns == columns) return;
@@ -198,12 +198,12 @@ BoundLayer make_layer(const BoundNorm& input_norm, const BoundNorm& post_attenti
   return bound;
 }
 
-BoundJoin make_join(const BoundNorm& embedding_norm, const BoundNorm& hidden_norm, const BoundProjection& projection) {
-  BoundJoin bound;
+BoundMtpInput make_mtp_input(const BoundNorm& embedding_norm, const BoundNorm& hidden_norm, const BoundProjection& projection) {
+  BoundMtpInput bound;
   bound.part = {bound.keep(embedding_norm), bound.keep(hidden_norm), bound.keep(projection)};
-  const Join& join = bound.part;
-  require(join.embedding_norm.size == join.hidden_norm.size, "a module's norms have different sizes");
-  require_shape(join.projection.weight, join.hidden_norm.size, 2 * join.hidden_norm.size, "a module's projection");
+  const MtpInput& mtp_input = bound.part;
+  require(mtp_input.embedding_norm.size == mtp_input.hidden_norm.size, "a module's norms have different sizes");
+  require_shape(mtp_input.projection.weight, mtp_input.hidden_norm.size, 2 * mtp_input.hidden_norm.size, "a module's projection");
   return bound;
 }
 
@@ -213,9 +213,9 @@ using SequenceArgs = std::tuple<std::vector<std::int32_t>, std::int64_t, std::in
 
 class BoundModel {
  public:
-  BoundModel(const Array& embedding, const std::optional<BoundJoin>& join, const std::vector<BoundLayer>& layers,
+  BoundModel(const Array& embedding, const std::optional<BoundMtpInput>& mtp_input, const std::vector<BoundLayer>& layers,
              std::int64_t first_layer, const BoundNorm& norm, const BoundProjection& head, bool is_larger_than_memory)
-      : model_(assemble(embedding, join, layers, norm, head)) {
+      : model_(assemble(embedding, mtp_input, layers, norm, head)) {
     require(first_layer >= 0, "first_layer is negative");
     model_.first_layer = first_layer;
     model_.is_larger_than_memory = is_larger_than_memory;
@@ -233,7 +233,7 @@ class BoundModel {
     }
     Step step;
     read_tokens(step, ids, slots, cos, sin);
-    require(previous.has_value() == model_.join.has_value(), "only MTP modules take previous hidden states, and they need them");
+    require(previous.has_value() == model_.mtp_input.has_value(), "only MTP modules take previous hidden states, and they need them");
     if (previous) step.previous = elements<bf16>(*previous, "previous", Type::bf16, {step.tokens, model_.hidden});
     read_cache(step, cache);
     read_sequences(step, sequences, cache);
@@ -255,7 +255,7 @@ class BoundModel {
   }
 
  private:
-  Model assemble(const Array& embedding, const std::optional<BoundJoin>& join, const std::vector<BoundLayer>& layers,
+  Model assemble(const Array& embedding, const std::optional<BoundMtpInput>& mtp_input, const std::vector<BoundLayer>& layers,
                  const BoundNorm& norm, const BoundProjection& head) {
     Model model;
     model.vocab = size(embedding, 0);
@@ -266,9 +266,9 @@ class BoundModel {
       owners_.insert(owners_.end(), bound.owners.begin(), bound.owners.end());
       return bound.part;
     };
-    if (join) {
-      model.join = keep(*join);
-      require(model.join->hidden_norm.size == model.hidden, "a module has another width than the embedding");
+    if (mtp_input) {
+      model.mtp_input = keep(*mtp_input);
+      require(model.mtp_input->hidden_norm.size == model.hidden, "a module has another width than the embedding");
     }
     for (const BoundLayer& layer : layers) {
       model.layers.push_back(keep(layer));
@@ -320,7 +320,7 @@ class BoundModel {
     const auto first = static_cast<std::size_t>(model_.first_layer);
     require(cache.layers.size() >= first + model_.layers.size(), "the cache has too few layers");
     for (std::size_t layer = 0; layer < model_.layers.size(); ++layer) {
-      require(cache.row_dims[first + layer] == model_.layers[layer].attention.row_dim(), "the cache has rows of another width");
+      require(cache.entry_dims[first + layer] == model_.layers[layer].attention.entry_dim(), "the cache has rows of another width");
     }
     step.caches = cache.layers.data() + first;
     const std::int64_t slots = cache.pages * cache.page_size();
@@ -367,15 +367,15 @@ void bind_model(nb::module_& module) {
   nb::class_<BoundLayer>(module, "Layer")
       .def_static("make", make_layer, nb::kw_only(), "input_norm"_a, "post_attention_norm"_a, "attention"_a,
                   "first_pair"_a, "mlp"_a.none(), "moe"_a.none());
-  nb::class_<BoundJoin>(module, "Join")
-      .def_static("make", make_join, "embedding_norm"_a, "hidden_norm"_a, "projection"_a);
+  nb::class_<BoundMtpInput>(module, "MtpInput")
+      .def_static("make", make_mtp_input, "embedding_norm"_a, "hidden_norm"_a, "projection"_a);
   nb::class_<BoundModel>(module, "Model")
-      .def(nb::init<const Array&, const std::optional<BoundJoin>&, const std::vector<BoundLayer>&, std::int64_t,
+      .def(nb::init<const Array&, const std::optional<BoundMtpInput>&, const std::vector<BoundLayer>&, std::int64_t,
                     const BoundNorm&, const BoundProjection&, bool>(),
-           nb::kw_only(), "embedding"_a, "join"_a.none(), "layers"_a, "first_layer"_a, "norm"_a, "head"_a,
+           nb::kw_only(), "embedding"_a, "mtp_input"_a.none(), "layers"_a, "first_layer"_a, "norm"_a, "head"_a,
            "is_larger_than_memory"_a)
       .def("step", &BoundModel::step, nb::kw_only(), "ids"_a, "previous"_a.none(), "slots"_a, "cos"_a, "sin"_a,
-           "sequences"_a, "cache"_a, "hidden"_a, "wanted"_a, "logits"_a.none(), "is_stream"_a);
+           "sequences"_a, "cache"_a, "hidden"_a, "wanted"_a, "logits"_a.none(), "is_decode"_a);
 }
 
 }  // namespace lowlat

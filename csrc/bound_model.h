@@ -5,7 +5,7 @@
 
 namespace lowlat {
 
-// Adds the classes Norm, Projection, Mlp, Router, Moe, Attention, Layer, Join and Model to the module.
+// Adds the classes Norm, Projection, Mlp, Router, Moe, Attention, Layer, MtpInput and Model to the module.
 void bind_model(nb::module_& module);
 
 }  // namespace lowlat

@@ -119,7 +119,7 @@ void divergence(const Array& logits, const Array& teacher, const Array& targets,
   if (pass.size == 0) throw std::invalid_argument("logits has no columns");
   const bool is_bf16 = has_type(logits, Type::bf16);
   pass.logits = values(logits, "logits", is_bf16, {pass.rows, pass.size});
-  pass.teacher = values(teacher, "taught", is_bf16, {pass.rows, pass.size});
+  pass.teacher = values(teacher, "teacher", is_bf16, {pass.rows, pass.size});
   pass.targets = elements<std::int64_t>(targets, "targets", Type::int64, {pass.rows});
   pass.counted = elements<bool>(counted, "counted", Type::uint8, {pass.rows});
   pass.nll_weight = nll_weight;
@@ -266,14 +266,14 @@ void bind_training(nb::module_& module) {
   module.def("gated_backward", gated_backward, "gate"_a, "up"_a, "grad"_a, "factors"_a.none(),
              "inner"_a.none(), "grad_gate"_a, "grad_up"_a, "grad_factors"_a.none(), "level"_a = "");
   module.def("entropy", entropy, "logits"_a, "targets"_a, "counted"_a, "z_weight"_a, "nll"_a, "z"_a, "level"_a = "");
-  module.def("divergence", divergence, "logits"_a, "taught"_a, "targets"_a, "counted"_a, "nll_weight"_a,
+  module.def("divergence", divergence, "logits"_a, "teacher"_a, "targets"_a, "counted"_a, "nll_weight"_a,
              "wants_gradient"_a, "kl"_a, "nll"_a, "level"_a = "");
   module.def("rotation", rotation, "x"_a, "cos"_a, "sin"_a, "interleave"_a, "is_inverse"_a, "out"_a, "level"_a = "");
   module.def("causal_forward", causal_forward, "q"_a, "k"_a, "v"_a, "ends"_a, "scale"_a, "out"_a, "log_total"_a,
              "level"_a = "");
   module.def("causal_backward", causal_backward, "q"_a, "k"_a, "v"_a, "ends"_a, "scale"_a, "out"_a, "log_total"_a,
              "grad"_a, "grad_q"_a, "grad_k"_a, "grad_v"_a, "level"_a = "");
-  module.def("grouped", grouped, "rows"_a, "weight"_a, "counts"_a, "is_turned"_a, "products"_a, "level"_a = "");
+  module.def("grouped", grouped, "rows"_a, "weight"_a, "counts"_a, "is_transposed"_a, "products"_a, "level"_a = "");
   module.def("outer", outer, "left"_a, "right"_a, "counts"_a, "sums"_a, "level"_a = "");
   module.def("combine", combine, "rows"_a, "factors"_a.none(), "places"_a, "out"_a, "level"_a = "");
 }

@@ -82,9 +82,9 @@ void route(Team& team, const Router& router, std::int64_t tokens, float* scores,
   });
 }
 
-void store_rows(Team& team, const bf16* rows, std::int64_t count, std::int64_t row_dim, const Cache& cache) {
+void store_entries(Team& team, const bf16* rows, std::int64_t count, std::int64_t entry_dim, const Cache& cache) {
   team.for_chunks(count, 1, [&](std::int64_t row, std::int64_t) {
-    store_row(cache, rows + row * row_dim, row_dim, cache.data + row * cache.row_bytes);
+    store_row(cache, rows + row * entry_dim, entry_dim, cache.data + row * cache.row_bytes);
   });
 }
 
@@ -98,7 +98,7 @@ void attend_position(const PagedAttention& a, std::int64_t query, std::int64_t g
     bounds[rows + r] = last;
   }
   const Queries q{a.q + row * a.q_stride, a.q_stride, rows, bounds, bounds + rows};
-  const CachedKeys keys{a.cache, a.pages, a.row_dim,
+  const CachedKeys keys{a.cache, a.pages, a.entry_dim,
                         {group * a.key_step, a.key_dim, a.value_offset + group * a.value_step, a.value_dim}, a.scale};
   const std::int64_t stride = round_up(a.value_dim, 32);
   const auto state = [&](int slot) {
@@ -136,7 +136,7 @@ const lowlat::Ops LOWLAT_NAME(lowlat_ops_, LOWLAT_ISA) = {
     .rotate = lowlat::LOWLAT_ISA::single::rotate_heads,
     .swiglu = lowlat::LOWLAT_ISA::single::gated,
     .route = lowlat::LOWLAT_ISA::single::route,
-    .store_rows = lowlat::LOWLAT_ISA::single::store_rows,
+    .store_entries = lowlat::LOWLAT_ISA::single::store_entries,
     .attention = lowlat::LOWLAT_ISA::single::attention,
     .draw = lowlat::LOWLAT_ISA::sampling::draw,
     .norm_forward = lowlat::LOWLAT_ISA::training::norm_forward,

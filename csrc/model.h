@@ -69,7 +69,7 @@ struct Attention {
   std::int64_t key_dim() const { return is_mla() ? latent_dim + rope_dim : rope_dim; }
   std::int64_t query_dim() const { return is_mla() ? nope_dim + rope_dim : rope_dim; }
   std::int64_t out_dim() const { return is_mla() ? value_dim : rope_dim; }
-  std::int64_t row_dim() const { return is_mla() ? latent_dim + rope_dim : 2 * kv_heads * rope_dim; }
+  std::int64_t entry_dim() const { return is_mla() ? latent_dim + rope_dim : 2 * kv_heads * rope_dim; }
 };
 
 struct Layer {
@@ -81,7 +81,7 @@ struct Layer {
 
 // Input of an MTP module: projection of (embedding_norm(e), hidden_norm(h)), for the embedding e of a later token and
 // the hidden state h of the previous depth.
-struct Join {
+struct MtpInput {
   Norm embedding_norm, hidden_norm;
   Projection projection;  // [hidden, 2 hidden]
 };
@@ -90,7 +90,7 @@ struct Model {
   std::int64_t hidden = 0;
   std::int64_t vocab = 0;
   const bf16* embedding = nullptr;  // [vocab, hidden]
-  std::optional<Join> join;         // for an MTP module; without it the layers' input is the embedding
+  std::optional<MtpInput> mtp_input;  // for an MTP module; without it the layers' input is the embedding
   std::vector<Layer> layers;
   std::int64_t first_layer = 0;  // the index of layers[0] among the cache's layers
   Norm norm;
@@ -120,7 +120,7 @@ struct Sequence {
 struct Step {
   std::int64_t tokens = 0;
   const std::int64_t* ids = nullptr;    // [tokens]
-  const bf16* previous = nullptr;       // with a Join: [tokens, hidden], hidden states of the previous depth
+  const bf16* previous = nullptr;       // with a MtpInput: [tokens, hidden], hidden states of the previous depth
   const std::int64_t* slots = nullptr;  // [tokens]: page * page_size + row
   const float* cos = nullptr;           // [tokens, pairs]: a layer's columns begin at its first_pair
   const float* sin = nullptr;

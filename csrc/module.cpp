@@ -98,13 +98,13 @@ void swiglu(const Array& gate, const Array& up, const Array& out, const std::str
 }
 
 // The router's parameters, as in lowlat.config's MoEConfig.
-struct Choice {
+struct RoutingRule {
   std::int64_t chosen, groups, kept_groups, best_in_group;
   bool is_sigmoid, normalizes;
   float scaling;
 };
 
-Router router_of(const BoundMatrix& gate, const std::optional<Array>& bias, const Choice& choice) {
+Router router_of(const BoundMatrix& gate, const std::optional<Array>& bias, const RoutingRule& choice) {
   Router router;
   router.weight = gate.matrix;
   router.experts = gate.matrix.rows;
@@ -123,7 +123,7 @@ Router router_of(const BoundMatrix& gate, const std::optional<Array>& bias, cons
   return router;
 }
 
-void route(const Array& x, const BoundMatrix& gate, const std::optional<Array>& bias, const Choice& choice,
+void route(const Array& x, const BoundMatrix& gate, const std::optional<Array>& bias, const RoutingRule& choice,
            const Array& experts, const Array& weights, const Array& scores, const std::string& level) {
   const Ops& table = ops(level);
   const Router router = router_of(gate, bias, choice);
@@ -136,15 +136,15 @@ void route(const Array& x, const BoundMatrix& gate, const std::optional<Array>& 
 }
 
 // Where heads find their key and value in a cache entry; see PagedAttention.
-struct RowLayout {
+struct EntryLayout {
   std::int64_t kv_heads, key_step, value_dim, value_step, value_offset;
 };
 
-Cache cache_of(const Array& cache, std::int64_t page_size, std::int64_t row_dim, std::int64_t quantized) {
+Cache cache_of(const Array& cache, std::int64_t page_size, std::int64_t entry_dim, std::int64_t quantized) {
   Cache result;
   const std::int64_t scales = (quantized + 63) / 64 * 4;
   const std::int64_t row_bytes =
-      quantized == 0 ? 2 * row_dim : (quantized + 3) / 4 * 4 + scales + 2 * (row_dim - quantized);
+      quantized == 0 ? 2 * entry_dim : (quantized + 3) / 4 * 4 + scales + 2 * (entry_dim - quantized);
   result.data = elements<std::uint8_t>(cache, "cache", Type::uint8, {kAnySize, page_size, row_bytes});
   result.row_bytes = row_bytes;
   result.page_size = page_size;
@@ -152,14 +152,14 @@ Cache cache_of(const Array& cache, std::int64_t page_size, std::int64_t row_dim,
   return result;
 }
 
-void store_rows(const Array& rows, const Array& cache, std::int64_t quantized, const std::string& level) {
+void store_entries(const Array& rows, const Array& cache, std::int64_t quantized, const std::string& level) {
   const Ops& table = ops(level);
-  const std::int64_t count = size(rows, 0), row_dim = size(rows, 1);
-  if (quantized < 0 || quantized > row_dim) throw std::invalid_argument("quantized channels do not fit the rows");
-  const auto* values = elements<bf16>(rows, "rows", Type::bf16, {count, row_dim});
-  const Cache to = cache_of(cache, size(cache, 1), row_dim, quantized);
+  const std::int64_t count = size(rows, 0), entry_dim = size(rows, 1);
+  if (quantized < 0 || quantized > entry_dim) throw std::invalid_argument("quantized channels do not fit the rows");
+  const auto* values = elements<bf16>(rows, "rows", Type::bf16, {count, entry_dim});
+  const Cache to = cache_of(cache, size(cache, 1), entry_dim, quantized);
   if (size(cache, 0) * to.page_size < count) throw std::invalid_argument("the cache is too small for the rows");
-  run([&](Team& team) { table.store_rows(team, values, count, row_dim, to); });
+  run([&](Team& team) { table.store_entries(team, values, count, entry_dim, to); });
 }
 
 void check_pages(const PagedAttention& a, std::int64_t pages, std::int64_t all_pages) {
@@ -172,15 +172,15 @@ void check_pages(const PagedAttention& a, std::int64_t pages, std::int64_t all_p
   }
 }
 
-void attention(const Array& q, const Array& cache, const Array& pages, std::int64_t row_dim, std::int64_t quantized,
-               std::int64_t start, float scale, std::int64_t window, const RowLayout& layout, const Array& out,
+void attention(const Array& q, const Array& cache, const Array& pages, std::int64_t entry_dim, std::int64_t quantized,
+               std::int64_t start, float scale, std::int64_t window, const EntryLayout& layout, const Array& out,
                const std::string& level) {
   const Ops& table = ops(level);
   PagedAttention a;
   a.queries = size(q, 0);
   a.heads = size(q, 1);
   a.key_dim = size(q, 2);
-  a.row_dim = row_dim;
+  a.entry_dim = entry_dim;
   a.start = start;
   a.scale = scale;
   a.window = window;
@@ -192,11 +192,11 @@ void attention(const Array& q, const Array& cache, const Array& pages, std::int6
   const std::int64_t group = a.kv_heads - 1;
   const bool is_in_range = a.kv_heads >= 1 && a.key_step >= 0 && a.value_step >= 0 && a.value_offset >= 0 &&
                            a.value_dim >= 0 && a.window >= 0 && quantized >= 0 && size(cache, 1) > 0;
-  if (!is_in_range || a.heads % a.kv_heads != 0 || group * a.key_step + a.key_dim > row_dim ||
-      a.value_offset + group * a.value_step + a.value_dim > row_dim || quantized > row_dim) {
+  if (!is_in_range || a.heads % a.kv_heads != 0 || group * a.key_step + a.key_dim > entry_dim ||
+      a.value_offset + group * a.value_step + a.value_dim > entry_dim || quantized > entry_dim) {
     throw std::invalid_argument("heads do not fit the cached rows");
   }
-  a.cache = cache_of(cache, size(cache, 1), row_dim, quantized);
+  a.cache = cache_of(cache, size(cache, 1), entry_dim, quantized);
   a.pages = elements<std::int32_t>(pages, "pages", Type::int32, {kAnySize});
   check_pages(a, size(pages, 0), size(cache, 0));
   a.out = elements<bf16>(out, "out", Type::bf16, {a.queries, a.heads, a.value_dim});
@@ -243,23 +243,23 @@ std::int64_t draw(const Array& logits, double number, double temperature, std::i
 }
 
 void bind_ops(nb::module_& module) {
-  module.def("linear", linear, "matrix"_a, "x"_a, "out"_a, "is_stream"_a = false, "level"_a = "");
+  module.def("linear", linear, "matrix"_a, "x"_a, "out"_a, "is_decode"_a = false, "level"_a = "");
   module.def("pack", pack, "weights"_a, "to"_a, "level"_a = "");
   module.def("rms_norm", rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a, "level"_a = "");
   module.def("rotate", rotate, "x"_a, "cos"_a, "sin"_a, "interleave"_a, "level"_a = "");
   module.def("swiglu", swiglu, "gate"_a, "up"_a, "out"_a, "level"_a = "");
-  nb::class_<Choice>(module, "Choice")
+  nb::class_<RoutingRule>(module, "RoutingRule")
       .def(nb::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool, bool, float>(), nb::kw_only(),
            "chosen"_a, "groups"_a, "kept_groups"_a, "best_in_group"_a, "is_sigmoid"_a, "normalizes"_a, "scaling"_a);
   module.def("route", route, "x"_a, "gate"_a, "bias"_a.none(), "choice"_a, "experts"_a, "weights"_a, "scores"_a,
              "level"_a = "");
   module.def("draw", draw, "logits"_a, "number"_a, nb::kw_only(), "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
              "level"_a = "");
-  nb::class_<RowLayout>(module, "RowLayout")
+  nb::class_<EntryLayout>(module, "EntryLayout")
       .def(nb::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>(), nb::kw_only(),
            "kv_heads"_a, "key_step"_a, "value_dim"_a, "value_step"_a, "value_offset"_a);
-  module.def("store_rows", store_rows, "rows"_a, "cache"_a, nb::kw_only(), "quantized"_a, "level"_a = "");
-  module.def("attention", attention, "q"_a, "cache"_a, "pages"_a, nb::kw_only(), "row_dim"_a, "quantized"_a, "start"_a,
+  module.def("store_entries", store_entries, "rows"_a, "cache"_a, nb::kw_only(), "quantized"_a, "level"_a = "");
+  module.def("attention", attention, "q"_a, "cache"_a, "pages"_a, nb::kw_only(), "entry_dim"_a, "quantized"_a, "start"_a,
              "scale"_a, "window"_a, "layout"_a, "out"_a, "level"_a = "");
 }
 

@@ -23,7 +23,7 @@ struct PagedAttention {
   const bf16* q = nullptr;  // [queries, heads, q_stride], zeros beyond key_dim; q_stride a multiple of 32
   std::int64_t queries = 0, heads = 0, q_stride = 0;
   Cache cache;
-  std::int64_t row_dim = 0;
+  std::int64_t entry_dim = 0;
   const std::int32_t* pages = nullptr;
   std::int64_t start = 0;
   std::int64_t kv_heads = 1;
@@ -59,8 +59,8 @@ struct Ops {
   void (*route)(Team&, const Router& router, std::int64_t tokens, float* scores, std::int32_t* experts,
                 float* weights);
 
-  // rows [count, row_dim] into the first entries of the cache
-  void (*store_rows)(Team&, const bf16* rows, std::int64_t count, std::int64_t row_dim, const Cache& cache);
+  // rows [count, entry_dim] into the first entries of the cache
+  void (*store_entries)(Team&, const bf16* rows, std::int64_t count, std::int64_t entry_dim, const Cache& cache);
 
   void (*attention)(Team&, const PagedAttention& attention);
 

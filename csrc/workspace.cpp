@@ -18,7 +18,7 @@ std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / t
 Sizes::Sizes(const Model& model) {
   for (const Layer& layer : model.layers) {
     const Attention& a = layer.attention;
-    row = std::max(row, a.row_dim());
+    row = std::max(row, a.entry_dim());
     queries = std::max(queries, a.heads * a.query_dim());
     outputs = std::max(outputs, a.heads * a.out_dim());
     key = std::max(key, a.key_dim());
@@ -76,7 +76,7 @@ void Workspace::prepare(const Model& model, const Step& step, int threads) {
   make_inner(n, step.is_decode);
   // A single token's row serves all its experts without a copy.
   gathered = n > 1 ? rows_of(4, routed, model.hidden, step.is_decode) : Activations{};
-  joined = model.join ? rows_of(17, n, 2 * model.hidden, step.is_decode) : Activations{};
+  joined = model.mtp_input ? rows_of(17, n, 2 * model.hidden, step.is_decode) : Activations{};
   x = take<bf16>(5, n * hidden.stride);
   query_latent_raw = take<bf16>(6, n * query_latent.stride);
   row = take<bf16>(7, n * sizes.row);

@@ -103,7 +103,7 @@ struct Workspace {
   Activations inner;  // of the current layer
   bf16* x = nullptr;                 // residual stream [tokens, hidden.stride]
   bf16* query_latent_raw = nullptr;  // [tokens, query_latent.stride]
-  bf16* row = nullptr;               // [tokens, row_dim]
+  bf16* row = nullptr;               // [tokens, entry_dim]
   bf16* q = nullptr;                 // [tokens, heads, query_dim]
   bf16* absorbed_q = nullptr;        // [tokens, heads, absorbed_stride]
   bf16* mixed = nullptr;             // [tokens, heads, mixed_stride]

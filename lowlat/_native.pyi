@@ -1,5 +1,5 @@
-"""Types of the native module that csrc/ builds. Tensors go over by DLPack: on the CPU, contiguous,
-without gradients, and of the very dtype named here; anything else is a ValueError.
+"""Types of the native module that csrc/ builds. Tensors are passed by DLPack without a copy: on the
+CPU, contiguous, without gradients, of exactly the dtype given here; anything else is a ValueError.
 """
 
 from collections.abc import Sequence
@@ -7,29 +7,29 @@ from collections.abc import Sequence
 from torch import Tensor
 
 def built_levels() -> list[str]:
-    """Levels of instructions in this build, best first."""
+    """Instruction-set levels of this build, best first."""
 
 def usable_levels() -> list[str]:
-    """Those of them this machine can run, best first."""
+    """Built levels that this machine can run, best first."""
 
 def level() -> str:
     """The level in use."""
 
 def set_level(level: str) -> None: ...
 def set_threads(threads: int) -> None:
-    """Threads of the one pool; a pool of another size ends when its jobs are done."""
+    """Size of the process-wide thread pool; a pool of another size ends when its jobs are done."""
 
 def threads() -> int: ...
 
 class Matrix:
-    """A weight as the kernels read it, [rows, columns]; keeps its tensors alive.
+    """A weight matrix [rows, columns] in one of the storage formats; keeps its tensors alive.
 
     `occupied` uint8 [tiles]: 0 where all 16 rows of a tile are zero.
     """
 
     @staticmethod
     def bf16(weight: Tensor, *, occupied: Tensor | None = None) -> Matrix:
-        """bf16 [rows, columns]; rows may lie apart."""
+        """bf16 [rows, columns]; rows may have a stride."""
 
     @staticmethod
     def fp8(weight: Tensor, scale: Tensor, *, occupied: Tensor | None = None) -> Matrix:
@@ -83,7 +83,7 @@ class Mlp:
     def make(gate: Projection, up: Projection, down: Projection) -> Mlp: ...
 
 class Router:
-    """The gate of a mixture and its rule."""
+    """The gate of a mixture of experts and its routing rule."""
 
     @staticmethod
     def make(
@@ -101,7 +101,7 @@ class Router:
         """bias fp32 [experts]."""
 
 class Moe:
-    """Routed experts; the shared ones are the layer's mlp."""
+    """Routed experts; shared experts are the layer's mlp."""
 
     @staticmethod
     def make(router: Router, experts: Sequence[Mlp]) -> Moe: ...
@@ -145,7 +145,7 @@ class Attention:
         """window 0: all keys."""
 
 class Layer:
-    """A decoder layer: mlp is the dense MLP, or the shared experts beside moe."""
+    """A decoder layer: mlp is the dense MLP, or with moe the shared experts."""
 
     @staticmethod
     def make(
@@ -157,34 +157,34 @@ class Layer:
         mlp: Mlp | None,
         moe: Moe | None,
     ) -> Layer:
-        """first_pair: the column of a step's cos and sin where the layer's own begin."""
+        """first_pair: the layer's first column in a step's cos and sin."""
 
-class Join:
-    """How an MTP module begins: the projection of a normalised embedding and hidden state."""
+class MtpInput:
+    """Input of an MTP module: the projection of a normalized embedding and hidden state."""
 
     @staticmethod
-    def make(embedding_norm: Norm, hidden_norm: Norm, projection: Projection) -> Join:
+    def make(embedding_norm: Norm, hidden_norm: Norm, projection: Projection) -> MtpInput:
         """projection: [hidden, 2 hidden], the embedding first."""
 
 class Cache:
-    """The paged rows of all layers, where they lie."""
+    """The paged KV cache of all layers, in place."""
 
     @staticmethod
     def make(layers: Sequence[tuple[Tensor, int, int]]) -> Cache:
-        """(rows, row_dim, quantized) of each layer: rows [pages, page_size, row_dim] bf16, or row
-        bytes uint8 of which `quantized` channels are int8.
+        """(entries, entry_dim, quantized) of each layer: bf16 [pages, page_size, entry_dim], or
+        uint8 [pages, page_size, entry bytes] of which `quantized` channels are int8.
         """
 
 class Model:
-    """Decoder layers between an embedding (bf16 [vocab, hidden]) and a head; an MTP module where
-    join is given. first_layer: of the cache's layers, the one of the first.
+    """Decoder layers between an embedding (bf16 [vocab, hidden]) and a head; an MTP module if
+    mtp_input is given. first_layer: the cache layer of layers[0].
     """
 
     def __init__(
         self,
         *,
         embedding: Tensor,
-        join: Join | None,
+        mtp_input: MtpInput | None,
         layers: Sequence[Layer],
         first_layer: int,
         norm: Norm,
@@ -204,17 +204,19 @@ class Model:
         hidden: Tensor,
         wanted: Sequence[int],
         logits: Tensor | None,
-        is_stream: bool,
+        is_decode: bool,
     ) -> None:
-        """ids and slots int64 [tokens]; previous: with a join, hidden states of the depth before,
-        bf16 [tokens, hidden]; cos and sin fp32 [tokens, pairs], the tables of all layers; sequences
-        of (pages, rows cached before, new rows, whether MLA is expanded); hidden bf16 [tokens,
-        hidden] and logits fp32 [wanted, vocab] are written. is_stream: every sequence has few new
-        tokens (lowlat.model.native).
+        """Run one step; writes hidden bf16 [tokens, hidden] and logits fp32 [wanted, vocab].
+
+        ids and slots int64 [tokens]. previous: for an MTP module, hidden states of the previous
+        depth, bf16 [tokens, hidden]. cos and sin fp32 [tokens, pairs]: the tables of all layers.
+        sequences: (pages, entries cached before, new tokens, whether MLA takes the expanded path).
+        is_decode: every sequence has at most 32 new tokens, so products take the GEMV path
+        (lowlat.model.native).
         """
 
-class Choice:
-    """A router's numbers."""
+class RoutingRule:
+    """The parameters of expert routing (group-limited top-k)."""
 
     def __init__(
         self,
@@ -228,8 +230,8 @@ class Choice:
         scaling: float,
     ) -> None: ...
 
-class RowLayout:
-    """Where heads find keys and values in a cached row: group g of the heads has its key at
+class EntryLayout:
+    """Where heads find keys and values in a KV cache entry: group g of the heads has its key at
     g * key_step and its value at value_offset + g * value_step.
     """
 
@@ -238,12 +240,12 @@ class RowLayout:
     ) -> None: ...
 
 def linear(
-    matrix: Matrix, x: Tensor, out: Tensor, is_stream: bool = False, level: str = ""
+    matrix: Matrix, x: Tensor, out: Tensor, is_decode: bool = False, level: str = ""
 ) -> None:
     """out fp32 [rows, matrix.rows] = x bf16 [rows, matrix.columns] times the matrix transposed."""
 
 def pack(weights: Tensor, to: Matrix, level: str = "") -> None:
-    """Fill the tensors an int8 or int4 matrix was made of from bf16 or fp32 [rows, columns]."""
+    """Quantize bf16 or fp32 [rows, columns] into the tensors of an int8 or int4 matrix."""
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, level: str = "") -> None:
     """bf16 [rows, dim], weight fp32 [dim]."""
@@ -258,7 +260,7 @@ def route(
     x: Tensor,
     gate: Matrix,
     bias: Tensor | None,
-    choice: Choice,
+    choice: RoutingRule,
     experts: Tensor,
     weights: Tensor,
     scores: Tensor,
@@ -280,20 +282,20 @@ def draw(
 ) -> int:
     """fp32 [vocab]."""
 
-def store_rows(rows: Tensor, cache: Tensor, *, quantized: int, level: str = "") -> None:
-    """bf16 [tokens, row_dim] as the first rows of cache uint8 [pages, page_size, row_bytes]."""
+def store_entries(rows: Tensor, cache: Tensor, *, quantized: int, level: str = "") -> None:
+    """bf16 [tokens, entry_dim] as the first rows of cache uint8 [pages, page_size, row_bytes]."""
 
 def attention(
     q: Tensor,
     cache: Tensor,
     pages: Tensor,
     *,
-    row_dim: int,
+    entry_dim: int,
     quantized: int,
     start: int,
     scale: float,
     window: int,
-    layout: RowLayout,
+    layout: EntryLayout,
     out: Tensor,
     level: str = "",
 ) -> None:
@@ -342,7 +344,7 @@ def gated_backward(
 
 def divergence(
     logits: Tensor,
-    taught: Tensor,
+    teacher: Tensor,
     targets: Tensor,
     counted: Tensor,
     nll_weight: float,
@@ -351,7 +353,7 @@ def divergence(
     nll: Tensor,
     level: str = "",
 ) -> None:
-    """As entropy; taught as logits, kl and nll fp32 [rows]."""
+    """As entropy; teacher: logits of the teacher, shaped like logits, kl and nll fp32 [rows]."""
 
 def rotation(
     x: Tensor,
@@ -388,7 +390,7 @@ def grouped(
     rows: Tensor,
     weight: Tensor,
     counts: Tensor,
-    is_turned: bool,
+    is_transposed: bool,
     products: Tensor,
     level: str = "",
 ) -> None:

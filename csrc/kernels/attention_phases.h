@@ -20,8 +20,8 @@ inline Rotation rotation_of(const Step& step, const Attention& a, std::int64_t t
 
 // Writes a token's KV cache entry of a layer.
 inline void store_token(const Pass& pass, const Attention& a, const Cache& cache, std::int64_t token) {
-  const bf16* row = pass.work.row + token * a.row_dim();
-  store_row(cache, row, a.row_dim(), cache.data + pass.step.slots[token] * cache.row_bytes);
+  const bf16* row = pass.work.row + token * a.entry_dim();
+  store_row(cache, row, a.entry_dim(), cache.data + pass.step.slots[token] * cache.row_bytes);
 }
 
 // body(first, tokens) for every run of tokens on the absorbed path; adjacent sequences form one run.
@@ -75,7 +75,7 @@ inline Queries queries_of(const Pass& pass, const Attention& a, const QueryGroup
 }
 
 inline CachedKeys keys_of(const Pass& pass, const Attention& a, const Cache& cache, const QueryGroup& group) {
-  return {cache, pass.step.sequences[group.sequence].pages, a.row_dim(), row_view(a, group.kv_head), a.scale};
+  return {cache, pass.step.sequences[group.sequence].pages, a.entry_dim(), row_view(a, group.kv_head), a.scale};
 }
 
 // Where the attention output of row r of a group goes.
@@ -175,7 +175,7 @@ inline void make_mla_rows(const Pass& pass, const Attention& a, const Cache& cac
                work.query_latent.values + t * work.query_latent.stride);
       pad_row(work.query_latent.values + t * work.query_latent.stride, a.q_a_norm.size);
     }
-    bf16* row = work.row + t * a.row_dim();
+    bf16* row = work.row + t * a.entry_dim();
     bf16* latent = row;
     for (const Norm& norm : a.kv_a_norms) {
       rms_norm(norm, latent, latent);
@@ -318,7 +318,7 @@ inline void make_head_values(const Pass& pass, const Attention& a, std::int64_t 
 inline void attend_mla(const Pass& pass, const Attention& a, const Cache& cache) {
   const Workspace& work = pass.work;
   const std::int64_t q_stride = a.heads * a.query_dim();
-  const Product rows{&a.kv_a, &work.hidden, work.row, a.row_dim()};
+  const Product rows{&a.kv_a, &work.hidden, work.row, a.entry_dim()};
   if (a.q_a) {
     multiply_all(pass, {{&*a.q_a, &work.hidden, work.query_latent_raw, work.query_latent.stride}, rows});
   } else {

@@ -78,13 +78,13 @@ inline void expand_head(const Pass& pass, const Attention& a, const Cache& cache
   const SpanPanels panels{pass.scratch.get<Panel>(9, SpanPanels::key_panels(a.query_dim(), kBuiltBlocks)),
                           pass.scratch.get<Panel>(10, SpanPanels::value_panels(a.value_dim, kBuiltBlocks)),
                           num_panels(a.query_dim()), num_panels(span)};
-  auto* gathered = pass.scratch.get<bf16>(7, kKeyBlock * round_up(a.row_dim(), 32));
+  auto* gathered = pass.scratch.get<bf16>(7, kKeyBlock * round_up(a.entry_dim(), 32));
   for (std::int64_t at = 0; at < context; at += span) {
     const std::int64_t keys = least(span, context - at);
     for (std::int64_t key = 0; key < keys; key += kKeyBlock) {
       const std::int64_t count = least(kKeyBlock, keys - key);
-      const Rows rows = cached_rows(cache, sequence.pages, at + key, count, a.row_dim(), a.latent_dim % 32 != 0,
-                                    {{0, a.row_dim()}}, gathered);
+      const Rows rows = cached_rows(cache, sequence.pages, at + key, count, a.entry_dim(), a.latent_dim % 32 != 0,
+                                    {{0, a.entry_dim()}}, gathered);
       panels.load(key / kKeyBlock, build_block(pass, a, projections, rows, count));
     }
     for (std::int64_t i = 0; i < queries; i += kQueryGroup) {

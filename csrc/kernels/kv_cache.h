@@ -28,7 +28,7 @@ struct Channels {
   std::int64_t first, last;
 };
 
-// Dequantizes channels of an int8 entry to bf16 at their places in out [row_dim], with the other channels of their
+// Dequantizes channels of an int8 entry to bf16 at their places in out [entry_dim], with the other channels of their
 // scale groups.
 inline void dequantize_row(const Cache& cache, const std::uint8_t* row, Channels wanted, bf16* out) {
   if (wanted.first == wanted.last) return;
@@ -49,9 +49,9 @@ inline void dequantize_row(const Cache& cache, const std::uint8_t* row, Channels
 
 // Stores an entry: native kernel of pack_entries in lowlat/attention/int8_entry.py; out is the entry's place in the
 // cache.
-inline void store_row(const Cache& cache, const bf16* row, std::int64_t row_dim, std::uint8_t* out) {
+inline void store_row(const Cache& cache, const bf16* row, std::int64_t entry_dim, std::uint8_t* out) {
   if (cache.quantized == 0) {
-    std::memcpy(out, row, row_dim * sizeof(bf16));
+    std::memcpy(out, row, entry_dim * sizeof(bf16));
     return;
   }
   auto* values = reinterpret_cast<std::int8_t*>(out);
@@ -61,29 +61,29 @@ inline void store_row(const Cache& cache, const bf16* row, std::int64_t row_dim,
     const float scale = round_to_int8(row + 64 * g, least(64, cache.quantized - 64 * g), values + 64 * g);
     std::memcpy(scales + 4 * g, &scale, 4);
   }
-  std::memcpy(scales + 4 * groups, row + cache.quantized, (row_dim - cache.quantized) * sizeof(bf16));
+  std::memcpy(scales + 4 * groups, row + cache.quantized, (entry_dim - cache.quantized) * sizeof(bf16));
 }
 
 // Entries [position, position + count) of a sequence, count <= 64: in place if they are contiguous bf16, else
-// gathered in `scratch` [64, row_dim rounded up to 32] with the channels `wanted`. `padded` asks for rows readable in
+// gathered in `scratch` [64, entry_dim rounded up to 32] with the channels `wanted`. `padded` asks for rows readable in
 // whole multiples of 32 elements.
 inline Rows cached_rows(const Cache& cache, const std::int32_t* pages, std::int64_t position, std::int64_t count,
-                        std::int64_t row_dim, bool padded, std::initializer_list<Channels> wanted, bf16* scratch) {
+                        std::int64_t entry_dim, bool padded, std::initializer_list<Channels> wanted, bf16* scratch) {
   const bool follows = position % cache.page_size + count <= cache.page_size;
-  if (cache.quantized == 0 && follows && (!padded || row_dim % 32 == 0)) {
+  if (cache.quantized == 0 && follows && (!padded || entry_dim % 32 == 0)) {
     const std::uint8_t* row = cached_row(cache, pages, position);
-    return {reinterpret_cast<const bf16*>(row), row_dim};
+    return {reinterpret_cast<const bf16*>(row), entry_dim};
   }
-  const std::int64_t stride = round_up(row_dim, 32);
+  const std::int64_t stride = round_up(entry_dim, 32);
   for (std::int64_t i = 0; i < count; ++i) {
     const std::uint8_t* row = cached_row(cache, pages, position + i);
     bf16* out = scratch + i * stride;
     if (cache.quantized == 0) {
-      std::memcpy(out, row, row_dim * sizeof(bf16));
+      std::memcpy(out, row, entry_dim * sizeof(bf16));
     } else {
       for (const Channels& channels : wanted) dequantize_row(cache, row, channels, out);
     }
-    std::memset(out + row_dim, 0, (stride - row_dim) * sizeof(bf16));
+    std::memset(out + entry_dim, 0, (stride - entry_dim) * sizeof(bf16));
   }
   return {scratch, stride};
 }

@@ -15,7 +15,7 @@ struct RowView {
 struct CachedKeys {
   const Cache& cache;
   const std::int32_t* pages;
-  std::int64_t row_dim;
+  std::int64_t entry_dim;
   RowView view;
   float scale;  // of the scores
 
@@ -24,7 +24,7 @@ struct CachedKeys {
   bool are_integers() const {
     const std::int64_t quantized = cache.quantized, key_end = view.key + view.key_dim;
     return view.key % 64 == 0 && view.value % 64 == 0 && view.key < quantized &&
-           (key_end <= quantized || key_end == row_dim) && view.value + view.value_dim <= quantized;
+           (key_end <= quantized || key_end == entry_dim) && view.value + view.value_dim <= quantized;
   }
 };
 
@@ -127,7 +127,7 @@ class IntegerReader {
   // With the scales and bf16 channels that follow, if the keys include them.
   Prefetcher keys_ahead(std::int64_t position, std::int64_t end) const {
     const RowView& reads = keys_.view;
-    const bool is_last = reads.key + reads.key_dim == keys_.row_dim;
+    const bool is_last = reads.key + reads.key_dim == keys_.entry_dim;
     const std::int64_t last = is_last ? keys_.cache.row_bytes : reads.key + reads.key_dim;
     return bytes_ahead(keys_, position, end, reads.key, last);
   }
@@ -175,7 +175,7 @@ class IntegerReader {
 class PlainReader {
  public:
   PlainReader(const CachedKeys& keys, const Queries& q, Scratch& scratch)
-      : keys_(keys), q_(q), gathered_stride_(round_up(keys.row_dim, 32)) {
+      : keys_(keys), q_(q), gathered_stride_(round_up(keys.entry_dim, 32)) {
     const std::int64_t tiles = (q.rows + kTile - 1) / kTile, width = num_panels(keys.view.key_dim);
     scores_ = {scratch.get<float>(5, q.rows * kSpan), scratch.get<bf16>(6, tiles * kTile * kSpan), nullptr, kSpan};
     if (takes_query_panels(q.rows, keys.view.key_dim)) {
@@ -213,7 +213,7 @@ class PlainReader {
     const bool are_apart = reads.value < keys.first || reads.value + reads.value_dim > keys.last;
     const Channels values{reads.value, are_apart ? reads.value + reads.value_dim : reads.value};
     const Rows rows =
-        cached_rows(keys_.cache, keys_.pages, at, count, keys_.row_dim, false, {keys, values}, gathered);
+        cached_rows(keys_.cache, keys_.pages, at, count, keys_.entry_dim, false, {keys, values}, gathered);
     KeyBlock block{view(rows.data + reads.key, count, reads.key_dim, rows.stride),
                    view(rows.data + reads.value, count, reads.value_dim, rows.stride), {}, {}};
     const std::int64_t later = at + kSpan;

@@ -15,16 +15,16 @@ inline void embed(const Pass& pass) {
   });
 }
 
-inline void embed_and_join(const Pass& pass, const Join& join) {
+inline void embed_mtp_input(const Pass& pass, const MtpInput& mtp_input) {
   const Workspace& work = pass.work;
   const std::int64_t hidden = pass.model.hidden;
   pass.each_token([&](std::int64_t t) {
     bf16* row = work.joined.values + t * work.joined.stride;
-    rms_norm(join.embedding_norm, pass.model.embedding + pass.step.ids[t] * hidden, row);
-    rms_norm(join.hidden_norm, pass.step.previous + t * hidden, row + hidden);
+    rms_norm(mtp_input.embedding_norm, pass.model.embedding + pass.step.ids[t] * hidden, row);
+    rms_norm(mtp_input.hidden_norm, pass.step.previous + t * hidden, row + hidden);
     pad_row(row, 2 * hidden);
   });
-  multiply_all(pass, {Product{&join.projection, &work.joined, work.x, work.hidden.stride}});
+  multiply_all(pass, {Product{&mtp_input.projection, &work.joined, work.x, work.hidden.stride}});
 }
 
 // The final norm of every token into step.hidden.
@@ -62,8 +62,8 @@ inline void make_logits(const Pass& pass) {
 inline void run_step(Team& team, const Model& model, const Step& step, Workspace& work) {
   const ProductSession session;
   const Pass pass{team, model, step, work, work.scratch[team.thread()]};
-  if (model.join) {
-    embed_and_join(pass, *model.join);
+  if (model.mtp_input) {
+    embed_mtp_input(pass, *model.mtp_input);
   } else {
     embed(pass);
   }

@@ -16,9 +16,9 @@ from lowlat.model.linear import Linear
 from lowlat.model.moe import Gate
 from lowlat.model.mtp import MTPModule
 from lowlat.model.native_layers import (
-    join_of,
     layer_of,
     matrix_of,
+    mtp_input_of,
     norm_of,
     projection_of,
     weight_of,
@@ -77,7 +77,7 @@ class NativeModel:
         is_larger = is_larger_than_memory(weight_bytes(model))
         self._model = module.Model(
             embedding=embedding,
-            join=None,
+            mtp_input=None,
             layers=[
                 layer_of(layer, first_pair=self.rotary.first_pair(number))
                 for number, layer in enumerate(model.layers)
@@ -95,7 +95,7 @@ class NativeModel:
             self._modules.append(
                 module.Model(
                     embedding=embedding if copy is None else copy.weight.detach(),
-                    join=join_of(mtp),
+                    mtp_input=mtp_input_of(mtp),
                     layers=[layer_of(mtp.block, first_pair=self.rotary.first_pair(number))],
                     first_layer=number,
                     norm=norm_of(mtp.norm),
@@ -187,7 +187,7 @@ class NativeModel:
             hidden=hidden,
             wanted=wanted,
             logits=logits,
-            is_stream=batch.sequences[0].path == "decode",
+            is_decode=batch.sequences[0].path == "decode",
         )
         return hidden, logits
 

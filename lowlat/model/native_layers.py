@@ -35,9 +35,9 @@ def layer_of(layer: DecoderLayer, *, first_pair: int):
     )
 
 
-def join_of(mtp: MTPModule):
-    """How the module begins: two norms and the projection of what they give."""
-    return native.module().Join.make(
+def mtp_input_of(mtp: MTPModule):
+    """Input of an MTP module: the norms of embedding and hidden state, and their projection."""
+    return native.module().MtpInput.make(
         norm_of(mtp.enorm), norm_of(mtp.hnorm), projection_of(mtp.eh_proj)
     )
 

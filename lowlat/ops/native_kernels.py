@@ -33,11 +33,11 @@ else:
 
 
 def linear(
-    x: BFloat16[Tensor, "rows in"], matrix: Matrix, *, is_stream: bool = False, level: str = ""
+    x: BFloat16[Tensor, "rows in"], matrix: Matrix, *, is_decode: bool = False, level: str = ""
 ) -> Float32[Tensor, "rows out"]:
-    """x times the matrix transposed, in fp32; `is_stream` as in lowlat.model.native."""
+    """x times the matrix transposed, in fp32; `is_decode` as in lowlat.model.native."""
     out = torch.empty(x.shape[0], matrix.rows)
-    native.module().linear(matrix, x.contiguous(), out, is_stream, level)
+    native.module().linear(matrix, x.contiguous(), out, is_decode, level)
     return out
 
 
@@ -127,7 +127,7 @@ def _choice(moe: MoEConfig) -> Any:
     is_v2_single = not moe.scale_after_norm and moe.num_experts_per_tok == 1
     normalizes = moe.norm_topk_prob and not is_v2_single
     has_groups = moe.topk_method != "greedy"
-    return native.module().Choice(
+    return native.module().RoutingRule(
         chosen=moe.num_experts_per_tok,
         groups=moe.n_group if has_groups else 1,
         kept_groups=moe.topk_group if has_groups else 1,
@@ -166,7 +166,7 @@ def pack_entries(
     """Native kernel of lowlat.attention.int8_entry.pack_entries."""
     entry_bytes = int8_entry_bytes(rows.shape[1], quantized)
     packed = torch.zeros(1, len(rows), entry_bytes, dtype=torch.uint8)
-    native.module().store_rows(rows.contiguous(), packed, quantized=quantized, level=level)
+    native.module().store_entries(rows.contiguous(), packed, quantized=quantized, level=level)
     return packed[0]
 
 
@@ -189,7 +189,7 @@ def mla_attention(
     latent unless given. The level avx512 rounds the same channels of a query to int8 as well, in
     the same groups of 64.
     """
-    layout = native.module().RowLayout(
+    layout = native.module().EntryLayout(
         kv_heads=1, key_step=0, value_dim=latent, value_step=0, value_offset=0
     )
     if cache.dtype == torch.uint8:
@@ -221,7 +221,7 @@ def gqa_attention(
     dim = q.shape[2]
     entry_dim = 2 * kv_heads * dim
     quantized = entry_dim if cache.dtype == torch.uint8 else 0
-    layout = native.module().RowLayout(
+    layout = native.module().EntryLayout(
         kv_heads=kv_heads, key_step=dim, value_dim=dim, value_step=dim, value_offset=kv_heads * dim
     )
     return _attention(
@@ -247,7 +247,7 @@ def _attention(
         q.contiguous(),
         cache.view(torch.uint8),
         pages.contiguous(),
-        row_dim=entry_dim,
+        entry_dim=entry_dim,
         quantized=quantized,
         start=start,
         scale=scale,

@@ -17,7 +17,7 @@ WRONG: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "a start beyond all pages": ({"start": 64}, {}),
     "a start that overflows": ({"start": 2**63 - 1}, {}),
     "a negative start": ({"start": -1}, {}),
-    "rows of another width": ({"row_dim": -4}, {}),
+    "rows of another width": ({"entry_dim": -4}, {}),
 }
 
 
@@ -41,8 +41,8 @@ def attention_over(cache: Tensor, options: dict[str, int], layout: dict[str, int
     """One query of one head over rows of 4 bf16 channels."""
     module = native.module()
     sizes = {"kv_heads": 1, "key_step": 0, "value_dim": 4, "value_step": 0, "value_offset": 0}
-    given = {"row_dim": 4, "quantized": 0, "start": 0, "window": 0} | options
+    given = {"entry_dim": 4, "quantized": 0, "start": 0, "window": 0} | options
     q, out = torch.zeros(2, 1, 1, 4, dtype=torch.bfloat16)
     pages = torch.zeros(1, dtype=torch.int32)
-    row_layout = module.RowLayout(**(sizes | layout))
+    row_layout = module.EntryLayout(**(sizes | layout))
     module.attention(q, cache, pages, scale=1.0, layout=row_layout, out=out, **given)

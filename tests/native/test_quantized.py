@@ -98,7 +98,7 @@ def test_int8_and_int4_stream_exact_values(
         if level in ("amx", "avx512"):
             whole = scaled if minimum is None else scaled + minimum
             bound += group_sums(half_steps(x), whole.abs()).sum(dim=-1) / UNIT
-        out = native_kernels.linear(x, matrix, is_stream=True, level=level)
+        out = native_kernels.linear(x, matrix, is_decode=True, level=level)
         assert_within(out, exact, UNIT * bound + columns * 2.0**-125)
 
 
