@@ -1,10 +1,10 @@
-# `make demo` and `make test` are all a newcomer needs. Stamp files in .venv keep a second run from doing work twice.
+# `make demo` and `make test` are the two to know. Stamp files in .venv record what is installed.
 
 PYTHON ?= python3
 BIN    := .venv/bin
 QUESTION ?= What is the capital of France, and what is it known for?
 
-# What the installed package is built from; Python files are used where they lie.
+# Sources of the native module. Python files need no build: the install is editable.
 BUILT_FROM := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 SANITIZED := build/sanitized
 
