@@ -43,7 +43,7 @@ class Config:
     qk_nope_head_dim: int  # 128
     qk_rope_head_dim: int  # 64
     v_head_dim: int  # 128
-    rope_theta: float = 10000.0
+    rope_theta: float  # 10000
     rope_scaling: dict | None = None  # YaRN
     intermediate_size: int  # 18432, of the dense layers
     first_k_dense_replace: int  # 3: the first layers are dense
@@ -63,9 +63,10 @@ class Config:
     def from_folder(folder: Path) -> "Config":
         raw = json.loads((folder / "config.json").read_text())
         # Released files have rope_theta and rope_scaling, newer ones both in rope_parameters.
-        rope = raw | (raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        raw |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope if kind == "yarn" else None}
+        raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+        raw["rope_scaling"] = rope if kind == "yarn" else None
         is_v3 = raw["model_type"] == "deepseek_v3" and kind in ("default", "yarn")
         if not is_v3 or raw.get("attention_bias") or not raw.get("rope_interleave", True):
             raise ValueError(f"{folder}/config.json: not a configuration of DeepSeek-V3")
