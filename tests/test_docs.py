@@ -79,3 +79,12 @@ def test_named_paths_exist(page: str) -> None:
     named = [path for path in REPOSITORY_PATH.findall(text) if not WRITTEN.fullmatch(path)]
     missing = [path for path in named if not any(ROOT.glob(path))]
     assert not missing, f"{page} names {missing}"
+
+
+def test_the_site_has_every_page() -> None:
+    """mkdocs.yml names all pages of docs/, and folders whose pages it takes whole."""
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    named = set(re.findall(r"[\w/.-]+\.md", navigation)) - {"source/" + page for page in PAGES}
+    assert named == {path.name for path in (ROOT / "docs").glob("*.md")}
+    folders = set(re.findall(r"(\w+)/$", navigation, re.MULTILINE))
+    assert folders == {path.name for path in (ROOT / "docs").iterdir() if any(path.glob("*.md"))}
