@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lowlat.engine.params import SamplingParams
 from lowlat.generate.model import Model
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.bridge import Bridge
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Delta, Generation
@@ -97,7 +97,7 @@ class ScriptedBridge(Bridge):
     async def start(self) -> None:
         pass
 
-    def check_room(self, num_coming: int = 0) -> None:
+    def check_room(self, num_preparing: int = 0) -> None:
         pass
 
     @property
@@ -168,7 +168,7 @@ class Server:
 def serve(bridge: Bridge | None = None, *, keys: tuple[str, ...] = ()) -> Iterator[Server]:
     """A server on a free port of this machine, for as long as the context lasts."""
     bridge = bridge or ScriptedBridge(tiny_chat_model())
-    recorder = Recorder(build_app(make_services(bridge, ServeConfig(api_keys=keys))))
+    recorder = Recorder(build_app(make_state(bridge, ServeConfig(api_keys=keys))))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(
             recorder, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1

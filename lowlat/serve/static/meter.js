@@ -31,10 +31,10 @@ export class Meter {
 
   update(conversation, run, model) {
     this.#rate.textContent = run ? speedOf(run) : "";
-    this.#usage.hidden = !model?.context_length || !conversation.messages.length;
+    this.#usage.hidden = !model?.max_model_len || !conversation.messages.length;
     if (this.#usage.hidden) return;
     const { tokens, isExact } = contextTokens(conversation, run);
-    const share = Math.min(1, tokens / model.context_length);
+    const share = Math.min(1, tokens / model.max_model_len);
     this.#fill.style.width = `${100 * share}%`;
     this.#usage.classList.toggle("is-nearly-full", share > 0.9);
     const about = isExact ? "" : "≈ ";
@@ -42,7 +42,7 @@ export class Meter {
       ? `${bytes(tokens * model.cache_bytes_per_token)} ${model.cache_dtype ?? ""} cache`
       : "";
     this.#text.replaceChildren(
-      span("tokens", `${about}${count(tokens)} / ${count(model.context_length)} tokens`),
+      span("tokens", `${about}${count(tokens)} / ${count(model.max_model_len)} tokens`),
       span("cache", cache),
     );
   }

@@ -24,7 +24,7 @@ export function plainText(conversation) {
  * Most tokens to ask for: here the interface's default is 16, and more than the context has left is
  * an error. A token stands for a byte at least, so the prompt takes no more of them than it has.
  */
-function roomFor(prompt, { context_length: context }) {
+function roomFor(prompt, { max_model_len: context }) {
   return Math.max(16, context - new TextEncoder().encode(prompt).length - 2);
 }
 

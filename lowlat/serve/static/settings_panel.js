@@ -156,11 +156,11 @@ export class SettingsPanel {
 
 function factsOf(model) {
   const facts = [];
-  if (model.context_length) facts.push(["Context", `${count(model.context_length)} tokens`]);
+  if (model.max_model_len) facts.push(["Context", `${count(model.max_model_len)} tokens`]);
   if (model.cache_bytes_per_token) {
     const type = model.cache_dtype ? `, ${model.cache_dtype}` : "";
     facts.push(["Cache of a token", `${count(model.cache_bytes_per_token)} bytes${type}`]);
-    const full = model.cache_bytes_per_token * model.context_length;
+    const full = model.cache_bytes_per_token * model.max_model_len;
     if (full) facts.push(["Cache when full", bytes(full)]);
   }
   return facts;

@@ -30,7 +30,7 @@ export function welcome(model, onIdea) {
 
 function describe(model) {
   const parts = [model.id];
-  if (model.context_length) parts.push(`${count(model.context_length)} tokens of context`);
+  if (model.max_model_len) parts.push(`${count(model.max_model_len)} tokens of context`);
   if (model.cache_bytes_per_token) parts.push(`${bytes(model.cache_bytes_per_token)} of cache for each`);
   return parts.join(" · ");
 }

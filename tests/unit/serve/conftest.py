@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.config import ServeConfig
 
 from .fake_bridge import FakeBridge
@@ -28,16 +28,16 @@ def bridge(shared_bridge: FakeBridge) -> FakeBridge:
 @pytest.fixture
 def make_client(bridge: FakeBridge) -> Iterator[MakeClient]:
     """`make_client(**options of ServeConfig)`: a client of a new application."""
-    services = []
+    state = []
 
     def make(**options: object) -> TestClient:
         config = ServeConfig(**options)  # pyright: ignore[reportArgumentType]
-        services.append(make_services(bridge, config))
-        app = build_app(services[-1])
+        state.append(make_state(bridge, config))
+        app = build_app(state[-1])
         return TestClient(app, base_url=URL, raise_server_exceptions=False)
 
     yield make
-    for made in services:
+    for made in state:
         made.close()
 
 

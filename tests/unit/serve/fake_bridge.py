@@ -31,7 +31,7 @@ class Asked:
     prompt: list[int]
     params: SamplingParams
     grammar: CompiledGrammar | None
-    salt: bytes
+    cache_namespace: bytes
     priority: int
     deadline: float | None
     keep_special: frozenset[int]
@@ -117,7 +117,7 @@ class FakeBridge(Bridge):
     drained: list[float] = field(default_factory=list)
     room: int = 1000
     max_queue: int = 1000
-    num_coming: int = 0
+    num_preparing: int = 0
     """As `check_room` was last told."""
 
     async def start(self) -> None:
@@ -142,7 +142,7 @@ class FakeBridge(Bridge):
             prompt=list(prompt),
             params=params,
             grammar=grammar,
-            salt=salt,
+            cache_namespace=salt,
             priority=priority,
             deadline=deadline,
             keep_special=keep_special,
@@ -152,9 +152,9 @@ class FakeBridge(Bridge):
         self.generations.append(FakeGeneration(asked, self.answer))
         return self.generations[-1]
 
-    def check_room(self, num_coming: int = 0) -> None:
-        self.num_coming = num_coming
-        if num_coming >= self.room:
+    def check_room(self, num_preparing: int = 0) -> None:
+        self.num_preparing = num_preparing
+        if num_preparing >= self.room:
             raise Overloaded(3)
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Draining, EngineDead, Overloaded
 from lowlat.serve.protocol.errors import ErrorResponse
-from lowlat.serve.routes.context import Call
+from lowlat.serve.routes.context import RequestContext
 from lowlat.utils.errors import UserError
 
 from .conftest import URL, MakeClient
@@ -26,7 +26,7 @@ def test_the_model_is_described(client: TestClient) -> None:
     (card,) = listed["data"]
     assert card == client.get(f"/v1/models/{NAME}").json()
     assert card["id"] == NAME
-    assert card["context_length"] == 97
+    assert card["max_model_len"] == 97
     assert card["cache_bytes_per_token"] > 0
     assert card["has_chat_template"] is True
     assert card["supports_tools"] is False
@@ -52,9 +52,9 @@ def test_health_follows_the_engine(client: TestClient, bridge: FakeBridge) -> No
 
 
 def test_draining_refuses_what_is_new(bridge: FakeBridge) -> None:
-    services = make_services(bridge, ServeConfig())
-    client = TestClient(build_app(services), base_url=URL)
-    services.is_draining = True
+    state = make_state(bridge, ServeConfig())
+    client = TestClient(build_app(state), base_url=URL)
+    state.is_draining = True
     assert client.get("/health").status_code == 200
     for response in (client.get("/ready"), client.post("/v1/completions", json=BODY)):
         assert response.status_code == 503
@@ -64,7 +64,7 @@ def test_draining_refuses_what_is_new(bridge: FakeBridge) -> None:
 
 
 def test_the_lifespan_drains_the_bridge(bridge: FakeBridge) -> None:
-    with TestClient(build_app(make_services(bridge, ServeConfig())), base_url=URL) as client:
+    with TestClient(build_app(make_state(bridge, ServeConfig())), base_url=URL) as client:
         assert client.get("/ready").status_code == 200
         assert bridge.drained == []
     assert bridge.drained == [0.0]
@@ -105,14 +105,14 @@ def test_user_errors_name_their_field(client: TestClient, bridge: FakeBridge) ->
 
 
 def test_requests_under_way_are_bounded(bridge: FakeBridge) -> None:
-    services = make_services(bridge, ServeConfig(max_requests=1))
-    client = TestClient(build_app(services), base_url=URL)
+    state = make_state(bridge, ServeConfig(max_requests=1))
+    client = TestClient(build_app(state), base_url=URL)
     assert client.post("/v1/completions", json=BODY).status_code == 200
-    services.num_requests = 1
+    state.num_requests = 1
     response = client.post("/v1/completions", json=BODY)
     assert response.status_code == 429
     assert response.headers["retry-after"] == "1"
-    assert services.num_requests == 1
+    assert state.num_requests == 1
 
 
 def test_a_full_queue_refuses_before_anything_is_read(
@@ -127,14 +127,17 @@ def test_a_full_queue_refuses_before_anything_is_read(
 
 def test_requests_on_their_way_count_as_queued(bridge: FakeBridge) -> None:
     """Holds shut: a thousand requests at once passing the check of a queue of ten."""
-    services = make_services(bridge, ServeConfig())
-    client = TestClient(build_app(services), base_url=URL)
-    first, second = Call(services, salt=b""), Call(services, salt=b"")
+    state = make_state(bridge, ServeConfig())
+    client = TestClient(build_app(state), base_url=URL)
+    first, second = (
+        RequestContext(state, cache_namespace=b""),
+        RequestContext(state, cache_namespace=b""),
+    )
     assert client.post("/v1/completions", json=BODY).status_code == 200
-    assert bridge.num_coming == 2
+    assert bridge.num_preparing == 2
     for call in (first, second, second):
         call.close()
-    assert services.num_coming == 0
+    assert state.num_preparing == 0
 
 
 @pytest.mark.parametrize(

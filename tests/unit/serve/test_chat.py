@@ -10,7 +10,7 @@ from lowlat.generate.model import Model
 from lowlat.generate.structured import Choice, Grammar, JsonObject, JsonSchema
 from lowlat.serve.chat.messages import template_messages
 from lowlat.serve.chat.prompt import PreparedChat, prepare_chat
-from lowlat.serve.chat.template_features import Dialect
+from lowlat.serve.chat.template_features import TemplateFeatures
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.messages import UserMessage
@@ -242,7 +242,7 @@ def test_a_form_of_text_is_not_named_for_the_fault_of_a_tool() -> None:
     body = {"model": "m", "messages": [USER], "tools": [TOOL]}
     for name in ("text", "json_object"):
         request = ChatRequest.model_validate(body | {"response_format": {"type": name}})
-        assert request.form_field == ("tools" if name == "text" else "response_format")
+        assert request.constraint_field == ("tools" if name == "text" else "response_format")
 
 
 def test_strict_functions_are_held_to_their_schema() -> None:
@@ -291,7 +291,7 @@ def test_names_that_the_template_shows_reach_it() -> None:
     source = CHATML.replace("{{ m.role }}", "{{ m.role }}{{ '=' + m.name if m.name }}")
     tokenizer = tokenizer_with(source)
     turn = template_messages(
-        Dialect.of(tokenizer), [UserMessage(role="user", content="a", name="bob")]
+        TemplateFeatures.of(tokenizer), [UserMessage(role="user", content="a", name="bob")]
     )
     assert "user=bob" in tokenizer.apply_chat_template(turn)
 

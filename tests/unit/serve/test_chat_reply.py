@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.config import ServeConfig
 
 from .conftest import URL
@@ -37,9 +37,9 @@ def bridge() -> FakeBridge:
 
 @pytest.fixture
 def client(bridge: FakeBridge) -> Iterator[TestClient]:
-    services = make_services(bridge, ServeConfig())
-    yield TestClient(build_app(services), base_url=URL)
-    services.close()
+    state = make_state(bridge, ServeConfig())
+    yield TestClient(build_app(state), base_url=URL)
+    state.close()
 
 
 def whole(client: TestClient, **changes: Any) -> dict[str, Any]:

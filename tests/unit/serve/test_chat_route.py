@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.protocol.chat_response import ChatChunk, ChatCompletion
+from lowlat.serve.protocol.chat_response import ChatCompletion, ChatCompletionChunk
 
 from .fake_bridge import NAME, Answer, FakeBridge
 
@@ -45,7 +45,7 @@ def test_stream(client: TestClient) -> None:
     assert response.headers["content-type"].startswith("text/event-stream")
     chunks = chunks_of(response.text)
     for chunk in chunks:
-        ChatChunk.model_validate(chunk)
+        ChatCompletionChunk.model_validate(chunk)
     assert len({chunk["id"] for chunk in chunks}) == 1
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert deltas[0] == {"role": "assistant", "content": ""}

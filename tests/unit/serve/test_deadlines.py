@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from lowlat.serve.routes import chat as routes_chat
 from lowlat.serve.routes import completions as routes_completions
 from lowlat.serve.routes import endpoint
-from lowlat.serve.structured_outputs import Grammars
+from lowlat.serve.structured_outputs import StructuredOutputManager
 
 from .conftest import MakeClient
 from .fake_bridge import NAME, FakeBridge
@@ -53,7 +53,7 @@ SLOW: dict[str, tuple[Patch, tuple[str, dict[str, Any]]]] = {
     "body": (slow_body, COMPLETIONS),
     "template": (slow(routes_chat, "prepare_chat"), CHAT),
     "tokenising": (slow(routes_completions, "_encode"), COMPLETIONS),
-    "form": (slow(Grammars, "_compile"), FORM),
+    "form": (slow(StructuredOutputManager, "_compile"), FORM),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Scope
 
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.config import ServeConfig
 
 from .fake_bridge import NAME, Answer, FakeBridge
@@ -82,14 +82,14 @@ def run(
     """Send `body`, let `act` play the client, and await the end of the request."""
 
     async def main() -> Client:
-        services = make_services(bridge, ServeConfig(**options))
-        app = build_app(services)
+        state = make_state(bridge, ServeConfig(**options))
+        app = build_app(state)
         client = Client(body)
         task = asyncio.create_task(app(scope(path), client.receive, client.send))
         await act(client, task)
         await asyncio.wait_for(task, PATIENCE)
-        services.close()
-        assert services.num_requests == 0
+        state.close()
+        assert state.num_requests == 0
         return client
 
     return asyncio.run(main())
@@ -169,7 +169,7 @@ def test_a_client_that_reads_nothing_is_given_up(bridge: FakeBridge) -> None:
     bridge.answer = Answer(text="x" * 50)
 
     async def main() -> None:
-        app = build_app(make_services(bridge, ServeConfig(send_seconds=0.05)))
+        app = build_app(make_state(bridge, ServeConfig(send_seconds=0.05)))
         client = Client({**CHAT, "stream": True})
 
         async def send(message: Message) -> None:
@@ -205,8 +205,8 @@ def test_a_storm_of_leaving_clients_loses_no_generation(bridge: FakeBridge) -> N
     bridge.answer = Answer(text="abcdef" * 5, seconds=0.0005)
 
     async def main() -> None:
-        services = make_services(bridge, ServeConfig())
-        app = build_app(services)
+        state = make_state(bridge, ServeConfig())
+        app = build_app(state)
 
         async def one(number: int) -> None:
             path = list(BODIES)[number % 3]
@@ -218,8 +218,8 @@ def test_a_storm_of_leaving_clients_loses_no_generation(bridge: FakeBridge) -> N
             await asyncio.wait_for(task, PATIENCE)
 
         await asyncio.gather(*(one(number) for number in range(90)))
-        services.close()
-        assert services.num_requests == 0
+        state.close()
+        assert state.num_requests == 0
 
     asyncio.run(main())
     assert bridge.generations

@@ -8,7 +8,7 @@ import pytest
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.config import ServeConfig
 
 from .conftest import MakeClient
@@ -38,7 +38,7 @@ def test_every_api_route_is_described(client: TestClient, bridge: FakeBridge) ->
         for path, operations in document_of(client)["paths"].items()
         for method in operations
     }
-    app = build_app(make_services(bridge, ServeConfig()))
+    app = build_app(make_state(bridge, ServeConfig()))
     routes = {
         (method, route.path.replace(":path", ""))
         for route in app.routes

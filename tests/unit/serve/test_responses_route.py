@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.chat.output_parser import AnswerParser, ReasoningMarks, Thinking
+from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
 from lowlat.serve.generation import Delta
 from lowlat.serve.protocol.messages import AssistantMessage
 from lowlat.serve.protocol.responses import ResponsesRequest
 from lowlat.serve.protocol.responses_output import ResponseObject
 from lowlat.serve.routes.context import Call
-from lowlat.serve.routes.responses import ResponsesReply
+from lowlat.serve.routes.responses import ResponsesBuilder
 from lowlat.serve.routes.responses_input import as_chat
 from lowlat.serve.routes.responses_output import Output
 from lowlat.serve.tool_parsers.parts import (
@@ -98,11 +98,13 @@ class Told(Call):
         ([("a", 1)], "never", 0),
     ],
 )
-def test_tokens_of_reasoning(steps: list[tuple[str, int]], thinking: Thinking, count: int) -> None:
+def test_tokens_of_reasoning(
+    steps: list[tuple[str, int]], thinking: ReasoningMode, count: int
+) -> None:
     """Marks and line ends that are held back are counted with it."""
-    parser = AnswerParser(marks=ReasoningMarks("<think>", "</think>"), thinking=thinking)
+    parser = OutputParser(marks=ReasoningTags("<think>", "</think>"), thinking=thinking)
     request = ResponsesRequest.model_validate(BODY)
-    reply = ResponsesReply(Told(steps), request, parser)
+    reply = ResponsesBuilder(Told(steps), request, parser)
     answer = asyncio.run(reply.whole())
     assert answer.usage is not None
     assert answer.usage.output_tokens_details.reasoning_tokens == count

@@ -5,7 +5,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.http.login import COOKIE, cookie_value
 
@@ -17,7 +17,7 @@ WITH_KEY = {"Authorization": f"Bearer {KEY}"}
 
 
 def make_app(bridge: FakeBridge) -> Starlette:
-    return build_app(make_services(bridge, ServeConfig(api_keys=(KEY, OTHER))))
+    return build_app(make_state(bridge, ServeConfig(api_keys=(KEY, OTHER))))
 
 
 def routes_of(app: Starlette) -> list[tuple[str, str]]:
@@ -139,7 +139,7 @@ def test_each_key_has_a_salt_of_its_own(make_client: MakeClient, bridge: FakeBri
     cookie = {"Cookie": f"{COOKIE}={cookie_value(KEY)}"}
     for headers in (WITH_KEY, {"Authorization": f"Bearer {OTHER}"}, WITH_KEY, cookie):
         assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
-    first, second, third, fourth = (asked.salt for asked in bridge.asked)
+    first, second, third, fourth = (asked.cache_namespace for asked in bridge.asked)
     assert first == third == fourth != second
     assert len(first) == 32
     assert KEY.encode() not in first
@@ -164,7 +164,7 @@ HOSTS_REFUSED = [
 @pytest.mark.parametrize("host", HOSTS_REFUSED)
 def test_foreign_hosts_are_refused(bridge: FakeBridge, host: str) -> None:
     """Holds shut: DNS rebinding, by which a foreign name leads to this server."""
-    app = build_app(make_services(bridge, ServeConfig()))
+    app = build_app(make_state(bridge, ServeConfig()))
     client = TestClient(app, base_url=URL)
     for method, path in routes_of(app):
         response = client.request(method, path, headers={"Host": host})
@@ -210,7 +210,7 @@ ORIGINS_REFUSED = [
 @pytest.mark.parametrize("origin", ORIGINS_REFUSED)
 def test_foreign_origins_are_refused(bridge: FakeBridge, origin: str) -> None:
     """Holds shut: pages of other sites that use the server behind the user's back."""
-    app = build_app(make_services(bridge, ServeConfig()))
+    app = build_app(make_state(bridge, ServeConfig()))
     client = TestClient(app, base_url=URL)
     for method, path in routes_of(app):
         response = client.request(method, path, headers={"Origin": origin})
