@@ -107,7 +107,7 @@ def attention_parameters(config: ModelConfig, layer: int) -> int:
             return _gla_parameters(attention, hidden)
         case GTAConfig():
             queries = attention.num_attention_heads * attention.head_dim
-            return hidden * (2 * queries + attention.row_dim)
+            return hidden * (2 * queries + attention.entry_dim)
         case TPAConfig():
             return _tpa_parameters(attention, hidden)
 
@@ -151,7 +151,7 @@ def _unused_experts(moe: MoEConfig) -> int:
 
 def _gqa_parameters(attention: GQAConfig, hidden: int) -> int:
     queries = attention.num_attention_heads * attention.head_dim
-    joint = queries + attention.row_dim
+    joint = queries + attention.entry_dim
     biases = joint * attention.qkv_bias + hidden * attention.o_bias
     norms = 2 * attention.head_dim * attention.qk_norm
     return hidden * joint + queries * hidden + biases + norms
@@ -160,12 +160,12 @@ def _gqa_parameters(attention: GQAConfig, hidden: int) -> int:
 def _mla_parameters(attention: MLAConfig, hidden: int) -> int:
     heads, latent = attention.num_attention_heads, attention.kv_lora_rank
     queries, values = heads * attention.qk_head_dim, heads * attention.v_head_dim
-    keys_values = hidden * attention.row_dim + latent * (
+    keys_values = hidden * attention.entry_dim + latent * (
         heads * attention.qk_nope_head_dim + values
     )
     norm = latent * attention.kv_a_layernorm
     has_o_bias = attention.attention_bias or attention.o_bias
-    biases = attention.row_dim * attention.attention_bias + hidden * has_o_bias
+    biases = attention.entry_dim * attention.attention_bias + hidden * has_o_bias
     rank = attention.q_lora_rank
     if rank is None:
         query = hidden * queries + queries * attention.q_bias
@@ -180,14 +180,14 @@ def _gla_parameters(attention: GLAConfig, hidden: int) -> int:
     up = attention.group_rank * (heads * attention.qk_nope_head_dim + values)
     rank = attention.q_lora_rank
     query = hidden * queries if rank is None else hidden * rank + rank * queries + rank
-    return query + hidden * attention.row_dim + latent + up + values * hidden
+    return query + hidden * attention.entry_dim + latent + up + values * hidden
 
 
 def _tpa_parameters(attention: TPAConfig, hidden: int) -> int:
     width = attention.num_attention_heads * attention.head_dim
     factor = attention.num_attention_heads + attention.head_dim
     queries = width if attention.q_rank is None else attention.q_rank * factor
-    return hidden * (queries + attention.row_dim + width)
+    return hidden * (queries + attention.entry_dim + width)
 
 
 class CachedRow(NamedTuple):
@@ -235,17 +235,17 @@ class CacheCost:
     def bytes_per_token(self, elements: int, dtype: str) -> int:
         """Bytes per token of `elements` per layer, all layers together, stored as `dtype`."""
         if dtype == "int8":
-            return self.num_layers * int8_row_bytes(elements, elements)
+            return self.num_layers * int8_entry_bytes(elements, elements)
         return elements * self.num_layers * ELEMENT_BYTES[dtype]
 
     def own_bytes_per_token(self, dtype: str) -> int:
         """Bytes per token of the model itself, all layers together, in a cache of `dtype`."""
         if dtype == "int8":
-            return sum(int8_row_bytes(*row) for row in self.rows)
+            return sum(int8_entry_bytes(*row) for row in self.rows)
         return sum(row.elements for row in self.rows) * ELEMENT_BYTES[dtype]
 
 
-def int8_row_bytes(elements: int, quantized: int) -> int:
+def int8_entry_bytes(elements: int, quantized: int) -> int:
     """Bytes of a row of which `quantized` elements are int8 (in whole 4 bytes) with their scales,
     the others bf16.
     """
@@ -258,8 +258,8 @@ def mtp_cache_bytes(config: ModelConfig, dtype: str) -> int:
     ahead = range(config.num_hidden_layers, config.num_cache_layers)
     rows = [config.attention_of(layer) for layer in ahead]
     if dtype == "int8":
-        return sum(int8_row_bytes(row.row_dim, row.quantized_dim) for row in rows)
-    return sum(row.row_dim for row in rows) * ELEMENT_BYTES[dtype]
+        return sum(int8_entry_bytes(row.entry_dim, row.quantized_dim) for row in rows)
+    return sum(row.entry_dim for row in rows) * ELEMENT_BYTES[dtype]
 
 
 def cache_cost(config: ModelConfig) -> CacheCost:
@@ -268,7 +268,7 @@ def cache_cost(config: ModelConfig) -> CacheCost:
     heads = config.num_attention_heads
     width = max(layer.v_head_dim for layer in layers)
     return CacheCost(
-        rows=tuple(CachedRow(layer.row_dim, layer.quantized_dim) for layer in layers),
+        rows=tuple(CachedRow(layer.entry_dim, layer.quantized_dim) for layer in layers),
         mha=2 * heads * width,
         gqa8=2 * min(8, heads) * width,
         mqa=2 * width,

@@ -169,7 +169,7 @@ def _attention(attention: AttentionConfig, hidden: int, layers: int) -> list[_Ma
             keys = attention.num_key_value_heads * attention.head_dim
             outputs = [attention.num_attention_heads * attention.head_dim, keys, keys]
         case GTAConfig():
-            outputs = [attention.num_attention_heads * attention.head_dim, attention.row_dim]
+            outputs = [attention.num_attention_heads * attention.head_dim, attention.entry_dim]
         case TPAConfig():
             heads, width, rank = attention.num_attention_heads, attention.head_dim, attention.q_rank
             outputs = [heads * width] if rank is None else [rank * heads, rank * width]
@@ -191,6 +191,6 @@ def _latent_attention(
     heads, rank = attention.num_attention_heads, attention.q_lora_rank
     queries, values = heads * attention.qk_head_dim, heads * attention.v_head_dim
     shapes = [(queries, hidden)] if rank is None else [(rank, hidden), (queries, rank)]
-    shapes += [(attention.row_dim, hidden), (hidden, values)]
+    shapes += [(attention.entry_dim, hidden), (hidden, values)]
     up = _Matrices(layers, heads * attention.qk_nope_head_dim + values, latent, is_rows=True)
     return [*(_Matrices(layers, *shape) for shape in shapes), up]

@@ -164,7 +164,7 @@ def likely_config(
     """About what a compression of `config` to `share` of its cache leads to, before anything is
     measured: a quarter of a row turns.
     """
-    row = round(share * source.row_dim / STEP)
+    row = round(share * source.entry_dim / STEP)
     rotary = max(1, row // 4)
     widths = Widths(latent=(row - rotary) * STEP, rotary=rotary * STEP)
     layers = config.num_hidden_layers

@@ -3,7 +3,6 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lowlat.attention.base import AttentionBackend
 from lowlat.config.model import (
@@ -21,6 +20,7 @@ from lowlat.model.linear import RMSNorm
 from lowlat.model.mla import MLA
 from lowlat.model.moe import MLP, MoE
 from lowlat.model.tpa import TPA
+from lowlat.ops.rope import RotaryTable
 
 
 class DecoderLayer(nn.Module):
@@ -37,22 +37,13 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(
             config.hidden_size, config.rms_norm_eps, dtype=dtype
         )
-        self.recompute = False
-        """Keep only the input for the backward pass and compute the rest again (training)."""
 
     def forward(
         self,
         x: Float[Tensor, "tokens hidden"],
-        rope: tuple[Tensor, Tensor],
+        rope: RotaryTable,
         attention: AttentionBackend,
     ) -> Float[Tensor, "tokens hidden"]:
-        if self.recompute:
-            return checkpoint(self._forward, x, rope, attention, use_reentrant=False)
-        return self._forward(x, rope, attention)
-
-    def _forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], attention: AttentionBackend
-    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, attention)
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -8,11 +8,7 @@ from torch import Tensor, nn
 
 from lowlat.config.model import ModelConfig, MoEConfig
 from lowlat.model.linear import Linear
-from lowlat.model.low_rank import LowRankExperts
-from lowlat.ops import differentiable
-from lowlat.ops.deferred import Later
 from lowlat.ops.experts import routed_experts, swiglu
-from lowlat.ops.grouped import stacked_experts
 from lowlat.ops.routing import Routing, route
 
 
@@ -24,13 +20,9 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden_size, inner_size, dtype=dtype)
         self.up_proj = Linear(hidden_size, inner_size, dtype=dtype)
         self.down_proj = Linear(inner_size, hidden_size, dtype=dtype)
-        # As `RMSNorm.trains`.
-        self.trains = False
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        gated = differentiable.swiglu if self.trains or gate.requires_grad else swiglu
-        return self.down_proj(gated(gate, up))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Gate(nn.Module):
@@ -66,43 +58,13 @@ class Experts(nn.ModuleList):
         return routed_experts(x, routing, lambda expert, rows: self[expert](rows))
 
 
-class StackedExperts(nn.Module):
-    """The routed experts as two parameters, for training: all experts of a layer in one product,
-    one optimiser state, one thing to divide among devices.
-
-    gate_up_proj [experts, 2 inner, hidden] holds every expert's gate rows, then its up rows;
-    down_proj [experts, hidden, inner].
-    """
-
-    def __init__(self, experts: Experts) -> None:
-        super().__init__()
-        mlps = [expert for expert in experts if isinstance(expert, MLP)]
-        self.gate_up_proj = nn.Parameter(
-            torch.stack(
-                [torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach() for mlp in mlps]
-            )
-        )
-        self.down_proj = nn.Parameter(torch.stack([mlp.down_proj.weight.detach() for mlp in mlps]))
-        # As `Linear.later` and `Linear.low_rank`.
-        self.later: Later | None = None
-        self.low_rank: LowRankExperts | None = None
-
-    def forward(
-        self, x: Float[Tensor, "tokens hidden"], routing: Routing
-    ) -> Float[Tensor, "tokens hidden"]:
-        weights = self.gate_up_proj, self.down_proj
-        if self.low_rank is not None:
-            weights = self.low_rank.added(*weights)
-        return stacked_experts(x, routing, *weights, self.later)
-
-
 class MoE(nn.Module):
     """Routed experts plus the shared ones, which are one MLP n_shared_experts times as wide."""
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.gate = Gate(config.hidden_size, moe, dtype=dtype)
-        self.experts: Experts | StackedExperts = Experts(config.hidden_size, moe, dtype=dtype)
+        self.experts: nn.Module = Experts(config.hidden_size, moe, dtype=dtype)
         width = moe.n_shared_experts * moe.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, width, dtype=dtype) if width else None
 

@@ -10,6 +10,7 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.config.model import ModelConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Embedding, Linear, RMSNorm
+from lowlat.ops.rope import RotaryTable
 
 
 class MTPModule(nn.Module):
@@ -39,7 +40,7 @@ class MTPModule(nn.Module):
         self,
         hidden: Float[Tensor, "tokens hidden"],
         embedded: Float[Tensor, "tokens hidden"],
-        rope: tuple[Tensor, Tensor],
+        rope: RotaryTable,
         attention: AttentionBackend,
     ) -> Float[Tensor, "tokens hidden"]:
         """The normalised hidden state of this depth: input of the head and of the next depth."""

@@ -10,7 +10,7 @@ from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Embedding, Linear, RMSNorm
 from lowlat.model.mtp import MTPModule
 from lowlat.model.quant import store_packed, store_quantized
-from lowlat.model.rotary import LayerRotary
+from lowlat.model.rotary import RotaryEmbeddings
 
 
 class Transformer(nn.Module):
@@ -25,7 +25,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
-        self.rotary = LayerRotary(config)
+        self.rotary = RotaryEmbeddings(config)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, dtype=dtype) for layer in range(config.num_hidden_layers)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lowlat.ops import native_training
+from lowlat.ops import native_training_kernels
 from lowlat.ops.norm import accumulation_dtype
 
 PIECE_ELEMENTS = 2**23
@@ -136,8 +136,8 @@ def _piece(
     sums: Tensor,
 ) -> Tensor:
     """Add this piece's nll and z to `sums`; the gradient of total by the logits, [rows, vocab]."""
-    if native_training.usable(product):
-        nll, z = native_training.entropy(product, targets, counted, z_weight)
+    if native_training_kernels.usable(product):
+        nll, z = native_training_kernels.entropy(product, targets, counted, z_weight)
         sums += torch.stack([nll.sum(), z.sum()])
         return product
     logits = product.to(sums.dtype)

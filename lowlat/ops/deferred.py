@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-Later = Callable[[Callable[[], None]], None]
+Defer = Callable[[Callable[[], None]], None]
 """Takes work that adds to the gradients of weights, to be called once, at any time after."""
 
 
@@ -21,12 +21,12 @@ def deferred_linear(
     x: Float[Tensor, "*rows in"],
     weight: Float[Tensor, "out in"],
     bias: Float[Tensor, "out"] | None,
-    later: Later,
+    defer: Defer,
 ) -> Float[Tensor, "*rows out"]:
     """x W^T + b in x's dtype; the backward pass leaves the gradient of `weight`, a leaf, to
-    `later`.
+    `defer`.
     """
-    out = _Linear.apply(x, weight, bias, later)
+    out = _Linear.apply(x, weight, bias, defer)
     assert isinstance(out, Tensor)
     return out
 
@@ -39,10 +39,10 @@ def add_gradient(weight: Tensor, gradient: Tensor) -> None:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, later: Later) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, defer: Defer) -> Tensor:
         ctx.save_for_backward(x)
         # Not among the saved tensors, which recomputation replaces by copies without a gradient.
-        ctx.weight, ctx.later = weight, later
+        ctx.weight, ctx.defer = weight, defer
         ctx.bias_dtype = None if bias is None else bias.dtype
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -53,7 +53,7 @@ class _Linear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         weight: Tensor = ctx.weight
         if weight.requires_grad:
-            ctx.later(partial(_add_outer, weight, grad, x))
+            ctx.defer(partial(_add_outer, weight, grad, x))
         grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
         bias_dtype = ctx.bias_dtype
         grad_bias = None if bias_dtype is None else grad.flatten(0, -2).sum(dim=0).to(bias_dtype)

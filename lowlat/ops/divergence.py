@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lowlat.ops import native_training
+from lowlat.ops import native_training_kernels
 from lowlat.ops.cross_entropy import head_gradients, scaled_gradients
 from lowlat.ops.norm import accumulation_dtype
 
@@ -83,7 +83,7 @@ class _LinearDivergence(torch.autograd.Function):
             sums.add_(_piece(*given))
             return logits
 
-        native = native_training.usable(hidden, teacher_hidden)
+        native = native_training_kernels.usable(hidden, teacher_hidden)
         elements = NATIVE_PIECE_BYTES // hidden.element_size() if native else None
         gradients = head_gradients(hidden, weight, needed, gradient, elements=elements)
         ctx.save_for_backward(*gradients)
@@ -108,8 +108,8 @@ def _piece(
     wants_gradient: bool,
 ) -> Tensor:
     """Sums of KL and nll over some rows, of which `logits` become the gradient as in `_block`."""
-    if native_training.usable(logits, taught):
-        found = native_training.divergence(
+    if native_training_kernels.usable(logits, taught):
+        found = native_training_kernels.divergence(
             logits, taught, targets, counted, nll_weight, wants_gradient=wants_gradient
         )
         return torch.stack(found).sum(dim=1)

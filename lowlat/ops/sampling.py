@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from lowlat.ops import native, native_ops
+from lowlat.ops import native, native_kernels
 
 
 def draw(
@@ -27,7 +27,7 @@ def draw(
     0 <= number < 1. Options are those of `kept_weights`.
     """
     if logits.dtype == torch.float32 and logits.device.type == "cpu" and native.available():
-        return native_ops.draw(
+        return native_kernels.draw(
             logits, number, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
         )
     weights = kept_weights(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)

@@ -159,7 +159,7 @@ def attention_products(attention: AttentionConfig, hidden: int) -> int:
             inner = ranks * heads * attention.head_dim
         case GQAConfig() | GTAConfig():
             pass
-    return hidden * (queries + attention.row_dim + outputs) + inner
+    return hidden * (queries + attention.entry_dim + outputs) + inner
 
 
 def average_keys(sequence_length: int, window: int | None) -> float:

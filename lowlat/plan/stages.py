@@ -121,7 +121,7 @@ def _attention(config: ModelConfig, layer: int, tp: int) -> float:
     if not isinstance(attention, MLAConfig | GLAConfig):
         return whole / tp
     rank = attention.q_lora_rank or 0
-    shared = config.hidden_size * (rank + attention.row_dim) + rank + attention.kv_lora_rank
+    shared = config.hidden_size * (rank + attention.entry_dim) + rank + attention.kv_lora_rank
     return shared + (whole - shared) / tp
 
 

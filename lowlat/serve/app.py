@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from lowlat.serve.bridge import Bridge
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Draining, EngineDead, Overloaded
 from lowlat.serve.http.access_log import AccessLogMiddleware
@@ -34,14 +34,14 @@ from lowlat.utils.errors import UserError
 _HANDLED = (RequestError, UserError, Overloaded, Draining, EngineDead, HTTPException)
 
 
-def make_state(bridge: Bridge, config: ServeConfig) -> ServerState:
+def make_state(engine: AsyncEngine, config: ServeConfig) -> ServerState:
     """The state that the routes of one server share."""
     return ServerState(
-        bridge=bridge,
+        engine=engine,
         config=config,
         workers=WorkerPool(threads=config.workers, max_waiting=config.max_waiting_work),
         grammars=StructuredOutputManager(
-            bridge.model,
+            engine.model,
             max_waiting=config.max_waiting_grammars,
             max_bytes=config.max_grammar_bytes,
         ),
@@ -72,12 +72,12 @@ def build_app(state: ServerState) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
-        await state.bridge.start()
+        await state.engine.start()
         try:
             yield
         finally:
             state.is_draining = True
-            await state.bridge.drain(0.0)
+            await state.engine.drain(0.0)
             state.close()
 
     app = Starlette(

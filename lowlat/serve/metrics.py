@@ -77,7 +77,7 @@ class _EngineCollector(Collector):
         self._state = state
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._state.bridge.stats
+        stats = self._state.engine.stats
         for name, text, value in _gauges(stats):
             yield GaugeMetricFamily(PREFIX + name, text, value=value)
         for name, text, value in _counters(stats):

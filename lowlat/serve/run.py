@@ -14,7 +14,7 @@ from collections.abc import Callable
 import uvicorn
 
 from lowlat.serve.app import build_app, make_state
-from lowlat.serve.bridge import Bridge
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.http.connection import connection_class
 from lowlat.serve.http.logs import log
@@ -67,7 +67,7 @@ def url_of(listener: socket.socket) -> str:
 
 
 def run(
-    bridge: Bridge,
+    engine: AsyncEngine,
     config: ServeConfig,
     listener: socket.socket,
     *,
@@ -82,13 +82,13 @@ def run(
         listener.listen(BACKLOG)
     except OSError as error:
         raise _cannot_listen(config, error) from error
-    asyncio.run(_run(bridge, config, listener, on_ready))
+    asyncio.run(_run(engine, config, listener, on_ready))
 
 
 async def _run(
-    bridge: Bridge, config: ServeConfig, listener: socket.socket, on_ready: Callable[[], None]
+    engine: AsyncEngine, config: ServeConfig, listener: socket.socket, on_ready: Callable[[], None]
 ) -> None:
-    state = make_state(bridge, config)
+    state = make_state(engine, config)
     server = uvicorn.Server(_uvicorn_config(state))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
@@ -99,7 +99,7 @@ async def _run(
         gc.collect()
         gc.freeze()
         _handle_signals(server, state)
-        if not bridge.model.runner.is_batch_invariant:
+        if not engine.model.runner.is_batch_invariant:
             log(logging.WARNING, "not batch-invariant: tokens may depend on batch composition")
         log(logging.INFO, "ready", model=state.model_name, url=url_of(listener))
         on_ready()
@@ -153,7 +153,7 @@ def _handle_signals(server: uvicorn.Server, state: ServerState) -> None:
     def on_signal() -> None:
         if draining:
             log(logging.WARNING, "aborting running requests", requests=state.num_requests)
-            state.bridge.cut_off()
+            state.engine.cut_off()
             server.config.timeout_graceful_shutdown = HURRIED_ANSWER_SECONDS
             server.should_exit = True
         else:
@@ -171,6 +171,6 @@ async def _drain(server: uvicorn.Server, state: ServerState) -> None:
     log(logging.INFO, "draining", seconds=seconds, requests=state.num_requests)
     state.is_draining = True
     try:
-        await state.bridge.drain(seconds)
+        await state.engine.drain(seconds)
     finally:
         server.should_exit = True

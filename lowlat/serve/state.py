@@ -6,7 +6,7 @@
 from dataclasses import dataclass, field
 
 from lowlat.generate.model import Model
-from lowlat.serve.bridge import Bridge
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Draining, Overloaded
 from lowlat.serve.http.workers import WorkerPool
@@ -18,7 +18,7 @@ from lowlat.serve.structured_outputs import StructuredOutputManager
 class ServerState:
     """Components of a server, and counts of its active requests."""
 
-    bridge: Bridge
+    engine: AsyncEngine
     config: ServeConfig
     workers: WorkerPool
     grammars: StructuredOutputManager
@@ -33,7 +33,7 @@ class ServerState:
 
     @property
     def model(self) -> Model:
-        return self.bridge.model
+        return self.engine.model
 
     @property
     def model_name(self) -> str:
@@ -49,7 +49,7 @@ class ServerState:
             raise Draining
         if self.num_requests >= self.config.max_requests:
             raise Overloaded(retry_after=1)
-        self.bridge.check_room(self.num_preparing)
+        self.engine.check_room(self.num_preparing)
 
     def check_model(self, name: str) -> None:
         """Raises RequestError 404 for any name but the served one."""

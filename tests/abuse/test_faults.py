@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from lowlat.engine.engine import Engine
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler, GrammarState
-from lowlat.serve import bridge as bridge_module
+from lowlat.serve import async_engine as engine_module
 from lowlat.serve.chat.output_parser import OutputParser
 from lowlat.serve.routes import chat as routes_chat
 from lowlat.serve.routes import completions as routes_completions
@@ -45,14 +45,14 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 def in_the_model(patch: pytest.MonkeyPatch) -> None:
-    step = Runner.step
+    step = ModelRunner.step
 
-    def broken(self: Runner, chunks: Any) -> Any:
+    def broken(self: ModelRunner, chunks: Any) -> Any:
         if any(is_poisoned(chunk.tokens) for chunk in chunks):
             fail()
         return step(self, chunks)
 
-    patch.setattr(Runner, "step", broken)
+    patch.setattr(ModelRunner, "step", broken)
 
 
 def in_the_sampler(patch: pytest.MonkeyPatch) -> None:
@@ -67,14 +67,14 @@ def in_the_sampler(patch: pytest.MonkeyPatch) -> None:
 
 
 def in_detokenizing(patch: pytest.MonkeyPatch) -> None:
-    push = bridge_module.CompletionBuilder.push
+    push = engine_module.CompletionBuilder.push
 
     def broken(self: Any, event: Any) -> None:
         if is_poisoned(self.request.prompt):
             fail()
         push(self, event)
 
-    patch.setattr(bridge_module.CompletionBuilder, "push", broken)
+    patch.setattr(engine_module.CompletionBuilder, "push", broken)
 
 
 def in_starting(patch: pytest.MonkeyPatch) -> None:
@@ -286,7 +286,7 @@ def test_an_engine_that_ends_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_engine_that_hangs_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge_module, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(engine_module, "STALL_SECONDS", 0.2)
     model = counting_model()
     step, may_go = model.engine.step, threading.Event()
 

@@ -13,14 +13,14 @@ from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.config.model import ModelConfig, QuantConfig, TPAConfig
 from lowlat.engine import scoring
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Linear
-from lowlat.model.low_rank import LowRank
 from lowlat.model.native import NativeModel, has_native_form
 from lowlat.model.quant import store_packed
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
+from lowlat.train.layers.lora import LoraLinear, LowRank
 from tests.lowlat_configs import EVERY, YARN, random_model
 from tests.native.test_step import distances, native_logits, plain_logits
 
@@ -131,7 +131,7 @@ def test_int8_cache(name: str) -> None:
     ids = torch.randint(0, 263, (61,), generator=torch.Generator().manual_seed(5)).tolist()
     logits: dict[torch.dtype, Tensor] = {}
     for dtype in (torch.bfloat16, torch.int8):
-        runner = Runner(model, page_size=8, cache_dtype=dtype)
+        runner = ModelRunner(model, page_size=8, cache_dtype=dtype)
         logits[dtype] = scoring.logits(runner, ids, chunk=7)
     distance = distances(logits[torch.int8], logits[torch.bfloat16])
     assert 1e-5 < distance.median() < 0.1
@@ -148,7 +148,7 @@ def test_tpa_falls_back() -> None:
     exact = in_fp32(model, config)
     ids = torch.randint(0, 263, (61,), generator=torch.Generator().manual_seed(5)).tolist()
     logits, reference = (
-        scoring.logits(Runner(m, page_size=8), ids, chunk=7) for m in (model, exact)
+        scoring.logits(ModelRunner(m, page_size=8), ids, chunk=7) for m in (model, exact)
     )
     assert distances(logits, reference).median() < 0.03
 
@@ -161,10 +161,10 @@ def test_a_model_with_updates_falls_back() -> None:
     assert has_native_form(model)
     layer = model.layers[0]
     assert isinstance(layer, DecoderLayer)
-    projection = layer.get_submodule("self_attn.o_proj")
-    assert isinstance(projection, Linear)
+    projection = layer.self_attn.o_proj
     rows, columns = projection.out_features, projection.in_features
-    projection.low_rank = LowRank(rank=2, rows=rows, columns=columns, scale=1.0)
+    update = LowRank(rank=2, rows=rows, columns=columns, scale=1.0)
+    layer.self_attn.o_proj = LoraLinear(projection, update)
     assert not has_native_form(model)
 
 

@@ -48,7 +48,7 @@ async def submit_chat(ctx: RequestContext, request: ChatRequest) -> PreparedChat
     if prepared.structured is not None:
         param = ctx.constraint_field = request.constraint_field
         with _limits_named(request):
-            state.bridge.check(prepared.ids, prepared.params)
+            state.engine.check(prepared.ids, prepared.params)
         grammar = await ctx.compile(prepared.structured, param=param)
     with _limits_named(request):
         await ctx.submit(

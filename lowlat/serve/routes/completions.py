@@ -33,17 +33,17 @@ async def create_completion(ctx: RequestContext, request: CompletionRequest) -> 
     """Complete one or more prompts, streamed if the request asks for it."""
     state = ctx.state
     state.check_model(request.model)
-    _check_queue(request, state.bridge.max_queue)
+    _check_queue(request, state.engine.max_queue)
     prompts = await state.workers.run(_encode, state.model, request)
     params = [request.to_params(state.model.context - len(ids)) for ids, _ in prompts]
     for (ids, _), own in zip(prompts, params, strict=True):
-        state.bridge.check(ids, own)
+        state.engine.check(ids, own)
     # After a prompt without text, the output begins a text.
     begin = [not state.model.tokenizer.has_text(ids) for ids, _ in prompts]
     grammars = await _grammars(ctx, request, set(begin))
     if len(prompts) > 1:
         # All or none: otherwise started completions would be discarded.
-        state.bridge.check_room(len(prompts) - 1)
+        state.engine.check_room(len(prompts) - 1)
     for (ids, _), own, begins_text in zip(prompts, params, begin, strict=True):
         await ctx.submit(
             ids,

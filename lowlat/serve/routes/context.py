@@ -85,11 +85,11 @@ class RequestContext:
 
         Raises as the engine's `submit` does.
         """
-        generation = await self.state.bridge.submit(
+        generation = await self.state.engine.submit(
             prompt,
             params,
             grammar=grammar,
-            salt=self._cache_namespace,
+            cache_namespace=self._cache_namespace,
             priority=priority or 0,
             deadline=self._left(deadline),
             keep_special=keep_special,
@@ -184,7 +184,7 @@ def _check_end(delta: Delta, constraint_field: str) -> None:
             raise _late()
         case "abort":
             raise Draining
-        case "error" if delta.is_form:
+        case "error" if delta.is_grammar_error:
             raise RequestError(f"{constraint_field}: {delta.error}", param=constraint_field)
         case "error":
             raise GenerationFailed(delta.error)

@@ -38,7 +38,7 @@ class InfoRoutes:
 
     async def health(self, request: Request) -> Response:
         """200 while the engine makes progress or is idle."""
-        if not self._state.bridge.is_healthy:
+        if not self._state.engine.is_healthy:
             raise EngineDead
         return json_response(Status())
 

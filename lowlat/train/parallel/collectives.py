@@ -16,7 +16,7 @@ from torch import Tensor
 Group = dist.ProcessGroup | None
 
 
-def copied(x: Tensor, group: Group) -> Tensor:
+def copy_to_group(x: Tensor, group: Group) -> Tensor:
     """x, which every process has, for use by each in its own way: gradients are summed."""
     if group is None:
         return x
@@ -25,7 +25,7 @@ def copied(x: Tensor, group: Group) -> Tensor:
     return out
 
 
-def summed(x: Tensor, group: Group) -> Tensor:
+def reduce_from_group(x: Tensor, group: Group) -> Tensor:
     """The sum of every process's x; each passes the gradient of the sum on."""
     if group is None:
         return x
@@ -34,7 +34,7 @@ def summed(x: Tensor, group: Group) -> Tensor:
     return out
 
 
-def gathered(
+def all_gather(
     x: Float[Tensor, "rows width"], group: dist.ProcessGroup
 ) -> Float[Tensor, "all_rows width"]:
     """Every process's rows, equally many, in the order of processes; gradients are summed."""
@@ -43,7 +43,7 @@ def gathered(
     return out
 
 
-def exchanged(
+def all_to_all(
     x: Float[Tensor, "sent width"],
     sent: Sequence[int],
     received: Sequence[int],

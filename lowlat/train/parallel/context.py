@@ -18,8 +18,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from lowlat.attention.base import AttentionBackend
 from lowlat.data.batch import Batch
-from lowlat.ops.layout import RowLayout
-from lowlat.train.parallel.collectives import gathered
+from lowlat.ops.layout import EntryLayout
+from lowlat.train.parallel.collectives import all_gather
 
 
 class Piece(NamedTuple):
@@ -108,7 +108,7 @@ class ContextAttention(AttentionBackend):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
+        rows: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
@@ -138,8 +138,8 @@ class ContextAttention(AttentionBackend):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
-        layout: RowLayout,
+        rows: Float[Tensor, "tokens entry_dim"],
+        layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
         k, v = layout.expand(self._gathered(rows).flatten(0, 1))
@@ -147,7 +147,7 @@ class ContextAttention(AttentionBackend):
         return self._attend(q, k, v, scale, None)
 
     def _gathered(self, own: Float[Tensor, "tokens width"]) -> Float[Tensor, "rows length width"]:
-        return self._zigzag.whole(gathered(own, self._group), self._rows)
+        return self._zigzag.whole(all_gather(own, self._group), self._rows)
 
     def _attend(
         self,

@@ -1,4 +1,4 @@
-"""Processes started by torchrun become a team, and end together.
+"""Processes started by torchrun become a mesh, and end together.
 
 Owns the process group and what a failure in one process does to the others.
 """
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from lowlat.train.parallel.team import Team
+from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schema import Parallel
 from lowlat.utils.errors import UserError
 
@@ -32,8 +32,10 @@ _REPORTS = "lowlat/reports"
 
 
 @contextmanager
-def joined(parallel: Parallel, *, device: str = "cpu", origin: str = "recipe") -> Iterator[Team]:
-    """The team of this process, for as long as the run lasts; `origin` names the recipe in errors.
+def joined(
+    parallel: Parallel, *, device: str = "cpu", origin: str = "recipe"
+) -> Iterator[ProcessMesh]:
+    """The mesh of this process, for as long as the run lasts; `origin` names the recipe in errors.
 
     An error in one process ends them all: the one that fails first raises it, the others, whose
     messages to it fail, leave with exit code 1 and without a word. Raises UserError where the
@@ -48,7 +50,7 @@ def joined(parallel: Parallel, *, device: str = "cpu", origin: str = "recipe") -
             f"it as: torchrun --nproc-per-node {parallel.processes} --no-python lowlat train ..."
         )
     if world == 1:
-        yield Team()
+        yield ProcessMesh()
         return
     store, rank, world = next(rendezvous("env://"))
     backend = "gloo"
@@ -57,7 +59,7 @@ def joined(parallel: Parallel, *, device: str = "cpu", origin: str = "recipe") -
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=PATIENCE, world_size=world, rank=rank, store=store)
     try:
-        yield Team(parallel, device)
+        yield ProcessMesh(parallel, device)
     except Exception as error:
         if not _is_first_report(store):
             raise SystemExit(1) from None

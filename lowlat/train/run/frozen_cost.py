@@ -118,7 +118,7 @@ def update_bytes(config: ModelConfig, table: Lora, job: Job) -> float:
 def _kept_by_updates(config: ModelConfig, table: Lora, job: Job) -> dict[str, float]:
     """What updates of projections keep for the backward pass beside the projections' own inputs:
     the rows between A and B with casts of both, and of experts their weights with the updates, in
-    fp32 (`model.low_rank`). With recomputation of layers that is one layer's.
+    fp32 (`layers.lora`). With recomputation of layers that is one layer's.
     """
     single = [shape for shape in updated_shapes(config, table) if len(shape) == 2]
     inner = table.rank * len(single) * job.device_tokens

@@ -18,9 +18,9 @@ from lowlat.model.block import DecoderLayer
 from lowlat.model.moe import Gate, MoE
 from lowlat.model.transformer import Transformer
 from lowlat.ops.routing import Routing
-from lowlat.train.parallel.relay import AXIS as PIPELINE
-from lowlat.train.parallel.relay import along_pipeline
-from lowlat.train.parallel.team import TOKENS, Team
+from lowlat.train.parallel.mesh import TOKEN_AXES, ProcessMesh
+from lowlat.train.parallel.pipeline_gather import AXIS as PIPELINE
+from lowlat.train.parallel.pipeline_gather import gather_along_pipeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,14 +55,14 @@ class _Watched:
 class RouterWatch:
     """Hooks on every gate of a model; lives as long as the training.
 
-    `sequence_weight` is alpha of the sequence-wise loss; the processes of `team` share batches.
+    `sequence_weight` is alpha of the sequence-wise loss; the processes of `mesh` share batches.
     """
 
     def __init__(
-        self, model: Transformer, *, sequence_weight: float, team: Team | None = None
+        self, model: Transformer, *, sequence_weight: float, mesh: ProcessMesh | None = None
     ) -> None:
         self.sequence_weight = sequence_weight
-        self._team = team or Team()
+        self._mesh = mesh or ProcessMesh()
         self._sequence_length = 0
         self._num_sequences = 0
         # Where the model is, in a process without gates too: a sum over processes needs all alike.
@@ -96,11 +96,11 @@ class RouterWatch:
         own = [*counters, self._sequence_loss[None]] if counters else []
         if own:
             sizes = [len(part) for part in own]
-            *sums, loss = self._team.sum(torch.cat(own), TOKENS).split(sizes)
+            *sums, loss = self._mesh.sum(torch.cat(own), TOKEN_AXES).split(sizes)
             for watched, total in zip(self._gates, sums, strict=True):
                 watched.counters.copy_(total)
             self._sequence_loss.copy_(loss[0])
-        self._sequence_loss.copy_(self._team.sum(self._sequence_loss, (PIPELINE,)))
+        self._sequence_loss.copy_(self._mesh.sum(self._sequence_loss, (PIPELINE,)))
 
     @property
     def sequence_loss(self) -> float:
@@ -119,7 +119,9 @@ class RouterWatch:
     def loads(self) -> list[GateLoad]:
         """What every gate of the model did over the batch; collective."""
         own = ((str(watched.layer), _facts(watched)) for watched in self._gates)
-        loads = [_gate_load(int(layer), facts) for layer, facts in along_pipeline(self._team, own)]
+        loads = [
+            _gate_load(int(layer), facts) for layer, facts in gather_along_pipeline(self._mesh, own)
+        ]
         return sorted(loads, key=lambda load: load.layer)
 
     def _hook(self, watched: _Watched) -> Any:
@@ -148,9 +150,9 @@ class RouterWatch:
         watched.counters[-1] += len(shares)
 
     def _sequence_wise(self, gate: Gate, routing: Routing) -> Float[Tensor, ""]:
-        parts = self._team.size("context")
+        parts = self._mesh.size("context")
         scores = routing.scores.unflatten(0, (-1, self._sequence_length // parts))
-        frequency = self._team.sum(
+        frequency = self._mesh.sum(
             choice_frequency(scores, gate.moe.num_experts_per_tok), ("context",)
         )
         # Both are means over what a process has of a sequence, of which there are `parts` alike.

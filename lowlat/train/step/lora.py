@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lowlat.config.model import ModelConfig
 from lowlat.model.linear import Linear
-from lowlat.model.low_rank import LowRank, LowRankExperts
-from lowlat.model.moe import StackedExperts
-from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
+from lowlat.train.layers.lora import LoraExperts, LoraLinear, LowRank, LowRankExperts
+from lowlat.train.layers.replace import replace_modules
+from lowlat.train.layers.stacked_experts import StackedExperts, stack_experts
 from lowlat.train.recipe.schema import Lora, Recipe
 from lowlat.train.step.trainable import check_biases_stay
 from lowlat.utils.errors import UserError
@@ -56,11 +56,17 @@ def add_updates(model: Transformer, table: Lora, *, seed: int, origin: str) -> N
     _check_modules({name for name, _, _ in _projections(model)}, table, origin)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, module, weight in list(_projections(model)):
+
+    def with_update(path: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, StackedExperts):
-            module.low_rank = _of_experts(module, table)
-        elif name in table.modules:
-            module.low_rank = _update(weight, table)
+            updates = _of_experts(module, table)
+            return None if updates is None else LoraExperts(module, updates)
+        is_named = path.rpartition(".")[2] in table.modules and module is not model.lm_head
+        if isinstance(module, Linear) and is_named:
+            return LoraLinear(module, _update(module.weight, table))
+        return None
+
+    replace_modules(model, with_update)
     for module in model.modules():
         if isinstance(module, LowRank):
             bound = 1 / math.sqrt(module.lora_A.shape[-1])

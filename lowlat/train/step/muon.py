@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowlat.train.parallel.division import Division
-from lowlat.train.parallel.team import Team
+from lowlat.train.parallel.mesh import ProcessMesh
+from lowlat.train.parallel.sharding import Sharding
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic Newton-Schulz iteration."""
@@ -27,20 +27,20 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         params: Sequence[nn.Parameter],
-        divisions: Sequence[Division] | None = None,
+        shardings: Sequence[Sharding] | None = None,
         blocks: Sequence[int] | None = None,
         *,
         lr: float = 0.0,
         momentum: float = 0.95,
         weight_decay: float = 0.1,
     ) -> None:
-        """`divisions` say which pieces of whole tensors `params` are; without, they are whole.
+        """`shardings` say which pieces of whole tensors `params` are; without, they are whole.
         `blocks` say how many matrices lie one below the other in each, 2 where gate rows are
         followed by up rows; without, one.
         """
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        divisions = divisions or [Division(Team(), p.shape) for p in params]
-        self._divisions = dict(zip(map(id, params), divisions, strict=True))
+        shardings = shardings or [Sharding(ProcessMesh(), p.shape) for p in params]
+        self._shardings = dict(zip(map(id, params), shardings, strict=True))
         self._blocks = dict(zip(map(id, params), blocks or [1] * len(params), strict=True))
 
     @torch.no_grad()
@@ -60,12 +60,12 @@ class Muon(torch.optim.Optimizer):
         momentum = state["momentum"]
         momentum.mul_(group["momentum"]).add_(parameter.grad)
         nesterov = parameter.grad.add(momentum, alpha=group["momentum"])
-        division = self._divisions[id(parameter)]
-        within = division.within_matrices()
-        whole = within.whole(nesterov)
+        sharding = self._shardings[id(parameter)]
+        within = sharding.within_matrices()
+        whole = within.full(nesterov)
         rows, columns = whole.shape[-2] // self._blocks[id(parameter)], whole.shape[-1]
         matrices = whole.unflatten(-2, (-1, rows))
-        update = within.own(orthogonalized(matrices).flatten(-3, -2))
+        update = within.local(orthogonalized(matrices).flatten(-3, -2))
         scale = UPDATE_RMS * max(rows, columns) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * scale)

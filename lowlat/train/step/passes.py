@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
-from lowlat.train.parallel.shard import sum_over_replicas
-from lowlat.train.parallel.team import Team
-from lowlat.train.parallel.view import own_view
+from lowlat.train.parallel.fsdp import sum_over_replicas
+from lowlat.train.parallel.local_batch import local_batch
+from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schedule import StepPlan
 from lowlat.train.step.layerwise import layer_errors
 from lowlat.train.step.loss import batch_loss
@@ -54,15 +54,15 @@ class PlainPasses(Passes):
         self,
         model: Transformer,
         dtype: torch.dtype,
-        team: Team | None = None,
+        mesh: ProcessMesh | None = None,
         teacher: Teacher | None = None,
     ) -> None:
-        """`dtype` is that of activations; `team` divides the model and its tokens; `teacher` is
+        """`dtype` is that of activations; `mesh` divides the model and its tokens; `teacher` is
         learned from.
         """
         self._model = model
         self._dtype = dtype
-        self._team = team or Team()
+        self._mesh = mesh or ProcessMesh()
         self._teacher = teacher
 
     def backward(
@@ -79,7 +79,7 @@ class PlainPasses(Passes):
             sum_over_replicas(self._model, index == len(parts) - 1)
             loss = batch_loss(
                 self._model,
-                *own_view(self._team, part, num_ahead),
+                *local_batch(self._mesh, part, num_ahead),
                 targets=targets,
                 mtp_weight=plan.mtp_weight,
                 z_weight=plan.phase.z_weight,
@@ -103,7 +103,7 @@ class PlainPasses(Passes):
             sums[-1] += layer_errors(
                 self._model,
                 teacher,
-                *own_view(self._team, part, len(targets)),
+                *local_batch(self._mesh, part, len(targets)),
                 match=match,
                 targets=targets[0],
                 dtype=self._dtype,
@@ -115,7 +115,7 @@ class PlainPasses(Passes):
         num_ahead = 1 + len(self._model.mtp)
         loss = batch_loss(
             self._model,
-            *own_view(self._team, batch, num_ahead),
+            *local_batch(self._mesh, batch, num_ahead),
             targets=[1] * num_ahead,
             mtp_weight=0.0,
             z_weight=0.0,

@@ -8,8 +8,8 @@ import torch
 from lowlat.config.model import ModelConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Embedding, Linear
-from lowlat.model.moe import StackedExperts
 from lowlat.model.transformer import Transformer
+from lowlat.train.layers.stacked_experts import StackedExperts
 from lowlat.train.recipe.schedule import value_at
 from lowlat.train.recipe.schema import Recipe
 from lowlat.utils.errors import UserError

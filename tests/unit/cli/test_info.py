@@ -226,7 +226,7 @@ def test_forms_of_the_lowlat_family(
     info(str(tmp_path / "model"))
     assert f"this model: {form}" in capsys.readouterr().out
     found = report(capsys, str(tmp_path / "model"))
-    rows = [config.attention_of(layer).row_dim for layer in range(config.num_hidden_layers)]
+    rows = [config.attention_of(layer).entry_dim for layer in range(config.num_hidden_layers)]
     assert found["cache"]["elements_per_token_layer"] == sum(rows) / len(rows)
     assert found["cache"]["bytes_per_token"] == 2 * sum(rows)
     assert found["parameters"]["total"] == count_parameters(config).total

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from lowlat.config.model import ModelConfig
-from lowlat.config.parameter_count import count_parameters
-from lowlat.ops import native_training
+from lowlat.ops import native_training_kernels
 from lowlat.plan.activations import layer_bytes
 from lowlat.plan.flops import token_flops
 from lowlat.train.recipe.schema import Recipe, parse_recipe
@@ -89,7 +88,7 @@ def test_memory_by_hand(precision: str, size: int) -> None:
 
 def test_what_frozen_mlps_do_not_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     """What autograd keeps less where MLPs stay is what is left out of the estimate."""
-    monkeypatch.setattr(native_training, "usable", lambda *tensors: False)
+    monkeypatch.setattr(native_training_kernels, "usable", lambda *tensors: False)
     hidden = torch.randn(4 * 128, DENSE.hidden_size, requires_grad=True)
     model = random_model(DENSE, torch.float32).requires_grad_(True)
     full = kept_bytes(model, hidden, [128] * 4)

@@ -131,7 +131,7 @@ def test_what_stays_is_held_as_products_take_it(folder: Path) -> None:
 
 def test_gates_of_experts_that_stay_are_fp32() -> None:
     """They compute in it; embeddings, experts and heads are held in bf16."""
-    from lowlat.model.stacking import stack_experts
+    from lowlat.train.layers.stacked_experts import stack_experts
     from lowlat.train.step.trainable import hold_frozen, keep_all_but_attention
     from tests.lowlat_configs import random_model
 

@@ -15,8 +15,8 @@ from lowlat.attention.flash import FlashAttention
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.config.model import GQAConfig
 from lowlat.convert.run import convert
-from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
+from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.recipe.schema import Lora, parse_recipe
 from lowlat.train.run.dry_run import require_fit
 from lowlat.train.run.export import export_adapter, export_save
