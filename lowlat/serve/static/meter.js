@@ -1,11 +1,10 @@
-// Figures beside the conversation: speed while it is generated, tokens of the context in use and
-// the bytes of cache they take.
+// Meter: tokens per second, context usage, and the KV cache bytes it takes.
 
 import { bytes, count, rate, seconds } from "./format.js";
 
-const CHARS_PER_TOKEN = 4; // a rough guess, until the server has counted
+const CHARS_PER_TOKEN = 4; // estimate until the server reports the usage
 
-/** Tokens the conversation has in its context: {tokens, isExact}. */
+/** Tokens of the conversation: {tokens, isExact}. */
 export function contextTokens({ messages }, run) {
   let tokens = 0;
   let isExact = true;

@@ -1,4 +1,4 @@
-// The settings panel: model, system prompt, sampling. Owns its controls; the values are the app's.
+// Settings panel: model, system prompt, sampling.
 
 import { h, icon } from "./dom.js";
 import { bytes, count } from "./format.js";
@@ -75,7 +75,7 @@ export class SettingsPanel {
     if (this.#system.value !== text) this.#system.value = text;
   }
 
-  /** The models to choose from and what the chosen one costs. */
+  /** The list of models, and facts about the selected one. */
   showModels(models, current) {
     const select = document.getElementById("model");
     select.replaceChildren(...models.map(({ id }) => h("option", { value: id, selected: id === current?.id }, id)));
@@ -148,7 +148,7 @@ export class SettingsPanel {
     for (const { name, isFilter } of FIELDS) {
       const { input, output } = this.#controls.get(name);
       if (output) output.textContent = Number(this.values[name]).toFixed(2);
-      // Without chance there is nothing to filter, and the server refuses what has no effect.
+      // Greedy decoding has nothing to filter, and the server rejects such settings.
       if (isFilter) input.disabled = this.values.temperature === 0;
     }
   }

@@ -1,4 +1,4 @@
-// What a conversation without messages shows: which model listens and what it costs to remember.
+// Welcome screen of an empty conversation: model, context length, cache size, example prompts.
 
 import { h } from "./dom.js";
 import { bytes, count } from "./format.js";
