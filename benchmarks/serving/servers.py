@@ -1,4 +1,4 @@
-"""The servers that can be measured: how each is started, found ready, stopped for a while, ended.
+"""Servers under test: start, wait until ready, pause, stop.
 
 A server leads a process group of its own. While others are measured it is stopped with SIGSTOP,
 because thread pools spin for a while after work, and continued for its turn.

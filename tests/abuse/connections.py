@@ -1,4 +1,4 @@
-"""Bad requests below JSON: headers, methods, paths, framing, and bytes that are no HTTP."""
+"""Bad requests below JSON: headers, methods, paths, framing, invalid HTTP."""
 
 import json
 from collections.abc import Iterator

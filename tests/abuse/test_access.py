@@ -1,4 +1,4 @@
-"""Every route there is, against everybody who may not use it, over real connections.
+"""Every route without valid credentials, over real connections.
 
 Routes are asked of the application, so that a new one is covered when it is added.
 """

@@ -1,4 +1,4 @@
-"""Clients that leave at random moments, over real connections: nothing stays behind."""
+"""Clients that disconnect at random moments, over real connections: nothing leaks."""
 
 import asyncio
 import json

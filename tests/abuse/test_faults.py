@@ -1,4 +1,4 @@
-"""Faults inside the server, told over HTTP: one request fails, the others do not notice.
+"""Injected errors inside the server, over HTTP: only the affected request fails.
 
 Each part that works on a request is made to fail for requests that hold POISON.
 """

@@ -1,4 +1,4 @@
-"""Clients that hold connections: whatever they send or leave unread, with or without a key.
+"""Clients that hold connections open, with or without a key.
 
 Routes are asked of the application, so that a new one is covered when it is added.
 """

@@ -1,4 +1,4 @@
-"""More than can be served: refusals are quick and say when to come back, the rest is served right.
+"""Overload: rejections are quick and carry Retry-After, admitted requests are served correctly.
 
 How quick is measured by benchmarks/overload.py; nothing here depends on the clock.
 """

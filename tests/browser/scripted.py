@@ -1,4 +1,4 @@
-"""The app of `lowlat serve`, listening, over a engine whose answers are a script.
+"""The app of `lowlat serve`, listening, over a scripted engine.
 
 All of the server is real but the engine; the script says what the model would: see SCRIPTS.
 """

@@ -1,4 +1,4 @@
-"""A server with keys: the form in place of the page, the cookie, and leaving again."""
+"""Login with an API key: form, cookie, logout."""
 
 from collections.abc import Iterator
 

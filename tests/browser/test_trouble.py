@@ -1,4 +1,4 @@
-"""What the page shows when the server refuses, breaks off or is away; reasoning and tool calls.
+"""The page when the server refuses, breaks off or is down; reasoning and tool calls.
 
 Answers here are made in the browser's network layer, in the server's own shape.
 """

@@ -1,4 +1,4 @@
-"""A server as a process: connections that misbehave, and how it ends."""
+"""The server process: misbehaving connections and shutdown."""
 
 import contextlib
 import json

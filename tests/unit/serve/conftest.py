@@ -1,4 +1,4 @@
-"""An application over the fake engine, and a client that calls it in this process."""
+"""Fixtures: an application over the fake engine, and a client that calls it in this process."""
 
 from collections.abc import Callable, Iterator
 

@@ -1,4 +1,4 @@
-"""A engine without an engine: answers are given beforehand, and what was asked is recorded."""
+"""A fake AsyncEngine: returns scripted outputs and records the submitted requests."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence

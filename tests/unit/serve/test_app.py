@@ -1,4 +1,4 @@
-"""The application as a whole: what it tells of itself, its states, and its errors' shape."""
+"""The application: model card, health states, error format."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Bytes of a body: caps, deadline, and JSON without guessing."""
+"""Request bodies: size limit, timeout, strict JSON."""
 
 import asyncio
 import json

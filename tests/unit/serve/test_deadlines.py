@@ -1,4 +1,4 @@
-"""Deadlines count from a request's arrival, whatever it waits for."""
+"""Deadlines count from a request's arrival, in every phase."""
 
 import asyncio
 import threading

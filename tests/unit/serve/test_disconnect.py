@@ -1,4 +1,4 @@
-"""Clients that leave, read nothing, or wait for long, told to the application as ASGI messages."""
+"""Clients that disconnect, do not read, or wait long, simulated with ASGI messages."""
 
 import asyncio
 import json
@@ -145,7 +145,7 @@ def test_leaving_while_the_prompt_is_made(
     assert engine.asked == []
 
 
-def test_leaving_before_the_body_is_whole(engine: FakeEngine) -> None:
+def test_disconnect_before_the_body_is_complete(engine: FakeEngine) -> None:
     async def leave(client: Client, task: asyncio.Task[None]) -> None:
         client.has_left.set()
 
@@ -154,7 +154,7 @@ def test_leaving_before_the_body_is_whole(engine: FakeEngine) -> None:
     assert client.sent == []
 
 
-def test_a_silent_stream_is_kept_open(engine: FakeEngine) -> None:
+def test_a_silent_stream_sends_pings(engine: FakeEngine) -> None:
     engine.answer = Answer(text="x", hangs=True)
 
     async def wait(client: Client, task: asyncio.Task[None]) -> None:

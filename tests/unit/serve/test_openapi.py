@@ -1,4 +1,4 @@
-"""The OpenAPI document against the application it describes."""
+"""The OpenAPI document matches the application."""
 
 import json
 from typing import Any
@@ -55,7 +55,7 @@ def test_examples_cover_all_bodies(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES)
-def test_bodies_and_answers_match(client: TestClient, path: str) -> None:
+def test_requests_and_responses_match_the_document(client: TestClient, path: str) -> None:
     document = document_of(client)
     operation = document["paths"][path]["post"]
     body = {"model": NAME, **EXAMPLES[path]}

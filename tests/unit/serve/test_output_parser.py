@@ -1,4 +1,4 @@
-"""Answers cut into parts: exact for every way in which the text can arrive."""
+"""The output parser gives the same parts for every chunking of a text."""
 
 import itertools
 import json
@@ -111,7 +111,7 @@ TWO_CALLS = {
 
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
-def test_every_format_is_read(tools: ToolParser) -> None:
+def test_every_format_is_parsed(tools: ToolParser) -> None:
     parts = parse([TWO_CALLS[type(tools).__name__]], tools=tools)
     if not isinstance(tools, Llama):
         assert parts.pop(0) == ContentPart("Well.")
@@ -170,9 +170,7 @@ def test_every_split_gives_the_same_parts(
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
-def test_text_without_a_call_is_content_as_it_was_written(
-    tools: ToolParser, data: st.DataObject
-) -> None:
+def test_text_without_a_call_is_content(tools: ToolParser, data: st.DataObject) -> None:
     """Holds shut: broken calls, and texts about calls, that lose a character."""
     text = data.draw(fragments(tools))
     parts = parse([text], tools=tools)
@@ -280,7 +278,7 @@ def test_content_around_calls_is_kept() -> None:
     ]
 
 
-def test_json_that_names_no_function_is_an_answer_of_llama() -> None:
+def test_json_without_a_known_function_is_content_for_llama() -> None:
     """Holds shut: JSON answers taken for calls."""
     for text in ['{"name": "h", "parameters": {}}', '{"city": "Bern"}', "{", ' {"name": "f"']:
         assert parse([text], tools=Llama3ToolParser()) == [ContentPart(text)]

@@ -1,4 +1,4 @@
-"""POST /v1/responses: its translation to chats, its items, its events."""
+"""POST /v1/responses: conversion to chats, output items, events."""
 
 import asyncio
 import json
@@ -42,7 +42,7 @@ def events_of(text: str) -> list[dict[str, Any]]:
     return events
 
 
-def test_whole_answer(client: TestClient, engine: FakeEngine) -> None:
+def test_complete_response(client: TestClient, engine: FakeEngine) -> None:
     body = {**BODY, "instructions": "Be kind", "max_output_tokens": 9, "temperature": 0.5}
     answer = client.post(PATH, json=body).json()
     ResponseObject.model_validate(answer)
@@ -129,7 +129,7 @@ def test_events(client: TestClient) -> None:
     assert last["usage"]["total_tokens"] == last["usage"]["input_tokens"] + 5
 
 
-def test_a_cut_answer_is_incomplete(client: TestClient, engine: FakeEngine) -> None:
+def test_a_truncated_response_is_incomplete(client: TestClient, engine: FakeEngine) -> None:
     engine.answer = Answer(finish_reason="length")
     answer = client.post(PATH, json=BODY).json()
     assert answer["status"] == answer["output"][0]["status"] == "incomplete"
@@ -139,7 +139,7 @@ def test_a_cut_answer_is_incomplete(client: TestClient, engine: FakeEngine) -> N
     )
 
 
-def test_a_fault_is_told(client: TestClient, engine: FakeEngine) -> None:
+def test_an_error_is_reported(client: TestClient, engine: FakeEngine) -> None:
     engine.answer = Answer(finish_reason="error", error="secret")
     assert client.post(PATH, json=BODY).status_code == 500
     text = client.post(PATH, json={**BODY, "stream": True}).text
@@ -215,7 +215,7 @@ def test_items_become_messages() -> None:
     assert [call.id for call in joined.tool_calls or []] == ["c1", "c2"]
 
 
-def test_tools_and_forms_are_translated() -> None:
+def test_tools_and_formats_are_converted() -> None:
     text = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}
     choice = {"type": "function", "name": "f"}
     body = {**BODY, "tools": [TOOL], "tool_choice": choice, "text": text}

@@ -1,4 +1,4 @@
-"""Who reaches the routes: every route of the app, against keys, hosts and origins."""
+"""Access control: every route of the app with keys, hosts and origins."""
 
 import pytest
 from starlette.applications import Starlette

@@ -1,4 +1,4 @@
-"""ServeConfig: what an operator may ask for, and the faults in it."""
+"""Validation of ServeConfig."""
 
 from pathlib import Path
 from typing import Any

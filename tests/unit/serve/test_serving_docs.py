@@ -1,4 +1,4 @@
-"""docs/serving.md and deploy/grafana say what the code does: options, fields, limits, metrics."""
+"""docs/serving.md and deploy/grafana match the code: options, fields, limits, metrics."""
 
 import json
 import re

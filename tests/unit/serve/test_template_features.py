@@ -1,4 +1,4 @@
-"""What is recognised in chat templates, and that nothing else is."""
+"""Detection of chat template features; unknown formats are not supported."""
 
 import pytest
 
@@ -29,7 +29,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_formats_of_calls(family: str) -> None:
+def test_tool_call_formats(family: str) -> None:
     features = TemplateFeatures.of(tokenizer_of(family))
     assert type(features.tools) is FORMATS[family]
     assert features.supports_tools == (features.tools is not None)
@@ -46,7 +46,7 @@ def test_formats_of_calls(family: str) -> None:
         "TOOL_CALLS tool_calls",
     ],
 )
-def test_half_a_format_is_none(source: str) -> None:
+def test_half_a_format_is_unknown(source: str) -> None:
     """Holds shut: a guess, which would show users the model's calls as text."""
     assert find_tool_parser(source) is None
 
@@ -84,7 +84,7 @@ def test_system_and_developer_messages() -> None:
     assert TemplateFeatures.of(tokenizer_with(knows)).has_developer_role
 
 
-def test_roles_whose_names_are_shown() -> None:
+def test_roles_with_rendered_names() -> None:
     for family in TEMPLATES:
         assert not TemplateFeatures.of(tokenizer_of(family)).named_roles
     shown = CHATML.replace("{{ m.role }}", "{{ m.role }}{{ '=' + m.name if m.name }}")
@@ -119,7 +119,7 @@ def test_marks_of_other_models() -> None:
     assert TemplateFeatures.of(byte_tokenizer()).thinking([65]) == "never"
 
 
-def test_markers_that_are_special_tokens_are_kept() -> None:
+def test_special_token_markers_are_kept_in_the_text() -> None:
     """Holds shut: calls nobody sees, since decoding drops special tokens."""
     tokenizer = tokenizer_of("kimi")
     features = TemplateFeatures.of(tokenizer)

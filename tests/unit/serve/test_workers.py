@@ -1,4 +1,4 @@
-"""Work off the event loop, and its bound."""
+"""The bounded worker pool."""
 
 import asyncio
 import threading
@@ -9,7 +9,7 @@ from lowlat.serve.generation import Overloaded
 from lowlat.serve.http.workers import WorkerPool
 
 
-def test_results_and_faults_come_back() -> None:
+def test_results_and_exceptions_are_returned() -> None:
     async def main() -> None:
         pool = WorkerPool(threads=1, max_waiting=1)
         assert await pool.run(divmod, 7, 2) == (3, 1)
@@ -38,7 +38,7 @@ def test_too_much_waiting_work_is_refused_at_once() -> None:
     asyncio.run(main())
 
 
-def test_room_stays_taken_while_abandoned_work_runs() -> None:
+def test_an_abandoned_task_keeps_its_slot() -> None:
     """Holds shut: callers that leave making room that is not there."""
 
     async def main() -> None:

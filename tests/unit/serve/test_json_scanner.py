@@ -1,4 +1,4 @@
-"""Following JSON character by character, against Python's own parser."""
+"""The streaming JSON scanner, compared with Python's parser."""
 
 import json
 from typing import Any
@@ -62,7 +62,7 @@ def test_only_json_is_followed_to_an_end(text: str) -> None:
 
 
 @given(value=values, rest=st.sampled_from([",", "}", " ", "]"]))
-def test_values_are_read_whole(value: Any, rest: str) -> None:
+def test_values_are_parsed_completely(value: Any, rest: str) -> None:
     reader = IncrementalReader()
     assert json.loads(read(read_value(reader), reader, json.dumps(value) + rest)) == value
 

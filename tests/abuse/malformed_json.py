@@ -1,4 +1,4 @@
-"""Bad requests: bodies that are no JSON, or that another reader would understand differently."""
+"""Bad requests: bodies that are not JSON, or that parsers interpret differently."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ def objects(depth: int) -> bytes:
     return b'{"a":' * depth + b"1" + b"}" * depth
 
 
-def texts_of_json() -> Iterator[Case]:
+def malformed_json() -> Iterator[Case]:
     """Bodies that are no JSON, or JSON that another reader would understand differently."""
     plain = json.dumps(BODIES[COMPLETIONS]).encode()
     inner = plain[1:-1]

@@ -1,4 +1,4 @@
-"""The memory of compiled forms: how it is counted, and that all requests together have a bound."""
+"""The memory budget of compiled grammars."""
 
 import asyncio
 import gc
@@ -31,7 +31,7 @@ class Thing:
     pass
 
 
-def test_sizes_are_told() -> None:
+def test_sizes_are_counted() -> None:
     tokenizer = byte_tokenizer()
     compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size)
     sizes = [compiler.compile(form).num_bytes for form in (SMALL, LARGE)]
@@ -39,7 +39,7 @@ def test_sizes_are_told() -> None:
     assert compiler.compile(LARGE).num_bytes == sizes[1], "as when it was tried"
 
 
-def test_what_is_held_counts_until_it_ends() -> None:
+def test_grammars_count_while_referenced() -> None:
     held = MemoryBudget(10)
     first, second = Thing(), Thing()
     held.hold(b"", first, 6)
@@ -65,7 +65,7 @@ def test_one_key_leaves_half_to_the_others() -> None:
     held.hold(b"two", things[2], 1)
 
 
-def test_compiled_forms_of_all_requests_have_a_bound(engine: FakeEngine) -> None:
+def test_grammars_of_all_requests_share_a_budget(engine: FakeEngine) -> None:
     """Holds shut: forms that each are small enough, and together take all memory."""
 
     async def ask() -> None:
@@ -98,7 +98,7 @@ def post(client: TestClient, form: Choice, **options: object) -> Any:
     return client.post("/v1/completions", json=body | options)
 
 
-def test_too_much_is_told_as_an_overload(served: tuple[TestClient, ServerState]) -> None:
+def test_an_exceeded_budget_is_an_overload(served: tuple[TestClient, ServerState]) -> None:
     answer = post(served[0], LARGE)
     assert answer.status_code == 429 and int(answer.headers["retry-after"]) > 0
     assert answer.json()["error"]["code"] == "overloaded"
@@ -108,7 +108,7 @@ def test_too_much_is_told_as_an_overload(served: tuple[TestClient, ServerState])
     ("options", "status"),
     [({}, 200), ({"n": 3}, 200), ({"stream": True}, 200), ({"deadline_seconds": 1e-9}, 408)],
 )
-def test_a_form_goes_with_its_request(
+def test_a_grammar_is_freed_with_its_request(
     served: tuple[TestClient, ServerState], options: dict[str, object], status: int
 ) -> None:
     """Holds shut: records that refer to each other, and keep the form until a collector comes."""

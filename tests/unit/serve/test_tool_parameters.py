@@ -1,4 +1,4 @@
-"""Arguments without JSON: what schemas they are held to, and which they cannot be."""
+"""Arguments without JSON: which schemas can be enforced and which are rejected."""
 
 import json
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from lowlat.serve.tool_parsers.parts import ToolCallArguments, append_part
 from lowlat.serve.tool_parsers.state import ParserState
 from lowlat.serve.tool_parsers.xml import MAX_VALUE, GlmToolParser, Qwen3CoderToolParser
 from tests.unit.serve.templates import tokenizer_of
-from tests.unit.serve.test_tools_forcing import accepts
+from tests.unit.serve.test_constrained_output import accepts
 
 TOKENIZER = tokenizer_of("chatml")
 FORMATS = (GlmToolParser(), Qwen3CoderToolParser())

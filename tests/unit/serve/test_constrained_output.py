@@ -1,4 +1,4 @@
-"""Forced answers: what the grammar lets through is read back as valid calls, in every format."""
+"""Constrained output: texts that the grammar accepts parse as valid calls, in every format."""
 
 import json
 import random
@@ -236,7 +236,7 @@ def test_text_or_valid_calls(tools: ToolParser, compiler: GrammarCompiler) -> No
         assert not accepts(grammar, f"Well.\n{text}".replace("3", "x"))
 
 
-def test_a_form_or_calls(compiler: GrammarCompiler) -> None:
+def test_structured_output_or_calls(compiler: GrammarCompiler) -> None:
     output = JsonSchema(schema='{"type": "object", "properties": {"a": {"type": "null"}}}')
     grammar = compiler.compile(forced(HermesToolParser(), required=False, output=output))
     assert accepts(grammar, '{"a": null}')
@@ -254,7 +254,7 @@ def test_a_form_or_calls(compiler: GrammarCompiler) -> None:
     ],
 )
 @pytest.mark.parametrize("reasoning", [BEGUN, MAYBE])
-def test_forms_after_reasoning(
+def test_structured_output_after_reasoning(
     output: StructuredOutput,
     good: str,
     bad: str,

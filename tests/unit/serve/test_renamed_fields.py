@@ -1,4 +1,4 @@
-"""Errors told under the names that the client knows."""
+"""Errors about renamed fields."""
 
 import pytest
 
