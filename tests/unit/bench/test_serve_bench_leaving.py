@@ -1,4 +1,4 @@
-"""Clients of benchmarks/serving/disconnecting.py disconnect on time and record what they received."""
+"""Clients of benchmarks/serving/disconnecting.py disconnect on time and record what they got."""
 
 import asyncio
 import importlib
