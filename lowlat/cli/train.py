@@ -91,11 +91,11 @@ def _run(
     quiet: bool,
 ) -> None:
     from lowlat.train.checkpoints.run_folder import RunFolder
-    from lowlat.train.parallel.launch import joined
+    from lowlat.train.parallel.launch import process_mesh
     from lowlat.train.run.trainer import Trainer
     from lowlat.utils.progress import make_progress
 
-    with joined(parsed.parallel, device=parsed.device, origin=str(recipe)) as mesh:
+    with process_mesh(parsed.parallel, device=parsed.device, origin=str(recipe)) as mesh:
         quiet = quiet or not mesh.is_main_process
         with ExitStack() as held:
             run = RunFolder(folder)

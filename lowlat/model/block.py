@@ -1,4 +1,4 @@
-"""One decoder layer: attention and MLP or MoE, each behind a norm and inside a residual."""
+"""Decoder layer: pre-norm attention and MLP or MoE, each with a residual connection."""
 
 import torch
 from jaxtyping import Float
@@ -51,7 +51,7 @@ class DecoderLayer(nn.Module):
 def new_attention(
     config: ModelConfig, layer: int, *, dtype: torch.dtype
 ) -> MLA | GQA | GLA | GTA | TPA:
-    """The (unfilled) attention of `layer`, of the kind that the config says."""
+    """The attention module of `layer`, of the kind in the config; its weights are unfilled."""
     match config.attention_of(layer):
         case MLAConfig() as attention:
             return MLA(config, attention, layer, dtype=dtype)

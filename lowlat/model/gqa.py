@@ -1,5 +1,5 @@
-"""Grouped-query attention, with MHA and MQA as its ends: one key-value head per group of query
-heads.
+"""Grouped-query attention (GQA, arXiv 2305.13245): one key-value head per group of query heads; MHA
+and MQA are its extremes.
 """
 
 import torch
@@ -13,7 +13,7 @@ from lowlat.ops.rope import RotaryTable, apply_rope
 
 
 class GQA(nn.Module):
-    """Projections, optional QK-norm, rotation; the backend caches [K ; V] and attends."""
+    """Projections, optional QK-norm and RoPE; the backend caches [K ; V] and attends."""
 
     def __init__(
         self, config: ModelConfig, attention: GQAConfig, layer: int, *, dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""Linear and RMSNorm as modules: parameters in their stored type, arithmetic in `ops`."""
+"""Linear with plain, fp8, int8 or int4 weights, RMSNorm and Embedding; arithmetic is in `ops`."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -29,11 +29,11 @@ from lowlat.ops.quantized import (
 )
 
 Storage = Literal["plain", "fp8", "int8", "int4", "int8_rows"]
-"""Forms of a weight."""
+"""Storage formats of a weight."""
 
 
 def has_native_kernel(dense: Tensor) -> bool:
-    """Whether the native kernels can quantise `dense`."""
+    """Whether the native kernels can quantize `dense`."""
     is_known = dense.dtype in (torch.float32, torch.bfloat16) and dense.stride(-1) == 1
     return dense.device.type == "cpu" and is_known and native.available()
 
@@ -41,15 +41,16 @@ def has_native_kernel(dense: Tensor) -> bool:
 def pack(
     dense: Float[Tensor, "out in"], storage: Storage, empty: Empty = torch.empty
 ) -> dict[str, Tensor]:
-    """`dense` in a packed storage: weight, weight_scale, weight_minimum, in memory from `empty`.
+    """Quantize `dense` to a packed storage: weight, weight_scale, weight_minimum, in memory from
+    `empty`.
 
-    Scales are not finite where `dense` is not, or lies beyond the range of the storage.
+    Scales are not finite where `dense` is not, or exceeds the range of the storage.
     """
-    twin = native_kernels if has_native_kernel(dense) else quantized
+    kernels = native_kernels if has_native_kernel(dense) else quantized
     if storage == "int4":
-        return twin.quantize_int4(dense, empty)._asdict()
+        return kernels.quantize_int4(dense, empty)._asdict()
     if storage == "int8":
-        return twin.quantize_int8(dense, empty)._asdict()
+        return kernels.quantize_int8(dense, empty)._asdict()
     assert storage == "int8_rows"
     return quantize_rows(dense, empty)._asdict()
 
@@ -61,7 +62,7 @@ def unpack_rows(
     columns: int,
     dtype: torch.dtype,
 ) -> Float[Tensor, "rows in"]:
-    """Rows of the matrix that `pack` turned into `parts`, computed in fp32 and rounded once."""
+    """Rows of the matrix that `pack` quantized to `parts`, computed in fp32 and rounded once."""
     if storage == "int8_rows":
         own = Int8Rows(*(parts[name][rows] for name in Int8Rows._fields))
         return dequantize_rows(own, dtype)
@@ -77,12 +78,12 @@ def unpack_rows(
 
 
 def block_grid(rows: int, columns: int, block: tuple[int, int]) -> tuple[int, int]:
-    """Blocks along each axis, the last ones possibly cut short."""
+    """Number of blocks along each axis; the last ones may be smaller."""
     return -(-rows // block[0]), -(-columns // block[1])
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, with the weight in one of the forms of `Storage`.
+    """y = x W^T + b, with the weight in one of the formats of `Storage`.
 
     plain      weight [out, in] of a float dtype
     fp8        weight [out, in], weight_scale_inv per block (`ops.fp8`)
@@ -135,7 +136,7 @@ class Linear(nn.Module):
         self.weight = self._unfilled((self.out_features, self.in_features), torch.int8)
 
     def pack(self, dense: Float[Tensor, "out in"], empty: Empty = torch.empty) -> dict[str, Tensor]:
-        """`dense` as this module's parameters; see `pack`."""
+        """`dense` quantized to this module's parameters; see `pack`."""
         return pack(dense, self.storage, empty)
 
     def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
@@ -156,7 +157,7 @@ class Linear(nn.Module):
         return F.linear(x, self.dense_weight(x.dtype), bias)
 
     def _unfilled(self, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-        """A parameter no gradient can reach: autograd does not know these types."""
+        """A parameter without gradient: autograd does not support these types."""
         empty = torch.empty(shape, dtype=dtype, device=self.weight.device)
         return nn.Parameter(empty, requires_grad=False)
 
@@ -174,7 +175,7 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of `weight` [vocab, hidden] by token id; also the head of models with tied
+    """Token embedding, `weight` [vocab, hidden]; also the LM head of models with tied
     embeddings.
     """
 

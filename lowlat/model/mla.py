@@ -1,5 +1,5 @@
-"""Multi-head Latent Attention: the projections around the cached latent (DeepSeek-V3 section
-2.1.1).
+"""Multi-head Latent Attention (MLA, DeepSeek-V3 section 2.1.1): the projections around the cached
+latent. The attention paths (absorbed, expanded) are in `ops.mla`.
 """
 
 import torch
@@ -12,8 +12,8 @@ from lowlat.model.linear import Linear, RMSNorm
 from lowlat.ops.rope import RotaryTable, apply_rope
 
 LATENT_NORM_EPS = 1e-6
-"""Epsilon of the norms on both latents: fixed in every released implementation, whatever
-rms_norm_eps says.
+"""Epsilon of the norms on both latents: fixed in every released implementation, independent of
+rms_norm_eps.
 """
 
 
@@ -31,9 +31,7 @@ def split_queries(
 
 
 class MLA(nn.Module):
-    """Equations 1-11: latent c_t and shared key k_R from h_t, queries per head, output of the
-    attended values.
-    """
+    """Equations 1 to 11: latent c_t and shared key k_R from h_t, queries per head, o_proj."""
 
     def __init__(
         self, config: ModelConfig, attention: MLAConfig, layer: int, *, dtype: torch.dtype
@@ -101,8 +99,8 @@ class MLA(nn.Module):
     def entries(
         self, x: Float[Tensor, "tokens hidden"], rope: RotaryTable
     ) -> Float[Tensor, "tokens entry_dim"]:
-        """What is cached: the normalised latent and the rotated shared key, [c_t ; k_R] (equations
-        1 and 3).
+        """KV cache entries: the normalised latent and the rotated shared key, [c_t ; k_R]
+        (equations 1 and 3).
         """
         dims = self.dims
         latent, k_rope = self.kv_a_proj_with_mqa(x).split(

@@ -1,5 +1,5 @@
-"""DeepSeekMoE: shared experts every token uses and routed experts chosen by the gate (V3 section
-2.1.2).
+"""DeepSeekMoE (DeepSeek-V3 section 2.1.2): shared experts, routed experts and their gate; the
+group-limited top-k routing is in `ops.routing`.
 """
 
 import torch
@@ -13,7 +13,7 @@ from lowlat.ops.routing import Routing, route
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x)."""
+    """SwiGLU MLP: down(silu(gate x) * up x)."""
 
     def __init__(self, hidden_size: int, inner_size: int, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -26,8 +26,8 @@ class MLP(nn.Module):
 
 
 class Gate(nn.Module):
-    """Scores every routed expert in fp32; the selection bias stays fp32 through load, training and
-    save.
+    """Router: scores every routed expert in fp32. e_score_correction_bias, the selection bias of
+    auxiliary-loss-free load balancing, is fp32 on load, in training and in checkpoints.
     """
 
     def __init__(self, hidden_size: int, moe: MoEConfig, *, dtype: torch.dtype) -> None:
@@ -36,7 +36,7 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, hidden_size, dtype=dtype))
         biased = moe.topk_method == "noaux_tc"
         bias = torch.empty(moe.n_routed_experts, dtype=torch.float32)
-        # Moved by the load of the experts, never by a gradient.
+        # Updated from the load of the experts, not by gradients.
         self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False) if biased else None
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Routing:
@@ -44,9 +44,7 @@ class Gate(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """The routed experts: one MLP each, so that what files call an expert's matrix stays where it
-    lies.
-    """
+    """The routed experts: one MLP per expert, so that expert weights stay memory-mapped."""
 
     def __init__(self, hidden_size: int, moe: MoEConfig, *, dtype: torch.dtype) -> None:
         inner = moe.moe_intermediate_size
@@ -59,7 +57,7 @@ class Experts(nn.ModuleList):
 
 
 class MoE(nn.Module):
-    """Routed experts plus the shared ones, which are one MLP n_shared_experts times as wide."""
+    """Routed experts plus shared experts, which are one MLP of n_shared_experts times the width."""
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, *, dtype: torch.dtype) -> None:
         super().__init__()

@@ -1,7 +1,5 @@
-"""RMSNorm, SwiGLU, rotation and attention for training: the same functions as elsewhere in `ops`,
-with backward passes that keep little and take one pass over their rows.
-
-Owns the gradients. On the CPU in bf16 and fp32 the native kernels compute them.
+"""Autograd functions of RMSNorm, SwiGLU, RoPE and causal attention with fused backward passes: they
+save little and read their rows once. On the CPU in bf16 and fp32 the native kernels compute them.
 """
 
 from typing import Any
@@ -18,7 +16,7 @@ from lowlat.ops.norm import accumulation_dtype
 def rms_norm(
     x: Float[Tensor, "*rows dim"], weight: Float[Tensor, "dim"], eps: float
 ) -> Float[Tensor, "*rows dim"]:
-    """`norm.rms_norm`, which keeps x and one number per row for its backward pass."""
+    """`norm.rms_norm`; saves x and one number per row."""
     out = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps)
     assert isinstance(out, Tensor)
     # FSDP2 warns of modules whose output is a view.
@@ -28,7 +26,7 @@ def rms_norm(
 def swiglu(
     gate: Float[Tensor, "*rows inner"], up: Float[Tensor, "*rows inner"]
 ) -> Float[Tensor, "*rows inner"]:
-    """`experts.swiglu`, which keeps gate and up alone."""
+    """`experts.swiglu`; saves gate and up."""
     out = _SwiGLU.apply(gate.flatten(0, -2), up.flatten(0, -2))
     assert isinstance(out, Tensor)
     return out.view(gate.shape)
@@ -41,8 +39,8 @@ def causal_attention(
     ends: Int[Tensor, "sequences"],
     scale: float,
 ) -> BFloat16[Tensor, "tokens heads value_dim"]:
-    """Causal attention within sequences that lie one after the other and end at `ends`: by the
-    native kernels, which must be usable. Keeps one number per query and head.
+    """Causal attention within packed sequences that end at `ends`, by the native kernels, which
+    must be usable. Saves inputs, output and one number per query and head.
     """
     out = _CausalAttention.apply(q, k, v, ends, scale)
     assert isinstance(out, Tensor)
@@ -56,7 +54,7 @@ def rotate(
     *,
     interleave: bool,
 ) -> Float[Tensor, "tokens heads dim"]:
-    """`rope.apply_rope` by the native kernels, which must be usable; keeps the tables alone."""
+    """`rope.apply_rope` by the native kernels, which must be usable; saves the tables only."""
     out = _Rotation.apply(x, cos, sin, interleave)
     assert isinstance(out, Tensor)
     return out
@@ -164,9 +162,8 @@ def gated_backward(
 ) -> tuple[
     Float[Tensor, "rows inner"], Float[Tensor, "rows inner_twice"], Float[Tensor, "rows"] | None
 ]:
-    """What the backward pass of factors * W (silu(gate) * up) needs, given grad = W^T dy: the
-    inner activation again, the gradient of gate_up, and that of the factors, for
-    <dy, W h> = <W^T dy, h>.
+    """Backward pass of factors * W (silu(gate) * up), given grad = W^T dy: the recomputed inner
+    activation, the gradient of gate_up, and that of the factors, from <dy, W h> = <W^T dy, h>.
     """
     if native_training_kernels.usable(gate_up, grad):
         return native_training_kernels.gated_backward(gate_up, grad, factors)

@@ -1,7 +1,7 @@
-"""The routed experts of a layer as one differentiable function over stacked weights.
+"""Grouped GEMM of stacked experts with gradients: the training version of `experts.routed_experts`.
 
-Owns the training form of `experts.routed_experts`: rows sorted by expert, one product per expert
-and projection, and a backward pass that keeps neither the gathered rows nor the activations.
+Rows are sorted by expert, one product per expert and projection; the backward pass saves neither
+the gathered rows nor the activations.
 """
 
 from collections.abc import Callable, Sequence

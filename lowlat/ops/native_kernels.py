@@ -1,7 +1,8 @@
-"""Single operations of the native kernels, with the signatures of their PyTorch definitions.
+"""Native kernels of single ops for inference, with the signatures of their reference
+implementations.
 
-For tests and tools, but for `draw`, which lowlat.ops.sampling calls; a model's step is one call
-(lowlat/model/native.py). `level` asks for another level of instructions than the one in use.
+A model step is one native call (lowlat/model/native.py); these are for sampling, quantization,
+tests and tools. `level` selects another instruction-set level.
 """
 
 from typing import TYPE_CHECKING, Any

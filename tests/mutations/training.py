@@ -318,7 +318,7 @@ DISTILLING = [
     Mutant(
         "distillation: everything moves",
         "train/run/build.py",
-        "        keep_all_but_attention(model)\n",
+        "        freeze_all_but_attention(model)\n",
         "        pass\n",
         DISTILLATION + "test_only_attention_moves",
     ),

@@ -320,7 +320,7 @@ def test_rows_that_fill_up_have_no_effect_even_on_gradients() -> None:
 def test_linear_cross_entropy(
     dtype: torch.dtype, pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowlat.ops.cross_entropy.PIECE_ELEMENTS", pieces)
+    monkeypatch.setattr("lowlat.ops.cross_entropy.CHUNK_ELEMENTS", pieces)
     hidden, weight = draw(23, 7, dtype=dtype), draw(131, 7, dtype=dtype, seed=1)
     targets, counted = (torch.arange(23) * 5) % 131, torch.arange(23) % 4 != 2
     found = [t.clone().requires_grad_() for t in (hidden, weight)]

@@ -21,7 +21,7 @@ from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
 from lowlat.train.layers.fused import checkpoint_activations, use_fused_layers
 from lowlat.train.layers.stacked_experts import stack_experts
-from lowlat.train.parallel.launch import joined
+from lowlat.train.parallel.launch import process_mesh
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schedule import StepPlan, Timetable
 from lowlat.train.recipe.schema import Optimizer as OptimizerTable
@@ -203,7 +203,7 @@ def main() -> None:
     """Arguments: a JSON list of specs, and the folder for 0.safetensors, 1.safetensors, ..."""
     specs = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
-    with joined(Parallel.model_validate(specs[0]["parallel"])):
+    with process_mesh(Parallel.model_validate(specs[0]["parallel"])):
         for index, spec in enumerate(specs):
             mesh = ProcessMesh(Parallel.model_validate(spec["parallel"]))
             result = train(spec, mesh)

@@ -19,11 +19,11 @@ from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.parallel.parallelize import ShardedParameters, parallelize
 from lowlat.train.recipe.schema import Recipe
-from lowlat.train.step.lora import add_updates, base_dtype
+from lowlat.train.step.lora import add_lora, base_dtype
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import Passes, PlainPasses
 from lowlat.train.step.teacher import Teacher
-from lowlat.train.step.trainable import hold_frozen, keep_all_but_attention
+from lowlat.train.step.trainable import cast_frozen, freeze_all_but_attention
 from lowlat.utils.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -41,7 +41,7 @@ def new_model(
     if recipe.lora is not None:
         assert start is not None
         model = started(start, config, base_dtype(recipe))
-        add_updates(model, recipe.lora, seed=recipe.seed, origin=recipe.name)
+        add_lora(model, recipe.lora, seed=recipe.seed, origin=recipe.name)
         model.load_state_dict(weights or {}, strict=False, assign=True)
     elif weights is not None:
         with torch.device("meta"):
@@ -56,8 +56,8 @@ def new_model(
         init_weights(model, seed=recipe.seed)
         stack_experts(model)
     if recipe.trainable == "attention":
-        keep_all_but_attention(model)
-        hold_frozen(model, DTYPES[recipe.precision])
+        freeze_all_but_attention(model)
+        cast_frozen(model, DTYPES[recipe.precision])
     if recipe.precision == "fp8":
         use_fp8(model)
     use_fused_layers(model)

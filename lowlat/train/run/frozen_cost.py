@@ -13,9 +13,9 @@ from lowlat.plan.job import Job
 from lowlat.plan.memory import (
     ACTIVATIONS,
     CASTS,
+    CHUNK_ELEMENTS,
     OPTIMISER,
     PIECE_COPIES,
-    PIECE_ELEMENTS,
     WEIGHTS,
     Memory,
     held,
@@ -149,7 +149,7 @@ def _more_logits(config: ModelConfig, job: Job) -> float:
     """What a piece of both models' logits takes beyond a piece of the loss without a teacher."""
     logits = float(job.device_tokens * config.vocab_size)
     taught = 2 * min(NATIVE_PIECE_BYTES, job.element_bytes * logits)
-    return max(0.0, taught - PIECE_COPIES * FP32_BYTES * min(PIECE_ELEMENTS, logits))
+    return max(0.0, taught - PIECE_COPIES * FP32_BYTES * min(CHUNK_ELEMENTS, logits))
 
 
 def _head_gradient(config: ModelConfig) -> float:

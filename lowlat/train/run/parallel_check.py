@@ -1,6 +1,5 @@
-"""Whether a model and the phases of a recipe can be divided as its [parallel] table says.
-
-Owns the refusals, so that a run ends before anything is read.
+"""Validation of the [parallel] table against the model and the phases of a recipe, before data is
+read.
 """
 
 from lowlat.config.model import ModelConfig

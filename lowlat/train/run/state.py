@@ -17,7 +17,7 @@ from lowlat.config.model import ModelConfig
 from lowlat.train.parallel.parallelize import ShardedParameters
 from lowlat.train.recipe.schedule import Timetable
 from lowlat.train.recipe.schema import Recipe, parse_recipe
-from lowlat.train.step.lora import is_update
+from lowlat.train.step.lora import is_lora_parameter
 from lowlat.train.step.optim import Optimizer
 from lowlat.utils.errors import UserError
 
@@ -43,9 +43,9 @@ def state_tensors(sharded: ShardedParameters, optimizer: Optimizer) -> Iterator[
 
     Collective; tensors come one after the other, so that no process needs room for all of them.
     """
-    updates_only = any(is_update(param.name) for param in sharded.parameters)
+    updates_only = any(is_lora_parameter(param.name) for param in sharded.parameters)
     for name, tensor in sharded.full_parameters():
-        if is_update(name) or not updates_only:
+        if is_lora_parameter(name) or not updates_only:
             yield MODEL + name, tensor
     for name, tensor in optimizer.tensors():
         yield OPTIMIZER + name, tensor

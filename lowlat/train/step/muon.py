@@ -1,5 +1,5 @@
-"""Muon: momentum whose matrices are made orthogonal (Keller Jordan 2024), scaled as Moonlight does
-(arXiv 2502.16982 section 2.2), for matrices and stacks of matrices.
+"""Muon optimizer (Keller Jordan 2024): momentum orthogonalised by Newton-Schulz iteration, scaled
+as in Moonlight (arXiv 2502.16982 section 2.2), for matrices and stacks of matrices.
 
 torch.optim.Muon takes single matrices only; stacked experts are three-dimensional.
 """
@@ -15,10 +15,10 @@ from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.parallel.sharding import Sharding
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic Newton-Schulz iteration."""
+"""Coefficients of the quintic Newton-Schulz iteration."""
 ITERATIONS = 5
 UPDATE_RMS = 0.2
-"""Root mean square of an update, AdamW's usual one, so that both share a learning rate."""
+"""RMS of an update: that of AdamW, so that both share a learning rate."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -34,9 +34,9 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.1,
     ) -> None:
-        """`shardings` say which pieces of whole tensors `params` are; without, they are whole.
-        `blocks` say how many matrices lie one below the other in each, 2 where gate rows are
-        followed by up rows; without, one.
+        """`shardings` tell which shards of full tensors `params` are; by default they are full.
+        `blocks` is the number of matrices stacked along the rows of each, 2 where gate rows precede
+        up rows; by default 1.
         """
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         shardings = shardings or [Sharding(ProcessMesh(), p.shape) for p in params]
@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalized(
     matrices: Float[Tensor, "*stack rows columns"],
 ) -> Float[Tensor, "*stack rows columns"]:
-    """Each matrix with its singular values brought near 1 by Newton-Schulz iteration, in its own
+    """Newton-Schulz iteration: each matrix with its singular values brought near 1, in its own
     dtype.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]

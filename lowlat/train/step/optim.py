@@ -1,5 +1,5 @@
-"""AdamW and Muon over the parameters of a model. Owns which parameter is treated how, clipping,
-and the optimiser's state by parameter name.
+"""AdamW and Muon over the parameters of a model: parameter groups, gradient clipping, and optimizer
+state by parameter name.
 """
 
 from collections.abc import Iterable, Iterator, MutableMapping
@@ -20,12 +20,12 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 class Optimizer:
-    """One or two of torch's optimisers over all parameters that take gradients."""
+    """One or two torch optimizers over all trainable parameters."""
 
     def __init__(
         self, model: nn.Module, table: OptimizerTable, sharded: ShardedParameters | None = None
     ) -> None:
-        """`sharded` says where the parameters of `model` are; without, in this process."""
+        """`sharded` holds the shards of the parameters of `model`; by default they are full."""
         self._sharded = sharded or ShardedParameters.unsharded(model)
         hidden, outer, plain = _groups(model, self._sharded)
         self.clip = table.clip
@@ -55,9 +55,9 @@ class Optimizer:
         )
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, forget the gradients; the gradient norm before clipping.
+        """Clip, update, zero the gradients; returns the gradient norm before clipping.
 
-        Nothing is updated where the norm is not finite.
+        Nothing is updated if the norm is not finite.
         """
         self._sharded.reduce_gradients()
         norm = self._sharded.gradient_norm(name for name, _ in self._named)
@@ -73,12 +73,12 @@ class Optimizer:
         return norm.item()
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         self._sharded.zero_grad()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The whole state, as ('exp_avg.layers.0.mlp.up_proj.weight', tensor), one tensor after the
-        other; empty before the first step. Collective.
+        """The full state, as ('exp_avg.layers.0.mlp.up_proj.weight', tensor), one tensor at a time;
+        empty before the first step. Collective.
         """
         yield from gather_along_pipeline(self._sharded.mesh, self._own_tensors())
 
@@ -92,12 +92,12 @@ class Optimizer:
                     yield f"{key}.{name}", value if value.ndim == 0 else sharding.full(value)
 
     def load(self, tensors: MutableMapping[str, Tensor]) -> None:
-        """Take what `tensors` gave out of a mapping, copying one after the other."""
+        """Load the state that `tensors` gave, popping one tensor at a time from the mapping."""
         for optimizer in self._optimizers():
             keys = ("momentum",) if optimizer is self._muon else ADAMW_STATE
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for name, parameter in self._named:
-                # What no gradient has reached yet has no state.
+                # Parameters without any gradient so far have no state.
                 if id(parameter) in own and f"{keys[0]}.{name}" in tensors:
                     sharding = self._sharded.sharding(name)
                     own_state = optimizer.state[parameter]
@@ -111,12 +111,12 @@ class Optimizer:
 
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps per parameter."""
+"""State of AdamW per parameter."""
 
 
 def _groups(model: nn.Module, sharded: ShardedParameters) -> tuple[Named, Named, Named]:
-    """Hidden matrices, matrices at the ends (embedding, head, gates), vectors (norms, biases), of
-    each what this process has.
+    """Trainable shards of this process: hidden matrices, outer matrices (embedding, head, gates),
+    vectors (norms, biases).
     """
     hidden: Named = []
     outer: Named = []
@@ -134,7 +134,7 @@ def _groups(model: nn.Module, sharded: ShardedParameters) -> tuple[Named, Named,
 
 
 def _ends(model: nn.Module) -> set[int]:
-    """Identities of the matrices that face tokens or experts rather than hidden channels."""
+    """Identities of the embedding, head and gate matrices."""
     found = {id(m.weight) for m in model.modules() if isinstance(m, Embedding | Gate)}
     for module in model.modules():
         if isinstance(module, Transformer):

@@ -1,6 +1,5 @@
-"""Forward and backward passes over the micro-batches of a batch: the interface, and the plain loop.
-
-Owns the order of micro-batches; the losses are `loss`'s, what gradients do is `optim`'s.
+"""Forward and backward passes over the micro-batches of a batch (gradient accumulation): the
+interface, and the implementation without pipeline parallelism.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +22,7 @@ from lowlat.train.step.teacher import Teacher
 
 
 class Passes(ABC):
-    """Gradients of a batch, added to those that the parameters hold."""
+    """Computes gradients of a batch and accumulates them in the parameters."""
 
     @abstractmethod
     def backward(
@@ -34,21 +33,21 @@ class Passes(ABC):
 
         Returns fp64 sums on the CPU over this process's tokens: negative log-likelihoods of the
         main head and of each MTP module, squared log-denominators, and with a teacher what the
-        phase matches: divergences, or errors of layers (`layerwise.layer_errors`), of which the
-        others are zero.
+        phase matches: KL divergences, or errors of layers (`layerwise.layer_errors`), with all
+        other sums zero.
         """
 
     @abstractmethod
     def likelihood(self, batch: Batch) -> Float[Tensor, "heads"]:
-        """Negative log-likelihoods of every head, and with a teacher the divergences from it,
-        without gradients, in one micro-batch: fp64 sums on the CPU, of which the processes of a
-        pipeline have parts.
+        """Negative log-likelihoods of every head, and with a teacher the KL divergence, without
+        gradients, in one micro-batch: fp64 sums on the CPU; in a pipeline the total over stages is
+        the result.
         """
 
 
 @final
 class PlainPasses(Passes):
-    """One micro-batch after the other through the whole model."""
+    """Micro-batch after micro-batch through the whole model."""
 
     def __init__(
         self,
@@ -58,7 +57,7 @@ class PlainPasses(Passes):
         teacher: Teacher | None = None,
     ) -> None:
         """`dtype` is that of activations; `mesh` divides the model and its tokens; `teacher` is
-        learned from.
+        distilled.
         """
         self._model = model
         self._dtype = dtype

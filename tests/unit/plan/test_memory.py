@@ -19,7 +19,7 @@ from lowlat.train.layers.fused import use_fused_layers
 from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.train.run.dry_run import require_fit
-from lowlat.train.step.lora import EXPERT_PROJECTIONS, add_updates, is_update
+from lowlat.train.step.lora import EXPERT_PROJECTIONS, add_lora, is_lora_parameter
 from tests.fakes import gqa_config, mla_config
 
 JOB = Job(sequence_length=128, batch_rows=8, precision="fp32", layout=Layout(zero=0))
@@ -137,11 +137,11 @@ def test_what_updates_keep(
         origin="r",
     )
     assert recipe.lora is not None
-    add_updates(model, recipe.lora, seed=3, origin="r")
+    add_lora(model, recipe.lora, seed=3, origin="r")
     use_fused_layers(model)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     for name, parameter in model.named_parameters():
-        if not is_update(name):
+        if not is_lora_parameter(name):
             parameter.data = parameter.data.to(dtype)
     found = require_fit(SPARSE, recipe, memory_bytes=2**40)
     hidden = torch.randn(4 * 128, 96).to(dtype).requires_grad_()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowlat.train.parallel.launch import joined
+from lowlat.train.parallel.launch import process_mesh
 from lowlat.train.parallel.mesh import TOKEN_AXES, ProcessMesh, view_sizes
 from lowlat.train.recipe.schedule import Timetable
 from lowlat.train.recipe.schema import Parallel, Recipe, parse_recipe
@@ -79,17 +79,17 @@ def test_a_mesh_of_one_process_changes_nothing() -> None:
 
 def test_a_process_alone_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined(Parallel()) as mesh:
+    with process_mesh(Parallel()) as mesh:
         assert mesh.world_size == 1
     with pytest.raises(UserError, match=r"r.toml: \[parallel\] is for 6 processes, 1 started"):
-        with joined(Parallel(fsdp=2, tensor=3), origin="r.toml"):
+        with process_mesh(Parallel(fsdp=2, tensor=3), origin="r.toml"):
             pass
 
 
 def test_only_the_first_says_that_processes_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit), joined(Parallel(tensor=3)):
+    with pytest.raises(SystemExit), process_mesh(Parallel(tensor=3)):
         pass
 
 
