@@ -17,7 +17,7 @@ from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Draining, EngineDead, Overloaded
 from lowlat.serve.http.access_log import AccessLogMiddleware
-from lowlat.serve.http.errors import answer_error
+from lowlat.serve.http.errors import handle_error
 from lowlat.serve.http.security import SecurityMiddleware
 from lowlat.serve.http.workers import WorkerPool
 from lowlat.serve.metrics import Metrics
@@ -40,7 +40,7 @@ def make_state(engine: AsyncEngine, config: ServeConfig) -> ServerState:
         engine=engine,
         config=config,
         workers=WorkerPool(threads=config.workers, max_waiting=config.max_waiting_work),
-        grammars=StructuredOutputManager(
+        structured_outputs=StructuredOutputManager(
             engine.model,
             max_waiting=config.max_waiting_grammars,
             max_bytes=config.max_grammar_bytes,
@@ -65,7 +65,7 @@ def build_app(state: ServerState) -> Starlette:
         openapi_route(state),
         *page_routes(state.config.api_keys, body_seconds=state.config.body_seconds),
     ]
-    metrics.name_routes(routes)
+    metrics.set_routes(routes)
     for route in routes:
         # Starlette's patterns end with $, which also matches before a final line break.
         route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"\Z")
@@ -87,7 +87,7 @@ def build_app(state: ServerState) -> Starlette:
             Middleware(AccessLogMiddleware, count=metrics.count),
             Middleware(SecurityMiddleware, config=state.config),
         ],
-        exception_handlers=dict.fromkeys(_HANDLED, answer_error),
+        exception_handlers=dict.fromkeys(_HANDLED, handle_error),
     )
     # Unknown paths get 404, not a redirect to the path with a slash.
     app.router.redirect_slashes = False

@@ -50,7 +50,7 @@ class Metrics:
             registry=self._registry,
         )
 
-    def name_routes(self, routes: Iterable[Route]) -> None:
+    def set_routes(self, routes: Iterable[Route]) -> None:
         """Set the known routes; requests for other paths count as UNKNOWN_ROUTE."""
         self._names = {route.endpoint: route.path for route in routes}
 

@@ -23,9 +23,9 @@ from lowlat.serve.state import ServerState
 from lowlat.utils.errors import UserError
 
 BACKLOG = 2048
-ANSWER_SECONDS = 5
+SHUTDOWN_SECONDS = 5
 """Seconds for sending buffered responses after generation has stopped."""
-HURRIED_ANSWER_SECONDS = 1
+FORCED_SHUTDOWN_SECONDS = 1
 """The same after a second signal."""
 SPARE_DESCRIPTORS = 256
 """File descriptors reserved for everything but client connections."""
@@ -140,7 +140,7 @@ def _uvicorn_config(state: ServerState) -> uvicorn.Config:
         proxy_headers=False,
         backlog=BACKLOG,
         timeout_keep_alive=config.keep_alive_seconds,
-        timeout_graceful_shutdown=ANSWER_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         h11_max_incomplete_event_size=limits.MAX_HEADER_BYTES,
     )
 
@@ -154,7 +154,7 @@ def _handle_signals(server: uvicorn.Server, state: ServerState) -> None:
         if draining:
             log(logging.WARNING, "aborting running requests", requests=state.num_requests)
             state.engine.cut_off()
-            server.config.timeout_graceful_shutdown = HURRIED_ANSWER_SECONDS
+            server.config.timeout_graceful_shutdown = FORCED_SHUTDOWN_SECONDS
             server.should_exit = True
         else:
             draining.append(loop.create_task(_drain(server, state)))

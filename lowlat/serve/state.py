@@ -21,7 +21,7 @@ class ServerState:
     engine: AsyncEngine
     config: ServeConfig
     workers: WorkerPool
-    grammars: StructuredOutputManager
+    structured_outputs: StructuredOutputManager
     started_at: int
     """Unix time in seconds when the app was created."""
     is_draining: bool = False
@@ -64,4 +64,4 @@ class ServerState:
     def close(self) -> None:
         """Stop the threads."""
         self.workers.close()
-        self.grammars.close()
+        self.structured_outputs.close()

@@ -53,9 +53,9 @@ def from_structured_outputs(given: StructuredOutputs) -> StructuredOutput:
     return Grammar(lark=given.grammar or "")
 
 
-LEAST_BYTES = 1 << 20
+MIN_GRAMMAR_BYTES = 1 << 20
 """Least memory to count for a grammar: its automaton grows while outputs are matched."""
-GROWTH = 4
+GROWTH_FACTOR = 4
 """Memory to count for a grammar, as a multiple of its size after a trial with a few tokens."""
 
 
@@ -101,12 +101,14 @@ class StructuredOutputManager:
     def _compile(
         self, output: StructuredOutput, cache_namespace: bytes, begins_text: bool
     ) -> CompiledGrammar:
-        self._held.check(cache_namespace, LEAST_BYTES)
+        self._held.check(cache_namespace, MIN_GRAMMAR_BYTES)
         # Created on first use: it reads the whole vocabulary, which takes up to a second.
         if self._compiler is None:
             self._compiler = GrammarCompiler(self._model.tokenizer, self._model.config.vocab_size)
         grammar = self._compiler.compile(output, begins_text=begins_text)
-        self._held.hold(cache_namespace, grammar, max(LEAST_BYTES, GROWTH * grammar.num_bytes))
+        self._held.hold(
+            cache_namespace, grammar, max(MIN_GRAMMAR_BYTES, GROWTH_FACTOR * grammar.num_bytes)
+        )
         return grammar
 
 

@@ -140,7 +140,7 @@ def test_who_reads_no_answer_is_cut_off(count: int, caplog: pytest.LogCaptureFix
             connection.connect((HOST, server.port))
             with contextlib.suppress(TimeoutError):
                 connection.sendall(request("GET", "/") * count)
-            until(lambda: "its connection is ended" in caplog.text, "the word about it")
+            until(lambda: "connection aborted" in caplog.text, "the word about it")
             # This end of it stays open.
             until(lambda: num_descriptors() <= quiet + 1, "the end of the connection")
 

@@ -69,15 +69,15 @@ class ScriptedGeneration(Generation):
         """Whether it was given up before its last token."""
         self._is_over = False
         pieces, self._pause = script_for(engine.last_text(prompt))
-        self._is_cut = max_tokens is not None and max_tokens < len(pieces)
-        self._pieces = pieces[:max_tokens] if self._is_cut else pieces
+        self._is_truncated = max_tokens is not None and max_tokens < len(pieces)
+        self._pieces = pieces[:max_tokens] if self._is_truncated else pieces
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         for number, piece in enumerate(self._pieces, 1):
             await asyncio.sleep(self._pause)
             is_last = number == len(self._pieces)
             self._is_over = is_last
-            finish = ("length" if self._is_cut else "stop") if is_last else None
+            finish = ("length" if self._is_truncated else "stop") if is_last else None
             yield Delta(
                 index=0, text=piece, tokens=(0,), logprobs=(), finish_reason=finish, error=None
             )

@@ -111,7 +111,7 @@ def _schema(function: Function) -> dict[str, object]:
     return NO_ARGUMENTS if function.parameters is None else function.parameters
 
 
-def _held_schema(function: Function, *, is_strict: bool) -> dict[str, object]:
+def _enforced_schema(function: Function, *, is_strict: bool) -> dict[str, object]:
     """The schema enforced on the arguments of a call."""
     if function.parameters is None:
         return {**NO_ARGUMENTS, "additionalProperties": False}
@@ -177,7 +177,9 @@ def _tool_call_constraint(
     functions = [
         ToolFunction(
             name=tool.function.name,
-            schema=_held_schema(tool.function, is_strict=required or tool.function.strict is True),
+            schema=_enforced_schema(
+                tool.function, is_strict=required or tool.function.strict is True
+            ),
             path=f"tools[{index}].function.parameters",
         )
         for index, tool in enumerate(tools)

@@ -15,7 +15,7 @@ from lowlat.serve.http.body import Disconnected
 from lowlat.serve.http.errors import response_to
 from lowlat.serve.http.logs import REQUEST_ID, choose_request_id, log
 
-CLIENT_CLOSED = 499
+CLIENT_CLOSED_REQUEST = 499
 """Status in logs and metrics when the client disconnected before the response (as in nginx)."""
 ID_HEADER = "x-request-id"
 
@@ -41,7 +41,7 @@ class AccessLogMiddleware:
 
     async def _observe(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         started = time.monotonic()
-        status = CLIENT_CLOSED
+        status = CLIENT_CLOSED_REQUEST
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -57,11 +57,11 @@ class AccessLogMiddleware:
             pass
         except asyncio.CancelledError:
             # The graceful shutdown timed out. A response that has begun breaks off.
-            if status == CLIENT_CLOSED:
+            if status == CLIENT_CLOSED_REQUEST:
                 await response_to(Draining())(scope, receive, send_with_id)
         except Exception as error:
             log(logging.ERROR, "internal error", error=error)
-            if status != CLIENT_CLOSED:
+            if status != CLIENT_CLOSED_REQUEST:
                 raise  # The response has begun: the connection must break, or it looks complete.
             await response_to(error)(scope, receive, send_with_id)
         finally:

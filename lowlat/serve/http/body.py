@@ -86,11 +86,11 @@ def parse_object(
     """
     try:
         return _parse(text, _finite if keeps_floats else _number)
-    except _Refused as error:
+    except _InvalidJson as error:
         raise RequestError(f"{what} {error}", param=param) from error.__cause__
 
 
-class _Refused(Exception):
+class _InvalidJson(Exception):
     """Why a text is rejected."""
 
 
@@ -106,11 +106,11 @@ def _parse(text: bytes, number: Callable[[str], int | float]) -> dict[str, Any]:
     except RecursionError as error:
         raise _too_deep() from error
     except UnicodeDecodeError as error:
-        raise _Refused(f"is not valid UTF-8 (byte {error.start})") from error
+        raise _InvalidJson(f"is not valid UTF-8 (byte {error.start})") from error
     except json.JSONDecodeError as error:
-        raise _Refused(f"is not valid JSON: {error.msg} at character {error.pos}") from error
+        raise _InvalidJson(f"is not valid JSON: {error.msg} at character {error.pos}") from error
     if not isinstance(value, dict):
-        raise _Refused("must be a JSON object")
+        raise _InvalidJson("must be a JSON object")
     _check_values(value, has_surrogates=_LONE_ESCAPE.search(text) is not None)
     return value
 
@@ -121,19 +121,19 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _Refused(f"has the duplicate key {key[:_SHOWN]!r}; keep one")
+                raise _InvalidJson(f"has the duplicate key {key[:_SHOWN]!r}; keep one")
             seen.add(key)
     return result
 
 
 def _refuse_constant(text: str) -> NoReturn:
-    raise _Refused(f"contains {text}, which is not a JSON number")
+    raise _InvalidJson(f"contains {text}, which is not a JSON number")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if number in (float("inf"), float("-inf")):
-        raise _Refused(f"contains the number {text[:_SHOWN]}, which is too large")
+        raise _InvalidJson(f"contains the number {text[:_SHOWN]}, which is too large")
     return number
 
 
@@ -145,7 +145,7 @@ def _number(text: str) -> int | float:
 
 def _bounded(text: str) -> int:
     if len(text) > 32:
-        raise _Refused(f"contains the number {text[:_SHOWN]}, which is too large")
+        raise _InvalidJson(f"contains the number {text[:_SHOWN]}, which is too large")
     return int(text)
 
 
@@ -155,7 +155,7 @@ def _check_values(value: object, *, has_surrogates: bool) -> None:
     for _ in range(limits.MAX_JSON_DEPTH):
         level = [child for item in level for child in _children(item)]
         if has_surrogates and any(_is_broken(item) for item in level):
-            raise _Refused("contains an unpaired surrogate in a string")
+            raise _InvalidJson("contains an unpaired surrogate in a string")
         level = [item for item in level if isinstance(item, dict | list)]
         if not level:
             return
@@ -180,5 +180,5 @@ def _is_broken(item: object) -> bool:
     return False
 
 
-def _too_deep() -> _Refused:
-    return _Refused(f"is nested deeper than {limits.MAX_JSON_DEPTH} levels")
+def _too_deep() -> _InvalidJson:
+    return _InvalidJson(f"is nested deeper than {limits.MAX_JSON_DEPTH} levels")

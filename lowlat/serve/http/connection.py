@@ -40,7 +40,7 @@ class Connection(H11Protocol):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._inner = self.app
-        self.app = self._answer
+        self.app = self._call_app
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
@@ -82,7 +82,7 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "invalid HTTP/1.1 request, or headers too large")
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _call_app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the app. A response before the end of the request closes the connection."""
         is_early = is_over = False
 

@@ -90,7 +90,7 @@ def response_to(error: Exception) -> Response:
     return error_response(status, message, param=param, code=code, headers=headers)
 
 
-async def answer_error(request: Request, error: Exception) -> Response:
+async def handle_error(request: Request, error: Exception) -> Response:
     """`response_to` with the signature of Starlette's exception handlers."""
     return response_to(error)
 

@@ -82,9 +82,9 @@ class CompletionRequest(SamplingRequest):
             case _:
                 return [item for item in self.prompt if isinstance(item, str | list)]
 
-    def to_params(self, room: int) -> SamplingParams:
-        """The engine's sampling params for a prompt that leaves `room` tokens of the context."""
-        default = max(1, min(DEFAULT_MAX_TOKENS, room))
+    def to_params(self, remaining: int) -> SamplingParams:
+        """The engine's sampling params for a prompt with `remaining` context tokens after it."""
+        default = max(1, min(DEFAULT_MAX_TOKENS, remaining))
         return self.sampling_params(max_tokens=self.max_tokens or default, logprobs=self.logprobs)
 
 

@@ -37,7 +37,7 @@ async def create_chat(ctx: RequestContext, request: ChatRequest) -> Response:
     reply = ChatResponseBuilder(ctx, request, prepared.make_parser)
     if request.stream:
         return stream_response(reply.events(), ctx.state.config)
-    return json_response(await reply.whole())
+    return json_response(await reply.complete())
 
 
 async def submit_chat(ctx: RequestContext, request: ChatRequest) -> PreparedChat:
@@ -47,10 +47,10 @@ async def submit_chat(ctx: RequestContext, request: ChatRequest) -> PreparedChat
     grammar = None
     if prepared.structured is not None:
         param = ctx.constraint_field = request.constraint_field
-        with _limits_named(request):
+        with _renamed_max_tokens(request):
             state.engine.check(prepared.ids, prepared.params)
         grammar = await ctx.compile(prepared.structured, param=param)
-    with _limits_named(request):
+    with _renamed_max_tokens(request):
         await ctx.submit(
             prepared.ids,
             prepared.params,
@@ -62,7 +62,7 @@ async def submit_chat(ctx: RequestContext, request: ChatRequest) -> PreparedChat
     return prepared
 
 
-def _limits_named(request: ChatRequest) -> AbstractContextManager[None]:
+def _renamed_max_tokens(request: ChatRequest) -> AbstractContextManager[None]:
     """The engine has one name for max_tokens, chats have two."""
     is_new = request.max_tokens is None
     return renamed_fields({"max_tokens": "max_completion_tokens"} if is_new else {})
@@ -90,7 +90,7 @@ class _Choice:
                 self.finish_reason = "tool_calls"
         return parts
 
-    def keep(self, delta: Delta, parts: list[Part]) -> None:
+    def collect(self, delta: Delta, parts: list[Part]) -> None:
         """Collect `parts` and log-probabilities for the complete message."""
         self.logprobs.extend(delta.logprobs)
         for part in parts:
@@ -136,17 +136,17 @@ class ChatResponseBuilder:
     def _tokenizer(self) -> Tokenizer:
         return self._ctx.state.model.tokenizer
 
-    async def whole(self) -> wire.ChatCompletion:
+    async def complete(self) -> wire.ChatCompletion:
         """The complete response."""
         async with aclosing(self._ctx.deltas()) as deltas:
             async for _, delta in deltas:
                 choice = self._choices[delta.index]
-                choice.keep(delta, choice.push(delta))
+                choice.collect(delta, choice.push(delta))
         return wire.ChatCompletion(
             id=self._id,
             created=self._created,
             model=self._request.model,
-            choices=[self._whole_choice(i, choice) for i, choice in enumerate(self._choices)],
+            choices=[self._complete_choice(i, choice) for i, choice in enumerate(self._choices)],
             usage=usage_of(self._ctx),
             lowlat=timings_of(self._ctx),
         )
@@ -164,7 +164,7 @@ class ChatResponseBuilder:
             yield event(last.model_dump_json())
         yield DONE
 
-    def _whole_choice(self, index: int, choice: _Choice) -> wire.ChatChoice:
+    def _complete_choice(self, index: int, choice: _Choice) -> wire.ChatChoice:
         logprobs = chat_logprobs(self._tokenizer, choice.logprobs)
         return wire.ChatChoice(
             index=index,

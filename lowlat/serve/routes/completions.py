@@ -56,7 +56,7 @@ async def create_completion(ctx: RequestContext, request: CompletionRequest) -> 
     reply = CompletionResponseBuilder(ctx, request, [echo for _, echo in prompts])
     if request.stream:
         return stream_response(reply.events(), state.config)
-    return json_response(await reply.whole())
+    return json_response(await reply.complete())
 
 
 def _check_queue(request: CompletionRequest, max_queue: int) -> None:
@@ -110,8 +110,9 @@ def _echo(model: Model, prompt: str | list[int]) -> str:
 
 
 class CompletionResponseBuilder:
-    """Makes the answer to `request` from the deltas of `ctx`; `echoes` are the prompts' texts
-    that answers begin with.
+    """Builds the response to `request` from the deltas of `ctx`.
+
+    `echoes`: for each prompt, the text that its completions start with.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class CompletionResponseBuilder:
         self._id = new_id("cmpl-")
         self._created = now()
 
-    async def whole(self) -> wire.CompletionResponse:
+    async def complete(self) -> wire.CompletionResponse:
         """The complete response."""
         count = self._n * len(self._echoes)
         texts = [[self._echoes[index // self._n]] for index in range(count)]

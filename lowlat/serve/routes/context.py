@@ -66,7 +66,7 @@ class RequestContext:
 
         Raises as `StructuredOutputManager.compile` does.
         """
-        return await self.state.grammars.compile(
+        return await self.state.structured_outputs.compile(
             output, param=param, cache_namespace=self._cache_namespace, begins_text=begins_text
         )
 

@@ -49,7 +49,7 @@ class JsonEndpoint(Generic[Body]):
         ctx = RequestContext(state, cache_namespace=scope["state"]["cache_namespace"])
         try:
             body = await self._read(scope, receive)
-            await _while_connected(receive, self._answer(ctx, body, scope, receive, send))
+            await _while_connected(receive, self._handle_body(ctx, body, scope, receive, send))
         finally:
             ctx.close()
             state.num_requests -= 1
@@ -64,7 +64,7 @@ class JsonEndpoint(Generic[Body]):
             receive, headers, max_bytes=config.max_body_bytes, seconds=config.body_seconds
         )
 
-    async def _answer(
+    async def _handle_body(
         self, ctx: RequestContext, body: bytes, scope: Scope, receive: Receive, send: Send
     ) -> None:
         request = await ctx.state.workers.run(_parse, self._kind, body)

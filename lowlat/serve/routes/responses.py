@@ -48,7 +48,7 @@ async def create_response(ctx: RequestContext, request: ResponsesRequest) -> Res
     reply = ResponsesBuilder(ctx, request, prepared.make_parser())
     if request.stream:
         return stream_response(reply.events(), ctx.state.config)
-    return json_response(await reply.whole())
+    return json_response(await reply.complete())
 
 
 class ResponsesBuilder:
@@ -64,10 +64,10 @@ class ResponsesBuilder:
         self._created = now()
         self._output = Output()
         self._reasoning_tokens = 0
-        self._is_cut = False
+        self._is_truncated = False
         self._number = 0
 
-    async def whole(self) -> wire.ResponseObject:
+    async def complete(self) -> wire.ResponseObject:
         """The complete response object."""
         async with aclosing(self._ctx.deltas()) as deltas:
             async for _, delta in deltas:
@@ -77,17 +77,17 @@ class ResponsesBuilder:
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The response as SSE events; an exception becomes the event response.failed."""
-        yield self._told("response.created", "in_progress")
-        yield self._told("response.in_progress", "in_progress")
+        yield self._status_event("response.created", "in_progress")
+        yield self._status_event("response.in_progress", "in_progress")
         try:
             async with aclosing(self._ctx.deltas()) as deltas:
                 async for _, delta in deltas:
-                    if told := b"".join(self._encode(*gain) for gain in self._take(delta)):
-                        yield told
+                    if chunk := b"".join(self._encode(*gain) for gain in self._take(delta)):
+                        yield chunk
         except Exception as error:
             yield self._failed(error)
             return
-        yield self._told(f"response.{self._final_status}", self._final_status)
+        yield self._status_event(f"response.{self._final_status}", self._final_status)
 
     def _take(self, delta: Delta) -> Iterator[Event]:
         before = self._parser.reasoning
@@ -100,12 +100,12 @@ class ResponsesBuilder:
         for part in parts:
             yield from self._output.push(part)
         if delta.finish_reason is not None:
-            self._is_cut = delta.finish_reason == "length"
-            yield from self._output.close("incomplete" if self._is_cut else "completed")
+            self._is_truncated = delta.finish_reason == "length"
+            yield from self._output.close("incomplete" if self._is_truncated else "completed")
 
     @property
     def _final_status(self) -> Literal["completed", "incomplete"]:
-        return "incomplete" if self._is_cut else "completed"
+        return "incomplete" if self._is_truncated else "completed"
 
     def _response(
         self, status: Literal["in_progress", "completed", "incomplete", "failed"]
@@ -148,7 +148,9 @@ class ResponsesBuilder:
             total_tokens=ctx.prompt_tokens + ctx.num_tokens,
         )
 
-    def _told(self, kind: str, status: Literal["in_progress", "completed", "incomplete"]) -> bytes:
+    def _status_event(
+        self, kind: str, status: Literal["in_progress", "completed", "incomplete"]
+    ) -> bytes:
         response = self._response(status).model_dump(by_alias=True)
         return self._encode(kind, {"response": response})
 

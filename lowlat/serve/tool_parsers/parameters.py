@@ -93,13 +93,13 @@ def _followed(schema: Schema, path: str) -> Schema:
     for _ in range(MAX_REFERENCES):
         if "$ref" not in schema:
             return {**schema, **shared}
-        beside = set(schema) - {"$ref", "type", "$schema", "$id"} - ANNOTATIONS
+        others = set(schema) - {"$ref", "type", "$schema", "$id"} - ANNOTATIONS
         target = _target(shared, schema["$ref"])
-        if beside or not isinstance(target, Mapping):
+        if others or not isinstance(target, Mapping):
             break
         schema = target
     raise schema_error(
-        f"{path}.$ref", "it has to lead to a schema under $defs, with nothing beside it"
+        f"{path}.$ref", "it must be the only keyword and refer to a schema under $defs"
     )
 
 

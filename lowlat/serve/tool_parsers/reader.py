@@ -27,9 +27,9 @@ class IncrementalReader:
 
     def feed(self, text: str) -> None:
         """Add text that has arrived."""
-        kept = self._at if self._mark is None else self._mark
-        self._text = self._text[kept:] + text
-        self._at -= kept
+        start = self._at if self._mark is None else self._mark
+        self._text = self._text[start:] + text
+        self._at -= start
         if self._mark is not None:
             self._mark = 0
 
@@ -187,9 +187,9 @@ class IncrementalReader:
                 self._at += len(self.unread)
                 return None
             if index >= 0:
-                kept = unread[len(shown) : index + len(literal)]
-                self._at += len(kept)
-                return kept
+                rest = unread[len(shown) : index + len(literal)]
+                self._at += len(rest)
+                return rest
             yield
 
 

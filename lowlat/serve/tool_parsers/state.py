@@ -28,7 +28,7 @@ Schemas = Mapping[str, Mapping[str, Any]]
 
 
 class ParserState:
-    """An answer that is being read: `reader` has its text, `parts` what became of it."""
+    """State of parsing one output: `reader` holds the text, `parts` the emitted parts."""
 
     def __init__(self, schemas: Schemas, new_id: Callable[[], str]) -> None:
         self.reader = IncrementalReader()

@@ -287,7 +287,7 @@ def test_nothing_is_forced_without_need() -> None:
 
 
 def test_a_grammar_is_no_part_of_another() -> None:
-    with pytest.raises(UserError, match="grammar does not go together"):
+    with pytest.raises(UserError, match="grammar cannot be combined"):
         constrained_output(
             TOKENIZER, output=Grammar(lark="start: /a/"), calls=None, reasoning=BEGUN
         )

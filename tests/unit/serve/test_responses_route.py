@@ -105,7 +105,7 @@ def test_tokens_of_reasoning(
     parser = OutputParser(marks=ReasoningTags("<think>", "</think>"), thinking=thinking)
     request = ResponsesRequest.model_validate(BODY)
     reply = ResponsesBuilder(Told(steps), request, parser)
-    answer = asyncio.run(reply.whole())
+    answer = asyncio.run(reply.complete())
     assert answer.usage is not None
     assert answer.usage.output_tokens_details.reasoning_tokens == count
 

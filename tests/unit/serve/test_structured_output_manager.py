@@ -18,7 +18,7 @@ from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Overloaded
 from lowlat.serve.state import ServerState
-from lowlat.serve.structured_outputs import LEAST_BYTES, MemoryBudget, StructuredOutputManager
+from lowlat.serve.structured_outputs import MIN_GRAMMAR_BYTES, MemoryBudget, StructuredOutputManager
 from tests.fakes import byte_tokenizer, gqa_config, tiny_model
 
 from .fake_engine import FakeEngine
@@ -69,7 +69,9 @@ def test_grammars_of_all_requests_share_a_budget(engine: FakeEngine) -> None:
     """Holds shut: forms that each are small enough, and together take all memory."""
 
     async def ask() -> None:
-        grammars = StructuredOutputManager(engine.model, max_waiting=4, max_bytes=9 * LEAST_BYTES)
+        grammars = StructuredOutputManager(
+            engine.model, max_waiting=4, max_bytes=9 * MIN_GRAMMAR_BYTES
+        )
         held = []
         with pytest.raises(Overloaded):
             for _ in range(99):
@@ -88,7 +90,7 @@ def served() -> Iterator[tuple[TestClient, ServerState]]:
     """A server with an engine, and room for one small form."""
     config = gqa_config(max_position_embeddings=512)
     model = Model(tiny_model(config, torch.float32), byte_tokenizer(), name="tiny")
-    state = make_state(AsyncEngine(model), ServeConfig(max_grammar_bytes=LEAST_BYTES))
+    state = make_state(AsyncEngine(model), ServeConfig(max_grammar_bytes=MIN_GRAMMAR_BYTES))
     with TestClient(build_app(state), base_url="http://127.0.0.1:8000") as client:
         yield client, state
 
@@ -118,8 +120,8 @@ def test_a_grammar_is_freed_with_its_request(
         for _ in range(3):
             assert post(client, Choice(options=("yes", "no")), **options).status_code == status
             until = time.monotonic() + 30.0
-            while state.grammars.used_bytes and time.monotonic() < until:
+            while state.structured_outputs.used_bytes and time.monotonic() < until:
                 time.sleep(0.01)
-            assert state.grammars.used_bytes == 0
+            assert state.structured_outputs.used_bytes == 0
     finally:
         gc.enable()
