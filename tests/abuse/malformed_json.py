@@ -62,10 +62,13 @@ def malformed_json() -> Iterator[Case]:
         "YAML": (b"model: tiny\nprompt: Hi\n", "not valid JSON"),
         "XML": (b"<?xml version='1.0'?><!DOCTYPE a SYSTEM 'file:///etc/passwd'>", "not valid JSON"),
         "a pickle": (b"\x80\x04\x95\x17\x00cos\nsystem\n(S'id'\ntR.", "UTF-8"),
-        "a key twice": (b"{" + inner + b', "prompt": "Ho"}', "'prompt' twice"),
-        "a key twice, once escaped": (b"{" + inner + b', "\\u0070rompt": "Ho"}', "'prompt' twice"),
+        "a key twice": (b"{" + inner + b', "prompt": "Ho"}', "duplicate key 'prompt'"),
+        "a key twice, once escaped": (
+            b"{" + inner + b', "\\u0070rompt": "Ho"}',
+            "duplicate key 'prompt'",
+        ),
         "a key twice, inside": (
-            b"{" + inner + b', "logit_bias": {"1": 1, "1": 2}}', "'1' twice"
+            b"{" + inner + b', "logit_bias": {"1": 1, "1": 2}}', "duplicate key '1'"
         ),
         "half a pair": (b'{"model": "\\ud800"}', "surrogate"),
         "the other half": (b'{"model": "tiny", "prompt": "\\udc00x"}', "surrogate"),

@@ -48,8 +48,7 @@ def test_prompts_are_taken_together_or_not_at_all(client: TestClient, engine: Fa
     answer = client.post(PATH, json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == (
-        "prompt: 3 prompts are more than the 2 requests that this server lets wait; send fewer at"
-        " once"
+        "prompt: 3 prompts exceed the queue of this server (2); send fewer per request"
     )
     assert answer.json()["error"]["param"] == "prompt"
     assert len(engine.asked) == 3

@@ -67,18 +67,18 @@ ARGUMENTS = '{"city": "Bern", "days": 3}'
 BEGIN, END, CALL, CALL_END, SEP = DEEPSEEK
 SECTION, SECTION_END, KIMI_CALL, KIMI_END, KIMI_ARGUMENTS = KIMI
 WRITTEN = {
-    "Hermes": f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>',
-    "Llama": f'{{"name": "weather", "parameters": {ARGUMENTS}}}',
+    "HermesToolParser": f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>',
+    "Llama3ToolParser": f'{{"name": "weather", "parameters": {ARGUMENTS}}}',
     "MistralListToolParser": f'[TOOL_CALLS] [{{"name": "weather", "arguments": {ARGUMENTS}}}]',
     "MistralToolParser": f"[TOOL_CALLS]weather[ARGS]{ARGUMENTS}",
     "DeepSeekV3ToolParser": (
         f"{BEGIN}{CALL}function{SEP}weather\n```json\n{ARGUMENTS}\n```{CALL_END}{END}"
     ),
     "DeepSeekV31ToolParser": f"{BEGIN}{CALL}weather{SEP}{ARGUMENTS}{CALL_END}{END}",
-    "Kimi": (
+    "KimiK2ToolParser": (
         f"{SECTION}{KIMI_CALL}functions.weather:0{KIMI_ARGUMENTS}{ARGUMENTS}{KIMI_END}{SECTION_END}"
     ),
-    "Glm": (
+    "GlmToolParser": (
         "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Bern</arg_value>\n"
         "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
     ),
@@ -218,7 +218,7 @@ def test_several_calls(tools: ToolParser, compiler: GrammarCompiler) -> None:
             separator = "\n" if isinstance(tools, DeepSeekV3ToolParser) else ""
             twice = f"{opening}{inner}{separator}{inner}{closing}"
     assert check_calls(parse(twice, tools)) == 2
-    assert accepts(compiler.compile(forced(tools)), twice) == tools.several
+    assert accepts(compiler.compile(forced(tools)), twice) == tools.parallel
     assert not accepts(compiler.compile(forced(tools, parallel=False)), twice)
 
 
@@ -240,7 +240,7 @@ def test_structured_output_or_calls(compiler: GrammarCompiler) -> None:
     output = JsonSchema(schema='{"type": "object", "properties": {"a": {"type": "null"}}}')
     grammar = compiler.compile(forced(HermesToolParser(), required=False, output=output))
     assert accepts(grammar, '{"a": null}')
-    assert accepts(grammar, WRITTEN["Hermes"])
+    assert accepts(grammar, WRITTEN["HermesToolParser"])
     assert not accepts(grammar, "text")
 
 
@@ -277,7 +277,7 @@ def test_calls_after_reasoning(compiler: GrammarCompiler) -> None:
     text = f"<think>\nI <tool_call> it.\n</think>\n\n{WRITTEN['Hermes']}"
     assert accepts(grammar, text)
     assert check_calls(parse(text, HermesToolParser(), "maybe")) == 1
-    assert accepts(grammar, WRITTEN["Hermes"])
+    assert accepts(grammar, WRITTEN["HermesToolParser"])
 
 
 def test_nothing_is_forced_without_need() -> None:

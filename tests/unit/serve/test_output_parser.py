@@ -69,11 +69,11 @@ def call(index: int, name: str, arguments: str) -> list[Part]:
 
 # Two calls, f with text that needs escapes and g without arguments, after content.
 TWO_CALLS = {
-    "Hermes": (
+    "HermesToolParser": (
         'Well.\n<tool_call>\n{"name": "f", "arguments": {"a": "x\\"}<", "n": [5, {}]}}'
         '\n</tool_call>\n<tool_call>\n{"arguments": {}, "name": "g"}\n</tool_call>\n'
     ),
-    "Llama": (
+    "Llama3ToolParser": (
         '{"name": "f", "parameters": {"a": "x\\"}<", "n": [5, {}]}}; '
         '{"type": "function", "name": "g", "parameters": {}}'
     ),
@@ -92,13 +92,13 @@ TWO_CALLS = {
         f'Well.{DS[0]}{DS[2]}f{DS[4]}{{"a": "x\\"}}<", "n": [5, {{}}]}}{DS[3]}'
         f"{DS[2]}g{DS[4]}{{}}{DS[3]}{DS[1]}"
     ),
-    "Kimi": (
+    "KimiK2ToolParser": (
         "Well.<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0"
         '<|tool_call_argument_begin|>{"a": "x\\"}<", "n": [5, {}]}<|tool_call_end|>'
         "<|tool_call_begin|>functions.g:1<|tool_call_argument_begin|>{}<|tool_call_end|>"
         "<|tool_calls_section_end|>"
     ),
-    "Glm": (
+    "GlmToolParser": (
         'Well.\n<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>x"}<</arg_value>\n<arg_key>n</arg_key>'
         "\n<arg_value>[5, {}]</arg_value>\n</tool_call>\n<tool_call>g\n</tool_call>"
     ),
@@ -113,7 +113,7 @@ TWO_CALLS = {
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
 def test_every_format_is_parsed(tools: ToolParser) -> None:
     parts = parse([TWO_CALLS[type(tools).__name__]], tools=tools)
-    if not isinstance(tools, Llama):
+    if not isinstance(tools, Llama3ToolParser):
         assert parts.pop(0) == ContentPart("Well.")
     assert parts == [*call(0, "f", '{"a": "x\\"}<", "n": [5, {}]}'), *call(1, "g", "{}")]
 

@@ -13,7 +13,7 @@ from lowlat.serve.generation import Delta
 from lowlat.serve.protocol.messages import AssistantMessage
 from lowlat.serve.protocol.responses import ResponsesRequest
 from lowlat.serve.protocol.responses_output import ResponseObject
-from lowlat.serve.routes.context import Call
+from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.responses import ResponsesBuilder
 from lowlat.serve.routes.responses_input import as_chat
 from lowlat.serve.routes.responses_output import Output
@@ -59,7 +59,7 @@ def test_complete_response(client: TestClient, engine: FakeEngine) -> None:
     assert b"Be kind" in bytes(id for id in engine.asked[0].prompt if id < 256)
 
 
-class Told(Call):
+class ScriptedContext(RequestContext):
     """Of which each step brings a text and so many tokens."""
 
     def __init__(self, steps: list[tuple[str, int]]) -> None:
@@ -104,7 +104,7 @@ def test_tokens_of_reasoning(
     """Marks and line ends that are held back are counted with it."""
     parser = OutputParser(marks=ReasoningTags("<think>", "</think>"), thinking=thinking)
     request = ResponsesRequest.model_validate(BODY)
-    reply = ResponsesBuilder(Told(steps), request, parser)
+    reply = ResponsesBuilder(ScriptedContext(steps), request, parser)
     answer = asyncio.run(reply.complete())
     assert answer.usage is not None
     assert answer.usage.output_tokens_details.reasoning_tokens == count

@@ -124,7 +124,7 @@ def test_special_token_markers_are_kept_in_the_text() -> None:
     tokenizer = tokenizer_of("kimi")
     features = TemplateFeatures.of(tokenizer)
     kept = features.keep_special(thinking="maybe", tools=True)
-    assert {tokenizer.added_tokens[id] for id in kept} == set(Kimi.markers)
+    assert {tokenizer.added_tokens[id] for id in kept} == set(KimiK2ToolParser.markers)
     assert features.keep_special(thinking="maybe", tools=False) == frozenset()
     assert kept <= tokenizer.special_ids
 

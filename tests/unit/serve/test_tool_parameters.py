@@ -35,13 +35,13 @@ def compiler() -> GrammarCompiler:
 def grammar_of(tools: ToolParser, schema: dict[str, Any], compiler: GrammarCompiler) -> Any:
     function = ToolFunction(name="f", schema={"type": "object", **schema}, path=PLACE)
     calls = ToolCallConstraint(format=tools, functions=[function], parallel=True, required=True)
-    output = constrained_output(TOKENIZER, form=None, calls=calls, reasoning=None)
+    output = constrained_output(TOKENIZER, output=None, calls=calls, reasoning=None)
     assert output is not None
     return compiler.compile(output)
 
 
 def written(tools: ToolParser, *pairs: tuple[str, str]) -> str:
-    if isinstance(tools, Glm):
+    if isinstance(tools, GlmToolParser):
         texts = [f"<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>\n" for k, v in pairs]
         return f"<tool_call>f\n{''.join(texts)}</tool_call>"
     texts = [f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in pairs]
