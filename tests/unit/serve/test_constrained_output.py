@@ -67,7 +67,9 @@ ARGUMENTS = '{"city": "Bern", "days": 3}'
 BEGIN, END, CALL, CALL_END, SEP = DEEPSEEK
 SECTION, SECTION_END, KIMI_CALL, KIMI_END, KIMI_ARGUMENTS = KIMI
 WRITTEN = {
-    "HermesToolParser": f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>',
+    "HermesToolParser": (
+        f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
+    ),
     "Llama3ToolParser": f'{{"name": "weather", "parameters": {ARGUMENTS}}}',
     "MistralListToolParser": f'[TOOL_CALLS] [{{"name": "weather", "arguments": {ARGUMENTS}}}]',
     "MistralToolParser": f"[TOOL_CALLS]weather[ARGS]{ARGUMENTS}",
