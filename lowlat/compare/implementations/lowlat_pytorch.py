@@ -12,6 +12,7 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.attention.cache import PAGE_SIZE, PagedCache
 from lowlat.attention.cached import CachedAttention
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
+from lowlat.attention.path import AttentionPath, choose_path
 from lowlat.compare.diagnosis.gate_reference import routing_weights
 from lowlat.compare.implementations.base import Implementation
 from lowlat.compare.observe import AttentionShape, Observer
