@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.fill_parameters import type_name
+from lowlat.checkpoint.fill_parameters import dtype_label
 from lowlat.checkpoint.mapping import (
     SCALE_SUFFIX,
     check_scale_type,
@@ -32,7 +32,7 @@ ROW_STEP = 128
 """Rows are multiplied out in multiples of this: whole blocks and tiles."""
 
 
-def dense_source(
+def dequantized_source(
     source: TensorSource, config: ModelConfig, dtype: torch.dtype
 ) -> tuple[TensorSource, ModelConfig]:
     """`source` and its config as a checkpoint without fp8 blocks and packed weights.
@@ -51,7 +51,7 @@ def dense_source(
         weights: dict[str, Weight] = {name: _Blocks(name, config.quantization) for name in names}
         for weight in weights.values():
             weight.check(source)
-        return DenseSource(source, weights, dtype), plain
+        return DequantizedSource(source, weights, dtype), plain
     if config.packing is not None:
         weights = _packed_weights(config)
         for weight in weights.values():
@@ -59,7 +59,7 @@ def dense_source(
         # in whose place the embedding is read
         head = weights.pop("lm_head.weight") if config.tie_word_embeddings else None
         hidden = [] if head is None else ["lm_head.weight", *head.scales()]
-        return DenseSource(source, weights, dtype, hidden), plain
+        return DequantizedSource(source, weights, dtype, hidden), plain
     return source, plain
 
 
@@ -147,8 +147,8 @@ class _Packed(Weight):
             found, dtype = source.shape(name), source.dtype(name)
             if dtype != parameter.dtype:
                 raise UserError(
-                    f"{source.where(name)} is {type_name(dtype)}, not "
-                    f"{type_name(parameter.dtype)}, as quantization_config says"
+                    f"{source.where(name)} is {dtype_label(dtype)}, not "
+                    f"{dtype_label(parameter.dtype)}, as quantization_config says"
                 )
             if found != shape:
                 raise UserError(
@@ -161,7 +161,7 @@ class _Packed(Weight):
 
 
 @final
-class DenseSource(TensorSource):
+class DequantizedSource(TensorSource):
     """`source` without scales and `hidden` tensors: `weights` are read as matrices of `dtype`;
     `hf_config` stays.
     """

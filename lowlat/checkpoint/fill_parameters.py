@@ -20,13 +20,13 @@ from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.model.linear import Linear, Storage
 from lowlat.ops.quantized import Empty
 from lowlat.utils.errors import UserError
-from lowlat.utils.huge_pages import LargePages
+from lowlat.utils.huge_pages import HugePageAllocator
 from lowlat.utils.progress import Progress
 
 FP8 = torch.float8_e4m3fn
 
 
-def fill(
+def fill_parameters(
     source: TensorSource,
     plan: Sequence[Operation],
     parameters: Mapping[str, Tensor],
@@ -42,7 +42,7 @@ def fill(
     that are no weight's and for values that are not finite where they must be.
     """
     filled: dict[str, Tensor] = {}
-    empty = LargePages().empty if device.type == "cpu" else torch.empty
+    empty = HugePageAllocator().empty if device.type == "cpu" else torch.empty
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     total = sum(_stored_bytes(source, name) for step in plan for name in step.file_shapes(shapes))
     with progress.task("Loading weights", total=total, unit="bytes") as task:
@@ -70,8 +70,8 @@ def _fit_stored(
     """
     if stored in PACKED_DTYPES or parameter.endswith(PACKED_SUFFIXES):
         if tensor.dtype != stored:
-            wanted = f"{type_name(stored)}, as quantization_config says"
-            raise UserError(f"{where} is {type_name(tensor.dtype)}, not {wanted}")
+            wanted = f"{dtype_label(stored)}, as quantization_config says"
+            raise UserError(f"{where} is {dtype_label(tensor.dtype)}, not {wanted}")
         return tensor
     return fit(tensor, parameter, where, stored == FP8, dtype)
 
@@ -94,7 +94,7 @@ def fit(
     if blocks or tensor.dtype not in PLAIN_DTYPES:
         if not blocks or tensor.dtype != FP8:
             wanted = "fp8 (F8_E4M3), as quantization_config says" if blocks else "a plain float"
-            raise UserError(f"{where} is {type_name(tensor.dtype)}, not {wanted}")
+            raise UserError(f"{where} is {dtype_label(tensor.dtype)}, not {wanted}")
         return tensor
     result = tensor.to(tensor.dtype if dtype is None else dtype)
     if result.dtype == torch.float16 != tensor.dtype:
@@ -112,7 +112,7 @@ def fit_packed(
     that are not finite or beyond the range of the storage.
     """
     if tensor.dtype not in PLAIN_DTYPES:
-        raise UserError(f"{where} is {type_name(tensor.dtype)}, not a plain float")
+        raise UserError(f"{where} is {dtype_label(tensor.dtype)}, not a plain float")
     parts = linear.pack(tensor, empty)
     check_packed(parts, linear.storage, where)
     prefix = parameter.removesuffix("weight")
@@ -150,6 +150,6 @@ def _stored_bytes(source: TensorSource, name: str) -> int:
     return math.prod(source.shape(name)) * source.dtype(name).itemsize
 
 
-def type_name(dtype: torch.dtype) -> str:
+def dtype_label(dtype: torch.dtype) -> str:
     """'uint8'."""
     return str(dtype).removeprefix("torch.")

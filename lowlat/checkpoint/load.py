@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from lowlat.checkpoint.dequantized_source import dense_source
-from lowlat.checkpoint.fill_parameters import fill
+from lowlat.checkpoint.dequantized_source import dequantized_source
+from lowlat.checkpoint.fill_parameters import fill_parameters
 from lowlat.checkpoint.hf_folder import open_checkpoint
-from lowlat.checkpoint.mapping import check_tensors, operations, settle_mtp
+from lowlat.checkpoint.mapping import check_tensors, operations, resolve_mtp_modules
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.model import ModelConfig, Packing
@@ -28,7 +28,7 @@ from lowlat.utils.progress import Progress, SilentProgress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Loaded:
+class LoadedModel:
     """A model filled from a checkpoint."""
 
     model: Transformer
@@ -47,7 +47,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "cpu",
     progress: Progress | None = None,
-) -> Loaded:
+) -> LoadedModel:
     """The model of `checkpoint`: a Hugging Face folder or a .gguf file, opened already or not.
 
     dtype: "auto" keeps every tensor as stored (fp8 blocks included; GGUF's block formats become
@@ -70,12 +70,12 @@ def load_model(
     place = parse_device(device)
     stored = checkpoint if isinstance(checkpoint, TensorSource) else open_checkpoint(checkpoint)
     source = stored
-    config = settle_mtp(read_config(source), source)
+    config = resolve_mtp_modules(read_config(source), source)
     is_packed, keeps = config.packing is not None, dtype in ("auto", "bf16", config.packing)
     if (is_packed and not keeps) or (config.quantization is not None and wanted is not None):
         # packing rounds once, from the exact values
         multiplied = torch.float32 if form or wanted is None else wanted
-        source, config = dense_source(source, config, multiplied)
+        source, config = dequantized_source(source, config, multiplied)
     model = _empty_model(config, source)
     if form and config.packing is None:
         model.add_head()
@@ -88,9 +88,11 @@ def load_model(
         made = weight_bytes(config, form) if form and config.packing is None else None
         _check_memory(stored, source, wanted, dtype, made)
     packed = store_packed(model, form) if form and config.packing is None else {}
-    filled = fill(source, plan, parameters, wanted, place, progress or SilentProgress(), packed)
+    filled = fill_parameters(
+        source, plan, parameters, wanted, place, progress or SilentProgress(), packed
+    )
     model.load_state_dict(filled, strict=True, assign=True)
-    return Loaded(model=model, config=config, path=stored.path)
+    return LoadedModel(model=model, config=config, path=stored.path)
 
 
 def read_config(source: TensorSource) -> ModelConfig:

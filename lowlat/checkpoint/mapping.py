@@ -75,7 +75,7 @@ def mtp_prefix(config: ModelConfig, depth: int) -> str:
     return f"model.layers.{config.num_hidden_layers + depth}."
 
 
-def settle_mtp(config: ModelConfig, source: TensorSource) -> ModelConfig:
+def resolve_mtp_modules(config: ModelConfig, source: TensorSource) -> ModelConfig:
     """`config` with the MTP modules that the file really has.
 
     Checkpoints saved by programs without MTP keep `num_nextn_predict_layers` but lose its

@@ -52,7 +52,7 @@ def partial_path(dst: Path) -> Path:
     return dst.with_name(f".{dst.name}.partial")
 
 
-def write_planned(
+def write_resumable(
     dst: Path,
     files: Sequence[FileLayout],
     extra_files: Mapping[str, bytes],
@@ -97,7 +97,7 @@ def write_planned(
     sync_parent(dst)
 
 
-def check_room(dst: Path, needed: int) -> None:
+def require_free_space(dst: Path, needed: int) -> None:
     """Raises UserError where the disk has no room for `needed` bytes of `dst`."""
     if shortage := _shortage(dst.parent, needed):
         raise UserError(f"{dst}: {shortage} on its disk; make room or choose another destination")
@@ -161,7 +161,7 @@ def _write_all(
     )
     needed = sum(file.size for file in files) - kept
     if not kept:
-        check_room(dst, needed)
+        require_free_space(dst, needed)
     elif shortage := _shortage(partial, needed):
         raise OSError(errno.ENOSPC, shortage)
     if kept:

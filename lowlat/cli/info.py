@@ -106,10 +106,10 @@ def open_subject(name: str, path: Path) -> Subject:
     """The checkpoint at `path` (folder or .gguf file), described from its headers."""
     from lowlat.checkpoint.hf_folder import open_checkpoint
     from lowlat.checkpoint.load import read_config
-    from lowlat.checkpoint.mapping import settle_mtp
+    from lowlat.checkpoint.mapping import resolve_mtp_modules
 
     source = open_checkpoint(path)
-    config = settle_mtp(read_config(source), source)
+    config = resolve_mtp_modules(read_config(source), source)
     sizes = (
         math.prod(source.shape(tensor)) * source.dtype(tensor).itemsize for tensor in source.names()
     )

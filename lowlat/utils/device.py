@@ -24,7 +24,7 @@ def parse_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """What users call `dtype`, a plain or a cache's."""
     return next(name for name, own in (DTYPES | CACHE_DTYPES).items() if own == dtype)
 

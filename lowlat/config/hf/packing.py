@@ -12,7 +12,7 @@ padded. Owns the object; other quantization methods are `hf`'s.
 from typing import Any
 
 from lowlat.config.model import Packing
-from lowlat.utils.json_fields import Fields
+from lowlat.utils.json_fields import JsonFields
 
 METHOD = "lowlat"
 """Value of quant_method."""
@@ -21,7 +21,7 @@ GROUP_SIZE = 32
 TILE_ROWS = 16
 
 
-def packing_from_hf(table: Fields) -> Packing:
+def packing_from_hf(table: JsonFields) -> Packing:
     """What the object `table` says. Raises UserError naming a field that is wrong or unknown."""
     table.choice("quant_method", (METHOD,))
     bits = table.integer("bits")

@@ -29,7 +29,7 @@ from typing import Any
 
 from lowlat.config.model import MLAConfig
 from lowlat.utils.errors import UserError
-from lowlat.utils.json_fields import Fields
+from lowlat.utils.json_fields import JsonFields
 
 KEY = "lowlat"
 
@@ -39,13 +39,13 @@ def padded_rank(rank: int) -> int:
     return 64 * -(-rank // 63)
 
 
-def native_attention(fields: Fields, standard: MLAConfig, model_type: str) -> MLAConfig:
+def native_attention(fields: JsonFields, standard: MLAConfig, model_type: str) -> MLAConfig:
     """The attention lowlat uses: `standard`, or what the "lowlat" object says instead."""
     table = fields.table(KEY)
     if table is None:
         return standard
     if model_type != "deepseek_v3":
-        raise fields.fault(
+        raise fields.error(
             KEY, f"belongs to model_type 'deepseek_v3', not '{model_type}'; remove it"
         )
     rank = table.integer("kv_lora_rank")
@@ -91,7 +91,7 @@ def extension_to_hf(native: MLAConfig, hidden_size: int) -> dict[str, Any]:
 
 
 def _check_standard_numbers(
-    fields: Fields, standard: MLAConfig, rank: int, query_rank: int | None
+    fields: JsonFields, standard: MLAConfig, rank: int, query_rank: int | None
 ) -> None:
     if standard.kv_lora_rank != rank:
         raise fields.wrong("kv_lora_rank", f"{rank} beside lowlat.kv_lora_rank")

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowlat.utils.huge_pages import ALIGNMENT, BLOCK, HAS_LARGE_PAGES, LargePages, zeros
+from lowlat.utils.huge_pages import ALIGNMENT, BLOCK, HAS_HUGE_PAGES, HugePageAllocator, zeros
 
-needs_large_pages = pytest.mark.skipif(
-    not HAS_LARGE_PAGES or not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+needs_huge_pages = pytest.mark.skipif(
+    not HAS_HUGE_PAGES or not Path("/sys/kernel/mm/transparent_hugepage").exists(),
     reason="the system has no large pages",
 )
 
 
-def asks_for_large_pages(tensor: torch.Tensor) -> bool:
+def asks_for_huge_pages(tensor: torch.Tensor) -> bool:
     """Whether the mapping in which `tensor` begins does."""
     is_inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -27,15 +27,15 @@ def asks_for_large_pages(tensor: torch.Tensor) -> bool:
     return False
 
 
-@needs_large_pages
+@needs_huge_pages
 def test_zeros_are_asked_for_in_large_pages() -> None:
     found = zeros(8 << 20)
-    assert asks_for_large_pages(found)
-    assert not asks_for_large_pages(torch.zeros(8 << 20, dtype=torch.uint8))
+    assert asks_for_huge_pages(found)
+    assert not asks_for_huge_pages(torch.zeros(8 << 20, dtype=torch.uint8))
     assert not found.any()
 
 
-@needs_large_pages
+@needs_huge_pages
 def test_zeros_take_memory_when_they_are_written() -> None:
     before = resident()
     found = zeros(256 << 20)
@@ -50,7 +50,7 @@ def test_no_zeros() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.int64])
 def test_tensors_stand_alone(dtype: torch.dtype) -> None:
-    pages = LargePages()
+    pages = HugePageAllocator()
     shapes = [(0, 3), (1,), (3,), (64, 1), (10, 100), ()]
     made = [pages.empty(*shape, dtype=dtype) for shape in shapes]
     for number, (shape, tensor) in enumerate(zip(shapes, made, strict=True)):
@@ -61,24 +61,24 @@ def test_tensors_stand_alone(dtype: torch.dtype) -> None:
     assert all(bool((tensor == number).all()) for number, tensor in enumerate(made))
 
 
-@needs_large_pages
+@needs_huge_pages
 def test_tensors_begin_with_a_line_of_cache_in_large_pages() -> None:
-    pages = LargePages()
+    pages = HugePageAllocator()
     for size in (1, 63, 64, 65, BLOCK - 1, BLOCK + 1, 5):
         made = pages.empty(size, dtype=torch.uint8)
         assert made.data_ptr() % ALIGNMENT == 0
-        assert asks_for_large_pages(made)
+        assert asks_for_huge_pages(made)
 
 
-@needs_large_pages
+@needs_huge_pages
 def test_a_block_lives_as_long_as_its_tensors() -> None:
-    pages = LargePages()
+    pages = HugePageAllocator()
     first, second = (pages.empty(1000, dtype=torch.float32).fill_(1) for _ in range(2))
     del pages, first
     gc.collect()
     assert second.sum() == 1000
     before = resident()
-    large = LargePages().empty(16 << 20, dtype=torch.float32).fill_(1)
+    large = HugePageAllocator().empty(16 << 20, dtype=torch.float32).fill_(1)
     assert resident() - before >= 60 << 20
     del large
     gc.collect()
