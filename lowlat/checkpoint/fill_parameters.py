@@ -1,4 +1,4 @@
-"""Puts tensors from a checkpoint into parameters: number type, packing, device, range checks."""
+"""Fill parameters from checkpoint tensors: casts, quantize on load, range checks, device."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,9 +37,9 @@ def fill_parameters(
 ) -> dict[str, Tensor]:
     """Tensors for all `parameters` (meta tensors), in `dtype` (None: as stored) on `device`.
 
-    `packed` maps weights to the modules whose storage they are packed for. One file tensor is in
-    memory at a time beside the result. Raises UserError naming file and tensor for number types
-    that are no weight's and for values that are not finite where they must be.
+    packed: weights to quantize on load, with the modules whose storage they get. At most one file
+    tensor is in memory besides the result. Raises UserError naming file and tensor for dtypes that
+    no weight has, and for values that must be finite and are not.
     """
     filled: dict[str, Tensor] = {}
     empty = HugePageAllocator().empty if device.type == "cpu" else torch.empty
@@ -64,9 +64,9 @@ def fill_parameters(
 def _fit_stored(
     tensor: Tensor, parameter: str, where: str, stored: torch.dtype, dtype: torch.dtype | None
 ) -> Tensor:
-    """`fit` for a parameter of number type `stored`; packed weights and their scales must have it.
+    """`fit` for a parameter of dtype `stored`; packed weights and their scales must have it.
 
-    Scales of packed weights are not looked at, so that loading reads no weight.
+    Scales of packed weights are not checked, so that loading reads no weight.
     """
     if stored in PACKED_DTYPES or parameter.endswith(PACKED_SUFFIXES):
         if tensor.dtype != stored:
@@ -79,10 +79,10 @@ def _fit_stored(
 def fit(
     tensor: Tensor, parameter: str, where: str, blocks: bool, dtype: torch.dtype | None
 ) -> Tensor:
-    """`tensor` in the number type `parameter` is kept in; `blocks` if that is fp8.
+    """`tensor` in the dtype that `parameter` is stored in; `blocks` if that is fp8 blocks.
 
-    Raises UserError starting with `where` for a number type that does not belong there, a router
-    bias or scale that is not finite, and values beyond the range of `dtype`.
+    Raises UserError starting with `where` for a dtype that does not belong there, a router bias or
+    scale that is not finite, and values beyond the range of `dtype`.
     """
     if parameter.endswith(SCALE_SUFFIX):
         check_scale_values(tensor, where)
@@ -106,10 +106,10 @@ def fit(
 def fit_packed(
     tensor: Tensor, parameter: str, where: str, linear: Linear, empty: Empty
 ) -> dict[str, Tensor]:
-    """`tensor` in the storage of `linear`, by names of parameters; `empty` gives the memory.
+    """`tensor` quantized to the storage of `linear`, by parameter names; `empty` allocates.
 
-    Raises UserError starting with `where` for a number type that is no weight's and for values
-    that are not finite or beyond the range of the storage.
+    Raises UserError starting with `where` for a dtype that no weight has and for values that are
+    not finite or beyond the range of the storage.
     """
     if tensor.dtype not in PLAIN_DTYPES:
         raise UserError(f"{where} is {dtype_label(tensor.dtype)}, not a plain float")
@@ -120,7 +120,7 @@ def fit_packed(
 
 
 def check_packed(parts: Mapping[str, Tensor], storage: Storage, where: str) -> None:
-    """UserError starting with `where` if the scales say that values did not fit `storage`."""
+    """Raise UserError starting with `where` if the scales show that values overflow `storage`."""
     for part in parts.values():
         if part.is_floating_point() and not bool(part.isfinite().all()):
             raise UserError(
@@ -130,7 +130,7 @@ def check_packed(parts: Mapping[str, Tensor], storage: Storage, where: str) -> N
 
 
 def _pieces(plan: Sequence[Operation], source: TensorSource) -> Iterator[tuple[Piece, list[str]]]:
-    """Every piece of every operation with the file tensors read for it since the piece before."""
+    """Every piece of every operation, with the file tensors read since the previous piece."""
     names: list[str] = []
 
     def read(name: str) -> Tensor:

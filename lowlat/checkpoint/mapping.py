@@ -1,9 +1,7 @@
-"""Which tensor in a file is which parameter: Hugging Face names <-> the model's, by config alone.
+"""Mapping between checkpoint tensors and model parameters: names, MTP layers, strict checks.
 
-Names are the same below the layers but for: the `model.` prefix, MTP modules (stored as the layers
-after the last) and the latent of exactly converted models (`padding`), which packed files hold as
-it is.
-Leftovers and gaps are errors. Owns names and rules; the tensors pass through `operations`.
+`mapping_operations` holds the operations chosen here; `check_tensors` makes every missing,
+left-over or misshapen tensor an error.
 """
 
 import logging

@@ -1,8 +1,8 @@
-"""GGUF metadata -> the config of the same model in the words of a Hugging Face config.json.
+"""GGUF metadata -> config fields of Hugging Face's config.json.
 
-Architectures llama (mistral included), qwen2, qwen3 and deepseek2 (V2, V3 and their kin). A key of
-the architecture that is not understood is an error, because it may change the computation. Owns
-keys; tensors are `gguf`'s, the other direction is `gguf_keys`'s.
+Architectures llama (mistral included), qwen2, qwen3 and deepseek2 (V2, V3 and their kin). An
+unknown key of the architecture is an error, because it may change the computation.
+`metadata_writer` is the other direction.
 """
 
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ _REQUIRED: Any = object()
 
 
 class _Keys:
-    """The keys below the architecture's name, typed, with a memory of which were read."""
+    """Typed access to the architecture's keys; tracks which were read."""
 
     def __init__(self, file: GGUFFile, arch: str):
         self.path = file.path
@@ -101,9 +101,7 @@ def architecture(file: GGUFFile) -> str:
 
 
 def hf_config(file: GGUFFile, vocab_size: int) -> dict[str, Any]:
-    """The config of the model in `file`. Raises UserError naming the key that is missing, wrong
-    or unknown.
-    """
+    """The config of the model in `file`. Raises UserError naming the key at fault."""
     arch = architecture(file)
     keys = _Keys(file, arch)
     config = _common(file, keys, vocab_size)
@@ -143,7 +141,7 @@ def _token(file: GGUFFile, role: str) -> int | None:
 
 
 def _end_tokens(file: GGUFFile) -> list[int]:
-    """The ends of a text, a turn and a message, or all those that lowlat wrote beside them."""
+    """End tokens of text, turn and message, or the full list that lowlat writes."""
     key = f"tokenizer.{ALL_ENDS}"
     listed = file.metadata.get(key)
     if listed is not None:
@@ -178,7 +176,7 @@ def _dense(file: GGUFFile, keys: _Keys, arch: str) -> dict[str, Any]:
 
 
 def _deepseek(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
-    """V2 or V3, told apart by the gate: softmax or sigmoid."""
+    """DeepSeek V2 or V3; the gate function distinguishes them: softmax or sigmoid."""
     blocks = keys.integer("block_count")
     declared = keys.integer("nextn_predict_layers", 0)
     mtp = mtp_layers(file, range(max(blocks - declared, 0), blocks))
@@ -196,7 +194,7 @@ def _deepseek(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
 
 
 def _latent_sizes(keys: _Keys) -> dict[str, Any]:
-    """Head sizes: the `_mla` keys where the file stores the absorbed form, else the plain ones."""
+    """Head sizes: the `_mla` keys if the file stores absorbed MLA, else the plain ones."""
     rank = keys.integer("attention.kv_lora_rank")
     rope_dim = keys.integer("rope.dimension_count")
     key_length, value_length = (
