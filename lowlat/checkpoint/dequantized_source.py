@@ -1,4 +1,4 @@
-"""Dequantize on read: a checkpoint with fp8 blocks or packed int8/int4 weights as one of plain floats."""
+"""Dequantize on read: a checkpoint with fp8 blocks or packed int8/int4 weights as plain floats."""
 
 import math
 from abc import ABC, abstractmethod

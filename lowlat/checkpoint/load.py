@@ -1,4 +1,4 @@
-"""Load a checkpoint into a model: build it on the meta device, check names and shapes, then fill it.
+"""Load a checkpoint into a model: build on the meta device, check names and shapes, then fill.
 
 Casting and quantize on load are in `fill_parameters`, file formats in `hf_folder` and
 `gguf.source`, tensor names in `mapping`.

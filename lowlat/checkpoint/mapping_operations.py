@@ -12,7 +12,7 @@ from typing import NamedTuple, final
 from torch import Tensor
 
 from lowlat.checkpoint import padded_latent as padding
-from lowlat.config.hf.reader import padded_rank
+from lowlat.config.hf.padded_latent import padded_rank
 from lowlat.config.model import MLAConfig
 
 Read = Callable[[str], Tensor]

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from lowlat.config.hf.reader import padded_rank
+from lowlat.config.hf.padded_latent import padded_rank
 from lowlat.config.model import MLAConfig
 from lowlat.utils.errors import UserError
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lowlat.checkpoint.mapping import operations
 from lowlat.checkpoint.safetensors.writer import ShardWriter
 from lowlat.checkpoint.shard_layout import INDEX_FILE, MAX_SHARD_BYTES, encode_index, shard_names
-from lowlat.config.hf.reader import config_to_hf
+from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.model.quant import packed_type
 from lowlat.model.transformer import Transformer

@@ -34,7 +34,7 @@ from lowlat.checkpoint.resumable_writer import (
 from lowlat.checkpoint.save import text_files
 from lowlat.checkpoint.shard_layout import plan_shards
 from lowlat.checkpoint.tensor_source import TensorSource
-from lowlat.config.hf.reader import config_to_hf
+from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.convert.compression import (
     Compression,

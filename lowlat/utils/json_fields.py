@@ -1,6 +1,6 @@
-"""Typed reading of a raw JSON object: every value is checked, and what nobody read is known.
+"""Typed reader of JSON objects: every value is checked, and unread keys are tracked and reported.
 
-Owns the wording of type and range errors. Knows no field of any model: those are in `config.hf`.
+Owns the wording of type and range errors; knows no field of any model.
 """
 
 import json
@@ -70,7 +70,7 @@ class JsonFields:
         return given[0] if given else names[0]
 
     def ignore(self, *names: str) -> None:
-        """Declare fields that have no effect here."""
+        """Mark fields without effect as read."""
         self._read.update(names)
 
     def table(self, name: str) -> "JsonFields | None":
@@ -79,8 +79,8 @@ class JsonFields:
         return None if value is None else JsonFields(value, self._source, f"{self._prefix}{name}.")
 
     def arrays(self, count: int, nested: tuple[str, ...] = ()) -> list[str]:
-        """The fields that are arrays with an entry per layer, of which there are `count`; those of
-        `nested`, whose values are arrays themselves, count if they are arrays of arrays.
+        """Names of fields that are arrays with one entry for each of `count` layers; fields in
+        `nested`, whose values are arrays, must be arrays of arrays.
         """
         found = [
             name
@@ -95,8 +95,8 @@ class JsonFields:
         return found
 
     def of_layer(self, number: int, arrays: Collection[str]) -> "JsonFields":
-        """The object as layer `number` has it: of the fields `arrays` its own entry, absent where
-        that is null. Errors name the layer.
+        """The object of layer `number`: of the fields `arrays` its own entry, absent if null.
+        Errors name the layer.
         """
         raw = {
             name: value[number] if name in arrays else value
@@ -126,7 +126,7 @@ class JsonFields:
         return self.given(name, value, default)
 
     def nullable_integer(self, name: str, *, minimum: int = 1) -> int | None:
-        """An integer, or None where the file says null; absence is an error."""
+        """An integer, or None if the file has null; absence is an error."""
         if not self.mentioned(name):
             raise self.error(name, "is missing; give a number, or null for none")
         return self.optional_integer(name, minimum=minimum)

@@ -1,22 +1,23 @@
-"""config.json of model_type "lowlat" <-> ModelConfig: for what no Hugging Face family can say.
+"""config.json of model_type "lowlat": models that no Hugging Face family can express.
 
-The file holds ModelConfig's own fields by their own names, nested as the dataclasses are:
+Per-layer MLA sizes, GLA, GTA and TPA, partial biases.
+
+The file holds ModelConfig's fields under their own names, nested like the dataclasses:
 
     "attention":    {"form": "mla", "gqa", "gla", "gta" or "tpa", and that form's fields}
-    "rope":         {"rope_theta", "rope_interleave", and what Hugging Face's rope_scaling holds}
+    "rope":         {"rope_theta", "rope_interleave", and the fields of Hugging Face's rope_scaling}
     "moe":          null, or MoEConfig's fields
     "quantization": null, or QuantConfig's fields
-    "quantization_config": absent, or what `packing` says
+    "quantization_config": absent, or as in `hf.packing`
 
-A field may be left out where the dataclass has a default, and where null is a value (TOML has no
-null); an unknown one is an error, and so is one without effect. `mtp_copies` is no field: the
-tensors say it.
+A field may be omitted if the dataclass has a default, or if null is a valid value (TOML has no
+null). Unknown fields and fields without effect are errors. `mtp_copies` is no field: the tensors
+imply it.
 
 Layers of MLA may differ: a field of "attention" or "rope" is then an array with an entry for each
 decoder layer, null where the layer has none ("kv_lora_rank": [96, 224, 128], "short_factor":
-[[1.0], [1.0, 7.5], [3.0]]); the others are the same in all layers, form and num_attention_heads
-always. MTP modules have what the last layer has. Owns this form alone; the families' own are
-`hf`'s.
+[[1.0], [1.0, 7.5], [3.0]]); the other fields, always form and num_attention_heads, are the same
+in all layers. MTP modules have the attention of the last layer.
 """
 
 from dataclasses import MISSING, asdict
@@ -95,7 +96,7 @@ def config_from_lowlat(fields: JsonFields) -> ModelConfig:
     moe, quantization = fields.table("moe"), fields.table("quantization")
     packing = fields.table("quantization_config")
     if packing is not None and quantization is not None:
-        raise fields.error("quantization", "is given beside quantization_config; keep one")
+        raise fields.error("quantization", "is given together with quantization_config; keep one")
     config = ModelConfig(
         model_type=LOWLAT,
         attention=attention,
@@ -144,7 +145,7 @@ def _rope_to_json(rope: RopeConfig) -> dict[str, Any]:
 
 
 def _joined(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Objects of single layers as one: arrays where they differ."""
+    """Join the objects of single layers: arrays where values differ."""
     joined: dict[str, Any] = {}
     for name in dict.fromkeys(name for layer in layers for name in layer):
         values = [layer.get(name) for layer in layers]
@@ -153,14 +154,14 @@ def _joined(layers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _json(value: Any) -> Any:
-    """Tuples as JSON reads them back."""
+    """`value` with tuples as lists, as JSON reads them back."""
     if isinstance(value, dict):
         return {name: _json(part) for name, part in value.items()}
     return [_json(part) for part in value] if isinstance(value, tuple) else value
 
 
 def _attention(fields: JsonFields, count: int) -> ModelAttention:
-    """That of all `count` layers, or of each."""
+    """The value of all `count` layers, or one per layer."""
     table = _table(fields, "attention")
     form = table.choice("form", tuple(FORMS))
     arrays = table.arrays(count)
@@ -209,7 +210,7 @@ def _layer_attention(table: JsonFields, kind: type[AttentionConfig]) -> Attentio
 def _rope(
     fields: JsonFields, attention: ModelAttention, context: int, count: int
 ) -> RopeConfig | tuple[RopeConfig, ...]:
-    """That of all `count` layers, or of each."""
+    """The value of all `count` layers, or one per layer."""
     table = _table(fields, "rope")
     arrays = table.arrays(count, nested=("short_factor", "long_factor"))
     if not arrays and not isinstance(attention, tuple):

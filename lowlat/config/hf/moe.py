@@ -1,4 +1,4 @@
-"""Experts of config.json -> MoEConfig, and the checks that routing among them is possible."""
+"""MoE fields of config.json -> MoEConfig, with checks that routing is possible."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def moe_from_hf(
     )
     scoring: Any = "softmax" if is_v2 else "sigmoid"
     fields.choice("scoring_func", (scoring,), scoring)
-    # greedy selection knows no groups, whatever the file says about them
+    # greedy selection ignores groups
     group_default = 1 if is_glm or method == "greedy" else None
     groups, kept = (fields.integer(key, group_default) for key in ("n_group", "topk_group"))
     if method == "greedy":

@@ -1,11 +1,8 @@
-"""config.json <-> ModelConfig for every supported family.
+"""config.json -> ModelConfig for every supported family.
 
-Reads strictly: a field that may change the computation is either understood, or an error that names
-it. Absent fields take a default only where every released checkpoint of the family means it. Rotary
-settings are in `config.hf_rope`, experts in `config.hf_moe`, converted models' extra object (the
-"lowlat" key) in `config.hf_extension`, writing in `config.hf_write`, and files of model_type
-"lowlat" in `config.lowlat_json`. The epsilon of the latent
-norms is 1e-6 in every implementation and no field of the file.
+Reads strictly: a field that may change the computation is understood, or an error names it. Absent
+fields take a default only if every released checkpoint of the family means it. The epsilon of the
+latent norms is 1e-6 in every implementation and no field of the file.
 """
 
 from lowlat.config.hf.families import (
@@ -18,13 +15,10 @@ from lowlat.config.hf.families import (
 from lowlat.config.hf.lowlat_model_type import config_from_lowlat
 from lowlat.config.hf.moe import moe_from_hf
 from lowlat.config.hf.packing import METHOD, packing_from_hf
-from lowlat.config.hf.padded_latent import native_attention, padded_rank
+from lowlat.config.hf.padded_latent import native_attention
 from lowlat.config.hf.rope import rope_from_hf
-from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, Packing, QuantConfig
 from lowlat.utils.json_fields import JsonFields
-
-__all__ = ["config_from_hf", "config_to_hf", "padded_rank"]
 
 INDEXER_FIELDS = ("index_n_heads", "index_head_dim", "index_topk")
 

@@ -1,7 +1,7 @@
-"""Rotary settings of config.json <-> RopeConfig, in the old and the new spelling.
+"""RoPE settings of config.json <-> RopeConfig, in the old and the new spelling.
 
-Old: `rope_theta` beside `rope_scaling` {"type" or "rope_type", ...}; new: `rope_parameters` holding
-all of it. Owns the fields; what they mean for frequencies is `ops.rope`'s.
+Old: `rope_theta` next to `rope_scaling` {"type" or "rope_type", ...}; new: `rope_parameters` with
+all of it. `ops.rope` computes the frequencies.
 """
 
 import math
@@ -61,10 +61,12 @@ def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
 
 
 def _scaling_table(fields: JsonFields) -> JsonFields:
-    """The object that holds the scaling rule; empty where the file has none."""
+    """The object with the scaling rule; empty if the file has none."""
     old, new = fields.table("rope_scaling"), fields.table("rope_parameters")
     if old is not None and new is not None:
-        raise fields.error("rope_scaling", "is given beside rope_parameters; keep rope_parameters")
+        raise fields.error(
+            "rope_scaling", "is given together with rope_parameters; keep rope_parameters"
+        )
     return new or old or JsonFields({}, "")
 
 
@@ -79,8 +81,8 @@ def _theta(fields: JsonFields, table: JsonFields, model_type: str) -> float:
 def rope_settings(
     fields: JsonFields, table: JsonFields, rope_type: RopeType, theta: float, dim: int, context: int
 ) -> dict[str, Any]:
-    """Keyword arguments of RopeConfig that belong to `rope_type`, out of `table` (of which only
-    these count as read), which lies in `fields`.
+    """Keyword arguments of RopeConfig that belong to `rope_type`, read from `table`, an object of
+    `fields`; only these count as read.
     """
     original = _original_context(fields, table)
     shared = {"mscale_all_dim": table.optional_number("mscale_all_dim")}
@@ -136,7 +138,7 @@ def _yarn(table: JsonFields, theta: float, context: int, original: int) -> dict[
 
 
 def _longrope(table: JsonFields, dim: int, context: int, original: int) -> dict[str, Any]:
-    """Equal factors for short and long contexts: a cached key cannot turn differently later."""
+    """Equal factors for short and long contexts: the rotation of a cached key is final."""
     short, long = (table.numbers(name, dim // 2) for name in ("short_factor", "long_factor"))
     if short != long:
         raise table.error(

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from lowlat.config.hf.reader import config_from_hf, config_to_hf, padded_rank
+from lowlat.config.hf.padded_latent import padded_rank
+from lowlat.config.hf.reader import config_from_hf
+from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.utils.errors import UserError
 

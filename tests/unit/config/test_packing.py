@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from lowlat.config.hf.packing import GROUP_SIZE, TILE_ROWS
-from lowlat.config.hf.reader import config_from_hf, config_to_hf
+from lowlat.config.hf.reader import config_from_hf
+from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import ModelConfig, QuantConfig
 from lowlat.config.weight_memory import weight_bytes
 from lowlat.ops.quantized import GROUP, TILE
