@@ -52,8 +52,8 @@ ATTENTION_FORMS = [
     Mutant(
         "attention: a query sees one later key",
         "ops/attention.py",
-        "hidden = key > query\n",
-        "hidden = key > query + 1\n",
+        "masked = key > query\n",
+        "masked = key > query + 1\n",
         OPS + "test_attention.py::test_first_query_sees_only_itself",
     ),
     Mutant(
