@@ -1,7 +1,7 @@
 """Names to models: what a user's first two calls do.
 
 Owns the way from a name to a loaded Model, and the one-time conversion of presets into the cache
-folder. What names mean is `checkpoint.names`'s business.
+folder. `checkpoint.fetch.model_names` resolves names.
 """
 
 import os

@@ -167,7 +167,7 @@ def test_values_that_do_not_fit(tmp_path: Path, dtype: str, value: float) -> Non
 
 
 @pytest.mark.skipif(not HAS_HUGE_PAGES, reason="the system has no large pages")
-def test_packed_weights_share_large_pages(tmp_path: Path) -> None:
+def test_packed_weights_share_huge_pages(tmp_path: Path) -> None:
     write_model(tmp_path / "m", FAMILIES["llama"])
     model = load_model(tmp_path / "m", dtype="int4").model
     matrices = [part for linear in linears(model).values() for part in linear.parameters()]

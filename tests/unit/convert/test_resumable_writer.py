@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lowlat.checkpoint import resumable_writer as restart
+from lowlat.checkpoint import resumable_writer
 from lowlat.checkpoint.file_layout import Segment
 from lowlat.checkpoint.resumable_writer import partial_path
 from lowlat.convert.run import convert
@@ -52,13 +52,13 @@ def assert_whole(place: Path) -> None:
 
 
 class Counted:
-    """`restart._write`, counted, failing when so many segments are done."""
+    """`resumable_writer._write`, counted, failing when so many segments are done."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.written: list[str] = []
         self.limit, self.fault = sys.maxsize, Exception()
-        self._real: Callable[[Any, Segment], str] = restart._write
-        monkeypatch.setattr(restart, "_write", self)
+        self._real: Callable[[Any, Segment], str] = resumable_writer._write
+        monkeypatch.setattr(resumable_writer, "_write", self)
 
     def __call__(self, out: Any, segment: Segment) -> str:
         if len(self.written) == self.limit:
@@ -138,7 +138,7 @@ def test_another_conversion_does_not_go_on(place: Path, counted: Counted, change
 
 
 def test_two_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, tried = restart._write, []
+    real, tried = resumable_writer._write, []
 
     def write(out: Any, segment: Segment) -> str:
         if not tried:
@@ -147,7 +147,7 @@ def test_two_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 again(place)
         return real(out, segment)
 
-    monkeypatch.setattr(restart, "_write", write)
+    monkeypatch.setattr(resumable_writer, "_write", write)
     again(place)
     assert tried
     assert_whole(place)
@@ -155,8 +155,10 @@ def test_two_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_full_disk_is_said_before(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The room that is left free counted."""
-    usage = restart.shutil.disk_usage(place.parent)._replace(free=restart.SPARE_BYTES)
-    monkeypatch.setattr(restart.shutil, "disk_usage", lambda path: usage)
+    usage = resumable_writer.shutil.disk_usage(place.parent)._replace(
+        free=resumable_writer.SPARE_BYTES
+    )
+    monkeypatch.setattr(resumable_writer.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"17 MB are needed, 16 MB are free on its disk; make room"):
         again(place)
     assert not partial_path(place).exists() and not place.exists()
@@ -187,7 +189,7 @@ def test_a_destination_that_appears_meanwhile_costs_no_work(
         rename_new(made, destination)
 
     with monkeypatch.context() as patch:
-        patch.setattr(restart, "rename_new", rename_late)
+        patch.setattr(resumable_writer, "rename_new", rename_late)
         with pytest.raises(UserError, match="exists already"):
             again(place)
     assert place.read_text() == "mine"
@@ -208,16 +210,16 @@ def test_an_existing_destination_is_left_alone(place: Path) -> None:
 CHILD = """
 import sys
 from pathlib import Path
-from lowlat.checkpoint import resumable_writer as restart
+from lowlat.checkpoint import resumable_writer
 from lowlat.convert.run import convert
 
-real = restart._write
+real = resumable_writer._write
 def write(out, segment):
     digest = real(out, segment)
     print(segment.label, flush=True)
     sys.stdin.readline()
     return digest
-restart._write = write
+resumable_writer._write = write
 convert(Path(sys.argv[1]), Path(sys.argv[2]), dtype="int8")
 """
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lowlat.checkpoint.fetch import cache_dir as cachefolder
+from lowlat.checkpoint.fetch import cache_dir as cache_folder
 from lowlat.checkpoint.fetch.cache_dir import cache_dir, derived_dir
 from lowlat.utils.errors import UserError
 
@@ -52,5 +52,5 @@ def test_derived_folder_depends_on_every_part(monkeypatch: pytest.MonkeyPatch) -
         for parts in (["ab12", "mla-exact", "bf16"], ["ab13", "mla-exact"], ["ab12mla-exact"], [])
     }
     assert len(others | {first}) == 5
-    monkeypatch.setattr(cachefolder, "CONVERTED_FORMAT", 2)
+    monkeypatch.setattr(cache_folder, "CONVERTED_FORMAT", 2)
     assert derived_dir("Tiny model: v1/MLA", ["ab12", "mla-exact"]) != first
