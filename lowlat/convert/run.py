@@ -311,7 +311,7 @@ def _check_room(dst: Path, base: Weights, form: Form | None) -> None:
     if partial_path(dst).exists():  # with some of it
         return
     tensors = (tensor for group in stored_groups(base, form) for tensor in group.tensors)
-    require_free_space(dst, sum(each.size for each in tensors if not _is_attention(each.name)))
+    require_free_space(dst, sum(each.nbytes for each in tensors if not _is_attention(each.name)))
 
 
 def _config_fields(
