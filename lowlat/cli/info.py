@@ -91,7 +91,7 @@ def find(name: str) -> Subject:
         return Subject(name=name, config=load_preset(name))
     # these bring torch and the hub's client, which presets do not need
     from lowlat.checkpoint.names import LocalModel, resolve
-    from lowlat.convert.exact import mla_config
+    from lowlat.convert.parameters.exact_mla import mla_config
     from lowlat.utils.progress import make_progress
 
     found = resolve(name, progress=make_progress())

@@ -8,12 +8,12 @@ import pytest
 
 from lowlat.config.model import MLAConfig
 from lowlat.convert import report_plot
-from lowlat.convert.compress import CompressionReport, LayerReport
+from lowlat.convert.compression.compress import CompressionReport, LayerReport
 from lowlat.convert.report import compression_object, report_files
 from tests.fakes import gqa_config
 
 COST = CompressionReport(
-    recipe="weighted",
+    method="weighted",
     layout="free",
     calibration="text.txt",
     channels_before=60,
