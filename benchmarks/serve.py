@@ -39,7 +39,7 @@ from serving.workload import Work, draw_work, parse_span
 from lowlat.bench.plan import check_threads
 from lowlat.bench.plot import require_matplotlib
 from lowlat.bench.worker import Worker
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.utils.errors import UserError
 

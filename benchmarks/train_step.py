@@ -195,7 +195,7 @@ class Worker:
 
 def make_checkpoint(folder: Path) -> None:
     from lowlat.checkpoint.save import save_model
-    from lowlat.config.hf import config_from_hf
+    from lowlat.config.hf.reader import config_from_hf
     from lowlat.model.init import init_weights
     from lowlat.model.transformer import Transformer
 

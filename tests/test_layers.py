@@ -81,7 +81,7 @@ def test_imports_point_downward() -> None:
         ("lowlat.generate.model", "def late():\n    from lowlat import api"),
         ("lowlat.model.mla", "from ..engine import params"),
         ("lowlat.utils.device", "from lowlat.config.model import ModelConfig"),
-        ("lowlat.config.hf", "from lowlat.text.tokenizer import Tokenizer"),
+        ("lowlat.config.hf.reader", "from lowlat.text.tokenizer import Tokenizer"),
         ("lowlat.checkpoint.load", "from lowlat import load"),
     ],
 )

@@ -45,7 +45,7 @@ inline void dequantize_row(const Cache& cache, const std::uint8_t* row, Channels
   std::memcpy(out + cache.quantized, scales + 4 * groups, plain * sizeof(bf16));
 }
 
-// Stores a row, a twin of pack_rows in lowlat/attention/rows.py: out is the row's place in the cache.
+// Stores a row, a twin of pack_rows in lowlat/attention/int8_entry.py: out is the row's place in the cache.
 inline void store_row(const Cache& cache, const bf16* row, std::int64_t row_dim, std::uint8_t* out) {
   if (cache.quantized == 0) {
     std::memcpy(out, row, row_dim * sizeof(bf16));

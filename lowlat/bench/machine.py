@@ -1,40 +1,28 @@
 """What the run was measured on: processor, memory, versions, commit. Reads, never changes."""
 
-import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from lowlat.ops import native
+from lowlat.utils.machine import package_version, physical_memory, processor
 
-LEVELS = (
-    "amx_int8",
-    "amx_bf16",
-    "avx512_bf16",
-    "avx512_vnni",
-    "avx512f",
-    "avx2",
-    "fma",
-    "asimd",
-)
-"""Processor flags that decide which kernels can run."""
 PACKAGES = ("lowlat", "torch", "numpy")
 
 
 def describe() -> dict[str, Any]:
     """Facts for the report."""
-    cpu = _cpu()
+    cpu = processor()
     return {
-        "cpu": cpu["model"],
-        "flags": cpu["flags"],
+        "cpu": cpu.model,
+        "flags": cpu.flags,
         "isa": native.level() if native.available() else "plain PyTorch",
         "cores": native.processors(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": physical_memory(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: package_version(name) for name in PACKAGES},
         "commit": commit(),
     }
 
@@ -61,24 +49,3 @@ def _git(folder: Path, *arguments: str) -> str:
         timeout=30,
     )
     return done.stdout.strip()
-
-
-def _cpu() -> dict[str, Any]:
-    fields: dict[str, str] = {}
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
-    model = fields.get("model name") or platform.processor() or platform.machine()
-    return {"model": model, "flags": [flag for flag in LEVELS if flag in flags]}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

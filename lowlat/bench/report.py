@@ -10,8 +10,8 @@ from typing import Any
 from lowlat.bench.measure import Row, median_rates
 from lowlat.bench.plan import Cell, Plan
 from lowlat.bench.roofline import Least, least_seconds
-from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import count_parameters
 
 FORMAT = 1
 """Version of the JSON object."""

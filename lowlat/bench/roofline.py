@@ -19,9 +19,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from lowlat.bench.plan import Cell
-from lowlat.config.arithmetic import count_parameters
-from lowlat.config.memory import read_bytes
 from lowlat.config.model import AttentionConfig, GQAConfig, ModelConfig, TPAConfig
+from lowlat.config.parameter_count import count_parameters
+from lowlat.config.weight_memory import read_bytes
 
 RATES = {
     "fp32": "gemm_fp32",
@@ -114,7 +114,7 @@ def _rows_read(config: ModelConfig, tokens: int) -> int:
 def _bf16_flops(config: ModelConfig, *, keys: int) -> float:
     """FLOPs of one query's scores over channels that an int8 cache keeps in bf16."""
     layers = (config.attention_of(layer) for layer in range(config.num_hidden_layers))
-    channels = sum(layer.row_dim - layer.quantized_dim for layer in layers)
+    channels = sum(layer.entry_dim - layer.quantized_dim for layer in layers)
     return 2.0 * config.num_attention_heads * keys * channels
 
 
@@ -126,7 +126,7 @@ def _head_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int)
         products = 2 * (attention.k_rank + attention.v_rank) * attention.head_dim
         expanded = pairs * 4 * attention.head_dim + keys * products
         return min(pairs * products, expanded)
-    latent = attention.row_dim - attention.qk_rope_head_dim
+    latent = attention.entry_dim - attention.qk_rope_head_dim
     # Without a part that is not rotated the latent holds values alone.
     scored = latent if attention.qk_nope_head_dim else 0
     absorbed = pairs * 2 * (scored + attention.qk_rope_head_dim + latent)

@@ -17,7 +17,7 @@ from lowlat.bench.plan import Plan
 from lowlat.bench.programs import Program
 from lowlat.bench.stage import Loaded, Stage
 from lowlat.bench.worker import Refused, Worker
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from lowlat import api
-from lowlat.attention.forms import form_of
+from lowlat.attention.path import choose_path
 from lowlat.bench.protocol import Stepper, serve, steps_of
-from lowlat.engine.reading import PREFILL_CHUNK
+from lowlat.engine.prefill_planner import PREFILL_CHUNK
 from lowlat.engine.request import Chunk
 from lowlat.ops import native
 
@@ -51,13 +51,13 @@ class Lowlat(Stepper):
     def fill(self, context: int) -> None:
         self.runner.reserve(self.pages, context + SPARE_ROWS)
         cache = self.runner.cache
-        rows = torch.randn(RANDOM_ROWS, max(cache.row_dims))
+        rows = torch.randn(RANDOM_ROWS, max(cache.entry_dims))
         for start in range(self.filled, context, RANDOM_ROWS):
             places = torch.arange(start, min(start + RANDOM_ROWS, context))
             pages = torch.tensor(self.pages)[places // cache.page_size]
             slots = pages * cache.page_size + places % cache.page_size
             for layer in range(self.model.config.num_hidden_layers):
-                part = rows[: len(slots), : cache.row_dims[layer]]
+                part = rows[: len(slots), : cache.entry_dims[layer]]
                 cache.write(layer, slots, part.to(self._dtype()))
         self.filled = max(self.filled, context)
 
@@ -71,9 +71,9 @@ class Lowlat(Stepper):
         end = start + len(ids)
         self.runner.reserve(self.pages, end)
         self.filled = max(self.filled, end)
-        form = form_of(self.model.config.attention, len(ids))
+        form = choose_path(self.model.config.attention, len(ids))
         chunk = Chunk(
-            tokens=ids, start=start, pages=tuple(self.pages), num_logits=num_logits, form=form
+            tokens=ids, start=start, pages=tuple(self.pages), num_logits=num_logits, path=form
         )
         return self.runner.run([chunk])
 

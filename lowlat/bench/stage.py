@@ -12,7 +12,7 @@ from typing import Any
 from lowlat.bench.plan import Plan
 from lowlat.bench.programs import GGUF_KINDS, Program
 from lowlat.bench.worker import Refused, Worker
-from lowlat.checkpoint.cachefolder import derived_dir, disk_faults
+from lowlat.checkpoint.fetch.cache_dir import derived_dir, disk_faults
 from lowlat.config.model import ModelConfig
 from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError

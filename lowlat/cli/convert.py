@@ -176,7 +176,7 @@ def convert(
 @contextmanager
 def _naming_partial_results(dst: Path) -> Iterator[None]:
     """After Ctrl-C, print the partial results that the same command resumes from."""
-    from lowlat.checkpoint.restart import partial_path
+    from lowlat.checkpoint.resumable_writer import partial_path
     from lowlat.recovery.work_folder import work_folder_path
 
     try:

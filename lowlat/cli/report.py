@@ -3,9 +3,9 @@
 from rich.console import Console
 from rich.table import Table
 
-from lowlat.checkpoint.names import MODEL_PRESETS
-from lowlat.config.arithmetic import cache_cost
+from lowlat.checkpoint.fetch.model_names import MODEL_PRESETS
 from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import cache_cost
 from lowlat.config.presets import load_preset
 from lowlat.convert.report import describe_attention
 from lowlat.generate.completion import Completion

@@ -11,8 +11,8 @@ from torch import Tensor
 from lowlat.attention.base import AttentionBackend
 from lowlat.attention.cache import PAGE_SIZE, PagedCache
 from lowlat.attention.cached import CachedAttention
-from lowlat.attention.forms import Form, form_of
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
+from lowlat.attention.path import AttentionPath, choose_path
 from lowlat.compare.gate import factors
 from lowlat.compare.observe import Observer, Widths
 from lowlat.compare.side import Side
@@ -29,7 +29,7 @@ from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.moe import Gate, MoE
 from lowlat.model.transformer import Transformer
-from lowlat.ops.layout import RowLayout
+from lowlat.ops.layout import EntryLayout
 from lowlat.ops.routing import Routing
 from lowlat.utils.device import name_of
 
@@ -46,7 +46,7 @@ class LowlatSide(Side):
         *,
         label: str,
         precision: str,
-        form: Form | None = None,
+        form: AttentionPath | None = None,
         cache: torch.dtype | None = None,
     ) -> None:
         self.model = model
@@ -54,7 +54,7 @@ class LowlatSide(Side):
         self.config = model.config
         self.precision = precision
         self.cache_precision = None if cache is None else name_of(cache)
-        self.form: Form | None = form
+        self.form: AttentionPath | None = form
         """None: the form a request of that length would get."""
         self.cache = cache
         """Number type of the cache; None: the activations'."""
@@ -75,19 +75,19 @@ class LowlatSide(Side):
 
     def _backend(self, observer: Observer, window: Window) -> "ObservedAttention":
         attention = self.config.attention
-        form = self.form or form_of(attention, len(window.ids))
+        form = self.form or choose_path(attention, len(window.ids))
         cache, batch = one_sequence(self.model, window, form, self.cache)
         return ObservedAttention(CachedAttention(cache, batch), observer, self.config)
 
 
 def one_sequence(
-    model: Transformer, window: Window, form: Form, dtype: torch.dtype | None
+    model: Transformer, window: Window, form: AttentionPath, dtype: torch.dtype | None
 ) -> tuple[PagedCache, AttentionBatch]:
     """An empty cache for `window`, and the step that reads it whole."""
     count = -(-len(window.ids) // PAGE_SIZE)
     kind = dtype or model.embed_tokens.weight.dtype
     cache = PagedCache(model.config, num_pages=count, dtype=kind)
-    item = SequenceSlice(pages=tuple(range(count)), start=0, length=len(window.ids), form=form)
+    item = SequenceSlice(pages=tuple(range(count)), start=0, length=len(window.ids), path=form)
     batch = AttentionBatch.build([item], page_size=PAGE_SIZE)
     return cache, replace(batch, positions=window.positions)
 
@@ -189,7 +189,7 @@ class ObservedAttention(AttentionBackend):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
+        rows: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
@@ -228,8 +228,8 @@ class ObservedAttention(AttentionBackend):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
-        layout: RowLayout,
+        rows: Float[Tensor, "tokens entry_dim"],
+        layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
         out = self.inner.attend(layer, q, rows, layout, scale)
@@ -241,7 +241,7 @@ class ObservedAttention(AttentionBackend):
         block = block_of(self.config, layer)
         self.observer.attended(block, widths_of(self.config, block), **seen)
 
-    def _cached(self, layer: int, rows: Tensor) -> Float[Tensor, "tokens row_dim"]:
+    def _cached(self, layer: int, rows: Tensor) -> Float[Tensor, "tokens entry_dim"]:
         """The rows as attention read them, which an int8 cache rounds."""
         (item,) = self.inner.batch.sequences
         cached = self.inner.cache.rows(layer, item.pages, item.context, rows.dtype)

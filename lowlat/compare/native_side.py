@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowlat.attention.cache import PagedCache
-from lowlat.attention.forms import Form, form_of
+from lowlat.attention.path import AttentionPath, choose_path
 from lowlat.compare.lowlat_side import one_sequence, widths_of
 from lowlat.compare.observe import canonical
 from lowlat.compare.side import Side
@@ -30,7 +30,7 @@ class NativeSide(Side):
         *,
         label: str,
         precision: str,
-        form: Form | None = None,
+        form: AttentionPath | None = None,
         cache: torch.dtype | None = None,
     ) -> None:
         if not has_native_form(model):
@@ -43,7 +43,7 @@ class NativeSide(Side):
         self.config = model.config
         self.precision = precision
         self.cache_precision = None if cache is None else name_of(cache)
-        self.form: Form | None = form
+        self.form: AttentionPath | None = form
         self.cache = cache
         self._native = NativeModel(model)
 
@@ -52,7 +52,7 @@ class NativeSide(Side):
         assert not choices, "a native step takes no choices"
         trace = Trace(dtype=torch.bfloat16, cached=self.cache)
         length = len(window.ids)
-        form = self.form or form_of(self.config.attention, length)
+        form = self.form or choose_path(self.config.attention, length)
         cache, batch = one_sequence(self.model, window, form, self.cache)
         hidden, logits = self._native.step(window.ids, batch, cache, list(range(length)))
         pages = batch.sequences[0].pages
@@ -68,7 +68,7 @@ class NativeSide(Side):
         """What a layer left in the cache, as parts."""
         block = Block("layer", layer)
         attention, widths = self.config.attention_of(layer), widths_of(self.config, block)
-        stored = cache.rows(layer, pages, length, torch.float32)[:, : attention.row_dim]
+        stored = cache.rows(layer, pages, length, torch.float32)[:, : attention.entry_dim]
 
         def turned(x: Tensor) -> Tensor:
             return canonical(x, widths.rope, widths.interleave)

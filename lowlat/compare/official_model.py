@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.source import TensorSource
+from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.utils.errors import UserError
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowlat.checkpoint.dense import dense_source
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.dequantized_source import dense_source
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.compare.gate import factors, gate_scores
 from lowlat.compare.lowlat_side import widths_of

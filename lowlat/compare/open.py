@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from lowlat.api import prepare
-from lowlat.checkpoint.gguf_file import PLAIN, GGUFFile
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.gguf.file import PLAIN, GGUFFile
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
 from lowlat.checkpoint.mapping import settle_mtp
 from lowlat.compare.gguf_side import GgufSide

@@ -13,14 +13,14 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from lowlat.attention.forms import Form
+from lowlat.attention.path import AttentionPath
 from lowlat.utils.errors import UserError
 
 Implementation = Literal["lowlat", "transformers", "official", "gguf"]
 
 DTYPES = ("fp64", "fp32", "bf16", "fp16", "int8", "int4", "fp8", "auto")
 PLAIN = ("fp64", "fp32", "bf16", "fp16")
-FORMS: tuple[Form, ...] = ("absorbed", "expanded", "stream")
+FORMS: tuple[AttentionPath, ...] = ("absorbed", "expanded", "decode")
 NATIVE = "native"
 CACHES = {"cache-int8": "int8", "cache-bf16": "bf16"}
 OPTIONS = (*DTYPES, *FORMS, NATIVE, *CACHES)
@@ -38,7 +38,7 @@ class Spec:
     script: str = ""
     """Path of model.py."""
     dtype: str = "fp32"
-    form: Form | None = None
+    form: AttentionPath | None = None
     native: bool = False
     cache: str | None = None
 

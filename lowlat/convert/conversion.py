@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from lowlat.checkpoint.dense import dense_source
-from lowlat.checkpoint.gguf_keys import architecture_of
-from lowlat.checkpoint.index import open_checkpoint, weight_files
+from lowlat.checkpoint.dequantized_source import dense_source
+from lowlat.checkpoint.gguf.metadata_writer import architecture_of
+from lowlat.checkpoint.hf_folder import open_checkpoint, weight_files
 from lowlat.checkpoint.load import config_file, read_config
 from lowlat.checkpoint.mapping import settle_mtp
-from lowlat.checkpoint.restart import options_text
-from lowlat.checkpoint.source import TensorSource
+from lowlat.checkpoint.resumable_writer import options_text
+from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.model import ModelConfig
 from lowlat.convert.compression.budget import STEP, entry_budget
 from lowlat.convert.compression.methods import METHODS
@@ -151,7 +151,7 @@ def _check_share(compression: CompressionOptions, config: ModelConfig) -> None:
             "--cache: the model has MTP modules, whose attention is not calibrated; leave out "
             "--cache to convert them exactly"
         )
-    rotary, entry = METHODS[compression.method].rotary, source.row_dim
+    rotary, entry = METHODS[compression.method].rotary, source.entry_dim
 
     def rope_channels(budget: int) -> int:
         if rotary is None:

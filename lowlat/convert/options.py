@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from lowlat.checkpoint.cachefolder import sha256_file
-from lowlat.checkpoint.save import refuse_existing
+from lowlat.checkpoint.fetch.cache_dir import sha256_file
 from lowlat.convert.compression.calibration import Calibration
 from lowlat.convert.compression.methods import DEFAULT_METHOD, METHODS
 from lowlat.convert.compression.plan import CacheLayout
 from lowlat.convert.storage.folder import StorageType
 from lowlat.convert.storage.gguf import GGUF_TYPES
+from lowlat.utils.atomic_files import refuse_existing
 from lowlat.utils.errors import UserError
 
 LAYOUTS: tuple[CacheLayout, ...] = ("standard", "free")

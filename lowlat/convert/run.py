@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.index import INDEX_FILE
-from lowlat.checkpoint.place import fit
-from lowlat.checkpoint.planned_files import plan_folder
-from lowlat.checkpoint.restart import check_room, partial_path, write_planned
+from lowlat.checkpoint.file_layout import plan_folder
+from lowlat.checkpoint.fill_parameters import fit
+from lowlat.checkpoint.hf_folder import INDEX_FILE
+from lowlat.checkpoint.resumable_writer import check_room, partial_path, write_planned
 from lowlat.checkpoint.save import text_files
-from lowlat.config.hf import config_to_hf
+from lowlat.config.hf.reader import config_to_hf
 from lowlat.convert.compression.calibration import read_calibration
 from lowlat.convert.compression.compress import CompressionReport, compress
 from lowlat.convert.compression.scratch import digest_of, scratch_folder

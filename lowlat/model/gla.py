@@ -36,7 +36,7 @@ class GLA(nn.Module):
             self.q_a_proj = Linear(hidden, attention.q_lora_rank, dtype=dtype)
             self.q_a_layernorm = RMSNorm(attention.q_lora_rank, LATENT_NORM_EPS, dtype=dtype)
             self.q_b_proj = Linear(attention.q_lora_rank, q_dim, dtype=dtype)
-        self.kv_a_proj_with_mqa = Linear(hidden, attention.row_dim, dtype=dtype)
+        self.kv_a_proj_with_mqa = Linear(hidden, attention.entry_dim, dtype=dtype)
         self.kv_a_layernorm = nn.ModuleList(
             RMSNorm(attention.group_rank, LATENT_NORM_EPS, dtype=dtype)
             for _ in range(attention.num_latent_groups)
@@ -70,7 +70,7 @@ class GLA(nn.Module):
 
     def rows(
         self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor]
-    ) -> Float[Tensor, "tokens row_dim"]:
+    ) -> Float[Tensor, "tokens entry_dim"]:
         """What is cached: the normalised latents and the rotated shared key."""
         dims = self.dims
         sizes = [dims.group_rank] * dims.num_latent_groups

@@ -26,7 +26,7 @@ class GTA(nn.Module):
         hidden, q_dim = config.hidden_size, attention.num_attention_heads * attention.head_dim
         self.q_proj = Linear(hidden, q_dim, dtype=dtype)
         # The tied states of all groups, then the key to be rotated.
-        self.kv_proj_with_mqa = Linear(hidden, attention.row_dim, dtype=dtype)
+        self.kv_proj_with_mqa = Linear(hidden, attention.entry_dim, dtype=dtype)
         self.o_proj = Linear(q_dim, hidden, dtype=dtype)
 
     def forward(

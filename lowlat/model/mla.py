@@ -56,7 +56,7 @@ class MLA(nn.Module):
             self.q_a_proj = Linear(hidden, attention.q_lora_rank, bias=bias, dtype=dtype)
             self.q_a_layernorm = RMSNorm(attention.q_lora_rank, LATENT_NORM_EPS, dtype=dtype)
             self.q_b_proj = Linear(attention.q_lora_rank, q_dim, dtype=dtype)
-        self.kv_a_proj_with_mqa = Linear(hidden, attention.row_dim, bias=bias, dtype=dtype)
+        self.kv_a_proj_with_mqa = Linear(hidden, attention.entry_dim, bias=bias, dtype=dtype)
         if attention.kv_a_layernorm:
             self.kv_a_layernorm = RMSNorm(attention.kv_lora_rank, LATENT_NORM_EPS, dtype=dtype)
         kv_dim = heads * (attention.qk_nope_head_dim + attention.v_head_dim)
@@ -92,7 +92,7 @@ class MLA(nn.Module):
 
     def rows(
         self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor]
-    ) -> Float[Tensor, "tokens row_dim"]:
+    ) -> Float[Tensor, "tokens entry_dim"]:
         """What is cached: the normalised latent and the rotated shared key, [c_t ; k_R] (equations
         1 and 3).
         """
@@ -120,7 +120,7 @@ class MLA(nn.Module):
         self,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
+        rows: Float[Tensor, "tokens entry_dim"],
         attention: AttentionBackend,
     ) -> Float[Tensor, "tokens heads v_dim"]:
         """Keys and values by kv_b_proj as it multiplies, attended to as MHA: training in FP8, which

@@ -1,6 +1,6 @@
-"""The native form of a model: its weights, where they lie, put together for one call per step.
+"""The native path of a model: its weights, where they lie, put together for one call per step.
 
-Owns which models have a native form, and one step; layers are `native_layers`'s. Arithmetic is
+Owns which models have a native path, and one step; layers are `native_layers`'s. Arithmetic is
 csrc/'s; the modules beside this file say what it computes.
 """
 
@@ -146,7 +146,7 @@ class NativeModel:
         wanted: list[int],
     ) -> tuple[Tensor, Tensor]:
         """Of all sequences: those of one kind at a time."""
-        kinds = [item.form == "stream" for item in batch.sequences]
+        kinds = [item.path == "decode" for item in batch.sequences]
         if len(set(kinds)) == 1:
             return self._call(model, previous, ids, batch, cache, wanted)
         hidden = torch.empty(len(ids), self.config.hidden_size, dtype=torch.bfloat16)
@@ -174,7 +174,7 @@ class NativeModel:
         logits = torch.empty(len(wanted), self.config.vocab_size)
         cos, sin = self.rotary(batch.positions)
         sequences = [
-            (item.pages, item.start, item.length, item.form == "expanded")
+            (item.pages, item.start, item.length, item.path == "expanded")
             for item in batch.sequences
         ]
         model.step(
@@ -188,14 +188,14 @@ class NativeModel:
             hidden=hidden,
             wanted=wanted,
             logits=logits,
-            is_stream=batch.sequences[0].form == "stream",
+            is_stream=batch.sequences[0].path == "decode",
         )
         return hidden, logits
 
     def _rows_of(self, cache: PagedCache):
         """`cache` as the kernels take it; kept, as there is a new one only where it has grown."""
         if self._rows is None or self._cache is not cache:
-            layers = zip(cache.layers, cache.row_dims, cache.quantized, strict=True)
+            layers = zip(cache.layers, cache.entry_dims, cache.quantized, strict=True)
             self._rows = native.module().Cache.make(list(layers))
             self._cache = cache
         return self._rows

@@ -67,7 +67,7 @@ class TPA(nn.Module):
 
     def rows(
         self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor]
-    ) -> Float[Tensor, "tokens row_dim"]:
+    ) -> Float[Tensor, "tokens entry_dim"]:
         """What is cached: [B_K ; B_V ; A_K ; A_V], B_K rotated."""
         b_k = self.k_b_proj(x).unflatten(-1, (self.dims.k_rank, self.dims.head_dim))
         b_k = apply_rope(b_k, *rope, interleave=self.interleave).flatten(1)

@@ -13,19 +13,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowlat.ops.attention import causal_attention
-from lowlat.ops.layout import RowLayout
+from lowlat.ops.layout import EntryLayout
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class TiedLayout(RowLayout):
+class TiedLayout(EntryLayout):
     """One tied state of `head_dim` channels for each of `groups`, then the shared rotated key."""
 
     groups: int
     head_dim: int
 
     def expand(
-        self, rows: Float[Tensor, "keys row_dim"]
+        self, rows: Float[Tensor, "keys entry_dim"]
     ) -> tuple[Float[Tensor, "keys groups head_dim"], Float[Tensor, "keys groups head_dim"]]:
         tied = rows[:, : self.groups * self.head_dim].unflatten(1, (self.groups, self.head_dim))
         k_rope = rows[:, None, self.groups * self.head_dim :].expand(-1, self.groups, -1)
@@ -35,7 +35,7 @@ class TiedLayout(RowLayout):
     def attend(
         self,
         q: Float[Tensor, "queries heads head_dim"],
-        rows: Float[Tensor, "keys row_dim"],
+        rows: Float[Tensor, "keys entry_dim"],
         *,
         start: int,
         scale: float,

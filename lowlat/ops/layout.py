@@ -10,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class RowLayout(ABC):
+class EntryLayout(ABC):
     """How rows become keys and values."""
 
     @abstractmethod
     def expand(
-        self, rows: Float[Tensor, "keys row_dim"]
+        self, rows: Float[Tensor, "keys entry_dim"]
     ) -> tuple[Float[Tensor, "keys kv_heads head_dim"], Float[Tensor, "keys kv_heads head_dim"]]:
         """Keys and values of `rows`; consecutive query heads share one, as in GQA."""
 
@@ -23,7 +23,7 @@ class RowLayout(ABC):
     def attend(
         self,
         q: Float[Tensor, "queries heads head_dim"],
-        rows: Float[Tensor, "keys row_dim"],
+        rows: Float[Tensor, "keys entry_dim"],
         *,
         start: int,
         scale: float,

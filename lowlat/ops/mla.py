@@ -16,7 +16,7 @@ from lowlat.ops.attention import KEY_BLOCK, causal_attention
 def absorbed_mla(
     q_nope: Float[Tensor, "queries heads nope_dim"],
     q_rope: Float[Tensor, "queries heads rope_dim"],
-    rows: Float[Tensor, "keys row_dim"],
+    rows: Float[Tensor, "keys entry_dim"],
     w_uk: Float[Tensor, "heads nope_dim latent"],
     w_uv: Float[Tensor, "heads v_dim latent"],
     *,
@@ -41,7 +41,7 @@ def absorbed_mla(
 def expanded_mla(
     q_nope: Float[Tensor, "queries heads nope_dim"],
     q_rope: Float[Tensor, "queries heads rope_dim"],
-    rows: Float[Tensor, "keys row_dim"],
+    rows: Float[Tensor, "keys entry_dim"],
     w_uk: Float[Tensor, "heads nope_dim latent"],
     w_uv: Float[Tensor, "heads v_dim latent"],
     *,

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import BFloat16, Float, Float32, Int32, UInt8
 from torch import Tensor
 
-from lowlat.config.arithmetic import int8_row_bytes
 from lowlat.config.model import MoEConfig
+from lowlat.config.parameter_count import int8_entry_bytes
 from lowlat.ops import native
 from lowlat.ops.quantized import (
     INT4_SHAPE,
@@ -159,19 +159,20 @@ def draw(
     )
 
 
-def pack_rows(
-    rows: BFloat16[Tensor, "tokens row_dim"], quantized: int, *, level: str = ""
-) -> UInt8[Tensor, "tokens row_bytes"]:
-    """Twin of lowlat.attention.rows.pack_rows."""
-    row_bytes = int8_row_bytes(rows.shape[1], quantized)
-    packed = torch.zeros(1, len(rows), row_bytes, dtype=torch.uint8)
+def pack_entries(
+    rows: BFloat16[Tensor, "tokens entry_dim"], quantized: int, *, level: str = ""
+) -> UInt8[Tensor, "tokens entry_bytes"]:
+    """Twin of lowlat.attention.int8_entry.pack_entries."""
+    entry_bytes = int8_entry_bytes(rows.shape[1], quantized)
+    packed = torch.zeros(1, len(rows), entry_bytes, dtype=torch.uint8)
     native.module().store_rows(rows.contiguous(), packed, quantized=quantized, level=level)
     return packed[0]
 
 
 def mla_attention(
-    q: BFloat16[Tensor, "queries heads row_dim"],
-    cache: BFloat16[Tensor, "pages page_size row_dim"] | UInt8[Tensor, "pages page_size row_bytes"],
+    q: BFloat16[Tensor, "queries heads entry_dim"],
+    cache: BFloat16[Tensor, "pages page_size entry_dim"]
+    | UInt8[Tensor, "pages page_size entry_bytes"],
     pages: Int32[Tensor, "sequence_pages"],
     *,
     latent: int,
@@ -183,9 +184,9 @@ def mla_attention(
     """Causal attention of queries at start, start + 1, ... over the rows in `pages`: the key of
     every head is the row, its value the row's first `latent` channels.
 
-    Bytes are rows of lowlat.attention.rows with `quantized` channels in int8, those of the latent
-    unless given. The level avx512 rounds the same channels of a query to int8 as well, in the same
-    groups of 64.
+    Bytes are rows of lowlat.attention.int8_entry with `quantized` channels in int8, those of the
+    latent unless given. The level avx512 rounds the same channels of a query to int8 as well, in
+    the same groups of 64.
     """
     layout = native.module().RowLayout(
         kv_heads=1, key_step=0, value_dim=latent, value_step=0, value_offset=0
@@ -199,7 +200,8 @@ def mla_attention(
 
 def gqa_attention(
     q: BFloat16[Tensor, "queries heads head_dim"],
-    cache: BFloat16[Tensor, "pages page_size row_dim"] | UInt8[Tensor, "pages page_size row_bytes"],
+    cache: BFloat16[Tensor, "pages page_size entry_dim"]
+    | UInt8[Tensor, "pages page_size entry_bytes"],
     pages: Int32[Tensor, "sequence_pages"],
     *,
     kv_heads: int,
@@ -211,16 +213,19 @@ def gqa_attention(
     """Causal attention over rows [K ; V] of `kv_heads` heads each; `window` as in
     lowlat.ops.attention.causal_attention.
 
-    Bytes are rows of lowlat.attention.rows, all of whose channels are in int8. The level avx512
-    rounds queries as for `mla_attention` where a head's keys and values begin where 64 channels do.
+    Bytes are rows of lowlat.attention.int8_entry, all of whose channels are in int8. The level
+    avx512 rounds queries as for `mla_attention` where a head's keys and values begin where 64
+    channels do.
     """
     dim = q.shape[2]
-    row_dim = 2 * kv_heads * dim
-    quantized = row_dim if cache.dtype == torch.uint8 else 0
+    entry_dim = 2 * kv_heads * dim
+    quantized = entry_dim if cache.dtype == torch.uint8 else 0
     layout = native.module().RowLayout(
         kv_heads=kv_heads, key_step=dim, value_dim=dim, value_step=dim, value_offset=kv_heads * dim
     )
-    return _attention(q, cache, pages, layout, row_dim, dim, start, scale, window, level, quantized)
+    return _attention(
+        q, cache, pages, layout, entry_dim, dim, start, scale, window, level, quantized
+    )
 
 
 def _attention(
@@ -228,7 +233,7 @@ def _attention(
     cache: Tensor,
     pages: Tensor,
     layout: Any,
-    row_dim: int,
+    entry_dim: int,
     value_dim: int,
     start: int,
     scale: float,
@@ -241,7 +246,7 @@ def _attention(
         q.contiguous(),
         cache.view(torch.uint8),
         pages.contiguous(),
-        row_dim=row_dim,
+        row_dim=entry_dim,
         quantized=quantized,
         start=start,
         scale=scale,

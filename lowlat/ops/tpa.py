@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowlat.ops.layout import RowLayout
+from lowlat.ops.layout import EntryLayout
 from lowlat.ops.norm import accumulation_dtype
 
 PRODUCTS = 2**23
@@ -30,7 +30,7 @@ def outer_mean(
 
 @final
 @dataclass(frozen=True, slots=True)
-class FactorLayout(RowLayout):
+class FactorLayout(EntryLayout):
     """Factors of the keys and values of `heads` heads of `head_dim` channels."""
 
     heads: int
@@ -39,7 +39,7 @@ class FactorLayout(RowLayout):
     v_rank: int
 
     def factors(
-        self, rows: Float[Tensor, "keys row_dim"]
+        self, rows: Float[Tensor, "keys entry_dim"]
     ) -> tuple[
         Float[Tensor, "keys k_rank head_dim"],
         Float[Tensor, "keys v_rank head_dim"],
@@ -58,7 +58,7 @@ class FactorLayout(RowLayout):
         )
 
     def expand(
-        self, rows: Float[Tensor, "keys row_dim"]
+        self, rows: Float[Tensor, "keys entry_dim"]
     ) -> tuple[Float[Tensor, "keys heads head_dim"], Float[Tensor, "keys heads head_dim"]]:
         b_k, b_v, a_k, a_v = self.factors(rows)
         return outer_mean(a_k, b_k), outer_mean(a_v, b_v)
@@ -66,7 +66,7 @@ class FactorLayout(RowLayout):
     def attend(
         self,
         q: Float[Tensor, "queries heads head_dim"],
-        rows: Float[Tensor, "keys row_dim"],
+        rows: Float[Tensor, "keys entry_dim"],
         *,
         start: int,
         scale: float,

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-from lowlat.config.arithmetic import (
+from lowlat.config.attention import GLAConfig, MLAConfig
+from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import (
     attention_parameters,
     expert_parameters,
     gate_parameters,
     mlp_parameters,
 )
-from lowlat.config.attention import GLAConfig, MLAConfig
-from lowlat.config.model import ModelConfig
 from lowlat.plan.flops import Work, head_flops, layer_work, mtp_work
 from lowlat.plan.job import BIDIRECTIONAL, Layout
 
@@ -121,7 +121,7 @@ def _attention(config: ModelConfig, layer: int, tp: int) -> float:
     if not isinstance(attention, MLAConfig | GLAConfig):
         return whole / tp
     rank = attention.q_lora_rank or 0
-    shared = config.hidden_size * (rank + attention.row_dim) + rank + attention.kv_lora_rank
+    shared = config.hidden_size * (rank + attention.entry_dim) + rank + attention.kv_lora_rank
     return shared + (whole - shared) / tp
 
 

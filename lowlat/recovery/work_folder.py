@@ -17,7 +17,6 @@ Each appears complete or not at all.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,11 +26,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lowlat.checkpoint.cachefolder import sync_folder
-from lowlat.checkpoint.restart import check_same, hold, partial_path
-from lowlat.checkpoint.save import refuse_existing, sync_parent
-from lowlat.train.checkpoints.disk import replace_file
+from lowlat.checkpoint.resumable_writer import check_same, partial_path
+from lowlat.utils.atomic_files import refuse_existing, replace_file, sync_folder, sync_parent
+from lowlat.utils.disk_errors import resumable_error
 from lowlat.utils.errors import UserError
+from lowlat.utils.file_lock import lock_for_writing
 
 REQUEST, PLACED = "request.json", "placed"
 
@@ -109,7 +108,7 @@ def open_work_folder(dst: Path, fingerprint: Mapping[str, str]) -> Iterator[Work
     try:
         work.folder.mkdir(exist_ok=True)
         with (work.folder / "lock").open("ab") as lock:
-            hold(lock, dst)
+            lock_for_writing(lock, dst)
             request = work.folder / REQUEST
             if request.exists():
                 check_same(
@@ -127,10 +126,4 @@ def open_work_folder(dst: Path, fingerprint: Mapping[str, str]) -> Iterator[Work
                 raise
             shutil.rmtree(work.folder, ignore_errors=True)
     except OSError as error:
-        what = f"{dst}: cannot be written ({error.strerror})"
-        if not os.path.exists(work.folder):
-            raise UserError(f"{what}; choose another destination") from error
-        raise UserError(
-            f"{what}; {work.folder} is kept: free some space and repeat the command to resume, or "
-            "remove that folder"
-        ) from error
+        raise resumable_error(dst, work.folder, error) from error

@@ -78,7 +78,7 @@ def test_forms_of_attention_are_equal(name: str) -> None:
     model = random_model(EVERY[name], torch.float32)
     sides = [
         LowlatSide(model, label=form, precision="fp32", form=form)
-        for form in ("stream", "expanded")
+        for form in ("decode", "expanded")
     ]
     ids = torch.randint(model.config.vocab_size, (11,))
     report = compare(sides[0], sides[1], [Window(ids, 3)])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowlat.attention.rows import pack_rows, unpack_rows
+from lowlat.attention.int8_entry import pack_entries, unpack_entries
 from lowlat.ops import native_ops
 from lowlat.ops.attention import causal_attention
 
@@ -113,8 +113,8 @@ def test_mla(
 def as_integers_read_it(q: Tensor, quantized: int) -> Tensor:
     """Queries with `quantized` channels in int8, by groups of 64, multiplied out again."""
     flat = q.flatten(0, 1)
-    packed = pack_rows(flat, quantized)
-    return unpack_rows(packed, q.shape[2], quantized, torch.float32).view_as(q)
+    packed = pack_entries(flat, quantized)
+    return unpack_entries(packed, q.shape[2], quantized, torch.float32).view_as(q)
 
 
 def byte_rounding(
@@ -173,7 +173,7 @@ def test_mla_over_int8(
 ) -> None:
     width = latent + 2 * pairs
     quantized = width if whole else latent
-    packed = pack_rows(draw((start + queries, width), "normal", seed), quantized)
+    packed = pack_entries(draw((start + queries, width), "normal", seed), quantized)
     q = draw((queries, heads, width), "normal", seed + 1)
     cache, pages = paged(packed, page_size, seed)
     scale = width**-0.5
@@ -189,12 +189,12 @@ def test_mla_over_int8(
     )
     rounding: Tensor | float = 0.0
     if level in INTEGER_LEVELS:
-        rows = unpack_rows(packed, width, quantized, torch.float32)
+        rows = unpack_entries(packed, width, quantized, torch.float32)
         q = as_integers_read_it(q, quantized)
         integers, scales = integers_and_scales(packed, quantized)
         rounding = byte_rounding(q, rows, integers[:, :latent], scales[:, :latent], scale, None)
     else:
-        rows = unpack_rows(packed, width, quantized, torch.bfloat16)
+        rows = unpack_entries(packed, width, quantized, torch.bfloat16)
     check(out, q, rows[:, None], rows[:, None, :latent], start, scale, None, rounding)
 
 
@@ -257,14 +257,14 @@ def test_gqa_over_int8(
 ) -> None:
     """Products are with integers where a head's keys and values begin where 64 channels do."""
     width = 2 * kv_heads * dim
-    packed = pack_rows(draw((start + queries, width), "normal", seed), width)
+    packed = pack_entries(draw((start + queries, width), "normal", seed), width)
     q = draw((queries, kv_heads * group, dim), "normal", seed + 1)
     cache, pages = paged(packed, page_size, seed)
     scale = dim**-0.5
     out = native_ops.gqa_attention(
         q, cache, pages, kv_heads=kv_heads, start=start, scale=scale, window=window, level=level
     )
-    exact = unpack_rows(packed, width, width, torch.float32).unflatten(1, (2, kv_heads, dim))
+    exact = unpack_entries(packed, width, width, torch.float32).unflatten(1, (2, kv_heads, dim))
     plain = exact.bfloat16()
     integers, scales = (
         each.unflatten(1, (2, kv_heads, dim)) for each in integers_and_scales(packed, width)
@@ -301,7 +301,7 @@ def test_scores_of_any_size(level: str, width: int, heads: int) -> None:
 
 def stored(rows: Tensor, quantized: int) -> Tensor:
     """The rows as the cache holds them, the first `quantized` channels in int8."""
-    return pack_rows(rows, quantized) if quantized else rows
+    return pack_entries(rows, quantized) if quantized else rows
 
 
 @every_level
@@ -386,7 +386,7 @@ def test_weak_keys_keep_their_sum(level: str, strong: float, weak: float, within
     rows = rows.bfloat16()
     q = torch.zeros(1, 16, latent + 2, dtype=torch.bfloat16)
     q[..., latent] = 1.0
-    cache, pages = paged(pack_rows(rows, latent), 64, 1)
+    cache, pages = paged(pack_entries(rows, latent), 64, 1)
     out = native_ops.mla_attention(
         q, cache, pages, latent=latent, start=count - 1, scale=1.0, quantized=latent, level=level
     )

@@ -13,7 +13,7 @@ from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.config.model import ModelConfig, QuantConfig, TPAConfig
 from lowlat.engine import scoring
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Linear
 from lowlat.model.low_rank import LowRank
@@ -131,7 +131,7 @@ def test_int8_cache(name: str) -> None:
     ids = torch.randint(0, 263, (61,), generator=torch.Generator().manual_seed(5)).tolist()
     logits: dict[torch.dtype, Tensor] = {}
     for dtype in (torch.bfloat16, torch.int8):
-        runner = Runner(model, page_size=8, cache_dtype=dtype)
+        runner = ModelRunner(model, page_size=8, cache_dtype=dtype)
         logits[dtype] = scoring.logits(runner, ids, chunk=7)
     distance = distances(logits[torch.int8], logits[torch.bfloat16])
     assert 1e-5 < distance.median() < 0.1
@@ -148,7 +148,7 @@ def test_tpa_falls_back() -> None:
     exact = in_fp32(model, config)
     ids = torch.randint(0, 263, (61,), generator=torch.Generator().manual_seed(5)).tolist()
     logits, reference = (
-        scoring.logits(Runner(m, page_size=8), ids, chunk=7) for m in (model, exact)
+        scoring.logits(ModelRunner(m, page_size=8), ids, chunk=7) for m in (model, exact)
     )
     assert distances(logits, reference).median() < 0.03
 

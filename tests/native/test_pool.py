@@ -20,8 +20,8 @@ plain = tiny_model(config, torch.bfloat16)
 model = NativeModel(plain)
 def new_cache():
     return PagedCache(config, num_pages=150, page_size=16, dtype=torch.bfloat16)
-def step(ids, cache, model=model, form="stream"):
-    item = SequenceSlice(pages=tuple(range(150)), start=0, length=len(ids), form=form)
+def step(ids, cache, model=model, form="decode"):
+    item = SequenceSlice(pages=tuple(range(150)), start=0, length=len(ids), path=form)
     batch = AttentionBatch.build([item], page_size=16)
     return model.step(torch.tensor(list(ids)), batch, cache, [len(ids) - 1])[1]
 """

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowlat.attention.rows import pack_rows
+from lowlat.attention.int8_entry import pack_entries
 from lowlat.ops import experts, native_ops, norm, rope
 
 from .inputs import (
@@ -124,7 +124,7 @@ def test_cached_rows_have_the_bits_of_their_definition(
     level: str, rows: int, quantized: int, rest: int, kind: str, seed: int
 ) -> None:
     x = draw((rows, quantized + rest), kind, seed)
-    assert_same_bits(native_ops.pack_rows(x, quantized, level=level), pack_rows(x, quantized))
+    assert_same_bits(native_ops.pack_entries(x, quantized, level=level), pack_entries(x, quantized))
 
 
 @every_level
@@ -137,8 +137,8 @@ def test_one_number_that_is_not_finite_spoils_its_group(
     x = draw((quantized + 2, quantized + 3), "normal", 1)
     x[:quantized].diagonal().fill_(value)
     x[-1] = value  # and one row of nothing else
-    packed = native_ops.pack_rows(x, quantized, level=level)
-    assert_same_bits(packed, pack_rows(x, quantized))
+    packed = native_ops.pack_entries(x, quantized, level=level)
+    assert_same_bits(packed, pack_entries(x, quantized))
     groups = -(-quantized // 64)
     at = -(-quantized // 4) * 4
     scales = packed[:, at : at + 4 * groups].contiguous().view(torch.float32)

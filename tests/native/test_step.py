@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.cached import CachedAttention
-from lowlat.attention.forms import STREAM_TOKENS, Form
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
-from lowlat.config.hf import config_from_hf
+from lowlat.attention.path import DECODE_TOKENS, AttentionPath
+from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.model import ModelConfig
 from lowlat.model.linear import Linear
 from lowlat.model.native import NativeModel, has_native_form
@@ -75,16 +75,16 @@ def new_cache(config: ModelConfig, dtype: torch.dtype) -> PagedCache:
     return PagedCache(config, num_pages=48, page_size=PAGE_SIZE, dtype=dtype)
 
 
-def form_for(length: int, break_even: float) -> Form:
+def form_for(length: int, break_even: float) -> AttentionPath:
     """All three forms occur: streams of few tokens, absorbed and expanded chunks."""
     if length > break_even:
         return "expanded"
-    return "stream" if length <= STREAM_TOKENS else "absorbed"
+    return "decode" if length <= DECODE_TOKENS else "absorbed"
 
 
 def batch_of(step: Sequence[tuple[int, int, int]], break_even: float) -> AttentionBatch:
     slices = [
-        SequenceSlice(pages=TABLES[s], start=start, length=n, form=form_for(n, break_even))
+        SequenceSlice(pages=TABLES[s], start=start, length=n, path=form_for(n, break_even))
         for s, start, n in step
     ]
     return AttentionBatch.build(slices, page_size=PAGE_SIZE)
@@ -241,11 +241,11 @@ def test_a_module_goes_on_from_hidden_states_and_no_other_does() -> None:
 
 @every_level
 @few_cases
-@pytest.mark.parametrize("form", ["stream", "absorbed", "expanded"])
+@pytest.mark.parametrize("form", ["decode", "absorbed", "expanded"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @torch.inference_mode()
 def test_bits_do_not_depend_on_how_a_text_is_cut(
-    case: Case, level: str, form: Form, dtype: torch.dtype
+    case: Case, level: str, form: AttentionPath, dtype: torch.dtype
 ) -> None:
     """What prefix caching, speculation and reading again after preemption rest on: rows and logits
     of one form are the same, whether tokens come one by one, in pieces, or all in one step."""
@@ -260,7 +260,7 @@ def test_bits_do_not_depend_on_how_a_text_is_cut(
         for step in cuts:
             starts = [start, *step[:-1]]
             slices = [
-                SequenceSlice(pages=pages, start=first, length=last - first, form=form)
+                SequenceSlice(pages=pages, start=first, length=last - first, path=form)
                 for first, last in zip(starts, step, strict=True)
             ]
             batch = AttentionBatch.build(slices, page_size=PAGE_SIZE)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lowlat.attention.cache import PagedCache
-from lowlat.attention.forms import Form
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
+from lowlat.attention.path import AttentionPath
 from lowlat.config.model import ModelConfig
 from lowlat.model.native import NativeModel, has_native_form
 from lowlat.ops import native
@@ -60,10 +60,10 @@ def widened(config: ModelConfig) -> ModelConfig:
 
 
 def alone(
-    model: NativeModel, form: Form, s: int, start: int, length: int, cache: PagedCache
+    model: NativeModel, form: AttentionPath, s: int, start: int, length: int, cache: PagedCache
 ) -> torch.Tensor:
     """Logits of a step of one sequence, whose pages come in order."""
-    item = SequenceSlice(pages=tuple(range(len(TABLES[s]))), start=start, length=length, form=form)
+    item = SequenceSlice(pages=tuple(range(len(TABLES[s]))), start=start, length=length, path=form)
     batch = AttentionBatch.build([item], page_size=PAGE_SIZE)
     ids = ids_of(model.config, [(s, start, length)])
     return model.step(ids, batch, cache, list(range(length)))[1]

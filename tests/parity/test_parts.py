@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
-from lowlat.config.hf import config_from_hf
+from lowlat.config.hf.reader import config_from_hf
 from lowlat.model.block import DecoderLayer
 from lowlat.model.moe import MoE
 from lowlat.model.transformer import Transformer

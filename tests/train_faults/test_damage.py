@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import Saves
 from lowlat.utils.errors import UserError
 
 from .states import assert_is, facts, make_run, saves_in, state

@@ -12,7 +12,7 @@ import torch
 from lowlat.train.checkpoints import writer
 from lowlat.train.checkpoints.errors import SaveError
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import Saves
 
 from .states import assert_is, facts, make_run, saves_in, state
 from .tracing import Tracer, in_child, nothing

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from lowlat.train.checkpoints.checkpoint import Save
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.save import Save
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import Saves
 
 from .training import (
     INTERVAL,

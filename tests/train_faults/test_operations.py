@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from lowlat.train.checkpoints import disk
 from lowlat.train.checkpoints.errors import SaveError
 from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.utils import atomic_files as disk
 from lowlat.utils.errors import UserError
 
 from .power import after
@@ -122,7 +122,7 @@ def test_power_cuts_would_show_a_missing_fsync(
     scenario = SCENARIOS["write"]
     scenario.prepare(tmp_path / "prepared")
     if skipped == "files":
-        monkeypatch.setattr(disk, "_sync", lambda descriptor: None)
+        monkeypatch.setattr(disk, "sync_descriptor", lambda descriptor: None)
     else:
         monkeypatch.setattr("lowlat.train.checkpoints.writer.sync_folder", lambda folder: None)
     run = fresh(tmp_path / "prepared")

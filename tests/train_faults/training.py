@@ -13,9 +13,9 @@ import torch
 
 from lowlat.data.build import build
 from lowlat.data.selection import BuildOptions
+from lowlat.train.checkpoints.checkpoint import Save
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.save import Save
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import Saves
 
 from .states import bits
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, final
 
 from lowlat.data.folder import TokenFolder
-from lowlat.train.checkpoints.disk import replace_file
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.metrics.jsonl import RunHistory, read_log
 from lowlat.train.metrics.record import EvalRecord, StartRecord, StepRecord
@@ -27,6 +26,7 @@ from lowlat.train.metrics.view import View
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.recipe.toml import to_toml
 from lowlat.train.run.trainer import MODEL_FOLDER, Trainer
+from lowlat.utils.atomic_files import replace_file
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, Task
 from lowlat.utils.strict_json import parse_object

@@ -115,9 +115,16 @@ def _divided(chosen: Int[Tensor, "windows length"], origin: str) -> Calibration:
     return Calibration(windows=chosen[~is_held_out], held_out=chosen[is_held_out], origin=origin)
 
 
+def bundled_text() -> str:
+    """The bundled calibration text (BUNDLED_TEXT), compressed so that greps through the source skip
+    it.
+    """
+    packed = (files("lowlat.convert.compression") / BUNDLED_TEXT).read_bytes()
+    return gzip.decompress(packed).decode("utf-8")
+
+
 def _default_texts() -> list[str]:
     """The bundled text, and as much of Python's documentation as a third of it."""
-    packed = (files("lowlat.convert.compression") / BUNDLED_TEXT).read_bytes()
-    prose = gzip.decompress(packed).decode("utf-8")
+    prose = bundled_text()
     documentation = "\n\n".join(topics[key] for key in sorted(topics))
     return [prose, documentation[: len(prose) // 3]]

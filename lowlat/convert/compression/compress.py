@@ -114,7 +114,7 @@ def compress(
     inputs = CompressionInputs(
         base=base,
         source=source,
-        budget=entry_budget(share, source.row_dim, least=2 * STEP),
+        budget=entry_budget(share, source.entry_dim, least=2 * STEP),
         calibration=calibration,
         scratch=LayerScratch(scratch),
         precision=precision or fast_dtype(),
@@ -137,7 +137,7 @@ def compress(
         fold=chosen.fold,
         layout=layout,
         calibration=calibration.origin,
-        channels_before=source.row_dim,
+        channels_before=source.entry_dim,
         channels_after=sum(w.latent + w.rotary for w in plan.widths) / count,
         perplexity_before=before,
         perplexity_after=after,
@@ -176,7 +176,7 @@ def _measure_sensitivities(
     inputs: CompressionInputs, method: CompressionMethod, known: ErrorForecast, progress: Progress
 ) -> list[Sensitivity] | None:
     """Sensitivities near the allocation that they lead to."""
-    windows, entry = sensitivity_windows(inputs.calibration.windows), inputs.source.row_dim
+    windows, entry = sensitivity_windows(inputs.calibration.windows), inputs.source.entry_dim
     passes = 2 * SENSITIVITY_ROUNDS * inputs.base.config.num_hidden_layers
     sensitivities: list[Sensitivity] | None = None
     with progress.task("Measuring sensitivities", passes, "items") as task:
@@ -228,7 +228,7 @@ def _make_layers(
 def _rotary_only_perplexity(inputs: CompressionInputs, method: CompressionMethod) -> float:
     """Held-out perplexity with the rotary channels of `method` and an untruncated latent."""
     assert method.rotary is not None
-    entry, count = inputs.source.row_dim, inputs.base.config.num_hidden_layers
+    entry, count = inputs.source.entry_dim, inputs.base.config.num_hidden_layers
     rotary = method.rotary(inputs.source.head_dim, inputs.source.num_key_value_heads, inputs.budget)
     widths = [EntryWidths(latent=entry - rotary, rotary=rotary)] * count
     known = forecast(inputs, method, with_errors=False)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from lowlat.config.families import LOWLAT
+from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from lowlat.convert.compression.budget import (
     STEP,
@@ -179,7 +179,7 @@ def estimated_config(
     """Approximate result of compressing `config` to `share` of its cache, before anything is
     measured: a quarter of the cache entry is rotary.
     """
-    entry = round(share * source.row_dim / STEP)
+    entry = round(share * source.entry_dim / STEP)
     rotary = max(1, entry // 4)
     widths = EntryWidths(latent=(entry - rotary) * STEP, rotary=rotary * STEP)
     layers = config.num_hidden_layers

@@ -3,7 +3,6 @@
 Memory holds one layer at a time.
 """
 
-import errno
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -17,11 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowlat.checkpoint.cachefolder import sha256_file
-from lowlat.checkpoint.place import fit
-from lowlat.checkpoint.restart import hold
+from lowlat.checkpoint.fetch.cache_dir import sha256_file
+from lowlat.checkpoint.fill_parameters import fit
 from lowlat.convert.compression.statistics import LayerStatistics
+from lowlat.utils.disk_errors import NO_SPACE
 from lowlat.utils.errors import UserError
+from lowlat.utils.file_lock import lock_for_writing
 
 
 def digest_of(folder: Path) -> str:
@@ -41,7 +41,7 @@ def scratch_folder(dst: Path) -> Iterator[Path]:
     try:
         folder.mkdir(exist_ok=True)
         with (folder / "lock").open("ab") as lock:
-            hold(lock, dst)
+            lock_for_writing(lock, dst)
             for file in folder.glob("*.safetensors"):
                 file.unlink()
             try:
@@ -49,7 +49,7 @@ def scratch_folder(dst: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        is_full = error.errno == errno.ENOSPC
+        is_full = error.errno in NO_SPACE
         remedy = "free some space and repeat the command"
         raise UserError(
             f"{dst}: cannot be written ({error.strerror}); "

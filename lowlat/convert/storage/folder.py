@@ -12,11 +12,11 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from lowlat.checkpoint.file_layout import Group, Stored
+from lowlat.checkpoint.fill_parameters import check_packed, fit
 from lowlat.checkpoint.mapping import ROUTER_BIAS, SCALE_SUFFIX, file_name, operations
-from lowlat.checkpoint.operations import Operation, Rename
-from lowlat.checkpoint.place import check_packed, fit
-from lowlat.checkpoint.planned_files import Group, Stored
-from lowlat.config.families import LOWLAT
+from lowlat.checkpoint.mapping_operations import Operation, Rename
+from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import MLAConfig, ModelConfig, QuantConfig
 from lowlat.convert.parameters.weights import Weights, parameter_shapes
 from lowlat.model.linear import Linear, Storage, pack

@@ -12,12 +12,12 @@ from typing import Any
 from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
-from lowlat.checkpoint.gguf_blocks import QUANTIZED, encode, fits, row_bytes
-from lowlat.checkpoint.gguf_file import PLAIN
-from lowlat.checkpoint.gguf_keys import architecture_of, gguf_keys, rope_divisors
-from lowlat.checkpoint.gguf_layout import ROPE_FACTORS, GGUFPart, gguf_parts
-from lowlat.checkpoint.place import fit
-from lowlat.checkpoint.planned_files import GGUFTensor, PlannedFile, plan_gguf
+from lowlat.checkpoint.file_layout import GGUFTensor, PlannedFile, plan_gguf
+from lowlat.checkpoint.fill_parameters import fit
+from lowlat.checkpoint.gguf.blocks import QUANTIZED, encode, fits, row_bytes
+from lowlat.checkpoint.gguf.file import PLAIN
+from lowlat.checkpoint.gguf.metadata_writer import architecture_of, gguf_keys, rope_divisors
+from lowlat.checkpoint.gguf.tensor_layout import ROPE_FACTORS, GGUFPart, gguf_parts
 from lowlat.config.model import ModelConfig
 from lowlat.convert.parameters.weights import Shapes, Weights, parameter_shapes
 from lowlat.convert.storage.folder import CHUNK_ELEMENTS, StorageType, row_pieces

@@ -4,15 +4,14 @@ Owns the wording; which fault stops a run is `saves`' rule.
 """
 
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lowlat.utils.disk_errors import reason_and_remedy
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import quoted
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 _DAMAGED = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP}
 
 
@@ -30,7 +29,7 @@ def writing(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SaveError(f"{what}: cannot be written, {_reason(error, folder)}") from error
+        raise SaveError(f"{what}: cannot be written, {reason_and_remedy(error, folder)}") from error
 
 
 @contextmanager
@@ -39,7 +38,7 @@ def using(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{folder}: cannot be used, {_reason(error, folder)}") from error
+        raise UserError(f"{folder}: cannot be used, {reason_and_remedy(error, folder)}") from error
 
 
 @contextmanager
@@ -59,14 +58,3 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); make it readable and start again"
         ) from error
-
-
-def _reason(error: OSError, folder: Path) -> str:
-    where = os.fspath(folder) if error.filename is None else os.fsdecode(error.filename)
-    if error.errno in _FULL:
-        return f"the disk of {where} is full; free some space there"
-    if error.errno == errno.EFBIG:
-        return f"{where} would exceed the largest file allowed; raise the limit (ulimit -f)"
-    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-        return f"{where} may not be written to ({error.strerror}); allow it or take another folder"
-    return f"{where}: {error.strerror}; check the disk or take another folder"

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlat.train.checkpoints.disk import CHUNK, FileRecord
 from lowlat.train.checkpoints.errors import BrokenSaveError, reading
+from lowlat.utils.atomic_files import CHUNK, FileDigest
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Task
 from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object, quoted
@@ -38,7 +38,7 @@ class Manifest:
     """Optimiser steps done."""
     time: float
     """When it was written, in seconds since 1970."""
-    files: Mapping[str, FileRecord]
+    files: Mapping[str, FileDigest]
     """By file name."""
 
     def encode(self) -> bytes:
@@ -74,7 +74,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def check_digest(path: Path, record: FileRecord, task: Task) -> None:
+def check_digest(path: Path, record: FileDigest, task: Task) -> None:
     """Read a file and raise BrokenSaveError unless it is `record`."""
     digest = hashlib.sha256()
     with reading(path), path.open("rb", buffering=0) as file:
@@ -108,7 +108,7 @@ def _manifest(fields: dict[str, Any]) -> Manifest:
     """Typed; a manifest that proves itself can still have been made by hand."""
     try:
         files = {
-            name: FileRecord(size=_whole(entry["size"]), sha256=str(entry["sha256"]))
+            name: FileDigest(size=_whole(entry["size"]), sha256=str(entry["sha256"]))
             for name, entry in fields["files"].items()
         }
         return Manifest(step=_whole(fields["step"]), time=float(fields["time"]), files=files)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.safetensors_file import DTYPES
-from lowlat.train.checkpoints.disk import FileRecord, write_new
+from lowlat.checkpoint.safetensors.reader import DTYPES
+from lowlat.utils.atomic_files import FileDigest, write_new_file
 
 ALIGNMENT = 64
 """Where the data begin, a multiple of this: the mapped tensors are aligned for vector loads."""
@@ -22,7 +22,7 @@ NamedTensor = tuple[str, Tensor]
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-def write_part(path: Path, tensors: Sequence[NamedTensor]) -> FileRecord:
+def write_part(path: Path, tensors: Sequence[NamedTensor]) -> FileDigest:
     """Write `tensors`, any dtype of safetensors, as the new file `path` and bring it to the disk.
 
     Beside the tensors themselves one is in memory at most, where it lies on another device or is
@@ -30,7 +30,7 @@ def write_part(path: Path, tensors: Sequence[NamedTensor]) -> FileRecord:
     """
     # wide dtypes first, so that every tensor is aligned to its dtype and can be mapped
     ordered = sorted(tensors, key=lambda named: -named[1].dtype.itemsize)
-    return write_new(path, _pieces(ordered))
+    return write_new_file(path, _pieces(ordered))
 
 
 def _pieces(tensors: Sequence[NamedTensor]) -> Iterator[bytes | memoryview]:

@@ -19,9 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import final
 
-from lowlat.train.checkpoints.disk import make_folder, replace_file
 from lowlat.train.checkpoints.errors import using
+from lowlat.utils.atomic_files import make_folder, replace_file
 from lowlat.utils.errors import UserError
+from lowlat.utils.file_lock import try_lock
 
 
 @final
@@ -127,17 +128,13 @@ class _Lock:
             raise UserError(
                 f"{path}: runs are locked by flock, which Windows lacks; train in WSL instead"
             )
-        import fcntl
-
         self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not try_lock(self._descriptor):
+                owner = os.pread(self._descriptor, 300, 0).decode(errors="replace").split()
+                raise UserError(_refusal(path.parent, owner))
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
-        except BlockingIOError as error:
-            owner = os.pread(self._descriptor, 300, 0).decode(errors="replace").split()
-            self.release()
-            raise UserError(_refusal(path.parent, owner)) from error
         except BaseException:
             self.release()
             raise

@@ -16,17 +16,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowlat.train.checkpoints.disk import (
-    FileRecord,
-    move_folder,
-    remove_folder,
-    sync_folder,
-    write_new,
-)
+from lowlat.train.checkpoints.checkpoint import FACTS_FILE, PART_SUFFIX, folder_name, open_parts
 from lowlat.train.checkpoints.errors import BrokenSaveError, SaveError, reading
 from lowlat.train.checkpoints.manifest import MANIFEST_FILE, Manifest, check_part_name
 from lowlat.train.checkpoints.part import NamedTensor, write_part
-from lowlat.train.checkpoints.save import FACTS_FILE, PART_SUFFIX, folder_name, open_parts
+from lowlat.utils.atomic_files import (
+    FileDigest,
+    remove_flat_folder,
+    rename_folder,
+    sync_folder,
+    write_new_file,
+)
 from lowlat.utils.progress import amount
 from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object
 
@@ -54,7 +54,7 @@ def write_save(
     partial = _partial(saves, step)
     _refuse_existing(saves, step)
     if partial.is_dir():
-        remove_folder(partial)
+        remove_flat_folder(partial)
     require_room(saves, step, [pair for tensors in parts.values() for pair in tensors])
     try:
         os.mkdir(partial)
@@ -81,7 +81,7 @@ def write_one_part(saves: Path, step: int, part: str, tensors: Sequence[NamedTen
     require_room(saves, step, tensors)
     record = write_part(part_file, tensors)
     content = json.dumps({"size": record.size, "sha256": record.sha256}).encode()
-    write_new(record_file, [content])
+    write_new_file(record_file, [content])
 
 
 def commit_save(saves: Path, step: int, parts: Sequence[str], facts: bytes, now: float) -> None:
@@ -127,8 +127,8 @@ def require_room(saves: Path, step: int, tensors: Iterable[NamedTensor]) -> None
 def delete_save(saves: Path, step: int) -> None:
     """Remove a save; at any moment it is whole under its name or no save at all."""
     aside = saves / f".{folder_name(step)}.deleting"
-    move_folder(saves / folder_name(step), aside)
-    remove_folder(aside)
+    rename_folder(saves / folder_name(step), aside)
+    remove_flat_folder(aside)
 
 
 def clear_deleted(saves: Path) -> None:
@@ -144,7 +144,7 @@ def clear_unfinished(saves: Path) -> None:
 def _clear(saves: Path, kind: re.Pattern[str]) -> None:
     for name in sorted(os.listdir(saves)):
         if kind.fullmatch(name):
-            remove_folder(saves / name)
+            remove_flat_folder(saves / name)
 
 
 def _partial(saves: Path, step: int) -> Path:
@@ -167,7 +167,7 @@ def _check_names(parts: Mapping[str, Iterable[NamedTensor]]) -> None:
         seen.update(names)
 
 
-def _recorded(partial: Path, part: str) -> FileRecord:
+def _recorded(partial: Path, part: str) -> FileDigest:
     """What the writer of `part` says about it; its record is removed."""
     path = partial / (part + RECORD_SUFFIX)
     if not path.exists():
@@ -182,10 +182,10 @@ def _recorded(partial: Path, part: str) -> FileRecord:
     return record
 
 
-def _parse_record(content: bytes, part: str) -> FileRecord:
+def _parse_record(content: bytes, part: str) -> FileDigest:
     try:
         fields = parse_object(content, f"record of part {part}")
-        return FileRecord(size=int(fields["size"]), sha256=str(fields["sha256"]))
+        return FileDigest(size=int(fields["size"]), sha256=str(fields["sha256"]))
     except KeyError as error:
         raise BrokenSaveError(f"record of part {part} lacks {error}") from error
     except (TypeError, ValueError) as error:
@@ -193,12 +193,12 @@ def _parse_record(content: bytes, part: str) -> FileRecord:
 
 
 def _complete(
-    partial: Path, step: int, records: dict[str, FileRecord], facts: bytes, now: float
+    partial: Path, step: int, records: dict[str, FileDigest], facts: bytes, now: float
 ) -> None:
     """Facts, manifest, and the rename that makes it a save."""
-    records = records | {FACTS_FILE: write_new(partial / FACTS_FILE, [facts])}
+    records = records | {FACTS_FILE: write_new_file(partial / FACTS_FILE, [facts])}
     manifest = Manifest(step=step, time=now, files=records)
-    write_new(partial / MANIFEST_FILE, [manifest.encode()])
+    write_new_file(partial / MANIFEST_FILE, [manifest.encode()])
     sync_folder(partial)
     os.rename(partial, partial.with_name(folder_name(step)))
 
@@ -208,6 +208,6 @@ def _discard(partial: Path) -> None:
     cannot be removed here goes at the next attempt or start.
     """
     try:
-        remove_folder(partial)
+        remove_flat_folder(partial)
     except OSError:
         pass

@@ -18,7 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from lowlat.attention.base import AttentionBackend
 from lowlat.data.batch import Batch
-from lowlat.ops.layout import RowLayout
+from lowlat.ops.layout import EntryLayout
 from lowlat.train.parallel.collectives import gathered
 
 
@@ -108,7 +108,7 @@ class ContextAttention(AttentionBackend):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
+        rows: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
@@ -138,8 +138,8 @@ class ContextAttention(AttentionBackend):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
-        layout: RowLayout,
+        rows: Float[Tensor, "tokens entry_dim"],
+        layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
         k, v = layout.expand(self._gathered(rows).flatten(0, 1))

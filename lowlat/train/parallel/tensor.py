@@ -22,7 +22,7 @@ from lowlat.model.gqa import GQA
 from lowlat.model.linear import Linear
 from lowlat.model.mla import MLA
 from lowlat.model.moe import MoE
-from lowlat.ops.layout import RowLayout
+from lowlat.ops.layout import EntryLayout
 from lowlat.ops.routing import Routing
 from lowlat.train.parallel.collectives import copied, summed
 from lowlat.train.parallel.division import Cut
@@ -126,7 +126,7 @@ class SharedRows(AttentionBackend):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
+        rows: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
@@ -149,8 +149,8 @@ class SharedRows(AttentionBackend):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
-        layout: RowLayout,
+        rows: Float[Tensor, "tokens entry_dim"],
+        layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
         raise AssertionError("only MLA and GQA are divided among processes")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import count_parameters
 from lowlat.data.folder import TokenFolder
 from lowlat.plan.flops import TokenFlops, token_flops
 from lowlat.plan.job import Job, Layout, Schedule, ZeroStage

@@ -4,7 +4,6 @@ Owns which numbers a trained model is stored in; names and files are `checkpoint
 """
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,14 +12,12 @@ from torch import Tensor
 
 from lowlat.checkpoint.mapping import ROUTER_BIAS
 from lowlat.checkpoint.save import file_tensors, text_files, write_checkpoint
-from lowlat.config.hf import config_from_hf, config_to_hf
+from lowlat.config.hf.reader import config_from_hf, config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.model.stacking import unstacked
-from lowlat.train.checkpoints.disk import sync_folder, write_new
-from lowlat.train.checkpoints.errors import writing
+from lowlat.train.checkpoints.checkpoint import Save, folder_name
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.save import Save, folder_name
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import Saves
 from lowlat.train.parallel.team import Team
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.train.run.build import started
@@ -29,6 +26,7 @@ from lowlat.train.run.state import MODEL, part
 from lowlat.train.step.fp8 import save_fp8
 from lowlat.train.step.lora import base_dtype, merged
 from lowlat.train.step.teacher import teacher_fingerprint
+from lowlat.utils.atomic_files import atomic_folder, write_new_files
 from lowlat.utils.device import parse_dtype
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
@@ -49,16 +47,9 @@ def keep_tokenizer(run: Path, text: Path) -> None:
     folder = run / TOKENIZER
     if folder.exists():
         return
-    partial = run / f".{TOKENIZER}.partial"
     files = text_files(text)
-    with writing(str(folder), run):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for name, content in files.items():
-            write_new(partial / name, [content])
-        sync_folder(partial)
-        partial.rename(folder)
-        sync_folder(run)
+    with atomic_folder(folder) as partial:
+        write_new_files(partial, files)
 
 
 def refuse_older_model(model: Path, team: Team) -> None:

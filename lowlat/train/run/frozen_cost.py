@@ -5,8 +5,8 @@ Owns the difference from a training of every weight alone, which is `flops`'s an
 
 from dataclasses import replace
 
-from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import count_parameters
 from lowlat.plan.activations import FP32_BYTES, all_bytes
 from lowlat.plan.flops import LAYER_PARTS, token_flops
 from lowlat.plan.job import Job

@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.checkpoint.mapping import settle_mtp
 from lowlat.checkpoint.save import text_files
 from lowlat.config.attention import distinct
-from lowlat.config.families import LOWLAT
-from lowlat.config.fields import Fields
-from lowlat.config.hf import config_from_hf
-from lowlat.config.hf_rope import rope_from_hf
+from lowlat.config.hf.families import LOWLAT
+from lowlat.config.hf.reader import config_from_hf
+from lowlat.config.hf.rope import rope_from_hf
 from lowlat.config.model import ModelConfig, RopeConfig
 from lowlat.data.chat_rows import ChatRows
 from lowlat.data.folder import TokenFolder
@@ -33,6 +32,7 @@ from lowlat.train.run.teacher_check import check_teacher
 from lowlat.train.step.lora import check_lora
 from lowlat.train.step.trainable import check_trainable
 from lowlat.utils.errors import UserError
+from lowlat.utils.json_fields import Fields
 
 NULLABLE = ("q_lora_rank", "sliding_window")
 """Fields of config.json that must be null where they have no value, which TOML cannot say."""

@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import count_parameters
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
 from lowlat.plan.rate import measure_gemm_rate
+from lowlat.train.checkpoints.checkpoint import Save
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.save import Save
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import Saves
 from lowlat.train.metrics.runlog import RunLog
 from lowlat.train.parallel.team import Team
 from lowlat.train.recipe.schedule import StepPlan, Timetable

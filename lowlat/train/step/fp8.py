@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowlat.checkpoint.mapping import ROUTER_BIAS, SCALE_SUFFIX
 from lowlat.checkpoint.save import MAX_SHARD_BYTES, file_tensors, text_files, write_checkpoint
-from lowlat.config.hf import config_to_hf
+from lowlat.config.hf.reader import config_to_hf
 from lowlat.config.model import ModelConfig, QuantConfig
 from lowlat.model.gla import GLA
 from lowlat.model.linear import Linear

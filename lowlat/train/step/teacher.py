@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lowlat.attention.base import AttentionBackend
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.config.model import ModelConfig
 from lowlat.model.block import DecoderLayer

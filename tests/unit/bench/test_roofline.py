@@ -7,8 +7,8 @@ import torch
 
 from lowlat.bench.plan import Cell
 from lowlat.bench.roofline import attention_flops, least_seconds, seconds, work_of
-from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import QuantConfig
+from lowlat.config.parameter_count import count_parameters
 from lowlat.model.quant import store_packed, store_quantized
 from lowlat.model.transformer import Transformer
 from tests import fakes

@@ -335,16 +335,16 @@ def test_a_model(tmp_path: Path, config: ModelConfig, layout: str, method: str) 
     """The cache keeps its budget, and the model made of the weights has the reported perplexity."""
     weights = weights_of(config)
     assert isinstance(config.attention, GQAConfig)
-    row = config.attention.row_dim
+    row = config.attention.entry_dim
     if method == "mha2mla" and row // 2 < 2 * config.attention.num_key_value_heads + STEP:
         pytest.skip("every group needs a pair of channels that turn")
     new, report = compressed_model(weights, tmp_path, layout, method)
     attention = [new.config.attention_of(i) for i in range(3)]
-    assert sum(a.row_dim for a in attention) <= 3 * row // 2
+    assert sum(a.entry_dim for a in attention) <= 3 * row // 2
     assert report.channels_before == row
-    assert report.channels_after == sum(a.row_dim for a in attention) / 3
+    assert report.channels_after == sum(a.entry_dim for a in attention) / 3
     assert [layer.latent + layer.rotary for layer in report.layers] == [
-        a.row_dim for a in attention
+        a.entry_dim for a in attention
     ]
     assert (new.config.model_type == "deepseek_v3") == (layout == "standard")
     model = Transformer(new.config, dtype=torch.float32)

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from lowlat.checkpoint.file_layout import plan_folder
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.mapping import file_name
-from lowlat.checkpoint.planned_files import plan_folder
 from lowlat.convert.run import convert
 from lowlat.model.linear import Linear
 from lowlat.model.transformer import Transformer

@@ -58,7 +58,7 @@ def test_config_keeps_the_cache_row_and_everything_outside_attention() -> None:
     converted = mla_config(source)
     attention = converted.attention
     assert isinstance(attention, MLAConfig)
-    assert attention.row_dim == source.attention.row_dim == 2 * GROUPS * HEAD_DIM
+    assert attention.entry_dim == source.attention.entry_dim == 2 * GROUPS * HEAD_DIM
     assert (attention.qk_nope_head_dim, attention.v_head_dim) == (0, HEAD_DIM)
     assert not attention.kv_a_layernorm
     assert converted.model_type == "deepseek_v3"

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from lowlat.checkpoint import restart
-from lowlat.checkpoint.planned_files import Stretch
-from lowlat.checkpoint.restart import partial_path
+from lowlat.checkpoint import resumable_writer as restart
+from lowlat.checkpoint.file_layout import Stretch
+from lowlat.checkpoint.resumable_writer import partial_path
 from lowlat.convert.run import convert
+from lowlat.utils.atomic_files import rename_new
 from lowlat.utils.errors import UserError
 from tests.unit.checkpoint.builders import FAMILIES, edit_config, rewrite, write_model
 
@@ -181,8 +182,12 @@ def test_what_would_fail_again_is_not_kept(place: Path) -> None:
 def test_a_destination_that_appears_meanwhile_costs_no_work(
     place: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def rename_late(made: Path, destination: Path) -> None:
+        place.write_text("mine")
+        rename_new(made, destination)
+
     with monkeypatch.context() as patch:
-        patch.setattr(restart, "sync_folder", lambda folder: place.write_text("mine"))
+        patch.setattr(restart, "rename_new", rename_late)
         with pytest.raises(UserError, match="exists already"):
             again(place)
     assert place.read_text() == "mine"
@@ -203,7 +208,7 @@ def test_an_existing_destination_is_left_alone(place: Path) -> None:
 CHILD = """
 import sys
 from pathlib import Path
-from lowlat.checkpoint import restart
+from lowlat.checkpoint import resumable_writer as restart
 from lowlat.convert.run import convert
 
 real = restart._write

@@ -9,7 +9,7 @@ from torch import Tensor
 from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import GLAConfig, MLAConfig
 from lowlat.engine import scoring
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from lowlat.model.gla import GLA as Module
 from lowlat.model.transformer import Transformer
 from lowlat.ops.norm import rms_norm
@@ -43,7 +43,9 @@ def test_one_group_is_mla_bit_for_bit(dtype: torch.dtype) -> None:
     assert torch.equal(*logits)
     # The native kernels, where they are and the model is bf16; every form of rows.
     for chunk in (1, 40):
-        cached = [scoring.logits(Runner(model), ids.tolist(), chunk=chunk) for model in (gla, mla)]
+        cached = [
+            scoring.logits(ModelRunner(model), ids.tolist(), chunk=chunk) for model in (gla, mla)
+        ]
         assert torch.equal(*cached)
 
 
@@ -85,6 +87,6 @@ def test_every_head_reads_the_latent_of_its_group(groups: int) -> None:
 
 
 def test_the_cache_is_mlas() -> None:
-    assert GLA.row_dim == as_mla(GLA).row_dim == 32
+    assert GLA.entry_dim == as_mla(GLA).entry_dim == 32
     assert GLA.quantized_dim == 26
     assert GLA.latent_sizes == as_mla(GLA).latent_sizes

@@ -40,5 +40,5 @@ def test_naive(groups: int, interleave: bool) -> None:
 
 def test_the_cache_holds_each_state_once() -> None:
     """Half of GQA's [K ; V], and one rotated key."""
-    assert GTA.row_dim == 3 * 10 + 4
+    assert GTA.entry_dim == 3 * 10 + 4
     assert GTA.quantized_dim == 30 and GTA.rope_dim == 4

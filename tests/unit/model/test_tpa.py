@@ -46,7 +46,7 @@ def test_naive(attention: TPAConfig, interleave: bool) -> None:
 
 
 def test_a_row_holds_the_factors() -> None:
-    assert TPA.row_dim == (2 + 1) * (5 + 14)
+    assert TPA.entry_dim == (2 + 1) * (5 + 14)
     module = random_model(lowlat_config(TPA), torch.float64).layers[0].self_attn
     assert isinstance(module, Module)
     x = torch.randn(3, 23, dtype=torch.float64)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowlat.config.arithmetic import count_parameters
+from lowlat.config.parameter_count import count_parameters
 from lowlat.plan.flops import token_flops
 from lowlat.plan.job import check
 from lowlat.train.parallel.check import check_parallel

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import count_parameters
 from lowlat.ops import native_training
 from lowlat.plan.activations import layer_bytes
 from lowlat.plan.flops import token_flops

@@ -1,10 +1,8 @@
 """Conversions with healing and evaluation: what is made, and what is refused."""
 
-import gzip
 import json
 import math
 import shutil
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lowlat import api
 from lowlat.checkpoint.load import load_model
+from lowlat.convert.compression.calibration import bundled_text
 from lowlat.convert.compression.plan import estimated_config
 from lowlat.convert.options import CompressionOptions, RecoveryOptions
 from lowlat.convert.parameters.exact_mla import check_exact
@@ -230,8 +229,7 @@ def test_evaluation_text_with_other_line_ends(made: Path, tmp_path: Path, option
 
 
 def test_evaluation_text_that_comes_along(made: Path, tmp_path: Path) -> None:
-    packed = (files("lowlat.convert.compression") / "calibration.txt.gz").read_bytes()
-    text = gzip.decompress(packed).decode("utf-8")
+    text = bundled_text()
     (tmp_path / "own.txt").write_text(text[:2000])
     changes = {"calibrate": (), "tokens": None, "texts": (), "evaluate": tmp_path / "own.txt"}
     refused(made, tmp_path, "of it is in lowlat's own calibration text", **changes)

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from lowlat.data.layout import SPLITS, FolderFacts, id_type
 from lowlat.data.vocabulary import end_of_text, fim_tokens
-from lowlat.data.writer import SplitWriter, partial_folder, write_facts, write_tokenizer
+from lowlat.data.writer import SplitWriter, write_facts, write_tokenizer
+from lowlat.train.checkpoints.checkpoint import Save
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.save import Save
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import Saves
 from lowlat.train.metrics.record import EvalRecord, StepRecord
 from lowlat.train.metrics.runlog import Fact, RunLog
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.train.run.trainer import Outcome, Trainer
+from lowlat.utils.atomic_files import atomic_folder
 from tests.unit.data.conftest import END, byte_level
 
 MODEL = {
@@ -84,7 +85,7 @@ def make_tokens(path: Path, special: tuple[str, ...] = (), held_out: int = 5) ->
     """80 documents of letters, and `held_out` more to evaluate on."""
     tokenizer = byte_level(special=("<|endoftext|>", "<|im_start|>", *FIM_MARKS, *special))
     chance = np.random.default_rng(2)
-    with partial_folder(path) as folder:
+    with atomic_folder(path) as folder:
         dtype = id_type(tokenizer.vocab_size)
         writers = {split: SplitWriter(folder, split, dtype, 1 << 20) for split in SPLITS}
         for split, count in (("train", 80), ("held_out", held_out)):

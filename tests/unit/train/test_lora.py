@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lowlat.attention.flash import FlashAttention
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.config.model import GQAConfig
 from lowlat.convert.run import convert
 from lowlat.model.stacking import stack_experts

@@ -9,7 +9,7 @@ import pytest
 
 import lowlat.train.run.trainer as trainer_module
 from lowlat.train.checkpoints import writer
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import Saves
 
 from . import runs
 from .runs import train

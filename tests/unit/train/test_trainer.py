@@ -125,9 +125,9 @@ def test_a_tokenizer_that_cannot_be_written(base: Path, monkeypatch: pytest.Monk
     """Holds shut: a full disk told by a traceback, and half a tokenizer taken for a whole one."""
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr("lowlat.train.run.export.write_new", Mock(side_effect=full))
+        patch.setattr("lowlat.train.run.export.write_new_files", Mock(side_effect=full))
         with (
-            pytest.raises(UserError, match=r"tokenizer: cannot be written, .*free"),
+            pytest.raises(UserError, match=r"tokenizer: cannot be written .*free"),
             opened(base / "run", runs.recipe()),
         ):
             pass

@@ -20,7 +20,7 @@ from lowlat.config.model import ModelConfig
 from lowlat.data.build import build
 from lowlat.data.selection import BuildOptions
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import Saves
 from lowlat.train.metrics.runlog import FolderRunLog
 from lowlat.train.metrics.view import make_view
 from lowlat.train.recipe.schema import parse_recipe

@@ -9,7 +9,7 @@ import torch
 
 from lowlat.train.checkpoints.errors import SaveError
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import Saves
 from tests.train_faults.states import assert_is, facts, saves_in, state
 from tests.train_faults.tracing import in_child
 

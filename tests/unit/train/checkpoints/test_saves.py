@@ -16,7 +16,7 @@ from safetensors import safe_open
 from lowlat.train.checkpoints import part, writer
 from lowlat.train.checkpoints.errors import SaveError
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import Saves
 from lowlat.utils.errors import UserError
 from tests.train_faults.states import assert_is, facts, saves_in, state
 
@@ -102,7 +102,7 @@ def test_tensors_are_mapped_and_private(saves: Saves) -> None:
 def test_large_tensors_are_hashed_and_written_in_pieces(
     saves: Saves, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowlat.train.checkpoints.disk.CHUNK", 7)
+    monkeypatch.setattr("lowlat.utils.atomic_files.CHUNK", 7)
     write(saves, 1)
     assert_is(saves.latest(), 1)
 
