@@ -135,7 +135,7 @@ def test_what_cannot_be_asked(
         (
             "texts",
             b"too little",
-            "--text: .*bad.txt: 10 tokens of 1 documents .* at least 41 are needed",
+            "--text: .*bad.txt: 0 tokens of 1 documents .* at least 41 are needed",
         ),
         ("texts", b"   \n", "--text: .*bad.txt: 0 tokens of 0 documents are for training"),
         ("texts", b"", "--text: .*bad.txt: 0 tokens of 0 documents are for training"),

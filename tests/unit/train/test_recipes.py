@@ -20,10 +20,7 @@ from lowlat.train.run.inputs import base_config, phase_configs
 from lowlat.train.step.lora import check_lora
 
 ROOT = Path(__file__).parents[3]
-CORPORA = {
-    ROOT / "recipes" / name for name in ("corpus.toml", "heal-corpus.toml", "heal-wikitext.toml")
-}
-RECIPES = sorted(set((ROOT / "recipes").glob("*.toml")) - CORPORA)
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 VOCAB = 49152
 
 

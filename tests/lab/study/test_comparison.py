@@ -1,19 +1,22 @@
-"""What is said of two arms, and that it is no more than the intervals allow."""
+"""Comparisons of two variants: verdicts by their intervals."""
 
 from typing import Any
 
 import pytest
-from lowlat_lab.study.conclusions import step_outcome
-from lowlat_lab.study.findings import compare, sentence
+from lowlat_lab.study.comparison import compare
 from lowlat_lab.study.report import find_comparison
-from lowlat_lab.study.run import Ran
-
-LABELS = {"a": "A", "b": "B"}
+from lowlat_lab.study.run import RunResult
 
 
-def ran(arm: str, losses: dict[int, float], windows: list[float] | None = None) -> list[Ran]:
+def ran(
+    variant: str, losses: dict[int, float], windows: list[float] | None = None
+) -> list[RunResult]:
     return [
-        Ran(arm=arm, seed=seed, result={"loss": loss, "window_losses": windows or [loss, loss]})
+        RunResult(
+            variant=variant,
+            seed=seed,
+            result={"loss": loss, "window_losses": windows or [loss, loss]},
+        )
         for seed, loss in losses.items()
     ]
 
@@ -26,38 +29,31 @@ def compared(left: dict[int, float], right: dict[int, float]) -> dict[str, Any]:
 def test_a_difference_beyond_noise() -> None:
     item = compared({1: 3.0, 2: 4.0, 3: 5.0}, {1: 3.1, 2: 4.1, 3: 5.11})
     assert (item["verdict"], item["pooled_verdict"]) == ("lower", "lower")
-    assert sentence(item, LABELS) == "A has a lower loss than B (-0.1033 ± 0.0143)"
-    assert step_outcome(item, ">") == step_outcome(item, ">=") == "shown"
 
 
 def test_a_difference_within_noise() -> None:
     item = compared({1: 3.0, 2: 4.0, 3: 5.0}, {1: 3.1, 2: 3.9, 3: 5.1})
     assert item["verdict"] == "undecided"
-    assert sentence(item, LABELS).startswith("A and B are within noise of one another (-0.0333")
-    assert step_outcome(item, ">") == "undecided"
-    assert step_outcome(item, ">=") == "not contradicted"
 
 
-def test_a_higher_loss_contradicts() -> None:
-    item = compared({1: 3.2, 2: 4.2}, {1: 3.1, 2: 4.1})
-    assert step_outcome(item, ">=") == "contradicted"
+def test_a_higher_loss() -> None:
+    assert compared({1: 3.2, 2: 4.2}, {1: 3.1, 2: 4.1})["verdict"] == "higher"
 
 
-def test_one_seed_says_nothing() -> None:
+def test_one_seed_is_undecided() -> None:
     item = compared({1: 3.0}, {1: 3.5})
     assert item["verdict"] == item["pooled_verdict"] == "undecided"
-    assert sentence(item, LABELS) == "A - B = -0.5000 with one seed, which has no confidence"
 
 
 def test_text_error_is_of_the_difference() -> None:
-    """Windows hard for both arms do not count: only what differs does."""
+    """Windows hard for both variants do not count: only what differs does."""
     runs = [*ran("a", {1: 5.0}, [1.0, 9.0]), *ran("b", {1: 5.1}, [1.2, 9.0])]
     (found,) = compare(runs, [("a", "b")], ["a", "b"])
     assert found.text_error == pytest.approx(0.1)
 
 
 def test_arms_without_runs_are_not_compared() -> None:
-    runs = [*ran("a", {1: 5.0}), Ran(arm="b", seed=1, result=None, failure="x")]
+    runs = [*ran("a", {1: 5.0}), RunResult(variant="b", seed=1, result=None, failure="x")]
     assert compare(runs, [("a", "b")], ["a", "b"]) == []
 
 

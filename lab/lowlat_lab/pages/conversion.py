@@ -12,9 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowlat_lab.study.plot import COLOURS, MARKERS
-
 from lowlat.utils.plots import STYLE
+from lowlat_lab.study.plot import COLOURS, MARKERS
 
 Figures = dict[str, Any]
 Row = Sequence[str]
