@@ -144,7 +144,7 @@ def _kind(weights: Weights, part: GGUFPart, storage_type: StorageType | None) ->
 def _general(tensors: list[GGUFTensor], name: str) -> dict[str, Any]:
     sizes: dict[GGMLType, int] = {}
     for tensor in tensors:
-        sizes[tensor.ggml_type] = sizes.get(tensor.ggml_type, 0) + tensor.size
+        sizes[tensor.kind] = sizes.get(tensor.kind, 0) + tensor.size
     most = max(sizes, key=lambda ggml_type: sizes[ggml_type])
     keys: dict[str, Any] = {
         "general.name": name.removesuffix(".gguf"),
