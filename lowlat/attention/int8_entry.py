@@ -7,7 +7,7 @@
     [m + 4 g, ..) the other channels in bf16: k_R
 
 value = scale * q with q = x / scale to nearest even. The rotary width is even, so rows are whole
-multiples of 4 bytes. The native twin is csrc/kernels/paged.h.
+multiples of 4 bytes. The native kernel is csrc/kernels/kv_cache.h.
 """
 
 import torch
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from lowlat.config.kv_cache_size import SCALE_CHANNELS, int8_entry_bytes
 from lowlat.config.model import AttentionConfig
-from lowlat.config.parameter_count import SCALE_CHANNELS, int8_entry_bytes
 
 INT8_MAX = 127
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lowlat.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE
 from lowlat.checkpoint.mapping import operations
 from lowlat.checkpoint.safetensors.writer import ShardWriter
+from lowlat.checkpoint.shard_layout import INDEX_FILE, MAX_SHARD_BYTES, encode_index, shard_names
 from lowlat.config.hf.reader import config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.model.quant import packed_type
@@ -27,7 +27,6 @@ from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.atomic_files import atomic_folder, write_new_file, write_new_files
 from lowlat.utils.errors import UserError
 
-MAX_SHARD_BYTES = 5_000_000_000
 COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -108,7 +107,7 @@ def write_checkpoint(
         raise UserError(f"max_shard_bytes {max_shard_bytes} must be at least 1")
     with atomic_folder(dst) as partial:
         _write_weights(partial, tensors, max_shard_bytes)
-        write_new_file(partial / "config.json", [_json(config)])
+        write_new_file(partial / "config.json", [(json.dumps(config, indent=2) + "\n").encode()])
         write_new_files(partial, extra_files or {})
 
 
@@ -117,17 +116,13 @@ def _write_weights(
 ) -> None:
     """All shards under their final names and, if there are several, the index."""
     shards = _write_shards(folder, tensors, max_shard_bytes)
-    if len(shards) == 1:
-        shards[0].path.rename(folder / SINGLE_FILE)
-        return
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    for shard, name in zip(shards, shard_names(len(shards)), strict=True):
         shard.path.rename(folder / name)
         weight_map |= dict.fromkeys(shard.names, name)
-    total = sum(shard.data_bytes for shard in shards)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_new_file(folder / INDEX_FILE, [_json(index)])
+    if len(shards) > 1:
+        total = sum(shard.data_bytes for shard in shards)
+        write_new_file(folder / INDEX_FILE, [encode_index(weight_map, total)])
 
 
 def _write_shards(
@@ -147,7 +142,3 @@ def _write_shards(
     finally:
         shards[-1].close()
     return shards
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

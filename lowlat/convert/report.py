@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lowlat.checkpoint.hf_folder import weight_files
-from lowlat.config.attention import ModelAttention, distinct, entry_widths, short_name
+from lowlat.config.attention import ModelAttention, distinct
+from lowlat.config.attention_summary import entry_widths, short_name
+from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig
-from lowlat.config.parameter_count import cache_cost, count_parameters
+from lowlat.config.parameter_count import count_parameters
 from lowlat.convert import report_plot
 from lowlat.convert.compression.compress import CompressionReport
 
@@ -64,7 +66,7 @@ def measure(
     src: Path, dst: Path, config: ModelConfig, converted: ModelConfig, seconds: float
 ) -> ConversionReport:
     """The report of a conversion from `src` (a model of `config`) to `dst` (of `converted`)."""
-    costs = cache_cost(config), cache_cost(converted)
+    costs = kv_cache_size(config), kv_cache_size(converted)
     counts = count_parameters(config), count_parameters(converted)
     sizes = [sum(file.stat().st_size for file in weight_files(path)) for path in (src, dst)]
     bits = [
@@ -96,7 +98,7 @@ def compression_object(
     """The object of conversion.json: all of `compressed`, each layer's rotary share of its cache
     entry, and the cache sizes of the models before (`config`) and after.
     """
-    before, after = cache_cost(config), cache_cost(converted)
+    before, after = kv_cache_size(config), kv_cache_size(converted)
     layers = [
         asdict(layer) | {"rotary_share": layer.rotary / (layer.latent + layer.rotary)}
         for layer in compressed.layers

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.file_layout import plan_folder
 from lowlat.checkpoint.fill_parameters import fit
 from lowlat.checkpoint.hf_folder import INDEX_FILE
 from lowlat.checkpoint.resumable_writer import check_room, partial_path, write_planned
 from lowlat.checkpoint.save import text_files
+from lowlat.checkpoint.shard_layout import plan_shards
 from lowlat.config.hf.reader import config_to_hf
 from lowlat.convert.compression.calibration import read_calibration
 from lowlat.convert.compression.compress import CompressionReport, compress
@@ -97,7 +97,7 @@ def convert(
             files, extra = [stored_gguf(weights, storage_type, src, dst.name)], {}
         else:
             raw = _config_fields(conversion, weights, is_unchanged=weights is base)
-            files, index = plan_folder(stored_groups(weights, storage_type))
+            files, index = plan_shards(stored_groups(weights, storage_type))
             extra["config.json"] = (json.dumps(raw, indent=2) + "\n").encode()
             extra |= _tokenizer_files(src, dst) | ({} if index is None else {INDEX_FILE: index})
         write_planned(

@@ -1,8 +1,8 @@
-"""Divergence of a head's logits from a teacher's, in pieces as `cross_entropy` has them: neither
-matrix of logits is ever whole.
+"""Distillation loss: fused forward KL divergence of a student's logits from a teacher's, in chunks
+of rows as in `cross_entropy`, so that neither matrix of logits exists.
 
-Owns the loss of distillation: forward KL, sum p (log p - log q), whose gradient by the student's
-logits is q - p, with p the teacher's and q the student's next-token distribution.
+The loss is sum p (log p - log q) with p the teacher's and q the student's next-token distribution;
+its gradient by the student's logits is q - p.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lowlat.ops import native_training
+from lowlat.ops import native_training_kernels
 from lowlat.ops.cross_entropy import head_gradients, scaled_gradients
 from lowlat.ops.norm import accumulation_dtype
 
@@ -24,7 +24,7 @@ of it: products with the head of a large vocabulary are twice as quick with 512 
 
 
 class Divergence(NamedTuple):
-    """Sums over the rows that count."""
+    """Sums over the counted rows."""
 
     total: Float[Tensor, ""]
     """kl + nll_weight * nll: what is differentiated."""
@@ -44,8 +44,8 @@ def linear_divergence(
     *,
     nll_weight: float = 0.0,
 ) -> Divergence:
-    """KL(softmax(teacher_hidden V^T) || softmax(hidden W^T)) over the rows `counted`, and
-    nll_weight times the cross entropy of `targets` there. The teacher takes no gradient.
+    """KL(softmax(teacher_hidden V^T) || softmax(hidden W^T)) over the rows `counted`, plus
+    nll_weight times the cross entropy of `targets`. The teacher gets no gradient.
 
     Products have the dtypes of the hidden states; logits, softmax and sums are fp32 (fp64 for fp64
     inputs).
@@ -72,18 +72,18 @@ class _LinearDivergence(torch.autograd.Function):
         needed = ctx.needs_input_grad[:2]
         teacher_matrix = teacher_weight.to(teacher_hidden.dtype)
         sums = torch.zeros(2, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-        room: list[Tensor] = []
+        buffer: list[Tensor] = []
 
         def gradient(rows: slice, logits: Tensor) -> Tensor:
-            if not room:  # the first piece is the largest
-                room.append(torch.empty_like(logits, dtype=teacher_hidden.dtype))
-            taught = room[0][: len(logits)]
+            if not buffer:  # the first chunk is the largest
+                buffer.append(torch.empty_like(logits, dtype=teacher_hidden.dtype))
+            taught = buffer[0][: len(logits)]
             torch.mm(teacher_hidden[rows], teacher_matrix.T, out=taught)
             given = logits, taught, targets[rows], counted[rows], nll_weight, any(needed)
             sums.add_(_piece(*given))
             return logits
 
-        native = native_training.usable(hidden, teacher_hidden)
+        native = native_training_kernels.usable(hidden, teacher_hidden)
         elements = NATIVE_PIECE_BYTES // hidden.element_size() if native else None
         gradients = head_gradients(hidden, weight, needed, gradient, elements=elements)
         ctx.save_for_backward(*gradients)
@@ -107,16 +107,16 @@ def _piece(
     nll_weight: float,
     wants_gradient: bool,
 ) -> Tensor:
-    """Sums of KL and nll over some rows, of which `logits` become the gradient as in `_block`."""
-    if native_training.usable(logits, taught):
-        found = native_training.divergence(
+    """Sums of KL and nll over some rows; `logits` become the gradient as in `_block`."""
+    if native_training_kernels.usable(logits, taught):
+        found = native_training_kernels.divergence(
             logits, taught, targets, counted, nll_weight, wants_gradient=wants_gradient
         )
         return torch.stack(found).sum(dim=1)
-    kept = counted.to(accumulation_dtype(logits.dtype))
-    sums = kept.new_zeros(2)
+    mask = counted.to(accumulation_dtype(logits.dtype))
+    sums = mask.new_zeros(2)
     block = max(1, BLOCK_ELEMENTS // logits.shape[1])
-    parts = (x.split(block) for x in (logits, taught, targets, kept))
+    parts = (x.split(block) for x in (logits, taught, targets, mask))
     for q, p, target, keep in zip(*parts, strict=True):
         sums.add_(_block(q, p, target, keep, nll_weight, wants_gradient))
     return sums
@@ -126,15 +126,15 @@ def _block(
     logits: Tensor,
     taught: Tensor,
     targets: Tensor,
-    kept: Tensor,
+    mask: Tensor,
     nll_weight: float,
     wants_gradient: bool,
 ) -> Tensor:
-    """KL and nll of some rows; with `wants_gradient`, `logits` become the gradient by them of
-    kl + nll_weight * nll.
+    """KL and nll of some rows; with `wants_gradient`, `logits` become the gradient of kl +
+    nll_weight * nll.
     """
-    log_q = torch.log_softmax(logits, dim=1, dtype=kept.dtype)
-    log_p = torch.log_softmax(taught, dim=1, dtype=kept.dtype)
+    log_q = torch.log_softmax(logits, dim=1, dtype=mask.dtype)
+    log_p = torch.log_softmax(taught, dim=1, dtype=mask.dtype)
     nll = -log_q.gather(1, targets[:, None])[:, 0]
     surplus = log_p - log_q
     p = log_p.exp_()
@@ -144,5 +144,5 @@ def _block(
         if nll_weight:
             grad.add_(log_q, alpha=nll_weight)
             grad.scatter_add_(1, targets[:, None], grad.new_full((len(grad), 1), -nll_weight))
-        logits.copy_(grad.mul_(kept[:, None]))
-    return torch.stack([kl @ kept, nll @ kept])
+        logits.copy_(grad.mul_(mask[:, None]))
+    return torch.stack([kl @ mask, nll @ mask])

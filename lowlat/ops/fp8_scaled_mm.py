@@ -1,7 +1,5 @@
-"""Products of FP8 blocks on tensor cores, through torch.nn.functional.scaled_mm.
-
-Owns which devices have them and the layouts cuBLAS asks for; `fp8_training.product` is the
-definition.
+"""FP8 block products on GPU tensor cores (torch.nn.functional.scaled_mm): supported devices, and
+the layouts cuBLAS requires. The reference implementation is `fp8_training.blockwise_product`.
 """
 
 from functools import cache
@@ -14,14 +12,14 @@ from torch import Tensor
 ROW_MULTIPLE = 16
 """cuBLAS takes fp8 matrices whose sides are multiples of this."""
 SCALE_MULTIPLE = 4
-"""Scales of 128x128 blocks lie in columns padded to multiples of this."""
+"""Scales of 128x128 blocks are in columns padded to multiples of this."""
 FIRST_CUDA = (12, 9)
 """The first CUDA whose cuBLAS has scales per block of 128."""
 HOPPER = (9, 0)
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether `device` multiplies 1x128 and 128x128 blocks with fp32 scales: Hopper alone does."""
+    """Whether `device` multiplies 1x128 and 128x128 blocks with fp32 scales: Hopper only."""
     return device.type == "cuda" and _has_blocks(device.index or 0)
 
 

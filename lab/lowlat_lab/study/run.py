@@ -180,7 +180,7 @@ def _run(
                 tensorboard_wanted=False,
             )
             with closing(log):
-                run.keep_recipe(to_toml(plan.raw_recipe(variant, seed)))
+                run.write_recipe(to_toml(plan.raw_recipe(variant, seed)))
                 outcome = Trainer(recipe, run, log, base=Path("/"), origin=recipe.name).run()
         if outcome.model is None:
             raise Stopped
@@ -196,7 +196,7 @@ def _run(
         # read back from JSON, so that fresh and stored results are equal
         text = json.dumps(result, allow_nan=False, indent=1)
         replace_file(folder / RESULT, text.encode() + b"\n")
-        shutil.rmtree(run.saves)
+        shutil.rmtree(run.checkpoints)
     return json.loads(text)
 
 

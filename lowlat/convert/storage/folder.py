@@ -12,10 +12,11 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.file_layout import Group, Stored
 from lowlat.checkpoint.fill_parameters import check_packed, fit
 from lowlat.checkpoint.mapping import ROUTER_BIAS, SCALE_SUFFIX, file_name, operations
 from lowlat.checkpoint.mapping_operations import Operation, Rename
+from lowlat.checkpoint.safetensors.writer import TensorSpec
+from lowlat.checkpoint.shard_layout import TensorGroup
 from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import MLAConfig, ModelConfig, QuantConfig
 from lowlat.convert.parameters.weights import Weights, parameter_shapes
@@ -50,7 +51,7 @@ def stored_config(config: ModelConfig, storage_type: StorageType | None) -> Mode
     return config
 
 
-def stored_groups(weights: Weights, storage_type: StorageType | None) -> Iterator[Group]:
+def stored_groups(weights: Weights, storage_type: StorageType | None) -> Iterator[TensorGroup]:
     """The tensors of a folder, in order. storage_type: None keeps every tensor's number type.
 
     Chunks raise UserError, naming the tensor, for values out of range.
@@ -100,7 +101,7 @@ class _Folder:
             if isinstance(module, Linear) and module.storage != "plain"
         }
 
-    def groups(self) -> Iterator[Group]:
+    def groups(self) -> Iterator[TensorGroup]:
         for step in operations(self._config, self._stored):
             if not isinstance(step, Rename):
                 yield self._padded(step)
@@ -109,16 +110,16 @@ class _Folder:
             elif not step.parameter.endswith(PARTS[1:]):  # written with their weight
                 yield self._plain(step)
 
-    def _plain(self, step: Rename) -> Group:
+    def _plain(self, step: Rename) -> TensorGroup:
         name, shape = step.parameter, self._shapes[step.parameter]
         dtype = plain_dtype(self._weights, name, self._storage_type)
         cast = partial(self._fit, name, dtype)
-        return Group(
-            (Stored(step.file, dtype, shape),),
+        return TensorGroup(
+            (TensorSpec(step.file, dtype, shape),),
             lambda: row_pieces(self._weights, name, shape, cast),
         )
 
-    def _padded(self, step: Operation) -> Group:
+    def _padded(self, step: Operation) -> TensorGroup:
         """A layer's attention with a padded latent."""
         names = step.parameters()
         kinds = {plain_dtype(self._weights, name, self._storage_type) for name in names}
@@ -135,14 +136,16 @@ class _Folder:
             for name in names:
                 self._weights.release(name)
 
-        return Group(tuple(Stored(name, dtype, shape) for name, shape in files.items()), pieces)
+        return TensorGroup(
+            tuple(TensorSpec(name, dtype, shape) for name, shape in files.items()), pieces
+        )
 
-    def _quantized(self, step: Rename) -> Group:
+    def _quantized(self, step: Rename) -> TensorGroup:
         """A projection in fp8 blocks or packed: the weight, then its scales."""
         storage, prefix = self._storages[step.parameter], step.parameter.removesuffix("weight")
         parts = [part for part in PARTS if prefix + part in self._stored]
         tensors = [
-            Stored(file_name(self._config, prefix + part), own.dtype, tuple(own.shape))
+            TensorSpec(file_name(self._config, prefix + part), own.dtype, tuple(own.shape))
             for part in parts
             for own in [self._stored[prefix + part]]
         ]
@@ -167,7 +170,7 @@ class _Folder:
                 yield torch.cat(own)
                 own.clear()
 
-        return Group(tuple(tensors), pieces)
+        return TensorGroup(tuple(tensors), pieces)
 
     def _blocks(self, rows: Tensor, where: str) -> Mapping[str, Tensor]:
         quant = self._config.quantization

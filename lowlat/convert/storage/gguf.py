@@ -12,12 +12,17 @@ from typing import Any
 from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
-from lowlat.checkpoint.file_layout import GGUFTensor, PlannedFile, plan_gguf
+from lowlat.checkpoint.file_layout import FileLayout
 from lowlat.checkpoint.fill_parameters import fit
 from lowlat.checkpoint.gguf.blocks import QUANTIZED, encode, fits, row_bytes
 from lowlat.checkpoint.gguf.file import PLAIN
+from lowlat.checkpoint.gguf.layout import GGUFTensorSpec, plan_gguf
 from lowlat.checkpoint.gguf.metadata_writer import architecture_of, gguf_keys, rope_divisors
-from lowlat.checkpoint.gguf.tensor_layout import ROPE_FACTORS, GGUFPart, gguf_parts
+from lowlat.checkpoint.gguf.tensor_layout import (
+    ROPE_FACTORS,
+    GGUFTensorMapping,
+    gguf_tensor_mappings,
+)
 from lowlat.config.model import ModelConfig
 from lowlat.convert.parameters.weights import Shapes, Weights, parameter_shapes
 from lowlat.convert.storage.folder import CHUNK_ELEMENTS, StorageType, row_pieces
@@ -54,7 +59,7 @@ _log = logging.getLogger(__name__)
 
 def stored_gguf(
     weights: Weights, storage_type: StorageType | None, text: Path, name: str
-) -> PlannedFile:
+) -> FileLayout:
     """The planned file `name` of the model. storage_type: None keeps every tensor's number type.
 
     text: folder or .gguf file with the vocabulary and chat template. Raises UserError if
@@ -67,20 +72,22 @@ def stored_gguf(
     shapes = parameter_shapes(config)
     tensors = [
         _tensor(weights, part, _kind(weights, part, storage_type), shapes)
-        for part in gguf_parts(config, arch, shapes)
+        for part in gguf_tensor_mappings(config, arch, shapes)
     ]
     divisors = rope_divisors(config)
     if divisors is not None:
         size = divisors.nbytes
         shape = tuple(divisors.shape)
         tensors.append(
-            GGUFTensor(ROPE_FACTORS, GGMLType.F32, shape, size, lambda: iter([divisors]))
+            GGUFTensorSpec(ROPE_FACTORS, GGMLType.F32, shape, size, lambda: iter([divisors]))
         )
     keys |= _general(tensors, name) | _vocabulary(config, text)
     return plan_gguf(name, arch, keys, tensors)
 
 
-def _tensor(weights: Weights, part: GGUFPart, ggml_type: GGMLType, shapes: Shapes) -> GGUFTensor:
+def _tensor(
+    weights: Weights, part: GGUFTensorMapping, ggml_type: GGMLType, shapes: Shapes
+) -> GGUFTensorSpec:
     size = math.prod(part.shape[:-1]) * row_bytes(ggml_type, part.shape[-1])
 
     def pieces() -> Iterator[Tensor]:
@@ -95,11 +102,11 @@ def _tensor(weights: Weights, part: GGUFPart, ggml_type: GGMLType, shapes: Shape
             else:
                 yield from _changed(weights, part, parameter, encoded)
 
-    return GGUFTensor(part.name, ggml_type, part.shape, size, pieces)
+    return GGUFTensorSpec(part.name, ggml_type, part.shape, size, pieces)
 
 
 def _changed(
-    weights: Weights, part: GGUFPart, parameter: str, encoded: Callable[[Tensor], Tensor]
+    weights: Weights, part: GGUFTensorMapping, parameter: str, encoded: Callable[[Tensor], Tensor]
 ) -> Iterator[Tensor]:
     """A parameter whose rows are reordered; it is in memory as a whole."""
     assert part.change is not None
@@ -123,7 +130,7 @@ def _encoded(rows: Tensor, ggml_type: GGMLType, parameter: str, where: str) -> T
         ) from error
 
 
-def _kind(weights: Weights, part: GGUFPart, storage_type: StorageType | None) -> GGMLType:
+def _kind(weights: Weights, part: GGUFTensorMapping, storage_type: StorageType | None) -> GGMLType:
     """A tensor's type: fp32 for vectors and the gate, bf16 if rows are no multiple of a block."""
     module = part.name.removesuffix(".weight").removesuffix(".bias")
     if module.startswith("blk."):
@@ -141,7 +148,7 @@ def _kind(weights: Weights, part: GGUFPart, storage_type: StorageType | None) ->
     return ggml_type if fits(ggml_type, part.shape[-1]) else GGMLType.BF16
 
 
-def _general(tensors: list[GGUFTensor], name: str) -> dict[str, Any]:
+def _general(tensors: list[GGUFTensorSpec], name: str) -> dict[str, Any]:
     sizes: dict[GGMLType, int] = {}
     for tensor in tensors:
         sizes[tensor.kind] = sizes.get(tensor.kind, 0) + tensor.size

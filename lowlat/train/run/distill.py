@@ -184,7 +184,7 @@ def distill(
                 origin="distillation",
                 progress=progress,
             )
-            run.keep_recipe(to_toml(raw))
+            run.write_recipe(to_toml(raw))
             outcome = trainer.run()
     if outcome.model is None:
         raise KeyboardInterrupt

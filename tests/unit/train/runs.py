@@ -17,9 +17,9 @@ from torch import Tensor
 from lowlat.data.layout import SPLITS, FolderFacts, id_type
 from lowlat.data.vocabulary import end_of_text, fim_tokens
 from lowlat.data.writer import SplitWriter, write_facts, write_tokenizer
-from lowlat.train.checkpoints.checkpoint import Save
+from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.store import Saves
+from lowlat.train.checkpoints.store import CheckpointStore
 from lowlat.train.metrics.record import EvalRecord, StepRecord
 from lowlat.train.metrics.runlog import Fact, RunLog
 from lowlat.train.recipe.schema import Recipe, parse_recipe
@@ -188,23 +188,23 @@ def train(
         return trainer.run(), log
 
 
-def saved(folder: Path, step: int | None = None) -> Save:
+def saved(folder: Path, step: int | None = None) -> TrainingCheckpoint:
     """The save of `step`, or the newest."""
-    saves = Saves(RunFolder(folder), report=pytest.fail)
+    saves = CheckpointStore(RunFolder(folder), report=pytest.fail)
     save = saves.latest() if step is None else saves.open(step)
     assert save is not None
     return save
 
 
 def steps(folder: Path) -> list[int]:
-    return Saves(RunFolder(folder), report=pytest.fail).steps()
+    return CheckpointStore(RunFolder(folder), report=pytest.fail).steps()
 
 
-def tensors(save: Save) -> dict[str, Tensor]:
+def tensors(save: TrainingCheckpoint) -> dict[str, Tensor]:
     return {name: save.tensor(name) for name in save.names()}
 
 
-def assert_same(found: Save, expected: Save) -> None:
+def assert_same(found: TrainingCheckpoint, expected: TrainingCheckpoint) -> None:
     """Bit for bit: weights, routing biases, optimiser, random numbers, position."""
     left, right = tensors(found), tensors(expected)
     assert left.keys() == right.keys()
@@ -215,8 +215,8 @@ def assert_same(found: Save, expected: Save) -> None:
     assert not differing, differing
     assert [t.dtype for t in left.values()] == [t.dtype for t in right.values()]
     free = {"seconds", "recipe"}
-    assert {k: v for k, v in found.facts.items() if k not in free} == {
-        k: v for k, v in expected.facts.items() if k not in free
+    assert {k: v for k, v in found.metadata.items() if k not in free} == {
+        k: v for k, v in expected.metadata.items() if k not in free
     }
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from lowlat.attention.flash import FlashAttention
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
-from lowlat.train.step.balance import RouterWatch
+from lowlat.train.layers.fused import checkpoint_activations
+from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.loss import batch_loss, count_targets, counted
 from lowlat.train.step.passes import PlainPasses
 
@@ -25,14 +26,14 @@ def trained(
     """Mean losses, gradients and sequence loss of `model`, in micro-batches of `rows`."""
     ahead = 1 + len(model.mtp)
     plan = tiny.plan(micro_batch_rows=rows, mtp_weight=MTP_WEIGHT, z_weight=Z_WEIGHT)
-    watch = RouterWatch(model, sequence_weight=ALPHA)
+    balancer = LoadBalancer(model, sequence_weight=ALPHA)
     targets = count_targets(batch, ahead)
     length = batch.sequence_length(ahead)
     model.zero_grad()
-    with watch.watching(sequence_length=length, num_sequences=batch.rows):
+    with balancer.observe(sequence_length=length, num_sequences=batch.rows):
         sums = PlainPasses(model, dtype).backward(batch, plan, targets)
     means = sums / torch.tensor([*targets, targets[0]])
-    return means, tiny.gradients(model), watch.sequence_loss
+    return means, tiny.gradients(model), balancer.sequence_loss
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -79,8 +80,7 @@ def test_micro_batches_change_nothing() -> None:
 def test_recomputed_layers_have_the_same_gradients() -> None:
     model, batch = tiny.model(tiny.config()), tiny.batch(masked=True)
     kept = trained(model, batch, rows=2)
-    for block in [*model.layers, *(module.block for module in model.mtp)]:
-        block.recompute = True
+    checkpoint_activations(model)
     again = trained(model, batch, rows=2)
     assert torch.equal(kept[0], again[0]) and kept[2] == again[2]
     assert all(torch.equal(again[1][name], gradient) for name, gradient in kept[1].items())
