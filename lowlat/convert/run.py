@@ -167,7 +167,7 @@ def _check_disk_space(dst: Path, base: Weights, storage_type: StorageType | None
     if partial_path(dst).exists():  # which already holds some of them
         return
     tensors = (tensor for group in stored_groups(base, storage_type) for tensor in group.tensors)
-    check_room(dst, sum(each.size for each in tensors if not is_attention(each.name)))
+    check_room(dst, sum(each.nbytes for each in tensors if not is_attention(each.name)))
 
 
 def _config_fields(

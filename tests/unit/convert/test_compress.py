@@ -21,7 +21,7 @@ from lowlat.convert.compression.low_rank import (
     rank_errors,
     weighted_target,
 )
-from lowlat.convert.compression.methods import METHODS, best_fold
+from lowlat.convert.compression.methods import METHODS, CompressionMethod, best_fold
 from lowlat.convert.compression.plan import compressed_config
 from lowlat.convert.compression.scratch import LayerScratch
 from lowlat.convert.compression.statistics import LayerStatistics, read_attention, run_layers
