@@ -1,4 +1,4 @@
-"""A server at ten times what it can do: refusals are quick, and admitted requests served right.
+"""Overload test: at ten times the capacity, rejections are quick and admitted requests correct.
 
     python benchmarks/overload.py MODEL --factor 10 --seconds 30 --out benchmarks/results/NAME
 

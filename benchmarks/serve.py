@@ -1,4 +1,4 @@
-"""Servers side by side on the same model: tokens per second, time to first token, gaps.
+"""Compare servers on the same model: throughput, time to first token, inter-token latency.
 
     python benchmarks/serve.py MODEL --llama /path/to/llama-server --gguf FILE --vllm PYTHON
 

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from lowlat.cli.options import parse_count
-from lowlat.cli.waiting import let_threads_sleep
 
 _CACHE_PANEL = "A smaller cache"
 _RECOVERY_PANEL = "Recovery training and evaluation of a smaller cache"
@@ -143,7 +142,6 @@ def convert(
     with the model, except for training, and with --cache, which holds the residual streams of 68
     windows of 1,024 tokens twice in fp32.
     """
-    let_threads_sleep()
     from lowlat import api
     from lowlat.cli.conversion_view import print_conversion
     from lowlat.convert.options import ConversionOptions, RecoveryOptions, compression_options

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowlat.cli import options
-from lowlat.cli.waiting import let_threads_sleep
+from lowlat.cli.main import wait_passively
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def attention(
 
     Held-out loss with confidence, cache per token, decoding speed at a long context.
     """
-    let_threads_sleep()
+    wait_passively()
     from lowlat_lab.study import attention as own
 
     def all_variants(chosen: "StudySize", folder: "TokenFolder") -> "Sequence[Variant]":
@@ -138,7 +138,7 @@ def balance(
     quiet: Quiet = False,
 ) -> None:
     """Experts balanced by a routing bias, an auxiliary loss, or not: loss and MaxVio."""
-    let_threads_sleep()
+    wait_passively()
     from lowlat_lab.study import balance as own
 
     plan, folder = _plan(
@@ -168,7 +168,7 @@ def mtp(
     quiet: Quiet = False,
 ) -> None:
     """One model trained with and without a multi-token prediction module: loss, acceptance."""
-    let_threads_sleep()
+    wait_passively()
     from lowlat_lab.study import mtp as own
 
     def all_variants(chosen: "StudySize", _folder: "TokenFolder") -> "Sequence[Variant]":
@@ -193,7 +193,7 @@ def precision(
     quiet: Quiet = False,
 ) -> None:
     """One model trained in bf16, in DeepSeek-V3's FP8 and in fp32: loss relative to bf16's."""
-    let_threads_sleep()
+    wait_passively()
     from lowlat_lab.study import precision as own
 
     def all_variants(chosen: "StudySize", _folder: "TokenFolder") -> "Sequence[Variant]":

@@ -1,4 +1,4 @@
-"""From chat requests to prompts, forms and parsers; and what is refused, by the field's name."""
+"""Chat requests to prompts, constraints and parsers; unsupported fields are rejected by name."""
 
 import json
 from functools import cache
@@ -10,7 +10,7 @@ from lowlat.generate.model import Model
 from lowlat.generate.structured import Choice, Grammar, JsonObject, JsonSchema
 from lowlat.serve.chat.messages import template_messages
 from lowlat.serve.chat.prompt import PreparedChat, prepare_chat
-from lowlat.serve.chat.template_features import Dialect
+from lowlat.serve.chat.template_features import TemplateFeatures
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.messages import UserMessage
@@ -72,7 +72,7 @@ def test_a_plain_chat() -> None:
 
 
 @pytest.mark.parametrize("family", ["glm", "qwen coder"])
-def test_what_calls_cannot_be_held_to_is_named(family: str) -> None:
+def test_unenforceable_keywords_are_named(family: str) -> None:
     """Where nothing is promised, the same functions are served."""
     odd = {"type": "function", "function": {"name": "odd", "parameters": {"not": {}}}}
     for choice in ("required", {"type": "function", "function": {"name": "odd"}}):
@@ -108,7 +108,7 @@ def test_strict_is_no_part_of_what_the_model_reads() -> None:
 
 
 @pytest.mark.parametrize("family", ["unknown", "chatml"])
-def test_tools_are_refused_where_calls_have_no_known_form(family: str) -> None:
+def test_tools_are_rejected_without_a_known_tool_call_format(family: str) -> None:
     refused("tools", family, tools=[TOOL])
     refused("messages[1].tool_calls", family, CALLED)
     refused("messages[0].role", family, ANSWERED[2:])
@@ -155,7 +155,7 @@ def test_developer_messages_are_system_messages() -> None:
     assert text.startswith("<|im_start|>system\nbe kind<|im_end|>")
 
 
-def test_a_prompt_that_leaves_no_room_is_refused() -> None:
+def test_a_prompt_that_fills_the_context_is_rejected() -> None:
     with pytest.raises(RequestError, match="2000") as caught:
         prepare("chatml", [{"role": "user", "content": "a" * 2000}])
     assert caught.value.code == "context_length_exceeded"
@@ -186,13 +186,13 @@ def test_the_parser_knows_the_prompt() -> None:
     assert without.push(call) == [ContentPart(call)]
 
 
-def test_control_tokens_of_calls_are_kept() -> None:
+def test_special_tokens_of_calls_are_kept_in_the_text() -> None:
     kept = prepare("kimi", tools=[TOOL]).keep_special
     assert len(kept) == 5
     assert prepare("kimi").keep_special == frozenset()
 
 
-def test_forms_without_tools_or_reasoning_pass_through() -> None:
+def test_structured_outputs_without_tools_or_reasoning_are_unchanged() -> None:
     assert prepare("bytes", response_format={"type": "json_object"}).structured == JsonObject()
     assert prepare("bytes", structured_outputs={"choice": ["a", "b"]}).structured == Choice(
         options=("a", "b")
@@ -202,7 +202,7 @@ def test_forms_without_tools_or_reasoning_pass_through() -> None:
     assert prepare("bytes", response_format={"type": "text"}).structured is None
 
 
-def test_forms_of_models_that_reason_hold_after_it() -> None:
+def test_structured_outputs_apply_after_the_reasoning() -> None:
     structured = prepare("r1", response_format={"type": "json_object"}).structured
     assert isinstance(structured, Grammar)
     assert "%json" in structured.lark
@@ -238,14 +238,14 @@ def test_a_function_without_parameters_takes_no_arguments(family: str, choice: s
     assert '"additionalProperties": false' in structured.lark
 
 
-def test_a_form_of_text_is_not_named_for_the_fault_of_a_tool() -> None:
+def test_an_error_of_a_tool_schema_names_tools() -> None:
     body = {"model": "m", "messages": [USER], "tools": [TOOL]}
     for name in ("text", "json_object"):
         request = ChatRequest.model_validate(body | {"response_format": {"type": name}})
-        assert request.form_field == ("tools" if name == "text" else "response_format")
+        assert request.constraint_field == ("tools" if name == "text" else "response_format")
 
 
-def test_strict_functions_are_held_to_their_schema() -> None:
+def test_strict_functions_constrain_their_arguments() -> None:
     strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}
     held = prepare("hermes", tools=[strict, BARE_TOOL]).structured
     assert isinstance(held, Grammar)
@@ -291,7 +291,7 @@ def test_names_that_the_template_shows_reach_it() -> None:
     source = CHATML.replace("{{ m.role }}", "{{ m.role }}{{ '=' + m.name if m.name }}")
     tokenizer = tokenizer_with(source)
     turn = template_messages(
-        Dialect.of(tokenizer), [UserMessage(role="user", content="a", name="bob")]
+        TemplateFeatures.of(tokenizer), [UserMessage(role="user", content="a", name="bob")]
     )
     assert "user=bob" in tokenizer.apply_chat_template(turn)
 
@@ -304,7 +304,7 @@ FORMS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_form_ends_the_answer(form: dict[str, Any]) -> None:
+def test_structured_outputs_reject_ignore_eos(form: dict[str, Any]) -> None:
     """Holds shut: ignore_eos without effect, which the Python API refuses."""
     refused("ignore_eos", "hermes", ignore_eos=True, **form)
     assert prepare("hermes", ignore_eos=False, **form).structured is not None

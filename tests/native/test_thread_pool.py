@@ -107,8 +107,8 @@ print(set(statuses), torch.equal(step(range(1, 60), new_cache()), expected))
 
 @needs_native
 def test_threads_step_one_model() -> None:
-    """Holds shut: a step that waits for Python's lock, held by one that waits for the model, or
-    that works in the memory of another's."""
+    """Holds shut: a deadlock between the GIL and the model's lock, or a step that writes to
+    another step's memory."""
     code = (
         STEPS
         + """
@@ -139,7 +139,7 @@ from lowlat.ops import native
 from lowlat.ops import native_kernels
 module = native.module()
 def leave(mebibytes=None):
-    # Address space beside what there is; None: no limit.
+    # Address space in addition to what is mapped; None: no limit.
     pages = int(open("/proc/self/statm").read().split()[0])
     room = -1 if mebibytes is None else pages * resource.getpagesize() + int(mebibytes * 2**20)
     resource.setrlimit(resource.RLIMIT_AS, (room, -1))

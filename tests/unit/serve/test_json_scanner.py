@@ -1,4 +1,4 @@
-"""Following JSON character by character, against Python's own parser."""
+"""The streaming JSON scanner, compared with Python's parser."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowlat.serve.tool_parsers.json_scanner import ObjectScanner, read_string, read_value
-from lowlat.serve.tool_parsers.reader import Malformed, Reader, Steps
+from lowlat.serve.tool_parsers.reader import IncrementalReader, Malformed, Steps
 
 values: st.SearchStrategy[Any] = st.recursive(
     st.none()
@@ -24,7 +24,7 @@ values: st.SearchStrategy[Any] = st.recursive(
 objects = st.dictionaries(st.text(max_size=4), values, max_size=3)
 
 
-def read(steps: Steps[str], reader: Reader, text: str) -> str:
+def read(steps: Steps[str], reader: IncrementalReader, text: str) -> str:
     """The result of `steps` when `text` arrives character by character."""
     try:
         next(steps)
@@ -62,20 +62,20 @@ def test_only_json_is_followed_to_an_end(text: str) -> None:
 
 
 @given(value=values, rest=st.sampled_from([",", "}", " ", "]"]))
-def test_values_are_read_whole(value: Any, rest: str) -> None:
-    reader = Reader()
+def test_values_are_parsed_completely(value: Any, rest: str) -> None:
+    reader = IncrementalReader()
     assert json.loads(read(read_value(reader), reader, json.dumps(value) + rest)) == value
 
 
 @given(text=st.text(max_size=8), rest=st.text(max_size=3))
 def test_strings_are_decoded(text: str, rest: str) -> None:
-    reader = Reader()
+    reader = IncrementalReader()
     assert read(read_string(reader), reader, json.dumps(text) + rest) == text
 
 
 @pytest.mark.parametrize("text", ["nul,", "01 ", "'a'", "-", '"a', "[1,]", '{"a" 1}', "NaN,", ""])
 def test_what_is_no_value_is_refused(text: str) -> None:
-    reader = Reader()
+    reader = IncrementalReader()
     with pytest.raises(Malformed):
         read(read_value(reader), reader, text)
 

@@ -1,4 +1,4 @@
-"""What a soak's samples must show. Bounds are stated here; the report repeats them.
+"""Pass criteria of the soak test. The report repeats the bounds.
 
 Growth is that of a straight line fitted to the samples after the warm-up, over their whole time: a
 leak of a few bytes per request shows there long before it shows in any two samples.

@@ -1,4 +1,4 @@
-"""Bad requests: more than is allowed of anything that costs memory or time."""
+"""Bad requests: more than allowed of anything that costs memory or time."""
 
 import json
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from .cases import (
 MiB = 1 << 20
 
 
-def caps() -> Iterator[Case]:
+def oversized() -> Iterator[Case]:
     """More than is allowed of anything that costs memory or time."""
     for path in BODIES:
         yield bad_body(

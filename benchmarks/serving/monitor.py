@@ -1,4 +1,4 @@
-"""Looks at a server from outside: what its processes hold, what its metrics say, its health."""
+"""Monitors a server: process resources, metrics, health."""
 
 import asyncio
 import re
@@ -8,8 +8,8 @@ import httpx
 
 from serving.process import usage
 from serving.servers import Server
+from serving.soak_checks import Sample
 from serving.soak_load import Load, Tally
-from serving.verdict import Sample
 
 SAMPLE_SECONDS = 5.0
 IDLE_SECONDS = 20.0

@@ -1,4 +1,4 @@
-"""Forms that turn out to be too much work while they are followed: the client's fault, by name."""
+"""Grammars that exceed their limits during generation: an error that names the client's field."""
 
 import json
 from typing import Any
@@ -43,7 +43,7 @@ def told(engine: FakeEngine) -> str:
 
 
 @pytest.mark.parametrize("field", CASES)
-def test_whole_answers_name_the_field(client: TestClient, told: str, field: str) -> None:
+def test_complete_responses_name_the_field(client: TestClient, told: str, field: str) -> None:
     path, body = CASES[field]
     answer = client.post(path, json={"model": NAME, **body})
     error = answer.json()["error"]
@@ -65,7 +65,7 @@ def test_streams_end_with_the_error(client: TestClient, told: str, field: str) -
         assert "[DONE]" not in text
 
 
-def test_a_limit_that_the_trial_did_not_reach_is_told_as_the_forms(
+def test_a_grammar_limit_reached_later_names_the_field(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Holds shut: status 500 for a grammar that grows with the answer."""

@@ -1,4 +1,4 @@
-"""Bad requests: fields that contradict each other, are not supported, or are tricks."""
+"""Bad requests: contradictory or unsupported fields, and tricks."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Bad requests: forms of answers that are none, or cost too much; and hard ones that are served."""
+"""Bad requests: invalid or expensive structured outputs; and hard ones that are served."""
 
 import json
 from collections.abc import Iterator
@@ -82,7 +82,7 @@ def deep_schema(depth: int) -> dict[str, Any]:
     return schema
 
 
-def forms() -> Iterator[Case]:
+def structured_outputs() -> Iterator[Case]:
     """Schemas, patterns, choices and grammars that are none, or cost too much to compile."""
     field = "structured_outputs"
     for path in (CHAT, COMPLETIONS):

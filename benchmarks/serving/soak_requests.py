@@ -1,4 +1,4 @@
-"""The requests of a soak: ordinary ones of many kinds, some cut off by the client, some invalid."""
+"""Requests of the soak test: valid ones of many kinds, aborted ones, invalid ones."""
 
 import random
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The memory of compiled forms: how it is counted, and that all requests together have a bound."""
+"""The memory budget of compiled grammars."""
 
 import asyncio
 import gc
@@ -13,12 +13,12 @@ from starlette.testclient import TestClient
 from lowlat.generate.grammar import GrammarCompiler
 from lowlat.generate.model import Model
 from lowlat.generate.structured import Choice, Regex
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Overloaded
-from lowlat.serve.state import Services
-from lowlat.serve.structured_outputs import LEAST_BYTES, Grammars, HeldBytes
+from lowlat.serve.state import ServerState
+from lowlat.serve.structured_outputs import MIN_GRAMMAR_BYTES, MemoryBudget, StructuredOutputManager
 from tests.fakes import byte_tokenizer, gqa_config, tiny_model
 
 from .fake_engine import FakeEngine
@@ -31,7 +31,7 @@ class Thing:
     pass
 
 
-def test_sizes_are_told() -> None:
+def test_sizes_are_counted() -> None:
     tokenizer = byte_tokenizer()
     compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size)
     sizes = [compiler.compile(form).num_bytes for form in (SMALL, LARGE)]
@@ -39,8 +39,8 @@ def test_sizes_are_told() -> None:
     assert compiler.compile(LARGE).num_bytes == sizes[1], "as when it was tried"
 
 
-def test_what_is_held_counts_until_it_ends() -> None:
-    held = HeldBytes(10)
+def test_grammars_count_while_referenced() -> None:
+    held = MemoryBudget(10)
     first, second = Thing(), Thing()
     held.hold(b"", first, 6)
     with pytest.raises(Overloaded):
@@ -54,7 +54,7 @@ def test_what_is_held_counts_until_it_ends() -> None:
 
 def test_one_key_leaves_half_to_the_others() -> None:
     """Holds shut: a key whose large forms keep every other key's from being compiled."""
-    held = HeldBytes(10)
+    held = MemoryBudget(10)
     things = [Thing() for _ in range(3)]
     held.hold(b"one", things[0], 5)
     with pytest.raises(Overloaded):
@@ -65,11 +65,13 @@ def test_one_key_leaves_half_to_the_others() -> None:
     held.hold(b"two", things[2], 1)
 
 
-def test_compiled_forms_of_all_requests_have_a_bound(engine: FakeEngine) -> None:
+def test_grammars_of_all_requests_share_a_budget(engine: FakeEngine) -> None:
     """Holds shut: forms that each are small enough, and together take all memory."""
 
     async def ask() -> None:
-        grammars = Grammars(engine.model, max_waiting=4, max_bytes=9 * LEAST_BYTES)
+        grammars = StructuredOutputManager(
+            engine.model, max_waiting=4, max_bytes=9 * MIN_GRAMMAR_BYTES
+        )
         held = []
         with pytest.raises(Overloaded):
             for _ in range(99):
@@ -84,13 +86,13 @@ def test_compiled_forms_of_all_requests_have_a_bound(engine: FakeEngine) -> None
 
 
 @pytest.fixture
-def served() -> Iterator[tuple[TestClient, Services]]:
+def served() -> Iterator[tuple[TestClient, ServerState]]:
     """A server with an engine, and room for one small form."""
     config = gqa_config(max_position_embeddings=512)
     model = Model(tiny_model(config, torch.float32), byte_tokenizer(), name="tiny")
-    services = make_services(AsyncEngine(model), ServeConfig(max_grammar_bytes=LEAST_BYTES))
-    with TestClient(build_app(services), base_url="http://127.0.0.1:8000") as client:
-        yield client, services
+    state = make_state(AsyncEngine(model), ServeConfig(max_grammar_bytes=MIN_GRAMMAR_BYTES))
+    with TestClient(build_app(state), base_url="http://127.0.0.1:8000") as client:
+        yield client, state
 
 
 def post(client: TestClient, form: Choice, **options: object) -> Any:
@@ -98,7 +100,7 @@ def post(client: TestClient, form: Choice, **options: object) -> Any:
     return client.post("/v1/completions", json=body | options)
 
 
-def test_too_much_is_told_as_an_overload(served: tuple[TestClient, Services]) -> None:
+def test_an_exceeded_budget_is_an_overload(served: tuple[TestClient, ServerState]) -> None:
     answer = post(served[0], LARGE)
     assert answer.status_code == 429 and int(answer.headers["retry-after"]) > 0
     assert answer.json()["error"]["code"] == "overloaded"
@@ -108,18 +110,18 @@ def test_too_much_is_told_as_an_overload(served: tuple[TestClient, Services]) ->
     ("options", "status"),
     [({}, 200), ({"n": 3}, 200), ({"stream": True}, 200), ({"deadline_seconds": 1e-9}, 408)],
 )
-def test_a_form_goes_with_its_request(
-    served: tuple[TestClient, Services], options: dict[str, object], status: int
+def test_a_grammar_is_freed_with_its_request(
+    served: tuple[TestClient, ServerState], options: dict[str, object], status: int
 ) -> None:
     """Holds shut: records that refer to each other, and keep the form until a collector comes."""
-    client, services = served
+    client, state = served
     gc.disable()
     try:
         for _ in range(3):
             assert post(client, Choice(options=("yes", "no")), **options).status_code == status
             until = time.monotonic() + 30.0
-            while services.grammars.held_bytes and time.monotonic() < until:
+            while state.structured_outputs.used_bytes and time.monotonic() < until:
                 time.sleep(0.01)
-            assert services.grammars.held_bytes == 0
+            assert state.structured_outputs.used_bytes == 0
     finally:
         gc.enable()

@@ -1,4 +1,4 @@
-"""Bad requests: bodies that are no JSON, or that another reader would understand differently."""
+"""Bad requests: bodies that are not JSON, or that parsers interpret differently."""
 
 import json
 from collections.abc import Iterator
@@ -18,54 +18,57 @@ def objects(depth: int) -> bytes:
     return b'{"a":' * depth + b"1" + b"}" * depth
 
 
-def texts_of_json() -> Iterator[Case]:
+def malformed_json() -> Iterator[Case]:
     """Bodies that are no JSON, or JSON that another reader would understand differently."""
     plain = json.dumps(BODIES[COMPLETIONS]).encode()
     inner = plain[1:-1]
     broken: dict[str, tuple[bytes, str]] = {
-        "empty": (b"", "no valid JSON"),
-        "blank": (b" \n\t ", "no valid JSON"),
-        "a zero byte": (b"\0", "no valid JSON"),
-        "cut off": (plain[:-1], "no valid JSON"),
-        "cut off in a text": (plain[:20], "no valid JSON"),
+        "empty": (b"", "not valid JSON"),
+        "blank": (b" \n\t ", "not valid JSON"),
+        "a zero byte": (b"\0", "not valid JSON"),
+        "cut off": (plain[:-1], "not valid JSON"),
+        "cut off in a text": (plain[:20], "not valid JSON"),
         "cut off in a character": (plain[:-2] + b"\xe2\x82", "UTF-8"),
-        "two objects": (plain + plain, "no valid JSON"),
-        "bytes after it": (plain + b"\0", "no valid JSON"),
-        "a bracket after it": (plain + b"]", "no valid JSON"),
+        "two objects": (plain + plain, "not valid JSON"),
+        "bytes after it": (plain + b"\0", "not valid JSON"),
+        "a bracket after it": (plain + b"]", "not valid JSON"),
         "a byte order mark": (b"\xef\xbb\xbf" + plain, "JSON"),
         "UTF-16": (plain.decode().encode("utf-16"), "UTF-8"),
-        "UTF-32": (plain.decode().encode("utf-32-le"), "no valid JSON"),
+        "UTF-32": (plain.decode().encode("utf-32-le"), "not valid JSON"),
         "Latin-1": (b'{"model": "\xe9"}', "UTF-8"),
         "an overlong character": (b'{"model": "\xc0\xaf"}', "UTF-8"),
         "a surrogate in UTF-8": (b'{"model": "\xed\xa0\x80"}', "UTF-8"),
         "beyond Unicode": (b'{"model": "\xf5\x80\x80\x80"}', "UTF-8"),
-        "a comment": (b"{/* */" + inner + b"}", "no valid JSON"),
-        "a comma at the end": (b"{" + inner + b",}", "no valid JSON"),
-        "single quotes": (plain.replace(b'"', b"'"), "no valid JSON"),
-        "names without quotes": (b'{model: "tiny"}', "no valid JSON"),
-        "a control character": (b'{"model": "a\x01b"}', "no valid JSON"),
-        "a line break in a text": (b'{"model": "a\nb"}', "no valid JSON"),
-        "an unknown escape": (b'{"model": "\\x41"}', "no valid JSON"),
-        "half an escape": (b'{"model": "\\u12"}', "no valid JSON"),
-        "a leading zero": (b"{" + inner + b', "n": 01}', "no valid JSON"),
-        "a plus sign": (b"{" + inner + b', "n": +1}', "no valid JSON"),
-        "a bare point": (b"{" + inner + b', "top_p": .5}', "no valid JSON"),
-        "hexadecimal": (b"{" + inner + b', "n": 0x1}', "no valid JSON"),
-        "True": (b"{" + inner + b', "stream": True}', "no valid JSON"),
-        "undefined": (b"{" + inner + b', "stream": undefined}', "no valid JSON"),
+        "a comment": (b"{/* */" + inner + b"}", "not valid JSON"),
+        "a comma at the end": (b"{" + inner + b",}", "not valid JSON"),
+        "single quotes": (plain.replace(b'"', b"'"), "not valid JSON"),
+        "names without quotes": (b'{model: "tiny"}', "not valid JSON"),
+        "a control character": (b'{"model": "a\x01b"}', "not valid JSON"),
+        "a line break in a text": (b'{"model": "a\nb"}', "not valid JSON"),
+        "an unknown escape": (b'{"model": "\\x41"}', "not valid JSON"),
+        "half an escape": (b'{"model": "\\u12"}', "not valid JSON"),
+        "a leading zero": (b"{" + inner + b', "n": 01}', "not valid JSON"),
+        "a plus sign": (b"{" + inner + b', "n": +1}', "not valid JSON"),
+        "a bare point": (b"{" + inner + b', "top_p": .5}', "not valid JSON"),
+        "hexadecimal": (b"{" + inner + b', "n": 0x1}', "not valid JSON"),
+        "True": (b"{" + inner + b', "stream": True}', "not valid JSON"),
+        "undefined": (b"{" + inner + b', "stream": undefined}', "not valid JSON"),
         "an array": (b"[" + plain + b"]", "must be a JSON object"),
         "a text": (b'"{}"', "must be a JSON object"),
         "a number": (b"1", "must be a JSON object"),
         "null": (b"null", "must be a JSON object"),
         "true": (b"true", "must be a JSON object"),
-        "a form": (b"model=tiny&prompt=Hi", "no valid JSON"),
-        "YAML": (b"model: tiny\nprompt: Hi\n", "no valid JSON"),
-        "XML": (b"<?xml version='1.0'?><!DOCTYPE a SYSTEM 'file:///etc/passwd'>", "no valid JSON"),
+        "a form": (b"model=tiny&prompt=Hi", "not valid JSON"),
+        "YAML": (b"model: tiny\nprompt: Hi\n", "not valid JSON"),
+        "XML": (b"<?xml version='1.0'?><!DOCTYPE a SYSTEM 'file:///etc/passwd'>", "not valid JSON"),
         "a pickle": (b"\x80\x04\x95\x17\x00cos\nsystem\n(S'id'\ntR.", "UTF-8"),
-        "a key twice": (b"{" + inner + b', "prompt": "Ho"}', "'prompt' twice"),
-        "a key twice, once escaped": (b"{" + inner + b', "\\u0070rompt": "Ho"}', "'prompt' twice"),
+        "a key twice": (b"{" + inner + b', "prompt": "Ho"}', "duplicate key 'prompt'"),
+        "a key twice, once escaped": (
+            b"{" + inner + b', "\\u0070rompt": "Ho"}',
+            "duplicate key 'prompt'",
+        ),
         "a key twice, inside": (
-            b"{" + inner + b', "logit_bias": {"1": 1, "1": 2}}', "'1' twice"
+            b"{" + inner + b', "logit_bias": {"1": 1, "1": 2}}', "duplicate key '1'"
         ),
         "half a pair": (b'{"model": "\\ud800"}', "surrogate"),
         "the other half": (b'{"model": "tiny", "prompt": "\\udc00x"}', "surrogate"),

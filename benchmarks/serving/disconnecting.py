@@ -1,4 +1,4 @@
-"""Clients that ask over a connection of their own and leave it at some moment, in some way.
+"""Clients that disconnect at a random moment, in one of several ways.
 
 Owns the moments and what had come of the answer by then; what the server keeps of it is not seen
 here.
@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from serving.mix import Call, Mix
 from serving.servers import HOST
+from serving.soak_requests import Call, Mix
 
 Moment = Literal["in its request", "at once", "after a while", "in the answer", "after the answer"]
 MOMENTS: tuple[Moment, ...] = get_args(Moment)

@@ -1,4 +1,4 @@
-"""Calls of arguments without JSON: what schemas they are held to, and which they cannot be."""
+"""Arguments without JSON: which schemas can be enforced and which are rejected."""
 
 import json
 from collections.abc import Iterable
@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler
-from lowlat.serve.chat.constraints import ForcedCalls, forced_output
-from lowlat.serve.chat.output_parser import AnswerParser, ReasoningMarks
+from lowlat.serve.chat.constraints import ToolCallConstraint, constrained_output
+from lowlat.serve.chat.output_parser import OutputParser, ReasoningTags
 from lowlat.serve.protocol.errors import RequestError
-from lowlat.serve.tool_parsers.arguments import kinds
-from lowlat.serve.tool_parsers.base import Function, ToolFormat
+from lowlat.serve.tool_parsers.base import ToolFunction, ToolParser
+from lowlat.serve.tool_parsers.parameters import json_types
 from lowlat.serve.tool_parsers.parts import ToolCallArguments, append_part
-from lowlat.serve.tool_parsers.state import Calls
-from lowlat.serve.tool_parsers.xml import MAX_VALUE, Glm, QwenCoder
+from lowlat.serve.tool_parsers.state import ParserState
+from lowlat.serve.tool_parsers.xml import MAX_VALUE, GlmToolParser, Qwen3CoderToolParser
 from tests.unit.serve.templates import tokenizer_of
-from tests.unit.serve.test_tools_forcing import accepts
+from tests.unit.serve.test_constrained_output import accepts
 
 TOKENIZER = tokenizer_of("chatml")
-FORMATS = (Glm(), QwenCoder())
+FORMATS = (GlmToolParser(), Qwen3CoderToolParser())
 IDS = [type(tools).__name__ for tools in FORMATS]
 PLACE = "tools[0].function.parameters"
 CITY = {"city": {"type": "string"}}
@@ -32,25 +32,25 @@ def compiler() -> GrammarCompiler:
     return GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size)
 
 
-def grammar_of(tools: ToolFormat, schema: dict[str, Any], compiler: GrammarCompiler) -> Any:
-    function = Function(name="f", schema={"type": "object", **schema}, place=PLACE)
-    calls = ForcedCalls(format=tools, functions=[function], several=True, required=True)
-    output = forced_output(TOKENIZER, form=None, calls=calls, reasoning=None)
+def grammar_of(tools: ToolParser, schema: dict[str, Any], compiler: GrammarCompiler) -> Any:
+    function = ToolFunction(name="f", schema={"type": "object", **schema}, path=PLACE)
+    calls = ToolCallConstraint(format=tools, functions=[function], parallel=True, required=True)
+    output = constrained_output(TOKENIZER, output=None, calls=calls, reasoning=None)
     assert output is not None
     return compiler.compile(output)
 
 
-def written(tools: ToolFormat, *pairs: tuple[str, str]) -> str:
-    if isinstance(tools, Glm):
+def written(tools: ToolParser, *pairs: tuple[str, str]) -> str:
+    if isinstance(tools, GlmToolParser):
         texts = [f"<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>\n" for k, v in pairs]
         return f"<tool_call>f\n{''.join(texts)}</tool_call>"
     texts = [f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in pairs]
     return f"<tool_call>\n<function=f>\n{''.join(texts)}</function>\n</tool_call>"
 
 
-def arguments(tools: ToolFormat, schema: dict[str, Any], text: str) -> Any:
-    marks = ReasoningMarks("<think>", "</think>")
-    parser = AnswerParser(marks=marks, thinking="never", tools=tools, schemas={"f": schema})
+def arguments(tools: ToolParser, schema: dict[str, Any], text: str) -> Any:
+    marks = ReasoningTags("<think>", "</think>")
+    parser = OutputParser(marks=marks, thinking="never", tools=tools, schemas={"f": schema})
     parts = [*parser.push(text), *parser.finish()]
     return json.loads("".join(p.text for p in parts if isinstance(p, ToolCallArguments)))
 
@@ -60,9 +60,9 @@ def cuts(text: str, size: int) -> tuple[list[str], list[str]]:
     return [text], [text[at : at + size] for at in range(0, len(text), size)]
 
 
-def parts_of(tools: ToolFormat, schema: dict[str, Any], pieces: Iterable[str]) -> list[Any]:
+def parts_of(tools: ToolParser, schema: dict[str, Any], pieces: Iterable[str]) -> list[Any]:
     """The joined parts of an answer that arrives as `pieces`."""
-    parser = AnswerParser(tools=tools, calls=Calls({"f": schema}, lambda: "id"))
+    parser = OutputParser(tools=tools, calls=ParserState({"f": schema}, lambda: "id"))
     parts: list[Any] = []
     for piece in pieces:
         for part in parser.push(piece):
@@ -72,7 +72,7 @@ def parts_of(tools: ToolFormat, schema: dict[str, Any], pieces: Iterable[str]) -
     return parts
 
 
-def assert_read(tools: ToolFormat, schema: dict[str, Any], text: str, value: object) -> None:
+def assert_read(tools: ToolParser, schema: dict[str, Any], text: str, value: object) -> None:
     """One call with arguments `value`, however the text is cut."""
     whole, *others = [
         parts_of(tools, schema, cut) for size in (1, 2, 7) for cut in cuts(text, size)
@@ -142,7 +142,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_enforced_is_refused_by_name(
-    tools: ToolFormat, name: str, compiler: GrammarCompiler
+    tools: ToolParser, name: str, compiler: GrammarCompiler
 ) -> None:
     """Holds shut: forced calls that the function's own schema refuses."""
     schema, inside = REFUSED[name]
@@ -241,7 +241,7 @@ ENFORCED: dict[str, tuple[dict[str, Any], list[Pairs], list[Pairs]]] = {
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
 @pytest.mark.parametrize("name", ENFORCED)
-def test_what_can_be_enforced_is(tools: ToolFormat, name: str, compiler: GrammarCompiler) -> None:
+def test_what_can_be_enforced_is(tools: ToolParser, name: str, compiler: GrammarCompiler) -> None:
     schema, good, bad = ENFORCED[name]
     grammar: CompiledGrammar = grammar_of(tools, schema, compiler)
     for pairs in good:
@@ -267,7 +267,7 @@ def test_what_can_be_enforced_is(tools: ToolFormat, name: str, compiler: Grammar
     ],
 )  # fmt: skip
 def test_values_are_read_by_their_schema(
-    tools: ToolFormat, schema: dict[str, Any], raw: str, value: object
+    tools: ToolParser, schema: dict[str, Any], raw: str, value: object
 ) -> None:
     """Holds shut: quotes of JSON inside a text; also of schemas that nothing was promised of."""
     assert arguments(tools, schema, written(tools, ("x", raw))) == {"x": value}
@@ -289,7 +289,7 @@ NESTED: dict[str, tuple[dict[str, Any], str, Any]] = {
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
 @pytest.mark.parametrize("name", NESTED)
 @pytest.mark.parametrize("end", ENDS)
-def test_an_end_inside_a_string_of_json_is_text(tools: ToolFormat, name: str, end: str) -> None:
+def test_an_end_inside_a_string_of_json_is_text(tools: ToolParser, name: str, end: str) -> None:
     """Holds shut: values that are cut where a string of theirs looks like their end."""
     kind, raw, value = NESTED[name]
     schema = {"properties": {"x": kind, "y": {"type": "integer"}}}
@@ -303,7 +303,7 @@ def test_an_end_inside_a_string_of_json_is_text(tools: ToolFormat, name: str, en
     "raw",
     ['{"a": "', '{"a": 1', "[1, ", '["a" "b"]', '"a', '"a" b', "{a}", '{"a": "\nb"}', "[" * 200],
 )
-def test_what_is_no_json_ends_at_the_first_end(tools: ToolFormat, raw: str) -> None:
+def test_what_is_no_json_ends_at_the_first_end(tools: ToolParser, raw: str) -> None:
     """Also where what follows would complete it."""
     schema = {"properties": {"x": {"type": ["object", "array", "string"]}}}
     written_out = written(tools, ("x", raw), ("y", '"}'), ("z", '"}]'))
@@ -313,7 +313,10 @@ def test_what_is_no_json_ends_at_the_first_end(tools: ToolFormat, raw: str) -> N
 def test_a_value_above_the_limit_is_none() -> None:
     """However it is cut: a call that is not read to its end is passed on as it is."""
     raw = json.dumps({"a": "x" * MAX_VALUE})
-    whole, pieces = (parts_of(Glm(), {}, cut) for cut in cuts(written(Glm(), ("x", raw)), 1 << 18))
+    whole, pieces = (
+        parts_of(GlmToolParser(), {}, cut)
+        for cut in cuts(written(GlmToolParser(), ("x", raw)), 1 << 18)
+    )
     assert whole == pieces and "<arg_value>" in whole[-1].text
 
 
@@ -321,5 +324,7 @@ def test_many_references_take_a_moment(compiler: GrammarCompiler) -> None:
     """Holds shut: references to references that are followed once for each way there."""
     chain = {**CHAIN, "a40": {"type": "string"}, "a39": {"$ref": "#/$defs/a40"}}
     schema = {"properties": {"x": {"$ref": "#/$defs/a30"}}, "$defs": chain}
-    assert kinds({"$ref": "#/$defs/a30"}, schema) == {"string"}
-    assert accepts(grammar_of(Glm(), schema, compiler), written(Glm(), ("x", "Bern")))
+    assert json_types({"$ref": "#/$defs/a30"}, schema) == {"string"}
+    assert accepts(
+        grammar_of(GlmToolParser(), schema, compiler), written(GlmToolParser(), ("x", "Bern"))
+    )

@@ -1,9 +1,9 @@
-"""Errors told under the names that the client knows."""
+"""Errors about renamed fields."""
 
 import pytest
 
 from lowlat.serve.generation import Overloaded
-from lowlat.serve.http.errors import renamed
+from lowlat.serve.http.errors import renamed_fields
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.utils.errors import UserError
 
@@ -29,14 +29,14 @@ NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "prompt": "inpu
 )
 def test_fields_get_their_other_name(error: Exception, param: str, message: str) -> None:
     """Holds shut: errors that name a field the client has never heard of."""
-    with pytest.raises(RequestError) as caught, renamed(NAMES):
+    with pytest.raises(RequestError) as caught, renamed_fields(NAMES):
         raise error
     assert (caught.value.param, caught.value.message) == (param, message)
     assert caught.value.status == 400
 
 
 def test_status_and_code_stay() -> None:
-    with pytest.raises(RequestError) as caught, renamed(NAMES):
+    with pytest.raises(RequestError) as caught, renamed_fields(NAMES):
         raise RequestError("prompt: no", param="prompt", code="c", status=408)
     assert (caught.value.status, caught.value.code) == (408, "c")
 
@@ -46,6 +46,6 @@ def test_status_and_code_stay() -> None:
     [UserError("top_p must be 1"), RequestError("no field"), Overloaded(3), RuntimeError("prompt")],
 )
 def test_all_else_passes(error: Exception) -> None:
-    with pytest.raises(type(error)) as caught, renamed(NAMES):
+    with pytest.raises(type(error)) as caught, renamed_fields(NAMES):
         raise error
     assert caught.value is error

@@ -1,4 +1,4 @@
-"""Forced answers: what the grammar lets through is read back as valid calls, in every format."""
+"""Constrained output: texts that the grammar accepts parse as valid calls, in every format."""
 
 import json
 import random
@@ -15,14 +15,14 @@ from lowlat.generate.structured import (
     Regex,
     StructuredOutput,
 )
-from lowlat.serve.chat.constraints import ForcedCalls, ReasoningFirst, forced_output
-from lowlat.serve.chat.output_parser import AnswerParser, ReasoningMarks, Thinking
-from lowlat.serve.tool_parsers.base import Function, ToolFormat
-from lowlat.serve.tool_parsers.deepseek import DeepSeekFenced, DeepSeekPlain
-from lowlat.serve.tool_parsers.hermes import Hermes
-from lowlat.serve.tool_parsers.kimi import Kimi
-from lowlat.serve.tool_parsers.llama import Llama
-from lowlat.serve.tool_parsers.mistral import MistralList, MistralNames
+from lowlat.serve.chat.constraints import ReasoningPrefix, ToolCallConstraint, constrained_output
+from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
+from lowlat.serve.tool_parsers.base import ToolFunction, ToolParser
+from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser, DeepSeekV31ToolParser
+from lowlat.serve.tool_parsers.hermes import HermesToolParser
+from lowlat.serve.tool_parsers.kimi import KimiK2ToolParser
+from lowlat.serve.tool_parsers.llama import Llama3ToolParser
+from lowlat.serve.tool_parsers.mistral import MistralListToolParser, MistralToolParser
 from lowlat.serve.tool_parsers.parts import (
     ContentPart,
     Part,
@@ -30,14 +30,14 @@ from lowlat.serve.tool_parsers.parts import (
     ToolCallStart,
     append_part,
 )
-from lowlat.serve.tool_parsers.xml import Glm, QwenCoder
+from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
 from lowlat.utils.errors import UserError
 from tests.unit.serve.templates import DEEPSEEK, KIMI, tokenizer_of
 
 TOKENIZER = tokenizer_of("chatml")
-MARKS = ReasoningMarks("<think>", "</think>")
-BEGUN = ReasoningFirst(open="<think>", close="</think>", is_begun=True)
-MAYBE = ReasoningFirst(open="<think>", close="</think>", is_begun=False)
+MARKS = ReasoningTags("<think>", "</think>")
+BEGUN = ReasoningPrefix(open="<think>", close="</think>", is_begun=True)
+MAYBE = ReasoningPrefix(open="<think>", close="</think>", is_begun=False)
 WEATHER = {
     "type": "object",
     "properties": {
@@ -49,33 +49,42 @@ WEATHER = {
     "additionalProperties": False,
 }
 SCHEMAS = {"weather": WEATHER, "stop": {"type": "object", "properties": {}}}
-FUNCTIONS = [Function(name=name, schema=schema) for name, schema in SCHEMAS.items()]
+FUNCTIONS = [ToolFunction(name=name, schema=schema) for name, schema in SCHEMAS.items()]
 SCHEMAS["stop"]["additionalProperties"] = False
 FORMATS = (
-    Hermes(), Llama(), MistralList(), MistralNames(), DeepSeekFenced(), DeepSeekPlain(), Kimi(),
-    Glm(), QwenCoder(),
-)  # fmt: skip
+    HermesToolParser(),
+    Llama3ToolParser(),
+    MistralListToolParser(),
+    MistralToolParser(),
+    DeepSeekV3ToolParser(),
+    DeepSeekV31ToolParser(),
+    KimiK2ToolParser(),
+    GlmToolParser(),
+    Qwen3CoderToolParser(),
+)
 IDS = [type(tools).__name__ for tools in FORMATS]
 ARGUMENTS = '{"city": "Bern", "days": 3}'
 BEGIN, END, CALL, CALL_END, SEP = DEEPSEEK
 SECTION, SECTION_END, KIMI_CALL, KIMI_END, KIMI_ARGUMENTS = KIMI
 WRITTEN = {
-    "Hermes": f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>',
-    "Llama": f'{{"name": "weather", "parameters": {ARGUMENTS}}}',
-    "MistralList": f'[TOOL_CALLS] [{{"name": "weather", "arguments": {ARGUMENTS}}}]',
-    "MistralNames": f"[TOOL_CALLS]weather[ARGS]{ARGUMENTS}",
-    "DeepSeekFenced": (
+    "HermesToolParser": (
+        f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
+    ),
+    "Llama3ToolParser": f'{{"name": "weather", "parameters": {ARGUMENTS}}}',
+    "MistralListToolParser": f'[TOOL_CALLS] [{{"name": "weather", "arguments": {ARGUMENTS}}}]',
+    "MistralToolParser": f"[TOOL_CALLS]weather[ARGS]{ARGUMENTS}",
+    "DeepSeekV3ToolParser": (
         f"{BEGIN}{CALL}function{SEP}weather\n```json\n{ARGUMENTS}\n```{CALL_END}{END}"
     ),
-    "DeepSeekPlain": f"{BEGIN}{CALL}weather{SEP}{ARGUMENTS}{CALL_END}{END}",
-    "Kimi": (
+    "DeepSeekV31ToolParser": f"{BEGIN}{CALL}weather{SEP}{ARGUMENTS}{CALL_END}{END}",
+    "KimiK2ToolParser": (
         f"{SECTION}{KIMI_CALL}functions.weather:0{KIMI_ARGUMENTS}{ARGUMENTS}{KIMI_END}{SECTION_END}"
     ),
-    "Glm": (
+    "GlmToolParser": (
         "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Bern</arg_value>\n"
         "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
     ),
-    "QwenCoder": (
+    "Qwen3CoderToolParser": (
         "<tool_call>\n<function=weather>\n<parameter=city>\nBern\n</parameter>\n<parameter=days>\n3"
         "\n</parameter>\n</function>\n</tool_call>"
     ),
@@ -88,11 +97,13 @@ def compiler() -> GrammarCompiler:
 
 
 def forced(
-    tools: ToolFormat, *, several: bool = True, required: bool = True, form: Any = None,
-    reasoning: ReasoningFirst | None = None,
+    tools: ToolParser, *, parallel: bool = True, required: bool = True, output: Any = None,
+    reasoning: ReasoningPrefix | None = None,
 ) -> StructuredOutput:  # fmt: skip
-    calls = ForcedCalls(format=tools, functions=FUNCTIONS, several=several, required=required)
-    output = forced_output(TOKENIZER, form=form, calls=calls, reasoning=reasoning)
+    calls = ToolCallConstraint(
+        format=tools, functions=FUNCTIONS, parallel=parallel, required=required
+    )
+    output = constrained_output(TOKENIZER, output=output, calls=calls, reasoning=reasoning)
     assert output is not None
     return output
 
@@ -129,8 +140,8 @@ def walk(grammar: CompiledGrammar, seed: int) -> str:
     raise AssertionError(TOKENIZER.decode(ids, skip_special_tokens=False))
 
 
-def parse(text: str, tools: ToolFormat | None, thinking: Thinking = "never") -> list[Part]:
-    parser = AnswerParser(marks=MARKS, thinking=thinking, tools=tools, schemas=SCHEMAS)
+def parse(text: str, tools: ToolParser | None, thinking: ReasoningMode = "never") -> list[Part]:
+    parser = OutputParser(marks=MARKS, thinking=thinking, tools=tools, schemas=SCHEMAS)
     parts: list[Part] = []
     for part in [*parser.push(text), *parser.finish()]:
         append_part(parts, part)
@@ -138,7 +149,7 @@ def parse(text: str, tools: ToolFormat | None, thinking: Thinking = "never") -> 
 
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
-def test_what_is_cut_off_within_a_call_shows_none_of_its_marks(tools: ToolFormat) -> None:
+def test_what_is_cut_off_within_a_call_shows_none_of_its_marks(tools: ToolParser) -> None:
     text = WRITTEN[type(tools).__name__]
     whole = parse(text, tools)
     cut = [parse(text[:size], tools) for size in range(len(text))]
@@ -168,7 +179,7 @@ def check_calls(parts: list[Part]) -> int:
 
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
-def test_what_models_write_is_let_through(tools: ToolFormat, compiler: GrammarCompiler) -> None:
+def test_what_models_write_is_let_through(tools: ToolParser, compiler: GrammarCompiler) -> None:
     """Holds shut: a grammar that forces another spelling than the model was trained on."""
     grammar = compiler.compile(forced(tools))
     text = WRITTEN[type(tools).__name__]
@@ -181,9 +192,9 @@ def test_what_models_write_is_let_through(tools: ToolFormat, compiler: GrammarCo
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
 def test_what_is_let_through_is_read_as_valid_calls(
-    tools: ToolFormat, compiler: GrammarCompiler
+    tools: ToolParser, compiler: GrammarCompiler
 ) -> None:
-    grammar = compiler.compile(forced(tools, several=False))
+    grammar = compiler.compile(forced(tools, parallel=False))
     for seed in range(8):
         parts = parse(walk(grammar, seed), tools)
         assert check_calls(parts) == 1
@@ -191,32 +202,32 @@ def test_what_is_let_through_is_read_as_valid_calls(
 
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
-def test_several_calls(tools: ToolFormat, compiler: GrammarCompiler) -> None:
+def test_several_calls(tools: ToolParser, compiler: GrammarCompiler) -> None:
     """Holds shut: parallel_tool_calls=false that lets a second call through, and the reverse."""
     text = WRITTEN[type(tools).__name__]
     match tools:
-        case Hermes() | Glm() | QwenCoder():
+        case HermesToolParser() | GlmToolParser() | Qwen3CoderToolParser():
             twice = f"{text}\n{text}"
-        case MistralNames():
+        case MistralToolParser():
             twice = text + text
-        case MistralList():
+        case MistralListToolParser():
             twice = text.replace("}]", "}, ") + text.removeprefix("[TOOL_CALLS] [")
-        case Llama():
+        case Llama3ToolParser():
             twice = f"{text}; {text}"
         case _:
             opening, closing = tools.markers[:2]
             inner = text.removeprefix(opening).removesuffix(closing)
-            separator = "\n" if isinstance(tools, DeepSeekFenced) else ""
+            separator = "\n" if isinstance(tools, DeepSeekV3ToolParser) else ""
             twice = f"{opening}{inner}{separator}{inner}{closing}"
     assert check_calls(parse(twice, tools)) == 2
-    assert accepts(compiler.compile(forced(tools)), twice) == tools.several
-    assert not accepts(compiler.compile(forced(tools, several=False)), twice)
+    assert accepts(compiler.compile(forced(tools)), twice) == tools.parallel
+    assert not accepts(compiler.compile(forced(tools, parallel=False)), twice)
 
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
-def test_text_or_valid_calls(tools: ToolFormat, compiler: GrammarCompiler) -> None:
+def test_text_or_valid_calls(tools: ToolParser, compiler: GrammarCompiler) -> None:
     """Holds shut: strict functions whose arguments are checked only when a call is required."""
-    grammar = compiler.compile(forced(tools, required=False, several=False))
+    grammar = compiler.compile(forced(tools, required=False, parallel=False))
     text = WRITTEN[type(tools).__name__]
     assert accepts(grammar, "Some text.\n<b>, [x] and 3 < 4.")
     assert accepts(grammar, text)
@@ -227,16 +238,16 @@ def test_text_or_valid_calls(tools: ToolFormat, compiler: GrammarCompiler) -> No
         assert not accepts(grammar, f"Well.\n{text}".replace("3", "x"))
 
 
-def test_a_form_or_calls(compiler: GrammarCompiler) -> None:
-    form = JsonSchema(schema='{"type": "object", "properties": {"a": {"type": "null"}}}')
-    grammar = compiler.compile(forced(Hermes(), required=False, form=form))
+def test_structured_output_or_calls(compiler: GrammarCompiler) -> None:
+    output = JsonSchema(schema='{"type": "object", "properties": {"a": {"type": "null"}}}')
+    grammar = compiler.compile(forced(HermesToolParser(), required=False, output=output))
     assert accepts(grammar, '{"a": null}')
-    assert accepts(grammar, WRITTEN["Hermes"])
+    assert accepts(grammar, WRITTEN["HermesToolParser"])
     assert not accepts(grammar, "text")
 
 
 @pytest.mark.parametrize(
-    ("form", "good", "bad"),
+    ("output", "good", "bad"),
     [
         (JsonObject(), '{"a": 1}', "[1]"),
         (JsonSchema(schema='{"type": "integer"}'), "12", '"12"'),
@@ -245,15 +256,15 @@ def test_a_form_or_calls(compiler: GrammarCompiler) -> None:
     ],
 )
 @pytest.mark.parametrize("reasoning", [BEGUN, MAYBE])
-def test_forms_after_reasoning(
-    form: StructuredOutput,
+def test_structured_output_after_reasoning(
+    output: StructuredOutput,
     good: str,
     bad: str,
-    reasoning: ReasoningFirst,
+    reasoning: ReasoningPrefix,
     compiler: GrammarCompiler,
 ) -> None:
     """Holds shut: a schema that the reasoning has to match, or that holds for nothing after it."""
-    output = forced_output(TOKENIZER, form=form, calls=None, reasoning=reasoning)
+    output = constrained_output(TOKENIZER, output=output, calls=None, reasoning=reasoning)
     assert output is not None
     grammar = compiler.compile(output)
     thought = "Let <b> me.\n</think>\n\n" if reasoning.is_begun else "<think>\nLet.\n</think>\n\n"
@@ -264,22 +275,24 @@ def test_forms_after_reasoning(
 
 
 def test_calls_after_reasoning(compiler: GrammarCompiler) -> None:
-    grammar = compiler.compile(forced(Hermes(), reasoning=MAYBE))
+    grammar = compiler.compile(forced(HermesToolParser(), reasoning=MAYBE))
     text = f"<think>\nI <tool_call> it.\n</think>\n\n{WRITTEN['Hermes']}"
     assert accepts(grammar, text)
-    assert check_calls(parse(text, Hermes(), "maybe")) == 1
-    assert accepts(grammar, WRITTEN["Hermes"])
+    assert check_calls(parse(text, HermesToolParser(), "maybe")) == 1
+    assert accepts(grammar, WRITTEN["HermesToolParser"])
 
 
 def test_nothing_is_forced_without_need() -> None:
-    form = JsonObject()
-    assert forced_output(TOKENIZER, form=form, calls=None, reasoning=None) is form
-    assert forced_output(TOKENIZER, form=None, calls=None, reasoning=BEGUN) is None
+    output = JsonObject()
+    assert constrained_output(TOKENIZER, output=output, calls=None, reasoning=None) is output
+    assert constrained_output(TOKENIZER, output=None, calls=None, reasoning=BEGUN) is None
 
 
 def test_a_grammar_is_no_part_of_another() -> None:
-    with pytest.raises(UserError, match="grammar does not go together"):
-        forced_output(TOKENIZER, form=Grammar(lark="start: /a/"), calls=None, reasoning=BEGUN)
+    with pytest.raises(UserError, match="grammar cannot be combined"):
+        constrained_output(
+            TOKENIZER, output=Grammar(lark="start: /a/"), calls=None, reasoning=BEGUN
+        )
 
 
 def test_texts_of_a_schema_are_no_control_tokens(compiler: GrammarCompiler) -> None:
@@ -287,10 +300,13 @@ def test_texts_of_a_schema_are_no_control_tokens(compiler: GrammarCompiler) -> N
     write.
     """
     schema = {"type": "object", "properties": {"</s>": {"enum": ["<arg_key>"], "type": "string"}}}
-    calls = ForcedCalls(
-        format=Glm(), functions=[Function(name="f", schema=schema)], several=True, required=True
+    calls = ToolCallConstraint(
+        format=GlmToolParser(),
+        functions=[ToolFunction(name="f", schema=schema)],
+        parallel=True,
+        required=True,
     )
-    output = forced_output(TOKENIZER, form=None, calls=calls, reasoning=None)
+    output = constrained_output(TOKENIZER, output=None, calls=calls, reasoning=None)
     assert isinstance(output, Grammar)
     eos = next(iter(TOKENIZER.eos_ids))
     assert f"<[{eos}]>" not in output.lark
