@@ -247,9 +247,9 @@ def test_a_model_that_predicts_nothing(made: Path, tmp_path: Path) -> None:
 def test_the_evaluation_text_itself(made: Path, tmp_path: Path) -> None:
     """Known by its name, or as part of a folder, before anything is read."""
     text = made / "evaluate.txt"
-    refused(made, tmp_path, "is also given as --text too", texts=(str(made),))
-    refused(made, tmp_path, "is also given as --text too", texts=(str(text),))
-    refused(made, tmp_path, "is also given as --calibrate too", calibrate=(text,))
+    refused(made, tmp_path, "is also given as --text", texts=(str(made),))
+    refused(made, tmp_path, "is also given as --text", texts=(str(text),))
+    refused(made, tmp_path, "is also given as --calibrate", calibrate=(text,))
 
 
 def test_too_little_memory_is_told_first(
