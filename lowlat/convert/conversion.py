@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from lowlat.checkpoint.dequantized_source import dense_source
+from lowlat.checkpoint.dequantized_source import dequantized_source
 from lowlat.checkpoint.gguf.metadata_writer import architecture_of
 from lowlat.checkpoint.hf_folder import open_checkpoint, weight_files
 from lowlat.checkpoint.load import config_file, read_config
-from lowlat.checkpoint.mapping import settle_mtp
+from lowlat.checkpoint.mapping import resolve_mtp_modules
 from lowlat.checkpoint.resumable_writer import options_text
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.model import ModelConfig
@@ -68,7 +68,7 @@ class Conversion:
         """The source's weights, without fp8 blocks and packed weights."""
         # rounded only once, when they are written
         dtype = PLAIN.get(self.storage_type or "bf16", torch.float32)
-        source, config = dense_source(self.tensors, self.config, dtype)
+        source, config = dequantized_source(self.tensors, self.config, dtype)
         return SourceWeights(source, config, pads=self.config.packing is None)
 
     def stored_dtype(self) -> str:
@@ -92,7 +92,7 @@ def prepare_conversion(src: Path, dst: Path, options: ConversionOptions) -> Conv
             "--format, --experts, or several of them"
         )
     tensors = open_checkpoint(src)
-    config = settle_mtp(read_config(tensors), tensors)
+    config = resolve_mtp_modules(read_config(tensors), tensors)
     if is_same and storage_type == _quantized_type(config):
         raise UserError(f"{src}: nothing to convert; its weights are {storage_type} already")
     if options.to == "mla":

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lowlat.checkpoint.fill_parameters import fit
 from lowlat.checkpoint.hf_folder import INDEX_FILE
-from lowlat.checkpoint.resumable_writer import check_room, partial_path, write_planned
+from lowlat.checkpoint.resumable_writer import partial_path, require_free_space, write_resumable
 from lowlat.checkpoint.save import text_files
 from lowlat.checkpoint.shard_layout import plan_shards
-from lowlat.config.hf.reader import config_to_hf
+from lowlat.config.hf.writer import config_to_hf
 from lowlat.convert.compression.calibration import read_calibration
 from lowlat.convert.compression.compress import CompressionReport, compress
 from lowlat.convert.compression.scratch import digest_of, scratch_folder
@@ -100,7 +100,7 @@ def convert(
             files, index = plan_shards(stored_groups(weights, storage_type))
             extra["config.json"] = (json.dumps(raw, indent=2) + "\n").encode()
             extra |= _tokenizer_files(src, dst) | ({} if index is None else {INDEX_FILE: index})
-        write_planned(
+        write_resumable(
             dst,
             files,
             extra,
@@ -167,7 +167,7 @@ def _check_disk_space(dst: Path, base: Weights, storage_type: StorageType | None
     if partial_path(dst).exists():  # which already holds some of them
         return
     tensors = (tensor for group in stored_groups(base, storage_type) for tensor in group.tensors)
-    check_room(dst, sum(each.nbytes for each in tensors if not is_attention(each.name)))
+    require_free_space(dst, sum(each.nbytes for each in tensors if not is_attention(each.name)))
 
 
 def _config_fields(

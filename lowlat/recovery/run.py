@@ -14,7 +14,7 @@ from typing import Any
 
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
-from lowlat.checkpoint.mapping import settle_mtp
+from lowlat.checkpoint.mapping import resolve_mtp_modules
 from lowlat.checkpoint.save import text_files, write_checkpoint
 from lowlat.config.model import ModelConfig
 from lowlat.convert.conversion import is_attention, prepare_conversion
@@ -194,4 +194,4 @@ def _evaluation(run: _RecoveryRun, scores: dict[str, dict[str, Any] | None]) -> 
 
 def _read_config(folder: Path) -> ModelConfig:
     source = open_checkpoint(folder)
-    return settle_mtp(read_config(source), source)
+    return resolve_mtp_modules(read_config(source), source)
