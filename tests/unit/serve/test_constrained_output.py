@@ -180,7 +180,7 @@ def check_calls(parts: list[Part]) -> int:
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
 def test_what_models_write_is_let_through(tools: ToolParser, compiler: GrammarCompiler) -> None:
-    """Holds shut: a grammar that forces another spelling than the model was trained on."""
+    """Regression: a grammar that forces another spelling than the model was trained on."""
     grammar = compiler.compile(forced(tools))
     text = WRITTEN[type(tools).__name__]
     assert accepts(grammar, text)
@@ -203,7 +203,7 @@ def test_what_is_let_through_is_read_as_valid_calls(
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
 def test_several_calls(tools: ToolParser, compiler: GrammarCompiler) -> None:
-    """Holds shut: parallel_tool_calls=false that lets a second call through, and the reverse."""
+    """Regression: parallel_tool_calls=false that lets a second call through, and the reverse."""
     text = WRITTEN[type(tools).__name__]
     match tools:
         case HermesToolParser() | GlmToolParser() | Qwen3CoderToolParser():
@@ -226,7 +226,7 @@ def test_several_calls(tools: ToolParser, compiler: GrammarCompiler) -> None:
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
 def test_text_or_valid_calls(tools: ToolParser, compiler: GrammarCompiler) -> None:
-    """Holds shut: strict functions whose arguments are checked only when a call is required."""
+    """Regression: strict functions whose arguments are checked only when a call is required."""
     grammar = compiler.compile(forced(tools, required=False, parallel=False))
     text = WRITTEN[type(tools).__name__]
     assert accepts(grammar, "Some text.\n<b>, [x] and 3 < 4.")
@@ -263,7 +263,7 @@ def test_structured_output_after_reasoning(
     reasoning: ReasoningPrefix,
     compiler: GrammarCompiler,
 ) -> None:
-    """Holds shut: a schema that the reasoning has to match, or that holds for nothing after it."""
+    """Regression: a schema that the reasoning has to match, or that holds for nothing after it."""
     output = constrained_output(TOKENIZER, output=output, calls=None, reasoning=reasoning)
     assert output is not None
     grammar = compiler.compile(output)
@@ -296,7 +296,7 @@ def test_a_grammar_is_no_part_of_another() -> None:
 
 
 def test_texts_of_a_schema_are_no_control_tokens(compiler: GrammarCompiler) -> None:
-    """Holds shut: a property named like a control token, which the grammar would make the model
+    """Regression: a property named like a control token, which the grammar would make the model
     write.
     """
     schema = {"type": "object", "properties": {"</s>": {"enum": ["<arg_key>"], "type": "string"}}}
