@@ -276,7 +276,7 @@ def test_structured_output_after_reasoning(
 
 def test_calls_after_reasoning(compiler: GrammarCompiler) -> None:
     grammar = compiler.compile(forced(HermesToolParser(), reasoning=MAYBE))
-    text = f"<think>\nI <tool_call> it.\n</think>\n\n{WRITTEN['Hermes']}"
+    text = f"<think>\nI <tool_call> it.\n</think>\n\n{WRITTEN['HermesToolParser']}"
     assert accepts(grammar, text)
     assert check_calls(parse(text, HermesToolParser(), "maybe")) == 1
     assert accepts(grammar, WRITTEN["HermesToolParser"])
