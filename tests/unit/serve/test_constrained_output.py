@@ -18,9 +18,8 @@ from lowlat.generate.structured import (
 from lowlat.serve.chat.constraints import ReasoningPrefix, ToolCallConstraint, constrained_output
 from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
 from lowlat.serve.tool_parsers.base import ToolFunction, ToolParser
-from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser, DeepSeekV31ToolParser
+from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser
 from lowlat.serve.tool_parsers.hermes import HermesToolParser
-from lowlat.serve.tool_parsers.kimi import KimiK2ToolParser
 from lowlat.serve.tool_parsers.llama import Llama3ToolParser
 from lowlat.serve.tool_parsers.mistral import MistralListToolParser, MistralToolParser
 from lowlat.serve.tool_parsers.parts import (
@@ -32,7 +31,7 @@ from lowlat.serve.tool_parsers.parts import (
 )
 from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
 from lowlat.utils.errors import UserError
-from tests.unit.serve.templates import DEEPSEEK, KIMI, tokenizer_of
+from tests.unit.serve.templates import DEEPSEEK, FORMATS, IDS, KIMI, tokenizer_of
 
 TOKENIZER = tokenizer_of("chatml")
 MARKS = ReasoningTags("<think>", "</think>")
@@ -51,18 +50,6 @@ WEATHER = {
 SCHEMAS = {"weather": WEATHER, "stop": {"type": "object", "properties": {}}}
 FUNCTIONS = [ToolFunction(name=name, schema=schema) for name, schema in SCHEMAS.items()]
 SCHEMAS["stop"]["additionalProperties"] = False
-FORMATS = (
-    HermesToolParser(),
-    Llama3ToolParser(),
-    MistralListToolParser(),
-    MistralToolParser(),
-    DeepSeekV3ToolParser(),
-    DeepSeekV31ToolParser(),
-    KimiK2ToolParser(),
-    GlmToolParser(),
-    Qwen3CoderToolParser(),
-)
-IDS = [type(tools).__name__ for tools in FORMATS]
 ARGUMENTS = '{"city": "Bern", "days": 3}'
 BEGIN, END, CALL, CALL_END, SEP = DEEPSEEK
 SECTION, SECTION_END, KIMI_CALL, KIMI_END, KIMI_ARGUMENTS = KIMI

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
 from lowlat.serve.tool_parsers.base import ToolParser
-from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser, DeepSeekV31ToolParser
+from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser
 from lowlat.serve.tool_parsers.hermes import HermesToolParser
-from lowlat.serve.tool_parsers.kimi import KimiK2ToolParser
 from lowlat.serve.tool_parsers.llama import Llama3ToolParser
-from lowlat.serve.tool_parsers.mistral import MistralListToolParser, MistralToolParser
+from lowlat.serve.tool_parsers.mistral import MistralToolParser
 from lowlat.serve.tool_parsers.parts import (
     ContentPart,
     Part,
@@ -24,25 +23,14 @@ from lowlat.serve.tool_parsers.parts import (
     append_part,
 )
 from lowlat.serve.tool_parsers.state import ParserState
-from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
+from lowlat.serve.tool_parsers.xml import GlmToolParser
+from tests.unit.serve.templates import FORMATS, IDS
 
 MARKS = ReasoningTags("<think>", "</think>")
 SCHEMAS = {
     "f": {"type": "object", "properties": {"a": {"type": "string"}, "n": {"type": "integer"}}},
     "g": {"type": "object", "properties": {}},
 }
-FORMATS = (
-    HermesToolParser(),
-    Llama3ToolParser(),
-    MistralListToolParser(),
-    MistralToolParser(),
-    DeepSeekV3ToolParser(),
-    DeepSeekV31ToolParser(),
-    KimiK2ToolParser(),
-    GlmToolParser(),
-    Qwen3CoderToolParser(),
-)
-IDS = [type(tools).__name__ for tools in FORMATS]
 DS = DeepSeekV3ToolParser.markers
 
 
