@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import kept
+import results_file
 from serving import soak_checks
 from serving.client import new_client
 from serving.disconnecting import Leaver, Storm, leave_all
@@ -198,7 +198,7 @@ def report(
         faults.append(f"after the storm pages came back late: {storm}")
     if bad := {status: n for status, n in departures.unserved.items() if status != "429"}:
         faults.append(f"answers other than 200 and 429: {bad}")
-    return kept.heading() | {
+    return results_file.heading() | {
         "model": str(options.model),
         "clients": departures.moments.total(),
         "at_once": options.at_once,
@@ -262,7 +262,7 @@ def main() -> int:
     except (ProcessLookupError, httpx.TransportError) as error:
         sys.exit(f"FAULT the server ended or did not answer: {error!r}")
     if options.out is not None:
-        kept.write(found, options.out)
+        results_file.write(found, options.out)
     shown = {key: found[key] for key in found if key not in ("machine", "rounds")}
     print(json.dumps(shown, indent=1))
     return 1 if found["faults"] else 0

@@ -19,7 +19,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import kept
+import results_file
 from serving import soak_checks
 from serving.client import new_client
 from serving.monitor import Watch, fill_cache
@@ -79,7 +79,7 @@ def report(
     if not (tally.answered and tally.refused and tally.cancelled and tally.canaries > 1):
         found.append("too little was asked to tell; give more --minutes or a higher --rate")
     return {
-        **kept.heading(),
+        **results_file.heading(),
         "model": str(options.model),
         "minutes": options.minutes,
         "rate": options.rate,
@@ -100,7 +100,7 @@ def report(
 
 def write(found: dict[str, Any], samples: Sequence[Sample], folder: Path) -> None:
     """results.json, samples.csv and plot.svg."""
-    kept.write(found, folder)
+    results_file.write(found, folder)
     with (folder / "samples.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, [field.name for field in fields(Sample)])
         table.writeheader()
