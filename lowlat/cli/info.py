@@ -92,7 +92,7 @@ def find(name: str) -> Subject:
         return Subject(name=name, config=load_preset(name))
     # these import torch and the hub client, which presets do not need
     from lowlat.checkpoint.fetch.model_names import LocalModel, resolve
-    from lowlat.convert.exact import mla_config
+    from lowlat.convert.parameters.exact_mla import mla_config
     from lowlat.utils.progress import make_progress
 
     found = resolve(name, progress=make_progress())
@@ -106,10 +106,10 @@ def open_subject(name: str, path: Path) -> Subject:
     """The checkpoint at `path` (folder or .gguf file), from its headers."""
     from lowlat.checkpoint.hf_folder import open_checkpoint
     from lowlat.checkpoint.load import read_config
-    from lowlat.checkpoint.mapping import settle_mtp
+    from lowlat.checkpoint.mapping import resolve_mtp_modules
 
     source = open_checkpoint(path)
-    config = settle_mtp(read_config(source), source)
+    config = resolve_mtp_modules(read_config(source), source)
     sizes = (
         math.prod(source.shape(tensor)) * source.dtype(tensor).itemsize for tensor in source.names()
     )
