@@ -16,9 +16,10 @@ from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
 from lowlat.convert.run import convert
 from lowlat.engine.cache_size import check_cache_limit
-from lowlat.engine.params import SamplingOptions, SamplingParams, make_params
 from lowlat.generate.completion import Completion
-from lowlat.generate.model import Model, Prompt, as_prompts, check_context
+from lowlat.generate.model import Model, check_context
+from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
+from lowlat.generate.prompt import Prompt, as_prompts
 from lowlat.ops import native
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.device import parse_cache, parse_device

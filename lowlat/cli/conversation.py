@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable
 
 from lowlat.cli.speakers import Message, Speaker
-from lowlat.engine.params import SamplingOptions
 from lowlat.generate.completion import Completion
+from lowlat.generate.params import SamplingOptions
 
 
 class Conversation:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lowlat.engine.params import SamplingParams
+from lowlat.generate.params import SamplingParams
 from lowlat.utils.errors import UserError
 
 DEFAULT_MODEL = "default"

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from lowlat.cli.report import print_rows
 from lowlat.cli.speakers import Message, Speaker
-from lowlat.engine.params import SamplingOptions
 from lowlat.generate.completion import Completion, Usage
+from lowlat.generate.params import SamplingOptions
 from lowlat.utils.errors import UserError
 
 CONNECT_SECONDS = 10.0

@@ -81,7 +81,7 @@ class _Counts:
         return Histogram(self.bounds, tuple(self.counts), self.total)
 
 
-class Recorder:
+class StatsRecorder:
     """Collects what EngineStats reports, as it happens."""
 
     def __init__(self) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from lowlat.engine.engine import Engine
 from lowlat.engine.runner import ModelRunner
+from lowlat.generate.completion import CompletionBuilder
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler, GrammarState
 from lowlat.serve import async_engine
 from lowlat.serve.chat.output_parser import AnswerParser
@@ -67,14 +68,14 @@ def in_the_sampler(patch: pytest.MonkeyPatch) -> None:
 
 
 def in_detokenizing(patch: pytest.MonkeyPatch) -> None:
-    push = async_engine.CompletionBuilder.push
+    push = CompletionBuilder.push
 
     def broken(self: Any, event: Any) -> None:
         if is_poisoned(self.request.prompt):
             fail()
         push(self, event)
 
-    patch.setattr(async_engine.CompletionBuilder, "push", broken)
+    patch.setattr(CompletionBuilder, "push", broken)
 
 
 def in_starting(patch: pytest.MonkeyPatch) -> None:

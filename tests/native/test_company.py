@@ -22,7 +22,7 @@ import torch
 
 from lowlat.config.model import GQAConfig, ModelConfig
 from lowlat.engine.engine import Engine
-from lowlat.engine.params import SamplingParams
+from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.request import Request, RequestOptions
 from lowlat.engine.runner import ModelRunner
 from lowlat.engine.scheduler import Limits
@@ -108,7 +108,7 @@ def generated(request: Request) -> list[list[int]]:
 
 def alone(model: Transformer, ask: Ask) -> list[list[int]]:
     engine = engine_for(model, has_prefix_cache=False, speculates=False)
-    request = engine.add(ask.prompt, SamplingParams(**ask.options))
+    request = engine.add(ask.prompt, TokenSamplingParams(**ask.options))
     while engine.has_work:
         engine.step()
     return generated(request)
@@ -123,7 +123,7 @@ def together(engine: Engine, asks: list[Ask], concurrency: int, seed: int) -> li
         while len(requests) < len(asks) and open_now < concurrency and rng.random() < 0.7:
             ask = asks[len(requests)]
             options = RequestOptions(cache_namespace=ask.cache_namespace, priority=ask.priority)
-            requests.append(engine.add(ask.prompt, SamplingParams(**ask.options), options))
+            requests.append(engine.add(ask.prompt, TokenSamplingParams(**ask.options), options))
             open_now += 1
         engine.step()
     engine.check_integrity()

@@ -1,6 +1,7 @@
 """Fields that say how to sample, shared by chat and completions, and their way to SamplingParams.
 
-Owns OpenAI's defaults and where they differ from the engine's. Ranges are `engine.params`'s.
+Owns OpenAI's defaults and where they differ from the engine's. Ranges are
+those of `engine.params` and `generate.params`.
 """
 
 from typing import Annotated
@@ -8,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from lowlat.engine import params
-from lowlat.engine.params import SamplingParams
+from lowlat.generate.params import MAX_STOP_LENGTH, MAX_STOPS, SamplingParams
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import Id, StrictModel
 from lowlat.serve.protocol.errors import RequestError
@@ -17,8 +18,8 @@ DEFAULT_TEMPERATURE = 1.0
 LOWEST_TEMPERATURE = 1e-4
 """Lower temperatures are taken as 0."""
 
-StopString = Annotated[str, Field(min_length=1, max_length=params.MAX_STOP_LENGTH)]
-Stop = StopString | Annotated[list[StopString], Field(max_length=params.MAX_STOPS)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stop = StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)]
 TokenBias = Annotated[float, Field(ge=-100.0, le=100.0)]
 LogitBias = Annotated[
     dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], TokenBias],

@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, aclosing
 from starlette.responses import Response
 
 from lowlat.generate import completion
+from lowlat.generate.completion import CompletionDelta
 from lowlat.serve.chat.output_parser import AnswerParser
 from lowlat.serve.chat.prompt import PreparedChat, prepare_chat
-from lowlat.serve.generation import Delta
 from lowlat.serve.http.errors import renamed
 from lowlat.serve.http.sse import DONE, event, stream_response
 from lowlat.serve.protocol import chat_response as wire
@@ -79,7 +79,7 @@ class _Choice:
         self.finish_reason: wire.ChatFinish | None = None
         self.has_begun = False
 
-    def push(self, delta: Delta) -> list[Part]:
+    def push(self, delta: CompletionDelta) -> list[Part]:
         """Take in what the completion gained; returns its certain parts."""
         parts = self.parser.push(delta.text)
         if delta.finish_reason is not None:
@@ -89,7 +89,7 @@ class _Choice:
                 self.finish_reason = "tool_calls"
         return parts
 
-    def keep(self, delta: Delta, parts: list[Part]) -> None:
+    def keep(self, delta: CompletionDelta, parts: list[Part]) -> None:
         """Remember `parts` and log-probabilities for the whole message."""
         self.logprobs.extend(delta.logprobs)
         for part in parts:
@@ -177,7 +177,7 @@ class ChatReply:
             id=self._id, created=self._created, model=self._request.model, choices=choices
         )
 
-    def _chunks(self, delta: Delta) -> Iterator[wire.ChunkChoice]:
+    def _chunks(self, delta: CompletionDelta) -> Iterator[wire.ChunkChoice]:
         """`delta` as choices of chunks: the role first, the finish reason last and alone."""
         choice = self._choices[delta.index]
         parts = choice.push(delta)

@@ -8,10 +8,11 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
-from lowlat.engine.params import SamplingParams
+from lowlat.generate.completion import CompletionDelta
 from lowlat.generate.grammar import CompiledGrammar
+from lowlat.generate.params import SamplingParams
 from lowlat.generate.structured import StructuredOutput
-from lowlat.serve.generation import Delta, Draining, Generation
+from lowlat.serve.generation import Draining, Generation
 from lowlat.serve.http.errors import GenerationFailed
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.state import Services
@@ -94,7 +95,7 @@ class Call:
         self._generations.append(generation)
         self._num_completions += params.n
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+    async def deltas(self) -> AsyncGenerator[tuple[int, CompletionDelta], None]:
         """(number of the prompt, what one of its completions gained), in the order of arrival.
 
         Raises RequestError 408 for a missed deadline and 400 for a form that was too much work,
@@ -148,14 +149,14 @@ class Call:
         return sum(generation.cached_tokens for generation in self._generations)
 
 
-async def _number(generation: Generation) -> AsyncGenerator[tuple[int, Delta], None]:
+async def _number(generation: Generation) -> AsyncGenerator[tuple[int, CompletionDelta], None]:
     async for delta in generation:
         yield 0, delta
 
 
 async def _merge(
     generations: Sequence[Generation],
-) -> AsyncGenerator[tuple[int, Delta], None]:
+) -> AsyncGenerator[tuple[int, CompletionDelta], None]:
     """The deltas of all generations with their numbers, as they come."""
     iterators = [aiter(generation) for generation in generations]
     coming = {asyncio.ensure_future(anext(it, None)): i for i, it in enumerate(iterators)}
@@ -173,7 +174,7 @@ async def _merge(
             future.cancel()
 
 
-def _check_end(delta: Delta, form_field: str) -> None:
+def _check_end(delta: CompletionDelta, form_field: str) -> None:
     match delta.finish_reason:
         case "deadline":
             raise _late()

@@ -11,8 +11,8 @@ from typing import Literal
 
 from starlette.responses import Response
 
+from lowlat.generate.completion import CompletionDelta
 from lowlat.serve.chat.output_parser import AnswerParser
-from lowlat.serve.generation import Delta
 from lowlat.serve.http.errors import describe, renamed
 from lowlat.serve.http.logs import log
 from lowlat.serve.http.sse import event, stream_response
@@ -87,7 +87,7 @@ class ResponsesReply:
             return
         yield self._told(f"response.{self._final_status}", self._final_status)
 
-    def _take(self, delta: Delta) -> Iterator[Event]:
+    def _take(self, delta: CompletionDelta) -> Iterator[Event]:
         before = self._parser.reasoning
         parts = self._parser.push(delta.text)
         # A step with some of the reasoning counts whole: what else it may hold is a few tokens.

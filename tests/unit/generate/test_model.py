@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import ModelConfig
-from lowlat.engine.params import SamplingParams
 from lowlat.engine.scheduler import MAX_SEQUENCES
 from lowlat.generate.completion import Completion
 from lowlat.generate.model import Model
+from lowlat.generate.params import SamplingParams
 from lowlat.generate.structured import Choice, Regex
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
@@ -48,7 +48,9 @@ def check_idle(model: Model) -> None:
     """No page, request or builder is left behind."""
     model.engine.check_integrity()
     assert (
-        model.runner.allocator.num_used == 0 and not model._builders and not model.engine.has_work
+        model.runner.allocator.num_used == 0
+        and not model.session.requests
+        and not model.engine.has_work
     )
 
 
