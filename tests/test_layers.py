@@ -16,7 +16,7 @@ LAYERS = [
     {"cli"},
     {"bench", "compare", "recovery"},
     {"api"},
-    {"serve", "train", "convert"},
+    {"serve", "train", "convert", "peers"},
     {"generate", "data", "plan"},
     {"engine"},
     {"checkpoint"},

@@ -7,7 +7,7 @@
     [m + 4 g, ..) the other channels in bf16: k_R
 
 value = scale * q with q = x / scale to nearest even. The rotary width is even, so rows are whole
-multiples of 4 bytes. The native twin is csrc/kernels/paged.h.
+multiples of 4 bytes. The native kernel is csrc/kernels/kv_cache.h.
 """
 
 import torch

@@ -15,12 +15,10 @@ from torch import Tensor
 from lowlat.checkpoint.gguf.source import GGUFSource
 from lowlat.checkpoint.mapped_file import MappedFile
 from lowlat.checkpoint.safetensors.reader import Extent, SafetensorsFile
+from lowlat.checkpoint.shard_layout import INDEX_FILE, SINGLE_FILE
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object, quoted
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "FolderSource", "TensorSource", "open_checkpoint"]
 

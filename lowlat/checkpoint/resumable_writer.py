@@ -2,10 +2,10 @@
 
 Everything is made in `.NAME.partial` beside the destination:
 
-    journal.jsonl   what is being made of what; then, per finished stretch, its file and sha256
+    journal.jsonl   what is being made of what; then, per finished segment, its file and sha256
     out/            the files
 
-The same conversion started again checks the finished stretches against the journal and goes on with
+The same conversion started again checks the finished segments against the journal and goes on with
 the first that is missing or damaged; another one is refused. At last `out` (or the one file in it)
 takes the destination's place. Owns that; which bytes are written is `planned_files`'s.
 """
@@ -16,18 +16,25 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
-from lowlat.checkpoint.fetch.cache_dir import CHUNK, sync_folder
-from lowlat.checkpoint.file_layout import PlannedFile, Stretch
-from lowlat.checkpoint.save import refuse_existing, sync_parent, write_file
+from lowlat.checkpoint.file_layout import FileLayout, Segment
+from lowlat.checkpoint.safetensors.writer import tensor_bytes
+from lowlat.utils.atomic_files import (
+    CHUNK,
+    refuse_existing,
+    rename_new,
+    sync_descriptor,
+    sync_folder,
+    sync_parent,
+    write_new_files,
+)
+from lowlat.utils.disk_errors import resumable_error
 from lowlat.utils.errors import UserError
+from lowlat.utils.file_lock import lock_for_writing
 from lowlat.utils.progress import Progress
 
 JOURNAL = "journal.jsonl"
@@ -47,7 +54,7 @@ def partial_path(dst: Path) -> Path:
 
 def write_planned(
     dst: Path,
-    files: Sequence[PlannedFile],
+    files: Sequence[FileLayout],
     extra_files: Mapping[str, bytes],
     identity: Mapping[str, str],
     progress: Progress,
@@ -72,13 +79,13 @@ def write_planned(
         with _opened(partial, dst, facts) as (journal, finished):
             try:
                 _write_all(dst, partial, files, journal, finished, progress, label)
-                for name, content in extra_files.items():
-                    (partial / OUT / name).unlink(missing_ok=True)
-                    write_file(partial / OUT / name, content)
-                sync_folder(partial / OUT)
-                refuse_existing(dst)
                 made = partial / OUT
-                (made / files[0].name if is_file else made).rename(dst)
+                for name in extra_files:
+                    (made / name).unlink(missing_ok=True)
+                write_new_files(made, extra_files)
+                for folder in {(made / name).parent for name in extra_files} | {made}:
+                    sync_folder(folder)
+                rename_new(made / files[0].name if is_file else made, dst)
                 shutil.rmtree(partial, ignore_errors=True)
             except UserError:
                 # A destination that appeared meanwhile may go again.
@@ -86,13 +93,7 @@ def write_planned(
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
     except OSError as error:
-        what = f"{dst}: cannot be written ({error.strerror})"
-        if not os.path.exists(partial):  # which takes a name too long for one of no file
-            raise UserError(f"{what}; choose another destination") from error
-        raise UserError(
-            f"{what}; what is done is kept in {partial}: make room and give the same command "
-            "again, or remove it"
-        ) from error
+        raise resumable_error(dst, partial, error) from error
     sync_parent(dst)
 
 
@@ -115,10 +116,10 @@ def _shortage(place: Path, needed: int) -> str:
 def _opened(
     partial: Path, dst: Path, facts: dict[str, str]
 ) -> Iterator[tuple[IO[bytes], dict[tuple[str, str], str]]]:
-    """The journal, locked and ready for more lines, and the sha256 of every finished stretch."""
+    """The journal, locked and ready for more lines, and the sha256 of every finished segment."""
     (partial / OUT).mkdir(parents=True, exist_ok=True)
     with (partial / JOURNAL).open("a+b") as journal:
-        hold(journal, dst)
+        lock_for_writing(journal, dst)
         journal.seek(0)
         # a line that a crash cut short is not there
         lines = [line for line in journal.read().splitlines(keepends=True) if line.endswith(b"\n")]
@@ -129,21 +130,6 @@ def _opened(
             check_same(json.loads(lines[0]), facts, partial)
         entries = [json.loads(line) for line in lines[1:]]
         yield journal, {(entry["file"], entry["at"]): entry["sha256"] for entry in entries}
-
-
-def hold(file: IO[bytes], dst: Path) -> None:
-    """Hold an open file against other processes, where there is flock (not on Windows).
-
-    Raises UserError saying that another process writes `dst`.
-    """
-    if sys.platform == "win32":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{dst}: another process is writing it; wait for it to end") from error
 
 
 def check_same(before: Mapping[str, str], facts: Mapping[str, str], partial: Path) -> None:
@@ -160,18 +146,18 @@ def check_same(before: Mapping[str, str], facts: Mapping[str, str], partial: Pat
 def _write_all(
     dst: Path,
     partial: Path,
-    files: Sequence[PlannedFile],
+    files: Sequence[FileLayout],
     journal: IO[bytes],
     finished: dict[tuple[str, str], str],
     progress: Progress,
     label: str,
 ) -> None:
-    total = sum(stretch.size for file in files for stretch in file.stretches)
+    total = sum(segment.size for file in files for segment in file.segments)
     kept = sum(
-        stretch.size
+        segment.size
         for file in files
-        for stretch in file.stretches
-        if (file.name, stretch.label) in finished
+        for segment in file.segments
+        if (file.name, segment.label) in finished
     )
     needed = sum(file.size for file in files) - kept
     if not kept:
@@ -186,39 +172,39 @@ def _write_all(
             with path.open("r+b" if path.exists() else "w+b") as out:
                 out.write(file.header)
                 unsynced = 0
-                for stretch in file.stretches:
-                    digest = finished.get((file.name, stretch.label))
-                    if digest is None or _sha256(out, stretch) != digest:
-                        line = {"file": file.name, "at": stretch.label}
-                        _append(journal, line | {"sha256": _write(out, stretch)})
-                        unsynced += stretch.size
+                for segment in file.segments:
+                    digest = finished.get((file.name, segment.label))
+                    if digest is None or _sha256(out, segment) != digest:
+                        line = {"file": file.name, "at": segment.label}
+                        _append(journal, line | {"sha256": _write(out, segment)})
+                        unsynced += segment.size
                     if unsynced >= SYNC_BYTES:
                         _to_disk(out)
                         unsynced = 0
-                    task.advance(stretch.size)
+                    task.advance(segment.size)
                 out.truncate(file.size)
                 _to_disk(out)
 
 
-def _write(out: IO[bytes], stretch: Stretch) -> str:
-    """Write the stretch; its sha256."""
+def _write(out: IO[bytes], segment: Segment) -> str:
+    """Write the segment; its sha256."""
     digest, size = hashlib.sha256(), 0
-    out.seek(stretch.start)
-    for piece in stretch.pieces():
-        data = piece.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+    out.seek(segment.start)
+    for piece in segment.pieces():
+        data = tensor_bytes(piece)
         size += len(data)
-        assert size <= stretch.size, stretch.label
+        assert size <= segment.size, segment.label
         digest.update(data)
         out.write(data)
-    assert size == stretch.size, stretch.label
+    assert size == segment.size, segment.label
     out.flush()
     return digest.hexdigest()
 
 
-def _sha256(out: IO[bytes], stretch: Stretch) -> str:
+def _sha256(out: IO[bytes], segment: Segment) -> str:
     """Of what the file holds there."""
-    digest, left = hashlib.sha256(), stretch.size
-    out.seek(stretch.start)
+    digest, left = hashlib.sha256(), segment.size
+    out.seek(segment.start)
     while left and (data := out.read(min(CHUNK, left))):
         digest.update(data)
         left -= len(data)
@@ -232,18 +218,18 @@ def _append(journal: IO[bytes], line: Mapping[str, str]) -> None:
 
 def _to_disk(out: IO[bytes]) -> None:
     out.flush()
-    os.fsync(out.fileno())
+    sync_descriptor(out.fileno())
     with suppress(OSError, AttributeError):  # only advice
         os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _digest(files: Sequence[PlannedFile]) -> str:
+def _digest(files: Sequence[FileLayout]) -> str:
     """Of all that is known of the files before they are written."""
     places = [
         [
             file.name,
             hashlib.sha256(file.header).hexdigest(),
-            [(stretch.label, stretch.start, stretch.size) for stretch in file.stretches],
+            [(segment.label, segment.start, segment.size) for segment in file.segments],
         ]
         for file in files
     ]

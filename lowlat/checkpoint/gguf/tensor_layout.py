@@ -25,7 +25,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(\w+)\.weight")
 
 
-class GGUFPart(NamedTuple):
+class GGUFTensorMapping(NamedTuple):
     """A tensor of the file."""
 
     name: str
@@ -37,15 +37,15 @@ class GGUFPart(NamedTuple):
     """What is done to each parameter; None leaves its rows as they are."""
 
 
-def gguf_parts(
+def gguf_tensor_mappings(
     config: ModelConfig, arch: str, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[GGUFPart]:
+) -> Iterator[GGUFTensorMapping]:
     """The tensors of the model whose parameters have `shapes`, in their order."""
     for parameter, shape in shapes.items():
         name = file_name(config, parameter)
         match = _LAYER.fullmatch(name)
         if match is None:
-            yield GGUFPart(BY_NAME[name], shape, (parameter,), None)
+            yield GGUFTensorMapping(BY_NAME[name], shape, (parameter,), None)
         elif (expert := _EXPERT.fullmatch(match[2])) is None:
             yield from _of_layer(config, arch, match, parameter, shape)
         elif expert[1] == "0":
@@ -54,10 +54,10 @@ def gguf_parts(
 
 def _of_layer(
     config: ModelConfig, arch: str, match: re.Match[str], parameter: str, shape: tuple[int, ...]
-) -> Iterator[GGUFPart]:
+) -> Iterator[GGUFTensorMapping]:
     block, name = f"blk.{match[1]}.", match[2]
     if name == "mlp.gate.e_score_correction_bias":
-        yield GGUFPart(f"{block}{ROUTER_BIAS}.bias", shape, (parameter,), None)
+        yield GGUFTensorMapping(f"{block}{ROUTER_BIAS}.bias", shape, (parameter,), None)
         return
     module, _, kind = name.rpartition(".")
     attention = config.attention
@@ -70,20 +70,22 @@ def _of_layer(
             change = partial(permute, heads=attention.num_attention_heads)
         elif module == "self_attn.k_proj":
             change = partial(permute, heads=attention.num_key_value_heads)
-    yield GGUFPart(f"{block}{BY_MODULE[module]}.{kind}", shape, (parameter,), change)
+    yield GGUFTensorMapping(f"{block}{BY_MODULE[module]}.{kind}", shape, (parameter,), change)
 
 
 def _stacked(
     config: ModelConfig, layer: str, module: str, parameter: str, shape: tuple[int, ...]
-) -> GGUFPart:
+) -> GGUFTensorMapping:
     assert config.moe is not None
     count = config.moe.n_routed_experts
     head, _, tail = parameter.rpartition(".experts.0.")
     names = tuple(f"{head}.experts.{expert}.{tail}" for expert in range(count))
-    return GGUFPart(f"blk.{layer}.{BY_EXPERT[module]}.weight", (count, *shape), names, None)
+    return GGUFTensorMapping(
+        f"blk.{layer}.{BY_EXPERT[module]}.weight", (count, *shape), names, None
+    )
 
 
-def _split(attention: MLAConfig, block: str, parameter: str) -> Iterator[GGUFPart]:
+def _split(attention: MLAConfig, block: str, parameter: str) -> Iterator[GGUFTensorMapping]:
     """attn_k_b [heads, latent, nope] and attn_v_b [heads, v, latent]."""
     heads, latent = attention.num_attention_heads, attention.kv_lora_rank
     nope, v_dim = attention.qk_nope_head_dim, attention.v_head_dim
@@ -94,8 +96,8 @@ def _split(attention: MLAConfig, block: str, parameter: str) -> Iterator[GGUFPar
     def values(joint: Tensor) -> Tensor:
         return joint.unflatten(0, (heads, nope + v_dim))[:, nope:]
 
-    yield GGUFPart(f"{block}attn_k_b.weight", (heads, latent, nope), (parameter,), keys)
-    yield GGUFPart(f"{block}attn_v_b.weight", (heads, v_dim, latent), (parameter,), values)
+    yield GGUFTensorMapping(f"{block}attn_k_b.weight", (heads, latent, nope), (parameter,), keys)
+    yield GGUFTensorMapping(f"{block}attn_v_b.weight", (heads, v_dim, latent), (parameter,), values)
 
 
 def permute(tensor: Tensor, heads: int) -> Tensor:

@@ -1,86 +1,156 @@
-"""Writes safetensors files tensor by tensor, without knowing beforehand what will come.
+"""Writer of safetensors files: header encoding, tensors known beforehand, tensors as they come.
 
-The header stands before the data but is complete only after them. Room for it is left at the start
-and padded with spaces, as the format allows; small files are closed up when they are done.
-Owns one file's bytes; which tensors go where and what makes the whole thing safe is `save`'s.
+A file is 8 bytes of header length (little-endian), a JSON header padded with spaces, then the data;
+`reader` documents the format. Which tensors go into which file is the callers' choice.
 """
 
 import json
-import os
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowlat.checkpoint.safetensors.reader import DTYPES
+from lowlat.utils.atomic_files import FileDigest, sync_descriptor, write_new_file
 
 HEADER_ROOM = 2**20
-"""Bytes left for the header: some 8,000 tensors."""
+"""Bytes that ShardWriter reserves for the header: some 8,000 tensors."""
 CLOSE_UP_BYTES = 2**26
-"""Files with less data than this are rewritten without the unused room."""
+"""Files with less data than this are rewritten without the unused header bytes."""
 ALIGNMENT = 64
-"""Where the data begin, a multiple of this: vector loads from the mapped file stay aligned."""
+"""The data begin at a multiple of this: vector loads from the mapped file stay aligned."""
+PYTORCH = {"format": "pt"}
+"""Metadata of model files, as transformers demands it."""
 
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-"""What files call a number type."""
+NamedTensor = tuple[str, Tensor]
+
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class TensorSpec(NamedTuple):
+    """Name, dtype and shape of a tensor in a file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def entry(self, start: int) -> dict[str, Any]:
+        """The header's entry for data that begin `start` bytes after the header."""
+        return {
+            "dtype": _CODES[self.dtype],
+            "shape": list(self.shape),
+            "data_offsets": [start, start + self.nbytes],
+        }
+
+
+def spec_of(name: str, tensor: Tensor) -> TensorSpec:
+    """The spec of a tensor in memory."""
+    return TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+
+
+def encode_header(
+    tensors: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Header, length included, of a file with these tensors in this order.
+
+    Raises ValueError for a name that comes twice.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    start = 0
+    for tensor in tensors:
+        if tensor.name in header:
+            raise ValueError(f"tensor {tensor.name!r} comes twice in one file")
+        header[tensor.name] = tensor.entry(start)
+        start += tensor.nbytes
+    return _padded(header)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row-major; a copy only where it is on a device or not contiguous."""
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_safetensors(path: Path, tensors: Sequence[NamedTensor]) -> FileDigest:
+    """Write `tensors`, of any dtype of safetensors, as the new file `path` and fsync it.
+
+    At most one tensor is copied at a time. Raises ValueError for a name that comes twice.
+    """
+    # wide dtypes first, so that every tensor is aligned to its dtype and can be mapped
+    ordered = sorted(tensors, key=lambda named: -named[1].dtype.itemsize)
+    return write_new_file(path, _pieces(ordered))
+
+
+def _pieces(tensors: Sequence[NamedTensor]) -> Iterator[bytes | memoryview]:
+    yield encode_header(spec_of(name, tensor) for name, tensor in tensors)
+    for _, tensor in tensors:
+        yield tensor_bytes(tensor)
 
 
 class ShardWriter:
-    """A safetensors file under construction. OSError passes through."""
+    """A safetensors file written tensor by tensor, without knowing beforehand what will come.
+
+    Space for the header is reserved at the start and padded with spaces, as the format allows;
+    small files are closed up at the end. OSError passes through.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.data_bytes = 0
         self.names: list[str] = []
-        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._header: dict[str, Any] = {"__metadata__": PYTORCH}
         self._header_bytes = _encoded_size(self._header)
         self._file = path.open("xb+")
         self._file.seek(HEADER_ROOM)
 
     def has_room(self, name: str, tensor: Tensor) -> bool:
         """Whether the header can take one more entry."""
-        return self._header_bytes + _encoded_size({name: self._entry(tensor)}) <= HEADER_ROOM - 8
+        entry = spec_of(name, tensor).entry(self.data_bytes)
+        return self._header_bytes + _encoded_size({name: entry}) <= HEADER_ROOM - 8
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a tensor's bytes."""
-        entry = self._entry(tensor)
+        entry = spec_of(name, tensor).entry(self.data_bytes)
         self._header_bytes += _encoded_size({name: entry})
         self._header[name] = entry
         self.names.append(name)
-        flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-        self._file.write(flat.numpy().data)
-        self.data_bytes += len(flat)
+        data = tensor_bytes(tensor)
+        self._file.write(data)
+        self.data_bytes += len(data)
 
     def finish(self) -> None:
-        """Write the header and bring everything to the disk."""
+        """Write the header and fsync the file."""
         if self.data_bytes < CLOSE_UP_BYTES:
             self._file.seek(HEADER_ROOM)
             data = self._file.read(self.data_bytes)
-            header = _encoded(self._header)
-            header += b" " * (-(8 + len(header)) % ALIGNMENT)
             self._file.seek(0)
-            self._file.write(len(header).to_bytes(8, "little") + header + data)
+            self._file.write(_padded(self._header) + data)
             self._file.truncate()
         else:
             header = _encoded(self._header).ljust(HEADER_ROOM - 8)
             self._file.seek(0)
             self._file.write(len(header).to_bytes(8, "little") + header)
         self._file.flush()
-        os.fsync(self._file.fileno())
+        sync_descriptor(self._file.fileno())
         self.close()
 
     def close(self) -> None:
-        """Let go of the file, complete or not."""
+        """Close the file, complete or not."""
         self._file.close()
 
-    def _entry(self, tensor: Tensor) -> dict[str, Any]:
-        end = self.data_bytes + tensor.numel() * tensor.dtype.itemsize
-        return {
-            "dtype": CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self.data_bytes, end],
-        }
+
+def _padded(header: dict[str, Any]) -> bytes:
+    """Length and header, padded so that the data are aligned."""
+    text = _encoded(header)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _encoded(header: dict[str, Any]) -> bytes:

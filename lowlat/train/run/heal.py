@@ -185,7 +185,7 @@ def heal(
                 origin="healing",
                 progress=progress,
             )
-            run.keep_recipe(to_toml(raw))
+            run.write_recipe(to_toml(raw))
             outcome = trainer.run()
     if outcome.model is None:
         raise KeyboardInterrupt

@@ -19,9 +19,9 @@ from lowlat.config.parameter_count import count_parameters
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
 from lowlat.plan.rate import measure_gemm_rate
-from lowlat.train.checkpoints.checkpoint import Save
+from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.store import Saves
+from lowlat.train.checkpoints.store import CheckpointStore
 from lowlat.train.metrics.runlog import RunLog
 from lowlat.train.parallel.team import Team
 from lowlat.train.recipe.schedule import StepPlan, Timetable
@@ -115,7 +115,7 @@ class Trainer:
             self._basis.verify(progress)
         table = recipe.saves
         hours = table.keep_every_hours
-        self._saves = Saves(
+        self._saves = CheckpointStore(
             run,
             report=log.note,
             keep_last=table.keep_last,
@@ -179,24 +179,24 @@ class Trainer:
         """The model's, in the present phase."""
         return self.model.config
 
-    def _latest(self, progress: Progress) -> Save | None:
+    def _latest(self, progress: Progress) -> TrainingCheckpoint | None:
         """The save to go on from, which the first process finds and verifies."""
         save = self._saves.latest(progress) if self._team.is_first else None
         step = self._team.from_first(-1 if save is None else save.step)
         return self._saves.open(step) if save is None and step >= 0 else save
 
-    def _resumed(self, save: Save) -> Position:
+    def _resumed(self, save: TrainingCheckpoint) -> Position:
         """Where `save` is. Raises UserError if it is not of this recipe on this basis."""
         folder = str(self.run_folder.path)
         position = check_resumable(
-            save.facts,
+            save.metadata,
             self.recipe,
             self._basis.fingerprints,
             self.timetable,
             folder,
             self._basis.taught_by,
         )
-        check_config(save.facts, self._basis.inputs.configs, self.timetable, folder)
+        check_config(save.metadata, self._basis.inputs.configs, self.timetable, folder)
         return position
 
     def _plan(self) -> StepPlan:
@@ -328,7 +328,7 @@ class Trainer:
         self._saves.wait()  # its copy of the state goes before the next is made
         tensors = snapshot(self.layout, self.optimizer, keep=self._team.is_first)
         if self._team.is_first:
-            self._saves.write_later(
+            self._saves.write_async(
                 self.position.step,
                 {"state": tensors},
                 facts(
@@ -389,7 +389,7 @@ class Trainer:
         }
 
 
-def _tensors(save: Save | None) -> dict[str, Tensor]:
+def _tensors(save: TrainingCheckpoint | None) -> dict[str, Tensor]:
     return {} if save is None else {name: save.tensor(name) for name in save.names()}
 
 

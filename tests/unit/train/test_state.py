@@ -130,6 +130,6 @@ def test_what_may_differ() -> None:
 def test_facts_survive_json(tmp_path: Path) -> None:
     """What a save holds after it was written compares as before."""
     with runs.RunFolder(tmp_path / "run") as run:
-        saves = runs.Saves(run, report=pytest.fail)
+        saves = runs.CheckpointStore(run, report=pytest.fail)
         saves.write(3, {"state": [("a", torch.zeros(1))]}, saved(3))
-    assert resume(dict(runs.saved(tmp_path / "run").facts)).step == 3
+    assert resume(dict(runs.saved(tmp_path / "run").metadata)).step == 3
