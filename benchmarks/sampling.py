@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lowlat.ops import native, native_ops, sampling
+from lowlat.ops import native, native_kernels, sampling
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "T 1": {"temperature": 1.0},
@@ -51,7 +51,7 @@ def main() -> None:
             for name, options in OPTIONS.items():
                 times = [
                     (
-                        milliseconds(native_ops.draw, logits, options),
+                        milliseconds(native_kernels.draw, logits, options),
                         milliseconds(define, logits, options),
                     )
                     for _ in range(args.rounds + 2)

@@ -20,7 +20,7 @@ from lowlat.generate.completion import Completion
 from lowlat.generate.model import Model, check_context
 from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
 from lowlat.generate.prompt import Prompt, as_prompts
-from lowlat.model.native import has_native_form
+from lowlat.model.native import supports_native
 from lowlat.ops import native
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.device import parse_cache, parse_device
@@ -75,7 +75,7 @@ def load(
     folder = path.is_dir()
     tokenizer = Tokenizer.from_folder(path) if folder else Tokenizer.from_gguf(path)
     loaded = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
-    if has_native_form(loaded.model):
+    if supports_native(loaded.model):
         native.keep_torch_single_threaded()
     return Model(
         loaded.model,

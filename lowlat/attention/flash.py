@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lowlat.attention.base import AttentionBackend
-from lowlat.ops import native_training
-from lowlat.ops.differentiable import causal_attention
+from lowlat.ops import native_training_kernels
+from lowlat.ops.autograd import causal_attention
 from lowlat.ops.layout import EntryLayout
 
 
@@ -75,7 +75,7 @@ class FlashAttention(AttentionBackend):
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Float[Tensor, "tokens heads v_dim"]:
         is_full = window is None or window >= max(self.lengths)
-        if is_full and q.dtype == torch.bfloat16 and native_training.usable(q, k, v):
+        if is_full and q.dtype == torch.bfloat16 and native_training_kernels.usable(q, k, v):
             return causal_attention(q, k, v, self._ends, scale)
         v_dim = v.shape[-1]
         # The kernels take one head width. Padding v with zeros adds zeros, which are cut off.

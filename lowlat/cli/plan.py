@@ -152,9 +152,9 @@ def _recipe(path: Path, changes: list[str]) -> Subject:
     from lowlat.cli.train_start import start_files
     from lowlat.plan.job import check
     from lowlat.plan.machine import H100
-    from lowlat.train.parallel.check import check_parallel
     from lowlat.train.recipe.schema import read_recipe
     from lowlat.train.run.dry_run import largest_job, recipe_config
+    from lowlat.train.run.parallel_check import check_parallel
     from lowlat.utils.progress import make_progress
 
     recipe = read_recipe(path, changes)

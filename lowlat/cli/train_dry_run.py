@@ -13,7 +13,7 @@ from lowlat.train.recipe.schema import Recipe
 from lowlat.train.run.build import DTYPES
 from lowlat.train.run.dry_run import dry_run, recipe_config, require_fit, usable_memory
 from lowlat.train.run.inputs import check_recipe, open_inputs
-from lowlat.train.step.teacher import teacher_config
+from lowlat.train.run.teacher_check import teacher_config
 from lowlat.utils.device import parse_device
 
 

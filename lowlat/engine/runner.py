@@ -15,7 +15,7 @@ from lowlat.attention.cached import CachedAttention
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.engine.page_allocator import PageAllocator
 from lowlat.engine.request import Chunk
-from lowlat.model.native import NativeModel, has_native_form
+from lowlat.model.native import NativeModel, supports_native
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
 
@@ -41,7 +41,7 @@ class ModelRunner:
     ) -> None:
         self._max_pages = max_pages
         self.model = model
-        self._native = NativeModel(model) if has_native_form(model) else None
+        self._native = NativeModel(model) if supports_native(model) else None
         self.allocator = PageAllocator(num_pages)
         weight = model.embed_tokens.weight
         self.device = weight.device

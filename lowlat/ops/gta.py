@@ -1,8 +1,7 @@
-"""Rows of Grouped-Tied Attention, [s_1 ; ... ; s_g ; k_R] (arXiv 2505.21487).
+"""KV cache entries of Grouped-Tied Attention, [s_1 ; ... ; s_g ; k_R] (arXiv 2505.21487).
 
-Of group j the value is s_j and the key [leading channels of s_j ; k_R]. The same function is latent
-attention over the latent [s_1 ; ... ; s_g] with 0/1 up-projections, which is how the native kernels
-compute it.
+The value of group j is s_j, the key [leading channels of s_j ; k_R]. This is latent attention over
+the latent [s_1 ; ... ; s_g] with 0/1 up-projections, which is how the native kernels compute it.
 """
 
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ class TiedLayout(EntryLayout):
 def selectors(
     heads: int, groups: int, head_dim: int, nope_dim: int, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "heads nope_dim latent"], Float[Tensor, "heads head_dim latent"]]:
-    """The 0/1 up-projections W_UK and W_UV that make latent attention of grouped-tied attention."""
+    """0/1 up-projections W_UK and W_UV that express grouped-tied as latent attention."""
     identity = torch.eye(groups * head_dim, dtype=dtype).unflatten(0, (groups, head_dim))
     w_uv = identity.repeat_interleave(heads // groups, dim=0)
     return w_uv[:, :nope_dim], w_uv

@@ -1,7 +1,5 @@
-"""What the cached rows of an attention mean, where that is neither [K ; V] nor MLA's latent.
-
-Owns the interface between attention over rows, which knows sequences and blocks of keys, and the
-forms of attention, which know their rows (`gta`, `tpa`).
+"""Interface of KV cache entries that are neither [K ; V] nor MLA's latent (`gta`, `tpa`): how keys
+and values come from entries.
 """
 
 from abc import ABC, abstractmethod
@@ -11,7 +9,7 @@ from torch import Tensor
 
 
 class EntryLayout(ABC):
-    """How rows become keys and values."""
+    """Meaning of the KV cache entries of an attention variant."""
 
     @abstractmethod
     def expand(
@@ -29,6 +27,5 @@ class EntryLayout(ABC):
         scale: float,
     ) -> Float[Tensor, "queries heads head_dim"]:
         """Causal attention of few queries, at positions start, start + 1, ..., over `rows` from
-        position 0, in whatever way is quickest for few. Equal to attention over `expand` up to
-        rounding.
+        position 0: the decode path. Equal to attention over `expand` up to rounding.
         """

@@ -10,6 +10,7 @@ from lowlat.compare.diagnosis.mistakes import MistakeKind
 from lowlat.config.model import ModelConfig, RopeConfig, yarn_mscale
 from lowlat.model import mla
 from lowlat.ops import rope
+from lowlat.ops.rope import RotaryTable
 
 from .plant import EQUAL, GIVEN, LINEAR, PLAIN, SOFTMAX_ALONE, UNSCALED, Plant, replace_function
 
@@ -29,25 +30,25 @@ def unscaled_frequencies(settings: RopeConfig, dim: int) -> Tensor:
 def rotation(turn: Callable[..., Tensor], only: str = "") -> Callable[..., Tensor]:
     """`apply_rope` with a mistake in the rotation of queries, keys or (without `only`) both."""
 
-    def apply(x: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
+    def apply(x: Tensor, table: RotaryTable, *, interleave: bool) -> Tensor:
         what = "queries" if x.shape[1] > 1 else "keys"
         made = turn if only in ("", what) else rope.apply_rope
-        return made(x, cos, sin, interleave=interleave)
+        return made(x, table, interleave=interleave)
 
     return apply
 
 
-def halves(x: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
-    return rope.apply_rope(x, cos, sin, interleave=not interleave)
+def halves(x: Tensor, table: RotaryTable, *, interleave: bool) -> Tensor:
+    return rope.apply_rope(x, table, interleave=not interleave)
 
 
 def no_rotation(x: Tensor, *_: Tensor, **__: bool) -> Tensor:
     return x
 
 
-def left_in_halves(x: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
+def left_in_halves(x: Tensor, table: RotaryTable, *, interleave: bool) -> Tensor:
     """Neighbours are rotated, but real parts are left before imaginary ones."""
-    turned = rope.apply_rope(x, cos, sin, interleave=interleave)
+    turned = rope.apply_rope(x, table, interleave=interleave)
     return torch.cat([turned[..., 0::2], turned[..., 1::2]], dim=-1)
 
 

@@ -26,7 +26,7 @@ from lowlat.compare.trace import (
 )
 from lowlat.config.attention import short_name
 from lowlat.config.model import MoEConfig, RopeConfig
-from lowlat.ops.rope import RotaryTables, apply_rope
+from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from lowlat.ops.routing import route
 from lowlat.utils.errors import UserError
 from tests.lowlat_configs import EVERY, MLA, lowlat_config
@@ -173,7 +173,7 @@ def test_the_right_rule_is_lowlats(groups, method, scoring, flags, shift, seed) 
 def test_the_right_rotation_is_lowlats(rope: RopeConfig, interleave: bool) -> None:
     settings_ = replace(rope, rope_interleave=interleave)
     x, positions = torch.randn(5, 3, 6), torch.tensor([0, 1, 7, 100, 5000])
-    expected = apply_rope(x, *RotaryTables(settings_, 6)(positions), interleave=interleave)
+    expected = apply_rope(x, RotaryEmbedding(settings_, 6)(positions), interleave=interleave)
     if interleave:
         expected = torch.cat([expected[..., 0::2], expected[..., 1::2]], dim=-1)
     mine = cos_sin_scale(settings_) * rotate(x, positions, settings_, correct_variant(settings_))

@@ -284,7 +284,7 @@ FURTHER_FORMS = [
     Mutant(
         "TPA: channel factors of keys cached without rotation",
         "model/tpa.py",
-        "b_k = apply_rope(b_k, *rope, interleave=self.interleave).flatten(1)",
+        "b_k = apply_rope(b_k, rope, interleave=self.interleave).flatten(1)",
         "b_k = b_k.flatten(1)",
         MODEL + "test_tpa.py::test_naive",
     ),

@@ -18,7 +18,7 @@ from lowlat.attention.path import DECODE_TOKENS, AttentionPath
 from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.model import ModelConfig
 from lowlat.model.linear import Linear
-from lowlat.model.native import NativeModel, has_native_form
+from lowlat.model.native import NativeModel, supports_native
 from lowlat.model.quant import store_packed
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
@@ -127,7 +127,7 @@ def check_near_to_fp32(
 ) -> None:
     """Rounding moves both by the same amount from fp32; a token whose router has a near tie may
     jump in either, so typical tokens are compared in mixtures and all tokens in dense models."""
-    assert has_native_form(model)
+    assert supports_native(model)
     exact = Transformer(model.config, dtype=torch.float32)
     exact.load_state_dict({name: p.float() for name, p in model.state_dict().items()})
     compiled = NativeModel(model)
@@ -327,7 +327,7 @@ def packed_and_plain(config: ModelConfig, seed: int, dtype: str) -> tuple[Transf
 def test_packed_chunks_give_the_bits_of_bf16(case: Case, dtype: str, level: str) -> None:
     """Long chunks multiply by the values rounded to bf16, whatever they are stored in."""
     packed, plain = packed_and_plain(drawn_config(case), case.seed, dtype)
-    assert has_native_form(packed)
+    assert supports_native(packed)
     logits = native_logits(NativeModel(packed), 0.0)
     assert logits.isfinite().all()
     assert torch.equal(logits, native_logits(NativeModel(plain), 0.0))

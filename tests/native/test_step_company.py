@@ -14,7 +14,7 @@ from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.attention.path import AttentionPath
 from lowlat.config.model import ModelConfig
-from lowlat.model.native import NativeModel, has_native_form
+from lowlat.model.native import NativeModel, supports_native
 from lowlat.ops import native
 from tests.native.storages import stored_model
 from tests.native.test_step import (
@@ -80,7 +80,7 @@ def test_bits_do_not_depend_on_company_pages_or_threads(
     level: str,  # noqa: F811
 ) -> None:
     plain = stored_model(widened(drawn_config(case)), case.seed, storage)
-    assert has_native_form(plain)
+    assert supports_native(plain)
     model = NativeModel(plain)
     for break_even in BREAK_EVENS:
         with thread_count(3):

@@ -15,7 +15,7 @@ import numpy as np
 from lowlat import api
 from lowlat.checkpoint.load import load_model
 from lowlat.data.folder import TokenFolder
-from lowlat.model.stacking import stack_experts
+from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.run.build import DTYPES
 from lowlat.train.run.inputs import phase_data, phase_folder

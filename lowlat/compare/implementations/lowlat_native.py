@@ -10,7 +10,7 @@ from lowlat.compare.implementations.lowlat_pytorch import attention_shape, one_s
 from lowlat.compare.observe import canonical
 from lowlat.compare.trace import OUTPUT, Block, RoutedExperts, Trace, Window
 from lowlat.config.model import GQAConfig
-from lowlat.model.native import NativeModel, has_native_form
+from lowlat.model.native import NativeModel, supports_native
 from lowlat.model.transformer import Transformer
 from lowlat.utils.device import name_of
 from lowlat.utils.errors import UserError
@@ -31,7 +31,7 @@ class LowlatNative(Implementation):
         form: AttentionPath | None = None,
         cache: torch.dtype | None = None,
     ) -> None:
-        if not has_native_form(model):
+        if not supports_native(model):
             raise UserError(
                 f"{label}: the native kernels are not built here or do not run this model in "
                 f"{precision}; leave native out, or use bf16, int8 or int4"

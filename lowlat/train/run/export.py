@@ -14,18 +14,18 @@ from lowlat.checkpoint.mapping import ROUTER_BIAS
 from lowlat.checkpoint.save import file_tensors, text_files, write_checkpoint
 from lowlat.config.hf.reader import config_from_hf, config_to_hf
 from lowlat.config.model import ModelConfig
-from lowlat.model.stacking import unstacked
 from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint, folder_name
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.checkpoints.store import CheckpointStore
-from lowlat.train.parallel.team import Team
+from lowlat.train.layers.stacked_experts import unstacked
+from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.train.run.build import started
+from lowlat.train.run.fp8_export import save_fp8
 from lowlat.train.run.lora_files import start_fingerprint, write_adapter
 from lowlat.train.run.state import MODEL, part
-from lowlat.train.step.fp8 import save_fp8
+from lowlat.train.run.teacher_check import teacher_fingerprint
 from lowlat.train.step.lora import base_dtype, merged
-from lowlat.train.step.teacher import teacher_fingerprint
 from lowlat.utils.atomic_files import atomic_folder, write_new_files
 from lowlat.utils.device import parse_dtype
 from lowlat.utils.errors import UserError
@@ -52,11 +52,11 @@ def keep_tokenizer(run: Path, text: Path) -> None:
         write_new_files(partial, files)
 
 
-def refuse_older_model(model: Path, team: Team) -> None:
+def refuse_older_model(model: Path, mesh: ProcessMesh) -> None:
     """Raises UserError where a run without saves holds a model all the same: that of a run whose
     saves were removed. Collective.
     """
-    if team.from_first(int(model.exists())):
+    if mesh.broadcast(int(model.exists())):
         raise UserError(
             f"{model}: is there from a run whose saves are gone; move it away, or choose another "
             "--out"

@@ -13,9 +13,9 @@ from lowlat.plan.job import Job
 from lowlat.plan.memory import (
     ACTIVATIONS,
     CASTS,
+    CHUNK_ELEMENTS,
     OPTIMISER,
     PIECE_COPIES,
-    PIECE_ELEMENTS,
     WEIGHTS,
     Memory,
     held,
@@ -118,7 +118,7 @@ def update_bytes(config: ModelConfig, table: Lora, job: Job) -> float:
 def _kept_by_updates(config: ModelConfig, table: Lora, job: Job) -> dict[str, float]:
     """What updates of projections keep for the backward pass beside the projections' own inputs:
     the rows between A and B with casts of both, and of experts their weights with the updates, in
-    fp32 (`model.low_rank`). With recomputation of layers that is one layer's.
+    fp32 (`layers.lora`). With recomputation of layers that is one layer's.
     """
     single = [shape for shape in updated_shapes(config, table) if len(shape) == 2]
     inner = table.rank * len(single) * job.device_tokens
@@ -149,7 +149,7 @@ def _more_logits(config: ModelConfig, job: Job) -> float:
     """What a piece of both models' logits takes beyond a piece of the loss without a teacher."""
     logits = float(job.device_tokens * config.vocab_size)
     taught = 2 * min(NATIVE_PIECE_BYTES, job.element_bytes * logits)
-    return max(0.0, taught - PIECE_COPIES * FP32_BYTES * min(PIECE_ELEMENTS, logits))
+    return max(0.0, taught - PIECE_COPIES * FP32_BYTES * min(CHUNK_ELEMENTS, logits))
 
 
 def _head_gradient(config: ModelConfig) -> float:

@@ -25,9 +25,9 @@ from lowlat.data.folder import TokenFolder
 from lowlat.data.layout import TOKENIZER_FILE, Split
 from lowlat.data.shuffle import mixed
 from lowlat.data.windows import Windows
-from lowlat.train.parallel.check import check_parallel
 from lowlat.train.recipe.schedule import data_begins, data_of
 from lowlat.train.recipe.schema import Phase, Recipe
+from lowlat.train.run.parallel_check import check_parallel
 from lowlat.train.run.teacher_check import check_teacher
 from lowlat.train.step.lora import check_lora
 from lowlat.train.step.trainable import check_trainable

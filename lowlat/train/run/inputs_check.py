@@ -12,7 +12,7 @@ from lowlat.train.recipe.schema import Recipe
 from lowlat.train.run.dry_run import require_fit, usable_memory
 from lowlat.train.run.inputs import Inputs, open_inputs
 from lowlat.train.run.lora_files import start_fingerprint
-from lowlat.train.step.teacher import teacher_config, teacher_fingerprint
+from lowlat.train.run.teacher_check import teacher_config, teacher_fingerprint
 from lowlat.utils.progress import Progress
 
 

@@ -3,11 +3,14 @@
 Owns the refusals, so that a run ends before anything is read.
 """
 
+import hashlib
 from pathlib import Path
 
+from lowlat.checkpoint.hf_folder import open_checkpoint
+from lowlat.checkpoint.load import read_config
 from lowlat.config.model import ModelConfig
 from lowlat.train.recipe.schema import Phase, Recipe
-from lowlat.train.step.teacher import teacher_config
+from lowlat.train.run.lora_files import start_fingerprint
 from lowlat.train.step.trainable import check_divides_batches
 from lowlat.utils.errors import UserError
 
@@ -53,3 +56,16 @@ def _check_layers(
         raise UserError(
             f"{what} runs layers one by one, which parallel.fsdp does not divide; use parallel.data"
         )
+
+
+def teacher_config(path: Path) -> ModelConfig:
+    """The config of the checkpoint `path`. Raises UserError naming file and field."""
+    return read_config(open_checkpoint(path))
+
+
+def teacher_fingerprint(path: Path) -> str:
+    """SHA-256 of what tells the checkpoint `path` from others: its config and samples of its
+    weights.
+    """
+    config = (path / "config.json").read_bytes() if path.is_dir() else b""
+    return hashlib.sha256(config + start_fingerprint(path).encode()).hexdigest()

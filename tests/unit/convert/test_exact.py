@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from lowlat.convert.exact import check_exact, mla_attention, mla_config
-from lowlat.ops.rope import RotaryTables, apply_rope
+from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from lowlat.utils.errors import UserError
 
 HEADS, GROUPS, HEAD_DIM, HIDDEN = 15, 5, 22, 13
@@ -49,8 +49,8 @@ def attention_tensors(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def rotate(x: Tensor, rope: RopeConfig, positions: Tensor) -> Tensor:
-    cos, sin = RotaryTables(rope, x.shape[-1])(positions)
-    return apply_rope(x, cos, sin, interleave=False)
+    table = RotaryEmbedding(rope, x.shape[-1])(positions)
+    return apply_rope(x, table, interleave=False)
 
 
 def test_config_keeps_the_cache_row_and_everything_outside_attention() -> None:

@@ -13,7 +13,7 @@ from lowlat.engine.runner import ModelRunner
 from lowlat.model.gla import GLA as Module
 from lowlat.model.transformer import Transformer
 from lowlat.ops.norm import rms_norm
-from lowlat.ops.rope import RotaryTables, apply_rope
+from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from tests.lowlat_configs import GLA, YARN, lowlat_config, random_model
 
 
@@ -54,7 +54,7 @@ def naive(module: Module, x: Tensor, rope: tuple[Tensor, Tensor], scale: float) 
     dims, length = module.dims, len(x)
     rank, heads = dims.group_rank, dims.num_attention_heads
     down = x @ module.kv_a_proj_with_mqa.weight.T
-    k_rope = apply_rope(down[:, None, dims.kv_lora_rank :], *rope, interleave=True)[:, 0]
+    k_rope = apply_rope(down[:, None, dims.kv_lora_rank :], rope, interleave=True)[:, 0]
     q = rms_norm(x @ module.q_a_proj.weight.T, module.q_a_layernorm.weight, 1e-6)
     q = (q @ module.q_b_proj.weight.T).view(length, heads, -1)
     outputs = []
@@ -65,7 +65,7 @@ def naive(module: Module, x: Tensor, rope: tuple[Tensor, Tensor], scale: float) 
         up = module.kv_b_proj.weight.view(heads, -1, rank)[head]
         key = torch.cat([latent @ up[: dims.qk_nope_head_dim].T, k_rope], dim=1)
         q_nope, q_rope = q[:, head].split([dims.qk_nope_head_dim, dims.qk_rope_head_dim], dim=1)
-        q_rope = apply_rope(q_rope[:, None], *rope, interleave=True)[:, 0]
+        q_rope = apply_rope(q_rope[:, None], rope, interleave=True)[:, 0]
         scores = torch.cat([q_nope, q_rope], dim=1) @ key.T * scale
         seen = torch.ones(length, length, dtype=torch.bool).tril()
         weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=1)
@@ -81,7 +81,7 @@ def test_every_head_reads_the_latent_of_its_group(groups: int) -> None:
     assert isinstance(module, Module)
     x = torch.randn(19, 23, dtype=torch.float64)
     packed = PackedAttention([19])
-    rope = RotaryTables(config.rope, attention.rope_dim)(packed.positions())
+    rope = RotaryEmbedding(config.rope, attention.rope_dim)(packed.positions())
     expected = naive(module, x, rope, config.softmax_scale_of(0))
     torch.testing.assert_close(module(x, rope, packed), expected, rtol=0, atol=1e-12)
 

@@ -9,7 +9,6 @@ import torch
 from lowlat.config.parameter_count import count_parameters
 from lowlat.plan.flops import token_flops
 from lowlat.plan.job import check
-from lowlat.train.parallel.check import check_parallel
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.train.run.dry_run import (
     REACHED,
@@ -21,6 +20,7 @@ from lowlat.train.run.dry_run import (
     require_fit,
     usable_memory,
 )
+from lowlat.train.run.parallel_check import check_parallel
 from lowlat.utils.errors import UserError
 from lowlat.utils.memory import memory_limit
 

@@ -10,13 +10,13 @@ from lowlat.checkpoint.load import load_model
 from lowlat.cli.main import app
 from lowlat.plan.estimate import estimate
 from lowlat.plan.machine import H100
-from lowlat.train.parallel.check import check_parallel
 from lowlat.train.recipe.reference import reference
 from lowlat.train.recipe.schedule import Timetable, batch_rows
 from lowlat.train.recipe.schema import Recipe, parse_recipe, read_recipe
 from lowlat.train.run.dry_run import job_of, recipe_config
 from lowlat.train.run.heal import Healing, healing_recipe
 from lowlat.train.run.inputs import base_config, phase_configs
+from lowlat.train.run.parallel_check import check_parallel
 from lowlat.train.step.lora import check_lora
 
 ROOT = Path(__file__).parents[3]

@@ -1,13 +1,13 @@
-"""Sizes that fit one another, and what a team of one does."""
+"""Sizes that fit one another, and what a mesh of one does."""
 
 import pytest
 import torch
 
-from lowlat.train.parallel.check import check_parallel
-from lowlat.train.parallel.launch import joined
-from lowlat.train.parallel.team import TOKENS, Team, view_sizes
+from lowlat.train.parallel.launch import process_mesh
+from lowlat.train.parallel.mesh import TOKEN_AXES, ProcessMesh, view_sizes
 from lowlat.train.recipe.schedule import Timetable
 from lowlat.train.recipe.schema import Parallel, Recipe, parse_recipe
+from lowlat.train.run.parallel_check import check_parallel
 from lowlat.train.run.state import check_resumable
 from lowlat.utils.errors import UserError
 from tests.fakes import gqa_config, mla_config
@@ -63,31 +63,33 @@ def test_experts_that_do_not_fit_are_refused(sizes: dict[str, int]) -> None:
         view_sizes(Parallel.model_validate(sizes))
 
 
-def test_a_team_of_one_changes_nothing() -> None:
-    team = Team()
+def test_a_mesh_of_one_process_changes_nothing() -> None:
+    mesh = ProcessMesh()
     x = torch.arange(3.0)
-    assert team.sum(x, TOKENS) is x
-    assert team.any(True) and not team.any(False)
-    assert team.from_first(7) == 7
-    assert team.is_first and (team.row_parts, team.row_part, team.place("expert")) == (1, 0, 0)
-    share = team.share(11, 5)
-    assert (share.first, share.rows) == (11, 5)
-    team.wait()
+    assert mesh.sum(x, TOKEN_AXES) is x
+    assert mesh.any(True) and not mesh.any(False)
+    assert mesh.broadcast(7) == 7
+    assert mesh.is_main_process
+    assert (mesh.data_parallel_size, mesh.data_parallel_rank) == (1, 0)
+    assert mesh.local_rank("expert") == 0
+    shard = mesh.batch_shard(11, 5)
+    assert (shard.first, shard.rows) == (11, 5)
+    mesh.barrier()
 
 
 def test_a_process_alone_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined(Parallel()) as team:
-        assert team.world == 1
+    with process_mesh(Parallel()) as mesh:
+        assert mesh.world_size == 1
     with pytest.raises(UserError, match=r"r.toml: \[parallel\] is for 6 processes, 1 started"):
-        with joined(Parallel(fsdp=2, tensor=3), origin="r.toml"):
+        with process_mesh(Parallel(fsdp=2, tensor=3), origin="r.toml"):
             pass
 
 
 def test_only_the_first_says_that_processes_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit), joined(Parallel(tensor=3)):
+    with pytest.raises(SystemExit), process_mesh(Parallel(tensor=3)):
         pass
 
 

@@ -1,7 +1,8 @@
-"""The processes of a run and this one's place among them.
+"""Process mesh of a training run: data, FSDP, expert, tensor, pipeline and context parallelism as
+axes of PyTorch device meshes, and reductions over them.
 
-Owns the mesh (which processes divide what) and sums over parts of it. A process alone is a team of
-one, for which everything here is trivial; nothing here knows of models.
+A single process is a mesh of size 1 on every axis, on which all operations are trivial. Nothing
+here knows of models.
 """
 
 from collections.abc import Sequence
@@ -16,30 +17,30 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lowlat.train.recipe.schema import Parallel
 from lowlat.utils.errors import UserError
 
-ROWS = ("data", "fsdp")
-"""Axes whose processes have different rows of a batch."""
-TOKENS = ("data", "context", "fsdp")
+BATCH_AXES = ("data", "fsdp")
+"""Axes whose processes have different sequences of a batch."""
+TOKEN_AXES = ("data", "context", "fsdp")
 """Axes whose processes have different tokens of a batch."""
-ALL = ("pipeline", "data", "context", "fsdp", "tensor")
+ALL_AXES = ("pipeline", "data", "context", "fsdp", "tensor")
 """Axes that together hold every process."""
 
 
 @final
-class Team:
+class ProcessMesh:
     """Processes arranged along axes; ranks count with the last axis fastest.
 
-    (pipeline, data, context, fsdp, tensor) is the mesh; the same processes are also seen as
+    The mesh is (pipeline, data, context, fsdp, tensor). Two views regroup the same processes:
 
     (pipeline, replicate, fsdp, tensor)
         replicate: the data and context processes, which hold the same weights;
     (pipeline, expert_replicate, expert_fsdp, expert, tensor)
         expert: those among which routed experts are divided, neighbours in (data, context, fsdp);
-        expert_fsdp: those that divide the same experts further, as fsdp does with other weights;
+        expert_fsdp: those that shard the same experts further, as fsdp does with other weights;
         expert_replicate: those that hold the same weights of the same experts.
     """
 
     def __init__(self, parallel: Parallel | None = None, device: str = "cpu") -> None:
-        """Collective over all processes unless alone. `device` is that of tensors sent.
+        """Collective over all processes. `device` is that of communicated tensors.
 
         Raises UserError for sizes that do not fit one another.
         """
@@ -49,73 +50,79 @@ class Team:
         """This process, from 0."""
         views = view_sizes(parallel)
         self._sizes = {name: size for view in views for name, size in view.items()}
-        self._meshes = [mesh for view in views if (mesh := _mesh(view, device)) is not None]
+        self._meshes = [mesh for view in views if (mesh := _device_mesh(view, device)) is not None]
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         """Number of processes."""
         return self.parallel.processes
 
     @property
-    def is_first(self) -> bool:
-        """Whether this process writes what the run leaves: logs, saves, models."""
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0, which writes logs, checkpoints and models."""
         return self.rank == 0
 
     def size(self, axis: str) -> int:
-        """Processes along `axis`."""
+        """Number of processes along `axis`."""
         return self._sizes[axis]
 
-    def place(self, axis: str) -> int:
-        """This process's place along `axis`."""
-        return self._mesh(axis).get_local_rank(axis) if self.size(axis) > 1 else 0
+    def local_rank(self, axis: str) -> int:
+        """Coordinate of this process along `axis`."""
+        return self._containing(axis).get_local_rank(axis) if self.size(axis) > 1 else 0
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The processes along `axis` that this one is among; more than one."""
-        return self._mesh(axis).get_group(axis)
+        """The process group of this process along `axis`, whose size must exceed 1."""
+        return self._containing(axis).get_group(axis)
 
-    def mesh(self, *axes: str) -> DeviceMesh:
-        """The mesh of those `axes` that have more than one process; at least one must."""
+    def device_mesh(self, *axes: str) -> DeviceMesh:
+        """The device mesh of those `axes` whose size exceeds 1; at least one must."""
         names = tuple(axis for axis in axes if self.size(axis) > 1)
-        return self._mesh(*names)[names]
+        return self._containing(*names)[names]
 
     def sum(self, tensor: Tensor, axes: Sequence[str]) -> Tensor:
-        """The sum of `tensor` over the processes along `axes`; itself where there is one."""
-        return self._reduced(tensor, axes, dist.ReduceOp.SUM)
+        """All-reduced sum of `tensor` over the processes along `axes`; `tensor` itself for one
+        process.
+        """
+        return self._all_reduced(tensor, axes, dist.ReduceOp.SUM)
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds in any process."""
         value = torch.tensor(int(flag))
-        return bool(self._reduced(value, ALL, dist.ReduceOp.MAX).item())
+        return bool(self._all_reduced(value, ALL_AXES, dist.ReduceOp.MAX).item())
 
-    def from_first(self, value: int) -> int:
-        """`value` of the first process."""
-        if self.world == 1:
+    def broadcast(self, value: int) -> int:
+        """`value` of rank 0."""
+        if self.world_size == 1:
             return value
         tensor = torch.tensor(value)
         dist.broadcast(tensor, src=0)
         return int(tensor.item())
 
-    def share(self, first: int, rows: int) -> "Share":
-        """This process's part of rows first .. first + rows - 1, a multiple of `row_parts`."""
-        count = rows // self.row_parts
-        return Share(first=first + self.row_part * count, rows=count)
+    def batch_shard(self, first: int, rows: int) -> "BatchShard":
+        """This process's part of sequences first .. first + rows - 1, whose number is a multiple of
+        `data_parallel_size`.
+        """
+        count = rows // self.data_parallel_size
+        return BatchShard(first=first + self.data_parallel_rank * count, rows=count)
 
     @property
-    def row_parts(self) -> int:
-        """Parts that the rows of a batch are divided into."""
+    def data_parallel_size(self) -> int:
+        """Number of parts the sequences of a batch are divided into."""
         return self.size("data") * self.size("fsdp")
 
     @property
-    def row_part(self) -> int:
-        """Which of them this process has."""
-        return self.place("data") * self.size("fsdp") + self.place("fsdp")
+    def data_parallel_rank(self) -> int:
+        """Which of these parts this process has."""
+        return self.local_rank("data") * self.size("fsdp") + self.local_rank("fsdp")
 
-    def wait(self) -> None:
-        """Until every process is here."""
-        if self.world > 1:
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
             dist.barrier()
 
-    def _reduced(self, tensor: Tensor, axes: Sequence[str], op: dist.ReduceOp.RedOpType) -> Tensor:
+    def _all_reduced(
+        self, tensor: Tensor, axes: Sequence[str], op: dist.ReduceOp.RedOpType
+    ) -> Tensor:
         axes = [axis for axis in axes if self.size(axis) > 1]
         if not axes:
             return tensor
@@ -124,16 +131,16 @@ class Team:
             dist.all_reduce(tensor, op, group=self.group(axis))
         return tensor
 
-    def _mesh(self, *axes: str) -> DeviceMesh:
+    def _containing(self, *axes: str) -> DeviceMesh:
         for mesh in self._meshes:
             if set(axes) <= set(mesh.mesh_dim_names or ()):
                 return mesh
-        raise AssertionError(f"no mesh has the axes {axes}")
+        raise AssertionError(f"no device mesh has the axes {axes}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
-    """Rows of a global batch that belong to one process."""
+class BatchShard:
+    """Sequences of a global batch that belong to one process."""
 
     first: int
     rows: int
@@ -145,13 +152,13 @@ def view_sizes(parallel: Parallel) -> list[dict[str, int]]:
     expert_fsdp, expert_replicate = expert_sizes(parallel, replicate)
     ends = {"pipeline": parallel.pipeline}, {"tensor": parallel.tensor}
     base = {"data": parallel.data, "context": parallel.context, "fsdp": parallel.fsdp}
-    held = {"replicate": replicate, "fsdp": parallel.fsdp}
+    weights = {"replicate": replicate, "fsdp": parallel.fsdp}
     expert = {
         "expert_replicate": expert_replicate,
         "expert_fsdp": expert_fsdp,
         "expert": parallel.expert,
     }
-    return [ends[0] | view | ends[1] for view in (base, held, expert)]
+    return [ends[0] | view | ends[1] for view in (base, weights, expert)]
 
 
 def expert_sizes(parallel: Parallel, replicate: int) -> tuple[int, int]:
@@ -167,7 +174,7 @@ def expert_sizes(parallel: Parallel, replicate: int) -> tuple[int, int]:
     )
 
 
-def _mesh(view: dict[str, int], device: str) -> DeviceMesh | None:
+def _device_mesh(view: dict[str, int], device: str) -> DeviceMesh | None:
     axes = {name: size for name, size in view.items() if size > 1}
     if not axes:
         return None

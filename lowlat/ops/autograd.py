@@ -1,7 +1,5 @@
-"""RMSNorm, SwiGLU, rotation and attention for training: the same functions as elsewhere in `ops`,
-with backward passes that keep little and take one pass over their rows.
-
-Owns the gradients. On the CPU in bf16 and fp32 the native kernels compute them.
+"""Autograd functions of RMSNorm, SwiGLU, RoPE and causal attention with fused backward passes: they
+save little and read their rows once. On the CPU in bf16 and fp32 the native kernels compute them.
 """
 
 from typing import Any
@@ -11,14 +9,14 @@ import torch.nn.functional as F
 from jaxtyping import BFloat16, Float, Float32, Int
 from torch import Tensor
 
-from lowlat.ops import native_training
+from lowlat.ops import native_training_kernels
 from lowlat.ops.norm import accumulation_dtype
 
 
 def rms_norm(
     x: Float[Tensor, "*rows dim"], weight: Float[Tensor, "dim"], eps: float
 ) -> Float[Tensor, "*rows dim"]:
-    """`norm.rms_norm`, which keeps x and one number per row for its backward pass."""
+    """`norm.rms_norm`; saves x and one number per row."""
     out = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps)
     assert isinstance(out, Tensor)
     # FSDP2 warns of modules whose output is a view.
@@ -28,7 +26,7 @@ def rms_norm(
 def swiglu(
     gate: Float[Tensor, "*rows inner"], up: Float[Tensor, "*rows inner"]
 ) -> Float[Tensor, "*rows inner"]:
-    """`experts.swiglu`, which keeps gate and up alone."""
+    """`experts.swiglu`; saves gate and up."""
     out = _SwiGLU.apply(gate.flatten(0, -2), up.flatten(0, -2))
     assert isinstance(out, Tensor)
     return out.view(gate.shape)
@@ -41,8 +39,8 @@ def causal_attention(
     ends: Int[Tensor, "sequences"],
     scale: float,
 ) -> BFloat16[Tensor, "tokens heads value_dim"]:
-    """Causal attention within sequences that lie one after the other and end at `ends`: by the
-    native kernels, which must be usable. Keeps one number per query and head.
+    """Causal attention within packed sequences that end at `ends`, by the native kernels, which
+    must be usable. Saves inputs, output and one number per query and head.
     """
     out = _CausalAttention.apply(q, k, v, ends, scale)
     assert isinstance(out, Tensor)
@@ -56,7 +54,7 @@ def rotate(
     *,
     interleave: bool,
 ) -> Float[Tensor, "tokens heads dim"]:
-    """`rope.apply_rope` by the native kernels, which must be usable; keeps the tables alone."""
+    """`rope.apply_rope` by the native kernels, which must be usable; saves the tables only."""
     out = _Rotation.apply(x, cos, sin, interleave)
     assert isinstance(out, Tensor)
     return out
@@ -67,8 +65,10 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         wide = accumulation_dtype(x.dtype)
-        if native_training.usable(x):
-            out, inverse = native_training.norm_forward(x, weight.to(wide).contiguous(), eps)
+        if native_training_kernels.usable(x):
+            out, inverse = native_training_kernels.norm_forward(
+                x, weight.to(wide).contiguous(), eps
+            )
         else:
             inverse = torch.rsqrt(x.to(wide).square().mean(dim=-1) + eps)
             out = (x.to(wide) * inverse[:, None] * weight.to(wide)).to(x.dtype)
@@ -82,9 +82,9 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         wide = accumulation_dtype(x.dtype)
         grad = grad.contiguous()
-        if native_training.usable(x, grad):
+        if native_training_kernels.usable(x, grad):
             given = weight.to(wide).contiguous()
-            grad_x, grad_weight = native_training.norm_backward(x, given, inverse, grad)
+            grad_x, grad_weight = native_training_kernels.norm_backward(x, given, inverse, grad)
             return grad_x, grad_weight.to(weight.dtype), None
         normal = x.to(wide) * inverse[:, None]
         grad_weight = (grad.to(wide) * normal).sum(dim=0)
@@ -99,8 +99,8 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        if native_training.usable(gate, up):
-            return native_training.gated_forward(gate, up)
+        if native_training_kernels.usable(gate, up):
+            return native_training_kernels.gated_forward(gate, up)
         wide = accumulation_dtype(gate.dtype)
         return (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
 
@@ -109,8 +109,8 @@ class _SwiGLU(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        if native_training.usable(gate, grad):
-            return native_training.gated_gradients(gate, up, grad.contiguous())
+        if native_training_kernels.usable(gate, grad):
+            return native_training_kernels.gated_gradients(gate, up, grad.contiguous())
         _, grad_gate_up, _ = gated_backward(torch.cat([gate, up], dim=1), grad.contiguous(), None)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=1)
         return grad_gate, grad_up
@@ -121,7 +121,7 @@ class _Rotation(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.interleave = interleave
-        return native_training.rotation(x, cos, sin, interleave=interleave)
+        return native_training_kernels.rotation(x, cos, sin, interleave=interleave)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -129,7 +129,9 @@ class _Rotation(torch.autograd.Function):
     ) -> tuple[Tensor, None, None, None]:
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         cos, sin = ctx.saved_tensors
-        back = native_training.rotation(grad, cos, sin, interleave=ctx.interleave, is_inverse=True)
+        back = native_training_kernels.rotation(
+            grad, cos, sin, interleave=ctx.interleave, is_inverse=True
+        )
         return back, None, None, None
 
 
@@ -137,7 +139,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, logs = native_training.causal_forward(q, k, v, ends, scale)
+        out, logs = native_training_kernels.causal_forward(q, k, v, ends, scale)
         ctx.save_for_backward(q, k, v, ends, out, logs)
         ctx.scale = scale
         return out
@@ -147,7 +149,7 @@ class _CausalAttention(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, ends, out, logs = ctx.saved_tensors
-        grads = native_training.causal_backward(
+        grads = native_training_kernels.causal_backward(
             q, k, v, ends, ctx.scale, out, logs, grad.contiguous()
         )
         return *grads, None, None
@@ -160,12 +162,11 @@ def gated_backward(
 ) -> tuple[
     Float[Tensor, "rows inner"], Float[Tensor, "rows inner_twice"], Float[Tensor, "rows"] | None
 ]:
-    """What the backward pass of factors * W (silu(gate) * up) needs, given grad = W^T dy: the
-    inner activation again, the gradient of gate_up, and that of the factors, for
-    <dy, W h> = <W^T dy, h>.
+    """Backward pass of factors * W (silu(gate) * up), given grad = W^T dy: the recomputed inner
+    activation, the gradient of gate_up, and that of the factors, from <dy, W h> = <W^T dy, h>.
     """
-    if native_training.usable(gate_up, grad):
-        return native_training.gated_backward(gate_up, grad, factors)
+    if native_training_kernels.usable(gate_up, grad):
+        return native_training_kernels.gated_backward(gate_up, grad, factors)
     wide = accumulation_dtype(gate_up.dtype)
     gate, up = gate_up.to(wide).chunk(2, dim=1)
     sigmoid = gate.sigmoid()

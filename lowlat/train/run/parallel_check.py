@@ -1,12 +1,11 @@
-"""Whether a model and the phases of a recipe can be divided as its [parallel] table says.
-
-Owns the refusals, so that a run ends before anything is read.
+"""Validation of the [parallel] table against the model and the phases of a recipe, before data is
+read.
 """
 
 from lowlat.config.model import ModelConfig
-from lowlat.train.parallel.pipeline_check import check_pipeline
-from lowlat.train.parallel.team import expert_sizes
+from lowlat.train.parallel.mesh import expert_sizes
 from lowlat.train.parallel.tensor import check_divisible
+from lowlat.train.pipeline.check import check_pipeline
 from lowlat.train.recipe.schema import Recipe
 from lowlat.utils.errors import UserError
 

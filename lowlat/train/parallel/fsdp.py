@@ -1,8 +1,8 @@
-"""FSDP2 over a model: weights, gradients and optimiser divided, a layer's weights gathered while it
-runs.
+"""FSDP2 (fully sharded data parallelism): weights, gradients and optimizer state are sharded, and
+the weights of a layer are all-gathered while it runs.
 
-Owns which modules are gathered together and in which dtype. Gradients are summed, not averaged:
-losses are divided by the targets of the global batch already.
+Which modules are gathered together, and in which dtype, is decided here. Gradients are summed, not
+averaged: losses are already divided by the targets of the global batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,16 +13,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lowlat.model.block import DecoderLayer
-from lowlat.model.linear import Linear
-from lowlat.model.moe import MLP, StackedExperts
+from lowlat.model.moe import MLP
 from lowlat.model.mtp import MTPModule
-from lowlat.ops.grouped import stacked_experts
-from lowlat.train.parallel.expert import DividedExperts
+from lowlat.train.layers.fp8 import Fp8Linear
+from lowlat.train.layers.stacked_experts import StackedExperts
+from lowlat.train.parallel.expert import ExpertParallelExperts
 
-ExpertModule = StackedExperts | DividedExperts
+ExpertModule = StackedExperts | ExpertParallelExperts
 
 
-def shard(
+def apply_fsdp(
     model: nn.Module,
     roots: Sequence[nn.Module],
     mesh: DeviceMesh,
@@ -31,22 +31,22 @@ def shard(
     dtype: torch.dtype,
     ignored: set[nn.Parameter],
 ) -> None:
-    """Divide `model`, of which the forward passes of `roots` are called, over `mesh` (fsdp, or
-    replicate and fsdp), divided experts over `expert_mesh`.
+    """Shard `model`, of which the forward passes of `roots` are called, over `mesh` (fsdp, or
+    replicate and fsdp), expert-parallel experts over `expert_mesh`.
 
-    dtype: of activations; modules that hold nothing but matrices, which are cast to it where they
-    are used, are gathered in it. Parameters in `ignored` stay as they are.
+    dtype: of activations; modules of matrices only, which are cast to it where they are used, are
+    gathered in it. Parameters in `ignored` are not sharded.
     """
     matrices = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    # A stage of a pipeline stays gathered from the first micro-batch of a step to the last.
+    # A pipeline stage stays gathered from the first micro-batch of a step to the last.
     reshards = list(roots) == [model]
     for module in _matrices(model):
-        own = expert_mesh if isinstance(module, DividedExperts) else mesh
+        own = expert_mesh if isinstance(module, ExpertParallelExperts) else mesh
         if own is not None and not ignored.issuperset(module.parameters()):
-            policy = exact if _quantises(module) else matrices
+            policy = exact if _quantizes(module) else matrices
             fully_shard(module, mesh=own, mp_policy=policy, reshard_after_forward=reshards)
     for module in [*_of(model, DecoderLayer), *_of(model, MTPModule)]:
         fully_shard(
@@ -67,8 +67,8 @@ def shard(
 
 
 def sum_over_replicas(model: nn.Module, wanted: bool) -> None:
-    """Whether backward passes that follow sum gradients over replicas; if not, FSDP2 keeps them to
-    itself until one does. Of the micro-batches of a step, the last one needs to.
+    """Whether the next backward passes all-reduce gradients over replicas; without, FSDP2
+    accumulates them locally. Only the last micro-batch of a step all-reduces.
     """
     for module in _of(model, FSDPModule):
         module.set_requires_all_reduce(wanted, recurse=False)
@@ -80,11 +80,11 @@ def _matrices(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def _quantises(module: nn.Module) -> bool:
-    """Whether the products of `module` take fp8 blocks from its fp32 weights."""
-    if isinstance(module, DividedExperts):
-        return module.products is not stacked_experts
-    return any(isinstance(part, Linear) and part.fp8 is not None for part in module.modules())
+def _quantizes(module: nn.Module) -> bool:
+    """Whether `module` quantizes its fp32 master weights to fp8 blocks."""
+    if isinstance(module, ExpertParallelExperts):
+        return module.is_fp8
+    return any(isinstance(part, Fp8Linear) for part in module.modules())
 
 
 def _of(model: nn.Module, kind: type) -> list:

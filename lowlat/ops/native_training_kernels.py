@@ -1,8 +1,7 @@
-"""The native forms of what training computes between matrix products, and where they may be used.
+"""Native kernels of training between matrix products, and the conditions for their use.
 
-Owns allocation and layout of what they take; `differentiable`, `grouped` and `cross_entropy` hold
-the same in PyTorch, which defines them. `level` asks for another level of instructions than the one
-in use.
+`autograd`, `grouped`, `cross_entropy` and `divergence` have the reference implementations. `level`
+selects another instruction-set level.
 """
 
 import torch

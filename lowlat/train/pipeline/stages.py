@@ -1,7 +1,6 @@
-"""A model divided into the stages of a pipeline: which layers are where, and one stage as a module.
+"""Pipeline stages: the division of a model's layers among processes, and one stage as a module.
 
-Owns what a process keeps of the model. When which stage works on which micro-batch is
-`pipeline_schedule`'s.
+The order of micro-batches is in `schedule`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,14 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lowlat.config.model import ModelConfig
-from lowlat.model.linear import Linear
-from lowlat.model.moe import StackedExperts
 from lowlat.model.transformer import Transformer
 from lowlat.plan.flops import head_flops, layer_work, mtp_work
 from lowlat.plan.job import Layout
 from lowlat.plan.stages import Stage, cut, held
-from lowlat.train.parallel.expert import DividedExperts
-from lowlat.train.parallel.view import View
+from lowlat.train.layers.deferred import defer_weight_gradients
+from lowlat.train.parallel.local_batch import LocalBatch
 from lowlat.train.step.loss import head_losses
 
 Schedule = Literal["1f1b", "interleaved", "zb", "zbv", "dualpipev"]
@@ -30,7 +27,7 @@ Schedule = Literal["1f1b", "interleaved", "zb", "zbv", "dualpipev"]
 pipeline instead of one of each of two).
 """
 FOLDED: tuple[Schedule, ...] = ("zbv", "dualpipev")
-"""Schedules that begin and end in the same process."""
+"""Schedules whose first and last stage are in the same process."""
 _PLANNED = {
     "1f1b": "1f1b",
     "interleaved": "interleaved",
@@ -38,25 +35,25 @@ _PLANNED = {
     "zbv": "dualpipev",
     "dualpipev": "dualpipev",
 }
-"""Schedules of `plan` that lay out stages alike."""
+"""Schedules of `plan` with the same stages."""
 
 ZERO_BUBBLE: tuple[Schedule, ...] = ("zb", "zbv", "dualpipev")
-"""Schedules with a place of its own for the gradients of weights."""
+"""Schedules that compute weight gradients apart from activation gradients."""
 
 EMBEDDING = "embed_tokens.weight"
 
 
 def planned(schedule: Schedule, size: int) -> Layout:
-    """The division of layers among `size` processes, as `plan` spells it."""
+    """The pipeline layout of `size` processes in the terms of `plan`."""
     return Layout(pp=size, schedule=_PLANNED[schedule])  # pyright: ignore[reportArgumentType]
 
 
 def divide(
     config: ModelConfig, schedule: Schedule, size: int, sequence_length: int
 ) -> list[list[Stage]]:
-    """Every process's stages, in order of the pipeline: the busiest process is as little busy as it
-    can be in sequences of `sequence_length` tokens. There must be as many layers, head included, as
-    stages.
+    """Every process's stages, in pipeline order: minimises the work of the busiest process for
+    sequences of `sequence_length` tokens. The model needs at least as many layers, head included,
+    as stages.
     """
     costs = [
         layer_work(config, layer, sequence_length).total
@@ -71,17 +68,17 @@ def divide(
 
 
 def needs_embedding(config: ModelConfig, stage: Stage) -> bool:
-    """Whether `stage` uses the embedding matrix: to embed, as its head, or for MTP modules."""
+    """Whether `stage` uses the embedding matrix: for tokens, as a tied head, or for MTP modules."""
     ahead = config.num_nextn_predict_layers > 0 and not config.mtp_copies
     return stage.is_first or (stage.is_last and (config.tie_word_embeddings or ahead))
 
 
-class Elsewhere(nn.Module):
-    """Stands where the model has a part that another process holds."""
+class RemoteModule(nn.Module):
+    """Placeholder for a part of the model that another process holds."""
 
 
 def holders_of_embedding(config: ModelConfig, division: Sequence[Sequence[Stage]]) -> list[int]:
-    """Processes that use the embedding matrix: the first, and another one at most."""
+    """Processes that use the embedding matrix: the first, and at most one other."""
     return [
         process
         for process, stages in enumerate(division)
@@ -89,26 +86,25 @@ def holders_of_embedding(config: ModelConfig, division: Sequence[Sequence[Stage]
     ]
 
 
-def keep_own(model: Transformer, stages: Sequence[Stage]) -> None:
-    """Leave in `model` only what `stages` need; what stays keeps its name."""
+def keep_stages(model: Transformer, stages: Sequence[Stage]) -> None:
+    """Remove from `model` all that `stages` do not need; parameter names do not change."""
     own = {layer for stage in stages for layer in stage.layers}
     for layer in range(len(model.layers)):
         if layer not in own:
-            model.layers[layer] = Elsewhere()
+            model.layers[layer] = RemoteModule()
     if not any(stage.is_last for stage in stages):
-        model.add_module("norm", Elsewhere())
+        model.add_module("norm", RemoteModule())
         model.lm_head = None
         model.mtp = nn.ModuleList()
     if not any(needs_embedding(model.config, stage) for stage in stages):
-        model.add_module("embed_tokens", Elsewhere())
+        model.add_module("embed_tokens", RemoteModule())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
-    """What a stage computes in one step."""
+class StageInputs:
+    """The micro-batches and loss weights of one optimizer step."""
 
-    views: Sequence[View]
-    """The micro-batches."""
+    micro_batches: Sequence[LocalBatch]
     targets: Sequence[int]
     """Of the global batch, per head."""
     mtp_weight: float
@@ -123,8 +119,12 @@ class StageModule(nn.Module):
     included. The last stage ends in the loss.
     """
 
-    def __init__(self, model: Transformer, stage: Stage, dtype: torch.dtype) -> None:
-        """`model` has at least what `stage` needs; activations have `dtype`."""
+    def __init__(
+        self, model: Transformer, stage: Stage, dtype: torch.dtype, *, defers: bool = False
+    ) -> None:
+        """`model` has at least what `stage` needs; activations have `dtype`. With `defers` weight
+        gradients are computed by `deferred_work`, for zero-bubble schedules.
+        """
         super().__init__()
         self.stage = stage
         self.layers = nn.ModuleList(model.layers[layer] for layer in stage.layers)
@@ -132,8 +132,8 @@ class StageModule(nn.Module):
         self.norm = model.norm if stage.is_last else None
         self.lm_head = model.lm_head if stage.is_last else None
         self.mtp = model.mtp if stage.is_last else None
-        self.work: Work | None = None
-        """What forward passes are about; set before every step."""
+        self.inputs: StageInputs | None = None
+        """Of the current step; set before its first forward pass."""
         self.sums = torch.zeros(0, dtype=torch.float64)
         """On the last stage, as `Passes.backward` gives them."""
         self._dtype = dtype
@@ -141,37 +141,39 @@ class StageModule(nn.Module):
         # Not a child: its names and parameters are not those of this stage.
         self._head_losses = partial(head_losses, model)
         self._deferred: list[Callable[[], None]] = []
+        if defers:
+            self._defer_weight_gradients()
 
-    def begin(self, work: Work) -> None:
-        """Forget the last step; forward passes are about `work` from here on."""
-        self.work = work
-        self.sums = torch.zeros(len(work.targets) + 1, dtype=torch.float64)
+    def begin(self, inputs: StageInputs) -> None:
+        """Start a step: forward passes compute micro-batches of `inputs`."""
+        self.inputs = inputs
+        self.sums = torch.zeros(len(inputs.targets) + 1, dtype=torch.float64)
 
-    def defer(self) -> None:
-        """Let backward passes leave the gradients of large matrices to `deferred_work`.
+    def _defer_weight_gradients(self) -> None:
+        """Make backward passes leave the weight gradients of linear layers and experts to
+        `deferred_work`.
 
-        Those of norms, gates, the embedding and of matrices that are used otherwise than by their
-        module's forward pass stay part of them: they are small, but for the head's, which the loss
-        makes on its way.
+        Those of norms, gates and the embedding stay part of the backward pass: they are small. So
+        does that of the head, which the fused cross entropy computes in the forward pass.
         """
-        for module in self.modules():
-            if isinstance(module, Linear | StackedExperts | DividedExperts):
-                module.later = self._later
+        for part in (self.layers, self.mtp):
+            if part is not None:
+                defer_weight_gradients(part, self._deferred.append)
 
     def deferred_work(self) -> Callable[[], None]:
-        """What the backward passes since the last call left to do."""
-        work, self._deferred = self._deferred, []
+        """The weight gradients that the backward passes since the last call left to compute."""
+        work = self._deferred.copy()
+        self._deferred.clear()
         return partial(_run_all, work)
-
-    def _later(self, work: Callable[[], None]) -> None:
-        self._deferred.append(work)
 
     def forward(
         self, x: Int[Tensor, "tokens"] | Float[Tensor, "tokens hidden"], place: Int[Tensor, "one"]
     ) -> Float[Tensor, "..."]:
-        """Hidden states of micro-batch `place`, of the last stage its loss; the first takes ids."""
-        assert self.work is not None
-        batch, attention, positions = self.work.views[int(place)]
+        """Hidden states of micro-batch `place`, or on the last stage its loss; `x` are ids on the
+        first stage.
+        """
+        assert self.inputs is not None
+        batch, attention, positions = self.inputs.micro_batches[int(place)]
         if self.stage.is_first:
             assert self.embed_tokens is not None
             x = self.embed_tokens(x).to(self._dtype)
@@ -185,9 +187,9 @@ class StageModule(nn.Module):
             batch,
             attention,
             positions,
-            targets=self.work.targets,
-            mtp_weight=self.work.mtp_weight,
-            z_weight=self.work.z_weight,
+            targets=self.inputs.targets,
+            mtp_weight=self.inputs.mtp_weight,
+            z_weight=self.inputs.z_weight,
         )
         self.sums += torch.cat([loss.heads, loss.z[None]]).double().cpu()
         return loss.total

@@ -1,9 +1,10 @@
-"""Orders of forward and backward passes along a pipeline: PyTorch's schedules, what they ask for.
+"""Pipeline schedules: 1F1B, interleaved 1F1B, zero bubble (ZB1P, ZBV) and DualPipeV, run by
+torch.distributed.pipelining.
 
-Owns how stages become a schedule. Shapes are given, never found by a first run, whose results would
-travel as pickles. What a zero-bubble schedule does later is `StageModule.deferred_work`: PyTorch's
-own way, a second walk over the graph, computes custom functions twice and fails where a matrix is
-used at several depths of a stage, as a tied head's and MTP modules' is.
+Shapes are passed to PyTorch: its shape inference would run a stage once and send pickles. Deferred
+weight gradients come from `StageModule.deferred_work`: PyTorch's own split backward, a second walk
+over the graph, computes custom functions twice and fails for a matrix used at several depths of a
+stage, such as a tied head or the embedding of MTP modules.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from lowlat.train.parallel.pipeline_stages import ZERO_BUBBLE, Schedule, StageModule
+from lowlat.train.pipeline.stages import ZERO_BUBBLE, Schedule, StageModule
 
 AnySchedule = (
     Schedule1F1B
@@ -32,8 +33,8 @@ AnySchedule = (
 )
 
 
-class Shape(NamedTuple):
-    """What a schedule is made for."""
+class ScheduleShape(NamedTuple):
+    """Batch shape of a schedule."""
 
     micro_batches: int
     tokens: int
@@ -43,7 +44,7 @@ class Shape(NamedTuple):
 def new_schedule(
     schedule: Schedule,
     modules: Sequence[StageModule],
-    shape: Shape,
+    shape: ScheduleShape,
     *,
     num_stages: int,
     hidden_size: int,
@@ -53,23 +54,20 @@ def new_schedule(
 ) -> AnySchedule:
     """The schedule of this process's stages for batches of `shape`."""
     defers = schedule in ZERO_BUBBLE
-    if defers:
-        for module in modules:
-            module.defer()
     stages = [
         PipelineStage(
             module,
             module.stage.index,
             num_stages,
             device,
-            input_args=_given(module, shape.tokens, hidden_size, dtype),
-            output_args=_made(module, shape.tokens, hidden_size, dtype),
+            input_args=_input_shape(module, shape.tokens, hidden_size, dtype),
+            output_args=_output_shape(module, shape.tokens, hidden_size, dtype),
             group=group,
             dw_builder=module.deferred_work if defers else None,
         )
         for module in modules
     ]
-    # Losses are divided by the targets of the global batch already.
+    # Losses are already divided by the targets of the global batch.
     count = shape.micro_batches
     if schedule == "1f1b":
         return Schedule1F1B(stages[0], count, loss_fn=_loss, scale_grads=False)
@@ -83,17 +81,17 @@ def new_schedule(
 
 
 def _loss(output: Tensor, _target: Tensor) -> Tensor:
-    """What the last stage gives is its loss already."""
+    """The output of the last stage is its loss."""
     return output
 
 
-def _given(module: StageModule, tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
+def _input_shape(module: StageModule, tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
     if module.stage.is_first:
         return torch.empty(tokens, dtype=torch.int64, device="meta")
     return _hidden(tokens, hidden_size, dtype)
 
 
-def _made(module: StageModule, tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
+def _output_shape(module: StageModule, tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
     if module.stage.is_last:
         return torch.empty((), device="meta")
     return _hidden(tokens, hidden_size, dtype)

@@ -1,7 +1,8 @@
-"""Single operations of the native kernels, with the signatures of their PyTorch definitions.
+"""Native kernels of single ops for inference, with the signatures of their reference
+implementations.
 
-For tests and tools, but for `draw`, which lowlat.ops.sampling calls; a model's step is one call
-(lowlat/model/native.py). `level` asks for another level of instructions than the one in use.
+A model step is one native call (lowlat/model/native.py); these are for sampling, quantization,
+tests and tools. `level` selects another instruction-set level.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from lowlat.ops.quantized import (
     num_groups,
     num_tiles,
 )
+from lowlat.ops.rope import RotaryTable
 from lowlat.ops.routing import Routing
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def linear(
 def quantize_int8(
     dense: Float[Tensor, "out in"], empty: Empty = torch.empty, *, level: str = ""
 ) -> Int8Weight:
-    """Twin of lowlat.ops.quantized.quantize_int8; dense is bf16 or fp32."""
+    """Native kernel of lowlat.ops.quantized.quantize_int8; dense is bf16 or fp32."""
     rows, columns = dense.shape
     tiles, groups = num_tiles(rows), num_groups(columns)
     weight = empty(tiles, groups, *INT8_SHAPE, dtype=torch.uint8)
@@ -55,7 +57,7 @@ def quantize_int8(
 def quantize_int4(
     dense: Float[Tensor, "out in"], empty: Empty = torch.empty, *, level: str = ""
 ) -> Int4Weight:
-    """Twin of lowlat.ops.quantized.quantize_int4; dense is bf16 or fp32."""
+    """Native kernel of lowlat.ops.quantized.quantize_int4; dense is bf16 or fp32."""
     rows, columns = dense.shape
     tiles, groups = num_tiles(rows), num_groups(columns)
     weight = empty(tiles, groups, *INT4_SHAPE, dtype=torch.uint8)
@@ -69,7 +71,7 @@ def quantize_int4(
 def rms_norm(
     x: BFloat16[Tensor, "*rows dim"], weight: Float[Tensor, "dim"], eps: float, *, level: str = ""
 ) -> BFloat16[Tensor, "*rows dim"]:
-    """Twin of lowlat.ops.norm.rms_norm."""
+    """Native kernel of lowlat.ops.norm.rms_norm."""
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
     rows = rows.contiguous()
     out = torch.empty_like(rows)
@@ -79,22 +81,21 @@ def rms_norm(
 
 def apply_rope(
     x: BFloat16[Tensor, "tokens heads dim"],
-    cos: Float32[Tensor, "tokens pairs"],
-    sin: Float32[Tensor, "tokens pairs"],
+    rope: RotaryTable,
     *,
     interleave: bool,
     level: str = "",
 ) -> BFloat16[Tensor, "tokens heads dim"]:
-    """Twin of lowlat.ops.rope.apply_rope."""
+    """Native kernel of lowlat.ops.rope.apply_rope."""
     out = x.clone(memory_format=torch.contiguous_format)
-    native.module().rotate(out, cos.contiguous(), sin.contiguous(), interleave, level)
+    native.module().rotate(out, rope.cos.contiguous(), rope.sin.contiguous(), interleave, level)
     return out
 
 
 def swiglu(
     gate: BFloat16[Tensor, "rows inner"], up: BFloat16[Tensor, "rows inner"], *, level: str = ""
 ) -> BFloat16[Tensor, "rows inner"]:
-    """Twin of lowlat.ops.experts.swiglu."""
+    """Native kernel of lowlat.ops.experts.swiglu."""
     out = torch.empty(gate.shape, dtype=gate.dtype)
     native.module().swiglu(gate.contiguous(), up.contiguous(), out, level)
     return out
@@ -108,7 +109,7 @@ def route(
     *,
     level: str = "",
 ) -> Routing:
-    """Twin of lowlat.ops.routing.route."""
+    """Native kernel of lowlat.ops.routing.route."""
     module = native.module()
     tokens, chosen = x.shape[0], moe.num_experts_per_tok
     experts = torch.empty(tokens, chosen, dtype=torch.int32)
@@ -147,7 +148,7 @@ def draw(
     min_p: int | float = 0.0,
     level: str = "",
 ) -> int:
-    """Twin of lowlat.ops.sampling.draw; every level gives the same token."""
+    """Native kernel of lowlat.ops.sampling.draw; every level gives the same token."""
     return native.module().draw(
         logits.detach().contiguous(),
         number,
@@ -162,7 +163,7 @@ def draw(
 def pack_entries(
     rows: BFloat16[Tensor, "tokens entry_dim"], quantized: int, *, level: str = ""
 ) -> UInt8[Tensor, "tokens entry_bytes"]:
-    """Twin of lowlat.attention.int8_entry.pack_entries."""
+    """Native kernel of lowlat.attention.int8_entry.pack_entries."""
     entry_bytes = int8_entry_bytes(rows.shape[1], quantized)
     packed = torch.zeros(1, len(rows), entry_bytes, dtype=torch.uint8)
     native.module().store_rows(rows.contiguous(), packed, quantized=quantized, level=level)

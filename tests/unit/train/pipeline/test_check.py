@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from lowlat.train.parallel.check import check_parallel
-from lowlat.train.parallel.pipeline_check import check_micro_batches
-from lowlat.train.parallel.pipeline_stages import Schedule
+from lowlat.train.pipeline.check import check_micro_batches
+from lowlat.train.pipeline.stages import Schedule
 from lowlat.train.recipe.schema import Recipe, parse_recipe
+from lowlat.train.run.parallel_check import check_parallel
 from lowlat.utils.errors import UserError
 from tests.unit.train import tiny
 

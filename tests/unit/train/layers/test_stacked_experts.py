@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from lowlat.attention.packed import PackedAttention
-from lowlat.model.moe import Experts, MoE, StackedExperts
-from lowlat.model.stacking import stack_experts, stacked, unstacked
+from lowlat.model.moe import Experts, MoE
 from lowlat.model.transformer import Transformer
-
-from .draw import mla_config, random_model
+from lowlat.train.layers.stacked_experts import StackedExperts, stack_experts, stacked, unstacked
+from tests.unit.model.draw import mla_config, random_model
 
 
 def model(dtype: torch.dtype = torch.float64) -> Transformer:

@@ -9,20 +9,20 @@ from torch import Tensor
 
 from lowlat.config.model import ModelConfig
 from lowlat.data.batch import Batch
-from lowlat.model.block import DecoderLayer
 from lowlat.model.transformer import Transformer
 from lowlat.plan.stages import Stage
-from lowlat.train.parallel.pipeline_stages import (
+from lowlat.train.layers.fused import checkpoint_activations
+from lowlat.train.parallel.local_batch import local_batch
+from lowlat.train.parallel.mesh import ProcessMesh
+from lowlat.train.pipeline.stages import (
     FOLDED,
     Schedule,
+    StageInputs,
     StageModule,
-    Work,
     divide,
     holders_of_embedding,
-    keep_own,
+    keep_stages,
 )
-from lowlat.train.parallel.team import Team
-from lowlat.train.parallel.view import own_view
 from lowlat.train.step.loss import batch_loss, count_targets
 from tests.unit.train import tiny
 
@@ -79,7 +79,7 @@ def test_names_stay_those_of_the_whole_model(schedule: Schedule) -> None:
     division = divide(config(), schedule, 3, tiny.LENGTH)
     for stages in division:
         own = tiny.model(config())
-        keep_own(own, stages)
+        keep_stages(own, stages)
         for name, tensor in own.state_dict().items():
             assert torch.equal(tensor, whole[name])
             assert name not in found or name == "embed_tokens.weight"
@@ -87,19 +87,23 @@ def test_names_stay_those_of_the_whole_model(schedule: Schedule) -> None:
     assert found == whole.keys()
 
 
-def modules_of(model: Transformer, division: Sequence[Sequence[Stage]]) -> list[StageModule]:
+def modules_of(
+    model: Transformer, division: Sequence[Sequence[Stage]], *, defers: bool = False
+) -> list[StageModule]:
     """All stages in order, in this one process."""
-    modules = [StageModule(model, stage, torch.float64) for own in division for stage in own]
+    modules = [
+        StageModule(model, stage, torch.float64, defers=defers) for own in division for stage in own
+    ]
     return sorted(modules, key=lambda module: module.stage.index)
 
 
-def run_stages(modules: Sequence[StageModule], batch: Batch, work: Work) -> None:
+def run_stages(modules: Sequence[StageModule], batch: Batch, inputs: StageInputs) -> None:
     """Forward through all stages, then backward stage by stage."""
-    length = batch.sequence_length(len(work.targets))
+    length = batch.sequence_length(len(inputs.targets))
     x = batch.tokens[:, :length].flatten()
     links: list[tuple[Tensor, Tensor]] = []
     for module in modules:
-        module.begin(work)
+        module.begin(inputs)
         out = module(x, torch.zeros(1, dtype=torch.int64))
         links.append((x, out))
         x = out.detach().requires_grad_()
@@ -121,17 +125,14 @@ def test_stages_compute_what_the_model_computes(defers: bool, recompute: bool, t
     targets = count_targets(batch, 3)
     weights = {"mtp_weight": 0.3, "z_weight": 0.01}
     expected = tiny.model(small)
-    view = own_view(Team(), batch, 3)
+    view = local_batch(ProcessMesh(), batch, 3)
     loss = batch_loss(expected, *view, targets=targets, dtype=torch.float64, **weights)
     loss.total.backward()
     found = tiny.model(small)
-    for layer in found.modules():
-        if isinstance(layer, DecoderLayer):
-            layer.recompute = recompute
-    modules = modules_of(found, divide(small, "dualpipev", 2, tiny.LENGTH))
-    for module in modules if defers else ():
-        module.defer()
-    run_stages(modules, batch, Work(views=[view], targets=targets, **weights))
+    if recompute:
+        checkpoint_activations(found)
+    modules = modules_of(found, divide(small, "dualpipev", 2, tiny.LENGTH), defers=defers)
+    run_stages(modules, batch, StageInputs(micro_batches=[view], targets=targets, **weights))
     torch.testing.assert_close(modules[-1].sums[:-1], loss.heads.double())
     torch.testing.assert_close(modules[-1].sums[-1], loss.z.double())
     gradients = tiny.gradients(found)
@@ -143,11 +144,16 @@ def test_stages_compute_what_the_model_computes(defers: bool, recompute: bool, t
 def test_large_matrices_wait() -> None:
     small = config()
     model = tiny.model(small)
-    (module,) = modules_of(model, [[Stage(index=0, layers=(0, 1), is_first=True, is_last=False)]])
-    module.defer()
+    stage = Stage(index=0, layers=(0, 1), is_first=True, is_last=False)
+    (module,) = modules_of(model, [[stage]], defers=True)
     batch = tiny.batch()
     module.begin(
-        Work(views=[own_view(Team(), batch, 3)], targets=[1, 1, 1], mtp_weight=0.0, z_weight=0.0)
+        StageInputs(
+            micro_batches=[local_batch(ProcessMesh(), batch, 3)],
+            targets=[1, 1, 1],
+            mtp_weight=0.0,
+            z_weight=0.0,
+        )
     )
     ids = batch.tokens[:, : tiny.LENGTH].flatten()
     module(ids, torch.zeros(1, dtype=torch.int64)).square().sum().backward()

@@ -1,10 +1,10 @@
-"""Whether a model and the batches of a recipe fit a pipeline: numbers of stages and micro-batches.
+"""Validation of pipeline parallelism: numbers of stages and micro-batches a schedule accepts.
 
-Owns the refusals; PyTorch's schedules have the same rules and would state them late.
+PyTorch's schedules have the same rules, but raise them only when the first step runs.
 """
 
 from lowlat.config.model import ModelConfig
-from lowlat.train.parallel.pipeline_stages import (
+from lowlat.train.pipeline.stages import (
     FOLDED,
     Schedule,
     divide,
