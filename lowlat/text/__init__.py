@@ -1,1 +1,1 @@
-"""Text to token ids and back: tokenizers, chat templates, detokenizing, stop strings. No tensors."""
+"""Text to token ids and back: tokenizer, chat template, detokenizer, stop strings. No tensors."""

@@ -188,8 +188,8 @@ def _mark_special(backend: tokenizers.Tokenizer, special: dict[str, str], folder
 def _override_bos_eos(
     backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]
 ) -> None:
-    """Apply add_bos_token and add_eos_token: each, if not null, replaces what tokenizer.json puts at
-    that end of a text.
+    """Apply add_bos_token and add_eos_token: each, if not null, replaces what tokenizer.json puts
+    at that end of a text.
 
     DeepSeek's tokenizer.json adds no bos; its tokenizer_config.json asks for one.
     """

@@ -138,7 +138,8 @@ def _cuts(normalizer: Any, pre_tokenizer: Any, text: str) -> list[str]:
 def _sentencepiece(
     spec: dict[str, Any], tokens: list[str], merges: list[tuple[str, str]]
 ) -> dict[str, Any]:
-    """Keys of a SentencePiece vocabulary: the earlier a token's first merge, the higher its score."""
+    """Keys of a SentencePiece vocabulary: the earlier a token's first merge, the higher its
+    score."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)

@@ -1,4 +1,7 @@
-"""Tokenizer parts, independent of the file format; `text.folder` and `text.gguf_vocab` read them."""
+"""Parts of a tokenizer, independent of its file format.
+
+`text.folder` and `text.gguf_vocab` read them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
