@@ -96,7 +96,7 @@ def compare(
     """Where two models or implementations first differ, by how much, and by which known mistake.
 
     NAME is any model that lowlat loads. Behind its @: a number type (fp32, which is the default,
-    fp64, bf16, fp16, int8, int4, fp8, auto), a form of attention (absorbed, expanded, stream),
+    fp64, bf16, fp16, int8, int4, fp8, auto), an attention path (absorbed, expanded, decode),
     native (the kernels instead of plain PyTorch), cache-int8. So: lowlat compare M@bf16 M@int8,
     M@absorbed M@expanded, M@bf16 M@native, M transformers:M. transformers and official take a
     number type.

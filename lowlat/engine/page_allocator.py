@@ -118,14 +118,14 @@ class PageAllocator:
         """Mark a full used page: it becomes cached, not free, when its last holder releases it. Its
         entries must not be written after this call."""
         if self._ref_counts[page] == 0 or self._is_kept[page]:
-            raise AssertionError(f"page {page} is not in use, or kept already")
+            raise AssertionError(f"page {page} is not in use, or marked already")
         self._is_kept[page] = True
 
     def unkeep(self, page: int) -> None:
         """Undo `keep` without calling the listener: a cached page becomes free at once, a used one
         when its last holder releases it."""
         if not self._is_kept[page]:
-            raise AssertionError(f"page {page} is not kept")
+            raise AssertionError(f"page {page} is not marked")
         self._is_kept[page] = False
         if self._ref_counts[page] == 0:
             del self._cached[page]

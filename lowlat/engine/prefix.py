@@ -80,7 +80,7 @@ class PrefixCache:
         self, cache_namespace: bytes, tokens: Sequence[int], paths: Sequence[str]
     ) -> list[int]:
         """The pages of the longest indexed prefix of `tokens`, in order, each retained for the
-        caller, who must release them.
+        caller, which must release them.
 
         paths[i] is the path on which the caller would compute page i. At most len(paths) pages are
         looked up: a caller that needs the last token's logits leaves its page out.

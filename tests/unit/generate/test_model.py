@@ -381,7 +381,7 @@ def test_repr_says_what_it_is() -> None:
     for part in ("tiny", "deepseek_v3", "MLA 5 heads", "bfloat16 on cpu", "context 97"):
         assert part in text
     # 2 layers x (11 + 6) elements x 2 bytes
-    assert "68 bytes of cache per token" in text
+    assert "68 bytes of KV cache per token" in text
 
 
 # Structured output
