@@ -15,6 +15,7 @@ from lowlat.engine.scheduler import MAX_SEQUENCES
 from lowlat.generate.completion import Completion
 from lowlat.generate.model import Model
 from lowlat.generate.params import SamplingParams
+from lowlat.generate.prompt import encode_prompt
 from lowlat.generate.structured import Choice, Regex
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
@@ -75,7 +76,7 @@ def test_integers_of_other_packages_are_token_ids() -> None:
 
     for ids in (list(np.array([3, 5])), list(torch.tensor([3, 5]))):
         # Past the types, which tests check.
-        found = inspect.unwrap(Model.encode_prompt)(counting(), ids)
+        found = inspect.unwrap(encode_prompt)(TOKENIZER, ids)
         assert found == [3, 5] and [type(item) for item in found] == [int, int]
 
 
@@ -83,7 +84,7 @@ def test_integers_of_other_packages_are_token_ids() -> None:
 def test_another_kind_of_prompt_is_an_error(prompt: Any) -> None:
     with pytest.raises(UserError, match="prompt must be text"):
         # Past the types, which tests check.
-        inspect.unwrap(Model.encode_prompt)(counting(), prompt)
+        inspect.unwrap(encode_prompt)(TOKENIZER, prompt)
 
 
 @pytest.mark.parametrize("prompt", ["", []])
