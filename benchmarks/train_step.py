@@ -75,7 +75,7 @@ def lowlat_stepper(folder: Path, arguments: argparse.Namespace) -> Any:
     from lowlat.train.recipe.schedule import StepPlan
     from lowlat.train.recipe.schema import Optimizer as Table
     from lowlat.train.recipe.schema import Phase
-    from lowlat.train.step.balance import RouterWatch
+    from lowlat.train.step.balance import LoadBalancer
     from lowlat.train.step.optim import Optimizer
     from lowlat.train.step.passes import PlainPasses
     from lowlat.train.step.step import train_step
@@ -86,7 +86,7 @@ def lowlat_stepper(folder: Path, arguments: argparse.Namespace) -> Any:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     optimizer = Optimizer(model, Table(betas=BETAS, eps=EPS, weight_decay=DECAY, clip=CLIP))
-    watch = RouterWatch(model, sequence_weight=0.0)
+    balancer = LoadBalancer(model, sequence_weight=0.0)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
     passes = PlainPasses(model, dtype)
     phase = Phase(
@@ -112,7 +112,7 @@ def lowlat_stepper(folder: Path, arguments: argparse.Namespace) -> Any:
             bias_update_speed=0.0,
             ends_phase=False,
         )
-        return train_step(passes, optimizer, watch, batch, plan, num_ahead=1).losses[0]
+        return train_step(passes, optimizer, balancer, batch, plan, num_ahead=1).losses[0]
 
     return step
 

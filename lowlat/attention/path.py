@@ -8,7 +8,7 @@ torch.
 
 from typing import Literal
 
-from lowlat.config.attention import DECOUPLED, ModelAttention, distinct, expansion_break_even
+from lowlat.config.attention import DECOUPLED_ROPE, ModelAttention, distinct, expansion_break_even
 
 AttentionPath = Literal["decode", "absorbed", "expanded"]
 """decode: few tokens, matrix-vector products (GEMV) bound by weight bandwidth, attention in the
@@ -26,5 +26,7 @@ def choose_path(attention: ModelAttention, length: int) -> AttentionPath:
     """
     if length <= DECODE_TOKENS:
         return "decode"
-    latent = [layer.latent_sizes for layer in distinct(attention) if isinstance(layer, DECOUPLED)]
+    latent = [
+        layer.latent_sizes for layer in distinct(attention) if isinstance(layer, DECOUPLED_ROPE)
+    ]
     return "absorbed" if latent and length <= expansion_break_even(latent) else "expanded"

@@ -1,6 +1,6 @@
 """`lowlat info MODEL`: what a model costs, told from its configuration without reading weights.
 
-Owns finding the model and the JSON form; the numbers are `config.arithmetic`'s, the tables
+Owns finding the model and the JSON form; the numbers are `config.parameter_count`'s, the tables
 `cli.info_view`'s. Of checkpoints only headers are read.
 """
 
@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.model import ModelConfig
-from lowlat.config.parameter_count import ELEMENT_BYTES, cache_cost, count_parameters
+from lowlat.config.parameter_count import ELEMENT_BYTES, count_parameters
 from lowlat.config.presets import load_preset, preset_names
 from lowlat.config.weight_memory import PACKED_DTYPES, memory_at
 from lowlat.utils.errors import UserError
@@ -162,7 +163,7 @@ def _is_stored(subject: Subject, dtype: str | None) -> bool:
 
 def as_json(config: ModelConfig, memory: dict[str, int] | None, cache: str) -> dict[str, Any]:
     """The report of --json, caches stored as `cache`."""
-    count, cost = count_parameters(config), cache_cost(config)
+    count, cost = count_parameters(config), kv_cache_size(config)
     alternatives = {"mha": cost.mha, "gqa8": cost.gqa8, "mqa": cost.mqa}
     row = cost.elements_per_token_layer
     report: dict[str, Any] = {

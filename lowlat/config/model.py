@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lowlat.config.attention import (
-    DECOUPLED,
+    DECOUPLED_ROPE,
     AttentionConfig,
     GLAConfig,
     GQAConfig,
@@ -235,7 +235,7 @@ class ModelConfig:
         """
         attention, rope = self.attention_of(layer), self.rope_of(layer)
         scale = attention.qk_head_dim**-0.5
-        if not isinstance(attention, DECOUPLED) or rope.rope_type == "default":
+        if not isinstance(attention, DECOUPLED_ROPE) or rope.rope_type == "default":
             return scale
         return scale * yarn_mscale(rope.factor, rope.mscale_all_dim or 0.0) ** 2
 

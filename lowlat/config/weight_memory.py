@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from lowlat.config.kv_cache_size import kv_cache_size, mtp_cache_bytes
 from lowlat.config.model import (
     AttentionConfig,
     GLAConfig,
@@ -17,13 +18,7 @@ from lowlat.config.model import (
     QuantConfig,
     TPAConfig,
 )
-from lowlat.config.parameter_count import (
-    ELEMENT_BYTES,
-    FP32_BYTES,
-    cache_cost,
-    count_parameters,
-    mtp_cache_bytes,
-)
+from lowlat.config.parameter_count import ELEMENT_BYTES, FP32_BYTES, count_parameters
 
 PACKED_DTYPES = ("int8", "int4")
 """Forms projections are packed in at load (`ops.quantized`); what is no projection is bf16."""
@@ -97,7 +92,7 @@ def memory_at(
     """weights_bytes as `dtype`, cache_bytes of one sequence as `cache`, context; MTP modules
     included.
     """
-    row_bytes = cache_cost(config).own_bytes_per_token(cache) + mtp_cache_bytes(config, cache)
+    row_bytes = kv_cache_size(config).own_bytes_per_token(cache) + mtp_cache_bytes(config, cache)
     return {
         "weights_bytes": weight_bytes(config, dtype),
         "cache_bytes": row_bytes * context,

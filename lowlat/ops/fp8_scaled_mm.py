@@ -12,7 +12,7 @@ from torch import Tensor
 ROW_MULTIPLE = 16
 """cuBLAS takes fp8 matrices whose sides are multiples of this."""
 SCALE_MULTIPLE = 4
-"""Scales of 128x128 blocks lie in columns padded to multiples of this."""
+"""Scales of 128x128 blocks are in columns padded to multiples of this."""
 FIRST_CUDA = (12, 9)
 """The first CUDA whose cuBLAS has scales per block of 128."""
 HOPPER = (9, 0)

@@ -6,7 +6,7 @@ along the axis that is summed over (1x128 tiles), weights per 128x128 block:
 
     fprop  y  = x W^T     x in tiles along in, W in blocks
     dgrad  dx = dy W      dy in tiles along out, the same blocks of W
-    wgrad  dW = dy^T x    dy and the kept x in tiles along the tokens
+    wgrad  dW = dy^T x    dy and the saved x in tiles along the tokens
 
 Owns the definition and its emulation on any device; `fp8_scaled_mm` runs the products on GPUs that
 have them. Quantisation itself is `fp8`'s.
@@ -48,7 +48,7 @@ class Fp8Format:
     """Of the input's tiles, along either axis."""
     gradient_scales: ScaleFormat = None
     """Of the output gradient's tiles, along either axis."""
-    kept_input: Literal["e4m3", "e5m6"] = "e4m3"
+    saved_input: Literal["e4m3", "e5m6"] = "e4m3"
     """What the backward pass gets of the input: the tiles of the forward product, or a copy with
     three more bits.
     """
@@ -193,7 +193,7 @@ class _Fp8Linear(torch.autograd.Function):
         tiles = quantize(x, ALONG_ROWS, fmt.input_scales)
         blocks = quantize(weight, SQUARE, fmt.weight_scales)
         out = product(tiles, blocks, x.dtype, has_powers=_forward_powers(fmt))
-        kept = quantize_e5m6(x) if fmt.kept_input == "e5m6" else tiles
+        kept = quantize_e5m6(x) if fmt.saved_input == "e5m6" else tiles
         ctx.save_for_backward(kept.values, kept.scale, blocks.values, blocks.scale)
         ctx.shapes, ctx.fmt = (kept.shape, blocks.shape), fmt
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)

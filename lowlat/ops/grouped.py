@@ -50,7 +50,7 @@ def group_by_expert(
     order = flat.argsort(stable=True)
     chosen = torch.bincount(flat, minlength=num_experts)
     counts = (chosen + unit - 1) // unit * unit
-    # How far an expert's rows lie behind its choices.
+    # Padding rows before an expert's first row.
     shift = (counts - chosen).cumsum(0) - (counts - chosen)
     rows = torch.arange(len(order), device=order.device) + shift[flat[order]]
     sizes = counts.tolist()

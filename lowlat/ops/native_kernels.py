@@ -11,8 +11,8 @@ import torch
 from jaxtyping import BFloat16, Float, Float32, Int32, UInt8
 from torch import Tensor
 
+from lowlat.config.kv_cache_size import int8_entry_bytes
 from lowlat.config.model import MoEConfig
-from lowlat.config.parameter_count import int8_entry_bytes
 from lowlat.ops import native
 from lowlat.ops.quantized import (
     INT4_SHAPE,

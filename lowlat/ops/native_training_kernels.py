@@ -64,7 +64,7 @@ def gated_backward(
 ) -> tuple[
     Float[Tensor, "rows inner"], Float[Tensor, "rows inner_twice"], Float32[Tensor, "rows"] | None
 ]:
-    """inner again, the gradient of gate_up, and the factors' where there are factors: `grad` is
+    """Recomputed inner, the gradient of gate_up, and that of the factors, if any: `grad` is
     multiplied by them row by row.
     """
     gate, up = gate_up.chunk(2, dim=1)
@@ -85,7 +85,7 @@ def gated_gradients(
     *,
     level: str = "",
 ) -> tuple[Float[Tensor, "rows inner"], Float[Tensor, "rows inner"]]:
-    """Gradients of gate and up, which lie in one piece each, given that of silu(gate) * up."""
+    """Gradients of gate and up, both contiguous, given that of silu(gate) * up."""
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     native.module().gated_backward(gate, up, grad, None, None, grad_gate, grad_up, None, level)
     return grad_gate, grad_up

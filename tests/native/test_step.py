@@ -1,6 +1,6 @@
 """The native step against the modules it stands for: whole models, drawn configs, mixed batches.
 
-Its bits in other company and on other threads are test_step_company's.
+Batch invariance is tested in test_step_batch_invariance.
 """
 
 import math

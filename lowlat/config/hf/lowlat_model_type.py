@@ -24,7 +24,7 @@ from dataclasses import fields as dataclass_fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lowlat.config.attention import DECOUPLED, ModelAttention, distinct
+from lowlat.config.attention import DECOUPLED_ROPE, ModelAttention, distinct
 from lowlat.config.hf.families import LOWLAT, MAX_LAYERS
 from lowlat.config.hf.moe import check_routing
 from lowlat.config.hf.packing import packing_from_hf, packing_to_hf
@@ -200,7 +200,7 @@ def _layer_attention(table: Fields, kind: type[AttentionConfig]) -> AttentionCon
     if isinstance(attention, GTAConfig) and attention.qk_nope_head_dim < 0:
         raise table.wrong("qk_rope_head_dim", f"at most head_dim {attention.head_dim}")
     if attention.rope_dim % 2:
-        name = "qk_rope_head_dim" if isinstance(attention, DECOUPLED) else "head_dim"
+        name = "qk_rope_head_dim" if isinstance(attention, DECOUPLED_ROPE) else "head_dim"
         raise table.fault(name, f"{attention.rope_dim} must be even: channels rotate in pairs")
     _reject_unknown(table)
     return attention
@@ -228,7 +228,7 @@ def _layer_rope(table: Fields, attention: AttentionConfig, context: int) -> Rope
     interleave = table.boolean("rope_interleave", False)
     rope_type: Any = table.choice("rope_type", get_args(RopeType), "default")
     settings = rope_settings(table, table, rope_type, theta, attention.rope_dim, context)
-    if settings.get("mscale_all_dim") and not isinstance(attention, DECOUPLED):
+    if settings.get("mscale_all_dim") and not isinstance(attention, DECOUPLED_ROPE):
         raise table.fault(
             "mscale_all_dim",
             "belongs to attention with a rotary key of its own (mla, gla, gta); "

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lowlat.config.attention import short_name
+from lowlat.config.attention_summary import short_name
 from lowlat.config.hf.families import ARCHITECTURES, LOWLAT, MLA_FAMILIES
 from lowlat.config.hf.lowlat_model_type import config_to_lowlat
 from lowlat.config.hf.packing import packing_to_hf

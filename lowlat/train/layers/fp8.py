@@ -144,7 +144,7 @@ def _format(path: list[str], scale_fmt: ScaleFormat) -> Fp8Format | None:
     if path[-1] in PLAIN:
         return None
     if path[-1] == "o_proj":
-        return replace(_base(scale_fmt), input_scales="ue8m0", kept_input="e5m6")
+        return replace(_base(scale_fmt), input_scales="ue8m0", saved_input="e5m6")
     if "experts" in path:
         formats = expert_formats(scale_fmt)
         return formats.down if path[-1] == "down_proj" else formats.up

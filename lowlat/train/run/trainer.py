@@ -52,7 +52,7 @@ from lowlat.train.run.state import (
     state_tensors,
 )
 from lowlat.train.run.stop import StopSignals
-from lowlat.train.step.balance import RouterWatch
+from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.lora import merged
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.step import StepResult, evaluate, train_step
@@ -224,7 +224,7 @@ class Trainer:
         self.optimizer: Optimizer = new_optimizer(self.model, self.recipe, moments, self.sharded)
         if random is not None:
             torch.set_rng_state(random)
-        self._watch = RouterWatch(
+        self._balancer = LoadBalancer(
             self.model,
             sequence_weight=self.recipe.balance.sequence_weight,
             mesh=self._mesh,
@@ -237,7 +237,7 @@ class Trainer:
         state = state_tensors(self.sharded, self.optimizer)
         tensors = {name: tensor.cpu() for name, tensor in state}
         # Weights and moments are moved, not held twice.
-        del state, self.model, self._passes, self.sharded, self.optimizer, self._watch
+        del state, self.model, self._passes, self.sharded, self.optimizer, self._balancer
         gc.collect()  # gates and what watches them refer to each other
         self._build(tensors)
         self._meter = self._new_meter()
@@ -250,7 +250,7 @@ class Trainer:
         result = train_step(
             self._passes,
             self.optimizer,
-            self._watch,
+            self._balancer,
             batch,
             plan,
             num_ahead=1 + self.config.num_nextn_predict_layers,

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lowlat.config.hf.reader import config_from_hf
+from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.model import MLAConfig, ModelConfig, QuantConfig
 from lowlat.config.parameter_count import (
     attention_parameters,
-    cache_cost,
     count_parameters,
     expert_parameters,
     moe_parameters,
@@ -76,13 +76,13 @@ def test_v2_lite_active():
     ],
 )
 def test_cache_per_token(name: str, bytes_per_token: int):
-    cost = cache_cost(load_preset(name))
+    cost = kv_cache_size(load_preset(name))
     assert cost.bytes_per_token(cost.elements_per_token_layer, "bf16") == bytes_per_token
 
 
 def test_alternatives_of_deepseek_v3():
     """DeepSeek-V2 section 2.1.4: MLA caches d_c + d_R elements, GQA 2 n_g d_h."""
-    cost = cache_cost(load_preset("deepseek-v3"))
+    cost = kv_cache_size(load_preset("deepseek-v3"))
     assert cost.elements_per_token_layer == 576
     assert (cost.mha, cost.gqa8, cost.mqa) == (2 * 128 * 128, 2 * 8 * 128, 2 * 128)
     assert cost.gqa_groups_equivalent == 2.25
@@ -90,9 +90,9 @@ def test_alternatives_of_deepseek_v3():
 
 
 def test_equivalent_groups_of_a_grouped_model_are_its_groups():
-    assert cache_cost(load_preset("llama-3.1-8b")).gqa_groups_equivalent == 8.0
-    assert cache_cost(load_preset("smollm2-135m")).gqa_groups_equivalent == 3.0
-    few = cache_cost(config_from_hf(LLAMA))
+    assert kv_cache_size(load_preset("llama-3.1-8b")).gqa_groups_equivalent == 8.0
+    assert kv_cache_size(load_preset("smollm2-135m")).gqa_groups_equivalent == 3.0
+    few = kv_cache_size(config_from_hf(LLAMA))
     assert few.gqa8 == few.mha == 2 * 3 * 14
 
 
@@ -177,11 +177,11 @@ def test_memory():
 
 def test_int8_cache():
     """V3: 512 bytes, 8 scales, 64 bf16; QWEN2's [K ; V] of 84 elements: 84 bytes, 2 scales."""
-    cost = cache_cost(config_from_hf(V3 | {"kv_lora_rank": 512, "qk_rope_head_dim": 64}))
+    cost = kv_cache_size(config_from_hf(V3 | {"kv_lora_rank": 512, "qk_rope_head_dim": 64}))
     assert cost.own_bytes_per_token("int8") == cost.num_layers * (512 + 32 + 128)
     assert cost.bytes_per_token(70, "int8") == cost.num_layers * (72 + 8)
     config = config_from_hf(QWEN2)
-    assert cache_cost(config).own_bytes_per_token("int8") == 5 * (84 + 8)
+    assert kv_cache_size(config).own_bytes_per_token("int8") == 5 * (84 + 8)
     assert memory_at(config, 7, "int4", "int8")["cache_bytes"] == 7 * 5 * 92
 
 

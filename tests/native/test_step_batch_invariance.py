@@ -1,4 +1,4 @@
-"""Whole steps have the same bits in any company, over any pages and on any number of threads.
+"""Batch invariance of native steps: same bits in any batch, over any KV cache pages and threads.
 
 Holds shut: a sum whose order follows the batch, the page table or the pool; what a thread keeps
 from one piece of work to the next and another changes.
@@ -73,7 +73,7 @@ def alone(
 @few_cases
 @every_storage
 @torch.inference_mode()
-def test_bits_do_not_depend_on_company_pages_or_threads(
+def test_bits_do_not_depend_on_batch_pages_or_threads(
     case: Case,
     storage: str,
     dtype: torch.dtype,
@@ -101,7 +101,7 @@ def test_bits_do_not_depend_on_company_pages_or_threads(
 @few_cases
 @pytest.mark.parametrize("storage", ["bf16", "int4"])
 @torch.inference_mode()
-def test_bits_of_modules_do_not_depend_on_company_or_threads(
+def test_bits_of_modules_do_not_depend_on_batch_or_threads(
     case: Case,
     storage: str,
     level: str,  # noqa: F811

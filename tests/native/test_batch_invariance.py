@@ -1,12 +1,12 @@
-"""What a request generates does not depend on company: the engine over native kernels, bit by bit.
+"""Batch invariance of the engine over native kernels: generated tokens do not depend on the batch.
 
 Holds shut: a token that changes with who runs beside it, with how its prompt is cut, with what the
 prefix cache held, with being preempted and read again, with drafts, or with the number of threads.
 
-LOWLAT_COMPANY_REQUESTS says how many requests there are at each concurrency, and has each of them
-run with the prefix cache and with drafts on and off, where each is off once by default:
+LOWLAT_INVARIANCE_REQUESTS sets the number of requests at each concurrency, and runs each of them
+with prefix cache and draft tokens on and off, where each is off once by default:
 
-    LOWLAT_COMPANY_REQUESTS=1000 python -m pytest tests/native/test_company.py -rP
+    LOWLAT_INVARIANCE_REQUESTS=1000 python -m pytest tests/native/test_batch_invariance.py -rP
 
 which also prints what happened to them.
 """
@@ -46,7 +46,7 @@ SWITCHES = {1: [(True, True)], 2: [(False, True)], 8: [(True, False)], 32: [(Tru
 """By concurrency: whether there is a prefix cache, and whether there are drafts."""
 THREADS = {1: 1, 2: 1, 8: 2, 32: 3}
 """By concurrency: more where steps are few, as threads that share a processor wait long."""
-if REQUESTS := os.environ.get("LOWLAT_COMPANY_REQUESTS"):
+if REQUESTS := os.environ.get("LOWLAT_INVARIANCE_REQUESTS"):
     NUM_REQUESTS = dict.fromkeys(NUM_REQUESTS, int(REQUESTS))
     SWITCHES = {concurrency: [*product((True, False), repeat=2)] for concurrency in SWITCHES}
 CONTEXT = 400
@@ -186,7 +186,7 @@ def test_not_one_token_differs_from_running_alone(
                 speculates=speculates,
             )
             if engine.speculator is not None:
-                # However slow the machine: drafts are made, so that company changes their number.
+                # On slow machines, too, there are draft tokens whose number the batch changes.
                 for learn in ("drafted", "stepped"):
                     monkeypatch.setattr(engine.speculator.depth, learn, lambda count, seconds: None)
             with thread_count(THREADS[concurrency]):

@@ -97,7 +97,7 @@ def test_a_conversation_over_http(lowlat: Invoke, url: str, script: type[Script]
     result = lowlat("chat", "--url", url, "--seed", "3", "--system", "S", stdin="one\ntwo\n")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == "abcd\nabcd\n"
-    assert "4 tokens (cut at the limit), 10.0 tok/s; prompt 7 in 0.50 s; cache 11 x 480" in (
+    assert "4 tokens (token limit), 10.0 tok/s; prefill 7 tokens in 0.50 s; KV cache 11 x 480" in (
         result.stderr
     )
     first, second = script.asked
@@ -113,7 +113,7 @@ def test_figures_that_a_server_keeps_are_not_made_up(
     script.has_usage = False
     result = lowlat("chat", "--url", url, stdin="one\n")
     assert result.stdout == "abcd\n"
-    assert result.stderr.endswith("no figures from the server (cut at the limit)\n")
+    assert result.stderr.endswith("no usage from the server (token limit)\n")
     assert "tok/s" not in lowlat("chat", "--url", url, "--once", "hello").stdout
 
 
@@ -138,8 +138,8 @@ def test_reasoning_is_shown_and_is_no_part_of_the_answer(
     [
         (("other",), "has no model 'other'; give one of: tiny"),
         (("--max-tokens", "2000", "--once", "hello"), "max_tokens: at most 1000"),
-        (("--dtype", "int4"), "--dtype is the server's to choose"),
-        (("--threads", "1"), "--threads is the server's to choose"),
+        (("--dtype", "int4"), "--dtype is set on the server"),
+        (("--threads", "1"), "--threads is set on the server"),
         (("--api-key-file", "/nowhere"), "--api-key-file '/nowhere' cannot be read"),
     ],
 )
@@ -168,7 +168,7 @@ def test_other_servers_have_reasons_of_their_own(
     script.ending = reason
     result = lowlat("chat", "--url", url, stdin="one\n")
     assert result.exit_code == 0 and result.stdout == "abcd\n"
-    assert "cut at the limit" not in result.stderr
+    assert "token limit" not in result.stderr
 
 
 @pytest.mark.parametrize("listed", [[], "<html>", {"data": 3}, {"data": [{}]}, {"data": ["tiny"]}])
@@ -240,7 +240,7 @@ def test_a_port_that_cannot_be_is_refused(port: int) -> None:
 def test_a_key_file_belongs_to_a_url(lowlat: Invoke, tmp_path: Path) -> None:
     result = lowlat("chat", "tiny", "--api-key-file", str(tmp_path / "keys"))
     assert isinstance(result.exception, UserError)
-    assert "--api-key-file belongs to --url" in str(result.exception)
+    assert "--api-key-file needs --url" in str(result.exception)
 
 
 def test_the_first_key_of_a_file_is_taken(tmp_path: Path) -> None:
