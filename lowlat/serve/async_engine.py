@@ -305,10 +305,10 @@ class AsyncEngine:
         finished: list[TextRequest] = []
         for request, delta in self._session.deliver(events):
             generation = self._generations[request]
+            yield generation, delta
             _record_times(generation, request, delta.index)
             if delta.finish_reason is not None and request.is_finished:
                 finished.append(request)
-            yield generation, delta
         for request in finished:
             self._forget(request)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lowlat.engine.engine import Engine
+from lowlat.engine.request_table import RequestTable
 from lowlat.engine.runner import ModelRunner
 from lowlat.generate.completion import CompletionBuilder
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler, GrammarState
@@ -57,14 +58,14 @@ def in_the_model(patch: pytest.MonkeyPatch) -> None:
 
 
 def in_the_sampler(patch: pytest.MonkeyPatch) -> None:
-    advance = Engine._advance
+    append = RequestTable.append
 
-    def broken(self: Engine, sequence: Any, sampled: Any) -> Any:
+    def broken(self: RequestTable, sequence: Any, *rest: Any) -> Any:
         if is_poisoned(sequence.request.prompt):
             fail()
-        return advance(self, sequence, sampled)
+        return append(self, sequence, *rest)
 
-    patch.setattr(Engine, "_advance", broken)
+    patch.setattr(RequestTable, "append", broken)
 
 
 def in_detokenizing(patch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,9 @@ def test_not_one_token_differs_from_running_alone(
             if engine.speculator is not None:
                 # On slow machines, too, there are draft tokens whose number the batch changes.
                 for learn in ("drafted", "stepped"):
-                    monkeypatch.setattr(engine.speculator.depth, learn, lambda count, seconds: None)
+                    monkeypatch.setattr(
+                        engine.speculator.policy, learn, lambda count, seconds: None
+                    )
             with thread_count(THREADS[concurrency]):
                 requests = together(engine, asks, concurrency, number)
             for ask, request, tokens in zip(asks, requests, expected, strict=True):

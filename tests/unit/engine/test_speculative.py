@@ -29,7 +29,7 @@ def engine_for(model: Transformer, **options: Any) -> Engine:
 
 def always_draft(engine: Engine, depth: int) -> None:
     assert engine.speculator is not None
-    engine.speculator.depth.choose = lambda most: {s: min(depth, n) for s, n in most.items()}
+    engine.speculator.policy.choose = lambda most: {s: min(depth, n) for s, n in most.items()}
 
 
 def finish(engine: Engine) -> int:
@@ -87,7 +87,7 @@ def test_reading_a_prompt_is_no_cost_of_drafts() -> None:
     always_draft(engine, 1)
     assert engine.speculator is not None
     counted: list[int] = []
-    engine.speculator.depth.drafted = lambda num_drafts, seconds: counted.append(num_drafts)
+    engine.speculator.policy.drafted = lambda num_drafts, seconds: counted.append(num_drafts)
     request = engine.add([(i * 29) % 263 for i in range(30)], TokenSamplingParams(max_tokens=9))
     rounds: list[bool] = []
     while engine.has_work:
@@ -284,7 +284,7 @@ def test_a_fault_in_the_lookup_leaves_one_sequence_without_drafts(
         assert request.sequences[0].tokens[3:] == expected
     assert engine.recorder._accepted > 20
     assert [r.message for r in caplog.records if r.levelname == "ERROR"] == [
-        "request 0 goes on without drafts"
+        "request 0 continues without draft tokens"
     ]
 
 

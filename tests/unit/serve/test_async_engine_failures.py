@@ -12,13 +12,14 @@ from torch import Tensor
 
 from lowlat.engine.engine import Engine
 from lowlat.engine.request import Chunk
+from lowlat.engine.request_table import RequestTable
 from lowlat.engine.runner import ModelRunner
 from lowlat.generate.completion import CompletionBuilder, CompletionDelta
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler, GrammarState
 from lowlat.generate.params import SamplingParams
+from lowlat.generate.session import GenerationSession, TextRequest
 from lowlat.generate.structured import Choice
-from lowlat.serve import async_engine
-from lowlat.serve import watchdog as pulse
+from lowlat.serve import async_engine, watchdog
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import EngineDead, Generation
@@ -46,14 +47,14 @@ def poison_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def poison_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    advance = Engine._advance
+    append = RequestTable.append
 
-    def broken(self: Engine, sequence: Any, sampled: Any) -> Any:
+    def broken(self: RequestTable, sequence: Any, *rest: Any) -> Any:
         if POISON in sequence.request.prompt:
             raise RuntimeError("the sampler broke")
-        return advance(self, sequence, sampled)
+        return append(self, sequence, *rest)
 
-    monkeypatch.setattr(Engine, "_advance", broken)
+    monkeypatch.setattr(RequestTable, "append", broken)
 
 
 def poison_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +229,7 @@ def test_a_long_step_that_computes_is_healthy_until_it_hangs(
 def test_a_step_that_computes_without_end_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(async_engine, "STALL_SECONDS", 0.2)
     monkeypatch.setattr(async_engine, "CHECK_SECONDS", 0.1)
-    monkeypatch.setattr(pulse, "LONGEST_STEP_SECONDS", 0.5)
+    monkeypatch.setattr(watchdog, "LONGEST_STEP_SECONDS", 0.5)
     model = counting_model()
     step, released = model.engine.step, threading.Event()
 
@@ -282,20 +283,20 @@ def test_a_request_that_comes_as_the_engine_ends_is_refused(
 def test_what_was_known_when_the_engine_ended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Holds shut: ends that were on their way in the very turn in which the engine ends."""
     model = counting_model()
-    add, timed = Engine.add, AsyncEngine._time
+    add, advance = Engine.add, GenerationSession._advance
 
     def picky(self: Engine, prompt: Any, *rest: Any) -> Any:
         if POISON in prompt:
             raise RuntimeError("not this one")
         return add(self, prompt, *rest)
 
-    def broken(self: AsyncEngine, live: Any, builder: Any) -> None:
-        if live.request.prompt[0] == ord("x"):
+    def broken(self: GenerationSession, request: TextRequest, *rest: Any) -> Any:
+        if request.request.prompt[0] == ord("x"):
             raise AssertionError("a page is lost")
-        timed(self, live, builder)
+        return advance(self, request, *rest)
 
     monkeypatch.setattr(Engine, "add", picky)
-    monkeypatch.setattr(AsyncEngine, "_time", broken)
+    monkeypatch.setattr(GenerationSession, "_advance", broken)
 
     async def use(engine: AsyncEngine) -> None:
         with engine._wake:  # so that one turn takes in all three
