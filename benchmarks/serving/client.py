@@ -1,4 +1,4 @@
-"""Asks an OpenAI-compatible server for one streamed completion and notes when its pieces arrive.
+"""Streaming client: sends one completion request and records when its chunks arrive.
 
 The clock is the client's: what it sees includes HTTP, as for any user. A failure is part of the
 answer, because a server that fails under load has to show in the figures.

@@ -1,4 +1,4 @@
-"""Figures of answers: rates, percentiles, ratios to the best peer; as JSON, a table, a picture.
+"""Metrics of a benchmark: rates, percentiles, ratio to the best peer; as JSON, table and plot.
 
 Rates are the median over the rounds. Percentiles are taken over the requests of all rounds, since
 the 99th of one round would be its worst request.

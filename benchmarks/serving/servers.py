@@ -1,4 +1,4 @@
-"""The servers that can be measured: how each is started, found ready, stopped for a while, ended.
+"""Servers under test: start, wait until ready, pause, stop.
 
 A server leads a process group of its own. While others are measured it is stopped with SIGSTOP,
 because thread pools spin for a while after work, and continued for its turn.
@@ -61,7 +61,7 @@ def folder_or_name(model: str) -> str:
 def lowlat_program(setup: Setup, extra: list[str]) -> Program:
     """This package's server, under this interpreter."""
     options = ["--dtype", setup.dtype, "--threads", str(setup.threads)]
-    options += ["--max-context", str(setup.context), "--name", "model"]
+    options += ["--max-context", str(setup.context), "--served-model-name", "model"]
     command = [sys.executable, "-c", LOWLAT_MODULE, "serve", setup.model, *options, *extra]
     return Program(name="lowlat", command=command, extra={"ignore_eos": True})
 

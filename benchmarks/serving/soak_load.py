@@ -1,6 +1,6 @@
-"""The load of a soak: requests at random moments, a canary whose answer must never change.
+"""Load generator of the soak test, with a canary request whose output must not change.
 
-Owns the tallies and what counts as a wrong answer; samples and bounds are `serving.verdict`'s.
+Owns the tallies and what counts as a wrong answer; samples and bounds are `serving.soak_checks`'s.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from serving.client import events
-from serving.mix import CHAT, COMPLETIONS, Call, Mix
+from serving.soak_requests import CHAT, COMPLETIONS, Call, Mix
 
 CANARY_SECONDS = 5.0
 CANARY_TOKENS = 24

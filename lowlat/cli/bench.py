@@ -64,13 +64,14 @@ class BenchmarkOptions:
 
 @options.with_option_groups
 def bench(
-    benchmark: BenchmarkOptions,
+    *,
     model: Annotated[
         str,
         typer.Argument(
             metavar="MODEL", help="Checkpoint folder, hub id, or 'default'.", show_default=False
         ),
     ],
+    benchmark: BenchmarkOptions,
     out: Annotated[
         Path | None,
         typer.Option(

@@ -59,9 +59,7 @@ class ChatSampling:
 
 @options.with_option_groups
 def chat(
-    server: ServerOptions,
-    sampling: ChatSampling,
-    machine: options.MachineOptions,
+    *,
     model: options.Model = options.DEFAULT_MODEL,
     once: Annotated[
         str | None,
@@ -72,6 +70,9 @@ def chat(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    server: ServerOptions,
+    sampling: ChatSampling,
+    machine: options.MachineOptions,
 ) -> None:
     """Chat with a model. Questions can also come from a pipe, one per line."""
     from lowlat.cli.chat_terminal import Conversation, answer_once, talk

@@ -12,7 +12,7 @@ from lowlat.cli import options
 
 @options.with_option_groups
 def evaluate(
-    machine: options.MachineOptions,
+    *,
     text: Annotated[
         Path, typer.Option("--text", metavar="FILE", help="UTF-8 text file.", show_default=False)
     ],
@@ -26,6 +26,7 @@ def evaluate(
         ),
     ] = None,
     as_json: options.Json = False,
+    machine: options.MachineOptions,
 ) -> None:
     """Perplexity and bits per byte of a text.
 

@@ -43,8 +43,7 @@ class GenerateSampling:
 
 @options.with_option_groups
 def generate(
-    sampling: GenerateSampling,
-    machine: options.MachineOptions,
+    *,
     prompt: Annotated[
         str,
         typer.Option(
@@ -60,6 +59,8 @@ def generate(
         str | None, typer.Option(help="System message for the chat template.")
     ] = None,
     as_json: options.Json = False,
+    sampling: GenerateSampling,
+    machine: options.MachineOptions,
 ) -> None:
     """Complete one prompt.
 

@@ -172,7 +172,7 @@ class MachineOptions:
 
 
 def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
-    """`verb` with each parameter whose type is a dataclass of options expanded into its fields."""
+    """`verb`, whose parameters are keyword-only, with each group of options expanded."""
     hints = get_type_hints(verb, include_extras=True)
     groups = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     expanded: list[inspect.Parameter] = []
@@ -195,9 +195,7 @@ def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
             values[name] = kind(**{item.name: values.pop(item.name) for item in fields(kind)})
         verb(**values)
 
-    call.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
-        [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in expanded]
-    )
+    call.__signature__ = inspect.Signature(expanded)  # pyright: ignore
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in expanded}
     del call.__wrapped__
     return call

@@ -33,7 +33,7 @@ from lowlat.model.quant import packed_type
 from lowlat.model.transformer import Transformer
 from lowlat.text.pieces import encode_long
 from lowlat.text.tokenizer import Tokenizer
-from lowlat.utils.device import name_of
+from lowlat.utils.device import dtype_name
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
@@ -97,7 +97,7 @@ class Model:
     @property
     def cache_dtype(self) -> str:
         """dtype of the KV cache: int8, bf16, fp16, fp32 or fp64."""
-        return name_of(self.runner.cache.dtype)
+        return dtype_name(self.runner.cache.dtype)
 
     def __repr__(self) -> str:
         attention = self.config.attention

@@ -50,7 +50,7 @@ def linear_divergence(
     Products have the dtypes of the hidden states; logits, softmax and sums are fp32 (fp64 for fp64
     inputs).
     """
-    if not torch.is_grad_enabled():  # which a function's needs_input_grad does not know
+    if not torch.is_grad_enabled():  # needs_input_grad ignores no_grad
         hidden, weight = hidden.detach(), weight.detach()
     taught = teacher_hidden.detach(), teacher_weight.detach()
     total, kl, nll = _LinearDivergence.apply(hidden, weight, *taught, targets, counted, nll_weight)  # pyright: ignore[reportGeneralTypeIssues]
@@ -138,7 +138,7 @@ def _block(
     nll = -log_q.gather(1, targets[:, None])[:, 0]
     surplus = log_p - log_q
     p = log_p.exp_()
-    kl = torch.bmm(p[:, None], surplus[:, :, None]).flatten()  # one pass, as vecdot's is not
+    kl = torch.bmm(p[:, None], surplus[:, :, None]).flatten()  # one pass; vecdot takes two
     if wants_gradient:
         grad = torch.sub(log_q.exp_(), p, out=p)
         if nll_weight:

@@ -123,7 +123,7 @@ def route(
 
 
 def _choice(moe: MoEConfig) -> Any:
-    # DeepSeek-V2's file leaves the weight of a single expert as it is.
+    # DeepSeek-V2's modelling file does not normalise the weight of a single expert.
     is_v2_single = not moe.scale_after_norm and moe.num_experts_per_tok == 1
     normalizes = moe.norm_topk_prob and not is_v2_single
     has_groups = moe.topk_method != "greedy"

@@ -171,14 +171,14 @@ def grouped(
     weight: Float[Tensor, "experts out in"],
     counts: Int64[Tensor, "experts"],
     *,
-    is_turned: bool = False,
+    is_transposed: bool = False,
     level: str = "",
 ) -> BFloat16[Tensor, "rows outputs"]:
     """Rows sorted by expert, each times the matrix of its expert, rounded to bf16: x W^T, or with
-    `is_turned` x W.
+    `is_transposed` x W.
     """
-    out = rows.new_empty(rows.shape[0], weight.shape[2 if is_turned else 1])
-    native.module().grouped(rows.detach(), weight.detach(), counts, is_turned, out, level)
+    out = rows.new_empty(rows.shape[0], weight.shape[2 if is_transposed else 1])
+    native.module().grouped(rows.detach(), weight.detach(), counts, is_transposed, out, level)
     return out
 
 

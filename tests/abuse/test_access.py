@@ -1,4 +1,4 @@
-"""Every route there is, against everybody who may not use it, over real connections.
+"""Every route without valid credentials, over real connections.
 
 Routes are asked of the application, so that a new one is covered when it is added.
 """
@@ -225,7 +225,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch, par
         return bytes(left) == bytes(right)
 
     monkeypatch.setattr(security.hmac, "compare_digest", compare)
-    guard = security.Guard(lambda *_: None, ServeConfig(api_keys=(KEY, OTHER)))  # pyright: ignore
+    guard = security.SecurityMiddleware(lambda *_: None, ServeConfig(api_keys=(KEY, OTHER)))  # pyright: ignore
     for key in guard._keys:
         setattr(key, part, Unequal(getattr(key, part)))
     for given in (KEY, OTHER, "x" * 32):

@@ -1,4 +1,4 @@
-"""Thousands of bad requests, each with a name: refused with 4xx in the error shape, and harmless.
+"""Thousands of named bad requests: each is rejected with 4xx in the error format, without harm.
 
 The tables are in the files beside this one. The server is a process of its own, once as usual and
 once as `python -O` runs it.
@@ -16,25 +16,25 @@ import pytest
 from tests.server.conftest import Server, serving
 from tests.server.tiny_server import NAME
 
-from .caps import caps, lengths
 from .cases import BODIES, CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, Case, user
 from .connections import BOTH, HEAD, framing, methods, paths, types
+from .contradictions import contents, contradictions, past_arguments, templates, unsupported
 from .fields import field_cases
-from .forms import HARD, forms
-from .meanings import contents, contradictions, past_arguments, templates, unsupported
-from .no_json import texts_of_json
+from .malformed_json import malformed_json
+from .oversized import lengths, oversized
+from .structured_outputs import HARD, structured_outputs
 from .wire import HOST, SECONDS, call, exchange, get, post, request
 
 CANARY = {"model": NAME, "prompt": "The canary", "max_tokens": 8, "temperature": 0}
 TABLES: dict[str, Callable[[], Iterator[Case]]] = {
-    "caps": caps,
+    "oversized": oversized,
     "lengths": lengths,
-    "no JSON": texts_of_json,
+    "malformed JSON": malformed_json,
     "contradictions": contradictions,
     "unsupported": unsupported,
     "arguments": past_arguments,
     "templates": templates,
-    "forms": forms,
+    "structured outputs": structured_outputs,
     "fields": field_cases,
     "types": types,
     "methods": methods,
@@ -115,7 +115,7 @@ def test_each_is_refused_where_arguments_are_objects(tagged: Server, table: str)
 
 def test_forced_calls_are_refused_where_arguments_are_texts(tagged: Server) -> None:
     """Holds shut: keywords of a whole function's schema that nothing would hold the calls to."""
-    cases = [case for case in forms() if case.name.startswith("forced tool")]
+    cases = [case for case in structured_outputs() if case.name.startswith("forced tool")]
     assert len(cases) > 10
     for case in cases:
         reply = exchange(tagged.port, case.make())

@@ -1,4 +1,4 @@
-"""Clients that hold connections: whatever they send or leave unread, with or without a key.
+"""Clients that hold connections open, with or without a key.
 
 Routes are asked of the application, so that a new one is covered when it is added.
 """
@@ -140,7 +140,7 @@ def test_who_reads_no_answer_is_cut_off(count: int, caplog: pytest.LogCaptureFix
             connection.connect((HOST, server.port))
             with contextlib.suppress(TimeoutError):
                 connection.sendall(request("GET", "/") * count)
-            until(lambda: "its connection is ended" in caplog.text, "the word about it")
+            until(lambda: "connection aborted" in caplog.text, "the word about it")
             # This end of it stays open.
             until(lambda: num_descriptors() <= quiet + 1, "the end of the connection")
 

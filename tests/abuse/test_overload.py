@@ -1,4 +1,4 @@
-"""More than can be served: refusals are quick and say when to come back, the rest is served right.
+"""Overload: rejections are quick and carry Retry-After, admitted requests are served correctly.
 
 How quick is measured by benchmarks/overload.py; nothing here depends on the clock.
 """
@@ -174,7 +174,7 @@ def test_health_is_told_under_overload(monkeypatch: pytest.MonkeyPatch) -> None:
             target=lambda: wave(server.port, [completion() for _ in range(40)])
         )
         thread.start()
-        until(lambda: server.services.num_requests > 0, "a request")
+        until(lambda: server.state.num_requests > 0, "a request")
         for path in ("/health", "/ready", "/metrics", "/v1/models"):
             assert get(server.port, path).status == 200
         gate.open()
@@ -191,6 +191,6 @@ def test_a_client_that_reads_nothing_is_given_up(caplog: pytest.LogCaptureFixtur
             connection.settimeout(SECONDS)
             connection.connect((HOST, server.port))
             connection.sendall(post(COMPLETIONS, json.dumps(body).encode()))
-            until(lambda: server.services.num_requests == 1, "the request")
+            until(lambda: server.state.num_requests == 1, "the request")
             until(lambda: server.is_idle, "the end")
-            assert "the client reads nothing" in caplog.text
+            assert "the client does not read" in caplog.text

@@ -1,4 +1,4 @@
-"""What a user does and sees, in a few words, for the tests of the page."""
+"""User actions and observations for the tests of the page."""
 
 import json
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""For everyone: keyboard and screen reader."""
+"""Accessibility: keyboard and screen reader."""
 
 from playwright.sync_api import Page, expect
 

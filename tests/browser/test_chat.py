@@ -1,4 +1,4 @@
-"""Conversations on the page against the real app: send, stream, stop, regenerate, edit, keep."""
+"""Conversations: send, stream, stop, regenerate, edit, save."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What everyone sees: contrast, dark, narrow screens, large text, motion, scrolling."""
+"""Appearance: contrast, dark theme, narrow screens, large text, motion, scrolling."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The page's markdown: what becomes of a text, whole and while it comes in, honest and hostile."""
+"""Markdown rendering: complete, streaming, and hostile texts."""
 
 import random
 

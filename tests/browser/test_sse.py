@@ -1,4 +1,4 @@
-"""Reading the server's events: framing, whatever the network cuts."""
+"""The SSE parser of the page, for every chunking."""
 
 from tests.browser.conftest import Open
 

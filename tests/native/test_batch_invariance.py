@@ -1,14 +1,14 @@
-"""Batch invariance of the engine over native kernels: generated tokens do not depend on the batch.
+"""Batch invariance of the engine on native kernels: a request's tokens do not depend on the batch.
 
-Holds shut: a token that changes with who runs beside it, with how its prompt is cut, with what the
-prefix cache held, with being preempted and read again, with drafts, or with the number of threads.
+Holds shut: a token that changes with batch composition, prompt chunking, prefix cache contents,
+preemption and recomputation, draft tokens, or the number of threads.
 
-LOWLAT_INVARIANCE_REQUESTS sets the number of requests at each concurrency, and runs each of them
-with prefix cache and draft tokens on and off, where each is off once by default:
+LOWLAT_INVARIANCE_REQUESTS sets the number of requests per concurrency, and runs every concurrency
+with prefix cache and draft tokens on and off (by default each is off once):
 
     LOWLAT_INVARIANCE_REQUESTS=1000 python -m pytest tests/native/test_batch_invariance.py -rP
 
-which also prints what happened to them.
+which also prints statistics.
 """
 
 import os
@@ -43,7 +43,7 @@ CHUNK = 48
 NUM_REQUESTS = {"mla": 250, "gqa": 60, "mtp": 40, "layers": 40}
 """For each of four concurrencies: 1,000 in all for MLA."""
 SWITCHES = {1: [(True, True)], 2: [(False, True)], 8: [(True, False)], 32: [(True, True)]}
-"""By concurrency: whether there is a prefix cache, and whether there are drafts."""
+"""By concurrency: prefix cache on, draft tokens on."""
 THREADS = {1: 1, 2: 1, 8: 2, 32: 3}
 """By concurrency: more where steps are few, as threads that share a processor wait long."""
 if REQUESTS := os.environ.get("LOWLAT_INVARIANCE_REQUESTS"):
@@ -179,7 +179,7 @@ def test_not_one_token_differs_from_running_alone(
                 limits=Limits(
                     step_tokens=random.Random(number).choice([40, 96]),
                     mixed_tokens=random.Random(number).choice([5, 24]),
-                    # The longest request has hardly any room beside it.
+                    # The longest request leaves hardly any free pages.
                     max_pages=longest + 1 if concurrency > 1 else None,
                 ),
                 has_prefix_cache=has_cache,

@@ -1,7 +1,7 @@
-"""Batch invariance of native steps: same bits in any batch, over any KV cache pages and threads.
+"""Batch invariance of a step: the same bits in any batch, on any KV cache pages and threads.
 
-Holds shut: a sum whose order follows the batch, the page table or the pool; what a thread keeps
-from one piece of work to the next and another changes.
+Holds shut: a sum whose order follows the batch, the page table or the thread pool; stale data that
+a thread reuses from one work item to the next.
 """
 
 import math
@@ -40,7 +40,7 @@ if not native.available():
     pytest.skip(native.reason(), allow_module_level=True)
 
 BREAK_EVENS = (2.0, math.inf)
-"""Prompts expanded beside streams of one token; streams of many tokens beside an absorbed chunk."""
+"""Expanded prefill with single-token decode; multi-token decode with an absorbed chunk."""
 STORED = [
     ("bf16", torch.bfloat16),
     ("bf16", torch.int8),
@@ -106,7 +106,7 @@ def test_bits_of_modules_do_not_depend_on_batch_or_threads(
     storage: str,
     level: str,  # noqa: F811
 ) -> None:
-    """Drafts do not depend on who else is in the step."""
+    """Draft tokens do not depend on the batch."""
     config = widened(with_modules(case, has_copies=False))
     model = NativeModel(stored_model(config, case.seed, storage))
     for break_even in BREAK_EVENS:

@@ -1,4 +1,4 @@
-"""Servers in processes of their own, on free ports."""
+"""Fixtures: servers in separate processes, on free ports."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""A server as a process: connections that misbehave, and how it ends."""
+"""The server process: misbehaving connections and shutdown."""
 
 import contextlib
 import json
@@ -206,4 +206,4 @@ def test_a_second_signal_ends_at_once(second: signal.Signals) -> None:
 
 def test_without_native_kernels_the_log_says_what_that_means(server: Server) -> None:
     """The tiny model computes in fp32, for which there are none."""
-    assert "without native kernels a token may depend on what else runs" in server.logged()
+    assert "not batch-invariant: tokens may depend on batch composition" in server.logged()

@@ -74,12 +74,12 @@ def train_step(
     balancer.reduce()
     sums = mesh.sum(sums, TOKEN_AXES)
     more = len(sums) - num_ahead
-    # Heads without a target have sums of zero, and no mean.
+    # Heads without a target have zero sums and no mean.
     means = sums / torch.tensor([*targets, *(targets[0] for _ in range(more))]).clamp(min=1)
     num_heads = sum(count > 0 for count in targets)
     if num_heads and means.isfinite().all():
         norm = optimizer.step(plan.learning_rate)
-    else:  # gradients may be finite all the same, and weights decay without any
+    else:  # gradients may still be finite, and weight decay applies without gradients
         optimizer.zero_grad()
         norm = math.nan if num_heads else 0.0
     match = plan.phase.match

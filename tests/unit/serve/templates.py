@@ -1,4 +1,4 @@
-"""Chat templates in the manner of well-known families, and tokenizers that know their tokens.
+"""Chat templates modelled on well-known families, and tokenizers with their special tokens.
 
 They are short, and use the same markers and conditions as those models' own templates.
 """

@@ -1,4 +1,4 @@
-"""Deadlines count from a request's arrival, whatever it waits for."""
+"""Deadlines count from a request's arrival, in every phase."""
 
 import asyncio
 import threading
@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from lowlat.serve.routes import chat as routes_chat
 from lowlat.serve.routes import completions as routes_completions
 from lowlat.serve.routes import endpoint
-from lowlat.serve.structured_outputs import Grammars
+from lowlat.serve.structured_outputs import StructuredOutputManager
 
 from .conftest import MakeClient
 from .fake_engine import NAME, FakeEngine
@@ -53,7 +53,7 @@ SLOW: dict[str, tuple[Patch, tuple[str, dict[str, Any]]]] = {
     "body": (slow_body, COMPLETIONS),
     "template": (slow(routes_chat, "prepare_chat"), CHAT),
     "tokenising": (slow(routes_completions, "_encode"), COMPLETIONS),
-    "form": (slow(Grammars, "_compile"), FORM),
+    "form": (slow(StructuredOutputManager, "_compile"), FORM),
 }
 
 

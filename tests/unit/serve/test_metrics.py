@@ -1,4 +1,4 @@
-"""GET /metrics and the logs: figures, names, and what must not be in them."""
+"""GET /metrics and the logs: names, values, and what must not appear in them."""
 
 import io
 import json
@@ -112,7 +112,7 @@ def test_each_request_is_one_line_of_json(client: TestClient, lines: io.StringIO
     assert line["level"] == "info"
 
 
-def test_faults_are_logged_with_their_cause(
+def test_errors_are_logged_with_traceback(
     client: TestClient, engine: FakeEngine, lines: io.StringIO
 ) -> None:
     engine.refusal = RuntimeError("the cause")

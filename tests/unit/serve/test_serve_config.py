@@ -1,4 +1,4 @@
-"""ServeConfig: what an operator may ask for, and the faults in it."""
+"""Validation of ServeConfig."""
 
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def test_key_files(tmp_path: Path) -> None:
     path.write_text(f"# people\n{KEY}\n\n  {KEY[::-1]}x \n")
     assert read_keys(path) == (KEY, KEY[::-1] + "x")
     path.write_text("# nobody\n")
-    with pytest.raises(UserError, match="holds no key"):
+    with pytest.raises(UserError, match="contains no key"):
         read_keys(path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="ASCII"):

@@ -1,4 +1,4 @@
-"""One line and one path out of pydantic's errors."""
+"""Pydantic's errors become one line with a path."""
 
 from typing import Annotated, Any, Literal
 

@@ -100,7 +100,7 @@ def test_several_ends(make_folder: MakeFolder, tmp_path: Path) -> None:
     assert after.eos_ids == {2, 9}
 
 
-@pytest.mark.parametrize(("ends", "said"), [([2, 9, 11], ""), ([2, 9, 11, 13], "not end at 13")])
+@pytest.mark.parametrize(("ends", "said"), [([2, 9, 11], ""), ([2, 9, 11, 13], "not stop at 13")])
 def test_more_ends_than_two(
     make_folder: MakeFolder,
     tmp_path: Path,
