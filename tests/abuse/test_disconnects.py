@@ -89,7 +89,7 @@ async def leave(server: Local, rng: random.Random, count: int) -> None:
 
 
 def test_a_thousand_disconnects_leave_nothing_behind() -> None:
-    """Holds shut: pages, tasks, threads or sockets kept for clients that have left."""
+    """Regression: pages, tasks, threads or sockets leaked by disconnected clients."""
     rng = random.Random(4)
     with listening(max_queue=64, header_seconds=2.0, body_seconds=2.0) as server:
         asyncio.run(leave(server, rng, 100))
@@ -111,7 +111,7 @@ def test_a_thousand_disconnects_leave_nothing_behind() -> None:
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_leaves_is_aborted(monkeypatch: pytest.MonkeyPatch, path: str, stream: bool) -> None:
-    """Holds shut: answers generated to their end for nobody."""
+    """Regression: outputs generated to the end after a disconnect."""
     model = counting_model()
     step, is_held, may_go = model.engine.step, threading.Event(), threading.Event()
 

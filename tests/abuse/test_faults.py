@@ -269,7 +269,7 @@ def test_no_kind_of_exception_goes_further(
 
 
 def test_an_engine_that_ends_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds shut: clients that wait for ever, and a load balancer that goes on sending."""
+    """Regression: clients that wait forever, and a load balancer that keeps sending requests."""
     model = counting_model()
     with listening(model) as server:
         assert get(server.port, "/health").status == 200
@@ -335,7 +335,7 @@ def test_one_of_several_prompts_fails_all(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_loop_is_not_held_up_by_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds shut: a template or a long text that stops all other connections."""
+    """Regression: a template or a long text that stops all other connections."""
     may_go = threading.Event()
     prepare = routes_chat.prepare_chat
 

@@ -126,7 +126,7 @@ class ScriptedEngine(AsyncEngine):
 
 
 class Recorder:
-    """Middleware that keeps the JSON bodies of completions requests, in the order they came."""
+    """Middleware that records the JSON bodies of completion requests in order."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -118,7 +118,7 @@ class FakeEngine(AsyncEngine):
     room: int = 1000
     max_queue: int = 1000
     num_preparing: int = 0
-    """As `check_room` was last told."""
+    """The last argument of `check_room`."""
 
     async def start(self) -> None:
         pass

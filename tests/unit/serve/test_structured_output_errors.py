@@ -68,7 +68,7 @@ def test_streams_end_with_the_error(client: TestClient, told: str, field: str) -
 def test_a_grammar_limit_reached_later_names_the_field(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Holds shut: status 500 for a grammar that grows with the answer."""
+    """Regression: status 500 for a grammar that grows with the answer."""
     monkeypatch.setattr(grammar_module, "MASK_SECONDS", 0.1)
     monkeypatch.setattr(grammar_module, "MASK_SECONDS_PER_TOKEN", 0.0)
     config = gqa_config(max_position_embeddings=4096)
