@@ -152,9 +152,9 @@ def work(arguments: argparse.Namespace) -> None:
     """A worker: takes a step for every line it reads."""
     folder = Path(arguments.folder)
     if arguments.worker == "lowlat":
-        from lowlat.utils.memory import keeping_freed_memory
+        from lowlat.utils.memory import retain_freed_memory
 
-        with keeping_freed_memory():  # as Trainer.run() does
+        with retain_freed_memory():  # as Trainer.run() does
             take_steps(lowlat_stepper(folder, arguments))
     else:
         eager = "eager" if arguments.worker.endswith("eager") else None

@@ -1,7 +1,6 @@
 """Clients that disconnect at a random moment, in one of several ways.
 
-Owns the moments and what had come of the answer by then; what the server keeps of it is not seen
-here.
+Records what the client had received by then.
 """
 
 import asyncio
@@ -27,12 +26,12 @@ END_OF_CHUNKS = b"0\r\n\r\n"
 RESET = struct.pack("ii", 1, 0)
 """SO_LINGER by which closing sends a reset rather than an orderly end."""
 EOS_IGNORED = {"greedy", "sampled", "several", "penalised", "logprobs"}
-"""Kinds of calls that can be told to go on to their last token."""
+"""Kinds of requests that accept ignore_eos."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Departures:
-    """How many left when, and what they had by then."""
+    """How many clients disconnected when, and what they had received."""
 
     moments: Counter[str] = field(default_factory=Counter)
     received: Counter[str] = field(default_factory=Counter)
@@ -42,7 +41,7 @@ class Departures:
 
 
 class Leaver:
-    """Draws requests, sends them and goes away."""
+    """Sends random requests and disconnects."""
 
     def __init__(self, port: int, mix: Mix, *, seed: int) -> None:
         self.departures = Departures()
@@ -51,7 +50,7 @@ class Leaver:
         self._rng = random.Random(seed)
 
     async def leave(self) -> None:
-        """One client from its coming to its leaving."""
+        """One client, from connecting to disconnecting."""
         rng, departures = self._rng, self.departures
         moment = rng.choice(MOMENTS)
         data = encoded(self._draw(moment))
@@ -98,7 +97,7 @@ class Leaver:
 
 
 async def read(reader: asyncio.StreamReader, pieces: int | None) -> bytes:
-    """So many pieces of an answer as they come, or all of it."""
+    """The first chunks of a response, or all of it."""
     received = b""
     while pieces != 0 and not is_whole(received):
         piece = await reader.read(65536)
@@ -110,7 +109,7 @@ async def read(reader: asyncio.StreamReader, pieces: int | None) -> bytes:
 
 
 def is_whole(received: bytes) -> bool:
-    """Whether this is an answer to its end."""
+    """Whether the response is complete."""
     head, end, body = received.partition(b"\r\n\r\n")
     if not end:
         return False
@@ -131,7 +130,7 @@ def encoded(call: Call) -> bytes:
 
 
 def go(writer: asyncio.StreamWriter, *, is_reset: bool) -> None:
-    """Close the connection now, whatever is under way on it."""
+    """Close the connection now, in whatever state."""
     if is_reset:
         connection = writer.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -151,7 +150,7 @@ async def leave_all(leaver: Leaver, count: int, *, at_once: int) -> None:
 
 @dataclass(kw_only=True, slots=True)
 class Storm:
-    """Clients that all wait for an answer, and then leave within a second."""
+    """Clients that all wait for a response and then disconnect within a second."""
 
     port: int
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
@@ -164,7 +163,7 @@ class Storm:
             self.writers.append(writer)
 
     async def leave(self, rng: random.Random, seconds: float) -> float:
-        """Spread evenly over `seconds`, in any order; how long it took."""
+        """Disconnect all, spread evenly over `seconds`; returns the seconds it took."""
         rng.shuffle(self.writers)
         loop = asyncio.get_running_loop()
         begin = loop.time()

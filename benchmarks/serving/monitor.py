@@ -13,7 +13,7 @@ from serving.soak_load import Load, Tally
 
 SAMPLE_SECONDS = 5.0
 IDLE_SECONDS = 20.0
-"""Within which everything must be given back after the load."""
+"""Seconds after the load within which all resources must be freed."""
 HEALTH_SECONDS = 5.0
 FILLING_CALLS = 1000
 FILLING_WORDS = 120
@@ -63,7 +63,7 @@ class Watch:
         )
 
     async def idle(self) -> Sample:
-        """The server when all requests are done, or as it is after IDLE_SECONDS."""
+        """Sample the server when all requests are done, or after IDLE_SECONDS."""
         end = time.monotonic() + IDLE_SECONDS
         while True:
             sample = await self.sample()
@@ -78,7 +78,7 @@ class Watch:
         return {name: float(value) for name, value in SERIES.findall(text)}
 
     async def cached_share(self) -> float:
-        """How much of the cache the prefix cache keeps."""
+        """Fraction of KV cache pages held by the prefix cache."""
         values = await self.metrics()
         return values["lowlat:kv_cache_pages_cached"] / values["lowlat:kv_cache_pages"]
 
@@ -94,8 +94,8 @@ class Watch:
 
 
 async def fill_cache(load: Load, watch: Watch) -> None:
-    """Have prompts read until every page of the cache has been written once: memory that is first
-    touched under load would look like a leak."""
+    """Prefill prompts until every KV cache page has been written once: memory first touched under
+    load would look like a leak."""
     for _ in range(FILLING_CALLS):
         if await watch.cached_share() >= FILLED_SHARE:
             return

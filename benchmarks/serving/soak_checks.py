@@ -14,7 +14,7 @@ MEMORY_GROWTH = 32 << 20
 DESCRIPTOR_GROWTH = 4.0
 THREAD_GROWTH = 2.0
 IDLE_DESCRIPTORS = 4
-"""More of them open after the load than before it."""
+"""Allowed growth from before to after the load."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,21 +22,21 @@ class Sample:
     """The server at one moment; a row of the CSV."""
 
     seconds: float
-    """Since the load began."""
+    """Seconds since the load began."""
     rss_bytes: int
     descriptors: int
     threads: int
     processes: int
     health: int
-    """HTTP status; 0 for no answer."""
+    """HTTP status; 0 without a response."""
     running: float
     waiting: float
     cache_usage: float
-    """Share of the cache's pages that requests hold."""
+    """Fraction of KV cache pages in use."""
     answered: int
     cancelled: int
     refused: int
-    """Invalid requests that got their 4xx."""
+    """Invalid requests that got 4xx."""
     busy: int
     """Requests answered with 429."""
 
@@ -72,7 +72,7 @@ def growths(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def faults(samples: Sequence[Sample], before: Sample, after: Sample) -> list[str]:
-    """What is wrong, a line each. `before` and `after`: the server idle, without load."""
+    """Failed checks, one line each. `before` and `after`: samples of the idle server."""
     found = []
     growth = growths(samples)
     bounds = {

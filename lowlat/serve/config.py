@@ -85,7 +85,7 @@ class ServeConfig:
             ("host", self.host),
             *(("allowed-host", h) for h in self.allowed_hosts),
         ]:
-            if not _is_address(name) and not _HOST_NAME.fullmatch(name):
+            if not is_address(name) and not _HOST_NAME.fullmatch(name):
                 raise UserError(f"{option} must be a host name or an address, got {name!r}")
 
     def _check_keys(self) -> None:
@@ -106,7 +106,7 @@ class ServeConfig:
     @property
     def is_wildcard(self) -> bool:
         """Whether the server listens on every address of the machine."""
-        return _is_address(self.host) and ipaddress.ip_address(self.host).is_unspecified
+        return is_address(self.host) and ipaddress.ip_address(self.host).is_unspecified
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
@@ -129,12 +129,13 @@ def read_keys(path: Path) -> tuple[str, ...]:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`, by name or address."""
-    if _is_address(host):
+    if is_address(host):
         return ipaddress.ip_address(host).is_loopback
     return host.lower().rstrip(".") == "localhost"
 
 
-def _is_address(host: str) -> bool:
+def is_address(host: str) -> bool:
+    """Whether `host` is an IP address."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

@@ -77,7 +77,7 @@ def paths() -> Iterator[Case]:
         "http://127.0.0.1/v1/completions", "http://evil.example/v1/completions", "*",
         "evil.example:80", "/v1/completions%3fx", "/health/../v1/completions",
     ):  # fmt: skip
-        yield wire_case(f"POST {target[:60]}", "POST", target, dict(JSON_HEADERS), 404, "nothing")
+        yield wire_case(f"POST {target[:60]}", "POST", target, dict(JSON_HEADERS), 404, "no such")
     for query in ("?stream=true", "?", "?api_key=x", "?x=%00", "?" + "a=1&" * 1000):
         target = COMPLETIONS + query
         if query == "?":

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from lowlat.engine.engine import Engine
+from lowlat.engine.request_table import RequestTable
 from lowlat.engine.runner import ModelRunner
+from lowlat.generate.completion import CompletionBuilder
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler, GrammarState
 from lowlat.serve import async_engine as engine_module
 from lowlat.serve.chat.output_parser import OutputParser
@@ -56,25 +58,25 @@ def in_the_model(patch: pytest.MonkeyPatch) -> None:
 
 
 def in_the_sampler(patch: pytest.MonkeyPatch) -> None:
-    advance = Engine._advance
+    append = RequestTable.append
 
-    def broken(self: Engine, sequence: Any, sampled: Any) -> Any:
+    def broken(self: RequestTable, sequence: Any, *rest: Any) -> Any:
         if is_poisoned(sequence.request.prompt):
             fail()
-        return advance(self, sequence, sampled)
+        return append(self, sequence, *rest)
 
-    patch.setattr(Engine, "_advance", broken)
+    patch.setattr(RequestTable, "append", broken)
 
 
 def in_detokenizing(patch: pytest.MonkeyPatch) -> None:
-    push = engine_module.CompletionBuilder.push
+    push = CompletionBuilder.push
 
     def broken(self: Any, event: Any) -> None:
         if is_poisoned(self.request.prompt):
             fail()
         push(self, event)
 
-    patch.setattr(engine_module.CompletionBuilder, "push", broken)
+    patch.setattr(CompletionBuilder, "push", broken)
 
 
 def in_starting(patch: pytest.MonkeyPatch) -> None:
@@ -267,7 +269,7 @@ def test_no_kind_of_exception_goes_further(
 
 
 def test_an_engine_that_ends_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds shut: clients that wait for ever, and a load balancer that goes on sending."""
+    """Regression: clients that wait forever, and a load balancer that keeps sending requests."""
     model = counting_model()
     with listening(model) as server:
         assert get(server.port, "/health").status == 200
@@ -333,7 +335,7 @@ def test_one_of_several_prompts_fails_all(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_loop_is_not_held_up_by_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds shut: a template or a long text that stops all other connections."""
+    """Regression: a template or a long text that stops all other connections."""
     may_go = threading.Event()
     prepare = routes_chat.prepare_chat
 

@@ -134,7 +134,7 @@ CASES = {
 
 
 def test_structure(page: Page) -> None:
-    """Each text of the table has the nodes beside it."""
+    """Each text of the table renders to its nodes."""
     wrong = {
         name: (got, wanted)
         for name, (text, wanted) in CASES.items()

@@ -131,7 +131,7 @@ def test_error_within_a_stream(page: Page) -> None:
 
 
 def test_server_away(page: Page, errors: Errors) -> None:
-    """A server that cannot be reached is told apart from one that refuses."""
+    """An unreachable server and a rejection have different messages."""
     errors.allow(BROKEN)
     page.route(CHAT, lambda route: route.abort(), times=1)
     send(page, "hello")
@@ -170,7 +170,7 @@ def test_models_unknown(open_page: Open, errors: Errors) -> None:
 
 
 def test_no_storage(open_page: Open) -> None:
-    """Where the browser keeps nothing the page works and says that conversations are not kept."""
+    """Without storage the page works and says that conversations are not saved."""
     page = open_page()
     page.add_init_script(
         """Object.defineProperty(window, "indexedDB", {

@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 
 import lowlat
-from lowlat.checkpoint.fetch.model_names import PACKAGED, LocalModel, resolve
+from lowlat.checkpoint.fetch.model_names import BUNDLED_MODELS, LocalModel, resolve
 from lowlat.config.model import MLAConfig
 from lowlat.generate.model import Model
 
-MINNOW = PACKAGED["minnow"]
+MINNOW = BUNDLED_MODELS["minnow"]
 PROSE = (
     "The house stood at the end of a long road, and in the evening the light of the sun came "
     "through the trees and fell upon the windows. There was nobody in the garden. She opened the "
@@ -58,7 +58,7 @@ def test_its_drafts_are_taken_and_change_nothing(monkeypatch: pytest.MonkeyPatch
         if model.engine.speculator is not None:
             # whether they pay depends on the machine
             monkeypatch.setattr(
-                model.engine.speculator.depth,
+                model.engine.speculator.policy,
                 "choose",
                 lambda most: {sequence: min(2, left) for sequence, left in most.items()},
             )

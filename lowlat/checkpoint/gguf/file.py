@@ -1,8 +1,8 @@
-"""One GGUF file: metadata and tensor table, checked before any data is touched; dequantisation.
+"""Reader of GGUF files: checked metadata and tensor table, dequantization of block formats.
 
 Format (versions 2 and 3, little-endian): magic, version, counts, key-value pairs, tensor infos,
-then aligned data in the order of the infos. Owns bytes and block formats; what keys and names
-mean is `gguf_config`'s and `gguf`'s.
+then aligned data in the order of the infos. Owns bytes and block formats; `metadata_reader` and
+`source` interpret keys and names.
 """
 
 import math
@@ -55,13 +55,13 @@ PLAIN = {
 
 @dataclass(frozen=True, slots=True)
 class SkippedArray:
-    """An array of strings or of many numbers (a vocabulary): walked, not decoded."""
+    """An array of strings or of many numbers (a vocabulary): skipped, not decoded."""
 
     length: int
 
 
 class GGUFTensor(NamedTuple):
-    """Where a tensor lies: bytes [start, stop) of the file; shape slowest axis first."""
+    """Place of a tensor: bytes [start, stop) of the file; shape slowest axis first."""
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -70,9 +70,7 @@ class GGUFTensor(NamedTuple):
 
 
 class GGUFFile:
-    """An opened, checked and mapped GGUF file. Raises UserError naming file and key or tensor for
-    any fault.
-    """
+    """An opened, checked and mapped GGUF file. Raises UserError naming file and key or tensor."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -130,7 +128,7 @@ class GGUFFile:
 
 
 class _Cursor:
-    """Reads values one after the other and never past the end of the file."""
+    """Reads values in sequence, never past the end of the file."""
 
     def __init__(self, file: MappedFile):
         self.file = file
@@ -242,27 +240,27 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, GGUF
 def _read_info(cursor: _Cursor) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int, int]:
     """Name, kind, shape, bytes and offset of the next tensor."""
     name = cursor.text("a tensor's name", 2**16)
-    where = f"tensor {quoted(name)}"
-    fault = f"{cursor.file.path}: {where}"
-    rank = cursor.number(4, where)
+    label = f"tensor {quoted(name)}"
+    where = f"{cursor.file.path}: {label}"
+    rank = cursor.number(4, label)
     if not 1 <= rank <= MAX_RANK:
-        raise UserError(f"{fault}: {rank} dimensions are not between 1 and {MAX_RANK}")
-    shape = tuple(reversed([cursor.number(8, where) for _ in range(rank)]))
+        raise UserError(f"{where}: {rank} dimensions are not between 1 and {MAX_RANK}")
+    shape = tuple(reversed([cursor.number(8, label) for _ in range(rank)]))
     if min(shape) < 1 or math.prod(shape) > 2**48 or (rank > 2 and shape[0] > MAX_EXPERTS):
-        raise UserError(f"{fault}: shape {list(shape)} is empty or too large")
-    number = cursor.number(4, where)
+        raise UserError(f"{where}: shape {list(shape)} is empty or too large")
+    number = cursor.number(4, label)
     known = {int(kind) for kind in GGML_QUANT_SIZES}
     if number not in known:
-        raise UserError(f"{fault}: tensor type {number} is unknown")
+        raise UserError(f"{where}: tensor type {number} is unknown")
     kind = GGMLQuantizationType(number)
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if shape[-1] % block:
-        raise UserError(f"{fault}: rows of {shape[-1]} are not whole {kind.name} blocks of {block}")
+        raise UserError(f"{where}: rows of {shape[-1]} are not whole {kind.name} blocks of {block}")
     if not _is_supported(kind):
         raise UserError(
-            f"{fault}: type {kind.name} cannot be dequantised; choose a file with another type"
+            f"{where}: type {kind.name} cannot be dequantised; choose a file with another type"
         )
-    return name, kind, shape, math.prod(shape) // block * block_bytes, cursor.number(8, where)
+    return name, kind, shape, math.prod(shape) // block * block_bytes, cursor.number(8, label)
 
 
 def _is_supported(kind: GGMLQuantizationType) -> bool:

@@ -6,14 +6,13 @@ other origins cannot read responses.
 
 import hashlib
 import hmac
-import ipaddress
 import re
 from collections.abc import Iterable
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lowlat.serve.config import ServeConfig, is_loopback
+from lowlat.serve.config import ServeConfig, is_address, is_loopback
 from lowlat.serve.http.errors import error_response
 from lowlat.serve.http.login import COOKIE, LOGIN_PATH, cookie_value, login_page
 from lowlat.serve.protocol import limits
@@ -74,7 +73,7 @@ class SecurityMiddleware:
         if name in self._hosts or is_loopback(name):
             return True
         # DNS rebinding: a page redirected here by a hostile name server still sends that name.
-        return self._is_wildcard and _is_literal(name)
+        return self._is_wildcard and is_address(name)
 
     def _check_key(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> Response | None:
         state = scope.setdefault("state", {})
@@ -152,11 +151,3 @@ def _is_same(origin: bytes, host: bytes) -> bool:
     """Whether `origin` is the origin of `host`; `null` never is."""
     scheme, _, rest = origin.lower().partition(b"://")
     return scheme in (b"http", b"https") and rest == host.lower()
-
-
-def _is_literal(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True

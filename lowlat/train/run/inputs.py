@@ -13,7 +13,7 @@ import tokenizers
 
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
-from lowlat.checkpoint.mapping import settle_mtp
+from lowlat.checkpoint.mapping import resolve_mtp_modules
 from lowlat.checkpoint.save import text_files
 from lowlat.config.attention import distinct
 from lowlat.config.hf.families import LOWLAT
@@ -32,7 +32,7 @@ from lowlat.train.run.teacher_check import check_teacher
 from lowlat.train.step.lora import check_lora
 from lowlat.train.step.trainable import check_trainable
 from lowlat.utils.errors import UserError
-from lowlat.utils.json_fields import Fields
+from lowlat.utils.json_fields import JsonFields
 
 NULLABLE = ("q_lora_rank", "sliding_window")
 """Fields of config.json that must be null where they have no value, which TOML cannot say."""
@@ -101,7 +101,7 @@ def base_config(recipe: Recipe, start: Path | None, vocab_size: int, origin: str
     """The model's config before any phase changes it. Raises UserError naming the field."""
     if start is not None:
         source = open_checkpoint(start)
-        config = settle_mtp(read_config(source), source)
+        config = resolve_mtp_modules(read_config(source), source)
         config = replace(config, quantization=None, packing=None)
     else:
         absent = dict.fromkeys(NULLABLE) if (recipe.model or {}).get("model_type") != LOWLAT else {}
@@ -160,7 +160,7 @@ def _changed_rope(config: ModelConfig, phase: Phase, longest: int, origin: str) 
     raw = {key: value for key, value in kept.items() if key not in given} | {"rope_scaling": given}
     changed = {
         rope_from_hf(
-            Fields(raw, where),
+            JsonFields(raw, where),
             model_type=config.model_type,
             dim=dim,
             context=longest,

@@ -58,7 +58,7 @@ from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.step import StepResult, evaluate, train_step
 from lowlat.train.step.teacher import Teacher
 from lowlat.utils.errors import UserError
-from lowlat.utils.memory import keeping_freed_memory
+from lowlat.utils.memory import retain_freed_memory
 from lowlat.utils.progress import Progress, SilentProgress
 
 MODEL_FOLDER = "model"
@@ -149,7 +149,7 @@ class Trainer:
         saved = self.position.step
         if self._teacher is not None and saved == 0:
             self._evaluate(self._plan())
-        with keeping_freed_memory(), StopSignals() as stop:
+        with retain_freed_memory(), StopSignals() as stop:
             while self.position.step < self.timetable.steps and not self._mesh.any(stop.asked):
                 plan = self._plan()
                 self._enter_phase(plan)

@@ -118,7 +118,7 @@ def test_requests_under_way_are_bounded(engine: FakeEngine) -> None:
 def test_a_full_queue_refuses_before_anything_is_read(
     client: TestClient, engine: FakeEngine
 ) -> None:
-    """Holds shut: work on bodies, templates and tokens of requests that are refused afterwards."""
+    """Regression: work on bodies, templates and tokens of requests that are refused afterwards."""
     engine.room = 0
     response = client.post("/v1/chat/completions", content=b"no JSON, and no type")
     assert response.status_code == 429
@@ -126,7 +126,7 @@ def test_a_full_queue_refuses_before_anything_is_read(
 
 
 def test_requests_on_their_way_count_as_queued(engine: FakeEngine) -> None:
-    """Holds shut: a thousand requests at once passing the check of a queue of ten."""
+    """Regression: a thousand requests at once passing the check of a queue of ten."""
     state = make_state(engine, ServeConfig())
     client = TestClient(build_app(state), base_url=URL)
     first, second = (
@@ -170,7 +170,7 @@ def test_methods_that_would_do_are_named(client: TestClient) -> None:
 
 
 def test_hostile_text_comes_back_as_json(client: TestClient) -> None:
-    """Holds shut: an answer that cannot be encoded because a request's words are in it."""
+    """Regression: an answer that cannot be encoded because a request's words are in it."""
     body = json.dumps({**BODY, "\ud800": 1}).encode()
     response = client.post(
         "/v1/completions", content=body, headers={"Content-Type": "application/json"}
@@ -191,7 +191,7 @@ def test_the_server_sets_the_longest_deadline(make_client: MakeClient, engine: F
 
 
 def test_the_model_says_whether_company_may_change_its_tokens(client: TestClient) -> None:
-    """Holds shut: a promise that only the native kernels keep."""
+    """Regression: a promise that only the native kernels keep."""
     assert client.get("/v1/models").json()["data"][0]["batch_invariant"] is False
 
 
@@ -210,7 +210,7 @@ def test_the_model_says_whether_company_may_change_its_tokens(client: TestClient
 def test_a_text_beyond_any_context_is_not_even_tokenised(
     client: TestClient, path: str, body: dict[str, object], param: str
 ) -> None:
-    """Holds shut: a body within its cap that takes seconds and a gigabyte to tokenise."""
+    """Regression: a body within its cap that takes seconds and a gigabyte to tokenise."""
     answer = client.post(path, json={"model": NAME, **body})
     assert answer.status_code == 400
     error = answer.json()["error"]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lowlat.engine.params import SamplingParams
 from lowlat.generate.grammar import GrammarCompiler
 from lowlat.generate.model import Model
+from lowlat.generate.params import SamplingParams
 from lowlat.generate.structured import Choice
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.generation import Draining, Overloaded
@@ -41,14 +41,14 @@ def test_stop_strings_and_stop_tokens_end_a_completion() -> None:
     async def use(engine: AsyncEngine) -> None:
         stopped = await engine.submit(b"abc", SamplingParams(stop=("hi",)))
         assert await collect(stopped) == ("defg", ["stop"])
-        ended = await engine.submit(b"abc", SamplingParams(), stop_ids=frozenset(b"k"))
+        ended = await engine.submit(b"abc", SamplingParams(), stop_token_ids=frozenset(b"k"))
         assert await collect(ended) == ("defghij", ["stop"])
 
     assert_nothing_is_left(with_engine(use))
 
 
 def test_log_probabilities_are_those_of_the_text() -> None:
-    """Holds shut: entries for the end of sequence and for a stop string."""
+    """Regression: entries for the end of sequence and for a stop string."""
     model = ScriptedModel(gqa_config(), lambda token: token + 1 if token < 104 else EOS)
 
     async def use(engine: AsyncEngine) -> None:
@@ -108,7 +108,7 @@ def test_a_deadline_ends_what_runs() -> None:
 
 
 def test_a_full_queue_refuses_and_who_was_admitted_is_served() -> None:
-    """Holds shut: requests without bound, each taking memory and time from the others."""
+    """Regression: requests without bound, each taking memory and time from the others."""
     released = threading.Event()
     model = counting_model()
     step = model.engine.step
@@ -175,7 +175,7 @@ def test_thousands_of_disconnects_leave_nothing_behind(has_grammar: bool) -> Non
         await asyncio.gather(*(clients() for _ in range(40)))
         await until(lambda: not model.engine.has_work)
         assert model.runner.allocator.num_used == 0
-        assert not engine._live and not engine._ids and not engine._open
+        assert not engine._requests and not engine._generations and not engine._open
 
     assert_nothing_is_left(with_engine(use, model))
 
@@ -229,7 +229,7 @@ def test_draining_finishes_what_runs_and_takes_nothing_new() -> None:
 
 
 def test_who_is_cut_off_does_not_wait_for_the_engine() -> None:
-    """Holds shut: a second signal that takes as long as a step of the model."""
+    """Regression: a second signal that takes as long as a step of the model."""
     model = counting_model()
     step, may_go = model.engine.step, threading.Event()
 

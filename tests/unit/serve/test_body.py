@@ -49,7 +49,7 @@ def test_a_declared_length_above_the_cap_is_refused_unread() -> None:
 
 @pytest.mark.parametrize("length", ["9" * 5000, "-5", "x", "٣"])
 def test_strange_lengths_do_no_harm(length: str) -> None:
-    """Holds shut: an endless conversion of a number with thousands of digits."""
+    """Regression: an endless conversion of a number with thousands of digits."""
     headers = Headers(raw=[(b"content-length", length.encode()[:4000])])
     try:
         assert read([part(b"1", more=False)], headers) == b"1"
@@ -93,7 +93,7 @@ def test_plain_json_is_taken(headers: dict[str, str]) -> None:
     ],
 )
 def test_other_types_are_refused(headers: dict[str, str]) -> None:
-    """Holds shut: bodies that a foreign page may send without asking (text/plain, forms)."""
+    """Regression: bodies that a foreign page may send without asking (text/plain, forms)."""
     with pytest.raises(RequestError) as caught:
         check_json_headers(Headers(headers))
     assert caught.value.status == 415

@@ -116,7 +116,7 @@ def test_tools_are_rejected_without_a_known_tool_call_format(family: str) -> Non
 
 
 def test_past_calls_as_templates_want_them() -> None:
-    """Holds shut: arguments quoted twice, null printed as None, ids a template refuses."""
+    """Regression: arguments quoted twice, null printed as None, ids a template refuses."""
     text = prompt("hermes", ANSWERED)
     assert '{"name": "weather", "arguments": {"city":"Bern"}}' in text
     assert "None" not in text
@@ -174,7 +174,7 @@ def test_template_variables() -> None:
 
 
 def test_the_parser_knows_the_prompt() -> None:
-    """Holds shut: reasoning shown as the answer because its first mark is in the prompt."""
+    """Regression: reasoning shown as the answer because its first mark is in the prompt."""
     begun = prepare("r1").make_parser()
     assert begun.push("hm</think>yes") == [ReasoningPart("hm"), ContentPart("yes")]
     call = '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>'
@@ -257,7 +257,7 @@ def test_strict_functions_constrain_their_arguments() -> None:
 
 @pytest.mark.parametrize("family", ["hermes", "r1", "llama", "mistral", "kimi", "glm"])
 def test_past_arguments_are_read_as_strictly_as_bodies(family: str) -> None:
-    """Holds shut: a fault of ours for JSON too deep to be written again, or NaN in a prompt."""
+    """Regression: an internal error for JSON that is too deep to serialize, or NaN in a prompt."""
     deep = '{"a":' + "[" * 700 + "]" * 700 + "}"
     for text in ("{", "[]", "null", deep, '{"a": NaN}', '{"a": 1e999}', '{"a": 1, "a": 2}'):
         bad = {**CALL, "function": {"name": "weather", "arguments": text}}
@@ -273,7 +273,7 @@ def test_numbers_of_past_arguments_stay_as_they_were() -> None:
 
 @pytest.mark.parametrize("family", ["chatml", "hermes", "llama"])
 def test_names_that_the_template_does_not_show_are_refused(family: str) -> None:
-    """Holds shut: speakers the model is never told apart."""
+    """Regression: names that the template does not render."""
     for place, role in enumerate(("system", "user", "assistant")):
         messages: list[dict[str, Any]] = [{"role": "system", "content": "a"}, USER, dict(USER)]
         messages[2]["role"] = "assistant"
@@ -305,7 +305,7 @@ FORMS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("form", FORMS)
 def test_structured_outputs_reject_ignore_eos(form: dict[str, Any]) -> None:
-    """Holds shut: ignore_eos without effect, which the Python API refuses."""
+    """Regression: ignore_eos without effect, which the Python API refuses."""
     refused("ignore_eos", "hermes", ignore_eos=True, **form)
     assert prepare("hermes", ignore_eos=False, **form).structured is not None
     assert prepare("hermes", ignore_eos=True, tools=[TOOL]).params.ignore_eos

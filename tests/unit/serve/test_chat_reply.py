@@ -126,7 +126,7 @@ def test_a_truncated_output_with_calls_has_finish_reason_length(
 
 
 def test_logprobs_go_with_the_text(client: TestClient, engine: FakeEngine) -> None:
-    """Every token's figures are told once, also those of tokens that show no text."""
+    """Every token's log-probability is returned once, also for tokens without text."""
     engine.answer = Answer(text=f"<think>hm</think>Well {LOOK}")
     body = {**BODY, "logprobs": True, "stream": True}
     chunks = chunks_of(client.post(PATH, json=body).text)

@@ -131,7 +131,7 @@ def test_options_reach_the_engine(client: TestClient, engine: FakeEngine) -> Non
 
 
 def test_greedy_ignores_filters_and_takes_n(client: TestClient, engine: FakeEngine) -> None:
-    """Holds shut: a 400 for what clients of OpenAI's API send with temperature 0."""
+    """Regression: a 400 for what clients of OpenAI's API send with temperature 0."""
     body = {**HELLO, "temperature": 0, "top_p": 0.9, "top_k": 50, "min_p": 0.1}
     assert client.post(PATH, json=body).status_code == 200
     assert engine.asked[0].params.is_greedy
@@ -275,7 +275,7 @@ def test_harmless_fields_are_accepted(client: TestClient, change: dict[str, Any]
 
 
 def test_a_response_message_is_valid_input(client: TestClient, engine: FakeEngine) -> None:
-    """Holds shut: refusing the nulls that clients copy from an answer into the next request."""
+    """Regression: refusing the nulls that clients copy from an answer into the next request."""
     message = client.post(PATH, json=HELLO).json()["choices"][0]["message"]
     extra = {"audio": None, "function_call": None, "annotations": [], "tool_calls": None}
     messages = [*HELLO["messages"], {**message, **extra}, {"role": "user", "content": "More"}]

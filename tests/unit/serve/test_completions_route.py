@@ -31,7 +31,7 @@ def test_complete_response(client: TestClient, engine: FakeEngine) -> None:
 
 
 def test_the_default_length_fits_the_context(client: TestClient, engine: FakeEngine) -> None:
-    """Holds shut: a client told to leave out what it had not given."""
+    """Regression: an error that asks to leave out a field the client has not set."""
     context = engine.model.context
     prompts = ["x" * (context - left) for left in (20, 16, 15, 1)]
     assert client.post(PATH, json={**BODY, "prompt": prompts}).status_code == 200
@@ -75,7 +75,7 @@ def test_prompt_types(
 
 
 def test_only_a_prompt_without_text_begins_a_text(client: TestClient, engine: FakeEngine) -> None:
-    """Holds shut: a tokenizer that drops the space between a prompt and its continuation."""
+    """Regression: a tokenizer that drops the space between a prompt and its continuation."""
     client.post(PATH, json={**BODY, "prompt": [[256], [256, 97]]})
     assert [asked.begins_text for asked in engine.asked] == [True, False]
 
@@ -173,7 +173,7 @@ def test_refusals_name_the_field(
 
 
 def test_a_long_list_of_wrong_ids_costs_one_error(client: TestClient) -> None:
-    """Holds shut: a record of an error for each of a million wrong items."""
+    """Regression: a record of an error for each of a million wrong items."""
     body = json.dumps({**BODY, "prompt": ["x", *range(100_000)]})
     response = client.post(PATH, content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
@@ -183,7 +183,7 @@ def test_a_long_list_of_wrong_ids_costs_one_error(client: TestClient) -> None:
 def test_prompts_admitted_before_a_refusal_are_given_up(
     client: TestClient, engine: FakeEngine
 ) -> None:
-    """Holds shut: half of a request's prompts running on after the other half was refused."""
+    """Regression: half of a request's prompts running on after the other half was refused."""
     from lowlat.serve.generation import Overloaded
 
     submit = engine.submit

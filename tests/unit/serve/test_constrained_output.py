@@ -18,9 +18,8 @@ from lowlat.generate.structured import (
 from lowlat.serve.chat.constraints import ReasoningPrefix, ToolCallConstraint, constrained_output
 from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
 from lowlat.serve.tool_parsers.base import ToolFunction, ToolParser
-from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser, DeepSeekV31ToolParser
+from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser
 from lowlat.serve.tool_parsers.hermes import HermesToolParser
-from lowlat.serve.tool_parsers.kimi import KimiK2ToolParser
 from lowlat.serve.tool_parsers.llama import Llama3ToolParser
 from lowlat.serve.tool_parsers.mistral import MistralListToolParser, MistralToolParser
 from lowlat.serve.tool_parsers.parts import (
@@ -32,7 +31,7 @@ from lowlat.serve.tool_parsers.parts import (
 )
 from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
 from lowlat.utils.errors import UserError
-from tests.unit.serve.templates import DEEPSEEK, KIMI, tokenizer_of
+from tests.unit.serve.templates import DEEPSEEK, FORMATS, IDS, KIMI, tokenizer_of
 
 TOKENIZER = tokenizer_of("chatml")
 MARKS = ReasoningTags("<think>", "</think>")
@@ -51,18 +50,6 @@ WEATHER = {
 SCHEMAS = {"weather": WEATHER, "stop": {"type": "object", "properties": {}}}
 FUNCTIONS = [ToolFunction(name=name, schema=schema) for name, schema in SCHEMAS.items()]
 SCHEMAS["stop"]["additionalProperties"] = False
-FORMATS = (
-    HermesToolParser(),
-    Llama3ToolParser(),
-    MistralListToolParser(),
-    MistralToolParser(),
-    DeepSeekV3ToolParser(),
-    DeepSeekV31ToolParser(),
-    KimiK2ToolParser(),
-    GlmToolParser(),
-    Qwen3CoderToolParser(),
-)
-IDS = [type(tools).__name__ for tools in FORMATS]
 ARGUMENTS = '{"city": "Bern", "days": 3}'
 BEGIN, END, CALL, CALL_END, SEP = DEEPSEEK
 SECTION, SECTION_END, KIMI_CALL, KIMI_END, KIMI_ARGUMENTS = KIMI
@@ -180,7 +167,7 @@ def check_calls(parts: list[Part]) -> int:
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
 def test_what_models_write_is_let_through(tools: ToolParser, compiler: GrammarCompiler) -> None:
-    """Holds shut: a grammar that forces another spelling than the model was trained on."""
+    """Regression: a grammar that forces another spelling than the model was trained on."""
     grammar = compiler.compile(forced(tools))
     text = WRITTEN[type(tools).__name__]
     assert accepts(grammar, text)
@@ -203,7 +190,7 @@ def test_what_is_let_through_is_read_as_valid_calls(
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
 def test_several_calls(tools: ToolParser, compiler: GrammarCompiler) -> None:
-    """Holds shut: parallel_tool_calls=false that lets a second call through, and the reverse."""
+    """Regression: parallel_tool_calls=false that lets a second call through, and the reverse."""
     text = WRITTEN[type(tools).__name__]
     match tools:
         case HermesToolParser() | GlmToolParser() | Qwen3CoderToolParser():
@@ -226,7 +213,7 @@ def test_several_calls(tools: ToolParser, compiler: GrammarCompiler) -> None:
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
 def test_text_or_valid_calls(tools: ToolParser, compiler: GrammarCompiler) -> None:
-    """Holds shut: strict functions whose arguments are checked only when a call is required."""
+    """Regression: strict functions whose arguments are checked only when a call is required."""
     grammar = compiler.compile(forced(tools, required=False, parallel=False))
     text = WRITTEN[type(tools).__name__]
     assert accepts(grammar, "Some text.\n<b>, [x] and 3 < 4.")
@@ -263,7 +250,7 @@ def test_structured_output_after_reasoning(
     reasoning: ReasoningPrefix,
     compiler: GrammarCompiler,
 ) -> None:
-    """Holds shut: a schema that the reasoning has to match, or that holds for nothing after it."""
+    """Regression: a schema that the reasoning has to match, or that holds for nothing after it."""
     output = constrained_output(TOKENIZER, output=output, calls=None, reasoning=reasoning)
     assert output is not None
     grammar = compiler.compile(output)
@@ -276,7 +263,7 @@ def test_structured_output_after_reasoning(
 
 def test_calls_after_reasoning(compiler: GrammarCompiler) -> None:
     grammar = compiler.compile(forced(HermesToolParser(), reasoning=MAYBE))
-    text = f"<think>\nI <tool_call> it.\n</think>\n\n{WRITTEN['Hermes']}"
+    text = f"<think>\nI <tool_call> it.\n</think>\n\n{WRITTEN['HermesToolParser']}"
     assert accepts(grammar, text)
     assert check_calls(parse(text, HermesToolParser(), "maybe")) == 1
     assert accepts(grammar, WRITTEN["HermesToolParser"])
@@ -296,7 +283,7 @@ def test_a_grammar_is_no_part_of_another() -> None:
 
 
 def test_texts_of_a_schema_are_no_control_tokens(compiler: GrammarCompiler) -> None:
-    """Holds shut: a property named like a control token, which the grammar would make the model
+    """Regression: a property named like a control token, which the grammar would make the model
     write.
     """
     schema = {"type": "object", "properties": {"</s>": {"enum": ["<arg_key>"], "type": "string"}}}

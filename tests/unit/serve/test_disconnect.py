@@ -25,7 +25,7 @@ BODIES = {
 
 
 class Client:
-    """One connection: sends a body, and leaves when told."""
+    """One connection: sends a body, and disconnects on request."""
 
     def __init__(self, body: dict[str, Any]) -> None:
         self.sent: list[Message] = []
@@ -120,7 +120,7 @@ def test_leaving_ends_the_generation(
 def test_leaving_while_the_prompt_is_made(
     engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Holds shut: a generation that begins after its client left, and that nobody ends."""
+    """Regression: a generation that starts after the disconnect and is never cancelled."""
     import threading
 
     from lowlat.serve.routes import chat as routes_chat
@@ -165,7 +165,7 @@ def test_a_silent_stream_sends_pings(engine: FakeEngine) -> None:
 
 
 def test_a_client_that_reads_nothing_is_given_up(engine: FakeEngine) -> None:
-    """Holds shut: generations kept for connections that only look alive."""
+    """Regression: generations that run on for half-open connections."""
     engine.answer = Answer(text="x" * 50)
 
     async def main() -> None:
@@ -184,7 +184,7 @@ def test_a_client_that_reads_nothing_is_given_up(engine: FakeEngine) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_server_that_waits_no_longer_says_so(engine: FakeEngine, stream: bool) -> None:
-    """Holds shut: status 500 and a traceback for who still runs when the server ends."""
+    """Regression: status 500 and a traceback for requests that run at shutdown."""
     engine.answer = Answer(text="x", hangs=True)
 
     async def end(client: Client, task: asyncio.Task[None]) -> None:

@@ -50,7 +50,7 @@ def test_objects_end_where_they_end(
 
 @given(text=st.text(alphabet='{}[]",:\\ue0127-+.Etrufalsn \n', max_size=12).map("{".__add__))
 def test_only_json_is_followed_to_an_end(text: str) -> None:
-    """Holds shut: a scanner that is laxer than the clients' parsers."""
+    """Regression: a scanner that is laxer than the clients' parsers."""
     scanner = ObjectScanner()
     count, shown = scanner.scan(text)
     if scanner.is_done:
@@ -81,7 +81,7 @@ def test_what_is_no_value_is_refused(text: str) -> None:
 
 
 def test_deep_nesting_is_refused() -> None:
-    """Holds shut: a value that no parser of the answer could read."""
+    """Regression: a value that no parser of the answer could read."""
     scanner = ObjectScanner()
     count, _ = scanner.scan('{"a":' + "[" * 1000)
     assert count < 200

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
 from lowlat.serve.tool_parsers.base import ToolParser
-from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser, DeepSeekV31ToolParser
+from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser
 from lowlat.serve.tool_parsers.hermes import HermesToolParser
-from lowlat.serve.tool_parsers.kimi import KimiK2ToolParser
 from lowlat.serve.tool_parsers.llama import Llama3ToolParser
-from lowlat.serve.tool_parsers.mistral import MistralListToolParser, MistralToolParser
+from lowlat.serve.tool_parsers.mistral import MistralToolParser
 from lowlat.serve.tool_parsers.parts import (
     ContentPart,
     Part,
@@ -24,25 +23,14 @@ from lowlat.serve.tool_parsers.parts import (
     append_part,
 )
 from lowlat.serve.tool_parsers.state import ParserState
-from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
+from lowlat.serve.tool_parsers.xml import GlmToolParser
+from tests.unit.serve.templates import FORMATS, IDS
 
 MARKS = ReasoningTags("<think>", "</think>")
 SCHEMAS = {
     "f": {"type": "object", "properties": {"a": {"type": "string"}, "n": {"type": "integer"}}},
     "g": {"type": "object", "properties": {}},
 }
-FORMATS = (
-    HermesToolParser(),
-    Llama3ToolParser(),
-    MistralListToolParser(),
-    MistralToolParser(),
-    DeepSeekV3ToolParser(),
-    DeepSeekV31ToolParser(),
-    KimiK2ToolParser(),
-    GlmToolParser(),
-    Qwen3CoderToolParser(),
-)
-IDS = [type(tools).__name__ for tools in FORMATS]
 DS = DeepSeekV3ToolParser.markers
 
 
@@ -134,7 +122,7 @@ def test_where_reasoning_begins_and_ends() -> None:
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
 def test_character_by_character_is_the_same(tools: ToolParser) -> None:
-    """Holds shut: decisions that depend on where a piece of the text ended."""
+    """Regression: decisions that depend on where a piece of the text ended."""
     text = TWO_CALLS[type(tools).__name__]
     assert parse(text, tools=tools) == parse([text], tools=tools)
 
@@ -171,7 +159,7 @@ def test_every_split_gives_the_same_parts(
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_text_without_a_call_is_content(tools: ToolParser, data: st.DataObject) -> None:
-    """Holds shut: broken calls, and texts about calls, that lose a character."""
+    """Regression: broken calls, and texts about calls, that lose a character."""
     text = data.draw(fragments(tools))
     parts = parse([text], tools=tools)
     if not any(isinstance(part, ToolCallStart) for part in parts):
@@ -180,7 +168,7 @@ def test_text_without_a_call_is_content(tools: ToolParser, data: st.DataObject) 
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
 def test_prefixes_lose_nothing(tools: ToolParser) -> None:
-    """Holds shut: an answer cut off by max_tokens whose last piece disappears."""
+    """Regression: an answer cut off by max_tokens whose last piece disappears."""
     text = TWO_CALLS[type(tools).__name__]
     for size in range(len(text)):
         parts = parse([text[:size]], tools=tools)
@@ -192,7 +180,7 @@ def test_prefixes_lose_nothing(tools: ToolParser) -> None:
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
 def test_plain_text_is_not_held_back(tools: ToolParser) -> None:
-    """Holds shut: a stream that stands still until a word, a line or the answer is complete."""
+    """Regression: a stream that stands still until a word, a line or the answer is complete."""
     calls = ParserState(SCHEMAS, lambda: "id")
     parser = OutputParser(tools=tools, calls=calls)
     shown = ""
@@ -202,7 +190,7 @@ def test_plain_text_is_not_held_back(tools: ToolParser) -> None:
 
 
 def test_arguments_stream() -> None:
-    """Holds shut: a call that appears only when it is complete."""
+    """Regression: a call that appears only when it is complete."""
     calls = ParserState(SCHEMAS, lambda: "id")
     parser = OutputParser(tools=HermesToolParser(), calls=calls)
     assert parser.push('<tool_call>\n{"name": "f", "arguments": ') == []
@@ -234,14 +222,14 @@ def test_broken_calls_are_content(text: str) -> None:
 
 
 def test_a_call_after_a_broken_one_is_found() -> None:
-    """Holds shut: a search that goes on after the broken call's text instead of inside it."""
+    """Regression: a search that continues after the malformed call instead of inside it."""
     good = '<tool_call>{"name": "g", "arguments": {}}</tool_call>'
     parts = parse([f"<tool_call> {good}"], tools=HermesToolParser())
     assert parts == [ContentPart("<tool_call>"), *call(0, "g", "{}")]
 
 
 def test_broken_arguments_come_as_they_are() -> None:
-    """Holds shut: half of a call as arguments and the other half as text for the user."""
+    """Regression: half of a call as arguments and the other half as text for the user."""
     text = '<tool_call>{"name": "f", "arguments": {"a": oops}}</tool_call> then'
     assert parse([text], tools=HermesToolParser()) == [
         *call(0, "f", '{"a": oops}}'),
@@ -255,7 +243,7 @@ def test_a_missing_bracket_does_not_spoil_a_call() -> None:
 
 
 def test_line_ends_in_strings_become_escapes() -> None:
-    """Holds shut: arguments no client can read, of models that write code into them."""
+    """Regression: arguments no client can read, of models that write code into them."""
     text = '<tool_call>{"name": "f", "arguments": {"a": "x\n\ty"}}</tool_call>'
     (_, arguments) = parse([text], tools=HermesToolParser())
     assert isinstance(arguments, ToolCallArguments)
@@ -279,7 +267,7 @@ def test_content_around_calls_is_kept() -> None:
 
 
 def test_json_without_a_known_function_is_content_for_llama() -> None:
-    """Holds shut: JSON answers taken for calls."""
+    """Regression: JSON answers taken for calls."""
     for text in ['{"name": "h", "parameters": {}}', '{"city": "Bern"}', "{", ' {"name": "f"']:
         assert parse([text], tools=Llama3ToolParser()) == [ContentPart(text)]
     tagged = '<|python_tag|>{"name": "f", "parameters": {}}'
@@ -289,7 +277,7 @@ def test_json_without_a_known_function_is_content_for_llama() -> None:
 
 
 def test_values_without_quotes_follow_the_schema() -> None:
-    """Holds shut: a postcode that becomes a number, a number that becomes text."""
+    """Regression: a postcode that becomes a number, a number that becomes text."""
 
     def argument(key: str, value: str) -> object:
         text = (

@@ -28,7 +28,7 @@ NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "prompt": "inpu
     ],
 )
 def test_fields_get_their_other_name(error: Exception, param: str, message: str) -> None:
-    """Holds shut: errors that name a field the client has never heard of."""
+    """Regression: errors that name a field the client has never heard of."""
     with pytest.raises(RequestError) as caught, renamed_fields(NAMES):
         raise error
     assert (caught.value.param, caught.value.message) == (param, message)

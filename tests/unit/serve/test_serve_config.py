@@ -34,7 +34,7 @@ def test_weak_keys_are_refused_without_showing_them(key: str) -> None:
 
 
 def test_keys_are_not_shown() -> None:
-    """Holds shut: keys in logs and tracebacks by way of repr."""
+    """Regression: keys in logs and tracebacks by way of repr."""
     assert KEY not in repr(ServeConfig(api_keys=(KEY,)))
 
 

@@ -53,7 +53,7 @@ def test_grammars_count_while_referenced() -> None:
 
 
 def test_one_key_leaves_half_to_the_others() -> None:
-    """Holds shut: a key whose large forms keep every other key's from being compiled."""
+    """Regression: a key whose large forms keep every other key's from being compiled."""
     held = MemoryBudget(10)
     things = [Thing() for _ in range(3)]
     held.hold(b"one", things[0], 5)
@@ -66,7 +66,7 @@ def test_one_key_leaves_half_to_the_others() -> None:
 
 
 def test_grammars_of_all_requests_share_a_budget(engine: FakeEngine) -> None:
-    """Holds shut: forms that each are small enough, and together take all memory."""
+    """Regression: forms that each are small enough, and together take all memory."""
 
     async def ask() -> None:
         grammars = StructuredOutputManager(
@@ -87,7 +87,7 @@ def test_grammars_of_all_requests_share_a_budget(engine: FakeEngine) -> None:
 
 @pytest.fixture
 def served() -> Iterator[tuple[TestClient, ServerState]]:
-    """A server with an engine, and room for one small form."""
+    """A server with an engine, and a budget for one small grammar."""
     config = gqa_config(max_position_embeddings=512)
     model = Model(tiny_model(config, torch.float32), byte_tokenizer(), name="tiny")
     state = make_state(AsyncEngine(model), ServeConfig(max_grammar_bytes=MIN_GRAMMAR_BYTES))
@@ -113,7 +113,7 @@ def test_an_exceeded_budget_is_an_overload(served: tuple[TestClient, ServerState
 def test_a_grammar_is_freed_with_its_request(
     served: tuple[TestClient, ServerState], options: dict[str, object], status: int
 ) -> None:
-    """Holds shut: records that refer to each other, and keep the form until a collector comes."""
+    """Regression: records that refer to each other, and keep the form until a collector comes."""
     client, state = served
     gc.disable()
     try:

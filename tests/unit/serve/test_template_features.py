@@ -47,12 +47,12 @@ def test_tool_call_formats(family: str) -> None:
     ],
 )
 def test_half_a_format_is_unknown(source: str) -> None:
-    """Holds shut: a guess, which would show users the model's calls as text."""
+    """Regression: a guess, which would show users the model's calls as text."""
     assert find_tool_parser(source) is None
 
 
 def test_a_template_that_shows_no_tools_supports_none() -> None:
-    """Holds shut: tools the model never hears of, as where only past calls are rendered."""
+    """Regression: tools the model never hears of, as where only past calls are rendered."""
     source = HERMES.replace("if tools", "if false")
     assert find_tool_parser(source) is not None
     assert not TemplateFeatures.of(tokenizer_with(source)).supports_tools
@@ -67,7 +67,7 @@ def test_variables(family: str, variables: list[str]) -> None:
 
 
 def test_words_are_no_variables() -> None:
-    """Holds shut: variables allowed because prose, a string or an attribute has their name."""
+    """Regression: variables allowed because prose, a string or an attribute has their name."""
     source = CHATML + 'thinking {{ \'thinking\' }}{{ "a \\" thinking" }}{{ messages[0].thinking }}'
     assert list(TemplateFeatures.of(tokenizer_with(source)).variables) == []
     used = CHATML + "{% if not thinking %}{% endif %}"
@@ -120,7 +120,7 @@ def test_marks_of_other_models() -> None:
 
 
 def test_special_token_markers_are_kept_in_the_text() -> None:
-    """Holds shut: calls nobody sees, since decoding drops special tokens."""
+    """Regression: calls that are lost because decoding drops special tokens."""
     tokenizer = tokenizer_of("kimi")
     features = TemplateFeatures.of(tokenizer)
     kept = features.keep_special(thinking="maybe", tools=True)

@@ -144,7 +144,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_cannot_be_enforced_is_refused_by_name(
     tools: ToolParser, name: str, compiler: GrammarCompiler
 ) -> None:
-    """Holds shut: forced calls that the function's own schema refuses."""
+    """Regression: forced calls that the function's own schema refuses."""
     schema, inside = REFUSED[name]
     with pytest.raises(RequestError) as caught:
         grammar_of(tools, schema, compiler)
@@ -269,7 +269,7 @@ def test_what_can_be_enforced_is(tools: ToolParser, name: str, compiler: Grammar
 def test_values_are_read_by_their_schema(
     tools: ToolParser, schema: dict[str, Any], raw: str, value: object
 ) -> None:
-    """Holds shut: quotes of JSON inside a text; also of schemas that nothing was promised of."""
+    """Regression: quotes of JSON inside a text; also of schemas that nothing was promised of."""
     assert arguments(tools, schema, written(tools, ("x", raw))) == {"x": value}
 
 
@@ -290,7 +290,7 @@ NESTED: dict[str, tuple[dict[str, Any], str, Any]] = {
 @pytest.mark.parametrize("name", NESTED)
 @pytest.mark.parametrize("end", ENDS)
 def test_an_end_inside_a_string_of_json_is_text(tools: ToolParser, name: str, end: str) -> None:
-    """Holds shut: values that are cut where a string of theirs looks like their end."""
+    """Regression: values that are cut where a string of theirs looks like their end."""
     kind, raw, value = NESTED[name]
     schema = {"properties": {"x": kind, "y": {"type": "integer"}}}
     written_out = written(tools, ("x", raw.replace("%s", end)), ("y", "5"))
@@ -321,7 +321,7 @@ def test_a_value_above_the_limit_is_none() -> None:
 
 
 def test_many_references_take_a_moment(compiler: GrammarCompiler) -> None:
-    """Holds shut: references to references that are followed once for each way there."""
+    """Regression: references to references that are followed once for each way there."""
     chain = {**CHAIN, "a40": {"type": "string"}, "a39": {"$ref": "#/$defs/a40"}}
     schema = {"properties": {"x": {"$ref": "#/$defs/a30"}}, "$defs": chain}
     assert json_types({"$ref": "#/$defs/a30"}, schema) == {"string"}

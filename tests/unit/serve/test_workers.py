@@ -21,7 +21,7 @@ def test_results_and_exceptions_are_returned() -> None:
 
 
 def test_too_much_waiting_work_is_refused_at_once() -> None:
-    """Holds shut: a queue that grows as long as clients send."""
+    """Regression: a queue that grows as long as clients send."""
 
     async def main() -> None:
         pool = WorkerPool(threads=1, max_waiting=2)
@@ -39,7 +39,7 @@ def test_too_much_waiting_work_is_refused_at_once() -> None:
 
 
 def test_an_abandoned_task_keeps_its_slot() -> None:
-    """Holds shut: callers that leave making room that is not there."""
+    """Regression: cancelled callers that free slots of running tasks."""
 
     async def main() -> None:
         pool = WorkerPool(threads=1, max_waiting=1)
