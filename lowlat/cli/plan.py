@@ -17,7 +17,7 @@ from lowlat.config.model import ModelConfig
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from lowlat.plan.job import Job
+    from lowlat.plan.job import TrainingJob
     from lowlat.plan.machine import Machine
     from lowlat.train.recipe.schema import Recipe
 
@@ -34,7 +34,7 @@ class Subject:
 
     name: str
     config: ModelConfig
-    job: "Job"
+    job: "TrainingJob"
     machine: "Machine"
     has_layout: bool
     """Whether the job says how it is divided; otherwise layouts are searched."""
@@ -88,7 +88,7 @@ def plan(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Memory, traffic, pipeline bubble and time of a training; with --devices, the best layouts."""
+    """MemoryEstimate, traffic, pipeline bubble and time of a training; with --devices, the best layouts."""
     if top is not None and devices is None:
         raise UserError("--top is of layouts that are searched; add --devices, or leave it out")
     subject = _subject(name, changes or [])
@@ -112,7 +112,7 @@ def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> N
     main = own or (found.ranked[0] if found else None)
     if main is None:
         raise UserError(f"'{subject.name}' says no layout; give --devices to search one")
-    flops = token_flops(config, job.sequence_length, main.job.recompute)
+    flops = token_flops(config, job.sequence_length, main.job.activation_checkpointing)
     around = neighbours(config, main)
     if as_json:
         answer = {"name": subject.name} | plan_object(main, flops, around, found, top)
@@ -125,7 +125,7 @@ def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> N
 
 
 def _subject(name: str, changes: list[str]) -> Subject:
-    from lowlat.plan.job import Job
+    from lowlat.plan.job import TrainingJob
     from lowlat.plan.machine import H100
     from lowlat.plan.published import PUBLISHED
 
@@ -144,12 +144,12 @@ def _subject(name: str, changes: list[str]) -> Subject:
             has_layout=True,
             published_hours=known.hours_per_trillion,
         )
-    job = Job(sequence_length=DEFAULT_LENGTH, batch_rows=DEFAULT_ROWS, kernels="fused")
+    job = TrainingJob(sequence_length=DEFAULT_LENGTH, batch_size=DEFAULT_ROWS, kernels="fused")
     return Subject(name=name, config=config, job=job, machine=H100, has_layout=False)
 
 
 def _recipe(path: Path, changes: list[str]) -> Subject:
-    from lowlat.cli.train_start import start_files
+    from lowlat.cli.train_start import base_model_files
     from lowlat.plan.job import check
     from lowlat.plan.machine import H100
     from lowlat.train.parallel.check import check_parallel
@@ -159,8 +159,8 @@ def _recipe(path: Path, changes: list[str]) -> Subject:
 
     recipe = read_recipe(path, changes)
     _check_whole(recipe, path)
-    start = start_files(recipe, path, make_progress())
-    config = recipe_config(recipe, path, start)
+    base_model = base_model_files(recipe, path, make_progress())
+    config = recipe_config(recipe, path, base_model)
     check_parallel(config, recipe, str(path))
     job = largest_job(recipe)
     try:

@@ -51,7 +51,7 @@ def train(
     The finished model lies in FOLDER/model, ready for lowlat chat and lowlat serve.
     """
     let_threads_sleep()
-    from lowlat.cli.train_start import start_files, teacher_files
+    from lowlat.cli.train_start import base_model_files, teacher_files
     from lowlat.train.recipe.schema import read_recipe
     from lowlat.train.recipe.toml import text_of
     from lowlat.utils.progress import make_progress
@@ -59,14 +59,14 @@ def train(
     parsed = read_recipe(recipe, changes or [])
     progress = make_progress(quiet=quiet)
     _check_device(parsed, recipe)
-    start = start_files(parsed, recipe, progress)
+    base_model = base_model_files(parsed, recipe, progress)
     teacher = teacher_files(parsed, recipe, progress)
     if dry_run:
         from lowlat.cli.train_dry_run import print_dry_run
 
-        return print_dry_run(parsed, recipe, start, teacher)
+        return print_dry_run(parsed, recipe, base_model, teacher)
     text = text_of(recipe, changes or [])
-    _run(parsed, recipe, text, out or Path("runs") / parsed.name, start, teacher, quiet)
+    _run(parsed, recipe, text, out or Path("runs") / parsed.name, base_model, teacher, quiet)
     return None
 
 
@@ -86,7 +86,7 @@ def _run(
     recipe: Path,
     text: str,
     folder: Path,
-    start: Path | None,
+    base_model: Path | None,
     teacher: Path | None,
     quiet: bool,
 ) -> None:
@@ -108,7 +108,7 @@ def _run(
                 run,
                 log,
                 base=recipe.parent,
-                start=start,
+                base_model=base_model,
                 teacher=teacher,
                 origin=str(recipe),
                 progress=make_progress(quiet=quiet),

@@ -249,7 +249,7 @@ def _heal(task: _Task) -> dict[str, Any]:
     folder = TokenFolder.open(work.tokens)
     phase = healing_recipe(work.start, task.job.src, work.tokens, healing)["phase"][-1]
     settings = asdict(healing) | {
-        "batch_tokens": phase["batch_rows"] * phase["sequence_length"],
+        "batch_tokens": phase["batch_size"] * phase["sequence_length"],
         "learning_rate": phase["learning_rate"][0]["to"],
     }
     return {

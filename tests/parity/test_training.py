@@ -20,7 +20,7 @@ from lowlat.data.writer import write_tokenizer
 from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
 from lowlat.train.recipe.schedule import StepPlan, Timetable
-from lowlat.train.recipe.schema import Optimizer as OptimizerTable
+from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.train.run.export import export
 from lowlat.train.step.balance import RouterWatch
@@ -44,8 +44,8 @@ def plan() -> StepPlan:
         "name": "p",
         "steps": 1,
         "sequence_length": LENGTH,
-        "batch_rows": ROWS,
-        "micro_batch_rows": 2,
+        "batch_size": ROWS,
+        "micro_batch_size": 2,
         "learning_rate": RATE,
         "mtp_weight": MTP_WEIGHT,
     }
@@ -147,7 +147,7 @@ def step_both(model: Transformer, batch: Batch, theirs: dict[str, Tensor]) -> No
     )
     torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
     reference.step()
-    optimizer = Optimizer(model, OptimizerTable(eps=1e-2))
+    optimizer = Optimizer(model, OptimizerConfig(eps=1e-2))
     optimizer.zero_grad()
     watch = RouterWatch(model, sequence_weight=0.0)
     passes = PlainPasses(model, torch.float32)

@@ -24,8 +24,8 @@ from lowlat.model.transformer import Transformer
 from lowlat.train.parallel.launch import joined
 from lowlat.train.parallel.team import Team
 from lowlat.train.recipe.schedule import StepPlan, Timetable
-from lowlat.train.recipe.schema import Optimizer as OptimizerTable
-from lowlat.train.recipe.schema import Parallel, parse_recipe
+from lowlat.train.recipe.schema import OptimizerConfig
+from lowlat.train.recipe.schema import ParallelConfig, parse_recipe
 from lowlat.train.run.build import new_passes
 from lowlat.train.step.balance import RouterWatch
 from lowlat.train.step.optim import Optimizer
@@ -98,8 +98,8 @@ def timetable(steps: int, ranks: int) -> Timetable:
                 "name": "p",
                 "steps": steps,
                 "sequence_length": LENGTH,
-                "batch_rows": ROWS,
-                "micro_batch_rows": 1,
+                "batch_size": ROWS,
+                "micro_batch_size": 1,
                 "learning_rate": 0.002,
                 "bias_update_speed": 0.002,
                 "z_weight": 0.001,
@@ -142,7 +142,7 @@ class Training:
         self.passes, self.layout = new_passes(
             self.model, team, device="cpu", dtype=self.dtype, sequence_length=LENGTH
         )
-        table = OptimizerTable(name=spec["optimizer"], eps=EPS)
+        table = OptimizerConfig(name=spec["optimizer"], eps=EPS)
         self.optimizer = Optimizer(self.model, table, self.layout)
         self.watch = RouterWatch(self.model, sequence_weight=0.01, team=team)
         self.margin = Margin(self.model)

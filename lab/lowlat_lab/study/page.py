@@ -84,7 +84,7 @@ def _what_was_run(report: Report) -> list[str]:
         f"`lowlat train`'s trainer: {size['num_hidden_layers']} layers of {size['hidden_size']}, "
         f"{size['num_attention_heads']} heads of "
         f"{size['hidden_size'] // size['num_attention_heads']}, {report['steps']:,} steps of "
-        f"{size['batch_rows']} x {size['sequence_length']} tokens = {count(report['tokens'])} "
+        f"{size['batch_size']} x {size['sequence_length']} tokens = {count(report['tokens'])} "
         f"tokens a run, {OPTIMIZERS[report['optimizer']]} with a peak rate of "
         f"{size['learning_rate']:g}, {_products(report)} over "
         "fp32 weights. A seed decides initial weights and the order of the data, and is the same "

@@ -104,8 +104,8 @@ class Plan:
             "data": {"folder": str(self.data)},
             "optimizer": {"name": OPTIMIZER},
             "balance": {"sequence_weight": arm.sequence_weight},
-            "saves": {"every_steps": max(1, -(-steps // SAVES))},
-            "evaluation": {"every_steps": max(1, steps // 10), "rows": 32},
+            "checkpoints": {"every_steps": max(1, -(-steps // SAVES))},
+            "evaluation": {"every_steps": max(1, steps // 10), "sequences": 32},
             "log": {"tensorboard": False},
             "model": arm.model,
             "phase": [
@@ -113,8 +113,8 @@ class Plan:
                     "name": "train",
                     "steps": steps,
                     "sequence_length": size.sequence_length,
-                    "batch_rows": size.batch_rows,
-                    "micro_batch_rows": size.micro_batch_rows,
+                    "batch_size": size.batch_size,
+                    "micro_batch_size": size.micro_batch_size,
                     "learning_rate": segments,
                     "bias_update_speed": arm.bias_update_speed,
                 }
@@ -148,8 +148,8 @@ _ANY_PHASE = {
     "name": "none",
     "steps": 1,
     "sequence_length": 1,
-    "batch_rows": 1,
-    "micro_batch_rows": 1,
+    "batch_size": 1,
+    "micro_batch_size": 1,
     "learning_rate": 0.0,
 }
 

@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from lowlat.train.parallel.team import Team
-from lowlat.train.recipe.schema import Parallel
+from lowlat.train.recipe.schema import ParallelConfig
 from lowlat.utils.errors import UserError
 
 PATIENCE = timedelta(hours=2)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
-from lowlat.plan.stages import Stage
+from lowlat.plan.stages import PipelineStage
 from lowlat.train.parallel.pipeline_schedule import AnySchedule, Shape, new_schedule
 from lowlat.train.parallel.pipeline_stages import (
     EMBEDDING,
@@ -73,7 +73,7 @@ class PipelinePasses(Passes):
     def backward(
         self, batch: Batch, plan: StepPlan, targets: Sequence[int]
     ) -> Float[Tensor, "heads_and_z"]:
-        parts = batch.split(plan.phase.micro_batch_rows)
+        parts = batch.split(plan.phase.micro_batch_size)
         views = [own_view(self._team, part, len(targets)) for part in parts]
         work = Work(
             views=views,
@@ -108,7 +108,7 @@ class PipelinePasses(Passes):
             module.work = None
         return sums
 
-    def _received(self, x: Tensor, stage: Stage, tokens: int) -> Tensor:
+    def _received(self, x: Tensor, stage: PipelineStage, tokens: int) -> Tensor:
         """Input of `stage`, where `x` is what this process had last."""
         source = self._process.get(stage.index - 1)
         if source is None or source == self._process[stage.index]:
@@ -118,7 +118,7 @@ class PipelinePasses(Passes):
         dist.recv(out, group=self._team.group(AXIS), group_src=source)
         return out
 
-    def _send(self, x: Tensor, stage: Stage) -> None:
+    def _send(self, x: Tensor, stage: PipelineStage) -> None:
         destination = self._process.get(stage.index + 1)
         if destination is not None and destination != self._process[stage.index]:
             dist.send(x.contiguous(), group=self._team.group(AXIS), group_dst=destination)

@@ -18,8 +18,8 @@ from lowlat.model.linear import Linear
 from lowlat.model.moe import StackedExperts
 from lowlat.model.transformer import Transformer
 from lowlat.plan.flops import head_flops, layer_work, mtp_work
-from lowlat.plan.job import Layout
-from lowlat.plan.stages import Stage, cut, held
+from lowlat.plan.job import ParallelLayout
+from lowlat.plan.stages import PipelineStage, cut, held
 from lowlat.train.parallel.expert import DividedExperts
 from lowlat.train.parallel.view import View
 from lowlat.train.step.loss import head_losses
@@ -46,14 +46,14 @@ ZERO_BUBBLE: tuple[Schedule, ...] = ("zb", "zbv", "dualpipev")
 EMBEDDING = "embed_tokens.weight"
 
 
-def planned(schedule: Schedule, size: int) -> Layout:
+def planned(schedule: Schedule, size: int) -> ParallelLayout:
     """The division of layers among `size` processes, as `plan` spells it."""
-    return Layout(pp=size, schedule=_PLANNED[schedule])  # pyright: ignore[reportArgumentType]
+    return ParallelLayout(pipeline=size, schedule=_PLANNED[schedule])  # pyright: ignore[reportArgumentType]
 
 
 def divide(
     config: ModelConfig, schedule: Schedule, size: int, sequence_length: int
-) -> list[list[Stage]]:
+) -> list[list[PipelineStage]]:
     """Every process's stages, in order of the pipeline: the busiest process is as little busy as it
     can be in sequences of `sequence_length` tokens. There must be as many layers, head included, as
     stages.
@@ -70,7 +70,7 @@ def divide(
     return held(cut(config, layout, (*costs, tail)), layout)
 
 
-def needs_embedding(config: ModelConfig, stage: Stage) -> bool:
+def needs_embedding(config: ModelConfig, stage: PipelineStage) -> bool:
     """Whether `stage` uses the embedding matrix: to embed, as its head, or for MTP modules."""
     ahead = config.num_nextn_predict_layers > 0 and not config.mtp_copies
     return stage.is_first or (stage.is_last and (config.tie_word_embeddings or ahead))
@@ -80,7 +80,7 @@ class Elsewhere(nn.Module):
     """Stands where the model has a part that another process holds."""
 
 
-def holders_of_embedding(config: ModelConfig, division: Sequence[Sequence[Stage]]) -> list[int]:
+def holders_of_embedding(config: ModelConfig, division: Sequence[Sequence[PipelineStage]]) -> list[int]:
     """Processes that use the embedding matrix: the first, and another one at most."""
     return [
         process
@@ -89,7 +89,7 @@ def holders_of_embedding(config: ModelConfig, division: Sequence[Sequence[Stage]
     ]
 
 
-def keep_own(model: Transformer, stages: Sequence[Stage]) -> None:
+def keep_own(model: Transformer, stages: Sequence[PipelineStage]) -> None:
     """Leave in `model` only what `stages` need; what stays keeps its name."""
     own = {layer for stage in stages for layer in stage.layers}
     for layer in range(len(model.layers)):
@@ -123,7 +123,7 @@ class StageModule(nn.Module):
     included. The last stage ends in the loss.
     """
 
-    def __init__(self, model: Transformer, stage: Stage, dtype: torch.dtype) -> None:
+    def __init__(self, model: Transformer, stage: PipelineStage, dtype: torch.dtype) -> None:
         """`model` has at least what `stage` needs; activations have `dtype`."""
         super().__init__()
         self.stage = stage

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lowlat.train.recipe.schema import Parallel
+from lowlat.train.recipe.schema import ParallelConfig
 from lowlat.utils.errors import UserError
 
 ROWS = ("data", "fsdp")
@@ -38,12 +38,12 @@ class Team:
         expert_replicate: those that hold the same weights of the same experts.
     """
 
-    def __init__(self, parallel: Parallel | None = None, device: str = "cpu") -> None:
+    def __init__(self, parallel: ParallelConfig | None = None, device: str = "cpu") -> None:
         """Collective over all processes unless alone. `device` is that of tensors sent.
 
         Raises UserError for sizes that do not fit one another.
         """
-        self.parallel = parallel = parallel or Parallel()
+        self.parallel = parallel = parallel or ParallelConfig()
         self.device = device
         self.rank = dist.get_rank() if parallel.processes > 1 else 0
         """This process, from 0."""
@@ -139,7 +139,7 @@ class Share:
     rows: int
 
 
-def view_sizes(parallel: Parallel) -> list[dict[str, int]]:
+def view_sizes(parallel: ParallelConfig) -> list[dict[str, int]]:
     """Sizes of the axes in each view of the processes."""
     replicate = parallel.data * parallel.context
     expert_fsdp, expert_replicate = expert_sizes(parallel, replicate)

@@ -23,8 +23,8 @@ from lowlat.train.checkpoints.save import Save, folder_name
 from lowlat.train.checkpoints.saves import Saves
 from lowlat.train.parallel.team import Team
 from lowlat.train.recipe.schema import Recipe, parse_recipe
-from lowlat.train.run.build import started
-from lowlat.train.run.lora_files import start_fingerprint, write_adapter
+from lowlat.train.run.build import load_base_model
+from lowlat.train.run.lora_files import weights_fingerprint, write_adapter
 from lowlat.train.run.state import MODEL, part
 from lowlat.train.step.fp8 import save_fp8
 from lowlat.train.step.lora import base_dtype, merged
@@ -116,7 +116,7 @@ def export_save(
     save = open_save(run, step, progress)
     config, recipe, weights = contents(save)
     if recipe.lora is not None:
-        base = started(start_of(save), config, base_dtype(recipe)).state_dict()
+        base = load_base_model(base_model_of(save), config, base_dtype(recipe)).state_dict()
         weights = dict(merged(base | weights, recipe.lora))
     export(config, weights, dst, dtype=dtype, text=run / TOKENIZER)
     return save.step
@@ -133,7 +133,7 @@ def export_adapter(
     config, recipe, updates = contents(save)
     if recipe.lora is None:
         raise UserError(f"{run}: was trained without lora; leave out --adapter")
-    write_adapter(config, updates, recipe.lora, dst, start=Path(str(save.facts["start"])))
+    write_adapter(config, updates, recipe.lora, dst, base_model=Path(str(save.facts["base_model"])))
     return save.step
 
 
@@ -168,10 +168,10 @@ def teacher_of(save: Save) -> Path:
     return _unchanged(Path(str(path)), teacher_fingerprint, save.facts["teacher"], save)
 
 
-def start_of(save: Save) -> Path:
+def base_model_of(save: Save) -> Path:
     """The checkpoint whose weights stayed. Raises UserError where it is gone or another."""
-    start = Path(str(save.facts["start"]))
-    return _unchanged(start, start_fingerprint, save.facts["data"][-1], save)
+    base_model = Path(str(save.facts["base_model"]))
+    return _unchanged(base_model, weights_fingerprint, save.facts["data"][-1], save)
 
 
 def _unchanged(path: Path, fingerprint: Callable[[Path], str], known: object, save: Save) -> Path:

@@ -17,7 +17,7 @@ from lowlat.train.parallel.layout import Layout
 from lowlat.train.parallel.team import Team
 from lowlat.train.recipe.schedule import Timetable
 from lowlat.train.run.build import DTYPES, new_model, new_passes, new_teacher
-from lowlat.train.run.export import contents, open_save, start_of, teacher_of
+from lowlat.train.run.export import contents, open_save, base_model_of, teacher_of
 from lowlat.train.run.inputs import phase_configs
 from lowlat.train.run.replay import BATCH_FILES, read_batch, step_of
 from lowlat.train.step.balance import RouterWatch
@@ -64,8 +64,8 @@ def look_again(run: Path) -> FailedStep:
     # The save may be that of the phase before.
     own = recipe.model_copy(update={"phase": [plan.phase]})
     (config,) = phase_configs(config, own, str(save.folder))
-    start = None if recipe.lora is None else start_of(save)
-    model = new_model(config, recipe, start, weights)
+    base_model = None if recipe.lora is None else base_model_of(save)
+    model = new_model(config, recipe, base_model, weights)
     teacher = None if recipe.distillation is None else new_teacher(teacher_of(save), recipe)
     passes, layout = new_passes(
         model,

@@ -115,13 +115,13 @@ def healing_recipe(student: Path, teacher: Path, tokens: Path, healing: Healing)
     return {
         "name": "heal",
         "seed": healing.seed,
-        "start": str(student.absolute()),
+        "base_model": str(student.absolute()),
         "precision": healing.precision,
         "device": healing.device,
         "trainable": healing.trainable,
         "distillation": {
             "teacher": str(teacher.absolute()),
-            "cross_entropy": healing.cross_entropy,
+            "cross_entropy_weight": healing.cross_entropy,
         },
         "data": {"folder": str(tokens.absolute())},
         "optimizer": {"name": healing.optimizer, "weight_decay": 0.0},
@@ -131,18 +131,18 @@ def healing_recipe(student: Path, teacher: Path, tokens: Path, healing: Healing)
                 "match": match,
                 "steps": count,
                 "sequence_length": length,
-                "batch_rows": rows,
-                "micro_batch_rows": 2 - rows % 2,
+                "batch_size": rows,
+                "micro_batch_size": 2 - rows % 2,
                 "learning_rate": _schedule(peak, count),
                 "bias_update_speed": 0.0,
             }
             for name, match, count in phases
             if count
         ],
-        "saves": {"every_steps": max(1, min(50, steps // 4))},
+        "checkpoints": {"every_steps": max(1, min(50, steps // 4))},
         "evaluation": {
             "every_steps": max(1, -(-steps // EVALUATIONS)),
-            "rows": max(1, EVALUATED_TOKENS // length),
+            "sequences": max(1, EVALUATED_TOKENS // length),
         },
     }
 
@@ -180,7 +180,7 @@ def heal(
                 run,
                 log,
                 base=Path("/"),
-                start=student,
+                base_model=student,
                 teacher=teacher,
                 origin="healing",
                 progress=progress,

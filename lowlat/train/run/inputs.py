@@ -62,18 +62,18 @@ class Inputs:
 
 
 def open_inputs(
-    recipe: Recipe, start: Path | None, base: Path, origin: str, teacher: Path | None = None
+    recipe: Recipe, base_model: Path | None, base: Path, origin: str, teacher: Path | None = None
 ) -> Inputs:
     """Read and check everything but the tokens themselves.
 
-    start, teacher: the files behind recipe.start and recipe.distillation; base: where relative
+    base_model, teacher: the files behind recipe.base_model and recipe.distillation; base: where relative
     paths begin; origin: the recipe's name in errors. Raises UserError naming phase, key or file.
     """
     folders = [phase_folder(recipe, index, base) for index in range(len(recipe.phase))]
     _check_same_tokenizer(folders, recipe, origin)
-    config = base_config(recipe, start, folders[0].vocab_size, origin)
+    config = base_config(recipe, base_model, folders[0].vocab_size, origin)
     configs = check_recipe(config, recipe, origin, teacher)
-    for model in (teacher, start):
+    for model in (teacher, base_model):
         if model is not None:
             _check_same_vocabulary(model, folders[0], origin)
     num_ahead = 1 + config.num_nextn_predict_layers
@@ -97,10 +97,10 @@ def check_recipe(
     return phase_configs(config, recipe, origin)
 
 
-def base_config(recipe: Recipe, start: Path | None, vocab_size: int, origin: str) -> ModelConfig:
+def base_config(recipe: Recipe, base_model: Path | None, vocab_size: int, origin: str) -> ModelConfig:
     """The model's config before any phase changes it. Raises UserError naming the field."""
-    if start is not None:
-        source = open_checkpoint(start)
+    if base_model is not None:
+        source = open_checkpoint(base_model)
         config = settle_mtp(read_config(source), source)
         config = replace(config, quantization=None, packing=None)
     else:
@@ -139,7 +139,7 @@ def _phase_config(config: ModelConfig, phase: Phase, origin: str) -> ModelConfig
             f"{origin}: phase {phase.name}: sequence_length {phase.sequence_length} is beyond "
             f"max_position_embeddings {longest}; raise that"
         )
-    rope = config.rope if phase.rope is None else _changed_rope(config, phase, longest, origin)
+    rope = config.rope if phase.rope_scaling is None else _changed_rope(config, phase, longest, origin)
     return replace(config, rope=rope, max_position_embeddings=longest)
 
 
@@ -147,11 +147,11 @@ def _changed_rope(config: ModelConfig, phase: Phase, longest: int, origin: str) 
     """What the phase gives as config.json's rope_scaling. Unless it says otherwise rope_theta
     stays, and the context before extension is that of the phase before.
     """
-    where = f"{origin}: phase {phase.name}: rope"
+    where = f"{origin}: phase {phase.name}: rope_scaling"
     before = config.rope
     if isinstance(before, tuple):
         raise UserError(f"{where} cannot say what each layer has for itself; leave it out")
-    given = phase.rope or {}
+    given = phase.rope_scaling or {}
     kept: dict[str, Any] = {
         "rope_theta": before.rope_theta,
         "original_max_position_embeddings": before.original_max_position_embeddings
@@ -181,11 +181,11 @@ def _check_same_tokenizer(folders: Sequence[TokenFolder], recipe: Recipe, origin
             )
 
 
-def _check_same_vocabulary(start: Path, folder: TokenFolder, origin: str) -> None:
-    """The ids of the data in `folder` mean to the checkpoint `start` what they mean there, as far
+def _check_same_vocabulary(base_model: Path, folder: TokenFolder, origin: str) -> None:
+    """The ids of the data in `folder` mean to the checkpoint `base_model` what they mean there, as far
     as it has a tokenizer. Raises UserError.
     """
-    file = text_files(start).get(TOKENIZER_FILE)
+    file = text_files(base_model).get(TOKENIZER_FILE)
     if file is None:
         return
     both = (file, (folder.path / TOKENIZER_FILE).read_bytes())
@@ -193,7 +193,7 @@ def _check_same_vocabulary(start: Path, folder: TokenFolder, origin: str) -> Non
     tokens = {id: token for token, id in known.items()}
     if any(tokens.get(id, token) != token for token, id in used.items()):
         raise UserError(
-            f"{origin}: {folder.path} was built with another tokenizer than that of {start}; build "
+            f"{origin}: {folder.path} was built with another tokenizer than that of {base_model}; build "
             "it again with that one"
         )
 
@@ -225,7 +225,7 @@ def phase_data(recipe: Recipe, index: int, folder: TokenFolder, num_ahead: int) 
     why = ""
     if held_out is None:
         why = f"{folder.path} holds out less than a row; build it with --held-out"
-    elif not held_out.has_targets(recipe.evaluation.rows):
+    elif not held_out.has_targets(recipe.evaluation.sequences):
         held_out = None
         why = (
             f"the held-out rows of {folder.path} hold no target; raise sequence_length "

@@ -11,7 +11,7 @@ from lowlat.config.model import ModelConfig
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.run.dry_run import require_fit, usable_memory
 from lowlat.train.run.inputs import Inputs, open_inputs
-from lowlat.train.run.lora_files import start_fingerprint
+from lowlat.train.run.lora_files import weights_fingerprint
 from lowlat.train.step.teacher import teacher_config, teacher_fingerprint
 from lowlat.utils.progress import Progress
 
@@ -21,21 +21,21 @@ class Basis:
     """All that a run reads and never changes."""
 
     inputs: Inputs
-    start: Path | None
-    """The files behind recipe.start."""
+    base_model: Path | None
+    """The files behind recipe.base_model."""
     teacher: Path | None
     """The files behind recipe.distillation."""
     teacher_config: ModelConfig | None
     """Of what is learned from."""
     fingerprints: list[str]
-    """Of the data of every phase, and of a start that saves hold only updates of."""
+    """Of the data of every phase, and of a base_model that saves hold only updates of."""
     taught_by: str | None
     """Fingerprint of the teacher."""
 
     @property
     def text(self) -> Path:
         """The folder with the tokenizer of the models that the run exports."""
-        return self.inputs.data[0].folder.path if self.start is None else self.start
+        return self.inputs.data[0].folder.path if self.base_model is None else self.base_model
 
     def verify(self, progress: Progress) -> None:
         """Raise UserError unless every byte of the data is what was written."""
@@ -44,22 +44,22 @@ class Basis:
 
 
 def open_basis(
-    recipe: Recipe, *, base: Path, start: Path | None, teacher: Path | None, origin: str
+    recipe: Recipe, *, base: Path, base_model: Path | None, teacher: Path | None, origin: str
 ) -> Basis:
     """Open what `recipe` names. base: where its relative paths begin; origin: its name in errors.
 
     Raises UserError as `open_inputs`, and where the training cannot fit the memory.
     """
-    inputs = open_inputs(recipe, start, base, origin, teacher)
+    inputs = open_inputs(recipe, base_model, base, origin, teacher)
     taught = None if teacher is None else teacher_config(teacher)
     memory = usable_memory(torch.device(recipe.device), recipe.parallel.processes)
     require_fit(inputs.configs[0], recipe, memory_bytes=memory, teacher=taught, origin=origin)
     fingerprints = [data.folder.fingerprint for data in inputs.data]
-    if recipe.lora is not None and start is not None:
-        fingerprints.append(start_fingerprint(start))
+    if recipe.lora is not None and base_model is not None:
+        fingerprints.append(weights_fingerprint(base_model))
     return Basis(
         inputs=inputs,
-        start=start,
+        base_model=base_model,
         teacher=teacher,
         teacher_config=taught,
         fingerprints=fingerprints,

@@ -23,7 +23,7 @@ from lowlat.utils.errors import UserError
 
 Snapshot = list[tuple[str, Tensor]]
 MODEL, OPTIMIZER, RANDOM = "model.", "optimizer.", "random.torch"
-FREE_KEYS = ("name", "saves", "log", "evaluation", "parallel", "device", "recompute")
+FREE_KEYS = ("name", "checkpoints", "log", "evaluation", "parallel", "device", "activation_checkpointing")
 """Parts of a recipe that a resumed run may change: they decide nothing about the numbers."""
 
 
@@ -74,14 +74,14 @@ def facts(
     position: Position,
     fingerprints: list[str],
     timetable: Timetable,
-    start: Path | None = None,
+    base_model: Path | None = None,
     teacher: Path | None = None,
     taught_by: str | None = None,
 ) -> dict[str, Any]:
     """Everything of the state that is no tensor.
 
-    `fingerprints` name the data of each phase, and with LoRA the weights that stay; `start` are the
-    files behind recipe.start, `teacher` those behind recipe.distillation, of which `taught_by` is
+    `fingerprints` name the data of each phase, and with LoRA the weights that stay; `base_model` are the
+    files behind recipe.base_model, `teacher` those behind recipe.distillation, of which `taught_by` is
     the fingerprint. The rows read so far
     are written down although they follow from step and recipe, so that a reader sees them.
     """
@@ -96,7 +96,7 @@ def facts(
         "data": fingerprints,
         "config": config_to_hf(config),
         "recipe": recipe.model_dump(mode="json"),
-        "start": None if start is None else str(start.absolute()),
+        "base_model": None if base_model is None else str(base_model.absolute()),
         "teacher": taught_by,
         "teacher_files": None if teacher is None else str(teacher.absolute()),
         "torch": torch.__version__,
@@ -122,7 +122,7 @@ def check_resumable(
     if saved["data"][:phases] != fingerprints[:phases]:
         differences.append("the token folder holds other data")
     if saved["data"][phases:] != fingerprints[phases:]:
-        differences.append("start holds other weights")
+        differences.append("base_model holds other weights")
     if saved.get("teacher") != teacher:
         differences.append("distillation.teacher is another model")
     if differences:
@@ -135,7 +135,7 @@ def check_resumable(
         raise UserError(
             f"{folder}: {saved['tokens']:,} tokens were read in {step} steps, but batches rounded "
             f"for this [parallel] come to {timetable.tokens_before(step):,}; choose sizes whose "
-            "data x fsdp x micro_batch_rows divides batch_rows"
+            "data x fsdp x micro_batch_size divides batch_size"
         )
     return Position(step=step, seconds=float(saved["seconds"]))
 
@@ -154,7 +154,7 @@ def check_config(
     if changes:
         raise UserError(
             f"{folder}: was trained as another model: {'; '.join(changes[:5])}; restore the "
-            "config.json of start, or choose another --out for the changed one"
+            "config.json of base_model, or choose another --out for the changed one"
         )
 
 

@@ -89,7 +89,7 @@ class Trainer:
         log: RunLog,
         *,
         base: Path,
-        start: Path | None = None,
+        base_model: Path | None = None,
         teacher: Path | None = None,
         origin: str = "recipe",
         progress: Progress | None = None,
@@ -97,8 +97,8 @@ class Trainer:
     ) -> None:
         """Open data, build or resume.
 
-        base: where relative paths of the recipe start; start, teacher: the files behind
-        recipe.start and recipe.distillation; origin: the recipe's name in errors; team: the
+        base: where relative paths of the recipe start; base_model, teacher: the files behind
+        recipe.base_model and recipe.distillation; origin: the recipe's name in errors; team: the
         processes that run it, of which the first holds the folder and has a log. Raises UserError
         for data that is not whole, a recipe that does not continue what the folder holds, and as
         `build`.
@@ -110,10 +110,10 @@ class Trainer:
         self.log = log
         self.timetable = Timetable(recipe, ranks=team.row_parts)
         self._dtype = DTYPES[recipe.precision]
-        self._basis = open_basis(recipe, base=base, start=start, teacher=teacher, origin=origin)
+        self._basis = open_basis(recipe, base=base, base_model=base_model, teacher=teacher, origin=origin)
         if team.is_first:
             self._basis.verify(progress)
-        table = recipe.saves
+        table = recipe.checkpoints
         hours = table.keep_every_hours
         self._saves = Saves(
             run,
@@ -156,7 +156,7 @@ class Trainer:
                 losses = self._step(plan).losses
                 if plan.ends_phase or self.position.step % self.recipe.evaluation.every_steps == 0:
                     self._evaluate(plan)
-                if plan.ends_phase or self.position.step % self.recipe.saves.every_steps == 0:
+                if plan.ends_phase or self.position.step % self.recipe.checkpoints.every_steps == 0:
                     self._save()
                     saved = self.position.step
             if saved < self.position.step:
@@ -211,7 +211,7 @@ class Trainer:
         moments, random = part(tensors, OPTIMIZER), tensors.get(RANDOM)
         weights = part(tensors, MODEL) or None
         tensors.clear()
-        self.model: Transformer = new_model(config, self.recipe, self._basis.start, weights)
+        self.model: Transformer = new_model(config, self.recipe, self._basis.base_model, weights)
         del weights
         self._passes, self.layout = new_passes(
             self.model,
@@ -288,7 +288,7 @@ class Trainer:
         raise UserError(
             f"step {plan.step + 1}: the {what} is not finite; its batch is {kept}, the state "
             f"before it in {self._saves.folder}; to go on, lowlat train export "
-            f"{self.run_folder.path} DST, and a new recipe with start = DST and a lower rate"
+            f"{self.run_folder.path} DST, and a new recipe with base_model = DST and a lower rate"
         )
 
     def _evaluate(self, plan: StepPlan) -> None:
@@ -312,8 +312,8 @@ class Trainer:
         """
         windows = self._present.held_out
         assert windows is not None
-        rows = min(self.recipe.evaluation.rows, windows.per_epoch)
-        size = plan.phase.micro_batch_rows
+        rows = min(self.recipe.evaluation.sequences, windows.per_epoch)
+        size = plan.phase.micro_batch_size
         firsts = range(0, rows, size)
         for round_first in range(0, len(firsts), self._team.row_parts):
             mine = round_first + self._team.row_part
@@ -337,7 +337,7 @@ class Trainer:
                     self.position,
                     self._basis.fingerprints,
                     self.timetable,
-                    self._basis.start,
+                    self._basis.base_model,
                     self._basis.teacher,
                     self._basis.taught_by,
                 ),

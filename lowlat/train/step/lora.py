@@ -18,7 +18,7 @@ from lowlat.model.low_rank import LowRank, LowRankExperts
 from lowlat.model.moe import StackedExperts
 from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
-from lowlat.train.recipe.schema import Lora, Recipe
+from lowlat.train.recipe.schema import LoraConfig, Recipe
 from lowlat.train.step.trainable import check_biases_stay
 from lowlat.utils.errors import UserError
 
@@ -46,7 +46,7 @@ def base_dtype(recipe: Recipe) -> str:
     return "fp32" if recipe.precision == "fp32" else "bf16"
 
 
-def add_updates(model: Transformer, table: Lora, *, seed: int, origin: str) -> None:
+def add_updates(model: Transformer, table: LoraConfig, *, seed: int, origin: str) -> None:
     """Freeze `model` and give the projections that `table` names an update that changes nothing
     yet: A uniform within 1 / sqrt(in), as peft draws it, B zero.
 
@@ -59,7 +59,7 @@ def add_updates(model: Transformer, table: Lora, *, seed: int, origin: str) -> N
     for name, module, weight in list(_projections(model)):
         if isinstance(module, StackedExperts):
             module.low_rank = _of_experts(module, table)
-        elif name in table.modules:
+        elif name in table.target_modules:
             module.low_rank = _update(weight, table)
     for module in model.modules():
         if isinstance(module, LowRank):
@@ -77,15 +77,15 @@ def _projections(model: Transformer) -> Iterator[tuple[str, Linear | StackedExpe
             yield name.rpartition(".")[2], module, module.weight
 
 
-def _check_modules(present: set[str], table: Lora, origin: str) -> None:
+def _check_modules(present: set[str], table: LoraConfig, origin: str) -> None:
     """Raises UserError where `table` names a projection that is not among those `present`; of the
     default ones any will do.
     """
-    absent = sorted(set(table.modules) - present)
-    none = not set(table.modules) & present
-    if absent and (none or "modules" in table.model_fields_set):
+    absent = sorted(set(table.target_modules) - present)
+    none = not set(table.target_modules) & present
+    if absent and (none or "target_modules" in table.model_fields_set):
         raise UserError(
-            f"{origin}: lora.modules: the model has no {', '.join(absent)}; "
+            f"{origin}: lora.target_modules: the model has no {', '.join(absent)}; "
             f"it has {', '.join(sorted(present))}"
         )
 
@@ -99,14 +99,14 @@ def _shapes(config: ModelConfig) -> tuple[tuple[str, torch.Size], ...]:
     return tuple((name, weight.shape) for name, _, weight in _projections(model))
 
 
-def updated_shapes(config: ModelConfig, table: Lora) -> list[torch.Size]:
+def updated_shapes(config: ModelConfig, table: LoraConfig) -> list[torch.Size]:
     """Of the weights of a model of `config` that `table` asks updates of; experts' are stacked, and
     gate and up stand for themselves.
     """
-    return [shape for name, shape in _shapes(config) if name in table.modules]
+    return [shape for name, shape in _shapes(config) if name in table.target_modules]
 
 
-def count_updates(config: ModelConfig, table: Lora) -> int:
+def count_updates(config: ModelConfig, table: LoraConfig) -> int:
     """Parameters of the updates that `table` asks of a model of `config`."""
     return sum(
         math.prod(stack) * table.rank * (rows + columns)
@@ -114,11 +114,11 @@ def count_updates(config: ModelConfig, table: Lora) -> int:
     )
 
 
-def count_added_up(config: ModelConfig, table: Lora) -> int:
+def count_added_up(config: ModelConfig, table: LoraConfig) -> int:
     """Weights of experts that are added up with their updates in every pass
     (`LowRankExperts.added`): gate and up rows are one tensor, so an update of one copies both.
     """
-    asked = set(table.modules)
+    asked = set(table.target_modules)
     both = set(EXPERT_PROJECTIONS[:2])
     asked |= both if asked & both else set()
     return sum(
@@ -131,7 +131,7 @@ def is_update(name: str) -> bool:
     return UPDATE in name
 
 
-def merged(parameters: Mapping[str, Tensor], table: Lora) -> Iterator[tuple[str, Tensor]]:
+def merged(parameters: Mapping[str, Tensor], table: LoraConfig) -> Iterator[tuple[str, Tensor]]:
     """`parameters`, experts stacked, with their updates added in fp32: those of a model without
     updates, one after the other.
     """
@@ -166,18 +166,18 @@ def _delta(
     return (scale * parameters[prefix + B]) @ parameters[prefix + A]
 
 
-def _update(weight: Tensor, table: Lora) -> LowRank:
+def _update(weight: Tensor, table: LoraConfig) -> LowRank:
     *stack, rows, columns = weight.shape
     scale = table.alpha / table.rank
     return LowRank(*stack, rank=table.rank, rows=rows, columns=columns, scale=scale)
 
 
-def _of_experts(experts: StackedExperts, table: Lora) -> LowRankExperts | None:
-    if not set(EXPERT_PROJECTIONS) & set(table.modules):
+def _of_experts(experts: StackedExperts, table: LoraConfig) -> LowRankExperts | None:
+    if not set(EXPERT_PROJECTIONS) & set(table.target_modules):
         return None
     return LowRankExperts(
         **{
-            name: _update(weight, table) if name in table.modules else None
+            name: _update(weight, table) if name in table.target_modules else None
             for name, weight in _expert_weights(experts).items()
         }
     )

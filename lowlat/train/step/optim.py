@@ -13,7 +13,7 @@ from lowlat.model.stacking import GATE_UP
 from lowlat.model.transformer import Transformer
 from lowlat.train.parallel.layout import Layout
 from lowlat.train.parallel.relay import along_pipeline
-from lowlat.train.recipe.schema import Optimizer as OptimizerTable
+from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.step.muon import Muon
 
 Named = list[tuple[str, nn.Parameter]]
@@ -23,12 +23,12 @@ class Optimizer:
     """One or two of torch's optimisers over all parameters that take gradients."""
 
     def __init__(
-        self, model: nn.Module, table: OptimizerTable, layout: Layout | None = None
+        self, model: nn.Module, table: OptimizerConfig, layout: Layout | None = None
     ) -> None:
         """`layout` says where the parameters of `model` are; without, in this process."""
         self._layout = layout or Layout.undivided(model)
         hidden, outer, plain = _groups(model, self._layout)
-        self.clip = table.clip
+        self.max_grad_norm = table.max_grad_norm
         self._named = [*hidden, *outer, *plain]
         muon = hidden if table.name == "muon" else []
         decayed = outer if table.name == "muon" else [*hidden, *outer]
@@ -63,8 +63,8 @@ class Optimizer:
         norm = self._layout.gradient_norm(name for name, _ in self._named)
         if norm.isfinite():
             parameters = [p for _, p in self._named]
-            if 0 < self.clip < norm:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+            if 0 < self.max_grad_norm < norm:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
             for optimizer in self._optimizers():
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate

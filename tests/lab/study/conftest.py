@@ -32,8 +32,8 @@ def size() -> Size:
     return replace(
         TINY,
         sequence_length=13,
-        batch_rows=3,
-        micro_batch_rows=3,
+        batch_size=3,
+        micro_batch_size=3,
         held_out_windows=7,
         decode_context=29,
         steps=4,

@@ -31,12 +31,12 @@ def recipe(match: str = "logits", **changes: Any) -> Recipe:
         "name": "p",
         "steps": 3,
         "sequence_length": LENGTH,
-        "batch_rows": 4,
-        "micro_batch_rows": 2,
+        "batch_size": 4,
+        "micro_batch_size": 2,
         "learning_rate": 1e-3,
         "match": match,
     }
-    raw: dict[str, Any] = {"name": "r", "start": "s", "data": {"folder": "d"}, "phase": [phase]}
+    raw: dict[str, Any] = {"name": "r", "base_model": "s", "data": {"folder": "d"}, "phase": [phase]}
     taught = {"distillation": {"teacher": "t"}, "trainable": "attention"}
     return parse_recipe(raw | taught | changes, origin="r.toml")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from lowlat.data.batch import Batch
 from lowlat.model.moe import MoE
 from lowlat.model.transformer import Transformer
-from lowlat.train.recipe.schema import Optimizer as OptimizerTable
+from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.step.balance import (
     RouterWatch,
     choice_frequency,
@@ -28,7 +28,7 @@ from .naive import NaiveModel
 def watched(model: Transformer, batch: Batch, *, rows: int = 1, alpha: float = 0.0) -> RouterWatch:
     """A watch that has seen `batch` in micro-batches of `rows`."""
     watch = RouterWatch(model, sequence_weight=alpha)
-    plan = tiny.plan(micro_batch_rows=rows)
+    plan = tiny.plan(micro_batch_size=rows)
     with watch.watching(sequence_length=tiny.LENGTH, num_sequences=batch.rows):
         PlainPasses(model, torch.float64).backward(batch, plan, [1] * (1 + len(model.mtp)))
     watch.reduce()
@@ -177,7 +177,7 @@ def test_an_unbalanced_router_becomes_balanced() -> None:
             # A direction that all tokens share makes experts 1 and 2 everyone's.
             gate.weight.mul_(0.3)
             gate.weight[1:3] += direction
-    optimizer = Optimizer(model, OptimizerTable(weight_decay=0.0))
+    optimizer = Optimizer(model, OptimizerConfig(weight_decay=0.0))
     watch = RouterWatch(model, sequence_weight=0.0)
     tokens = torch.randint(211, (13, 24))
     batch = Batch(tokens=tokens, predicted=torch.ones_like(tokens, dtype=torch.bool))
@@ -187,7 +187,7 @@ def test_an_unbalanced_router_becomes_balanced() -> None:
     violations = []
     for step in range(36):
         speed = 0.03 if step < 20 else 0.003
-        plan = tiny.plan(micro_batch_rows=7, bias_update_speed=speed, learning_rate=0.0)
+        plan = tiny.plan(micro_batch_size=7, bias_update_speed=speed, learning_rate=0.0)
         result = train_step(
             PlainPasses(model, torch.float64), optimizer, watch, batch, plan, num_ahead=1
         )
@@ -202,7 +202,7 @@ def test_an_unbalanced_router_becomes_balanced() -> None:
 def test_the_bias_is_no_parameter_of_the_optimiser() -> None:
     model = tiny.model(tiny.config())
     before = biases(model)
-    optimizer = Optimizer(model, OptimizerTable())
+    optimizer = Optimizer(model, OptimizerConfig())
     watch = RouterWatch(model, sequence_weight=1e-4)
     plan = tiny.plan(bias_update_speed=0.0)
     train_step(PlainPasses(model, torch.float64), optimizer, watch, tiny.batch(), plan, num_ahead=3)

@@ -67,7 +67,7 @@ def divergence(folder: Path, name: str, batch: Batch) -> Tensor:
 
 def test_an_exact_student_diverges_by_rounding(folder: Path) -> None:
     """The converted model is the teacher: there is nothing to learn."""
-    run = healing.heal(folder, healing.raw({"steps": 1}, start="student"))
+    run = healing.heal(folder, healing.raw({"steps": 1}, base_model="student"))
     found = [run.records(kind)[0]["divergence"] for kind in ("step", "evaluation")]
     assert max(map(abs, found)) < 1e-6
     assert run.records("step")[0]["grad_norm"] < 1e-4
@@ -76,11 +76,11 @@ def test_an_exact_student_diverges_by_rounding(folder: Path) -> None:
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 def test_a_damaged_student_heals(folder: Path, optimiser: str) -> None:
     """Held-out KL falls, to what the exported model really has; what was measured before the first
-    step is that of the start.
+    step is that of the base_model.
     """
     table = {"name": optimiser, "weight_decay": 0.0}
     rate = {"learning_rate": 2e-3, "steps": 20}
-    recipe = healing.raw(rate, optimizer=table, evaluation={"every_steps": 50, "rows": 4})
+    recipe = healing.raw(rate, optimizer=table, evaluation={"every_steps": 50, "sequences": 4})
     run = healing.heal(folder, recipe)
     first, last = run.records("evaluation")
     batch = held_out(folder, kind=ChatRows)  # the text has a mask, so whole documents are packed
@@ -98,12 +98,12 @@ def test_only_attention_moves(folder: Path) -> None:
     saves and exports all the same.
     """
     run = healing.heal(folder, healing.raw({"steps": 2}))
-    start, end = tuning.loaded(folder / "damaged"), tuning.loaded(run.path / "model")
-    moved = set(tuning.changed(start, end))
-    own = {name for name in start if ".self_attn." in name}
+    base_model, end = tuning.loaded(folder / "damaged"), tuning.loaded(run.path / "model")
+    moved = set(tuning.changed(base_model, end))
+    own = {name for name in base_model if ".self_attn." in name}
     assert moved == own
     saved = run.saved()
-    assert {name.removeprefix("model.") for name in saved if name.startswith("model.")} == {*start}
+    assert {name.removeprefix("model.") for name in saved if name.startswith("model.")} == {*base_model}
     with_state = {n.removeprefix("optimizer.exp_avg.") for n in saved if ".exp_avg." in n}
     assert with_state == own
     frozen = [p for n, p in run.trainer.model.named_parameters() if n not in own]
@@ -116,17 +116,17 @@ def test_what_stays_is_held_as_products_take_it(folder: Path) -> None:
     """
     phase = {"steps": 4}
     recipe = healing.raw(phase, precision="bf16", saves={"every_steps": 1, "keep_last": 20})
-    given = {"start": folder / "damaged", "teacher": folder / "teacher"}
+    given = {"base_model": folder / "damaged", "teacher": folder / "teacher"}
     whole = healing.heal(folder, recipe, name="whole")
     tuning.stop_after(2, folder, recipe, name="parts", **given)
     parts = healing.heal(folder, recipe, name="parts")
     tuning.assert_same(parts.saved(), whole.saved())
-    start = tuning.loaded(folder / "damaged")
+    base_model = tuning.loaded(folder / "damaged")
     for run in (whole, parts):
         for name, parameter in run.trainer.model.named_parameters():
             stays = not parameter.requires_grad and parameter.ndim > 1
             assert parameter.dtype == (torch.bfloat16 if stays else torch.float32), name
-            assert not stays or torch.equal(parameter, start[name].bfloat16()), name
+            assert not stays or torch.equal(parameter, base_model[name].bfloat16()), name
 
 
 def test_gates_of_experts_that_stay_are_fp32() -> None:
@@ -150,8 +150,8 @@ def test_attention_alone_without_a_teacher(folder: Path) -> None:
     recipe = healing.raw({"steps": 2})
     del recipe["distillation"]
     run = healing.heal(folder, recipe, teacher=None)
-    start, end = tuning.loaded(folder / "damaged"), tuning.loaded(run.path / "model")
-    assert {name for name in start if ".self_attn." in name} == set(tuning.changed(start, end))
+    base_model, end = tuning.loaded(folder / "damaged"), tuning.loaded(run.path / "model")
+    assert {name for name in base_model if ".self_attn." in name} == set(tuning.changed(base_model, end))
     assert "divergence" not in run.records("step")[0]
 
 
@@ -164,8 +164,8 @@ def test_biases_of_attention_move_and_its_norms_do_not(tmp_path: Path) -> None:
     config = replace(plain, attention=attention)
     tuning.checkpoint(tmp_path / "base", config)
     tuning.chats(tmp_path / "tokens")
-    recipe = tuning.raw_recipe(start="base", trainable="attention")
-    run = tuning.train(tmp_path, recipe, start=tmp_path / "base")
+    recipe = tuning.raw_recipe(base_model="base", trainable="attention")
+    run = tuning.train(tmp_path, recipe, base_model=tmp_path / "base")
     moved = tuning.changed(tuning.loaded(tmp_path / "base"), tuning.loaded(run.path / "model"))
     assert any(name.endswith("bias") for name in moved)
     assert any(name.startswith("mtp.0.block.self_attn") for name in moved)
@@ -178,7 +178,7 @@ def test_a_stopped_run_goes_on_exactly(folder: Path, match: str, stopped: int) -
     """Bit for bit, within a phase that matches layers and between that and the next."""
     phases = ({"steps": 5, "match": match}, {"name": "more", "steps": 4, "learning_rate": 1e-3})
     recipe = healing.raw(*phases, saves={"every_steps": 1, "keep_last": 20}, trainable="all")
-    given = {"start": folder / "damaged", "teacher": folder / "teacher"}
+    given = {"base_model": folder / "damaged", "teacher": folder / "teacher"}
     whole = healing.heal(folder, recipe, name="whole")
     tuning.stop_after(stopped, folder, recipe, name="parts", **given)
     parts = healing.heal(folder, recipe, name="parts")
@@ -192,7 +192,7 @@ def test_layers_learn_from_the_teachers_own_inputs(folder: Path, match: str) -> 
     no loss.
     """
     rate = {"learning_rate": 2e-3, "steps": 25, "match": match}
-    evaluation = {"every_steps": 50, "rows": 4}
+    evaluation = {"every_steps": 50, "sequences": 4}
     run = healing.heal(folder, healing.raw(rate, evaluation=evaluation))
     steps, (first, last) = run.records("step"), run.records("evaluation")
     assert all(step["loss"] is None and step["mtp_losses"] == [] for step in steps)
@@ -234,7 +234,7 @@ def test_errors_of_layers_by_definition(folder: Path, match: str, rows: int) -> 
 
     batch = held_out(folder)
     wanted, gradients = layer_errors(folder, batch, match)
-    change = {"match": match, "micro_batch_rows": rows, "batch_rows": 12}
+    change = {"match": match, "micro_batch_size": rows, "batch_size": 12}
     plan = Timetable(parse_recipe(healing.raw(change), origin="r")).at(0)
     model = loaded(folder / "damaged")
     teacher = Teacher(loaded(folder / "teacher"), torch.float64, cross_entropy=0.0)
@@ -277,7 +277,7 @@ def test_cross_entropy_is_added_with_its_weight(folder: Path) -> None:
 
 def test_a_teacher_that_changed_is_refused(folder: Path, teacher_models: Path) -> None:
     recipe = healing.raw({"steps": 4}, saves={"every_steps": 1})
-    given = {"start": folder / "damaged", "teacher": folder / "teacher"}
+    given = {"base_model": folder / "damaged", "teacher": folder / "teacher"}
     tuning.stop_after(2, folder, recipe, **given)
     other = load_model(teacher_models / "teacher", dtype="fp32")
     with torch.no_grad():
@@ -294,7 +294,7 @@ def test_a_teacher_that_changed_is_refused(folder: Path, teacher_models: Path) -
 def test_a_teacher_of_another_config_is_another(folder: Path, teacher_models: Path) -> None:
     """The same weights with another base of rotary frequencies compute something else."""
     recipe = healing.raw({"steps": 4}, saves={"every_steps": 1})
-    tuning.stop_after(2, folder, recipe, start=folder / "damaged", teacher=folder / "teacher")
+    tuning.stop_after(2, folder, recipe, base_model=folder / "damaged", teacher=folder / "teacher")
     shutil.copytree(teacher_models / "teacher", folder / "copy")
     file = folder / "copy" / "config.json"
     config = json.loads(file.read_text())
@@ -308,7 +308,7 @@ def test_a_save_from_before_there_were_teachers_goes_on(folder: Path) -> None:
     from lowlat.train.recipe.schedule import Timetable
     from lowlat.train.run.state import check_resumable
 
-    recipe = parse_recipe(tuning.raw_recipe(start="damaged"), origin="r")
+    recipe = parse_recipe(tuning.raw_recipe(base_model="damaged"), origin="r")
     written = recipe.model_dump(mode="json")
     del written["distillation"], written["trainable"], written["phase"][0]["match"]
     saved = {"recipe": written, "data": ["f"], "step": 0, "tokens": 0, "seconds": 0.0}
@@ -369,7 +369,7 @@ def test_a_teacher_without_numbers_is_named(
 
 def test_a_step_that_a_weight_of_the_loss_broke_is_broken_again(folder: Path) -> None:
     raw = healing.raw()
-    raw["distillation"] = raw["distillation"] | {"cross_entropy": 1e38}
+    raw["distillation"] = raw["distillation"] | {"cross_entropy_weight": 1e38}
     with pytest.raises(UserError, match=r"step \d: the (gradient|loss) is not finite"):
         healing.heal(folder, raw)
     assert not math.isfinite(look_again(folder / "run").grad_norm)

@@ -97,7 +97,7 @@ def test_recipes_spend_their_budget(tokens: int, optimizer: Any, layer_share: fl
     assert phases.count("attention") == (min(20, layers) if layer_share is None else layers)
     if timetable.steps > 10:
         assert 0 < timetable.at(timetable.steps - 1).learning_rate <= 0.05 * LEARNING_RATE * 1.01
-    assert Path(raw["start"]).is_absolute() and Path(raw["data"]["folder"]).is_absolute()
+    assert Path(raw["base_model"]).is_absolute() and Path(raw["data"]["folder"]).is_absolute()
 
 
 @pytest.mark.parametrize(("steps", "share"), [(4, 0.04), (50, 0.5), (100, 1.0), (195, 1.0)])

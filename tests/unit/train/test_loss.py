@@ -24,7 +24,7 @@ def trained(
 ) -> tuple[Tensor, dict[str, Tensor], float]:
     """Mean losses, gradients and sequence loss of `model`, in micro-batches of `rows`."""
     ahead = 1 + len(model.mtp)
-    plan = tiny.plan(micro_batch_rows=rows, mtp_weight=MTP_WEIGHT, z_weight=Z_WEIGHT)
+    plan = tiny.plan(micro_batch_size=rows, mtp_weight=MTP_WEIGHT, z_weight=Z_WEIGHT)
     watch = RouterWatch(model, sequence_weight=ALPHA)
     targets = count_targets(batch, ahead)
     length = batch.sequence_length(ahead)

@@ -25,14 +25,14 @@ def test_a_phase_goes_on_in_the_same_data(
     rows = windows.per_epoch // 4
     assert rows > 1
     expected = windows.batch(0, 4 * rows).tokens
-    each = {"name": "a", "steps": 2, "sequence_length": 11, "batch_rows": rows}
-    each |= {"micro_batch_rows": rows, "learning_rate": 1e-3}
+    each = {"name": "a", "steps": 2, "sequence_length": 11, "batch_size": rows}
+    each |= {"micro_batch_size": rows, "learning_rate": 1e-3}
     wanted = runs.recipe(phase=[each, each | {"name": "b"}])
     read: list[torch.Tensor] = []
 
     def batch(self: Windows, first: int, count: int) -> Batch:
         found = plain(self, first, count)
-        if self._split == "train" and count == rows:  # single ones are looked at before the start
+        if self._split == "train" and count == rows:  # single ones are looked at before the base_model
             read.append(found.tokens)
         return found
 

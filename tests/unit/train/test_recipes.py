@@ -12,7 +12,7 @@ from lowlat.plan.estimate import estimate
 from lowlat.plan.machine import H100
 from lowlat.train.parallel.check import check_parallel
 from lowlat.train.recipe.reference import reference
-from lowlat.train.recipe.schedule import Timetable, batch_rows
+from lowlat.train.recipe.schedule import Timetable, batch_size
 from lowlat.train.recipe.schema import Recipe, parse_recipe, read_recipe
 from lowlat.train.run.dry_run import job_of, recipe_config
 from lowlat.train.run.heal import Healing, healing_recipe
@@ -37,8 +37,8 @@ def test_recipe(path: Path) -> None:
     ranks = recipe.parallel.data * recipe.parallel.fsdp
     timetable = Timetable(recipe, ranks=ranks)
     for phase in recipe.phase:
-        if not isinstance(phase.batch_rows, list):
-            assert phase.batch_rows % (phase.micro_batch_rows * ranks) == 0
+        if not isinstance(phase.batch_size, list):
+            assert phase.batch_size % (phase.micro_batch_size * ranks) == 0
     assert all(timetable.at(step).learning_rate > 0 for step in (0, timetable.steps - 1))
     if recipe.model is not None:
         vocab = recipe.model.get("vocab_size", VOCAB)
@@ -81,7 +81,7 @@ def _beside_folders(recipe: Recipe) -> Recipe:
     assert recipe.distillation is not None
     return recipe.model_copy(
         update={
-            "start": None,
+            "base_model": None,
             "distillation": recipe.distillation.model_copy(update={"teacher": ""}),
             "data": recipe.data.model_copy(update={"folder": ""}),
             "phase": [phase.model_copy(update={"learning_rate": 0.0}) for phase in recipe.phase],
@@ -110,14 +110,14 @@ def test_large_recipe_fits_its_machine() -> None:
     recipe = read_recipe(path)
     config = recipe_config(recipe, path, None)
     jobs = [
-        replace(job_of(recipe, phase), batch_rows=batch_rows(phase, 0, phase.micro_batch_rows * 8))
+        replace(job_of(recipe, phase), batch_size=batch_size(phase, 0, phase.micro_batch_size * 8))
         for phase in recipe.phase
     ]
     first, *later = (estimate(config, job, H100) for job in jobs)
     assert len(later) == 2 and all(found.fits for found in (first, *later))
     assert first.mfu == pytest.approx(0.34, abs=0.01)
     assert all(found.mfu > 0.3 for found in later)
-    quick = estimate(config, replace(first.job, recompute="none"), H100)
+    quick = estimate(config, replace(first.job, activation_checkpointing="none"), H100)
     assert quick.fits and quick.mfu == pytest.approx(0.44, abs=0.01)
 
 
@@ -142,10 +142,10 @@ def test_tiny_then_long_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         shutil.copy(ROOT / "recipes" / f"{name}.toml", tmp_path / "recipes")
     monkeypatch.chdir(tmp_path)
     invoke("data", "build", "recipes/tiny-tokens", "docs", "--only", "*.md", "--train-bpe", "2048")
-    small = ["--set", "phase.0.batch_rows=2", "--set", "phase.0.micro_batch_rows=2", "--quiet"]
+    small = ["--set", "phase.0.batch_size=2", "--set", "phase.0.micro_batch_size=2", "--quiet"]
     rate = ["--set", "phase.0.learning_rate=1e-3", "--set", "log.tensorboard=false"]
     invoke("train", "recipes/tiny.toml", "--set", "phase.0.steps=1", *small, *rate)
-    once = ["--set", "phase.0.steps=1", "--set", "phase.1.steps=1", "--set", "evaluation.rows=1"]
+    once = ["--set", "phase.0.steps=1", "--set", "phase.1.steps=1", "--set", "evaluation.sequences=1"]
     invoke("train", "recipes/long-context.toml", *once, *rate, "--quiet")
     config = load_model(tmp_path / "runs" / "long-context" / "model").config
     assert config.max_position_embeddings == 4096

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: what of a chat is learned, and every kind of checkpoint as the start."""
+"""Supervised fine-tuning: what of a chat is learned, and every kind of checkpoint as the base_model."""
 
 import json
 import re
@@ -81,13 +81,13 @@ def test_what_is_left_out_of_long_chats_is_said(tmp_path: Path) -> None:
 def test_chats_without_a_target_are_refused(tmp_path: Path) -> None:
     """Holds shut: a run over rows that cut every answer, of a loss of 0 and decaying weights."""
     folder = TokenFolder.open(tuning.chats(tmp_path / "tokens"))
-    start = tuning.checkpoint(tmp_path / "base", tuning.config())
-    raw = tuning.raw_recipe(start="base", phase=tuning.phases({"sequence_length": 2}))
+    base_model = tuning.checkpoint(tmp_path / "base", tuning.config())
+    raw = tuning.raw_recipe(base_model="base", phase=tuning.phases({"sequence_length": 2}))
     longest = int(np.diff(folder.ends("train"), prepend=0).max())
     what = f"r.toml: phase p: no row of {folder.path} holds a target: every answer lies beyond "
     what += f"sequence_length 2; sequence_length = {longest - 1} holds all"
     with pytest.raises(UserError, match=re.escape(what)):
-        tuning.train(tmp_path, raw, start=start)
+        tuning.train(tmp_path, raw, base_model=base_model)
 
 
 def test_held_out_chats_without_a_target_are_not_evaluated(tmp_path: Path) -> None:
@@ -95,9 +95,9 @@ def test_held_out_chats_without_a_target_are_not_evaluated(tmp_path: Path) -> No
     long, short = two_chats(tmp_path)
     options = BuildOptions(sources=(short,), held_out_sources=(long,))
     build(tmp_path / "tokens", options, byte_tokenizer())
-    start = tuning.checkpoint(tmp_path / "base", tuning.config())
-    raw = tuning.raw_recipe(start="base", phase=tuning.phases({"steps": 1, "sequence_length": 11}))
-    run = tuning.train(tmp_path, raw, start=start)
+    base_model = tuning.checkpoint(tmp_path / "base", tuning.config())
+    raw = tuning.raw_recipe(base_model="base", phase=tuning.phases({"steps": 1, "sequence_length": 11}))
+    run = tuning.train(tmp_path, raw, base_model=base_model)
     assert run.records("evaluation") == [] and run.losses()[0] > 0
     (note, *_) = [record["text"] for record in run.records("note")]
     assert "phase p: no evaluations, the held-out rows of" in note and "hold no target" in note
@@ -107,10 +107,10 @@ def test_a_batch_of_cut_answers_is_told_of(tmp_path: Path) -> None:
     """Every second row has its answer cut off: a step of it moves nothing and has no loss."""
     options = BuildOptions(sources=two_chats(tmp_path), held_out=0.0)
     build(tmp_path / "tokens", options, byte_tokenizer())
-    start = tuning.checkpoint(tmp_path / "base", tuning.config())
-    one = {"steps": 4, "sequence_length": 11, "batch_rows": 1, "micro_batch_rows": 1}
+    base_model = tuning.checkpoint(tmp_path / "base", tuning.config())
+    one = {"steps": 4, "sequence_length": 11, "batch_size": 1, "micro_batch_size": 1}
     run = tuning.train(
-        tmp_path, tuning.raw_recipe(start="base", phase=tuning.phases(one)), start=start
+        tmp_path, tuning.raw_recipe(base_model="base", phase=tuning.phases(one)), base_model=base_model
     )
     blind = [record["step"] for record in run.records("step") if record["loss"] is None]
     assert len(blind) == 2
@@ -133,9 +133,9 @@ def two_chats(folder: Path) -> tuple[str, str]:
 def test_losses_are_per_answer_token(tmp_path: Path) -> None:
     """Bytes of prompts, which nobody predicts, make no bits per byte."""
     tuning.chats(tmp_path / "tokens")
-    start = tuning.checkpoint(tmp_path / "base", tuning.config())
-    recipe = tuning.raw_recipe(start="base", phase=tuning.phases({"steps": 1}))
-    run = tuning.train(tmp_path, recipe, start=start)
+    base_model = tuning.checkpoint(tmp_path / "base", tuning.config())
+    recipe = tuning.raw_recipe(base_model="base", phase=tuning.phases({"steps": 1}))
+    run = tuning.train(tmp_path, recipe, base_model=base_model)
     (record,) = run.records("evaluation")
     assert record["bits_per_byte"] is None and record["targets"] == "answer token"
 
@@ -196,21 +196,21 @@ STARTS = {
 
 @pytest.mark.parametrize("kind", STARTS)
 def test_start(tmp_path: Path, kind: str) -> None:
-    """Training moves every matrix, the loss falls, and the export has the start's layout, tokenizer
+    """Training moves every matrix, the loss falls, and the export has the base_model's layout, tokenizer
     and template.
     """
-    start = STARTS[kind](tmp_path)
+    base_model = STARTS[kind](tmp_path)
     tuning.chats(tmp_path / "tokens")
-    recipe = tuning.raw_recipe(start="base", phase=tuning.phases({"steps": 9}))
-    run = tuning.train(tmp_path, recipe, start=start)
+    recipe = tuning.raw_recipe(base_model="base", phase=tuning.phases({"steps": 9}))
+    run = tuning.train(tmp_path, recipe, base_model=base_model)
     losses = run.losses()
     assert sum(losses[-3:]) < sum(losses[:3])
     assert run.outcome.model is not None
-    before, after = tuning.loaded(start), tuning.loaded(run.outcome.model)
+    before, after = tuning.loaded(base_model), tuning.loaded(run.outcome.model)
     assert before.keys() == after.keys()
     matrices = [name for name, tensor in before.items() if tensor.ndim > 1]
     assert set(tuning.changed(before, after)) >= set(matrices)
-    first = load_model(start, dtype="fp32").config
+    first = load_model(base_model, dtype="fp32").config
     last = load_model(run.outcome.model).config
     assert last == replace(first, quantization=None)
     assert (run.outcome.model / "tokenizer.json").is_file()
@@ -220,13 +220,13 @@ def test_start(tmp_path: Path, kind: str) -> None:
 
 def test_masters_are_fp32(tmp_path: Path) -> None:
     """A bf16 checkpoint is trained in fp32: steps smaller than bf16 can tell are not lost."""
-    start = tuning.checkpoint(tmp_path / "base", tuning.config(), torch.bfloat16)
+    base_model = tuning.checkpoint(tmp_path / "base", tuning.config(), torch.bfloat16)
     tuning.chats(tmp_path / "tokens")
     small = tuning.phases({"steps": 2, "learning_rate": 1e-6})
-    recipe = tuning.raw_recipe(start="base", precision="bf16", phase=small)
-    run = tuning.train(tmp_path, recipe, start=start)
+    recipe = tuning.raw_recipe(base_model="base", precision="bf16", phase=small)
+    run = tuning.train(tmp_path, recipe, base_model=base_model)
     saved = {n: t for n, t in run.saved().items() if n.startswith("model.layers.0.self_attn.o")}
-    before = tuning.loaded(start)
+    before = tuning.loaded(base_model)
     assert saved
     for name, tensor in saved.items():
         assert tensor.dtype == torch.float32

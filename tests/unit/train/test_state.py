@@ -9,7 +9,7 @@ import torch
 
 from lowlat.train.parallel.layout import Layout
 from lowlat.train.recipe.schedule import Timetable
-from lowlat.train.recipe.schema import Optimizer as OptimizerTable
+from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.run.state import (
     MODEL,
     OPTIMIZER,
@@ -32,7 +32,7 @@ from .test_optim import set_gradients
 def test_every_tensor_of_a_state() -> None:
     """Weights, routing biases, moments of every trained parameter, random numbers."""
     model = tiny.model(tiny.config())
-    optimizer = Optimizer(model, OptimizerTable())
+    optimizer = Optimizer(model, OptimizerConfig())
     set_gradients(model, 1)
     optimizer.step(0.1)
     state = dict(state_tensors(Layout.undivided(model), optimizer))
@@ -51,7 +51,7 @@ def test_every_tensor_of_a_state() -> None:
 def test_a_snapshot_does_not_change() -> None:
     """Training goes on while it is written."""
     model = tiny.model(tiny.config())
-    optimizer = Optimizer(model, OptimizerTable())
+    optimizer = Optimizer(model, OptimizerConfig())
     set_gradients(model, 1)
     optimizer.step(0.1)
     taken = snapshot(Layout.undivided(model), optimizer)
@@ -118,11 +118,11 @@ def test_what_may_differ() -> None:
     found = saved(3)
     for changes in (
         {"name": "other"},
-        {"saves": {"every_steps": 7}},
-        {"evaluation": {"rows": 1}},
+        {"checkpoints": {"every_steps": 7}},
+        {"evaluation": {"sequences": 1}},
         {"log": {"tensorboard": False}},
         {"device": "cuda"},
-        {"recompute": "layers"},
+        {"activation_checkpointing": "full"},
     ):
         assert resume(found, **changes).step == 3
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
 from lowlat.train.recipe.schedule import StepPlan
-from lowlat.train.recipe.schema import Optimizer as OptimizerTable
+from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.step.balance import RouterWatch, gates
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import Passes, PlainPasses
@@ -22,7 +22,7 @@ from . import tiny
 from .naive import NaiveModel
 
 ALPHA, GAMMA = 0.05, 0.01
-TABLE = OptimizerTable(eps=1e-4, clip=0.5)
+TABLE = OptimizerConfig(eps=1e-4, max_grad_norm=0.5)
 """An epsilon so large that no update follows the rounding of a gradient near zero."""
 
 
@@ -52,7 +52,7 @@ def test_steps_written_out() -> None:
         torch.manual_seed(seed)
         batch = tiny.batch(masked=True)
         batch.tokens.copy_(torch.randint_like(batch.tokens, tiny.VOCAB))
-        plan = tiny.plan(micro_batch_rows=2, bias_update_speed=GAMMA, z_weight=0.01)
+        plan = tiny.plan(micro_batch_size=2, bias_update_speed=GAMMA, z_weight=0.01)
         result = train_step(
             PlainPasses(model, torch.float64), optimizer, watch, batch, plan, num_ahead=3
         )
@@ -133,7 +133,7 @@ def test_losses_fall() -> None:
             optimizer,
             watch,
             tiny.batch(),
-            tiny.plan(micro_batch_rows=tiny.ROWS),
+            tiny.plan(micro_batch_size=tiny.ROWS),
             num_ahead=3,
         )
         for _ in range(20)

@@ -68,13 +68,13 @@ def _generator() -> torch.Generator:
 
 def recipe(**phase: Any) -> Recipe:
     """Of one phase that `phase` changes; its batch is ROWS, filled up to whole micro-batches."""
-    unit = phase.get("micro_batch_rows", 1)
+    unit = phase.get("micro_batch_size", 1)
     fields = {
         "name": "p",
         "steps": 4,
         "sequence_length": LENGTH,
-        "batch_rows": -(-ROWS // unit) * unit,
-        "micro_batch_rows": 1,
+        "batch_size": -(-ROWS // unit) * unit,
+        "micro_batch_size": 1,
         "learning_rate": 1e-2,
     }
     raw = {"name": "t", "model": {}, "data": {"folder": "none"}, "phase": [fields | phase]}

@@ -106,8 +106,8 @@ def raw_recipe(**changes: Any) -> dict[str, Any]:
         "name": "p",
         "steps": 6,
         "sequence_length": 31,
-        "batch_rows": 4,
-        "micro_batch_rows": 2,
+        "batch_size": 4,
+        "micro_batch_size": 2,
         "learning_rate": 3e-3,
         "bias_update_speed": 0.0,
     }
@@ -116,8 +116,8 @@ def raw_recipe(**changes: Any) -> dict[str, Any]:
         "precision": "fp32",
         "data": {"folder": "tokens", "document_masks": True},
         "phase": [phase],
-        "saves": {"every_steps": 3},
-        "evaluation": {"every_steps": 3, "rows": 4},
+        "checkpoints": {"every_steps": 3},
+        "evaluation": {"every_steps": 3, "sequences": 4},
         "log": {"tensorboard": False},
     }
     return base | changes
@@ -132,7 +132,7 @@ def train(
     folder: Path,
     raw: dict[str, Any],
     *,
-    start: Path | None = None,
+    base_model: Path | None = None,
     teacher: Path | None = None,
     name: str = "run",
     kind: type[Trainer] = Trainer,
@@ -147,7 +147,7 @@ def train(
             tensorboard_wanted=False,
         )
         with closing(log):
-            files = {"start": start, "teacher": teacher}
+            files = {"base_model": base_model, "teacher": teacher}
             trainer = kind(recipe, run, log, base=folder, origin="r.toml", **files)
             outcome = trainer.run()
     return Run(path=folder / name, outcome=outcome, trainer=trainer)

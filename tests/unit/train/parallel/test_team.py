@@ -7,7 +7,7 @@ from lowlat.train.parallel.check import check_parallel
 from lowlat.train.parallel.launch import joined
 from lowlat.train.parallel.team import TOKENS, Team, view_sizes
 from lowlat.train.recipe.schedule import Timetable
-from lowlat.train.recipe.schema import Parallel, Recipe, parse_recipe
+from lowlat.train.recipe.schema import ParallelConfig, Recipe, parse_recipe
 from lowlat.train.run.state import check_resumable
 from lowlat.utils.errors import UserError
 from tests.fakes import gqa_config, mla_config
@@ -19,8 +19,8 @@ def recipe(length: int = 16, precision: str = "fp32", **parallel: int) -> Recipe
         "name": "only",
         "steps": 3,
         "sequence_length": length,
-        "batch_rows": 8,
-        "micro_batch_rows": 1,
+        "batch_size": 8,
+        "micro_batch_size": 1,
         "learning_rate": 0.1,
     }
     raw = {
@@ -77,17 +77,17 @@ def test_a_team_of_one_changes_nothing() -> None:
 
 def test_a_process_alone_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined(Parallel()) as team:
+    with joined(ParallelConfig()) as team:
         assert team.world == 1
     with pytest.raises(UserError, match=r"r.toml: \[parallel\] is for 6 processes, 1 started"):
-        with joined(Parallel(fsdp=2, tensor=3), origin="r.toml"):
+        with joined(ParallelConfig(fsdp=2, tensor=3), origin="r.toml"):
             pass
 
 
 def test_only_the_first_says_that_processes_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit), joined(Parallel(tensor=3)):
+    with pytest.raises(SystemExit), joined(ParallelConfig(tensor=3)):
         pass
 
 
