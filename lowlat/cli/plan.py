@@ -88,7 +88,7 @@ def plan(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """MemoryEstimate, traffic, pipeline bubble and time of a training; with --devices, the best layouts."""
+    """Memory, traffic, pipeline bubble and time of a training; with --devices, the best layouts."""
     if top is not None and devices is None:
         raise UserError("--top is of layouts that are searched; add --devices, or leave it out")
     subject = _subject(name, changes or [])
@@ -97,7 +97,7 @@ def plan(
 
 
 def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> None:
-    from lowlat.cli.plan_report import plan_object
+    from lowlat.cli.plan_json import plan_object
     from lowlat.plan.estimate import estimate
     from lowlat.plan.flops import token_flops
     from lowlat.plan.search import all_layouts, neighbours, search
@@ -149,12 +149,13 @@ def _subject(name: str, changes: list[str]) -> Subject:
 
 
 def _recipe(path: Path, changes: list[str]) -> Subject:
-    from lowlat.cli.train_start import base_model_files
+    from lowlat.cli.train_inputs import base_model_files
     from lowlat.plan.job import check
     from lowlat.plan.machine import H100
+    from lowlat.train.cost.dry_run import largest_job
+    from lowlat.train.inputs.configs import recipe_config
     from lowlat.train.parallel.check import check_parallel
     from lowlat.train.recipe.schema import read_recipe
-    from lowlat.train.run.dry_run import largest_job, recipe_config
     from lowlat.utils.progress import make_progress
 
     recipe = read_recipe(path, changes)

@@ -13,7 +13,7 @@ from lowlat.plan.flops import TokenFlops
 from lowlat.plan.job import TrainingJob
 from lowlat.plan.memory import ACTIVATIONS, MemoryEstimate
 from lowlat.plan.search import Neighbour, SearchResult
-from lowlat.train.run.dry_run import DryRun
+from lowlat.train.cost.dry_run import DryRun
 
 STEP_NOTES = {
     "compute": "forward, backward, recomputation",
@@ -113,7 +113,8 @@ def _short_name(job: TrainingJob) -> str:
     layout = job.layout
     tensor = f" TP{layout.tensor}" if layout.tensor > 1 else ""
     schedule = f" {layout.schedule}" if layout.pipeline > 1 else ""
-    return f"PP{layout.pipeline}{schedule} EP{layout.expert}{tensor} ZeRO-{layout.zero} {job.activation_checkpointing}"
+    devices = f"PP{layout.pipeline}{schedule} EP{layout.expert}{tensor} ZeRO-{layout.zero}"
+    return f"{devices} {job.activation_checkpointing}"
 
 
 def _flops(flops: TokenFlops, trained: float | None = None) -> Table:

@@ -17,7 +17,7 @@ from lowlat.cli.waiting import let_threads_sleep
 
 if TYPE_CHECKING:
     from lowlat.train.checkpoints.run_folder import RunFolder
-    from lowlat.train.metrics.runlog import RunLog
+    from lowlat.train.metrics.metrics_log import MetricsLog
     from lowlat.train.recipe.schema import Recipe
 
 
@@ -51,7 +51,7 @@ def train(
     The finished model lies in FOLDER/model, ready for lowlat chat and lowlat serve.
     """
     let_threads_sleep()
-    from lowlat.cli.train_start import base_model_files, teacher_files
+    from lowlat.cli.train_inputs import base_model_files, teacher_files
     from lowlat.train.recipe.schema import read_recipe
     from lowlat.train.recipe.toml import text_of
     from lowlat.utils.progress import make_progress
@@ -125,14 +125,14 @@ def _run(
         raise typer.Exit(130)
 
 
-def _log(parsed: "Recipe", run: "RunFolder", quiet: bool) -> "RunLog":
+def _log(parsed: "Recipe", run: "RunFolder", quiet: bool) -> "MetricsLog":
     """The log of the process that holds the folder; the others keep none."""
-    from lowlat.train.metrics.runlog import FolderRunLog, SilentRunLog
-    from lowlat.train.metrics.view import make_view
+    from lowlat.train.metrics.metrics_log import FolderMetricsLog, SilentMetricsLog
+    from lowlat.train.metrics.progress_view import make_view
 
     if not run.held:
-        return SilentRunLog()
-    return FolderRunLog(
+        return SilentMetricsLog()
+    return FolderMetricsLog(
         log=run.log,
         tensorboard_folder=run.tensorboard,
         view=make_view(quiet=quiet),

@@ -17,7 +17,7 @@ from lowlat.config.attention import (
     TPAConfig,
 )
 from lowlat.config.model import ModelConfig, MoEConfig
-from lowlat.plan.job import TrainingJob, Kernels, Precision
+from lowlat.plan.job import Kernels, Precision, TrainingJob
 
 FP32_BYTES = 4
 FP8_BYTES = 1 + FP32_BYTES / 128
@@ -82,7 +82,9 @@ def layer_bytes(config: ModelConfig, layer: int, job: TrainingJob) -> dict[str, 
     return all_bytes(config, layer, job, selective=job.activation_checkpointing == "selective")
 
 
-def all_bytes(config: ModelConfig, layer: int, job: TrainingJob, *, selective: bool) -> dict[str, float]:
+def all_bytes(
+    config: ModelConfig, layer: int, job: TrainingJob, *, selective: bool
+) -> dict[str, float]:
     """Bytes per token of everything `layer` keeps without recomputation, or with the selective."""
     sizes = _Sizes(
         precision=job.precision,

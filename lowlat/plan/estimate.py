@@ -99,7 +99,9 @@ def estimate(config: ModelConfig, job: TrainingJob, machine: Machine) -> Estimat
     return timed(config, job, machine, devices, memory)
 
 
-def divided(config: ModelConfig, job: TrainingJob, machine: Machine) -> tuple[list[list[PipelineStage]], MemoryEstimate]:
+def divided(
+    config: ModelConfig, job: TrainingJob, machine: Machine
+) -> tuple[list[list[PipelineStage]], MemoryEstimate]:
     """The stages of every device along a pipeline and the memory of the fullest: balanced by time,
     or where that does not fit by layers.
     """
@@ -131,7 +133,11 @@ def _costs(config: ModelConfig, job: TrainingJob, machine: Machine) -> tuple[flo
 
 
 def timed(
-    config: ModelConfig, job: TrainingJob, machine: Machine, devices: list[list[PipelineStage]], memory: MemoryEstimate
+    config: ModelConfig,
+    job: TrainingJob,
+    machine: Machine,
+    devices: list[list[PipelineStage]],
+    memory: MemoryEstimate,
 ) -> Estimate:
     """The estimate for a division and its memory that are known."""
     steps: dict[object, tuple[StepTime, list[Transfer]]] = {}
@@ -154,7 +160,9 @@ def timed(
     )
 
 
-def _anonymous(config: ModelConfig, stages: list[PipelineStage]) -> tuple[tuple[int, int, bool, bool], ...]:
+def _anonymous(
+    config: ModelConfig, stages: list[PipelineStage]
+) -> tuple[tuple[int, int, bool, bool], ...]:
     """What about `stages` decides their time."""
     return tuple((len(s.layers), s.moe_layers(config), s.is_first, s.is_last) for s in stages)
 
@@ -211,9 +219,13 @@ def _compute(
             for layer in stage.all_layers(config)
         }
         forward += _product_seconds(job, machine, work) + _pass_seconds(machine, kept.values())
-        weights += _product_seconds(job, machine, ForwardFlops(products=work.products, plain=work.plain))
+        weights += _product_seconds(
+            job, machine, ForwardFlops(products=work.products, plain=work.plain)
+        )
         for layer, size in kept.items():
-            repeated = recomputed_work(config, layer, job.sequence_length, job.activation_checkpointing)
+            repeated = recomputed_work(
+                config, layer, job.sequence_length, job.activation_checkpointing
+            )
             again += _product_seconds(job, machine, repeated)
             if job.activation_checkpointing == "full":
                 again += _pass_seconds(machine, [size])
@@ -238,7 +250,9 @@ def _seconds(transfer: Transfer, machine: Machine) -> float:
     return max(node, transfer.network_bytes / machine.network_bandwidth) / machine.link_share
 
 
-def _update(config: ModelConfig, job: TrainingJob, machine: Machine, stages: list[PipelineStage]) -> float:
+def _update(
+    config: ModelConfig, job: TrainingJob, machine: Machine, stages: list[PipelineStage]
+) -> float:
     """Seconds of the optimiser: reads gradients, reads and writes masters and moments."""
     moved = 0.0
     for part, count in device_parameters(config, stages, job.layout).items():

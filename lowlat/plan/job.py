@@ -1,7 +1,7 @@
-"""How a model is to be trained, as far as cost depends on it: TrainingJob, its ParallelLayout over devices, and
-which combinations are possible.
+"""Training job as the cost model sees it: `TrainingJob`, its `ParallelLayout` over devices, and the
+check that a model can be divided that way.
 
-Owns no model and no machine: those are `config.model` and `machine`.
+The model is a `config.model.ModelConfig`, the devices are a `machine.Machine`.
 """
 
 from dataclasses import dataclass, field
@@ -126,46 +126,47 @@ class TrainingJob:
 
 
 def check(config: ModelConfig, job: TrainingJob) -> None:
-    """Raise UserError where `config` cannot be divided as `job` says."""
+    """Raise UserError, naming the axis, unless `config` can be divided as `job` asks."""
     layout, moe = job.layout, config.moe
     heads = config.num_attention_heads
     if isinstance(config.attention, GQAConfig | GTAConfig):
         heads = config.attention.num_key_value_heads
     experts = 1 if moe is None else moe.n_routed_experts
+    layers, stages = config.num_hidden_layers, layout.num_stages
     per_pass = layout.data * layout.fsdp * job.micro_batch_size
-    pieces = config.num_hidden_layers + 1
-    faults = (
+    pipeline, context, fewest = layout.pipeline, layout.context, fewest_micro_batches(layout)
+    problems = (
         (heads % layout.tensor, f"tensor {layout.tensor}: must divide the {heads} attention heads"),
-        (experts % layout.expert, f"expert {layout.expert}: must divide the {experts} routed experts"),
+        (
+            experts % layout.expert,
+            f"expert {layout.expert}: must divide the {experts} routed experts",
+        ),
         (
             layout.replicas % layout.expert,
             f"expert {layout.expert}: must divide data * fsdp * context = {layout.replicas}",
         ),
         (
             job.batch_size % per_pass,
-            f"batch of {job.batch_size} rows: must be a multiple of data * fsdp * rows of a "
-            f"micro-batch = {per_pass}",
+            f"batch size {job.batch_size}: must be a multiple of data * fsdp * micro-batch size = "
+            f"{per_pass}",
         ),
         (
-            job.sequence_length % layout.context,
-            f"sequence length {job.sequence_length}: must be a multiple of context = {layout.context}",
+            job.sequence_length % context,
+            f"sequence length {job.sequence_length}: must be a multiple of context = {context}",
+        ),
+        (stages > layers + 1, f"pipeline {pipeline}: {stages} stages for {layers} layers"),
+        (
+            job.micro_batches < fewest,
+            f"pipeline {pipeline}: {layout.schedule} needs {fewest} micro-batches per step and "
+            f"gets {job.micro_batches}; raise the batch size or lower pipeline",
         ),
         (
-            layout.num_stages > pieces,
-            f"pipeline {layout.pipeline}: {layout.num_stages} stages for {config.num_hidden_layers} layers",
-        ),
-        (
-            job.micro_batches < fewest_micro_batches(layout),
-            f"pipeline {layout.pipeline}: {layout.schedule} needs {fewest_micro_batches(layout)} micro-batches "
-            f"per step and gets {job.micro_batches}; raise the batch or lower pipeline",
-        ),
-        (
-            layout.pipeline > 1 and layout.schedule == "dualpipe" and layout.pipeline % 2,
-            f"pipeline {layout.pipeline}: dualpipe needs an even number",
+            pipeline > 1 and layout.schedule == "dualpipe" and pipeline % 2,
+            f"pipeline {pipeline}: dualpipe needs an even number",
         ),
     )
-    for fault, message in faults:
-        if fault:
+    for is_wrong, message in problems:
+        if is_wrong:
             raise UserError(message)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lowlat.config.model import ModelConfig
 from lowlat.plan.activations import FP32_BYTES, all_bytes, layer_bytes
 from lowlat.plan.bubble import in_flight
-from lowlat.plan.job import TrainingJob, ParallelLayout
+from lowlat.plan.job import ParallelLayout, TrainingJob
 from lowlat.plan.stages import ROUTED, PipelineStage, device_parameters
 
 PIECE_ELEMENTS = 2**23
@@ -50,13 +50,17 @@ class MemoryEstimate:
         return max(self.parts, key=lambda part: self.parts[part])
 
 
-def device_memory(config: ModelConfig, job: TrainingJob, devices: list[list[PipelineStage]]) -> MemoryEstimate:
+def device_memory(
+    config: ModelConfig, job: TrainingJob, devices: list[list[PipelineStage]]
+) -> MemoryEstimate:
     """The fullest of the devices of a pipeline, of which `devices` gives the stages."""
     all_ranks = (_rank(config, job, stages, rank) for rank, stages in enumerate(devices))
     return max(all_ranks, key=lambda memory: memory.total)
 
 
-def _rank(config: ModelConfig, job: TrainingJob, stages: list[PipelineStage], rank: int) -> MemoryEstimate:
+def _rank(
+    config: ModelConfig, job: TrainingJob, stages: list[PipelineStage], rank: int
+) -> MemoryEstimate:
     layout = job.layout
     parameters = device_parameters(config, stages, layout)
     activations = _activations(config, job, stages)
@@ -123,7 +127,9 @@ def moment_bytes(job: TrainingJob, part: str) -> float:
     return float(size * (2 if is_adam else 1))
 
 
-def _activations(config: ModelConfig, job: TrainingJob, stages: list[PipelineStage]) -> dict[str, float]:
+def _activations(
+    config: ModelConfig, job: TrainingJob, stages: list[PipelineStage]
+) -> dict[str, float]:
     """Activation bytes of all layers of a device and all micro-batches in flight, by tensor."""
     kept: dict[str, float] = {}
     for stage in stages:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lowlat.plan.job import TrainingJob, ParallelLayout
+from lowlat.plan.job import ParallelLayout, TrainingJob
 from lowlat.plan.machine import H800, Machine
 
 

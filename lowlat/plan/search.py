@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 
 from lowlat.config.model import ModelConfig
 from lowlat.plan.estimate import Estimate, divided, estimate, timed
-from lowlat.plan.job import TrainingJob, ParallelLayout, ActivationCheckpointing, Schedule, ZeroStage, check
+from lowlat.plan.job import (
+    ActivationCheckpointing,
+    ParallelLayout,
+    Schedule,
+    TrainingJob,
+    ZeroStage,
+    check,
+)
 from lowlat.plan.machine import Machine
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
@@ -78,7 +85,13 @@ def all_layouts(config: ModelConfig, devices: int, machine: Machine) -> list[Par
     """Every division of `config` over `devices` devices by powers of two."""
     experts = 1 if config.moe is None else config.moe.n_routed_experts
     return [
-        ParallelLayout(fsdp=devices // (pipeline * tensor), tensor=tensor, expert=expert, pipeline=pipeline, schedule=schedule)
+        ParallelLayout(
+            fsdp=devices // (pipeline * tensor),
+            tensor=tensor,
+            expert=expert,
+            pipeline=pipeline,
+            schedule=schedule,
+        )
         for pipeline in _powers(min(MOST_STAGES, config.num_hidden_layers, devices))
         for tensor in _powers(min(MOST_TENSOR, machine.devices_per_node, devices // pipeline))
         if devices % (pipeline * tensor) == 0
@@ -114,7 +127,9 @@ def _powers(most: int) -> list[int]:
     return [1 << exponent for exponent in range(most.bit_length())]
 
 
-def _best(config: ModelConfig, job: TrainingJob, machine: Machine, failed: Counter[str]) -> Estimate | None:
+def _best(
+    config: ModelConfig, job: TrainingJob, machine: Machine, failed: Counter[str]
+) -> Estimate | None:
     """The fastest of the ZeRO stages and recomputations of a layout that fits."""
     if not _is_possible(config, job):
         failed[NO_DIVISION] += 1
@@ -123,7 +138,9 @@ def _best(config: ModelConfig, job: TrainingJob, machine: Machine, failed: Count
     # The further down, the less memory and the more time.
     for mode in CHECKPOINTING_MODES:
         for zero in ZERO_STAGES:
-            tried = replace(job, activation_checkpointing=mode, layout=replace(job.layout, zero=zero))
+            tried = replace(
+                job, activation_checkpointing=mode, layout=replace(job.layout, zero=zero)
+            )
             devices, memory = divided(config, tried, machine)
             if memory.total <= machine.usable_bytes:
                 found.append(timed(config, tried, machine, devices, memory))

@@ -45,7 +45,10 @@ class PipelineStage:
 
 
 def cut(
-    config: ModelConfig, layout: ParallelLayout, costs: tuple[float, ...], most_layers: int | None = None
+    config: ModelConfig,
+    layout: ParallelLayout,
+    costs: tuple[float, ...],
+    most_layers: int | None = None,
 ) -> list[PipelineStage]:
     """The stages in order, so that the busiest device is as little busy as it can be, with at most
     `most_layers` decoder layers per stage.
@@ -87,11 +90,13 @@ def stage_work(config: ModelConfig, stage: PipelineStage, sequence_length: int) 
     return work
 
 
-def device_parameters(config: ModelConfig, stages: list[PipelineStage], layout: ParallelLayout) -> dict[str, float]:
-    """Parameters of a device that holds `stages`, by part, before any share among replicas.
+def device_parameters(
+    config: ModelConfig, stages: list[PipelineStage], layout: ParallelLayout
+) -> dict[str, float]:
+    """Parameters of a device that holds `stages`, by part of the model, before ZeRO sharding.
 
-    tensor divides every matrix but the down-projections to MLA's latents and the router, embedding and
-    head as the layout says; expert and tensor divide routed experts.
+    Tensor parallelism divides every matrix except MLA's down-projections and the router (embedding
+    and head only if `layout.divides_tables`); expert and tensor parallelism divide routed experts.
     """
     moe, hidden, tensor = config.moe, config.hidden_size, layout.tensor
     numbers = [layer for stage in stages for layer in stage.all_layers(config)]

@@ -1,8 +1,8 @@
-"""Bytes a device sends per step, by kind and by link, and whether computation can hide them.
+"""Communication volume: bytes a device sends per step, by kind and link, and what overlap can hide.
 
-Ranks lie with tensor innermost, then fsdp, context and data, then the pipeline. Collectives over whole nodes
-send within the node first, so that each device's own network link carries its share only. Owns
-volumes; `estimate` turns them into time.
+Ranks are ordered tensor (innermost), fsdp, context, data, pipeline. Collectives that span nodes
+are hierarchical: they send within the node first, so each device's network link carries only its
+share. `estimate` turns volumes into time.
 """
 
 import math
@@ -123,7 +123,9 @@ def _tensor(config: ModelConfig, job: TrainingJob, stages: list[PipelineStage]) 
     )
 
 
-def _context(config: ModelConfig, job: TrainingJob, machine: Machine, stages: list[PipelineStage]) -> Transfer:
+def _context(
+    config: ModelConfig, job: TrainingJob, machine: Machine, stages: list[PipelineStage]
+) -> Transfer:
     """Rows of keys and values (MLA: the latent) travel a ring; backward they do it again with their
     gradients.
     """

@@ -25,7 +25,7 @@ from lowlat.convert.exact import check_exact
 from lowlat.convert.planning import likely_config
 from lowlat.convert.report import REPORT_FILE, Report, measure, report_files
 from lowlat.convert.run import Job, check, convert
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.recovery.evaluation import EvaluationText, evaluate, read_evaluation_text
 from lowlat.recovery.text import build_tokens, require_uncalibrated, require_unseen
 from lowlat.recovery.wanted import Wanted, check_wanted, identity
@@ -34,13 +34,13 @@ from lowlat.text.pieces import encode_plain
 from lowlat.text.plain import read_plain_text
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.run.export import export_save
-from lowlat.train.run.heal import (
+from lowlat.train.run.recovery import (
     SEQUENCE_LENGTH,
-    Healing,
-    check_healing,
-    check_memory,
-    heal,
-    healing_recipe,
+    RecoveryOptions,
+    check_recovery_data,
+    check_recovery_memory,
+    recovery_recipe,
+    train_recovery,
 )
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
@@ -56,7 +56,7 @@ class _Task:
     job: Job
     compression: Compression
     wanted: Wanted
-    healing: Healing | None
+    healing: RecoveryOptions | None
     tokenizer: Tokenizer
     text: EvaluationText | None
     work: Work
@@ -78,12 +78,12 @@ def convert_and_heal(
     """Write the model at `src` with a smaller cache as the folder `dst`, healed on
     `wanted.texts` and measured on `wanted.evaluate`, as far as these are given.
 
-    Other arguments are those of `convert`. Healing distils the original into the compressed model
-    (`train.heal`). `dst` appears complete or not at all, with all that was measured in its
-    conversion.json; what an interrupted call leaves beside it is where the same call goes on.
+    Other arguments are those of `convert`. Recovery training distils the original into the
+    compressed model (`train.run.recovery`). `dst` appears complete or not at all, with all that was
+    measured in its conversion.json; the same call resumes what an interrupted one left.
     Raises UserError as `convert`, for texts that are none, too short or in both places, and as
-    `heal`; KeyboardInterrupt after a save where the training was asked to stop by SIGINT or
-    SIGTERM.
+    `train_recovery`; KeyboardInterrupt after a save where the training was asked to stop by SIGINT
+    or SIGTERM.
     """
     began = time.perf_counter()
     dst = dst.absolute()
@@ -104,7 +104,7 @@ def convert_and_heal(
     if healing is not None:
         share, layout = compression.share, compression.layout
         likely = likely_config(job.found, check_exact(job.found), share, layout)
-        check_memory(job.found, likely, healing)
+        check_recovery_memory(job.found, likely, healing)
     text = wanted.evaluate and read_evaluation_text(wanted.evaluate, tokenizer)
     facts = identity(job, wanted, None if text is None else text.content)
     with opened(dst, facts) as work:
@@ -125,13 +125,13 @@ def convert_and_heal(
     return measure(src, dst, job.found, converted, time.perf_counter() - began)
 
 
-def _healing(wanted: Wanted, config: ModelConfig) -> Healing | None:
+def _healing(wanted: Wanted, config: ModelConfig) -> RecoveryOptions | None:
     if wanted.tokens is None:
         return None
     length = min(SEQUENCE_LENGTH, config.max_position_embeddings)
     if wanted.tokens < length:
         raise UserError(f"--heal {wanted.tokens}: is less than a row of {length} tokens; give more")
-    return Healing(tokens=wanted.tokens, sequence_length=length)
+    return RecoveryOptions(tokens=wanted.tokens, sequence_length=length)
 
 
 def _with_fit_text(task: _Task) -> _Task:
@@ -145,7 +145,7 @@ def _with_fit_text(task: _Task) -> _Task:
     return task
 
 
-def _checked_tokens(task: _Task) -> TokenFolder | None:
+def _checked_tokens(task: _Task) -> TokenizedDataset | None:
     """The text to heal on as tokens, found fit before anything that takes long; None without
     healing.
     """
@@ -153,11 +153,11 @@ def _checked_tokens(task: _Task) -> TokenFolder | None:
     if task.healing is None:
         return None
     if work.tokens.exists():
-        folder = TokenFolder.open(work.tokens)
+        folder = TokenizedDataset.open(work.tokens)
     else:
         length = task.healing.sequence_length
         folder = build_tokens(work.tokens, task.wanted.texts, task.tokenizer, length, progress)
-    check_healing(work.tokens, task.healing, origin=f"--text {', '.join(task.wanted.texts)}")
+    check_recovery_data(work.tokens, task.healing, origin=f"--text {', '.join(task.wanted.texts)}")
     ids = task.job.found.vocab_size
     if folder.vocab_size > ids:
         raise UserError(
@@ -169,7 +169,7 @@ def _checked_tokens(task: _Task) -> TokenFolder | None:
     return folder
 
 
-def _calibrated(task: _Task, folder: TokenFolder | None) -> Compression:
+def _calibrated(task: _Task, folder: TokenizedDataset | None) -> Compression:
     """The compression that is asked for, calibrated on the text to heal on, which `folder` holds,
     unless that one is too short.
     """
@@ -235,7 +235,7 @@ def _heal(task: _Task) -> dict[str, Any]:
     """Train; the part of the report that tells of it."""
     work, healing = task.work, task.healing
     assert healing is not None
-    found = heal(
+    found = train_recovery(
         work.start,
         task.job.src,
         work.tokens,
@@ -246,8 +246,8 @@ def _heal(task: _Task) -> dict[str, Any]:
     )
     if not work.healed.exists():
         _write_healed(task)
-    folder = TokenFolder.open(work.tokens)
-    phase = healing_recipe(work.start, task.job.src, work.tokens, healing)["phase"][-1]
+    folder = TokenizedDataset.open(work.tokens)
+    phase = recovery_recipe(work.start, task.job.src, work.tokens, healing)["phase"][-1]
     settings = asdict(healing) | {
         "batch_tokens": phase["batch_size"] * phase["sequence_length"],
         "learning_rate": phase["learning_rate"][0]["to"],

@@ -19,9 +19,8 @@ from lowlat.data.batch import Batch
 from lowlat.data.writer import write_tokenizer
 from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
-from lowlat.train.recipe.schedule import StepPlan, Timetable
-from lowlat.train.recipe.schema import OptimizerConfig
-from lowlat.train.recipe.schema import parse_recipe
+from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
+from lowlat.train.recipe.schema import OptimizerConfig, parse_recipe
 from lowlat.train.run.export import export
 from lowlat.train.step.balance import RouterWatch
 from lowlat.train.step.loss import count_targets
@@ -50,14 +49,14 @@ def plan() -> StepPlan:
         "mtp_weight": MTP_WEIGHT,
     }
     raw = {"name": "t", "model": {}, "data": {"folder": "none"}, "phase": [phase]}
-    return Timetable(parse_recipe(raw, origin="test")).at(0)
+    return TrainingSchedule(parse_recipe(raw, origin="test")).at(0)
 
 
 def draw_batch(case: Case) -> Batch:
     generator = torch.Generator().manual_seed(case.seed)
     shape = (ROWS, LENGTH + 1 + case.mtp)
     tokens = torch.randint(case.config.vocab_size, shape, generator=generator)
-    return Batch(tokens=tokens, predicted=torch.ones_like(tokens, dtype=torch.bool))
+    return Batch(tokens=tokens, loss_mask=torch.ones_like(tokens, dtype=torch.bool))
 
 
 def trainable(oracle: Oracle, folder: Path) -> Transformer:

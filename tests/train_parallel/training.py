@@ -23,9 +23,8 @@ from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
 from lowlat.train.parallel.launch import joined
 from lowlat.train.parallel.team import Team
-from lowlat.train.recipe.schedule import StepPlan, Timetable
-from lowlat.train.recipe.schema import OptimizerConfig
-from lowlat.train.recipe.schema import ParallelConfig, parse_recipe
+from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
+from lowlat.train.recipe.schema import OptimizerConfig, parse_recipe
 from lowlat.train.run.build import new_passes
 from lowlat.train.step.balance import RouterWatch
 from lowlat.train.step.optim import Optimizer
@@ -87,7 +86,7 @@ def model_config(attention: str, layers: int = 2) -> ModelConfig:
     )
 
 
-def timetable(steps: int, ranks: int) -> Timetable:
+def timetable(steps: int, ranks: int) -> TrainingSchedule:
     """Two micro-batches of a process where four divide the rows."""
     raw = {
         "name": "t",
@@ -106,20 +105,20 @@ def timetable(steps: int, ranks: int) -> Timetable:
             }
         ],
     }
-    return Timetable(parse_recipe(raw, origin="test"), ranks=ranks)
+    return TrainingSchedule(parse_recipe(raw, origin="test"), ranks=ranks)
 
 
 def windows(first: int, count: int, vocab: int, *, masks: bool) -> Batch:
     """Rows first .. first + count - 1 of an endless text; with `masks`, of short documents."""
-    rows, predicted, documents = [], [], []
+    rows, loss_mask, documents = [], [], []
     for row in range(first, first + count):
         generator = torch.Generator().manual_seed(row)
         rows.append(torch.randint(vocab // 4, (LENGTH + 1 + MTP,), generator=generator))
-        predicted.append(torch.rand(LENGTH + 1 + MTP, generator=generator) < 0.9)
+        loss_mask.append(torch.rand(LENGTH + 1 + MTP, generator=generator) < 0.9)
         documents.append((3, 5, LENGTH - 8) if row % 2 else (7, LENGTH - 7))
     return Batch(
         tokens=torch.stack(rows),
-        predicted=torch.stack(predicted),
+        loss_mask=torch.stack(loss_mask),
         documents=tuple(documents) if masks else None,
     )
 

@@ -18,7 +18,7 @@ from lowlat.cli.waiting import let_threads_sleep
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from lowlat.data.folder import TokenFolder
+    from lowlat.data.dataset import TokenizedDataset
     from lowlat.utils.progress import Progress
     from lowlat_lab.study.plan import Arm, Plan
     from lowlat_lab.study.sizes import Size
@@ -113,7 +113,7 @@ def attention(
     let_threads_sleep()
     from lowlat_lab.study import attention as own
 
-    def all_arms(chosen: "Size", folder: "TokenFolder") -> "Sequence[Arm]":
+    def all_arms(chosen: "Size", folder: "TokenizedDataset") -> "Sequence[Arm]":
         found = own.attention_arms(chosen, folder.vocab_size)
         return found if arms else own.usual(found)
 
@@ -169,7 +169,7 @@ def mtp(
     let_threads_sleep()
     from lowlat_lab.study import mtp as own
 
-    def all_arms(chosen: "Size", _folder: "TokenFolder") -> "Sequence[Arm]":
+    def all_arms(chosen: "Size", _folder: "TokenizedDataset") -> "Sequence[Arm]":
         return own.mtp_arms(chosen)
 
     plan, folder = _plan("mtp", data, seeds, steps, tokens, size, None, all_arms)
@@ -194,7 +194,7 @@ def precision(
     let_threads_sleep()
     from lowlat_lab.study import precision as own
 
-    def all_arms(chosen: "Size", _folder: "TokenFolder") -> "Sequence[Arm]":
+    def all_arms(chosen: "Size", _folder: "TokenizedDataset") -> "Sequence[Arm]":
         return own.precision_arms(chosen)
 
     plan, folder = _plan("precision", data, seeds, steps, tokens, size, arms, all_arms)
@@ -209,8 +209,8 @@ def _plan(
     tokens: int | None,
     size: str,
     arms: str | None,
-    all_arms: "Callable[[Size, TokenFolder], Sequence[Arm]]",
-) -> "tuple[Plan, TokenFolder]":
+    all_arms: "Callable[[Size, TokenizedDataset], Sequence[Arm]]",
+) -> "tuple[Plan, TokenizedDataset]":
     from lowlat_lab.study.plan import Plan, choose_arms, num_steps, open_data
     from lowlat_lab.study.sizes import find_size
 
@@ -228,9 +228,9 @@ def _plan(
 
 
 def _study(
-    run: "Callable[[Plan, TokenFolder, Path, Progress, str], dict[str, Any]]",
+    run: "Callable[[Plan, TokenizedDataset, Path, Progress, str], dict[str, Any]]",
     plan: "Plan",
-    folder: "TokenFolder",
+    folder: "TokenizedDataset",
     output: _Output,
 ) -> None:
     page = output.page

@@ -10,7 +10,7 @@ from typing import Any
 
 from lowlat.config.arithmetic import cache_cost, count_parameters
 from lowlat.config.attention import short_name
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 from lowlat_lab.study.decode import Speed, decode_speeds
@@ -152,7 +152,9 @@ def grouped(names: Sequence[str]) -> str:
     return next((name for name in ("gqa-2", "gqa-4") if name in names), "")
 
 
-def study(plan: Plan, data: TokenFolder, out: Path, progress: Progress, command: str) -> Report:
+def study(
+    plan: Plan, data: TokenizedDataset, out: Path, progress: Progress, command: str
+) -> Report:
     """Run all of it, or what is left of it, and report."""
     ran = run_all(plan, data, out, progress)
     names = [arm.name for arm in plan.arms]
@@ -176,7 +178,7 @@ def study(plan: Plan, data: TokenFolder, out: Path, progress: Progress, command:
 
 
 def _speeds(
-    plan: Plan, data: TokenFolder, out: Path, ran: Sequence[Ran], progress: Progress
+    plan: Plan, data: TokenizedDataset, out: Path, ran: Sequence[Ran], progress: Progress
 ) -> tuple[dict[str, Speed], str | None]:
     """Decoding of each arm's first finished model; or the reason why it could not be timed."""
     models: dict[str, Path] = {}

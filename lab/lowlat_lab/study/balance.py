@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.utils.progress import Progress
 from lowlat_lab.study.experts import expert_table
 from lowlat_lab.study.plan import Arm, Plan
@@ -51,7 +51,9 @@ def balance_arms(size: Size) -> tuple[Arm, ...]:
     )
 
 
-def study(plan: Plan, data: TokenFolder, out: Path, progress: Progress, command: str) -> Report:
+def study(
+    plan: Plan, data: TokenizedDataset, out: Path, progress: Progress, command: str
+) -> Report:
     """Run all of it, or what is left of it, and report."""
     ran = run_all(plan, data, out, progress)
     report = make_report(plan, data, ran, command=command)

@@ -5,7 +5,7 @@ Owns these sentences alone.
 
 from typing import Any
 
-from lowlat.train.metrics.wording import count
+from lowlat.train.metrics.formatting import count
 from lowlat_lab.study.attention import LATER, grouped
 from lowlat_lab.study.figures import percent, with_half
 from lowlat_lab.study.findings import confidence, sentence

@@ -9,14 +9,14 @@ from rich.table import Table
 
 from lowlat.config.arithmetic import cache_cost, count_parameters
 from lowlat.config.attention import short_name
-from lowlat.data.folder import TokenFolder
-from lowlat.train.metrics.wording import clock, count
+from lowlat.data.dataset import TokenizedDataset
+from lowlat.train.metrics.formatting import clock, count
 from lowlat.utils.progress import Progress
 from lowlat_lab.study.estimate import estimate
 from lowlat_lab.study.plan import Plan, config_of
 
 
-def describe(plan: Plan, data: TokenFolder, progress: Progress, *, as_json: bool) -> None:
+def describe(plan: Plan, data: TokenizedDataset, progress: Progress, *, as_json: bool) -> None:
     """Print what the study would be; the time is that of a few steps of every arm, tried now."""
     found = estimate(plan, progress)
     arms: list[dict[str, Any]] = [

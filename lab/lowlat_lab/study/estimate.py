@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import final
 
 from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.train.metrics.metrics_log import MetricsLog
 from lowlat.train.metrics.record import EvalRecord, StepRecord
-from lowlat.train.metrics.runlog import RunLog
 from lowlat.train.run.trainer import Trainer
 from lowlat.utils.progress import Progress
 from lowlat_lab.study.plan import Arm, Plan
@@ -52,7 +52,7 @@ def _step_seconds(plan: Plan, arm: Arm) -> float:
 
 
 @final
-class _StepTimes(RunLog):
+class _StepTimes(MetricsLog):
     """Keeps how long steps take."""
 
     def __init__(self) -> None:

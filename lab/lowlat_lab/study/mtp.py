@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowlat.config.arithmetic import count_parameters
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.recipe.schema import Recipe
 from lowlat.utils.progress import Progress
 from lowlat_lab.study.experts import expert_table
@@ -31,7 +31,9 @@ def mtp_arms(size: Size) -> tuple[Arm, ...]:
     )
 
 
-def study(plan: Plan, data: TokenFolder, out: Path, progress: Progress, command: str) -> Report:
+def study(
+    plan: Plan, data: TokenizedDataset, out: Path, progress: Progress, command: str
+) -> Report:
     """Run all of it, or what is left of it, and report."""
 
     def judged(folder: Path, recipe: Recipe, progress: Progress) -> dict[str, Any]:

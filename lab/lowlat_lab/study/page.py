@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lowlat.train.metrics.wording import count
+from lowlat.train.metrics.formatting import count
 from lowlat.utils.errors import UserError
 from lowlat_lab.study.conclusions import conclusions
 from lowlat_lab.study.figures import table_of

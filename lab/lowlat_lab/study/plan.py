@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lowlat.config.model import ModelConfig
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
+from lowlat.train.inputs.configs import base_config
 from lowlat.train.recipe.schema import Recipe, parse_recipe
-from lowlat.train.run.inputs import base_config
 from lowlat.utils.errors import UserError
 from lowlat_lab.study.sizes import Size
 
@@ -184,11 +184,11 @@ def num_steps(size: Size, *, steps: int | None, tokens: int | None) -> int:
     return size.steps if steps is None else steps
 
 
-def open_data(folder: Path, size: Size) -> TokenFolder:
-    """The token folder of a study. Raises UserError as TokenFolder, or where no documents are held
-    out to measure on.
+def open_data(folder: Path, size: Size) -> TokenizedDataset:
+    """The tokenized dataset of a study. Raises UserError as TokenizedDataset, or where no documents
+    are held out to measure on.
     """
-    opened = TokenFolder.open(folder.resolve())
+    opened = TokenizedDataset.open(folder.resolve())
     least = size.sequence_length + 3
     if opened.num_tokens("held_out") < least:
         raise UserError(

@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.checkpoints.disk import replace_file
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.metrics.jsonl import RunHistory, read_log
+from lowlat.train.metrics.metrics_log import FolderMetricsLog
+from lowlat.train.metrics.progress_view import ProgressView
 from lowlat.train.metrics.record import EvalRecord, StartRecord, StepRecord
-from lowlat.train.metrics.runlog import FolderRunLog
-from lowlat.train.metrics.view import View
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.recipe.toml import to_toml
 from lowlat.train.run.trainer import MODEL_FOLDER, Trainer
@@ -64,7 +64,12 @@ def run_folder(out: Path, arm: Arm, seed: int) -> Path:
 
 
 def run_all(
-    plan: Plan, data: TokenFolder, out: Path, progress: Progress, *, also: Measure | None = None
+    plan: Plan,
+    data: TokenizedDataset,
+    out: Path,
+    progress: Progress,
+    *,
+    also: Measure | None = None,
 ) -> list[Ran]:
     """Every run of `plan`, those already finished taken from their folders.
 
@@ -87,7 +92,7 @@ def run_all(
     return found
 
 
-def read_result(folder: Path, recipe: Recipe, data: TokenFolder) -> Result | None:
+def read_result(folder: Path, recipe: Recipe, data: TokenizedDataset) -> Result | None:
     """The result in a run's folder; None where it is not finished.
 
     Raises UserError where it is of another recipe or other data, saying what differs.
@@ -106,7 +111,7 @@ def read_result(folder: Path, recipe: Recipe, data: TokenFolder) -> Result | Non
     return result
 
 
-def identity(recipe: Recipe, data: TokenFolder) -> dict[str, Any]:
+def identity(recipe: Recipe, data: TokenizedDataset) -> dict[str, Any]:
     """What makes two runs the same: recipe and data, wherever the data lies."""
     return recipe.model_dump(mode="json") | {"data": data.fingerprint}
 
@@ -131,7 +136,7 @@ def _attempt(
     plan: Plan,
     arm: Arm,
     seed: int,
-    data: TokenFolder,
+    data: TokenizedDataset,
     out: Path,
     progress: Progress,
     also: Measure | None,
@@ -155,7 +160,7 @@ def _run(
     plan: Plan,
     arm: Arm,
     seed: int,
-    data: TokenFolder,
+    data: TokenizedDataset,
     folder: Path,
     progress: Progress,
     also: Measure | None,
@@ -164,7 +169,7 @@ def _run(
     recipe = plan.recipe(arm, seed)
     with RunFolder(folder) as run:
         with progress.task(f"{arm.name}, seed {seed}", plan.steps) as task:
-            log = FolderRunLog(
+            log = FolderMetricsLog(
                 log=run.log,
                 tensorboard_folder=run.tensorboard,
                 view=_TaskView(task),
@@ -216,7 +221,7 @@ def model_folder(out: Path, arm: str, seed: int) -> Path:
 
 
 @final
-class _TaskView(View):
+class _TaskView(ProgressView):
     """A run as one task among those of the study."""
 
     def __init__(self, task: Task) -> None:

@@ -4,7 +4,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lowlat.train.metrics.wording import count
+from lowlat.train.metrics.formatting import count
 from lowlat_lab.study.figures import table_of
 from lowlat_lab.study.findings import confidence, sentence
 from lowlat_lab.study.report import Report, labels_of

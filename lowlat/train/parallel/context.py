@@ -46,13 +46,13 @@ class Zigzag:
     def divide(self, batch: Batch, num_ahead: int) -> Batch:
         """This process's chunks of every row, as rows of their own with the tokens that follow."""
         chunk = self._chunk(batch.sequence_length(num_ahead))
-        tokens, predicted = (
+        tokens, loss_mask = (
             torch.stack(
                 [whole[:, c * chunk : (c + 1) * chunk + num_ahead] for c in self.chunks], dim=1
             ).flatten(0, 1)
-            for whole in (batch.tokens, batch.predicted)
+            for whole in (batch.tokens, batch.loss_mask)
         )
-        return Batch(tokens=tokens, predicted=predicted)
+        return Batch(tokens=tokens, loss_mask=loss_mask)
 
     def pieces(self, documents: Sequence[Sequence[int]]) -> list[Piece]:
         """Calls of attention, in the order of this process's tokens; `documents` are the lengths

@@ -32,7 +32,9 @@ _REPORTS = "lowlat/reports"
 
 
 @contextmanager
-def joined(parallel: Parallel, *, device: str = "cpu", origin: str = "recipe") -> Iterator[Team]:
+def joined(
+    parallel: ParallelConfig, *, device: str = "cpu", origin: str = "recipe"
+) -> Iterator[Team]:
     """The team of this process, for as long as the run lasts; `origin` names the recipe in errors.
 
     An error in one process ends them all: the one that fails first raises it, the others, whose

@@ -11,7 +11,7 @@ from lowlat.train.parallel.pipeline_stages import (
     needs_embedding,
     planned,
 )
-from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.recipe.schema import Recipe
 from lowlat.utils.errors import UserError
 
@@ -34,7 +34,7 @@ def check_pipeline(config: ModelConfig, recipe: Recipe, origin: str) -> None:
             "fsdp does not divide; use data instead, or another pipeline_schedule"
         )
     parts = sizes.data * sizes.fsdp
-    timetable = Timetable(recipe, ranks=parts)
+    timetable = TrainingSchedule(recipe, ranks=parts)
     counts = {
         (plan.phase.name, plan.rows // (parts * plan.phase.micro_batch_size))
         for plan in map(timetable.at, range(timetable.steps))

@@ -80,7 +80,9 @@ class Elsewhere(nn.Module):
     """Stands where the model has a part that another process holds."""
 
 
-def holders_of_embedding(config: ModelConfig, division: Sequence[Sequence[PipelineStage]]) -> list[int]:
+def holders_of_embedding(
+    config: ModelConfig, division: Sequence[Sequence[PipelineStage]]
+) -> list[int]:
     """Processes that use the embedding matrix: the first, and another one at most."""
     return [
         process

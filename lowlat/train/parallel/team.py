@@ -154,7 +154,7 @@ def view_sizes(parallel: ParallelConfig) -> list[dict[str, int]]:
     return [ends[0] | view | ends[1] for view in (base, held, expert)]
 
 
-def expert_sizes(parallel: Parallel, replicate: int) -> tuple[int, int]:
+def expert_sizes(parallel: ParallelConfig, replicate: int) -> tuple[int, int]:
     """Sizes of expert_fsdp and expert_replicate. Raises UserError where experts do not fit."""
     fsdp, expert = parallel.fsdp, parallel.expert
     if fsdp % expert == 0:

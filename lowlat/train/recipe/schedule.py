@@ -83,7 +83,7 @@ def most_rows(phase: Phase, unit: int) -> int:
     return max(1, round(most / unit)) * unit
 
 
-def data_of(recipe: Recipe, index: int) -> Data:
+def data_of(recipe: Recipe, index: int) -> DataConfig:
     """What phase `index` reads."""
     return recipe.phase[index].data or recipe.data
 
@@ -97,11 +97,11 @@ def data_begins(recipe: Recipe, index: int) -> int:
     return index
 
 
-def _reads(recipe: Recipe, index: int) -> tuple[Data, int]:
+def _reads(recipe: Recipe, index: int) -> tuple[DataConfig, int]:
     return data_of(recipe, index), recipe.phase[index].sequence_length
 
 
-class Timetable:
+class TrainingSchedule:
     """The steps of a recipe. `ranks` processes share every batch."""
 
     def __init__(self, recipe: Recipe, *, ranks: int = 1) -> None:

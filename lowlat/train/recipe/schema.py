@@ -177,7 +177,7 @@ class DistillationConfig(_Table):
     """
 
     teacher: str
-    """A checkpoint as `base_model`: folder, .gguf, preset or hub id; of the model's own vocabulary."""
+    """Checkpoint, named as in `base_model`; it must have the same vocabulary as the model."""
     cross_entropy_weight: Amount = 0.0
     """Weight of the ordinary loss beside the divergence."""
 

@@ -33,10 +33,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 def new_model(
-    config: ModelConfig, recipe: Recipe, base_model: Path | None, weights: Mapping[str, Tensor] | None
+    config: ModelConfig,
+    recipe: Recipe,
+    base_model: Path | None,
+    weights: Mapping[str, Tensor] | None,
 ) -> Transformer:
-    """The whole model with fp32 weights on the CPU: `weights` if given, else those of `base_model`, else
-    new ones. With LoRA those of `base_model` in the products' dtype, and `weights` are its updates.
+    """The whole model with fp32 weights on the CPU: `weights` if given, else those of `base_model`,
+    else new ones. With LoRA those of `base_model` in the products' dtype, and `weights` are its
+    updates.
     They may be views of files: `parallel.layout.lay_out` gives them memory. Where attention alone
     is trained, the matrices that stay have the products' dtype.
     """
@@ -119,8 +123,8 @@ def new_optimizer(
 
 
 def load_base_model(base_model: Path, config: ModelConfig, dtype: str) -> Transformer:
-    """The weights of the checkpoint `base_model` in `dtype`, experts stacked, in a model of `config`,
-    which may say other things about positions.
+    """Load the checkpoint `base_model` in `dtype`, experts stacked, into a model of `config`, whose
+    RoPE scaling may differ from the checkpoint's.
     """
     loaded = load_model(base_model, dtype=dtype).model
     _require_finite(loaded, f"base_model {base_model}")

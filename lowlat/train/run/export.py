@@ -21,14 +21,14 @@ from lowlat.train.checkpoints.errors import writing
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.checkpoints.save import Save, folder_name
 from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.inputs.model_files import teacher_fingerprint, weights_fingerprint
 from lowlat.train.parallel.team import Team
 from lowlat.train.recipe.schema import Recipe, parse_recipe
+from lowlat.train.run.adapter import write_adapter
 from lowlat.train.run.build import load_base_model
-from lowlat.train.run.lora_files import weights_fingerprint, write_adapter
 from lowlat.train.run.state import MODEL, part
 from lowlat.train.step.fp8 import save_fp8
 from lowlat.train.step.lora import base_dtype, merged
-from lowlat.train.step.teacher import teacher_fingerprint
 from lowlat.utils.device import parse_dtype
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress

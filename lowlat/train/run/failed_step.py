@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowlat.train.inputs.configs import phase_configs
 from lowlat.train.parallel.layout import Layout
 from lowlat.train.parallel.team import Team
-from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.run.build import DTYPES, new_model, new_passes, new_teacher
-from lowlat.train.run.export import contents, open_save, base_model_of, teacher_of
-from lowlat.train.run.inputs import phase_configs
+from lowlat.train.run.export import base_model_of, contents, open_save, teacher_of
 from lowlat.train.run.replay import BATCH_FILES, read_batch, step_of
 from lowlat.train.step.balance import RouterWatch
 from lowlat.train.step.loss import count_targets
@@ -60,7 +60,7 @@ def look_again(run: Path) -> FailedStep:
     save = open_save(run, step)
     config, recipe, weights = contents(save)
     ranks = recipe.parallel.data * recipe.parallel.fsdp
-    plan = Timetable(recipe, ranks=ranks).at(step)
+    plan = TrainingSchedule(recipe, ranks=ranks).at(step)
     # The save may be that of the phase before.
     own = recipe.model_copy(update={"phase": [plan.phase]})
     (config,) = phase_configs(config, own, str(save.folder))

@@ -1,11 +1,9 @@
 """The model that another one learns from: never moved, never saved.
 
-Owns its passes and how it is known again; losses are `loss`'s and `layerwise`'s.
+Owns its passes; losses are `loss`'s and `layerwise`'s.
 """
 
-import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
@@ -13,12 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lowlat.attention.base import AttentionBackend
-from lowlat.checkpoint.index import open_checkpoint
-from lowlat.checkpoint.load import read_config
-from lowlat.config.model import ModelConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.transformer import Transformer
-from lowlat.train.run.lora_files import start_fingerprint
 
 
 class TeacherHead(NamedTuple):
@@ -84,16 +78,3 @@ class Teacher:
 def layers_of(model: Transformer) -> list[DecoderLayer]:
     """The decoder layers of `model`, MTP modules not among them."""
     return [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
-
-
-def teacher_config(path: Path) -> ModelConfig:
-    """The config of the checkpoint `path`. Raises UserError naming file and field."""
-    return read_config(open_checkpoint(path))
-
-
-def teacher_fingerprint(path: Path) -> str:
-    """SHA-256 of what tells the checkpoint `path` from others: its config and samples of its
-    weights.
-    """
-    config = (path / "config.json").read_bytes() if path.is_dir() else b""
-    return hashlib.sha256(config + start_fingerprint(path).encode()).hexdigest()

@@ -8,7 +8,7 @@ from lowlat_lab.study.attention import attention_arms
 from lowlat_lab.study.plan import Plan
 from lowlat_lab.study.sizes import TINY, Size
 
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from tests.unit.data.conftest import Make, make_folder, texts
 
 __all__ = ["make_folder"]  # the fixture
@@ -23,7 +23,7 @@ def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def data(make_folder: Make) -> TokenFolder:
+def data(make_folder: Make) -> TokenizedDataset:
     return make_folder(texts(40), held_out=texts(9))
 
 
@@ -41,7 +41,7 @@ def size() -> Size:
 
 
 @pytest.fixture
-def make_plan(data: TokenFolder, size: Size) -> MakePlan:
+def make_plan(data: TokenizedDataset, size: Size) -> MakePlan:
     """A study of MHA and MLA with two seeds; `changes` replace fields."""
 
     def make(**changes: object) -> Plan:

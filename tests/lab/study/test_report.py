@@ -11,7 +11,7 @@ from lowlat_lab.study.sizes import Size
 from lowlat_lab.study.table import show
 from rich.console import Console
 
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import SilentProgress
 
@@ -31,7 +31,11 @@ SAID = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_study_becomes_a_page(
-    kind: str, size: Size, data: TokenFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    size: Size,
+    data: TokenizedDataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("matplotlib")
     study, arms = KINDS[kind]
@@ -53,7 +57,7 @@ def test_a_study_becomes_a_page(
     assert all(arm["label"] in printed for arm in report["arms"])
 
 
-def test_failed_arms_are_told(size: Size, data: TokenFolder, tmp_path: Path) -> None:
+def test_failed_arms_are_told(size: Size, data: TokenizedDataset, tmp_path: Path) -> None:
     """Holds shut: a report that breaks, or keeps quiet, where an arm has no run."""
     pytest.importorskip("matplotlib")
     arms = attention.attention_arms(size, data.vocab_size)[:5:4]

@@ -16,8 +16,9 @@ from lowlat.plan.estimate import estimate
 from lowlat.plan.flops import token_flops
 from lowlat.plan.published import DEEPSEEK_V3
 from lowlat.plan.search import SearchResult, neighbours
+from lowlat.train.cost.dry_run import dry_run
+from lowlat.train.inputs.configs import recipe_config
 from lowlat.train.recipe.schema import read_recipe
-from lowlat.train.run.dry_run import dry_run, recipe_config
 from lowlat.utils.errors import UserError
 
 RECIPE = """
@@ -161,7 +162,8 @@ def test_the_documented_changes_are_those_of_today():
 
 
 def _spaced(match: re.Match[str]) -> str:
-    return f"{match[0].lower()} "
+    axes = {"PP": "pipeline", "EP": "expert", "TP": "tensor"}
+    return f"{axes[match[0]]} "
 
 
 @pytest.mark.parametrize(

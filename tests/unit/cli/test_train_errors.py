@@ -11,7 +11,7 @@ from lowlat.cli import main
 from lowlat.data.build import build
 from lowlat.data.selection import BuildOptions
 from lowlat.plan import rate
-from lowlat.train.run import dry_run as dryrun
+from lowlat.train.cost import dry_run as dryrun
 from tests.fakes import byte_tokenizer
 
 RECIPE = """
@@ -94,15 +94,19 @@ def test_no_recipe(
         ("folder = ", "foldr = ", "data.foldr is not a key of recipes; did you mean folder?"),
         ("steps = 2\n", "", "phase.0.steps is missing"),
         ("steps = 2", "steps = 'two'", "phase.0.steps: must be a valid integer, not 'two'"),
-        ("rows = 1", "rows = 1.5", "phase.0.micro_batch_size: must be a valid integer, not 1.5"),
+        (
+            "micro_batch_size = 1",
+            "micro_batch_size = 1.5",
+            "phase.0.micro_batch_size: must be a valid integer, not 1.5",
+        ),
         (
             "= 2\nmicro",
             "= 0\nmicro",
             "phase.0: batch_size: must be a multiple of micro_batch_size 1, not 0",
         ),
         (
-            "rows = 1",
-            "rows = 3",
+            "micro_batch_size = 1",
+            "micro_batch_size = 3",
             "phase.0: batch_size: must be a multiple of micro_batch_size 3, not 2",
         ),
         ("'small'", "'a/b'", "name: must be letters, digits, '.', '_' and '-', a letter or digit"),
@@ -132,8 +136,16 @@ def test_no_recipe(
             "[optimizer]\nbetas = 0.9\n[log]",
             "optimizer.betas: must be a list of two numbers, not 0.9",
         ),
-        ("[log]", "[checkpoints]\nkeep_last = 1\n[log]", "checkpoints.keep_last: must be greater than or"),
-        ("[log]", "[lora]\nrank = 2\nalpha = 4.0\n[log]", "lora needs base_model, a checkpoint whose"),
+        (
+            "[log]",
+            "[checkpoints]\nkeep_last = 1\n[log]",
+            "checkpoints.keep_last: must be greater than or",
+        ),
+        (
+            "[log]",
+            "[lora]\nrank = 2\nalpha = 4.0\n[log]",
+            "lora needs base_model, a checkpoint whose",
+        ),
         ("name = ", "base_model = 'x'\nname = ", "give either [model] or base_model, not both"),
         ("name = ", "device = 'gpu'\nname = ", "device = 'gpu' is not there; set cpu, or cuda"),
         ("[log]", "[parallel]\ndata = 2\n[log]", "[parallel] is for 2 processes, 1 started"),
@@ -153,8 +165,9 @@ def test_no_recipe(
         ),
         (
             "1e-3",
-            "1e-3\nrope = { type = 'yarn', factr = 2.0 }",
-            "phase first: rope: rope_scaling.factr (2.0) is not a setting of rope_type 'yarn'",
+            "1e-3\nrope_scaling = { type = 'yarn', factr = 2.0 }",
+            "phase first: rope_scaling: rope_scaling.factr (2.0) is not a setting of rope_type "
+            "'yarn'",
         ),
     ],
 )

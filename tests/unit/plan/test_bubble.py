@@ -7,8 +7,8 @@ from lowlat.plan.job import ParallelLayout
 
 
 def simulated_1f1b(pipeline: int, micro_batches: int, forward: float, backward: float) -> float:
-    """Seconds of a step in which every stage does min(pipeline - rank, m) forward passes first and then
-    alternates.
+    """Seconds of a step in which every stage does min(pipeline - rank, m) forward passes first and
+    then alternates.
     """
     orders = []
     for rank in range(pipeline):
@@ -43,7 +43,9 @@ def simulated_1f1b(pipeline: int, micro_batches: int, forward: float, backward: 
 def test_1f1b_as_simulated(pipeline: int, micro_batches: int):
     times = StageTimes(forward=1.0, backward=2.5, weights=1.0, overlapped=3.5)
     step = simulated_1f1b(pipeline, micro_batches, 1.0, 2.5)
-    assert bubble_seconds(ParallelLayout(pipeline=pipeline), times) == pytest.approx(step - micro_batches * 3.5)
+    assert bubble_seconds(ParallelLayout(pipeline=pipeline), times) == pytest.approx(
+        step - micro_batches * 3.5
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,5 +78,5 @@ def test_micro_batches_in_flight():
     dual = ParallelLayout(pipeline=4, schedule="dualpipe")
     assert all(in_flight(dual, 99, r) + in_flight(dual, 99, 3 - r) == 5 for r in range(4))
     interleaved = ParallelLayout(pipeline=4, schedule="interleaved", stages_per_device=2)
-    # Megatron's warm-up of 2 (pipeline - 1) + pipeline passes of half stages, and one more in progress.
+    # Megatron's warm-up of 2 (P - 1) + P passes of half stages, and one more in progress.
     assert in_flight(interleaved, 99, 0) == (2 * 3 + 4 + 1) / 2

@@ -9,18 +9,18 @@ import torch
 from lowlat.config.arithmetic import count_parameters
 from lowlat.plan.flops import token_flops
 from lowlat.plan.job import check
-from lowlat.train.parallel.check import check_parallel
-from lowlat.train.recipe.schema import Recipe, parse_recipe
-from lowlat.train.run.dry_run import (
+from lowlat.train.cost.dry_run import (
     REACHED,
     dry_run,
     job_of,
     largest_job,
     needed_bytes,
-    recipe_config,
     require_fit,
     usable_memory,
 )
+from lowlat.train.inputs.configs import recipe_config
+from lowlat.train.parallel.check import check_parallel
+from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.utils.errors import UserError
 from lowlat.utils.memory import memory_limit
 
@@ -111,11 +111,12 @@ def test_what_fits_is_let_through():
         ),
         (
             {"model": MODEL | {"intermediate_size": 3_000_000}},
-            r"of saves: use a smaller model or optimizer\.name = 'muon'; what is saved is copied",
+            r"of checkpoint copy: use a smaller model or optimizer\.name = 'muon'; "
+            "checkpoints are written from a copy",
         ),
         (
             {"model": MODEL | {"intermediate_size": 3_000_000}, "optimizer": {"name": "muon"}},
-            r"of saves: use a smaller model; what is saved is copied",
+            r"of checkpoint copy: use a smaller model; checkpoints are written from a copy",
         ),
     ],
 )

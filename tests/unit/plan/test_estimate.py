@@ -7,7 +7,7 @@ import pytest
 
 from lowlat.config.presets import load_preset
 from lowlat.plan.estimate import Estimate, estimate
-from lowlat.plan.job import TrainingJob, ParallelLayout
+from lowlat.plan.job import ParallelLayout, TrainingJob
 from lowlat.plan.machine import H800
 from lowlat.plan.published import DEEPSEEK_V3
 from lowlat.utils.errors import UserError
@@ -88,7 +88,7 @@ def test_one_device_computes_and_updates_only():
         ({"tensor": 3}, "tensor 3: must divide the 128 attention heads"),
         ({"expert": 96}, "expert 96: must divide the 256 routed experts"),
         ({"fsdp": 32}, "expert 64: must divide data"),
-        ({"fsdp": 7 * 64}, "batch of 15360 rows: must be a multiple of"),
+        ({"fsdp": 7 * 64}, "batch size 15360: must be a multiple of"),
         ({"pipeline": 64}, "pipeline 64: 64 stages for 61 layers"),
         ({"fsdp": 1024}, "pipeline 16: dualpipe needs 32 micro-batches per step and gets 15"),
         ({"pipeline": 15}, "pipeline 15: dualpipe needs an even number"),

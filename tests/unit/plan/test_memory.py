@@ -13,15 +13,17 @@ from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native_training
 from lowlat.plan.activations import layer_bytes
-from lowlat.plan.job import TrainingJob, ParallelLayout, Precision
+from lowlat.plan.job import ParallelLayout, Precision, TrainingJob
 from lowlat.plan.memory import MemoryEstimate, device_memory
 from lowlat.plan.stages import cut, held
+from lowlat.train.cost.dry_run import require_fit
 from lowlat.train.recipe.schema import parse_recipe
-from lowlat.train.run.dry_run import require_fit
 from lowlat.train.step.lora import EXPERT_PROJECTIONS, add_updates, is_update
 from tests.fakes import gqa_config, mla_config
 
-JOB = TrainingJob(sequence_length=128, batch_size=8, precision="fp32", layout=ParallelLayout(zero=0))
+JOB = TrainingJob(
+    sequence_length=128, batch_size=8, precision="fp32", layout=ParallelLayout(zero=0)
+)
 LATENT = MLAConfig(
     num_attention_heads=3,
     kv_lora_rank=37,
@@ -212,7 +214,9 @@ def test_zero_divides_more_and_more(zero: int, whole: tuple[str, ...]):
 
 def test_experts_have_fewer_twins_to_share_with():
     """Five devices hold an expert each: no other has the same, so nothing of it is shared."""
-    job = replace(JOB, precision="bf16", batch_size=40, layout=ParallelLayout(fsdp=5, expert=5, zero=1))
+    job = replace(
+        JOB, precision="bf16", batch_size=40, layout=ParallelLayout(fsdp=5, expert=5, zero=1)
+    )
     found = memory(job)
     routed = found.parameters["routed experts"]
     rest = sum(found.parameters.values()) - routed

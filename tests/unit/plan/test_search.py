@@ -19,7 +19,9 @@ JOB = DEEPSEEK_V3.job
 def test_the_papers_layout_is_the_best_around_it():
     """PP16 and EP64 with the schedules the paper compares; ties go to the quieter network."""
     layouts = [
-        replace(JOB.layout, fsdp=2048 // pipeline, pipeline=pipeline, expert=expert, schedule=schedule)
+        replace(
+            JOB.layout, fsdp=2048 // pipeline, pipeline=pipeline, expert=expert, schedule=schedule
+        )
         for pipeline in (8, 16)
         for expert in (32, 64, 128)
         for schedule in ("1f1b", "zb1p", "dualpipe")

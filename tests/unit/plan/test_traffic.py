@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 
 from lowlat.config.model import ModelConfig, MoEConfig
-from lowlat.plan.job import TrainingJob, ParallelLayout
+from lowlat.plan.job import ParallelLayout, TrainingJob
 from lowlat.plan.machine import H800
 from lowlat.plan.stages import ROUTED, cut, device_parameters, held
 from lowlat.plan.traffic import Transfer, places, transfers
@@ -44,7 +44,9 @@ def sent(job: TrainingJob, rank: int = 0, config: ModelConfig = CONFIG) -> dict[
     return {found.kind: found for found in transfers(config, job, H800, devices[rank])}
 
 
-JOB = TrainingJob(sequence_length=40, batch_size=96, precision="bf16", layout=ParallelLayout(fsdp=16, zero=1))
+JOB = TrainingJob(
+    sequence_length=40, batch_size=96, precision="bf16", layout=ParallelLayout(fsdp=16, zero=1)
+)
 
 
 def test_a_single_device_sends_nothing():

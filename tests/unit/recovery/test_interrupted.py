@@ -47,7 +47,7 @@ STAGES = [
     ("build_tokens", 1, True),
     ("convert", 1, True),
     ("evaluate", 2, False),
-    ("heal", 1, True),
+    ("train_recovery", 1, True),
     ("export_save", 1, True),
     ("convert", 2, True),
     ("report_files", 1, True),
@@ -68,12 +68,12 @@ def test_ctrl_c_and_on(
     with monkeypatch.context() as patch:
         counts = {
             name: Stopped(patch, name, 0, KeyboardInterrupt(), late=True)
-            for name in ("build_tokens", "convert", "heal", "evaluate")
+            for name in ("build_tokens", "convert", "train_recovery", "evaluate")
         }
         tiny.call(made, tmp_path / "mla")
     assert counts["build_tokens"].calls == ("tokens" not in done)
     assert counts["convert"].calls == ("start" not in done) + ("out" not in done)
-    assert counts["heal"].calls == ("healing.json" not in done)
+    assert counts["train_recovery"].calls == ("healing.json" not in done)
     names = ("original.json", "compressed.json", "healed.json")
     assert counts["evaluate"].calls == sum(name not in done for name in names)
     assert tiny.contents(tmp_path / "mla") == tiny.contents(made / "whole")
@@ -174,7 +174,9 @@ def test_two_at_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         tiny.call(made, tmp_path / "mla")
 
 
-@pytest.mark.parametrize(("stage", "at"), [("evaluate", 2), ("heal", 1), ("export_save", 1)])
+@pytest.mark.parametrize(
+    ("stage", "at"), [("evaluate", 2), ("train_recovery", 1), ("export_save", 1)]
+)
 def test_a_full_disk(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, at: int
 ) -> None:

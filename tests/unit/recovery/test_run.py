@@ -20,9 +20,9 @@ from lowlat.convert.run import convert
 from lowlat.recovery.run import convert_and_heal
 from lowlat.recovery.wanted import Wanted
 from lowlat.recovery.work import work_path
+from lowlat.train.cost.dry_run import most_memory, needed_bytes
 from lowlat.train.recipe.schema import parse_recipe
-from lowlat.train.run.dry_run import most_memory, needed_bytes
-from lowlat.train.run.heal import Healing, healing_recipe
+from lowlat.train.run.recovery import RecoveryOptions, recovery_recipe
 from lowlat.utils.errors import UserError
 from tests.unit.convert.test_compressed_folders import LENGTH, logits, source_model
 from tests.unit.convert.test_run import edit_tensors
@@ -252,7 +252,7 @@ def test_the_evaluation_text_itself(made: Path, tmp_path: Path) -> None:
 def test_too_little_memory_is_told_first(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowlat.train.run.heal.usable_memory", lambda *_: 1_000_000)
+    monkeypatch.setattr("lowlat.train.run.recovery.usable_memory", lambda *_: 1_000_000)
     with pytest.raises(UserError, match=r"--heal: training needs about .* and 1 MB are there"):
         tiny.call(made, tmp_path / "dst")
     assert not list(tmp_path.iterdir())
@@ -264,14 +264,16 @@ def test_memory_is_that_of_the_compressed_model(
     """Whose queries are wider than the original's; nothing that fits is refused."""
     config, converted = (load_model(made / name).config for name in ("source", "whole"))
     likely = likely_config(config, check_exact(config), 0.5, "standard")
-    healing = Healing(tokens=tiny.TOKENS, sequence_length=LENGTH)
-    recipe = parse_recipe(healing_recipe(made, made, made, healing), origin="healing")
+    healing = RecoveryOptions(tokens=tiny.TOKENS, sequence_length=LENGTH)
+    recipe = parse_recipe(recovery_recipe(made, made, made, healing), origin="healing")
     original, found, true = (
         needed_bytes(most_memory(each, recipe, teacher=config)[1])
         for each in (config, likely, converted)
     )
     assert original < found < true
-    monkeypatch.setattr("lowlat.train.run.heal.usable_memory", lambda *_: (original + found) // 2)
+    monkeypatch.setattr(
+        "lowlat.train.run.recovery.usable_memory", lambda *_: (original + found) // 2
+    )
     refused(made, tmp_path, "--heal: training needs about")
 
 

@@ -38,11 +38,11 @@ def make(folder: Path) -> Path:
 
 def scale_down(patch: pytest.MonkeyPatch) -> None:
     """Steps and evaluations of few tokens."""
-    patch.setattr("lowlat.train.run.heal.BATCH_TOKENS", STEP)
+    patch.setattr("lowlat.train.run.recovery.BATCH_TOKENS", STEP)
     # large random weights take no more
-    patch.setattr("lowlat.train.run.heal.LEARNING_RATE", 3e-5)
-    patch.setattr("lowlat.train.run.heal.FULL_STEPS", 1)
-    for module in ("lowlat.train.run.heal", "lowlat.recovery.text"):
+    patch.setattr("lowlat.train.run.recovery.LEARNING_RATE", 3e-5)
+    patch.setattr("lowlat.train.run.recovery.FULL_STEPS", 1)
+    for module in ("lowlat.train.run.recovery", "lowlat.recovery.text"):
         patch.setattr(f"{module}.EVALUATED_TOKENS", 400)
 
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.data.layout import SPLITS, FolderFacts, id_type
+from lowlat.data.manifest import SPLITS, DatasetManifest, id_type
 from lowlat.data.vocabulary import end_of_text, fim_tokens
-from lowlat.data.writer import SplitWriter, partial_folder, write_facts, write_tokenizer
+from lowlat.data.writer import SplitWriter, partial_folder, write_manifest, write_tokenizer
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.checkpoints.save import Save
 from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.metrics.metrics_log import Fact, MetricsLog
 from lowlat.train.metrics.record import EvalRecord, StepRecord
-from lowlat.train.metrics.runlog import Fact, RunLog
 from lowlat.train.recipe.schema import Recipe, parse_recipe
-from lowlat.train.run.trainer import Outcome, Trainer
+from lowlat.train.run.trainer import Trainer, TrainingResult
 from tests.unit.data.conftest import END, byte_level
 
 MODEL = {
@@ -92,7 +92,7 @@ def make_tokens(path: Path, special: tuple[str, ...] = (), held_out: int = 5) ->
                 ids = [*chance.integers(97, 105, chance.integers(3, 40)), END]
                 writers[split].add(np.array(ids), None)
                 writers[split].end_document(len(ids) - 1)
-        facts = FolderFacts(
+        facts = DatasetManifest(
             vocab_size=tokenizer.vocab_size,
             end_of_text=end_of_text(tokenizer),
             begin_of_text=None,
@@ -103,7 +103,7 @@ def make_tokens(path: Path, special: tuple[str, ...] = (), held_out: int = 5) ->
             sources=("made",),
             dropped={},
         )
-        write_facts(folder, facts)
+        write_manifest(folder, facts)
     return path
 
 
@@ -131,7 +131,7 @@ def phases(*changes: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @final
-class Notes(RunLog):
+class Notes(MetricsLog):
     """Keeps all records; asks the run to stop after step `last`."""
 
     def __init__(self, last: int | None = None) -> None:
@@ -180,7 +180,7 @@ def opened(
 
 def train(
     folder: Path, wanted: Recipe, last: int | None = None, **options: Any
-) -> tuple[Outcome, Notes]:
+) -> tuple[TrainingResult, Notes]:
     """Train until step `last`, or to the end."""
     log = Notes(last)
     with opened(folder, wanted, log, **options) as trainer:

@@ -152,7 +152,7 @@ def test_sequence_loss_ignores_the_bias() -> None:
         for _, gate in gates(model):
             assert gate.e_score_correction_bias is not None
             gate.e_score_correction_bias.data[0] += shift
-        one = replace(batch, tokens=batch.tokens[:1], predicted=batch.predicted[:1])
+        one = replace(batch, tokens=batch.tokens[:1], loss_mask=batch.loss_mask[:1])
         watch = RouterWatch(model, sequence_weight=1.0)
         seen: list[Tensor] = []
         for _, gate in list(gates(model))[:1]:
@@ -180,7 +180,7 @@ def test_an_unbalanced_router_becomes_balanced() -> None:
     optimizer = Optimizer(model, OptimizerConfig(weight_decay=0.0))
     watch = RouterWatch(model, sequence_weight=0.0)
     tokens = torch.randint(211, (13, 24))
-    batch = Batch(tokens=tokens, predicted=torch.ones_like(tokens, dtype=torch.bool))
+    batch = Batch(tokens=tokens, loss_mask=torch.ones_like(tokens, dtype=torch.bool))
     chosen: list[Tensor] = []
     gate = next(iter(gates(model)))[1]
     gate.register_forward_hook(lambda _m, _i, out: chosen.append(out.experts))

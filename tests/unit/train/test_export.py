@@ -154,7 +154,7 @@ def test_any_save_of_a_run(base: Path) -> None:
 
 
 def test_going_on_from_a_model(base: Path) -> None:
-    """A finished model is a base_model: its first loss is that of the model, by the data's tokenizer."""
+    """A finished model as base_model: its first loss is the model's, by the data's tokenizer."""
     outcome, log = runs.train(base / "run", runs.recipe())
     assert outcome.model is not None
     wanted = runs.recipe(model=None, base_model="model")

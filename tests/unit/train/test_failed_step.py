@@ -52,7 +52,9 @@ def test_a_start_without_numbers_is_named(base: Path) -> None:
     """Holds shut: a lower rate advised where none would help."""
     broken = build_start(base / "base_model")
     wanted = runs.recipe(model=None, base_model="base_model", phase=runs.PHASES[1:])
-    with pytest.raises(UserError, match=r"base_model .*'norm\.weight' holds values that are not finite"):
+    with pytest.raises(
+        UserError, match=r"base_model .*'norm\.weight' holds values that are not finite"
+    ):
         train(base / "run", wanted, base_model=broken)
 
 

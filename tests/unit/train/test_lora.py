@@ -17,8 +17,8 @@ from lowlat.config.model import GQAConfig
 from lowlat.convert.run import convert
 from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
+from lowlat.train.cost.dry_run import require_fit
 from lowlat.train.recipe.schema import LoraConfig, parse_recipe
-from lowlat.train.run.dry_run import require_fit
 from lowlat.train.run.export import export_adapter, export_save
 from lowlat.train.step.lora import add_updates, check_lora, count_updates, is_update, merged
 from lowlat.train.step.loss import batch_loss
@@ -180,7 +180,9 @@ def test_adapter(tmp_path: Path) -> None:
     convert(tuning.checkpoint(tmp_path / "gqa", source), tmp_path / "base", to="mla")
     tuning.chats(tmp_path / "tokens")
     names = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
-    recipe = tuning.raw_recipe(base_model="base", lora={"rank": 3, "alpha": 6.0, "target_modules": names})
+    recipe = tuning.raw_recipe(
+        base_model="base", lora={"rank": 3, "alpha": 6.0, "target_modules": names}
+    )
     run = tuning.train(tmp_path, recipe, base_model=tmp_path / "base")
     assert export_adapter(run.path, tmp_path / "adapter", step=None) == 6
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -224,7 +226,9 @@ def test_base_that_is_gone(tmp_path: Path) -> None:
     tuning.checkpoint(base, tuning.config(), seed=8)
     with pytest.raises(UserError, match="base: holds other weights now"):
         export_save(run.path, tmp_path / "dst", step=None, dtype="fp32")
-    with pytest.raises(UserError, match="was trained by another recipe: base_model holds other weights"):
+    with pytest.raises(
+        UserError, match="was trained by another recipe: base_model holds other weights"
+    ):
         tuning.train(tmp_path, raw, base_model=base)
     shutil.rmtree(base)
     (tmp_path / "elsewhere").rename(base)
@@ -296,7 +300,9 @@ def test_memory_of_updates_by_hand(optimizer: str, moments: int) -> None:
     config = tuning.config()
     modules = ["o_proj", "q_a_proj", "up_proj"]
     raw = tuning.raw_recipe(base_model="base", optimizer={"name": optimizer})
-    recipe = parse_recipe(raw | {"lora": {"rank": 3, "alpha": 4.0, "target_modules": modules}}, origin="r")
+    recipe = parse_recipe(
+        raw | {"lora": {"rank": 3, "alpha": 4.0, "target_modules": modules}}, origin="r"
+    )
     assert recipe.lora is not None
     model = random_model(config, torch.float32)
     stack_experts(model)
@@ -320,7 +326,9 @@ def test_modules_that_are_not_there_are_refused_with_the_file() -> None:
     """By the config alone: before data is verified or weights are read."""
     lora = {"rank": 2, "alpha": 4.0, "target_modules": ["o_proj", "w_proj"]}
     recipe = parse_recipe(tuning.raw_recipe(base_model="base", lora=lora), origin="r.toml")
-    with pytest.raises(UserError, match=r"^r.toml: lora.target_modules: the model has no w_proj; it has"):
+    with pytest.raises(
+        UserError, match=r"^r.toml: lora.target_modules: the model has no w_proj; it has"
+    ):
         check_lora(tuning.config(), recipe, "r.toml")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.recipe.schema import Segment, parse_recipe, read_recipe
 from lowlat.utils.errors import UserError
 
@@ -135,7 +135,10 @@ def test_changes(path: Path) -> None:
         ("phase.0.steps=100000000", "recipe.toml: phase.0.steps: "),
         ("model.rope_theta=inf", "recipe.toml: model: rope_theta must be finite numbers"),
         ("model.pad_token_id=2026-01-01", "recipe.toml: model: pad_token_id must be finite"),
-        ("phase.0.rope_scaling={ factor = nan }", "recipe.toml: phase.0.rope_scaling: factor must be finite"),
+        (
+            "phase.0.rope_scaling={ factor = nan }",
+            "recipe.toml: phase.0.rope_scaling: factor must be finite",
+        ),
         ("phase=[]", "recipe.toml: phase: "),
         (
             "phase.0.learning_rate=[{ to = 1 }, { to = 2 }]",
@@ -167,13 +170,13 @@ def test_no_layout_changes_a_constant_batch(path: Path, parallel: dict[str, int]
     """Holds shut: 8 rows of micro-batches of 4 that became 32 on 8 processes."""
     recipe = read_recipe(path, [f"parallel.{axis}={size}" for axis, size in parallel.items()])
     ranks = recipe.parallel.data * recipe.parallel.fsdp
-    assert [Timetable(recipe, ranks=ranks).at(step).rows for step in (9, 10, 11)] == [4] * 3
+    assert [TrainingSchedule(recipe, ranks=ranks).at(step).rows for step in (9, 10, 11)] == [4] * 3
 
 
 def test_ramps_are_rounded_instead(path: Path) -> None:
     changes = ["parallel.data=2", "parallel.fsdp=4", "phase.1.batch_size=16"]
     recipe = read_recipe(path, changes)
-    assert {Timetable(recipe, ranks=8).at(step).rows for step in range(9)} == {16}
+    assert {TrainingSchedule(recipe, ranks=8).at(step).rows for step in range(9)} == {16}
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lowlat.train.recipe.schedule import Timetable, batch_size, value_at
+from lowlat.train.recipe.schedule import TrainingSchedule, batch_size, value_at
 from lowlat.train.recipe.schema import Phase, Segment, parse_recipe
 
 from . import tiny
@@ -57,11 +57,11 @@ def test_a_last_segment_that_has_no_step_left_is_never_met() -> None:
 def test_batches_grow_by_whole_micro_batches(ranks: int) -> None:
     ramp = [{"to": 2.0, "steps": 1}, {"to": 12.0, "steps": 5}, {"to": 12.0}]
     recipe = tiny.recipe(steps=9, batch_size=ramp, micro_batch_size=2)
-    rows = [Timetable(recipe, ranks=ranks).at(step).rows for step in range(9)]
+    rows = [TrainingSchedule(recipe, ranks=ranks).at(step).rows for step in range(9)]
     assert rows == {1: [2, 4, 6, 8, 10, 12, 12, 12, 12], 2: [4, 4, 8, 8, 8, 12, 12, 12, 12]}[ranks]
 
 
-def phases() -> Timetable:
+def phases() -> TrainingSchedule:
     fields = {"micro_batch_size": 1, "learning_rate": 0.1}
     ramp = [{"to": 1.0, "steps": 1}, {"to": 3.0}]
     raw = {
@@ -75,7 +75,7 @@ def phases() -> Timetable:
             | fields,
         ],
     }
-    return Timetable(parse_recipe(raw, origin="test"))
+    return TrainingSchedule(parse_recipe(raw, origin="test"))
 
 
 def test_phases_follow_one_another() -> None:
@@ -118,12 +118,12 @@ def test_a_phase_with_other_rows_begins_anew(change: dict[str, Any]) -> None:
     assert of_phases({}, change).at(2).first_row == 0
 
 
-def of_phases(*changes: dict[str, Any]) -> Timetable:
+def of_phases(*changes: dict[str, Any]) -> TrainingSchedule:
     """Two steps of two rows in every phase."""
     fields = {"name": "p", "steps": 2, "sequence_length": 5, "batch_size": 2}
     fields |= {"micro_batch_size": 1, "learning_rate": 0.1}
     raw = {"name": "t", "model": {}, "data": {"folder": "none"}}
-    return Timetable(
+    return TrainingSchedule(
         parse_recipe(raw | {"phase": [fields | change for change in changes]}, origin="test")
     )
 

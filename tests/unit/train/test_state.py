@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowlat.train.parallel.layout import Layout
-from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.run.state import (
     MODEL,
@@ -67,13 +67,13 @@ def test_a_snapshot_does_not_change() -> None:
 
 def resume(saved: dict[str, Any], **changes: Any) -> Position:
     recipe = runs.recipe(**changes)
-    return check_resumable(saved, recipe, ["a", "b"], Timetable(recipe), "runs/x")
+    return check_resumable(saved, recipe, ["a", "b"], TrainingSchedule(recipe), "runs/x")
 
 
 def saved(step: int) -> dict[str, Any]:
     recipe = runs.recipe()
     position = Position(step=step, seconds=2.5)
-    return facts(recipe, tiny.config(), position, ["a", "b"], Timetable(recipe))
+    return facts(recipe, tiny.config(), position, ["a", "b"], TrainingSchedule(recipe))
 
 
 @pytest.mark.parametrize(
@@ -105,13 +105,13 @@ def test_what_differs_is_said() -> None:
 def test_a_model_of_another_config_does_not_go_on(step: int, phase: int) -> None:
     """Holds shut: weights of a save under the config of a checkpoint that has changed since."""
     own, other = tiny.config(), replace(tiny.config(), rms_norm_eps=1e-3)
-    timetable = Timetable(runs.recipe())
+    schedule = TrainingSchedule(runs.recipe())
     configs = [other, other]
     configs[phase] = own
-    check_config(saved(step), configs, timetable, "runs/x")
+    check_config(saved(step), configs, schedule, "runs/x")
     configs.reverse()
     with pytest.raises(UserError, match=r"rms_norm_eps was 1e-0\d and is 0.001; restore the con"):
-        check_config(saved(step), configs, timetable, "runs/x")
+        check_config(saved(step), configs, schedule, "runs/x")
 
 
 def test_what_may_differ() -> None:

@@ -146,7 +146,7 @@ def test_evaluation_is_the_mean_over_targets() -> None:
     """Of all batches together, however many targets each has; nothing is left behind."""
     model = tiny.model(tiny.config())
     batch = tiny.batch(masked=True)
-    batch.predicted[0] = False
+    batch.loss_mask[0] = False
     passes = PlainPasses(model, torch.float64)
     naive = NaiveModel(model.config, dict(model.named_parameters()))
     wanted = naive.losses(batch, mtp_weight=0.0, z_weight=0.0, alpha=0.0)
@@ -161,7 +161,7 @@ def test_evaluation_is_the_mean_over_targets() -> None:
 def blind() -> Batch:
     """Nothing of it is a target."""
     batch = tiny.batch()
-    return replace(batch, predicted=torch.zeros_like(batch.predicted))
+    return replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
 
 
 def test_a_batch_without_targets_moves_nothing() -> None:
@@ -185,7 +185,7 @@ def test_heads_without_targets_have_no_loss() -> None:
     optimizer, watch = parts(model)
     passes = PlainPasses(model, torch.float64)
     batch = blind()
-    batch.predicted[:, 1::2] = True
+    batch.loss_mask[:, 1::2] = True
     before = state(model, optimizer)
     (loss,) = train_step(passes, optimizer, watch, batch, tiny.plan(), num_ahead=3).losses
     assert loss > 0 and not torch.equal(before["norm.weight"], model.norm.weight)

@@ -39,7 +39,11 @@ def test_a_stopped_run_goes_on_exactly(
 
     Holds shut: a state that lacks routing biases, moments, schedule, position or random numbers.
     """
-    wanted = runs.recipe(precision=precision, optimizer={"name": optimizer}, activation_checkpointing=activation_checkpointing)
+    wanted = runs.recipe(
+        precision=precision,
+        optimizer={"name": optimizer},
+        activation_checkpointing=activation_checkpointing,
+    )
     before = torch.get_rng_state()
     whole, log = train(base / "whole", wanted)
     torch.set_rng_state(before)
@@ -64,7 +68,7 @@ def test_what_a_run_leaves(base: Path) -> None:
     """Saves at every so many steps and at the end of every phase; records of every step;
     evaluations likewise; and a model.
     """
-    wanted = runs.recipe(saves={"every_steps": 4, "keep_last": 20})
+    wanted = runs.recipe(checkpoints={"every_steps": 4, "keep_last": 20})
     outcome, log = train(base / "run", wanted)
     assert runs.steps(base / "run") == [4, 5, 8, 9]
     assert [record.step for record in log.steps] == list(range(1, STEPS + 1))
@@ -151,7 +155,9 @@ def test_a_loss_that_is_not_finite(base: Path, every: int) -> None:
     """The run ends with the batch of the step and the state before it, whenever the last save was;
     started again it ends at the same step.
     """
-    wanted = runs.recipe(phase=runs.phases(BOOM, {}), saves={"every_steps": every, "keep_last": 20})
+    wanted = runs.recipe(
+        phase=runs.phases(BOOM, {}), checkpoints={"every_steps": every, "keep_last": 20}
+    )
     log = runs.Notes()
     for _ in range(2):
         with (
@@ -227,7 +233,7 @@ def test_what_may_change_between_parts_of_a_run(base: Path) -> None:
         base / "run",
         runs.recipe(
             name="renamed",
-            saves={"every_steps": 3, "keep_last": 9},
+            checkpoints={"every_steps": 3, "keep_last": 9},
             evaluation={"every_steps": 100, "sequences": 1},
             log={"every_steps": 2},
             activation_checkpointing="full",
@@ -325,7 +331,10 @@ def test_longer_contexts(base: Path) -> None:
     ("changes", "said"),
     [
         ({"sequence_length": 33}, "phase long: sequence_length 33 is beyond"),
-        ({"rope_scaling": {"stretch": 2}}, "phase long: rope_scaling: rope_scaling.stretch (2) is not a setting"),
+        (
+            {"rope_scaling": {"stretch": 2}},
+            "phase long: rope_scaling: rope_scaling.stretch (2) is not a setting",
+        ),
         (
             {"rope_scaling": {"type": "yarn", "factor": "much"}},
             "phase long: rope_scaling: rope_scaling.factor must be a number",

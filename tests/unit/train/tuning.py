@@ -21,10 +21,10 @@ from lowlat.data.build import build
 from lowlat.data.selection import BuildOptions
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.checkpoints.saves import Saves
-from lowlat.train.metrics.runlog import FolderRunLog
-from lowlat.train.metrics.view import make_view
+from lowlat.train.metrics.metrics_log import FolderMetricsLog
+from lowlat.train.metrics.progress_view import make_view
 from lowlat.train.recipe.schema import parse_recipe
-from lowlat.train.run.trainer import Outcome, Trainer
+from lowlat.train.run.trainer import Trainer, TrainingResult
 from tests.fakes import byte_tokenizer
 from tests.lowlat_configs import random_model
 
@@ -39,7 +39,7 @@ class Run:
     """What a run left."""
 
     path: Path
-    outcome: Outcome
+    outcome: TrainingResult
     trainer: Trainer
 
     def records(self, kind: str) -> list[dict[str, Any]]:
@@ -140,7 +140,7 @@ def train(
     """Run `raw`, whose data lies in `folder`, to its end, in `folder`/`name`."""
     recipe = parse_recipe(raw, origin="r.toml")
     with RunFolder(folder / name) as run:
-        log = FolderRunLog(
+        log = FolderMetricsLog(
             log=run.log,
             tensorboard_folder=run.tensorboard,
             view=make_view(quiet=True),

@@ -87,7 +87,9 @@ def test_names_stay_those_of_the_whole_model(schedule: Schedule) -> None:
     assert found == whole.keys()
 
 
-def modules_of(model: Transformer, division: Sequence[Sequence[PipelineStage]]) -> list[StageModule]:
+def modules_of(
+    model: Transformer, division: Sequence[Sequence[PipelineStage]]
+) -> list[StageModule]:
     """All stages in order, in this one process."""
     modules = [StageModule(model, stage, torch.float64) for own in division for stage in own]
     return sorted(modules, key=lambda module: module.stage.index)
@@ -143,7 +145,9 @@ def test_stages_compute_what_the_model_computes(defers: bool, recompute: bool, t
 def test_large_matrices_wait() -> None:
     small = config()
     model = tiny.model(small)
-    (module,) = modules_of(model, [[PipelineStage(index=0, layers=(0, 1), is_first=True, is_last=False)]])
+    (module,) = modules_of(
+        model, [[PipelineStage(index=0, layers=(0, 1), is_first=True, is_last=False)]]
+    )
     module.defer()
     batch = tiny.batch()
     module.begin(

@@ -6,7 +6,7 @@ import torch
 from lowlat.train.parallel.check import check_parallel
 from lowlat.train.parallel.launch import joined
 from lowlat.train.parallel.team import TOKENS, Team, view_sizes
-from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.recipe.schema import ParallelConfig, Recipe, parse_recipe
 from lowlat.train.run.state import check_resumable
 from lowlat.utils.errors import UserError
@@ -126,8 +126,8 @@ def test_a_run_does_not_go_on_with_batches_of_another_size() -> None:
         "data": ["f"],
         "step": 2,
         "seconds": 1.0,
-        "tokens": Timetable(known).tokens_before(2),
+        "tokens": TrainingSchedule(known).tokens_before(2),
     }
-    assert check_resumable(saved, known, ["f"], Timetable(known, ranks=4), "run").step == 2
+    assert check_resumable(saved, known, ["f"], TrainingSchedule(known, ranks=4), "run").step == 2
     with pytest.raises(UserError, match=r"256 tokens were read in 2 steps"):
-        check_resumable(saved, known, ["f"], Timetable(known, ranks=3), "run")
+        check_resumable(saved, known, ["f"], TrainingSchedule(known, ranks=3), "run")

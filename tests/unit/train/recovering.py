@@ -69,6 +69,6 @@ def raw(*changes: dict[str, Any], **more: Any) -> dict[str, Any]:
     return base | more
 
 
-def heal(folder: Path, recipe: dict[str, Any], **options: Any) -> tuning.Run:
+def train(folder: Path, recipe: dict[str, Any], **options: Any) -> tuning.Run:
     given = {"base_model": folder / recipe["base_model"], "teacher": folder / "teacher"}
     return tuning.train(folder, recipe, **(given | options))

@@ -75,7 +75,11 @@ def _head(phase: Phase) -> tuple[str, ...]:
 
 
 def learning_memory(
-    memory: MemoryEstimate, config: ModelConfig, recipe: Recipe, job: TrainingJob, teacher: ModelConfig | None
+    memory: MemoryEstimate,
+    config: ModelConfig,
+    recipe: Recipe,
+    job: TrainingJob,
+    teacher: ModelConfig | None,
 ) -> MemoryEstimate:
     """`memory`, which is that of a training of every weight of `config` alone, as `recipe` needs
     it.

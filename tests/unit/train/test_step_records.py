@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from lowlat.train.run.inputs import PhaseData, phase_data
-from lowlat.train.run.measure import eval_record
+from lowlat.train.inputs.phase_data import PhaseData, phase_data
+from lowlat.train.run.step_records import eval_record
 from tests.unit.data.conftest import Make, make_folder, texts
 
 from . import runs

@@ -12,16 +12,16 @@ from typing import Any, Literal
 import torch
 
 from lowlat.config.model import ModelConfig
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.train.cost.dry_run import gigabytes, most_memory, needed_bytes, usable_memory
+from lowlat.train.inputs.phase_data import phase_data
 from lowlat.train.metrics.jsonl import read_log
+from lowlat.train.metrics.metrics_log import FolderMetricsLog
+from lowlat.train.metrics.progress_view import make_view
 from lowlat.train.metrics.record import EvalRecord
-from lowlat.train.metrics.runlog import FolderRunLog
-from lowlat.train.metrics.view import make_view
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.train.recipe.toml import to_toml
-from lowlat.train.run.dry_run import gigabytes, most_memory, needed_bytes, usable_memory
-from lowlat.train.run.inputs import phase_data
 from lowlat.train.run.trainer import Trainer
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
@@ -60,7 +60,7 @@ EVALUATIONS, EVALUATED_TOKENS = 2, 16_384
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Healing:
+class RecoveryOptions:
     """How to heal; the defaults suit SmolLM2-135M on two cores."""
 
     tokens: int
@@ -84,7 +84,7 @@ class Healing:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Healed:
+class RecoveryResult:
     """What came of it."""
 
     model: Path
@@ -101,7 +101,9 @@ class Healed:
     """Of steps and evaluations, over all calls."""
 
 
-def healing_recipe(student: Path, teacher: Path, tokens: Path, healing: Healing) -> dict[str, Any]:
+def recovery_recipe(
+    student: Path, teacher: Path, tokens: Path, healing: RecoveryOptions
+) -> dict[str, Any]:
     """The raw recipe of `heal`; all paths are absolute in it."""
     length = healing.sequence_length
     rows = max(1, round((healing.batch_tokens or BATCH_TOKENS) / length))
@@ -111,7 +113,7 @@ def healing_recipe(student: Path, teacher: Path, tokens: Path, healing: Healing)
     else:
         layers = round(healing.layer_share * steps)
     peak = healing.learning_rate or LEARNING_RATE * min(1.0, steps / FULL_STEPS)
-    phases = [("layers", "attention", layers), ("heal", "logits", steps - layers)]
+    phases = [("layers", "attention", layers), ("train_recovery", "logits", steps - layers)]
     return {
         "name": "heal",
         "seed": healing.seed,
@@ -147,16 +149,16 @@ def healing_recipe(student: Path, teacher: Path, tokens: Path, healing: Healing)
     }
 
 
-def heal(
+def train_recovery(
     student: Path,
     teacher: Path,
     tokens: Path,
     out: Path,
-    healing: Healing,
+    healing: RecoveryOptions,
     *,
     quiet: bool = False,
     progress: Progress | None = None,
-) -> Healed:
+) -> RecoveryResult:
     """Train the checkpoint `student` to say what the checkpoint `teacher` says (folders or .gguf
     files), on the token folder `tokens`, in the run's folder `out`.
 
@@ -164,11 +166,11 @@ def heal(
     holds a run with other arguments; KeyboardInterrupt after a save where the run was asked to stop
     by SIGINT or SIGTERM.
     """
-    check_healing(tokens, healing)
-    raw = healing_recipe(student, teacher, tokens, healing)
+    check_recovery_data(tokens, healing)
+    raw = recovery_recipe(student, teacher, tokens, healing)
     recipe = parse_recipe(raw, origin="healing")
     with RunFolder(out) as run:
-        log = FolderRunLog(
+        log = FolderMetricsLog(
             log=run.log,
             tensorboard_folder=run.tensorboard,
             view=make_view(quiet=quiet),
@@ -190,7 +192,7 @@ def heal(
     if outcome.model is None:
         raise KeyboardInterrupt
     history = read_log(run.log)
-    return Healed(
+    return RecoveryResult(
         model=outcome.model,
         before=history.evaluations[0],
         after=history.evaluations[-1],
@@ -200,11 +202,13 @@ def heal(
     )
 
 
-def check_healing(tokens: Path, healing: Healing, *, origin: str | None = None) -> None:
+def check_recovery_data(
+    tokens: Path, healing: RecoveryOptions, *, origin: str | None = None
+) -> None:
     """Raises UserError where the token folder `tokens`, in errors called `origin`, cannot be healed
     on as `healing` says.
     """
-    folder, length = TokenFolder.open(tokens), healing.sequence_length
+    folder, length = TokenizedDataset.open(tokens), healing.sequence_length
     origin = origin or str(tokens)
     if folder.num_tokens("held_out") <= length:
         raise UserError(
@@ -217,7 +221,7 @@ def check_healing(tokens: Path, healing: Healing, *, origin: str | None = None) 
         )
     if healing.layer_share is not None and not 0 <= healing.layer_share <= 1:
         raise UserError(f"the share of layer by layer, {healing.layer_share}, must be 0 to 1")
-    recipe = parse_recipe(healing_recipe(tokens, tokens, tokens, healing), origin="healing")
+    recipe = parse_recipe(recovery_recipe(tokens, tokens, tokens, healing), origin="healing")
     data = phase_data(recipe, len(recipe.phase) - 1, folder, num_ahead=1)
     rows = {"to train on": data.train, "held out to measure on": data.held_out}
     for what, found in rows.items():
@@ -228,12 +232,14 @@ def check_healing(tokens: Path, healing: Healing, *, origin: str | None = None) 
             )
 
 
-def check_memory(original: ModelConfig, student: ModelConfig, healing: Healing) -> None:
+def check_recovery_memory(
+    original: ModelConfig, student: ModelConfig, healing: RecoveryOptions
+) -> None:
     """Raises UserError where training a model like `student` against `original` takes more memory
     than there is.
     """
     here = Path(".")
-    recipe = parse_recipe(healing_recipe(here, here, here, healing), origin="healing")
+    recipe = parse_recipe(recovery_recipe(here, here, here, healing), origin="healing")
     there = usable_memory(torch.device(recipe.device), recipe.parallel.processes)
     needed = needed_bytes(most_memory(student, recipe, teacher=original)[1])
     if needed > there:

@@ -1,5 +1,6 @@
-"""The files behind a recipe's `base_model` and its teacher. Owns where names are looked for; what names
-there are is `api`'s.
+"""Resolve the checkpoints that a recipe names (`base_model`, `distillation.teacher`) to files.
+
+Names are resolved by `lowlat.api`.
 """
 
 from pathlib import Path
@@ -14,7 +15,11 @@ def base_model_files(recipe: Recipe, path: Path, progress: Progress) -> Path | N
     """The checkpoint that `recipe`, read from `path`, goes on from; None where there is none.
     Raises UserError.
     """
-    return None if recipe.base_model is None else _files("base_model", recipe.base_model, path, progress)
+    return (
+        None
+        if recipe.base_model is None
+        else _files("base_model", recipe.base_model, path, progress)
+    )
 
 
 def teacher_files(recipe: Recipe, path: Path, progress: Progress) -> Path | None:

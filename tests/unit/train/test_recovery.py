@@ -1,4 +1,4 @@
-"""Healing in one call: its recipe, what it returns, going on, refusals."""
+"""RecoveryOptions in one call: its recipe, what it returns, going on, refusals."""
 
 import os
 import signal
@@ -9,25 +9,31 @@ import pytest
 
 from lowlat.data.build import build
 from lowlat.data.selection import BuildOptions
-from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.recipe.schema import parse_recipe, read_recipe
-from lowlat.train.run import heal as healing_module
-from lowlat.train.run.heal import BATCH_TOKENS, LEARNING_RATE, Healing, heal, healing_recipe
+from lowlat.train.run import recovery as recovery_module
+from lowlat.train.run.recovery import (
+    BATCH_TOKENS,
+    LEARNING_RATE,
+    RecoveryOptions,
+    recovery_recipe,
+    train_recovery,
+)
 from lowlat.train.run.trainer import Trainer
 from lowlat.utils.errors import UserError
 from tests.fakes import byte_tokenizer
 
-from . import healing, tuning
+from . import recovering, tuning
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("healing")
-    healing.models(folder)
+    recovering.models(folder)
     return folder
 
 
-def call(made: Path, out: Path, **changes: Any) -> healing_module.Healed:
+def call(made: Path, out: Path, **changes: Any) -> recovery_module.RecoveryResult:
     table = {
         "tokens": 31 * 4 * 10,
         "sequence_length": 31,
@@ -35,8 +41,10 @@ def call(made: Path, out: Path, **changes: Any) -> healing_module.Healed:
         "learning_rate": 3e-3,
         "precision": "fp32",
     }
-    wanted = Healing(**(table | changes))
-    return heal(made / "damaged", made / "teacher", made / "tokens", out, wanted, quiet=True)
+    wanted = RecoveryOptions(**(table | changes))
+    return train_recovery(
+        made / "damaged", made / "teacher", made / "tokens", out, wanted, quiet=True
+    )
 
 
 def test_a_healed_model_and_what_it_was_before(made: Path, tmp_path: Path) -> None:
@@ -85,18 +93,18 @@ def test_a_stopped_healing_goes_on(
 @pytest.mark.parametrize("layer_share", [None, 0.0, 0.3, 1.0])
 def test_recipes_spend_their_budget(tokens: int, optimizer: Any, layer_share: float | None) -> None:
     """Within a step; every schedule begins above zero and ends low."""
-    wanted = Healing(tokens=tokens, optimizer=optimizer, layer_share=layer_share)
-    raw = healing_recipe(Path("s"), Path("t"), Path("d"), wanted)
-    timetable = Timetable(parse_recipe(raw, origin="healing"))
-    step = timetable.at(0).tokens
-    assert abs(timetable.tokens - tokens) <= max(step / 2, 1024)
-    assert timetable.steps >= min(48, tokens // 1024)
-    phases = [timetable.at(index).phase.match for index in range(timetable.steps)]
+    wanted = RecoveryOptions(tokens=tokens, optimizer=optimizer, layer_share=layer_share)
+    raw = recovery_recipe(Path("s"), Path("t"), Path("d"), wanted)
+    schedule = TrainingSchedule(parse_recipe(raw, origin="healing"))
+    step = schedule.at(0).tokens
+    assert abs(schedule.tokens - tokens) <= max(step / 2, 1024)
+    assert schedule.steps >= min(48, tokens // 1024)
+    phases = [schedule.at(index).phase.match for index in range(schedule.steps)]
     assert phases == sorted(phases)  # attention before logits
-    layers = round((0.2 if layer_share is None else layer_share) * timetable.steps)
+    layers = round((0.2 if layer_share is None else layer_share) * schedule.steps)
     assert phases.count("attention") == (min(20, layers) if layer_share is None else layers)
-    if timetable.steps > 10:
-        assert 0 < timetable.at(timetable.steps - 1).learning_rate <= 0.05 * LEARNING_RATE * 1.01
+    if schedule.steps > 10:
+        assert 0 < schedule.at(schedule.steps - 1).learning_rate <= 0.05 * LEARNING_RATE * 1.01
     assert Path(raw["base_model"]).is_absolute() and Path(raw["data"]["folder"]).is_absolute()
 
 
@@ -105,8 +113,8 @@ def test_few_steps_are_small(steps: int, share: float) -> None:
     """Four steps at the whole rate made SmolLM2's divergence ten times what it was."""
 
     def peak(**more: Any) -> float:
-        wanted = Healing(tokens=steps * BATCH_TOKENS, **more)
-        raw = healing_recipe(Path("s"), Path("t"), Path("d"), wanted)
+        wanted = RecoveryOptions(tokens=steps * BATCH_TOKENS, **more)
+        raw = recovery_recipe(Path("s"), Path("t"), Path("d"), wanted)
         assert sum(phase["steps"] for phase in raw["phase"]) == steps
         return raw["phase"][-1]["learning_rate"][0]["to"]
 
@@ -131,12 +139,12 @@ def test_what_cannot_be_healed_with(
     wanted = {"tokens": 1000, "sequence_length": 31} | changes
     folder = tmp_path if "sequence_length" in changes else made
     with pytest.raises(UserError, match=message):
-        heal(
+        train_recovery(
             made / "damaged",
             made / "teacher",
             folder / "tokens",
             tmp_path / "run",
-            Healing(**wanted),
+            RecoveryOptions(**wanted),
             quiet=True,
         )
     assert not (tmp_path / "run").exists()

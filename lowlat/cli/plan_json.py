@@ -7,7 +7,7 @@ from lowlat.plan.estimate import Estimate
 from lowlat.plan.flops import TokenFlops
 from lowlat.plan.memory import MemoryEstimate
 from lowlat.plan.search import Neighbour, SearchResult
-from lowlat.train.run.dry_run import DryRun
+from lowlat.train.cost.dry_run import DryRun
 
 
 def flops_object(flops: TokenFlops) -> dict[str, Any]:
@@ -54,7 +54,11 @@ def estimate_object(found: Estimate) -> dict[str, Any]:
 
 
 def plan_object(
-    main: Estimate, flops: TokenFlops, around: list[Neighbour], search: SearchResult | None, shown: int
+    main: Estimate,
+    flops: TokenFlops,
+    around: list[Neighbour],
+    search: SearchResult | None,
+    shown: int,
 ) -> dict[str, Any]:
     """An estimate, what single changes do to it, and the best `shown` layouts of a search."""
     plan = {

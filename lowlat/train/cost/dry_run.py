@@ -7,15 +7,13 @@ Owns the way from a Recipe to Jobs. Clusters are `estimate`'s and `search`'s.
 import os
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
 from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
-from lowlat.data.folder import TokenFolder
 from lowlat.plan.flops import TokenFlops, token_flops
-from lowlat.plan.job import TrainingJob, ParallelLayout, Schedule, ZeroStage
+from lowlat.plan.job import ParallelLayout, Schedule, TrainingJob, ZeroStage
 from lowlat.plan.memory import (
     ACTIVATIONS,
     OPTIMISER,
@@ -25,16 +23,15 @@ from lowlat.plan.memory import (
     device_memory,
 )
 from lowlat.plan.stages import cut, held
-from lowlat.train.recipe.schedule import Timetable, most_rows
-from lowlat.train.recipe.schema import ParallelConfig, Phase, Recipe
-from lowlat.train.run.frozen_cost import (
+from lowlat.train.cost.frozen_weights import (
     UPDATES,
     gradient_bytes,
     learning_memory,
     training_flops,
     update_bytes,
 )
-from lowlat.train.run.inputs import base_config
+from lowlat.train.recipe.schedule import TrainingSchedule, most_rows
+from lowlat.train.recipe.schema import ParallelConfig, Phase, Recipe
 from lowlat.utils.errors import UserError
 from lowlat.utils.memory import memory_limit
 
@@ -106,12 +103,12 @@ def dry_run(
     `parallel.check`'s to find.
     """
     jobs = [job_of(recipe, phase) for phase in recipe.phase]
-    timetable = Timetable(recipe, ranks=recipe.parallel.data * recipe.parallel.fsdp)
+    schedule = TrainingSchedule(recipe, ranks=recipe.parallel.data * recipe.parallel.fsdp)
     flops = [token_flops(config, job.sequence_length, job.activation_checkpointing) for job in jobs]
     bounds = [0]
     for phase in recipe.phase:
         bounds.append(bounds[-1] + phase.steps)
-    tokens = [timetable.tokens_before(step) for step in bounds]
+    tokens = [schedule.tokens_before(step) for step in bounds]
     count = count_parameters(config)
     trained = [training_flops(config, recipe, phase, teacher) for phase in recipe.phase]
     memories = [_memory(config, recipe, phase, teacher) for phase in recipe.phase]
@@ -119,8 +116,8 @@ def dry_run(
         parameters=count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0),
         active=count.active,
         processes=recipe.parallel.processes,
-        steps=timetable.steps,
-        tokens=timetable.tokens,
+        steps=schedule.steps,
+        tokens=schedule.tokens,
         flops=flops,
         trained_flops=trained,
         memory=max(memories, key=lambda memory: memory.total),
@@ -164,8 +161,8 @@ def most_memory(
 
 
 def job_of(recipe: Recipe, phase: Phase) -> TrainingJob:
-    """`phase` of `recipe` as a TrainingJob, at its smallest batch: one micro-batch per process, or what a
-    pipeline needs to run at all.
+    """`phase` of `recipe` as a TrainingJob at its smallest batch: one micro-batch per process, or
+    the fewest that a pipeline needs.
     """
     layout = layout_of(recipe.parallel)
     rows = phase.micro_batch_size * layout.data * layout.fsdp
@@ -188,16 +185,6 @@ def largest_job(recipe: Recipe) -> TrainingJob:
         each = phase.micro_batch_size * unit
         jobs.append(replace(job_of(recipe, phase), batch_size=most_rows(phase, each)))
     return max(jobs, key=lambda job: job.tokens)
-
-
-def recipe_config(recipe: Recipe, path: Path, base_model: Path | None) -> ModelConfig:
-    """The model of the recipe at `path`; its vocabulary is the data's unless [model] says it.
-    base_model: the files behind recipe.base_model. Raises UserError.
-    """
-    vocab_size = (recipe.model or {}).get("vocab_size")
-    if not isinstance(vocab_size, int):
-        vocab_size = TokenFolder.open(path.parent / recipe.data.folder).vocab_size
-    return base_config(recipe, base_model, vocab_size, str(path))
 
 
 def usable_memory(device: torch.device, processes: int) -> int:
@@ -299,7 +286,7 @@ def _remedy(recipe: Recipe, phase: Phase, memory: MemoryEstimate) -> str:
         return f"lower lora.rank ({recipe.lora.rank}) or name fewer lora.target_modules"
     if memory.largest == CHECKPOINT_COPY:
         muon = " or optimizer.name = 'muon'" if recipe.optimizer.name == "adamw" else ""
-        return f"use a smaller model{muon}; what is saved is copied first"
+        return f"use a smaller model{muon}; checkpoints are written from a copy"
     if memory.largest == OPTIMISER and recipe.optimizer.name == "adamw":
         return "use a smaller model, optimizer.name = 'muon', or raise parallel.fsdp"
     return "use a smaller model, or raise parallel.fsdp, parallel.expert or parallel.pipeline"

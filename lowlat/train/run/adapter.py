@@ -1,10 +1,9 @@
-"""The files around updates of LoRA: those of the weights that stay, told from others, and adapter
-folders in peft's layout (adapter_config.json and adapter_model.safetensors).
+"""LoRA adapter export: write updates in peft's layout (adapter_config.json,
+adapter_model.safetensors).
 
-Owns names and shapes there; what updates are is `lora`'s.
+The updates themselves are in `step.lora`.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,29 +21,18 @@ from lowlat.train.step.lora import EXPERT_PROJECTIONS, UPDATE
 from lowlat.utils.errors import UserError
 
 PREFIX = "base_model.model."
-SAMPLES, SAMPLE_BYTES = 64, 1 << 16
-"""What is read of a file to know it again: training moves every weight, so any place will do."""
-
-
-def weights_fingerprint(base_model: Path) -> str:
-    """SHA-256 of samples of the weights' files of the checkpoint `base_model`, and of their sizes."""
-    digest = hashlib.sha256()
-    files = [base_model] if base_model.is_file() else sorted(base_model.glob("*.safetensors"))
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{size}\n".encode())
-        with path.open("rb") as file:
-            for sample in range(SAMPLES):
-                file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def write_adapter(
-    config: ModelConfig, updates: Mapping[str, Tensor], table: LoraConfig, dst: Path, *, base_model: Path
+    config: ModelConfig,
+    updates: Mapping[str, Tensor],
+    table: LoraConfig,
+    dst: Path,
+    *,
+    base_model: Path,
 ) -> None:
-    """Write `updates`, by parameter name, as the folder `dst`, which must not exist; `base_model` are
-    the files of the weights that they belong to.
+    """Write `updates`, by parameter name, as the folder `dst`, which must not exist; `base_model`
+    is the checkpoint that they were trained on.
 
     Updates of MTP modules are left out: the programs that read adapters have no such modules.
     Raises UserError for updates that have no place in the layout: of MLPs and experts in families
