@@ -113,7 +113,7 @@ def recovery_recipe(
     else:
         layers = round(healing.layer_share * steps)
     peak = healing.learning_rate or LEARNING_RATE * min(1.0, steps / FULL_STEPS)
-    phases = [("layers", "attention", layers), ("train_recovery", "logits", steps - layers)]
+    phases = [("layers", "attention", layers), ("heal", "logits", steps - layers)]
     return {
         "name": "heal",
         "seed": healing.seed,
