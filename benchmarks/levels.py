@@ -19,10 +19,10 @@ from pathlib import Path
 
 import kept
 
-from lowlat.bench.plan import check_threads, parse_lengths
-from lowlat.bench.programs import MODULES
-from lowlat.bench.worker import Refused, Worker
+from lowlat.bench.benchmark_plan import check_threads, parse_lengths
+from lowlat.bench.session import MODULES
 from lowlat.ops import native
+from lowlat.peers.worker import PeerError, Worker
 from lowlat.utils.errors import UserError
 
 STEPS, SECONDS = 100, 3.0
@@ -45,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         rates = measure(options)
-    except (UserError, Refused) as error:
+    except (UserError, PeerError) as error:
         print(f"levels.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     show(rates)

@@ -28,7 +28,7 @@ import kept
 from serving.process import usage
 from serving.servers import HOST, Server, Setup, folder_or_name, lowlat_program
 
-from lowlat.bench.plan import check_threads
+from lowlat.bench.benchmark_plan import check_threads
 from lowlat.utils.errors import UserError
 
 REFUSAL_SECONDS = 0.1

@@ -18,9 +18,9 @@ from typing import Any
 import kept
 import torch
 
-from lowlat.bench.protocol import peak_memory, reset_peak_memory, token_ids
-from lowlat.bench.run_lowlat import Lowlat
-from lowlat.engine.reading import PREFILL_CHUNK
+from lowlat.bench.lowlat_worker import Lowlat
+from lowlat.engine.prefill_planner import PREFILL_CHUNK
+from lowlat.peers.protocol import peak_memory, random_token_ids, reset_peak_memory
 
 Row = dict[str, Any]
 
@@ -57,13 +57,13 @@ def last_chunk(model: str, dtype: str, cache: str, context: int) -> Row:
     facts = program.load(
         model=model, precision=dtype, cache=cache, threads=threads, context=context
     )
-    ids = token_ids(PREFILL_CHUNK, program.vocab_size)
+    ids = random_token_ids(PREFILL_CHUNK, program.vocab_size)
     program.read(ids)  # pages of weights, and buffers that stay
     start = context - PREFILL_CHUNK
-    program.fill(context)
+    program.fill_cache(context)
     reset_peak_memory()
     began = time.perf_counter()
-    program.read_on(ids, start)
+    program.prefill_after(ids, start)
     return {
         "tokens": context,
         "seconds": time.perf_counter() - began,

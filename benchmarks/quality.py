@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 import lowlat
-from lowlat.attention.forms import STREAM_TOKENS
+from lowlat.attention.path import DECODE_TOKENS
 from lowlat.engine import scoring
 from lowlat.generate.model import Model
 
 WEIGHTS = ("bf16", "int8", "int4")
 CACHES = ("bf16", "int8")
 WINDOW = 1024
-FORMS = {"prompt": WINDOW, "step": STREAM_TOKENS}
+FORMS = {"prompt": WINDOW, "step": DECODE_TOKENS}
 """Tokens that are read at a time."""
 
 

@@ -22,10 +22,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from lowlat.checkpoint.save import file_tensors, write_checkpoint
-from lowlat.config.arithmetic import count_parameters
-from lowlat.config.hf import config_from_hf
-from lowlat.config.hf_write import config_to_hf
+from lowlat.config.hf.reader import config_from_hf
+from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import count_parameters
 from lowlat.model.transformer import Transformer
 from lowlat.text.parts import TokenizerParts
 from lowlat.text.token_bytes import byte_alphabet

@@ -2,8 +2,8 @@
 
     python benchmarks/sampling.py [--rounds 30] [--vocab 32000,49152,129280]
 
-Both in turn, in milliseconds, medians of all rounds. Rows are random: flat ones of deviation 1,
-peaked ones of deviation 4. Every draw takes a number of its own.
+Both in turn, in milliseconds, medians of all rounds. StepLogits are random: flat ones of deviation
+1, peaked ones of deviation 4. Every draw takes a number of its own.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lowlat.ops import native, native_ops, sampling
+from lowlat.ops import native, native_kernels, sampling
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "T 1": {"temperature": 1.0},
@@ -51,7 +51,7 @@ def main() -> None:
             for name, options in OPTIONS.items():
                 times = [
                     (
-                        milliseconds(native_ops.draw, logits, options),
+                        milliseconds(native_kernels.draw, logits, options),
                         milliseconds(define, logits, options),
                     )
                     for _ in range(args.rounds + 2)

@@ -36,11 +36,11 @@ from serving.figures import Turn, draw, rows_of, table
 from serving.servers import Program, Server, Setup, llama_program, lowlat_program, vllm_program
 from serving.workload import Work, draw_work, parse_span
 
-from lowlat.bench.plan import check_threads
-from lowlat.bench.plot import require_matplotlib
-from lowlat.bench.worker import Worker
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.bench.benchmark_plan import check_threads
+from lowlat.bench.results_plot import require_matplotlib
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
+from lowlat.peers.worker import Worker
 from lowlat.utils.errors import UserError
 
 FORMAT = 1

@@ -28,8 +28,8 @@ from serving.soak_load import Load, Tally
 from serving.verdict import Sample
 from serving.watch import Watch, fill_cache
 
-from lowlat.bench.plan import check_threads
-from lowlat.bench.plot import require_matplotlib
+from lowlat.bench.benchmark_plan import check_threads
+from lowlat.bench.results_plot import require_matplotlib
 from lowlat.utils.errors import UserError
 
 WARM_CALLS = 60

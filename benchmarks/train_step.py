@@ -70,7 +70,8 @@ def tokens(rows: int, length: int, step: int) -> torch.Tensor:
 def lowlat_stepper(folder: Path, arguments: argparse.Namespace) -> Any:
     from lowlat.checkpoint.load import load_model
     from lowlat.data.batch import Batch
-    from lowlat.model.stacking import stack_experts
+    from lowlat.train.layers.fused import use_fused_layers
+    from lowlat.train.layers.stacked_experts import stack_experts
     from lowlat.train.recipe.schedule import StepPlan
     from lowlat.train.recipe.schema import Optimizer as Table
     from lowlat.train.recipe.schema import Phase
@@ -81,6 +82,7 @@ def lowlat_stepper(folder: Path, arguments: argparse.Namespace) -> Any:
 
     model = load_model(folder, dtype="fp32").model
     stack_experts(model)
+    use_fused_layers(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     optimizer = Optimizer(model, Table(betas=BETAS, eps=EPS, weight_decay=DECAY, clip=CLIP))
@@ -195,7 +197,7 @@ class Worker:
 
 def make_checkpoint(folder: Path) -> None:
     from lowlat.checkpoint.save import save_model
-    from lowlat.config.hf import config_from_hf
+    from lowlat.config.hf.reader import config_from_hf
     from lowlat.model.init import init_weights
     from lowlat.model.transformer import Transformer
 

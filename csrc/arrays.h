@@ -1,4 +1,5 @@
-// Tensors handed over from Python without copying (DLPack), checked before a kernel sees a pointer.
+// Zero-copy tensors from Python (DLPack): device, dtype, shape and contiguity are checked before a kernel gets a
+// pointer.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -78,7 +79,7 @@ inline void check(const Array& array, const char* name, Type type, std::initiali
   }
 }
 
-// The elements of a tensor that lies in one piece.
+// The elements of a contiguous tensor.
 template <class T>
 T* elements(const Array& array, const char* name, Type type, std::initializer_list<std::int64_t> shape) {
   check(array, name, type, shape);

@@ -12,7 +12,8 @@ namespace {
 
 using namespace nb::literals;
 
-// The cache of a layer: rows [pages, page_size, row], their elements, and how many of these are int8 (0: all bf16).
+// The cache of one layer: entries [pages, page_size, entry], elements per entry, and how many of them are int8 (0:
+// all bf16).
 using CacheArgs = std::tuple<Array, std::int64_t, std::int64_t>;
 
 BoundCache make_cache(const std::vector<CacheArgs>& layers) {

@@ -1,4 +1,4 @@
-// A paged cache as Python puts it together, with the tensors that own its memory.
+// Python binding of the paged KV cache: BoundCache holds the tensors that own its memory.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace lowlat {
 
-// The paged cache, put together once for all steps until it grows.
+// The paged KV cache of all layers. Built once, and again when it grows.
 struct BoundCache {
   std::vector<Cache> layers;
   std::vector<std::int64_t> row_dims;

@@ -8,7 +8,7 @@ namespace {
 
 using Optional = std::optional<Array>;
 
-// Weights stored row by row: rows may lie apart, elements of a row may not.
+// Row-major weights: rows may have a stride, the elements of a row are contiguous.
 BoundMatrix by_rows(Storage storage, const Array& weight, Type type) {
   check(weight, "weight", type, {kAnySize, kAnySize});
   if (!is_contiguous(weight, 1)) throw std::invalid_argument("weight has rows that are not contiguous");
@@ -51,7 +51,7 @@ BoundMatrix make_int8_rows(const Array& weight, const Array& scale, const Option
   return bound;
 }
 
-// Weights in tiles of 16 rows and groups of 32 columns.
+// Weights in tiles of 16 rows and quantization groups of 32 columns.
 BoundMatrix in_tiles(Storage storage, const Array& weight, const Array& scale, const Optional& minimum,
                      std::int64_t rows, std::int64_t columns) {
   if (rows < 0 || columns < 0) throw std::invalid_argument("rows and columns are counts");

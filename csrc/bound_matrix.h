@@ -1,4 +1,4 @@
-// A Matrix as Python holds it: with the tensors that own its memory.
+// Python binding of weight matrices: BoundMatrix holds the tensors that own a Matrix's memory.
 #pragma once
 
 #include <optional>

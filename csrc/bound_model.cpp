@@ -13,8 +13,8 @@
 #include "bound_cache.h"
 #include "bound_matrix.h"
 #include "dispatch.h"
-#include "pool.h"
-#include "stage.h"
+#include "thread_pool.h"
+#include "step_state.h"
 
 namespace lowlat {
 
@@ -22,7 +22,7 @@ namespace {
 
 using namespace nb::literals;
 
-// A part of a model and the tensors it points into.
+// A part of a model with the tensors that own its memory.
 template <class T>
 struct Bound {
   T part;
@@ -207,7 +207,8 @@ BoundJoin make_join(const BoundNorm& embedding_norm, const BoundNorm& hidden_nor
   return bound;
 }
 
-// Rows of a sequence in the cache: pages, rows cached before, new rows, and whether MLA takes the expanded form.
+// A sequence of a step: its page table, entries cached before the step, new tokens, and whether MLA takes the
+// expanded path.
 using SequenceArgs = std::tuple<std::vector<std::int32_t>, std::int64_t, std::int64_t, bool>;
 
 class BoundModel {
@@ -222,9 +223,9 @@ class BoundModel {
 
   void step(const Array& ids, const std::optional<Array>& previous, const Array& slots, const Array& cos,
             const Array& sin, const std::vector<SequenceArgs>& sequences, const BoundCache& cache, const Array& hidden,
-            const std::vector<std::int64_t>& wanted, const std::optional<Array>& logits, bool is_stream) {
-    // Not waited for with Python's lock in hand: the step that goes on will ask for it before it gives up this one.
-    Stage& own = stage_.get(model_);
+            const std::vector<std::int64_t>& wanted, const std::optional<Array>& logits, bool is_decode) {
+    // Do not wait for the mutex while holding the GIL: the running step needs the GIL before it releases the mutex.
+    StepState& own = stage_.get(model_);
     std::unique_lock one_step(own.mutex, std::defer_lock);
     {
       const nb::gil_scoped_release released;
@@ -239,7 +240,7 @@ class BoundModel {
     step.hidden = elements<bf16>(hidden, "hidden", Type::bf16, {step.tokens, model_.hidden});
     for (const std::int64_t row : wanted) require(row >= 0 && row < step.tokens, "a wanted token is not of the step");
     step.wanted = wanted;
-    step.is_stream = is_stream;
+    step.is_decode = is_decode;
     if (logits) {
       const auto rows = static_cast<std::int64_t>(wanted.size());
       step.logits = elements<float>(*logits, "logits", Type::fp32, {rows, model_.vocab});
@@ -343,7 +344,7 @@ class BoundModel {
 
   std::vector<Array> owners_;
   Model model_;
-  OwnStage stage_;
+  ProcessStepState stage_;
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// A model as Python puts it together, with the tensors that own its memory.
+// Python binding of a whole decoder: builds the model from its parts and runs a step.
 #pragma once
 
 #include "arrays.h"

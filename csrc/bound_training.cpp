@@ -7,7 +7,7 @@
 
 #include "arrays.h"
 #include "dispatch.h"
-#include "pool.h"
+#include "thread_pool.h"
 
 namespace lowlat {
 
@@ -21,12 +21,12 @@ void run(void (*kernel)(Team&, const Pass&), const Pass& pass) {
   pool()->run([&](Team& team) { kernel(team, pass); });
 }
 
-// Numbers of the type `is_bf16` says, in one piece.
+// Contiguous values of the type that `is_bf16` selects.
 Values values(const Array& array, const char* name, bool is_bf16, std::initializer_list<std::int64_t> shape) {
   return {elements<void>(array, name, is_bf16 ? Type::bf16 : Type::fp32, shape), is_bf16};
 }
 
-// Rows of numbers that may be columns of a wider matrix; `stride` must be that of `like`.
+// Values whose rows may be columns of a wider matrix; `stride` must equal that of `like`.
 Values strided(const Array& array, const char* name, bool is_bf16, std::int64_t rows, std::int64_t size,
                std::int64_t stride) {
   check(array, name, is_bf16 ? Type::bf16 : Type::fp32, {rows, size});
@@ -111,7 +111,7 @@ void entropy(const Array& logits, const Array& targets, const Array& counted, fl
   run(ops(level).entropy, pass);
 }
 
-void divergence(const Array& logits, const Array& taught, const Array& targets, const Array& counted, float nll_weight,
+void divergence(const Array& logits, const Array& teacher, const Array& targets, const Array& counted, float nll_weight,
                 bool wants_gradient, const Array& kl, const Array& nll, const std::string& level) {
   DivergencePass pass;
   pass.rows = size(logits, 0);
@@ -119,7 +119,7 @@ void divergence(const Array& logits, const Array& taught, const Array& targets, 
   if (pass.size == 0) throw std::invalid_argument("logits has no columns");
   const bool is_bf16 = has_type(logits, Type::bf16);
   pass.logits = values(logits, "logits", is_bf16, {pass.rows, pass.size});
-  pass.taught = values(taught, "taught", is_bf16, {pass.rows, pass.size});
+  pass.teacher = values(teacher, "taught", is_bf16, {pass.rows, pass.size});
   pass.targets = elements<std::int64_t>(targets, "targets", Type::int64, {pass.rows});
   pass.counted = elements<bool>(counted, "counted", Type::uint8, {pass.rows});
   pass.nll_weight = nll_weight;
@@ -172,7 +172,7 @@ void combine(const Array& rows, const std::optional<Array>& factors, const Array
   run(ops(level).combine, pass);
 }
 
-// Rows of every expert, which are not negative and as many as there are.
+// The row count of every expert: none negative, their sum the number of rows.
 const std::int64_t* group_counts(const Array& counts, std::int64_t experts, std::int64_t rows) {
   const auto* each = elements<std::int64_t>(counts, "counts", Type::int64, {experts});
   std::int64_t left = rows;
@@ -184,7 +184,7 @@ const std::int64_t* group_counts(const Array& counts, std::int64_t experts, std:
   return each;
 }
 
-void grouped(const Array& rows, const Array& weight, const Array& counts, bool is_turned, const Array& products,
+void grouped(const Array& rows, const Array& weight, const Array& counts, bool is_transposed, const Array& products,
              const std::string& level) {
   GroupedPass pass;
   const std::int64_t count = size(rows, 0);
@@ -193,9 +193,9 @@ void grouped(const Array& rows, const Array& weight, const Array& counts, bool i
   pass.in = size(weight, 2);
   pass.counts = group_counts(counts, pass.experts, count);
   pass.weight = values(weight, "weight", has_type(weight, Type::bf16), {pass.experts, pass.out, pass.in});
-  pass.is_turned = is_turned;
-  pass.rows = elements<bf16>(rows, "rows", Type::bf16, {count, is_turned ? pass.out : pass.in});
-  pass.products = elements<bf16>(products, "products", Type::bf16, {count, is_turned ? pass.in : pass.out});
+  pass.is_transposed = is_transposed;
+  pass.rows = elements<bf16>(rows, "rows", Type::bf16, {count, is_transposed ? pass.out : pass.in});
+  pass.products = elements<bf16>(products, "products", Type::bf16, {count, is_transposed ? pass.in : pass.out});
   run(ops(level).grouped, pass);
 }
 

@@ -1,4 +1,4 @@
-// The training operations as Python sees them.
+// Python binding of the training kernels (training.h).
 #pragma once
 
 #include <nanobind/nanobind.h>

@@ -44,8 +44,8 @@ bool has_avx512() {
 #endif
 
 #ifdef LOWLAT_HAS_AMX
-// The processor has the tile registers (cpuid leaf 7: AMX-BF16 is bit 22 of edx, AMX-TILE bit 24), and Linux lets this
-// process use them: their state is asked for once, as feature 18.
+// AMX needs the processor (cpuid leaf 7: AMX-TILE is bit 24 of edx, AMX-BF16 bit 22) and Linux's permission for this
+// process to use the tile state, requested once as feature 18 (arch_prctl).
 bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!has_avx512() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
@@ -55,7 +55,7 @@ bool has_amx() {
 }
 #endif
 
-// __builtin_cpu_supports asks cpuid and, for vector registers, whether the operating system saves them.
+// __builtin_cpu_supports queries cpuid and, for vector registers, whether the operating system saves them.
 constexpr Level kLevels[] = {
 #ifdef LOWLAT_HAS_AMX
     {&lowlat_ops_amx, has_amx},

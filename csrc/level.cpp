@@ -1,17 +1,18 @@
-// One level of instructions: compiled once per level with its flags and its LOWLAT_<LEVEL> defined. Everything here
-// lives in the level's own namespace; the table at the end is the only symbol others see (cmake/levels.cmake).
+// One instruction-set level (AMX, AVX-512, AVX2, NEON or portable): compiled once per level with its flags and
+// LOWLAT_<LEVEL> defined. Everything is in the level's own namespace; the function table at the end is its only
+// exported symbol (cmake/levels.cmake).
 #include "ops.h"
 
 #include <cstring>
 #include <vector>
 
-#include "kernels/causal.h"
+#include "kernels/flash_attention_training.h"
 #include "kernels/common.h"
-#include "kernels/divergence.h"
-#include "kernels/grouped.h"
+#include "kernels/kl_divergence.h"
+#include "kernels/grouped_gemm.h"
 #include "kernels/linear.h"
-#include "kernels/pack.h"
-#include "kernels/paged.h"
+#include "kernels/quantize.h"
+#include "kernels/kv_cache.h"
 #include "kernels/routing.h"
 #include "kernels/rowwise.h"
 #include "kernels/sampling.h"
@@ -26,9 +27,9 @@ namespace single {
 void linear(Team& team, const Matrix& w, const Activations& x, float* out) {
   if (x.rows == 0) return;
   const ProductSession session;
-  Buffer panel_room, block_room;
-  auto* panels = room<Panel>(panel_room, strip_panels(w));
-  auto* block = room<float>(block_room, x.rows * kStrip);
+  Buffer panel_buffer, block_buffer;
+  auto* panels = buffer_array<Panel>(panel_buffer, strip_panels(w));
+  auto* block = buffer_array<float>(block_buffer, x.rows * kStrip);
   const std::int64_t chunk = most(1, num_strips(w) / (8 * team.threads()));
   team.for_chunks(num_strips(w), chunk, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t strip = first; strip < last; ++strip) {
@@ -72,8 +73,8 @@ void gated(Team& team, const bf16* gate, const bf16* up, std::int64_t rows, std:
 
 void route(Team& team, const Router& router, std::int64_t tokens, float* scores, std::int32_t* experts,
            float* weights) {
-  Buffer choose_room;
-  auto* memory = room<float>(choose_room, choose_scratch(router));
+  Buffer choose_scratch_size;
+  auto* memory = buffer_array<float>(choose_scratch_size, choose_scratch(router));
   team.for_chunks(tokens, 1, [&](std::int64_t token, std::int64_t) {
     float* row = scores + token * router.experts;
     gate_scores(router, row);
@@ -87,7 +88,7 @@ void store_rows(Team& team, const bf16* rows, std::int64_t count, std::int64_t r
   });
 }
 
-// The query rows of one group of heads at one position, split by split as the keys lie.
+// The query rows of one head group at one position, split by split along the keys.
 void attend_position(const PagedAttention& a, std::int64_t query, std::int64_t group, Scratch& scratch) {
   const std::int64_t rows = a.heads / a.kv_heads, row = query * a.heads + group * rows;
   const std::int64_t last = a.start + query + 1, first = a.window > 0 ? most(0, last - a.window) : 0;

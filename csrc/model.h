@@ -1,4 +1,4 @@
-// A decoder as the native code sees it: pointers to weights and dimensions, put together once by Python.
+// A decoder model, its paged KV cache and one step, as plain structs of pointers and dimensions that Python fills in.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ struct Router {
   std::int64_t chosen = 0;
   std::int64_t groups = 1;
   std::int64_t kept_groups = 1;
-  std::int64_t best_in_group = 2;  // experts whose scores make a group's score
+  std::int64_t best_in_group = 2;  // a group's score is the sum of its best 1 or 2 experts
   bool is_sigmoid = true;
   bool normalizes = true;
   float scaling = 1;
@@ -43,23 +43,23 @@ struct Moe {
   std::vector<Mlp> experts;
 };
 
-// MLA where latent_dim > 0, else GQA.
+// MLA if latent_dim > 0, else GQA.
 struct Attention {
   std::int64_t heads = 0;
   float scale = 0;
   bool interleave = false;
   std::int64_t rope_dim = 0;
-  std::int64_t first_pair = 0;  // of the layer's columns in Step's cos and sin
+  std::int64_t first_pair = 0;  // the layer's first column in Step's cos and sin
   std::int64_t window = 0;      // 0: all
-  Projection q;             // q_proj, or q_b_proj where q_a is there
+  Projection q;             // q_proj, or q_b_proj if q_a is set
   Projection o;
   // MLA
   std::int64_t latent_dim = 0, nope_dim = 0, value_dim = 0;
   std::optional<Projection> q_a;
   Norm q_a_norm;
   Projection kv_a;
-  std::vector<Norm> kv_a_norms;  // of the parts of the latent, one after the other; none: as it is
-  Matrix kv_b;  // [heads * (nope_dim + value_dim), latent_dim], row by row
+  std::vector<Norm> kv_a_norms;  // of consecutive parts of the latent; empty: no norm
+  Matrix kv_b;  // [heads * (nope_dim + value_dim), latent_dim], row-major
   // GQA
   std::int64_t kv_heads = 0;
   Projection k, v;
@@ -79,8 +79,8 @@ struct Layer {
   std::optional<Moe> moe;
 };
 
-// How an MTP module begins: projection (embedding_norm e, hidden_norm h) of the embedding e of a later token and the
-// hidden state h of the depth before.
+// Input of an MTP module: projection of (embedding_norm(e), hidden_norm(h)), for the embedding e of a later token and
+// the hidden state h of the previous depth.
 struct Join {
   Norm embedding_norm, hidden_norm;
   Projection projection;  // [hidden, 2 hidden]
@@ -90,17 +90,17 @@ struct Model {
   std::int64_t hidden = 0;
   std::int64_t vocab = 0;
   const bf16* embedding = nullptr;  // [vocab, hidden]
-  std::optional<Join> join;         // of an MTP module; without one the layers are given the embedding
+  std::optional<Join> join;         // for an MTP module; without it the layers' input is the embedding
   std::vector<Layer> layers;
-  std::int64_t first_layer = 0;  // of the cache's
+  std::int64_t first_layer = 0;  // the index of layers[0] among the cache's layers
   Norm norm;
   Projection head;
   bool is_larger_than_memory = false;  // weights are read from their files again and again
 };
 
-// The paged cache of a layer: row r of page p at data + (p * page_size + r) * row_bytes.
-// bf16: the row's elements. int8: `quantized` channels as int8, padded to 4 bytes, an fp32 scale for each 64 of them,
-// then the other elements in bf16.
+// The paged KV cache of a layer: the entry at row r of page p begins at data + (p * page_size + r) * row_bytes. A
+// bf16 entry is its elements. An int8 entry is `quantized` int8 channels padded to 4 bytes, an fp32 scale per 64 of
+// them, then the other elements in bf16.
 struct Cache {
   std::uint8_t* data = nullptr;
   std::int64_t row_bytes = 0;
@@ -110,26 +110,26 @@ struct Cache {
 
 struct Sequence {
   const std::int32_t* pages = nullptr;
-  std::int64_t start = 0;        // rows cached before this step
+  std::int64_t start = 0;        // entries cached before this step
   std::int64_t length = 0;       // new tokens
-  std::int64_t first_token = 0;  // of the step
-  bool is_expanded = false;      // MLA: keys and values are built per head
+  std::int64_t first_token = 0;  // index in the step
+  bool is_expanded = false;      // MLA takes the expanded path: keys and values per head
 };
 
-// One step: the tokens of several sequences, one after the other.
+// One step: the new tokens of several sequences, concatenated.
 struct Step {
   std::int64_t tokens = 0;
   const std::int64_t* ids = nullptr;    // [tokens]
-  const bf16* previous = nullptr;       // with a Join: [tokens, hidden], hidden states of the depth before
+  const bf16* previous = nullptr;       // with a Join: [tokens, hidden], hidden states of the previous depth
   const std::int64_t* slots = nullptr;  // [tokens]: page * page_size + row
-  const float* cos = nullptr;           // [tokens, pairs]: a layer's own start at its first_pair
+  const float* cos = nullptr;           // [tokens, pairs]: a layer's columns begin at its first_pair
   const float* sin = nullptr;
   std::int64_t pairs = 0;
   std::vector<Sequence> sequences;
-  const Cache* caches = nullptr;        // of each of the model's layers; pages are the same in all
-  bool is_stream = false;               // every sequence has few new tokens, see Activations
+  const Cache* caches = nullptr;        // one per layer of the model, with the same page table
+  bool is_decode = false;               // every sequence decodes, see Activations
   bf16* hidden = nullptr;               // out [tokens, hidden], after the final norm
-  std::vector<std::int64_t> wanted;     // tokens whose logits are asked for
+  std::vector<std::int64_t> wanted;     // tokens that need logits
   float* logits = nullptr;              // out [wanted, vocab]
 };
 

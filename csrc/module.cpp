@@ -1,4 +1,4 @@
-// lowlat._native: the module, its levels and threads, the draw of tokens, and single operations for tests and tools.
+// lowlat._native, the Python module: levels, threads, token sampling, and single operations for tests and tools.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -12,7 +12,7 @@
 #include "bound_model.h"
 #include "bound_training.h"
 #include "dispatch.h"
-#include "pool.h"
+#include "thread_pool.h"
 #include "workspace.h"
 
 namespace lowlat {
@@ -21,14 +21,14 @@ namespace {
 
 using namespace nb::literals;
 
-// Runs one operation on all threads while Python goes on.
+// Runs one operation on all threads with the GIL released.
 template <class Job>
 void run(Job&& job) {
   const nb::gil_scoped_release released;
   pool()->run(job);
 }
 
-// Rows of x with room for whole groups of 32 columns, aligned as those of a step are.
+// Rows of x padded to groups of 32 columns and aligned like the activations of a step.
 struct PaddedRows {
   PaddedRows(const bf16* x, std::int64_t rows, std::int64_t columns) {
     const std::int64_t stride = (columns + kGroup - 1) / kGroup * kGroup;
@@ -43,18 +43,18 @@ struct PaddedRows {
   Activations activations;
 };
 
-void linear(const BoundMatrix& bound, const Array& x, const Array& out, bool is_stream, const std::string& level) {
+void linear(const BoundMatrix& bound, const Array& x, const Array& out, bool is_decode, const std::string& level) {
   const Matrix& w = bound.matrix;
   const Ops& table = ops(level);
   const auto* values = elements<bf16>(x, "x", Type::bf16, {kAnySize, w.columns});
   const std::int64_t rows = size(x, 0);
   auto* result = elements<float>(out, "out", Type::fp32, {rows, w.rows});
   PaddedRows padded(values, rows, w.columns);
-  padded.activations.is_stream = is_stream;
+  padded.activations.is_decode = is_decode;
   run([&](Team& team) { table.linear(team, w, padded.activations, result); });
 }
 
-// Fills the tensors `to` was made of.
+// Quantizes into the tensors that `to` was made of.
 void pack(const Array& weights, const BoundMatrix& to, const std::string& level) {
   const Matrix& m = to.matrix;
   const Ops& table = ops(level);
@@ -97,7 +97,7 @@ void swiglu(const Array& gate, const Array& up, const Array& out, const std::str
   run([&](Team& team) { table.swiglu(team, g, u, rows, width, result); });
 }
 
-// The router's numbers, as lowlat.config's MoEConfig has them.
+// The router's parameters, as in lowlat.config's MoEConfig.
 struct Choice {
   std::int64_t chosen, groups, kept_groups, best_in_group;
   bool is_sigmoid, normalizes;
@@ -135,7 +135,7 @@ void route(const Array& x, const BoundMatrix& gate, const std::optional<Array>& 
   run([&](Team& team) { table.route(team, router, tokens, all, chosen, factors); });
 }
 
-// How heads find their key and value in a cached row; see PagedAttention.
+// Where heads find their key and value in a cache entry; see PagedAttention.
 struct RowLayout {
   std::int64_t kv_heads, key_step, value_dim, value_step, value_offset;
 };
@@ -207,8 +207,8 @@ void attention(const Array& q, const Array& cache, const Array& pages, std::int6
   run([&](Team& team) { table.attention(team, a); });
 }
 
-// A caller's memory for its draws, kept from one to the next: fresh pages cost as much as a draw does.
-struct DrawRoom {
+// Sampling buffers, reused from call to call: fresh memory pages would cost as much as the sampling itself.
+struct DrawBuffers {
   Buffer weights, bins, pieces;
 };
 
@@ -226,15 +226,15 @@ std::int64_t draw(const Array& logits, double number, double temperature, std::i
   pass.top_k = top_k;
   pass.top_p = top_p;
   pass.min_p = min_p;
-  static thread_local DrawRoom room;
+  static thread_local DrawBuffers buffer_array;
   const auto pieces = static_cast<std::size_t>(draw_pieces(pass.size));
-  pass.weights = static_cast<double*>(room.weights.reserve(pass.size * sizeof(double)));
-  pass.bins = static_cast<double*>(room.bins.reserve(kDrawLevels * pieces * kDrawBinStride * sizeof(double)));
-  pass.pieces = static_cast<DrawPiece*>(room.pieces.reserve(pieces * sizeof(DrawPiece)));
+  pass.weights = static_cast<double*>(buffer_array.weights.reserve(pass.size * sizeof(double)));
+  pass.bins = static_cast<double*>(buffer_array.bins.reserve(kDrawLevels * pieces * kDrawBinStride * sizeof(double)));
+  pass.pieces = static_cast<DrawPiece*>(buffer_array.pieces.reserve(pieces * sizeof(DrawPiece)));
   std::int64_t token = -1;
   pass.token = &token;
   {
-    // On this thread alone: to wake another takes longer than what it would save.
+    // On the calling thread alone: waking another one takes longer than it would save.
     const nb::gil_scoped_release released;
     Pool(1).run([&](Team& team) { table.draw(team, pass); });
   }
@@ -270,7 +270,7 @@ void bind_ops(nb::module_& module) {
 NB_MODULE(_native, module) {
   using namespace lowlat;
   using namespace nb::literals;
-  // What is alive at the end goes with the process: Python does not take apart modules that others still hold.
+  // Objects alive at exit are released with the process: Python does not tear down modules that are still referenced.
   nb::set_leak_warnings(false);
   module.def("built_levels", built_levels);
   module.def("usable_levels", usable_levels);

@@ -1,23 +1,24 @@
-// What a level of instructions offers: one table of functions per level, filled by level.cpp.
+// The function table of an instruction-set level, filled by level.cpp.
 //
-// Every function works for a whole team of threads (pool.h): each thread calls it with its own Team, and it returns
-// when all threads are done. Rows and outputs are independent, so the bits do not depend on the number of threads.
+// Every function runs on a whole team of threads (thread_pool.h): each thread calls it with its own Team, and it
+// returns when all threads are done. Rows and outputs are independent, so bits do not depend on the number of
+// threads.
 #pragma once
 
 #include <cstdint>
 
 #include "model.h"
-#include "pool.h"
+#include "thread_pool.h"
 #include "sampling.h"
 #include "training.h"
 
 namespace lowlat {
 
-// Queries at positions start .. start + queries - 1 of one sequence over its cached rows of one layer.
+// Queries at positions start .. start + queries - 1 of one sequence over its KV cache entries of one layer.
 //
-// kv_heads groups of heads look at one key and value each: group g's key is the key_dim elements of a row from
-// g * key_step on, its value the value_dim elements from value_offset + g * value_step on. MLA: one group, whose key
-// is the whole row and whose value is the row's start.
+// The heads form kv_heads groups that share a key and a value: group g's key is key_dim elements of an entry from g *
+// key_step, its value value_dim elements from value_offset + g * value_step. Absorbed MLA is one group, whose key is
+// the whole entry and whose value is the entry's start.
 struct PagedAttention {
   const bf16* q = nullptr;  // [queries, heads, q_stride], zeros beyond key_dim; q_stride a multiple of 32
   std::int64_t queries = 0, heads = 0, q_stride = 0;
@@ -41,7 +42,7 @@ struct Ops {
   // out [x.rows, w.rows] = x W^T in fp32
   void (*linear)(Team&, const Matrix& w, const Activations& x, float* out);
 
-  // fp32 or bf16 weights, `stride` elements from row to row, into the int8 or int4 tiles of `to`
+  // quantizes fp32 or bf16 weights, `stride` elements between rows, into the int8 or int4 tiles of `to`
   void (*pack)(Team&, const void* weights, bool is_bf16, std::int64_t stride, const Matrix& to);
 
   // x, out [rows, norm.size]
@@ -58,15 +59,15 @@ struct Ops {
   void (*route)(Team&, const Router& router, std::int64_t tokens, float* scores, std::int32_t* experts,
                 float* weights);
 
-  // rows [count, row_dim] as rows of the cache, one after the other from its start
+  // rows [count, row_dim] into the first entries of the cache
   void (*store_rows)(Team&, const bf16* rows, std::int64_t count, std::int64_t row_dim, const Cache& cache);
 
   void (*attention)(Team&, const PagedAttention& attention);
 
-  // A token of a row of logits (sampling.h)
+  // Sampling: one token from a row of logits (sampling.h)
   void (*draw)(Team&, const DrawPass&);
 
-  // Between the products of a training step (training.h)
+  // Training: everything between two matrix products (training.h)
   void (*norm_forward)(Team&, const NormPass&);
   void (*norm_backward)(Team&, const NormPass&);
   void (*gated_forward)(Team&, const GatedPass&);
@@ -80,7 +81,7 @@ struct Ops {
   void (*causal_forward)(Team&, const CausalPass&);
   void (*causal_backward)(Team&, const CausalPass&);
 
-  // A whole step of a model; work.prepare() has been called for it.
+  // A whole step of a model; work.prepare() must have been called for it.
   void (*step)(Team&, const Model& model, const Step& step, Workspace& work);
 };
 

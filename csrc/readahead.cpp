@@ -10,8 +10,8 @@ namespace lowlat {
 
 namespace {
 
-// Linux cuts a request to the file's readahead window or to the device's largest transfer, whichever is more, and says
-// nothing. Pieces are the window that every file has unless told otherwise, so that none is cut.
+// Linux silently truncates a request to the file's readahead window or the device's largest transfer, whichever is
+// larger. 128 KiB is the default window, so no request is truncated.
 constexpr std::uintptr_t kPiece = 128 * 1024;
 
 void read_ahead(const void* data, std::int64_t bytes) {
@@ -19,13 +19,13 @@ void read_ahead(const void* data, std::int64_t bytes) {
   static const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto first = reinterpret_cast<std::uintptr_t>(data), last = first + static_cast<std::uintptr_t>(bytes);
   for (std::uintptr_t start = first / page * page; start < last; start += kPiece) {
-    // Advice only: where it is refused, the pages come when they are touched.
+    // Advice only: if it is refused, pages are read on first access.
     madvise(reinterpret_cast<void*>(start), std::min(kPiece, last - start), MADV_WILLNEED);
   }
 }
 
 void read_ahead(const Matrix& w) {
-  // Scales of other storages are a hundredth of the weights, and come when they are touched.
+  // Scales of the other storages are one percent of the weights and are read on first access.
   if (!w.is_tiled()) return read_ahead(w.data, w.rows * w.stride * w.element_bytes());
   const std::int64_t groups = w.tiles() * w.groups();
   read_ahead(w.data, groups * w.group_bytes());

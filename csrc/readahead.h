@@ -1,14 +1,14 @@
-// Models larger than memory: asking the system for weights before they are used.
+// Weight prefetch for models larger than memory: madvise(MADV_WILLNEED) on memory-mapped weights before their use.
 #pragma once
 
 #include "model.h"
 
 namespace lowlat {
 
-// Starts reading the projections of a layer's attention, norms apart, and its dense or shared MLP. Does not wait.
+// Starts reading the projections of a layer's attention (not its norms) and its dense or shared MLP. Does not wait.
 void read_ahead(const Layer& layer);
 
-// The same for one expert.
+// Starts reading one expert.
 void read_ahead(const Mlp& mlp);
 
 }  // namespace lowlat

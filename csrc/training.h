@@ -1,12 +1,13 @@
-// Arguments of the training operations: forward and backward passes of everything between two matrix products.
-// Activations are bf16 or fp32, both of one type per call; what is summed or kept for the backward pass is fp32.
+// Arguments of the training kernels: forward and backward passes of everything between two matrix products (RMSNorm,
+// SwiGLU, RoPE, cross entropy, KL divergence, attention, grouped GEMM). Activations are bf16 or fp32, one type per
+// call; sums and values saved for the backward pass are fp32.
 #pragma once
 
 #include <cstdint>
 
 namespace lowlat {
 
-// Numbers of either type.
+// Values of either type.
 struct Values {
   void* data = nullptr;
   bool is_bf16 = false;
@@ -18,60 +19,61 @@ struct NormPass {
   const float* weight = nullptr;
   Values x;
   Values out;                      // forward: the result; backward: the gradient of x
-  float* inverse = nullptr;        // [rows] 1 / root mean square: written forward, read backward
+  float* inverse = nullptr;        // [rows] 1 / root mean square: written by forward, read by backward
   Values grad;                     // backward: the gradient of the result
   float* grad_weight = nullptr;    // backward: [size]
   float* partial = nullptr;        // backward: [ceil(rows / kNormPiece), size]
 };
 
-// Rows whose parts of a weight's gradient are summed before all others: the bits do not depend on threads.
+// Rows per partial sum of a weight's gradient: the summation order, and so the bits, do not depend on threads.
 constexpr std::int64_t kNormPiece = 64;
 
 struct GatedPass {
   std::int64_t rows = 0, size = 0;
-  std::int64_t stride = 0;          // elements from row to row of gate, up and their gradients
+  std::int64_t stride = 0;          // elements between rows of gate, up and their gradients
   Values gate, up;
-  Values inner;                     // [rows, size] silu(gate) * up; backward: null where it is not wanted
+  Values inner;                     // [rows, size] silu(gate) * up; backward: null if not needed
   Values grad;                      // backward: [rows, size] gradient of inner, before factors
-  const float* factors = nullptr;   // backward: [rows] what grad is multiplied by; null: 1
+  const float* factors = nullptr;   // backward: [rows] multiplied into grad; null: 1
   Values grad_gate, grad_up;        // backward
-  float* grad_factors = nullptr;    // backward: [rows] sums of grad * inner; null: not wanted
+  float* grad_factors = nullptr;    // backward: [rows] sums of grad * inner; null if not needed
 };
 
 struct EntropyPass {
   std::int64_t rows = 0, size = 0;
   Values logits;                        // in place: the gradient of nll + z_weight * z
   const std::int64_t* targets = nullptr;
-  const bool* counted = nullptr;        // rows that are not counted have no gradient and no loss
+  const bool* counted = nullptr;        // rows with false have no gradient and no loss
   float z_weight = 0;
   float* nll = nullptr;                 // [rows] nats
   float* z = nullptr;                   // [rows] squared log of the denominator
 };
 
-// Forward KL of a student's next-token distributions from a teacher's, and the negative log-likelihood of targets.
+// KL divergence (forward) of a student's next-token distributions from a teacher's, and the negative log-likelihood
+// of targets.
 struct DivergencePass {
   std::int64_t rows = 0, size = 0;
   Values logits;                        // the student's; in place: the gradient of kl + nll_weight * nll
-  Values taught;                        // [rows, size] the teacher's logits
+  Values teacher;                        // [rows, size] the teacher's logits
   const std::int64_t* targets = nullptr;
-  const bool* counted = nullptr;        // rows that are not counted have no gradient and no loss
+  const bool* counted = nullptr;        // rows with false have no gradient and no loss
   float nll_weight = 0;
-  bool wants_gradient = true;           // otherwise logits stay
+  bool wants_gradient = true;           // false: logits are not overwritten
   float* kl = nullptr;                  // [rows] nats
   float* nll = nullptr;                 // [rows] nats
 };
 
-// Rotary embedding of heads that may be columns of something wider.
+// RoPE of heads whose rows may be columns of a wider matrix.
 struct RotationPass {
   std::int64_t tokens = 0, heads = 0, dim = 0;
   Values x;
-  std::int64_t token_step = 0, head_step = 0;  // elements of x from token to token and from head to head
+  std::int64_t token_step = 0, head_step = 0;  // elements of x between tokens and between heads
   Values out;                                  // [tokens, heads, dim]
-  const float* cos = nullptr;                  // [tokens, dim / 2], rows `table_step` apart, as sin
+  const float* cos = nullptr;                  // [tokens, dim / 2], rows `table_step` apart; sin alike
   const float* sin = nullptr;
   std::int64_t table_step = 0;
   bool interleave = false;                     // pairs (2i, 2i + 1); otherwise (i, i + dim / 2)
-  bool is_inverse = false;                     // by the negative angles: the gradient of x from that of out
+  bool is_inverse = false;                     // rotate by the negative angles: the gradient of x from that of out
 };
 
 struct CombinePass {
@@ -82,17 +84,17 @@ struct CombinePass {
   Values out;                            // [tokens, size]
 };
 
-// Rows sorted by expert, each times the matrix of its expert: x W^T, or turned: x W.
+// Grouped GEMM: rows sorted by expert, each times its expert's matrix: x W^T, or transposed: x W.
 struct GroupedPass {
   std::int64_t experts = 0, out = 0, in = 0;
-  const std::int64_t* counts = nullptr;  // [experts] rows of each, one expert's after the other's
+  const std::int64_t* counts = nullptr;  // [experts] rows per expert, in order
   Values weight;                         // [experts, out, in]
-  bool is_turned = false;
-  const std::uint16_t* rows = nullptr;   // bf16 [any, in], turned: [any, out]
-  std::uint16_t* products = nullptr;     // bf16 [any, out], turned: [any, in]
+  bool is_transposed = false;
+  const std::uint16_t* rows = nullptr;   // bf16 [any, in]; transposed: [any, out]
+  std::uint16_t* products = nullptr;     // bf16 [any, out]; transposed: [any, in]
 };
 
-// left^T right over the rows of every expert: the gradient of its matrix.
+// Weight gradient of the grouped GEMM: left^T right over the rows of every expert.
 struct OuterPass {
   std::int64_t experts = 0, out = 0, in = 0;
   const std::int64_t* counts = nullptr;  // [experts]
@@ -101,19 +103,19 @@ struct OuterPass {
   float* sums = nullptr;                 // [experts, out, in]
 };
 
-// Causal attention of whole sequences that lie one after the other. bf16; heads / kv_heads query heads share a key head.
+// Causal attention of packed whole sequences. bf16; heads / kv_heads query heads share a key head (GQA).
 struct CausalPass {
   std::int64_t sequences = 0;
-  const std::int64_t* ends = nullptr;  // [sequences] tokens up to and including each
+  const std::int64_t* ends = nullptr;  // [sequences] cumulative token counts (cu_seqlens without the 0)
   std::int64_t heads = 0, kv_heads = 0, key_dim = 0, value_dim = 0;
   float scale = 1;
   const std::uint16_t* q = nullptr;     // [tokens, heads, key_dim]
   const std::uint16_t* k = nullptr;     // [tokens, kv_heads, key_dim]
   const std::uint16_t* v = nullptr;     // [tokens, kv_heads, value_dim]
   std::uint16_t* out = nullptr;         // [tokens, heads, value_dim]
-  float* log_total = nullptr;           // [tokens, heads] log of the softmax's denominator: written, then read
+  float* log_total = nullptr;           // [tokens, heads] logsumexp: written by forward, read by backward
   const std::uint16_t* grad = nullptr;  // backward: [tokens, heads, value_dim]
-  std::uint16_t* grad_q = nullptr;      // backward, as q, k and v
+  std::uint16_t* grad_q = nullptr;      // backward, shaped like q, k and v
   std::uint16_t* grad_k = nullptr;
   std::uint16_t* grad_v = nullptr;
 };

@@ -8,7 +8,7 @@ namespace lowlat {
 
 namespace {
 
-constexpr std::int64_t kQueryRows = 48;     // query rows that share the work of preparing keys
+constexpr std::int64_t kQueryRows = 48;     // query rows that share one packing of the keys
 constexpr std::align_val_t kAlignment{64};
 
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
@@ -40,7 +40,7 @@ void* Buffer::reserve(std::size_t bytes) {
     ::operator delete(data_, kAlignment);
     data_ = nullptr;
     bytes_ = 0;
-    // 128 spare bytes: vectors may be read from the last elements on.
+    // 128 spare bytes: vector loads may start at the last elements.
     data_ = ::operator new(bytes + 128, kAlignment);
     bytes_ = bytes;
     std::memset(data_, 0, bytes + 128);
@@ -53,30 +53,30 @@ T* Workspace::take(int slot, std::int64_t count) {
   return static_cast<T*>(buffers_[slot].reserve(static_cast<std::size_t>(count) * sizeof(T)));
 }
 
-Activations Workspace::rows_of(int slot, std::int64_t rows, std::int64_t columns, bool is_stream) {
+Activations Workspace::rows_of(int slot, std::int64_t rows, std::int64_t columns, bool is_decode) {
   const std::int64_t stride = round_up(columns, kGroup);
-  return {rows, stride, take<bf16>(slot, rows * stride), is_stream};
+  return {rows, stride, take<bf16>(slot, rows * stride), is_decode};
 }
 
-void Workspace::make_inner(std::int64_t tokens, bool is_stream) {
+void Workspace::make_inner(std::int64_t tokens, bool is_decode) {
   const std::int64_t dense_stride = round_up(sizes.dense_inner, kGroup), stride = round_up(sizes.inner, kGroup);
   const std::int64_t rows = sizes.inner > 0 ? tokens * (sizes.chosen + 1) : 0;
   bf16* values = take<bf16>(3, std::max(tokens * dense_stride, rows * stride));
-  dense_inner = {tokens, dense_stride, values, is_stream};
-  moe_inner = {rows, stride, values, is_stream};
+  dense_inner = {tokens, dense_stride, values, is_decode};
+  moe_inner = {rows, stride, values, is_decode};
 }
 
 void Workspace::prepare(const Model& model, const Step& step, int threads) {
   if (static_cast<int>(scratch.size()) < threads) scratch = std::vector<Scratch>(threads);
   const Attention& a = model.layers[0].attention;
   const std::int64_t n = step.tokens, routed = n * sizes.chosen;
-  hidden = rows_of(0, n, model.hidden, step.is_stream);
-  query_latent = rows_of(1, n, sizes.query_latent, step.is_stream);
-  attended = rows_of(2, n, sizes.outputs, step.is_stream);
-  make_inner(n, step.is_stream);
-  // A single token's row serves all its experts as it is.
-  gathered = n > 1 ? rows_of(4, routed, model.hidden, step.is_stream) : Activations{};
-  joined = model.join ? rows_of(17, n, 2 * model.hidden, step.is_stream) : Activations{};
+  hidden = rows_of(0, n, model.hidden, step.is_decode);
+  query_latent = rows_of(1, n, sizes.query_latent, step.is_decode);
+  attended = rows_of(2, n, sizes.outputs, step.is_decode);
+  make_inner(n, step.is_decode);
+  // A single token's row serves all its experts without a copy.
+  gathered = n > 1 ? rows_of(4, routed, model.hidden, step.is_decode) : Activations{};
+  joined = model.join ? rows_of(17, n, 2 * model.hidden, step.is_decode) : Activations{};
   x = take<bf16>(5, n * hidden.stride);
   query_latent_raw = take<bf16>(6, n * query_latent.stride);
   row = take<bf16>(7, n * sizes.row);
@@ -91,7 +91,7 @@ void Workspace::prepare(const Model& model, const Step& step, int threads) {
   row_token.resize(routed);
   row_weight.resize(routed);
   next_row.resize(sizes.experts);
-  // Heads are the same in all layers, and so is the plan.
+  // Head counts are equal in all layers, so one plan serves all.
   plan_attention(a, step, threads);
 }
 
@@ -117,8 +117,8 @@ void Workspace::plan_attention(const Attention& a, const Step& step, int threads
       }
     }
   }
-  // Splits are computed side by side only where there are too few groups to keep all threads busy: their partial
-  // results take memory.
+  // Splits of a context run in parallel (split-K, as in flash decoding) only if there are too few groups to keep all
+  // threads busy: their partial results take memory.
   const bool splits = groups.size() < 4 * static_cast<std::size_t>(threads);
   std::int64_t rows = 0;
   for (std::size_t g = 0; g < groups.size(); ++g) {
@@ -132,7 +132,7 @@ void Workspace::plan_attention(const Attention& a, const Step& step, int threads
     rows += groups[g].splits * groups[g].tokens * heads;
     for (std::int64_t split = 0; split < groups[g].splits; ++split) tasks.push_back({number, split});
   }
-  // Long tasks first: the last to finish should be a short one.
+  // Longest task first: the last one to finish should be short.
   std::stable_sort(tasks.begin(), tasks.end(), [](const AttentionTask& one, const AttentionTask& other) {
     return one.split >= 0 && other.split >= 0 ? one.split > other.split : one.split < other.split;
   });

@@ -1,4 +1,4 @@
-// Memory of a step: activations shared by the team, scratch of each thread, and the plan of its attention.
+// Memory of a step: shared activations, per-thread scratch, and the attention plan (flash-decoding splits).
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace lowlat {
 
-// Memory aligned to 64 bytes that only grows. Fresh memory is zero; what it held before growing is lost.
+// Grow-only memory aligned to 64 bytes. Fresh memory is zero; growing loses the contents.
 class Buffer {
  public:
   Buffer() = default;
@@ -23,28 +23,28 @@ class Buffer {
   std::size_t bytes_ = 0;
 };
 
-// The start of a buffer that has room for `count` of T.
+// The start of `buffer`, grown to hold at least `count` elements.
 template <class T>
-T* room(Buffer& buffer, std::int64_t count) {
+T* buffer_array(Buffer& buffer, std::int64_t count) {
   return static_cast<T*>(buffer.reserve(static_cast<std::size_t>(count) * sizeof(T)));
 }
 
-// A thread's own buffers, by number.
+// A thread's own buffers, by slot.
 class Scratch {
  public:
   static constexpr int kSlots = 16;
   template <class T>
   T* get(int slot, std::int64_t count) {
-    return room<T>(slots_[slot], count);
+    return buffer_array<T>(slots_[slot], count);
   }
 
  private:
   Buffer slots_[kSlots];
 };
 
-// A context is attended to split by split, and the splits are added up in order: where they begin is fixed by the
-// position alone, so that a query's bits are. Each of the first is as long as all before it, so that two threads have
-// even shares of a short context: 0, 64, 128, 256, 512, 1024, and from there every 1024.
+// Flash decoding: a context is attended split by split, and the partial results are added in order. Split boundaries
+// depend on the position alone, and so do a query's bits. Early splits double, so that two threads get even shares of
+// a short context: 0, 64, 128, 256, 512, 1024, then every 1024.
 constexpr std::int64_t kFirstSplit = 64, kSplit = 1024, kShortSplits = 5;
 
 inline std::int64_t split_start(std::int64_t split) {
@@ -59,8 +59,8 @@ inline std::int64_t num_splits(std::int64_t context) {
   return splits;
 }
 
-// Query rows of one sequence that share keys: `tokens` queries from `token` (of the sequence) on, all heads of one
-// key-value head. Their partial results lie at row `partial`, one copy per split.
+// Query rows of one sequence that share keys: `tokens` queries from `token` (within the sequence), all heads of one
+// KV head. Their partial results begin at row `partial`, one copy per split.
 struct QueryGroup {
   std::int32_t sequence;
   std::int64_t kv_head;
@@ -70,13 +70,13 @@ struct QueryGroup {
   std::int64_t partial;
 };
 
-// A group and one of its splits, or -1: all of them in turn.
+// A group and one of its splits, or -1: all of them in order.
 struct AttentionTask {
   std::int32_t group;
   std::int64_t split;
 };
 
-// Rows of tokens that one MLP works on.
+// Token rows for one MLP.
 struct ExpertRows {
   const Mlp* mlp;
   std::int64_t first;
@@ -84,7 +84,7 @@ struct ExpertRows {
   bool is_routed;
 };
 
-// The largest sizes of a model's layers.
+// The largest dimensions over a model's layers.
 struct Sizes {
   std::int64_t query_latent = 0, experts = 0, chosen = 0;
   std::int64_t dense_inner = 0, inner = 0;  // of layers without experts, and with
@@ -93,15 +93,15 @@ struct Sizes {
   explicit Sizes(const Model& model);
 };
 
-// The memory of one model's steps.
+// The buffers of one model's steps.
 struct Workspace {
-  // Activations of all tokens; strides are multiples of 32 and the same in all layers, those of the widest. A layer's
-  // rows are followed by zeros up to a multiple of 32.
+  // Activations of all tokens. Strides are multiples of 32 and equal in all layers: those of the widest. Zeros follow
+  // a narrower layer's rows up to a multiple of 32.
   Activations hidden, query_latent, attended, gathered, joined;
-  // Inner rows of MLPs, in the same memory: a layer without experts has fewer rows, as a rule wider ones.
+  // MLP inner rows share memory: a layer without experts usually has fewer but wider rows.
   Activations dense_inner, moe_inner;
-  Activations inner;  // those of the layer at hand
-  bf16* x = nullptr;                 // residual [tokens, hidden.stride]
+  Activations inner;  // of the current layer
+  bf16* x = nullptr;                 // residual stream [tokens, hidden.stride]
   bf16* query_latent_raw = nullptr;  // [tokens, query_latent.stride]
   bf16* row = nullptr;               // [tokens, row_dim]
   bf16* q = nullptr;                 // [tokens, heads, query_dim]
@@ -111,9 +111,9 @@ struct Workspace {
   // Attention
   std::vector<QueryGroup> groups;
   std::vector<AttentionTask> tasks;
-  std::vector<std::int32_t> expanded;  // sequences in the expanded form
-  std::vector<std::int32_t> absorbed;  // and the others
-  float* top = nullptr;                // partial softmax states, [rows]
+  std::vector<std::int32_t> expanded;  // sequences on the expanded path
+  std::vector<std::int32_t> absorbed;  // the other sequences
+  float* top = nullptr;                // partial softmax states: row maximum, [rows]
   float* total = nullptr;
   float* values = nullptr;  // [rows, value_stride]
   std::int64_t value_stride = 0;
@@ -130,15 +130,15 @@ struct Workspace {
 
   explicit Workspace(const Model& model) : sizes(model) {}
 
-  // Makes everything ready for a step of `threads` threads.
+  // Reserves memory for a step on `threads` threads and plans its attention.
   void prepare(const Model& model, const Step& step, int threads);
 
  private:
   void plan_attention(const Attention& attention, const Step& step, int threads);
   template <class T>
   T* take(int slot, std::int64_t count);
-  Activations rows_of(int slot, std::int64_t rows, std::int64_t columns, bool is_stream);
-  void make_inner(std::int64_t tokens, bool is_stream);
+  Activations rows_of(int slot, std::int64_t rows, std::int64_t columns, bool is_decode);
+  void make_inner(std::int64_t tokens, bool is_decode);
 
   Sizes sizes;
   Buffer buffers_[18];

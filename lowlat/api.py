@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack
 
-from lowlat.checkpoint.cachefolder import disk_faults, locked
-from lowlat.checkpoint.fetch import fetch_pypi
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.fetch.cache_dir import disk_faults, locked
+from lowlat.checkpoint.fetch.model_names import ConfigPreset, LocalModel, ModelPreset, resolve
+from lowlat.checkpoint.fetch.pypi import fetch_pypi
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
-from lowlat.checkpoint.names import ConfigPreset, LocalModel, ModelPreset, resolve
 from lowlat.convert.run import convert
 from lowlat.engine.cache_size import check_cache_limit
 from lowlat.engine.params import SamplingOptions, SamplingParams, make_params

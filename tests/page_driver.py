@@ -1,20 +1,21 @@
 """Sequences that take, share, fill, publish and give back pages at random, checked step by step.
 
-Owns the plain model that `PagePool` and `PrefixCache` are compared with: dicts and lists searched
-from end to end. It stands in for a model's rows with numbers that differ wherever salt, form or any
-token up to there differ, so a page that is found for the wrong sequence is seen at once.
+Owns the plain model that `PageAllocator` and `PrefixCache` are compared with: dicts and lists
+searched from end to end. It stands in for a model's rows with numbers that differ wherever
+cache_namespace, form or any token up to there differ, so a page that is found for the wrong
+sequence is seen at once.
 """
 
 import random
 from collections import Counter
 from dataclasses import dataclass, field
 
-from lowlat.engine.pages import PagePool
+from lowlat.engine.page_allocator import PageAllocator
 from lowlat.engine.prefix import Digest, PrefixCache
 
 PAGE_SIZE = 3
 SALTS = (b"", b"one", b"two")
-FORMS = ("stream", "expanded")
+FORMS = ("decode", "expanded")
 MAX_TOKENS = 24
 MAX_PAGES = 24
 MAX_SEQUENCES = 8
@@ -24,7 +25,7 @@ MAX_SEQUENCES = 8
 class Text:
     """What a sequence's rows depend on; its page i is computed by forms[i]."""
 
-    salt: bytes
+    cache_namespace: bytes
     tokens: list[int]
     forms: list[str]
 
@@ -42,7 +43,7 @@ class Held:
 
 
 class Model:
-    """The pool and the index as plainly as can be."""
+    """The allocator and the index as plainly as can be."""
 
     def __init__(self, num_pages: int) -> None:
         self.counts = [0] * num_pages
@@ -125,8 +126,8 @@ class Driver:
 
     def __init__(self, seed: int, *, num_pages: int = 17, digest: Digest | None = None) -> None:
         self.random = random.Random(seed)
-        self.pool = PagePool(num_pages)
-        self.cache = PrefixCache(self.pool, page_size=PAGE_SIZE, digest=digest)
+        self.allocator = PageAllocator(num_pages)
+        self.cache = PrefixCache(self.allocator, page_size=PAGE_SIZE, digest=digest)
         self.model = None if digest else Model(num_pages)
         self.sequences: list[Held] = []
         self.done = Counter[str]()
@@ -156,14 +157,16 @@ class Driver:
 
     def check(self) -> None:
         self.cache.check_integrity([sequence.pages for sequence in self.sequences])
-        pool, model = self.pool, self.model
-        assert pool.num_free + pool.num_cached + pool.num_used == pool.num_pages
+        allocator, model = self.allocator, self.model
+        assert allocator.num_free + allocator.num_cached + allocator.num_used == allocator.num_pages
         for sequence in self.sequences:
             self._check_rows(sequence)
         if model is not None:
-            assert model.counts == [pool.num_holders(page) for page in range(pool.num_pages)]
-            assert sorted(model.stamps, key=model.stamps.__getitem__) == pool.eviction_order()
-            assert len(model.free()) == pool.num_free
+            assert model.counts == [
+                allocator.num_holders(page) for page in range(allocator.num_pages)
+            ]
+            assert sorted(model.stamps, key=model.stamps.__getitem__) == allocator.eviction_order()
+            assert len(model.free()) == allocator.num_free
             assert len(model.known) == len(self.cache)
 
     def admit(self) -> None:
@@ -173,7 +176,7 @@ class Driver:
         text = self._new_text()
         held = Held(text, [], 0, self._rows(text))
         asked = len(text.tokens) // PAGE_SIZE
-        held.pages = self.cache.match(text.salt, text.tokens, text.forms[:asked])
+        held.pages = self.cache.match(text.cache_namespace, text.tokens, text.forms[:asked])
         if self.model is not None:
             assert held.pages == self.model.match(held.rows[PAGE_SIZE - 1 :: PAGE_SIZE][:asked])
         held.num_rows = PAGE_SIZE * len(held.pages)
@@ -195,7 +198,7 @@ class Driver:
         held.rows = self._rows(held.text)
         for position in range(held.num_rows, end):
             page = held.pages[position // PAGE_SIZE]
-            assert not self.pool.is_shared(page) and not self.pool.is_kept(page)
+            assert not self.allocator.is_shared(page) and not self.allocator.is_kept(page)
             written = self._stored.setdefault(page, [])
             del written[position % PAGE_SIZE :]
             written.append(held.rows[position])
@@ -212,11 +215,13 @@ class Driver:
             self._publish(held)
         num_full = held.num_rows // PAGE_SIZE
         shared = held.pages[:num_full]
-        self.pool.retain(shared)
+        self.allocator.retain(shared)
         if self.model is not None:
             self.model.retain(shared)
         text = Text(
-            held.text.salt, held.text.tokens[: num_full * PAGE_SIZE], held.text.forms[:num_full]
+            held.text.cache_namespace,
+            held.text.tokens[: num_full * PAGE_SIZE],
+            held.text.forms[:num_full],
         )
         rows = held.rows[: num_full * PAGE_SIZE]
         self.sequences.append(Held(text, shared, num_full * PAGE_SIZE, rows))
@@ -237,7 +242,7 @@ class Driver:
         del held.pages[num_left:]
         held.num_rows = num_left * PAGE_SIZE
         held.text = Text(
-            held.text.salt, held.text.tokens[: held.num_rows], held.text.forms[:num_left]
+            held.text.cache_namespace, held.text.tokens[: held.num_rows], held.text.forms[:num_left]
         )
         held.rows = held.rows[: held.num_rows]
 
@@ -249,15 +254,15 @@ class Driver:
             self._remember(held.text)
 
     def grow(self) -> None:
-        total = min(self.pool.num_pages + self.random.randint(0, 4), MAX_PAGES)
-        self.pool.grow(total)
+        total = min(self.allocator.num_pages + self.random.randint(0, 4), MAX_PAGES)
+        self.allocator.grow(total)
         if self.model is not None:
             self.model.counts += [0] * (total - len(self.model.counts))
 
     def clear(self) -> None:
-        before = self.pool.num_available
+        before = self.allocator.num_available
         self.cache.clear()
-        assert (self.pool.num_free, self.pool.num_cached) == (before, 0)
+        assert (self.allocator.num_free, self.allocator.num_cached) == (before, 0)
         while self.model is not None and self.model.stamps:
             self.model.evict()
 
@@ -267,14 +272,14 @@ class Driver:
     def _reserve(self, held: Held, num_rows: int) -> bool:
         """Pages for so many rows; the sequence gives its own back where there are too few."""
         missing = -(-num_rows // PAGE_SIZE) - len(held.pages)
-        if missing > self.pool.num_available:
+        if missing > self.allocator.num_available:
             self.sequences.remove(held)
             self._release(held.pages)
             self._remember(held.text)
             self.done["preemptions"] += 1
             return False
         evicted = self.cache.evictions
-        pages = self.pool.allocate(max(missing, 0))
+        pages = self.allocator.allocate(max(missing, 0))
         if self.model is not None:
             assert pages == self.model.take(len(pages))
         for page in pages:
@@ -288,13 +293,15 @@ class Driver:
         last_rows = held.rows[PAGE_SIZE - 1 :: PAGE_SIZE][:num_full]
         expected = self.model.insert(last_rows, held.pages) if self.model is not None else None
         before = list(held.pages)
-        self.cache.insert(held.text.salt, held.text.tokens, held.text.forms[:num_full], held.pages)
+        self.cache.insert(
+            held.text.cache_namespace, held.text.tokens, held.text.forms[:num_full], held.pages
+        )
         assert expected is None or held.pages == expected
         self.done["adoptions"] += sum(a != b for a, b in zip(before, held.pages, strict=True))
         self._check_rows(held)
 
     def _release(self, pages: list[int]) -> None:
-        self.pool.release(pages)
+        self.allocator.release(pages)
         if self.model is not None:
             self.model.release(pages)
 
@@ -307,7 +314,7 @@ class Driver:
     def _rows(self, text: Text) -> list[int]:
         """A number for the row of each token: equal where all it depends on is equal."""
         rows: list[int] = []
-        before: object = text.salt
+        before: object = text.cache_namespace
         for position, token in enumerate(text.tokens):
             content = (before, token, text.forms[position // PAGE_SIZE])
             rows.append(self._row_numbers.setdefault(content, len(self._row_numbers)))
@@ -322,7 +329,7 @@ class Driver:
             text.tokens = earlier.tokens[:length]
             text.forms = earlier.forms[: -(-length // PAGE_SIZE)]
             if self.random.random() < 0.9:
-                text.salt = earlier.salt
+                text.cache_namespace = earlier.cache_namespace
             if text.forms and self.random.random() < 0.1:
                 text.forms[-1] = self.random.choice(FORMS)
         for _ in range(self.random.randint(0, min(5, MAX_TOKENS - len(text.tokens)))):

@@ -11,6 +11,11 @@ ROW = re.compile(r"^\|.*\| `(?P<code>.+?)` \| (?P<file>lowlat/\S+\.py) \|$", re.
 LINK = re.compile(r"\]\((?!https?://|#)(?P<target>[^)#]+)")
 ANCHOR = re.compile(r"\]\((?P<page>[^):#]*\.md)?#(?P<anchor>[^)]+)\)")
 HEADING = re.compile(r"^#+ (?P<text>.+)$", re.MULTILINE)
+REPOSITORY_PATH = re.compile(
+    r"(?<![\w/.~-])(?:benchmarks|cmake|csrc|deploy|docs|examples|lab|lowlat|recipes|tests)/[\w./*-]*[\w*/]"
+)
+WRITTEN = re.compile(r"recipes/.*-tokens|recipes/small|benchmarks/results/NAME")
+"""Folders that commands of the pages write, and placeholders."""
 PAGES = sorted(
     p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 )
@@ -65,3 +70,12 @@ def test_links_name_headings(page: str) -> None:
     for match in ANCHOR.finditer(path.read_text()):
         target = path if match["page"] is None else path.parent / match["page"]
         assert match["anchor"] in anchors(target.read_text()), f"{page}: no {match[0]}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_named_paths_exist(page: str) -> None:
+    """Paths in prose, tables and commands; links have a test of their own."""
+    text = LINK.sub("", (ROOT / page).read_text())
+    named = [path for path in REPOSITORY_PATH.findall(text) if not WRITTEN.fullmatch(path)]
+    missing = [path for path in named if not any(ROOT.glob(path))]
+    assert not missing, f"{page} names {missing}"

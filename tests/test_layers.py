@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ LAYERS = [
     {"cli"},
     {"bench", "compare", "recovery"},
     {"api"},
-    {"serve", "train", "convert"},
+    {"serve", "train", "convert", "peers"},
     {"generate", "data", "plan"},
     {"engine"},
     {"checkpoint"},
@@ -81,7 +82,7 @@ def test_imports_point_downward() -> None:
         ("lowlat.generate.model", "def late():\n    from lowlat import api"),
         ("lowlat.model.mla", "from ..engine import params"),
         ("lowlat.utils.device", "from lowlat.config.model import ModelConfig"),
-        ("lowlat.config.hf", "from lowlat.text.tokenizer import Tokenizer"),
+        ("lowlat.config.hf.reader", "from lowlat.text.tokenizer import Tokenizer"),
         ("lowlat.checkpoint.load", "from lowlat import load"),
     ],
 )
@@ -102,3 +103,74 @@ def test_upward_and_sideways_imports_are_found(module: str, source: str) -> None
 def test_downward_imports_are_allowed(module: str, source: str) -> None:
     parts = module.split(".")
     assert violations(source, parts, parts[:-1]) == []
+
+
+CYCLIC = {"lowlat.train.metrics"}
+"""Packages whose modules still import each other both ways; none may be added."""
+
+
+@cache
+def imports_of(name: str) -> list[list[str]]:
+    """What the module or the __init__ of the package `name` imports."""
+    path = Path(PACKAGE.parent, *name.split("."))
+    is_module = path.with_suffix(".py").exists()
+    file = path.with_suffix(".py") if is_module else path / "__init__.py"
+    package = name.split(".")[: -1 if is_module else None]
+    return list(imported_modules(ast.parse(file.read_text(encoding="utf-8")), package))
+
+
+def members(package: str, names: set[str]) -> dict[str, set[str]]:
+    """Modules and sub-packages of `package`, each with the siblings that it imports, anywhere in
+    it.
+    """
+    depth = package.count(".") + 1
+    found: dict[str, set[str]] = {}
+    for name in names:
+        if not name.startswith(f"{package}."):
+            continue
+        own = found.setdefault(name.split(".")[depth], set())
+        for target in imports_of(name):
+            # `from package import name` imports a module, or a name of the package's own.
+            is_sibling = ".".join(target[: depth + 1]) in names
+            if target[:depth] == package.split(".") and is_sibling:
+                own.add(target[depth])
+    return {name: targets - {name} for name, targets in found.items()}
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Members that import each other, in order of their imports; empty if there are none."""
+    rest = {name: set(targets) for name, targets in graph.items()}
+    while leaves := [name for name, targets in rest.items() if not targets & rest.keys()]:
+        for name in leaves:
+            del rest[name]
+    if not rest:
+        return []
+    path = [min(rest)]
+    while (following := min(rest[path[-1]] & rest.keys())) not in path:
+        path.append(following)
+    return [*path[path.index(following) :], following]
+
+
+def test_imports_inside_packages_go_one_way() -> None:
+    """Modules of a package, and its sub-packages as wholes, import one another without a cycle."""
+    paths = [path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")]
+    names = {".".join(path.parts).removesuffix(".__init__") for path in paths}
+    packages = {name.rpartition(".")[0] for name in names} - {"", "lowlat"} - CYCLIC
+    broken = [
+        f"{package}: {' imports '.join(found)}"
+        for package in sorted(packages)
+        if (found := cycle(members(package, names)))
+    ]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    ("graph", "expected"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b"}, "b": {"a"}}, ["a", "b", "a"]),
+        ({"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": {"b"}, "e": {"a"}}, ["b", "c", "d", "b"]),
+    ],
+)
+def test_cycles_are_found(graph: dict[str, set[str]], expected: list[str]) -> None:
+    assert cycle(graph) == expected

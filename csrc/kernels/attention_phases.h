@@ -1,9 +1,10 @@
-// The attention of a layer: projections, the cached row, absorbed or expanded MLA, GQA, and the output projection.
+// Attention block of a layer: projections, KV cache write, absorbed MLA decode, expanded MLA prefill, GQA, output
+// projection.
 #pragma once
 
-#include "expanded.h"
-#include "pass.h"
-#include "range.h"
+#include "expanded_mla.h"
+#include "phases.h"
+#include "paged_attention.h"
 
 namespace lowlat::LOWLAT_ISA {
 
@@ -17,13 +18,13 @@ inline Rotation rotation_of(const Step& step, const Attention& a, std::int64_t t
   return {step.cos + at, step.sin + at};
 }
 
-// Stores a token's row of a layer.
+// Writes a token's KV cache entry of a layer.
 inline void store_token(const Pass& pass, const Attention& a, const Cache& cache, std::int64_t token) {
   const bf16* row = pass.work.row + token * a.row_dim();
   store_row(cache, row, a.row_dim(), cache.data + pass.step.slots[token] * cache.row_bytes);
 }
 
-// body(first, tokens) for every run of tokens in the absorbed form; sequences that follow each other are one.
+// body(first, tokens) for every run of tokens on the absorbed path; adjacent sequences form one run.
 template <class Body>
 inline void each_absorbed(const Pass& pass, Body&& body) {
   std::int64_t first = 0, last = 0;
@@ -38,17 +39,17 @@ inline void each_absorbed(const Pass& pass, Body&& body) {
   if (first < last) body(first, last - first);
 }
 
-// --- attention over cached rows -------------------------------------------------------------------------------------
+// --- attention over KV cache entries ---------------------------------------------------------------------------------
 
-// How the heads of a layer read rows.
+// How the heads of a layer read cache entries.
 inline RowView row_view(const Attention& a, std::int64_t kv_head) {
   if (!a.is_mla()) return {kv_head * a.rope_dim, a.rope_dim, (a.kv_heads + kv_head) * a.rope_dim, a.rope_dim};
-  // Without position-free channels the latent takes no part in the scores.
+  // Without NoPE channels the latent takes no part in the scores.
   const std::int64_t key = a.nope_dim == 0 ? a.latent_dim : 0;
   return {key, a.key_dim() - key, 0, a.latent_dim};
 }
 
-// The query rows of a group, [tokens, heads of the kv head], contiguous and padded.
+// The query rows of a group, [tokens, heads of the KV head], contiguous and padded.
 inline Queries queries_of(const Pass& pass, const Attention& a, const QueryGroup& group) {
   const Workspace& work = pass.work;
   const Sequence& sequence = pass.step.sequences[group.sequence];
@@ -77,7 +78,7 @@ inline CachedKeys keys_of(const Pass& pass, const Attention& a, const Cache& cac
   return {cache, pass.step.sequences[group.sequence].pages, a.row_dim(), row_view(a, group.kv_head), a.scale};
 }
 
-// Where the attended values of row r of a group go.
+// Where the attention output of row r of a group goes.
 inline bf16* attended_row(const Pass& pass, const Attention& a, const QueryGroup& group, std::int64_t row) {
   const Workspace& work = pass.work;
   const std::int64_t heads = a.is_mla() ? a.heads : a.heads / a.kv_heads;
@@ -109,7 +110,7 @@ inline void run_attention_task(const Pass& pass, const Attention& a, const Cache
   const SoftmaxState state = scratch_state(pass, q.rows, 8), part = scratch_state(pass, q.rows, 9);
   if (task.split >= 0) {
     attend_splits(keys, q, task.split, task.split + 1, context, pass.scratch, state, part);
-    // Threads write side by side there, and would take each other's lines of cache while adding up.
+    // Accumulate in thread-local memory: threads that write to adjacent rows would share cache lines (false sharing).
     const SoftmaxState out = partial_state(pass.work, group.partial + task.split * q.rows);
     std::memcpy(out.top, state.top, q.rows * sizeof(float));
     std::memcpy(out.total, state.total, q.rows * sizeof(float));
@@ -121,7 +122,7 @@ inline void run_attention_task(const Pass& pass, const Attention& a, const Cache
   for (std::int64_t r = 0; r < q.rows; ++r) finish(state, r, value_dim, attended_row(pass, a, group, r));
 }
 
-// Adds up the splits of every group that has several.
+// Merges the splits of every group that has several.
 inline void fold_splits(const Pass& pass, const Attention& a) {
   const Workspace& work = pass.work;
   const std::int64_t value_dim = row_view(a, 0).value_dim;
@@ -155,7 +156,7 @@ inline void attend_all(const Pass& pass, const Attention& a, const Cache& cache)
 
 // --- MLA ------------------------------------------------------------------------------------------------------------
 
-// Zeros where a wider layer before may have left something: behind the token's queries and values of every head.
+// Clears padding that a wider layer may have left behind the token's queries and values of every head.
 inline void clear_padding(const Pass& pass, const Attention& a, std::int64_t token) {
   const Workspace& work = pass.work;
   const RowView keys = row_view(a, 0);
@@ -187,7 +188,7 @@ inline void make_mla_rows(const Pass& pass, const Attention& a, const Cache& cac
   });
 }
 
-// Rotates the rotary part of every query head in place.
+// Applies RoPE to the rotary part of every query head in place.
 inline void rotate_queries(const Pass& pass, const Attention& a, std::int64_t head, std::int64_t token) {
   bf16* q = pass.work.q + (token * a.heads + head) * a.query_dim() + a.nope_dim;
   const Rotation turn = rotation_of(pass.step, a, token);
@@ -204,7 +205,7 @@ inline Matrix value_projection(const Attention& a, std::int64_t head) {
   return a.kv_b.part(head * (a.nope_dim + a.value_dim) + a.nope_dim, a.value_dim);
 }
 
-// Position-free queries of a head, rows `stride` apart. Where W_UK is in int8 its rows leave their scales to them.
+// NoPE queries of a head, rows `stride` apart. If W_UK is int8, its row scales are multiplied in.
 inline Activations head_queries(const Pass& pass, const Attention& a, const Matrix& w, std::int64_t head,
                                 std::int64_t first, std::int64_t tokens) {
   Activations q = rows_of_head(pass, a, head, first, tokens, w.rows, 3);
@@ -223,13 +224,13 @@ inline Activations head_queries(const Pass& pass, const Attention& a, const Matr
   return q;
 }
 
-// 32 latent channels of the absorbed query of a head, W_UK^T q^C, for all absorbed tokens.
+// Weight absorption: 32 latent channels of the query of a head, W_UK^T q^C, for all tokens on the absorbed path.
 inline void absorb_query(const Pass& pass, const Attention& a, std::int64_t head, std::int64_t strip) {
   const Workspace& work = pass.work;
   const Matrix w = key_projection(a, head);
   const std::int64_t count = num_panels(w.rows);
   Panel* panels = pass.scratch.get<Panel>(2, 2 * count);
-  load_turned_panels(w, strip * kStrip, 0, w.rows, panels, count, true);
+  load_transposed_panels(w, strip * kStrip, 0, w.rows, panels, count, true);
   each_absorbed(pass, [&](std::int64_t first, std::int64_t tokens) {
     const Activations q = head_queries(pass, a, w, head, first, tokens);
     float* out = pass.strip_out(tokens);
@@ -241,28 +242,28 @@ inline void absorb_query(const Pass& pass, const Attention& a, std::int64_t head
   });
 }
 
-// Whether the step has one token alone to absorb, with widths and weights that absorb_one_query() takes.
+// Whether the step absorbs a single token, with widths and weights that absorb_one_query() supports.
 inline bool absorbs_one(const Pass& pass, const Attention& a) {
   const Storage storage = a.kv_b.storage;
   const bool is_plain = storage == Storage::bf16 || storage == Storage::int8_rows;
   return kMultipliesByDots && is_plain && pass.step.tokens == 1 && a.nope_dim % 32 == 0 && a.latent_dim % 32 == 0;
 }
 
-// The absorbed query of a head for the step's only token.
+// The absorbed query of a head for the step's only token (GEMV).
 inline void absorb_one_query(const Pass& pass, const Attention& a, std::int64_t head) {
   const Matrix w = key_projection(a, head);
   const bf16* q = head_queries(pass, a, w, head, 0, 1).values;
   auto* out = pass.scratch.get<float>(2, 2 * a.latent_dim);
   if (w.storage == Storage::bf16) {
-    multiply_turned<Storage::bf16>(w, q, out, out + a.latent_dim);
+    multiply_transposed<Storage::bf16>(w, q, out, out + a.latent_dim);
   } else {
-    multiply_turned<Storage::int8_rows>(w, q, out, out + a.latent_dim);
+    multiply_transposed<Storage::int8_rows>(w, q, out, out + a.latent_dim);
   }
   bf16* to = pass.work.absorbed_q + head * pass.work.absorbed_stride;
   for (std::int64_t c = 0; c < a.latent_dim; c += kTile) store_bf16(to + c, load(out + c));
 }
 
-// The rotary part of a head's queries, rotated, and copied behind the absorbed part.
+// Applies RoPE to the rotary part of a head's queries and copies it behind the absorbed part.
 inline void finish_rotary_query(const Pass& pass, const Attention& a, std::int64_t head) {
   const Workspace& work = pass.work;
   for (std::int64_t t = 0; t < pass.step.tokens; ++t) rotate_queries(pass, a, head, t);
@@ -291,18 +292,18 @@ inline void make_mla_queries(const Pass& pass, const Attention& a) {
   });
 }
 
-// Values of a head from the attended latent, W_UV times it, for all absorbed tokens.
+// Values of a head from the attended latent, W_UV times it, for all tokens on the absorbed path.
 inline void make_head_values(const Pass& pass, const Attention& a, std::int64_t head, std::int64_t strip,
-                             bool goes_on) {
+                             bool continues) {
   const Workspace& work = pass.work;
   const Matrix w = value_projection(a, head);
   const bool is_last = strip + 1 == num_strips(w);
-  const Matrix follows = is_last && goes_on ? value_projection(a, head + 1) : w;
-  const NextTile next = is_last ? next_strip(follows, -1, goes_on) : next_strip(w, strip, goes_on);
+  const Matrix follows = is_last && continues ? value_projection(a, head + 1) : w;
+  const NextTile next = is_last ? next_strip(follows, -1, continues) : next_strip(w, strip, continues);
   each_absorbed(pass, [&](std::int64_t first, std::int64_t tokens) {
     Activations x;
     x.rows = tokens;
-    x.is_stream = pass.step.is_stream;
+    x.is_decode = pass.step.is_decode;
     x.stride = a.heads * work.mixed_stride;
     x.values = work.mixed + (first * a.heads + head) * work.mixed_stride;
     float* out = pass.strip_out(tokens);
@@ -329,8 +330,8 @@ inline void attend_mla(const Pass& pass, const Attention& a, const Cache& cache)
   attend_all(pass, a, cache);
   if (work.absorbed.empty()) return;
   const std::int64_t strips = (a.value_dim + kStrip - 1) / kStrip;
-  pass.each_in_turn(a.heads * strips, [&](std::int64_t item, bool goes_on) {
-    make_head_values(pass, a, item / strips, item % strips, goes_on);
+  pass.each_in_turn(a.heads * strips, [&](std::int64_t item, bool continues) {
+    make_head_values(pass, a, item / strips, item % strips, continues);
   });
 }
 

@@ -1,8 +1,8 @@
-// Chooses the vector vocabulary of this translation unit and adds what is built from it.
+// SIMD dispatch and math: includes the instruction set's vector types and adds exp, rounding and partial loads.
 #pragma once
 
 #if defined(LOWLAT_AMX)
-#define LOWLAT_ISA amx  // tile registers beside the vectors of AVX-512
+#define LOWLAT_ISA amx  // AMX tile registers in addition to AVX-512
 #define LOWLAT_AVX512
 #include "../simd/avx512.h"
 #elif defined(LOWLAT_AVX512)
@@ -22,7 +22,7 @@
 #include <cstdint>
 #include <cstring>
 
-// Before a loop over an array of accumulators: only a loop that is unrolled early leaves them in registers.
+// Before a loop over an array of accumulators: only an early-unrolled loop keeps them in registers.
 #define LOWLAT_UNROLL _Pragma("GCC unroll 16")
 
 namespace lowlat::LOWLAT_ISA {
@@ -39,10 +39,10 @@ inline std::uint32_t word_at(const void* p) {
   return word;
 }
 
-// e^x to one unit in the last place or so; 0 below -87, finite up to 88. The coefficients are those of the Taylor
+// e^x to about one unit in the last place; 0 below -87, finite up to 88. The coefficients are those of the Taylor
 // series of e^r on |r| <= ln(2) / 2, where the remainder of degree 7 is below 2^-27.
 inline F exp(F x) {
-  // min and max hand on their second operand when one is NaN.
+  // min and max return their second operand if one is NaN.
   const F clamped = max(set1(-104.0f), min(set1(88.0f), x));
   const F n = round_even(mul(clamped, set1(1.44269504f)));
   F r = fma(n, set1(-0.693359375f), clamped);
@@ -55,7 +55,7 @@ inline F exp(F x) {
 // e^x, exactly 0 for x below -87.
 inline F exp_or_zero(F x) { return zero_below(exp(x), x, set1(-87.0f)); }
 
-// e^x for x <= 0 to 3e-6, exactly 0 below -87, -inf included; NaN stays.
+// e^x for x <= 0 to 3e-6, exactly 0 below -87, -inf included; NaN propagates.
 inline F exp_of_negative(F x) {
   const F n = round_even(mul(x, set1(1.44269504f)));
   const F r = fma(n, set1(-0.693147181f), x);
@@ -64,7 +64,7 @@ inline F exp_of_negative(F x) {
   return zero_below(scale2(p, n), x, set1(-87.0f));
 }
 
-// The same for one number: the bits of a lane.
+// The same for a scalar, with the bits of a lane.
 inline float scalar_exp(float x) {
   alignas(64) float lanes[16];
   store(lanes, exp_of_negative(set1(x)));
@@ -90,7 +90,7 @@ inline bf16 float_to_bf16(float x) {
   return static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// Rounded to bf16.
+// Rounds to bf16.
 inline F rounded(F a) {
   alignas(64) bf16 lanes[16];
   store_bf16(lanes, a);

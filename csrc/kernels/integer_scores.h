@@ -1,10 +1,10 @@
-// Scores of attention over int8 rows, by integer dot products.
+// Attention scores over int8 KV cache entries by integer dot products (VNNI).
 //
-// A query is rounded to int8 where the cache's rows are, in groups of 64 channels with a scale each; what is bf16 in
-// a row stays so.
+// A query is rounded to int8 in the cache's groups of 64 channels with one scale each; bf16 channels of an entry stay
+// bf16.
 #pragma once
 
-#include "paged.h"
+#include "kv_cache.h"
 
 namespace lowlat::LOWLAT_ISA {
 
@@ -17,22 +17,22 @@ constexpr int kQuads = kScaled / 4;
 struct IntegerQueries {
   Panel* integers;       // [tiles, groups]: vector j of a panel holds channels 4j to 4j + 3 as int8
   float* scales;         // [tiles, groups, 16]
-  std::int32_t* starts;  // [tiles, groups, 16]: what takes off the 128 that is added to every integer of a key
-  Panel* rest;           // [tiles, panels of the channels that are bf16]
+  std::int32_t* starts;  // [tiles, groups, 16]: corrects for the 128 added to every key byte (unsigned operand)
+  Panel* rest;           // [tiles, panels of the bf16 channels]
   std::int64_t tiles, groups, quads, rest_panels;
 };
 
-// Up to 64 cached rows that follow each other, `row_bytes` apart.
+// Up to 64 consecutive cached entries, `row_bytes` apart.
 struct IntegerBlock {
   std::int64_t count, row_bytes;
-  const std::uint8_t* keys;  // the int8 channels of the first row that are keys
+  const std::uint8_t* keys;  // the first entry's int8 channels that are keys
   const std::uint8_t* values;
-  const float* key_scales;  // [groups, 64], 0 where there is no row
+  const float* key_scales;  // [groups, 64], 0 for missing entries
   const float* value_scales;
-  const bf16* rest;  // the keys' channels that are bf16: [64, 32 times their panels]
+  const bf16* rest;  // the keys' bf16 channels: [64, 32 times their panels]
 };
 
-// The rows of q [rows, stride], of which `integers` channels are rounded and `rest` follow them.
+// The rows of q [rows, stride]: `integers` channels are quantized, `rest` bf16 channels follow.
 inline void round_queries(const bf16* q, std::int64_t stride, std::int64_t rows, std::int64_t integers,
                           std::int64_t rest, const IntegerQueries& out) {
   for (std::int64_t tile = 0; tile < out.tiles; ++tile) {
@@ -59,7 +59,7 @@ inline void round_queries(const bf16* q, std::int64_t stride, std::int64_t rows,
   }
 }
 
-// Scales of `count` rows, of which the first lies at `from`, group by group: out [groups, 64], 0 where there is no row.
+// Scales of `count` entries from `from`, by group: out [groups, 64], 0 for missing entries.
 inline void gather_scales(const std::uint8_t* from, std::int64_t row_bytes, std::int64_t count, std::int64_t groups,
                           float* out) {
   for (std::int64_t r = 0; r < count; ++r, from += row_bytes) {
@@ -70,7 +70,7 @@ inline void gather_scales(const std::uint8_t* from, std::int64_t row_bytes, std:
   }
 }
 
-// bf16 channels of `count` rows: out [rows, 32 times their panels], zeros behind them.
+// bf16 channels of `count` entries: out [rows, 32 times their panels], zero-padded.
 inline void gather_rest(const std::uint8_t* from, std::int64_t row_bytes, std::int64_t count, std::int64_t channels,
                         bf16* out) {
   for (std::int64_t r = 0; r < count; ++r, from += row_bytes) {
@@ -81,10 +81,10 @@ inline void gather_rest(const std::uint8_t* from, std::int64_t row_bytes, std::i
   }
 }
 
-// Scores of T keys from `key` on with a tile of queries, 16 for each key: out [T, out_stride].
+// Scores of T keys from `key` with a tile of queries, 16 per key: out [T, out_stride].
 template <int T>
 inline void score_keys(const IntegerQueries& q, std::int64_t tile, const IntegerBlock& block, std::int64_t key,
-                       std::int64_t rest_stride, float* out, std::int64_t out_stride, Ahead& ahead) {
+                       std::int64_t rest_stride, float* out, std::int64_t out_stride, Prefetcher& ahead) {
   F sums[T], odd[T];
   LOWLAT_UNROLL
   for (int t = 0; t < T; ++t) sums[t] = odd[t] = zero();
@@ -121,8 +121,8 @@ inline void score_keys(const IntegerQueries& q, std::int64_t tile, const Integer
   for (int t = 0; t < T; ++t) store(out + t * out_stride, sums[t]);
 }
 
-// Scores of a block with all queries, key by query into `out`.
-inline void integer_scores(const IntegerQueries& q, const IntegerBlock& block, float* out, Ahead& ahead) {
+// Scores of a block with all queries, key-major into `out`.
+inline void integer_scores(const IntegerQueries& q, const IntegerBlock& block, float* out, Prefetcher& ahead) {
   const std::int64_t width = q.tiles * kTile, step = even_block(block.count);
   for (std::int64_t tile = 0; tile < q.tiles; ++tile) {
     for (std::int64_t key = 0; key < block.count; key += step) {

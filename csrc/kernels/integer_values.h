@@ -1,10 +1,10 @@
-// Values of attention over int8 rows, by integer dot products.
+// Weighted sum of int8 values in attention by integer dot products (VNNI).
 //
-// A softmax weight times the scale of a key's 64 channels becomes a byte: so many 254ths of the largest there could be of
-// that query in the span. Of many small weights the nearest byte would leave nothing; a fraction that runs through 64 even
-// steps from key to key is added instead, and what is below one dropped, so that sums over keys stay what they are.
-// Where one weight is a large part of all that a query has given so far, its span is taken with 8 bits more, in
-// products of their own.
+// A softmax weight times the scale of a key's 64 channels is quantized to a byte: 254ths of the largest possible
+// product of that query in the span. Rounding to nearest would lose many small weights. Dithering is used instead: an
+// offset that takes 64 evenly spaced values from key to key is added before truncation, so that sums over keys are
+// unbiased. If one weight is a large part of a query's total so far, its span is computed with 8 more bits, in
+// separate products.
 #pragma once
 
 #include "integer_scores.h"
@@ -13,13 +13,13 @@ namespace lowlat::LOWLAT_ISA {
 
 #if defined(LOWLAT_AVX512)
 
-constexpr int kQuad = 4;         // keys that share a word
-constexpr int kQuadsAtOnce = 4;  // words a product takes between what it asks for
+constexpr int kQuad = 4;         // keys that share a 32-bit word
+constexpr int kQuadsAtOnce = 4;  // words per product between two prefetches
 constexpr float kLargestByte = 254.0f, kBelowOne = 256.0f;
-constexpr float kWhole = 12582912.0f;  // added to numbers below 65536 it leaves them, rounded, in the last bits
-constexpr float kPeak = 1.0f / 16;  // of all weights so far: what asks for more bits
+constexpr float kWhole = 12582912.0f;  // adding it rounds numbers below 65536 to integers in the low mantissa bits
+constexpr float kPeak = 1.0f / 16;  // of the total weight so far: above it, more bits are used
 
-// Blocks that share a step of the softmax, all but the last of 64 keys.
+// Blocks that share one softmax step, all but the last of 64 keys.
 struct IntegerSpan {
   IntegerBlock blocks[kSpanBlocks];
   std::int64_t count = 0, keys = 0;
@@ -34,25 +34,26 @@ struct IntegerSpan {
   }
 };
 
-// Weights of queries in words of four keys, [groups, quads, width].
+// Quantized weights of queries, four keys per word, [groups, quads, width].
 struct ByteWeights {
   std::uint32_t* high;
-  std::uint32_t* low;  // 256ths of them, in tiles that have peaks
+  std::uint32_t* low;  // low bytes (256ths), of tiles with peaks
   bool* has_peaks;     // [tiles]
-  float* worth;        // of one, [groups, width]
-  float* largest;      // scale of a group's keys, [groups]
-  float* shares;       // scales of keys over the largest, [groups, kSpan]
-  float* of_one;       // one over the largest scale that each query of a tile sees, [groups, 16]
+  float* quantum;        // value of one quantization step, [groups, width]
+  float* largest;      // largest scale of a group's keys, [groups]
+  float* shares;       // key scales over the largest, [groups, kSpan]
+  float* inverse_scale;       // 1 / largest key scale each query of a tile attends to, [groups, 16]
   std::int64_t groups = 0, quads = 0, width = 0;
 
   std::int64_t at(std::int64_t group, std::int64_t quad) const { return (group * quads + quad) * width; }
 };
 
-// What is added to the weight of a key before what is below one is dropped, in 256ths: the key's last six bits in reverse.
+// Dither: the offset added to a key's weight before truncation, in 256ths: the key's last six bits in reverse (van
+// der Corput sequence).
 inline float added_fraction(std::int64_t key) {
-  int turned = 0;
-  for (int bit = 0; bit < 6; ++bit) turned |= (static_cast<int>(key) >> bit & 1) << (5 - bit);
-  return static_cast<float>(4 * turned + 2);
+  int transposed = 0;
+  for (int bit = 0; bit < 6; ++bit) transposed |= (static_cast<int>(key) >> bit & 1) << (5 - bit);
+  return static_cast<float>(4 * transposed + 2);
 }
 
 inline void share_scales(const IntegerSpan& span, const ByteWeights& out) {
@@ -63,14 +64,14 @@ inline void share_scales(const IntegerSpan& span, const ByteWeights& out) {
     F highest = zero();
     for (std::int64_t key = 0; key < span.count * kKeyBlock; key += kTile) highest = max_bits(highest, scales(g, key));
     out.largest[g] = largest_bits(highest);
-    const F of_one = div(set1(1.0f), set1(out.largest[g]));
+    const F inverse_scale = div(set1(1.0f), set1(out.largest[g]));
     for (std::int64_t key = 0; key < span.count * kKeyBlock; key += kTile) {
-      store(out.shares + g * kSpan + key, mul(scales(g, key), of_one));
+      store(out.shares + g * kSpan + key, mul(scales(g, key), inverse_scale));
     }
   }
 }
 
-// The largest scale of a group among the keys that each query of a tile sees.
+// The largest scale of a group among the keys that each query of a tile attends to.
 inline F seen_scale(const LaneTile& lanes, const IntegerSpan& span, std::int64_t group) {
   const F first = load(lanes.first), last = load(lanes.last);
   F highest = zero();
@@ -81,8 +82,8 @@ inline F seen_scale(const LaneTile& lanes, const IntegerSpan& span, std::int64_t
   return highest;
 }
 
-// Bytes of the weights [keys, width] of a tile of queries, `factor` for each. is_spread: 1 where the fraction is dropped
-// after something was added, 0 where it is kept in `low`.
+// Bytes of the weights [keys, width] of a tile of queries times `factor` per query. is_spread 1: dither and truncate;
+// 0: the fraction goes into `low`.
 template <bool sees_all, bool has_low>
 inline void make_bytes(const IntegerSpan& span, const float* weights, F factor, F is_spread, std::int64_t first_row,
                        const ByteWeights& out) {
@@ -100,7 +101,7 @@ inline void make_bytes(const IntegerSpan& span, const float* weights, F factor, 
         const std::int64_t key = quad * kQuad + i;
         F share = set1(out.shares[g * kSpan + key]);
         if constexpr (!sees_all) {
-          share = mul(set1(span.scale(g, key)), load(out.of_one + g * kTile));
+          share = mul(set1(span.scale(g, key)), load(out.inverse_scale + g * kTile));
         }
         bytes[i] = bits(fma(four[i], share, added[i]));
       }
@@ -127,10 +128,10 @@ inline void round_weights(const LaneTile& lanes, const IntegerSpan& span, const 
   const F peak = load(lanes.peak);
   for (std::int64_t g = 0; g < out.groups; ++g) {
     const F largest = lanes.sees_all ? set1(out.largest[g]) : seen_scale(lanes, span, g);
-    store(out.worth + g * out.width + first_row, mul(mul(peak, largest), set1(1 / kLargestByte)));
-    store(out.of_one + g * kTile, div(set1(1.0f), largest));
+    store(out.quantum + g * out.width + first_row, mul(mul(peak, largest), set1(1 / kLargestByte)));
+    store(out.inverse_scale + g * kTile, div(set1(1.0f), largest));
   }
-  // A query that sees nothing has no peak, and no weights.
+  // A fully masked query has no peak and no weights.
   const F factor = div(set1(kLargestByte * kBelowOne), max(peak, set1(1e-30f)));
   const F spread = load(is_spread);
   out.has_peaks[lanes.tile] = has_peaks;
@@ -143,9 +144,9 @@ inline void round_weights(const LaneTile& lanes, const IntegerSpan& span, const 
   }
 }
 
-// 64 channels from `channel` on of the rows of a span, four keys to a word: vector k of a quad holds channels
-// 16 l + 4 k to 16 l + 4 k + 3 in its quarter l. Where there are no more keys the last one stands: weights are zero.
-inline void turn_bytes(const IntegerSpan& span, std::int64_t channel, std::int64_t channels, P (*quads)[kQuad]) {
+// 64 channels from `channel` of a span's entries, four keys per word: vector k of a quad holds channels 16 l + 4 k to
+// 16 l + 4 k + 3 in its quarter l. Past the end the last key is repeated: its weights are zero.
+inline void transpose_bytes(const IntegerSpan& span, std::int64_t channel, std::int64_t channels, P (*quads)[kQuad]) {
   for (std::int64_t b = 0; b < span.count; ++b) {
     const IntegerBlock& block = span.blocks[b];
     const std::uint8_t* first = block.values + channel;
@@ -161,11 +162,12 @@ inline void turn_bytes(const IntegerSpan& span, std::int64_t channel, std::int64
   }
 }
 
-// out[r][channel] += worth[r] * sum over keys of byte[r] * key[channel], for T queries and `tiles` <= 4 tiles of channels.
+// out[r][channel] += worth[r] * sum over keys of byte[r] * key[channel], for T queries and `tiles` <= 4 tiles of
+// channels.
 template <int T>
 inline void multiply_bytes(const P (*panels)[kQuad], std::int64_t quads, const std::uint32_t* words,
-                           std::int64_t width, const float* worth, float gain, float* out, std::int64_t out_stride,
-                           int tiles, Ahead& ahead) {
+                           std::int64_t width, const float* quantum, float gain, float* out, std::int64_t out_stride,
+                           int tiles, Prefetcher& ahead) {
   P sums[kQuad][T];
   LOWLAT_UNROLL
   for (int k = 0; k < kQuad; ++k) {
@@ -187,7 +189,7 @@ inline void multiply_bytes(const P (*panels)[kQuad], std::int64_t quads, const s
   for (int t = 0; t < T; ++t) {
     P of_row[kQuad] = {sums[0][t], sums[1][t], sums[2][t], sums[3][t]};
     transpose_quarters(of_row);
-    const F scale = set1(worth[t] * gain);
+    const F scale = set1(quantum[t] * gain);
     LOWLAT_UNROLL
     for (int k = 0; k < kQuad; ++k) {
       float* at = out + t * out_stride + k * kTile;
@@ -198,24 +200,24 @@ inline void multiply_bytes(const P (*panels)[kQuad], std::int64_t quads, const s
 
 // Adds the weighted values of a span to the state of the queries.
 inline void add_values(const IntegerSpan& span, const ByteWeights& weights, std::int64_t rows, std::int64_t value_dim,
-                       P (*panels)[kQuad], const SoftmaxState& state, SpanAhead& ahead) {
-  constexpr int kRows = 6;  // 24 sums stay in registers
+                       P (*panels)[kQuad], const SoftmaxState& state, SpanPrefetcher& ahead) {
+  constexpr int kRows = 6;  // 24 accumulators stay in registers
   for (std::int64_t channel = 0, g = 0; channel < value_dim; channel += kScaled, ++g) {
     const std::int64_t channels = least(kScaled, value_dim - channel);
     const int tiles = static_cast<int>((channels + kTile - 1) / kTile);
-    Ahead& asked = *ahead.at(channel, value_dim);
-    turn_bytes(span, channel, channels, panels);
+    Prefetcher& prefetches = *ahead.at(channel, value_dim);
+    transpose_bytes(span, channel, channels, panels);
     for (std::int64_t first = 0; first < rows; first += kTile) {
       const std::int64_t last = least(rows, first + kTile), step = even_block(last - first, kRows);
       const bool has_peaks = weights.has_peaks[first / kTile];
       for (std::int64_t row = first; row < last; row += step) {
         float* out = state.values + row * state.stride + channel;
-        const float* worth = weights.worth + g * weights.width + row;
+        const float* quantum = weights.quantum + g * weights.width + row;
         const std::int64_t at = weights.at(g, 0) + row;
         const auto multiply = [&](const std::uint32_t* words, float gain) {
           with_tokens<kRows>(least(step, last - row), [&]<int T>() {
-            multiply_bytes<T>(panels, weights.quads, words + at, weights.width, worth, gain, out, state.stride, tiles,
-                              asked);
+            multiply_bytes<T>(panels, weights.quads, words + at, weights.width, quantum, gain, out, state.stride, tiles,
+                              prefetches);
           });
         };
         multiply(weights.high, 1.0f);
@@ -225,18 +227,18 @@ inline void add_values(const IntegerSpan& span, const ByteWeights& weights, std:
   }
 }
 
-// Memory of attend_integers().
+// Scratch of attend_integers().
 struct IntegerScratch {
   float* scores;  // [kSpan, tiles * 16]
   ByteWeights weights;
   P (*panels)[kQuad];  // [kSpan / 4]
 };
 
-// Folds a span of keys that starts at `start` into the state of the query rows. Keys that are read soon are asked for
-// beside the scores, values beside the values; the two may be one.
+// Adds a span of keys that starts at `start` to the state of the query rows. Later keys are prefetched during the
+// scores, later values during the values; the two may be the same memory.
 inline void attend_integers(const Queries& q, const IntegerQueries& rounded, const IntegerSpan& span,
                             std::int64_t value_dim, std::int64_t start, float scale, const IntegerScratch& scratch,
-                            const SoftmaxState& state, SpanAhead& keys_ahead, SpanAhead& values_ahead) {
+                            const SoftmaxState& state, SpanPrefetcher& keys_ahead, SpanPrefetcher& values_ahead) {
   const std::int64_t width = rounded.tiles * kTile;
   for (std::int64_t b = 0; b < span.count; ++b) {
     integer_scores(rounded, span.blocks[b], scratch.scores + b * kKeyBlock * width, keys_ahead.blocks[b]);

@@ -1,35 +1,35 @@
-// Products of activations with strips of 32 weight rows.
+// Linear layers: GEMM of activations with strips of 32 weight rows, for every weight storage.
 //
-// Every output is one chain of operations that depends on its own row of W and its own row of x alone: the same bits
-// come out whatever the number of activation rows, of threads, or the place of the row in the batch.
+// Every output is one chain of operations that depends only on its row of W and its row of x: bits do not depend on
+// the number of activation rows, the number of threads, or the row's place in the batch.
 #pragma once
 
 #if defined(LOWLAT_AMX)
-#include "multiply_amx.h"
+#include "gemm_amx.h"
 #else
-#include "stream.h"
+#include "gemv.h"
 #endif
 
 namespace lowlat::LOWLAT_ISA {
 
 #if defined(LOWLAT_AMX)
 
-constexpr bool kMultipliesByDots = false;  // what multiply() does
+constexpr bool kMultipliesByDots = false;  // multiply() uses tile registers
 
 inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count, const bf16* x,
                      std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds,
-                     Ahead* ahead = nullptr) {
+                     Prefetcher* ahead = nullptr) {
   multiply_by_tiles(panels, tiles, tile_step, count, x, stride, rows, out, out_stride, adds, ahead);
 }
 
 inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                           Panel* panels, float* out, std::int64_t out_stride) {
-  if (x.is_stream && w.is_tiled()) return stream_tiles(w, first, last, next, x, panels, out, out_stride);
-  if (x.is_stream && lies_in_tiles(w, first) && lies_in_tiles(w, last - 1)) {
-    return multiply_stream_by_tiles(w, first, last, next, x, panels, out, out_stride);
+  if (x.is_decode && w.is_tiled()) return gemv_tiles(w, first, last, next, x, panels, out, out_stride);
+  if (x.is_decode && lies_in_tiles(w, first) && lies_in_tiles(w, last - 1)) {
+    return gemv_by_tiles(w, first, last, next, x, panels, out, out_stride);
   }
-  if (x.is_stream && w.storage != Storage::bf16) return stream_rows(w, first, last, next, x, out, out_stride);
-  row_panels.values = nullptr;  // other panels take their place
+  if (x.is_decode && w.storage != Storage::bf16) return gemv_rows(w, first, last, next, x, out, out_stride);
+  row_panels.values = nullptr;  // other panels replace them
   multiply_rows_by_tiles(w, first, last, x, panels, out, out_stride);
 }
 
@@ -39,15 +39,15 @@ constexpr bool kMultipliesByDots = true;
 
 inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_step, std::int64_t count, const bf16* x,
                      std::int64_t stride, std::int64_t rows, float* out, std::int64_t out_stride, bool adds,
-                     Ahead* ahead = nullptr) {
+                     Prefetcher* ahead = nullptr) {
   multiply_by_dots(panels, tiles, tile_step, count, x, stride, rows, out, out_stride, adds, ahead);
 }
 
 inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                           Panel* panels, float* out, std::int64_t out_stride) {
-  if (x.is_stream) {
-    if (w.is_tiled()) return stream_tiles(w, first, last, next, x, panels, out, out_stride);
-    return stream_rows(w, first, last, next, x, out, out_stride);
+  if (x.is_decode) {
+    if (w.is_tiled()) return gemv_tiles(w, first, last, next, x, panels, out, out_stride);
+    return gemv_rows(w, first, last, next, x, out, out_stride);
   }
   if (x.rows > kTokens) {
     const std::int64_t count = num_panels(w.columns);
@@ -59,32 +59,32 @@ inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last
   }
 }
 
-// What a thread keeps of the activations it multiplies, from strip to strip, holds until they may have changed.
-inline void forget_rows() {
+// Discards a thread's packed activations of the last strips: the activations may have changed.
+inline void discard_packed_rows() {
 #if defined(LOWLAT_AVX512)
   split_store.forget();
 #endif
 }
 
 struct ProductSession {
-  ProductSession() { forget_rows(); }
+  ProductSession() { discard_packed_rows(); }
 };
 
 #endif
 
-constexpr int kStrip = 32;  // weight rows of a piece of work: two tiles
+constexpr int kStrip = 32;  // weight rows per work item: two tiles
 
 inline std::int64_t num_strips(const Matrix& w) { return (w.rows + kStrip - 1) / kStrip; }
 
-// The first tile of the strip after this one, if the thread goes on to it.
-inline NextTile next_strip(const Matrix& w, std::int64_t strip, bool goes_on) {
-  return goes_on && strip + 1 < num_strips(w) ? NextTile{&w, 2 * (strip + 1)} : NextTile{};
+// The first tile of the next strip, if this thread continues with it.
+inline NextTile next_strip(const Matrix& w, std::int64_t strip, bool continues) {
+  return continues && strip + 1 < num_strips(w) ? NextTile{&w, 2 * (strip + 1)} : NextTile{};
 }
 
-// Panels multiply_strip() may need.
+// Panels that multiply_strip() may need.
 inline std::int64_t strip_panels(const Matrix& w) { return 2 * num_panels(w.columns); }
 
-// The scales of int8_rows, on the products of a tile.
+// Applies the row scales of int8_rows to the products of a tile.
 inline void scale_rows(const Matrix& w, std::int64_t tile, std::int64_t rows, float* out, std::int64_t out_stride) {
   if (w.storage != Storage::int8_rows) return;
   const F scale = load(static_cast<const float*>(w.scale) + tile * kTile, w.rows - tile * kTile);
@@ -93,7 +93,7 @@ inline void scale_rows(const Matrix& w, std::int64_t tile, std::int64_t rows, fl
 
 inline bool is_zero(const Matrix& w, std::int64_t tile) { return w.occupied != nullptr && w.occupied[tile] == 0; }
 
-// out[r][lane] = x[r] . w[32 strip + lane] for all rows of x; out [x.rows, 32]. `panels` has room for strip_panels(w).
+// out[r][lane] = x[r] . w[32 strip + lane] for all rows of x; out [x.rows, 32]. `panels` holds strip_panels(w).
 inline void multiply_strip(const Matrix& w, std::int64_t strip, const Activations& x, Panel* panels, float* out,
                            NextTile next = {}) {
   if (x.rows == 0) return;

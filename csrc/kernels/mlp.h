@@ -1,8 +1,8 @@
-// SwiGLU and its mixture. A dense MLP, the shared experts and the routed ones are one list of (MLP, rows): gate, up
-// and SiLU make the inner rows, then every tile of the output adds up all MLPs in order.
+// SwiGLU MLP and mixture of experts. The dense MLP, the shared and the routed experts form one list of (MLP, rows):
+// gate, up and SiLU give the inner rows, then every output tile sums all MLPs in order.
 #pragma once
 
-#include "pass.h"
+#include "phases.h"
 #include "routing.h"
 
 namespace lowlat::LOWLAT_ISA {
@@ -15,7 +15,7 @@ inline Activations inputs_of(const Pass& pass, const ExpertRows& e) {
   return x;
 }
 
-// The list of work for one layer, routed experts in order of their number, rows of an expert in order of tokens.
+// The work list of a layer: routed experts by number, an expert's rows by token.
 inline void group_rows(const Pass& pass, const Layer& layer) {
   Workspace& work = pass.work;
   const std::int64_t tokens = pass.step.tokens;
@@ -50,7 +50,7 @@ inline void gather_rows(const Pass& pass, std::int64_t routed) {
   });
 }
 
-// silu(gate x) * up x for one strip of an MLP's inner channels; `next` is read after it.
+// silu(gate x) * up x for one strip of an MLP's inner channels; `next` is prefetched.
 inline void make_inner_strip(const Pass& pass, const ExpertRows& e, std::int64_t strip, NextTile next) {
   const Activations x = inputs_of(pass, e);
   const Matrix &gate = e.mlp->gate.weight, &up = e.mlp->up.weight;
@@ -74,18 +74,18 @@ inline void make_inner_rows(const Pass& pass) {
   const Workspace& work = pass.work;
   std::int64_t strips = 0;
   for (const ExpertRows& e : work.expert_rows) strips += num_strips(e.mlp->gate.weight);
-  pass.each_in_turn(strips, [&](std::int64_t strip, bool goes_on) {
+  pass.each_in_turn(strips, [&](std::int64_t strip, bool continues) {
     const ExpertRows* e = work.expert_rows.data();
     while (strip >= num_strips(e->mlp->gate.weight)) strip -= num_strips((e++)->mlp->gate.weight);
     const bool is_last = strip + 1 == num_strips(e->mlp->gate.weight);
-    const NextTile next = goes_on && is_last ? NextTile{&(e + 1)->mlp->gate.weight, 0}
-                                             : next_strip(e->mlp->gate.weight, strip, goes_on);
+    const NextTile next = continues && is_last ? NextTile{&(e + 1)->mlp->gate.weight, 0}
+                                             : next_strip(e->mlp->gate.weight, strip, continues);
     make_inner_strip(pass, *e, strip, next);
   });
 }
 
-// One strip of the residual: plus the weighted sum of the routed experts, plus the shared or dense MLP.
-inline void add_down_strip(const Pass& pass, std::int64_t strip, bool goes_on) {
+// One strip of the residual stream: adds the weighted sum of the routed experts and the shared or dense MLP.
+inline void add_down_strip(const Pass& pass, std::int64_t strip, bool continues) {
   Workspace& work = pass.work;
   const std::int64_t tokens = pass.step.tokens;
   float* sums = pass.strip_out(tokens, 1);
@@ -98,7 +98,7 @@ inline void add_down_strip(const Pass& pass, std::int64_t strip, bool goes_on) {
     inner.rows = e.rows;
     float* out = pass.strip_out(e.rows, 0);
     const bool is_last = &e == &work.expert_rows.back();
-    const NextTile next = is_last ? next_strip(work.expert_rows.front().mlp->down.weight, strip, goes_on)
+    const NextTile next = is_last ? next_strip(work.expert_rows.front().mlp->down.weight, strip, continues)
                                   : NextTile{&(&e + 1)->mlp->down.weight, 2 * strip};
     multiply_strip(down, strip, inner, pass.panels(down), out, next);
     if (!e.is_routed) {
@@ -157,7 +157,7 @@ inline void add_mlp(const Pass& pass, const Layer& layer) {
   if (layer.moe && pass.step.tokens > 1) gather_rows(pass, pass.step.tokens * layer.moe->router.chosen);
   make_inner_rows(pass);
   pass.each_in_turn((pass.model.hidden + kStrip - 1) / kStrip,
-                    [&](std::int64_t strip, bool goes_on) { add_down_strip(pass, strip, goes_on); });
+                    [&](std::int64_t strip, bool continues) { add_down_strip(pass, strip, continues); });
 }
 
 }  // namespace lowlat::LOWLAT_ISA

@@ -1,4 +1,5 @@
-// Weights in every storage as panels: what the products multiply with.
+// GEMM panel packing: weights of every storage, dequantized and transposed into the bf16 panels that the products
+// read.
 #pragma once
 
 #include <cstring>
@@ -8,7 +9,7 @@
 
 namespace lowlat::LOWLAT_ISA {
 
-constexpr int kTokens = 12;   // activation rows a block of accumulators holds
+constexpr int kTokens = 12;   // activation rows per block of accumulators (register tile)
 constexpr int kColumns = 32;  // columns of a panel: 16 pairs
 
 // Calls body.operator()<T>() for the run-time value of T in 1..most, and nothing for 0.
@@ -20,22 +21,22 @@ inline void with_tokens(std::int64_t tokens, Body&& body) {
   if constexpr (T > 0) body.template operator()<T>();
 }
 
-// Rows taken at once: as even as a block of accumulators for `most` rows allows.
+// Rows per block: as even as blocks of at most `most` rows allow.
 inline std::int64_t even_block(std::int64_t rows, std::int64_t most = kTokens) {
   const std::int64_t blocks = (rows + most - 1) / most;
   return blocks == 0 ? 1 : (rows + blocks - 1) / blocks;
 }
 
-// 16 vectors: lane r of vector j is pair j of weight row r.
+// A panel: 16 vectors, lane r of vector j is pair j of weight row r.
 using Panel = P[16];
 
-// The tile that is read after this one, to be asked for early; none where w is null.
+// The next tile, to be prefetched; none if w is null.
 struct NextTile {
   const Matrix* w = nullptr;
   std::int64_t tile = 0;
 };
 
-// The scales of a row of fp8, one for every 128 columns.
+// The scales of a row of fp8, one per 128 columns.
 inline const float* row_scales(const Matrix& w, std::int64_t row) {
   return static_cast<const float*>(w.scale) + (w.first_row + row) / 128 * ((w.columns + 127) / 128);
 }
@@ -55,8 +56,8 @@ inline P row_pairs(const Matrix& w, std::int64_t row, std::int64_t column) {
   return pairs_of_fp8(bytes, row_scales(w, row)[column / 128]);
 }
 
-// Columns [column, column + 32) of a tile of weights stored row by row.
-inline void turn_panel(const Matrix& w, std::int64_t tile, std::int64_t column, Panel& panel) {
+// Columns [column, column + 32) of a tile of row-major weights.
+inline void transpose_panel(const Matrix& w, std::int64_t tile, std::int64_t column, Panel& panel) {
   const std::int64_t row = tile * kTile;
   const std::int64_t rows = least(kTile, w.rows - row);
   const bool is_whole = rows == kTile && w.columns - column >= kColumns;
@@ -105,12 +106,12 @@ inline void load_int4_panel(const Matrix& w, std::int64_t tile, std::int64_t gro
 inline void load_panel(const Matrix& w, std::int64_t tile, std::int64_t i, Panel& panel) {
   if (w.storage == Storage::int8) return load_int8_panel(w, tile, i, panel);
   if (w.storage == Storage::int4) return load_int4_panel(w, tile, i, panel);
-  turn_panel(w, tile, i * kColumns, panel);
+  transpose_panel(w, tile, i * kColumns, panel);
 }
 
 inline std::int64_t num_panels(std::int64_t columns) { return (columns + kColumns - 1) / kColumns; }
 
-// Asks for what panel i of a tile is made of, for soon or (`far`) for later.
+// Prefetches the source of panel i of a tile, into the second-level cache if `far`.
 inline void prefetch_panel(const Matrix& w, std::int64_t tile, std::int64_t i, bool far) {
   if (w.is_tiled()) {
     if (tile >= w.tiles()) return;
@@ -124,12 +125,12 @@ inline void prefetch_panel(const Matrix& w, std::int64_t tile, std::int64_t i, b
   for (int r = 0; r < kTile; ++r) far ? prefetch_far(at + r * row_bytes) : prefetch(at + r * row_bytes);
 }
 
-// A matrix stored row by row that is read soon, asked for a few lines of cache at a time while something else is
-// computed: many at once would hold up the loads of that.
-class Ahead {
+// Prefetches a row-major matrix a few cache lines at a time while something else is computed: many at once would
+// stall that computation's loads.
+class Prefetcher {
  public:
-  Ahead() = default;
-  explicit Ahead(const Matrix& w)
+  Prefetcher() = default;
+  explicit Prefetcher(const Matrix& w)
       : at_(static_cast<const char*>(w.data)),
         rows_(w.rows),
         bytes_(w.columns * w.element_bytes()),
@@ -150,7 +151,7 @@ class Ahead {
     }
   }
 
-  // All at once, for what is read next.
+  // All lines at once, for memory that is read next.
   void ask_for_all() {
     for (; has_line(); at_ += 64) prefetch_far(at_);
   }
@@ -170,7 +171,7 @@ class Ahead {
   std::int64_t rows_ = 0, bytes_ = 0, gap_ = 0;
 };
 
-// All panels of a tile, one after the other; on the way the same tile of `ahead`, if any, is asked for.
+// All panels of a tile; meanwhile the same tile of `ahead`, if any, is prefetched.
 inline void load_panels(const Matrix& w, std::int64_t tile, Panel* panels, const Matrix* ahead = nullptr) {
   for (std::int64_t i = 0; i < num_panels(w.columns); ++i) {
     load_panel(w, tile, i, panels[i]);
@@ -178,22 +179,22 @@ inline void load_panels(const Matrix& w, std::int64_t tile, Panel* panels, const
   }
 }
 
-// Asks for the columns of a row from `column` on.
+// Prefetches the columns of a row from `column`.
 inline void prefetch_row(const Matrix& w, std::int64_t row, std::int64_t column) {
   if (column >= w.columns) return;
   prefetch(static_cast<const char*>(w.data) + (row * w.stride + column) * w.element_bytes());
 }
 
-// 32 columns of a row of bf16 or int8_rows, whole.
+// 32 columns of a row of bf16 or int8_rows, no partial vector.
 template <Storage storage>
 inline P whole_pairs(const char* row, std::int64_t column) {
   if constexpr (storage == Storage::bf16) return pairs(reinterpret_cast<const bf16*>(row) + column);
   return pairs_of_int8(reinterpret_cast<const std::int8_t*>(row) + column);
 }
 
-// Panels of two neighbouring blocks of 16 channels against 32 rows from `row` on, all whole.
+// Panels of two adjacent blocks of 16 channels against 32 rows from `row`, all whole.
 template <Storage storage>
-inline void turn_rows(const Matrix& w, std::int64_t channel, std::int64_t row, Panel& first, Panel& second,
+inline void transpose_rows(const Matrix& w, std::int64_t channel, std::int64_t row, Panel& first, Panel& second,
                       bool reads_on) {
   const std::int64_t row_bytes = w.stride * w.element_bytes();
   const char* base = static_cast<const char*>(w.data) + row * row_bytes;
@@ -207,20 +208,20 @@ inline void turn_rows(const Matrix& w, std::int64_t channel, std::int64_t row, P
   }
 }
 
-// Panels of W^T: 16 channels (columns of W) against all its rows in pairs. Two neighbours are made at once, as 32
-// channels of bf16 are one cache line: panel i of channel block b lies at panels[b * apart + i]. `reads_on`: the next 32
-// channels are read next and asked for.
-inline void load_turned_panels(const Matrix& w, std::int64_t first_channel, std::int64_t first_row, std::int64_t rows,
+// Panels of W^T: 16 channels (columns of W) against all its rows in pairs. Two adjacent blocks are packed at once,
+// because 32 bf16 channels are one cache line: panel i of channel block b is panels[b * apart + i]. `reads_on`:
+// prefetch the next 32 channels.
+inline void load_transposed_panels(const Matrix& w, std::int64_t first_channel, std::int64_t first_row, std::int64_t rows,
                                Panel* panels, std::int64_t apart, bool reads_on = false) {
   const std::int64_t count = num_panels(rows);
   const bool is_whole = w.columns - first_channel >= kColumns;
   for (std::int64_t i = 0; i < count; ++i) {
     if (is_whole && (i + 1) * 32 <= rows && w.storage == Storage::bf16) {
-      turn_rows<Storage::bf16>(w, first_channel, first_row + i * 32, panels[i], panels[apart + i], reads_on);
+      transpose_rows<Storage::bf16>(w, first_channel, first_row + i * 32, panels[i], panels[apart + i], reads_on);
       continue;
     }
     if (is_whole && (i + 1) * 32 <= rows && w.storage == Storage::int8_rows) {
-      turn_rows<Storage::int8_rows>(w, first_channel, first_row + i * 32, panels[i], panels[apart + i], reads_on);
+      transpose_rows<Storage::int8_rows>(w, first_channel, first_row + i * 32, panels[i], panels[apart + i], reads_on);
       continue;
     }
     for (int j = 0; j < 16; ++j) {

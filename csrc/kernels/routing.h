@@ -1,4 +1,5 @@
-// The choice of experts from gate logits: a twin of lowlat/ops/routing.py, ties to the lowest id included.
+// Expert routing: group-limited top-k from gate logits. Native kernel of lowlat/ops/routing.py; ties go to the lowest
+// expert id.
 #pragma once
 
 #include <cmath>
@@ -9,7 +10,7 @@
 
 namespace lowlat::LOWLAT_ISA {
 
-// Turns logits into scores in place.
+// Sigmoid or softmax of the logits, in place.
 inline void gate_scores(const Router& router, float* values) {
   if (router.is_sigmoid) {
     for (std::int64_t e = 0; e < router.experts; ++e) values[e] = 1.0f / (1.0f + std::exp(-values[e]));
@@ -22,7 +23,7 @@ inline void gate_scores(const Router& router, float* values) {
   for (std::int64_t e = 0; e < router.experts; ++e) values[e] /= total;
 }
 
-// Index of the largest value that is not taken, the lowest one of equals; it is taken then. There must be one.
+// Index of the largest value not yet taken, the lowest index among equals, and marks it taken. There must be one.
 inline std::int64_t take_largest(const float* values, bool* taken, std::int64_t count) {
   std::int64_t best = -1;
   for (std::int64_t i = 0; i < count; ++i) {
@@ -46,10 +47,10 @@ inline float sum_of_best(const float* values, std::int64_t count, std::int64_t b
   return best < 2 || count < 2 ? first : first + second;
 }
 
-// Room in floats that choose() needs beside its results.
+// Scratch floats that choose() needs.
 inline std::int64_t choose_scratch(const Router& router) { return 2 * router.experts + 2 * router.groups; }
 
-// Chosen experts and their weights for one token, from its scores.
+// Top-k experts and their weights for one token, from its scores.
 inline void choose(const Router& router, const float* scores, float* scratch, std::int32_t* experts, float* weights) {
   float* choice = scratch;
   float* group_scores = choice + router.experts;

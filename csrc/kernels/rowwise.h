@@ -1,4 +1,4 @@
-// Operations on one row of activations: norm, rotation, SwiGLU, quantisation. fp32 inside, rounded once.
+// Row-wise operations: RMSNorm, RoPE, SwiGLU, int8 quantization of one row. fp32 inside, rounded once.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 namespace lowlat::LOWLAT_ISA {
 
-// out = x / sqrt(mean(x^2) + eps) * weight. May work in place.
+// RMSNorm: out = x / sqrt(mean(x^2) + eps) * weight. May work in place.
 inline void rms_norm(const Norm& norm, const bf16* x, bf16* out) {
   F squares = zero();
   for (std::int64_t i = 0; i < norm.size; i += 16) {
@@ -22,7 +22,7 @@ inline void rms_norm(const Norm& norm, const bf16* x, bf16* out) {
   }
 }
 
-// Rotates the pairs of one head in place: (2i, 2i + 1) if interleave, else (i, i + dim / 2).
+// RoPE of one head in place: pairs (2i, 2i + 1) if interleave, else (i, i + dim / 2).
 inline void rotate(bf16* x, std::int64_t dim, const float* cos, const float* sin, bool interleave) {
   const std::int64_t half = dim / 2, step = interleave ? 2 : 1, far = interleave ? 1 : half;
   for (std::int64_t i = 0; i < half; ++i) {
@@ -34,7 +34,7 @@ inline void rotate(bf16* x, std::int64_t dim, const float* cos, const float* sin
   }
 }
 
-// NaN if one of the numbers is: without their signs, its bits are above those of any other.
+// Largest magnitude, NaN if any number is NaN: without the sign bit, NaN's bits exceed those of any number.
 inline float largest_magnitude(const bf16* x, std::int64_t count) {
   bf16 top = 0;
   for (std::int64_t i = 0; i < count; ++i) {
@@ -44,8 +44,8 @@ inline float largest_magnitude(const bf16* x, std::int64_t count) {
   return bf16_to_float(top);
 }
 
-// The channels that share a scale as int8; returns the scale. With one that is infinite or NaN, which zeros turn into
-// NaN, they are zeros.
+// Quantizes the channels of one scale group to int8 and returns the scale. If the scale is infinite or NaN the
+// channels are zeros, which dequantize to NaN.
 inline float round_to_int8(const bf16* x, std::int64_t count, std::int8_t* out) {
   const float scale = largest_magnitude(x, count) / 127.0f;
   if (!std::isfinite(scale)) {
@@ -59,7 +59,8 @@ inline float round_to_int8(const bf16* x, std::int64_t count, std::int8_t* out) 
   return scale;
 }
 
-// silu(gate) * up for 16 lanes. The sigmoid from e^-|gate| is exact at both ends: 1 / (1 + e), or e / (1 + e) below 0.
+// silu(gate) * up for 16 lanes. The sigmoid from e^-|gate| is exact at both ends: 1 / (1 + e), or e / (1 + e) below
+// 0.
 inline F swiglu(F gate, F up) {
   const F one = set1(1.0f), minus = sub(zero(), gate);
   const F e = exp_or_zero(min(gate, minus));

@@ -1,9 +1,9 @@
-// One token of a row of logits: a twin of lowlat/ops/sampling.py.
+// Token sampling: temperature, top-k, top-p, min-p without sorting. Native kernel of lowlat/ops/sampling.py.
 //
-// What the filters keep is the front of one ranking, so it is said by its last tokens: a logit, and how many of those
-// equal to it (Cut). Where a front of a given mass ends is found without sorting: masses are added up by the first bits
-// of the logits, then, within the bin where the mass is reached, by the next ones. All of it is fp64 without fused
-// products, and sums are of eight lanes, so that every level gives the same bits.
+// The filters keep a prefix of the ranking by logit. It is described by its last logit and how many tokens equal to
+// that are kept (Cut). The cut-off for a given probability mass is found by radix selection: masses are summed by the
+// first bits of the logits, then, within the bin that reaches the mass, by the next ones. Arithmetic is fp64 without
+// fused products, in sums of eight lanes, so that every level gives the same bits.
 #pragma once
 
 #include <algorithm>
@@ -11,33 +11,33 @@
 #include <cmath>
 #include <cstring>
 
-#include "../pool.h"
+#include "../thread_pool.h"
 #include "../sampling.h"
 #include "training.h"
 
 namespace lowlat::LOWLAT_ISA::sampling {
 
-// Bits of x where those of the mask are set: a choice without a branch, which would keep loops from being vectorised.
+// Branch-free select (bits of x under the mask), so that loops can be vectorized.
 inline double masked(double x, std::uint64_t mask) {
   return std::bit_cast<double>(std::bit_cast<std::uint64_t>(x) & mask);
 }
 
 // e^x for x <= 0 to two units in the last place, subnormal results to one; 0 below -746, where it rounds to 0. Plain
-// arithmetic that compilers vectorise. The coefficients are those of the Taylor series of e^r on |r| <= ln(2) / 2, where
-// the remainder of degree 13 is below 2^-57.
+// arithmetic that compilers vectorize. The coefficients are those of the Taylor series of e^r on |r| <= ln(2) / 2,
+// where the remainder of degree 13 is below 2^-57.
 inline double exp_of_negative(double x) {
-  constexpr double kShift = 0x1.8p52;  // adding it leaves no bits for a fraction
+  constexpr double kShift = 0x1.8p52;  // adding it leaves no mantissa bits for a fraction
   const std::uint64_t is_in_range = -static_cast<std::uint64_t>(x >= -746.0);
   const double bounded = masked(x, is_in_range);
   const double shifted = bounded * 0x1.71547652b82fep0 + kShift, n = shifted - kShift;
-  // ln(2) in two parts, of which the first has bits to spare for n.
+  // ln(2) in two parts, the first with spare bits for n.
   const double r = (bounded - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
   double p = 1.0 / 6227020800.0;
   for (const double c : {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
                          1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0}) {
     p = p * r + c;
   }
-  // 2^n in two factors, as it may be no normal number; n in [-1077, 0], the last bits of `shifted`.
+  // 2^n as two factors, because it may be subnormal; n in [-1077, 0], the last bits of `shifted`.
   const std::uint64_t offset = std::bit_cast<std::uint64_t>(shifted) - std::bit_cast<std::uint64_t>(kShift) + 2048;
   const std::uint64_t half = offset / 2;
   const double low = std::bit_cast<double>((half - 1) << 52), high = std::bit_cast<double>((offset - half - 1) << 52);
@@ -56,7 +56,7 @@ struct Cut {
   double ties;
 };
 
-// Numbers in the order of the logits; 0 and -0 are equal.
+// Maps logits to unsigned integers of the same order; 0 and -0 are equal.
 inline std::uint32_t rank_of(float logit) {
   const auto bits = std::bit_cast<std::uint32_t>(logit + 0.0f);
   return bits ^ (-(bits >> 31) | 0x80000000u);
@@ -65,7 +65,7 @@ inline float logit_of(std::uint32_t rank) {
   return std::bit_cast<float>(rank >> 31 ? rank & 0x7fffffffu : ~rank);
 }
 
-// Sum of term(i) in an order that suits vectors of any length up to 8.
+// Sum of term(i) in an order that fits vectors of any length up to 8.
 template <class Term>
 inline double sum_of(std::int64_t first, std::int64_t last, Term&& term) {
   double lanes[8] = {};
@@ -78,7 +78,7 @@ inline double sum_of(std::int64_t first, std::int64_t last, Term&& term) {
   return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 
-// Calls body(piece, first, last) for every piece on one of the threads, and waits for all.
+// Calls body(piece, first, last) for every work item, each on one thread, and waits for all.
 template <class Body>
 inline void for_pieces(Team& team, const DrawPass& p, Body&& body) {
   team.for_chunks(draw_pieces(p.size), 1, [&](std::int64_t piece, std::int64_t) {
@@ -86,7 +86,7 @@ inline void for_pieces(Team& team, const DrawPass& p, Body&& body) {
   });
 }
 
-// Whether any logit is NaN, whose bits without the sign are above those of infinity.
+// Whether any logit is NaN: without the sign bit, NaN's bits exceed those of infinity.
 inline bool any_nan(const float* logits, std::int64_t size) {
   constexpr int kLanes = 16;
   std::uint32_t most[kLanes] = {};
@@ -102,7 +102,7 @@ inline bool any_nan(const float* logits, std::int64_t size) {
   return *std::max_element(most, most + kLanes) > 0x7f800000u;
 }
 
-// NaN where any logit is: comparisons would pass over it.
+// NaN if any logit is: comparisons would skip it.
 inline float largest_logit(Team& team, const DrawPass& p) {
   for_pieces(team, p, [&](std::int64_t piece, std::int64_t first, std::int64_t last) {
     const float* logits = p.logits + first;
@@ -126,7 +126,7 @@ inline void weigh(Team& team, const DrawPass& p, const Weighing& weighing) {
   });
 }
 
-// What each piece keeps: weights of at least min_p within the cut.
+// What each work item keeps: weights of at least min_p within the cut.
 inline void measure(Team& team, const DrawPass& p, const Cut& cut, double min_p) {
   for_pieces(team, p, [&](std::int64_t piece, std::int64_t first, std::int64_t last) {
     const float* logits = p.logits;
@@ -142,7 +142,7 @@ inline void measure(Team& team, const DrawPass& p, const Cut& cut, double min_p)
   });
 }
 
-// Sum of the weights a piece keeps; its ties are taken from those left.
+// Sum of the weights a work item keeps; its ties are taken from those left.
 inline double kept_in(const DrawPiece& piece, double& ties_left, double tie_weight) {
   const double ties = std::fmin(ties_left, static_cast<double>(piece.ties));
   ties_left -= ties;
@@ -155,13 +155,13 @@ inline double kept_total(const DrawPass& p, const Cut& cut, double tie_weight) {
   return total;
 }
 
-// Where a front of the ranking has a mass: the last logit of it, and the mass of those above that one.
+// The end of a prefix of the ranking with a given mass: its last logit, and the mass above that one.
 struct Border {
   float logit;
   double above;
 };
 
-// Calls body(i, rank) for the logits whose ranks are first_rank .. first_rank + span. Most blocks have none.
+// Calls body(i, rank) for the logits with ranks first_rank .. first_rank + span. Most blocks have none.
 template <class Body>
 inline void for_ranks(const float* logits, std::int64_t first, std::int64_t last, std::uint32_t first_rank,
                       std::uint32_t span, Body&& body) {
@@ -177,13 +177,13 @@ inline void for_ranks(const float* logits, std::int64_t first, std::int64_t last
   }
 }
 
-// Masses of the logits of these ranks by `width` bits of them.
+// Histogram of the masses of these ranks by `width` of their bits.
 template <class Mass>
 inline void add_up(const DrawPass& p, std::int64_t first, std::int64_t last, std::uint32_t first_rank,
                    std::uint32_t span, int shift, std::uint32_t width, Mass mass, double* bins) {
   const std::uint32_t bits = (1u << width) - 1;
   std::memset(bins, 0, (bits + 1) * sizeof(double));
-  // Those of one bin in a row are added up here: in memory each would wait for the one before.
+  // Runs of one bin are summed in a register: in memory each addition would wait for the previous one.
   std::uint32_t bin = 0;
   double sum = 0;
   for_ranks(p.logits, first, last, first_rank, span, [&](std::int64_t i, std::uint32_t rank) {
@@ -197,12 +197,12 @@ inline void add_up(const DrawPass& p, std::int64_t first, std::int64_t last, std
   bins[bin] += sum;
 }
 
-// The shortest front whose mass(i) sum to `target`, or all that weigh anything, among the logits from `lowest` on.
+// The shortest prefix whose mass(i) sum to `target`, or all with a nonzero weight, among the logits from `lowest` on.
 template <class Mass>
 Border border_of(Team& team, const DrawPass& p, Mass mass, double target, float lowest) {
   constexpr int kShift[kDrawLevels] = {21, 10, 0}, kWidth[kDrawLevels] = {11, 11, 10};
   const std::int64_t pieces = draw_pieces(p.size);
-  std::uint32_t rank = 0, unknown = ~0u;  // of the border, and which of its bits are still to be found
+  std::uint32_t rank = 0, unknown = ~0u;  // of the cut-off, and its bits still unknown
   double above = 0;
   for (int level = 0; level < kDrawLevels; ++level) {
     double* bins = p.bins + level * pieces * kDrawBinStride;
@@ -241,7 +241,7 @@ inline Cut nucleus(Team& team, const DrawPass& p, const Weighing& weighing, cons
   return {border.logit, border.logit == within.logit ? std::fmin(ties, within.ties) : ties};
 }
 
-// The first token of a piece up to which what is kept sums to more than the threshold, or the last one kept.
+// The first token of a work item at which the cumulative kept weight exceeds the threshold, or the last one kept.
 inline std::int64_t find_in(const DrawPass& p, const Cut& cut, std::int64_t piece, double ties_left, double before,
                             double threshold) {
   const std::int64_t first = piece * kDrawPiece, last = least(p.size, first + kDrawPiece);
@@ -276,7 +276,7 @@ inline void draw(Team& team, const DrawPass& p) {
   if (!std::isfinite(largest)) return;
   const Weighing weighing{largest, p.temperature};
   weigh(team, p, weighing);
-  Cut cut{-__builtin_inff(), 0};  // which weigh nothing
+  Cut cut{-__builtin_inff(), 0};  // with no weight
   if (0 < p.top_k && p.top_k < p.size) cut = best(team, p);
   if (p.top_p < 1) cut = nucleus(team, p, weighing, cut);
   double tie_weight = weighing.of(cut.logit);

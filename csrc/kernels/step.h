@@ -1,4 +1,4 @@
-// A whole step: embedding, layers, final norm, head. An MTP module's is one, too.
+// One step of a model: embedding (or an MTP module's input), decoder layers, final norm, LM head.
 #pragma once
 
 #include "attention_phases.h"
@@ -35,7 +35,7 @@ inline void final_norm(const Pass& pass) {
   });
 }
 
-// Logits of the wanted tokens: their rows are gathered at the start of work.hidden first.
+// Logits of the requested tokens: their rows are first gathered at the start of work.hidden.
 inline void make_logits(const Pass& pass) {
   const Workspace& work = pass.work;
   const Matrix& head = pass.model.head.weight;
@@ -48,9 +48,9 @@ inline void make_logits(const Pass& pass) {
   });
   Activations x = work.hidden;
   x.rows = wanted;
-  pass.each_in_turn(num_strips(head), [&](std::int64_t strip, bool goes_on) {
+  pass.each_in_turn(num_strips(head), [&](std::int64_t strip, bool continues) {
     float* out = pass.strip_out(wanted);
-    multiply_strip(head, strip, x, pass.panels(head), out, next_strip(head, strip, goes_on));
+    multiply_strip(head, strip, x, pass.panels(head), out, next_strip(head, strip, continues));
     const std::int64_t first = strip * kStrip, count = least(kStrip, head.rows - first);
     for (std::int64_t i = 0; i < wanted; ++i) {
       std::memcpy(pass.step.logits + i * head.rows + first, out + i * kStrip, count * sizeof(float));
@@ -58,7 +58,7 @@ inline void make_logits(const Pass& pass) {
   });
 }
 
-// Run by every thread of the team; work.prepare() has been called.
+// Run by every thread of the team; work.prepare() must have been called.
 inline void run_step(Team& team, const Model& model, const Step& step, Workspace& work) {
   const ProductSession session;
   const Pass pass{team, model, step, work, work.scratch[team.thread()]};

@@ -1,4 +1,5 @@
-// What training computes between its matrix products, one row at a time. fp32 inside, rounded once.
+// Row-wise training kernels: RMSNorm, SwiGLU, RoPE, cross entropy, expert combine, forward and backward. fp32 inside,
+// rounded once.
 #pragma once
 
 #include <cmath>
@@ -30,7 +31,8 @@ T* row(const Values& values, std::int64_t index, std::int64_t stride) {
   return static_cast<T*>(values.data) + index * stride;
 }
 
-// body(i, 16) for all whole vectors of a row and body(i, left) for what is left, which is known apart when compiled.
+// body(i, 16) for all whole vectors of a row and body(i, left) for the rest, so that the full width is a compile-time
+// constant.
 template <class Body>
 inline void for_lanes(std::int64_t size, Body&& body) {
   const std::int64_t whole = size / 16 * 16;
@@ -38,7 +40,7 @@ inline void for_lanes(std::int64_t size, Body&& body) {
   if (whole < size) body(whole, size - whole);
 }
 
-// One chunk of rows for each call of body, for either type of numbers.
+// A parallel loop over chunks of rows, instantiated for either value type.
 constexpr std::int64_t kRowChunk = 16;
 
 template <class T>
@@ -194,14 +196,14 @@ void entropy_row(const EntropyPass& p, std::int64_t r, float* weights) {
 
 template <class T>
 void entropy(Team& team, const EntropyPass& p) {
-  Buffer room;
-  auto* weights = static_cast<float*>(room.reserve(static_cast<std::size_t>(p.size) * sizeof(float)));
+  Buffer buffer_array;
+  auto* weights = static_cast<float*>(buffer_array.reserve(static_cast<std::size_t>(p.size) * sizeof(float)));
   team.for_chunks(p.rows, 4, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t r = first; r < last; ++r) entropy_row<T>(p, r, weights);
   });
 }
 
-// The products and their sum are rounded one by one, as in the PyTorch form: the same bits.
+// The products and their sum are rounded one by one, as in PyTorch: same bits.
 template <class T>
 void rotate_head(const RotationPass& p, const T* x, const float* cos, const float* sin, T* out) {
   const std::int64_t half = p.dim / 2;
@@ -254,7 +256,7 @@ void combine(Team& team, const CombinePass& p) {
   });
 }
 
-// The instance for the numbers of a call.
+// The instance for the value type of a call.
 inline void norm_forward(Team& t, const NormPass& p) { p.x.is_bf16 ? norm_forward<bf16>(t, p) : norm_forward<float>(t, p); }
 inline void norm_backward(Team& t, const NormPass& p) { p.x.is_bf16 ? norm_backward<bf16>(t, p) : norm_backward<float>(t, p); }
 inline void gated_forward(Team& t, const GatedPass& p) { p.gate.is_bf16 ? gated_forward<bf16>(t, p) : gated_forward<float>(t, p); }

@@ -1,4 +1,4 @@
-// The vector vocabulary of the kernels on AVX2 with FMA and F16C: 16 lanes as two registers of 8.
+// SIMD types for AVX2 with FMA and F16C: 16 fp32 lanes as two 8-lane registers.
 #pragma once
 
 #include <immintrin.h>
@@ -44,7 +44,7 @@ inline F round_even(F a) {
   constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(a.lo, kMode), _mm256_round_ps(a.hi, kMode)};
 }
-// a * 2^n for integral n in [-252, 252]; in two factors, as 2^n itself may be no normal number
+// a * 2^n for integral n in [-252, 252]; in two factors, because 2^n may be subnormal
 inline F scale2(F a, F n) {
   const auto power = [](__m256i k) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(k, _mm256_set1_epi32(127)), 23));
@@ -188,7 +188,7 @@ inline P small_integers(P a) {
   return {numbers(a.lo), numbers(a.hi)};
 }
 
-// Turns 8 x 8 words.
+// Transposes 8 x 8 words.
 inline void transpose8(__m256i (&r)[8]) {
   __m256i t[8];
   for (int i = 0; i < 4; ++i) {
@@ -255,7 +255,7 @@ inline F fold_fully(const F (&fours)[4]) {
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-// Into the second level of cache only: what is used later.
+// Prefetches into the second-level cache only, for later use.
 inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace lowlat::avx2::simd

@@ -1,4 +1,4 @@
-// The vector vocabulary of the kernels on AVX-512 with BF16 and VNNI: 16 lanes of fp32 or int32 in one register.
+// SIMD types for AVX-512 with BF16 and VNNI: 16 lanes of fp32 or int32 in one register.
 #pragma once
 
 #include <immintrin.h>
@@ -60,7 +60,7 @@ inline F load_fp16(const fp16* p) {
 }
 
 inline P pairs(const void* p) { return {_mm512_loadu_si512(p)}; }
-// What is in a register stays there: for what several products read, compilers would load it again for each.
+// Keeps a value in its register: compilers would reload it for each of several products.
 inline void keep(P& a) { asm("" : "+v"(a.v)); }
 inline void store_pairs(void* p, P a) { _mm512_storeu_si512(p, a.v); }
 inline P set1_pair(std::uint32_t pair) { return {_mm512_set1_epi32(static_cast<int>(pair))}; }
@@ -85,7 +85,7 @@ inline P bits_where_zero(F a) {
   const __mmask16 is_zero = _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_EQ_OQ);
   return {_mm512_maskz_mov_epi32(is_zero, _mm512_set1_epi32(-1))};
 }
-// The larger of numbers that are not negative; NaN where either is.
+// The larger of two non-negative numbers; NaN if either is.
 inline F max_bits(F a, F b) {
   return {_mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
 }
@@ -93,7 +93,7 @@ inline float largest_bits(F a) {
   return _mm_cvtss_f32(_mm_castsi128_ps(
       _mm_cvtsi32_si128(static_cast<int>(_mm512_reduce_max_epu32(_mm512_castps_si512(a.v))))));
 }
-// Byte `number` (0 is the lowest) of the lanes of a, b, c and d, in the order of memory.
+// Byte `number` (0 is the lowest) of the lanes of a, b, c and d, in memory order.
 template <int number>
 inline P gather_bytes(P a, P b, P c, P d) {
   const auto move = [](__m512i v, int to) {
@@ -244,7 +244,7 @@ inline F fold_fully(const F (&fours)[4]) {
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-// Into the second level of cache only: what is used later.
+// Prefetches into the second-level cache only, for later use.
 inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace lowlat::LOWLAT_ISA::simd

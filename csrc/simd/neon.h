@@ -1,4 +1,4 @@
-// The vector vocabulary of the kernels on 64-bit ARM: 16 lanes as four registers of 4.
+// SIMD types for 64-bit ARM NEON: 16 fp32 lanes as four 4-lane registers.
 #pragma once
 
 #include <arm_neon.h>
@@ -46,7 +46,7 @@ inline F mul(F a, F b) {
 inline F div(F a, F b) {
   return quarters<F>([&](int i) { return vdivq_f32(a.q[i], b.q[i]); });
 }
-// Of two numbers of which one is NaN, the second, as x86 has it.
+// If one of two numbers is NaN, the second, as on x86.
 inline float32x4_t larger(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 inline F max(F a, F b) {
   return quarters<F>([&](int i) { return larger(a.q[i], b.q[i]); });
@@ -71,7 +71,7 @@ inline float largest(F a) {
 inline F round_even(F a) {
   return quarters<F>([&](int i) { return vrndnq_f32(a.q[i]); });
 }
-// a * 2^n for integral n in [-252, 252]; in two factors, as 2^n itself may be no normal number
+// a * 2^n for integral n in [-252, 252]; in two factors, because 2^n may be subnormal
 inline F scale2(F a, F n) {
   const auto power = [](int32x4_t k) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(k, vdupq_n_s32(127)), 23));
@@ -220,7 +220,7 @@ inline P small_integers(P a) {
   });
 }
 
-// Turns 4 x 4 words.
+// Transposes 4 x 4 words.
 inline void transpose4(uint32x4_t (&r)[4]) {
   const auto wide = [](uint32x4_t x) { return vreinterpretq_u64_u32(x); };
   const uint64x2_t a = wide(vzip1q_u32(r[0], r[1])), b = wide(vzip2q_u32(r[0], r[1]));
@@ -232,7 +232,7 @@ inline void transpose4(uint32x4_t (&r)[4]) {
 }
 // Lane r of out[j] is pair j of row r. May work in place.
 inline void transpose(const P (&rows)[16], P (&out)[16]) {
-  P turned[16];
+  P transposed[16];
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r) {
 #pragma GCC unroll 4
@@ -240,10 +240,10 @@ inline void transpose(const P (&rows)[16], P (&out)[16]) {
       uint32x4_t block[4] = {rows[4 * r].q[c], rows[4 * r + 1].q[c], rows[4 * r + 2].q[c], rows[4 * r + 3].q[c]};
       transpose4(block);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) turned[4 * c + j].q[r] = block[j];
+      for (int j = 0; j < 4; ++j) transposed[4 * c + j].q[r] = block[j];
     }
   }
-  for (int j = 0; j < 16; ++j) out[j] = turned[j];
+  for (int j = 0; j < 16; ++j) out[j] = transposed[j];
 }
 
 // The sums of the lanes of 16 rows, lane i always added to lane i + 8, then i + 4, i + 2 and i + 1, in three steps.
@@ -269,7 +269,7 @@ inline F fold_fully(const F (&fours)[4]) {
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
-// Into the second level of cache only: what is used later.
+// Prefetches into the second-level cache only, for later use.
 inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace lowlat::neon::simd

@@ -1,5 +1,5 @@
-// The vector vocabulary of the kernels in plain C++: 16 lanes are an array, and loops over them are for the compiler to
-// vectorise. Little-endian machines only.
+// SIMD types in plain C++: 16 lanes are an array, and the compiler vectorizes loops over them. Little-endian machines
+// only.
 #pragma once
 
 #include <bit>
@@ -49,14 +49,14 @@ inline F mul(F a, F b) {
 inline F div(F a, F b) {
   return lanes<F>([&](int i) { return a.v[i] / b.v[i]; });
 }
-// Of two numbers of which one is NaN, the second, as x86 has it.
+// If one of two numbers is NaN, the second, as on x86.
 inline F max(F a, F b) {
   return lanes<F>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
 inline F min(F a, F b) {
   return lanes<F>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
-// Fused where the machine has the instruction; a call of the C library per lane would cost more than it gains.
+// Fused only if the machine has the instruction: a C library call per lane would cost more than it gains.
 inline float fma(float a, float b, float c) {
 #ifdef __FP_FAST_FMAF
   return __builtin_fmaf(a, b, c);
@@ -79,7 +79,7 @@ inline float largest(F a) {
   }
   return a.v[0];
 }
-// Adding and taking off 1.5 * 2^23 leaves no bits for a fraction; numbers of 2^22 and more are taken as they are.
+// Adding and subtracting 1.5 * 2^23 leaves no bits for a fraction; numbers of 2^22 and more are unchanged.
 inline F round_even(F a) {
   constexpr float kShift = 0x1.8p23f;
   return lanes<F>([&](int i) {
@@ -87,7 +87,7 @@ inline F round_even(F a) {
     return x > -0x1p22f && x < 0x1p22f ? (x + kShift) - kShift : x;
   });
 }
-// a * 2^n for integral n in [-252, 252]; in two factors, as 2^n itself may be no normal number
+// a * 2^n for integral n in [-252, 252]; in two factors, because 2^n may be subnormal
 inline F scale2(F a, F n) {
   const auto power = [](std::int32_t k) { return std::bit_cast<float>((k + 127) << 23); };
   return lanes<F>([&](int i) {
@@ -240,7 +240,7 @@ inline F fold_fully(const F (&fours)[4]) {
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
-// Into the second level of cache only: what is used later.
+// Prefetches into the second-level cache only, for later use.
 inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace lowlat::portable::simd

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from jaxtyping import Float
 from torch import Tensor
 
-from lowlat.ops.layout import RowLayout
+from lowlat.ops.layout import EntryLayout
 
 
 class AttentionBackend(ABC):
@@ -23,7 +23,7 @@ class AttentionBackend(ABC):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
+        rows: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
@@ -51,8 +51,8 @@ class AttentionBackend(ABC):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
-        layout: RowLayout,
+        rows: Float[Tensor, "tokens entry_dim"],
+        layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
         """Any other attention (GTA, TPA): queries over rows of which `layout` makes keys and

@@ -1,6 +1,6 @@
 """The paged cache: one row per token and layer, whatever the attention.
 
-MLA leaves [c_t ; k_R], MHA, GQA and MQA leave [K ; V], other forms what their config says; layers
+MLA leaves [c_t ; k_R], MHA, GQA and MQA leave [K ; V], other paths what their config says; layers
 that differ in their attention leave rows of different widths. Owns the memory; which page belongs
 to whom is the engine's business. What a row is made of in int8 is `rows`'s.
 """
@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lowlat.attention.rows import pack_rows, row_bytes, unpack_rows
+from lowlat.attention.int8_entry import entry_bytes, pack_entries, unpack_entries
 from lowlat.config.model import ModelConfig
-from lowlat.utils import large_pages
+from lowlat.utils import huge_pages as large_pages
 
 PAGE_SIZE = 64
 
@@ -23,13 +23,14 @@ def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     is 70,272.
     """
     return sum(
-        row_bytes(config.attention_of(layer), dtype) for layer in range(config.num_hidden_layers)
+        entry_bytes(config.attention_of(layer), dtype) for layer in range(config.num_hidden_layers)
     )
 
 
 class PagedCache:
-    """Rows of all layers, in pages of `page_size` tokens: layers[i] is [pages, page_size, row_dim],
-    for torch.int8 [pages, page_size, row_bytes] of bytes, each layer's rows as wide as they are.
+    """Rows of all layers, in pages of `page_size` tokens: layers[i] is [pages, page_size,
+    entry_dim], for torch.int8 [pages, page_size, entry_bytes] of bytes, each layer's rows as wide
+    as they are.
 
     Layers are the decoder layers, then the MTP modules. A page number addresses the same page in
     every layer.
@@ -48,7 +49,7 @@ class PagedCache:
         self.dtype = dtype
         self.num_pages = num_pages
         attentions = [config.attention_of(layer) for layer in range(config.num_cache_layers)]
-        self.row_dims = [attention.row_dim for attention in attentions]
+        self.entry_dims = [attention.entry_dim for attention in attentions]
         """Elements of a row of each layer."""
         is_packed = dtype == torch.int8
         self.quantized = [attention.quantized_dim * is_packed for attention in attentions]
@@ -56,7 +57,7 @@ class PagedCache:
         stored = torch.uint8 if is_packed else dtype
         self.layers = [
             _zeros(
-                (num_pages, page_size, row_bytes(attention, dtype) // stored.itemsize),
+                (num_pages, page_size, entry_bytes(attention, dtype) // stored.itemsize),
                 stored,
                 torch.device(device),
             )
@@ -64,16 +65,16 @@ class PagedCache:
         ]
 
     def write(
-        self, layer: int, slots: Int[Tensor, "tokens"], rows: Float[Tensor, "tokens row_dim"]
+        self, layer: int, slots: Int[Tensor, "tokens"], rows: Float[Tensor, "tokens entry_dim"]
     ) -> None:
         """Store the rows of new tokens."""
         quantized, data = self.quantized[layer], self.layers[layer]
-        stored = pack_rows(rows, quantized) if quantized else rows.to(self.dtype)
+        stored = pack_entries(rows, quantized) if quantized else rows.to(self.dtype)
         data.view(-1, data.shape[-1])[slots] = stored
 
     def rows(
         self, layer: int, pages: tuple[int, ...], length: int, dtype: torch.dtype
-    ) -> Float[Tensor, "length row_dim"]:
+    ) -> Float[Tensor, "length entry_dim"]:
         """The first `length` rows of a sequence in `dtype`; a view where that is the cache's and
         its pages follow each other, else a copy.
         """
@@ -85,7 +86,7 @@ class PagedCache:
             block = self.layers[layer][list(pages[:count])]
         stored = block.flatten(0, 1)[:length]
         if self.quantized[layer]:
-            return unpack_rows(stored, self.row_dims[layer], self.quantized[layer], dtype)
+            return unpack_entries(stored, self.entry_dims[layer], self.quantized[layer], dtype)
         return stored.to(dtype)
 
     def copy_page(self, source: int, destination: int) -> None:

@@ -10,14 +10,14 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.ops.attention import causal_attention
-from lowlat.ops.layout import RowLayout
+from lowlat.ops.layout import EntryLayout
 from lowlat.ops.mla import absorbed_mla, expanded_mla
 
 
 class CachedAttention(AttentionBackend):
     """One step of decoding or chunked prefill.
 
-    MLA takes the expanded form where a slice of the batch asks for it, else the absorbed one.
+    MLA takes the expanded path where a slice of the batch asks for it, else the absorbed one.
     """
 
     def __init__(self, cache: PagedCache, batch: AttentionBatch) -> None:
@@ -29,7 +29,7 @@ class CachedAttention(AttentionBackend):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
+        rows: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
@@ -40,9 +40,9 @@ class CachedAttention(AttentionBackend):
         for item, nope, rope in zip(
             self.batch.sequences, q_nope.split(lengths), q_rope.split(lengths), strict=True
         ):
-            form = expanded_mla if item.form == "expanded" else absorbed_mla
+            path = expanded_mla if item.path == "expanded" else absorbed_mla
             context = self._context(layer, item, nope.dtype)
-            outputs.append(form(nope, rope, context, w_uk, w_uv, start=item.start, scale=scale))
+            outputs.append(path(nope, rope, context, w_uk, w_uv, start=item.start, scale=scale))
         return torch.cat(outputs)
 
     def gqa(
@@ -75,8 +75,8 @@ class CachedAttention(AttentionBackend):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
-        layout: RowLayout,
+        rows: Float[Tensor, "tokens entry_dim"],
+        layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
         self.cache.write(layer, self.batch.slots, rows)
@@ -84,7 +84,7 @@ class CachedAttention(AttentionBackend):
         lengths = [item.length for item in self.batch.sequences]
         for item, queries in zip(self.batch.sequences, q.split(lengths), strict=True):
             context = self._context(layer, item, q.dtype)
-            if item.form == "stream":
+            if item.path == "decode":
                 outputs.append(layout.attend(queries, context, start=item.start, scale=scale))
                 continue
 
@@ -103,5 +103,5 @@ class CachedAttention(AttentionBackend):
 
     def _context(
         self, layer: int, item: SequenceSlice, dtype: torch.dtype
-    ) -> Float[Tensor, "keys row_dim"]:
+    ) -> Float[Tensor, "keys entry_dim"]:
         return self.cache.rows(layer, item.pages, item.context, dtype)

@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lowlat.attention.base import AttentionBackend
-from lowlat.ops import native_training
-from lowlat.ops.differentiable import causal_attention
-from lowlat.ops.layout import RowLayout
+from lowlat.ops import native_training_kernels
+from lowlat.ops.autograd import causal_attention
+from lowlat.ops.layout import EntryLayout
 
 
 class FlashAttention(AttentionBackend):
@@ -37,7 +37,7 @@ class FlashAttention(AttentionBackend):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
+        rows: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
@@ -65,8 +65,8 @@ class FlashAttention(AttentionBackend):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
-        layout: RowLayout,
+        rows: Float[Tensor, "tokens entry_dim"],
+        layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
         return self.gqa(layer, q, *layout.expand(rows), scale, None)
@@ -75,7 +75,7 @@ class FlashAttention(AttentionBackend):
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Float[Tensor, "tokens heads v_dim"]:
         sees_all = window is None or window >= max(self.lengths)
-        if sees_all and q.dtype == torch.bfloat16 and native_training.usable(q, k, v):
+        if sees_all and q.dtype == torch.bfloat16 and native_training_kernels.usable(q, k, v):
             return causal_attention(q, k, v, self._ends, scale)
         v_dim = v.shape[-1]
         # The fused kernels want one width. Zeros beyond v's own add nothing and are cut off.

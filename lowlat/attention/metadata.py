@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lowlat.attention.forms import Form
+from lowlat.attention.path import AttentionPath
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,7 @@ class SequenceSlice:
     """Tokens of the sequence that are cached already."""
     length: int
     """New tokens in this step, at least 1."""
-    form: Form = "stream"
+    path: AttentionPath = "decode"
     """The arithmetic that computes them."""
 
     @property

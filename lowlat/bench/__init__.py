@@ -1,1 +1,1 @@
-"""Measures lowlat and other programs on the same weights, in turn, against the machine's limits."""
+"""Benchmark prefill and decode of lowlat and peer programs against the roofline of the machine."""

@@ -1,6 +1,6 @@
-"""Worker: what this machine can do at most, with torch's kernels: read memory, multiply matrices.
+"""Calibration worker: peak memory bandwidth and matrix-product rates of this machine, by torch.
 
-Every rate is the best of a few tries; the report takes the median over the rounds of a run.
+Every rate is the best of a few tries; the results take the median over the rounds.
 """
 
 import time
@@ -9,22 +9,22 @@ from typing import Any
 
 import torch
 
-from lowlat.bench.protocol import serve
+from lowlat.peers.protocol import serve_requests
 
 BUFFER_BYTES = 1 << 30
 """Well above the caches of common processors."""
 SIDE = 2048
 TRIES = 4
 HIGHEST_INT8 = 7
-"""Small entries: sums stay within 32 bits and in processors' 16-bit steps."""
+"""Small entries: sums stay within 32 bits and within processors' 16-bit intermediate sums."""
 
 
 class Calibration:
-    """The buffers, kept over the rounds."""
+    """Buffers and matrices of the calibration, allocated once."""
 
     def load(self, threads: int) -> dict[str, Any]:
         torch.set_num_threads(threads)
-        # Ones, because pages never written all map to one page of zeros.
+        # Ones, because untouched memory pages all map to one page of zeros.
         self.buffer = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
         self.ones = torch.ones(4096, dtype=torch.bfloat16)
         plain = torch.randn(SIDE, SIDE)
@@ -33,32 +33,32 @@ class Calibration:
         return {}
 
     def measure(self) -> dict[str, Any]:
-        """Bytes per second read, FLOP per second of a product SIDE x SIDE x SIDE by dtype."""
+        """bandwidth in bytes/s; gemm_* in FLOP/s of a SIDE x SIDE x SIDE product by dtype."""
         floats, halves = self.buffer.view(torch.float32), self.buffer.view(torch.bfloat16)
-        ways = (
+        reads = (
             self.buffer.sum,
             lambda: torch.dot(floats, floats),
             lambda: torch.mv(halves.view(-1, self.ones.numel()), self.ones),
         )
-        rates: dict[str, Any] = {"bandwidth": BUFFER_BYTES / min(map(_best, ways))}
+        rates: dict[str, Any] = {"bandwidth": BUFFER_BYTES / min(map(_best_seconds, reads))}
         for name, matrix in self.matrices.items():
             product: Any = torch.ops.aten._int_mm if matrix.dtype == torch.int8 else torch.mm
-            # A second factor as weights lie, a row per output, and one as BLAS writes it.
+            # The second factor as weights are stored (a row per output) and as BLAS stores it.
             layouts = (matrix.T, matrix)
-            seconds = min(_best(lambda b=b, a=matrix, f=product: f(a, b)) for b in layouts)
+            seconds = min(_best_seconds(lambda b=b, a=matrix, f=product: f(a, b)) for b in layouts)
             rates[name] = 2 * SIDE**3 / seconds
         return rates
 
 
-def _best(work: Callable[[], object]) -> float:
+def _best_seconds(run: Callable[[], object]) -> float:
     times = []
     for _ in range(TRIES):
         start = time.perf_counter()
-        work()
+        run()
         times.append(time.perf_counter() - start)
     return min(times)
 
 
 if __name__ == "__main__":
     calibration = Calibration()
-    serve({"load": calibration.load, "measure": calibration.measure})
+    serve_requests({"load": calibration.load, "measure": calibration.measure})

@@ -1,8 +1,7 @@
-"""The measuring itself: rounds in which every program does every cell in turn, A B A B.
+"""Interleaved measurement: each round runs every case in every program, in rotating order (ABAB).
 
-Within a round a cell is measured by all programs before the next cell comes, in an order that
-turns by one per round; the machine's own rates are taken in every round too. Owns samples and
-medians, no tables.
+A round takes a case through all programs before the next case, starting with another program each
+round, and measures the machine's own rates too. Owns samples and medians, no tables.
 """
 
 import statistics
@@ -10,38 +9,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowlat.bench.plan import Cell
-from lowlat.bench.worker import TIMEOUT, Refused, Worker
+from lowlat.bench.benchmark_plan import BenchmarkCase
+from lowlat.peers.worker import TIMEOUT, PeerError, Worker
 from lowlat.utils.progress import Progress
 
 STEPS = 32
-"""Most steps of a sample of decoding."""
+"""Most decode steps of a sample."""
 STEP_SECONDS = 2.0
-"""A sample of decoding ends after this long (and at least two steps)."""
-CELL_SECONDS = 45.0
-"""A program that has spent this long on a cell does not repeat it in later rounds."""
+"""A decode sample ends after this long (and at least two steps)."""
+CASE_SECONDS = 45.0
+"""A program that has spent this long on a case skips it in later rounds."""
 LONG_PROMPT = 32768
-"""Tokens up to which a prompt has the usual time; as attention does, it grows with the square."""
+"""Prompts up to this many tokens have the usual timeout; beyond, it grows with the square."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One measurement of a cell."""
+    """One measurement of a case."""
 
     round: int
     tokens_per_second: float
     seconds: float
-    """All the clock saw."""
+    """Wall time of the sample."""
     raw: dict[str, Any]
     """The worker's answer."""
 
 
 @dataclass(kw_only=True, slots=True)
-class Row:
-    """A cell as one program did it: samples, or the reason why there are none."""
+class CaseResult:
+    """The samples of one program on one case, or the reason why there are none."""
 
     program: str
-    cell: Cell
+    case: BenchmarkCase
     samples: list[Sample] = field(default_factory=list)
     reason: str | None = None
 
@@ -61,37 +60,39 @@ class Row:
 
     @property
     def peak_bytes(self) -> int | None:
-        """Most memory resident in any sample; prompts only."""
+        """Peak resident bytes over all samples; prefill only."""
         peaks = [sample.raw["peak_bytes"] for sample in self.samples if "peak_bytes" in sample.raw]
         return max(peaks, default=None)
 
     @property
     def is_due(self) -> bool:
-        """Whether the cell is worth another round."""
-        return self.reason is None and sum(s.seconds for s in self.samples) < CELL_SECONDS
+        """Whether the case runs in another round."""
+        return self.reason is None and sum(s.seconds for s in self.samples) < CASE_SECONDS
 
 
 def measure(
     workers: Sequence[tuple[str, Worker]],
-    cells: Sequence[Cell],
+    cases: Sequence[BenchmarkCase],
     calibration: Worker,
     rounds: int,
     progress: Progress,
-) -> tuple[list[Row], list[dict[str, float]]]:
-    """Rows of all programs and cells, and the machine's rates of every round."""
-    rows = {(name, cell): Row(program=name, cell=cell) for cell in cells for name, _ in workers}
+) -> tuple[list[CaseResult], list[dict[str, float]]]:
+    """Results of all programs and cases, and the machine's rates of every round."""
+    results = {
+        (name, case): CaseResult(program=name, case=case) for case in cases for name, _ in workers
+    }
     rates: list[dict[str, float]] = []
-    with progress.task("measuring", rounds * len(rows)) as task:
+    with progress.task("measuring", rounds * len(results)) as task:
         for number in range(rounds):
             rates.append(calibration.ask("measure"))
-            for cell in cells:
-                turn = number % len(workers)
-                for name, worker in [*workers[turn:], *workers[:turn]]:
-                    row = rows[name, cell]
-                    if row.is_due:
-                        _sample(row, worker, number)
+            for case in cases:
+                first = number % len(workers)
+                for name, worker in [*workers[first:], *workers[:first]]:
+                    result = results[name, case]
+                    if result.is_due:
+                        _sample(result, worker, number)
                     task.advance()
-    return list(rows.values()), rates
+    return list(results.values()), rates
 
 
 def median_rates(rates: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -99,20 +100,20 @@ def median_rates(rates: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(taken[name] for taken in rates) for name in rates[0]}
 
 
-def _sample(row: Row, worker: Worker, number: int) -> None:
-    """Measure once; a refusal becomes the row's reason, earlier samples stay."""
-    cell = row.cell
+def _sample(result: CaseResult, worker: Worker, number: int) -> None:
+    """Measure once. An error becomes the result's reason; earlier samples stay."""
+    case = result.case
     try:
-        if cell.kind == "prefill":
-            patience = TIMEOUT * max(1.0, (cell.tokens / LONG_PROMPT) ** 2)
-            raw = worker.ask("prefill", timeout=patience, tokens=cell.tokens)
-            seconds, tokens = raw["seconds"], cell.tokens
+        if case.kind == "prefill":
+            timeout = TIMEOUT * max(1.0, (case.tokens / LONG_PROMPT) ** 2)
+            raw = worker.ask("prefill", timeout=timeout, tokens=case.tokens)
+            seconds, tokens = raw["seconds"], case.tokens
         else:
-            raw = worker.ask("decode", context=cell.tokens, steps=STEPS, seconds=STEP_SECONDS)
+            raw = worker.ask("decode", context=case.tokens, steps=STEPS, seconds=STEP_SECONDS)
             seconds, tokens = sum(raw["step_seconds"]), len(raw["step_seconds"])
-    except Refused as refused:
-        row.reason = str(refused)
+    except PeerError as error:
+        result.reason = str(error)
         return
-    row.samples.append(
+    result.samples.append(
         Sample(round=number, tokens_per_second=tokens / seconds, seconds=seconds, raw=raw)
     )

@@ -1,27 +1,26 @@
-"""The fastest a step can be: bytes it must move and multiply-adds it must do, on this machine.
+"""Roofline: lower bound on the time of prefill and decode, from bytes moved and FLOPs.
 
-    seconds >= max((weights read + cache rows) / bandwidth,
+    seconds >= max((weights + KV cache) / bandwidth,
                    FLOPs of the weights / GEMM rate + FLOPs of attention / GEMM rate)
 
-which is reached where weights are read while attention is computed. In turn, the least is that of
-the weights and that of attention, added: where one is bound by memory and the other by arithmetic,
-that is more.
+This bound is reached if weights are read while attention is computed. The serial bound adds the
+bound of the weights and the bound of attention; it is larger where one of them is bound by memory
+and the other by arithmetic.
 
-A step over an int8 cache can multiply its int8 channels at the rate of int8.
-
-A step of decoding reads the weights one token uses and every cached row it attends to once. A
-prompt reads what its tokens hit together (with enough tokens, every expert) once. Attention is
-counted in the cheaper of its two forms: absorbed or expanded. Two FLOPs are one multiply-add. Zeros
-count like other weights, also where a conversion left whole tiles of them, which kernels skip.
+Decode reads the weights of one token's experts and every KV cache entry it attends to once. Prefill
+reads the weights of all experts its tokens use (with enough tokens, of every expert) once.
+Attention counts as the cheaper of absorbed and expanded MLA. Channels of an int8 cache count at the
+int8 rate. A multiply-add is two FLOPs. Zero weights count too, also in zero tiles that a
+conversion leaves and that kernels skip.
 """
 
 from collections import Counter
 from dataclasses import dataclass
 
-from lowlat.bench.plan import Cell
-from lowlat.config.arithmetic import count_parameters
-from lowlat.config.memory import read_bytes
+from lowlat.bench.benchmark_plan import BenchmarkCase
 from lowlat.config.model import AttentionConfig, GQAConfig, ModelConfig, TPAConfig
+from lowlat.config.parameter_count import count_parameters
+from lowlat.config.weight_memory import read_bytes
 
 RATES = {
     "fp32": "gemm_fp32",
@@ -34,28 +33,28 @@ RATES = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
-    """What a step or a prompt cannot do without."""
+class StepCost:
+    """Bytes and FLOPs of a whole prefill or of one decode step."""
 
     weight_bytes: float
     cache_bytes: float
     weight_flops: float
     attention_flops: float
     int8_flops: float = 0.0
-    """Of attention, those over channels that are cached in int8."""
+    """FLOPs of attention over int8 channels of the cache."""
 
 
-def work_of(
-    config: ModelConfig, cell: Cell, *, dtype: str, row_bytes: int, cache: str = "bf16"
-) -> Work:
-    """The work of one cell: the whole prompt, or one step.
+def step_cost(
+    config: ModelConfig, case: BenchmarkCase, *, dtype: str, entry_bytes: int, cache: str = "bf16"
+) -> StepCost:
+    """The cost of one case: the whole prompt, or one decode step.
 
-    row_bytes: cache of one token in all layers. cache: what rows are cached in.
+    entry_bytes: KV cache of one token in all layers. cache: its number type.
     """
-    count, tokens = count_parameters(config), cell.tokens
-    if cell.kind == "prefill":
+    count, tokens = count_parameters(config), case.tokens
+    if case.kind == "prefill":
         head = config.vocab_size * config.hidden_size
-        experts = _hit(config, tokens)
+        experts = _experts_used(config, tokens)
         # only the last token needs the head
         weight_flops = 2.0 * ((count.active_without_embedding - head) * tokens + head)
         queries, keys, pairs = tokens, tokens, tokens * (tokens + 1) // 2
@@ -64,10 +63,10 @@ def work_of(
         weight_flops = 2.0 * count.active_without_embedding
         queries, keys, pairs = 1, tokens + 1, tokens + 1
     attention = attention_flops(config, queries=queries, keys=keys, pairs=pairs)
-    is_int8 = cell.kind == "decode" and cache == "int8"
-    return Work(
+    is_int8 = case.kind == "decode" and cache == "int8"
+    return StepCost(
         weight_bytes=float(read_bytes(config, dtype, experts)),
-        cache_bytes=_rows_read(config, tokens) * row_bytes / config.num_hidden_layers,
+        cache_bytes=_entries_read(config, tokens) * entry_bytes / config.num_hidden_layers,
         weight_flops=weight_flops,
         attention_flops=attention,
         int8_flops=attention - _bf16_flops(config, keys=keys) if is_int8 else 0.0,
@@ -77,9 +76,8 @@ def work_of(
 def attention_flops(config: ModelConfig, *, queries: int, keys: int, pairs: int | None) -> float:
     """FLOPs of scores and values over all layers. pairs: query-key pairs, None for all of them.
 
-    Products with kv_b_proj of the queries' own tokens are among the weights; the expanded form
-    also has to expand the keys cached before. GLA and GTA are counted as the latent attention they
-    are computed by.
+    kv_b_proj of the new tokens counts among the weights; the expanded path also expands the keys
+    cached before. GLA and GTA count as the latent attention that computes them.
     """
     pairs = queries * keys if pairs is None else pairs
     layers = Counter(
@@ -94,7 +92,7 @@ def attention_flops(config: ModelConfig, *, queries: int, keys: int, pairs: int 
 
 
 def _pairs_within(window: int | None, queries: int, keys: int, pairs: int) -> int:
-    """Those of `pairs` within `window` keys; of `keys` tokens the last `queries` ask."""
+    """Query-key pairs inside a sliding window; the queries are the last of `keys` tokens."""
     if window is None:
         return pairs
 
@@ -105,16 +103,16 @@ def _pairs_within(window: int | None, queries: int, keys: int, pairs: int) -> in
     return min(pairs, up_to(keys) - up_to(keys - queries))
 
 
-def _rows_read(config: ModelConfig, tokens: int) -> int:
-    """Cached rows of all layers that a step after `tokens`, or a prompt of `tokens`, reads."""
+def _entries_read(config: ModelConfig, tokens: int) -> int:
+    """KV cache entries that a step after `tokens`, or a prompt of `tokens`, reads in all layers."""
     windows = (config.window(layer) for layer in range(config.num_hidden_layers))
     return sum(tokens if window is None else min(tokens, window) for window in windows)
 
 
 def _bf16_flops(config: ModelConfig, *, keys: int) -> float:
-    """FLOPs of one query's scores over channels that an int8 cache keeps in bf16."""
+    """FLOPs of one query's scores over the channels that an int8 cache stores in bf16."""
     layers = (config.attention_of(layer) for layer in range(config.num_hidden_layers))
-    channels = sum(layer.row_dim - layer.quantized_dim for layer in layers)
+    channels = sum(layer.entry_dim - layer.quantized_dim for layer in layers)
     return 2.0 * config.num_attention_heads * keys * channels
 
 
@@ -126,8 +124,8 @@ def _head_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int)
         products = 2 * (attention.k_rank + attention.v_rank) * attention.head_dim
         expanded = pairs * 4 * attention.head_dim + keys * products
         return min(pairs * products, expanded)
-    latent = attention.row_dim - attention.qk_rope_head_dim
-    # Without a part that is not rotated the latent holds values alone.
+    latent = attention.entry_dim - attention.qk_rope_head_dim
+    # Without NoPE components the latent holds values only.
     scored = latent if attention.qk_nope_head_dim else 0
     absorbed = pairs * 2 * (scored + attention.qk_rope_head_dim + latent)
     expanded = pairs * 2 * (attention.qk_head_dim + attention.v_head_dim)
@@ -137,47 +135,47 @@ def _head_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Least:
-    """The least seconds of a cell."""
+class TimeBound:
+    """Lower bound on the seconds of a case."""
 
-    together: float
-    """Memory and arithmetic both busy all the time: the roofline."""
-    in_turn: float
-    """Weights first, then attention, each with both busy."""
+    overlapped: float
+    """Memory and arithmetic busy at the same time: the roofline."""
+    serial: float
+    """Weights, then attention, each at its own roofline."""
 
 
-def seconds(work: Work, dtype: str, rates: dict[str, float]) -> Least:
-    """The least time. rates: bandwidth in bytes/s; gemm_fp32, gemm_bf16, gemm_int8 in FLOP/s."""
+def step_seconds(cost: StepCost, dtype: str, rates: dict[str, float]) -> TimeBound:
+    """The lower bound. rates: bandwidth in bytes/s; gemm_fp32, gemm_bf16, gemm_int8 in FLOP/s."""
     plain = rates["gemm_fp32" if dtype == "fp32" else "gemm_bf16"]
-    # Where the int8 product that was measured is slower than bf16, bf16 is the better way.
+    # Where the measured int8 product is slower than bf16, bf16 bounds.
     products, integers = max(plain, rates[RATES[dtype]]), max(plain, rates["gemm_int8"])
-    weights = work.weight_bytes / rates["bandwidth"], work.weight_flops / products
-    scores = (work.attention_flops - work.int8_flops) / plain + work.int8_flops / integers
-    attention = work.cache_bytes / rates["bandwidth"], scores
-    return Least(
-        together=max(weights[0] + attention[0], weights[1] + attention[1]),
-        in_turn=max(weights) + max(attention),
+    weights = cost.weight_bytes / rates["bandwidth"], cost.weight_flops / products
+    scores = (cost.attention_flops - cost.int8_flops) / plain + cost.int8_flops / integers
+    attention = cost.cache_bytes / rates["bandwidth"], scores
+    return TimeBound(
+        overlapped=max(weights[0] + attention[0], weights[1] + attention[1]),
+        serial=max(weights) + max(attention),
     )
 
 
-def least_seconds(
+def time_bound(
     config: ModelConfig,
-    cell: Cell,
+    case: BenchmarkCase,
     *,
     dtype: str,
-    row_bytes: int,
+    entry_bytes: int,
     rates: dict[str, float],
     cache: str = "bf16",
-) -> Least:
-    """The least seconds per token of a cell."""
-    work = work_of(config, cell, dtype=dtype, row_bytes=row_bytes, cache=cache)
-    least = seconds(work, dtype, rates)
-    tokens = cell.tokens if cell.kind == "prefill" else 1
-    return Least(together=least.together / tokens, in_turn=least.in_turn / tokens)
+) -> TimeBound:
+    """Lower bound on the seconds per token of a case."""
+    cost = step_cost(config, case, dtype=dtype, entry_bytes=entry_bytes, cache=cache)
+    bound = step_seconds(cost, dtype, rates)
+    tokens = case.tokens if case.kind == "prefill" else 1
+    return TimeBound(overlapped=bound.overlapped / tokens, serial=bound.serial / tokens)
 
 
-def _hit(config: ModelConfig, tokens: int) -> int:
-    """Routed experts of a layer that `tokens` tokens are expected to use, chosen at random."""
+def _experts_used(config: ModelConfig, tokens: int) -> int:
+    """Expected number of routed experts per layer that `tokens` tokens use, chosen at random."""
     moe = config.moe
     if moe is None:
         return 0

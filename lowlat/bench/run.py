@@ -1,4 +1,4 @@
-"""One run from plan to report: check, load, measure, time the start, put it all together."""
+"""Run a benchmark: check agreement, load programs, measure, time starts, build the results."""
 
 import shlex
 import sys
@@ -11,52 +11,52 @@ from pathlib import Path
 from typing import Any
 
 from lowlat import api
-from lowlat.bench import check, machine, report
-from lowlat.bench.measure import Row, measure
-from lowlat.bench.plan import Plan
-from lowlat.bench.programs import Program
-from lowlat.bench.stage import Loaded, Stage
-from lowlat.bench.worker import Refused, Worker
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.bench import agreement, environment, results
+from lowlat.bench.agreement import Agreement
+from lowlat.bench.benchmark_plan import BenchmarkPlan
+from lowlat.bench.measure import CaseResult, measure
+from lowlat.bench.session import BenchmarkSession, LoadedWorker, Program
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
+from lowlat.peers.worker import PeerError, Worker
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
-WARM_TOKENS = 256
-"""Read once before the rounds: enough tokens to touch every expert."""
+WARMUP_TOKENS = 256
+"""Prefill before the rounds: enough tokens to use every expert."""
 START_CONTEXT = 64
 START_IDS = [1, 2, 3]
 LONG_START = 20.0
-"""Seconds of starting after which a program is not started again."""
+"""A program whose starts have taken this many seconds is not started again."""
 CALIBRATION = "lowlat.bench.calibration"
 
 
 @dataclass(kw_only=True, slots=True)
-class Ready:
-    """The workers of a run, and what is known of programs that cannot take part."""
+class LoadedPrograms:
+    """The workers of a run, and the programs that cannot take part."""
 
     workers: list[tuple[str, Worker]] = field(default_factory=list)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     """Reason by program."""
     errors: dict[str, float] = field(default_factory=dict)
-    """Relative error of the timed precision's logits against fp32, by program."""
+    """Relative error of the logits in the timed precision against fp32, by program."""
 
 
-def bench(model: str, plan: Plan, progress: Progress) -> dict[str, Any]:
-    """Measure and return the report, ready for JSON.
+def bench(model: str, plan: BenchmarkPlan, progress: Progress) -> dict[str, Any]:
+    """Measure and return the results, ready for JSON.
 
-    Raises UserError for what the user can mend, among it programs that disagree.
+    Raises UserError for wrong input and for programs that disagree.
     """
     path = api.prepare(model, progress=progress).resolve()
     if not path.is_dir():
-        raise UserError(f"{model}: bench reads folders in the Hugging Face layout; give one")
+        raise UserError(f"{model}: bench needs a folder in the Hugging Face layout; give one")
     config = read_config(open_checkpoint(path))
     plan = plan.within(config.max_position_embeddings)
     if plan.context > config.max_position_embeddings:
         raise UserError(
             f"{plan.context:,} tokens exceed the model's max_position_embeddings of "
-            f"{config.max_position_embeddings:,}; ask for less in --prefill and --decode"
+            f"{config.max_position_embeddings:,}; give smaller lengths to --prefill and --decode"
         )
     if config.packing is not None and plan.dtype not in (config.packing, "fp32"):
         raise UserError(
@@ -64,44 +64,47 @@ def bench(model: str, plan: Plan, progress: Progress) -> dict[str, Any]:
         )
     programs = [Program(name="lowlat", python=sys.executable), *map(Program.of, plan.peers)]
     with tempfile.TemporaryDirectory(prefix="lowlat-bench-") as folder:
-        stage = Stage(plan=plan, model=path, config=config, folder=Path(folder), progress=progress)
-        return _run(stage, programs)
+        session = BenchmarkSession(
+            plan=plan, model=path, config=config, folder=Path(folder), progress=progress
+        )
+        return _run(session, programs)
 
 
-def _run(stage: Stage, programs: Sequence[Program]) -> dict[str, Any]:
+def _run(session: BenchmarkSession, programs: Sequence[Program]) -> dict[str, Any]:
     started = time.time()
-    checked = check.check(stage, programs)
+    plan = session.plan
+    agreed = agreement.check_agreement(session, programs)
     with ExitStack() as stack:
-        ready = _load_all(stage, programs, checked, stack)
+        loaded = _load_all(session, programs, agreed, stack)
         calibration = Worker(
             "calibration",
             CALIBRATION,
             python=sys.executable,
-            threads=stage.plan.threads,
-            folder=stage.folder,
+            threads=plan.threads,
+            folder=session.folder,
         )
         stack.enter_context(calibration)
-        calibration.ask("load", threads=stage.plan.threads)
+        calibration.ask("load", threads=plan.threads)
         rows, rates = measure(
-            ready.workers, stage.plan.cells, calibration, stage.plan.rounds, stage.progress
+            loaded.workers, plan.cases, calibration, plan.rounds, session.progress
         )
     rows += [
-        Row(program=name, cell=cell, reason=reason)
-        for name, reason in ready.absent.items()
-        for cell in stage.plan.cells
+        CaseResult(program=name, case=case, reason=reason)
+        for name, reason in loaded.absent.items()
+        for case in plan.cases
     ]
-    starts = _starts(stage, [p for p in programs if p.name not in ready.absent])
-    return report.build(
+    starts = _time_starts(session, [p for p in programs if p.name not in loaded.absent])
+    return results.build(
         command=shlex.join(["lowlat", *sys.argv[1:]]),
         started=started,
-        machine=machine.describe(),
-        model=stage.model,
-        config=stage.config,
-        plan=stage.plan,
-        precisions={p.name: p.precision(stage.plan.dtype) for p in programs},
-        facts=ready.facts,
-        differences=checked.differences,
-        errors=ready.errors,
+        machine=environment.describe(),
+        model=session.model,
+        config=session.config,
+        plan=plan,
+        precisions={p.name: p.precision(plan.dtype) for p in programs},
+        facts=loaded.facts,
+        differences=agreed.differences,
+        errors=loaded.errors,
         rows=rows,
         rates=rates,
         starts=starts,
@@ -109,61 +112,66 @@ def _run(stage: Stage, programs: Sequence[Program]) -> dict[str, Any]:
 
 
 def _load_all(
-    stage: Stage, programs: Sequence[Program], checked: check.Checked, stack: ExitStack
-) -> Ready:
-    """All programs loaded and warm. Raises UserError if lowlat is not among them."""
-    ready = Ready()
-    plan = stage.plan
-    context = max(plan.context, WARM_TOKENS)
-    with stage.progress.task("loading", len(programs)) as task:
+    session: BenchmarkSession, programs: Sequence[Program], agreed: Agreement, stack: ExitStack
+) -> LoadedPrograms:
+    """All programs loaded and warmed up. Raises UserError if lowlat is not among them."""
+    found = LoadedPrograms()
+    plan = session.plan
+    context = max(plan.context, WARMUP_TOKENS)
+    with session.progress.task("loading", len(programs)) as task:
         for program in programs:
             try:
-                loaded = stage.load(program, dtype=plan.dtype, cache=plan.cache, context=context)
+                loaded = session.load(program, dtype=plan.dtype, cache=plan.cache, context=context)
                 stack.enter_context(loaded.worker)
-                _warm(program, loaded, checked, ready, plan)
-            except Refused as refused:
+                _warm_up(program, loaded, agreed, found, plan)
+            except PeerError as error:
                 if program.name == "lowlat":
-                    raise UserError(f"lowlat does not run this: {refused}") from refused
-                ready.absent[program.name] = str(refused)
+                    raise UserError(f"lowlat does not run this: {error}") from error
+                found.absent[program.name] = str(error)
             task.advance()
-    return ready
+    return found
 
 
-def _warm(
-    program: Program, loaded: Loaded, checked: check.Checked, ready: Ready, plan: Plan
+def _warm_up(
+    program: Program,
+    loaded: LoadedWorker,
+    agreed: Agreement,
+    found: LoadedPrograms,
+    plan: BenchmarkPlan,
 ) -> None:
+    """Warm a worker up and check its logits in the timed precision."""
     worker = loaded.worker
-    worker.ask("prefill", tokens=WARM_TOKENS)
-    worker.ask("decode", context=WARM_TOKENS, steps=2, seconds=1.0)
+    worker.ask("prefill", tokens=WARMUP_TOKENS)
+    worker.ask("decode", context=WARMUP_TOKENS, steps=2, seconds=1.0)
     if program.name == "vllm":
-        checked.differences[program.name] = check.top_difference(worker, checked)
+        agreed.differences[program.name] = agreement.top_difference(worker, agreed)
     else:
         is_own = program.name == "lowlat"
-        error = checked.error(worker, check.OWN_TOKENS) if is_own else checked.error(worker)
-        ready.errors[program.name] = error
+        error = agreed.error(worker, agreement.OWN_TOKENS) if is_own else agreed.error(worker)
+        found.errors[program.name] = error
         if is_own:
-            check.require_near(error, plan.dtype, plan.cache)
-    ready.workers.append((program.name, worker))
-    # where this very interpreter lies is nobody's business but this machine's
+            agreement.require_near(error, plan.dtype, plan.cache)
+    found.workers.append((program.name, worker))
+    # results name no path of this machine for its own interpreter
     python = "python" if program.python == sys.executable else program.python
-    ready.facts[program.name] = {"python": python, **loaded.facts}
+    found.facts[program.name] = {"python": python, **loaded.facts}
 
 
-def _starts(stage: Stage, programs: Sequence[Program]) -> dict[str, list[float]]:
-    """Seconds from the start of a process to its first token, all files warm, in turn."""
+def _time_starts(session: BenchmarkSession, programs: Sequence[Program]) -> dict[str, list[float]]:
+    """Seconds from process start to first token, interleaved, files in the page cache."""
     found: dict[str, list[float]] = {program.name: [] for program in programs}
-    plan = stage.plan
-    with stage.progress.task("starting", plan.rounds * len(programs)) as task:
+    plan = session.plan
+    with session.progress.task("starting", plan.rounds * len(programs)) as task:
         for _ in range(plan.rounds):
             for program in programs:
                 if sum(found[program.name]) > LONG_START:
                     continue
                 begin = time.perf_counter()
-                loaded = stage.load(
+                loaded = session.load(
                     program, dtype=plan.dtype, cache=plan.cache, context=START_CONTEXT
                 )
                 with loaded.worker as worker:
-                    worker.ask("first", ids=START_IDS)
+                    worker.ask("first_token", ids=START_IDS)
                     found[program.name].append(time.perf_counter() - begin)
                 task.advance()
     return found

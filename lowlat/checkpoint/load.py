@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from lowlat.checkpoint.dense import dense_source
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.dequantized_source import dense_source
+from lowlat.checkpoint.fill_parameters import fill
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.mapping import check_tensors, operations, settle_mtp
-from lowlat.checkpoint.place import fill
-from lowlat.checkpoint.source import TensorSource
-from lowlat.config.hf import config_from_hf
-from lowlat.config.memory import weight_bytes
+from lowlat.checkpoint.tensor_source import TensorSource
+from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.model import ModelConfig, Packing
+from lowlat.config.weight_memory import weight_bytes
 from lowlat.model.quant import PACKED, store_packed
 from lowlat.model.transformer import Transformer
 from lowlat.utils.device import parse_device, parse_dtype

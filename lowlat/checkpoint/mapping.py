@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import torch
 
-from lowlat.checkpoint.operations import Operation, PadLatent, Rename, parameter_names
-from lowlat.checkpoint.source import TensorSource
-from lowlat.config.families import LOWLAT
+from lowlat.checkpoint.mapping_operations import Operation, PadLatent, Rename, parameter_names
+from lowlat.checkpoint.tensor_source import TensorSource
+from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import MLAConfig, ModelConfig, QuantConfig
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import quoted

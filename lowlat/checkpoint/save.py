@@ -6,8 +6,6 @@ brought to the disk, and renamed last. Owns that and the sharding; one file's by
 """
 
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -16,20 +14,19 @@ from typing import Any
 
 from torch import Tensor
 
-from lowlat.checkpoint.cachefolder import sync_folder
-from lowlat.checkpoint.index import INDEX_FILE, SINGLE_FILE
 from lowlat.checkpoint.mapping import operations
-from lowlat.checkpoint.shard_writer import ShardWriter
-from lowlat.config.hf import config_to_hf
+from lowlat.checkpoint.safetensors.writer import ShardWriter
+from lowlat.checkpoint.shard_layout import INDEX_FILE, MAX_SHARD_BYTES, encode_index, shard_names
+from lowlat.config.hf.reader import config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.model.quant import packed_type
 from lowlat.model.transformer import Transformer
 from lowlat.text.folder import TIKTOKEN_FILE, TOOL_TEMPLATE_FILE
 from lowlat.text.gguf_vocab import has_vocabulary
 from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.atomic_files import atomic_folder, write_new_file, write_new_files
 from lowlat.utils.errors import UserError
 
-MAX_SHARD_BYTES = 5_000_000_000
 COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -103,51 +100,15 @@ def write_checkpoint(
     """Write the folder `dst`: config.json, `tensors` as they come, `extra_files` by name.
 
     One tensor is in memory at a time; a shard ends before the tensor that would make it larger
-    than `max_shard_bytes`. Until the end everything is in `.NAME.partial-PID` beside `dst`, which
-    is removed on any failure (a killed process leaves it behind, `dst` never).
-    Raises UserError if `dst` exists or the disk does not take the files; exceptions of `tensors`
-    pass through.
+    than `max_shard_bytes`. `dst` appears complete or not at all (`atomic_folder`). Raises UserError
+    if `dst` exists or the disk does not take the files; exceptions of `tensors` pass through.
     """
-    dst = Path(os.path.abspath(dst))
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes {max_shard_bytes} must be at least 1")
-    refuse_existing(dst)
-    partial = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir()
+    with atomic_folder(dst) as partial:
         _write_weights(partial, tensors, max_shard_bytes)
-        write_file(partial / "config.json", _json(config))
-        for name, content in (extra_files or {}).items():
-            write_file(partial / name, content)
-        sync_folder(partial)
-        refuse_existing(dst)
-        partial.rename(dst)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{dst}: cannot be written ({error.strerror}); nothing was left") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    sync_parent(dst)
-
-
-def sync_parent(dst: Path) -> None:
-    """Make the rename to `dst` survive a power cut. Raises UserError where the disk does not."""
-    try:
-        sync_folder(dst.parent)
-    except OSError as error:
-        raise UserError(
-            f"{dst}: is complete, but {dst.parent} could not be brought to the disk "
-            f"({error.strerror})"
-        ) from error
-
-
-def refuse_existing(dst: Path) -> None:
-    """UserError unless `dst` can be made."""
-    if os.path.lexists(dst):
-        raise UserError(f"{dst}: exists already; choose another destination or remove it")
-    if not dst.parent.is_dir():
-        raise UserError(f"{dst.parent}: is not a folder; create it first")
+        write_new_file(partial / "config.json", [(json.dumps(config, indent=2) + "\n").encode()])
+        write_new_files(partial, extra_files or {})
 
 
 def _write_weights(
@@ -155,17 +116,13 @@ def _write_weights(
 ) -> None:
     """All shards under their final names and, if there are several, the index."""
     shards = _write_shards(folder, tensors, max_shard_bytes)
-    if len(shards) == 1:
-        shards[0].path.rename(folder / SINGLE_FILE)
-        return
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    for shard, name in zip(shards, shard_names(len(shards)), strict=True):
         shard.path.rename(folder / name)
         weight_map |= dict.fromkeys(shard.names, name)
-    total = sum(shard.data_bytes for shard in shards)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_file(folder / INDEX_FILE, _json(index))
+    if len(shards) > 1:
+        total = sum(shard.data_bytes for shard in shards)
+        write_new_file(folder / INDEX_FILE, [encode_index(weight_map, total)])
 
 
 def _write_shards(
@@ -185,17 +142,3 @@ def _write_shards(
     finally:
         shards[-1].close()
     return shards
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """A new file, brought to the disk, in a folder that is made if need be."""
-    path.parent.mkdir(exist_ok=True)
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(path.parent)
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

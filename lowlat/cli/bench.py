@@ -68,10 +68,10 @@ def bench(
 
     All programs must agree in fp32 before anything is timed.
     """
-    from lowlat.bench.plan import make_plan
-    from lowlat.bench.plot import draw, require_matplotlib
+    from lowlat.bench.benchmark_plan import make_plan
+    from lowlat.bench.results_plot import draw, require_matplotlib
+    from lowlat.bench.results_table import show
     from lowlat.bench.run import bench as run
-    from lowlat.bench.table import show
     from lowlat.utils.progress import make_progress
 
     plan = make_plan(

@@ -14,7 +14,7 @@ from lowlat.engine.params import SamplingOptions, make_params
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from lowlat.cli.speakers import Speaker
+    from lowlat.cli.chat_backend import ChatBackend
 
 _SERVER_PANEL = "Server"
 MAX_TOKENS = 512
@@ -61,8 +61,8 @@ def chat(
     threads: options.Threads = None,
 ) -> None:
     """Talk to a model. Lines may also come from a pipe, one question each."""
+    from lowlat.cli.chat_terminal import answer_once, talk
     from lowlat.cli.conversation import Conversation
-    from lowlat.cli.terminal import answer_once, talk
 
     sampling: SamplingOptions = {
         "max_tokens": max_tokens,
@@ -77,7 +77,7 @@ def chat(
     make_params(sampling)
     if url is None:
         _refuse({"--api-key-file": api_key_file is not None}, "belongs to --url")
-        speaker = _local(model, dtype=dtype, cache=cache, device=device, threads=threads)
+        backend = _local(model, dtype=dtype, cache=cache, device=device, threads=threads)
     else:
         chosen = {
             "--dtype": dtype != options.DEFAULT_DTYPE,
@@ -86,8 +86,8 @@ def chat(
             "--threads": threads is not None,
         }
         _refuse(chosen, "is the server's to choose")
-        speaker = _remote(url, None if model == options.DEFAULT_MODEL else model, api_key_file)
-    conversation = Conversation(speaker, sampling, max_tokens=max_tokens, system=system)
+        backend = _remote(url, None if model == options.DEFAULT_MODEL else model, api_key_file)
+    conversation = Conversation(backend, sampling, max_tokens=max_tokens, system=system)
     if once is None:
         talk(conversation)
     else:
@@ -101,14 +101,18 @@ def _refuse(given: dict[str, bool], why: str) -> None:
             raise UserError(f"{name} {why}; leave it out")
 
 
-def _local(model: str, *, dtype: str, cache: str, device: str, threads: int | None) -> "Speaker":
+def _local(
+    model: str, *, dtype: str, cache: str, device: str, threads: int | None
+) -> "ChatBackend":
+    from lowlat.cli.chat_backend import LocalChatBackend
     from lowlat.cli.inputs import load_model
-    from lowlat.cli.speakers import LocalSpeaker
 
-    return LocalSpeaker(load_model(model, dtype=dtype, cache=cache, device=device, threads=threads))
+    return LocalChatBackend(
+        load_model(model, dtype=dtype, cache=cache, device=device, threads=threads)
+    )
 
 
-def _remote(url: str, model: str | None, api_key_file: Path | None) -> "Speaker":
-    from lowlat.cli.remote import RemoteSpeaker, read_key
+def _remote(url: str, model: str | None, api_key_file: Path | None) -> "ChatBackend":
+    from lowlat.cli.chat_client import ChatClient, read_key
 
-    return RemoteSpeaker(url, name=model, api_key=read_key(api_key_file))
+    return ChatClient(url, name=model, api_key=read_key(api_key_file))

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowlat.cli import options
-from lowlat.cli.streams import abandon_output
+from lowlat.cli.stdio import abandon_output
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from lowlat.compare.side import Side
-    from lowlat.compare.spec import Spec
+    from lowlat.compare.implementations.base import Implementation
+    from lowlat.compare.implementations.spec import ImplementationSpec
     from lowlat.compare.trace import Window
 
 TOKENS = 64
@@ -78,8 +78,8 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    fix_experts: Annotated[
-        bool, typer.Option("--fix-experts", help="B uses the experts that A chose.")
+    impose_experts: Annotated[
+        bool, typer.Option("--impose-experts", help="B uses the experts that A chose.")
     ] = False,
     every_part: Annotated[
         bool, typer.Option("--all", help="List every part of every layer.")
@@ -104,10 +104,10 @@ def compare(
     Exit code: 0 equal within the tolerance, 1 different, 2 a fault in what was given or of the
     implementation that is compared with, 70 one that nobody expected, with its traceback.
     """
-    from lowlat.compare.plot import check_ending, draw, require_matplotlib
-    from lowlat.compare.report import as_dict
+    from lowlat.compare.implementations.spec import parse
+    from lowlat.compare.result_json import as_dict
+    from lowlat.compare.result_plot import check_ending, draw, require_matplotlib
     from lowlat.compare.run import compare as run
-    from lowlat.compare.spec import parse
     from lowlat.ops import native
     from lowlat.utils.progress import make_progress
 
@@ -128,7 +128,7 @@ def compare(
         *sides,
         read,
         tolerance=tolerance,
-        fix_experts=fix_experts,
+        impose_experts=impose_experts,
         progress=make_progress(),
     )
     report = as_dict(found)
@@ -140,19 +140,24 @@ def compare(
 
 
 def _inputs(
-    specs: "tuple[Spec, Spec]", text: Path | None, tokens: int, window: int, start: int, seed: int
-) -> "tuple[tuple[Side, Side], list[Window]]":
+    specs: "tuple[ImplementationSpec, ImplementationSpec]",
+    text: Path | None,
+    tokens: int,
+    window: int,
+    start: int,
+    seed: int,
+) -> "tuple[tuple[Implementation, Implementation], list[Window]]":
     """Both sides, loaded, and what they read."""
     from lowlat.cli.inputs import read_text_file
+    from lowlat.compare.implementations.open import open_implementation
     from lowlat.compare.inputs import random_ids, text_ids, windows
-    from lowlat.compare.open import open_side
     from lowlat.compare.run import check_pair
     from lowlat.utils.progress import make_progress
 
     # First, because it fails in milliseconds.
     content = None if text is None else read_text_file(text)
     progress = make_progress()
-    (a, path_a), (b, path_b) = (open_side(spec, progress) for spec in specs)
+    (a, path_a), (b, path_b) = (open_implementation(spec, progress) for spec in specs)
     check_pair(a, b)
     if content is None:
         ids = random_ids(a.config.vocab_size, tokens, seed)
@@ -162,10 +167,10 @@ def _inputs(
 
 
 def _print(report: dict[str, Any], *, every_part: bool, as_json: bool) -> None:
-    """Print the report. A reader that leaves before its end changes no verdict."""
+    """Print the report. A reader that leaves before its end changes no diagnosis."""
     from rich.console import Console
 
-    from lowlat.compare.table import show
+    from lowlat.compare.result_table import show
 
     if as_json:
         text = json.dumps(report, indent=2, allow_nan=False) + "\n"

@@ -7,23 +7,23 @@ and nothing of who answers.
 import threading
 from collections.abc import Callable
 
-from lowlat.cli.speakers import Message, Speaker
+from lowlat.cli.chat_backend import ChatBackend, Message
 from lowlat.engine.params import SamplingOptions
 from lowlat.generate.completion import Completion
 
 
 class Conversation:
-    """Turns of a user and a speaker."""
+    """Turns of a user and a backend."""
 
     def __init__(
         self,
-        speaker: Speaker,
+        backend: ChatBackend,
         sampling: SamplingOptions,
         *,
         max_tokens: int,
         system: str | None = None,
     ) -> None:
-        self.speaker = speaker
+        self.backend = backend
         self.sampling = sampling
         self.max_tokens = max_tokens
         self.system = system
@@ -42,7 +42,7 @@ class Conversation:
         """
         asked: Message = {"role": "user", "content": question}
         messages = [*self._system(), *self.turns, asked]
-        completion = self.speaker.answer(
+        completion = self.backend.answer(
             messages, self.sampling, self.max_tokens, write, interrupted
         )
         self.turns += [asked, {"role": "assistant", "content": completion.text}]

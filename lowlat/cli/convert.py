@@ -179,7 +179,7 @@ def convert(
 @contextmanager
 def _saying_how_to_go_on(dst: Path) -> Iterator[None]:
     """After Ctrl-C, name what is kept."""
-    from lowlat.checkpoint.restart import partial_path
+    from lowlat.checkpoint.resumable_writer import partial_path
     from lowlat.recovery.work import work_path
 
     try:

@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lowlat.cli.report import print_rows
+from lowlat.cli.answer_report import print_rows
 from lowlat.data.build import BuildReport
 from lowlat.data.manifest import SPLITS, DatasetManifest, SplitManifest, to_json
 

@@ -32,7 +32,7 @@ def evaluate(
 
     The first token of each window is given, every other one is predicted from those before it.
     """
-    from lowlat.cli.evaluation import as_dict, measure, print_text
+    from lowlat.cli.eval_report import as_dict, measure, print_text
     from lowlat.cli.inputs import load_model, read_text_file
 
     content = read_text_file(text)

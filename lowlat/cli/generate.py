@@ -53,9 +53,9 @@ def generate(
 
     A model with a chat template answers the prompt as a user's message; one without continues it.
     """
-    from lowlat.cli.completions import as_prompt, print_json, print_numbered
+    from lowlat.cli.chat_terminal import printable
+    from lowlat.cli.generate_output import as_prompt, print_json, print_numbered
     from lowlat.cli.inputs import load_model, read_stdin
-    from lowlat.cli.terminal import printable
 
     sampling: SamplingOptions = {
         "max_tokens": max_tokens,

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from lowlat.config.arithmetic import ELEMENT_BYTES, cache_cost, count_parameters
-from lowlat.config.memory import PACKED_DTYPES, memory_at
 from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import ELEMENT_BYTES, cache_cost, count_parameters
 from lowlat.config.presets import load_preset, preset_names
+from lowlat.config.weight_memory import PACKED_DTYPES, memory_at
 from lowlat.utils.errors import UserError
 from lowlat.utils.memory import is_larger_than_memory, memory_limit
 
@@ -90,7 +90,7 @@ def find(name: str) -> Subject:
     if name in preset_names():
         return Subject(name=name, config=load_preset(name))
     # these bring torch and the hub's client, which presets do not need
-    from lowlat.checkpoint.names import LocalModel, resolve
+    from lowlat.checkpoint.fetch.model_names import LocalModel, resolve
     from lowlat.convert.exact import mla_config
     from lowlat.utils.progress import make_progress
 
@@ -103,7 +103,7 @@ def find(name: str) -> Subject:
 
 def open_subject(name: str, path: Path) -> Subject:
     """The checkpoint at `path` (folder or .gguf file), described from its headers."""
-    from lowlat.checkpoint.index import open_checkpoint
+    from lowlat.checkpoint.hf_folder import open_checkpoint
     from lowlat.checkpoint.load import read_config
     from lowlat.checkpoint.mapping import settle_mtp
 

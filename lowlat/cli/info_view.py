@@ -6,9 +6,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lowlat.config.arithmetic import CacheCost, ParameterCount, cache_cost, count_parameters
 from lowlat.config.attention import short_name
 from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig
+from lowlat.config.parameter_count import CacheCost, ParameterCount, cache_cost, count_parameters
 
 BAR_WIDTH = 14
 EIGHTHS = "▏▎▍▌▋▊▉█"

@@ -23,7 +23,7 @@ from lowlat.cli.generate import generate
 from lowlat.cli.info import info
 from lowlat.cli.plan import plan
 from lowlat.cli.serve import serve
-from lowlat.cli.streams import abandon_output, open_streams
+from lowlat.cli.stdio import abandon_output, open_streams
 from lowlat.cli.train import app as train
 from lowlat.utils.errors import UserError
 

@@ -154,7 +154,7 @@ def _recipe(path: Path, changes: list[str]) -> Subject:
     from lowlat.plan.machine import H100
     from lowlat.train.cost.dry_run import largest_job
     from lowlat.train.inputs.configs import recipe_config
-    from lowlat.train.parallel.check import check_parallel
+    from lowlat.train.inputs.parallel_check import check_parallel
     from lowlat.train.recipe.schema import read_recipe
     from lowlat.utils.progress import make_progress
 

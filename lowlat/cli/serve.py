@@ -103,9 +103,9 @@ def serve(
     """Serve a model over HTTP: OpenAI's API under /v1, a chat page at /, metrics at /metrics."""
     _check_extra()
     from lowlat.cli.inputs import load_model
-    from lowlat.serve.bridge import Bridge
+    from lowlat.serve.async_engine import AsyncEngine
     from lowlat.serve.config import ServeConfig, read_keys
-    from lowlat.serve.logs import configure
+    from lowlat.serve.http.logs import configure
     from lowlat.serve.run import open_socket, run, url_of
 
     if name == "":
@@ -134,8 +134,8 @@ def serve(
         )
         configure()
         greeting = f"lowlat serves {config.model_name} on {url_of(listener)} (Ctrl-C ends it)"
-        bridge = Bridge(loaded, max_queue=max_queue)
-        run(bridge, config, listener, on_ready=lambda: typer.echo(greeting))
+        engine = AsyncEngine(loaded, max_queue=max_queue)
+        run(engine, config, listener, on_ready=lambda: typer.echo(greeting))
 
 
 def _check_extra() -> None:

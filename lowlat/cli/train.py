@@ -91,18 +91,18 @@ def _run(
     quiet: bool,
 ) -> None:
     from lowlat.train.checkpoints.run_folder import RunFolder
-    from lowlat.train.parallel.launch import joined
+    from lowlat.train.parallel.launch import process_mesh
     from lowlat.train.run.trainer import Trainer
     from lowlat.utils.progress import make_progress
 
-    with joined(parsed.parallel, device=parsed.device, origin=str(recipe)) as team:
-        quiet = quiet or not team.is_first
+    with process_mesh(parsed.parallel, device=parsed.device, origin=str(recipe)) as mesh:
+        quiet = quiet or not mesh.is_main_process
         with ExitStack() as held:
             run = RunFolder(folder)
-            if team.is_first:
+            if mesh.is_main_process:
                 held.enter_context(run)
             log = held.enter_context(closing(_log(parsed, run, quiet)))
-            team.wait()
+            mesh.barrier()
             trainer = Trainer(
                 parsed,
                 run,
@@ -112,15 +112,15 @@ def _run(
                 teacher=teacher,
                 origin=str(recipe),
                 progress=make_progress(quiet=quiet),
-                team=team,
+                mesh=mesh,
             )
-            if team.is_first:
-                run.keep_recipe(text)
+            if mesh.is_main_process:
+                run.write_recipe(text)
             outcome = trainer.run()
-    if team.is_first and outcome.model is not None:
+    if mesh.is_main_process and outcome.model is not None:
         print(f"{outcome.model}: trained for {outcome.step} steps; lowlat chat {outcome.model}")
     if outcome.model is None:
-        if team.is_first:
+        if mesh.is_main_process:
             print(f"{folder}: stopped after {outcome.step} steps", file=sys.stderr)
         raise typer.Exit(130)
 

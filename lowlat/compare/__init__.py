@@ -1,1 +1,1 @@
-"""Two implementations beside each other: where they first differ, by how much, and why."""
+"""Compare two implementations of a model: the first difference, its size, its cause."""

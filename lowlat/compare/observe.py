@@ -1,8 +1,8 @@
-"""Watches the modules of a decoder layer while they run: the same hooks for every implementation.
+"""Observer: forward hooks that record the parts of a decoder layer, for every implementation.
 
-Owns which modules make which part and what is derived from what is seen (scores, canonical
-channels). Implementations differ in the names of their modules and in how attention and gate are
-seen; that is theirs to say. Changes nothing that is computed, except where experts are imposed.
+Owns which module gives which part, and derived parts (attention scores, canonical rotary channels).
+Implementations pass the names of their modules and record their attention and router themselves.
+Observation changes no result, except where experts are imposed.
 """
 
 from collections.abc import Callable
@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from lowlat.compare.trace import EMBEDDING, Block, Trace
 
 Hook = Callable[[Any, Any], Any]
-"""(inputs, output) of a module; what it returns, if anything, replaces the output."""
+"""Takes (inputs, output) of a module; a return value other than None replaces the output."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Names:
-    """What the modules of a decoder layer are called. Absent modules are not watched."""
+class ModuleNames:
+    """Names of the modules of a decoder layer. Absent modules are not observed."""
 
     input_norm: str = "input_layernorm"
     attention: str = "self_attn"
     post_norm: str = "post_attention_layernorm"
     mlp: str = "mlp"
     queries: tuple[str, ...] = ("q_norm", "q_b_proj", "q_proj")
-    """Below attention; the first that is there gives the queries before the rotation."""
+    """Inside attention; the first one present gives the queries before RoPE."""
     keys: tuple[str, ...] = ("k_norm", "k_proj")
     latent: str = "kv_a_proj_with_mqa"
     latent_norm: str = "kv_a_layernorm"
@@ -38,29 +38,29 @@ class Names:
     shared: str = "shared_experts"
 
 
-HF = Names()
-"""lowlat's modules and those of transformers."""
+HF = ModuleNames()
+"""Names in lowlat and in transformers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Widths:
-    """What it takes to read one layer's attention."""
+class AttentionShape:
+    """Sizes of one layer's attention."""
 
     heads: int
     dim: int
-    """Channels of a query."""
+    """Channels of a query head."""
     rope: int
-    """Rotary channels, the trailing ones of a query."""
+    """RoPE channels, the last ones of a query head."""
     latent: int | None
-    """Width of the latent; None for attention without one."""
+    """kv_lora_rank; None for attention without a latent."""
     interleave: bool
-    """Rotated channels lie in neighbouring pairs where they are seen."""
+    """Observed rotated channels are in neighbouring pairs."""
 
 
 class Observer:
-    """Hooks on one model, writing into one trace; leave it to take them off."""
+    """Hooks on one model that write into one trace; a context manager that removes them."""
 
-    def __init__(self, trace: Trace, names: Names = HF) -> None:
+    def __init__(self, trace: Trace, names: ModuleNames = HF) -> None:
         self.trace = trace
         self.names = names
         self._hooks = ExitStack()
@@ -72,27 +72,27 @@ class Observer:
         self._hooks.close()
 
     def watch(self, module: nn.Module | None, hook: Hook) -> None:
-        """Call `hook` whenever `module` has run."""
+        """Call `hook` after each run of `module`."""
         if module is None:
             return
         handle = module.register_forward_hook(lambda _, inputs, output: hook(inputs, output))
         self._hooks.callback(handle.remove)
 
     def output(self, block: Block, part: str, module: nn.Module | None) -> None:
-        """Keep what `module` returns (the first of several things) as a part."""
-        self.watch(module, lambda _, out: self._keep(block, part, out))
+        """Record the (first) output of `module` as a part."""
+        self.watch(module, lambda _, out: self._record(block, part, out))
 
     def embedding(self, module: nn.Module | None) -> None:
-        """Keep what the embedding returns at first: MTP modules use it again."""
+        """Record the first output of the embedding: MTP modules run it again."""
 
         def seen(_: Any, out: Tensor) -> None:
             if self.trace.get(EMBEDDING, "embedding") is None:
-                self._keep(EMBEDDING, "embedding", out)
+                self._record(EMBEDDING, "embedding", out)
 
         self.watch(module, seen)
 
-    def layer(self, block: Block, layer: nn.Module, widths: Widths) -> None:
-        """Watch everything of a decoder layer but the inside of its attention and its gate."""
+    def layer(self, block: Block, layer: nn.Module, widths: AttentionShape) -> None:
+        """Observe a decoder layer, without the inside of its attention and its router."""
         names = self.names
         attention, mlp = find(layer, names.attention), find(layer, names.mlp)
         self.output(block, "input_norm", find(layer, names.input_norm))
@@ -101,31 +101,33 @@ class Observer:
         self.output(block, "mlp", mlp)
         self.output(block, "residual", layer)
         norm = find(layer, names.post_norm)
-        self.watch(norm, lambda inputs, _: self._keep(block, "middle", inputs[0]))
+        self.watch(norm, lambda inputs, _: self._record(block, "mid_residual", inputs[0]))
         if find(mlp, names.gate) is not None:
             self.output(block, "routed", find(mlp, names.experts))
             self.output(block, "shared", find(mlp, names.shared))
         self._projections(block, attention, widths)
 
-    def _projections(self, block: Block, attention: nn.Module | None, widths: Widths) -> None:
+    def _projections(
+        self, block: Block, attention: nn.Module | None, widths: AttentionShape
+    ) -> None:
         names, heads = self.names, widths.heads
 
         def queries(_: Any, out: Tensor) -> None:
-            # Projections of other widths give factors of queries (TPA), or heads already split.
+            # Projections of other sizes give factors of queries (TPA), or heads already split.
             if out.shape[-1] in (widths.dim, heads * widths.dim):
-                self.trace.keep(block, "q", out.reshape(-1, heads, widths.dim))
+                self.trace.record(block, "q", out.reshape(-1, heads, widths.dim))
 
         self.watch(first(attention, names.queries), queries)
         latent = widths.latent
         if latent is None:
-            # Keys come in heads as wide as the queries'.
+            # Key heads have the size of query heads.
             self.watch(first(attention, names.keys), lambda _, out: self._keys(block, out))
             return
 
         def split(_: Any, out: Tensor) -> None:
             parts = out.reshape(-1, out.shape[-1])
-            self.trace.keep(block, "latent", parts[:, :latent])
-            self.trace.keep(block, "k", parts[:, None, latent:])
+            self.trace.record(block, "latent", parts[:, :latent])
+            self.trace.record(block, "k", parts[:, None, latent:])
 
         self.watch(find(attention, names.latent), split)
         self.output(block, "latent", find(attention, names.latent_norm))
@@ -133,16 +135,16 @@ class Observer:
     def _keys(self, block: Block, out: Tensor) -> None:
         queries = self.trace.get(block, "q")
         if queries is not None:
-            self.trace.keep(block, "k", out.reshape(len(queries), -1, queries.shape[-1]))
+            self.trace.record(block, "k", out.reshape(len(queries), -1, queries.shape[-1]))
 
-    def _keep(self, block: Block, part: str, value: Any) -> None:
+    def _record(self, block: Block, part: str, value: Any) -> None:
         tensor = value[0] if isinstance(value, tuple) else value
-        self.trace.keep(block, part, tensor.reshape(-1, tensor.shape[-1]))
+        self.trace.record(block, part, tensor.reshape(-1, tensor.shape[-1]))
 
     def attended(
         self,
         block: Block,
-        widths: Widths,
+        widths: AttentionShape,
         *,
         q: Float[Tensor, "tokens heads d_qk"],
         k: Float[Tensor, "tokens kv_heads d_qk"],
@@ -151,50 +153,51 @@ class Observer:
         scale: float,
         window: int | None = None,
     ) -> None:
-        """Record the inside of an attention: rotated queries and keys (of every head, so that q k
-        is a score), values, result.
+        """Record the inside of attention: rotated queries, rotated keys of every head, values,
+        scores and result.
         """
         q, k = (canonical(x, widths.rope, widths.interleave) for x in (q, k))
         trace, latent = self.trace, widths.latent is not None
-        trace.keep(block, "v", v)
-        trace.keep(block, "q_rotated", q)
-        trace.keep(block, "k_rotated", k[:, :1, k.shape[-1] - widths.rope :] if latent else k)
-        trace.keep(block, "scores", scores(q, k, scale, window))
-        trace.keep(block, "heads", heads)
-        trace.note(block, "scale", float(scale))
+        trace.record(block, "v", v)
+        trace.record(block, "q_rotated", q)
+        trace.record(block, "k_rotated", k[:, :1, k.shape[-1] - widths.rope :] if latent else k)
+        trace.record(block, "scores", scores(q, k, scale, window))
+        trace.record(block, "heads", heads)
+        trace.record_evidence(block, "scale", float(scale))
 
     def routed(
         self,
         block: Block,
         *,
-        gate: Float[Tensor, "tokens experts"] | None,
+        scores: Float[Tensor, "tokens experts"] | None,
         chosen: Tensor,
         weights: Float[Tensor, "tokens chosen"],
         experts: int,
     ) -> None:
-        """Record a gate's unbiased scores, where they are seen, the experts it chose out of so
-        many, and their factors.
+        """Record the unbiased scores of a router if observed, the selected experts, their weights.
+
+        experts: number of routed experts.
         """
         dense = torch.zeros(len(chosen), experts, dtype=weights.dtype)
-        if gate is not None:
-            self.trace.keep(block, "gate", gate)
-        self.trace.keep(block, "router", dense.scatter_(1, chosen, weights))
-        self.trace.note(block, "chosen", chosen)
+        if scores is not None:
+            self.trace.record(block, "router_scores", scores)
+        self.trace.record(block, "routing_weights", dense.scatter_(1, chosen, weights))
+        self.trace.record_evidence(block, "chosen", chosen)
 
 
 def find(module: nn.Module | None, name: str) -> nn.Module | None:
-    """The submodule called `name`, None where it is absent or a list."""
+    """The submodule `name`; None where it is absent or a ModuleList."""
     found = getattr(module, name, None)
     return found if isinstance(found, nn.Module) and not _is_list(found) else None
 
 
 def _is_list(module: nn.Module) -> bool:
-    """A plain list of modules, which never runs as one (lowlat's Experts is a list that does)."""
+    """A plain list, which is never called (lowlat's Experts is a subclass that is)."""
     return type(module) is nn.ModuleList
 
 
 def first(module: nn.Module | None, names: tuple[str, ...]) -> nn.Module | None:
-    """The first submodule of `names` that is there."""
+    """The first submodule of `names` that exists."""
     found = [part for part in (find(module, name) for name in names) if part is not None]
     return found[0] if found else None
 
@@ -202,7 +205,7 @@ def first(module: nn.Module | None, names: tuple[str, ...]) -> nn.Module | None:
 def canonical(
     x: Float[Tensor, "tokens heads dim"], rope: int, interleave: bool
 ) -> Float[Tensor, "tokens heads dim"]:
-    """The trailing `rope` channels as real parts, then imaginary parts of all pairs."""
+    """Reorder the last `rope` channels: real parts of all pairs, then imaginary parts."""
     if not interleave:
         return x
     plain, turned = x[..., : x.shape[-1] - rope], x[..., x.shape[-1] - rope :]
@@ -215,7 +218,7 @@ def scores(
     scale: float,
     window: int | None,
 ) -> Float[Tensor, "heads tokens tokens"]:
-    """Scaled products of queries and the keys they see; 0 elsewhere."""
+    """Scaled dot products of queries and visible keys; 0 elsewhere."""
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.to(kind).transpose(0, 1).unflatten(0, (k.shape[1], -1))
     product = (grouped * scale) @ k.to(kind).permute(1, 2, 0)[:, None]

@@ -1,37 +1,36 @@
-"""One comparison: both sides over the same windows, measured and explained."""
+"""Run a comparison: both implementations over the same windows, measured and diagnosed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowlat.compare.blame import Verdict, blame, disagreements
-from lowlat.compare.measure import TOLERANCE, Comparison
-from lowlat.compare.side import Side
-from lowlat.compare.trace import Place, Window
+from lowlat.compare.diagnosis.diagnose import Diagnosis, config_differences, diagnose
+from lowlat.compare.differences import TOLERANCE, TraceDifferences
+from lowlat.compare.implementations.base import Implementation
+from lowlat.compare.trace import Place, RoutedExperts, Window
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
 SAME = ("vocab_size", "hidden_size", "num_hidden_layers")
-"""Fields without which nothing can be compared."""
+"""Config fields that must be equal for a comparison."""
 ORDER = tuple(TOLERANCE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """What a comparison found."""
+class ComparisonResult:
+    """The differences, their diagnosis, and what was compared."""
 
-    a: Side
-    b: Side
+    a: Implementation
+    b: Implementation
     windows: tuple[Window, ...]
     tolerance: float
-    comparison: Comparison
-    verdict: Verdict
-    fixed: Comparison | None
-    """The same with A's choice of experts imposed on B; None where both chose alike or where B
-    takes none."""
+    comparison: TraceDifferences
+    diagnosis: Diagnosis
+    with_imposed: TraceDifferences | None
+    """The same with A's experts imposed on B; None where both select the same experts or B cannot
+    run with imposed ones."""
     imposed: bool
-    """`comparison` itself was made with A's choices imposed on B."""
-    disagreements: tuple[str, ...]
-    """Fields in which the configs differ."""
+    """`comparison` itself has A's experts imposed on B."""
+    config_differences: tuple[str, ...]
 
     @property
     def first(self) -> Place | None:
@@ -43,86 +42,87 @@ class Report:
         return self.first is None
 
 
-def tolerance_of(a: Side, b: Side) -> float:
-    """The tolerance of the coarsest number type of weights and caches."""
-    own = (a.precision, b.precision, a.cache_precision, b.cache_precision)
-    return TOLERANCE[max(filter(None, own), key=ORDER.index)]
+def tolerance_of(a: Implementation, b: Implementation) -> float:
+    """The tolerance of the coarsest number type of weights and KV caches."""
+    precisions = (a.precision, b.precision, a.cache_precision, b.cache_precision)
+    return TOLERANCE[max(filter(None, precisions), key=ORDER.index)]
 
 
-def check_pair(a: Side, b: Side) -> None:
-    """Raises UserError naming the field in which two models are no two forms of one."""
+def check_pair(a: Implementation, b: Implementation) -> None:
+    """Raises UserError naming the config field in which two models are different models."""
     for name in SAME:
         x, y = getattr(a.config, name), getattr(b.config, name)
         if x != y:
             raise UserError(
                 f"{a.label} and {b.label} cannot be compared: {name} is {x} and {y}; "
-                "give two forms of one model"
+                "give two implementations of one model"
             )
 
 
-def check_experts(a: Side, b: Side) -> None:
+def check_experts(a: Implementation, b: Implementation) -> None:
     """Raises UserError where the experts of `a` cannot be imposed on `b`."""
     if a.config.moe is None or b.config.moe is None:
         label = a.label if a.config.moe is None else b.label
-        raise UserError(f"--fix-experts: {label} has no experts; leave it out")
-    if not a.takes_choices:
+        raise UserError(f"--impose-experts: {label} has no experts; leave it out")
+    if not a.can_impose_experts:
         raise UserError(
-            f"--fix-experts: {a.label} does not show which experts it takes; give another form of "
-            "the model as A"
+            f"--impose-experts: {a.label} does not show the experts it selects; give another A"
         )
-    if not b.takes_choices:
-        raise UserError(f"--fix-experts: experts cannot be imposed on {b.label}; exchange A and B")
+    if not b.can_impose_experts:
+        raise UserError(f"--impose-experts: {b.label} selects its own experts; exchange A and B")
 
 
 def compare(
-    a: Side,
-    b: Side,
+    a: Implementation,
+    b: Implementation,
     windows: Sequence[Window],
     *,
     tolerance: float | None = None,
-    fix_experts: bool = False,
+    impose_experts: bool = False,
     progress: Progress | None = None,
-) -> Report:
-    """Run `windows` through both sides, one after the other, and compare every part.
+) -> ComparisonResult:
+    """Run `windows` through both implementations and compare every part.
 
-    Each window is read from an empty context. With `fix_experts` B uses the experts that A chose.
-    Memory: the traces of one window. Raises UserError where the models do not fit each other.
+    Each window starts with an empty context. With `impose_experts` B uses the experts that A
+    selects. Memory: the traces of one window. Raises UserError for two different models.
     """
     check_pair(a, b)
-    if fix_experts:
+    if impose_experts:
         check_experts(a, b)
-    own, fixed = Comparison(), Comparison()
-    verdict: Verdict | None = None
+    own, with_imposed = TraceDifferences(), TraceDifferences()
+    diagnosis: Diagnosis | None = None
     total = sum(len(window.ids) for window in windows)
     with (progress or SilentProgress()).task("comparing", total, "tokens") as task:
         for window in windows:
-            mine = a.trace(window)
-            choices = mine.choices()
-            theirs = b.trace(window, choices if fix_experts else None)
-            own.add(mine, theirs)
-            if verdict is None or not verdict.findings:
-                verdict = blame(mine, theirs, a.config, b.config, window)
-            if not fix_experts and b.takes_choices and _diverge(choices, theirs.choices()):
-                theirs = b.trace(window, choices)
-            fixed.add(mine, theirs)
+            trace_a = a.trace(window)
+            experts = trace_a.selected_experts()
+            trace_b = b.trace(window, experts if impose_experts else None)
+            own.add(trace_a, trace_b)
+            if diagnosis is None or not diagnosis.findings:
+                diagnosis = diagnose(trace_a, trace_b, a.config, b.config, window)
+            can_repeat = b.can_impose_experts and not impose_experts
+            if can_repeat and _route_differently(experts, trace_b.selected_experts()):
+                trace_b = b.trace(window, experts)
+            with_imposed.add(trace_a, trace_b)
             task.advance(len(window.ids))
-    assert verdict is not None, "no windows"
-    changed = any(choice.changed for choice in own.choices.values())
-    return Report(
+    assert diagnosis is not None, "no windows"
+    changed = any(difference.changed for difference in own.routing.values())
+    has_repeated = changed and b.can_impose_experts and not impose_experts
+    return ComparisonResult(
         a=a,
         b=b,
         windows=tuple(windows),
         tolerance=tolerance_of(a, b) if tolerance is None else tolerance,
         comparison=own,
-        verdict=verdict,
-        fixed=fixed if changed and b.takes_choices and not fix_experts else None,
-        imposed=fix_experts,
-        disagreements=tuple(disagreements(a.config, b.config)),
+        diagnosis=diagnosis,
+        with_imposed=with_imposed if has_repeated else None,
+        imposed=impose_experts,
+        config_differences=tuple(config_differences(a.config, b.config)),
     )
 
 
-def _diverge(a: dict, b: dict) -> bool:
-    """Whether two sides chose other experts anywhere (their order within a token is free)."""
+def _route_differently(a: RoutedExperts, b: RoutedExperts) -> bool:
+    """Whether any token has other experts; their order within a token does not count."""
     return any(
         block in b and bool((x.sort(dim=-1).values != b[block].sort(dim=-1).values).any())
         for block, x in a.items()

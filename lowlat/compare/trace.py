@@ -1,29 +1,27 @@
-"""What one implementation computed for some tokens, part by part, in shapes and layouts that all
-implementations share.
+"""Trace: the intermediate results (parts) of one implementation, in common shapes and layouts.
 
-Owns the names of the parts and their order. How a part is observed is the recorders' business; what
-two traces differ in, `measure`'s.
+Owns the names of the parts and their order. `observe` records them, `differences` compares them.
 
     tokens T, heads H, key-value heads G, rotary channels r
 
-    input_norm  [T, hidden]    the layer's input behind its norm
-    q           [T, H, d_qk]   queries before the rotation (behind QK-norm), channels as in files
-    latent      [T, d_c]       MLA: what is cached of the latent
-    k           [T, G, d]      keys before the rotation; MLA: the shared one, G = 1, d = r
-    v           [T, G, d_v]    values; MLA: of every head
-    q_rotated   [T, H, d_qk]   rotary channels last and canonical: real parts of all pairs, then
-    k_rotated   [T, G, d]      imaginary parts, whichever way the file pairs channels
-    scores      [H, T, T]      scaled products before the softmax; 0 where a query sees no key
-    heads       [T, H, d_v]    attended values
-    attention   [T, hidden]    behind o_proj
-    middle      [T, hidden]    residual between attention and MLP
-    post_norm   [T, hidden]    the middle behind its norm: input of gate and MLP
-    gate        [T, experts]   unbiased scores of all experts
-    router      [T, experts]   factors of the chosen experts, 0 for the others
-    routed      [T, hidden]    weighted sum of the chosen experts
-    shared      [T, hidden]    shared experts
-    mlp         [T, hidden]    all of MLP or mixture
-    residual    [T, hidden]    the layer's output
+    input_norm       [T, hidden]    output of the input norm
+    q                [T, H, d_qk]   queries before RoPE (after QK-norm), channels in file order
+    latent           [T, d_c]       MLA: the cached latent
+    k                [T, G, d]      keys before RoPE; MLA: the shared one, G = 1, d = r
+    v                [T, G, d_v]    values; MLA: of every head
+    q_rotated        [T, H, d_qk]   RoPE channels last, in canonical order: real parts of all
+    k_rotated        [T, G, d]      pairs, then imaginary parts, for every pairing in files
+    scores           [H, T, T]      scaled scores before the softmax; 0 where masked
+    heads            [T, H, d_v]    attention output of every head
+    attention        [T, hidden]    output of o_proj
+    mid_residual     [T, hidden]    residual stream between attention and MLP
+    post_norm        [T, hidden]    its norm: input of router and MLP
+    router_scores    [T, experts]   unbiased scores of all experts
+    routing_weights  [T, experts]   weights of the selected experts, 0 for the others
+    routed           [T, hidden]    weighted sum of the selected experts
+    shared           [T, hidden]    shared experts
+    mlp              [T, hidden]    output of MLP or MoE
+    residual         [T, hidden]    the layer's output
 """
 
 from dataclasses import dataclass, field
@@ -48,10 +46,10 @@ LAYER_PARTS = (
     "scores",
     "heads",
     "attention",
-    "middle",
+    "mid_residual",
     "post_norm",
-    "gate",
-    "router",
+    "router_scores",
+    "routing_weights",
     "routed",
     "shared",
     "mlp",
@@ -86,7 +84,7 @@ class Place(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """Sorts places by when they are computed."""
+        """Sort key: order of computation."""
         stage, number = self.block
         return STAGES.index(stage), number, PARTS[stage].index(self.part)
 
@@ -98,22 +96,22 @@ EMBEDDING, OUTPUT = Block("embedding"), Block("output")
 
 
 def block_of(config: ModelConfig, layer: int) -> Block:
-    """The block that the model and its cache number `layer`."""
+    """The block of layer `layer` of the KV cache, which numbers MTP modules after the layers."""
     count = config.num_hidden_layers
     return Block("layer", layer) if layer < count else Block("mtp", layer - count)
 
 
 def layer_number(config: ModelConfig, block: Block) -> int:
-    """The reverse of `block_of`."""
+    """Inverse of `block_of`."""
     return block.number + (config.num_hidden_layers if block.stage == "mtp" else 0)
 
 
-Choices = dict[Block, Int[Tensor, "tokens chosen"]]
+RoutedExperts = dict[Block, Int[Tensor, "tokens chosen"]]
 """The experts of every token, by block."""
 
 
 class Window(NamedTuple):
-    """Tokens read together, from an empty context."""
+    """Tokens that run together, from an empty context."""
 
     ids: Int[Tensor, "tokens"]
     start: int
@@ -126,25 +124,26 @@ class Window(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class Trace:
-    """One window through one implementation. Tensors are on the CPU, fp32 or fp64."""
+    """Parts of one window in one implementation. Tensors are on the CPU, fp32 or fp64."""
 
     dtype: torch.dtype
-    """Number type of the activations they were computed in."""
+    """Number type of the activations."""
     cached: torch.dtype | None = None
-    """Number type of cached rows; None: the activations'."""
+    """Number type of the KV cache; None: that of the activations."""
     parts: dict[Place, Tensor] = field(default_factory=dict)
-    """What is compared."""
+    """The compared parts."""
     evidence: dict[Place, Tensor] = field(default_factory=dict)
-    """What else `blame` needs: inputs and weights of the steps where mistakes are known. Parts of
-    these places have names of their own: scale, chosen, gate_weight, gate_bias, embedded,
-    carried, enorm, hnorm, eh_proj, eps."""
+    """Inputs and weights that the diagnosis needs, of steps with known mistakes. Their parts have
+    names of their own: scale, chosen, gate_weight, gate_bias, embedded, carried, enorm, hnorm,
+    eh_proj, eps.
+    """
 
-    def keep(self, block: Block, part: str, value: Tensor) -> None:
-        """Record a part; the last value counts where a module runs twice."""
+    def record(self, block: Block, part: str, value: Tensor) -> None:
+        """Record a part; the last value counts if a module runs twice."""
         self.parts[Place(block, part)] = wide(value)
 
-    def note(self, block: Block, name: str, value: Tensor | float) -> None:
-        """Record a piece of evidence."""
+    def record_evidence(self, block: Block, name: str, value: Tensor | float) -> None:
+        """Record an input or weight for the diagnosis."""
         if not isinstance(value, Tensor):
             value = torch.tensor(value, dtype=torch.float64)
         self.evidence[Place(block, name)] = wide(value)
@@ -159,14 +158,14 @@ class Trace:
         found = {place.block for place in (*self.parts, *self.evidence)}
         return sorted(found, key=lambda block: (STAGES.index(block.stage), block.number))
 
-    def choices(self) -> Choices:
+    def selected_experts(self) -> RoutedExperts:
         """The experts of every block with a gate."""
         chosen = {place.block: t for place, t in self.evidence.items() if place.part == "chosen"}
         return {block: tensor.to(torch.int64) for block, tensor in chosen.items()}
 
 
 def wide(value: Tensor) -> Tensor:
-    """A copy on the CPU: integers as they are, floats in fp32, or fp64 if they are fp64."""
+    """A copy on the CPU: integers unchanged, floats in fp32 (fp64 stays fp64)."""
     value = value.detach().cpu()
     if value.is_floating_point() and value.dtype != torch.float64:
         value = value.to(torch.float32)
@@ -174,7 +173,7 @@ def wide(value: Tensor) -> Tensor:
 
 
 def save_trace(trace: Trace, path: Path) -> None:
-    """Write a trace as safetensors: how another process hands it over."""
+    """Write a trace as safetensors, to pass it between processes."""
     kinds = {"parts": trace.parts, "evidence": trace.evidence}
     tensors = {
         f"{kind}/{place.block.stage}/{place.block.number}/{place.part}": value

@@ -69,7 +69,7 @@ class MLAConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
-    def row_dim(self) -> int:
+    def entry_dim(self) -> int:
         """Cached elements per token and layer: [c_t ; k_R]."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
@@ -78,7 +78,7 @@ class MLAConfig:
         """Leading elements of a row that an int8 cache keeps in int8: c_t, while k_R stays bf16. In
         converted models, whose k_R comes from the keys of GQA, all of the row as with GQA.
         """
-        return self.kv_lora_rank if self.kv_a_layernorm else self.row_dim
+        return self.kv_lora_rank if self.kv_a_layernorm else self.entry_dim
 
     @property
     def rope_dim(self) -> int:
@@ -122,14 +122,14 @@ class GQAConfig:
         return self.head_dim
 
     @property
-    def row_dim(self) -> int:
+    def entry_dim(self) -> int:
         """Cached elements per token and layer: [K ; V]."""
         return 2 * self.num_key_value_heads * self.head_dim
 
     @property
     def quantized_dim(self) -> int:
         """Leading elements of a row that an int8 cache keeps in int8: all of [K ; V]."""
-        return self.row_dim
+        return self.entry_dim
 
     @property
     def rope_dim(self) -> int:
@@ -168,7 +168,7 @@ class GLAConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
-    def row_dim(self) -> int:
+    def entry_dim(self) -> int:
         """Cached elements per token and layer: [c_1 ; ... ; c_g ; k_R], as many as MLA's."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
@@ -230,7 +230,7 @@ class GTAConfig:
         return self.num_key_value_heads * self.head_dim
 
     @property
-    def row_dim(self) -> int:
+    def entry_dim(self) -> int:
         """Cached elements per token and layer: the tied states, then the rotated key."""
         return self.tied_dim + self.qk_rope_head_dim
 
@@ -282,14 +282,14 @@ class TPAConfig:
         return self.head_dim
 
     @property
-    def row_dim(self) -> int:
+    def entry_dim(self) -> int:
         """Cached elements per token and layer: [B_K ; B_V ; A_K ; A_V], with B_K rotated."""
         return (self.k_rank + self.v_rank) * (self.num_attention_heads + self.head_dim)
 
     @property
     def quantized_dim(self) -> int:
         """Leading elements of a row that an int8 cache keeps in int8: all factors."""
-        return self.row_dim
+        return self.entry_dim
 
     @property
     def rope_dim(self) -> int:
@@ -317,7 +317,7 @@ def short_name(attention: ModelAttention) -> str:
     """
     match attention:
         case MLAConfig() | tuple():
-            latent, rotary = row_widths(attention)
+            latent, rotary = entry_widths(attention)
             return f"MLA {latent} + {rotary}"
         case GLAConfig():
             groups, rank = attention.num_latent_groups, attention.group_rank
@@ -334,7 +334,7 @@ def short_name(attention: ModelAttention) -> str:
             return "MQA" if groups == 1 else f"GQA, {groups} groups"
 
 
-def row_widths(attention: MLAConfig | tuple[MLAConfig, ...]) -> tuple[str, str]:
+def entry_widths(attention: MLAConfig | tuple[MLAConfig, ...]) -> tuple[str, str]:
     """d_c and d_R as text: '512' and '64', or from the narrowest to the widest layer, '96-224'."""
     layers = attention if isinstance(attention, tuple) else (attention,)
     return (

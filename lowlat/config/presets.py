@@ -7,7 +7,7 @@ The files hold the values of the released config.json. Owns the names; reading t
 import json
 from importlib.resources import files
 
-from lowlat.config.hf import config_from_hf
+from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.model import ModelConfig
 from lowlat.utils.errors import UserError
 

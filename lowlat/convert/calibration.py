@@ -3,6 +3,7 @@
 Owns windows of token ids and the errors of unfit text; what is measured is `convert.statistics`'s.
 """
 
+import gzip
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,10 +115,17 @@ def _divided(chosen: Int[Tensor, "windows length"], origin: str) -> Calibration:
     return Calibration(windows=chosen[~is_held_out], held_out=chosen[is_held_out], origin=origin)
 
 
+def bundled_text() -> str:
+    """The bundled calibration text, English prose in the public domain; compressed, so that
+    searches through the source skip it.
+    """
+    return gzip.decompress((files("lowlat.convert") / "calibration.txt.gz").read_bytes()).decode()
+
+
 def _default_texts() -> list[str]:
     """Books, speeches and reference works in the public domain (recipes/corpus.toml names them),
     and as much of Python's documentation as a third of them.
     """
-    prose = (files("lowlat.convert") / "calibration.txt").read_text(encoding="utf-8")
+    prose = bundled_text()
     documentation = "\n\n".join(topics[key] for key in sorted(topics))
     return [prose, documentation[: len(prose) // 3]]

@@ -107,7 +107,7 @@ def compress(
     job = Job(
         base=base,
         source=source,
-        budget=row_budget(share, source.row_dim, least=2 * STEP),
+        budget=row_budget(share, source.entry_dim, least=2 * STEP),
         calibration=calibration,
         scratch=Scratch(scratch),
         precision=precision or fast_dtype(),
@@ -130,7 +130,7 @@ def compress(
         folded=way.fold,
         layout=layout,
         calibration=calibration.origin,
-        channels_before=source.row_dim,
+        channels_before=source.entry_dim,
         channels_after=sum(w.latent + w.rotary for w in plan.widths) / count,
         perplexity_before=before,
         perplexity_after=after,
@@ -194,7 +194,7 @@ def _planned(job: Job, way: Recipe, layout: Layout, progress: Progress) -> tuple
 
 def _prices(job: Job, way: Recipe, known: Forecast, progress: Progress) -> list[Price] | None:
     """What errors of the layers cost near the division that these prices lead to."""
-    windows, row = priced_on(job.calibration.windows), job.source.row_dim
+    windows, row = priced_on(job.calibration.windows), job.source.entry_dim
     passes = 2 * PRICINGS * job.base.config.num_hidden_layers
     prices: list[Price] | None = None
     with progress.task("Weighing layers", passes, "items") as task:
@@ -213,7 +213,7 @@ def _prices(job: Job, way: Recipe, known: Forecast, progress: Progress) -> list[
 def _rotary_only(job: Job, way: Recipe) -> float:
     """Held-out perplexity with the rotary channels of `way` and every channel of the latent."""
     assert way.rotary is not None
-    row, count = job.source.row_dim, job.base.config.num_hidden_layers
+    row, count = job.source.entry_dim, job.base.config.num_hidden_layers
     rotary = way.rotary(job.source.head_dim, job.source.num_key_value_heads, job.budget)
     widths = [Widths(latent=row - rotary, rotary=rotary)] * count
     known = forecast(job, way, with_costs=False)

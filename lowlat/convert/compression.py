@@ -1,6 +1,5 @@
 """A wanted compression: its options and its scratch folder."""
 
-import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from lowlat.checkpoint.cachefolder import sha256_file
-from lowlat.checkpoint.restart import hold
+from lowlat.checkpoint.fetch.cache_dir import sha256_file
 from lowlat.config.model import ModelConfig
 from lowlat.convert.budget import STEP, row_budget
 from lowlat.convert.calibration import Calibration, read_calibration
@@ -22,7 +20,9 @@ from lowlat.convert.planning import Layout
 from lowlat.convert.recipes import RECIPES
 from lowlat.convert.weights import Weights
 from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.disk_errors import NO_SPACE
 from lowlat.utils.errors import UserError
+from lowlat.utils.file_lock import lock_for_writing
 from lowlat.utils.progress import Progress
 
 DEFAULT_RECIPE = "weighted"
@@ -100,7 +100,7 @@ def check_reach(compression: Compression, config: ModelConfig) -> None:
             "--cache: the model has MTP modules, whose attention is not calibrated; leave out "
             "--cache, and they are converted exactly with all else"
         )
-    rotary, row = RECIPES[compression.recipe].rotary, source.row_dim
+    rotary, row = RECIPES[compression.recipe].rotary, source.entry_dim
 
     def turning(budget: int) -> int:
         if rotary is None:
@@ -158,7 +158,7 @@ def scratch_folder(dst: Path) -> Iterator[Path]:
     try:
         folder.mkdir(exist_ok=True)
         with (folder / "lock").open("ab") as lock:
-            hold(lock, dst)
+            lock_for_writing(lock, dst)
             for file in folder.glob("*.safetensors"):
                 file.unlink()
             try:
@@ -166,7 +166,7 @@ def scratch_folder(dst: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        is_full = error.errno == errno.ENOSPC
+        is_full = error.errno in NO_SPACE
         remedy = "make room and give the same command again"
         raise UserError(
             f"{dst}: cannot be written ({error.strerror}); "

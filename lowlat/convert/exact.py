@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from lowlat.checkpoint.operations import Read
+from lowlat.checkpoint.mapping_operations import Read
 from lowlat.config.attention import short_name
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from lowlat.convert.rotary import channel_order, half_order, wide_rope

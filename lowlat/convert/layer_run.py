@@ -15,7 +15,7 @@ from lowlat.attention.flash import FlashAttention
 from lowlat.config.model import ModelConfig
 from lowlat.convert.weights import Weights
 from lowlat.model.block import DecoderLayer
-from lowlat.ops.rope import RotaryTables
+from lowlat.ops.rope import RotaryEmbedding
 
 
 def fast_dtype() -> torch.dtype:
@@ -62,7 +62,7 @@ class LayerRun:
         self._layer.load_state_dict(own, assign=True)
         self._layer.requires_grad_(False)
         width = config.attention_of(number).rope_dim
-        self.rope = RotaryTables(config.rope_of(number), width)(torch.arange(length))
+        self.rope = RotaryEmbedding(config.rope_of(number), width)(torch.arange(length))
         self._backend = FlashAttention([length])
         self._dtype = dtype
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from lowlat.config.families import LOWLAT
+from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from lowlat.convert.budget import STEP, Costs, LayerCosts, Price, Widths, even_widths, free_widths
 from lowlat.convert.calibration import Calibration
@@ -164,7 +164,7 @@ def likely_config(
     """About what a compression of `config` to `share` of its cache leads to, before anything is
     measured: a quarter of a row turns.
     """
-    row = round(share * source.row_dim / STEP)
+    row = round(share * source.entry_dim / STEP)
     rotary = max(1, row // 4)
     widths = Widths(latent=(row - rotary) * STEP, rotary=rotary * STEP)
     layers = config.num_hidden_layers

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlat.checkpoint.index import weight_files
-from lowlat.config.arithmetic import cache_cost, count_parameters
-from lowlat.config.attention import ModelAttention, distinct, row_widths, short_name
+from lowlat.checkpoint.hf_folder import weight_files
+from lowlat.config.attention import ModelAttention, distinct, entry_widths, short_name
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from lowlat.config.parameter_count import cache_cost, count_parameters
 from lowlat.convert import report_plot
 from lowlat.convert.compress import CompressionReport
 
@@ -128,7 +128,7 @@ def describe_attention(attention: ModelAttention) -> str:
     """The form of attention in a few words."""
     heads = distinct(attention)[0].num_attention_heads
     if isinstance(attention, MLAConfig | tuple):
-        latent, rotary = row_widths(attention)
+        latent, rotary = entry_widths(attention)
         each = " by layer" if isinstance(attention, tuple) else ""
         return f"MLA, {heads} heads, latent {latent} + rotary key {rotary}{each}"
     if not isinstance(attention, GQAConfig):

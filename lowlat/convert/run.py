@@ -19,17 +19,17 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.dense import dense_source
-from lowlat.checkpoint.gguf_keys import architecture_of
-from lowlat.checkpoint.index import INDEX_FILE, open_checkpoint, weight_files
+from lowlat.checkpoint.dequantized_source import dense_source
+from lowlat.checkpoint.fill_parameters import fit
+from lowlat.checkpoint.gguf.metadata_writer import architecture_of
+from lowlat.checkpoint.hf_folder import INDEX_FILE, open_checkpoint, weight_files
 from lowlat.checkpoint.load import config_file, read_config
 from lowlat.checkpoint.mapping import settle_mtp
-from lowlat.checkpoint.place import fit
-from lowlat.checkpoint.planned_files import plan_folder
-from lowlat.checkpoint.restart import check_room, options_text, partial_path, write_planned
-from lowlat.checkpoint.save import refuse_existing, text_files
-from lowlat.checkpoint.source import TensorSource
-from lowlat.config.hf import config_to_hf
+from lowlat.checkpoint.resumable_writer import check_room, options_text, partial_path, write_planned
+from lowlat.checkpoint.save import text_files
+from lowlat.checkpoint.shard_layout import plan_shards
+from lowlat.checkpoint.tensor_source import TensorSource
+from lowlat.config.hf.reader import config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.convert.compression import (
     Compression,
@@ -46,6 +46,7 @@ from lowlat.convert.store_gguf import KINDS, stored_gguf
 from lowlat.convert.upcycle import UpcycledWeights, upcycled_config
 from lowlat.convert.weights import DerivedWeights, SourceWeights, Weights, parameter_shapes
 from lowlat.text.folder import read_folder
+from lowlat.utils.atomic_files import refuse_existing
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
@@ -155,7 +156,7 @@ def convert(
             weights, cost = compressed_weights(
                 base, src, compression, scratch, _widest(base, form), progress
             )
-            # Stretches that are there already must be of the very same tensors: texts may have
+            # Segments that are there already must be of the very same tensors: texts may have
             # changed, and another processor rounds another way.
             identity["calibration"] = digest_of(scratch)
             extra |= report_files(compression_object(cost, job.found, weights.config))
@@ -167,7 +168,7 @@ def convert(
             files, extra = [stored_gguf(weights, form, src, dst.name)], {}
         else:
             raw = _config_fields(job.opened, weights, form, keeps=weights is base)
-            files, index = plan_folder(stored_groups(weights, form))
+            files, index = plan_shards(stored_groups(weights, form))
             extra["config.json"] = (json.dumps(raw, indent=2) + "\n").encode()
             extra |= _text(src, dst) | ({} if index is None else {INDEX_FILE: index})
         write_planned(

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowlat.checkpoint.cachefolder import sha256_file
-from lowlat.checkpoint.place import fit
+from lowlat.checkpoint.fetch.cache_dir import sha256_file
+from lowlat.checkpoint.fill_parameters import fit
 from lowlat.convert.statistics import LayerStatistics
 
 

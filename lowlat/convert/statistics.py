@@ -182,7 +182,7 @@ class _Gathered:
         )
         per_group = len(q) // len(k)
         turned_q, turned_k = (
-            apply_rope(part.transpose(0, 1), *self._rope, interleave=False).transpose(0, 1)
+            apply_rope(part.transpose(0, 1), self._rope, interleave=False).transpose(0, 1)
             for part in (q, k)
         )
         for part, single in enumerate((q, k.repeat_interleave(per_group, dim=0))):

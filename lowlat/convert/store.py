@@ -13,11 +13,12 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from lowlat.checkpoint.fill_parameters import check_packed, fit
 from lowlat.checkpoint.mapping import ROUTER_BIAS, SCALE_SUFFIX, file_name, operations
-from lowlat.checkpoint.operations import Operation, Rename
-from lowlat.checkpoint.place import check_packed, fit
-from lowlat.checkpoint.planned_files import Group, Stored
-from lowlat.config.families import LOWLAT
+from lowlat.checkpoint.mapping_operations import Operation, Rename
+from lowlat.checkpoint.safetensors.writer import TensorSpec
+from lowlat.checkpoint.shard_layout import TensorGroup
+from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import MLAConfig, ModelConfig, QuantConfig
 from lowlat.convert.weights import Weights, parameter_shapes
 from lowlat.model.linear import Linear, Storage, pack
@@ -49,7 +50,7 @@ def stored_config(config: ModelConfig, form: Form | None) -> ModelConfig:
     return config
 
 
-def stored_groups(weights: Weights, form: Form | None) -> Iterator[Group]:
+def stored_groups(weights: Weights, form: Form | None) -> Iterator[TensorGroup]:
     """The tensors of a folder, in order. form: None keeps every tensor's number type.
 
     Pieces raise UserError naming a tensor with values that do not fit.
@@ -95,7 +96,7 @@ class _Folder:
             if isinstance(module, Linear) and module.storage != "plain"
         }
 
-    def groups(self) -> Iterator[Group]:
+    def groups(self) -> Iterator[TensorGroup]:
         for step in operations(self._config, self._stored):
             if not isinstance(step, Rename):
                 yield self._padded(step)
@@ -104,16 +105,16 @@ class _Folder:
             elif not step.parameter.endswith(PARTS[1:]):  # which are written with their weight
                 yield self._plain(step)
 
-    def _plain(self, step: Rename) -> Group:
+    def _plain(self, step: Rename) -> TensorGroup:
         name, shape = step.parameter, self._shapes[step.parameter]
         dtype = plain_dtype(self._weights, name, self._form)
         cast = partial(self._fit, name, dtype)
-        return Group(
-            (Stored(step.file, dtype, shape),),
+        return TensorGroup(
+            (TensorSpec(step.file, dtype, shape),),
             lambda: row_pieces(self._weights, name, shape, cast),
         )
 
-    def _padded(self, step: Operation) -> Group:
+    def _padded(self, step: Operation) -> TensorGroup:
         """A layer's attention, its latent padded."""
         names = step.parameters()
         kinds = {plain_dtype(self._weights, name, self._form) for name in names}
@@ -130,14 +131,16 @@ class _Folder:
             for name in names:
                 self._weights.release(name)
 
-        return Group(tuple(Stored(name, dtype, shape) for name, shape in files.items()), pieces)
+        return TensorGroup(
+            tuple(TensorSpec(name, dtype, shape) for name, shape in files.items()), pieces
+        )
 
-    def _quantized(self, step: Rename) -> Group:
+    def _quantized(self, step: Rename) -> TensorGroup:
         """A projection in fp8 blocks or packed: the weight, then its scales."""
         storage, prefix = self._storages[step.parameter], step.parameter.removesuffix("weight")
         parts = [part for part in PARTS if prefix + part in self._stored]
         tensors = [
-            Stored(file_name(self._config, prefix + part), own.dtype, tuple(own.shape))
+            TensorSpec(file_name(self._config, prefix + part), own.dtype, tuple(own.shape))
             for part in parts
             for own in [self._stored[prefix + part]]
         ]
@@ -162,7 +165,7 @@ class _Folder:
                 yield torch.cat(own)
                 own.clear()
 
-        return Group(tuple(tensors), pieces)
+        return TensorGroup(tuple(tensors), pieces)
 
     def _blocks(self, rows: Tensor, where: str) -> Mapping[str, Tensor]:
         quant = self._config.quantization

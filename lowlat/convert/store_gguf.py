@@ -14,12 +14,17 @@ from typing import Any
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from lowlat.checkpoint.gguf_blocks import QUANTIZED, encode, fits, row_bytes
-from lowlat.checkpoint.gguf_file import PLAIN
-from lowlat.checkpoint.gguf_keys import architecture_of, gguf_keys, rope_divisors
-from lowlat.checkpoint.gguf_layout import ROPE_FACTORS, GGUFPart, gguf_parts
-from lowlat.checkpoint.place import fit
-from lowlat.checkpoint.planned_files import GGUFTensor, PlannedFile, plan_gguf
+from lowlat.checkpoint.file_layout import FileLayout
+from lowlat.checkpoint.fill_parameters import fit
+from lowlat.checkpoint.gguf.blocks import QUANTIZED, encode, fits, row_bytes
+from lowlat.checkpoint.gguf.file import PLAIN
+from lowlat.checkpoint.gguf.layout import GGUFTensorSpec, plan_gguf
+from lowlat.checkpoint.gguf.metadata_writer import architecture_of, gguf_keys, rope_divisors
+from lowlat.checkpoint.gguf.tensor_layout import (
+    ROPE_FACTORS,
+    GGUFTensorMapping,
+    gguf_tensor_mappings,
+)
 from lowlat.config.model import ModelConfig
 from lowlat.convert.store import CHUNK_ELEMENTS, Form, row_pieces
 from lowlat.convert.weights import Shapes, Weights, parameter_shapes
@@ -48,7 +53,7 @@ QUANTIZATION_VERSION = 2
 _log = logging.getLogger(__name__)
 
 
-def stored_gguf(weights: Weights, form: Form | None, text: Path, name: str) -> PlannedFile:
+def stored_gguf(weights: Weights, form: Form | None, text: Path, name: str) -> FileLayout:
     """The file `name` of the model; form: None keeps every tensor's number type.
 
     Vocabulary and chat template are those of the folder or .gguf `text`. Raises UserError where
@@ -61,18 +66,22 @@ def stored_gguf(weights: Weights, form: Form | None, text: Path, name: str) -> P
     shapes = parameter_shapes(config)
     tensors = [
         _tensor(weights, part, _kind(weights, part, form), shapes)
-        for part in gguf_parts(config, arch, shapes)
+        for part in gguf_tensor_mappings(config, arch, shapes)
     ]
     divisors = rope_divisors(config)
     if divisors is not None:
         size = divisors.nbytes
         shape = tuple(divisors.shape)
-        tensors.append(GGUFTensor(ROPE_FACTORS, Kind.F32, shape, size, lambda: iter([divisors])))
+        tensors.append(
+            GGUFTensorSpec(ROPE_FACTORS, Kind.F32, shape, size, lambda: iter([divisors]))
+        )
     keys |= _general(tensors, name) | _vocabulary(config, text)
     return plan_gguf(name, arch, keys, tensors)
 
 
-def _tensor(weights: Weights, part: GGUFPart, kind: Kind, shapes: Shapes) -> GGUFTensor:
+def _tensor(
+    weights: Weights, part: GGUFTensorMapping, kind: Kind, shapes: Shapes
+) -> GGUFTensorSpec:
     size = math.prod(part.shape[:-1]) * row_bytes(kind, part.shape[-1])
 
     def pieces() -> Iterator[Tensor]:
@@ -87,11 +96,11 @@ def _tensor(weights: Weights, part: GGUFPart, kind: Kind, shapes: Shapes) -> GGU
             else:
                 yield from _changed(weights, part, parameter, encoded)
 
-    return GGUFTensor(part.name, kind, part.shape, size, pieces)
+    return GGUFTensorSpec(part.name, kind, part.shape, size, pieces)
 
 
 def _changed(
-    weights: Weights, part: GGUFPart, parameter: str, encoded: Callable[[Tensor], Tensor]
+    weights: Weights, part: GGUFTensorMapping, parameter: str, encoded: Callable[[Tensor], Tensor]
 ) -> Iterator[Tensor]:
     """A parameter whose rows are put in another order; it is in memory as a whole."""
     assert part.change is not None
@@ -114,7 +123,7 @@ def _encoded(rows: Tensor, kind: Kind, parameter: str, where: str) -> Tensor:
         ) from error
 
 
-def _kind(weights: Weights, part: GGUFPart, form: Form | None) -> Kind:
+def _kind(weights: Weights, part: GGUFTensorMapping, form: Form | None) -> Kind:
     """The type of a tensor: fp32 for vectors and the gate, bf16 where rows are no whole blocks."""
     module = part.name.removesuffix(".weight").removesuffix(".bias")
     if module.startswith("blk."):
@@ -128,7 +137,7 @@ def _kind(weights: Weights, part: GGUFPart, form: Form | None) -> Kind:
     return kind if fits(kind, part.shape[-1]) else Kind.BF16
 
 
-def _general(tensors: list[GGUFTensor], name: str) -> dict[str, Any]:
+def _general(tensors: list[GGUFTensorSpec], name: str) -> dict[str, Any]:
     sizes: dict[Kind, int] = {}
     for tensor in tensors:
         sizes[tensor.kind] = sizes.get(tensor.kind, 0) + tensor.size

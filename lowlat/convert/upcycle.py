@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowlat.checkpoint.mapping import ROUTER_BIAS
-from lowlat.config.families import LOWLAT
+from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import MLAConfig, ModelConfig, MoEConfig
 from lowlat.convert.weights import Weights, parameter_shapes
 from lowlat.utils.errors import UserError

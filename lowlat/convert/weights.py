@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lowlat.checkpoint.mapping import check_tensors, operations
-from lowlat.checkpoint.operations import Operation, Read, Rename
-from lowlat.checkpoint.padding import PaddingError
-from lowlat.checkpoint.source import TensorSource
+from lowlat.checkpoint.mapping_operations import Operation, Read, Rename
+from lowlat.checkpoint.padded_latent import PaddingError
+from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.model import ModelConfig
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError

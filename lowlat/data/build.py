@@ -22,8 +22,9 @@ from lowlat.data.selection import BuildOptions, Selection
 from lowlat.data.sources import size_of
 from lowlat.data.tokenizing import BatchTokenizer
 from lowlat.data.vocabulary import begin_of_text, end_of_text, fim_tokens, train_bpe
-from lowlat.data.writer import SplitWriter, partial_folder, write_manifest, write_tokenizer
+from lowlat.data.writer import SplitWriter, write_manifest, write_tokenizer
 from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.atomic_files import atomic_folder
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress, Task
 
@@ -63,7 +64,7 @@ def build(
     progress = SilentProgress() if progress is None else progress
     start = time.monotonic()
     _check(options)
-    with partial_folder(destination) as folder:
+    with atomic_folder(destination) as folder:
         asked = tokenizer if isinstance(tokenizer, int) else None
         if isinstance(tokenizer, int):
             tokenizer = _trained(options, tokenizer, progress)

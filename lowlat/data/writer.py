@@ -1,16 +1,10 @@
-"""Writes a token folder so that it exists whole or not at all.
+"""Writer of a token folder's files: token shards, document ends, target masks, with checksums.
 
-Everything goes to `.NAME.partial-PID` beside the folder, is brought to the disk, and is renamed
-last. Owns files and their checksums; which tokens there are is build.py's.
+Which tokens are written is `build`'s; the folder appears whole or not at all (`atomic_folder`).
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,40 +22,9 @@ from lowlat.data.manifest import (
     to_json,
 )
 from lowlat.text.tokenizer import Tokenizer
-from lowlat.utils.errors import UserError
 
 SHARD_TOKENS = 1 << 28
 """Ids of one file: half a gigabyte of 16-bit ids."""
-
-
-@contextmanager
-def partial_folder(destination: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `destination` when left without an exception.
-
-    With an exception it is removed; one left by a killed process is removed by the next build of
-    the same destination. Raises UserError where the destination exists or the disk refuses.
-    """
-    destination = Path(os.path.abspath(destination))
-    _refuse_existing(destination)
-    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-    try:
-        _remove_abandoned(destination)
-        partial.mkdir()
-        with _locked(partial):
-            yield partial
-            for file in partial.iterdir():
-                _sync(file)
-            _sync(partial)
-            _refuse_existing(destination)
-            partial.rename(destination)
-        _sync(destination.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        what = f"cannot be written ({error.strerror or error}); nothing was left"
-        raise UserError(f"{destination}: {what}") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 class SplitWriter:
@@ -203,40 +166,3 @@ class _MaskFile:
 
     def close(self) -> None:
         self._file.close()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on `folder` that ends with this process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _remove_abandoned(destination: Path) -> None:
-    """Remove what killed builds of `destination` left: partial folders that nobody locks."""
-    prefix = f".{destination.name}.partial-"
-    for folder in [f for f in destination.parent.iterdir() if f.name.startswith(prefix)]:
-        try:
-            with _locked(folder):
-                shutil.rmtree(folder)
-        except BlockingIOError:
-            continue
-
-
-def _refuse_existing(destination: Path) -> None:
-    if os.path.lexists(destination):
-        raise UserError(f"{destination}: exists already; choose another folder or remove it")
-    if not destination.parent.is_dir():
-        raise UserError(f"{destination.parent}: is not a folder; create it first")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,1 +1,2 @@
-"""Requests to tokens: options, page pool, scheduler, runner, sampler, and the Model users hold."""
+"""Requests to tokens: options, page allocator, scheduler, runner, sampler, and the Model users
+hold."""

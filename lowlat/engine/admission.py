@@ -6,7 +6,7 @@ from lowlat.engine.params import SamplingParams
 from lowlat.utils.errors import UserError
 
 
-def room_for(
+def check_request(
     prompt: Sequence[int],
     params: SamplingParams,
     *,

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 
 from lowlat.attention.cache import PAGE_SIZE
-from lowlat.attention.rows import row_bytes
+from lowlat.attention.int8_entry import entry_bytes
 from lowlat.engine.params import integer_of
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from lowlat.engine.scheduler import MAX_SEQUENCES, Limits
 from lowlat.model.native import weight_bytes
 from lowlat.model.transformer import Transformer
@@ -27,17 +27,17 @@ def new_runner(
     cache: str,
     max_cache_bytes: int | Literal["auto"] | None,
     context: int,
-) -> tuple[Runner, Limits]:
+) -> tuple[ModelRunner, Limits]:
     """A runner whose cache keeps within the bytes. Raises UserError where they hold no page, or are
     more than there are.
     """
     dtype = parse_cache(cache)
     if max_cache_bytes is None:
-        return Runner(transformer, cache_dtype=dtype), Limits()
+        return ModelRunner(transformer, cache_dtype=dtype), Limits()
     config = transformer.config
     stored = dtype or transformer.embed_tokens.weight.dtype
     layers = range(config.num_cache_layers)
-    page = PAGE_SIZE * sum(row_bytes(config.attention_of(layer), stored) for layer in layers)
+    page = PAGE_SIZE * sum(entry_bytes(config.attention_of(layer), stored) for layer in layers)
     limit = check_cache_limit(max_cache_bytes, transformer.embed_tokens.weight.device)
     if limit is None:
         limit = max(page, _spare_memory(transformer))
@@ -49,7 +49,7 @@ def new_runner(
             f"max_cache_bytes {limit} is less than a page of the cache ({page} bytes, "
             f"{PAGE_SIZE} tokens); raise it"
         )
-    runner = Runner(transformer, cache_dtype=dtype, num_pages=num_pages, max_pages=num_pages)
+    runner = ModelRunner(transformer, cache_dtype=dtype, num_pages=num_pages, max_pages=num_pages)
     return runner, Limits(max_pages=num_pages)
 
 

@@ -12,14 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowlat.engine.admission import room_for
+from lowlat.engine.admission import check_request
 from lowlat.engine.params import SamplingParams
+from lowlat.engine.prefill_planner import PREFILL_CHUNK, PrefillPlanner
 from lowlat.engine.prefix import PrefixCache
-from lowlat.engine.reading import PREFILL_CHUNK, Reader
-from lowlat.engine.request import Chunk, Event, FinishReason, Request, RequestOptions, Sequence
-from lowlat.engine.runner import Runner
-from lowlat.engine.sampler import Rows, Sampled, SequenceSampler
-from lowlat.engine.scheduler import Limits, Scheduler, Work
+from lowlat.engine.request import Chunk, FinishReason, Request, RequestOptions, Sequence, TokenEvent
+from lowlat.engine.runner import ModelRunner
+from lowlat.engine.sampler import SampledToken, SequenceSampler, StepLogits
+from lowlat.engine.scheduler import Limits, ScheduledChunk, Scheduler
 from lowlat.engine.speculative import Speculator
 from lowlat.engine.stats import Recorder
 from lowlat.utils.errors import UserError
@@ -43,7 +43,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: ModelRunner,
         *,
         context: int,
         eos_ids: frozenset[int],
@@ -60,11 +60,13 @@ class Engine:
         self.recorder = Recorder()
         if limits.max_pages is not None:
             self.context = min(context, limits.max_pages * page_size)
-        self.prefix = PrefixCache(runner.pool, page_size=page_size) if has_prefix_cache else None
+        self.prefix = (
+            PrefixCache(runner.allocator, page_size=page_size) if has_prefix_cache else None
+        )
         attention = runner.model.config.attention
         self.scheduler = Scheduler(
-            reader=Reader(attention, chunk=prefill_chunk, page_size=page_size),
-            pool=runner.pool,
+            planner=PrefillPlanner(attention, chunk=prefill_chunk, page_size=page_size),
+            allocator=runner.allocator,
             prefix=self.prefix,
             limits=limits,
         )
@@ -104,7 +106,7 @@ class Engine:
         self.scheduler.add(request.sequences[0])
         return request
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[TokenEvent]:
         """Run the model once over what the scheduler chose; the events that came of it."""
         events = self._expire()
         work = self.scheduler.schedule()
@@ -137,7 +139,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless exactly the pages of unfinished sequences are in use, and
-        pool and prefix cache agree."""
+        allocator and prefix cache agree."""
         sequences = [s for request in self._requests.values() for s in request.sequences]
         unfinished = [s for s in sequences if s.finish_reason is None]
         queued = [*self.scheduler.waiting, *self.scheduler.running]
@@ -149,12 +151,12 @@ class Engine:
         if self.prefix is not None:
             self.prefix.check_integrity(holders)
         else:
-            self.runner.pool.check_integrity(holders)
+            self.runner.allocator.check_integrity(holders)
 
     def check(self, prompt: SequenceOf[int], params: SamplingParams) -> int:
         """Tokens the context leaves for output, at least 1. Raises UserError where the model cannot
         serve the request."""
-        return room_for(
+        return check_request(
             prompt,
             params,
             context=self.context,
@@ -169,7 +171,7 @@ class Engine:
             request.started_at = now
             self.recorder.started(request)
 
-    def _expire(self) -> list[Event]:
+    def _expire(self) -> list[TokenEvent]:
         """End what has passed its deadline."""
         now = time.perf_counter()
         late = [
@@ -184,7 +186,9 @@ class Engine:
                     events += self._end(sequence, "deadline")
         return events
 
-    def _run(self, work: list[Work]) -> tuple[tuple[Tensor, Tensor] | None, list[Event]]:
+    def _run(
+        self, work: list[ScheduledChunk]
+    ) -> tuple[tuple[Tensor, Tensor] | None, list[TokenEvent]]:
         """Logits and hidden states of the step, and the ends of sequences that the model failed
         on: where a step fails, each of its sequences is run alone, and who passes goes on.
         """
@@ -195,10 +199,10 @@ class Engine:
             if len(work) == 1:
                 return None, self._fail(work[0].sequence, _model_fault(error))
         passed: list[tuple[Tensor, Tensor]] = []
-        events: list[Event] = []
+        events: list[TokenEvent] = []
         for item in work:
             try:
-                # Rows that are written twice get the same values twice.
+                # StepLogits that are written twice get the same values twice.
                 passed.append(self.runner.step([self._chunk(item)]))
             except Exception as error:
                 events += self._fail(item.sequence, _model_fault(error))
@@ -208,26 +212,28 @@ class Engine:
         logits, hidden = zip(*passed, strict=True)
         return (torch.cat(logits), torch.cat(hidden)), events
 
-    def _chunk(self, work: Work) -> Chunk:
+    def _chunk(self, work: ScheduledChunk) -> Chunk:
         """The work as the runner wants it."""
         sequence = work.sequence
         start, end = work.start, work.start + work.length
         known = len(sequence.tokens)
         tokens = sequence.tokens[start:end]
         if end > known:
-            tokens = tokens + sequence.drafts[: end - known]
+            tokens = tokens + sequence.draft_tokens[: end - known]
         return Chunk(
             tokens=tokens,
             start=start,
             pages=tuple(sequence.pages),
             num_logits=max(0, end - known + 1),
-            form=work.form,
+            path=work.path,
         )
 
-    def _sample(self, work: list[Work], logits: Tensor, hidden: Tensor) -> list[Event]:
+    def _sample(
+        self, work: list[ScheduledChunk], logits: Tensor, hidden: Tensor
+    ) -> list[TokenEvent]:
         """Choose tokens for every sequence that has been read to its end."""
-        rows = Rows(logits)
-        events: list[Event] = []
+        rows = StepLogits(logits)
+        events: list[TokenEvent] = []
         row = 0
         states = hidden.split([item.length for item in work])
         for item, own in zip(work, states, strict=True):
@@ -235,11 +241,11 @@ class Engine:
             known = len(sequence.tokens)
             count = max(0, item.start + item.length - known + 1)
             # Of most rows that are read no logits are asked, and others may soon share them.
-            if sequence.is_reading and not own.isfinite().all():
+            if sequence.is_prefilling and not own.isfinite().all():
                 events += self._fail_not_finite(sequence)
             elif count == 0:
                 self.scheduler.advance(sequence, item.length)
-            elif sequence.is_prefilling:
+            elif sequence.awaits_first_token:
                 self.scheduler.advance(sequence, item.length)
                 for member in self._fork(sequence):
                     events += self._verify(member, rows, row, 1)
@@ -251,14 +257,16 @@ class Engine:
             self.speculator.propose(work, hidden)
         return events
 
-    def _verify(self, sequence: Sequence, rows: Rows, first: int, count: int) -> list[Event]:
+    def _verify(
+        self, sequence: Sequence, rows: StepLogits, first: int, count: int
+    ) -> list[TokenEvent]:
         """Take tokens from `count` rows for as long as each is what was drafted after it.
 
         Every token is drawn from the model's own distribution with the sequence's own random
         numbers, draft or not: drafts decide how many tokens a step yields, never which.
         """
-        drafts, events = sequence.drafts, []
-        sequence.drafts = []
+        drafts, events = sequence.draft_tokens, []
+        sequence.draft_tokens = []
         for place in range(count):
             try:
                 sampled = rows.sample(first + place, sequence.sampler)
@@ -267,10 +275,13 @@ class Engine:
                 event = self._advance(sequence, sampled)
             except Exception as error:
                 # Only a grammar raises UserError here: it has turned out to be too much work.
-                is_form = isinstance(error, UserError)
-                if not is_form:
+                is_grammar_error = isinstance(error, UserError)
+                if not is_grammar_error:
                     logger.exception("sampling failed for request %d", sequence.request.id)
-                return [*events, *self._fail(sequence, _line(error), is_form=is_form)]
+                return [
+                    *events,
+                    *self._fail(sequence, _line(error), is_grammar_error=is_grammar_error),
+                ]
             events.append(event)
             if sequence.finish_reason is not None or place == len(drafts):
                 break
@@ -302,7 +313,7 @@ class Engine:
         )
         return Sequence(request=request, index=index, tokens=list(request.prompt), sampler=sampler)
 
-    def _advance(self, sequence: Sequence, sampled: Sampled) -> Event:
+    def _advance(self, sequence: Sequence, sampled: SampledToken) -> TokenEvent:
         """Append the chosen token and say whether the sequence ends with it."""
         request, token = sequence.request, sampled.token
         is_end = token in request.options.stop_ids or (
@@ -320,7 +331,7 @@ class Engine:
             reason = "length"
         if reason is not None:
             self._finish(sequence, reason)
-        event = Event(request.id, sequence.index, token, sampled.logprob, sampled.top, reason)
+        event = TokenEvent(request.id, sequence.index, token, sampled.logprob, sampled.top, reason)
         return replace(event, is_text=False) if is_end else event
 
     def _time(self, sequence: Sequence) -> None:
@@ -330,26 +341,28 @@ class Engine:
             sequence.first_token_at = now
         sequence.last_token_at = now
 
-    def _observe(self, work: list[Work], seconds: float) -> None:
+    def _observe(self, work: list[ScheduledChunk], seconds: float) -> None:
         self.recorder.stepped()
-        if self.speculator is not None and all(item.form == "stream" for item in work):
+        if self.speculator is not None and all(item.path == "decode" for item in work):
             self.speculator.stepped(sum(item.length for item in work), seconds)
 
     # --- ends ----------------------------------------------------------------------------------
 
-    def _fail(self, sequence: Sequence, error: str, *, is_form: bool = False) -> list[Event]:
+    def _fail(
+        self, sequence: Sequence, error: str, *, is_grammar_error: bool = False
+    ) -> list[TokenEvent]:
         ends = self._end(sequence, "error")
-        return [replace(end, error=error, is_form=is_form) for end in ends]
+        return [replace(end, error=error, is_grammar_error=is_grammar_error) for end in ends]
 
-    def _fail_not_finite(self, sequence: Sequence) -> list[Event]:
+    def _fail_not_finite(self, sequence: Sequence) -> list[TokenEvent]:
         """End a sequence whose rows nobody may go on from."""
         self.scheduler.withdraw(sequence)
         return self._fail(sequence, NOT_FINITE)
 
-    def _end(self, sequence: Sequence, reason: FinishReason) -> list[Event]:
+    def _end(self, sequence: Sequence, reason: FinishReason) -> list[TokenEvent]:
         """End a sequence without a token; the ends of all completions that it stands for."""
         ends = [
-            Event(sequence.request.id, index, None, finish_reason=reason)
+            TokenEvent(sequence.request.id, index, None, finish_reason=reason)
             for index in _completions(sequence)
         ]
         self._finish(sequence, reason)

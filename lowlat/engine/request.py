@@ -1,4 +1,5 @@
-"""What is being generated: a Request per prompt, a Sequence per completion, an Event per token.
+"""What is being generated: a Request per prompt, a Sequence per completion, an TokenEvent per
+token.
 
 Owns the records and their states, no decisions: `engine.scheduler` chooses who runs,
 `engine.engine` moves states.
@@ -8,7 +9,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lowlat.attention.forms import Form
+from lowlat.attention.path import AttentionPath
 from lowlat.engine.constraint import Constraint
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.sampler import SequenceSampler
@@ -26,9 +27,9 @@ class RequestOptions:
     """Lower values go first: see Scheduler."""
     deadline: float | None = None
     """Clock (time.perf_counter) in seconds at which what is unfinished ends."""
-    salt: bytes = b""
+    cache_namespace: bytes = b""
     """Whose request it is: rows of the prefix cache are shared, and service is divided fairly,
-    among requests of one salt and never across."""
+    among requests of one cache_namespace and never across."""
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end a completion besides the model's own."""
     grammar: Constraint | None = None
@@ -36,7 +37,7 @@ class RequestOptions:
     begins_text: bool = True
     """Whether the output is a text of its own, which a tokenizer may drop a first space of, and not
     the rest of the prompt's."""
-    is_patient: bool = False
+    is_offline: bool = False
     """Whether nobody waits for its tokens one by one: prompts are not read in smaller pieces for
     the sake of its decoding."""
 
@@ -57,7 +58,7 @@ class Sequence:
     """Pages of the cache in order; they cover at least num_cached rows."""
     num_indexed: int = 0
     """Leading pages the prefix cache has been told of."""
-    drafts: list[int] = field(default_factory=list)
+    draft_tokens: list[int] = field(default_factory=list)
     """Guesses at the next tokens, to be verified with the next step."""
     was_preempted: bool = False
     """Whether it has lost its pages after it ran."""
@@ -77,15 +78,15 @@ class Sequence:
         return len(self.tokens) - self.num_cached
 
     @property
-    def is_prefilling(self) -> bool:
+    def awaits_first_token(self) -> bool:
         """Whether its first token is still to come."""
         return self.num_outputs == 0
 
     @property
-    def is_reading(self) -> bool:
+    def is_prefilling(self) -> bool:
         """Whether tokens are read that are known already: a prompt, or everything again after a
         preemption."""
-        return self.is_prefilling or self.num_pending > 1
+        return self.awaits_first_token or self.num_pending > 1
 
 
 @dataclass(slots=True, eq=False)
@@ -109,7 +110,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class TokenEvent:
     """A token of one completion, or its end."""
 
     request_id: int
@@ -123,8 +124,8 @@ class Event:
     """False for a token that only says that the completion ends."""
     error: str | None = None
     """With finish_reason "error": what failed, in one line."""
-    is_form: bool = False
-    """With an error: whether the form that was asked for is at fault, and nothing of ours."""
+    is_grammar_error: bool = False
+    """With an error: whether the path that was asked for is at fault, and nothing of ours."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,5 +139,5 @@ class Chunk:
     """Pages of the sequence, covering start + len(tokens) rows."""
     num_logits: int
     """Logits are wanted for this many of the last tokens."""
-    form: Form
+    path: AttentionPath
     """The arithmetic that computes their rows."""

@@ -1,7 +1,8 @@
 """Runs the model over chunks of token ids: records in, logits out.
 
-Owns the model, the paged cache and its pool of pages. Knows nothing of requests, sampling or text.
-The cache starts small and at least doubles when its pages run out, so memory follows what is used.
+Owns the model, the paged cache and its allocator of pages. Knows nothing of requests, sampling or
+text. The cache starts small and at least doubles when its pages run out, so memory follows what is
+used.
 """
 
 from collections.abc import Sequence
@@ -13,16 +14,16 @@ from torch import Tensor
 from lowlat.attention.cache import PAGE_SIZE, PagedCache
 from lowlat.attention.cached import CachedAttention
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
-from lowlat.engine.pages import PagePool
+from lowlat.engine.page_allocator import PageAllocator
 from lowlat.engine.request import Chunk
-from lowlat.model.native import NativeModel, has_native_form
+from lowlat.model.native import NativeModel, supports_native
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
 
 INITIAL_PAGES = 16
 
 
-class Runner:
+class ModelRunner:
     """One model and one cache. Page lists are the callers', who `reserve` before they `run`.
 
     `cache_dtype` is that of the cache, torch.int8 included; None takes the activations'. Of the
@@ -41,8 +42,8 @@ class Runner:
     ) -> None:
         self._max_pages = max_pages
         self.model = model
-        self._native = NativeModel(model) if has_native_form(model) else None
-        self.pool = PagePool(num_pages)
+        self._native = NativeModel(model) if supports_native(model) else None
+        self.allocator = PageAllocator(num_pages)
         weight = model.embed_tokens.weight
         self.device = weight.device
         self.cache = PagedCache(
@@ -60,13 +61,13 @@ class Runner:
         return self._native is not None
 
     def reserve(self, pages: list[int], num_tokens: int) -> None:
-        """Extend `pages` in place until they cover `num_tokens` rows; the pool grows for it.
+        """Extend `pages` in place until they cover `num_tokens` rows; the allocator grows for it.
 
         Raises UserError where it may not grow so far.
         """
         missing = -(-num_tokens // self.cache.page_size) - len(pages)
-        if missing > self.pool.num_available:
-            wanted = self.pool.num_pages - self.pool.num_available + missing
+        if missing > self.allocator.num_available:
+            wanted = self.allocator.num_pages - self.allocator.num_available + missing
             if self._max_pages is not None and wanted > self._max_pages:
                 size = self.cache.page_size
                 raise UserError(
@@ -74,10 +75,10 @@ class Runner:
                     f" which {size * (wanted - missing)} are taken by what is being generated; end "
                     "that first, or raise max_cache_bytes"
                 )
-            grown = max(2 * self.pool.num_pages, wanted)
-            self.pool.grow(grown if self._max_pages is None else min(grown, self._max_pages))
+            grown = max(2 * self.allocator.num_pages, wanted)
+            self.allocator.grow(grown if self._max_pages is None else min(grown, self._max_pages))
         if missing > 0:
-            pages += self.pool.allocate(missing)
+            pages += self.allocator.allocate(missing)
         self._fit_cache()
 
     @torch.inference_mode()
@@ -88,7 +89,7 @@ class Runner:
 
     def release(self, pages: list[int]) -> None:
         """Give `pages` back and empty the list."""
-        self.pool.release(pages)
+        self.allocator.release(pages)
         pages.clear()
 
     def run(self, chunks: Sequence[Chunk]) -> Float[Tensor, "rows vocab"]:
@@ -133,17 +134,17 @@ class Runner:
         return hidden, self.model.mtp_logits(depth, hidden[wanted])
 
     def check_integrity(self, holders: Sequence[Sequence[int]]) -> None:
-        """Raise AssertionError unless pool and the page lists of all sequences agree."""
-        self.pool.check_integrity(holders)
+        """Raise AssertionError unless allocator and the page lists of all sequences agree."""
+        self.allocator.check_integrity(holders)
 
     def _fit_cache(self) -> None:
-        """Give the cache the pages that the pool has grown by."""
+        """Give the cache the pages that the allocator has grown by."""
         old = self.cache
-        if old.num_pages == self.pool.num_pages:
+        if old.num_pages == self.allocator.num_pages:
             return
         self.cache = PagedCache(
             self.model.config,
-            num_pages=self.pool.num_pages,
+            num_pages=self.allocator.num_pages,
             page_size=old.page_size,
             dtype=old.dtype,
             device=self.device,
@@ -154,7 +155,7 @@ class Runner:
         self._fit_cache()
         slices = [
             SequenceSlice(
-                pages=chunk.pages, start=chunk.start, length=len(chunk.tokens), form=chunk.form
+                pages=chunk.pages, start=chunk.start, length=len(chunk.tokens), path=chunk.path
             )
             for chunk in chunks
         ]

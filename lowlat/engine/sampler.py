@@ -24,7 +24,7 @@ from lowlat.ops import sampling
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class SampledToken:
     """A chosen token and, where asked for, log-probabilities of the model itself."""
 
     token: int
@@ -69,18 +69,18 @@ class SequenceSampler:
         if self.grammar is not None:
             self.grammar.accept(token)
 
-    def sample(self, logits: Float[Tensor, " vocab"], best: int) -> Sampled:
+    def sample(self, logits: Float[Tensor, " vocab"], best: int) -> SampledToken:
         """Choose from one row of raw logits, whose largest entry is at `best`."""
         params = self.params
         if params.is_greedy and self._is_raw and params.logprobs is None:
-            return Sampled(best)
+            return SampledToken(best)
         logits = logits.cpu()
         token = best if params.is_greedy and self._is_raw else self._choose(logits)
         if params.logprobs is None:
-            return Sampled(token)
+            return SampledToken(token)
         logprobs = torch.log_softmax(logits, dim=-1)
         top = ranked(logprobs, params.logprobs)[: params.logprobs] if params.logprobs else []
-        return Sampled(
+        return SampledToken(
             token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in top)
         )
 
@@ -104,7 +104,7 @@ class SequenceSampler:
         )
 
 
-class Rows:
+class StepLogits:
     """Logits of a step, of which sequences take a token each, row by row."""
 
     def __init__(self, logits: Float[Tensor, "rows vocab"]) -> None:
@@ -113,7 +113,7 @@ class Rows:
         self._best = logits.argmax(dim=-1).tolist() if len(logits) > 0 else []
 
     @torch.inference_mode()
-    def sample(self, row: int, sampler: SequenceSampler) -> Sampled | None:
+    def sample(self, row: int, sampler: SequenceSampler) -> SampledToken | None:
         """A token from `row`; None where its largest logit is NaN or infinite."""
         if not self._is_finite[row]:
             return None

@@ -1,19 +1,19 @@
 """Who runs in the next step, and on which pages: plain Python over request records, no tensors.
 
 Owns the order of waiting and running sequences, the token budget of a step, and the pages that
-sequences hold: taken from the pool and the prefix cache, given back when a sequence ends or has to
-make room. What the tokens are is the engine's.
+sequences hold: taken from the allocator and the prefix cache, given back when a sequence ends or
+has to make room. What the tokens are is the engine's.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lowlat.attention.forms import Form
+from lowlat.attention.path import AttentionPath
 from lowlat.engine.fairness import Fairness
-from lowlat.engine.pages import PagePool
+from lowlat.engine.page_allocator import PageAllocator
+from lowlat.engine.prefill_planner import PREFILL_CHUNK, PrefillPlanner
 from lowlat.engine.prefix import PrefixCache
-from lowlat.engine.reading import PREFILL_CHUNK, Reader
 from lowlat.engine.request import Sequence
 
 STEP_TOKENS = 1024
@@ -27,14 +27,14 @@ PRIORITY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class ScheduledChunk:
     """One sequence's share of a step: `length` tokens from `start` on, drafts included."""
 
     sequence: Sequence
     start: int
     """Rows it has in the cache."""
     length: int
-    form: Form
+    path: AttentionPath
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,14 +70,14 @@ class Scheduler:
     def __init__(
         self,
         *,
-        reader: Reader,
-        pool: PagePool,
+        planner: PrefillPlanner,
+        allocator: PageAllocator,
         prefix: PrefixCache | None,
         limits: Limits,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.reader = reader
-        self.pool = pool
+        self.planner = planner
+        self.allocator = allocator
         self.prefix = prefix
         self.limits = limits
         self.waiting: list[Sequence] = []
@@ -94,7 +94,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue the first completion of a new request."""
-        self._fairness.enter(sequence.request.options.salt)
+        self._fairness.enter(sequence.request.options.cache_namespace)
         self.waiting.append(sequence)
 
     def fork(self, first: Sequence, others: list[Sequence]) -> list[tuple[int, int]]:
@@ -104,17 +104,17 @@ class Scheduler:
         one are to be made before the next step. One that finds no page waits and reads its tokens
         again.
         """
-        num_full, rest = divmod(first.num_cached, self.reader.page_size)
+        num_full, rest = divmod(first.num_cached, self.planner.page_size)
         copies: list[tuple[int, int]] = []
         for other in others:
-            self._fairness.enter(other.request.options.salt)
+            self._fairness.enter(other.request.options.cache_namespace)
             if rest and not self._has_room(1):
                 self.waiting.append(other)
                 continue
-            self.pool.retain(first.pages[:num_full])
+            self.allocator.retain(first.pages[:num_full])
             other.pages = first.pages[:num_full]
             if rest:
-                other.pages += self.pool.allocate(1)
+                other.pages += self.allocator.allocate(1)
                 copies.append((first.pages[num_full], other.pages[num_full]))
             other.num_cached, other.num_indexed = first.num_cached, first.num_indexed
             self.running.append(other)
@@ -127,30 +127,30 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         self._release(sequence)
-        self._fairness.leave(sequence.request.options.salt)
+        self._fairness.leave(sequence.request.options.cache_namespace)
 
-    def schedule(self) -> list[Work]:
+    def schedule(self) -> list[ScheduledChunk]:
         """The next step's work, its pages reserved; empty when nothing is left."""
         self._admit()
-        chosen: dict[Sequence, Work] = {}
+        chosen: dict[Sequence, ScheduledChunk] = {}
         for sequence in sorted(self.running, key=_order):
-            if not sequence.is_reading and sequence in self.running:
+            if not sequence.is_prefilling and sequence in self.running:
                 self._drop_costly_drafts(sequence)
-                self._choose(chosen, sequence, 1 + len(sequence.drafts), "stream")
-        waited_for = [s for s in chosen if not s.request.options.is_patient]
+                self._choose(chosen, sequence, 1 + len(sequence.draft_tokens), "decode")
+        waited_for = [s for s in chosen if not s.request.options.is_offline]
         self._read(chosen, self._reading_budget(len(chosen), waited_for=bool(waited_for)))
         for work in chosen.values():
-            self._fairness.serve(work.sequence.request.options.salt, work.length)
+            self._fairness.serve(work.sequence.request.options.cache_namespace, work.length)
         return list(chosen.values())
 
     def advance(self, sequence: Sequence, num_tokens: int) -> None:
         """Rows of the next `num_tokens` tokens are in the cache: tell the prefix cache."""
         sequence.num_cached += num_tokens
-        full = sequence.num_cached // self.reader.page_size
+        full = sequence.num_cached // self.planner.page_size
         if self.prefix is not None and full > sequence.num_indexed:
-            forms = self._page_forms(sequence, full)
-            salt = sequence.request.options.salt
-            self.prefix.insert(salt, sequence.tokens, forms, sequence.pages)
+            paths = self._page_paths(sequence, full)
+            cache_namespace = sequence.request.options.cache_namespace
+            self.prefix.insert(cache_namespace, sequence.tokens, paths, sequence.pages)
             sequence.num_indexed = full
 
     def withdraw(self, sequence: Sequence) -> None:
@@ -175,14 +175,14 @@ class Scheduler:
         request = sequence.request
         waited = int((now - request.arrived_at) / PRIORITY_SECONDS)
         gives_way = max(0, request.options.priority - waited)
-        service = self._fairness.service(request.options.salt)
+        service = self._fairness.service(request.options.cache_namespace)
         place = request.arrived_at + PRIORITY_SECONDS * request.options.priority
         # Who had to make room comes back first, or work done twice would be done three times.
         return (gives_way, not sequence.was_preempted, service, place, sequence.index)
 
     def _take_pages(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence what the prefix cache has of it, if the pool has room for all
-        its tokens beside those that run, and for a page more for each of these."""
+        """Give a waiting sequence what the prefix cache has of it, if the allocator has room for
+        all its tokens beside those that run, and for a page more for each of these."""
         self._match(sequence)
         promised = sum(self._missing(running) for running in self.running)
         if self._has_room(self._missing(sequence) + promised + len(self.running)):
@@ -199,25 +199,25 @@ class Scheduler:
         they are more. The last token is always read, because its logits are needed."""
         if self.prefix is None:
             return
-        size = self.reader.page_size
+        size = self.planner.page_size
         count = (len(sequence.tokens) - 1) // size
-        forms = self._page_forms(sequence, count)
+        paths = self._page_paths(sequence, count)
         found = self.prefix.match(
-            sequence.request.options.salt, sequence.tokens[: count * size], forms
+            sequence.request.options.cache_namespace, sequence.tokens[: count * size], paths
         )
         if len(found) * size <= sequence.num_cached:
-            self.pool.release(found)
+            self.allocator.release(found)
         else:
-            self.pool.release(sequence.pages)
+            self.allocator.release(sequence.pages)
             sequence.pages = found
             sequence.num_cached, sequence.num_indexed = len(found) * size, len(found)
         # Once it has read anything it may find its own pages, which nobody saved it.
         if sequence.request.started_at is None:
             sequence.request.num_matched = sequence.num_cached
 
-    def _page_forms(self, sequence: Sequence, count: int) -> list[str]:
+    def _page_paths(self, sequence: Sequence, count: int) -> list[str]:
         prompt = len(sequence.request.prompt)
-        return [self.reader.page_form(page, prompt) for page in range(count)]
+        return [self.planner.page_path(page, prompt) for page in range(count)]
 
     # --- reading -------------------------------------------------------------------------------
 
@@ -232,7 +232,7 @@ class Scheduler:
         budget = limits.mixed_tokens * num_reading // num_decoding
         return min(max(budget, limits.mixed_tokens), limits.step_tokens)
 
-    def _read(self, chosen: dict[Sequence, Work], budget: int) -> None:
+    def _read(self, chosen: dict[Sequence, ScheduledChunk], budget: int) -> None:
         """Share `budget` among the sequences that read known tokens."""
         reading = self._readers()
         if not reading:
@@ -250,18 +250,18 @@ class Scheduler:
                 budget -= given
         for sequence, limit in planned.items():
             if sequence in self.running:
-                piece = self.reader.next_piece(
+                chunk = self.planner.next_chunk(
                     sequence.num_cached,
                     len(sequence.request.prompt),
                     len(sequence.tokens),
                     limit,
                 )
-                self._choose(chosen, sequence, piece.length, piece.form)
+                self._choose(chosen, sequence, chunk.length, chunk.path)
 
     def _readers(self) -> list[Sequence]:
         """Who reads in this step, in order: all but those whose next page someone before them is
         about to read. They find it in the prefix cache: a prompt that many share is read once."""
-        reading = [s for s in sorted(self.running, key=_order) if s.is_reading]
+        reading = [s for s in sorted(self.running, key=_order) if s.is_prefilling]
         if self.prefix is None:
             return reading
         for sequence in self._awaiting.intersection(reading):
@@ -275,36 +275,42 @@ class Scheduler:
 
     def _leads(self, leader: Sequence, sequence: Sequence) -> bool:
         """Whether `leader` is about to compute the very page that `sequence` needs next."""
-        size, have = self.reader.page_size, sequence.num_cached
+        size, have = self.planner.page_size, sequence.num_cached
         needed = have + size
         if have % size or needed >= len(sequence.tokens):
             return False
         if not leader.num_cached < needed <= len(leader.tokens):
             return False
-        if leader.request.options.salt != sequence.request.options.salt:
+        if leader.request.options.cache_namespace != sequence.request.options.cache_namespace:
             return False
         count = needed // size
         return leader.tokens[:needed] == sequence.tokens[:needed] and (
-            self._page_forms(leader, count) == self._page_forms(sequence, count)
+            self._page_paths(leader, count) == self._page_paths(sequence, count)
         )
 
     # --- pages ---------------------------------------------------------------------------------
 
     def _choose(
-        self, chosen: dict[Sequence, Work], sequence: Sequence, length: int, form: Form
+        self,
+        chosen: dict[Sequence, ScheduledChunk],
+        sequence: Sequence,
+        length: int,
+        path: AttentionPath,
     ) -> None:
         """Put a sequence into the step, if pages can be found for it."""
         if self._reserve(chosen, sequence, sequence.num_cached + length):
-            chosen[sequence] = Work(sequence, sequence.num_cached, length, form)
+            chosen[sequence] = ScheduledChunk(sequence, sequence.num_cached, length, path)
 
-    def _reserve(self, chosen: dict[Sequence, Work], sequence: Sequence, num_tokens: int) -> bool:
+    def _reserve(
+        self, chosen: dict[Sequence, ScheduledChunk], sequence: Sequence, num_tokens: int
+    ) -> bool:
         """Extend the sequence's pages to `num_tokens` rows; whoever is last in order makes room."""
         while True:
             missing = self._num_pages(num_tokens) - len(sequence.pages)
             if missing <= 0:
                 return True
             if self._has_room(missing):
-                sequence.pages += self.pool.allocate(missing)
+                sequence.pages += self.allocator.allocate(missing)
                 return True
             victim = max(self.running, key=_order)
             chosen.pop(victim, None)
@@ -314,37 +320,37 @@ class Scheduler:
 
     def _drop_costly_drafts(self, sequence: Sequence) -> None:
         """Nobody makes room for a guess."""
-        wanted = self._num_pages(len(sequence.tokens) + len(sequence.drafts))
+        wanted = self._num_pages(len(sequence.tokens) + len(sequence.draft_tokens))
         if not self._has_room(max(0, wanted - len(sequence.pages))):
-            sequence.drafts = []
+            sequence.draft_tokens = []
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
-        sequence.drafts = []
+        sequence.draft_tokens = []
         sequence.was_preempted = True
         self.running.remove(sequence)
         self.waiting.append(sequence)
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.pages)
+        self.allocator.release(sequence.pages)
         sequence.pages = []
         sequence.num_cached = sequence.num_indexed = 0
 
     def _num_pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.reader.page_size)
+        return -(-num_tokens // self.planner.page_size)
 
     def _has_room(self, count: int) -> bool:
-        """Whether `count` pages can be taken, growing the pool where it may grow."""
-        if count <= self.pool.num_available:
+        """Whether `count` pages can be taken, growing the allocator where it may grow."""
+        if count <= self.allocator.num_available:
             return True
-        total, limit = self.pool.num_pages, self.limits.max_pages
-        wanted = max(2 * total, total - self.pool.num_available + count)
+        total, limit = self.allocator.num_pages, self.limits.max_pages
+        wanted = max(2 * total, total - self.allocator.num_available + count)
         if limit is not None:
             wanted = min(wanted, limit)
         if wanted > total:
-            self.pool.grow(wanted)
-        return count <= self.pool.num_available
+            self.allocator.grow(wanted)
+        return count <= self.allocator.num_available
 
 
 def _order(sequence: Sequence) -> tuple[float, int]:
@@ -360,4 +366,4 @@ def _remaining(sequence: Sequence) -> tuple[int, float, int]:
 
 def _room(sequence: Sequence) -> int:
     """Completions the sequence stands for: all n of its request until the prompt is cached."""
-    return sequence.request.params.n if sequence.is_prefilling else 1
+    return sequence.request.params.n if sequence.awaits_first_token else 1

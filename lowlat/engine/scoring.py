@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowlat.attention.forms import form_of
+from lowlat.attention.path import choose_path
 from lowlat.engine.request import Chunk
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 
 WINDOW = 1024
 """Tokens of a window that nobody chose, or the model's context where that is shorter."""
@@ -46,7 +46,7 @@ class Score:
         return self.nll / math.log(2.0) / self.bytes
 
 
-def logits(runner: Runner, ids: Sequence[int], *, chunk: int) -> Float[Tensor, "tokens vocab"]:
+def logits(runner: ModelRunner, ids: Sequence[int], *, chunk: int) -> Float[Tensor, "tokens vocab"]:
     """Raw logits after each of `ids`, at least fp32, read `chunk` at a time."""
     out: Tensor | None = None
     for start, rows in _chunks(runner, ids, chunk):
@@ -59,7 +59,7 @@ def logits(runner: Runner, ids: Sequence[int], *, chunk: int) -> Float[Tensor, "
 
 
 def mtp_logits(
-    runner: Runner, ids: Sequence[int], *, chunk: int
+    runner: ModelRunner, ids: Sequence[int], *, chunk: int
 ) -> list[Float[Tensor, "tokens vocab"]]:
     """Raw logits of every MTP depth k, at least fp32: [tokens - 1 - k, vocab] (or no rows).
 
@@ -87,7 +87,7 @@ def mtp_logits(
     return [torch.cat(found) if found else empty for found in pieces]
 
 
-def nll(runner: Runner, ids: Sequence[int], *, chunk: int) -> Float[Tensor, " predicted"]:
+def nll(runner: ModelRunner, ids: Sequence[int], *, chunk: int) -> Float[Tensor, " predicted"]:
     """Negative log-likelihood (nats, fp64, on the CPU) of each of `ids` but the first."""
     pieces = []
     for start, rows in _chunks(runner, ids, chunk):
@@ -99,7 +99,7 @@ def nll(runner: Runner, ids: Sequence[int], *, chunk: int) -> Float[Tensor, " pr
     return torch.cat(pieces)
 
 
-def _chunks(runner: Runner, ids: Sequence[int], chunk: int) -> Iterator[tuple[int, Tensor]]:
+def _chunks(runner: ModelRunner, ids: Sequence[int], chunk: int) -> Iterator[tuple[int, Tensor]]:
     """(start, logits [length, vocab]) of successive chunks; the pages are given back at the end."""
     pages: list[int] = []
     try:
@@ -112,6 +112,6 @@ def _chunks(runner: Runner, ids: Sequence[int], chunk: int) -> Iterator[tuple[in
         runner.release(pages)
 
 
-def _chunk(runner: Runner, tokens: Sequence[int], start: int, pages: list[int]) -> Chunk:
-    form = form_of(runner.model.config.attention, len(tokens))
-    return Chunk(tokens=tokens, start=start, pages=tuple(pages), num_logits=0, form=form)
+def _chunk(runner: ModelRunner, tokens: Sequence[int], start: int, pages: list[int]) -> Chunk:
+    path = choose_path(runner.model.config.attention, len(tokens))
+    return Chunk(tokens=tokens, start=start, pages=tuple(pages), num_logits=0, path=path)

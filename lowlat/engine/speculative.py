@@ -13,12 +13,12 @@ from collections.abc import Sequence as SequenceOf
 
 from torch import Tensor
 
-from lowlat.engine.depth import MAX_DEPTH, DepthChoice
-from lowlat.engine.lookup import PromptLookup
-from lowlat.engine.mtp_drafts import MTPDrafter, takes_part
+from lowlat.engine.draft_policy import MAX_DRAFT_TOKENS, DraftPolicy
+from lowlat.engine.mtp_drafter import MTPDrafter, takes_part
+from lowlat.engine.prompt_lookup import PromptLookup
 from lowlat.engine.request import Sequence
-from lowlat.engine.runner import Runner
-from lowlat.engine.scheduler import Work
+from lowlat.engine.runner import ModelRunner
+from lowlat.engine.scheduler import ScheduledChunk
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class Speculator:
     """Drafts for all sequences of an engine."""
 
-    def __init__(self, runner: Runner) -> None:
-        self.depth = DepthChoice()
+    def __init__(self, runner: ModelRunner) -> None:
+        self.depth = DraftPolicy()
         has_mtp = runner.model.config.num_nextn_predict_layers > 0
         self._mtp = MTPDrafter(runner) if has_mtp else None
         self._drafting_seconds = 0.0
@@ -36,7 +36,7 @@ class Speculator:
         )
         self._given_up: weakref.WeakSet[Sequence] = weakref.WeakSet()
 
-    def propose(self, work: SequenceOf[Work], hidden: Tensor) -> None:
+    def propose(self, work: SequenceOf[ScheduledChunk], hidden: Tensor) -> None:
         """Set the drafts of the sequences that have just been part of a step.
 
         `work` is what the step was, `hidden` [tokens, hidden] the final hidden states of its
@@ -51,22 +51,26 @@ class Speculator:
             for item in going_on:
                 self._propose_alone(item, work, hidden)
 
-    def _propose_alone(self, item: Work, work: SequenceOf[Work], hidden: Tensor) -> None:
-        item.sequence.drafts = []
+    def _propose_alone(
+        self, item: ScheduledChunk, work: SequenceOf[ScheduledChunk], hidden: Tensor
+    ) -> None:
+        item.sequence.draft_tokens = []
         try:
             self._propose([item], work, hidden)
         except Exception:
             logger.exception("request %d goes on without drafts", item.sequence.request.id)
             self._given_up.add(item.sequence)
 
-    def _propose(self, parts: SequenceOf[Work], work: SequenceOf[Work], hidden: Tensor) -> None:
+    def _propose(
+        self, parts: SequenceOf[ScheduledChunk], work: SequenceOf[ScheduledChunk], hidden: Tensor
+    ) -> None:
         """Set drafts after some `parts` of a step."""
         decoding = [
             item.sequence
             for item in parts
             if item.sequence.finish_reason is None
             and item.sequence.pages
-            and not item.sequence.is_reading
+            and not item.sequence.is_prefilling
         ]
         depths = self.depth.choose({s: _most_drafts(s) for s in decoding})
         self._drafting_seconds = 0.0
@@ -76,13 +80,13 @@ class Speculator:
         for sequence in decoding:
             if depths[sequence] > 0:
                 lookup = self._lookups.setdefault(sequence, PromptLookup())
-                sequence.drafts = lookup.propose(sequence.tokens, depths[sequence])
+                sequence.draft_tokens = lookup.propose(sequence.tokens, depths[sequence])
 
     def _run_modules(
         self,
         mtp: MTPDrafter,
-        parts: SequenceOf[Work],
-        work: SequenceOf[Work],
+        parts: SequenceOf[ScheduledChunk],
+        work: SequenceOf[ScheduledChunk],
         hidden: Tensor,
         depths: Mapping[Sequence, int],
     ) -> None:
@@ -95,8 +99,8 @@ class Speculator:
         mtp.propose([(item, state) for item, state in own if item in taking_part], depths)
         self._drafting_seconds = time.perf_counter() - started
         # A prompt's rows are made beside the drafts, and are no cost of theirs.
-        is_reading = any(item.length > 1 + MAX_DEPTH for item in taking_part)
-        if not is_reading and (total := sum(depths.values())):
+        is_prefilling = any(item.length > 1 + MAX_DRAFT_TOKENS for item in taking_part)
+        if not is_prefilling and (total := sum(depths.values())):
             self.depth.drafted(total, self._drafting_seconds)
 
     def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:

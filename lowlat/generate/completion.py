@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
-from lowlat.engine.request import Event, FinishReason, Request
+from lowlat.engine.request import FinishReason, Request, TokenEvent
 from lowlat.text.detokenize import Detokenizer
 from lowlat.text.stops import StopStrings
 from lowlat.text.tokenizer import Tokenizer
@@ -108,7 +108,7 @@ class CompletionBuilder:
         self.pieces: list[str] = []
         self.error: str | None = None
         """With finish_reason "error": what failed, in one line."""
-        self.is_form = False
+        self.is_grammar_error = False
         """With an error: whether the form that was asked for is at fault."""
         self._detokenizer = Detokenizer(
             tokenizer, keep_special=keep_special, begins_text=request.options.begins_text
@@ -121,7 +121,7 @@ class CompletionBuilder:
         self._num_certain = 0
         """Of `pieces`."""
 
-    def push(self, event: Event) -> None:
+    def push(self, event: TokenEvent) -> None:
         """Take one event; sets `finish_reason` at the end, also for a stop string found here."""
         piece = ""
         if event.token is not None:
@@ -136,7 +136,7 @@ class CompletionBuilder:
         if self.finish_reason is None and event.finish_reason is not None:
             piece += self._flush()
             self.finish_reason = self.finish_reason or event.finish_reason
-            self.error, self.is_form = event.error, event.is_form
+            self.error, self.is_grammar_error = event.error, event.is_grammar_error
         if piece:
             self.pieces.append(piece)
             self._num_certain += len(piece)

@@ -11,15 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowlat.attention.cache import cache_bytes_per_token
-from lowlat.config.arithmetic import count_parameters
-from lowlat.config.attention import row_widths, short_name
+from lowlat.config.attention import entry_widths, short_name
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
+from lowlat.config.parameter_count import count_parameters
 from lowlat.engine import scoring
 from lowlat.engine.cache_size import new_runner
 from lowlat.engine.constraint import Constraint
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import SamplingOptions, SamplingParams, integer_of, make_params
-from lowlat.engine.reading import PREFILL_CHUNK
+from lowlat.engine.prefill_planner import PREFILL_CHUNK
 from lowlat.engine.request import Request, RequestOptions
 from lowlat.engine.scoring import Score
 from lowlat.generate.completion import Completion, CompletionBuilder, Stream
@@ -100,7 +100,7 @@ class Model:
     def __repr__(self) -> str:
         attention = self.config.attention
         if isinstance(attention, MLAConfig | tuple):
-            latent = " + ".join(row_widths(attention))
+            latent = " + ".join(entry_widths(attention))
             form = f"MLA {self.config.num_attention_heads} heads, latent {latent}"
         elif not isinstance(attention, GQAConfig):
             form = f"{short_name(attention)}, {attention.num_attention_heads} heads"
@@ -249,7 +249,7 @@ class Model:
         requests: list[Request] = []
         try:
             pairs = zip(encoded, params, strict=True)
-            added = [self._add(each, own, requests, is_patient=True) for each, own in pairs]
+            added = [self._add(each, own, requests, is_offline=True) for each, own in pairs]
             with (progress or SilentProgress()).task("generating", len(added), "items") as task:
                 unfinished = list(range(len(added)))
                 while unfinished:
@@ -266,7 +266,7 @@ class Model:
         if params.n > 1:
             raise UserError(f"n {params.n} cannot be streamed; set n to 1 or stream to False")
         requests: list[Request] = []
-        (builder,) = self._add(self._encode(prompt), params, requests, is_patient=False)
+        (builder,) = self._add(self._encode(prompt), params, requests, is_offline=False)
         return Stream(builder, step=self._step, close=lambda: self._abandon(requests[0]))
 
     def _encode(self, prompt: Prompt) -> tuple[list[int], bool]:
@@ -283,11 +283,11 @@ class Model:
         params: SamplingParams,
         requests: list[Request],
         *,
-        is_patient: bool,
+        is_offline: bool,
     ) -> list[CompletionBuilder]:
         ids, begins_text = encoded
         grammar = self._grammar(params.structured, begins_text=begins_text)
-        options = RequestOptions(grammar=grammar, is_patient=is_patient, begins_text=begins_text)
+        options = RequestOptions(grammar=grammar, is_offline=is_offline, begins_text=begins_text)
         request = self.engine.add(ids, params, options)
         requests.append(request)
         builders = [CompletionBuilder(self.tokenizer, request, i) for i in range(params.n)]

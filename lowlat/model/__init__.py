@@ -1,1 +1,6 @@
-"""The transformer's modules: one file per idea. No file format, no cache layout, no sharding."""
+"""The model as modules, one file per idea: DeepSeek-V3 (MLA, DeepSeekMoE, MTP), and GQA, GLA, GTA
+and TPA attention.
+
+Read `transformer`, `block`, `mla`, `moe`, `mtp`. File formats, KV cache layouts, sharding and the
+modules of training are elsewhere.
+"""

@@ -1,9 +1,8 @@
-"""One decoder layer: attention and MLP or MoE, each behind a norm and inside a residual."""
+"""Decoder layer: pre-norm attention and MLP or MoE, each with a residual connection."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lowlat.attention.base import AttentionBackend
 from lowlat.config.model import (
@@ -21,6 +20,7 @@ from lowlat.model.linear import RMSNorm
 from lowlat.model.mla import MLA
 from lowlat.model.moe import MLP, MoE
 from lowlat.model.tpa import TPA
+from lowlat.ops.rope import RotaryTable
 
 
 class DecoderLayer(nn.Module):
@@ -37,22 +37,13 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(
             config.hidden_size, config.rms_norm_eps, dtype=dtype
         )
-        self.recompute = False
-        """Keep only the input for the backward pass and compute the rest again (training)."""
 
     def forward(
         self,
         x: Float[Tensor, "tokens hidden"],
-        rope: tuple[Tensor, Tensor],
+        rope: RotaryTable,
         attention: AttentionBackend,
     ) -> Float[Tensor, "tokens hidden"]:
-        if self.recompute:
-            return checkpoint(self._forward, x, rope, attention, use_reentrant=False)
-        return self._forward(x, rope, attention)
-
-    def _forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], attention: AttentionBackend
-    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, attention)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -60,7 +51,7 @@ class DecoderLayer(nn.Module):
 def new_attention(
     config: ModelConfig, layer: int, *, dtype: torch.dtype
 ) -> MLA | GQA | GLA | GTA | TPA:
-    """The (unfilled) attention of `layer`, of the kind that the config says."""
+    """The attention module of `layer`, of the kind in the config; its weights are unfilled."""
     match config.attention_of(layer):
         case MLAConfig() as attention:
             return MLA(config, attention, layer, dtype=dtype)

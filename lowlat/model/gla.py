@@ -1,8 +1,8 @@
 """Grouped Latent Attention: MLA with a latent per group of heads (arXiv 2505.21487).
 
-The row [c_1 ; ... ; c_g ; k_R] is as wide as MLA's, and the attention over it is MLA's: the
-up-projections of a head are zero where the row holds the latents of other groups. Cache, engine and
-kernels know no difference.
+The KV cache entry [c_1 ; ... ; c_g ; k_R] has the width of MLA's, and attention over it is MLA's:
+the up-projections of a head are zero for the latents of other groups. Cache, engine and kernels do
+not distinguish the two.
 """
 
 import torch
@@ -14,11 +14,11 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.config.model import GLAConfig, ModelConfig
 from lowlat.model.linear import Linear, RMSNorm
 from lowlat.model.mla import LATENT_NORM_EPS, split_queries
-from lowlat.ops.rope import apply_rope
+from lowlat.ops.rope import RotaryTable, apply_rope
 
 
 class GLA(nn.Module):
-    """As MLA, with a norm per latent, and kv_b_proj reading a group's latent alone."""
+    """MLA with a norm per latent and a kv_b_proj that reads the latent of one group."""
 
     def __init__(
         self, config: ModelConfig, attention: GLAConfig, layer: int, *, dtype: torch.dtype
@@ -36,7 +36,7 @@ class GLA(nn.Module):
             self.q_a_proj = Linear(hidden, attention.q_lora_rank, dtype=dtype)
             self.q_a_layernorm = RMSNorm(attention.q_lora_rank, LATENT_NORM_EPS, dtype=dtype)
             self.q_b_proj = Linear(attention.q_lora_rank, q_dim, dtype=dtype)
-        self.kv_a_proj_with_mqa = Linear(hidden, attention.row_dim, dtype=dtype)
+        self.kv_a_proj_with_mqa = Linear(hidden, attention.entry_dim, dtype=dtype)
         self.kv_a_layernorm = nn.ModuleList(
             RMSNorm(attention.group_rank, LATENT_NORM_EPS, dtype=dtype)
             for _ in range(attention.num_latent_groups)
@@ -48,19 +48,19 @@ class GLA(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "tokens hidden"],
-        rope: tuple[Tensor, Tensor],
+        rope: RotaryTable,
         attention: AttentionBackend,
     ) -> Float[Tensor, "tokens hidden"]:
         q_nope, q_rope = self.queries(x, rope)
         w_uk, w_uv = self.up_projections(x.dtype)
-        rows = self.rows(x, rope)
-        out = attention.mla(self.layer, q_nope, q_rope, rows, w_uk, w_uv, self.scale)
+        entries = self.entries(x, rope)
+        out = attention.mla(self.layer, q_nope, q_rope, entries, w_uk, w_uv, self.scale)
         return self.o_proj(out.flatten(1))
 
     def queries(
-        self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor]
+        self, x: Float[Tensor, "tokens hidden"], rope: RotaryTable
     ) -> tuple[Float[Tensor, "tokens heads nope_dim"], Float[Tensor, "tokens heads rope_dim"]]:
-        """The part without position and the rotated part of every head."""
+        """NoPE and rotated RoPE components of every head."""
         dims = self.dims
         if dims.q_lora_rank is None:
             q = self.q_proj(x)
@@ -68,15 +68,15 @@ class GLA(nn.Module):
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         return split_queries(q, dims, rope, interleave=self.interleave)
 
-    def rows(
-        self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor]
-    ) -> Float[Tensor, "tokens row_dim"]:
-        """What is cached: the normalised latents and the rotated shared key."""
+    def entries(
+        self, x: Float[Tensor, "tokens hidden"], rope: RotaryTable
+    ) -> Float[Tensor, "tokens entry_dim"]:
+        """KV cache entries: the normalised latents and the rotated shared key."""
         dims = self.dims
         sizes = [dims.group_rank] * dims.num_latent_groups
         *latents, k_rope = self.kv_a_proj_with_mqa(x).split([*sizes, dims.rope_dim], dim=-1)
         latents = [norm(c) for norm, c in zip(self.norms(), latents, strict=True)]
-        k_rope = apply_rope(k_rope[:, None], *rope, interleave=self.interleave)[:, 0]
+        k_rope = apply_rope(k_rope[:, None], rope, interleave=self.interleave)[:, 0]
         return torch.cat([*latents, k_rope], dim=-1)
 
     def up_projections(
@@ -94,7 +94,7 @@ class GLA(nn.Module):
         return [norm for norm in self.kv_a_layernorm if isinstance(norm, RMSNorm)]
 
     def spread(self, weight: Shaped[Tensor, "rows group_rank"]) -> Shaped[Tensor, "rows latent"]:
-        """Rows that read a group's latent as rows that read all of them, with zeros."""
+        """Weights over a group's latent, padded with zeros to weights over all latents."""
         width, rank = self.dims.kv_lora_rank, self.dims.group_rank
         parts = weight.chunk(self.dims.num_latent_groups)
         return torch.cat(

@@ -1,5 +1,5 @@
-"""Grouped-query attention, with MHA and MQA as its ends: one key-value head per group of query
-heads.
+"""Grouped-query attention (GQA, arXiv 2305.13245): one key-value head per group of query heads; MHA
+and MQA are its extremes.
 """
 
 import torch
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from lowlat.attention.base import AttentionBackend
 from lowlat.config.model import GQAConfig, ModelConfig
 from lowlat.model.linear import Linear, RMSNorm
-from lowlat.ops.rope import apply_rope
+from lowlat.ops.rope import RotaryTable, apply_rope
 
 
 class GQA(nn.Module):
-    """Projections, optional QK-norm, rotation; the backend caches [K ; V] and attends."""
+    """Projections, optional QK-norm and RoPE; the backend caches [K ; V] and attends."""
 
     def __init__(
         self, config: ModelConfig, attention: GQAConfig, layer: int, *, dtype: torch.dtype
@@ -38,7 +38,7 @@ class GQA(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "tokens hidden"],
-        rope: tuple[Tensor, Tensor],
+        rope: RotaryTable,
         attention: AttentionBackend,
     ) -> Float[Tensor, "tokens hidden"]:
         width = self.dims.head_dim
@@ -47,7 +47,7 @@ class GQA(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, width))
         if self.dims.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = apply_rope(q, *rope, interleave=self.interleave)
-        k = apply_rope(k, *rope, interleave=self.interleave)
+        q = apply_rope(q, rope, interleave=self.interleave)
+        k = apply_rope(k, rope, interleave=self.interleave)
         out = attention.gqa(self.layer, q, k, v, self.scale, self.window)
         return self.o_proj(out.flatten(1))

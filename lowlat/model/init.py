@@ -1,4 +1,4 @@
-"""Initial weights: all of the package's initialisation is here."""
+"""Weight initialisation of new models."""
 
 import math
 
@@ -14,9 +14,9 @@ from lowlat.model.transformer import Transformer
 @torch.no_grad()
 def init_weights(model: Transformer, *, seed: int) -> None:
     """Normal weights of standard deviation config.initializer_range, unit norms, zero biases (V3
-    section 4.2); TPA's projections to factors as its authors draw them.
+    section 4.2); TPA's factor projections as in its reference code.
 
-    Deterministic in `seed` and in nothing else; quantised models cannot be initialised.
+    Depends on `seed` only. Quantized models cannot be initialised.
     """
     assert model.config.quantization is None and model.config.packing is None
     generator = torch.Generator().manual_seed(seed)
@@ -44,11 +44,11 @@ def _fill(
 
 
 def _fill_factors(linear: Linear, shape: tuple[int, int], generator: torch.Generator) -> None:
-    """Uniform within Xavier's bound for a tensor [hidden, *shape], whose last axis counts into both
-    fans: how the code published with TPA draws it.
+    """Xavier uniform for a tensor [hidden, *shape] whose last axis counts into both fans, as in the
+    code published with TPA.
 
-    A value is a product of two factors, so the one small deviation of all other weights would leave
-    values far smaller than those of other attentions.
+    A value is a product of two factors: with the standard deviation of the other weights, values
+    would be far smaller than in other attentions.
     """
     middle, last = shape
     bound = math.sqrt(6 / (last * (linear.in_features + middle)))

@@ -1,4 +1,4 @@
-"""Linear and RMSNorm as modules: parameters in their stored type, arithmetic in `ops`."""
+"""Linear with plain, fp8, int8 or int4 weights, RMSNorm and Embedding; arithmetic is in `ops`."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -9,11 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowlat.config.model import QuantConfig
-from lowlat.model.low_rank import LowRank
-from lowlat.ops import differentiable, native, native_ops, quantized
-from lowlat.ops.deferred import Later, deferred_linear
+from lowlat.ops import native, native_kernels, quantized
 from lowlat.ops.fp8 import dequantize_blocks
-from lowlat.ops.fp8_training import Fp8Format, fp8_linear, fp8_linear_quantized, stored_blocks
 from lowlat.ops.norm import rms_norm
 from lowlat.ops.quantized import (
     INT4_SHAPE,
@@ -32,11 +29,11 @@ from lowlat.ops.quantized import (
 )
 
 Storage = Literal["plain", "fp8", "int8", "int4", "int8_rows"]
-"""Forms of a weight."""
+"""Storage formats of a weight."""
 
 
-def has_twin(dense: Tensor) -> bool:
-    """Whether the native kernels can quantise `dense`."""
+def has_native_kernel(dense: Tensor) -> bool:
+    """Whether the native kernels can quantize `dense`."""
     is_known = dense.dtype in (torch.float32, torch.bfloat16) and dense.stride(-1) == 1
     return dense.device.type == "cpu" and is_known and native.available()
 
@@ -44,15 +41,16 @@ def has_twin(dense: Tensor) -> bool:
 def pack(
     dense: Float[Tensor, "out in"], storage: Storage, empty: Empty = torch.empty
 ) -> dict[str, Tensor]:
-    """`dense` in a packed storage: weight, weight_scale, weight_minimum, in memory from `empty`.
+    """Quantize `dense` to a packed storage: weight, weight_scale, weight_minimum, in memory from
+    `empty`.
 
-    Scales are not finite where `dense` is not, or lies beyond the range of the storage.
+    Scales are not finite where `dense` is not, or exceeds the range of the storage.
     """
-    twin = native_ops if has_twin(dense) else quantized
+    kernels = native_kernels if has_native_kernel(dense) else quantized
     if storage == "int4":
-        return twin.quantize_int4(dense, empty)._asdict()
+        return kernels.quantize_int4(dense, empty)._asdict()
     if storage == "int8":
-        return twin.quantize_int8(dense, empty)._asdict()
+        return kernels.quantize_int8(dense, empty)._asdict()
     assert storage == "int8_rows"
     return quantize_rows(dense, empty)._asdict()
 
@@ -64,7 +62,7 @@ def unpack_rows(
     columns: int,
     dtype: torch.dtype,
 ) -> Float[Tensor, "rows in"]:
-    """Rows of the matrix that `pack` turned into `parts`, computed in fp32 and rounded once."""
+    """Rows of the matrix that `pack` quantized to `parts`, computed in fp32 and rounded once."""
     if storage == "int8_rows":
         own = Int8Rows(*(parts[name][rows] for name in Int8Rows._fields))
         return dequantize_rows(own, dtype)
@@ -80,12 +78,12 @@ def unpack_rows(
 
 
 def block_grid(rows: int, columns: int, block: tuple[int, int]) -> tuple[int, int]:
-    """Blocks along each axis, the last ones possibly cut short."""
+    """Number of blocks along each axis; the last ones may be smaller."""
     return -(-rows // block[0]), -(-columns // block[1])
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, with the weight in one of the forms of `Storage`.
+    """y = x W^T + b, with the weight in one of the formats of `Storage`.
 
     plain      weight [out, in] of a float dtype
     fp8        weight [out, in], weight_scale_inv per block (`ops.fp8`)
@@ -102,12 +100,6 @@ class Linear(nn.Module):
         self.out_features = out_features
         self.storage: Storage = "plain"
         self.block: tuple[int, int] | None = None
-        # Set by train.fp8: products in FP8 (a plain weight then is a master copy).
-        self.fp8: Fp8Format | None = None
-        # Set by train.parallel: takes the gradient of a plain weight as work for later.
-        self.later: Later | None = None
-        # Set by train.lora: an update of a weight that stays.
-        self.low_rank: LowRank | None = None
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
         self.weight_scale_inv: nn.Parameter | None = None
         self.weight_scale: nn.Parameter | None = None
@@ -144,15 +136,13 @@ class Linear(nn.Module):
         self.weight = self._unfilled((self.out_features, self.in_features), torch.int8)
 
     def pack(self, dense: Float[Tensor, "out in"], empty: Empty = torch.empty) -> dict[str, Tensor]:
-        """`dense` as this module's parameters; see `pack`."""
+        """`dense` quantized to this module's parameters; see `pack`."""
         return pack(dense, self.storage, empty)
 
     def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weight as a matrix of `dtype`."""
         match self.storage:
             case "plain":
-                if self.low_rank is not None:
-                    return (self.weight + self.low_rank.delta()).to(dtype)
                 return self.weight.to(dtype)
             case "fp8":
                 assert self.weight_scale_inv is not None and self.block is not None
@@ -163,23 +153,11 @@ class Linear(nn.Module):
                 return unpack_rows(parts, self.storage, rows, self.in_features, dtype)
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
-        if self.fp8 is not None:
-            return self._fp8_forward(x, self.fp8)
-        if self.later is not None and torch.is_grad_enabled():
-            return deferred_linear(x, self.weight, self.bias, self.later)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.low_rank is not None:
-            return F.linear(x, self.weight.to(x.dtype), bias) + self.low_rank(x)
         return F.linear(x, self.dense_weight(x.dtype), bias)
 
-    def _fp8_forward(self, x: Tensor, fmt: Fp8Format) -> Tensor:
-        if self.weight_scale_inv is None:
-            return fp8_linear(x, self.weight, self.bias, fmt)
-        blocks = stored_blocks(self.weight, self.weight_scale_inv)
-        return fp8_linear_quantized(x, blocks, self.bias, fmt)
-
     def _unfilled(self, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-        """A parameter no gradient can reach: autograd does not know these types."""
+        """A parameter without gradient: autograd does not support these types."""
         empty = torch.empty(shape, dtype=dtype, device=self.weight.device)
         return nn.Parameter(empty, requires_grad=False)
 
@@ -190,18 +168,14 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.eps = eps
-        # Set by train.build: the form of training, also where no gradient is asked for.
-        self.trains = False
         self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
-        learns = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        trains = self.trains or learns
-        return (differentiable.rms_norm if trains else rms_norm)(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Embedding(nn.Module):
-    """Rows of `weight` [vocab, hidden] by token id; also the head of models with tied
+    """Token embedding, `weight` [vocab, hidden]; also the LM head of models with tied
     embeddings.
     """
 

@@ -1,40 +1,37 @@
-"""Multi-head Latent Attention: the projections around the cached latent (DeepSeek-V3 section
-2.1.1).
+"""Multi-head Latent Attention (MLA, DeepSeek-V3 section 2.1.1): the projections around the cached
+latent. The attention paths (absorbed, expanded) are in `ops.mla`.
 """
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowlat.attention.base import AttentionBackend
 from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig
 from lowlat.model.linear import Linear, RMSNorm
-from lowlat.ops.rope import apply_rope
+from lowlat.ops.rope import RotaryTable, apply_rope
 
 LATENT_NORM_EPS = 1e-6
-"""Epsilon of the norms on both latents: fixed in every released implementation, whatever
-rms_norm_eps says.
+"""Epsilon of the norms on both latents: fixed in every released implementation, independent of
+rms_norm_eps.
 """
 
 
 def split_queries(
     q: Float[Tensor, "tokens heads_times_dim"],
     dims: MLAConfig | GLAConfig,
-    rope: tuple[Tensor, Tensor],
+    rope: RotaryTable,
     *,
     interleave: bool,
 ) -> tuple[Float[Tensor, "tokens heads nope_dim"], Float[Tensor, "tokens heads rope_dim"]]:
     """q^C and the rotated q^R of every head (equations 6-9)."""
     q = q.unflatten(-1, (dims.num_attention_heads, dims.qk_head_dim))
     q_nope, q_rope = q.split([dims.qk_nope_head_dim, dims.qk_rope_head_dim], dim=-1)
-    return q_nope, apply_rope(q_rope, *rope, interleave=interleave)
+    return q_nope, apply_rope(q_rope, rope, interleave=interleave)
 
 
 class MLA(nn.Module):
-    """Equations 1-11: latent c_t and shared key k_R from h_t, queries per head, output of the
-    attended values.
-    """
+    """Equations 1 to 11: latent c_t and shared key k_R from h_t, queries per head, o_proj."""
 
     def __init__(
         self, config: ModelConfig, attention: MLAConfig, layer: int, *, dtype: torch.dtype
@@ -56,7 +53,7 @@ class MLA(nn.Module):
             self.q_a_proj = Linear(hidden, attention.q_lora_rank, bias=bias, dtype=dtype)
             self.q_a_layernorm = RMSNorm(attention.q_lora_rank, LATENT_NORM_EPS, dtype=dtype)
             self.q_b_proj = Linear(attention.q_lora_rank, q_dim, dtype=dtype)
-        self.kv_a_proj_with_mqa = Linear(hidden, attention.row_dim, bias=bias, dtype=dtype)
+        self.kv_a_proj_with_mqa = Linear(hidden, attention.entry_dim, bias=bias, dtype=dtype)
         if attention.kv_a_layernorm:
             self.kv_a_layernorm = RMSNorm(attention.kv_lora_rank, LATENT_NORM_EPS, dtype=dtype)
         kv_dim = heads * (attention.qk_nope_head_dim + attention.v_head_dim)
@@ -68,19 +65,28 @@ class MLA(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "tokens hidden"],
-        rope: tuple[Tensor, Tensor],
+        rope: RotaryTable,
         attention: AttentionBackend,
     ) -> Float[Tensor, "tokens hidden"]:
         q_nope, q_rope = self.queries(x, rope)
-        rows = self.rows(x, rope)
-        if self.kv_b_proj.fp8 is not None:
-            return self.o_proj(self._expanded(q_nope, q_rope, rows, attention).flatten(1))
-        w_uk, w_uv = self.up_projections(x.dtype)
-        out = attention.mla(self.layer, q_nope, q_rope, rows, w_uk, w_uv, self.scale)
+        out = self.attend(q_nope, q_rope, self.entries(x, rope), attention)
         return self.o_proj(out.flatten(1))
 
+    def attend(
+        self,
+        q_nope: Float[Tensor, "tokens heads nope_dim"],
+        q_rope: Float[Tensor, "tokens heads rope_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
+        attention: AttentionBackend,
+    ) -> Float[Tensor, "tokens heads v_dim"]:
+        """Attention over the cached latents and `entries`, which the backend caches (equations 10
+        and 11).
+        """
+        w_uk, w_uv = self.up_projections(q_nope.dtype)
+        return attention.mla(self.layer, q_nope, q_rope, entries, w_uk, w_uv, self.scale)
+
     def queries(
-        self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor]
+        self, x: Float[Tensor, "tokens hidden"], rope: RotaryTable
     ) -> tuple[Float[Tensor, "tokens heads nope_dim"], Float[Tensor, "tokens heads rope_dim"]]:
         """q^C and the rotated q^R of every head (equations 6-9)."""
         dims = self.dims
@@ -90,11 +96,11 @@ class MLA(nn.Module):
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         return split_queries(q, dims, rope, interleave=self.interleave)
 
-    def rows(
-        self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor]
-    ) -> Float[Tensor, "tokens row_dim"]:
-        """What is cached: the normalised latent and the rotated shared key, [c_t ; k_R] (equations
-        1 and 3).
+    def entries(
+        self, x: Float[Tensor, "tokens hidden"], rope: RotaryTable
+    ) -> Float[Tensor, "tokens entry_dim"]:
+        """KV cache entries: the normalised latent and the rotated shared key, [c_t ; k_R]
+        (equations 1 and 3).
         """
         dims = self.dims
         latent, k_rope = self.kv_a_proj_with_mqa(x).split(
@@ -102,7 +108,7 @@ class MLA(nn.Module):
         )
         if dims.kv_a_layernorm:
             latent = self.kv_a_layernorm(latent)
-        k_rope = apply_rope(k_rope[:, None], *rope, interleave=self.interleave)[:, 0]
+        k_rope = apply_rope(k_rope[:, None], rope, interleave=self.interleave)[:, 0]
         return torch.cat([latent, k_rope], dim=-1)
 
     def up_projections(
@@ -115,28 +121,3 @@ class MLA(nn.Module):
         weight = self.kv_b_proj.dense_weight(dtype).unflatten(0, (dims.num_attention_heads, -1))
         w_uk, w_uv = weight.split([dims.qk_nope_head_dim, dims.v_head_dim], dim=1)
         return w_uk, w_uv
-
-    def _expanded(
-        self,
-        q_nope: Float[Tensor, "tokens heads nope_dim"],
-        q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
-        attention: AttentionBackend,
-    ) -> Float[Tensor, "tokens heads v_dim"]:
-        """Keys and values by kv_b_proj as it multiplies, attended to as MHA: training in FP8, which
-        no cache is part of.
-        """
-        dims = self.dims
-        latent, k_rope = rows.split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=-1)
-        heads = self.kv_b_proj(latent).unflatten(-1, (dims.num_attention_heads, -1))
-        k_nope, v = heads.split([dims.qk_nope_head_dim, dims.v_head_dim], dim=-1)
-        k = torch.cat([k_nope, k_rope[:, None].expand_as(q_rope)], dim=-1)
-        q = torch.cat([q_nope, q_rope], dim=-1)
-        # Heads have one width there: zeros beyond their own add nothing and are cut off.
-        width = max(dims.qk_head_dim, dims.v_head_dim)
-        q, k, v = (
-            part if part.shape[-1] == width else F.pad(part, (0, width - part.shape[-1]))
-            for part in (q, k, v)
-        )
-        out = attention.gqa(self.layer, q, k, v, self.scale, None)
-        return out[..., : dims.v_head_dim]

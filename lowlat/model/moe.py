@@ -1,5 +1,5 @@
-"""DeepSeekMoE: shared experts every token uses and routed experts chosen by the gate (V3 section
-2.1.2).
+"""DeepSeekMoE (DeepSeek-V3 section 2.1.2): shared experts, routed experts and their gate; the
+group-limited top-k routing is in `ops.routing`.
 """
 
 import torch
@@ -8,34 +8,26 @@ from torch import Tensor, nn
 
 from lowlat.config.model import ModelConfig, MoEConfig
 from lowlat.model.linear import Linear
-from lowlat.model.low_rank import LowRankExperts
-from lowlat.ops import differentiable
-from lowlat.ops.deferred import Later
 from lowlat.ops.experts import routed_experts, swiglu
-from lowlat.ops.grouped import stacked_experts
 from lowlat.ops.routing import Routing, route
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x)."""
+    """SwiGLU MLP: down(silu(gate x) * up x)."""
 
     def __init__(self, hidden_size: int, inner_size: int, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.gate_proj = Linear(hidden_size, inner_size, dtype=dtype)
         self.up_proj = Linear(hidden_size, inner_size, dtype=dtype)
         self.down_proj = Linear(inner_size, hidden_size, dtype=dtype)
-        # As `RMSNorm.trains`.
-        self.trains = False
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        gated = differentiable.swiglu if self.trains or gate.requires_grad else swiglu
-        return self.down_proj(gated(gate, up))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Gate(nn.Module):
-    """Scores every routed expert in fp32; the selection bias stays fp32 through load, training and
-    save.
+    """Router: scores every routed expert in fp32. e_score_correction_bias, the selection bias of
+    auxiliary-loss-free load balancing, is fp32 on load, in training and in checkpoints.
     """
 
     def __init__(self, hidden_size: int, moe: MoEConfig, *, dtype: torch.dtype) -> None:
@@ -44,7 +36,7 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, hidden_size, dtype=dtype))
         biased = moe.topk_method == "noaux_tc"
         bias = torch.empty(moe.n_routed_experts, dtype=torch.float32)
-        # Moved by the load of the experts, never by a gradient.
+        # Updated from the load of the experts, not by gradients.
         self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False) if biased else None
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Routing:
@@ -52,9 +44,7 @@ class Gate(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """The routed experts: one MLP each, so that what files call an expert's matrix stays where it
-    lies.
-    """
+    """The routed experts: one MLP per expert, so that expert weights stay memory-mapped."""
 
     def __init__(self, hidden_size: int, moe: MoEConfig, *, dtype: torch.dtype) -> None:
         inner = moe.moe_intermediate_size
@@ -66,43 +56,13 @@ class Experts(nn.ModuleList):
         return routed_experts(x, routing, lambda expert, rows: self[expert](rows))
 
 
-class StackedExperts(nn.Module):
-    """The routed experts as two parameters, for training: all experts of a layer in one product,
-    one optimiser state, one thing to divide among devices.
-
-    gate_up_proj [experts, 2 inner, hidden] holds every expert's gate rows, then its up rows;
-    down_proj [experts, hidden, inner].
-    """
-
-    def __init__(self, experts: Experts) -> None:
-        super().__init__()
-        mlps = [expert for expert in experts if isinstance(expert, MLP)]
-        self.gate_up_proj = nn.Parameter(
-            torch.stack(
-                [torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach() for mlp in mlps]
-            )
-        )
-        self.down_proj = nn.Parameter(torch.stack([mlp.down_proj.weight.detach() for mlp in mlps]))
-        # As `Linear.later` and `Linear.low_rank`.
-        self.later: Later | None = None
-        self.low_rank: LowRankExperts | None = None
-
-    def forward(
-        self, x: Float[Tensor, "tokens hidden"], routing: Routing
-    ) -> Float[Tensor, "tokens hidden"]:
-        weights = self.gate_up_proj, self.down_proj
-        if self.low_rank is not None:
-            weights = self.low_rank.added(*weights)
-        return stacked_experts(x, routing, *weights, self.later)
-
-
 class MoE(nn.Module):
-    """Routed experts plus the shared ones, which are one MLP n_shared_experts times as wide."""
+    """Routed experts plus shared experts, which are one MLP of n_shared_experts times the width."""
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.gate = Gate(config.hidden_size, moe, dtype=dtype)
-        self.experts: Experts | StackedExperts = Experts(config.hidden_size, moe, dtype=dtype)
+        self.experts: nn.Module = Experts(config.hidden_size, moe, dtype=dtype)
         width = moe.n_shared_experts * moe.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, width, dtype=dtype) if width else None
 

@@ -1,5 +1,5 @@
-"""Multi-Token Prediction: one more decoder layer that predicts a token further ahead (V3 section
-2.2).
+"""Multi-Token Prediction (MTP, DeepSeek-V3 section 2.2): a decoder layer that predicts one token
+further ahead.
 """
 
 import torch
@@ -10,15 +10,15 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.config.model import ModelConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Embedding, Linear, RMSNorm
+from lowlat.ops.rope import RotaryTable
 
 
 class MTPModule(nn.Module):
-    """Depth k: joins the hidden state of depth k - 1 with the embedding of the token k places
-    ahead.
+    """MTP module of depth k: combines the hidden state of depth k - 1 with the embedding of the
+    token k places ahead.
 
-    Released weights take the embedding first in eh_proj (the paper's equation 21 writes the other
-    order) and the hidden state after the previous depth's final norm; docs/numerics.md gives the
-    evidence.
+    In released weights eh_proj takes the embedding first (equation 21 has the other order) and the
+    hidden state after the final norm of the previous depth; evidence in docs/numerics.md.
     """
 
     def __init__(self, config: ModelConfig, depth: int, *, dtype: torch.dtype) -> None:
@@ -29,8 +29,7 @@ class MTPModule(nn.Module):
         self.eh_proj = Linear(2 * hidden, hidden, dtype=dtype)
         self.block = DecoderLayer(config, config.num_hidden_layers + depth, dtype=dtype)
         self.norm = RMSNorm(hidden, eps, dtype=dtype)
-        # Checkpoints may repeat the main model's embedding and head; whoever has own copies uses
-        # them.
+        # Checkpoints may contain copies of the main model's embedding and head; then they are used.
         copies = config.mtp_copies
         self.embed_tokens = Embedding(config.vocab_size, hidden, dtype=dtype) if copies else None
         self.head = Linear(hidden, config.vocab_size, dtype=dtype) if copies else None
@@ -39,7 +38,7 @@ class MTPModule(nn.Module):
         self,
         hidden: Float[Tensor, "tokens hidden"],
         embedded: Float[Tensor, "tokens hidden"],
-        rope: tuple[Tensor, Tensor],
+        rope: RotaryTable,
         attention: AttentionBackend,
     ) -> Float[Tensor, "tokens hidden"]:
         """The normalised hidden state of this depth: input of the head and of the next depth."""

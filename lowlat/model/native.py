@@ -1,7 +1,7 @@
-"""The native form of a model: its weights, where they lie, put together for one call per step.
+"""Native model: the weights of a `Transformer`, referenced without copies, run by one call per
+step.
 
-Owns which models have a native form, and one step; layers are `native_layers`'s. Arithmetic is
-csrc/'s; the modules beside this file say what it computes.
+The arithmetic is in csrc/; `native_layers` converts the layers.
 """
 
 import torch
@@ -28,13 +28,12 @@ from lowlat.ops import native
 from lowlat.utils.memory import is_larger_than_memory
 
 BLOCK = (128, 128)
-"""Rows and columns of the fp8 blocks the kernels know."""
+"""Rows and columns of the fp8 blocks that the kernels support."""
 
 
-def has_native_form(model: Transformer) -> bool:
-    """Whether the kernels are here and can run `model`: on the CPU, with bf16 activations, every
-    projection bf16, int8, int4 or fp8 in blocks of 128 without a low-rank update, and any attention
-    but TPA.
+def supports_native(model: Transformer) -> bool:
+    """Whether the native kernels are available and can run `model`: on the CPU, bf16 activations,
+    every projection bf16, int8, int4 or fp8 in blocks of 128, no LoRA, any attention but TPA.
     """
     if isinstance(model.config.attention, TPAConfig):  # all layers then are
         return False
@@ -48,7 +47,7 @@ def has_native_form(model: Transformer) -> bool:
 
 
 def weight_bytes(model: Transformer) -> int:
-    """Bytes of all parameters, mapped or not."""
+    """Bytes of all parameters, memory-mapped or not."""
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
@@ -57,7 +56,7 @@ def _is_known(module: torch.nn.Module) -> bool:
         return module.weight.dtype == torch.bfloat16
     if not isinstance(module, Linear):
         return True
-    if module.low_rank is not None:
+    if type(module) is not Linear:  # a replacement of training
         return False
     if module.storage == "plain":
         return module.weight.dtype == torch.bfloat16
@@ -65,7 +64,7 @@ def _is_known(module: torch.nn.Module) -> bool:
 
 
 class NativeModel:
-    """Runs a Transformer that `has_native_form`, and its MTP modules."""
+    """Runs a `Transformer` that `supports_native`, and its MTP modules."""
 
     def __init__(self, model: Transformer) -> None:
         self.config = model.config
@@ -105,7 +104,7 @@ class NativeModel:
                 )
             )
         self._cache: PagedCache | None = None
-        self._rows = None
+        self._entries = None
 
     def step(
         self,
@@ -114,11 +113,11 @@ class NativeModel:
         cache: PagedCache,
         wanted: list[int],
     ) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "wanted vocab"]]:
-        """Cache the rows of new tokens; their hidden states after the final norm (bf16), and the
-        logits (fp32) of the tokens numbered in `wanted`.
+        """One step over new tokens, which writes their KV cache entries: hidden states after the
+        final norm (bf16), and logits (fp32) of the tokens with the indices `wanted`.
 
-        A sequence gets the same bits in any company. Streams multiply otherwise, so that a step
-        that mixes them with other forms is two calls, streams last.
+        Results are batch-invariant. Sequences on the decode path (GEMV) use other arithmetic, so a
+        step that mixes attention paths is two native calls, decode last.
         """
         return self._step(self._model, None, ids, batch, cache, wanted)
 
@@ -131,8 +130,8 @@ class NativeModel:
         cache: PagedCache,
         wanted: list[int],
     ) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "wanted vocab"]]:
-        """The same of MTP module `depth`, from `hidden` (bf16) of the depth before and the ids
-        depth + 1 places after the batch's positions, as `Transformer.mtp_hidden` takes them.
+        """One step of MTP module `depth`, from `hidden` (bf16) of the previous depth and the ids
+        depth + 1 places after the batch's positions, as in `Transformer.mtp_hidden`.
         """
         return self._step(self._modules[depth], hidden, ahead_ids, batch, cache, wanted)
 
@@ -145,14 +144,14 @@ class NativeModel:
         cache: PagedCache,
         wanted: list[int],
     ) -> tuple[Tensor, Tensor]:
-        """Of all sequences: those of one kind at a time."""
-        kinds = [item.form == "stream" for item in batch.sequences]
-        if len(set(kinds)) == 1:
+        """All sequences: first those off the decode path, then those on it."""
+        decodes = [item.path == "decode" for item in batch.sequences]
+        if len(set(decodes)) == 1:
             return self._call(model, previous, ids, batch, cache, wanted)
         hidden = torch.empty(len(ids), self.config.hidden_size, dtype=torch.bfloat16)
         logits = torch.empty(len(wanted), self.config.vocab_size)
-        for kind in (False, True):
-            tokens, part = _part(batch, kinds, kind)
+        for is_decode in (False, True):
+            tokens, part = _part(batch, decodes, is_decode)
             index = list(tokens)
             chosen = [row for row, token in enumerate(wanted) if token in tokens]
             rows = [tokens[wanted[row]] for row in chosen]
@@ -169,12 +168,12 @@ class NativeModel:
         cache: PagedCache,
         wanted: list[int],
     ) -> tuple[Tensor, Tensor]:
-        """Of sequences of one kind."""
+        """Sequences that are all on the decode path, or all off it."""
         hidden = torch.empty(len(ids), self.config.hidden_size, dtype=torch.bfloat16)
         logits = torch.empty(len(wanted), self.config.vocab_size)
         cos, sin = self.rotary(batch.positions)
         sequences = [
-            (item.pages, item.start, item.length, item.form == "expanded")
+            (item.pages, item.start, item.length, item.path == "expanded")
             for item in batch.sequences
         ]
         model.step(
@@ -184,37 +183,39 @@ class NativeModel:
             cos=cos,
             sin=sin,
             sequences=sequences,
-            cache=self._rows_of(cache),
+            cache=self._native_cache(cache),
             hidden=hidden,
             wanted=wanted,
             logits=logits,
-            is_stream=batch.sequences[0].form == "stream",
+            is_stream=batch.sequences[0].path == "decode",
         )
         return hidden, logits
 
-    def _rows_of(self, cache: PagedCache):
-        """`cache` as the kernels take it; kept, as there is a new one only where it has grown."""
-        if self._rows is None or self._cache is not cache:
-            layers = zip(cache.layers, cache.row_dims, cache.quantized, strict=True)
-            self._rows = native.module().Cache.make(list(layers))
+    def _native_cache(self, cache: PagedCache):
+        """`cache` as a native struct, which is reused until the cache has grown."""
+        if self._entries is None or self._cache is not cache:
+            layers = zip(cache.layers, cache.entry_dims, cache.quantized, strict=True)
+            self._entries = native.module().Cache.make(list(layers))
             self._cache = cache
-        return self._rows
+        return self._entries
 
 
 def _part(
-    batch: AttentionBatch, kinds: list[bool], kind: bool
+    batch: AttentionBatch, decodes: list[bool], is_decode: bool
 ) -> tuple[dict[int, int], AttentionBatch]:
-    """The sequences of one kind: where each of their tokens of the step is in the part, and the
-    part.
+    """The sequences on the decode path, or those off it: the index in the part of each of their
+    tokens, and the part.
     """
     tokens: dict[int, int] = {}
     first = 0
-    for item, own in zip(batch.sequences, kinds, strict=True):
-        if own == kind:
+    for item, own in zip(batch.sequences, decodes, strict=True):
+        if own == is_decode:
             tokens |= {first + i: len(tokens) + i for i in range(item.length)}
         first += item.length
     index = torch.tensor(list(tokens), dtype=torch.int64)
-    sequences = tuple(item for item, own in zip(batch.sequences, kinds, strict=True) if own == kind)
+    sequences = tuple(
+        item for item, own in zip(batch.sequences, decodes, strict=True) if own == is_decode
+    )
     part = AttentionBatch(
         sequences=sequences, positions=batch.positions[index], slots=batch.slots[index]
     )

@@ -1,7 +1,5 @@
-"""Decoder layers as the native kernels take them: the weights of each module, where they lie.
-
-Owns which part of csrc/ computes which module. Putting layers together to a model, and running it,
-is `native`'s.
+"""Conversion of decoder layers to structs of the native kernels, which reference the weights;
+`native` combines them to a model.
 """
 
 import torch
@@ -24,7 +22,7 @@ TILE = 16
 
 # The return types below are inferred: those of the native module have no names of their own.
 def layer_of(layer: DecoderLayer, *, first_pair: int):
-    """The layer, its weights where they lie; `first_pair`: where its columns of cos and sin are."""
+    """The native layer; `first_pair` is its first column in the rotary table."""
     module = native.module()
     mlp = layer.mlp
     return module.Layer.make(
@@ -38,7 +36,7 @@ def layer_of(layer: DecoderLayer, *, first_pair: int):
 
 
 def join_of(mtp: MTPModule):
-    """How the module begins: two norms and the projection of what they give."""
+    """The input of an MTP module: two norms and eh_proj."""
     return native.module().Join.make(
         norm_of(mtp.enorm), norm_of(mtp.hnorm), projection_of(mtp.eh_proj)
     )
@@ -54,7 +52,7 @@ def _attention(attention: torch.nn.Module):
             return _gta(attention)
         case GQA():
             return _gqa(attention)
-    raise AssertionError(f"{type(attention).__name__} has no native form")
+    raise AssertionError(f"{type(attention).__name__} has no native kernels")
 
 
 def _mla(attention: MLA):
@@ -66,7 +64,7 @@ def _mla(attention: MLA):
 
 
 def _gla(attention: GLA):
-    """MLA over all latents, each with its norm; up-projections are zero outside their group's."""
+    """GLA as MLA: a norm per latent; up-projections are zero outside their group's latent."""
     return _latent(attention, attention.norms(), _spread(attention), sparse_queries=False)
 
 
@@ -97,12 +95,12 @@ def _spread(attention: GLA):
         return native.module().Matrix.int8_rows(
             attention.spread(linear.weight.detach()), linear.weight_scale
         )
-    # As the kernels read fp8 blocks: multiplied out and rounded to bf16.
+    # The kernels read fp8 blocks as bf16, too.
     return matrix_of(attention.spread(linear.dense_weight(torch.bfloat16)))
 
 
 def _gta(attention: GTA):
-    """MLA whose latent are the tied states, with 0/1 up-projections and no norm."""
+    """GTA as MLA: the latent is the tied states, the up-projections are 0 or 1, no norm."""
     dims = attention.dims
     heads, groups = dims.num_attention_heads, dims.num_key_value_heads
     up = selectors(heads, groups, dims.head_dim, dims.qk_nope_head_dim, torch.bfloat16)
@@ -185,7 +183,7 @@ def _numbers(parameter: Tensor | None) -> Tensor | None:
 
 
 def weight_of(linear: Linear, *, sparse: bool = False):
-    """The weight in its storage; `sparse` marks tiles of zeros, which are skipped."""
+    """The weight in its storage format; with `sparse` tiles of zeros are skipped."""
     matrix = native.module().Matrix
     weight = linear.weight.detach()
     occupied = _occupied(linear) if sparse else None
@@ -210,7 +208,7 @@ def matrix_of(weight: Tensor, occupied: Tensor | None = None):
 
 
 def _occupied(linear: Linear) -> Tensor:
-    """Per tile of 16 rows, 1 where a weight is not zero."""
+    """1 for every tile of 16 rows with a nonzero weight."""
     rows = linear.dense_weight(torch.float32).ne(0).any(dim=1)
     padded = torch.zeros(-(-len(rows) // TILE) * TILE, dtype=torch.bool)
     padded[: len(rows)] = rows

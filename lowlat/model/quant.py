@@ -1,4 +1,4 @@
-"""Which projections are stored how: fp8 blocks of checkpoints, int8 and int4 packed."""
+"""Storage formats of the projections of quantized models: fp8 blocks, int8 and int4."""
 
 from collections.abc import Mapping
 
@@ -8,26 +8,27 @@ from lowlat.config.model import Packing, QuantConfig
 from lowlat.model.linear import Linear, Storage
 
 PLAIN = ("lm_head", "head", "eh_proj")
-"""Projections every released fp8 checkpoint keeps in bf16, beside embedding, norms and gate."""
+"""Projections that released fp8 checkpoints keep in bf16, as they do embedding, norms and gate."""
 
 PACKED: Mapping[Packing, Mapping[str, Storage]] = {
     "int8": {"kv_b_proj": "int8_rows"},
     "int4": {"kv_b_proj": "int8_rows", "lm_head": "int8", "head": "int8", "eh_proj": "int8"},
 }
-"""Number type of a packed model -> projections stored otherwise. Embedding, norms and gate are
+"""Format of a packed model -> projections in another format. Embedding, norms and gate are
 plain.
 """
 
 
 def store_quantized(model: nn.Module, quant: QuantConfig, *, num_hidden_layers: int) -> None:
-    """Turn the projections of a freshly built model into fp8 blocks, except those kept plain."""
+    """Give the projections of a new model fp8 blocks, except those that stay plain."""
     for name, module in model.named_modules():
         if isinstance(module, Linear) and not _is_plain(name, quant, num_hidden_layers):
             module.store_fp8(quant)
 
 
 def store_packed(model: nn.Module, packing: Packing) -> dict[str, Linear]:
-    """Turn all projections of a freshly built model into int8 or int4, as `PACKED[packing]` says.
+    """Give all projections of a new model int8 or int4 weights, with the exceptions in
+    `PACKED[packing]`.
 
     Returns them by the name of their weight.
     """
@@ -46,14 +47,14 @@ def store_packed(model: nn.Module, packing: Packing) -> dict[str, Linear]:
 
 
 def packed_type(model: nn.Module) -> Packing | None:
-    """What `store_packed` was given for `model`; None for a model it never saw."""
+    """The format `store_packed` gave `model`; None for a model that is not packed."""
     storages = {module.storage for module in model.modules() if isinstance(module, Linear)}
     return "int4" if "int4" in storages else "int8" if "int8" in storages else None
 
 
 def _is_plain(name: str, quant: QuantConfig, num_hidden_layers: int) -> bool:
-    """Whether `name` is plain by custom or lies at or below a module that config.json lists as not
-    converted.
+    """Whether the projection `name` is plain in every checkpoint, or listed by config.json in
+    modules_to_not_convert.
     """
     parts = name.split(".")
     if parts[-1] in PLAIN:

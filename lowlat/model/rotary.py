@@ -1,24 +1,23 @@
-"""Rotary tables of all layers of a model.
-
-Owns where a layer's pairs are in them; frequencies and angles are `ops.rope`'s.
+"""Rotary position embeddings of all layers of a model, in one table: YaRN and the other frequency
+rules are in `ops.rope`, the columns of each layer here.
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from lowlat.config.model import ModelConfig
-from lowlat.ops.rope import RotaryTables, rotary_tables
+from lowlat.ops.rope import RotaryEmbedding, RotaryTable, rotary_table
 
 
-class LayerRotary:
-    """cos and sin of any positions. Layers with the same frequencies share a table; tables that
-    differ lie side by side and are made at once, so that a step's cost hardly grows with them.
+class RotaryEmbeddings:
+    """cos and sin of any positions. Layers with the same frequencies share columns; all columns are
+    computed at once, so a step's cost hardly grows with their number.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         kinds: dict[object, int] = {}
-        parts: list[RotaryTables] = []
+        parts: list[RotaryEmbedding] = []
         self._first: list[int] = []
         self._pairs: list[int] = []
         total = 0
@@ -26,7 +25,7 @@ class LayerRotary:
             rope, dim = config.rope_of(layer), config.attention_of(layer).rope_dim
             if (rope, dim) not in kinds:
                 kinds[rope, dim] = total
-                parts.append(RotaryTables(rope, dim))
+                parts.append(RotaryEmbedding(rope, dim))
                 total += dim // 2
             self._first.append(kinds[rope, dim])
             self._pairs.append(dim // 2)
@@ -35,21 +34,18 @@ class LayerRotary:
             [torch.full_like(part.inverse, part.magnitude) for part in parts]
         )
 
-    def __call__(
-        self, positions: Int[Tensor, "tokens"]
-    ) -> tuple[Float[Tensor, "tokens pairs"], Float[Tensor, "tokens pairs"]]:
-        """fp32 cos and sin of every table, side by side: what `of` cuts a layer's own from."""
-        return rotary_tables(positions, self.inverse, self._magnitude.to(positions.device))
+    def __call__(self, positions: Int[Tensor, "tokens"]) -> RotaryTable:
+        """cos and sin of all layers' pairs, concatenated; `of` slices those of one layer."""
+        return rotary_table(positions, self.inverse, self._magnitude.to(positions.device))
 
-    def of(self, layer: int, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The part of `tables` (as called) that `layer` rotates by; MTP modules are numbered after
-        the decoder layers.
+    def of(self, layer: int, table: RotaryTable) -> RotaryTable:
+        """The columns of `table`, made by calling this, that `layer` rotates by; MTP modules are
+        numbered after the decoder layers.
         """
         first = self._first[layer]
         last = first + self._pairs[layer]
-        cos, sin = tables
-        return cos[:, first:last], sin[:, first:last]
+        return RotaryTable(table.cos[:, first:last], table.sin[:, first:last])
 
     def first_pair(self, layer: int) -> int:
-        """Where the columns of `layer` begin."""
+        """The first column of `layer`."""
         return self._first[layer]

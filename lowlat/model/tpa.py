@@ -1,5 +1,5 @@
-"""Tensor Product Attention: queries, keys and values as means of outer products of factors that
-depend on the token (arXiv 2501.06425, section 3).
+"""Tensor Product Attention (TPA, arXiv 2501.06425 section 3): queries, keys and values are means of
+outer products of factors that depend on the token.
 """
 
 import torch
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from lowlat.attention.base import AttentionBackend
 from lowlat.config.model import ModelConfig, TPAConfig
 from lowlat.model.linear import Linear
-from lowlat.ops.rope import apply_rope
+from lowlat.ops.rope import RotaryTable, apply_rope
 from lowlat.ops.tpa import FactorLayout, outer_mean
 
 
 class TPA(nn.Module):
-    """Projections to the factors, of which the channel factors of queries and keys are rotated:
-    rotating them rotates every head. What rows mean is `FactorLayout`'s.
+    """Projections to the factors, and RoPE on the channel factors of queries and keys, which
+    rotates every head. `FactorLayout` defines the KV cache entry.
     """
 
     def __init__(
@@ -46,35 +46,35 @@ class TPA(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "tokens hidden"],
-        rope: tuple[Tensor, Tensor],
+        rope: RotaryTable,
         attention: AttentionBackend,
     ) -> Float[Tensor, "tokens hidden"]:
-        q, rows = self.queries(x, rope), self.rows(x, rope)
-        out = attention.attend(self.layer, q, rows, self.layout, self.scale)
+        q, entries = self.queries(x, rope), self.entries(x, rope)
+        out = attention.attend(self.layer, q, entries, self.layout, self.scale)
         return self.o_proj(out.flatten(1))
 
     def queries(
-        self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor]
+        self, x: Float[Tensor, "tokens hidden"], rope: RotaryTable
     ) -> Float[Tensor, "tokens heads head_dim"]:
         """Rotated queries."""
         dims = self.dims
         if dims.q_rank is None:
             q = self.q_proj(x).unflatten(-1, (dims.num_attention_heads, dims.head_dim))
-            return apply_rope(q, *rope, interleave=self.interleave)
+            return apply_rope(q, rope, interleave=self.interleave)
         a = self.q_a_proj(x).unflatten(-1, (dims.q_rank, dims.num_attention_heads))
         b = self.q_b_proj(x).unflatten(-1, (dims.q_rank, dims.head_dim))
-        return outer_mean(a, apply_rope(b, *rope, interleave=self.interleave))
+        return outer_mean(a, apply_rope(b, rope, interleave=self.interleave))
 
-    def rows(
-        self, x: Float[Tensor, "tokens hidden"], rope: tuple[Tensor, Tensor]
-    ) -> Float[Tensor, "tokens row_dim"]:
-        """What is cached: [B_K ; B_V ; A_K ; A_V], B_K rotated."""
+    def entries(
+        self, x: Float[Tensor, "tokens hidden"], rope: RotaryTable
+    ) -> Float[Tensor, "tokens entry_dim"]:
+        """KV cache entries [B_K ; B_V ; A_K ; A_V], B_K rotated."""
         b_k = self.k_b_proj(x).unflatten(-1, (self.dims.k_rank, self.dims.head_dim))
-        b_k = apply_rope(b_k, *rope, interleave=self.interleave).flatten(1)
+        b_k = apply_rope(b_k, rope, interleave=self.interleave).flatten(1)
         return torch.cat([b_k, self.v_b_proj(x), self.k_a_proj(x), self.v_a_proj(x)], dim=-1)
 
     def factor_shapes(self) -> list[tuple[Linear, tuple[int, int]]]:
-        """The projections to factors: those to head factors with (heads, rank), those to channel
+        """The factor projections: those of head factors with (heads, rank), those of channel
         factors with (rank, head_dim).
         """
         dims = self.dims

@@ -1,4 +1,4 @@
-"""The whole model: embedding, decoder layers, final norm, head, MTP modules."""
+"""The model: embedding, decoder layers, final norm, LM head, MTP modules."""
 
 import torch
 from jaxtyping import Float, Int
@@ -10,22 +10,22 @@ from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Embedding, Linear, RMSNorm
 from lowlat.model.mtp import MTPModule
 from lowlat.model.quant import store_packed, store_quantized
-from lowlat.model.rotary import LayerRotary
+from lowlat.model.rotary import RotaryEmbeddings
 
 
 class Transformer(nn.Module):
-    """A decoder-only transformer over flat tokens: sequences lie one after the other, `attention`
-    knows the borders.
+    """Decoder-only transformer over packed tokens: sequences are concatenated, `attention` holds
+    their boundaries.
 
     Parameters are unfilled (and, under `torch.device("meta")`, unallocated): `checkpoint.load` or
     `model.init` fills them. `dtype` is that of plain parameters; with config.quantization the
-    projections are fp8 blocks, with config.packing they are packed.
+    projections are fp8 blocks, with config.packing int8 or int4.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
-        self.rotary = LayerRotary(config)
+        self.rotary = RotaryEmbeddings(config)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, dtype=dtype) for layer in range(config.num_hidden_layers)
@@ -44,7 +44,7 @@ class Transformer(nn.Module):
             store_packed(self, config.packing)
 
     def add_head(self) -> None:
-        """Give a model with tied embeddings an (unfilled) head of its own, to be stored packed."""
+        """Add an unfilled head to a model with tied embeddings, so that it can be quantized."""
         if self.lm_head is None:
             weight = self.embed_tokens.weight
             rows, columns = weight.shape
@@ -61,8 +61,8 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "tokens hidden"]:
         """Hidden states after the final norm: input of `logits` and of the first MTP module.
 
-        Activations have `dtype` (by default the embedding's): weights are cast to it as they are
-        used, so fp32 weights can be trained with bf16 products.
+        Activations have `dtype` (by default the embedding's), and weights are cast to it when they
+        are used: mixed precision with fp32 master weights.
         """
         x = self.embed_tokens(ids)
         x = x if dtype is None else x.to(dtype)
@@ -72,7 +72,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
-        """Scores of the next token, at least fp32."""
+        """Logits of the next token, at least fp32."""
         return self._head(hidden, self.lm_head)
 
     def mtp_hidden(
@@ -98,12 +98,12 @@ class Transformer(nn.Module):
     def mtp_logits(
         self, depth: int, hidden: Float[Tensor, "tokens hidden"]
     ) -> Float[Tensor, "tokens vocab"]:
-        """Scores of the token depth + 2 places ahead, from `mtp_hidden`."""
+        """Logits of the token depth + 2 places ahead, from `mtp_hidden`."""
         module = self._mtp_module(depth)
         return self._head(hidden, self.lm_head if module.head is None else module.head)
 
     def head_weight(self, depth: int) -> Float[Tensor, "vocab hidden"]:
-        """The matrix behind `logits` (depth 0) and behind MTP module depth - 1's, as stored."""
+        """The LM head of the main model (depth 0) or of MTP module depth - 1, as stored."""
         own = self._mtp_module(depth - 1).head if depth else None
         head = self.lm_head if own is None else own
         return self.embed_tokens.weight if head is None else head.weight

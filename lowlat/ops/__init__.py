@@ -1,3 +1,3 @@
-"""Tensor functions in plain PyTorch: the definition of every computation and the oracle of its fast
-twins.
+"""Tensor functions: reference implementations in plain PyTorch, and the native kernels that are
+tested against them.
 """

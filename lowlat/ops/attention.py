@@ -1,8 +1,7 @@
-"""Causal attention in blocks with an online softmax: never a full score matrix, and d_qk may differ
-from d_v.
+"""Causal flash attention in plain PyTorch: blocks with an online softmax and no full score matrix;
+d_qk may differ from d_v (FlashAttention, arXiv 2205.14135, algorithm 1).
 
-The caller hands keys and values as a function of a block's borders, so expanded MLA can build them
-as they are needed (FlashAttention, arXiv 2205.14135, algorithm 1, in plain tensor operations).
+Keys and values are a function of block boundaries, so that expanded MLA builds them block by block.
 """
 
 from collections.abc import Callable
@@ -60,9 +59,9 @@ def _attend(
         last = min(first + key_block, end)
         k, v = key_values(first, last)
         scores = _scores(q, k, scale)
-        hidden = _hidden(start, queries, first, last, window, q.device)
-        if hidden is not None:
-            scores = scores.masked_fill(hidden, float("-inf"))
+        masked = _mask(start, queries, first, last, window, q.device)
+        if masked is not None:
+            scores = scores.masked_fill(masked, float("-inf"))
         state = _merge(state, scores, v)
     assert state is not None
     _, total, weighted = state
@@ -77,17 +76,19 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Float[Tensor, "kv_heads group
     return (grouped * scale) @ k.to(wide).permute(1, 2, 0)[:, None]
 
 
-def _hidden(
+def _mask(
     start: int, queries: int, first: int, last: int, window: int | None, device: torch.device
 ) -> Tensor | None:
-    """Mask [queries, keys] of the pairs a query may not see, or None where it may see all."""
+    """Causal (and window) mask [queries, keys], true where a query must not attend; None if nothing
+    is masked.
+    """
     inside_window = window is None or first > start + queries - 1 - window
     if last <= start + 1 and inside_window:
         return None
     query = torch.arange(start, start + queries, device=device)[:, None]
     key = torch.arange(first, last, device=device)[None, :]
-    hidden = key > query
-    return hidden if window is None else hidden | (key <= query - window)
+    masked = key > query
+    return masked if window is None else masked | (key <= query - window)
 
 
 def _merge(
@@ -97,7 +98,7 @@ def _merge(
     top = scores.amax(dim=-1, keepdim=True)
     if state is not None:
         top = torch.maximum(top, state[0])
-    # A row that sees no key of the blocks so far keeps -inf; exp(-inf - 0) is a clean zero.
+    # A query without a visible key so far has -inf; exp(-inf - 0) is a clean zero.
     base = top.masked_fill(top == float("-inf"), 0.0)
     weights = (scores - base).exp()
     total = weights.sum(dim=-1, keepdim=True)

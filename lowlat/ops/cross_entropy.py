@@ -1,8 +1,5 @@
-"""Cross entropy of a head's logits without the logits: rows in pieces, gradients made on the way.
-
-Owns the memory of the loss: a [tokens, vocab] matrix is never whole (the idea of Liger's fused
-linear cross entropy, arXiv 2410.10989, in plain tensor operations). `divergence` has its own losses
-of such pieces.
+"""Fused linear cross entropy: LM head and loss in chunks of rows, gradients computed in the forward
+pass, so that no [tokens, vocab] matrix exists (as in Liger Kernel, arXiv 2410.10989).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,18 +9,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lowlat.ops import native_training
+from lowlat.ops import native_training_kernels
 from lowlat.ops.norm import accumulation_dtype
 
-PIECE_ELEMENTS = 2**23
-"""Logits of one piece: 32 MiB in fp32."""
+CHUNK_ELEMENTS = 2**23
+"""Logits of one chunk: 32 MiB in fp32."""
 
 
 class CrossEntropy(NamedTuple):
-    """Sums over the rows that count."""
+    """Sums over the counted rows."""
 
     total: Float[Tensor, ""]
-    """nll + z_weight * z: what is differentiated."""
+    """nll + z_weight * z, the only differentiable one."""
     nll: Float[Tensor, ""]
     """Negative log-likelihoods, nats."""
     z: Float[Tensor, ""]
@@ -42,7 +39,7 @@ def linear_cross_entropy(
 
     The product has hidden's dtype; logits, softmax and sums are fp32 (fp64 for fp64 inputs).
     """
-    if not torch.is_grad_enabled():  # which a function's needs_input_grad does not know
+    if not torch.is_grad_enabled():  # needs_input_grad ignores no_grad
         hidden, weight = hidden.detach(), weight.detach()
     total, nll, z = _LinearCrossEntropy.apply(hidden, weight, targets, counted, z_weight)  # pyright: ignore[reportGeneralTypeIssues]
     return CrossEntropy(total, nll, z)
@@ -61,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sums = torch.zeros(2, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
 
         def gradient(rows: slice, logits: Tensor) -> Tensor:
-            return _piece(logits, targets[rows], counted[rows], z_weight, sums)
+            return _chunk(logits, targets[rows], counted[rows], z_weight, sums)
 
         gradients = head_gradients(hidden, weight, ctx.needs_input_grad[:2], gradient)
         ctx.save_for_backward(*gradients)
@@ -85,41 +82,41 @@ def head_gradients(
     *,
     elements: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of a loss of the logits hidden W^T, which are made a piece of rows at a time.
+    """Gradients of a loss of the logits hidden W^T, computed in chunks of rows.
 
-    gradient: gets a piece's rows and logits, which it may overwrite, and returns the loss's
-    gradient by them; needed: whether hidden and whether weight take one. Theirs has hidden's dtype,
-    and is summed in fp32 (fp64 for fp64 inputs) for the weight. A piece has up to `elements` logits
-    (by default PIECE_ELEMENTS).
+    gradient: takes the rows and logits of a chunk, which it may overwrite, and returns the gradient
+    of the loss by the logits; needed: whether hidden and weight need gradients. The gradient of
+    hidden has its dtype, that of the weight is summed in fp32 (fp64 for fp64 inputs). A chunk has
+    up to `elements` logits (by default CHUNK_ELEMENTS).
     """
     matrix = weight.to(hidden.dtype)
     needs_hidden, needs_weight = needed
     wide = accumulation_dtype(hidden.dtype)
     grad_hidden = torch.empty_like(hidden) if needs_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-    most = max(1, (elements or PIECE_ELEMENTS) // weight.shape[0])
-    pieces = even_pieces(hidden.shape[0], most)
-    room = hidden.new_empty(pieces[0].stop if pieces else 0, weight.shape[0])
-    for piece in pieces:
-        logits = torch.mm(hidden[piece], matrix.T, out=room[: piece.stop - piece.start])
-        grad = gradient(piece, logits).to(hidden.dtype)
+    most = max(1, (elements or CHUNK_ELEMENTS) // weight.shape[0])
+    chunks = even_chunks(hidden.shape[0], most)
+    buffer = hidden.new_empty(chunks[0].stop if chunks else 0, weight.shape[0])
+    for chunk in chunks:
+        logits = torch.mm(hidden[chunk], matrix.T, out=buffer[: chunk.stop - chunk.start])
+        grad = gradient(chunk, logits).to(hidden.dtype)
         if grad_hidden is not None:
-            torch.mm(grad, matrix, out=grad_hidden[piece])
+            torch.mm(grad, matrix, out=grad_hidden[chunk])
         if grad_weight is not None:
-            grad_weight += grad.T @ hidden[piece]
+            grad_weight += grad.T @ hidden[chunk]
     return grad_hidden, grad_weight
 
 
-def even_pieces(rows: int, most: int) -> list[slice]:
-    """As few pieces of `rows` as have at most `most` each, none larger than the first and all but
-    the last as large.
+def even_chunks(rows: int, most: int) -> list[slice]:
+    """The fewest slices of at most `most` rows each; all have the same length but the last, which
+    may be shorter.
     """
     size = -(-rows // max(1, -(-rows // most)))
     return [slice(at, min(at + size, rows)) for at in range(0, rows, max(1, size))]
 
 
 def scaled_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients that a forward pass saved in `ctx`, times that of the loss."""
+    """The gradients saved in `ctx` by the forward pass, times the gradient of the loss."""
     grad_hidden, grad_weight = ctx.saved_tensors
     if grad_hidden is not None:
         grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
@@ -128,16 +125,16 @@ def scaled_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | No
     return grad_hidden, grad_weight
 
 
-def _piece(
+def _chunk(
     product: Tensor,
     targets: Tensor,
     counted: Tensor,
     z_weight: float,
     sums: Tensor,
 ) -> Tensor:
-    """Add this piece's nll and z to `sums`; the gradient of total by the logits, [rows, vocab]."""
-    if native_training.usable(product):
-        nll, z = native_training.entropy(product, targets, counted, z_weight)
+    """Add this chunk's nll and z to `sums`; the gradient of total by the logits, [rows, vocab]."""
+    if native_training_kernels.usable(product):
+        nll, z = native_training_kernels.entropy(product, targets, counted, z_weight)
         sums += torch.stack([nll.sum(), z.sum()])
         return product
     logits = product.to(sums.dtype)

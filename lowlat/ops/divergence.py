@@ -1,8 +1,8 @@
-"""Divergence of a head's logits from a teacher's, in pieces as `cross_entropy` has them: neither
-matrix of logits is ever whole.
+"""Distillation loss: fused forward KL divergence of a student's logits from a teacher's, in chunks
+of rows as in `cross_entropy`, so that neither matrix of logits exists.
 
-Owns the loss of distillation: forward KL, sum p (log p - log q), whose gradient by the student's
-logits is q - p, with p the teacher's and q the student's next-token distribution.
+The loss is sum p (log p - log q) with p the teacher's and q the student's next-token distribution;
+its gradient by the student's logits is q - p.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lowlat.ops import native_training
+from lowlat.ops import native_training_kernels
 from lowlat.ops.cross_entropy import head_gradients, scaled_gradients
 from lowlat.ops.norm import accumulation_dtype
 
@@ -24,7 +24,7 @@ of it: products with the head of a large vocabulary are twice as quick with 512 
 
 
 class Divergence(NamedTuple):
-    """Sums over the rows that count."""
+    """Sums over the counted rows."""
 
     total: Float[Tensor, ""]
     """kl + nll_weight * nll: what is differentiated."""
@@ -44,8 +44,8 @@ def linear_divergence(
     *,
     nll_weight: float = 0.0,
 ) -> Divergence:
-    """KL(softmax(teacher_hidden V^T) || softmax(hidden W^T)) over the rows `counted`, and
-    nll_weight times the cross entropy of `targets` there. The teacher takes no gradient.
+    """KL(softmax(teacher_hidden V^T) || softmax(hidden W^T)) over the rows `counted`, plus
+    nll_weight times the cross entropy of `targets`. The teacher gets no gradient.
 
     Products have the dtypes of the hidden states; logits, softmax and sums are fp32 (fp64 for fp64
     inputs).
@@ -83,7 +83,7 @@ class _LinearDivergence(torch.autograd.Function):
             sums.add_(_piece(*given))
             return logits
 
-        native = native_training.usable(hidden, teacher_hidden)
+        native = native_training_kernels.usable(hidden, teacher_hidden)
         elements = NATIVE_PIECE_BYTES // hidden.element_size() if native else None
         gradients = head_gradients(hidden, weight, needed, gradient, elements=elements)
         ctx.save_for_backward(*gradients)
@@ -107,9 +107,9 @@ def _piece(
     nll_weight: float,
     wants_gradient: bool,
 ) -> Tensor:
-    """Sums of KL and nll over some rows, of which `logits` become the gradient as in `_block`."""
-    if native_training.usable(logits, taught):
-        found = native_training.divergence(
+    """Sums of KL and nll over some rows; `logits` become the gradient as in `_block`."""
+    if native_training_kernels.usable(logits, taught):
+        found = native_training_kernels.divergence(
             logits, taught, targets, counted, nll_weight, wants_gradient=wants_gradient
         )
         return torch.stack(found).sum(dim=1)
@@ -130,8 +130,8 @@ def _block(
     nll_weight: float,
     wants_gradient: bool,
 ) -> Tensor:
-    """KL and nll of some rows; with `wants_gradient`, `logits` become the gradient by them of
-    kl + nll_weight * nll.
+    """KL and nll of some rows; with `wants_gradient`, `logits` become the gradient of kl +
+    nll_weight * nll.
     """
     log_q = torch.log_softmax(logits, dim=1, dtype=kept.dtype)
     log_p = torch.log_softmax(taught, dim=1, dtype=kept.dtype)

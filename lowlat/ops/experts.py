@@ -1,4 +1,4 @@
-"""SwiGLU and its mixture: each routed expert applied to the tokens that chose it."""
+"""SwiGLU and the mixture of experts: each routed expert applied to the tokens routed to it."""
 
 from collections.abc import Callable
 
@@ -25,8 +25,8 @@ def swiglu(
 def routed_experts(
     x: Float[Tensor, "tokens hidden"], routing: Routing, apply: Expert
 ) -> Float[Tensor, "tokens hidden"]:
-    """Weighted sum over the chosen experts, added in fp32 in order of expert id. Only chosen
-    experts are touched.
+    """Weighted sum over the chosen experts, accumulated in fp32 in order of expert id. Only the
+    weights of chosen experts are read.
     """
     out = torch.zeros_like(x, dtype=accumulation_dtype(x.dtype))
     for expert in routing.experts.unique().tolist():

@@ -1,8 +1,7 @@
 """fp8-e4m3 weights with one fp32 scale per block (DeepSeek-V3 section 3.3): W = W_fp8 *
 weight_scale_inv.
 
-Blocks start at row and column 0 on a ceil grid; the last ones may be cut short by the matrix's
-edge.
+Blocks start at row and column 0 on a ceil grid; the last ones may be smaller.
 """
 
 import math
@@ -30,11 +29,11 @@ def dequantize_blocks(
 def quantize_blocks(
     weight: Float[Tensor, "out in"], block: tuple[int, int], scale_fmt: str | None = None
 ) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out_blocks in_blocks"]]:
-    """fp8 weights and the fp32 scales that bring each block's largest magnitude to 448.
+    """fp8 weights, and the fp32 scales that map each block's largest magnitude to 448.
 
-    `scale_fmt` "ue8m0" rounds scales up to powers of two. Padding of cut blocks is zero, so it
-    enters no maximum; an all-zero block gets scale 1. A block with a value that is not finite
-    comes back as NaN altogether.
+    `scale_fmt` "ue8m0" rounds scales up to powers of two. The padding of partial blocks is zero and
+    does not affect the maximum; an all-zero block gets scale 1. A block with a non-finite value
+    becomes all NaN.
     """
     rows, columns = weight.shape
     blocks, scale = quantize_grid(in_blocks(weight, block), scale_fmt)
@@ -44,7 +43,7 @@ def quantize_blocks(
 def in_blocks(
     matrix: Float[Tensor, "rows columns"], block: tuple[int, int]
 ) -> Float[Tensor, "row_blocks block_rows column_blocks block_columns"]:
-    """The matrix in fp32, cut into blocks; what lies beyond its edges is zero."""
+    """The matrix in fp32 as blocks, padded with zeros."""
     rows, columns = matrix.shape
     grid = (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
     size = (grid[0] * block[0], grid[1] * block[1])
@@ -61,9 +60,9 @@ def block_scales(
     largest: float,
     scale_fmt: str | None,
 ) -> Float[Tensor, "row_blocks column_blocks"]:
-    """Scales that bring each block's largest magnitude to `largest` ("ue8m0": to at most that).
+    """Scales that map each block's largest magnitude to `largest` ("ue8m0": to at most that).
 
-    1 for blocks of zeros, NaN for blocks with a value that is not finite.
+    1 for blocks of zeros, NaN for blocks with a non-finite value.
     """
     extremes = blocks.amax(dim=(1, 3)), -blocks.amin(dim=(1, 3))
     scale = torch.maximum(*extremes) / largest

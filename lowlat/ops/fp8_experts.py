@@ -1,7 +1,6 @@
-"""Routed experts over stacked weights with their products in FP8 (DeepSeek-V3 section 3.3).
+"""Routed experts over stacked weights with FP8 products (DeepSeek-V3 section 3.3).
 
-Owns which rows share tiles: those of one expert, so that no token's scale depends on another
-expert's tokens. The products are `fp8_training`'s, the sorting `grouped`'s.
+Tiles span rows of one expert only, so that no token's scale depends on the tokens of other experts.
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from lowlat.ops.routing import Routing
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertFormats:
-    """How routed experts quantise."""
+    """Quantization formats of routed experts."""
 
     up: Fp8Format
     """gate_proj and up_proj."""
@@ -34,7 +33,7 @@ def fp8_grouped(
     counts: Sequence[int],
     fmt: Fp8Format,
 ) -> Float[Tensor, "rows out"]:
-    """`grouped.grouped_linear` in FP8, differentiable: every expert's product with its own rows."""
+    """`grouped.grouped_linear` in FP8, with gradients: every expert's product with its own rows."""
     groups = zip(x.split(list(counts)), weight.unbind(0), strict=True)
     return torch.cat([fp8_linear(rows, matrix, None, fmt) for rows, matrix in groups])
 
@@ -46,7 +45,7 @@ def fp8_stacked_experts(
     down_proj: Float[Tensor, "experts hidden inner"],
     formats: ExpertFormats,
 ) -> Float[Tensor, "tokens hidden"]:
-    """`grouped.stacked_experts` in FP8. SwiGLU and the sum over experts are as there."""
+    """`grouped.stacked_experts` in FP8; SwiGLU and the sum over experts are the same."""
     groups = group_by_expert(routing.experts, gate_up_proj.shape[0])
     order, tokens, counts = groups.order, groups.tokens, groups.counts
     wide = accumulation_dtype(x.dtype)

@@ -1,7 +1,5 @@
-"""Products of FP8 blocks on tensor cores, through torch.nn.functional.scaled_mm.
-
-Owns which devices have them and the layouts cuBLAS asks for; `fp8_training.product` is the
-definition.
+"""FP8 block products on GPU tensor cores (torch.nn.functional.scaled_mm): supported devices, and
+the layouts cuBLAS requires. The reference implementation is `fp8_training.blockwise_product`.
 """
 
 from functools import cache
@@ -21,7 +19,7 @@ HOPPER = (9, 0)
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether `device` multiplies 1x128 and 128x128 blocks with fp32 scales: Hopper alone does."""
+    """Whether `device` multiplies 1x128 and 128x128 blocks with fp32 scales: Hopper only."""
     return device.type == "cuda" and _has_blocks(device.index or 0)
 
 

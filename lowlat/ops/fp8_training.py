@@ -40,7 +40,7 @@ ScaleFormat = Literal["ue8m0"] | None
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fp8Format:
-    """How one linear layer quantises."""
+    """Quantization formats of one linear layer."""
 
     weight_scales: ScaleFormat = None
     """Of the weight's blocks; exported checkpoints name it as scale_fmt."""
@@ -82,8 +82,8 @@ class Blocks(NamedTuple):
 
 
 def _shifted(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """E4M3 values / SHIFT in fp16: the same bits in a wider field, several times faster than the
-    conversion. NaN becomes a number, so a block with one must have NaN as its scale.
+    """E4M3 values / SHIFT in fp16: the same bits in a wider field, several times faster than a
+    conversion. NaN becomes a number, so a block with a NaN must have NaN as its scale.
     """
     bits = values.view(torch.int8).to(torch.int16)
     return bits.bitwise_left_shift_(7).bitwise_and_(_FP16_FIELDS).view(torch.float16)
@@ -111,8 +111,8 @@ def stored_blocks(
 
 
 def quantize_e5m6(matrix: Float[Tensor, "rows columns"]) -> Blocks:
-    """1x128 tiles of 5 exponent and 6 mantissa bits with scales that are powers of two: what the
-    paper keeps of the inputs of the linears after attention. Held in fp16, which has room for them.
+    """1x128 tiles with 5 exponent and 6 mantissa bits and power-of-two scales: the paper's format
+    for saved inputs of the linears after attention. Stored in fp16.
     """
     blocks = in_blocks(matrix, ALONG_ROWS)
     scale = block_scales(blocks, E5M6_MAX, "ue8m0")
@@ -161,11 +161,11 @@ def fp8_linear(
     bias: Float[Tensor, "out"] | None = None,
     fmt: Fp8Format = Fp8Format(),
 ) -> Float[Tensor, "*rows out"]:
-    """x W^T + b with all three products in FP8; weight and bias are master copies (fp32).
+    """x W^T + b with all three products in FP8; weight and bias are master weights (fp32).
 
-    The result and the input's gradient have x's dtype; the weight's gradient is accumulated in
-    fp32 and comes in the weight's. Of x the backward pass keeps fp8 tiles (`Fp8Format`), of the
-    weight its fp8 blocks. Values that are not finite make their whole tile NaN.
+    The result and the input's gradient have x's dtype; the weight's gradient is accumulated in fp32
+    and has the weight's dtype. The backward pass saves fp8 tiles of x (`Fp8Format`) and the fp8
+    blocks of the weight. A non-finite value makes its whole tile NaN.
     """
     if x.numel() == 0:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -227,8 +227,8 @@ def input_gradient(
 def weight_gradient(
     grad: Float[Tensor, "rows out"], kept: Blocks, fmt: Fp8Format, dtype: torch.dtype
 ) -> Float[Tensor, "out in"]:
-    """wgrad: the gradient and the kept input, multiplied out and quantised again, in tiles along
-    the tokens.
+    """wgrad: the gradient and the saved input, dequantized and quantized again, in tiles along the
+    tokens.
     """
     wide = accumulation_dtype(grad.dtype)
     columns = quantize(grad, ALONG_COLUMNS, fmt.gradient_scales)

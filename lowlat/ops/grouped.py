@@ -1,7 +1,7 @@
-"""The routed experts of a layer as one differentiable function over stacked weights.
+"""Grouped GEMM of stacked experts with gradients: the training version of `experts.routed_experts`.
 
-Owns the training form of `experts.routed_experts`: rows sorted by expert, one product per expert
-and projection, and a backward pass that keeps neither the gathered rows nor the activations.
+Rows are sorted by expert, one product per expert and projection; the backward pass saves neither
+the gathered rows nor the activations.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lowlat.ops import native_training
-from lowlat.ops.deferred import Later, add_gradient
-from lowlat.ops.differentiable import gated_backward
+from lowlat.ops import native_training_kernels
+from lowlat.ops.autograd import gated_backward
+from lowlat.ops.deferred import Defer, add_gradient
 from lowlat.ops.norm import accumulation_dtype
 from lowlat.ops.routing import Routing
 
@@ -69,8 +69,8 @@ def grouped_linear(
     """Every expert's product with its own rows: x W^T, or with `is_turned` x W. Weights of another
     dtype are rounded to x's.
     """
-    if native_training.multiplies_groups(x, weight):
-        return native_training.grouped(x, weight, torch.tensor(counts), is_turned=is_turned)
+    if native_training_kernels.multiplies_groups(x, weight):
+        return native_training_kernels.grouped(x, weight, torch.tensor(counts), is_turned=is_turned)
     weight = weight.to(x.dtype)
     weight = weight if is_turned else weight.transpose(1, 2)
     if x.is_cuda and x.dtype == torch.bfloat16:
@@ -90,8 +90,8 @@ def grouped_outer(
     """left^T right over the rows of each expert in `dtype`: the gradient of its weight. Zero
     without rows.
     """
-    if native_training.multiplies_groups(left, right):
-        return native_training.outer(left, right, torch.tensor(counts)).to(dtype)
+    if native_training_kernels.multiplies_groups(left, right):
+        return native_training_kernels.outer(left, right, torch.tensor(counts)).to(dtype)
     if left.is_cuda and left.dtype == torch.bfloat16:
         return F.grouped_mm(left.T, right, offs=_ends(counts, left)).to(dtype)
     out = left.new_empty(len(counts), left.shape[1], right.shape[1])
@@ -110,21 +110,21 @@ def stacked_experts(
     routing: Routing,
     gate_up_proj: Float[Tensor, "experts inner_twice hidden"],
     down_proj: Float[Tensor, "experts hidden inner"],
-    later: Later | None = None,
+    defer: Defer | None = None,
 ) -> Float[Tensor, "tokens hidden"]:
     """Weighted sum over the chosen experts (DeepSeek-V3 equations 12 and 13), differentiable in
     everything but the choice.
 
     gate_up_proj holds each expert's gate rows, then its up rows. Weights of another dtype are cast
-    to x's; their gradients come in their own, through `later` where that is given (weights are
+    to x's; their gradients come in their own, through `defer` where that is given (weights are
     leaves then). Sums over experts are fp32 (fp64 for fp64 inputs).
     """
     by_onednn = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    if native_training.multiplies_groups(x, gate_up_proj, down_proj):
+    if native_training_kernels.multiplies_groups(x, gate_up_proj, down_proj):
         by_onednn = False
     unit = ROW_UNIT if by_onednn else 1
     groups = group_by_expert(routing.experts, gate_up_proj.shape[0], unit=unit)
-    out = _StackedExperts.apply(x, routing.weights, gate_up_proj, down_proj, groups, later)
+    out = _StackedExperts.apply(x, routing.weights, gate_up_proj, down_proj, groups, defer)
     assert isinstance(out, Tensor)
     return out
 
@@ -142,7 +142,7 @@ class _StackedExperts(torch.autograd.Function):
         gate_up_proj: Tensor,
         down_proj: Tensor,
         groups: Groups,
-        later: Later | None,
+        defer: Defer | None,
     ) -> Tensor:
         factors = _factors(weights, groups, accumulation_dtype(x.dtype))
         rows = x.index_select(0, groups.tokens)
@@ -153,9 +153,9 @@ class _StackedExperts(torch.autograd.Function):
         given = x if any(ctx.needs_input_grad[2:4]) else None
         ctx.save_for_backward(given, weights, gate_up_proj, down_proj, gate_up)
         ctx.groups = groups
-        ctx.later = later
+        ctx.defer = defer
         # Saved tensors may come back as copies, which no gradient can be added to.
-        ctx.leaves = None if later is None else (gate_up_proj, down_proj)
+        ctx.leaves = None if defer is None else (gate_up_proj, down_proj)
         return _combine(rows, factors, groups, weights.shape[1])
 
     @staticmethod
@@ -178,8 +178,8 @@ class _StackedExperts(torch.autograd.Function):
             return grad_x, grad_weights, None, None, None, None
         given = x, grads, factors, inner, grad_gate_up, groups
         outer = partial(_outer, *given, gate_up_proj.dtype)
-        if ctx.later is not None:
-            ctx.later(partial(_add_outer, ctx.leaves, outer))
+        if ctx.defer is not None:
+            ctx.defer(partial(_add_outer, ctx.leaves, outer))
             return grad_x, grad_weights, None, None, None, None
         return grad_x, grad_weights, *outer(), None, None
 
@@ -232,8 +232,8 @@ def _combine(
     places = torch.empty_like(groups.order)
     places[groups.order] = groups.rows
     places = places.view(-1, chosen).sort(dim=1).values
-    if native_training.usable(rows):
-        return native_training.combine(rows, factors, places)
+    if native_training_kernels.usable(rows):
+        return native_training_kernels.combine(rows, factors, places)
     wide = accumulation_dtype(rows.dtype)
     out = torch.zeros(places.shape[0], rows.shape[1], dtype=wide, device=rows.device)
     for column in places.unbind(dim=1):
@@ -245,7 +245,7 @@ def _combine(
 def _swiglu(gate_up: Float[Tensor, "rows inner_twice"]) -> Float[Tensor, "rows inner"]:
     """silu(gate) * up, computed in fp32 and rounded once, as `experts.swiglu`."""
     gate, up = gate_up.chunk(2, dim=1)
-    if native_training.usable(gate_up):
-        return native_training.gated_forward(gate, up)
+    if native_training_kernels.usable(gate_up):
+        return native_training_kernels.gated_forward(gate, up)
     wide = accumulation_dtype(gate_up.dtype)
     return (F.silu(gate.to(wide)) * up.to(wide)).to(gate_up.dtype)

@@ -1,9 +1,9 @@
-"""The two forms of Multi-head Latent Attention over rows [c_t ; k_R] (DeepSeek-V2 section 2.1.2 and
-appendix C).
+"""Attention paths of Multi-head Latent Attention over KV cache entries [c_t ; k_R]: expanded and
+absorbed (DeepSeek-V2 section 2.1.2 and appendix C).
 
-Expanded: k_h = [W_UK_h c ; k_R], v_h = W_UV_h c. Absorbed: W_UK_h moves to the query and W_UV_h to
-the output, so attention reads the rows alone. Both give the same numbers up to rounding;
-docs/mla.md derives one from the other.
+Expanded: k_h = [W_UK_h c ; k_R], v_h = W_UV_h c. Absorbed (weight absorption): W_UK_h moves to the
+query and W_UV_h to the output, so attention reads the latent entries directly. Both give the same
+numbers up to rounding; docs/mla.md derives one from the other.
 """
 
 import torch
@@ -16,16 +16,14 @@ from lowlat.ops.attention import KEY_BLOCK, causal_attention
 def absorbed_mla(
     q_nope: Float[Tensor, "queries heads nope_dim"],
     q_rope: Float[Tensor, "queries heads rope_dim"],
-    rows: Float[Tensor, "keys row_dim"],
+    rows: Float[Tensor, "keys entry_dim"],
     w_uk: Float[Tensor, "heads nope_dim latent"],
     w_uv: Float[Tensor, "heads v_dim latent"],
     *,
     start: int,
     scale: float,
 ) -> Float[Tensor, "queries heads v_dim"]:
-    """MLA over the latent itself: every head attends to one shared key, the row, and one shared
-    value, the latent.
-    """
+    """Absorbed MLA: all heads share one key, the entry, and one value, the latent (as in MQA)."""
     q_latent = torch.einsum("qhn,hnc->qhc", q_nope, w_uk)
     query = torch.cat([q_latent, q_rope], dim=-1)
     latent = w_uv.shape[-1]
@@ -41,7 +39,7 @@ def absorbed_mla(
 def expanded_mla(
     q_nope: Float[Tensor, "queries heads nope_dim"],
     q_rope: Float[Tensor, "queries heads rope_dim"],
-    rows: Float[Tensor, "keys row_dim"],
+    rows: Float[Tensor, "keys entry_dim"],
     w_uk: Float[Tensor, "heads nope_dim latent"],
     w_uv: Float[Tensor, "heads v_dim latent"],
     *,
@@ -49,7 +47,9 @@ def expanded_mla(
     scale: float,
     key_block: int = KEY_BLOCK,
 ) -> Float[Tensor, "queries heads v_dim"]:
-    """MLA with per-head keys and values, built from the rows one block of keys at a time."""
+    """Expanded MLA: per-head keys and values, computed from the entries one block of keys at a
+    time.
+    """
     query = torch.cat([q_nope, q_rope], dim=-1)
     latent, heads = w_uv.shape[-1], w_uk.shape[0]
 

@@ -1,7 +1,7 @@
-"""The native CPU kernels: whether they are here, which instructions they use, on how many threads.
+"""Native CPU kernels: availability, instruction-set level and thread count.
 
-Owns the environment variable LOWLAT_ISA: a level of instructions to use in place of the best one,
-or `none` for plain PyTorch. lowlat works without the module, slowly.
+The environment variable LOWLAT_ISA selects a level instead of the best one, or `none` for plain
+PyTorch. Without the native module lowlat runs slowly in PyTorch.
 """
 
 import logging
@@ -28,7 +28,7 @@ REMEDY = (
 
 @cache
 def _found() -> tuple[ModuleType | None, str]:
-    """The module made ready for use, or None and why there is none."""
+    """The initialised module, or None and the reason."""
     wanted = os.environ.get(ISA_VARIABLE, "")
     if wanted == OFF:
         return None, f"{ISA_VARIABLE}={OFF} turns the native kernels off"
@@ -54,20 +54,20 @@ def _found() -> tuple[ModuleType | None, str]:
 
 
 def available() -> bool:
-    """Whether there are native kernels and LOWLAT_ISA does not turn them off.
+    """Whether the native kernels are built and LOWLAT_ISA does not disable them.
 
-    Raises UserError for a LOWLAT_ISA this machine cannot follow.
+    Raises UserError for a LOWLAT_ISA that this machine does not support.
     """
     return _found()[0] is not None
 
 
 def reason() -> str:
-    """Why `available` is False, with the remedy; empty where it is True."""
+    """Why `available` is false, with the remedy; empty if it is true."""
     return _found()[1]
 
 
 def module() -> ModuleType:
-    """The native module. Only where `available`."""
+    """The native module; requires `available`."""
     found = _found()[0]
     assert found is not None, _found()[1]
     return found
@@ -75,13 +75,13 @@ def module() -> ModuleType:
 
 @cache
 def warn_if_absent() -> None:
-    """Say once, in the log, that lowlat runs slow for want of the native kernels and what helps."""
+    """Log once that lowlat runs slowly without the native kernels, with the remedy."""
     if not available() and os.environ.get(ISA_VARIABLE) != OFF:
         log.warning("lowlat runs slow on this CPU: %s", reason())
 
 
 def levels() -> list[str]:
-    """Levels of instructions this machine and build have, best first; empty without the module."""
+    """Instruction-set levels of this machine and build, best first; empty without the module."""
     found = _found()[0]
     return [] if found is None else found.usable_levels()
 
@@ -92,15 +92,15 @@ def level() -> str:
 
 
 def processors() -> int:
-    """Processors this process may use: its affinity, and the cgroup's limit rounded up."""
+    """Processors of this process: its affinity, limited by the cgroup quota, rounded up."""
     allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1)
     limit = _cgroup_limit()
     return allowed if limit is None else max(1, min(allowed, limit))
 
 
 def _cgroup_limit(root: Path = Path("/")) -> int | None:
-    """Processors' worth of time the process's control groups may use, rounded up; None where there
-    is no limit. `root` is where proc and sys lie.
+    """CPU quota of this process's cgroups in processors, rounded up; None without a limit. `root`
+    contains proc and sys.
     """
     quotas = (_quota(folder) for folder in group_folders("cpu", root))
     return min((quota for quota in quotas if quota is not None), default=None)
@@ -121,14 +121,14 @@ def _quota(group: Path) -> int | None:
 
 
 def _default_threads() -> int:
-    """All processors, or fewer where OMP_NUM_THREADS says so, as PyTorch has it."""
+    """All processors, or fewer if OMP_NUM_THREADS is lower, as in PyTorch."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return min(processors(), int(asked)) if asked.isdigit() and int(asked) > 0 else processors()
 
 
 def set_threads(count: int) -> None:
-    """Threads of the native kernels. Raises UserError for fewer than one or more than there are
-    processors: threads that wait for each other on one processor take turns at waiting.
+    """Set the threads of the native kernels. Raises UserError for fewer than one or more than there
+    are processors: threads that wait for each other on one processor slow each other down.
     """
     most = processors()
     if not 1 <= count <= most:
@@ -139,8 +139,8 @@ def set_threads(count: int) -> None:
 
 
 def use_threads(count: int) -> None:
-    """Threads of PyTorch and, where they are, of the native kernels. Raises UserError for fewer
-    than one or more than there are processors.
+    """Set the threads of PyTorch and the native kernels. Raises UserError for fewer than one or
+    more than there are processors.
     """
     most = processors()
     if not 1 <= count <= most:
@@ -156,7 +156,7 @@ def threads() -> int:
 
 
 def keep_torch_single_threaded() -> None:
-    """Take PyTorch's own pool out of the way: its idle threads spin, and two pools that spin
-    against each other halve the speed of both.
+    """Limit PyTorch's thread pool to one thread: its idle threads spin, and two spinning pools
+    halve each other's speed.
     """
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""RMSNorm."""
+"""RMSNorm (arXiv 1910.07467)."""
 
 import torch
 from jaxtyping import Float
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are carried in for inputs of `dtype`: fp32, or fp64 for fp64 inputs."""
+    """The dtype of sums over inputs of `dtype`: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""int8 and int4 weights: how they are made, stored and turned back (definition of the kernels).
+"""int8 and int4 weights: quantization, storage and dequantization (reference implementation).
 
 32 columns of a row are a group and share fp16 numbers:
 
@@ -80,12 +80,12 @@ def num_groups(columns: int) -> int:
 
 
 def quantize_int8(dense: Float[Tensor, "out in"], empty: Empty = torch.empty) -> Int8Weight:
-    """`dense` in int8 groups; a scale is infinite or NaN where a group does not fit."""
+    """`dense` in int8 groups; scales are infinite or NaN for groups out of range."""
     return Int8Weight(*_in_chunks(dense, _int8_chunk, empty))
 
 
 def quantize_int4(dense: Float[Tensor, "out in"], empty: Empty = torch.empty) -> Int4Weight:
-    """`dense` in int4 groups; a scale or minimum is infinite or NaN where a group does not fit."""
+    """`dense` in int4 groups; scales or minima are infinite or NaN for groups out of range."""
     return Int4Weight(*_in_chunks(dense, _int4_chunk, empty))
 
 
@@ -156,7 +156,7 @@ def int4_steps(
 def _in_chunks(
     dense: Tensor, quantize: Callable[[Tensor], tuple[Tensor, ...]], empty: Empty
 ) -> tuple[Tensor, ...]:
-    """`quantize` applied to whole tiles of rows, in parallel; its results joined."""
+    """Apply `quantize` to whole tiles of rows, in parallel, and concatenate."""
     dense = dense.detach()
     step = max(CHUNK_ELEMENTS // dense.shape[1] // TILE, 1) * TILE
 
@@ -211,5 +211,5 @@ def _scales_in_tiles(
 
 
 def _divisor(scale: Tensor) -> Tensor:
-    """Groups without a range hold zeros; they are divided by 1."""
+    """Groups without a range hold zeros and are divided by 1."""
     return torch.where(scale == 0, 1.0, scale)

@@ -7,13 +7,14 @@ position 10,000.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lowlat.config.model import RopeConfig, yarn_mscale
-from lowlat.ops import differentiable, native_training
+from lowlat.ops import autograd, native_training_kernels
 from lowlat.ops.norm import accumulation_dtype
 
 
@@ -92,44 +93,54 @@ def rotation_magnitude(rope: RopeConfig) -> float:
     return yarn_mscale(rope.factor, 1.0)
 
 
-class RotaryTables:
+class RotaryTable(NamedTuple):
+    """cos and sin of the rotation angles of some tokens, fp32, times the rotation magnitude."""
+
+    cos: Float[Tensor, "tokens pairs"]
+    sin: Float[Tensor, "tokens pairs"]
+
+
+class RotaryEmbedding:
     """cos and sin of the angles of any positions, made on demand from the stored frequencies."""
 
     def __init__(self, rope: RopeConfig, dim: int) -> None:
         self.inverse = inverse_frequencies(rope, dim)
         self.magnitude = rotation_magnitude(rope)
 
-    def __call__(
-        self, positions: Int[Tensor, "tokens"]
-    ) -> tuple[Float[Tensor, "tokens pairs"], Float[Tensor, "tokens pairs"]]:
+    def __call__(self, positions: Int[Tensor, "tokens"]) -> RotaryTable:
         """fp32 cos and sin, scaled by the rotation magnitude."""
-        return rotary_tables(positions, self.inverse, self.magnitude)
+        return rotary_table(positions, self.inverse, self.magnitude)
 
 
-def rotary_tables(
+def rotary_table(
     positions: Int[Tensor, "tokens"],
     inverse: Float[Tensor, "pairs"],
     magnitude: float | Float[Tensor, "pairs"],
-) -> tuple[Float[Tensor, "tokens pairs"], Float[Tensor, "tokens pairs"]]:
-    """fp32 cos and sin of all angles, times the magnitude (of all pairs, or of each)."""
+) -> RotaryTable:
+    """fp32 cos and sin of all angles, times the magnitude (one for all pairs, or one per pair)."""
     angles = positions[:, None].to(torch.float32) * inverse.to(positions.device)
-    return angles.cos() * magnitude, angles.sin() * magnitude
+    return RotaryTable(angles.cos() * magnitude, angles.sin() * magnitude)
 
 
 def apply_rope(
     x: Float[Tensor, "tokens heads dim"],
-    cos: Float[Tensor, "tokens pairs"],
-    sin: Float[Tensor, "tokens pairs"],
+    rope: RotaryTable,
     *,
     interleave: bool,
 ) -> Float[Tensor, "tokens heads dim"]:
-    """Rotate the pairs of every head: channels (2i, 2i+1) if `interleave`, else (i, i + dim/2).
+    """Rotary position embedding (RoFormer, arXiv 2104.09864): rotate the pairs of every head,
+    channels (2i, 2i+1) if `interleave`, else (i, i + dim/2).
 
-    Channels keep their places, so a checkpoint's rows need no permutation. Computed in fp32,
-    rounded once. The native kernel, where it is usable, gives the same bits.
+    The order of channels does not change, so a checkpoint's weights need no permutation. Computed
+    in fp32, rounded once. The native kernel gives the same bits.
     """
-    if native_training.usable(x) and native_training.usable(cos, sin) and x.stride(-1) == 1:
-        return differentiable.rotate(x, cos, sin, interleave=interleave)
+    cos, sin = rope
+    if (
+        native_training_kernels.usable(x)
+        and native_training_kernels.usable(cos, sin)
+        and x.stride(-1) == 1
+    ):
+        return autograd.rotate(x, cos, sin, interleave=interleave)
     wide = x.to(accumulation_dtype(x.dtype))
     cos, sin = cos[:, None], sin[:, None]
     if interleave:

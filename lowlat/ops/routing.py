@@ -1,5 +1,5 @@
-"""Which experts a token uses and with what weight: one function for training, rollout and
-inference.
+"""Group-limited top-k routing of tokens to experts (DeepSeek-V3 section 2.1.2, DeepSeek-V2 section
+2.2), the same for training and inference.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from lowlat.ops.norm import accumulation_dtype
 
 
 class Routing(NamedTuple):
-    """The choice of `route`."""
+    """Result of `route`."""
 
     experts: Int[Tensor, "tokens chosen"]
     """Expert ids, best first."""
@@ -29,10 +29,12 @@ def route(
     bias: Float[Tensor, "experts"] | None,
     moe: MoEConfig,
 ) -> Routing:
-    """Score every expert in fp32, select by `moe.topk_method`, weigh by the unbiased scores.
+    """Score every expert in fp32, select by `moe.topk_method` with the selection bias, weight by
+    the unbiased scores.
 
-    DeepSeek-V3 section 2.1.2 (sigmoid, bias, groups by the sum of their two best) and DeepSeek-V2
-    section 2.2 (softmax, groups by their best). Equal scores go to the lowest expert id.
+    DeepSeek-V3 section 2.1.2 (sigmoid, auxiliary-loss-free bias, groups scored by the sum of their
+    two best) and DeepSeek-V2 section 2.2 (softmax, groups scored by their best). Ties go to the
+    lowest expert id.
     """
     wide = accumulation_dtype(x.dtype)
     logits = x.to(wide) @ gate.to(wide).T
@@ -52,8 +54,8 @@ def largest(values: Float[Tensor, "rows n"], count: int) -> Int[Tensor, "rows co
 def _keep_best_groups(
     choice: Float[Tensor, "tokens experts"], moe: MoEConfig
 ) -> Float[Tensor, "tokens experts"]:
-    """Set experts outside the `topk_group` best groups to -inf: 0 would win over negative biased
-    scores.
+    """Group-limited routing: mask experts outside the `topk_group` best groups with -inf, because 0
+    would win over negative biased scores.
     """
     groups = choice.unflatten(-1, (moe.n_group, -1))
     best = min(2, groups.shape[-1]) if moe.topk_method == "noaux_tc" else 1

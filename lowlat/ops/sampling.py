@@ -1,8 +1,7 @@
-"""One token of a row of logits: temperature, filters, draw.
+"""Sampling a token from logits: temperature, top-k, top-p (nucleus) and min-p filters.
 
-Owns what the filters keep. Every filter keeps the first tokens of one ranking, the largest logit
-first and equal ones by id, so their order matters for probabilities alone: top-p counts those that
-top-k left, min-p compares with the largest.
+Every filter keeps a prefix of the ranking by logit, ties by id, so the order of filters affects
+probabilities only: top-p sums over the tokens that top-k kept, min-p compares with the largest.
 """
 
 import math
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from lowlat.ops import native, native_ops
+from lowlat.ops import native, native_kernels
 
 
 def draw(
@@ -23,11 +22,11 @@ def draw(
     top_p: int | float = 1.0,
     min_p: int | float = 0.0,
 ) -> int:
-    """The first id up to which the kept weights sum to more than `number` of all of them;
-    0 <= number < 1. Options are those of `kept_weights`.
+    """Inverse transform sampling: the first id at which the cumulative kept weights exceed `number`
+    times their sum; 0 <= number < 1. Options are those of `kept_weights`.
     """
     if logits.dtype == torch.float32 and logits.device.type == "cpu" and native.available():
-        return native_ops.draw(
+        return native_kernels.draw(
             logits, number, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
         )
     weights = kept_weights(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -45,11 +44,11 @@ def kept_weights(
     top_p: int | float = 1.0,
     min_p: int | float = 0.0,
 ) -> Float64[Tensor, " vocab"]:
-    """e^((logit - largest) / temperature) of every token, 0 for those the filters drop.
+    """e^((logit - largest) / temperature) of every token, 0 for filtered ones.
 
-    top_k: the k largest logits are kept, 0 keeps all. top_p: of those the fewest, largest first,
-    whose weights sum to top_p of theirs, 1 keeps all. min_p: of those the ones that weigh at least
-    min_p. Raises ValueError where the largest logit is not finite.
+    top_k: keep the k largest logits, 0 keeps all. top_p: of those keep the fewest, largest first,
+    whose weights sum to top_p of the total, 1 keeps all. min_p: keep those with a weight of at
+    least min_p. Raises ValueError if the largest logit is not finite.
     """
     scores = logits.double()
     largest = float(scores.max())

@@ -1,10 +1,10 @@
-"""Rows of Tensor Product Attention, [B_K ; B_V ; A_K ; A_V] (arXiv 2501.06425, sections 3 and 5).
+"""KV cache entries of Tensor Product Attention, [B_K ; B_V ; A_K ; A_V] (arXiv 2501.06425, sections
+3 and 5).
 
 The keys of a token are K = A_K^T B_K / R_K: head factors A_K [R_K, heads] times channel factors B_K
-[R_K, head_dim], which are rotated before they are cached; values likewise. Expanded: K and V are
-built. Factored: a query meets the channel factors, which all heads share, and the head factors
-weigh the products, so that few queries never build a key. Both give the same numbers up to
-rounding.
+[R_K, head_dim], rotated before they are cached; values likewise. Expanded: K and V are built.
+Factored: queries meet the channel factors, which all heads share, and head factors weight the
+products, so that decoding builds no keys. Both give the same numbers up to rounding.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowlat.ops.layout import RowLayout
+from lowlat.ops.layout import EntryLayout
 from lowlat.ops.norm import accumulation_dtype
 
 PRODUCTS = 2**23
@@ -30,7 +30,7 @@ def outer_mean(
 
 @final
 @dataclass(frozen=True, slots=True)
-class FactorLayout(RowLayout):
+class FactorLayout(EntryLayout):
     """Factors of the keys and values of `heads` heads of `head_dim` channels."""
 
     heads: int
@@ -39,14 +39,14 @@ class FactorLayout(RowLayout):
     v_rank: int
 
     def factors(
-        self, rows: Float[Tensor, "keys row_dim"]
+        self, rows: Float[Tensor, "keys entry_dim"]
     ) -> tuple[
         Float[Tensor, "keys k_rank head_dim"],
         Float[Tensor, "keys v_rank head_dim"],
         Float[Tensor, "keys k_rank heads"],
         Float[Tensor, "keys v_rank heads"],
     ]:
-        """B_K, B_V, A_K, A_V of every row."""
+        """B_K, B_V, A_K, A_V of every entry."""
         ranks = (self.k_rank, self.v_rank)
         sizes = [rank * width for width in (self.head_dim, self.heads) for rank in ranks]
         b_k, b_v, a_k, a_v = rows.split(sizes, dim=1)
@@ -58,7 +58,7 @@ class FactorLayout(RowLayout):
         )
 
     def expand(
-        self, rows: Float[Tensor, "keys row_dim"]
+        self, rows: Float[Tensor, "keys entry_dim"]
     ) -> tuple[Float[Tensor, "keys heads head_dim"], Float[Tensor, "keys heads head_dim"]]:
         b_k, b_v, a_k, a_v = self.factors(rows)
         return outer_mean(a_k, b_k), outer_mean(a_v, b_v)
@@ -66,12 +66,12 @@ class FactorLayout(RowLayout):
     def attend(
         self,
         q: Float[Tensor, "queries heads head_dim"],
-        rows: Float[Tensor, "keys row_dim"],
+        rows: Float[Tensor, "keys entry_dim"],
         *,
         start: int,
         scale: float,
     ) -> Float[Tensor, "queries heads head_dim"]:
-        """The factored form; scores, softmax and sums in fp32 (fp64 for fp64 inputs)."""
+        """Factored attention; scores, softmax and sums in fp32 (fp64 for fp64 inputs)."""
         wide = accumulation_dtype(q.dtype)
         per_query = self.heads * len(rows) * max(self.k_rank, self.v_rank)
         step = max(1, PRODUCTS // per_query)
@@ -88,7 +88,7 @@ def _factored(
     factors: tuple[Tensor, Tensor, Tensor, Tensor],
     start: int,
 ) -> Float[Tensor, "queries heads head_dim"]:
-    """Attention of scaled queries at positions start, start + 1, ... over all rows given."""
+    """Attention of scaled queries at positions start, start + 1, ... over all entries given."""
     b_k, b_v, a_k, a_v = factors
     keys, k_rank, _ = a_k.shape
     products = (q @ b_k.flatten(0, 1).T).unflatten(-1, (keys, k_rank))

@@ -129,12 +129,12 @@ def _attention(hidden: int, attention: AttentionConfig, sizes: _Sizes) -> list[_
         case MLAConfig() | GLAConfig():
             return [*kept, *_latents(attention, sizes), *_heads(attention, sizes)]
         case GQAConfig():
-            keys_values = attention.row_dim
+            keys_values = attention.entry_dim
         case GTAConfig():
             keys_values = attention.num_key_value_heads * 2 * attention.head_dim
         case TPAConfig():
             # The factors, and the heads they make.
-            keys_values = attention.row_dim + 2 * heads * attention.head_dim
+            keys_values = attention.entry_dim + 2 * heads * attention.head_dim
     queries = heads * attention.head_dim
     return [
         *kept,

@@ -8,7 +8,6 @@ counted, as is usual; of routed experts only those a token uses.
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lowlat.config.arithmetic import expert_parameters, mlp_parameters
 from lowlat.config.attention import (
     AttentionConfig,
     GLAConfig,
@@ -18,6 +17,7 @@ from lowlat.config.attention import (
     TPAConfig,
 )
 from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import expert_parameters, mlp_parameters
 from lowlat.plan.job import ActivationCheckpointing
 
 LAYER_PARTS = ("attention", "scores", "dense MLP", "routed", "shared", "router")
@@ -159,7 +159,7 @@ def attention_products(attention: AttentionConfig, hidden: int) -> int:
             inner = ranks * heads * attention.head_dim
         case GQAConfig() | GTAConfig():
             pass
-    return hidden * (queries + attention.row_dim + outputs) + inner
+    return hidden * (queries + attention.entry_dim + outputs) + inner
 
 
 def average_keys(sequence_length: int, window: int | None) -> float:

@@ -14,7 +14,7 @@ from lowlat.plan.bubble import in_flight
 from lowlat.plan.job import ParallelLayout, TrainingJob
 from lowlat.plan.stages import ROUTED, PipelineStage, device_parameters
 
-PIECE_ELEMENTS = 2**23
+CHUNK_ELEMENTS = 2**23
 """Most logits of a piece, as in `ops.cross_entropy`."""
 PIECE_COPIES = 3
 """fp32 tensors of a piece: logits, gradient, what is in between."""
@@ -172,5 +172,5 @@ def _loss(config: ModelConfig, job: TrainingJob) -> float:
     parts = job.layout.table_parts
     gradient = FP32_BYTES * config.vocab_size * config.hidden_size / parts
     hidden = job.device_tokens * config.hidden_size * job.element_bytes
-    logits = min(PIECE_ELEMENTS, job.device_tokens * config.vocab_size / parts)
+    logits = min(CHUNK_ELEMENTS, job.device_tokens * config.vocab_size / parts)
     return heads * (gradient + hidden) + PIECE_COPIES * FP32_BYTES * logits

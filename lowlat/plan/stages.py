@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-from lowlat.config.arithmetic import (
+from lowlat.config.attention import GLAConfig, MLAConfig
+from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import (
     attention_parameters,
     expert_parameters,
     gate_parameters,
     mlp_parameters,
 )
-from lowlat.config.attention import GLAConfig, MLAConfig
-from lowlat.config.model import ModelConfig
 from lowlat.plan.flops import ForwardFlops, head_flops, layer_work, mtp_work
 from lowlat.plan.job import BIDIRECTIONAL, ParallelLayout
 
@@ -126,7 +126,7 @@ def _attention(config: ModelConfig, layer: int, tensor: int) -> float:
     if not isinstance(attention, MLAConfig | GLAConfig):
         return whole / tensor
     rank = attention.q_lora_rank or 0
-    shared = config.hidden_size * (rank + attention.row_dim) + rank + attention.kv_lora_rank
+    shared = config.hidden_size * (rank + attention.entry_dim) + rank + attention.kv_lora_rank
     return shared + (whole - shared) / tensor
 
 

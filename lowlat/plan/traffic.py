@@ -131,7 +131,9 @@ def _context(
     """
     layout = job.layout
     elements = sum(
-        config.attention_of(layer).row_dim for stage in stages for layer in stage.all_layers(config)
+        config.attention_of(layer).entry_dim
+        for stage in stages
+        for layer in stage.all_layers(config)
     )
     rows = job.device_tokens * (layout.context - 1) * job.micro_batches
     sent = 3 * rows * elements / layout.copies * job.element_bytes

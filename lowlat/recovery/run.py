@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.checkpoint.mapping import settle_mtp
 from lowlat.checkpoint.save import text_files, write_checkpoint

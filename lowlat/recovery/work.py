@@ -17,7 +17,6 @@ Each appears whole or not at all. Owns the folder; what is made in it is `heal.r
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,11 +26,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lowlat.checkpoint.cachefolder import sync_folder
-from lowlat.checkpoint.restart import check_same, hold, partial_path
-from lowlat.checkpoint.save import refuse_existing, sync_parent
-from lowlat.train.checkpoints.disk import replace_file
+from lowlat.checkpoint.resumable_writer import check_same, partial_path
+from lowlat.utils.atomic_files import refuse_existing, replace_file, sync_folder, sync_parent
+from lowlat.utils.disk_errors import resumable_error
 from lowlat.utils.errors import UserError
+from lowlat.utils.file_lock import lock_for_writing
 
 REQUEST, PLACED = "request.json", "placed"
 
@@ -111,7 +110,7 @@ def opened(dst: Path, identity: Mapping[str, str]) -> Iterator[Work]:
     try:
         work.folder.mkdir(exist_ok=True)
         with (work.folder / "lock").open("ab") as lock:
-            hold(lock, dst)
+            lock_for_writing(lock, dst)
             request = work.folder / REQUEST
             if request.exists():
                 check_same(json.loads(request.read_text(encoding="utf-8")), identity, work.folder)
@@ -127,10 +126,4 @@ def opened(dst: Path, identity: Mapping[str, str]) -> Iterator[Work]:
                 raise
             shutil.rmtree(work.folder, ignore_errors=True)
     except OSError as error:
-        what = f"{dst}: cannot be written ({error.strerror})"
-        if not os.path.exists(work.folder):
-            raise UserError(f"{what}; choose another destination") from error
-        raise UserError(
-            f"{what}; what is done is kept in {work.folder}: make room and give the same command "
-            "again, or remove it"
-        ) from error
+        raise resumable_error(dst, work.folder, error) from error

@@ -1,4 +1,4 @@
-"""The ASGI application: routes, guards and error shapes around a bridge.
+"""The ASGI application: routes, guards and error shapes around an engine.
 
 Owns how the parts fit together. What a route does is in routes_*.py; listening and ending are
 `serve.run`'s.
@@ -14,35 +14,35 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from lowlat.serve.bridge import Bridge
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.endpoint import JsonEndpoint
-from lowlat.serve.errors import answer_error
 from lowlat.serve.generation import Draining, EngineDead, Overloaded
-from lowlat.serve.grammars import Grammars
-from lowlat.serve.observe import Observer
-from lowlat.serve.openapi import openapi_route
-from lowlat.serve.operations import POSTS
-from lowlat.serve.pages import page_routes
-from lowlat.serve.prometheus import Metrics
-from lowlat.serve.protocol.failure import RequestError
-from lowlat.serve.routes_info import InfoRoutes
-from lowlat.serve.security import Guard
-from lowlat.serve.services import Services
-from lowlat.serve.workers import WorkPool
+from lowlat.serve.http.access_log import Observer
+from lowlat.serve.http.errors import answer_error
+from lowlat.serve.http.security import Guard
+from lowlat.serve.http.workers import WorkPool
+from lowlat.serve.metrics import Metrics
+from lowlat.serve.protocol.errors import RequestError
+from lowlat.serve.routes.endpoint import JsonEndpoint
+from lowlat.serve.routes.models import InfoRoutes
+from lowlat.serve.routes.openapi import openapi_route
+from lowlat.serve.routes.operations import POSTS
+from lowlat.serve.routes.pages import page_routes
+from lowlat.serve.state import Services
+from lowlat.serve.structured_outputs import Grammars
 from lowlat.utils.errors import UserError
 
 _HANDLED = (RequestError, UserError, Overloaded, Draining, EngineDead, HTTPException)
 
 
-def make_services(bridge: Bridge, config: ServeConfig) -> Services:
+def make_services(engine: AsyncEngine, config: ServeConfig) -> Services:
     """The parts that the routes of one server share."""
     return Services(
-        bridge=bridge,
+        engine=engine,
         config=config,
         workers=WorkPool(threads=config.workers, max_waiting=config.max_waiting_work),
         grammars=Grammars(
-            bridge.model,
+            engine.model,
             max_waiting=config.max_waiting_grammars,
             max_bytes=config.max_grammar_bytes,
         ),
@@ -51,7 +51,7 @@ def make_services(bridge: Bridge, config: ServeConfig) -> Services:
 
 
 def build_app(services: Services) -> Starlette:
-    """The application. Its lifespan starts the bridge and ends what still runs.
+    """The application. Its lifespan starts the engine and ends what still runs.
 
     Every request passes the observer, then the guard, and only then meets a route.
     """
@@ -73,12 +73,12 @@ def build_app(services: Services) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
-        await services.bridge.start()
+        await services.engine.start()
         try:
             yield
         finally:
             services.is_draining = True
-            await services.bridge.drain(0.0)
+            await services.engine.drain(0.0)
             services.close()
 
     app = Starlette(

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lowlat.serve import limits
+from lowlat.serve.protocol import limits
 from lowlat.utils.errors import UserError
 
 MIN_KEY_LENGTH = 16

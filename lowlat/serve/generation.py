@@ -1,6 +1,6 @@
 """One admitted request as the event loop sees it: its deltas, its end, and why there may be none.
 
-Owns the records between the two threads. Who fills them is bridge.py.
+Owns the records between the two threads. Who fills them is engine.py.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ class Delta:
     finish_reason: FinishReason | None
     error: str | None
     """With finish_reason "error": what failed, in one line."""
-    is_form: bool = False
+    is_grammar_error: bool = False
     """With an error: whether the form that was asked for is at fault, and nothing of ours."""
 
 
@@ -91,7 +91,7 @@ class Generation:
         self._cancel(self)
 
     def put(self, delta: Delta) -> None:
-        """For the bridge: hand over a delta, on the event loop."""
+        """For the engine: hand over a delta, on the event loop."""
         self._deltas.put_nowait(delta)
 
 

@@ -14,13 +14,13 @@ from collections.abc import Callable
 
 import uvicorn
 
-from lowlat.serve import limits
 from lowlat.serve.app import build_app, make_services
-from lowlat.serve.bridge import Bridge
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.connection import connection_class
-from lowlat.serve.logs import log
-from lowlat.serve.services import Services
+from lowlat.serve.http.connection import connection_class
+from lowlat.serve.http.logs import log
+from lowlat.serve.protocol import limits
+from lowlat.serve.state import Services
 from lowlat.utils.errors import UserError
 
 BACKLOG = 2048
@@ -68,7 +68,7 @@ def url_of(listener: socket.socket) -> str:
 
 
 def run(
-    bridge: Bridge,
+    engine: AsyncEngine,
     config: ServeConfig,
     listener: socket.socket,
     *,
@@ -83,13 +83,13 @@ def run(
         listener.listen(BACKLOG)
     except OSError as error:
         raise _cannot_listen(config, error) from error
-    asyncio.run(_run(bridge, config, listener, on_ready))
+    asyncio.run(_run(engine, config, listener, on_ready))
 
 
 async def _run(
-    bridge: Bridge, config: ServeConfig, listener: socket.socket, on_ready: Callable[[], None]
+    engine: AsyncEngine, config: ServeConfig, listener: socket.socket, on_ready: Callable[[], None]
 ) -> None:
-    services = make_services(bridge, config)
+    services = make_services(engine, config)
     server = uvicorn.Server(_uvicorn_config(services))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
@@ -100,7 +100,7 @@ async def _run(
         gc.collect()
         gc.freeze()
         _handle_signals(server, services)
-        if not bridge.model.runner.is_batch_invariant:
+        if not engine.model.runner.is_batch_invariant:
             log(logging.WARNING, "without native kernels a token may depend on what else runs")
         log(logging.INFO, "ready", model=services.model_name, url=url_of(listener))
         on_ready()
@@ -154,7 +154,7 @@ def _handle_signals(server: uvicorn.Server, services: Services) -> None:
     def on_signal() -> None:
         if draining:
             log(logging.WARNING, "ending at once", requests=services.num_requests)
-            services.bridge.cut_off()
+            services.engine.cut_off()
             server.config.timeout_graceful_shutdown = HURRIED_ANSWER_SECONDS
             server.should_exit = True
         else:
@@ -172,6 +172,6 @@ async def _drain(server: uvicorn.Server, services: Services) -> None:
     log(logging.INFO, "draining", seconds=seconds, requests=services.num_requests)
     services.is_draining = True
     try:
-        await services.bridge.drain(seconds)
+        await services.engine.drain(seconds)
     finally:
         server.should_exit = True

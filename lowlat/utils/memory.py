@@ -1,13 +1,13 @@
 """How much memory this process may use, and whether it keeps what it has freed."""
 
 import ctypes
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lowlat.utils.cgroups import group_folders
+from lowlat.utils.machine import physical_memory
 
 RESERVE = 512 * 2**20
 """Bytes the program itself and its caches need beside the weights."""
@@ -25,7 +25,7 @@ def memory_limit(root: Path = Path("/")) -> int:
     """Bytes of memory of this machine, or of the container or control groups the process runs in if
     that is less. `root` is where proc and sys lie.
     """
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = physical_memory()
     if sys.platform != "linux":
         return total
     files = [

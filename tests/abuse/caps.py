@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 
 from lowlat.engine import params
-from lowlat.serve import limits
+from lowlat.serve.protocol import limits
 from tests.server.tiny_server import CONTEXT, NAME
 
 from .cases import (

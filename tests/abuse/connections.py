@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 
-from lowlat.serve import limits
+from lowlat.serve.protocol import limits
 
 from .cases import BODIES, CHAT, COMPLETIONS, Case
 from .wire import HOST, JSON_HEADERS, request

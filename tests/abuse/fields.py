@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lowlat.serve.operations import POSTS
+from lowlat.serve.routes.operations import POSTS
 from tests.server.tiny_server import NAME
 
 from .cases import Case, bad_body, bad_value

@@ -1,6 +1,6 @@
 """A server in a thread of this process, so that tests can look into it and break its parts.
 
-All of it is real: sockets, HTTP, the app, the bridge, the engine. Only the model is a script.
+All of it is real: sockets, HTTP, the app, the engine, the engine. Only the model is a script.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from starlette.routing import Route
 from lowlat.generate.model import Model
 from lowlat.serve import run as run_module
 from lowlat.serve.app import build_app, make_services
-from lowlat.serve.bridge import Bridge
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.services import Services
+from lowlat.serve.state import Services
 from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config
 
 from .wire import SECONDS
@@ -64,7 +64,7 @@ class Local:
 
     def num_pages(self) -> int:
         """Pages of the cache that a sequence holds."""
-        return self.model.runner.pool.num_used
+        return self.model.runner.allocator.num_used
 
     @property
     def is_idle(self) -> bool:
@@ -114,7 +114,7 @@ def listening(
     model: Model | None = None, *, max_queue: int = 256, send_buffer: int = 0, **options: Any
 ) -> Iterator[Local]:
     """A server with `options` of ServeConfig; `send_buffer` bytes are those of the kernel."""
-    bridge = Bridge(model or counting_model(), max_queue=max_queue)
+    engine = AsyncEngine(model or counting_model(), max_queue=max_queue)
     config = ServeConfig(port=0, **options)
     with run_module.open_socket(config) as listener:
         if send_buffer:
@@ -123,11 +123,11 @@ def listening(
         servers: list[uvicorn.Server] = []
 
         async def serve() -> None:
-            services = make_services(bridge, config)
+            services = make_services(engine, config)
             servers.append(uvicorn.Server(run_module._uvicorn_config(services)))
             port = listener.getsockname()[1]
             loop = asyncio.get_running_loop()
-            started.append(Local(model=bridge.model, port=port, services=services, loop=loop))
+            started.append(Local(model=engine.model, port=port, services=services, loop=loop))
             await servers[0].serve(sockets=[listener])
 
         thread = threading.Thread(target=lambda: asyncio.run(serve()), name="server")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from lowlat.serve.pages import COOKIE, cookie_value
+from lowlat.serve.http.login import COOKIE, cookie_value
 
 from .local import NAME, Local, listening, routes
 from .wire import HOST, Reply, exchange, request
@@ -207,8 +207,8 @@ def test_health_tells_nothing_but_itself(locked: Local) -> None:
 @pytest.mark.parametrize("part", ["digest", "cookie"])
 def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     """Every key is compared, by hmac.compare_digest and by nothing else, whichever is right."""
-    from lowlat.serve import security
     from lowlat.serve.config import ServeConfig
+    from lowlat.serve.http import security
 
     class Unequal(bytes):
         """Bytes that no other comparison may touch."""

@@ -101,7 +101,7 @@ def test_a_thousand_disconnects_leave_nothing_behind() -> None:
         until(lambda: server.num_tasks() <= quiet, "the end of all tasks")
         until(lambda: num_descriptors() <= before[0], "the end of all sockets")
         until(lambda: num_threads() <= before[1], "the end of all threads")
-        assert server.services.bridge._open == {} and server.services.bridge._live == {}
+        assert server.services.engine._open == {} and server.services.engine._live == {}
         server.model.engine.check_integrity()
         body = {"model": NAME, "prompt": "abc", "max_tokens": 12, "temperature": 0}
         answer = call(server.port, COMPLETIONS, body)
@@ -128,9 +128,9 @@ def test_who_leaves_is_aborted(monkeypatch: pytest.MonkeyPatch, path: str, strea
         for number in range(10):
             with socket.create_connection((HOST, server.port), timeout=SECONDS) as connection:
                 connection.sendall(data)
-                until(lambda: len(server.services.bridge._open) > number, "the request")  # noqa: B023
+                until(lambda: len(server.services.engine._open) > number, "the request")  # noqa: B023
                 until(is_held.is_set, "the first step")
         until(lambda: server.services.num_requests == 0, "the end of all requests")
         may_go.set()
         until(lambda: server.is_idle, "the end")
-        assert server.services.bridge.stats.finished["abort"] == 10
+        assert server.services.engine.stats.finished["abort"] == 10

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from lowlat.engine.engine import Engine
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler, GrammarState
-from lowlat.serve import bridge as bridge_module
-from lowlat.serve import chat_reply, completion_reply, routes_chat, routes_completions
-from lowlat.serve.answer import AnswerParser
+from lowlat.serve import async_engine
+from lowlat.serve.chat.output_parser import AnswerParser
+from lowlat.serve.routes import chat as routes_chat
+from lowlat.serve.routes import completions as routes_completions
 from lowlat.text.tokenizer import Tokenizer
 
 from .local import NAME, Local, counting_model, listening, successors, until
@@ -44,14 +45,14 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 def in_the_model(patch: pytest.MonkeyPatch) -> None:
-    step = Runner.step
+    step = ModelRunner.step
 
-    def broken(self: Runner, chunks: Any) -> Any:
+    def broken(self: ModelRunner, chunks: Any) -> Any:
         if any(is_poisoned(chunk.tokens) for chunk in chunks):
             fail()
         return step(self, chunks)
 
-    patch.setattr(Runner, "step", broken)
+    patch.setattr(ModelRunner, "step", broken)
 
 
 def in_the_sampler(patch: pytest.MonkeyPatch) -> None:
@@ -66,14 +67,14 @@ def in_the_sampler(patch: pytest.MonkeyPatch) -> None:
 
 
 def in_detokenizing(patch: pytest.MonkeyPatch) -> None:
-    push = bridge_module.CompletionBuilder.push
+    push = async_engine.CompletionBuilder.push
 
     def broken(self: Any, event: Any) -> None:
         if is_poisoned(self.request.prompt):
             fail()
         push(self, event)
 
-    patch.setattr(bridge_module.CompletionBuilder, "push", broken)
+    patch.setattr(async_engine.CompletionBuilder, "push", broken)
 
 
 def in_starting(patch: pytest.MonkeyPatch) -> None:
@@ -238,11 +239,11 @@ def test_a_fault_in_reading_the_answer(monkeypatch: pytest.MonkeyPatch, stream: 
     with listening() as server:
         with monkeypatch.context() as patch:
             patch.setattr(AnswerParser, "push", lambda self, text: fail())
-            patch.setattr(chat_reply, "usage_of", lambda call: fail())
+            patch.setattr(routes_chat, "usage_of", lambda call: fail())
             messages = [{"role": "user", "content": "x"}]
             chat = {"model": NAME, "messages": messages, "max_tokens": 9, "stream": stream}
             check_others(server, lambda: check_failed(call(server.port, CHAT, chat), stream=stream))
-        monkeypatch.setattr(completion_reply, "usage_of", lambda call: fail())
+        monkeypatch.setattr(routes_completions, "usage_of", lambda call: fail())
         more = {"stream_options": {"include_usage": True}} if stream else {}
         body = completion("abc", stream=stream, **more)
         check_failed(call(server.port, COMPLETIONS, body), stream=stream)
@@ -285,7 +286,7 @@ def test_an_engine_that_ends_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_engine_that_hangs_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge_module, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(async_engine, "STALL_SECONDS", 0.2)
     model = counting_model()
     step, may_go = model.engine.step, threading.Event()
 
@@ -308,7 +309,7 @@ def test_an_engine_that_hangs_is_not_healthy(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_fault_in_a_route_is_told_without_details(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowlat.serve import endpoint
+    from lowlat.serve.routes import endpoint
 
     async def broken(*_: object, **__: object) -> None:
         fail()

@@ -21,8 +21,8 @@ from schemathesis import GenerationMode
 from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from lowlat.serve.operations import GETS, POSTS
-from lowlat.serve.protocol.models import ErrorResponse
+from lowlat.serve.protocol.errors import ErrorResponse
+from lowlat.serve.routes.operations import GETS, POSTS
 from tests.server.conftest import Server, serving
 from tests.server.tiny_server import NAME
 

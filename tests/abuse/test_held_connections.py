@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lowlat.serve import connection as connection_module
+from lowlat.serve.http import connection as connection_module
 
 from .local import NAME, Local, counting_model, listening, num_descriptors, routes, until
 from .wire import HOST, SECONDS, exchange, get, post, request

@@ -155,7 +155,7 @@ def test_waves_of_overload_leave_nothing_behind() -> None:
 
 def test_work_above_the_cap_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Holds shut: bodies parsed and tokenized without bound, before the engine's queue is asked."""
-    from lowlat.serve import endpoint
+    from lowlat.serve.routes import endpoint
 
     gate = Gate(45)
     monkeypatch.setattr(endpoint, "_parse", gate.holding(endpoint._parse))

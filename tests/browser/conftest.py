@@ -19,7 +19,7 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
-from tests.browser.scripted import ScriptedBridge, Server, serve, tiny_chat_model
+from tests.browser.scripted import ScriptedEngine, Server, serve, tiny_chat_model
 
 VARIABLE = "LOWLAT_CHROMIUM"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -64,7 +64,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def plain_server() -> Iterator[Server]:
     """A server whose model has no chat template."""
-    with serve(ScriptedBridge(tiny_chat_model(has_template=False))) as running:
+    with serve(ScriptedEngine(tiny_chat_model(has_template=False))) as running:
         yield running
 
 

@@ -1,4 +1,4 @@
-"""The app of `lowlat serve`, listening, over a bridge whose answers are a script.
+"""The app of `lowlat serve`, listening, over an engine whose answers are a script.
 
 All of the server is real but the engine; the script says what the model would: see SCRIPTS.
 """
@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lowlat.engine.params import SamplingParams
 from lowlat.generate.model import Model
 from lowlat.serve.app import build_app, make_services
-from lowlat.serve.bridge import Bridge
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Delta, Generation
 from tests.fakes import EOS, USER, ScriptedModel, byte_tokenizer, gqa_config
@@ -61,14 +61,14 @@ def script_for(text: str) -> Script:
 class ScriptedGeneration(Generation):
     """One answer; each piece is one token."""
 
-    def __init__(self, bridge: "ScriptedBridge", prompt: Sequence[int], max_tokens: int | None):
+    def __init__(self, engine: "ScriptedEngine", prompt: Sequence[int], max_tokens: int | None):
         self.prompt = tuple(prompt)
         self.cached_tokens = 0
         self.queue_seconds, self.prefill_seconds, self.decode_seconds = 0.0, 0.25, 0.5
         self.is_cancelled = False
         """Whether it was given up before its last token."""
         self._is_over = False
-        pieces, self._pause = script_for(bridge.last_text(prompt))
+        pieces, self._pause = script_for(engine.last_text(prompt))
         self._is_cut = max_tokens is not None and max_tokens < len(pieces)
         self._pieces = pieces[:max_tokens] if self._is_cut else pieces
 
@@ -86,8 +86,8 @@ class ScriptedGeneration(Generation):
         self.is_cancelled = not self._is_over
 
 
-class ScriptedBridge(Bridge):
-    """What the app asks of a bridge, without an engine."""
+class ScriptedEngine(AsyncEngine):
+    """What the app asks of an engine, without an engine."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -149,26 +149,26 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server, its bridge and what it was asked."""
+    """A running server, its engine and what it was asked."""
 
     url: str
-    bridge: Bridge
+    engine: AsyncEngine
     requests: list[dict[str, Any]]
 
     def wait_for_cancel(self) -> None:
         """Until the last answer that was asked for is given up; fails after a minute."""
-        assert isinstance(self.bridge, ScriptedBridge)
+        assert isinstance(self.engine, ScriptedEngine)
         deadline = time.monotonic() + 60.0
-        while not self.bridge.generations[-1].is_cancelled:
+        while not self.engine.generations[-1].is_cancelled:
             assert time.monotonic() < deadline, "the server went on generating"
             time.sleep(0.01)
 
 
 @contextlib.contextmanager
-def serve(bridge: Bridge | None = None, *, keys: tuple[str, ...] = ()) -> Iterator[Server]:
+def serve(engine: AsyncEngine | None = None, *, keys: tuple[str, ...] = ()) -> Iterator[Server]:
     """A server on a free port of this machine, for as long as the context lasts."""
-    bridge = bridge or ScriptedBridge(tiny_chat_model())
-    recorder = Recorder(build_app(make_services(bridge, ServeConfig(api_keys=keys))))
+    engine = engine or ScriptedEngine(tiny_chat_model())
+    recorder = Recorder(build_app(make_services(engine, ServeConfig(api_keys=keys))))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(
             recorder, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1
@@ -179,7 +179,7 @@ def serve(bridge: Bridge | None = None, *, keys: tuple[str, ...] = ()) -> Iterat
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.01)
-        yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", bridge, recorder.requests)
+        yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, recorder.requests)
         server.should_exit = True
         thread.join()
 

@@ -1,11 +1,11 @@
-"""The page before the whole of `lowlat serve`: its own bridge and engine, a tiny model."""
+"""The page before the whole of `lowlat serve`: its own engine and engine, a tiny model."""
 
 from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Page, expect
 
-from lowlat.serve.bridge import Bridge
+from lowlat.serve.async_engine import AsyncEngine
 from tests.browser.conftest import REFUSED, Errors, Open
 from tests.browser.scripted import Server, serve, tiny_chat_model
 from tests.browser.steps import answer_text, answers, ask, send, stop_button
@@ -13,7 +13,7 @@ from tests.browser.steps import answer_text, answers, ask, send, stop_button
 
 @pytest.fixture(scope="module")
 def engine_server() -> Iterator[Server]:
-    with serve(Bridge(tiny_chat_model())) as running:
+    with serve(AsyncEngine(tiny_chat_model())) as running:
         yield running
 
 

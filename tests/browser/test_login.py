@@ -48,7 +48,9 @@ def test_login(form: Page) -> None:
 
 def test_wrong_key(form: Page) -> None:
     log_in(form, KEY[:-1] + "x")
-    expect(form.get_by_role("alert")).to_have_text("That key is not known to this server.")
+    expect(form.get_by_role("alert")).to_have_text(
+        "The API key is invalid. Check it and log in again."
+    )
     expect(form.get_by_label("API key")).to_have_value("")
     assert form.context.cookies() == []
 

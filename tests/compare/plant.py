@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lowlat.compare.outcome import Kind
+from lowlat.compare.diagnosis.mistakes import MistakeKind
 
-from .sides import EQUAL_SCALES, YARN, Patch
+from .models import EQUAL_SCALES, YARN, Patch
 
 DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
 EQUAL = {"rope_parameters": EQUAL_SCALES}
@@ -28,7 +28,7 @@ class Plant:
 
     name: str
     plant: Patch
-    kind: Kind
+    kind: MistakeKind
     """The mistake's name in a report."""
     first: str
     """The part that differs first."""

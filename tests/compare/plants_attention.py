@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlat.compare.outcome import Kind
+from lowlat.compare.diagnosis.mistakes import MistakeKind
 from lowlat.config.model import ModelConfig, RopeConfig, yarn_mscale
 from lowlat.model import mla
 from lowlat.ops import rope
+from lowlat.ops.rope import RotaryTable
 
 from .plant import EQUAL, GIVEN, LINEAR, PLAIN, SOFTMAX_ALONE, UNSCALED, Plant, replace_function
 
@@ -29,30 +30,30 @@ def unscaled_frequencies(settings: RopeConfig, dim: int) -> Tensor:
 def rotation(turn: Callable[..., Tensor], only: str = "") -> Callable[..., Tensor]:
     """`apply_rope` with a mistake in the rotation of queries, keys or (without `only`) both."""
 
-    def apply(x: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
+    def apply(x: Tensor, table: RotaryTable, *, interleave: bool) -> Tensor:
         what = "queries" if x.shape[1] > 1 else "keys"
         made = turn if only in ("", what) else rope.apply_rope
-        return made(x, cos, sin, interleave=interleave)
+        return made(x, table, interleave=interleave)
 
     return apply
 
 
-def halves(x: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
-    return rope.apply_rope(x, cos, sin, interleave=not interleave)
+def halves(x: Tensor, table: RotaryTable, *, interleave: bool) -> Tensor:
+    return rope.apply_rope(x, table, interleave=not interleave)
 
 
 def no_rotation(x: Tensor, *_: Tensor, **__: bool) -> Tensor:
     return x
 
 
-def left_in_halves(x: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
+def left_in_halves(x: Tensor, table: RotaryTable, *, interleave: bool) -> Tensor:
     """Neighbours are rotated, but real parts are left before imaginary ones."""
-    turned = rope.apply_rope(x, cos, sin, interleave=interleave)
+    turned = rope.apply_rope(x, table, interleave=interleave)
     return torch.cat([turned[..., 0::2], turned[..., 1::2]], dim=-1)
 
 
 def turns(
-    name: str, turn: Callable[..., Tensor], kind: Kind, first: str, says: str, only: str = ""
+    name: str, turn: Callable[..., Tensor], kind: MistakeKind, first: str, says: str, only: str = ""
 ) -> Plant:
     return Plant(
         name=f"RoPE: {name}",
@@ -85,7 +86,7 @@ def scale(
     says: str,
     *,
     config: dict[str, Any] | None = None,
-    kind: Kind = "yarn_softmax_scale",
+    kind: MistakeKind = "yarn_softmax_scale",
     nope: bool = False,
 ) -> Plant:
     """A factor in place of m(mscale_all_dim)^2; `nope` counts other channels than the rotary."""
@@ -191,12 +192,12 @@ MAGNITUDES = [
     magnitude(
         "by the denominator",
         lambda settings: m(settings, "mscale_all_dim"),
-        "m(mscale_all_dim) stands alone",
+        "only m(mscale_all_dim) is applied",
     ),
     magnitude(
         "by m(1)",
         lambda settings: yarn_mscale(settings.factor, 1.0),
-        "mscale and mscale_all_dim are not read",
+        "mscale and mscale_all_dim are ignored",
     ),
     magnitude("not as given", lambda _: 1.0, "attention_factor is not applied", GIVEN),
     magnitude("twice", lambda settings: MAGNITUDE(settings) ** 2, "the factor is applied twice"),
@@ -234,23 +235,23 @@ SCALES = [
     scale(
         "corrected by mscale",
         lambda settings: m(settings, "mscale") ** 2,
-        "m(mscale)^2 stands in for m(mscale_all_dim)^2",
+        "m(mscale)^2 is used instead of m(mscale_all_dim)^2",
     ),
     scale(
         "corrected by m(1)",
         lambda settings: yarn_mscale(settings.factor, 1.0) ** 2,
-        "mscale_all_dim is not read",
+        "mscale_all_dim is ignored",
     ),
     scale(
         "YaRN and no rotary channels",
         lambda settings: m(settings, "mscale_all_dim") ** 2,
-        "the rotary channels are not counted",
+        "the RoPE channels are not counted",
         nope=True,
     ),
     scale(
         "no rotary channels",
         lambda _: 1.0,
-        "the rotary channels are not counted",
+        "the RoPE channels are not counted",
         config=PLAIN,
         kind="softmax_scale",
         nope=True,

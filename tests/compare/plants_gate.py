@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.compare.outcome import Kind
+from lowlat.compare.diagnosis.mistakes import MistakeKind
 from lowlat.config.model import MoEConfig
 from lowlat.model import moe, mtp
 from lowlat.model.transformer import Transformer
@@ -100,10 +100,10 @@ def carries_raw(patch: pytest.MonkeyPatch) -> None:
 def routes(
     name: str,
     route: Callable[..., Routing],
-    kind: Kind,
+    kind: MistakeKind,
     says: str,
     *,
-    first: str = "router",
+    first: str = "routing_weights",
     config: dict[str, Any] | None = None,
 ) -> Plant:
     return Plant(
@@ -118,12 +118,12 @@ def routes(
 
 def rounded(name: str, **kinds: torch.dtype) -> Plant:
     kind = "bf16" if torch.bfloat16 in kinds.values() else "fp16"
-    says = f"computes the gate in {kind}"
+    says = f"computes the router in {kind}"
     route = narrow_gate(**kinds)
-    return routes(f"gate: {name} in {kind}", route, "gate_precision", says, first="gate")
+    return routes(f"gate: {name} in {kind}", route, "gate_precision", says, first="router_scores")
 
 
-def joins(name: str, forward: Callable[..., Tensor], kind: Kind, says: str) -> Plant:
+def joins(name: str, forward: Callable[..., Tensor], kind: MistakeKind, says: str) -> Plant:
     return Plant(
         name=f"MTP: {name}",
         plant=replace_function(mtp.MTPModule, "forward", forward),
@@ -138,21 +138,21 @@ GATE = [
         name="groups: discarded ones filled with 0",
         plant=replace_function(routing, "_keep_best_groups", zeros_for_discarded),
         kind="group_mask",
-        first="router",
+        first="routing_weights",
         says="fills discarded groups with 0, not -inf",
     ),
     Plant(
         name="groups: ranked by their best expert",
         plant=replace_function(routing, "_keep_best_groups", groups_by_their_best),
         kind="group_rank",
-        first="router",
-        says="ranks groups by their best expert, not by their two best",
+        first="routing_weights",
+        says="ranks groups by their best expert, not by the sum of their two best",
     ),
     routes(
         "router bias: in the weights",
         biased_weights,
         "bias_in_weights",
-        "takes the experts' factors from the biased scores",
+        "takes the routing weights from the biased scores",
     ),
     routes(
         "router bias: not in the selection",
@@ -168,13 +168,13 @@ GATE = [
         "factors: not normalised",
         by_other_settings(lambda settings: replace(settings, norm_topk_prob=False)),
         "gate_normalisation",
-        "does not normalise the experts' factors",
+        "does not normalise the routing weights",
     ),
     routes(
         "factors: normalised against the config",
         by_other_settings(lambda settings: replace(settings, norm_topk_prob=True)),
         "gate_normalisation",
-        "normalises the experts' factors",
+        "normalises the routing weights",
         config=UNNORMALISED,
     ),
     routes(
@@ -185,13 +185,13 @@ GATE = [
     ),
 ]
 MTP = [
-    joins("hidden state first", hidden_first, "mtp_order", "not embedding first"),
+    joins("hidden state first", hidden_first, "mtp_order", "before the embedding, not after it"),
     Plant(
         name="MTP: hidden state in front of the final norm",
         plant=carries_raw,
         kind="mtp_hidden",
         first="joined",
-        says="carries the hidden state from before the final norm",
+        says="takes the hidden state before the final norm",
     ),
     joins(
         "first embedding zeroed",

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_layers import MtpLayer
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
 
-from lowlat.compare.outcome import Kind
+from lowlat.compare.diagnosis.mistakes import MistakeKind
 
 from .plant import PLAIN, Plant, replace_function
 
@@ -92,7 +92,7 @@ def theirs_with(
     owner: Any,
     function: str,
     new: Callable[..., Any],
-    kind: Kind,
+    kind: MistakeKind,
     first: str,
     says: str,
     config: dict[str, Any] | None = None,
@@ -108,16 +108,18 @@ def theirs_with(
     )
 
 
-def gate(name: str, kind: Kind, says: str, first: str = "router", **mistake: Any) -> Plant:
+def gate(
+    name: str, kind: MistakeKind, says: str, first: str = "routing_weights", **mistake: Any
+) -> Plant:
     owner, new = theirs.DeepseekV3TopkRouter, their_gate(**mistake)
     return theirs_with(name, owner, "forward", new, kind, first, says)
 
 
-def turns(name: str, new: Callable[..., Turned], kind: Kind, first: str, says: str) -> Plant:
+def turns(name: str, new: Callable[..., Turned], kind: MistakeKind, first: str, says: str) -> Plant:
     return theirs_with(name, theirs, "apply_rotary_pos_emb_interleave", new, kind, first, says)
 
 
-def tables(name: str, kind: Kind, says: str, **right: bool) -> Plant:
+def tables(name: str, kind: MistakeKind, says: str, **right: bool) -> Plant:
     owner, new = theirs.DeepseekV3RotaryEmbedding, their_tables(**right)
     return theirs_with(name, owner, "forward", new, kind, "q_rotated", says)
 
@@ -126,13 +128,13 @@ def scale(
     name: str,
     new: Callable[..., float],
     says: str,
-    kind: Kind = "yarn_softmax_scale",
+    kind: MistakeKind = "yarn_softmax_scale",
     config: dict[str, Any] | None = None,
 ) -> Plant:
     return theirs_with(name, theirs, "yarn_apply_mscale", new, kind, "scores", says, config)
 
 
-def joins(name: str, new: Callable[..., Tensor], kind: Kind, says: str) -> Plant:
+def joins(name: str, new: Callable[..., Tensor], kind: MistakeKind, says: str) -> Plant:
     return theirs_with(name, MtpLayer, "forward", new, kind, "joined", says)
 
 
@@ -150,7 +152,7 @@ THEIRS = [
     scale(
         "softmax without rotary channels",
         lambda settings, scaling: 7**-0.5,
-        "the rotary channels are not counted",
+        "the RoPE channels are not counted",
         "softmax_scale",
         PLAIN,
     ),
@@ -197,14 +199,14 @@ THEIRS = [
     gate(
         "gate in bf16",
         "gate_precision",
-        "computes the gate in bf16",
-        "gate",
+        "computes the router in bf16",
+        "router_scores",
         product=torch.bfloat16,
     ),
     gate(
         "factors not normalised",
         "gate_normalisation",
-        "does not normalise the experts' factors",
+        "does not normalise the routing weights",
         normalised=False,
     ),
     gate(
@@ -213,7 +215,7 @@ THEIRS = [
         "does not apply routed_scaling_factor",
         scaled=False,
     ),
-    joins("hidden state first", hidden_first, "mtp_order", "not embedding first"),
+    joins("hidden state first", hidden_first, "mtp_order", "before the embedding, not after it"),
     joins(
         "first embedding zeroed",
         first_zeroed,

@@ -15,13 +15,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lowlat.cli import main
-from lowlat.compare.gguf_side import GgufSide
+from lowlat.compare.implementations.llama_cpp import LlamaCppModel
 from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError
 from tests.fakes import byte_tokenizer
 from tests.parity.draw import Case
 
-from .sides import EQUAL_SCALES, llama_case, own_side, v3_case, window, write
+from .models import EQUAL_SCALES, llama_case, own_side, v3_case, window, write
 
 PYTHON = os.environ.get("LOWLAT_LLAMA_PYTHON", "")
 NEEDED = ("llama_cpp", "diskcache")
@@ -79,7 +79,7 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
     assert same.exit_code == 0, (same.output, same.exception)
     assert "equal within 0.0001" in same.output
     other = compared(f"{source}@int4", f"gguf:{file}", "--tokens", "5", "--tolerance", "1e-4")
-    assert other.exit_code == 1 and "differ first at output logits" in other.output
+    assert other.exit_code == 1 and "first difference at output logits" in other.output
 
 
 def test_what_it_says_of_a_broken_file(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_what_it_says_of_a_broken_file(tmp_path: Path) -> None:
     raw, key = file.read_bytes(), b"llama.attention.layer_norm_rms_epsilon"
     assert raw.count(key) == 1
     (tmp_path / "broken.gguf").write_bytes(raw.replace(key, key[:-1] + b"m"))
-    side = GgufSide(
+    side = LlamaCppModel(
         tmp_path / "broken.gguf", own_side(source).config, label="broken", precision="fp32"
     )
     with pytest.raises(UserError) as caught:

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowlat.compare import official_worker, side
-from lowlat.compare.official_side import OfficialSide
-from lowlat.compare.report import as_dict
-from lowlat.compare.run import Report, compare
+from lowlat.compare.implementations import base, deepseek_worker
+from lowlat.compare.implementations.deepseek import DeepSeekModel
+from lowlat.compare.result_json import as_dict
+from lowlat.compare.result_text import notes
+from lowlat.compare.run import ComparisonResult, compare
 from lowlat.compare.trace import Block
-from lowlat.compare.wording import notes
 from lowlat.utils.errors import UserError
 
-from .sides import EQUAL_SCALES, llama_case, own_side, v3_case, window, write
+from .models import EQUAL_SCALES, llama_case, own_side, v3_case, window, write
 
 STAND_IN = Path(__file__).with_name("stand_in_model.py")
 
@@ -43,24 +43,24 @@ def edited(folder: Path, old: str, new: str) -> Path:
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker's work in this process, which saves the start of another."""
 
-    def run(self: OfficialSide, request: dict[str, Any]) -> None:
+    def run(self: DeepSeekModel, request: dict[str, Any]) -> None:
         try:
-            official_worker.run(request)
+            deepseek_worker.run(**request)
         except UserError as error:
             raise UserError(f"{self.label}: {error}") from error
 
-    monkeypatch.setattr(OfficialSide, "_run", run)
-    for name in ("kernel", "official_model"):  # what the worker puts there goes again
+    monkeypatch.setattr(DeepSeekModel, "_run", run)
+    for name in ("kernel", "deepseek_model_py"):  # the worker adds them
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
 
 
-def official(script: Path, path: Path, dtype: str = "fp32") -> OfficialSide:
+def official(script: Path, path: Path, dtype: str = "fp32") -> DeepSeekModel:
     config = own_side(path).config
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    return OfficialSide(script, path, config, label="official", dtype=kind)
+    return DeepSeekModel(script, path, config, label="official", dtype=kind)
 
 
-def against(script: Path, path: Path, dtype: str = "fp32", **options: Any) -> Report:
+def against(script: Path, path: Path, dtype: str = "fp32", **options: Any) -> ComparisonResult:
     pair = own_side(path, dtype), official(script, path, dtype)
     return compare(*pair, [window()], **options)
 
@@ -72,9 +72,9 @@ def test_it_computes_the_same(
     (tmp_path / "torch.py").write_text("raise SystemExit('a file of the folder')")
     monkeypatch.chdir(tmp_path)
     report = against(STAND_IN, checkpoint)
-    assert report.equal and report.verdict.findings == ()
+    assert report.equal and report.diagnosis.findings == ()
     parts = {place.part for place in report.comparison.places() if place.block.number == 1}
-    assert {"q", "q_rotated", "k_rotated", "latent", "scores", "heads", "router"} <= parts
+    assert {"q", "q_rotated", "k_rotated", "latent", "scores", "heads", "routing_weights"} <= parts
     assert {"routed", "shared", "mlp", "residual"} <= parts
     assert "has no MTP modules" in notes(as_dict(report))[0]
 
@@ -90,10 +90,10 @@ def test_the_end_of_the_other_process_is_told(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = edited(tmp_path, "import math\n", "import os\nos.abort()\n")
-    with pytest.raises(UserError, match="official: fails while it runs: killed by SIGABRT"):
+    with pytest.raises(UserError, match="official: fails at run time: killed by SIGABRT"):
         official(script, checkpoint).trace(window())
-    monkeypatch.setattr(side, "TIMEOUT", 0.01)
-    with pytest.raises(UserError, match="official: not done within 0 s"):
+    monkeypatch.setattr(base, "TIMEOUT", 0.01)
+    with pytest.raises(UserError, match="official: fails at run time: no answer within 0 s"):
         official(STAND_IN, checkpoint).trace(window())
 
 
@@ -101,9 +101,9 @@ def test_the_end_of_the_other_process_is_told(
 def test_its_gate_in_bf16_is_named(checkpoint: Path) -> None:
     """In bf16 the public file multiplies its gate in bf16: the mistake is found, not assumed."""
     report = against(STAND_IN, checkpoint, "bf16")
-    assert {(f.side, f.kind) for f in report.verdict.findings} == {("B", "gate_precision")}
-    if report.fixed is not None:
-        assert all(found.changed == 0 for found in report.fixed.choices.values())
+    assert {(f.label, f.kind) for f in report.diagnosis.findings} == {("B", "gate_precision")}
+    if report.with_imposed is not None:
+        assert all(found.changed == 0 for found in report.with_imposed.routing.values())
 
 
 GROUP_MASK = (
@@ -125,9 +125,9 @@ NORMALISATION = (
 def test_a_mistake_of_a_gate_in_bf16_is_named_as_well(
     checkpoint: Path, tmp_path: Path, old: str, new: str, kind: str
 ) -> None:
-    """Holds shut: "the choice of experts explains it" of a gate that makes two mistakes at once."""
+    """Holds shut: "expert selection: the only cause" of a gate that makes two mistakes at once."""
     report = against(edited(tmp_path, old, new), checkpoint, "bf16")
-    found = {(f.side, f.kind) for f in report.verdict.findings}
+    found = {(f.label, f.kind) for f in report.diagnosis.findings}
     assert found == {("B", "gate_precision"), ("B", kind)}
 
 
@@ -135,9 +135,9 @@ def test_a_mistake_of_a_gate_in_bf16_is_named_as_well(
 def test_imposed_experts_leave_the_files_factors(checkpoint: Path, tmp_path: Path) -> None:
     """Holds shut: factors computed as they should be in place of those of the file."""
     old, new, kind = NORMALISATION
-    report = against(edited(tmp_path, old, new), checkpoint, fix_experts=True)
-    assert str(report.first) == "layer 1 router"
-    assert {(f.side, f.kind) for f in report.verdict.findings} == {("B", kind)}
+    report = against(edited(tmp_path, old, new), checkpoint, impose_experts=True)
+    assert str(report.first) == "layer 1 routing_weights"
+    assert {(f.label, f.kind) for f in report.diagnosis.findings} == {("B", kind)}
 
 
 @pytest.mark.usefixtures("same_process")
@@ -184,7 +184,7 @@ def test_mistakes_in_the_file_are_named(
     checkpoint: Path, tmp_path: Path, old: str, new: str, kind: str
 ) -> None:
     report = against(edited(tmp_path, old, new), checkpoint)
-    assert {(f.side, f.kind) for f in report.verdict.findings} == {("B", kind)}
+    assert {(f.label, f.kind) for f in report.diagnosis.findings} == {("B", kind)}
 
 
 @pytest.mark.usefixtures("same_process")
@@ -203,7 +203,7 @@ def test_mistakes_in_the_file_are_named(
         (
             "self.norm = RMSNorm(args.dim)",
             "self.norm = RMSNorm(args.dim); self.x = RMSNorm(3)",
-            "has nothing for x.weight of model.py",
+            "has no weight for x.weight of model.py",
         ),
     ],
     ids=["class", "field", "import", "end", "shape", "missing"],
@@ -220,7 +220,7 @@ def test_another_file_is_refused_in_one_line(
 def test_models_it_cannot_run_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     config = own_side(checkpoint).config
     with pytest.raises(UserError, match="is no file"):
-        OfficialSide(tmp_path / "no.py", checkpoint, config, label="o", dtype=torch.float32)
+        DeepSeekModel(tmp_path / "no.py", checkpoint, config, label="o", dtype=torch.float32)
     llama = own_side(write(llama_case(), tmp_path))
     with pytest.raises(UserError, match="runs DeepSeek models only"):
-        OfficialSide(STAND_IN, tmp_path, llama.config, label="o", dtype=torch.float32)
+        DeepSeekModel(STAND_IN, tmp_path, llama.config, label="o", dtype=torch.float32)

@@ -8,21 +8,21 @@ import pytest
 import torch
 
 from lowlat.checkpoint.load import load_model
-from lowlat.compare.lowlat_side import LowlatSide
-from lowlat.compare.measure import TOLERANCE
-from lowlat.compare.native_side import NativeSide
-from lowlat.compare.report import as_dict
-from lowlat.compare.run import Report, compare
+from lowlat.compare.differences import TOLERANCE
+from lowlat.compare.implementations.lowlat_native import LowlatNative
+from lowlat.compare.implementations.lowlat_pytorch import LowlatPyTorch
+from lowlat.compare.implementations.transformers import load_transformers
+from lowlat.compare.result_json import as_dict
+from lowlat.compare.result_text import diagnosis_lines, notes, routing_lines
+from lowlat.compare.run import ComparisonResult, compare
 from lowlat.compare.trace import LAYER_PARTS, Window
-from lowlat.compare.transformers_side import load_transformers
-from lowlat.compare.wording import choices, notes, verdicts
 from lowlat.convert.run import convert
 from lowlat.ops import native
 from lowlat.utils.errors import UserError
 from tests.lowlat_configs import EVERY, random_model
 from tests.parity.draw import Case, draw_case
 
-from .sides import START, VOCAB, llama_case, own_side, v3_case, window, write
+from .models import START, VOCAB, llama_case, own_side, v3_case, window, write
 
 FAMILIES = ["deepseek_v2-1", "deepseek_v3-0", "glm4_moe_lite-0", "mistral-0", "qwen2-1", "qwen3-0"]
 
@@ -42,7 +42,7 @@ def drawn(name: str) -> Case:
     return draw_case(family, int(index))
 
 
-def layer_parts(report: Report) -> set[str]:
+def layer_parts(report: ComparisonResult) -> set[str]:
     return {place.part for place in report.comparison.places() if place.block.stage == "layer"}
 
 
@@ -53,11 +53,11 @@ def test_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
     theirs = load_transformers(path, own.config, label="theirs", dtype=torch.float32)
     ids = torch.randint(own.config.vocab_size, (17,))
     report = compare(own, theirs, [Window(ids, 5)])
-    assert report.equal and report.verdict.findings == () and report.fixed is None
+    assert report.equal and report.diagnosis.findings == () and report.with_imposed is None
     assert report.comparison.left_out == {}
     seen = set(LAYER_PARTS)
     if own.config.moe is None:
-        seen -= {"gate", "router", "routed", "shared"}
+        seen -= {"router_scores", "routing_weights", "routed", "shared"}
     if "kv_lora_rank" not in own.config.attention_of(0).__slots__:
         seen -= {"latent"}
     assert layer_parts(report) == seen
@@ -69,7 +69,7 @@ def test_theirs_in_bf16_rounds_and_makes_no_mistake(v3: Path) -> None:
     theirs = load_transformers(v3, own.config, label="theirs", dtype=torch.bfloat16)
     report = compare(own, theirs, [window()])
     assert report.tolerance == TOLERANCE["bf16"]
-    assert report.verdict.findings == () and report.verdict.unexplained == ()
+    assert report.diagnosis.findings == () and report.diagnosis.unexplained == ()
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -77,34 +77,35 @@ def test_forms_of_attention_are_equal(name: str) -> None:
     """Every attention lowlat has, decoding form against prefill form."""
     model = random_model(EVERY[name], torch.float32)
     sides = [
-        LowlatSide(model, label=form, precision="fp32", form=form)
-        for form in ("stream", "expanded")
+        LowlatPyTorch(model, label=form, precision="fp32", form=form)
+        for form in ("decode", "expanded")
     ]
     ids = torch.randint(model.config.vocab_size, (11,))
     report = compare(sides[0], sides[1], [Window(ids, 3)])
-    assert report.equal and report.verdict.findings == ()
+    assert report.equal and report.diagnosis.findings == ()
     assert {"q_rotated", "scores", "heads", "residual"} <= layer_parts(report)
 
 
 def test_other_experts_by_rounding_are_told_apart(v3: Path) -> None:
     """int4 chooses other experts; with those of fp32 imposed it is closer, and no mistake."""
     report = compare(own_side(v3), own_side(v3, "int4"), [window()])
-    assert report.fixed is not None and report.verdict.findings == ()
-    free, fixed = (c.places()[-1] for c in (report.comparison, report.fixed))
-    assert free == fixed
+    assert report.with_imposed is not None and report.diagnosis.findings == ()
+    free, with_imposed = (c.places()[-1] for c in (report.comparison, report.with_imposed))
+    assert free == with_imposed
     assert (
-        report.fixed.difference(fixed).relative < 0.9 * report.comparison.difference(free).relative
+        report.with_imposed.difference(with_imposed).relative
+        < 0.9 * report.comparison.difference(free).relative
     )
-    changed = {block: found.changed for block, found in report.fixed.choices.items()}
+    changed = {block: found.changed for block, found in report.with_imposed.routing.items()}
     assert set(changed.values()) == {0}
-    said = choices(as_dict(report))
-    assert "other choice at" in said[0] and "with A's experts imposed on B" in said[1]
+    said = routing_lines(as_dict(report))
+    assert "other experts: first at" in said[0] and "with A's experts imposed on B" in said[1]
 
 
 def test_experts_imposed_from_the_start(v3: Path) -> None:
-    report = compare(own_side(v3), own_side(v3, "int4"), [window()], fix_experts=True)
-    assert report.imposed and report.fixed is None
-    assert all(found.changed == 0 for found in report.comparison.choices.values())
+    report = compare(own_side(v3), own_side(v3, "int4"), [window()], impose_experts=True)
+    assert report.imposed and report.with_imposed is None
+    assert all(found.changed == 0 for found in report.comparison.routing.values())
 
 
 @pytest.mark.parametrize("implementation", ["lowlat", "transformers"])
@@ -115,7 +116,7 @@ def test_imposing_the_own_choice_changes_nothing(v3: Path, implementation: str) 
     if implementation == "transformers":
         side = load_transformers(v3, own.config, label="theirs", dtype=torch.float32)
     free = side.trace(window())
-    imposed = side.trace(window(), free.choices())
+    imposed = side.trace(window(), free.selected_experts())
     for place, value in free.parts.items():
         torch.testing.assert_close(imposed.parts[place], value, rtol=1e-5, atol=1e-6)
 
@@ -129,7 +130,7 @@ def test_exact_conversion_is_equal_where_there_are_counterparts(
     assert report.equal
     assert {"scores", "heads", "attention", "residual", "mlp"} <= layer_parts(report)
     assert {"q", "k", "latent"} <= set(report.comparison.left_out)
-    assert report.verdict.findings == ()
+    assert report.diagnosis.findings == ()
     said = notes(as_dict(report))
     assert any(line.startswith("not compared: latent (not seen in A)") for line in said)
 
@@ -139,7 +140,7 @@ def test_exact_conversion_is_equal_where_there_are_counterparts(
 def test_native_kernels_show_rows_and_logits(v3: Path, llama: Path, dtype: str) -> None:
     for path, rows in ((v3, {"latent", "k_rotated"}), (llama, {"k_rotated", "v"})):
         plain = own_side(path, dtype)
-        kernels = NativeSide(plain.model, label="native", precision=dtype)
+        kernels = LowlatNative(plain.model, label="native", precision=dtype)
         report = compare(plain, kernels, [window()])
         assert layer_parts(report) == rows
         first = [p for p in report.comparison.places() if p.block.number == 0]
@@ -151,7 +152,7 @@ def test_native_kernels_show_rows_and_logits(v3: Path, llama: Path, dtype: str) 
 
 def test_native_is_refused_where_it_does_not_run(v3: Path) -> None:
     with pytest.raises(UserError, match="native kernels"):
-        NativeSide(load_model(v3, dtype="fp32").model, label="M@native", precision="fp32")
+        LowlatNative(load_model(v3, dtype="fp32").model, label="M@native", precision="fp32")
 
 
 def test_int8_cache_shows_in_the_rows_alone_at_first(v3: Path) -> None:
@@ -189,13 +190,13 @@ def test_configs_that_disagree_are_named(v3: Path, tmp_path: Path) -> None:
     raw[key]["mscale_all_dim"] = 0.0
     file.write_text(json.dumps(raw))
     report = compare(own_side(v3), own_side(tmp_path / "edited"), [window()])
-    found = {(item.side, item.kind, item.judged_by) for item in report.verdict.findings}
+    found = {(item.label, item.kind, item.judged_by) for item in report.diagnosis.findings}
     assert ("B", "yarn_softmax_scale", "A") in found
-    said = verdicts(as_dict(report))
+    said = diagnosis_lines(as_dict(report))
     assert len(said) == 1
-    assert said[0].startswith("configs differ in rope.mscale_all_dim")
-    assert "each side does what its own says: " in said[0] and "YaRN scale of the sof" in said[0]
+    assert said[0].startswith("configs differ: rope.mscale_all_dim")
+    assert "each follows its own: " in said[0] and "YaRN scale of the sof" in said[0]
     by_layout = json.loads(file.read_text()) | {"rope_interleave": False}
     file.write_text(json.dumps(by_layout))
     report = compare(own_side(v3), own_side(tmp_path / "edited"), [window()])
-    assert "rope_layout" in {item.kind for item in report.verdict.findings}
+    assert "rope_layout" in {item.kind for item in report.diagnosis.findings}

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowlat.compare.blame import disagreements
-from lowlat.compare.gate import gate_scores, ranking, weighed
+from lowlat.compare.diagnosis.diagnose import config_differences
+from lowlat.compare.diagnosis.gate_reference import gate_scores, ranking, selected_weights
+from lowlat.compare.diagnosis.rope_reference import correct_variant, cos_sin_scale, rotate
+from lowlat.compare.differences import DifferenceSums, TraceDifferences
+from lowlat.compare.implementations.spec import parse
 from lowlat.compare.inputs import random_ids
-from lowlat.compare.measure import Comparison, Sums
-from lowlat.compare.rotation import magnitude, right, turned
-from lowlat.compare.spec import parse
 from lowlat.compare.trace import (
     LAYER_PARTS,
     OUTPUT,
@@ -26,7 +26,7 @@ from lowlat.compare.trace import (
 )
 from lowlat.config.attention import short_name
 from lowlat.config.model import MoEConfig, RopeConfig
-from lowlat.ops.rope import RotaryTables, apply_rope
+from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from lowlat.ops.routing import route
 from lowlat.utils.errors import UserError
 from tests.lowlat_configs import EVERY, MLA, lowlat_config
@@ -35,7 +35,7 @@ LAYER = Block("layer", 3)
 
 
 def test_difference_by_hand() -> None:
-    sums = Sums()
+    sums = DifferenceSums()
     sums.add(torch.tensor([3.0, 0.0]), torch.tensor([3.0, 1.0]))
     sums.add(torch.tensor([0.0, 4.0]), torch.tensor([0.0, 2.0]))
     found = sums.difference()
@@ -46,38 +46,38 @@ def test_difference_by_hand() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_values_that_are_not_finite_are_a_difference(bad: float) -> None:
-    sums = Sums()
+    sums = DifferenceSums()
     sums.add(torch.tensor([1.0, 2.0]), torch.tensor([1.0, bad]))
     assert sums.difference().relative == math.inf
 
 
 def test_zeros_on_both_sides_are_equal() -> None:
-    sums = Sums()
+    sums = DifferenceSums()
     sums.add(torch.zeros(3), torch.zeros(3))
     assert sums.difference().relative == 0.0 and sums.difference().cosine == 1.0
 
 
 def test_kl_and_changed_experts_by_hand() -> None:
     a, b = Trace(dtype=torch.float32), Trace(dtype=torch.float32)
-    a.keep(OUTPUT, "logits", torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
-    b.keep(OUTPUT, "logits", torch.tensor([[math.log(3.0), 0.0], [5.0, 4.0]]))
-    a.note(LAYER, "chosen", torch.tensor([[0, 4], [2, 1]]))
-    b.note(LAYER, "chosen", torch.tensor([[4, 0], [2, 7]]))
-    comparison = Comparison()
+    a.record(OUTPUT, "logits", torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+    b.record(OUTPUT, "logits", torch.tensor([[math.log(3.0), 0.0], [5.0, 4.0]]))
+    a.record_evidence(LAYER, "chosen", torch.tensor([[0, 4], [2, 1]]))
+    b.record_evidence(LAYER, "chosen", torch.tensor([[4, 0], [2, 7]]))
+    comparison = TraceDifferences()
     comparison.add(a, b)
     (predicted,) = comparison.predictions.values()
     assert predicted.kl == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
     assert (predicted.agreeing, predicted.tokens) == (2, 2)
-    choice = comparison.choices[LAYER]
+    choice = comparison.routing[LAYER]
     assert (choice.changed, choice.total, choice.tokens) == (1, 4, 1)
 
 
 def test_parts_without_counterpart_are_left_out_with_the_reason() -> None:
     a, b = Trace(dtype=torch.float32), Trace(dtype=torch.float32)
-    a.keep(LAYER, "q", torch.ones(2, 3, 4))
-    b.keep(LAYER, "q", torch.ones(2, 3, 5))
-    a.keep(LAYER, "latent", torch.ones(2, 4))
-    comparison = Comparison()
+    a.record(LAYER, "q", torch.ones(2, 3, 4))
+    b.record(LAYER, "q", torch.ones(2, 3, 5))
+    a.record(LAYER, "latent", torch.ones(2, 4))
+    comparison = TraceDifferences()
     comparison.add(a, b)
     assert comparison.places() == []
     assert comparison.left_out == {
@@ -101,16 +101,16 @@ def test_places_sort_by_when_they_are_computed() -> None:
 
 def test_trace_survives_the_way_between_processes(tmp_path: Path) -> None:
     trace = Trace(dtype=torch.bfloat16)
-    trace.keep(LAYER, "q", torch.randn(2, 3, 4).bfloat16())
-    trace.note(LAYER, "chosen", torch.tensor([[1, 2]]))
-    trace.note(LAYER, "scale", 0.25)
+    trace.record(LAYER, "q", torch.randn(2, 3, 4).bfloat16())
+    trace.record_evidence(LAYER, "chosen", torch.tensor([[1, 2]]))
+    trace.record_evidence(LAYER, "scale", 0.25)
     save_trace(trace, tmp_path / "trace")
     back = load_trace(tmp_path / "trace", torch.bfloat16)
     for name in ("parts", "evidence"):
         ours, theirs = getattr(trace, name), getattr(back, name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[place], theirs[place]) for place in ours)
-    assert back.choices()[LAYER].dtype == torch.int64
+    assert back.selected_experts()[LAYER].dtype == torch.int64
 
 
 @settings(max_examples=60, deadline=None)
@@ -148,7 +148,9 @@ def test_the_right_rule_is_lowlats(groups, method, scoring, flags, shift, seed) 
     torch.testing.assert_close(scores, expected.scores)
     best = ranking(scores, bias, moe).topk(2, dim=-1).indices
     assert torch.equal(best.sort(-1).values, expected.experts.sort(-1).values)
-    torch.testing.assert_close(weighed(expected.experts, scores, bias, moe), expected.weights)
+    torch.testing.assert_close(
+        selected_weights(expected.experts, scores, bias, moe), expected.weights
+    )
 
 
 @pytest.mark.parametrize("interleave", [False, True])
@@ -171,10 +173,10 @@ def test_the_right_rule_is_lowlats(groups, method, scoring, flags, shift, seed) 
 def test_the_right_rotation_is_lowlats(rope: RopeConfig, interleave: bool) -> None:
     settings_ = replace(rope, rope_interleave=interleave)
     x, positions = torch.randn(5, 3, 6), torch.tensor([0, 1, 7, 100, 5000])
-    expected = apply_rope(x, *RotaryTables(settings_, 6)(positions), interleave=interleave)
+    expected = apply_rope(x, RotaryEmbedding(settings_, 6)(positions), interleave=interleave)
     if interleave:
         expected = torch.cat([expected[..., 0::2], expected[..., 1::2]], dim=-1)
-    mine = magnitude(settings_) * turned(x, positions, settings_, right(settings_))
+    mine = cos_sin_scale(settings_) * rotate(x, positions, settings_, correct_variant(settings_))
     torch.testing.assert_close(mine, expected)
 
 
@@ -195,7 +197,7 @@ def test_the_right_rotation_is_lowlats(rope: RopeConfig, interleave: bool) -> No
 )
 def test_sides_as_users_write_them(text: str, expected: tuple) -> None:
     spec = parse(text)
-    found = (spec.implementation, spec.model, spec.dtype, spec.form, spec.native, spec.cache)
+    found = (spec.backend, spec.model, spec.dtype, spec.form, spec.native, spec.cache)
     assert found == expected and spec.text == text
 
 
@@ -207,7 +209,7 @@ def test_sides_as_users_write_them(text: str, expected: tuple) -> None:
         ("f@native,fp32", "do not compute in fp32"),
         ("transformers:f@absorbed", "'absorbed' is an option of lowlat's own models"),
         ("official:f", "not of the form official:MODEL.PY:NAME"),
-        ("gguf:f.gguf@bf16", "llama.cpp takes the file as it is"),
+        ("gguf:f.gguf@bf16", "llama.cpp takes no options"),
         ("transformers:", "names no model"),
     ],
 )
@@ -239,17 +241,17 @@ def test_configs_differ_in_short_words() -> None:
     whole, free = lowlat_config(MLA), EVERY["layers all"]
     attention, ropes = free.attention, free.rope
     assert isinstance(attention, tuple) and isinstance(ropes, tuple)
-    found = disagreements(whole, free)
+    found = config_differences(whole, free)
     assert f"attention: MLA 13 + 6 and {short_name(attention)}" in found
     assert "rope: RopeConfig and RopeConfig by layer" in found
     assert max(map(len, found)) < 100
     wider = replace(attention[1], kv_lora_rank=777)
-    again = disagreements(free, replace(free, attention=(attention[0], wider, *attention[2:])))
+    again = config_differences(free, replace(free, attention=(attention[0], wider, *attention[2:])))
     assert again == [f"attention[1].kv_lora_rank: {attention[1].kv_lora_rank} and 777"]
     for plain, expected in ((None, "None and 40 numbers"), ((1.0,) * 39 + (2.0,), "2.0 and 1.0")):
         a, b = (
             replace(whole, rope=RopeConfig(rope_type="longrope", rope_theta=9.0, pair_factors=each))
             for each in (plain, (1.0,) * 40)
         )
-        (line,) = disagreements(a, b)
+        (line,) = config_differences(a, b)
         assert line.startswith("rope.pair_factors") and line.endswith(expected)

@@ -3,7 +3,7 @@
 import ctypes
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,17 +15,18 @@ from typer.testing import CliRunner, Result
 from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.cli import main
-from lowlat.compare import gguf_side
-from lowlat.compare.gguf_side import GgufSide
-from lowlat.compare.open import open_side
-from lowlat.compare.spec import parse
-from lowlat.compare.table import heading
+from lowlat.compare.implementations import llama_cpp
+from lowlat.compare.implementations.open import open_implementation
+from lowlat.compare.implementations.spec import parse
+from lowlat.compare.result_table import heading
 from lowlat.convert.run import convert
+from lowlat.peers import llama_cpp_model
+from lowlat.peers.protocol import Unsupported, timed_handlers
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import SilentProgress
 from tests.fakes import byte_tokenizer
 
-from .sides import llama_case, v3_case, write
+from .models import llama_case, v3_case, write
 
 Invoke = Callable[..., Result]
 VOCAB = 269
@@ -71,19 +72,19 @@ def test_rounded_rows_of_a_cache_are_within_their_tolerance(folder: Path) -> Non
     assert (report["b"]["precision"], report["b"]["cache"]) == ("fp32", "int8")
     assert heading(report)[:2] == [
         f"A  {folder} (fp32)",
-        f"B  {folder}@cache-int8 (fp32 with its cache in int8)",
+        f"B  {folder}@cache-int8 (fp32, int8 KV cache)",
     ]
-    assert report["verdict"]["unexplained"] == []
+    assert report["diagnosis"]["unexplained"] == []
     assert next(row["relative"] for row in report["parts"] if row["part"] == "v") > 1e-3
     tight = invoke(folder, f"{folder}@cache-int8", "--tokens", "19", "--tolerance", "1e-4")
-    assert tight.exit_code == 1 and "differ first at layer 0 v" in tight.output
+    assert tight.exit_code == 1 and "first difference at layer 0 v" in tight.output
 
 
 def test_different_ends_with_1_and_names_the_place(folder: Path) -> None:
     result = invoke(folder, f"{folder}@int4", "--tolerance", "0.01", "--tokens", "19")
     assert result.exit_code == 1
-    assert "differ first at layer 0 q" in result.output
-    assert "no known mistake explains it" in result.output.replace("\n", " ")
+    assert "first difference at layer 0 q" in result.output
+    assert "no known mistake; checked in A and B" in result.output.replace("\n", " ")
 
 
 def test_all_lists_every_part(folder: Path) -> None:
@@ -126,9 +127,9 @@ def test_faults_of_the_sides(folder: Path, v3: Path, tmp_path: Path) -> None:
     assert "holds no fp8 blocks" in fault(folder, f"{folder}@fp8")
     assert "option 'fast' is unknown" in fault(folder, f"{folder}@bf16,fast")
     assert "is a folder; give a .gguf file" in fault(folder, f"gguf:{folder}")
-    assert "experts cannot be imposed" in fault(v3, f"{v3}@native", "--fix-experts")
-    assert "does not show which experts" in fault(f"{v3}@native", v3, "--fix-experts")
-    assert "has no experts" in fault(folder, f"{folder}@bf16", "--fix-experts")
+    assert "selects its own experts" in fault(v3, f"{v3}@native", "--impose-experts")
+    assert "does not show the experts it selects" in fault(f"{v3}@native", v3, "--impose-experts")
+    assert "has no experts" in fault(folder, f"{folder}@bf16", "--impose-experts")
 
 
 @pytest.mark.parametrize("option", [("--seed", str(1 << 63)), ("--tokens", "1000000000000")])
@@ -197,6 +198,9 @@ class LlamaCpp(ModuleType):
         self.llama_model_default_params = lambda: self.settings
         self.llama_context_default_params = lambda: self.options
         self.llama_init_from_model = lambda model, options: [model]
+        self.llama_get_memory = lambda context: context
+        self.llama_n_batch = lambda context: 512
+        self.__version__ = "0"
 
     def llama_log_set(self, hear: Callable[..., None], _: object) -> None:
         self.hear = hear
@@ -208,6 +212,9 @@ class LlamaCpp(ModuleType):
             self.hear(4, b"error loading model: tensor not found\n", None)
             self.hear(4, b"failed to load model\n", None)
         return self.model if self.loads else None
+
+    def llama_memory_clear(self, context: list[Any], _: bool) -> None:
+        del context[1:]
 
     def llama_decode(self, context: list[Any], batch: list[int]) -> int:
         context += batch
@@ -224,15 +231,17 @@ class LlamaCpp(ModuleType):
 
 @pytest.fixture
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What llama.cpp's process does, in this one."""
+    """Answers the requests to llama.cpp's worker in this process."""
 
-    def run(self: GgufSide, request: dict[str, Any]) -> None:
-        try:
-            gguf_side.read(request)
-        except UserError as error:
-            raise UserError(f"{self.label}: {error}") from error
+    def run(_: str, requests: Sequence[dict[str, Any]], *, label: str) -> None:
+        handlers = timed_handlers(llama_cpp_model.LlamaCpp())
+        for request in requests:
+            try:
+                handlers[request.pop("op")](**request)
+            except Unsupported as error:
+                raise UserError(f"{label}: {error}") from error
 
-    monkeypatch.setattr(GgufSide, "_run", run)
+    monkeypatch.setattr(llama_cpp, "run_in_worker", run)
 
 
 @pytest.mark.usefixtures("same_process")
@@ -243,12 +252,12 @@ def test_llama_cpp_shows_logits_alone(
     monkeypatch.setitem(sys.modules, "llama_cpp", llama)
     result = invoke(folder, f"gguf:{gguf}", "--tokens", "9", "--window", "5")
     assert result.exit_code == 0, result.output
-    assert "llama.cpp shows logits alone" in result.output
+    assert "llama.cpp shows logits only" in result.output
     assert "equal within 0.0001" in result.output  # the file's own number type
     # The file's settings are used, and no buffers in which llama.cpp ends on some models.
     assert llama.options.yarn_beta_fast == -1.0 and llama.settings.use_extra_bufts is False
     assert (llama.options.type_k, llama.options.type_v) == (0, 0)
-    assert "reads from position 0" in fault(folder, f"gguf:{gguf}", "--start", "3")
+    assert "starts at position 0" in fault(folder, f"gguf:{gguf}", "--start", "3")
 
 
 @pytest.mark.usefixtures("same_process")
@@ -290,7 +299,7 @@ def test_the_tolerance_of_a_file_is_that_of_its_matrices(
     wide = write(llama_case(hidden_size=192, intermediate_size=64, head_dim=32), tmp_path / "m")
     convert(wide, tmp_path / "m.gguf", dtype=dtype)
     monkeypatch.setitem(sys.modules, "llama_cpp", ModuleType("llama_cpp"))
-    side, _ = open_side(parse(f"gguf:{tmp_path}/m.gguf"), SilentProgress())
+    side, _ = open_implementation(parse(f"gguf:{tmp_path}/m.gguf"), SilentProgress())
     assert side.precision == precision
 
 
@@ -300,7 +309,7 @@ def test_what_cannot_be_told_is_said_first(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere" / "p.svg"
     assert "its folder is not there" in fault("nothing", "nothing", "--plot", nowhere)
     picture = tmp_path / "p.foo"
-    assert "'.foo' is no picture's; end it in" in fault("nothing", "nothing", "--plot", picture)
+    assert "'.foo' is no image format" in fault("nothing", "nothing", "--plot", picture)
     told = fault("nothing", "nothing", "--text", "some.txt", "--seed", 7)
     assert "--seed is of random tokens" in told
     assert "--tolerance must be a finite" in fault("nothing", "nothing", "--tolerance", "inf")

@@ -231,24 +231,24 @@ PACKED = [
 INT8_CACHE = [
     Mutant(
         "int8 cache: one scale for the whole row",
-        "attention/rows.py",
+        "attention/int8_entry.py",
         "groups.abs().amax(dim=-1) / INT8_MAX",
         "groups.abs().amax(dim=(-1, -2), keepdim=True)[..., 0].expand(groups.shape[:2]) / INT8_MAX",
-        ATTENTION + "test_rows.py::test_each_64_channels_have_their_own_scale",
+        ATTENTION + "test_int8_entry.py::test_each_64_channels_have_their_own_scale",
     ),
     Mutant(
         "int8 cache: the rotary key in int8 too",
         "config/attention.py",
-        "return self.kv_lora_rank if self.kv_a_layernorm else self.row_dim",
-        "return self.row_dim",
+        "return self.kv_lora_rank if self.kv_a_layernorm else self.entry_dim",
+        "return self.entry_dim",
         ATTENTION + "test_cache.py::test_int8_bytes_per_token",
     ),
     Mutant(
         "int8 cache: halves rounded down",
-        "attention/rows.py",
+        "attention/int8_entry.py",
         "(groups / divisor).round()",
         "(groups / divisor).trunc()",
-        ATTENTION + "test_rows.py::test_errors",
+        ATTENTION + "test_int8_entry.py::test_errors",
     ),
 ]
 
@@ -284,7 +284,7 @@ FURTHER_FORMS = [
     Mutant(
         "TPA: channel factors of keys cached without rotation",
         "model/tpa.py",
-        "b_k = apply_rope(b_k, *rope, interleave=self.interleave).flatten(1)",
+        "b_k = apply_rope(b_k, rope, interleave=self.interleave).flatten(1)",
         "b_k = b_k.flatten(1)",
         MODEL + "test_tpa.py::test_naive",
     ),

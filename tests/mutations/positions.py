@@ -22,8 +22,8 @@ YARN = [
     Mutant(
         "YaRN: cos and sin not corrected",
         "ops/rope.py",
-        "return angles.cos() * magnitude, angles.sin() * magnitude",
-        "return angles.cos(), angles.sin()",
+        "return RotaryTable(angles.cos() * magnitude, angles.sin() * magnitude)",
+        "return RotaryTable(angles.cos(), angles.sin())",
         OPS + "test_rope.py::test_the_tables_carry_the_factor",
     ),
     Mutant(
@@ -60,14 +60,14 @@ ROPE = [
     Mutant(
         "RoPE: cached key in the other layout than the queries",
         "model/mla.py",
-        "k_rope = apply_rope(k_rope[:, None], *rope, interleave=self.interleave)[:, 0]",
-        "k_rope = apply_rope(k_rope[:, None], *rope, interleave=not self.interleave)[:, 0]",
+        "k_rope = apply_rope(k_rope[:, None], rope, interleave=self.interleave)[:, 0]",
+        "k_rope = apply_rope(k_rope[:, None], rope, interleave=not self.interleave)[:, 0]",
         MODEL + "test_mla.py::test_query_and_key_rotate_alike",
     ),
     Mutant(
         "RoPE: cached key not rotated",
         "model/mla.py",
-        "        k_rope = apply_rope(k_rope[:, None], *rope, interleave=self.interleave)[:, 0]\n",
+        "        k_rope = apply_rope(k_rope[:, None], rope, interleave=self.interleave)[:, 0]\n",
         "",
         MODEL + "test_mla.py::test_query_and_key_rotate_alike",
     ),

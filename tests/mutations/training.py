@@ -276,10 +276,10 @@ STATES = [
     ),
     Mutant(
         "stacking: up rows before gate rows",
-        "model/stacking.py",
+        "train/layers/stacked_experts.py",
         "gate, up = matrix.chunk(2)",
         "up, gate = matrix.chunk(2)",
-        MODEL + "test_stacking.py::test_there_and_back[dtype0]",
+        TRAIN + "layers/test_stacked_experts.py::test_there_and_back[dtype0]",
     ),
     Mutant(
         "fused attention: window one key too wide",
@@ -318,7 +318,7 @@ DISTILLING = [
     Mutant(
         "distillation: everything moves",
         "train/run/build.py",
-        "        keep_all_but_attention(model)\n",
+        "        freeze_all_but_attention(model)\n",
         "        pass\n",
         DISTILLATION + "test_only_attention_moves",
     ),

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowlat.attention.rows import pack_rows, unpack_rows
-from lowlat.ops import native_ops
+from lowlat.attention.int8_entry import pack_entries, unpack_entries
+from lowlat.ops import native_kernels
 from lowlat.ops.attention import causal_attention
 
 from .inputs import (
@@ -103,7 +103,7 @@ def test_mla(
     q = draw((queries, heads, latent + rope_dim), "normal", seed + 1)
     cache, pages = paged(rows, page_size, seed)
     scale = rows.shape[1] ** -0.5
-    out = native_ops.mla_attention(
+    out = native_kernels.mla_attention(
         q, cache, pages, latent=latent, start=start, scale=scale, level=level
     )
     if queries:
@@ -113,8 +113,8 @@ def test_mla(
 def as_integers_read_it(q: Tensor, quantized: int) -> Tensor:
     """Queries with `quantized` channels in int8, by groups of 64, multiplied out again."""
     flat = q.flatten(0, 1)
-    packed = pack_rows(flat, quantized)
-    return unpack_rows(packed, q.shape[2], quantized, torch.float32).view_as(q)
+    packed = pack_entries(flat, quantized)
+    return unpack_entries(packed, q.shape[2], quantized, torch.float32).view_as(q)
 
 
 def byte_rounding(
@@ -173,11 +173,11 @@ def test_mla_over_int8(
 ) -> None:
     width = latent + 2 * pairs
     quantized = width if whole else latent
-    packed = pack_rows(draw((start + queries, width), "normal", seed), quantized)
+    packed = pack_entries(draw((start + queries, width), "normal", seed), quantized)
     q = draw((queries, heads, width), "normal", seed + 1)
     cache, pages = paged(packed, page_size, seed)
     scale = width**-0.5
-    out = native_ops.mla_attention(
+    out = native_kernels.mla_attention(
         q,
         cache,
         pages,
@@ -189,12 +189,12 @@ def test_mla_over_int8(
     )
     rounding: Tensor | float = 0.0
     if level in INTEGER_LEVELS:
-        rows = unpack_rows(packed, width, quantized, torch.float32)
+        rows = unpack_entries(packed, width, quantized, torch.float32)
         q = as_integers_read_it(q, quantized)
         integers, scales = integers_and_scales(packed, quantized)
         rounding = byte_rounding(q, rows, integers[:, :latent], scales[:, :latent], scale, None)
     else:
-        rows = unpack_rows(packed, width, quantized, torch.bfloat16)
+        rows = unpack_entries(packed, width, quantized, torch.bfloat16)
     check(out, q, rows[:, None], rows[:, None, :latent], start, scale, None, rounding)
 
 
@@ -225,7 +225,7 @@ def test_gqa(
     q = draw((queries, kv_heads * group, dim), "normal", seed + 1)
     cache, pages = paged(rows, page_size, seed)
     scale = dim**-0.5
-    out = native_ops.gqa_attention(
+    out = native_kernels.gqa_attention(
         q, cache, pages, kv_heads=kv_heads, start=start, scale=scale, window=window, level=level
     )
     k, v = rows.unflatten(1, (2, kv_heads, dim)).unbind(1)
@@ -257,14 +257,14 @@ def test_gqa_over_int8(
 ) -> None:
     """Products are with integers where a head's keys and values begin where 64 channels do."""
     width = 2 * kv_heads * dim
-    packed = pack_rows(draw((start + queries, width), "normal", seed), width)
+    packed = pack_entries(draw((start + queries, width), "normal", seed), width)
     q = draw((queries, kv_heads * group, dim), "normal", seed + 1)
     cache, pages = paged(packed, page_size, seed)
     scale = dim**-0.5
-    out = native_ops.gqa_attention(
+    out = native_kernels.gqa_attention(
         q, cache, pages, kv_heads=kv_heads, start=start, scale=scale, window=window, level=level
     )
-    exact = unpack_rows(packed, width, width, torch.float32).unflatten(1, (2, kv_heads, dim))
+    exact = unpack_entries(packed, width, width, torch.float32).unflatten(1, (2, kv_heads, dim))
     plain = exact.bfloat16()
     integers, scales = (
         each.unflatten(1, (2, kv_heads, dim)) for each in integers_and_scales(packed, width)
@@ -293,7 +293,9 @@ def test_scores_of_any_size(level: str, width: int, heads: int) -> None:
     q = torch.zeros(1, heads, width, dtype=torch.bfloat16)
     q[0, 0, 39], q[0, 1, 39] = 100.0, -100.0
     cache, pages = paged(rows, 16, 1)
-    out = native_ops.mla_attention(q, cache, pages, latent=32, start=199, scale=1.0, level=level)
+    out = native_kernels.mla_attention(
+        q, cache, pages, latent=32, start=199, scale=1.0, level=level
+    )
     assert torch.equal(out[0, 0], rows[150, :32])
     others = torch.cat([rows[:150, :32], rows[151:, :32]]).double()
     assert_within(out[0, 1], others.mean(dim=0), 2 * BF16_UNIT * others.abs().mean(dim=0))
@@ -301,7 +303,7 @@ def test_scores_of_any_size(level: str, width: int, heads: int) -> None:
 
 def stored(rows: Tensor, quantized: int) -> Tensor:
     """The rows as the cache holds them, the first `quantized` channels in int8."""
-    return pack_rows(rows, quantized) if quantized else rows
+    return pack_entries(rows, quantized) if quantized else rows
 
 
 @every_level
@@ -312,7 +314,7 @@ def test_nan_stays_with_those_who_see_it(level: str, width: int, quantized: int)
     rows[70] = torch.nan
     q = draw((20, 3, width), "normal", 2)
     cache, pages = paged(stored(rows, quantized), 16, 1)
-    out = native_ops.mla_attention(
+    out = native_kernels.mla_attention(
         q, cache, pages, latent=32, start=60, scale=0.2, quantized=quantized, level=level
     )
     assert out[:10].isfinite().all()
@@ -329,7 +331,7 @@ def test_nan_comes_through_where_a_split_holds_nothing_else(
     rows[start // 64 * 64 :] = torch.nan
     q = draw((2, 3, 40), "normal", 2)
     cache, pages = paged(stored(rows, quantized), 16, 1)
-    out = native_ops.mla_attention(
+    out = native_kernels.mla_attention(
         q, cache, pages, latent=32, start=start, scale=0.2, quantized=quantized, level=level
     )
     assert out.isnan().all()
@@ -348,7 +350,7 @@ def test_queries_stand_alone(level: str, width: int, sharpness: float, quantized
 
     def attend(first: int, count: int, page_size: int) -> Tensor:
         cache, pages = paged(stored(rows, quantized), page_size, page_size)
-        return native_ops.mla_attention(
+        return native_kernels.mla_attention(
             q[first : first + count],
             cache,
             pages,
@@ -386,8 +388,8 @@ def test_weak_keys_keep_their_sum(level: str, strong: float, weak: float, within
     rows = rows.bfloat16()
     q = torch.zeros(1, 16, latent + 2, dtype=torch.bfloat16)
     q[..., latent] = 1.0
-    cache, pages = paged(pack_rows(rows, latent), 64, 1)
-    out = native_ops.mla_attention(
+    cache, pages = paged(pack_entries(rows, latent), 64, 1)
+    out = native_kernels.mla_attention(
         q, cache, pages, latent=latent, start=count - 1, scale=1.0, quantized=latent, level=level
     )
     exact = rows[:, latent].double().exp()

@@ -24,7 +24,7 @@ from lowlat.config.model import GQAConfig, ModelConfig
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import Request, RequestOptions
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from lowlat.engine.scheduler import Limits
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
@@ -72,7 +72,7 @@ class Ask:
 
     prompt: tuple[int, ...]
     options: dict[str, Any]
-    salt: bytes
+    cache_namespace: bytes
     priority: int
 
 
@@ -97,7 +97,7 @@ def drawn_asks(seed: int, count: int) -> list[Ask]:
 
 
 def engine_for(model: Transformer, **options: Any) -> Engine:
-    runner = Runner(model, page_size=PAGE_SIZE)
+    runner = ModelRunner(model, page_size=PAGE_SIZE)
     return Engine(runner, context=CONTEXT, eos_ids=frozenset(), prefill_chunk=CHUNK, **options)
 
 
@@ -122,7 +122,7 @@ def together(engine: Engine, asks: list[Ask], concurrency: int, seed: int) -> li
         open_now = sum(any(s.finish_reason is None for s in r.sequences) for r in requests)
         while len(requests) < len(asks) and open_now < concurrency and rng.random() < 0.7:
             ask = asks[len(requests)]
-            options = RequestOptions(salt=ask.salt, priority=ask.priority)
+            options = RequestOptions(cache_namespace=ask.cache_namespace, priority=ask.priority)
             requests.append(engine.add(ask.prompt, SamplingParams(**ask.options), options))
             open_now += 1
         engine.step()

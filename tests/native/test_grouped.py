@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.ops import native, native_training
+from lowlat.ops import native, native_training_kernels
 from lowlat.ops.grouped import stacked_experts
 from lowlat.ops.routing import route
 
@@ -43,7 +43,7 @@ def test_native_products_of_groups(
     left, right, weight = grouped_inputs(counts, out, inner)
     weight = weight.to(dtype)
     rows = left if is_turned else right
-    found = native_training.grouped(
+    found = native_training_kernels.grouped(
         rows, weight, torch.tensor(counts), is_turned=is_turned, level=level
     )
     exact = weight.bfloat16().double()
@@ -69,9 +69,9 @@ def test_rows_that_are_not_finite_stay_with_their_expert() -> None:
     left, right, weight = grouped_inputs([3, 4, 2], 5, 7)
     left[3:7], right[3:7] = float("nan"), float("inf")
     counts = torch.tensor([3, 4, 2])
-    products = native_training.grouped(right, weight, counts)
+    products = native_training_kernels.grouped(right, weight, counts)
     assert products.isfinite().all(dim=1).tolist() == [True] * 3 + [False] * 4 + [True] * 2
-    gradients = native_training.outer(left, right, counts)
+    gradients = native_training_kernels.outer(left, right, counts)
     assert gradients.isfinite().flatten(1).all(dim=1).tolist() == [True, False, True]
 
 
@@ -79,9 +79,9 @@ def test_rows_that_are_not_finite_stay_with_their_expert() -> None:
 def test_groups_that_do_not_fit_the_rows_are_refused(counts: list[int]) -> None:
     left, right, weight = grouped_inputs([3, 4, 2], 5, 7)
     with pytest.raises(ValueError, match="counts"):
-        native_training.grouped(right, weight[: len(counts)], torch.tensor(counts))
+        native_training_kernels.grouped(right, weight[: len(counts)], torch.tensor(counts))
     with pytest.raises(ValueError, match="counts"):
-        native_training.outer(left, right, torch.tensor(counts))
+        native_training_kernels.outer(left, right, torch.tensor(counts))
 
 
 @pytest.mark.skipif(native.available() and native.level() != "avx512", reason="not the fastest")
@@ -93,7 +93,7 @@ def test_experts_by_native_products_are_those_of_pytorch(monkeypatch: pytest.Mon
     results = []
     for is_native in (True, False):
         if not is_native:
-            monkeypatch.setattr(native_training, "multiplies_groups", lambda *_: False)
+            monkeypatch.setattr(native_training_kernels, "multiplies_groups", lambda *_: False)
         leaves = [t.clone().requires_grad_() for t in inputs]
         routing = route(leaves[0], leaves[1], None, MOE)
         out = stacked_experts(leaves[0].bfloat16(), routing, *leaves[2:])

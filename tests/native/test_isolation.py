@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lowlat.attention.cache import PagedCache
-from lowlat.attention.forms import Form
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
+from lowlat.attention.path import AttentionPath
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import Request
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from lowlat.model.native import NativeModel
 from lowlat.model.transformer import Transformer
 from tests.fakes import gqa_config, mla_config, tiny_model
@@ -32,7 +32,7 @@ BAD = 7
 """The token whose embedding is NaN."""
 GOOD = [1, 2, 3, 4, 5]
 PAGE_SIZE = 16
-FORMS: tuple[Form, ...] = ("stream", "absorbed", "expanded")
+FORMS: tuple[AttentionPath, ...] = ("decode", "absorbed", "expanded")
 
 
 def mla(*, nope: int, rope: int, latent: int = 32, value: int = 32) -> ModelConfig:
@@ -69,14 +69,14 @@ def model_of(config: ModelConfig) -> Transformer:
 class Steps:
     """Steps of a model over one cache, every sequence in a page of its own number."""
 
-    def __init__(self, model: Transformer, form: Form, dtype: torch.dtype) -> None:
+    def __init__(self, model: Transformer, form: AttentionPath, dtype: torch.dtype) -> None:
         self.model, self.form = NativeModel(model), form
         self.cache = PagedCache(model.config, num_pages=4, page_size=PAGE_SIZE, dtype=dtype)
 
     def __call__(self, *sequences: list[int], start: int = 0) -> list[Tensor]:
         """Logits of each sequence's tokens."""
         slices = [
-            SequenceSlice(pages=(page,), start=start, length=len(ids), form=self.form)
+            SequenceSlice(pages=(page,), start=start, length=len(ids), path=self.form)
             for page, ids in enumerate(sequences)
         ]
         batch = AttentionBatch.build(slices, page_size=PAGE_SIZE)
@@ -141,7 +141,7 @@ def test_a_request_of_nan_fails_alone(level: str) -> None:  # noqa: F811
     model = model_of(CONFIGS["all odd"])
 
     def new_engine() -> Engine:
-        return Engine(Runner(model), context=64, eos_ids=frozenset(), speculates=False)
+        return Engine(ModelRunner(model), context=64, eos_ids=frozenset(), speculates=False)
 
     with thread_count(1):
         (request,) = finished(new_engine(), GOOD)

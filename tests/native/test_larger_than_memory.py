@@ -11,7 +11,7 @@ import torch
 
 from lowlat.config.model import ModelConfig
 from lowlat.model import native as native_model
-from lowlat.model.native import NativeModel, has_native_form
+from lowlat.model.native import NativeModel, supports_native
 from lowlat.ops import native
 from tests.native.storages import STORAGES, stored_model
 from tests.native.test_step import FEW, drawn_config, native_logits, native_modules
@@ -47,7 +47,7 @@ def test_reading_ahead_changes_no_bit(
     monkeypatch: pytest.MonkeyPatch, case: Case, storage: str
 ) -> None:
     model = stored_model(large_config(case), case.seed, storage)
-    assert has_native_form(model)
+    assert supports_native(model)
     ordinary = NativeModel(model)
     monkeypatch.setattr(native_model, "is_larger_than_memory", lambda weights_bytes: True)
     larger = NativeModel(model)

@@ -13,14 +13,14 @@ from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.config.model import ModelConfig, QuantConfig, TPAConfig
 from lowlat.engine import scoring
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Linear
-from lowlat.model.low_rank import LowRank
-from lowlat.model.native import NativeModel, has_native_form
+from lowlat.model.native import NativeModel, supports_native
 from lowlat.model.quant import store_packed
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
+from lowlat.train.layers.lora import LoraLinear, LowRank
 from tests.lowlat_configs import EVERY, YARN, random_model
 from tests.native.test_step import distances, native_logits, plain_logits
 
@@ -64,7 +64,7 @@ def compare(model: Transformer, exact: Transformer, has_experts: bool) -> None:
 @torch.inference_mode()
 def test_bf16(config: ModelConfig) -> None:
     model = random_model(config, torch.bfloat16)
-    assert has_native_form(model)
+    assert supports_native(model)
     compare(model, in_fp32(model, config), config.moe is not None)
 
 
@@ -100,7 +100,7 @@ def test_packed_weights(name: str, dtype: str) -> None:
         prefix = weight.removesuffix("weight")
         state |= {prefix + part: value for part, value in linear.pack(state[weight]).items()}
     model.load_state_dict(state, assign=True)
-    assert has_native_form(model)
+    assert supports_native(model)
     compare(model, in_fp32(model, config), config.moe is not None)
 
 
@@ -118,7 +118,7 @@ def test_fp8_blocks(name: str) -> None:
             parameter.fill_(1 / 64)
         else:
             parameter.copy_(drawn[name])
-    assert has_native_form(model)
+    assert supports_native(model)
     compare(model, in_fp32(model, config), False)
 
 
@@ -131,7 +131,7 @@ def test_int8_cache(name: str) -> None:
     ids = torch.randint(0, 263, (61,), generator=torch.Generator().manual_seed(5)).tolist()
     logits: dict[torch.dtype, Tensor] = {}
     for dtype in (torch.bfloat16, torch.int8):
-        runner = Runner(model, page_size=8, cache_dtype=dtype)
+        runner = ModelRunner(model, page_size=8, cache_dtype=dtype)
         logits[dtype] = scoring.logits(runner, ids, chunk=7)
     distance = distances(logits[torch.int8], logits[torch.bfloat16])
     assert 1e-5 < distance.median() < 0.1
@@ -144,11 +144,11 @@ def test_tpa_falls_back() -> None:
     """Holds shut: a native form that would read the factors as something else."""
     config = EVERY["tpa"]
     model = random_model(config, torch.bfloat16)
-    assert not has_native_form(model)
+    assert not supports_native(model)
     exact = in_fp32(model, config)
     ids = torch.randint(0, 263, (61,), generator=torch.Generator().manual_seed(5)).tolist()
     logits, reference = (
-        scoring.logits(Runner(m, page_size=8), ids, chunk=7) for m in (model, exact)
+        scoring.logits(ModelRunner(m, page_size=8), ids, chunk=7) for m in (model, exact)
     )
     assert distances(logits, reference).median() < 0.03
 
@@ -158,14 +158,14 @@ def test_a_model_with_updates_falls_back() -> None:
     """Holds shut: a native form that leaves low-rank updates out."""
     config = CONFIGS["combined gqa"]
     model = random_model(config, torch.bfloat16)
-    assert has_native_form(model)
+    assert supports_native(model)
     layer = model.layers[0]
     assert isinstance(layer, DecoderLayer)
-    projection = layer.get_submodule("self_attn.o_proj")
-    assert isinstance(projection, Linear)
+    projection = layer.self_attn.o_proj
     rows, columns = projection.out_features, projection.in_features
-    projection.low_rank = LowRank(rank=2, rows=rows, columns=columns, scale=1.0)
-    assert not has_native_form(model)
+    update = LowRank(rank=2, rows=rows, columns=columns, scale=1.0)
+    layer.self_attn.o_proj = LoraLinear(projection, update)
+    assert not supports_native(model)
 
 
 @torch.inference_mode()

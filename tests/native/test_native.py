@@ -25,15 +25,15 @@ USE = """
 import torch
 from tests.fakes import mla_config, tiny_model
 from lowlat.attention.metadata import AttentionBatch
-from lowlat.engine.runner import Chunk, Runner
+from lowlat.engine.runner import Chunk, ModelRunner
 model = tiny_model(mla_config(), torch.bfloat16)
 for _ in range(2):
-    runner = Runner(model)
+    runner = ModelRunner(model)
     pages = []
     runner.reserve(pages, 5)
     ids = [3, 1, 4, 1, 5]
     logits = runner.run(
-        [Chunk(pages=pages, start=0, tokens=ids, num_logits=1, form="absorbed")]
+        [Chunk(pages=pages, start=0, tokens=ids, num_logits=1, path="absorbed")]
     )
 print(logits.shape[0], bool(logits.isfinite().all()), runner._native is None)
 """

@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from lowlat.ops import native, native_ops
+from lowlat.ops import native, native_kernels
 
 from .inputs import draw, needs_native, thread_count
 from .processes import run
@@ -20,8 +20,8 @@ plain = tiny_model(config, torch.bfloat16)
 model = NativeModel(plain)
 def new_cache():
     return PagedCache(config, num_pages=150, page_size=16, dtype=torch.bfloat16)
-def step(ids, cache, model=model, form="stream"):
-    item = SequenceSlice(pages=tuple(range(150)), start=0, length=len(ids), form=form)
+def step(ids, cache, model=model, form="decode"):
+    item = SequenceSlice(pages=tuple(range(150)), start=0, length=len(ids), path=form)
     batch = AttentionBatch.build([item], page_size=16)
     return model.step(torch.tensor(list(ids)), batch, cache, [len(ids) - 1])[1]
 """
@@ -33,12 +33,12 @@ def test_the_pool_may_be_replaced_and_shared() -> None:
     """Callers on several threads, while another changes the pool under them."""
     w, x = draw((300, 200), "normal", 1), draw((7, 200), "normal", 2)
     matrix = native.module().Matrix.bf16(w)
-    expected = native_ops.linear(x, matrix)
+    expected = native_kernels.linear(x, matrix)
     failures: list[str] = []
 
     def call() -> None:
         for _ in range(200):
-            if not torch.equal(native_ops.linear(x, matrix), expected):
+            if not torch.equal(native_kernels.linear(x, matrix), expected):
                 failures.append("other numbers")
 
     callers = [threading.Thread(target=call) for _ in range(3)]
@@ -57,14 +57,15 @@ def test_a_forked_child_computes() -> None:
     """Holds shut: a child that waits for threads only its parent has."""
     code = """
 import os, torch
-from lowlat.ops import native, native_ops
+from lowlat.ops import native
+from lowlat.ops import native_kernels
 x = torch.ones(3, 64, dtype=torch.bfloat16)
 native.module().set_threads(2)
 matrix = native.module().Matrix.bf16(x)
-native_ops.linear(x, matrix)
+native_kernels.linear(x, matrix)
 child = os.fork()
 if child == 0:
-    os._exit(0 if native_ops.linear(x, matrix)[0, 0] == 64 else 1)
+    os._exit(0 if native_kernels.linear(x, matrix)[0, 0] == 64 else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     result = run(code)
@@ -134,7 +135,8 @@ print(len(same), all(same), torch.equal(expected[0], expected[1]))
 
 LIMIT = """
 import resource, torch
-from lowlat.ops import native, native_ops
+from lowlat.ops import native
+from lowlat.ops import native_kernels
 module = native.module()
 def leave(mebibytes=None):
     # Address space beside what there is; None: no limit.
@@ -154,7 +156,7 @@ x = torch.ones(400_000, 32, dtype=torch.bfloat16)
 matrix = module.Matrix.bf16(torch.ones(128, 32, dtype=torch.bfloat16))
 out = torch.zeros(len(x), 128)
 module.set_threads(3)
-native_ops.linear(x[:3], matrix)
+native_kernels.linear(x[:3], matrix)
 for _ in range(3):
     leave(40)  # 25 for a copy of x, then each thread wants 50
     try:
@@ -177,15 +179,16 @@ def test_a_draw_without_memory_is_an_error() -> None:
         LIMIT
         + """
 x = torch.zeros(4_000_000)
-native_ops.draw(x[:3], 0.5, temperature=1.0)
+native_kernels.draw(x[:3], 0.5, temperature=1.0)
 for _ in range(3):
     leave(20)  # 31 for the weights
     try:
-        native_ops.draw(x, 0.5, temperature=1.0)
+        native_kernels.draw(x, 0.5, temperature=1.0)
     except MemoryError:
         print("MemoryError")
     leave()
-print(native_ops.draw(x[:3], 0.5, temperature=1.0), native_ops.draw(x, 0.5, temperature=1.0))
+draw = native_kernels.draw
+print(draw(x[:3], 0.5, temperature=1.0), draw(x, 0.5, temperature=1.0))
 """
     )
     result = run(code)
@@ -234,11 +237,11 @@ module.set_threads(8)
 leave(20)  # their stacks take 8 each
 for _ in range(2):
     try:
-        native_ops.linear(x, matrix)
+        native_kernels.linear(x, matrix)
     except RuntimeError as error:
         print(error)
 leave()
-print(bool((native_ops.linear(x, matrix) == 64).all()))
+print(bool((native_kernels.linear(x, matrix) == 64).all()))
 """
     )
     result = run(code)

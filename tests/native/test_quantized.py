@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowlat.ops import native_ops, quantized
+from lowlat.ops import native_kernels, quantized
 
 from .inputs import (
     UNIT,
@@ -45,8 +45,8 @@ def test_int8_and_int4_multiply_as_bf16(
         (int4_matrix(w), quantized.dequantize_int4(int4, outs, columns, torch.bfloat16)),
     ):
         assert values.isfinite().all()
-        out = native_ops.linear(x, matrix, level=level)
-        assert_same_bits(out, native_ops.linear(x, bf16_matrix(values), level=level))
+        out = native_kernels.linear(x, matrix, level=level)
+        assert_same_bits(out, native_kernels.linear(x, bf16_matrix(values), level=level))
 
 
 def group_sums(x: Tensor, w: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def test_int8_and_int4_stream_exact_values(
         if level in ("amx", "avx512"):
             whole = scaled if minimum is None else scaled + minimum
             bound += group_sums(half_steps(x), whole.abs()).sum(dim=-1) / UNIT
-        out = native_ops.linear(x, matrix, is_stream=True, level=level)
+        out = native_kernels.linear(x, matrix, is_stream=True, level=level)
         assert_within(out, exact, UNIT * bound + columns * 2.0**-125)
 
 
@@ -109,8 +109,8 @@ def by_column(numbers: Tensor, outs: int, columns: int) -> Tensor:
 
 
 PACKERS = [
-    (native_ops.quantize_int8, quantized.quantize_int8),
-    (native_ops.quantize_int4, quantized.quantize_int4),
+    (native_kernels.quantize_int8, quantized.quantize_int8),
+    (native_kernels.quantize_int4, quantized.quantize_int4),
 ]
 dtypes = st.sampled_from([torch.bfloat16, torch.float32])
 bad_numbers = st.sampled_from([None, torch.nan, torch.inf, -torch.inf, 1e38, -1e6])

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.cached import CachedAttention
-from lowlat.attention.forms import STREAM_TOKENS, Form
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
-from lowlat.config.hf import config_from_hf
+from lowlat.attention.path import DECODE_TOKENS, AttentionPath
+from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.model import ModelConfig
 from lowlat.model.linear import Linear
-from lowlat.model.native import NativeModel, has_native_form
+from lowlat.model.native import NativeModel, supports_native
 from lowlat.model.quant import store_packed
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
@@ -75,16 +75,16 @@ def new_cache(config: ModelConfig, dtype: torch.dtype) -> PagedCache:
     return PagedCache(config, num_pages=48, page_size=PAGE_SIZE, dtype=dtype)
 
 
-def form_for(length: int, break_even: float) -> Form:
+def form_for(length: int, break_even: float) -> AttentionPath:
     """All three forms occur: streams of few tokens, absorbed and expanded chunks."""
     if length > break_even:
         return "expanded"
-    return "stream" if length <= STREAM_TOKENS else "absorbed"
+    return "decode" if length <= DECODE_TOKENS else "absorbed"
 
 
 def batch_of(step: Sequence[tuple[int, int, int]], break_even: float) -> AttentionBatch:
     slices = [
-        SequenceSlice(pages=TABLES[s], start=start, length=n, form=form_for(n, break_even))
+        SequenceSlice(pages=TABLES[s], start=start, length=n, path=form_for(n, break_even))
         for s, start, n in step
     ]
     return AttentionBatch.build(slices, page_size=PAGE_SIZE)
@@ -127,7 +127,7 @@ def check_near_to_fp32(
 ) -> None:
     """Rounding moves both by the same amount from fp32; a token whose router has a near tie may
     jump in either, so typical tokens are compared in mixtures and all tokens in dense models."""
-    assert has_native_form(model)
+    assert supports_native(model)
     exact = Transformer(model.config, dtype=torch.float32)
     exact.load_state_dict({name: p.float() for name, p in model.state_dict().items()})
     compiled = NativeModel(model)
@@ -241,11 +241,11 @@ def test_a_module_goes_on_from_hidden_states_and_no_other_does() -> None:
 
 @every_level
 @few_cases
-@pytest.mark.parametrize("form", ["stream", "absorbed", "expanded"])
+@pytest.mark.parametrize("form", ["decode", "absorbed", "expanded"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @torch.inference_mode()
 def test_bits_do_not_depend_on_how_a_text_is_cut(
-    case: Case, level: str, form: Form, dtype: torch.dtype
+    case: Case, level: str, form: AttentionPath, dtype: torch.dtype
 ) -> None:
     """What prefix caching, speculation and reading again after preemption rest on: rows and logits
     of one form are the same, whether tokens come one by one, in pieces, or all in one step."""
@@ -260,7 +260,7 @@ def test_bits_do_not_depend_on_how_a_text_is_cut(
         for step in cuts:
             starts = [start, *step[:-1]]
             slices = [
-                SequenceSlice(pages=pages, start=first, length=last - first, form=form)
+                SequenceSlice(pages=pages, start=first, length=last - first, path=form)
                 for first, last in zip(starts, step, strict=True)
             ]
             batch = AttentionBatch.build(slices, page_size=PAGE_SIZE)
@@ -327,7 +327,7 @@ def packed_and_plain(config: ModelConfig, seed: int, dtype: str) -> tuple[Transf
 def test_packed_chunks_give_the_bits_of_bf16(case: Case, dtype: str, level: str) -> None:
     """Long chunks multiply by the values rounded to bf16, whatever they are stored in."""
     packed, plain = packed_and_plain(drawn_config(case), case.seed, dtype)
-    assert has_native_form(packed)
+    assert supports_native(packed)
     logits = native_logits(NativeModel(packed), 0.0)
     assert logits.isfinite().all()
     assert torch.equal(logits, native_logits(NativeModel(plain), 0.0))

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from lowlat.attention.cache import PagedCache
-from lowlat.attention.forms import Form
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
+from lowlat.attention.path import AttentionPath
 from lowlat.config.model import ModelConfig
-from lowlat.model.native import NativeModel, has_native_form
+from lowlat.model.native import NativeModel, supports_native
 from lowlat.ops import native
 from tests.native.storages import stored_model
 from tests.native.test_step import (
@@ -60,10 +60,10 @@ def widened(config: ModelConfig) -> ModelConfig:
 
 
 def alone(
-    model: NativeModel, form: Form, s: int, start: int, length: int, cache: PagedCache
+    model: NativeModel, form: AttentionPath, s: int, start: int, length: int, cache: PagedCache
 ) -> torch.Tensor:
     """Logits of a step of one sequence, whose pages come in order."""
-    item = SequenceSlice(pages=tuple(range(len(TABLES[s]))), start=start, length=length, form=form)
+    item = SequenceSlice(pages=tuple(range(len(TABLES[s]))), start=start, length=length, path=form)
     batch = AttentionBatch.build([item], page_size=PAGE_SIZE)
     ids = ids_of(model.config, [(s, start, length)])
     return model.step(ids, batch, cache, list(range(length)))[1]
@@ -80,7 +80,7 @@ def test_bits_do_not_depend_on_company_pages_or_threads(
     level: str,  # noqa: F811
 ) -> None:
     plain = stored_model(widened(drawn_config(case)), case.seed, storage)
-    assert has_native_form(plain)
+    assert supports_native(plain)
     model = NativeModel(plain)
     for break_even in BREAK_EVENS:
         with thread_count(3):

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowlat.config.model import MoEConfig
-from lowlat.ops import native, native_training
+from lowlat.ops import native, native_training_kernels
+from lowlat.ops.autograd import gated_backward, rms_norm, swiglu
 from lowlat.ops.cross_entropy import linear_cross_entropy
-from lowlat.ops.differentiable import gated_backward, rms_norm, swiglu
 from lowlat.ops.experts import routed_experts
 from lowlat.ops.experts import swiglu as plain_swiglu
 from lowlat.ops.grouped import group_by_expert, stacked_experts
 from lowlat.ops.norm import rms_norm as plain_rms_norm
-from lowlat.ops.rope import apply_rope
+from lowlat.ops.rope import RotaryTable, apply_rope
 from lowlat.ops.routing import Routing, route
 
 LEVELS = native.levels() or [pytest.param("", marks=pytest.mark.skip("no native kernels"))]
@@ -52,9 +52,9 @@ def norm_gradients(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Ten
 def test_native_norm(level: str, dtype: torch.dtype, rows: int, dim: int) -> None:
     x, grad = draw(rows, dim, dtype=dtype), draw(rows, dim, dtype=dtype, seed=1)
     weight = draw(dim, dtype=torch.float32, seed=2)
-    out, inverse = native_training.norm_forward(x, weight, 1e-3, level=level)
+    out, inverse = native_training_kernels.norm_forward(x, weight, 1e-3, level=level)
     close(out, plain_rms_norm(x, weight, 1e-3), dtype)
-    grads = native_training.norm_backward(x, weight, inverse, grad, level=level)
+    grads = native_training_kernels.norm_backward(x, weight, inverse, grad, level=level)
     for found, wanted in zip(grads, norm_gradients(x, weight, grad), strict=True):
         close(found, wanted, dtype)
 
@@ -69,8 +69,10 @@ def test_native_gated(
     gate_up, grad = draw(rows, 2 * dim, dtype=dtype), draw(rows, dim, dtype=dtype, seed=1)
     factors = draw(rows, dtype=torch.float32, seed=2) if has_factors else None
     gate, up = gate_up.chunk(2, dim=1)
-    close(native_training.gated_forward(gate, up, level=level), plain_swiglu(gate, up), dtype)
-    found = native_training.gated_backward(gate_up, grad, factors, level=level)
+    close(
+        native_training_kernels.gated_forward(gate, up, level=level), plain_swiglu(gate, up), dtype
+    )
+    found = native_training_kernels.gated_backward(gate_up, grad, factors, level=level)
     wanted = gated_backward(gate_up.double(), grad.double(), factors)
     for left, right in zip(found, wanted, strict=True):
         if left is not None and right is not None:
@@ -86,8 +88,8 @@ def test_native_gradients_of_gate_and_up_apart(
 ) -> None:
     """The bits of the gradients that lie side by side."""
     gate, up, grad = (draw(rows, dim, dtype=dtype, seed=seed) for seed in range(3))
-    found = native_training.gated_gradients(gate, up, grad, level=level)
-    _, wanted, _ = native_training.gated_backward(
+    found = native_training_kernels.gated_gradients(gate, up, grad, level=level)
+    _, wanted, _ = native_training_kernels.gated_backward(
         torch.cat([gate, up], dim=1), grad, None, level=level
     )
     assert torch.equal(torch.cat(found, dim=1), wanted)
@@ -107,12 +109,12 @@ def test_native_rotation_has_the_bits_of_the_plain_one(
     grad = draw(tokens, heads, dim + 1, dtype=dtype, seed=2)[..., 1:]
     x = wide[..., 3:].detach().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_training, "usable", lambda *tensors: False)
-        wanted = apply_rope(x, cos, sin, interleave=interleave)
+        patch.setattr(native_training_kernels, "usable", lambda *tensors: False)
+        wanted = apply_rope(x, RotaryTable(cos, sin), interleave=interleave)
     wanted.backward(grad)
-    found = native_training.rotation(x, cos, sin, interleave=interleave, level=level)
+    found = native_training_kernels.rotation(x, cos, sin, interleave=interleave, level=level)
     assert torch.equal(found, wanted)
-    back = native_training.rotation(
+    back = native_training_kernels.rotation(
         grad, cos, sin, interleave=interleave, is_inverse=True, level=level
     )
     assert x.grad is not None
@@ -135,9 +137,9 @@ def test_native_divergence(
     nll = F.cross_entropy(wide, targets, reduction="none") * counted
     (kl + nll_weight * nll).sum().backward()
     given, before = (logits, taught, targets, counted, nll_weight), logits.clone()
-    plain = native_training.divergence(*given, wants_gradient=False, level=level)
+    plain = native_training_kernels.divergence(*given, wants_gradient=False, level=level)
     assert torch.equal(logits, before)
-    found = native_training.divergence(*given, wants_gradient=True, level=level)
+    found = native_training_kernels.divergence(*given, wants_gradient=True, level=level)
     for left, again, right in zip(found, plain, (kl, nll), strict=True):
         assert torch.equal(left, again)
         torch.testing.assert_close(left.double(), right.detach(), rtol=1e-5, atol=1e-5)
@@ -153,7 +155,7 @@ def test_native_divergence_hides_no_nan(level: str) -> None:
             pair = [draw(3, 37, dtype=torch.float32, seed=seed) for seed in (0, 1)]
             pair[which][1, at] = torch.nan
             given = *pair, torch.arange(3), torch.ones(3, dtype=torch.bool), 0.0
-            kl, _ = native_training.divergence(*given, wants_gradient=False, level=level)
+            kl, _ = native_training_kernels.divergence(*given, wants_gradient=False, level=level)
             assert kl.isnan().tolist() == [False, True, False]
 
 
@@ -168,7 +170,7 @@ def test_native_entropy(level: str, dtype: torch.dtype, rows: int, vocab: int) -
     nll = F.cross_entropy(wide, targets, reduction="none") * counted
     z = wide.logsumexp(dim=1).square() * counted
     (nll + 0.01 * z).sum().backward()
-    found = native_training.entropy(logits, targets, counted, 0.01, level=level)
+    found = native_training_kernels.entropy(logits, targets, counted, 0.01, level=level)
     for left, right in zip(found, (nll, z), strict=True):
         torch.testing.assert_close(left.double(), right.detach(), rtol=1e-5, atol=1e-5)
     assert wide.grad is not None
@@ -180,9 +182,9 @@ def test_native_entropy(level: str, dtype: torch.dtype, rows: int, vocab: int) -
 def test_native_combine(level: str, dtype: torch.dtype) -> None:
     rows, factors = draw(11, 37, dtype=dtype), draw(11, dtype=torch.float32, seed=1)
     places = torch.tensor([[0, 3, 10], [7, 2, 7]])
-    found = native_training.combine(rows, factors, places, level=level)
+    found = native_training_kernels.combine(rows, factors, places, level=level)
     close(found, (rows.double() * factors[:, None])[places].sum(dim=1), dtype)
-    found = native_training.combine(rows, None, places, level=level)
+    found = native_training_kernels.combine(rows, None, places, level=level)
     close(found, rows.double()[places].sum(dim=1), dtype)
 
 
@@ -194,8 +196,8 @@ def test_native_norm_has_the_same_bits_on_any_number_of_threads() -> None:
     try:
         for threads in (1, 2, 3):
             module.set_threads(threads)
-            _, inverse = native_training.norm_forward(x, weight, 1e-6)
-            found.append(native_training.norm_backward(x, weight, inverse, grad))
+            _, inverse = native_training_kernels.norm_forward(x, weight, 1e-6)
+            found.append(native_training_kernels.norm_backward(x, weight, inverse, grad))
     finally:
         module.set_threads(before)
     assert all(torch.equal(a[i], found[0][i]) for a in found for i in (0, 1))
@@ -205,11 +207,11 @@ def test_native_norm_has_the_same_bits_on_any_number_of_threads() -> None:
 def test_native_refuses_targets_and_places_outside() -> None:
     for target in (-1, 5):
         with pytest.raises(ValueError, match="targets"):
-            native_training.entropy(
+            native_training_kernels.entropy(
                 torch.zeros(1, 5), torch.tensor([target]), torch.tensor([True]), 0.0
             )
     with pytest.raises(ValueError, match="places"):
-        native_training.combine(torch.zeros(2, 3), None, torch.tensor([[0, 2]]))
+        native_training_kernels.combine(torch.zeros(2, 3), None, torch.tensor([[0, 2]]))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -318,7 +320,7 @@ def test_rows_that_fill_up_have_no_effect_even_on_gradients() -> None:
 def test_linear_cross_entropy(
     dtype: torch.dtype, pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowlat.ops.cross_entropy.PIECE_ELEMENTS", pieces)
+    monkeypatch.setattr("lowlat.ops.cross_entropy.CHUNK_ELEMENTS", pieces)
     hidden, weight = draw(23, 7, dtype=dtype), draw(131, 7, dtype=dtype, seed=1)
     targets, counted = (torch.arange(23) * 5) % 131, torch.arange(23) % 4 != 2
     found = [t.clone().requires_grad_() for t in (hidden, weight)]
@@ -366,8 +368,10 @@ def test_native_causal_attention(
     v = draw(count, kv_heads, value_dim, dtype=torch.bfloat16, seed=2)
     grad = draw(count, heads, value_dim, dtype=torch.bfloat16, seed=3)
     ends = torch.tensor(lengths).cumsum(0)
-    out, logs = native_training.causal_forward(q, k, v, ends, 0.3, level=level)
-    grads = native_training.causal_backward(q, k, v, ends, 0.3, out, logs, grad, level=level)
+    out, logs = native_training_kernels.causal_forward(q, k, v, ends, 0.3, level=level)
+    grads = native_training_kernels.causal_backward(
+        q, k, v, ends, 0.3, out, logs, grad, level=level
+    )
     wide = [x.double().requires_grad_() for x in (q, k, v)]
     wanted = plain_attention(*wide, lengths)
     wanted.backward(grad.double())
@@ -382,7 +386,7 @@ def test_native_causal_attention(
 def test_native_causal_attention_refuses_ends_that_do_not_fit(ends: list[int]) -> None:
     x = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="ends"):
-        native_training.causal_forward(x, x, x, torch.tensor(ends, dtype=torch.int64), 1.0)
+        native_training_kernels.causal_forward(x, x, x, torch.tensor(ends, dtype=torch.int64), 1.0)
 
 
 def test_a_loss_without_gradients_costs_one_product() -> None:

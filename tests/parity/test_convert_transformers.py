@@ -179,7 +179,7 @@ def test_lowlat_gives_the_logits_and_the_greedy_continuation_of_the_source(
     folders: tuple[Path, Path], record_property: Callable[[str, object], None]
 ) -> None:
     source, converted = (load_model(folder) for folder in folders)
-    assert converted.config.attention.row_dim == source.config.attention.row_dim
+    assert converted.config.attention.entry_dim == source.config.attention.entry_dim
     assert converted.config.softmax_scale_of(0) == pytest.approx(
         source.config.softmax_scale_of(0), rel=3e-16
     )

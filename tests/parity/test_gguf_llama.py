@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from lowlat.attention.packed import PackedAttention
-from lowlat.bench.check import logits_of
-from lowlat.bench.worker import Worker
+from lowlat.bench.agreement import logits_of
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from lowlat.convert.run import convert
 from lowlat.model.transformer import Transformer
+from lowlat.peers.worker import Worker
 from lowlat.text.tokenizer import Tokenizer
 
 PYTHON = os.environ.get("LOWLAT_LLAMA_PYTHON", "")
@@ -149,7 +149,7 @@ def write(folder: Path, config: ModelConfig) -> Transformer:
 @pytest.fixture
 def llama(tmp_path: Path) -> Iterator[Worker]:
     with Worker(
-        "llama.cpp", "lowlat.bench.run_llama", python=PYTHON, threads=1, folder=tmp_path
+        "llama.cpp", "lowlat.peers.llama_cpp_model", python=PYTHON, threads=1, folder=tmp_path
     ) as worker:
         yield worker
 

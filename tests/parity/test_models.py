@@ -88,7 +88,7 @@ def cached_logits(
     while start < len(ids):
         length = min(rng.choice([1, 1, 2, 5, 11]), len(ids) - start)
         form = "expanded" if length > break_even else "absorbed"
-        item = SequenceSlice(pages=tuple(pages), start=start, length=length, form=form)
+        item = SequenceSlice(pages=tuple(pages), start=start, length=length, path=form)
         batch = AttentionBatch.build([item], page_size=page_size)
         own = slice(start, start + length)
         backend = CachedAttention(cache, batch)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
-from lowlat.config.hf import config_from_hf
+from lowlat.config.hf.reader import config_from_hf
 from lowlat.model.block import DecoderLayer
 from lowlat.model.moe import MoE
 from lowlat.model.transformer import Transformer
-from lowlat.ops.rope import RotaryTables
+from lowlat.ops.rope import RotaryEmbedding
 
 from .draw import MLA_FAMILIES, Case, all_cases
 from .oracle import Oracle, build, save
@@ -51,7 +51,7 @@ def test_rotary_tables_to_the_bit(case: Case) -> None:
     raw = case.config.to_dict() | {"model_type": case.family}
     raw.pop("mtp_mlp_layer_types", None)
     config = config_from_hf(raw)
-    tables = RotaryTables(config.rope, config.attention.rope_dim)
+    tables = RotaryEmbedding(config.rope, config.attention.rope_dim)
     assert torch.equal(tables.inverse, oracle.inv_freq)
     positions = torch.tensor([0, 1, 2, 511, 4096, 7001, 59_999, 163_839])
     cos, sin = tables(positions)

@@ -17,8 +17,8 @@ from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.data.batch import Batch
 from lowlat.data.writer import write_tokenizer
-from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
+from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
 from lowlat.train.recipe.schema import OptimizerConfig, parse_recipe
 from lowlat.train.run.export import export

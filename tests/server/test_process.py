@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from lowlat.serve.limits import MAX_HEADER_BYTES
+from lowlat.serve.protocol.limits import MAX_HEADER_BYTES
 
 from .conftest import Server, serving
 from .tiny_server import NAME

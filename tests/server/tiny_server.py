@@ -9,9 +9,9 @@ import socket
 import torch
 
 from lowlat.generate.model import Model
-from lowlat.serve.bridge import Bridge
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.logs import configure
+from lowlat.serve.http.logs import configure
 from lowlat.serve.run import run
 from tests.fakes import gqa_config, tiny_model
 from tests.unit.serve.templates import tokenizer_of
@@ -46,9 +46,9 @@ def main() -> None:
         body_seconds=given.body_seconds,
     )
     configure()
-    bridge = Bridge(make_model(given.context, given.template), max_queue=given.max_queue)
+    engine = AsyncEngine(make_model(given.context, given.template), max_queue=given.max_queue)
     with socket.socket(fileno=given.listener) as listener:
-        run(bridge, config, listener, on_ready=lambda: print("ready", flush=True))
+        run(engine, config, listener, on_ready=lambda: print("ready", flush=True))
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ def write(path: Path) -> None:
         saves_in(run).write(3, state(3), facts(3))
 
 
-def write_later(path: Path) -> None:
+def write_async(path: Path) -> None:
     with RunFolder(path) as run:
         saves = saves_in(run)
-        saves.write_later(3, state(3), facts(3))
+        saves.write_async(3, state(3), facts(3))
         saves.close()
 
 
@@ -41,7 +41,7 @@ def write_parts(path: Path) -> None:
     with RunFolder(path) as run:
         saves = saves_in(run, keep_last=5)
         for part, tensors in state(3).items():
-            saves.write_part(3, part, tensors)
+            saves.write_shard(3, part, tensors)
         saves.commit(3, list(state(3)), facts(3))
 
 
@@ -51,23 +51,25 @@ def start(path: Path) -> None:
         assert_is(saves_in(run).latest(), 2, 1)  # 1 where a file of 2 could not be read
 
 
-def keep_recipe(path: Path) -> None:
+def write_recipe(path: Path) -> None:
     with RunFolder(path) as run:
-        run.keep_recipe(NEW_RECIPE)
+        run.write_recipe(NEW_RECIPE)
 
 
 def leftovers(path: Path) -> None:
-    """Saves 1, 2 and 3, of which 3 has a flipped bit; one half written, two half removed."""
+    """Checkpoints 1, 2 and 3, of which 3 has a flipped bit; one half written, two half removed."""
     with RunFolder(path) as run:
         saves = saves_in(run, keep_last=5)
         for step in range(5):
             saves.write(step, state(step), facts(step))
-        shutil.copytree(run.saves / "step-00000001", run.saves / ".step-00000006.writing")
-        (run.saves / ".step-00000006.writing" / "manifest.json").unlink()
+        shutil.copytree(
+            run.checkpoints / "step-00000001", run.checkpoints / ".step-00000006.writing"
+        )
+        (run.checkpoints / ".step-00000006.writing" / "manifest.json").unlink()
         for gone in ("step-00000000", "step-00000004"):
-            (run.saves / gone).rename(run.saves / f".{gone}.deleting")
-        (run.saves / ".step-00000000.deleting" / "facts.json").unlink()
-        broken = run.saves / "step-00000003" / "model.safetensors"
+            (run.checkpoints / gone).rename(run.checkpoints / f".{gone}.deleting")
+        (run.checkpoints / ".step-00000000.deleting" / "facts.json").unlink()
+        broken = run.checkpoints / "step-00000003" / "model.safetensors"
         content = bytearray(broken.read_bytes())
         content[-1] ^= 1
         broken.write_bytes(content)
@@ -76,22 +78,22 @@ def leftovers(path: Path) -> None:
 def with_recipe(path: Path) -> None:
     make_run(path, 1, 2)
     with RunFolder(path) as run:
-        run.keep_recipe(RECIPE)
+        run.write_recipe(RECIPE)
 
 
 SCENARIOS = {
     "write": Scenario(write, newest_after=3),
-    "write later": Scenario(write_later, newest_after=3),
+    "write later": Scenario(write_async, newest_after=3),
     "write parts": Scenario(write_parts, newest_after=3),
     "start": Scenario(start, newest_after=2, prepare=leftovers),
-    "keep recipe": Scenario(keep_recipe, newest_after=2, prepare=with_recipe),
+    "keep recipe": Scenario(write_recipe, newest_after=2, prepare=with_recipe),
 }
 
 
 def check_afterwards(
     path: Path, scenario: Scenario, *, done: bool, unreadable: bool = False
 ) -> int:
-    """The run begins again: its newest save is the old one or the new one, and saving works.
+    """The run begins again: its newest is the old one or the new one, and saving works.
 
     done: the work had ended without an error. unreadable: save 2 may have been passed over, then
     it must lie aside. Returns the step that was found.
@@ -99,15 +101,15 @@ def check_afterwards(
     allowed = (scenario.newest_after,) if done else (scenario.newest_before, scenario.newest_after)
     reports: list[str] = []
     with RunFolder(path) as run:
-        assert run.recipe_text() in (None, RECIPE, NEW_RECIPE)
+        assert run.read_recipe() in (None, RECIPE, NEW_RECIPE)
         saves = saves_in(run, reports.append)
-        if unreadable and (run.saves / "step-00000002.broken").exists():
+        if unreadable and (run.checkpoints / "step-00000002.broken").exists():
             allowed = (1,)
         found = assert_is(saves.latest(), *allowed)
         assert all("step-00000003" in line and scenario.work is start for line in reports)
         for step in (7, 8):
             saves.write(step, state(step), facts(step))
             assert_is(saves.latest(), step)
-        left = {entry.name for entry in run.saves.iterdir() if ".broken" not in entry.name}
+        left = {entry.name for entry in run.checkpoints.iterdir() if ".broken" not in entry.name}
         assert left == {"step-00000007", "step-00000008"}
     return found

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.save import Save
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import CheckpointStore
 
 Parts = dict[str, list[tuple[str, Tensor]]]
 
@@ -40,7 +40,7 @@ def facts(step: int) -> dict[str, object]:
     return {"position": 96 * step, "rng": {"python": [3, [step, 2**70], None]}, "rate": step / 7}
 
 
-def assert_is(save: Save | None, *steps: int) -> int:
+def assert_is(save: TrainingCheckpoint | None, *steps: int) -> int:
     """`save` is, bit for bit, the state of one of `steps`; which."""
     assert save is not None
     assert save.step in steps
@@ -50,7 +50,7 @@ def assert_is(save: Save | None, *steps: int) -> int:
         found = save.tensor(name)
         assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
         assert torch.equal(bits(found), bits(expected)), name
-    assert save.facts == facts(save.step)
+    assert save.metadata == facts(save.step)
     return save.step
 
 
@@ -60,9 +60,9 @@ def bits(tensor: Tensor) -> Tensor:
 
 def saves_in(
     run: RunFolder, report: Callable[[str], None] | None = None, keep_last: int = 2
-) -> Saves:
-    """Saves that say what they report into the void unless told otherwise; time is the step."""
-    return Saves(
+) -> CheckpointStore:
+    """A store that says what they report into the void unless told otherwise; time is the step."""
+    return CheckpointStore(
         run, report=report or (lambda line: None), keep_last=keep_last, clock=lambda: 1000.0
     )
 

@@ -1,4 +1,4 @@
-"""Saves that are not what was written: all are noticed, the one before is used, in one line."""
+"""Corrupt checkpoints: all are noticed, the one before is used, and one line reports it."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import CheckpointStore
 from lowlat.utils.errors import UserError
 
 from .states import assert_is, facts, make_run, saves_in, state
@@ -27,17 +27,17 @@ def reports() -> list[str]:
 
 
 @pytest.fixture
-def saves(tmp_path: Path, reports: list[str]) -> Iterator[Saves]:
+def saves(tmp_path: Path, reports: list[str]) -> Iterator[CheckpointStore]:
     """Whole saves of steps 1 and 2."""
     with RunFolder(make_run(tmp_path / "run", 1, 2)) as run:
         yield saves_in(run, reports.append)
 
 
-def newest(saves: Saves) -> Path:
+def newest(saves: CheckpointStore) -> Path:
     return saves.folder / "step-00000002"
 
 
-def check_passed_over(saves: Saves, reports: list[str], fault: str) -> None:
+def check_passed_over(saves: CheckpointStore, reports: list[str], fault: str) -> None:
     """Save 1 is loaded, save 2 kept aside as it is, and one line says why."""
     damaged = {entry.name for entry in newest(saves).iterdir()}
     assert_is(saves.latest(), 1)
@@ -45,14 +45,14 @@ def check_passed_over(saves: Saves, reports: list[str], fault: str) -> None:
     line = reports.pop()
     assert line.startswith(f"{newest(saves)}: ") and fault in line
     assert line.endswith(
-        "; step-00000001 is used instead, this one is kept as step-00000002.broken"
+        "; step-00000001 is used instead, this one is renamed to step-00000002.broken"
     )
     aside = newest(saves).with_name("step-00000002.broken")
     assert {entry.name for entry in aside.iterdir()} == damaged
     assert saves.steps() == [1]
 
 
-def test_flipped_bits(saves: Saves, reports: list[str]) -> None:
+def test_flipped_bits(saves: CheckpointStore, reports: list[str]) -> None:
     """200 single bits, drawn evenly over the kinds of files and then over a file's bits."""
     chance = random.Random(0)
     for number in range(FLIPS):
@@ -70,7 +70,7 @@ def test_flipped_bits(saves: Saves, reports: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_length(saves: Saves, reports: list[str], name: str) -> None:
+def test_every_length(saves: CheckpointStore, reports: list[str], name: str) -> None:
     """Files cut short or with more at their end."""
     file = newest(saves) / name
     whole = file.read_bytes()
@@ -140,7 +140,7 @@ def whole_other_save(folder: Path) -> None:
     ],
 )
 def test_files_that_are_other_files(
-    saves: Saves, reports: list[str], damage: Callable[[Path], object], fault: str
+    saves: CheckpointStore, reports: list[str], damage: Callable[[Path], object], fault: str
 ) -> None:
     damage(newest(saves))
     check_passed_over(saves, reports, fault)
@@ -211,14 +211,14 @@ RECORD = {"size": 1, "sha256": "0"}
         (forge_file("facts.json", b"[]"), "must hold a JSON object"),
         (forge_file("facts.json", b'{"a":1,"a":2}'), "appears twice"),
         (forge_file("facts.json", b'{"a":NaN}'), "NaN"),
-        (forge_file("x.pkl", b"cos\nsystem\n"), "'x.pkl' is no part of a save"),
+        (forge_file("x.pkl", b"cos\nsystem\n"), "'x.pkl' is no shard of a checkpoint"),
         (forge_file("x.safetensors", b""), "empty"),
         (forge_file("x.safetensors", safetensors(b"{}", length=2**40)), "header length"),
         (forge_file("x.safetensors", safetensors(b"{}", length=2**20)), "truncated"),
         (forge_file("x.safetensors", safetensors(b'{"x":' + ENTRY + b"}")), "truncated"),
         (
             forge_file("x.safetensors", safetensors(b'{"steps":' + ENTRY + b"}", bytes(4))),
-            "tensor 'steps' is in two parts",
+            "tensor 'steps' is in two shards",
         ),
         (
             forge_file(
@@ -230,13 +230,13 @@ RECORD = {"size": 1, "sha256": "0"}
     ],
 )
 def test_forged_saves(
-    saves: Saves, reports: list[str], damage: Callable[[Path], object], fault: str
+    saves: CheckpointStore, reports: list[str], damage: Callable[[Path], object], fault: str
 ) -> None:
     damage(newest(saves))
     check_passed_over(saves, reports, fault)
 
 
-def test_a_save_of_a_later_format_is_not_broken(saves: Saves, reports: list[str]) -> None:
+def test_a_save_of_a_later_format_is_not_broken(saves: CheckpointStore, reports: list[str]) -> None:
     """It must not be passed over for an older one, let alone moved."""
     forge(lambda manifest: manifest.update(format=2))(newest(saves))
     with pytest.raises(UserError, match=r"step-00000002: has format '2'.* continue with the"):
@@ -251,30 +251,32 @@ def test_several_broken_saves(tmp_path: Path, reports: list[str]) -> None:
         for step in (1, 2, 3):
             saves.write(step, state(step), facts(step))
         for step in (2, 3):
-            (run.saves / f"step-0000000{step}" / "facts.json").unlink()
-        (run.saves / "step-00000003.broken").mkdir()
+            (run.checkpoints / f"step-0000000{step}" / "facts.json").unlink()
+        (run.checkpoints / "step-00000003.broken").mkdir()
         assert_is(saves.latest(), 1)
         assert [line.split("; ")[1:] for line in reports] == [
-            ["step-00000001 is used instead, this one is kept as step-00000003.broken-2"],
-            ["step-00000001 is used instead, this one is kept as step-00000002.broken"],
+            ["step-00000001 is used instead, this one is renamed to step-00000003.broken-2"],
+            ["step-00000001 is used instead, this one is renamed to step-00000002.broken"],
         ]
 
 
-def test_no_whole_save(saves: Saves, reports: list[str]) -> None:
+def test_no_whole_save(saves: CheckpointStore, reports: list[str]) -> None:
     """Holds shut: a run that begins from the start over its broken saves, at the second try."""
     for step in (1, 2):
         (saves.folder / f"step-0000000{step}" / "facts.json").unlink()
     for _ in range(2):
-        with pytest.raises(UserError, match=r"no save is whole \(step-00000002: 'facts.json' is"):
+        with pytest.raises(
+            UserError, match=r"no checkpoint is complete \(step-00000002: 'facts.json' is"
+        ):
             saves.latest()
     assert saves.steps() == [1, 2] and reports == []
     for step in (1, 2):
         (saves.folder / f"step-0000000{step}").rename(saves.folder / f"step-0000000{step}.broken")
-    with pytest.raises(UserError, match="holds only broken saves"):
+    with pytest.raises(UserError, match="holds only corrupt checkpoints"):
         saves.latest()
 
 
-def test_readers_move_nothing(saves: Saves, reports: list[str]) -> None:
+def test_readers_move_nothing(saves: CheckpointStore, reports: list[str]) -> None:
     """Who does not hold the run passes over a broken save and leaves it where it is."""
     (newest(saves) / "facts.json").unlink()
     reader = saves_in(RunFolder(saves.folder.parent), reports.append)

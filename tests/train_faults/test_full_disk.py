@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lowlat.train.checkpoints import writer
-from lowlat.train.checkpoints.errors import SaveError
+from lowlat.train.checkpoints.errors import CheckpointWriteError
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import CheckpointStore
 
 from .states import assert_is, facts, make_run, saves_in, state
 from .tracing import Tracer, in_child, nothing
@@ -48,7 +48,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def unforeseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody asks beforehand whether there is room, as where a quota is what ends it."""
-    monkeypatch.setattr(writer, "require_room", lambda saves, step, tensors: None)
+    monkeypatch.setattr(writer, "require_free_space", lambda saves, step, tensors: None)
 
 
 def test_a_save_that_does_not_fit_is_not_begun(small_disk: Path) -> None:
@@ -58,11 +58,14 @@ def test_a_save_that_does_not_fit_is_not_begun(small_disk: Path) -> None:
         error = (
             r"step 3: needs 5.2 MB, but the disk of .* has 2.\d MB left; free .* is that of step 2"
         )
-        with Tracer(run.saves, nothing) as tracer, pytest.raises(SaveError, match=error):
+        with (
+            Tracer(run.checkpoints, nothing) as tracer,
+            pytest.raises(CheckpointWriteError, match=error),
+        ):
             saves.write(3, {"model": BIG}, {})
         assert not {"mkdir", "open", "write"} & {done.name for done in tracer.operations}
-        with pytest.raises(SaveError, match=r"needs 5.2 MB"):
-            saves.write_part(3, "model", BIG)
+        with pytest.raises(CheckpointWriteError, match=r"needs 5.2 MB"):
+            saves.write_shard(3, "model", BIG)
         assert_is(saves.latest(), 2)
 
 
@@ -71,12 +74,17 @@ def test_a_full_disk(small_disk: Path, unforeseen: None) -> None:
     reports: list[str] = []
     with RunFolder(make_run(small_disk / "run", 1, 2)) as run:
         saves = saves_in(run, reports.append)
-        with pytest.raises(SaveError, match=r"step 3: .*disk of .* is full; .*save is .* step 2"):
+        with pytest.raises(
+            CheckpointWriteError, match=r"step 3: .*disk of .* is full; .*newest is .* step 2"
+        ):
             saves.write(3, {"model": BIG}, {})
         for step in (4, 5):
-            saves.write_later(step, {"model": BIG}, {})
+            saves.write_async(step, {"model": BIG}, {})
         saves.wait()
-        assert [line.split(":")[0] for line in reports] == ["save of step 4", "save of step 5"]
+        assert [line.split(":")[0] for line in reports] == [
+            "checkpoint of step 4",
+            "checkpoint of step 5",
+        ]
         assert_is(saves.latest(), 2)
         saves.write(6, state(6), facts(6))
         assert_is(saves.latest(), 6)
@@ -93,12 +101,12 @@ def test_a_disk_without_a_byte_left(small_disk: Path, unforeseen: None) -> None:
             fill(filler, free * 4096)
             try:
                 saves.write(10 + free, state(10 + free), facts(10 + free))
-            except SaveError as error:
+            except CheckpointWriteError as error:
                 failed += 1
                 assert "is full; free some space" in str(error)
             newest = saves.steps()[-1]
             assert_is(saves.latest(), newest)
-            assert all(not entry.name.startswith(".") for entry in run.saves.iterdir())
+            assert all(not entry.name.startswith(".") for entry in run.checkpoints.iterdir())
         assert 2 <= failed < 12
 
 
@@ -117,7 +125,9 @@ def test_a_limit_of_file_sizes(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
         with RunFolder(path) as run:
             saves = saves_in(run)
-            with pytest.raises(SaveError, match=r"would exceed the largest file allowed; raise"):
+            with pytest.raises(
+                CheckpointWriteError, match=r"would exceed the largest file allowed; raise"
+            ):
                 saves.write(3, {"model": BIG}, {})
             assert_is(saves.latest(), 2)
             saves.write(4, state(4), facts(4))
@@ -142,7 +152,7 @@ def test_training_goes_on(small_disk: Path, tmp_path: Path) -> None:
         server.run(recipe, folder)
         assert server.status() == 1
         assert logged_step(folder) == STEPS
-        assert len(Saves(RunFolder(folder), report=pytest.fail).steps()) == 2
+        assert len(CheckpointStore(RunFolder(folder), report=pytest.fail).steps()) == 2
         notes = [
             line for line in (folder / "log.jsonl").read_text().split("\n") if "left; free" in line
         ]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.save import Save
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import CheckpointStore
 
 from .training import (
     INTERVAL,
@@ -51,8 +51,8 @@ class Reference:
     recipe: Path
     folder: Path
 
-    def save(self, step: int) -> Save:
-        return Saves(RunFolder(self.folder), report=pytest.fail).open(step)
+    def save(self, step: int) -> TrainingCheckpoint:
+        return CheckpointStore(RunFolder(self.folder), report=pytest.fail).open(step)
 
 
 @pytest.fixture(scope="module", params=["adamw", "muon"])
@@ -119,7 +119,7 @@ class Killed:
     """Step of a save after that one which was being written when the run was killed."""
 
     def check(self) -> None:
-        """What the run left: its newest save is whole and right, and not long ago."""
+        """What the run left: its newest is whole and right, and not long ago."""
         unfinished = [int(found.name[6:14]) for found in self.folder.glob("saves/.*.writing")]
         save = latest(self.folder) if (self.folder / "lock").exists() else None
         if save is not None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from lowlat.train.checkpoints import disk
-from lowlat.train.checkpoints.errors import SaveError
+from lowlat.train.checkpoints.errors import CheckpointWriteError
 from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.utils import atomic_files as disk
 from lowlat.utils.errors import UserError
 
 from .power import after
@@ -78,7 +78,7 @@ def test_a_fault_at_every_operation(prepared: Path, scenario: Scenario) -> None:
                 except UserError as error:
                     done = False
                     assert "\n" not in str(error)
-                    assert str(run) in str(error) or "save of step 3" in str(error)
+                    assert str(run) in str(error) or "checkpoint of step 3" in str(error)
             assert tracer.operations[number].name == operation.name
             unreadable = scenario.work is start and code == errno.EIO
             check_afterwards(run, scenario, done=done and not unreadable, unreadable=unreadable)
@@ -122,7 +122,7 @@ def test_power_cuts_would_show_a_missing_fsync(
     scenario = SCENARIOS["write"]
     scenario.prepare(tmp_path / "prepared")
     if skipped == "files":
-        monkeypatch.setattr(disk, "_sync", lambda descriptor: None)
+        monkeypatch.setattr(disk, "sync_descriptor", lambda descriptor: None)
     else:
         monkeypatch.setattr("lowlat.train.checkpoints.writer.sync_folder", lambda folder: None)
     run = fresh(tmp_path / "prepared")
@@ -173,7 +173,7 @@ def test_a_failed_save_is_no_obstacle_to_the_same_process(tmp_path: Path) -> Non
             with Tracer(path, fail_at(number, errno.ENOSPC)):
                 try:
                     saves.write(3, state(3), facts(3))
-                except SaveError:
+                except CheckpointWriteError:
                     failed += 1
             saves.write(4, state(4), facts(4))
             assert_is(saves.latest(), 4)

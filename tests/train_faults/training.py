@@ -13,9 +13,9 @@ import torch
 
 from lowlat.data.build import build
 from lowlat.data.selection import BuildOptions
+from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.save import Save
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import CheckpointStore
 
 from .states import bits
 
@@ -138,10 +138,10 @@ def make_tokens(folder: Path) -> None:
     build(folder, BuildOptions(sources=(str(source),), held_out=0.1), 300)
 
 
-def latest(folder: Path) -> Save | None:
+def latest(folder: Path) -> TrainingCheckpoint | None:
     """The newest save; a broken one would be reported, which none may be."""
     with RunFolder(folder) as run:
-        return Saves(run, report=pytest.fail).latest()
+        return CheckpointStore(run, report=pytest.fail).latest()
 
 
 def logged_step(folder: Path) -> int:
@@ -152,7 +152,7 @@ def logged_step(folder: Path) -> int:
     return steps[-1] if steps else 0
 
 
-def compare(save: Save | None, expected: Save) -> None:
+def compare(save: TrainingCheckpoint | None, expected: TrainingCheckpoint) -> None:
     """Bit for bit the same state: weights, routing biases, optimiser, random numbers, position."""
     assert save is not None and save.step == expected.step
     assert save.names() == expected.names()
@@ -166,7 +166,7 @@ def compare(save: Save | None, expected: Save) -> None:
     assert computed(save) == computed(expected)
 
 
-def computed(save: Save) -> dict[str, Any]:
+def computed(save: TrainingCheckpoint) -> dict[str, Any]:
     """The facts but for time spent and what the recipes of the two runs differ in."""
-    facts = {key: value for key, value in save.facts.items() if key != "seconds"}
+    facts = {key: value for key, value in save.metadata.items() if key != "seconds"}
     return {**facts, "recipe": {**facts["recipe"], "checkpoints": None}}

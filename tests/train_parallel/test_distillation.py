@@ -28,7 +28,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("axis", ["data", "fsdp"])
 def test_two_processes_learn_what_one_learns(recipe: Path, tmp_path: Path, axis: str) -> None:
-    """Saves of both are alike, frozen weights to the bit; FSDP2 divides no layer by layer."""
+    """Checkpoints of both are alike, frozen weights to the bit; FSDP2 divides no layer by layer."""
     changes = ["--set", "phase.0.match=logits"] if axis == "fsdp" else []
     command = [*PROGRAM, "train", str(recipe), "--quiet", *changes]
     run(1, [*command, "--out", str(tmp_path / "one")])

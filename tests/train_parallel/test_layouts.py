@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowlat.train.parallel.team import Team
+from lowlat.train.parallel.mesh import ProcessMesh
 from tests.train_parallel.layouts import (
     ALL,
     GRADIENTS,
@@ -38,7 +38,7 @@ def test_training_is_that_of_one_process(processes: int, tmp_path: Path) -> None
     alone = {}
     for case in cases:
         key = json.dumps(case.training)
-        alone[key] = alone.get(key) or train(case.training, Team())
+        alone[key] = alone.get(key) or train(case.training, ProcessMesh())
     torch.set_num_threads(threads)
     failed = []
     results = divided(cases, tmp_path / "results")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowlat.train.parallel.team import Team
+from lowlat.train.parallel.mesh import ProcessMesh
 from tests.train_parallel.layouts import difference
 from tests.train_parallel.pipelines import ALL, LOSSES, NORM, NORMS, SHORT, TENSORS, Pipeline
 from tests.train_parallel.processes import run
@@ -29,7 +29,7 @@ def test_a_pipeline_trains_as_one_process(processes: int, tmp_path: Path) -> Non
     alone = {}
     for case in cases:
         key = json.dumps(case.training)
-        alone[key] = alone.get(key) or train(case.training, Team())
+        alone[key] = alone.get(key) or train(case.training, ProcessMesh())
     torch.set_num_threads(threads)
     specs = tmp_path / "specs.json"
     specs.write_text(json.dumps([case.spec for case in cases]))

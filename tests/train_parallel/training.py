@@ -1,4 +1,4 @@
-"""Twenty steps of a tiny model on one process of a team; what they were is written down whole.
+"""Twenty steps of a tiny model on one process of a mesh; what they were is written down whole.
 Its gates choose by far, at every step, so that the choice of experts is no matter of rounding.
 
 Run as a program by `processes`; the single process of a comparison calls `train` itself.
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from lowlat.config.model import ModelConfig, MoEConfig
 from lowlat.data.batch import Batch
-from lowlat.model.block import DecoderLayer
 from lowlat.model.init import init_weights
-from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
-from lowlat.train.parallel.launch import joined
-from lowlat.train.parallel.team import Team
+from lowlat.train.layers.fused import checkpoint_activations, use_fused_layers
+from lowlat.train.layers.stacked_experts import stack_experts
+from lowlat.train.parallel.launch import process_mesh
+from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
 from lowlat.train.recipe.schema import OptimizerConfig, parse_recipe
 from lowlat.train.run.build import new_passes
@@ -126,8 +126,8 @@ def windows(first: int, count: int, vocab: int, *, masks: bool) -> Batch:
 class Training:
     """A model, its optimiser and what they did."""
 
-    def __init__(self, spec: Mapping[str, Any], team: Team) -> None:
-        self.spec, self.team = spec, team
+    def __init__(self, spec: Mapping[str, Any], mesh: ProcessMesh) -> None:
+        self.spec, self.mesh = spec, mesh
         changes = dict(spec.get("changes", {}))
         config = model_config(spec["attention"], changes.pop("num_hidden_layers", 2))
         config = replace(config, **changes)
@@ -135,17 +135,17 @@ class Training:
         init_weights(self.model, seed=3)
         decide(self.model)
         stack_experts(self.model)
-        for module in self.model.modules():
-            if isinstance(module, DecoderLayer):
-                module.recompute = spec["recompute"]
-        self.passes, self.layout = new_passes(
-            self.model, team, device="cpu", dtype=self.dtype, sequence_length=LENGTH
+        use_fused_layers(self.model)
+        if spec["recompute"]:
+            checkpoint_activations(self.model)
+        self.passes, self.sharded = new_passes(
+            self.model, mesh, device="cpu", dtype=self.dtype, sequence_length=LENGTH
         )
         table = OptimizerConfig(name=spec["optimizer"], eps=EPS)
-        self.optimizer = Optimizer(self.model, table, self.layout)
-        self.watch = RouterWatch(self.model, sequence_weight=0.01, team=team)
+        self.optimizer = Optimizer(self.model, table, self.sharded)
+        self.watch = RouterWatch(self.model, sequence_weight=0.01, mesh=mesh)
         self.margin = Margin(self.model)
-        self.timetable = timetable(spec["steps"], team.row_parts)
+        self.timetable = timetable(spec["steps"], mesh.data_parallel_size)
         self.losses: list[list[float]] = []
 
     @property
@@ -153,7 +153,7 @@ class Training:
         return torch.bfloat16 if self.spec["bf16"] else torch.float32
 
     def step(self, plan: StepPlan) -> None:
-        share = self.team.share(plan.first_row, plan.rows)
+        share = self.mesh.batch_shard(plan.first_row, plan.rows)
         vocab = self.model.config.vocab_size
         batch = windows(share.first, share.rows, vocab, masks=self.spec["masks"])
         result = train_step(
@@ -163,7 +163,7 @@ class Training:
             batch,
             plan,
             num_ahead=1 + MTP,
-            team=self.team,
+            mesh=self.mesh,
         )
         self.losses.append(
             [*result.losses, result.z, result.sequence_loss, result.grad_norm]
@@ -181,16 +181,16 @@ class Training:
         }
 
 
-def train(spec: Mapping[str, Any], team: Team) -> dict[str, Tensor]:
+def train(spec: Mapping[str, Any], mesh: ProcessMesh) -> dict[str, Tensor]:
     """Losses of every step, gradients of the first, weights after the last."""
-    training = Training(spec, team)
+    training = Training(spec, mesh)
     gradients: dict[str, Tensor] = {}
     for step in range(spec["steps"]):
         training.step(training.timetable.at(step))
         if step == 0:
             gradients = training.first_gradients()
     assert training.margin.smallest > MARGIN, "rounding might decide about experts"
-    weights = {name: t.clone() for name, t in training.layout.whole_parameters()}
+    weights = {name: t.clone() for name, t in training.sharded.full_parameters()}
     return {
         "losses": torch.tensor(training.losses, dtype=torch.float64),
         **{f"gradient.{name}": tensor for name, tensor in gradients.items()},
@@ -202,11 +202,11 @@ def main() -> None:
     """Arguments: a JSON list of specs, and the folder for 0.safetensors, 1.safetensors, ..."""
     specs = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
-    with joined(Parallel.model_validate(specs[0]["parallel"])):
+    with process_mesh(Parallel.model_validate(specs[0]["parallel"])):
         for index, spec in enumerate(specs):
-            team = Team(Parallel.model_validate(spec["parallel"]))
-            result = train(spec, team)
-            if team.is_first:
+            mesh = ProcessMesh(Parallel.model_validate(spec["parallel"]))
+            result = train(spec, mesh)
+            if mesh.is_main_process:
                 save_file(
                     {name: t.contiguous() for name, t in result.items()},
                     Path(sys.argv[2]) / f"{index}.safetensors",

@@ -94,7 +94,7 @@ def test_what_cannot_be_served_generates_nothing(
 ) -> None:
     with pytest.raises(UserError, match=message):
         llm.generate(["a", "b"], params, **options)  # pyright: ignore
-    assert not llm.model.engine.has_work and llm.model.runner.pool.num_used == 0
+    assert not llm.model.engine.has_work and llm.model.runner.allocator.num_used == 0
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

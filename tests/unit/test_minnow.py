@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 import lowlat
-from lowlat.checkpoint.names import PACKAGED, LocalModel, resolve
+from lowlat.checkpoint.fetch.model_names import PACKAGED, LocalModel, resolve
 from lowlat.config.model import MLAConfig
 from lowlat.generate.model import Model
 

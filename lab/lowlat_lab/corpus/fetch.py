@@ -14,15 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowlat.checkpoint.cachefolder import (
+from lowlat.checkpoint.fetch.cache_dir import (
     cache_dir,
     checked_digest,
     disk_faults,
     locked,
     sha256_file,
-    sync_folder,
     write_record,
 )
+from lowlat.utils.atomic_files import sync_folder
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, Task
 from lowlat_lab.corpus.recipe import Source

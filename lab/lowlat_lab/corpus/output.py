@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlat.checkpoint.cachefolder import NO_SPACE, sync_folder
+from lowlat.utils.atomic_files import sync_folder, write_new_file
+from lowlat.utils.disk_errors import NO_SPACE
 from lowlat.utils.errors import UserError
 from lowlat_lab.corpus.document import Document, Member
 from lowlat_lab.corpus.extract import Extracted
@@ -144,10 +145,7 @@ def _bytes_of(documents: Sequence[Document]) -> int:
 def _write(path: Path, content: str | bytes) -> None:
     """Writes a file that is on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as out:
-        out.write(content.encode() if isinstance(content, str) else content)
-        out.flush()
-        os.fsync(out.fileno())
+    write_new_file(path, [content.encode() if isinstance(content, str) else content])
 
 
 def _summary(one: Collected) -> SourceSummary:

@@ -17,8 +17,8 @@ from urllib.request import url2pathname
 
 import httpx
 
-from lowlat.checkpoint.cachefolder import CHUNK
-from lowlat.checkpoint.fetch import run_pip
+from lowlat.checkpoint.fetch.cache_dir import CHUNK
+from lowlat.checkpoint.fetch.pypi import run_pip
 from lowlat.utils.errors import UserError
 from lowlat_lab.corpus.recipe import Source
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlat.config.arithmetic import cache_cost, count_parameters
 from lowlat.config.attention import short_name
+from lowlat.config.parameter_count import cache_cost, count_parameters
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress

@@ -15,7 +15,7 @@ from lowlat import api
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.generate.completion import Completion
 from lowlat.generate.model import Model
-from lowlat.model.native import has_native_form
+from lowlat.model.native import supports_native
 from lowlat.utils.progress import Progress
 
 ROUNDS = 5
@@ -56,7 +56,7 @@ def decode_speeds(
     prompt = data.tokens("held_out", places).tolist()
     loaded = {name: api.load(str(path), speculates=False) for name, path in models.items()}
     speeds = {
-        name: Speed(context=context, is_native=has_native_form(model.transformer))
+        name: Speed(context=context, is_native=supports_native(model.transformer))
         for name, model in loaded.items()
     }
     names = list(loaded)

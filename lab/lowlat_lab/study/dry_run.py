@@ -7,8 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lowlat.config.arithmetic import cache_cost, count_parameters
 from lowlat.config.attention import short_name
+from lowlat.config.parameter_count import cache_cost, count_parameters
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.metrics.formatting import clock, count
 from lowlat.utils.progress import Progress

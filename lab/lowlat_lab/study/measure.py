@@ -15,8 +15,8 @@ import numpy as np
 from lowlat import api
 from lowlat.checkpoint.load import load_model
 from lowlat.data.dataset import TokenizedDataset
-from lowlat.model.stacking import stack_experts
 from lowlat.train.inputs.phase_data import phase_data, phase_dataset
+from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.run.build import DTYPES
 from lowlat.train.step.balance import RouterWatch

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lowlat.config.arithmetic import count_parameters
+from lowlat.config.parameter_count import count_parameters
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.recipe.schema import Recipe
 from lowlat.utils.progress import Progress

@@ -25,7 +25,7 @@ FALL = 0.4
 LAST_RATE = 0.05
 """Learning rate at the end, over its peak."""
 SAVES = 8
-"""Saves of a run, so that a killed study loses little."""
+"""Checkpoints of a run, so that a killed study loses little."""
 SPARE_CONTEXT = 256
 """Positions beyond the longest context that is measured."""
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, final
 
 from lowlat.data.dataset import TokenizedDataset
-from lowlat.train.checkpoints.disk import replace_file
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.metrics.jsonl import RunHistory, read_log
 from lowlat.train.metrics.metrics_log import FolderMetricsLog
@@ -27,6 +26,7 @@ from lowlat.train.metrics.record import EvalRecord, StartRecord, StepRecord
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.recipe.toml import to_toml
 from lowlat.train.run.trainer import MODEL_FOLDER, Trainer
+from lowlat.utils.atomic_files import replace_file
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, Task
 from lowlat.utils.strict_json import parse_object
@@ -176,7 +176,7 @@ def _run(
                 tensorboard_wanted=False,
             )
             with closing(log):
-                run.keep_recipe(to_toml(plan.raw_recipe(arm, seed)))
+                run.write_recipe(to_toml(plan.raw_recipe(arm, seed)))
                 outcome = Trainer(recipe, run, log, base=Path("/"), origin=recipe.name).run()
         if outcome.model is None:
             raise Stopped
@@ -192,7 +192,7 @@ def _run(
         # As JSON reads it back, so that a fresh result and one from its file are the same.
         text = json.dumps(result, allow_nan=False, indent=1)
         replace_file(folder / RESULT, text.encode() + b"\n")
-        shutil.rmtree(run.saves)
+        shutil.rmtree(run.checkpoints)
     return json.loads(text)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from lowlat.serve import limits
+from lowlat.serve.protocol import limits
 
 
 class StrictModel(BaseModel):

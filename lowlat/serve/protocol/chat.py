@@ -9,12 +9,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from lowlat.engine.params import SamplingParams
-from lowlat.serve import limits
+from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import Name, OnlyFalse
-from lowlat.serve.protocol.failure import RequestError
-from lowlat.serve.protocol.formats import ResponseFormat, StructuredOutputs, TextFormat
+from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.messages import Message
 from lowlat.serve.protocol.sampling import MaxTokens, Metadata, SamplingRequest, TopLogprobs
+from lowlat.serve.protocol.structured_outputs import ResponseFormat, StructuredOutputs, TextFormat
 from lowlat.serve.protocol.tools import NamedTool, Tool, ToolChoice
 
 TemplateVariable = bool | int | Annotated[str, Field(max_length=limits.MAX_ID)]

@@ -11,11 +11,11 @@ from typing_extensions import TypeAliasType
 
 from lowlat.engine import params
 from lowlat.engine.params import SamplingParams
-from lowlat.serve import limits
+from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import WireModel, is_none
-from lowlat.serve.protocol.failure import RequestError
-from lowlat.serve.protocol.formats import StructuredOutputs
+from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.sampling import MaxTokens, SamplingRequest, TopLogprobs
+from lowlat.serve.protocol.structured_outputs import StructuredOutputs
 from lowlat.serve.protocol.usage import Timings, Usage
 
 DEFAULT_MAX_TOKENS = 16

@@ -33,16 +33,3 @@ class ModelList(WireModel):
 
 class Status(WireModel):
     status: Literal["ok"] = "ok"
-
-
-class ErrorBody(WireModel):
-    message: str
-    """One line for people."""
-    type: str
-    param: str | None
-    """Path of the field at fault."""
-    code: str | None
-
-
-class ErrorResponse(WireModel):
-    error: ErrorBody

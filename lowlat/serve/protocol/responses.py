@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from lowlat.serve import limits
+from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import (
     Description,
     FunctionName,
@@ -16,9 +16,9 @@ from lowlat.serve.protocol.base import (
     OnlyFalse,
     StrictModel,
 )
-from lowlat.serve.protocol.failure import RequestError
-from lowlat.serve.protocol.formats import JsonObjectFormat, TextFormat
+from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.sampling import MaxTokens, Metadata
+from lowlat.serve.protocol.structured_outputs import JsonObjectFormat, TextFormat
 from lowlat.serve.protocol.validation import UNKNOWN_KIND
 
 Nothing = Annotated[list[str], Field(max_length=0)]

@@ -9,9 +9,9 @@ from pydantic import Field
 
 from lowlat.engine import params
 from lowlat.engine.params import SamplingParams
-from lowlat.serve import limits
+from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import Id, StrictModel
-from lowlat.serve.protocol.failure import RequestError
+from lowlat.serve.protocol.errors import RequestError
 
 DEFAULT_TEMPERATURE = 1.0
 LOWEST_TEMPERATURE = 1e-4

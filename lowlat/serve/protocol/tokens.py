@@ -4,10 +4,10 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from lowlat.serve import limits
+from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import Id, StrictModel, WireModel
 from lowlat.serve.protocol.completions import TokenIds
-from lowlat.serve.protocol.failure import RequestError
+from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.messages import Message
 from lowlat.serve.protocol.tools import Tool
 

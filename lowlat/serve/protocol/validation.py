@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lowlat.serve.protocol.base import StrictModel
-from lowlat.serve.protocol.failure import RequestError
+from lowlat.serve.protocol.errors import RequestError
 
 MAX_MESSAGE = 400
 MAX_PARAM = 200

@@ -1,1 +1,1 @@
-"""Saves of a run: its folder and lock, complete states written atomically, checked when read."""
+"""Training checkpoints: the run folder and its lock, atomic writes, retention, checked reads."""

@@ -1,7 +1,4 @@
-"""One piece of work at a time on a thread, whose outcome is asked for later.
-
-Owns the thread. What the work is and what a failure means is the caller's.
-"""
+"""One function at a time on a thread, whose result is collected later."""
 
 import threading
 from collections.abc import Callable
@@ -9,10 +6,10 @@ from typing import final
 
 
 @final
-class Background:
-    """Runs one function at a time beside the caller.
+class BackgroundTask:
+    """Runs one function at a time on a thread.
 
-    The thread is no daemon: an interpreter that ends, even by an exception, lets it finish.
+    The thread is no daemon: an interpreter that ends, even by an exception, waits for it.
     """
 
     def __init__(self) -> None:
@@ -20,25 +17,25 @@ class Background:
         self._error: BaseException | None = None
 
     @property
-    def busy(self) -> bool:
-        """Whether the work goes on."""
+    def is_running(self) -> bool:
+        """Whether the function still runs."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, work: Callable[[], object], name: str) -> None:
-        """Begin `work`; the outcome of what was started before must have been asked for."""
+    def start(self, function: Callable[[], object], name: str) -> None:
+        """Start `function` on a thread called `name`; the one before must have been joined."""
         assert self._thread is None
 
         def run() -> None:
             try:
-                work()
+                function()
             except BaseException as error:  # raised again in the caller's thread
                 self._error = error
 
         self._thread = threading.Thread(target=run, name=name)
         self._thread.start()
 
-    def outcome(self) -> BaseException | None:
-        """Wait for the end of the work, if any; what it raised, told once."""
+    def join(self) -> BaseException | None:
+        """Wait for the function, if any; returns what it raised, once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -1,72 +1,62 @@
-"""Faults of saves, and how the operating system's errors become one line with a remedy.
+"""Errors of training checkpoints, and context managers that turn OSError into them.
 
-Owns the wording; which fault stops a run is `saves`' rule.
+Which error stops a run is `store`'s rule.
 """
 
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lowlat.utils.disk_errors import reason_and_remedy
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import quoted
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 _DAMAGED = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP}
 
 
-class SaveError(UserError):
-    """A save could not be written; every earlier one is as it was."""
+class CheckpointWriteError(UserError):
+    """A checkpoint could not be written; every earlier one is unchanged."""
 
 
-class BrokenSaveError(UserError):
-    """A save is not, byte for byte, what was written."""
+class CorruptCheckpointError(UserError):
+    """A checkpoint is not, byte for byte, what was written."""
 
 
 @contextmanager
 def writing(what: str, folder: Path) -> Iterator[None]:
-    """Turns OSError into SaveError: `what` could not be written into `folder`."""
+    """Turn OSError into CheckpointWriteError: `what` cannot be written into `folder`."""
     try:
         yield
     except OSError as error:
-        raise SaveError(f"{what}: cannot be written, {_reason(error, folder)}") from error
+        raise CheckpointWriteError(
+            f"{what}: cannot be written, {reason_and_remedy(error, folder)}"
+        ) from error
 
 
 @contextmanager
 def using(folder: Path) -> Iterator[None]:
-    """Turns OSError into UserError: `folder` cannot be used."""
+    """Turn OSError into UserError: `folder` cannot be used."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{folder}: cannot be used, {_reason(error, folder)}") from error
+        raise UserError(f"{folder}: cannot be used, {reason_and_remedy(error, folder)}") from error
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns OSError into BrokenSaveError where the file is gone or damaged.
+    """Turn OSError into CorruptCheckpointError where the file is gone or damaged.
 
-    Where it may be whole but cannot be read at the moment (permissions, open files), UserError:
-    such a save must not be passed over for an older one.
+    Where it may be intact but cannot be read at the moment (permissions, open files), UserError:
+    such a checkpoint must not be passed over for an older one.
     """
     try:
         yield
     except OSError as error:
         if error.errno in _DAMAGED:
-            raise BrokenSaveError(
+            raise CorruptCheckpointError(
                 f"{quoted(path.name)} cannot be read ({error.strerror})"
             ) from error
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); make it readable and start again"
         ) from error
-
-
-def _reason(error: OSError, folder: Path) -> str:
-    where = os.fspath(folder) if error.filename is None else os.fsdecode(error.filename)
-    if error.errno in _FULL:
-        return f"the disk of {where} is full; free some space there"
-    if error.errno == errno.EFBIG:
-        return f"{where} would exceed the largest file allowed; raise the limit (ulimit -f)"
-    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-        return f"{where} may not be written to ({error.strerror}); allow it or take another folder"
-    return f"{where}: {error.strerror}; check the disk or take another folder"

@@ -1,10 +1,10 @@
-"""The manifest of a save: which files it has, how long each is and what it hashes to.
+"""Manifest of a training checkpoint: names, sizes and SHA-256 of its files.
 
     {"files": {"facts.json": {"sha256": "...", "size": 311}, ...}, "format": 1, "sha256": "...",
      "step": 1000, "time": 1767225600.0}
 
-"sha256" is that of the other fields in the same spelling, so that a manifest proves itself, and
-with it the folder. Owns the file's form and the checks against the folder.
+"sha256" is the hash of the other fields in the same encoding: it proves the manifest, and the
+manifest proves the folder. Owns the file's format and the checks against the folder.
 """
 
 import hashlib
@@ -17,85 +17,89 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlat.train.checkpoints.disk import CHUNK, FileRecord
-from lowlat.train.checkpoints.errors import BrokenSaveError, reading
+from lowlat.train.checkpoints.errors import CorruptCheckpointError, reading
+from lowlat.utils.atomic_files import CHUNK, FileDigest
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Task
 from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object, quoted
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
-"""Version of a save's files; raise it when they change."""
+"""Version of a checkpoint's files; raise it when they change."""
 
-_PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a save consists of, the manifest itself aside."""
+    """The files of a checkpoint, without the manifest itself."""
 
     step: int
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     time: float
     """When it was written, in seconds since 1970."""
-    files: Mapping[str, FileRecord]
+    files: Mapping[str, FileDigest]
     """By file name."""
 
     def encode(self) -> bytes:
         files = {name: {"size": r.size, "sha256": r.sha256} for name, r in self.files.items()}
         fields = {"format": FORMAT, "step": self.step, "time": self.time, "files": files}
-        return _spell({**fields, "sha256": _digest(fields)})
+        return _encode({**fields, "sha256": _digest(fields)})
 
 
-def check_part_name(part: str) -> None:
-    """Raise ValueError unless `part` can be a file name everywhere."""
-    if not _PART_NAME.fullmatch(part):
-        raise ValueError(f"part name {part!r} must be letters, digits, '-' and '_'")
+def check_shard_name(shard: str) -> None:
+    """Raise ValueError unless `shard` can be a file name everywhere."""
+    if not _SHARD_NAME.fullmatch(shard):
+        raise ValueError(f"shard name {shard!r} must be letters, digits, '-' and '_'")
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of `folder`, checked in itself and against the folder's names and sizes.
 
-    No other file is read. Raises BrokenSaveError for any difference, and UserError for a save of
-    another format.
+    Reads no other file. Raises CorruptCheckpointError for any difference, and UserError for a
+    checkpoint of another format.
     """
     manifest = _parse(_read_small(folder / MANIFEST_FILE), folder)
     present = _sizes(folder)
     present.pop(MANIFEST_FILE, None)
     for name in sorted(present.keys() - manifest.files.keys()):
-        raise BrokenSaveError(f"{quoted(name)} does not belong to it")
-    for name, record in sorted(manifest.files.items()):
+        raise CorruptCheckpointError(f"{quoted(name)} does not belong to it")
+    for name, digest in sorted(manifest.files.items()):
         if name not in present:
-            raise BrokenSaveError(f"{quoted(name)} is missing")
-        if present[name] != record.size:
-            raise BrokenSaveError(
-                f"{quoted(name)} has {present[name]} bytes, not the {record.size} written"
+            raise CorruptCheckpointError(f"{quoted(name)} is missing")
+        if present[name] != digest.size:
+            raise CorruptCheckpointError(
+                f"{quoted(name)} has {present[name]} bytes, not the {digest.size} written"
             )
     return manifest
 
 
-def check_digest(path: Path, record: FileRecord, task: Task) -> None:
-    """Read a file and raise BrokenSaveError unless it is `record`."""
-    digest = hashlib.sha256()
+def check_digest(path: Path, digest: FileDigest, task: Task) -> None:
+    """Read a file and raise CorruptCheckpointError unless it has size and hash of `digest`."""
+    found = hashlib.sha256()
     with reading(path), path.open("rb", buffering=0) as file:
         while piece := file.read(CHUNK):
-            digest.update(piece)
+            found.update(piece)
             task.advance(len(piece))
-    if digest.hexdigest() != record.sha256:
-        raise BrokenSaveError(f"{quoted(path.name)} is not what was written (sha256 differs)")
+    if found.hexdigest() != digest.sha256:
+        raise CorruptCheckpointError(
+            f"{quoted(path.name)} is not what was written (sha256 differs)"
+        )
 
 
 def _parse(data: bytes, folder: Path) -> Manifest:
     try:
         fields = parse_object(data, MANIFEST_FILE)
         fields.pop("sha256", None)
-        proven = _spell({**fields, "sha256": _digest(fields)}) == data
+        proven = _encode({**fields, "sha256": _digest(fields)}) == data
     except UserError as error:
-        raise BrokenSaveError(str(error)) from error
-    except (ValueError, RecursionError) as error:  # an infinity, or too deep to be spelled
-        raise BrokenSaveError(f"{MANIFEST_FILE} is not what was written ({error})") from error
+        raise CorruptCheckpointError(str(error)) from error
+    except (ValueError, RecursionError) as error:  # an infinity, or too deep to be encoded
+        raise CorruptCheckpointError(
+            f"{MANIFEST_FILE} is not what was written ({error})"
+        ) from error
     if not proven:
-        raise BrokenSaveError(f"{MANIFEST_FILE} is not what was written (sha256 differs)")
+        raise CorruptCheckpointError(f"{MANIFEST_FILE} is not what was written (sha256 differs)")
     if fields.get("format") != FORMAT:
         raise UserError(
             f"{folder}: has format {quoted(str(fields.get('format')))}, this lowlat reads format "
@@ -105,15 +109,15 @@ def _parse(data: bytes, folder: Path) -> Manifest:
 
 
 def _manifest(fields: dict[str, Any]) -> Manifest:
-    """Typed; a manifest that proves itself can still have been made by hand."""
+    """Typed fields; a manifest with the right hash can still have been made by hand."""
     try:
         files = {
-            name: FileRecord(size=_whole(entry["size"]), sha256=str(entry["sha256"]))
+            name: FileDigest(size=_whole(entry["size"]), sha256=str(entry["sha256"]))
             for name, entry in fields["files"].items()
         }
         return Manifest(step=_whole(fields["step"]), time=float(fields["time"]), files=files)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise BrokenSaveError(f"{MANIFEST_FILE} lacks a field or has a wrong one") from error
+        raise CorruptCheckpointError(f"{MANIFEST_FILE} lacks a field or has a wrong one") from error
 
 
 def _whole(value: Any) -> int:
@@ -125,25 +129,25 @@ def _whole(value: Any) -> int:
 def _read_small(path: Path) -> bytes:
     with reading(path):
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise BrokenSaveError(f"{quoted(path.name)} is not a regular file")
+            raise CorruptCheckpointError(f"{quoted(path.name)} is not a regular file")
         with path.open("rb") as file:
             return file.read(MAX_JSON_BYTES + 1)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file in `folder`, in which nothing but files may be."""
+    """Bytes of every file in `folder`, which must hold files only."""
     sizes: dict[str, int] = {}
     with reading(folder), os.scandir(folder) as entries:
         for entry in entries:
             if not entry.is_file(follow_symlinks=False):
-                raise BrokenSaveError(f"{quoted(entry.name)} is not a regular file")
+                raise CorruptCheckpointError(f"{quoted(entry.name)} is not a regular file")
             sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
     return sizes
 
 
-def _spell(fields: Mapping[str, Any]) -> bytes:
+def _encode(fields: Mapping[str, Any]) -> bytes:
     return (json.dumps(fields, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def _digest(fields: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_spell(fields)).hexdigest()
+    return hashlib.sha256(_encode(fields)).hexdigest()

@@ -1,15 +1,15 @@
-"""Which saves to keep. Owns the rule alone: no files."""
+"""Retention rule: which checkpoints stay. Touches no files."""
 
 from collections.abc import Mapping
 from datetime import timedelta
 
 
-def kept(times: Mapping[int, float], *, last: int, every: timedelta | None) -> set[int]:
-    """The steps to keep of those in `times`, which says when each was written (seconds).
+def steps_to_keep(times: Mapping[int, float], *, last: int, every: timedelta | None) -> set[int]:
+    """The steps of the checkpoints that stay.
 
-    The `last` newest by step are kept, and for good the oldest and then always the first one
-    written at least `every` after the one kept before it. What is kept does not change when the
-    others are removed.
+    times: when the checkpoint of each step was written, in seconds. The `last` newest by step stay.
+    With `every`, the oldest stays for good, and then always the first one written at least `every`
+    after the previous one that stays. Removing the others does not change the result.
     """
     steps = sorted(times)
     keep = set(steps[-last:])

@@ -1,12 +1,12 @@
-"""The folder of one run: where its files are, and the lock that keeps a second run out.
+"""Folder of one training run: the places of its files, and the lock against a second process.
 
-    RUN/lock            held while a process trains here; says which
+    RUN/lock            locked while a process trains here; holds its id and host
     RUN/recipe.toml     the recipe as it ran
-    RUN/saves/          complete states
+    RUN/saves/          training checkpoints
     RUN/log.jsonl       one record per step
     RUN/tensorboard/    the same for TensorBoard
 
-Owns the lock, the recipe's file and the places; what is in saves and logs is theirs.
+Owns the lock, the recipe's file and the places; the content of checkpoints and logs is theirs.
 """
 
 import contextlib
@@ -19,17 +19,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import final
 
-from lowlat.train.checkpoints.disk import make_folder, replace_file
 from lowlat.train.checkpoints.errors import using
+from lowlat.utils.atomic_files import make_folder, replace_file
 from lowlat.utils.errors import UserError
+from lowlat.utils.file_lock import try_lock
 
 
 @final
 class RunFolder:
     """A run's folder. Making one touches no file; `acquire` does, and so does entering it.
 
-    Only the process that acquired it may write saves or move them; the others of a distributed run
-    write parts, and anyone may read.
+    Only the process that acquired it may commit or move checkpoints; the other processes of a
+    distributed run write shards, and any process may read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,7 +38,7 @@ class RunFolder:
         self._lock: _Lock | None = None
 
     @property
-    def saves(self) -> Path:
+    def checkpoints(self) -> Path:
         return self.path / "saves"
 
     @property
@@ -58,10 +59,10 @@ class RunFolder:
         return self._lock is not None
 
     def acquire(self) -> None:
-        """Create the folder where it is missing and lock it.
+        """Create the folder if it is missing, and lock it.
 
-        The lock ends with the process however that ends. Raises UserError if another process has
-        it, if the folder holds other things than a run, or cannot be used.
+        The lock ends with the process, however it ends. Raises UserError if another process holds
+        it, if the folder holds anything but a run, or cannot be used.
         """
         assert self._lock is None
         with using(self.path):
@@ -72,7 +73,7 @@ class RunFolder:
                 )
             lock = _Lock(self._lock_file)
             try:
-                make_folder(self.saves)
+                make_folder(self.checkpoints)
                 make_folder(self.tensorboard)
             except BaseException:
                 lock.release()
@@ -80,25 +81,25 @@ class RunFolder:
             self._lock = lock
 
     def release(self) -> None:
-        """Let another process have the folder."""
+        """Unlock the folder."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
-    def keep_recipe(self, text: str) -> None:
-        """Write the recipe's text into the folder, in place of one that is there."""
+    def write_recipe(self, text: str) -> None:
+        """Write the recipe's text into the folder, replacing the previous one."""
         assert self.held
         with using(self.recipe):
             replace_file(self.recipe, text.encode())
 
-    def recipe_text(self) -> str | None:
-        """The recipe kept in the folder; None where none is. Raises UserError if unreadable."""
+    def read_recipe(self) -> str | None:
+        """The recipe in the folder, or None. Raises UserError if it is unreadable."""
         try:
             with using(self.recipe):
                 return self.recipe.read_text(encoding="utf-8") if self.recipe.exists() else None
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{self.recipe}: is not UTF-8 text; restore it from the recipe the run began with"
+                f"{self.recipe}: is not UTF-8 text; restore it from the run's original recipe"
             ) from error
 
     @property
@@ -120,28 +121,24 @@ class RunFolder:
 
 @final
 class _Lock:
-    """An flock, which the kernel drops with the last process that has the descriptor."""
+    """An flock; the kernel drops it with the last process that has the descriptor."""
 
     def __init__(self, path: Path) -> None:
         if sys.platform == "win32":
             raise UserError(
                 f"{path}: runs are locked by flock, which Windows lacks; train in WSL instead"
             )
-        import fcntl
-
         self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not try_lock(self._descriptor):
+                owner = os.pread(self._descriptor, 300, 0).decode(errors="replace").split()
+                raise UserError(_refusal(path.parent, owner))
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
-        except BlockingIOError as error:
-            owner = os.pread(self._descriptor, 300, 0).decode(errors="replace").split()
-            self.release()
-            raise UserError(_refusal(path.parent, owner)) from error
         except BaseException:
             self.release()
             raise
-        # A forked child shares the lock, and would keep it when this process is killed.
+        # A forked child shares the lock and would hold it after this process is killed.
         os.register_at_fork(after_in_child=functools.partial(_forget, weakref.ref(self)))
 
     def release(self) -> None:
@@ -159,8 +156,10 @@ def _forget(reference: "weakref.ref[_Lock]") -> None:
 
 
 def _refusal(folder: Path, owner: list[str]) -> str:
-    who = "another process"
+    owner_name = "another process"
     if len(owner) == 2:
         here = owner[1] == socket.gethostname()
-        who = f"process {owner[0]}" + ("" if here else f" on {owner[1]}")
-    return f"{folder}: {who} trains in this folder; wait for it to end or name another folder"
+        owner_name = f"process {owner[0]}" + ("" if here else f" on {owner[1]}")
+    return (
+        f"{folder}: {owner_name} trains in this folder; wait for it to end or name another folder"
+    )

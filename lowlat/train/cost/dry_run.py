@@ -10,8 +10,8 @@ from itertools import pairwise
 
 import torch
 
-from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import count_parameters
 from lowlat.plan.flops import TokenFlops, token_flops
 from lowlat.plan.job import ParallelLayout, Schedule, TrainingJob, ZeroStage
 from lowlat.plan.memory import (

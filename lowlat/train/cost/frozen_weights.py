@@ -5,17 +5,17 @@ Owns the difference from a training of every weight alone, which is `flops`'s an
 
 from dataclasses import replace
 
-from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import count_parameters
 from lowlat.plan.activations import FP32_BYTES, all_bytes
 from lowlat.plan.flops import LAYER_PARTS, token_flops
 from lowlat.plan.job import TrainingJob
 from lowlat.plan.memory import (
     ACTIVATIONS,
     CASTS,
+    CHUNK_ELEMENTS,
     OPTIMISER,
     PIECE_COPIES,
-    PIECE_ELEMENTS,
     WEIGHTS,
     MemoryEstimate,
     held,
@@ -122,7 +122,7 @@ def update_bytes(config: ModelConfig, table: LoraConfig, job: TrainingJob) -> fl
 def _kept_by_updates(config: ModelConfig, table: LoraConfig, job: TrainingJob) -> dict[str, float]:
     """What updates of projections keep for the backward pass beside the projections' own inputs:
     the rows between A and B with casts of both, and of experts their weights with the updates, in
-    fp32 (`model.low_rank`). With recomputation of layers that is one layer's.
+    fp32 (`layers.lora`). With recomputation of layers that is one layer's.
     """
     single = [shape for shape in updated_shapes(config, table) if len(shape) == 2]
     inner = table.rank * len(single) * job.device_tokens
@@ -153,7 +153,7 @@ def _more_logits(config: ModelConfig, job: TrainingJob) -> float:
     """What a piece of both models' logits takes beyond a piece of the loss without a teacher."""
     logits = float(job.device_tokens * config.vocab_size)
     taught = 2 * min(NATIVE_PIECE_BYTES, job.element_bytes * logits)
-    return max(0.0, taught - PIECE_COPIES * FP32_BYTES * min(PIECE_ELEMENTS, logits))
+    return max(0.0, taught - PIECE_COPIES * FP32_BYTES * min(CHUNK_ELEMENTS, logits))
 
 
 def _head_gradient(config: ModelConfig) -> float:

@@ -7,22 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.checkpoint.mapping import settle_mtp
 from lowlat.config.attention import distinct
-from lowlat.config.families import LOWLAT
-from lowlat.config.fields import Fields
-from lowlat.config.hf import config_from_hf
-from lowlat.config.hf_rope import rope_from_hf
+from lowlat.config.hf.families import LOWLAT
+from lowlat.config.hf.reader import config_from_hf
+from lowlat.config.hf.rope import rope_from_hf
 from lowlat.config.model import ModelConfig, RopeConfig
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.inputs.model_files import teacher_config
-from lowlat.train.parallel.check import check_parallel
+from lowlat.train.inputs.parallel_check import check_parallel
 from lowlat.train.recipe.schema import Phase, Recipe
 from lowlat.train.step.lora import check_lora
 from lowlat.train.step.trainable import check_divides_batches, check_trainable
 from lowlat.utils.errors import UserError
+from lowlat.utils.json_fields import Fields
 
 NULLABLE = ("q_lora_rank", "sliding_window")
 """Fields of config.json that must be null where they have no value; TOML has no null."""

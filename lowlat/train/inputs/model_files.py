@@ -6,7 +6,7 @@ A resumed run compares fingerprints, so that it continues with the weights it wa
 import hashlib
 from pathlib import Path
 
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.config.model import ModelConfig
 

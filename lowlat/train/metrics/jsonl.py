@@ -14,6 +14,7 @@ from typing import BinaryIO, final
 
 from lowlat.train.metrics.lines import decode, encode
 from lowlat.train.metrics.record import EvalRecord, NoteRecord, Record, StartRecord, StepRecord
+from lowlat.utils.atomic_files import sync_descriptor
 from lowlat.utils.errors import UserError
 
 LOG_NAME = "log.jsonl"
@@ -58,7 +59,7 @@ class LogWriter:
     def sync(self) -> None:
         """What was written reaches the disk. Raises UserError as `write` does."""
         try:
-            os.fsync(self._file.fileno())
+            sync_descriptor(self._file.fileno())
         except OSError as error:
             raise self._failed(error) from error
         self._synced = time.monotonic()

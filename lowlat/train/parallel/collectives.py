@@ -1,8 +1,7 @@
-"""Communication that gradients pass through: the few operations tensor, expert and context
-parallelism consist of.
+"""Collectives with gradients for tensor, expert and context parallelism.
 
 Each is a function and its transpose (Megatron-LM's f and g, arXiv 1909.08053 section 3, among
-them). A group of None is one process, where all of them are the identity.
+them). For a group of None, a single process, they are the identity.
 """
 
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from torch import Tensor
 Group = dist.ProcessGroup | None
 
 
-def copied(x: Tensor, group: Group) -> Tensor:
-    """x, which every process has, for use by each in its own way: gradients are summed."""
+def copy_to_group(x: Tensor, group: Group) -> Tensor:
+    """Identity on x, which all processes have, with gradients all-reduced (Megatron-LM's f)."""
     if group is None:
         return x
     out = _Copied.apply(x, group)
@@ -25,8 +24,8 @@ def copied(x: Tensor, group: Group) -> Tensor:
     return out
 
 
-def summed(x: Tensor, group: Group) -> Tensor:
-    """The sum of every process's x; each passes the gradient of the sum on."""
+def reduce_from_group(x: Tensor, group: Group) -> Tensor:
+    """All-reduced sum of x, with the gradient of the sum for each process (Megatron-LM's g)."""
     if group is None:
         return x
     out = _Summed.apply(x, group)
@@ -34,16 +33,16 @@ def summed(x: Tensor, group: Group) -> Tensor:
     return out
 
 
-def gathered(
+def all_gather(
     x: Float[Tensor, "rows width"], group: dist.ProcessGroup
 ) -> Float[Tensor, "all_rows width"]:
-    """Every process's rows, equally many, in the order of processes; gradients are summed."""
+    """All-gathered rows, equally many per process; gradients are reduce-scattered."""
     out = _Gathered.apply(x, group)
     assert isinstance(out, Tensor)
     return out
 
 
-def exchanged(
+def all_to_all(
     x: Float[Tensor, "sent width"],
     sent: Sequence[int],
     received: Sequence[int],

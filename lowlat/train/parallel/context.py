@@ -1,9 +1,8 @@
-"""Context parallelism: sequences divided among processes, keys gathered for attention.
+"""Context parallelism: sequences divided among processes, keys all-gathered for attention.
 
-Owns which tokens a process has and how its queries reach the keys of others. A row of T tokens is
-cut into two chunks per process; process i has chunks i and 2 n - 1 - i, so that causal attention is
-the same work for all (zig-zag, as in Llama 3, arXiv 2407.21783 section 3.3.2). For MLA it is the
-latent rows that travel, and every process makes keys and values of all of them.
+A sequence of T tokens is cut into two chunks per process; process i has chunks i and 2 n - 1 - i,
+so that causal attention is equal work for all (zig-zag, as in Llama 3, arXiv 2407.21783 section
+3.3.2). For MLA the latent KV entries are gathered, and every process expands all of them.
 """
 
 from collections.abc import Sequence
@@ -18,19 +17,19 @@ from torch.nn.attention.bias import causal_lower_right
 
 from lowlat.attention.base import AttentionBackend
 from lowlat.data.batch import Batch
-from lowlat.ops.layout import RowLayout
-from lowlat.train.parallel.collectives import gathered
+from lowlat.ops.layout import EntryLayout
+from lowlat.train.parallel.collectives import all_gather
 
 
-class Piece(NamedTuple):
-    """Queries of this process that see one stretch of keys: part of a document in one chunk."""
+class QuerySpan(NamedTuple):
+    """Queries of this process over one range of keys: the part of a document in one chunk."""
 
     row: int
-    """Row of the batch."""
+    """Sequence of the batch."""
     begin: int
-    """First token of the document, in the row."""
+    """First token of the document, in the sequence."""
     first: int
-    """First query, in the row."""
+    """First query, in the sequence."""
     end: int
     """After the last query, in the row."""
 
@@ -41,10 +40,12 @@ class Zigzag:
     def __init__(self, size: int, place: int) -> None:
         self.size = size
         self.chunks = (place, 2 * size - 1 - place)
-        """Places of this process's two chunks among the 2 size of a row."""
+        """Indices of this process's two chunks among the 2 * size of a sequence."""
 
     def divide(self, batch: Batch, num_ahead: int) -> Batch:
-        """This process's chunks of every row, as rows of their own with the tokens that follow."""
+        """This process's chunks of every sequence, as sequences of their own with the tokens that
+        follow.
+        """
         chunk = self._chunk(batch.sequence_length(num_ahead))
         tokens, loss_mask = (
             torch.stack(
@@ -54,9 +55,9 @@ class Zigzag:
         )
         return Batch(tokens=tokens, loss_mask=loss_mask)
 
-    def pieces(self, documents: Sequence[Sequence[int]]) -> list[Piece]:
-        """Calls of attention, in the order of this process's tokens; `documents` are the lengths
-        of those in each row.
+    def pieces(self, documents: Sequence[Sequence[int]]) -> list[QuerySpan]:
+        """Attention calls, in the order of this process's tokens; `documents` are the document
+        lengths of each sequence.
         """
         found = []
         for row, lengths in enumerate(documents):
@@ -67,14 +68,14 @@ class Zigzag:
                     first = max(begin, place * chunk)
                     end = min(begin + length, (place + 1) * chunk)
                     if first < end:
-                        found.append(Piece(row, begin, first, end))
+                        found.append(QuerySpan(row, begin, first, end))
                     begin += length
         return found
 
     def whole(
         self, parts: Float[Tensor, "tokens width"], rows: int
     ) -> Float[Tensor, "rows length width"]:
-        """Whole rows from what all processes have, one after the other."""
+        """Full sequences from the concatenated tokens of all processes."""
         width = parts.shape[-1]
         split = parts.reshape(self.size, rows, 2, -1, width)
         chunks = torch.cat([split[:, :, 0], split[:, :, 1].flip(0)])
@@ -86,12 +87,12 @@ class Zigzag:
 
 @final
 class ContextAttention(AttentionBackend):
-    """Attention of this process's tokens, which lie in the order of `Zigzag.divide`."""
+    """Attention over this process's tokens, in the order of `Zigzag.divide`."""
 
     def __init__(
         self, documents: Sequence[Sequence[int]], zigzag: Zigzag, group: dist.ProcessGroup
     ) -> None:
-        """`documents`: lengths of the documents in each whole row, which see only themselves."""
+        """`documents`: lengths of the documents in each sequence; attention stays within them."""
         self._rows = len(documents)
         self._pieces = zigzag.pieces(documents)
         self._zigzag = zigzag
@@ -108,7 +109,7 @@ class ContextAttention(AttentionBackend):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
+        rows: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
@@ -138,8 +139,8 @@ class ContextAttention(AttentionBackend):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
-        layout: RowLayout,
+        rows: Float[Tensor, "tokens entry_dim"],
+        layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
         k, v = layout.expand(self._gathered(rows).flatten(0, 1))
@@ -147,7 +148,7 @@ class ContextAttention(AttentionBackend):
         return self._attend(q, k, v, scale, None)
 
     def _gathered(self, own: Float[Tensor, "tokens width"]) -> Float[Tensor, "rows length width"]:
-        return self._zigzag.whole(gathered(own, self._group), self._rows)
+        return self._zigzag.whole(all_gather(own, self._group), self._rows)
 
     def _attend(
         self,
@@ -158,7 +159,7 @@ class ContextAttention(AttentionBackend):
         window: int | None,
     ) -> Float[Tensor, "tokens heads v_dim"]:
         v_dim = v.shape[-1]
-        # The fused kernels want one width. Zeros beyond v's own add nothing and are cut off.
+        # Fused kernels need one head width: zero padding adds nothing and is cut off.
         width = max(q.shape[-1], v_dim)
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         sizes = [piece.end - piece.first for piece in self._pieces]
@@ -182,7 +183,7 @@ def _seen(
     scale: float,
     window: int | None,
 ) -> Float[Tensor, "queries heads width"]:
-    """Attention of queries that are the last of the keys' tokens."""
+    """Attention of queries that are the last tokens of the keys."""
     queries, keys = q.shape[0], k.shape[0]
     shared = q.shape[1] != k.shape[1]
     if window is not None and window < keys:

@@ -1,11 +1,7 @@
-"""Expert parallelism: routed experts divided among processes, tokens sent to where they are
-(DeepSeek-V3 section 3.2).
-
-Owns dispatch and combine; products are those of `ops.grouped`.
+"""Expert parallelism: routed experts divided among processes, tokens dispatched to them and
+combined by all-to-all (DeepSeek-V3 section 3.2.2).
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,36 +9,29 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lowlat.model.moe import StackedExperts
-from lowlat.ops.deferred import Later
-from lowlat.ops.grouped import group_by_expert, stacked_experts
+from lowlat.ops.grouped import group_by_expert
 from lowlat.ops.norm import accumulation_dtype
 from lowlat.ops.routing import Routing
-from lowlat.train.parallel.collectives import exchanged
-from lowlat.train.step.fp8 import Fp8Experts
-
-Products = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
-"""As `ops.grouped.stacked_experts`."""
+from lowlat.train.layers.fp8 import Fp8Experts
+from lowlat.train.layers.stacked_experts import StackedExperts
+from lowlat.train.parallel.collectives import all_to_all
 
 
-class DividedExperts(nn.Module):
-    """`StackedExperts` of which this process holds neighbouring ones, under the same names; those
-    of process i of `group` come before those of i + 1.
+class ExpertParallelExperts(nn.Module):
+    """`StackedExperts` of which this process holds consecutive ones, under the same names; those
+    of process i of `group` precede those of i + 1.
 
-    Every process routes its own tokens. Rows travel in the dtype of activations and come back
+    Every process routes its own tokens. Tokens travel in the dtype of activations and come back
     unweighted, so that sums over experts are fp32 as in one process.
     """
 
-    def __init__(
-        self, experts: StackedExperts | Fp8Experts, group: dist.ProcessGroup, products: Products
-    ) -> None:
+    def __init__(self, experts: StackedExperts | Fp8Experts, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.gate_up_proj = experts.gate_up_proj
         self.down_proj = experts.down_proj
+        self.is_fp8 = isinstance(experts, Fp8Experts)
+        self._products = experts.products
         self._group = group
-        self.products = products
-        # As `Linear.later`.
-        self.later: Later | None = None
 
     def forward(
         self, x: Float[Tensor, "tokens hidden"], routing: Routing
@@ -53,16 +42,13 @@ class DividedExperts(nn.Module):
         counts = _exchanged_counts(groups.counts, self._group, x.device)
         sent = [sum(groups.counts[i * own : (i + 1) * own]) for i in range(size)]
         received = counts.sum(dim=1).tolist()
-        rows = exchanged(_taken(x, groups.tokens), sent, received, self._group)
-        # From every process the rows of our first expert, then of our second and so on.
+        rows = all_to_all(_taken(x, groups.tokens), sent, received, self._group)
+        # Each process sends the rows of this process's first expert, then of its second, and so on.
         ids = torch.arange(own, device=x.device).repeat(size).repeat_interleave(counts.flatten())
         ones = torch.ones(len(ids), 1, dtype=routing.weights.dtype, device=x.device)
         local = Routing(ids[:, None], ones, ones)
-        products = self.products
-        if self.later is not None and products is stacked_experts:
-            products = partial(stacked_experts, later=self.later)
-        out = products(rows, local, self.gate_up_proj, self.down_proj)
-        out = exchanged(out, received, sent, self._group)
+        out = self._products(rows, local, self.gate_up_proj, self.down_proj)
+        out = all_to_all(out, received, sent, self._group)
         wide = accumulation_dtype(x.dtype)
         factors = routing.weights.flatten()[groups.order, None].to(wide)
         combined = torch.zeros(x.shape, dtype=wide, device=x.device)
@@ -72,7 +58,7 @@ class DividedExperts(nn.Module):
 def _exchanged_counts(
     counts: list[int], group: dist.ProcessGroup, device: torch.device
 ) -> Int[Tensor, "processes own"]:
-    """Rows that each process sends to each of our experts."""
+    """Rows that each process sends to each expert of this one."""
     mine = torch.tensor(counts, device=device)
     theirs = torch.empty_like(mine)
     dist.all_to_all_single(theirs, mine, group=group)

@@ -1,9 +1,9 @@
 """Tensor parallelism: heads and MLP channels divided among processes that have the same tokens
 (Megatron-LM, arXiv 1909.08053 section 3).
 
-Owns which matrices are cut along which dimension and where activations are joined again; hooks do
-it, the model's own code is untouched. MLA's latent projections, gates, norms, embedding and head
-stay whole in every process, and so do the residual stream and the loss.
+Column-parallel and row-parallel matrices, and the hooks that copy inputs and all-reduce outputs.
+MLA's latent projections, gates, norms, embedding and head are replicated, and so are the residual
+stream and the loss.
 """
 
 from collections.abc import Iterator
@@ -22,30 +22,30 @@ from lowlat.model.gqa import GQA
 from lowlat.model.linear import Linear
 from lowlat.model.mla import MLA
 from lowlat.model.moe import MoE
-from lowlat.ops.layout import RowLayout
+from lowlat.ops.layout import EntryLayout
 from lowlat.ops.routing import Routing
-from lowlat.train.parallel.collectives import copied, summed
-from lowlat.train.parallel.division import Cut
+from lowlat.train.parallel.collectives import copy_to_group, reduce_from_group
+from lowlat.train.parallel.sharding import Shard
 from lowlat.utils.errors import UserError
 
 AXIS = "tensor"
-COLUMNS = Cut(axis=AXIS, dim=0)
+COLUMNS = Shard(axis=AXIS, dim=0)
 """Output channels of a projection."""
-ROWS = Cut(axis=AXIS, dim=1)
+ROWS = Shard(axis=AXIS, dim=1)
 """Input channels of a projection."""
-INNER_OF_GATE_UP = Cut(axis=AXIS, dim=1, blocks=2)
-INNER_OF_DOWN = Cut(axis=AXIS, dim=2)
+INNER_OF_GATE_UP = Shard(axis=AXIS, dim=1, blocks=2)
+INNER_OF_DOWN = Shard(axis=AXIS, dim=2)
 
 
 def check_divisible(config: ModelConfig, size: int, origin: str) -> None:
-    """Raises UserError where `size` processes cannot divide a model of `config`."""
+    """Raises UserError if `size` processes cannot divide a model of `config`."""
     attention, moe = config.attention, config.moe
     where = f"{origin}: parallel.tensor {size}"
     for layer in distinct(attention):
         if not isinstance(layer, MLAConfig | GQAConfig):
-            raise UserError(f"{where}: only MLA and GQA are divided; leave it at 1")
+            raise UserError(f"{where}: only MLA and GQA support it; leave it at 1")
         if layer.o_bias or (isinstance(layer, MLAConfig) and layer.attention_bias):
-            raise UserError(f"{where}: an o_proj with a bias is not divided; leave it at 1")
+            raise UserError(f"{where}: o_proj with a bias does not support it; leave it at 1")
     sizes = [
         ("num_attention_heads", config.num_attention_heads),
         ("intermediate_size", config.intermediate_size),
@@ -60,8 +60,8 @@ def check_divisible(config: ModelConfig, size: int, origin: str) -> None:
             raise UserError(f"{where} does not divide {field} {count}; choose one that does")
 
 
-def cuts(layer: DecoderLayer) -> Iterator[tuple[nn.Parameter, Cut]]:
-    """How the parameters of `layer` are divided; those not named stay whole."""
+def shards(layer: DecoderLayer) -> Iterator[tuple[nn.Parameter, Shard]]:
+    """The sharded parameters of `layer` with their placements; all others are replicated."""
     attention = layer.self_attn
     if isinstance(attention, MLA):
         yield from _linear(_queries(attention), COLUMNS)
@@ -83,7 +83,9 @@ def cuts(layer: DecoderLayer) -> Iterator[tuple[nn.Parameter, Cut]]:
 
 
 def partial_gradients(layer: DecoderLayer) -> Iterator[nn.Parameter]:
-    """Whole parameters of `layer` that each process uses for its own heads alone."""
+    """Replicated parameters of `layer` that each process uses for its own heads only: their
+    gradients are summed.
+    """
     attention = layer.self_attn
     if isinstance(attention, GQA) and attention.dims.qk_norm:
         yield attention.q_norm.weight
@@ -91,8 +93,8 @@ def partial_gradients(layer: DecoderLayer) -> Iterator[nn.Parameter]:
 
 
 def join_activations(layer: DecoderLayer, group: dist.ProcessGroup) -> None:
-    """Let `layer`, whose parameters are cut, compute what the whole one would; with MLA, attention
-    must be `SharedRows`.
+    """Make `layer`, whose parameters are sharded, compute the output of the full layer; MLA needs
+    the attention backend `TensorParallelAttention`.
     """
     attention = layer.self_attn
     if isinstance(attention, MLA):
@@ -104,7 +106,7 @@ def join_activations(layer: DecoderLayer, group: dist.ProcessGroup) -> None:
     attention.o_proj.register_forward_hook(_summing(group))
     mlp = layer.mlp
     mlp.register_forward_hook(_summing(group))
-    # The gate computes the same in every process, so it reads what is not copied.
+    # The gate computes the same in every process, so its input is not copied.
     readers = [mlp.experts, mlp.shared_experts] if isinstance(mlp, MoE) else [mlp]
     for module in readers:
         if module is not None:
@@ -112,9 +114,9 @@ def join_activations(layer: DecoderLayer, group: dist.ProcessGroup) -> None:
 
 
 @final
-class SharedRows(AttentionBackend):
-    """Attention of this process's heads: the latent rows, which all heads read, are those of every
-    process, so their gradients are summed.
+class TensorParallelAttention(AttentionBackend):
+    """Attention over this process's heads. All heads read the latent KV entries, so the gradients
+    of the entries are summed over processes.
     """
 
     def __init__(self, inner: AttentionBackend, group: dist.ProcessGroup) -> None:
@@ -126,12 +128,12 @@ class SharedRows(AttentionBackend):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
+        rows: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
     ) -> Float[Tensor, "tokens heads v_dim"]:
-        rows = copied(rows, self._group)
+        rows = copy_to_group(rows, self._group)
         return self._inner.mla(layer, q_nope, q_rope, rows, w_uk, w_uv, scale)
 
     def gqa(
@@ -149,38 +151,38 @@ class SharedRows(AttentionBackend):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens row_dim"],
-        layout: RowLayout,
+        rows: Float[Tensor, "tokens entry_dim"],
+        layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
-        raise AssertionError("only MLA and GQA are divided among processes")
+        raise AssertionError("tensor parallelism supports MLA and GQA only")
 
 
 def _queries(attention: MLA) -> Linear:
-    """The projection that makes queries of every head."""
+    """The column-parallel query projection."""
     return attention.q_proj if attention.dims.q_lora_rank is None else attention.q_b_proj
 
 
-def _linear(linear: Linear, cut: Cut) -> Iterator[tuple[nn.Parameter, Cut]]:
-    yield linear.weight, cut
+def _linear(linear: Linear, shard: Shard) -> Iterator[tuple[nn.Parameter, Shard]]:
+    yield linear.weight, shard
     if linear.bias is not None:
-        yield linear.bias, cut
+        yield linear.bias, shard
 
 
 def _copying(group: dist.ProcessGroup) -> Any:
     def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The first input; with it the factors of a routing, which experts multiply with."""
+        """Copies the first input and the weights of a routing, which experts multiply with."""
         x, *rest = inputs
         for place, value in enumerate(rest):
             if isinstance(value, Routing):
-                rest[place] = value._replace(weights=copied(value.weights, group))
-        return (copied(x, group), *rest)
+                rest[place] = value._replace(weights=copy_to_group(value.weights, group))
+        return (copy_to_group(x, group), *rest)
 
     return hook
 
 
 def _summing(group: dist.ProcessGroup) -> Any:
     def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return summed(output, group)
+        return reduce_from_group(output, group)
 
     return hook

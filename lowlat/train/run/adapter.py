@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowlat.checkpoint.mapping import file_name
-from lowlat.checkpoint.padding import pad_columns, pad_rows
-from lowlat.config.families import LOWLAT, MLA_FAMILIES
+from lowlat.checkpoint.padded_latent import pad_columns, pad_rows
+from lowlat.config.hf.families import LOWLAT, MLA_FAMILIES
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.train.recipe.schema import LoraConfig
 from lowlat.train.step.lora import EXPERT_PROJECTIONS, UPDATE

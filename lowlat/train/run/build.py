@@ -11,21 +11,19 @@ from torch import Tensor
 
 from lowlat.checkpoint.load import load_model
 from lowlat.config.model import ModelConfig
-from lowlat.model.block import DecoderLayer
 from lowlat.model.init import init_weights
-from lowlat.model.linear import RMSNorm
-from lowlat.model.moe import MLP
-from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
-from lowlat.train.parallel.layout import Layout, lay_out
-from lowlat.train.parallel.team import Team
+from lowlat.train.layers.fp8 import use_fp8
+from lowlat.train.layers.fused import checkpoint_activations, use_fused_layers
+from lowlat.train.layers.stacked_experts import stack_experts
+from lowlat.train.parallel.mesh import ProcessMesh
+from lowlat.train.parallel.parallelize import ShardedParameters, parallelize
 from lowlat.train.recipe.schema import Recipe
-from lowlat.train.step.fp8 import use_fp8
-from lowlat.train.step.lora import add_updates, base_dtype
+from lowlat.train.step.lora import add_lora, base_dtype
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import Passes, PlainPasses
 from lowlat.train.step.teacher import Teacher
-from lowlat.train.step.trainable import hold_frozen, keep_all_but_attention
+from lowlat.train.step.trainable import cast_frozen, freeze_all_but_attention
 from lowlat.utils.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -41,13 +39,13 @@ def new_model(
     """The whole model with fp32 weights on the CPU: `weights` if given, else those of `base_model`,
     else new ones. With LoRA those of `base_model` in the products' dtype, and `weights` are its
     updates.
-    They may be views of files: `parallel.layout.lay_out` gives them memory. Where attention alone
+    They may be views of files: `parallel.parallelize` gives them memory. Where attention alone
     is trained, the matrices that stay have the products' dtype.
     """
     if recipe.lora is not None:
         assert base_model is not None
         model = load_base_model(base_model, config, base_dtype(recipe))
-        add_updates(model, recipe.lora, seed=recipe.seed, origin=recipe.name)
+        add_lora(model, recipe.lora, seed=recipe.seed, origin=recipe.name)
         model.load_state_dict(weights or {}, strict=False, assign=True)
     elif weights is not None:
         with torch.device("meta"):
@@ -62,40 +60,39 @@ def new_model(
         init_weights(model, seed=recipe.seed)
         stack_experts(model)
     if recipe.trainable == "attention":
-        keep_all_but_attention(model)
-        hold_frozen(model, DTYPES[recipe.precision])
+        freeze_all_but_attention(model)
+        cast_frozen(model, DTYPES[recipe.precision])
     if recipe.precision == "fp8":
         use_fp8(model)
-    for module in model.modules():
-        if isinstance(module, DecoderLayer):
-            module.recompute = recipe.activation_checkpointing == "full"
-    _use_forms_of_training(model)
+    use_fused_layers(model)
+    if recipe.activation_checkpointing == "full":
+        checkpoint_activations(model)
     return model
 
 
 def new_passes(
     model: Transformer,
-    team: Team,
+    mesh: ProcessMesh,
     *,
     device: str,
     dtype: torch.dtype,
     sequence_length: int,
     teacher: Teacher | None = None,
-) -> tuple[Passes, Layout]:
-    """Lay out `model`, which is whole, over `team`; passes over it with activations of `dtype`.
+) -> tuple[Passes, ShardedParameters]:
+    """Lay out `model`, which is whole, over `mesh`; passes over it with activations of `dtype`.
     `teacher`, which every process has whole, does not go with a pipeline.
     """
-    if team.size("pipeline") == 1:
-        layout = lay_out(model, team, device=device, dtype=dtype)
-        return PlainPasses(model, dtype, team, teacher), layout
+    if mesh.size("pipeline") == 1:
+        sharded = parallelize(model, mesh, device=device, dtype=dtype)
+        return PlainPasses(model, dtype, mesh, teacher), sharded
     # Seconds of imports that no other run needs.
-    from lowlat.train.parallel.pipeline import PipelinePasses
+    from lowlat.train.pipeline.passes import PipelinePasses
 
-    passes = PipelinePasses(model, team, dtype=dtype, sequence_length=sequence_length)
-    layout = lay_out(
-        model, team, device=device, dtype=dtype, roots=passes.modules, copies=passes.copies
+    passes = PipelinePasses(model, mesh, dtype=dtype, sequence_length=sequence_length)
+    sharded = parallelize(
+        model, mesh, device=device, dtype=dtype, roots=passes.modules, copies=passes.copies
     )
-    return passes, layout
+    return passes, sharded
 
 
 def new_teacher(path: Path, recipe: Recipe) -> Teacher:
@@ -104,7 +101,7 @@ def new_teacher(path: Path, recipe: Recipe) -> Teacher:
     model = load_model(path, dtype=base_dtype(recipe)).model
     _require_finite(model, f"distillation.teacher {path}")
     stack_experts(model)
-    _use_forms_of_training(model)
+    use_fused_layers(model)
     return Teacher(
         model.to(recipe.device),
         DTYPES[recipe.precision],
@@ -113,10 +110,13 @@ def new_teacher(path: Path, recipe: Recipe) -> Teacher:
 
 
 def new_optimizer(
-    model: Transformer, recipe: Recipe, tensors: MutableMapping[str, Tensor], layout: Layout
+    model: Transformer,
+    recipe: Recipe,
+    tensors: MutableMapping[str, Tensor],
+    sharded: ShardedParameters,
 ) -> Optimizer:
     """The optimiser, with the (whole) state that it takes out of `tensors`, if there is one."""
-    optimizer = Optimizer(model, recipe.optimizer, layout)
+    optimizer = Optimizer(model, recipe.optimizer, sharded)
     if tensors:
         optimizer.load(tensors)
     return optimizer
@@ -143,10 +143,3 @@ def _require_finite(model: Transformer, what: str) -> None:
             raise UserError(
                 f"{what}: '{name}' holds values that are not finite; give a whole model"
             )
-
-
-def _use_forms_of_training(model: Transformer) -> None:
-    """A teacher, and what is evaluated, take no gradients, but as many tokens at once."""
-    for module in model.modules():
-        if isinstance(module, RMSNorm | MLP):
-            module.trains = True

@@ -4,7 +4,6 @@ Owns which numbers a trained model is stored in; names and files are `checkpoint
 """
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,22 +12,21 @@ from torch import Tensor
 
 from lowlat.checkpoint.mapping import ROUTER_BIAS
 from lowlat.checkpoint.save import file_tensors, text_files, write_checkpoint
-from lowlat.config.hf import config_from_hf, config_to_hf
+from lowlat.config.hf.reader import config_from_hf, config_to_hf
 from lowlat.config.model import ModelConfig
-from lowlat.model.stacking import unstacked
-from lowlat.train.checkpoints.disk import sync_folder, write_new
-from lowlat.train.checkpoints.errors import writing
+from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint, folder_name
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.save import Save, folder_name
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import CheckpointStore
 from lowlat.train.inputs.model_files import teacher_fingerprint, weights_fingerprint
-from lowlat.train.parallel.team import Team
+from lowlat.train.layers.stacked_experts import unstacked
+from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.train.run.adapter import write_adapter
 from lowlat.train.run.build import load_base_model
+from lowlat.train.run.fp8_export import save_fp8
 from lowlat.train.run.state import MODEL, part
-from lowlat.train.step.fp8 import save_fp8
 from lowlat.train.step.lora import base_dtype, merged
+from lowlat.utils.atomic_files import atomic_folder, write_new_files
 from lowlat.utils.device import parse_dtype
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
@@ -49,23 +47,16 @@ def keep_tokenizer(run: Path, text: Path) -> None:
     folder = run / TOKENIZER
     if folder.exists():
         return
-    partial = run / f".{TOKENIZER}.partial"
     files = text_files(text)
-    with writing(str(folder), run):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for name, content in files.items():
-            write_new(partial / name, [content])
-        sync_folder(partial)
-        partial.rename(folder)
-        sync_folder(run)
+    with atomic_folder(folder) as partial:
+        write_new_files(partial, files)
 
 
-def refuse_older_model(model: Path, team: Team) -> None:
+def refuse_older_model(model: Path, mesh: ProcessMesh) -> None:
     """Raises UserError where a run without saves holds a model all the same: that of a run whose
     saves were removed. Collective.
     """
-    if team.from_first(int(model.exists())):
+    if mesh.broadcast(int(model.exists())):
         raise UserError(
             f"{model}: is there from a run whose saves are gone; move it away, or choose another "
             "--out"
@@ -133,48 +124,56 @@ def export_adapter(
     config, recipe, updates = contents(save)
     if recipe.lora is None:
         raise UserError(f"{run}: was trained without lora; leave out --adapter")
-    write_adapter(config, updates, recipe.lora, dst, base_model=Path(str(save.facts["base_model"])))
+    write_adapter(
+        config, updates, recipe.lora, dst, base_model=Path(str(save.metadata["base_model"]))
+    )
     return save.step
 
 
-def open_save(run: Path, step: int | None, progress: Progress | None = None) -> Save:
+def open_save(run: Path, step: int | None, progress: Progress | None = None) -> TrainingCheckpoint:
     """The save of `step` of the run in `run`, or its latest whole one. Raises UserError."""
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name the folder of a run")
-    saves = Saves(RunFolder(run), report=_log.warning)
+    saves = CheckpointStore(RunFolder(run), report=_log.warning)
     if step is not None and step not in saves.steps():
         there = ", ".join(map(str, saves.steps()))
         remedy = f"--step may be {there}" if there else "it has none yet"
         raise UserError(f"{run}: has no save of step {step}; {remedy}")
-    save = saves.latest(progress) if step is None else Save(saves.folder / folder_name(step))
+    save = (
+        saves.latest(progress)
+        if step is None
+        else TrainingCheckpoint(saves.folder / folder_name(step))
+    )
     if save is None:
         raise UserError(f"{run}: has no save yet")
     return save
 
 
-def contents(save: Save) -> tuple[ModelConfig, Recipe, dict[str, Tensor]]:
+def contents(save: TrainingCheckpoint) -> tuple[ModelConfig, Recipe, dict[str, Tensor]]:
     """Config, recipe, and the parameters that were saved."""
-    config = config_from_hf(dict(save.facts["config"]), source=str(save.folder))
-    recipe = parse_recipe(dict(save.facts["recipe"]), origin=str(save.folder))
+    config = config_from_hf(dict(save.metadata["config"]), source=str(save.folder))
+    recipe = parse_recipe(dict(save.metadata["recipe"]), origin=str(save.folder))
     tensors = {name: save.tensor(name) for name in save.names() if name.startswith(MODEL)}
     return config, recipe, part(tensors, MODEL)
 
 
-def teacher_of(save: Save) -> Path:
+def teacher_of(save: TrainingCheckpoint) -> Path:
     """The checkpoint that was learned from. Raises UserError where it is gone or another."""
-    path = save.facts.get("teacher_files")
+    path = save.metadata.get("teacher_files")
     if path is None:
         raise UserError(f"{save.folder}: does not say where its teacher lies; train a step anew")
-    return _unchanged(Path(str(path)), teacher_fingerprint, save.facts["teacher"], save)
+    return _unchanged(Path(str(path)), teacher_fingerprint, save.metadata["teacher"], save)
 
 
-def base_model_of(save: Save) -> Path:
+def base_model_of(save: TrainingCheckpoint) -> Path:
     """The checkpoint whose weights stayed. Raises UserError where it is gone or another."""
-    base_model = Path(str(save.facts["base_model"]))
-    return _unchanged(base_model, weights_fingerprint, save.facts["data"][-1], save)
+    base_model = Path(str(save.metadata["base_model"]))
+    return _unchanged(base_model, weights_fingerprint, save.metadata["data"][-1], save)
 
 
-def _unchanged(path: Path, fingerprint: Callable[[Path], str], known: object, save: Save) -> Path:
+def _unchanged(
+    path: Path, fingerprint: Callable[[Path], str], known: object, save: TrainingCheckpoint
+) -> Path:
     """`path`, if it is what it was. Raises UserError."""
     if not path.exists() or fingerprint(path) != known:
         what = "holds other weights now" if path.exists() else "is not there"

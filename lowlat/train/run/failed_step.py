@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lowlat.train.inputs.configs import phase_configs
-from lowlat.train.parallel.layout import Layout
-from lowlat.train.parallel.team import Team
+from lowlat.train.parallel.mesh import ProcessMesh
+from lowlat.train.parallel.parallelize import ShardedParameters
 from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.run.build import DTYPES, new_model, new_passes, new_teacher
 from lowlat.train.run.export import base_model_of, contents, open_save, teacher_of
@@ -67,9 +67,9 @@ def look_again(run: Path) -> FailedStep:
     base_model = None if recipe.lora is None else base_model_of(save)
     model = new_model(config, recipe, base_model, weights)
     teacher = None if recipe.distillation is None else new_teacher(teacher_of(save), recipe)
-    passes, layout = new_passes(
+    passes, sharded = new_passes(
         model,
-        Team(),
+        ProcessMesh(),
         device=recipe.device,
         dtype=DTYPES[recipe.precision],
         sequence_length=plan.phase.sequence_length,
@@ -85,16 +85,16 @@ def look_again(run: Path) -> FailedStep:
         watch.watching(sequence_length=length, num_sequences=batch.rows),
     ):
         sums = passes.backward(batch.to(recipe.device), plan, targets).tolist()
-    layout.take_gradients()
+    sharded.reduce_gradients()
     losses = tuple(total / max(1, count) for total, count in zip(sums, targets, strict=False))
     return FailedStep(
         step=step + 1,
         losses=losses if plan.phase.match == "logits" else (),
         matched=None if teacher is None else sums[num_ahead + 1] / max(1, targets[0]),
         sequence_loss=watch.sequence_loss,
-        grad_norm=_norm(layout),
+        grad_norm=_norm(sharded),
         activation=next(iter(found), None),
-        gradient=_nearest_gradient(layout),
+        gradient=_nearest_gradient(sharded),
     )
 
 
@@ -133,17 +133,17 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _norm(layout: Layout) -> float:
-    names = [laid.name for laid in layout.laid if laid.piece.grad is not None]
-    return layout.gradient_norm(names).item() if names else math.nan
+def _norm(sharded: ShardedParameters) -> float:
+    names = [param.name for param in sharded.parameters if param.local.grad is not None]
+    return sharded.gradient_norm(names).item() if names else math.nan
 
 
-def _nearest_gradient(layout: Layout) -> str | None:
+def _nearest_gradient(sharded: ShardedParameters) -> str | None:
     """Gradients spread backwards: the last parameter in the model's order is the first to have
     one.
     """
-    for laid in reversed(layout.laid):
-        gradient = laid.piece.grad
+    for param in reversed(sharded.parameters):
+        gradient = param.local.grad
         if gradient is not None and not torch.isfinite(gradient).all():
-            return laid.name
+            return param.name
     return None

@@ -187,7 +187,7 @@ def train_recovery(
                 origin="healing",
                 progress=progress,
             )
-            run.keep_recipe(to_toml(raw))
+            run.write_recipe(to_toml(raw))
             outcome = trainer.run()
     if outcome.model is None:
         raise KeyboardInterrupt

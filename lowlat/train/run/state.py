@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlat.config.hf import config_from_hf, config_to_hf
+from lowlat.config.hf.reader import config_from_hf, config_to_hf
 from lowlat.config.model import ModelConfig
-from lowlat.train.parallel.layout import Layout
+from lowlat.train.parallel.parallelize import ShardedParameters
 from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.recipe.schema import Recipe, parse_recipe
-from lowlat.train.step.lora import is_update
+from lowlat.train.step.lora import is_lora_parameter
 from lowlat.train.step.optim import Optimizer
 from lowlat.utils.errors import UserError
 
@@ -45,28 +45,28 @@ class Position:
     """Spent so far by all processes that ran it, one after the other."""
 
 
-def state_tensors(layout: Layout, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+def state_tensors(sharded: ShardedParameters, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the state, by name and whole: views, not copies, where one process has all.
     With LoRA the weights that stay are none of it.
 
     Collective; tensors come one after the other, so that no process needs room for all of them.
     """
-    updates_only = any(is_update(laid.name) for laid in layout.laid)
-    for name, tensor in layout.whole_parameters():
-        if is_update(name) or not updates_only:
+    updates_only = any(is_lora_parameter(param.name) for param in sharded.parameters)
+    for name, tensor in sharded.full_parameters():
+        if is_lora_parameter(name) or not updates_only:
             yield MODEL + name, tensor
     for name, tensor in optimizer.tensors():
         yield OPTIMIZER + name, tensor
     yield RANDOM, torch.get_rng_state()
 
 
-def snapshot(layout: Layout, optimizer: Optimizer, *, keep: bool = True) -> Snapshot:
+def snapshot(sharded: ShardedParameters, optimizer: Optimizer, *, keep: bool = True) -> Snapshot:
     """The same as copies in memory, which training does not touch; collective. With `keep` false
     this process only gives its part to the others.
     """
     return [
         (name, tensor.detach().to("cpu", copy=True))
-        for name, tensor in state_tensors(layout, optimizer)
+        for name, tensor in state_tensors(sharded, optimizer)
         if keep
     ]
 

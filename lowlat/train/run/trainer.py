@@ -14,19 +14,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import count_parameters
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
 from lowlat.plan.rate import measure_gemm_rate
+from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.save import Save
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import CheckpointStore
 from lowlat.train.cost.frozen_weights import training_flops
 from lowlat.train.inputs.phase_data import PhaseData, data_notes
 from lowlat.train.inputs.run_inputs import open_run_inputs
 from lowlat.train.metrics.metrics_log import MetricsLog
-from lowlat.train.parallel.team import Team
+from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.run.build import (
@@ -93,31 +93,31 @@ class Trainer:
         teacher: Path | None = None,
         origin: str = "recipe",
         progress: Progress | None = None,
-        team: Team | None = None,
+        mesh: ProcessMesh | None = None,
     ) -> None:
         """Open data, build or resume.
 
         base: where relative paths of the recipe start; base_model, teacher: the files behind
-        recipe.base_model and recipe.distillation; origin: the recipe's name in errors; team: the
+        recipe.base_model and recipe.distillation; origin: the recipe's name in errors; mesh: the
         processes that run it, of which the first holds the folder and has a log. Raises UserError
         for data that is not whole, a recipe that does not continue what the folder holds, and as
         `build`.
         """
         progress = progress or SilentProgress()
-        self._team = team = team or Team()
+        self._mesh = mesh = mesh or ProcessMesh()
         self.recipe = recipe
         self.run_folder = run
         self.log = log
-        self.schedule = TrainingSchedule(recipe, ranks=team.row_parts)
+        self.schedule = TrainingSchedule(recipe, ranks=mesh.data_parallel_size)
         self._dtype = DTYPES[recipe.precision]
         self._inputs = open_run_inputs(
             recipe, base=base, base_model=base_model, teacher=teacher, origin=origin
         )
-        if team.is_first:
+        if mesh.is_main_process:
             self._inputs.verify(progress)
         table = recipe.checkpoints
         hours = table.keep_every_hours
-        self._saves = Saves(
+        self._saves = CheckpointStore(
             run,
             report=log.note,
             keep_last=table.keep_last,
@@ -125,12 +125,12 @@ class Trainer:
         )
         save = self._latest(progress)
         if save is None:
-            refuse_older_model(run.path / MODEL_FOLDER, team)
+            refuse_older_model(run.path / MODEL_FOLDER, mesh)
         self.position = Position(step=0, seconds=0.0) if save is None else self._resumed(save)
         self._phase = self._plan().phase_index
         self._teacher: Teacher | None = None if teacher is None else new_teacher(teacher, recipe)
         self._build(_tensors(save))
-        if team.is_first:
+        if mesh.is_main_process:
             keep_tokenizer(run.path, self._inputs.tokenizer_source)
 
     def run(self) -> TrainingResult:
@@ -152,7 +152,7 @@ class Trainer:
         if self._teacher is not None and saved == 0:
             self._evaluate(self._plan())
         with keeping_freed_memory(), StopSignals() as stop:
-            while self.position.step < self.schedule.steps and not self._team.any(stop.asked):
+            while self.position.step < self.schedule.steps and not self._mesh.any(stop.asked):
                 plan = self._plan()
                 self._enter_phase(plan)
                 losses = self._step(plan).losses
@@ -181,24 +181,24 @@ class Trainer:
         """The model's, in the present phase."""
         return self.model.config
 
-    def _latest(self, progress: Progress) -> Save | None:
+    def _latest(self, progress: Progress) -> TrainingCheckpoint | None:
         """The save to go on from, which the first process finds and verifies."""
-        save = self._saves.latest(progress) if self._team.is_first else None
-        step = self._team.from_first(-1 if save is None else save.step)
+        save = self._saves.latest(progress) if self._mesh.is_main_process else None
+        step = self._mesh.broadcast(-1 if save is None else save.step)
         return self._saves.open(step) if save is None and step >= 0 else save
 
-    def _resumed(self, save: Save) -> Position:
+    def _resumed(self, save: TrainingCheckpoint) -> Position:
         """Where `save` is. Raises UserError if it is not of this recipe on this basis."""
         folder = str(self.run_folder.path)
         position = check_resumable(
-            save.facts,
+            save.metadata,
             self.recipe,
             self._inputs.fingerprints,
             self.schedule,
             folder,
             self._inputs.teacher_fingerprint,
         )
-        check_config(save.facts, self._inputs.configs, self.schedule, folder)
+        check_config(save.metadata, self._inputs.configs, self.schedule, folder)
         return position
 
     def _plan(self) -> StepPlan:
@@ -215,31 +215,31 @@ class Trainer:
         tensors.clear()
         self.model: Transformer = new_model(config, self.recipe, self._inputs.base_model, weights)
         del weights
-        self._passes, self.layout = new_passes(
+        self._passes, self.sharded = new_passes(
             self.model,
-            self._team,
+            self._mesh,
             device=self.recipe.device,
             dtype=self._dtype,
             sequence_length=self.recipe.phase[self._phase].sequence_length,
             teacher=self._teacher,
         )
-        self.optimizer: Optimizer = new_optimizer(self.model, self.recipe, moments, self.layout)
+        self.optimizer: Optimizer = new_optimizer(self.model, self.recipe, moments, self.sharded)
         if random is not None:
             torch.set_rng_state(random)
         self._watch = RouterWatch(
             self.model,
             sequence_weight=self.recipe.balance.sequence_weight,
-            team=self._team,
+            mesh=self._mesh,
         )
 
     def _enter_phase(self, plan: StepPlan) -> None:
         if plan.phase_index == self._phase:
             return
         self._phase = plan.phase_index
-        state = state_tensors(self.layout, self.optimizer)
+        state = state_tensors(self.sharded, self.optimizer)
         tensors = {name: tensor.cpu() for name, tensor in state}
         # Weights and moments are moved, not held twice.
-        del state, self.model, self._passes, self.layout, self.optimizer, self._watch
+        del state, self.model, self._passes, self.sharded, self.optimizer, self._watch
         gc.collect()  # gates and what watches them refer to each other
         self._build(tensors)
         self._meter = self._new_meter()
@@ -247,7 +247,7 @@ class Trainer:
 
     def _step(self, plan: StepPlan) -> StepResult:
         began = time.monotonic()
-        share = self._team.share(plan.first_row, plan.rows)
+        share = self._mesh.batch_shard(plan.first_row, plan.rows)
         batch = self._present.train.batch(share.first, share.rows).to(self.recipe.device)
         result = train_step(
             self._passes,
@@ -256,7 +256,7 @@ class Trainer:
             batch,
             plan,
             num_ahead=1 + self.config.num_nextn_predict_layers,
-            team=self._team,
+            mesh=self._mesh,
         )
         if not result.is_finite:
             self._stop_at(plan, result)
@@ -277,14 +277,14 @@ class Trainer:
 
     def _stop_at(self, plan: StepPlan, result: StepResult) -> None:
         self._saves.wait()
-        if not self._team.from_first(int(plan.step in self._saves.steps())):
+        if not self._mesh.broadcast(int(plan.step in self._saves.steps())):
             self._save()
         kept = "kept by the first process"
-        if self._team.is_first:
+        if self._mesh.is_main_process:
             path = batch_file(self.run_folder.path, plan.step)
             kept = keep_batch(path, plan.step, self._present.train.batch(plan.first_row, plan.rows))
         self._saves.wait()
-        self._team.wait()
+        self._mesh.barrier()
         losses = (*result.losses, result.matched or 0.0)
         what = "gradient" if all(map(_is_finite, losses)) else "loss"
         raise UserError(
@@ -301,7 +301,7 @@ class Trainer:
         self.log.status("evaluating")
         batches = self._held_out_batches(plan)
         num_ahead = 1 + self.config.num_nextn_predict_layers
-        found = evaluate(self._passes, batches, num_ahead=num_ahead, team=self._team)
+        found = evaluate(self._passes, batches, num_ahead=num_ahead, mesh=self._mesh)
         self._advance(0, time.monotonic() - began)
         self.log.status("")
         tokens = self.schedule.tokens_before(self.position.step)
@@ -317,8 +317,8 @@ class Trainer:
         rows = min(self.recipe.evaluation.sequences, windows.per_epoch)
         size = plan.phase.micro_batch_size
         firsts = range(0, rows, size)
-        for round_first in range(0, len(firsts), self._team.row_parts):
-            mine = round_first + self._team.row_part
+        for round_first in range(0, len(firsts), self._mesh.data_parallel_size):
+            mine = round_first + self._mesh.data_parallel_rank
             first = firsts[min(mine, len(firsts) - 1)]
             batch = windows.batch(first, min(size, rows - first))
             if mine >= len(firsts):
@@ -328,9 +328,9 @@ class Trainer:
     def _save(self) -> None:
         began = time.monotonic()
         self._saves.wait()  # its copy of the state goes before the next is made
-        tensors = snapshot(self.layout, self.optimizer, keep=self._team.is_first)
-        if self._team.is_first:
-            self._saves.write_later(
+        tensors = snapshot(self.sharded, self.optimizer, keep=self._mesh.is_main_process)
+        if self._mesh.is_main_process:
+            self._saves.write_async(
                 self.position.step,
                 {"state": tensors},
                 facts(
@@ -348,19 +348,19 @@ class Trainer:
 
     def _export(self) -> Path:
         dst = self.run_folder.path / MODEL_FOLDER
-        if self._team.from_first(int(dst.exists())):
+        if self._mesh.broadcast(int(dst.exists())):
             return dst
         weights = {
             name: tensor.cpu()
-            for name, tensor in self.layout.whole_parameters()
-            if self._team.is_first
+            for name, tensor in self.sharded.full_parameters()
+            if self._mesh.is_main_process
         }
         if self.recipe.lora is not None:
             weights = dict(merged(weights, self.recipe.lora))
-        if self._team.is_first:
+        if self._mesh.is_main_process:
             dtype = "fp32" if self.recipe.precision == "fp32" else "bf16"
             export(self.config, weights, dst, dtype=dtype, text=self.run_folder.path / TOKENIZER)
-        self._team.wait()
+        self._mesh.barrier()
         return dst
 
     @property
@@ -373,7 +373,7 @@ class Trainer:
             flops_per_token=training_flops(
                 self.config, self.recipe, phase, self._inputs.teacher_config
             ),
-            gemm_rate=measure_gemm_rate(self._dtype, self.recipe.device) * self._team.world,
+            gemm_rate=measure_gemm_rate(self._dtype, self.recipe.device) * self._mesh.world_size,
             device=torch.device(self.recipe.device),
         )
 
@@ -385,13 +385,13 @@ class Trainer:
             "MTP parameters": count.mtp,
             "precision": self.recipe.precision,
             "device": self.recipe.device,
-            "processes": self._team.world,
+            "processes": self._mesh.world_size,
             "threads": torch.get_num_threads(),
             "GEMM GFLOP/s": round(self._meter.gemm_rate / 1e9),
         }
 
 
-def _tensors(save: Save | None) -> dict[str, Tensor]:
+def _tensors(save: TrainingCheckpoint | None) -> dict[str, Tensor]:
     return {} if save is None else {name: save.tensor(name) for name in save.names()}
 
 

@@ -1,7 +1,7 @@
-"""Watches the gates: load of every expert, the bias that balances it, the sequence-wise loss.
+"""Auxiliary-loss-free load balancing of experts (arXiv 2408.15664): expert load statistics,
+selection bias updates, and the sequence-wise balance loss (DeepSeek-V3 section 2.1.2).
 
-Owns everything that training adds to routing (DeepSeek-V3 section 2.1.2; arXiv 2408.15664). The
-model's own code is untouched: a hook on each gate sees its routing.
+A hook on every gate observes its routing; the model itself has no code for it.
 """
 
 import math
@@ -18,27 +18,27 @@ from lowlat.model.block import DecoderLayer
 from lowlat.model.moe import Gate, MoE
 from lowlat.model.transformer import Transformer
 from lowlat.ops.routing import Routing
-from lowlat.train.parallel.relay import AXIS as PIPELINE
-from lowlat.train.parallel.relay import along_pipeline
-from lowlat.train.parallel.team import TOKENS, Team
+from lowlat.train.parallel.mesh import TOKEN_AXES, ProcessMesh
+from lowlat.train.parallel.pipeline_gather import AXIS as PIPELINE
+from lowlat.train.parallel.pipeline_gather import gather_along_pipeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateLoad:
-    """What one gate did over a global batch."""
+    """Expert load of one gate over a global batch."""
 
     layer: int
     """Decoder layer from 0; MTP modules follow the last."""
     load: Float[Tensor, "experts"]
-    """Share of the choices that fell on each expert; sums to 1."""
+    """Fraction of the routed tokens per expert; sums to 1."""
     max_violation: float
     """Largest load over the mean, minus 1 (MaxVio of arXiv 2408.15664)."""
     entropy: float
-    """Of the load over ln(experts): 1 is perfect balance."""
+    """Entropy of the load over ln(experts): 1 is perfect balance."""
     token_entropy: float
-    """Mean entropy of a token's normalised scores, nats: how decided the gate is."""
+    """Mean entropy of a token's normalised scores, nats."""
     bias_range: tuple[float, float]
-    """Smallest and largest selection bias; zeros where there is none."""
+    """Smallest and largest selection bias; zeros without a bias."""
 
 
 class _Watched:
@@ -53,19 +53,19 @@ class _Watched:
 
 
 class RouterWatch:
-    """Hooks on every gate of a model; lives as long as the training.
+    """Hooks on every gate of a model for the duration of training.
 
-    `sequence_weight` is alpha of the sequence-wise loss; the processes of `team` share batches.
+    `sequence_weight` is alpha of the sequence-wise balance loss; `mesh` divides the batches.
     """
 
     def __init__(
-        self, model: Transformer, *, sequence_weight: float, team: Team | None = None
+        self, model: Transformer, *, sequence_weight: float, mesh: ProcessMesh | None = None
     ) -> None:
         self.sequence_weight = sequence_weight
-        self._team = team or Team()
+        self._mesh = mesh or ProcessMesh()
         self._sequence_length = 0
         self._num_sequences = 0
-        # Where the model is, in a process without gates too: a sum over processes needs all alike.
+        # On the model's device even without gates: the all-reduce needs it in every process.
         device = next(model.parameters()).device
         self._sequence_loss = torch.zeros((), dtype=torch.float64, device=device)
         self._enabled = False
@@ -77,8 +77,8 @@ class RouterWatch:
 
     @contextmanager
     def watching(self, *, sequence_length: int, num_sequences: int) -> Iterator[None]:
-        """A global batch of `num_sequences` rows of `sequence_length` tokens; passes outside are
-        not watched.
+        """Observe a global batch of `num_sequences` sequences of `sequence_length` tokens; passes
+        outside are not counted.
         """
         self._sequence_length, self._num_sequences = sequence_length, num_sequences
         self._sequence_loss.zero_()
@@ -91,25 +91,27 @@ class RouterWatch:
             self._enabled = False
 
     def reduce(self) -> None:
-        """Sum the counters over processes, once per global batch."""
+        """All-reduce the counters, once per global batch."""
         counters = [watched.counters for watched in self._gates]
         own = [*counters, self._sequence_loss[None]] if counters else []
         if own:
             sizes = [len(part) for part in own]
-            *sums, loss = self._team.sum(torch.cat(own), TOKENS).split(sizes)
+            *sums, loss = self._mesh.sum(torch.cat(own), TOKEN_AXES).split(sizes)
             for watched, total in zip(self._gates, sums, strict=True):
                 watched.counters.copy_(total)
             self._sequence_loss.copy_(loss[0])
-        self._sequence_loss.copy_(self._team.sum(self._sequence_loss, (PIPELINE,)))
+        self._sequence_loss.copy_(self._mesh.sum(self._sequence_loss, (PIPELINE,)))
 
     @property
     def sequence_loss(self) -> float:
-        """The sequence-wise loss of the batch, summed over layers, alpha included."""
+        """The sequence-wise balance loss of the batch, summed over layers, alpha included."""
         return self._sequence_loss.item()
 
     @torch.no_grad()
     def update_biases(self, speed: float) -> None:
-        """b_i += speed * sign(mean load - load_i), loads over the whole batch; once per step."""
+        """Auxiliary-loss-free balancing: b_i += speed * sign(mean load - load_i) with the loads of
+        the whole batch; once per step.
+        """
         for watched in self._gates:
             bias = watched.gate.e_score_correction_bias
             if bias is not None and speed > 0:
@@ -117,9 +119,11 @@ class RouterWatch:
                 bias += speed * (load.mean() - load).sign().to(bias.dtype)
 
     def loads(self) -> list[GateLoad]:
-        """What every gate of the model did over the batch; collective."""
+        """The load of every gate of the model over the batch; collective."""
         own = ((str(watched.layer), _facts(watched)) for watched in self._gates)
-        loads = [_gate_load(int(layer), facts) for layer, facts in along_pipeline(self._team, own)]
+        loads = [
+            _gate_load(int(layer), facts) for layer, facts in gather_along_pipeline(self._mesh, own)
+        ]
         return sorted(loads, key=lambda load: load.layer)
 
     def _hook(self, watched: _Watched) -> Any:
@@ -148,12 +152,12 @@ class RouterWatch:
         watched.counters[-1] += len(shares)
 
     def _sequence_wise(self, gate: Gate, routing: Routing) -> Float[Tensor, ""]:
-        parts = self._team.size("context")
+        parts = self._mesh.size("context")
         scores = routing.scores.unflatten(0, (-1, self._sequence_length // parts))
-        frequency = self._team.sum(
+        frequency = self._mesh.sum(
             choice_frequency(scores, gate.moe.num_experts_per_tok), ("context",)
         )
-        # Both are means over what a process has of a sequence, of which there are `parts` alike.
+        # Both are means over this process's part of a sequence, one of `parts` equal parts.
         losses = (frequency * mean_share(scores)).sum(dim=-1) / parts**2
         return self.sequence_weight / self._num_sequences * losses.sum()
 
@@ -162,7 +166,8 @@ def choice_frequency(
     scores: Float[Tensor, "sequences length experts"], chosen: int
 ) -> Float[Tensor, "sequences experts"]:
     """f_i of every sequence (DeepSeek-V3 equation 18): how often an expert is among the `chosen`
-    best unbiased scores of a token, what the gate would do without its bias; 1 on average.
+    best unbiased scores of a token, that is, what the gate would choose without its bias; 1 on
+    average.
     """
     sequences, length, num_experts = scores.shape
     counts = scores.new_zeros(sequences, num_experts)
@@ -196,7 +201,7 @@ def gates(model: Transformer) -> Iterator[tuple[int, Gate]]:
 
 
 class _AddLoss(torch.autograd.Function):
-    """Passes weights through and adds a loss of its own to whatever is differentiated."""
+    """Identity on weights that adds a loss to whatever is differentiated."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, loss: Tensor) -> Tensor:
@@ -211,7 +216,7 @@ class _AddLoss(torch.autograd.Function):
 
 
 def _in_backward() -> bool:
-    """Whether a layer is being computed again for its backward pass: it was counted before."""
+    """Whether activation checkpointing is recomputing a layer, which was already counted."""
     return torch._C._current_graph_task_id() != -1
 
 

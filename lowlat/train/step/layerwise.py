@@ -1,7 +1,7 @@
-"""Learning layer by layer: every layer of a model gets what the teacher's layer got and should make
-of it what that made. So all layers learn at once, each as if the others were right.
+"""Layer-wise distillation: every layer of the student gets the input of the teacher's layer and
+learns its output, so that all layers learn independently.
 
-Owns the error of a layer and the order of passes; one layer's activations live at a time.
+Only one layer's activations are in memory at a time.
 """
 
 from typing import Literal
@@ -28,11 +28,11 @@ def layer_errors(
     targets: int,
     dtype: torch.dtype,
 ) -> float:
-    """Errors of the layers of `model` over the rows of `batch`, and their gradients.
+    """Errors of the layers of `model` over the sequences of `batch`, with backward passes.
 
-    A layer's error in a row is |made - wanted|^2 / |wanted|^2 of all that its attention, or the
-    layer as a whole, adds to its input. Rows weigh as many as they have targets, of which the
-    global batch has `targets`. Returns the mean over layers, summed over the targets.
+    A layer's error in a sequence is |student - teacher|^2 / |teacher|^2 of what its attention, or
+    the layer as a whole, adds to its input. A sequence's weight is its number of targets, of which
+    the global batch has `targets`. Returns the mean over layers, summed over the targets.
     """
     num_ahead = 1 + len(model.mtp)
     length = batch.sequence_length(num_ahead)
@@ -61,7 +61,7 @@ def layer_errors(
 def _relative_errors(
     made: Float[Tensor, "tokens hidden"], wanted: Float[Tensor, "tokens hidden"], rows: int
 ) -> Float[Tensor, "rows"]:
-    """Squared error of each row over the square of what is wanted, fp32 (fp64 of fp64)."""
+    """Squared error of each sequence relative to the squared target, fp32 (fp64 of fp64)."""
     wide = torch.promote_types(made.dtype, torch.float32)
     wanted = wanted.to(wide)
     error = (made.to(wide) - wanted).square().view(rows, -1).sum(dim=1)

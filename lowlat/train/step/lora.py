@@ -1,8 +1,7 @@
-"""LoRA in training (arXiv 2106.09685): which projections get an update, what of a model is then
-trained and saved, and how updates are merged into the weights.
+"""LoRA training (arXiv 2106.09685): which projections get a low-rank update, the trainable and
+checkpointed parameters, and merging of updates into the weights.
 
-Owns the rules; parameters and products of updates are `model.low_rank`'s, their files
-`lora_files`'s.
+The modules are in `layers.lora`, peft's file format in `run.lora_files`.
 """
 
 import math
@@ -14,22 +13,22 @@ from torch import Tensor, nn
 
 from lowlat.config.model import ModelConfig
 from lowlat.model.linear import Linear
-from lowlat.model.low_rank import LowRank, LowRankExperts
-from lowlat.model.moe import StackedExperts
-from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
+from lowlat.train.layers.lora import LoraExperts, LoraLinear, LowRank, LowRankExperts
+from lowlat.train.layers.replace import replace_modules
+from lowlat.train.layers.stacked_experts import StackedExperts, stack_experts
 from lowlat.train.recipe.schema import LoraConfig, Recipe
 from lowlat.train.step.trainable import check_biases_stay
 from lowlat.utils.errors import UserError
 
 UPDATE = ".low_rank."
-"""In the name of every parameter of an update, after the name of the module it belongs to."""
+"""Follows the module's name in the name of every LoRA parameter."""
 A, B = "lora_A", "lora_B"
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def check_lora(config: ModelConfig, recipe: Recipe, origin: str) -> None:
-    """Raises UserError where `recipe` asks for what does not go with frozen weights."""
+    """Raises UserError if `recipe` combines LoRA with an option that frozen weights exclude."""
     if recipe.lora is None:
         return
     if recipe.precision == "fp8":
@@ -42,13 +41,13 @@ def check_lora(config: ModelConfig, recipe: Recipe, origin: str) -> None:
 
 
 def base_dtype(recipe: Recipe) -> str:
-    """Of the frozen weights in memory: that of the products."""
+    """Dtype of the frozen weights in memory: that of the products."""
     return "fp32" if recipe.precision == "fp32" else "bf16"
 
 
-def add_updates(model: Transformer, table: LoraConfig, *, seed: int, origin: str) -> None:
-    """Freeze `model` and give the projections that `table` names an update that changes nothing
-    yet: A uniform within 1 / sqrt(in), as peft draws it, B zero.
+def add_lora(model: Transformer, table: LoraConfig, *, seed: int, origin: str) -> None:
+    """Freeze `model` and give the projections in `table` an update that is zero at first: A uniform
+    within 1 / sqrt(in), as in peft, B zero.
 
     Routed experts, which must be stacked, get a pair each. Raises UserError for a name that no
     projection has.
@@ -56,11 +55,17 @@ def add_updates(model: Transformer, table: LoraConfig, *, seed: int, origin: str
     _check_modules({name for name, _, _ in _projections(model)}, table, origin)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, module, weight in list(_projections(model)):
+
+    def with_update(path: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, StackedExperts):
-            module.low_rank = _of_experts(module, table)
-        elif name in table.target_modules:
-            module.low_rank = _update(weight, table)
+            updates = _of_experts(module, table)
+            return None if updates is None else LoraExperts(module, updates)
+        is_named = path.rpartition(".")[2] in table.target_modules and module is not model.lm_head
+        if isinstance(module, Linear) and is_named:
+            return LoraLinear(module, _update(module.weight, table))
+        return None
+
+    replace_modules(model, with_update)
     for module in model.modules():
         if isinstance(module, LowRank):
             bound = 1 / math.sqrt(module.lora_A.shape[-1])
@@ -69,7 +74,7 @@ def add_updates(model: Transformer, table: LoraConfig, *, seed: int, origin: str
 
 
 def _projections(model: Transformer) -> Iterator[tuple[str, Linear | StackedExperts, Tensor]]:
-    """Every projection that may have an update: its name, the module that has it, its weight."""
+    """Every projection that may have an update: its name, its module, its weight."""
     for name, module in model.named_modules():
         if isinstance(module, StackedExperts):
             yield from ((own, module, weight) for own, weight in _expert_weights(module).items())
@@ -78,8 +83,8 @@ def _projections(model: Transformer) -> Iterator[tuple[str, Linear | StackedExpe
 
 
 def _check_modules(present: set[str], table: LoraConfig, origin: str) -> None:
-    """Raises UserError where `table` names a projection that is not among those `present`; of the
-    default ones any will do.
+    """Raises UserError if `table` names a projection that is not in `present`; of the default names
+    one suffices.
     """
     absent = sorted(set(table.target_modules) - present)
     none = not set(table.target_modules) & present
@@ -92,7 +97,7 @@ def _check_modules(present: set[str], table: LoraConfig, origin: str) -> None:
 
 @lru_cache(maxsize=8)
 def _shapes(config: ModelConfig) -> tuple[tuple[str, torch.Size], ...]:
-    """Names and shapes of all projections of a model of `config`, for which no memory is taken."""
+    """Names and shapes of all projections of a model of `config`, without allocating it."""
     with torch.device("meta"):
         model = Transformer(config)
         stack_experts(model)
@@ -100,14 +105,14 @@ def _shapes(config: ModelConfig) -> tuple[tuple[str, torch.Size], ...]:
 
 
 def updated_shapes(config: ModelConfig, table: LoraConfig) -> list[torch.Size]:
-    """Of the weights of a model of `config` that `table` asks updates of; experts' are stacked, and
-    gate and up stand for themselves.
+    """Shapes of the weights of a model of `config` that get updates from `table`; experts are
+    stacked, gate and up separate.
     """
     return [shape for name, shape in _shapes(config) if name in table.target_modules]
 
 
 def count_updates(config: ModelConfig, table: LoraConfig) -> int:
-    """Parameters of the updates that `table` asks of a model of `config`."""
+    """Number of LoRA parameters for `table` on a model of `config`."""
     return sum(
         math.prod(stack) * table.rank * (rows + columns)
         for *stack, rows, columns in updated_shapes(config, table)
@@ -115,7 +120,7 @@ def count_updates(config: ModelConfig, table: LoraConfig) -> int:
 
 
 def count_added_up(config: ModelConfig, table: LoraConfig) -> int:
-    """Weights of experts that are added up with their updates in every pass
+    """Number of expert weights that are summed with their updates in every pass
     (`LowRankExperts.added`): gate and up rows are one tensor, so an update of one copies both.
     """
     asked = set(table.target_modules)
@@ -126,18 +131,18 @@ def count_added_up(config: ModelConfig, table: LoraConfig) -> int:
     )
 
 
-def is_update(name: str) -> bool:
-    """Whether the parameter `name` belongs to an update."""
+def is_lora_parameter(name: str) -> bool:
+    """Whether the parameter `name` belongs to a low-rank update."""
     return UPDATE in name
 
 
 def merged(parameters: Mapping[str, Tensor], table: LoraConfig) -> Iterator[tuple[str, Tensor]]:
-    """`parameters`, experts stacked, with their updates added in fp32: those of a model without
-    updates, one after the other.
+    """Merge updates into the weights, in fp32: yields the parameters of a model without LoRA, one
+    at a time. Experts are stacked.
     """
     scale = table.alpha / table.rank
     for name, weight in parameters.items():
-        if is_update(name):
+        if is_lora_parameter(name):
             continue
         owner, _, own = name.rpartition(".")
         if own == "gate_up_proj":
@@ -159,7 +164,7 @@ def _sum(weight: Tensor, delta: Tensor | None) -> Tensor:
 def _delta(
     parameters: Mapping[str, Tensor], owner: str, scale: float, part: str | None = None
 ) -> Tensor | None:
-    """What is added to the weight of module `owner`, or to its experts' projection `part`."""
+    """The update of the weight of module `owner`, or of its experts' projection `part`."""
     prefix = owner + UPDATE + (f"{part}." if part else "")
     if prefix + A not in parameters:
         return None

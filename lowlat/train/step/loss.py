@@ -1,7 +1,7 @@
-"""The losses of a batch: next token, MTP, z, divergence from a teacher. Owns which tokens are
-targets of which head.
+"""Training losses: next-token cross entropy, MTP loss (DeepSeek-V3 section 2.2), z-loss and
+distillation, with the target mask of each head.
 
-The sequence-wise balance loss is added inside the gates, by `balance`.
+The sequence-wise balance loss is added in the gates, by `balance`.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ from lowlat.train.step.teacher import Teacher, TeacherHead
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossSums:
-    """Sums over the targets of some rows, fp32."""
+    """Sums over the targets of some sequences, fp32."""
 
     total: Float[Tensor, ""]
-    """What is differentiated: the weighted sum of everything, each divided by its number of
+    """The differentiable total: the weighted sum of all losses, each divided by its number of
     targets in the global batch.
     """
     heads: Float[Tensor, "heads"]
@@ -32,7 +32,7 @@ class LossSums:
     z: Float[Tensor, ""]
     """Squared log-denominators of the main head; zero with a teacher."""
     matched: Float[Tensor, ""] | None = None
-    """With a teacher, the main head's divergence from it, nats."""
+    """With a teacher, the main head's KL divergence from it, nats."""
 
     def figures(self) -> Float[Tensor, "figures"]:
         """Heads, z and, with a teacher, the divergence: fp64 on the CPU."""
@@ -41,10 +41,10 @@ class LossSums:
 
 
 def counted(batch: Batch, num_ahead: int, depth: int) -> Bool[Tensor, "rows sequence_length"]:
-    """Which targets of head `depth` count: 0 the main head, k + 1 MTP module k.
+    """Target mask of head `depth`: 0 the main head, k + 1 MTP module k.
 
-    A token counts for an MTP module where all tokens on the way to it count too, so that no module
-    predicts across the border of a document.
+    A token is a target of an MTP module if all tokens on the way to it are targets, too, so that no
+    module predicts across a document boundary.
     """
     length = batch.sequence_length(num_ahead)
     result = batch.loss_mask[:, 1 : length + 1]
@@ -54,7 +54,7 @@ def counted(batch: Batch, num_ahead: int, depth: int) -> Bool[Tensor, "rows sequ
 
 
 def count_targets(batch: Batch, num_ahead: int) -> list[int]:
-    """Targets of the main head and of each MTP module."""
+    """Number of targets of the main head and of each MTP module."""
     return [int(counted(batch, num_ahead, depth).sum()) for depth in range(num_ahead)]
 
 
@@ -71,8 +71,8 @@ def batch_loss(
     teacher: Teacher | None = None,
 ) -> LossSums:
     """Losses of `batch` with activations of `dtype`; `targets` are the global batch's
-    `count_targets` (DeepSeek-V3 equations 24 and 25: MTP losses are averaged over depths and
-    weighted by lambda). With `teacher` the main head learns from it.
+    `count_targets`. MTP loss as in DeepSeek-V3 equations 24 and 25: averaged over depths and
+    weighted by lambda. With `teacher` the main head is distilled from it.
     """
     length = batch.sequence_length(1 + len(model.mtp))
     ids = batch.tokens[:, :length].flatten()
@@ -103,8 +103,8 @@ def head_losses(
     z_weight: float,
     taught: TeacherHead | None = None,
 ) -> LossSums:
-    """The part of `batch_loss` after the final norm, which gave `hidden`: heads and MTP modules;
-    `taught` is what the main head should say.
+    """The part of `batch_loss` after the final norm, with its output `hidden`: heads and MTP
+    modules; the main head is distilled from `taught`.
     """
     num_ahead = 1 + len(model.mtp)
     length = batch.sequence_length(num_ahead)

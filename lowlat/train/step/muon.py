@@ -1,5 +1,5 @@
-"""Muon: momentum whose matrices are made orthogonal (Keller Jordan 2024), scaled as Moonlight does
-(arXiv 2502.16982 section 2.2), for matrices and stacks of matrices.
+"""Muon optimizer (Keller Jordan 2024): momentum orthogonalised by Newton-Schulz iteration, scaled
+as in Moonlight (arXiv 2502.16982 section 2.2), for matrices and stacks of matrices.
 
 torch.optim.Muon takes single matrices only; stacked experts are three-dimensional.
 """
@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowlat.train.parallel.division import Division
-from lowlat.train.parallel.team import Team
+from lowlat.train.parallel.mesh import ProcessMesh
+from lowlat.train.parallel.sharding import Sharding
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic Newton-Schulz iteration."""
+"""Coefficients of the quintic Newton-Schulz iteration."""
 ITERATIONS = 5
 UPDATE_RMS = 0.2
-"""Root mean square of an update, AdamW's usual one, so that both share a learning rate."""
+"""RMS of an update: that of AdamW, so that both share a learning rate."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -27,20 +27,20 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         params: Sequence[nn.Parameter],
-        divisions: Sequence[Division] | None = None,
+        shardings: Sequence[Sharding] | None = None,
         blocks: Sequence[int] | None = None,
         *,
         lr: float = 0.0,
         momentum: float = 0.95,
         weight_decay: float = 0.1,
     ) -> None:
-        """`divisions` say which pieces of whole tensors `params` are; without, they are whole.
-        `blocks` say how many matrices lie one below the other in each, 2 where gate rows are
-        followed by up rows; without, one.
+        """`shardings` tell which shards of full tensors `params` are; by default they are full.
+        `blocks` is the number of matrices stacked along the rows of each, 2 where gate rows precede
+        up rows; by default 1.
         """
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        divisions = divisions or [Division(Team(), p.shape) for p in params]
-        self._divisions = dict(zip(map(id, params), divisions, strict=True))
+        shardings = shardings or [Sharding(ProcessMesh(), p.shape) for p in params]
+        self._shardings = dict(zip(map(id, params), shardings, strict=True))
         self._blocks = dict(zip(map(id, params), blocks or [1] * len(params), strict=True))
 
     @torch.no_grad()
@@ -60,12 +60,12 @@ class Muon(torch.optim.Optimizer):
         momentum = state["momentum"]
         momentum.mul_(group["momentum"]).add_(parameter.grad)
         nesterov = parameter.grad.add(momentum, alpha=group["momentum"])
-        division = self._divisions[id(parameter)]
-        within = division.within_matrices()
-        whole = within.whole(nesterov)
+        sharding = self._shardings[id(parameter)]
+        within = sharding.within_matrices()
+        whole = within.full(nesterov)
         rows, columns = whole.shape[-2] // self._blocks[id(parameter)], whole.shape[-1]
         matrices = whole.unflatten(-2, (-1, rows))
-        update = within.own(orthogonalized(matrices).flatten(-3, -2))
+        update = within.local(orthogonalized(matrices).flatten(-3, -2))
         scale = UPDATE_RMS * max(rows, columns) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * scale)
@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalized(
     matrices: Float[Tensor, "*stack rows columns"],
 ) -> Float[Tensor, "*stack rows columns"]:
-    """Each matrix with its singular values brought near 1 by Newton-Schulz iteration, in its own
+    """Newton-Schulz iteration: each matrix with its singular values brought near 1, in its own
     dtype.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]

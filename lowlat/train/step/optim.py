@@ -1,5 +1,5 @@
-"""AdamW and Muon over the parameters of a model. Owns which parameter is treated how, clipping,
-and the optimiser's state by parameter name.
+"""AdamW and Muon over the parameters of a model: parameter groups, gradient clipping, and optimizer
+state by parameter name.
 """
 
 from collections.abc import Iterable, Iterator, MutableMapping
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lowlat.model.linear import Embedding, Linear
 from lowlat.model.moe import Gate
-from lowlat.model.stacking import GATE_UP
 from lowlat.model.transformer import Transformer
-from lowlat.train.parallel.layout import Layout
-from lowlat.train.parallel.relay import along_pipeline
+from lowlat.train.layers.stacked_experts import GATE_UP
+from lowlat.train.parallel.parallelize import ShardedParameters
+from lowlat.train.parallel.pipeline_gather import gather_along_pipeline
 from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.step.muon import Muon
 
@@ -20,14 +20,14 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 class Optimizer:
-    """One or two of torch's optimisers over all parameters that take gradients."""
+    """One or two torch optimizers over all trainable parameters."""
 
     def __init__(
-        self, model: nn.Module, table: OptimizerConfig, layout: Layout | None = None
+        self, model: nn.Module, table: OptimizerConfig, sharded: ShardedParameters | None = None
     ) -> None:
-        """`layout` says where the parameters of `model` are; without, in this process."""
-        self._layout = layout or Layout.undivided(model)
-        hidden, outer, plain = _groups(model, self._layout)
+        """`sharded` holds the shards of the parameters of `model`; by default they are full."""
+        self._sharded = sharded or ShardedParameters.unsharded(model)
+        hidden, outer, plain = _groups(model, self._sharded)
         self.max_grad_norm = table.max_grad_norm
         self._named = [*hidden, *outer, *plain]
         muon = hidden if table.name == "muon" else []
@@ -45,7 +45,7 @@ class Optimizer:
         self._muon = (
             Muon(
                 [p for _, p in muon],
-                [self._layout.division(name) for name, _ in muon],
+                [self._sharded.sharding(name) for name, _ in muon],
                 [2 if name.endswith(GATE_UP) else 1 for name, _ in muon],
                 momentum=table.momentum,
                 weight_decay=table.weight_decay,
@@ -55,12 +55,12 @@ class Optimizer:
         )
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, forget the gradients; the gradient norm before clipping.
+        """Clip, update, zero the gradients; returns the gradient norm before clipping.
 
-        Nothing is updated where the norm is not finite.
+        Nothing is updated if the norm is not finite.
         """
-        self._layout.take_gradients()
-        norm = self._layout.gradient_norm(name for name, _ in self._named)
+        self._sharded.reduce_gradients()
+        norm = self._sharded.gradient_norm(name for name, _ in self._named)
         if norm.isfinite():
             parameters = [p for _, p in self._named]
             if 0 < self.max_grad_norm < norm:
@@ -73,68 +73,68 @@ class Optimizer:
         return norm.item()
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
-        self._layout.forget_gradients()
+        """Drop the gradients."""
+        self._sharded.zero_grad()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The whole state, as ('exp_avg.layers.0.mlp.up_proj.weight', tensor), one tensor after the
-        other; empty before the first step. Collective.
+        """The full state, as ('exp_avg.layers.0.mlp.up_proj.weight', tensor), one tensor at a time;
+        empty before the first step. Collective.
         """
-        yield from along_pipeline(self._layout.team, self._own_tensors())
+        yield from gather_along_pipeline(self._sharded.mesh, self._own_tensors())
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for optimizer in self._optimizers():
             for name, parameter in self._named:
-                if name in self._layout.copies:
+                if name in self._sharded.copies:
                     continue
-                division = self._layout.division(name)
+                sharding = self._sharded.sharding(name)
                 for key, value in optimizer.state.get(parameter, {}).items():
-                    yield f"{key}.{name}", value if value.ndim == 0 else division.whole(value)
+                    yield f"{key}.{name}", value if value.ndim == 0 else sharding.full(value)
 
     def load(self, tensors: MutableMapping[str, Tensor]) -> None:
-        """Take what `tensors` gave out of a mapping, copying one after the other."""
+        """Load the state that `tensors` gave, popping one tensor at a time from the mapping."""
         for optimizer in self._optimizers():
             keys = ("momentum",) if optimizer is self._muon else ADAMW_STATE
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for name, parameter in self._named:
-                # What no gradient has reached yet has no state.
+                # Parameters without any gradient so far have no state.
                 if id(parameter) in own and f"{keys[0]}.{name}" in tensors:
-                    division = self._layout.division(name)
+                    sharding = self._sharded.sharding(name)
                     own_state = optimizer.state[parameter]
                     for key in keys:
                         value = tensors.pop(f"{key}.{name}")
-                        piece = value if value.ndim == 0 else division.own(value)
-                        own_state[key] = piece.to(parameter.device, copy=True)
+                        local = value if value.ndim == 0 else sharding.local(value)
+                        own_state[key] = local.to(parameter.device, copy=True)
 
     def _optimizers(self) -> Iterable[torch.optim.Optimizer]:
         return [one for one in (self._adamw, self._muon) if one is not None]
 
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps per parameter."""
+"""State of AdamW per parameter."""
 
 
-def _groups(model: nn.Module, layout: Layout) -> tuple[Named, Named, Named]:
-    """Hidden matrices, matrices at the ends (embedding, head, gates), vectors (norms, biases), of
-    each what this process has.
+def _groups(model: nn.Module, sharded: ShardedParameters) -> tuple[Named, Named, Named]:
+    """Trainable shards of this process: hidden matrices, outer matrices (embedding, head, gates),
+    vectors (norms, biases).
     """
     hidden: Named = []
     outer: Named = []
     plain: Named = []
     ends = _ends(model)
-    for laid in layout.laid:
-        parameter = laid.parameter
+    for param in sharded.parameters:
+        parameter = param.parameter
         if not parameter.requires_grad:
             continue
         if parameter.ndim < 2:
-            plain.append((laid.name, laid.piece))
+            plain.append((param.name, param.local))
         else:
-            (outer if id(parameter) in ends else hidden).append((laid.name, laid.piece))
+            (outer if id(parameter) in ends else hidden).append((param.name, param.local))
     return hidden, outer, plain
 
 
 def _ends(model: nn.Module) -> set[int]:
-    """Identities of the matrices that face tokens or experts rather than hidden channels."""
+    """Identities of the embedding, head and gate matrices."""
     found = {id(m.weight) for m in model.modules() if isinstance(m, Embedding | Gate)}
     for module in model.modules():
         if isinstance(module, Transformer):

@@ -1,6 +1,5 @@
-"""Forward and backward passes over the micro-batches of a batch: the interface, and the plain loop.
-
-Owns the order of micro-batches; the losses are `loss`'s, what gradients do is `optim`'s.
+"""Forward and backward passes over the micro-batches of a batch (gradient accumulation): the
+interface, and the implementation without pipeline parallelism.
 """
 
 from abc import ABC, abstractmethod
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
-from lowlat.train.parallel.shard import sum_over_replicas
-from lowlat.train.parallel.team import Team
-from lowlat.train.parallel.view import own_view
+from lowlat.train.parallel.fsdp import sum_over_replicas
+from lowlat.train.parallel.local_batch import local_batch
+from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schedule import StepPlan
 from lowlat.train.step.layerwise import layer_errors
 from lowlat.train.step.loss import batch_loss
@@ -23,7 +22,7 @@ from lowlat.train.step.teacher import Teacher
 
 
 class Passes(ABC):
-    """Gradients of a batch, added to those that the parameters hold."""
+    """Computes gradients of a batch and accumulates them in the parameters."""
 
     @abstractmethod
     def backward(
@@ -34,35 +33,35 @@ class Passes(ABC):
 
         Returns fp64 sums on the CPU over this process's tokens: negative log-likelihoods of the
         main head and of each MTP module, squared log-denominators, and with a teacher what the
-        phase matches: divergences, or errors of layers (`layerwise.layer_errors`), of which the
-        others are zero.
+        phase matches: KL divergences, or errors of layers (`layerwise.layer_errors`), with all
+        other sums zero.
         """
 
     @abstractmethod
     def likelihood(self, batch: Batch) -> Float[Tensor, "heads"]:
-        """Negative log-likelihoods of every head, and with a teacher the divergences from it,
-        without gradients, in one micro-batch: fp64 sums on the CPU, of which the processes of a
-        pipeline have parts.
+        """Negative log-likelihoods of every head, and with a teacher the KL divergence, without
+        gradients, in one micro-batch: fp64 sums on the CPU; in a pipeline the total over stages is
+        the result.
         """
 
 
 @final
 class PlainPasses(Passes):
-    """One micro-batch after the other through the whole model."""
+    """Micro-batch after micro-batch through the whole model."""
 
     def __init__(
         self,
         model: Transformer,
         dtype: torch.dtype,
-        team: Team | None = None,
+        mesh: ProcessMesh | None = None,
         teacher: Teacher | None = None,
     ) -> None:
-        """`dtype` is that of activations; `team` divides the model and its tokens; `teacher` is
-        learned from.
+        """`dtype` is that of activations; `mesh` divides the model and its tokens; `teacher` is
+        distilled.
         """
         self._model = model
         self._dtype = dtype
-        self._team = team or Team()
+        self._mesh = mesh or ProcessMesh()
         self._teacher = teacher
 
     def backward(
@@ -79,7 +78,7 @@ class PlainPasses(Passes):
             sum_over_replicas(self._model, index == len(parts) - 1)
             loss = batch_loss(
                 self._model,
-                *own_view(self._team, part, num_ahead),
+                *local_batch(self._mesh, part, num_ahead),
                 targets=targets,
                 mtp_weight=plan.mtp_weight,
                 z_weight=plan.phase.z_weight,
@@ -103,7 +102,7 @@ class PlainPasses(Passes):
             sums[-1] += layer_errors(
                 self._model,
                 teacher,
-                *own_view(self._team, part, len(targets)),
+                *local_batch(self._mesh, part, len(targets)),
                 match=match,
                 targets=targets[0],
                 dtype=self._dtype,
@@ -115,7 +114,7 @@ class PlainPasses(Passes):
         num_ahead = 1 + len(self._model.mtp)
         loss = batch_loss(
             self._model,
-            *own_view(self._team, batch, num_ahead),
+            *local_batch(self._mesh, batch, num_ahead),
             targets=[1] * num_ahead,
             mtp_weight=0.0,
             z_weight=0.0,

@@ -1,7 +1,5 @@
-"""One optimiser step: micro-batches forward and backward, update, routing biases.
-
-Owns the order of things within a step and what is known afterwards; nothing here reads files or
-clocks.
+"""One training step: forward and backward passes, optimizer update, routing bias update; and
+evaluation.
 """
 
 import math
@@ -11,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lowlat.data.batch import Batch
-from lowlat.train.parallel.team import ROWS, TOKENS, Team
+from lowlat.train.parallel.mesh import BATCH_AXES, TOKEN_AXES, ProcessMesh
 from lowlat.train.recipe.schedule import StepPlan
 from lowlat.train.step.balance import GateLoad, RouterWatch
 from lowlat.train.step.loss import count_targets
@@ -21,7 +19,7 @@ from lowlat.train.step.passes import Passes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What a step found out."""
+    """Losses and statistics of a step."""
 
     losses: tuple[float, ...]
     """Mean negative log-likelihood of the main head and of each MTP module, nats per token; empty
@@ -45,7 +43,7 @@ class StepResult:
 
     @property
     def is_finite(self) -> bool:
-        """Whether losses and gradient are; where they are not, nothing moved."""
+        """Whether losses and gradient are finite; if not, nothing was updated."""
         values = torch.tensor([*self.losses, self.matched or 0.0, self.grad_norm])
         return bool(values.isfinite().all())
 
@@ -58,21 +56,21 @@ def train_step(
     plan: StepPlan,
     *,
     num_ahead: int,
-    team: Team | None = None,
+    mesh: ProcessMesh | None = None,
 ) -> StepResult:
-    """Move the weights by one global batch, of which `batch` are this process's rows; num_ahead =
-    1 + num_nextn_predict_layers.
+    """Train on one global batch, of which `batch` is this process's part; num_ahead = 1 +
+    num_nextn_predict_layers.
 
-    Where a loss or the gradient is not finite, nothing moves and `is_finite` is false. Nor does
-    anything where no token of the batch is a target, for which `has_targets` is false.
+    Nothing is updated if a loss or the gradient is not finite (`is_finite` is false) or if no token
+    of the batch is a target (`has_targets` is false).
     """
-    team = team or Team()
-    targets = team.sum(torch.tensor(count_targets(batch, num_ahead)), ROWS).tolist()
+    mesh = mesh or ProcessMesh()
+    targets = mesh.sum(torch.tensor(count_targets(batch, num_ahead)), BATCH_AXES).tolist()
     length = batch.sequence_length(num_ahead)
-    with watch.watching(sequence_length=length, num_sequences=batch.rows * team.row_parts):
+    with watch.watching(sequence_length=length, num_sequences=batch.rows * mesh.data_parallel_size):
         sums = passes.backward(batch, plan, targets)
     watch.reduce()
-    sums = team.sum(sums, TOKENS)
+    sums = mesh.sum(sums, TOKEN_AXES)
     more = len(sums) - num_ahead
     # Heads without a target have sums of zero, and no mean.
     means = sums / torch.tensor([*targets, *(targets[0] for _ in range(more))]).clamp(min=1)
@@ -99,18 +97,18 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(
-    passes: Passes, batches: Iterable[Batch], *, num_ahead: int, team: Team | None = None
+    passes: Passes, batches: Iterable[Batch], *, num_ahead: int, mesh: ProcessMesh | None = None
 ) -> tuple[float, ...]:
-    """Mean loss of every head, and with a teacher the mean divergence from it, over the `batches`
-    of all processes, equally many of each, nats per token; NaN for a head of which no token is a
-    target. Nothing is updated or watched.
+    """Mean loss of every head, and with a teacher the mean KL divergence, over the `batches` of all
+    processes, equally many in each, nats per token; NaN for a head without targets. Nothing is
+    updated or counted.
     """
-    team = team or Team()
+    mesh = mesh or ProcessMesh()
     sums = torch.zeros((), dtype=torch.float64)
     counts = torch.zeros(num_ahead, dtype=torch.float64)
     for batch in batches:
         sums = sums + passes.likelihood(batch)
         counts += torch.tensor(count_targets(batch, num_ahead))
-    sums, counts = team.sum(sums, ("pipeline", *TOKENS)), team.sum(counts, ROWS)
+    sums, counts = mesh.sum(sums, ("pipeline", *TOKEN_AXES)), mesh.sum(counts, BATCH_AXES)
     counts = torch.cat([counts, counts[:1].expand(len(sums) - num_ahead)])
     return tuple((sums / counts).tolist())

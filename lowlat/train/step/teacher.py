@@ -1,6 +1,6 @@
-"""The model that another one learns from: never moved, never saved.
+"""Teacher of a distillation: a frozen model, its next-token distributions and its layer outputs.
 
-Owns its passes; losses are `loss`'s and `layerwise`'s.
+The losses are in `loss` and `layerwise`.
 """
 
 from collections.abc import Iterator
@@ -16,23 +16,23 @@ from lowlat.model.transformer import Transformer
 
 
 class TeacherHead(NamedTuple):
-    """What the teacher says about the next tokens: softmax(hidden weight^T)."""
+    """Next-token distributions of the teacher: softmax(hidden weight^T)."""
 
     hidden: Float[Tensor, "tokens hidden"]
     weight: Float[Tensor, "vocab hidden"]
     cross_entropy: float
-    """Weight of the ordinary loss beside the divergence."""
+    """Weight of the cross entropy added to the KL divergence."""
 
 
 class LayerPass(NamedTuple):
-    """What went through one of the teacher's layers."""
+    """Input and output of one of the teacher's layers."""
 
     given: Float[Tensor, "tokens hidden"]
     """Its input."""
     attended: Float[Tensor, "tokens hidden"]
-    """What its attention added to that."""
+    """What its attention adds to the input."""
     added: Float[Tensor, "tokens hidden"]
-    """What the whole layer did."""
+    """What the whole layer adds to the input."""
 
 
 @final
@@ -63,7 +63,7 @@ class Teacher:
         positions: Int[Tensor, "tokens"],
         attention: AttentionBackend,
     ) -> Iterator[LayerPass]:
-        """Layer after layer over `ids`."""
+        """Input and output of layer after layer over `ids`."""
         x = self.model.embed_tokens(ids).to(self._dtype)
         tables = self.model.rotary(positions)
         for number, layer in enumerate(layers_of(self.model)):
@@ -76,5 +76,5 @@ class Teacher:
 
 
 def layers_of(model: Transformer) -> list[DecoderLayer]:
-    """The decoder layers of `model`, MTP modules not among them."""
+    """The decoder layers of `model` without MTP modules."""
     return [layer for layer in model.layers if isinstance(layer, DecoderLayer)]

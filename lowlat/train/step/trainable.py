@@ -1,6 +1,5 @@
-"""Which weights of a model move: all of them, or those of attention alone.
-
-Owns the choice and what does not go with weights that stay; the updates of LoRA are `lora`'s.
+"""Trainable weights: all, or those of attention only; and the options that frozen weights exclude.
+LoRA is in `lora`.
 """
 
 import torch
@@ -8,15 +7,15 @@ import torch
 from lowlat.config.model import ModelConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Embedding, Linear
-from lowlat.model.moe import StackedExperts
 from lowlat.model.transformer import Transformer
+from lowlat.train.layers.stacked_experts import StackedExperts
 from lowlat.train.recipe.schedule import value_at
 from lowlat.train.recipe.schema import Recipe
 from lowlat.utils.errors import UserError
 
 
-def keep_all_but_attention(model: Transformer) -> None:
-    """Leave gradients to the matrices and biases of attention, MTP modules' included."""
+def freeze_all_but_attention(model: Transformer) -> None:
+    """Freeze all parameters but matrices and biases of attention, MTP modules included."""
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, DecoderLayer):
@@ -25,9 +24,9 @@ def keep_all_but_attention(model: Transformer) -> None:
                     part.requires_grad_(True)
 
 
-def hold_frozen(model: Transformer, dtype: torch.dtype) -> None:
-    """Hold the matrices that stay and that products take in `dtype`, as products have them: no step
-    casts them again. Norms and the gates of experts, which compute in fp32, keep their dtype.
+def cast_frozen(model: Transformer, dtype: torch.dtype) -> None:
+    """Store frozen matrices in `dtype`, that of the products, so that no step casts them. Norms and
+    gates, which compute in fp32, keep their dtype.
     """
     for module in model.modules():
         if isinstance(module, Linear | Embedding | StackedExperts):
@@ -37,7 +36,9 @@ def hold_frozen(model: Transformer, dtype: torch.dtype) -> None:
 
 
 def check_trainable(config: ModelConfig, recipe: Recipe, origin: str) -> None:
-    """Raises UserError where `recipe` asks for what does not go with MLPs that stay."""
+    """Raises UserError if `recipe` combines trainable = 'attention' with an option that excludes
+    it.
+    """
     if recipe.trainable == "all":
         return
     what = "trainable = 'attention'"
@@ -48,9 +49,7 @@ def check_trainable(config: ModelConfig, recipe: Recipe, origin: str) -> None:
 
 
 def check_divides_batches(recipe: Recipe, what: str, origin: str) -> None:
-    """Raises UserError where [parallel] divides more than batches and weights, which `what` does
-    not go with.
-    """
+    """Raises UserError if [parallel] divides more than batches and weights: `what` excludes it."""
     for axis in ("expert", "tensor", "pipeline", "context"):
         size = getattr(recipe.parallel, axis)
         if size > 1:
@@ -61,7 +60,7 @@ def check_divides_batches(recipe: Recipe, what: str, origin: str) -> None:
 
 
 def check_biases_stay(config: ModelConfig, recipe: Recipe, what: str, origin: str) -> None:
-    """Raises UserError where a phase of `recipe` moves routing biases, which `what` leaves."""
+    """Raises UserError if a phase of `recipe` updates routing biases, which `what` excludes."""
     if config.moe is None or config.moe.topk_method != "noaux_tc":
         return
     for phase in recipe.phase:

@@ -8,7 +8,7 @@ from lowlat_lab.corpus.recipe import read_corpus_recipe, split_package
 from lowlat.train.recipe.schema import read_recipe
 from lowlat.utils.errors import UserError
 
-RECIPES = Path(__file__).parents[4] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 SHIPPED = RECIPES / "corpus.toml"
 SOURCES = RECIPES.parent / "lowlat" / "models" / "minnow" / "SOURCES.md"
 SOURCE = """

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowlat.attention.cache import PagedCache, cache_bytes_per_token
-from lowlat.attention.rows import pack_rows, unpack_rows
+from lowlat.attention.int8_entry import pack_entries, unpack_entries
 
 from .draw import GQA, MLA, config_of
 
@@ -76,7 +76,7 @@ def test_int8_rows(pages: tuple[int, ...]) -> None:
     rows = torch.randn(8, 17)
     slots = torch.tensor([pages[i // 3] * 3 + i % 3 for i in range(8)])
     cache.write(1, slots, rows)
-    expected = unpack_rows(pack_rows(rows, 13), 17, 13, torch.bfloat16)
+    expected = unpack_entries(pack_entries(rows, 13), 17, 13, torch.bfloat16)
     assert torch.equal(cache.rows(1, pages, 8, torch.bfloat16), expected)
     assert cache.layers[0].count_nonzero() == 0
 
@@ -109,6 +109,6 @@ def test_pages_that_are_not_written_take_no_memory() -> None:
     before = resident()
     cache = PagedCache(config_of(MLA(), layers=2), num_pages=2**18, dtype=torch.bfloat16)
     assert sum(rows.nbytes for rows in cache.layers) > 2**30
-    cache.write(1, torch.tensor([70]), torch.ones(1, cache.row_dims[1]))
+    cache.write(1, torch.tensor([70]), torch.ones(1, cache.entry_dims[1]))
     assert resident() - before < 2**27
-    assert cache.layers[1][1, 6].tolist() == [1.0] * cache.row_dims[1]
+    assert cache.layers[1][1, 6].tolist() == [1.0] * cache.entry_dims[1]

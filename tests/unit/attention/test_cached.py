@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.cached import CachedAttention
-from lowlat.attention.forms import Form, form_of
+from lowlat.attention.int8_entry import pack_entries, unpack_entries
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.attention.packed import PackedAttention
-from lowlat.attention.rows import pack_rows, unpack_rows
+from lowlat.attention.path import AttentionPath, choose_path
 from lowlat.config.attention import expansion_break_even
 from lowlat.config.model import GQAConfig, MLAConfig
 
@@ -78,7 +78,7 @@ def steps(seed: int) -> Iterator[list[tuple[int, int, int]]]:
             yield step
 
 
-def form_for(length: int, break_even: float) -> Form:
+def form_for(length: int, break_even: float) -> AttentionPath:
     return "expanded" if length > break_even else "absorbed"
 
 
@@ -97,7 +97,7 @@ def chunked(
     out: dict[int, Tensor] = {}
     for step in steps(seed):
         slices = [
-            SequenceSlice(pages=tables[s], start=start, length=n, form=form_for(n, break_even))
+            SequenceSlice(pages=tables[s], start=start, length=n, path=form_for(n, break_even))
             for s, start, n in step
         ]
         batch = AttentionBatch.build(slices, page_size=cache.page_size)
@@ -137,9 +137,9 @@ def test_gqa_in_chunks_equals_whole(page_size: int, scattered: bool, window: int
 
 @pytest.mark.parametrize("break_even", [ABSORBED, EXPANDED, 2.0])
 def test_mla_from_int8_rows(break_even: float) -> None:
-    """What is read back is attended to, whichever form and chunks."""
+    """What is read back is attended to, whichever path and chunks."""
     inputs, rest = mla_inputs(sum(LENGTHS)), (*up_projections(), 0.3)
-    stored = unpack_rows(pack_rows(inputs["rows"], 13), 17, 13, torch.float64)
+    stored = unpack_entries(pack_entries(inputs["rows"], 13), 17, 13, torch.float64)
     assert (stored - inputs["rows"]).abs().max() > 1e-3
     whole = PackedAttention(LENGTHS).mla(1, *(inputs | {"rows": stored}).values(), *rest)
     cache = PagedCache(config_of(MLA(), layers=2), num_pages=61, page_size=3, dtype=torch.int8)
@@ -151,7 +151,7 @@ def test_mla_from_int8_rows(break_even: float) -> None:
 def test_gqa_from_int8_rows() -> None:
     inputs, rest = gqa_inputs(sum(LENGTHS)), (0.4, None)
     rows = torch.cat([inputs["k"].flatten(1), inputs["v"].flatten(1)], dim=1)
-    stored = unpack_rows(pack_rows(rows, 24), 24, 24, torch.float64)
+    stored = unpack_entries(pack_entries(rows, 24), 24, 24, torch.float64)
     k, v = stored.unflatten(1, (2, 2, 6)).unbind(1)
     whole = PackedAttention(LENGTHS).gqa(1, inputs["q"], k, v, *rest)
     cache = PagedCache(config_of(GQA(), layers=2), num_pages=61, page_size=3, dtype=torch.int8)
@@ -173,7 +173,7 @@ def test_gqa_rows_are_keys_then_values() -> None:
 def test_mla_caches_the_rows_it_is_given() -> None:
     cache = new_cache(MLA(), 3)
     batch = AttentionBatch.build(
-        [SequenceSlice(pages=(4, 2), start=0, length=5, form="expanded")], page_size=3
+        [SequenceSlice(pages=(4, 2), start=0, length=5, path="expanded")], page_size=3
     )
     inputs = mla_inputs(5)
     CachedAttention(cache, batch).mla(0, *inputs.values(), *up_projections(), 1.0)
@@ -191,16 +191,18 @@ def test_break_even_of_deepseek_v3_is_about_170() -> None:
         v_head_dim=128,
     )
     assert expansion_break_even([v3.latent_sizes]) == pytest.approx(512 * 256 / 768)
-    # With a latent no wider than the heads the absorbed form never costs more.
+    # With a latent no wider than the heads the absorbed path never costs more.
     no_gain = MLA(kv_lora_rank=4, qk_nope_head_dim=5, v_head_dim=7)
     assert expansion_break_even([no_gain.latent_sizes]) == math.inf
 
 
 @pytest.mark.parametrize(
-    ("form", "called"),
-    [("stream", "absorbed_mla"), ("absorbed", "absorbed_mla"), ("expanded", "expanded_mla")],
+    ("path", "called"),
+    [("decode", "absorbed_mla"), ("absorbed", "absorbed_mla"), ("expanded", "expanded_mla")],
 )
-def test_the_slice_says_the_form(form: Form, called: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_slice_says_the_form(
+    path: AttentionPath, called: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
     for name in ("absorbed_mla", "expanded_mla"):
         monkeypatch.setattr(
@@ -208,7 +210,7 @@ def test_the_slice_says_the_form(form: Form, called: str, monkeypatch: pytest.Mo
             lambda q, *rest, name=name, **options: seen.append(name) or q.new_zeros(len(q), 3, 7),
         )
     cache = new_cache(MLA(), 64)
-    item = SequenceSlice(pages=(0,), start=0, length=2, form=form)
+    item = SequenceSlice(pages=(0,), start=0, length=2, path=path)
     backend = CachedAttention(cache, AttentionBatch.build([item], page_size=64))
     backend.mla(0, *mla_inputs(2).values(), *up_projections(), 1.0)
     assert seen == [called]
@@ -217,5 +219,5 @@ def test_the_slice_says_the_form(form: Form, called: str, monkeypatch: pytest.Mo
 def test_the_quickest_form_follows_from_length_and_config() -> None:
     """The border of the wide MLA is 512 (128 + 128) / (2 512 + 4 - 128 - 4 - 128) = 170.7."""
     wide = MLA(qk_nope_head_dim=128, v_head_dim=128, kv_lora_rank=512)
-    assert form_of(wide, 170) == "absorbed" and form_of(wide, 200) == "expanded"
-    assert form_of(GQA(), 32) == "stream" and form_of(GQA(), 33) == "expanded"
+    assert choose_path(wide, 170) == "absorbed" and choose_path(wide, 200) == "expanded"
+    assert choose_path(GQA(), 32) == "decode" and choose_path(GQA(), 33) == "expanded"

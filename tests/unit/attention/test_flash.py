@@ -1,4 +1,4 @@
-"""Fused attention is packed attention: the same outputs and gradients, whatever the form."""
+"""Fused attention is packed attention: the same outputs and gradients, whatever the path."""
 
 from collections.abc import Callable
 

@@ -1,21 +1,14 @@
-"""Workers of a fake program."""
+"""Fake programs for benchmark runs."""
 
-import sys
-from collections.abc import Iterator
+import os
 from pathlib import Path
 
 import pytest
 
-from lowlat.bench.worker import Worker
+FOLDERS = (Path(__file__).parent, Path(__file__).parents[1] / "peers")
 
 
 @pytest.fixture
 def fake_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets workers find the modules of this folder."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-
-
-@pytest.fixture
-def worker(fake_path: None, tmp_path: Path) -> Iterator[Worker]:
-    with Worker("fake", "fake_worker", python=sys.executable, threads=1, folder=tmp_path) as made:
-        yield made
+    """Lets workers import fake_calibration and fake_worker."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, FOLDERS)))

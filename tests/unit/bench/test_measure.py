@@ -1,50 +1,50 @@
-"""Rounds, turns, medians: who is measured when, and what becomes of refusals."""
+"""Rounds, turns, medians: who is measured when, and what becomes of errors."""
 
 from typing import Any
 
 import pytest
 
 from lowlat.bench import measure
-from lowlat.bench.plan import Cell
-from lowlat.bench.worker import Refused, Worker
+from lowlat.bench.benchmark_plan import BenchmarkCase
+from lowlat.peers.worker import PeerError, Worker
 from lowlat.utils.progress import SilentProgress
 
-PROMPT, STEP = Cell(kind="prefill", tokens=100), Cell(kind="decode", tokens=50)
+PROMPT, STEP = BenchmarkCase(kind="prefill", tokens=100), BenchmarkCase(kind="decode", tokens=50)
 
 
 class Scripted(Worker):
-    """Answers from a list of seconds, and writes itself into a common diary."""
+    """Answers from a list of seconds, and writes itself into a common log."""
 
-    def __init__(self, name: str, diary: list[str], seconds: list[float]) -> None:
-        self.name, self.diary, self.script = name, diary, seconds
-        self.patience: list[float] = []
+    def __init__(self, name: str, log: list[str], seconds: list[float]) -> None:
+        self.name, self.log, self.script = name, log, seconds
+        self.timeouts: list[float] = []
 
     def ask(self, op: str, *, timeout: float = 0.0, **arguments: Any) -> dict[str, Any]:
-        self.diary.append(f"{self.name} {op}")
+        self.log.append(f"{self.name} {op}")
         if op == "measure":
             return {"bandwidth": self.script.pop(0)}
-        self.patience.append(timeout)
+        self.timeouts.append(timeout)
         took = self.script.pop(0)
         if took < 0:
-            raise Refused("too much for it")
+            raise PeerError("too much for it")
         if op == "prefill":
             return {"seconds": took, "peak_bytes": int(took * 100)}
         return {"step_seconds": [took, took]}
 
 
 def run(
-    scripts: dict[str, list[float]], cells: list[Cell], rounds: int
-) -> tuple[list[measure.Row], list[dict[str, float]], list[str]]:
-    diary: list[str] = []
-    workers = [(name, Scripted(name, diary, script)) for name, script in scripts.items()]
-    machine = Scripted("machine", diary, [1.0, 9.0, 4.0][:rounds])
-    rows, rates = measure.measure(workers, cells, machine, rounds, SilentProgress())
-    return rows, rates, diary
+    scripts: dict[str, list[float]], cases: list[BenchmarkCase], rounds: int
+) -> tuple[list[measure.CaseResult], list[dict[str, float]], list[str]]:
+    log: list[str] = []
+    workers = [(name, Scripted(name, log, script)) for name, script in scripts.items()]
+    machine = Scripted("machine", log, [1.0, 9.0, 4.0][:rounds])
+    rows, rates = measure.measure(workers, cases, machine, rounds, SilentProgress())
+    return rows, rates, log
 
 
-def test_programs_take_turns_within_each_cell() -> None:
-    _, _, diary = run({"a": [1.0] * 4, "b": [1.0] * 4}, [PROMPT, STEP], 2)
-    assert diary == [
+def test_programs_take_turns_within_each_case() -> None:
+    _, _, log = run({"a": [1.0] * 4, "b": [1.0] * 4}, [PROMPT, STEP], 2)
+    assert log == [
         *("machine measure", "a prefill", "b prefill", "a decode", "b decode"),
         *("machine measure", "b prefill", "a prefill", "b decode", "a decode"),
     ]
@@ -58,19 +58,19 @@ def test_medians_and_spread() -> None:
     assert measure.median_rates(rates) == {"bandwidth": 4.0}
 
 
-def test_a_refusal_is_kept_and_not_repeated() -> None:
-    rows, _, diary = run({"a": [1.0, 1.0], "b": [-1.0]}, [PROMPT], 2)
+def test_an_error_is_recorded_and_not_repeated() -> None:
+    rows, _, log = run({"a": [1.0, 1.0], "b": [-1.0]}, [PROMPT], 2)
     assert rows[1].reason == "too much for it" and rows[1].median is None
-    assert diary.count("b prefill") == 1
+    assert log.count("b prefill") == 1
 
 
-def test_earlier_samples_survive_a_later_refusal() -> None:
+def test_earlier_samples_survive_a_later_error() -> None:
     (row,), _, _ = run({"a": [2.0, -1.0]}, [PROMPT], 3)
     assert row.median == 50.0 and row.reason == "too much for it"
 
 
-def test_long_cells_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "CELL_SECONDS", 10.0)
+def test_long_cases_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "CASE_SECONDS", 10.0)
     (row,), _, _ = run({"a": [6.0, 6.0]}, [PROMPT], 3)
     assert len(row.samples) == 2 and row.reason is None
 
@@ -78,6 +78,6 @@ def test_long_cells_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_long_prompts_have_longer() -> None:
     """Attention grows with the square of a prompt."""
     worker, machine = Scripted("a", [], [1.0] * 3), Scripted("machine", [], [1.0])
-    cells = [Cell(kind="prefill", tokens=tokens) for tokens in (2048, 32768, 131072)]
-    measure.measure([("a", worker)], cells, machine, 1, SilentProgress())
-    assert worker.patience == [900.0, 900.0, 14400.0]
+    cases = [BenchmarkCase(kind="prefill", tokens=tokens) for tokens in (2048, 32768, 131072)]
+    measure.measure([("a", worker)], cases, machine, 1, SilentProgress())
+    assert worker.timeouts == [900.0, 900.0, 14400.0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lowlat
-from lowlat.config.arithmetic import cache_cost, count_parameters
+from lowlat.config.parameter_count import cache_cost, count_parameters
 from lowlat.utils.errors import UserError
 
 from .benchmarks import random_checkpoint

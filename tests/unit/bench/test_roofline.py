@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowlat.bench.plan import Cell
-from lowlat.bench.roofline import attention_flops, least_seconds, seconds, work_of
-from lowlat.config.arithmetic import count_parameters
+from lowlat.bench.benchmark_plan import BenchmarkCase
+from lowlat.bench.roofline import attention_flops, step_cost, step_seconds, time_bound
 from lowlat.config.model import QuantConfig
+from lowlat.config.parameter_count import count_parameters
 from lowlat.model.quant import store_packed, store_quantized
 from lowlat.model.transformer import Transformer
 from tests import fakes
@@ -17,34 +17,38 @@ from tests.lowlat_configs import GLA, GTA, MLA, MOE, TPA, lowlat_config
 from .benchmarks import random_checkpoint
 
 MINI = random_checkpoint().config_of("mini")
-ROW = 13_824
+ENTRY = 13_824
 BIASES = 2 * 11 * 32
 """Bytes by which the selection biases of 11 routers, in fp32, exceed bf16."""
 RATES = {"bandwidth": 1e10, "gemm_fp32": 1e11, "gemm_bf16": 1e12, "gemm_int8": 2e12}
 
 
-def test_a_step_reads_active_weights_and_every_row() -> None:
-    work = work_of(MINI, Cell(kind="decode", tokens=8192), dtype="bf16", row_bytes=ROW)
-    assert work.weight_bytes == 2 * count_parameters(MINI).active_without_embedding + BIASES
-    assert work.weight_bytes == pytest.approx(409.2e6, rel=1e-3)
-    assert work.cache_bytes == 8192 * 13_824
-    assert work.weight_flops == work.weight_bytes - BIASES
+def test_a_step_reads_active_weights_and_every_cache_entry() -> None:
+    cost = step_cost(
+        MINI, BenchmarkCase(kind="decode", tokens=8192), dtype="bf16", entry_bytes=ENTRY
+    )
+    assert cost.weight_bytes == 2 * count_parameters(MINI).active_without_embedding + BIASES
+    assert cost.weight_bytes == pytest.approx(409.2e6, rel=1e-3)
+    assert cost.cache_bytes == 8192 * 13_824
+    assert cost.weight_flops == cost.weight_bytes - BIASES
     # absorbed: 12 layers, 16 heads, 8193 keys of 512 + 64 for the score and 512 for the value
-    assert work.attention_flops == 12 * 16 * 8193 * 2 * (576 + 512)
+    assert cost.attention_flops == 12 * 16 * 8193 * 2 * (576 + 512)
 
 
 def test_a_long_prompt_reads_every_expert_once_and_the_head_for_one_token() -> None:
-    work = work_of(MINI, Cell(kind="prefill", tokens=2048), dtype="bf16", row_bytes=ROW)
+    cost = step_cost(
+        MINI, BenchmarkCase(kind="prefill", tokens=2048), dtype="bf16", entry_bytes=ENTRY
+    )
     count, head = count_parameters(MINI), 32000 * 1024
-    assert work.weight_bytes == 2 * (count.total - head) + BIASES
+    assert cost.weight_bytes == 2 * (count.total - head) + BIASES
     per_token = count.active_without_embedding - head
-    assert work.weight_flops == 2 * (2048 * per_token + head)
+    assert cost.weight_flops == 2 * (2048 * per_token + head)
     # expanded: 128 + 64 for the score, 128 for the value, half of all pairs
-    assert work.attention_flops == 12 * 16 * (2048 * 2049 // 2) * 2 * (192 + 128)
+    assert cost.attention_flops == 12 * 16 * (2048 * 2049 // 2) * 2 * (192 + 128)
 
 
 def test_a_short_prompt_does_not_reach_every_expert() -> None:
-    one = work_of(MINI, Cell(kind="prefill", tokens=1), dtype="bf16", row_bytes=ROW)
+    one = step_cost(MINI, BenchmarkCase(kind="prefill", tokens=1), dtype="bf16", entry_bytes=ENTRY)
     assert one.weight_bytes == 2 * count_parameters(MINI).active_without_embedding + BIASES
 
 
@@ -67,29 +71,31 @@ def test_a_step_reads_the_bytes_its_weights_have_in_memory(dtype: str, tied: boo
     if not tied or dtype in ("int8", "int4"):
         del kept["embed_tokens.weight"]
     held = sum(p.numel() * (4 if "bias" in name else p.itemsize) for name, p in kept.items())
-    work = work_of(config, Cell(kind="decode", tokens=1), dtype=dtype, row_bytes=ROW)
-    assert work.weight_bytes == held
+    cost = step_cost(config, BenchmarkCase(kind="decode", tokens=1), dtype=dtype, entry_bytes=ENTRY)
+    assert cost.weight_bytes == held
 
 
 def test_int4_models_read_their_head_and_kv_b_proj_in_int8() -> None:
-    work = work_of(MINI, Cell(kind="decode", tokens=1), dtype="int4", row_bytes=ROW)
-    assert work.weight_bytes == pytest.approx(152.4e6, rel=1e-3)
+    cost = step_cost(MINI, BenchmarkCase(kind="decode", tokens=1), dtype="int4", entry_bytes=ENTRY)
+    assert cost.weight_bytes == pytest.approx(152.4e6, rel=1e-3)
 
 
 def test_keys_beyond_the_window_are_not_read() -> None:
     config = replace(fakes.gqa_config(), sliding_window=16, sliding_window_layers=(1,))
     heads, dim = config.num_attention_heads, config.attention.head_dim
     assert config.num_hidden_layers == 2
-    step = work_of(config, Cell(kind="decode", tokens=100), dtype="bf16", row_bytes=20)
+    step = step_cost(config, BenchmarkCase(kind="decode", tokens=100), dtype="bf16", entry_bytes=20)
     assert step.cache_bytes == (100 + 16) * 10
     assert step.attention_flops == heads * 4 * dim * (101 + 16)
-    prompt = work_of(config, Cell(kind="prefill", tokens=100), dtype="bf16", row_bytes=20)
+    prompt = step_cost(
+        config, BenchmarkCase(kind="prefill", tokens=100), dtype="bf16", entry_bytes=20
+    )
     seen = sum(range(1, 101)), sum(min(n, 16) for n in range(1, 101))
     assert prompt.attention_flops == heads * 4 * dim * sum(seen)
     assert attention_flops(config, queries=1, keys=8, pairs=None) == heads * 4 * dim * 16
 
 
-def test_rows_that_rotate_as_a_whole_are_not_scored_by_their_latent() -> None:
+def test_latents_without_nope_components_are_not_scored_by_their_latent() -> None:
     plain = lowlat_config(replace(MLA, qk_nope_head_dim=0))
     one = attention_flops(plain, queries=1, keys=97, pairs=None)
     attention = plain.attention
@@ -97,50 +103,58 @@ def test_rows_that_rotate_as_a_whole_are_not_scored_by_their_latent() -> None:
 
 
 def test_the_slower_of_memory_and_arithmetic_counts() -> None:
-    work = work_of(MINI, Cell(kind="decode", tokens=128), dtype="int8", row_bytes=ROW)
-    memory = (work.weight_bytes + work.cache_bytes) / 1e10
-    assert seconds(work, "int8", RATES).together == memory
-    products = work.weight_flops / 2e12 + work.attention_flops / 1e12
-    assert seconds(work, "int8", RATES | {"bandwidth": 1e15}).together == products
+    cost = step_cost(
+        MINI, BenchmarkCase(kind="decode", tokens=128), dtype="int8", entry_bytes=ENTRY
+    )
+    memory = (cost.weight_bytes + cost.cache_bytes) / 1e10
+    assert step_seconds(cost, "int8", RATES).overlapped == memory
+    products = cost.weight_flops / 2e12 + cost.attention_flops / 1e12
+    assert step_seconds(cost, "int8", RATES | {"bandwidth": 1e15}).overlapped == products
 
 
-def test_in_turn_weights_wait_for_memory_and_attention_for_arithmetic() -> None:
-    work = work_of(MINI, Cell(kind="decode", tokens=32768), dtype="bf16", row_bytes=ROW)
+def test_serial_bound_adds_weights_and_attention() -> None:
+    cost = step_cost(
+        MINI, BenchmarkCase(kind="decode", tokens=32768), dtype="bf16", entry_bytes=ENTRY
+    )
     rates = RATES | {"gemm_bf16": 1e11}
-    least = seconds(work, "bf16", rates)
-    attention = work.attention_flops / 1e11
-    assert least.together == pytest.approx((work.weight_flops + work.attention_flops) / 1e11)
-    assert least.in_turn == pytest.approx(work.weight_bytes / 1e10 + attention)
-    fast = seconds(work, "bf16", RATES | {"bandwidth": 1e15})
-    assert fast.in_turn == pytest.approx(fast.together)
+    bound = step_seconds(cost, "bf16", rates)
+    attention = cost.attention_flops / 1e11
+    assert bound.overlapped == pytest.approx((cost.weight_flops + cost.attention_flops) / 1e11)
+    assert bound.serial == pytest.approx(cost.weight_bytes / 1e10 + attention)
+    fast = step_seconds(cost, "bf16", RATES | {"bandwidth": 1e15})
+    assert fast.serial == pytest.approx(fast.overlapped)
 
 
 def test_a_step_over_an_int8_cache_multiplies_its_latents_at_the_rate_of_int8() -> None:
-    cell = Cell(kind="decode", tokens=8192)
-    work = work_of(MINI, cell, dtype="bf16", row_bytes=ROW, cache="int8")
+    case = BenchmarkCase(kind="decode", tokens=8192)
+    cost = step_cost(MINI, case, dtype="bf16", entry_bytes=ENTRY, cache="int8")
     rotary = 12 * 16 * 8193 * 2 * 64
-    assert work.attention_flops - work.int8_flops == rotary
-    products = (work.weight_flops + rotary) / 1e12 + work.int8_flops / 2e12
-    assert seconds(work, "bf16", RATES | {"bandwidth": 1e15}).together == pytest.approx(products)
+    assert cost.attention_flops - cost.int8_flops == rotary
+    products = (cost.weight_flops + rotary) / 1e12 + cost.int8_flops / 2e12
+    assert step_seconds(cost, "bf16", RATES | {"bandwidth": 1e15}).overlapped == pytest.approx(
+        products
+    )
     slow = RATES | {"bandwidth": 1e15, "gemm_int8": 1e9}
-    assert seconds(work, "bf16", slow).together == pytest.approx(
-        (work.weight_flops + work.attention_flops) / 1e12
+    assert step_seconds(cost, "bf16", slow).overlapped == pytest.approx(
+        (cost.weight_flops + cost.attention_flops) / 1e12
     )
 
 
 def test_int8_products_slower_than_bf16_do_not_lower_the_bar() -> None:
-    work = work_of(MINI, Cell(kind="prefill", tokens=2048), dtype="int8", row_bytes=ROW)
-    slow = seconds(work, "int8", RATES | {"gemm_int8": 1e9})
-    assert slow.together == pytest.approx((work.weight_flops + work.attention_flops) / 1e12)
+    cost = step_cost(
+        MINI, BenchmarkCase(kind="prefill", tokens=2048), dtype="int8", entry_bytes=ENTRY
+    )
+    slow = step_seconds(cost, "int8", RATES | {"gemm_int8": 1e9})
+    assert slow.overlapped == pytest.approx((cost.weight_flops + cost.attention_flops) / 1e12)
 
 
-def test_a_prompts_least_time_is_told_per_token() -> None:
-    cell = Cell(kind="prefill", tokens=2048)
-    work = work_of(MINI, cell, dtype="bf16", row_bytes=ROW)
-    least = least_seconds(MINI, cell, dtype="bf16", row_bytes=ROW, rates=RATES)
-    whole = seconds(work, "bf16", RATES)
-    assert least.together == pytest.approx(whole.together / 2048)
-    assert least.in_turn == pytest.approx(whole.in_turn / 2048)
+def test_prefill_bound_is_per_token() -> None:
+    case = BenchmarkCase(kind="prefill", tokens=2048)
+    cost = step_cost(MINI, case, dtype="bf16", entry_bytes=ENTRY)
+    bound = time_bound(MINI, case, dtype="bf16", entry_bytes=ENTRY, rates=RATES)
+    whole = step_seconds(cost, "bf16", RATES)
+    assert bound.overlapped == pytest.approx(whole.overlapped / 2048)
+    assert bound.serial == pytest.approx(whole.serial / 2048)
 
 
 def test_expanding_a_long_cache_for_one_query_never_pays() -> None:
@@ -152,9 +166,9 @@ def test_expanding_a_long_cache_for_one_query_never_pays() -> None:
 
 def test_dense_gqa_models_with_tied_heads() -> None:
     config = replace(fakes.gqa_config(), tie_word_embeddings=True)
-    work = work_of(config, Cell(kind="prefill", tokens=5), dtype="fp32", row_bytes=1)
-    assert work.weight_bytes == 4 * count_parameters(config).total
-    assert work.attention_flops == 2 * 6 * 15 * 4 * 10
+    cost = step_cost(config, BenchmarkCase(kind="prefill", tokens=5), dtype="fp32", entry_bytes=1)
+    assert cost.weight_bytes == 4 * count_parameters(config).total
+    assert cost.attention_flops == 2 * 6 * 15 * 4 * 10
 
 
 def test_each_layer_takes_its_cheaper_form() -> None:

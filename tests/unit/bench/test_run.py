@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowlat.bench import check, run
-from lowlat.bench.check import (
+from lowlat.bench import agreement, run
+from lowlat.bench.agreement import (
     OWN_TOKENS,
-    Checked,
+    Agreement,
     relative_error,
     require_near,
     top_difference,
 )
-from lowlat.bench.plan import make_plan
-from lowlat.bench.programs import MODULES
+from lowlat.bench.benchmark_plan import make_plan
+from lowlat.bench.session import MODULES
 from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import SilentProgress
@@ -124,29 +124,29 @@ def test_relative_error_is_of_root_mean_squares() -> None:
 def test_longer_prompts_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Holds shut: kernels that only prompts of some length use, never compared."""
     logits = np.ones((OWN_TOKENS[-1], 4), np.float32)
-    checked = Checked(ids=list(range(OWN_TOKENS[-1])), reference=logits, differences={})
+    agreed = Agreement(ids=list(range(OWN_TOKENS[-1])), reference=logits, differences={})
     worker = Scripted("lowlat", [], [])
     for wrong in OWN_TOKENS[1:]:
         monkeypatch.setattr(
-            check,
+            agreement,
             "logits_of",
             lambda _, ids, wrong=wrong: logits[: len(ids)] * (1.5 if len(ids) == wrong else 1),
         )
-        assert checked.error(worker) == 0
-        assert checked.error(worker, OWN_TOKENS) == pytest.approx(0.5)
+        assert agreed.error(worker) == 0
+        assert agreed.error(worker, OWN_TOKENS) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("shift", "agrees"), [(0.05, True), (0.2, False)])
-def test_likeliest_tokens_are_compared_in_nats(
+def test_top_log_probabilities_are_compared_in_nats(
     monkeypatch: pytest.MonkeyPatch, shift: float, agrees: bool
 ) -> None:
     logits = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], np.float32))
-    checked = Checked(ids=[0, 1], reference=logits, differences={})
+    agreed = Agreement(ids=[0, 1], reference=logits, differences={})
     worker = Scripted("vllm", [], [])
     answer = {"logprobs": {"0": float(np.log(0.9)) - shift}}
     monkeypatch.setattr(worker, "ask", lambda op, **_: answer)
     if agrees:
-        assert top_difference(worker, checked) == pytest.approx(shift, abs=1e-6)
+        assert top_difference(worker, agreed) == pytest.approx(shift, abs=1e-6)
     else:
         with pytest.raises(UserError, match="vllm and lowlat disagree"):
-            top_difference(worker, checked)
+            top_difference(worker, agreed)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lowlat.checkpoint import cachefolder
-from lowlat.checkpoint.cachefolder import cache_dir, derived_dir
+from lowlat.checkpoint.fetch import cache_dir as cachefolder
+from lowlat.checkpoint.fetch.cache_dir import cache_dir, derived_dir
 from lowlat.utils.errors import UserError
 
 

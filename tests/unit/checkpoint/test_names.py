@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lowlat.checkpoint import names
-from lowlat.checkpoint.fetch import FetchedFile, PyPIFile
-from lowlat.checkpoint.names import (
+from lowlat.checkpoint.fetch import model_names as names
+from lowlat.checkpoint.fetch.model_names import (
     SMOLLM2,
     ConfigPreset,
     LocalModel,
@@ -15,6 +14,7 @@ from lowlat.checkpoint.names import (
     parse_pypi,
     resolve,
 )
+from lowlat.checkpoint.fetch.pypi import FetchedFile, PyPIFile
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 

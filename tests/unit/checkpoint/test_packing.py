@@ -20,7 +20,7 @@ from lowlat.convert.run import convert
 from lowlat.model.linear import Linear
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
-from lowlat.utils.large_pages import HAS_LARGE_PAGES
+from lowlat.utils.huge_pages import HAS_LARGE_PAGES
 from lowlat.utils.progress import Task, Unit
 
 from .builders import (

@@ -5,7 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lowlat.checkpoint.padding import pad_bias, pad_columns, pad_latent, pad_rows, unpad_latent
+from lowlat.checkpoint.padded_latent import (
+    pad_bias,
+    pad_columns,
+    pad_latent,
+    pad_rows,
+    unpad_latent,
+)
 from lowlat.config.model import MLAConfig
 from lowlat.ops.norm import rms_norm
 from lowlat.utils.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowlat.checkpoint.safetensors_file import DTYPES, SafetensorsFile
+from lowlat.checkpoint.safetensors.reader import DTYPES, SafetensorsFile
 from lowlat.utils.errors import UserError
 
 from .builders import bits, raw_safetensors

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lowlat.checkpoint import save, shard_writer
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint import save
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model
+from lowlat.checkpoint.safetensors import writer as shard_writer
 from lowlat.checkpoint.save import save_model, text_files, write_checkpoint
 from lowlat.utils.errors import UserError
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 from typer.testing import Result
 
+from lowlat.cli.chat_backend import LocalChatBackend
+from lowlat.cli.chat_terminal import interruptions, printable, write
 from lowlat.cli.conversation import Conversation
-from lowlat.cli.speakers import LocalSpeaker
-from lowlat.cli.terminal import interruptions, printable, write
 from lowlat.generate.model import Model
 from lowlat.utils.errors import UserError
 
@@ -50,7 +50,7 @@ def test_once_prints_answer_and_report(lowlat: Invoke) -> None:
 
 def test_turns_are_remembered_and_forgotten(alphabet_model: Model) -> None:
     talk = Conversation(
-        LocalSpeaker(alphabet_model), {"temperature": 0.0}, max_tokens=2, system="S"
+        LocalChatBackend(alphabet_model), {"temperature": 0.0}, max_tokens=2, system="S"
     )
     assert ask(talk, "one") == "ab"
     assert ask(talk, "two") == "ab"
@@ -60,7 +60,7 @@ def test_turns_are_remembered_and_forgotten(alphabet_model: Model) -> None:
 
 
 def test_interruption_keeps_the_part_that_came(alphabet_model: Model) -> None:
-    talk = Conversation(LocalSpeaker(alphabet_model), {"temperature": 0.0}, max_tokens=50)
+    talk = Conversation(LocalChatBackend(alphabet_model), {"temperature": 0.0}, max_tokens=50)
     interrupted = threading.Event()
     seen: list[str] = []
 
@@ -77,7 +77,7 @@ def test_interruption_keeps_the_part_that_came(alphabet_model: Model) -> None:
 
 def test_an_answer_ends_where_the_context_does(alphabet_model: Model) -> None:
     """Holds shut: a limit of tokens that no longer fits made the last turns fail."""
-    talk = Conversation(LocalSpeaker(alphabet_model), {"temperature": 0.0}, max_tokens=10_000)
+    talk = Conversation(LocalChatBackend(alphabet_model), {"temperature": 0.0}, max_tokens=10_000)
     completion = talk.ask("one", lambda piece: None, threading.Event())
     assert completion.finish_reason == "length"
     usage = completion.usage
@@ -87,7 +87,7 @@ def test_an_answer_ends_where_the_context_does(alphabet_model: Model) -> None:
 def test_a_question_beyond_the_context_leaves_the_conversation_as_it_was(
     alphabet_model: Model,
 ) -> None:
-    talk = Conversation(LocalSpeaker(alphabet_model), {"temperature": 0.0}, max_tokens=2)
+    talk = Conversation(LocalChatBackend(alphabet_model), {"temperature": 0.0}, max_tokens=2)
     ask(talk, "one")
     with pytest.raises(UserError, match="context"):
         ask(talk, "x" * 500)

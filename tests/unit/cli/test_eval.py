@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from lowlat.cli.evaluation import Evaluation, as_dict
+from lowlat.cli.eval_report import Evaluation, as_dict
 from lowlat.engine.scoring import Score
 from lowlat.utils.errors import UserError
 

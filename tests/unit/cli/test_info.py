@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from lowlat.checkpoint.save import save_model
 from lowlat.cli.info import DTYPES, Subject, find, info, machine_of
 from lowlat.cli.info_view import show
-from lowlat.config.arithmetic import count_parameters
-from lowlat.config.hf import config_to_hf
+from lowlat.config.hf.reader import config_to_hf
 from lowlat.config.model import Packing
+from lowlat.config.parameter_count import count_parameters
 from lowlat.config.presets import load_preset, preset_names
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
@@ -226,7 +226,7 @@ def test_forms_of_the_lowlat_family(
     info(str(tmp_path / "model"))
     assert f"this model: {form}" in capsys.readouterr().out
     found = report(capsys, str(tmp_path / "model"))
-    rows = [config.attention_of(layer).row_dim for layer in range(config.num_hidden_layers)]
+    rows = [config.attention_of(layer).entry_dim for layer in range(config.num_hidden_layers)]
     assert found["cache"]["elements_per_token_layer"] == sum(rows) / len(rows)
     assert found["cache"]["bytes_per_token"] == 2 * sum(rows)
     assert found["parameters"]["total"] == count_parameters(config).total

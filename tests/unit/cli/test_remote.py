@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from lowlat.cli.remote import RemoteSpeaker, read_key
+from lowlat.cli.chat_client import ChatClient, read_key
 from lowlat.utils.errors import UserError
 
 Invoke = Callable[..., Result]
@@ -177,7 +177,7 @@ def test_a_server_of_something_else_is_told_apart(
 ) -> None:
     script.listed = listed
     with pytest.raises(UserError, match="does not answer as OpenAI's API does; check --url"):
-        RemoteSpeaker(url, api_key=KEY)
+        ChatClient(url, api_key=KEY)
 
 
 @pytest.mark.parametrize(
@@ -214,27 +214,27 @@ def test_a_key_that_no_header_can_hold(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_wrong_key_says_how_to_give_it(url: str) -> None:
     with pytest.raises(UserError, match="missing or wrong; give the key's file as --api-key-file"):
-        RemoteSpeaker(url, api_key="wrong")
+        ChatClient(url, api_key="wrong")
 
 
 def test_several_models_are_a_question(url: str, script: type[Script]) -> None:
     script.models = ["one", "two"]
     with pytest.raises(UserError, match="several models; give one of: one, two"):
-        RemoteSpeaker(url, api_key=KEY)
-    assert "two at http" in RemoteSpeaker(url, name="two", api_key=KEY).description
+        ChatClient(url, api_key=KEY)
+    assert "two at http" in ChatClient(url, name="two", api_key=KEY).description
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://[", "ftp://127.0.0.1"])
 def test_a_server_that_is_not_there(url: str) -> None:
     with pytest.raises(UserError, match=r"cannot talk to .*; check --url"):
-        RemoteSpeaker(url)
+        ChatClient(url)
 
 
 @pytest.mark.parametrize("port", [0, 65536, 83767])
 def test_a_port_that_cannot_be_is_refused(port: int) -> None:
     """Holds shut: a question sent to another server, on the port's lower 16 bits."""
     with pytest.raises(UserError, match=f"port {port} is not from 1 to 65535"):
-        RemoteSpeaker(f"http://127.0.0.1:{port}")
+        ChatClient(f"http://127.0.0.1:{port}")
 
 
 def test_a_key_file_belongs_to_a_url(lowlat: Invoke, tmp_path: Path) -> None:

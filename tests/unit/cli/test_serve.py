@@ -10,7 +10,7 @@ import pytest
 from typer.testing import Result
 
 from lowlat.cli.serve import _served_name
-from lowlat.serve.bridge import Bridge
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 
 Invoke = Callable[..., Result]
@@ -18,27 +18,27 @@ KEY = "k" * 32
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Bridge, ServeConfig]]:
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[AsyncEngine, ServeConfig]]:
     """What would have been served; nothing listens."""
-    calls: list[tuple[Bridge, ServeConfig]] = []
+    calls: list[tuple[AsyncEngine, ServeConfig]] = []
 
     def run(
-        bridge: Bridge,
+        engine: AsyncEngine,
         config: ServeConfig,
         listener: socket.socket,
         *,
         on_ready: Callable[[], None],
     ) -> None:
-        calls.append((bridge, config))
+        calls.append((engine, config))
         on_ready()
 
     monkeypatch.setattr("lowlat.serve.run.run", run)
-    monkeypatch.setattr("lowlat.serve.logs.configure", lambda: None)
+    monkeypatch.setattr("lowlat.serve.http.logs.configure", lambda: None)
     return calls
 
 
 def test_options_reach_server_and_bridge(
-    lowlat: Invoke, served: list[tuple[Bridge, ServeConfig]], tmp_path: Path
+    lowlat: Invoke, served: list[tuple[AsyncEngine, ServeConfig]], tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"{KEY}\n")
@@ -49,8 +49,8 @@ def test_options_reach_server_and_bridge(
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("lowlat serves mine on http://127.0.0.1:")
     assert KEY not in result.output
-    ((bridge, config),) = served
-    assert bridge.max_queue == 7
+    ((engine, config),) = served
+    assert engine.max_queue == 7
     assert config.api_keys == (KEY,)
     assert config.allowed_hosts == ("a.example",)
     assert config.model_name == "mine"
@@ -59,7 +59,7 @@ def test_options_reach_server_and_bridge(
 
 def test_context_and_machine_reach_the_loader(
     lowlat: Invoke,
-    served: list[tuple[Bridge, ServeConfig]],
+    served: list[tuple[AsyncEngine, ServeConfig]],
     monkeypatch: pytest.MonkeyPatch,
     alphabet_model: Any,
 ) -> None:

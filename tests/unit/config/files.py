@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lowlat.config.hf import config_from_hf
+from lowlat.config.hf.reader import config_from_hf
 from lowlat.utils.errors import UserError
 
 COMMON: dict[str, Any] = {

@@ -5,17 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowlat.config.arithmetic import (
+from lowlat.config.hf.reader import config_from_hf
+from lowlat.config.model import MLAConfig, ModelConfig, QuantConfig
+from lowlat.config.parameter_count import (
     attention_parameters,
     cache_cost,
     count_parameters,
     expert_parameters,
     moe_parameters,
 )
-from lowlat.config.hf import config_from_hf
-from lowlat.config.memory import memory_at, weight_bytes
-from lowlat.config.model import MLAConfig, ModelConfig, QuantConfig
 from lowlat.config.presets import load_preset, preset_names
+from lowlat.config.weight_memory import memory_at, weight_bytes
 from lowlat.model.quant import store_packed
 from lowlat.model.transformer import Transformer
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowlat.config.hf import config_from_hf
+from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.model import GQAConfig, MLAConfig, MoEConfig, QuantConfig
 from lowlat.utils.errors import UserError
 

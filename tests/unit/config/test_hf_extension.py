@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lowlat.config.hf import config_from_hf, config_to_hf, padded_rank
+from lowlat.config.hf.reader import config_from_hf, config_to_hf, padded_rank
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.utils.errors import UserError
 

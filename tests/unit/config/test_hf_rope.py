@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lowlat.config.hf import config_from_hf
+from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.model import RopeConfig
 
 from .files import FAMILIES, LLAMA, MISTRAL, QWEN2, V2, V3, refusal, without

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lowlat.config.hf import config_from_hf, config_to_hf
+from lowlat.config.hf.reader import config_from_hf, config_to_hf
 from lowlat.config.model import ModelConfig, QuantConfig, RopeConfig
 from lowlat.config.presets import load_preset, preset_names
 from lowlat.utils.errors import UserError

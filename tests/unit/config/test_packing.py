@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from lowlat.config.hf import config_from_hf, config_to_hf
-from lowlat.config.memory import weight_bytes
+from lowlat.config.hf.packing import GROUP_SIZE, TILE_ROWS
+from lowlat.config.hf.reader import config_from_hf, config_to_hf
 from lowlat.config.model import ModelConfig, QuantConfig
-from lowlat.config.packing import GROUP_SIZE, TILE_ROWS
+from lowlat.config.weight_memory import weight_bytes
 from lowlat.ops.quantized import GROUP, TILE
 from lowlat.utils.errors import UserError
 from tests import fakes

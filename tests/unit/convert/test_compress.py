@@ -24,7 +24,7 @@ from lowlat.convert.weights import Weights
 from lowlat.model.gqa import GQA
 from lowlat.model.mla import MLA
 from lowlat.model.transformer import Transformer
-from lowlat.ops.rope import RotaryTables, apply_rope
+from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from lowlat.utils.progress import SilentProgress
 from tests.fakes import tiny_model
 
@@ -38,7 +38,7 @@ def statistics_of(weights: Weights) -> list[LayerStatistics]:
 
 def outputs(attention: GQA | MLA, config: ModelConfig, x: Tensor, *, moves: bool = True) -> Tensor:
     width = config.attention_of(0).rope_dim
-    rope = RotaryTables(config.rope_of(0), width)(torch.arange(len(x)) * moves)
+    rope = RotaryEmbedding(config.rope_of(0), width)(torch.arange(len(x)) * moves)
     return attention(x, rope, PackedAttention([len(x)]))
 
 
@@ -171,7 +171,7 @@ def test_statistics_by_hand(config: ModelConfig) -> None:
     sensitivity = torch.zeros(6, dtype=torch.float64)
     queries = torch.zeros(6, 16, 16, dtype=torch.float64)
     rotation = torch.zeros(6, 8, dtype=torch.complex128)
-    tables = RotaryTables(config.rope_of(0), 16)(torch.arange(LENGTH))
+    tables = RotaryEmbedding(config.rope_of(0), 16)(torch.arange(LENGTH))
     for window in ids:
         x = weights.read("embed_tokens.weight")[window]
         x = x * (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt() * norm
@@ -179,7 +179,7 @@ def test_statistics_by_hand(config: ModelConfig) -> None:
         x = torch.cat([x, x.new_ones(LENGTH, inputs - 61)], dim=1)
         covariance += x.T @ x
         turned = [
-            apply_rope(part, *tables, interleave=config.rope_of(0).rope_interleave)
+            apply_rope(part, tables, interleave=config.rope_of(0).rope_interleave)
             for part in (q, k)
         ]
         for head in range(6):
@@ -326,16 +326,16 @@ def test_a_model(tmp_path: Path, config: ModelConfig, layout: str, recipe: str) 
     """The cache keeps its budget, and the model made of the weights has the reported perplexity."""
     weights = weights_of(config)
     assert isinstance(config.attention, GQAConfig)
-    row = config.attention.row_dim
+    row = config.attention.entry_dim
     if recipe == "mha2mla" and row // 2 < 2 * config.attention.num_key_value_heads + STEP:
         pytest.skip("every group needs a pair of channels that turn")
     new, report = compressed_model(weights, tmp_path, layout, recipe)
     attention = [new.config.attention_of(i) for i in range(3)]
-    assert sum(a.row_dim for a in attention) <= 3 * row // 2
+    assert sum(a.entry_dim for a in attention) <= 3 * row // 2
     assert report.channels_before == row
-    assert report.channels_after == sum(a.row_dim for a in attention) / 3
+    assert report.channels_after == sum(a.entry_dim for a in attention) / 3
     assert [layer.latent + layer.rotary for layer in report.layers] == [
-        a.row_dim for a in attention
+        a.entry_dim for a in attention
     ]
     assert (new.config.model_type == "deepseek_v3") == (layout == "standard")
     model = Transformer(new.config, dtype=torch.float32)

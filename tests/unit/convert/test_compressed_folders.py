@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lowlat.attention.packed import PackedAttention
-from lowlat.checkpoint import restart
+from lowlat.checkpoint import resumable_writer as restart
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
@@ -79,7 +79,7 @@ def test_other_programs_compute_the_same(tmp_path: Path, bias: bool, recipe: str
     loaded = load_model(tmp_path / "mla")
     assert loaded.config.model_type == "deepseek_v3"
     assert isinstance(loaded.config.attention, MLAConfig)
-    assert loaded.config.attention.row_dim == 32
+    assert loaded.config.attention.entry_dim == 32
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path / "mla", dtype=torch.float32, experts_implementation="eager"
     )
@@ -99,7 +99,7 @@ def test_what_is_written(tmp_path: Path, layout: str, dtype: str) -> None:
     report = convert(source, tmp_path / "mla", to="mla", dtype=dtype, compression=compression)
     loaded = load_model(tmp_path / "mla")
     assert report.cache_bytes_per_token_after * 2 <= report.cache_bytes_per_token_before
-    rows = [loaded.config.attention_of(i).row_dim for i in range(2)]
+    rows = [loaded.config.attention_of(i).entry_dim for i in range(2)]
     assert report.compression is not None
     assert sum(rows) / 2 == report.compression.channels_after <= 32
     said = json.loads((tmp_path / "mla" / REPORT_FILE).read_text())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.mapping import file_name
-from lowlat.checkpoint.planned_files import plan_folder
+from lowlat.checkpoint.shard_layout import plan_shards
 from lowlat.convert.run import convert
 from lowlat.model.linear import Linear
 from lowlat.model.transformer import Transformer
@@ -153,8 +153,8 @@ def test_values_that_do_not_fit_are_refused(tmp_path: Path, dtype: str) -> None:
 def test_shards_and_headers_others_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard ends before the group of tensors that would overflow it."""
     model = write_model(tmp_path / "m", FAMILIES["deepseek_v3"])
-    small = partial(plan_folder, max_shard_bytes=5000)
-    monkeypatch.setattr("lowlat.convert.run.plan_folder", small)
+    small = partial(plan_shards, max_shard_bytes=5000)
+    monkeypatch.setattr("lowlat.convert.run.plan_shards", small)
     convert(tmp_path / "m", tmp_path / "new", dtype="fp32")
     index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
     shards = sorted(set(index["weight_map"].values()))

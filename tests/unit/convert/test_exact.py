@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from lowlat.convert.exact import check_exact, mla_attention, mla_config
-from lowlat.ops.rope import RotaryTables, apply_rope
+from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from lowlat.utils.errors import UserError
 
 HEADS, GROUPS, HEAD_DIM, HIDDEN = 15, 5, 22, 13
@@ -49,8 +49,8 @@ def attention_tensors(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def rotate(x: Tensor, rope: RopeConfig, positions: Tensor) -> Tensor:
-    cos, sin = RotaryTables(rope, x.shape[-1])(positions)
-    return apply_rope(x, cos, sin, interleave=False)
+    table = RotaryEmbedding(rope, x.shape[-1])(positions)
+    return apply_rope(x, table, interleave=False)
 
 
 def test_config_keeps_the_cache_row_and_everything_outside_attention() -> None:
@@ -58,7 +58,7 @@ def test_config_keeps_the_cache_row_and_everything_outside_attention() -> None:
     converted = mla_config(source)
     attention = converted.attention
     assert isinstance(attention, MLAConfig)
-    assert attention.row_dim == source.attention.row_dim == 2 * GROUPS * HEAD_DIM
+    assert attention.entry_dim == source.attention.entry_dim == 2 * GROUPS * HEAD_DIM
     assert (attention.qk_nope_head_dim, attention.v_head_dim) == (0, HEAD_DIM)
     assert not attention.kv_a_layernorm
     assert converted.model_type == "deepseek_v3"

@@ -12,9 +12,9 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from lowlat.checkpoint.gguf_file import GGUFFile
+from lowlat.checkpoint.gguf.file import GGUFFile
 from lowlat.checkpoint.load import load_model
-from lowlat.config.families import ARCHITECTURES
+from lowlat.config.hf.families import ARCHITECTURES
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from lowlat.convert.run import convert
 from lowlat.model.linear import Linear
@@ -141,7 +141,7 @@ def test_blocks_hold_the_packed_numbers(
 
 def test_blocks_by_hand() -> None:
     """Bytes of one row of each kind, against the gguf package."""
-    from lowlat.checkpoint.gguf_blocks import encode
+    from lowlat.checkpoint.gguf.blocks import encode
 
     rows = torch.randn(37, 96)
     eight = dequantize(encode(rows, Kind.Q8_0).flatten(1).numpy(), Kind.Q8_0)

@@ -160,6 +160,6 @@ def test_channels_go_where_errors_cost(tmp_path: Path, monkeypatch: pytest.Monke
         folder = tmp_path / str(pricings)
         folder.mkdir()
         config = compressed_folder(weights, folder).config
-        rows[pricings] = [config.attention_of(number).row_dim for number in range(3)]
+        rows[pricings] = [config.attention_of(number).entry_dim for number in range(3)]
     assert rows[PRICINGS][2] < rows[0][2]
     assert sum(rows[PRICINGS][:2]) > sum(rows[0][:2])

@@ -17,7 +17,7 @@ from lowlat.convert.layer_run import LayerRun, layer_weights
 from lowlat.convert.recipes import RECIPES
 from lowlat.convert.refit import RIDGE, Refit
 from lowlat.model.block import DecoderLayer
-from lowlat.ops.rope import RotaryTables
+from lowlat.ops.rope import RotaryEmbedding
 from lowlat.utils.progress import SilentProgress
 
 from .models import CASES, IDS, LENGTH, model_config, weights_of, windows
@@ -65,7 +65,7 @@ def test_a_layer_runs_as_the_model_has_it(config: ModelConfig) -> None:
     state = layer_weights(weights, 1)
     layer.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     x = torch.randn(LENGTH, config.hidden_size)
-    rope = RotaryTables(config.rope_of(1), config.attention_of(1).rope_dim)(torch.arange(LENGTH))
+    rope = RotaryEmbedding(config.rope_of(1), config.attention_of(1).rope_dim)(torch.arange(LENGTH))
     with torch.no_grad():
         expected = layer(x, rope, FlashAttention([LENGTH]))
         run = LayerRun(config, 1, state, LENGTH, torch.float32)

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from lowlat.checkpoint import restart
-from lowlat.checkpoint.planned_files import Stretch
-from lowlat.checkpoint.restart import partial_path
+from lowlat.checkpoint import resumable_writer as restart
+from lowlat.checkpoint.file_layout import Segment
+from lowlat.checkpoint.resumable_writer import partial_path
 from lowlat.convert.run import convert
+from lowlat.utils.atomic_files import rename_new
 from lowlat.utils.errors import UserError
 from tests.unit.checkpoint.builders import FAMILIES, edit_config, rewrite, write_model
 
@@ -51,19 +52,19 @@ def assert_whole(place: Path) -> None:
 
 
 class Counted:
-    """`restart._write`, counted, failing when so many stretches are done."""
+    """`restart._write`, counted, failing when so many segments are done."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.written: list[str] = []
         self.limit, self.fault = sys.maxsize, Exception()
-        self._real: Callable[[Any, Stretch], str] = restart._write
+        self._real: Callable[[Any, Segment], str] = restart._write
         monkeypatch.setattr(restart, "_write", self)
 
-    def __call__(self, out: Any, stretch: Stretch) -> str:
+    def __call__(self, out: Any, segment: Segment) -> str:
         if len(self.written) == self.limit:
             raise self.fault
-        digest = self._real(out, stretch)
-        self.written.append(stretch.label)
+        digest = self._real(out, segment)
+        self.written.append(segment.label)
         return digest
 
     def stop_after(self, count: int, fault: BaseException) -> None:
@@ -139,12 +140,12 @@ def test_another_conversion_does_not_go_on(place: Path, counted: Counted, change
 def test_two_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, tried = restart._write, []
 
-    def write(out: Any, stretch: Stretch) -> str:
+    def write(out: Any, segment: Segment) -> str:
         if not tried:
-            tried.append(stretch)
+            tried.append(segment)
             with pytest.raises(UserError, match="another process is writing it"):
                 again(place)
-        return real(out, stretch)
+        return real(out, segment)
 
     monkeypatch.setattr(restart, "_write", write)
     again(place)
@@ -181,8 +182,12 @@ def test_what_would_fail_again_is_not_kept(place: Path) -> None:
 def test_a_destination_that_appears_meanwhile_costs_no_work(
     place: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def rename_late(made: Path, destination: Path) -> None:
+        place.write_text("mine")
+        rename_new(made, destination)
+
     with monkeypatch.context() as patch:
-        patch.setattr(restart, "sync_folder", lambda folder: place.write_text("mine"))
+        patch.setattr(restart, "rename_new", rename_late)
         with pytest.raises(UserError, match="exists already"):
             again(place)
     assert place.read_text() == "mine"
@@ -203,13 +208,13 @@ def test_an_existing_destination_is_left_alone(place: Path) -> None:
 CHILD = """
 import sys
 from pathlib import Path
-from lowlat.checkpoint import restart
+from lowlat.checkpoint import resumable_writer as restart
 from lowlat.convert.run import convert
 
 real = restart._write
-def write(out, stretch):
-    digest = real(out, stretch)
-    print(stretch.label, flush=True)
+def write(out, segment):
+    digest = real(out, segment)
+    print(segment.label, flush=True)
     sys.stdin.readline()
     return digest
 restart._write = write
@@ -217,17 +222,17 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), dtype="int8")
 """
 
 
-def killed(place: Path, stretches: int) -> list[str]:
-    """A conversion in a process of its own, killed -9 after so many stretches."""
+def killed(place: Path, segments: int) -> list[str]:
+    """A conversion in a process of its own, killed -9 after so many segments."""
     arguments = [sys.executable, "-c", CHILD, str(place.parent / "m"), str(place)]
     labels = []
     with subprocess.Popen(
         arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:
         assert child.stdin is not None and child.stdout is not None
-        for _ in range(stretches):
+        for _ in range(segments):
             labels.append(child.stdout.readline().strip())
-            if len(labels) < stretches:
+            if len(labels) < segments:
                 child.stdin.write("\n")
                 child.stdin.flush()
         child.send_signal(signal.SIGKILL)

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.cli.main import app
-from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import count_parameters
 from lowlat.convert.compression import Compression
 from lowlat.convert.run import convert
 from lowlat.convert.upcycle import upcycled_config

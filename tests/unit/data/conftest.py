@@ -19,10 +19,11 @@ from lowlat.data.manifest import (
 )
 from lowlat.data.packing import PackedSequences
 from lowlat.data.vocabulary import CHAT_TEMPLATE, FIM, end_of_text, fim_tokens
-from lowlat.data.writer import SplitWriter, partial_folder, write_manifest, write_tokenizer
+from lowlat.data.writer import SplitWriter, write_manifest, write_tokenizer
 from lowlat.text.parts import TokenizerParts
 from lowlat.text.token_bytes import byte_alphabet
 from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.atomic_files import atomic_folder
 
 END = 256
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *FIM)
@@ -72,7 +73,7 @@ def make_folder(tmp_path: Path) -> Make:
     ) -> TokenizedDataset:
         tokenizer = byte_level(special=special)
         documents: dict[Split, Sequence[Sequence[int]]] = {"train": train, "held_out": held_out}
-        with partial_folder(tmp_path / name) as folder:
+        with atomic_folder(tmp_path / name) as folder:
             dtype = id_type(tokenizer.vocab_size)
             writers: dict[Split, SplitWriter] = {
                 split: SplitWriter(folder, split, dtype, shard_tokens) for split in SPLITS

@@ -1,6 +1,7 @@
 """Writing: a folder is whole or not there, whatever happens on the way."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowlat.data import writer
 from lowlat.data.dataset import TokenizedDataset
-from lowlat.data.writer import SplitWriter, partial_folder
+from lowlat.data.writer import SplitWriter
+from lowlat.utils.atomic_files import atomic_folder
 from lowlat.utils.errors import UserError
 
 from .conftest import END, Make
@@ -18,7 +19,7 @@ from .conftest import END, Make
 
 def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
     for fault in (KeyboardInterrupt, RuntimeError, UserError):
-        with pytest.raises(fault), partial_folder(tmp_path / "tokens") as folder:
+        with pytest.raises(fault), atomic_folder(tmp_path / "tokens") as folder:
             (folder / "train-00000.bin").write_bytes(b"x")
             raise fault
         assert list(tmp_path.iterdir()) == []
@@ -31,11 +32,10 @@ def test_a_refusing_disk_leaves_nothing(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = writer.os if call == "fsync" else Path
-    monkeypatch.setattr(target, call, refuse)
+    monkeypatch.setattr(os, call, refuse)
     with (
         pytest.raises(UserError, match=r"tokens: cannot be written \(No space left on device\)"),
-        partial_folder(tmp_path / "tokens") as folder,
+        atomic_folder(tmp_path / "tokens") as folder,
     ):
         (folder / "train-00000.bin").write_bytes(b"x")
     monkeypatch.undo()
@@ -45,13 +45,13 @@ def test_a_refusing_disk_leaves_nothing(
 def test_a_destination_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "tokens").mkdir()
     with (
-        pytest.raises(UserError, match="exists already; choose another folder or remove it"),
-        partial_folder(tmp_path / "tokens"),
+        pytest.raises(UserError, match="exists already; choose another destination or remove it"),
+        atomic_folder(tmp_path / "tokens"),
     ):
         pass
     with (
         pytest.raises(UserError, match="absent: is not a folder; create it first"),
-        partial_folder(tmp_path / "absent" / "tokens"),
+        atomic_folder(tmp_path / "absent" / "tokens"),
     ):
         pass
 
@@ -59,7 +59,7 @@ def test_a_destination_is_never_overwritten(tmp_path: Path) -> None:
 def test_a_destination_made_meanwhile_stays(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match="exists already"),
-        partial_folder(tmp_path / "tokens"),
+        atomic_folder(tmp_path / "tokens"),
     ):
         (tmp_path / "tokens").mkdir()
     assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
@@ -68,8 +68,8 @@ def test_a_destination_made_meanwhile_stays(tmp_path: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from lowlat.data.writer import partial_folder
-with partial_folder(Path(sys.argv[1])) as folder:
+from lowlat.utils.atomic_files import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as folder:
     (folder / "train-00000.bin").write_bytes(b"x")
     print(folder.name, flush=True)
     sys.stdin.read()
@@ -82,7 +82,7 @@ def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path: Path) -> None
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdin is not None
     left = tmp_path / other.stdout.readline().strip()
-    with pytest.raises(RuntimeError), partial_folder(tmp_path / "tokens"):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "tokens"):
         raise RuntimeError
     assert (left / "train-00000.bin").exists()
     other.kill()
@@ -90,7 +90,7 @@ def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path: Path) -> None
     other.stdin.close()
     other.stdout.close()
     assert left.exists()
-    with partial_folder(tmp_path / "tokens"):
+    with atomic_folder(tmp_path / "tokens"):
         assert not left.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
 
@@ -126,8 +126,6 @@ def test_targets_may_begin_late(tmp_path: Path) -> None:
 def test_a_pipe_is_no_shard(make_folder: Make) -> None:
     folder = make_folder([[END]]).path
     (folder / "train-00000.bin").unlink()
-    import os
-
     os.mkfifo(folder / "train-00000.bin")
     with pytest.raises(UserError, match=r"train-00000.bin: not found"):
         TokenizedDataset.open(folder)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from lowlat.config.model import ModelConfig
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import SamplingParams
-from lowlat.engine.request import Chunk, Event, Request
-from lowlat.engine.runner import INITIAL_PAGES, Runner
+from lowlat.engine.request import Chunk, Request, TokenEvent
+from lowlat.engine.runner import INITIAL_PAGES, ModelRunner
 from lowlat.engine.scheduler import Limits
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
@@ -26,7 +26,7 @@ MODELS = [tiny_model(config) for config in CONFIGS]
 
 def engine_for(model: Transformer, page_size: int = 5, **options: Any) -> Engine:
     options = {"context": CONTEXT, "eos_ids": frozenset({EOS})} | options
-    return Engine(Runner(model, page_size=page_size), **options)
+    return Engine(ModelRunner(model, page_size=page_size), **options)
 
 
 def counting_engine(**options: Any) -> Engine:
@@ -34,14 +34,14 @@ def counting_engine(**options: Any) -> Engine:
     return engine_for(ScriptedModel(gqa_config(), lambda token: token + 1), **options)
 
 
-def run(engine: Engine) -> dict[tuple[int, int], list[Event]]:
+def run(engine: Engine) -> dict[tuple[int, int], list[TokenEvent]]:
     """Step until nothing is left, accounting for all pages; events by (request, completion)."""
     events = defaultdict(list)
     while engine.has_work:
         for event in engine.step():
             events[event.request_id, event.index].append(event)
         engine.check_integrity()
-    assert engine.runner.pool.num_used == 0
+    assert engine.runner.allocator.num_used == 0
     return events
 
 
@@ -111,7 +111,7 @@ def test_abort_gives_all_pages_back_at_any_moment(steps: int) -> None:
     engine.abort(request.id)
     engine.abort(request.id)
     engine.check_integrity()
-    assert engine.runner.pool.num_used == 0 and not engine.has_work
+    assert engine.runner.allocator.num_used == 0 and not engine.has_work
     assert {sequence.finish_reason for sequence in request.sequences} == {"abort"}
 
 
@@ -241,7 +241,7 @@ def test_completions_share_the_full_pages_of_their_prompt() -> None:
     params = SamplingParams(max_tokens=9, temperature=1.0, n=3, ignore_eos=True)
     request = engine.add(list(range(12)), params)
     engine.step()
-    assert engine.runner.pool.num_used == 2 + 3
+    assert engine.runner.allocator.num_used == 2 + 3
     assert [sequence.num_cached for sequence in request.sequences] == [12, 12, 12]
     lists = [sequence.pages for sequence in request.sequences]
     assert lists[0][:2] == lists[1][:2] == lists[2][:2]
@@ -322,7 +322,7 @@ def test_completions_fork_after_the_cache_has_grown() -> None:
 def test_a_long_system_prompt_is_read_once() -> None:
     """4,096 tokens that four requests begin with, one after the other and two at once."""
     model = ScriptedModel(gqa_config(max_position_embeddings=8192), lambda token: token + 1)
-    engine = Engine(Runner(model), context=8192, eos_ids=frozenset())
+    engine = Engine(ModelRunner(model), context=8192, eos_ids=frozenset())
     step, rows = engine.runner.step, []
 
     def counted(chunks: list[Chunk]) -> Any:

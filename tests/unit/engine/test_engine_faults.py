@@ -9,7 +9,7 @@ from lowlat.config.model import ModelConfig
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import Chunk, RequestOptions
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from lowlat.generate.model import Model
 from lowlat.utils.errors import UserError
 from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config, mla_config, tiny_model
@@ -21,14 +21,14 @@ POISON = 200
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the model fail for whoever brings POISON."""
-    step = Runner.step
+    step = ModelRunner.step
 
-    def broken(self: Runner, chunks: list[Chunk]) -> Any:
+    def broken(self: ModelRunner, chunks: list[Chunk]) -> Any:
         if any(POISON in chunk.tokens for chunk in chunks):
             raise RuntimeError("the model broke")
         return step(self, chunks)
 
-    monkeypatch.setattr(Runner, "step", broken)
+    monkeypatch.setattr(ModelRunner, "step", broken)
 
 
 def counting() -> Model:
@@ -82,9 +82,9 @@ def test_who_waits_for_an_engine_without_work_is_told(monkeypatch: pytest.Monkey
 
 def test_sequences_that_fail_only_together_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Holds shut: an engine that ends for everyone where a step is too large, say for memory."""
-    step = Runner.step
+    step = ModelRunner.step
 
-    def broken(self: Runner, chunks: list[Chunk]) -> Any:
+    def broken(self: ModelRunner, chunks: list[Chunk]) -> Any:
         if len(chunks) > 1:
             raise torch.OutOfMemoryError("too large")
         return step(self, chunks)
@@ -96,7 +96,7 @@ def test_sequences_that_fail_only_together_go_on(monkeypatch: pytest.MonkeyPatch
         return [[event.token for event in events[request.id, 0]] for request in requests]
 
     expected = ask(counting_engine())
-    monkeypatch.setattr(Runner, "step", broken)
+    monkeypatch.setattr(ModelRunner, "step", broken)
     assert ask(counting_engine()) == expected
 
 

@@ -7,7 +7,7 @@ from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import ModelConfig
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import SamplingParams
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from lowlat.model.transformer import Transformer
 from tests.lowlat_configs import EVERY, random_model
 
@@ -26,7 +26,7 @@ def likeliest(model: Transformer, tokens: list[int]) -> list[int]:
 def test_greedy_tokens(config: ModelConfig, speculates: bool) -> None:
     """Three requests together, chunked prompts, drafts by MTP modules where there are any."""
     model = random_model(config, torch.float64)
-    runner = Runner(model, page_size=5)
+    runner = ModelRunner(model, page_size=5)
     engine = Engine(
         runner, context=97, eos_ids=frozenset(), prefill_chunk=20, speculates=speculates
     )

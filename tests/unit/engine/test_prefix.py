@@ -5,36 +5,47 @@ from collections.abc import Sequence
 
 import pytest
 
-from lowlat.engine.pages import PagePool
+from lowlat.engine.page_allocator import PageAllocator
 from lowlat.engine.prefix import Digest, PrefixCache
 from tests.page_driver import Driver
 
-SALT = b"key"
+NAMESPACE = b"key"
 LONG = list(range(100, 112))
 """Four pages of three tokens."""
 
 
-def cache_for(num_pages: int = 8, digest: Digest | None = None) -> tuple[PagePool, PrefixCache]:
-    pool = PagePool(num_pages)
-    return pool, PrefixCache(pool, page_size=3, digest=digest)
+def cache_for(
+    num_pages: int = 8, digest: Digest | None = None
+) -> tuple[PageAllocator, PrefixCache]:
+    allocator = PageAllocator(num_pages)
+    return allocator, PrefixCache(allocator, page_size=3, digest=digest)
 
 
-def forms(tokens: Sequence[int], form: str = "stream") -> list[str]:
-    return [form] * (len(tokens) // 3)
+def paths(tokens: Sequence[int], path: str = "decode") -> list[str]:
+    return [path] * (len(tokens) // 3)
 
 
-def put(pool: PagePool, cache: PrefixCache, tokens: Sequence[int], salt: bytes = SALT) -> list[int]:
+def put(
+    allocator: PageAllocator,
+    cache: PrefixCache,
+    tokens: Sequence[int],
+    cache_namespace: bytes = NAMESPACE,
+) -> list[int]:
     """Pages of a running sequence whose whole pages are known."""
-    pages = pool.allocate(-(-len(tokens) // 3))
-    cache.insert(salt, tokens, forms(tokens), pages)
+    pages = allocator.allocate(-(-len(tokens) // 3))
+    cache.insert(cache_namespace, tokens, paths(tokens), pages)
     return pages
 
 
 def found(
-    pool: PagePool, cache: PrefixCache, tokens: Sequence[int], salt: bytes = SALT, **form: str
+    allocator: PageAllocator,
+    cache: PrefixCache,
+    tokens: Sequence[int],
+    cache_namespace: bytes = NAMESPACE,
+    **path: str,
 ) -> list[int]:
-    pages = cache.match(salt, tokens, forms(tokens, **form))
-    pool.release(pages)
+    pages = cache.match(cache_namespace, tokens, paths(tokens, **path))
+    allocator.release(pages)
     return pages
 
 
@@ -52,47 +63,47 @@ def low_bits(data: bytes) -> bytes:
 
 
 def test_the_longest_known_beginning_is_found_and_held() -> None:
-    pool, cache = cache_for()
-    pages = put(pool, cache, LONG)
-    pool.release(pages)
-    assert (pool.num_cached, pool.num_used) == (4, 0)
-    matched = cache.match(SALT, [*LONG[:8], 7, 7, 7], ["stream"] * 3)
+    allocator, cache = cache_for()
+    pages = put(allocator, cache, LONG)
+    allocator.release(pages)
+    assert (allocator.num_cached, allocator.num_used) == (4, 0)
+    matched = cache.match(NAMESPACE, [*LONG[:8], 7, 7, 7], ["decode"] * 3)
     assert matched == pages[:2]
-    assert (pool.num_cached, pool.num_used) == (2, 2)
-    assert pool.allocate(6) == [4, 5, 6, 7, *pages[2:]]
+    assert (allocator.num_cached, allocator.num_used) == (2, 2)
+    assert allocator.allocate(6) == [4, 5, 6, 7, *pages[2:]]
     cache.check_integrity([matched, [4, 5, 6, 7, *pages[2:]]])
 
 
 def test_pages_in_use_are_shared() -> None:
-    pool, cache = cache_for()
-    pages = put(pool, cache, LONG)
-    assert cache.match(SALT, LONG, forms(LONG)) == pages
-    assert all(pool.is_shared(page) for page in pages)
+    allocator, cache = cache_for()
+    pages = put(allocator, cache, LONG)
+    assert cache.match(NAMESPACE, LONG, paths(LONG)) == pages
+    assert all(allocator.is_shared(page) for page in pages)
     cache.check_integrity([pages, pages])
 
 
 def test_only_as_many_pages_as_forms_are_looked_for() -> None:
     """Holds shut: a prompt found whole, which leaves no token to take logits from."""
-    pool, cache = cache_for()
-    pages = put(pool, cache, LONG)
-    assert cache.match(SALT, LONG, forms(LONG[:-1])) == pages[:3]
+    allocator, cache = cache_for()
+    pages = put(allocator, cache, LONG)
+    assert cache.match(NAMESPACE, LONG, paths(LONG[:-1])) == pages[:3]
 
 
 def test_a_partly_filled_page_is_not_known() -> None:
-    pool, cache = cache_for()
-    pool.release(put(pool, cache, LONG[:5]))
-    assert (pool.num_cached, pool.num_free, len(cache)) == (1, 7, 1)
+    allocator, cache = cache_for()
+    allocator.release(put(allocator, cache, LONG[:5]))
+    assert (allocator.num_cached, allocator.num_free, len(cache)) == (1, 7, 1)
 
 
 def test_a_growing_sequence_makes_page_after_page_known() -> None:
-    pool, cache = cache_for()
+    allocator, cache = cache_for()
     pages: list[int] = []
     for length in range(1, len(LONG) + 1):
         if length % 3 == 1:
-            pages += pool.allocate(1)
-        cache.insert(SALT, LONG[:length], forms(LONG[:length]), pages)
+            pages += allocator.allocate(1)
+        cache.insert(NAMESPACE, LONG[:length], paths(LONG[:length]), pages)
         assert len(cache) == length // 3
-    assert found(pool, cache, LONG) == pages
+    assert found(allocator, cache, LONG) == pages
 
 
 def test_a_growing_sequence_costs_only_its_new_pages() -> None:
@@ -103,25 +114,25 @@ def test_a_growing_sequence_costs_only_its_new_pages() -> None:
         calls.append(data)
         return hashlib.sha256(data).digest()
 
-    pool, cache = cache_for(200, counting)
+    allocator, cache = cache_for(200, counting)
     tokens = list(range(300))
-    pages = pool.allocate(101)
-    cache.insert(SALT, tokens, forms(tokens), pages)
+    pages = allocator.allocate(101)
+    cache.insert(NAMESPACE, tokens, paths(tokens), pages)
     calls.clear()
-    cache.insert(SALT, tokens, forms(tokens), pages)
+    cache.insert(NAMESPACE, tokens, paths(tokens), pages)
     assert len(calls) == 0
     tokens += [1, 2, 3]
-    cache.insert(SALT, tokens, forms(tokens), pages)
+    cache.insert(NAMESPACE, tokens, paths(tokens), pages)
     assert len(calls) == 1 and len(cache) == 101
 
 
 def test_counters_are_in_tokens_and_pages() -> None:
-    pool, cache = cache_for(4)
-    pool.release(put(pool, cache, LONG))
-    found(pool, cache, LONG[:7])
-    found(pool, cache, [1, 2, 3, 4])
+    allocator, cache = cache_for(4)
+    allocator.release(put(allocator, cache, LONG))
+    found(allocator, cache, LONG[:7])
+    found(allocator, cache, [1, 2, 3, 4])
     assert (cache.queried_tokens, cache.hit_tokens, cache.evictions) == (11, 6, 0)
-    pool.release(pool.allocate(3))
+    allocator.release(allocator.allocate(3))
     assert cache.evictions == 3
     cache.clear()
     assert cache.evictions == 4 and len(cache) == 0
@@ -132,34 +143,34 @@ def test_counters_are_in_tokens_and_pages() -> None:
 
 def test_a_page_of_rows_that_are_known_is_given_back_for_the_known_one() -> None:
     """Two sequences computed the same beginning side by side: one copy stays."""
-    pool, cache = cache_for(10)
-    first, second = pool.allocate(4), pool.allocate(4)
-    cache.insert(SALT, LONG, forms(LONG), first)
+    allocator, cache = cache_for(10)
+    first, second = allocator.allocate(4), allocator.allocate(4)
+    cache.insert(NAMESPACE, LONG, paths(LONG), first)
     other = [*LONG[:6], 1, 2, 3, 4]
-    cache.insert(SALT, other, forms(other), second)
+    cache.insert(NAMESPACE, other, paths(other), second)
     assert second[:2] == first[:2] and second[2:] == [6, 7]
-    assert pool.num_used == 6
+    assert allocator.num_used == 6
     cache.check_integrity([first, second])
     # What follows the shared pages is known too, and outlived by them.
-    pool.release(first)
+    allocator.release(first)
     cache.check_integrity([second])
-    pool.release(second)
-    assert found(pool, cache, other) == second[:3]
-    assert found(pool, cache, LONG) == first
+    allocator.release(second)
+    assert found(allocator, cache, other) == second[:3]
+    assert found(allocator, cache, LONG) == first
 
 
 def test_pages_that_were_shared_before_they_were_known_stay_unknown() -> None:
     """Holds shut: a page known as the successor of one that its other holder does not hold, which
     could be evicted first."""
-    pool, cache = cache_for()
-    known = put(pool, cache, LONG[:3])
-    pages = pool.allocate(2)
+    allocator, cache = cache_for()
+    known = put(allocator, cache, LONG[:3])
+    pages = allocator.allocate(2)
     sibling = list(pages)
-    pool.retain(sibling)
-    cache.insert(SALT, LONG[:6], forms(LONG[:6]), pages)
+    allocator.retain(sibling)
+    cache.insert(NAMESPACE, LONG[:6], paths(LONG[:6]), pages)
     assert pages == sibling and len(cache) == 1
-    pool.release(pages)
-    cache.insert(SALT, LONG[:6], forms(LONG[:6]), sibling)
+    allocator.release(pages)
+    cache.insert(NAMESPACE, LONG[:6], paths(LONG[:6]), sibling)
     assert sibling[0] == known[0] and len(cache) == 2
     cache.check_integrity([known, sibling])
 
@@ -168,23 +179,23 @@ def test_pages_that_were_shared_before_they_were_known_stay_unknown() -> None:
 
 
 def test_salts_share_nothing() -> None:
-    pool, cache = cache_for()
-    put(pool, cache, LONG, salt=b"mine")
-    assert found(pool, cache, LONG, salt=b"yours") == []
-    assert found(pool, cache, LONG, salt=b"") == []
-    other = put(pool, cache, LONG, salt=b"yours")
+    allocator, cache = cache_for()
+    put(allocator, cache, LONG, cache_namespace=b"mine")
+    assert found(allocator, cache, LONG, cache_namespace=b"yours") == []
+    assert found(allocator, cache, LONG, cache_namespace=b"") == []
+    other = put(allocator, cache, LONG, cache_namespace=b"yours")
     assert set(other) == {4, 5, 6, 7}
 
 
 def test_rows_of_another_form_are_not_found() -> None:
-    pool, cache = cache_for()
-    pages = put(pool, cache, LONG)
-    assert found(pool, cache, LONG, form="expanded") == []
-    assert cache.match(SALT, LONG, ["stream", "stream", "expanded", "stream"]) == pages[:2]
+    allocator, cache = cache_for()
+    pages = put(allocator, cache, LONG)
+    assert found(allocator, cache, LONG, path="expanded") == []
+    assert cache.match(NAMESPACE, LONG, ["decode", "decode", "expanded", "decode"]) == pages[:2]
 
 
 def test_the_end_of_a_form_is_not_the_beginning_of_the_tokens() -> None:
-    """Holds shut: equal keys of different (form, tokens), the form being of any length."""
+    """Holds shut: equal keys of different (path, tokens), the path being of any length."""
     seen: list[bytes] = []
 
     def recording(data: bytes) -> bytes:
@@ -193,46 +204,48 @@ def test_the_end_of_a_form_is_not_the_beginning_of_the_tokens() -> None:
 
     _, cache = cache_for(digest=recording)
     a = int.from_bytes(b"aaaa", "little")
-    cache.match(SALT, [a, a, a], ["f"])
-    cache.match(SALT, [a, a, a], ["faaaa"])
-    assert len({data[: len(seen[1])] for data in seen if len(data) > len(SALT)}) == 2
+    cache.match(NAMESPACE, [a, a, a], ["f"])
+    cache.match(NAMESPACE, [a, a, a], ["faaaa"])
+    assert len({data[: len(seen[1])] for data in seen if len(data) > len(NAMESPACE)}) == 2
 
 
 def test_equal_tokens_after_other_tokens_are_not_found() -> None:
-    pool, cache = cache_for()
-    put(pool, cache, LONG)
-    assert found(pool, cache, LONG[3:]) == []
-    assert found(pool, cache, [0, *LONG[1:]]) == []
+    allocator, cache = cache_for()
+    put(allocator, cache, LONG)
+    assert found(allocator, cache, LONG[3:]) == []
+    assert found(allocator, cache, [0, *LONG[1:]]) == []
 
 
 @pytest.mark.parametrize(
-    ("salt", "tokens", "form"),
+    ("cache_namespace", "tokens", "path"),
     [
-        (SALT, [9, *LONG[1:]], "stream"),
-        (SALT, [*LONG[:2], 9], "stream"),
-        (SALT, LONG[:3], "expanded"),
-        (b"other", LONG[:3], "stream"),
+        (NAMESPACE, [9, *LONG[1:]], "decode"),
+        (NAMESPACE, [*LONG[:2], 9], "decode"),
+        (NAMESPACE, LONG[:3], "expanded"),
+        (b"other", LONG[:3], "decode"),
     ],
 )
-def test_equal_keys_do_not_show_other_rows(salt: bytes, tokens: list[int], form: str) -> None:
+def test_equal_keys_do_not_show_other_rows(
+    cache_namespace: bytes, tokens: list[int], path: str
+) -> None:
     """Holds shut: trust in the hash. Here all keys are equal, and only what is compared differs."""
-    pool, cache = cache_for(digest=one_key)
-    pages = put(pool, cache, LONG[:3])
-    assert found(pool, cache, LONG[:3]) == pages
-    assert found(pool, cache, tokens, salt, form=form) == []
-    mine = pool.allocate(1)
-    cache.insert(salt, tokens[:3], [form], mine)
-    assert mine == [1] and found(pool, cache, LONG[:3]) == pages
+    allocator, cache = cache_for(digest=one_key)
+    pages = put(allocator, cache, LONG[:3])
+    assert found(allocator, cache, LONG[:3]) == pages
+    assert found(allocator, cache, tokens, cache_namespace, path=path) == []
+    mine = allocator.allocate(1)
+    cache.insert(cache_namespace, tokens[:3], [path], mine)
+    assert mine == [1] and found(allocator, cache, LONG[:3]) == pages
     cache.check_integrity([pages, mine])
 
 
 def test_equal_keys_do_not_show_another_parent() -> None:
-    """The same page as its own successor: equal tokens, form and key, another parent."""
-    pool, cache = cache_for(digest=one_key)
-    pages = put(pool, cache, LONG[:3])
-    assert cache.match(SALT, LONG[:3] * 2, ["stream"] * 2) == pages
-    mine = [*pages, *pool.allocate(1)]
-    cache.insert(SALT, LONG[:3] * 2, ["stream"] * 2, mine)
+    """The same page as its own successor: equal tokens, path and key, another parent."""
+    allocator, cache = cache_for(digest=one_key)
+    pages = put(allocator, cache, LONG[:3])
+    assert cache.match(NAMESPACE, LONG[:3] * 2, ["decode"] * 2) == pages
+    mine = [*pages, *allocator.allocate(1)]
+    cache.insert(NAMESPACE, LONG[:3] * 2, ["decode"] * 2, mine)
     assert len(cache) == 1 and mine == [0, 1]
 
 
@@ -240,28 +253,28 @@ def test_equal_keys_do_not_show_another_parent() -> None:
 
 
 def test_the_beginning_used_last_stays_longest() -> None:
-    pool, cache = cache_for(6)
+    allocator, cache = cache_for(6)
     old, new = [1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8, 9]
-    pool.release(put(pool, cache, old))
-    pool.release(put(pool, cache, [9, 9, 9]))
-    assert len(found(pool, cache, old)) == 2
-    pages = put(pool, cache, new)
-    pool.release(pages)
-    assert pool.num_free == 2
-    held = pool.allocate(3)
-    assert found(pool, cache, [9, 9, 9]) == []
-    held += pool.allocate(1)
-    assert len(found(pool, cache, old)) == 1 and len(found(pool, cache, new)) == 2
+    allocator.release(put(allocator, cache, old))
+    allocator.release(put(allocator, cache, [9, 9, 9]))
+    assert len(found(allocator, cache, old)) == 2
+    pages = put(allocator, cache, new)
+    allocator.release(pages)
+    assert allocator.num_free == 2
+    held = allocator.allocate(3)
+    assert found(allocator, cache, [9, 9, 9]) == []
+    held += allocator.allocate(1)
+    assert len(found(allocator, cache, old)) == 1 and len(found(allocator, cache, new)) == 2
     cache.check_integrity([held])
 
 
 def test_clear_frees_cached_pages_and_leaves_those_in_use() -> None:
-    pool, cache = cache_for()
-    pool.release(put(pool, cache, LONG))
-    held = cache.match(SALT, LONG, forms(LONG[:6]))
+    allocator, cache = cache_for()
+    allocator.release(put(allocator, cache, LONG))
+    held = cache.match(NAMESPACE, LONG, paths(LONG[:6]))
     cache.clear()
-    assert (pool.num_free, pool.num_cached, pool.num_used) == (6, 0, 2)
-    assert found(pool, cache, LONG) == held
+    assert (allocator.num_free, allocator.num_cached, allocator.num_used) == (6, 0, 2)
+    assert found(allocator, cache, LONG) == held
     cache.check_integrity([held])
 
 
@@ -270,36 +283,36 @@ def test_clear_frees_cached_pages_and_leaves_those_in_use() -> None:
 
 def test_what_is_withdrawn_is_forgotten_with_all_that_follows_it() -> None:
     """Held or not: a cached page is free at once, a used one when its holder lets go."""
-    pool, cache = cache_for(12)
-    ended = put(pool, cache, LONG)
-    going = cache.match(SALT, LONG, ["stream"] * 2)
-    going += pool.allocate(1)
+    allocator, cache = cache_for(12)
+    ended = put(allocator, cache, LONG)
+    going = cache.match(NAMESPACE, LONG, ["decode"] * 2)
+    going += allocator.allocate(1)
     branch = [*LONG[:6], 7, 7, 7]
-    cache.insert(SALT, branch, ["stream"] * 3, going)
-    other = put(pool, cache, [1, 2, 3])
-    pool.release(ended)
+    cache.insert(NAMESPACE, branch, ["decode"] * 3, going)
+    other = put(allocator, cache, [1, 2, 3])
+    allocator.release(ended)
     cache.withdraw([ended[1], 11])
     cache.check_integrity([going, other])
-    assert found(pool, cache, LONG) == found(pool, cache, branch) == ended[:1]
-    assert found(pool, cache, [1, 2, 3]) == other
-    assert (pool.num_used, pool.num_cached, cache.evictions) == (4, 0, 4)
+    assert found(allocator, cache, LONG) == found(allocator, cache, branch) == ended[:1]
+    assert found(allocator, cache, [1, 2, 3]) == other
+    assert (allocator.num_used, allocator.num_cached, cache.evictions) == (4, 0, 4)
     # Who computed on them and got on makes them known again.
-    cache.insert(SALT, branch, ["stream"] * 3, going)
-    assert found(pool, cache, branch) == going
+    cache.insert(NAMESPACE, branch, ["decode"] * 3, going)
+    assert found(allocator, cache, branch) == going
     cache.check_integrity([going, other])
 
 
 def test_breaking_the_contract_is_noticed() -> None:
-    pool, cache = cache_for()
-    pages = put(pool, cache, LONG)
+    allocator, cache = cache_for()
+    pages = put(allocator, cache, LONG)
     for broken in (
-        lambda: PrefixCache(pool, page_size=3),
-        lambda: PrefixCache(PagePool(1), page_size=0),
-        lambda: cache.match(SALT, LONG[:5], ["stream"] * 2),
-        lambda: cache.insert(SALT, LONG, forms(LONG), pages[:3]),
-        lambda: cache.insert(b"other", LONG, forms(LONG), pages),
-        lambda: cache.insert(SALT, [*LONG[:-1], 7], forms(LONG), pages),
-        lambda: cache.insert(SALT, LONG[3:], forms(LONG[3:]), pages[1:]),
+        lambda: PrefixCache(allocator, page_size=3),
+        lambda: PrefixCache(PageAllocator(1), page_size=0),
+        lambda: cache.match(NAMESPACE, LONG[:5], ["decode"] * 2),
+        lambda: cache.insert(NAMESPACE, LONG, paths(LONG), pages[:3]),
+        lambda: cache.insert(b"other", LONG, paths(LONG), pages),
+        lambda: cache.insert(NAMESPACE, [*LONG[:-1], 7], paths(LONG), pages),
+        lambda: cache.insert(NAMESPACE, LONG[3:], paths(LONG[3:]), pages[1:]),
     ):
         with pytest.raises(AssertionError):
             broken()
@@ -307,26 +320,26 @@ def test_breaking_the_contract_is_noticed() -> None:
 
 
 def test_check_integrity_finds_a_page_whose_beginning_was_let_go() -> None:
-    pool, cache = cache_for()
-    pages = put(pool, cache, LONG)
-    pool.release(pages[:1])
+    allocator, cache = cache_for()
+    pages = put(allocator, cache, LONG)
+    allocator.release(pages[:1])
     with pytest.raises(AssertionError, match="parent let go"):
         cache.check_integrity([pages[1:]])
 
 
 def test_check_integrity_finds_pages_released_in_the_wrong_order() -> None:
-    pool, cache = cache_for()
-    pages = put(pool, cache, LONG)
-    pool.release(pages[:2])
-    pool.release(pages[2:])
+    allocator, cache = cache_for()
+    pages = put(allocator, cache, LONG)
+    allocator.release(pages[:2])
+    allocator.release(pages[2:])
     with pytest.raises(AssertionError, match="outlive its parent"):
         cache.check_integrity([])
 
 
 def test_check_integrity_finds_a_kept_page_without_entry() -> None:
-    pool, cache = cache_for()
-    pages = pool.allocate(1)
-    pool.keep(pages[0])
+    allocator, cache = cache_for()
+    pages = allocator.allocate(1)
+    allocator.keep(pages[0])
     with pytest.raises(AssertionError, match="index and the kept pages"):
         cache.check_integrity([pages])
 
@@ -336,7 +349,7 @@ def test_check_integrity_finds_a_kept_page_without_entry() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_sequences_agree_with_the_model(seed: int) -> None:
-    """`benchmarks/page_pool.py` makes 100,000 steps of each."""
+    """`benchmarks/page_allocator.py` makes 100,000 steps of each."""
     driver = Driver(seed)
     driver.run(5_000, check_every=25)
     done = driver.done

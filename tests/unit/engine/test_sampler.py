@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from lowlat.engine.params import SamplingParams
-from lowlat.engine.sampler import Rows, Sampled, SequenceSampler, penalise, ranked
+from lowlat.engine.sampler import SampledToken, SequenceSampler, StepLogits, penalise, ranked
 from lowlat.ops.sampling import kept_weights
 
 VOCAB = 11
 
 
-def sample(logits: Tensor, samplers: list[SequenceSampler]) -> list[Sampled | None]:
+def sample(logits: Tensor, samplers: list[SequenceSampler]) -> list[SampledToken | None]:
     """A token from every row."""
-    rows = Rows(logits)
+    rows = StepLogits(logits)
     return [rows.sample(row, sampler) for row, sampler in enumerate(samplers)]
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from lowlat.engine.pages import PagePool
+from lowlat.engine.page_allocator import PageAllocator
 from lowlat.engine.params import SamplingParams
+from lowlat.engine.prefill_planner import PrefillPlanner
 from lowlat.engine.prefix import PrefixCache
-from lowlat.engine.reading import Reader
 from lowlat.engine.request import Request, RequestOptions, Sequence
 from lowlat.engine.sampler import SequenceSampler
 from lowlat.engine.scheduler import Limits, Scheduler
@@ -26,12 +26,12 @@ def scheduler_for(
     clock: Callable[[], float] = time.perf_counter,
     **limits: Any,
 ) -> Scheduler:
-    pool = PagePool(pages)
+    allocator = PageAllocator(pages)
     limits.setdefault("lone_tokens", limits.get("step_tokens", 1024))
     return Scheduler(
-        reader=Reader(gqa_config().attention, chunk=chunk, page_size=PAGE),
-        pool=pool,
-        prefix=PrefixCache(pool, page_size=PAGE) if has_prefix_cache else None,
+        planner=PrefillPlanner(gqa_config().attention, chunk=chunk, page_size=PAGE),
+        allocator=allocator,
+        prefix=PrefixCache(allocator, page_size=PAGE) if has_prefix_cache else None,
         limits=Limits(max_pages=pages, **limits),
         clock=clock,
     )
@@ -72,7 +72,7 @@ def step(scheduler: Scheduler) -> dict[Sequence, int]:
     holders = [s.pages for s in [*scheduler.running, *scheduler.waiting]]
     if scheduler.prefix is not None:
         scheduler.prefix.check_integrity(holders)
-    scheduler.pool.check_integrity(holders)
+    scheduler.allocator.check_integrity(holders)
     return {item.sequence: item.length for item in work}
 
 
@@ -114,7 +114,7 @@ def test_the_more_read_for_each_that_decodes_the_more_is_read() -> None:
     scheduler.add(prompts[2])
     assert sum(step(scheduler).values()) == 1 + 20
     scheduler.remove(short)
-    while any(prompt.is_reading for prompt in prompts):
+    while any(prompt.is_prefilling for prompt in prompts):
         step(scheduler)
     late = sequence(40, first=900)
     scheduler.add(late)
@@ -123,7 +123,7 @@ def test_the_more_read_for_each_that_decodes_the_more_is_read() -> None:
 
 def test_prompts_are_not_read_piecemeal_where_all_that_decode_are_patient() -> None:
     scheduler = scheduler_for(step_tokens=20, mixed_tokens=4, has_prefix_cache=False)
-    patient, hasty = sequence(3, is_patient=True), sequence(3, first=50)
+    patient, hasty = sequence(3, is_offline=True), sequence(3, first=50)
     long = sequence(90, first=100)
     scheduler.add(patient)
     step(scheduler)
@@ -152,7 +152,7 @@ def test_what_others_leave_of_the_budget_is_used() -> None:
 
 
 def test_a_piece_ends_with_its_chunk() -> None:
-    """Holds shut: rows of two forms in one piece."""
+    """Holds shut: rows of two paths in one piece."""
     scheduler = scheduler_for(step_tokens=30, chunk=16)
     one = sequence(40)
     scheduler.add(one)
@@ -190,7 +190,7 @@ def test_who_gives_way_is_passed_for_so_many_seconds_only() -> None:
     """Holds shut: a request of low priority that waits for ever while others come."""
     now = 0.0
     scheduler = scheduler_for(max_sequences=1, clock=lambda: now)
-    late = sequence(2, priority=3, salt=b"late")
+    late = sequence(2, priority=3, cache_namespace=b"late")
     scheduler.add(late)
     served = []
     for turn in range(1, 6):
@@ -204,9 +204,11 @@ def test_who_gives_way_is_passed_for_so_many_seconds_only() -> None:
 def test_urgency_passes_requests_of_its_own_client_only() -> None:
     """Holds shut: a client that is served before all others because it says so."""
     scheduler = scheduler_for(max_sequences=1)
-    modest = [sequence(4, first=100 * i, salt=b"modest") for i in range(1, 4)]
-    urgent = [sequence(4, first=100 * i, salt=b"urgent", priority=-100) for i in range(4, 7)]
-    plain = sequence(4, first=700, salt=b"urgent")
+    modest = [sequence(4, first=100 * i, cache_namespace=b"modest") for i in range(1, 4)]
+    urgent = [
+        sequence(4, first=100 * i, cache_namespace=b"urgent", priority=-100) for i in range(4, 7)
+    ]
+    plain = sequence(4, first=700, cache_namespace=b"urgent")
     for item in [*modest, plain, *urgent]:
         scheduler.add(item)
     served = []
@@ -220,7 +222,10 @@ def test_urgency_passes_requests_of_its_own_client_only() -> None:
 
 def test_urgency_takes_no_pages_from_those_that_run() -> None:
     scheduler = scheduler_for(pages=7, has_prefix_cache=False)
-    first, second = sequence(8, salt=b"a"), sequence(8, first=50, salt=b"b", priority=-100)
+    first, second = (
+        sequence(8, cache_namespace=b"a"),
+        sequence(8, first=50, cache_namespace=b"b", priority=-100),
+    )
     scheduler.add(first)
     scheduler.add(second)
     for _ in range(6):
@@ -231,11 +236,11 @@ def test_urgency_takes_no_pages_from_those_that_run() -> None:
 def test_a_client_with_many_requests_does_not_keep_another_waiting() -> None:
     """Holds shut: first come, first served over clients of unequal appetite."""
     scheduler = scheduler_for(max_sequences=1)
-    greedy = [sequence(9, first=100 * i, salt=b"greedy") for i in range(1, 6)]
+    greedy = [sequence(9, first=100 * i, cache_namespace=b"greedy") for i in range(1, 6)]
     for item in greedy:
         scheduler.add(item)
     assert step(scheduler) == {greedy[0]: 9}
-    modest = sequence(4, first=900, salt=b"modest")
+    modest = sequence(4, first=900, cache_namespace=b"modest")
     scheduler.add(modest)
     scheduler.remove(greedy[0])
     # Who comes starts level, so that one of the others may still be first, but one only.
@@ -272,7 +277,7 @@ def test_the_last_in_line_makes_room_and_comes_back() -> None:
     assert scheduler.num_preemptions == 1 and scheduler.waiting == [second]
     assert second.pages == [] and second.num_cached == 0 and second.num_outputs == 5
     scheduler.remove(first)
-    assert step(scheduler) == {second: 8}, "its prompt is read in the form it had"
+    assert step(scheduler) == {second: 8}, "its prompt is read in the path it had"
     assert step(scheduler) == {second: 5}, "what it generated is read as a stream"
     assert step(scheduler) == {second: 1}
 
@@ -306,12 +311,12 @@ def test_drafts_are_dropped_rather_than_anybody_preempted() -> None:
     one = sequence(8)
     scheduler.add(one)
     step(scheduler)
-    one.drafts = [1, 2, 3]
+    one.draft_tokens = [1, 2, 3]
     assert step(scheduler) == {one: 4}, "there is a page for them"
     one.tokens += [1, 2, 3][: 12 - len(one.tokens)]
     scheduler.advance(one, len(one.tokens) - 1 - one.num_cached)
-    one.drafts = [7, 8, 9]
-    assert step(scheduler) == {one: 1} and one.drafts == []
+    one.draft_tokens = [7, 8, 9]
+    assert step(scheduler) == {one: 1} and one.draft_tokens == []
 
 
 # A prompt that many share
@@ -340,7 +345,7 @@ def test_a_shared_beginning_is_read_once(at_once: bool) -> None:
 
 def test_rows_of_another_client_are_not_found() -> None:
     scheduler = scheduler_for()
-    mine, yours = sequence(40, salt=b"mine"), sequence(40, salt=b"yours")
+    mine, yours = sequence(40, cache_namespace=b"mine"), sequence(40, cache_namespace=b"yours")
     scheduler.add(mine)
     step(scheduler)
     scheduler.add(yours)

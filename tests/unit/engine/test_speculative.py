@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lowlat.engine.engine import Engine
-from lowlat.engine.lookup import PromptLookup
 from lowlat.engine.params import SamplingParams
+from lowlat.engine.prompt_lookup import PromptLookup
 from lowlat.engine.request import RequestOptions
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from lowlat.generate.grammar import GrammarCompiler
 from lowlat.generate.structured import Regex
 from lowlat.model.transformer import Transformer
@@ -20,7 +20,7 @@ from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config, mla_config, t
 
 def engine_for(model: Transformer, **options: Any) -> Engine:
     """Its steps cost what one token costs and a tenth more for each further one."""
-    runner = Runner(model, page_size=4)
+    runner = ModelRunner(model, page_size=4)
     engine = Engine(runner, context=97, eos_ids=frozenset(), **options)
     if engine.speculator is not None:
         engine.speculator.stepped = lambda num_tokens, seconds: None  # pyright: ignore
@@ -92,7 +92,7 @@ def test_reading_a_prompt_is_no_cost_of_drafts() -> None:
     rounds: list[bool] = []
     while engine.has_work:
         engine.step()
-        rounds.append(any(one.drafts for one in request.sequences))
+        rounds.append(any(one.draft_tokens for one in request.sequences))
     assert rounds[0]
     assert len(counted) == sum(rounds) - 1 > 2
 
@@ -131,7 +131,7 @@ def test_a_completion_ends_in_the_middle_of_its_drafts(end: dict[str, Any]) -> N
     generated = request.sequences[0].tokens[len(prompt) :]
     expected = 4 if stop_ids else 11
     assert generated == [(2 + i) % 13 for i in range(expected)]
-    assert engine.runner.pool.num_used == 0
+    assert engine.runner.allocator.num_used == 0
 
 
 @pytest.mark.parametrize("modules", [1, 2, 3])
@@ -159,9 +159,9 @@ def test_mtp_drafts_are_what_the_modules_predict(modules: int) -> None:
     while engine.has_work:
         engine.step()
         (one,) = request.sequences
-        if one.drafts:
+        if one.draft_tokens:
             fresh = fresh_drafts(model, one.tokens, modules)
-            assert one.drafts == fresh[: len(one.drafts)]
+            assert one.draft_tokens == fresh[: len(one.draft_tokens)]
             seen += 1
     assert seen >= 5
 
@@ -171,16 +171,16 @@ def fresh_drafts(model: Transformer, tokens: list[int], modules: int) -> list[in
     """Module k after module k - 1 over all tokens, without a cache kept from before."""
     from lowlat.engine.request import Chunk
 
-    runner = Runner(model, page_size=97)
+    runner = ModelRunner(model, page_size=97)
     pages: list[int] = []
     runner.reserve(pages, len(tokens) + modules)
     read = tokens[:-1]
-    whole = Chunk(tokens=read, start=0, pages=tuple(pages), num_logits=0, form="absorbed")
+    whole = Chunk(tokens=read, start=0, pages=tuple(pages), num_logits=0, path="absorbed")
     _, hidden = runner.step([whole])
     known = list(tokens)
     for module in range(modules):
         ahead = known[module + 1 : module + 1 + len(read)]
-        chunk = Chunk(tokens=ahead, start=0, pages=tuple(pages), num_logits=1, form="absorbed")
+        chunk = Chunk(tokens=ahead, start=0, pages=tuple(pages), num_logits=1, path="absorbed")
         hidden, logits = runner.mtp(module, hidden, [chunk])
         known.append(int(logits.argmax()))
     return known[len(tokens) :]
@@ -221,7 +221,7 @@ def pair_probabilities(
     from lowlat.engine.scoring import logits
 
     def following(tokens: list[int]) -> list[float]:
-        row = logits(Runner(model, page_size=97), tokens, chunk=64)[-1].double()
+        row = logits(ModelRunner(model, page_size=97), tokens, chunk=64)[-1].double()
         return (row / temperature).softmax(0).tolist()
 
     found: Counter[tuple[int, int]] = Counter()
@@ -292,9 +292,9 @@ def test_a_fault_in_the_modules_changes_no_token(
     model = tiny_model(mla_config(num_nextn_predict_layers=modules))
     prompts = [[(i * step) % 200 for i in range(23)] for step in (37, 29)]
     poisoned = [[*prompt[:20], 262, *prompt[20:]] for prompt in prompts[:1]]
-    mtp = Runner.mtp
+    mtp = ModelRunner.mtp
 
-    def broken(self: Runner, depth: int, hidden: torch.Tensor, chunks: list[Any]) -> Any:
+    def broken(self: ModelRunner, depth: int, hidden: torch.Tensor, chunks: list[Any]) -> Any:
         if any(262 in chunk.tokens for chunk in chunks):
             raise RuntimeError("no guess")
         return mtp(self, depth, hidden, chunks)
@@ -304,7 +304,7 @@ def test_a_fault_in_the_modules_changes_no_token(
         engine = engine_for(model, prefill_chunk=8, speculates=speculates)
         if speculates:
             always_draft(engine, modules + 1)
-            monkeypatch.setattr(Runner, "mtp", broken)
+            monkeypatch.setattr(ModelRunner, "mtp", broken)
         requests = [
             engine.add(prompt, SamplingParams(max_tokens=20)) for prompt in poisoned + prompts
         ]

@@ -10,8 +10,8 @@ import torch
 
 import lowlat
 from lowlat import api
-from lowlat.checkpoint.fetch import FetchedFile
-from lowlat.checkpoint.names import MODEL_PRESETS
+from lowlat.checkpoint.fetch.model_names import MODEL_PRESETS
+from lowlat.checkpoint.fetch.pypi import FetchedFile
 from lowlat.checkpoint.save import save_model
 from lowlat.generate.completion import Completion
 from lowlat.utils.errors import UserError
@@ -61,7 +61,7 @@ def test_int8_cache(folder: Path, dtype: str) -> None:
     """[K ; V] in bytes with scales; the same model but for the rounding of its rows."""
     plain = lowlat.load(str(folder), dtype=dtype)
     packed = lowlat.load(str(folder), dtype=dtype, cache="int8")
-    row = plain.config.attention.row_dim
+    row = plain.config.attention.entry_dim
     layers = plain.config.num_hidden_layers
     assert plain.cache_dtype == {"fp32": "fp32"}.get(dtype, "bf16")
     assert packed.cache_dtype == "int8"

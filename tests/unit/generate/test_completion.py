@@ -6,7 +6,7 @@ import pytest
 
 from lowlat.engine.engine import NOT_FINITE
 from lowlat.engine.params import SamplingParams
-from lowlat.engine.request import Event, FinishReason, Request, RequestOptions
+from lowlat.engine.request import FinishReason, Request, RequestOptions, TokenEvent
 from lowlat.generate.completion import CompletionBuilder, Usage
 from lowlat.utils.errors import UserError
 from tests.fakes import EOS, byte_tokenizer
@@ -35,7 +35,7 @@ def push(builder: CompletionBuilder, text: str | bytes, last: FinishReason | Non
         if builder.finish_reason is None:
             reason = last if i == len(data) - 1 else None
             is_text = reason != "stop"
-            builder.push(Event(0, 0, byte, finish_reason=reason, is_text=is_text))
+            builder.push(TokenEvent(0, 0, byte, finish_reason=reason, is_text=is_text))
 
 
 def test_text_comes_in_whole_characters() -> None:
@@ -49,7 +49,7 @@ def test_text_comes_in_whole_characters() -> None:
 def test_the_end_of_sequence_has_an_id_and_no_text() -> None:
     builder = builder_for()
     push(builder, "hi")
-    builder.push(Event(0, 0, EOS, finish_reason="stop", is_text=False))
+    builder.push(TokenEvent(0, 0, EOS, finish_reason="stop", is_text=False))
     result = builder.result()
     assert (result.text, result.token_ids, result.finish_reason) == (
         "hi",
@@ -89,7 +89,7 @@ def test_a_character_cut_off_by_the_end_is_replaced() -> None:
 
 def test_logprobs_are_kept_per_token_where_asked_for() -> None:
     builder = builder_for(logprobs=1)
-    builder.push(Event(0, 0, 65, -0.5, ((66, -0.25),), "length"))
+    builder.push(TokenEvent(0, 0, 65, -0.5, ((66, -0.25),), "length"))
     logprobs = builder.result().logprobs
     assert logprobs is not None and len(logprobs) == 1
     entry = logprobs[0]
@@ -99,7 +99,7 @@ def test_logprobs_are_kept_per_token_where_asked_for() -> None:
 
 def test_a_failed_completion_is_an_error_with_a_remedy() -> None:
     builder = builder_for()
-    builder.push(Event(0, 0, None, finish_reason="error", error=NOT_FINITE))
+    builder.push(TokenEvent(0, 0, None, finish_reason="error", error=NOT_FINITE))
     with pytest.raises(UserError, match=r"not finite.*fp32"):
         builder.result()
 
@@ -117,12 +117,12 @@ def test_text_after_which_a_grammar_ends_is_part_of_it() -> None:
     """Holds shut: a last token that is dropped because the completion stops with it."""
     builder = builder_for()
     push(builder, "ye")
-    builder.push(Event(0, 0, ord("s"), finish_reason="stop"))
+    builder.push(TokenEvent(0, 0, ord("s"), finish_reason="stop"))
     assert builder.result().text == "yes" and builder.finish_reason == "stop"
 
 
 def test_special_tokens_that_are_kept_are_text() -> None:
     request = builder_for().request
     builder = CompletionBuilder(TOKENIZER, request, 0, keep_special=frozenset({EOS}))
-    builder.push(Event(0, 0, EOS))
+    builder.push(TokenEvent(0, 0, EOS))
     assert builder.pieces == ["</s>"]

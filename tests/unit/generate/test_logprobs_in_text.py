@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowlat.engine.request import Event
+from lowlat.engine.request import TokenEvent
 from tests.fakes import EOS
 
 from .test_completion import builder_for
@@ -12,11 +12,11 @@ def told(text: bytes, *, stop: tuple[str, ...] = (), end: str | None = None) -> 
     """Tokens whose log-probabilities are told after each of the bytes of `text` and the end."""
     builder = builder_for(logprobs=0, stop=stop)
     shown, steps = 0, []
-    events = [Event(0, 0, byte, -0.5) for byte in text]
+    events = [TokenEvent(0, 0, byte, -0.5) for byte in text]
     if end == "eos":
-        events.append(Event(0, 0, EOS, -0.5, finish_reason="stop", is_text=False))
+        events.append(TokenEvent(0, 0, EOS, -0.5, finish_reason="stop", is_text=False))
     elif end == "length":
-        events[-1] = Event(0, 0, text[-1], -0.5, finish_reason="length")
+        events[-1] = TokenEvent(0, 0, text[-1], -0.5, finish_reason="length")
     for event in events:
         if builder.finish_reason is None:
             builder.push(event)
@@ -52,11 +52,11 @@ def test_a_token_that_the_stop_string_begins_in_is_told() -> None:
     builder = builder_for(logprobs=0, stop=("</s>x",))
     builder._detokenizer._skipped = frozenset()
     for token in (*b"ab", EOS, ord("x")):
-        builder.push(Event(0, 0, token, -0.5))
+        builder.push(TokenEvent(0, 0, token, -0.5))
     assert "".join(builder.pieces) == "ab" and builder.num_in_text == 2
     builder = builder_for(logprobs=0, stop=("s>x",))
     builder._detokenizer._skipped = frozenset()
     for token in (*b"ab", EOS, ord("x")):
-        builder.push(Event(0, 0, token, -0.5))
+        builder.push(TokenEvent(0, 0, token, -0.5))
     assert "".join(builder.pieces) == "ab</" and builder.num_in_text == 3
     assert [entry.start for entry in builder.logprobs] == [0, 1, 2, 6]

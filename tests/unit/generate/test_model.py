@@ -47,7 +47,9 @@ def real(config: ModelConfig, dtype: torch.dtype = torch.float64, **options: Any
 def check_idle(model: Model) -> None:
     """No page, request or builder is left behind."""
     model.engine.check_integrity()
-    assert model.runner.pool.num_used == 0 and not model._builders and not model.engine.has_work
+    assert (
+        model.runner.allocator.num_used == 0 and not model._builders and not model.engine.has_work
+    )
 
 
 def one(completion: Completion | list[Completion]) -> Completion:
@@ -110,13 +112,13 @@ def test_stop_is_a_string_or_several(stop: Any) -> None:
 def test_scoring_keeps_within_the_cache_s_limit() -> None:
     """Holds shut: a pool that grows under a text beside a stream, for good."""
     model = real(mla_config(num_nextn_predict_layers=0), max_cache_bytes=2**15)
-    limit = model.runner.pool.num_pages
+    limit = model.runner.allocator.num_pages
     stream = model.generate(LONG[:60], stream=True, ignore_eos=True)
     next(stream)
     with pytest.raises(UserError, match=r"do not fit into the cache .* raise max_cache_bytes"):
         for length in range(2, 90):
             model.nll(LONG[:length])
-    assert model.runner.pool.num_pages == limit
+    assert model.runner.allocator.num_pages == limit
     stream.close()
     assert len(model.nll(LONG[:60])) == 59
     check_idle(model)
@@ -131,7 +133,7 @@ def test_a_cache_beyond_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_no_more_pages_than_all_sequences_can_fill() -> None:
     """Holds shut: lists of pages that take more memory than the cache."""
     model = real(gqa_config(), context=70, max_cache_bytes=2**30)
-    assert model.runner.pool.num_pages == 2 * MAX_SEQUENCES
+    assert model.runner.allocator.num_pages == 2 * MAX_SEQUENCES
 
 
 def test_stop_strings_stop_the_engine_too() -> None:

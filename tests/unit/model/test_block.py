@@ -5,7 +5,7 @@ import torch
 from lowlat.attention.packed import PackedAttention
 from lowlat.model.block import DecoderLayer
 from lowlat.ops.norm import rms_norm
-from lowlat.ops.rope import RotaryTables
+from lowlat.ops.rope import RotaryEmbedding
 
 from .draw import fill, gqa_config, mla_config
 
@@ -15,7 +15,7 @@ def test_norm_before_each_half_and_a_residual_around_it() -> None:
         module = DecoderLayer(config, layer, dtype=torch.float64).requires_grad_(False)
         fill(module)
         backend = PackedAttention([5])
-        rope = RotaryTables(config.rope, config.attention.rope_dim)(backend.positions())
+        rope = RotaryEmbedding(config.rope, config.attention.rope_dim)(backend.positions())
         x = torch.randn(5, 23).double()
         middle = x + module.self_attn(
             rms_norm(x, module.input_layernorm.weight, 1e-5), rope, backend

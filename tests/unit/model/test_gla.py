@@ -9,11 +9,11 @@ from torch import Tensor
 from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import GLAConfig, MLAConfig
 from lowlat.engine import scoring
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from lowlat.model.gla import GLA as Module
 from lowlat.model.transformer import Transformer
 from lowlat.ops.norm import rms_norm
-from lowlat.ops.rope import RotaryTables, apply_rope
+from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from tests.lowlat_configs import GLA, YARN, lowlat_config, random_model
 
 
@@ -43,7 +43,9 @@ def test_one_group_is_mla_bit_for_bit(dtype: torch.dtype) -> None:
     assert torch.equal(*logits)
     # The native kernels, where they are and the model is bf16; every form of rows.
     for chunk in (1, 40):
-        cached = [scoring.logits(Runner(model), ids.tolist(), chunk=chunk) for model in (gla, mla)]
+        cached = [
+            scoring.logits(ModelRunner(model), ids.tolist(), chunk=chunk) for model in (gla, mla)
+        ]
         assert torch.equal(*cached)
 
 
@@ -52,7 +54,7 @@ def naive(module: Module, x: Tensor, rope: tuple[Tensor, Tensor], scale: float) 
     dims, length = module.dims, len(x)
     rank, heads = dims.group_rank, dims.num_attention_heads
     down = x @ module.kv_a_proj_with_mqa.weight.T
-    k_rope = apply_rope(down[:, None, dims.kv_lora_rank :], *rope, interleave=True)[:, 0]
+    k_rope = apply_rope(down[:, None, dims.kv_lora_rank :], rope, interleave=True)[:, 0]
     q = rms_norm(x @ module.q_a_proj.weight.T, module.q_a_layernorm.weight, 1e-6)
     q = (q @ module.q_b_proj.weight.T).view(length, heads, -1)
     outputs = []
@@ -63,7 +65,7 @@ def naive(module: Module, x: Tensor, rope: tuple[Tensor, Tensor], scale: float) 
         up = module.kv_b_proj.weight.view(heads, -1, rank)[head]
         key = torch.cat([latent @ up[: dims.qk_nope_head_dim].T, k_rope], dim=1)
         q_nope, q_rope = q[:, head].split([dims.qk_nope_head_dim, dims.qk_rope_head_dim], dim=1)
-        q_rope = apply_rope(q_rope[:, None], *rope, interleave=True)[:, 0]
+        q_rope = apply_rope(q_rope[:, None], rope, interleave=True)[:, 0]
         scores = torch.cat([q_nope, q_rope], dim=1) @ key.T * scale
         seen = torch.ones(length, length, dtype=torch.bool).tril()
         weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=1)
@@ -79,12 +81,12 @@ def test_every_head_reads_the_latent_of_its_group(groups: int) -> None:
     assert isinstance(module, Module)
     x = torch.randn(19, 23, dtype=torch.float64)
     packed = PackedAttention([19])
-    rope = RotaryTables(config.rope, attention.rope_dim)(packed.positions())
+    rope = RotaryEmbedding(config.rope, attention.rope_dim)(packed.positions())
     expected = naive(module, x, rope, config.softmax_scale_of(0))
     torch.testing.assert_close(module(x, rope, packed), expected, rtol=0, atol=1e-12)
 
 
 def test_the_cache_is_mlas() -> None:
-    assert GLA.row_dim == as_mla(GLA).row_dim == 32
+    assert GLA.entry_dim == as_mla(GLA).entry_dim == 32
     assert GLA.quantized_dim == 26
     assert GLA.latent_sizes == as_mla(GLA).latent_sizes

@@ -7,7 +7,7 @@ from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import GQAConfig, RopeConfig
 from lowlat.model.gqa import GQA
 from lowlat.ops.norm import rms_norm
-from lowlat.ops.rope import RotaryTables, apply_rope
+from lowlat.ops.rope import RotaryEmbedding, apply_rope
 
 from .draw import fill, gqa_config
 
@@ -28,15 +28,15 @@ def test_written_out(kv_heads: int, qk_norm: bool) -> None:
     """Query head h uses key head h // (6 / kv_heads); norm, then rotation; scale 10 ** -0.5."""
     module = gqa(num_key_value_heads=kv_heads, qk_norm=qk_norm, qkv_bias=True, o_bias=True)
     x, places = torch.randn(5, 23).double(), torch.arange(300, 305)
-    rope = RotaryTables(ROPE, 10)(places)
+    rope = RotaryEmbedding(ROPE, 10)(places)
     q = (x @ module.q_proj.weight.T + module.q_proj.bias).view(5, 6, 10)
     k = (x @ module.k_proj.weight.T + module.k_proj.bias).view(5, kv_heads, 10)
     v = (x @ module.v_proj.weight.T + module.v_proj.bias).view(5, kv_heads, 10)
     if qk_norm:
         q = rms_norm(q, module.q_norm.weight, 1e-5)
         k = rms_norm(k, module.k_norm.weight, 1e-5)
-    q = apply_rope(q, *rope, interleave=False)
-    k = apply_rope(k, *rope, interleave=False)
+    q = apply_rope(q, rope, interleave=False)
+    k = apply_rope(k, rope, interleave=False)
     out = torch.empty(5, 6, 10).double()
     for token in range(5):
         for head in range(6):

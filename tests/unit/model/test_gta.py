@@ -8,7 +8,7 @@ import torch
 from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import RopeConfig
 from lowlat.model.gta import GTA as Module
-from lowlat.ops.rope import RotaryTables, apply_rope
+from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from tests.lowlat_configs import GTA, lowlat_config, random_model
 
 
@@ -21,17 +21,17 @@ def test_naive(groups: int, interleave: bool) -> None:
     assert isinstance(module, Module)
     x = torch.randn(17, 23, dtype=torch.float64)
     packed = PackedAttention([17])
-    rope = RotaryTables(config.rope, 4)(packed.positions())
+    rope = RotaryEmbedding(config.rope, 4)(packed.positions())
     q = (x @ module.q_proj.weight.T).view(17, 6, 10)
     states = (x @ module.kv_proj_with_mqa.weight.T)[:, : 10 * groups].view(17, groups, 10)
     shared = (x @ module.kv_proj_with_mqa.weight.T)[:, None, 10 * groups :]
-    shared = apply_rope(shared, *rope, interleave=interleave)[:, 0]
+    shared = apply_rope(shared, rope, interleave=interleave)[:, 0]
     seen = torch.ones(17, 17, dtype=torch.bool).tril()
     outputs = []
     for head in range(6):
         state = states[:, head // (6 // groups)]
         key = torch.cat([state[:, :6], shared], dim=1)
-        turned = apply_rope(q[:, head, None, 6:], *rope, interleave=interleave)[:, 0]
+        turned = apply_rope(q[:, head, None, 6:], rope, interleave=interleave)[:, 0]
         scores = torch.cat([q[:, head, :6], turned], dim=1) @ key.T / 10**0.5
         outputs.append(scores.masked_fill(~seen, float("-inf")).softmax(dim=1) @ state)
     expected = torch.cat(outputs, dim=1) @ module.o_proj.weight.T
@@ -40,5 +40,5 @@ def test_naive(groups: int, interleave: bool) -> None:
 
 def test_the_cache_holds_each_state_once() -> None:
     """Half of GQA's [K ; V], and one rotated key."""
-    assert GTA.row_dim == 3 * 10 + 4
+    assert GTA.entry_dim == 3 * 10 + 4
     assert GTA.quantized_dim == 30 and GTA.rope_dim == 4

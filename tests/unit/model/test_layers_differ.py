@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.attention.forms import form_of
 from lowlat.attention.packed import PackedAttention
-from lowlat.config.arithmetic import cache_cost
+from lowlat.attention.path import choose_path
 from lowlat.config.attention import expansion_break_even, short_name
 from lowlat.config.model import MLAConfig, ModelConfig, RopeConfig
+from lowlat.config.parameter_count import cache_cost
 from lowlat.engine import scoring
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from tests.lowlat_configs import (
     DIFFERING,
     LAYER_ROPES,
@@ -107,7 +107,7 @@ def test_logits_are_those_of_the_equations(chunk: int) -> None:
     model = model_of(CONFIG, torch.float64)
     weights = dict(model.named_parameters())
     expected = hidden_by_hand(weights) @ weights["lm_head.weight"].T
-    found = scoring.logits(Runner(model, page_size=8), IDS.tolist(), chunk=chunk)
+    found = scoring.logits(ModelRunner(model, page_size=8), IDS.tolist(), chunk=chunk)
     assert expected.std() > 0.3
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
 
@@ -136,7 +136,9 @@ def test_equal_layers_are_no_layers_that_differ() -> None:
     tuples = replace(base, attention=(MLA, MLA), rope=(base.rope, base.rope))
     assert tuples == base and tuples.attention == MLA and hash(tuples) == hash(base)
     first, second = (model_of(config, torch.float32) for config in (base, tuples))
-    found = [scoring.logits(Runner(m, page_size=8), [3, 5, 7], chunk=2) for m in (first, second)]
+    found = [
+        scoring.logits(ModelRunner(m, page_size=8), [3, 5, 7], chunk=2) for m in (first, second)
+    ]
     assert torch.equal(*found)
 
 
@@ -175,12 +177,12 @@ def sizes(latent: int) -> MLAConfig:
 def test_the_form_is_the_cheaper_one_of_all_layers_together() -> None:
     """Narrow latents never expand, wide ones beyond 89.6 queries, both together beyond 132.3."""
     narrow, wide = sizes(24), sizes(224)
-    assert form_of(narrow, 4000) == "absorbed"
-    assert [form_of(wide, length) for length in (89, 90)] == ["absorbed", "expanded"]
+    assert choose_path(narrow, 4000) == "absorbed"
+    assert [choose_path(wide, length) for length in (89, 90)] == ["absorbed", "expanded"]
     both = expansion_break_even([narrow.latent_sizes, wide.latent_sizes])
     assert both == pytest.approx((24 * 128 + 224 * 128) / (320 - 80))
-    assert [form_of((narrow, wide), n) for n in (132, 133)] == ["absorbed", "expanded"]
-    assert form_of((narrow, wide), 32) == "stream"
+    assert [choose_path((narrow, wide), n) for n in (132, 133)] == ["absorbed", "expanded"]
+    assert choose_path((narrow, wide), 32) == "decode"
 
 
 def test_the_cache_is_the_sum_of_the_layers() -> None:
@@ -195,7 +197,7 @@ def test_the_cache_is_the_sum_of_the_layers() -> None:
 
 
 def counted(config: ModelConfig) -> int:
-    return sum(rows.nbytes for rows in Runner(model_of(config, torch.bfloat16)).cache.layers)
+    return sum(rows.nbytes for rows in ModelRunner(model_of(config, torch.bfloat16)).cache.layers)
 
 
 def test_the_cache_takes_that_memory() -> None:

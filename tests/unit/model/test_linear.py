@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowlat.model.linear import Embedding, Linear, RMSNorm, has_twin
+from lowlat.model.linear import Embedding, Linear, RMSNorm, has_native_kernel
 from lowlat.ops.norm import rms_norm
 from lowlat.ops.quantized import quantize_int4, quantize_int8
 
@@ -79,7 +79,7 @@ def test_packing_is_the_same_with_and_without_kernels(storage: str, dtype: torch
     linear = Linear(77, 77, dtype=torch.bfloat16)
     getattr(linear, f"store_{storage}")()
     define = {"int4": quantize_int4, "int8": quantize_int8}[storage]
-    assert not has_twin(weight.T)
+    assert not has_native_kernel(weight.T)
     for dense in (weight, weight.T):
         parts = linear.pack(dense)
         for name, expected in define(dense)._asdict().items():

@@ -7,11 +7,11 @@ import torch
 
 from lowlat.attention.flash import FlashAttention
 from lowlat.attention.packed import PackedAttention
-from lowlat.config.arithmetic import cache_cost, count_parameters
-from lowlat.config.memory import weight_bytes
 from lowlat.config.model import ModelConfig, QuantConfig
+from lowlat.config.parameter_count import cache_cost, count_parameters
+from lowlat.config.weight_memory import weight_bytes
 from lowlat.engine import scoring
-from lowlat.engine.runner import Runner
+from lowlat.engine.runner import ModelRunner
 from lowlat.model.init import init_weights
 from lowlat.model.quant import store_packed
 from lowlat.model.transformer import Transformer
@@ -31,7 +31,7 @@ def packed_logits(model: Transformer, lengths: list[int]) -> torch.Tensor:
 def test_cached_equals_whole(config: ModelConfig, chunk: int) -> None:
     """One token at a time, few (streams), and all at once (keys and values are built)."""
     model = random_model(config, torch.float64)
-    logits = scoring.logits(Runner(model, page_size=8), IDS.tolist(), chunk=chunk)
+    logits = scoring.logits(ModelRunner(model, page_size=8), IDS.tolist(), chunk=chunk)
     expected = packed_logits(model, [61])
     assert expected.std() > 0.1
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
@@ -59,7 +59,7 @@ def test_flash_equals_packed(config: ModelConfig) -> None:
 def test_int8_cache_is_near(config: ModelConfig) -> None:
     """Rows in int8 with a scale per 64 channels cost a few percent at most, in every form."""
     model = random_model(config, torch.float64)
-    runner = Runner(model, page_size=8, cache_dtype=torch.int8)
+    runner = ModelRunner(model, page_size=8, cache_dtype=torch.int8)
     logits, exact = scoring.logits(runner, IDS.tolist(), chunk=7), packed_logits(model, [61])
     distance = (logits - exact).norm(dim=1) / exact.norm(dim=1)
     assert 1e-6 < distance.median() < 0.05
@@ -89,7 +89,7 @@ def test_counts_and_bytes_are_those_of_the_modules(config: ModelConfig) -> None:
     count = count_parameters(config)
     assert sum(tensor.numel() for tensor in tensors) == count.total + count.mtp
     assert sum(tensor.nbytes for tensor in tensors) == weight_bytes(config, "bf16")
-    rows = [config.attention_of(layer).row_dim for layer in range(config.num_hidden_layers)]
+    rows = [config.attention_of(layer).entry_dim for layer in range(config.num_hidden_layers)]
     assert cache_cost(config).elements_per_token_layer == sum(rows) / len(rows)
 
 

@@ -9,7 +9,7 @@ from lowlat.config.model import MLAConfig, RopeConfig
 from lowlat.model.linear import RMSNorm
 from lowlat.model.mla import MLA
 from lowlat.ops.norm import rms_norm
-from lowlat.ops.rope import RotaryTables, apply_rope
+from lowlat.ops.rope import RotaryEmbedding, apply_rope
 
 from .draw import YARN, fill, mla_config
 
@@ -25,7 +25,7 @@ def mla(rope: RopeConfig = YARN, **changes: object) -> MLA:
 
 
 def tables(positions: list[int], rope: RopeConfig = YARN) -> tuple[Tensor, Tensor]:
-    return RotaryTables(rope, 6)(torch.tensor(positions))
+    return RotaryEmbedding(rope, 6)(torch.tensor(positions))
 
 
 def test_up_projections_are_nope_rows_then_value_rows_of_each_head() -> None:
@@ -55,9 +55,9 @@ def test_cached_rows_by_hand(interleave: bool) -> None:
     rotation = tables([5, 70, 7001], rope)
     down = x @ module.kv_a_proj_with_mqa.weight.T
     latent = rms_norm(down[:, :13], module.kv_a_layernorm.weight, 1e-6)
-    key = apply_rope(down[:, None, 13:], *rotation, interleave=interleave)[:, 0]
-    torch.testing.assert_close(module.rows(x, rotation), torch.cat([latent, key], dim=-1))
-    other = apply_rope(down[:, None, 13:], *rotation, interleave=not interleave)[:, 0]
+    key = apply_rope(down[:, None, 13:], rotation, interleave=interleave)[:, 0]
+    torch.testing.assert_close(module.entries(x, rotation), torch.cat([latent, key], dim=-1))
+    other = apply_rope(down[:, None, 13:], rotation, interleave=not interleave)[:, 0]
     assert (other - key).abs().max() > 1e-2
 
 
@@ -72,7 +72,7 @@ def test_query_and_key_rotate_alike(interleave: bool) -> None:
 
     def score(query: int, key: int) -> Tensor:
         _, q_rope = module.queries(x, tables([query], rope))
-        return q_rope[0] @ module.rows(x, tables([key], rope))[0, 13:]
+        return q_rope[0] @ module.entries(x, tables([key], rope))[0, 13:]
 
     torch.testing.assert_close(score(16, 5), score(11, 0), rtol=0, atol=1e-4)
     assert (score(11, 0) - score(0, 11)).abs().max() > 1e-3
@@ -89,7 +89,7 @@ def test_converted_models_cache_the_latent_as_it_is() -> None:
     module = mla(kv_a_layernorm=False)
     x = torch.randn(2, 23).double()
     latent = (x @ module.kv_a_proj_with_mqa.weight.T)[:, :13]
-    torch.testing.assert_close(module.rows(x, tables([0, 1]))[:, :13], latent)
+    torch.testing.assert_close(module.entries(x, tables([0, 1]))[:, :13], latent)
 
 
 @pytest.mark.parametrize(

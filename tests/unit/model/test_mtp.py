@@ -129,7 +129,7 @@ def test_cached_equals_packed(chunks: list[int]) -> None:
     outputs, start = [], 0
     for length in chunks:
         form = "expanded" if length > 2 else "absorbed"
-        item = SequenceSlice(pages=(4, 0, 2), start=start, length=length, form=form)
+        item = SequenceSlice(pages=(4, 0, 2), start=start, length=length, path=form)
         batch = AttentionBatch.build([item], page_size=3)
         backend = CachedAttention(cache, batch)
         own = slice(start, start + length)

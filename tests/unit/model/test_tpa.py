@@ -11,7 +11,7 @@ from lowlat.config.model import RopeConfig, TPAConfig
 from lowlat.model.init import init_weights
 from lowlat.model.tpa import TPA as Module
 from lowlat.model.transformer import Transformer
-from lowlat.ops.rope import RotaryTables, apply_rope
+from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from tests.lowlat_configs import TPA, lowlat_config, random_model
 
 
@@ -24,7 +24,7 @@ def test_naive(attention: TPAConfig, interleave: bool) -> None:
     assert isinstance(module, Module)
     x = torch.randn(17, 23, dtype=torch.float64)
     packed = PackedAttention([17])
-    rope = RotaryTables(config.rope, 14)(packed.positions())
+    rope = RotaryEmbedding(config.rope, 14)(packed.positions())
 
     def build(a: torch.Tensor, b: torch.Tensor, rank: int) -> torch.Tensor:
         heads = (x @ a.T).view(17, rank, 5)
@@ -37,7 +37,7 @@ def test_naive(attention: TPAConfig, interleave: bool) -> None:
         q = build(module.q_a_proj.weight, module.q_b_proj.weight, attention.q_rank)
     k = build(module.k_a_proj.weight, module.k_b_proj.weight, attention.k_rank)
     v = build(module.v_a_proj.weight, module.v_b_proj.weight, attention.v_rank)
-    q, k = (apply_rope(part, *rope, interleave=interleave) for part in (q, k))
+    q, k = (apply_rope(part, rope, interleave=interleave) for part in (q, k))
     scores = torch.einsum("qhd,khd->hqk", q, k) / 14**0.5
     seen = torch.ones(17, 17, dtype=torch.bool).tril()
     weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
@@ -46,14 +46,14 @@ def test_naive(attention: TPAConfig, interleave: bool) -> None:
 
 
 def test_a_row_holds_the_factors() -> None:
-    assert TPA.row_dim == (2 + 1) * (5 + 14)
+    assert TPA.entry_dim == (2 + 1) * (5 + 14)
     module = random_model(lowlat_config(TPA), torch.float64).layers[0].self_attn
     assert isinstance(module, Module)
     x = torch.randn(3, 23, dtype=torch.float64)
-    rope = RotaryTables(RopeConfig(rope_theta=50.0), 14)(torch.tensor([0, 0, 0]))
+    rope = RotaryEmbedding(RopeConfig(rope_theta=50.0), 14)(torch.tensor([0, 0, 0]))
     names = ("k_b_proj", "v_b_proj", "k_a_proj", "v_a_proj")
     parts = [x @ module.get_parameter(f"{name}.weight").T for name in names]
-    torch.testing.assert_close(module.rows(x, rope), torch.cat(parts, dim=1))
+    torch.testing.assert_close(module.entries(x, rope), torch.cat(parts, dim=1))
 
 
 def test_first_weights_are_within_the_published_bounds() -> None:

@@ -55,7 +55,7 @@ def cached(
     outputs, start = [], 0
     for length in chunks:
         form = "expanded" if length > break_even else "absorbed"
-        item = SequenceSlice(pages=tuple(pages[:count]), start=start, length=length, form=form)
+        item = SequenceSlice(pages=tuple(pages[:count]), start=start, length=length, path=form)
         batch = AttentionBatch.build([item], page_size=page_size)
         backend = CachedAttention(cache, batch)
         outputs.append(model.logits(model(ids[start : start + length], batch.positions, backend)))
@@ -96,7 +96,7 @@ def test_several_sequences_equal_each_alone(name: str) -> None:
     tables = [(9, 1, 4, 0, 11), (3,), (8, 2)]
     cache = PagedCache(model.config, num_pages=12, page_size=4, dtype=torch.float64)
     items = [
-        SequenceSlice(pages=pages, start=0, length=length, form="expanded")
+        SequenceSlice(pages=pages, start=0, length=length, path="expanded")
         for pages, length in zip(tables, SEQUENCES, strict=True)
     ]
     batch = AttentionBatch.build(items, page_size=4)
@@ -117,12 +117,12 @@ def test_prefill_in_a_batch_with_decoding(name: str) -> None:
         backend = CachedAttention(cache, batch)
         return model.logits(model(ids, batch.positions, backend))
 
-    step(long[:8], [SequenceSlice(pages=(6, 2, 4), start=0, length=8, form="expanded")])
+    step(long[:8], [SequenceSlice(pages=(6, 2, 4), start=0, length=8, path="expanded")])
     mixed = step(
         torch.cat([long[8:], prompt]),
         [
             SequenceSlice(pages=(6, 2, 4), start=8, length=1),
-            SequenceSlice(pages=(0, 8), start=0, length=6, form="expanded"),
+            SequenceSlice(pages=(0, 8), start=0, length=6, path="expanded"),
         ],
     )
     torch.testing.assert_close(mixed[:1], alone(model, long)[8:], rtol=0, atol=1e-10)

@@ -51,7 +51,7 @@ def test_values_and_gradients_whatever_the_pieces(
 ) -> None:
     given = inputs(torch.float64, rows=rows, vocab=vocab)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cross_entropy, "PIECE_ELEMENTS", piece)
+        patch.setattr(cross_entropy, "CHUNK_ELEMENTS", piece)
         patch.setattr(divergence, "BLOCK_ELEMENTS", block)
         found = linear_divergence(*given, nll_weight=nll_weight)
     kl, nll = by_definition(*given)
@@ -85,7 +85,7 @@ def test_native_pieces_of_any_size(
     whole = linear_divergence(*given)
     size = given[0].element_size()
     monkeypatch.setattr(divergence, "NATIVE_PIECE_BYTES", rows * VOCAB * size)
-    monkeypatch.setattr(cross_entropy, "PIECE_ELEMENTS", rows * VOCAB)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", rows * VOCAB)
     found = linear_divergence(*given)
     torch.testing.assert_close(found.total, whole.total, rtol=1e-5, atol=1e-5)
     wanted = torch.autograd.grad(whole.total, given[:2])
@@ -95,7 +95,7 @@ def test_native_pieces_of_any_size(
 
 @given(rows=st.integers(0, 50), most=st.integers(1, 60))
 def test_pieces_are_few_and_even(rows: int, most: int) -> None:
-    pieces = cross_entropy.even_pieces(rows, most)
+    pieces = cross_entropy.even_chunks(rows, most)
     sizes = [piece.stop - piece.start for piece in pieces]
     assert [row for piece in pieces for row in range(piece.start, piece.stop)] == [*range(rows)]
     assert len(pieces) <= -(-rows // most)

@@ -8,8 +8,14 @@ import pytest
 import torch
 
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig, yarn_mscale
-from lowlat.ops import native_training
-from lowlat.ops.rope import RotaryTables, apply_rope, inverse_frequencies, rotation_magnitude
+from lowlat.ops import native_training_kernels
+from lowlat.ops.rope import (
+    RotaryEmbedding,
+    RotaryTable,
+    apply_rope,
+    inverse_frequencies,
+    rotation_magnitude,
+)
 
 V3_ROPE = RopeConfig(
     rope_theta=10000.0,
@@ -101,7 +107,7 @@ def test_the_tables_carry_the_factor() -> None:
     """Position 0 cannot show an error in the frequencies, but it does show the magnitude: cos(0)
     is the factor.
     """
-    cos, sin = RotaryTables(yarn(1.0, 0.707), 6)(torch.tensor([0, 7001]))
+    cos, sin = RotaryEmbedding(yarn(1.0, 0.707), 6)(torch.tensor([0, 7001]))
     factor = 1.3688879 / 1.2608038
     torch.testing.assert_close(cos[0], torch.full((3,), factor))
     assert torch.equal(sin[0], torch.zeros(3))
@@ -177,9 +183,9 @@ def test_llama3_frequencies() -> None:
     torch.testing.assert_close(inverse_frequencies(rope, 8), expected)
 
 
-def quarter_and_half_turn() -> tuple[torch.Tensor, torch.Tensor]:
+def quarter_and_half_turn() -> RotaryTable:
     """cos and sin of 90 degrees for pair 0 and of 180 degrees for pair 1."""
-    return torch.tensor([[0.0, -1.0]]), torch.tensor([[1.0, 0.0]])
+    return RotaryTable(torch.tensor([[0.0, -1.0]]), torch.tensor([[1.0, 0.0]]))
 
 
 BOTH_FORMS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -190,25 +196,25 @@ BOTH_FORMS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_interleaved_pairs_are_neighbours(dtype: torch.dtype) -> None:
     """Holds shut: the half-split layout on interleaved weights."""
     x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]], dtype=dtype)
-    out = apply_rope(x, *quarter_and_half_turn(), interleave=True)
+    out = apply_rope(x, quarter_and_half_turn(), interleave=True)
     assert out.tolist() == [[[-2.0, 1.0, -3.0, -4.0]]]
 
 
 @BOTH_FORMS
 def test_half_split_pairs_are_half_a_head_apart(dtype: torch.dtype) -> None:
     x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]], dtype=dtype)
-    out = apply_rope(x, *quarter_and_half_turn(), interleave=False)
+    out = apply_rope(x, quarter_and_half_turn(), interleave=False)
     assert out.tolist() == [[[-3.0, -2.0, 1.0, -4.0]]]
 
 
 @pytest.mark.parametrize("interleave", [True, False])
 def test_scores_depend_on_distance_only(interleave: bool) -> None:
-    tables = RotaryTables(RopeConfig(rope_theta=100.0), 6)
+    tables = RotaryEmbedding(RopeConfig(rope_theta=100.0), 6)
     q, k = torch.randn(1, 3, 6).double(), torch.randn(1, 3, 6).double()
 
     def scores(query: int, key: int) -> torch.Tensor:
-        rotated_q = apply_rope(q, *tables(torch.tensor([query])), interleave=interleave)
-        rotated_k = apply_rope(k, *tables(torch.tensor([key])), interleave=interleave)
+        rotated_q = apply_rope(q, tables(torch.tensor([query])), interleave=interleave)
+        rotated_k = apply_rope(k, tables(torch.tensor([key])), interleave=interleave)
         return (rotated_q * rotated_k).sum(-1)
 
     torch.testing.assert_close(scores(1029, 1018), scores(11, 0), rtol=1e-4, atol=1e-4)
@@ -217,17 +223,17 @@ def test_scores_depend_on_distance_only(interleave: bool) -> None:
 
 def test_rotates_in_fp32_and_rounds_once() -> None:
     x = torch.randn(31, 3, 10).to(torch.bfloat16)
-    tables = RotaryTables(RopeConfig(rope_theta=1e4), 10)(torch.arange(60000, 60031))
-    out = apply_rope(x, *tables, interleave=True)
+    tables = RotaryEmbedding(RopeConfig(rope_theta=1e4), 10)(torch.arange(60000, 60031))
+    out = apply_rope(x, tables, interleave=True)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out, apply_rope(x.float(), *tables, interleave=True).to(torch.bfloat16))
+    assert torch.equal(out, apply_rope(x.float(), tables, interleave=True).to(torch.bfloat16))
 
 
 def test_tables_are_fp32_at_far_positions() -> None:
     """Holds shut: positions cast to a narrow type; at 60,001 fp16 is infinite and bf16 off by
     191.
     """
-    cos, sin = RotaryTables(RopeConfig(rope_theta=1e4), 4)(torch.tensor([60001]))
+    cos, sin = RotaryEmbedding(RopeConfig(rope_theta=1e4), 4)(torch.tensor([60001]))
     assert cos.dtype == torch.float32
     expected = torch.tensor([60001.0, 600.01], dtype=torch.float64)
     torch.testing.assert_close(cos[0].double(), expected.cos(), rtol=0, atol=1e-4)
@@ -240,13 +246,13 @@ def test_gradients_of_the_native_rotation(dtype: torch.dtype, interleave: bool) 
     """Those of the plain form, of a slice of something wider as MLA rotates it."""
     generator = torch.Generator().manual_seed(0)
     leaf = torch.randn(11, 3, 26, generator=generator).to(dtype).requires_grad_()
-    cos, sin = RotaryTables(V3_ROPE, 20)(torch.arange(11))
+    table = RotaryEmbedding(V3_ROPE, 20)(torch.arange(11))
     grad = torch.randn(11, 3, 20, generator=generator).to(dtype)
     found = []
-    for is_usable in (native_training.usable, lambda *tensors: False):
+    for is_usable in (native_training_kernels.usable, lambda *tensors: False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native_training, "usable", is_usable)
-            rotated = apply_rope(leaf[..., 6:], cos, sin, interleave=interleave)
+            patch.setattr(native_training_kernels, "usable", is_usable)
+            rotated = apply_rope(leaf[..., 6:], table, interleave=interleave)
             found.append((rotated.detach(), *torch.autograd.grad(rotated, leaf, grad)))
     assert torch.equal(found[0][0], found[1][0])
     close = 1e-6 if dtype == torch.float32 else 1e-2

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowlat.config.arithmetic import count_parameters
+from lowlat.config.parameter_count import count_parameters
 from lowlat.plan.flops import token_flops
 from lowlat.plan.job import check
 from lowlat.train.cost.dry_run import (
@@ -19,7 +19,7 @@ from lowlat.train.cost.dry_run import (
     usable_memory,
 )
 from lowlat.train.inputs.configs import recipe_config
-from lowlat.train.parallel.check import check_parallel
+from lowlat.train.inputs.parallel_check import check_parallel
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.utils.errors import UserError
 from lowlat.utils.memory import memory_limit

@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from lowlat.config.arithmetic import count_parameters
 from lowlat.config.model import ModelConfig
-from lowlat.ops import native_training
+from lowlat.config.parameter_count import count_parameters
+from lowlat.ops import native_training_kernels
 from lowlat.plan.activations import layer_bytes
 from lowlat.plan.flops import token_flops
 from lowlat.train.cost.dry_run import dry_run, require_fit
 from lowlat.train.cost.frozen_weights import HELD_IN_FP32, INPUTS_OF_MLPS, training_flops
+from lowlat.train.layers.fused import use_fused_layers
 from lowlat.train.recipe.schema import Recipe, parse_recipe
-from lowlat.train.step.trainable import keep_all_but_attention
+from lowlat.train.step.trainable import freeze_all_but_attention
 from lowlat.utils.errors import UserError
 from tests.fakes import gqa_config, mla_config
 from tests.lowlat_configs import random_model
@@ -94,11 +95,12 @@ def test_memory_by_hand(precision: str, size: int) -> None:
 
 def test_what_frozen_mlps_do_not_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     """What autograd keeps less where MLPs stay is what is left out of the estimate."""
-    monkeypatch.setattr(native_training, "usable", lambda *tensors: False)
+    monkeypatch.setattr(native_training_kernels, "usable", lambda *tensors: False)
     hidden = torch.randn(4 * 128, DENSE.hidden_size, requires_grad=True)
     model = random_model(DENSE, torch.float32).requires_grad_(True)
+    use_fused_layers(model)
     full = kept_bytes(model, hidden, [128] * 4)
-    keep_all_but_attention(model)
+    freeze_all_but_attention(model)
     kept = layer_bytes(DENSE, 0, JOB)
     saved = DENSE.num_hidden_layers * len(hidden) * sum(kept[name] for name in INPUTS_OF_MLPS[:2])
     assert full - kept_bytes(model, hidden, [128] * 4) == saved

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from lowlat.attention.flash import FlashAttention
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from lowlat.model.init import init_weights
-from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
-from lowlat.ops import native_training
+from lowlat.ops import native_training_kernels
 from lowlat.plan.activations import layer_bytes
 from lowlat.plan.job import ParallelLayout, Precision, TrainingJob
 from lowlat.plan.memory import MemoryEstimate, device_memory
 from lowlat.plan.stages import cut, held
 from lowlat.train.cost.dry_run import require_fit
+from lowlat.train.layers.fused import use_fused_layers
+from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.recipe.schema import parse_recipe
-from lowlat.train.step.lora import EXPERT_PROJECTIONS, add_updates, is_update
+from lowlat.train.step.lora import EXPERT_PROJECTIONS, add_lora, is_lora_parameter
 from tests.fakes import gqa_config, mla_config
 
 JOB = TrainingJob(
@@ -88,12 +89,13 @@ def test_activations_are_what_autograd_keeps(
 
     The estimate is of PyTorch's attention; the native one keeps values as narrow as they are.
     """
-    monkeypatch.setattr(native_training, "usable", lambda *tensors: False)
+    monkeypatch.setattr(native_training_kernels, "usable", lambda *tensors: False)
     torch.manual_seed(3)
     model = Transformer(config)
     init_weights(model, seed=5)
     if config.moe is not None:
         stack_experts(model)
+    use_fused_layers(model)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     hidden = torch.randn(4 * 128, 96).to(dtype).requires_grad_()
     job = replace(JOB, precision=precision)
@@ -111,7 +113,7 @@ def test_what_updates_keep(
     modules: tuple[str, ...], precision: Precision, monkeypatch: pytest.MonkeyPatch
 ):
     """Holds shut: experts whose weights with their updates are as large as the model itself."""
-    monkeypatch.setattr(native_training, "usable", lambda *tensors: False)
+    monkeypatch.setattr(native_training_kernels, "usable", lambda *tensors: False)
     model = Transformer(SPARSE)
     init_weights(model, seed=5)
     stack_experts(model)
@@ -137,10 +139,11 @@ def test_what_updates_keep(
         origin="r",
     )
     assert recipe.lora is not None
-    add_updates(model, recipe.lora, seed=3, origin="r")
+    add_lora(model, recipe.lora, seed=3, origin="r")
+    use_fused_layers(model)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     for name, parameter in model.named_parameters():
-        if not is_update(name):
+        if not is_lora_parameter(name):
             parameter.data = parameter.data.to(dtype)
     found = require_fit(SPARSE, recipe, memory_bytes=2**40)
     hidden = torch.randn(4 * 128, 96).to(dtype).requires_grad_()

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from lowlat.config.arithmetic import attention_parameters, count_parameters
+from lowlat.config.parameter_count import attention_parameters, count_parameters
 from lowlat.config.presets import load_preset
 from lowlat.plan.job import ParallelLayout
 from lowlat.plan.stages import ROUTED, PipelineStage, cut, device_parameters, held

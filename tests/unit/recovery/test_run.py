@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lowlat import api
 from lowlat.checkpoint.load import load_model
+from lowlat.convert.calibration import bundled_text
 from lowlat.convert.compression import Compression
 from lowlat.convert.exact import check_exact
 from lowlat.convert.planning import likely_config
@@ -226,7 +226,7 @@ def test_evaluation_text_with_other_line_ends(made: Path, tmp_path: Path, option
 
 
 def test_evaluation_text_that_comes_along(made: Path, tmp_path: Path) -> None:
-    text = (files("lowlat.convert") / "calibration.txt").read_text(encoding="utf-8")
+    text = bundled_text()
     (tmp_path / "own.txt").write_text(text[:2000])
     changes = {"calibrate": (), "tokens": None, "texts": (), "evaluate": tmp_path / "own.txt"}
     refused(made, tmp_path, "of it is in lowlat's own calibration text", **changes)

@@ -1,4 +1,4 @@
-"""An application over the fake bridge, and a client that calls it in this process."""
+"""An application over the fake engine, and a client that calls it in this process."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,31 +8,31 @@ from starlette.testclient import TestClient
 from lowlat.serve.app import build_app, make_services
 from lowlat.serve.config import ServeConfig
 
-from .fake_bridge import FakeBridge
+from .fake_engine import FakeEngine
 
 URL = "http://127.0.0.1:8000"
 MakeClient = Callable[..., TestClient]
 
 
 @pytest.fixture(scope="session")
-def shared_bridge() -> FakeBridge:
-    return FakeBridge()
+def shared_engine() -> FakeEngine:
+    return FakeEngine()
 
 
 @pytest.fixture
-def bridge(shared_bridge: FakeBridge) -> FakeBridge:
-    """A bridge of its own for each test; the model is made once."""
-    return FakeBridge(model=shared_bridge.model)
+def engine(shared_engine: FakeEngine) -> FakeEngine:
+    """An engine of its own for each test; the model is made once."""
+    return FakeEngine(model=shared_engine.model)
 
 
 @pytest.fixture
-def make_client(bridge: FakeBridge) -> Iterator[MakeClient]:
+def make_client(engine: FakeEngine) -> Iterator[MakeClient]:
     """`make_client(**options of ServeConfig)`: a client of a new application."""
     services = []
 
     def make(**options: object) -> TestClient:
         config = ServeConfig(**options)  # pyright: ignore[reportArgumentType]
-        services.append(make_services(bridge, config))
+        services.append(make_services(engine, config))
         app = build_app(services[-1])
         return TestClient(app, base_url=URL, raise_server_exceptions=False)
 

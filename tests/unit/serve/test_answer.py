@@ -8,15 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowlat.serve.answer import AnswerParser, ReasoningMarks, Thinking
-from lowlat.serve.tools.base import ToolFormat
-from lowlat.serve.tools.calls import Calls
-from lowlat.serve.tools.deepseek import DeepSeekFenced, DeepSeekPlain
-from lowlat.serve.tools.hermes import Hermes
-from lowlat.serve.tools.kimi import Kimi
-from lowlat.serve.tools.llama import Llama
-from lowlat.serve.tools.mistral import MistralList, MistralNames
-from lowlat.serve.tools.parts import (
+from lowlat.serve.chat.output_parser import AnswerParser, ReasoningMarks, Thinking
+from lowlat.serve.tool_parsers.base import ToolFormat
+from lowlat.serve.tool_parsers.deepseek import DeepSeekFenced, DeepSeekPlain
+from lowlat.serve.tool_parsers.hermes import Hermes
+from lowlat.serve.tool_parsers.kimi import Kimi
+from lowlat.serve.tool_parsers.llama import Llama
+from lowlat.serve.tool_parsers.mistral import MistralList, MistralNames
+from lowlat.serve.tool_parsers.parts import (
     ContentPart,
     Part,
     ReasoningPart,
@@ -24,7 +23,8 @@ from lowlat.serve.tools.parts import (
     ToolCallStart,
     append_part,
 )
-from lowlat.serve.tools.tagged import Glm, QwenCoder
+from lowlat.serve.tool_parsers.state import Calls
+from lowlat.serve.tool_parsers.xml import Glm, QwenCoder
 
 MARKS = ReasoningMarks("<think>", "</think>")
 SCHEMAS = {

@@ -8,14 +8,14 @@ import pytest
 from starlette.testclient import TestClient
 
 from lowlat.serve.app import build_app, make_services
-from lowlat.serve.call import Call
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Draining, EngineDead, Overloaded
-from lowlat.serve.protocol.models import ErrorResponse
+from lowlat.serve.protocol.errors import ErrorResponse
+from lowlat.serve.routes.context import Call
 from lowlat.utils.errors import UserError
 
 from .conftest import URL, MakeClient
-from .fake_bridge import NAME, FakeBridge
+from .fake_engine import NAME, FakeEngine
 
 BODY = {"model": NAME, "prompt": "x"}
 
@@ -41,18 +41,18 @@ def test_the_model_can_have_another_name(make_client: MakeClient) -> None:
     assert answer["model"] == "org/name"
 
 
-def test_health_follows_the_engine(client: TestClient, bridge: FakeBridge) -> None:
+def test_health_follows_the_engine(client: TestClient, engine: FakeEngine) -> None:
     assert client.get("/health").json() == {"status": "ok"}
     assert client.get("/ready").status_code == 200
-    bridge.is_healthy = False
+    engine.is_healthy = False
     for path in ("/health", "/ready"):
         response = client.get(path)
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "engine_stopped"
 
 
-def test_draining_refuses_what_is_new(bridge: FakeBridge) -> None:
-    services = make_services(bridge, ServeConfig())
+def test_draining_refuses_what_is_new(engine: FakeEngine) -> None:
+    services = make_services(engine, ServeConfig())
     client = TestClient(build_app(services), base_url=URL)
     services.is_draining = True
     assert client.get("/health").status_code == 200
@@ -60,14 +60,14 @@ def test_draining_refuses_what_is_new(bridge: FakeBridge) -> None:
         assert response.status_code == 503
         assert int(response.headers["retry-after"]) > 0
         assert response.json()["error"]["code"] == "shutting_down"
-    assert bridge.asked == []
+    assert engine.asked == []
 
 
-def test_the_lifespan_drains_the_bridge(bridge: FakeBridge) -> None:
-    with TestClient(build_app(make_services(bridge, ServeConfig())), base_url=URL) as client:
+def test_the_lifespan_drains_the_bridge(engine: FakeEngine) -> None:
+    with TestClient(build_app(make_services(engine, ServeConfig())), base_url=URL) as client:
         assert client.get("/ready").status_code == 200
-        assert bridge.drained == []
-    assert bridge.drained == [0.0]
+        assert engine.drained == []
+    assert engine.drained == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -83,12 +83,12 @@ def test_the_lifespan_drains_the_bridge(bridge: FakeBridge) -> None:
 )
 def test_refusals_of_the_bridge(
     client: TestClient,
-    bridge: FakeBridge,
+    engine: FakeEngine,
     refusal: Exception,
     status: int,
     headers: dict[str, str],
 ) -> None:
-    bridge.refusal = refusal
+    engine.refusal = refusal
     response = client.post("/v1/completions", json=BODY)
     assert response.status_code == status
     ErrorResponse.model_validate(response.json())
@@ -97,15 +97,15 @@ def test_refusals_of_the_bridge(
     assert client.get("/health").status_code == 200
 
 
-def test_user_errors_name_their_field(client: TestClient, bridge: FakeBridge) -> None:
-    bridge.refusal = UserError("max_tokens must be smaller")
+def test_user_errors_name_their_field(client: TestClient, engine: FakeEngine) -> None:
+    engine.refusal = UserError("max_tokens must be smaller")
     error = client.post("/v1/completions", json=BODY).json()["error"]
     assert error["param"] == "max_tokens"
     assert error["message"] == "max_tokens must be smaller"
 
 
-def test_requests_under_way_are_bounded(bridge: FakeBridge) -> None:
-    services = make_services(bridge, ServeConfig(max_requests=1))
+def test_requests_under_way_are_bounded(engine: FakeEngine) -> None:
+    services = make_services(engine, ServeConfig(max_requests=1))
     client = TestClient(build_app(services), base_url=URL)
     assert client.post("/v1/completions", json=BODY).status_code == 200
     services.num_requests = 1
@@ -116,22 +116,22 @@ def test_requests_under_way_are_bounded(bridge: FakeBridge) -> None:
 
 
 def test_a_full_queue_refuses_before_anything_is_read(
-    client: TestClient, bridge: FakeBridge
+    client: TestClient, engine: FakeEngine
 ) -> None:
     """Holds shut: work on bodies, templates and tokens of requests that are refused afterwards."""
-    bridge.room = 0
+    engine.room = 0
     response = client.post("/v1/chat/completions", content=b"no JSON, and no type")
     assert response.status_code == 429
     assert response.headers["retry-after"] == "3"
 
 
-def test_requests_on_their_way_count_as_queued(bridge: FakeBridge) -> None:
+def test_requests_on_their_way_count_as_queued(engine: FakeEngine) -> None:
     """Holds shut: a thousand requests at once passing the check of a queue of ten."""
-    services = make_services(bridge, ServeConfig())
+    services = make_services(engine, ServeConfig())
     client = TestClient(build_app(services), base_url=URL)
-    first, second = Call(services, salt=b""), Call(services, salt=b"")
+    first, second = Call(services, cache_namespace=b""), Call(services, cache_namespace=b"")
     assert client.post("/v1/completions", json=BODY).status_code == 200
-    assert bridge.num_coming == 2
+    assert engine.num_coming == 2
     for call in (first, second, second):
         call.close()
     assert services.num_coming == 0
@@ -178,12 +178,12 @@ def test_hostile_text_comes_back_as_json(client: TestClient) -> None:
     response.json()
 
 
-def test_the_server_sets_the_longest_deadline(make_client: MakeClient, bridge: FakeBridge) -> None:
+def test_the_server_sets_the_longest_deadline(make_client: MakeClient, engine: FakeEngine) -> None:
     client = make_client(request_seconds=1000)
     for given in ({}, {"deadline_seconds": 9900}, {"deadline_seconds": 200}):
         assert client.post("/v1/completions", json={**BODY, **given}).status_code == 200
     # What is left of them, after a moment.
-    for asked, seconds in zip(bridge.asked, (1000.0, 1000.0, 200.0), strict=True):
+    for asked, seconds in zip(engine.asked, (1000.0, 1000.0, 200.0), strict=True):
         assert asked.deadline is not None and seconds - 60.0 < asked.deadline < seconds
 
 

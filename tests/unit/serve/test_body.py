@@ -8,9 +8,9 @@ import pytest
 from starlette.datastructures import Headers
 from starlette.types import Message
 
-from lowlat.serve.body import Disconnected, check_json_headers, parse_object, read_body
-from lowlat.serve.limits import MAX_JSON_DEPTH
-from lowlat.serve.protocol.failure import RequestError
+from lowlat.serve.http.body import Disconnected, check_json_headers, parse_object, read_body
+from lowlat.serve.protocol.errors import RequestError
+from lowlat.serve.protocol.limits import MAX_JSON_DEPTH
 
 NO_HEADERS = Headers({})
 

@@ -8,13 +8,13 @@ import pytest
 
 from lowlat.generate.model import Model
 from lowlat.generate.structured import Choice, Grammar, JsonObject, JsonSchema
-from lowlat.serve.chat import PreparedChat, prepare_chat
-from lowlat.serve.dialect import Dialect
-from lowlat.serve.history import template_messages
+from lowlat.serve.chat.messages import template_messages
+from lowlat.serve.chat.prompt import PreparedChat, prepare_chat
+from lowlat.serve.chat.template_features import Dialect
 from lowlat.serve.protocol.chat import ChatRequest
-from lowlat.serve.protocol.failure import RequestError
+from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.messages import UserMessage
-from lowlat.serve.tools.parts import ContentPart, ReasoningPart, ToolCallStart
+from lowlat.serve.tool_parsers.parts import ContentPart, ReasoningPart, ToolCallStart
 from tests.fakes import byte_tokenizer, gqa_config, tiny_model
 from tests.unit.serve.templates import CHATML, tokenizer_of, tokenizer_with
 

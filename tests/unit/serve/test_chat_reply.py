@@ -11,7 +11,7 @@ from lowlat.serve.app import build_app, make_services
 from lowlat.serve.config import ServeConfig
 
 from .conftest import URL
-from .fake_bridge import NAME, Answer, FakeBridge, tiny
+from .fake_engine import NAME, Answer, FakeEngine, tiny
 from .templates import tokenizer_of
 from .test_chat_route import chunks_of
 
@@ -30,14 +30,14 @@ GO = '<tool_call>\n{"name": "go", "arguments": {}}\n</tool_call>'
 
 
 @pytest.fixture
-def bridge() -> FakeBridge:
+def engine() -> FakeEngine:
     """Over a model whose template knows tools and reasoning."""
-    return FakeBridge(model=tiny(tokenizer_of("hermes"), context=997))
+    return FakeEngine(model=tiny(tokenizer_of("hermes"), context=997))
 
 
 @pytest.fixture
-def client(bridge: FakeBridge) -> Iterator[TestClient]:
-    services = make_services(bridge, ServeConfig())
+def client(engine: FakeEngine) -> Iterator[TestClient]:
+    services = make_services(engine, ServeConfig())
     yield TestClient(build_app(services), base_url=URL)
     services.close()
 
@@ -70,8 +70,8 @@ def test_the_model_is_described(client: TestClient) -> None:
     assert card["reasoning"] is True
 
 
-def test_calls(client: TestClient, bridge: FakeBridge) -> None:
-    bridge.answer = Answer(text=f"Let me see.\n{LOOK}\n{GO}")
+def test_calls(client: TestClient, engine: FakeEngine) -> None:
+    engine.answer = Answer(text=f"Let me see.\n{LOOK}\n{GO}")
     choice = whole(client)
     assert choice["finish_reason"] == "tool_calls"
     message = choice["message"]
@@ -85,13 +85,13 @@ def test_calls(client: TestClient, bridge: FakeBridge) -> None:
     assert {call["type"] for call in message["tool_calls"]} == {"function"}
 
 
-def test_a_message_of_calls_alone_has_no_content(client: TestClient, bridge: FakeBridge) -> None:
-    bridge.answer = Answer(text=LOOK)
+def test_a_message_of_calls_alone_has_no_content(client: TestClient, engine: FakeEngine) -> None:
+    engine.answer = Answer(text=LOOK)
     assert whole(client)["message"]["content"] is None
 
 
-def test_reasoning(client: TestClient, bridge: FakeBridge) -> None:
-    bridge.answer = Answer(text="<think>hm</think>Yes")
+def test_reasoning(client: TestClient, engine: FakeEngine) -> None:
+    engine.answer = Answer(text="<think>hm</think>Yes")
     message = whole(client)["message"]
     assert message["reasoning_content"].strip() == "hm"
     assert message["content"].strip() == "Yes"
@@ -103,9 +103,9 @@ def test_reasoning(client: TestClient, bridge: FakeBridge) -> None:
 )
 @pytest.mark.parametrize("reason", ["stop", "length"])
 def test_streams_say_the_same(
-    client: TestClient, bridge: FakeBridge, text: str, reason: Any
+    client: TestClient, engine: FakeEngine, text: str, reason: Any
 ) -> None:
-    bridge.answer = Answer(text=text, finish_reason=reason)
+    engine.answer = Answer(text=text, finish_reason=reason)
     expected, found = whole(client), streamed(client)
     assert found["finish_reason"] == expected["finish_reason"]
     message = expected["message"]
@@ -118,14 +118,14 @@ def test_streams_say_the_same(
     ]
 
 
-def test_a_cut_answer_with_calls_says_length(client: TestClient, bridge: FakeBridge) -> None:
-    bridge.answer = Answer(text=LOOK, finish_reason="length")
+def test_a_cut_answer_with_calls_says_length(client: TestClient, engine: FakeEngine) -> None:
+    engine.answer = Answer(text=LOOK, finish_reason="length")
     assert whole(client)["finish_reason"] == "length"
 
 
-def test_logprobs_go_with_the_text(client: TestClient, bridge: FakeBridge) -> None:
+def test_logprobs_go_with_the_text(client: TestClient, engine: FakeEngine) -> None:
     """Every token's figures are told once, also those of tokens that show no text."""
-    bridge.answer = Answer(text=f"<think>hm</think>Well {LOOK}")
+    engine.answer = Answer(text=f"<think>hm</think>Well {LOOK}")
     body = {**BODY, "logprobs": True, "stream": True}
     chunks = chunks_of(client.post(PATH, json=body).text)
     data = [
@@ -133,13 +133,13 @@ def test_logprobs_go_with_the_text(client: TestClient, bridge: FakeBridge) -> No
         for chunk in chunks
         for entry in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]
     ]
-    assert bytes(byte for entry in data for byte in entry).decode() == bridge.answer.text
+    assert bytes(byte for entry in data for byte in entry).decode() == engine.answer.text
 
 
 def test_faults_in_a_template_stay_with_their_request(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lowlat.serve import routes_chat
+    from lowlat.serve.routes import chat as routes_chat
 
     def fail(*args: Any) -> Any:
         raise RecursionError("secret")

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions over a bridge that answers as told."""
+"""POST /v1/chat/completions over an engine that answers as told."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 
 from lowlat.serve.protocol.chat_response import ChatChunk, ChatCompletion
 
-from .fake_bridge import NAME, Answer, FakeBridge
+from .fake_engine import NAME, Answer, FakeEngine
 
 PATH = "/v1/chat/completions"
 HELLO = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]}
@@ -21,7 +21,7 @@ def chunks_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(event) for event in events]
 
 
-def test_whole_answer(client: TestClient, bridge: FakeBridge) -> None:
+def test_whole_answer(client: TestClient, engine: FakeEngine) -> None:
     response = client.post(PATH, json=HELLO)
     assert response.status_code == 200
     answer = response.json()
@@ -33,7 +33,7 @@ def test_whole_answer(client: TestClient, bridge: FakeBridge) -> None:
     message = {"role": "assistant", "content": "Hello", "refusal": None}
     assert choice == {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     usage = answer["usage"]
-    prompt = len(bridge.asked[0].prompt)
+    prompt = len(engine.asked[0].prompt)
     assert usage["prompt_tokens"] == prompt
     assert usage["completion_tokens"] == 5
     assert usage["total_tokens"] == prompt + 5
@@ -75,8 +75,8 @@ def test_several_choices_are_told_apart(client: TestClient) -> None:
     assert texts == {0: "Hello", 1: "Hello", 2: "Hello"}
 
 
-def test_logprobs(client: TestClient, bridge: FakeBridge) -> None:
-    bridge.answer = Answer(text="é")
+def test_logprobs(client: TestClient, engine: FakeEngine) -> None:
+    engine.answer = Answer(text="é")
     body = {**HELLO, "logprobs": True, "top_logprobs": 2}
     (choice,) = client.post(PATH, json=body).json()["choices"]
     first, second = choice["logprobs"]["content"]
@@ -93,15 +93,15 @@ def test_logprobs(client: TestClient, bridge: FakeBridge) -> None:
     assert entries == [first, second]
 
 
-def test_defaults_are_those_of_openai(client: TestClient, bridge: FakeBridge) -> None:
+def test_defaults_are_those_of_openai(client: TestClient, engine: FakeEngine) -> None:
     client.post(PATH, json=HELLO)
-    params = bridge.asked[0].params
+    params = engine.asked[0].params
     assert (params.temperature, params.top_p, params.n) == (1.0, 1.0, 1)
     assert params.max_tokens is None
     assert params.logprobs is None
 
 
-def test_options_reach_the_engine(client: TestClient, bridge: FakeBridge) -> None:
+def test_options_reach_the_engine(client: TestClient, engine: FakeEngine) -> None:
     options = {
         "temperature": 0.7,
         "top_p": 0.9,
@@ -118,7 +118,7 @@ def test_options_reach_the_engine(client: TestClient, bridge: FakeBridge) -> Non
     }
     body = {**HELLO, **options, "priority": -3, "deadline_seconds": 2.5}
     assert client.post(PATH, json=body).status_code == 200
-    asked = bridge.asked[0]
+    asked = engine.asked[0]
     assert asked.priority == -3
     assert asked.deadline is not None and 1.0 < asked.deadline < 2.5  # what is left of it
     params = asked.params
@@ -130,13 +130,13 @@ def test_options_reach_the_engine(client: TestClient, bridge: FakeBridge) -> Non
         assert getattr(params, name) == options[name]
 
 
-def test_greedy_ignores_filters_and_takes_n(client: TestClient, bridge: FakeBridge) -> None:
+def test_greedy_ignores_filters_and_takes_n(client: TestClient, engine: FakeEngine) -> None:
     """Holds shut: a 400 for what clients of OpenAI's API send with temperature 0."""
     body = {**HELLO, "temperature": 0, "top_p": 0.9, "top_k": 50, "min_p": 0.1}
     assert client.post(PATH, json=body).status_code == 200
-    assert bridge.asked[0].params.is_greedy
+    assert engine.asked[0].params.is_greedy
     assert client.post(PATH, json={**body, "n": 2}).status_code == 200
-    params = bridge.asked[1].params
+    params = engine.asked[1].params
     assert (params.n, params.temperature, params.top_k, params.top_p) == (2, 1.0, 1, 1.0)
 
 
@@ -149,9 +149,9 @@ def test_greedy_ignores_filters_and_takes_n(client: TestClient, bridge: FakeBrid
     ],
 )
 def test_ends_that_are_faults(
-    client: TestClient, bridge: FakeBridge, answer: Answer, status: int, code: str
+    client: TestClient, engine: FakeEngine, answer: Answer, status: int, code: str
 ) -> None:
-    bridge.answer = answer
+    engine.answer = answer
     response = client.post(PATH, json=HELLO)
     assert response.status_code == status
     assert response.json()["error"]["code"] == code
@@ -165,8 +165,8 @@ def test_ends_that_are_faults(
     assert "boom" not in streamed
 
 
-def test_length_is_told(client: TestClient, bridge: FakeBridge) -> None:
-    bridge.answer = Answer(finish_reason="length")
+def test_length_is_told(client: TestClient, engine: FakeEngine) -> None:
+    engine.answer = Answer(finish_reason="length")
     (choice,) = client.post(PATH, json=HELLO).json()["choices"]
     assert choice["finish_reason"] == "length"
 
@@ -178,10 +178,10 @@ def test_another_model_is_not_found(client: TestClient) -> None:
     assert (error["param"], error["code"]) == ("model", "model_not_found")
 
 
-def test_every_generation_is_given_up_at_the_end(client: TestClient, bridge: FakeBridge) -> None:
+def test_every_generation_is_given_up_at_the_end(client: TestClient, engine: FakeEngine) -> None:
     client.post(PATH, json=HELLO)
     client.post(PATH, json={**HELLO, "stream": True})
-    assert [generation.is_cancelled for generation in bridge.generations] == [True, True]
+    assert [generation.is_cancelled for generation in engine.generations] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_every_generation_is_given_up_at_the_end(client: TestClient, bridge: Fak
     ],
 )
 def test_refusals_name_the_field(
-    client: TestClient, bridge: FakeBridge, change: dict[str, Any], param: str
+    client: TestClient, engine: FakeEngine, change: dict[str, Any], param: str
 ) -> None:
     response = client.post(PATH, json={**HELLO, **change})
     assert response.status_code == 400
@@ -248,7 +248,7 @@ def test_refusals_name_the_field(
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
     assert "\n" not in error["message"]
-    assert bridge.asked == []
+    assert engine.asked == []
 
 
 @pytest.mark.parametrize("field", ["model", "messages"])
@@ -274,10 +274,10 @@ def test_harmless_fields_are_accepted(client: TestClient, change: dict[str, Any]
     assert client.post(PATH, json={**HELLO, **change}).status_code == 200
 
 
-def test_an_answer_can_be_sent_back(client: TestClient, bridge: FakeBridge) -> None:
+def test_an_answer_can_be_sent_back(client: TestClient, engine: FakeEngine) -> None:
     """Holds shut: refusing the nulls that clients copy from an answer into the next request."""
     message = client.post(PATH, json=HELLO).json()["choices"][0]["message"]
     extra = {"audio": None, "function_call": None, "annotations": [], "tool_calls": None}
     messages = [*HELLO["messages"], {**message, **extra}, {"role": "user", "content": "More"}]
     assert client.post(PATH, json={**HELLO, "messages": messages}).status_code == 200
-    assert len(bridge.asked[1].prompt) > len(bridge.asked[0].prompt)
+    assert len(engine.asked[1].prompt) > len(engine.asked[0].prompt)

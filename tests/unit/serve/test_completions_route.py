@@ -1,4 +1,4 @@
-"""POST /v1/completions over a bridge that answers as told."""
+"""POST /v1/completions over an engine that answers as told."""
 
 import json
 from typing import Any
@@ -6,17 +6,17 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.limits import MAX_PROMPTS
 from lowlat.serve.protocol.completions import CompletionResponse
+from lowlat.serve.protocol.limits import MAX_PROMPTS
 
-from .fake_bridge import NAME, Answer, FakeBridge
+from .fake_engine import NAME, Answer, FakeEngine
 from .test_chat_route import chunks_of
 
 PATH = "/v1/completions"
 BODY: dict[str, Any] = {"model": NAME, "prompt": "Once"}
 
 
-def test_whole_answer(client: TestClient, bridge: FakeBridge) -> None:
+def test_whole_answer(client: TestClient, engine: FakeEngine) -> None:
     answer = client.post(PATH, json=BODY).json()
     CompletionResponse.model_validate(answer)
     assert answer["object"] == "text_completion"
@@ -25,26 +25,26 @@ def test_whole_answer(client: TestClient, bridge: FakeBridge) -> None:
     ]
     assert answer["usage"]["total_tokens"] == 4 + 5
     assert answer["lowlat"]["tokens_per_second"] == 8.0
-    assert bridge.asked[0].prompt == list(b"Once")
-    assert bridge.asked[0].params.max_tokens == 16
-    assert bridge.asked[0].params.temperature == 1.0
+    assert engine.asked[0].prompt == list(b"Once")
+    assert engine.asked[0].params.max_tokens == 16
+    assert engine.asked[0].params.temperature == 1.0
 
 
-def test_the_default_length_fits_the_context(client: TestClient, bridge: FakeBridge) -> None:
+def test_the_default_length_fits_the_context(client: TestClient, engine: FakeEngine) -> None:
     """Holds shut: a client told to leave out what it had not given."""
-    context = bridge.model.context
+    context = engine.model.context
     prompts = ["x" * (context - left) for left in (20, 16, 15, 1)]
     assert client.post(PATH, json={**BODY, "prompt": prompts}).status_code == 200
-    assert [asked.params.max_tokens for asked in bridge.asked] == [16, 16, 15, 1]
+    assert [asked.params.max_tokens for asked in engine.asked] == [16, 16, 15, 1]
 
 
-def test_prompts_are_taken_together_or_not_at_all(client: TestClient, bridge: FakeBridge) -> None:
+def test_prompts_are_taken_together_or_not_at_all(client: TestClient, engine: FakeEngine) -> None:
     body = {**BODY, "prompt": ["a", "b", "c"]}
-    bridge.room = 2
+    engine.room = 2
     assert client.post(PATH, json=body).status_code == 429
-    bridge.room = 3
+    engine.room = 3
     assert client.post(PATH, json=body).status_code == 200
-    bridge.max_queue = 2
+    engine.max_queue = 2
     answer = client.post(PATH, json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == (
@@ -52,7 +52,7 @@ def test_prompts_are_taken_together_or_not_at_all(client: TestClient, bridge: Fa
         " once"
     )
     assert answer.json()["error"]["param"] == "prompt"
-    assert len(bridge.asked) == 3
+    assert len(engine.asked) == 3
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def test_prompts_are_taken_together_or_not_at_all(client: TestClient, bridge: Fa
     ],
 )
 def test_forms_of_prompts(
-    client: TestClient, bridge: FakeBridge, prompt: Any, prompts: list[list[int]]
+    client: TestClient, engine: FakeEngine, prompt: Any, prompts: list[list[int]]
 ) -> None:
     answer = client.post(PATH, json={**BODY, "prompt": prompt, "n": 2}).json()
-    assert [asked.prompt for asked in bridge.asked] == prompts
+    assert [asked.prompt for asked in engine.asked] == prompts
     assert [choice["index"] for choice in answer["choices"]] == list(range(2 * len(prompts)))
     assert all(choice["text"] == "Hello" for choice in answer["choices"])
     assert answer["usage"]["prompt_tokens"] == sum(map(len, prompts))
@@ -76,11 +76,11 @@ def test_forms_of_prompts(
 
 
 def test_only_a_prompt_without_text_has_answers_of_their_own(
-    client: TestClient, bridge: FakeBridge
+    client: TestClient, engine: FakeEngine
 ) -> None:
     """Holds shut: a tokenizer that drops the space between a prompt and its continuation."""
     client.post(PATH, json={**BODY, "prompt": [[256], [256, 97]]})
-    assert [asked.begins_text for asked in bridge.asked] == [True, False]
+    assert [asked.begins_text for asked in engine.asked] == [True, False]
 
 
 def test_stream_of_several_prompts(client: TestClient) -> None:
@@ -105,8 +105,8 @@ def test_echo_of_token_ids_is_their_text(client: TestClient) -> None:
     assert answer["choices"][0]["text"] == "abHello"
 
 
-def test_logprobs(client: TestClient, bridge: FakeBridge) -> None:
-    bridge.answer = Answer(text="aé!")
+def test_logprobs(client: TestClient, engine: FakeEngine) -> None:
+    engine.answer = Answer(text="aé!")
     body = {**BODY, "logprobs": 2}
     logprobs = client.post(PATH, json=body).json()["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["a", "bytes:\\xc3", "bytes:\\xa9", "!"]
@@ -121,10 +121,10 @@ def test_logprobs(client: TestClient, bridge: FakeBridge) -> None:
         assert [entry for part in parts for entry in part[name]] == logprobs[name]
 
 
-def test_form_is_compiled(client: TestClient, bridge: FakeBridge) -> None:
+def test_form_is_compiled(client: TestClient, engine: FakeEngine) -> None:
     body = {**BODY, "structured_outputs": {"choice": ["yes", "no"]}}
     assert client.post(PATH, json=body).status_code == 200
-    assert bridge.asked[0].grammar is not None
+    assert engine.asked[0].grammar is not None
 
 
 @pytest.mark.parametrize(
@@ -138,12 +138,12 @@ def test_form_is_compiled(client: TestClient, bridge: FakeBridge) -> None:
     ],
 )
 def test_faulty_forms_are_refused(
-    client: TestClient, bridge: FakeBridge, form: dict[str, Any]
+    client: TestClient, engine: FakeEngine, form: dict[str, Any]
 ) -> None:
     response = client.post(PATH, json={**BODY, "structured_outputs": form})
     assert response.status_code == 400
     assert response.json()["error"]["param"].startswith("structured_outputs")
-    assert bridge.asked == []
+    assert engine.asked == []
 
 
 @pytest.mark.parametrize(
@@ -167,12 +167,12 @@ def test_faulty_forms_are_refused(
     ],
 )
 def test_refusals_name_the_field(
-    client: TestClient, bridge: FakeBridge, change: dict[str, Any], param: str
+    client: TestClient, engine: FakeEngine, change: dict[str, Any], param: str
 ) -> None:
     response = client.post(PATH, json={**BODY, **change})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
-    assert bridge.asked == []
+    assert engine.asked == []
 
 
 def test_a_long_list_of_wrong_ids_costs_one_error(client: TestClient) -> None:
@@ -184,20 +184,20 @@ def test_a_long_list_of_wrong_ids_costs_one_error(client: TestClient) -> None:
 
 
 def test_prompts_admitted_before_a_refusal_are_given_up(
-    client: TestClient, bridge: FakeBridge
+    client: TestClient, engine: FakeEngine
 ) -> None:
     """Holds shut: half of a request's prompts running on after the other half was refused."""
     from lowlat.serve.generation import Overloaded
 
-    submit = bridge.submit
+    submit = engine.submit
 
     async def submit_one(*args: Any, **kwargs: Any) -> Any:
-        if bridge.asked:
+        if engine.asked:
             raise Overloaded(7)
         return await submit(*args, **kwargs)
 
-    bridge.submit = submit_one
+    engine.submit = submit_one
     response = client.post(PATH, json={**BODY, "prompt": ["a", "b"]})
     assert response.status_code == 429
     assert response.headers["retry-after"] == "7"
-    assert bridge.generations[0].is_cancelled
+    assert engine.generations[0].is_cancelled

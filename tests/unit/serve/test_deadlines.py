@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve import endpoint, routes_chat, routes_completions
-from lowlat.serve.grammars import Grammars
+from lowlat.serve.routes import chat as routes_chat
+from lowlat.serve.routes import completions as routes_completions
+from lowlat.serve.routes import endpoint
+from lowlat.serve.structured_outputs import Grammars
 
 from .conftest import MakeClient
-from .fake_bridge import NAME, FakeBridge
+from .fake_engine import NAME, FakeEngine
 
 SECONDS = 0.2
 """What the slow part takes, and more than a short deadline."""
@@ -57,7 +59,7 @@ SLOW: dict[str, tuple[Patch, tuple[str, dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("part", SLOW)
 def test_what_comes_before_the_engine_counts(
-    client: TestClient, bridge: FakeBridge, monkeypatch: pytest.MonkeyPatch, part: str
+    client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """Holds shut: a deadline that starts when the request has waited for all else."""
     patch, (path, body) = SLOW[part]
@@ -66,31 +68,31 @@ def test_what_comes_before_the_engine_counts(
     body = {"model": NAME, **body}
     late = client.post(path, json={**body, "deadline_seconds": 0.1})
     may_begin.set()
-    assert late.status_code == 408 and bridge.asked == []
+    assert late.status_code == 408 and engine.asked == []
     error = late.json()["error"]
     assert (error["param"], error["code"]) == ("deadline_seconds", "deadline_exceeded")
     assert client.post(path, json={**body, "deadline_seconds": 60}).status_code == 200
-    assert bridge.asked[0].deadline is not None
-    assert 50.0 < bridge.asked[0].deadline <= 60.0 - SECONDS
+    assert engine.asked[0].deadline is not None
+    assert 50.0 < engine.asked[0].deadline <= 60.0 - SECONDS
 
 
 def test_the_servers_own_limit_counts_in_the_same_way(
-    make_client: MakeClient, bridge: FakeBridge, monkeypatch: pytest.MonkeyPatch
+    make_client: MakeClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_begin = threading.Event()
     slow(routes_chat, "prepare_chat")(monkeypatch, may_begin)
     path, body = CHAT
     client = make_client(request_seconds=0.1)
     assert client.post(path, json={"model": NAME, **body}).status_code == 408
-    assert bridge.asked == []
+    assert engine.asked == []
     may_begin.set()
 
 
 def test_what_is_with_the_engine_is_the_engines_to_end(
-    client: TestClient, bridge: FakeBridge
+    client: TestClient, engine: FakeEngine
 ) -> None:
     """Holds shut: an answer cut off by the limit of what comes before it."""
-    bridge.answer.seconds = 0.3
+    engine.answer.seconds = 0.3
     path, body = COMPLETIONS
     for stream in (False, True):
         body = {**body, "model": NAME, "deadline_seconds": 1.0, "stream": stream}

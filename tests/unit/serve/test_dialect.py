@@ -2,14 +2,14 @@
 
 import pytest
 
-from lowlat.serve.answer import ReasoningMarks
-from lowlat.serve.dialect import Dialect, find_format
-from lowlat.serve.tools.deepseek import DeepSeekFenced, DeepSeekPlain
-from lowlat.serve.tools.hermes import Hermes
-from lowlat.serve.tools.kimi import Kimi
-from lowlat.serve.tools.llama import Llama
-from lowlat.serve.tools.mistral import MistralList, MistralNames
-from lowlat.serve.tools.tagged import Glm, QwenCoder
+from lowlat.serve.chat.output_parser import ReasoningMarks
+from lowlat.serve.chat.template_features import Dialect, find_format
+from lowlat.serve.tool_parsers.deepseek import DeepSeekFenced, DeepSeekPlain
+from lowlat.serve.tool_parsers.hermes import Hermes
+from lowlat.serve.tool_parsers.kimi import Kimi
+from lowlat.serve.tool_parsers.llama import Llama
+from lowlat.serve.tool_parsers.mistral import MistralList, MistralNames
+from lowlat.serve.tool_parsers.xml import Glm, QwenCoder
 from tests.fakes import byte_tokenizer
 from tests.unit.serve.templates import CHATML, HERMES, TEMPLATES, tokenizer_of, tokenizer_with
 

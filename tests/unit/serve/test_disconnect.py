@@ -12,7 +12,7 @@ from starlette.types import Message, Scope
 from lowlat.serve.app import build_app, make_services
 from lowlat.serve.config import ServeConfig
 
-from .fake_bridge import NAME, Answer, FakeBridge
+from .fake_engine import NAME, Answer, FakeEngine
 
 PATIENCE = 60.0
 """Seconds that anything may take on a machine with much else to do."""
@@ -73,7 +73,7 @@ async def until(condition: Callable[[], Any]) -> None:
 
 
 def run(
-    bridge: FakeBridge,
+    engine: FakeEngine,
     path: str,
     body: dict[str, Any],
     act: Callable[[Client, asyncio.Task[None]], Awaitable[None]],
@@ -82,7 +82,7 @@ def run(
     """Send `body`, let `act` play the client, and await the end of the request."""
 
     async def main() -> Client:
-        services = make_services(bridge, ServeConfig(**options))
+        services = make_services(engine, ServeConfig(**options))
         app = build_app(services)
         client = Client(body)
         task = asyncio.create_task(app(scope(path), client.receive, client.send))
@@ -99,31 +99,31 @@ def run(
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("text", ["", "Some text"])
 def test_leaving_ends_the_generation(
-    bridge: FakeBridge, path: str, stream: bool, text: str
+    engine: FakeEngine, path: str, stream: bool, text: str
 ) -> None:
     """Before the first token and after some of them, streamed and not."""
-    bridge.answer = Answer(text=text, hangs=True)
+    engine.answer = Answer(text=text, hangs=True)
 
     async def leave(client: Client, task: asyncio.Task[None]) -> None:
-        await until(lambda: bridge.generations)
+        await until(lambda: engine.generations)
         if stream and text:
             await until(lambda: "t" in client.text and len(client.sent) > 8)
-        assert not bridge.generations[0].is_cancelled
+        assert not engine.generations[0].is_cancelled
         client.has_left.set()
 
-    client = run(bridge, path, {**BODIES[path], "stream": stream}, leave)
-    assert bridge.generations[0].is_cancelled
+    client = run(engine, path, {**BODIES[path], "stream": stream}, leave)
+    assert engine.generations[0].is_cancelled
     if not stream:
         assert client.sent == []
 
 
 def test_leaving_while_the_prompt_is_made(
-    bridge: FakeBridge, monkeypatch: pytest.MonkeyPatch
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Holds shut: a generation that begins after its client left, and that nobody ends."""
     import threading
 
-    from lowlat.serve import routes_chat
+    from lowlat.serve.routes import chat as routes_chat
 
     started, may_end = threading.Event(), threading.Event()
     prepare = routes_chat.prepare_chat
@@ -141,35 +141,35 @@ def test_leaving_while_the_prompt_is_made(
         await asyncio.wait_for(asyncio.shield(task), PATIENCE)
         may_end.set()
 
-    run(bridge, "/v1/chat/completions", CHAT, leave)
-    assert bridge.asked == []
+    run(engine, "/v1/chat/completions", CHAT, leave)
+    assert engine.asked == []
 
 
-def test_leaving_before_the_body_is_whole(bridge: FakeBridge) -> None:
+def test_leaving_before_the_body_is_whole(engine: FakeEngine) -> None:
     async def leave(client: Client, task: asyncio.Task[None]) -> None:
         client.has_left.set()
 
-    client = run(bridge, "/v1/chat/completions", CHAT, leave)
-    assert bridge.asked == [] or bridge.generations[0].is_cancelled
+    client = run(engine, "/v1/chat/completions", CHAT, leave)
+    assert engine.asked == [] or engine.generations[0].is_cancelled
     assert client.sent == []
 
 
-def test_a_silent_stream_is_kept_open(bridge: FakeBridge) -> None:
-    bridge.answer = Answer(text="x", hangs=True)
+def test_a_silent_stream_is_kept_open(engine: FakeEngine) -> None:
+    engine.answer = Answer(text="x", hangs=True)
 
     async def wait(client: Client, task: asyncio.Task[None]) -> None:
         await until(lambda: client.text.count(": ping\n\n") > 2)
         client.has_left.set()
 
-    run(bridge, "/v1/chat/completions", {**CHAT, "stream": True}, wait, ping_seconds=0.01)
+    run(engine, "/v1/chat/completions", {**CHAT, "stream": True}, wait, ping_seconds=0.01)
 
 
-def test_a_client_that_reads_nothing_is_given_up(bridge: FakeBridge) -> None:
+def test_a_client_that_reads_nothing_is_given_up(engine: FakeEngine) -> None:
     """Holds shut: generations kept for connections that only look alive."""
-    bridge.answer = Answer(text="x" * 50)
+    engine.answer = Answer(text="x" * 50)
 
     async def main() -> None:
-        app = build_app(make_services(bridge, ServeConfig(send_seconds=0.05)))
+        app = build_app(make_services(engine, ServeConfig(send_seconds=0.05)))
         client = Client({**CHAT, "stream": True})
 
         async def send(message: Message) -> None:
@@ -178,21 +178,21 @@ def test_a_client_that_reads_nothing_is_given_up(bridge: FakeBridge) -> None:
         await asyncio.wait_for(app(scope("/v1/chat/completions"), client.receive, send), PATIENCE)
 
     asyncio.run(main())
-    assert bridge.generations[0].is_cancelled
-    assert not bridge.generations[0].is_finished
+    assert engine.generations[0].is_cancelled
+    assert not engine.generations[0].is_finished
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_server_that_waits_no_longer_says_so(bridge: FakeBridge, stream: bool) -> None:
+def test_a_server_that_waits_no_longer_says_so(engine: FakeEngine, stream: bool) -> None:
     """Holds shut: status 500 and a traceback for who still runs when the server ends."""
-    bridge.answer = Answer(text="x", hangs=True)
+    engine.answer = Answer(text="x", hangs=True)
 
     async def end(client: Client, task: asyncio.Task[None]) -> None:
-        await until(lambda: bridge.generations and (client.sent or not stream))
+        await until(lambda: engine.generations and (client.sent or not stream))
         task.cancel()
 
-    client = run(bridge, "/v1/completions", {**BODIES["/v1/completions"], "stream": stream}, end)
-    assert bridge.generations[0].is_cancelled
+    client = run(engine, "/v1/completions", {**BODIES["/v1/completions"], "stream": stream}, end)
+    assert engine.generations[0].is_cancelled
     if stream:
         assert client.sent[-1]["more_body"]
     else:
@@ -200,12 +200,12 @@ def test_a_server_that_waits_no_longer_says_so(bridge: FakeBridge, stream: bool)
         assert json.loads(client.text)["error"]["code"] == "shutting_down"
 
 
-def test_a_storm_of_leaving_clients_loses_no_generation(bridge: FakeBridge) -> None:
+def test_a_storm_of_leaving_clients_loses_no_generation(engine: FakeEngine) -> None:
     """Clients that leave at every moment of a request's life."""
-    bridge.answer = Answer(text="abcdef" * 5, seconds=0.0005)
+    engine.answer = Answer(text="abcdef" * 5, seconds=0.0005)
 
     async def main() -> None:
-        services = make_services(bridge, ServeConfig())
+        services = make_services(engine, ServeConfig())
         app = build_app(services)
 
         async def one(number: int) -> None:
@@ -222,5 +222,5 @@ def test_a_storm_of_leaving_clients_loses_no_generation(bridge: FakeBridge) -> N
         assert services.num_requests == 0
 
     asyncio.run(main())
-    assert bridge.generations
-    assert all(generation.is_cancelled for generation in bridge.generations)
+    assert engine.generations
+    assert all(generation.is_cancelled for generation in engine.generations)

@@ -11,12 +11,12 @@ from lowlat.generate import grammar as grammar_module
 from lowlat.generate.grammar import GrammarCompiler
 from lowlat.generate.model import Model
 from lowlat.generate.structured import Grammar
-from lowlat.serve.bridge import Bridge
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.generation import Delta
 from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config
 
-from .bridge_use import assert_nothing_is_left, with_bridge
-from .fake_bridge import NAME, Answer, FakeBridge
+from .engine_use import assert_nothing_is_left, with_engine
+from .fake_engine import NAME, Answer, FakeEngine
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
 RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
@@ -35,10 +35,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture
-def told(bridge: FakeBridge) -> str:
-    """What the bridge's answers end with."""
+def told(engine: FakeEngine) -> str:
+    """What the engine's answers end with."""
     message = "grammar: its masks take too long; simplify or correct it"
-    bridge.answer = Answer(text="", finish_reason="error", error=message, is_form=True)
+    engine.answer = Answer(text="", finish_reason="error", error=message, is_grammar_error=True)
     return message
 
 
@@ -76,11 +76,11 @@ def test_a_limit_that_the_trial_did_not_reach_is_told_as_the_forms(
     compiler = GrammarCompiler(model.tokenizer, vocab_size=config.vocab_size)
     grammar = compiler.compile(Grammar(lark='start: s\ns: s s | "x"'))
 
-    async def use(bridge: Bridge) -> None:
-        generation = await bridge.submit(b"x", SamplingParams(max_tokens=1200), grammar=grammar)
+    async def use(engine: AsyncEngine) -> None:
+        generation = await engine.submit(b"x", SamplingParams(max_tokens=1200), grammar=grammar)
         deltas: list[Delta] = [delta async for delta in generation]
-        assert deltas[-1].finish_reason == "error" and deltas[-1].is_form
+        assert deltas[-1].finish_reason == "error" and deltas[-1].is_grammar_error
         assert (deltas[-1].error or "").startswith("grammar: ")
         assert len(deltas) > 10
 
-    assert_nothing_is_left(with_bridge(use, model))
+    assert_nothing_is_left(with_engine(use, model))

@@ -14,14 +14,14 @@ from lowlat.generate.grammar import GrammarCompiler
 from lowlat.generate.model import Model
 from lowlat.generate.structured import Choice, Regex
 from lowlat.serve.app import build_app, make_services
-from lowlat.serve.bridge import Bridge
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Overloaded
-from lowlat.serve.grammars import LEAST_BYTES, Grammars, HeldBytes
-from lowlat.serve.services import Services
+from lowlat.serve.state import Services
+from lowlat.serve.structured_outputs import LEAST_BYTES, Grammars, HeldBytes
 from tests.fakes import byte_tokenizer, gqa_config, tiny_model
 
-from .fake_bridge import FakeBridge
+from .fake_engine import FakeEngine
 
 SMALL = Regex(pattern="a")
 LARGE = Choice(options=tuple(f"{number:03}" * 20 for number in range(1000)))
@@ -65,11 +65,11 @@ def test_one_key_leaves_half_to_the_others() -> None:
     held.hold(b"two", things[2], 1)
 
 
-def test_compiled_forms_of_all_requests_have_a_bound(bridge: FakeBridge) -> None:
+def test_compiled_forms_of_all_requests_have_a_bound(engine: FakeEngine) -> None:
     """Holds shut: forms that each are small enough, and together take all memory."""
 
     async def ask() -> None:
-        grammars = Grammars(bridge.model, max_waiting=4, max_bytes=9 * LEAST_BYTES)
+        grammars = Grammars(engine.model, max_waiting=4, max_bytes=9 * LEAST_BYTES)
         held = []
         with pytest.raises(Overloaded):
             for _ in range(99):
@@ -88,7 +88,7 @@ def served() -> Iterator[tuple[TestClient, Services]]:
     """A server with an engine, and room for one small form."""
     config = gqa_config(max_position_embeddings=512)
     model = Model(tiny_model(config, torch.float32), byte_tokenizer(), name="tiny")
-    services = make_services(Bridge(model), ServeConfig(max_grammar_bytes=LEAST_BYTES))
+    services = make_services(AsyncEngine(model), ServeConfig(max_grammar_bytes=LEAST_BYTES))
     with TestClient(build_app(services), base_url="http://127.0.0.1:8000") as client:
         yield client, services
 

@@ -8,10 +8,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from lowlat.serve.logs import LOGGER, REQUEST_ID, JsonFormatter, choose_request_id, log
+from lowlat.serve.http.logs import LOGGER, REQUEST_ID, JsonFormatter, choose_request_id, log
 
 from .conftest import MakeClient
-from .fake_bridge import NAME, FakeBridge
+from .fake_engine import NAME, FakeEngine
 
 BODY = {"model": NAME, "prompt": "a secret prompt"}
 KEY = "k" * 32
@@ -113,9 +113,9 @@ def test_each_request_is_one_line_of_json(client: TestClient, lines: io.StringIO
 
 
 def test_faults_are_logged_with_their_cause(
-    client: TestClient, bridge: FakeBridge, lines: io.StringIO
+    client: TestClient, engine: FakeEngine, lines: io.StringIO
 ) -> None:
-    bridge.refusal = RuntimeError("the cause")
+    engine.refusal = RuntimeError("the cause")
     client.post("/v1/completions", json=BODY, headers={"X-Request-Id": "abc"})
     fault, request = map(json.loads, lines.getvalue().splitlines())
     assert fault["request_id"] == request["request_id"] == "abc"
@@ -124,7 +124,7 @@ def test_faults_are_logged_with_their_cause(
 
 
 def test_secrets_are_not_logged(
-    make_client: MakeClient, bridge: FakeBridge, lines: io.StringIO
+    make_client: MakeClient, engine: FakeEngine, lines: io.StringIO
 ) -> None:
     """Holds shut: prompts, answers, keys or query strings in a log."""
     client = make_client(api_keys=(KEY,))
@@ -132,7 +132,7 @@ def test_secrets_are_not_logged(
     client.post("/v1/completions", json=BODY, headers=headers)
     client.post(f"/v1/completions?key={KEY}", json=BODY, headers=headers)
     client.post("/login", data={"key": KEY}, follow_redirects=False)
-    bridge.refusal = RuntimeError("x")
+    engine.refusal = RuntimeError("x")
     client.post("/v1/completions", json=BODY, headers=headers)
     text = lines.getvalue()
     assert text.count("\n") == 5

@@ -3,8 +3,8 @@
 import pytest
 
 from lowlat.serve.generation import Overloaded
-from lowlat.serve.naming import renamed
-from lowlat.serve.protocol.failure import RequestError
+from lowlat.serve.http.errors import renamed
+from lowlat.serve.protocol.errors import RequestError
 from lowlat.utils.errors import UserError
 
 NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "prompt": "input"}

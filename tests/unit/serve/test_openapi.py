@@ -12,7 +12,7 @@ from lowlat.serve.app import build_app, make_services
 from lowlat.serve.config import ServeConfig
 
 from .conftest import MakeClient
-from .fake_bridge import NAME, FakeBridge
+from .fake_engine import NAME, FakeEngine
 
 EXAMPLES = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
@@ -32,13 +32,13 @@ def validator(document: dict[str, Any], schema: dict[str, Any]) -> Any:
     return jsonschema_rs.Draft202012Validator(whole)
 
 
-def test_every_api_route_is_described(client: TestClient, bridge: FakeBridge) -> None:
+def test_every_api_route_is_described(client: TestClient, engine: FakeEngine) -> None:
     described = {
         (method.upper(), path)
         for path, operations in document_of(client)["paths"].items()
         for method in operations
     }
-    app = build_app(make_services(bridge, ServeConfig()))
+    app = build_app(make_services(engine, ServeConfig()))
     routes = {
         (method, route.path.replace(":path", ""))
         for route in app.routes

@@ -8,8 +8,9 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 
-from lowlat.serve import pages
-from lowlat.serve.pages import COOKIE, cookie_value, login_page, page_routes
+from lowlat.serve.http.login import COOKIE, MAX_FORM_BYTES, cookie_value, login_page
+from lowlat.serve.routes import pages
+from lowlat.serve.routes.pages import page_routes
 
 KEY = "a-key-of-this-test-0123456789"
 OTHER = "another-key-of-this-test-9876"
@@ -152,7 +153,7 @@ async def test_wrong_key(key: str) -> None:
         response = await get.post("/login", content=f"key={quote(key)}", headers=FORM)
     assert response.status_code == 401
     assert "Set-Cookie" not in response.headers
-    assert "not known" in response.text
+    assert "is invalid" in response.text
     assert key not in response.text or key == "\x00"
 
 
@@ -182,7 +183,7 @@ async def test_forms_that_are_none(body: str, kind: str) -> None:
 
 async def test_a_form_that_is_too_large() -> None:
     async with client(KEY) as get:
-        body = f"key={KEY}" + "x" * pages.MAX_FORM_BYTES
+        body = f"key={KEY}" + "x" * MAX_FORM_BYTES
         response = await get.post("/login", content=body, headers=FORM)
     assert response.status_code == 413
     assert "larger than 4096 bytes" in response.text

@@ -8,23 +8,23 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.answer import AnswerParser, ReasoningMarks, Thinking
-from lowlat.serve.call import Call
+from lowlat.serve.chat.output_parser import AnswerParser, ReasoningMarks, Thinking
 from lowlat.serve.generation import Delta
 from lowlat.serve.protocol.messages import AssistantMessage
 from lowlat.serve.protocol.responses import ResponsesRequest
 from lowlat.serve.protocol.responses_output import ResponseObject
-from lowlat.serve.responses_chat import as_chat
-from lowlat.serve.responses_output import Output
-from lowlat.serve.responses_reply import ResponsesReply
-from lowlat.serve.tools.parts import (
+from lowlat.serve.routes.context import Call
+from lowlat.serve.routes.responses import ResponsesReply
+from lowlat.serve.routes.responses_input import as_chat
+from lowlat.serve.routes.responses_output import Output
+from lowlat.serve.tool_parsers.parts import (
     ContentPart,
     ReasoningPart,
     ToolCallArguments,
     ToolCallStart,
 )
 
-from .fake_bridge import NAME, Answer, FakeBridge
+from .fake_engine import NAME, Answer, FakeEngine
 
 PATH = "/v1/responses"
 BODY: dict[str, Any] = {"model": NAME, "input": "Hi"}
@@ -42,7 +42,7 @@ def events_of(text: str) -> list[dict[str, Any]]:
     return events
 
 
-def test_whole_answer(client: TestClient, bridge: FakeBridge) -> None:
+def test_whole_answer(client: TestClient, engine: FakeEngine) -> None:
     body = {**BODY, "instructions": "Be kind", "max_output_tokens": 9, "temperature": 0.5}
     answer = client.post(PATH, json=body).json()
     ResponseObject.model_validate(answer)
@@ -54,9 +54,9 @@ def test_whole_answer(client: TestClient, bridge: FakeBridge) -> None:
     ]
     assert (answer["instructions"], answer["temperature"]) == ("Be kind", 0.5)
     assert answer["usage"]["output_tokens"] == 5
-    params = bridge.asked[0].params
+    params = engine.asked[0].params
     assert (params.max_tokens, params.temperature) == (9, 0.5)
-    assert b"Be kind" in bytes(id for id in bridge.asked[0].prompt if id < 256)
+    assert b"Be kind" in bytes(id for id in engine.asked[0].prompt if id < 256)
 
 
 class Told(Call):
@@ -127,8 +127,8 @@ def test_events(client: TestClient) -> None:
     assert last["usage"]["total_tokens"] == last["usage"]["input_tokens"] + 5
 
 
-def test_a_cut_answer_is_incomplete(client: TestClient, bridge: FakeBridge) -> None:
-    bridge.answer = Answer(finish_reason="length")
+def test_a_cut_answer_is_incomplete(client: TestClient, engine: FakeEngine) -> None:
+    engine.answer = Answer(finish_reason="length")
     answer = client.post(PATH, json=BODY).json()
     assert answer["status"] == answer["output"][0]["status"] == "incomplete"
     assert answer["incomplete_details"] == {"reason": "max_output_tokens"}
@@ -137,8 +137,8 @@ def test_a_cut_answer_is_incomplete(client: TestClient, bridge: FakeBridge) -> N
     )
 
 
-def test_a_fault_is_told(client: TestClient, bridge: FakeBridge) -> None:
-    bridge.answer = Answer(finish_reason="error", error="secret")
+def test_a_fault_is_told(client: TestClient, engine: FakeEngine) -> None:
+    engine.answer = Answer(finish_reason="error", error="secret")
     assert client.post(PATH, json=BODY).status_code == 500
     text = client.post(PATH, json={**BODY, "stream": True}).text
     last = events_of(text)[-1]
@@ -262,9 +262,9 @@ def test_harmless_fields_are_accepted(client: TestClient, change: dict[str, Any]
     ],
 )
 def test_refusals_name_the_field(
-    client: TestClient, bridge: FakeBridge, change: dict[str, Any], param: str
+    client: TestClient, engine: FakeEngine, change: dict[str, Any], param: str
 ) -> None:
     response = client.post(PATH, json={**BODY, **change})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
-    assert bridge.asked == []
+    assert engine.asked == []

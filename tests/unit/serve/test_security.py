@@ -7,17 +7,17 @@ from starlette.testclient import TestClient
 
 from lowlat.serve.app import build_app, make_services
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.pages import COOKIE, cookie_value
+from lowlat.serve.http.login import COOKIE, cookie_value
 
 from .conftest import URL, MakeClient
-from .fake_bridge import NAME, FakeBridge
+from .fake_engine import NAME, FakeEngine
 
 KEY, OTHER = "k" * 32, "o" * 32
 WITH_KEY = {"Authorization": f"Bearer {KEY}"}
 
 
-def make_app(bridge: FakeBridge) -> Starlette:
-    return build_app(make_services(bridge, ServeConfig(api_keys=(KEY, OTHER))))
+def make_app(engine: FakeEngine) -> Starlette:
+    return build_app(make_services(engine, ServeConfig(api_keys=(KEY, OTHER))))
 
 
 def routes_of(app: Starlette) -> list[tuple[str, str]]:
@@ -30,9 +30,9 @@ def routes_of(app: Starlette) -> list[tuple[str, str]]:
     ]
 
 
-def test_every_route_needs_a_key(bridge: FakeBridge) -> None:
+def test_every_route_needs_a_key(engine: FakeEngine) -> None:
     """Holds shut: a new route that nobody thought of guarding."""
-    app = make_app(bridge)
+    app = make_app(engine)
     client = TestClient(app, base_url=URL)
     routes = routes_of(app)
     assert len(routes) > 15
@@ -58,7 +58,7 @@ def test_every_route_needs_a_key(bridge: FakeBridge) -> None:
             else:
                 assert response.status_code == 401, (method, path, headers)
                 assert NAME not in response.text
-    assert bridge.asked == []
+    assert engine.asked == []
 
 
 @pytest.mark.parametrize(
@@ -132,14 +132,14 @@ def test_logging_in_opens_the_page(make_client: MakeClient) -> None:
     assert client.get("/v1/models").status_code == 200
 
 
-def test_each_key_has_a_salt_of_its_own(make_client: MakeClient, bridge: FakeBridge) -> None:
+def test_each_key_has_a_salt_of_its_own(make_client: MakeClient, engine: FakeEngine) -> None:
     """Holds shut: one client seeing by the time of an answer what another has asked."""
     client = make_client(api_keys=(KEY, OTHER))
     body = {"model": NAME, "prompt": "x"}
     cookie = {"Cookie": f"{COOKIE}={cookie_value(KEY)}"}
     for headers in (WITH_KEY, {"Authorization": f"Bearer {OTHER}"}, WITH_KEY, cookie):
         assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
-    first, second, third, fourth = (asked.salt for asked in bridge.asked)
+    first, second, third, fourth = (asked.cache_namespace for asked in engine.asked)
     assert first == third == fourth != second
     assert len(first) == 32
     assert KEY.encode() not in first
@@ -162,9 +162,9 @@ HOSTS_REFUSED = [
 
 
 @pytest.mark.parametrize("host", HOSTS_REFUSED)
-def test_foreign_hosts_are_refused(bridge: FakeBridge, host: str) -> None:
+def test_foreign_hosts_are_refused(engine: FakeEngine, host: str) -> None:
     """Holds shut: DNS rebinding, by which a foreign name leads to this server."""
-    app = build_app(make_services(bridge, ServeConfig()))
+    app = build_app(make_services(engine, ServeConfig()))
     client = TestClient(app, base_url=URL)
     for method, path in routes_of(app):
         response = client.request(method, path, headers={"Host": host})
@@ -208,9 +208,9 @@ ORIGINS_REFUSED = [
 
 
 @pytest.mark.parametrize("origin", ORIGINS_REFUSED)
-def test_foreign_origins_are_refused(bridge: FakeBridge, origin: str) -> None:
+def test_foreign_origins_are_refused(engine: FakeEngine, origin: str) -> None:
     """Holds shut: pages of other sites that use the server behind the user's back."""
-    app = build_app(make_services(bridge, ServeConfig()))
+    app = build_app(make_services(engine, ServeConfig()))
     client = TestClient(app, base_url=URL)
     for method, path in routes_of(app):
         response = client.request(method, path, headers={"Origin": origin})

@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 from lowlat.cli.main import app
 from lowlat.engine import params
 from lowlat.generate import grammar_worker, structured
-from lowlat.serve import limits
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.operations import GETS, POSTS
+from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import StrictModel
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.protocol.completions import CompletionRequest
 from lowlat.serve.protocol.responses import ResponsesRequest
+from lowlat.serve.routes.operations import GETS, POSTS
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/serving.md").read_text()

@@ -7,7 +7,7 @@ from starlette.testclient import TestClient
 
 from tests.fakes import ASSISTANT, BOS, EOS, USER
 
-from .fake_bridge import NAME
+from .fake_engine import NAME
 
 
 def test_text(client: TestClient) -> None:

@@ -15,22 +15,22 @@ from lowlat.generate.structured import (
     Regex,
     StructuredOutput,
 )
-from lowlat.serve.answer import AnswerParser, ReasoningMarks, Thinking
-from lowlat.serve.tools.base import Function, ToolFormat
-from lowlat.serve.tools.deepseek import DeepSeekFenced, DeepSeekPlain
-from lowlat.serve.tools.forcing import ForcedCalls, ReasoningFirst, forced_output
-from lowlat.serve.tools.hermes import Hermes
-from lowlat.serve.tools.kimi import Kimi
-from lowlat.serve.tools.llama import Llama
-from lowlat.serve.tools.mistral import MistralList, MistralNames
-from lowlat.serve.tools.parts import (
+from lowlat.serve.chat.constraints import ForcedCalls, ReasoningFirst, forced_output
+from lowlat.serve.chat.output_parser import AnswerParser, ReasoningMarks, Thinking
+from lowlat.serve.tool_parsers.base import Function, ToolFormat
+from lowlat.serve.tool_parsers.deepseek import DeepSeekFenced, DeepSeekPlain
+from lowlat.serve.tool_parsers.hermes import Hermes
+from lowlat.serve.tool_parsers.kimi import Kimi
+from lowlat.serve.tool_parsers.llama import Llama
+from lowlat.serve.tool_parsers.mistral import MistralList, MistralNames
+from lowlat.serve.tool_parsers.parts import (
     ContentPart,
     Part,
     ToolCallArguments,
     ToolCallStart,
     append_part,
 )
-from lowlat.serve.tools.tagged import Glm, QwenCoder
+from lowlat.serve.tool_parsers.xml import Glm, QwenCoder
 from lowlat.utils.errors import UserError
 from tests.unit.serve.templates import DEEPSEEK, KIMI, tokenizer_of
 

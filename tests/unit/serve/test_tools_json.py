@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowlat.serve.tools.json_text import ObjectScanner, read_string, read_value
-from lowlat.serve.tools.reader import Malformed, Reader, Steps
+from lowlat.serve.tool_parsers.json_scanner import ObjectScanner, read_string, read_value
+from lowlat.serve.tool_parsers.reader import Malformed, Reader, Steps
 
 values: st.SearchStrategy[Any] = st.recursive(
     st.none()

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler
-from lowlat.serve.answer import AnswerParser, ReasoningMarks
-from lowlat.serve.protocol.failure import RequestError
-from lowlat.serve.tools.arguments import kinds
-from lowlat.serve.tools.base import Function, ToolFormat
-from lowlat.serve.tools.calls import Calls
-from lowlat.serve.tools.forcing import ForcedCalls, forced_output
-from lowlat.serve.tools.parts import ToolCallArguments, append_part
-from lowlat.serve.tools.tagged import MAX_VALUE, Glm, QwenCoder
+from lowlat.serve.chat.constraints import ForcedCalls, forced_output
+from lowlat.serve.chat.output_parser import AnswerParser, ReasoningMarks
+from lowlat.serve.protocol.errors import RequestError
+from lowlat.serve.tool_parsers.arguments import kinds
+from lowlat.serve.tool_parsers.base import Function, ToolFormat
+from lowlat.serve.tool_parsers.parts import ToolCallArguments, append_part
+from lowlat.serve.tool_parsers.state import Calls
+from lowlat.serve.tool_parsers.xml import MAX_VALUE, Glm, QwenCoder
 from tests.unit.serve.templates import tokenizer_of
 from tests.unit.serve.test_tools_forcing import accepts
 

@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field
 
-from lowlat.serve.operations import POSTS, Post
 from lowlat.serve.protocol.base import StrictModel
-from lowlat.serve.protocol.failure import RequestError
+from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.validation import MAX_MESSAGE, MAX_PARAM, validate
+from lowlat.serve.routes.operations import POSTS, Post
 
 
 class Leaf(StrictModel):

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from lowlat.serve.generation import Overloaded
-from lowlat.serve.workers import WorkPool
+from lowlat.serve.http.workers import WorkPool
 
 
 def test_results_and_faults_come_back() -> None:

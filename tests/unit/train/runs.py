@@ -16,14 +16,15 @@ from torch import Tensor
 
 from lowlat.data.manifest import SPLITS, DatasetManifest, id_type
 from lowlat.data.vocabulary import end_of_text, fim_tokens
-from lowlat.data.writer import SplitWriter, partial_folder, write_manifest, write_tokenizer
+from lowlat.data.writer import SplitWriter, write_manifest, write_tokenizer
+from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.save import Save
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import CheckpointStore
 from lowlat.train.metrics.metrics_log import Fact, MetricsLog
 from lowlat.train.metrics.record import EvalRecord, StepRecord
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.train.run.trainer import Trainer, TrainingResult
+from lowlat.utils.atomic_files import atomic_folder
 from tests.unit.data.conftest import END, byte_level
 
 MODEL = {
@@ -84,7 +85,7 @@ def make_tokens(path: Path, special: tuple[str, ...] = (), held_out: int = 5) ->
     """80 documents of letters, and `held_out` more to evaluate on."""
     tokenizer = byte_level(special=("<|endoftext|>", "<|im_start|>", *FIM_MARKS, *special))
     chance = np.random.default_rng(2)
-    with partial_folder(path) as folder:
+    with atomic_folder(path) as folder:
         dtype = id_type(tokenizer.vocab_size)
         writers = {split: SplitWriter(folder, split, dtype, 1 << 20) for split in SPLITS}
         for split, count in (("train", 80), ("held_out", held_out)):
@@ -187,23 +188,23 @@ def train(
         return trainer.run(), log
 
 
-def saved(folder: Path, step: int | None = None) -> Save:
+def saved(folder: Path, step: int | None = None) -> TrainingCheckpoint:
     """The save of `step`, or the newest."""
-    saves = Saves(RunFolder(folder), report=pytest.fail)
+    saves = CheckpointStore(RunFolder(folder), report=pytest.fail)
     save = saves.latest() if step is None else saves.open(step)
     assert save is not None
     return save
 
 
 def steps(folder: Path) -> list[int]:
-    return Saves(RunFolder(folder), report=pytest.fail).steps()
+    return CheckpointStore(RunFolder(folder), report=pytest.fail).steps()
 
 
-def tensors(save: Save) -> dict[str, Tensor]:
+def tensors(save: TrainingCheckpoint) -> dict[str, Tensor]:
     return {name: save.tensor(name) for name in save.names()}
 
 
-def assert_same(found: Save, expected: Save) -> None:
+def assert_same(found: TrainingCheckpoint, expected: TrainingCheckpoint) -> None:
     """Bit for bit: weights, routing biases, optimiser, random numbers, position."""
     left, right = tensors(found), tensors(expected)
     assert left.keys() == right.keys()
@@ -214,8 +215,8 @@ def assert_same(found: Save, expected: Save) -> None:
     assert not differing, differing
     assert [t.dtype for t in left.values()] == [t.dtype for t in right.values()]
     free = {"seconds", "recipe"}
-    assert {k: v for k, v in found.facts.items() if k not in free} == {
-        k: v for k, v in expected.facts.items() if k not in free
+    assert {k: v for k, v in found.metadata.items() if k not in free} == {
+        k: v for k, v in expected.metadata.items() if k not in free
     }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from lowlat.data.batch import Batch
 from lowlat.model.moe import MoE
 from lowlat.model.transformer import Transformer
+from lowlat.train.layers.fused import checkpoint_activations
 from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.step.balance import (
     RouterWatch,
@@ -48,8 +49,8 @@ def test_loads_of_the_whole_batch(rows: int, recompute: bool) -> None:
     Holds shut: loads of the last micro-batch alone, and recomputed layers counted twice.
     """
     model, batch = tiny.model(tiny.config()), tiny.batch()
-    for block in [*model.layers, *(module.block for module in model.mtp)]:
-        block.recompute = recompute
+    if recompute:
+        checkpoint_activations(model)
     naive = NaiveModel(model.config, dict(model.named_parameters()))
     wanted = naive.losses(batch, mtp_weight=1.0, z_weight=0.0, alpha=1.0)
     watch = watched(model, batch, rows=rows, alpha=1.0)

@@ -137,14 +137,14 @@ def test_what_stays_is_held_as_products_take_it(folder: Path) -> None:
 
 def test_gates_of_experts_that_stay_are_fp32() -> None:
     """They compute in it; embeddings, experts and heads are held in bf16."""
-    from lowlat.model.stacking import stack_experts
-    from lowlat.train.step.trainable import hold_frozen, keep_all_but_attention
+    from lowlat.train.layers.stacked_experts import stack_experts
+    from lowlat.train.step.trainable import cast_frozen, freeze_all_but_attention
     from tests.lowlat_configs import random_model
 
     model = random_model(tuning.config(), torch.float32)
     stack_experts(model)
-    keep_all_but_attention(model)
-    hold_frozen(model, torch.bfloat16)
+    freeze_all_but_attention(model)
+    cast_frozen(model, torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     for name, dtype in dtypes.items():
         is_wide = ".self_attn." in name or "norm" in name or ".gate." in name

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
-from lowlat.model.stacking import unstacked
 from lowlat.model.transformer import Transformer
 from lowlat.text.tokenizer import Tokenizer
+from lowlat.train.layers.stacked_experts import unstacked
 from lowlat.train.run.export import TOKENIZER, export_save, keep_tokenizer
 from lowlat.train.run.state import MODEL, part
 from lowlat.utils.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowlat.checkpoint.save import save_model
-from lowlat.config.hf import config_from_hf
+from lowlat.config.hf.reader import config_from_hf
 from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
 from lowlat.train.run.export import export_save

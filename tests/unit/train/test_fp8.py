@@ -16,12 +16,15 @@ from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig, MoEConfig, QuantConfig
 from lowlat.model.linear import Linear
+from lowlat.model.mla import MLA
 from lowlat.model.quant import store_packed
-from lowlat.model.stacking import stack_experts, unstacked
 from lowlat.model.transformer import Transformer
 from lowlat.ops.fp8 import quantize_blocks
-from lowlat.ops.fp8_training import Fp8Format, ScaleFormat
-from lowlat.train.step.fp8 import Fp8Experts, save_fp8, use_fp8
+from lowlat.ops.fp8_training import ScaleFormat
+from lowlat.train.layers.fp8 import Fp8Experts, Fp8Linear, Fp8MLA, use_fp8
+from lowlat.train.layers.replace import replace_modules
+from lowlat.train.layers.stacked_experts import stack_experts, unstacked
+from lowlat.train.run.fp8_export import save_fp8
 from lowlat.utils.errors import UserError
 from tests.fakes import gqa_config, mla_config, tiny_model
 
@@ -74,9 +77,9 @@ def test_what_runs_in_fp8() -> None:
     """All linear layers of attention and MLP; not head, gate and eh_proj (section 3.3.1)."""
     model = tiny_model(config(), torch.float32)
     use_fp8(model)
-    plain = {n for n, m in model.named_modules() if isinstance(m, Linear) and m.fp8 is None}
+    plain = {n for n, m in model.named_modules() if type(m) is Linear}
     assert plain == {"lm_head", "mtp.0.eh_proj"}
-    formats = {n: m.fp8 for n, m in model.named_modules() if isinstance(m, Linear) and m.fp8}
+    formats = {n: m.fmt for n, m in model.named_modules() if isinstance(m, Fp8Linear)}
     after = formats["layers.0.self_attn.o_proj"]
     assert (after.input_scales, after.kept_input, after.weight_scales) == ("ue8m0", "e5m6", None)
     assert formats["layers.1.mlp.experts.3.up_proj"].input_scales == "ue8m0"
@@ -126,8 +129,7 @@ def test_expanded_attention_is_mla(
     for module in model.modules():
         if isinstance(module, Linear):
             module.forward = lambda x, m=module: F.linear(x, m.weight)
-            if module.in_features == 11:
-                module.fp8 = Fp8Format()
+    replace_modules(model, lambda _path, m: Fp8MLA(m) if isinstance(m, MLA) else None)
     expanded = model(ids, attention.positions(), attention)
     torch.testing.assert_close(expanded, absorbed, rtol=1e-10, atol=1e-10)
 
@@ -247,7 +249,7 @@ def test_the_up_projection_of_gla_stays_as_it_is() -> None:
         torch.float32,
     )
     use_fp8(model)
-    plain = {n for n, m in model.named_modules() if isinstance(m, Linear) and m.fp8 is None}
+    plain = {n for n, m in model.named_modules() if type(m) is Linear}
     assert plain == {"lm_head", "layers.0.self_attn.kv_b_proj", "layers.1.self_attn.kv_b_proj"}
     assert logits(model, torch.randint(0, 263, (31,))).isfinite().all()
 

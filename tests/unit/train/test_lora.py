@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lowlat.attention.flash import FlashAttention
-from lowlat.checkpoint.index import open_checkpoint
+from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.config.model import GQAConfig
 from lowlat.convert.run import convert
-from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
 from lowlat.train.cost.dry_run import require_fit
+from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.recipe.schema import LoraConfig, parse_recipe
 from lowlat.train.run.export import export_adapter, export_save
-from lowlat.train.step.lora import add_updates, check_lora, count_updates, is_update, merged
+from lowlat.train.step.lora import add_lora, check_lora, count_updates, is_lora_parameter, merged
 from lowlat.train.step.loss import batch_loss
 from lowlat.utils.errors import UserError
 from tests.fakes import gqa_config
@@ -38,7 +38,7 @@ TABLE = LoraConfig(rank=3, alpha=7.0, target_modules=EVERY)
 def adapted(table: LoraConfig = TABLE) -> Transformer:
     """A model in fp64 whose updates are not zero."""
     model = tiny.model(tiny.config())
-    add_updates(model, table, seed=3, origin="r.toml")
+    add_lora(model, table, seed=3, origin="r.toml")
     model.double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -85,8 +85,8 @@ def test_updates_are_what_is_merged() -> None:
     parameters = dict(model.named_parameters())
     checked = 0
     for name, parameter in parameters.items():
-        assert parameter.requires_grad == is_update(name)
-        if not is_update(name):
+        assert parameter.requires_grad == is_lora_parameter(name)
+        if not is_lora_parameter(name):
             assert parameter.grad is None
         elif name.endswith("lora_A"):
             weight = gradient_of_weight(name, full)
@@ -123,7 +123,7 @@ def test_untrained_updates_change_nothing() -> None:
     model, same, other = (tiny.model(tiny.config(), torch.bfloat16) for _ in range(3))
     before = loss(tiny.model(tiny.config(), torch.bfloat16))
     for one, seed in ((model, 3), (same, 3), (other, 4)):
-        add_updates(one, TABLE, seed=seed, origin="r.toml")
+        add_lora(one, TABLE, seed=seed, origin="r.toml")
     assert loss(model) == before
     drawn, again, differing = (
         {n: p for n, p in m.named_parameters() if n.endswith("lora_A")}
@@ -132,7 +132,7 @@ def test_untrained_updates_change_nothing() -> None:
     assert all(torch.equal(drawn[n], again[n]) for n in drawn)
     assert not any(torch.equal(drawn[n], differing[n]) for n in drawn)
     assert {p.dtype for p in drawn.values()} == {torch.float32}
-    assert {p.dtype for n, p in model.named_parameters() if not is_update(n)} == {
+    assert {p.dtype for n, p in model.named_parameters() if not is_lora_parameter(n)} == {
         torch.bfloat16,
         torch.float32,  # routing biases
     }
@@ -153,7 +153,7 @@ def test_run(tmp_path: Path) -> None:
     losses = whole.losses()
     assert losses[-1] < losses[0]
     saved = whole.saved()
-    assert all(is_update(name) for name in saved if name.startswith("model."))
+    assert all(is_lora_parameter(name) for name in saved if name.startswith("model."))
     trained = {name.removeprefix("model.") for name in saved if name.startswith("model.")}
     moments = {n.removeprefix("optimizer.exp_avg.") for n in saved if ".exp_avg." in n}
     assert trained == moments
@@ -272,7 +272,7 @@ def test_frozen_experts_take_no_gradient() -> None:
             assert full is not None and parameter.grad is not None
             torch.testing.assert_close(parameter.grad, 2 * full @ a.mT, rtol=1e-8, atol=1e-12)
         else:
-            assert parameter.grad is None or is_update(name)
+            assert parameter.grad is None or is_lora_parameter(name)
 
 
 @pytest.mark.parametrize(("precision", "bytes_each"), [("fp32", 4), ("bf16", 2)])
@@ -306,8 +306,8 @@ def test_memory_of_updates_by_hand(optimizer: str, moments: int) -> None:
     assert recipe.lora is not None
     model = random_model(config, torch.float32)
     stack_experts(model)
-    add_updates(model, recipe.lora, seed=0, origin="r.toml")
-    count = sum(p.numel() for name, p in model.named_parameters() if is_update(name))
+    add_lora(model, recipe.lora, seed=0, origin="r.toml")
+    count = sum(p.numel() for name, p in model.named_parameters() if is_lora_parameter(name))
     assert count_updates(config, recipe.lora) == count > 0
     parts = require_fit(config, recipe, memory_bytes=2**40).parts
     assert parts["updates"] == (8 + moments) * count
@@ -335,6 +335,6 @@ def test_modules_that_are_not_there_are_refused_with_the_file() -> None:
 def test_default_modules_are_those_the_model_has() -> None:
     """The default names projections of MLA and of GQA, of which a model has its own."""
     model = tiny.model(replace(tiny.config(), num_nextn_predict_layers=0))
-    add_updates(model, LoraConfig(rank=2, alpha=4.0), seed=0, origin="r.toml")
-    names = {name.split(".")[-3] for name, _ in model.named_parameters() if is_update(name)}
+    add_lora(model, LoraConfig(rank=2, alpha=4.0), seed=0, origin="r.toml")
+    names = {name.split(".")[-3] for name, _ in model.named_parameters() if is_lora_parameter(name)}
     assert names == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}

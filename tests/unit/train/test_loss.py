@@ -9,6 +9,7 @@ from torch import Tensor
 from lowlat.attention.flash import FlashAttention
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
+from lowlat.train.layers.fused import checkpoint_activations
 from lowlat.train.step.balance import RouterWatch
 from lowlat.train.step.loss import batch_loss, count_targets, counted
 from lowlat.train.step.passes import PlainPasses
@@ -79,8 +80,7 @@ def test_micro_batches_change_nothing() -> None:
 def test_recomputed_layers_have_the_same_gradients() -> None:
     model, batch = tiny.model(tiny.config()), tiny.batch(masked=True)
     kept = trained(model, batch, rows=2)
-    for block in [*model.layers, *(module.block for module in model.mtp)]:
-        block.recompute = True
+    checkpoint_activations(model)
     again = trained(model, batch, rows=2)
     assert torch.equal(kept[0], again[0]) and kept[2] == again[2]
     assert all(torch.equal(again[1][name], gradient) for name, gradient in kept[1].items())

@@ -12,7 +12,7 @@ from lowlat.plan.estimate import estimate
 from lowlat.plan.machine import H100
 from lowlat.train.cost.dry_run import job_of
 from lowlat.train.inputs.configs import base_config, phase_configs, recipe_config
-from lowlat.train.parallel.check import check_parallel
+from lowlat.train.inputs.parallel_check import check_parallel
 from lowlat.train.recipe.reference import reference
 from lowlat.train.recipe.schedule import TrainingSchedule, batch_size
 from lowlat.train.recipe.schema import Recipe, parse_recipe, read_recipe

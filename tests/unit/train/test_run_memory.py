@@ -9,7 +9,7 @@ import pytest
 
 import lowlat.train.run.trainer as trainer_module
 from lowlat.train.checkpoints import writer
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import CheckpointStore
 
 from . import runs
 from .runs import train
@@ -29,8 +29,8 @@ def test_one_copy_of_the_state_at_a_time(base: Path, monkeypatch: pytest.MonkeyP
         plain_write(*arguments)
         written.append(arguments[1])
 
-    def wait(self: Saves) -> None:
-        if self._work.busy:
+    def wait(self: CheckpointStore) -> None:
+        if self._task.is_running:
             asked.set()
         plain_wait(self)
 
@@ -38,9 +38,13 @@ def test_one_copy_of_the_state_at_a_time(base: Path, monkeypatch: pytest.MonkeyP
         copied.append(len(written))
         return plain_copy(*arguments, **options)
 
-    plain_write, plain_copy, plain_wait = writer.write_save, trainer_module.snapshot, Saves.wait
-    monkeypatch.setattr(Saves, "wait", wait)
-    monkeypatch.setattr(writer, "write_save", write)
+    plain_write, plain_copy, plain_wait = (
+        writer.write_training_checkpoint,
+        trainer_module.snapshot,
+        CheckpointStore.wait,
+    )
+    monkeypatch.setattr(CheckpointStore, "wait", wait)
+    monkeypatch.setattr(writer, "write_training_checkpoint", write)
     monkeypatch.setattr(trainer_module, "snapshot", copy)
     train(base / "run", runs.recipe(checkpoints={"every_steps": 1}), 4)
     assert copied == [0, 1, 2, 3]

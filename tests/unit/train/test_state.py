@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowlat.train.parallel.layout import Layout
+from lowlat.train.parallel.parallelize import ShardedParameters
 from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.run.state import (
@@ -35,7 +35,7 @@ def test_every_tensor_of_a_state() -> None:
     optimizer = Optimizer(model, OptimizerConfig())
     set_gradients(model, 1)
     optimizer.step(0.1)
-    state = dict(state_tensors(Layout.undivided(model), optimizer))
+    state = dict(state_tensors(ShardedParameters.unsharded(model), optimizer))
     names = [name for name, _ in model.named_parameters()]
     assert list(part(state, MODEL)) == names
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -54,15 +54,15 @@ def test_a_snapshot_does_not_change() -> None:
     optimizer = Optimizer(model, OptimizerConfig())
     set_gradients(model, 1)
     optimizer.step(0.1)
-    taken = snapshot(Layout.undivided(model), optimizer)
+    taken = snapshot(ShardedParameters.unsharded(model), optimizer)
     before = {name: tensor.clone() for name, tensor in taken}
     set_gradients(model, 2)
     optimizer.step(0.1)
     torch.rand(3)
     assert all(torch.equal(before[name], tensor) for name, tensor in taken)
-    after = dict(state_tensors(Layout.undivided(model), optimizer))
+    after = dict(state_tensors(ShardedParameters.unsharded(model), optimizer))
     assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
-    assert snapshot(Layout.undivided(model), optimizer, keep=False) == []
+    assert snapshot(ShardedParameters.unsharded(model), optimizer, keep=False) == []
 
 
 def resume(saved: dict[str, Any], **changes: Any) -> Position:
@@ -130,6 +130,6 @@ def test_what_may_differ() -> None:
 def test_facts_survive_json(tmp_path: Path) -> None:
     """What a save holds after it was written compares as before."""
     with runs.RunFolder(tmp_path / "run") as run:
-        saves = runs.Saves(run, report=pytest.fail)
+        saves = runs.CheckpointStore(run, report=pytest.fail)
         saves.write(3, {"state": [("a", torch.zeros(1))]}, saved(3))
-    assert resume(dict(runs.saved(tmp_path / "run").facts)).step == 3
+    assert resume(dict(runs.saved(tmp_path / "run").metadata)).step == 3

@@ -65,7 +65,7 @@ def test_a_stopped_run_goes_on_exactly(
 
 
 def test_what_a_run_leaves(base: Path) -> None:
-    """Saves at every so many steps and at the end of every phase; records of every step;
+    """Checkpoints at every so many steps and at the end of every phase; records of every step;
     evaluations likewise; and a model.
     """
     wanted = runs.recipe(checkpoints={"every_steps": 4, "keep_last": 20})
@@ -129,9 +129,9 @@ def test_a_tokenizer_that_cannot_be_written(base: Path, monkeypatch: pytest.Monk
     """Holds shut: a full disk told by a traceback, and half a tokenizer taken for a whole one."""
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr("lowlat.train.run.export.write_new", Mock(side_effect=full))
+        patch.setattr("lowlat.train.run.export.write_new_files", Mock(side_effect=full))
         with (
-            pytest.raises(UserError, match=r"tokenizer: cannot be written, .*free"),
+            pytest.raises(UserError, match=r"tokenizer: cannot be written .*free"),
             opened(base / "run", runs.recipe()),
         ):
             pass
@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite(base: Path, every: int) -> None:
             trainer.run()
     assert [record.step for record in log.steps] == [1, 2, 3]
     save = runs.saved(base / "run")
-    assert save.step == 3 and save.facts["rows_of_data"] == 2 + 4 + 4
+    assert save.step == 3 and save.metadata["rows_of_data"] == 2 + 4 + 4
     path = base / "run" / "failed-step-00000004.safetensors"
     assert str(path) in str(caught.value) and str(base / "run" / "saves") in str(caught.value)
     assert f"lowlat train export {base / 'run'} DST" in str(caught.value)
@@ -322,9 +322,9 @@ def test_longer_contexts(base: Path) -> None:
         assert trainer.config.max_position_embeddings == 128
     outcome, log = train(base / "run", wanted)
     assert outcome.is_complete and log.steps[-1].batch_tokens == 4 * 67
-    config = runs.saved(base / "run").facts["config"]
+    config = runs.saved(base / "run").metadata["config"]
     assert (config["rope_scaling"]["factor"], config["max_position_embeddings"]) == (4.0, 128)
-    assert runs.saved(base / "run", 2).facts["config"]["rope_scaling"] is None
+    assert runs.saved(base / "run", 2).metadata["config"]["rope_scaling"] is None
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lowlat.config.model import ModelConfig, MoEConfig
 from lowlat.data.batch import Batch
-from lowlat.model.stacking import stack_experts
 from lowlat.model.transformer import Transformer
+from lowlat.train.layers.fused import use_fused_layers
+from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from tests.fakes import mla_config
@@ -40,6 +41,7 @@ def model(model_config: ModelConfig, dtype: torch.dtype = torch.float64) -> Tran
     """Every parameter random, biases of routing too; experts stacked, ready to be trained."""
     result = random_model(model_config, dtype)
     stack_experts(result)
+    use_fused_layers(result)
     for name, parameter in result.named_parameters():
         parameter.requires_grad_(not name.endswith("e_score_correction_bias"))
     return result

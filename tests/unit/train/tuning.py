@@ -20,7 +20,7 @@ from lowlat.config.model import ModelConfig
 from lowlat.data.build import build
 from lowlat.data.selection import BuildOptions
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.checkpoints.saves import Saves
+from lowlat.train.checkpoints.store import CheckpointStore
 from lowlat.train.metrics.metrics_log import FolderMetricsLog
 from lowlat.train.metrics.progress_view import make_view
 from lowlat.train.recipe.schema import parse_recipe
@@ -50,7 +50,7 @@ class Run:
         return [record["loss"] for record in self.records("step")]
 
     def saved(self) -> dict[str, Tensor]:
-        save = Saves(RunFolder(self.path), report=print).latest()
+        save = CheckpointStore(RunFolder(self.path), report=print).latest()
         assert save is not None
         return {name: save.tensor(name).clone() for name in save.names()}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowlat.utils.large_pages import ALIGNMENT, BLOCK, HAS_LARGE_PAGES, LargePages, zeros
+from lowlat.utils.huge_pages import ALIGNMENT, BLOCK, HAS_LARGE_PAGES, LargePages, zeros
 
 needs_large_pages = pytest.mark.skipif(
     not HAS_LARGE_PAGES or not Path("/sys/kernel/mm/transparent_hugepage").exists(),

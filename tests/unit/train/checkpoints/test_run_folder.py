@@ -42,12 +42,12 @@ def test_places(tmp_path: Path) -> None:
     assert not run.path.exists()
     with run:
         assert run.held
-        assert run.saves.is_dir() and run.tensorboard.is_dir()
+        assert run.checkpoints.is_dir() and run.tensorboard.is_dir()
         assert run.log == tmp_path / "a" / "run" / "log.jsonl"
-        assert run.recipe_text() is None
-        run.keep_recipe("name = 'ä'\n")
-        run.keep_recipe("name = 'ö'\n")
-        assert run.recipe_text() == "name = 'ö'\n"
+        assert run.read_recipe() is None
+        run.write_recipe("name = 'ä'\n")
+        run.write_recipe("name = 'ö'\n")
+        assert run.read_recipe() == "name = 'ö'\n"
     assert not run.held
     assert {entry.name for entry in run.path.iterdir()} == {
         "lock",
@@ -116,8 +116,8 @@ def test_unusable_folders(tmp_path: Path, what: str) -> None:
     place = tmp_path / "run"
     if what == "saves is a file":
         with RunFolder(place) as run:
-            run.saves.rmdir()
-        run.saves.write_text("")
+            run.checkpoints.rmdir()
+        run.checkpoints.write_text("")
     else:
         place.write_text("")
         place = place if what == "a file" else place / "below"
@@ -130,4 +130,4 @@ def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
     with RunFolder(tmp_path) as run:
         run.recipe.write_bytes(b"\xff")
         with pytest.raises(UserError, match=r"recipe\.toml: is not UTF-8"):
-            run.recipe_text()
+            run.read_recipe()

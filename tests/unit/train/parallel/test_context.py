@@ -57,7 +57,7 @@ def test_attention_is_that_of_whole_sequences(
     places = [own_tokens(len(DOCUMENTS), place) for place in range(SIZE)]
     everything = torch.cat([k, padded(v, 7)], dim=-1).flatten(1)
     parts = torch.cat([everything[place] for place in places])
-    monkeypatch.setattr(context, "gathered", lambda own, group: parts)
+    monkeypatch.setattr(context, "all_gather", lambda own, group: parts)
     for place, indices in enumerate(places):
         attention = ContextAttention(DOCUMENTS, Zigzag(SIZE, place), Mock(spec=dist.ProcessGroup))
         assert torch.equal(attention.positions(), alone.positions()[indices])

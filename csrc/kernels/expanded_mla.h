@@ -1,0 +1,104 @@
+// Expanded MLA prefill: keys and values of one head are built from 64 cached latents at a time and used, a few such
+// blocks at once, by all new queries of a sequence. Memory grows with the new queries, not with the context.
+#pragma once
+
+#include "phases.h"
+
+namespace lowlat::LOWLAT_ISA {
+
+constexpr std::int64_t kQueryGroup = 48;  // queries whose scores with a span are computed at once
+constexpr int kBuiltBlocks = 4;          // blocks of a span
+
+// The two halves of a head's kv_b_proj as panels, and scratch for a block of keys and values.
+struct HeadProjections {
+  Matrix keys, values;           // W_UK [nope_dim, latent_dim], W_UV [value_dim, latent_dim]
+  Panel *key_panels, *value_panels;
+};
+
+inline HeadProjections load_head(const Pass& pass, const Attention& a, std::int64_t head) {
+  const std::int64_t first = head * (a.nope_dim + a.value_dim), width = num_panels(a.latent_dim);
+  HeadProjections p{a.kv_b.part(first, a.nope_dim), a.kv_b.part(first + a.nope_dim, a.value_dim), nullptr, nullptr};
+  p.key_panels = pass.scratch.get<Panel>(2, (p.keys.tiles() + p.values.tiles()) * width);
+  p.value_panels = p.key_panels + p.keys.tiles() * width;
+  for (std::int64_t tile = 0; tile < p.keys.tiles(); ++tile) load_panels(p.keys, tile, p.key_panels + tile * width);
+  for (std::int64_t tile = 0; tile < p.values.tiles(); ++tile) load_panels(p.values, tile, p.value_panels + tile * width);
+  return p;
+}
+
+// out [count, stride] = latents times one projection, in bf16.
+inline void build(const Matrix& w, const Panel* panels, const Rows& rows, std::int64_t count, float* strip_out,
+                  bf16* out, std::int64_t stride) {
+  const std::int64_t width = num_panels(w.columns);
+  for (std::int64_t tile = 0; tile < w.tiles(); tile += 2) {
+    multiply(panels + tile * width, least(2, w.tiles() - tile), width, width, rows.data, rows.stride, count, strip_out,
+             kStrip, false);
+    each_half(tile / 2, w.rows, [&](std::int64_t column, int lane, std::int64_t channels) {
+      scale_rows(w, tile + lane / kTile, count, strip_out + lane, kStrip);
+      store_lanes(strip_out + lane, nullptr, channels, count, out + column, stride);
+    });
+  }
+}
+
+// The keys and values of a block: K [count, query_dim], V [count, value_dim].
+inline KeyBlock build_block(const Pass& pass, const Attention& a, const HeadProjections& head, const Rows& rows,
+                            std::int64_t count) {
+  const std::int64_t key_stride = round_up(a.query_dim(), 32), value_stride = round_up(a.value_dim, 32);
+  auto* k = pass.scratch.get<bf16>(4, kKeyBlock * (key_stride + value_stride));
+  auto* v = k + kKeyBlock * key_stride;
+  float* out = pass.strip_out(kKeyBlock);
+  build(head.keys, head.key_panels, rows, count, out, k, key_stride);
+  for (std::int64_t r = 0; r < count; ++r) {
+    std::memcpy(k + r * key_stride + a.nope_dim, rows.data + r * rows.stride + a.latent_dim, a.rope_dim * sizeof(bf16));
+  }
+  build(head.values, head.value_panels, rows, count, out, v, value_stride);
+  return {view(k, count, a.query_dim(), key_stride), view(v, count, a.value_dim, value_stride), {}, {}};
+}
+
+// Attention of all new queries of a sequence for one head.
+inline void expand_head(const Pass& pass, const Attention& a, const Cache& cache, const Sequence& sequence,
+                        std::int64_t head) {
+  const Workspace& work = pass.work;
+  const std::int64_t queries = sequence.length, context = sequence.start + queries;
+  const std::int64_t value_stride = round_up(a.value_dim, 32);
+  const Activations q = rows_of_head(pass, a, head, sequence.first_token, queries, a.query_dim(), 11);
+  auto* first = pass.scratch.get<std::int64_t>(3, 2 * queries);
+  auto* last = first + queries;
+  for (std::int64_t i = 0; i < queries; ++i) {
+    first[i] = 0;
+    last[i] = sequence.start + i + 1;
+  }
+  const std::int64_t span = kBuiltBlocks * kKeyBlock;
+  const ScoreScratch scores{pass.scratch.get<float>(5, kQueryGroup * span),
+                            pass.scratch.get<bf16>(6, kQueryGroup * span), nullptr, span};
+  auto* memory = pass.scratch.get<float>(8, queries * (value_stride + 2));
+  const SoftmaxState state{memory + queries * value_stride, memory + queries * (value_stride + 1), memory,
+                           value_stride};
+  state.clear(queries);
+  const HeadProjections projections = load_head(pass, a, head);
+  const SpanPanels panels{pass.scratch.get<Panel>(9, SpanPanels::key_panels(a.query_dim(), kBuiltBlocks)),
+                          pass.scratch.get<Panel>(10, SpanPanels::value_panels(a.value_dim, kBuiltBlocks)),
+                          num_panels(a.query_dim()), num_panels(span)};
+  auto* gathered = pass.scratch.get<bf16>(7, kKeyBlock * round_up(a.row_dim(), 32));
+  for (std::int64_t at = 0; at < context; at += span) {
+    const std::int64_t keys = least(span, context - at);
+    for (std::int64_t key = 0; key < keys; key += kKeyBlock) {
+      const std::int64_t count = least(kKeyBlock, keys - key);
+      const Rows rows = cached_rows(cache, sequence.pages, at + key, count, a.row_dim(), a.latent_dim % 32 != 0,
+                                    {{0, a.row_dim()}}, gathered);
+      panels.load(key / kKeyBlock, build_block(pass, a, projections, rows, count));
+    }
+    for (std::int64_t i = 0; i < queries; i += kQueryGroup) {
+      const std::int64_t size = least(kQueryGroup, queries - i);
+      const std::int64_t seen = least(keys, round_up(last[i + size - 1] - at, kKeyBlock));
+      if (seen <= 0) continue;
+      attend_loaded<kBuiltBlocks>({q.from(i).values, q.stride, size, first + i, last + i}, panels, seen, a.value_dim,
+                                  at, a.scale, scores, state.from(i));
+    }
+  }
+  for (std::int64_t i = 0; i < queries; ++i) {
+    finish(state, i, a.value_dim,
+           work.attended.values + (sequence.first_token + i) * work.attended.stride + head * a.value_dim);
+  }
+}
+
+}  // namespace lowlat::LOWLAT_ISA

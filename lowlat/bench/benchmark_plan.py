@@ -1,0 +1,156 @@
+"""Benchmark plan: the cases, programs and precisions of a run, validated before it starts."""
+
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lowlat.ops import native
+from lowlat.utils.errors import UserError
+
+DTYPES = ("bf16", "int8", "int4", "fp8", "fp32")
+CACHES = ("auto", "bf16", "int8")
+PEERS = ("transformers", "llama.cpp", "vllm")
+PREFILL = "512,2048,8192"
+DECODE = "128,2048,8192,32768"
+ROUNDS = 3
+LONGEST = 1 << 20
+
+Kind = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkCase:
+    """Prefill of `tokens`, or decode steps with `tokens` entries in the KV cache."""
+
+    kind: Kind
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.tokens:,}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeerSpec:
+    """A peer program, and the Python interpreter that has it."""
+
+    name: str
+    python: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkPlan:
+    """What a benchmark run measures."""
+
+    cases: tuple[BenchmarkCase, ...]
+    """In measuring order."""
+    dtype: str = "bf16"
+    """Precision of lowlat's weights; peers use the nearest they have."""
+    cache: str = "bf16"
+    """Number type of the KV cache."""
+    threads: int
+    """CPU threads of every program."""
+    peers: tuple[PeerSpec, ...] = ()
+    rounds: int = ROUNDS
+    """Every program measures every case once per round."""
+    default_kinds: tuple[Kind, ...] = ()
+    """Kinds whose lengths are defaults."""
+
+    def within(self, context: int) -> "BenchmarkPlan":
+        """Without the default lengths beyond `context`."""
+        kept = [c for c in self.cases if c.tokens <= context or c.kind not in self.default_kinds]
+        return replace(self, cases=tuple(kept or self.cases))
+
+    @property
+    def context(self) -> int:
+        """Most tokens that a case leaves in the KV cache."""
+        return max(case.tokens for case in self.cases)
+
+
+def make_plan(
+    *,
+    prefill: str | None = None,
+    decode: str | None = None,
+    dtype: str = "bf16",
+    cache: str = "auto",
+    threads: int | None = None,
+    peers: str = "",
+    rounds: int = ROUNDS,
+) -> BenchmarkPlan:
+    """Parse and validate the options. Cache "auto" is fp32 for fp32 weights, else bf16; lengths of
+    None are PREFILL and DECODE, limited to the model's context by `within`.
+
+    Raises UserError naming the wrong option.
+    """
+    for option, value, known in (("--dtype", dtype, DTYPES), ("--cache", cache, CACHES)):
+        if value not in known:
+            raise UserError(f"{option} '{value}' is unknown; choose one of {', '.join(known)}")
+    if dtype == "fp32" and cache == "bf16":
+        raise UserError("--cache bf16: --dtype fp32 has an fp32 cache; leave --cache out")
+    plain = "fp32" if dtype == "fp32" else "bf16"
+    if rounds < 1:
+        raise UserError(f"--rounds {rounds}: give at least 1")
+    given: dict[Kind, str | None] = {"prefill": prefill, "decode": decode}
+    lengths_by_kind: dict[Kind, str] = {
+        "prefill": PREFILL if prefill is None else prefill,
+        "decode": DECODE if decode is None else decode,
+    }
+    cases = [
+        BenchmarkCase(kind=kind, tokens=n)
+        for kind, lengths in lengths_by_kind.items()
+        for n in parse_lengths(f"--{kind}", lengths)
+    ]
+    if not cases:
+        raise UserError("--prefill and --decode are both empty; give at least one length")
+    return BenchmarkPlan(
+        cases=tuple(cases),
+        dtype=dtype,
+        cache=plain if cache == "auto" else cache,
+        threads=check_threads(threads),
+        peers=parse_peers(peers),
+        rounds=rounds,
+        default_kinds=tuple(kind for kind, lengths in given.items() if lengths is None),
+    )
+
+
+def parse_lengths(option: str, text: str) -> list[int]:
+    """`"512,2048"` -> [512, 2048], sorted, without duplicates."""
+    lengths = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if not re.fullmatch(r"[0-9]{1,9}", part) or not 1 <= int(part) <= LONGEST:
+            raise UserError(
+                f"{option} '{part}': give numbers of tokens from 1 to {LONGEST:,}, such as 512,2048"
+            )
+        lengths.append(int(part))
+    return sorted(set(lengths))
+
+
+def parse_peers(text: str) -> tuple[PeerSpec, ...]:
+    """`"transformers,llama.cpp=/path/to/python"` -> peers; without a path, this interpreter."""
+    found: dict[str, PeerSpec] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, given, python = part.partition("=")
+        if name not in PEERS:
+            raise UserError(f"--peers '{name}' is unknown; choose from {', '.join(PEERS)}")
+        if name in found:
+            raise UserError(f"--peers names {name} twice; give it once")
+        path = os.path.expanduser(python) if given else sys.executable
+        if shutil.which(path) is None:
+            raise UserError(
+                f"--peers {name}: '{python}' is not a program; give the interpreter that has "
+                f"{name}, such as {name}=/path/to/venv/bin/python"
+            )
+        found[name] = PeerSpec(name=name, python=path)
+    return tuple(found.values())
+
+
+def check_threads(threads: int | None) -> int:
+    """`threads`, by default one per core. Raises UserError for more than there are cores."""
+    cores = native.processors()
+    if threads is None:
+        return cores
+    if not 1 <= threads <= cores:
+        raise UserError(f"--threads {threads}: this machine has {cores} cores; give 1 to {cores}")
+    return threads

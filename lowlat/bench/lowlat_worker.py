@@ -1,0 +1,85 @@
+"""Benchmark worker of lowlat itself: times the engine's model runner. Owns no timing code."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lowlat import api
+from lowlat.attention.path import choose_path
+from lowlat.engine.prefill_planner import PREFILL_CHUNK
+from lowlat.engine.request import Chunk
+from lowlat.ops import native
+from lowlat.peers.protocol import TimedModel, serve_requests, timed_handlers
+
+SPARE_TOKENS = 64
+"""Capacity beyond the measured context, for the decode steps."""
+RANDOM_ENTRIES = 1024
+
+
+class Lowlat(TimedModel):
+    """One sequence that keeps its KV cache pages, so that their order is the same in all rounds."""
+
+    def load(
+        self, *, model: str, precision: str, cache: str, threads: int, context: int
+    ) -> dict[str, Any]:
+        native.use_threads(threads)
+        # a plain cache has the dtype of the computation
+        options: dict[str, Any] = {"cache": cache} if cache == "int8" else {}
+        # fp8 blocks are a property of the checkpoint
+        dtype = "auto" if precision == "fp8" else precision
+        self.model = api.load(model, dtype=dtype, **options)
+        self.runner = self.model.runner
+        self.vocab_size = self.model.config.vocab_size
+        self.pages: list[int] = []
+        self.filled = 0
+        return {"cache_bytes_per_token": self.model.cache_bytes_per_token}
+
+    def prefill(self, ids: Sequence[int]) -> Any:
+        return self.prefill_after(ids, 0)
+
+    def prefill_after(self, ids: Sequence[int], cached: int) -> Any:
+        """Chunked prefill of `ids` after `cached` entries; logits [vocab] of the last token."""
+        logits = None
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            part = ids[start : start + PREFILL_CHUNK]
+            is_last = start + len(part) == len(ids)
+            logits = self._run(part, cached + start, num_logits=1 if is_last else 0)
+        assert logits is not None
+        return logits[0].numpy()
+
+    def fill_cache(self, context: int) -> None:
+        self.runner.reserve(self.pages, context + SPARE_TOKENS)
+        cache = self.runner.cache
+        entries = torch.randn(RANDOM_ENTRIES, max(cache.entry_dims))
+        for start in range(self.filled, context, RANDOM_ENTRIES):
+            positions = torch.arange(start, min(start + RANDOM_ENTRIES, context))
+            pages = torch.tensor(self.pages)[positions // cache.page_size]
+            slots = pages * cache.page_size + positions % cache.page_size
+            for layer in range(self.model.config.num_hidden_layers):
+                part = entries[: len(slots), : cache.entry_dims[layer]]
+                cache.write(layer, slots, part.to(self._dtype()))
+        self.filled = max(self.filled, context)
+
+    def decode_step(self, token: int, position: int) -> Any:
+        return self._run([token], position, num_logits=1)[0].numpy()
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        return self._run(ids, 0, num_logits=len(ids)).numpy()
+
+    def _run(self, ids: Sequence[int], start: int, *, num_logits: int) -> torch.Tensor:
+        end = start + len(ids)
+        self.runner.reserve(self.pages, end)
+        self.filled = max(self.filled, end)
+        form = choose_path(self.model.config.attention, len(ids))
+        chunk = Chunk(
+            tokens=ids, start=start, pages=tuple(self.pages), num_logits=num_logits, path=form
+        )
+        return self.runner.run([chunk])
+
+    def _dtype(self) -> torch.dtype:
+        return self.model.transformer.embed_tokens.weight.dtype
+
+
+if __name__ == "__main__":
+    serve_requests(timed_handlers(Lowlat()))

@@ -1,0 +1,109 @@
+"""Benchmark results: one JSON object with every sample and the figures derived from them."""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lowlat.bench.benchmark_plan import BenchmarkCase, BenchmarkPlan
+from lowlat.bench.measure import CaseResult, median_rates
+from lowlat.bench.roofline import TimeBound, time_bound
+from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import count_parameters
+
+FORMAT = 1
+"""Version of the JSON object."""
+
+
+def build(
+    *,
+    command: str,
+    started: float,
+    machine: dict[str, Any],
+    model: Path,
+    config: ModelConfig,
+    plan: BenchmarkPlan,
+    precisions: Mapping[str, str],
+    facts: Mapping[str, dict[str, Any]],
+    differences: Mapping[str, float],
+    errors: Mapping[str, float],
+    rows: Sequence[CaseResult],
+    rates: Sequence[dict[str, float]],
+    starts: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    """Rates are in tokens per second, memory in bytes, times in seconds."""
+    entry_bytes = facts["lowlat"]["cache_bytes_per_token"]
+    bounds = {
+        case: time_bound(
+            config,
+            case,
+            dtype=plan.dtype,
+            cache=plan.cache,
+            entry_bytes=entry_bytes,
+            rates=median_rates(rates),
+        )
+        for case in plan.cases
+    }
+    return {
+        "format": FORMAT,
+        "command": command,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": time.time() - started,
+        "machine": machine,
+        "model": _model(model, config, entry_bytes),
+        "plan": {**asdict(plan), "peers": [peer.name for peer in plan.peers]},
+        "programs": {
+            name: {
+                "precision": precision,
+                "fp32_difference": differences.get(name),
+                "error_against_fp32": errors.get(name),
+                **facts.get(name, {}),
+            }
+            for name, precision in precisions.items()
+        },
+        "calibration": {"median": median_rates(rates), "rounds": list(rates)},
+        "rows": [_row(row, bounds[row.case], rows) for row in rows],
+        "start_to_first_token": {
+            name: {"seconds": statistics.median(taken), "samples": list(taken)}
+            for name, taken in starts.items()
+        },
+    }
+
+
+def best_peer(rows: Sequence[CaseResult], case: BenchmarkCase) -> CaseResult | None:
+    """The fastest peer on a case."""
+    peers = [row for row in rows if row.case == case and row.program != "lowlat" and row.samples]
+    return max(peers, key=lambda row: row.median or 0.0, default=None)
+
+
+def _model(model: Path, config: ModelConfig, entry_bytes: int) -> dict[str, Any]:
+    count = count_parameters(config)
+    return {
+        "path": str(model),
+        "model_type": config.model_type,
+        "parameters": count.total,
+        "active_parameters": count.active_without_embedding,
+        "cache_bytes_per_token": entry_bytes,
+    }
+
+
+def _row(row: CaseResult, bound: TimeBound, rows: Sequence[CaseResult]) -> dict[str, Any]:
+    best = best_peer(rows, row.case) if row.program == "lowlat" else None
+    median = row.median
+    return {
+        "program": row.program,
+        "kind": row.case.kind,
+        "tokens": row.case.tokens,
+        "tokens_per_second": median,
+        "spread": row.spread,
+        "roofline_tokens_per_second": 1 / bound.overlapped,
+        "share_of_roofline": None if median is None else median * bound.overlapped,
+        "share_of_serial_bound": None if median is None else median * bound.serial,
+        "best_peer": None if best is None else best.program,
+        "ratio_to_best_peer": median / best.median if median and best and best.median else None,
+        "peak_bytes": row.peak_bytes,
+        "not_measured": row.reason,
+        "samples": [asdict(sample) for sample in row.samples],
+    }

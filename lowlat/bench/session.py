@@ -1,0 +1,159 @@
+"""Benchmark session: programs, their model files, and loaded workers.
+
+Owns the converted files: GGUF for llama.cpp and fp8 blocks for lowlat. They are made once per
+checkpoint and precision and stay in the cache folder; llama.cpp's fp32 file, the largest, is
+removed after the agreement check.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowlat.bench.benchmark_plan import BenchmarkPlan, PeerSpec
+from lowlat.checkpoint.fetch.cache_dir import derived_dir, disk_faults
+from lowlat.config.model import ModelConfig
+from lowlat.convert.run import convert
+from lowlat.peers.worker import PeerError, Worker
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress
+
+MODULES = {
+    "lowlat": "lowlat.bench.lowlat_worker",
+    "transformers": "lowlat.peers.transformers_model",
+    "llama.cpp": "lowlat.peers.llama_cpp_model",
+    "vllm": "lowlat.peers.vllm_model",
+}
+"""Worker module by program."""
+GGUF_KINDS = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_K_M", "fp8": "Q8_0"}
+"""llama.cpp's format nearest to each dtype; it has no fp8."""
+EXPORTED = {"F32": "fp32", "BF16": "bf16"}
+"""Formats that lowlat exports, so that they hold the checkpoint's numbers; llama.cpp quantizes the
+others from BF16.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Program:
+    """lowlat or a peer, and the interpreter it runs under."""
+
+    name: str
+    python: str
+
+    @classmethod
+    def of(cls, peer: PeerSpec) -> "Program":
+        return cls(name=peer.name, python=peer.python)
+
+    def start(self, plan: BenchmarkPlan, folder: Path) -> Worker:
+        """A worker without a model; its log goes into `folder`."""
+        module = MODULES[self.name]
+        return Worker(self.name, module, python=self.python, threads=plan.threads, folder=folder)
+
+    def precision(self, dtype: str) -> str:
+        """The program's own name for weights of `dtype`."""
+        return GGUF_KINDS[dtype] if self.name == "llama.cpp" else dtype
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedWorker:
+    """A worker that has loaded its model."""
+
+    worker: Worker
+    facts: dict[str, Any]
+    """Version and settings that the program reports."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkSession:
+    """The plan, the model and the folders of one run."""
+
+    plan: BenchmarkPlan
+    model: Path
+    """The checkpoint folder."""
+    config: ModelConfig
+    folder: Path
+    """For logs; removed after the run."""
+    progress: Progress
+
+    def load(self, program: Program, *, dtype: str, cache: str, context: int) -> LoadedWorker:
+        """A worker with the model in `dtype` and capacity for `context` cached tokens.
+
+        Raises PeerError where the program does not support that, UserError as `Worker.ask`.
+        """
+        model = self._file(program, dtype)
+        worker = program.start(self.plan, self.folder)
+        try:
+            facts = worker.ask(
+                "load",
+                model=str(model),
+                precision=dtype,
+                cache=cache,
+                threads=self.plan.threads,
+                context=context,
+            )
+            return LoadedWorker(worker=worker, facts=facts)
+        except BaseException:
+            worker.close()
+            raise
+
+    def remove_gguf(self, dtype: str) -> None:
+        """Remove llama.cpp's file of `dtype`, if it exists."""
+        self._gguf_path(GGUF_KINDS[dtype]).unlink(missing_ok=True)
+
+    def _file(self, program: Program, dtype: str) -> Path:
+        """The file or folder that `program` loads for `dtype`, converted if necessary."""
+        if program.name == "llama.cpp":
+            return self._gguf(program, GGUF_KINDS[dtype])
+        return self._fp8_blocks() if program.name == "lowlat" and dtype == "fp8" else self.model
+
+    def _fp8_blocks(self) -> Path:
+        """The model with its projections in fp8 blocks."""
+        if self.config.quantization is not None:
+            return self.model
+        path = self._derived() / "fp8"
+        if not path.exists():
+            with disk_faults(path.parent), self.progress.task("writing fp8 blocks"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                convert(self.model, path, dtype="fp8")
+        return path
+
+    def _gguf_path(self, kind: str) -> Path:
+        return self._derived() / f"{kind.lower()}.gguf"
+
+    def _derived(self) -> Path:
+        """Folder of the files converted from this checkpoint."""
+        key = [str(self.model.resolve())]
+        for file in sorted(self.model.glob("*.safetensors")):
+            stat = file.stat()
+            key.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}")
+        return derived_dir(f"bench-{self.model.name}", key)
+
+    def _gguf(self, program: Program, kind: str) -> Path:
+        path = self._gguf_path(kind)
+        if path.exists():
+            return path
+        source = None if kind in EXPORTED else self._gguf(program, "BF16")
+        with disk_faults(path.parent), self.progress.task(f"writing {path.name}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if source is None:
+                self._export(path, kind)
+            else:
+                self._quantize(program, source, path, kind)
+        return path
+
+    def _export(self, path: Path, kind: str) -> None:
+        try:
+            convert(self.model, path, dtype=EXPORTED[kind])
+        except UserError as error:
+            raise UserError(f"{error} (or leave llama.cpp out of --peers)") from error
+
+    def _quantize(self, program: Program, source: Path, path: Path, kind: str) -> None:
+        partial = path.with_name(f".{path.name}.partial")
+        arguments: dict[str, Any] = {"source": str(source), "target": str(partial), "kind": kind}
+        try:
+            with program.start(self.plan, self.folder) as worker:
+                worker.ask("quantize", **arguments, threads=self.plan.threads)
+            partial.rename(path)
+        except PeerError as error:
+            raise UserError(f"{path}: llama.cpp could not write it ({error})") from error
+        finally:
+            partial.unlink(missing_ok=True)

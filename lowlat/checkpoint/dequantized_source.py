@@ -1,0 +1,235 @@
+"""A checkpoint with fp8 blocks or packed weights, seen as one of plain numbers: weights are
+multiplied out as they are read.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from lowlat.checkpoint.fill_parameters import type_name
+from lowlat.checkpoint.mapping import (
+    SCALE_SUFFIX,
+    check_scale_type,
+    check_scale_values,
+    file_name,
+)
+from lowlat.checkpoint.tensor_source import TensorSource
+from lowlat.config.model import ModelConfig, QuantConfig
+from lowlat.model.linear import Linear, unpack_rows
+from lowlat.model.transformer import Transformer
+from lowlat.ops.fp8 import dequantize_blocks
+from lowlat.utils.errors import UserError
+
+CHUNK_ELEMENTS = 2**22
+"""Elements multiplied out at a time, so that intermediates stay small."""
+ROW_STEP = 128
+"""Rows are multiplied out in multiples of this: whole blocks and tiles."""
+
+
+def dense_source(
+    source: TensorSource, config: ModelConfig, dtype: torch.dtype
+) -> tuple[TensorSource, ModelConfig]:
+    """`source` and its config as a checkpoint without fp8 blocks and packed weights.
+
+    Each such weight is read as its exact values rounded once to `dtype`; tensors keep the layout of
+    `source`: packed ones hold no padding. Raises UserError naming a weight
+    whose scales are missing, or of a wrong type or shape.
+    """
+    plain = replace(config, quantization=None, packing=None)
+    if config.quantization is not None:
+        names = [
+            name
+            for name in source.names()
+            if source.dtype(name) == torch.float8_e4m3fn and not name.endswith(SCALE_SUFFIX)
+        ]
+        weights: dict[str, Weight] = {name: _Blocks(name, config.quantization) for name in names}
+        for weight in weights.values():
+            weight.check(source)
+        return DenseSource(source, weights, dtype), plain
+    if config.packing is not None:
+        weights = _packed_weights(config)
+        for weight in weights.values():
+            weight.check(source)
+        # in whose place the embedding is read
+        head = weights.pop("lm_head.weight") if config.tie_word_embeddings else None
+        hidden = [] if head is None else ["lm_head.weight", *head.scales()]
+        return DenseSource(source, weights, dtype, hidden), plain
+    return source, plain
+
+
+class Weight(ABC):
+    """A matrix that several tensors of a file stand for."""
+
+    @abstractmethod
+    def scales(self) -> list[str]:
+        """The tensors beside the one that bears the weight's name."""
+
+    @abstractmethod
+    def shape(self, source: TensorSource) -> tuple[int, ...]:
+        """Shape of the matrix."""
+
+    @abstractmethod
+    def check(self, source: TensorSource) -> None:
+        """UserError naming a tensor that is missing, or of a wrong type or shape."""
+
+    @abstractmethod
+    def rows(self, source: TensorSource, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows of the matrix, computed in fp32 and rounded once to `dtype`."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Blocks(Weight):
+    """fp8 blocks."""
+
+    name: str
+    quant: QuantConfig
+
+    def scales(self) -> list[str]:
+        return [self.name + SCALE_SUFFIX]
+
+    def shape(self, source: TensorSource) -> tuple[int, ...]:
+        return source.shape(self.name)
+
+    def rows(self, source: TensorSource, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        name, block = self.name + SCALE_SUFFIX, self.quant.weight_block_size
+        first = start // block[0]
+        scale = source.rows(name, first, math.ceil(stop / block[0])).to(torch.float32)
+        check_scale_values(scale, source.where(name))
+        weight = source.rows(self.name, first * block[0], stop)
+        return dequantize_blocks(weight, scale, block, dtype)[start - first * block[0] :]
+
+    def check(self, source: TensorSource) -> None:
+        shape, block = source.shape(self.name), self.quant.weight_block_size
+        if len(shape) != 2:
+            raise UserError(f"{source.where(self.name)} is fp8 but not a matrix: {list(shape)}")
+        grid = tuple(math.ceil(size / step) for size, step in zip(shape, block, strict=True))
+        name = self.name + SCALE_SUFFIX
+        if source.shape(name) != grid:
+            raise UserError(
+                f"{source.where(name)} has shape {list(source.shape(name))}, but {list(shape)} in "
+                f"blocks of {list(block)} needs {list(grid)}"
+            )
+        check_scale_type(self.quant, source, name)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Packed(Weight):
+    """int8 or int4, in the storage of `linear`."""
+
+    name: str
+    linear: Linear
+
+    def scales(self) -> list[str]:
+        prefix = self.name.removesuffix("weight")
+        return [prefix + part for part in self._parts() if part != "weight"]
+
+    def shape(self, source: TensorSource) -> tuple[int, ...]:
+        return (self.linear.out_features, self.linear.in_features)
+
+    def rows(self, source: TensorSource, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        prefix = self.name.removesuffix("weight")
+        parts = {part: source.read(prefix + part) for part in self._parts()}
+        rows = slice(start, stop)
+        return unpack_rows(parts, self.linear.storage, rows, self.linear.in_features, dtype)
+
+    def check(self, source: TensorSource) -> None:
+        prefix = self.name.removesuffix("weight")
+        for part, parameter in self._parts().items():
+            name, shape = prefix + part, tuple(parameter.shape)
+            found, dtype = source.shape(name), source.dtype(name)
+            if dtype != parameter.dtype:
+                raise UserError(
+                    f"{source.where(name)} is {type_name(dtype)}, not "
+                    f"{type_name(parameter.dtype)}, as quantization_config says"
+                )
+            if found != shape:
+                raise UserError(
+                    f"{source.where(name)} has shape {list(found)}, but the config asks for "
+                    f"{list(shape)}"
+                )
+
+    def _parts(self) -> dict[str, Tensor]:
+        return {name: own for name, own in self.linear.named_parameters() if name != "bias"}
+
+
+@final
+class DenseSource(TensorSource):
+    """`source` without scales and `hidden` tensors: `weights` are read as matrices of `dtype`;
+    `hf_config` stays.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        weights: Mapping[str, Weight],
+        dtype: torch.dtype,
+        hidden: Iterable[str] = (),
+    ):
+        self._source = source
+        self._weights = weights
+        self._dtype = dtype
+        self._hidden = set(hidden)
+        self._hidden.update(scale for weight in weights.values() for scale in weight.scales())
+
+    @property
+    def path(self) -> Path:
+        return self._source.path
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        return self._source.hf_config
+
+    def names(self) -> list[str]:
+        return [name for name in self._source.names() if name not in self._hidden]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._weights:
+            return self._weights[name].shape(self._source)
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype if name in self._weights else self._source.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._weights:
+            return self._source.read(name)
+        shape = self.shape(name)
+        result = torch.empty(shape, dtype=self._dtype)
+        step = max(CHUNK_ELEMENTS // shape[1] // ROW_STEP, 1) * ROW_STEP
+        for start in range(0, shape[0], step):
+            stop = min(start + step, shape[0])
+            result[start:stop] = self.rows(name, start, stop)
+        return result
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name not in self._weights:
+            return self._source.rows(name, start, stop)
+        return self._weights[name].rows(self._source, start, stop, self._dtype)
+
+    def release(self, name: str) -> None:
+        self._source.release(name)
+        for scale in self._weights[name].scales() if name in self._weights else []:
+            self._source.release(scale)
+
+    def where(self, name: str) -> str:
+        return self._source.where(name)
+
+
+def _packed_weights(config: ModelConfig) -> dict[str, Weight]:
+    """All packed projections by their names in files."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    result: dict[str, Weight] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Linear):
+            name = file_name(config, f"{path}.weight")
+            result[name] = _Packed(name, module)
+    return result

@@ -1,0 +1,108 @@
+"""Models from the hub, through huggingface_hub: its cache, its resuming, its offline reuse.
+
+Owns which files are taken and how faults read. Does not parse names (`checkpoint.names`).
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lowlat.checkpoint.fetch.cache_dir import cache_dir
+from lowlat.utils.disk_errors import NO_SPACE
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress
+
+FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "tiktoken.model",
+    "vocab.txt",
+    "merges.txt",
+]
+"""What is taken: never pickles, never code."""
+IGNORED = ["*/*", "consolidated*"]
+"""Subfolders hold other formats; consolidated files hold the same weights a second time."""
+
+
+def fetch_hub(repo: str, revision: str | None, progress: Progress) -> Path:
+    """The snapshot folder of a hub model, or its only .gguf file where it has no safetensors."""
+    folder = _snapshot(repo, revision, FILES, progress)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    ggufs = sorted(path.name for path in folder.glob("*.gguf")) or _hub_ggufs(repo, revision)
+    if not ggufs:
+        raise UserError(f"hub model '{repo}' holds neither safetensors nor GGUF weights")
+    if len(ggufs) > 1:
+        raise UserError(
+            f"hub model '{repo}' holds {len(ggufs)} GGUF files ({', '.join(ggufs[:4])}, ...); "
+            "download the one you want and give its path"
+        )
+    return _snapshot(repo, revision, [*FILES, ggufs[0]], progress) / ggufs[0]
+
+
+def _snapshot(repo: str, revision: str | None, files: list[str], progress: Progress) -> Path:
+    """Downloads the files that match, or finds them in the cache of the hub's own library."""
+    import huggingface_hub
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+    with _hub_faults(repo, revision):
+        folder = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            # Models that other programs fetched are shared, unless the user moved lowlat's cache.
+            cache_dir=cache_dir() / "hub" if os.environ.get("LOWLAT_CACHE") else None,
+            allow_patterns=files,
+            ignore_patterns=IGNORED,
+            tqdm_class=None if progress.shown else Silent,
+        )
+    return Path(folder)
+
+
+def _hub_ggufs(repo: str, revision: str | None) -> list[str]:
+    """Names of the GGUF files at the top of a hub repository."""
+    import huggingface_hub
+
+    with _hub_faults(repo, revision):
+        info = huggingface_hub.HfApi().model_info(repo, revision=revision)
+    names = [sibling.rfilename for sibling in info.siblings or []]
+    return sorted(name for name in names if name.endswith(".gguf") and "/" not in name)
+
+
+@contextmanager
+def _hub_faults(repo: str, revision: str | None) -> Iterator[None]:
+    """Turns what the hub's library raises into one line with the remedy."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise UserError(f"'{repo}' is not a valid hub id: {error}") from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"hub model '{repo}' has no revision '{revision}'") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"no folder '{repo}' here, and no model of that name on the hub, or it is private or "
+            "gated; check the spelling, or log in with: hf auth login"
+        ) from error
+    except (OSError, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise UserError(_hub_unreachable(repo, error)) from error
+
+
+def _hub_unreachable(repo: str, error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return (
+            f"no space left on disk for hub model '{repo}'; free some, or set LOWLAT_CACHE to a "
+            "folder on another disk"
+        )
+    reason = str(error).strip().partition("\n")[0]
+    return (
+        f"no folder '{repo}' here, and the hub cannot be reached ({reason}); connect to the "
+        "network, or give the path of a model folder or .gguf file"
+    )

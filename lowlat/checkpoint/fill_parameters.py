@@ -1,0 +1,155 @@
+"""Puts tensors from a checkpoint into parameters: number type, packing, device, range checks."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lowlat.checkpoint.mapping import (
+    PACKED_DTYPES,
+    PACKED_SUFFIXES,
+    PLAIN_DTYPES,
+    ROUTER_BIAS,
+    SCALE_SUFFIX,
+    check_scale_values,
+)
+from lowlat.checkpoint.mapping_operations import Operation, Piece
+from lowlat.checkpoint.padded_latent import PaddingError
+from lowlat.checkpoint.tensor_source import TensorSource
+from lowlat.model.linear import Linear, Storage
+from lowlat.ops.quantized import Empty
+from lowlat.utils.errors import UserError
+from lowlat.utils.huge_pages import LargePages
+from lowlat.utils.progress import Progress
+
+FP8 = torch.float8_e4m3fn
+
+
+def fill(
+    source: TensorSource,
+    plan: Sequence[Operation],
+    parameters: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    progress: Progress,
+    packed: Mapping[str, Linear] | None = None,
+) -> dict[str, Tensor]:
+    """Tensors for all `parameters` (meta tensors), in `dtype` (None: as stored) on `device`.
+
+    `packed` maps weights to the modules whose storage they are packed for. One file tensor is in
+    memory at a time beside the result. Raises UserError naming file and tensor for number types
+    that are no weight's and for values that are not finite where they must be.
+    """
+    filled: dict[str, Tensor] = {}
+    empty = LargePages().empty if device.type == "cpu" else torch.empty
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    total = sum(_stored_bytes(source, name) for step in plan for name in step.file_shapes(shapes))
+    with progress.task("Loading weights", total=total, unit="bytes") as task:
+        for piece, names in _pieces(plan, source):
+            name, tensor = piece
+            where = source.where(names[-1]) if names else f"{source.path}: tensor {name!r}"
+            if packed is not None and name in packed:
+                parts = fit_packed(tensor, name, where, packed[name], empty)
+            else:
+                parts = {name: _fit_stored(tensor, name, where, parameters[name].dtype, dtype)}
+            filled |= {part: fitted.to(device) for part, fitted in parts.items()}
+            if filled[name].data_ptr() != tensor.data_ptr():
+                for read in names:
+                    source.release(read)
+            task.advance(sum(_stored_bytes(source, read) for read in names))
+    return filled
+
+
+def _fit_stored(
+    tensor: Tensor, parameter: str, where: str, stored: torch.dtype, dtype: torch.dtype | None
+) -> Tensor:
+    """`fit` for a parameter of number type `stored`; packed weights and their scales must have it.
+
+    Scales of packed weights are not looked at, so that loading reads no weight.
+    """
+    if stored in PACKED_DTYPES or parameter.endswith(PACKED_SUFFIXES):
+        if tensor.dtype != stored:
+            wanted = f"{type_name(stored)}, as quantization_config says"
+            raise UserError(f"{where} is {type_name(tensor.dtype)}, not {wanted}")
+        return tensor
+    return fit(tensor, parameter, where, stored == FP8, dtype)
+
+
+def fit(
+    tensor: Tensor, parameter: str, where: str, blocks: bool, dtype: torch.dtype | None
+) -> Tensor:
+    """`tensor` in the number type `parameter` is kept in; `blocks` if that is fp8.
+
+    Raises UserError starting with `where` for a number type that does not belong there, a router
+    bias or scale that is not finite, and values beyond the range of `dtype`.
+    """
+    if parameter.endswith(SCALE_SUFFIX):
+        check_scale_values(tensor, where)
+        return tensor.to(torch.float32)
+    if parameter.endswith(ROUTER_BIAS):
+        if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
+            raise UserError(f"{where} holds values that are not finite; the checkpoint is damaged")
+        return tensor.to(torch.float32)
+    if blocks or tensor.dtype not in PLAIN_DTYPES:
+        if not blocks or tensor.dtype != FP8:
+            wanted = "fp8 (F8_E4M3), as quantization_config says" if blocks else "a plain float"
+            raise UserError(f"{where} is {type_name(tensor.dtype)}, not {wanted}")
+        return tensor
+    result = tensor.to(tensor.dtype if dtype is None else dtype)
+    if result.dtype == torch.float16 != tensor.dtype:
+        if bool(result.isinf().any()) and bool(tensor.isfinite().all()):
+            raise UserError(f"{where} has values beyond the range of fp16; use --dtype bf16")
+    return result
+
+
+def fit_packed(
+    tensor: Tensor, parameter: str, where: str, linear: Linear, empty: Empty
+) -> dict[str, Tensor]:
+    """`tensor` in the storage of `linear`, by names of parameters; `empty` gives the memory.
+
+    Raises UserError starting with `where` for a number type that is no weight's and for values
+    that are not finite or beyond the range of the storage.
+    """
+    if tensor.dtype not in PLAIN_DTYPES:
+        raise UserError(f"{where} is {type_name(tensor.dtype)}, not a plain float")
+    parts = linear.pack(tensor, empty)
+    check_packed(parts, linear.storage, where)
+    prefix = parameter.removesuffix("weight")
+    return {prefix + part: value for part, value in parts.items()}
+
+
+def check_packed(parts: Mapping[str, Tensor], storage: Storage, where: str) -> None:
+    """UserError starting with `where` if the scales say that values did not fit `storage`."""
+    for part in parts.values():
+        if part.is_floating_point() and not bool(part.isfinite().all()):
+            raise UserError(
+                f"{where} has values that are not finite or too large for {storage}; "
+                "use --dtype bf16"
+            )
+
+
+def _pieces(plan: Sequence[Operation], source: TensorSource) -> Iterator[tuple[Piece, list[str]]]:
+    """Every piece of every operation with the file tensors read for it since the piece before."""
+    names: list[str] = []
+
+    def read(name: str) -> Tensor:
+        names.append(name)
+        return source.read(name)
+
+    try:
+        for operation in plan:
+            for piece in operation.load(read):
+                yield piece, names.copy()
+                names.clear()
+    except PaddingError as error:
+        raise UserError(f"{source.path}: {error}") from error
+
+
+def _stored_bytes(source: TensorSource, name: str) -> int:
+    return math.prod(source.shape(name)) * source.dtype(name).itemsize
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """'uint8'."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,66 @@
+"""Rows of numbers as the bytes GGUF files hold: plain types, and the blocks Q8_0 and Q4_1.
+
+Blocks have the numbers of `ops.quantized`, which go into memory and out again without loss; only
+the order of the bytes is another. 32 columns of a row are a block:
+
+    Q8_0  fp16 scale, 32 int8
+    Q4_1  fp16 scale, fp16 minimum, 16 bytes: columns 0..15 in the low halves, 16..31 in the high
+"""
+
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from lowlat.checkpoint.gguf.file import PLAIN
+from lowlat.model.linear import pack
+from lowlat.ops.quantized import Int4Weight, Int8Weight, int4_steps, int8_steps, numbers_by_row
+
+QUANTIZED = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_1)
+
+
+def row_bytes(kind: GGMLQuantizationType, columns: int) -> int:
+    """Bytes of a row; its columns must be whole blocks."""
+    block, size = GGML_QUANT_SIZES[kind]
+    return columns // block * size
+
+
+def fits(kind: GGMLQuantizationType, columns: int) -> bool:
+    """Whether rows of `columns` are whole blocks."""
+    return columns % GGML_QUANT_SIZES[kind][0] == 0
+
+
+def encode(rows: Float[Tensor, "rows columns"], kind: GGMLQuantizationType) -> Tensor:
+    """The bytes of `rows` in `kind`, or a tensor with these bytes.
+
+    Raises OverflowError where values of a block are not finite or too large.
+    """
+    if kind in PLAIN:
+        return rows.to(PLAIN[kind])
+    return _q8_0(rows) if kind == GGMLQuantizationType.Q8_0 else _q4_1(rows)
+
+
+def _q8_0(rows: Float[Tensor, "rows columns"]) -> UInt8[Tensor, "rows blocks 34"]:
+    packed = Int8Weight(**_finite(pack(rows, "int8")))
+    scale = numbers_by_row(packed.weight_scale)
+    values = int8_steps(packed.weight).to(torch.int8)
+    return torch.cat([_bytes(scale), _bytes(values)], dim=-1)[: len(rows)]
+
+
+def _q4_1(rows: Float[Tensor, "rows columns"]) -> UInt8[Tensor, "rows blocks 20"]:
+    packed = Int4Weight(**_finite(pack(rows, "int4")))
+    scale, minimum = (numbers_by_row(part) for part in (packed.weight_scale, packed.weight_minimum))
+    low, high = int4_steps(packed.weight).to(torch.uint8).chunk(2, dim=-1)
+    return torch.cat([_bytes(scale), _bytes(minimum), low | high << 4], dim=-1)[: len(rows)]
+
+
+def _finite(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not all(bool(part.float().isfinite().all()) for part in parts.values()):
+        raise OverflowError
+    return parts
+
+
+def _bytes(numbers: Tensor) -> UInt8[Tensor, "rows blocks bytes"]:
+    """The bytes of each block's numbers."""
+    flat = numbers if numbers.dim() == 3 else numbers[..., None]
+    return flat.contiguous().view(torch.uint8)

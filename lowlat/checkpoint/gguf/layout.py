@@ -1,0 +1,76 @@
+"""Byte layout of a GGUF file to write: header, metadata, tensor table, aligned data."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from lowlat.checkpoint.file_layout import FileLayout, Pieces, Segment
+from lowlat.checkpoint.gguf.file import DEFAULT_ALIGNMENT
+
+
+class GGUFTensorSpec(NamedTuple):
+    """A tensor to write."""
+
+    name: str
+    """As llama.cpp names it."""
+    kind: GGMLQuantizationType
+    """How its values are stored."""
+    shape: tuple[int, ...]
+    """Slowest axis first."""
+    size: int
+    """Bytes."""
+    pieces: Pieces
+    """Makes the bytes."""
+
+
+def plan_gguf(
+    name: str, arch: str, keys: dict[str, Any], tensors: Sequence[GGUFTensorSpec]
+) -> FileLayout:
+    """A GGUF file of architecture `arch` with metadata `keys` (see `metadata_writer`)."""
+    header = _gguf_header(arch, keys, tensors)
+    at = _aligned(len(header))
+    header = header.ljust(at, b"\0")
+    segments = []
+    for tensor in tensors:
+        segments.append(Segment(tensor.name, at, tensor.size, tensor.pieces))
+        at += _aligned(tensor.size)
+    return FileLayout(name, header, tuple(segments), at)
+
+
+def _gguf_header(arch: str, keys: dict[str, Any], tensors: Sequence[GGUFTensorSpec]) -> bytes:
+    """All bytes before the data, not yet aligned, as the gguf package writes them."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "header.gguf"
+        writer = GGUFWriter(path, arch)
+        for key, value in keys.items():
+            _add_key(writer, key, value)
+        for tensor in tensors:
+            writer.add_tensor_info(
+                tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.kind
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        return path.read_bytes()
+
+
+def _add_key(writer: GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT

@@ -1,0 +1,312 @@
+"""GGUF metadata -> the config of the same model in the words of a Hugging Face config.json.
+
+Architectures llama (mistral included), qwen2, qwen3 and deepseek2 (V2, V3 and their kin). A key of
+the architecture that is not understood is an error, because it may change the computation. Owns
+keys; tensors are `gguf`'s, the other direction is `gguf_keys`'s.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from lowlat.checkpoint.gguf.file import GGUFFile
+from lowlat.config.hf import families
+from lowlat.text.gguf_vocab import ALL_ENDS
+from lowlat.utils.errors import UserError
+from lowlat.utils.strict_json import quoted
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "deepseek2")
+GATES = {1: "softmax", 2: "sigmoid"}
+IGNORED = (
+    "tensor_data_layout",
+    "rope.scaling.finetuned",
+    "attention.causal",
+    "vocab_size",
+)
+"""Keys below the architecture without effect; the vocabulary's size is the embedding's."""
+EXPERT_NUMBERS = (
+    "expert_used_count",
+    "expert_shared_count",
+    "expert_feed_forward_length",
+    "expert_group_used_count",
+)
+"""Keys without effect in a model without experts."""
+
+_REQUIRED: Any = object()
+
+
+class _Keys:
+    """The keys below the architecture's name, typed, with a memory of which were read."""
+
+    def __init__(self, file: GGUFFile, arch: str):
+        self.path = file.path
+        self.prefix = f"{arch}."
+        self.values = {
+            key.removeprefix(self.prefix): value
+            for key, value in file.metadata.items()
+            if key.startswith(self.prefix)
+        }
+        self.read: set[str] = set(IGNORED)
+
+    def fault(self, key: str, problem: str) -> UserError:
+        return UserError(f"{self.path}: key {self.prefix + key!r} {problem}")
+
+    def integer(self, key: str, default: Any = _REQUIRED) -> Any:
+        value = self._value(key, default)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not default and not (whole and 0 <= value < 2**31):
+            raise self.fault(key, f"is {quoted(str(value))}, not one whole number >= 0")
+        return value
+
+    def number(self, key: str, default: Any = _REQUIRED) -> Any:
+        value = self._value(key, default)
+        if value is not default and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise self.fault(key, f"is {quoted(str(value))}, not a number")
+        return value
+
+    def text(self, key: str, default: str) -> str:
+        value = self._value(key, default)
+        if not isinstance(value, str):
+            raise self.fault(key, f"is {quoted(str(value))}, not a text")
+        return value
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self._value(key, default)
+        if not isinstance(value, bool):
+            raise self.fault(key, f"is {quoted(str(value))}, not true or false")
+        return value
+
+    def reject_unread(self) -> None:
+        unread = [key for key in self.values if key not in self.read]
+        if unread:
+            raise self.fault(
+                unread[0], "is unknown and may change the computation; this model is not supported"
+            )
+
+    def _value(self, key: str, default: Any) -> Any:
+        self.read.add(key)
+        if key not in self.values and default is _REQUIRED:
+            raise self.fault(key, "is missing; convert the model with a current llama.cpp")
+        return self.values.get(key, default)
+
+
+def architecture(file: GGUFFile) -> str:
+    """The file's architecture. Raises UserError for those not supported."""
+    arch = file.metadata.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise UserError(
+            f"{file.path}: general.architecture {quoted(str(arch))} is not supported; "
+            f"supported are {', '.join(ARCHITECTURES)}"
+        )
+    return arch
+
+
+def hf_config(file: GGUFFile, vocab_size: int) -> dict[str, Any]:
+    """The config of the model in `file`. Raises UserError naming the key that is missing, wrong
+    or unknown.
+    """
+    arch = architecture(file)
+    keys = _Keys(file, arch)
+    config = _common(file, keys, vocab_size)
+    config |= _deepseek(file, keys) if arch == "deepseek2" else _dense(file, keys, arch)
+    config |= _rope(file, keys)
+    keys.reject_unread()
+    return {"architectures": [families.ARCHITECTURES[config["model_type"]]], **config}
+
+
+def mtp_layers(file: GGUFFile, blocks: Iterable[int]) -> int:
+    """How many of the blocks, the last ones, are MTP modules."""
+    return sum(f"blk.{block}.nextn.eh_proj.weight" in file.tensors for block in blocks)
+
+
+def _common(file: GGUFFile, keys: _Keys, vocab_size: int) -> dict[str, Any]:
+    return {
+        "hidden_size": keys.integer("embedding_length"),
+        "intermediate_size": keys.integer("feed_forward_length"),
+        "num_hidden_layers": keys.integer("block_count"),
+        "num_attention_heads": keys.integer("attention.head_count"),
+        "max_position_embeddings": keys.integer("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "vocab_size": vocab_size,
+        "hidden_act": "silu",
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "bos_token_id": _token(file, "bos"),
+        "eos_token_id": _end_tokens(file),
+    }
+
+
+def _token(file: GGUFFile, role: str) -> int | None:
+    key = f"tokenizer.ggml.{role}_token_id"
+    token = file.metadata.get(key)
+    if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+        raise UserError(f"{file.path}: key {key!r} is {quoted(str(token))}, not a token id")
+    return token
+
+
+def _end_tokens(file: GGUFFile) -> list[int]:
+    """The ends of a text, a turn and a message, or all those that lowlat wrote beside them."""
+    key = f"tokenizer.{ALL_ENDS}"
+    listed = file.metadata.get(key)
+    if listed is not None:
+        if not isinstance(listed, list) or not all(type(token) is int for token in listed):
+            raise UserError(f"{file.path}: key {key!r} is not a list of token ids")
+        return listed
+    tokens = [_token(file, role) for role in ("eos", "eot", "eom")]
+    return list(dict.fromkeys(token for token in tokens if token is not None))
+
+
+def _dense(file: GGUFFile, keys: _Keys, arch: str) -> dict[str, Any]:
+    heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
+    head_dim = keys.integer("attention.key_length", hidden // heads if heads else 0)
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if keys.integer(key, head_dim) != head_dim:
+            raise keys.fault(key, f"differs from the head width {head_dim}; that is not supported")
+    if keys.integer("expert_count", 0) or keys.integer("expert_used_count", 0):
+        raise keys.fault("expert_count", f"experts of architecture {arch} are not supported")
+    config: dict[str, Any] = {
+        "model_type": arch,
+        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+    }
+    window = keys.integer("attention.sliding_window", None)
+    if arch == "llama" and window:
+        return config | {"model_type": "mistral", "sliding_window": window}
+    if window:
+        raise keys.fault("attention.sliding_window", f"is not supported in {arch} files")
+    if arch != "qwen2":
+        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    return config
+
+
+def _deepseek(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
+    """V2 or V3, told apart by the gate: softmax or sigmoid."""
+    blocks = keys.integer("block_count")
+    declared = keys.integer("nextn_predict_layers", 0)
+    mtp = mtp_layers(file, range(max(blocks - declared, 0), blocks))
+    heads = keys.integer("attention.head_count")
+    if keys.integer("attention.head_count_kv", heads) not in (1, heads):
+        raise keys.fault("attention.head_count_kv", f"must be 1 or {heads}")
+    return {
+        "num_hidden_layers": blocks - mtp,
+        "num_nextn_predict_layers": mtp,
+        "num_key_value_heads": heads,
+        "attention_bias": False,
+        **_latent_sizes(keys),
+        **_experts(keys),
+    }
+
+
+def _latent_sizes(keys: _Keys) -> dict[str, Any]:
+    """Head sizes: the `_mla` keys where the file stores the absorbed form, else the plain ones."""
+    rank = keys.integer("attention.kv_lora_rank")
+    rope_dim = keys.integer("rope.dimension_count")
+    key_length, value_length = (
+        keys.integer("attention.key_length"),
+        keys.integer("attention.value_length"),
+    )
+    if "attention.key_length_mla" in keys.values:
+        if (key_length, value_length) != (rank + rope_dim, rank):
+            raise keys.fault(
+                "attention.key_length", f"must be kv_lora_rank + rope width = {rank + rope_dim}"
+            )
+        key_length = keys.integer("attention.key_length_mla")
+        value_length = keys.integer("attention.value_length_mla")
+    if key_length < rope_dim:
+        raise keys.fault(
+            "attention.key_length", f"{key_length} is less than the rope width {rope_dim}"
+        )
+    return {
+        "kv_lora_rank": rank,
+        "q_lora_rank": keys.integer("attention.q_lora_rank", 0) or None,
+        "qk_nope_head_dim": key_length - rope_dim,
+        "qk_rope_head_dim": rope_dim,
+        "v_head_dim": value_length,
+    }
+
+
+def _experts(keys: _Keys) -> dict[str, Any]:
+    """Routing. Files without group keys do not group (the format's default), without a gate key
+    use softmax.
+    """
+    gate = keys.integer("expert_gating_func", 1)
+    if gate not in GATES:
+        raise keys.fault(
+            "expert_gating_func", f"{gate} is not supported; 1 is softmax, 2 is sigmoid"
+        )
+    sigmoid = GATES[gate] == "sigmoid"
+    groups = max(keys.integer("expert_group_count", 1), 1)
+    family = "deepseek_v3" if sigmoid else "deepseek_v2"
+    blocks, dense = keys.integer("block_count"), keys.integer("leading_dense_block_count")
+    if dense >= blocks and not keys.integer("expert_count", 0):
+        for key in (*EXPERT_NUMBERS, "expert_weights_norm", "expert_weights_scale"):
+            keys.read.add(key)
+        return {"model_type": family, "n_routed_experts": None, "first_k_dense_replace": dense}
+    return {
+        "model_type": family,
+        "scoring_func": GATES[gate],
+        "topk_method": "noaux_tc"
+        if sigmoid
+        else "group_limited_greedy"
+        if groups > 1
+        else "greedy",
+        "n_group": groups,
+        "topk_group": max(keys.integer("expert_group_used_count", 1), 1),
+        "n_routed_experts": keys.integer("expert_count"),
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "n_shared_experts": keys.integer("expert_shared_count"),
+        "moe_intermediate_size": keys.integer("expert_feed_forward_length"),
+        "first_k_dense_replace": dense,
+        "moe_layer_freq": 1,
+        "norm_topk_prob": keys.boolean("expert_weights_norm", False),
+        "routed_scaling_factor": keys.number("expert_weights_scale", 1.0),
+    }
+
+
+def _rope(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
+    config: dict[str, Any] = {"rope_theta": keys.number("rope.freq_base", 10000.0)}
+    kind = keys.text("rope.scaling.type", "none")
+    if "rope_freqs.weight" in file.tensors:
+        if kind != "none":
+            raise keys.fault(
+                "rope.scaling.type", f"{kind!r} beside rope_freqs.weight is not supported"
+            )
+        return config | {"rope_scaling": _frequency_divisors(file, keys)}
+    if kind == "none":
+        keys.number("rope.scaling.factor", 1.0)
+        return config
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": keys.number("rope.scaling.factor")}
+    if kind == "yarn":
+        scaling |= _yarn(keys)
+    elif kind != "linear":
+        raise keys.fault(
+            "rope.scaling.type", f"{quoted(kind)} is not supported; supported are linear and yarn"
+        )
+    return config | {"rope_scaling": scaling}
+
+
+def _yarn(keys: _Keys) -> dict[str, Any]:
+    """The log multiplier is 0.1 * mscale_all_dim; the format has no mscale apart from it."""
+    scaling: dict[str, Any] = {
+        "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length"),
+        "beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
+    }
+    multiplier = keys.number("rope.scaling.yarn_log_multiplier", None)
+    if multiplier:
+        mscale = round(10 * multiplier, 6)
+        scaling |= {"mscale": mscale, "mscale_all_dim": mscale}
+    return scaling
+
+
+def _frequency_divisors(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
+    """Llama 3's scaling, which the format stores as one divisor per frequency: longrope with
+    equal factors.
+    """
+    divisors = file.read("rope_freqs.weight").flatten().tolist()
+    return {
+        "rope_type": "longrope",
+        "short_factor": divisors,
+        "long_factor": divisors,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": keys.integer("context_length"),
+    }

@@ -1,0 +1,221 @@
+"""ModelConfig -> the metadata of a GGUF file, as llama.cpp's converter names it.
+
+`gguf_config` is the other direction. A model that llama.cpp's architectures cannot say is an error
+that names the setting.
+"""
+
+import logging
+from typing import Any
+
+import torch
+
+from lowlat.config.attention import short_name
+from lowlat.config.hf.families import LOWLAT
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from lowlat.ops.rope import inverse_frequencies
+from lowlat.utils.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+GATES = {"softmax": 1, "sigmoid": 2}
+LLAMA_BETA_FAST = 32.0
+"""What llama.cpp computes YaRN with in deepseek2, whatever the file says."""
+
+
+def architecture_of(config: ModelConfig) -> str:
+    """llama.cpp's name for the model's architecture. Raises UserError where it has none."""
+    attention, rope = config.attention, rope_of(config)
+    if isinstance(attention, MLAConfig):
+        _require(attention.kv_a_layernorm, "a latent without norm (converted models have one)")
+        biases = attention.attention_bias or attention.q_bias or attention.o_bias
+        _require(not biases, "latent attention with biases")
+        _require(rope.rope_interleave, "rope_interleave false")
+        _require(attention.qk_nope_head_dim > 0, "qk_nope_head_dim 0")
+        return "deepseek2"
+    if not isinstance(attention, GQAConfig):
+        raise _unsupported(f"attention of form {short_name(attention)}")
+    family = "llama" if config.model_type == "mistral" else config.model_type
+    _require(config.model_type != LOWLAT, "model_type 'lowlat' without latent attention")
+    if family != "llama":
+        _require(config.sliding_window is None, f"sliding_window {config.sliding_window}")
+        # qwen2's own are on q, k and v; llama.cpp has a place for others in llama alone
+        biases = attention.o_bias or (attention.qkv_bias and family != "qwen2")
+        _require(not biases, f"attention_bias true of model_type '{family}'")
+    return family
+
+
+def rope_of(config: ModelConfig) -> RopeConfig:
+    """The rotary settings of every layer. Raises UserError where layers differ."""
+    rope = config.rope
+    if isinstance(rope, RopeConfig) and not isinstance(config.attention, tuple):
+        return rope
+    raise _unsupported("layers that differ in their attention")
+
+
+def gguf_keys(config: ModelConfig, arch: str) -> dict[str, Any]:
+    """All keys of the model, without its vocabulary. Raises UserError naming a setting that the
+    format cannot say.
+    """
+    attention = config.attention
+    assert isinstance(attention, MLAConfig | GQAConfig)
+    keys: dict[str, Any] = {
+        "block_count": config.num_cache_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "attention.head_count": attention.num_attention_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": float(rope_of(config).rope_theta),
+    }
+    if isinstance(attention, MLAConfig):
+        keys |= _latent_keys(attention) | _expert_keys(config)
+        if config.num_nextn_predict_layers:
+            keys["nextn_predict_layers"] = config.num_nextn_predict_layers
+    else:
+        keys |= _grouped_keys(config, attention)
+    keys |= _rope_keys(config)
+    return {f"{arch}.{key}": value for key, value in keys.items()}
+
+
+def rope_divisors(config: ModelConfig) -> torch.Tensor | None:
+    """What rope_freqs.weight holds: one divisor per frequency; None for models without it."""
+    rope = rope_of(config)
+    if rope.rope_type == "longrope" and rope.pair_factors is not None:
+        return torch.tensor(rope.pair_factors)
+    if rope.rope_type != "llama3":
+        return None
+    plain = RopeConfig(rope_theta=rope.rope_theta)
+    assert isinstance(config.attention, GQAConfig)
+    dim = config.attention.head_dim
+    return inverse_frequencies(plain, dim) / inverse_frequencies(rope, dim)
+
+
+def _latent_keys(attention: MLAConfig) -> dict[str, Any]:
+    """Of the absorbed form: one key and value head, the latent."""
+    latent, rope_dim = attention.kv_lora_rank, attention.qk_rope_head_dim
+    return {
+        "attention.head_count_kv": 1,
+        # llama.cpp demands the key also where there is no query latent
+        "attention.q_lora_rank": attention.q_lora_rank or 0,
+        "attention.kv_lora_rank": latent,
+        "attention.key_length": latent + rope_dim,
+        "attention.value_length": latent,
+        "attention.key_length_mla": attention.qk_head_dim,
+        "attention.value_length_mla": attention.v_head_dim,
+        "rope.dimension_count": rope_dim,
+    }
+
+
+def _grouped_keys(config: ModelConfig, attention: GQAConfig) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "attention.head_count_kv": attention.num_key_value_heads,
+        "attention.key_length": attention.head_dim,
+        "attention.value_length": attention.head_dim,
+        "rope.dimension_count": attention.head_dim,
+    }
+    window = config.sliding_window
+    if window is not None:
+        keys["attention.sliding_window"] = window
+        if window < config.max_position_embeddings:
+            _log.warning(
+                "llama.cpp reads no sliding_window of mistral, so its tokens will differ in texts "
+                "longer than the %d tokens of this one",
+                window,
+            )
+    return keys
+
+
+def _expert_keys(config: ModelConfig) -> dict[str, Any]:
+    moe = config.moe
+    if moe is None:
+        is_v2 = config.model_type == "deepseek_v2"
+        return {
+            "leading_dense_block_count": config.num_cache_layers,
+            "expert_feed_forward_length": config.intermediate_size,
+            "expert_shared_count": 0,
+            "expert_gating_func": GATES["softmax" if is_v2 else "sigmoid"],
+        }
+    _require(moe.moe_layer_freq == 1, f"moe_layer_freq {moe.moe_layer_freq}")
+    _require(moe.n_shared_experts > 0, "experts without shared ones")
+    if moe.topk_method == "group_limited_greedy":
+        _log.warning("llama.cpp weighs groups of experts as V3 does, so its tokens will differ")
+    normalizes, scale = _weighting(moe)
+    # Where no group is left out there is but one; llama.cpp ends at the same thing said otherwise.
+    is_grouped = moe.topk_group < moe.n_group
+    return {
+        "leading_dense_block_count": moe.first_k_dense_replace,
+        "expert_feed_forward_length": moe.moe_intermediate_size,
+        "expert_count": moe.n_routed_experts,
+        "expert_used_count": moe.num_experts_per_tok,
+        "expert_shared_count": moe.n_shared_experts,
+        "expert_group_count": moe.n_group if is_grouped else 1,
+        "expert_group_used_count": moe.topk_group if is_grouped else 1,
+        "expert_gating_func": GATES[moe.scoring_func],
+        "expert_weights_scale": scale,
+        "expert_weights_norm": normalizes,
+    }
+
+
+def _weighting(moe: MoEConfig) -> tuple[bool, float]:
+    """Whether chosen scores are divided by their sum, and the factor, which llama.cpp applies
+    always.
+    """
+    if moe.scale_after_norm or not moe.norm_topk_prob:
+        return moe.norm_topk_prob, float(moe.routed_scaling_factor)
+    if moe.num_experts_per_tok == 1:  # which V2 leaves as it is
+        return False, float(moe.routed_scaling_factor)
+    return True, 1.0
+
+
+def _rope_keys(config: ModelConfig) -> dict[str, Any]:
+    rope = rope_of(config)
+    kind = rope.rope_type
+    is_latent = isinstance(config.attention, MLAConfig)
+    scaling: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope.factor)}
+    match kind:
+        case "default":
+            return {}
+        case "linear":
+            # which llama.cpp computes to other logits
+            _require(not is_latent, "rope_type 'linear' of MLA")
+            _require(not rope.mscale_all_dim, "rope_type 'linear' with mscale_all_dim")
+            return scaling
+        case "yarn":
+            return scaling | _yarn_keys(rope, is_latent)
+        case "llama3" | "longrope":
+            factor = 1.0 if rope.attention_factor is None else rope.attention_factor
+            plain = factor == 1.0 and not rope.mscale_all_dim and not is_latent
+            _require(plain, f"rope_type '{kind}' with a factor on attention, or of MLA,")
+            return {}
+
+
+def _yarn_keys(rope: RopeConfig, is_latent: bool) -> dict[str, Any]:
+    _require(rope.truncate, "YaRN with truncate false")
+    _require(rope.attention_factor is None, "YaRN with an explicit attention_factor")
+    keys = {
+        "rope.scaling.original_context_length": rope.original_max_position_embeddings,
+        "rope.scaling.yarn_beta_fast": float(rope.beta_fast),
+        "rope.scaling.yarn_beta_slow": float(rope.beta_slow),
+    }
+    if not is_latent:
+        _require(not (rope.mscale or rope.mscale_all_dim), "YaRN's mscale outside MLA")
+        return keys
+    if rope.beta_fast != LLAMA_BETA_FAST:
+        _log.warning(
+            "llama.cpp takes YaRN's beta_fast as %g in MLA, not %g, so its tokens will differ",
+            LLAMA_BETA_FAST,
+            rope.beta_fast,
+        )
+    same = rope.mscale == rope.mscale_all_dim and bool(rope.mscale)
+    _require(same, f"YaRN's mscale {rope.mscale} beside mscale_all_dim {rope.mscale_all_dim}")
+    return keys | {"rope.scaling.yarn_log_multiplier": 0.1 * (rope.mscale_all_dim or 0.0)}
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise _unsupported(what)
+
+
+def _unsupported(what: str) -> UserError:
+    return UserError(f"--format gguf: llama.cpp's files cannot express {what}; use --format hf")

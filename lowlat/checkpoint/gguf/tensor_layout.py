@@ -1,0 +1,109 @@
+"""Which tensors a GGUF file of a model has, and how each is made of the model's parameters.
+
+As llama.cpp's converter does it: experts stacked, llama's q and k rows with the two parts of a pair
+side by side, kv_b_proj split by head into attn_k_b (transposed) and attn_v_b. `gguf` is the other
+direction; `gguf_keys` writes the metadata and says which models have such a file.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lowlat.checkpoint.gguf.tensor_names import EXPERTS, GLOBAL_NAMES, MODULES, ROUTER_BIAS
+from lowlat.checkpoint.mapping import file_name
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
+
+BY_NAME = {hf: gguf for gguf, hf in GLOBAL_NAMES.items()}
+BY_MODULE = {hf: gguf for gguf, hf in MODULES.items()}
+BY_EXPERT = {hf: gguf for gguf, hf in EXPERTS.items()}
+ROPE_FACTORS = "rope_freqs.weight"
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(\w+)\.weight")
+
+
+class GGUFTensorMapping(NamedTuple):
+    """A tensor of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Slowest axis first."""
+    parameters: tuple[str, ...]
+    """Lie one after the other in it."""
+    change: Callable[[Tensor], Tensor] | None
+    """What is done to each parameter; None leaves its rows as they are."""
+
+
+def gguf_tensor_mappings(
+    config: ModelConfig, arch: str, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[GGUFTensorMapping]:
+    """The tensors of the model whose parameters have `shapes`, in their order."""
+    for parameter, shape in shapes.items():
+        name = file_name(config, parameter)
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            yield GGUFTensorMapping(BY_NAME[name], shape, (parameter,), None)
+        elif (expert := _EXPERT.fullmatch(match[2])) is None:
+            yield from _of_layer(config, arch, match, parameter, shape)
+        elif expert[1] == "0":
+            yield _stacked(config, match[1], expert[2], parameter, shape)
+
+
+def _of_layer(
+    config: ModelConfig, arch: str, match: re.Match[str], parameter: str, shape: tuple[int, ...]
+) -> Iterator[GGUFTensorMapping]:
+    block, name = f"blk.{match[1]}.", match[2]
+    if name == "mlp.gate.e_score_correction_bias":
+        yield GGUFTensorMapping(f"{block}{ROUTER_BIAS}.bias", shape, (parameter,), None)
+        return
+    module, _, kind = name.rpartition(".")
+    attention = config.attention
+    if module == "self_attn.kv_b_proj" and isinstance(attention, MLAConfig):
+        yield from _split(attention, block, parameter)
+        return
+    change = None
+    if arch == "llama" and isinstance(attention, GQAConfig):
+        if module == "self_attn.q_proj":
+            change = partial(permute, heads=attention.num_attention_heads)
+        elif module == "self_attn.k_proj":
+            change = partial(permute, heads=attention.num_key_value_heads)
+    yield GGUFTensorMapping(f"{block}{BY_MODULE[module]}.{kind}", shape, (parameter,), change)
+
+
+def _stacked(
+    config: ModelConfig, layer: str, module: str, parameter: str, shape: tuple[int, ...]
+) -> GGUFTensorMapping:
+    assert config.moe is not None
+    count = config.moe.n_routed_experts
+    head, _, tail = parameter.rpartition(".experts.0.")
+    names = tuple(f"{head}.experts.{expert}.{tail}" for expert in range(count))
+    return GGUFTensorMapping(
+        f"blk.{layer}.{BY_EXPERT[module]}.weight", (count, *shape), names, None
+    )
+
+
+def _split(attention: MLAConfig, block: str, parameter: str) -> Iterator[GGUFTensorMapping]:
+    """attn_k_b [heads, latent, nope] and attn_v_b [heads, v, latent]."""
+    heads, latent = attention.num_attention_heads, attention.kv_lora_rank
+    nope, v_dim = attention.qk_nope_head_dim, attention.v_head_dim
+
+    def keys(joint: Tensor) -> Tensor:
+        return joint.unflatten(0, (heads, nope + v_dim))[:, :nope].transpose(1, 2)
+
+    def values(joint: Tensor) -> Tensor:
+        return joint.unflatten(0, (heads, nope + v_dim))[:, nope:]
+
+    yield GGUFTensorMapping(f"{block}attn_k_b.weight", (heads, latent, nope), (parameter,), keys)
+    yield GGUFTensorMapping(f"{block}attn_v_b.weight", (heads, v_dim, latent), (parameter,), values)
+
+
+def permute(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of each head from Hugging Face's order (real parts, then imaginary) to pairs: the
+    reverse of `gguf.unpermute`.
+    """
+    # [heads * 2 * pairs, ...] -> heads x 2 x pairs -> heads x pairs x 2
+    halves = tensor.view(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape)

@@ -1,0 +1,199 @@
+"""Opens a checkpoint: a Hugging Face folder (one safetensors file or indexed shards) or a GGUF
+file.
+
+Owns which files belong to a model and that they agree with the index; each file's inside is
+`safetensors_file`'s and `gguf`'s.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from lowlat.checkpoint.gguf.source import GGUFSource
+from lowlat.checkpoint.mapped_file import MappedFile
+from lowlat.checkpoint.safetensors.reader import Extent, SafetensorsFile
+from lowlat.checkpoint.shard_layout import INDEX_FILE, SINGLE_FILE
+from lowlat.checkpoint.tensor_source import TensorSource
+from lowlat.utils.errors import UserError
+from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object, quoted
+
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "FolderSource", "TensorSource", "open_checkpoint"]
+
+
+def open_checkpoint(path: Path) -> TensorSource:
+    """The checkpoint at `path`, every header read and checked, no tensor data touched.
+
+    Raises UserError naming the file (and tensor) that is missing, damaged or outside the folder.
+    """
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
+        return GGUFSource(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        raise UserError(f"{path}: is neither a model folder nor a .gguf file")
+    return FolderSource(path)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files of the checkpoint at `path` that hold weights; others in a folder are not read.
+
+    Raises UserError for a folder without any, and for an index that is none.
+    """
+    if not path.is_dir():
+        return [path]
+    if (path / SINGLE_FILE).exists():
+        return [path / SINGLE_FILE]
+    if (path / INDEX_FILE).exists():
+        index = path / INDEX_FILE
+        shards = _weight_map(read_json(contained(path, INDEX_FILE)), index).values()
+        return [path / shard for shard in sorted(set(shards))]
+    raise UserError(_no_weights(path))
+
+
+@final
+class FolderSource(TensorSource):
+    """A folder with config.json and safetensors: `model.safetensors`, or shards named by an
+    index.
+    """
+
+    def __init__(self, folder: Path):
+        self._path = folder
+        self._config = read_json(contained(folder, "config.json"))
+        if (folder / SINGLE_FILE).exists():
+            self._files = _open_single(folder)
+        elif (folder / INDEX_FILE).exists():
+            self._files = _open_shards(folder)
+        else:
+            raise UserError(_no_weights(folder))
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        return self._config
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._extent(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._extent(name).dtype
+
+    def read(self, name: str) -> Tensor:
+        return self._file(name).read(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read(name)[start:stop]
+
+    def release(self, name: str) -> None:
+        self._file(name).release(name)
+
+    def where(self, name: str) -> str:
+        return f"{self._file(name).path}: tensor {quoted(name)}"
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._files:
+            raise UserError(f"{self._path}: tensor {quoted(name)} is missing")
+        return self._files[name]
+
+    def _extent(self, name: str) -> Extent:
+        return self._file(name).extents[name]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`. Raises UserError where it is missing, too large or not
+    valid.
+    """
+    file = MappedFile(path)
+    if file.size > MAX_JSON_BYTES:
+        raise UserError(f"{path}: {file.size} bytes are too many for a JSON file of a model")
+    return parse_object(file.bytes(0, file.size), str(path))
+
+
+def contained(folder: Path, name: str) -> Path:
+    """The real path of file `name` of a model folder, links followed.
+
+    A link must stay inside the folder, or lead to the blobs beside the snapshots of a hub cache
+    (models--ORG--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH). Raises UserError otherwise,
+    and where the file does not exist.
+    """
+    home = Path(os.path.realpath(folder))
+    real = Path(os.path.realpath(folder / name))
+    roots = [home]
+    if home.parent.name == "snapshots":
+        roots.append(home.parent.parent / "blobs")
+    if not any(real.is_relative_to(root) for root in roots):
+        raise UserError(
+            f"{folder / name}: is a link to a place outside the model folder; copy the file instead"
+        )
+    if not real.exists():
+        raise UserError(f"{folder / name}: the file is missing; download it again")
+    return real
+
+
+def _open_single(folder: Path) -> dict[str, SafetensorsFile]:
+    file = SafetensorsFile(contained(folder, SINGLE_FILE))
+    return dict.fromkeys(file.extents, file)
+
+
+def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
+    """Tensor name -> shard, in the index's order. The index and the shards must name the same
+    tensors.
+    """
+    index = folder / INDEX_FILE
+    weight_map = _weight_map(read_json(contained(folder, INDEX_FILE)), index)
+    shards = {
+        name: SafetensorsFile(contained(folder, name)) for name in sorted(set(weight_map.values()))
+    }
+    for tensor, shard in weight_map.items():
+        if tensor not in shards[shard].extents:
+            raise UserError(
+                f"{index}: tensor {quoted(tensor)} is not in {shard}, where the index puts it"
+            )
+    for shard, file in shards.items():
+        for tensor in file.extents:
+            if weight_map.get(tensor) != shard:
+                raise UserError(
+                    f"{folder / shard}: tensor {quoted(tensor)} is here, but not according to "
+                    f"{index}"
+                )
+    return {tensor: shards[shard] for tensor, shard in weight_map.items()}
+
+
+def _weight_map(index: dict[str, Any], where: Path) -> dict[str, str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{where}: weight_map must be an object that maps tensors to shard files")
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not _plain_name(shard):
+            raise UserError(
+                f"{where}: tensor {quoted(tensor)}: shard {quoted(str(shard))} is not the plain "
+                "name of a .safetensors file"
+            )
+    return weight_map
+
+
+def _plain_name(name: str) -> bool:
+    printable = name.isprintable() and not set(name) & set("/\\:")
+    return (
+        printable
+        and name.endswith(".safetensors")
+        and not name.startswith(".")
+        and len(name) <= 255
+    )
+
+
+def _no_weights(folder: Path) -> str:
+    if any(folder.glob("pytorch_model*.bin")):
+        return (
+            f"{folder}: only pickle weights (pytorch_model*.bin), which can run code; save the "
+            "model as safetensors"
+        )
+    return f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; the model is incomplete"

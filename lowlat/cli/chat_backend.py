@@ -1,0 +1,87 @@
+"""Who answers in a conversation: the interface, and a model in this process.
+
+Owns no messages and no terminal. A model behind a server is remote.py's.
+"""
+
+import abc
+import threading
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from lowlat.cli.answer_report import print_answer_report
+from lowlat.engine.params import SamplingOptions
+from lowlat.generate.completion import Completion
+from lowlat.generate.model import Model
+from lowlat.utils.errors import UserError
+
+Message = dict[str, str]
+
+
+class ChatBackend(abc.ABC):
+    """Answers messages."""
+
+    @property
+    @abc.abstractmethod
+    def description(self) -> str:
+        """What is running, in one line."""
+
+    @property
+    @abc.abstractmethod
+    def cache_bytes_per_token(self) -> int: ...
+
+    @abc.abstractmethod
+    def answer(
+        self,
+        messages: Sequence[Message],
+        sampling: SamplingOptions,
+        max_tokens: int,
+        write: Callable[[str], None],
+        interrupted: threading.Event,
+    ) -> Completion:
+        """The answer, written piece by piece; `interrupted` ends it early. At most `max_tokens`,
+        or what the context leaves. Raises UserError where there can be none."""
+
+    @abc.abstractmethod
+    def report(self, completion: Completion, console: Console) -> None:
+        """Print what the answer cost."""
+
+
+class LocalChatBackend(ChatBackend):
+    """A loaded model. Raises UserError for one without a chat template."""
+
+    def __init__(self, model: Model) -> None:
+        if model.tokenizer.chat_template is None:
+            raise UserError(
+                f"{model.name} has no chat template, so it cannot chat; "
+                "use lowlat generate, which continues a text"
+            )
+        self._model = model
+
+    @property
+    def description(self) -> str:
+        return repr(self._model)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        return self._model.cache_bytes_per_token
+
+    def answer(
+        self,
+        messages: Sequence[Message],
+        sampling: SamplingOptions,
+        max_tokens: int,
+        write: Callable[[str], None],
+        interrupted: threading.Event,
+    ) -> Completion:
+        room = max(1, self._model.context - len(self._model.encode_prompt(messages)))
+        options: SamplingOptions = {**sampling, "max_tokens": min(max_tokens, room)}
+        with self._model.generate(messages, stream=True, **options) as stream:
+            for piece in stream:
+                write(piece)
+                if interrupted.is_set():
+                    break
+        return stream.completion
+
+    def report(self, completion: Completion, console: Console) -> None:
+        print_answer_report(self._model, completion, console)

@@ -1,0 +1,1 @@
+"""Diagnose a difference: recompute recorded steps with known mistakes injected, name the match."""

@@ -1,0 +1,81 @@
+"""lowlat's native kernels: one call per step that shows KV cache entries, hidden states, logits."""
+
+import torch
+from torch import Tensor
+
+from lowlat.attention.cache import PagedCache
+from lowlat.attention.path import AttentionPath, choose_path
+from lowlat.compare.implementations.base import Implementation
+from lowlat.compare.implementations.lowlat_pytorch import attention_shape, one_sequence
+from lowlat.compare.observe import canonical
+from lowlat.compare.trace import OUTPUT, Block, RoutedExperts, Trace, Window
+from lowlat.config.model import GQAConfig
+from lowlat.model.native import NativeModel, supports_native
+from lowlat.model.transformer import Transformer
+from lowlat.utils.device import name_of
+from lowlat.utils.errors import UserError
+
+
+class LowlatNative(Implementation):
+    """A Transformer on the native kernels."""
+
+    unseen = "a native step is one call: it shows KV cache entries, final hidden states and logits"
+    can_impose_experts = False
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        label: str,
+        precision: str,
+        form: AttentionPath | None = None,
+        cache: torch.dtype | None = None,
+    ) -> None:
+        if not supports_native(model):
+            raise UserError(
+                f"{label}: the native kernels are not built here or do not run this model in "
+                f"{precision}; leave native out, or use bf16, int8 or int4"
+            )
+        self.model = model
+        self.label = label
+        self.config = model.config
+        self.precision = precision
+        self.cache_precision = None if cache is None else name_of(cache)
+        self.form: AttentionPath | None = form
+        self.cache = cache
+        self._native = NativeModel(model)
+
+    @torch.inference_mode()
+    def trace(self, window: Window, experts: RoutedExperts | None = None) -> Trace:
+        assert not experts, "experts cannot be imposed on a native step"
+        trace = Trace(dtype=torch.bfloat16, cached=self.cache)
+        length = len(window.ids)
+        form = self.form or choose_path(self.config.attention, length)
+        cache, batch = one_sequence(self.model, window, form, self.cache)
+        hidden, logits = self._native.step(window.ids, batch, cache, list(range(length)))
+        pages = batch.sequences[0].pages
+        for layer in range(self.config.num_hidden_layers):
+            self._record_entries(trace, layer, cache, pages, length)
+        trace.record(OUTPUT, "norm", hidden)
+        trace.record(OUTPUT, "logits", logits)
+        return trace
+
+    def _record_entries(
+        self, trace: Trace, layer: int, cache: PagedCache, pages: tuple[int, ...], length: int
+    ) -> None:
+        """Record a layer's KV cache entries as parts."""
+        block = Block("layer", layer)
+        attention, widths = self.config.attention_of(layer), attention_shape(self.config, block)
+        stored = cache.rows(layer, pages, length, torch.float32)[:, : attention.entry_dim]
+
+        def in_canonical_order(x: Tensor) -> Tensor:
+            return canonical(x, widths.rope, widths.interleave)
+
+        if widths.latent is not None:
+            trace.record(block, "latent", stored[:, : widths.latent])
+            trace.record(block, "k_rotated", in_canonical_order(stored[:, None, widths.latent :]))
+        elif isinstance(attention, GQAConfig):
+            groups = attention.num_key_value_heads
+            k, v = stored.unflatten(1, (2, groups, -1)).unbind(1)
+            trace.record(block, "k_rotated", in_canonical_order(k))
+            trace.record(block, "v", v)

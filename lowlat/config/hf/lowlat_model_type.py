@@ -1,0 +1,312 @@
+"""config.json of model_type "lowlat" <-> ModelConfig: for what no Hugging Face family can say.
+
+The file holds ModelConfig's own fields by their own names, nested as the dataclasses are:
+
+    "attention":    {"form": "mla", "gqa", "gla", "gta" or "tpa", and that form's fields}
+    "rope":         {"rope_theta", "rope_interleave", and what Hugging Face's rope_scaling holds}
+    "moe":          null, or MoEConfig's fields
+    "quantization": null, or QuantConfig's fields
+    "quantization_config": absent, or what `packing` says
+
+A field may be left out where the dataclass has a default, and where null is a value (TOML has no
+null); an unknown one is an error, and so is one without effect. `mtp_copies` is no field: the
+tensors say it.
+
+Layers of MLA may differ: a field of "attention" or "rope" is then an array with an entry for each
+decoder layer, null where the layer has none ("kv_lora_rank": [96, 224, 128], "short_factor":
+[[1.0], [1.0, 7.5], [3.0]]); the others are the same in all layers, form and num_attention_heads
+always. MTP modules have what the last layer has. Owns this form alone; the families' own are
+`hf`'s.
+"""
+
+from dataclasses import MISSING, asdict
+from dataclasses import fields as dataclass_fields
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from lowlat.config.attention import DECOUPLED, ModelAttention, distinct
+from lowlat.config.hf.families import LOWLAT, MAX_LAYERS
+from lowlat.config.hf.moe import check_routing
+from lowlat.config.hf.packing import packing_from_hf, packing_to_hf
+from lowlat.config.hf.rope import rope_settings, rope_to_hf
+from lowlat.config.model import (
+    AttentionConfig,
+    GLAConfig,
+    GQAConfig,
+    GTAConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    QuantConfig,
+    RopeConfig,
+    RopeType,
+    TPAConfig,
+)
+from lowlat.utils.json_fields import Fields
+
+FORMS: dict[str, type[AttentionConfig]] = {
+    "mla": MLAConfig,
+    "gqa": GQAConfig,
+    "gla": GLAConfig,
+    "gta": GTAConfig,
+    "tpa": TPAConfig,
+}
+"""Values of attention.form."""
+
+MINIMA = {
+    "num_nextn_predict_layers": 0,
+    "n_shared_experts": 0,
+    "first_k_dense_replace": 0,
+    "qk_nope_head_dim": 0,
+    "qk_rope_head_dim": 0,
+    "bos_token_id": 0,
+}
+"""Integers that may be 0; all others are at least 1."""
+
+MAX_LATENT_GROUPS = 1024
+"""Far above any model; keeps a hostile file from asking for lists of 2**31 norms."""
+
+ROPE_NAMES = (
+    *(field.name for field in dataclass_fields(RopeConfig) if field.name != "pair_factors"),
+    "short_factor",
+    "long_factor",
+)
+"""Fields of "rope"."""
+
+UNKNOWN = "is unknown; was it written by a newer lowlat?"
+
+NESTED = ("model_type", "attention", "rope", "moe", "quantization", "packing", "mtp_copies")
+"""Fields of ModelConfig that are no plain values of the file."""
+
+
+def config_from_lowlat(fields: Fields) -> ModelConfig:
+    """The model that `fields` describe.
+
+    Raises UserError naming the field: wrong types and ranges, unknown fields, settings without
+    effect, and missing fields without a default.
+    """
+    fields.choice("model_type", (LOWLAT,))
+    fields.ignore("dtype")  # the tensors say their own type
+    plain = _read(ModelConfig, fields, skip=NESTED)
+    for name in ("num_hidden_layers", "num_nextn_predict_layers"):
+        if plain.get(name, 0) > MAX_LAYERS:
+            raise fields.wrong(name, f"at most {MAX_LAYERS}")
+    attention = _attention(fields, plain["num_hidden_layers"])
+    moe, quantization = fields.table("moe"), fields.table("quantization")
+    packing = fields.table("quantization_config")
+    if packing is not None and quantization is not None:
+        raise fields.fault("quantization", "is given beside quantization_config; keep one")
+    config = ModelConfig(
+        model_type=LOWLAT,
+        attention=attention,
+        rope=_rope(fields, attention, plain["max_position_embeddings"], plain["num_hidden_layers"]),
+        moe=None if moe is None else _moe(moe),
+        quantization=None if quantization is None else _quantization(quantization),
+        packing=None if packing is None else packing_from_hf(packing),
+        **plain,
+    )
+    _check_windows(fields, config)
+    _reject_unknown(fields)
+    return config
+
+
+def config_to_lowlat(config: ModelConfig) -> dict[str, Any]:
+    """The contents of config.json for `config`, without a dtype; the reverse of the above."""
+    plain = {
+        field.name: _json(getattr(config, field.name))
+        for field in dataclass_fields(ModelConfig)
+        if field.name not in NESTED
+    }
+    first = config.attention_of(0)
+    form = next(name for name, kind in FORMS.items() if isinstance(first, kind))
+    ropes = config.rope if isinstance(config.rope, tuple) else (config.rope,)
+    raw = {
+        "model_type": LOWLAT,
+        **plain,
+        "attention": {"form": form}
+        | _joined([_json(asdict(layer)) for layer in distinct(config.attention)]),
+        "rope": _joined([_rope_to_json(rope) for rope in ropes]),
+        "moe": None if config.moe is None else _json(asdict(config.moe)),
+        "quantization": None if config.quantization is None else _json(asdict(config.quantization)),
+    }
+    if config.packing is not None:
+        raw["quantization_config"] = packing_to_hf(config.packing)
+    return raw
+
+
+def _rope_to_json(rope: RopeConfig) -> dict[str, Any]:
+    scaling = rope_to_hf(rope)["rope_scaling"] or {}
+    return {
+        "rope_theta": rope.rope_theta,
+        "rope_interleave": rope.rope_interleave,
+        **{name: value for name, value in scaling.items() if name != "type"},
+    }
+
+
+def _joined(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Objects of single layers as one: arrays where they differ."""
+    joined: dict[str, Any] = {}
+    for name in dict.fromkeys(name for layer in layers for name in layer):
+        values = [layer.get(name) for layer in layers]
+        joined[name] = values[0] if all(value == values[0] for value in values) else values
+    return joined
+
+
+def _json(value: Any) -> Any:
+    """Tuples as JSON reads them back."""
+    if isinstance(value, dict):
+        return {name: _json(part) for name, part in value.items()}
+    return [_json(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _attention(fields: Fields, count: int) -> ModelAttention:
+    """That of all `count` layers, or of each."""
+    table = _table(fields, "attention")
+    form = table.choice("form", tuple(FORMS))
+    arrays = table.arrays(count)
+    if not arrays:
+        return _layer_attention(table, FORMS[form])
+    if form != "mla":
+        raise table.fault(
+            arrays[0], f"is an array, but only layers of form 'mla' differ, not '{form}'"
+        )
+    if "num_attention_heads" in arrays:
+        raise table.wrong("num_attention_heads", "an integer, the same for all layers")
+    table.reject_names(("form", *(field.name for field in dataclass_fields(MLAConfig))), UNKNOWN)
+    layers = (_layer_attention(table.of_layer(i, arrays), MLAConfig) for i in range(count))
+    return tuple(layer for layer in layers if isinstance(layer, MLAConfig))
+
+
+def _layer_attention(table: Fields, kind: type[AttentionConfig]) -> AttentionConfig:
+    table.ignore("form")
+    attention = kind(**_read(kind, table))
+    match attention:
+        case MLAConfig():
+            if attention.q_bias and attention.q_lora_rank is not None:
+                raise table.fault("q_bias", "belongs to q_proj; set q_lora_rank to null")
+            if attention.qk_head_dim == 0:
+                raise table.fault("qk_nope_head_dim", "and qk_rope_head_dim are both 0: no queries")
+        case GLAConfig():
+            table.integer("qk_rope_head_dim")
+            table.integer("num_latent_groups", maximum=MAX_LATENT_GROUPS)
+            for name in ("num_attention_heads", "kv_lora_rank"):
+                _divides(table, name, "num_latent_groups")
+        case GQAConfig() | GTAConfig():
+            _divides(table, "num_attention_heads", "num_key_value_heads")
+            if isinstance(attention, GTAConfig):
+                table.integer("qk_rope_head_dim")
+        case TPAConfig():
+            pass
+    if isinstance(attention, GTAConfig) and attention.qk_nope_head_dim < 0:
+        raise table.wrong("qk_rope_head_dim", f"at most head_dim {attention.head_dim}")
+    if attention.rope_dim % 2:
+        name = "qk_rope_head_dim" if isinstance(attention, DECOUPLED) else "head_dim"
+        raise table.fault(name, f"{attention.rope_dim} must be even: channels rotate in pairs")
+    _reject_unknown(table)
+    return attention
+
+
+def _rope(
+    fields: Fields, attention: ModelAttention, context: int, count: int
+) -> RopeConfig | tuple[RopeConfig, ...]:
+    """That of all `count` layers, or of each."""
+    table = _table(fields, "rope")
+    arrays = table.arrays(count, nested=("short_factor", "long_factor"))
+    if not arrays and not isinstance(attention, tuple):
+        return _layer_rope(table, attention, context)
+    layers = attention if isinstance(attention, tuple) else (attention,) * count
+    if not isinstance(layers[0], MLAConfig):
+        raise table.fault(arrays[0], "is an array, but only layers of form 'mla' differ")
+    table.reject_names(ROPE_NAMES, UNKNOWN)
+    return tuple(
+        _layer_rope(table.of_layer(i, arrays), layer, context) for i, layer in enumerate(layers)
+    )
+
+
+def _layer_rope(table: Fields, attention: AttentionConfig, context: int) -> RopeConfig:
+    theta = table.positive("rope_theta")
+    interleave = table.boolean("rope_interleave", False)
+    rope_type: Any = table.choice("rope_type", get_args(RopeType), "default")
+    settings = rope_settings(table, table, rope_type, theta, attention.rope_dim, context)
+    if settings.get("mscale_all_dim") and not isinstance(attention, DECOUPLED):
+        raise table.fault(
+            "mscale_all_dim",
+            "belongs to attention with a rotary key of its own (mla, gla, gta); "
+            "use attention_factor",
+        )
+    table.reject_unread(f"is no setting of rope_type '{rope_type}'; remove it", allow_empty=False)
+    return RopeConfig(rope_theta=theta, rope_type=rope_type, rope_interleave=interleave, **settings)
+
+
+def _moe(table: Fields) -> MoEConfig:
+    moe = MoEConfig(**_read(MoEConfig, table))
+    if moe.topk_method == "greedy" and (moe.n_group, moe.topk_group) != (1, 1):
+        raise table.fault(
+            "topk_method", "'greedy' knows no groups; set n_group and topk_group to 1"
+        )
+    check_routing(table, moe)
+    _reject_unknown(table)
+    return moe
+
+
+def _quantization(table: Fields) -> QuantConfig:
+    values = _read(QuantConfig, table)
+    block = values.get("weight_block_size", (1, 1))
+    if len(block) != 2 or not 0 < min(block) <= max(block) <= 2**16:
+        raise table.wrong("weight_block_size", "two sizes such as [128, 128]")
+    _reject_unknown(table)
+    return QuantConfig(**values)
+
+
+def _check_windows(fields: Fields, config: ModelConfig) -> None:
+    layers = config.sliding_window_layers
+    if config.sliding_window is not None and not isinstance(config.attention, GQAConfig):
+        raise fields.unsupported("sliding_window", "only attention of form 'gqa' has one (null)")
+    if layers is not None and config.sliding_window is None:
+        raise fields.fault("sliding_window_layers", "has no effect without sliding_window")
+    if layers is not None and max(layers, default=0) >= config.num_cache_layers:
+        raise fields.wrong("sliding_window_layers", f"layers below {config.num_cache_layers}")
+
+
+def _divides(table: Fields, name: str, by: str) -> None:
+    """Error unless the integer `by` divides the integer `name`."""
+    number, divisor = table.integer(name), table.integer(by)
+    if number % divisor:
+        raise table.fault(name, f"{number} is no multiple of {by} {divisor}")
+
+
+def _table(fields: Fields, name: str) -> Fields:
+    return fields.given(name, fields.table(name), None)
+
+
+def _reject_unknown(table: Fields) -> None:
+    table.reject_unread(UNKNOWN, allow_empty=False)
+
+
+def _read(kind: type, table: Fields, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Keyword arguments of the dataclass `kind`: its fields but those of `skip` and absent ones."""
+    hints = get_type_hints(kind)
+    return {
+        field.name: _value(table, field.name, hints[field.name])
+        for field in dataclass_fields(kind)
+        if field.name not in skip and (table.mentioned(field.name) or field.default is MISSING)
+    }
+
+
+def _value(table: Fields, name: str, hint: Any) -> Any:
+    """The value of a field of type `hint`, checked."""
+    if NoneType in get_args(hint):
+        if table.value(name) is None:
+            return None
+        hint = next(part for part in get_args(hint) if part is not NoneType)
+    if hint is bool:
+        return table.boolean(name)
+    if hint is int:
+        return table.integer(name, minimum=MINIMA.get(name, 1))
+    if hint is float:
+        return table.positive(name)
+    if get_origin(hint) is Literal:
+        return table.choice(name, get_args(hint))
+    if hint is str:  # scale_fmt, the only one
+        return table.choice(name, ("ue8m0",))
+    return table.strings(name) if str in get_args(hint) else table.integers(name)

@@ -1,0 +1,251 @@
+"""config.json <-> ModelConfig for every supported family.
+
+Reads strictly: a field that may change the computation is either understood, or an error that names
+it. Absent fields take a default only where every released checkpoint of the family means it. Rotary
+settings are in `config.hf_rope`, experts in `config.hf_moe`, converted models' extra object (the
+"lowlat" key) in `config.hf_extension`, writing in `config.hf_write`, and files of model_type
+"lowlat" in `config.lowlat_json`. The epsilon of the latent
+norms is 1e-6 in every implementation and no field of the file.
+"""
+
+from lowlat.config.hf.families import (
+    ARCHITECTURES,
+    HARMLESS_FIELDS,
+    LOWLAT,
+    MAX_LAYERS,
+    MLA_FAMILIES,
+)
+from lowlat.config.hf.lowlat_model_type import config_from_lowlat
+from lowlat.config.hf.moe import moe_from_hf
+from lowlat.config.hf.packing import METHOD, packing_from_hf
+from lowlat.config.hf.padded_latent import native_attention, padded_rank
+from lowlat.config.hf.rope import rope_from_hf
+from lowlat.config.hf.writer import config_to_hf
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, Packing, QuantConfig
+from lowlat.utils.json_fields import Fields
+
+__all__ = ["config_from_hf", "config_to_hf", "padded_rank"]
+
+INDEXER_FIELDS = ("index_n_heads", "index_head_dim", "index_topk")
+
+
+def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
+    """The model that the parsed config.json `raw` describes; `source` names the file in errors.
+
+    Raises UserError naming the field: wrong types and ranges, unknown fields that may change the
+    computation, known fields with values that are not supported, and missing fields without which
+    the model is not determined.
+    """
+    fields = Fields(raw, source)
+    if fields.value("model_type") == LOWLAT:
+        return config_from_lowlat(fields)
+    model_type = _model_type(fields)
+    _reject_unsupported(fields)
+    layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
+    mtp_layers = _num_mtp_layers(fields, model_type)
+    context = fields.integer("max_position_embeddings")
+    is_mla = model_type in MLA_FAMILIES
+    attention = _mla(fields, model_type) if is_mla else _gqa(fields, model_type)
+    rope = rope_from_hf(
+        fields,
+        model_type=model_type,
+        dim=attention.rope_dim,
+        context=context,
+        interleave=_rope_interleave(fields, model_type),
+    )
+    quantization, packing = _quantization(fields)
+    window, window_layers = (None, None) if is_mla else _windows(fields, model_type, layers)
+    config = ModelConfig(
+        model_type=model_type,
+        hidden_size=fields.integer("hidden_size"),
+        intermediate_size=fields.integer("intermediate_size"),
+        num_hidden_layers=layers,
+        vocab_size=fields.integer("vocab_size"),
+        max_position_embeddings=context,
+        rms_norm_eps=fields.positive("rms_norm_eps"),
+        attention=attention,
+        rope=rope,
+        moe=moe_from_hf(fields, model_type, layers, mtp_layers) if is_mla else None,
+        quantization=quantization,
+        packing=packing,
+        num_nextn_predict_layers=mtp_layers,
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        sliding_window=window,
+        sliding_window_layers=window_layers,
+        initializer_range=fields.number("initializer_range", 0.02),
+        bos_token_id=fields.optional_integer("bos_token_id", minimum=0),
+        eos_token_ids=_eos_token_ids(fields),
+    )
+    fields.ignore(*HARMLESS_FIELDS)
+    fields.reject_unread("is unknown and may change the computation; remove it if it does not")
+    return config
+
+
+def _model_type(fields: Fields) -> str:
+    model_type = fields.choice("model_type", (*ARCHITECTURES, LOWLAT))
+    architectures = fields.strings("architectures")
+    allowed = {ARCHITECTURES[model_type]}
+    if model_type == "kimi_k2":
+        allowed.add("KimiK2ForCausalLM")
+    if architectures and not allowed.intersection(architectures):
+        raise fields.unsupported(
+            "architectures", f"for '{model_type}': {', '.join(sorted(allowed))}"
+        )
+    return model_type
+
+
+def _reject_unsupported(fields: Fields) -> None:
+    """Known fields of other models, with a better message than 'unknown field'."""
+    fields.choice("hidden_act", ("silu",), "silu")
+    if fields.boolean("mlp_bias", False):
+        raise fields.unsupported("mlp_bias", "MLPs have no biases (false)")
+    if fields.number("attention_dropout", 0.0) != 0.0:
+        raise fields.unsupported("attention_dropout", "set it to 0 (inference never uses it)")
+    for name in INDEXER_FIELDS:
+        if fields.present(name):
+            raise fields.unsupported(
+                name, "sparse attention with an indexer (V3.2) is another model"
+            )
+
+
+def _num_mtp_layers(fields: Fields, model_type: str) -> int:
+    name = fields.spelling("num_nextn_predict_layers", "num_mtp_layers")
+    count = fields.integer(name, 0, minimum=0, maximum=MAX_LAYERS)
+    if count and model_type not in ("deepseek_v3", "kimi_k2", "glm4_moe_lite"):
+        raise fields.unsupported(name, f"model_type '{model_type}' has no MTP modules (0)")
+    return count
+
+
+def _rope_interleave(fields: Fields, model_type: str) -> bool:
+    """Pairs are adjacent channels in DeepSeek's checkpoints, half a head apart in all others."""
+    usual = model_type in MLA_FAMILIES
+    interleave = fields.boolean("rope_interleave", usual)
+    if interleave != usual and model_type not in ("deepseek_v3", "kimi_k2", "glm4_moe_lite"):
+        raise fields.unsupported("rope_interleave", f"'{model_type}' has {str(usual).lower()}")
+    return interleave
+
+
+def _mla(fields: Fields, model_type: str) -> MLAConfig:
+    heads = fields.integer("num_attention_heads")
+    kv_heads = fields.integer("num_key_value_heads", heads)
+    if kv_heads != heads:
+        raise fields.unsupported(
+            "num_key_value_heads", f"latent attention has {heads}, one per head"
+        )
+    # the rotary width to some programs, the full one to others; nothing is computed from it
+    fields.ignore("head_dim")
+    standard = MLAConfig(
+        num_attention_heads=heads,
+        kv_lora_rank=fields.integer("kv_lora_rank"),
+        q_lora_rank=fields.nullable_integer("q_lora_rank"),
+        qk_nope_head_dim=fields.integer("qk_nope_head_dim", minimum=0),
+        qk_rope_head_dim=_even(fields, "qk_rope_head_dim", fields.integer("qk_rope_head_dim")),
+        v_head_dim=fields.integer("v_head_dim"),
+        attention_bias=fields.boolean("attention_bias", False),
+    )
+    return native_attention(fields, standard, model_type)
+
+
+def _gqa(fields: Fields, model_type: str) -> GQAConfig:
+    heads = fields.integer("num_attention_heads")
+    kv_heads = fields.integer("num_key_value_heads", heads if model_type == "llama" else None)
+    if heads % kv_heads:
+        raise fields.fault(
+            "num_attention_heads", f"{heads} is no multiple of num_key_value_heads {kv_heads}"
+        )
+    has_bias_field = model_type in ("llama", "qwen3")
+    bias = fields.boolean("attention_bias", False) if has_bias_field else False
+    return GQAConfig(
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=_head_dim(fields, model_type, heads),
+        qkv_bias=bias or model_type == "qwen2",
+        o_bias=bias,
+        qk_norm=model_type == "qwen3",
+    )
+
+
+def _head_dim(fields: Fields, model_type: str, heads: int) -> int:
+    """head_dim, 128 by default in qwen3, else hidden_size / num_attention_heads."""
+    given = fields.optional_integer("head_dim") or (128 if model_type == "qwen3" else None)
+    hidden = fields.integer("hidden_size")
+    if given is None and hidden % heads:
+        raise fields.fault("hidden_size", f"{hidden} is no multiple of num_attention_heads {heads}")
+    return _even(fields, "head_dim", given or hidden // heads)
+
+
+def _even(fields: Fields, name: str, dim: int) -> int:
+    if dim % 2:
+        raise fields.fault(name, f"{dim} must be even: channels rotate in pairs")
+    return dim
+
+
+def _windows(
+    fields: Fields, model_type: str, layers: int
+) -> tuple[int | None, tuple[int, ...] | None]:
+    """sliding_window and sliding_window_layers of the grouped-query families."""
+    if model_type == "llama":
+        return None, None
+    if model_type == "mistral":
+        return fields.nullable_integer("sliding_window"), None
+    types = _layer_types(fields, layers)
+    window = fields.optional_integer("sliding_window")
+    first = fields.optional_integer("max_window_layers", minimum=0)
+    if not fields.boolean("use_sliding_window", False) or window is None:
+        if "sliding_attention" in types:
+            raise fields.fault("layer_types", "has sliding layers, but no sliding_window is in use")
+        return None, None
+    if types:
+        sliding = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+    else:
+        sliding = tuple(range(fields.given("max_window_layers", first, None), layers))
+    if not sliding:
+        return None, None
+    return window, None if len(sliding) == layers else sliding
+
+
+def _layer_types(fields: Fields, layers: int) -> tuple[str, ...]:
+    types = fields.strings("layer_types")
+    if types and len(types) != layers:
+        raise fields.fault("layer_types", f"has {len(types)} entries for {layers} layers")
+    if not {"full_attention", "sliding_attention"}.issuperset(types):
+        raise fields.unsupported("layer_types", "supported: full_attention, sliding_attention")
+    return types
+
+
+def _quantization(fields: Fields) -> tuple[QuantConfig | None, Packing | None]:
+    table = fields.table("quantization_config")
+    if table is None:
+        return None, None
+    if table.choice("quant_method", ("fp8", METHOD)) == METHOD:
+        return None, packing_from_hf(table)
+    return _blocks(table), None
+
+
+def _blocks(table: Fields) -> QuantConfig:
+    table.choice("fmt", ("e4m3",), "e4m3")
+    table.choice("activation_scheme", ("dynamic",), "dynamic")
+    block = table.items("weight_block_size")
+    if len(block) != 2 or any(type(size) is not int or not 0 < size <= 2**16 for size in block):
+        raise table.wrong("weight_block_size", "two sizes such as [128, 128]")
+    table.choice("expert_dtype", ("fp8",), "fp8")
+    if table.boolean("dequantize", False):
+        raise table.unsupported("dequantize", "set it to false, and choose with --dtype")
+    scale_fmt = table.choice("scale_fmt", ("float", "ue8m0"), "float")
+    quant = QuantConfig(
+        weight_block_size=(block[0], block[1]),
+        scale_fmt=None if scale_fmt == "float" else scale_fmt,
+        modules_to_not_convert=table.strings("modules_to_not_convert"),
+    )
+    table.reject_unread("is unknown and may change the weights; remove it if it does not")
+    return quant
+
+
+def _eos_token_ids(fields: Fields) -> tuple[int, ...]:
+    if not isinstance(fields.value("eos_token_id"), list):
+        single = fields.optional_integer("eos_token_id", minimum=0)
+        return () if single is None else (single,)
+    ids = fields.items("eos_token_id")
+    if any(type(token) is not int or not 0 <= token < 2**31 for token in ids):
+        raise fields.wrong("eos_token_id", "one token id or an array of them")
+    return tuple(ids)

@@ -1,0 +1,163 @@
+"""Rotary settings of config.json <-> RopeConfig, in the old and the new spelling.
+
+Old: `rope_theta` beside `rope_scaling` {"type" or "rope_type", ...}; new: `rope_parameters` holding
+all of it. Owns the fields; what they mean for frequencies is `ops.rope`'s.
+"""
+
+import math
+from typing import Any, get_args
+
+from lowlat.config.model import RopeConfig, RopeType
+from lowlat.utils.json_fields import Fields
+
+DEFAULT_THETA = {
+    "llama": 10000.0,
+    "mistral": 10000.0,
+    "deepseek_v2": 10000.0,
+    "deepseek_v3": 10000.0,
+}
+"""Families whose first checkpoints left rope_theta out; for the others it must be there."""
+
+
+def rope_from_hf(
+    fields: Fields, *, model_type: str, dim: int, context: int, interleave: bool
+) -> RopeConfig:
+    """The rotary settings of `fields`; `dim` rotated channels, `context` = max_position_embeddings.
+
+    Raises UserError for anything but the types of RopeType, and for settings that contradict one
+    another.
+    """
+    table = _scaling_table(fields)
+    theta = _theta(fields, table, model_type)
+    for place in (fields, table):
+        if place.number("partial_rotary_factor", 1.0) != 1.0:
+            raise place.unsupported("partial_rotary_factor", "every channel must rotate (1.0)")
+    kind = table.spelling("rope_type", "type")
+    rope_type: Any = table.choice(kind, get_args(RopeType), "default")
+    settings = rope_settings(fields, table, rope_type, theta, dim, context)
+    table.reject_unread(f"is not a setting of rope_type '{rope_type}' that lowlat knows; remove it")
+    return RopeConfig(rope_theta=theta, rope_type=rope_type, rope_interleave=interleave, **settings)
+
+
+def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`: the old spelling, which old and new readers understand."""
+    if rope.rope_type == "default":
+        return {"rope_theta": rope.rope_theta, "rope_scaling": None}
+    # readers of the first DeepSeek checkpoints look for "type", later ones for "rope_type"
+    scaling: dict[str, Any] = {"rope_type": rope.rope_type, "type": rope.rope_type}
+    scaling["factor"] = rope.factor
+    if rope.rope_type == "yarn":
+        scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+        scaling |= {"truncate": rope.truncate, "mscale": rope.mscale}
+    if rope.rope_type == "llama3":
+        scaling["low_freq_factor"] = rope.low_freq_factor
+        scaling["high_freq_factor"] = rope.high_freq_factor
+    if rope.pair_factors is not None:
+        scaling |= {key: list(rope.pair_factors) for key in ("short_factor", "long_factor")}
+    scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
+    scaling |= {"mscale_all_dim": rope.mscale_all_dim, "attention_factor": rope.attention_factor}
+    given = {name: value for name, value in scaling.items() if value is not None}
+    return {"rope_theta": rope.rope_theta, "rope_scaling": given}
+
+
+def _scaling_table(fields: Fields) -> Fields:
+    """The object that holds the scaling rule; empty where the file has none."""
+    old, new = fields.table("rope_scaling"), fields.table("rope_parameters")
+    if old is not None and new is not None:
+        raise fields.fault("rope_scaling", "is given beside rope_parameters; keep rope_parameters")
+    return new or old or Fields({}, "")
+
+
+def _theta(fields: Fields, table: Fields, model_type: str) -> float:
+    inner, outer = table.optional_number("rope_theta"), fields.optional_number("rope_theta")
+    if inner is not None and outer is not None and inner != outer:
+        raise fields.fault("rope_theta", f"{outer:g} contradicts rope_theta {inner:g} nested below")
+    place = fields if inner is None else table
+    return place.positive("rope_theta", DEFAULT_THETA.get(model_type))
+
+
+def rope_settings(
+    fields: Fields, table: Fields, rope_type: RopeType, theta: float, dim: int, context: int
+) -> dict[str, Any]:
+    """Keyword arguments of RopeConfig that belong to `rope_type`, out of `table` (of which only
+    these count as read), which lies in `fields`.
+    """
+    original = _original_context(fields, table)
+    shared = {"mscale_all_dim": table.optional_number("mscale_all_dim")}
+    match rope_type:
+        case "default":
+            return {}
+        case "linear":
+            return {"factor": table.number("factor", minimum=1.0), **shared}
+        case "llama3":
+            return _llama3(table, original or context)
+        case "yarn":
+            return _yarn(table, theta, context, original or context) | shared
+        case "longrope":
+            return _longrope(table, dim, context, original or context) | shared
+
+
+def _original_context(fields: Fields, table: Fields) -> int | None:
+    """original_max_position_embeddings, which some files put outside the rotary settings."""
+    name = "original_max_position_embeddings"
+    inner, outer = table.optional_integer(name), fields.optional_integer(name)
+    if inner is not None and outer is not None and inner != outer:
+        raise fields.fault(name, f"{outer} contradicts {inner} in the rotary settings; keep one")
+    return outer if inner is None else inner
+
+
+def _llama3(table: Fields, original: int) -> dict[str, Any]:
+    low, high = table.positive("low_freq_factor"), table.positive("high_freq_factor")
+    if high <= low:
+        raise table.fault("high_freq_factor", f"{high:g} must be above low_freq_factor {low:g}")
+    return {
+        "factor": table.number("factor", minimum=1.0),
+        "original_max_position_embeddings": original,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+    }
+
+
+def _yarn(table: Fields, theta: float, context: int, original: int) -> dict[str, Any]:
+    if theta <= 1.0:
+        raise table.fault("rope_theta", f"{theta:g} must be above 1 with rope_type 'yarn'")
+    fast, slow = table.positive("beta_fast", 32.0), table.positive("beta_slow", 1.0)
+    if fast < slow:
+        raise table.fault("beta_fast", f"{fast:g} must not be below beta_slow {slow:g}")
+    return {
+        "factor": table.number("factor", max(context / original, 1.0), minimum=1.0),
+        "original_max_position_embeddings": original,
+        "beta_fast": fast,
+        "beta_slow": slow,
+        "truncate": table.boolean("truncate", True),
+        "mscale": table.optional_number("mscale"),
+        "attention_factor": table.optional_number("attention_factor"),
+    }
+
+
+def _longrope(table: Fields, dim: int, context: int, original: int) -> dict[str, Any]:
+    """Equal factors for short and long contexts: a cached key cannot turn differently later."""
+    short, long = (table.numbers(name, dim // 2) for name in ("short_factor", "long_factor"))
+    if short != long:
+        raise table.fault(
+            "long_factor", "differs from short_factor; only one set of factors is supported"
+        )
+    factor = table.positive("factor", context / original)
+    return {
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "attention_factor": _longrope_attention_factor(table, factor, original),
+        "pair_factors": short,
+    }
+
+
+def _longrope_attention_factor(table: Fields, factor: float, original: int) -> float:
+    """The cos/sin factor: explicit, or sqrt(1 + ln(factor) / ln(original)) (arXiv 2402.13753)."""
+    explicit = table.optional_number("attention_factor")
+    if explicit is not None:
+        return explicit
+    if factor <= 1.0:
+        return 1.0
+    if original == 1:
+        raise table.fault("original_max_position_embeddings", "1 leaves attention_factor undefined")
+    return math.sqrt(1.0 + math.log(factor) / math.log(original))

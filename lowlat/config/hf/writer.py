@@ -1,0 +1,203 @@
+"""ModelConfig -> config.json; the counterpart of `config.hf`, which reads it."""
+
+from typing import Any
+
+from lowlat.config.attention import short_name
+from lowlat.config.hf.families import ARCHITECTURES, LOWLAT, MLA_FAMILIES
+from lowlat.config.hf.lowlat_model_type import config_to_lowlat
+from lowlat.config.hf.packing import packing_to_hf
+from lowlat.config.hf.padded_latent import extension_to_hf
+from lowlat.config.hf.rope import rope_to_hf
+from lowlat.config.model import (
+    AttentionConfig,
+    GQAConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    QuantConfig,
+)
+from lowlat.utils.errors import UserError
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The contents of config.json for `config`, without a dtype; `config_from_hf` reads it back.
+
+    mtp_copies is not written: the tensors say it. Raises UserError where the family has no field
+    for a setting.
+    """
+    if config.model_type == LOWLAT:
+        return config_to_lowlat(config)
+    attention, eos = _the_one(config), list(config.eos_token_ids)
+    raw: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": attention.num_attention_heads,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "hidden_act": "silu",
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "initializer_range": config.initializer_range,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+    }
+    raw |= rope_to_hf(config.rope_of(0))
+    match attention:
+        case MLAConfig():
+            raw |= _mla_to_hf(config, attention) | _moe_to_hf(config)
+        case GQAConfig():
+            raw |= _gqa_to_hf(config, attention) | _windows_to_hf(config)
+        case _:
+            _require(config, False, short_name(attention))
+    if config.quantization is not None:
+        raw["quantization_config"] = _quantization_to_hf(config.quantization)
+    if config.packing is not None:
+        raw["quantization_config"] = packing_to_hf(config.packing)
+    return raw
+
+
+def _the_one(config: ModelConfig) -> AttentionConfig:
+    """The attention of every layer, after which layer 0 speaks for all."""
+    differs = isinstance(config.attention, tuple) or isinstance(config.rope, tuple)
+    _require(config, not differs, f"layers that differ ({short_name(config.attention)})")
+    return config.attention_of(0)
+
+
+def _mla_to_hf(config: ModelConfig, attention: MLAConfig) -> dict[str, Any]:
+    _require(config, config.model_type in MLA_FAMILIES, "Multi-head Latent Attention")
+    _require(config, config.sliding_window is None, "a sliding window")
+    _require(config, attention.qk_rope_head_dim > 0, "qk_rope_head_dim 0")
+    raw: dict[str, Any] = {
+        "num_key_value_heads": attention.num_attention_heads,
+        "q_lora_rank": attention.q_lora_rank,
+        "kv_lora_rank": attention.kv_lora_rank,
+        "qk_nope_head_dim": attention.qk_nope_head_dim,
+        "qk_rope_head_dim": attention.qk_rope_head_dim,
+        "v_head_dim": attention.v_head_dim,
+        "attention_bias": attention.attention_bias,
+    }
+    if config.model_type == "deepseek_v2":
+        _require(config, config.rope_of(0).rope_interleave, "rope_interleave false")
+        _require(config, config.num_nextn_predict_layers == 0, "MTP modules")
+    else:
+        raw["rope_interleave"] = config.rope_of(0).rope_interleave
+        raw["num_nextn_predict_layers"] = config.num_nextn_predict_layers
+    if not attention.kv_a_layernorm:
+        _require(config, config.model_type == "deepseek_v3", "a latent without norm")
+        return raw | extension_to_hf(attention, config.hidden_size)
+    _require(config, not (attention.q_bias or attention.o_bias), "biases of single projections")
+    return raw
+
+
+def _moe_to_hf(config: ModelConfig) -> dict[str, Any]:
+    moe = config.moe or _no_experts(config)
+    first = moe.first_k_dense_replace
+    raw: dict[str, Any] = {
+        "n_routed_experts": moe.n_routed_experts,
+        "num_experts_per_tok": moe.num_experts_per_tok,
+        "n_shared_experts": moe.n_shared_experts,
+        "moe_intermediate_size": moe.moe_intermediate_size,
+        "first_k_dense_replace": first,
+        "moe_layer_freq": moe.moe_layer_freq,
+        "scoring_func": moe.scoring_func,
+        "topk_method": moe.topk_method,
+        "n_group": moe.n_group,
+        "topk_group": moe.topk_group,
+        "norm_topk_prob": moe.norm_topk_prob,
+        "routed_scaling_factor": moe.routed_scaling_factor,
+    }
+    is_v2 = config.model_type == "deepseek_v2"
+    _require(config, is_v2 != (moe.topk_method == "noaux_tc"), f"topk_method {moe.topk_method}")
+    _require(config, is_v2 != (moe.scoring_func == "sigmoid"), f"scoring_func {moe.scoring_func}")
+    _require(config, is_v2 != moe.scale_after_norm, f"scale_after_norm {moe.scale_after_norm}")
+    if config.model_type == "glm4_moe_lite":
+        layers = range(config.num_hidden_layers)
+        raw["mlp_layer_types"] = ["dense" if layer < first else "sparse" for layer in layers]
+    return raw
+
+
+def _no_experts(config: ModelConfig) -> MoEConfig:
+    """Standard readers know dense models as ones whose expert layers never come; numbers unused."""
+    is_v2 = config.model_type == "deepseek_v2"
+    return MoEConfig(
+        n_routed_experts=2,
+        num_experts_per_tok=1,
+        n_shared_experts=1,
+        moe_intermediate_size=config.intermediate_size,
+        first_k_dense_replace=config.num_cache_layers,
+        scoring_func="softmax" if is_v2 else "sigmoid",
+        topk_method="greedy" if is_v2 else "noaux_tc",
+        scale_after_norm=not is_v2,
+    )
+
+
+def _gqa_to_hf(config: ModelConfig, attention: GQAConfig) -> dict[str, Any]:
+    _require(config, config.model_type not in MLA_FAMILIES, "grouped-query attention")
+    _require(config, config.moe is None, "experts")
+    _require(config, config.num_nextn_predict_layers == 0, "MTP modules")
+    _require(config, not config.rope_of(0).rope_interleave, "rope_interleave true")
+    _require(
+        config, attention.qk_norm == (config.model_type == "qwen3"), f"qk_norm {attention.qk_norm}"
+    )
+    raw = {
+        "num_key_value_heads": attention.num_key_value_heads,
+        "head_dim": attention.head_dim,
+    }
+    biases = (attention.qkv_bias, attention.o_bias)
+    match config.model_type:
+        case "qwen2":
+            _require(config, biases == (True, False), f"(qkv_bias, o_bias) {biases}")
+        case "mistral":
+            _require(config, biases == (False, False), f"(qkv_bias, o_bias) {biases}")
+        case _:
+            _require(config, biases[0] == biases[1], f"(qkv_bias, o_bias) {biases}")
+            raw["attention_bias"] = attention.qkv_bias
+    return raw
+
+
+def _windows_to_hf(config: ModelConfig) -> dict[str, Any]:
+    window, layers = config.sliding_window, config.sliding_window_layers
+    if config.model_type == "llama":
+        _require(config, window is None, "a sliding window")
+        return {}
+    if config.model_type == "mistral":
+        _require(config, layers is None, "a sliding window on some layers only")
+        return {"sliding_window": window}
+    if window is None:
+        return {"use_sliding_window": False, "sliding_window": None}
+    count = config.num_hidden_layers
+    sliding = set(range(count) if layers is None else layers)
+    types = ["sliding_attention" if i in sliding else "full_attention" for i in range(count)]
+    return {
+        "use_sliding_window": True,
+        "sliding_window": window,
+        "max_window_layers": min(sliding),
+        "layer_types": types,
+    }
+
+
+def _quantization_to_hf(quant: QuantConfig) -> dict[str, Any]:
+    raw: dict[str, Any] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(quant.weight_block_size),
+    }
+    if quant.scale_fmt is not None:
+        raw["scale_fmt"] = quant.scale_fmt
+    if quant.modules_to_not_convert:
+        raw["modules_to_not_convert"] = list(quant.modules_to_not_convert)
+    return raw
+
+
+def _require(config: ModelConfig, condition: bool, what: str) -> None:
+    if not condition:
+        raise UserError(
+            f"a config.json of model_type '{config.model_type}' cannot express {what}; "
+            f"model_type '{LOWLAT}' can"
+        )

@@ -1,0 +1,202 @@
+"""Which pages of the cache are free, in use and by how many sequences, or kept for later.
+
+Owns page numbers, their reference counts and the order in which kept pages are given up. Knows no
+tensor (rows live in `attention.cache`) and no token (`engine.prefix` knows what a kept page holds).
+"""
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+
+class PageAllocator:
+    """Page numbers 0 .. num_pages - 1, each in exactly one of three states:
+
+    free    nobody holds it, its rows mean nothing;
+    used    held by one or more sequences;
+    cached  nobody holds it, its rows are kept until the page is wanted for something else.
+
+    A used page that was marked by `keep` becomes cached when its last holder lets go, any other
+    becomes free. `allocate` takes free pages before it evicts cached ones, and says so to the
+    listener.
+
+    What mutates: `allocate`, `retain`, `release`, `keep`, `unkeep`, `evict_all`, `grow`. Not
+    thread-safe: only the engine's thread calls it. A page may be written only by a sequence that is
+    its one holder (`is_shared` is false) and, once it is kept, by nobody. A caller that breaks the
+    contract (releases a free page, allocates more than `num_available`) gets an AssertionError,
+    under `python -O` too, and the allocator stays as it was.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        require(num_pages >= 0, "an allocator cannot have a negative number of pages")
+        self._ref_counts = [0] * num_pages
+        self._is_kept = bytearray(num_pages)
+        # A heap: the lowest number is taken first, so a lone sequence's pages follow each other
+        # and its rows can be read in place.
+        self._free = list(range(num_pages))
+        # Least recently released first. A plain dict would walk over removed entries to its first.
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._on_evict: Callable[[int], None] | None = None
+
+    @property
+    def num_pages(self) -> int:
+        return len(self._ref_counts)
+
+    @property
+    def num_free(self) -> int:
+        """Pages that hold nothing."""
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Pages that nobody holds and whose rows are kept."""
+        return len(self._cached)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `allocate` can give: free and cached ones."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_pages - self.num_available
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` pages, at most `num_available`; the caller is the one holder of each.
+
+        Free pages come first, the lowest number first; then cached ones are evicted, the least
+        recently released first, and handed out in the order of their numbers.
+        """
+        if not 0 <= count <= self.num_available:
+            raise AssertionError(f"{count} pages wanted, {self.num_available} available")
+        num_evicted = max(0, count - len(self._free))
+        pages = [heapq.heappop(self._free) for _ in range(count - num_evicted)]
+        pages += sorted([self._evict() for _ in range(num_evicted)])
+        for page in pages:
+            self._ref_counts[page] = 1
+        return pages
+
+    def retain(self, pages: Iterable[int]) -> None:
+        """Add one holder to each of `pages`, none of which may be free."""
+        pages = list(pages)
+        for page in pages:
+            if self.is_free(page):
+                raise AssertionError(f"page {page} is free")
+        for page in pages:
+            if self._ref_counts[page] == 0:
+                del self._cached[page]
+            self._ref_counts[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Drop one holder from each of `pages` (distinct, in the order of the sequence's rows); a
+        page nobody holds is free again, or cached where it is kept.
+
+        Of pages that become cached together the last is given up first: what follows from a page
+        is of no use without it.
+        """
+        pages = list(pages)
+        if len(set(pages)) != len(pages):
+            raise AssertionError("a page is released twice")
+        for page in pages:
+            if self._ref_counts[page] == 0:
+                raise AssertionError(f"nobody holds page {page}")
+        for page in reversed(pages):
+            self._ref_counts[page] -= 1
+            if self._ref_counts[page] == 0:
+                if self._is_kept[page]:
+                    self._cached[page] = None
+                else:
+                    heapq.heappush(self._free, page)
+
+    def listen(self, on_evict: Callable[[int], None]) -> None:
+        """Have `on_evict` called with each page that is kept no more, before it changes hands. A
+        allocator has one listener."""
+        require(self._on_evict is None, "another index listens to the allocator")
+        self._on_evict = on_evict
+
+    def keep(self, page: int) -> None:
+        """Mark a used page whose rows are complete: it will be cached, not free, until it is
+        evicted. Its rows may not be written from here on."""
+        if self._ref_counts[page] == 0 or self._is_kept[page]:
+            raise AssertionError(f"page {page} is not in use, or kept already")
+        self._is_kept[page] = True
+
+    def unkeep(self, page: int) -> None:
+        """Take `keep` back, which the listener asks for and is not told of: a cached page is free
+        at once, a used one when its last holder lets go."""
+        if not self._is_kept[page]:
+            raise AssertionError(f"page {page} is not kept")
+        self._is_kept[page] = False
+        if self._ref_counts[page] == 0:
+            del self._cached[page]
+            heapq.heappush(self._free, page)
+
+    def evict_all(self) -> None:
+        """Make every cached page free, the least recently released first."""
+        while self._cached:
+            heapq.heappush(self._free, self._evict())
+
+    def is_shared(self, page: int) -> bool:
+        return self._ref_counts[page] > 1
+
+    def is_free(self, page: int) -> bool:
+        return self._ref_counts[page] == 0 and not self._is_kept[page]
+
+    def is_kept(self, page: int) -> bool:
+        """Whether the page is cached or will be when its last holder lets go."""
+        return bool(self._is_kept[page])
+
+    def num_holders(self, page: int) -> int:
+        return self._ref_counts[page]
+
+    def eviction_order(self) -> list[int]:
+        """The cached pages, the next to be given up first."""
+        return list(self._cached)
+
+    def grow(self, num_pages: int) -> None:
+        """Extend the allocator to `num_pages` pages; every page keeps its number and its state."""
+        if num_pages < self.num_pages:
+            raise AssertionError(f"{self.num_pages} pages cannot become {num_pages}")
+        added = range(self.num_pages, num_pages)
+        for page in added:
+            heapq.heappush(self._free, page)
+        self._ref_counts += [0] * len(added)
+        self._is_kept += bytes(len(added))
+
+    def check_integrity(self, holders: Iterable[Iterable[int]] | None = None) -> None:
+        """Raise AssertionError unless every page is in one state and the lists of free and cached
+        pages agree with counts and marks, and `holders` (the page list of every sequence), where
+        given, account for exactly the pages in use. Takes time for every page of the allocator."""
+        free, cached = set(self._free), set(self._cached)
+        require(len(free) == len(self._free), "a page is on the free list twice")
+        require(not free & cached, "a page is both free and cached")
+        require(len(self._is_kept) == self.num_pages, "counts and marks differ in length")
+        unheld = {page for page, count in enumerate(self._ref_counts) if count == 0}
+        kept = {page for page in unheld if self._is_kept[page]}
+        require(free == unheld - kept, "the free list and the reference counts disagree")
+        require(cached == kept, "the cached pages and the marks of kept pages disagree")
+        num_used = sum(count > 0 for count in self._ref_counts)
+        total = self.num_free + self.num_cached + num_used
+        require(total == self.num_pages, "free, cached and used pages are not all pages")
+        if holders is None:
+            return
+        held = [0] * self.num_pages
+        for pages in holders:
+            for page in pages:
+                held[page] += 1
+        require(held == self._ref_counts, "the holders and the reference counts disagree")
+
+    def _evict(self) -> int:
+        """Give up the page that was released longest ago; it is in no list until the caller puts
+        it into one."""
+        page, _ = self._cached.popitem(last=False)
+        self._is_kept[page] = False
+        if self._on_evict is not None:
+            self._on_evict(page)
+        return page
+
+
+def require(condition: bool, message: str) -> None:
+    """An assertion that `python -O` does not drop."""
+    if not condition:
+        raise AssertionError(message)

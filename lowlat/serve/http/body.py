@@ -1,0 +1,182 @@
+"""Request bodies: read with a cap and a deadline, parsed without guessing.
+
+Owns bytes and JSON; what the values must be is the protocol models' business.
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from starlette.datastructures import Headers
+from starlette.types import Receive
+
+from lowlat.serve.protocol import limits
+from lowlat.serve.protocol.errors import RequestError
+
+_LONE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SHOWN = 60
+MAX_EXACT = 2.0**53
+"""Below it floats hold every integer."""
+
+
+class Disconnected(Exception):
+    """The client is gone."""
+
+
+def check_json_headers(headers: Headers) -> None:
+    """Raises RequestError 415 unless the body is said to be plain JSON.
+
+    A browser cannot send this type to a foreign server without asking first.
+    """
+    kind, _, rest = headers.get("content-type", "").partition(";")
+    charset = rest.strip().lower().replace('"', "")
+    if kind.strip().lower() != "application/json" or charset not in ("", "charset=utf-8"):
+        raise RequestError("Content-Type must be application/json", status=415)
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise RequestError("Content-Encoding must be identity (none)", status=415)
+
+
+async def read_body(
+    receive: Receive, headers: Headers, *, max_bytes: int, seconds: int | float
+) -> bytes:
+    """The whole body. Raises RequestError 413 above `max_bytes` (before reading where the length is
+    declared), 408 after `seconds`; Disconnected where the client leaves.
+    """
+    declared = headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > max_bytes:
+        raise _too_large(max_bytes)
+    try:
+        async with asyncio.timeout(seconds):
+            return await _read(receive, max_bytes)
+    except TimeoutError as error:
+        raise RequestError(
+            f"the request's body did not arrive within {seconds:g} seconds", status=408
+        ) from error
+
+
+async def _read(receive: Receive, max_bytes: int) -> bytes:
+    body = bytearray()
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        body += message.get("body", b"")
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+        more = message.get("more_body", False)
+    return bytes(body)
+
+
+def _too_large(max_bytes: int) -> RequestError:
+    return RequestError(f"the request's body is larger than {max_bytes} bytes", status=413)
+
+
+def parse_object(
+    text: bytes, *, what: str = "the body", param: str | None = None, keeps_floats: bool = False
+) -> dict[str, Any]:
+    """The JSON object in `text`: UTF-8, no key twice, finite numbers, bounded depth. A number
+    without a fraction becomes an integer, unless `keeps_floats`.
+
+    Raises RequestError for anything else, which says `what` is wrong and names `param`.
+    """
+    try:
+        return _parse(text, _finite if keeps_floats else _number)
+    except _Refused as error:
+        raise RequestError(f"{what} {error}", param=param) from error.__cause__
+
+
+class _Refused(Exception):
+    """What is wrong with a text."""
+
+
+def _parse(text: bytes, number: Callable[[str], int | float]) -> dict[str, Any]:
+    try:
+        value = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=number,
+            parse_int=_bounded,
+        )
+    except RecursionError as error:
+        raise _too_deep() from error
+    except UnicodeDecodeError as error:
+        raise _Refused(f"is no UTF-8 text (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise _Refused(f"is no valid JSON: {error.msg} at character {error.pos}") from error
+    if not isinstance(value, dict):
+        raise _Refused("must be a JSON object")
+    _check_values(value, has_surrogates=_LONE_ESCAPE.search(text) is not None)
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _Refused(f"has the key {key[:_SHOWN]!r} twice in one object")
+            seen.add(key)
+    return result
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise _Refused(f"holds {text}, which is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise _Refused(f"holds the number {text[:_SHOWN]}, which is too large")
+    return number
+
+
+def _number(text: str) -> int | float:
+    number = _finite(text)
+    # As in JSON schema: a number without a fraction is an integer, however it is written.
+    return int(number) if number.is_integer() and abs(number) < MAX_EXACT else number
+
+
+def _bounded(text: str) -> int:
+    if len(text) > 32:
+        raise _Refused(f"holds the number {text[:_SHOWN]}, which is too large")
+    return int(text)
+
+
+def _check_values(value: object, *, has_surrogates: bool) -> None:
+    """Depth of arrays and objects; where escapes may have made half characters, also strings."""
+    level = [value]
+    for _ in range(limits.MAX_JSON_DEPTH):
+        level = [child for item in level for child in _children(item)]
+        if has_surrogates and any(_is_broken(item) for item in level):
+            raise _Refused("has half of a surrogate pair in a string")
+        level = [item for item in level if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _children(item: object) -> Iterator[object]:
+    if isinstance(item, dict):
+        yield from item.keys()
+        yield from item.values()
+    elif isinstance(item, list):
+        yield from item
+
+
+def _is_broken(item: object) -> bool:
+    if not isinstance(item, str):
+        return False
+    try:
+        item.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _too_deep() -> _Refused:
+    return _Refused(f"is nested deeper than {limits.MAX_JSON_DEPTH} levels")

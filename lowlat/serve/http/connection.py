@@ -1,0 +1,189 @@
+"""Connection: uvicorn's HTTP/1.1 protocol with bounds on what a client may hold, and our errors.
+
+Owns what happens before there is a request (too many connections, slow headers, bytes that are no
+HTTP) and after its answer: what is left of a body is not waited for, nor a client that reads
+nothing.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import h11
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from lowlat.serve.config import ServeConfig
+from lowlat.serve.http.errors import RETRY_SECONDS, error_object
+from lowlat.serve.http.logs import log
+
+LINGER_SECONDS = 2.0
+"""How long the rest of a body that nobody reads may come. Were the connection closed with bytes
+under way, the client's system might drop the answer.
+"""
+_CLOSE = (b"connection", b"close")
+
+
+class Connection(H11Protocol):
+    """A client must finish a request's line and headers `header_seconds` after it begins, and
+    go on reading its answer within `send_seconds`.
+
+    The time between requests is limited by uvicorn's keep-alive timeout.
+    """
+
+    _bounds: ServeConfig
+    _max_connections: int
+    _timer: asyncio.TimerHandle | None = None
+    _abort_timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._inner = self.app
+        self.app = self._answer
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().connection_made(transport)
+        if len(self.connections) > self._max_connections:
+            log(logging.WARNING, "too many connections; one is refused")
+            self._refuse(503, "too many connections; try again later", code="overloaded")
+        else:
+            self._timer = self.loop.call_later(self._bounds.header_seconds, self._time_out)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self._awaits_headers():
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self._bounds.header_seconds, self._time_out)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        self._stop_abort()
+        super().connection_lost(exc)
+
+    def eof_received(self) -> None:
+        super().eof_received()
+        self._abort_later()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._abort_later()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._stop_abort()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._abort_later()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "this is no HTTP/1.1 request, or its headers are too large")
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The app. Where it answers before the request's end, the connection ends with it."""
+        is_early = is_over = False
+
+        async def watched(message: Message) -> None:
+            nonlocal is_early, is_over
+            if message["type"] == "http.response.start":
+                is_early = self.conn.their_state is h11.SEND_BODY
+                message = _with_close(message) if is_early else message
+            elif is_early:
+                is_over = not message.get("more_body", False)
+                message = {**message, "more_body": True}
+            await send(message)
+
+        await self._inner(scope, receive, watched)
+        if is_over:
+            await _discard(receive)
+            # Only now is the answer at its end for uvicorn, which then closes.
+            await send({"type": "http.response.body", "body": b""})
+        if self.transport.is_closing():
+            self._abort_later()
+
+    def _awaits_headers(self) -> bool:
+        return self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _time_out(self) -> None:
+        self._timer = None
+        if not self.transport.is_closing():
+            seconds = self._bounds.header_seconds
+            self._refuse(408, f"the headers did not arrive within {seconds:g} seconds")
+
+    def _refuse(self, status: int, message: str, *, code: str | None = None) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.write(_raw_error(self.conn.send, status, message, code))
+        self.transport.close()
+        self._abort_later()
+
+    def _abort_later(self) -> None:
+        """End the connection, also with bytes unsent, unless the client goes on reading."""
+        self._stop_abort()
+        left = self.transport.get_write_buffer_size()
+        if left:
+            self._abort_timer = self.loop.call_later(self._bounds.send_seconds, self._abort, left)
+
+    def _stop_abort(self) -> None:
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
+            self._abort_timer = None
+
+    def _abort(self, left: int) -> None:
+        if self.transport.get_write_buffer_size() < left:
+            self._abort_later()
+        else:
+            log(logging.WARNING, "the client reads nothing; its connection is ended")
+            self.transport.abort()
+
+
+def connection_class(config: ServeConfig, *, max_connections: int) -> type[H11Protocol]:
+    """The protocol class for uvicorn; it makes one object for each connection."""
+
+    class Bounded(Connection):
+        _bounds = config
+        _max_connections = max_connections
+
+    return Bounded
+
+
+def _with_close(message: Message) -> Message:
+    headers = [pair for pair in message.get("headers", ()) if pair[0].lower() != _CLOSE[0]]
+    return {**message, "headers": [*headers, _CLOSE]}
+
+
+async def _discard(receive: Receive) -> None:
+    """Read what is left of a body, for a while."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while (await receive()).get("more_body", False):
+                pass
+
+
+def _raw_error(
+    encode: Callable[[h11.Event], bytes | None], status: int, message: str, code: str | None
+) -> bytes:
+    """The bytes of an error response that ends its connection."""
+    body = json.dumps(error_object(status, message, code=code)).encode()
+    headers = [
+        ("content-type", "application/json"),
+        ("content-length", str(len(body))),
+        ("connection", "close"),
+    ]
+    if status == 503:
+        headers.append(("retry-after", str(RETRY_SECONDS)))
+    events = (
+        h11.Response(status_code=status, headers=headers),
+        h11.Data(data=body),
+        h11.EndOfMessage(),
+    )
+    return b"".join(encode(event) or b"" for event in events)

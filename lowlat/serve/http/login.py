@@ -1,0 +1,140 @@
+"""Login with an API key: the form, the cookie of a logged-in browser, and the page headers.
+
+Decides nothing about access: `http.security` does, and answers a refused GET of `/` with
+`login_page()`.
+"""
+
+import base64
+import hashlib
+import hmac
+import html
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from urllib.parse import parse_qs
+
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from lowlat.serve.http.body import read_body
+from lowlat.serve.protocol.errors import RequestError
+
+COOKIE = "lowlat_key"
+LOGIN_FLAG = "lowlat_login"
+"""A cookie without a secret: it shows the page's scripts, which cannot read COOKIE, a logged-in
+browser."""
+COOKIE_SECONDS = 30 * 24 * 3600
+MAX_FORM_BYTES = 4096
+LOGIN_PATH = "/login"
+LOGIN_FILE = Path(__file__).parents[1] / "static" / "login.html"
+
+HTML = "text/html; charset=utf-8"
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src {style}; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+PAGE_HEADERS = {
+    "Content-Security-Policy": _POLICY.format(style="'self'"),
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    # With no-referrer a browser would send `Origin: null` with the login form.
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+}
+_NO_STORE = {"Cache-Control": "no-store"}
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def login_routes(keys: Sequence[str], *, body_seconds: int | float) -> list[Route]:
+    """POST `/login` and `/logout`; the login form must arrive within `body_seconds`."""
+    login = _login_endpoint(tuple(keys), body_seconds)
+    return [
+        Route(LOGIN_PATH, login, methods=["POST"]),
+        Route("/logout", _logout, methods=["POST"]),
+    ]
+
+
+def cookie_value(key: str) -> str:
+    """Value of the cookie `COOKIE` for an API key; the key cannot be derived from it.
+
+    The value depends on the key alone: a login survives a restart and ends when the key is removed.
+    """
+    return hmac.new(key.encode(), b"lowlat chat page", hashlib.sha256).hexdigest()
+
+
+def login_page(message: str = "", *, status: int = 401) -> Response:
+    """The form that asks for an API key; `message` explains why a login failed."""
+    return Response(
+        _LOGIN_TEXT.replace("{{message}}", html.escape(message)),
+        status_code=status,
+        media_type=HTML,
+        headers=PAGE_HEADERS | _NO_STORE | {"Content-Security-Policy": _LOGIN_POLICY},
+    )
+
+
+def _login_endpoint(keys: tuple[str, ...], body_seconds: int | float) -> Endpoint:
+    async def login(request: Request) -> Response:
+        try:
+            given = await _key_from_form(request, body_seconds)
+        except RequestError as error:
+            return login_page(f"Send the form again: {error.message}.", status=error.status)
+        if given is None:
+            return login_page("Send the form with an API key.", status=400)
+        # Constant time: every key is compared, whichever matches.
+        known = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
+        if not any(known):
+            return login_page("The API key is invalid. Check it and log in again.")
+        response = RedirectResponse("/", status_code=303, headers=_NO_STORE)
+        for name, value in ((COOKIE, cookie_value(given)), (LOGIN_FLAG, "1")):
+            response.set_cookie(
+                name,
+                value,
+                max_age=COOKIE_SECONDS,
+                path="/",
+                secure=request.url.scheme == "https",
+                httponly=name == COOKIE,
+                samesite="strict",
+            )
+        return response
+
+    return login
+
+
+async def _logout(request: Request) -> Response:
+    response = RedirectResponse("/", status_code=303, headers=_NO_STORE)
+    for name in (COOKIE, LOGIN_FLAG):
+        response.delete_cookie(name, path="/", httponly=name == COOKIE, samesite="strict")
+    return response
+
+
+async def _key_from_form(request: Request, seconds: int | float) -> str | None:
+    """The field `key` of a urlencoded form; None for anything else.
+
+    Raises RequestError, as `read_body` does, for a form above MAX_FORM_BYTES or one that arrives
+    too slowly.
+    """
+    kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if kind != "application/x-www-form-urlencoded":
+        return None
+    body = await read_body(
+        request.receive, request.headers, max_bytes=MAX_FORM_BYTES, seconds=seconds
+    )
+    try:
+        fields = parse_qs(body.decode("ascii"), strict_parsing=True, max_num_fields=4)
+    except ValueError:
+        return None
+    values = fields.get("key", [])
+    return values[0].strip() if len(values) == 1 and values[0].strip() else None
+
+
+# Without a key the browser may fetch no other file, so the form embeds its style sheet, which the
+# Content-Security-Policy allows by its hash.
+_LOGIN_TEXT = LOGIN_FILE.read_text(encoding="utf-8")
+_LOGIN_STYLE = "".join(re.findall(r"<style>(.*?)</style>", _LOGIN_TEXT, re.DOTALL))
+_LOGIN_HASH = base64.b64encode(hashlib.sha256(_LOGIN_STYLE.encode()).digest()).decode()
+_LOGIN_POLICY = _POLICY.format(style=f"'sha256-{_LOGIN_HASH}'")

@@ -1,0 +1,102 @@
+"""EventStream: a response of server-sent events, whatever they tell.
+
+Owns the encoding, the comments that keep a silent stream open, and giving up on a client that takes
+nothing. Does not watch for the client leaving: `serve.endpoint` does, for all responses.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncGenerator
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from lowlat.serve.config import ServeConfig
+from lowlat.serve.http.body import Disconnected
+from lowlat.serve.http.errors import describe, error_object
+from lowlat.serve.http.logs import log
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+
+
+def event(data: str, *, name: str | None = None) -> bytes:
+    """One event whose data is `data`, JSON on one line."""
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {data}\n\n".encode()
+
+
+class EventStream(Response):
+    """Sends `events` as they come. A fault on the way becomes a last event with an error."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        ping_seconds: int | float,
+        send_seconds: int | float,
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._ping_seconds = ping_seconds
+        self._send_seconds = send_seconds
+        self._is_silent = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await self._send(send, start)
+        pinging = asyncio.create_task(self._ping(send))
+        try:
+            async with contextlib.aclosing(self._events) as events:
+                await self._send_all(send, events)
+        finally:
+            pinging.cancel()
+            await asyncio.wait([pinging])
+        await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_all(self, send: Send, events: AsyncGenerator[bytes, None]) -> None:
+        try:
+            async for part in events:
+                self._is_silent = False
+                await self._send_part(send, part)
+        except Disconnected:
+            raise
+        except Exception as error:
+            await self._send_part(send, _last_event(error))
+
+    async def _ping(self, send: Send) -> None:
+        """Send a comment whenever nothing else was sent for a while."""
+        with contextlib.suppress(Disconnected):
+            while True:
+                self._is_silent = True
+                await asyncio.sleep(self._ping_seconds)
+                if self._is_silent:
+                    await self._send_part(send, PING)
+
+    async def _send_part(self, send: Send, part: bytes) -> None:
+        await self._send(send, {"type": "http.response.body", "body": part, "more_body": True})
+
+    async def _send(self, send: Send, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._send_seconds):
+                await send(message)
+        except TimeoutError as error:
+            log(logging.WARNING, "the client reads nothing; its stream is ended")
+            raise Disconnected from error
+
+
+def _last_event(error: Exception) -> bytes:
+    status, message, param, code = describe(error)
+    if status == 500:
+        log(logging.ERROR, "internal error", error=error)
+    return event(json.dumps(error_object(status, message, param=param, code=code)))
+
+
+def stream_response(events: AsyncGenerator[bytes, None], config: ServeConfig) -> EventStream:
+    """`events` as a response, with the times `config` sets."""
+    return EventStream(events, ping_seconds=config.ping_seconds, send_seconds=config.send_seconds)

@@ -1,0 +1,71 @@
+"""What form an answer must have: OpenAI's response_format and vLLM's structured_outputs.
+
+Owns the fields; what they compile to is `engine.structured`'s.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lowlat.generate import structured
+from lowlat.serve.protocol.base import Description, FunctionName, JsonSchemaObject, StrictModel
+from lowlat.serve.protocol.errors import RequestError
+
+
+class TextFormat(StrictModel):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(StrictModel):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(StrictModel):
+    name: FunctionName
+    description: Description | None = None
+    schema_: Annotated[JsonSchemaObject, Field(alias="schema")]
+    strict: bool | None = None
+    """The schema is always enforced, whatever is said here."""
+
+
+class JsonSchemaFormat(StrictModel):
+    """JSON that matches a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
+]
+
+
+class StructuredOutputs(StrictModel):
+    """Exactly one of: a JSON schema, a regular expression, a choice of texts, a Lark grammar."""
+
+    json_: Annotated[JsonSchemaObject | None, Field(alias="json")] = None
+    regex: Annotated[str, Field(min_length=1, max_length=structured.MAX_PATTERN_BYTES)] | None = (
+        None
+    )
+    choice: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=structured.MAX_CHOICE_BYTES)]],
+            Field(min_length=1, max_length=structured.MAX_CHOICES),
+        ]
+        | None
+    ) = None
+    grammar: Annotated[str, Field(min_length=1, max_length=structured.MAX_GRAMMAR_BYTES)] | None = (
+        None
+    )
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "StructuredOutputs":
+        given = [self.json_, self.regex, self.choice, self.grammar]
+        if sum(item is not None for item in given) != 1:
+            raise RequestError(
+                "structured_outputs must hold exactly one of json, regex, choice and grammar",
+                param="structured_outputs",
+            )
+        return self

@@ -1,0 +1,219 @@
+"""POST /v1/chat/completions.
+
+Owns the order of the steps: prompt and grammar off the event loop, admission, reply.
+"""
+
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AbstractContextManager, aclosing
+
+from starlette.responses import Response
+
+from lowlat.generate import completion
+from lowlat.serve.chat.output_parser import AnswerParser
+from lowlat.serve.chat.prompt import PreparedChat, prepare_chat
+from lowlat.serve.generation import Delta
+from lowlat.serve.http.errors import renamed
+from lowlat.serve.http.sse import DONE, event, stream_response
+from lowlat.serve.protocol import chat_response as wire
+from lowlat.serve.protocol.chat import ChatRequest
+from lowlat.serve.routes.context import Call
+from lowlat.serve.routes.endpoint import json_response
+from lowlat.serve.routes.response_fields import chat_logprobs, new_id, now, timings_of, usage_of
+from lowlat.serve.tool_parsers.parts import (
+    ContentPart,
+    Part,
+    ReasoningPart,
+    ToolCallArguments,
+    ToolCallStart,
+)
+from lowlat.text.tokenizer import Tokenizer
+
+
+async def create_chat(call: Call, request: ChatRequest) -> Response:
+    """Answer `request`, streamed where it asks for that."""
+    call.services.check_model(request.model)
+    prepared = await submit_chat(call, request)
+    reply = ChatReply(call, request, prepared.make_parser)
+    if request.stream:
+        return stream_response(reply.events(), call.services.config)
+    return json_response(await reply.whole())
+
+
+async def submit_chat(call: Call, request: ChatRequest) -> PreparedChat:
+    """Have the chat's next answer generated; returns how to read it."""
+    services = call.services
+    prepared = await services.workers.run(prepare_chat, services.model, request)
+    grammar = None
+    if prepared.structured is not None:
+        param = call.form_field = request.form_field
+        with _limits_named(request):
+            services.engine.check(prepared.ids, prepared.params)
+        grammar = await call.compile(prepared.structured, param=param)
+    with _limits_named(request):
+        await call.submit(
+            prepared.ids,
+            prepared.params,
+            priority=request.priority,
+            deadline=request.deadline_seconds,
+            grammar=grammar,
+            keep_special=prepared.keep_special,
+        )
+    return prepared
+
+
+def _limits_named(request: ChatRequest) -> AbstractContextManager[None]:
+    """The engine knows one limit of an answer, chats have two names for it."""
+    is_new = request.max_tokens is None
+    return renamed({"max_tokens": "max_completion_tokens"} if is_new else {})
+
+
+class _Choice:
+    """One completion of the chat as far as it has come."""
+
+    def __init__(self, parser: AnswerParser) -> None:
+        self.parser = parser
+        self.content: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: dict[int, tuple[ToolCallStart, list[str]]] = {}
+        self.logprobs: list[completion.TokenLogprob] = []
+        self.finish_reason: wire.ChatFinish | None = None
+        self.has_begun = False
+
+    def push(self, delta: Delta) -> list[Part]:
+        """Take in what the completion gained; returns its certain parts."""
+        parts = self.parser.push(delta.text)
+        if delta.finish_reason is not None:
+            parts = [*parts, *self.parser.finish()]
+            self.finish_reason = "length" if delta.finish_reason == "length" else "stop"
+            if self.parser.has_tool_calls and self.finish_reason == "stop":
+                self.finish_reason = "tool_calls"
+        return parts
+
+    def keep(self, delta: Delta, parts: list[Part]) -> None:
+        """Remember `parts` and log-probabilities for the whole message."""
+        self.logprobs.extend(delta.logprobs)
+        for part in parts:
+            match part:
+                case ContentPart():
+                    self.content.append(part.text)
+                case ReasoningPart():
+                    self.reasoning.append(part.text)
+                case ToolCallStart():
+                    self.calls[part.index] = (part, [])
+                case ToolCallArguments():
+                    self.calls[part.index][1].append(part.text)
+
+    def message(self) -> wire.AnswerMessage:
+        calls = [
+            wire.AnswerToolCall(
+                id=start.id,
+                function=wire.AnswerFunction(name=start.name, arguments="".join(arguments)),
+            )
+            for _, (start, arguments) in sorted(self.calls.items())
+        ]
+        content = "".join(self.content)
+        return wire.AnswerMessage(
+            content=content if content or not calls else None,
+            reasoning_content="".join(self.reasoning) or None,
+            tool_calls=calls or None,
+        )
+
+
+class ChatReply:
+    """Makes the answer to `request` from the deltas of `call`."""
+
+    def __init__(
+        self, call: Call, request: ChatRequest, make_parser: Callable[[], AnswerParser]
+    ) -> None:
+        self._call = call
+        self._request = request
+        self._id = new_id("chatcmpl-")
+        self._created = now()
+        self._choices = [_Choice(make_parser()) for _ in range(request.n or 1)]
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        return self._call.services.model.tokenizer
+
+    async def whole(self) -> wire.ChatCompletion:
+        """The answer when it is complete."""
+        async with aclosing(self._call.deltas()) as deltas:
+            async for _, delta in deltas:
+                choice = self._choices[delta.index]
+                choice.keep(delta, choice.push(delta))
+        return wire.ChatCompletion(
+            id=self._id,
+            created=self._created,
+            model=self._request.model,
+            choices=[self._whole_choice(i, choice) for i, choice in enumerate(self._choices)],
+            usage=usage_of(self._call),
+            lowlat=timings_of(self._call),
+        )
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The answer as events while it comes."""
+        async with aclosing(self._call.deltas()) as deltas:
+            async for _, delta in deltas:
+                chunks = [self._chunk([choice]) for choice in self._chunks(delta)]
+                if chunks:
+                    yield b"".join(event(chunk.model_dump_json()) for chunk in chunks)
+        if self._request.includes_usage:
+            last = self._chunk([])
+            last.usage, last.lowlat = usage_of(self._call), timings_of(self._call)
+            yield event(last.model_dump_json())
+        yield DONE
+
+    def _whole_choice(self, index: int, choice: _Choice) -> wire.ChatChoice:
+        logprobs = chat_logprobs(self._tokenizer, choice.logprobs)
+        return wire.ChatChoice(
+            index=index,
+            message=choice.message(),
+            logprobs=logprobs if self._request.logprobs else None,
+            finish_reason=choice.finish_reason or "stop",
+        )
+
+    def _chunk(self, choices: list[wire.ChunkChoice]) -> wire.ChatChunk:
+        return wire.ChatChunk(
+            id=self._id, created=self._created, model=self._request.model, choices=choices
+        )
+
+    def _chunks(self, delta: Delta) -> Iterator[wire.ChunkChoice]:
+        """`delta` as choices of chunks: the role first, the finish reason last and alone."""
+        choice = self._choices[delta.index]
+        parts = choice.push(delta)
+        if not choice.has_begun:
+            choice.has_begun = True
+            opening = wire.MessageDelta(role="assistant", content="")
+            yield wire.ChunkChoice(index=delta.index, delta=opening)
+        gains = [_delta_of(part) for part in parts]
+        logprobs = None
+        if delta.logprobs:
+            logprobs = chat_logprobs(self._tokenizer, delta.logprobs)
+            gains = gains or [wire.MessageDelta(content="")]
+        for gain in gains:
+            yield wire.ChunkChoice(index=delta.index, delta=gain, logprobs=logprobs)
+            logprobs = None
+        if choice.finish_reason is not None:
+            yield wire.ChunkChoice(
+                index=delta.index, delta=wire.MessageDelta(), finish_reason=choice.finish_reason
+            )
+
+
+def _delta_of(part: Part) -> wire.MessageDelta:
+    match part:
+        case ContentPart():
+            return wire.MessageDelta(content=part.text)
+        case ReasoningPart():
+            return wire.MessageDelta(reasoning_content=part.text)
+        case ToolCallStart():
+            call = wire.ToolCallDelta(
+                index=part.index,
+                id=part.id,
+                type="function",
+                function=wire.FunctionDelta(name=part.name, arguments=""),
+            )
+        case ToolCallArguments():
+            call = wire.ToolCallDelta(
+                index=part.index, function=wire.FunctionDelta(arguments=part.text)
+            )
+    return wire.MessageDelta(tool_calls=[call])

@@ -1,0 +1,156 @@
+"""GET /openapi.json: the API as an OpenAPI 3.1 document, made from the models themselves.
+
+Owns the document. It is exact: what it allows is accepted where its parts do not contradict each
+other, what it does not allow is refused.
+"""
+
+import json
+from importlib.metadata import version
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from lowlat.serve.protocol.completions import TokenId
+from lowlat.serve.protocol.errors import ErrorResponse
+from lowlat.serve.routes.operations import GETS, POSTS, Get, Post
+from lowlat.serve.state import Services
+
+Json = dict[str, Any]
+
+_REFUSALS = {
+    "400": "A field is wrong or not supported; param names it.",
+    "404": "There is no such model.",
+    "408": "The body came too slowly, or the deadline passed.",
+    "413": "The body is too large.",
+    "415": "The body is not said to be JSON.",
+    "429": "Too many requests wait; Retry-After tells when to come again.",
+    "500": "A fault of the server.",
+    "503": "The server shuts down, or its engine has stopped.",
+}
+_GET_REFUSALS = ("400", "404", "500", "503")
+_OPEN = frozenset({"/health"})
+
+
+def openapi_route(services: Services) -> Route:
+    """The route of the document, which is made once."""
+    body = json.dumps(document(services)).encode()
+
+    async def get_openapi(request: Request) -> Response:
+        return Response(body, media_type="application/json")
+
+    return Route("/openapi.json", get_openapi)
+
+
+def document(services: Services) -> Json:
+    """The document of a server; its one model is the only one requests may name."""
+    refs, schemas = _schemas()
+    for operation in POSTS:
+        schemas[operation.request.__name__]["properties"]["model"] = {
+            "type": "string",
+            "enum": [services.model_name],
+        }
+    schemas[TokenId.__name__]["maximum"] = services.model.config.vocab_size - 1
+    has_keys = bool(services.config.api_keys)
+    paths: dict[str, Json] = {}
+    for operation in POSTS:
+        paths[operation.path] = {"post": _post(operation, refs, has_keys)}
+    for operation in GETS:
+        paths[operation.path] = {"get": _get(operation, refs, services, has_keys)}
+    components: Json = {"schemas": schemas}
+    if has_keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "lowlat", "version": version("lowlat")},
+        "paths": paths,
+        "components": components,
+    }
+
+
+def _schemas() -> tuple[dict[type[BaseModel], Json], Json]:
+    """A reference to each model's schema, and all schemas by name."""
+    requests = [operation.request for operation in POSTS]
+    responses = [ErrorResponse, *(o.response for o in (*POSTS, *GETS) if o.response is not None)]
+    responses += [operation.chunk for operation in POSTS if operation.chunk is not None]
+    pairs: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [
+        *((model, "validation") for model in requests),
+        *((model, "serialization") for model in dict.fromkeys(responses)),
+    ]
+    refs, definitions = models_json_schema(pairs, ref_template="#/components/schemas/{model}")
+    by_model: dict[type[BaseModel], Json] = {model: refs[model, mode] for model, mode in pairs}
+    return by_model, definitions["$defs"]
+
+
+def _post(operation: Post, refs: dict[type[BaseModel], Json], has_keys: bool) -> Json:
+    content: Json = {"application/json": {"schema": refs[operation.response]}}
+    if operation.chunk is not None:
+        content["text/event-stream"] = {"schema": _events(refs[operation.chunk])}
+    body = {"application/json": {"schema": refs[operation.request]}}
+    return {
+        "operationId": operation.handle.__name__,
+        "summary": (operation.handle.__doc__ or "").splitlines()[0],
+        "requestBody": {"required": True, "content": body},
+        "responses": {
+            "200": {"description": "The answer.", "content": content},
+            **_refusals(_REFUSALS, refs, has_keys),
+        },
+        **_security(operation.path, has_keys),
+    }
+
+
+def _events(data: Json) -> Json:
+    """Each of the events of a stream; `data` describes their data, but for the last."""
+    chunk = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
+    properties: Json = {
+        "event": {"type": "string"},
+        "data": {"anyOf": [chunk, {"const": "[DONE]"}]},
+    }
+    return {"type": "object", "properties": properties, "required": ["data"]}
+
+
+def _get(
+    operation: Get, refs: dict[type[BaseModel], Json], services: Services, has_keys: bool
+) -> Json:
+    schema = {"type": "string"} if operation.response is None else refs[operation.response]
+    kind = "text/plain" if operation.response is None else "application/json"
+    described: Json = {
+        "operationId": operation.path.strip("/").replace("/", "_").replace("{id}", "one"),
+        "summary": operation.summary,
+        "responses": {
+            "200": {"description": operation.summary, "content": {kind: {"schema": schema}}},
+            **_refusals(_GET_REFUSALS, refs, has_keys),
+        },
+        **_security(operation.path, has_keys),
+    }
+    if operation.parameter is not None:
+        described["parameters"] = [
+            {
+                "name": operation.parameter,
+                "in": "path",
+                "required": True,
+                "schema": {"type": "string", "enum": [services.model_name]},
+            }
+        ]
+    return described
+
+
+def _refusals(
+    statuses: tuple[str, ...] | dict[str, str], refs: dict[type[BaseModel], Json], has_keys: bool
+) -> Json:
+    texts = {status: _REFUSALS[status] for status in statuses}
+    texts["403"] = "Host or Origin is not allowed."
+    texts["405"] = "The path does not allow the method."
+    if has_keys:
+        texts["401"] = "A valid API key is needed."
+    content = {"application/json": {"schema": refs[ErrorResponse]}}
+    return {
+        status: {"description": text, "content": content} for status, text in sorted(texts.items())
+    }
+
+
+def _security(path: str, has_keys: bool) -> Json:
+    return {"security": [{"key": []}]} if has_keys and path not in _OPEN else {}

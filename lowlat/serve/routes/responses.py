@@ -1,0 +1,165 @@
+"""POST /v1/responses, by way of the chat it means.
+
+Owns the names under which errors of the chat are told.
+"""
+
+import json
+import logging
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Literal
+
+from starlette.responses import Response
+
+from lowlat.serve.chat.output_parser import AnswerParser
+from lowlat.serve.generation import Delta
+from lowlat.serve.http.errors import describe, renamed
+from lowlat.serve.http.logs import log
+from lowlat.serve.http.sse import event, stream_response
+from lowlat.serve.protocol import responses_output as wire
+from lowlat.serve.protocol.responses import ResponsesRequest
+from lowlat.serve.protocol.sampling import DEFAULT_TEMPERATURE
+from lowlat.serve.protocol.structured_outputs import TextFormat
+from lowlat.serve.routes.chat import submit_chat
+from lowlat.serve.routes.context import Call
+from lowlat.serve.routes.endpoint import json_response
+from lowlat.serve.routes.response_fields import new_id, now
+from lowlat.serve.routes.responses_input import as_chat
+from lowlat.serve.routes.responses_output import Event, Output
+
+_FIELDS = {
+    "messages": "input",
+    "prompt": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    # The same field, whose functions have another form.
+    "tools": "tools",
+}
+"""A chat's fields, and what they are in this API."""
+
+
+async def create_response(call: Call, request: ResponsesRequest) -> Response:
+    """Answer `request`, streamed where it asks for that."""
+    call.services.check_model(request.model)
+    with renamed(_FIELDS):
+        chat = await call.services.workers.run(as_chat, request)
+        prepared = await submit_chat(call, chat)
+    call.form_field = _FIELDS.get(call.form_field, call.form_field)
+    reply = ResponsesReply(call, request, prepared.make_parser())
+    if request.stream:
+        return stream_response(reply.events(), call.services.config)
+    return json_response(await reply.whole())
+
+
+class ResponsesReply:
+    """Makes the answer to `request` from the deltas of `call`."""
+
+    def __init__(self, call: Call, request: ResponsesRequest, parser: AnswerParser) -> None:
+        self._call = call
+        self._request = request
+        self._parser = parser
+        self._id = new_id("resp_")
+        self._created = now()
+        self._output = Output()
+        self._reasoning_tokens = 0
+        self._is_cut = False
+        self._number = 0
+
+    async def whole(self) -> wire.ResponseObject:
+        """The answer when it is complete."""
+        async with aclosing(self._call.deltas()) as deltas:
+            async for _, delta in deltas:
+                for _ in self._take(delta):
+                    pass
+        return self._response(self._final_status)
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The answer as events while it comes; a fault becomes the event response.failed."""
+        yield self._told("response.created", "in_progress")
+        yield self._told("response.in_progress", "in_progress")
+        try:
+            async with aclosing(self._call.deltas()) as deltas:
+                async for _, delta in deltas:
+                    if told := b"".join(self._encode(*gain) for gain in self._take(delta)):
+                        yield told
+        except Exception as error:
+            yield self._failed(error)
+            return
+        yield self._told(f"response.{self._final_status}", self._final_status)
+
+    def _take(self, delta: Delta) -> Iterator[Event]:
+        before = self._parser.reasoning
+        parts = self._parser.push(delta.text)
+        # A step with some of the reasoning counts whole: what else it may hold is a few tokens.
+        if before == "begun" or before != self._parser.reasoning:
+            self._reasoning_tokens += len(delta.tokens)
+        if delta.finish_reason is not None:
+            parts = [*parts, *self._parser.finish()]
+        for part in parts:
+            yield from self._output.push(part)
+        if delta.finish_reason is not None:
+            self._is_cut = delta.finish_reason == "length"
+            yield from self._output.close("incomplete" if self._is_cut else "completed")
+
+    @property
+    def _final_status(self) -> Literal["completed", "incomplete"]:
+        return "incomplete" if self._is_cut else "completed"
+
+    def _response(
+        self, status: Literal["in_progress", "completed", "incomplete", "failed"]
+    ) -> wire.ResponseObject:
+        request = self._request
+        text = None if request.text is None else request.text.format
+        return wire.ResponseObject(
+            id=self._id,
+            created_at=self._created,
+            status=status,
+            incomplete_details=(
+                wire.IncompleteDetails(reason="max_output_tokens")
+                if status == "incomplete"
+                else None
+            ),
+            instructions=request.instructions,
+            max_output_tokens=request.max_output_tokens,
+            metadata=request.metadata or {},
+            model=request.model,
+            output=self._output.items,
+            parallel_tool_calls=request.parallel_tool_calls is not False,
+            temperature=(
+                DEFAULT_TEMPERATURE if request.temperature is None else request.temperature
+            ),
+            text=wire.TextSettings(format=text or TextFormat(type="text")),
+            tool_choice=request.tool_choice or "auto",
+            tools=request.tools or [],
+            top_p=1.0 if request.top_p is None else request.top_p,
+            usage=None if status == "in_progress" else self._usage(),
+            user=request.user,
+        )
+
+    def _usage(self) -> wire.ResponseUsage:
+        call = self._call
+        return wire.ResponseUsage(
+            input_tokens=call.prompt_tokens,
+            input_tokens_details=wire.InputDetails(cached_tokens=call.cached_tokens),
+            output_tokens=call.num_tokens,
+            output_tokens_details=wire.OutputDetails(reasoning_tokens=self._reasoning_tokens),
+            total_tokens=call.prompt_tokens + call.num_tokens,
+        )
+
+    def _told(self, kind: str, status: Literal["in_progress", "completed", "incomplete"]) -> bytes:
+        response = self._response(status).model_dump(by_alias=True)
+        return self._encode(kind, {"response": response})
+
+    def _failed(self, error: Exception) -> bytes:
+        status, message, _, code = describe(error)
+        if status == 500:
+            log(logging.ERROR, "internal error", error=error)
+        response = self._response("failed")
+        code = code or ("server_error" if status >= 500 else "invalid_prompt")
+        response.error = wire.ResponseFault(code=code, message=message)
+        return self._encode("response.failed", {"response": response.model_dump(by_alias=True)})
+
+    def _encode(self, kind: str, fields: dict[str, object]) -> bytes:
+        data = {"type": kind, "sequence_number": self._number, **fields}
+        self._number += 1
+        return event(json.dumps(data, ensure_ascii=False, separators=(",", ":")), name=kind)

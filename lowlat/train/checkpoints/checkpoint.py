@@ -1,0 +1,138 @@
+"""One complete training checkpoint, opened: its metadata, and its tensors mapped from the files.
+
+Owns what makes a checkpoint complete. Which one is opened is `store`'s choice.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, final
+
+from torch import Tensor
+
+from lowlat.checkpoint.safetensors.reader import SafetensorsFile
+from lowlat.train.checkpoints.errors import CorruptCheckpointError, reading
+from lowlat.train.checkpoints.manifest import Manifest, check_digest, read_manifest
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress, SilentProgress
+from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object, quoted
+
+METADATA_FILE = "facts.json"
+SHARD_SUFFIX = ".safetensors"
+
+_FOLDER_NAME = re.compile(r"step-([0-9]{8,18})")
+
+
+def folder_name(step: int) -> str:
+    """The name of a complete checkpoint's folder."""
+    return f"step-{step:08}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder name; None for all other names."""
+    match = _FOLDER_NAME.fullmatch(name)
+    if match is None or folder_name(int(match[1])) != name:
+        return None
+    return int(match[1])
+
+
+@final
+class TrainingCheckpoint:
+    """The state after `step` optimizer steps. Files stay mapped while a tensor of them lives."""
+
+    def __init__(
+        self, folder: Path, *, verify: bool = True, progress: Progress | None = None
+    ) -> None:
+        """Open and check the checkpoint in `folder`.
+
+        verify: hash every file; without it only the manifest, names, sizes and headers are checked,
+        for a process that opens what another one has verified.
+        Raises CorruptCheckpointError if it is not complete, UserError if it cannot be read or has
+        another format.
+        """
+        self.folder = folder
+        self._manifest = read_manifest(folder)
+        if self._manifest.step != step_of(folder.name):
+            raise CorruptCheckpointError(f"its manifest is that of step {self._manifest.step}")
+        if verify:
+            _check_files(folder, self._manifest, progress or SilentProgress())
+        self.metadata: Mapping[str, Any] = _read_metadata(folder, self._manifest)
+        """The state that is not tensors: JSON values."""
+        self._files: Mapping[str, SafetensorsFile] = open_shards(folder, self._manifest.files)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._manifest.step
+
+    @property
+    def time(self) -> float:
+        """When it was written, in seconds since 1970."""
+        return self._manifest.time
+
+    def names(self) -> list[str]:
+        """The names of all tensors, sorted."""
+        return sorted(self._files)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as a view of its file: writing to it changes a private copy.
+
+        Raises UserError if the checkpoint has none of that name.
+        """
+        if name not in self._files:
+            raise UserError(
+                f"{self.folder}: has no tensor {quoted(name)}; it was written for another model or "
+                "optimizer"
+            )
+        return self._files[name].read(name)
+
+    def release(self, name: str) -> None:
+        """Drop a tensor's memory pages; in-place changes to them are lost."""
+        self._files[name].release(name)
+
+
+def _check_files(folder: Path, manifest: Manifest, progress: Progress) -> None:
+    total = sum(digest.size for digest in manifest.files.values())
+    with progress.task(f"checking {folder.name}", total, "bytes") as task:
+        for name, digest in sorted(manifest.files.items()):
+            check_digest(folder / name, digest, task)
+
+
+def _read_metadata(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    if METADATA_FILE not in manifest.files:
+        raise CorruptCheckpointError(f"{METADATA_FILE} is missing")
+    with reading(folder), (folder / METADATA_FILE).open("rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    try:
+        return parse_object(data, METADATA_FILE)
+    except UserError as error:
+        raise CorruptCheckpointError(str(error)) from error
+
+
+def open_shards(folder: Path, names: Iterable[str]) -> dict[str, SafetensorsFile]:
+    """The file of every tensor in the shards among `names`.
+
+    Raises CorruptCheckpointError for a file that is no shard, is damaged, or repeats a tensor.
+    """
+    files: dict[str, SafetensorsFile] = {}
+    for name in sorted(names):
+        if name == METADATA_FILE:
+            continue
+        if not name.endswith(SHARD_SUFFIX):
+            raise CorruptCheckpointError(f"{quoted(name)} is no shard of a checkpoint")
+        file = _open_shard(folder / name)
+        for tensor in file.extents:
+            if tensor in files:
+                raise CorruptCheckpointError(f"tensor {quoted(tensor)} is in two shards")
+            files[tensor] = file
+    return files
+
+
+def _open_shard(path: Path) -> SafetensorsFile:
+    with reading(path):  # a temporary refusal of the system does not make it corrupt
+        try:
+            return SafetensorsFile(path)
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise CorruptCheckpointError(str(error)) from error

@@ -1,0 +1,291 @@
+"""Checkpoint store of a run: asynchronous writes, retention, and recovery after a crash.
+
+Owns which checkpoints exist, which stay, which one a run resumes from, and what a failure means:
+
+- A checkpoint that cannot be written harms no earlier one and does not stop training: `write_async`
+  reports it in one line, and the next one is tried as usual. Only if the last one of the run failed
+  does `close` raise, because the final state is then on no disk.
+- A crash loses the steps since the last complete checkpoint: at most one interval, plus the steps
+  since the write under way began. The next checkpoint waits for that write.
+- A corrupt checkpoint is moved aside, never deleted; the one before it is used and one line reports
+  it. If none is complete, nothing is moved and the run does not start over.
+"""
+
+import functools
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, final
+
+from lowlat.checkpoint.safetensors.writer import NamedTensor
+from lowlat.train.checkpoints import writer
+from lowlat.train.checkpoints.background import BackgroundTask
+from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint, folder_name, step_of
+from lowlat.train.checkpoints.errors import (
+    CheckpointWriteError,
+    CorruptCheckpointError,
+    using,
+    writing,
+)
+from lowlat.train.checkpoints.manifest import read_manifest
+from lowlat.train.checkpoints.retention import steps_to_keep
+from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.utils.atomic_files import rename_folder
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress
+
+Shards = Mapping[str, Iterable[NamedTensor]]
+"""Tensors by the name of their shard (file); a tensor's name is unique in all of them."""
+
+MIN_KEEP_LAST = 2
+"""One complete checkpoint must remain while the next is written or found corrupt."""
+
+_ASIDE = re.compile(r"step-[0-9]+\.broken(-[0-9]+)?")
+
+
+@final
+class CheckpointStore:
+    """Checkpoints in the folder of `run`; all methods and `report` run in one thread."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        *,
+        report: Callable[[str], None],
+        keep_last: int = MIN_KEEP_LAST,
+        keep_every: timedelta | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """If this process holds `run`, remove what killed processes left unfinished.
+
+        report: takes one line about a checkpoint that failed, is corrupt, or cannot be removed.
+        keep_last: number of newest checkpoints that stay, at least 2; one more during a write.
+        keep_every: beyond those, one checkpoint per this time stays for good.
+        clock: seconds since 1970. Raises UserError for bad values and an unusable folder.
+        """
+        if keep_last < MIN_KEEP_LAST:
+            raise UserError(f"keep_last {keep_last} must be at least {MIN_KEEP_LAST}")
+        if keep_every is not None and keep_every <= timedelta(0):
+            raise UserError(f"keep_every {keep_every} must be above zero")
+        self.folder = run.checkpoints
+        self._run = run
+        self._report = report
+        self._keep_last = keep_last
+        self._keep_every = keep_every
+        self._clock = clock
+        self._task = BackgroundTask()
+        self._pending_reports: list[str] = []
+        self._failure: CheckpointWriteError | None = None
+        if run.held:
+            with using(self.folder):
+                writer.clear_deleted(self.folder)
+                writer.clear_unfinished(self.folder)
+
+    # Writing
+
+    def write(self, step: int, shards: Shards, metadata: Mapping[str, Any]) -> Path:
+        """Write a checkpoint and return its folder once it is complete and durable.
+
+        Holds the tensors until then: give views, not copies. Raises CheckpointWriteError if it
+        fails; everything else is unchanged then.
+        """
+        self.wait()
+        self._write(step, _listed(shards), writer.encode_metadata(metadata))
+        self._flush_reports()
+        return self.folder / folder_name(step)
+
+    def write_async(self, step: int, shards: Shards, metadata: Mapping[str, Any]) -> None:
+        """`write` on a thread, for tensors that do not change any more.
+
+        Waits for the previous write; reports its failure, if any, and begins this one anyway.
+        """
+        self.wait()
+        encoded = writer.encode_metadata(metadata)
+        write = functools.partial(self._write, step, _listed(shards), encoded)
+        self._failure = None
+        self._task.start(write, f"checkpoint of step {step}")
+
+    def poll(self) -> None:
+        """Report the result of a write on the thread if it is done; never waits."""
+        if not self._task.is_running:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the write on the thread, and report a failure."""
+        error = self._task.join()
+        self._flush_reports()
+        if isinstance(error, CheckpointWriteError):
+            self._failure = error
+            self._report(f"{error}; training continues and the next checkpoint is tried as usual")
+        elif error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Wait for the write on the thread. Raises CheckpointWriteError if the last one failed."""
+        self.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def write_shard(self, step: int, shard: str, tensors: Iterable[NamedTensor]) -> None:
+        """Write one shard of a checkpoint of several processes. Raises CheckpointWriteError."""
+        with writing(f"shard {shard} of the checkpoint of step {step}", self.folder):
+            writer.write_shard(self.folder, step, shard, list(tensors))
+
+    def commit(self, step: int, shards: Sequence[str], metadata: Mapping[str, Any]) -> Path:
+        """Commit a checkpoint whose shards this and other processes have written.
+
+        Raises CheckpointWriteError if a shard is missing or differs from what its writer recorded,
+        or the commit fails otherwise.
+        """
+        assert self._run.held
+        self.wait()
+        with self._attempt(step):
+            now = self._clock()
+            encoded = writer.encode_metadata(metadata)
+            writer.commit_training_checkpoint(self.folder, step, shards, encoded, now)
+        self._prune(step)
+        self._flush_reports()
+        return self.folder / folder_name(step)
+
+    # Reading
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, complete or not, in order. Raises UserError if unreadable."""
+        with using(self.folder):
+            return self._steps()
+
+    def open(self, step: int) -> TrainingCheckpoint:
+        """The checkpoint of `step`, taken as verified: another process got it from `latest`."""
+        return TrainingCheckpoint(self.folder / folder_name(step), verify=False)
+
+    def latest(self, progress: Progress | None = None) -> TrainingCheckpoint | None:
+        """The newest complete checkpoint, every byte verified; None if there are none yet.
+
+        Corrupt ones are reported and, if this process holds the run, moved aside. Raises UserError
+        if there are checkpoints but none is complete.
+        """
+        self.wait()
+        corrupt: list[tuple[Path, str]] = []
+        for step in reversed(self.steps()):
+            folder = self.folder / folder_name(step)
+            try:
+                checkpoint = TrainingCheckpoint(folder, progress=progress)
+            except CorruptCheckpointError as error:
+                if folder.exists():  # else a running process removed it meanwhile
+                    corrupt.append((folder, str(error)))
+                continue
+            for other, problem in corrupt:
+                self._skip_corrupt(other, problem, checkpoint)
+            return checkpoint
+        if corrupt:
+            raise UserError(
+                f"{self.folder}: no checkpoint is complete ({_list(corrupt)}); restore one from a "
+                "copy, or name a new folder to start over"
+            )
+        self._refuse_all_corrupt()
+        return None
+
+    def _skip_corrupt(self, folder: Path, problem: str, instead: TrainingCheckpoint) -> None:
+        line = f"{folder}: {problem}; {instead.folder.name} is used instead"
+        if self._run.held:
+            aside = _unused(folder.with_name(f"{folder.name}.broken"))
+            with using(folder):
+                rename_folder(folder, aside)
+            line += f", this one is renamed to {aside.name}"
+        self._report(line)
+
+    def _refuse_all_corrupt(self) -> None:
+        """Raise UserError if only corrupt checkpoints exist: a run must not start over then."""
+        with using(self.folder):
+            aside = sorted(name for name in self._names() if _ASIDE.fullmatch(name))
+        if aside:
+            raise UserError(
+                f"{self.folder}: holds only corrupt checkpoints ({', '.join(aside[:3])}); restore "
+                "one from a copy, or name a new folder to start over"
+            )
+
+    # Inside
+
+    def _names(self) -> list[str]:
+        return sorted(os.listdir(self.folder)) if self.folder.is_dir() else []
+
+    def _steps(self) -> list[int]:
+        return sorted(step for name in self._names() if (step := step_of(name)) is not None)
+
+    def _write(
+        self, step: int, shards: Mapping[str, Sequence[NamedTensor]], metadata: bytes
+    ) -> None:
+        assert self._run.held
+        with self._attempt(step):
+            now = self._clock()
+            writer.write_training_checkpoint(self.folder, step, shards, metadata, now)
+        self._prune(step)
+
+    @contextmanager
+    def _attempt(self, step: int) -> Iterator[None]:
+        """Add to every failure what the run can still resume from."""
+        try:
+            with writing(f"checkpoint of step {step}", self.folder):
+                yield
+        except CheckpointWriteError as error:
+            raise CheckpointWriteError(f"{error}; {self._newest_in_words()}") from error
+
+    def _newest_in_words(self) -> str:
+        try:
+            steps = self._steps()
+        except OSError:  # the failure being reported comes first
+            return "earlier checkpoints are unchanged"
+        return f"the newest is that of step {steps[-1]}" if steps else "there is none yet"
+
+    def _prune(self, step: int) -> None:
+        """Apply the retention rule, now that the checkpoint of `step` is on the disk.
+
+        A failure here does not fail the checkpoint: it is reported, and tried again after the next.
+        """
+        try:
+            writer.clear_deleted(self.folder)
+            times = self._times()
+            keep = steps_to_keep(times, last=self._keep_last, every=self._keep_every)
+            for old in sorted(times.keys() - keep - {step}):
+                writer.delete_training_checkpoint(self.folder, old)
+        except OSError as error:
+            self._pending_reports.append(
+                f"{self.folder}: an old checkpoint cannot be removed ({error.strerror}); "
+                "it is tried again after the next one"
+            )
+
+    def _times(self) -> dict[int, float]:
+        """When each checkpoint was written. Visibly corrupt ones are left out, and so stay."""
+        times: dict[int, float] = {}
+        for step in self._steps():
+            try:
+                times[step] = read_manifest(self.folder / folder_name(step)).time
+            except UserError:  # `latest` reports it and moves it aside
+                continue
+        return times
+
+    def _flush_reports(self) -> None:
+        while self._pending_reports:
+            self._report(self._pending_reports.pop(0))
+
+
+def _listed(shards: Shards) -> dict[str, list[NamedTensor]]:
+    return {shard: list(tensors) for shard, tensors in shards.items()}
+
+
+def _unused(path: Path) -> Path:
+    """`path`, with a number appended if it exists."""
+    number, candidate = 1, path
+    while os.path.lexists(candidate):
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _list(corrupt: Sequence[tuple[Path, str]]) -> str:
+    shown = [f"{folder.name}: {problem}" for folder, problem in corrupt[:3]]
+    return "; ".join(shown + ["..."] * (len(corrupt) > 3))

@@ -1,0 +1,44 @@
+"""This process's part of a micro-batch: its tokens, their positions, and the attention backend that
+sees the rest of the sequence.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lowlat.attention.base import AttentionBackend
+from lowlat.attention.flash import FlashAttention
+from lowlat.data.batch import Batch
+from lowlat.train.parallel.context import ContextAttention, Zigzag
+from lowlat.train.parallel.mesh import ProcessMesh
+from lowlat.train.parallel.tensor import TensorParallelAttention
+
+
+class LocalBatch(NamedTuple):
+    """A micro-batch on one process."""
+
+    batch: Batch
+    """Its tokens; with context parallelism chunks of sequences, as sequences of their own."""
+    attention: AttentionBackend
+    positions: Int[Tensor, "tokens"]
+
+
+def local_batch(mesh: ProcessMesh, batch: Batch, num_ahead: int) -> LocalBatch:
+    """This process's part of `batch`, which the processes along context and tensor share.
+    num_ahead = 1 + number of MTP modules.
+    """
+    device: torch.device = batch.tokens.device
+    if mesh.size("context") > 1:
+        length = batch.sequence_length(num_ahead)
+        documents = batch.documents or ((length,),) * batch.rows
+        zigzag = Zigzag(mesh.size("context"), mesh.local_rank("context"))
+        attention = ContextAttention(documents, zigzag, mesh.group("context"))
+        batch = zigzag.divide(batch, num_ahead)
+    else:
+        attention = FlashAttention(batch.lengths(num_ahead))
+    positions = attention.positions(device)
+    if mesh.size("tensor") > 1:
+        attention = TensorParallelAttention(attention, mesh.group("tensor"))
+    return LocalBatch(batch, attention, positions)

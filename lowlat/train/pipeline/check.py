@@ -1,0 +1,68 @@
+"""Validation of pipeline parallelism: numbers of stages and micro-batches a schedule accepts.
+
+PyTorch's schedules have the same rules, but raise them only when the first step runs.
+"""
+
+from lowlat.config.model import ModelConfig
+from lowlat.train.pipeline.stages import (
+    FOLDED,
+    Schedule,
+    divide,
+    needs_embedding,
+    planned,
+)
+from lowlat.train.recipe.schedule import TrainingSchedule
+from lowlat.train.recipe.schema import Recipe
+from lowlat.utils.errors import UserError
+
+
+def check_pipeline(config: ModelConfig, recipe: Recipe, origin: str) -> None:
+    """Raises UserError naming the size that does not fit."""
+    sizes = recipe.parallel
+    schedule: Schedule = sizes.pipeline_schedule
+    where = f"{origin}: parallel.pipeline {sizes.pipeline}"
+    stages = planned(schedule, sizes.pipeline).num_stages
+    if stages > config.num_hidden_layers + 1:
+        raise UserError(
+            f"{where}: {schedule} makes {stages} stages of num_hidden_layers "
+            f"{config.num_hidden_layers} and the head; lower it or choose another "
+            "pipeline_schedule"
+        )
+    if sizes.fsdp > 1 and schedule in FOLDED and _is_used_twice(config):
+        raise UserError(
+            f"{where}: with {schedule} the embedding is in two stages of one process, which "
+            "fsdp does not divide; use data instead, or another pipeline_schedule"
+        )
+    parts = sizes.data * sizes.fsdp
+    timetable = TrainingSchedule(recipe, ranks=parts)
+    counts = {
+        (plan.phase.name, plan.rows // (parts * plan.phase.micro_batch_size))
+        for plan in map(timetable.at, range(timetable.steps))
+    }
+    for name, count in sorted(counts):
+        check_micro_batches(schedule, sizes.pipeline, count, f"{origin}: phase {name}")
+
+
+def check_micro_batches(schedule: Schedule, size: int, count: int, where: str) -> None:
+    """Raises UserError, beginning with `where`, for a number of micro-batches per process that
+    `schedule` over `size` processes does not take.
+    """
+    least = {"1f1b": size, "dualpipev": 2 * size}.get(schedule, 1)
+    remedy = "change batch_size or micro_batch_size, or choose another pipeline_schedule"
+    if count < least:
+        raise UserError(
+            f"{where}: {count} micro-batches per process, but {schedule} over {size} processes "
+            f"needs {least}; {remedy}"
+        )
+    rounds = max(1, count // size)
+    if schedule in ("interleaved", "zb") and count % rounds:
+        raise UserError(
+            f"{where}: {count} micro-batches per process are no multiple of the {rounds} rounds of "
+            f"{schedule} over {size} processes; {remedy}"
+        )
+
+
+def _is_used_twice(config: ModelConfig) -> bool:
+    """Whether first and last stage both use the embedding."""
+    last = divide(config, "1f1b", 2, sequence_length=1)[1][0]
+    return needs_embedding(config, last)

@@ -1,0 +1,71 @@
+"""How sequences are read: grid, paths, pieces."""
+
+import pytest
+
+from lowlat.config.model import MLAConfig
+from lowlat.engine.prefill_planner import PrefillChunk, PrefillPlanner
+from tests.fakes import gqa_config
+
+V3 = MLAConfig(
+    num_attention_heads=128,
+    kv_lora_rank=512,
+    q_lora_rank=1536,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+)
+READER = PrefillPlanner(V3, chunk=1024, page_size=64)
+
+
+@pytest.mark.parametrize(
+    ("position", "prompt", "path"),
+    [
+        (0, 20, "decode"),
+        (19, 20, "decode"),
+        (20, 20, "decode"),
+        (0, 33, "absorbed"),
+        (0, 170, "absorbed"),
+        (0, 171, "expanded"),
+        (1023, 1030, "expanded"),
+        (1024, 1030, "decode"),
+        (1024, 1100, "absorbed"),
+        (1100, 1100, "decode"),
+        (2047, 4000, "expanded"),
+    ],
+)
+def test_the_form_follows_from_the_position_and_the_prompt(
+    position: int, prompt: int, path: str
+) -> None:
+    assert READER.path(position, prompt) == path
+
+
+def test_pieces_cover_a_sequence_without_crossing_chunks() -> None:
+    """Whatever the limits of the steps: every token once, each in its own path."""
+    for limit in (1, 7, 100, 1000, 5000):
+        start, prompt, length = 0, 2500, 2600
+        while start < length:
+            chunk = READER.next_chunk(start, prompt, length, limit)
+            assert 1 <= chunk.length <= limit
+            paths = {READER.path(start + i, prompt) for i in range(chunk.length)}
+            assert paths == {chunk.path}
+            start += chunk.length
+        assert start == length
+
+
+def test_a_whole_chunk_is_one_piece() -> None:
+    assert READER.next_chunk(1024, 2500, 2500, 4096) == PrefillChunk(1024, "expanded")
+
+
+def test_pages_that_mix_forms_say_where() -> None:
+    """Holds shut: a page of prompt and output taken for a page of prompt."""
+    assert READER.page_path(0, 200) == "expanded"
+    assert READER.page_path(3, 200) == "expanded 8"
+    assert READER.page_path(3, 201) == "expanded 9"
+    assert READER.page_path(4, 200) == "decode"
+    assert READER.page_path(0, 10) == "decode"
+    assert READER.page_path(1, 128) == "absorbed"
+    assert READER.page_path(2, 128) == "decode"
+
+
+def test_chunks_are_whole_pages() -> None:
+    assert PrefillPlanner(gqa_config().attention, chunk=100, page_size=64).chunk == 128
