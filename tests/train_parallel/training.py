@@ -24,7 +24,7 @@ from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.parallel.launch import process_mesh
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
-from lowlat.train.recipe.schema import OptimizerConfig, parse_recipe
+from lowlat.train.recipe.schema import OptimizerConfig, ParallelConfig, parse_recipe
 from lowlat.train.run.build import new_passes
 from lowlat.train.step.balance import RouterWatch
 from lowlat.train.step.optim import Optimizer
@@ -202,9 +202,9 @@ def main() -> None:
     """Arguments: a JSON list of specs, and the folder for 0.safetensors, 1.safetensors, ..."""
     specs = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
-    with process_mesh(Parallel.model_validate(specs[0]["parallel"])):
+    with process_mesh(ParallelConfig.model_validate(specs[0]["parallel"])):
         for index, spec in enumerate(specs):
-            mesh = ProcessMesh(Parallel.model_validate(spec["parallel"]))
+            mesh = ProcessMesh(ParallelConfig.model_validate(spec["parallel"]))
             result = train(spec, mesh)
             if mesh.is_main_process:
                 save_file(

@@ -48,7 +48,7 @@ def recipe(length: int = 16, precision: str = "fp32", **parallel: int) -> Recipe
 def test_experts_use_the_processes_of_data_fsdp_and_context(
     sizes: dict[str, int], expected: tuple[int, int]
 ) -> None:
-    parallel = Parallel.model_validate(sizes | {"tensor": 2})
+    parallel = ParallelConfig.model_validate(sizes | {"tensor": 2})
     view = view_sizes(parallel)[-1]
     assert (view["expert_fsdp"], view["expert_replicate"]) == expected
     product = 1
@@ -60,7 +60,7 @@ def test_experts_use_the_processes_of_data_fsdp_and_context(
 @pytest.mark.parametrize("sizes", [{"fsdp": 6, "expert": 4}, {"data": 3, "fsdp": 2, "expert": 4}])
 def test_experts_that_do_not_fit_are_refused(sizes: dict[str, int]) -> None:
     with pytest.raises(UserError, match=r"parallel.expert 4 does not fit"):
-        view_sizes(Parallel.model_validate(sizes))
+        view_sizes(ParallelConfig.model_validate(sizes))
 
 
 def test_a_mesh_of_one_process_changes_nothing() -> None:
