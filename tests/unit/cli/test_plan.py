@@ -76,7 +76,7 @@ def test_trainings_of_part_of_a_model_are_refused(tmp_path: Path, table: str, ke
     recipe = RECIPE.replace("[data]", f"{table}[data]")
     if key == "lora":
         recipe = re.sub(r"\[model\].*?(?=\[lora\])", "", recipe, flags=re.DOTALL)
-        recipe = recipe.replace('precision = "fp32"', 'precision = "fp32"\nstart = "minnow"')
+        recipe = recipe.replace('precision = "fp32"', 'precision = "fp32"\nbase_model = "minnow"')
     path = tmp_path / "r.toml"
     path.write_text(recipe)
     with pytest.raises(UserError, match=rf"r\.toml: {key}: .*--dry-run"):

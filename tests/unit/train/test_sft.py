@@ -65,14 +65,14 @@ def test_no_answer_is_learned_without_its_question(tmp_path: Path) -> None:
     assert learned >= 0.9 * folder.manifest.splits["train"].predicted
 
 
-def test_what_is_data_notes_of_long_chats_is_said(tmp_path: Path) -> None:
+def test_truncated_chats_are_reported(tmp_path: Path) -> None:
     folder = TokenizedDataset.open(tuning.chats(tmp_path / "tokens"))
     raw = tuning.raw_recipe(model={}, phase=tuning.phases({"sequence_length": 9}))
     recipe = parse_recipe(raw, origin="r.toml")
     sizes = np.diff(folder.ends("train"), prepend=0)
     (line,) = data_notes(recipe, [phase_data(recipe, 0, folder, 1)])
-    assert f"{(sizes > 10).sum()} of {len(sizes)} chats are longer than a row" in line
-    assert f"their last {np.maximum(sizes - 10, 0).sum()} tokens are not learned" in line
+    assert f"{(sizes > 10).sum()} of {len(sizes)} chats are longer than a sequence" in line
+    assert f"lose their last {np.maximum(sizes - 10, 0).sum()} tokens" in line
     long = tuning.phases({"sequence_length": int(sizes.max()) - 1})
     recipe = parse_recipe(raw | {"phase": long}, origin="r.toml")
     assert list(data_notes(recipe, [phase_data(recipe, 0, folder, 1)])) == []
@@ -84,7 +84,7 @@ def test_chats_without_a_target_are_refused(tmp_path: Path) -> None:
     base_model = tuning.checkpoint(tmp_path / "base", tuning.config())
     raw = tuning.raw_recipe(base_model="base", phase=tuning.phases({"sequence_length": 2}))
     longest = int(np.diff(folder.ends("train"), prepend=0).max())
-    what = f"r.toml: phase p: no row of {folder.path} holds a target: every answer lies beyond "
+    what = f"r.toml: phase p: no sequence of {folder.path} has a target: every answer begins after "
     what += f"sequence_length 2; sequence_length = {longest - 1} holds all"
     with pytest.raises(UserError, match=re.escape(what)):
         tuning.train(tmp_path, raw, base_model=base_model)
@@ -102,7 +102,7 @@ def test_held_out_chats_without_a_target_are_not_evaluated(tmp_path: Path) -> No
     run = tuning.train(tmp_path, raw, base_model=base_model)
     assert run.records("evaluation") == [] and run.losses()[0] > 0
     (note, *_) = [record["text"] for record in run.records("note")]
-    assert "phase p: no evaluations, the held-out rows of" in note and "hold no target" in note
+    assert "phase p: no evaluations, the held-out sequences of" in note and "have no target" in note
 
 
 def test_a_batch_of_cut_answers_is_told_of(tmp_path: Path) -> None:

@@ -33,15 +33,15 @@ def test_targets_of_masked_documents_are_counted(make_folder: Make, tmp_path: Pa
     predicts where documents are blind to each other.
     """
     found = data(make_folder, tmp_path, masks=True, head=[BEGIN])
-    tokens, size = found.folder.num_tokens("held_out"), found.folder.num_bytes("held_out")
-    documents = found.folder.num_documents("held_out")
+    tokens, size = found.dataset.num_tokens("held_out"), found.dataset.num_bytes("held_out")
+    documents = found.dataset.num_documents("held_out")
     assert documents == 20
     assert bits(found) == pytest.approx((tokens - documents) / size)
 
 
 def test_every_token_of_joined_documents_is_a_target(make_folder: Make, tmp_path: Path) -> None:
     found = data(make_folder, tmp_path, masks=False, head=[BEGIN])
-    tokens, size = found.folder.num_tokens("held_out"), found.folder.num_bytes("held_out")
+    tokens, size = found.dataset.num_tokens("held_out"), found.dataset.num_bytes("held_out")
     assert bits(found) == pytest.approx(tokens / size)
 
 

@@ -45,7 +45,7 @@ def test_what_fits_is_accepted(schedule: str) -> None:
             ["4 micro-batches", "dualpipev", "needs 8", "batch_size"],
         ),
         (
-            {"pipeline": 3, "pipeline_schedule": "interleaved", "sequences": 7},
+            {"pipeline": 3, "pipeline_schedule": "interleaved", "rows": 7},
             ["7 micro-batches", "2 rounds", "interleaved"],
         ),
         (
