@@ -50,7 +50,7 @@ sanitize: .venv/dev.stamp
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
 		$(BIN)/python tests/native/sanitized.py $(SANITIZED) tests/native --capture sys --ignore tests/native/test_native.py \
-		--ignore tests/native/test_pool.py --ignore tests/native/test_company.py
+		--ignore tests/native/test_thread_pool.py --ignore tests/native/test_batch_invariance.py
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
-import kept
+import results_file
 
 import lowlat
 from lowlat.generate.model import Model
@@ -103,7 +103,7 @@ def main() -> None:
             "tokens_per_second": rounds,
             "ratio": ratio,
         }
-        kept.write(kept.heading() | found, args.out)
+        results_file.write(results_file.heading() | found, args.out)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-import kept
+import results_file
 from larger_than_memory import ControlGroup, forget
 
 CONVERSIONS = (
@@ -88,7 +88,7 @@ def main() -> None:
     finally:
         shutil.rmtree(given.out)
     if given.kept is not None:
-        kept.write(kept.heading() | {"rows": rows}, given.kept)
+        results_file.write(results_file.heading() | {"rows": rows}, given.kept)
 
 
 if __name__ == "__main__":

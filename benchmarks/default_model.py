@@ -16,7 +16,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-import kept
+import results_file
 
 from lowlat.bench.benchmark_plan import check_threads, parse_lengths, parse_peers
 from lowlat.bench.session import MODULES
@@ -94,7 +94,9 @@ def measure(options: argparse.Namespace) -> None:
     for row in rows:
         print(f"{row['program']:<10} {row['context']:>7,} {row['tokens_per_second']:8.1f} tok/s")
     if options.out is not None:
-        kept.write(kept.heading() | {"rounds": options.rounds, "rows": rows}, options.out)
+        results_file.write(
+            results_file.heading() | {"rounds": options.rounds, "rows": rows}, options.out
+        )
 
 
 if __name__ == "__main__":

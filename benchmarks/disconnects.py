@@ -1,4 +1,4 @@
-"""Clients that leave, ten thousand of them and then a thousand in a second: nothing stays behind.
+"""Disconnect test: ten thousand clients, then a thousand within a second; nothing may leak.
 
     python benchmarks/disconnects.py MODEL --count 10000 --out benchmarks/results/NAME
 
@@ -9,7 +9,7 @@ the server must be idle: no pages held, health, and the same answer to a canary.
 requests under way at once, all of them left within a second, and the engine's steps are counted
 from the last one's leaving to the last page's return. Exits with 1 where pages are not back or come
 back later than STORM_STEPS, an answer is wrong, or memory, descriptors or threads grow beyond the
-bounds of serving/verdict.py. Needs Linux.
+bounds of serving/soak_checks.py. Needs Linux.
 """
 
 import argparse
@@ -26,15 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import kept
-from serving import verdict
+import results_file
+from serving import soak_checks
 from serving.client import new_client
-from serving.leaving import Leaver, Storm, leave_all
-from serving.mix import COMPLETIONS, Call, Mix
+from serving.disconnecting import Leaver, Storm, leave_all
+from serving.monitor import Watch, fill_cache
 from serving.servers import Server, Setup, folder_or_name, lowlat_program
+from serving.soak_checks import Sample
 from serving.soak_load import Load
-from serving.verdict import Sample
-from serving.watch import Watch, fill_cache
+from serving.soak_requests import COMPLETIONS, Call, Mix
 
 from lowlat.bench.benchmark_plan import check_threads
 from lowlat.utils.errors import UserError
@@ -190,7 +190,7 @@ def report(
 ) -> dict[str, Any]:
     """One JSON object; `faults` is empty where all is well."""
     tally, departures, storm = load.tally, run.leaver.departures, run.storm
-    faults = verdict.faults(run.samples, before, after)
+    faults = soak_checks.faults(run.samples, before, after)
     faults += [f"round {n + 1}: pages held" for n, s in enumerate(run.samples) if s.cache_usage]
     if tally.fault_count:
         faults.append(f"{tally.fault_count} wrong answers, first: {tally.faults[0]}")
@@ -198,7 +198,7 @@ def report(
         faults.append(f"after the storm pages came back late: {storm}")
     if bad := {status: n for status, n in departures.unserved.items() if status != "429"}:
         faults.append(f"answers other than 200 and 429: {bad}")
-    return kept.heading() | {
+    return results_file.heading() | {
         "model": str(options.model),
         "clients": departures.moments.total(),
         "at_once": options.at_once,
@@ -209,7 +209,7 @@ def report(
         "storm": storm,
         "server_counted": counted,
         "canaries": tally.canaries,
-        "growth": verdict.growths(run.samples),
+        "growth": soak_checks.growths(run.samples),
         "before": asdict(before),
         "after": asdict(after),
         "rounds": [asdict(sample) for sample in run.samples],
@@ -262,7 +262,7 @@ def main() -> int:
     except (ProcessLookupError, httpx.TransportError) as error:
         sys.exit(f"FAULT the server ended or did not answer: {error!r}")
     if options.out is not None:
-        kept.write(found, options.out)
+        results_file.write(found, options.out)
     shown = {key: found[key] for key in found if key not in ("machine", "rounds")}
     print(json.dumps(shown, indent=1))
     return 1 if found["faults"] else 0

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kept
+import results_file
 
 GROUP = "lowlat_larger_than_memory"
 PROMPT = [5, 77, 1234, 900, 31, 8]
@@ -98,7 +98,7 @@ def main() -> int:
     report |= {"in_memory": free, "limited": limited}
     print(json.dumps(report, indent=2))
     if given.kept is not None:
-        kept.write(kept.heading() | report, given.kept)
+        results_file.write(results_file.heading() | report, given.kept)
     return 0 if same else 1
 
 

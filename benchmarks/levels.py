@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-import kept
+import results_file
 
 from lowlat.bench.benchmark_plan import check_threads, parse_lengths
 from lowlat.bench.session import MODULES
@@ -55,7 +55,7 @@ def main() -> None:
             for (level, kind, tokens), own in rates.items()
         ]
         told = {"model": Path(options.model).name, "dtype": options.dtype, "rows": rows}
-        kept.write(kept.heading() | told, options.out)
+        results_file.write(results_file.heading() | told, options.out)
 
 
 def measure(options: argparse.Namespace) -> Rates:

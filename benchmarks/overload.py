@@ -1,4 +1,4 @@
-"""A server at ten times what it can do: refusals are quick, and admitted requests served right.
+"""Overload test: at ten times the capacity, rejections are quick and admitted requests correct.
 
     python benchmarks/overload.py MODEL --factor 10 --seconds 30 --out benchmarks/results/NAME
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import kept
+import results_file
 from serving.process import usage
 from serving.servers import HOST, Server, Setup, folder_or_name, lowlat_program
 
@@ -198,7 +198,7 @@ def report(
     if grown > MEMORY_BYTES:
         faults.append(f"memory grew by {grown / 1e6:.0f} MB")
     return {
-        **kept.heading(),
+        **results_file.heading(),
         "model": str(options.model),
         "factor": options.factor,
         "seconds": options.seconds,
@@ -263,7 +263,7 @@ def main() -> int:
     except UserError as error:
         sys.exit(f"error: {error}")
     if options.out is not None:
-        kept.write(found, options.out)
+        results_file.write(found, options.out)
     print(json.dumps({key: found[key] for key in found if key != "machine"}, indent=1))
     return 1 if found["faults"] else 0
 

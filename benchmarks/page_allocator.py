@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import kept
+import results_file
 from page_driver import Driver
 
 from lowlat.engine.page_allocator import PageAllocator
@@ -99,7 +99,7 @@ def main() -> None:
         print(f"  {name:20} {value:6.2f}")
     if options.out is not None:
         found = {"pages": options.pages, "runs": runs, "microseconds_per_page": speed}
-        kept.write(kept.heading() | found, options.out)
+        results_file.write(results_file.heading() | found, options.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import kept
+import results_file
 import torch
 
 from lowlat.bench.lowlat_worker import Lowlat
@@ -46,7 +46,9 @@ def main() -> None:
         print(f"{context:8,} {' '.join(sizes)} {row['seconds']:8.2f}", flush=True)
         rows.append(row)
     if args.out is not None:
-        kept.write(kept.heading() | {"model": Path(args.model).name, "rows": rows}, args.out)
+        results_file.write(
+            results_file.heading() | {"model": Path(args.model).name, "rows": rows}, args.out
+        )
         draw(rows, args.out / "plot.svg", f"{Path(args.model).name}, {args.dtype} weights")
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import kept
+import results_file
 import torch
 from torch import Tensor
 
@@ -124,7 +124,7 @@ def main() -> None:
     print(table(results))
     if options.out is not None:
         rows = [asdict(r) | {"perplexity": r.perplexity} for r in results]
-        kept.write(kept.heading() | {"rows": rows}, options.out)
+        results_file.write(results_file.heading() | {"rows": rows}, options.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Servers side by side on the same model: tokens per second, time to first token, gaps.
+"""Compare servers on the same model: throughput, time to first token, inter-token latency.
 
     python benchmarks/serve.py MODEL --llama /path/to/llama-server --gguf FILE --vllm PYTHON
 
@@ -30,7 +30,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import kept
+import results_file
 from serving.client import ask_all
 from serving.figures import Turn, draw, rows_of, table
 from serving.servers import Program, Server, Setup, llama_program, lowlat_program, vllm_program
@@ -171,7 +171,7 @@ def report(bench: Bench, turns: Sequence[Turn], rates: Sequence[dict[str, Any]])
     """One JSON object with every request and the figures derived from them."""
     return {
         "format": FORMAT,
-        **kept.heading(),
+        **results_file.heading(),
         "model": str(bench.model),
         "dtype": bench.setup.dtype,
         "threads": bench.setup.threads,
@@ -223,7 +223,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(table(found["rows"]))
     if options.out is not None:
-        kept.write(found, options.out)
+        results_file.write(found, options.out)
         title = f"{Path(found['model']).name}, {found['dtype']}, {found['machine']['cpu']}"
         draw(found["rows"], title, options.out / "plot.svg")
 

@@ -1,10 +1,10 @@
-"""A server under mixed load for a long time: memory, threads and answers stay as they are.
+"""Soak test: a server under mixed load for a long time must not leak or change its outputs.
 
     python benchmarks/soak.py MODEL --minutes 30 --out benchmarks/results/NAME
 
 Starts `lowlat serve`, sends requests at random moments (10 % cut off by the client, 5 % invalid), a
 canary every 5 s whose answer must never change, and samples the server every 5 s. Exits with 1
-where memory, descriptors or threads grow beyond the bounds of serving/verdict.py, an answer is
+where memory, descriptors or threads grow beyond the bounds of serving/soak_checks.py, an answer is
 wrong, /health is not 200, or pages of the cache are still held when all is done. Needs Linux.
 """
 
@@ -19,14 +19,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import kept
-from serving import verdict
+import results_file
+from serving import soak_checks
 from serving.client import new_client
-from serving.mix import Mix
+from serving.monitor import Watch, fill_cache
 from serving.servers import Server, Setup, folder_or_name, lowlat_program
+from serving.soak_checks import Sample
 from serving.soak_load import Load, Tally
-from serving.verdict import Sample
-from serving.watch import Watch, fill_cache
+from serving.soak_requests import Mix
 
 from lowlat.bench.benchmark_plan import check_threads
 from lowlat.bench.results_plot import require_matplotlib
@@ -73,24 +73,24 @@ def report(
     has_chat: bool,
 ) -> dict[str, Any]:
     """One JSON object; `faults` is empty where all is well."""
-    found = verdict.faults(samples, before, after)
+    found = soak_checks.faults(samples, before, after)
     if tally.fault_count:
         found.append(f"{tally.fault_count} wrong answers, first: {tally.faults[0]}")
     if not (tally.answered and tally.refused and tally.cancelled and tally.canaries > 1):
         found.append("too little was asked to tell; give more --minutes or a higher --rate")
     return {
-        **kept.heading(),
+        **results_file.heading(),
         "model": str(options.model),
         "minutes": options.minutes,
         "rate": options.rate,
         "has_chat": has_chat,
         "bounds": {
-            "rss_bytes": verdict.MEMORY_GROWTH,
-            "descriptors": verdict.DESCRIPTOR_GROWTH,
-            "threads": verdict.THREAD_GROWTH,
-            "idle_descriptors": verdict.IDLE_DESCRIPTORS,
+            "rss_bytes": soak_checks.MEMORY_GROWTH,
+            "descriptors": soak_checks.DESCRIPTOR_GROWTH,
+            "threads": soak_checks.THREAD_GROWTH,
+            "idle_descriptors": soak_checks.IDLE_DESCRIPTORS,
         },
-        "growth": verdict.growths(samples),
+        "growth": soak_checks.growths(samples),
         "before": asdict(before),
         "after": asdict(after),
         "tally": asdict(tally),
@@ -100,7 +100,7 @@ def report(
 
 def write(found: dict[str, Any], samples: Sequence[Sample], folder: Path) -> None:
     """results.json, samples.csv and plot.svg."""
-    kept.write(found, folder)
+    results_file.write(found, folder)
     with (folder / "samples.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, [field.name for field in fields(Sample)])
         table.writeheader()

@@ -74,7 +74,7 @@ def lowlat_stepper(folder: Path, arguments: argparse.Namespace) -> Any:
     from lowlat.train.layers.stacked_experts import stack_experts
     from lowlat.train.recipe.schedule import StepPlan
     from lowlat.train.recipe.schema import OptimizerConfig, Phase
-    from lowlat.train.step.balance import RouterWatch
+    from lowlat.train.step.balance import LoadBalancer
     from lowlat.train.step.optim import Optimizer
     from lowlat.train.step.passes import PlainPasses
     from lowlat.train.step.step import train_step
@@ -87,7 +87,7 @@ def lowlat_stepper(folder: Path, arguments: argparse.Namespace) -> Any:
     optimizer = Optimizer(
         model, OptimizerConfig(betas=BETAS, eps=EPS, weight_decay=DECAY, max_grad_norm=CLIP)
     )
-    watch = RouterWatch(model, sequence_weight=0.0)
+    balancer = LoadBalancer(model, sequence_weight=0.0)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
     passes = PlainPasses(model, dtype)
     phase = Phase(
@@ -113,7 +113,7 @@ def lowlat_stepper(folder: Path, arguments: argparse.Namespace) -> Any:
             bias_update_speed=0.0,
             ends_phase=False,
         )
-        return train_step(passes, optimizer, watch, batch, plan, num_ahead=1).losses[0]
+        return train_step(passes, optimizer, balancer, batch, plan, num_ahead=1).losses[0]
 
     return step
 
@@ -153,9 +153,9 @@ def work(arguments: argparse.Namespace) -> None:
     """A worker: takes a step for every line it reads."""
     folder = Path(arguments.folder)
     if arguments.worker == "lowlat":
-        from lowlat.utils.memory import keeping_freed_memory
+        from lowlat.utils.memory import retain_freed_memory
 
-        with keeping_freed_memory():  # as Trainer.run() does
+        with retain_freed_memory():  # as Trainer.run() does
             take_steps(lowlat_stepper(folder, arguments))
     else:
         eager = "eager" if arguments.worker.endswith("eager") else None

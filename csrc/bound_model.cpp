@@ -140,7 +140,7 @@ BoundAttention make_mla(std::int64_t heads, std::int64_t nope_dim, std::int64_t 
   a.o = bound.keep(o);
   a.latent_dim = a.kv_b.columns;
   require(a.latent_dim > 0 && rope_dim % 2 == 0, "kv_b has no columns, or rope_dim is odd");
-  require(!a.kv_b.is_tiled(), "kv_b is not stored row by row");
+  require(!a.kv_b.is_tiled(), "kv_b is not row-major");
   require_shape(a.kv_b, heads * (nope_dim + value_dim), a.latent_dim, "kv_b");
   require_shape(a.q.weight, heads * (nope_dim + rope_dim), a.q.weight.columns, "q");
   require_shape(a.kv_a.weight, a.latent_dim + rope_dim, a.kv_a.weight.columns, "kv_a");
@@ -192,7 +192,7 @@ BoundLayer make_layer(const BoundNorm& input_norm, const BoundNorm& post_attenti
   bound.part.post_attention_norm = bound.keep(post_attention_norm);
   bound.part.attention = bound.keep(attention);
   bound.part.attention.first_pair = first_pair;
-  require(first_pair >= 0, "a layer's pairs begin before the first");
+  require(first_pair >= 0, "first_pair is negative");
   bound.part.mlp = bound.keep(mlp);
   bound.part.moe = bound.keep(moe);
   return bound;
@@ -216,7 +216,7 @@ class BoundModel {
   BoundModel(const Array& embedding, const std::optional<BoundJoin>& join, const std::vector<BoundLayer>& layers,
              std::int64_t first_layer, const BoundNorm& norm, const BoundProjection& head, bool is_larger_than_memory)
       : model_(assemble(embedding, join, layers, norm, head)) {
-    require(first_layer >= 0, "layers begin before the cache's first");
+    require(first_layer >= 0, "first_layer is negative");
     model_.first_layer = first_layer;
     model_.is_larger_than_memory = is_larger_than_memory;
   }
@@ -225,7 +225,7 @@ class BoundModel {
             const Array& sin, const std::vector<SequenceArgs>& sequences, const BoundCache& cache, const Array& hidden,
             const std::vector<std::int64_t>& wanted, const std::optional<Array>& logits, bool is_decode) {
     // Do not wait for the mutex while holding the GIL: the running step needs the GIL before it releases the mutex.
-    StepState& own = stage_.get(model_);
+    StepState& own = step_state_.get(model_);
     std::unique_lock one_step(own.mutex, std::defer_lock);
     {
       const nb::gil_scoped_release released;
@@ -233,19 +233,19 @@ class BoundModel {
     }
     Step step;
     read_tokens(step, ids, slots, cos, sin);
-    require(previous.has_value() == model_.join.has_value(), "an MTP module, and no other, goes on from hidden states");
+    require(previous.has_value() == model_.join.has_value(), "only MTP modules take previous hidden states, and they need them");
     if (previous) step.previous = elements<bf16>(*previous, "previous", Type::bf16, {step.tokens, model_.hidden});
     read_cache(step, cache);
     read_sequences(step, sequences, cache);
     step.hidden = elements<bf16>(hidden, "hidden", Type::bf16, {step.tokens, model_.hidden});
-    for (const std::int64_t row : wanted) require(row >= 0 && row < step.tokens, "a wanted token is not of the step");
+    for (const std::int64_t row : wanted) require(row >= 0 && row < step.tokens, "a wanted token is outside the step");
     step.wanted = wanted;
     step.is_decode = is_decode;
     if (logits) {
       const auto rows = static_cast<std::int64_t>(wanted.size());
       step.logits = elements<float>(*logits, "logits", Type::fp32, {rows, model_.vocab});
     }
-    require(logits.has_value() || wanted.empty(), "logits are wanted and have no place");
+    require(logits.has_value() || wanted.empty(), "wanted tokens need logits");
     if (step.tokens == 0) return;
     const nb::gil_scoped_release released;
     const Ops& table = ops();
@@ -344,7 +344,7 @@ class BoundModel {
 
   std::vector<Array> owners_;
   Model model_;
-  ProcessStepState stage_;
+  ProcessStepState step_state_;
 };
 
 }  // namespace

@@ -106,7 +106,7 @@ void entropy(const Array& logits, const Array& targets, const Array& counted, fl
   pass.nll = elements<float>(nll, "nll", Type::fp32, {pass.rows});
   pass.z = elements<float>(z, "z", Type::fp32, {pass.rows});
   for (std::int64_t r = 0; r < pass.rows; ++r) {
-    if (pass.targets[r] < 0 || pass.targets[r] >= pass.size) throw std::invalid_argument("targets name no column");
+    if (pass.targets[r] < 0 || pass.targets[r] >= pass.size) throw std::invalid_argument("targets has an entry outside the vocabulary");
   }
   run(ops(level).entropy, pass);
 }
@@ -127,7 +127,7 @@ void divergence(const Array& logits, const Array& teacher, const Array& targets,
   pass.kl = elements<float>(kl, "kl", Type::fp32, {pass.rows});
   pass.nll = elements<float>(nll, "nll", Type::fp32, {pass.rows});
   for (std::int64_t r = 0; r < pass.rows; ++r) {
-    if (pass.targets[r] < 0 || pass.targets[r] >= pass.size) throw std::invalid_argument("targets name no column");
+    if (pass.targets[r] < 0 || pass.targets[r] >= pass.size) throw std::invalid_argument("targets has an entry outside the vocabulary");
   }
   run(ops(level).divergence, pass);
 }
@@ -167,7 +167,7 @@ void combine(const Array& rows, const std::optional<Array>& factors, const Array
   pass.places = elements<std::int64_t>(places, "places", Type::int64, {pass.tokens, pass.chosen});
   pass.out = values(out, "out", is_bf16, {pass.tokens, pass.size});
   for (std::int64_t i = 0; i < pass.tokens * pass.chosen; ++i) {
-    if (pass.places[i] < 0 || pass.places[i] >= count) throw std::invalid_argument("places name no row");
+    if (pass.places[i] < 0 || pass.places[i] >= count) throw std::invalid_argument("places has an entry outside the rows");
   }
   run(ops(level).combine, pass);
 }
@@ -226,7 +226,7 @@ CausalPass causal(const Array& q, const Array& k, const Array& v, const Array& e
   pass.ends = elements<std::int64_t>(ends, "ends", Type::int64, {pass.sequences});
   std::int64_t before = 0;
   for (std::int64_t i = 0; i < pass.sequences; ++i) {
-    if (pass.ends[i] <= before) throw std::invalid_argument("ends do not rise");
+    if (pass.ends[i] <= before) throw std::invalid_argument("ends do not increase");
     before = pass.ends[i];
   }
   if (before != tokens) throw std::invalid_argument("ends do not reach the last token");

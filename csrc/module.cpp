@@ -158,7 +158,7 @@ void store_rows(const Array& rows, const Array& cache, std::int64_t quantized, c
   if (quantized < 0 || quantized > row_dim) throw std::invalid_argument("quantized channels do not fit the rows");
   const auto* values = elements<bf16>(rows, "rows", Type::bf16, {count, row_dim});
   const Cache to = cache_of(cache, size(cache, 1), row_dim, quantized);
-  if (size(cache, 0) * to.page_size < count) throw std::invalid_argument("the cache has no room for the rows");
+  if (size(cache, 0) * to.page_size < count) throw std::invalid_argument("the cache is too small for the rows");
   run([&](Team& team) { table.store_rows(team, values, count, row_dim, to); });
 }
 
@@ -168,7 +168,7 @@ void check_pages(const PagedAttention& a, std::int64_t pages, std::int64_t all_p
     throw std::invalid_argument("pages are too few for the positions");
   }
   for (std::int64_t i = 0; i < pages; ++i) {
-    if (a.pages[i] < 0 || a.pages[i] >= all_pages) throw std::invalid_argument("pages name one that is not there");
+    if (a.pages[i] < 0 || a.pages[i] >= all_pages) throw std::invalid_argument("pages has an entry outside the cache");
   }
 }
 
@@ -220,7 +220,7 @@ std::int64_t draw(const Array& logits, double number, double temperature, std::i
   pass.logits = elements<float>(logits, "logits", Type::fp32, {pass.size});
   const bool is_valid = pass.size > 0 && 0 <= number && number < 1 && temperature > 0 && top_k >= 0 && top_p > 0 &&
                         top_p <= 1 && min_p >= 0 && min_p <= 1;
-  if (!is_valid) throw std::invalid_argument("options of a draw are out of their ranges");
+  if (!is_valid) throw std::invalid_argument("sampling options are out of range");
   pass.number = number;
   pass.temperature = temperature;
   pass.top_k = top_k;

@@ -28,18 +28,18 @@ class ProcessStepState {
   // Requires the GIL.
   StepState& get(const Model& model) {
     leave_to_parent();
-    if (!stage_) stage_ = std::make_unique<StepState>(model);
-    return *stage_;
+    if (!step_state_) step_state_ = std::make_unique<StepState>(model);
+    return *step_state_;
   }
 
  private:
   void leave_to_parent() {
     if (forks_ == forks()) return;
-    static_cast<void>(stage_.release());
+    static_cast<void>(step_state_.release());
     forks_ = forks();
   }
 
-  std::unique_ptr<StepState> stage_;
+  std::unique_ptr<StepState> step_state_;
   std::uint64_t forks_ = forks();
 };
 

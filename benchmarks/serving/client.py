@@ -1,4 +1,4 @@
-"""Asks an OpenAI-compatible server for one streamed completion and notes when its pieces arrive.
+"""Streaming client: sends one completion request and records when its chunks arrive.
 
 The clock is the client's: what it sees includes HTTP, as for any user. A failure is part of the
 answer, because a server that fails under load has to show in the figures.
@@ -21,20 +21,20 @@ TIMEOUT = 900.0
 
 @dataclass(kw_only=True, slots=True)
 class Answer:
-    """What came back for one request. Times are seconds of time.perf_counter."""
+    """The response to one request. Times are in seconds of time.perf_counter."""
 
     started: float
     pieces: list[float]
-    """Arrival of every chunk that had text."""
+    """Arrival of every chunk with text."""
     ended: float = 0.0
     prompt_tokens: int = 0
     output_tokens: int = 0
-    """As the server counts them in its usage."""
+    """From the server's usage."""
     error: str | None = None
 
     @property
     def ttft(self) -> float:
-        """Seconds from asking to the first text."""
+        """Time to first token: seconds from sending to the first text."""
         return self.pieces[0] - self.started
 
     @property
@@ -64,7 +64,7 @@ def body_of(work: Work, model: str, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 async def ask(client: httpx.AsyncClient, body: dict[str, Any], expected: int) -> Answer:
-    """One streamed answer of `expected` tokens; anything else is an error in it."""
+    """One streamed response of `expected` tokens; anything else is recorded as its error."""
     answer = Answer(started=time.perf_counter(), pieces=[])
     try:
         async with client.stream("POST", "/v1/completions", json=body) as response:
@@ -114,7 +114,7 @@ def new_client(url: str, *, connections: int, key: str | None = None) -> httpx.A
 async def ask_all(
     url: str, work: Sequence[Work], model: str, extra: dict[str, Any], concurrency: int
 ) -> list[Answer]:
-    """All answers; `concurrency` requests are in flight until none is left to start."""
+    """All responses, with `concurrency` requests in flight."""
     waiting = iter(work)
     answers: list[Answer] = []
 

@@ -1,4 +1,4 @@
-"""Figures of answers: rates, percentiles, ratios to the best peer; as JSON, a table, a picture.
+"""Metrics of a benchmark: rates, percentiles, ratio to the best peer; as JSON, table and plot.
 
 Rates are the median over the rounds. Percentiles are taken over the requests of all rounds, since
 the 99th of one round would be its worst request.
@@ -68,7 +68,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def row_of(turns: Sequence[Turn]) -> dict[str, Any]:
-    """The figures of all rounds of one server at one concurrency. Times in seconds."""
+    """Metrics over all rounds of one server at one concurrency. Times in seconds."""
     good = [answer for turn in turns for answer in turn.good]
     errors = [answer.error for turn in turns for answer in turn.answers if answer.error is not None]
     row: dict[str, Any] = {
@@ -112,7 +112,7 @@ def rows_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def ratios(own: dict[str, Any], peers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How many times better `own` is than the best peer, figure by figure; above 1 is ahead."""
+    """Ratio to the best peer per metric; above 1 is better."""
     found = {}
     for name in HIGHER_IS_BETTER + LOWER_IS_BETTER:
         values = [peer[name] for peer in peers if peer.get(name)]
@@ -156,7 +156,7 @@ def _milliseconds(value: float | None) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Output rate, first token and gaps over concurrency, a panel each; log scales."""
+    """Throughput, TTFT and ITL over concurrency, one panel each; log scales."""
     from matplotlib.figure import Figure
 
     panels = (

@@ -1,4 +1,4 @@
-"""What a process and all it started hold: memory, descriptors, threads. Linux only."""
+"""Memory, file descriptors and threads of a process tree. Linux only."""
 
 import os
 from dataclasses import dataclass

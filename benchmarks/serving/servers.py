@@ -1,4 +1,4 @@
-"""The servers that can be measured: how each is started, found ready, stopped for a while, ended.
+"""Servers under test: start, wait until ready, pause, stop.
 
 A server leads a process group of its own. While others are measured it is stopped with SIGSTOP,
 because thread pools spin for a while after work, and continued for its turn.
@@ -26,31 +26,31 @@ LOWLAT_MODULE = "import sys; from lowlat.cli.main import run; run()"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
-    """What all servers are given alike."""
+    """Settings shared by all servers."""
 
     model: str
-    """The checkpoint folder, or what else lowlat serves."""
+    """The checkpoint folder, or another model name for lowlat."""
     dtype: str
     threads: int
     context: int
-    """Most tokens of prompt and answer together."""
+    """Context length in tokens."""
     concurrency: int
-    """Most requests at once."""
+    """Maximum number of concurrent requests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
-    """How one kind of server is run."""
+    """Command line of one kind of server."""
 
     name: str
     command: list[str]
-    """Without host and port, which all take by the same names."""
+    """Without host and port, whose options are the same for all."""
     settings: dict[str, str] = field(default_factory=dict)
     """Environment variables."""
     model_name: str = "model"
-    """As requests name the model."""
+    """Model name in requests."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Fields that keep it from ending an answer early."""
+    """Request fields that disable end-of-sequence."""
 
 
 def folder_or_name(model: str) -> str:
@@ -61,7 +61,7 @@ def folder_or_name(model: str) -> str:
 def lowlat_program(setup: Setup, extra: list[str]) -> Program:
     """This package's server, under this interpreter."""
     options = ["--dtype", setup.dtype, "--threads", str(setup.threads)]
-    options += ["--max-context", str(setup.context), "--name", "model"]
+    options += ["--max-context", str(setup.context), "--served-model-name", "model"]
     command = [sys.executable, "-c", LOWLAT_MODULE, "serve", setup.model, *options, *extra]
     return Program(name="lowlat", command=command, extra={"ignore_eos": True})
 
@@ -149,7 +149,7 @@ class Server:
         self._signal(signal.SIGCONT)
 
     def end(self) -> int:
-        """Ask it to end, then end it; its exit status, negative for a signal."""
+        """Terminate, then kill; returns the exit status, negative for a signal."""
         self.go_on()
         if self._process.poll() is None:
             self._process.terminate()
@@ -161,7 +161,7 @@ class Server:
         return self._process.wait()
 
     def last_words(self) -> str:
-        """What it wrote last."""
+        """The end of its log."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return lines[-1][-300:] if lines else "without a word"
 
@@ -173,7 +173,7 @@ class Server:
 
 
 def free_port() -> int:
-    """A port nobody listens on at the moment."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return probe.getsockname()[1]

@@ -1,6 +1,6 @@
-"""The load of a soak: requests at random moments, a canary whose answer must never change.
+"""Load generator of the soak test, with a canary request whose output must not change.
 
-Owns the tallies and what counts as a wrong answer; samples and bounds are `serving.verdict`'s.
+Owns the tallies and what counts as a wrong answer; samples and bounds are `serving.soak_checks`'s.
 """
 
 import asyncio
@@ -13,18 +13,18 @@ from typing import Any
 import httpx
 
 from serving.client import events
-from serving.mix import CHAT, COMPLETIONS, Call, Mix
+from serving.soak_requests import CHAT, COMPLETIONS, Call, Mix
 
 CANARY_SECONDS = 5.0
 CANARY_TOKENS = 24
 AT_ONCE = 6
 MOST_FAULTS = 20
-"""Of each kind of manner, kept for the report."""
+"""Number of failures to report per kind."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Tally:
-    """What has happened so far."""
+    """Counts so far."""
 
     answered: int = 0
     cancelled: int = 0
@@ -34,7 +34,7 @@ class Tally:
     kinds: dict[str, int] = field(default_factory=dict)
     """Calls by manner and kind."""
     faults: list[str] = field(default_factory=list)
-    """Wrong answers, a line each, the first MOST_FAULTS."""
+    """The first MOST_FAULTS wrong responses, one line each."""
     fault_count: int = 0
 
     def fault(self, text: str) -> None:
@@ -44,7 +44,7 @@ class Tally:
 
 
 class Load:
-    """Calls against one server until told to end."""
+    """Sends requests to one server until stopped."""
 
     def __init__(self, client: httpx.AsyncClient, mix: Mix, model: str, *, rate: float) -> None:
         """`rate`: calls per second, on average; moments are those of a Poisson process."""
@@ -56,7 +56,7 @@ class Load:
         self._moments = random.Random(rate)
 
     async def run(self, seconds: float) -> None:
-        """Call for this long, then wait until the last answers have come."""
+        """Send requests for this long, then wait for the last responses."""
         end = time.monotonic() + seconds
         async with asyncio.TaskGroup() as group:
             group.create_task(self._canaries(end))
@@ -91,7 +91,7 @@ class Load:
             self.tally.fault(f"{call.manner} {call.kind}: {type(error).__name__}: {error}")
 
     async def _cut_off(self, call: Call, patience: float) -> None:
-        """Ask and go away; whatever has come by then is right."""
+        """Send a request and disconnect; any partial response is correct."""
         try:
             async with asyncio.timeout(patience):
                 await self._exchange(call)
@@ -156,13 +156,13 @@ class Load:
 
 
 def is_error(content: Any) -> bool:
-    """Whether it has the shape of the API's errors."""
+    """Whether it is an error in the API's format."""
     error = content.get("error") if isinstance(content, dict) else None
     return isinstance(error, dict) and {"message", "type", "param", "code"} <= set(error)
 
 
 def wrong_with(call: Call, content: Any) -> str | None:
-    """What an answer lacks; None if nothing."""
+    """What is wrong with a response; None if nothing."""
     assert isinstance(call.body, dict)
     wanted = call.body.get("n", 1)
     parts = content if call.is_stream else [content]

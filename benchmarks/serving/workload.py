@@ -1,4 +1,4 @@
-"""What servers are asked: prompts of token ids and fixed output lengths, the same for a seed.
+"""Benchmark workload: token-id prompts and fixed output lengths, reproducible by seed.
 
 Lengths are drawn log-uniformly: most requests are short and a few are long, as users' are.
 """

@@ -37,7 +37,7 @@ struct SoftmaxState {
     std::memset(values, 0, rows * stride * sizeof(float));
   }
   // Rescales for more keys, whose maximum score is at most `top` and whose weights sum to `sum`.
-  void go_on(std::int64_t row, float new_top, float sum) const {
+  void update(std::int64_t row, float new_top, float sum) const {
     const float before = top[row];
     if (new_top == before) {
       total[row] += sum;
@@ -126,7 +126,7 @@ inline void softmax_step(const Queries& q, std::int64_t start, std::int64_t bloc
       store_pairs(weights + 32, pairs_in_order(part[2], part[3]));
       sums = add(sums, add(add(part[0], part[1]), add(part[2], part[3])));
     }
-    state.go_on(r, top, sum(sums));
+    state.update(r, top, sum(sums));
   }
 }
 
@@ -217,7 +217,7 @@ inline void softmax_in_lanes(LaneTile& lanes, float scale, float* scores, std::i
     for (int lane = 0; lane < half; ++lane) sums[lane] = add(sums[lane], sums[lane + half]);
   }
   store(totals, sums[0]);
-  for (std::int64_t r = 0; r < lanes.rows; ++r) state.go_on(first_row + r, lanes.top[r], totals[r]);
+  for (std::int64_t r = 0; r < lanes.rows; ++r) state.update(first_row + r, lanes.top[r], totals[r]);
 }
 
 // Weights of a tile of queries in bf16, interleaved in pairs of keys.

@@ -82,7 +82,7 @@ struct HeadAt {
 
 // Scratch of a thread.
 struct Memory {
-  Buffer key_rows, key_transposed, value_transposed, query_rows, query_transposed, grad_rows, grad_turned;
+  Buffer key_rows, key_transposed, value_transposed, query_rows, query_transposed, grad_rows, grad_transposed;
   Buffer q, k, v, scores, products, weights, slopes, transposed, tops, totals, values, first, last, logs, along;
   Buffer grad_q, grad_k, grad_v;
 };
@@ -208,7 +208,7 @@ inline void backward_head(const CausalPass& p, const HeadAt& at, const bf16* k, 
   const HeadPanels queries = make_panels(p.q + at.start * q_step + at.head * p.key_dim, q_step, at.length, p.key_dim,
                                          &memory.query_rows, &memory.query_transposed);
   const HeadPanels grads = make_panels(p.grad + at.start * v_step + at.head * p.value_dim, v_step, at.length, p.value_dim,
-                                       &memory.grad_rows, &memory.grad_turned);
+                                       &memory.grad_rows, &memory.grad_transposed);
   auto* logs = buffer_array<float>(memory.logs, blocks * kBlock);
   auto* along = buffer_array<float>(memory.along, blocks * kBlock);
   sums_along(p, at, logs, along);

@@ -139,7 +139,7 @@ class PrefetchSchedule {
   }
 
   // The next of `times` passes: its share of the next tile.
-  void go_on(std::int64_t time, std::int64_t times) {
+  void next_pass(std::int64_t time, std::int64_t times) {
     lines_ = 0;
     if (next_.w == nullptr) return;
     const Matrix& w = *next_.w;
@@ -239,7 +239,7 @@ inline void gemv_tile(const Matrix& w, std::int64_t tile, NextTile next, const A
   const std::int64_t step = even_block(x.rows, kSharingTokens), times = (x.rows + step - 1) / step;
   PrefetchSchedule prefetches(w, tile, next);
   for (std::int64_t time = 0; time < times; ++time) {
-    if (time > 0) prefetches.go_on(time, times);
+    if (time > 0) prefetches.next_pass(time, times);
     const Activations part = x.from(time * step);
     float* to = out + time * step * out_stride;
     with_tokens<kSharingTokens>(least(step, part.rows), [&]<int T>() {

@@ -39,10 +39,10 @@ struct ByteWeights {
   std::uint32_t* high;
   std::uint32_t* low;  // low bytes (256ths), of tiles with peaks
   bool* has_peaks;     // [tiles]
-  float* quantum;        // value of one quantization step, [groups, width]
+  float* quantum;      // value of one quantization step, [groups, width]
   float* largest;      // largest scale of a group's keys, [groups]
   float* shares;       // key scales over the largest, [groups, kSpan]
-  float* inverse_scale;       // 1 / largest key scale each query of a tile attends to, [groups, 16]
+  float* inverse_scale;  // 1 / largest key scale each query of a tile attends to, [groups, 16]
   std::int64_t groups = 0, quads = 0, width = 0;
 
   std::int64_t at(std::int64_t group, std::int64_t quad) const { return (group * quads + quad) * width; }
@@ -51,9 +51,9 @@ struct ByteWeights {
 // Dither: the offset added to a key's weight before truncation, in 256ths: the key's last six bits in reverse (van
 // der Corput sequence).
 inline float added_fraction(std::int64_t key) {
-  int transposed = 0;
-  for (int bit = 0; bit < 6; ++bit) transposed |= (static_cast<int>(key) >> bit & 1) << (5 - bit);
-  return static_cast<float>(4 * transposed + 2);
+  int reversed = 0;
+  for (int bit = 0; bit < 6; ++bit) reversed |= (static_cast<int>(key) >> bit & 1) << (5 - bit);
+  return static_cast<float>(4 * reversed + 2);
 }
 
 inline void share_scales(const IntegerSpan& span, const ByteWeights& out) {

@@ -47,7 +47,7 @@ inline void dequantize_row(const Cache& cache, const std::uint8_t* row, Channels
   std::memcpy(out + cache.quantized, scales + 4 * groups, plain * sizeof(bf16));
 }
 
-// Stores an entry: native kernel of pack_rows in lowlat/attention/int8_entry.py; out is the entry's place in the
+// Stores an entry: native kernel of pack_entries in lowlat/attention/int8_entry.py; out is the entry's place in the
 // cache.
 inline void store_row(const Cache& cache, const bf16* row, std::int64_t row_dim, std::uint8_t* out) {
   if (cache.quantized == 0) {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowlat.attention.int8_entry import entry_bytes, pack_entries, unpack_entries
 from lowlat.config.model import ModelConfig
-from lowlat.utils import huge_pages as large_pages
+from lowlat.utils import huge_pages
 
 PAGE_SIZE = 64
 
@@ -106,4 +106,4 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeros; on the CPU pages of the cache that are never written take no memory."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return large_pages.zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+    return huge_pages.zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from lowlat.config.kv_cache_size import SCALE_CHANNELS, int8_entry_bytes
 from lowlat.config.model import AttentionConfig
-from lowlat.config.parameter_count import SCALE_CHANNELS, int8_entry_bytes
 
 INT8_MAX = 127
 

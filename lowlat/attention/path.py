@@ -7,7 +7,7 @@ plans steps chooses the path from the request alone, and rows are shared only wh
 
 from typing import Literal
 
-from lowlat.config.attention import DECOUPLED, ModelAttention, distinct, expansion_break_even
+from lowlat.config.attention import DECOUPLED_ROPE, ModelAttention, distinct, expansion_break_even
 
 AttentionPath = Literal["decode", "absorbed", "expanded"]
 """stream: few tokens, products that run at the speed of reading the weights, attention in the
@@ -25,5 +25,7 @@ def choose_path(attention: ModelAttention, length: int) -> AttentionPath:
     """
     if length <= DECODE_TOKENS:
         return "decode"
-    latent = [layer.latent_sizes for layer in distinct(attention) if isinstance(layer, DECOUPLED)]
+    latent = [
+        layer.latent_sizes for layer in distinct(attention) if isinstance(layer, DECOUPLED_ROPE)
+    ]
     return "absorbed" if latent and length <= expansion_break_even(latent) else "expanded"

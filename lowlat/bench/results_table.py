@@ -47,9 +47,9 @@ def throughput(results: Results) -> Table:
     """Throughput in tokens per second: a block per case, with a line per program and the roofline.
 
     Columns after the rate: half its spread over the rounds, its shares of the roofline and of the
-    serial bound, the speedup of lowlat, and the peak resident memory of prefill.
+    serial bound, the speedup of lowlat, and the peak resident memory of prefill in GB.
     """
-    table = _table("", "", "tok/s", "", "roofline", "serial", "speedup", "memory")
+    table = _table("", "", "tok/s", "", "roofline", "serial", "speedup", "GB")
     for case in dict.fromkeys((row["kind"], row["tokens"]) for row in results["rows"]):
         rows = [row for row in results["rows"] if (row["kind"], row["tokens"]) == case]
         rows.sort(key=lambda row: row["program"] != "lowlat")
@@ -107,7 +107,7 @@ def _figures(row: dict[str, Any], own: dict[str, Any]) -> list[str]:
         f"{row['share_of_roofline']:.0%}",
         f"{row['share_of_serial_bound']:.0%}",
         "" if faster is None else f"{faster:.2f}x",
-        f"{peak / 1e9:.2f} GB" if peak else "",
+        f"{peak / 1e9:.2f}" if peak else "",
     ]
 
 

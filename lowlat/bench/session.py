@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowlat.bench.benchmark_plan import BenchmarkPlan, PeerSpec
-from lowlat.checkpoint.fetch.cache_dir import derived_dir, disk_faults
+from lowlat.checkpoint.fetch.cache_dir import cache_disk_errors, derived_dir
 from lowlat.config.model import ModelConfig
 from lowlat.convert.run import convert
 from lowlat.peers.worker import PeerError, Worker
@@ -111,7 +111,7 @@ class BenchmarkSession:
             return self.model
         path = self._derived() / "fp8"
         if not path.exists():
-            with disk_faults(path.parent), self.progress.task("writing fp8 blocks"):
+            with cache_disk_errors(path.parent), self.progress.task("writing fp8 blocks"):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 convert(self.model, path, dtype="fp8")
         return path
@@ -132,7 +132,7 @@ class BenchmarkSession:
         if path.exists():
             return path
         source = None if kind in EXPORTED else self._gguf(program, "BF16")
-        with disk_faults(path.parent), self.progress.task(f"writing {path.name}"):
+        with cache_disk_errors(path.parent), self.progress.task(f"writing {path.name}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             if source is None:
                 self._export(path, kind)

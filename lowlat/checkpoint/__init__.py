@@ -1,1 +1,1 @@
-"""Files <-> parameters: safetensors folders and GGUF files, read lazily and written atomically."""
+"""Model checkpoints: fetch, open, load, map names, quantize on load, save; safetensors and GGUF."""

@@ -1,6 +1,4 @@
-"""A checkpoint with fp8 blocks or packed weights, seen as one of plain numbers: weights are
-multiplied out as they are read.
-"""
+"""Dequantize on read: a checkpoint with fp8 blocks or packed int8/int4 weights as plain floats."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.fill_parameters import type_name
+from lowlat.checkpoint.fill_parameters import dtype_label
 from lowlat.checkpoint.mapping import (
     SCALE_SUFFIX,
     check_scale_type,
@@ -27,19 +25,19 @@ from lowlat.ops.fp8 import dequantize_blocks
 from lowlat.utils.errors import UserError
 
 CHUNK_ELEMENTS = 2**22
-"""Elements multiplied out at a time, so that intermediates stay small."""
+"""Elements dequantized at a time, so that intermediates stay small."""
 ROW_STEP = 128
-"""Rows are multiplied out in multiples of this: whole blocks and tiles."""
+"""Rows are dequantized in multiples of this: whole blocks and tiles."""
 
 
-def dense_source(
+def dequantized_source(
     source: TensorSource, config: ModelConfig, dtype: torch.dtype
 ) -> tuple[TensorSource, ModelConfig]:
     """`source` and its config as a checkpoint without fp8 blocks and packed weights.
 
-    Each such weight is read as its exact values rounded once to `dtype`; tensors keep the layout of
-    `source`: packed ones hold no padding. Raises UserError naming a weight
-    whose scales are missing, or of a wrong type or shape.
+    Each such weight is read as its exact values, rounded once to `dtype`; tensors keep the layout
+    of `source` (packed ones have no padding). Raises UserError naming a weight whose scales are
+    missing or have a wrong dtype or shape.
     """
     plain = replace(config, quantization=None, packing=None)
     if config.quantization is not None:
@@ -48,27 +46,29 @@ def dense_source(
             for name in source.names()
             if source.dtype(name) == torch.float8_e4m3fn and not name.endswith(SCALE_SUFFIX)
         ]
-        weights: dict[str, Weight] = {name: _Blocks(name, config.quantization) for name in names}
+        weights: dict[str, QuantizedWeight] = {
+            name: _Blocks(name, config.quantization) for name in names
+        }
         for weight in weights.values():
             weight.check(source)
-        return DenseSource(source, weights, dtype), plain
+        return DequantizedSource(source, weights, dtype), plain
     if config.packing is not None:
         weights = _packed_weights(config)
         for weight in weights.values():
             weight.check(source)
-        # in whose place the embedding is read
+        # the tied embedding is read instead
         head = weights.pop("lm_head.weight") if config.tie_word_embeddings else None
         hidden = [] if head is None else ["lm_head.weight", *head.scales()]
-        return DenseSource(source, weights, dtype, hidden), plain
+        return DequantizedSource(source, weights, dtype, hidden), plain
     return source, plain
 
 
-class Weight(ABC):
-    """A matrix that several tensors of a file stand for."""
+class QuantizedWeight(ABC):
+    """A weight matrix that the file stores as several tensors."""
 
     @abstractmethod
     def scales(self) -> list[str]:
-        """The tensors beside the one that bears the weight's name."""
+        """Names of the scale tensors."""
 
     @abstractmethod
     def shape(self, source: TensorSource) -> tuple[int, ...]:
@@ -76,7 +76,7 @@ class Weight(ABC):
 
     @abstractmethod
     def check(self, source: TensorSource) -> None:
-        """UserError naming a tensor that is missing, or of a wrong type or shape."""
+        """Raise UserError naming a tensor that is missing or has a wrong dtype or shape."""
 
     @abstractmethod
     def rows(self, source: TensorSource, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -85,8 +85,8 @@ class Weight(ABC):
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Blocks(Weight):
-    """fp8 blocks."""
+class _Blocks(QuantizedWeight):
+    """fp8 blocks with one scale each (DeepSeek-V3 section 3.3)."""
 
     name: str
     quant: QuantConfig
@@ -121,7 +121,7 @@ class _Blocks(Weight):
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Packed(Weight):
+class _Packed(QuantizedWeight):
     """int8 or int4, in the storage of `linear`."""
 
     name: str
@@ -147,8 +147,8 @@ class _Packed(Weight):
             found, dtype = source.shape(name), source.dtype(name)
             if dtype != parameter.dtype:
                 raise UserError(
-                    f"{source.where(name)} is {type_name(dtype)}, not "
-                    f"{type_name(parameter.dtype)}, as quantization_config says"
+                    f"{source.where(name)} is {dtype_label(dtype)}, not "
+                    f"{dtype_label(parameter.dtype)}, as quantization_config says"
                 )
             if found != shape:
                 raise UserError(
@@ -161,15 +161,15 @@ class _Packed(Weight):
 
 
 @final
-class DenseSource(TensorSource):
-    """`source` without scales and `hidden` tensors: `weights` are read as matrices of `dtype`;
-    `hf_config` stays.
+class DequantizedSource(TensorSource):
+    """`source` with `weights` dequantized to `dtype`, without their scales and `hidden` tensors;
+    `hf_config` is unchanged.
     """
 
     def __init__(
         self,
         source: TensorSource,
-        weights: Mapping[str, Weight],
+        weights: Mapping[str, QuantizedWeight],
         dtype: torch.dtype,
         hidden: Iterable[str] = (),
     ):
@@ -223,11 +223,11 @@ class DenseSource(TensorSource):
         return self._source.where(name)
 
 
-def _packed_weights(config: ModelConfig) -> dict[str, Weight]:
+def _packed_weights(config: ModelConfig) -> dict[str, QuantizedWeight]:
     """All packed projections by their names in files."""
     with torch.device("meta"):
         model = Transformer(config)
-    result: dict[str, Weight] = {}
+    result: dict[str, QuantizedWeight] = {}
     for path, module in model.named_modules():
         if isinstance(module, Linear):
             name = file_name(config, f"{path}.weight")

@@ -1,4 +1,4 @@
-"""Puts tensors from a checkpoint into parameters: number type, packing, device, range checks."""
+"""Fill parameters from checkpoint tensors: casts, quantize on load, range checks, device."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +20,13 @@ from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.model.linear import Linear, Storage
 from lowlat.ops.quantized import Empty
 from lowlat.utils.errors import UserError
-from lowlat.utils.huge_pages import LargePages
+from lowlat.utils.huge_pages import HugePageAllocator
 from lowlat.utils.progress import Progress
 
 FP8 = torch.float8_e4m3fn
 
 
-def fill(
+def fill_parameters(
     source: TensorSource,
     plan: Sequence[Operation],
     parameters: Mapping[str, Tensor],
@@ -37,12 +37,12 @@ def fill(
 ) -> dict[str, Tensor]:
     """Tensors for all `parameters` (meta tensors), in `dtype` (None: as stored) on `device`.
 
-    `packed` maps weights to the modules whose storage they are packed for. One file tensor is in
-    memory at a time beside the result. Raises UserError naming file and tensor for number types
-    that are no weight's and for values that are not finite where they must be.
+    packed: weights to quantize on load, with the modules whose storage they get. At most one file
+    tensor is in memory besides the result. Raises UserError naming file and tensor for dtypes that
+    no weight has, and for values that must be finite and are not.
     """
     filled: dict[str, Tensor] = {}
-    empty = LargePages().empty if device.type == "cpu" else torch.empty
+    empty = HugePageAllocator().empty if device.type == "cpu" else torch.empty
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     total = sum(_stored_bytes(source, name) for step in plan for name in step.file_shapes(shapes))
     with progress.task("Loading weights", total=total, unit="bytes") as task:
@@ -64,14 +64,14 @@ def fill(
 def _fit_stored(
     tensor: Tensor, parameter: str, where: str, stored: torch.dtype, dtype: torch.dtype | None
 ) -> Tensor:
-    """`fit` for a parameter of number type `stored`; packed weights and their scales must have it.
+    """`fit` for a parameter of dtype `stored`; packed weights and their scales must have it.
 
-    Scales of packed weights are not looked at, so that loading reads no weight.
+    Scales of packed weights are not checked, so that loading reads no weight.
     """
     if stored in PACKED_DTYPES or parameter.endswith(PACKED_SUFFIXES):
         if tensor.dtype != stored:
-            wanted = f"{type_name(stored)}, as quantization_config says"
-            raise UserError(f"{where} is {type_name(tensor.dtype)}, not {wanted}")
+            wanted = f"{dtype_label(stored)}, as quantization_config says"
+            raise UserError(f"{where} is {dtype_label(tensor.dtype)}, not {wanted}")
         return tensor
     return fit(tensor, parameter, where, stored == FP8, dtype)
 
@@ -79,10 +79,10 @@ def _fit_stored(
 def fit(
     tensor: Tensor, parameter: str, where: str, blocks: bool, dtype: torch.dtype | None
 ) -> Tensor:
-    """`tensor` in the number type `parameter` is kept in; `blocks` if that is fp8.
+    """`tensor` in the dtype that `parameter` is stored in; `blocks` if that is fp8 blocks.
 
-    Raises UserError starting with `where` for a number type that does not belong there, a router
-    bias or scale that is not finite, and values beyond the range of `dtype`.
+    Raises UserError starting with `where` for a dtype that does not belong there, a router bias or
+    scale that is not finite, and values beyond the range of `dtype`.
     """
     if parameter.endswith(SCALE_SUFFIX):
         check_scale_values(tensor, where)
@@ -94,7 +94,7 @@ def fit(
     if blocks or tensor.dtype not in PLAIN_DTYPES:
         if not blocks or tensor.dtype != FP8:
             wanted = "fp8 (F8_E4M3), as quantization_config says" if blocks else "a plain float"
-            raise UserError(f"{where} is {type_name(tensor.dtype)}, not {wanted}")
+            raise UserError(f"{where} is {dtype_label(tensor.dtype)}, not {wanted}")
         return tensor
     result = tensor.to(tensor.dtype if dtype is None else dtype)
     if result.dtype == torch.float16 != tensor.dtype:
@@ -106,13 +106,13 @@ def fit(
 def fit_packed(
     tensor: Tensor, parameter: str, where: str, linear: Linear, empty: Empty
 ) -> dict[str, Tensor]:
-    """`tensor` in the storage of `linear`, by names of parameters; `empty` gives the memory.
+    """`tensor` quantized to the storage of `linear`, by parameter names; `empty` allocates.
 
-    Raises UserError starting with `where` for a number type that is no weight's and for values
-    that are not finite or beyond the range of the storage.
+    Raises UserError starting with `where` for a dtype that no weight has and for values that are
+    not finite or beyond the range of the storage.
     """
     if tensor.dtype not in PLAIN_DTYPES:
-        raise UserError(f"{where} is {type_name(tensor.dtype)}, not a plain float")
+        raise UserError(f"{where} is {dtype_label(tensor.dtype)}, not a plain float")
     parts = linear.pack(tensor, empty)
     check_packed(parts, linear.storage, where)
     prefix = parameter.removesuffix("weight")
@@ -120,7 +120,7 @@ def fit_packed(
 
 
 def check_packed(parts: Mapping[str, Tensor], storage: Storage, where: str) -> None:
-    """UserError starting with `where` if the scales say that values did not fit `storage`."""
+    """Raise UserError starting with `where` if the scales show that values overflow `storage`."""
     for part in parts.values():
         if part.is_floating_point() and not bool(part.isfinite().all()):
             raise UserError(
@@ -130,7 +130,7 @@ def check_packed(parts: Mapping[str, Tensor], storage: Storage, where: str) -> N
 
 
 def _pieces(plan: Sequence[Operation], source: TensorSource) -> Iterator[tuple[Piece, list[str]]]:
-    """Every piece of every operation with the file tensors read for it since the piece before."""
+    """Every piece of every operation, with the file tensors read since the previous piece."""
     names: list[str] = []
 
     def read(name: str) -> Tensor:
@@ -150,6 +150,6 @@ def _stored_bytes(source: TensorSource, name: str) -> int:
     return math.prod(source.shape(name)) * source.dtype(name).itemsize
 
 
-def type_name(dtype: torch.dtype) -> str:
+def dtype_label(dtype: torch.dtype) -> str:
     """'uint8'."""
     return str(dtype).removeprefix("torch.")

@@ -1,8 +1,7 @@
-"""Opens a checkpoint: a Hugging Face folder (one safetensors file or indexed shards) or a GGUF
-file.
+"""Open a checkpoint: a Hugging Face folder (one safetensors file or indexed shards) or a GGUF file.
 
-Owns which files belong to a model and that they agree with the index; each file's inside is
-`safetensors_file`'s and `gguf`'s.
+Owns which files belong to a model and that they agree with the index; the files themselves are read
+by `safetensors.reader` and `gguf.source`.
 """
 
 import os
@@ -24,7 +23,7 @@ __all__ = ["INDEX_FILE", "SINGLE_FILE", "FolderSource", "TensorSource", "open_ch
 
 
 def open_checkpoint(path: Path) -> TensorSource:
-    """The checkpoint at `path`, every header read and checked, no tensor data touched.
+    """Open the checkpoint at `path`: read and check every header, touch no tensor data.
 
     Raises UserError naming the file (and tensor) that is missing, damaged or outside the folder.
     """
@@ -38,9 +37,9 @@ def open_checkpoint(path: Path) -> TensorSource:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files of the checkpoint at `path` that hold weights; others in a folder are not read.
+    """The weight files of the checkpoint at `path`; other files in a folder are ignored.
 
-    Raises UserError for a folder without any, and for an index that is none.
+    Raises UserError for a folder without weights and for a malformed index.
     """
     if not path.is_dir():
         return [path]
@@ -108,9 +107,7 @@ class FolderSource(TensorSource):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`. Raises UserError where it is missing, too large or not
-    valid.
-    """
+    """The JSON object in a file. Raises UserError if it is missing, too large or invalid."""
     file = MappedFile(path)
     if file.size > MAX_JSON_BYTES:
         raise UserError(f"{path}: {file.size} bytes are too many for a JSON file of a model")

@@ -1,8 +1,7 @@
-"""Checkpoint -> model: built without memory, checked by name and shape, then filled tensor by
-tensor.
+"""Load a checkpoint into a model: build on the meta device, check names and shapes, then fill.
 
-Owns the order of things; casting and placing are `place`'s, where tensors lie `index`'s and
-`gguf`'s, what they are called `mapping`'s.
+Casting and quantize on load are in `fill_parameters`, file formats in `hf_folder` and
+`gguf.source`, tensor names in `mapping`.
 """
 
 import math
@@ -11,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from lowlat.checkpoint.dequantized_source import dense_source
-from lowlat.checkpoint.fill_parameters import fill
+from lowlat.checkpoint.dequantized_source import dequantized_source
+from lowlat.checkpoint.fill_parameters import fill_parameters
 from lowlat.checkpoint.hf_folder import open_checkpoint
-from lowlat.checkpoint.mapping import check_tensors, operations, settle_mtp
+from lowlat.checkpoint.mapping import check_tensors, operations, resolve_mtp_modules
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.model import ModelConfig, Packing
@@ -28,14 +27,14 @@ from lowlat.utils.progress import Progress, SilentProgress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Loaded:
+class LoadedModel:
     """A model filled from a checkpoint."""
 
     model: Transformer
     """All parameters in place."""
     config: ModelConfig
-    """As found: MTP modules and their copies as in the file, no quantization and no packing if
-    multiplied out.
+    """As found: MTP modules and their copies as in the file; without quantization and packing if
+    the weights were dequantized.
     """
     path: Path
     """The folder or .gguf file."""
@@ -47,35 +46,34 @@ def load_model(
     dtype: str = "auto",
     device: str = "cpu",
     progress: Progress | None = None,
-) -> Loaded:
-    """The model of `checkpoint`: a Hugging Face folder or a .gguf file, opened already or not.
+) -> LoadedModel:
+    """Load the model of `checkpoint`: a Hugging Face folder or a .gguf file, or one opened before.
 
     dtype: "auto" keeps every tensor as stored (fp8 blocks included; GGUF's block formats become
-    fp32), fp64, fp32, bf16 and fp16 cast all of them, int8 and int4 pack the projections as
-    `model.quant` says and cast the rest to bf16. Router biases are fp32 always. Weights that the
-    file holds packed stay as they are for auto, bf16 and their own form; else they are multiplied
-    out.
+    fp32); fp64, fp32, bf16 and fp16 cast all of them; int8 and int4 quantize the projections
+    (`model.quant`) and cast the rest to bf16. Router biases are always fp32. Packed weights stay
+    packed for auto, bf16 and their own dtype; for others they are dequantized.
 
-    Nothing is allocated before all names and shapes fit. On the CPU a tensor that needs no change
-    stays a copy-on-write view of the mapped file: it takes no memory of its own until it is used,
-    and in-place changes never reach the file (`MappedFile` says what a truncated file does).
-    Memory stays under the model, its largest tensor and a constant.
+    Nothing is allocated before all names and shapes match. On the CPU a tensor that needs no change
+    stays a copy-on-write view of the memory-mapped file: it takes no memory until it is used, and
+    in-place changes never reach the file (`MappedFile` documents truncated files). Peak memory is
+    the model, its largest tensor and a constant.
 
     Raises UserError naming file and tensor for anything missing, left over, misshapen or of a
-    dtype that is not a weight's, for a router bias that is not finite, and where weights that
-    `dtype` makes anew are more than there is memory.
+    dtype that no weight has, for a router bias that is not finite, and if the weights that `dtype`
+    creates do not fit into memory.
     """
     form: Packing | None = next((packing for packing in PACKED if packing == dtype), None)
     wanted = None if dtype == "auto" else parse_dtype("bf16" if form else dtype)
     place = parse_device(device)
     stored = checkpoint if isinstance(checkpoint, TensorSource) else open_checkpoint(checkpoint)
     source = stored
-    config = settle_mtp(read_config(source), source)
+    config = resolve_mtp_modules(read_config(source), source)
     is_packed, keeps = config.packing is not None, dtype in ("auto", "bf16", config.packing)
     if (is_packed and not keeps) or (config.quantization is not None and wanted is not None):
-        # packing rounds once, from the exact values
+        # quantization rounds once, from the exact values
         multiplied = torch.float32 if form or wanted is None else wanted
-        source, config = dense_source(source, config, multiplied)
+        source, config = dequantized_source(source, config, multiplied)
     model = _empty_model(config, source)
     if form and config.packing is None:
         model.add_head()
@@ -88,9 +86,11 @@ def load_model(
         made = weight_bytes(config, form) if form and config.packing is None else None
         _check_memory(stored, source, wanted, dtype, made)
     packed = store_packed(model, form) if form and config.packing is None else {}
-    filled = fill(source, plan, parameters, wanted, place, progress or SilentProgress(), packed)
+    filled = fill_parameters(
+        source, plan, parameters, wanted, place, progress or SilentProgress(), packed
+    )
     model.load_state_dict(filled, strict=True, assign=True)
-    return Loaded(model=model, config=config, path=stored.path)
+    return LoadedModel(model=model, config=config, path=stored.path)
 
 
 def read_config(source: TensorSource) -> ModelConfig:
@@ -99,7 +99,7 @@ def read_config(source: TensorSource) -> ModelConfig:
 
 
 def config_file(source: TensorSource) -> Path:
-    """What the config of a checkpoint is read from."""
+    """The file that holds the config of a checkpoint."""
     return source.path / "config.json" if source.path.is_dir() else source.path
 
 
@@ -110,9 +110,9 @@ def _check_memory(
     dtype: str,
     made: int | None,
 ) -> None:
-    """UserError where weights that are made in memory cannot stay there: what is not a view of a
-    file is never dropped and read again. `source` is `stored`, multiplied out where that is asked
-    for; `made`: bytes that are made, where packing decides them.
+    """Raise UserError if the weights that loading creates in memory do not fit: unlike views of a
+    file they cannot be dropped and read again. `source` is `stored`, dequantized if requested;
+    `made`: bytes created, if quantize on load decides them.
     """
     if made is None:
         sizes = (
@@ -124,14 +124,14 @@ def _check_memory(
     if is_larger_than_memory(made):
         raise UserError(
             f"{source.path}: --dtype {dtype} makes {made / 1e9:,.1f} GB of weights in memory, and "
-            f"{memory_limit() / 1e9:,.1f} GB are there; use --dtype auto, which reads the "
-            "checkpoint where it lies"
+            f"{memory_limit() / 1e9:,.1f} GB are there; use --dtype auto, which "
+            "memory-maps the checkpoint"
         )
 
 
 def _empty_model(config: ModelConfig, source: TensorSource) -> Transformer:
-    """The model without memory. Sizes no file could fill are refused before they cost time or
-    memory.
+    """The model on the meta device. Raises UserError for sizes that the file cannot fill, before
+    they cost time or memory.
     """
     layers, experts = config.num_cache_layers, 0
     if config.moe is not None and layers <= len(source.names()):
@@ -149,5 +149,5 @@ def _empty_model(config: ModelConfig, source: TensorSource) -> Transformer:
         with torch.device("meta"):
             return Transformer(config)
     except (RuntimeError, OverflowError) as error:
-        # without memory, only sizes beyond 64 bits can fail
+        # on the meta device only sizes beyond 64 bits fail
         raise UserError(f"{source.path}: the config's sizes are too large: {error}") from error

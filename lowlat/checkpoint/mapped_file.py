@@ -1,6 +1,6 @@
-"""A file mapped into memory: bytes become tensors without being read or copied.
+"""Memory-mapped file: tensors are copy-on-write views of the file, without reading or copying.
 
-Owns opening, bounds and page advice; knows no file format.
+Owns opening, bounds and page advice (madvise); knows no file format.
 """
 
 import math
@@ -24,10 +24,10 @@ class MappedFile:
 
     The file is opened read-only and never changes: a tensor written to in place gets private
     copies of the pages it touches. The mapping keeps its own descriptor, so replacing the file by
-    another of the same name has no effect. A file cut short under the mapping is noticed by the
-    next `tensor` call (UserError); pages of tensors handed out earlier that lie beyond the new
-    end raise SIGBUS when touched, which ends the process, so model files must be replaced
-    (written aside and renamed), never rewritten in place.
+    another of the same name has no effect. The next `tensor` call raises UserError if the file was
+    truncated under the mapping; touching pages of earlier tensors beyond the new end raises SIGBUS
+    and ends the process. So replace model files (write aside, rename); never rewrite them in
+    place.
     """
 
     def __init__(self, path: Path):
@@ -80,8 +80,8 @@ class MappedFile:
         return flat.view(dtype).view(shape)
 
     def release(self, start: int, stop: int) -> None:
-        """Drop the whole pages inside [start, stop) from memory; they are read again from the
-        file when touched.
+        """Drop the whole pages inside [start, stop) from memory; touching them reads the file
+        again.
 
         Changes made to those pages through a tensor are lost, so only the code that made the
         tensor may call it.

@@ -1,9 +1,7 @@
-"""Which tensor in a file is which parameter: Hugging Face names <-> the model's, by config alone.
+"""Mapping between checkpoint tensors and model parameters: names, MTP layers, strict checks.
 
-Names are the same below the layers but for: the `model.` prefix, MTP modules (stored as the layers
-after the last) and the latent of exactly converted models (`padding`), which packed files hold as
-it is.
-Leftovers and gaps are errors. Owns names and rules; the tensors pass through `operations`.
+`mapping_operations` holds the operations chosen here; `check_tensors` makes every missing,
+left-over or misshapen tensor an error.
 """
 
 import logging
@@ -75,7 +73,7 @@ def mtp_prefix(config: ModelConfig, depth: int) -> str:
     return f"model.layers.{config.num_hidden_layers + depth}."
 
 
-def settle_mtp(config: ModelConfig, source: TensorSource) -> ModelConfig:
+def resolve_mtp_modules(config: ModelConfig, source: TensorSource) -> ModelConfig:
     """`config` with the MTP modules that the file really has.
 
     Checkpoints saved by programs without MTP keep `num_nextn_predict_layers` but lose its

@@ -1,8 +1,7 @@
-"""Two-way operations between tensors in files and parameters of the model; `mapping` chooses them.
+"""Two-way operations between checkpoint tensors and model parameters; `mapping` chooses them.
 
-Each knows the file tensors it stands for, their shapes, and both directions, so that what is
-written is what would be read. Owns no reading or writing: both directions take a function from
-name to tensor.
+Each knows its file tensors, their shapes, and both directions, so that export cannot drift from
+import. Reads and writes nothing itself: both directions take a function from name to tensor.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +12,7 @@ from typing import NamedTuple, final
 from torch import Tensor
 
 from lowlat.checkpoint import padded_latent as padding
-from lowlat.config.hf.reader import padded_rank
+from lowlat.config.hf.padded_latent import padded_rank
 from lowlat.config.model import MLAConfig
 
 Read = Callable[[str], Tensor]
@@ -40,9 +39,7 @@ class Operation(ABC):
 
     @abstractmethod
     def load(self, read: Read) -> Iterator[Piece]:
-        """File tensors to parameters, one at a time. Raises UserError where a file tensor breaks
-        a rule.
-        """
+        """File tensors to parameters, one at a time. Raises UserError for invalid tensors."""
 
     @abstractmethod
     def save(self, read: Read) -> Iterator[tuple[str, Tensor]]:
@@ -73,8 +70,8 @@ class Rename(Operation):
 @final
 @dataclass(frozen=True, slots=True)
 class PadLatent(Operation):
-    """The attention of a layer whose latent is normalised in files but not in the model; see
-    `padding`.
+    """The attention of a layer whose latent is normalized in files but not in the model; see
+    `padded_latent`.
     """
 
     file_prefix: str

@@ -1,9 +1,8 @@
-"""Latents of exactly converted models in files: a large constant channel makes their RMSNorm the
-identity.
+"""Padded latents of exactly converted models: a constant channel makes RMSNorm the identity.
 
-A standard deepseek_v3 checkpoint normalises the latent, and an exactly converted model must not.
-Files therefore hold a wider latent: R = padded_rank(r) = 64 * ceil(r / 63) channels, of which the
-first r are real, the last R / 64 are the constant m = 2^15 (put there by a bias), and the rest
+A standard deepseek_v3 checkpoint normalizes the latent; an exactly converted model must not. So its
+files hold a wider latent: R = padded_rank(r) = 64 * ceil(r / 63) channels, of which the first r are
+real, the last R / 64 are the constant m = 2^15 (put there by a bias), and the rest
 zero. The mean of squares is then m^2 / 64 up to |c|^2 / m^2, the norm divides by m / 8, and norm
 weights of m / 8 = 2^12 give the latent back. All numbers are powers of two: exact in fp32, bf16
 and fp16.
@@ -14,16 +13,16 @@ and fp16.
     kv_b_proj.weight            columns [r, R) zero
     o_proj.bias                 real or zero (the layout's attention_bias demands one)
 
-Queries with a bias, which the layout has only for low-rank queries, pass through an identity of
-the same form with Q = padded_rank(hidden_size) rows:
+The layout has query biases only for low-rank queries. So queries with a bias pass through an
+identity of the same kind with Q = padded_rank(hidden_size) rows:
 
     q_a_proj.weight             rows [0, hidden) the identity, the rest zero
     q_a_proj.bias               m in the last Q / 64 rows, the rest zero
     q_a_layernorm.weight        2^12, but 2^-3 in the last Q / 64, so that m / (m/8) * 2^-3 = 1
     q_b_proj.weight             columns [0, hidden) W_q, column Q - Q/64 the bias b_q, the rest zero
 
-Lowlat's own form has r channels, no kv_a_layernorm, and q_proj.weight with q_proj.bias. Owns
-tensors of one layer; which layers need this is `mapping`'s.
+The model itself has r channels, no kv_a_layernorm, and q_proj.weight with q_proj.bias. Owns the
+tensors of one layer; `mapping` decides which layers need this.
 """
 
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from lowlat.config.hf.reader import padded_rank
+from lowlat.config.hf.padded_latent import padded_rank
 from lowlat.config.model import MLAConfig
 from lowlat.utils.errors import UserError
 
@@ -45,12 +44,12 @@ UNIT_WEIGHT = 0.125
 
 
 class PaddingError(UserError):
-    """A tensor that does not have the form above; the message names the tensor, not the file."""
+    """A tensor without the padding above; the message names the tensor, not the file."""
 
 
 def pad_latent(tensors: Mapping[str, Tensor], attention: MLAConfig) -> dict[str, Tensor]:
-    """One layer's self_attn tensors (`kv_a_proj_with_mqa.weight`, ...) from lowlat's form to the
-    files' form.
+    """One layer's self_attn tensors (`kv_a_proj_with_mqa.weight`, ...) from the model's to the
+    files' layout.
     """
     rank = attention.kv_lora_rank
     joint = tensors["kv_a_proj_with_mqa.weight"]
@@ -133,7 +132,7 @@ def unpad_bias(
     """The reverse of `pad_bias`. Raises PaddingError where zeros or constants are not in place."""
     padding = bias[rank : padded_rank(rank)]
     if not torch.equal(padding, _constants(bias, rank)):
-        raise PaddingError(_fault(name, f"its padding must be zeros, then {CONSTANT:g}"))
+        raise PaddingError(_violation(name, f"its padding must be zeros, then {CONSTANT:g}"))
     return torch.cat([bias[:rank], bias[padded_rank(rank) :]])
 
 
@@ -163,14 +162,14 @@ def pad_queries(
 def unpad_queries(
     tensors: Mapping[str, Tensor], prefix: str = ""
 ) -> tuple[Shaped[Tensor, "out hidden"], Shaped[Tensor, " out"]]:
-    """The reverse of `pad_queries`. Raises PaddingError naming the tensor that is not of that
-    form.
-    """
+    """The reverse of `pad_queries`. Raises PaddingError naming a tensor without that padding."""
     down, up = tensors["q_a_proj.weight"], tensors["q_b_proj.weight"]
     hidden = down.shape[1]
     for name, expected in _identity_down(down, hidden).items():
         if not torch.equal(tensors[name], expected):
-            raise PaddingError(_fault(prefix + name, "it must pass the hidden state on unchanged"))
+            raise PaddingError(
+                _violation(prefix + name, "it must pass the hidden state on unchanged")
+            )
     bias = up[:, -_constant_channels(hidden)].clone()
     padding = up[:, hidden:].clone()
     padding[:, -_constant_channels(hidden)] = 0
@@ -181,13 +180,13 @@ def unpad_queries(
 def check_norm(weight: Shaped[Tensor, " channels"], name: str) -> None:
     """PaddingError unless all of `weight` is the constant that makes the norm the identity."""
     if not bool((weight == NORM_WEIGHT).all()):
-        raise PaddingError(_fault(name, f"it must be {NORM_WEIGHT:g} everywhere"))
+        raise PaddingError(_violation(name, f"it must be {NORM_WEIGHT:g} everywhere"))
 
 
 def check_zero(tensor: Tensor, name: str) -> None:
     """PaddingError unless all of `tensor`, a part of the tensor `name`, is zero."""
     if bool((tensor != 0).any()):
-        raise PaddingError(_fault(name, "its padding must be zero"))
+        raise PaddingError(_violation(name, "its padding must be zero"))
 
 
 def _constant_channels(width: int) -> int:
@@ -212,5 +211,5 @@ def _identity_down(like: Tensor, hidden: int) -> dict[str, Tensor]:
     return {"q_a_proj.weight": identity, "q_a_proj.bias": bias, "q_a_layernorm.weight": norm}
 
 
-def _fault(name: str, rule: str) -> str:
+def _violation(name: str, rule: str) -> str:
     return f"tensor {name!r}: {rule} in an exactly converted model; convert the original again"

@@ -1,13 +1,13 @@
-"""Writes planned files so that an interrupted conversion goes on where it stopped.
+"""Resumable writer of planned files: a journal with the hash of every finished segment.
 
-Everything is made in `.NAME.partial` beside the destination:
+Everything is written into `.NAME.partial` next to the destination:
 
-    journal.jsonl   what is being made of what; then, per finished segment, its file and sha256
+    journal.jsonl   what is converted and how; then file and sha256 of each finished segment
     out/            the files
 
-The same conversion started again checks the finished segments against the journal and goes on with
-the first that is missing or damaged; another one is refused. At last `out` (or the one file in it)
-takes the destination's place. Owns that; which bytes are written is `planned_files`'s.
+The same conversion started again checks finished segments against the journal and continues with
+the first that is missing or damaged; another conversion is refused. At the end `out` (or the one
+file in it) is renamed to the destination. Layouts come from `shard_layout` and `gguf.layout`.
 """
 
 import errno
@@ -40,19 +40,19 @@ from lowlat.utils.progress import Progress
 JOURNAL = "journal.jsonl"
 OUT = "out"
 SYNC_BYTES = 2**28
-"""Written bytes are brought to the disk after every so many, so that few wait in memory."""
+"""Bytes written between calls of fsync, so that few wait in memory."""
 SPARE_BYTES = 2**24
-"""What the disk must have free beside the planned files."""
+"""Bytes that the disk must have free in addition to the planned files."""
 
 _log = logging.getLogger(__name__)
 
 
 def partial_path(dst: Path) -> Path:
-    """Where an unfinished conversion to `dst` lies."""
+    """The folder of an unfinished conversion to `dst`."""
     return dst.with_name(f".{dst.name}.partial")
 
 
-def write_planned(
+def write_resumable(
     dst: Path,
     files: Sequence[FileLayout],
     extra_files: Mapping[str, bytes],
@@ -65,11 +65,11 @@ def write_planned(
     """Write `dst`: a folder of `files` and `extra_files` (by name), or with `is_file` the one of
     `files` itself.
 
-    identity: what is converted and how, as words for error messages; a partial conversion goes on
-    only where it is the same. Raises UserError if `dst` exists, another process writes it, a
-    different conversion to it is unfinished, or the disk cannot take the files; exceptions of
-    pieces pass through. What is left after one that is a UserError would fail again, so it is
-    removed; after any other, and after a fault of the disk, it is kept.
+    identity: what is converted and how, as words for error messages; an unfinished conversion is
+    resumed only if it is the same. Raises UserError if `dst` exists, another process writes it, a
+    different conversion to it is unfinished, or the disk cannot hold the files; exceptions of
+    pieces pass through. The partial folder is removed after a UserError of a piece, which would
+    occur again; after other exceptions and disk errors it stays.
     """
     dst = Path(os.path.abspath(dst))
     refuse_existing(dst)
@@ -88,7 +88,7 @@ def write_planned(
                 rename_new(made / files[0].name if is_file else made, dst)
                 shutil.rmtree(partial, ignore_errors=True)
             except UserError:
-                # A destination that appeared meanwhile may go again.
+                # keep the work if a destination appeared meanwhile: the user may remove it
                 if not os.path.lexists(dst):
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -97,14 +97,14 @@ def write_planned(
     sync_parent(dst)
 
 
-def check_room(dst: Path, needed: int) -> None:
-    """Raises UserError where the disk has no room for `needed` bytes of `dst`."""
+def require_free_space(dst: Path, needed: int) -> None:
+    """Raise UserError if the disk has no space for `needed` bytes of `dst`."""
     if shortage := _shortage(dst.parent, needed):
         raise UserError(f"{dst}: {shortage} on its disk; make room or choose another destination")
 
 
 def _shortage(place: Path, needed: int) -> str:
-    """In words; empty where the disk of `place` has room for `needed` bytes."""
+    """The shortage in words; empty if the disk of `place` has space for `needed` bytes."""
     needed, free = needed + SPARE_BYTES, shutil.disk_usage(place).free
     if needed <= free:
         return ""
@@ -121,7 +121,7 @@ def _opened(
     with (partial / JOURNAL).open("a+b") as journal:
         lock_for_writing(journal, dst)
         journal.seek(0)
-        # a line that a crash cut short is not there
+        # ignore a last line that a crash cut short
         lines = [line for line in journal.read().splitlines(keepends=True) if line.endswith(b"\n")]
         journal.truncate(sum(map(len, lines)))
         if not lines:
@@ -133,7 +133,7 @@ def _opened(
 
 
 def check_same(before: Mapping[str, str], facts: Mapping[str, str], partial: Path) -> None:
-    """UserError unless the conversion that was interrupted is the one asked for."""
+    """Raise UserError unless the interrupted conversion is the requested one."""
     for key, value in facts.items():
         if before.get(key) != value:
             change = "" if key == "plan" else f" (it was {before.get(key)}, now {value})"
@@ -161,11 +161,11 @@ def _write_all(
     )
     needed = sum(file.size for file in files) - kept
     if not kept:
-        check_room(dst, needed)
+        require_free_space(dst, needed)
     elif shortage := _shortage(partial, needed):
         raise OSError(errno.ENOSPC, shortage)
     if kept:
-        _log.info("%s: going on after %d bytes", partial, kept)
+        _log.info("%s: resuming after %d bytes", partial, kept)
     with progress.task(label, total, "bytes") as task:
         for file in files:
             path = partial / OUT / file.name
@@ -187,7 +187,7 @@ def _write_all(
 
 
 def _write(out: IO[bytes], segment: Segment) -> str:
-    """Write the segment; its sha256."""
+    """Write the segment and return its sha256."""
     digest, size = hashlib.sha256(), 0
     out.seek(segment.start)
     for piece in segment.pieces():
@@ -202,7 +202,7 @@ def _write(out: IO[bytes], segment: Segment) -> str:
 
 
 def _sha256(out: IO[bytes], segment: Segment) -> str:
-    """Of what the file holds there."""
+    """sha256 of the segment as the file holds it."""
     digest, left = hashlib.sha256(), segment.size
     out.seek(segment.start)
     while left and (data := out.read(min(CHUNK, left))):
@@ -224,7 +224,7 @@ def _to_disk(out: IO[bytes]) -> None:
 
 
 def _digest(files: Sequence[FileLayout]) -> str:
-    """Of all that is known of the files before they are written."""
+    """Hash of the whole layout."""
     places = [
         [
             file.name,

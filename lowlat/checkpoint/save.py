@@ -1,8 +1,7 @@
-"""Model -> checkpoint in the Hugging Face layout: config.json, safetensors shards, index.
+"""Save a model as a checkpoint in the Hugging Face layout: config.json, safetensors shards, index.
 
-A destination appears complete or not at all: everything is written into a folder beside it,
-brought to the disk, and renamed last. Owns that and the sharding; one file's bytes are
-`shard_writer`'s, names `mapping`'s.
+Owns sharding and the files next to the weights; the folder appears complete or not at all
+(`utils.atomic_files`).
 """
 
 import json
@@ -17,7 +16,7 @@ from torch import Tensor
 from lowlat.checkpoint.mapping import operations
 from lowlat.checkpoint.safetensors.writer import ShardWriter
 from lowlat.checkpoint.shard_layout import INDEX_FILE, MAX_SHARD_BYTES, encode_index, shard_names
-from lowlat.config.hf.reader import config_to_hf
+from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.model.quant import packed_type
 from lowlat.model.transformer import Transformer
@@ -41,7 +40,7 @@ COPIED_FILES = (
     TOOL_TEMPLATE_FILE,
     "generation_config.json",
 )
-"""Files a model folder may have beside weights and config that stay true when weights change."""
+"""Files of a model folder, other than weights and config, that do not depend on the weights."""
 
 
 def save_model(
@@ -54,7 +53,7 @@ def save_model(
 ) -> None:
     """Write `model` as the folder `dst`; tokenizer files come from `source` (folder, .gguf, None).
 
-    Loading `dst` gives every parameter back bit for bit, packed weights included. Raises UserError
+    Loading `dst` restores every parameter bit for bit, packed weights included. Raises UserError
     as `write_checkpoint`.
     """
     config = replace(config, packing=packed_type(model))
@@ -76,7 +75,7 @@ def file_tensors(
 def text_files(source: Path) -> dict[str, bytes]:
     """Tokenizer, chat template and generation settings of a folder or .gguf, by file name.
 
-    Empty for a .gguf without vocabulary. Raises UserError where it has no usable tokenizer.
+    Empty for a .gguf without vocabulary. Raises UserError if its tokenizer is not supported.
     """
     if source.is_dir():
         return {
@@ -114,7 +113,7 @@ def write_checkpoint(
 def _write_weights(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
 ) -> None:
-    """All shards under their final names and, if there are several, the index."""
+    """Write all shards under their final names and, if there are several, the index."""
     shards = _write_shards(folder, tensors, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for shard, name in zip(shards, shard_names(len(shards)), strict=True):
@@ -128,7 +127,7 @@ def _write_weights(
 def _write_shards(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
 ) -> list[ShardWriter]:
-    """Finished shards, at least one, still under provisional names."""
+    """Write shards, at least one, under provisional names: their number is not known before."""
     shards = [ShardWriter(folder / "shard-1")]
     try:
         for name, tensor in tensors:

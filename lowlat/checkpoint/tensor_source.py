@@ -1,5 +1,6 @@
-"""The interface through which every file format offers its tensors: Hugging Face names, layout
-and config.
+"""TensorSource: the interface of an opened checkpoint, whatever its file format.
+
+Every format presents Hugging Face tensor names, layouts and config fields.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +24,7 @@ class TensorSource(ABC):
     @property
     @abstractmethod
     def hf_config(self) -> dict[str, Any]:
-        """The model's config in the words of a Hugging Face config.json. Not to be changed."""
+        """The model's config with the fields of a Hugging Face config.json. Read-only."""
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -39,15 +40,15 @@ class TensorSource(ABC):
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU: a view of the mapped file where the stored form allows it."""
+        """The tensor, on the CPU: a view of the mapped file if the format allows it."""
 
     @abstractmethod
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """`read(name)[start:stop]`, made without the other rows where the stored form allows it."""
+        """`read(name)[start:stop]`, computed without the other rows if the format allows it."""
 
     @abstractmethod
     def release(self, name: str) -> None:
-        """The caller is done with `read(name)`'s result: its pages may leave memory."""
+        """Release the memory pages of `read(name)`'s result, which must not be used any more."""
 
     @abstractmethod
     def where(self, name: str) -> str:

@@ -4,8 +4,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lowlat.checkpoint.fetch.model_names import MODEL_PRESETS
+from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.model import ModelConfig
-from lowlat.config.parameter_count import cache_cost
 from lowlat.config.presets import load_preset
 from lowlat.convert.report import describe_attention
 from lowlat.generate.completion import Completion
@@ -45,11 +45,11 @@ def _attention(source: ModelConfig | None, config: ModelConfig) -> str:
 
 def _cache(source: ModelConfig | None, model: Model) -> str:
     """Bytes before and after, beside full multi-head attention of the same width."""
-    cost, dtype = cache_cost(model.config), model.cache_dtype
+    cost, dtype = kv_cache_size(model.config), model.cache_dtype
     full = cost.bytes_per_token(cost.mha, dtype)
     text = f"{model.cache_bytes_per_token:,} bytes"
     if source is not None:
-        text = f"{cache_cost(source).own_bytes_per_token(dtype):,}  ->  {text}"
+        text = f"{kv_cache_size(source).own_bytes_per_token(dtype):,}  ->  {text}"
     return f"{text} (MHA of this width: {full:,})"
 
 

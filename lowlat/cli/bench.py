@@ -1,6 +1,7 @@
-"""`lowlat bench`: lowlat and other programs on the same weights, against the machine's limits."""
+"""`lowlat bench`: throughput of lowlat and peer programs on the same weights."""
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -9,53 +10,68 @@ import typer
 from lowlat.cli import options
 from lowlat.utils.errors import UserError
 
-# As in bench.plan, which would bring in more than --help needs.
+# As in bench.benchmark_plan, whose import is slow for --help.
 PREFILL = "512,2048,8192"
 DECODE = "128,2048,8192,32768"
 ROUNDS = 3
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkOptions:
+    """What to measure; the arguments of `bench.benchmark_plan.make_plan`."""
+
+    prefill: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help=f"Prompt lengths of prefill; '' for none. By default {PREFILL}, up to the model's "
+            "context.",
+            show_default=False,
+        ),
+    ] = None
+    decode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help=f"Tokens in the KV cache before a decode step; '' for none. By default {DECODE}, "
+            "up to the model's context.",
+            show_default=False,
+        ),
+    ] = None
+    dtype: Annotated[
+        str, typer.Option(help="Number type of the weights: bf16, int8, int4, fp8 or fp32.")
+    ] = "bf16"
+    cache: Annotated[
+        str,
+        typer.Option(
+            help="Number type of the KV cache: bf16, int8, or auto (fp32 with --dtype fp32, else "
+            "bf16)."
+        ),
+    ] = "auto"
+    threads: options.Threads = None
+    peers: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[=PYTHON],...",
+            help="Also measure transformers, llama.cpp or vllm. PYTHON is the interpreter that has "
+            "it, by default this one.",
+        ),
+    ] = ""
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Measuring rounds, interleaved over the programs.")
+    ] = ROUNDS
+
+
+@options.with_option_groups
 def bench(
+    *,
     model: Annotated[
         str,
         typer.Argument(
             metavar="MODEL", help="Checkpoint folder, hub id, or 'default'.", show_default=False
         ),
     ],
-    prefill: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N,...",
-            help=f"Prompt lengths; '' for none, by default {PREFILL} as far as the model goes.",
-            show_default=False,
-        ),
-    ] = None,
-    decode: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N,...",
-            help="Tokens in the cache before a step; '' for none, by default "
-            f"{DECODE} as far as the model goes.",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Weights: bf16, int8, int4, fp8 or fp32.")] = "bf16",
-    cache: Annotated[
-        str,
-        typer.Option(help="Cached rows: bf16, int8, or auto (fp32 with --dtype fp32, else bf16)."),
-    ] = "auto",
-    threads: options.Threads = None,
-    peers: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME[=PYTHON],...",
-            help="Also measure transformers, llama.cpp or vllm; PYTHON is the interpreter that has "
-            "it, by default this one.",
-        ),
-    ] = "",
-    rounds: Annotated[
-        int, typer.Option(min=1, help="Times everything is measured, programs in turn.")
-    ] = ROUNDS,
+    benchmark: BenchmarkOptions,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -64,9 +80,9 @@ def bench(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Tokens per second over context, beside other programs and the roofline of this machine.
+    """Throughput of prefill and decode, compared with other programs and the roofline.
 
-    All programs must agree in fp32 before anything is timed.
+    Before anything is timed, the logits of all programs must agree in fp32.
     """
     from lowlat.bench.benchmark_plan import make_plan
     from lowlat.bench.results_plot import draw, require_matplotlib
@@ -74,42 +90,33 @@ def bench(
     from lowlat.bench.run import bench as run
     from lowlat.utils.progress import make_progress
 
-    plan = make_plan(
-        prefill=prefill,
-        decode=decode,
-        dtype=dtype,
-        cache=cache,
-        threads=threads,
-        peers=peers,
-        rounds=rounds,
-    )
+    plan = make_plan(**asdict(benchmark))
     if out is not None:
         require_matplotlib()
         make_folder(out)
-    report = run(model, plan, make_progress())
-    # Printed first: minutes of measuring are not lost to a full disk.
+    results = run(model, plan, make_progress())
+    # Printed before writing, so that a full disk loses no results.
     if as_json:
-        print(json.dumps(report, indent=2))
+        print(json.dumps(results, indent=2))
     else:
-        show(report)
+        show(results)
     if out is not None:
-        text = json.dumps(report, indent=1) + "\n"
+        text = json.dumps(results, indent=1) + "\n"
         try:
             (out / "results.json").write_text(text, encoding="utf-8")
-            draw(report, out / "plot.svg")
+            draw(results, out / "plot.svg")
         except OSError as error:
             raise UserError(
-                f"--out {out}: the report cannot be written ({error.strerror}); it was printed all "
-                "the same"
+                f"--out {out}: the results cannot be written ({error.strerror}); they were printed"
             ) from error
 
 
 def make_folder(folder: Path) -> None:
-    """Create `folder` if it is not there. Raises UserError where it cannot be, or be written in."""
+    """Create `folder`. Raises UserError where it cannot be created or written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {folder}: cannot be a folder ({error.strerror})") from error
+        raise UserError(f"--out {folder}: cannot be created ({error.strerror})") from error
     for name in ("results.json", "plot.svg"):
         try:
             (folder / name).open("ab").close()

@@ -1,8 +1,9 @@
-"""`lowlat chat`: talk to a model, or ask one question with --once and see what it cost.
+"""`lowlat chat`: chat with a model in the terminal, or answer one question with --once.
 
-Owns the options; what happens at the terminal is `cli.terminal`'s.
+Owns the options; the terminal is `cli.chat_terminal`'s.
 """
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,98 +22,101 @@ MAX_TOKENS = 512
 TEMPERATURE = 0.4
 
 
-def chat(
-    model: options.Model = options.DEFAULT_MODEL,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerOptions:
+    """A server to chat with, instead of a local model."""
+
     url: Annotated[
         str | None,
         typer.Option(
-            help="Talk to the server at this address; MODEL is then one of its models.",
+            help="Chat with a server at this address; MODEL is then one of its models.",
             rich_help_panel=_SERVER_PANEL,
         ),
-    ] = None,
+    ] = None
     api_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="File with the server's API key; the default is LOWLAT_API_KEY.",
+            help="File with the server's API key, by default LOWLAT_API_KEY.",
             rich_help_panel=_SERVER_PANEL,
         ),
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatSampling:
+    """Sampling options of a chat."""
+
+    max_tokens: Annotated[
+        int, typer.Option(help="Maximum number of tokens per answer.", rich_help_panel="Sampling")
+    ] = MAX_TOKENS
+    temperature: options.Temperature = TEMPERATURE
+    top_k: options.TopK = SAMPLING.top_k
+    top_p: options.TopP = SAMPLING.top_p
+    min_p: options.MinP = SAMPLING.min_p
+    repetition_penalty: options.RepetitionPenalty = SAMPLING.repetition_penalty
+    seed: options.Seed = SAMPLING.seed
+
+
+@options.with_option_groups
+def chat(
+    *,
+    model: options.Model = options.DEFAULT_MODEL,
     once: Annotated[
         str | None,
         typer.Option(
             metavar="QUESTION",
-            help="Answer this, print a short report and leave.",
+            help="Answer one question, print a short report and exit.",
             show_default=False,
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_tokens: Annotated[
-        int, typer.Option(help="Most tokens per answer.", rich_help_panel="Sampling")
-    ] = MAX_TOKENS,
-    temperature: options.Temperature = TEMPERATURE,
-    top_k: options.TopK = SAMPLING.top_k,
-    top_p: options.TopP = SAMPLING.top_p,
-    min_p: options.MinP = SAMPLING.min_p,
-    repetition_penalty: options.RepetitionPenalty = SAMPLING.repetition_penalty,
-    seed: options.Seed = SAMPLING.seed,
-    device: options.Device = options.DEFAULT_DEVICE,
-    dtype: options.Dtype = options.DEFAULT_DTYPE,
-    cache: options.Cache = options.DEFAULT_CACHE,
-    threads: options.Threads = None,
+    server: ServerOptions,
+    sampling: ChatSampling,
+    machine: options.MachineOptions,
 ) -> None:
-    """Talk to a model. Lines may also come from a pipe, one question each."""
-    from lowlat.cli.chat_terminal import answer_once, talk
-    from lowlat.cli.conversation import Conversation
+    """Chat with a model. Questions can also come from a pipe, one per line."""
+    from lowlat.cli.chat_terminal import Conversation, answer_once, talk
 
-    sampling: SamplingOptions = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-    }
-    # Checked before a model is fetched or loaded.
-    make_params(sampling)
-    if url is None:
-        _refuse({"--api-key-file": api_key_file is not None}, "belongs to --url")
-        backend = _local(model, dtype=dtype, cache=cache, device=device, threads=threads)
+    settings: SamplingOptions = {**asdict(sampling)}  # pyright: ignore[reportAssignmentType]
+    # Checked before a model is downloaded or loaded.
+    make_params(settings)
+    if server.url is None:
+        _reject({"--api-key-file": server.api_key_file is not None}, "needs --url")
+        backend = _local(model, machine)
     else:
-        chosen = {
-            "--dtype": dtype != options.DEFAULT_DTYPE,
-            "--cache": cache != options.DEFAULT_CACHE,
-            "--device": device != options.DEFAULT_DEVICE,
-            "--threads": threads is not None,
-        }
-        _refuse(chosen, "is the server's to choose")
-        backend = _remote(url, None if model == options.DEFAULT_MODEL else model, api_key_file)
-    conversation = Conversation(backend, sampling, max_tokens=max_tokens, system=system)
+        _reject(
+            {
+                "--dtype": machine.dtype != options.DEFAULT_DTYPE,
+                "--cache": machine.cache != options.DEFAULT_CACHE,
+                "--device": machine.device != options.DEFAULT_DEVICE,
+                "--threads": machine.threads is not None,
+            },
+            "is set on the server",
+        )
+        backend = _remote(server, None if model == options.DEFAULT_MODEL else model)
+    conversation = Conversation(backend, settings, max_tokens=sampling.max_tokens, system=system)
     if once is None:
         talk(conversation)
     else:
         answer_once(conversation, once)
 
 
-def _refuse(given: dict[str, bool], why: str) -> None:
-    """Raises UserError where an option was given that would do nothing."""
+def _reject(given: dict[str, bool], why: str) -> None:
+    """Raises UserError for an option that has no effect."""
     for name, is_given in given.items():
         if is_given:
             raise UserError(f"{name} {why}; leave it out")
 
 
-def _local(
-    model: str, *, dtype: str, cache: str, device: str, threads: int | None
-) -> "ChatBackend":
+def _local(model: str, machine: options.MachineOptions) -> "ChatBackend":
     from lowlat.cli.chat_backend import LocalChatBackend
     from lowlat.cli.inputs import load_model
 
-    return LocalChatBackend(
-        load_model(model, dtype=dtype, cache=cache, device=device, threads=threads)
-    )
+    return LocalChatBackend(load_model(model, **asdict(machine)))
 
 
-def _remote(url: str, model: str | None, api_key_file: Path | None) -> "ChatBackend":
+def _remote(server: ServerOptions, model: str | None) -> "ChatBackend":
     from lowlat.cli.chat_client import ChatClient, read_key
 
-    return ChatClient(url, name=model, api_key=read_key(api_key_file))
+    assert server.url is not None
+    return ChatClient(server.url, name=model, api_key=read_key(server.api_key_file))

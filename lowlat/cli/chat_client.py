@@ -105,7 +105,7 @@ class ChatClient(ChatBackend):
 
     @property
     def description(self) -> str:
-        context = self._model.get("context_length")
+        context = self._model.get("max_model_len")
         detail = "" if context is None else f", context {context:,}"
         return f"{self._model['id']} at {self._url}{detail}"
 

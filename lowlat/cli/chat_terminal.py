@@ -1,38 +1,79 @@
-"""The terminal side of `lowlat chat`: lines in, pieces of answers out, commands, Ctrl-C.
+"""Terminal of `lowlat chat`: conversation, streamed answers, slash commands, Ctrl-C.
 
-The conversation itself is `cli.conversation`'s. Answers go to stdout and everything about them to
-stderr, so that a pipe carries answers only; the report of --once is a result and goes to stdout.
+Answers go to stdout and everything else to stderr, so that a pipe carries answers only. The report
+of --once is a result and goes to stdout.
 """
 
 import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from rich.console import Console
 
-from lowlat.cli.conversation import Conversation
+from lowlat.cli.chat_backend import ChatBackend, Message
+from lowlat.engine.params import SamplingOptions
 from lowlat.generate.completion import Completion
 from lowlat.utils.errors import UserError
 
 HELP = """\
-/reset          forget the conversation
-/system [TEXT]  set the system message and start anew; without TEXT, remove it
-/model          what is running
-/help           this list
-/exit           leave (so does Ctrl-D)
+/reset          start a new conversation
+/system [TEXT]  set (without TEXT: remove) the system message and start anew
+/model          show the model
+/help           show this list
+/exit           exit (or Ctrl-D)
 Ctrl-C          stop an answer"""
 
-# Escape sequences in an answer would reach the terminal as commands.
+# Terminals would execute escape sequences in an answer.
 CONTROL = dict.fromkeys((*range(32), *range(127, 160)), "�")
 del CONTROL[ord("\n")], CONTROL[ord("\t")]
 
 
 def printable(text: str) -> str:
-    """`text` as it may be printed: as it is into a pipe or a file."""
+    """`text` without control characters; unchanged if stdout is no terminal."""
     return text.translate(CONTROL) if sys.stdout.isatty() else text
+
+
+class Conversation:
+    """The messages of a chat, and the sampling options of its answers."""
+
+    def __init__(
+        self,
+        backend: ChatBackend,
+        sampling: SamplingOptions,
+        *,
+        max_tokens: int,
+        system: str | None = None,
+    ) -> None:
+        self.backend = backend
+        self.sampling = sampling
+        self.max_tokens = max_tokens
+        self.system = system
+        self.turns: list[Message] = []
+
+    def reset(self) -> None:
+        """Remove all turns; the system message stays."""
+        self.turns = []
+
+    def ask(
+        self, question: str, write: Callable[[str], None], interrupted: threading.Event
+    ) -> Completion:
+        """Stream the answer to `question` through `write`; `interrupted` ends it early.
+
+        The answer, complete or not, becomes a turn. A question that raises UserError does not.
+        """
+        asked: Message = {"role": "user", "content": question}
+        messages = [*self._system(), *self.turns, asked]
+        completion = self.backend.answer(
+            messages, self.sampling, self.max_tokens, write, interrupted
+        )
+        self.turns += [asked, {"role": "assistant", "content": completion.text}]
+        return completion
+
+    def _system(self) -> list[Message]:
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
 
 
 def answer_once(conversation: Conversation, question: str) -> None:
@@ -49,7 +90,7 @@ def talk(conversation: Conversation) -> None:
     sys.stdin.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     interactive = sys.stdin.isatty()
     if interactive:
-        with contextlib.suppress(ImportError):  # Windows has none; lines are then edited plainly
+        with contextlib.suppress(ImportError):  # Windows has none
             import readline  # noqa: F401
         console.print(
             f"{conversation.backend.description}\n/help lists the commands",
@@ -66,7 +107,7 @@ def talk(conversation: Conversation) -> None:
 
 
 def questions(prompt: str, console: Console) -> Iterator[str]:
-    """Lines as typed, without surrounding blanks. Ctrl-C drops a line, Ctrl-D ends them."""
+    """Lines of input, stripped. Ctrl-C discards a line, Ctrl-D ends the input."""
     while True:
         try:
             yield input(prompt).strip()
@@ -75,11 +116,11 @@ def questions(prompt: str, console: Console) -> Iterator[str]:
                 print()
             return
         except KeyboardInterrupt:
-            console.print("\nCtrl-D or /exit leaves", style="dim")
+            console.print("\nCtrl-D or /exit ends the chat", style="dim")
 
 
 def command(conversation: Conversation, line: str, console: Console) -> None:
-    """Carry out a /command."""
+    """Run a /command."""
     name, _, rest = line.partition(" ")
     match name:
         case "/help":
@@ -94,45 +135,47 @@ def command(conversation: Conversation, line: str, console: Console) -> None:
         case "/model":
             console.print(conversation.backend.description, style="dim", markup=False)
         case _:
-            console.print(f"{name} is no command; /help lists them", style="yellow", markup=False)
+            console.print(
+                f"{name} is not a command; /help lists them", style="yellow", markup=False
+            )
 
 
 def turn(conversation: Conversation, question: str, console: Console, *, interactive: bool) -> None:
-    """One answer, one line of figures. At a terminal a fault ends the turn, else the program."""
+    """One answer and its statistics. At a terminal an error ends the turn, else the program."""
     try:
         with interruptions() as interrupted:
             completion = conversation.ask(question, write, interrupted)
     except UserError as error:
         if not interactive:
             raise
-        console.print(f"{error}; /reset starts anew", style="red", markup=False)
+        console.print(f"{error}; /reset starts a new conversation", style="red", markup=False)
         return
-    print(flush=True)  # before the figures, which go to another file
-    console.print(figures(conversation, completion), style="dim", markup=False, soft_wrap=True)
+    print(flush=True)  # before the statistics on stderr
+    console.print(statistics(conversation, completion), style="dim", markup=False, soft_wrap=True)
 
 
-def figures(conversation: Conversation, completion: Completion) -> str:
-    """Tokens, speed and cache of an answer, as one line."""
+def statistics(conversation: Conversation, completion: Completion) -> str:
+    """Tokens, throughput and KV cache of an answer, as one line."""
     usage = completion.usage
     cached = usage.prompt_tokens + usage.completion_tokens
     per_token = conversation.backend.cache_bytes_per_token
-    reasons = {"abort": " (stopped)", "length": " (cut at the limit)"}
+    reasons = {"abort": " (stopped)", "length": " (token limit)"}
     ended = reasons.get(str(completion.finish_reason), "")
     if usage.prompt_tokens == 0:
-        # Every prompt has tokens. A server tells its figures last, so one that is left does not.
-        return f"no figures from the server{ended}"
+        # A server sends usage last, so an interrupted answer has none.
+        return f"no usage from the server{ended}"
     return (
         f"{usage.completion_tokens} tokens{ended}, "
         f"{usage.decode_tokens_per_second:.1f} tok/s; "
-        f"prompt {usage.prompt_tokens} in {usage.prefill_seconds:.2f} s"
-        + (f"; cache {cached:,} x {per_token:,} bytes = {cached * per_token / 1e6:.1f} MB")
+        f"prefill {usage.prompt_tokens} tokens in {usage.prefill_seconds:.2f} s"
+        + (f"; KV cache {cached:,} x {per_token:,} bytes = {cached * per_token / 1e6:.1f} MB")
         * (per_token > 0)
     )
 
 
 @contextlib.contextmanager
 def interruptions() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so an answer stops between two tokens; a second one interrupts."""
+    """Ctrl-C sets the event, which stops an answer between tokens; a second one interrupts."""
     pressed = threading.Event()
 
     def handle(signum: int, frame: FrameType | None) -> None:
@@ -148,5 +191,5 @@ def interruptions() -> Iterator[threading.Event]:
 
 
 def write(piece: str) -> None:
-    """A piece of an answer to stdout, at once."""
+    """Write a piece of an answer to stdout and flush."""
     print(piece.translate(CONTROL), end="", flush=True)

@@ -1,7 +1,8 @@
-"""`lowlat compare`: two models or implementations, part by part, and which known mistake it is."""
+"""`lowlat compare`: find and diagnose the first difference of two implementations of a model."""
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,164 +22,185 @@ WINDOW = 64
 DIFFERENT = 1
 
 
-def compare(
-    a: Annotated[
-        str,
-        typer.Argument(
-            metavar="A",
-            help="What is compared with: NAME, transformers:NAME, official:MODEL.PY:NAME or "
-            "gguf:FILE, with options behind an @.",
-            show_default=False,
-        ),
-    ],
-    b: Annotated[str, typer.Argument(metavar="B", help="What is examined.", show_default=False)],
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputOptions:
+    """The tokens that both implementations run."""
+
     text: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="UTF-8 text to read instead of random tokens.", show_default=False
+            metavar="FILE", help="Run a UTF-8 text instead of random tokens.", show_default=False
         ),
-    ] = None,
+    ] = None
     tokens: Annotated[
         int,
         typer.Option(
             metavar="N",
             min=1,
             max=1 << 24,
-            help="Tokens to read; a last window of one is left out.",
+            help="Number of tokens; a last window of one token is left out.",
         ),
-    ] = TOKENS,
+    ] = TOKENS
     window: Annotated[
         int,
-        typer.Option(
-            metavar="N", min=1, help="Tokens read together; memory grows with its square."
-        ),
-    ] = WINDOW,
+        typer.Option(metavar="N", min=1, help="Tokens per window; memory grows with its square."),
+    ] = WINDOW
     start: Annotated[
         int,
         typer.Option(
-            metavar="N", min=0, help="Position of the first token: far ones show other mistakes."
+            metavar="N",
+            min=0,
+            help="Position of the first token. Position 0 hides RoPE mistakes.",
         ),
-    ] = 0,
+    ] = 0
     seed: Annotated[
         int | None,
         typer.Option(
             min=0,
             max=(1 << 63) - 1,
-            help="Of the random tokens; 0 by default.",
+            help="Seed of the random tokens, by default 0.",
             show_default=False,
         ),
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputOptions:
+    """How the result is shown."""
+
+    every_part: Annotated[bool, typer.Option("--all", help="List every part of every layer.")] = (
+        False
+    )
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Plot the differences over the layers.", show_default=False
+        ),
+    ] = None
+    as_json: options.Json = False
+
+
+@options.with_option_groups
+def compare(
+    *,
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="The reference: NAME, transformers:NAME, official:MODEL.PY:NAME or gguf:FILE, "
+            "each with @OPTIONS.",
+            show_default=False,
+        ),
+    ],
+    b: Annotated[
+        str,
+        typer.Argument(metavar="B", help="The implementation to check.", show_default=False),
+    ],
+    inputs: InputOptions,
     tolerance: Annotated[
         float | None,
         typer.Option(
             metavar="X",
             min=0.0,
-            help="Largest relative difference of equal parts; by default that of the coarser "
+            help="Largest relative difference of equal parts, by default that of the coarser "
             "number type.",
             show_default=False,
         ),
     ] = None,
     impose_experts: Annotated[
-        bool, typer.Option("--impose-experts", help="B uses the experts that A chose.")
+        bool, typer.Option("--impose-experts", help="Route B with the experts that A selects.")
     ] = False,
-    every_part: Annotated[
-        bool, typer.Option("--all", help="List every part of every layer.")
-    ] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Draw the differences over the layers.", show_default=False
-        ),
-    ] = None,
     threads: options.Threads = None,
-    as_json: options.Json = False,
+    output: OutputOptions,
 ) -> None:
-    """Where two models or implementations first differ, by how much, and by which known mistake.
+    """Find the first difference of two implementations of a model, its size and its cause.
 
-    NAME is any model that lowlat loads. Behind its @: a number type (fp32, which is the default,
-    fp64, bf16, fp16, int8, int4, fp8, auto), a form of attention (absorbed, expanded, stream),
-    native (the kernels instead of plain PyTorch), cache-int8. So: lowlat compare M@bf16 M@int8,
-    M@absorbed M@expanded, M@bf16 M@native, M transformers:M. transformers and official take a
-    number type.
+    NAME is any model that lowlat loads. Options after @: a number type (fp32 by default, fp64,
+    bf16, fp16, int8, int4, fp8, auto), an attention path (absorbed, expanded, decode), native (the
+    native kernels instead of plain PyTorch), cache-int8 or cache-bf16. Examples: lowlat compare
+    M@bf16 M@int8, M@absorbed M@expanded, M@bf16 M@native, M transformers:M. transformers and
+    official take a number type only.
 
-    Exit code: 0 equal within the tolerance, 1 different, 2 a fault in what was given or of the
-    implementation that is compared with, 70 one that nobody expected, with its traceback.
+    Exit code: 0 equal within the tolerance, 1 different, 2 wrong input or a peer that fails, 70 an
+    unexpected error, with its traceback.
     """
     from lowlat.compare.implementations.spec import parse
     from lowlat.compare.result_json import as_dict
-    from lowlat.compare.result_plot import check_ending, draw, require_matplotlib
+    from lowlat.compare.result_plot import draw
     from lowlat.compare.run import compare as run
     from lowlat.ops import native
     from lowlat.utils.progress import make_progress
 
     specs = parse(a), parse(b)
-    if not (tolerance is None or math.isfinite(tolerance)):
-        raise UserError(f"--tolerance must be a finite number, got {tolerance}")
-    if text is not None and seed is not None:
-        raise UserError("--seed is of random tokens, and --text is read instead; leave one out")
-    if plot is not None:
-        require_matplotlib()
-        check_ending(plot)
-        if not plot.absolute().parent.is_dir():
-            raise UserError(f"--plot {plot}: its folder is not there; make it first")
+    _check(inputs, output, tolerance)
     if threads is not None:
         native.use_threads(threads)
-    sides, read = _inputs(specs, text, tokens, window, start, seed or 0)
+    pair, windows = _load(specs, inputs)
     found = run(
-        *sides,
-        read,
+        *pair,
+        windows,
         tolerance=tolerance,
         impose_experts=impose_experts,
         progress=make_progress(),
     )
-    report = as_dict(found)
-    if plot is not None:
-        draw(report, plot)
-    _print(report, every_part=every_part, as_json=as_json)
+    result = as_dict(found)
+    if output.plot is not None:
+        draw(result, output.plot)
+    _print(result, every_part=output.every_part, as_json=output.as_json)
     if not found.equal:
         raise typer.Exit(DIFFERENT)
 
 
-def _inputs(
-    specs: "tuple[ImplementationSpec, ImplementationSpec]",
-    text: Path | None,
-    tokens: int,
-    window: int,
-    start: int,
-    seed: int,
+def _check(inputs: InputOptions, output: OutputOptions, tolerance: float | None) -> None:
+    """Raises UserError for wrong options, before anything is loaded."""
+    from lowlat.compare.result_plot import check_ending, require_matplotlib
+
+    if not (tolerance is None or math.isfinite(tolerance)):
+        raise UserError(f"--tolerance must be a finite number, got {tolerance}")
+    if inputs.text is not None and inputs.seed is not None:
+        raise UserError("--seed is of random tokens, and --text replaces them; leave one out")
+    if output.plot is not None:
+        require_matplotlib()
+        check_ending(output.plot)
+        if not output.plot.absolute().parent.is_dir():
+            raise UserError(f"--plot {output.plot}: its folder does not exist; create it first")
+
+
+def _load(
+    specs: "tuple[ImplementationSpec, ImplementationSpec]", inputs: InputOptions
 ) -> "tuple[tuple[Implementation, Implementation], list[Window]]":
-    """Both sides, loaded, and what they read."""
+    """Both implementations, and their input."""
     from lowlat.cli.inputs import read_text_file
     from lowlat.compare.implementations.open import open_implementation
     from lowlat.compare.inputs import random_ids, text_ids, windows
     from lowlat.compare.run import check_pair
     from lowlat.utils.progress import make_progress
 
-    # First, because it fails in milliseconds.
-    content = None if text is None else read_text_file(text)
+    # First, because it fails within milliseconds.
+    content = None if inputs.text is None else read_text_file(inputs.text)
     progress = make_progress()
     (a, path_a), (b, path_b) = (open_implementation(spec, progress) for spec in specs)
     check_pair(a, b)
     if content is None:
-        ids = random_ids(a.config.vocab_size, tokens, seed)
+        ids = random_ids(a.config.vocab_size, inputs.tokens, inputs.seed or 0)
     else:
-        ids = text_ids(content, str(text), tokens, (path_a, path_b))
-    return (a, b), windows(ids, window, start, (a, b))
+        ids = text_ids(content, str(inputs.text), inputs.tokens, (path_a, path_b))
+    return (a, b), windows(ids, inputs.window, inputs.start, (a, b))
 
 
-def _print(report: dict[str, Any], *, every_part: bool, as_json: bool) -> None:
+def _print(result: dict[str, Any], *, every_part: bool, as_json: bool) -> None:
     """Print the report. A reader that leaves before its end changes no diagnosis."""
     from rich.console import Console
 
     from lowlat.compare.result_table import show
 
     if as_json:
-        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     else:
-        # Rich ends the program with 1, which says different, where its reader has gone.
+        # On a closed pipe Rich exits with 1, which means "different".
         console = Console()
         with console.capture() as captured:
-            show(report, console, every_part=every_part)
+            show(result, console, every_part=every_part)
         text = captured.get()
     try:
         print(text, end="", flush=True)

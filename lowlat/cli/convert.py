@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from lowlat.cli.options import parse_count
-from lowlat.cli.waiting import let_threads_sleep
 from lowlat.utils.errors import UserError
 
 _CACHE_PANEL = "A smaller cache"
@@ -139,7 +138,6 @@ def convert(
     Memory stays small whatever the model's size, but with --cache, which holds the residual streams
     of 68 windows of 1,024 tokens twice in fp32, and for training.
     """
-    let_threads_sleep()
     from lowlat import api
     from lowlat.cli.conversion_view import print_conversion
     from lowlat.convert.compression import asked_compression

@@ -1,7 +1,7 @@
-"""`lowlat info MODEL`: what a model costs, told from its configuration without reading weights.
+"""`lowlat info MODEL`: parameters, KV cache and memory of a model, from its config.
 
-Owns finding the model and the JSON form; the numbers are `config.arithmetic`'s, the tables
-`cli.info_view`'s. Of checkpoints only headers are read.
+Owns finding the model and the JSON output; the numbers are `config.parameter_count`'s, the tables
+`cli.info_view`'s. Only headers of checkpoints are read.
 """
 
 import json
@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.model import ModelConfig
-from lowlat.config.parameter_count import ELEMENT_BYTES, cache_cost, count_parameters
+from lowlat.config.parameter_count import ELEMENT_BYTES, count_parameters
 from lowlat.config.presets import load_preset, preset_names
 from lowlat.config.weight_memory import PACKED_DTYPES, memory_at
 from lowlat.utils.errors import UserError
@@ -24,14 +25,14 @@ DTYPES = (*ELEMENT_BYTES, *PACKED_DTYPES)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """The model that is described."""
+    """The described model."""
 
     name: str
     """As the user typed it."""
     config: ModelConfig
     """Its configuration."""
     stored_bytes: int | None = None
-    """Bytes of a checkpoint's tensors in the types they load as; None without a checkpoint."""
+    """Bytes of a checkpoint's tensors as loaded; None without a checkpoint."""
 
 
 def info(
@@ -49,21 +50,21 @@ def info(
     ] = False,
     context: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Also show the memory of weights and N tokens of cache."),
+        typer.Option(metavar="N", help="Also show memory: weights and a KV cache of N tokens."),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help=f"Count in {', '.join(DTYPES)}; auto, the default, is weights as stored.",
+            help=f"Number type of the weights: {', '.join(DTYPES)}, or auto (as stored).",
             show_default=False,
         ),
     ] = None,
     cache: Annotated[
         str,
-        typer.Option(help="Number type of the cache: bf16, int8, or auto (as --dtype, else bf16)."),
+        typer.Option(help="KV cache: bf16, int8, or auto (as --dtype, else bf16)."),
     ] = "auto",
 ) -> None:
-    """Parameters, active parameters, cache per token beside MHA, GQA and MQA, memory."""
+    """Parameters, active parameters, memory, KV cache per token compared with MHA, GQA, MQA."""
     if context is not None and context < 1:
         raise UserError(f"--context {context}: give a number of tokens, at least 1")
     if dtype not in (None, "auto", *DTYPES):
@@ -105,10 +106,10 @@ def open_subject(name: str, path: Path) -> Subject:
     """The checkpoint at `path` (folder or .gguf file), described from its headers."""
     from lowlat.checkpoint.hf_folder import open_checkpoint
     from lowlat.checkpoint.load import read_config
-    from lowlat.checkpoint.mapping import settle_mtp
+    from lowlat.checkpoint.mapping import resolve_mtp_modules
 
     source = open_checkpoint(path)
-    config = settle_mtp(read_config(source), source)
+    config = resolve_mtp_modules(read_config(source), source)
     sizes = (
         math.prod(source.shape(tensor)) * source.dtype(tensor).itemsize for tensor in source.names()
     )
@@ -162,7 +163,7 @@ def _is_stored(subject: Subject, dtype: str | None) -> bool:
 
 def as_json(config: ModelConfig, memory: dict[str, int] | None, cache: str) -> dict[str, Any]:
     """The report of --json, caches stored as `cache`."""
-    count, cost = count_parameters(config), cache_cost(config)
+    count, cost = count_parameters(config), kv_cache_size(config)
     alternatives = {"mha": cost.mha, "gqa8": cost.gqa8, "mqa": cost.mqa}
     row = cost.elements_per_token_layer
     report: dict[str, Any] = {

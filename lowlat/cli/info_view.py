@@ -6,9 +6,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lowlat.config.attention import short_name
+from lowlat.config.attention_summary import short_name
+from lowlat.config.kv_cache_size import KVCacheSize, kv_cache_size
 from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig
-from lowlat.config.parameter_count import CacheCost, ParameterCount, cache_cost, count_parameters
+from lowlat.config.parameter_count import ParameterCount, count_parameters
 
 BAR_WIDTH = 14
 EIGHTHS = "▏▎▍▌▋▊▉█"
@@ -26,7 +27,7 @@ def show(
 ) -> None:
     """Print what is known about the model `name`; no `dtype` is weights as stored."""
     console = Console() if console is None else console
-    count, cost = count_parameters(config), cache_cost(config)
+    count, cost = count_parameters(config), kv_cache_size(config)
     console.print()
     console.print(Padding(_title(name, config), (0, 0, 0, 1), expand=False))
     tables = [_parameters(config, count), _cache(config, cost, cache)]
@@ -113,7 +114,7 @@ def _depth(config: ModelConfig) -> str:
     return "1 module" if modules == 1 else f"{modules} modules"
 
 
-def _cache(config: ModelConfig, cost: CacheCost, dtype: str) -> Table:
+def _cache(config: ModelConfig, cost: KVCacheSize, dtype: str) -> Table:
     table = _table(f"Cache per token ({dtype})", "bytes", "per layer", "ratio")
     own, own_size = cost.elements_per_token_layer, cost.own_bytes_per_token(dtype)
     heads = config.num_attention_heads

@@ -1,16 +1,26 @@
-"""The `lowlat` command: one app, its table of verbs, and how errors end the program.
+"""Entry point of the `lowlat` command: verbs, exit codes and process-wide settings.
 
-Owns no verb. Verbs import torch inside their functions, so that --help and --version stay quick.
+Verbs import torch inside their functions, so that --help and --version are fast. Settings of the
+whole process are made here, or by an option of a verb:
+
+- Garbage collection starts late (`defer_garbage_collection`).
+- OMP_WAIT_POLICY is PASSIVE for verbs that train (`wait_passively`), unless it is set.
+- --threads sets the threads of PyTorch and of the native kernels (`ops.native.use_threads`).
+- Standard streams that are closed are replaced (`stdio.open_streams`).
+
+Native kernels have threads of their own, so a loaded native model sets PyTorch to one thread.
 """
 
 import atexit
 import gc
+import os
 import sys
 import traceback
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from lowlat.cli.bench import bench
@@ -29,13 +39,26 @@ from lowlat.utils.errors import UserError
 
 USER_ERROR = 2
 UNEXPECTED = 70
-"""What sysexits.h calls an internal fault of the program; Python's own 1 is compare's verdict."""
+"""EX_SOFTWARE of sysexits.h; Python's own 1 means "different" in compare."""
 FIRST_COLLECTION = 300_000
-"""New objects before Python looks for cycles among them the first time."""
+"""New objects before the first garbage collection."""
+TRAINING_VERBS = ("convert", "train")
+
+
+class _Verbs(TyperGroup):
+    """The verbs, with the process-wide settings of those that train."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, verb, rest = super().resolve_command(ctx, args)
+        if name in TRAINING_VERBS:
+            wait_passively()
+        return name, verb, rest
+
 
 app = typer.Typer(
     name="lowlat",
-    help="Multi-head Latent Attention models: load, convert, train, serve, talk to them.",
+    cls=_Verbs,
+    help="DeepSeek-V3 models (MLA, MoE, MTP): convert, train, serve, chat.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -73,11 +96,20 @@ def lowlat(
     pass
 
 
-def put_off_collections() -> None:
-    """Look for garbage late the first time, then as usual among newer objects, and not at the end.
+def wait_passively() -> None:
+    """Let OpenMP threads sleep between operators, unless OMP_WAIT_POLICY is set.
 
-    Imports make a hundred thousand objects that stay; looking through them again and again would
-    be a third of the time of a short run.
+    Training alternates PyTorch operators and native kernels, which have threads of their own;
+    spinning OpenMP threads would take the processors from them. Call before torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def defer_garbage_collection() -> None:
+    """Delay the first garbage collection, freeze what it finds, and skip the one at exit.
+
+    Imports create a hundred thousand permanent objects; scanning them repeatedly would take a third
+    of the time of a short run.
     """
     usual = gc.get_threshold()
 
@@ -100,16 +132,16 @@ def run() -> None:
 def run_app(app: typer.Typer) -> None:
     """Run a command-line app to its end.
 
-    Exit codes: 0 done, 2 an error in what the user gave, 70 an unexpected one (with its traceback),
-    130 interrupted; verbs that judge (compare) end with 1 where the verdict is no.
+    Exit codes: 0 done, 1 different (compare), 2 wrong input, 70 an unexpected error (with its
+    traceback), 130 interrupted.
     """
-    put_off_collections()
+    defer_garbage_collection()
     open_streams()
     try:
         try:
             sys.exit(app(standalone_mode=False) or 0)
         finally:
-            # A fault of the output is told here; later it would be Python's to tell.
+            # Report an output error here, not at interpreter exit.
             sys.stdout.flush()
     except UserError as error:
         print(f"lowlat: error: {error}", file=sys.stderr)
@@ -119,8 +151,8 @@ def run_app(app: typer.Typer) -> None:
         abandon_output()
         sys.exit(1)
     except TyperException as error:
-        if told := usage_fault(error):
-            print(f"lowlat: error: {told}", file=sys.stderr)
+        if message := usage_error(error):
+            print(f"lowlat: error: {message}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -130,13 +162,13 @@ def run_app(app: typer.Typer) -> None:
         sys.exit(UNEXPECTED)
 
 
-def usage_fault(error: TyperException) -> str:
-    """What is wrong with the command line, in one line with where to read on; empty where the help
-    has been printed instead.
+def usage_error(error: TyperException) -> str:
+    """The error of a command line in one line, with a pointer to --help; empty where the help has
+    been printed.
     """
-    told = " ".join(error.format_message().split())
+    message = " ".join(error.format_message().split())
     context = getattr(error, "ctx", None)
-    if not told or context is None:
-        return told
-    end = "" if told[-1] in ".?" else ";"
-    return f"{told}{end} {context.command_path} --help tells more"
+    if not message or context is None:
+        return message
+    end = "" if message[-1] in ".?" else ";"
+    return f"{message}{end} see {context.command_path} --help"

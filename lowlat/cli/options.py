@@ -1,10 +1,15 @@
-"""Options that several verbs share: their types, help texts and the checks typer cannot do.
+"""Options that several verbs share: types, help texts, groups, and checks beyond typer's.
 
-Defaults come from the records the options end up in, so that the command line and Python agree.
+A group is a dataclass of options. `with_option_groups` expands it in a verb's signature, so that a
+verb takes one argument per group. Defaults come from the records that the options end up in.
 """
 
+import functools
+import inspect
 import re
-from typing import Annotated
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -32,120 +37,168 @@ Model = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 Device = Annotated[
-    str, typer.Option(help="cpu, cuda, cuda:N or mps.", rich_help_panel=_MACHINE_PANEL)
+    str, typer.Option(help="Device: cpu, cuda, cuda:N or mps.", rich_help_panel=_MACHINE_PANEL)
 ]
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Weights and computation: bf16 (weights stored in int8 or int4 stay so, fp8 blocks "
-        "are multiplied out), int8 or int4 (weights packed while loading, computed in bf16), fp16, "
-        "fp32, fp64, or auto (as stored, fp8 blocks too).",
+        help="Number type of weights and computation: bf16 (stored int8 or int4 weights stay, fp8 "
+        "blocks are dequantized), int8 or int4 (quantize on load, compute in bf16), fp16, fp32, "
+        "fp64, or auto (as stored, fp8 blocks too).",
         rich_help_panel=_MACHINE_PANEL,
     ),
 ]
 Cache = Annotated[
     str,
     typer.Option(
-        help="Number type of the cache: bf16, int8 (a scale for each 64 channels), or auto (as "
-        "computed).",
+        help="Number type of the KV cache: bf16, int8 (one scale per 64 channels), or auto (that "
+        "of the computation).",
         rich_help_panel=_MACHINE_PANEL,
     ),
 ]
 Threads = Annotated[
     int | None,
     typer.Option(
-        min=1, help="CPU threads; the default is one per core.", rich_help_panel=_MACHINE_PANEL
+        min=1, help="CPU threads, by default one per core.", rich_help_panel=_MACHINE_PANEL
     ),
 ]
 
 MaxTokens = Annotated[
     int | None,
     typer.Option(
-        help="Most tokens to generate; the default is up to the end of the context.",
+        help="Maximum number of generated tokens, by default to the end of the context.",
         rich_help_panel=_SAMPLING_PANEL,
     ),
 ]
 Temperature = Annotated[
     float,
     typer.Option(
-        help="Divides the logits; 0 takes the likeliest token.", rich_help_panel=_SAMPLING_PANEL
+        help="Sampling temperature; 0 is greedy decoding.", rich_help_panel=_SAMPLING_PANEL
     ),
 ]
 TopK = Annotated[
     int,
-    typer.Option(help="Keep the k likeliest tokens; 0 keeps all.", rich_help_panel=_SAMPLING_PANEL),
+    typer.Option(
+        help="Sample from the k most likely tokens; 0 disables top-k.",
+        rich_help_panel=_SAMPLING_PANEL,
+    ),
 ]
 TopP = Annotated[
     float,
     typer.Option(
-        help="Keep the fewest likeliest tokens that hold this much probability.",
+        help="Sample from the smallest set of tokens with this total probability.",
         rich_help_panel=_SAMPLING_PANEL,
     ),
 ]
 MinP = Annotated[
     float,
     typer.Option(
-        help="Keep tokens at least this many times as probable as the likeliest.",
+        help="Minimum probability of a token, relative to the most likely one.",
         rich_help_panel=_SAMPLING_PANEL,
     ),
 ]
 RepetitionPenalty = Annotated[
     float,
     typer.Option(
-        help="Above 1 makes tokens of prompt and answer less likely.",
+        help="Above 1, penalize tokens of prompt and answer.",
         rich_help_panel=_SAMPLING_PANEL,
     ),
 ]
 PresencePenalty = Annotated[
     float,
     typer.Option(
-        help="Subtracted from the logit of each token of the answer.",
+        help="Subtract from the logits of tokens in the answer.",
         rich_help_panel=_SAMPLING_PANEL,
     ),
 ]
 FrequencyPenalty = Annotated[
     float,
     typer.Option(
-        help="Subtracted once per occurrence in the answer.", rich_help_panel=_SAMPLING_PANEL
+        help="Subtract per occurrence of a token in the answer.", rich_help_panel=_SAMPLING_PANEL
     ),
 ]
 LogitBias = Annotated[
     list[str] | None,
     typer.Option(
         metavar="TOKEN_ID=BIAS",
-        help="Added to a token's logit; may be repeated.",
+        help="Add to the logit of a token; may be repeated.",
         rich_help_panel=_SAMPLING_PANEL,
     ),
 ]
 Seed = Annotated[
     int | None,
-    typer.Option(help="Makes sampling repeatable.", rich_help_panel=_SAMPLING_PANEL),
+    typer.Option(
+        help="Seed of the random number generator; makes sampling repeatable.",
+        rich_help_panel=_SAMPLING_PANEL,
+    ),
 ]
 Logprobs = Annotated[
     int | None,
     typer.Option(
-        help="With --json: each token's log-probability and this many alternatives.",
+        help="With --json: log-probability of each token, and of this many alternatives.",
         rich_help_panel=_SAMPLING_PANEL,
     ),
 ]
 N = Annotated[
     int,
-    typer.Option("-n", "--n", help="Independent completions.", rich_help_panel=_SAMPLING_PANEL),
+    typer.Option(
+        "-n", "--n", help="Number of independent completions.", rich_help_panel=_SAMPLING_PANEL
+    ),
 ]
 Stop = Annotated[
     list[str] | None,
     typer.Option(
-        help="Text that ends the answer; may be repeated.", rich_help_panel=_SAMPLING_PANEL
+        help="Stop string that ends the answer; may be repeated.", rich_help_panel=_SAMPLING_PANEL
     ),
 ]
 IgnoreEos = Annotated[
     bool,
     typer.Option(
         "--ignore-eos",
-        help="Go on after the end-of-sequence token.",
+        help="Continue after the end-of-sequence token.",
         rich_help_panel=_SAMPLING_PANEL,
     ),
 ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MachineOptions:
+    """How a model is loaded, and what it runs on."""
+
+    device: Device = DEFAULT_DEVICE
+    dtype: Dtype = DEFAULT_DTYPE
+    cache: Cache = DEFAULT_CACHE
+    threads: Threads = None
+
+
+def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
+    """`verb`, whose parameters are keyword-only, with each group of options expanded."""
+    hints = get_type_hints(verb, include_extras=True)
+    groups = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    expanded: list[inspect.Parameter] = []
+    for parameter in inspect.signature(verb).parameters.values():
+        if parameter.name not in groups:
+            expanded.append(parameter.replace(annotation=hints[parameter.name]))
+            continue
+        kind = groups[parameter.name]
+        own = get_type_hints(kind, include_extras=True)
+        expanded += [
+            inspect.Parameter(
+                item.name, parameter.KEYWORD_ONLY, default=item.default, annotation=own[item.name]
+            )
+            for item in fields(kind)
+        ]
+
+    @functools.wraps(verb)
+    def call(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{item.name: values.pop(item.name) for item in fields(kind)})
+        verb(**values)
+
+    call.__signature__ = inspect.Signature(expanded)  # pyright: ignore
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in expanded}
+    del call.__wrapped__
+    return call
 
 
 def parse_logit_bias(pairs: list[str] | None) -> dict[int, float]:

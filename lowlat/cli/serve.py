@@ -1,7 +1,4 @@
-"""`lowlat serve`: an HTTP server with OpenAI's API and a chat page.
-
-Owns the options; listening and ending are `serve.run`'s.
-"""
+"""`lowlat serve`: command-line options of the HTTP server."""
 
 import math
 from pathlib import Path
@@ -22,31 +19,31 @@ def serve(
     host: Annotated[
         str,
         typer.Option(
-            help="Address to listen on; any but a loopback address needs --api-key-file.",
+            help="Address to listen on; any but a loopback address requires --api-key-file.",
             rich_help_panel=_SERVER_PANEL,
         ),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(help="Port; 0 takes a free one.", rich_help_panel=_SERVER_PANEL)
+        int, typer.Option(help="Port; 0 picks a free one.", rich_help_panel=_SERVER_PANEL)
     ] = 8000,
     api_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="File of API keys, one a line; every route but /health then needs one.",
+            help="File of API keys, one per line; every route but /health then requires one.",
             rich_help_panel=_SERVER_PANEL,
         ),
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="Host name that requests may be addressed to, such as a proxy's; may be repeated.",
+            help="Host name to accept in requests, such as that of a proxy; may be repeated.",
             rich_help_panel=_SERVER_PANEL,
         ),
     ] = None,
-    name: Annotated[
+    served_model_name: Annotated[
         str | None,
         typer.Option(
-            help="Name clients ask for; the default is MODEL's (of a path, the last part).",
+            help="Model name in the API; default: MODEL, or the last part of a path.",
             rich_help_panel=_SERVER_PANEL,
         ),
     ] = None,
@@ -54,7 +51,7 @@ def serve(
         int | None,
         typer.Option(
             min=2,
-            help="Most tokens of prompt and answer together; the default is all the model allows.",
+            help="Maximum tokens of prompt and output together; default: the model's maximum.",
             rich_help_panel=_LIMITS_PANEL,
         ),
     ] = None,
@@ -62,28 +59,28 @@ def serve(
         int,
         typer.Option(
             min=1,
-            help="Requests that may wait for their first step; more get status 429.",
+            help="Maximum number of requests waiting for their first step; more get status 429.",
             rich_help_panel=_LIMITS_PANEL,
         ),
     ] = 256,
     request_timeout: Annotated[
         float | None,
         typer.Option(
-            help="Seconds a request may take; it then gets status 408.",
+            help="Maximum seconds per request; then status 408.",
             rich_help_panel=_LIMITS_PANEL,
         ),
     ] = None,
     drain_seconds: Annotated[
         float,
         typer.Option(
-            help="Seconds running requests may go on after SIGTERM or Ctrl-C.",
+            help="Seconds for running requests to finish after SIGTERM or Ctrl-C.",
             rich_help_panel=_LIMITS_PANEL,
         ),
     ] = 30.0,
     speculate: Annotated[
         bool,
         typer.Option(
-            help="Verify guesses at several tokens in a step where that pays; changes no token.",
+            help="Speculative decoding (MTP or prompt lookup) where it pays; changes no token.",
             rich_help_panel=_MACHINE_PANEL,
         ),
     ] = True,
@@ -94,7 +91,7 @@ def serve(
         float | None,
         typer.Option(
             min=0.001,
-            help="GiB the cache may take; the default is most of the memory the weights leave.",
+            help="GiB for the KV cache; default: most of the memory left by the weights.",
             rich_help_panel=_MACHINE_PANEL,
         ),
     ] = None,
@@ -108,19 +105,19 @@ def serve(
     from lowlat.serve.http.logs import configure
     from lowlat.serve.run import open_socket, run, url_of
 
-    if name == "":
-        raise UserError("--name is empty; give a name, or leave the option out")
+    if served_model_name == "":
+        raise UserError("--served-model-name is empty; set a name, or leave the option out")
     max_cache_bytes = _cache_bytes(cache_memory, device)
     config = ServeConfig(
         host=host,
         port=port,
-        model_name=name or _served_name(model),
+        model_name=served_model_name or _served_name(model),
         api_keys=() if api_key_file is None else read_keys(api_key_file),
         allowed_hosts=tuple(allowed_host or ()),
         request_seconds=request_timeout,
         drain_seconds=drain_seconds,
     )
-    # Before a model is fetched or loaded, so that a taken port is known at once.
+    # Before the model is fetched and loaded, so that a port in use fails at once.
     with open_socket(config) as listener:
         loaded = load_model(
             model,
@@ -139,7 +136,7 @@ def serve(
 
 
 def _check_extra() -> None:
-    """Raises UserError where the packages a server needs are not installed."""
+    """Raise UserError if the optional packages of the server are not installed."""
     try:
         import llguidance  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -153,7 +150,7 @@ def _check_extra() -> None:
 
 
 def _cache_bytes(gib: float | None, device: str) -> int | Literal["auto"]:
-    """What --cache-memory allows. Raises UserError where the device has less."""
+    """--cache-memory in bytes. Raises UserError if the device has less memory."""
     from lowlat.engine.cache_size import check_cache_bytes
     from lowlat.utils.device import parse_device
 
@@ -167,5 +164,5 @@ def _cache_bytes(gib: float | None, device: str) -> int | Literal["auto"]:
 
 
 def _served_name(model: str) -> str:
-    """`model` without the folders it lies in, which are no business of clients."""
+    """The model's name without its folders, which clients must not see."""
     return Path(model).resolve().name if Path(model).exists() else model

@@ -13,7 +13,6 @@ import typer
 from lowlat.cli.subverbs import with_subverbs
 from lowlat.cli.train_export import export
 from lowlat.cli.train_report import report
-from lowlat.cli.waiting import let_threads_sleep
 
 if TYPE_CHECKING:
     from lowlat.train.checkpoints.run_folder import RunFolder
@@ -50,7 +49,6 @@ def train(
 
     The finished model lies in FOLDER/model, ready for lowlat chat and lowlat serve.
     """
-    let_threads_sleep()
     from lowlat.cli.train_inputs import base_model_files, teacher_files
     from lowlat.train.recipe.schema import read_recipe
     from lowlat.train.recipe.toml import text_of

@@ -1,1 +1,1 @@
-"""Model configuration: what a model is, how config.json says it, and what it costs."""
+"""Model configuration: dataclasses, config.json, presets, parameter and memory counts."""

@@ -1,8 +1,8 @@
-"""The forms of attention a model may have, and the sizes that follow from them.
+"""Attention configurations: MLA, GQA, GLA, GTA, TPA, and the sizes derived from them.
 
-All of them say the same of themselves: heads, widths of queries and values, what a token leaves in
-the cache. A model has one of them in every layer, or MLA in widths of each layer's own. Equations
-are in docs/mla.md and docs/attention.md. Owns no reading of files.
+All provide the same sizes: heads, widths of queries and values, KV cache entry. A model has one of
+them in every layer, or MLA with sizes of each layer's own. Equations are in docs/mla.md and
+docs/attention.md.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class LatentSizes(NamedTuple):
-    """What decides between the forms of latent attention: d_c, d_R, d_nope and d_v."""
+    """Sizes that decide between absorbed and expanded latent attention: d_c, d_R, d_nope, d_v."""
 
     latent: int
     rope: int
@@ -48,8 +48,8 @@ class MLAConfig:
     qk_nope_head_dim: int
     """Query-key channels per head without position; may be 0."""
     qk_rope_head_dim: int
-    """Rotary channels per query head and of the one shared key, d_h^R; 0 in a layer blind to
-    positions.
+    """Rotary channels per query head and of the one shared key, d_h^R; 0 in a
+    layer without positions (NoPE).
     """
     v_head_dim: int
     """Value channels per head."""
@@ -58,7 +58,7 @@ class MLAConfig:
     q_bias: bool = False
     """Bias on q_proj (only without q_lora_rank): queries of converted models that have one."""
     o_bias: bool = False
-    """Bias on o_proj, where attention_bias does not already say so."""
+    """Bias on o_proj without attention_bias."""
     kv_a_layernorm: bool = True
     """RMSNorm on the latent. False for exactly converted models, whose latent must not be rescaled.
     """
@@ -138,8 +138,8 @@ class GQAConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GLAConfig:
-    """Grouped Latent Attention (arXiv 2505.21487): MLA whose latent is cut into groups, of which a
-    head reads one; GLA-2 has two.
+    """Grouped Latent Attention (arXiv 2505.21487): MLA whose latent is divided into groups; each
+    head reads one group. GLA-2 has two.
     """
 
     num_attention_heads: int
@@ -183,7 +183,7 @@ class GLAConfig:
 
     @property
     def latent_sizes(self) -> LatentSizes:
-        """As in MLA, since the up-projections read the whole row."""
+        """As in MLA, since the up-projections read the whole KV cache entry."""
         return LatentSizes(
             latent=self.kv_lora_rank,
             rope=self.qk_rope_head_dim,
@@ -297,52 +297,15 @@ class TPAConfig:
 
 
 AttentionConfig = MLAConfig | GQAConfig | GLAConfig | GTAConfig | TPAConfig
-"""Any attention of a layer."""
+"""The attention of one layer."""
 
 ModelAttention = AttentionConfig | tuple[MLAConfig, ...]
 """The attention of a model: the same in every layer, or MLA in sizes of each layer's own."""
 
-DECOUPLED = (MLAConfig, GLAConfig, GTAConfig)
-"""Those whose position is in a rotary key of its own, shared by all heads."""
+DECOUPLED_ROPE = (MLAConfig, GLAConfig, GTAConfig)
+"""Variants with decoupled RoPE: one rotary key, shared by all heads, carries the position."""
 
 
 def distinct(attention: ModelAttention) -> tuple[AttentionConfig, ...]:
-    """One attention for all layers, or those of the layers in order."""
+    """The configs that occur: one for all layers, or one per layer in order."""
     return attention if isinstance(attention, tuple) else (attention,)
-
-
-def short_name(attention: ModelAttention) -> str:
-    """'MLA 512 + 64', 'MLA 96-224 + 16-64' where layers differ, 'GQA, 8 groups', 'TPA, ranks 2 +
-    2': the form in a few words.
-    """
-    match attention:
-        case MLAConfig() | tuple():
-            latent, rotary = entry_widths(attention)
-            return f"MLA {latent} + {rotary}"
-        case GLAConfig():
-            groups, rank = attention.num_latent_groups, attention.group_rank
-            return f"GLA-{groups}, {groups} x {rank} + {attention.qk_rope_head_dim}"
-        case GTAConfig():
-            groups, width = attention.num_key_value_heads, attention.head_dim
-            return f"GTA-{groups}, {groups} x {width} + {attention.qk_rope_head_dim}"
-        case TPAConfig():
-            return f"TPA, ranks {attention.k_rank} + {attention.v_rank}"
-        case GQAConfig():
-            groups = attention.num_key_value_heads
-            if groups == attention.num_attention_heads:
-                return f"MHA, {groups} heads"
-            return "MQA" if groups == 1 else f"GQA, {groups} groups"
-
-
-def entry_widths(attention: MLAConfig | tuple[MLAConfig, ...]) -> tuple[str, str]:
-    """d_c and d_R as text: '512' and '64', or from the narrowest to the widest layer, '96-224'."""
-    layers = attention if isinstance(attention, tuple) else (attention,)
-    return (
-        _span([layer.kv_lora_rank for layer in layers]),
-        _span([layer.qk_rope_head_dim for layer in layers]),
-    )
-
-
-def _span(widths: list[int]) -> str:
-    low, high = min(widths), max(widths)
-    return f"{low}" if low == high else f"{low}-{high}"

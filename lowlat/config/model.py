@@ -1,8 +1,7 @@
-"""What a model is: frozen dataclasses with Hugging Face's field names and the sizes derived from
-them.
+"""ModelConfig: frozen dataclasses with Hugging Face's field names, and derived sizes.
 
-The forms of attention are `config.attention`'s. Owns no file format: config.json is read and
-written by `config.hf`, GGUF metadata by `checkpoint.gguf`. Every other layer receives these objects
+Attention variants are in `attention`. Owns no file format: config.json is read by `hf.reader` and
+written by `hf.writer`, GGUF metadata by `checkpoint.gguf`. Every other layer takes these objects
 and never looks at raw dictionaries.
 """
 
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lowlat.config.attention import (
-    DECOUPLED,
+    DECOUPLED_ROPE,
     AttentionConfig,
     GLAConfig,
     GQAConfig,
@@ -41,7 +40,7 @@ __all__ = [
 
 RopeType = Literal["default", "linear", "llama3", "yarn", "longrope"]
 Packing = Literal["int8", "int4"]
-"""Forms in which the projections of a model may be packed (`model.quant`)."""
+"""Dtypes in which projections may be packed (`model.quant`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +100,7 @@ class MoEConfig:
     first_k_dense_replace: int
     """Leading layers with a dense MLP instead."""
     moe_layer_freq: int = 1
-    """Every so-many-th layer is MoE after the dense ones."""
+    """After the dense layers, layers whose number this divides are MoE."""
     scoring_func: Literal["softmax", "sigmoid"] = "sigmoid"
     """Gate: softmax (V2) or sigmoid (V3), in fp32."""
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
@@ -141,14 +140,14 @@ class ModelConfig:
     """A decoder-only transformer of one of the supported families.
 
     Layers of MLA may differ in their sizes and rotary settings: then `attention`, `rope` or both
-    are tuples with an entry per decoder layer (one for all where they are equal, so that equal
-    models have equal configs). Who computes a layer asks `attention_of`, `rope_of` and
+    are tuples with an entry per decoder layer (one object if all are equal, so that equal models
+    have equal configs). Code that computes a layer calls `attention_of`, `rope_of` and
     `softmax_scale_of`.
     """
 
     model_type: str
     """Family: deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite, llama, mistral, qwen2, qwen3, or
-    lowlat for whatever none of these can say.
+    lowlat for models that none of these can express.
     """
     hidden_size: int
     """Width of the residual stream."""
@@ -171,11 +170,11 @@ class ModelConfig:
     quantization: QuantConfig | None = None
     """Storage of the projections in fp8 blocks; None for other storage."""
     packing: Packing | None = None
-    """Form the projections are packed in; None for other storage."""
+    """Dtype in which the projections are packed; None for other storage."""
     num_nextn_predict_layers: int = 0
     """MTP modules D; stored as layers num_hidden_layers, num_hidden_layers + 1, ..."""
     mtp_copies: bool = False
-    """MTP layers bring their own copies of the embedding and the head (found out by the loader)."""
+    """MTP layers have their own copies of embedding and head; set by the loader."""
     tie_word_embeddings: bool = False
     """The head is the embedding matrix."""
     sliding_window: int | None = None
@@ -207,7 +206,7 @@ class ModelConfig:
 
     @property
     def num_cache_layers(self) -> int:
-        """Layers that leave rows in the cache: decoder layers, then MTP modules."""
+        """Layers with KV cache entries: decoder layers, then MTP modules."""
         return self.num_hidden_layers + self.num_nextn_predict_layers
 
     @property
@@ -217,7 +216,7 @@ class ModelConfig:
 
     def attention_of(self, layer: int) -> AttentionConfig:
         """The attention of decoder layer `layer`. MTP modules, numbered after them, have that of
-        the last: they go on from its output, and no other is any nearer to what they do.
+        the last, whose output they continue.
         """
         if not isinstance(self.attention, tuple):
             return self.attention
@@ -235,7 +234,7 @@ class ModelConfig:
         """
         attention, rope = self.attention_of(layer), self.rope_of(layer)
         scale = attention.qk_head_dim**-0.5
-        if not isinstance(attention, DECOUPLED) or rope.rope_type == "default":
+        if not isinstance(attention, DECOUPLED_ROPE) or rope.rope_type == "default":
             return scale
         return scale * yarn_mscale(rope.factor, rope.mscale_all_dim or 0.0) ** 2
 
@@ -249,7 +248,7 @@ class ModelConfig:
         return layer >= moe.first_k_dense_replace and layer % moe.moe_layer_freq == 0
 
     def window(self, layer: int) -> int | None:
-        """Sliding window of `layer`, or None where it sees the whole context."""
+        """Sliding window of `layer`, or None if it sees the whole context."""
         if self.sliding_window_layers is not None and layer not in self.sliding_window_layers:
             return None
         return self.sliding_window

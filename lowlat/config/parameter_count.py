@@ -1,12 +1,10 @@
-"""What a model costs, from its configuration alone: parameters by part, cache.
+"""Parameter counts of a model by part, from its configuration alone.
 
-Counts are exact integers of what the released checkpoints hold (router biases and norms included).
-Cache costs follow DeepSeek-V2 section 2.1.4. Owns no measuring: nothing here looks at weights or at
-a machine. Bytes of weights are `memory`'s.
+Counts are exact integers of what released checkpoints hold, router biases and norms included. KV
+cache sizes are in `kv_cache_size`, bytes of weights in `weight_memory`, FLOPs in `plan.flops`.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from lowlat.config.model import (
     GLAConfig,
@@ -22,9 +20,6 @@ ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of one number by dtype."""
 
 FP32_BYTES = 4
-
-SCALE_CHANNELS = 64
-"""Elements of a row of an int8 cache that share an fp32 scale."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,88 +183,3 @@ def _tpa_parameters(attention: TPAConfig, hidden: int) -> int:
     factor = attention.num_attention_heads + attention.head_dim
     queries = width if attention.q_rank is None else attention.q_rank * factor
     return hidden * (queries + attention.entry_dim + width)
-
-
-class CachedRow(NamedTuple):
-    """What a token leaves in a layer."""
-
-    elements: int
-    quantized: int
-    """Of these, those an int8 cache keeps in int8; the others stay bf16."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheCost:
-    """Cached elements per token of a model, and of other attentions with its heads and head width.
-
-    `mha`, `gqa8` and `mqa` keep keys and values of every head, of 8 groups (fewer if there are
-    fewer heads) and of one. Head width d_h is the width of a value, v_head_dim or head_dim: that of
-    the widest layer.
-    """
-
-    rows: tuple[CachedRow, ...]
-    """What the model itself keeps in each decoder layer; MTP modules not counted."""
-    mha: int
-    """MHA: 2 n_h d_h elements per token and layer."""
-    gqa8: int
-    """GQA with 8 groups: 2 * 8 * d_h."""
-    mqa: int
-    """MQA: 2 d_h."""
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers."""
-        return len(self.rows)
-
-    @property
-    def elements_per_token_layer(self) -> int | float:
-        """What the model itself keeps, on average where layers differ."""
-        total = sum(row.elements for row in self.rows)
-        return total / len(self.rows) if total % len(self.rows) else total // len(self.rows)
-
-    @property
-    def gqa_groups_equivalent(self) -> float:
-        """Groups of a GQA with the same cache: row / (2 d_h); 2.25 for DeepSeek-V3."""
-        return self.elements_per_token_layer / self.mqa
-
-    def bytes_per_token(self, elements: int, dtype: str) -> int:
-        """Bytes per token of `elements` per layer, all layers together, stored as `dtype`."""
-        if dtype == "int8":
-            return self.num_layers * int8_entry_bytes(elements, elements)
-        return elements * self.num_layers * ELEMENT_BYTES[dtype]
-
-    def own_bytes_per_token(self, dtype: str) -> int:
-        """Bytes per token of the model itself, all layers together, in a cache of `dtype`."""
-        if dtype == "int8":
-            return sum(int8_entry_bytes(*row) for row in self.rows)
-        return sum(row.elements for row in self.rows) * ELEMENT_BYTES[dtype]
-
-
-def int8_entry_bytes(elements: int, quantized: int) -> int:
-    """Bytes of a row of which `quantized` elements are int8 (in whole 4 bytes) with their scales,
-    the others bf16.
-    """
-    padded, scales = -(-quantized // 4) * 4, -(-quantized // SCALE_CHANNELS)
-    return padded + FP32_BYTES * scales + ELEMENT_BYTES["bf16"] * (elements - quantized)
-
-
-def mtp_cache_bytes(config: ModelConfig, dtype: str) -> int:
-    """Bytes per token that MTP modules add to a cache of `dtype`."""
-    ahead = range(config.num_hidden_layers, config.num_cache_layers)
-    rows = [config.attention_of(layer) for layer in ahead]
-    if dtype == "int8":
-        return sum(int8_entry_bytes(row.entry_dim, row.quantized_dim) for row in rows)
-    return sum(row.entry_dim for row in rows) * ELEMENT_BYTES[dtype]
-
-
-def cache_cost(config: ModelConfig) -> CacheCost:
-    """Cached elements per token and layer of `config` and of the alternatives."""
-    layers = [config.attention_of(layer) for layer in range(config.num_hidden_layers)]
-    heads = config.num_attention_heads
-    width = max(layer.v_head_dim for layer in layers)
-    return CacheCost(
-        rows=tuple(CachedRow(layer.entry_dim, layer.quantized_dim) for layer in layers),
-        mha=2 * heads * width,
-        gqa8=2 * min(8, heads) * width,
-        mqa=2 * width,
-    )

@@ -1,7 +1,6 @@
-"""Configurations of released models, known by name without weights: `config/presets/NAME.json`.
+"""Configurations of released models by name, without weights: `config/presets/NAME.json`.
 
-The files hold the values of the released config.json. Owns the names; reading the fields is
-`config.hf`'s.
+The files hold the values of the released config.json.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Bytes of weights and cache in any number type, from a model's configuration alone.
+"""Bytes of weights in any dtype, from a model's configuration alone: memory and traffic per token.
 
 Counts are exactly those of the loaded modules, MTP modules included.
 """
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from lowlat.config.kv_cache_size import kv_cache_size, mtp_cache_bytes
 from lowlat.config.model import (
     AttentionConfig,
     GLAConfig,
@@ -17,16 +18,10 @@ from lowlat.config.model import (
     QuantConfig,
     TPAConfig,
 )
-from lowlat.config.parameter_count import (
-    ELEMENT_BYTES,
-    FP32_BYTES,
-    cache_cost,
-    count_parameters,
-    mtp_cache_bytes,
-)
+from lowlat.config.parameter_count import ELEMENT_BYTES, FP32_BYTES, count_parameters
 
 PACKED_DTYPES = ("int8", "int4")
-"""Forms projections are packed in at load (`ops.quantized`); what is no projection is bf16."""
+"""Dtypes of quantize on load (`ops.quantized`): of projections; other weights are bf16."""
 
 
 class _Matrices(NamedTuple):
@@ -43,10 +38,10 @@ def weight_bytes(config: ModelConfig, dtype: str | None = None) -> int:
     else bf16).
 
     Selection biases of the router are never stored narrower than fp32. fp8 blocks hold every
-    projection of attention, MLPs and experts (modules_to_not_convert is not looked at) at one byte
+    projection of attention, MLPs and experts (modules_to_not_convert is ignored) at one byte
     per weight and one fp32 scale per block; embedding, head, gate, norms and eh_proj are bf16. int8
-    and int4 are the forms of `model.quant`, where a tied embedding gets a head beside it; weights
-    released in one of them stay so in bf16.
+    and int4 are packed as in `model.quant`, where a tied embedding gets a separate head; weights
+    released packed stay packed for bf16.
     """
     if config.packing is not None and dtype in (None, "bf16"):
         dtype = config.packing
@@ -64,8 +59,8 @@ def weight_bytes(config: ModelConfig, dtype: str | None = None) -> int:
 
 
 def read_bytes(config: ModelConfig, dtype: str, experts: int) -> int:
-    """Bytes of the main model's weights that tokens read who use `experts` of the routed experts of
-    each layer: all but MTP modules, other experts and the input embedding (a tied one is the head).
+    """Bytes of the main model's weights that a step reads: all but MTP modules, the input embedding
+    (a tied one is the head) and routed experts beyond `experts` per layer.
 
     dtype: as `weight_bytes`, or fp8: blocks of the config, else of DeepSeek-V3's size.
     """
@@ -97,7 +92,7 @@ def memory_at(
     """weights_bytes as `dtype`, cache_bytes of one sequence as `cache`, context; MTP modules
     included.
     """
-    row_bytes = cache_cost(config).own_bytes_per_token(cache) + mtp_cache_bytes(config, cache)
+    row_bytes = kv_cache_size(config).own_bytes_per_token(cache) + mtp_cache_bytes(config, cache)
     return {
         "weights_bytes": weight_bytes(config, dtype),
         "cache_bytes": row_bytes * context,

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lowlat.checkpoint.hf_folder import weight_files
-from lowlat.config.attention import ModelAttention, distinct, entry_widths, short_name
+from lowlat.config.attention import ModelAttention, distinct
+from lowlat.config.attention_summary import entry_widths, short_name
+from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig
-from lowlat.config.parameter_count import cache_cost, count_parameters
+from lowlat.config.parameter_count import count_parameters
 from lowlat.convert import report_plot
 from lowlat.convert.compress import CompressionReport
 
@@ -66,7 +68,7 @@ def measure(
     src: Path, dst: Path, config: ModelConfig, converted: ModelConfig, seconds: float
 ) -> Report:
     """The report of a conversion from `src` (a model of `config`) to `dst` (of `converted`)."""
-    costs = cache_cost(config), cache_cost(converted)
+    costs = kv_cache_size(config), kv_cache_size(converted)
     counts = count_parameters(config), count_parameters(converted)
     sizes = [sum(file.stat().st_size for file in weight_files(path)) for path in (src, dst)]
     bits = [
@@ -98,7 +100,7 @@ def compression_object(
     """The object of conversion.json: all of `cost`, each layer with the share of its cache row that
     turns, and the cache of the models before (`config`) and after.
     """
-    before, after = cache_cost(config), cache_cost(converted)
+    before, after = kv_cache_size(config), kv_cache_size(converted)
     layers = [
         asdict(layer) | {"rotary_share": layer.rotary / (layer.latent + layer.rotary)}
         for layer in cost.layers

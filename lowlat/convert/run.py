@@ -19,17 +19,22 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.dequantized_source import dense_source
+from lowlat.checkpoint.dequantized_source import dequantized_source
 from lowlat.checkpoint.fill_parameters import fit
 from lowlat.checkpoint.gguf.metadata_writer import architecture_of
 from lowlat.checkpoint.hf_folder import INDEX_FILE, open_checkpoint, weight_files
 from lowlat.checkpoint.load import config_file, read_config
-from lowlat.checkpoint.mapping import settle_mtp
-from lowlat.checkpoint.resumable_writer import check_room, options_text, partial_path, write_planned
+from lowlat.checkpoint.mapping import resolve_mtp_modules
+from lowlat.checkpoint.resumable_writer import (
+    options_text,
+    partial_path,
+    require_free_space,
+    write_resumable,
+)
 from lowlat.checkpoint.save import text_files
 from lowlat.checkpoint.shard_layout import plan_shards
 from lowlat.checkpoint.tensor_source import TensorSource
-from lowlat.config.hf.reader import config_to_hf
+from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.convert.compression import (
     Compression,
@@ -100,7 +105,7 @@ class Job:
 
     def base(self) -> SourceWeights:
         """The weights as they are to be converted."""
-        source, config = dense_source(self.opened, self.found, _exact_dtype(self.form))
+        source, config = dequantized_source(self.opened, self.found, _exact_dtype(self.form))
         return SourceWeights(source, config, pads=self.found.packing is None)
 
     def stored_dtype(self) -> str:
@@ -171,7 +176,7 @@ def convert(
             files, index = plan_shards(stored_groups(weights, form))
             extra["config.json"] = (json.dumps(raw, indent=2) + "\n").encode()
             extra |= _text(src, dst) | ({} if index is None else {INDEX_FILE: index})
-        write_planned(
+        write_resumable(
             dst,
             files,
             extra,
@@ -207,7 +212,7 @@ def check(
             "--experts, or several of them"
         )
     opened = open_checkpoint(src)
-    found = settle_mtp(read_config(opened), opened)
+    found = resolve_mtp_modules(read_config(opened), opened)
     if is_same and form == _stored_form(found):
         raise UserError(f"{src}: nothing to convert; its weights are {form} already")
     if to == "mla":
@@ -306,7 +311,7 @@ def _check_room(dst: Path, base: Weights, form: Form | None) -> None:
     if partial_path(dst).exists():  # with some of it
         return
     tensors = (tensor for group in stored_groups(base, form) for tensor in group.tensors)
-    check_room(dst, sum(each.size for each in tensors if not _is_attention(each.name)))
+    require_free_space(dst, sum(each.size for each in tensors if not _is_attention(each.name)))
 
 
 def _config_fields(

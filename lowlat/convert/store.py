@@ -2,7 +2,7 @@
 its bytes piece by piece.
 
 Pieces are some rows of one parameter, so that memory stays small whatever the size of a tensor.
-Owns the choice of types; where bytes lie is `checkpoint.planned_files`'s.
+Owns the choice of types; where bytes lie is `checkpoint.shard_layout`'s.
 """
 
 from collections.abc import Callable, Iterator, Mapping

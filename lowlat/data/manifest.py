@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lowlat.utils.json_fields import Fields
+from lowlat.utils.json_fields import JsonFields
 
 VERSION = 1
 MANIFEST_FILE = "tokens.json"
@@ -162,12 +162,12 @@ def from_json(raw: dict[str, Any], source: str) -> DatasetManifest:
     """The records in `raw`. Raises UserError naming `source`, the field and what is wrong with it:
     another version, names that are not this layout's, counts that contradict one another.
     """
-    fields = Fields(raw, source)
+    fields = JsonFields(raw, source)
     if fields.value("format") != "lowlat tokens":
-        raise fields.fault("format", "is not 'lowlat tokens': not a token folder")
+        raise fields.error("format", "is not 'lowlat tokens': not a token folder")
     if fields.value("version") != VERSION:
         remedy = "build the folder again with this version of lowlat"
-        raise fields.fault("version", f"{raw.get('version')!r} is not {VERSION}; {remedy}")
+        raise fields.error("version", f"{raw.get('version')!r} is not {VERSION}; {remedy}")
     vocab_size = fields.integer("vocab_size", maximum=1 << 31)
     highest = vocab_size - 1
     shard_tokens = fields.integer("shard_tokens", maximum=MAX_COUNT)
@@ -190,13 +190,13 @@ def from_json(raw: dict[str, Any], source: str) -> DatasetManifest:
     return manifest
 
 
-def _read_fim(fields: Fields, highest: int) -> FimTokens:
+def _read_fim(fields: JsonFields, highest: int) -> FimTokens:
     names = ("prefix", "suffix", "middle")
     prefix, suffix, middle = (fields.integer(name, minimum=0, maximum=highest) for name in names)
     return FimTokens(prefix=prefix, suffix=suffix, middle=middle)
 
 
-def _read_tokenizer(fields: Fields) -> dict[str, str]:
+def _read_tokenizer(fields: JsonFields) -> dict[str, str]:
     table = fields.table("tokenizer")
     names = () if table is None else tuple(fields.value("tokenizer"))
     if table is None or TOKENIZER_FILE not in names or not {*names} <= {*TOKENIZER_FILES}:
@@ -205,7 +205,7 @@ def _read_tokenizer(fields: Fields) -> dict[str, str]:
     return {name: _checksum(table, name) for name in names}
 
 
-def _read_dropped(fields: Fields) -> dict[str, int]:
+def _read_dropped(fields: JsonFields) -> dict[str, int]:
     table = fields.table("dropped")
     names = fields.value("dropped") or {}
     if table is None:
@@ -213,17 +213,17 @@ def _read_dropped(fields: Fields) -> dict[str, int]:
     return {name: table.integer(name, minimum=0, maximum=MAX_COUNT) for name in names}
 
 
-def _read_split(fields: Fields, source: str, split: Split, shard_tokens: int) -> SplitManifest:
+def _read_split(fields: JsonFields, source: str, split: Split, shard_tokens: int) -> SplitManifest:
     table = fields.table(split)
     if table is None:
-        raise fields.fault(split, "is missing; build the folder again")
+        raise fields.error(split, "is missing; build the folder again")
     counts = {
         name: table.integer(name, minimum=0, maximum=MAX_COUNT)
         for name in ("documents", "tokens", "predicted", "text_bytes")
     }
     tokens = counts["tokens"]
     if counts["documents"] > tokens or counts["predicted"] > tokens:
-        raise table.fault("tokens", "contradicts documents or predicted; build the folder again")
+        raise table.error("tokens", "contradicts documents or predicted; build the folder again")
     mask = table.value("mask_sha256")
     return SplitManifest(
         **counts,
@@ -234,16 +234,16 @@ def _read_split(fields: Fields, source: str, split: Split, shard_tokens: int) ->
 
 
 def _read_shards(
-    table: Fields, source: str, split: Split, tokens: int, shard_tokens: int
+    table: JsonFields, source: str, split: Split, tokens: int, shard_tokens: int
 ) -> tuple[ShardManifest, ...]:
     """The shards, which hold the split's tokens in full shards and a rest."""
     items = table.items("shards")
     if len(items) != -(-tokens // shard_tokens):
         what = f"does not list {tokens} tokens in files of {shard_tokens}"
-        raise table.fault("shards", f"{what}; build the folder again")
+        raise table.error("shards", f"{what}; build the folder again")
     shards = []
     for index, raw in enumerate(items):
-        shard = Fields(raw, source, f"{split}.shards[{index}].")
+        shard = JsonFields(raw, source, f"{split}.shards[{index}].")
         if shard.value("file") != shard_file(split, index):
             raise shard.wrong("file", f"'{shard_file(split, index)}'")
         expected = min(shard_tokens, tokens - index * shard_tokens)
@@ -257,7 +257,7 @@ def _read_shards(
     return tuple(shards)
 
 
-def _checksum(fields: Fields, name: str) -> str:
+def _checksum(fields: JsonFields, name: str) -> str:
     value = fields.value(name)
     if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
         raise fields.wrong(name, "a SHA-256 in hexadecimal")

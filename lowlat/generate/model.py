@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowlat.attention.cache import cache_bytes_per_token
-from lowlat.config.attention import entry_widths, short_name
+from lowlat.config.attention_summary import entry_widths, short_name
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 from lowlat.config.parameter_count import count_parameters
 from lowlat.engine import scoring
@@ -29,7 +29,7 @@ from lowlat.model.transformer import Transformer
 from lowlat.text.chat_prompt import encode_chat
 from lowlat.text.pieces import encode_long
 from lowlat.text.tokenizer import Tokenizer
-from lowlat.utils.device import name_of
+from lowlat.utils.device import dtype_name
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
@@ -95,7 +95,7 @@ class Model:
     @property
     def cache_dtype(self) -> str:
         """Number type of the cache: int8, bf16, fp16, fp32 or fp64."""
-        return name_of(self.runner.cache.dtype)
+        return dtype_name(self.runner.cache.dtype)
 
     def __repr__(self) -> str:
         attention = self.config.attention

@@ -36,7 +36,7 @@ def layer_of(layer: DecoderLayer, *, first_pair: int):
 
 
 def join_of(mtp: MTPModule):
-    """The input of an MTP module: two norms and eh_proj."""
+    """How the module begins: two norms and the projection of what they give."""
     return native.module().Join.make(
         norm_of(mtp.enorm), norm_of(mtp.hnorm), projection_of(mtp.eh_proj)
     )

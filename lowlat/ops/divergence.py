@@ -50,7 +50,7 @@ def linear_divergence(
     Products have the dtypes of the hidden states; logits, softmax and sums are fp32 (fp64 for fp64
     inputs).
     """
-    if not torch.is_grad_enabled():  # which a function's needs_input_grad does not know
+    if not torch.is_grad_enabled():  # needs_input_grad ignores no_grad
         hidden, weight = hidden.detach(), weight.detach()
     taught = teacher_hidden.detach(), teacher_weight.detach()
     total, kl, nll = _LinearDivergence.apply(hidden, weight, *taught, targets, counted, nll_weight)  # pyright: ignore[reportGeneralTypeIssues]
@@ -72,12 +72,12 @@ class _LinearDivergence(torch.autograd.Function):
         needed = ctx.needs_input_grad[:2]
         teacher_matrix = teacher_weight.to(teacher_hidden.dtype)
         sums = torch.zeros(2, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-        room: list[Tensor] = []
+        buffer: list[Tensor] = []
 
         def gradient(rows: slice, logits: Tensor) -> Tensor:
-            if not room:  # the first piece is the largest
-                room.append(torch.empty_like(logits, dtype=teacher_hidden.dtype))
-            taught = room[0][: len(logits)]
+            if not buffer:  # the first chunk is the largest
+                buffer.append(torch.empty_like(logits, dtype=teacher_hidden.dtype))
+            taught = buffer[0][: len(logits)]
             torch.mm(teacher_hidden[rows], teacher_matrix.T, out=taught)
             given = logits, taught, targets[rows], counted[rows], nll_weight, any(needed)
             sums.add_(_piece(*given))
@@ -113,10 +113,10 @@ def _piece(
             logits, taught, targets, counted, nll_weight, wants_gradient=wants_gradient
         )
         return torch.stack(found).sum(dim=1)
-    kept = counted.to(accumulation_dtype(logits.dtype))
-    sums = kept.new_zeros(2)
+    mask = counted.to(accumulation_dtype(logits.dtype))
+    sums = mask.new_zeros(2)
     block = max(1, BLOCK_ELEMENTS // logits.shape[1])
-    parts = (x.split(block) for x in (logits, taught, targets, kept))
+    parts = (x.split(block) for x in (logits, taught, targets, mask))
     for q, p, target, keep in zip(*parts, strict=True):
         sums.add_(_block(q, p, target, keep, nll_weight, wants_gradient))
     return sums
@@ -126,23 +126,23 @@ def _block(
     logits: Tensor,
     taught: Tensor,
     targets: Tensor,
-    kept: Tensor,
+    mask: Tensor,
     nll_weight: float,
     wants_gradient: bool,
 ) -> Tensor:
     """KL and nll of some rows; with `wants_gradient`, `logits` become the gradient of kl +
     nll_weight * nll.
     """
-    log_q = torch.log_softmax(logits, dim=1, dtype=kept.dtype)
-    log_p = torch.log_softmax(taught, dim=1, dtype=kept.dtype)
+    log_q = torch.log_softmax(logits, dim=1, dtype=mask.dtype)
+    log_p = torch.log_softmax(taught, dim=1, dtype=mask.dtype)
     nll = -log_q.gather(1, targets[:, None])[:, 0]
     surplus = log_p - log_q
     p = log_p.exp_()
-    kl = torch.bmm(p[:, None], surplus[:, :, None]).flatten()  # one pass, as vecdot's is not
+    kl = torch.bmm(p[:, None], surplus[:, :, None]).flatten()  # one pass; vecdot takes two
     if wants_gradient:
         grad = torch.sub(log_q.exp_(), p, out=p)
         if nll_weight:
             grad.add_(log_q, alpha=nll_weight)
             grad.scatter_add_(1, targets[:, None], grad.new_full((len(grad), 1), -nll_weight))
-        logits.copy_(grad.mul_(kept[:, None]))
-    return torch.stack([kl @ kept, nll @ kept])
+        logits.copy_(grad.mul_(mask[:, None]))
+    return torch.stack([kl @ mask, nll @ mask])

@@ -84,5 +84,5 @@ def quantize_grid(
 ]:
     """fp8 blocks and their scales, by the rules of `quantize_blocks`."""
     scale = block_scales(blocks, FP8_MAX, scale_fmt)
-    # No quotient exceeds 448 by more than its rounding, which rounding to fp8 takes back.
+    # A quotient exceeds 448 at most by a rounding error, which rounding to fp8 removes.
     return (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn), scale

@@ -49,10 +49,10 @@ def fp8_stacked_experts(
     groups = group_by_expert(routing.experts, gate_up_proj.shape[0])
     order, tokens, counts = groups.order, groups.tokens, groups.counts
     wide = accumulation_dtype(x.dtype)
-    # Through the wide type, so that a token's gradients are summed there and rounded once.
+    # Via the wide dtype, so that a token's gradients are summed in it and rounded once.
     rows = x.to(wide).index_select(0, tokens).to(x.dtype)
     if down_proj.shape[2] % TILE:
-        # One block must not span gate and up: files hold them as two matrices.
+        # A block must not span gate and up: checkpoints store them as two matrices.
         halves = gate_up_proj.chunk(2, dim=1)
         gate, up = (fp8_grouped(rows, half, counts, formats.up) for half in halves)
     else:

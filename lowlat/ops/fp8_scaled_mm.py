@@ -12,7 +12,7 @@ from torch import Tensor
 ROW_MULTIPLE = 16
 """cuBLAS takes fp8 matrices whose sides are multiples of this."""
 SCALE_MULTIPLE = 4
-"""Scales of 128x128 blocks lie in columns padded to multiples of this."""
+"""Scales of 128x128 blocks are in columns padded to multiples of this."""
 FIRST_CUDA = (12, 9)
 """The first CUDA whose cuBLAS has scales per block of 128."""
 HOPPER = (9, 0)
@@ -44,7 +44,7 @@ def product(
     is_square = b.shape[1] > 1
     right_scale = _block_scale(b_scale) if is_square else _tile_scale(b_scale, right.shape[0])
     kind = F.ScalingType
-    # fp64 asks for the widest sum there is.
+    # For fp64 inputs the widest accumulation available.
     out_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     out = F.scaled_mm(
         left,
@@ -66,7 +66,7 @@ def _matrix(
     missing = -matrix.shape[0] % ROW_MULTIPLE
     if not missing:
         return matrix.contiguous()
-    # fp8 has few operations; its bytes have all of them, and 0 is 0.
+    # fp8 supports few operations; bytes support all, and byte 0 is the number 0.
     return F.pad(matrix.view(torch.uint8), (0, 0, 0, missing)).view(matrix.dtype)
 
 

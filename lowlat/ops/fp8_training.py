@@ -6,7 +6,7 @@ along the axis that is summed over (1x128 tiles), weights per 128x128 block:
 
     fprop  y  = x W^T     x in tiles along in, W in blocks
     dgrad  dx = dy W      dy in tiles along out, the same blocks of W
-    wgrad  dW = dy^T x    dy and the kept x in tiles along the tokens
+    wgrad  dW = dy^T x    dy and the saved x in tiles along the tokens
 
 Owns the definition and its emulation on any device; `fp8_scaled_mm` runs the products on GPUs that
 have them. Quantisation itself is `fp8`'s.
@@ -43,19 +43,19 @@ class Fp8Format:
     """Quantization formats of one linear layer."""
 
     weight_scales: ScaleFormat = None
-    """Of the weight's blocks; exported checkpoints name it as scale_fmt."""
+    """Scale format of the weight's blocks: scale_fmt of exported checkpoints."""
     input_scales: ScaleFormat = None
-    """Of the input's tiles, along either axis."""
+    """Scale format of the input's tiles, along either axis."""
     gradient_scales: ScaleFormat = None
-    """Of the output gradient's tiles, along either axis."""
-    kept_input: Literal["e4m3", "e5m6"] = "e4m3"
-    """What the backward pass gets of the input: the tiles of the forward product, or a copy with
+    """Scale format of the output gradient's tiles, along either axis."""
+    saved_input: Literal["e4m3", "e5m6"] = "e4m3"
+    """What the backward pass saves of the input: the tiles of the forward product, or a copy with
     three more bits.
     """
 
 
 class Blocks(NamedTuple):
-    """A matrix as scaled blocks, padded with zeros to whole ones."""
+    """A matrix as scaled blocks, padded with zeros to full blocks."""
 
     values: Float[Tensor, "row_blocks block_rows column_blocks block_columns"]
     """fp8, or fp16 where they are E5M6."""
@@ -65,7 +65,7 @@ class Blocks(NamedTuple):
 
     @property
     def transposed(self) -> "Blocks":
-        """Views, nothing copied."""
+        """The transposed matrix, as views."""
         rows, columns = self.shape
         return Blocks(self.values.permute(2, 3, 0, 1), self.scale.T, (columns, rows))
 
@@ -103,7 +103,7 @@ def stored_blocks(
     """A checkpoint's fp8 weight of 128x128 blocks and its weight_scale_inv."""
     rows, columns = weight.shape
     padding = (0, -columns % TILE, 0, -rows % TILE)
-    # fp8 has no padding of its own; byte 0 is the number 0.
+    # F.pad does not support fp8; byte 0 is the number 0.
     padded = F.pad(weight.view(torch.uint8), padding).view(weight.dtype)
     values = padded.view(scale.shape[0], TILE, scale.shape[1], TILE)
     broken = values.isnan().any(dim=3).any(dim=1)
@@ -118,7 +118,7 @@ def quantize_e5m6(matrix: Float[Tensor, "rows columns"]) -> Blocks:
     scale = block_scales(blocks, E5M6_MAX, "ue8m0")
     scaled = blocks / scale[:, None, :, None]
     bits = scaled.view(torch.int32)
-    # Nearest even on the 17 bits that go: half a step less one, plus the last bit that stays.
+    # Round to nearest even on the 17 dropped bits: half a step less one, plus the last kept bit.
     rounded = (bits + 0xFFFF + ((bits >> 17) & 1)) & ~0x1FFFF
     small = (scaled / E5M6_STEP).round() * E5M6_STEP
     values = torch.where(scaled.abs() < E5M6_SMALLEST_NORMAL, small, rounded.view(torch.float32))
@@ -145,7 +145,7 @@ def product(
 
 
 def blockwise_product(a: Blocks, b: Blocks) -> Float[Tensor, "a_rows b_rows"]:
-    """The definition of `product`, step by step: one partial sum of 128 at a time, in fp32."""
+    """Reference implementation of `product`: one partial sum of 128 at a time, in fp32."""
     rows_a, rows_b = (x.scale.repeat_interleave(x.values.shape[1], dim=0) for x in (a, b))
     parts_a, parts_b = (x.values.flatten(0, 1).unbind(1) for x in (a, b))
     total = torch.zeros(rows_a.shape[0], rows_b.shape[0], device=a.values.device)
@@ -193,7 +193,7 @@ class _Fp8Linear(torch.autograd.Function):
         tiles = quantize(x, ALONG_ROWS, fmt.input_scales)
         blocks = quantize(weight, SQUARE, fmt.weight_scales)
         out = product(tiles, blocks, x.dtype, has_powers=_forward_powers(fmt))
-        kept = quantize_e5m6(x) if fmt.kept_input == "e5m6" else tiles
+        kept = quantize_e5m6(x) if fmt.saved_input == "e5m6" else tiles
         ctx.save_for_backward(kept.values, kept.scale, blocks.values, blocks.scale)
         ctx.shapes, ctx.fmt = (kept.shape, blocks.shape), fmt
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)

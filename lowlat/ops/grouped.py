@@ -20,20 +20,20 @@ from lowlat.ops.norm import accumulation_dtype
 from lowlat.ops.routing import Routing
 
 ROW_UNIT = 64
-"""Rows of an expert are filled up to a multiple of this for oneDNN's products in bf16: it compiles
-a kernel for every number of rows it has not met, which takes longer than the product.
+"""Rows of an expert are padded to a multiple of this for oneDNN's bf16 products: oneDNN compiles a
+kernel for every new number of rows, which takes longer than the product.
 """
 
 
 class Groups(NamedTuple):
-    """The choices of a batch sorted by expert, each expert's rows filled up with rows of token 0
-    whose factor is 0.
+    """Token-to-expert assignments of a batch, sorted by expert; each expert's rows are padded with
+    rows of token 0 and weight 0.
     """
 
     order: Int[Tensor, "choices"]
-    """Places in the flattened [tokens, chosen] choice, sorted by expert and then by token."""
+    """Indices into the flattened [tokens, chosen] choice, sorted by expert and then by token."""
     rows: Int[Tensor, "choices"]
-    """Row of each of them."""
+    """Row of each assignment."""
     tokens: Int[Tensor, "rows"]
     """Token of each row."""
     counts: list[int]
@@ -43,14 +43,14 @@ class Groups(NamedTuple):
 def group_by_expert(
     experts: Int[Tensor, "tokens chosen"], num_experts: int, *, unit: int = 1
 ) -> Groups:
-    """Sort the choices by expert; equal ones keep the order of their tokens. Every expert gets
-    whole multiples of `unit` rows.
+    """Sort assignments by expert, stably by token, and pad the rows of every expert to a multiple
+    of `unit`.
     """
     flat = experts.flatten()
     order = flat.argsort(stable=True)
     chosen = torch.bincount(flat, minlength=num_experts)
     counts = (chosen + unit - 1) // unit * unit
-    # How far an expert's rows lie behind its choices.
+    # Padding rows before an expert's first row.
     shift = (counts - chosen).cumsum(0) - (counts - chosen)
     rows = torch.arange(len(order), device=order.device) + shift[flat[order]]
     sizes = counts.tolist()
@@ -64,15 +64,17 @@ def grouped_linear(
     weight: Float[Tensor, "experts out in"],
     counts: Sequence[int],
     *,
-    is_turned: bool = False,
+    is_transposed: bool = False,
 ) -> Float[Tensor, "rows outputs"]:
-    """Every expert's product with its own rows: x W^T, or with `is_turned` x W. Weights of another
-    dtype are rounded to x's.
+    """Grouped GEMM: every expert's product with its own rows, x W^T, or with `is_transposed` x W.
+    Weights of another dtype are rounded to x's.
     """
     if native_training_kernels.multiplies_groups(x, weight):
-        return native_training_kernels.grouped(x, weight, torch.tensor(counts), is_turned=is_turned)
+        return native_training_kernels.grouped(
+            x, weight, torch.tensor(counts), is_transposed=is_transposed
+        )
     weight = weight.to(x.dtype)
-    weight = weight if is_turned else weight.transpose(1, 2)
+    weight = weight if is_transposed else weight.transpose(1, 2)
     if x.is_cuda and x.dtype == torch.bfloat16:
         return F.grouped_mm(x, weight, offs=_ends(counts, x))
     out = x.new_empty(x.shape[0], weight.shape[2])
@@ -149,12 +151,12 @@ class _StackedExperts(torch.autograd.Function):
         gate_up = grouped_linear(rows, gate_up_proj, groups.counts)
         inner = _swiglu(gate_up)
         rows = grouped_linear(inner, down_proj, groups.counts)
-        # Only gradients of the experts' weights read x.
+        # x is needed for the experts' weight gradients only.
         given = x if any(ctx.needs_input_grad[2:4]) else None
         ctx.save_for_backward(given, weights, gate_up_proj, down_proj, gate_up)
         ctx.groups = groups
         ctx.defer = defer
-        # Saved tensors may come back as copies, which no gradient can be added to.
+        # Saved tensors may be restored as copies, which do not accumulate gradients.
         ctx.leaves = None if defer is None else (gate_up_proj, down_proj)
         return _combine(rows, factors, groups, weights.shape[1])
 
@@ -166,12 +168,12 @@ class _StackedExperts(torch.autograd.Function):
         groups: Groups = ctx.groups
         factors = _factors(weights, groups, accumulation_dtype(gate_up.dtype))
         grads = grad.to(gate_up.dtype).index_select(0, groups.tokens)
-        grad_inner = grouped_linear(grads, down_proj, groups.counts, is_turned=True)
+        grad_inner = grouped_linear(grads, down_proj, groups.counts, is_transposed=True)
         inner, grad_gate_up, row_factors = gated_backward(gate_up, grad_inner, factors)
         assert row_factors is not None
         grad_factors = torch.empty_like(weights).flatten()
         grad_factors[groups.order] = row_factors[groups.rows].to(weights.dtype)
-        grad_rows = grouped_linear(grad_gate_up, gate_up_proj, groups.counts, is_turned=True)
+        grad_rows = grouped_linear(grad_gate_up, gate_up_proj, groups.counts, is_transposed=True)
         grad_x = _combine(grad_rows, None, groups, weights.shape[1])
         grad_weights = grad_factors.view_as(weights)
         if not any(ctx.needs_input_grad[2:4]):
@@ -216,7 +218,7 @@ def _scaled(
 def _factors(
     weights: Float[Tensor, "tokens chosen"], groups: Groups, dtype: torch.dtype
 ) -> Float[Tensor, "rows"]:
-    """Weight of each row; 0 for those that only fill up."""
+    """Weight of each row; 0 for padding."""
     factors = torch.zeros(len(groups.tokens), dtype=dtype, device=weights.device)
     factors[groups.rows] = weights.flatten()[groups.order].to(dtype)
     return factors

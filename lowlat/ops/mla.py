@@ -59,7 +59,7 @@ def expanded_mla(
         k = torch.cat([k_nope, k_rope[:, None].expand(-1, heads, -1)], dim=-1)
         return k, torch.einsum("kc,hvc->khv", c, w_uv)
 
-    # One query block: a second one would build every key again.
+    # One query block: a second one would expand every key again.
     return causal_attention(
         query,
         key_values,

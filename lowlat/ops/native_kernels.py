@@ -11,8 +11,8 @@ import torch
 from jaxtyping import BFloat16, Float, Float32, Int32, UInt8
 from torch import Tensor
 
+from lowlat.config.kv_cache_size import int8_entry_bytes
 from lowlat.config.model import MoEConfig
-from lowlat.config.parameter_count import int8_entry_bytes
 from lowlat.ops import native
 from lowlat.ops.quantized import (
     INT4_SHAPE,
@@ -123,7 +123,7 @@ def route(
 
 
 def _choice(moe: MoEConfig) -> Any:
-    # DeepSeek-V2's file leaves the weight of a single expert as it is.
+    # DeepSeek-V2's modelling file does not normalise the weight of a single expert.
     is_v2_single = not moe.scale_after_norm and moe.num_experts_per_tok == 1
     normalizes = moe.norm_topk_prob and not is_v2_single
     has_groups = moe.topk_method != "greedy"

@@ -64,7 +64,7 @@ def gated_backward(
 ) -> tuple[
     Float[Tensor, "rows inner"], Float[Tensor, "rows inner_twice"], Float32[Tensor, "rows"] | None
 ]:
-    """inner again, the gradient of gate_up, and the factors' where there are factors: `grad` is
+    """Recomputed inner, the gradient of gate_up, and that of the factors, if any: `grad` is
     multiplied by them row by row.
     """
     gate, up = gate_up.chunk(2, dim=1)
@@ -85,7 +85,7 @@ def gated_gradients(
     *,
     level: str = "",
 ) -> tuple[Float[Tensor, "rows inner"], Float[Tensor, "rows inner"]]:
-    """Gradients of gate and up, which lie in one piece each, given that of silu(gate) * up."""
+    """Gradients of gate and up, both contiguous, given that of silu(gate) * up."""
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     native.module().gated_backward(gate, up, grad, None, None, grad_gate, grad_up, None, level)
     return grad_gate, grad_up
@@ -171,14 +171,14 @@ def grouped(
     weight: Float[Tensor, "experts out in"],
     counts: Int64[Tensor, "experts"],
     *,
-    is_turned: bool = False,
+    is_transposed: bool = False,
     level: str = "",
 ) -> BFloat16[Tensor, "rows outputs"]:
     """Rows sorted by expert, each times the matrix of its expert, rounded to bf16: x W^T, or with
-    `is_turned` x W.
+    `is_transposed` x W.
     """
-    out = rows.new_empty(rows.shape[0], weight.shape[2 if is_turned else 1])
-    native.module().grouped(rows.detach(), weight.detach(), counts, is_turned, out, level)
+    out = rows.new_empty(rows.shape[0], weight.shape[2 if is_transposed else 1])
+    native.module().grouped(rows.detach(), weight.detach(), counts, is_transposed, out, level)
     return out
 
 

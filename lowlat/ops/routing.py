@@ -68,7 +68,7 @@ def _keep_best_groups(
 def _weights(
     chosen: Float[Tensor, "tokens chosen"], moe: MoEConfig
 ) -> Float[Tensor, "tokens chosen"]:
-    # DeepSeek-V2's file leaves the weight of a single expert as it is.
+    # DeepSeek-V2's modelling file does not normalise the weight of a single expert.
     is_v2_single = not moe.scale_after_norm and moe.num_experts_per_tok == 1
     if not moe.norm_topk_prob or is_v2_single:
         return chosen * moe.routed_scaling_factor

@@ -16,7 +16,7 @@ import numpy as np
 
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
-from lowlat.checkpoint.mapping import settle_mtp
+from lowlat.checkpoint.mapping import resolve_mtp_modules
 from lowlat.checkpoint.save import text_files, write_checkpoint
 from lowlat.config.model import ModelConfig
 from lowlat.convert.calibration import calibration_of, read_calibration
@@ -300,4 +300,4 @@ def _evaluation(task: _Task, scores: dict[str, dict[str, Any] | None]) -> dict[s
 
 def _config(folder: Path) -> ModelConfig:
     source = open_checkpoint(folder)
-    return settle_mtp(read_config(source), source)
+    return resolve_mtp_modules(read_config(source), source)

@@ -1,1 +1,6 @@
-"""The HTTP server: an OpenAI-compatible API and a chat page over one engine."""
+"""HTTP server: OpenAI-compatible API, chat page and metrics over one model's engine.
+
+`run` listens, `app` assembles the ASGI application, `async_engine` runs the engine in its thread.
+Sub-packages, each importing only those before it: `protocol` (request and response models),
+`tool_parsers`, `http`, `chat`, `routes`.
+"""

@@ -1,7 +1,6 @@
-"""The ASGI application: routes, guards and error shapes around an engine.
+"""The ASGI application: routes, middleware and error handlers around one engine.
 
-Owns how the parts fit together. What a route does is in routes_*.py; listening and ending are
-`serve.run`'s.
+Assembles the parts. Handlers are in `serve.routes`; `serve.run` listens and shuts down.
 """
 
 import contextlib
@@ -17,10 +16,10 @@ from starlette.routing import Route
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Draining, EngineDead, Overloaded
-from lowlat.serve.http.access_log import Observer
-from lowlat.serve.http.errors import answer_error
-from lowlat.serve.http.security import Guard
-from lowlat.serve.http.workers import WorkPool
+from lowlat.serve.http.access_log import AccessLogMiddleware
+from lowlat.serve.http.errors import handle_error
+from lowlat.serve.http.security import SecurityMiddleware
+from lowlat.serve.http.workers import WorkerPool
 from lowlat.serve.metrics import Metrics
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.routes.endpoint import JsonEndpoint
@@ -28,20 +27,20 @@ from lowlat.serve.routes.models import InfoRoutes
 from lowlat.serve.routes.openapi import openapi_route
 from lowlat.serve.routes.operations import POSTS
 from lowlat.serve.routes.pages import page_routes
-from lowlat.serve.state import Services
-from lowlat.serve.structured_outputs import Grammars
+from lowlat.serve.state import ServerState
+from lowlat.serve.structured_outputs import StructuredOutputManager
 from lowlat.utils.errors import UserError
 
 _HANDLED = (RequestError, UserError, Overloaded, Draining, EngineDead, HTTPException)
 
 
-def make_services(engine: AsyncEngine, config: ServeConfig) -> Services:
-    """The parts that the routes of one server share."""
-    return Services(
+def make_state(engine: AsyncEngine, config: ServeConfig) -> ServerState:
+    """The state that the routes of one server share."""
+    return ServerState(
         engine=engine,
         config=config,
-        workers=WorkPool(threads=config.workers, max_waiting=config.max_waiting_work),
-        grammars=Grammars(
+        workers=WorkerPool(threads=config.workers, max_waiting=config.max_waiting_work),
+        structured_outputs=StructuredOutputManager(
             engine.model,
             max_waiting=config.max_waiting_grammars,
             max_bytes=config.max_grammar_bytes,
@@ -50,46 +49,46 @@ def make_services(engine: AsyncEngine, config: ServeConfig) -> Services:
     )
 
 
-def build_app(services: Services) -> Starlette:
-    """The application. Its lifespan starts the engine and ends what still runs.
+def build_app(state: ServerState) -> Starlette:
+    """The application. Its lifespan starts the engine and, at the end, aborts running requests.
 
-    Every request passes the observer, then the guard, and only then meets a route.
+    Every request passes the access log, then the security checks, then its route.
     """
-    metrics = Metrics(services)
+    metrics = Metrics(state)
     routes = [
         *(
-            Route(post.path, JsonEndpoint(services, post.request, post.handle), methods=["POST"])
+            Route(post.path, JsonEndpoint(state, post.request, post.handle), methods=["POST"])
             for post in POSTS
         ),
-        *InfoRoutes(services).routes(),
+        *InfoRoutes(state).routes(),
         metrics.route(),
-        openapi_route(services),
-        *page_routes(services.config.api_keys, body_seconds=services.config.body_seconds),
+        openapi_route(state),
+        *page_routes(state.config.api_keys, body_seconds=state.config.body_seconds),
     ]
-    metrics.name_routes(routes)
+    metrics.set_routes(routes)
     for route in routes:
-        # Starlette's patterns end with $, which lets a line break follow.
+        # Starlette's patterns end with $, which also matches before a final line break.
         route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"\Z")
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
-        await services.engine.start()
+        await state.engine.start()
         try:
             yield
         finally:
-            services.is_draining = True
-            await services.engine.drain(0.0)
-            services.close()
+            state.is_draining = True
+            await state.engine.drain(0.0)
+            state.close()
 
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
         middleware=[
-            Middleware(Observer, count=metrics.count),
-            Middleware(Guard, config=services.config),
+            Middleware(AccessLogMiddleware, count=metrics.count),
+            Middleware(SecurityMiddleware, config=state.config),
         ],
-        exception_handlers=dict.fromkeys(_HANDLED, answer_error),
+        exception_handlers=dict.fromkeys(_HANDLED, handle_error),
     )
-    # A redirect would answer paths that are no routes.
+    # Unknown paths get 404, not a redirect to the path with a slash.
     app.router.redirect_slashes = False
     return app

@@ -1,7 +1,7 @@
-"""ServeConfig: how one server runs, checked once.
+"""ServeConfig: validated options of one server.
 
-Owns addresses, keys, timeouts and the caps an operator may change. The caps of single fields are in
-`serve.limits`, sampling ranges in `engine.params`.
+Holds addresses, API keys, timeouts and the limits an operator may change. Limits of single request
+fields are in `protocol.limits`, sampling ranges in `engine.params`.
 """
 
 import ipaddress
@@ -24,43 +24,43 @@ class ServeConfig:
     """Options of a server. Raises UserError naming the option and its range."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; any but a loopback address needs api_keys."""
+    """Address to listen on; any but a loopback address requires api_keys."""
     port: int = 8000
-    """Port to listen on; 0 takes a free one."""
+    """Port to listen on; 0 picks a free one."""
     model_name: str | None = None
-    """Name clients ask for; None: the name the model was loaded by."""
+    """Model name that clients request; None: the name the model was loaded by."""
     api_keys: tuple[str, ...] = field(default=(), repr=False)
-    """Keys that open every route; none: whoever reaches the loopback address may use it."""
+    """API keys; empty: no authentication, which only a loopback address allows."""
     allowed_hosts: tuple[str, ...] = ()
-    """Host names requests may be addressed to, besides loopback names and `host`."""
+    """Accepted Host names in addition to loopback names and `host`."""
     max_body_bytes: int = limits.MAX_BODY_BYTES
-    """Largest request body; 413 above."""
+    """Largest request body; more gets 413."""
     max_connections: int = 2048
-    """Open connections; one more is answered with 503 and closed."""
+    """Open connections; one more gets 503 and is closed."""
     max_requests: int = 1024
-    """HTTP requests under way at once; 429 above."""
+    """Concurrent HTTP requests with a body; more get 429."""
     workers: int = 2
-    """Threads for JSON, templates and tokenising."""
+    """Threads for JSON, chat templates and tokenization."""
     max_waiting_work: int = 256
-    """Pieces of such work that may wait for a thread; 429 above."""
+    """Tasks that may wait for a worker thread; more get 429."""
     max_waiting_grammars: int = 32
-    """Grammars that may wait to be compiled, one after the other; 429 above."""
+    """Grammars that may wait for the compiler thread; more get 429."""
     max_grammar_bytes: int = 2**30
-    """Memory of the grammars of requests under way, half of it for one key; 429 above."""
+    """Memory for grammars of active requests, half of it per API key; more get 429."""
     header_seconds: int | float = 10.0
-    """A connection must send a request's line and headers within this time."""
+    """Time to receive a request's line and headers."""
     body_seconds: int | float = 30.0
-    """And its body within this; 408 after."""
+    """Time to receive a request's body; then 408."""
     send_seconds: int | float = 60.0
-    """A client that takes nothing of its answer for this long is disconnected."""
+    """A client that reads none of its response for this long is disconnected."""
     ping_seconds: int | float = 15.0
-    """A stream without news sends a comment this often, so that proxies keep it open."""
+    """Interval of SSE comments in a silent stream, so that proxies keep it open."""
     keep_alive_seconds: int = 30
     """An idle connection is closed after this time."""
     request_seconds: int | float | None = None
-    """Deadline of requests that set none and upper bound for those that do."""
+    """Default and maximum of deadline_seconds."""
     drain_seconds: int | float = 30.0
-    """After SIGTERM running requests may go on for this long."""
+    """Time for running requests to finish after SIGTERM."""
 
     def __post_init__(self) -> None:
         _check_range("port", self.port, 0, 65535)
@@ -85,34 +85,34 @@ class ServeConfig:
             ("host", self.host),
             *(("allowed-host", h) for h in self.allowed_hosts),
         ]:
-            if not _is_address(name) and not _HOST_NAME.fullmatch(name):
+            if not is_address(name) and not _HOST_NAME.fullmatch(name):
                 raise UserError(f"{option} must be a host name or an address, got {name!r}")
 
     def _check_keys(self) -> None:
         if not self.api_keys and not is_loopback(self.host):
             raise UserError(
-                f"host {self.host} can be reached from other machines; give --api-key-file, or "
+                f"host {self.host} is reachable from other machines; set --api-key-file, or "
                 "listen on 127.0.0.1"
             )
         if len(self.api_keys) > MAX_KEYS:
-            raise UserError(f"there may be at most {MAX_KEYS} API keys, got {len(self.api_keys)}")
+            raise UserError(f"at most {MAX_KEYS} API keys are allowed, got {len(self.api_keys)}")
         for number, key in enumerate(self.api_keys, 1):
             if not _KEY.fullmatch(key):
                 raise UserError(
                     f"API key {number} must have {MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} printable "
-                    "ASCII characters without spaces; make one with: openssl rand -hex 32"
+                    "ASCII characters without spaces; create one with: openssl rand -hex 32"
                 )
 
     @property
     def is_wildcard(self) -> bool:
         """Whether the server listens on every address of the machine."""
-        return _is_address(self.host) and ipaddress.ip_address(self.host).is_unspecified
+        return is_address(self.host) and ipaddress.ip_address(self.host).is_unspecified
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """The API keys in a file, one a line; empty lines and lines that start with # do not count.
+    """The API keys in a file, one per line; empty lines and lines that start with # are skipped.
 
-    Raises UserError where the file cannot be read or holds no key.
+    Raises UserError if the file cannot be read or contains no key.
     """
     try:
         lines = path.read_text(encoding="ascii").splitlines()
@@ -123,18 +123,19 @@ def read_keys(path: Path) -> tuple[str, ...]:
     stripped = [line.strip() for line in lines]
     keys = tuple(line for line in stripped if line and not line.startswith("#"))
     if not keys:
-        raise UserError(f"--api-key-file '{path}' holds no key; write one key a line")
+        raise UserError(f"--api-key-file '{path}' contains no key; write one key per line")
     return keys
 
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`, by name or address."""
-    if _is_address(host):
+    if is_address(host):
         return ipaddress.ip_address(host).is_loopback
     return host.lower().rstrip(".") == "localhost"
 
 
-def _is_address(host: str) -> bool:
+def is_address(host: str) -> bool:
+    """Whether `host` is an IP address."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -143,6 +144,6 @@ def _is_address(host: str) -> bool:
 
 
 def _check_range(name: str, value: int | float, low: int | float, high: int | float) -> None:
-    # NaN fails every comparison, and so is refused.
+    # NaN fails every comparison and is rejected.
     if isinstance(value, bool) or not low <= value <= high:
         raise UserError(f"{name.replace('_', '-')} must be from {low:g} to {high:g}, got {value!r}")

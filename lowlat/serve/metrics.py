@@ -1,7 +1,6 @@
-"""GET /metrics: the engine's figures and those of HTTP in Prometheus' text format.
+"""GET /metrics: engine and HTTP metrics in Prometheus' text format.
 
-Owns names and units, those usual in the field with the prefix `lowlat:`. The figures themselves are
-`engine.stats`'s.
+Metric names follow vLLM, with the prefix `lowlat:`. `engine.stats` collects the values.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import Scope
 
 from lowlat.engine.stats import EngineStats, Histogram
-from lowlat.serve.state import Services
+from lowlat.serve.state import ServerState
 
 PREFIX = "lowlat:"
 UNKNOWN_ROUTE = "none"
@@ -33,31 +32,31 @@ _FINISHED = ("stop", "length", "abort", "error", "deadline")
 class Metrics:
     """All metrics of one server, in a registry of its own."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, state: ServerState) -> None:
         self._names: dict[object, str] = {}
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(services))
+        self._registry.register(_EngineCollector(state))
         self._requests = Counter(
             f"{PREFIX}http_requests",
-            "HTTP requests by route, method and status (499: the client left).",
+            "HTTP requests by route, method and status (499: client disconnected).",
             ("route", "method", "status"),
             registry=self._registry,
         )
         self._seconds = HttpHistogram(
             f"{PREFIX}http_request_duration_seconds",
-            "Seconds from a request's headers to the end of its answer.",
+            "Seconds from a request's headers to the end of its response.",
             ("route",),
             buckets=(0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0),
             registry=self._registry,
         )
 
-    def name_routes(self, routes: Iterable[Route]) -> None:
-        """Learn which paths there are; requests for others count as one route."""
+    def set_routes(self, routes: Iterable[Route]) -> None:
+        """Set the known routes; requests for other paths count as UNKNOWN_ROUTE."""
         self._names = {route.endpoint: route.path for route in routes}
 
     def count(self, scope: Scope, status: int, seconds: int | float) -> None:
-        """Take in one finished request."""
-        # Paths and methods are the client's words; only known ones become labels.
+        """Record one finished request."""
+        # Clients choose paths and methods; only known ones become label values.
         route = self._names.get(scope.get("endpoint"), UNKNOWN_ROUTE)
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._requests.labels(route, method, str(status)).inc()
@@ -72,20 +71,20 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Reads a snapshot of the engine whenever the metrics are asked for."""
+    """Reads a snapshot of the engine at every scrape."""
 
-    def __init__(self, services: Services) -> None:
-        self._services = services
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._services.engine.stats
+        stats = self._state.engine.stats
         for name, text, value in _gauges(stats):
             yield GaugeMetricFamily(PREFIX + name, text, value=value)
         for name, text, value in _counters(stats):
             yield CounterMetricFamily(PREFIX + name, text, value=value)
         finished = CounterMetricFamily(
             f"{PREFIX}request_success",
-            "Completions that ended, by reason.",
+            "Finished completions by reason.",
             labels=["finished_reason"],
         )
         for reason in _FINISHED:
@@ -97,29 +96,29 @@ class _EngineCollector(Collector):
 
 def _gauges(stats: EngineStats) -> Iterator[tuple[str, str, float]]:
     yield "num_requests_running", "Sequences in the running batch.", stats.running
-    yield "num_requests_waiting", "Sequences that wait for their first step.", stats.queued
+    yield "num_requests_waiting", "Requests waiting for their first step.", stats.queued
     used = stats.pages_used / stats.pages_total if stats.pages_total else 0.0
-    yield "kv_cache_usage_perc", "Share of cache pages in use, 0 to 1.", used
-    yield "kv_cache_pages", "Cache pages there are.", stats.pages_total
-    yield "kv_cache_pages_cached", "Pages kept for the prefix cache alone.", stats.pages_cached
+    yield "kv_cache_usage_perc", "Fraction of KV cache pages in use, 0 to 1.", used
+    yield "kv_cache_pages", "KV cache pages in total.", stats.pages_total
+    yield "kv_cache_pages_cached", "Pages only the prefix cache holds.", stats.pages_cached
 
 
 def _counters(stats: EngineStats) -> Iterator[tuple[str, str, float]]:
     yield "prompt_tokens", "Prompt tokens of started requests.", stats.prompt_tokens
     yield "generation_tokens", "Generated tokens.", stats.generated_tokens
     yield "prefix_cache_queries", "Prompt tokens looked up in the cache.", stats.prompt_tokens
-    yield "prefix_cache_hits", "Prompt tokens found in it.", stats.cached_prompt_tokens
-    yield "spec_decode_num_draft_tokens", "Drafted tokens.", stats.drafted_tokens
-    yield "spec_decode_num_accepted_tokens", "Drafted tokens kept.", stats.accepted_tokens
-    yield "num_preemptions", "Sequences set back for want of pages.", stats.preemptions
-    yield "engine_steps", "Steps of the engine.", stats.steps
+    yield "prefix_cache_hits", "Prompt tokens found in the cache.", stats.cached_prompt_tokens
+    yield "spec_decode_num_draft_tokens", "Draft tokens proposed.", stats.drafted_tokens
+    yield "spec_decode_num_accepted_tokens", "Draft tokens accepted.", stats.accepted_tokens
+    yield "num_preemptions", "Sequences preempted and recomputed.", stats.preemptions
+    yield "engine_steps", "Engine steps.", stats.steps
 
 
 def _histograms(stats: EngineStats) -> Iterator[tuple[str, str, Histogram]]:
-    yield "time_to_first_token_seconds", "From arrival to the first token.", stats.ttft
-    yield "inter_token_latency_seconds", "From token to token of a sequence.", stats.itl
-    yield "e2e_request_latency_seconds", "From arrival to a completion's end.", stats.e2e
-    yield "request_queue_time_seconds", "From arrival to the first step.", stats.queue_time
+    yield "time_to_first_token_seconds", "Arrival to first token.", stats.ttft
+    yield "inter_token_latency_seconds", "Time between tokens of a sequence.", stats.itl
+    yield "e2e_request_latency_seconds", "Arrival to end of a completion.", stats.e2e
+    yield "request_queue_time_seconds", "Arrival to first step.", stats.queue_time
 
 
 def _family(name: str, text: str, histogram: Histogram) -> HistogramMetricFamily:

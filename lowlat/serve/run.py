@@ -1,7 +1,6 @@
-"""Listening and ending: one socket, uvicorn on it, and a drain when the process is told to end.
+"""Run the server: socket, uvicorn, signal handlers, graceful shutdown (drain).
 
-Owns the socket, the signals, how many files may be open, and uvicorn's settings. The application is
-`serve.app`'s.
+Also sets the limit on open files. The application is in `serve.app`.
 """
 
 import asyncio
@@ -14,28 +13,28 @@ from collections.abc import Callable
 
 import uvicorn
 
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.http.connection import connection_class
 from lowlat.serve.http.logs import log
 from lowlat.serve.protocol import limits
-from lowlat.serve.state import Services
+from lowlat.serve.state import ServerState
 from lowlat.utils.errors import UserError
 
 BACKLOG = 2048
-ANSWER_SECONDS = 5
-"""How long answers may take to leave when nothing is generated any more."""
-HURRIED_ANSWER_SECONDS = 1
+SHUTDOWN_SECONDS = 5
+"""Seconds for sending buffered responses after generation has stopped."""
+FORCED_SHUTDOWN_SECONDS = 1
 """The same after a second signal."""
 SPARE_DESCRIPTORS = 256
-"""Open files that connections leave to the rest of the process."""
+"""File descriptors reserved for everything but client connections."""
 
 
 def open_socket(config: ServeConfig) -> socket.socket:
-    """A socket bound to the config's address, not listening yet: clients are refused until then.
+    """A socket bound to the config's address. It does not listen yet, so clients are refused.
 
-    Raises UserError where the address is taken or is none of this machine's.
+    Raises UserError if the address is in use or does not belong to this machine.
     """
     try:
         found = socket.getaddrinfo(
@@ -62,7 +61,7 @@ def _cannot_listen(config: ServeConfig, error: OSError) -> UserError:
 
 
 def url_of(listener: socket.socket) -> str:
-    """Where a browser on this machine finds the server."""
+    """The server's URL for clients on this machine."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -74,10 +73,10 @@ def run(
     *,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. A second signal cuts off what still runs.
+    """Serve until SIGTERM or SIGINT, then drain. A second signal aborts running requests.
 
-    `on_ready` is called when connections are taken. Raises UserError where another program has
-    begun to listen at the address since the socket was bound.
+    Calls `on_ready` once the server accepts connections. Raises UserError if another program has
+    begun to listen on the address since the socket was bound.
     """
     try:
         listener.listen(BACKLOG)
@@ -89,30 +88,30 @@ def run(
 async def _run(
     engine: AsyncEngine, config: ServeConfig, listener: socket.socket, on_ready: Callable[[], None]
 ) -> None:
-    services = make_services(engine, config)
-    server = uvicorn.Server(_uvicorn_config(services))
+    state = make_state(engine, config)
+    server = uvicorn.Server(_uvicorn_config(state))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     if server.started:
-        # What there is by now stays to the end. The collector would look through all of it again
-        # and again, and hold up every request for some 0.2 s each time.
+        # The objects loaded so far live until the end. Freezing them spares every full garbage
+        # collection a scan that stalls all requests for about 0.2 s.
         gc.collect()
         gc.freeze()
-        _handle_signals(server, services)
+        _handle_signals(server, state)
         if not engine.model.runner.is_batch_invariant:
-            log(logging.WARNING, "without native kernels a token may depend on what else runs")
-        log(logging.INFO, "ready", model=services.model_name, url=url_of(listener))
+            log(logging.WARNING, "not batch-invariant: tokens may depend on batch composition")
+        log(logging.INFO, "ready", model=state.model_name, url=url_of(listener))
         on_ready()
     try:
         await serving
     finally:
-        # At the program's end everything is to be freed.
+        # So that everything is freed at the end of the program.
         gc.unfreeze()
 
 
-def _room(connections: int) -> int:
-    """`connections`, or as many as the system lets this process open beside its own files."""
+def _connection_limit(connections: int) -> int:
+    """`connections`, or fewer where the limit on open files (RLIMIT_NOFILE) allows fewer."""
     try:
         import resource
     except ImportError:
@@ -126,52 +125,52 @@ def _room(connections: int) -> int:
     return connections if soft < 0 else max(1, min(connections, soft - SPARE_DESCRIPTORS))
 
 
-def _uvicorn_config(services: Services) -> uvicorn.Config:
-    config = services.config
+def _uvicorn_config(state: ServerState) -> uvicorn.Config:
+    config = state.config
     return uvicorn.Config(
-        build_app(services),
-        http=connection_class(config, max_connections=_room(config.max_connections)),
+        build_app(state),
+        http=connection_class(config, max_connections=_connection_limit(config.max_connections)),
         loop="asyncio",
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
-        # Addresses and schemes that a client claims in headers are not believed.
+        # X-Forwarded-* headers of clients are not trusted.
         proxy_headers=False,
         backlog=BACKLOG,
         timeout_keep_alive=config.keep_alive_seconds,
-        timeout_graceful_shutdown=ANSWER_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         h11_max_incomplete_event_size=limits.MAX_HEADER_BYTES,
     )
 
 
-def _handle_signals(server: uvicorn.Server, services: Services) -> None:
-    """The first signal drains and ends, the second ends. Replaces uvicorn's own handlers."""
+def _handle_signals(server: uvicorn.Server, state: ServerState) -> None:
+    """The first signal drains, the second aborts. Replaces uvicorn's own handlers."""
     loop = asyncio.get_running_loop()
     draining: list[asyncio.Task[None]] = []
 
     def on_signal() -> None:
         if draining:
-            log(logging.WARNING, "ending at once", requests=services.num_requests)
-            services.engine.cut_off()
-            server.config.timeout_graceful_shutdown = HURRIED_ANSWER_SECONDS
+            log(logging.WARNING, "aborting running requests", requests=state.num_requests)
+            state.engine.cut_off()
+            server.config.timeout_graceful_shutdown = FORCED_SHUTDOWN_SECONDS
             server.should_exit = True
         else:
-            draining.append(loop.create_task(_drain(server, services)))
+            draining.append(loop.create_task(_drain(server, state)))
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        # Outside the main thread there are no signals to handle.
+        # Signal handlers can only be set in the main thread.
         with contextlib.suppress(ValueError, RuntimeError):
             loop.add_signal_handler(number, on_signal)
 
 
-async def _drain(server: uvicorn.Server, services: Services) -> None:
-    """Take nothing new, let running requests end, then stop listening."""
-    seconds = services.config.drain_seconds
-    log(logging.INFO, "draining", seconds=seconds, requests=services.num_requests)
-    services.is_draining = True
+async def _drain(server: uvicorn.Server, state: ServerState) -> None:
+    """Refuse new requests, let running ones finish, then stop listening."""
+    seconds = state.config.drain_seconds
+    log(logging.INFO, "draining", seconds=seconds, requests=state.num_requests)
+    state.is_draining = True
     try:
-        await services.engine.drain(seconds)
+        await state.engine.drain(seconds)
     finally:
         server.should_exit = True

@@ -1,6 +1,6 @@
-"""Services: what the routes of one server share.
+"""ServerState: what all routes of one server share, and admission control.
 
-Owns nothing but the names; `serve.app` makes the parts.
+`serve.app` creates it.
 """
 
 from dataclasses import dataclass, field
@@ -9,27 +9,27 @@ from lowlat.generate.model import Model
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Draining, Overloaded
-from lowlat.serve.http.workers import WorkPool
+from lowlat.serve.http.workers import WorkerPool
 from lowlat.serve.protocol.errors import RequestError
-from lowlat.serve.structured_outputs import Grammars
+from lowlat.serve.structured_outputs import StructuredOutputManager
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
-class Services:
-    """Parts of a server, and whether it takes new requests."""
+class ServerState:
+    """Components of a server, and counts of its active requests."""
 
     engine: AsyncEngine
     config: ServeConfig
-    workers: WorkPool
-    grammars: Grammars
+    workers: WorkerPool
+    structured_outputs: StructuredOutputManager
     started_at: int
-    """Unix time in seconds when the app was made."""
+    """Unix time in seconds when the app was created."""
     is_draining: bool = False
-    """Set once, when the server is told to end."""
+    """Set once, when shutdown begins."""
     num_requests: int = field(default=0, init=False)
-    """Requests with a body under way."""
-    num_coming: int = field(default=0, init=False)
-    """Those of them that the engine does not have yet."""
+    """Active requests with a body."""
+    num_preparing: int = field(default=0, init=False)
+    """Those of them not yet submitted to the engine."""
 
     @property
     def model(self) -> Model:
@@ -37,31 +37,31 @@ class Services:
 
     @property
     def model_name(self) -> str:
-        """The name clients ask for."""
+        """The model name that clients request."""
         return self.config.model_name or self.model.name
 
-    def check_room(self) -> None:
-        """Raises what refuses any request, whatever it holds: Draining, EngineDead, Overloaded.
+    def check_capacity(self) -> None:
+        """Raise Draining, EngineDead or Overloaded if no request can be admitted.
 
-        Asked before a body is read, so that a refusal costs nothing and comes at once.
+        Checked before the body is read, so that a refusal is cheap and immediate.
         """
         if self.is_draining:
             raise Draining
         if self.num_requests >= self.config.max_requests:
             raise Overloaded(retry_after=1)
-        self.engine.check_room(self.num_coming)
+        self.engine.check_room(self.num_preparing)
 
     def check_model(self, name: str) -> None:
         """Raises RequestError 404 for any name but the served one."""
         if name != self.model_name:
             raise RequestError(
-                f"the model '{name[:80]}' does not exist; this server has '{self.model_name}'",
+                f"the model '{name[:80]}' does not exist; this server serves '{self.model_name}'",
                 param="model",
                 code="model_not_found",
                 status=404,
             )
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self.workers.close()
-        self.grammars.close()
+        self.structured_outputs.close()

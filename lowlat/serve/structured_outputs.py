@@ -1,8 +1,7 @@
-"""Grammars: the one compiler of a server, made when the first request needs it.
+"""Structured outputs of a server: grammar compilation in a thread of its own, with a memory budget.
 
-Owns its thread, apart from those of other work: grammars that take long delay one another alone;
-and how much memory the grammars of requests under way may take, together and of one key. Compiling
-and the limits of one grammar are `engine.grammar`'s.
+A slow grammar delays only other grammars. The budget covers the grammars of all active requests and
+limits each API key to half of it. Compilation itself is in `generate.grammar`.
 """
 
 import json
@@ -21,7 +20,7 @@ from lowlat.generate.structured import (
     StructuredOutput,
 )
 from lowlat.serve.generation import Overloaded
-from lowlat.serve.http.workers import WorkPool
+from lowlat.serve.http.workers import WorkerPool
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.structured_outputs import (
     JsonObjectFormat,
@@ -32,8 +31,8 @@ from lowlat.serve.protocol.structured_outputs import (
 from lowlat.utils.errors import UserError
 
 
-def format_output(given: ResponseFormat | None) -> StructuredOutput | None:
-    """What response_format asks for; None for text of any form. Raises UserError above a limit."""
+def from_response_format(given: ResponseFormat | None) -> StructuredOutput | None:
+    """The structured output of response_format; None: free text. Raises UserError above a limit."""
     match given:
         case JsonObjectFormat():
             return JsonObject()
@@ -43,8 +42,8 @@ def format_output(given: ResponseFormat | None) -> StructuredOutput | None:
             return None
 
 
-def structured_output(given: StructuredOutputs) -> StructuredOutput:
-    """What structured_outputs asks for. Raises UserError above a limit."""
+def from_structured_outputs(given: StructuredOutputs) -> StructuredOutput:
+    """The structured output of structured_outputs. Raises UserError above a limit."""
     if given.json_ is not None:
         return JsonSchema(schema=json.dumps(given.json_))
     if given.regex is not None:
@@ -54,23 +53,23 @@ def structured_output(given: StructuredOutputs) -> StructuredOutput:
     return Grammar(lark=given.grammar or "")
 
 
-LEAST_BYTES = 1 << 20
-"""What every grammar counts as, at least: it grows while outputs are followed."""
-GROWTH = 4
-"""Times what a grammar took when it was tried with a few tokens."""
+MIN_GRAMMAR_BYTES = 1 << 20
+"""Least memory to count for a grammar: its automaton grows while outputs are matched."""
+GROWTH_FACTOR = 4
+"""Memory to count for a grammar, as a multiple of its size after a trial with a few tokens."""
 
 
-class Grammars:
-    """Compiles structured outputs for `model`; at most `max_waiting` wait for their turn.
+class StructuredOutputManager:
+    """Compiles grammars for `model` in one thread; at most `max_waiting` wait in its queue.
 
-    What was compiled counts for as long as it is referred to, up to `max_bytes`.
+    A compiled grammar counts towards `max_bytes` for as long as it is referenced.
     """
 
     def __init__(self, model: Model, *, max_waiting: int, max_bytes: int) -> None:
         self._model = model
-        self._worker = WorkPool(threads=1, max_waiting=max_waiting)
+        self._worker = WorkerPool(threads=1, max_waiting=max_waiting)
         self._compiler: GrammarCompiler | None = None
-        self._held = HeldBytes(max_bytes)
+        self._held = MemoryBudget(max_bytes)
 
     async def compile(
         self,
@@ -80,9 +79,10 @@ class Grammars:
         cache_namespace: bytes = b"",
         begins_text: bool = True,
     ) -> CompiledGrammar:
-        """The grammar of `output`, for the key with `cache_namespace`; `begins_text` as in
-        RequestOptions. Raises RequestError for the request's
-        field `param`, Overloaded where too many wait or too much is held.
+        """Compile `output` to a grammar; `begins_text` as in RequestOptions.
+
+        Raises RequestError about the field `param`, Overloaded if the queue or the memory budget
+        (per `cache_namespace` or in total) is full.
         """
         try:
             return await self._worker.run(self._compile, output, cache_namespace, begins_text)
@@ -90,46 +90,49 @@ class Grammars:
             raise RequestError(f"{param}: {error}", param=param) from error
 
     @property
-    def held_bytes(self) -> int:
-        """What the grammars that are referred to count as."""
+    def used_bytes(self) -> int:
+        """Counted memory of the grammars in use."""
         return self._held.total()
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._worker.close()
 
     def _compile(
         self, output: StructuredOutput, cache_namespace: bytes, begins_text: bool
     ) -> CompiledGrammar:
-        self._held.check(cache_namespace, LEAST_BYTES)
-        # Reads the whole vocabulary, which takes a second for a large one.
+        self._held.check(cache_namespace, MIN_GRAMMAR_BYTES)
+        # Created on first use: it reads the whole vocabulary, which takes up to a second.
         if self._compiler is None:
             self._compiler = GrammarCompiler(self._model.tokenizer, self._model.config.vocab_size)
         grammar = self._compiler.compile(output, begins_text=begins_text)
-        self._held.hold(cache_namespace, grammar, max(LEAST_BYTES, GROWTH * grammar.num_bytes))
+        self._held.hold(
+            cache_namespace, grammar, max(MIN_GRAMMAR_BYTES, GROWTH_FACTOR * grammar.num_bytes)
+        )
         return grammar
 
 
-class HeldBytes:
-    """Bytes that living objects count for, together at most `most`; of one key at most half of it,
-    so that no key leaves nothing to the others. Safe to use from several threads."""
+class MemoryBudget:
+    """Limits the bytes counted for live objects to `most`, and to half of it per cache namespace.
+
+    So no API key can exhaust the budget of the others. Thread-safe.
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._lock = threading.Lock()
         self._by_namespace: Counter[bytes] = Counter()
-        # An object may end in any thread, also in one that holds the lock.
+        # An object may be finalized in any thread, also in one that holds the lock.
         self._ended: deque[tuple[bytes, int]] = deque()
 
     def check(self, cache_namespace: bytes, size: int) -> None:
-        """Raise Overloaded unless there is room for `size` bytes more of the key with
-        `cache_namespace`."""
+        """Raise Overloaded unless `size` more bytes of `cache_namespace` fit the budget."""
         with self._lock:
             self._settle()
             self._check(cache_namespace, size)
 
     def hold(self, cache_namespace: bytes, thing: object, size: int) -> None:
-        """Count `size` bytes until `thing` ends. Raises Overloaded, counting nothing."""
+        """Count `size` bytes while `thing` is alive. Raises Overloaded if over budget."""
         with self._lock:
             self._settle()
             self._check(cache_namespace, size)
@@ -137,7 +140,7 @@ class HeldBytes:
         weakref.finalize(thing, self._ended.append, (cache_namespace, size)).atexit = False
 
     def total(self) -> int:
-        """Bytes that count."""
+        """Bytes counted now."""
         with self._lock:
             self._settle()
             return self._by_namespace.total()

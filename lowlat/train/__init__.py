@@ -1,1 +1,6 @@
-"""Training: recipes, data, the trainer, its saves and its logs."""
+"""Training. Imports go one way through its packages: recipe, layers, parallel, step, pipeline, run.
+
+recipe: what a training recipe may contain; layers: modules that replace those of the model;
+parallel: sharding over a process mesh; step: losses and optimizers; pipeline: pipeline parallelism;
+run: the trainer, with its checkpoints and metrics.
+"""

@@ -1,1 +1,1 @@
-"""Small helpers every layer may use; no project imports."""
+"""Helpers for every layer: atomic files, locks, progress, strict JSON, memory."""

@@ -1,12 +1,12 @@
-"""The control groups this process runs in, as folders; what their files say is the readers'."""
+"""Control groups (cgroup v1 and v2) of this process, as folders of limit files."""
 
 from pathlib import Path
 
 
 def group_folders(controller: str, root: Path = Path("/")) -> list[Path]:
-    """Folders of the groups whose limits hold for this process: its own and all above it, in cgroup
-    2 and among those of `controller` in cgroup 1; where none is known, the topmost one, which in a
-    container is the container's. `root` is where proc and sys lie.
+    """Folders of the groups whose limits apply to this process: its own and all above, in cgroup v2
+    and, for `controller`, in cgroup v1. If none is known, the topmost one (a container's own).
+    `root` is the folder of proc and sys.
     """
     top = root / "sys/fs/cgroup"
     folders = [top, top / controller]

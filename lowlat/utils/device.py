@@ -1,4 +1,4 @@
-"""Device and dtype names as users type them; nothing else."""
+"""Dtype and device names as users type them."""
 
 import torch
 
@@ -24,13 +24,13 @@ def parse_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """What users call `dtype`, a plain or a cache's."""
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of `dtype`, of weights or of a cache."""
     return next(name for name, own in (DTYPES | CACHE_DTYPES).items() if own == dtype)
 
 
 def parse_cache(name: str) -> torch.dtype | None:
-    """The torch dtype of a cache called `name` (bf16, int8); None for auto, the activations' own.
+    """The torch dtype of a cache called `name` (bf16, int8); None for auto: that of activations.
     Raises UserError for any other name.
     """
     if name not in ("auto", *CACHE_DTYPES):

@@ -1,9 +1,5 @@
-"""The one exception for faults a user can cause; the command line turns it into one line and exit
-code 2.
-"""
+"""UserError: the one exception for user errors; the CLI prints one line and exits with code 2."""
 
 
 class UserError(ValueError):
-    """A fault in what the user gave: the message is one line that names the file, field or option
-    and the remedy.
-    """
+    """An error in user input: one line that names file, field or option, and the remedy."""

@@ -1,6 +1,6 @@
-"""Typed reading of a raw JSON object: every value is checked, and what nobody read is known.
+"""Typed reader of JSON objects: every value is checked, and unread keys are tracked and reported.
 
-Owns the wording of type and range errors. Knows no field of any model: those are in `config.hf`.
+Owns the wording of type and range errors; knows no field of any model.
 """
 
 import json
@@ -16,7 +16,7 @@ MAX_NUMBER = 1e15
 Value = TypeVar("Value")
 
 
-class Fields:
+class JsonFields:
     """One JSON object of a configuration. Null counts as absent, unless a method says otherwise.
 
     Every method that reads raises UserError naming file, field and value where type or range is
@@ -33,18 +33,18 @@ class Fields:
         self._layer = layer
         self._read: set[str] = set()
 
-    def fault(self, name: str, problem: str) -> UserError:
+    def error(self, name: str, problem: str) -> UserError:
         """The error to raise about field `name`: one line of file, field and problem."""
         shown = name if name.isprintable() and len(name) <= 60 else _show(name)
         return UserError(f"{self._source}: {self._prefix}{shown}{self._layer} {problem}")
 
     def unsupported(self, name: str, remedy: str) -> UserError:
         """The error for a known field whose value asks for something that does not exist here."""
-        return self.fault(name, f"{_show(self.value(name))} is not supported; {remedy}")
+        return self.error(name, f"{_show(self.value(name))} is not supported; {remedy}")
 
     def wrong(self, name: str, expected: str) -> UserError:
         """The error for a value that is not `expected`."""
-        return self.fault(name, f"must be {expected}, not {_show(self.value(name))}")
+        return self.error(name, f"must be {expected}, not {_show(self.value(name))}")
 
     def value(self, name: str) -> Any:
         """The raw value, None if absent; counts as read."""
@@ -66,21 +66,21 @@ class Fields:
         for name in given[1:]:
             if self._raw[name] != self._raw[given[0]]:
                 other = f"{given[0]} {_show(self._raw[given[0]])}"
-                raise self.fault(name, f"{_show(self._raw[name])} contradicts {other}; keep one")
+                raise self.error(name, f"{_show(self._raw[name])} contradicts {other}; keep one")
         return given[0] if given else names[0]
 
     def ignore(self, *names: str) -> None:
-        """Declare fields that have no effect here."""
+        """Mark fields without effect as read."""
         self._read.update(names)
 
-    def table(self, name: str) -> "Fields | None":
+    def table(self, name: str) -> "JsonFields | None":
         """A nested object, None if absent."""
         value = self.value(name)
-        return None if value is None else Fields(value, self._source, f"{self._prefix}{name}.")
+        return None if value is None else JsonFields(value, self._source, f"{self._prefix}{name}.")
 
     def arrays(self, count: int, nested: tuple[str, ...] = ()) -> list[str]:
-        """The fields that are arrays with an entry per layer, of which there are `count`; those of
-        `nested`, whose values are arrays themselves, count if they are arrays of arrays.
+        """Names of fields that are arrays with one entry for each of `count` layers; fields in
+        `nested`, whose values are arrays, must be arrays of arrays.
         """
         found = [
             name
@@ -91,19 +91,19 @@ class Fields:
         for name in found:
             if len(self._raw[name]) != count:
                 length = len(self._raw[name])
-                raise self.fault(name, f"has {length} entries for {count} layers")
+                raise self.error(name, f"has {length} entries for {count} layers")
         return found
 
-    def of_layer(self, number: int, arrays: Collection[str]) -> "Fields":
-        """The object as layer `number` has it: of the fields `arrays` its own entry, absent where
-        that is null. Errors name the layer.
+    def of_layer(self, number: int, arrays: Collection[str]) -> "JsonFields":
+        """The object of layer `number`: of the fields `arrays` its own entry, absent if null.
+        Errors name the layer.
         """
         raw = {
             name: value[number] if name in arrays else value
             for name, value in self._raw.items()
             if name not in arrays or value[number] is not None
         }
-        return Fields(raw, self._source, self._prefix, f" of layer {number}")
+        return JsonFields(raw, self._source, self._prefix, f" of layer {number}")
 
     def optional_integer(
         self, name: str, *, minimum: int = 1, maximum: int = MAX_INT
@@ -126,9 +126,9 @@ class Fields:
         return self.given(name, value, default)
 
     def nullable_integer(self, name: str, *, minimum: int = 1) -> int | None:
-        """An integer, or None where the file says null; absence is an error."""
+        """An integer, or None if the file has null; absence is an error."""
         if not self.mentioned(name):
-            raise self.fault(name, "is missing; give a number, or null for none")
+            raise self.error(name, "is missing; give a number, or null for none")
         return self.optional_integer(name, minimum=minimum)
 
     def optional_number(self, name: str, *, minimum: float = 0.0) -> float | None:
@@ -172,7 +172,7 @@ class Fields:
         """An array of `length` finite numbers above zero."""
         values = self.items(name)
         if len(values) != length:
-            raise self.fault(name, f"must have {length} entries, not {len(values)}")
+            raise self.error(name, f"must have {length} entries, not {len(values)}")
         factors = tuple(self._number(name, value, 0.0) for value in values)
         if 0.0 in factors:
             raise self.wrong(name, "numbers above 0")
@@ -196,20 +196,20 @@ class Fields:
         """Raise about the first field whose name is not among `known`."""
         for name, value in self._raw.items():
             if name not in known:
-                raise self.fault(name, f"({_show(value)}) {reason}")
+                raise self.error(name, f"({_show(value)}) {reason}")
 
     def reject_unread(self, reason: str, *, allow_empty: bool = True) -> None:
         """Raise about the first field not read; `allow_empty` passes null, false, "", [] and {}."""
         for name, value in self._raw.items():
             empty = value is None or value is False or value in ("", [], {})
             if name not in self._read and not (allow_empty and empty):
-                raise self.fault(name, f"({_show(value)}) {reason}")
+                raise self.error(name, f"({_show(value)}) {reason}")
 
     def given(self, name: str, value: Value | None, default: Value | None) -> Value:
         """`value`, else `default`; an error if both are None."""
         found = default if value is None else value
         if found is None:
-            raise self.fault(name, "is missing; the model is not determined without it")
+            raise self.error(name, "is missing; the model is not determined without it")
         return found
 
     def _number(self, name: str, value: object, minimum: float) -> float:

@@ -1,4 +1,4 @@
-"""How much memory this process may use, and whether it keeps what it has freed."""
+"""Memory limit of this process (machine, container, cgroups); retaining freed memory (mallopt)."""
 
 import ctypes
 import sys
@@ -10,20 +10,20 @@ from lowlat.utils.cgroups import group_folders
 from lowlat.utils.machine import physical_memory
 
 RESERVE = 512 * 2**20
-"""Bytes the program itself and its caches need beside the weights."""
+"""Bytes that the program itself and its caches need in addition to the weights."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Numbers of glibc's mallopt."""
 NEVER = -1
 LARGEST_THRESHOLD = 32 * 2**20
-"""Where glibc's own adaptation ends, from which blocks are mapped one by one."""
+"""Upper end of glibc's dynamic mmap threshold."""
 MOST_MAPPED = 65536
-"""As glibc begins."""
+"""glibc's default."""
 
 
 def memory_limit(root: Path = Path("/")) -> int:
-    """Bytes of memory of this machine, or of the container or control groups the process runs in if
-    that is less. `root` is where proc and sys lie.
+    """Bytes of memory of this machine, or of the process's container or control groups if less.
+    `root` is the folder of proc and sys.
     """
     total = physical_memory()
     if sys.platform != "linux":
@@ -38,20 +38,16 @@ def memory_limit(root: Path = Path("/")) -> int:
 
 
 def is_larger_than_memory(weights_bytes: int) -> bool:
-    """Whether weights of this size leave too little room to stay in memory: they are then read
-    from their mapped files again and again.
-    """
+    """Whether weights of this size do not fit: they are then read from their files repeatedly."""
     return weights_bytes > memory_limit() - RESERVE
 
 
 @contextmanager
-def keeping_freed_memory() -> Iterator[None]:
-    """What is freed within stays with the process for what is asked for next, and goes back to the
-    system at the end.
+def retain_freed_memory() -> Iterator[None]:
+    """Within this context, freed memory stays in the process for reuse; it is returned at the end.
 
-    glibc maps large blocks one by one and gives each back at once, so every page of the next has to
-    be found and cleared again: half of a training step that has many experts. Without effect where
-    there is no glibc.
+    glibc maps large blocks one by one and unmaps each when it is freed, so the kernel clears every
+    page of the next one again: half of a training step with many experts. No effect without glibc.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
@@ -62,7 +58,7 @@ def keeping_freed_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        # What was set cannot be unset; these are where glibc's own adaptation ends.
+        # settings cannot be unset; these are the upper ends of glibc's own adaptation
         library.mallopt(M_MMAP_MAX, MOST_MAPPED)
         library.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
         library.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_THRESHOLD)

@@ -1,10 +1,10 @@
-"""How lowlat's pictures look. Importing it needs no matplotlib."""
+"""Colours and matplotlib style of lowlat's plots; imports no matplotlib."""
 
 from typing import Any
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, RED, PINK, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
-"""Okabe and Ito's, which colour-blind readers tell apart, and a grey."""
+"""Palette of Okabe and Ito, safe for colour-blind readers, and a grey."""
 STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -14,4 +14,4 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "svg.hashsalt": "lowlat",
 }
-"""matplotlib's settings; the salt makes the same picture the same bytes."""
+"""rcParams; the salt makes SVG files reproducible."""

@@ -1,8 +1,7 @@
-"""Progress of long work, one thin layer over rich: fetching, converting, evaluating, training.
+"""Progress bars on stderr, a thin layer over rich: fetching, converting, evaluating, training.
 
-Owns how progress looks and where it goes (stderr, never stdout). Does not decide what is worth
-showing: callers open a task, advance it and leave it. Library code takes a `Progress` and defaults
-to `SilentProgress`.
+Owns appearance and place (stderr, never stdout). Callers decide what is worth showing: they open a
+task, advance it and leave it. Library code takes a `Progress` and defaults to `SilentProgress`.
 """
 
 import os
@@ -24,7 +23,7 @@ Unit = Literal["bytes", "tokens", "items"]
 
 @runtime_checkable
 class Task(Protocol):
-    """One piece of work under way."""
+    """One task under way."""
 
     def advance(self, n: int = 1) -> None:
         """Report n more units done."""
@@ -37,7 +36,7 @@ class Progress(Protocol):
 
     @property
     def shown(self) -> bool:
-        """False if nothing is ever drawn; for libraries that bring bars of their own."""
+        """False if nothing is ever drawn; for libraries with progress bars of their own."""
         ...
 
     def task(
@@ -141,7 +140,7 @@ class RichProgress:
         try:
             task = _RichTask(bars, task_id)
             yield task
-            if total is None:  # the bar would go on pulsing; what was done is its length
+            if total is None:  # else the bar would keep pulsing
                 bars.update(task_id, total=task.count.done)
         finally:
             bars.stop_task(task_id)

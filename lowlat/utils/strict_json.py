@@ -1,7 +1,6 @@
-"""JSON without what others may read in another way: files of a model folder have no duplicate keys,
-no NaN, no half of a surrogate pair, bounded size and depth, and no NaN is written.
+"""Strict JSON: no duplicate keys, no NaN, no lone surrogates, bounded size and depth.
 
-Owns the parsing only; what the values mean is the caller's.
+For files of untrusted model folders. Owns parsing only; callers interpret the values.
 """
 
 import json
@@ -39,7 +38,7 @@ def parse_object(data: bytes, where: str, *, limit: int = MAX_JSON_BYTES) -> dic
 
 
 def finite(value: float) -> float | None:
-    """`value` as JSON can say it: None where it is not finite."""
+    """`value`, or None if it is not finite, which JSON cannot express."""
     return value if math.isfinite(value) else None
 
 
@@ -62,7 +61,7 @@ def _refuse_constant(text: str) -> NoReturn:
 
 
 def _refuse_halves(value: object) -> None:
-    """ValueError if a text in `value` cannot be written as UTF-8, which nothing later expects."""
+    """Raise ValueError if a string in `value` cannot be encoded as UTF-8."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode()

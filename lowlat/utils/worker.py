@@ -1,7 +1,7 @@
-"""A script in a process of its own that answers one line with one line, and can be killed.
+"""Worker subprocess that answers one line with one line, with a time limit per request.
 
-Owns the process, its time limit and its end. What the lines mean is the caller's and the script's.
-For work that no check inside this process could interrupt, or that may crash.
+For work that no check inside this process could interrupt, or that may crash. Owns the process, its
+time limit and its end; callers and scripts define the lines.
 """
 
 import os
@@ -21,8 +21,7 @@ class LineWorker:
     """
 
     def __init__(self, script: Path) -> None:
-        # -P keeps the folder of the script, whose modules have common names, out of the worker's
-        # imports.
+        # -P keeps the script's folder, whose modules have common names, out of sys.path
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(script)],
             stdin=subprocess.PIPE,
@@ -35,7 +34,7 @@ class LineWorker:
         self._exchange("", START_SECONDS)
 
     def is_alive(self) -> bool:
-        """Whether it can be asked; a forked child must not use its parent's."""
+        """Whether `ask` can be called; a forked child must not use its parent's worker."""
         usable = self._owner == os.getpid() and not self._killed
         return usable and self._process.poll() is None
 

@@ -1,4 +1,4 @@
-"""What a bad request is here: a name, its bytes, and how it must be refused."""
+"""BadRequest cases: a name, the bytes, and the expected rejection."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Bad requests below JSON: headers, methods, paths, framing, and bytes that are no HTTP."""
+"""Bad requests below JSON: headers, methods, paths, framing, invalid HTTP."""
 
 import json
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: appli
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 BOTH = b"Transfer-Encoding: chunked\r\nContent-Length: 50\r\n\r\n"
 GETS = ("/v1/models", "/v1/models/tiny", "/health", "/ready", "/metrics", "/openapi.json", "/")
-NO_HTTP = "no HTTP/1.1 request"
+NO_HTTP = "invalid HTTP/1.1 request"
 
 
 def types() -> Iterator[Case]:
@@ -77,7 +77,7 @@ def paths() -> Iterator[Case]:
         "http://127.0.0.1/v1/completions", "http://evil.example/v1/completions", "*",
         "evil.example:80", "/v1/completions%3fx", "/health/../v1/completions",
     ):  # fmt: skip
-        yield wire_case(f"POST {target[:60]}", "POST", target, dict(JSON_HEADERS), 404, "nothing")
+        yield wire_case(f"POST {target[:60]}", "POST", target, dict(JSON_HEADERS), 404, "no such")
     for query in ("?stream=true", "?", "?api_key=x", "?x=%00", "?" + "a=1&" * 1000):
         target = COMPLETIONS + query
         if query == "?":
@@ -111,9 +111,9 @@ def framing() -> Iterator[Case]:
         "two lengths": (
             HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400, NO_HTTP,
         ),
-        "a length of nothing": (HEAD + b"Content-Length: 0\r\n\r\n", 400, "no valid JSON"),
-        "no length": (HEAD + b"\r\n", 400, "no valid JSON"),
-        "a length too short": (HEAD + b"Content-Length: 5\r\n\r\n" + GOOD, 400, "no valid JSON"),
+        "a length of nothing": (HEAD + b"Content-Length: 0\r\n\r\n", 400, "not valid JSON"),
+        "no length": (HEAD + b"\r\n", 400, "not valid JSON"),
+        "a length too short": (HEAD + b"Content-Length: 5\r\n\r\n" + GOOD, 400, "not valid JSON"),
         "an unknown coding": (HEAD + b"Transfer-Encoding: gzip\r\n\r\n", 400, NO_HTTP),
         "two codings": (HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 400, NO_HTTP),
         "chunks that are none": (
@@ -133,7 +133,7 @@ def framing() -> Iterator[Case]:
         ),
         "many small chunks, of no JSON": (
             CHUNKED + b"1\r\n \r\n" * 5000 + b"0\r\n\r\n",
-            400, "no valid JSON",
+            400, "not valid JSON",
         ),
         "headers above the cap": (HEAD + b"X: " + too_long, 400, NO_HTTP),
         "headers above the cap, ended": (HEAD + b"X: " + too_long + b"\r\n\r\n", 431, "larger"),

@@ -1,7 +1,7 @@
 """Bad requests derived from the request models: each field, of the wrong type or out of its range.
 
 Fields are found by walking the models' JSON schemas, so that a new field is covered when it is
-added. Rules between fields are not in the schemas; those are in requests.py.
+added. Rules between fields are not in the schemas; they are in contradictions.py.
 """
 
 import json

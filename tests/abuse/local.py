@@ -18,10 +18,10 @@ from starlette.routing import Route
 
 from lowlat.generate.model import Model
 from lowlat.serve import run as run_module
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.state import Services
+from lowlat.serve.state import ServerState
 from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config
 
 from .wire import SECONDS
@@ -51,7 +51,7 @@ class Local:
 
     model: Model
     port: int
-    services: Services
+    state: ServerState
     loop: asyncio.AbstractEventLoop
 
     def num_tasks(self) -> int:
@@ -71,8 +71,8 @@ class Local:
         return (
             not self.model.engine.has_work
             and self.num_pages() == 0
-            and self.services.num_requests == 0
-            and self.services.num_coming == 0
+            and self.state.num_requests == 0
+            and self.state.num_preparing == 0
         )
 
 
@@ -80,7 +80,7 @@ def routes(server: Local) -> list[tuple[str, str]]:
     """(method, path) of all routes."""
     found = [
         (method, route.path.replace("{id:path}", NAME))
-        for route in build_app(server.services).routes
+        for route in build_app(server.state).routes
         if isinstance(route, Route)
         for method in sorted(route.methods or ())
     ]
@@ -123,11 +123,11 @@ def listening(
         servers: list[uvicorn.Server] = []
 
         async def serve() -> None:
-            services = make_services(engine, config)
-            servers.append(uvicorn.Server(run_module._uvicorn_config(services)))
+            state = make_state(engine, config)
+            servers.append(uvicorn.Server(run_module._uvicorn_config(state)))
             port = listener.getsockname()[1]
             loop = asyncio.get_running_loop()
-            started.append(Local(model=engine.model, port=port, services=services, loop=loop))
+            started.append(Local(model=engine.model, port=port, state=state, loop=loop))
             await servers[0].serve(sockets=[listener])
 
         thread = threading.Thread(target=lambda: asyncio.run(serve()), name="server")

@@ -1,4 +1,4 @@
-"""Every route there is, against everybody who may not use it, over real connections.
+"""Every route without valid credentials, over real connections.
 
 Routes are asked of the application, so that a new one is covered when it is added.
 """
@@ -152,7 +152,7 @@ HOSTS = (
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_no_route_answers_to_a_foreign_host(open_server: Local, locked: Local, host: str) -> None:
-    """Holds shut: DNS rebinding, with which a page reads from a server it has no key for."""
+    """Regression: DNS rebinding, with which a page reads from a server it has no key for."""
     for server, more in ((open_server, {}), (locked, {"Authorization": f"Bearer {KEY}"})):
         for method, path in routes(server):
             reply = ask(server, method, path, {**more, "Host": host})
@@ -180,7 +180,7 @@ def origins(port: int) -> tuple[str, ...]:
 
 
 def test_no_route_answers_to_a_foreign_origin(open_server: Local, locked: Local) -> None:
-    """Holds shut: pages of other sites that use the server behind the user's back."""
+    """Regression: pages of other sites that use the server behind the user's back."""
     for server, more in ((open_server, {}), (locked, {"Authorization": f"Bearer {KEY}"})):
         for origin in origins(server.port):
             headers = {**more, "Host": f"{HOST}:{server.port}", "Origin": origin}
@@ -225,7 +225,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch, par
         return bytes(left) == bytes(right)
 
     monkeypatch.setattr(security.hmac, "compare_digest", compare)
-    guard = security.Guard(lambda *_: None, ServeConfig(api_keys=(KEY, OTHER)))  # pyright: ignore
+    guard = security.SecurityMiddleware(lambda *_: None, ServeConfig(api_keys=(KEY, OTHER)))  # pyright: ignore
     for key in guard._keys:
         setattr(key, part, Unequal(getattr(key, part)))
     for given in (KEY, OTHER, "x" * 32):

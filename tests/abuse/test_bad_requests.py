@@ -1,7 +1,7 @@
-"""Thousands of bad requests, each with a name: refused with 4xx in the error shape, and harmless.
+"""Thousands of named bad requests: each is rejected with 4xx in the error format, without harm.
 
-The tables are in the files beside this one. The server is a process of its own, once as usual and
-once as `python -O` runs it.
+The tables are in the other modules of this folder. The server is a separate process, run with and
+without `python -O`.
 """
 
 import contextlib
@@ -16,25 +16,25 @@ import pytest
 from tests.server.conftest import Server, serving
 from tests.server.tiny_server import NAME
 
-from .caps import caps, lengths
 from .cases import BODIES, CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, Case, user
 from .connections import BOTH, HEAD, framing, methods, paths, types
+from .contradictions import contents, contradictions, past_arguments, templates, unsupported
 from .fields import field_cases
-from .forms import HARD, forms
-from .meanings import contents, contradictions, past_arguments, templates, unsupported
-from .no_json import texts_of_json
+from .malformed_json import malformed_json
+from .oversized import lengths, oversized
+from .structured_outputs import HARD, structured_outputs
 from .wire import HOST, SECONDS, call, exchange, get, post, request
 
 CANARY = {"model": NAME, "prompt": "The canary", "max_tokens": 8, "temperature": 0}
 TABLES: dict[str, Callable[[], Iterator[Case]]] = {
-    "caps": caps,
+    "oversized": oversized,
     "lengths": lengths,
-    "no JSON": texts_of_json,
+    "malformed JSON": malformed_json,
     "contradictions": contradictions,
     "unsupported": unsupported,
     "arguments": past_arguments,
     "templates": templates,
-    "forms": forms,
+    "structured outputs": structured_outputs,
     "fields": field_cases,
     "types": types,
     "methods": methods,
@@ -114,8 +114,8 @@ def test_each_is_refused_where_arguments_are_objects(tagged: Server, table: str)
 
 
 def test_forced_calls_are_refused_where_arguments_are_texts(tagged: Server) -> None:
-    """Holds shut: keywords of a whole function's schema that nothing would hold the calls to."""
-    cases = [case for case in forms() if case.name.startswith("forced tool")]
+    """Regression: keywords of a whole function's schema that nothing would hold the calls to."""
+    cases = [case for case in structured_outputs() if case.name.startswith("forced tool")]
     assert len(cases) > 10
     for case in cases:
         reply = exchange(tagged.port, case.make())
@@ -124,7 +124,7 @@ def test_forced_calls_are_refused_where_arguments_are_texts(tagged: Server) -> N
 
 
 def test_nothing_is_fetched(server: Server) -> None:
-    """Holds shut: requests that make the server open connections to an address of their choice."""
+    """Regression: requests that make the server open connections to an address of their choice."""
     with socket.create_server((HOST, 0)) as bait:
         url = f"http://{HOST}:{bait.getsockname()[1]}/x.png"
         found = list(faults(server, contents(url)))
@@ -143,7 +143,7 @@ def test_there_are_enough_of_them() -> None:
 
 @pytest.mark.parametrize("name", HARD)
 def test_hard_forms_take_a_moment(server: Server, name: str) -> None:
-    """Holds shut: patterns that keep a server busy for minutes (ReDoS)."""
+    """Regression: patterns that keep a server busy for minutes (ReDoS)."""
     body = {**BODIES[COMPLETIONS], "structured_outputs": HARD[name], "max_tokens": 1200}
     began = time.monotonic()
     reply = call(server.port, COMPLETIONS, body)
@@ -159,7 +159,7 @@ CONTROL = (
 
 @pytest.mark.parametrize("text", CONTROL)
 def test_contents_hold_no_control_tokens(server: Server, text: str) -> None:
-    """Holds shut: a message that ends itself and goes on as another role."""
+    """Regression: a message that contains a fake end and continues as another role."""
     plain = tokens_of(server, user("x"))
     specials = [token for token in plain if token >= 256]
     for content in (text, [{"type": "text", "text": text[:5]}, {"type": "text", "text": text[5:]}]):
@@ -197,7 +197,7 @@ def test_garbage_after_a_request_does_not_undo_it(server: Server) -> None:
 
 
 def test_smuggled_requests_are_bodies(server: Server) -> None:
-    """Holds shut: one request in the body of another, which proxies would not have seen."""
+    """Regression: one request in the body of another, which proxies would not have seen."""
     inner = request("GET", "/v1/models")
     for data in (post(COMPLETIONS, inner), HEAD + BOTH + b"0\r\n\r\n" + inner):
         with socket.create_connection((HOST, server.port), timeout=SECONDS) as connection:
@@ -213,7 +213,7 @@ def test_smuggled_requests_are_bodies(server: Server) -> None:
 
 @pytest.mark.parametrize("is_body", [False, True])
 def test_who_trickles_is_cut_off(impatient: Server, is_body: bool) -> None:
-    """Holds shut: connections held open for ever by a byte now and then."""
+    """Regression: connections held open for ever by a byte now and then."""
     with socket.create_connection((HOST, impatient.port), timeout=SECONDS) as connection:
         if is_body:
             connection.sendall(HEAD + b"Content-Length: 10000\r\n\r\n")

@@ -1,4 +1,4 @@
-"""Clients that leave at random moments, over real connections: nothing stays behind."""
+"""Clients that disconnect at random moments, over real connections: nothing leaks."""
 
 import asyncio
 import json
@@ -89,7 +89,7 @@ async def leave(server: Local, rng: random.Random, count: int) -> None:
 
 
 def test_a_thousand_disconnects_leave_nothing_behind() -> None:
-    """Holds shut: pages, tasks, threads or sockets kept for clients that have left."""
+    """Regression: pages, tasks, threads or sockets leaked by disconnected clients."""
     rng = random.Random(4)
     with listening(max_queue=64, header_seconds=2.0, body_seconds=2.0) as server:
         asyncio.run(leave(server, rng, 100))
@@ -101,7 +101,7 @@ def test_a_thousand_disconnects_leave_nothing_behind() -> None:
         until(lambda: server.num_tasks() <= quiet, "the end of all tasks")
         until(lambda: num_descriptors() <= before[0], "the end of all sockets")
         until(lambda: num_threads() <= before[1], "the end of all threads")
-        assert server.services.engine._open == {} and server.services.engine._live == {}
+        assert server.state.engine._open == {} and server.state.engine._live == {}
         server.model.engine.check_integrity()
         body = {"model": NAME, "prompt": "abc", "max_tokens": 12, "temperature": 0}
         answer = call(server.port, COMPLETIONS, body)
@@ -111,7 +111,7 @@ def test_a_thousand_disconnects_leave_nothing_behind() -> None:
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_leaves_is_aborted(monkeypatch: pytest.MonkeyPatch, path: str, stream: bool) -> None:
-    """Holds shut: answers generated to their end for nobody."""
+    """Regression: outputs generated to the end after a disconnect."""
     model = counting_model()
     step, is_held, may_go = model.engine.step, threading.Event(), threading.Event()
 
@@ -128,9 +128,9 @@ def test_who_leaves_is_aborted(monkeypatch: pytest.MonkeyPatch, path: str, strea
         for number in range(10):
             with socket.create_connection((HOST, server.port), timeout=SECONDS) as connection:
                 connection.sendall(data)
-                until(lambda: len(server.services.engine._open) > number, "the request")  # noqa: B023
+                until(lambda: len(server.state.engine._open) > number, "the request")  # noqa: B023
                 until(is_held.is_set, "the first step")
-        until(lambda: server.services.num_requests == 0, "the end of all requests")
+        until(lambda: server.state.num_requests == 0, "the end of all requests")
         may_go.set()
         until(lambda: server.is_idle, "the end")
-        assert server.services.engine.stats.finished["abort"] == 10
+        assert server.state.engine.stats.finished["abort"] == 10

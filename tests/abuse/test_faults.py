@@ -1,4 +1,4 @@
-"""Faults inside the server, told over HTTP: one request fails, the others do not notice.
+"""Injected errors inside the server, over HTTP: only the affected request fails.
 
 Each part that works on a request is made to fail for requests that hold POISON.
 """
@@ -13,8 +13,8 @@ import pytest
 from lowlat.engine.engine import Engine
 from lowlat.engine.runner import ModelRunner
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler, GrammarState
-from lowlat.serve import async_engine
-from lowlat.serve.chat.output_parser import AnswerParser
+from lowlat.serve import async_engine as engine_module
+from lowlat.serve.chat.output_parser import OutputParser
 from lowlat.serve.routes import chat as routes_chat
 from lowlat.serve.routes import completions as routes_completions
 from lowlat.text.tokenizer import Tokenizer
@@ -67,14 +67,14 @@ def in_the_sampler(patch: pytest.MonkeyPatch) -> None:
 
 
 def in_detokenizing(patch: pytest.MonkeyPatch) -> None:
-    push = async_engine.CompletionBuilder.push
+    push = engine_module.CompletionBuilder.push
 
     def broken(self: Any, event: Any) -> None:
         if is_poisoned(self.request.prompt):
             fail()
         push(self, event)
 
-    patch.setattr(async_engine.CompletionBuilder, "push", broken)
+    patch.setattr(engine_module.CompletionBuilder, "push", broken)
 
 
 def in_starting(patch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def in_compiling(patch: pytest.MonkeyPatch) -> None:
 
 
 def in_reading_grammars(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(routes_completions, "structured_output", lambda given: fail())
+    patch.setattr(routes_completions, "from_structured_outputs", lambda given: fail())
 
 
 GRAMMAR_FAULTS: dict[str, Patch] = {
@@ -238,7 +238,7 @@ def test_a_fault_in_reading_the_answer(monkeypatch: pytest.MonkeyPatch, stream: 
     """The parser of answers, and the step to the wire."""
     with listening() as server:
         with monkeypatch.context() as patch:
-            patch.setattr(AnswerParser, "push", lambda self, text: fail())
+            patch.setattr(OutputParser, "push", lambda self, text: fail())
             patch.setattr(routes_chat, "usage_of", lambda call: fail())
             messages = [{"role": "user", "content": "x"}]
             chat = {"model": NAME, "messages": messages, "max_tokens": 9, "stream": stream}
@@ -267,7 +267,7 @@ def test_no_kind_of_exception_goes_further(
 
 
 def test_an_engine_that_ends_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds shut: clients that wait for ever, and a load balancer that goes on sending."""
+    """Regression: clients that wait forever, and a load balancer that keeps sending requests."""
     model = counting_model()
     with listening(model) as server:
         assert get(server.port, "/health").status == 200
@@ -286,7 +286,7 @@ def test_an_engine_that_ends_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_engine_that_hangs_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(async_engine, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(engine_module, "STALL_SECONDS", 0.2)
     model = counting_model()
     step, may_go = model.engine.step, threading.Event()
 
@@ -333,7 +333,7 @@ def test_one_of_several_prompts_fails_all(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_loop_is_not_held_up_by_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds shut: a template or a long text that stops all other connections."""
+    """Regression: a template or a long text that stops all other connections."""
     may_go = threading.Event()
     prepare = routes_chat.prepare_chat
 
@@ -347,7 +347,7 @@ def test_the_loop_is_not_held_up_by_work(monkeypatch: pytest.MonkeyPatch) -> Non
         chat = {"model": NAME, "messages": messages, "max_tokens": 3}
         thread = threading.Thread(target=lambda: call(server.port, CHAT, chat))
         thread.start()
-        until(lambda: server.services.num_requests == 1, "the chat")
+        until(lambda: server.state.num_requests == 1, "the chat")
         assert call(server.port, COMPLETIONS, completion("abc")).status == 200
         may_go.set()
         thread.join(SECONDS)

@@ -1,4 +1,4 @@
-"""Schemathesis over the published OpenAPI document: requests that keep to it, and ones that do not.
+"""Schemathesis over the OpenAPI document: valid requests and invalid ones.
 
 LOWLAT_FUZZ_EXAMPLES says how many are made per operation and kind: few by default, 1,000 by
 

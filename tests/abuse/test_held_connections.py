@@ -1,4 +1,4 @@
-"""Clients that hold connections: whatever they send or leave unread, with or without a key.
+"""Clients that hold connections open, with or without a key.
 
 Routes are asked of the application, so that a new one is covered when it is added.
 """
@@ -69,7 +69,7 @@ def held_after(connections: Sequence[socket.socket], *, is_trickling: bool) -> s
 @pytest.mark.parametrize("is_trickling", [True, False], ids=["a byte now and then", "one byte"])
 @pytest.mark.parametrize("keys", [(), (KEY,)], ids=["open", "locked"])
 def test_no_route_waits_for_a_body_for_ever(keys: tuple[str, ...], is_trickling: bool) -> None:
-    """Holds shut: connections that a body without end keeps, whether it is read or not."""
+    """Regression: connections held open by a body without end, whether it is read or not."""
     with listening(api_keys=keys, **PROMPT) as server, contextlib.ExitStack() as stack:
         sent = list(heads(server))
         connections = [
@@ -129,7 +129,7 @@ def test_who_leaves_the_login_is_no_fault(caplog: pytest.LogCaptureFixture) -> N
 
 @pytest.mark.parametrize("count", [10, 2000])
 def test_who_reads_no_answer_is_cut_off(count: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Holds shut: answers kept for who asks without a key and does not read them; few are less than
+    """Regression: responses buffered for clients without a key that do not read; few are less than
     the server waits for before it writes more, many are not.
     """
     with listening(api_keys=(KEY,), send_buffer=4096, **PROMPT) as server:
@@ -140,13 +140,13 @@ def test_who_reads_no_answer_is_cut_off(count: int, caplog: pytest.LogCaptureFix
             connection.connect((HOST, server.port))
             with contextlib.suppress(TimeoutError):
                 connection.sendall(request("GET", "/") * count)
-            until(lambda: "its connection is ended" in caplog.text, "the word about it")
+            until(lambda: "connection aborted" in caplog.text, "the word about it")
             # This end of it stays open.
             until(lambda: num_descriptors() <= quiet + 1, "the end of the connection")
 
 
 def test_connections_above_the_cap_are_refused() -> None:
-    """Holds shut: all descriptors of the process taken by who only connects."""
+    """Regression: idle connections that exhaust the process's file descriptors."""
     with listening(counting_model(), max_connections=5) as server:
         with contextlib.ExitStack() as stack:
             for _ in range(5):

@@ -1,4 +1,4 @@
-"""More than can be served: refusals are quick and say when to come back, the rest is served right.
+"""Overload: rejections are quick and carry Retry-After, admitted requests are served correctly.
 
 How quick is measured by benchmarks/overload.py; nothing here depends on the clock.
 """
@@ -146,15 +146,16 @@ def test_waves_of_overload_leave_nothing_behind() -> None:
         until(lambda: num_descriptors() <= before[0], "the end of all sockets")
         until(lambda: num_threads() <= before[1], "the end of all threads")
         assert counts[200] > 50 and counts[429] > 20, counts
-        # 640 requests, 64 of them served: 200 bytes kept of each, or 2,000 of these, would show.
-        # A table of the interpreter may double its size once; what is kept of requests grows again.
+        # 640 requests, 64 of them served: shows a leak of 200 bytes per request, or 2,000 per
+        # served one.
+        # An interpreter table may double its size once; a leak grows every time.
         grown = [later - earlier for earlier, later in pairwise(memory)]
         assert min(grown) < 128_000, f"{grown} bytes more"
         server.model.engine.check_integrity()
 
 
 def test_work_above_the_cap_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds shut: bodies parsed and tokenized without bound, before the engine's queue is asked."""
+    """Regression: bodies parsed and tokenized without bound, before the engine's queue is asked."""
     from lowlat.serve.routes import endpoint
 
     gate = Gate(45)
@@ -166,7 +167,7 @@ def test_work_above_the_cap_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_health_is_told_under_overload(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refusals and answers about health need no room in any queue."""
+    """Rejections and health checks need no place in a queue."""
     model, gate = counting_model(), Gate()
     monkeypatch.setattr(model.engine, "step", gate.holding(model.engine.step))
     with listening(model, max_queue=2, max_requests=8) as server:
@@ -174,7 +175,7 @@ def test_health_is_told_under_overload(monkeypatch: pytest.MonkeyPatch) -> None:
             target=lambda: wave(server.port, [completion() for _ in range(40)])
         )
         thread.start()
-        until(lambda: server.services.num_requests > 0, "a request")
+        until(lambda: server.state.num_requests > 0, "a request")
         for path in ("/health", "/ready", "/metrics", "/v1/models"):
             assert get(server.port, path).status == 200
         gate.open()
@@ -183,7 +184,7 @@ def test_health_is_told_under_overload(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_client_that_reads_nothing_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
-    """Holds shut: streams kept, with their pages, for who has stopped to read them."""
+    """Regression: streams, with their pages, held for clients that have stopped reading."""
     with listening(send_seconds=0.3, send_buffer=4096) as server:
         body = completion("a", 480, logprobs=20, stream=True, ignore_eos=True)
         with socket.socket() as connection:
@@ -191,6 +192,6 @@ def test_a_client_that_reads_nothing_is_given_up(caplog: pytest.LogCaptureFixtur
             connection.settimeout(SECONDS)
             connection.connect((HOST, server.port))
             connection.sendall(post(COMPLETIONS, json.dumps(body).encode()))
-            until(lambda: server.services.num_requests == 1, "the request")
+            until(lambda: server.state.num_requests == 1, "the request")
             until(lambda: server.is_idle, "the end")
-            assert "the client reads nothing" in caplog.text
+            assert "the client does not read" in caplog.text

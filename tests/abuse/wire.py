@@ -1,4 +1,4 @@
-"""Requests as bytes, and one request on a connection of its own: no client library in between."""
+"""Raw HTTP requests as bytes, one per connection, without a client library."""
 
 import contextlib
 import http.client

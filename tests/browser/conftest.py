@@ -1,4 +1,4 @@
-"""A real Chromium before a real server: the app of `lowlat serve` with answers from a script.
+"""Fixtures: Chromium and a real server with scripted outputs.
 
 A page whose console shows an error, or which asks for anything outside its server, fails its test.
 """

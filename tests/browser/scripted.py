@@ -1,4 +1,4 @@
-"""The app of `lowlat serve`, listening, over an engine whose answers are a script.
+"""The app of `lowlat serve`, listening, over a scripted engine.
 
 All of the server is real but the engine; the script says what the model would: see SCRIPTS.
 """
@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lowlat.engine.params import SamplingParams
 from lowlat.generate.model import Model
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Delta, Generation
@@ -69,15 +69,15 @@ class ScriptedGeneration(Generation):
         """Whether it was given up before its last token."""
         self._is_over = False
         pieces, self._pause = script_for(engine.last_text(prompt))
-        self._is_cut = max_tokens is not None and max_tokens < len(pieces)
-        self._pieces = pieces[:max_tokens] if self._is_cut else pieces
+        self._is_truncated = max_tokens is not None and max_tokens < len(pieces)
+        self._pieces = pieces[:max_tokens] if self._is_truncated else pieces
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         for number, piece in enumerate(self._pieces, 1):
             await asyncio.sleep(self._pause)
             is_last = number == len(self._pieces)
             self._is_over = is_last
-            finish = ("length" if self._is_cut else "stop") if is_last else None
+            finish = ("length" if self._is_truncated else "stop") if is_last else None
             yield Delta(
                 index=0, text=piece, tokens=(0,), logprobs=(), finish_reason=finish, error=None
             )
@@ -87,7 +87,7 @@ class ScriptedGeneration(Generation):
 
 
 class ScriptedEngine(AsyncEngine):
-    """What the app asks of an engine, without an engine."""
+    """What the app asks of a engine, without an engine."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -97,7 +97,7 @@ class ScriptedEngine(AsyncEngine):
     async def start(self) -> None:
         pass
 
-    def check_room(self, num_coming: int = 0) -> None:
+    def check_room(self, num_preparing: int = 0) -> None:
         pass
 
     @property
@@ -126,7 +126,7 @@ class ScriptedEngine(AsyncEngine):
 
 
 class Recorder:
-    """Middleware that keeps the JSON bodies of completions requests, in the order they came."""
+    """Middleware that records the JSON bodies of completion requests in order."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -168,7 +168,7 @@ class Server:
 def serve(engine: AsyncEngine | None = None, *, keys: tuple[str, ...] = ()) -> Iterator[Server]:
     """A server on a free port of this machine, for as long as the context lasts."""
     engine = engine or ScriptedEngine(tiny_chat_model())
-    recorder = Recorder(build_app(make_services(engine, ServeConfig(api_keys=keys))))
+    recorder = Recorder(build_app(make_state(engine, ServeConfig(api_keys=keys))))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(
             recorder, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1

@@ -1,4 +1,4 @@
-"""What a user does and sees, in a few words, for the tests of the page."""
+"""User actions and observations for the tests of the page."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ def send(page: Page, text: str) -> None:
 
 
 def ask(page: Page, text: str) -> Locator:
-    """Send `text` and wait until its answer is at its end and kept; the answer.
+    """Send `text`, wait until the response is complete and saved, and return it.
 
     The conversation has to be on the page: after a reload, wait for what it should show.
     """
@@ -33,7 +33,7 @@ def ask(page: Page, text: str) -> Locator:
 
 
 def wait_for_end(answer: Locator) -> None:
-    """Until `answer`, one of the open conversation, is at its end and the browser keeps it."""
+    """Wait until `answer`, of the open conversation, is complete and saved."""
     answer.locator(".stats").filter(has_text="token").wait_for()
     answer.page.wait_for_function(
         f"""async () => {{
@@ -82,7 +82,7 @@ def stop_button(page: Page) -> Locator:
 
 
 def stored(page: Page) -> list[dict[str, Any]]:
-    """The conversations the browser keeps."""
+    """The conversations saved in the browser."""
     return page.evaluate(script("stored.js"))
 
 

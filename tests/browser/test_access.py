@@ -1,4 +1,4 @@
-"""For everyone: keyboard and screen reader."""
+"""Accessibility: keyboard and screen reader."""
 
 from playwright.sync_api import Page, expect
 
@@ -130,7 +130,7 @@ def test_structure(page: Page) -> None:
 
 
 def test_every_control_has_a_name(page: Page) -> None:
-    """As the browser tells it to a screen reader: no control, group or dialog is nameless."""
+    """The accessibility tree: every control, group and dialog has a name."""
     ask(page, "table please")
     page.get_by_role("button", name="Settings", exact=True).click()
     page.locator("article.user").get_by_role("button", name="Edit message").click()

@@ -1,4 +1,4 @@
-"""Conversations on the page against the real app: send, stream, stop, regenerate, edit, keep."""
+"""Conversations: send, stream, stop, regenerate, edit, save."""
 
 import json
 import re
@@ -121,12 +121,12 @@ def test_reload_keeps_everything(page: Page) -> None:
 
 
 def test_reload_while_streaming(page: Page, server: Server) -> None:
-    """What had come is kept, the server is told to stop, and the user can have another answer."""
+    """The partial text is saved, the server stops, and the user can regenerate."""
     send(page, "slow please")
     # Kept once a second.
     until = time.monotonic() + TIMEOUT / 1000
     while not any("slow" in record["messages"][1]["content"] for record in stored(page)):
-        assert time.monotonic() < until, "nothing was kept"
+        assert time.monotonic() < until, "nothing was saved"
         page.wait_for_timeout(50)
     page.reload()
     server.wait_for_cancel()
@@ -208,7 +208,7 @@ def test_copy(page: Page) -> None:
     """Code and answers reach the clipboard as the model wrote them, also where http forbids it."""
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     answer = ask(page, "table please")
-    # "Copied" is said for two seconds; it stays for who looks later.
+    # "Copied" is shown for two seconds and stays readable for screen readers.
     page.evaluate("window.setTimeout = () => 0")
     paste, copied = "navigator.clipboard.readText()", page.get_by_role("button", name="Copied")
     answer.get_by_role("button", name="Copy code").click()
@@ -242,7 +242,7 @@ def test_answer_goes_on_in_another_conversation(page: Page) -> None:
 
 
 def test_a_click_while_an_answer_ends(page: Page) -> None:
-    """Holds shut: a list made anew between press and release, so that the click meets nothing."""
+    """Regression: a list made anew between press and release, so that the click meets nothing."""
     ask(page, "first talk")
     page.get_by_role("button", name="New conversation").click()
     send(page, "slow please")
@@ -332,7 +332,7 @@ def test_system_prompt(page: Page, server: Server) -> None:
 
 
 def test_model_without_chat_template(open_page: Open, plain_server: Server) -> None:
-    """The page says so, and continues the text instead; Enter alone lets it go on."""
+    """The page says so and continues the text instead; Enter alone continues it."""
     page = open_page(at=plain_server)
     expect(page.locator("#notice")).to_contain_text("no chat template")
     answer = ask(page, "Once upon")

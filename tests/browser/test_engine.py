@@ -1,4 +1,4 @@
-"""The page before the whole of `lowlat serve`: its own engine and engine, a tiny model."""
+"""The page with a real engine and a tiny model."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""A server with keys: the form in place of the page, the cookie, and leaving again."""
+"""Login with an API key: form, cookie, logout."""
 
 from collections.abc import Iterator
 
@@ -80,7 +80,7 @@ def test_key_withdrawn(form: Page) -> None:
     log_in(form)
     form.context.clear_cookies()
     send(form, "hello")
-    expect(answers(form).get_by_role("alert")).to_contain_text("a valid API key is needed")
+    expect(answers(form).get_by_role("alert")).to_contain_text("a valid API key is required")
     answers(form).get_by_role("link", name="Log in").click()
     expect(form.get_by_label("API key")).to_be_visible()
     log_in(form)

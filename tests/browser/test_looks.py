@@ -1,4 +1,4 @@
-"""What everyone sees: contrast, dark, narrow screens, large text, motion, scrolling."""
+"""Appearance: contrast, dark theme, narrow screens, large text, motion, scrolling."""
 
 import re
 
@@ -65,7 +65,7 @@ def test_contrast(open_page: Open, scheme: str) -> None:
 
 
 def test_dark(open_page: Open) -> None:
-    """The system's choice holds until the user makes one, which a reload keeps."""
+    """The system's theme applies until the user chooses one, which survives a reload."""
     page = open_page(color_scheme="dark")
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert page.locator("html").get_attribute("data-theme") == "dark"
@@ -151,7 +151,7 @@ def test_narrow_side_panel(open_page: Open) -> None:
 
 
 def test_large_text(open_page: Open) -> None:
-    """Twice the text size still leaves room for messages and field."""
+    """Twice the text size still leaves space for messages and the input."""
     page = open_page(viewport={"width": 1280, "height": 1024})
     page.add_init_script(
         """document.addEventListener("DOMContentLoaded", () => {
@@ -176,7 +176,7 @@ def test_reduced_motion(open_page: Open) -> None:
 
 
 def test_follows_only_at_the_bottom(page: Page) -> None:
-    """A growing answer is followed; a reader who scrolled up stays there and can jump back."""
+    """The view follows a growing response; after scrolling up it stays, with a button back."""
     ask(page, "everything please")
     ask(page, "everything please")
     below = """() => {

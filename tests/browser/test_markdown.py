@@ -1,4 +1,4 @@
-"""The page's markdown: what becomes of a text, whole and while it comes in, honest and hostile."""
+"""Markdown rendering: complete, streaming, and hostile texts."""
 
 import random
 
@@ -134,7 +134,7 @@ CASES = {
 
 
 def test_structure(page: Page) -> None:
-    """Each text of the table has the nodes beside it."""
+    """Each text of the table renders to its nodes."""
     wrong = {
         name: (got, wanted)
         for name, (text, wanted) in CASES.items()

@@ -1,4 +1,4 @@
-"""Reading the server's events: framing, whatever the network cuts."""
+"""The SSE parser of the page, for every chunking."""
 
 from tests.browser.conftest import Open
 
@@ -78,7 +78,7 @@ def test_one_drawing_a_frame(open_page: Open) -> None:
 
 
 def test_what_comes_after_a_stop_is_not_taken(open_page: Open) -> None:
-    """Holds shut: a stopped answer that grows, by a piece that was on its way."""
+    """Regression: a stopped answer that grows, by a piece that was on its way."""
     page = open_page()
     said = page.evaluate(
         """async () => {

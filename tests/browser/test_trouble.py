@@ -1,4 +1,4 @@
-"""What the page shows when the server refuses, breaks off or is away; reasoning and tool calls.
+"""The page when the server refuses, breaks off or is down; reasoning and tool calls.
 
 Answers here are made in the browser's network layer, in the server's own shape.
 """
@@ -131,7 +131,7 @@ def test_error_within_a_stream(page: Page) -> None:
 
 
 def test_server_away(page: Page, errors: Errors) -> None:
-    """A server that cannot be reached is told apart from one that refuses."""
+    """An unreachable server and a rejection have different messages."""
     errors.allow(BROKEN)
     page.route(CHAT, lambda route: route.abort(), times=1)
     send(page, "hello")
@@ -142,7 +142,7 @@ def test_other_model_after_a_restart(page: Page, errors: Errors) -> None:
     """A server that has another model by now is asked anew for its name before trying again."""
     errors.allow(REFUSED + "404")
     refuse_with(page, 404, "the model 'tiny' does not exist; this server has 'other'", times=1)
-    other = {"id": "other", "context_length": 9, "has_chat_template": True}
+    other = {"id": "other", "max_model_len": 9, "has_chat_template": True}
     page.route("**/v1/models", lambda route: route.fulfill(json={"data": [other]}))
     send(page, "hello")
     expect(answers(page).get_by_role("alert")).to_contain_text("does not exist")
@@ -170,7 +170,7 @@ def test_models_unknown(open_page: Open, errors: Errors) -> None:
 
 
 def test_no_storage(open_page: Open) -> None:
-    """Where the browser keeps nothing the page works and says that conversations are not kept."""
+    """Without storage the page works and says that conversations are not saved."""
     page = open_page()
     page.add_init_script(
         """Object.defineProperty(window, "indexedDB", {

@@ -307,7 +307,7 @@ def test_what_cannot_be_told_is_said_first(tmp_path: Path) -> None:
     """Holds shut: a comparison of hours whose report is lost for want of a folder."""
     pytest.importorskip("matplotlib")
     nowhere = tmp_path / "nowhere" / "p.svg"
-    assert "its folder is not there" in fault("nothing", "nothing", "--plot", nowhere)
+    assert "its folder does not exist" in fault("nothing", "nothing", "--plot", nowhere)
     picture = tmp_path / "p.foo"
     assert "'.foo' is no image format" in fault("nothing", "nothing", "--plot", picture)
     told = fault("nothing", "nothing", "--text", "some.txt", "--seed", 7)

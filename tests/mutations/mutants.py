@@ -52,8 +52,8 @@ ATTENTION_FORMS = [
     Mutant(
         "attention: a query sees one later key",
         "ops/attention.py",
-        "hidden = key > query\n",
-        "hidden = key > query + 1\n",
+        "masked = key > query\n",
+        "masked = key > query + 1\n",
         OPS + "test_attention.py::test_first_query_sees_only_itself",
     ),
     Mutant(
@@ -328,10 +328,10 @@ LAYERS = [
         DIFFER + "test_every_layer_is_asked_for_itself",
     ),
     Mutant(
-        "layers: the widest row counted for all",
-        "config/arithmetic.py",
-        "return sum(row.elements for row in self.rows) * ELEMENT_BYTES[dtype]",
-        "return len(self.rows) * max(row.elements for row in self.rows) * ELEMENT_BYTES[dtype]",
+        "layers: the widest entry counted for all",
+        "config/kv_cache_size.py",
+        "return sum(entry.elements for entry in self.entries) * ELEMENT_BYTES[dtype]",
+        "return len(self.entries) * max(e.elements for e in self.entries) * ELEMENT_BYTES[dtype]",
         DIFFER + "test_the_cache_is_the_sum_of_the_layers",
     ),
 ]

@@ -58,14 +58,14 @@ ROUTING = [
     ),
     Mutant(
         "router bias: cast while loading",
-        "checkpoint/place.py",
+        "checkpoint/fill_parameters.py",
         "        return tensor.to(torch.float32)\n    if blocks",
         "        return tensor.to(dtype or torch.float32)\n    if blocks",
         LOAD + "::test_cast[bf16]",
     ),
     Mutant(
         "router bias: NaN accepted",
-        "checkpoint/place.py",
+        "checkpoint/fill_parameters.py",
         "not bool(tensor.float().isfinite().all())",
         "False",
         LOAD + "::test_broken[router bias NaN]",

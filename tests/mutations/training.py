@@ -18,7 +18,7 @@ LOSSES = [
         "data/chat_rows.py",
         "loss_mask = np.zeros((count, self._length), np.bool_)",
         "loss_mask = np.ones((count, self._length), np.bool_)",
-        TRAIN + "data/test_chat_rows.py::test_every_chat_is_whole_in_one_row[0-False]",
+        "tests/unit/data/test_chat_rows.py::test_every_chat_is_whole_in_one_row[0-False]",
     ),
     Mutant(
         "loss: lambda left out",
@@ -89,15 +89,15 @@ BALANCING = [
     Mutant(
         "balance: loads of the last micro-batch alone",
         "train/step/balance.py",
-        "watched.counters[:-2] += torch.bincount(",
-        "watched.counters[:-2] = torch.bincount(",
+        "observed.counters[:-2] += torch.bincount(",
+        "observed.counters[:-2] = torch.bincount(",
         TRAIN + "test_balance.py::test_loads_of_the_whole_batch[2-False]",
     ),
     Mutant(
         "balance: recomputed layers counted again",
         "train/step/balance.py",
-        "            if not _in_backward():\n                self._count(watched, routing)",
-        "            if True:\n                self._count(watched, routing)",
+        "            if not _in_backward():\n                self._count(observed, routing)",
+        "            if True:\n                self._count(observed, routing)",
         TRAIN + "test_balance.py::test_loads_of_the_whole_batch[2-True]",
     ),
     Mutant(
@@ -105,14 +105,14 @@ BALANCING = [
         "train/step/balance.py",
         "if not self._enabled:",
         "if False:",
-        TRAIN + "test_balance.py::test_only_watched_passes_count",
+        TRAIN + "test_balance.py::test_only_observed_passes_count",
     ),
     Mutant(
         "balance: counters kept from the batch before",
         "train/step/balance.py",
-        "            watched.counters.zero_()\n",
+        "            observed.counters.zero_()\n",
         "            pass\n",
-        TRAIN + "test_balance.py::test_a_watch_forgets_the_batch_before",
+        TRAIN + "test_balance.py::test_the_load_balancer_drops_the_previous_batch",
     ),
     Mutant(
         "balance: bias moved after a step that was none",

@@ -1,4 +1,4 @@
-"""Attention over paged rows at every level, against the exact softmax."""
+"""Paged attention at every level, against the exact softmax."""
 
 from itertools import pairwise
 
@@ -30,16 +30,16 @@ page_sizes = st.sampled_from([1, 7, 16, 64])
 starts = st.one_of(st.integers(0, 70), st.sampled_from([127, 128, 1023, 1024, 1100, 2050]))
 seeds = st.integers(0, 1000)
 NOWHERE = 113.0
-"""What rows hold that no query may see, as numbers and as bytes."""
+"""Contents of masked entries, as numbers and as bytes."""
 WHOLE = [(64, 32), (80, 16), (32, 0)]
-"""Latent and rotary channels, together a multiple of 32: keys that whole tiles of queries, each a
-lane, read as they lie."""
+"""Latent and rotary channels, together a multiple of 32: keys that whole query tiles (one query per
+lane) read row-major."""
 INTEGER_LEVELS = {"avx512"}
 """Levels that score int8 latents by integer products."""
 
 
 def paged(rows: Tensor, page_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The rows in pages out of order among others, and the numbers of the pages."""
+    """The entries in shuffled pages among others, and the page table."""
     count = -(-len(rows) // page_size)
     generator = torch.Generator().manual_seed(seed)
     pages = torch.randperm(2 * count, generator=generator)[:count].int()
@@ -111,7 +111,7 @@ def test_mla(
 
 
 def as_integers_read_it(q: Tensor, quantized: int) -> Tensor:
-    """Queries with `quantized` channels in int8, by groups of 64, multiplied out again."""
+    """Queries with `quantized` channels rounded to int8 in groups of 64 and dequantized."""
     flat = q.flatten(0, 1)
     packed = pack_entries(flat, quantized)
     return unpack_entries(packed, q.shape[2], quantized, torch.float32).view_as(q)
@@ -255,7 +255,7 @@ def test_gqa_over_int8(
     window: int | None,
     seed: int,
 ) -> None:
-    """Products are with integers where a head's keys and values begin where 64 channels do."""
+    """Integer products apply if a head's keys and values begin at scale-group boundaries."""
     width = 2 * kv_heads * dim
     packed = pack_entries(draw((start + queries, width), "normal", seed), width)
     q = draw((queries, kv_heads * group, dim), "normal", seed + 1)
@@ -302,7 +302,7 @@ def test_scores_of_any_size(level: str, width: int, heads: int) -> None:
 
 
 def stored(rows: Tensor, quantized: int) -> Tensor:
-    """The rows as the cache holds them, the first `quantized` channels in int8."""
+    """The entries as the cache stores them, the first `quantized` channels in int8."""
     return pack_entries(rows, quantized) if quantized else rows
 
 
@@ -374,7 +374,7 @@ def test_queries_stand_alone(level: str, width: int, sharpness: float, quantized
     ("strong", "weak", "within"), [(16.0, 0.01, 0.1), (1024.0, 0.5, 0.02)], ids=["spread", "peak"]
 )
 def test_weak_keys_keep_their_sum(level: str, strong: float, weak: float, within: float) -> None:
-    """Of rows in int8, weights of less than half a step beside a large one: none of them is lost
+    """int8 values, one large weight and many below half a quantization step: none of them is lost
     where it tells, and their sum stays where it does not.
     """
     latent, count, last = 64, 1024, 896

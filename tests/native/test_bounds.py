@@ -1,4 +1,4 @@
-"""What reaches outside memory is refused where Python's arrays are taken in."""
+"""Out-of-bounds arguments are refused at the binding."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Experts' products in training: the native kernels at every level against plain PyTorch."""
+"""Grouped GEMM of experts in training: the native kernels at every level against PyTorch."""
 
 import pytest
 import torch
@@ -30,24 +30,24 @@ def grouped_inputs(counts: list[int], out: int, inner: int) -> tuple[Tensor, Ten
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize(("counts", "out", "inner"), GROUPS)
 def test_native_products_of_groups(
     level: str,
     dtype: torch.dtype,
-    is_turned: bool,
+    is_transposed: bool,
     counts: list[int],
     out: int,
     inner: int,
 ) -> None:
     left, right, weight = grouped_inputs(counts, out, inner)
     weight = weight.to(dtype)
-    rows = left if is_turned else right
+    rows = left if is_transposed else right
     found = native_training_kernels.grouped(
-        rows, weight, torch.tensor(counts), is_turned=is_turned, level=level
+        rows, weight, torch.tensor(counts), is_transposed=is_transposed, level=level
     )
     exact = weight.bfloat16().double()
-    matrices = exact if is_turned else exact.transpose(1, 2)
+    matrices = exact if is_transposed else exact.transpose(1, 2)
     each = zip(rows.double().split(counts), matrices, strict=True)
     close(found, torch.cat([group @ matrix for group, matrix in each]), torch.bfloat16)
 

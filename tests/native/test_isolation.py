@@ -1,7 +1,7 @@
-"""One request whose numbers are NaN: those beside it and after it have the bits they have alone.
+"""A request whose activations are NaN changes no bit of other requests in the batch or after it.
 
-Holds shut: a product that reads whole panels of 32 columns beyond its own, where the weights are 0
-but what lies there is another request's.
+Holds shut: a product that reads whole panels of 32 columns beyond its own: the weights there are 0,
+but the values belong to another request.
 """
 
 from dataclasses import replace
@@ -114,10 +114,10 @@ def check_isolation(steps: Steps, alone: Tensor, next_alone: Tensor) -> None:
                 assert_same_bits(logits, alone)
             else:
                 assert logits.isnan().all()
-        beside = steps([6], [BAD], [6], start=5)
-        assert_same_bits(beside[0], next_alone)
-        assert beside[1].isnan().all()
-        assert_same_bits(beside[2], next_alone)
+        batch_of_three = steps([6], [BAD], [6], start=5)
+        assert_same_bits(batch_of_three[0], next_alone)
+        assert batch_of_three[1].isnan().all()
+        assert_same_bits(batch_of_three[2], next_alone)
 
 
 def finished(engine: Engine, *prompts: list[int]) -> list[Request]:

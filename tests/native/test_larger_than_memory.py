@@ -1,4 +1,4 @@
-"""A model larger than memory: asking for weights before they are needed changes no bit.
+"""A model larger than memory: prefetching mapped weights changes no bit.
 
 Holds shut: advice that drops what it should fetch, and addresses beyond a matrix or a layer.
 """

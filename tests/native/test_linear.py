@@ -1,4 +1,4 @@
-"""y = x W^T of every storage of weights, at every level, against exact products."""
+"""GEMM and GEMV, y = x W^T: every weight storage at every level, against exact products."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -57,7 +57,7 @@ def test_bf16(
 def test_bf16_rows_of_a_wider_matrix(
     level: str, rows: int, columns: int, outs: int, seed: int, stream: bool
 ) -> None:
-    """Rows that lie apart, surrounded by NaN that must not be looked at."""
+    """Rows with a stride, surrounded by NaN that must not be read."""
     x = draw((rows, columns), "normal", seed)
     wide = torch.full((outs, columns + 13), torch.nan, dtype=torch.bfloat16)
     wide[:, :columns] = draw((outs, columns), "normal", seed + 1)

@@ -1,4 +1,4 @@
-"""Whether the native kernels are there, at which level and on how many threads."""
+"""Availability, instruction-set level and thread count of the native kernels."""
 
 import ast
 import os
@@ -64,10 +64,10 @@ def test_without_a_compiler_lowlat_installs_as_plain_python(tmp_path: Path) -> N
     root = Path(__file__).parents[2]
     if not (root / "CMakeLists.txt").exists():
         pytest.skip("the sources are not here")
-    told = ["--no-deps", "--quiet", "--wheel-dir", str(tmp_path)]
+    options = ["--no-deps", "--quiet", "--wheel-dir", str(tmp_path)]
     building = ["--config-settings", f"build-dir={tmp_path / 'build'}"]
     result = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", str(root), *told, *building],
+        [sys.executable, "-m", "pip", "wheel", str(root), *options, *building],
         env=os.environ | {"CC": str(tmp_path / "none"), "CXX": str(tmp_path / "none")},
         capture_output=True,
         text=True,
@@ -87,7 +87,7 @@ NEEDED_FLAGS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"},
 }
-"""Of a processor, as Linux spells them, for a level."""
+"""Processor flags of a level, as Linux spells them."""
 
 
 @needs_native
@@ -199,7 +199,7 @@ def test_container_limits(tmp_path: Path, files: dict[str, str], limit: int | No
             },
             2,
         ),
-        # Not that of a group beside it.
+        # Not that of a sibling group.
         ({OWN: "0::/a/b", TOP + "a/c/cpu.max": "100000 100000"}, None),
         (
             {

@@ -1,4 +1,4 @@
-"""int8 and int4: products against those of their values, and packing, at every level."""
+"""int8 and int4 weights: products against dequantized values, and quantization, at every level."""
 
 from collections.abc import Sequence
 
@@ -67,7 +67,7 @@ def half_steps(x: Tensor) -> Tensor:
 def test_int8_and_int4_stream_exact_values(
     level: str, rows: int, columns: int, outs: int, kind: str, gain: float, seed: int
 ) -> None:
-    """Streams do not round weights: fp32's roundings are all that separates them from the values.
+    """The GEMV path does not round weights: only fp32 rounding separates it from the exact values.
 
     A group's sum passes through integers of up to `largest`; 48 roundings bound it. With integer
     dot products activations are rounded, too, to the largest of their group over 16256.

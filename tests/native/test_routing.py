@@ -1,4 +1,4 @@
-"""The native choice of experts against lowlat.ops.routing, at every level."""
+"""Native expert routing (group-limited top-k) against lowlat.ops.routing, at every level."""
 
 import torch
 from hypothesis import given, settings

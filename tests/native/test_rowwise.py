@@ -1,5 +1,5 @@
-"""Norm, rotation and SwiGLU at every level, against the exact result rounded once to bf16; cached
-rows, bit by bit.
+"""RMSNorm, RoPE and SwiGLU at every level, against the exact result rounded once to bf16; KV cache
+entries, bit by bit.
 """
 
 import pytest
@@ -29,7 +29,7 @@ many = settings(max_examples=60, deadline=None)
 rows = st.integers(0, 9)
 sizes = st.integers(1, 130)
 SMALLEST = 2.0**-133
-"""The smallest bf16 number: below 2^-126 numbers lie that far apart."""
+"""The smallest bf16 number: below 2^-126 numbers are that far apart."""
 
 
 @every_level
@@ -143,7 +143,7 @@ def test_cached_rows_have_the_bits_of_their_definition(
 def test_one_number_that_is_not_finite_spoils_its_group(
     level: str, value: float, quantized: int
 ) -> None:
-    """Holds shut: a maximum that loses NaN, so that a broken row is cached as zeros."""
+    """Holds shut: a maximum that loses NaN, so that a NaN entry is cached as zeros."""
     x = draw((quantized + 2, quantized + 3), "normal", 1)
     x[:quantized].diagonal().fill_(value)
     x[-1] = value  # and one row of nothing else

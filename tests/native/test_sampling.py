@@ -1,4 +1,4 @@
-"""The native draw against lowlat.ops.sampling, at every level: which tokens are kept, in what
+"""Native token sampling against lowlat.ops.sampling, at every level: which tokens are kept, in what
 shares, and the same token whatever the level.
 """
 

@@ -1,6 +1,6 @@
-"""The native step against the modules it stands for: whole models, drawn configs, mixed batches.
+"""The native step against the PyTorch modules: whole models, drawn configs, mixed batches.
 
-Its bits in other company and on other threads are test_step_company's.
+Batch invariance of its bits: test_step_batch_invariance.py.
 """
 
 import math
@@ -76,7 +76,7 @@ def new_cache(config: ModelConfig, dtype: torch.dtype) -> PagedCache:
 
 
 def form_for(length: int, break_even: float) -> AttentionPath:
-    """All three forms occur: streams of few tokens, absorbed and expanded chunks."""
+    """All three attention paths occur: decode, absorbed and expanded chunks."""
     if length > break_even:
         return "expanded"
     return "decode" if length <= DECODE_TOKENS else "absorbed"
@@ -181,7 +181,7 @@ def ahead_of(config: ModelConfig, step: Sequence[tuple[int, int, int]], depth: i
 
 
 def drawn_states(config: ModelConfig, step: Sequence[tuple[int, int, int]], depth: int) -> Tensor:
-    """Hidden states of the depth before, for the step's positions."""
+    """Hidden states of the previous depth at the step's positions."""
     generator = torch.Generator().manual_seed(depth)
     states = torch.randn(3, 100, config.hidden_size, generator=generator)
     return torch.cat([states[s, start : start + n] for s, start, n in step]).bfloat16()
@@ -228,7 +228,7 @@ def test_modules_are_as_near_to_fp32_as_plain_bf16(
 
 @torch.inference_mode()
 def test_a_module_goes_on_from_hidden_states_and_no_other_does() -> None:
-    """Holds shut: a step that reads memory nobody gave it."""
+    """Holds shut: a step that reads uninitialized memory."""
     config = with_modules(FEW[0], has_copies=False)
     model = NativeModel(random_model(config, FEW[0].seed))
     batch, cache = batch_of(STEPS[0], 2.0), new_cache(config, torch.bfloat16)
@@ -247,8 +247,8 @@ def test_a_module_goes_on_from_hidden_states_and_no_other_does() -> None:
 def test_bits_do_not_depend_on_how_a_text_is_cut(
     case: Case, level: str, form: AttentionPath, dtype: torch.dtype
 ) -> None:
-    """What prefix caching, speculation and reading again after preemption rest on: rows and logits
-    of one form are the same, whether tokens come one by one, in pieces, or all in one step."""
+    """Prefix caching, speculation and recomputation rest on this: cache entries and logits of one
+    attention path are equal whether tokens come one by one, in chunks, or in one step."""
     config = drawn_config(case)
     model = NativeModel(random_model(config, case.seed))
     pages, length = tuple(range(7, 0, -1)), 90
@@ -283,7 +283,7 @@ def test_bits_do_not_depend_on_how_a_text_is_cut(
 
 @torch.inference_mode()
 def test_wanted_logits_come_in_the_order_asked_for() -> None:
-    """Of a step that is two calls: a stream of one token, and a chunk of 70."""
+    """A step of two calls: one decoded token, and a chunk of 70."""
     config = drawn_config(FEW[0])
     model = NativeModel(random_model(config, FEW[0].seed))
     step = STEPS[1]
@@ -308,15 +308,15 @@ def packed_and_plain(config: ModelConfig, seed: int, dtype: str) -> tuple[Transf
         model.add_head()
     plain_linears = {name: m for name, m in plain.named_modules() if isinstance(m, Linear)}
     for name, linear in store_packed(packed, dtype).items():
-        twin = plain_linears[name.removesuffix(".weight")]
-        drawn = plain.embed_tokens.weight if name == "lm_head.weight" else twin.weight
+        reference = plain_linears[name.removesuffix(".weight")]
+        drawn = plain.embed_tokens.weight if name == "lm_head.weight" else reference.weight
         if linear.storage == "int8_rows":
             drawn = torch.randint(-127, 128, drawn.shape) / 256
             drawn[:, 0] = 127 / 256
             drawn[::3] /= 4
         for part, value in linear.pack(drawn.float()).items():
             setattr(linear, part, nn.Parameter(value, requires_grad=False))
-        twin.weight.copy_(linear.dense_weight(torch.bfloat16))
+        reference.weight.copy_(linear.dense_weight(torch.bfloat16))
     return packed, plain
 
 
@@ -338,7 +338,7 @@ def test_packed_chunks_give_the_bits_of_bf16(case: Case, dtype: str, level: str)
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 @torch.inference_mode()
 def test_packed_logits_are_as_near_to_fp32_as_bf16(case: Case, dtype: str, level: str) -> None:
-    """Streams do not even round the values to bf16."""
+    """The GEMV path does not round the values to bf16."""
     config = drawn_config(case)
     packed, plain = packed_and_plain(config, case.seed, dtype)
     exact = Transformer(config, dtype=torch.float32)

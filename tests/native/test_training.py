@@ -86,7 +86,7 @@ def test_native_gated(
 def test_native_gradients_of_gate_and_up_apart(
     level: str, dtype: torch.dtype, rows: int, dim: int
 ) -> None:
-    """The bits of the gradients that lie side by side."""
+    """The bits of gradients that are columns of one tensor."""
     gate, up, grad = (draw(rows, dim, dtype=dtype, seed=seed) for seed in range(3))
     found = native_training_kernels.gated_gradients(gate, up, grad, level=level)
     _, wanted, _ = native_training_kernels.gated_backward(
@@ -249,7 +249,7 @@ MOE = MoEConfig(
 def experts_loss(
     x: Tensor, gate: Tensor, gate_up: Tensor, down: Tensor, *, stacked: bool
 ) -> Tensor:
-    bias = torch.tensor([0.3, -9.0, 0.1, -0.2, 0.4, 0.0])  # nobody chooses expert 1
+    bias = torch.tensor([0.3, -9.0, 0.1, -0.2, 0.4, 0.0])  # no token chooses expert 1
     routing = route(x, gate, bias.to(gate.dtype), MOE)
     if stacked:
         out = stacked_experts(x, routing, gate_up, down)
@@ -300,7 +300,7 @@ def test_groups_fill_up_each_expert() -> None:
 
 
 def test_rows_that_fill_up_have_no_effect_even_on_gradients() -> None:
-    """Holds shut: rows of token 0 that stand in for nobody and are counted all the same."""
+    """Holds shut: padding rows of token 0 that are counted."""
     x = draw(3, 7, dtype=torch.float64)
     experts = torch.tensor([[1], [1], [1]])
     weights = torch.ones(3, 1, dtype=torch.float64, requires_grad=True)

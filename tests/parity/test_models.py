@@ -18,7 +18,7 @@ from lowlat.attention.cache import PagedCache
 from lowlat.attention.cached import CachedAttention
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.attention.packed import PackedAttention
-from lowlat.checkpoint.load import Loaded, load_model
+from lowlat.checkpoint.load import LoadedModel, load_model
 from lowlat.model.moe import Gate
 from lowlat.model.transformer import Transformer
 
@@ -31,7 +31,7 @@ CASES = all_cases()
 
 
 @pytest.fixture
-def pair(case: Case, tmp_path: Path) -> tuple[Oracle, Loaded]:
+def pair(case: Case, tmp_path: Path) -> tuple[Oracle, LoadedModel]:
     """The oracle and what lowlat loads from the files it saved."""
     oracle = build(case)
     save(oracle, tmp_path)
@@ -117,7 +117,7 @@ def mtp_logits(model: Transformer, ids: Tensor, positions: Tensor) -> list[Tenso
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_logits_and_experts(case: Case, pair: tuple[Oracle, Loaded]) -> None:
+def test_logits_and_experts(case: Case, pair: tuple[Oracle, LoadedModel]) -> None:
     oracle, loaded = pair
     model, (ids, positions) = loaded.model, inputs(case)
     with chosen_experts(oracle.model, "TopkRouter", 2) as theirs:
@@ -137,7 +137,7 @@ WITH_MTP = [case for case in CASES if case.mtp]
 
 
 @pytest.mark.parametrize("case", WITH_MTP, ids=lambda case: case.name)
-def test_mtp_logits(case: Case, pair: tuple[Oracle, Loaded]) -> None:
+def test_mtp_logits(case: Case, pair: tuple[Oracle, LoadedModel]) -> None:
     """Every depth, from weights in the released layout, with and without own embedding and head."""
     oracle, loaded = pair
     ids, positions = inputs(case)

@@ -22,7 +22,7 @@ from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
 from lowlat.train.recipe.schema import OptimizerConfig, parse_recipe
 from lowlat.train.run.export import export
-from lowlat.train.step.balance import RouterWatch
+from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.loss import count_targets
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import PlainPasses
@@ -148,7 +148,7 @@ def step_both(model: Transformer, batch: Batch, theirs: dict[str, Tensor]) -> No
     reference.step()
     optimizer = Optimizer(model, OptimizerConfig(eps=1e-2))
     optimizer.zero_grad()
-    watch = RouterWatch(model, sequence_weight=0.0)
+    watch = LoadBalancer(model, sequence_weight=0.0)
     passes = PlainPasses(model, torch.float32)
     result = train_step(passes, optimizer, watch, batch, plan(), num_ahead=1 + len(model.mtp))
     assert result.is_finite

@@ -1,4 +1,4 @@
-"""Servers in processes of their own, on free ports."""
+"""Fixtures: servers in separate processes, on free ports."""
 
 import contextlib
 import os
@@ -39,13 +39,14 @@ def serving(*options: str) -> Iterator[Server]:
     with socket.socket() as listener, tempfile.NamedTemporaryFile("w") as log:
         listener.bind(("127.0.0.1", 0))
         command = [sys.executable, str(Path(__file__).with_name("tiny_server.py"))]
+        paths = [str(TESTS), os.environ.get("PYTHONPATH")]
         process = subprocess.Popen(
             [*command, str(listener.fileno()), *options],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
             pass_fds=[listener.fileno()],
-            env={**os.environ, "PYTHONPATH": str(TESTS)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         )
         # By its name: a file opened again has a place of its own, and the server writes at its.
         server = Server(process, listener.getsockname()[1], Path(log.name))

@@ -1,4 +1,4 @@
-"""`lowlat serve minnow`: the command itself, with the trained model that comes along."""
+"""`lowlat serve minnow`: the command with the bundled trained model."""
 
 import json
 import re

@@ -38,7 +38,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [NAME]
-    assert client.models.retrieve(NAME).context_length == CONTEXT
+    assert client.models.retrieve(NAME).max_model_len == CONTEXT
 
 
 def test_chat_is_repeatable_with_a_seed(client: openai.OpenAI) -> None:

@@ -1,4 +1,4 @@
-"""A server as a process: connections that misbehave, and how it ends."""
+"""The server process: misbehaving connections and shutdown."""
 
 import contextlib
 import json
@@ -89,7 +89,7 @@ def test_bad_connections_are_answered_and_closed(server: Server, data: bytes, st
 
 
 def test_a_second_request_may_come_late_but_not_slowly(server: Server) -> None:
-    """Holds shut: a limit on headers that cuts connections kept open, or misses their next."""
+    """Regression: a header timeout that cuts keep-alive connections, or misses the next one."""
     get = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as connection:
         for _ in range(2):
@@ -144,7 +144,7 @@ def start(
 
 @contextlib.contextmanager
 def streaming(server: Server, body: dict[str, Any]) -> Iterator[Iterator[str]]:
-    """The lines of a stream that has begun; who leaves the context leaves the stream."""
+    """The lines of a started stream; leaving the context disconnects."""
     url, body = f"{server.url}/v1/completions", {**body, "stream": True}
     with httpx.stream("POST", url, json=body, timeout=PATIENCE) as stream:
         lines = stream.iter_lines()
@@ -183,7 +183,7 @@ def test_what_outlasts_the_drain_is_told_so() -> None:
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(second: signal.Signals) -> None:
-    """Holds shut: status 500, a stream that only breaks off, and tracebacks in the log."""
+    """Regression: status 500, a stream that only breaks off, and tracebacks in the log."""
     with serving("--drain-seconds", "3600", *ROOM) as server:
         thread, answers = start(server, ENDLESS)
         with streaming(server, ENDLESS) as lines:
@@ -206,4 +206,4 @@ def test_a_second_signal_ends_at_once(second: signal.Signals) -> None:
 
 def test_without_native_kernels_the_log_says_what_that_means(server: Server) -> None:
     """The tiny model computes in fp32, for which there are none."""
-    assert "without native kernels a token may depend on what else runs" in server.logged()
+    assert "not batch-invariant: tokens may depend on batch composition" in server.logged()

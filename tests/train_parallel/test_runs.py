@@ -12,7 +12,7 @@ from lowlat.model.transformer import Transformer
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.recipe.schema import read_recipe
 from lowlat.train.run import trainer as trainer
-from lowlat.train.step.balance import RouterWatch
+from lowlat.train.step.balance import LoadBalancer
 from tests.train_parallel.choices import Margin
 from tests.train_parallel.processes import finish, run, start
 from tests.train_parallel.runs import PROGRAM, losses, state, wait_for_step, write_recipe
@@ -66,11 +66,11 @@ def test_no_rounding_decides_about_experts(
     """Else the layouts of these tests may train differently: take another SEED."""
     found: list[Margin] = []
 
-    def watch(model: Transformer, **options: Any) -> RouterWatch:
+    def watch(model: Transformer, **options: Any) -> LoadBalancer:
         found.append(Margin(model))
-        return RouterWatch(model, **options)
+        return LoadBalancer(model, **options)
 
-    monkeypatch.setattr(trainer, "RouterWatch", watch)
+    monkeypatch.setattr(trainer, "LoadBalancer", watch)
     with RunFolder(tmp_path / "run") as folder:
         trainer.Trainer(read_recipe(recipe), folder, Notes(), base=recipe.parent).run()
     assert len(found) == 2, "one of each phase"

@@ -26,7 +26,7 @@ from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
 from lowlat.train.recipe.schema import OptimizerConfig, ParallelConfig, parse_recipe
 from lowlat.train.run.build import new_passes
-from lowlat.train.step.balance import RouterWatch
+from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.step import train_step
 from tests.fakes import gqa_config, mla_config
@@ -143,7 +143,7 @@ class Training:
         )
         table = OptimizerConfig(name=spec["optimizer"], eps=EPS)
         self.optimizer = Optimizer(self.model, table, self.sharded)
-        self.watch = RouterWatch(self.model, sequence_weight=0.01, mesh=mesh)
+        self.balancer = LoadBalancer(self.model, sequence_weight=0.01, mesh=mesh)
         self.margin = Margin(self.model)
         self.timetable = timetable(spec["steps"], mesh.data_parallel_size)
         self.losses: list[list[float]] = []
@@ -159,7 +159,7 @@ class Training:
         result = train_step(
             self.passes,
             self.optimizer,
-            self.watch,
+            self.balancer,
             batch,
             plan,
             num_ahead=1 + MTP,

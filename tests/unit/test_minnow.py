@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 
 import lowlat
-from lowlat.checkpoint.fetch.model_names import PACKAGED, LocalModel, resolve
+from lowlat.checkpoint.fetch.model_names import BUNDLED_MODELS, LocalModel, resolve
 from lowlat.config.model import MLAConfig
 from lowlat.generate.model import Model
 
-MINNOW = PACKAGED["minnow"]
+MINNOW = BUNDLED_MODELS["minnow"]
 PROSE = (
     "The house stood at the end of a long road, and in the evening the light of the sun came "
     "through the trees and fell upon the windows. There was nobody in the garden. She opened the "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowlat.cli import options
-from lowlat.cli.waiting import let_threads_sleep
+from lowlat.cli.main import wait_passively
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def attention(
 
     Held-out loss with its confidence, cache per token, decode speed at a long context.
     """
-    let_threads_sleep()
+    wait_passively()
     from lowlat_lab.study import attention as own
 
     def all_arms(chosen: "Size", folder: "TokenizedDataset") -> "Sequence[Arm]":
@@ -136,7 +136,7 @@ def balance(
     quiet: Quiet = False,
 ) -> None:
     """Experts balanced by a routing bias, by an auxiliary loss, by nothing: loss and MaxVio."""
-    let_threads_sleep()
+    wait_passively()
     from lowlat_lab.study import balance as own
 
     plan, folder = _plan(
@@ -166,7 +166,7 @@ def mtp(
     quiet: Quiet = False,
 ) -> None:
     """One model trained with a multi-token prediction module and without: loss, drafts kept."""
-    let_threads_sleep()
+    wait_passively()
     from lowlat_lab.study import mtp as own
 
     def all_arms(chosen: "Size", _folder: "TokenizedDataset") -> "Sequence[Arm]":
@@ -191,7 +191,7 @@ def precision(
     quiet: Quiet = False,
 ) -> None:
     """One model trained in bf16, in DeepSeek-V3's FP8 and in fp32: loss beside bf16's."""
-    let_threads_sleep()
+    wait_passively()
     from lowlat_lab.study import precision as own
 
     def all_arms(chosen: "Size", _folder: "TokenizedDataset") -> "Sequence[Arm]":

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from lowlat.checkpoint.fetch.cache_dir import (
     cache_dir,
+    cache_disk_errors,
     checked_digest,
-    disk_faults,
     locked,
     sha256_file,
     write_record,
@@ -49,7 +49,7 @@ def fetch_archive(source: Source, *, accept_newer: bool, progress: Progress) -> 
     has checked by Debian's signature. Raises UserError: the tool or the version is not there, no
     network, another hash, a full disk.
     """
-    with disk_faults(cache_dir()):
+    with cache_disk_errors(cache_dir()):
         try:
             return _cached(source, source.version, progress)
         except VersionGone:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlat.config.attention import short_name
-from lowlat.config.parameter_count import cache_cost, count_parameters
+from lowlat.config.attention_summary import short_name
+from lowlat.config.kv_cache_size import kv_cache_size
+from lowlat.config.parameter_count import count_parameters
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
@@ -72,7 +73,7 @@ def matched(arm: Arm, baseline: Arm, vocab_size: int) -> Matched:
     """The parameters of `arm` beside those of `baseline`, counted."""
     config, other = config_of(arm.model, vocab_size), config_of(baseline.model, vocab_size)
     count, base = count_parameters(config), count_parameters(other)
-    cost = cache_cost(config)
+    cost = kv_cache_size(config)
     return Matched(
         parameters=count.total,
         without_embedding=count.total - count.embedding,
@@ -167,7 +168,7 @@ def study(
         config = config_of(arm.model, data.vocab_size)
         entry |= asdict(matched(arm, plan.baseline, data.vocab_size))
         entry["form"] = short_name(config.attention)
-        entry["cache_bytes_per_token"] = cache_cost(config).own_bytes_per_token("bf16")
+        entry["cache_bytes_per_token"] = kv_cache_size(config).own_bytes_per_token("bf16")
         speed = speeds.get(arm.name)
         if speed is not None:
             entry["decode"] = asdict(speed) | {

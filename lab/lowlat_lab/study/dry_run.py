@@ -7,8 +7,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lowlat.config.attention import short_name
-from lowlat.config.parameter_count import cache_cost, count_parameters
+from lowlat.config.attention_summary import short_name
+from lowlat.config.kv_cache_size import kv_cache_size
+from lowlat.config.parameter_count import count_parameters
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.metrics.formatting import clock, count
 from lowlat.utils.progress import Progress
@@ -62,5 +63,5 @@ def arm_facts(plan: Plan, place: int, vocab_size: int) -> dict[str, Any]:
         "mtp_parameters": own.mtp,
         "difference": (own.total - own.embedding) / (other.total - other.embedding) - 1,
         "intermediate_size": config.intermediate_size,
-        "cache_elements": cache_cost(config).elements_per_token_layer,
+        "cache_elements": kv_cache_size(config).elements_per_token_layer,
     }

@@ -19,7 +19,7 @@ from lowlat.train.inputs.phase_data import phase_data, phase_dataset
 from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.run.build import DTYPES
-from lowlat.train.step.balance import RouterWatch
+from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.passes import PlainPasses
 from lowlat.train.step.step import evaluate
 from lowlat.utils.progress import Progress
@@ -65,23 +65,23 @@ def measure(folder: Path, recipe: Recipe, *, most_windows: int, progress: Progre
     assert windows is not None  # open_data looked
     rows = min(most_windows, windows.per_epoch)
     passes = PlainPasses(model, DTYPES[recipe.precision])
-    watch = RouterWatch(model, sequence_weight=0.0)
+    balancer = LoadBalancer(model, sequence_weight=0.0)
     losses = []
     length = recipe.phase[0].sequence_length
     with (
         progress.task("held-out text", rows) as task,
-        watch.watching(sequence_length=length, num_sequences=1),
+        balancer.observe(sequence_length=length, num_sequences=1),
     ):
         for row in range(rows):
             batch = windows.batch(row, 1)
             losses.append(evaluate(passes, [batch], num_ahead=num_ahead))
             task.advance()
-    watch.reduce()
+    balancer.reduce()
     main, *mtp = zip(*losses, strict=True)
     return HeldOut(
         window_losses=tuple(main),
         mtp_losses=tuple(map(statistics.fmean, mtp)),
-        max_violations=tuple(load.max_violation for load in watch.loads()),
+        max_violations=tuple(load.max_violation for load in balancer.loads()),
     )
 
 

@@ -1,0 +1,1 @@
+"""Model names, downloads from package indexes and the hub, and the cache folder."""

@@ -1,12 +1,12 @@
-"""The user's cache folder: where it is, how files there are checked, locked and made durable.
+"""The user's cache folder: its place, and checked, locked and durable files in it.
 
-    pypi/PACKAGE/VERSION/FILE/PATH              a fetched file, whole whenever it is there
+    pypi/PACKAGE/VERSION/FILE/PATH              a fetched file, always complete
     pypi/PACKAGE/VERSION/FILE/PATH.lowlat.json  its size, time and sha256, so it is hashed once
-    pypi/.work/PACKAGE-VERSION/                 a fetch under way, and its lock file beside it
-    converted/NAME-KEY/                         models made from others, placed by the converter
-    hub/                                        hub models, only where LOWLAT_CACHE is set
+    pypi/.work/PACKAGE-VERSION/                 a fetch under way, with a lock file next to it
+    converted/NAME-KEY/                         converted models
+    hub/                                        hub models, only if LOWLAT_CACHE is set
 
-Does not fetch (`checkpoint.fetch`, `checkpoint.names`) and reads no model file.
+Fetches nothing (`pypi`, `hub`) and reads no model file.
 """
 
 import errno
@@ -25,7 +25,7 @@ from lowlat.utils.file_lock import try_lock, wait_for_lock
 from lowlat.utils.progress import Progress
 
 CONVERTED_FORMAT = 1
-"""Version of what converters write; raise it when that changes, so that old copies go unused."""
+"""Version of converted models in the cache; raise it when their content changes."""
 
 CHUNK = 1 << 20
 RECORD_SUFFIX = ".lowlat.json"
@@ -49,10 +49,10 @@ def cache_dir() -> Path:
 
 
 def derived_dir(label: str, key_parts: Sequence[str]) -> Path:
-    """Where a model made from another is kept: `label` and a hash of all that it depends on.
+    """The cached folder of a converted model: `label` and a hash of everything it depends on.
 
-    key_parts: sha256 of the source, the recipe, its options. Whoever writes there must place the
-    folder atomically: one that exists is taken as whole.
+    key_parts: sha256 of the source, the recipe, its options. Writers must place the folder
+    atomically: one that exists counts as complete.
     """
     key = hashlib.sha256(json.dumps([CONVERTED_FORMAT, *key_parts]).encode()).hexdigest()[:12]
     readable = re.sub(r"[^A-Za-z0-9._]+", "-", label).strip("-.")
@@ -60,8 +60,8 @@ def derived_dir(label: str, key_parts: Sequence[str]) -> Path:
 
 
 @contextmanager
-def disk_faults(folder: Path) -> Iterator[None]:
-    """Turns a full or unusable disk into a UserError that names the file or `folder`."""
+def cache_disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full or unusable disk into a UserError that names the file or `folder`."""
     try:
         yield
     except OSError as error:
@@ -90,7 +90,7 @@ def locked(lock: Path, what: str, progress: Progress) -> Iterator[None]:
 
 
 def sha256_file(path: Path, advance: Callable[[int], None] = lambda n: None) -> str:
-    """Hex sha256 of a file, read in pieces; `advance` is told the bytes of each."""
+    """Hex sha256 of a file, read in chunks; `advance` gets the bytes of each."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(CHUNK):
@@ -100,10 +100,10 @@ def sha256_file(path: Path, advance: Callable[[int], None] = lambda n: None) -> 
 
 
 def checked_digest(path: Path, expected: str | None, progress: Progress) -> str:
-    """Sha256 of a cached file: from its record if size and time still agree, else by reading it.
+    """sha256 of a cached file: from its record if size and time still match, else computed.
 
-    expected: what it must be; None takes what the record says, or without one what is there.
-    Raises UserError where it differs; the file is left alone.
+    expected: the required digest; None accepts the record's, or without one the file's.
+    Raises UserError if it differs; the file stays.
     """
     stat = path.stat()
     record = _read_record(path)
@@ -126,7 +126,7 @@ def checked_digest(path: Path, expected: str | None, progress: Progress) -> str:
 
 
 def _read_record(path: Path) -> dict:
-    """The record beside `path`; empty where it is absent or not one, so that the file is hashed."""
+    """The record of `path`; empty if it is missing or malformed, so that the file is hashed."""
     try:
         record = json.loads(path.with_name(path.name + RECORD_SUFFIX).read_bytes())
     except (FileNotFoundError, ValueError):
@@ -136,7 +136,7 @@ def _read_record(path: Path) -> dict:
 
 
 def write_record(path: Path, stat: os.stat_result, digest: str) -> None:
-    """Records that the file at `path`, when it has this size and time, has this sha256."""
+    """Record the sha256 of `path` for its current size and time."""
     record = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
     target = path.with_name(path.name + RECORD_SUFFIX)
     part = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.part")

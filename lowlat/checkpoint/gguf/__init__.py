@@ -1,0 +1,1 @@
+"""GGUF files: bytes and block formats, metadata, tensor names and layouts, both directions."""

@@ -1,7 +1,7 @@
-"""Rows of numbers as the bytes GGUF files hold: plain types, and the blocks Q8_0 and Q4_1.
+"""Encode rows as GGUF types: plain floats, and the quantized blocks Q8_0 and Q4_1.
 
-Blocks have the numbers of `ops.quantized`, which go into memory and out again without loss; only
-the order of the bytes is another. 32 columns of a row are a block:
+Blocks hold the numbers of `ops.quantized` without loss, in another byte order. A block is 32
+columns of a row:
 
     Q8_0  fp16 scale, 32 int8
     Q4_1  fp16 scale, fp16 minimum, 16 bytes: columns 0..15 in the low halves, 16..31 in the high
@@ -20,7 +20,7 @@ QUANTIZED = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_1)
 
 
 def row_bytes(kind: GGMLQuantizationType, columns: int) -> int:
-    """Bytes of a row; its columns must be whole blocks."""
+    """Bytes of a row; `columns` must be a multiple of the block."""
     block, size = GGML_QUANT_SIZES[kind]
     return columns // block * size
 
@@ -31,7 +31,7 @@ def fits(kind: GGMLQuantizationType, columns: int) -> bool:
 
 
 def encode(rows: Float[Tensor, "rows columns"], kind: GGMLQuantizationType) -> Tensor:
-    """The bytes of `rows` in `kind`, or a tensor with these bytes.
+    """`rows` encoded as `kind`: a tensor of these bytes.
 
     Raises OverflowError where values of a block are not finite or too large.
     """

@@ -1,8 +1,8 @@
-"""One GGUF file: metadata and tensor table, checked before any data is touched; dequantisation.
+"""Reader of GGUF files: checked metadata and tensor table, dequantization of block formats.
 
 Format (versions 2 and 3, little-endian): magic, version, counts, key-value pairs, tensor infos,
-then aligned data in the order of the infos. Owns bytes and block formats; what keys and names
-mean is `gguf_config`'s and `gguf`'s.
+then aligned data in the order of the infos. Owns bytes and block formats; `metadata_reader` and
+`source` interpret keys and names.
 """
 
 import math
@@ -55,13 +55,13 @@ PLAIN = {
 
 @dataclass(frozen=True, slots=True)
 class SkippedArray:
-    """An array of strings or of many numbers (a vocabulary): walked, not decoded."""
+    """An array of strings or of many numbers (a vocabulary): skipped, not decoded."""
 
     length: int
 
 
 class GGUFTensor(NamedTuple):
-    """Where a tensor lies: bytes [start, stop) of the file; shape slowest axis first."""
+    """Place of a tensor: bytes [start, stop) of the file; shape slowest axis first."""
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -70,9 +70,7 @@ class GGUFTensor(NamedTuple):
 
 
 class GGUFFile:
-    """An opened, checked and mapped GGUF file. Raises UserError naming file and key or tensor for
-    any fault.
-    """
+    """An opened, checked and mapped GGUF file. Raises UserError naming file and key or tensor."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -130,7 +128,7 @@ class GGUFFile:
 
 
 class _Cursor:
-    """Reads values one after the other and never past the end of the file."""
+    """Reads values in sequence, never past the end of the file."""
 
     def __init__(self, file: MappedFile):
         self.file = file

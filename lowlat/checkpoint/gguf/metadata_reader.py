@@ -1,8 +1,8 @@
-"""GGUF metadata -> the config of the same model in the words of a Hugging Face config.json.
+"""GGUF metadata -> config fields of Hugging Face's config.json.
 
-Architectures llama (mistral included), qwen2, qwen3 and deepseek2 (V2, V3 and their kin). A key of
-the architecture that is not understood is an error, because it may change the computation. Owns
-keys; tensors are `gguf`'s, the other direction is `gguf_keys`'s.
+Architectures llama (mistral included), qwen2, qwen3 and deepseek2 (V2, V3 and their kin). An
+unknown key of the architecture is an error, because it may change the computation.
+`metadata_writer` is the other direction.
 """
 
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ _REQUIRED: Any = object()
 
 
 class _Keys:
-    """The keys below the architecture's name, typed, with a memory of which were read."""
+    """Typed access to the architecture's keys; tracks which were read."""
 
     def __init__(self, file: GGUFFile, arch: str):
         self.path = file.path
@@ -47,45 +47,45 @@ class _Keys:
         }
         self.read: set[str] = set(IGNORED)
 
-    def fault(self, key: str, problem: str) -> UserError:
+    def error(self, key: str, problem: str) -> UserError:
         return UserError(f"{self.path}: key {self.prefix + key!r} {problem}")
 
     def integer(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self._value(key, default)
         whole = isinstance(value, int) and not isinstance(value, bool)
         if value is not default and not (whole and 0 <= value < 2**31):
-            raise self.fault(key, f"is {quoted(str(value))}, not one whole number >= 0")
+            raise self.error(key, f"is {quoted(str(value))}, not one whole number >= 0")
         return value
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self._value(key, default)
         if value is not default and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise self.fault(key, f"is {quoted(str(value))}, not a number")
+            raise self.error(key, f"is {quoted(str(value))}, not a number")
         return value
 
     def text(self, key: str, default: str) -> str:
         value = self._value(key, default)
         if not isinstance(value, str):
-            raise self.fault(key, f"is {quoted(str(value))}, not a text")
+            raise self.error(key, f"is {quoted(str(value))}, not a text")
         return value
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self._value(key, default)
         if not isinstance(value, bool):
-            raise self.fault(key, f"is {quoted(str(value))}, not true or false")
+            raise self.error(key, f"is {quoted(str(value))}, not true or false")
         return value
 
     def reject_unread(self) -> None:
         unread = [key for key in self.values if key not in self.read]
         if unread:
-            raise self.fault(
+            raise self.error(
                 unread[0], "is unknown and may change the computation; this model is not supported"
             )
 
     def _value(self, key: str, default: Any) -> Any:
         self.read.add(key)
         if key not in self.values and default is _REQUIRED:
-            raise self.fault(key, "is missing; convert the model with a current llama.cpp")
+            raise self.error(key, "is missing; convert the model with a current llama.cpp")
         return self.values.get(key, default)
 
 
@@ -101,9 +101,7 @@ def architecture(file: GGUFFile) -> str:
 
 
 def hf_config(file: GGUFFile, vocab_size: int) -> dict[str, Any]:
-    """The config of the model in `file`. Raises UserError naming the key that is missing, wrong
-    or unknown.
-    """
+    """The config of the model in `file`. Raises UserError naming the key at fault."""
     arch = architecture(file)
     keys = _Keys(file, arch)
     config = _common(file, keys, vocab_size)
@@ -143,7 +141,7 @@ def _token(file: GGUFFile, role: str) -> int | None:
 
 
 def _end_tokens(file: GGUFFile) -> list[int]:
-    """The ends of a text, a turn and a message, or all those that lowlat wrote beside them."""
+    """End tokens of text, turn and message, or the full list that lowlat writes."""
     key = f"tokenizer.{ALL_ENDS}"
     listed = file.metadata.get(key)
     if listed is not None:
@@ -159,9 +157,9 @@ def _dense(file: GGUFFile, keys: _Keys, arch: str) -> dict[str, Any]:
     head_dim = keys.integer("attention.key_length", hidden // heads if heads else 0)
     for key in ("rope.dimension_count", "attention.value_length"):
         if keys.integer(key, head_dim) != head_dim:
-            raise keys.fault(key, f"differs from the head width {head_dim}; that is not supported")
+            raise keys.error(key, f"differs from the head width {head_dim}; that is not supported")
     if keys.integer("expert_count", 0) or keys.integer("expert_used_count", 0):
-        raise keys.fault("expert_count", f"experts of architecture {arch} are not supported")
+        raise keys.error("expert_count", f"experts of architecture {arch} are not supported")
     config: dict[str, Any] = {
         "model_type": arch,
         "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
@@ -171,20 +169,20 @@ def _dense(file: GGUFFile, keys: _Keys, arch: str) -> dict[str, Any]:
     if arch == "llama" and window:
         return config | {"model_type": "mistral", "sliding_window": window}
     if window:
-        raise keys.fault("attention.sliding_window", f"is not supported in {arch} files")
+        raise keys.error("attention.sliding_window", f"is not supported in {arch} files")
     if arch != "qwen2":
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     return config
 
 
 def _deepseek(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
-    """V2 or V3, told apart by the gate: softmax or sigmoid."""
+    """DeepSeek V2 or V3; the gate function distinguishes them: softmax or sigmoid."""
     blocks = keys.integer("block_count")
     declared = keys.integer("nextn_predict_layers", 0)
     mtp = mtp_layers(file, range(max(blocks - declared, 0), blocks))
     heads = keys.integer("attention.head_count")
     if keys.integer("attention.head_count_kv", heads) not in (1, heads):
-        raise keys.fault("attention.head_count_kv", f"must be 1 or {heads}")
+        raise keys.error("attention.head_count_kv", f"must be 1 or {heads}")
     return {
         "num_hidden_layers": blocks - mtp,
         "num_nextn_predict_layers": mtp,
@@ -196,7 +194,7 @@ def _deepseek(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
 
 
 def _latent_sizes(keys: _Keys) -> dict[str, Any]:
-    """Head sizes: the `_mla` keys where the file stores the absorbed form, else the plain ones."""
+    """Head sizes: the `_mla` keys if the file stores absorbed MLA, else the plain ones."""
     rank = keys.integer("attention.kv_lora_rank")
     rope_dim = keys.integer("rope.dimension_count")
     key_length, value_length = (
@@ -205,13 +203,13 @@ def _latent_sizes(keys: _Keys) -> dict[str, Any]:
     )
     if "attention.key_length_mla" in keys.values:
         if (key_length, value_length) != (rank + rope_dim, rank):
-            raise keys.fault(
+            raise keys.error(
                 "attention.key_length", f"must be kv_lora_rank + rope width = {rank + rope_dim}"
             )
         key_length = keys.integer("attention.key_length_mla")
         value_length = keys.integer("attention.value_length_mla")
     if key_length < rope_dim:
-        raise keys.fault(
+        raise keys.error(
             "attention.key_length", f"{key_length} is less than the rope width {rope_dim}"
         )
     return {
@@ -229,7 +227,7 @@ def _experts(keys: _Keys) -> dict[str, Any]:
     """
     gate = keys.integer("expert_gating_func", 1)
     if gate not in GATES:
-        raise keys.fault(
+        raise keys.error(
             "expert_gating_func", f"{gate} is not supported; 1 is softmax, 2 is sigmoid"
         )
     sigmoid = GATES[gate] == "sigmoid"
@@ -266,7 +264,7 @@ def _rope(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
     kind = keys.text("rope.scaling.type", "none")
     if "rope_freqs.weight" in file.tensors:
         if kind != "none":
-            raise keys.fault(
+            raise keys.error(
                 "rope.scaling.type", f"{kind!r} beside rope_freqs.weight is not supported"
             )
         return config | {"rope_scaling": _frequency_divisors(file, keys)}
@@ -277,7 +275,7 @@ def _rope(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
     if kind == "yarn":
         scaling |= _yarn(keys)
     elif kind != "linear":
-        raise keys.fault(
+        raise keys.error(
             "rope.scaling.type", f"{quoted(kind)} is not supported; supported are linear and yarn"
         )
     return config | {"rope_scaling": scaling}

@@ -1,7 +1,7 @@
-"""ModelConfig -> the metadata of a GGUF file, as llama.cpp's converter names it.
+"""ModelConfig -> GGUF metadata, with the keys of llama.cpp's converter.
 
-`gguf_config` is the other direction. A model that llama.cpp's architectures cannot say is an error
-that names the setting.
+A setting that llama.cpp's architectures cannot express is an error that names it. `metadata_reader`
+is the other direction.
 """
 
 import logging
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowlat.config.attention import short_name
+from lowlat.config.attention_summary import short_name
 from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from lowlat.ops.rope import inverse_frequencies
@@ -19,14 +19,14 @@ _log = logging.getLogger(__name__)
 
 GATES = {"softmax": 1, "sigmoid": 2}
 LLAMA_BETA_FAST = 32.0
-"""What llama.cpp computes YaRN with in deepseek2, whatever the file says."""
+"""llama.cpp uses this beta_fast for YaRN in deepseek2 and ignores the file's."""
 
 
 def architecture_of(config: ModelConfig) -> str:
-    """llama.cpp's name for the model's architecture. Raises UserError where it has none."""
+    """llama.cpp's name of the model's architecture. Raises UserError if it has none."""
     attention, rope = config.attention, rope_of(config)
     if isinstance(attention, MLAConfig):
-        _require(attention.kv_a_layernorm, "a latent without norm (converted models have one)")
+        _require(attention.kv_a_layernorm, "a latent without norm (exactly converted models)")
         biases = attention.attention_bias or attention.q_bias or attention.o_bias
         _require(not biases, "latent attention with biases")
         _require(rope.rope_interleave, "rope_interleave false")
@@ -54,7 +54,7 @@ def rope_of(config: ModelConfig) -> RopeConfig:
 
 def gguf_keys(config: ModelConfig, arch: str) -> dict[str, Any]:
     """All keys of the model, without its vocabulary. Raises UserError naming a setting that the
-    format cannot say.
+    format cannot express.
     """
     attention = config.attention
     assert isinstance(attention, MLAConfig | GQAConfig)
@@ -79,7 +79,7 @@ def gguf_keys(config: ModelConfig, arch: str) -> dict[str, Any]:
 
 
 def rope_divisors(config: ModelConfig) -> torch.Tensor | None:
-    """What rope_freqs.weight holds: one divisor per frequency; None for models without it."""
+    """Content of rope_freqs.weight: one divisor per frequency; None for models without it."""
     rope = rope_of(config)
     if rope.rope_type == "longrope" and rope.pair_factors is not None:
         return torch.tensor(rope.pair_factors)
@@ -92,11 +92,11 @@ def rope_divisors(config: ModelConfig) -> torch.Tensor | None:
 
 
 def _latent_keys(attention: MLAConfig) -> dict[str, Any]:
-    """Of the absorbed form: one key and value head, the latent."""
+    """Keys of absorbed MLA: one key and value head, the latent."""
     latent, rope_dim = attention.kv_lora_rank, attention.qk_rope_head_dim
     return {
         "attention.head_count_kv": 1,
-        # llama.cpp demands the key also where there is no query latent
+        # llama.cpp demands the key even without a query latent
         "attention.q_lora_rank": attention.q_lora_rank or 0,
         "attention.kv_lora_rank": latent,
         "attention.key_length": latent + rope_dim,
@@ -141,7 +141,7 @@ def _expert_keys(config: ModelConfig) -> dict[str, Any]:
     if moe.topk_method == "group_limited_greedy":
         _log.warning("llama.cpp weighs groups of experts as V3 does, so its tokens will differ")
     normalizes, scale = _weighting(moe)
-    # Where no group is left out there is but one; llama.cpp ends at the same thing said otherwise.
+    # If topk_group equals n_group, group limiting has no effect: write one group.
     is_grouped = moe.topk_group < moe.n_group
     return {
         "leading_dense_block_count": moe.first_k_dense_replace,
@@ -158,12 +158,10 @@ def _expert_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def _weighting(moe: MoEConfig) -> tuple[bool, float]:
-    """Whether chosen scores are divided by their sum, and the factor, which llama.cpp applies
-    always.
-    """
+    """Whether top-k scores are normalized, and the scaling factor (llama.cpp always applies it)."""
     if moe.scale_after_norm or not moe.norm_topk_prob:
         return moe.norm_topk_prob, float(moe.routed_scaling_factor)
-    if moe.num_experts_per_tok == 1:  # which V2 leaves as it is
+    if moe.num_experts_per_tok == 1:  # V2 does not normalize it
         return False, float(moe.routed_scaling_factor)
     return True, 1.0
 
@@ -177,7 +175,7 @@ def _rope_keys(config: ModelConfig) -> dict[str, Any]:
         case "default":
             return {}
         case "linear":
-            # which llama.cpp computes to other logits
+            # llama.cpp computes other logits
             _require(not is_latent, "rope_type 'linear' of MLA")
             _require(not rope.mscale_all_dim, "rope_type 'linear' with mscale_all_dim")
             return scaling

@@ -1,9 +1,8 @@
-"""A GGUF file presented as a Hugging Face checkpoint: names, layout and config; numbers
-dequantised when read.
+"""GGUF file as a TensorSource: Hugging Face names, layouts and config, dequantized on read.
 
-Owns what llama.cpp's converter did to names and layouts: experts stacked, llama's q and k rows
-permuted, kv_b_proj split and half transposed for the absorbed form. Bytes are `gguf_file`'s, keys
-`gguf_config`'s.
+Reverses what llama.cpp's converter did to names and layouts: stacked experts, permuted q and k rows
+of llama, kv_b_proj split with one half transposed (absorbed MLA). `file` reads the bytes,
+`metadata_reader` the config.
 """
 
 import re
@@ -29,13 +28,13 @@ _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)\.(weight|bias)")
 
 
 class _Part(NamedTuple):
-    """How one Hugging Face tensor comes out of the file."""
+    """How one Hugging Face tensor is computed from tensors of the file."""
 
     tensors: tuple[str, ...]
     """Names in the file."""
     shape: tuple[int, ...]
     rows: Callable[[int, int], Tensor]
-    """Rows from one number to another, made without the others' bytes."""
+    """Computes rows [start, stop) without reading the others."""
 
 
 @final
@@ -43,8 +42,8 @@ class GGUFSource(TensorSource):
     """A .gguf file of architecture llama, qwen2, qwen3 or deepseek2.
 
     Tensors stored as F16, F32, F64 or BF16 keep their dtype, all block formats are read as fp32.
-    Tensors without a Hugging Face counterpart keep their name, so that whoever reads strictly
-    finds them left over.
+    Tensors without a Hugging Face counterpart keep their name, so that strict loading reports them
+    as left over.
     """
 
     def __init__(self, path: Path):
@@ -150,7 +149,7 @@ class GGUFSource(TensorSource):
         return _Part((name,), shape, _by_heads(of_heads, width))
 
     def _rows(self, name: str, first: int, last: int) -> Tensor:
-        """Entries of the first axis."""
+        """[first, last) of the first axis."""
         if len(self._gguf.tensors[name].shape) == 2:
             return self._gguf.rows(name, first, last)
         return self._gguf.read(name)[first:last]
@@ -160,7 +159,9 @@ class GGUFSource(TensorSource):
         names = (f"blk.{block}.attn_k_b.weight", f"blk.{block}.attn_v_b.weight")
         for name in names:
             if name not in self._gguf.tensors:
-                raise UserError(f"{self.path}: tensor {name!r} is missing beside its other half")
+                raise UserError(
+                    f"{self.path}: tensor {name!r} is missing; the file has its other half only"
+                )
         keys, values = (self._gguf.tensors[name].shape for name in names)
         if len(keys) != 3 or len(values) != 3 or (keys[0], keys[1]) != (values[0], values[2]):
             raise UserError(
@@ -179,7 +180,7 @@ class GGUFSource(TensorSource):
 
 
 def _by_heads(of_heads: Callable[[int, int], Tensor], width: int) -> Callable[[int, int], Tensor]:
-    """From a function that makes the rows of some heads, `width` each, to one that makes rows."""
+    """From a function of head ranges, `width` rows each, to a function of row ranges."""
 
     def rows(start: int, stop: int) -> Tensor:
         first, last = start // width, -(-stop // width)

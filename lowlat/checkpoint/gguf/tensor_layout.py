@@ -1,8 +1,8 @@
-"""Which tensors a GGUF file of a model has, and how each is made of the model's parameters.
+"""Tensors of a GGUF file and how each is computed from the model's parameters.
 
-As llama.cpp's converter does it: experts stacked, llama's q and k rows with the two parts of a pair
-side by side, kv_b_proj split by head into attn_k_b (transposed) and attn_v_b. `gguf` is the other
-direction; `gguf_keys` writes the metadata and says which models have such a file.
+As llama.cpp's converter does it: experts stacked, q and k rows of llama permuted so that RoPE pairs
+are adjacent, kv_b_proj split by head into attn_k_b (transposed) and attn_v_b. `source` is the other
+direction; `metadata_writer` decides which models have a GGUF form.
 """
 
 import re
@@ -32,9 +32,9 @@ class GGUFTensorMapping(NamedTuple):
     shape: tuple[int, ...]
     """Slowest axis first."""
     parameters: tuple[str, ...]
-    """Lie one after the other in it."""
+    """Concatenated in this order."""
     change: Callable[[Tensor], Tensor] | None
-    """What is done to each parameter; None leaves its rows as they are."""
+    """Applied to each parameter; None: unchanged."""
 
 
 def gguf_tensor_mappings(
@@ -102,7 +102,7 @@ def _split(attention: MLAConfig, block: str, parameter: str) -> Iterator[GGUFTen
 
 def permute(tensor: Tensor, heads: int) -> Tensor:
     """Rows of each head from Hugging Face's order (real parts, then imaginary) to pairs: the
-    reverse of `gguf.unpermute`.
+    reverse of `source.unpermute`.
     """
     # [heads * 2 * pairs, ...] -> heads x 2 x pairs -> heads x pairs x 2
     halves = tensor.view(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])

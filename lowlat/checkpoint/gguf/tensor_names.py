@@ -1,4 +1,4 @@
-"""What tensors are called in GGUF files and in Hugging Face ones; data only.
+"""Tensor names in GGUF files and in Hugging Face checkpoints; data only.
 
 Block N of a GGUF file is layer N: `blk.N.attn_norm` is `model.layers.N.input_layernorm`.
 """

@@ -1,0 +1,1 @@
+"""safetensors files: a checked, memory-mapped reader and one writer."""

@@ -1,7 +1,7 @@
-"""One safetensors file: the header is checked completely before a byte of data is touched.
+"""Reader of safetensors files: the header is checked completely before any data is touched.
 
 Format: 8 bytes header length (little-endian), a JSON header {name: {dtype, shape, data_offsets}},
-then the data, covered by the tensors without gap or overlap. Owns reading; `shard_writer` writes.
+then the data, covered by the tensors without gap or overlap. `writer` is the counterpart.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ MAX_ELEMENTS = 2**62
 
 
 class Extent(NamedTuple):
-    """Where a tensor lies: bytes [start, stop) of the file."""
+    """Dtype, shape and place of a tensor: bytes [start, stop) of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -48,9 +48,7 @@ class Extent(NamedTuple):
 
 
 class SafetensorsFile:
-    """An opened, checked and mapped safetensors file. Raises UserError naming file and tensor for
-    any fault.
-    """
+    """An opened, checked and mapped safetensors file. Raises UserError naming file and tensor."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -58,9 +56,7 @@ class SafetensorsFile:
         self.extents: Mapping[str, Extent] = _parse_header(self._file)
 
     def read(self, name: str) -> Tensor:
-        """The tensor as a view of the map; see MappedFile for what in-place writes and truncation
-        do.
-        """
+        """The tensor as a view of the map; MappedFile documents in-place writes and truncation."""
         extent = self.extents[name]
         return self._file.tensor(extent.start, extent.dtype, extent.shape)
 
@@ -167,8 +163,6 @@ def _check_coverage(file: MappedFile, extents: Mapping[str, Extent], data_start:
 
 
 def _short(numbers: tuple[int, ...]) -> str:
-    """Numbers for an error message; those of absurd length are cut (int to text is limited to
-    4300 digits).
-    """
+    """Numbers for an error message; huge ones are shortened (Python limits int to text)."""
     texts = [str(number) if number < 10**30 else "over 1e30" for number in numbers[:8]]
     return ", ".join([*texts, "..."] if len(numbers) > 8 else texts)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from lowlat.compare.implementations.base import Implementation, run_in_worker
 from lowlat.compare.trace import RoutedExperts, Trace, Window, load_trace
 from lowlat.config.model import MLAConfig, ModelConfig
-from lowlat.utils.device import name_of
+from lowlat.utils.device import dtype_name
 from lowlat.utils.errors import UserError
 
 WORKER = "lowlat.compare.implementations.deepseek_worker"
@@ -35,7 +35,7 @@ class DeepSeekModel(Implementation):
         self.config = config
         self.label = label
         self.dtype = dtype
-        self.precision = name_of(dtype)
+        self.precision = dtype_name(dtype)
 
     def trace(self, window: Window, experts: RoutedExperts | None = None) -> Trace:
         with tempfile.TemporaryDirectory(prefix="lowlat-deepseek-") as name:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowlat.checkpoint.dequantized_source import dense_source
+from lowlat.checkpoint.dequantized_source import dequantized_source
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.compare.diagnosis.gate_reference import gate_scores, routing_weights
@@ -42,7 +42,7 @@ def run(**request: Any) -> dict[str, Any]:
     module = import_script(Path(request["script"]))
     dtype = parse_dtype(request["dtype"])
     source = open_checkpoint(Path(request["path"]))
-    source, config = dense_source(source, read_config(source), dtype)
+    source, config = dequantized_source(source, read_config(source), dtype)
     window = Window(torch.tensor(request["ids"]), request["start"])
     model = build(module, config, window.start + len(window.ids), dtype)
     load_weights(model, source, config)

@@ -12,7 +12,7 @@ from lowlat.compare.trace import OUTPUT, Block, RoutedExperts, Trace, Window
 from lowlat.config.model import GQAConfig
 from lowlat.model.native import NativeModel, supports_native
 from lowlat.model.transformer import Transformer
-from lowlat.utils.device import name_of
+from lowlat.utils.device import dtype_name
 from lowlat.utils.errors import UserError
 
 
@@ -40,7 +40,7 @@ class LowlatNative(Implementation):
         self.label = label
         self.config = model.config
         self.precision = precision
-        self.cache_precision = None if cache is None else name_of(cache)
+        self.cache_precision = None if cache is None else dtype_name(cache)
         self.form: AttentionPath | None = form
         self.cache = cache
         self._native = NativeModel(model)

@@ -31,7 +31,7 @@ from lowlat.model.moe import Gate, MoE
 from lowlat.model.transformer import Transformer
 from lowlat.ops.layout import EntryLayout
 from lowlat.ops.routing import Routing
-from lowlat.utils.device import name_of
+from lowlat.utils.device import dtype_name
 
 
 class LowlatPyTorch(Implementation):
@@ -53,7 +53,7 @@ class LowlatPyTorch(Implementation):
         self.label = label
         self.config = model.config
         self.precision = precision
-        self.cache_precision = None if cache is None else name_of(cache)
+        self.cache_precision = None if cache is None else dtype_name(cache)
         self.form: AttentionPath | None = form
         """Attention path; None: the one that a request of that length takes."""
         self.cache = cache

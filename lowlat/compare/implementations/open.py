@@ -8,7 +8,7 @@ from lowlat.api import prepare
 from lowlat.checkpoint.gguf.file import PLAIN, GGUFFile
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
-from lowlat.checkpoint.mapping import settle_mtp
+from lowlat.checkpoint.mapping import resolve_mtp_modules
 from lowlat.compare.differences import TOLERANCE
 from lowlat.compare.implementations.base import Implementation
 from lowlat.compare.implementations.deepseek import DeepSeekModel
@@ -20,7 +20,7 @@ from lowlat.compare.implementations.transformers import load_transformers
 from lowlat.config.model import ModelConfig
 from lowlat.model.quant import packed_type
 from lowlat.model.transformer import Transformer
-from lowlat.utils.device import name_of, parse_cache, parse_dtype
+from lowlat.utils.device import dtype_name, parse_cache, parse_dtype
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -51,7 +51,7 @@ def open_implementation(
 def config_of(path: Path) -> ModelConfig:
     """The config of a checkpoint, with as many MTP modules as it has tensors for."""
     source = open_checkpoint(path)
-    return settle_mtp(read_config(source), source)
+    return resolve_mtp_modules(read_config(source), source)
 
 
 def _own(spec: ImplementationSpec, path: Path, progress: Progress) -> Implementation:
@@ -72,11 +72,11 @@ def _stored_in(path: Path) -> str:
     to int8 for block formats.
     """
     kinds = [tensor.kind for tensor in GGUFFile(path).tensors.values() if len(tensor.shape) > 1]
-    names = [name_of(PLAIN[kind]) if kind in PLAIN else "int8" for kind in kinds]
+    names = [dtype_name(PLAIN[kind]) if kind in PLAIN else "int8" for kind in kinds]
     return max(["fp32", *names], key=lambda name: TOLERANCE[name])
 
 
 def _precision(model: Transformer) -> str:
     if model.config.quantization is not None:
         return "fp8"
-    return packed_type(model) or name_of(model.embed_tokens.weight.dtype)
+    return packed_type(model) or dtype_name(model.embed_tokens.weight.dtype)

@@ -18,7 +18,7 @@ from lowlat.compare.observe import AttentionShape, Observer, find
 from lowlat.compare.trace import OUTPUT, Block, RoutedExperts, Trace, Window
 from lowlat.config.model import ModelConfig
 from lowlat.peers.transformers_model import load_causal_lm
-from lowlat.utils.device import name_of
+from lowlat.utils.device import dtype_name
 from lowlat.utils.errors import UserError
 
 ATTENTION = "lowlat_compare"
@@ -41,7 +41,7 @@ class TransformersModel(Implementation):
         self.label = label
         self.mtp = mtp
         self.dtype = next(model.parameters()).dtype
-        self.precision = name_of(self.dtype)
+        self.precision = dtype_name(self.dtype)
 
     def trace(self, window: Window, experts: RoutedExperts | None = None) -> Trace:
         try:

@@ -1,22 +1,23 @@
-"""config.json of model_type "lowlat" <-> ModelConfig: for what no Hugging Face family can say.
+"""config.json of model_type "lowlat": models that no Hugging Face family can express.
 
-The file holds ModelConfig's own fields by their own names, nested as the dataclasses are:
+Per-layer MLA sizes, GLA, GTA and TPA, partial biases.
+
+The file holds ModelConfig's fields under their own names, nested like the dataclasses:
 
     "attention":    {"form": "mla", "gqa", "gla", "gta" or "tpa", and that form's fields}
-    "rope":         {"rope_theta", "rope_interleave", and what Hugging Face's rope_scaling holds}
+    "rope":         {"rope_theta", "rope_interleave", and the fields of Hugging Face's rope_scaling}
     "moe":          null, or MoEConfig's fields
     "quantization": null, or QuantConfig's fields
-    "quantization_config": absent, or what `packing` says
+    "quantization_config": absent, or as in `hf.packing`
 
-A field may be left out where the dataclass has a default, and where null is a value (TOML has no
-null); an unknown one is an error, and so is one without effect. `mtp_copies` is no field: the
-tensors say it.
+A field may be omitted if the dataclass has a default, or if null is a valid value (TOML has no
+null). Unknown fields and fields without effect are errors. `mtp_copies` is no field: the tensors
+imply it.
 
 Layers of MLA may differ: a field of "attention" or "rope" is then an array with an entry for each
 decoder layer, null where the layer has none ("kv_lora_rank": [96, 224, 128], "short_factor":
-[[1.0], [1.0, 7.5], [3.0]]); the others are the same in all layers, form and num_attention_heads
-always. MTP modules have what the last layer has. Owns this form alone; the families' own are
-`hf`'s.
+[[1.0], [1.0, 7.5], [3.0]]); the other fields, always form and num_attention_heads, are the same
+in all layers. MTP modules have the attention of the last layer.
 """
 
 from dataclasses import MISSING, asdict
@@ -24,7 +25,7 @@ from dataclasses import fields as dataclass_fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lowlat.config.attention import DECOUPLED, ModelAttention, distinct
+from lowlat.config.attention import DECOUPLED_ROPE, ModelAttention, distinct
 from lowlat.config.hf.families import LOWLAT, MAX_LAYERS
 from lowlat.config.hf.moe import check_routing
 from lowlat.config.hf.packing import packing_from_hf, packing_to_hf
@@ -42,7 +43,7 @@ from lowlat.config.model import (
     RopeType,
     TPAConfig,
 )
-from lowlat.utils.json_fields import Fields
+from lowlat.utils.json_fields import JsonFields
 
 FORMS: dict[str, type[AttentionConfig]] = {
     "mla": MLAConfig,
@@ -79,7 +80,7 @@ NESTED = ("model_type", "attention", "rope", "moe", "quantization", "packing", "
 """Fields of ModelConfig that are no plain values of the file."""
 
 
-def config_from_lowlat(fields: Fields) -> ModelConfig:
+def config_from_lowlat(fields: JsonFields) -> ModelConfig:
     """The model that `fields` describe.
 
     Raises UserError naming the field: wrong types and ranges, unknown fields, settings without
@@ -95,7 +96,7 @@ def config_from_lowlat(fields: Fields) -> ModelConfig:
     moe, quantization = fields.table("moe"), fields.table("quantization")
     packing = fields.table("quantization_config")
     if packing is not None and quantization is not None:
-        raise fields.fault("quantization", "is given beside quantization_config; keep one")
+        raise fields.error("quantization", "is given together with quantization_config; keep one")
     config = ModelConfig(
         model_type=LOWLAT,
         attention=attention,
@@ -144,7 +145,7 @@ def _rope_to_json(rope: RopeConfig) -> dict[str, Any]:
 
 
 def _joined(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Objects of single layers as one: arrays where they differ."""
+    """Join the objects of single layers: arrays where values differ."""
     joined: dict[str, Any] = {}
     for name in dict.fromkeys(name for layer in layers for name in layer):
         values = [layer.get(name) for layer in layers]
@@ -153,21 +154,21 @@ def _joined(layers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _json(value: Any) -> Any:
-    """Tuples as JSON reads them back."""
+    """`value` with tuples as lists, as JSON reads them back."""
     if isinstance(value, dict):
         return {name: _json(part) for name, part in value.items()}
     return [_json(part) for part in value] if isinstance(value, tuple) else value
 
 
-def _attention(fields: Fields, count: int) -> ModelAttention:
-    """That of all `count` layers, or of each."""
+def _attention(fields: JsonFields, count: int) -> ModelAttention:
+    """The value of all `count` layers, or one per layer."""
     table = _table(fields, "attention")
     form = table.choice("form", tuple(FORMS))
     arrays = table.arrays(count)
     if not arrays:
         return _layer_attention(table, FORMS[form])
     if form != "mla":
-        raise table.fault(
+        raise table.error(
             arrays[0], f"is an array, but only layers of form 'mla' differ, not '{form}'"
         )
     if "num_attention_heads" in arrays:
@@ -177,15 +178,15 @@ def _attention(fields: Fields, count: int) -> ModelAttention:
     return tuple(layer for layer in layers if isinstance(layer, MLAConfig))
 
 
-def _layer_attention(table: Fields, kind: type[AttentionConfig]) -> AttentionConfig:
+def _layer_attention(table: JsonFields, kind: type[AttentionConfig]) -> AttentionConfig:
     table.ignore("form")
     attention = kind(**_read(kind, table))
     match attention:
         case MLAConfig():
             if attention.q_bias and attention.q_lora_rank is not None:
-                raise table.fault("q_bias", "belongs to q_proj; set q_lora_rank to null")
+                raise table.error("q_bias", "belongs to q_proj; set q_lora_rank to null")
             if attention.qk_head_dim == 0:
-                raise table.fault("qk_nope_head_dim", "and qk_rope_head_dim are both 0: no queries")
+                raise table.error("qk_nope_head_dim", "and qk_rope_head_dim are both 0: no queries")
         case GLAConfig():
             table.integer("qk_rope_head_dim")
             table.integer("num_latent_groups", maximum=MAX_LATENT_GROUPS)
@@ -200,36 +201,36 @@ def _layer_attention(table: Fields, kind: type[AttentionConfig]) -> AttentionCon
     if isinstance(attention, GTAConfig) and attention.qk_nope_head_dim < 0:
         raise table.wrong("qk_rope_head_dim", f"at most head_dim {attention.head_dim}")
     if attention.rope_dim % 2:
-        name = "qk_rope_head_dim" if isinstance(attention, DECOUPLED) else "head_dim"
-        raise table.fault(name, f"{attention.rope_dim} must be even: channels rotate in pairs")
+        name = "qk_rope_head_dim" if isinstance(attention, DECOUPLED_ROPE) else "head_dim"
+        raise table.error(name, f"{attention.rope_dim} must be even: channels rotate in pairs")
     _reject_unknown(table)
     return attention
 
 
 def _rope(
-    fields: Fields, attention: ModelAttention, context: int, count: int
+    fields: JsonFields, attention: ModelAttention, context: int, count: int
 ) -> RopeConfig | tuple[RopeConfig, ...]:
-    """That of all `count` layers, or of each."""
+    """The value of all `count` layers, or one per layer."""
     table = _table(fields, "rope")
     arrays = table.arrays(count, nested=("short_factor", "long_factor"))
     if not arrays and not isinstance(attention, tuple):
         return _layer_rope(table, attention, context)
     layers = attention if isinstance(attention, tuple) else (attention,) * count
     if not isinstance(layers[0], MLAConfig):
-        raise table.fault(arrays[0], "is an array, but only layers of form 'mla' differ")
+        raise table.error(arrays[0], "is an array, but only layers of form 'mla' differ")
     table.reject_names(ROPE_NAMES, UNKNOWN)
     return tuple(
         _layer_rope(table.of_layer(i, arrays), layer, context) for i, layer in enumerate(layers)
     )
 
 
-def _layer_rope(table: Fields, attention: AttentionConfig, context: int) -> RopeConfig:
+def _layer_rope(table: JsonFields, attention: AttentionConfig, context: int) -> RopeConfig:
     theta = table.positive("rope_theta")
     interleave = table.boolean("rope_interleave", False)
     rope_type: Any = table.choice("rope_type", get_args(RopeType), "default")
     settings = rope_settings(table, table, rope_type, theta, attention.rope_dim, context)
-    if settings.get("mscale_all_dim") and not isinstance(attention, DECOUPLED):
-        raise table.fault(
+    if settings.get("mscale_all_dim") and not isinstance(attention, DECOUPLED_ROPE):
+        raise table.error(
             "mscale_all_dim",
             "belongs to attention with a rotary key of its own (mla, gla, gta); "
             "use attention_factor",
@@ -238,10 +239,10 @@ def _layer_rope(table: Fields, attention: AttentionConfig, context: int) -> Rope
     return RopeConfig(rope_theta=theta, rope_type=rope_type, rope_interleave=interleave, **settings)
 
 
-def _moe(table: Fields) -> MoEConfig:
+def _moe(table: JsonFields) -> MoEConfig:
     moe = MoEConfig(**_read(MoEConfig, table))
     if moe.topk_method == "greedy" and (moe.n_group, moe.topk_group) != (1, 1):
-        raise table.fault(
+        raise table.error(
             "topk_method", "'greedy' knows no groups; set n_group and topk_group to 1"
         )
     check_routing(table, moe)
@@ -249,7 +250,7 @@ def _moe(table: Fields) -> MoEConfig:
     return moe
 
 
-def _quantization(table: Fields) -> QuantConfig:
+def _quantization(table: JsonFields) -> QuantConfig:
     values = _read(QuantConfig, table)
     block = values.get("weight_block_size", (1, 1))
     if len(block) != 2 or not 0 < min(block) <= max(block) <= 2**16:
@@ -258,32 +259,32 @@ def _quantization(table: Fields) -> QuantConfig:
     return QuantConfig(**values)
 
 
-def _check_windows(fields: Fields, config: ModelConfig) -> None:
+def _check_windows(fields: JsonFields, config: ModelConfig) -> None:
     layers = config.sliding_window_layers
     if config.sliding_window is not None and not isinstance(config.attention, GQAConfig):
         raise fields.unsupported("sliding_window", "only attention of form 'gqa' has one (null)")
     if layers is not None and config.sliding_window is None:
-        raise fields.fault("sliding_window_layers", "has no effect without sliding_window")
+        raise fields.error("sliding_window_layers", "has no effect without sliding_window")
     if layers is not None and max(layers, default=0) >= config.num_cache_layers:
         raise fields.wrong("sliding_window_layers", f"layers below {config.num_cache_layers}")
 
 
-def _divides(table: Fields, name: str, by: str) -> None:
+def _divides(table: JsonFields, name: str, by: str) -> None:
     """Error unless the integer `by` divides the integer `name`."""
     number, divisor = table.integer(name), table.integer(by)
     if number % divisor:
-        raise table.fault(name, f"{number} is no multiple of {by} {divisor}")
+        raise table.error(name, f"{number} is no multiple of {by} {divisor}")
 
 
-def _table(fields: Fields, name: str) -> Fields:
+def _table(fields: JsonFields, name: str) -> JsonFields:
     return fields.given(name, fields.table(name), None)
 
 
-def _reject_unknown(table: Fields) -> None:
+def _reject_unknown(table: JsonFields) -> None:
     table.reject_unread(UNKNOWN, allow_empty=False)
 
 
-def _read(kind: type, table: Fields, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+def _read(kind: type, table: JsonFields, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     """Keyword arguments of the dataclass `kind`: its fields but those of `skip` and absent ones."""
     hints = get_type_hints(kind)
     return {
@@ -293,7 +294,7 @@ def _read(kind: type, table: Fields, skip: tuple[str, ...] = ()) -> dict[str, An
     }
 
 
-def _value(table: Fields, name: str, hint: Any) -> Any:
+def _value(table: JsonFields, name: str, hint: Any) -> Any:
     """The value of a field of type `hint`, checked."""
     if NoneType in get_args(hint):
         if table.value(name) is None:

@@ -1,13 +1,15 @@
-"""Experts of config.json -> MoEConfig, and the checks that routing among them is possible."""
+"""MoE fields of config.json -> MoEConfig, with checks that routing is possible."""
 
 from typing import Any
 
 from lowlat.config.hf.families import MOE_FIELDS
 from lowlat.config.model import MoEConfig
-from lowlat.utils.json_fields import Fields
+from lowlat.utils.json_fields import JsonFields
 
 
-def moe_from_hf(fields: Fields, model_type: str, layers: int, mtp_layers: int) -> MoEConfig | None:
+def moe_from_hf(
+    fields: JsonFields, model_type: str, layers: int, mtp_layers: int
+) -> MoEConfig | None:
     """The experts; None for a model all of whose layers are dense (or n_routed_experts null)."""
     first_dense = _first_k_dense_replace(fields, model_type, layers)
     name = fields.spelling("n_routed_experts", "num_local_experts", "num_experts")
@@ -24,7 +26,7 @@ def moe_from_hf(fields: Fields, model_type: str, layers: int, mtp_layers: int) -
     )
     scoring: Any = "softmax" if is_v2 else "sigmoid"
     fields.choice("scoring_func", (scoring,), scoring)
-    # greedy selection knows no groups, whatever the file says about them
+    # greedy selection ignores groups
     group_default = 1 if is_glm or method == "greedy" else None
     groups, kept = (fields.integer(key, group_default) for key in ("n_group", "topk_group"))
     if method == "greedy":
@@ -48,26 +50,26 @@ def moe_from_hf(fields: Fields, model_type: str, layers: int, mtp_layers: int) -
     return moe
 
 
-def check_routing(fields: Fields, moe: MoEConfig) -> None:
+def check_routing(fields: JsonFields, moe: MoEConfig) -> None:
     """Raise UserError naming the field of `fields` that makes routing among `moe` impossible."""
     experts, chosen = moe.n_routed_experts, moe.num_experts_per_tok
     if experts % moe.n_group:
-        raise fields.fault("n_group", f"{moe.n_group} does not divide n_routed_experts {experts}")
+        raise fields.error("n_group", f"{moe.n_group} does not divide n_routed_experts {experts}")
     if moe.topk_group > moe.n_group:
-        raise fields.fault("topk_group", f"{moe.topk_group} is more than n_group {moe.n_group}")
+        raise fields.error("topk_group", f"{moe.topk_group} is more than n_group {moe.n_group}")
     size = experts // moe.n_group
     if moe.topk_method == "noaux_tc" and size < 2:
-        raise fields.fault(
+        raise fields.error(
             "n_group", f"{moe.n_group} leaves groups of 1 expert; a group's score needs 2"
         )
     if chosen > moe.topk_group * size:
-        raise fields.fault(
+        raise fields.error(
             "num_experts_per_tok",
             f"{chosen} is more than the {moe.topk_group * size} experts of topk_group groups",
         )
 
 
-def _first_k_dense_replace(fields: Fields, model_type: str, layers: int) -> int:
+def _first_k_dense_replace(fields: JsonFields, model_type: str, layers: int) -> int:
     """Leading dense layers, from first_k_dense_replace or (glm4_moe_lite) from mlp_layer_types."""
     if model_type != "glm4_moe_lite":
         return fields.integer("first_k_dense_replace", minimum=0)
@@ -76,7 +78,7 @@ def _first_k_dense_replace(fields: Fields, model_type: str, layers: int) -> int:
     first = fields.integer("first_k_dense_replace", dense if types else 1, minimum=0)
     expected = tuple("dense" if layer < first else "sparse" for layer in range(layers))
     if types and types != expected:
-        raise fields.fault(
+        raise fields.error(
             "mlp_layer_types",
             f"must be 'dense' for first_k_dense_replace = {first} layers, then 'sparse'",
         )

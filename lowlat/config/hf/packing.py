@@ -3,16 +3,15 @@
     {"quant_method": "lowlat", "bits": 4, "group_size": 32, "tile_rows": 16}
 
 bits: 8 or 4; which projections are stored how follows from it (`model.quant`). group_size: columns
-that share a scale; tile_rows: rows that lie together (`ops.quantized`). Files hold the very bytes
-that are multiplied with, so another order of bytes would have other numbers here. Tensors have the
-names and shapes of lowlat's parameters, also in exactly converted models, whose latent is not
-padded. Owns the object; other quantization methods are `hf`'s.
+that share a scale; tile_rows: rows of a tile (`ops.quantized`). Files hold the bytes that the
+kernels read; another byte order would have other values here. Tensors have the names and shapes of
+lowlat's parameters, also in exactly converted models, whose latent is not padded.
 """
 
 from typing import Any
 
 from lowlat.config.model import Packing
-from lowlat.utils.json_fields import Fields
+from lowlat.utils.json_fields import JsonFields
 
 METHOD = "lowlat"
 """Value of quant_method."""
@@ -21,8 +20,8 @@ GROUP_SIZE = 32
 TILE_ROWS = 16
 
 
-def packing_from_hf(table: Fields) -> Packing:
-    """What the object `table` says. Raises UserError naming a field that is wrong or unknown."""
+def packing_from_hf(table: JsonFields) -> Packing:
+    """The packing of the object `table`. Raises UserError naming a wrong or unknown field."""
     table.choice("quant_method", (METHOD,))
     bits = table.integer("bits")
     if bits not in BITS.values():

@@ -1,4 +1,4 @@
-"""The "lowlat" object in config.json: exactly converted models that standard readers load as well.
+"""The "lowlat" object of config.json: exactly converted models that standard readers load, too.
 
 Such a file is a standard deepseek_v3 config plus one key:
 
@@ -6,22 +6,22 @@ Such a file is a standard deepseek_v3 config plus one key:
 
 All four keys are required and no other is allowed. The latent of the converted model is r channels
 wide and must reach kv_b_proj unscaled, and its q_proj may have a bias; a standard deepseek_v3 can
-say neither. So the file holds two descriptions of one function:
+express neither. So the file describes one function twice:
 
-- **Standard numbers, outside the object** (what other programs read, and the shapes of the tensors
-  in the file): kv_lora_rank is `padded_rank(r)`. Of every 64 latent channels one holds a large
+- **Standard numbers, outside the object** (read by other programs; the shapes of the tensors in
+  the file): kv_lora_rank is `padded_rank(r)`. Of every 64 latent channels one holds a large
   constant, which makes the normalisation of kv_a_layernorm the identity; the constant comes from
   the bias of kv_a_proj_with_mqa, hence attention_bias is true, and kv_a_proj_with_mqa and o_proj
   have biases (zero where the model has none). q_lora_rank is null if b is false. If b is true it is
-  `padded_rank(hidden_size)`: q_a_proj passes the hidden state on beside constant channels (its own
-  bias again), from which q_b_proj makes the bias of the queries.
-- **Native numbers, inside the object** (what lowlat computes with): latent width r, no
+  `padded_rank(hidden_size)`: q_a_proj passes the hidden state through and appends constant
+  channels (its own bias again), from which q_b_proj makes the bias of the queries.
+- **Native numbers, inside the object** (used by lowlat): latent width r, no
   kv_a_layernorm, a plain q_proj (q_lora_rank null) with a bias if b is true, and a bias on o_proj
   if o is true. Queries, keys and values have biases together or not at all, so b also says whether
   kv_a_proj_with_mqa has a bias: the native attention_bias is b. Where attention_bias is true it
   covers o_proj too, whatever o says.
 
-Owns these numbers; the tensors are written by `convert` and read by `checkpoint`.
+Owns these numbers; the tensors are `checkpoint.padded_latent`'s.
 """
 
 from dataclasses import replace
@@ -29,7 +29,7 @@ from typing import Any
 
 from lowlat.config.model import MLAConfig
 from lowlat.utils.errors import UserError
-from lowlat.utils.json_fields import Fields
+from lowlat.utils.json_fields import JsonFields
 
 KEY = "lowlat"
 
@@ -39,13 +39,13 @@ def padded_rank(rank: int) -> int:
     return 64 * -(-rank // 63)
 
 
-def native_attention(fields: Fields, standard: MLAConfig, model_type: str) -> MLAConfig:
-    """The attention lowlat uses: `standard`, or what the "lowlat" object says instead."""
+def native_attention(fields: JsonFields, standard: MLAConfig, model_type: str) -> MLAConfig:
+    """The attention lowlat uses: `standard`, or that of the "lowlat" object."""
     table = fields.table(KEY)
     if table is None:
         return standard
     if model_type != "deepseek_v3":
-        raise fields.fault(
+        raise fields.error(
             KEY, f"belongs to model_type 'deepseek_v3', not '{model_type}'; remove it"
         )
     rank = table.integer("kv_lora_rank")
@@ -91,11 +91,11 @@ def extension_to_hf(native: MLAConfig, hidden_size: int) -> dict[str, Any]:
 
 
 def _check_standard_numbers(
-    fields: Fields, standard: MLAConfig, rank: int, query_rank: int | None
+    fields: JsonFields, standard: MLAConfig, rank: int, query_rank: int | None
 ) -> None:
     if standard.kv_lora_rank != rank:
-        raise fields.wrong("kv_lora_rank", f"{rank} beside lowlat.kv_lora_rank")
+        raise fields.wrong("kv_lora_rank", f"{rank} to match lowlat.kv_lora_rank")
     if standard.q_lora_rank != query_rank:
-        raise fields.wrong("q_lora_rank", f"{query_rank or 'null'} beside lowlat.q_bias")
+        raise fields.wrong("q_lora_rank", f"{query_rank or 'null'} to match lowlat.q_bias")
     if not standard.attention_bias:
-        raise fields.wrong("attention_bias", "true beside 'lowlat', whose constants are biases")
+        raise fields.wrong("attention_bias", "true with 'lowlat', whose constants are biases")

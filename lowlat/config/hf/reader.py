@@ -1,11 +1,8 @@
-"""config.json <-> ModelConfig for every supported family.
+"""config.json -> ModelConfig for every supported family.
 
-Reads strictly: a field that may change the computation is either understood, or an error that names
-it. Absent fields take a default only where every released checkpoint of the family means it. Rotary
-settings are in `config.hf_rope`, experts in `config.hf_moe`, converted models' extra object (the
-"lowlat" key) in `config.hf_extension`, writing in `config.hf_write`, and files of model_type
-"lowlat" in `config.lowlat_json`. The epsilon of the latent
-norms is 1e-6 in every implementation and no field of the file.
+Reads strictly: a field that may change the computation is understood, or an error names it. Absent
+fields take a default only if every released checkpoint of the family means it. The epsilon of the
+latent norms is 1e-6 in every implementation and no field of the file.
 """
 
 from lowlat.config.hf.families import (
@@ -18,13 +15,10 @@ from lowlat.config.hf.families import (
 from lowlat.config.hf.lowlat_model_type import config_from_lowlat
 from lowlat.config.hf.moe import moe_from_hf
 from lowlat.config.hf.packing import METHOD, packing_from_hf
-from lowlat.config.hf.padded_latent import native_attention, padded_rank
+from lowlat.config.hf.padded_latent import native_attention
 from lowlat.config.hf.rope import rope_from_hf
-from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, Packing, QuantConfig
-from lowlat.utils.json_fields import Fields
-
-__all__ = ["config_from_hf", "config_to_hf", "padded_rank"]
+from lowlat.utils.json_fields import JsonFields
 
 INDEXER_FIELDS = ("index_n_heads", "index_head_dim", "index_topk")
 
@@ -36,7 +30,7 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
     computation, known fields with values that are not supported, and missing fields without which
     the model is not determined.
     """
-    fields = Fields(raw, source)
+    fields = JsonFields(raw, source)
     if fields.value("model_type") == LOWLAT:
         return config_from_lowlat(fields)
     model_type = _model_type(fields)
@@ -81,7 +75,7 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
     return config
 
 
-def _model_type(fields: Fields) -> str:
+def _model_type(fields: JsonFields) -> str:
     model_type = fields.choice("model_type", (*ARCHITECTURES, LOWLAT))
     architectures = fields.strings("architectures")
     allowed = {ARCHITECTURES[model_type]}
@@ -94,7 +88,7 @@ def _model_type(fields: Fields) -> str:
     return model_type
 
 
-def _reject_unsupported(fields: Fields) -> None:
+def _reject_unsupported(fields: JsonFields) -> None:
     """Known fields of other models, with a better message than 'unknown field'."""
     fields.choice("hidden_act", ("silu",), "silu")
     if fields.boolean("mlp_bias", False):
@@ -108,7 +102,7 @@ def _reject_unsupported(fields: Fields) -> None:
             )
 
 
-def _num_mtp_layers(fields: Fields, model_type: str) -> int:
+def _num_mtp_layers(fields: JsonFields, model_type: str) -> int:
     name = fields.spelling("num_nextn_predict_layers", "num_mtp_layers")
     count = fields.integer(name, 0, minimum=0, maximum=MAX_LAYERS)
     if count and model_type not in ("deepseek_v3", "kimi_k2", "glm4_moe_lite"):
@@ -116,7 +110,7 @@ def _num_mtp_layers(fields: Fields, model_type: str) -> int:
     return count
 
 
-def _rope_interleave(fields: Fields, model_type: str) -> bool:
+def _rope_interleave(fields: JsonFields, model_type: str) -> bool:
     """Pairs are adjacent channels in DeepSeek's checkpoints, half a head apart in all others."""
     usual = model_type in MLA_FAMILIES
     interleave = fields.boolean("rope_interleave", usual)
@@ -125,7 +119,7 @@ def _rope_interleave(fields: Fields, model_type: str) -> bool:
     return interleave
 
 
-def _mla(fields: Fields, model_type: str) -> MLAConfig:
+def _mla(fields: JsonFields, model_type: str) -> MLAConfig:
     heads = fields.integer("num_attention_heads")
     kv_heads = fields.integer("num_key_value_heads", heads)
     if kv_heads != heads:
@@ -146,11 +140,11 @@ def _mla(fields: Fields, model_type: str) -> MLAConfig:
     return native_attention(fields, standard, model_type)
 
 
-def _gqa(fields: Fields, model_type: str) -> GQAConfig:
+def _gqa(fields: JsonFields, model_type: str) -> GQAConfig:
     heads = fields.integer("num_attention_heads")
     kv_heads = fields.integer("num_key_value_heads", heads if model_type == "llama" else None)
     if heads % kv_heads:
-        raise fields.fault(
+        raise fields.error(
             "num_attention_heads", f"{heads} is no multiple of num_key_value_heads {kv_heads}"
         )
     has_bias_field = model_type in ("llama", "qwen3")
@@ -165,23 +159,23 @@ def _gqa(fields: Fields, model_type: str) -> GQAConfig:
     )
 
 
-def _head_dim(fields: Fields, model_type: str, heads: int) -> int:
+def _head_dim(fields: JsonFields, model_type: str, heads: int) -> int:
     """head_dim, 128 by default in qwen3, else hidden_size / num_attention_heads."""
     given = fields.optional_integer("head_dim") or (128 if model_type == "qwen3" else None)
     hidden = fields.integer("hidden_size")
     if given is None and hidden % heads:
-        raise fields.fault("hidden_size", f"{hidden} is no multiple of num_attention_heads {heads}")
+        raise fields.error("hidden_size", f"{hidden} is no multiple of num_attention_heads {heads}")
     return _even(fields, "head_dim", given or hidden // heads)
 
 
-def _even(fields: Fields, name: str, dim: int) -> int:
+def _even(fields: JsonFields, name: str, dim: int) -> int:
     if dim % 2:
-        raise fields.fault(name, f"{dim} must be even: channels rotate in pairs")
+        raise fields.error(name, f"{dim} must be even: channels rotate in pairs")
     return dim
 
 
 def _windows(
-    fields: Fields, model_type: str, layers: int
+    fields: JsonFields, model_type: str, layers: int
 ) -> tuple[int | None, tuple[int, ...] | None]:
     """sliding_window and sliding_window_layers of the grouped-query families."""
     if model_type == "llama":
@@ -193,7 +187,7 @@ def _windows(
     first = fields.optional_integer("max_window_layers", minimum=0)
     if not fields.boolean("use_sliding_window", False) or window is None:
         if "sliding_attention" in types:
-            raise fields.fault("layer_types", "has sliding layers, but no sliding_window is in use")
+            raise fields.error("layer_types", "has sliding layers, but no sliding_window is in use")
         return None, None
     if types:
         sliding = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
@@ -204,16 +198,16 @@ def _windows(
     return window, None if len(sliding) == layers else sliding
 
 
-def _layer_types(fields: Fields, layers: int) -> tuple[str, ...]:
+def _layer_types(fields: JsonFields, layers: int) -> tuple[str, ...]:
     types = fields.strings("layer_types")
     if types and len(types) != layers:
-        raise fields.fault("layer_types", f"has {len(types)} entries for {layers} layers")
+        raise fields.error("layer_types", f"has {len(types)} entries for {layers} layers")
     if not {"full_attention", "sliding_attention"}.issuperset(types):
         raise fields.unsupported("layer_types", "supported: full_attention, sliding_attention")
     return types
 
 
-def _quantization(fields: Fields) -> tuple[QuantConfig | None, Packing | None]:
+def _quantization(fields: JsonFields) -> tuple[QuantConfig | None, Packing | None]:
     table = fields.table("quantization_config")
     if table is None:
         return None, None
@@ -222,7 +216,7 @@ def _quantization(fields: Fields) -> tuple[QuantConfig | None, Packing | None]:
     return _blocks(table), None
 
 
-def _blocks(table: Fields) -> QuantConfig:
+def _blocks(table: JsonFields) -> QuantConfig:
     table.choice("fmt", ("e4m3",), "e4m3")
     table.choice("activation_scheme", ("dynamic",), "dynamic")
     block = table.items("weight_block_size")
@@ -241,7 +235,7 @@ def _blocks(table: Fields) -> QuantConfig:
     return quant
 
 
-def _eos_token_ids(fields: Fields) -> tuple[int, ...]:
+def _eos_token_ids(fields: JsonFields) -> tuple[int, ...]:
     if not isinstance(fields.value("eos_token_id"), list):
         single = fields.optional_integer("eos_token_id", minimum=0)
         return () if single is None else (single,)

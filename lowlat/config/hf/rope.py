@@ -1,14 +1,14 @@
-"""Rotary settings of config.json <-> RopeConfig, in the old and the new spelling.
+"""RoPE settings of config.json <-> RopeConfig, in the old and the new spelling.
 
-Old: `rope_theta` beside `rope_scaling` {"type" or "rope_type", ...}; new: `rope_parameters` holding
-all of it. Owns the fields; what they mean for frequencies is `ops.rope`'s.
+Old: `rope_theta` next to `rope_scaling` {"type" or "rope_type", ...}; new: `rope_parameters` with
+all of it. `ops.rope` computes the frequencies.
 """
 
 import math
 from typing import Any, get_args
 
 from lowlat.config.model import RopeConfig, RopeType
-from lowlat.utils.json_fields import Fields
+from lowlat.utils.json_fields import JsonFields
 
 DEFAULT_THETA = {
     "llama": 10000.0,
@@ -20,7 +20,7 @@ DEFAULT_THETA = {
 
 
 def rope_from_hf(
-    fields: Fields, *, model_type: str, dim: int, context: int, interleave: bool
+    fields: JsonFields, *, model_type: str, dim: int, context: int, interleave: bool
 ) -> RopeConfig:
     """The rotary settings of `fields`; `dim` rotated channels, `context` = max_position_embeddings.
 
@@ -60,27 +60,29 @@ def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     return {"rope_theta": rope.rope_theta, "rope_scaling": given}
 
 
-def _scaling_table(fields: Fields) -> Fields:
-    """The object that holds the scaling rule; empty where the file has none."""
+def _scaling_table(fields: JsonFields) -> JsonFields:
+    """The object with the scaling rule; empty if the file has none."""
     old, new = fields.table("rope_scaling"), fields.table("rope_parameters")
     if old is not None and new is not None:
-        raise fields.fault("rope_scaling", "is given beside rope_parameters; keep rope_parameters")
-    return new or old or Fields({}, "")
+        raise fields.error(
+            "rope_scaling", "is given together with rope_parameters; keep rope_parameters"
+        )
+    return new or old or JsonFields({}, "")
 
 
-def _theta(fields: Fields, table: Fields, model_type: str) -> float:
+def _theta(fields: JsonFields, table: JsonFields, model_type: str) -> float:
     inner, outer = table.optional_number("rope_theta"), fields.optional_number("rope_theta")
     if inner is not None and outer is not None and inner != outer:
-        raise fields.fault("rope_theta", f"{outer:g} contradicts rope_theta {inner:g} nested below")
+        raise fields.error("rope_theta", f"{outer:g} contradicts rope_theta {inner:g} nested below")
     place = fields if inner is None else table
     return place.positive("rope_theta", DEFAULT_THETA.get(model_type))
 
 
 def rope_settings(
-    fields: Fields, table: Fields, rope_type: RopeType, theta: float, dim: int, context: int
+    fields: JsonFields, table: JsonFields, rope_type: RopeType, theta: float, dim: int, context: int
 ) -> dict[str, Any]:
-    """Keyword arguments of RopeConfig that belong to `rope_type`, out of `table` (of which only
-    these count as read), which lies in `fields`.
+    """Keyword arguments of RopeConfig that belong to `rope_type`, read from `table`, an object of
+    `fields`; only these count as read.
     """
     original = _original_context(fields, table)
     shared = {"mscale_all_dim": table.optional_number("mscale_all_dim")}
@@ -97,19 +99,19 @@ def rope_settings(
             return _longrope(table, dim, context, original or context) | shared
 
 
-def _original_context(fields: Fields, table: Fields) -> int | None:
+def _original_context(fields: JsonFields, table: JsonFields) -> int | None:
     """original_max_position_embeddings, which some files put outside the rotary settings."""
     name = "original_max_position_embeddings"
     inner, outer = table.optional_integer(name), fields.optional_integer(name)
     if inner is not None and outer is not None and inner != outer:
-        raise fields.fault(name, f"{outer} contradicts {inner} in the rotary settings; keep one")
+        raise fields.error(name, f"{outer} contradicts {inner} in the rotary settings; keep one")
     return outer if inner is None else inner
 
 
-def _llama3(table: Fields, original: int) -> dict[str, Any]:
+def _llama3(table: JsonFields, original: int) -> dict[str, Any]:
     low, high = table.positive("low_freq_factor"), table.positive("high_freq_factor")
     if high <= low:
-        raise table.fault("high_freq_factor", f"{high:g} must be above low_freq_factor {low:g}")
+        raise table.error("high_freq_factor", f"{high:g} must be above low_freq_factor {low:g}")
     return {
         "factor": table.number("factor", minimum=1.0),
         "original_max_position_embeddings": original,
@@ -118,12 +120,12 @@ def _llama3(table: Fields, original: int) -> dict[str, Any]:
     }
 
 
-def _yarn(table: Fields, theta: float, context: int, original: int) -> dict[str, Any]:
+def _yarn(table: JsonFields, theta: float, context: int, original: int) -> dict[str, Any]:
     if theta <= 1.0:
-        raise table.fault("rope_theta", f"{theta:g} must be above 1 with rope_type 'yarn'")
+        raise table.error("rope_theta", f"{theta:g} must be above 1 with rope_type 'yarn'")
     fast, slow = table.positive("beta_fast", 32.0), table.positive("beta_slow", 1.0)
     if fast < slow:
-        raise table.fault("beta_fast", f"{fast:g} must not be below beta_slow {slow:g}")
+        raise table.error("beta_fast", f"{fast:g} must not be below beta_slow {slow:g}")
     return {
         "factor": table.number("factor", max(context / original, 1.0), minimum=1.0),
         "original_max_position_embeddings": original,
@@ -135,11 +137,11 @@ def _yarn(table: Fields, theta: float, context: int, original: int) -> dict[str,
     }
 
 
-def _longrope(table: Fields, dim: int, context: int, original: int) -> dict[str, Any]:
-    """Equal factors for short and long contexts: a cached key cannot turn differently later."""
+def _longrope(table: JsonFields, dim: int, context: int, original: int) -> dict[str, Any]:
+    """Equal factors for short and long contexts: the rotation of a cached key is final."""
     short, long = (table.numbers(name, dim // 2) for name in ("short_factor", "long_factor"))
     if short != long:
-        raise table.fault(
+        raise table.error(
             "long_factor", "differs from short_factor; only one set of factors is supported"
         )
     factor = table.positive("factor", context / original)
@@ -151,7 +153,7 @@ def _longrope(table: Fields, dim: int, context: int, original: int) -> dict[str,
     }
 
 
-def _longrope_attention_factor(table: Fields, factor: float, original: int) -> float:
+def _longrope_attention_factor(table: JsonFields, factor: float, original: int) -> float:
     """The cos/sin factor: explicit, or sqrt(1 + ln(factor) / ln(original)) (arXiv 2402.13753)."""
     explicit = table.optional_number("attention_factor")
     if explicit is not None:
@@ -159,5 +161,5 @@ def _longrope_attention_factor(table: Fields, factor: float, original: int) -> f
     if factor <= 1.0:
         return 1.0
     if original == 1:
-        raise table.fault("original_max_position_embeddings", "1 leaves attention_factor undefined")
+        raise table.error("original_max_position_embeddings", "1 leaves attention_factor undefined")
     return math.sqrt(1.0 + math.log(factor) / math.log(original))

@@ -1,8 +1,8 @@
-"""ModelConfig -> config.json; the counterpart of `config.hf`, which reads it."""
+"""ModelConfig -> config.json; `reader` is the other direction."""
 
 from typing import Any
 
-from lowlat.config.attention import short_name
+from lowlat.config.attention_summary import short_name
 from lowlat.config.hf.families import ARCHITECTURES, LOWLAT, MLA_FAMILIES
 from lowlat.config.hf.lowlat_model_type import config_to_lowlat
 from lowlat.config.hf.packing import packing_to_hf
@@ -22,12 +22,12 @@ from lowlat.utils.errors import UserError
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The contents of config.json for `config`, without a dtype; `config_from_hf` reads it back.
 
-    mtp_copies is not written: the tensors say it. Raises UserError where the family has no field
-    for a setting.
+    mtp_copies is not written: the tensors imply it. Raises UserError if the family has no field for
+    a setting.
     """
     if config.model_type == LOWLAT:
         return config_to_lowlat(config)
-    attention, eos = _the_one(config), list(config.eos_token_ids)
+    attention, eos = _uniform_attention(config), list(config.eos_token_ids)
     raw: dict[str, Any] = {
         "architectures": [ARCHITECTURES[config.model_type]],
         "model_type": config.model_type,
@@ -61,8 +61,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return raw
 
 
-def _the_one(config: ModelConfig) -> AttentionConfig:
-    """The attention of every layer, after which layer 0 speaks for all."""
+def _uniform_attention(config: ModelConfig) -> AttentionConfig:
+    """The attention of every layer. Raises UserError if layers differ."""
     differs = isinstance(config.attention, tuple) or isinstance(config.rope, tuple)
     _require(config, not differs, f"layers that differ ({short_name(config.attention)})")
     return config.attention_of(0)
@@ -122,7 +122,7 @@ def _moe_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _no_experts(config: ModelConfig) -> MoEConfig:
-    """Standard readers know dense models as ones whose expert layers never come; numbers unused."""
+    """To standard readers a dense model has no layer after first_k_dense_replace."""
     is_v2 = config.model_type == "deepseek_v2"
     return MoEConfig(
         n_routed_experts=2,

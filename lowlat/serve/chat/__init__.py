@@ -1,0 +1,1 @@
+"""Chat requests: message history, chat template features, output parsing, constrained output."""

@@ -1,7 +1,7 @@
-"""The grammar that holds an answer to its form: calls, text with valid calls, JSON after reasoning.
+"""Constrained output: one grammar for reasoning, tool calls and structured output together.
 
-Owns how these go together. How one format writes a call is in its own file, what a grammar may hold
-is the engine's business.
+Combines the grammars; `serve.tool_parsers` hold those of single calls, `generate.structured` the
+limits.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from lowlat.generate import structured
 from lowlat.generate.structured import StructuredOutput
-from lowlat.serve.tool_parsers.base import Function, ToolFormat
-from lowlat.serve.tool_parsers.lark import Lark, Rule, between_slashes
+from lowlat.serve.tool_parsers.base import ToolFunction, ToolParser
+from lowlat.serve.tool_parsers.lark import LarkBuilder, Rule, between_slashes
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
 
@@ -18,89 +18,90 @@ JSON_OBJECT = '{"type": "object"}'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ForcedCalls:
-    """What the calls of an answer are held to."""
+class ToolCallConstraint:
+    """The constraint on the tool calls of an output."""
 
-    format: ToolFormat
-    functions: Sequence[Function]
-    several: bool
-    """Whether more than one call is allowed."""
+    format: ToolParser
+    functions: Sequence[ToolFunction]
+    parallel: bool
+    """Whether several calls are allowed (parallel_tool_calls)."""
     required: bool
-    """Whether the answer must be a call."""
+    """Whether the output must be a call (tool_choice)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReasoningFirst:
-    """Reasoning that comes before what a form asks for."""
+class ReasoningPrefix:
+    """Reasoning before the constrained part of an output."""
 
     open: str
     close: str
     is_begun: bool
-    """Whether the answer begins inside it; else it may come or not."""
+    """Whether the output begins inside the reasoning; otherwise the reasoning is optional."""
 
 
-def forced_output(
+def constrained_output(
     tokenizer: Tokenizer,
     *,
-    form: StructuredOutput | None,
-    calls: ForcedCalls | None,
-    reasoning: ReasoningFirst | None,
+    output: StructuredOutput | None,
+    calls: ToolCallConstraint | None,
+    reasoning: ReasoningPrefix | None,
 ) -> StructuredOutput | None:
-    """What an answer must look like as a whole; None: anything.
+    """The constraint on a whole output; None: unconstrained.
 
-    Raises UserError for a Lark grammar that calls or reasoning would have to be made part of.
+    `output` constrains the text after `reasoning`, or the alternative to `calls`. Raises UserError
+    for a Lark grammar together with calls or reasoning.
     """
-    if calls is None and (form is None or reasoning is None):
-        return form
+    if calls is None and (output is None or reasoning is None):
+        return output
     markers = list(calls.format.markers) if calls is not None else []
     markers += [reasoning.open, reasoning.close] if reasoning is not None else []
-    lark = Lark(tokenizer, markers)
-    body = None if form is None else _form_rule(lark, form)
+    lark = LarkBuilder(tokenizer, markers)
+    body = None if output is None else _output_rule(lark, output)
     if calls is not None:
         body = _calls_rule(lark, calls, body)
     if body is None:
-        return form
+        return output
     if reasoning is not None:
         body = _after_reasoning(lark, body, reasoning)
     return structured.Grammar(lark=lark.text(body))
 
 
-def _form_rule(lark: Lark, form: StructuredOutput) -> Rule:
-    match form:
+def _output_rule(lark: LarkBuilder, output: StructuredOutput) -> Rule:
+    match output:
         case structured.JsonObject():
             return lark.json_text(JSON_OBJECT)
         case structured.JsonSchema():
-            return lark.json_text(form.schema)
+            return lark.json_text(output.schema)
         case structured.Choice():
-            return lark.choice([lark.quoted(option) for option in form.options])
+            return lark.choice([lark.quoted(option) for option in output.options])
         case structured.Regex():
-            return lark.pattern(f"/{between_slashes(form.pattern)}/")
+            return lark.pattern(f"/{between_slashes(output.pattern)}/")
         case structured.Grammar():
             raise UserError(
-                "a grammar does not go together with tools, nor with a model that reasons first;"
-                " leave the tools out and turn reasoning off, or give a JSON schema"
+                "a grammar cannot be combined with tools or reasoning; leave the tools out and"
+                " turn reasoning off, or use a JSON schema"
             )
 
 
-def _calls_rule(lark: Lark, calls: ForcedCalls, form: Rule | None) -> Rule:
-    """Calls; where none is required also text, of the form `form` if there is one."""
-    several = calls.several and calls.format.several
-    rest = calls.format.rule(lark, calls.functions, several=several)
+def _calls_rule(lark: LarkBuilder, calls: ToolCallConstraint, output: Rule | None) -> Rule:
+    """Calls; unless they are required also text, which matches `output` if given."""
+    parallel = calls.parallel and calls.format.parallel
+    rest = calls.format.rule(lark, calls.functions, parallel=parallel)
     opening = calls.format.opening
     whole = lark.sequence(opening, rest)
     if calls.required:
         return whole
-    if form is not None:
-        return lark.choice([form, whole])
+    if output is not None:
+        return lark.choice([output, whole])
     if opening:
         after_text = lark.sequence(lark.text_until(opening), rest)
         return lark.choice([lark.sequence(lark.text_without(opening)), after_text])
-    # Nothing but its first character tells a call from text here.
+    # Only its first character distinguishes a call from text here.
     text = lark.pattern(r"/(\s*[^{\s](.|\n)*)?/")
     return lark.choice([text, whole])
 
 
-def _after_reasoning(lark: Lark, body: Rule, reasoning: ReasoningFirst) -> Rule:
+def _after_reasoning(lark: LarkBuilder, body: Rule, reasoning: ReasoningPrefix) -> Rule:
     thought = lark.sequence(lark.text_until(reasoning.close), lark.pattern(r"/\n{0,2}/"))
     if reasoning.is_begun:
         return lark.sequence(thought, body)

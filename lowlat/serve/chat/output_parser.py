@@ -1,49 +1,49 @@
-"""AnswerParser: the text of one completion, as it arrives, into reasoning, content and tool calls.
+"""OutputParser: streaming split of a completion's text into reasoning, content and tool calls.
 
-Owns the reasoning before an answer. How calls are written is in tools/; which marks a model uses is
-dialect.py's.
+Parses the reasoning; `serve.tool_parsers` parse the calls, and `chat.template_features` detects the
+formats that a model uses.
 """
 
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
 
-from lowlat.serve.tool_parsers.base import ToolFormat
+from lowlat.serve.tool_parsers.base import ToolParser
 from lowlat.serve.tool_parsers.parts import Part
 from lowlat.serve.tool_parsers.reader import Steps
-from lowlat.serve.tool_parsers.state import Calls, Schemas
+from lowlat.serve.tool_parsers.state import ParserState, Schemas
 
-Thinking = Literal["never", "maybe", "begun"]
-"""Whether an answer may begin with reasoning, or begins inside it."""
+ReasoningMode = Literal["never", "maybe", "begun"]
+"""Whether the output has no reasoning, may begin with it, or begins inside it."""
 
 
 @dataclass(frozen=True, slots=True)
-class ReasoningMarks:
-    """What stands before and after a model's reasoning."""
+class ReasoningTags:
+    """The tags around a model's reasoning."""
 
     open: str
     close: str
 
 
-class AnswerParser:
-    """Cuts an answer into parts; holds back no more than may still become a mark.
+class OutputParser:
+    """Splits an output into parts; holds back only text that may still become a tag.
 
-    The parts do not depend on how the text was cut into pieces, but for how long each is: joined,
-    they are the same. What looks like a call and is none comes out as content, as it was written.
+    Joined, the parts do not depend on how the text was split into chunks. A malformed call is
+    returned as content, unchanged.
     """
 
     def __init__(
         self,
         *,
-        marks: ReasoningMarks | None = None,
-        thinking: Thinking = "never",
-        tools: ToolFormat | None = None,
+        marks: ReasoningTags | None = None,
+        thinking: ReasoningMode = "never",
+        tools: ToolParser | None = None,
         schemas: Schemas | None = None,
-        calls: Calls | None = None,
+        calls: ParserState | None = None,
     ) -> None:
-        """`tools` None: no call is looked for. `schemas` are those of the request's functions."""
+        """`tools` None: calls are not parsed. `schemas`: those of the request's functions."""
         new_id = tools.new_id if tools is not None else str
-        self._calls = calls or Calls(schemas or {}, new_id)
+        self._calls = calls or ParserState(schemas or {}, new_id)
         self._marks = marks if thinking != "never" else None
         is_begun = marks is not None and thinking == "begun"
         self._reasoning: Literal["none", "begun", "over"] = "begun" if is_begun else "none"
@@ -53,7 +53,7 @@ class AnswerParser:
 
     @property
     def reasoning(self) -> Literal["none", "begun", "over"]:
-        """How far the reasoning has been read, its marks included."""
+        """State of the reasoning, tags included."""
         return self._reasoning
 
     @property
@@ -62,12 +62,12 @@ class AnswerParser:
         return self._calls.count > 0
 
     def push(self, text: str) -> list[Part]:
-        """The parts that `text` makes certain."""
+        """Parse more text; returns the parts that are now certain."""
         self._calls.reader.feed(text)
         return self._advance()
 
     def finish(self) -> list[Part]:
-        """What was held back, once no more text can follow."""
+        """Return what was held back: no more text follows."""
         self._calls.reader.end()
         return self._advance()
 
@@ -87,10 +87,10 @@ class AnswerParser:
             self._calls.content(reader.unread)
             reader.skip(len(reader.unread))
 
-    def _read_reasoning(self, marks: ReasoningMarks) -> Steps[None]:
-        """Reasoning, without the marks and the line ends beside them."""
+    def _read_reasoning(self, marks: ReasoningTags) -> Steps[None]:
+        """Parse the reasoning, without its tags and the line breaks around them."""
         reader = self._calls.reader
-        # A model may write the mark again though the prompt ends with it.
+        # A model may repeat the opening tag although the prompt ends with it.
         opening = yield from reader.accept_after_space(marks.open)
         if opening is None and self._reasoning == "none":
             return

@@ -1,7 +1,7 @@
-"""Dialect: what a model's own chat template says about tools, reasoning and its variables.
+"""Chat template features: detect a model's tool-call format, reasoning tags and template variables.
 
-Owns the recognition, from the template's source and from what it renders; nothing is guessed, what
-is not recognised is not supported. The formats themselves are in tools/.
+Detection uses the template's source and what it renders. Nothing is guessed: an unknown format is
+not supported. The formats are in `serve.tool_parsers`.
 """
 
 import re
@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from lowlat.serve.chat.output_parser import AnswerParser, ReasoningMarks, Thinking
-from lowlat.serve.tool_parsers.base import ToolFormat
-from lowlat.serve.tool_parsers.deepseek import DeepSeekFenced, DeepSeekPlain
-from lowlat.serve.tool_parsers.hermes import Hermes
-from lowlat.serve.tool_parsers.kimi import Kimi
-from lowlat.serve.tool_parsers.llama import Llama
-from lowlat.serve.tool_parsers.mistral import MistralList, MistralNames
+from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
+from lowlat.serve.tool_parsers.base import ToolParser
+from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser, DeepSeekV31ToolParser
+from lowlat.serve.tool_parsers.hermes import HermesToolParser
+from lowlat.serve.tool_parsers.kimi import KimiK2ToolParser
+from lowlat.serve.tool_parsers.llama import Llama3ToolParser
+from lowlat.serve.tool_parsers.mistral import MistralListToolParser, MistralToolParser
 from lowlat.serve.tool_parsers.state import Schemas
-from lowlat.serve.tool_parsers.xml import Glm, QwenCoder
+from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
 
 MARKS = (
-    ReasoningMarks("<think>", "</think>"),
-    ReasoningMarks("[THINK]", "[/THINK]"),
-    ReasoningMarks("<seed:think>", "</seed:think>"),
-    ReasoningMarks("◁think▷", "◁/think▷"),
+    ReasoningTags("<think>", "</think>"),
+    ReasoningTags("[THINK]", "[/THINK]"),
+    ReasoningTags("<seed:think>", "</seed:think>"),
+    ReasoningTags("◁think▷", "◁/think▷"),
 )
 VARIABLES: Mapping[str, tuple[Any, ...]] = {
     "enable_thinking": (True, False),
@@ -34,43 +34,43 @@ VARIABLES: Mapping[str, tuple[Any, ...]] = {
     "clear_thinking": (True, False),
     "reasoning_effort": ("low", "medium", "high"),
 }
-"""Variables of templates that a request may set, and to what."""
+"""Template variables that a request may set, with the allowed values."""
 ROLES = ("system", "developer", "user", "assistant")
 PROBE = "probe_7f3a"
 TAIL = 32
-"""Tokens at the end of a prompt in which its last mark is looked for."""
+"""Tokens at the end of a prompt that are searched for a reasoning tag."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Dialect:
-    """How one model wants to be spoken to, and speaks."""
+class TemplateFeatures:
+    """Features of one model's chat template."""
 
     tokenizer: Tokenizer
-    tools: ToolFormat | None
-    """How it writes tool calls; None: tools cannot be used with it."""
-    reasoning: ReasoningMarks | None
-    """What stands around its reasoning, if it reasons."""
+    tools: ToolParser | None
+    """The tool-call format; None: tools are not supported."""
+    reasoning: ReasoningTags | None
+    """The tags around reasoning; None: the model does not reason."""
     variables: Mapping[str, tuple[Any, ...]]
-    """Those of VARIABLES that the template knows."""
+    """Those of VARIABLES that the template reads."""
     supports_system: bool
-    """Whether the template shows system messages to the model."""
+    """Whether the template renders system messages."""
     named_roles: frozenset[str]
-    """Roles whose messages' `name` the template shows to the model."""
+    """Roles for which the template renders a message's `name`."""
     has_developer_role: bool
-    """Whether the template tells developer messages from system messages."""
-    takes_text_arguments: bool
-    """Whether past calls' arguments may be JSON text, which keeps them as the model wrote them."""
+    """Whether the template distinguishes developer from system messages."""
+    takes_json_arguments: bool
+    """Whether arguments of past calls may be JSON text, which preserves the model's spelling."""
 
     @staticmethod
     @lru_cache(maxsize=8)
-    def of(tokenizer: Tokenizer) -> "Dialect":
-        """The dialect of `tokenizer`'s chat template; nothing is supported without one."""
+    def of(tokenizer: Tokenizer) -> "TemplateFeatures":
+        """The features of `tokenizer`'s chat template; without a template, none."""
         source = tokenizer.chat_template or ""
         code = _code(source)
         system = [{"role": "system", "content": PROBE}, {"role": "user", "content": "x"}]
         tool_source = tokenizer.template_for(()) or ""
-        format = find_format(tool_source)
-        return Dialect(
+        format = find_tool_parser(tool_source)
+        return TemplateFeatures(
             tokenizer=tokenizer,
             tools=format if format is not None and _shows_tools(tokenizer) else None,
             reasoning=_find_marks(source, tokenizer),
@@ -78,15 +78,15 @@ class Dialect:
             supports_system=_shows(tokenizer, system),
             named_roles=frozenset(role for role in ROLES if _shows_name(tokenizer, role)),
             has_developer_role=re.search(r"""['"]developer['"]""", source) is not None,
-            takes_text_arguments=_takes_text_arguments(tool_source, format),
+            takes_json_arguments=_takes_text_arguments(tool_source, format),
         )
 
     @property
     def supports_tools(self) -> bool:
         return self.tools is not None
 
-    def thinking(self, ids: Sequence[int]) -> Thinking:
-        """Whether the answer to the prompt `ids` can begin with reasoning, or is inside it."""
+    def thinking(self, ids: Sequence[int]) -> ReasoningMode:
+        """Whether the output after the prompt `ids` may begin with reasoning, or inside it."""
         if self.reasoning is None:
             return "never"
         tail = self.tokenizer.decode(ids[-TAIL:], skip_special_tokens=False).rstrip()
@@ -94,8 +94,8 @@ class Dialect:
             return "begun"
         return "never" if tail.endswith(self.reasoning.close) else "maybe"
 
-    def keep_special(self, *, thinking: Thinking, tools: bool) -> frozenset[int]:
-        """Ids of control tokens whose text the parser needs to see."""
+    def keep_special(self, *, thinking: ReasoningMode, tools: bool) -> frozenset[int]:
+        """Ids of special tokens whose text the parser needs."""
         texts: set[str] = set()
         if self.reasoning is not None and thinking != "never":
             texts |= {self.reasoning.open, self.reasoning.close}
@@ -104,9 +104,9 @@ class Dialect:
         tokenizer = self.tokenizer
         return frozenset(id for id in tokenizer.special_ids if tokenizer.added_tokens[id] in texts)
 
-    def parser(self, *, thinking: Thinking, schemas: Schemas | None) -> AnswerParser:
-        """A parser for one answer; `schemas` None: no call is looked for."""
-        return AnswerParser(
+    def parser(self, *, thinking: ReasoningMode, schemas: Schemas | None) -> OutputParser:
+        """A parser for one completion; `schemas` None: calls are not parsed."""
+        return OutputParser(
             marks=self.reasoning,
             thinking=thinking,
             tools=None if schemas is None else self.tools,
@@ -114,44 +114,44 @@ class Dialect:
         )
 
 
-def find_format(source: str) -> ToolFormat | None:
-    """The way of writing calls that the template with this source teaches, if it is known."""
+def find_tool_parser(source: str) -> ToolParser | None:
+    """The parser for the tool-call format in a template's source; None: unknown."""
     if "<|tool_calls_section_begin|>" in source:
-        return Kimi()
+        return KimiK2ToolParser()
     if "<｜tool▁calls▁begin｜>" in source:  # noqa: RUF001
-        return DeepSeekFenced() if "```json" in source else DeepSeekPlain()
+        return DeepSeekV3ToolParser() if "```json" in source else DeepSeekV31ToolParser()
     if "[TOOL_CALLS]" in source:
-        return MistralNames() if "[ARGS]" in source else MistralList()
+        return MistralToolParser() if "[ARGS]" in source else MistralListToolParser()
     if "<tool_call>" in source:
         return _tagged_format(source)
     is_llama = "<|start_header_id|>" in source and "ipython" in source
-    return Llama() if is_llama and re.search(r'\\?"parameters\\?": ', source) else None
+    return Llama3ToolParser() if is_llama and re.search(r'\\?"parameters\\?": ', source) else None
 
 
-def _tagged_format(source: str) -> ToolFormat | None:
-    """Several unlike formats use the one tag."""
+def _tagged_format(source: str) -> ToolParser | None:
+    """Several formats share the tag <tool_call>."""
     if "<arg_key>" in source:
-        return Glm()
+        return GlmToolParser()
     if "<function=" in source:
-        return QwenCoder() if "<parameter=" in source else None
+        return Qwen3CoderToolParser() if "<parameter=" in source else None
     is_json = re.search(r'\{\\?"name\\?": .*?\\?"arguments\\?": ', source, re.DOTALL)
-    return Hermes() if is_json else None
+    return HermesToolParser() if is_json else None
 
 
-def _find_marks(source: str, tokenizer: Tokenizer) -> ReasoningMarks | None:
-    """Marks that the template names, else marks that are tokens of the model."""
+def _find_marks(source: str, tokenizer: Tokenizer) -> ReasoningTags | None:
+    """Tags that the template contains, else tags that are tokens of the model."""
     named = [marks for marks in MARKS if marks.close in source]
     known = set(tokenizer.added_tokens.values()) if source else set()
     return next(iter(named + [marks for marks in MARKS if marks.close in known]), None)
 
 
-def _takes_text_arguments(source: str, format: ToolFormat | None) -> bool:
+def _takes_text_arguments(source: str, format: ToolParser | None) -> bool:
     asks = re.search(r"""\barguments['"]?\]? is string\b""", source)
-    return asks is not None or (format is not None and format.text_arguments)
+    return asks is not None or (format is not None and format.json_arguments)
 
 
 def _code(source: str) -> str:
-    """The expressions and statements of a template, without their string literals."""
+    """Expressions and statements of a template, without string literals."""
     blocks = re.findall(r"\{[{%](.*?)[}%]\}", source, re.DOTALL)
     return "\n".join(re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", b) for b in blocks)
 
@@ -162,7 +162,7 @@ def _uses(code: str, name: str) -> bool:
 
 
 def _shows(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **more: Any) -> bool:
-    """Whether PROBE, somewhere in `messages` or `more`, reaches the prompt."""
+    """Whether the template renders PROBE, which is in `messages` or `more`."""
     try:
         return PROBE in tokenizer.apply_chat_template(messages, **more)
     except UserError:

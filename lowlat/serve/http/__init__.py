@@ -1,0 +1,1 @@
+"""HTTP: access control, login, connection and body limits, errors, logs, SSE, worker threads."""

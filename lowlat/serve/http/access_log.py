@@ -1,6 +1,6 @@
-"""Observer: the outermost middleware. Gives every request an id, a log line and its metrics.
+"""Access log: the outermost middleware. Adds X-Request-Id, a log line and metrics per request.
 
-Owns what is seen of a request from outside, and the answer to faults nobody caught.
+Also turns unhandled exceptions into 500 responses.
 """
 
 import asyncio
@@ -15,13 +15,13 @@ from lowlat.serve.http.body import Disconnected
 from lowlat.serve.http.errors import response_to
 from lowlat.serve.http.logs import REQUEST_ID, choose_request_id, log
 
-CLIENT_CLOSED = 499
-"""Status in logs and metrics of a request whose client left before the answer."""
+CLIENT_CLOSED_REQUEST = 499
+"""Status in logs and metrics when the client disconnected before the response (as in nginx)."""
 ID_HEADER = "x-request-id"
 
 
-class Observer:
-    """ASGI middleware. `count` is told route, method, status and seconds of each request."""
+class AccessLogMiddleware:
+    """ASGI middleware. Calls `count(scope, status, seconds)` for each finished request."""
 
     def __init__(self, app: ASGIApp, count: Callable[[Scope, int, float], None]) -> None:
         self._app = app
@@ -41,7 +41,7 @@ class Observer:
 
     async def _observe(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         started = time.monotonic()
-        status = CLIENT_CLOSED
+        status = CLIENT_CLOSED_REQUEST
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -56,13 +56,13 @@ class Observer:
         except Disconnected:
             pass
         except asyncio.CancelledError:
-            # The server ends and has waited long enough. An answer that has begun breaks off.
-            if status == CLIENT_CLOSED:
+            # The graceful shutdown timed out. A response that has begun breaks off.
+            if status == CLIENT_CLOSED_REQUEST:
                 await response_to(Draining())(scope, receive, send_with_id)
         except Exception as error:
             log(logging.ERROR, "internal error", error=error)
-            if status != CLIENT_CLOSED:
-                raise  # The answer has begun; the connection must break, or it would look whole.
+            if status != CLIENT_CLOSED_REQUEST:
+                raise  # The response has begun: the connection must break, or it looks complete.
             await response_to(error)(scope, receive, send_with_id)
         finally:
             seconds = time.monotonic() - started

@@ -1,6 +1,6 @@
-"""Request bodies: read with a cap and a deadline, parsed without guessing.
+"""Request bodies: size limit, read timeout, strict JSON parsing.
 
-Owns bytes and JSON; what the values must be is the protocol models' business.
+Validation of the parsed values is in `serve.protocol`.
 """
 
 import asyncio
@@ -18,17 +18,17 @@ from lowlat.serve.protocol.errors import RequestError
 _LONE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SHOWN = 60
 MAX_EXACT = 2.0**53
-"""Below it floats hold every integer."""
+"""Floats represent every integer below it exactly."""
 
 
 class Disconnected(Exception):
-    """The client is gone."""
+    """The client has disconnected."""
 
 
 def check_json_headers(headers: Headers) -> None:
-    """Raises RequestError 415 unless the body is said to be plain JSON.
+    """Raise RequestError 415 unless the Content-Type is JSON, without an encoding.
 
-    A browser cannot send this type to a foreign server without asking first.
+    A browser must send a CORS preflight before it sends this type to another origin.
     """
     kind, _, rest = headers.get("content-type", "").partition(";")
     charset = rest.strip().lower().replace('"', "")
@@ -41,8 +41,10 @@ def check_json_headers(headers: Headers) -> None:
 async def read_body(
     receive: Receive, headers: Headers, *, max_bytes: int, seconds: int | float
 ) -> bytes:
-    """The whole body. Raises RequestError 413 above `max_bytes` (before reading where the length is
-    declared), 408 after `seconds`; Disconnected where the client leaves.
+    """Read the whole body.
+
+    Raises RequestError 413 above `max_bytes` (before reading if Content-Length says so) and 408
+    after `seconds`, Disconnected if the client disconnects.
     """
     declared = headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > max_bytes:
@@ -77,19 +79,19 @@ def _too_large(max_bytes: int) -> RequestError:
 def parse_object(
     text: bytes, *, what: str = "the body", param: str | None = None, keeps_floats: bool = False
 ) -> dict[str, Any]:
-    """The JSON object in `text`: UTF-8, no key twice, finite numbers, bounded depth. A number
-    without a fraction becomes an integer, unless `keeps_floats`.
+    """Parse a JSON object: UTF-8, no duplicate keys, finite numbers, bounded depth.
 
-    Raises RequestError for anything else, which says `what` is wrong and names `param`.
+    A number without a fraction becomes an integer, unless `keeps_floats`. Raises RequestError for
+    anything else; its message starts with `what`, its field is `param`.
     """
     try:
         return _parse(text, _finite if keeps_floats else _number)
-    except _Refused as error:
+    except _InvalidJson as error:
         raise RequestError(f"{what} {error}", param=param) from error.__cause__
 
 
-class _Refused(Exception):
-    """What is wrong with a text."""
+class _InvalidJson(Exception):
+    """Why a text is rejected."""
 
 
 def _parse(text: bytes, number: Callable[[str], int | float]) -> dict[str, Any]:
@@ -104,11 +106,11 @@ def _parse(text: bytes, number: Callable[[str], int | float]) -> dict[str, Any]:
     except RecursionError as error:
         raise _too_deep() from error
     except UnicodeDecodeError as error:
-        raise _Refused(f"is no UTF-8 text (byte {error.start})") from error
+        raise _InvalidJson(f"is not valid UTF-8 (byte {error.start})") from error
     except json.JSONDecodeError as error:
-        raise _Refused(f"is no valid JSON: {error.msg} at character {error.pos}") from error
+        raise _InvalidJson(f"is not valid JSON: {error.msg} at character {error.pos}") from error
     if not isinstance(value, dict):
-        raise _Refused("must be a JSON object")
+        raise _InvalidJson("must be a JSON object")
     _check_values(value, has_surrogates=_LONE_ESCAPE.search(text) is not None)
     return value
 
@@ -119,41 +121,41 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _Refused(f"has the key {key[:_SHOWN]!r} twice in one object")
+                raise _InvalidJson(f"has the duplicate key {key[:_SHOWN]!r}; keep one")
             seen.add(key)
     return result
 
 
 def _refuse_constant(text: str) -> NoReturn:
-    raise _Refused(f"holds {text}, which is no JSON number")
+    raise _InvalidJson(f"contains {text}, which is not a JSON number")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if number in (float("inf"), float("-inf")):
-        raise _Refused(f"holds the number {text[:_SHOWN]}, which is too large")
+        raise _InvalidJson(f"contains the number {text[:_SHOWN]}, which is too large")
     return number
 
 
 def _number(text: str) -> int | float:
     number = _finite(text)
-    # As in JSON schema: a number without a fraction is an integer, however it is written.
+    # As in JSON Schema: a number without a fraction is an integer, however it is written.
     return int(number) if number.is_integer() and abs(number) < MAX_EXACT else number
 
 
 def _bounded(text: str) -> int:
     if len(text) > 32:
-        raise _Refused(f"holds the number {text[:_SHOWN]}, which is too large")
+        raise _InvalidJson(f"contains the number {text[:_SHOWN]}, which is too large")
     return int(text)
 
 
 def _check_values(value: object, *, has_surrogates: bool) -> None:
-    """Depth of arrays and objects; where escapes may have made half characters, also strings."""
+    """Check the nesting depth; with `has_surrogates` also strings for unpaired surrogates."""
     level = [value]
     for _ in range(limits.MAX_JSON_DEPTH):
         level = [child for item in level for child in _children(item)]
         if has_surrogates and any(_is_broken(item) for item in level):
-            raise _Refused("has half of a surrogate pair in a string")
+            raise _InvalidJson("contains an unpaired surrogate in a string")
         level = [item for item in level if isinstance(item, dict | list)]
         if not level:
             return
@@ -178,5 +180,5 @@ def _is_broken(item: object) -> bool:
     return False
 
 
-def _too_deep() -> _Refused:
-    return _Refused(f"is nested deeper than {limits.MAX_JSON_DEPTH} levels")
+def _too_deep() -> _InvalidJson:
+    return _InvalidJson(f"is nested deeper than {limits.MAX_JSON_DEPTH} levels")

@@ -1,8 +1,7 @@
-"""Connection: uvicorn's HTTP/1.1 protocol with bounds on what a client may hold, and our errors.
+"""Connection limits: uvicorn's HTTP/1.1 protocol with a connection limit, timeouts and JSON errors.
 
-Owns what happens before there is a request (too many connections, slow headers, bytes that are no
-HTTP) and after its answer: what is left of a body is not waited for, nor a client that reads
-nothing.
+Handles what happens before a request exists (too many connections, slow headers, invalid HTTP) and
+after its response: unread bodies and clients that read nothing are cut off.
 """
 
 import asyncio
@@ -21,17 +20,16 @@ from lowlat.serve.http.errors import RETRY_SECONDS, error_object
 from lowlat.serve.http.logs import log
 
 LINGER_SECONDS = 2.0
-"""How long the rest of a body that nobody reads may come. Were the connection closed with bytes
-under way, the client's system might drop the answer.
+"""How long an unread body is drained. Closing a connection with bytes in flight sends a reset, and
+the client may then lose the response.
 """
 _CLOSE = (b"connection", b"close")
 
 
 class Connection(H11Protocol):
-    """A client must finish a request's line and headers `header_seconds` after it begins, and
-    go on reading its answer within `send_seconds`.
+    """Enforces `header_seconds` for a request's line and headers, `send_seconds` for reading.
 
-    The time between requests is limited by uvicorn's keep-alive timeout.
+    uvicorn's keep-alive timeout limits the time between requests.
     """
 
     _bounds: ServeConfig
@@ -42,12 +40,12 @@ class Connection(H11Protocol):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._inner = self.app
-        self.app = self._answer
+        self.app = self._call_app
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
         if len(self.connections) > self._max_connections:
-            log(logging.WARNING, "too many connections; one is refused")
+            log(logging.WARNING, "connection refused: too many connections")
             self._refuse(503, "too many connections; try again later", code="overloaded")
         else:
             self._timer = self.loop.call_later(self._bounds.header_seconds, self._time_out)
@@ -82,10 +80,10 @@ class Connection(H11Protocol):
         self._abort_later()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "this is no HTTP/1.1 request, or its headers are too large")
+        self._refuse(400, "invalid HTTP/1.1 request, or headers too large")
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The app. Where it answers before the request's end, the connection ends with it."""
+    async def _call_app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the app. A response before the end of the request closes the connection."""
         is_early = is_over = False
 
         async def watched(message: Message) -> None:
@@ -101,7 +99,7 @@ class Connection(H11Protocol):
         await self._inner(scope, receive, watched)
         if is_over:
             await _discard(receive)
-            # Only now is the answer at its end for uvicorn, which then closes.
+            # This ends the response for uvicorn, which then closes the connection.
             await send({"type": "http.response.body", "body": b""})
         if self.transport.is_closing():
             self._abort_later()
@@ -127,7 +125,7 @@ class Connection(H11Protocol):
         self._abort_later()
 
     def _abort_later(self) -> None:
-        """End the connection, also with bytes unsent, unless the client goes on reading."""
+        """Abort the connection after `send_seconds` unless the client reads in the meantime."""
         self._stop_abort()
         left = self.transport.get_write_buffer_size()
         if left:
@@ -142,12 +140,12 @@ class Connection(H11Protocol):
         if self.transport.get_write_buffer_size() < left:
             self._abort_later()
         else:
-            log(logging.WARNING, "the client reads nothing; its connection is ended")
+            log(logging.WARNING, "connection aborted: the client does not read")
             self.transport.abort()
 
 
 def connection_class(config: ServeConfig, *, max_connections: int) -> type[H11Protocol]:
-    """The protocol class for uvicorn; it makes one object for each connection."""
+    """The protocol class for uvicorn, which creates one object per connection."""
 
     class Bounded(Connection):
         _bounds = config
@@ -162,7 +160,7 @@ def _with_close(message: Message) -> Message:
 
 
 async def _discard(receive: Receive) -> None:
-    """Read what is left of a body, for a while."""
+    """Drain the rest of a body for at most LINGER_SECONDS."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINGER_SECONDS):
             while (await receive()).get("more_body", False):
@@ -172,7 +170,7 @@ async def _discard(receive: Receive) -> None:
 def _raw_error(
     encode: Callable[[h11.Event], bytes | None], status: int, message: str, code: str | None
 ) -> bytes:
-    """The bytes of an error response that ends its connection."""
+    """The bytes of an error response that closes its connection."""
     body = json.dumps(error_object(status, message, code=code)).encode()
     headers = [
         ("content-type", "application/json"),

@@ -1,6 +1,6 @@
-"""Exceptions to responses in OpenAI's error shape: {"error": {message, type, param, code}}.
+"""Error responses in OpenAI's format: {"error": {message, type, param, code}}.
 
-Owns which exception is which status. Faults of our own are logged and answered without details.
+Maps exceptions to HTTP statuses. Internal errors are logged and returned without details.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from lowlat.serve.protocol.errors import RequestError
 from lowlat.utils.errors import UserError
 
 RETRY_SECONDS = 5
-"""What Retry-After says while the server shuts down."""
+"""Retry-After while the server shuts down."""
 
 API_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -26,7 +26,7 @@ _FIELD = re.compile(r"(?:the |option ')?([a-z][a-z_]*)")
 
 
 class GenerationFailed(Exception):
-    """A completion ended because the engine could not go on with it; a 500."""
+    """A completion failed inside the engine; a 500."""
 
 
 def error_object(
@@ -45,9 +45,9 @@ def error_response(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """An error as a whole response."""
+    """An error as a response."""
     return Response(
-        # ASCII, so that half characters of a hostile request cannot break the answer to it.
+        # ASCII, so that unpaired surrogates in a hostile request cannot break the response.
         json.dumps(error_object(status, message, param=param, code=code)),
         status_code=status,
         media_type="application/json",
@@ -56,7 +56,7 @@ def error_response(
 
 
 def describe(error: Exception) -> tuple[int, str, str | None, str | None]:
-    """Status, message, param and code of `error`; 500 without details for one of our own."""
+    """Status, message, param and code of `error`; 500 without details for internal errors."""
     match error:
         case RequestError():
             return error.status, error.message, error.param, error.code
@@ -67,15 +67,15 @@ def describe(error: Exception) -> tuple[int, str, str | None, str | None]:
         case Draining():
             return 503, "the server is shutting down", None, "shutting_down"
         case EngineDead():
-            return 503, "the engine has stopped, or does not advance", None, "engine_stopped"
+            return 503, "the engine has stopped or hangs", None, "engine_stopped"
         case HTTPException():
             return error.status_code, _http_message(error), None, _CODES.get(error.status_code)
         case _:
-            return 500, "internal error; its cause is in the server's log", None, "internal_error"
+            return 500, "internal error; see the server's log", None, "internal_error"
 
 
 def response_to(error: Exception) -> Response:
-    """The response that tells a client of `error`."""
+    """The response for `error`."""
     status, message, param, code = describe(error)
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):
@@ -85,35 +85,36 @@ def response_to(error: Exception) -> Response:
     elif status == 503:
         headers["Retry-After"] = str(RETRY_SECONDS)
     if code == "deadline_exceeded":
-        # OpenAI's clients would ask twice more, and miss the deadline again.
+        # OpenAI's clients would retry twice and miss the deadline again.
         headers["X-Should-Retry"] = "false"
     return error_response(status, message, param=param, code=code, headers=headers)
 
 
-async def answer_error(request: Request, error: Exception) -> Response:
-    """`response_to` as Starlette's handlers are called."""
+async def handle_error(request: Request, error: Exception) -> Response:
+    """`response_to` with the signature of Starlette's exception handlers."""
     return response_to(error)
 
 
 def _http_message(error: HTTPException) -> str:
     if error.status_code == 404:
-        return "there is nothing at this path"
+        return "no such path"
     if error.status_code == 405:
-        return "this path does not allow the method"
+        return "method not allowed for this path"
     return error.detail
 
 
 def _field_of(message: str) -> str | None:
-    """The field that the engine's messages begin with (`top_p must be`, `the prompt has`)."""
+    """The field that an engine's message begins with (`top_p must be`, `the prompt has`)."""
     match = _FIELD.match(message)
     return match[1] if match else None
 
 
 @contextlib.contextmanager
-def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """Let errors about a field in `names` tell of the field that it is there.
+def renamed_fields(names: Mapping[str, str]) -> Iterator[None]:
+    """Rename fields in errors: an error about a key of `names` becomes one about its value.
 
-    Raises RequestError in place of RequestError and UserError about those fields.
+    For routes whose fields reach the engine under other names. Raises RequestError instead of
+    RequestError and UserError about those fields.
     """
     try:
         yield
@@ -123,7 +124,7 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         if field not in names:
             raise
         new = names[field]
-        # What lies inside has another place in the field that the client sent.
+        # Paths inside the field differ between the two APIs and are dropped.
         text = re.sub(rf"\b{field}\b(?:[.\[][^: ]*)?", new, message)
         raise RequestError(
             text if text.startswith(new) else f"{new}: {text}", param=new, code=code, status=status

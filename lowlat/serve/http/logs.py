@@ -1,6 +1,6 @@
-"""Structured logs: one JSON object a line on stderr, with the id of the request it is about.
+"""Structured logging: one JSON object per line on stderr, with the request id.
 
-Owns the format and the request's id. Prompts, answers, keys and query strings are never logged.
+Prompts, responses, API keys and query strings are never logged.
 """
 
 import json
@@ -18,7 +18,7 @@ _FIELDS = "fields"
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line: time (UTC), level, message, request_id, and the fields of `log`."""
+    """A record as one JSON line: time (UTC), level, message, request_id, fields of `log`."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -38,21 +38,21 @@ class JsonFormatter(logging.Formatter):
 
 
 def log(level: int, message: str, *, error: BaseException | None = None, **fields: object) -> None:
-    """Log `message` with `fields`, which must be of JSON's types; with `error` its traceback."""
+    """Log `message` with `fields` (JSON types); `error` adds its traceback."""
     LOGGER.log(level, message, exc_info=error, extra={_FIELDS: fields})
 
 
 def choose_request_id(given: str | None) -> str:
-    """The client's X-Request-Id where it is a plain word, else a fresh one."""
+    """The client's X-Request-Id if it consists of letters, digits and `._-`, else a new id."""
     if given is not None and _ACCEPTED_ID.fullmatch(given):
         return given
     return f"req-{uuid.uuid4().hex}"
 
 
 def configure(level: int = logging.INFO) -> None:
-    """Send the logs of this process, those of the HTTP library included, to stderr as JSON."""
+    """Send all logs of this process to stderr as JSON, those of uvicorn from ERROR up."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    # It tells of every malformed request and every step of starting and ending.
+    # Below ERROR, uvicorn logs every malformed request and every startup and shutdown step.
     logging.getLogger("uvicorn").setLevel(max(level, logging.ERROR))

@@ -1,27 +1,26 @@
-"""Guard: who may reach the routes. Refuses by default; knows no route but the open ones.
+"""Access control middleware: header size and framing, Host, Origin and API key checks.
 
-Owns the checks of the headers' size and framing, of Host, Origin and key, on the path the router
-sees. Sends no CORS headers, so that no page of another origin can read an answer.
+Refuses by default: only OPEN_PATHS and the login need no key. Sends no CORS headers, so pages of
+other origins cannot read responses.
 """
 
 import hashlib
 import hmac
-import ipaddress
 import re
 from collections.abc import Iterable
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lowlat.serve.config import ServeConfig, is_loopback
+from lowlat.serve.config import ServeConfig, is_address, is_loopback
 from lowlat.serve.http.errors import error_response
 from lowlat.serve.http.login import COOKIE, LOGIN_PATH, cookie_value, login_page
 from lowlat.serve.protocol import limits
 
 OPEN_PATHS = frozenset({"/health"})
-"""Paths that need no key."""
+"""Paths that require no API key."""
 PAGE_PATH = "/"
-# The HTTP library measures only headers that do not come all at once.
+# h11 checks the size only of headers that arrive in several pieces.
 _MAX_HEAD = limits.MAX_HEADER_BYTES
 
 _HOST = re.compile(
@@ -29,9 +28,8 @@ _HOST = re.compile(
 )
 
 
-class Guard:
-    """ASGI middleware. Puts the key's cache namespace into
-    scope["state"]["cache_namespace"]."""
+class SecurityMiddleware:
+    """ASGI middleware. Sets scope["state"]["cache_namespace"], which is unique to the API key."""
 
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self._app = app
@@ -57,14 +55,13 @@ class Guard:
         if len(hosts) != 1 or not self._is_known(hosts[0]):
             return error_response(
                 403,
-                "the Host header names no address of this server; start it with --allowed-host to "
-                "allow another name",
+                "the Host header is not an address of this server; allow it with --allowed-host",
                 code="host_not_allowed",
             )
         origins = [value for name, value in headers if name == b"origin"]
         if any(not _is_same(origin, hosts[0]) for origin in origins):
             return error_response(
-                403, "requests from pages of other origins are refused", code="origin_not_allowed"
+                403, "requests from other origins are not allowed", code="origin_not_allowed"
             )
         return self._check_key(scope, headers)
 
@@ -75,8 +72,8 @@ class Guard:
         name = (match["six"] or match["name"]).decode("ascii").lower().rstrip(".")
         if name in self._hosts or is_loopback(name):
             return True
-        # A page that a hostile name server sends here still has that server's name in Host.
-        return self._is_wildcard and _is_literal(name)
+        # DNS rebinding: a page redirected here by a hostile name server still sends that name.
+        return self._is_wildcard and is_address(name)
 
     def _check_key(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> Response | None:
         state = scope.setdefault("state", {})
@@ -94,13 +91,13 @@ class Guard:
             return login_page()
         return error_response(
             401,
-            "a valid API key is needed: send 'Authorization: Bearer KEY'",
+            "a valid API key is required: send 'Authorization: Bearer KEY'",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
 
     def _find(self, headers: list[tuple[bytes, bytes]]) -> "_Key | None":
-        """The key of Authorization, or else of the chat page's cookie."""
+        """The API key in the Authorization header, else in the chat page's cookie."""
         given = [value for name, value in headers if name == b"authorization"]
         if given:
             scheme, _, token = given[0].partition(b" ")
@@ -110,7 +107,7 @@ class Guard:
         return self._match_cookie(_cookie(cookies))
 
     def _match(self, digest: bytes) -> "_Key | None":
-        # All are compared, so that the time does not tell which one was near.
+        # All keys are compared, so that the response time does not depend on which one matches.
         found = [key for key in self._keys if hmac.compare_digest(digest, key.digest)]
         return found[0] if found else None
 
@@ -120,7 +117,7 @@ class Guard:
 
 
 class _Key:
-    """An API key as what is compared with it."""
+    """An API key as digests for comparison."""
 
     def __init__(self, key: str) -> None:
         self.digest = hashlib.sha256(key.encode("ascii")).digest()
@@ -129,7 +126,7 @@ class _Key:
 
 
 def _check_head(scope: Scope, headers: list[tuple[bytes, bytes]]) -> Response | None:
-    """A refusal of headers that are too large, or of which proxies may have made something else."""
+    """Refuse headers that are too large or allow request smuggling through proxies."""
     target = len(scope["raw_path"]) + len(scope["query_string"])
     if target + sum(len(name) + len(value) + 4 for name, value in headers) > _MAX_HEAD:
         message = f"the request's line and headers are larger than {_MAX_HEAD} bytes"
@@ -141,7 +138,7 @@ def _check_head(scope: Scope, headers: list[tuple[bytes, bytes]]) -> Response | 
 
 
 def _cookie(headers: Iterable[bytes]) -> bytes:
-    """Value of the chat page's cookie; b"" where there is none."""
+    """Value of the chat page's cookie; b"" without one."""
     for header in headers:
         for pair in header.split(b";"):
             name, _, value = pair.strip().partition(b"=")
@@ -151,14 +148,6 @@ def _cookie(headers: Iterable[bytes]) -> bytes:
 
 
 def _is_same(origin: bytes, host: bytes) -> bool:
-    """Whether a page of `origin` was served by `host`; `null` never is."""
+    """Whether `origin` is the origin of `host`; `null` never is."""
     scheme, _, rest = origin.lower().partition(b"://")
     return scheme in (b"http", b"https") and rest == host.lower()
-
-
-def _is_literal(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True

@@ -1,7 +1,6 @@
-"""EventStream: a response of server-sent events, whatever they tell.
+"""Server-sent events (SSE): streaming responses with keep-alive comments and a send timeout.
 
-Owns the encoding, the comments that keep a silent stream open, and giving up on a client that takes
-nothing. Does not watch for the client leaving: `serve.endpoint` does, for all responses.
+Detecting a disconnected client is in `routes.endpoint`, for all responses.
 """
 
 import asyncio
@@ -23,13 +22,13 @@ PING = b": ping\n\n"
 
 
 def event(data: str, *, name: str | None = None) -> bytes:
-    """One event whose data is `data`, JSON on one line."""
+    """One event whose data is `data`, JSON in one line."""
     head = "" if name is None else f"event: {name}\n"
     return f"{head}data: {data}\n\n".encode()
 
 
-class EventStream(Response):
-    """Sends `events` as they come. A fault on the way becomes a last event with an error."""
+class EventStreamResponse(Response):
+    """Sends `events` as they arrive. An exception becomes a final event with an error object."""
 
     media_type = "text/event-stream"
 
@@ -70,7 +69,7 @@ class EventStream(Response):
             await self._send_part(send, _last_event(error))
 
     async def _ping(self, send: Send) -> None:
-        """Send a comment whenever nothing else was sent for a while."""
+        """Send a comment whenever nothing was sent for `ping_seconds`."""
         with contextlib.suppress(Disconnected):
             while True:
                 self._is_silent = True
@@ -86,7 +85,7 @@ class EventStream(Response):
             async with asyncio.timeout(self._send_seconds):
                 await send(message)
         except TimeoutError as error:
-            log(logging.WARNING, "the client reads nothing; its stream is ended")
+            log(logging.WARNING, "stream aborted: the client does not read")
             raise Disconnected from error
 
 
@@ -97,6 +96,10 @@ def _last_event(error: Exception) -> bytes:
     return event(json.dumps(error_object(status, message, param=param, code=code)))
 
 
-def stream_response(events: AsyncGenerator[bytes, None], config: ServeConfig) -> EventStream:
-    """`events` as a response, with the times `config` sets."""
-    return EventStream(events, ping_seconds=config.ping_seconds, send_seconds=config.send_seconds)
+def stream_response(
+    events: AsyncGenerator[bytes, None], config: ServeConfig
+) -> EventStreamResponse:
+    """`events` as a response, with the timeouts of `config`."""
+    return EventStreamResponse(
+        events, ping_seconds=config.ping_seconds, send_seconds=config.send_seconds
+    )

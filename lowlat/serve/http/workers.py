@@ -1,7 +1,4 @@
-"""WorkPool: CPU work of requests off the event loop, with a bounded queue.
-
-Owns threads and the bound; knows nothing of the work.
-"""
+"""WorkerPool: a thread pool with a bounded queue, for CPU work off the event loop."""
 
 import asyncio
 import threading
@@ -15,8 +12,8 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-class WorkPool:
-    """Runs functions in `threads` threads; at most `max_waiting` wait for one."""
+class WorkerPool:
+    """Runs functions in `threads` threads; at most `max_waiting` tasks wait for one."""
 
     def __init__(self, *, threads: int, max_waiting: int) -> None:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="lowlat-work")
@@ -28,17 +25,18 @@ class WorkPool:
         *args: Arguments.args,
         **kwargs: Arguments.kwargs,
     ) -> Result:
-        """`function(*args, **kwargs)`. Raises Overloaded where too much waits already.
+        """`function(*args, **kwargs)`. Raises Overloaded if the queue is full.
 
-        Work whose caller is cancelled ends where it has not begun; else it runs to its end unseen.
+        If the caller is cancelled, a task that has not started is dropped; a running one finishes
+        and its result is discarded.
         """
         if not self._room.acquire(blocking=False):
             raise Overloaded(retry_after=1)
         future = self._executor.submit(function, *args, **kwargs)
-        # Room is given back when the thread is free, not when the caller stops waiting.
+        # The slot is released when the thread is free, not when the caller stops waiting.
         future.add_done_callback(lambda _: self._room.release())
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """End the threads after their present work; what waits is dropped."""
+        """Stop the threads after their current tasks; waiting tasks are dropped."""
         self._executor.shutdown(wait=False, cancel_futures=True)

@@ -1,1 +1,1 @@
-"""What requests and responses look like on the wire, as pydantic models."""
+"""Request and response models of the HTTP API (pydantic)."""

@@ -1,6 +1,6 @@
-"""What all models of the wire share: strictness, and types that several of them use.
+"""Base classes and shared types of all API models.
 
-Owns no route's fields. JSON numbers are finite and unlike booleans; unknown fields are errors.
+Requests are strict: no type conversion, finite numbers, unknown fields are errors.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -12,7 +12,7 @@ from lowlat.serve.protocol import limits
 
 
 class StrictModel(BaseModel):
-    """An object of a request: nothing is converted, no field is ignored."""
+    """A request object: no type conversion, no ignored field."""
 
     model_config = ConfigDict(
         strict=True,
@@ -24,11 +24,11 @@ class StrictModel(BaseModel):
     )
 
     UNSUPPORTED: ClassVar[frozenset[str]] = frozenset()
-    """Fields of OpenAI's API that a request must not set; null, their default, sets nothing."""
+    """Fields of OpenAI's API that are rejected unless null."""
 
 
 class WireModel(BaseModel):
-    """An object of a response."""
+    """A response object."""
 
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
@@ -42,15 +42,15 @@ def _check_false(value: object) -> object:
 
 
 OnlyFalse = Annotated[Literal[False], BeforeValidator(_check_false)]
-"""`false`; a Literal alone would also take 0, which equals it."""
+"""`false`; a plain Literal would also accept 0, which equals it."""
 Name = Annotated[str, Field(min_length=1, max_length=limits.MAX_NAME)]
 FunctionName = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_-]{{1,{limits.MAX_NAME}}}$")]
 Id = Annotated[str, Field(min_length=1, max_length=limits.MAX_ID)]
 Description = Annotated[str, Field(max_length=limits.MAX_DESCRIPTION)]
 JsonSchemaObject = dict[str, object]
-"""A JSON schema; its size, depth and keywords are checked where it is compiled."""
+"""A JSON schema; compilation checks its size, depth and keywords."""
 
 
 def is_none(value: object) -> bool:
-    """For fields of a response that are left out where they have no value."""
+    """Condition for omitting a response field."""
     return value is None

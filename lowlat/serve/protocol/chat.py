@@ -1,7 +1,7 @@
 """ChatRequest: the body of POST /v1/chat/completions.
 
-Owns the fields and the rules between them. Fields of OpenAI's API that are not here are refused by
-name, never ignored; some are here with their harmless values alone, since clients send those.
+Unsupported fields of OpenAI's API are rejected by name, never ignored. Some are accepted with their
+default value only, because clients send it.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -21,7 +21,7 @@ TemplateVariable = bool | int | Annotated[str, Field(max_length=limits.MAX_ID)]
 
 
 class ChatRequest(SamplingRequest):
-    """A conversation to go on with."""
+    """A chat to complete."""
 
     UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
         "audio function_call functions prediction prompt_cache_key prompt_cache_retention"
@@ -30,42 +30,42 @@ class ChatRequest(SamplingRequest):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
     max_completion_tokens: MaxTokens | None = None
-    """Most tokens of an answer, reasoning included; the default is what the context leaves."""
+    """Maximum number of generated tokens, reasoning included; default: the rest of the context."""
     max_tokens: MaxTokens | None = None
-    """The older name of max_completion_tokens."""
+    """Deprecated name of max_completion_tokens."""
     logprobs: bool | None = None
-    """Whether each token's log-probability is wanted."""
+    """Whether to return each token's log-probability."""
     top_logprobs: TopLogprobs | None = None
-    """How many of the likeliest tokens to list at each place; needs logprobs."""
+    """How many of the most likely tokens to return per position; requires logprobs."""
     tools: Annotated[list[Tool], Field(min_length=1, max_length=limits.MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     """Default auto with tools, none without."""
     parallel_tool_calls: bool | None = None
-    """Whether an answer may hold several calls. Default true."""
+    """Whether the model may call several functions at once. Default true."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    """Any other form than response_format knows."""
+    """Constraints that response_format does not offer, as in vLLM."""
     chat_template_kwargs: (
         Annotated[dict[Name, TemplateVariable], Field(max_length=limits.MAX_TEMPLATE_VARIABLES)]
         | None
     ) = None
     """Variables for the model's chat template, such as enable_thinking."""
     metadata: Metadata | None = None
-    """An annotation, without effect."""
+    """An annotation without effect."""
     safety_identifier: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
-    """An annotation, without effect."""
+    """An annotation without effect."""
     store: OnlyFalse | None = None
     """Nothing is stored."""
     service_tier: Literal["auto", "default"] | None = None
     """There is one tier."""
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-    """Text is all there is."""
+    """Text only."""
 
     @model_validator(mode="after")
     def _check(self) -> "ChatRequest":
         self.check_stream()
         self._check_lengths()
-        self._check_forms()
+        self._check_constraints()
         self._check_tools()
         return self
 
@@ -73,40 +73,39 @@ class ChatRequest(SamplingRequest):
         given = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(given) > 1:
             raise RequestError(
-                "max_tokens and max_completion_tokens differ; give one", param="max_tokens"
+                "max_tokens and max_completion_tokens differ; set one", param="max_tokens"
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError(
-                "top_logprobs needs logprobs true; set it or leave top_logprobs out",
+                "top_logprobs requires logprobs true; set it or leave top_logprobs out",
                 param="top_logprobs",
             )
         if self.logprobs:
             top = self.top_logprobs or 0
             self.check_logprobs(top, completions=self.n or 1, param="top_logprobs")
 
-    def _check_forms(self) -> None:
+    def _check_constraints(self) -> None:
         if self._has_format and self.structured_outputs is not None:
             raise RequestError(
-                "response_format and structured_outputs contradict each other; give one",
+                "response_format and structured_outputs exclude each other; set one",
                 param="structured_outputs",
             )
 
     def _check_tools(self) -> None:
         names = [tool.function.name for tool in self.tools or []]
         if len(set(names)) < len(names):
-            raise RequestError("tools: two functions have the same name", param="tools")
+            raise RequestError("tools: two functions have the same name; rename one", param="tools")
         if not names:
             if self.tool_choice not in (None, "none"):
-                raise RequestError("tool_choice needs tools; give some", param="tool_choice")
+                raise RequestError("tool_choice requires tools; set them", param="tool_choice")
             if self.parallel_tool_calls is not None:
                 raise RequestError(
-                    "parallel_tool_calls needs tools; leave it out", param="parallel_tool_calls"
+                    "parallel_tool_calls requires tools; leave it out", param="parallel_tool_calls"
                 )
         elif isinstance(self.tool_choice, NamedTool):
             if self.tool_choice.function.name not in names:
                 raise RequestError(
-                    f"tool_choice: no function of tools is called "
-                    f"'{self.tool_choice.function.name}'",
+                    f"tool_choice: tools has no function '{self.tool_choice.function.name}'",
                     param="tool_choice",
                 )
 
@@ -115,19 +114,19 @@ class ChatRequest(SamplingRequest):
         return not isinstance(self.response_format, TextFormat | None)
 
     @property
-    def form_field(self) -> str:
-        """The field that holds answers to a form, where one does."""
+    def constraint_field(self) -> str:
+        """The field that constrains the output, if one does."""
         if self.structured_outputs is not None:
             return "structured_outputs"
         return "response_format" if self._has_format else "tools"
 
     @property
     def completion_limit(self) -> int | None:
-        """Most tokens of an answer; None: what the context leaves."""
+        """Maximum number of generated tokens; None: the rest of the context."""
         return self.max_tokens or self.max_completion_tokens
 
     def to_params(self) -> SamplingParams:
-        """The engine's sampling record for this request."""
+        """The engine's sampling params for this request."""
         return self.sampling_params(
             max_tokens=self.completion_limit,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,

@@ -1,4 +1,4 @@
-"""The answer to a chat: whole, or as the chunks of a stream."""
+"""Responses of POST /v1/chat/completions: complete, or as chunks of a stream."""
 
 from typing import Literal
 
@@ -7,8 +7,8 @@ from pydantic import Field
 from lowlat.serve.protocol.base import WireModel, is_none
 from lowlat.serve.protocol.usage import Timings, Usage
 
-ChatFinish = Literal["stop", "length", "tool_calls"]
-"""stop: end of sequence or a stop string; length: max_tokens or the context's end."""
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
+"""stop: end of sequence or a stop string; length: max_tokens or the end of the context."""
 
 
 class TopLogprob(WireModel):
@@ -17,46 +17,46 @@ class TopLogprob(WireModel):
     bytes: list[int]
 
 
-class AnswerLogprob(WireModel):
+class ChatLogprob(WireModel):
     token: str
-    """The token's text; U+FFFD stands for parts of a character, which `bytes` has exactly."""
+    """The token's text, with U+FFFD for incomplete characters; `bytes` is exact."""
     logprob: float
     bytes: list[int]
     top_logprobs: list[TopLogprob]
 
 
 class ChoiceLogprobs(WireModel):
-    """Log-probabilities under the model, before penalties, bias, temperature and filters."""
+    """Log-probabilities before penalties, logit bias, temperature and filters."""
 
-    content: list[AnswerLogprob]
+    content: list[ChatLogprob]
     refusal: None = None
 
 
-class AnswerFunction(WireModel):
+class ChatFunctionCall(WireModel):
     name: str
     arguments: str
     """JSON text, as the model wrote it."""
 
 
-class AnswerToolCall(WireModel):
+class ChatToolCall(WireModel):
     id: str
     type: Literal["function"] = "function"
-    function: AnswerFunction
+    function: ChatFunctionCall
 
 
-class AnswerMessage(WireModel):
+class ChatMessage(WireModel):
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
     reasoning_content: str | None = Field(default=None, exclude_if=is_none)
-    tool_calls: list[AnswerToolCall] | None = Field(default=None, exclude_if=is_none)
+    tool_calls: list[ChatToolCall] | None = Field(default=None, exclude_if=is_none)
 
 
 class ChatChoice(WireModel):
     index: int
-    message: AnswerMessage
+    message: ChatMessage
     logprobs: ChoiceLogprobs | None
-    finish_reason: ChatFinish
+    finish_reason: ChatFinishReason
 
 
 class ChatCompletion(WireModel):
@@ -76,7 +76,7 @@ class FunctionDelta(WireModel):
 
 
 class ToolCallDelta(WireModel):
-    """The first of a call has id, type and name; the others add to the arguments."""
+    """The first delta of a call has id, type and name; later ones extend the arguments."""
 
     index: int
     id: str | None = Field(default=None, exclude_if=is_none)
@@ -85,7 +85,7 @@ class ToolCallDelta(WireModel):
 
 
 class MessageDelta(WireModel):
-    """What a message gained."""
+    """Increment of a message."""
 
     role: Literal["assistant"] | None = Field(default=None, exclude_if=is_none)
     content: str | None = Field(default=None, exclude_if=is_none)
@@ -97,11 +97,11 @@ class ChunkChoice(WireModel):
     index: int
     delta: MessageDelta
     logprobs: ChoiceLogprobs | None = None
-    finish_reason: ChatFinish | None = None
+    finish_reason: ChatFinishReason | None = None
 
 
-class ChatChunk(WireModel):
-    """One event of a stream. The last has no choices but the usage, where that was asked for."""
+class ChatCompletionChunk(WireModel):
+    """One chunk of a stream. With include_usage, the last has usage and no choices."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"

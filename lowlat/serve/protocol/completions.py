@@ -1,7 +1,6 @@
-"""CompletionRequest, the body of POST /v1/completions, and the answer to it.
+"""Request and response of POST /v1/completions.
 
-Owns the fields and the rules between them. Fields of OpenAI's API that are not here (suffix) are
-refused by name.
+Unsupported fields of OpenAI's API (suffix) are rejected by name.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -19,10 +18,10 @@ from lowlat.serve.protocol.structured_outputs import StructuredOutputs
 from lowlat.serve.protocol.usage import Timings, Usage
 
 DEFAULT_MAX_TOKENS = 16
-"""What OpenAI's API generates where nothing is said."""
+"""Default of OpenAI's API."""
 
 TokenId = TypeAliasType("TokenId", Annotated[int, Field(ge=0, le=(1 << 31) - 1)])
-"""With a name of its own in the OpenAPI document, which knows how many there are."""
+"""A named schema, whose maximum the OpenAPI document sets to the vocabulary size."""
 TokenIds = Annotated[
     list[TokenId], Field(fail_fast=True, min_length=1, max_length=limits.MAX_PROMPT_TOKENS)
 ]
@@ -34,21 +33,21 @@ Prompt = str | Texts | TokenIds | IdLists
 
 
 class CompletionRequest(SamplingRequest):
-    """Texts, or token ids, to go on with."""
+    """Prompts to complete, as text or token ids."""
 
     UNSUPPORTED: ClassVar[frozenset[str]] = frozenset({"suffix"})
 
     prompt: Prompt
     max_tokens: MaxTokens | None = None
-    """Most tokens to generate; default 16, or what the context leaves where that is less."""
+    """Maximum number of generated tokens; default 16, or less at the end of the context."""
     logprobs: TopLogprobs | None = None
-    """Return each token's log-probability and those of this many of the likeliest tokens."""
+    """Return each token's log-probability and those of this many of the most likely tokens."""
     echo: bool | None = None
-    """Whether the text of an answer begins with the prompt; not with logprobs."""
+    """Whether the returned text starts with the prompt; not with logprobs."""
     best_of: Annotated[int, Field(ge=1, le=params.MAX_N)] | None = None
-    """Accepted where it equals n: no completions are thrown away."""
+    """Accepted only if equal to n."""
     structured_outputs: StructuredOutputs | None = None
-    """The form the answer must have."""
+    """Constraint on the output."""
 
     @model_validator(mode="after")
     def _check(self) -> "CompletionRequest":
@@ -57,14 +56,14 @@ class CompletionRequest(SamplingRequest):
             self.check_end()
         if self.echo and self.logprobs is not None:
             raise RequestError(
-                "echo with logprobs is not supported: a prompt's tokens have none; leave one out",
+                "echo with logprobs is not supported; leave one out",
                 param="echo",
             )
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise RequestError("best_of must equal n; leave it out", param="best_of")
         if len(self.prompts) * (self.n or 1) > limits.MAX_PROMPTS:
             raise RequestError(
-                f"prompt: prompts times n are more than {limits.MAX_PROMPTS} completions",
+                f"prompts times n exceed {limits.MAX_PROMPTS} completions; send fewer",
                 param="n",
             )
         if self.logprobs is not None:
@@ -83,9 +82,9 @@ class CompletionRequest(SamplingRequest):
             case _:
                 return [item for item in self.prompt if isinstance(item, str | list)]
 
-    def to_params(self, room: int) -> SamplingParams:
-        """The engine's sampling record for a prompt after which the context has `room` tokens."""
-        default = max(1, min(DEFAULT_MAX_TOKENS, room))
+    def to_params(self, remaining: int) -> SamplingParams:
+        """The engine's sampling params for a prompt with `remaining` context tokens after it."""
+        default = max(1, min(DEFAULT_MAX_TOKENS, remaining))
         return self.sampling_params(max_tokens=self.max_tokens or default, logprobs=self.logprobs)
 
 
@@ -93,24 +92,24 @@ class LegacyLogprobs(WireModel):
     """One entry per token in every list."""
 
     tokens: list[str]
-    """Text of each token; `bytes:\\xNN...` for one that is only part of a character."""
+    """Text of each token; `bytes:\\xNN...` for an incomplete character."""
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
     text_offset: list[int]
-    """Characters of the answer before each token."""
+    """Number of characters of the text before each token."""
 
 
 class CompletionChoice(WireModel):
     index: int
-    """Number of the prompt times n plus number of the completion."""
+    """Index of the prompt times n, plus index of the completion."""
     text: str
     logprobs: LegacyLogprobs | None
     finish_reason: Literal["stop", "length"] | None
-    """Null in a stream until the completion's last chunk."""
+    """In a stream null before the completion's last chunk."""
 
 
 class CompletionResponse(WireModel):
-    """The whole answer, and each chunk of a stream."""
+    """The complete response, and each chunk of a stream."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -119,5 +118,5 @@ class CompletionResponse(WireModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = Field(default=None, exclude_if=is_none)
-    """In a stream only in the last chunk, where it was asked for."""
+    """In a stream only in the last chunk, with include_usage."""
     lowlat: Timings | None = Field(default=None, exclude_if=is_none)

@@ -1,15 +1,15 @@
-"""RequestError: what is wrong with a request, on its way to an answer in OpenAI's error shape.
+"""Errors of the API: the exception for invalid requests and the model of error responses.
 
-Owns the exception alone; `serve.errors` turns it, and every other exception, into a response.
+`http.errors` turns exceptions into responses.
 """
 
 from lowlat.serve.protocol.base import WireModel
 
 
 class RequestError(Exception):
-    """A fault of the request: status 4xx, one line for people, the field and a code for programs.
+    """An invalid request: 4xx status, one-line message, the field (param) and a code.
 
-    No ValueError, so that pydantic's validators let it pass unchanged.
+    Not a ValueError, so that it passes through pydantic's validators unchanged.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class RequestError(Exception):
 
 class ErrorBody(WireModel):
     message: str
-    """One line for people."""
+    """Human-readable, one line."""
     type: str
     param: str | None
-    """Path of the field at fault."""
+    """Path of the invalid field."""
     code: str | None
 
 

@@ -1,43 +1,40 @@
-"""Every cap on what one request may hold, in one place.
+"""Limits on the size of one request.
 
-Owns the numbers alone. Those an operator may want to change are fields of `serve.config`, which
-takes its defaults from here; sampling ranges are in `engine.params`, sizes of schemas, patterns and
-grammars in `engine.structured`.
+Configurable limits are fields of `serve.config`, with their defaults here; sampling ranges are in
+`engine.params`, sizes of schemas, patterns and grammars in `generate.structured`.
 """
 
 MAX_BODY_BYTES = 4 * 2**20
-"""Largest request body; 413 above."""
+"""Largest request body; more gets 413."""
 MAX_HEADER_BYTES = 32 * 2**10
-"""Largest request line and headers together; the connection is refused above."""
+"""Largest request line and headers together; more gets 431."""
 MAX_JSON_DEPTH = 64
 """Deepest nesting of arrays and objects in a body."""
 MAX_MESSAGES = 2048
-"""Messages of one chat."""
+"""Messages per chat."""
 MAX_CONTENT_PARTS = 256
-"""Text parts of one message."""
+"""Text parts per message."""
 MAX_PROMPTS = 128
-"""Prompts of one completions request; with n, at most this many completions too."""
+"""Prompts of one completions request, and prompts times n."""
 MAX_LOGPROBS = 128
-"""Completions times (listed tokens + 1) of a request with logprobs: an answer holds as many figures
-for each place.
-"""
+"""Completions times (top_logprobs + 1): the number of log-probabilities per position."""
 MAX_PROMPT_TOKENS = 1 << 20
-"""Token ids of one prompt given as ids; the context is checked later."""
+"""Token ids per prompt; the context length is checked later."""
 MAX_TOOLS = 128
-"""Functions of one chat, and tool calls of one message."""
+"""Functions per chat, and tool calls per message."""
 MAX_NAME = 64
-"""Characters of a function's, participant's or schema's name."""
+"""Characters of the name of a function, participant or schema."""
 MAX_ID = 256
-"""Characters of an id or of a user's name."""
+"""Characters of an id or a user name."""
 MAX_DESCRIPTION = 16 * 2**10
 """Characters of a description."""
 MAX_METADATA = 16
 """Pairs of metadata."""
 MAX_METADATA_VALUE = 512
-"""Characters of one value of metadata."""
+"""Characters of one metadata value."""
 MAX_TEMPLATE_VARIABLES = 16
-"""Variables a request may pass to the chat template."""
+"""Variables in chat_template_kwargs."""
 MAX_PRIORITY = 100
-"""Priorities run from minus this to this."""
+"""Largest absolute value of priority."""
 MAX_DEADLINE_SECONDS = 24 * 3600.0
 """Longest deadline a request may set."""

@@ -1,4 +1,4 @@
-"""Chat messages as requests hold them. Text only; roles and fields are OpenAI's."""
+"""Chat messages of requests, in OpenAI's format; text only."""
 
 from typing import Annotated, Literal
 
@@ -10,18 +10,18 @@ from lowlat.serve.protocol.tools import ToolCall
 
 
 class TextPart(StrictModel):
-    """A piece of a message's text."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
 Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=limits.MAX_CONTENT_PARTS)]
-"""Text, or parts that are joined without anything between."""
+"""Text, or parts that are concatenated."""
 
 
 class SystemMessage(StrictModel):
-    """What the model should be like; `developer` means the same."""
+    """Instructions; `developer` is a synonym of `system`."""
 
     role: Literal["system", "developer"]
     content: Content
@@ -29,7 +29,7 @@ class SystemMessage(StrictModel):
 
 
 class UserMessage(StrictModel):
-    """What the user says."""
+    """A message of the user."""
 
     role: Literal["user"]
     content: Content
@@ -37,17 +37,17 @@ class UserMessage(StrictModel):
 
 
 class AssistantMessage(StrictModel):
-    """An earlier answer: text, tool calls, or both."""
+    """An earlier output of the model: text, tool calls, or both."""
 
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: str | None = None
-    """What the model thought before it answered."""
+    """The reasoning before the content."""
     name: Name | None = None
     tool_calls: (
         Annotated[list[ToolCall], Field(min_length=1, max_length=limits.MAX_TOOLS)] | None
     ) = None
-    # Answers carry these as null (or empty), and clients send them back as they came.
+    # Responses contain these as null or empty, and clients send them back.
     refusal: None = None
     annotations: Annotated[list[str], Field(max_length=0)] | None = None
     audio: None = None
@@ -55,7 +55,7 @@ class AssistantMessage(StrictModel):
 
 
 class ToolMessage(StrictModel):
-    """What a tool call returned."""
+    """The result of a tool call."""
 
     role: Literal["tool"]
     content: Content
@@ -69,7 +69,7 @@ Message = Annotated[
 
 
 def text_of(content: Content | None) -> str:
-    """The text of a message; "" for none."""
+    """The text of a message; "" if None."""
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(part.text for part in content)

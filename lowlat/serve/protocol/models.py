@@ -1,4 +1,4 @@
-"""What the server tells of its model and of itself."""
+"""Responses of /v1/models, /health and /ready."""
 
 from typing import Literal
 
@@ -13,17 +13,17 @@ class ModelCard(WireModel):
     created: int
     """Unix time in seconds when the server started."""
     owned_by: Literal["lowlat"] = "lowlat"
-    context_length: int
-    """Most tokens of prompt and answer together."""
+    max_model_len: int
+    """Context length: maximum number of tokens of prompt and output together."""
     cache_bytes_per_token: int
     cache_dtype: str
     batch_invariant: bool
-    """Whether tokens never depend on what else runs, nor on speculation."""
+    """Whether tokens are independent of batch composition and speculative decoding."""
     has_chat_template: bool
-    """Without one there are completions, but no chats."""
+    """Without a chat template, only completions are available."""
     supports_tools: bool
     reasoning: bool
-    """Whether answers may begin with thoughts, returned as reasoning_content."""
+    """Whether outputs may begin with reasoning, returned as reasoning_content."""
 
 
 class ModelList(WireModel):

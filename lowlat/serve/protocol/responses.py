@@ -1,6 +1,6 @@
-"""ResponsesRequest: the body of POST /v1/responses, the text subset of OpenAI's newer API.
+"""ResponsesRequest: the body of POST /v1/responses, the text subset of OpenAI's Responses API.
 
-Owns the fields. Nothing is stored, so whatever needs an earlier response is refused by name.
+Nothing is stored, so fields that refer to an earlier response are rejected by name.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -31,7 +31,7 @@ class InputText(StrictModel):
 
 
 class OutputText(StrictModel):
-    """A piece of an earlier answer, as it was returned."""
+    """A text part of an earlier output."""
 
     type: Literal["output_text"]
     text: str
@@ -43,7 +43,7 @@ TextItem = Annotated[InputText | OutputText, Field(discriminator="type")]
 
 
 class InputMessage(StrictModel):
-    """A message of the conversation so far."""
+    """A message of the conversation."""
 
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
@@ -56,7 +56,7 @@ class InputMessage(StrictModel):
 
 
 class FunctionCall(StrictModel):
-    """A call in an earlier answer."""
+    """A function call of an earlier output."""
 
     type: Literal["function_call"]
     call_id: Id
@@ -67,7 +67,7 @@ class FunctionCall(StrictModel):
 
 
 class FunctionCallOutput(StrictModel):
-    """What a call returned."""
+    """The result of a function call."""
 
     type: Literal["function_call_output"]
     call_id: Id
@@ -82,7 +82,7 @@ class ReasoningText(StrictModel):
 
 
 class Reasoning(StrictModel):
-    """What the model thought before the answer that follows."""
+    """The reasoning before the output that follows."""
 
     type: Literal["reasoning"]
     id: Id | None = None
@@ -93,7 +93,7 @@ class Reasoning(StrictModel):
 
 
 def _kind_of(item: object) -> str | None:
-    """The type of an input item; messages need not tell theirs."""
+    """The type of an input item; messages may omit it."""
     if not isinstance(item, dict):
         return None
     kind = item.get("type", "message")
@@ -124,7 +124,7 @@ class FlatFunction(StrictModel):
 
 
 class FlatNamedTool(StrictModel):
-    """Asks for a call of this function."""
+    """Forces a call of this function."""
 
     type: Literal["function"]
     name: FunctionName
@@ -151,7 +151,7 @@ class TextOptions(StrictModel):
 
 
 class ResponsesRequest(StrictModel):
-    """A conversation to go on with. Null means the default everywhere."""
+    """A response to generate. Null means the default."""
 
     UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
         "max_tool_calls prompt prompt_cache_key prompt_cache_retention reasoning stream_options"
@@ -161,41 +161,41 @@ class ResponsesRequest(StrictModel):
     model: Id
     """A name that /v1/models lists."""
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
-    """What the user says, or the conversation so far."""
+    """The user's message, or the conversation so far."""
     instructions: str | None = None
-    """A system message before everything else."""
+    """A system message before the input."""
     max_output_tokens: MaxTokens | None = None
-    """Most tokens of the answer, reasoning included; the default is what the context leaves."""
+    """Maximum number of generated tokens, reasoning included; default: the rest of the context."""
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     stream: bool | None = None
     text: TextOptions | None = None
-    """The form of the answer."""
+    """The output format."""
     tools: Annotated[list[FlatFunction], Field(max_length=limits.MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | None = None
     parallel_tool_calls: bool | None = None
     metadata: Metadata | None = None
-    """An annotation, without effect."""
+    """An annotation without effect."""
     user: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
-    """An annotation, without effect."""
+    """An annotation without effect."""
     safety_identifier: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
-    """An annotation, without effect."""
+    """An annotation without effect."""
     store: OnlyFalse | None = None
     """Nothing is stored."""
     background: OnlyFalse | None = None
     service_tier: Literal["auto", "default"] | None = None
     truncation: Literal["disabled"] | None = None
-    """A conversation that does not fit the context is refused."""
+    """A conversation that exceeds the context is rejected."""
     include: Nothing | None = None
     previous_response_id: None = None
     conversation: None = None
     priority: Annotated[int, Field(ge=-limits.MAX_PRIORITY, le=limits.MAX_PRIORITY)] | None = None
-    """Lower values are served first, each as if it had come a second earlier. Default 0."""
+    """Lower values first: each unit counts as one second of waiting. Default 0."""
     deadline_seconds: Annotated[float, Field(gt=0.0, le=limits.MAX_DEADLINE_SECONDS)] | None = None
-    """Give up after this long with status 408."""
+    """Time limit from arrival; then status 408."""
 
     @model_validator(mode="after")
     def _check(self) -> "ResponsesRequest":
         if isinstance(self.input, list) and isinstance(self.input[-1], Reasoning):
-            raise RequestError("input ends with reasoning, without what follows it", param="input")
+            raise RequestError("input must not end with reasoning", param="input")
         return self

@@ -1,4 +1,4 @@
-"""The answer of /v1/responses: the response object and its output items."""
+"""Responses of POST /v1/responses: the response object, its output items and stream events."""
 
 from typing import Literal
 
@@ -20,7 +20,7 @@ class OutputTextPart(WireModel):
     logprobs: list[str] = Field(default_factory=list)
 
 
-class ReasoningPart(WireModel):
+class ReasoningTextPart(WireModel):
     type: Literal["reasoning_text"] = "reasoning_text"
     text: str
 
@@ -38,7 +38,7 @@ class ReasoningItem(WireModel):
     type: Literal["reasoning"] = "reasoning"
     summary: list[str] = Field(default_factory=list)
     status: ItemStatus = "in_progress"
-    content: list[ReasoningPart] = Field(default_factory=list)
+    content: list[ReasoningTextPart] = Field(default_factory=list)
 
 
 class FunctionCallItem(WireModel):
@@ -59,7 +59,7 @@ class InputDetails(WireModel):
 
 class OutputDetails(WireModel):
     reasoning_tokens: int
-    """Tokens that came while the model was thinking."""
+    """Tokens of the reasoning."""
 
 
 class ResponseUsage(WireModel):
@@ -78,20 +78,20 @@ class TextSettings(WireModel):
     format: TextFormatChoice
 
 
-class ResponseFault(WireModel):
+class ResponseError(WireModel):
     code: str
     message: str
 
 
 class ResponseObject(WireModel):
-    """The answer, and the settings it was made with."""
+    """The output and the settings of a response."""
 
     id: str
     object: Literal["response"] = "response"
     created_at: int
     """Unix time in seconds."""
     status: Literal["in_progress", "completed", "incomplete", "failed"]
-    error: ResponseFault | None = None
+    error: ResponseError | None = None
     incomplete_details: IncompleteDetails | None = None
     instructions: str | None
     max_output_tokens: int | None
@@ -112,7 +112,7 @@ class ResponseObject(WireModel):
 
 
 class ResponseEvent(BaseModel):
-    """An event of a stream; what else it holds depends on its type, as in OpenAI's API."""
+    """An event of a stream; its other fields depend on the type, as in OpenAI's API."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -1,6 +1,6 @@
-"""Fields that say how to sample, shared by chat and completions, and their way to SamplingParams.
+"""Sampling fields shared by chat and completions requests, and their conversion to SamplingParams.
 
-Owns OpenAI's defaults and where they differ from the engine's. Ranges are `engine.params`'s.
+Applies OpenAI's defaults where they differ from the engine's. Ranges are in `engine.params`.
 """
 
 from typing import Annotated
@@ -15,7 +15,7 @@ from lowlat.serve.protocol.errors import RequestError
 
 DEFAULT_TEMPERATURE = 1.0
 LOWEST_TEMPERATURE = 1e-4
-"""Lower temperatures are taken as 0."""
+"""Lower temperatures count as 0 (greedy)."""
 
 StopString = Annotated[str, Field(min_length=1, max_length=params.MAX_STOP_LENGTH)]
 Stop = StopString | Annotated[list[StopString], Field(max_length=params.MAX_STOPS)]
@@ -37,81 +37,81 @@ Metadata = Annotated[
 
 class StreamOptions(StrictModel):
     include_usage: bool | None = None
-    """Whether a last chunk without choices tells the tokens used."""
+    """Whether a last chunk without choices reports the usage."""
 
 
 class SamplingRequest(StrictModel):
-    """What chat and completions requests have in common. Null means the default everywhere."""
+    """Fields that chat and completions requests share. Null means the default."""
 
     model: Id
     """A name that /v1/models lists."""
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
-    """Divides the logits; 0 takes the likeliest token. Default 1."""
+    """Divides the logits; 0 means greedy decoding. Default 1."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Keep the fewest likeliest tokens of this probability; no effect at temperature 0."""
+    """Nucleus sampling: keep the fewest most likely tokens of this total probability."""
     top_k: Annotated[int, Field(ge=0, le=params.MAX_TOP_K)] | None = None
-    """Keep the k likeliest tokens, 0 all; no effect at temperature 0."""
+    """Keep the k most likely tokens; 0 keeps all."""
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    """Keep tokens this probable relative to the likeliest; no effect at temperature 0."""
+    """Keep tokens of at least this probability relative to the most likely one."""
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
     logit_bias: LogitBias | None = None
-    """Token id, as a string, to what is added to its logit."""
+    """Token id, as a string -> value added to its logit."""
     seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     n: Annotated[int, Field(ge=1, le=params.MAX_N)] | None = None
-    """Completions of each prompt; at temperature 0 they are equal."""
+    """Completions per prompt; at temperature 0 they are equal."""
     stop: Stop | None = None
     ignore_eos: bool | None = None
-    """Go on after the end-of-sequence token; not with a form, which ends the answer."""
+    """Continue after the end-of-sequence token; not with structured outputs."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
-    """An annotation, without effect."""
+    """An annotation without effect."""
     priority: Annotated[int, Field(ge=-limits.MAX_PRIORITY, le=limits.MAX_PRIORITY)] | None = None
-    """Lower values are served first, each as if it had come a second earlier. Default 0."""
+    """Lower values first: each unit counts as one second of waiting. Default 0."""
     deadline_seconds: Annotated[float, Field(gt=0.0, le=limits.MAX_DEADLINE_SECONDS)] | None = None
-    """Give up after this long with status 408."""
+    """Time limit from arrival; then status 408."""
 
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage is True
 
     def check_stream(self) -> None:
-        """Raises RequestError for stream options without a stream."""
+        """Raise RequestError for stream_options without a stream."""
         if self.stream_options is not None and not self.stream:
             raise RequestError(
-                "stream_options has an effect with stream true only; leave it out",
+                "stream_options requires stream true; leave it out",
                 param="stream_options",
             )
 
     def check_end(self) -> None:
-        """Raises RequestError where an answer of a form, which ends with it, is to go on."""
+        """Raise RequestError for ignore_eos with a structured output, which ends the text."""
         if self.ignore_eos:
             raise RequestError(
-                "ignore_eos: an answer that is held to a form ends with it; leave it out",
+                "ignore_eos cannot be combined with structured outputs; leave it out",
                 param="ignore_eos",
             )
 
     def check_logprobs(self, top: int, *, completions: int, param: str) -> None:
-        """Raises RequestError where an answer with `top` listed tokens a place is too large."""
+        """Raise RequestError if `top` log-probabilities per position are too many."""
         if completions * (top + 1) > limits.MAX_LOGPROBS:
             raise RequestError(
-                f"{param}: completions times (listed tokens + 1) are more than "
-                f"{limits.MAX_LOGPROBS}; ask for less of either",
+                f"{param}: completions times ({param} + 1) exceed {limits.MAX_LOGPROBS}; "
+                "reduce either",
                 param=param,
             )
 
     def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """The engine's record. Filters that greedy decoding makes void are dropped, as OpenAI's
-        API lets clients send them.
+        """The engine's sampling params. For greedy decoding, filters are dropped, as in OpenAI's
+        API.
         """
         temperature = DEFAULT_TEMPERATURE if self.temperature is None else self.temperature
         is_greedy = temperature < LOWEST_TEMPERATURE
         n = self.n or 1
         top_k, top_p, min_p = self.top_k or 0, self.top_p or 1.0, self.min_p or 0.0
         if is_greedy:
-            # The likeliest token alone is left to sample from: equal completions, as asked.
+            # The engine rejects n > 1 with greedy decoding; top_k 1 is equivalent.
             temperature, top_k = (0.0, 0) if n == 1 else (1.0, 1)
             top_p, min_p = 1.0, 0.0
         return SamplingParams(

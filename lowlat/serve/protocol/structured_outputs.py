@@ -1,6 +1,6 @@
-"""What form an answer must have: OpenAI's response_format and vLLM's structured_outputs.
+"""Structured outputs: OpenAI's response_format and vLLM's structured_outputs.
 
-Owns the fields; what they compile to is `engine.structured`'s.
+`serve.structured_outputs` compiles them.
 """
 
 from typing import Annotated, Literal
@@ -27,7 +27,7 @@ class NamedSchema(StrictModel):
     description: Description | None = None
     schema_: Annotated[JsonSchemaObject, Field(alias="schema")]
     strict: bool | None = None
-    """The schema is always enforced, whatever is said here."""
+    """Ignored: the schema is always enforced."""
 
 
 class JsonSchemaFormat(StrictModel):
@@ -43,7 +43,7 @@ ResponseFormat = Annotated[
 
 
 class StructuredOutputs(StrictModel):
-    """Exactly one of: a JSON schema, a regular expression, a choice of texts, a Lark grammar."""
+    """Exactly one of a JSON schema, a regular expression, a choice of texts, a Lark grammar."""
 
     json_: Annotated[JsonSchemaObject | None, Field(alias="json")] = None
     regex: Annotated[str, Field(min_length=1, max_length=structured.MAX_PATTERN_BYTES)] | None = (
@@ -65,7 +65,7 @@ class StructuredOutputs(StrictModel):
         given = [self.json_, self.regex, self.choice, self.grammar]
         if sum(item is not None for item in given) != 1:
             raise RequestError(
-                "structured_outputs must hold exactly one of json, regex, choice and grammar",
+                "structured_outputs must contain exactly one of json, regex, choice and grammar",
                 param="structured_outputs",
             )
         return self

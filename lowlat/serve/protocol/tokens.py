@@ -1,4 +1,4 @@
-"""Bodies and answers of /tokenize and /detokenize."""
+"""Requests and responses of POST /tokenize and /detokenize."""
 
 from typing import Annotated
 
@@ -13,7 +13,7 @@ from lowlat.serve.protocol.tools import Tool
 
 
 class TokenizeRequest(StrictModel):
-    """A text, or a chat as its model would read it: exactly one of prompt and messages."""
+    """Exactly one of prompt (a text) and messages (a chat, rendered with the template)."""
 
     model: Id
     prompt: str | None = None
@@ -23,19 +23,19 @@ class TokenizeRequest(StrictModel):
     tools: Annotated[list[Tool], Field(min_length=1, max_length=limits.MAX_TOOLS)] | None = None
     """Functions offered in the chat."""
     add_special_tokens: bool | None = None
-    """Whether what the tokenizer puts around a text is added; default true. For a prompt only."""
+    """Whether to add the tokenizer's BOS and EOS tokens; default true. Only with prompt."""
     return_token_strs: bool | None = None
-    """Whether the text of each token is wanted."""
+    """Whether to return the text of each token."""
 
     @model_validator(mode="after")
     def _check(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
-            raise RequestError("give one of prompt and messages", param="prompt")
+            raise RequestError("set exactly one of prompt and messages", param="prompt")
         if self.prompt is not None and self.tools is not None:
-            raise RequestError("tools belong to messages; leave them out", param="tools")
+            raise RequestError("tools requires messages; leave it out", param="tools")
         if self.messages is not None and self.add_special_tokens is not None:
             raise RequestError(
-                "add_special_tokens has no effect on messages; leave it out",
+                "add_special_tokens requires prompt; leave it out",
                 param="add_special_tokens",
             )
         return self
@@ -44,10 +44,10 @@ class TokenizeRequest(StrictModel):
 class TokenizeResponse(WireModel):
     tokens: list[int]
     token_strs: list[str] | None
-    """Text of each token, U+FFFD for parts of a character, where asked for."""
+    """Text of each token, with U+FFFD for incomplete characters; with return_token_strs."""
     count: int
     max_model_len: int
-    """Most tokens of prompt and answer together."""
+    """Context length: maximum number of tokens of prompt and output together."""
 
 
 class DetokenizeRequest(StrictModel):

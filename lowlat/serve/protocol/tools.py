@@ -1,4 +1,4 @@
-"""Functions a model may call, its calls, and which of them a request asks for."""
+"""Tools in requests: functions, tool calls of earlier messages, tool_choice."""
 
 from typing import Literal
 
@@ -11,9 +11,9 @@ class Function(StrictModel):
     name: FunctionName
     description: Description | None = None
     parameters: JsonSchemaObject | None = None
-    """JSON schema of the arguments; none: no arguments."""
+    """JSON schema of the arguments; None: no arguments."""
     strict: bool | None = None
-    """Whether arguments must match the schema. Forced calls match it in any case."""
+    """Whether to enforce the schema on the arguments. It is always enforced on forced calls."""
 
 
 class Tool(StrictModel):
@@ -24,11 +24,11 @@ class Tool(StrictModel):
 class CalledFunction(StrictModel):
     name: FunctionName
     arguments: str
-    """JSON text of the arguments, as the model wrote it."""
+    """JSON text of the arguments."""
 
 
 class ToolCall(StrictModel):
-    """A call in an earlier answer."""
+    """A call in an earlier message."""
 
     id: Id
     type: Literal["function"]
@@ -40,7 +40,7 @@ class NamedFunction(StrictModel):
 
 
 class NamedTool(StrictModel):
-    """Asks for a call of this function."""
+    """Forces a call of this function."""
 
     type: Literal["function"]
     function: NamedFunction

@@ -1,4 +1,4 @@
-"""Tokens and times as responses tell them."""
+"""Token usage and timings of a response."""
 
 from lowlat.serve.protocol.base import WireModel
 
@@ -11,17 +11,17 @@ class PromptDetails(WireModel):
 class Usage(WireModel):
     prompt_tokens: int
     completion_tokens: int
-    """Of all completions, tokens of stop strings and of the end of sequence included."""
+    """Of all completions, including end-of-sequence tokens and tokens of stop strings."""
     total_tokens: int
     prompt_tokens_details: PromptDetails
 
 
 class Timings(WireModel):
-    """An extension of OpenAI's format: what the answer took."""
+    """Timings, an extension of OpenAI's format."""
 
     prefill_seconds: float
-    """From the prompt's first step to the first token."""
+    """Time from the prompt's first step to the first token."""
     decode_seconds: float
-    """From the first token to the last."""
+    """Time from the first token to the last."""
     tokens_per_second: float
-    """While decoding, all completions together."""
+    """Decode throughput of all completions together."""

@@ -1,6 +1,6 @@
-"""From a parsed JSON object to a model: pydantic's many errors become one line and a path.
+"""Validation of request bodies: the most relevant of pydantic's errors, in one line, with the path.
 
-Owns the wording and the path (`messages[0].content`) in `param`.
+The path (`messages[0].content`) becomes the error's `param`.
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from lowlat.serve.protocol.errors import RequestError
 MAX_MESSAGE = 400
 MAX_PARAM = 200
 UNKNOWN_KIND = "unknown_kind"
-"""Type of the error of a union whose branch is told by the field `type` in a way of its own."""
+"""Error type of a union with a custom discriminator on the field `type`."""
 
 Body = TypeVar("Body", bound=StrictModel)
 Path = tuple[str | int, ...]
 
 
 def validate(kind: type[Body], value: dict[str, Any]) -> Body:
-    """`value` as a `kind`. Raises RequestError that names the field."""
+    """`value` as a `kind`. Raises RequestError about the first invalid field."""
     unset = {name for name in kind.UNSUPPORTED & value.keys() if value[name] is None}
     try:
         return kind.model_validate({name: value[name] for name in value if name not in unset})
@@ -48,8 +48,8 @@ def _failure(item: ErrorDetails, path: Path) -> RequestError:
 
 
 def _rank(item: ErrorDetails, path: Path) -> tuple[int, int]:
-    """How much an error tells: most, that an object is of an unknown type; least, that a value is
-    of another type than one branch of a union takes. Of equals the one furthest inside.
+    """Relevance of an error: an unknown `type` ranks highest, a type mismatch lowest, because other
+    branches of a union also report it. Of equals, the deepest wins.
     """
     if item["type"] == "literal_error" and path[-1:] == ("type",):
         return 2, len(path)
@@ -58,9 +58,9 @@ def _rank(item: ErrorDetails, path: Path) -> tuple[int, int]:
 
 
 def _path(item: ErrorDetails, value: object) -> Path:
-    """The part of pydantic's location that is in the body; names of union branches are not."""
+    """Pydantic's location without the names of union branches, as a path into the body."""
     location = item["loc"]
-    # A branch may have the name of a field of its own object (type and field `json_schema`).
+    # A union branch and a field of its object may share a name (`json_schema`).
     path = max(_readings(location, value), key=lambda read: (len(read), read[-1:] == location[-1:]))
     if item["type"] == "missing":
         return (*path, location[-1])
@@ -71,7 +71,7 @@ def _path(item: ErrorDetails, value: object) -> Path:
 
 
 def _readings(location: Path, value: object) -> Iterator[Path]:
-    """Each way to read `location` as steps into `value`."""
+    """Every interpretation of `location` as steps into `value`."""
     if not location:
         yield ()
         return

@@ -1,0 +1,1 @@
+"""HTTP routes: one module per API endpoint, with its handler and response builder."""

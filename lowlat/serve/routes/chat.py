@@ -1,6 +1,7 @@
-"""POST /v1/chat/completions.
+"""POST /v1/chat/completions: prepare the prompt, submit it, build the response or its SSE chunks.
 
-Owns the order of the steps: prompt and grammar off the event loop, admission, reply.
+Prompt and grammar are prepared off the event loop. `chat.output_parser` splits the output into
+content, reasoning and tool calls.
 """
 
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -9,14 +10,14 @@ from contextlib import AbstractContextManager, aclosing
 from starlette.responses import Response
 
 from lowlat.generate import completion
-from lowlat.serve.chat.output_parser import AnswerParser
+from lowlat.serve.chat.output_parser import OutputParser
 from lowlat.serve.chat.prompt import PreparedChat, prepare_chat
 from lowlat.serve.generation import Delta
-from lowlat.serve.http.errors import renamed
+from lowlat.serve.http.errors import renamed_fields
 from lowlat.serve.http.sse import DONE, event, stream_response
 from lowlat.serve.protocol import chat_response as wire
 from lowlat.serve.protocol.chat import ChatRequest
-from lowlat.serve.routes.context import Call
+from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.endpoint import json_response
 from lowlat.serve.routes.response_fields import chat_logprobs, new_id, now, timings_of, usage_of
 from lowlat.serve.tool_parsers.parts import (
@@ -29,28 +30,28 @@ from lowlat.serve.tool_parsers.parts import (
 from lowlat.text.tokenizer import Tokenizer
 
 
-async def create_chat(call: Call, request: ChatRequest) -> Response:
-    """Answer `request`, streamed where it asks for that."""
-    call.services.check_model(request.model)
-    prepared = await submit_chat(call, request)
-    reply = ChatReply(call, request, prepared.make_parser)
+async def create_chat(ctx: RequestContext, request: ChatRequest) -> Response:
+    """Complete a chat, streamed if the request asks for it."""
+    ctx.state.check_model(request.model)
+    prepared = await submit_chat(ctx, request)
+    reply = ChatResponseBuilder(ctx, request, prepared.make_parser)
     if request.stream:
-        return stream_response(reply.events(), call.services.config)
-    return json_response(await reply.whole())
+        return stream_response(reply.events(), ctx.state.config)
+    return json_response(await reply.complete())
 
 
-async def submit_chat(call: Call, request: ChatRequest) -> PreparedChat:
-    """Have the chat's next answer generated; returns how to read it."""
-    services = call.services
-    prepared = await services.workers.run(prepare_chat, services.model, request)
+async def submit_chat(ctx: RequestContext, request: ChatRequest) -> PreparedChat:
+    """Submit the chat to the engine; returns the prepared request with its parser."""
+    state = ctx.state
+    prepared = await state.workers.run(prepare_chat, state.model, request)
     grammar = None
     if prepared.structured is not None:
-        param = call.form_field = request.form_field
-        with _limits_named(request):
-            services.engine.check(prepared.ids, prepared.params)
-        grammar = await call.compile(prepared.structured, param=param)
-    with _limits_named(request):
-        await call.submit(
+        param = ctx.constraint_field = request.constraint_field
+        with _renamed_max_tokens(request):
+            state.engine.check(prepared.ids, prepared.params)
+        grammar = await ctx.compile(prepared.structured, param=param)
+    with _renamed_max_tokens(request):
+        await ctx.submit(
             prepared.ids,
             prepared.params,
             priority=request.priority,
@@ -61,26 +62,26 @@ async def submit_chat(call: Call, request: ChatRequest) -> PreparedChat:
     return prepared
 
 
-def _limits_named(request: ChatRequest) -> AbstractContextManager[None]:
-    """The engine knows one limit of an answer, chats have two names for it."""
+def _renamed_max_tokens(request: ChatRequest) -> AbstractContextManager[None]:
+    """The engine has one name for max_tokens, chats have two."""
     is_new = request.max_tokens is None
-    return renamed({"max_tokens": "max_completion_tokens"} if is_new else {})
+    return renamed_fields({"max_tokens": "max_completion_tokens"} if is_new else {})
 
 
 class _Choice:
-    """One completion of the chat as far as it has come."""
+    """One completion of the chat so far."""
 
-    def __init__(self, parser: AnswerParser) -> None:
+    def __init__(self, parser: OutputParser) -> None:
         self.parser = parser
         self.content: list[str] = []
         self.reasoning: list[str] = []
         self.calls: dict[int, tuple[ToolCallStart, list[str]]] = {}
         self.logprobs: list[completion.TokenLogprob] = []
-        self.finish_reason: wire.ChatFinish | None = None
+        self.finish_reason: wire.ChatFinishReason | None = None
         self.has_begun = False
 
     def push(self, delta: Delta) -> list[Part]:
-        """Take in what the completion gained; returns its certain parts."""
+        """Parse `delta`; returns the parts that are now certain."""
         parts = self.parser.push(delta.text)
         if delta.finish_reason is not None:
             parts = [*parts, *self.parser.finish()]
@@ -89,8 +90,8 @@ class _Choice:
                 self.finish_reason = "tool_calls"
         return parts
 
-    def keep(self, delta: Delta, parts: list[Part]) -> None:
-        """Remember `parts` and log-probabilities for the whole message."""
+    def collect(self, delta: Delta, parts: list[Part]) -> None:
+        """Collect `parts` and log-probabilities for the complete message."""
         self.logprobs.extend(delta.logprobs)
         for part in parts:
             match part:
@@ -103,29 +104,29 @@ class _Choice:
                 case ToolCallArguments():
                     self.calls[part.index][1].append(part.text)
 
-    def message(self) -> wire.AnswerMessage:
+    def message(self) -> wire.ChatMessage:
         calls = [
-            wire.AnswerToolCall(
+            wire.ChatToolCall(
                 id=start.id,
-                function=wire.AnswerFunction(name=start.name, arguments="".join(arguments)),
+                function=wire.ChatFunctionCall(name=start.name, arguments="".join(arguments)),
             )
             for _, (start, arguments) in sorted(self.calls.items())
         ]
         content = "".join(self.content)
-        return wire.AnswerMessage(
+        return wire.ChatMessage(
             content=content if content or not calls else None,
             reasoning_content="".join(self.reasoning) or None,
             tool_calls=calls or None,
         )
 
 
-class ChatReply:
-    """Makes the answer to `request` from the deltas of `call`."""
+class ChatResponseBuilder:
+    """Builds the response to `request` from the deltas of `ctx`."""
 
     def __init__(
-        self, call: Call, request: ChatRequest, make_parser: Callable[[], AnswerParser]
+        self, ctx: RequestContext, request: ChatRequest, make_parser: Callable[[], OutputParser]
     ) -> None:
-        self._call = call
+        self._ctx = ctx
         self._request = request
         self._id = new_id("chatcmpl-")
         self._created = now()
@@ -133,37 +134,37 @@ class ChatReply:
 
     @property
     def _tokenizer(self) -> Tokenizer:
-        return self._call.services.model.tokenizer
+        return self._ctx.state.model.tokenizer
 
-    async def whole(self) -> wire.ChatCompletion:
-        """The answer when it is complete."""
-        async with aclosing(self._call.deltas()) as deltas:
+    async def complete(self) -> wire.ChatCompletion:
+        """The complete response."""
+        async with aclosing(self._ctx.deltas()) as deltas:
             async for _, delta in deltas:
                 choice = self._choices[delta.index]
-                choice.keep(delta, choice.push(delta))
+                choice.collect(delta, choice.push(delta))
         return wire.ChatCompletion(
             id=self._id,
             created=self._created,
             model=self._request.model,
-            choices=[self._whole_choice(i, choice) for i, choice in enumerate(self._choices)],
-            usage=usage_of(self._call),
-            lowlat=timings_of(self._call),
+            choices=[self._complete_choice(i, choice) for i, choice in enumerate(self._choices)],
+            usage=usage_of(self._ctx),
+            lowlat=timings_of(self._ctx),
         )
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer as events while it comes."""
-        async with aclosing(self._call.deltas()) as deltas:
+        """The response as SSE chunks."""
+        async with aclosing(self._ctx.deltas()) as deltas:
             async for _, delta in deltas:
                 chunks = [self._chunk([choice]) for choice in self._chunks(delta)]
                 if chunks:
                     yield b"".join(event(chunk.model_dump_json()) for chunk in chunks)
         if self._request.includes_usage:
             last = self._chunk([])
-            last.usage, last.lowlat = usage_of(self._call), timings_of(self._call)
+            last.usage, last.lowlat = usage_of(self._ctx), timings_of(self._ctx)
             yield event(last.model_dump_json())
         yield DONE
 
-    def _whole_choice(self, index: int, choice: _Choice) -> wire.ChatChoice:
+    def _complete_choice(self, index: int, choice: _Choice) -> wire.ChatChoice:
         logprobs = chat_logprobs(self._tokenizer, choice.logprobs)
         return wire.ChatChoice(
             index=index,
@@ -172,13 +173,13 @@ class ChatReply:
             finish_reason=choice.finish_reason or "stop",
         )
 
-    def _chunk(self, choices: list[wire.ChunkChoice]) -> wire.ChatChunk:
-        return wire.ChatChunk(
+    def _chunk(self, choices: list[wire.ChunkChoice]) -> wire.ChatCompletionChunk:
+        return wire.ChatCompletionChunk(
             id=self._id, created=self._created, model=self._request.model, choices=choices
         )
 
     def _chunks(self, delta: Delta) -> Iterator[wire.ChunkChoice]:
-        """`delta` as choices of chunks: the role first, the finish reason last and alone."""
+        """`delta` as choices of chunks: the role comes first, the finish reason last and alone."""
         choice = self._choices[delta.index]
         parts = choice.push(delta)
         if not choice.has_begun:
@@ -206,14 +207,14 @@ def _delta_of(part: Part) -> wire.MessageDelta:
         case ReasoningPart():
             return wire.MessageDelta(reasoning_content=part.text)
         case ToolCallStart():
-            call = wire.ToolCallDelta(
+            tool_call = wire.ToolCallDelta(
                 index=part.index,
                 id=part.id,
                 type="function",
                 function=wire.FunctionDelta(name=part.name, arguments=""),
             )
         case ToolCallArguments():
-            call = wire.ToolCallDelta(
+            tool_call = wire.ToolCallDelta(
                 index=part.index, function=wire.FunctionDelta(arguments=part.text)
             )
-    return wire.MessageDelta(tool_calls=[call])
+    return wire.MessageDelta(tool_calls=[tool_call])

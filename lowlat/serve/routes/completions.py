@@ -1,7 +1,7 @@
-"""POST /v1/completions.
+"""POST /v1/completions: encode the prompts, submit them, build the response or its SSE chunks.
 
-Owns the order of the steps: tokens and grammar off the event loop, admission of every prompt,
-reply.
+Tokens and grammars are prepared off the event loop. Either all prompts of a request are admitted or
+none.
 """
 
 from collections.abc import AsyncGenerator, Sequence
@@ -14,38 +14,38 @@ from lowlat.generate import completion
 from lowlat.generate.grammar import CompiledGrammar
 from lowlat.generate.model import Model
 from lowlat.generate.structured import StructuredOutput
-from lowlat.serve.chat.prompt import check_size
+from lowlat.serve.chat.prompt import check_text_size
 from lowlat.serve.generation import Delta
 from lowlat.serve.http.sse import DONE, event, stream_response
 from lowlat.serve.protocol import completions as wire
 from lowlat.serve.protocol.completions import CompletionRequest
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.structured_outputs import StructuredOutputs
-from lowlat.serve.routes.context import Call
+from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.endpoint import json_response
 from lowlat.serve.routes.response_fields import new_id, now, timings_of, usage_of
-from lowlat.serve.structured_outputs import structured_output
+from lowlat.serve.structured_outputs import from_structured_outputs
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
 
 
-async def create_completion(call: Call, request: CompletionRequest) -> Response:
-    """Complete the prompts of `request`, streamed where it asks for that."""
-    services = call.services
-    services.check_model(request.model)
-    _check_queue(request, services.engine.max_queue)
-    prompts = await services.workers.run(_encode, services.model, request)
-    params = [request.to_params(services.model.context - len(ids)) for ids, _ in prompts]
+async def create_completion(ctx: RequestContext, request: CompletionRequest) -> Response:
+    """Complete one or more prompts, streamed if the request asks for it."""
+    state = ctx.state
+    state.check_model(request.model)
+    _check_queue(request, state.engine.max_queue)
+    prompts = await state.workers.run(_encode, state.model, request)
+    params = [request.to_params(state.model.context - len(ids)) for ids, _ in prompts]
     for (ids, _), own in zip(prompts, params, strict=True):
-        services.engine.check(ids, own)
-    # A prompt without text is not continued: its answer is a text of its own.
-    begin = [not services.model.tokenizer.has_text(ids) for ids, _ in prompts]
-    grammars = await _grammars(call, request, set(begin))
+        state.engine.check(ids, own)
+    # After a prompt without text, the output begins a text.
+    begin = [not state.model.tokenizer.has_text(ids) for ids, _ in prompts]
+    grammars = await _grammars(ctx, request, set(begin))
     if len(prompts) > 1:
-        # All of them or none: what has begun would be thrown away.
-        services.engine.check_room(len(prompts) - 1)
+        # All or none: otherwise started completions would be discarded.
+        state.engine.check_room(len(prompts) - 1)
     for (ids, _), own, begins_text in zip(prompts, params, begin, strict=True):
-        await call.submit(
+        await ctx.submit(
             ids,
             own,
             priority=request.priority,
@@ -53,49 +53,49 @@ async def create_completion(call: Call, request: CompletionRequest) -> Response:
             grammar=grammars.get(begins_text),
             begins_text=begins_text,
         )
-    reply = CompletionReply(call, request, [echo for _, echo in prompts])
+    reply = CompletionResponseBuilder(ctx, request, [echo for _, echo in prompts])
     if request.stream:
-        return stream_response(reply.events(), services.config)
-    return json_response(await reply.whole())
+        return stream_response(reply.events(), state.config)
+    return json_response(await reply.complete())
 
 
 def _check_queue(request: CompletionRequest, max_queue: int) -> None:
-    """Raises RequestError for prompts that no wait makes room for."""
+    """Raise RequestError for more prompts than the queue can ever hold."""
     if len(request.prompts) > max_queue:
         raise RequestError(
-            f"prompt: {len(request.prompts)} prompts are more than the {max_queue} requests that"
-            " this server lets wait; send fewer at once",
+            f"prompt: {len(request.prompts)} prompts exceed the queue of this server"
+            f" ({max_queue}); send fewer per request",
             param="prompt",
         )
 
 
 async def _grammars(
-    call: Call, request: CompletionRequest, kinds: set[bool]
+    ctx: RequestContext, request: CompletionRequest, kinds: set[bool]
 ) -> dict[bool, CompiledGrammar]:
-    """What the answers are held to, of those that begin a text and those that go on with one."""
+    """The grammars of the outputs, by whether the output begins a text or continues one."""
     if request.structured_outputs is None:
         return {}
-    output = _form(request.structured_outputs)
+    output = _constraint(request.structured_outputs)
     return {
-        begins_text: await call.compile(output, param="structured_outputs", begins_text=begins_text)
+        begins_text: await ctx.compile(output, param="structured_outputs", begins_text=begins_text)
         for begins_text in kinds
     }
 
 
-def _form(given: StructuredOutputs) -> StructuredOutput:
-    """What the answers are held to. Raises RequestError above a limit."""
+def _constraint(given: StructuredOutputs) -> StructuredOutput:
+    """The constraint on the outputs. Raises RequestError above a limit."""
     try:
-        return structured_output(given)
+        return from_structured_outputs(given)
     except UserError as error:
         field = "structured_outputs"
         raise RequestError(f"{field}: {error}", param=field) from error
 
 
 def _encode(model: Model, request: CompletionRequest) -> list[tuple[list[int], str]]:
-    """Token ids of each prompt, and the text its answers begin with."""
+    """Token ids of each prompt, and its text if the request sets echo."""
     for prompt in request.prompts:
         if isinstance(prompt, str):
-            check_size(model, [prompt], "prompt")
+            check_text_size(model, [prompt], "prompt")
     return [
         (
             model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
@@ -109,26 +109,29 @@ def _echo(model: Model, prompt: str | list[int]) -> str:
     return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
 
 
-class CompletionReply:
-    """Makes the answer to `request` from the deltas of `call`; `echoes` are the prompts' texts
-    that answers begin with.
+class CompletionResponseBuilder:
+    """Builds the response to `request` from the deltas of `ctx`.
+
+    `echoes`: for each prompt, the text that its completions start with.
     """
 
-    def __init__(self, call: Call, request: wire.CompletionRequest, echoes: Sequence[str]) -> None:
-        self._call = call
+    def __init__(
+        self, ctx: RequestContext, request: wire.CompletionRequest, echoes: Sequence[str]
+    ) -> None:
+        self._ctx = ctx
         self._request = request
         self._n = request.n or 1
         self._echoes = echoes
         self._id = new_id("cmpl-")
         self._created = now()
 
-    async def whole(self) -> wire.CompletionResponse:
-        """The answer when it is complete."""
+    async def complete(self) -> wire.CompletionResponse:
+        """The complete response."""
         count = self._n * len(self._echoes)
         texts = [[self._echoes[index // self._n]] for index in range(count)]
         logprobs: list[list[completion.TokenLogprob]] = [[] for _ in range(count)]
         reasons: list[Literal["stop", "length"] | None] = [None] * count
-        async with aclosing(self._call.deltas()) as deltas:
+        async with aclosing(self._ctx.deltas()) as deltas:
             async for number, delta in deltas:
                 index = number * self._n + delta.index
                 texts[index].append(delta.text)
@@ -146,9 +149,9 @@ class CompletionReply:
         return self._response(choices, is_last=True)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer as events while it comes."""
+        """The response as SSE chunks."""
         begun: set[int] = set()
-        async with aclosing(self._call.deltas()) as deltas:
+        async with aclosing(self._ctx.deltas()) as deltas:
             async for number, delta in deltas:
                 index = number * self._n + delta.index
                 echo = "" if index in begun else self._echoes[number]
@@ -174,14 +177,14 @@ class CompletionReply:
             created=self._created,
             model=self._request.model,
             choices=choices,
-            usage=usage_of(self._call) if is_last else None,
-            lowlat=timings_of(self._call) if is_last else None,
+            usage=usage_of(self._ctx) if is_last else None,
+            lowlat=timings_of(self._ctx) if is_last else None,
         )
 
     def _logprobs(self, entries: Sequence[completion.TokenLogprob]) -> wire.LegacyLogprobs | None:
         if self._request.logprobs is None:
             return None
-        tokenizer = self._call.services.model.tokenizer
+        tokenizer = self._ctx.state.model.tokenizer
         return wire.LegacyLogprobs(
             tokens=[_token_text(tokenizer, entry.token) for entry in entries],
             token_logprobs=[entry.logprob for entry in entries],
@@ -200,7 +203,7 @@ def _finish(delta: Delta) -> Literal["stop", "length"] | None:
 
 
 def _token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text, or its bytes where they are no whole characters: no two tokens look alike."""
+    """A token's text, or its bytes if they are not valid UTF-8, so that tokens stay distinct."""
     data = tokenizer.id_to_bytes(token)
     try:
         return data.decode("utf-8")

@@ -1,6 +1,6 @@
-"""Call: one request under way, and the generations it holds.
+"""RequestContext: one active API request and its generations in the engine.
 
-Owns that every generation ends with its request, however that ends, and the sums over them.
+Cancels every generation when the request ends, however it ends, and sums up tokens and times.
 """
 
 import asyncio
@@ -14,31 +14,31 @@ from lowlat.generate.structured import StructuredOutput
 from lowlat.serve.generation import Delta, Draining, Generation
 from lowlat.serve.http.errors import GenerationFailed
 from lowlat.serve.protocol.errors import RequestError
-from lowlat.serve.state import Services
+from lowlat.serve.state import ServerState
 
 
-class Call:
-    """One request of the key with `cache_namespace`, which has just arrived."""
+class RequestContext:
+    """One request that has just arrived. `cache_namespace` isolates the prefix cache of its key."""
 
-    def __init__(self, services: Services, *, cache_namespace: bytes) -> None:
-        self.services = services
+    def __init__(self, state: ServerState, *, cache_namespace: bytes) -> None:
+        self.state = state
         self._arrived_at = time.perf_counter()
         self.num_tokens = 0
-        """Generated so far, by all completions."""
-        self.form_field = "structured_outputs"
-        """The field of the request that asks for the form of the answer, where one does."""
+        """Tokens generated so far, by all completions."""
+        self.constraint_field = "structured_outputs"
+        """The request field that constrains the output, for errors of its grammar."""
         self._num_completions = 0
-        self._salt = cache_namespace
+        self._cache_namespace = cache_namespace
         self._generations: list[Generation] = []
-        self._is_coming = True
+        self._is_preparing = True
         self._preparing: asyncio.Timeout | None = None
-        services.num_coming += 1
+        state.num_preparing += 1
 
     @contextlib.asynccontextmanager
     async def prepare(self, deadline: int | float | None) -> AsyncIterator[None]:
-        """Give up where nothing has been submitted by the deadline, in seconds from arrival.
+        """Limit the time until `submit` to `deadline` seconds from arrival.
 
-        From then on it is the engine's to keep. Raises RequestError 408.
+        The engine enforces the deadline from then on. Raises RequestError 408.
         """
         waiting = asyncio.timeout(self._left(deadline))
         try:
@@ -52,8 +52,8 @@ class Call:
             self._preparing = None
 
     def _left(self, deadline: int | float | None) -> float | None:
-        """Seconds that are left of a deadline, or of the longest that the server allows."""
-        longest = self.services.config.request_seconds
+        """Seconds left of `deadline` or of the server's maximum; None: no limit."""
+        longest = self.state.config.request_seconds
         limits = [seconds for seconds in (deadline, longest) if seconds is not None]
         if not limits:
             return None
@@ -62,9 +62,12 @@ class Call:
     async def compile(
         self, output: StructuredOutput, *, param: str, begins_text: bool = True
     ) -> CompiledGrammar:
-        """The grammar of what the request's field `param` asks for; raises what `Grammars` do."""
-        return await self.services.grammars.compile(
-            output, param=param, cache_namespace=self._salt, begins_text=begins_text
+        """Compile the grammar that the field `param` asks for.
+
+        Raises as `StructuredOutputManager.compile` does.
+        """
+        return await self.state.structured_outputs.compile(
+            output, param=param, cache_namespace=self._cache_namespace, begins_text=begins_text
         )
 
     async def submit(
@@ -78,47 +81,49 @@ class Call:
         keep_special: frozenset[int] = frozenset(),
         begins_text: bool = True,
     ) -> None:
-        """Have `prompt` completed; `deadline` is in seconds from arrival. Raises what
-        `AsyncEngine.submit` raises."""
-        generation = await self.services.engine.submit(
+        """Submit `prompt` to the engine; `deadline` is in seconds from arrival.
+
+        Raises as the engine's `submit` does.
+        """
+        generation = await self.state.engine.submit(
             prompt,
             params,
             grammar=grammar,
-            cache_namespace=self._salt,
+            cache_namespace=self._cache_namespace,
             priority=priority or 0,
             deadline=self._left(deadline),
             keep_special=keep_special,
             begins_text=begins_text,
         )
-        self._arrive()
+        self._end_preparation()
         self._generations.append(generation)
         self._num_completions += params.n
 
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """(number of the prompt, what one of its completions gained), in the order of arrival.
+        """Yield (index of the prompt, delta of one of its completions) as they arrive.
 
-        Raises RequestError 408 for a missed deadline and 400 for a form that was too much work,
-        Draining where the server ends, GenerationFailed for a fault of the engine.
+        Raises RequestError 408 for a missed deadline and 400 for a grammar that exceeds its
+        limits, Draining at shutdown, GenerationFailed for an engine error.
         """
         generations = self._generations
         several = len(generations) > 1
         merged = _merge(generations) if several else _number(generations[0])
         async with contextlib.aclosing(merged) as deltas:
             async for number, delta in deltas:
-                _check_end(delta, self.form_field)
+                _check_end(delta, self.constraint_field)
                 self.num_tokens += len(delta.tokens)
                 yield number, delta
 
     def close(self) -> None:
-        """End what has not ended; the last call."""
-        self._arrive()
+        """Cancel what has not finished; call it last."""
+        self._end_preparation()
         for generation in self._generations:
             generation.cancel()
 
-    def _arrive(self) -> None:
-        if self._is_coming:
-            self._is_coming = False
-            self.services.num_coming -= 1
+    def _end_preparation(self) -> None:
+        if self._is_preparing:
+            self._is_preparing = False
+            self.state.num_preparing -= 1
         if self._preparing is not None and not self._preparing.expired():
             self._preparing.reschedule(None)
 
@@ -128,23 +133,23 @@ class Call:
 
     @property
     def prefill_seconds(self) -> float:
-        """From the first step of a prompt to its first token; the longest of them."""
+        """Time from a prompt's first step to its first token; the maximum over prompts."""
         return max(generation.prefill_seconds for generation in self._generations)
 
     @property
     def decode_seconds(self) -> float:
-        """From the first token to the last, of the completion that took longest."""
+        """Time from the first token to the last; the maximum over completions."""
         return max(generation.decode_seconds for generation in self._generations)
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens after each completion's first per second of decoding."""
+        """Decode throughput: tokens after each completion's first, per second."""
         seconds, tokens = self.decode_seconds, self.num_tokens - self._num_completions
         return tokens / seconds if seconds > 0.0 and tokens > 0 else 0.0
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens whose rows were in the cache already."""
+        """Prompt tokens found in the prefix cache."""
         return sum(generation.cached_tokens for generation in self._generations)
 
 
@@ -156,7 +161,7 @@ async def _number(generation: Generation) -> AsyncGenerator[tuple[int, Delta], N
 async def _merge(
     generations: Sequence[Generation],
 ) -> AsyncGenerator[tuple[int, Delta], None]:
-    """The deltas of all generations with their numbers, as they come."""
+    """The deltas of all generations with their indexes, as they arrive."""
     iterators = [aiter(generation) for generation in generations]
     coming = {asyncio.ensure_future(anext(it, None)): i for i, it in enumerate(iterators)}
     try:
@@ -173,14 +178,14 @@ async def _merge(
             future.cancel()
 
 
-def _check_end(delta: Delta, form_field: str) -> None:
+def _check_end(delta: Delta, constraint_field: str) -> None:
     match delta.finish_reason:
         case "deadline":
             raise _late()
         case "abort":
             raise Draining
         case "error" if delta.is_grammar_error:
-            raise RequestError(f"{form_field}: {delta.error}", param=form_field)
+            raise RequestError(f"{constraint_field}: {delta.error}", param=constraint_field)
         case "error":
             raise GenerationFailed(delta.error)
         case _:
@@ -189,7 +194,7 @@ def _check_end(delta: Delta, form_field: str) -> None:
 
 def _late() -> RequestError:
     return RequestError(
-        "the deadline passed before the answer was complete",
+        "the deadline passed before the response was complete; raise deadline_seconds",
         param="deadline_seconds",
         code="deadline_exceeded",
         status=408,

@@ -1,6 +1,6 @@
-"""JsonEndpoint: the way of a request with a JSON body, from its bytes to the last of its answer.
+"""JsonEndpoint: the steps every POST request goes through, from its bytes to its response.
 
-Owns the order (room, headers, body, JSON, fields, work) and that work ends when the client leaves.
+Order: admission, headers, body, JSON, validation, handler. A client disconnect cancels the handler.
 """
 
 import asyncio
@@ -17,59 +17,59 @@ from lowlat.serve.http.errors import API_HEADERS
 from lowlat.serve.protocol.base import StrictModel
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.validation import validate
-from lowlat.serve.routes.context import Call
-from lowlat.serve.state import Services
+from lowlat.serve.routes.context import RequestContext
+from lowlat.serve.state import ServerState
 
 Body = TypeVar("Body", bound=StrictModel)
 
 
 def json_response(model: BaseModel) -> Response:
-    """A response model as a response."""
+    """`model` as a JSON response."""
     body = model.model_dump_json(by_alias=True)
     return Response(body, media_type="application/json", headers=API_HEADERS)
 
 
 class JsonEndpoint(Generic[Body]):
-    """ASGI app of one route: a `kind` in, whatever `handle` makes of it out."""
+    """ASGI app of one route: validates the body as a `kind` and passes it to `handle`."""
 
     def __init__(
         self,
-        services: Services,
+        state: ServerState,
         kind: type[Body],
-        handle: Callable[[Call, Body], Awaitable[Response]],
+        handle: Callable[[RequestContext, Body], Awaitable[Response]],
     ) -> None:
-        self._services = services
+        self._state = state
         self._kind = kind
         self._handle = handle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        services = self._services
-        services.check_room()
-        services.num_requests += 1
-        call = Call(services, cache_namespace=scope["state"]["cache_namespace"])
+        state = self._state
+        state.check_capacity()
+        state.num_requests += 1
+        ctx = RequestContext(state, cache_namespace=scope["state"]["cache_namespace"])
         try:
             body = await self._read(scope, receive)
-            await _while_connected(receive, self._answer(call, body, scope, receive, send))
+            await _while_connected(receive, self._handle_body(ctx, body, scope, receive, send))
         finally:
-            call.close()
-            services.num_requests -= 1
+            ctx.close()
+            state.num_requests -= 1
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        config = self._services.config
+        config = self._state.config
         headers = Headers(scope=scope)
         if scope["query_string"]:
-            raise RequestError("this path takes no query parameters; put fields into the body")
+            raise RequestError("query parameters are not supported; put fields into the body")
         check_json_headers(headers)
         return await read_body(
             receive, headers, max_bytes=config.max_body_bytes, seconds=config.body_seconds
         )
 
-    async def _answer(
-        self, call: Call, body: bytes, scope: Scope, receive: Receive, send: Send
+    async def _handle_body(
+        self, ctx: RequestContext, body: bytes, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        request = await call.services.workers.run(_parse, self._kind, body)
-        async with call.prepare(getattr(request, "deadline_seconds", None)):
-            response = await self._handle(call, request)
+        request = await ctx.state.workers.run(_parse, self._kind, body)
+        async with ctx.prepare(getattr(request, "deadline_seconds", None)):
+            response = await self._handle(ctx, request)
         await response(scope, receive, send)
 
 
@@ -78,7 +78,7 @@ def _parse(kind: type[Body], body: bytes) -> Body:
 
 
 async def _while_connected(receive: Receive, work: Awaitable[None]) -> None:
-    """Await `work`; cancelled, and Disconnected raised, where the client leaves before its end."""
+    """Await `work`. Cancels it and raises Disconnected when the client disconnects."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnect(receive))
     try:

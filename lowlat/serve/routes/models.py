@@ -1,26 +1,25 @@
-"""GET routes: the model, health, readiness.
+"""GET /v1/models, /health and /ready.
 
-Owns what they tell. Health is whether the engine still advances; readiness whether new requests are
-taken.
+/health reports whether the engine makes progress, /ready whether new requests are accepted.
 """
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lowlat.serve.chat.template_features import Dialect
+from lowlat.serve.chat.template_features import TemplateFeatures
 from lowlat.serve.generation import Draining, EngineDead
 from lowlat.serve.protocol.models import ModelCard, ModelList, Status
 from lowlat.serve.routes.endpoint import json_response
-from lowlat.serve.state import Services
+from lowlat.serve.state import ServerState
 
 
 class InfoRoutes:
-    """The routes of one server; the model's card is made once."""
+    """GET routes of one server; the model card is built once."""
 
-    def __init__(self, services: Services) -> None:
-        self._services = services
-        self._card = model_card(services)
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._card = model_card(state)
 
     def routes(self) -> list[Route]:
         return [
@@ -34,31 +33,31 @@ class InfoRoutes:
         return json_response(ModelList(data=[self._card]))
 
     async def get_model(self, request: Request) -> Response:
-        self._services.check_model(request.path_params["id"])
+        self._state.check_model(request.path_params["id"])
         return json_response(self._card)
 
     async def health(self, request: Request) -> Response:
-        """200 while the engine's loop advances or has nothing to do."""
-        if not self._services.engine.is_healthy:
+        """200 while the engine makes progress or is idle."""
+        if not self._state.engine.is_healthy:
             raise EngineDead
         return json_response(Status())
 
     async def ready(self, request: Request) -> Response:
-        """200 while new requests are taken."""
-        if self._services.is_draining:
+        """200 while new requests are accepted."""
+        if self._state.is_draining:
             raise Draining
         return await self.health(request)
 
 
-def model_card(services: Services) -> ModelCard:
+def model_card(state: ServerState) -> ModelCard:
     """The served model as /v1/models shows it."""
-    model = services.model
-    dialect = Dialect.of(model.tokenizer)
+    model = state.model
+    dialect = TemplateFeatures.of(model.tokenizer)
     has_template = model.tokenizer.chat_template is not None
     return ModelCard(
-        id=services.model_name,
-        created=services.started_at,
-        context_length=model.context,
+        id=state.model_name,
+        created=state.started_at,
+        max_model_len=model.context,
         cache_bytes_per_token=model.cache_bytes_per_token,
         cache_dtype=model.cache_dtype,
         batch_invariant=model.runner.is_batch_invariant,

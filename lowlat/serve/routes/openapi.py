@@ -1,7 +1,7 @@
-"""GET /openapi.json: the API as an OpenAPI 3.1 document, made from the models themselves.
+"""GET /openapi.json: the API as an OpenAPI 3.1 document, generated from the pydantic models.
 
-Owns the document. It is exact: what it allows is accepted where its parts do not contradict each
-other, what it does not allow is refused.
+The document is exact: the server rejects what it forbids, and accepts what it allows unless fields
+contradict each other.
 """
 
 import json
@@ -17,27 +17,27 @@ from starlette.routing import Route
 from lowlat.serve.protocol.completions import TokenId
 from lowlat.serve.protocol.errors import ErrorResponse
 from lowlat.serve.routes.operations import GETS, POSTS, Get, Post
-from lowlat.serve.state import Services
+from lowlat.serve.state import ServerState
 
 Json = dict[str, Any]
 
 _REFUSALS = {
-    "400": "A field is wrong or not supported; param names it.",
-    "404": "There is no such model.",
-    "408": "The body came too slowly, or the deadline passed.",
+    "400": "A field is invalid or not supported; param names it.",
+    "404": "The model does not exist.",
+    "408": "The body arrived too slowly, or the deadline passed.",
     "413": "The body is too large.",
-    "415": "The body is not said to be JSON.",
-    "429": "Too many requests wait; Retry-After tells when to come again.",
-    "500": "A fault of the server.",
-    "503": "The server shuts down, or its engine has stopped.",
+    "415": "The Content-Type is not application/json.",
+    "429": "The queue is full; retry after Retry-After seconds.",
+    "500": "An internal error.",
+    "503": "The server is shutting down, or its engine has stopped.",
 }
 _GET_REFUSALS = ("400", "404", "500", "503")
 _OPEN = frozenset({"/health"})
 
 
-def openapi_route(services: Services) -> Route:
-    """The route of the document, which is made once."""
-    body = json.dumps(document(services)).encode()
+def openapi_route(state: ServerState) -> Route:
+    """The route of the document, which is built once."""
+    body = json.dumps(document(state)).encode()
 
     async def get_openapi(request: Request) -> Response:
         return Response(body, media_type="application/json")
@@ -45,21 +45,21 @@ def openapi_route(services: Services) -> Route:
     return Route("/openapi.json", get_openapi)
 
 
-def document(services: Services) -> Json:
-    """The document of a server; its one model is the only one requests may name."""
+def document(state: ServerState) -> Json:
+    """The document of one server; requests may name only its model."""
     refs, schemas = _schemas()
     for operation in POSTS:
         schemas[operation.request.__name__]["properties"]["model"] = {
             "type": "string",
-            "enum": [services.model_name],
+            "enum": [state.model_name],
         }
-    schemas[TokenId.__name__]["maximum"] = services.model.config.vocab_size - 1
-    has_keys = bool(services.config.api_keys)
+    schemas[TokenId.__name__]["maximum"] = state.model.config.vocab_size - 1
+    has_keys = bool(state.config.api_keys)
     paths: dict[str, Json] = {}
     for operation in POSTS:
         paths[operation.path] = {"post": _post(operation, refs, has_keys)}
     for operation in GETS:
-        paths[operation.path] = {"get": _get(operation, refs, services, has_keys)}
+        paths[operation.path] = {"get": _get(operation, refs, state, has_keys)}
     components: Json = {"schemas": schemas}
     if has_keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -72,7 +72,7 @@ def document(services: Services) -> Json:
 
 
 def _schemas() -> tuple[dict[type[BaseModel], Json], Json]:
-    """A reference to each model's schema, and all schemas by name."""
+    """References to the models' schemas, and all schemas by name."""
     requests = [operation.request for operation in POSTS]
     responses = [ErrorResponse, *(o.response for o in (*POSTS, *GETS) if o.response is not None)]
     responses += [operation.chunk for operation in POSTS if operation.chunk is not None]
@@ -95,7 +95,7 @@ def _post(operation: Post, refs: dict[type[BaseModel], Json], has_keys: bool) ->
         "summary": (operation.handle.__doc__ or "").splitlines()[0],
         "requestBody": {"required": True, "content": body},
         "responses": {
-            "200": {"description": "The answer.", "content": content},
+            "200": {"description": "The response.", "content": content},
             **_refusals(_REFUSALS, refs, has_keys),
         },
         **_security(operation.path, has_keys),
@@ -103,7 +103,7 @@ def _post(operation: Post, refs: dict[type[BaseModel], Json], has_keys: bool) ->
 
 
 def _events(data: Json) -> Json:
-    """Each of the events of a stream; `data` describes their data, but for the last."""
+    """Schema of a stream's events; `data` is that of all data fields but the last."""
     chunk = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
     properties: Json = {
         "event": {"type": "string"},
@@ -113,7 +113,7 @@ def _events(data: Json) -> Json:
 
 
 def _get(
-    operation: Get, refs: dict[type[BaseModel], Json], services: Services, has_keys: bool
+    operation: Get, refs: dict[type[BaseModel], Json], state: ServerState, has_keys: bool
 ) -> Json:
     schema = {"type": "string"} if operation.response is None else refs[operation.response]
     kind = "text/plain" if operation.response is None else "application/json"
@@ -132,7 +132,7 @@ def _get(
                 "name": operation.parameter,
                 "in": "path",
                 "required": True,
-                "schema": {"type": "string", "enum": [services.model_name]},
+                "schema": {"type": "string", "enum": [state.model_name]},
             }
         ]
     return described
@@ -145,7 +145,7 @@ def _refusals(
     texts["403"] = "Host or Origin is not allowed."
     texts["405"] = "The path does not allow the method."
     if has_keys:
-        texts["401"] = "A valid API key is needed."
+        texts["401"] = "A valid API key is required."
     content = {"application/json": {"schema": refs[ErrorResponse]}}
     return {
         status: {"description": text, "content": content} for status, text in sorted(texts.items())

@@ -1,6 +1,6 @@
-"""The operations of the API: path, models, and what handles them, in one table.
+"""Table of API operations: path, request and response models, handler.
 
-Owns the table. Routes are made from it by `serve.app`, the OpenAPI document by `serve.openapi`.
+`serve.app` builds the routes from it, `routes.openapi` the OpenAPI document.
 """
 
 from collections.abc import Awaitable, Callable
@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from lowlat.serve.protocol.base import StrictModel
 from lowlat.serve.protocol.chat import ChatRequest
-from lowlat.serve.protocol.chat_response import ChatChunk, ChatCompletion
+from lowlat.serve.protocol.chat_response import ChatCompletion, ChatCompletionChunk
 from lowlat.serve.protocol.completions import CompletionRequest, CompletionResponse
 from lowlat.serve.protocol.models import ModelCard, ModelList, Status
 from lowlat.serve.protocol.responses import ResponsesRequest
@@ -25,11 +25,11 @@ from lowlat.serve.protocol.tokens import (
 )
 from lowlat.serve.routes.chat import create_chat
 from lowlat.serve.routes.completions import create_completion
-from lowlat.serve.routes.context import Call
+from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.responses import create_response
 from lowlat.serve.routes.tokens import detokenize, tokenize
 
-Handle = Callable[[Call, Any], Awaitable[Response]]
+Handle = Callable[[RequestContext, Any], Awaitable[Response]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class Post:
     request: type[StrictModel]
     response: type[BaseModel]
     chunk: type[BaseModel] | None = None
-    """What each event of a stream holds, for operations that can stream."""
+    """Model of a stream's events; None: the operation cannot stream."""
     handle: Handle
 
 
@@ -52,7 +52,7 @@ class Get:
     summary: str
     response: type[BaseModel] | None
     parameter: str | None = None
-    """Name of the path's parameter."""
+    """Name of the path parameter."""
 
 
 POSTS = (
@@ -60,7 +60,7 @@ POSTS = (
         path="/v1/chat/completions",
         request=ChatRequest,
         response=ChatCompletion,
-        chunk=ChatChunk,
+        chunk=ChatCompletionChunk,
         handle=create_chat,
     ),
     Post(
@@ -93,7 +93,7 @@ GETS = (
         response=ModelCard,
         parameter="id",
     ),
-    Get(path="/health", summary="Whether the engine advances.", response=Status),
-    Get(path="/ready", summary="Whether new requests are taken.", response=Status),
-    Get(path="/metrics", summary="Figures for Prometheus.", response=None),
+    Get(path="/health", summary="Liveness: whether the engine makes progress.", response=Status),
+    Get(path="/ready", summary="Readiness: whether new requests are accepted.", response=Status),
+    Get(path="/metrics", summary="Metrics in Prometheus' text format.", response=None),
 )

@@ -1,21 +1,18 @@
-"""What all replies need: ids, usage, timings, and tokens as text.
-
-Owns the steps from the engine's figures to the wire; the formats are in `serve.protocol`.
-"""
+"""Fields that all responses share: ids, usage, timings, log-probabilities."""
 
 import time
 import uuid
 from collections.abc import Sequence
 
 from lowlat.generate import completion
-from lowlat.serve.protocol.chat_response import AnswerLogprob, ChoiceLogprobs, TopLogprob
+from lowlat.serve.protocol.chat_response import ChatLogprob, ChoiceLogprobs, TopLogprob
 from lowlat.serve.protocol.usage import PromptDetails, Timings, Usage
-from lowlat.serve.routes.context import Call
+from lowlat.serve.routes.context import RequestContext
 from lowlat.text.tokenizer import Tokenizer
 
 
 def new_id(prefix: str) -> str:
-    """`prefix` and a part that no other id has."""
+    """A unique id with `prefix`."""
     return f"{prefix}{uuid.uuid4().hex}"
 
 
@@ -24,35 +21,35 @@ def now() -> int:
     return int(time.time())
 
 
-def usage_of(call: Call) -> Usage:
-    """Tokens of all prompts and completions of `call`, so far."""
+def usage_of(ctx: RequestContext) -> Usage:
+    """Token counts of all prompts and completions of `ctx` so far."""
     return Usage(
-        prompt_tokens=call.prompt_tokens,
-        completion_tokens=call.num_tokens,
-        total_tokens=call.prompt_tokens + call.num_tokens,
-        prompt_tokens_details=PromptDetails(cached_tokens=call.cached_tokens),
+        prompt_tokens=ctx.prompt_tokens,
+        completion_tokens=ctx.num_tokens,
+        total_tokens=ctx.prompt_tokens + ctx.num_tokens,
+        prompt_tokens_details=PromptDetails(cached_tokens=ctx.cached_tokens),
     )
 
 
-def timings_of(call: Call) -> Timings:
-    """Times of `call`, so far."""
+def timings_of(ctx: RequestContext) -> Timings:
+    """Times of `ctx` so far."""
     return Timings(
-        prefill_seconds=round(call.prefill_seconds, 6),
-        decode_seconds=round(call.decode_seconds, 6),
-        tokens_per_second=round(call.tokens_per_second, 3),
+        prefill_seconds=round(ctx.prefill_seconds, 6),
+        decode_seconds=round(ctx.decode_seconds, 6),
+        tokens_per_second=round(ctx.tokens_per_second, 3),
     )
 
 
 def chat_logprobs(
     tokenizer: Tokenizer, entries: Sequence[completion.TokenLogprob]
 ) -> ChoiceLogprobs:
-    """Log-probabilities in the form of chats."""
+    """Log-probabilities in the format of chat completions."""
     return ChoiceLogprobs(content=[_chat_logprob(tokenizer, entry) for entry in entries])
 
 
-def _chat_logprob(tokenizer: Tokenizer, entry: completion.TokenLogprob) -> AnswerLogprob:
+def _chat_logprob(tokenizer: Tokenizer, entry: completion.TokenLogprob) -> ChatLogprob:
     data = tokenizer.id_to_bytes(entry.token)
-    return AnswerLogprob(
+    return ChatLogprob(
         token=_text(data),
         logprob=entry.logprob,
         bytes=list(data),

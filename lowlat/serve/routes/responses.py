@@ -1,6 +1,6 @@
-"""POST /v1/responses, by way of the chat it means.
+"""POST /v1/responses: run the request as a chat, build the response object or its events.
 
-Owns the names under which errors of the chat are told.
+Errors about fields of the chat are renamed to the fields of this API.
 """
 
 import json
@@ -11,9 +11,9 @@ from typing import Literal
 
 from starlette.responses import Response
 
-from lowlat.serve.chat.output_parser import AnswerParser
+from lowlat.serve.chat.output_parser import OutputParser
 from lowlat.serve.generation import Delta
-from lowlat.serve.http.errors import describe, renamed
+from lowlat.serve.http.errors import describe, renamed_fields
 from lowlat.serve.http.logs import log
 from lowlat.serve.http.sse import event, stream_response
 from lowlat.serve.protocol import responses_output as wire
@@ -21,7 +21,7 @@ from lowlat.serve.protocol.responses import ResponsesRequest
 from lowlat.serve.protocol.sampling import DEFAULT_TEMPERATURE
 from lowlat.serve.protocol.structured_outputs import TextFormat
 from lowlat.serve.routes.chat import submit_chat
-from lowlat.serve.routes.context import Call
+from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.endpoint import json_response
 from lowlat.serve.routes.response_fields import new_id, now
 from lowlat.serve.routes.responses_input import as_chat
@@ -32,65 +32,67 @@ _FIELDS = {
     "prompt": "input",
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
-    # The same field, whose functions have another form.
+    # The same name, but functions have another format.
     "tools": "tools",
 }
-"""A chat's fields, and what they are in this API."""
+"""Chat field -> field of this API."""
 
 
-async def create_response(call: Call, request: ResponsesRequest) -> Response:
-    """Answer `request`, streamed where it asks for that."""
-    call.services.check_model(request.model)
-    with renamed(_FIELDS):
-        chat = await call.services.workers.run(as_chat, request)
-        prepared = await submit_chat(call, chat)
-    call.form_field = _FIELDS.get(call.form_field, call.form_field)
-    reply = ResponsesReply(call, request, prepared.make_parser())
+async def create_response(ctx: RequestContext, request: ResponsesRequest) -> Response:
+    """Generate a response, streamed if the request asks for it."""
+    ctx.state.check_model(request.model)
+    with renamed_fields(_FIELDS):
+        chat = await ctx.state.workers.run(as_chat, request)
+        prepared = await submit_chat(ctx, chat)
+    ctx.constraint_field = _FIELDS.get(ctx.constraint_field, ctx.constraint_field)
+    reply = ResponsesBuilder(ctx, request, prepared.make_parser())
     if request.stream:
-        return stream_response(reply.events(), call.services.config)
-    return json_response(await reply.whole())
+        return stream_response(reply.events(), ctx.state.config)
+    return json_response(await reply.complete())
 
 
-class ResponsesReply:
-    """Makes the answer to `request` from the deltas of `call`."""
+class ResponsesBuilder:
+    """Builds the response to `request` from the deltas of `ctx`."""
 
-    def __init__(self, call: Call, request: ResponsesRequest, parser: AnswerParser) -> None:
-        self._call = call
+    def __init__(
+        self, ctx: RequestContext, request: ResponsesRequest, parser: OutputParser
+    ) -> None:
+        self._ctx = ctx
         self._request = request
         self._parser = parser
         self._id = new_id("resp_")
         self._created = now()
         self._output = Output()
         self._reasoning_tokens = 0
-        self._is_cut = False
+        self._is_truncated = False
         self._number = 0
 
-    async def whole(self) -> wire.ResponseObject:
-        """The answer when it is complete."""
-        async with aclosing(self._call.deltas()) as deltas:
+    async def complete(self) -> wire.ResponseObject:
+        """The complete response object."""
+        async with aclosing(self._ctx.deltas()) as deltas:
             async for _, delta in deltas:
                 for _ in self._take(delta):
                     pass
         return self._response(self._final_status)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer as events while it comes; a fault becomes the event response.failed."""
-        yield self._told("response.created", "in_progress")
-        yield self._told("response.in_progress", "in_progress")
+        """The response as SSE events; an exception becomes the event response.failed."""
+        yield self._status_event("response.created", "in_progress")
+        yield self._status_event("response.in_progress", "in_progress")
         try:
-            async with aclosing(self._call.deltas()) as deltas:
+            async with aclosing(self._ctx.deltas()) as deltas:
                 async for _, delta in deltas:
-                    if told := b"".join(self._encode(*gain) for gain in self._take(delta)):
-                        yield told
+                    if chunk := b"".join(self._encode(*gain) for gain in self._take(delta)):
+                        yield chunk
         except Exception as error:
             yield self._failed(error)
             return
-        yield self._told(f"response.{self._final_status}", self._final_status)
+        yield self._status_event(f"response.{self._final_status}", self._final_status)
 
     def _take(self, delta: Delta) -> Iterator[Event]:
         before = self._parser.reasoning
         parts = self._parser.push(delta.text)
-        # A step with some of the reasoning counts whole: what else it may hold is a few tokens.
+        # All tokens of a step that contains reasoning count as reasoning tokens.
         if before == "begun" or before != self._parser.reasoning:
             self._reasoning_tokens += len(delta.tokens)
         if delta.finish_reason is not None:
@@ -98,12 +100,12 @@ class ResponsesReply:
         for part in parts:
             yield from self._output.push(part)
         if delta.finish_reason is not None:
-            self._is_cut = delta.finish_reason == "length"
-            yield from self._output.close("incomplete" if self._is_cut else "completed")
+            self._is_truncated = delta.finish_reason == "length"
+            yield from self._output.close("incomplete" if self._is_truncated else "completed")
 
     @property
     def _final_status(self) -> Literal["completed", "incomplete"]:
-        return "incomplete" if self._is_cut else "completed"
+        return "incomplete" if self._is_truncated else "completed"
 
     def _response(
         self, status: Literal["in_progress", "completed", "incomplete", "failed"]
@@ -137,16 +139,18 @@ class ResponsesReply:
         )
 
     def _usage(self) -> wire.ResponseUsage:
-        call = self._call
+        ctx = self._ctx
         return wire.ResponseUsage(
-            input_tokens=call.prompt_tokens,
-            input_tokens_details=wire.InputDetails(cached_tokens=call.cached_tokens),
-            output_tokens=call.num_tokens,
+            input_tokens=ctx.prompt_tokens,
+            input_tokens_details=wire.InputDetails(cached_tokens=ctx.cached_tokens),
+            output_tokens=ctx.num_tokens,
             output_tokens_details=wire.OutputDetails(reasoning_tokens=self._reasoning_tokens),
-            total_tokens=call.prompt_tokens + call.num_tokens,
+            total_tokens=ctx.prompt_tokens + ctx.num_tokens,
         )
 
-    def _told(self, kind: str, status: Literal["in_progress", "completed", "incomplete"]) -> bytes:
+    def _status_event(
+        self, kind: str, status: Literal["in_progress", "completed", "incomplete"]
+    ) -> bytes:
         response = self._response(status).model_dump(by_alias=True)
         return self._encode(kind, {"response": response})
 
@@ -156,7 +160,7 @@ class ResponsesReply:
             log(logging.ERROR, "internal error", error=error)
         response = self._response("failed")
         code = code or ("server_error" if status >= 500 else "invalid_prompt")
-        response.error = wire.ResponseFault(code=code, message=message)
+        response.error = wire.ResponseError(code=code, message=message)
         return self._encode("response.failed", {"response": response.model_dump(by_alias=True)})
 
     def _encode(self, kind: str, fields: dict[str, object]) -> bytes:

@@ -1,7 +1,4 @@
-"""From a /v1/responses request to the chat it means.
-
-Owns the translation of items to messages; everything behind it is that of chats.
-"""
+"""Convert a /v1/responses request to a chat request: input items become messages."""
 
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.chat import ChatRequest
@@ -43,7 +40,7 @@ from lowlat.serve.protocol.tools import (
 
 
 def as_chat(request: ResponsesRequest) -> ChatRequest:
-    """The chat that `request` asks to go on with. Raises RequestError where a chat holds less."""
+    """`request` as a chat. Raises RequestError if it exceeds a limit of chats."""
     messages: list[Message] = []
     if request.instructions is not None:
         messages.append(SystemMessage(role="system", content=request.instructions))
@@ -53,7 +50,7 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
         messages += _messages(request.input)
     if len(messages) > limits.MAX_MESSAGES:
         raise RequestError(
-            f"input: with instructions it has more than {limits.MAX_MESSAGES} messages",
+            f"input: more than {limits.MAX_MESSAGES} messages, instructions included",
             param="input",
         )
     return ChatRequest(
@@ -72,7 +69,7 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
 
 
 def _messages(items: list[InputItem]) -> list[Message]:
-    """Reasoning, text and calls that follow one another are one message of the assistant."""
+    """Items as messages; consecutive reasoning, text and calls form one assistant message."""
     messages: list[Message] = []
     for item in items:
         match item:
@@ -97,7 +94,7 @@ def _messages(items: list[InputItem]) -> list[Message]:
 
 
 def _extend(messages: list[Message], more: AssistantMessage) -> None:
-    """Append `more`, joined with a message of the assistant that it goes on with."""
+    """Append `more`, merged into a preceding assistant message that it continues."""
     last = messages[-1] if messages else None
     if not isinstance(last, AssistantMessage) or (
         more.content is not None and (last.content is not None or last.tool_calls is not None)
@@ -107,7 +104,7 @@ def _extend(messages: list[Message], more: AssistantMessage) -> None:
     calls = [*(last.tool_calls or []), *(more.tool_calls or [])]
     if len(calls) > limits.MAX_TOOLS:
         raise RequestError(
-            f"input: an answer has more than {limits.MAX_TOOLS} function calls", param="input"
+            f"input: more than {limits.MAX_TOOLS} function calls in a row", param="input"
         )
     messages[-1] = AssistantMessage(
         role="assistant",
@@ -142,7 +139,7 @@ def _tool_choice(request: ResponsesRequest) -> ToolChoice | None:
     choice = request.tool_choice
     if isinstance(choice, FlatNamedTool):
         return NamedTool(type="function", function=NamedFunction(name=choice.name))
-    # Clients send "auto" with every request, also without tools.
+    # Clients send "auto" even without tools.
     return None if choice == "auto" and not request.tools else choice
 
 

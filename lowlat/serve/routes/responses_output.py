@@ -1,7 +1,6 @@
-"""From the parts of an answer to the output items of /v1/responses, and the events that tell of
-them.
+"""Output items of /v1/responses and their stream events, built from the parts of an output.
 
-Owns the order of items and events; ids, response object and transport are `responses_reply`'s.
+`routes.responses` builds the response object around them.
 """
 
 from collections.abc import Iterator
@@ -24,14 +23,14 @@ Event = tuple[str, dict[str, Any]]
 
 
 class Output:
-    """The items so far; the last one may still grow."""
+    """The output items so far; the last one may still grow."""
 
     def __init__(self) -> None:
         self.items: list[wire.OutputItem] = []
         self._is_open = False
 
     def push(self, part: Part) -> Iterator[Event]:
-        """Take in `part`; yields the events that tell of it."""
+        """Add `part`; yields its events."""
         match part:
             case ContentPart():
                 yield from self._push_message(part.text)
@@ -48,7 +47,7 @@ class Output:
                     yield self._event("response.function_call_arguments.delta", delta=part.text)
 
     def close(self, status: wire.ItemStatus = "completed") -> Iterator[Event]:
-        """Finish the last item, if it is not."""
+        """Finish the last item if it is open; yields its events."""
         if not self._is_open:
             return
         self._is_open = False
@@ -88,7 +87,7 @@ class Output:
             yield from self.close()
             item = wire.ReasoningItem(id=new_id("rs_"))
             yield from self._open(item)
-            item.content.append(wire.ReasoningPart(text=""))
+            item.content.append(wire.ReasoningTextPart(text=""))
             yield self._event("response.content_part.added", True, part=_dump(item.content[0]))
         item.content[0].text += text
         yield self._event("response.reasoning_text.delta", True, delta=text)
@@ -100,7 +99,7 @@ class Output:
         yield "response.output_item.added", fields
 
     def _event(self, kind: str, has_parts: bool = False, **fields: object) -> Event:
-        """An event about the last item; where it has parts, about the first of them."""
+        """An event about the last item; with `has_parts`, about its first part."""
         place: dict[str, object] = {"content_index": 0} if has_parts else {}
         last = len(self.items) - 1
         return kind, {"item_id": self.items[last].id, "output_index": last, **place, **fields}

@@ -1,20 +1,20 @@
-// The server's HTTP interface. Owns requests, answers and how a failure reads; knows nothing of the
-// page. The browser adds the login cookie by itself.
+// HTTP client of the server's API: requests, responses, error messages. The browser adds the login
+// cookie by itself.
 
 import { readEvents } from "./sse.js";
 
-/** A refusal or a failure: `message` is the server's own words where it had any. */
+/** A failed request; `message` is the server's message if it sent one. */
 export class ApiError extends Error {
   constructor(message, { status = 0, retryAfter = null } = {}) {
     super(message);
     this.name = "ApiError";
-    /** HTTP status; 0 where no answer came, or where it failed half-way. */
+    /** HTTP status; 0 if there was no response, or if it broke off. */
     this.status = status;
-    /** Seconds after which the server asks to be tried again, or null. */
+    /** Retry-After in seconds, or null. */
     this.retryAfter = retryAfter;
   }
 
-  /** Whether the same request may succeed later. */
+  /** Whether a retry may succeed. */
   get isTemporary() {
     return this.status === 0 || this.status === 429 || this.status >= 500;
   }
@@ -76,7 +76,7 @@ async function refusal(response) {
   try {
     message = String(JSON.parse(text).error.message);
   } catch {
-    // Not this server's JSON but, say, a proxy's page: the status is what can be told.
+    // Not this server's JSON, perhaps a proxy's page: report the status.
   }
   const seconds = Number.parseInt(response.headers.get("Retry-After") ?? "", 10);
   return new ApiError(message, { status, retryAfter: Number.isFinite(seconds) ? seconds : null });

@@ -1,4 +1,4 @@
-// The chat page: makes the pieces and connects them. What each does is its own file's.
+// The chat page: creates the components and connects them.
 
 import { announce, describeEnd } from "./announcer.js";
 import { fetchModels } from "./api.js";
@@ -22,7 +22,7 @@ class App {
   models = [];
   model = null;
   changed = new Set();
-  /** Whether a message was sent before the model was known: it leaves when it is. */
+  /** Whether a message was sent before the model was loaded; it is sent once it is. */
   isSendWanted = false;
 
   constructor() {
@@ -54,7 +54,7 @@ class App {
     this.frames = new Frames(() => this.draw());
     this.connectButtons();
     this.connectKeys();
-    // Seconds go by also while no token comes.
+    // The clock must advance while no token arrives.
     setInterval(() => this.session.isBusy && this.frames.request(), 250);
   }
 
@@ -101,7 +101,7 @@ class App {
     notice.replaceChildren(text, ...(action ? [" ", action] : []));
   }
 
-  /** Opens the conversation that the address names, or begins one. */
+  /** Opens the conversation in the URL, or starts a new one. */
   async route() {
     const id = location.hash.slice(1);
     if (id && id === this.session.conversation.id) return;
@@ -126,7 +126,7 @@ class App {
     return isSent;
   }
 
-  /** Tries again; after a restart the server may have another model. */
+  /** Retries; after a restart the server may have another model. */
   async retry() {
     const status = this.session.conversation.messages.at(-1)?.error?.status;
     if (status === 0 || status === 404) await this.loadModels();
@@ -150,7 +150,7 @@ class App {
     this.showTitle();
     this.showList();
     this.draw();
-    // The button that was pressed may be gone with its message.
+    // The pressed button may have been removed with its message.
     if (hadFocus && document.activeElement === document.body) this.composer.focus();
   }
 

@@ -1,4 +1,4 @@
-// The field in which a message is written. Owns its text, drafts and the send and stop buttons.
+// The message input: text, drafts, send and stop buttons.
 
 import { icon } from "./dom.js";
 import { grow, isSendKey } from "./keys.js";
@@ -11,7 +11,7 @@ export class Composer {
   #stop = document.getElementById("stop");
   #isBusy = false;
 
-  /** `onSend(text)` returns whether it was taken; then the field is emptied. */
+  /** `onSend(text)` returns whether it accepted the text; the field is then emptied. */
   constructor({ onSend, onStop }) {
     this.onSend = onSend;
     this.#send.append(icon("send"));
@@ -30,7 +30,7 @@ export class Composer {
       this.submit();
     });
     this.#field.addEventListener("input", () => this.#changed());
-    // Neither a reload nor typing before this script ran loses anything.
+    // Keep text from before a reload, and text typed before this script ran.
     this.set(this.#field.value || (sessionStorage.getItem(DRAFT) ?? ""));
   }
 
@@ -43,7 +43,7 @@ export class Composer {
     this.#field.focus();
   }
 
-  /** While an answer is under way the button stops it; text may still be written. */
+  /** During generation the button stops it; typing remains possible. */
   setBusy(isBusy) {
     this.#isBusy = isBusy;
     const hadFocus = [this.#send, this.#stop].includes(document.activeElement);

@@ -1,4 +1,4 @@
-// The dialogs: help, renaming, and the question before deleting.
+// Dialogs: help, rename, confirm deletion.
 
 /** Opens the dialog `id`; resolves to true when it was confirmed. */
 function ask(id) {

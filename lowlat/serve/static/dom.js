@@ -1,5 +1,5 @@
-// Making elements. The one place that turns text into nodes, and it does so as text only: nothing
-// in the page parses HTML (the server's policy forbids it as well).
+// DOM helpers. Text becomes text nodes only: nothing in the page parses HTML, which the
+// Content-Security-Policy forbids as well.
 
 /**
  * An element with properties and children.
@@ -26,7 +26,7 @@ function listen(element, listeners) {
   for (const [event, listener] of Object.entries(listeners)) element.addEventListener(event, listener);
 }
 
-/** Makes `nodes` the children of `parent` without taking out those that are in place. */
+/** Makes `nodes` the children of `parent` without removing those already in place. */
 export function arrange(parent, nodes) {
   const wanted = new Set(nodes);
   for (const child of [...parent.children]) if (!wanted.has(child)) child.remove();
@@ -58,7 +58,7 @@ const ICONS = {
   tool: "M14 6a4 4 0 0 1 5-1l-3 3 1 2 2 1 3-3a4 4 0 0 1-6 5l-7 7-3-3 7-7a4 4 0 0 1 1-4z",
 };
 
-/** A line drawing of 24 by 24; it says nothing to a screen reader, the control's label does. */
+/** A 24x24 icon, hidden from screen readers: the control has a label. */
 export function icon(name) {
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("viewBox", "0 0 24 24");
@@ -86,10 +86,9 @@ export function iconButton(name, label, onClick, { text = false, class: extra = 
   );
 }
 
-/** Text to the clipboard; false where the browser refuses. */
+/** Copies text to the clipboard; false if the browser refuses. */
 export async function copyText(text) {
-  // The clipboard interface exists on https and loopback only; a page on the local network has
-  // the old command.
+  // The clipboard API exists only on https and loopback; elsewhere use the deprecated command.
   if (navigator.clipboard && window.isSecureContext) {
     try {
       await navigator.clipboard.writeText(text);
@@ -108,7 +107,7 @@ export async function copyText(text) {
   return isCopied;
 }
 
-/** A button that copies `read()` and says so for two seconds. */
+/** A button that copies `read()` and confirms it for two seconds. */
 export function copyButton(label, read, options = {}) {
   const button = iconButton("copy", label, async () => {
     const isCopied = await copyText(read());

@@ -1,4 +1,4 @@
-// The field in which a sent message is changed.
+// The form for editing a sent message.
 
 import { h } from "./dom.js";
 import { grow, isSendKey } from "./keys.js";

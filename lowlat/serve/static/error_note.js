@@ -1,15 +1,14 @@
-// What went wrong with an answer, in its place, with a way on: try again, wait for the server's
-// Retry-After, or log in.
+// The error of a response, with its remedy: retry, wait for Retry-After, or log in.
 
 import { h } from "./dom.js";
 
 export class ErrorNote {
   #timer = null;
 
-  /** `retry()` asks again; `stop()` gives up a waiting retry. */
+  /** `retry()` sends the request again; `stop()` cancels a waiting retry. */
   constructor({ retry, stop }) {
     this.message = h("p", { role: "alert" });
-    // Outside the alert: a countdown must not be read out each second.
+    // Outside the alert, or a screen reader would read the countdown every second.
     this.countdown = h("span", { class: "countdown" });
     this.again = h("button", { type: "button", class: "text-button bordered", on: { click: retry } }, "Try again");
     this.cancel = h("button", { type: "button", class: "text-button", on: { click: stop } }, "Do not wait");
@@ -18,7 +17,7 @@ export class ErrorNote {
     this.element = h("div", { class: "error-note", hidden: true }, this.message, this.actions);
   }
 
-  /** `error`: the record's {message, status, retryAt}, or null; only the last answer can be tried again. */
+  /** `error`: {message, status, retryAt} or null; only the last response can be retried. */
   update(error, isLast) {
     clearInterval(this.#timer);
     this.element.hidden = error === null;

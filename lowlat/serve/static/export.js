@@ -1,4 +1,4 @@
-// Conversations as files: Markdown to read, JSON to work with.
+// Export of conversations as Markdown or JSON files.
 
 import { h } from "./dom.js";
 

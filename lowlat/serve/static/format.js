@@ -1,10 +1,10 @@
-// Numbers, sizes and times as the page writes them.
+// Formatting of numbers, sizes and times.
 
 const integer = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
 export const count = (value) => integer.format(value);
 
-/** Bytes in units of 1,000, three digits at most: "1.23 MB". */
+/** Bytes in decimal units with at most three digits: "1.23 MB". */
 export function bytes(value) {
   const units = ["B", "kB", "MB", "GB", "TB"];
   let unit = 0;

@@ -1,5 +1,4 @@
-// Drawing at the screen's pace. Tokens may come by the hundred a second; what they change is drawn
-// once per frame, and less often where drawing itself takes long.
+// Render throttling: at most one render per animation frame, fewer if rendering takes long.
 
 export class Frames {
   #draw;
@@ -10,7 +9,7 @@ export class Frames {
     this.#draw = draw;
   }
 
-  /** Draw soon; many calls make one drawing. */
+  /** Schedules a render; several calls are merged into one. */
   request() {
     if (this.#isAsked) return;
     this.#isAsked = true;
@@ -24,7 +23,7 @@ export class Frames {
     const start = performance.now();
     this.#draw();
     const end = performance.now();
-    // At most a third of the time goes into drawing; the rest is for typing and scrolling.
+    // Rendering takes at most a third of the time, so that typing and scrolling stay smooth.
     this.#notBefore = end + 2 * (end - start);
   }
 }

@@ -1,4 +1,4 @@
-// Keys and text fields: what sends, and how a field grows with its text.
+// Keyboard handling: send key, shortcuts, text fields that grow with their text.
 
 /** Enter without Shift, and not the Enter that ends the composition of a character. */
 export function isSendKey(event) {

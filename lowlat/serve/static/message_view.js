@@ -1,5 +1,4 @@
-// One message on the page. Owns its nodes and keeps them equal to the record; what its buttons do
-// is the session's.
+// View of one message: renders its record. The session implements the buttons.
 
 import { copyButton, h, icon, iconButton } from "./dom.js";
 import { editForm } from "./edit_form.js";
@@ -26,7 +25,7 @@ export class MessageView {
     this.update();
   }
 
-  /** Makes the nodes say what the record says. */
+  /** Renders the record. */
   update() {
     if (this.message.role === "user") return;
     const { message } = this;
@@ -47,7 +46,7 @@ export class MessageView {
     this.element.setAttribute("aria-busy", String(isRunning));
   }
 
-  /** Replaces a user message's text by a field to change it. */
+  /** Replaces a user message's text with an edit form. */
   edit() {
     if (this.element.querySelector("form")) return;
     const before = [...this.element.children];
@@ -123,7 +122,7 @@ export class MessageView {
     this.reasoning.classList.toggle("is-thinking", isThinking);
     const label = isThinking ? "Thinking" : `Thought for ${seconds(reasoningSeconds ?? 0)}`;
     if (this.reasoningLabel.textContent !== label) this.reasoningLabel.textContent = label;
-    // Folded text is not looked at, so it need not be made.
+    // Collapsed text is not rendered.
     if (this.reasoning.open) this.reasoningText.update(reasoning);
   }
 

@@ -1,11 +1,10 @@
-// Figures beside the conversation: speed while it is generated, tokens of the context in use and
-// the bytes of cache they take.
+// Meter: tokens per second, context usage, and the KV cache bytes it takes.
 
 import { bytes, count, rate, seconds } from "./format.js";
 
-const CHARS_PER_TOKEN = 4; // a rough guess, until the server has counted
+const CHARS_PER_TOKEN = 4; // estimate until the server reports the usage
 
-/** Tokens the conversation has in its context: {tokens, isExact}. */
+/** Tokens of the conversation: {tokens, isExact}. */
 export function contextTokens({ messages }, run) {
   let tokens = 0;
   let isExact = true;
@@ -31,10 +30,10 @@ export class Meter {
 
   update(conversation, run, model) {
     this.#rate.textContent = run ? speedOf(run) : "";
-    this.#usage.hidden = !model?.context_length || !conversation.messages.length;
+    this.#usage.hidden = !model?.max_model_len || !conversation.messages.length;
     if (this.#usage.hidden) return;
     const { tokens, isExact } = contextTokens(conversation, run);
-    const share = Math.min(1, tokens / model.context_length);
+    const share = Math.min(1, tokens / model.max_model_len);
     this.#fill.style.width = `${100 * share}%`;
     this.#usage.classList.toggle("is-nearly-full", share > 0.9);
     const about = isExact ? "" : "≈ ";
@@ -42,7 +41,7 @@ export class Meter {
       ? `${bytes(tokens * model.cache_bytes_per_token)} ${model.cache_dtype ?? ""} cache`
       : "";
     this.#text.replaceChildren(
-      span("tokens", `${about}${count(tokens)} / ${count(model.context_length)} tokens`),
+      span("tokens", `${about}${count(tokens)} / ${count(model.max_model_len)} tokens`),
       span("cache", cache),
     );
   }

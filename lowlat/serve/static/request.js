@@ -1,7 +1,6 @@
-// What is sent for a conversation: its messages, or its text where the model has no chat template,
-// and the sampling settings. Owns the shape of the body.
+// Request bodies: messages (or plain text, for a model without chat template) and sampling settings.
 
-/** Path and body that ask `model` (an entry of /v1/models) for the next answer. */
+/** Path and body of the request for the next response of `model` (an entry of /v1/models). */
 export function buildRequest(model, conversation, settings) {
   const sampling = buildSampling(settings);
   if (model.has_chat_template === false) {
@@ -15,16 +14,16 @@ export function buildRequest(model, conversation, settings) {
   };
 }
 
-/** The text so far: what was written and what the model made of it, joined as they are. */
+/** The text so far: all messages, concatenated. */
 export function plainText(conversation) {
   return conversation.messages.map((message) => message.content).join("");
 }
 
 /**
- * Most tokens to ask for: here the interface's default is 16, and more than the context has left is
- * an error. A token stands for a byte at least, so the prompt takes no more of them than it has.
+ * max_tokens for completions: the API's default is 16, and more than the rest of the context is an
+ * error. A token covers at least one byte, so the prompt has at most as many tokens as bytes.
  */
-function roomFor(prompt, { context_length: context }) {
+function roomFor(prompt, { max_model_len: context }) {
   return Math.max(16, context - new TextEncoder().encode(prompt).length - 2);
 }
 
@@ -44,7 +43,7 @@ function buildMessages({ system, messages }) {
   return built;
 }
 
-/** At temperature 0 the likeliest token is taken; filters would have no effect and are an error. */
+/** At temperature 0 decoding is greedy; filters would be an error. */
 function buildSampling({ temperature, top_p, top_k, min_p, max_tokens, seed }) {
   const body = { temperature };
   if (temperature > 0) {

@@ -1,9 +1,9 @@
-// One answer being generated. Owns the way from chunks to the fields of a message record; shows
-// nothing and keeps nothing.
+// Run: one response being generated. Applies stream chunks to a message record; renders and stores
+// nothing.
 
 import { ApiError, streamChunks } from "./api.js";
 
-/** A message of the assistant before its first token. */
+/** An assistant message before its first token. */
 export function newAnswer(model) {
   return {
     role: "assistant",
@@ -17,7 +17,7 @@ export function newAnswer(model) {
     /** With status error: {message, status, retryAfter, isTemporary}. */
     error: null,
     finishReason: null,
-    /** Tokens and seconds as the server counted them; null until it has. */
+    /** Tokens and seconds as reported by the server; null until then. */
     usage: null,
   };
 }
@@ -29,19 +29,19 @@ export class Run {
   #firstPiece = null;
   #pieces = 0;
 
-  /** `message` (from newAnswer) is filled in place; `onChange` is called after each change. */
+  /** Fills `message` (from newAnswer) in place and calls `onChange` after each change. */
   constructor(message, { path, body }, onChange) {
     this.message = message;
     this.request = { path, body };
     this.onChange = onChange;
   }
 
-  /** Ends when the answer has: the message's status says how. Never rejects. */
+  /** Resolves when the response has ended; message.status tells how. Never rejects. */
   async start() {
     const { path, body } = this.request;
     try {
       for await (const chunk of streamChunks(path, body, this.#abort.signal)) {
-        // What was on its way when the answer was stopped is not part of it.
+        // Chunks that arrive after the stop are dropped.
         this.#abort.signal.throwIfAborted();
         this.#take(chunk);
         this.onChange();
@@ -55,13 +55,13 @@ export class Run {
     this.onChange();
   }
 
-  /** Ends the answer here; nothing of it that has come is lost. */
+  /** Stops the response and keeps the text so far. */
   stop() {
     this.#abort.abort();
     if (this.message.status === "running") this.#end("stopped");
   }
 
-  /** Pieces of text that have come: at least one token each. */
+  /** Number of text chunks so far: at least one token each. */
   get pieces() {
     return this.#pieces;
   }
@@ -71,7 +71,7 @@ export class Run {
     return (performance.now() - this.#started) / 1000;
   }
 
-  /** Pieces per second since the first, or null before the second. */
+  /** Chunks per second since the first, or null before the second. */
   get rate() {
     if (this.#pieces < 2) return null;
     const elapsed = performance.now() - this.#firstPiece;
@@ -126,7 +126,7 @@ export class Run {
   }
 
   #fail(error) {
-    // What is no ApiError is a mistake of this page: it is shown too, and left for the console.
+    // Anything but an ApiError is a bug of this page: show it and log it to the console.
     if (!(error instanceof ApiError)) console.error(error);
     this.#end("error");
     this.message.error = {

@@ -1,5 +1,5 @@
-// The open conversation and the answers under way. Owns what sending, stopping, regenerating,
-// editing and trying again do to the records, and when they are kept. Draws nothing.
+// Session: the open conversation and the running responses. Implements send, stop, regenerate, edit
+// and retry on the records, and saves them. Renders nothing.
 
 import { buildRequest } from "./request.js";
 import { newAnswer, Run } from "./run.js";
@@ -10,9 +10,9 @@ const SAVE_MS = 1000;
 const TITLE_LENGTH = 60;
 
 export class Session {
-  /** The conversation on the page. */
+  /** The open conversation. */
   conversation = newConversation();
-  /** Answers under way or waiting to be tried again, by conversation: they go on when another is opened. */
+  /** Running responses and waiting retries by conversation; they continue when another is opened. */
   #live = new Map();
 
   /**
@@ -32,7 +32,7 @@ export class Session {
     return this.#live.get(this.conversation.id)?.run ?? null;
   }
 
-  /** Whether an answer is being generated or waited for in the open conversation. */
+  /** Whether the open conversation has a running response or a waiting retry. */
   get isBusy() {
     return this.#live.has(this.conversation.id);
   }
@@ -41,7 +41,7 @@ export class Session {
     return this.#live.has(id);
   }
 
-  /** Opens a stored conversation; false where there is none of that id. */
+  /** Opens a stored conversation; false if there is none with this id. */
   async open(id) {
     const live = this.#live.get(id)?.conversation;
     const conversation = live ?? (await this.store.get(id));
@@ -52,13 +52,13 @@ export class Session {
     return true;
   }
 
-  /** Begins a conversation; it is kept once it has a message. */
+  /** Starts a conversation; it is saved once it has a message. */
   begin() {
     this.conversation = newConversation(this.settings().system);
     this.on.opened();
   }
 
-  /** Sends `text`; without a chat template an empty one asks to go on. False where it cannot. */
+  /** Sends `text`; without a chat template, empty text continues the output. False if it cannot. */
   send(text) {
     const { messages } = this.conversation;
     const model = this.model();
@@ -70,7 +70,7 @@ export class Session {
     return true;
   }
 
-  /** Replaces the last answer by another. */
+  /** Regenerates the last response. */
   regenerate() {
     const { messages } = this.conversation;
     if (this.isBusy || !this.model() || messages.at(-1)?.role !== "assistant") return;
@@ -78,7 +78,7 @@ export class Session {
     this.#answer(this.conversation);
   }
 
-  /** Changes a user message: it is sent anew and what came after it is gone. */
+  /** Edits a user message: sends it again and deletes all later messages. */
   edit(message, text) {
     const { messages } = this.conversation;
     const index = messages.indexOf(message);
@@ -88,13 +88,13 @@ export class Session {
     this.#answer(this.conversation);
   }
 
-  /** Tries again after an error, at once. */
+  /** Retries at once after an error. */
   retry() {
     this.stop();
     this.regenerate();
   }
 
-  /** Ends the answer of the open conversation; what has come of it stays. */
+  /** Stops the response of the open conversation and keeps its text. */
   stop() {
     const live = this.#live.get(this.conversation.id);
     if (live) this.#end(live);
@@ -105,7 +105,7 @@ export class Session {
     await this.#save(this.conversation);
   }
 
-  /** Sets the system prompt, and keeps it where the conversation is kept. */
+  /** Sets the system prompt, and saves it if the conversation is saved. */
   async setSystem(system) {
     this.conversation.system = system;
     if (this.conversation.messages.length) await this.#save(this.conversation);
@@ -136,7 +136,7 @@ export class Session {
 
   #changed(live) {
     if (live.conversation === this.conversation) this.on.changed(live.message);
-    // A page that is closed half-way keeps what it had shown a second before.
+    // Save once per second, so that a page closed during generation loses little.
     if (Date.now() - live.savedAt < SAVE_MS || !this.#isCurrent(live)) return;
     live.savedAt = Date.now();
     this.store.put(live.conversation);
@@ -189,7 +189,7 @@ export class Session {
   }
 }
 
-/** A message that was still growing when its page was closed ended there. */
+/** Marks messages as stopped that were being generated when their page was closed. */
 function settle(message) {
   if (message.status === "running") message.status = "stopped";
   if (message.error) message.error.retryAt = null;

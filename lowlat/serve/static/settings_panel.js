@@ -1,4 +1,4 @@
-// The settings panel: model, system prompt, sampling. Owns its controls; the values are the app's.
+// Settings panel: model, system prompt, sampling.
 
 import { h, icon } from "./dom.js";
 import { bytes, count } from "./format.js";
@@ -75,7 +75,7 @@ export class SettingsPanel {
     if (this.#system.value !== text) this.#system.value = text;
   }
 
-  /** The models to choose from and what the chosen one costs. */
+  /** The list of models, and facts about the selected one. */
   showModels(models, current) {
     const select = document.getElementById("model");
     select.replaceChildren(...models.map(({ id }) => h("option", { value: id, selected: id === current?.id }, id)));
@@ -148,7 +148,7 @@ export class SettingsPanel {
     for (const { name, isFilter } of FIELDS) {
       const { input, output } = this.#controls.get(name);
       if (output) output.textContent = Number(this.values[name]).toFixed(2);
-      // Without chance there is nothing to filter, and the server refuses what has no effect.
+      // Greedy decoding has nothing to filter, and the server rejects such settings.
       if (isFilter) input.disabled = this.values.temperature === 0;
     }
   }
@@ -156,11 +156,11 @@ export class SettingsPanel {
 
 function factsOf(model) {
   const facts = [];
-  if (model.context_length) facts.push(["Context", `${count(model.context_length)} tokens`]);
+  if (model.max_model_len) facts.push(["Context", `${count(model.max_model_len)} tokens`]);
   if (model.cache_bytes_per_token) {
     const type = model.cache_dtype ? `, ${model.cache_dtype}` : "";
     facts.push(["Cache of a token", `${count(model.cache_bytes_per_token)} bytes${type}`]);
-    const full = model.cache_bytes_per_token * model.context_length;
+    const full = model.cache_bytes_per_token * model.max_model_len;
     if (full) facts.push(["Cache when full", bytes(full)]);
   }
   return facts;

@@ -1,4 +1,4 @@
-// The side panel: the list of conversations, and on narrow screens its opening and closing.
+// Sidebar: the list of conversations; opens and closes on narrow screens.
 
 import { arrange, h, icon } from "./dom.js";
 
@@ -7,7 +7,7 @@ export class Sidebar {
   #panel = document.getElementById("sidebar");
   #toggle = document.getElementById("toggle-sidebar");
   #narrow = matchMedia("(max-width: 56rem)");
-  /** Entries by conversation: one that stays is not made anew, or a click on it would be lost. */
+  /** Entries by conversation; they are reused, or a click during an update would be lost. */
   #entries = new Map();
 
   constructor({ onNew }) {
@@ -41,7 +41,7 @@ export class Sidebar {
     if (this.#isOpen) this.#setOpen(false);
   }
 
-  /** `isRunning(id)` marks conversations whose answer is under way. */
+  /** `isRunning(id)` marks conversations with a running response. */
   show(conversations, currentId, isRunning) {
     const focused = document.activeElement?.closest?.("#conversations a")?.hash;
     this.ids = conversations.map(({ id }) => id);
@@ -54,7 +54,7 @@ export class Sidebar {
     if (focused) this.#list.querySelector(`a[href="${focused}"]`)?.focus();
   }
 
-  /** The conversation `step` places below `id` in the list, or undefined. */
+  /** The conversation `step` entries below `id`, or undefined. */
   neighbour(id, step) {
     const at = this.ids.indexOf(id);
     return this.ids[at < 0 ? 0 : at + step];
@@ -67,7 +67,7 @@ export class Sidebar {
   }
 }
 
-/** The line of one conversation. */
+/** The list entry of one conversation. */
 class Entry {
   constructor(id) {
     this.title = h("span", {});

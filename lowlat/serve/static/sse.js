@@ -1,5 +1,4 @@
-// Server-sent events out of a fetch body. Owns the framing (lines, data, comments, partial chunks),
-// not what the data means.
+// Server-sent events parser for a fetch body: lines, data, comments, partial chunks.
 
 /**
  * The data of each event of a response body, as strings.
@@ -25,7 +24,7 @@ export async function* readEvents(body) {
       }
     }
   } finally {
-    // Leaving early must end the request, or the server would go on for nobody.
+    // Leaving the loop early must abort the request, so that the server stops generating.
     reader.cancel().catch(() => {});
   }
 }

@@ -1,5 +1,5 @@
-// Conversations in the browser's own database, settings in its local storage. Nothing leaves the
-// browser but what a request sends. Owns records and their keys, not what is shown.
+// Storage: conversations in IndexedDB, settings in localStorage. Nothing leaves the browser except
+// in requests.
 
 const DATABASE = "lowlat";
 const TABLE = "conversations";
@@ -17,15 +17,15 @@ export function newConversation(system = "") {
   return { id: newId(), title: "", system, created: now, updated: now, messages: [] };
 }
 
-/** Where conversations are kept. Two tabs tell each other of changes through `onChange`. */
+/** The conversation store. Tabs notify each other of changes through `onChange`. */
 export class ConversationStore {
   #database = null;
   #memory = new Map();
   #channel = new BroadcastChannel("lowlat-conversations");
-  /** Why conversations are not kept beyond this page, or "". */
+  /** Why conversations are not saved beyond this page, or "". */
   problem = "";
 
-  /** Opens the database; without one, conversations last as long as the page and `problem` says so. */
+  /** Opens the database; without one, conversations last as long as the page, and `problem` is set. */
   async open(onChange) {
     this.#channel.addEventListener("message", ({ data }) => onChange(data.id));
     try {
@@ -48,7 +48,7 @@ export class ConversationStore {
     return this.#database ? this.#request("readonly", (table) => table.get(id)) : undefined;
   }
 
-  /** Keeps a copy of `conversation` as it is. */
+  /** Saves a copy of `conversation`. */
   async put(conversation) {
     const copy = structuredClone(conversation);
     if (this.#database) {
@@ -79,7 +79,7 @@ export class ConversationStore {
     return new Promise((resolve, reject) => {
       const transaction = this.#database.transaction(TABLE, mode);
       const request = action(transaction.objectStore(TABLE));
-      // Without this a page that is closed now takes the change with it.
+      // Without commit, a page that is closed now loses the change.
       transaction.commit?.();
       transaction.oncomplete = () => resolve(request.result);
       transaction.onerror = transaction.onabort = () => reject(transaction.error ?? request.error);
@@ -97,7 +97,7 @@ function openDatabase() {
   });
 }
 
-/** Sampling as it is sent without anyone's wishes; null leaves a choice to the server. */
+/** Default sampling settings; null means the server's default. */
 export const DEFAULTS = Object.freeze({
   temperature: 0.6,
   top_p: 0.95,
@@ -107,13 +107,13 @@ export const DEFAULTS = Object.freeze({
   seed: null,
 });
 
-/** DEFAULTS and `system`, the prompt new conversations begin with, as stored; what is of the wrong kind is left. */
+/** The stored settings over DEFAULTS, with `system`, the default system prompt; invalid values are dropped. */
 export function loadSettings() {
   let stored = {};
   try {
     stored = JSON.parse(localStorage.getItem(SETTINGS) ?? "{}") ?? {};
   } catch {
-    // No storage, or not ours: the defaults hold.
+    // No storage, or invalid data: use the defaults.
   }
   const settings = { ...DEFAULTS, system: typeof stored.system === "string" ? stored.system : "" };
   for (const name of Object.keys(DEFAULTS)) {
@@ -126,6 +126,6 @@ export function saveSettings(settings) {
   try {
     localStorage.setItem(SETTINGS, JSON.stringify(settings));
   } catch {
-    // They then last as long as the page.
+    // The settings then last as long as the page.
   }
 }

@@ -1,5 +1,5 @@
-// Light or dark, before anything is painted: a plain script in <head>, as modules run too late.
-// Owns the stored choice "light", "dark" or "auto" (the system's), and data-theme on <html>.
+// Color theme: sets data-theme on <html> before the first paint, from the stored choice "light",
+// "dark" or "auto" (the system's). A classic script in <head>, because modules run too late.
 
 (() => {
   const KEY = "lowlat-theme";
@@ -10,7 +10,7 @@
       const choice = localStorage.getItem(KEY);
       return choice === "light" || choice === "dark" ? choice : "auto";
     } catch {
-      return "auto"; // storage may be forbidden; the system's choice then holds
+      return "auto"; // storage may be disabled; use the system's theme
     }
   }
 
@@ -28,7 +28,7 @@
     get choice() {
       return choice;
     },
-    /** Light, dark, the system's, light again; returns what holds from here on. */
+    /** Cycles light, dark, auto; returns the new choice. */
     next() {
       choice = { auto: "light", light: "dark", dark: "auto" }[choice];
       try {

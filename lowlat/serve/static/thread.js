@@ -1,5 +1,5 @@
-// The messages of the open conversation, from top to bottom. Owns the order of their views and the
-// scrolling: it follows an answer only while the reader is at the bottom.
+// The list of messages of the open conversation, and its scrolling: it follows a response only while
+// the reader is at the bottom.
 
 import { arrange, h, icon } from "./dom.js";
 import { MessageView } from "./message_view.js";
@@ -30,7 +30,7 @@ export class Thread {
 
   /** Shows `messages`; `empty` is an element for a conversation that has none. */
   show(messages, { system = "", empty }) {
-    // Views of messages that stay are kept: what is unfolded or selected in them stays so.
+    // Views of remaining messages are reused, with their expanded parts and selection.
     const kept = new Map(this.#views.map((view) => [view.message, view]));
     this.#views = messages.map((message) => kept.get(message) ?? new MessageView(message, this.actions));
     const head = system.trim() ? [systemNote(system)] : [];
@@ -40,20 +40,20 @@ export class Thread {
     if (this.#views.length) this.follow();
   }
 
-  /** Draws anew what has changed in `message`. */
+  /** Renders changes of `message`. */
   refresh(message) {
     this.#views.find((view) => view.message === message)?.update();
     this.#stay();
   }
 
-  /** Puts the last user message into editing; false where there is none. */
+  /** Edits the last user message; false if there is none. */
   editLast() {
     const view = this.#views.findLast((candidate) => candidate.message.role === "user");
     view?.edit();
     return view !== undefined;
   }
 
-  /** To the bottom, and along with what comes. */
+  /** Scrolls to the bottom and follows new text. */
   follow() {
     this.#isPinned = true;
     this.#stay();

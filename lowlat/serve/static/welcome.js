@@ -1,4 +1,4 @@
-// What a conversation without messages shows: which model listens and what it costs to remember.
+// Welcome screen of an empty conversation: model, context length, cache size, example prompts.
 
 import { h } from "./dom.js";
 import { bytes, count } from "./format.js";
@@ -30,7 +30,7 @@ export function welcome(model, onIdea) {
 
 function describe(model) {
   const parts = [model.id];
-  if (model.context_length) parts.push(`${count(model.context_length)} tokens of context`);
+  if (model.max_model_len) parts.push(`${count(model.max_model_len)} tokens of context`);
   if (model.cache_bytes_per_token) parts.push(`${bytes(model.cache_bytes_per_token)} of cache for each`);
   return parts.join(" · ");
 }

@@ -1,1 +1,1 @@
-"""The ways in which models write tool calls: reading them as they stream, and forcing them."""
+"""Tool-call formats of model families: streaming parsers, and grammars that force valid calls."""

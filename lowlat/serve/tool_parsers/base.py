@@ -1,7 +1,4 @@
-"""ToolFormat: what is to be known about one way of writing tool calls.
-
-Owns the interface alone; each format is a file beside this one.
-"""
+"""ToolParser: the interface of one tool-call format; each format has its own module."""
 
 import secrets
 from abc import ABC, abstractmethod
@@ -9,51 +6,53 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lowlat.serve.tool_parsers.lark import Lark, Rule
+from lowlat.serve.tool_parsers.lark import LarkBuilder, Rule
 from lowlat.serve.tool_parsers.reader import Steps
-from lowlat.serve.tool_parsers.state import Calls
+from lowlat.serve.tool_parsers.state import ParserState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Function:
-    """A function as a grammar needs it."""
+class ToolFunction:
+    """A function for which a grammar of calls is built."""
 
     name: str
     schema: Mapping[str, Any]
-    """JSON schema of the arguments, which is an object's."""
-    place: str = "tools"
-    """Where it stands in the request, for what is said about it."""
+    """JSON schema of the arguments, an object."""
+    path: str = "tools"
+    """Its path in the request, for error messages."""
 
 
-class ToolFormat(ABC):
-    """One way of writing calls; it holds no state."""
+class ToolParser(ABC):
+    """One tool-call format; stateless."""
 
     markers: ClassVar[tuple[str, ...]]
-    """Texts of the format that may be control tokens; `read` needs to see them."""
+    """Texts of the format that may be special tokens; `read` needs them in the text."""
     opening: ClassVar[str]
-    """The one of them with which calls begin, and nothing else does; "": calls look like text."""
-    several: ClassVar[bool] = True
-    """Whether one answer may hold more than one call."""
-    text_arguments: ClassVar[bool] = False
-    """Whether templates take the arguments of past calls as JSON text only, not as an object."""
+    """The marker that begins every call and nothing else; "": calls look like text."""
+    parallel: ClassVar[bool] = True
+    """Whether one output may contain several calls."""
+    json_arguments: ClassVar[bool] = False
+    """Whether templates accept arguments of past calls only as JSON text, not as an object."""
     needs_content: ClassVar[bool] = True
-    """Whether templates take "" for the content of an answer that was calls alone, not null."""
+    """Whether templates need "" instead of null as the content of a message with only calls."""
 
     @abstractmethod
-    def read(self, calls: Calls) -> Steps[None]:
-        """Read a whole answer after its reasoning: content and calls, to the end of the text."""
+    def read(self, state: ParserState) -> Steps[None]:
+        """Parse an output after its reasoning: content and calls, to the end of the text."""
 
     @abstractmethod
-    def rule(self, grammar: Lark, functions: Sequence[Function], *, several: bool) -> Rule:
-        """The grammar of one call, or of `several`, of any of `functions`.
+    def rule(
+        self, grammar: LarkBuilder, functions: Sequence[ToolFunction], *, parallel: bool
+    ) -> Rule:
+        """The grammar of one call, or of several if `parallel`, of any of `functions`.
 
-        It begins after the opening, where the format has one.
+        It starts after `opening`.
         """
 
     def new_id(self) -> str:
-        """An id for a call the model gave none."""
+        """An id for a call whose format has none."""
         return f"call_{secrets.token_hex(12)}"
 
     def past_id(self, id: str, name: str, number: int) -> str:
-        """The id that templates take for `id`, the conversation's call `number`, of `name`."""
+        """`id` as templates accept it; the call is number `number` of the chat, of `name`."""
         return id

@@ -1,11 +1,11 @@
-"""DeepSeek's calls, in a section of their own: the form of V3 and R1, and the one of V3.1."""
+"""DeepSeek's tool-call formats, a section of calls: that of V3 and R1, and that of V3.1."""
 
 from collections.abc import Sequence
 
-from lowlat.serve.tool_parsers.base import Function, ToolFormat
-from lowlat.serve.tool_parsers.lark import Lark, Rule
+from lowlat.serve.tool_parsers.base import ToolFunction, ToolParser
+from lowlat.serve.tool_parsers.lark import LarkBuilder, Rule
 from lowlat.serve.tool_parsers.reader import Malformed, Steps
-from lowlat.serve.tool_parsers.state import Calls
+from lowlat.serve.tool_parsers.state import ParserState
 
 BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"  # noqa: RUF001
 CALL, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"  # noqa: RUF001
@@ -14,70 +14,74 @@ FENCE, FENCE_END = "\n```json\n", "\n```"
 MAX_HEADER = 256
 
 
-class _DeepSeek(ToolFormat):
+class _DeepSeek(ToolParser):
     markers = (BEGIN, END, CALL, CALL_END, SEPARATOR)
     opening = BEGIN
-    text_arguments = True
+    json_arguments = True
     needs_content = False
 
-    def read(self, calls: Calls) -> Steps[None]:
-        while (opening := (yield from calls.content_until(BEGIN))) is not None:
-            yield from calls.attempt(opening, self._read_section(calls))
+    def read(self, state: ParserState) -> Steps[None]:
+        while (opening := (yield from state.content_until(BEGIN))) is not None:
+            yield from state.attempt(opening, self._read_section(state))
 
-    def _read_section(self, calls: Calls) -> Steps[None]:
-        yield from calls.reader.skip_space()
-        yield from calls.reader.expect(CALL)
-        yield from calls.read_series(lambda: self._read_call(calls), CALL)
-        yield from calls.reader.accept_within_call(END)
+    def _read_section(self, state: ParserState) -> Steps[None]:
+        yield from state.reader.skip_space()
+        yield from state.reader.expect(CALL)
+        yield from state.read_series(lambda: self._read_call(state), CALL)
+        yield from state.reader.accept_within_call(END)
 
-    def _read_call(self, calls: Calls) -> Steps[None]:
-        name = calls.checked((yield from self._read_header(calls)))
-        if not (yield from calls.reader.is_next("{")):
+    def _read_call(self, state: ParserState) -> Steps[None]:
+        name = state.checked((yield from self._read_header(state)))
+        if not (yield from state.reader.is_next("{")):
             raise Malformed("arguments")
-        calls.start(name)
-        yield from calls.stream_object(CALL_END)
-        yield from calls.reader.accept_within_call(FENCE_END.strip())
-        yield from calls.reader.accept_within_call(CALL_END)
+        state.start(name)
+        yield from state.stream_object(CALL_END)
+        yield from state.reader.accept_within_call(FENCE_END.strip())
+        yield from state.reader.accept_within_call(CALL_END)
 
-    def _read_header(self, calls: Calls) -> Steps[str]:
+    def _read_header(self, state: ParserState) -> Steps[str]:
         raise NotImplementedError
 
-    def _section(self, grammar: Lark, call: Rule, *, between: str, several: bool) -> Rule:
-        listed = grammar.repeated(call, between=(between,), several=several)
+    def _section(self, grammar: LarkBuilder, call: Rule, *, between: str, parallel: bool) -> Rule:
+        listed = grammar.repeated(call, between=(between,), parallel=parallel)
         return grammar.sequence(listed, END)
 
 
-class DeepSeekFenced(_DeepSeek):
-    """The call's type, its name, and the arguments in a fence of Markdown."""
+class DeepSeekV3ToolParser(_DeepSeek):
+    """V3 and R1: the call's type, its name, and the arguments in a Markdown code fence."""
 
-    def _read_header(self, calls: Calls) -> Steps[str]:
-        yield from calls.reader.read_until(SEPARATOR, limit=MAX_HEADER)
-        name = yield from calls.reader.read_until("\n", limit=MAX_HEADER)
-        yield from calls.reader.accept_after_space("```json")
-        yield from calls.reader.skip_space()
+    def _read_header(self, state: ParserState) -> Steps[str]:
+        yield from state.reader.read_until(SEPARATOR, limit=MAX_HEADER)
+        name = yield from state.reader.read_until("\n", limit=MAX_HEADER)
+        yield from state.reader.accept_after_space("```json")
+        yield from state.reader.skip_space()
         return name.strip()
 
-    def rule(self, grammar: Lark, functions: Sequence[Function], *, several: bool) -> Rule:
+    def rule(
+        self, grammar: LarkBuilder, functions: Sequence[ToolFunction], *, parallel: bool
+    ) -> Rule:
         bodies = [
             grammar.sequence(function.name + FENCE, grammar.json(function.schema), FENCE_END)
             for function in functions
         ]
         call = grammar.sequence(CALL, "function", SEPARATOR, grammar.choice(bodies), CALL_END)
-        return self._section(grammar, call, between="\n", several=several)
+        return self._section(grammar, call, between="\n", parallel=parallel)
 
 
-class DeepSeekPlain(_DeepSeek):
-    """The name, and the arguments."""
+class DeepSeekV31ToolParser(_DeepSeek):
+    """V3.1: the name and the arguments."""
 
-    def _read_header(self, calls: Calls) -> Steps[str]:
-        name = yield from calls.reader.read_until(SEPARATOR, limit=MAX_HEADER)
-        yield from calls.reader.skip_space()
+    def _read_header(self, state: ParserState) -> Steps[str]:
+        name = yield from state.reader.read_until(SEPARATOR, limit=MAX_HEADER)
+        yield from state.reader.skip_space()
         return name.strip()
 
-    def rule(self, grammar: Lark, functions: Sequence[Function], *, several: bool) -> Rule:
+    def rule(
+        self, grammar: LarkBuilder, functions: Sequence[ToolFunction], *, parallel: bool
+    ) -> Rule:
         bodies = [
             grammar.sequence(function.name, SEPARATOR, grammar.json(function.schema))
             for function in functions
         ]
         call = grammar.sequence(CALL, grammar.choice(bodies), CALL_END)
-        return self._section(grammar, call, between="", several=several)
+        return self._section(grammar, call, between="", parallel=parallel)

@@ -1,13 +1,12 @@
-"""JSON inside an answer: where a value ends, known character by character.
+"""Streaming JSON scanner: find the end of a JSON value character by character.
 
-Owns the scanner of objects and the readers of strings and whole values. What keys mean is the
-formats' business.
+A scanner for objects, and parsers for strings and values. The formats interpret the keys.
 """
 
 import json
 import re
 
-from lowlat.serve.tool_parsers.reader import Malformed, Reader, Steps
+from lowlat.serve.tool_parsers.reader import IncrementalReader, Malformed, Steps
 
 MAX_STRING = 1 << 16
 MAX_VALUE = 1 << 20
@@ -18,7 +17,7 @@ HEX = frozenset("0123456789abcdefABCDEF")
 
 
 class ObjectScanner:
-    """Follows one JSON object from its brace to its end."""
+    """State machine over one JSON object, from its opening brace to its end."""
 
     def __init__(self) -> None:
         self._closers: list[str] = []
@@ -28,10 +27,10 @@ class ObjectScanner:
         self.is_done = False
 
     def scan(self, text: str) -> tuple[int, str]:
-        """How many characters of `text` belong to the object, and these as valid JSON.
+        """The number of characters of `text` that belong to the object, and these as valid JSON.
 
-        Line ends inside strings, which models write, become escapes. Reading stops at the end of
-        the object (`is_done`) or before the first character that cannot belong to it.
+        Raw line breaks inside strings, which models write, become escapes. The scan stops at the
+        end of the object (`is_done`) or before the first character that is invalid.
         """
         shown = []
         for index, char in enumerate(text):
@@ -42,7 +41,7 @@ class ObjectScanner:
         return len(text), "".join(shown)
 
     def _step(self, char: str) -> bool:
-        """Whether `char` may come next; follows it if so."""
+        """Whether `char` may come next; advances if so."""
         if self._state == "scalar":
             if char not in ",]} \t\r\n":
                 self._scalar += char
@@ -117,14 +116,14 @@ class ObjectScanner:
         return True
 
 
-def read_string(reader: Reader) -> Steps[str]:
-    """The JSON string that comes next, decoded."""
+def read_string(reader: IncrementalReader) -> Steps[str]:
+    """Parse the next JSON string; returns it decoded."""
     yield from reader.expect('"')
     raw = '"'
     while len(raw) < MAX_STRING:
         raw += (yield from reader.read_until('"', limit=MAX_STRING)) + '"'
         body = raw[:-1]
-        # An odd number of backslashes makes the quote part of the string.
+        # After an odd number of backslashes the quote is escaped.
         if (len(body) - len(body.rstrip("\\"))) % 2 == 0:
             break
     try:
@@ -133,8 +132,8 @@ def read_string(reader: Reader) -> Steps[str]:
         raise Malformed(raw) from error
 
 
-def read_value(reader: Reader) -> Steps[str]:
-    """The JSON text of the value that comes next."""
+def read_value(reader: IncrementalReader) -> Steps[str]:
+    """Parse the next JSON value; returns its text."""
     first = yield from reader.peek()
     if first == '"':
         return json.dumps((yield from read_string(reader)), ensure_ascii=False)
@@ -143,11 +142,11 @@ def read_value(reader: Reader) -> Steps[str]:
     return (yield from _read_scalar(reader))
 
 
-def read_value_until(reader: Reader, literal: str, *, limit: int) -> Steps[str | None]:
-    """The JSON value that comes next, with the spaces around it, and `literal`, which ends it.
+def read_value_until(reader: IncrementalReader, literal: str, *, limit: int) -> Steps[str | None]:
+    """Parse the next JSON value and the `literal` after it; returns the value with its spaces.
 
-    Inside its strings `literal` is text. None, and nothing read, where something else comes or no
-    such end within `limit` characters.
+    Inside strings `literal` is text. Returns None and consumes nothing if no JSON value with this
+    end follows within `limit` characters.
     """
     scanner = ObjectScanner()
     scanner.scan("[")  # whose items may be any value
@@ -156,7 +155,7 @@ def read_value_until(reader: Reader, literal: str, *, limit: int) -> Steps[str |
         coming = reader.ahead(size)
         count, shown = scanner.scan(coming)
         if shown != coming[:count]:
-            return None  # a line end in a string, which is no JSON
+            return None  # a raw line break in a string is invalid JSON
         size += count
         if count < len(coming) or size > limit or scanner.is_done or reader.has_ended:
             break
@@ -176,7 +175,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _read_nested(reader: Reader) -> Steps[str]:
+def _read_nested(reader: IncrementalReader) -> Steps[str]:
     scanner = ObjectScanner()
     pieces, size = [], 0
     while not scanner.is_done:
@@ -191,7 +190,7 @@ def _read_nested(reader: Reader) -> Steps[str]:
     return "".join(pieces)
 
 
-def _read_scalar(reader: Reader) -> Steps[str]:
+def _read_scalar(reader: IncrementalReader) -> Steps[str]:
     text = ""
     while (char := (yield from reader.peek())) and char not in ",]} \t\r\n" and len(text) < 64:
         text += char

@@ -1,6 +1,6 @@
-"""Grammars in llguidance's Lark dialect: the few constructions that forced tool calls are made of.
+"""LarkBuilder: grammars in llguidance's Lark dialect, from the constructions tool calls need.
 
-Owns quoting, names of rules and control tokens as terminals. Compiling is the engine's.
+Handles quoting, rule names and special tokens as terminals.
 """
 
 import json
@@ -12,45 +12,45 @@ from lowlat.text.tokenizer import Tokenizer
 
 
 class Rule(str):
-    """An expression of the grammar; plain strings are texts that stand for themselves."""
+    """An expression of the grammar; plain strings are literal texts."""
 
 
-class Lark:
-    """Rules, each made once and named; `text` is the whole."""
+class LarkBuilder:
+    """Collects named rules; `text` returns the whole grammar."""
 
     def __init__(self, tokenizer: Tokenizer, markers: Iterable[str]) -> None:
-        """Of the texts of the grammar only `markers` may be control tokens."""
+        """Only the texts in `markers` may become special tokens."""
         known = {text: index for index, text in tokenizer.added_tokens.items()}
         self._tokens = {text: known[text] for text in markers if text in known}
         self._rules: list[str] = []
 
     def rule(self, expression: str) -> Rule:
-        """A new rule for `expression`, which is Lark."""
+        """A new rule for the Lark expression `expression`."""
         name = f"r{len(self._rules)}"
         self._rules.append(f"{name}: {expression}")
         return Rule(name)
 
     def literal(self, text: str) -> Rule:
-        """`text`; for a marker that is a control token, that token."""
+        """`text`, or its special token if it is a marker."""
         if text in self._tokens:
             return Rule(f"<[{self._tokens[text]}]>")
         return self.quoted(text)
 
     def quoted(self, text: str) -> Rule:
-        """`text`, which may be a user's: never a control token."""
+        """`text`, which may come from a user: never a special token."""
         return Rule(json.dumps(text).replace("\x7f", "\\u007f"))
 
     def sequence(self, *items: str) -> Rule:
-        """`items` one after another: rules, and texts (markers apart from what surrounds them)."""
+        """`items` in sequence: rules and texts; a marker must be an item of its own."""
         parts = [item if isinstance(item, Rule) else self.literal(item) for item in items if item]
         return self.rule(" ".join(parts))
 
     def choice(self, options: Sequence[Rule]) -> Rule:
         return self.rule(" | ".join(options))
 
-    def repeated(self, item: Rule, *, between: Sequence[str] = (), several: bool) -> Rule:
+    def repeated(self, item: Rule, *, between: Sequence[str] = (), parallel: bool) -> Rule:
         """`item` once, or `several` times with the texts `between` them."""
-        if not several:
+        if not parallel:
             return item
         return self.rule(f"{item} ({self.sequence(*between, item)})*")
 
@@ -65,51 +65,51 @@ class Lark:
         return self.json_text(json.dumps(schema))
 
     def json_text(self, schema: str) -> Rule:
-        """JSON that matches the schema with this text."""
+        """JSON that matches a schema, given as text."""
         return self.rule(f"%json {schema}")
 
     def pattern(self, regex: str) -> Rule:
-        """Text that matches `regex` (a terminal, whose name is in capitals)."""
+        """Text that matches `regex`, as a terminal (uppercase name)."""
         name = f"T{len(self._rules)}"
         self._rules.append(f"{name}: {regex}")
         return Rule(name)
 
     def text_without(self, *literals: str) -> Rule:
-        """Any text in which none of `literals` occurs."""
+        """Any text without any of `literals`."""
         banned = "|".join(escaped(literal) for literal in literals)
         return self.pattern(f"/(.|\\n)*/ & ~/(.|\\n)*({banned})(.|\\n)*/")
 
     def text_until(self, end: str) -> Rule:
-        """Any text, and the first `end` in it as its last part."""
+        """Any text up to and including the first `end`."""
         if end in self._tokens:
             return self.sequence(self.text_without(end), end)
         return self._with_suffix("/(.|\\n)*/", end)
 
     def matching_until(self, regex: str, end: str) -> Rule:
-        """Text that matches `regex`, to the first `end` after which it does, and that `end`."""
+        """Text that matches `regex`, followed by the first possible `end`."""
         spelt = self._with_suffix(regex, end)
         if end not in self._tokens:
             return spelt
         return self.choice([spelt, self.sequence(self.pattern(regex), end)])
 
     def _with_suffix(self, regex: str, end: str) -> Rule:
-        # A terminal that could go on past the first letter of `end` would do so.
+        # Terminals match greedily: without suffix they would continue past the start of `end`.
         name = f"r{len(self._rules)}"
         self._rules.append(f"{name}[suffix={self.quoted(end)}]: {regex}")
         return Rule(name)
 
     def text(self, start: Rule) -> str:
-        """The grammar whose answers are those of `start`."""
+        """The whole grammar with the start rule `start`."""
         return "\n".join([f"start: {start}", *self._rules]) + "\n"
 
 
 def escaped(text: str) -> str:
-    """`text` as a regular expression between slashes."""
+    """`text` escaped for a regular expression between slashes."""
     return re.sub(r"([.+*?()|\[\]{}^$/\\&~#-])", r"\\\1", text).replace("\n", "\\n")
 
 
 def between_slashes(pattern: str) -> str:
-    """The regular expression `pattern` as it is written between slashes."""
+    """The regular expression `pattern`, with slashes and line breaks escaped."""
     return re.sub(r"\\.|[/\n]", _escape_in_slashes, pattern, flags=re.DOTALL)
 
 

@@ -1,41 +1,43 @@
-"""{"name": ..., "parameters": {...}}, which is all of an answer, as Llama 3.1 and later write it.
+"""Tool calls of Llama 3.1 and later: {"name": ..., "parameters": {...}} as the whole output.
 
-A "<|python_tag|>" may come before it. Without one, only the names of the request's own functions
-tell a call from other JSON.
+"<|python_tag|>" may precede it. Without the tag, JSON is a call only if its name is a function of
+the request.
 """
 
 from collections.abc import Sequence
 
-from lowlat.serve.tool_parsers.base import Function, ToolFormat
-from lowlat.serve.tool_parsers.lark import Lark, Rule
+from lowlat.serve.tool_parsers.base import ToolFunction, ToolParser
+from lowlat.serve.tool_parsers.lark import LarkBuilder, Rule
 from lowlat.serve.tool_parsers.reader import Steps
-from lowlat.serve.tool_parsers.state import Calls
+from lowlat.serve.tool_parsers.state import ParserState
 
 TAG = "<|python_tag|>"
 
 
-class Llama(ToolFormat):
-    """Bare JSON; the templates take one call an answer, models write more with ";" between."""
+class Llama3ToolParser(ToolParser):
+    """Bare JSON. Templates accept one call per message; models may write several, with ";"."""
 
     markers = (TAG,)
     opening = ""
-    several = False
+    parallel = False
 
-    def read(self, calls: Calls) -> Steps[None]:
-        opening = yield from calls.reader.accept_after_space("", keep="{")
+    def read(self, state: ParserState) -> Steps[None]:
+        opening = yield from state.reader.accept_after_space("", keep="{")
         if opening is not None:
-            yield from calls.attempt(opening, self._read_calls(calls))
-        while (opening := (yield from calls.content_until(TAG))) is not None:
-            yield from calls.attempt(opening, self._read_calls(calls))
+            yield from state.attempt(opening, self._read_calls(state))
+        while (opening := (yield from state.content_until(TAG))) is not None:
+            yield from state.attempt(opening, self._read_calls(state))
 
-    def _read_calls(self, calls: Calls) -> Steps[None]:
+    def _read_calls(self, state: ParserState) -> Steps[None]:
         def one() -> Steps[None]:
-            yield from calls.reader.skip_space()
-            yield from calls.read_object_call(until=None, only_known=True)
+            yield from state.reader.skip_space()
+            yield from state.read_object_call(until=None, only_known=True)
 
-        yield from calls.read_series(one, ";")
+        yield from state.read_series(one, ";")
 
-    def rule(self, grammar: Lark, functions: Sequence[Function], *, several: bool) -> Rule:
+    def rule(
+        self, grammar: LarkBuilder, functions: Sequence[ToolFunction], *, parallel: bool
+    ) -> Rule:
         return grammar.choice(
             [
                 grammar.sequence(

@@ -1,6 +1,6 @@
-"""The parts of an answer: what the model says, thinks and calls, in pieces as they become certain.
+"""Parts of a parsed output: pieces of content, reasoning and tool calls.
 
-Owns the records. answer.py and the formats beside this file make them out of text.
+`chat.output_parser` and the tool parsers produce them.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class ContentPart:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningPart:
-    """What the model thinks before it answers."""
+    """Reasoning before the content."""
 
     text: str
 
@@ -41,7 +41,7 @@ Part = ContentPart | ReasoningPart | ToolCallStart | ToolCallArguments
 
 
 def append_part(parts: list[Part], part: Part) -> None:
-    """Add `part`, joined with the last one where both are pieces of one text."""
+    """Append `part`, merged with the last one if both are pieces of the same text."""
     last = parts[-1] if parts else None
     match last, part:
         case (ContentPart(a), ContentPart(b)):

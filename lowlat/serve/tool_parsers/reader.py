@@ -1,7 +1,7 @@
-"""Reading a text that arrives in pieces, as if it were all there.
+"""Incremental parsing: read a text that arrives in chunks as if it were complete.
 
-Parsers are generators: each `yield` waits for more text. They decide by what they have read alone,
-never by where a piece ended, so that every way of cutting a text gives the same parts.
+Parsers are generators: each `yield` waits for more text. Decisions depend on the text alone, never
+on chunk boundaries, so every chunking gives the same parts.
 """
 
 from collections.abc import Callable, Generator
@@ -9,15 +9,15 @@ from typing import TypeVar
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]
-"""A computation that pauses where it needs more text."""
+"""A parser that pauses when it needs more text, and returns a T."""
 
 
 class Malformed(Exception):
-    """What was read is not a tool call after all."""
+    """The text is not a tool call."""
 
 
-class Reader:
-    """The unread text, and whether more can come."""
+class IncrementalReader:
+    """The unread text and a backtracking mark."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -27,26 +27,26 @@ class Reader:
 
     def feed(self, text: str) -> None:
         """Add text that has arrived."""
-        kept = self._at if self._mark is None else self._mark
-        self._text = self._text[kept:] + text
-        self._at -= kept
+        start = self._at if self._mark is None else self._mark
+        self._text = self._text[start:] + text
+        self._at -= start
         if self._mark is not None:
             self._mark = 0
 
     def end(self) -> None:
-        """No more text will arrive."""
+        """Signal the end of the text."""
         self._ended = True
 
     def mark(self) -> None:
-        """Remember this place for `rewind`."""
+        """Set the backtracking mark for `rewind`."""
         self._mark = self._at
 
     def release(self) -> None:
-        """Forget the marked place: what was read since is final."""
+        """Remove the mark: what was read since is final."""
         self._mark = None
 
     def rewind(self) -> bool:
-        """Go back to the marked place; False when there is none."""
+        """Go back to the mark; False without one."""
         if self._mark is None:
             return False
         self._at, self._mark = self._mark, None
@@ -54,20 +54,20 @@ class Reader:
 
     @property
     def unread(self) -> str:
-        """What has arrived and was not read."""
+        """Text that has arrived and is not consumed."""
         return self._text[self._at :]
 
     @property
     def has_ended(self) -> bool:
-        """Whether what is unread is all that comes."""
+        """Whether no more text will arrive."""
         return self._ended
 
     def ahead(self, count: int) -> str:
-        """What of `unread` comes after its first `count` characters."""
+        """`unread` after its first `count` characters."""
         return self._text[self._at + count :]
 
     def skip(self, count: int) -> None:
-        """Read `count` characters of `unread`."""
+        """Consume `count` characters."""
         self._at += count
 
     def has_more(self) -> Steps[bool]:
@@ -79,12 +79,11 @@ class Reader:
         return True
 
     def peek(self) -> Steps[str]:
-        """The next character, not read; "" at the end of the text."""
+        """The next character, not consumed; "" at the end of the text."""
         return self._text[self._at] if (yield from self.has_more()) else ""
 
     def is_next(self, literal: str, *, after: int = 0) -> Steps[bool]:
-        """Whether `literal` comes next, or `after` so many characters; waits no longer than it
-        takes to know."""
+        """Whether `literal` comes next, or after `after` characters; waits only until decided."""
         while True:
             start = self._at + after
             found = self._text[start : start + len(literal)]
@@ -95,21 +94,21 @@ class Reader:
             yield
 
     def accept(self, literal: str) -> Steps[bool]:
-        """Read `literal` if it comes next."""
+        """Consume `literal` if it comes next."""
         is_next = yield from self.is_next(literal)
         if is_next:
             self._at += len(literal)
         return is_next
 
     def expect(self, literal: str) -> Steps[None]:
-        """Read `literal`. Raises Malformed where something else comes."""
+        """Consume `literal`. Raises Malformed if something else comes."""
         if not (yield from self.accept(literal)):
             raise Malformed(literal)
 
     def accept_after_space(self, literal: str, *, keep: str = "") -> Steps[str | None]:
-        """Read spaces, `literal` and not yet `keep`, if they come next.
+        """Consume whitespace and `literal` if they come next, followed by `keep`.
 
-        Returns the text read; None: something else comes, and nothing was read.
+        Returns the consumed text; None: something else comes, nothing is consumed.
         """
         wanted = literal + keep
         while True:
@@ -124,8 +123,10 @@ class Reader:
             yield
 
     def accept_within_call(self, literal: str) -> Steps[bool]:
-        """Read spaces and `literal` if they come next, or what there is of it where the text ends
-        within it: an answer may be cut off there. Whether all of it came."""
+        """Consume whitespace and `literal` if they come next; returns whether all of it came.
+
+        At the end of a truncated text, also consumes a prefix of `literal`.
+        """
         found = yield from self.accept_after_space(literal)
         if found is None and self._ended:
             rest = self.unread.lstrip()
@@ -134,19 +135,19 @@ class Reader:
         return found is not None
 
     def skip_space(self) -> Steps[None]:
-        """Read what spaces and line ends come next."""
+        """Consume whitespace."""
         while (yield from self.has_more()) and self._text[self._at].isspace():
             self._at += 1
 
     def skip_newlines(self) -> Steps[None]:
-        """Read what line ends come next."""
+        """Consume line breaks."""
         while (yield from self.accept("\n")):
             pass
 
     def read_until(self, literal: str, *, limit: int) -> Steps[str]:
-        """What comes before `literal`, which is read too.
+        """The text before `literal`; consumes both.
 
-        Raises Malformed where it does not come within `limit` characters.
+        Raises Malformed if `literal` does not come within `limit` characters.
         """
         while True:
             index = self._text.find(literal, self._at, self._at + limit + len(literal))
@@ -159,7 +160,7 @@ class Reader:
             yield
 
     def read_before(self, literal: str, *, limit: int) -> Steps[str]:
-        """Like `read_until`, but `literal` is still to be read."""
+        """Like `read_until`, but does not consume `literal`."""
         found = yield from self.read_until(literal, limit=limit)
         self._at -= len(literal)
         return found
@@ -167,10 +168,10 @@ class Reader:
     def pass_until(
         self, literal: str, emit: Callable[[str], None], *, held: str = ""
     ) -> Steps[str | None]:
-        """Hand what comes before `literal` to `emit` as it comes.
+        """Emit the text before `literal` as it arrives.
 
-        Returns what was read and not handed on: `literal` and the characters of `held` right before
-        it. None: the text ended, and all of it was handed on.
+        Returns what was consumed but not emitted: `literal` and the characters of `held` right
+        before it. None: the text ended, and all of it was emitted.
         """
         while True:
             unread = self.unread
@@ -186,14 +187,14 @@ class Reader:
                 self._at += len(self.unread)
                 return None
             if index >= 0:
-                kept = unread[len(shown) : index + len(literal)]
-                self._at += len(kept)
-                return kept
+                rest = unread[len(shown) : index + len(literal)]
+                self._at += len(rest)
+                return rest
             yield
 
 
 def overlap(text: str, literal: str) -> int:
-    """Length of the longest end of `text` that begins `literal`, which is not in `text`."""
+    """Length of the longest suffix of `text` that is a prefix of `literal`."""
     for size in range(min(len(literal) - 1, len(text)), 0, -1):
         if literal.startswith(text[-size:]):
             return size

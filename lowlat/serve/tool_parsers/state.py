@@ -1,7 +1,7 @@
-"""What the formats of tool calls share: the calls made so far and how they become parts.
+"""ParserState: what all tool parsers share: the text, the calls so far, the parts they emit.
 
-Owns ids, indexes and the way back where a call turns out to be none. The formats' own syntax is in
-the files beside this one.
+Holds ids and indexes, and backtracks when a supposed call is malformed. Each format's syntax is in
+its own module.
 """
 
 import json
@@ -18,24 +18,24 @@ from lowlat.serve.tool_parsers.parts import (
     ToolCallStart,
     append_part,
 )
-from lowlat.serve.tool_parsers.reader import Malformed, Reader, Steps
+from lowlat.serve.tool_parsers.reader import IncrementalReader, Malformed, Steps
 
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 SPACE = " \t\r\n"
 
 Schemas = Mapping[str, Mapping[str, Any]]
-"""Function name -> JSON schema of its arguments."""
+"""Function name -> JSON schema of the arguments."""
 
 
-class Calls:
-    """An answer that is being read: `reader` has its text, `parts` what became of it."""
+class ParserState:
+    """State of parsing one output: `reader` holds the text, `parts` the emitted parts."""
 
     def __init__(self, schemas: Schemas, new_id: Callable[[], str]) -> None:
-        self.reader = Reader()
+        self.reader = IncrementalReader()
         self.parts: list[Part] = []
         self.schemas = schemas
         self.count = 0
-        """Calls begun."""
+        """Number of calls so far."""
         self._new_id = new_id
         self._is_after_call = False
 
@@ -49,21 +49,21 @@ class Calls:
             append_part(self.parts, ReasoningPart(text))
 
     def start(self, name: str, *, id: str | None = None) -> None:
-        """Begin a call: what was read since the mark is final."""
+        """Begin a call; gives up the backtracking mark."""
         self.reader.release()
         self.parts.append(ToolCallStart(self.count, id or self._new_id(), name))
         self.count += 1
         self._is_after_call = True
 
     def arguments(self, text: str) -> None:
-        """More of the last call's arguments."""
+        """Append to the last call's arguments."""
         if text:
             append_part(self.parts, ToolCallArguments(self.count - 1, text))
 
     def content_until(self, literal: str) -> Steps[str | None]:
-        """Pass content on up to `literal`; returns it, with the spaces before it, or None.
+        """Emit content up to `literal`; returns `literal` with the spaces before it, or None.
 
-        Spaces around calls are part of the format: they are content only where text follows.
+        Whitespace around calls is part of the format; it is content only if text follows.
         """
         return (yield from self.reader.pass_until(literal, self._pass_content, held=SPACE))
 
@@ -72,7 +72,7 @@ class Calls:
             self.content(text)
 
     def attempt(self, opening: str, call: Steps[None]) -> Steps[bool]:
-        """Read `call`; where it is none, `opening` is content and what follows is read anew."""
+        """Parse `call`; if it is malformed, emit `opening` as content and backtrack."""
         self.reader.mark()
         try:
             yield from call
@@ -84,17 +84,17 @@ class Calls:
         return True
 
     def read_series(self, one: Callable[[], Steps[None]], separator: str) -> Steps[None]:
-        """`one` call, and more for as long as `separator` and a call come next."""
+        """Parse `one` call, and more while `separator` and a call follow."""
         yield from one()
         while (opening := (yield from self.reader.accept_after_space(separator))) is not None:
             if not (yield from self.attempt(opening, one())):
                 return
 
     def stream_object(self, until: str | None) -> Steps[bool]:
-        """Pass the object that comes next on as arguments.
+        """Emit the next JSON object as arguments.
 
-        Once it is no JSON any more, everything up to `until` is passed on as the model wrote it;
-        then the result is False.
+        If it turns out to be invalid JSON, emits everything up to `until` unchanged and returns
+        False.
         """
         scanner = ObjectScanner()
         while not scanner.is_done and (yield from self.reader.has_more()):
@@ -108,7 +108,7 @@ class Calls:
         return True
 
     def pass_broken(self, until: str | None) -> Steps[None]:
-        """Pass everything up to `until` on as arguments, as it is; `until` is read too."""
+        """Emit everything up to `until` as arguments, unchanged, and skip `until`."""
         if until is not None:
             yield from self.reader.pass_until(until, self.arguments)
             return
@@ -117,11 +117,11 @@ class Calls:
             self.reader.skip(len(self.reader.unread))
 
     def read_object_call(self, *, until: str | None, only_known: bool = False) -> Steps[None]:
-        """{"name": ..., "arguments": {...}} with members in any order; others are passed over.
+        """Parse {"name": ..., "arguments": {...}} with members in any order; ignore others.
 
-        "parameters" is taken for "arguments". only_known: other names than those of the request's
-        tools make it no call. Raises Malformed where it is none; a call once begun stays one, even
-        where its own closing bracket is missing.
+        "parameters" is a synonym of "arguments". only_known: the name must be one of the request's
+        tools. Raises Malformed if it is no call; a call that has begun stays one, even if its
+        closing bracket is missing.
         """
         count = self.count
         try:
@@ -135,7 +135,7 @@ class Calls:
             self.arguments(held)
 
     def _read_members(self, until: str | None, only_known: bool) -> Steps[tuple[str | None, str]]:
-        """The object; name and arguments as far as they could not be passed on."""
+        """Parse the object; returns the name and the arguments that were not emitted."""
         reader, name, held, count = self.reader, None, None, self.count
         yield from reader.expect("{")
         while True:
@@ -162,14 +162,14 @@ class Calls:
         return name, held or "{}"
 
     def checked(self, name: str | None, *, only_known: bool = False) -> str:
-        """`name`. Raises Malformed where it can be none of a function."""
+        """`name`. Raises Malformed if it is not a valid function name."""
         if name is None or not NAME.fullmatch(name) or (only_known and name not in self.schemas):
             raise Malformed("name")
         return name
 
 
 def as_object(value: str) -> str:
-    """The JSON object in `value`, which may be written as a string. Raises Malformed."""
+    """The JSON object in `value`, which may be encoded as a string. Raises Malformed."""
     try:
         decoded = json.loads(value)
         text = decoded if isinstance(decoded, str) else value

@@ -1,100 +1,102 @@
-"""Arguments written one by one between tags, without JSON's quotes: GLM's and Qwen3-Coder's calls.
+"""XML-like tool calls of GLM and Qwen3-Coder: each argument between tags, without JSON quotes.
 
-Whether "5" is text or a number is then in the function's schema alone.
+The values are not quoted: only the function's schema decides whether 5 is a string or a number.
 """
 
 import json
 from collections.abc import Collection, Sequence
 from typing import ClassVar
 
-from lowlat.serve.tool_parsers.arguments import (
-    Argument,
-    Arguments,
+from lowlat.serve.tool_parsers.base import ToolFunction, ToolParser
+from lowlat.serve.tool_parsers.json_scanner import read_value_until
+from lowlat.serve.tool_parsers.lark import LarkBuilder, Rule, escaped
+from lowlat.serve.tool_parsers.parameters import (
     Schema,
-    Text,
+    TextConstraint,
+    ToolParameter,
+    ToolParameters,
     argument_schema,
-    fault,
     is_free,
     json_schema,
-    kind_of,
-    kinds,
-    read_arguments,
-    read_texts,
+    json_type_of,
+    json_types,
+    read_parameters,
+    read_text_constraints,
+    schema_error,
 )
-from lowlat.serve.tool_parsers.base import Function, ToolFormat
-from lowlat.serve.tool_parsers.json_scanner import read_value_until
-from lowlat.serve.tool_parsers.lark import Lark, Rule, escaped
 from lowlat.serve.tool_parsers.reader import Malformed, Steps
-from lowlat.serve.tool_parsers.state import Calls
+from lowlat.serve.tool_parsers.state import ParserState
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MAX_NAME = 256
 MAX_VALUE = 1 << 20
 NAME = "[^<>\\s]{1,64}"
-"""Names of arguments that no schema lists."""
+"""Pattern for names of arguments that the schema does not list."""
 
 
-class _Tagged(ToolFormat):
+class _Tagged(ToolParser):
     opening = OPEN
     key_end: ClassVar[str]
-    """What ends the name of an argument."""
+    """Text after the name of an argument."""
     value_end: ClassVar[str]
-    """What ends its value."""
+    """Text after its value."""
     before_end: ClassVar[str] = ""
-    """What stands between the two."""
+    """Text between the value and `value_end`."""
 
-    def read(self, calls: Calls) -> Steps[None]:
-        while (opening := (yield from calls.content_until(OPEN))) is not None:
-            yield from calls.attempt(opening, self._read_call(calls))
+    def read(self, state: ParserState) -> Steps[None]:
+        while (opening := (yield from state.content_until(OPEN))) is not None:
+            yield from state.attempt(opening, self._read_call(state))
 
-    def _read_call(self, calls: Calls) -> Steps[None]:
-        name = calls.checked((yield from self._read_name(calls)))
-        calls.start(name)
-        schema, comma = calls.schemas.get(name, {}), "{"
+    def _read_call(self, state: ParserState) -> Steps[None]:
+        name = state.checked((yield from self._read_name(state)))
+        state.start(name)
+        schema, comma = state.schemas.get(name, {}), "{"
         while True:
-            calls.reader.mark()
+            state.reader.mark()
             try:
-                argument = yield from self._read_argument(calls, schema)
+                argument = yield from self._read_argument(state, schema)
             except Malformed:
-                # Cut off or broken: passed on as it is, so that nobody takes it for whole.
-                calls.reader.rewind()
-                yield from calls.pass_broken(CLOSE)
+                # Truncated or malformed: emitted unchanged, so that it does not look complete.
+                state.reader.rewind()
+                yield from state.pass_broken(CLOSE)
                 return
-            calls.reader.release()
+            state.reader.release()
             if argument is None:
                 break
             key, value = argument
-            calls.arguments(f"{comma}{json.dumps(key, ensure_ascii=False)}: {value}")
+            state.arguments(f"{comma}{json.dumps(key, ensure_ascii=False)}: {value}")
             comma = ", "
-        calls.arguments("{}" if comma == "{" else "}")
-        yield from self._read_end(calls)
+        state.arguments("{}" if comma == "{" else "}")
+        yield from self._read_end(state)
 
-    def _read_argument(self, calls: Calls, schema: Schema) -> Steps[tuple[str, str] | None]:
-        """The name of the next argument and its value as JSON text; None: there is none."""
-        key = yield from self._read_key(calls)
+    def _read_argument(self, state: ParserState, schema: Schema) -> Steps[tuple[str, str] | None]:
+        """The name of the next argument and its value as JSON text; None: no more arguments."""
+        key = yield from self._read_key(state)
         if key is None:
             return None
-        allowed, raw = kinds(*argument_schema(schema, key)), None
+        allowed, raw = json_types(*argument_schema(schema, key)), None
         if allowed != {"string"}:
-            # What looks like the end, but stands in a string of a JSON value, is part of it.
-            raw = yield from read_value_until(calls.reader, self.value_end, limit=MAX_VALUE)
+            # An end tag inside a string of a JSON value belongs to the value.
+            raw = yield from read_value_until(state.reader, self.value_end, limit=MAX_VALUE)
         if raw is None:
-            raw = yield from calls.reader.read_until(self.value_end, limit=MAX_VALUE)
+            raw = yield from state.reader.read_until(self.value_end, limit=MAX_VALUE)
         raw = raw.removeprefix(self.before_end).removesuffix(self.before_end)
         return key, to_json(raw, allowed)
 
-    def rule(self, grammar: Lark, functions: Sequence[Function], *, several: bool) -> Rule:
+    def rule(
+        self, grammar: LarkBuilder, functions: Sequence[ToolFunction], *, parallel: bool
+    ) -> Rule:
         bodies = [self._body(grammar, function) for function in functions]
         call = grammar.sequence(grammar.choice(bodies), CLOSE)
-        return grammar.repeated(call, between=("\n", OPEN), several=several)
+        return grammar.repeated(call, between=("\n", OPEN), parallel=parallel)
 
-    def _body(self, grammar: Lark, function: Function) -> Rule:
-        """The name and the arguments of a call."""
+    def _body(self, grammar: LarkBuilder, function: ToolFunction) -> Rule:
+        """The grammar of a call's name and arguments."""
         raise NotImplementedError
 
-    def _pairs(self, grammar: Lark, function: Function) -> list[Rule]:
-        """The arguments of a call: those that are listed in their order, then any others."""
-        arguments = read_arguments(function.schema, function.place)
+    def _pairs(self, grammar: LarkBuilder, function: ToolFunction) -> list[Rule]:
+        """The grammars of a call's arguments: listed ones in order, then any others."""
+        arguments = read_parameters(function.schema, function.path)
         pairs: list[Rule] = []
         for argument in arguments.listed:
             self._check_name(argument)
@@ -109,69 +111,75 @@ class _Tagged(ToolFormat):
             pairs.append(grammar.any_number(self._pair(grammar, key, value)))
         return pairs
 
-    def _check_name(self, argument: Argument) -> None:
-        """Raise RequestError for a name that would be read back as another."""
+    def _check_name(self, argument: ToolParameter) -> None:
+        """Raise RequestError for a name that would be parsed as another."""
         name = argument.name
         if name.strip() != name or self.key_end in name or not 0 < len(name) <= MAX_NAME:
-            raise fault(argument.place, "this model's format of calls cannot write the name")
+            raise schema_error(
+                argument.path, "this model's tool-call format cannot express the name"
+            )
 
-    def _pair(self, grammar: Lark, key: Rule, value: Rule) -> Rule:
-        """One argument: `key` to its end, `value` to its end, and what stands around them."""
+    def _pair(self, grammar: LarkBuilder, key: Rule, value: Rule) -> Rule:
+        """The grammar of one argument from `key` and `value`, which include their end texts."""
         raise NotImplementedError
 
-    def _value(self, grammar: Lark, argument: Argument, arguments: Arguments) -> Rule:
-        """A value and its end: JSON, or text that does not hold the end."""
+    def _value(
+        self, grammar: LarkBuilder, argument: ToolParameter, arguments: ToolParameters
+    ) -> Rule:
+        """The grammar of a value and its end: JSON, or text without the end tag."""
         schema, root = argument.schema, arguments.root
         if is_free(schema):
             return grammar.text_until(self.value_end)
-        if kinds(schema, root) != {"string"}:
+        if json_types(schema, root) != {"string"}:
             value = grammar.json(json_schema(schema, root))
             return grammar.sequence(value, self.before_end, self.value_end)
-        return self._text(grammar, read_texts(schema, root, argument.place), argument.place)
+        return self._text(
+            grammar, read_text_constraints(schema, root, argument.path), argument.path
+        )
 
-    def _text(self, grammar: Lark, texts: Sequence[Text], place: str) -> Rule:
-        """One of `texts` and its end."""
+    def _text(self, grammar: LarkBuilder, texts: Sequence[TextConstraint], path: str) -> Rule:
+        """The grammar of a text that matches one of `texts`, and its end."""
         options = [option for text in texts for option in text.options or ()]
         if any(self.value_end in option for option in options):
-            raise fault(place, f"no text may hold {self.value_end}; leave it out")
+            raise schema_error(path, f"a text must not contain {self.value_end}; leave it out")
         free = [text for text in texts if text.options is None]
         if not free:
             rule = grammar.choice([grammar.quoted(option) for option in options])
             return grammar.sequence(rule, self.before_end, self.value_end)
         if any(text.shortest == 0 and text.longest is None for text in free):
             return grammar.text_until(self.value_end)
-        # One terminal: of several, the one that can go on longest would be taken.
+        # A single terminal: of several, the lexer would take the longest match.
         before = escaped(self.before_end)
         regexes = [f"{escaped(option)}{before}" for option in options]
         regexes += [f"{lengths(text)}({before})?" for text in free]
         return grammar.matching_until(f"/{'|'.join(regexes)}/", self.value_end)
 
-    def _read_name(self, calls: Calls) -> Steps[str]:
+    def _read_name(self, state: ParserState) -> Steps[str]:
         raise NotImplementedError
 
-    def _read_key(self, calls: Calls) -> Steps[str | None]:
-        """The name of the next argument, up to where its value begins; None: there is none."""
+    def _read_key(self, state: ParserState) -> Steps[str | None]:
+        """Consume up to the value of the next argument; returns its name, or None."""
         raise NotImplementedError
 
-    def _read_end(self, calls: Calls) -> Steps[None]:
+    def _read_end(self, state: ParserState) -> Steps[None]:
         raise NotImplementedError
 
 
-class Glm(_Tagged):
-    """<tool_call>name, then <arg_key> and <arg_value> for each argument."""
+class GlmToolParser(_Tagged):
+    """GLM: <tool_call>name, then <arg_key> and <arg_value> for each argument."""
 
     markers = (OPEN, CLOSE, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
     key_end, value_end = "</arg_key>", "</arg_value>"
 
-    def _read_name(self, calls: Calls) -> Steps[str]:
-        name = yield from calls.reader.read_before("<", limit=MAX_NAME)
-        after = yield from calls.reader.is_next("<arg_key>")
-        if not after and not (yield from calls.reader.is_next(CLOSE)):
+    def _read_name(self, state: ParserState) -> Steps[str]:
+        name = yield from state.reader.read_before("<", limit=MAX_NAME)
+        after = yield from state.reader.is_next("<arg_key>")
+        if not after and not (yield from state.reader.is_next(CLOSE)):
             raise Malformed("arguments")
         return name.strip()
 
-    def _read_key(self, calls: Calls) -> Steps[str | None]:
-        reader = calls.reader
+    def _read_key(self, state: ParserState) -> Steps[str | None]:
+        reader = state.reader
         if not (yield from reader.accept_within_call("<arg_key>")):
             return None
         key = yield from reader.read_until("</arg_key>", limit=MAX_NAME)
@@ -179,50 +187,50 @@ class Glm(_Tagged):
         yield from reader.expect("<arg_value>")
         return key.strip()
 
-    def _read_end(self, calls: Calls) -> Steps[None]:
-        yield from calls.reader.accept_within_call(CLOSE)
+    def _read_end(self, state: ParserState) -> Steps[None]:
+        yield from state.reader.accept_within_call(CLOSE)
 
-    def _body(self, grammar: Lark, function: Function) -> Rule:
+    def _body(self, grammar: LarkBuilder, function: ToolFunction) -> Rule:
         return grammar.sequence(function.name + "\n", *self._pairs(grammar, function))
 
-    def _pair(self, grammar: Lark, key: Rule, value: Rule) -> Rule:
+    def _pair(self, grammar: LarkBuilder, key: Rule, value: Rule) -> Rule:
         return grammar.sequence("<arg_key>", key, "\n", "<arg_value>", value, "\n")
 
 
-class QwenCoder(_Tagged):
-    """<function=name> inside <tool_call>, then <parameter=key> for each argument."""
+class Qwen3CoderToolParser(_Tagged):
+    """Qwen3-Coder: <function=name> in <tool_call>, then <parameter=key> for each argument."""
 
     markers = (OPEN, CLOSE)
     key_end, value_end, before_end = ">", "</parameter>", "\n"
 
-    def _read_name(self, calls: Calls) -> Steps[str]:
-        yield from calls.reader.skip_space()
-        yield from calls.reader.expect("<function=")
-        return (yield from calls.reader.read_until(">", limit=MAX_NAME)).strip()
+    def _read_name(self, state: ParserState) -> Steps[str]:
+        yield from state.reader.skip_space()
+        yield from state.reader.expect("<function=")
+        return (yield from state.reader.read_until(">", limit=MAX_NAME)).strip()
 
-    def _read_key(self, calls: Calls) -> Steps[str | None]:
-        if not (yield from calls.reader.accept_within_call("<parameter=")):
+    def _read_key(self, state: ParserState) -> Steps[str | None]:
+        if not (yield from state.reader.accept_within_call("<parameter=")):
             return None
-        return (yield from calls.reader.read_until(">", limit=MAX_NAME)).strip()
+        return (yield from state.reader.read_until(">", limit=MAX_NAME)).strip()
 
-    def _read_end(self, calls: Calls) -> Steps[None]:
-        yield from calls.reader.accept_within_call("</function>")
-        yield from calls.reader.accept_within_call(CLOSE)
+    def _read_end(self, state: ParserState) -> Steps[None]:
+        yield from state.reader.accept_within_call("</function>")
+        yield from state.reader.accept_within_call(CLOSE)
 
-    def _body(self, grammar: Lark, function: Function) -> Rule:
+    def _body(self, grammar: LarkBuilder, function: ToolFunction) -> Rule:
         pairs = self._pairs(grammar, function)
         return grammar.sequence(f"\n<function={function.name}>\n", *pairs, "</function>\n")
 
-    def _pair(self, grammar: Lark, key: Rule, value: Rule) -> Rule:
+    def _pair(self, grammar: LarkBuilder, key: Rule, value: Rule) -> Rule:
         return grammar.sequence("<parameter=", key, "\n", value, "\n")
 
 
-def lengths(text: Text) -> str:
-    """A regular expression of the texts of these lengths.
+def lengths(text: TextConstraint) -> str:
+    """A regular expression for texts of the allowed length.
 
-    It has no tag begin before the shortest length is reached, where reading would cut the text, nor
-    a line end reach it, which may be what stands before the tag. A ban of the tag itself would take
-    a state of the lexer for every pair of places.
+    It allows no tag to begin, and no line break as the last character, before the shortest length
+    is reached: parsing would cut the text there. Banning the tag itself would multiply the lexer's
+    states.
     """
     least, most = text.shortest, text.longest
     if least == 0:
@@ -235,18 +243,18 @@ def lengths(text: Text) -> str:
 
 
 def _any(done: int, most: int | None) -> str:
-    """What may follow `done` characters of at most `most`."""
+    """The rest of a text after `done` characters, of at most `most` in total."""
     return f"(.|\\n){{0,{'' if most is None else most - done}}}"
 
 
 def to_json(raw: str, allowed: Collection[str]) -> str:
-    """JSON text for `raw`, as the model wrote it: of an `allowed` type, else as it looks."""
+    """`raw`, as the model wrote it, as JSON text: of an `allowed` type if possible."""
     try:
         value = json.loads(raw)
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         return json.dumps(raw, ensure_ascii=False)
-    # Where a value may only be text, all of it is text.
-    if "string" in allowed and (len(allowed) == 1 or kind_of(value) not in allowed):
+    # If only strings are allowed, everything is a string.
+    if "string" in allowed and (len(allowed) == 1 or json_type_of(value) not in allowed):
         return json.dumps(raw, ensure_ascii=False)
     return raw.strip()

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
-from lowlat.checkpoint.mapping import settle_mtp
+from lowlat.checkpoint.mapping import resolve_mtp_modules
 from lowlat.config.attention import distinct
 from lowlat.config.hf.families import LOWLAT
 from lowlat.config.hf.reader import config_from_hf
@@ -22,10 +22,10 @@ from lowlat.train.recipe.schema import Phase, Recipe
 from lowlat.train.step.lora import check_lora
 from lowlat.train.step.trainable import check_divides_batches, check_trainable
 from lowlat.utils.errors import UserError
-from lowlat.utils.json_fields import Fields
+from lowlat.utils.json_fields import JsonFields
 
 NULLABLE = ("q_lora_rank", "sliding_window")
-"""Fields of config.json that must be null where they have no value; TOML has no null."""
+"""JsonFields of config.json that must be null where they have no value; TOML has no null."""
 
 
 def recipe_config(recipe: Recipe, path: Path, base_model: Path | None) -> ModelConfig:
@@ -44,7 +44,7 @@ def base_config(
     """The model's config before any phase changes it. Raises UserError naming the field."""
     if base_model is not None:
         source = open_checkpoint(base_model)
-        config = settle_mtp(read_config(source), source)
+        config = resolve_mtp_modules(read_config(source), source)
         config = replace(config, quantization=None, packing=None)
     else:
         absent = dict.fromkeys(NULLABLE) if (recipe.model or {}).get("model_type") != LOWLAT else {}
@@ -105,7 +105,7 @@ def _changed_rope(config: ModelConfig, phase: Phase, longest: int, origin: str) 
     raw = {key: value for key, value in kept.items() if key not in given} | {"rope_scaling": given}
     changed = {
         rope_from_hf(
-            Fields(raw, where),
+            JsonFields(raw, where),
             model_type=config.model_type,
             dim=dim,
             context=longest,

@@ -72,7 +72,7 @@ class Fp8MLA(MLA):
         k_nope, v = heads.split([dims.qk_nope_head_dim, dims.v_head_dim], dim=-1)
         k = torch.cat([k_nope, k_rope[:, None].expand_as(q_rope)], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
-        # GQA attention has one head width: zeros beyond a head's own add nothing and are cut off.
+        # GQA needs one head width: zero padding adds nothing and is cut off.
         width = max(dims.qk_head_dim, dims.v_head_dim)
         q, k, v = (
             part if part.shape[-1] == width else F.pad(part, (0, width - part.shape[-1]))
@@ -144,7 +144,7 @@ def _format(path: list[str], scale_fmt: ScaleFormat) -> Fp8Format | None:
     if path[-1] in PLAIN:
         return None
     if path[-1] == "o_proj":
-        return replace(_base(scale_fmt), input_scales="ue8m0", kept_input="e5m6")
+        return replace(_base(scale_fmt), input_scales="ue8m0", saved_input="e5m6")
     if "experts" in path:
         formats = expert_formats(scale_fmt)
         return formats.down if path[-1] == "down_proj" else formats.up

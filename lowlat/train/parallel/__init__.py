@@ -1,1 +1,1 @@
-"""Training divided among processes: mesh, FSDP2, expert, tensor and context parallelism."""
+"""Parallelism over a process mesh: FSDP2, expert, tensor and context parallelism of a model."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lowlat.checkpoint.mapping import ROUTER_BIAS
 from lowlat.checkpoint.save import file_tensors, text_files, write_checkpoint
-from lowlat.config.hf.reader import config_from_hf, config_to_hf
+from lowlat.config.hf.reader import config_from_hf
+from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint, folder_name
 from lowlat.train.checkpoints.run_folder import RunFolder

@@ -20,7 +20,7 @@ from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.run.build import DTYPES, new_model, new_passes, new_teacher
 from lowlat.train.run.export import base_model_of, contents, open_save, teacher_of
 from lowlat.train.run.replay import BATCH_FILES, read_batch, step_of
-from lowlat.train.step.balance import RouterWatch
+from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.loss import count_targets
 from lowlat.utils.errors import UserError
 
@@ -75,14 +75,14 @@ def look_again(run: Path) -> FailedStep:
         sequence_length=plan.phase.sequence_length,
         teacher=teacher,
     )
-    watch = RouterWatch(model, sequence_weight=recipe.balance.sequence_weight)
+    balancer = LoadBalancer(model, sequence_weight=recipe.balance.sequence_weight)
     num_ahead = 1 + config.num_nextn_predict_layers
     targets = count_targets(batch, num_ahead)
     length = batch.sequence_length(num_ahead)
     watched = {"": model} if teacher is None else {"": model, "teacher.": teacher.model}
     with (
         _first_not_finite(watched) as found,
-        watch.watching(sequence_length=length, num_sequences=batch.rows),
+        balancer.observe(sequence_length=length, num_sequences=batch.rows),
     ):
         sums = passes.backward(batch.to(recipe.device), plan, targets).tolist()
     sharded.reduce_gradients()
@@ -91,7 +91,7 @@ def look_again(run: Path) -> FailedStep:
         step=step + 1,
         losses=losses if plan.phase.match == "logits" else (),
         matched=None if teacher is None else sums[num_ahead + 1] / max(1, targets[0]),
-        sequence_loss=watch.sequence_loss,
+        sequence_loss=balancer.sequence_loss,
         grad_norm=_norm(sharded),
         activation=next(iter(found), None),
         gradient=_nearest_gradient(sharded),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowlat.checkpoint.mapping import ROUTER_BIAS, SCALE_SUFFIX
 from lowlat.checkpoint.save import MAX_SHARD_BYTES, file_tensors, text_files, write_checkpoint
-from lowlat.config.hf.reader import config_to_hf
+from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import ModelConfig, QuantConfig
 from lowlat.model.transformer import Transformer
 from lowlat.ops.fp8 import quantize_blocks

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlat.config.hf.reader import config_from_hf, config_to_hf
+from lowlat.config.hf.reader import config_from_hf
+from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.train.parallel.parallelize import ShardedParameters
 from lowlat.train.recipe.schedule import TrainingSchedule

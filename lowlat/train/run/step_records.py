@@ -11,7 +11,7 @@ from lowlat.train.inputs.phase_data import PhaseData
 from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StepRecord
 from lowlat.train.recipe.schedule import StepPlan
 from lowlat.train.run.state import Position
-from lowlat.train.step.balance import GateLoad
+from lowlat.train.step.balance import ExpertLoad
 from lowlat.train.step.step import StepResult
 
 
@@ -88,7 +88,7 @@ def targets_per_byte(folder: TokenizedDataset, *, document_masks: bool) -> float
     return targets / size
 
 
-def _expert_record(load: GateLoad) -> ExpertRecord:
+def _expert_record(load: ExpertLoad) -> ExpertRecord:
     return ExpertRecord(
         layer=load.layer,
         load=tuple(load.load.tolist()),

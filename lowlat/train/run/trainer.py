@@ -52,13 +52,13 @@ from lowlat.train.run.state import (
     state_tensors,
 )
 from lowlat.train.run.step_records import StepRecorder, eval_record
-from lowlat.train.step.balance import RouterWatch
+from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.lora import merged
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.step import StepResult, evaluate, train_step
 from lowlat.train.step.teacher import Teacher
 from lowlat.utils.errors import UserError
-from lowlat.utils.memory import keeping_freed_memory
+from lowlat.utils.memory import retain_freed_memory
 from lowlat.utils.progress import Progress, SilentProgress
 
 MODEL_FOLDER = "model"
@@ -151,7 +151,7 @@ class Trainer:
         saved = self.position.step
         if self._teacher is not None and saved == 0:
             self._evaluate(self._plan())
-        with keeping_freed_memory(), StopSignals() as stop:
+        with retain_freed_memory(), StopSignals() as stop:
             while self.position.step < self.schedule.steps and not self._mesh.any(stop.asked):
                 plan = self._plan()
                 self._enter_phase(plan)
@@ -226,7 +226,7 @@ class Trainer:
         self.optimizer: Optimizer = new_optimizer(self.model, self.recipe, moments, self.sharded)
         if random is not None:
             torch.set_rng_state(random)
-        self._watch = RouterWatch(
+        self._balancer = LoadBalancer(
             self.model,
             sequence_weight=self.recipe.balance.sequence_weight,
             mesh=self._mesh,
@@ -239,7 +239,7 @@ class Trainer:
         state = state_tensors(self.sharded, self.optimizer)
         tensors = {name: tensor.cpu() for name, tensor in state}
         # Weights and moments are moved, not held twice.
-        del state, self.model, self._passes, self.sharded, self.optimizer, self._watch
+        del state, self.model, self._passes, self.sharded, self.optimizer, self._balancer
         gc.collect()  # gates and what watches them refer to each other
         self._build(tensors)
         self._meter = self._new_meter()
@@ -252,7 +252,7 @@ class Trainer:
         result = train_step(
             self._passes,
             self.optimizer,
-            self._watch,
+            self._balancer,
             batch,
             plan,
             num_ahead=1 + self.config.num_nextn_predict_layers,

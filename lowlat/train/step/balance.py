@@ -24,7 +24,7 @@ from lowlat.train.parallel.pipeline_gather import gather_along_pipeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GateLoad:
+class ExpertLoad:
     """Expert load of one gate over a global batch."""
 
     layer: int
@@ -41,7 +41,7 @@ class GateLoad:
     """Smallest and largest selection bias; zeros without a bias."""
 
 
-class _Watched:
+class _Observed:
     """Counters of one gate."""
 
     def __init__(self, layer: int, gate: Gate) -> None:
@@ -52,7 +52,7 @@ class _Watched:
         self.counters = torch.zeros(experts + 2, dtype=torch.float64, device=gate.weight.device)
 
 
-class RouterWatch:
+class LoadBalancer:
     """Hooks on every gate of a model for the duration of training.
 
     `sequence_weight` is alpha of the sequence-wise balance loss; `mesh` divides the batches.
@@ -69,21 +69,21 @@ class RouterWatch:
         device = next(model.parameters()).device
         self._sequence_loss = torch.zeros((), dtype=torch.float64, device=device)
         self._enabled = False
-        self._gates: list[_Watched] = []
+        self._gates: list[_Observed] = []
         for layer, gate in gates(model):
-            watched = _Watched(layer, gate)
-            gate.register_forward_hook(self._hook(watched))
-            self._gates.append(watched)
+            observed = _Observed(layer, gate)
+            gate.register_forward_hook(self._hook(observed))
+            self._gates.append(observed)
 
     @contextmanager
-    def watching(self, *, sequence_length: int, num_sequences: int) -> Iterator[None]:
+    def observe(self, *, sequence_length: int, num_sequences: int) -> Iterator[None]:
         """Observe a global batch of `num_sequences` sequences of `sequence_length` tokens; passes
         outside are not counted.
         """
         self._sequence_length, self._num_sequences = sequence_length, num_sequences
         self._sequence_loss.zero_()
-        for watched in self._gates:
-            watched.counters.zero_()
+        for observed in self._gates:
+            observed.counters.zero_()
         self._enabled = True
         try:
             yield
@@ -92,13 +92,13 @@ class RouterWatch:
 
     def reduce(self) -> None:
         """All-reduce the counters, once per global batch."""
-        counters = [watched.counters for watched in self._gates]
+        counters = [observed.counters for observed in self._gates]
         own = [*counters, self._sequence_loss[None]] if counters else []
         if own:
             sizes = [len(part) for part in own]
             *sums, loss = self._mesh.sum(torch.cat(own), TOKEN_AXES).split(sizes)
-            for watched, total in zip(self._gates, sums, strict=True):
-                watched.counters.copy_(total)
+            for observed, total in zip(self._gates, sums, strict=True):
+                observed.counters.copy_(total)
             self._sequence_loss.copy_(loss[0])
         self._sequence_loss.copy_(self._mesh.sum(self._sequence_loss, (PIPELINE,)))
 
@@ -112,29 +112,29 @@ class RouterWatch:
         """Auxiliary-loss-free balancing: b_i += speed * sign(mean load - load_i) with the loads of
         the whole batch; once per step.
         """
-        for watched in self._gates:
-            bias = watched.gate.e_score_correction_bias
+        for observed in self._gates:
+            bias = observed.gate.e_score_correction_bias
             if bias is not None and speed > 0:
-                load = watched.counters[:-2]
+                load = observed.counters[:-2]
                 bias += speed * (load.mean() - load).sign().to(bias.dtype)
 
-    def loads(self) -> list[GateLoad]:
+    def loads(self) -> list[ExpertLoad]:
         """The load of every gate of the model over the batch; collective."""
-        own = ((str(watched.layer), _facts(watched)) for watched in self._gates)
+        own = ((str(observed.layer), _facts(observed)) for observed in self._gates)
         loads = [
             _gate_load(int(layer), facts) for layer, facts in gather_along_pipeline(self._mesh, own)
         ]
         return sorted(loads, key=lambda load: load.layer)
 
-    def _hook(self, watched: _Watched) -> Any:
+    def _hook(self, observed: _Observed) -> Any:
         def hook(_module: nn.Module, _inputs: Any, routing: Routing) -> Routing | None:
             if not self._enabled:
                 return None
             if not _in_backward():
-                self._count(watched, routing)
+                self._count(observed, routing)
             if self.sequence_weight == 0 or not routing.weights.requires_grad:
                 return None
-            loss = self._sequence_wise(watched.gate, routing)
+            loss = self._sequence_wise(observed.gate, routing)
             if not _in_backward():
                 self._sequence_loss += loss.detach()
             weights = _AddLoss.apply(routing.weights, loss)
@@ -144,12 +144,12 @@ class RouterWatch:
         return hook
 
     @torch.no_grad()
-    def _count(self, watched: _Watched, routing: Routing) -> None:
-        experts = watched.gate.moe.n_routed_experts
-        watched.counters[:-2] += torch.bincount(routing.experts.flatten(), minlength=experts)
+    def _count(self, observed: _Observed, routing: Routing) -> None:
+        experts = observed.gate.moe.n_routed_experts
+        observed.counters[:-2] += torch.bincount(routing.experts.flatten(), minlength=experts)
         shares = routing.scores / routing.scores.sum(dim=-1, keepdim=True)
-        watched.counters[-2] -= torch.xlogy(shares, shares).sum()
-        watched.counters[-1] += len(shares)
+        observed.counters[-2] -= torch.xlogy(shares, shares).sum()
+        observed.counters[-1] += len(shares)
 
     def _sequence_wise(self, gate: Gate, routing: Routing) -> Float[Tensor, ""]:
         parts = self._mesh.size("context")
@@ -220,19 +220,19 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _facts(watched: _Watched) -> Float[Tensor, "numbers"]:
+def _facts(observed: _Observed) -> Float[Tensor, "numbers"]:
     """The counters of a gate, then the bounds of its bias."""
-    bias = watched.gate.e_score_correction_bias
-    bounds = watched.counters.new_zeros(2)
+    bias = observed.gate.e_score_correction_bias
+    bounds = observed.counters.new_zeros(2)
     if bias is not None:
         bounds = torch.stack([bias.min(), bias.max()]).to(bounds)
-    return torch.cat([watched.counters, bounds])
+    return torch.cat([observed.counters, bounds])
 
 
-def _gate_load(layer: int, facts: Float[Tensor, "numbers"]) -> GateLoad:
+def _gate_load(layer: int, facts: Float[Tensor, "numbers"]) -> ExpertLoad:
     counts, (entropies, tokens, lowest, highest) = facts[:-4], facts[-4:].unbind()
     load = counts / counts.sum().clamp(min=1)
-    return GateLoad(
+    return ExpertLoad(
         layer=layer,
         load=load,
         max_violation=(load.max() * len(load) - 1).item(),

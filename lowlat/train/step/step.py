@@ -11,7 +11,7 @@ import torch
 from lowlat.data.batch import Batch
 from lowlat.train.parallel.mesh import BATCH_AXES, TOKEN_AXES, ProcessMesh
 from lowlat.train.recipe.schedule import StepPlan
-from lowlat.train.step.balance import GateLoad, RouterWatch
+from lowlat.train.step.balance import ExpertLoad, LoadBalancer
 from lowlat.train.step.loss import count_targets
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import Passes
@@ -32,7 +32,7 @@ class StepResult:
     """Sequence-wise balance loss, alpha included, summed over layers."""
     grad_norm: float
     """Global norm before clipping; NaN where a loss is not finite."""
-    loads: tuple[GateLoad, ...]
+    loads: tuple[ExpertLoad, ...]
     """Every gate's load, and its bias as the step leaves it; empty where only attention is run."""
     matched: float | None = None
     """With a teacher, mean divergence from it in nats per token, or relative squared error of
@@ -51,7 +51,7 @@ class StepResult:
 def train_step(
     passes: Passes,
     optimizer: Optimizer,
-    watch: RouterWatch,
+    balancer: LoadBalancer,
     batch: Batch,
     plan: StepPlan,
     *,
@@ -67,32 +67,34 @@ def train_step(
     mesh = mesh or ProcessMesh()
     targets = mesh.sum(torch.tensor(count_targets(batch, num_ahead)), BATCH_AXES).tolist()
     length = batch.sequence_length(num_ahead)
-    with watch.watching(sequence_length=length, num_sequences=batch.rows * mesh.data_parallel_size):
+    with balancer.observe(
+        sequence_length=length, num_sequences=batch.rows * mesh.data_parallel_size
+    ):
         sums = passes.backward(batch, plan, targets)
-    watch.reduce()
+    balancer.reduce()
     sums = mesh.sum(sums, TOKEN_AXES)
     more = len(sums) - num_ahead
-    # Heads without a target have sums of zero, and no mean.
+    # Heads without a target have zero sums and no mean.
     means = sums / torch.tensor([*targets, *(targets[0] for _ in range(more))]).clamp(min=1)
     num_heads = sum(count > 0 for count in targets)
     if num_heads and means.isfinite().all():
         norm = optimizer.step(plan.learning_rate)
-    else:  # gradients may be finite all the same, and weights decay without any
+    else:  # gradients may still be finite, and weight decay applies without gradients
         optimizer.zero_grad()
         norm = math.nan if num_heads else 0.0
     match = plan.phase.match
     result = StepResult(
         losses=tuple(means[:num_heads].tolist()) if match == "logits" else (),
         z=means[num_ahead].item(),
-        sequence_loss=watch.sequence_loss,
+        sequence_loss=balancer.sequence_loss,
         grad_norm=norm,
         loads=(),
         matched=means[num_ahead + 1].item() if more > 1 and num_heads else None,
         has_targets=num_heads > 0,
     )
     if result.is_finite and result.has_targets and match != "attention":
-        watch.update_biases(plan.bias_update_speed)
-    return replace(result, loads=() if match == "attention" else tuple(watch.loads()))
+        balancer.update_biases(plan.bias_update_speed)
+    return replace(result, loads=() if match == "attention" else tuple(balancer.loads()))
 
 
 @torch.no_grad()

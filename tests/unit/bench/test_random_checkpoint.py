@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import lowlat
-from lowlat.config.parameter_count import cache_cost, count_parameters
+from lowlat.config.kv_cache_size import kv_cache_size
+from lowlat.config.parameter_count import count_parameters
 from lowlat.utils.errors import UserError
 
 from .benchmarks import random_checkpoint
@@ -29,7 +30,7 @@ def test_a_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_mini_has_the_published_sizes() -> None:
     config = GENERATOR.config_of("mini")
-    count, cost = count_parameters(config), cache_cost(config)
+    count, cost = count_parameters(config), kv_cache_size(config)
     assert round(count.total / 1e6, 1) == 721.8
     assert round(count.active_without_embedding / 1e6, 1) == 204.6
     assert cost.bytes_per_token(cost.elements_per_token_layer, "bf16") == 13_824

@@ -1,4 +1,4 @@
-"""benchmarks/serving/leaving.py: clients leave when they say, and know what they had by then."""
+"""Clients of benchmarks/serving/disconnecting.py disconnect on time and record what they got."""
 
 import asyncio
 import importlib
@@ -17,11 +17,11 @@ def benchmarks_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leaving() -> ModuleType:
-    return importlib.import_module("serving.leaving")
+    return importlib.import_module("serving.disconnecting")
 
 
 def mix() -> ModuleType:
-    return importlib.import_module("serving.mix")
+    return importlib.import_module("serving.soak_requests")
 
 
 @pytest.mark.parametrize(

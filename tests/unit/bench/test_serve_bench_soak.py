@@ -26,7 +26,7 @@ def module(name: str) -> ModuleType:
 
 
 def sample(seconds: float = 0.0, **changes: Any) -> Any:
-    flat = module("serving.verdict").Sample(
+    flat = module("serving.soak_checks").Sample(
         seconds=seconds,
         rss_bytes=1 << 30,
         descriptors=40,
@@ -50,7 +50,7 @@ def faults(**by_second: Any) -> list[str]:
         sample(5.0 * n, **{name: value(5.0 * n) for name, value in by_second.items()})
         for n in range(100)
     ]
-    return module("serving.verdict").faults(samples, sample(), sample())
+    return module("serving.soak_checks").faults(samples, sample(), sample())
 
 
 def test_flat_samples_have_no_fault() -> None:
@@ -92,12 +92,12 @@ def test_a_leak_is_a_fault(field: str, value: Any, message: str) -> None:
 )
 def test_what_is_held_when_idle_is_a_fault(change: dict[str, Any], message: str) -> None:
     samples = [sample(float(n)) for n in range(10)]
-    (found,) = module("serving.verdict").faults(samples, sample(), sample(9.0, **change))
+    (found,) = module("serving.soak_checks").faults(samples, sample(), sample(9.0, **change))
     assert message in found
 
 
 def test_shares_of_the_mix_and_its_seed() -> None:
-    mix = module("serving.mix")
+    mix = module("serving.soak_requests")
 
     def draw(seed: int) -> list[Any]:
         made = mix.Mix("m", seed=seed, has_chat=True, longest=9)
@@ -181,7 +181,7 @@ class ShortMix:
     """Ordinary and invalid calls in turn."""
 
     def __init__(self) -> None:
-        mix = module("serving.mix")
+        mix = module("serving.soak_requests")
         good = {"prompt": "a", "n": 2}
         bodies = (good | {"stream": True}, {"wishes": 3}, good, b"[", good | {"stream": True})
         self._calls = [

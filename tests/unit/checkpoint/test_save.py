@@ -15,7 +15,7 @@ from safetensors import safe_open
 from lowlat.checkpoint import save
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model
-from lowlat.checkpoint.safetensors import writer as shard_writer
+from lowlat.checkpoint.safetensors import writer
 from lowlat.checkpoint.save import save_model, text_files, write_checkpoint
 from lowlat.utils.errors import UserError
 
@@ -65,7 +65,7 @@ def test_shards(tmp_path: Path) -> None:
 
 def test_full_header_ends_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Very many small tensors: the room for the header runs out before the bytes do."""
-    monkeypatch.setattr(shard_writer, "HEADER_ROOM", 2**10)
+    monkeypatch.setattr(writer, "HEADER_ROOM", 2**10)
     write_checkpoint(tmp_path / "m", {}, numbers(40))
     source = open_checkpoint(tmp_path / "m")
     assert all(torch.equal(source.read(name), value) for name, value in numbers(40))
@@ -74,7 +74,7 @@ def test_full_header_ends_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_header_room_kept_in_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large files are not rewritten: spaces fill the header, which other readers accept."""
-    monkeypatch.setattr(shard_writer, "CLOSE_UP_BYTES", 0)
+    monkeypatch.setattr(writer, "CLOSE_UP_BYTES", 0)
     write_checkpoint(tmp_path / "m", {}, numbers())
     with safe_open(tmp_path / "m" / "model.safetensors", "pt") as file:
         assert file.get_tensor("t6").tolist() == [0, 1, 2, 3, 4, 5, 6]

@@ -9,8 +9,7 @@ import pytest
 from typer.testing import Result
 
 from lowlat.cli.chat_backend import LocalChatBackend
-from lowlat.cli.chat_terminal import interruptions, printable, write
-from lowlat.cli.conversation import Conversation
+from lowlat.cli.chat_terminal import Conversation, interruptions, printable, write
 from lowlat.generate.model import Model
 from lowlat.utils.errors import UserError
 
@@ -28,7 +27,7 @@ def test_a_pipe_carries_answers_only(lowlat: Invoke) -> None:
     result = lowlat("chat", "tiny", *GREEDY, stdin="one\n\ntwo\n")
     assert result.exit_code == 0
     assert result.stdout == "abcd\nabcd\n"
-    assert "4 tokens (cut at the limit)" in result.stderr
+    assert "4 tokens (token limit)" in result.stderr
     assert "bytes" in result.stderr
 
 
@@ -37,7 +36,13 @@ def test_commands(lowlat: Invoke) -> None:
     result = lowlat("chat", "tiny", *GREEDY, stdin=lines)
     assert result.exit_code == 0
     assert result.stdout == ""
-    for words in ("/reset", "system message set", "tiny", "/nonsense is no command", "forgotten"):
+    for words in (
+        "/reset",
+        "system message set",
+        "tiny",
+        "/nonsense is not a command",
+        "forgotten",
+    ):
         assert words in result.stderr
 
 

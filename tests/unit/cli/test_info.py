@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from lowlat.checkpoint.save import save_model
 from lowlat.cli.info import DTYPES, Subject, find, info, machine_of
 from lowlat.cli.info_view import show
-from lowlat.config.hf.reader import config_to_hf
+from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import Packing
 from lowlat.config.parameter_count import count_parameters
 from lowlat.config.presets import load_preset, preset_names

@@ -37,14 +37,15 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[AsyncEngine, ServeConf
     return calls
 
 
-def test_options_reach_server_and_bridge(
+def test_options_reach_server_and_engine(
     lowlat: Invoke, served: list[tuple[AsyncEngine, ServeConfig]], tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"{KEY}\n")
     result = lowlat(
         "serve", "tiny", "--port", "0", "--api-key-file", str(keys), "--allowed-host", "a.example",
-        "--name", "mine", "--max-queue", "7", "--request-timeout", "60", "--drain-seconds", "5",
+        "--served-model-name", "mine", "--max-queue", "7", "--request-timeout", "60",
+        "--drain-seconds", "5",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("lowlat serves mine on http://127.0.0.1:")
@@ -92,7 +93,7 @@ def unloadable(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--port", "70000"), "port must be"),
         (("--cache-memory", "inf"), "--cache-memory must be"),
         (("--cache-memory", "1e9"), "--cache-memory 1e+09: more than the"),
-        (("--name", ""), "--name is empty"),
+        (("--served-model-name", ""), "--served-model-name is empty"),
         (("--api-key-file", "missing"), "No such file"),
         (("--drain-seconds", "-1"), "drain-seconds must be"),
         (("--request-timeout", "0"), "request-timeout must be"),

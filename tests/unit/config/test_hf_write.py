@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from lowlat.config.hf.reader import config_from_hf, config_to_hf
+from lowlat.config.hf.reader import config_from_hf
+from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, QuantConfig
 from lowlat.config.presets import load_preset, preset_names
 from lowlat.utils.errors import UserError

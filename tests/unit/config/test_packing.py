@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from lowlat.config.hf.packing import GROUP_SIZE, TILE_ROWS
-from lowlat.config.hf.reader import config_from_hf, config_to_hf
+from lowlat.config.hf.reader import config_from_hf
+from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import ModelConfig, QuantConfig
 from lowlat.config.weight_memory import weight_bytes
 from lowlat.ops.quantized import GROUP, TILE
@@ -44,7 +45,7 @@ def test_unknown_fields_are_named(config: ModelConfig) -> None:
 def test_lowlat_knows_one_storage_at_a_time() -> None:
     raw = config_to_hf(replace(CONFIGS["lowlat"], packing="int8"))
     raw |= {"quantization": {"weight_block_size": [128, 128]}}
-    with pytest.raises(UserError, match="quantization is given beside quantization_config"):
+    with pytest.raises(UserError, match="quantization is given together with quantization_config"):
         config_from_hf(raw)
     assert config_to_hf(replace(CONFIGS["lowlat"], quantization=QuantConfig()))["quantization"]
 

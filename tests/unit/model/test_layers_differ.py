@@ -9,9 +9,10 @@ from torch import Tensor
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.attention.path import choose_path
-from lowlat.config.attention import expansion_break_even, short_name
+from lowlat.config.attention import expansion_break_even
+from lowlat.config.attention_summary import short_name
+from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.model import MLAConfig, ModelConfig, RopeConfig
-from lowlat.config.parameter_count import cache_cost
 from lowlat.engine import scoring
 from lowlat.engine.runner import ModelRunner
 from tests.lowlat_configs import (
@@ -187,7 +188,7 @@ def test_the_form_is_the_cheaper_one_of_all_layers_together() -> None:
 
 def test_the_cache_is_the_sum_of_the_layers() -> None:
     """Not the widest row times the layers."""
-    cost = cache_cost(CONFIG)
+    cost = kv_cache_size(CONFIG)
     rows = [11 + 6, 101 + 10, 3 + 2, 67 + 34]
     assert cost.own_bytes_per_token("bf16") == 2 * sum(rows)
     assert cost.elements_per_token_layer == sum(rows) / 4

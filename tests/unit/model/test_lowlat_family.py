@@ -7,8 +7,9 @@ import torch
 
 from lowlat.attention.flash import FlashAttention
 from lowlat.attention.packed import PackedAttention
+from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.model import ModelConfig, QuantConfig
-from lowlat.config.parameter_count import cache_cost, count_parameters
+from lowlat.config.parameter_count import count_parameters
 from lowlat.config.weight_memory import weight_bytes
 from lowlat.engine import scoring
 from lowlat.engine.runner import ModelRunner
@@ -90,7 +91,7 @@ def test_counts_and_bytes_are_those_of_the_modules(config: ModelConfig) -> None:
     assert sum(tensor.numel() for tensor in tensors) == count.total + count.mtp
     assert sum(tensor.nbytes for tensor in tensors) == weight_bytes(config, "bf16")
     rows = [config.attention_of(layer).entry_dim for layer in range(config.num_hidden_layers)]
-    assert cache_cost(config).elements_per_token_layer == sum(rows) / len(rows)
+    assert kv_cache_size(config).elements_per_token_layer == sum(rows) / len(rows)
 
 
 @every_config

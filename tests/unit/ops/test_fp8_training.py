@@ -30,7 +30,7 @@ from lowlat.ops.grouped import stacked_experts
 from lowlat.ops.routing import Routing
 
 POWERS = Fp8Format(weight_scales="ue8m0", input_scales="ue8m0", gradient_scales="ue8m0")
-AFTER_ATTENTION = Fp8Format(input_scales="ue8m0", kept_input="e5m6")
+AFTER_ATTENTION = Fp8Format(input_scales="ue8m0", saved_input="e5m6")
 ROWS, IN, OUT = 131, 257, 139
 
 
@@ -193,7 +193,7 @@ def test_linear_and_its_gradients_are_the_definition(
     assert x.grad is not None and weight.grad is not None and bias.grad is not None
     close(x.grad, gq @ wq, (gq, wq), tolerance)
     kept = xq
-    if fmt.kept_input == "e5m6":
+    if fmt.saved_input == "e5m6":
         kept, _ = by_definition(x.detach(), ALONG_ROWS, "ue8m0", E5M6)
     columns, _ = by_definition(kept.float(), ALONG_COLUMNS, fmt.input_scales)
     gradients, _ = by_definition(grad, ALONG_COLUMNS, fmt.gradient_scales)

@@ -1,11 +1,11 @@
-"""An application over the fake engine, and a client that calls it in this process."""
+"""Fixtures: an application over the fake engine, and a client that calls it in this process."""
 
 from collections.abc import Callable, Iterator
 
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.config import ServeConfig
 
 from .fake_engine import FakeEngine
@@ -21,23 +21,23 @@ def shared_engine() -> FakeEngine:
 
 @pytest.fixture
 def engine(shared_engine: FakeEngine) -> FakeEngine:
-    """An engine of its own for each test; the model is made once."""
+    """A engine of its own for each test; the model is made once."""
     return FakeEngine(model=shared_engine.model)
 
 
 @pytest.fixture
 def make_client(engine: FakeEngine) -> Iterator[MakeClient]:
     """`make_client(**options of ServeConfig)`: a client of a new application."""
-    services = []
+    state = []
 
     def make(**options: object) -> TestClient:
         config = ServeConfig(**options)  # pyright: ignore[reportArgumentType]
-        services.append(make_services(engine, config))
-        app = build_app(services[-1])
+        state.append(make_state(engine, config))
+        app = build_app(state[-1])
         return TestClient(app, base_url=URL, raise_server_exceptions=False)
 
     yield make
-    for made in services:
+    for made in state:
         made.close()
 
 

@@ -1,4 +1,4 @@
-"""An engine without an engine: answers are given beforehand, and what was asked is recorded."""
+"""A fake AsyncEngine: returns scripted outputs and records the submitted requests."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -117,8 +117,8 @@ class FakeEngine(AsyncEngine):
     drained: list[float] = field(default_factory=list)
     room: int = 1000
     max_queue: int = 1000
-    num_coming: int = 0
-    """As `check_room` was last told."""
+    num_preparing: int = 0
+    """The last argument of `check_room`."""
 
     async def start(self) -> None:
         pass
@@ -152,9 +152,9 @@ class FakeEngine(AsyncEngine):
         self.generations.append(FakeGeneration(asked, self.answer))
         return self.generations[-1]
 
-    def check_room(self, num_coming: int = 0) -> None:
-        self.num_coming = num_coming
-        if num_coming >= self.room:
+    def check_room(self, num_preparing: int = 0) -> None:
+        self.num_preparing = num_preparing
+        if num_preparing >= self.room:
             raise Overloaded(3)
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:

@@ -1,4 +1,4 @@
-"""Chat templates in the manner of well-known families, and tokenizers that know their tokens.
+"""Chat templates modelled on well-known families, and tokenizers with their special tokens.
 
 They are short, and use the same markers and conditions as those models' own templates.
 """
@@ -8,6 +8,12 @@ from functools import cache
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser, DeepSeekV31ToolParser
+from lowlat.serve.tool_parsers.hermes import HermesToolParser
+from lowlat.serve.tool_parsers.kimi import KimiK2ToolParser
+from lowlat.serve.tool_parsers.llama import Llama3ToolParser
+from lowlat.serve.tool_parsers.mistral import MistralListToolParser, MistralToolParser
+from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
 from lowlat.text.parts import TokenizerParts
 from lowlat.text.token_bytes import byte_alphabet
 from lowlat.text.tokenizer import Tokenizer
@@ -155,3 +161,18 @@ def tokenizer_with(template: str | None) -> Tokenizer:
             origin="fake",
         )
     )
+
+
+FORMATS = (
+    HermesToolParser(),
+    Llama3ToolParser(),
+    MistralListToolParser(),
+    MistralToolParser(),
+    DeepSeekV3ToolParser(),
+    DeepSeekV31ToolParser(),
+    KimiK2ToolParser(),
+    GlmToolParser(),
+    Qwen3CoderToolParser(),
+)
+IDS = [type(tools).__name__ for tools in FORMATS]
+"""Names of FORMATS, as test ids."""

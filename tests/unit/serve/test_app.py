@@ -1,4 +1,4 @@
-"""The application as a whole: what it tells of itself, its states, and its errors' shape."""
+"""The application: model card, health states, error format."""
 
 import json
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Draining, EngineDead, Overloaded
 from lowlat.serve.protocol.errors import ErrorResponse
-from lowlat.serve.routes.context import Call
+from lowlat.serve.routes.context import RequestContext
 from lowlat.utils.errors import UserError
 
 from .conftest import URL, MakeClient
@@ -26,7 +26,7 @@ def test_the_model_is_described(client: TestClient) -> None:
     (card,) = listed["data"]
     assert card == client.get(f"/v1/models/{NAME}").json()
     assert card["id"] == NAME
-    assert card["context_length"] == 97
+    assert card["max_model_len"] == 97
     assert card["cache_bytes_per_token"] > 0
     assert card["has_chat_template"] is True
     assert card["supports_tools"] is False
@@ -52,9 +52,9 @@ def test_health_follows_the_engine(client: TestClient, engine: FakeEngine) -> No
 
 
 def test_draining_refuses_what_is_new(engine: FakeEngine) -> None:
-    services = make_services(engine, ServeConfig())
-    client = TestClient(build_app(services), base_url=URL)
-    services.is_draining = True
+    state = make_state(engine, ServeConfig())
+    client = TestClient(build_app(state), base_url=URL)
+    state.is_draining = True
     assert client.get("/health").status_code == 200
     for response in (client.get("/ready"), client.post("/v1/completions", json=BODY)):
         assert response.status_code == 503
@@ -63,8 +63,8 @@ def test_draining_refuses_what_is_new(engine: FakeEngine) -> None:
     assert engine.asked == []
 
 
-def test_the_lifespan_drains_the_bridge(engine: FakeEngine) -> None:
-    with TestClient(build_app(make_services(engine, ServeConfig())), base_url=URL) as client:
+def test_the_lifespan_drains_the_engine(engine: FakeEngine) -> None:
+    with TestClient(build_app(make_state(engine, ServeConfig())), base_url=URL) as client:
         assert client.get("/ready").status_code == 200
         assert engine.drained == []
     assert engine.drained == [0.0]
@@ -81,7 +81,7 @@ def test_the_lifespan_drains_the_bridge(engine: FakeEngine) -> None:
         (AssertionError("secret detail"), 500, {}),
     ],
 )
-def test_refusals_of_the_bridge(
+def test_refusals_of_the_engine(
     client: TestClient,
     engine: FakeEngine,
     refusal: Exception,
@@ -105,20 +105,20 @@ def test_user_errors_name_their_field(client: TestClient, engine: FakeEngine) ->
 
 
 def test_requests_under_way_are_bounded(engine: FakeEngine) -> None:
-    services = make_services(engine, ServeConfig(max_requests=1))
-    client = TestClient(build_app(services), base_url=URL)
+    state = make_state(engine, ServeConfig(max_requests=1))
+    client = TestClient(build_app(state), base_url=URL)
     assert client.post("/v1/completions", json=BODY).status_code == 200
-    services.num_requests = 1
+    state.num_requests = 1
     response = client.post("/v1/completions", json=BODY)
     assert response.status_code == 429
     assert response.headers["retry-after"] == "1"
-    assert services.num_requests == 1
+    assert state.num_requests == 1
 
 
 def test_a_full_queue_refuses_before_anything_is_read(
     client: TestClient, engine: FakeEngine
 ) -> None:
-    """Holds shut: work on bodies, templates and tokens of requests that are refused afterwards."""
+    """Regression: work on bodies, templates and tokens of requests that are refused afterwards."""
     engine.room = 0
     response = client.post("/v1/chat/completions", content=b"no JSON, and no type")
     assert response.status_code == 429
@@ -126,15 +126,18 @@ def test_a_full_queue_refuses_before_anything_is_read(
 
 
 def test_requests_on_their_way_count_as_queued(engine: FakeEngine) -> None:
-    """Holds shut: a thousand requests at once passing the check of a queue of ten."""
-    services = make_services(engine, ServeConfig())
-    client = TestClient(build_app(services), base_url=URL)
-    first, second = Call(services, cache_namespace=b""), Call(services, cache_namespace=b"")
+    """Regression: a thousand requests at once passing the check of a queue of ten."""
+    state = make_state(engine, ServeConfig())
+    client = TestClient(build_app(state), base_url=URL)
+    first, second = (
+        RequestContext(state, cache_namespace=b""),
+        RequestContext(state, cache_namespace=b""),
+    )
     assert client.post("/v1/completions", json=BODY).status_code == 200
-    assert engine.num_coming == 2
+    assert engine.num_preparing == 2
     for call in (first, second, second):
         call.close()
-    assert services.num_coming == 0
+    assert state.num_preparing == 0
 
 
 @pytest.mark.parametrize(
@@ -167,7 +170,7 @@ def test_methods_that_would_do_are_named(client: TestClient) -> None:
 
 
 def test_hostile_text_comes_back_as_json(client: TestClient) -> None:
-    """Holds shut: an answer that cannot be encoded because a request's words are in it."""
+    """Regression: an answer that cannot be encoded because a request's words are in it."""
     body = json.dumps({**BODY, "\ud800": 1}).encode()
     response = client.post(
         "/v1/completions", content=body, headers={"Content-Type": "application/json"}
@@ -188,7 +191,7 @@ def test_the_server_sets_the_longest_deadline(make_client: MakeClient, engine: F
 
 
 def test_the_model_says_whether_company_may_change_its_tokens(client: TestClient) -> None:
-    """Holds shut: a promise that only the native kernels keep."""
+    """Regression: a promise that only the native kernels keep."""
     assert client.get("/v1/models").json()["data"][0]["batch_invariant"] is False
 
 
@@ -207,7 +210,7 @@ def test_the_model_says_whether_company_may_change_its_tokens(client: TestClient
 def test_a_text_beyond_any_context_is_not_even_tokenised(
     client: TestClient, path: str, body: dict[str, object], param: str
 ) -> None:
-    """Holds shut: a body within its cap that takes seconds and a gigabyte to tokenise."""
+    """Regression: a body within its cap that takes seconds and a gigabyte to tokenise."""
     answer = client.post(path, json={"model": NAME, **body})
     assert answer.status_code == 400
     error = answer.json()["error"]

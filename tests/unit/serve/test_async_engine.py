@@ -48,7 +48,7 @@ def test_stop_strings_and_stop_tokens_end_a_completion() -> None:
 
 
 def test_log_probabilities_are_those_of_the_text() -> None:
-    """Holds shut: entries for the end of sequence and for a stop string."""
+    """Regression: entries for the end of sequence and for a stop string."""
     model = ScriptedModel(gqa_config(), lambda token: token + 1 if token < 104 else EOS)
 
     async def use(engine: AsyncEngine) -> None:
@@ -108,7 +108,7 @@ def test_a_deadline_ends_what_runs() -> None:
 
 
 def test_a_full_queue_refuses_and_who_was_admitted_is_served() -> None:
-    """Holds shut: requests without bound, each taking memory and time from the others."""
+    """Regression: requests without bound, each taking memory and time from the others."""
     released = threading.Event()
     model = counting_model()
     step = model.engine.step
@@ -229,7 +229,7 @@ def test_draining_finishes_what_runs_and_takes_nothing_new() -> None:
 
 
 def test_who_is_cut_off_does_not_wait_for_the_engine() -> None:
-    """Holds shut: a second signal that takes as long as a step of the model."""
+    """Regression: a second signal that takes as long as a step of the model."""
     model = counting_model()
     step, may_go = model.engine.step, threading.Event()
 

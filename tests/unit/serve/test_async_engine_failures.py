@@ -108,7 +108,7 @@ def test_a_fault_ends_its_own_request_only(
 
 
 def test_a_fault_of_the_engine_itself_is_told_to_everybody() -> None:
-    """Holds shut: clients that wait for ever on a dead engine, and a /health that says ok."""
+    """Regression: clients that wait for ever on a dead engine, and a /health that says ok."""
     model = counting_model()
 
     def broken() -> list[Any]:
@@ -175,7 +175,7 @@ def hold(kind: type, name: str, patch: pytest.MonkeyPatch) -> threading.Event:
 def test_a_thread_that_hangs_anywhere_is_not_healthy(
     kind: type, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Holds shut: a /health that looks at the model's step alone."""
+    """Regression: a /health that looks at the model's step alone."""
     monkeypatch.setattr(async_engine, "STALL_SECONDS", 0.1)
     monkeypatch.setattr(async_engine, "LOOK_SECONDS", 0.05)
     monkeypatch.setattr(async_engine, "IDLE_SECONDS", 0.01)
@@ -196,7 +196,7 @@ def test_a_thread_that_hangs_anywhere_is_not_healthy(
 def test_a_long_step_that_computes_is_healthy_until_it_hangs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Holds shut: a server taken out of service for reading a long prompt, and one that no longer
+    """Regression: a server taken out of service for reading a long prompt, and one that no longer
     notices a hang because a step was slow once."""
     monkeypatch.setattr(async_engine, "STALL_SECONDS", 1.5)
     monkeypatch.setattr(async_engine, "LOOK_SECONDS", 0.1)
@@ -261,7 +261,7 @@ async def _all(generation: Generation) -> list[Delta]:
 def test_a_request_that_comes_as_the_engine_ends_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Holds shut: room was found, the engine ended, and what is queued then waits for ever."""
+    """Regression: room was found, the engine ended, and what is queued then waits for ever."""
     model = counting_model()
 
     def broken() -> list[Any]:
@@ -279,7 +279,7 @@ def test_a_request_that_comes_as_the_engine_ends_is_refused(
 
 
 def test_what_was_known_when_the_engine_ended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds shut: ends that were on their way in the very turn in which the engine ends."""
+    """Regression: ends that were on their way in the very turn in which the engine ends."""
     model = counting_model()
     add, timed = Engine.add, AsyncEngine._time
 
@@ -309,7 +309,7 @@ def test_what_was_known_when_the_engine_ended_is_told(monkeypatch: pytest.Monkey
 
 
 def test_an_address_that_is_taken_meanwhile_is_told() -> None:
-    """Holds shut: a traceback when another server began to listen while this one loaded."""
+    """Regression: a traceback when another server began to listen while this one loaded."""
     with open_socket(ServeConfig(port=0)) as first:
         config = ServeConfig(port=first.getsockname()[1])
         with open_socket(config) as second:

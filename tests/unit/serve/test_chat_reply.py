@@ -1,4 +1,4 @@
-"""Answers with reasoning and tool calls: whole, streamed, and the two alike."""
+"""Chat responses with reasoning and tool calls: complete and streamed responses agree."""
 
 import json
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.config import ServeConfig
 
 from .conftest import URL
@@ -37,9 +37,9 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def client(engine: FakeEngine) -> Iterator[TestClient]:
-    services = make_services(engine, ServeConfig())
-    yield TestClient(build_app(services), base_url=URL)
-    services.close()
+    state = make_state(engine, ServeConfig())
+    yield TestClient(build_app(state), base_url=URL)
+    state.close()
 
 
 def whole(client: TestClient, **changes: Any) -> dict[str, Any]:
@@ -118,13 +118,15 @@ def test_streams_say_the_same(
     ]
 
 
-def test_a_cut_answer_with_calls_says_length(client: TestClient, engine: FakeEngine) -> None:
+def test_a_truncated_output_with_calls_has_finish_reason_length(
+    client: TestClient, engine: FakeEngine
+) -> None:
     engine.answer = Answer(text=LOOK, finish_reason="length")
     assert whole(client)["finish_reason"] == "length"
 
 
 def test_logprobs_go_with_the_text(client: TestClient, engine: FakeEngine) -> None:
-    """Every token's figures are told once, also those of tokens that show no text."""
+    """Every token's log-probability is returned once, also for tokens without text."""
     engine.answer = Answer(text=f"<think>hm</think>Well {LOOK}")
     body = {**BODY, "logprobs": True, "stream": True}
     chunks = chunks_of(client.post(PATH, json=body).text)
@@ -136,7 +138,7 @@ def test_logprobs_go_with_the_text(client: TestClient, engine: FakeEngine) -> No
     assert bytes(byte for entry in data for byte in entry).decode() == engine.answer.text
 
 
-def test_faults_in_a_template_stay_with_their_request(
+def test_a_template_error_fails_only_its_request(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lowlat.serve.routes import chat as routes_chat

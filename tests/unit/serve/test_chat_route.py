@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions over an engine that answers as told."""
+"""POST /v1/chat/completions over the fake engine."""
 
 import json
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.protocol.chat_response import ChatChunk, ChatCompletion
+from lowlat.serve.protocol.chat_response import ChatCompletion, ChatCompletionChunk
 
 from .fake_engine import NAME, Answer, FakeEngine
 
@@ -21,7 +21,7 @@ def chunks_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(event) for event in events]
 
 
-def test_whole_answer(client: TestClient, engine: FakeEngine) -> None:
+def test_complete_response(client: TestClient, engine: FakeEngine) -> None:
     response = client.post(PATH, json=HELLO)
     assert response.status_code == 200
     answer = response.json()
@@ -45,7 +45,7 @@ def test_stream(client: TestClient) -> None:
     assert response.headers["content-type"].startswith("text/event-stream")
     chunks = chunks_of(response.text)
     for chunk in chunks:
-        ChatChunk.model_validate(chunk)
+        ChatCompletionChunk.model_validate(chunk)
     assert len({chunk["id"] for chunk in chunks}) == 1
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert deltas[0] == {"role": "assistant", "content": ""}
@@ -64,7 +64,7 @@ def test_stream_with_usage(client: TestClient) -> None:
     assert set(last["lowlat"]) == {"prefill_seconds", "decode_seconds", "tokens_per_second"}
 
 
-def test_several_choices_are_told_apart(client: TestClient) -> None:
+def test_several_choices(client: TestClient) -> None:
     whole = client.post(PATH, json={**HELLO, "n": 3}).json()
     assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
     assert [choice["message"]["content"] for choice in whole["choices"]] == ["Hello"] * 3
@@ -131,7 +131,7 @@ def test_options_reach_the_engine(client: TestClient, engine: FakeEngine) -> Non
 
 
 def test_greedy_ignores_filters_and_takes_n(client: TestClient, engine: FakeEngine) -> None:
-    """Holds shut: a 400 for what clients of OpenAI's API send with temperature 0."""
+    """Regression: a 400 for what clients of OpenAI's API send with temperature 0."""
     body = {**HELLO, "temperature": 0, "top_p": 0.9, "top_k": 50, "min_p": 0.1}
     assert client.post(PATH, json=body).status_code == 200
     assert engine.asked[0].params.is_greedy
@@ -148,7 +148,7 @@ def test_greedy_ignores_filters_and_takes_n(client: TestClient, engine: FakeEngi
         (Answer(finish_reason="error", error="boom in layer 3"), 500, "internal_error"),
     ],
 )
-def test_ends_that_are_faults(
+def test_finish_reasons_that_are_errors(
     client: TestClient, engine: FakeEngine, answer: Answer, status: int, code: str
 ) -> None:
     engine.answer = answer
@@ -165,7 +165,7 @@ def test_ends_that_are_faults(
     assert "boom" not in streamed
 
 
-def test_length_is_told(client: TestClient, engine: FakeEngine) -> None:
+def test_finish_reason_length(client: TestClient, engine: FakeEngine) -> None:
     engine.answer = Answer(finish_reason="length")
     (choice,) = client.post(PATH, json=HELLO).json()["choices"]
     assert choice["finish_reason"] == "length"
@@ -274,8 +274,8 @@ def test_harmless_fields_are_accepted(client: TestClient, change: dict[str, Any]
     assert client.post(PATH, json={**HELLO, **change}).status_code == 200
 
 
-def test_an_answer_can_be_sent_back(client: TestClient, engine: FakeEngine) -> None:
-    """Holds shut: refusing the nulls that clients copy from an answer into the next request."""
+def test_a_response_message_is_valid_input(client: TestClient, engine: FakeEngine) -> None:
+    """Regression: refusing the nulls that clients copy from an answer into the next request."""
     message = client.post(PATH, json=HELLO).json()["choices"][0]["message"]
     extra = {"audio": None, "function_call": None, "annotations": [], "tool_calls": None}
     messages = [*HELLO["messages"], {**message, **extra}, {"role": "user", "content": "More"}]

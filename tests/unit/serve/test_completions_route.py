@@ -1,4 +1,4 @@
-"""POST /v1/completions over an engine that answers as told."""
+"""POST /v1/completions over the fake engine."""
 
 import json
 from typing import Any
@@ -16,7 +16,7 @@ PATH = "/v1/completions"
 BODY: dict[str, Any] = {"model": NAME, "prompt": "Once"}
 
 
-def test_whole_answer(client: TestClient, engine: FakeEngine) -> None:
+def test_complete_response(client: TestClient, engine: FakeEngine) -> None:
     answer = client.post(PATH, json=BODY).json()
     CompletionResponse.model_validate(answer)
     assert answer["object"] == "text_completion"
@@ -31,7 +31,7 @@ def test_whole_answer(client: TestClient, engine: FakeEngine) -> None:
 
 
 def test_the_default_length_fits_the_context(client: TestClient, engine: FakeEngine) -> None:
-    """Holds shut: a client told to leave out what it had not given."""
+    """Regression: an error that asks to leave out a field the client has not set."""
     context = engine.model.context
     prompts = ["x" * (context - left) for left in (20, 16, 15, 1)]
     assert client.post(PATH, json={**BODY, "prompt": prompts}).status_code == 200
@@ -48,8 +48,7 @@ def test_prompts_are_taken_together_or_not_at_all(client: TestClient, engine: Fa
     answer = client.post(PATH, json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == (
-        "prompt: 3 prompts are more than the 2 requests that this server lets wait; send fewer at"
-        " once"
+        "prompt: 3 prompts exceed the queue of this server (2); send fewer per request"
     )
     assert answer.json()["error"]["param"] == "prompt"
     assert len(engine.asked) == 3
@@ -64,7 +63,7 @@ def test_prompts_are_taken_together_or_not_at_all(client: TestClient, engine: Fa
         ([[1], [2, 3]], [[1], [2, 3]]),
     ],
 )
-def test_forms_of_prompts(
+def test_prompt_types(
     client: TestClient, engine: FakeEngine, prompt: Any, prompts: list[list[int]]
 ) -> None:
     answer = client.post(PATH, json={**BODY, "prompt": prompt, "n": 2}).json()
@@ -75,10 +74,8 @@ def test_forms_of_prompts(
     assert answer["usage"]["completion_tokens"] == 10 * len(prompts)
 
 
-def test_only_a_prompt_without_text_has_answers_of_their_own(
-    client: TestClient, engine: FakeEngine
-) -> None:
-    """Holds shut: a tokenizer that drops the space between a prompt and its continuation."""
+def test_only_a_prompt_without_text_begins_a_text(client: TestClient, engine: FakeEngine) -> None:
+    """Regression: a tokenizer that drops the space between a prompt and its continuation."""
     client.post(PATH, json={**BODY, "prompt": [[256], [256, 97]]})
     assert [asked.begins_text for asked in engine.asked] == [True, False]
 
@@ -121,7 +118,7 @@ def test_logprobs(client: TestClient, engine: FakeEngine) -> None:
         assert [entry for part in parts for entry in part[name]] == logprobs[name]
 
 
-def test_form_is_compiled(client: TestClient, engine: FakeEngine) -> None:
+def test_structured_output_is_compiled(client: TestClient, engine: FakeEngine) -> None:
     body = {**BODY, "structured_outputs": {"choice": ["yes", "no"]}}
     assert client.post(PATH, json=body).status_code == 200
     assert engine.asked[0].grammar is not None
@@ -137,7 +134,7 @@ def test_form_is_compiled(client: TestClient, engine: FakeEngine) -> None:
         {"choice": [""]},
     ],
 )
-def test_faulty_forms_are_refused(
+def test_invalid_structured_outputs_are_rejected(
     client: TestClient, engine: FakeEngine, form: dict[str, Any]
 ) -> None:
     response = client.post(PATH, json={**BODY, "structured_outputs": form})
@@ -176,7 +173,7 @@ def test_refusals_name_the_field(
 
 
 def test_a_long_list_of_wrong_ids_costs_one_error(client: TestClient) -> None:
-    """Holds shut: a record of an error for each of a million wrong items."""
+    """Regression: a record of an error for each of a million wrong items."""
     body = json.dumps({**BODY, "prompt": ["x", *range(100_000)]})
     response = client.post(PATH, content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
@@ -186,7 +183,7 @@ def test_a_long_list_of_wrong_ids_costs_one_error(client: TestClient) -> None:
 def test_prompts_admitted_before_a_refusal_are_given_up(
     client: TestClient, engine: FakeEngine
 ) -> None:
-    """Holds shut: half of a request's prompts running on after the other half was refused."""
+    """Regression: half of a request's prompts running on after the other half was refused."""
     from lowlat.serve.generation import Overloaded
 
     submit = engine.submit

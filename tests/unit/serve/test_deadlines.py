@@ -1,4 +1,4 @@
-"""Deadlines count from a request's arrival, whatever it waits for."""
+"""Deadlines count from a request's arrival, in every phase."""
 
 import asyncio
 import threading
@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from lowlat.serve.routes import chat as routes_chat
 from lowlat.serve.routes import completions as routes_completions
 from lowlat.serve.routes import endpoint
-from lowlat.serve.structured_outputs import Grammars
+from lowlat.serve.structured_outputs import StructuredOutputManager
 
 from .conftest import MakeClient
 from .fake_engine import NAME, FakeEngine
@@ -53,7 +53,7 @@ SLOW: dict[str, tuple[Patch, tuple[str, dict[str, Any]]]] = {
     "body": (slow_body, COMPLETIONS),
     "template": (slow(routes_chat, "prepare_chat"), CHAT),
     "tokenising": (slow(routes_completions, "_encode"), COMPLETIONS),
-    "form": (slow(Grammars, "_compile"), FORM),
+    "form": (slow(StructuredOutputManager, "_compile"), FORM),
 }
 
 
@@ -61,7 +61,7 @@ SLOW: dict[str, tuple[Patch, tuple[str, dict[str, Any]]]] = {
 def test_what_comes_before_the_engine_counts(
     client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    """Holds shut: a deadline that starts when the request has waited for all else."""
+    """Regression: a deadline that starts when the request has waited for all else."""
     patch, (path, body) = SLOW[part]
     may_begin = threading.Event()
     patch(monkeypatch, may_begin)
@@ -91,7 +91,7 @@ def test_the_servers_own_limit_counts_in_the_same_way(
 def test_what_is_with_the_engine_is_the_engines_to_end(
     client: TestClient, engine: FakeEngine
 ) -> None:
-    """Holds shut: an answer cut off by the limit of what comes before it."""
+    """Regression: an answer cut off by the limit of what comes before it."""
     engine.answer.seconds = 0.3
     path, body = COMPLETIONS
     for stream in (False, True):

@@ -1,4 +1,4 @@
-"""Clients that leave, read nothing, or wait for long, told to the application as ASGI messages."""
+"""Clients that disconnect, do not read, or wait long, simulated with ASGI messages."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Scope
 
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.config import ServeConfig
 
 from .fake_engine import NAME, Answer, FakeEngine
@@ -25,7 +25,7 @@ BODIES = {
 
 
 class Client:
-    """One connection: sends a body, and leaves when told."""
+    """One connection: sends a body, and disconnects on request."""
 
     def __init__(self, body: dict[str, Any]) -> None:
         self.sent: list[Message] = []
@@ -82,14 +82,14 @@ def run(
     """Send `body`, let `act` play the client, and await the end of the request."""
 
     async def main() -> Client:
-        services = make_services(engine, ServeConfig(**options))
-        app = build_app(services)
+        state = make_state(engine, ServeConfig(**options))
+        app = build_app(state)
         client = Client(body)
         task = asyncio.create_task(app(scope(path), client.receive, client.send))
         await act(client, task)
         await asyncio.wait_for(task, PATIENCE)
-        services.close()
-        assert services.num_requests == 0
+        state.close()
+        assert state.num_requests == 0
         return client
 
     return asyncio.run(main())
@@ -120,7 +120,7 @@ def test_leaving_ends_the_generation(
 def test_leaving_while_the_prompt_is_made(
     engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Holds shut: a generation that begins after its client left, and that nobody ends."""
+    """Regression: a generation that starts after the disconnect and is never cancelled."""
     import threading
 
     from lowlat.serve.routes import chat as routes_chat
@@ -145,7 +145,7 @@ def test_leaving_while_the_prompt_is_made(
     assert engine.asked == []
 
 
-def test_leaving_before_the_body_is_whole(engine: FakeEngine) -> None:
+def test_disconnect_before_the_body_is_complete(engine: FakeEngine) -> None:
     async def leave(client: Client, task: asyncio.Task[None]) -> None:
         client.has_left.set()
 
@@ -154,7 +154,7 @@ def test_leaving_before_the_body_is_whole(engine: FakeEngine) -> None:
     assert client.sent == []
 
 
-def test_a_silent_stream_is_kept_open(engine: FakeEngine) -> None:
+def test_a_silent_stream_sends_pings(engine: FakeEngine) -> None:
     engine.answer = Answer(text="x", hangs=True)
 
     async def wait(client: Client, task: asyncio.Task[None]) -> None:
@@ -165,11 +165,11 @@ def test_a_silent_stream_is_kept_open(engine: FakeEngine) -> None:
 
 
 def test_a_client_that_reads_nothing_is_given_up(engine: FakeEngine) -> None:
-    """Holds shut: generations kept for connections that only look alive."""
+    """Regression: generations that run on for half-open connections."""
     engine.answer = Answer(text="x" * 50)
 
     async def main() -> None:
-        app = build_app(make_services(engine, ServeConfig(send_seconds=0.05)))
+        app = build_app(make_state(engine, ServeConfig(send_seconds=0.05)))
         client = Client({**CHAT, "stream": True})
 
         async def send(message: Message) -> None:
@@ -184,7 +184,7 @@ def test_a_client_that_reads_nothing_is_given_up(engine: FakeEngine) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_server_that_waits_no_longer_says_so(engine: FakeEngine, stream: bool) -> None:
-    """Holds shut: status 500 and a traceback for who still runs when the server ends."""
+    """Regression: status 500 and a traceback for requests that run at shutdown."""
     engine.answer = Answer(text="x", hangs=True)
 
     async def end(client: Client, task: asyncio.Task[None]) -> None:
@@ -205,8 +205,8 @@ def test_a_storm_of_leaving_clients_loses_no_generation(engine: FakeEngine) -> N
     engine.answer = Answer(text="abcdef" * 5, seconds=0.0005)
 
     async def main() -> None:
-        services = make_services(engine, ServeConfig())
-        app = build_app(services)
+        state = make_state(engine, ServeConfig())
+        app = build_app(state)
 
         async def one(number: int) -> None:
             path = list(BODIES)[number % 3]
@@ -218,8 +218,8 @@ def test_a_storm_of_leaving_clients_loses_no_generation(engine: FakeEngine) -> N
             await asyncio.wait_for(task, PATIENCE)
 
         await asyncio.gather(*(one(number) for number in range(90)))
-        services.close()
-        assert services.num_requests == 0
+        state.close()
+        assert state.num_requests == 0
 
     asyncio.run(main())
     assert engine.generations

@@ -1,4 +1,4 @@
-"""GET /metrics and the logs: figures, names, and what must not be in them."""
+"""GET /metrics and the logs: names, values, and what must not appear in them."""
 
 import io
 import json
@@ -67,7 +67,7 @@ def test_http_figures(client: TestClient) -> None:
 
 
 def test_clients_cannot_make_labels(client: TestClient) -> None:
-    """Holds shut: a series, kept for ever, for every path and method that somebody thinks up."""
+    """Regression: unbounded label cardinality from made-up paths and methods."""
     for number in range(20):
         client.get(f"/path{number}")
         client.request(f"METHOD{number}", "/health")
@@ -112,7 +112,7 @@ def test_each_request_is_one_line_of_json(client: TestClient, lines: io.StringIO
     assert line["level"] == "info"
 
 
-def test_faults_are_logged_with_their_cause(
+def test_errors_are_logged_with_traceback(
     client: TestClient, engine: FakeEngine, lines: io.StringIO
 ) -> None:
     engine.refusal = RuntimeError("the cause")
@@ -126,7 +126,7 @@ def test_faults_are_logged_with_their_cause(
 def test_secrets_are_not_logged(
     make_client: MakeClient, engine: FakeEngine, lines: io.StringIO
 ) -> None:
-    """Holds shut: prompts, answers, keys or query strings in a log."""
+    """Regression: prompts, answers, keys or query strings in a log."""
     client = make_client(api_keys=(KEY,))
     headers = {"Authorization": f"Bearer {KEY}"}
     client.post("/v1/completions", json=BODY, headers=headers)
@@ -141,7 +141,7 @@ def test_secrets_are_not_logged(
 
 
 def test_lines_stay_lines(lines: io.StringIO) -> None:
-    """Holds shut: a client writing lines of its own into the log."""
+    """Regression: a client writing lines of its own into the log."""
     token = REQUEST_ID.set("abc")
     log(logging.WARNING, "a\nb", path="/x\n\u2028y")
     REQUEST_ID.reset(token)

@@ -1,4 +1,4 @@
-"""The OpenAPI document against the application it describes."""
+"""The OpenAPI document matches the application."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.config import ServeConfig
 
 from .conftest import MakeClient
@@ -38,7 +38,7 @@ def test_every_api_route_is_described(client: TestClient, engine: FakeEngine) ->
         for path, operations in document_of(client)["paths"].items()
         for method in operations
     }
-    app = build_app(make_services(engine, ServeConfig()))
+    app = build_app(make_state(engine, ServeConfig()))
     routes = {
         (method, route.path.replace(":path", ""))
         for route in app.routes
@@ -55,7 +55,7 @@ def test_examples_cover_all_bodies(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES)
-def test_bodies_and_answers_match(client: TestClient, path: str) -> None:
+def test_requests_and_responses_match_the_document(client: TestClient, path: str) -> None:
     document = document_of(client)
     operation = document["paths"][path]["post"]
     body = {"model": NAME, **EXAMPLES[path]}

@@ -171,7 +171,7 @@ async def test_wrong_key(key: str) -> None:
         (f'{{"key": "{KEY}"}}', "application/json"),
     ],
 )
-async def test_forms_that_are_none(body: str, kind: str) -> None:
+async def test_invalid_login_forms(body: str, kind: str) -> None:
     """Anything but one short urlencoded form with one key is refused before a key is compared."""
     async with client(KEY) as get:
         response = await get.post(
@@ -181,7 +181,7 @@ async def test_forms_that_are_none(body: str, kind: str) -> None:
     assert "Set-Cookie" not in response.headers
 
 
-async def test_a_form_that_is_too_large() -> None:
+async def test_a_login_form_above_the_limit() -> None:
     async with client(KEY) as get:
         body = f"key={KEY}" + "x" * MAX_FORM_BYTES
         response = await get.post("/login", content=body, headers=FORM)

@@ -1,4 +1,4 @@
-"""POST /v1/responses: its translation to chats, its items, its events."""
+"""POST /v1/responses: conversion to chats, output items, events."""
 
 import asyncio
 import json
@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.chat.output_parser import AnswerParser, ReasoningMarks, Thinking
+from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
 from lowlat.serve.generation import Delta
 from lowlat.serve.protocol.messages import AssistantMessage
 from lowlat.serve.protocol.responses import ResponsesRequest
 from lowlat.serve.protocol.responses_output import ResponseObject
-from lowlat.serve.routes.context import Call
-from lowlat.serve.routes.responses import ResponsesReply
+from lowlat.serve.routes.context import RequestContext
+from lowlat.serve.routes.responses import ResponsesBuilder
 from lowlat.serve.routes.responses_input import as_chat
 from lowlat.serve.routes.responses_output import Output
 from lowlat.serve.tool_parsers.parts import (
@@ -42,7 +42,7 @@ def events_of(text: str) -> list[dict[str, Any]]:
     return events
 
 
-def test_whole_answer(client: TestClient, engine: FakeEngine) -> None:
+def test_complete_response(client: TestClient, engine: FakeEngine) -> None:
     body = {**BODY, "instructions": "Be kind", "max_output_tokens": 9, "temperature": 0.5}
     answer = client.post(PATH, json=body).json()
     ResponseObject.model_validate(answer)
@@ -59,7 +59,7 @@ def test_whole_answer(client: TestClient, engine: FakeEngine) -> None:
     assert b"Be kind" in bytes(id for id in engine.asked[0].prompt if id < 256)
 
 
-class Told(Call):
+class ScriptedContext(RequestContext):
     """Of which each step brings a text and so many tokens."""
 
     def __init__(self, steps: list[tuple[str, int]]) -> None:
@@ -98,12 +98,14 @@ class Told(Call):
         ([("a", 1)], "never", 0),
     ],
 )
-def test_tokens_of_reasoning(steps: list[tuple[str, int]], thinking: Thinking, count: int) -> None:
+def test_tokens_of_reasoning(
+    steps: list[tuple[str, int]], thinking: ReasoningMode, count: int
+) -> None:
     """Marks and line ends that are held back are counted with it."""
-    parser = AnswerParser(marks=ReasoningMarks("<think>", "</think>"), thinking=thinking)
+    parser = OutputParser(marks=ReasoningTags("<think>", "</think>"), thinking=thinking)
     request = ResponsesRequest.model_validate(BODY)
-    reply = ResponsesReply(Told(steps), request, parser)
-    answer = asyncio.run(reply.whole())
+    reply = ResponsesBuilder(ScriptedContext(steps), request, parser)
+    answer = asyncio.run(reply.complete())
     assert answer.usage is not None
     assert answer.usage.output_tokens_details.reasoning_tokens == count
 
@@ -127,7 +129,7 @@ def test_events(client: TestClient) -> None:
     assert last["usage"]["total_tokens"] == last["usage"]["input_tokens"] + 5
 
 
-def test_a_cut_answer_is_incomplete(client: TestClient, engine: FakeEngine) -> None:
+def test_a_truncated_response_is_incomplete(client: TestClient, engine: FakeEngine) -> None:
     engine.answer = Answer(finish_reason="length")
     answer = client.post(PATH, json=BODY).json()
     assert answer["status"] == answer["output"][0]["status"] == "incomplete"
@@ -137,7 +139,7 @@ def test_a_cut_answer_is_incomplete(client: TestClient, engine: FakeEngine) -> N
     )
 
 
-def test_a_fault_is_told(client: TestClient, engine: FakeEngine) -> None:
+def test_an_error_is_reported(client: TestClient, engine: FakeEngine) -> None:
     engine.answer = Answer(finish_reason="error", error="secret")
     assert client.post(PATH, json=BODY).status_code == 500
     text = client.post(PATH, json={**BODY, "stream": True}).text
@@ -213,7 +215,7 @@ def test_items_become_messages() -> None:
     assert [call.id for call in joined.tool_calls or []] == ["c1", "c2"]
 
 
-def test_tools_and_forms_are_translated() -> None:
+def test_tools_and_formats_are_converted() -> None:
     text = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}
     choice = {"type": "function", "name": "f"}
     body = {**BODY, "tools": [TOOL], "tool_choice": choice, "text": text}

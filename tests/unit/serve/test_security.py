@@ -1,11 +1,11 @@
-"""Who reaches the routes: every route of the app, against keys, hosts and origins."""
+"""Access control: every route of the app with keys, hosts and origins."""
 
 import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from lowlat.serve.app import build_app, make_services
+from lowlat.serve.app import build_app, make_state
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.http.login import COOKIE, cookie_value
 
@@ -17,7 +17,7 @@ WITH_KEY = {"Authorization": f"Bearer {KEY}"}
 
 
 def make_app(engine: FakeEngine) -> Starlette:
-    return build_app(make_services(engine, ServeConfig(api_keys=(KEY, OTHER))))
+    return build_app(make_state(engine, ServeConfig(api_keys=(KEY, OTHER))))
 
 
 def routes_of(app: Starlette) -> list[tuple[str, str]]:
@@ -31,7 +31,7 @@ def routes_of(app: Starlette) -> list[tuple[str, str]]:
 
 
 def test_every_route_needs_a_key(engine: FakeEngine) -> None:
-    """Holds shut: a new route that nobody thought of guarding."""
+    """Regression: a new route without access control."""
     app = make_app(engine)
     client = TestClient(app, base_url=URL)
     routes = routes_of(app)
@@ -133,7 +133,7 @@ def test_logging_in_opens_the_page(make_client: MakeClient) -> None:
 
 
 def test_each_key_has_a_salt_of_its_own(make_client: MakeClient, engine: FakeEngine) -> None:
-    """Holds shut: one client seeing by the time of an answer what another has asked."""
+    """Regression: one client seeing by the time of an answer what another has asked."""
     client = make_client(api_keys=(KEY, OTHER))
     body = {"model": NAME, "prompt": "x"}
     cookie = {"Cookie": f"{COOKIE}={cookie_value(KEY)}"}
@@ -163,8 +163,8 @@ HOSTS_REFUSED = [
 
 @pytest.mark.parametrize("host", HOSTS_REFUSED)
 def test_foreign_hosts_are_refused(engine: FakeEngine, host: str) -> None:
-    """Holds shut: DNS rebinding, by which a foreign name leads to this server."""
-    app = build_app(make_services(engine, ServeConfig()))
+    """Regression: DNS rebinding, by which a foreign name leads to this server."""
+    app = build_app(make_state(engine, ServeConfig()))
     client = TestClient(app, base_url=URL)
     for method, path in routes_of(app):
         response = client.request(method, path, headers={"Host": host})
@@ -209,8 +209,8 @@ ORIGINS_REFUSED = [
 
 @pytest.mark.parametrize("origin", ORIGINS_REFUSED)
 def test_foreign_origins_are_refused(engine: FakeEngine, origin: str) -> None:
-    """Holds shut: pages of other sites that use the server behind the user's back."""
-    app = build_app(make_services(engine, ServeConfig()))
+    """Regression: pages of other sites that use the server behind the user's back."""
+    app = build_app(make_state(engine, ServeConfig()))
     client = TestClient(app, base_url=URL)
     for method, path in routes_of(app):
         response = client.request(method, path, headers={"Origin": origin})

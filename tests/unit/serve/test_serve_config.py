@@ -1,4 +1,4 @@
-"""ServeConfig: what an operator may ask for, and the faults in it."""
+"""Validation of ServeConfig."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def test_weak_keys_are_refused_without_showing_them(key: str) -> None:
 
 
 def test_keys_are_not_shown() -> None:
-    """Holds shut: keys in logs and tracebacks by way of repr."""
+    """Regression: keys in logs and tracebacks by way of repr."""
     assert KEY not in repr(ServeConfig(api_keys=(KEY,)))
 
 
@@ -66,7 +66,7 @@ def test_key_files(tmp_path: Path) -> None:
     path.write_text(f"# people\n{KEY}\n\n  {KEY[::-1]}x \n")
     assert read_keys(path) == (KEY, KEY[::-1] + "x")
     path.write_text("# nobody\n")
-    with pytest.raises(UserError, match="holds no key"):
+    with pytest.raises(UserError, match="contains no key"):
         read_keys(path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="ASCII"):

@@ -1,4 +1,4 @@
-"""docs/serving.md and deploy/grafana say what the code does: options, fields, limits, metrics."""
+"""docs/serving.md and deploy/grafana match the code: options, fields, limits, metrics."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def test_every_field_is_described_and_refused_ones_are_none(
         if cell == "the same" or cell.startswith("the same;"):
             cell = f"{row[1]} {cell}"
         found = {word.split(".")[0] for word in words(cell)}
-        (refused if row[0].startswith("refused") else taken).update(found)
+        (refused if row[0].startswith("rejected") else taken).update(found)
     fields = set(kind.model_fields) - {"model"}
     assert fields <= taken, fields - taken
     assert taken <= fields, taken - fields
@@ -86,12 +86,11 @@ def test_limits_are_those_of_the_code() -> None:
     expected = {
         "body; line and headers": f"{config.max_body_bytes // 2**20} MiB; "
         f"{limits.MAX_HEADER_BYTES // kib} KiB",
-        "open connections": f"{config.max_connections:,}, or what the system's limit on open files "
-        "leaves",
+        "open connections": f"{config.max_connections:,}, or less by the limit on open files",
         "time for headers; for the body": f"{config.header_seconds:g} s; {config.body_seconds:g} s",
-        "nesting of JSON, also of past calls' arguments": f"{limits.MAX_JSON_DEPTH}",
-        "requests under way": f"{config.max_requests:,}, of which `--max-queue` wait",
-        "messages; parts of one": f"{limits.MAX_MESSAGES:,}; {limits.MAX_CONTENT_PARTS}",
+        "JSON nesting, also in arguments of past calls": f"{limits.MAX_JSON_DEPTH}",
+        "concurrent requests": f"{config.max_requests:,}, of which `--max-queue` wait",
+        "messages; parts per message": f"{limits.MAX_MESSAGES:,}; {limits.MAX_CONTENT_PARTS}",
         "prompts times `n`; `n`": f"{limits.MAX_PROMPTS}; {params.MAX_N}",
         "completions times (`top_logprobs` + 1)": f"{limits.MAX_LOGPROBS}",
         "`stop`": f"{params.MAX_STOPS} texts of {params.MAX_STOP_LENGTH} characters",
@@ -101,14 +100,14 @@ def test_limits_are_those_of_the_code() -> None:
         f"{structured.MAX_PATTERN_BYTES // kib} KiB; {structured.MAX_GRAMMAR_BYTES // kib} KiB",
         "choices": f"{structured.MAX_CHOICES:,} of {structured.MAX_CHOICE_BYTES // kib} KiB, "
         f"{structured.MAX_CHOICES_BYTES // kib} KiB together",
-        "compiling a form": f"{grammar_worker.CPU_SECONDS} s and "
-        f"{grammar_worker.MEMORY_BYTES // 2**20} MiB beside the tokens, in a process of its own",
-        "compiled forms of requests under way; of one key": (
+        "grammar compilation": f"{grammar_worker.CPU_SECONDS} s and "
+        f"{grammar_worker.MEMORY_BYTES // 2**20} MiB, in a separate process",
+        "grammars of active requests; per API key": (
             f"{config.max_grammar_bytes // 2**20:,} MiB; half of that"
         ),
         "`priority`": f"-{limits.MAX_PRIORITY} to {limits.MAX_PRIORITY}",
         "`deadline_seconds`": f"{limits.MAX_DEADLINE_SECONDS / 3600:g} hours",
-        "a client that reads nothing of its answer": f"{config.send_seconds:g} s",
+        "client that does not read its response": f"{config.send_seconds:g} s",
     }
     assert table == expected
 

@@ -1,4 +1,4 @@
-"""One line and one path out of pydantic's errors."""
+"""Pydantic's errors become one line with a path."""
 
 from typing import Annotated, Any, Literal
 
@@ -74,7 +74,7 @@ def test_the_field_is_named(value: dict[str, Any], param: str, words: str) -> No
 
 
 def test_long_and_strange_names_stay_short_and_on_one_line() -> None:
-    """Holds shut: an answer or a log line as long, or of as many lines, as a request says."""
+    """Regression: an answer or a log line as long, or of as many lines, as a request says."""
     for value in (
         {"name": "x", "a\nb" * 100_000: 1},
         {"name": "x", "parts": [{"kind": "y\n" * 100_000}]},

@@ -1,4 +1,4 @@
-"""Work off the event loop, and its bound."""
+"""The bounded worker pool."""
 
 import asyncio
 import threading
@@ -6,12 +6,12 @@ import threading
 import pytest
 
 from lowlat.serve.generation import Overloaded
-from lowlat.serve.http.workers import WorkPool
+from lowlat.serve.http.workers import WorkerPool
 
 
-def test_results_and_faults_come_back() -> None:
+def test_results_and_exceptions_are_returned() -> None:
     async def main() -> None:
-        pool = WorkPool(threads=1, max_waiting=1)
+        pool = WorkerPool(threads=1, max_waiting=1)
         assert await pool.run(divmod, 7, 2) == (3, 1)
         with pytest.raises(ZeroDivisionError):
             await pool.run(divmod, 1, 0)
@@ -21,10 +21,10 @@ def test_results_and_faults_come_back() -> None:
 
 
 def test_too_much_waiting_work_is_refused_at_once() -> None:
-    """Holds shut: a queue that grows as long as clients send."""
+    """Regression: a queue that grows as long as clients send."""
 
     async def main() -> None:
-        pool = WorkPool(threads=1, max_waiting=2)
+        pool = WorkerPool(threads=1, max_waiting=2)
         gate = threading.Event()
         running = [asyncio.create_task(pool.run(gate.wait, 60)) for _ in range(3)]
         await asyncio.sleep(0)
@@ -38,11 +38,11 @@ def test_too_much_waiting_work_is_refused_at_once() -> None:
     asyncio.run(main())
 
 
-def test_room_stays_taken_while_abandoned_work_runs() -> None:
-    """Holds shut: callers that leave making room that is not there."""
+def test_an_abandoned_task_keeps_its_slot() -> None:
+    """Regression: cancelled callers that free slots of running tasks."""
 
     async def main() -> None:
-        pool = WorkPool(threads=1, max_waiting=1)
+        pool = WorkerPool(threads=1, max_waiting=1)
         begun, gate = threading.Event(), threading.Event()
 
         def wait() -> bool:

@@ -12,7 +12,7 @@ from lowlat.model.transformer import Transformer
 from lowlat.train.layers.fused import checkpoint_activations
 from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.step.balance import (
-    RouterWatch,
+    LoadBalancer,
     choice_frequency,
     gates,
     mean_share,
@@ -26,14 +26,16 @@ from . import tiny
 from .naive import NaiveModel
 
 
-def watched(model: Transformer, batch: Batch, *, rows: int = 1, alpha: float = 0.0) -> RouterWatch:
-    """A watch that has seen `batch` in micro-batches of `rows`."""
-    watch = RouterWatch(model, sequence_weight=alpha)
+def observed(
+    model: Transformer, batch: Batch, *, rows: int = 1, alpha: float = 0.0
+) -> LoadBalancer:
+    """A balancer that has seen `batch` in micro-batches of `rows`."""
+    balancer = LoadBalancer(model, sequence_weight=alpha)
     plan = tiny.plan(micro_batch_size=rows)
-    with watch.watching(sequence_length=tiny.LENGTH, num_sequences=batch.rows):
+    with balancer.observe(sequence_length=tiny.LENGTH, num_sequences=batch.rows):
         PlainPasses(model, torch.float64).backward(batch, plan, [1] * (1 + len(model.mtp)))
-    watch.reduce()
-    return watch
+    balancer.reduce()
+    return balancer
 
 
 def biases(model: Transformer) -> list[Tensor]:
@@ -53,66 +55,66 @@ def test_loads_of_the_whole_batch(rows: int, recompute: bool) -> None:
         checkpoint_activations(model)
     naive = NaiveModel(model.config, dict(model.named_parameters()))
     wanted = naive.losses(batch, mtp_weight=1.0, z_weight=0.0, alpha=1.0)
-    watch = watched(model, batch, rows=rows, alpha=1.0)
-    loads = watch.loads()
+    balancer = observed(model, batch, rows=rows, alpha=1.0)
+    loads = balancer.loads()
     assert [load.layer for load in loads] == [1, 2, 3]
-    for one, load, choices in zip(watch._gates, loads, wanted.loads, strict=True):
+    for one, load, choices in zip(balancer._gates, loads, wanted.loads, strict=True):
         assert torch.equal(one.counters[:-2], choices)
         assert choices.sum() == 2 * tiny.ROWS * tiny.LENGTH
         torch.testing.assert_close(load.load, choices / choices.sum())
         assert load.max_violation == pytest.approx((choices.max() / choices.mean() - 1).item())
-    assert watch.sequence_loss == pytest.approx(wanted.sequence.item(), rel=1e-9)
+    assert balancer.sequence_loss == pytest.approx(wanted.sequence.item(), rel=1e-9)
 
 
 def test_bias_moves_against_the_load() -> None:
     """Up where an expert has less than the mean, down where it has more, untouched at the mean."""
     model = tiny.model(tiny.config())
-    watch = RouterWatch(model, sequence_weight=0.0)
+    balancer = LoadBalancer(model, sequence_weight=0.0)
     before = biases(model)
     counts = torch.tensor([0.0, 5.0, 2.0, 2.0, 2.0, 1.0])
-    for one in watch._gates:
+    for one in balancer._gates:
         one.counters[:-2] = counts
-    watch.update_biases(0.125)
+    balancer.update_biases(0.125)
     for old, new in zip(before, biases(model), strict=True):
         moved = torch.tensor([0.125, -0.125, 0.0, 0.0, 0.0, 0.125])
         torch.testing.assert_close(new - old, moved, rtol=0, atol=1e-7)
         assert new.dtype == torch.float32
-    watch.update_biases(0.0)
+    balancer.update_biases(0.0)
     assert all(map(torch.equal, biases(model), biases(model)))
 
 
-def test_a_watch_is_where_the_model_is() -> None:
+def test_the_load_balancer_is_on_the_device_of_the_model() -> None:
     """Without gates too: a process of a pipeline that has none sums with those that have some.
 
     Holds shut: one process that waits in gloo for another that waits in NCCL.
     """
     for model_config in (tiny.config(), tiny.config(moe=None)):
-        watch = RouterWatch(tiny.model(model_config).to("meta"), sequence_weight=1.0)
-        assert watch._sequence_loss.device.type == "meta"
-        watch.reduce()
-        assert watch._sequence_loss.device.type == "meta"
+        balancer = LoadBalancer(tiny.model(model_config).to("meta"), sequence_weight=1.0)
+        assert balancer._sequence_loss.device.type == "meta"
+        balancer.reduce()
+        assert balancer._sequence_loss.device.type == "meta"
 
 
-def test_only_watched_passes_count() -> None:
+def test_only_observed_passes_count() -> None:
     model, batch = tiny.model(tiny.config()), tiny.batch()
-    watch = watched(model, batch, alpha=1.0)
-    before = [load.load for load in watch.loads()]
-    loss = watch.sequence_loss
+    balancer = observed(model, batch, alpha=1.0)
+    before = [load.load for load in balancer.loads()]
+    loss = balancer.sequence_loss
     evaluate(PlainPasses(model, torch.float64), [tiny.batch(rows=2)], num_ahead=3)
-    assert all(map(torch.equal, before, (load.load for load in watch.loads())))
-    assert watch.sequence_loss == loss
-    again = watched(model, batch, alpha=1.0)
+    assert all(map(torch.equal, before, (load.load for load in balancer.loads())))
+    assert balancer.sequence_loss == loss
+    again = observed(model, batch, alpha=1.0)
     assert all(map(torch.equal, before, (load.load for load in again.loads())))
 
 
-def test_a_watch_forgets_the_batch_before() -> None:
+def test_the_load_balancer_drops_the_previous_batch() -> None:
     model = tiny.model(tiny.config())
-    watch = RouterWatch(model, sequence_weight=1.0)
+    balancer = LoadBalancer(model, sequence_weight=1.0)
     seen = []
     for _ in range(2):
-        with watch.watching(sequence_length=tiny.LENGTH, num_sequences=tiny.ROWS):
+        with balancer.observe(sequence_length=tiny.LENGTH, num_sequences=tiny.ROWS):
             PlainPasses(model, torch.float64).backward(tiny.batch(), tiny.plan(), [1, 1, 1])
-        seen.append((watch.sequence_loss, [one.counters.clone() for one in watch._gates]))
+        seen.append((balancer.sequence_loss, [one.counters.clone() for one in balancer._gates]))
     assert seen[0][0] == seen[1][0]
     assert all(map(torch.equal, seen[0][1], seen[1][1]))
 
@@ -154,11 +156,11 @@ def test_sequence_loss_ignores_the_bias() -> None:
             assert gate.e_score_correction_bias is not None
             gate.e_score_correction_bias.data[0] += shift
         one = replace(batch, tokens=batch.tokens[:1], loss_mask=batch.loss_mask[:1])
-        watch = RouterWatch(model, sequence_weight=1.0)
+        balancer = LoadBalancer(model, sequence_weight=1.0)
         seen: list[Tensor] = []
         for _, gate in list(gates(model))[:1]:
             gate.register_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out.scores))
-        with watch.watching(sequence_length=tiny.LENGTH, num_sequences=1):
+        with balancer.observe(sequence_length=tiny.LENGTH, num_sequences=1):
             PlainPasses(model, torch.float64).backward(one, tiny.plan(), [1, 1, 1])
         first = sequence_balance_loss(seen[0][None], 2).item()
         losses.append(first)
@@ -179,7 +181,7 @@ def test_an_unbalanced_router_becomes_balanced() -> None:
             gate.weight.mul_(0.3)
             gate.weight[1:3] += direction
     optimizer = Optimizer(model, OptimizerConfig(weight_decay=0.0))
-    watch = RouterWatch(model, sequence_weight=0.0)
+    balancer = LoadBalancer(model, sequence_weight=0.0)
     tokens = torch.randint(211, (13, 24))
     batch = Batch(tokens=tokens, loss_mask=torch.ones_like(tokens, dtype=torch.bool))
     chosen: list[Tensor] = []
@@ -190,7 +192,7 @@ def test_an_unbalanced_router_becomes_balanced() -> None:
         speed = 0.03 if step < 20 else 0.003
         plan = tiny.plan(micro_batch_size=7, bias_update_speed=speed, learning_rate=0.0)
         result = train_step(
-            PlainPasses(model, torch.float64), optimizer, watch, batch, plan, num_ahead=1
+            PlainPasses(model, torch.float64), optimizer, balancer, batch, plan, num_ahead=1
         )
         violations.append(result.loads[0].max_violation)
     assert violations[0] > 1.0
@@ -204,35 +206,37 @@ def test_the_bias_is_no_parameter_of_the_optimiser() -> None:
     model = tiny.model(tiny.config())
     before = biases(model)
     optimizer = Optimizer(model, OptimizerConfig())
-    watch = RouterWatch(model, sequence_weight=1e-4)
+    balancer = LoadBalancer(model, sequence_weight=1e-4)
     plan = tiny.plan(bias_update_speed=0.0)
-    train_step(PlainPasses(model, torch.float64), optimizer, watch, tiny.batch(), plan, num_ahead=3)
+    train_step(
+        PlainPasses(model, torch.float64), optimizer, balancer, tiny.batch(), plan, num_ahead=3
+    )
     assert all(map(torch.equal, before, biases(model)))
     assert not any("e_score" in name for name, _ in optimizer.tensors())
 
 
 def test_gates_without_a_bias_and_models_without_gates() -> None:
-    """Greedy gates have nothing to move, dense models nothing to watch."""
+    """Greedy gates have nothing to move, dense models nothing to balancer."""
     moe = tiny.config().moe
     assert moe is not None
     softmax = replace(
         moe, topk_method="greedy", scoring_func="softmax", n_group=1, norm_topk_prob=False
     )
     model = tiny.model(tiny.config(moe=softmax))
-    watch = watched(model, tiny.batch(), alpha=0.1)
-    watch.update_biases(0.1)
-    assert watch.loads()[0].bias_range == (0.0, 0.0)
+    balancer = observed(model, tiny.batch(), alpha=0.1)
+    balancer.update_biases(0.1)
+    assert balancer.loads()[0].bias_range == (0.0, 0.0)
     dense = tiny.model(tiny.config(moe=None))
-    watch = watched(dense, tiny.batch(), alpha=0.1)
-    watch.update_biases(0.1)
-    assert watch.loads() == [] and watch.sequence_loss == 0.0
+    balancer = observed(dense, tiny.batch(), alpha=0.1)
+    balancer.update_biases(0.1)
+    assert balancer.loads() == [] and balancer.sequence_loss == 0.0
     assert not any(isinstance(module, MoE) for module in dense.modules())
 
 
 def test_entropies() -> None:
     model, batch = tiny.model(tiny.config()), tiny.batch()
-    watch = watched(model, batch)
-    for one, load in zip(watch._gates, watch.loads(), strict=True):
+    balancer = observed(model, batch)
+    for one, load in zip(balancer._gates, balancer.loads(), strict=True):
         shares = load.load[load.load > 0]
         entropy = -(shares * shares.log()).sum() / torch.tensor(6.0).log()
         assert load.entropy == pytest.approx(entropy.item(), rel=1e-6)

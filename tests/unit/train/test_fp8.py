@@ -81,12 +81,12 @@ def test_what_runs_in_fp8() -> None:
     assert plain == {"lm_head", "mtp.0.eh_proj"}
     formats = {n: m.fmt for n, m in model.named_modules() if isinstance(m, Fp8Linear)}
     after = formats["layers.0.self_attn.o_proj"]
-    assert (after.input_scales, after.kept_input, after.weight_scales) == ("ue8m0", "e5m6", None)
+    assert (after.input_scales, after.saved_input, after.weight_scales) == ("ue8m0", "e5m6", None)
     assert formats["layers.1.mlp.experts.3.up_proj"].input_scales == "ue8m0"
     assert formats["layers.1.mlp.experts.3.down_proj"].gradient_scales == "ue8m0"
     shared = formats["mtp.0.block.mlp.shared_experts.up_proj"]
     assert shared == formats["layers.0.mlp.down_proj"]
-    assert (shared.input_scales, shared.gradient_scales, shared.kept_input) == (None, None, "e4m3")
+    assert (shared.input_scales, shared.gradient_scales, shared.saved_input) == (None, None, "e4m3")
 
 
 def test_every_product_of_a_layer_is_rounded() -> None:

@@ -10,7 +10,7 @@ from lowlat.attention.flash import FlashAttention
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
 from lowlat.train.layers.fused import checkpoint_activations
-from lowlat.train.step.balance import RouterWatch
+from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.loss import batch_loss, count_targets, counted
 from lowlat.train.step.passes import PlainPasses
 
@@ -26,14 +26,14 @@ def trained(
     """Mean losses, gradients and sequence loss of `model`, in micro-batches of `rows`."""
     ahead = 1 + len(model.mtp)
     plan = tiny.plan(micro_batch_size=rows, mtp_weight=MTP_WEIGHT, z_weight=Z_WEIGHT)
-    watch = RouterWatch(model, sequence_weight=ALPHA)
+    balancer = LoadBalancer(model, sequence_weight=ALPHA)
     targets = count_targets(batch, ahead)
     length = batch.sequence_length(ahead)
     model.zero_grad()
-    with watch.watching(sequence_length=length, num_sequences=batch.rows):
+    with balancer.observe(sequence_length=length, num_sequences=batch.rows):
         sums = PlainPasses(model, dtype).backward(batch, plan, targets)
     means = sums / torch.tensor([*targets, targets[0]])
-    return means, tiny.gradients(model), watch.sequence_loss
+    return means, tiny.gradients(model), balancer.sequence_loss
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
 from lowlat.train.recipe.schedule import StepPlan
 from lowlat.train.recipe.schema import OptimizerConfig
-from lowlat.train.step.balance import RouterWatch, gates
+from lowlat.train.step.balance import LoadBalancer, gates
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import Passes, PlainPasses
 from lowlat.train.step.step import StepResult, evaluate, train_step
@@ -26,8 +26,8 @@ TABLE = OptimizerConfig(eps=1e-4, max_grad_norm=0.5)
 """An epsilon so large that no update follows the rounding of a gradient near zero."""
 
 
-def parts(model: Transformer) -> tuple[Optimizer, RouterWatch]:
-    return Optimizer(model, TABLE), RouterWatch(model, sequence_weight=ALPHA)
+def parts(model: Transformer) -> tuple[Optimizer, LoadBalancer]:
+    return Optimizer(model, TABLE), LoadBalancer(model, sequence_weight=ALPHA)
 
 
 def test_steps_written_out() -> None:
@@ -35,7 +35,7 @@ def test_steps_written_out() -> None:
     gradients, and routing biases moved by the loads of the whole batch after the update.
     """
     model = tiny.model(tiny.config())
-    optimizer, watch = parts(model)
+    optimizer, balancer = parts(model)
     naive = NaiveModel(model.config, dict(model.named_parameters()))
     leaves = {name: leaf for name, leaf in naive.leaves.items() if leaf.requires_grad}
     reference = torch.optim.AdamW(
@@ -54,7 +54,7 @@ def test_steps_written_out() -> None:
         batch.tokens.copy_(torch.randint_like(batch.tokens, tiny.VOCAB))
         plan = tiny.plan(micro_batch_size=2, bias_update_speed=GAMMA, z_weight=0.01)
         result = train_step(
-            PlainPasses(model, torch.float64), optimizer, watch, batch, plan, num_ahead=3
+            PlainPasses(model, torch.float64), optimizer, balancer, batch, plan, num_ahead=3
         )
         wanted = naive.losses(batch, mtp_weight=0.3, z_weight=0.01, alpha=ALPHA)
         wanted.total.backward()
@@ -106,12 +106,12 @@ def state(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
 def test_a_step_that_is_not_finite_moves_nothing(where: str, value: float) -> None:
     """No weight, no moment, no routing bias; the next step is as if it had not been."""
     model = tiny.model(tiny.config())
-    optimizer, watch = parts(model)
+    optimizer, balancer = parts(model)
     plain = PlainPasses(model, torch.float64)
 
     def step(passes: Passes) -> StepResult:
         plan = tiny.plan(bias_update_speed=GAMMA)
-        return train_step(passes, optimizer, watch, tiny.batch(), plan, num_ahead=3)
+        return train_step(passes, optimizer, balancer, tiny.batch(), plan, num_ahead=3)
 
     assert step(plain).is_finite
     before = state(model, optimizer)
@@ -126,12 +126,12 @@ def test_a_step_that_is_not_finite_moves_nothing(where: str, value: float) -> No
 def test_losses_fall() -> None:
     """A batch seen again and again is learnt: every head's loss falls, MTP modules' too."""
     model = tiny.model(tiny.config())
-    optimizer, watch = parts(model)
+    optimizer, balancer = parts(model)
     results = [
         train_step(
             PlainPasses(model, torch.float64),
             optimizer,
-            watch,
+            balancer,
             tiny.batch(),
             tiny.plan(micro_batch_size=tiny.ROWS),
             num_ahead=3,
@@ -167,12 +167,12 @@ def blind() -> Batch:
 def test_a_batch_without_targets_moves_nothing() -> None:
     """Nothing is known of its loss, and decay alone does not move weights either."""
     model = tiny.model(tiny.config())
-    optimizer, watch = parts(model)
+    optimizer, balancer = parts(model)
     passes = PlainPasses(model, torch.float64)
     plan = tiny.plan(bias_update_speed=GAMMA)
-    train_step(passes, optimizer, watch, tiny.batch(), plan, num_ahead=3)
+    train_step(passes, optimizer, balancer, tiny.batch(), plan, num_ahead=3)
     before = state(model, optimizer)
-    result = train_step(passes, optimizer, watch, blind(), plan, num_ahead=3)
+    result = train_step(passes, optimizer, balancer, blind(), plan, num_ahead=3)
     assert result.losses == () and result.matched is None
     assert result.is_finite and not result.has_targets
     after = state(model, optimizer)
@@ -182,12 +182,12 @@ def test_a_batch_without_targets_moves_nothing() -> None:
 def test_heads_without_targets_have_no_loss() -> None:
     """Every second token is a target: the main head learns, MTP modules have nothing to."""
     model = tiny.model(tiny.config())
-    optimizer, watch = parts(model)
+    optimizer, balancer = parts(model)
     passes = PlainPasses(model, torch.float64)
     batch = blind()
     batch.loss_mask[:, 1::2] = True
     before = state(model, optimizer)
-    (loss,) = train_step(passes, optimizer, watch, batch, tiny.plan(), num_ahead=3).losses
+    (loss,) = train_step(passes, optimizer, balancer, batch, tiny.plan(), num_ahead=3).losses
     assert loss > 0 and not torch.equal(before["norm.weight"], model.norm.weight)
     main, *mtp = evaluate(passes, [batch], num_ahead=3)
     assert main > 0 and all(math.isnan(one) for one in mtp)
@@ -196,10 +196,10 @@ def test_heads_without_targets_have_no_loss() -> None:
 def test_biases_are_those_the_step_leaves() -> None:
     """Holds shut: a log in which routing biases lag a step behind."""
     model = tiny.model(tiny.config())
-    optimizer, watch = parts(model)
+    optimizer, balancer = parts(model)
     plan = tiny.plan(bias_update_speed=GAMMA)
     passes = PlainPasses(model, torch.float64)
-    result = train_step(passes, optimizer, watch, tiny.batch(), plan, num_ahead=3)
+    result = train_step(passes, optimizer, balancer, tiny.batch(), plan, num_ahead=3)
     for load, (_, gate) in zip(result.loads, gates(model), strict=True):
         bias = gate.e_score_correction_bias
         assert bias is not None

@@ -72,7 +72,7 @@ def test_freed_memory_is_kept_and_then_given_back() -> None:
         pytest.skip("this C library gives memory back as it likes")
     program = """
 import resource
-from lowlat.utils.memory import keeping_freed_memory
+from lowlat.utils.memory import retain_freed_memory
 size = 64 * 2**20
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def resident(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
@@ -81,7 +81,7 @@ def take():
     bytearray(size)
     return faults() - before
 before = resident()
-with keeping_freed_memory():
+with retain_freed_memory():
     first, again, kept = take(), take(), resident()
 print(first, again, kept - before > size / 2, resident() - before < size / 2, take())
 """
