@@ -1,15 +1,15 @@
-"""What compressing a model's cache costs: recipes, cache sizes, healing, measured by one harness.
+"""Quality and speed of KV cache compression: methods, cache sizes, recovery training.
 
     python benchmarks/conversion.py WORK --text wikitext2-valid.txt --text gsm8k-test.txt
         [--model smollm2-135m] [--windows 32] [--cells NAME,...]
-        [--heal 500K --heal-text FOLDER] [--speed NAME,...] [--page docs/results/conversion.md]
+        [--heal 500K --heal-text FOLDER] [--speed NAME,...]
 
 Makes every model of `CELLS` that WORK does not hold yet with `lowlat convert`, and measures those
 not measured yet, with a bf16 cache and an int8 one, against the unconverted model: perplexity of
 each text (windows of 1024 tokens spread evenly over it) and how often both find the same token
-likeliest. --speed times decoding with the original and the models in WORK that it names, in turn.
-Everything found stays in WORK/figures.json; --page fills that page's tables from it and draws its
-picture (conversion_page.py).
+likeliest. --speed times decoding with the original and the named models in WORK, interleaved. All
+figures are in WORK/figures.json; `lowlat-lab page conversion` fills the page's tables and draws its
+plots from them.
 """
 
 import argparse
@@ -33,19 +33,19 @@ from lowlat.generate.model import Model
 
 WINDOW = 1024
 SHARES = {"67": 2 / 3, "50": 0.5, "33": 1 / 3}
-"""Of the cache that are kept, by the name they have in cells' names."""
-RECIPES: dict[str, list[str]] = {
-    "mha2mla": ["--recipe", "mha2mla", "--layout", "free"],
-    "transmla": ["--recipe", "transmla"],
+"""Shares of the cache to keep, by their part of a cell's name."""
+METHODS: dict[str, list[str]] = {
+    "mha2mla": ["--method", "mha2mla", "--layout", "free"],
+    "transmla": ["--method", "transmla"],
     "weighted": [],
     "free": ["--layout", "free"],
 }
 CELLS = {
-    f"{recipe}-{name}": ["--cache", f"{share:.4g}", *options]
+    f"{method}-{name}": ["--cache", f"{share:.4g}", *options]
     for name, share in SHARES.items()
-    for recipe, options in RECIPES.items()
+    for method, options in METHODS.items()
 }
-CELLS |= {f"free-{kept}": ["--cache", f"0.{kept}", *RECIPES["free"]] for kept in (62, 46, 31)}
+CELLS |= {f"free-{kept}": ["--cache", f"0.{kept}", *METHODS["free"]] for kept in (62, 46, 31)}
 """A third, a quarter and a sixth of the original's bytes, with an int8 cache."""
 CACHES = ("bf16", "int8")
 CONTEXTS = (2048, 8000)
@@ -72,12 +72,12 @@ def main() -> None:
     for name, options in _wanted(args).items():
         folder = args.work / name
         entry = figures["models"].setdefault(name, {})
-        told = " ".join(["lowlat", *_command(args.model, Path(name), options)])
-        if entry.setdefault("command", told) != told:
-            sys.exit(f"{store}: {name} was made by '{entry['command']}', not '{told}'")
+        command = " ".join(["lowlat", *_command(args.model, Path(name), options)])
+        if entry.setdefault("command", command) != command:
+            sys.exit(f"{store}: {name} was made by '{entry['command']}', not '{command}'")
         if not folder.exists():
-            command = _command(args.model, folder, options)
-            subprocess.run([sys.executable, "-m", "lowlat", *command], check=True)
+            arguments = _command(args.model, folder, options)
+            subprocess.run([sys.executable, "-m", "lowlat", *arguments], check=True)
         entry["conversion"] = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
         for cache in CACHES:
             found = entry.setdefault(cache, {})
@@ -92,10 +92,6 @@ def main() -> None:
     if args.speed:
         figures["speed"] = _speeds(args)
         _save(figures, store)
-    if args.page is not None:
-        from conversion_page import write_page
-
-        write_page(figures, args.page)
 
 
 def _arguments() -> argparse.Namespace:
@@ -111,7 +107,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--heal-text", action="append", default=[])
     parser.add_argument("--healed", default="weighted-50,weighted-33", help="cells to heal")
     parser.add_argument("--speed", default="", help="names of models in WORK")
-    parser.add_argument("--page", type=Path)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     return args
@@ -170,9 +165,9 @@ def _speeds(args: argparse.Namespace) -> list[Figures]:
     folders = {"original": args.model}
     folders |= {name: str(args.work / name) for name in args.speed.split(",")}
     threads = check_threads(None)  # PyTorch's own pool has one where kernels are native
-    arms = [(name, cache) for name in folders for cache in CACHES]
+    setups = [(name, cache) for name in folders for cache in CACHES]
     steppers: dict[tuple[str, str], Lowlat] = {}
-    for name, cache in arms:
+    for name, cache in setups:
         stepper = Lowlat()
         stepper.load(
             model=folders[name],
@@ -184,15 +179,15 @@ def _speeds(args: argparse.Namespace) -> list[Figures]:
         steppers[name, cache] = stepper
     found: list[Figures] = []
     for context in CONTEXTS:
-        rounds: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}
+        rounds: dict[tuple[str, str], list[float]] = {setup: [] for setup in setups}
         for number in range(ROUNDS + 1):
-            for arm in arms[number % len(arms) :] + arms[: number % len(arms)]:
-                steppers[arm].fill(context)
+            for setup in setups[number % len(setups) :] + setups[: number % len(setups)]:
+                steppers[setup].fill(context)
                 started = time.perf_counter()
                 for step in range(STEPS):
-                    steppers[arm].step(1 + step, context + step)
+                    steppers[setup].step(1 + step, context + step)
                 if number:  # the first round warms up
-                    rounds[arm].append(STEPS / (time.perf_counter() - started))
+                    rounds[setup].append(STEPS / (time.perf_counter() - started))
         base = rounds["original", "bf16"]
         for (name, cache), own in rounds.items():
             ratios = [a / b for a, b in zip(own, base, strict=True)]

@@ -78,7 +78,7 @@ def test_imports_point_downward() -> None:
     [
         ("lowlat.ops.rope", "from lowlat.model.mla import MLA"),
         ("lowlat.serve.app", "import lowlat.train.loop"),
-        ("lowlat.convert.run", "from lowlat.recovery.run import convert_and_heal"),
+        ("lowlat.convert.run", "from lowlat.recovery.run import convert_with_recovery"),
         ("lowlat.generate.model", "def late():\n    from lowlat import api"),
         ("lowlat.model.mla", "from ..engine import params"),
         ("lowlat.utils.device", "from lowlat.config.model import ModelConfig"),

@@ -1,4 +1,4 @@
-"""What a conversion did, in a terminal: where loss arises layer by layer, then all in all."""
+"""Conversion report in a terminal: losses by layer, then totals."""
 
 import json
 from typing import Any
@@ -8,14 +8,16 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from lowlat.cli.answer_report import print_rows
-from lowlat.convert.report import PLOT_FILE, REPORT_FILE, Report
+from lowlat.convert.report import PLOT_FILE, REPORT_FILE, ConversionReport
 from lowlat.train.metrics.formatting import clock, count
 
 Object = dict[str, Any]
+ERRORS = ("predicted_error", "measured_deviation")
+"""Squared errors of a layer in the report, printed as their roots."""
 
 
-def print_conversion(report: Report, console: Console | None = None) -> None:
-    """What a conversion did and where it is; more where DST/conversion.json tells more."""
+def print_conversion(report: ConversionReport, console: Console | None = None) -> None:
+    """Print a conversion's report, including DST/conversion.json if there is one."""
     console = Console() if console is None else console
     before, after = report.cache_bytes_per_token_before, report.cache_bytes_per_token_after
     rows = {
@@ -33,9 +35,9 @@ def print_conversion(report: Report, console: Console | None = None) -> None:
     written = f"{report.destination} in {report.seconds:.1f} s"
     file = report.destination / REPORT_FILE
     if file.is_file():
-        told = json.loads(file.read_text(encoding="utf-8"))
-        console.print(_layers(told), highlight=False, markup=False)
-        rows |= _compression_rows(told) | _healing_rows(told) | _evaluation_rows(told)
+        details = json.loads(file.read_text(encoding="utf-8"))
+        console.print(_layers(details), highlight=False, markup=False)
+        rows |= _compression_rows(details) | _recovery_rows(details) | _evaluation_rows(details)
         plot = report.destination / PLOT_FILE
         drawn = f" and {PLOT_FILE}" if plot.exists() else "; the plot needs lowlat[train]"
         written += f", this report as {REPORT_FILE}{drawn}"
@@ -43,69 +45,69 @@ def print_conversion(report: Report, console: Console | None = None) -> None:
     print_rows(rows, console)
 
 
-def _layers(told: Object) -> Table:
-    """One row for each layer; widths where layers differ."""
-    layers = told["layers"]
+def _layers(details: Object) -> Table:
+    """One row per layer; with widths if layers differ."""
+    layers = details["layers"]
     differ = len({(layer["latent"], layer["rotary"]) for layer in layers}) > 1
     table = Table(box=None, padding=(0, 2), header_style="bold cyan")
-    weighed = all(layer["alone"] is not None for layer in layers)
-    names = ["layer", *["latent", "rotary key"] * differ, *["alone, nats"] * weighed]
+    has_divergence = all(layer["predicted_divergence"] is not None for layer in layers)
+    names = ["layer", *["latent", "rotary key"] * differ, *["alone, nats"] * has_divergence]
     for name in (*names, "attention, predicted", "residual stream, measured"):
         table.add_column(name, justify="right")
     for number, layer in enumerate(layers):
         widths = [str(layer["latent"]), f"{layer['rotary']} ({layer['rotary_share']:.0%})"]
-        errors = [f"{layer[key] ** 0.5:.1%}" for key in ("predicted", "measured")]
-        alone = [f"{layer['alone']:.4f}"] if weighed else []
+        errors = [f"{layer[key] ** 0.5:.1%}" for key in ERRORS]
+        alone = [f"{layer['predicted_divergence']:.4f}"] if has_divergence else []
         table.add_row(str(number), *widths * differ, *alone, *errors)
     return table
 
 
-def _compression_rows(told: Object) -> dict[str, str]:
-    before, after = told["perplexity_before"], told["perplexity_after"]
-    layers = told["layers"]
-    worst = max(range(len(layers)), key=lambda number: layers[number]["measured"])
+def _compression_rows(details: Object) -> dict[str, str]:
+    before, after = details["perplexity_before"], details["perplexity_after"]
+    layers = details["layers"]
+    worst = max(range(len(layers)), key=lambda number: layers[number]["measured_deviation"])
     latent = sum(layer["latent"] for layer in layers) / len(layers)
     rotary = sum(layer["rotary"] for layer in layers) / len(layers)
-    folded = f", frequencies folded by {told['folded']}" if told["folded"] > 1 else ""
+    folded = f", frequencies folded by {details['fold']}" if details["fold"] > 1 else ""
     return {
-        "recipe": f"{told['recipe']}{folded}, layout {told['layout']}, calibrated on "
-        f"{told['calibration']}",
-        "channels": f"{told['channels_before']}  ->  {latent + rotary:.0f} a token and layer "
-        f"({told['channels_after'] / told['channels_before']:.0%} kept): latent {latent:.0f} + "
-        f"rotary key {rotary:.0f}",
-        "worst layer": f"{worst}: behind it the residual stream deviates by "
-        f"{layers[worst]['measured'] ** 0.5:.1%}",
-        "calibration": f"perplexity {before:.2f}  ->  {after:.2f} ({after / before:.3f} times) on "
-        "other parts of that text",
+        "method": f"{details['method']}{folded}, layout {details['layout']}, calibrated on "
+        f"{details['calibration']}",
+        "channels": f"{details['channels_before']}  ->  {latent + rotary:.0f} per token and layer "
+        f"({details['channels_after'] / details['channels_before']:.0%} kept): "
+        f"latent {latent:.0f} + rotary key {rotary:.0f}",
+        "worst layer": f"{worst}: the residual stream after it deviates by "
+        f"{layers[worst]['measured_deviation'] ** 0.5:.1%}",
+        "calibration": f"perplexity {before:.2f}  ->  {after:.2f} ({after / before:.3f}x) on "
+        "held-out parts of that text",
     }
 
 
-def _healing_rows(told: Object) -> dict[str, str]:
-    if "healing" not in told:
+def _recovery_rows(details: Object) -> dict[str, str]:
+    if "recovery" not in details:
         return {}
-    found = told["healing"]
+    found = details["recovery"]
     times = found["tokens"] / found["text_tokens"]
-    often = f", read {times:.1f} times" if times > 1 else ""
+    epochs = f", {times:.1f} epochs" if times > 1 else ""
     before, after = found["divergence_before"], found["divergence_after"]
     losses = found["loss_before"], found["loss_after"]
-    verdict = "; it made the model worse: give more tokens" if after > before else ""
+    verdict = "; it made the model worse, give more tokens" if after > before else ""
     return {
-        "healing": f"{count(found['tokens'])} tokens of a text of "
-        f"{count(found['text_tokens'])}{often}, in "
+        "recovery training": f"{count(found['tokens'])} tokens from a text of "
+        f"{count(found['text_tokens'])}{epochs}, in "
         f"{clock(found['seconds'])} ({found['tokens_per_second']:,.0f} tokens/s)",
         "held-out text": f"divergence from the original {before:.4f}  ->  {after:.4f} nats per "
         f"token, loss {losses[0]:.4f}  ->  {losses[1]:.4f}{verdict}",
     }
 
 
-def _evaluation_rows(told: Object) -> dict[str, str]:
-    if "evaluation" not in told:
+def _evaluation_rows(details: Object) -> dict[str, str]:
+    if "evaluation" not in details:
         return {}
-    found = told["evaluation"]
+    found = details["evaluation"]
     first = found["original"]["perplexity"]
-    said = [f"{first:.2f}"]
-    for name in ("compressed", "healed"):
+    parts = [f"{first:.2f}"]
+    for name in ("compressed", "recovered"):
         if name in found:
             value = found[name]["perplexity"]
-            said.append(f"{name} {value:.2f} ({value / first:.3f} times)")
-    return {"perplexity": f"{'  ->  '.join(said)} on {found['text']}"}
+            parts.append(f"{name} {value:.2f} ({value / first:.3f}x)")
+    return {"perplexity": f"{'  ->  '.join(parts)} on {found['text']}"}

@@ -1,1 +1,1 @@
-"""Turning one checkpoint into another: attention form, number type, file format."""
+"""Checkpoint conversion: GQA to MLA, KV cache compression, number types, file formats."""

@@ -1,8 +1,4 @@
-"""What a conversion did: its sizes, and for a smaller cache what that cost layer by layer.
-
-Owns the record, the object of conversion.json and which files a compressed model's folder gets
-beside its weights; the picture is `convert.report_plot`'s.
-"""
+"""Conversion report: sizes before and after, and conversion.json with losses by layer."""
 
 import json
 from collections.abc import Mapping
@@ -17,23 +13,25 @@ from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from lowlat.config.parameter_count import count_parameters
 from lowlat.convert import report_plot
-from lowlat.convert.compress import CompressionReport
+from lowlat.convert.compression.compress import CompressionReport
 
 CACHE_DTYPE = "bf16"
 REPORT_FILE = "conversion.json"
-"""In the folder of a compressed model: `compression_object`, and what healing adds."""
+"""In the folder of a compressed model: `compression_object`, and recovery training results."""
 PLOT_FILE = "conversion.svg"
-"""Beside it where matplotlib is installed: the same as a picture."""
+"""The same as a plot, if matplotlib is installed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """What a conversion did. Cache sizes are those of lowlat, in bf16 unless named otherwise."""
+class ConversionReport:
+    """Sizes before and after a conversion. Cache sizes are lowlat's, in bf16 unless named
+    otherwise.
+    """
 
     source: Path
-    """The folder or .gguf file read."""
+    """The source folder or .gguf file."""
     destination: Path
-    """The folder or .gguf file written."""
+    """The written folder or .gguf file."""
     attention_before: str
     """'GQA, 9 heads in 3 groups of 64'."""
     attention_after: str
@@ -47,26 +45,26 @@ class Report:
     parameters_before: int
     """Without MTP modules; a tied head counts once."""
     parameters_after: int
-    """As lowlat loads it: without the padding that files hold for other programs."""
+    """As lowlat loads it, without the padding in the files for other programs."""
     weight_bytes_before: int
-    """Size of the files that hold the weights."""
+    """Size of the weight files."""
     weight_bytes_after: int
     """The same of the destination."""
     bits_per_weight_before: float
-    """Those bytes by the model's parameters, MTP modules included."""
+    """Bits of the weight files per parameter, MTP modules included."""
     bits_per_weight_after: float
     """The same of the destination."""
     experts: str | None
-    """'8 routed, of which a token uses 2, and 1 shared', made of every dense layer; else None."""
+    """Experts made of every dense layer ('8 routed, 2 active per token, 1 shared'), or None."""
     seconds: float
     """From opening the source to the finished destination."""
     compression: CompressionReport | None = None
-    """What a smaller cache cost; None for exact conversions."""
+    """Result of the compression; None for exact conversions."""
 
 
 def measure(
     src: Path, dst: Path, config: ModelConfig, converted: ModelConfig, seconds: float
-) -> Report:
+) -> ConversionReport:
     """The report of a conversion from `src` (a model of `config`) to `dst` (of `converted`)."""
     costs = kv_cache_size(config), kv_cache_size(converted)
     counts = count_parameters(config), count_parameters(converted)
@@ -75,7 +73,7 @@ def measure(
         8 * size / (count.total + count.mtp + count.mtp_copies * config.mtp_copies)
         for size, count in zip(sizes, counts, strict=True)
     ]
-    return Report(
+    return ConversionReport(
         source=src,
         destination=dst,
         attention_before=describe_attention(config.attention),
@@ -95,17 +93,17 @@ def measure(
 
 
 def compression_object(
-    cost: CompressionReport, config: ModelConfig, converted: ModelConfig
+    compressed: CompressionReport, config: ModelConfig, converted: ModelConfig
 ) -> dict[str, Any]:
-    """The object of conversion.json: all of `cost`, each layer with the share of its cache row that
-    turns, and the cache of the models before (`config`) and after.
+    """The object of conversion.json: all of `compressed`, each layer's rotary share of its cache
+    entry, and the cache sizes of the models before (`config`) and after.
     """
     before, after = kv_cache_size(config), kv_cache_size(converted)
     layers = [
         asdict(layer) | {"rotary_share": layer.rotary / (layer.latent + layer.rotary)}
-        for layer in cost.layers
+        for layer in compressed.layers
     ]
-    told = asdict(cost) | {
+    report = asdict(compressed) | {
         "attention_before": describe_attention(config.attention),
         "attention_after": describe_attention(converted.attention),
         "cache_bytes_per_token_before": before.own_bytes_per_token(CACHE_DTYPE),
@@ -114,8 +112,8 @@ def compression_object(
         "layers": layers,
     }
     if converted.moe is not None:
-        told["routed_experts"] = converted.moe.n_routed_experts
-    return told
+        report["routed_experts"] = converted.moe.n_routed_experts
+    return report
 
 
 def report_files(report: Mapping[str, Any]) -> dict[str, bytes]:
@@ -127,7 +125,7 @@ def report_files(report: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def describe_attention(attention: ModelAttention) -> str:
-    """The form of attention in a few words."""
+    """Kind and dimensions of the attention, e.g. 'GQA, 9 heads in 3 groups of 64'."""
     heads = distinct(attention)[0].num_attention_heads
     if isinstance(attention, MLAConfig | tuple):
         latent, rotary = entry_widths(attention)
@@ -147,4 +145,4 @@ def _describe_experts(moe: MoEConfig | None) -> str | None:
     if moe is None:
         return None
     routed, used, shared = moe.n_routed_experts, moe.num_experts_per_tok, moe.n_shared_experts
-    return f"{routed} routed, of which a token uses {used}, and {shared} shared"
+    return f"{routed} routed, {used} active per token, {shared} shared"

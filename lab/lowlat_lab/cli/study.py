@@ -1,7 +1,4 @@
-"""`lowlat study`: small trainings that differ in one thing, with the confidence of what they show.
-
-Owns arguments and output; arms, runs and figures are `lowlat_lab.study`'s.
-"""
+"""`lowlat-lab study`: small trainings that differ in one thing, with confidence intervals."""
 
 import json
 import shlex
@@ -20,8 +17,8 @@ from lowlat.utils.errors import UserError
 if TYPE_CHECKING:
     from lowlat.data.dataset import TokenizedDataset
     from lowlat.utils.progress import Progress
-    from lowlat_lab.study.plan import Arm, Plan
-    from lowlat_lab.study.sizes import Size
+    from lowlat_lab.study.plan import StudyPlan, Variant
+    from lowlat_lab.study.sizes import StudySize
 
 Data = Annotated[
     Path,
@@ -37,53 +34,58 @@ Out = Annotated[
     typer.Option(
         "--out",
         metavar="FOLDER",
-        help="Where the runs go, FOLDER/ARM/seed-N. Started again, what is done there is kept.",
+        help="Folder of the runs, FOLDER/VARIANT/seed-N; the same command resumes.",
         show_default=False,
     ),
 ]
-Seeds = Annotated[int, typer.Option(metavar="N", min=1, help="Runs of every arm: seeds 1 to N.")]
+Seeds = Annotated[int, typer.Option(metavar="N", min=1, help="Runs per variant: seeds 1 to N.")]
 Steps = Annotated[
     int | None,
     typer.Option(
         metavar="N",
         min=1,
-        help="Optimiser steps of a run; the size's own by default.",
+        help="Optimiser steps of a run; default: by size.",
         show_default=False,
     ),
 ]
 Tokens = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, help="The same in tokens of a run.", show_default=False),
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Length of a run in tokens, instead of --steps.",
+        show_default=False,
+    ),
 ]
 SizeName = Annotated[str, typer.Option("--size", help="Of the models: tiny, small or medium.")]
-Arms = Annotated[
+Variants = Annotated[
     str | None,
     typer.Option(
-        metavar="ARM,...", help="Run these arms only, the first one included.", show_default=False
+        metavar="VARIANT,...", help="Variants to run, including the baseline.", show_default=False
     ),
 ]
 Page = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Also write the page FILE.md with its picture and figures.",
+        help="Also write the page FILE.md with its plot and report.",
         show_default=False,
     ),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show arms, parameters and the time it will take.")
+    bool, typer.Option("--dry-run", help="Show variants, parameters and estimated time.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 
 app = typer.Typer(
-    help="Compare forms of attention, ways of balancing, MTP: small trainings, several seeds.",
+    help="Train small models that differ in one thing, with several seeds, and compare them.",
     no_args_is_help=True,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """Where results go and in which form."""
+    """Output options."""
 
     out: Path
     page: Path | None
@@ -100,24 +102,24 @@ def attention(
     steps: Steps = None,
     tokens: Tokens = None,
     size: SizeName = "small",
-    arms: Arms = None,
+    variants: Variants = None,
     page: Page = None,
     dry_run: DryRun = False,
     as_json: options.Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """MHA, GQA, MQA, MLA, GLA, GTA and TPA at one number of parameters.
+    """MHA, GQA, MQA, MLA, GLA, GTA and TPA at equal parameters.
 
-    Held-out loss with its confidence, cache per token, decode speed at a long context.
+    Held-out loss with confidence, cache per token, decoding speed at a long context.
     """
     wait_passively()
     from lowlat_lab.study import attention as own
 
-    def all_arms(chosen: "Size", folder: "TokenizedDataset") -> "Sequence[Arm]":
-        found = own.attention_arms(chosen, folder.vocab_size)
-        return found if arms else own.usual(found)
+    def all_variants(chosen: "StudySize", folder: "TokenizedDataset") -> "Sequence[Variant]":
+        found = own.attention_variants(chosen, folder.vocab_size)
+        return found if variants else own.usual(found)
 
-    plan, folder = _plan("attention", data, seeds, steps, tokens, size, arms, all_arms)
+    plan, folder = _plan("attention", data, seeds, steps, tokens, size, variants, all_variants)
     _study(own.study, plan, folder, _Output(out, page, dry_run, as_json, quiet))
 
 
@@ -129,13 +131,13 @@ def balance(
     steps: Steps = None,
     tokens: Tokens = None,
     size: SizeName = "small",
-    arms: Arms = None,
+    variants: Variants = None,
     page: Page = None,
     dry_run: DryRun = False,
     as_json: options.Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Experts balanced by a routing bias, by an auxiliary loss, by nothing: loss and MaxVio."""
+    """Experts balanced by a routing bias, an auxiliary loss, or not: loss and MaxVio."""
     wait_passively()
     from lowlat_lab.study import balance as own
 
@@ -146,8 +148,8 @@ def balance(
         steps,
         tokens,
         size,
-        arms,
-        lambda chosen, _: own.balance_arms(chosen),
+        variants,
+        lambda chosen, _: own.balance_variants(chosen),
     )
     _study(own.study, plan, folder, _Output(out, page, dry_run, as_json, quiet))
 
@@ -165,14 +167,14 @@ def mtp(
     as_json: options.Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """One model trained with a multi-token prediction module and without: loss, drafts kept."""
+    """One model trained with and without a multi-token prediction module: loss, acceptance."""
     wait_passively()
     from lowlat_lab.study import mtp as own
 
-    def all_arms(chosen: "Size", _folder: "TokenizedDataset") -> "Sequence[Arm]":
-        return own.mtp_arms(chosen)
+    def all_variants(chosen: "StudySize", _folder: "TokenizedDataset") -> "Sequence[Variant]":
+        return own.mtp_variants(chosen)
 
-    plan, folder = _plan("mtp", data, seeds, steps, tokens, size, None, all_arms)
+    plan, folder = _plan("mtp", data, seeds, steps, tokens, size, None, all_variants)
     _study(own.study, plan, folder, _Output(out, page, dry_run, as_json, quiet))
 
 
@@ -184,20 +186,20 @@ def precision(
     steps: Steps = None,
     tokens: Tokens = None,
     size: SizeName = "small",
-    arms: Arms = None,
+    variants: Variants = None,
     page: Page = None,
     dry_run: DryRun = False,
     as_json: options.Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """One model trained in bf16, in DeepSeek-V3's FP8 and in fp32: loss beside bf16's."""
+    """One model trained in bf16, in DeepSeek-V3's FP8 and in fp32: loss relative to bf16's."""
     wait_passively()
     from lowlat_lab.study import precision as own
 
-    def all_arms(chosen: "Size", _folder: "TokenizedDataset") -> "Sequence[Arm]":
-        return own.precision_arms(chosen)
+    def all_variants(chosen: "StudySize", _folder: "TokenizedDataset") -> "Sequence[Variant]":
+        return own.precision_variants(chosen)
 
-    plan, folder = _plan("precision", data, seeds, steps, tokens, size, arms, all_arms)
+    plan, folder = _plan("precision", data, seeds, steps, tokens, size, variants, all_variants)
     _study(own.study, plan, folder, _Output(out, page, dry_run, as_json, quiet))
 
 
@@ -208,28 +210,28 @@ def _plan(
     steps: int | None,
     tokens: int | None,
     size: str,
-    arms: str | None,
-    all_arms: "Callable[[Size, TokenizedDataset], Sequence[Arm]]",
-) -> "tuple[Plan, TokenizedDataset]":
-    from lowlat_lab.study.plan import Plan, choose_arms, num_steps, open_data
+    variants: str | None,
+    all_variants: "Callable[[StudySize, TokenizedDataset], Sequence[Variant]]",
+) -> "tuple[StudyPlan, TokenizedDataset]":
+    from lowlat_lab.study.plan import StudyPlan, choose_variants, num_steps, open_data
     from lowlat_lab.study.sizes import find_size
 
     chosen = find_size(size)
     folder = open_data(data, chosen)
-    plan = Plan(
+    plan = StudyPlan(
         kind=kind,
         data=folder.path,
         size=chosen,
         steps=num_steps(chosen, steps=steps, tokens=tokens),
-        arms=choose_arms(all_arms(chosen, folder), arms),
+        variants=choose_variants(all_variants(chosen, folder), variants),
         seeds=tuple(range(1, seeds + 1)),
     )
     return plan, folder
 
 
 def _study(
-    run: "Callable[[Plan, TokenizedDataset, Path, Progress, str], dict[str, Any]]",
-    plan: "Plan",
+    run: "Callable[[StudyPlan, TokenizedDataset, Path, Progress, str], dict[str, Any]]",
+    plan: "StudyPlan",
     folder: "TokenizedDataset",
     output: _Output,
 ) -> None:
@@ -247,7 +249,7 @@ def _study(
 
         return describe(plan, folder, progress, as_json=output.as_json)
     require_matplotlib()
-    # Hours of training come before they are written.
+    # checked before hours of training
     check_page(output.out / "report.md", "--out")
     if page is not None:
         check_page(page, "--page")
@@ -265,11 +267,11 @@ def _study(
     return None
 
 
-def _command(plan: "Plan") -> str:
-    """How to run the same again; names of folders instead of places on this machine."""
-    words = ["lowlat", "study", plan.kind, "--data", plan.data.name, "--out", "FOLDER"]
+def _command(plan: "StudyPlan") -> str:
+    """The command that repeats the study, without local paths."""
+    words = ["lowlat-lab", "study", plan.kind, "--data", plan.data.name, "--out", "FOLDER"]
     words += ["--size", plan.size.name, "--steps", str(plan.steps)]
     words += ["--seeds", str(len(plan.seeds))]
     if plan.kind != "mtp":
-        words += ["--arms", ",".join(arm.name for arm in plan.arms)]
+        words += ["--variants", ",".join(variant.name for variant in plan.variants)]
     return shlex.join(words)

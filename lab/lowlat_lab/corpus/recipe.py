@@ -71,7 +71,7 @@ class Source(_Table):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of the archive."""
     bytes: Annotated[int, Field(ge=1)]
-    """Size of the archive, for the progress display."""
+    """StudySize of the archive, for the progress display."""
     licence: Licence
     """Under what terms the text may be used."""
     members: Annotated[tuple[Text, ...], Field(min_length=1)]

@@ -1,6 +1,6 @@
-"""The arms of `lowlat study attention`: forms of attention at one number of parameters.
+"""`lowlat-lab study attention`: attention variants at equal parameters.
 
-Owns their sizes. Heads and head width are the same everywhere; what attention saves, the MLP gets.
+Heads and head width are equal; an MLP width per variant equalises the parameters.
 """
 
 from collections.abc import Sequence
@@ -15,63 +15,63 @@ from lowlat.data.dataset import TokenizedDataset
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 from lowlat_lab.study.decode import Speed, decode_speeds
-from lowlat_lab.study.plan import Arm, Plan, config_of, model_table
+from lowlat_lab.study.plan import StudyPlan, Variant, config_of, model_table
 from lowlat_lab.study.report import Report, make_report
-from lowlat_lab.study.run import Ran, model_folder, run_all
-from lowlat_lab.study.sizes import Size
+from lowlat_lab.study.run import RunResult, model_folder, run_all
+from lowlat_lab.study.sizes import StudySize
 
 TOLERANCE = 0.01
-"""Most that the parameters beside the embedding may differ from the baseline's."""
+"""Largest difference of non-embedding parameters from the baseline's."""
 
-LATER = ("gla-2", "gta-4", "tpa")
-"""Forms published after MLA."""
+AFTER_MLA = ("gla-2", "gta-4", "tpa")
+"""Variants published after MLA."""
 NOT_BY_DEFAULT = ("gqa-4",)
-"""Arms that are run only where --arms names them."""
+"""Variants that run only if --variants names them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Matched:
-    """How an arm's parameters compare with the baseline's."""
+    """A variant's parameters compared with the baseline's."""
 
     parameters: int
-    """All of them; the embedding, which is the head too, counted once."""
+    """Total; the tied embedding counts once."""
     without_embedding: int
     """Of the layers."""
     difference: float
     """without_embedding over the baseline's, minus 1."""
     intermediate_size: int
-    """MLP width that was found."""
+    """MLP width."""
     cache_elements: int | float
-    """Cached per token and layer."""
+    """Elements per token and layer."""
     groups_equivalent: float
     """Groups of a GQA with the same cache."""
 
 
-def attention_arms(size: Size, vocab_size: int) -> tuple[Arm, ...]:
-    """All arms, MHA first. Raises UserError where no width brings an arm within TOLERANCE."""
+def attention_variants(size: StudySize, vocab_size: int) -> tuple[Variant, ...]:
+    """All variants, MHA first. Raises UserError if no MLP width brings one within TOLERANCE."""
     forms = _forms(size)
     target = _layers(size, forms["mha"][1], size.intermediate_size, vocab_size)
-    arms = []
+    variants = []
     for name, (label, form) in forms.items():
         width = _width(size, form, vocab_size, target)
-        arms.append(Arm(name=name, label=label, model=model_table(size, form, width)))
+        variants.append(Variant(name=name, label=label, model=model_table(size, form, width)))
         difference = _layers(size, form, width, vocab_size) / target - 1
         if abs(difference) > TOLERANCE:
             raise UserError(
                 f"--size {size.name}: no MLP width brings {label} within {TOLERANCE:.0%} of MHA's "
                 f"parameters ({difference:+.1%}); choose a larger size"
             )
-    return tuple(arms)
+    return tuple(variants)
 
 
-def usual(arms: Sequence[Arm]) -> tuple[Arm, ...]:
-    """Those of `arms` that are run where none are named."""
-    return tuple(arm for arm in arms if arm.name not in NOT_BY_DEFAULT)
+def usual(variants: Sequence[Variant]) -> tuple[Variant, ...]:
+    """The variants that run by default."""
+    return tuple(variant for variant in variants if variant.name not in NOT_BY_DEFAULT)
 
 
-def matched(arm: Arm, baseline: Arm, vocab_size: int) -> Matched:
-    """The parameters of `arm` beside those of `baseline`, counted."""
-    config, other = config_of(arm.model, vocab_size), config_of(baseline.model, vocab_size)
+def matched(variant: Variant, baseline: Variant, vocab_size: int) -> Matched:
+    """Compare the parameters of `variant` and `baseline`."""
+    config, other = config_of(variant.model, vocab_size), config_of(baseline.model, vocab_size)
     count, base = count_parameters(config), count_parameters(other)
     cost = kv_cache_size(config)
     return Matched(
@@ -84,8 +84,8 @@ def matched(arm: Arm, baseline: Arm, vocab_size: int) -> Matched:
     )
 
 
-def _forms(size: Size) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Label and [model.attention] of every arm.
+def _forms(size: StudySize) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Label and [model.attention] table of every variant.
 
     MLA's latent and key are the paper's 4 d_h and d_h / 2, which is the cache of GQA with 2.25
     groups; GLA-2 has the same in two latents, GTA-4 in four tied states (arXiv 2505.21487). TPA has
@@ -123,53 +123,53 @@ def _forms(size: Size) -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
-def _layers(size: Size, form: dict[str, Any], width: int, vocab_size: int) -> int:
-    """Parameters beside the embedding with an MLP of `width`."""
+def _layers(size: StudySize, form: dict[str, Any], width: int, vocab_size: int) -> int:
+    """Non-embedding parameters with an MLP of `width`."""
     count = count_parameters(config_of(model_table(size, form, width), vocab_size))
     return count.total - count.embedding
 
 
-def _width(size: Size, form: dict[str, Any], vocab_size: int, target: int) -> int:
-    """The MLP width, a multiple of width_step, whose parameters come nearest to `target`."""
+def _width(size: StudySize, form: dict[str, Any], vocab_size: int, target: int) -> int:
+    """The MLP width, a multiple of width_step, with the parameters nearest to `target`."""
     step = size.width_step
     first, second = (_layers(size, form, width, vocab_size) for width in (step, 2 * step))
     return max(1, 1 + round((target - first) / (second - first))) * step
 
 
 def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
-    """What is compared, of the arms `names`: the steps of the claim, all others with MHA, and what
-    came after MLA with MLA.
+    """Pairs to compare: those of DeepSeek-V2's claim MLA >= MHA > GQA > MQA, every other variant
+    with MHA, and those published after MLA with MLA.
     """
     gqa = grouped(names)
     wanted = [("mla", "mha"), ("mha", gqa), (gqa, "mqa"), ("mla", gqa)]
     wanted += [(name, "mha") for name in names if name not in ("mha", "mla")]
-    wanted += [(name, "mla") for name in LATER]
+    wanted += [(name, "mla") for name in AFTER_MLA]
     there = [pair for pair in wanted if set(pair) <= set(names)]
     return list({frozenset(pair): pair for pair in reversed(there)}.values())[::-1]
 
 
 def grouped(names: Sequence[str]) -> str:
-    """The GQA that stands for GQA in the claim: that whose cache is MLA's, if it is there."""
+    """The GQA of the claim: preferably the one whose cache size is MLA's."""
     return next((name for name in ("gqa-2", "gqa-4") if name in names), "")
 
 
 def study(
-    plan: Plan, data: TokenizedDataset, out: Path, progress: Progress, command: str
+    plan: StudyPlan, data: TokenizedDataset, out: Path, progress: Progress, command: str
 ) -> Report:
-    """Run all of it, or what is left of it, and report."""
+    """Run or resume the study, and report."""
     ran = run_all(plan, data, out, progress)
-    names = [arm.name for arm in plan.arms]
+    names = [variant.name for variant in plan.variants]
     report = make_report(plan, data, ran, command=command, pairs=pairs_of(names))
     speeds, reason = _speeds(plan, data, out, ran, progress)
     if reason is not None:
-        report["failures"].append({"arm": "all", "seed": None, "reason": f"decoding: {reason}"})
+        report["failures"].append({"variant": "all", "seed": None, "reason": f"decoding: {reason}"})
     base = speeds.get(plan.baseline.name)
-    for arm, entry in zip(plan.arms, report["arms"], strict=True):
-        config = config_of(arm.model, data.vocab_size)
-        entry |= asdict(matched(arm, plan.baseline, data.vocab_size))
+    for variant, entry in zip(plan.variants, report["variants"], strict=True):
+        config = config_of(variant.model, data.vocab_size)
+        entry |= asdict(matched(variant, plan.baseline, data.vocab_size))
         entry["form"] = short_name(config.attention)
         entry["cache_bytes_per_token"] = kv_cache_size(config).own_bytes_per_token("bf16")
-        speed = speeds.get(arm.name)
+        speed = speeds.get(variant.name)
         if speed is not None:
             entry["decode"] = asdict(speed) | {
                 "tokens_per_second": speed.median,
@@ -179,16 +179,18 @@ def study(
 
 
 def _speeds(
-    plan: Plan, data: TokenizedDataset, out: Path, ran: Sequence[Ran], progress: Progress
+    plan: StudyPlan, data: TokenizedDataset, out: Path, ran: Sequence[RunResult], progress: Progress
 ) -> tuple[dict[str, Speed], str | None]:
-    """Decoding of each arm's first finished model; or the reason why it could not be timed."""
+    """Decoding speed of each variant's first finished model, or the reason of a failure."""
     models: dict[str, Path] = {}
     for run in sorted(ran, key=lambda run: run.seed):
         if run.result is not None:
-            models.setdefault(run.arm, model_folder(out, run.arm, run.seed))
+            models.setdefault(run.variant, model_folder(out, run.variant, run.seed))
     if not models:
         return {}, None
-    order = {arm.name: models[arm.name] for arm in plan.arms if arm.name in models}
+    order = {
+        variant.name: models[variant.name] for variant in plan.variants if variant.name in models
+    }
     context = plan.size.decode_context
     try:
         return decode_speeds(order, data, context=context, progress=progress), None

@@ -1,7 +1,4 @@
-"""How fast the trained models generate with a long context, all in turn.
-
-Owns the rounds. Every model answers through the engine, as users have it.
-"""
+"""Decoding speed of the trained models at a long context, rounds interleaved."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -25,7 +22,7 @@ NEW_TOKENS = 64
 
 @dataclass(kw_only=True, slots=True)
 class Speed:
-    """One arm's decoding."""
+    """One variant's decoding."""
 
     context: int
     """Tokens in the cache at the first step."""
@@ -47,7 +44,7 @@ class Speed:
 def decode_speeds(
     models: Mapping[str, Path], data: TokenizedDataset, *, context: int, progress: Progress
 ) -> dict[str, Speed]:
-    """Tokens per second of each model of `models`, bf16 weights and cache, by arm.
+    """Tokens per second of each model of `models`, bf16 weights and cache, by variant.
 
     The prompt is `context` tokens of held-out text (again from its beginning where it is shorter).
     """

@@ -1,4 +1,4 @@
-"""`--dry-run` of a study: arms, parameters and time, nothing kept. Owns the output."""
+"""`--dry-run` of a study: variants, parameters and estimated time."""
 
 import json
 from typing import Any
@@ -14,50 +14,53 @@ from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.metrics.formatting import clock, count
 from lowlat.utils.progress import Progress
 from lowlat_lab.study.estimate import estimate
-from lowlat_lab.study.plan import Plan, config_of
+from lowlat_lab.study.plan import StudyPlan, config_of
 
 
-def describe(plan: Plan, data: TokenizedDataset, progress: Progress, *, as_json: bool) -> None:
-    """Print what the study would be; the time is that of a few steps of every arm, tried now."""
+def describe(plan: StudyPlan, data: TokenizedDataset, progress: Progress, *, as_json: bool) -> None:
+    """Print the plan; the time is estimated from a few steps of every variant."""
     found = estimate(plan, progress)
-    arms: list[dict[str, Any]] = [
-        {**arm_facts(plan, place, data.vocab_size), "step_seconds": found.step_seconds[arm.name]}
-        for place, arm in enumerate(plan.arms)
+    variants: list[dict[str, Any]] = [
+        {
+            **variant_facts(plan, place, data.vocab_size),
+            "step_seconds": found.step_seconds[variant.name],
+        }
+        for place, variant in enumerate(plan.variants)
     ]
     if as_json:
         facts = {"steps": plan.steps, "tokens": plan.tokens, "seeds": list(plan.seeds)}
-        print(json.dumps(facts | {"arms": arms, "seconds": found.seconds}, indent=2))
+        print(json.dumps(facts | {"variants": variants, "seconds": found.seconds}, indent=2))
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("", "attention", "parameters", "of layers", "MLP", "cache", "s/step"):
         table.add_column(heading, justify="left" if heading in ("", "attention") else "right")
-    for arm in arms:
+    for variant in variants:
         table.add_row(
-            arm["label"],
-            arm["attention"],
-            count(arm["parameters"]),
-            f"{arm['difference']:+.2%}",
-            str(arm["intermediate_size"]),
-            str(arm["cache_elements"]),
-            f"{arm['step_seconds']:.2f}",
+            variant["label"],
+            variant["attention"],
+            count(variant["parameters"]),
+            f"{variant['difference']:+.2%}",
+            str(variant["intermediate_size"]),
+            str(variant["cache_elements"]),
+            f"{variant['step_seconds']:.2f}",
         )
     console = Console()
     console.print(table)
     console.print(
         f"{len(plan.runs)} runs of {plan.steps:,} steps, {count(plan.tokens)} tokens each: about "
-        f"{clock(found.seconds)} at the speed of this moment",
+        f"{clock(found.seconds)} at the current speed",
         highlight=False,
     )
 
 
-def arm_facts(plan: Plan, place: int, vocab_size: int) -> dict[str, Any]:
-    """Sizes of an arm; difference: of the parameters beside the embedding from the baseline's."""
-    arm = plan.arms[place]
-    config, base = (config_of(each.model, vocab_size) for each in (arm, plan.baseline))
+def variant_facts(plan: StudyPlan, place: int, vocab_size: int) -> dict[str, Any]:
+    """Sizes of a variant; difference: of non-embedding parameters from the baseline's."""
+    variant = plan.variants[place]
+    config, base = (config_of(each.model, vocab_size) for each in (variant, plan.baseline))
     own, other = count_parameters(config), count_parameters(base)
     return {
-        "name": arm.name,
-        "label": arm.label,
+        "name": variant.name,
+        "label": variant.label,
         "attention": short_name(config.attention),
         "parameters": own.total,
         "mtp_parameters": own.mtp,

@@ -1,4 +1,4 @@
-"""How long a study will take here, from a few steps of every arm. Owns the estimate."""
+"""Duration estimate of a study, from a few steps of every variant."""
 
 import tempfile
 from contextlib import closing
@@ -11,17 +11,17 @@ from lowlat.train.metrics.metrics_log import MetricsLog
 from lowlat.train.metrics.record import EvalRecord, StepRecord
 from lowlat.train.run.trainer import Trainer
 from lowlat.utils.progress import Progress
-from lowlat_lab.study.plan import Arm, Plan
+from lowlat_lab.study.plan import StudyPlan, Variant
 
 STEPS = 4
-"""Steps that are tried; the quickest counts."""
+"""Steps to time; the fastest counts."""
 EVALUATION = 0.5
 """Time of a held-out token over that of a training token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """Seconds by arm."""
+    """Seconds by variant."""
 
     step_seconds: dict[str, float]
     """Of one optimiser step."""
@@ -29,12 +29,12 @@ class Estimate:
     """Of the whole study: training and held-out losses, without decoding."""
 
 
-def estimate(plan: Plan, progress: Progress) -> Estimate:
-    """Train every arm for a moment, in a folder that goes again."""
+def estimate(plan: StudyPlan, progress: Progress) -> Estimate:
+    """Train every variant for a few steps, in a temporary folder."""
     found = {}
-    with progress.task("a few steps of each arm", len(plan.arms)) as task:
-        for arm in plan.arms:
-            found[arm.name] = _step_seconds(plan, arm)
+    with progress.task("a few steps of each variant", len(plan.variants)) as task:
+        for variant in plan.variants:
+            found[variant.name] = _step_seconds(plan, variant)
             task.advance()
     size = plan.size
     held_out = size.held_out_windows * size.sequence_length / size.tokens_per_step * EVALUATION
@@ -42,18 +42,18 @@ def estimate(plan: Plan, progress: Progress) -> Estimate:
     return Estimate(step_seconds=found, seconds=runs * (plan.steps + held_out))
 
 
-def _step_seconds(plan: Plan, arm: Arm) -> float:
+def _step_seconds(plan: StudyPlan, variant: Variant) -> float:
     short = replace(plan, steps=STEPS)
     log = _StepTimes()
     with tempfile.TemporaryDirectory() as folder, RunFolder(Path(folder) / "run") as run:
         with closing(log):
-            Trainer(short.recipe(arm, plan.seeds[0]), run, log, base=Path("/")).run()
+            Trainer(short.recipe(variant, plan.seeds[0]), run, log, base=Path("/")).run()
     return min(log.seconds)
 
 
 @final
 class _StepTimes(MetricsLog):
-    """Keeps how long steps take."""
+    """Records step durations."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

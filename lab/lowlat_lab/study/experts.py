@@ -1,15 +1,15 @@
-"""The model of the studies of balancing, MTP and precision, DeepSeek-V3's form. Owns its sizes."""
+"""Model of the balance, MTP and precision studies: a small DeepSeek-V3 with MLA and experts."""
 
 from typing import Any
 
 from lowlat_lab.study.plan import model_table
-from lowlat_lab.study.sizes import Size
+from lowlat_lab.study.sizes import StudySize
 
 EXPERTS = 16
 CHOSEN = 4
 
 
-def expert_table(size: Size, *, mtp: int) -> dict[str, Any]:
+def expert_table(size: StudySize, *, mtp: int) -> dict[str, Any]:
     """The [model] table: MLA, a dense layer, then layers of experts, `mtp` MTP modules."""
     width = size.head_dim
     attention = {

@@ -1,4 +1,4 @@
-"""Where a study ran, as its report says it."""
+"""Machine and versions in a study report."""
 
 import os
 import platform

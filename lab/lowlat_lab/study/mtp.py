@@ -1,6 +1,6 @@
-"""`lowlat study mtp`: the same main model trained with a multi-token prediction module and without.
+"""`lowlat-lab study mtp`: one main model trained with and without a multi-token prediction module.
 
-Owns its arms and what is reported besides the loss: how often a draft is kept.
+Reports the acceptance rate of the module's draft tokens.
 """
 
 from dataclasses import asdict
@@ -13,38 +13,38 @@ from lowlat.train.recipe.schema import Recipe
 from lowlat.utils.progress import Progress
 from lowlat_lab.study.experts import expert_table
 from lowlat_lab.study.measure import drafts
-from lowlat_lab.study.plan import Arm, Plan, config_of
+from lowlat_lab.study.plan import StudyPlan, Variant, config_of
 from lowlat_lab.study.report import DRAFT_KEYS, Report, make_report
 from lowlat_lab.study.run import run_all
-from lowlat_lab.study.sizes import Size
+from lowlat_lab.study.sizes import StudySize
 from lowlat_lab.study.statistics import interval
 
 DRAFT_WINDOWS = 64
-"""Windows of held-out text on which drafts are judged."""
+"""Held-out windows for the acceptance rate."""
 
 
-def mtp_arms(size: Size) -> tuple[Arm, ...]:
+def mtp_variants(size: StudySize) -> tuple[Variant, ...]:
     """Without a module first, then with one."""
     return (
-        Arm(name="off", label="without MTP", model=expert_table(size, mtp=0)),
-        Arm(name="on", label="with MTP", model=expert_table(size, mtp=1)),
+        Variant(name="off", label="without MTP", model=expert_table(size, mtp=0)),
+        Variant(name="on", label="with MTP", model=expert_table(size, mtp=1)),
     )
 
 
 def study(
-    plan: Plan, data: TokenizedDataset, out: Path, progress: Progress, command: str
+    plan: StudyPlan, data: TokenizedDataset, out: Path, progress: Progress, command: str
 ) -> Report:
-    """Run all of it, or what is left of it, and report."""
+    """Run or resume the study, and report."""
 
-    def judged(folder: Path, recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    def measure_drafts(folder: Path, recipe: Recipe, progress: Progress) -> dict[str, Any]:
         length = recipe.phase[0].sequence_length
         with progress.task("drafts"):
             return asdict(drafts(folder, data, length=length, windows=DRAFT_WINDOWS))
 
-    ran = run_all(plan, data, out, progress, also=judged)
+    ran = run_all(plan, data, out, progress, also=measure_drafts)
     report = make_report(plan, data, ran, command=command)
-    for arm, entry in zip(plan.arms, report["arms"], strict=True):
-        count = count_parameters(config_of(arm.model, data.vocab_size))
+    for variant, entry in zip(plan.variants, report["variants"], strict=True):
+        count = count_parameters(config_of(variant.model, data.vocab_size))
         entry |= {"parameters": count.total, "active": count.active, "mtp_parameters": count.mtp}
         for key in (*DRAFT_KEYS, "mtp_losses"):
             values = [run[key][0] for run in entry["runs"] if run[key]]

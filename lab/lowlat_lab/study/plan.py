@@ -1,7 +1,6 @@
-"""What a study is: arms that differ in one thing, seeds, data, and the recipe of every run.
+"""Study plan: variants, seeds, data, and the training recipe of every run.
 
-Owns the way from an arm and a seed to a Recipe. Running is `run`'s; which arms there are say
-`attention`, `balance`, `mtp` and `precision`.
+The variants are defined in `attention`, `balance`, `mtp` and `precision`.
 """
 
 from collections.abc import Sequence
@@ -14,30 +13,30 @@ from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.inputs.configs import base_config
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.utils.errors import UserError
-from lowlat_lab.study.sizes import Size
+from lowlat_lab.study.sizes import StudySize
 
 OPTIMIZER = "muon"
-"""Learns several times more than AdamW from so few tokens."""
+"""Muon: learns several times more than AdamW from so few tokens."""
 WARM_UP = 0.06
-"""Share of the steps in which the learning rate rises."""
+"""Share of warm-up steps."""
 FALL = 0.4
-"""Share of the steps in which it falls."""
+"""Share of decay steps."""
 LAST_RATE = 0.05
 """Learning rate at the end, over its peak."""
-SAVES = 8
-"""Checkpoints of a run, so that a killed study loses little."""
+CHECKPOINTS = 8
+"""Training checkpoints of a run."""
 SPARE_CONTEXT = 256
-"""Positions beyond the longest context that is measured."""
+"""Spare positions beyond the longest measured context."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Arm:
-    """One of the things that are compared."""
+class Variant:
+    """One of the models or settings that a study compares."""
 
     name: str
-    """Of its folder and on the command line."""
+    """Name of its folder, and on the command line."""
     label: str
-    """In tables and pictures."""
+    """Label in tables and plots."""
     model: dict[str, Any]
     """The [model] table of its recipe."""
     sequence_weight: float = 1e-4
@@ -45,37 +44,37 @@ class Arm:
     bias_update_speed: float = 1e-3
     """Gamma of the routing bias; without effect in dense models."""
     precision: str = "bf16"
-    """Of the products, as recipes have it."""
+    """Precision of matrix products, as in recipes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """A study before it is run."""
+class StudyPlan:
+    """Variants, seeds, data and size of a study."""
 
     kind: str
     """attention, balance, mtp or precision."""
     data: Path
     """Token folder, absolute."""
-    size: Size
+    size: StudySize
     steps: int
     """Optimiser steps of every run."""
-    arms: tuple[Arm, ...]
-    """The first is what the others are compared with."""
+    variants: tuple[Variant, ...]
+    """The first is the baseline."""
     seeds: tuple[int, ...]
 
     @property
-    def baseline(self) -> Arm:
-        return self.arms[0]
+    def baseline(self) -> Variant:
+        return self.variants[0]
 
     @property
-    def runs(self) -> list[tuple[Arm, int]]:
-        """Every run in its order: all arms of a seed before the next seed, each time beginning
-        with another arm, so that whatever the machine does meets all arms alike.
+    def runs(self) -> list[tuple[Variant, int]]:
+        """Every run in order: all variants of a seed before the next seed, each time starting with
+        another variant, so that disturbances of the machine affect all variants alike.
         """
         found = []
         for place, seed in enumerate(self.seeds):
-            turn = place % len(self.arms)
-            found += [(arm, seed) for arm in (*self.arms[turn:], *self.arms[:turn])]
+            turn = place % len(self.variants)
+            found += [(variant, seed) for variant in (*self.variants[turn:], *self.variants[:turn])]
         return found
 
     @property
@@ -83,12 +82,14 @@ class Plan:
         """Input tokens of a run."""
         return self.steps * self.size.tokens_per_step
 
-    def recipe(self, arm: Arm, seed: int) -> Recipe:
-        """The recipe of one run; `seed` decides weights and order of the data."""
-        return parse_recipe(self.raw_recipe(arm, seed), origin=f"study {self.kind}, arm {arm.name}")
+    def recipe(self, variant: Variant, seed: int) -> Recipe:
+        """The recipe of one run; `seed` sets initial weights and data order."""
+        return parse_recipe(
+            self.raw_recipe(variant, seed), origin=f"study {self.kind}, variant {variant.name}"
+        )
 
-    def raw_recipe(self, arm: Arm, seed: int) -> dict[str, Any]:
-        """The same as TOML has it."""
+    def raw_recipe(self, variant: Variant, seed: int) -> dict[str, Any]:
+        """The recipe as a TOML table."""
         size, steps = self.size, self.steps
         warm_up, fall = max(1, round(steps * WARM_UP)), max(1, round(steps * FALL))
         peak = size.learning_rate
@@ -98,16 +99,16 @@ class Plan:
         if steps > warm_up:
             segments.append({"to": peak * LAST_RATE})
         return {
-            "name": f"{self.kind}-{arm.name}-{seed}",
+            "name": f"{self.kind}-{variant.name}-{seed}",
             "seed": seed,
-            "precision": arm.precision,
+            "precision": variant.precision,
             "data": {"folder": str(self.data)},
             "optimizer": {"name": OPTIMIZER},
-            "balance": {"sequence_weight": arm.sequence_weight},
-            "checkpoints": {"every_steps": max(1, -(-steps // SAVES))},
+            "balance": {"sequence_weight": variant.sequence_weight},
+            "checkpoints": {"every_steps": max(1, -(-steps // CHECKPOINTS))},
             "evaluation": {"every_steps": max(1, steps // 10), "sequences": 32},
             "log": {"tensorboard": False},
-            "model": arm.model,
+            "model": variant.model,
             "phase": [
                 {
                     "name": "train",
@@ -116,13 +117,15 @@ class Plan:
                     "batch_size": size.batch_size,
                     "micro_batch_size": size.micro_batch_size,
                     "learning_rate": segments,
-                    "bias_update_speed": arm.bias_update_speed,
+                    "bias_update_speed": variant.bias_update_speed,
                 }
             ],
         }
 
 
-def model_table(size: Size, attention: dict[str, Any], intermediate_size: int) -> dict[str, Any]:
+def model_table(
+    size: StudySize, attention: dict[str, Any], intermediate_size: int
+) -> dict[str, Any]:
     """The [model] table of a dense model of `size`."""
     return {
         "model_type": "lowlat",
@@ -139,7 +142,7 @@ def model_table(size: Size, attention: dict[str, Any], intermediate_size: int) -
 
 
 def config_of(model: dict[str, Any], vocab_size: int) -> ModelConfig:
-    """The model that a [model] table describes over data with `vocab_size` token ids."""
+    """The config of a [model] table with `vocab_size` tokens."""
     raw = {"name": "sizes", "model": model, "data": {"folder": "."}, "phase": [_ANY_PHASE]}
     return base_config(parse_recipe(raw, origin="study"), None, vocab_size, "study")
 
@@ -154,25 +157,24 @@ _ANY_PHASE = {
 }
 
 
-def choose_arms(arms: Sequence[Arm], names: str | None) -> tuple[Arm, ...]:
-    """The arms that `names` ('mha,mla') lists, in the order of `arms`; all for None.
+def choose_variants(variants: Sequence[Variant], names: str | None) -> tuple[Variant, ...]:
+    """The variants named in `names` ('mha,mla'), in the order of `variants`; None: all.
 
-    Raises UserError for an unknown name, and where the first, which the others are compared with,
-    is missing or alone.
+    Raises UserError for an unknown name, and if the baseline (the first) is missing or alone.
     """
     if names is None:
-        return tuple(arms)
+        return tuple(variants)
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    known = [arm.name for arm in arms]
+    known = [variant.name for variant in variants]
     for name in wanted:
         if name not in known:
-            raise UserError(f"--arms: '{name}' is unknown; choose from {', '.join(known)}")
+            raise UserError(f"--variants: '{name}' is unknown; choose from {', '.join(known)}")
     if known[0] not in wanted or len(set(wanted)) < 2:
-        raise UserError(f"--arms {names}: give {known[0]}, the baseline, and one more at least")
-    return tuple(arm for arm in arms if arm.name in wanted)
+        raise UserError(f"--variants {names}: give {known[0]}, the baseline, and one more at least")
+    return tuple(variant for variant in variants if variant.name in wanted)
 
 
-def num_steps(size: Size, *, steps: int | None, tokens: int | None) -> int:
+def num_steps(size: StudySize, *, steps: int | None, tokens: int | None) -> int:
     """Steps of a run: `steps`, or those that read about `tokens`, or the size's own.
 
     Raises UserError where both are given.
@@ -184,9 +186,9 @@ def num_steps(size: Size, *, steps: int | None, tokens: int | None) -> int:
     return size.steps if steps is None else steps
 
 
-def open_data(folder: Path, size: Size) -> TokenizedDataset:
-    """The tokenized dataset of a study. Raises UserError as TokenizedDataset, or where no documents
-    are held out to measure on.
+def open_data(folder: Path, size: StudySize) -> TokenizedDataset:
+    """The tokenized dataset of a study. Raises UserError as TokenizedDataset, or where no documents are
+    held out.
     """
     opened = TokenizedDataset.open(folder.resolve())
     least = size.sequence_length + 3

@@ -1,7 +1,4 @@
-"""A study as a picture. Owns what is drawn where; every figure is the report's.
-
-Points are named beside their colours.
-"""
+"""Plot of a study report: held-out losses and their differences from the baseline."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,8 +7,8 @@ from typing import Any
 from lowlat.train.metrics.formatting import count
 from lowlat.utils.errors import UserError
 from lowlat.utils.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE
-from lowlat_lab.study.findings import confidence
 from lowlat_lab.study.report import Report, find_comparison
+from lowlat_lab.study.statistics import confidence
 
 COLOURS = (BLACK, SKY, BLUE, ORANGE, RED, GREEN, PINK, GREY)
 MARKERS = "osDv^P*X"
@@ -23,9 +20,9 @@ LOADS = (
     (-0.1, "train_max_violations", "o", "last steps"),
     (0.1, "max_violations", "s", "held-out text"),
 )
-"""Place beside the arm, figure, marker and name of each kind of MaxVio."""
+"""Place beside the variant, figure, marker and name of each kind of MaxVio."""
 
-Arm = dict[str, Any]
+Variant = dict[str, Any]
 
 
 def require_matplotlib() -> None:
@@ -39,19 +36,19 @@ def draw(report: Report, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    arms = [arm for arm in report["arms"] if "loss" in arm]
+    variants = [variant for variant in report["variants"] if "loss" in variant]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         if report["study"] == "attention":
-            _over_cache(left, report, arms, differences=False)
-            _over_cache(right, report, arms, differences=True)
+            _over_cache(left, report, variants, differences=False)
+            _over_cache(right, report, variants, differences=True)
         else:
-            _in_rows(left, report, arms, differences=False)
+            _in_rows(left, report, variants, differences=False)
             if report["study"] == "balance":
-                _loads(right, arms)
+                _loads(right, variants)
             else:
-                _in_rows(right, report, arms, differences=True)
+                _in_rows(right, report, variants, differences=True)
         size = report["size"]
         figure.suptitle(
             f"{size['num_hidden_layers']} layers of {size['hidden_size']}, "
@@ -62,10 +59,10 @@ def draw(report: Report, path: Path) -> None:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _over_cache(axes: Any, report: Report, arms: list[Arm], *, differences: bool) -> None:
-    places = _beside_one_another(arms)
-    for index, (arm, place) in enumerate(zip(arms, places, strict=True)):
-        value = _value(report, arm, differences)
+def _over_cache(axes: Any, report: Report, variants: list[Variant], *, differences: bool) -> None:
+    places = _beside_one_another(variants)
+    for index, (variant, place) in enumerate(zip(variants, places, strict=True)):
+        value = _value(report, variant, differences)
         if value is None:
             continue
         colour = COLOURS[index % len(COLOURS)]
@@ -79,7 +76,7 @@ def _over_cache(axes: Any, report: Report, arms: list[Arm], *, differences: bool
             markersize=7,
         )
         axes.annotate(
-            arm["label"],
+            variant["label"],
             (place, value["mean"] + (value["half"] or 0.0)),
             xytext=(0, 8),
             textcoords="offset points",
@@ -90,10 +87,10 @@ def _over_cache(axes: Any, report: Report, arms: list[Arm], *, differences: bool
             va="bottom",
         )
         if not differences:
-            losses = [run["loss"] for run in arm["runs"]]
+            losses = [run["loss"] for run in variant["runs"]]
             axes.plot([place] * len(losses), losses, "_", color=colour, alpha=0.6, markersize=9)
     axes.set_xscale("log", base=2)
-    ticks = sorted({arm["cache_bytes_per_token"] for arm in arms})
+    ticks = sorted({variant["cache_bytes_per_token"] for variant in variants})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False, rotation=90)
     axes.minorticks_off()
     axes.margins(x=0.08, y=0.1)
@@ -103,9 +100,9 @@ def _over_cache(axes: Any, report: Report, arms: list[Arm], *, differences: bool
     _name(axes, report, differences)
 
 
-def _in_rows(axes: Any, report: Report, arms: list[Arm], *, differences: bool) -> None:
-    for index, arm in enumerate(arms):
-        value = _value(report, arm, differences)
+def _in_rows(axes: Any, report: Report, variants: list[Variant], *, differences: bool) -> None:
+    for index, variant in enumerate(variants):
+        value = _value(report, variant, differences)
         if value is not None:
             axes.errorbar(
                 index,
@@ -116,14 +113,14 @@ def _in_rows(axes: Any, report: Report, arms: list[Arm], *, differences: bool) -
                 capsize=3,
                 markersize=7,
             )
-    _arms_along(axes, arms)
+    _label_variants(axes, variants)
     _name(axes, report, differences)
 
 
-def _loads(axes: Any, arms: list[Arm]) -> None:
-    for index, arm in enumerate(arms):
+def _loads(axes: Any, variants: list[Variant]) -> None:
+    for index, variant in enumerate(variants):
         for shift, key, marker, name in LOADS:
-            value = arm[f"{key}_mean"]
+            value = variant[f"{key}_mean"]
             axes.errorbar(
                 index + shift,
                 value["mean"],
@@ -133,19 +130,19 @@ def _loads(axes: Any, arms: list[Arm]) -> None:
                 capsize=3,
                 label=None if index else name,
             )
-    _arms_along(axes, arms)
+    _label_variants(axes, variants)
     axes.set(ylabel="MaxVio, mean over layers", title="Balance: 0 is perfect")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
 
 
-def _arms_along(axes: Any, arms: list[Arm]) -> None:
-    axes.set_xticks(range(len(arms)), [arm["label"] for arm in arms])
-    axes.set_xlim(-0.5, len(arms) - 0.5)
+def _label_variants(axes: Any, variants: list[Variant]) -> None:
+    axes.set_xticks(range(len(variants)), [variant["label"] for variant in variants])
+    axes.set_xlim(-0.5, len(variants) - 0.5)
 
 
 def _name(axes: Any, report: Report, differences: bool) -> None:
-    base = report["arms"][0]["label"]
+    base = report["variants"][0]["label"]
     if differences:
         axes.axhline(0.0, color="black", linewidth=0.8, alpha=0.6)
         axes.set(ylabel="nats per token", title=f"Loss minus that of {base}, seed by seed")
@@ -153,19 +150,19 @@ def _name(axes: Any, report: Report, differences: bool) -> None:
         axes.set(ylabel="nats per token", title="Held-out loss")
 
 
-def _value(report: Report, arm: Arm, differences: bool) -> dict[str, Any] | None:
-    """What is drawn of an arm: its loss, or that minus the baseline's."""
+def _value(report: Report, variant: Variant, differences: bool) -> dict[str, Any] | None:
+    """What is drawn of an variant: its loss, or that minus the baseline's."""
     if not differences:
-        return arm["loss"]
-    if arm is report["arms"][0]:
+        return variant["loss"]
+    if variant is report["variants"][0]:
         return {"mean": 0.0, "half": None}
-    found = find_comparison(report, arm["name"], report["arms"][0]["name"])
+    found = find_comparison(report, variant["name"], report["variants"][0]["name"])
     return None if found is None else found["difference"]
 
 
-def _beside_one_another(arms: list[Arm]) -> list[float]:
+def _beside_one_another(variants: list[Variant]) -> list[float]:
     """Places on the axis: the first of equal cache at its own, the others to its right."""
-    sizes = [arm["cache_bytes_per_token"] for arm in arms]
+    sizes = [variant["cache_bytes_per_token"] for variant in variants]
     places = []
     for index, size in enumerate(sizes):
         same = [other for other in range(len(sizes)) if sizes[other] == size]

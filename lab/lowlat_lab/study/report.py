@@ -1,4 +1,4 @@
-"""A finished study as one JSON object. Owns its form; tables, pictures and pages read nothing else.
+"""Study report: one JSON object, from which tables, plots and pages are made.
 
 Losses are nats per token of the exported models on the same held-out windows.
 """
@@ -10,16 +10,16 @@ from datetime import UTC, datetime
 from typing import Any
 
 from lowlat.data.dataset import TokenizedDataset
-from lowlat_lab.study.findings import compare
+from lowlat_lab.study.comparison import compare
 from lowlat_lab.study.machine import describe
-from lowlat_lab.study.plan import Plan
-from lowlat_lab.study.run import Ran, Result
+from lowlat_lab.study.plan import StudyPlan
+from lowlat_lab.study.run import Result, RunResult
 from lowlat_lab.study.statistics import interval
 
 Report = dict[str, Any]
 
 DRAFT_KEYS = ("acceptance", "draft_hits", "main_hits")
-"""What the MTP study knows of a run besides."""
+"""Figures of a run that only the MTP study has."""
 RUN_KEYS = (
     "steps",
     "tokens",
@@ -35,21 +35,21 @@ RUN_KEYS = (
     "curve",
     *DRAFT_KEYS,
 )
-"""What a report keeps of every run."""
+"""Figures of a run in the report."""
 
 
 def make_report(
-    plan: Plan,
+    plan: StudyPlan,
     data: TokenizedDataset,
-    ran: Sequence[Ran],
+    ran: Sequence[RunResult],
     *,
     command: str,
     pairs: Sequence[tuple[str, str]] | None = None,
 ) -> Report:
-    """What all studies report: `pairs` are compared, by default every arm with the first; `command`
-    is how it was run.
+    """The report that all studies share. pairs: variants to compare, by default every variant with
+    the first. command: the command line.
     """
-    names = [arm.name for arm in plan.arms]
+    names = [variant.name for variant in plan.variants]
     if pairs is None:
         pairs = [(name, names[0]) for name in names[1:]]
     return {
@@ -72,23 +72,27 @@ def make_report(
         "held_out_windows": next(
             (len(run.result["window_losses"]) for run in ran if run.result is not None), 0
         ),
-        "arms": [arm_entry(plan, ran, arm.name, arm.label) for arm in plan.arms],
+        "variants": [
+            variant_entry(plan, ran, variant.name, variant.label) for variant in plan.variants
+        ],
         "comparisons": [item.as_json() for item in compare(ran, pairs, names)],
         "failures": [
-            {"arm": run.arm, "seed": run.seed, "reason": run.failure}
+            {"variant": run.variant, "seed": run.seed, "reason": run.failure}
             for run in ran
             if run.failure is not None
         ],
     }
 
 
-def arm_entry(plan: Plan, ran: Sequence[Ran], name: str, label: str) -> dict[str, Any]:
-    """One arm's figures over its finished runs; without `loss` where it has none."""
-    runs = {run.seed: run.result for run in ran if run.arm == name and run.result is not None}
+def variant_entry(
+    plan: StudyPlan, ran: Sequence[RunResult], name: str, label: str
+) -> dict[str, Any]:
+    """A variant's figures over its finished runs; without `loss` if there are none."""
+    runs = {run.seed: run.result for run in ran if run.variant == name and run.result is not None}
     base = {
         run.seed: run.result
         for run in ran
-        if run.arm == plan.baseline.name and run.result is not None
+        if run.variant == plan.baseline.name and run.result is not None
     }
     entry: dict[str, Any] = {
         "name": name,
@@ -108,26 +112,26 @@ def arm_entry(plan: Plan, ran: Sequence[Ran], name: str, label: str) -> dict[str
 
 
 def labels_of(report: Report) -> dict[str, str]:
-    """Labels by name of arm."""
-    return {arm["name"]: arm["label"] for arm in report["arms"]}
+    """Labels by variant name."""
+    return {variant["name"]: variant["label"] for variant in report["variants"]}
 
 
 def find_comparison(report: Report, left: str, right: str) -> dict[str, Any] | None:
-    """The comparison of two arms, if it was made, turned round where it was made the other way."""
+    """The comparison of two variants, if there is one, inverted if necessary."""
     for item in report["comparisons"]:
         if (item["left"], item["right"]) == (left, right):
             return item
         if (item["left"], item["right"]) == (right, left):
-            return _turned(item)
+            return _inverted(item)
     return None
 
 
-def _turned(item: dict[str, Any]) -> dict[str, Any]:
+def _inverted(item: dict[str, Any]) -> dict[str, Any]:
     other = {"lower": "higher", "higher": "lower"}
     verdicts = {key: other.get(item[key], item[key]) for key in ("verdict", "pooled_verdict")}
     difference = item["difference"] | {"mean": -item["difference"]["mean"]}
-    turned = {"left": item["right"], "right": item["left"], "difference": difference}
-    return item | turned | verdicts
+    inverted = {"left": item["right"], "right": item["left"], "difference": difference}
+    return item | inverted | verdicts
 
 
 def _kept(result: Result) -> dict[str, Any]:

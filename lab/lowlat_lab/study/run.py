@@ -1,9 +1,9 @@
-"""Runs every arm with every seed, each in its own folder, and goes on where it was stopped.
+"""Study runner: trains every variant with every seed, each in its own folder, and resumes.
 
-    OUT/ARM/seed-N/             a run's folder, as `lowlat train` makes it
-    OUT/ARM/seed-N/result.json  there once the run is trained and measured: it is not done again
+    OUT/VARIANT/seed-N/             run folder, as of `lowlat train`
+    OUT/VARIANT/seed-N/result.json  exists once the run is trained and measured
 
-Owns the order, what is kept, and that one run's failure leaves the others alone.
+A failed run does not stop the others.
 """
 
 import json
@@ -31,7 +31,7 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, Task
 from lowlat.utils.strict_json import parse_object
 from lowlat_lab.study.measure import measure
-from lowlat_lab.study.plan import Arm, Plan
+from lowlat_lab.study.plan import StudyPlan, Variant
 
 RESULT = "result.json"
 LAST_PART = 20
@@ -39,63 +39,65 @@ LAST_PART = 20
 
 Result = dict[str, Any]
 Measure = Callable[[Path, Recipe, Progress], dict[str, Any]]
-"""What a study measures besides: of the model in a folder, trained by a recipe."""
+"""Measures the model in a folder, trained by a recipe."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ran:
-    """What came of one run."""
+class RunResult:
+    """Result of one run."""
 
-    arm: str
+    variant: str
     seed: int
     result: Result | None
-    """As result.json holds it; None where the run failed."""
+    """Contents of result.json; None if the run failed."""
     failure: str | None = None
     """Why it failed, in one line."""
 
 
 class Stopped(KeyboardInterrupt):
-    """The study was asked to stop; what is done is kept."""
+    """The study was stopped by a signal; finished runs are kept."""
 
 
-def run_folder(out: Path, arm: Arm, seed: int) -> Path:
-    """Where a run lies."""
-    return out / arm.name / f"seed-{seed}"
+def run_folder(out: Path, variant: Variant, seed: int) -> Path:
+    """Path of a run folder."""
+    return out / variant.name / f"seed-{seed}"
 
 
 def run_all(
-    plan: Plan,
+    plan: StudyPlan,
     data: TokenizedDataset,
     out: Path,
     progress: Progress,
     *,
     also: Measure | None = None,
-) -> list[Ran]:
-    """Every run of `plan`, those already finished taken from their folders.
+) -> list[RunResult]:
+    """Every run of `plan`; finished runs are read from their folders.
 
-    also: measured of every trained model besides what all studies measure. Raises UserError, before
-    anything is trained, where `out` holds runs with other settings; Stopped on SIGINT or SIGTERM.
+    also: an additional measurement of every trained model. Raises UserError, before any training,
+    if `out` holds runs with other settings; Stopped on SIGINT or SIGTERM.
     """
     known = {
-        (arm.name, seed): read_result(run_folder(out, arm, seed), plan.recipe(arm, seed), data)
-        for arm, seed in plan.runs
+        (variant.name, seed): read_result(
+            run_folder(out, variant, seed), plan.recipe(variant, seed), data
+        )
+        for variant, seed in plan.runs
     }
     found = []
     with progress.task(f"{plan.kind} study", len(plan.runs)) as task:
-        for arm, seed in plan.runs:
-            result = known[arm.name, seed]
+        for variant, seed in plan.runs:
+            result = known[variant.name, seed]
             if result is None:
-                found.append(_attempt(plan, arm, seed, data, out, progress, also))
+                found.append(_attempt(plan, variant, seed, data, out, progress, also))
             else:
-                found.append(Ran(arm=arm.name, seed=seed, result=result))
+                found.append(RunResult(variant=variant.name, seed=seed, result=result))
             task.advance()
     return found
 
 
 def read_result(folder: Path, recipe: Recipe, data: TokenizedDataset) -> Result | None:
-    """The result in a run's folder; None where it is not finished.
+    """The result in a run folder; None if the run is not finished.
 
-    Raises UserError where it is of another recipe or other data, saying what differs.
+    Raises UserError, naming the differences, if its recipe or data are not those of `recipe`.
     """
     file = folder / RESULT
     if not file.is_file():
@@ -112,7 +114,7 @@ def read_result(folder: Path, recipe: Recipe, data: TokenizedDataset) -> Result 
 
 
 def identity(recipe: Recipe, data: TokenizedDataset) -> dict[str, Any]:
-    """What makes two runs the same: recipe and data, wherever the data lies."""
+    """Identity of a run: recipe and data fingerprint."""
     return recipe.model_dump(mode="json") | {"data": data.fingerprint}
 
 
@@ -133,42 +135,44 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def _attempt(
-    plan: Plan,
-    arm: Arm,
+    plan: StudyPlan,
+    variant: Variant,
     seed: int,
     data: TokenizedDataset,
     out: Path,
     progress: Progress,
     also: Measure | None,
-) -> Ran:
-    folder = run_folder(out, arm, seed)
+) -> RunResult:
+    folder = run_folder(out, variant, seed)
     try:
-        return Ran(
-            arm=arm.name, seed=seed, result=_run(plan, arm, seed, data, folder, progress, also)
+        return RunResult(
+            variant=variant.name,
+            seed=seed,
+            result=_run(plan, variant, seed, data, folder, progress, also),
         )
     except UserError as error:
         failure = str(error)
-    # Hours of other runs must not be lost to a fault in this one; the report tells it.
+    # one failure must not lose hours of other runs; the report lists it
     except Exception as error:
         traceback.print_exc()
         failure = f"{type(error).__name__}: {error}"
-    print(f"{arm.name}, seed {seed}: failed: {failure}", file=sys.stderr)
-    return Ran(arm=arm.name, seed=seed, result=None, failure=failure.splitlines()[0])
+    print(f"{variant.name}, seed {seed}: failed: {failure}", file=sys.stderr)
+    return RunResult(variant=variant.name, seed=seed, result=None, failure=failure.splitlines()[0])
 
 
 def _run(
-    plan: Plan,
-    arm: Arm,
+    plan: StudyPlan,
+    variant: Variant,
     seed: int,
     data: TokenizedDataset,
     folder: Path,
     progress: Progress,
     also: Measure | None,
 ) -> Result:
-    """Train, measure, write down; the saves go, since nothing goes on from them."""
-    recipe = plan.recipe(arm, seed)
+    """Train, measure, write the result, and remove the training checkpoints."""
+    recipe = plan.recipe(variant, seed)
     with RunFolder(folder) as run:
-        with progress.task(f"{arm.name}, seed {seed}", plan.steps) as task:
+        with progress.task(f"{variant.name}, seed {seed}", plan.steps) as task:
             log = FolderMetricsLog(
                 log=run.log,
                 tensorboard_folder=run.tensorboard,
@@ -176,7 +180,7 @@ def _run(
                 tensorboard_wanted=False,
             )
             with closing(log):
-                run.write_recipe(to_toml(plan.raw_recipe(arm, seed)))
+                run.write_recipe(to_toml(plan.raw_recipe(variant, seed)))
                 outcome = Trainer(recipe, run, log, base=Path("/"), origin=recipe.name).run()
         if outcome.model is None:
             raise Stopped
@@ -189,7 +193,7 @@ def _run(
         result |= {"standard_error": held_out.standard_error}
         if also is not None:
             result |= also(outcome.model, recipe, progress)
-        # As JSON reads it back, so that a fresh result and one from its file are the same.
+        # read back from JSON, so that fresh and stored results are equal
         text = json.dumps(result, allow_nan=False, indent=1)
         replace_file(folder / RESULT, text.encode() + b"\n")
         shutil.rmtree(run.checkpoints)
@@ -197,7 +201,7 @@ def _run(
 
 
 def _training(history: RunHistory) -> dict[str, Any]:
-    """What the log says about speed, the way of the loss, and the balance at the end."""
+    """Speed, loss curve and final expert load from the training log."""
     steps = history.steps
     last = steps[-max(1, len(steps) // LAST_PART) :]
     return {
@@ -215,14 +219,14 @@ def _training(history: RunHistory) -> dict[str, Any]:
     }
 
 
-def model_folder(out: Path, arm: str, seed: int) -> Path:
+def model_folder(out: Path, variant: str, seed: int) -> Path:
     """The trained model of a finished run."""
-    return out / arm / f"seed-{seed}" / MODEL_FOLDER
+    return out / variant / f"seed-{seed}" / MODEL_FOLDER
 
 
 @final
 class _TaskView(ProgressView):
-    """A run as one task among those of the study."""
+    """Shows a run as one progress task of the study."""
 
     def __init__(self, task: Task) -> None:
         self._task = task

@@ -1,4 +1,4 @@
-"""The sizes a study can be run at, by name. Owns numbers alone."""
+"""Model sizes and training lengths of studies, by name."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from lowlat.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Size:
+class StudySize:
     """How large the models of a study are and how long they train."""
 
     name: str
@@ -18,7 +18,7 @@ class Size:
     num_attention_heads: int
     """Query heads of every form of attention."""
     intermediate_size: int
-    """Width of the MLP beside MHA; other arms get what makes their parameters equal."""
+    """Width of the MLP beside MHA; other variants get what makes their parameters equal."""
     width_step: int
     """MLP widths are multiples of this."""
     moe_intermediate_size: int
@@ -49,7 +49,7 @@ class Size:
         return self.batch_size * self.sequence_length
 
 
-TINY = Size(
+TINY = StudySize(
     name="tiny",
     hidden_size=64,
     num_hidden_layers=2,
@@ -65,7 +65,7 @@ TINY = Size(
     held_out_windows=128,
     decode_context=1024,
 )
-SMALL = Size(
+SMALL = StudySize(
     name="small",
     hidden_size=128,
     num_hidden_layers=4,
@@ -81,7 +81,7 @@ SMALL = Size(
     learning_rate=8e-3,
     decode_context=8192,
 )
-MEDIUM = Size(
+MEDIUM = StudySize(
     name="medium",
     hidden_size=256,
     num_hidden_layers=8,
@@ -100,7 +100,7 @@ MEDIUM = Size(
 SIZES = {size.name: size for size in (TINY, SMALL, MEDIUM)}
 
 
-def find_size(name: str) -> Size:
+def find_size(name: str) -> StudySize:
     """The size called `name`. Raises UserError naming those there are."""
     if name not in SIZES:
         raise UserError(f"--size '{name}' is unknown; choose one of {', '.join(SIZES)}")

@@ -1,8 +1,4 @@
-"""Means and their confidence: Student's intervals of means, of paired differences, of differences
-with the spread pooled over all arms.
-
-Owns the arithmetic; which comparisons are made and what is said of them is `findings`'s.
-"""
+"""Confidence intervals: Student's t for means, paired differences and pooled variance."""
 
 import math
 import statistics
@@ -27,14 +23,19 @@ class Interval:
 
     mean: float
     half: float | None
-    """Half the width of the interval; None where there is one value only."""
+    """Half the width of the interval; None for a single value."""
     count: int
     """Values."""
 
     @property
     def is_separated(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return self.half is not None and abs(self.mean) > self.half
+
+
+def confidence() -> str:
+    """CONFIDENCE in text: '95 %'."""
+    return f"{CONFIDENCE:.0%}".replace("%", " %")
 
 
 def quantile(freedom: int) -> float:
@@ -58,17 +59,17 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def paired(left: Mapping[int, float], right: Mapping[int, float]) -> Interval | None:
-    """left - right over the seeds both have; None where there is none."""
+    """left - right over the common seeds; None if there are none."""
     differences = [left[seed] - right[seed] for seed in left if seed in right]
     return interval(differences) if differences else None
 
 
 def pooled_half(values: Mapping[str, Mapping[int, float]]) -> float | None:
-    """Half the 95 % interval of the difference of any two arms, with one spread estimated from all:
-    what remains of arms x seeds after the mean of each arm and each seed (randomised blocks).
+    """Half of the 95 % interval of the difference of any two variants, with one variance pooled
+    over all: the residuals of variants x seeds after the mean of each variant and each seed
+    (randomised blocks). Assumes equal variances.
 
-    Assumes that all arms scatter alike. Arms without all seeds are left out; None where fewer than
-    two arms or two seeds remain.
+    Variants with missing seeds are left out. None if fewer than two variants or two seeds remain.
     """
     seeds = sorted({seed for runs in values.values() for seed in runs})
     whole = [[runs[seed] for seed in seeds] for runs in values.values() if len(runs) == len(seeds)]

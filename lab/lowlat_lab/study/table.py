@@ -1,32 +1,32 @@
-"""A report in a terminal. Owns layout; every cell is `figures`'s."""
+"""A study report in a terminal."""
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from lowlat.train.metrics.formatting import count
-from lowlat_lab.study.figures import table_of
-from lowlat_lab.study.findings import confidence, sentence
-from lowlat_lab.study.report import Report, labels_of
+from lowlat_lab.study.cells import comparison_table, table_of
+from lowlat_lab.study.report import Report
+from lowlat_lab.study.statistics import confidence
 
 
 def show(report: Report, console: Console | None = None) -> None:
-    """Print what was run, the table, what was compared and what failed."""
+    """Print setting, results, comparisons and failures."""
     console = Console() if console is None else console
     console.print(heading(report), highlight=False, markup=False)
     console.print()
-    console.print(_table(report))
-    labels = labels_of(report)
-    for item in report["comparisons"]:
-        console.print(sentence(item, labels), highlight=False, markup=False)
-    if any("decode" in arm and not arm["decode"]["is_native"] for arm in report["arms"]):
-        console.print("* decoded by PyTorch, not by the native kernels", highlight=False)
+    console.print(_table(*table_of(report, narrow=True)))
+    console.print(_table(*comparison_table(report)))
+    if any(
+        "decode" in variant and not variant["decode"]["is_native"] for variant in report["variants"]
+    ):
+        console.print("* decoded without native kernels", highlight=False)
     for failure in report["failures"]:
         console.print(failure_text(failure), style="red", highlight=False, markup=False)
 
 
 def heading(report: Report) -> str:
-    """What was run, in two lines."""
+    """The setting, in two lines."""
     size, data = report["size"], report["data"]
     seeds = len(report["seeds"])
     return "\n".join(
@@ -43,14 +43,13 @@ def heading(report: Report) -> str:
 def failure_text(failure: dict[str, object]) -> str:
     """'mla, seed 2: failed: ...'."""
     seed = "" if failure["seed"] is None else f", seed {failure['seed']}"
-    return f"{failure['arm']}{seed}: failed: {failure['reason']}"
+    return f"{failure['variant']}{seed}: failed: {failure['reason']}"
 
 
-def _table(report: Report) -> Table:
-    headings, rows = table_of(report, narrow=True)
+def _table(headings: list[str], rows: list[list[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for place, heading in enumerate(headings):
-        wide = max(len(row[place]) for row in rows)
+        wide = max((len(row[place]) for row in rows), default=0)
         table.add_column(heading, justify="right" if place else "left", min_width=wide)
     for row in rows:
         table.add_row(*row)

@@ -340,7 +340,7 @@ def parse_recipe(raw: dict[str, Any], *, origin: str) -> Recipe:
     """`raw` as a Recipe; errors name `origin` and the key."""
     if "source" in raw and "phase" not in raw:
         what = "is a recipe for text, not for a training"
-        raise UserError(f"{origin}: {what}; lowlat data collect {origin} FOLDER")
+        raise UserError(f"{origin}: {what}; lowlat-lab collect {origin} FOLDER")
     raw = _tuples(raw)
     try:
         return Recipe.model_validate(raw)

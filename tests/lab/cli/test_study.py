@@ -1,4 +1,4 @@
-"""lowlat study: options, the dry run, exit codes."""
+"""lowlat-lab study: options, the dry run, exit codes."""
 
 import json
 from collections.abc import Callable
@@ -26,15 +26,15 @@ def tokens(make_folder: Make) -> str:
     return str(make_folder(texts(90), held_out=texts(20)).path)
 
 
-def test_dry_run_leaves_nothing_behind(lowlat: Invoke, tokens: str, tmp_path: Path) -> None:
+def test_dry_run_leaves_nothing_behind(lowlat_lab: Invoke, tokens: str, tmp_path: Path) -> None:
     out = tmp_path / "runs"
     arguments = ("--data", tokens, "--out", str(out), "--size", "tiny", "--dry-run", "--quiet")
-    result = lowlat("study", "mtp", *arguments, "--seeds", "2", "--json")
+    result = lowlat_lab("study", "mtp", *arguments, "--seeds", "2", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["seeds"] == [1, 2] and found["steps"] == 30 and found["seconds"] > 0
-    assert [arm["mtp_parameters"] > 0 for arm in found["arms"]] == [False, True]
-    assert found["arms"][0]["parameters"] == found["arms"][1]["parameters"]
+    assert [variant["mtp_parameters"] > 0 for variant in found["variants"]] == [False, True]
+    assert found["variants"][0]["parameters"] == found["variants"][1]["parameters"]
     assert not out.exists()
 
 
@@ -42,38 +42,40 @@ def test_dry_run_leaves_nothing_behind(lowlat: Invoke, tokens: str, tmp_path: Pa
     ("arguments", "reason"),
     [
         (("--size", "huge"), "--size 'huge' is unknown"),
-        (("--arms", "mha,x"), "--arms: 'x' is unknown"),
+        (("--variants", "mha,x"), "--variants: 'x' is unknown"),
         (("--steps", "3", "--tokens", "5"), "give one of them"),
         (("--size", "tiny", "--page", "page.html"), "give a file that ends in .md"),
     ],
 )
 def test_faults(
-    lowlat: Invoke, tokens: str, tmp_path: Path, arguments: tuple[str, ...], reason: str
+    lowlat_lab: Invoke, tokens: str, tmp_path: Path, arguments: tuple[str, ...], reason: str
 ) -> None:
     common = ("--data", tokens, "--out", str(tmp_path / "runs"))
-    result = lowlat("study", "attention", *common, *arguments)
+    result = lowlat_lab("study", "attention", *common, *arguments)
     assert result.exit_code != 0 and reason in str(result.exception)
 
 
 @pytest.mark.parametrize("option", ["--out", "--page"])
 def test_places_that_take_nothing_are_told_before_training(
-    lowlat: Invoke, tokens: str, tmp_path: Path, option: str
+    lowlat_lab: Invoke, tokens: str, tmp_path: Path, option: str
 ) -> None:
     (tmp_path / "file").touch()
     place = {"--out": str(tmp_path / "runs"), "--page": str(tmp_path / "page.md")}
     place[option] = str(tmp_path / "file" / "page.md")
     common = ("--data", tokens, "--size", "tiny", "--quiet", "--seeds", "1", "--steps", "2")
-    result = lowlat("study", "mtp", *common, *(word for pair in place.items() for word in pair))
+    result = lowlat_lab("study", "mtp", *common, *(word for pair in place.items() for word in pair))
     assert isinstance(result.exception, UserError)
     assert str(result.exception).startswith(f"{option}: {tmp_path / 'file'}")
     assert not list(tmp_path.glob("runs/*")) and not (tmp_path / "page.md").exists()
 
 
-def test_a_study_from_the_command_line(lowlat: Invoke, tokens: str, tmp_path: Path) -> None:
+def test_a_study_from_the_command_line(lowlat_lab: Invoke, tokens: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     page = tmp_path / "docs" / "mtp.md"
     common = ("--data", tokens, "--out", str(tmp_path / "runs"), "--size", "tiny", "--quiet")
-    result = lowlat("study", "mtp", *common, "--seeds", "1", "--steps", "2", "--page", str(page))
+    result = lowlat_lab(
+        "study", "mtp", *common, "--seeds", "1", "--steps", "2", "--page", str(page)
+    )
     assert result.exit_code == 0, result.output
     assert "with MTP" in result.stdout and str(page) in result.stderr
     assert "--steps 2 --seeds 1\n" in page.read_text()

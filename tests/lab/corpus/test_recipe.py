@@ -8,9 +8,10 @@ from lowlat_lab.corpus.recipe import read_corpus_recipe, split_package
 from lowlat.train.recipe.schema import read_recipe
 from lowlat.utils.errors import UserError
 
-RECIPES = Path(__file__).parents[3] / "recipes"
+ROOT = Path(__file__).parents[3]
+RECIPES = ROOT / "lab" / "recipes"
 SHIPPED = RECIPES / "corpus.toml"
-SOURCES = RECIPES.parent / "lowlat" / "models" / "minnow" / "SOURCES.md"
+SOURCES = ROOT / "lowlat" / "models" / "minnow" / "SOURCES.md"
 SOURCE = """
 name = "tiny"
 [[source]]
@@ -38,7 +39,7 @@ def test_the_shipped_recipe_is_valid_and_every_source_tells_its_licence() -> Non
 
 
 def test_the_healing_corpus_is_of_the_same_sources_and_wikipedia() -> None:
-    recipe = read_corpus_recipe(RECIPES / "heal-corpus.toml")
+    recipe = read_corpus_recipe(RECIPES / "recovery-corpus.toml")
     wikipedia, *others = recipe.source
     assert wikipedia.licence.name == "CC-BY-SA-3.0" and wikipedia.licence.holder
     known = {source.name: source for source in read_corpus_recipe(SHIPPED).source}
@@ -51,7 +52,7 @@ def test_the_healing_corpus_is_of_the_same_sources_and_wikipedia() -> None:
 def test_the_other_spelling_is_of_the_same_articles() -> None:
     (plain, *_), (spelled,) = (
         read_corpus_recipe(RECIPES / f"{name}.toml").source
-        for name in ("heal-corpus", "heal-wikitext")
+        for name in ("recovery-corpus", "recovery-wikitext")
     )
     assert spelled.wikitext
     assert spelled.about.startswith(plain.about.removesuffix("."))
@@ -125,7 +126,7 @@ def test_minnow_names_what_it_was_trained_on() -> None:
 
 def test_the_two_kinds_of_recipes_are_told_apart() -> None:
     """Each says which command the other is for."""
-    with pytest.raises(UserError, match=r"corpus.toml: is a recipe for text.*; lowlat data coll"):
+    with pytest.raises(UserError, match=r"corpus.toml: is a recipe for text.*; lowlat-lab coll"):
         read_recipe(SHIPPED)
     with pytest.raises(UserError, match=r"tiny.toml: is a recipe for a training.*; lowlat train"):
         read_corpus_recipe(RECIPES / "tiny.toml")

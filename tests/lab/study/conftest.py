@@ -4,16 +4,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from lowlat_lab.study.attention import attention_arms
-from lowlat_lab.study.plan import Plan
-from lowlat_lab.study.sizes import TINY, Size
+from lowlat_lab.study.attention import attention_variants
+from lowlat_lab.study.plan import StudyPlan
+from lowlat_lab.study.sizes import TINY, StudySize
 
 from lowlat.data.dataset import TokenizedDataset
 from tests.unit.data.conftest import Make, make_folder, texts
 
 __all__ = ["make_folder"]  # the fixture
 
-MakePlan = Callable[..., Plan]
+MakePlan = Callable[..., StudyPlan]
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def data(make_folder: Make) -> TokenizedDataset:
 
 
 @pytest.fixture
-def size() -> Size:
+def size() -> StudySize:
     return replace(
         TINY,
         sequence_length=13,
@@ -41,14 +41,19 @@ def size() -> Size:
 
 
 @pytest.fixture
-def make_plan(data: TokenizedDataset, size: Size) -> MakePlan:
+def make_plan(data: TokenizedDataset, size: StudySize) -> MakePlan:
     """A study of MHA and MLA with two seeds; `changes` replace fields."""
 
-    def make(**changes: object) -> Plan:
-        arms = attention_arms(size, data.vocab_size)
-        chosen = tuple(arm for arm in arms if arm.name in ("mha", "mla"))
-        plan = Plan(
-            kind="attention", data=data.path, size=size, steps=size.steps, arms=chosen, seeds=(1, 2)
+    def make(**changes: object) -> StudyPlan:
+        variants = attention_variants(size, data.vocab_size)
+        chosen = tuple(variant for variant in variants if variant.name in ("mha", "mla"))
+        plan = StudyPlan(
+            kind="attention",
+            data=data.path,
+            size=size,
+            steps=size.steps,
+            variants=chosen,
+            seeds=(1, 2),
         )
         return replace(plan, **changes)  # pyright: ignore[reportArgumentType]
 

@@ -1,17 +1,17 @@
-"""The arms: equal parameters, the caches the papers say, and which pairs are compared."""
+"""The variants: equal parameters, the caches the papers say, and which pairs are compared."""
 
 import pytest
-from lowlat_lab.study.attention import attention_arms, matched, pairs_of, usual
+from lowlat_lab.study.attention import attention_variants, matched, pairs_of, usual
 from lowlat_lab.study.sizes import SIZES
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_parameters_are_matched_and_caches_are_the_papers(name: str) -> None:
     size = SIZES[name]
-    arms = attention_arms(size, 8192)
-    found = {arm.name: matched(arm, arms[0], 8192) for arm in arms}
-    assert all(abs(arm.difference) < 0.01 for arm in found.values())
-    groups = {arm: sizes.groups_equivalent for arm, sizes in found.items()}
+    variants = attention_variants(size, 8192)
+    found = {variant.name: matched(variant, variants[0], 8192) for variant in variants}
+    assert all(abs(variant.difference) < 0.01 for variant in found.values())
+    groups = {variant: sizes.groups_equivalent for variant, sizes in found.items()}
     assert groups["mla"] == groups["gla-2"] == groups["gta-4"] == 2.25
     assert (groups["mha"], groups["gqa-2"], groups["mqa"]) == (8, 2, 1)
     heads, width = size.num_attention_heads, size.head_dim
@@ -20,7 +20,7 @@ def test_parameters_are_matched_and_caches_are_the_papers(name: str) -> None:
 
 
 def test_what_is_compared() -> None:
-    names = [arm.name for arm in usual(attention_arms(SIZES["tiny"], 263))]
+    names = [variant.name for variant in usual(attention_variants(SIZES["tiny"], 263))]
     assert names == ["mha", "gqa-2", "mqa", "mla", "gla-2", "gta-4", "tpa"]
     pairs = pairs_of(names)
     assert pairs[0] == ("mla", "mha") and ("gqa-2", "mqa") in pairs and ("tpa", "mla") in pairs

@@ -9,7 +9,7 @@ import pytest
 from lowlat_lab.study import run as module
 from lowlat_lab.study.decode import Speed, decode_speeds
 from lowlat_lab.study.measure import measure
-from lowlat_lab.study.plan import Plan
+from lowlat_lab.study.plan import StudyPlan
 from lowlat_lab.study.run import model_folder, run_all
 
 from lowlat.data.dataset import TokenizedDataset
@@ -17,7 +17,7 @@ from lowlat.train.recipe.schema import parse_recipe
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import SilentProgress
 
-MakePlan = Callable[..., Plan]
+MakePlan = Callable[..., StudyPlan]
 
 
 def refuse(*_arguments: Any, **_options: Any) -> None:
@@ -33,7 +33,7 @@ def test_a_study_is_run_once(
     folder = out / "mla" / "seed-2"
     assert not (folder / "saves").exists() and (folder / "model" / "config.json").is_file()
     kept = parse_recipe(tomllib.loads((folder / "recipe.toml").read_text()), origin="kept")
-    assert kept == plan.recipe(plan.arms[1], 2)
+    assert kept == plan.recipe(plan.variants[1], 2)
     monkeypatch.setattr(module, "Trainer", refuse)
     assert run_all(plan, data, out, SilentProgress()) == first
     with pytest.raises(UserError, match=r"mha.seed-1: holds a run of another study: .*steps was 4"):
@@ -49,8 +49,10 @@ def test_losses_are_those_the_trainer_finds(
         assert run.result is not None
         tokens, loss = run.result["curve"][-1]
         assert tokens == plan.tokens
-        recipe = plan.recipe(next(arm for arm in plan.arms if arm.name == run.arm), 1)
-        folder = model_folder(tmp_path / "out", run.arm, 1)
+        recipe = plan.recipe(
+            next(variant for variant in plan.variants if variant.name == run.variant), 1
+        )
+        folder = model_folder(tmp_path / "out", run.variant, 1)
         whole = measure(folder, recipe, most_windows=32, progress=SilentProgress())
         assert whole.loss == pytest.approx(loss, abs=5e-3)
         assert len(run.result["window_losses"]) == plan.size.held_out_windows
@@ -73,7 +75,7 @@ def test_a_failure_leaves_the_others_alone(
 
     monkeypatch.setattr(module, "measure", failing)
     first, second = run_all(plan, data, out, SilentProgress())
-    assert (first.arm, first.result) == ("mha", None)
+    assert (first.variant, first.result) == ("mha", None)
     assert first.failure == "RuntimeError: out of memory"
     assert second.result is not None and second.failure is None
     assert "mha, seed 1: failed" in capsys.readouterr().err
@@ -87,7 +89,9 @@ def test_decoding_takes_turns_and_goes_through_the_engine(
 ) -> None:
     plan = make_plan(seeds=(1,))
     run_all(plan, data, tmp_path / "out", SilentProgress())
-    models = {arm.name: model_folder(tmp_path / "out", arm.name, 1) for arm in plan.arms}
+    models = {
+        variant.name: model_folder(tmp_path / "out", variant.name, 1) for variant in plan.variants
+    }
     speeds = decode_speeds(models, data, context=29, progress=SilentProgress())
     assert list(speeds) == ["mha", "mla"]
     assert all(len(speed.rounds) == 5 and min(speed.rounds) > 0 for speed in speeds.values())

@@ -15,7 +15,7 @@ from lowlat.config.model import (
     QuantConfig,
     RopeConfig,
 )
-from lowlat.convert.exact import mla_config
+from lowlat.convert.parameters.exact_mla import mla_config
 from lowlat.model.transformer import Transformer
 
 

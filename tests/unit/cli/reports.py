@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from lowlat.convert.report import Report
+from lowlat.convert.report import ConversionReport
 
 
-def conversion(source: Path, destination: Path) -> Report:
-    return Report(
+def conversion(source: Path, destination: Path) -> ConversionReport:
+    return ConversionReport(
         source=source,
         destination=destination,
         attention_before="GQA",

@@ -17,13 +17,13 @@ WIDTHS = [
     {"latent": 160, "rotary": 96, "rotary_share": 0.375},
 ]
 ERRORS = [
-    {"predicted": 0.0001, "alone": 0.00125, "measured": 0.0004},
-    {"predicted": 0.0225, "alone": 0.02, "measured": 0.01},
+    {"predicted_error": 0.0001, "predicted_divergence": 0.00125, "measured_deviation": 0.0004},
+    {"predicted_error": 0.0225, "predicted_divergence": 0.02, "measured_deviation": 0.01},
 ]
 LAYERS = [widths | errors for widths, errors in zip(WIDTHS, ERRORS, strict=True)]
 TOLD = {
-    "recipe": "weighted",
-    "folded": 1,
+    "method": "weighted",
+    "fold": 1,
     "layout": "free",
     "calibration": "lowlat's own text",
     "channels_before": 384,
@@ -46,7 +46,7 @@ SCORES = {
     "text": "wiki.txt",
     "original": {"perplexity": 16.0},
     "compressed": {"perplexity": 24.0},
-    "healed": {"perplexity": 18.0},
+    "recovered": {"perplexity": 18.0},
 }
 
 
@@ -59,35 +59,35 @@ def printed(folder: Path, told: dict[str, Any]) -> str:
 
 
 def test_all_of_it(tmp_path: Path) -> None:
-    text = printed(tmp_path, TOLD | {"healing": HEALING, "evaluation": SCORES})
+    text = printed(tmp_path, TOLD | {"recovery": HEALING, "evaluation": SCORES})
     rows = [line.split() for line in text.splitlines()[1:3]]
     assert rows == [
         ["0", "96", "32", "(25%)", "0.0013", "1.0%", "2.0%"],
         ["1", "160", "96", "(38%)", "0.0200", "15.0%", "10.0%"],
     ]
     for words in (
-        "384  ->  192 a token and layer (50% kept): latent 128 + rotary key 64",
-        "1: behind it the residual stream deviates by 10.0%",
-        "perplexity 20.00  ->  25.00 (1.250 times)",
-        "500K tokens of a text of 200K, read 2.5 times, in 1:40 (5,000 tokens/s)",
+        "384  ->  192 per token and layer (50% kept): latent 128 + rotary key 64",
+        "1: the residual stream after it deviates by 10.0%",
+        "perplexity 20.00  ->  25.00 (1.250x)",
+        "500K tokens from a text of 200K, 2.5 epochs, in 1:40 (5,000 tokens/s)",
         "divergence from the original 0.2500  ->  0.1250 nats per token, loss 3.5000  ->  3.2500",
-        "16.00  ->  compressed 24.00 (1.500 times)  ->  healed 18.00 (1.125 times) on wiki.txt",
+        "16.00  ->  compressed 24.00 (1.500x)  ->  recovered 18.00 (1.125x) on wiki.txt",
         "the plot needs lowlat[train]",
     ):
         assert words in text
 
 
 def test_recipes_that_do_not_weigh_layers(tmp_path: Path) -> None:
-    layers = [layer | {"alone": None} for layer in LAYERS]
+    layers = [layer | {"predicted_divergence": None} for layer in LAYERS]
     text = printed(tmp_path, TOLD | {"layers": layers})
     assert "alone" not in text
     assert text.splitlines()[1].split() == ["0", "96", "32", "(25%)", "1.0%", "2.0%"]
 
 
 def test_a_healing_that_harmed_says_so(tmp_path: Path) -> None:
-    words = "it made the model worse: give more tokens"
-    assert words not in printed(tmp_path, TOLD | {"healing": HEALING})
-    assert words in printed(tmp_path, TOLD | {"healing": HEALING | {"divergence_after": 0.3}})
+    words = "it made the model worse, give more tokens"
+    assert words not in printed(tmp_path, TOLD | {"recovery": HEALING})
+    assert words in printed(tmp_path, TOLD | {"recovery": HEALING | {"divergence_after": 0.3}})
 
 
 @pytest.mark.parametrize("layers", [LAYERS, LAYERS[:1]])
@@ -96,11 +96,11 @@ def test_without_healing(tmp_path: Path, layers: list[dict[str, Any]]) -> None:
     (tmp_path / "conversion.svg").touch()
     text = printed(tmp_path, TOLD | {"layers": layers})
     assert ("rotary key" in text.splitlines()[0]) == (len(layers) == 2)
-    assert "tokens of a text" not in text and "conversion.json and conversion.svg" in text
+    assert "tokens from a text" not in text and "conversion.json and conversion.svg" in text
 
 
 def test_folded_frequencies_stand_beside_the_recipe(tmp_path: Path) -> None:
     assert "folded by" not in printed(tmp_path, TOLD)
-    told = TOLD | {"recipe": "transmla", "folded": 2}
+    told = TOLD | {"method": "transmla", "fold": 2}
     text = " ".join(printed(tmp_path, told).split())
     assert "transmla, frequencies folded by 2, layout free" in text

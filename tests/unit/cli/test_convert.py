@@ -8,8 +8,8 @@ import pytest
 from typer.testing import Result
 
 from lowlat.cli.options import parse_count
-from lowlat.convert.report import Report
-from lowlat.recovery.wanted import Wanted
+from lowlat.convert.options import RecoveryOptions
+from lowlat.convert.report import ConversionReport
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -28,7 +28,7 @@ def test_report(monkeypatch: pytest.MonkeyPatch, lowlat: Invoke, tmp_path: Path)
         file_format: str,
         progress: Progress,
         **more: object,
-    ) -> Report:
+    ) -> ConversionReport:
         assert (src, to, dtype, file_format) == (Path("some.gguf"), "mla", "bf16", "hf")
         return conversion(src, dst)
 
@@ -54,7 +54,7 @@ def test_an_interruption_says_how_to_go_on(
     monkeypatch.setattr("lowlat.api.prepare", lambda name, **options: Path("some"))
     result = lowlat("convert", "some", str(tmp_path / "out"), "--dtype", "bf16")
     assert result.exit_code != 0
-    assert ".out.partial is kept, the same command goes on from there" in result.stderr
+    assert "the same command resumes from" in result.stderr and ".out.partial" in result.stderr
 
 
 def test_a_missing_source_is_named(lowlat: Invoke, tmp_path: Path) -> None:
@@ -74,14 +74,16 @@ def test_healing_gets_its_options(
         (tmp_path / ".out.conversion").mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowlat.recovery.run.convert_and_heal", heal)
+    monkeypatch.setattr("lowlat.recovery.run.convert_with_recovery", heal)
     monkeypatch.setattr("lowlat.api.prepare", lambda name, **options: Path("some"))
     options = "--to mla --cache 0.5 --heal 1.5M --text a.txt --text b --evaluate c.txt --dtype bf16"
     result = lowlat("convert", "some", str(tmp_path / "out"), *options.split())
-    assert given["wanted"] == Wanted(tokens=1_500_000, texts=("a.txt", "b"), evaluate=Path("c.txt"))
+    assert given["recovery"] == RecoveryOptions(
+        tokens=1_500_000, texts=("a.txt", "b"), evaluate=Path("c.txt")
+    )
     assert (given["to"], given["dtype"], given["compression"].share) == ("mla", "bf16", 0.5)
     assert result.exit_code != 0
-    assert ".out.conversion is kept, the same command goes on from there" in result.stderr
+    assert "the same command resumes from" in result.stderr and ".out.conversion" in result.stderr
 
 
 def test_a_smaller_cache_needs_a_form_to_convert_to(lowlat: Invoke, tmp_path: Path) -> None:
@@ -91,24 +93,24 @@ def test_a_smaller_cache_needs_a_form_to_convert_to(lowlat: Invoke, tmp_path: Pa
 
 
 def test_a_recipe_needs_a_form_to_convert_to(lowlat: Invoke, tmp_path: Path) -> None:
-    result = lowlat("convert", "absent", str(tmp_path / "out"), "--recipe", "exact")
+    result = lowlat("convert", "absent", str(tmp_path / "out"), "--method", "exact")
     assert isinstance(result.exception, UserError), result.output
-    assert "--recipe" in str(result.exception) and "add --to mla" in str(result.exception)
+    assert "--method" in str(result.exception) and "add --to mla" in str(result.exception)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--heal 1M --text a", "--heal mends a model whose cache was made smaller; add --cache"),
+        ("--heal 1M --text a", "--heal trains a model whose cache was compressed; add --cache"),
         ("--cache 0.5 --heal 1M", "--heal trains on text; add --text FILE_OR_FOLDER"),
-        ("--cache 0.5 --text a", "--text belongs to --heal TOKENS"),
-        ("--evaluate a", "--evaluate belongs to --cache SHARE"),
+        ("--cache 0.5 --text a", "--text needs --heal TOKENS"),
+        ("--evaluate a", "--evaluate needs --cache SHARE"),
         ("--cache 0.5 --heal 1G --text a", "--heal '1G': write a number such as 500000"),
         ("--cache 0.5 --heal 0 --text a", "--heal '0': write a number"),
         ("--cache 0.5 --heal -5 --text a", "--heal '-5': write a number"),
-        ("--cache 0.5 --heal 1M --text a --evaluate a", "is given as --text too"),
-        ("--cache 0.5 --calibrate a --evaluate a", "is given as --calibrate too"),
-        ("--cache 0.5 --recipe best", "--recipe 'best' is unknown"),
+        ("--cache 0.5 --heal 1M --text a --evaluate a", "is also given as --text"),
+        ("--cache 0.5 --calibrate a --evaluate a", "is also given as --calibrate"),
+        ("--cache 0.5 --method best", "--method 'best' is unknown"),
         ("--dtype int2", "--dtype 'int2' is unknown"),
         ("--format zip", "--format 'zip' is unknown"),
     ],

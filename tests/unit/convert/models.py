@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lowlat.config.model import GQAConfig, ModelConfig, RopeConfig
-from lowlat.convert.weights import Weights
+from lowlat.convert.parameters.weights import Weights
 from lowlat.model.transformer import Transformer
 from tests.fakes import gqa_config, tiny_model
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowlat.convert.calibration import calibration_of, read_calibration
+from lowlat.convert.compression.calibration import calibration_from_tokens, read_calibration
 from lowlat.utils.errors import UserError
 from tests.fakes import byte_tokenizer
 
@@ -69,7 +69,7 @@ def test_without_text_there_is_text() -> None:
 
 @pytest.mark.parametrize("count", [1200, 4321, 68 * 100, 99_999])
 def test_tokens_are_windows_spread_over_all_of_them(count: int) -> None:
-    found = calibration_of(lambda places: places, count, 100, "tokens")
+    found = calibration_from_tokens(lambda places: places, count, 100, "tokens")
     assert found is not None and found.origin == "tokens"
     windows = torch.cat([found.windows, found.held_out])
     assert windows.shape == (min(68, count // 100), 100) and len(found.held_out) == 4
@@ -80,14 +80,14 @@ def test_tokens_are_windows_spread_over_all_of_them(count: int) -> None:
 
 
 def test_few_tokens_are_no_calibration() -> None:
-    assert calibration_of(lambda places: places, 1199, 100, "tokens") is None
+    assert calibration_from_tokens(lambda places: places, 1199, 100, "tokens") is None
 
 
 def test_a_context_without_a_token_to_predict() -> None:
     """Holds shut: a division by the number of predictions."""
     for read in (
         lambda: read_calibration([], byte_tokenizer(), 1),
-        lambda: calibration_of(lambda places: places, 9999, 1, "tokens"),
+        lambda: calibration_from_tokens(lambda places: places, 9999, 1, "tokens"),
     ):
         with pytest.raises(UserError, match=r"max_position_embeddings 1 .* set it to 2 or more"):
             read()

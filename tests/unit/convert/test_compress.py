@@ -11,16 +11,21 @@ from torch import Tensor
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
-from lowlat.convert.budget import STEP, Widths
-from lowlat.convert.calibration import Calibration
-from lowlat.convert.components import components, split
-from lowlat.convert.compress import CompressionReport, compress
-from lowlat.convert.factors import attention_tensors, factorize, rank_costs, weighted_target
-from lowlat.convert.planning import compressed_config
-from lowlat.convert.recipes import RECIPES, Recipe, best_folded, way_components
-from lowlat.convert.scratch import Scratch
-from lowlat.convert.statistics import LayerStatistics, read_attention, run_layers
-from lowlat.convert.weights import Weights
+from lowlat.convert.compression.budget import STEP, EntryWidths
+from lowlat.convert.compression.calibration import Calibration
+from lowlat.convert.compression.components import components, decouple
+from lowlat.convert.compression.compress import CompressionReport, compress
+from lowlat.convert.compression.low_rank import (
+    attention_tensors,
+    factorize,
+    rank_errors,
+    weighted_target,
+)
+from lowlat.convert.compression.methods import METHODS, CompressionMethod, best_fold
+from lowlat.convert.compression.plan import compressed_config
+from lowlat.convert.compression.scratch import LayerScratch
+from lowlat.convert.compression.statistics import LayerStatistics, read_attention, run_layers
+from lowlat.convert.parameters.weights import Weights
 from lowlat.model.gqa import GQA
 from lowlat.model.mla import MLA
 from lowlat.model.transformer import Transformer
@@ -51,23 +56,25 @@ def original(weights: Weights) -> GQA:
     return module
 
 
-def compressed(weights: Weights, recipe: str | Recipe, rotary: int) -> tuple[MLA, ModelConfig]:
+def compressed(
+    weights: Weights, method: str | CompressionMethod, rotary: int
+) -> tuple[MLA, ModelConfig]:
     """Layer 0 in fp64 with `rotary` channels that turn, all of the latent."""
-    way = RECIPES[recipe] if isinstance(recipe, str) else recipe
+    method = METHODS[method] if isinstance(method, str) else method
     own, statistics = read_attention(weights, 0), statistics_of(weights)[0]
-    parts = way_components(way, own, statistics)
-    turning = parts.priority.flatten().argsort(descending=True)[: rotary // 2]
-    halves = split(parts, own, statistics, turning, keeps_mean=way.keeps_mean)
-    rank = len(halves.static) + own.v.shape[0] * own.v.shape[1]
-    factors = factorize(way.target(own, statistics, halves), rank)
+    parts = method.components(own, statistics)
+    rope = parts.priority.flatten().argsort(descending=True)[: rotary // 2]
+    keys = decouple(parts, own, statistics, rope, uses_mean_rotation=method.uses_mean_rotation)
+    rank = len(keys.nope) + own.v.shape[0] * own.v.shape[1]
+    factors = factorize(method.target(own, statistics, keys), rank)
     source = weights.config.attention
     assert isinstance(source, GQAConfig)
-    widths = [Widths(latent=len(factors.down), rotary=rotary)] * 3
-    config = compressed_config(weights.config, source, widths, [halves.frequencies] * 3, "standard")
+    widths = [EntryWidths(latent=len(factors.down), rotary=rotary)] * 3
+    config = compressed_config(weights.config, source, widths, [keys.frequencies] * 3, "standard")
     assert isinstance(config.attention, MLAConfig)
     padding = config.attention.qk_nope_head_dim - source.head_dim
     has_bias = source.qkv_bias
-    tensors = attention_tensors(own, halves, factors, padding=padding, has_bias=has_bias)
+    tensors = attention_tensors(own, keys, factors, padding=padding, has_bias=has_bias)
     tensors["o_proj.weight"] = weights.read("layers.0.self_attn.o_proj.weight")
     if source.qkv_bias:
         tensors["o_proj.bias"] = torch.zeros(61, dtype=torch.float64)
@@ -76,13 +83,13 @@ def compressed(weights: Weights, recipe: str | Recipe, rotary: int) -> tuple[MLA
     return module, config
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("config", CASES, ids=IDS)
-def test_nothing_dropped_is_nothing_changed(config: ModelConfig, recipe: str) -> None:
-    """All components turning, every latent channel kept: the same attention, in another basis."""
+def test_nothing_dropped_is_nothing_changed(config: ModelConfig, method: str) -> None:
+    """All components rope, every latent channel kept: the same attention, in another basis."""
     weights = weights_of(config)
     assert isinstance(config.attention, GQAConfig)
-    module, new = compressed(weights, recipe, 16 * config.attention.num_key_value_heads)
+    module, new = compressed(weights, method, 16 * config.attention.num_key_value_heads)
     x = torch.randn(LENGTH, 61, dtype=torch.float64)
     expected = outputs(original(weights), config, x)
     torch.testing.assert_close(outputs(module, new, x), expected, rtol=2e-5, atol=2e-6)
@@ -93,9 +100,9 @@ def test_nothing_dropped_is_nothing_changed(config: ModelConfig, recipe: str) ->
 def test_equal_frequencies_fold_without_loss(place: int, bias: bool) -> None:
     """One rotation for all of a fold is exact where its frequencies are the same."""
     weights = weights_of(model_config(bias=bias, rope=RopeConfig(rope_theta=1.0)))
-    way = folds(16, 3, 48)[place]
-    assert way.fold == 2**place
-    module, new = compressed(weights, way, 48)
+    method = folds(16, 3, 48)[place]
+    assert method.fold == 2**place
+    module, new = compressed(weights, method, 48)
     x = torch.randn(LENGTH, 61, dtype=torch.float64)
     expected = outputs(original(weights), weights.config, x)
     torch.testing.assert_close(outputs(module, new, x), expected, rtol=2e-5, atol=2e-6)
@@ -108,25 +115,25 @@ def test_folds_gather_keys_in_fewer_components() -> None:
     weights = weights_of(model_config())
     own, statistics = read_attention(weights, 0), statistics_of(weights)[0]
     held: list[float] = []
-    for way in folds(16, 3, 48):
-        parts = way_components(way, own, statistics)
-        turning = parts.priority.flatten().argsort(descending=True, stable=True)[:8]
-        frequencies = parts.frequencies.flatten()[turning].sort(descending=True).values
+    for method in folds(16, 3, 48):
+        parts = method.components(own, statistics)
+        rope = parts.priority.flatten().argsort(descending=True, stable=True)[:8]
+        frequencies = parts.frequencies.flatten()[rope].sort(descending=True).values
         torch.testing.assert_close(frequencies, own.frequencies)
-        keys = parts.keys.flatten(0, 1)[turning]
+        keys = parts.keys.flatten(0, 1)[rope]
         moments = torch.einsum("jx,xy,jy->j", keys, statistics.covariance.to(keys), keys.conj())
         held.append(float(moments.real.sum()))
     assert len(held) == 4 and held == sorted(held) and held[0] < 0.99 * held[-1]
     halved = folds(16, 3, 40)
-    assert [way.fold for way in halved] == [2, 4, 8] and halved[0].stride == 2
-    parts = way_components(halved[1], own, statistics)
-    turning = parts.priority.flatten().argsort(descending=True, stable=True)[:4]
-    found = parts.frequencies.flatten()[turning].sort(descending=True).values
+    assert [method.fold for method in halved] == [2, 4, 8] and halved[0].stride == 2
+    parts = method_components(halved[1], own, statistics)
+    rope = parts.priority.flatten().argsort(descending=True, stable=True)[:4]
+    found = parts.frequencies.flatten()[rope].sort(descending=True).values
     torch.testing.assert_close(found, own.frequencies[::2])
 
 
-def folds(head_dim: int, groups: int, budget: int) -> list[Recipe]:
-    made = RECIPES["transmla"].folded
+def folds(head_dim: int, groups: int, budget: int) -> list[CompressionMethod]:
+    made = METHODS["transmla"].folded
     assert made is not None
     return made(head_dim, groups, budget)
 
@@ -137,16 +144,16 @@ def folds(head_dim: int, groups: int, budget: int) -> list[Recipe]:
 def test_folds_grow_until_one_is_worse(perplexities: tuple[float, ...], fold: int) -> None:
     found = iter(perplexities)
     with SilentProgress().task("", 4, "items") as task:
-        best = best_folded(folds(16, 3, 48), lambda _: next(found), task)
+        best = best_fold(folds(16, 3, 48), lambda _: next(found), task)
     assert best.fold == fold
 
 
-@pytest.mark.parametrize("recipe", ["transmla", "mha2mla"])
+@pytest.mark.parametrize("method", ["transmla", "mha2mla"])
 @pytest.mark.parametrize("config", CASES, ids=IDS)
-def test_what_stands_still_has_no_position(config: ModelConfig, recipe: str) -> None:
+def test_what_stands_still_has_no_position(config: ModelConfig, method: str) -> None:
     """One pair turns; at position 0 it does not, and neither does the original."""
     weights = weights_of(config)
-    module, new = compressed(weights, recipe, 2)
+    module, new = compressed(weights, method, 2)
     x = torch.randn(LENGTH, 61, dtype=torch.float64)
     expected = outputs(original(weights), config, x, moves=False)
     found = outputs(module, new, x, moves=False)
@@ -245,8 +252,8 @@ def test_statistics_come_back_from_a_file(tmp_path: Path, heads: int, inputs: in
         norms=torch.rand(heads, 1, dtype=wide),
         residual=0.3,
     )
-    scratch = Scratch(tmp_path)
-    scratch.keep_statistics(3, saved)
+    scratch = LayerScratch(tmp_path)
+    scratch.save_statistics(3, saved)
     found = scratch.statistics(3)
     assert found.rotation.data_ptr() % 16 == 0
     for name, value in asdict(saved).items():
@@ -258,17 +265,17 @@ def test_statistics_come_back_from_a_file(tmp_path: Path, heads: int, inputs: in
 def test_factors_are_the_best_and_cost_what_they_say() -> None:
     weights = weights_of(model_config(bias=True))
     own, statistics = read_attention(weights, 0), statistics_of(weights)[0]
-    way = RECIPES["weighted"]
-    parts = components(own, statistics, way.basis, way.priority, keeps_mean=True)
-    halves = split(parts, own, statistics, torch.tensor([1, 7, 20]), keeps_mean=True)
-    target = weighted_target(own, statistics, halves)
+    method = METHODS["weighted"]
+    parts = components(own, statistics, method.basis, method.priority, uses_mean_rotation=True)
+    keys = decouple(parts, own, statistics, torch.tensor([1, 7, 20]), uses_mean_rotation=True)
+    target = weighted_target(own, statistics, keys)
 
     def cost(approximation: Tensor) -> float:
         error = target.maps - approximation
         return float(torch.trace(target.metric @ error @ target.inputs @ error.T))
 
     generator = torch.Generator().manual_seed(3)
-    costs = rank_costs(target)
+    costs = rank_errors(target)
     for rank in (1, 9, 30):
         factors = factorize(target, rank)
         best = cost(factors.up @ factors.down)
@@ -289,9 +296,11 @@ def test_components_that_keep_their_mean_cost_less() -> None:
     slow = model_config(rope=RopeConfig(rope_theta=1e9))
     weights = weights_of(slow)
     own, statistics = read_attention(weights, 0), statistics_of(weights)[0]
-    way = RECIPES["weighted"]
+    method = METHODS["weighted"]
     with_mean, without = (
-        components(own, statistics, way.basis, way.priority, keeps_mean=keeps).cost
+        components(
+            own, statistics, method.basis, method.priority, uses_mean_rotation=keeps
+        ).nope_error
         for keeps in (True, False)
     )
     assert (with_mean <= without + 1e-12).all()
@@ -302,7 +311,7 @@ def compressed_model(
     weights: Weights,
     folder: Path,
     layout: str,
-    recipe: str = "weighted",
+    method: str = "weighted",
     share: float = 0.5,
     calibration: Calibration | None = None,
 ) -> tuple[Weights, CompressionReport]:
@@ -310,7 +319,7 @@ def compressed_model(
         weights,
         calibration or Calibration(windows=windows(8), held_out=windows(4), origin="test"),
         share=share,
-        recipe=recipe,
+        method=method,
         layout=layout,  # pyright: ignore[reportArgumentType]
         scratch=folder,
         dtype=torch.float32,
@@ -319,17 +328,17 @@ def compressed_model(
     )
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layout", ["standard", "free"])
 @pytest.mark.parametrize("config", CASES, ids=IDS)
-def test_a_model(tmp_path: Path, config: ModelConfig, layout: str, recipe: str) -> None:
+def test_a_model(tmp_path: Path, config: ModelConfig, layout: str, method: str) -> None:
     """The cache keeps its budget, and the model made of the weights has the reported perplexity."""
     weights = weights_of(config)
     assert isinstance(config.attention, GQAConfig)
     row = config.attention.entry_dim
-    if recipe == "mha2mla" and row // 2 < 2 * config.attention.num_key_value_heads + STEP:
+    if method == "mha2mla" and row // 2 < 2 * config.attention.num_key_value_heads + STEP:
         pytest.skip("every group needs a pair of channels that turn")
-    new, report = compressed_model(weights, tmp_path, layout, recipe)
+    new, report = compressed_model(weights, tmp_path, layout, method)
     attention = [new.config.attention_of(i) for i in range(3)]
     assert sum(a.entry_dim for a in attention) <= 3 * row // 2
     assert report.channels_before == row
@@ -350,9 +359,9 @@ def test_a_model(tmp_path: Path, config: ModelConfig, layout: str, recipe: str) 
         logits = logits.unflatten(0, (4, LENGTH))[:, :-1].flatten(0, 1)
         loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
         assert float(loss.exp()) == pytest.approx(expected, rel=1e-4)
-    assert all(layer.measured > 0 for layer in report.layers)
-    is_weighed = layout == "free" and recipe == "weighted"
-    assert all((layer.alone is not None) == is_weighed for layer in report.layers)
+    assert all(layer.measured_deviation > 0 for layer in report.layers)
+    is_weighed = layout == "free" and method == "weighted"
+    assert all((layer.predicted_divergence is not None) == is_weighed for layer in report.layers)
 
 
 def test_it_is_deterministic(tmp_path: Path) -> None:
@@ -379,8 +388,8 @@ def test_weighted_loses_least(tmp_path: Path) -> None:
     scales = 0.8 ** torch.arange(len(values), dtype=torch.float64)
     embedding.copy_(left @ (values * scales).diag() @ right)
     found: dict[str, float] = {}
-    for recipe in RECIPES:
-        (tmp_path / recipe).mkdir()
-        _, report = compressed_model(weights, tmp_path / recipe, "standard", recipe)
-        found[recipe] = report.layers[0].measured
+    for method in METHODS:
+        (tmp_path / method).mkdir()
+        _, report = compressed_model(weights, tmp_path / method, "standard", method)
+        found[method] = report.layers[0].measured_deviation
     assert min(found, key=lambda name: found[name]) == "weighted"

@@ -20,7 +20,8 @@ from lowlat.checkpoint import resumable_writer as restart
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
-from lowlat.convert.compression import Compression, asked_compression, scratch_folder
+from lowlat.convert.compression.scratch import scratch_folder
+from lowlat.convert.options import CompressionOptions, compression_options
 from lowlat.convert.report import REPORT_FILE
 from lowlat.convert.run import convert
 from lowlat.model.init import init_weights
@@ -56,11 +57,11 @@ def source_model(folder: Path, *, bias: bool = False, **changes: Any) -> Path:
     return folder
 
 
-def wanted(tmp_path: Path, **changes: Any) -> Compression:
+def wanted(tmp_path: Path, **changes: Any) -> CompressionOptions:
     text = tmp_path / "text.txt"
     if not text.exists():
         text.write_text("".join(chr(33 + i * i * 7 % 90) for i in range(LENGTH * 40)))
-    return replace(Compression(share=0.5, calibrate=(text,)), **changes)
+    return replace(CompressionOptions(share=0.5, calibrate=(text,)), **changes)
 
 
 def logits(config: ModelConfig, model: Transformer, ids: torch.Tensor) -> torch.Tensor:
@@ -69,13 +70,13 @@ def logits(config: ModelConfig, model: Transformer, ids: torch.Tensor) -> torch.
         return model.logits(model(ids, backend.positions(), backend))
 
 
-@pytest.mark.parametrize("recipe", ["weighted", "transmla", "mha2mla"])
+@pytest.mark.parametrize("method", ["weighted", "transmla", "mha2mla"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_other_programs_compute_the_same(tmp_path: Path, bias: bool, recipe: str) -> None:
+def test_other_programs_compute_the_same(tmp_path: Path, bias: bool, method: str) -> None:
     """The standard layout in transformers' DeepseekV3ForCausalLM, fp32."""
     rope = RopeConfig(rope_theta=10000.0) if bias else LLAMA3
     source = source_model(tmp_path / "source", bias=bias, rope=rope)
-    convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path, recipe=recipe))
+    convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path, method=method))
     loaded = load_model(tmp_path / "mla")
     assert loaded.config.model_type == "deepseek_v3"
     assert isinstance(loaded.config.attention, MLAConfig)
@@ -146,7 +147,7 @@ def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
 def test_weights_without_numbers_are_named(tmp_path: Path, name: str, place: str) -> None:
     source = source_model(tmp_path / "source")
     edit_tensors(source, lambda tensors: tensors[f"model.{name}"][0].fill_(math.nan))
-    with pytest.raises(UserError, match=rf"{place}: numbers that are not finite"):
+    with pytest.raises(UserError, match=rf"{place}: the output is not finite"):
         convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"source", "text.txt"}
 
@@ -166,7 +167,7 @@ def test_only_weights_of_the_checkpoint_are_counted(tmp_path: Path) -> None:
     [
         ({"share": 0.05}, "--cache 0.05 leaves 0 of 64 channels"),
         ({"share": 1.5}, "below 1"),
-        ({"recipe": "best"}, "--recipe 'best' is unknown; choose one of weighted"),
+        ({"method": "best"}, "--method 'best' is unknown; choose one of weighted"),
         ({"share": math.nan}, "--cache nan: give the share"),
         ({"share": math.inf}, "--cache inf: give the share"),
         ({"calibrate": (Path("nowhere.txt"),)}, "nowhere.txt: cannot be read"),
@@ -187,8 +188,10 @@ def test_a_recipe_keeps_within_the_budget_or_says_so(tmp_path: Path, layout: Any
     """Holds shut: one key head whose rotation alone is more than was asked for."""
     one = GQAConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=64)
     source = source_model(tmp_path / "source", attention=one)
-    asked = wanted(tmp_path, share=0.25, recipe="transmla", layout=layout)
-    words = r"at least 40 are needed .--recipe transmla: 32 for rotation and 8 more.*keep 0.32 or"
+    asked = wanted(tmp_path, share=0.25, method="transmla", layout=layout)
+    words = (
+        r"at least 40 are needed .--method transmla: 32 for the rotary key and 8 more.*keep 0.32 or"
+    )
     for share in (0.01, 0.25):
         with pytest.raises(UserError, match=words):
             convert(source, tmp_path / "mla", to="mla", compression=replace(asked, share=share))
@@ -199,9 +202,9 @@ def test_a_recipe_keeps_within_the_budget_or_says_so(tmp_path: Path, layout: Any
 def test_heads_whose_pairs_no_fold_divides(tmp_path: Path) -> None:
     narrow = GQAConfig(num_attention_heads=6, num_key_value_heads=2, head_dim=10)
     source = source_model(tmp_path / "source", attention=narrow)
-    asked = wanted(tmp_path, recipe="transmla")
+    asked = wanted(tmp_path, method="transmla")
     report = convert(source, tmp_path / "mla", to="mla", compression=asked)
-    assert report.compression is not None and report.compression.folded == 1
+    assert report.compression is not None and report.compression.fold == 1
 
 
 FAULTS = {
@@ -226,7 +229,7 @@ def test_weights_that_tell_nothing_are_said(tmp_path: Path, fault: str) -> None:
 
 def test_models_that_cannot_be_calibrated_are_said_before(tmp_path: Path) -> None:
     source = source_model(tmp_path / "source", vocab_size=100)
-    with pytest.raises(UserError, match=r"its tokenizer writes token \d+, and the model has 100"):
+    with pytest.raises(UserError, match=r"its tokenizer returns token \d+, but the model has 100"):
         convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path))
     gqa = EVERY["combined gqa"]
     save_model(random_model(gqa, torch.float32), gqa, tmp_path / "mtp", source=None)
@@ -278,28 +281,28 @@ def test_without_to_mla_it_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((None, None, "free", ()), "--layout belongs to --cache"),
-        ((None, None, "standard", ()), "--layout belongs to --cache"),
-        ((None, "weighted", None, ()), "--recipe belongs to --cache"),
-        ((None, "transmla", None, ()), "--recipe belongs to --cache"),
+        ((None, None, "free", ()), "--layout needs --cache"),
+        ((None, None, "standard", ()), "--layout needs --cache"),
+        ((None, "weighted", None, ()), "--method needs --cache"),
+        ((None, "transmla", None, ()), "--method needs --cache"),
         ((None, None, None, (Path("a"),)), "--calibrate belongs to --cache"),
-        ((0.5, "exact", "standard", ()), "--recipe exact keeps the cache"),
+        ((0.5, "exact", "standard", ()), "--method exact keeps the cache"),
         ((0.5, "weighted", "wide", ()), "--layout 'wide' is unknown; choose standard or free"),
     ],
 )
 def test_options_without_effect(options: tuple[Any, ...], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        asked_compression(*options)
+        compression_options(*options, to="mla")
 
 
 def test_exact_needs_no_options() -> None:
-    assert asked_compression(None, "exact", None, ()) is None
-    assert asked_compression(None, None, None, ()) is None
+    assert compression_options(None, "exact", None, (), to="mla") is None
+    assert compression_options(None, None, None, (), to="mla") is None
 
 
 def test_what_is_left_out_has_its_default() -> None:
-    asked = asked_compression(0.5, None, None, ())
-    assert asked is not None and (asked.recipe, asked.layout) == ("weighted", "standard")
+    asked = compression_options(0.5, None, None, (), to="mla")
+    assert asked is not None and (asked.method, asked.layout) == ("weighted", "standard")
 
 
 def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
@@ -332,7 +335,7 @@ def test_a_disk_too_small_is_said_before_calibration(
     source = source_model(tmp_path / "source")
     usage = restart.shutil.disk_usage(tmp_path)._replace(free=restart.SPARE_BYTES)
     monkeypatch.setattr(restart.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr("lowlat.convert.run.compressed_weights", Mock(side_effect=AssertionError))
+    monkeypatch.setattr("lowlat.convert.run._compressed_weights", Mock(side_effect=AssertionError))
     with pytest.raises(UserError, match="mla: 17 MB are needed, 16 MB are free on its disk"):
         convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"source", "text.txt"}
@@ -344,8 +347,8 @@ def test_a_full_disk_while_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def full(*arguments: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("lowlat.convert.scratch.save_file", full)
+    monkeypatch.setattr("lowlat.convert.compression.scratch.save_file", full)
     source = source_model(tmp_path / "source")
-    with pytest.raises(UserError, match=r"cannot be written .*No space left.*make room"):
+    with pytest.raises(UserError, match=r"cannot be written .*No space left.*free some space"):
         convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"source", "text.txt"}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
-from lowlat.convert.exact import check_exact, mla_attention, mla_config
+from lowlat.convert.parameters.exact_mla import check_exact, mla_attention, mla_config
 from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from lowlat.utils.errors import UserError
 

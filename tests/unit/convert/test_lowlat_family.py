@@ -9,7 +9,7 @@ import torch
 from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
-from lowlat.convert.exact import check_exact
+from lowlat.convert.parameters.exact_mla import check_exact
 from lowlat.convert.report import describe_attention
 from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError

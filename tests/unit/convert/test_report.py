@@ -8,12 +8,12 @@ import pytest
 
 from lowlat.config.model import MLAConfig
 from lowlat.convert import report_plot
-from lowlat.convert.compress import CompressionReport, LayerReport
+from lowlat.convert.compression.compress import CompressionReport, LayerReport
 from lowlat.convert.report import compression_object, report_files
 from tests.fakes import gqa_config
 
 COST = CompressionReport(
-    recipe="weighted",
+    method="weighted",
     layout="free",
     calibration="text.txt",
     channels_before=60,
@@ -21,8 +21,20 @@ COST = CompressionReport(
     perplexity_before=20.0,
     perplexity_after=25.0,
     layers=(
-        LayerReport(latent=24, rotary=8, predicted=0.01, alone=0.003, measured=0.02),
-        LayerReport(latent=10, rotary=18, predicted=0.04, alone=0.02, measured=0.09),
+        LayerReport(
+            latent=24,
+            rotary=8,
+            predicted_error=0.01,
+            predicted_divergence=0.003,
+            measured_deviation=0.02,
+        ),
+        LayerReport(
+            latent=10,
+            rotary=18,
+            predicted_error=0.04,
+            predicted_divergence=0.02,
+            measured_deviation=0.09,
+        ),
     ),
 )
 EVALUATIONS = [{"tokens": 0, "divergence": 0.4}, {"tokens": 4096, "divergence": 0.2}]
@@ -55,15 +67,15 @@ def test_what_the_object_holds() -> None:
     assert json.loads(report_files(found)["conversion.json"]) == json.loads(json.dumps(found))
 
 
-@pytest.mark.parametrize("healed", [False, True])
-def test_the_picture(healed: bool) -> None:
-    """Well-formed, the same bytes again, with a panel more where it was healed."""
-    report = told() | ({"healing": {"evaluations": EVALUATIONS}} if healed else {})
+@pytest.mark.parametrize("recovered", [False, True])
+def test_the_picture(recovered: bool) -> None:
+    """Well-formed, the same bytes again, with a panel more where it was recovered."""
+    report = told() | ({"recovery": {"evaluations": EVALUATIONS}} if recovered else {})
     picture = report_files(report)["conversion.svg"]
     assert picture == report_plot.draw(report)
     root = ElementTree.fromstring(picture)
     groups = {group.get("id", "") for group in root.iter("{http://www.w3.org/2000/svg}g")}
-    assert {"axes_1", "axes_2"} <= groups and ("axes_3" in groups) == healed
+    assert {"axes_1", "axes_2"} <= groups and ("axes_3" in groups) == recovered
     assert b"<dc:date>" not in picture
 
 

@@ -19,7 +19,7 @@ from lowlat.config.model import (
     QuantConfig,
     RopeConfig,
 )
-from lowlat.convert.exact import mla_config
+from lowlat.convert.parameters.exact_mla import mla_config
 from lowlat.convert.report import describe_attention
 from lowlat.convert.run import convert
 from lowlat.model.transformer import Transformer

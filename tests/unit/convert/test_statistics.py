@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowlat.convert.calibration import Calibration
-from lowlat.convert.statistics import run_layers
+from lowlat.convert.compression.calibration import Calibration
+from lowlat.convert.compression.statistics import run_layers
 from lowlat.utils.progress import SilentProgress
 
 from .models import ModelWeights, model_config, weights_of, windows
@@ -52,6 +52,6 @@ def test_deviation_is_token_by_token(tmp_path: Path) -> None:
         weights, folder = with_sink(size), tmp_path / str(size)
         folder.mkdir()
         _, report = compressed_model(weights, folder, "standard", calibration=calibration)
-        deviations.append([layer.measured for layer in report.layers])
+        deviations.append([layer.measured_deviation for layer in report.layers])
     plain, huge = (torch.tensor(found) for found in deviations)
     torch.testing.assert_close(huge, plain, rtol=0.5, atol=0)

@@ -17,9 +17,9 @@ from lowlat.checkpoint.save import save_model
 from lowlat.cli.main import app
 from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import count_parameters
-from lowlat.convert.compression import Compression
+from lowlat.convert.options import CompressionOptions
+from lowlat.convert.parameters.upcycle import upcycled_config
 from lowlat.convert.run import convert
-from lowlat.convert.upcycle import upcycled_config
 from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
@@ -41,10 +41,10 @@ def logits(folder: Path, ids: Tensor) -> tuple[Tensor, ModelConfig]:
     return logits_of(loaded.config, loaded.model, ids), loaded.config
 
 
-def compression(tmp_path: Path) -> Compression:
+def compression(tmp_path: Path) -> CompressionOptions:
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(33 + i * i * 7 % 90) for i in range(LENGTH * 1200)))
-    return Compression(share=0.5, layout="free", calibrate=(text,))
+    return CompressionOptions(share=0.5, layout="free", calibrate=(text,))
 
 
 @pytest.mark.parametrize("is_free", [False, True])

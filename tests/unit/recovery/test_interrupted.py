@@ -14,8 +14,8 @@ import pytest
 from safetensors import SafetensorError
 
 from lowlat.recovery import run as heal_run
-from lowlat.recovery import work
-from lowlat.recovery.work import Work, work_path
+from lowlat.recovery import work_folder as work
+from lowlat.recovery.work_folder import WorkFolder, work_folder_path
 from lowlat.train.run.trainer import Trainer
 from lowlat.utils.errors import UserError
 
@@ -64,7 +64,7 @@ def test_ctrl_c_and_on(
         with pytest.raises(KeyboardInterrupt):
             tiny.call(made, tmp_path / "mla")
     assert [path.name for path in tmp_path.iterdir()] == [".mla.conversion"]
-    done = {path.name for path in work_path(tmp_path / "mla").iterdir()}
+    done = {path.name for path in work_folder_path(tmp_path / "mla").iterdir()}
     with monkeypatch.context() as patch:
         counts = {
             name: Stopped(patch, name, 0, KeyboardInterrupt(), late=True)
@@ -103,7 +103,7 @@ def test_ctrl_c_around_the_last_renaming(
             patch.setattr(work, "replace_file", stop_before)
         with pytest.raises(KeyboardInterrupt):
             tiny.call(made, dst, **alone)
-    assert work_path(dst).is_dir() and dst.exists() == is_renamed
+    assert work_folder_path(dst).is_dir() and dst.exists() == is_renamed
     if is_renamed:
         with pytest.raises(UserError, match="exists already"):
             tiny.call(made, dst, **alone)
@@ -127,7 +127,7 @@ def test_a_stopped_training_goes_on(
         patch.setattr(Trainer, "_save", stopping)
         with pytest.raises(KeyboardInterrupt):
             tiny.call(made, tmp_path / "mla")
-    log = work_path(tmp_path / "mla") / "run" / "log.jsonl"
+    log = work_folder_path(tmp_path / "mla") / "run" / "log.jsonl"
     assert '"step":2' in log.read_text().replace(" ", "")
     tiny.call(made, tmp_path / "mla")
     assert tiny.contents(tmp_path / "mla") == tiny.contents(made / "whole")
@@ -160,7 +160,7 @@ def test_changed_options_are_named(
         changes = {"texts": (str(made / changes["texts"]),)}
     with pytest.raises(UserError, match=f"unfinished conversion that differs in its {what}"):
         tiny.call(made, tmp_path / "mla", **changes)
-    assert work_path(tmp_path / "mla").is_dir()  # it may still be finished
+    assert work_folder_path(tmp_path / "mla").is_dir()  # it may still be finished
 
 
 def test_two_at_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_a_full_disk(
         Stopped(patch, stage, at, OSError(28, "No space left on device"), late=False)
         with pytest.raises(UserError, match=r"cannot be written \(No space left.*same command"):
             tiny.call(made, tmp_path / "mla")
-    assert (work_path(tmp_path / "mla") / "start").is_dir()
+    assert (work_folder_path(tmp_path / "mla") / "start").is_dir()
     tiny.call(made, tmp_path / "mla")
     assert tiny.contents(tmp_path / "mla") == tiny.contents(made / "whole")
 
@@ -195,10 +195,10 @@ def test_a_disk_that_fills_while_attention_is_measured(
     """Tokens stay, and are not made again."""
     with monkeypatch.context() as patch:
         fault = SafetensorError("I/O error: No space left on device (os error 28)")
-        patch.setattr("lowlat.convert.scratch.save_file", Mock(side_effect=fault))
-        with pytest.raises(UserError, match=r"No space left.*give the same command again"):
+        patch.setattr("lowlat.convert.compression.scratch.save_file", Mock(side_effect=fault))
+        with pytest.raises(UserError, match=r"No space left.*repeat the command"):
             tiny.call(made, tmp_path / "mla")
-    assert (work_path(tmp_path / "mla") / "tokens").is_dir()
+    assert (work_folder_path(tmp_path / "mla") / "tokens").is_dir()
     with monkeypatch.context() as patch:
         patch.setattr(heal_run, "build_tokens", Mock(side_effect=AssertionError))
         tiny.call(made, tmp_path / "mla")
@@ -210,7 +210,7 @@ def test_a_disk_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Path, "mkdir", Mock(side_effect=fault))
     with (
         pytest.raises(UserError, match=r"Read-only file system.; choose another destination$"),
-        work.opened(tmp_path / "mla", {}),
+        work.open_work_folder(tmp_path / "mla", {}),
     ):
         pass
 
@@ -220,16 +220,16 @@ def test_a_destination_made_meanwhile(
 ) -> None:
     """It stays, and so does what was made."""
 
-    def place(own: Work, *arguments: Any) -> None:
+    def place(own: WorkFolder, *arguments: Any) -> None:
         (tmp_path / "mla").mkdir()
         real(own, *arguments)
 
-    real = Work.place
-    monkeypatch.setattr(work.Work, "place", place)
+    real = WorkFolder.place
+    monkeypatch.setattr(work.WorkFolder, "place", place)
     with pytest.raises(UserError, match="exists already"):
         tiny.call(made, tmp_path / "mla")
     assert list((tmp_path / "mla").iterdir()) == []
-    assert (work_path(tmp_path / "mla") / "out" / "conversion.json").exists()
+    assert (work_folder_path(tmp_path / "mla") / "out" / "conversion.json").exists()
 
 
 CHILD = """

@@ -12,17 +12,16 @@ from transformers import AutoModelForCausalLM
 
 from lowlat import api
 from lowlat.checkpoint.load import load_model
-from lowlat.convert.calibration import bundled_text
-from lowlat.convert.compression import Compression
-from lowlat.convert.exact import check_exact
-from lowlat.convert.planning import likely_config
+from lowlat.convert.compression.calibration import bundled_text
+from lowlat.convert.compression.plan import estimated_config
+from lowlat.convert.options import CompressionOptions, RecoveryOptions
+from lowlat.convert.parameters.exact_mla import check_exact
 from lowlat.convert.run import convert
-from lowlat.recovery.run import convert_and_heal
-from lowlat.recovery.wanted import Wanted
-from lowlat.recovery.work import work_path
+from lowlat.recovery.run import convert_with_recovery
+from lowlat.recovery.work_folder import work_folder_path
 from lowlat.train.cost.dry_run import most_memory, needed_bytes
 from lowlat.train.recipe.schema import parse_recipe
-from lowlat.train.run.recovery import RecoveryOptions, recovery_recipe
+from lowlat.train.run.distill import DistillationOptions, distillation_recipe
 from lowlat.utils.errors import UserError
 from tests.unit.convert.test_compressed_folders import LENGTH, logits, source_model
 from tests.unit.convert.test_run import edit_tensors
@@ -40,7 +39,7 @@ def test_a_healed_model(made: Path) -> None:
     before, after = source.state_dict(), healed.state_dict()
     kept = [name for name in after if ATTENTION not in name]
     assert len(kept) > 8 and all(torch.equal(before[name], after[name]) for name in kept)
-    healing = told["healing"]
+    healing = told["recovery"]
     assert healing["tokens"] == tiny.TOKENS and healing["settings"]["trainable"] == "attention"
     assert healing["divergence_after"] < healing["divergence_before"]
     assert [entry["tokens"] for entry in healing["evaluations"]] == [0, 320, 640, 1280]
@@ -48,20 +47,20 @@ def test_a_healed_model(made: Path) -> None:
     assert told["cache_bytes_per_token_after"] * 2 == told["cache_bytes_per_token_before"]
     for layer in told["layers"]:
         assert layer["rotary_share"] == layer["rotary"] / (layer["latent"] + layer["rotary"])
-        assert min(layer[key] for key in ("predicted", "measured")) > 0
+        assert min(layer[key] for key in ("predicted_error", "measured_deviation")) > 0
     names = {path.name for path in (made / "whole").iterdir()}
     assert {"tokenizer.json", "conversion.json", "conversion.svg", "config.json"} <= names
-    assert not work_path(made / "whole").exists()
+    assert not work_folder_path(made / "whole").exists()
 
 
 def test_perplexities_are_those_of_eval(made: Path) -> None:
     told = tiny.report(made / "whole")["evaluation"]
     text = (made / "evaluate.txt").read_text()
-    for name, folder in (("original", "source"), ("healed", "whole")):
+    for name, folder in (("original", "source"), ("recovered", "whole")):
         score = api.load(str(made / folder)).perplexity(text)
         assert told[name]["perplexity"] == score.perplexity
         assert told[name]["window"] == LENGTH and told[name]["tokens"] == score.tokens
-    assert told["compressed"]["perplexity"] != told["healed"]["perplexity"]
+    assert told["compressed"]["perplexity"] != told["recovered"]["perplexity"]
 
 
 def test_the_same_bytes_again(made: Path) -> None:
@@ -100,22 +99,22 @@ def test_evaluation_alone(made: Path, tmp_path: Path) -> None:
         (made / "evaluate.txt").read_text(), window=LENGTH
     )
     assert told["evaluation"]["compressed"]["perplexity"] == score.perplexity
-    assert "healing" not in told
+    assert "recovery" not in told
     assert [path.name for path in tmp_path.iterdir()] == ["mla"]
 
 
 def refused(made: Path, tmp_path: Path, words: str, **changes: Any) -> None:
     with pytest.raises(UserError, match=words):
         tiny.call(made, tmp_path / changes.pop("dst", "mla"), **changes)
-    assert not (tmp_path / "mla").exists() and not work_path(tmp_path / "mla").exists()
+    assert not (tmp_path / "mla").exists() and not work_folder_path(tmp_path / "mla").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tokens": 39}, "--heal 39: is less than a row of 40 tokens"),
+        ({"tokens": 39}, "--heal 39: is less than a sequence of 40 tokens"),
         ({"share": 0.05}, "--cache 0.05 leaves 0 of 64 channels"),
-        ({"recipe": "best"}, "--recipe 'best' is unknown"),
+        ({"method": "best"}, "--method 'best' is unknown"),
         ({"to": None, "dtype": "bf16"}, "add --to mla"),
         ({"dst": "mla.gguf"}, r"latent without norm"),
         ({"texts": ("nowhere",)}, "--text: source 'nowhere' does not exist"),
@@ -133,11 +132,15 @@ def test_what_cannot_be_asked(
 @pytest.mark.parametrize(
     ("option", "content", "words"),
     [
-        ("texts", b"too little", "--text: .*bad.txt: of 1 documents .* at least 41 are needed"),
-        ("texts", b"   \n", "--text: .*bad.txt: of 0 documents 0 tokens are to train on"),
-        ("texts", b"", "--text: .*bad.txt: of 0 documents 0 tokens are to train on"),
+        (
+            "texts",
+            b"too little",
+            "--text: .*bad.txt: 0 tokens of 1 documents .* at least 41 are needed",
+        ),
+        ("texts", b"   \n", "--text: .*bad.txt: 0 tokens of 0 documents are for training"),
+        ("texts", b"", "--text: .*bad.txt: 0 tokens of 0 documents are for training"),
         ("texts", b"caf\xe9 " * 999, "--text: .*byte 3 is not UTF-8 text; convert the file$"),
-        ("texts", b"a\0b" * 999, "--text: .* holds zero bytes, so it is not text"),
+        ("texts", b"a\0b" * 999, "--text: .* contains zero bytes, so it is not text"),
         ("calibrate", b"too little", "--calibrate bad.txt: 10 tokens are too few"),
         ("calibrate", b"\xff" * 999, "--calibrate .*bad.txt: is not UTF-8"),
         ("evaluate", b"too little", "--evaluate .*bad.txt: 10 tokens are too few"),
@@ -178,7 +181,7 @@ def test_records_that_nothing_reads(made: Path, tmp_path: Path, name: str, optio
 
 
 @pytest.mark.parametrize(
-    ("within_reach", "what"), [(4, "held out to measure on"), (0, "to train on")]
+    ("within_reach", "what"), [(4, "held out for evaluation"), (0, "for training")]
 )
 def test_answers_out_of_reach(made: Path, tmp_path: Path, within_reach: int, what: str) -> None:
     """Chats are read as far as a row goes: where the answers of all begin behind it, that is told
@@ -238,22 +241,22 @@ def test_a_model_that_predicts_nothing(made: Path, tmp_path: Path) -> None:
     for name in ("heal.txt", "calibrate.txt", "evaluate.txt"):
         shutil.copy(made / name, tmp_path)
     edit_tensors(tmp_path / "source", lambda tensors: tensors["model.norm.weight"].fill_(math.inf))
-    refused(tmp_path, tmp_path, "no perplexity comes out of")
+    refused(tmp_path, tmp_path, "the perplexity of")
 
 
 def test_the_evaluation_text_itself(made: Path, tmp_path: Path) -> None:
     """Known by its name, or as part of a folder, before anything is read."""
     text = made / "evaluate.txt"
-    refused(made, tmp_path, "is given as --text too", texts=(str(made),))
-    refused(made, tmp_path, "is given as --text too", texts=(str(text),))
-    refused(made, tmp_path, "is given as --calibrate too", calibrate=(text,))
+    refused(made, tmp_path, "is also given as --text", texts=(str(made),))
+    refused(made, tmp_path, "is also given as --text", texts=(str(text),))
+    refused(made, tmp_path, "is also given as --calibrate", calibrate=(text,))
 
 
 def test_too_little_memory_is_told_first(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowlat.train.run.recovery.usable_memory", lambda *_: 1_000_000)
-    with pytest.raises(UserError, match=r"--heal: training needs about .* and 1 MB are there"):
+    monkeypatch.setattr("lowlat.train.run.distill.usable_memory", lambda *_: 1_000_000)
+    with pytest.raises(UserError, match=r"--heal: training needs about .*, 1 MB are available"):
         tiny.call(made, tmp_path / "dst")
     assert not list(tmp_path.iterdir())
 
@@ -263,16 +266,16 @@ def test_memory_is_that_of_the_compressed_model(
 ) -> None:
     """Whose queries are wider than the original's; nothing that fits is refused."""
     config, converted = (load_model(made / name).config for name in ("source", "whole"))
-    likely = likely_config(config, check_exact(config), 0.5, "standard")
-    healing = RecoveryOptions(tokens=tiny.TOKENS, sequence_length=LENGTH)
-    recipe = parse_recipe(recovery_recipe(made, made, made, healing), origin="healing")
+    likely = estimated_config(config, check_exact(config), 0.5, "standard")
+    healing = DistillationOptions(tokens=tiny.TOKENS, sequence_length=LENGTH)
+    recipe = parse_recipe(distillation_recipe(made, made, made, healing), origin="distillation")
     original, found, true = (
         needed_bytes(most_memory(each, recipe, teacher=config)[1])
         for each in (config, likely, converted)
     )
     assert original < found < true
     monkeypatch.setattr(
-        "lowlat.train.run.recovery.usable_memory", lambda *_: (original + found) // 2
+        "lowlat.train.run.distill.usable_memory", lambda *_: (original + found) // 2
     )
     refused(made, tmp_path, "--heal: training needs about")
 
@@ -291,11 +294,11 @@ def test_a_gguf_file_is_healed(made: Path, tmp_path: Path) -> None:
     source_model(folder, vocab_size=290)
     write_tokenizer(folder)
     convert(folder, tmp_path / "m.gguf", dtype="int4")
-    convert_and_heal(
+    convert_with_recovery(
         tmp_path / "m.gguf",
         tmp_path / "mla",
-        compression=Compression(share=0.5, calibrate=(made / "calibrate.txt",)),
-        wanted=Wanted(tokens=320, texts=(str(made / "heal.txt"),)),
+        compression=CompressionOptions(share=0.5, calibrate=(made / "calibrate.txt",)),
+        recovery=RecoveryOptions(tokens=320, texts=(str(made / "heal.txt"),)),
     )
     assert tiny.report(tmp_path / "mla")["dtype"] == "fp32"
     source, healed = (load_model(tmp_path / name, dtype="fp32") for name in ("m.gguf", "mla"))
@@ -332,7 +335,7 @@ def test_experts_are_made_of_what_was_healed(made: Path, tmp_path: Path) -> None
 def test_experts_without_healing(made: Path, tmp_path: Path) -> None:
     tiny.call(made, tmp_path / "experts", experts=4, tokens=None, texts=())
     told = tiny.report(tmp_path / "experts")
-    assert told["routed_experts"] == 4 and "healed" not in told["evaluation"]
+    assert told["routed_experts"] == 4 and "recovered" not in told["evaluation"]
     assert load_model(tmp_path / "experts").config.moe is not None
 
 
@@ -348,11 +351,11 @@ def test_a_tokenizer_with_more_ids_than_the_model(made: Path, tmp_path: Path) ->
     ]
     file.write_text(json.dumps(raw))
     with pytest.raises(UserError, match="its tokenizer has ids up to 279, its model only 263"):
-        convert_and_heal(
+        convert_with_recovery(
             source,
             tmp_path / "mla",
-            compression=Compression(share=0.5),
-            wanted=Wanted(tokens=tiny.TOKENS, texts=(str(made / "heal.txt"),)),
+            compression=CompressionOptions(share=0.5),
+            recovery=RecoveryOptions(tokens=tiny.TOKENS, texts=(str(made / "heal.txt"),)),
         )
 
 

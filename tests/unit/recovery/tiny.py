@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from lowlat.convert.compression import Compression
-from lowlat.convert.report import REPORT_FILE, Report
-from lowlat.recovery.run import convert_and_heal
-from lowlat.recovery.wanted import Wanted
+from lowlat.convert.options import CompressionOptions, RecoveryOptions
+from lowlat.convert.report import REPORT_FILE, ConversionReport
+from lowlat.recovery.run import convert_with_recovery
 from tests.unit.convert.test_compressed_folders import source_model
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "dog", "log", "and", "then", "ran", "home")
@@ -38,27 +37,27 @@ def make(folder: Path) -> Path:
 
 def scale_down(patch: pytest.MonkeyPatch) -> None:
     """Steps and evaluations of few tokens."""
-    patch.setattr("lowlat.train.run.recovery.BATCH_TOKENS", STEP)
+    patch.setattr("lowlat.train.run.distill.BATCH_TOKENS", STEP)
     # large random weights take no more
-    patch.setattr("lowlat.train.run.recovery.LEARNING_RATE", 3e-5)
-    patch.setattr("lowlat.train.run.recovery.FULL_STEPS", 1)
-    for module in ("lowlat.train.run.recovery", "lowlat.recovery.text"):
+    patch.setattr("lowlat.train.run.distill.LEARNING_RATE", 3e-5)
+    patch.setattr("lowlat.train.run.distill.FULL_STEPS", 1)
+    for module in ("lowlat.train.run.distill", "lowlat.recovery.training_text"):
         patch.setattr(f"{module}.EVALUATED_TOKENS", 400)
 
 
-def call(folder: Path, dst: Path, **changes: Any) -> Report:
-    """Convert `folder/source`; `changes` are those of Compression, Wanted or the arguments."""
-    compression = Compression(share=0.5, calibrate=(folder / "calibrate.txt",))
-    wanted = Wanted(
+def call(folder: Path, dst: Path, **changes: Any) -> ConversionReport:
+    """Convert `folder/source`; `changes` are those of the options or arguments."""
+    compression = CompressionOptions(share=0.5, calibrate=(folder / "calibrate.txt",))
+    wanted = RecoveryOptions(
         tokens=TOKENS, texts=(str(folder / "heal.txt"),), evaluate=folder / "evaluate.txt"
     )
     own = {name: changes.pop(name) for name in list(changes) if hasattr(wanted, name)}
     cost = {name: changes.pop(name) for name in list(changes) if hasattr(compression, name)}
-    return convert_and_heal(
+    return convert_with_recovery(
         folder / "source",
         dst,
         compression=replace(compression, **cost),
-        wanted=replace(wanted, **own),
+        recovery=replace(wanted, **own),
         **changes,
     )
 
@@ -77,6 +76,6 @@ def report(folder: Path) -> dict[str, Any]:
 
 
 def without_times(told: dict[str, Any]) -> dict[str, Any]:
-    if "healing" in told:
-        told["healing"] = {k: v for k, v in told["healing"].items() if k not in MEASURED}
+    if "recovery" in told:
+        told["recovery"] = {k: v for k, v in told["recovery"].items() if k not in MEASURED}
     return told

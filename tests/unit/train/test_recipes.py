@@ -16,14 +16,11 @@ from lowlat.train.inputs.parallel_check import check_parallel
 from lowlat.train.recipe.reference import reference
 from lowlat.train.recipe.schedule import TrainingSchedule, batch_size
 from lowlat.train.recipe.schema import Recipe, parse_recipe, read_recipe
-from lowlat.train.run.recovery import RecoveryOptions, recovery_recipe
+from lowlat.train.run.distill import DistillationOptions, distillation_recipe
 from lowlat.train.step.lora import check_lora
 
 ROOT = Path(__file__).parents[3]
-CORPORA = {
-    ROOT / "recipes" / name for name in ("corpus.toml", "heal-corpus.toml", "heal-wikitext.toml")
-}
-RECIPES = sorted(set((ROOT / "recipes").glob("*.toml")) - CORPORA)
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 VOCAB = 49152
 
 
@@ -53,8 +50,11 @@ def test_recipe(path: Path) -> None:
 def test_heal_recipe_is_what_convert_does() -> None:
     """heal.toml and `lowlat convert --heal 2M` train alike, whatever their folders are called."""
     here = Path(".")
-    raw = recovery_recipe(here, here, here, RecoveryOptions(tokens=2_000_000))
-    done, recipe = parse_recipe(raw, origin="healing"), read_recipe(ROOT / "recipes" / "heal.toml")
+    raw = distillation_recipe(here, here, here, DistillationOptions(tokens=2_000_000))
+    done, recipe = (
+        parse_recipe(raw, origin="distillation"),
+        read_recipe(ROOT / "recipes" / "heal.toml"),
+    )
     tables = [TrainingSchedule(each, ranks=1) for each in (done, recipe)]
     assert tables[0].steps == tables[1].steps
     for step in range(tables[0].steps):

@@ -1,0 +1,34 @@
+"""`lowlat-lab page`: write result pages and plots again from recorded figures."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Write result pages and their plots again from recorded figures.", no_args_is_help=True
+)
+
+Figures = Annotated[Path, typer.Argument(metavar="FIGURES", help="JSON file of recorded figures.")]
+Page = Annotated[
+    Path, typer.Argument(metavar="PAGE", help="Page to update; hand-written text stays.")
+]
+
+
+@app.command("study")
+def study(
+    report: Annotated[Path, typer.Argument(metavar="REPORT", help="Report of a study.")],
+) -> None:
+    """Write the page and plot of a study next to its report."""
+    from lowlat_lab.study.page import write_page
+
+    write_page(json.loads(report.read_text(encoding="utf-8")), report.with_suffix(".md"))
+
+
+@app.command("conversion")
+def conversion(figures: Figures, page: Page) -> None:
+    """Fill the tables of the conversion page and draw its plots."""
+    from lowlat_lab.pages.conversion import write_page
+
+    write_page(json.loads(figures.read_text(encoding="utf-8")), page)

@@ -1,0 +1,1 @@
+"""Pages of docs/results that are filled from recorded benchmark figures."""

@@ -1,0 +1,193 @@
+"""Conversion options: one record of all options of `lowlat convert`, and their validation.
+
+Everything that follows from the options alone is checked here; `convert.conversion` checks them
+against the source model.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from lowlat.checkpoint.fetch.cache_dir import sha256_file
+from lowlat.convert.compression.calibration import Calibration
+from lowlat.convert.compression.methods import DEFAULT_METHOD, METHODS
+from lowlat.convert.compression.plan import CacheLayout
+from lowlat.convert.storage.folder import StorageType
+from lowlat.convert.storage.gguf import GGUF_TYPES
+from lowlat.utils.atomic_files import refuse_existing
+from lowlat.utils.errors import UserError
+
+LAYOUTS: tuple[CacheLayout, ...] = ("standard", "free")
+STORAGE_TYPES: dict[str, StorageType] = {name: name for name in get_args(StorageType)}
+FORMATS = ("auto", "hf", "gguf")
+GGUF_SUFFIX = ".gguf"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressionOptions:
+    """Options of a conversion to a smaller cache."""
+
+    share: float
+    """Share of a KV cache entry's channels to keep."""
+    method: str = DEFAULT_METHOD
+    """A name in `METHODS`."""
+    layout: CacheLayout = "standard"
+    """standard: a deepseek_v3 that other programs load; free: widths and frequencies by layer."""
+    calibrate: tuple[Path, ...] = ()
+    """Calibration text files; the bundled text if empty."""
+    calibration: Calibration | None = field(default=None, compare=False)
+    """Windows of calibration text, instead of files."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The options and hashes of the calibration text, to resume only the same conversion.
+
+        Raises UserError for a file that cannot be read.
+        """
+        try:
+            texts = [] if self.calibration is None else [self.calibration.digest()]
+            texts += [f"{path.resolve()} {sha256_file(path)[:12]}" for path in self.calibrate]
+        except OSError as error:
+            where = f"--calibrate {error.filename}"
+            raise UserError(f"{where}: cannot be read ({error.strerror})") from error
+        return {"cache": self.share, "method": self.method, "layout": self.layout, "text": texts}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecoveryOptions:
+    """Options of recovery training and evaluation after a compression."""
+
+    tokens: int | None = None
+    """Training tokens; None for no recovery training."""
+    texts: tuple[str, ...] = ()
+    """Training text: files, folders, datasets:NAME."""
+    evaluate: Path | None = None
+    """Text file to measure perplexity on."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is neither recovery training nor evaluation."""
+        return self.tokens is None and self.evaluate is None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionOptions:
+    """All options of a conversion; names of the fields' values are those of the command line."""
+
+    to: str | None = None
+    """Attention: "mla", or None to keep the source's."""
+    dtype: str = "auto"
+    """A storage type, or auto to keep the type of every tensor."""
+    file_format: str = "auto"
+    """hf, gguf, or auto to decide by the destination's name."""
+    compression: CompressionOptions | None = None
+    """To a smaller cache; None for an exact conversion."""
+    experts: int | None = None
+    """Routed experts to make of every dense layer; None to keep layers dense."""
+    recovery: RecoveryOptions = RecoveryOptions()
+    """Recovery training and evaluation."""
+
+    @property
+    def storage_type(self) -> StorageType | None:
+        """The storage type; None keeps the type of every tensor."""
+        return None if self.dtype == "auto" else STORAGE_TYPES[self.dtype]
+
+    def writes_gguf(self, dst: Path) -> bool:
+        """Whether `dst` is to be a GGUF file."""
+        return self.file_format == "gguf" or (self.file_format == "auto" and is_gguf(dst))
+
+    def check(self, dst: Path) -> None:
+        """Raises UserError for unknown values, options that exclude each other or have no effect,
+        and an existing `dst`.
+        """
+        if self.to not in (None, "mla"):
+            raise UserError(f"--to '{self.to}' is unknown; the only attention to convert to is mla")
+        if self.dtype not in (*STORAGE_TYPES, "auto"):
+            types = ", ".join(STORAGE_TYPES)
+            raise UserError(f"--dtype '{self.dtype}' is unknown; choose {types} or auto")
+        if self.file_format not in FORMATS:
+            formats = ", ".join(FORMATS)
+            raise UserError(f"--format '{self.file_format}' is unknown; choose {formats}")
+        writes_gguf = self.writes_gguf(dst)
+        if writes_gguf != is_gguf(dst):
+            rule = (
+                "needs a file name that ends" if writes_gguf else "needs a folder that does not end"
+            )
+            raise UserError(f"{dst}: --format {self.file_format} {rule} in {GGUF_SUFFIX}")
+        if writes_gguf and self.dtype not in (*GGUF_TYPES, "auto"):
+            raise UserError(
+                f"--dtype {self.dtype} does not exist in GGUF files; choose "
+                f"{', '.join(GGUF_TYPES)} or auto"
+            )
+        if self.compression is not None:
+            _check_compression(self.compression, self.to)
+        _check_recovery(self.recovery, self.compression)
+        refuse_existing(dst.absolute())
+
+
+def compression_options(
+    share: float | None,
+    method: str | None,
+    layout: str | None,
+    calibrate: tuple[Path, ...],
+    *,
+    to: str | None,
+) -> CompressionOptions | None:
+    """Command-line options, None if not given, as a record; None for an exact conversion.
+
+    Raises UserError for options that have no effect or unknown values.
+    """
+    for option, value in (("--cache", share), ("--method", method)):
+        if value is not None and to is None:
+            raise UserError(f"{option} compresses into Multi-head Latent Attention; add --to mla")
+    if share is not None:
+        if method == "exact":
+            raise UserError("--method exact keeps the cache as it is; leave out --cache")
+        layout = layout or LAYOUTS[0]
+        if layout not in LAYOUTS:
+            raise UserError(f"--layout '{layout}' is unknown; choose {' or '.join(LAYOUTS)}")
+        method = method or DEFAULT_METHOD
+        return CompressionOptions(share=share, method=method, layout=layout, calibrate=calibrate)
+    given = {"--method": method not in (None, "exact"), "--layout": layout is not None}
+    given |= {"--calibrate": bool(calibrate)}
+    for option, is_given in given.items():
+        if is_given:
+            raise UserError(f"{option} needs --cache SHARE, the share of the cache to keep")
+    return None
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is named as a GGUF file and is no folder."""
+    return path.suffix.lower() == GGUF_SUFFIX and not path.is_dir()
+
+
+def _check_compression(compression: CompressionOptions, to: str | None) -> None:
+    if to != "mla":
+        raise UserError("--cache compresses into Multi-head Latent Attention; add --to mla")
+    if compression.method not in METHODS:
+        raise UserError(
+            f"--method '{compression.method}' is unknown; choose one of "
+            f"{', '.join((*METHODS, 'exact'))}"
+        )
+
+
+def _check_recovery(recovery: RecoveryOptions, compression: CompressionOptions | None) -> None:
+    """Raises UserError also if the evaluation text is one that the model is made with."""
+    if recovery.texts and recovery.tokens is None:
+        raise UserError("--text needs --heal TOKENS, the number of tokens to train on")
+    if recovery.tokens is not None and compression is None:
+        raise UserError("--heal trains a model whose cache was compressed; add --cache SHARE")
+    if recovery.tokens is not None and not recovery.texts:
+        raise UserError("--heal trains on text; add --text FILE_OR_FOLDER")
+    if recovery.evaluate is None:
+        return
+    if compression is None:
+        raise UserError("--evaluate needs --cache SHARE, the share of the cache to keep")
+    own = recovery.evaluate.resolve()
+    given = {"--text": recovery.texts, "--calibrate": compression.calibrate}
+    for option, names in given.items():
+        for path in (Path(name).resolve() for name in names):
+            if own == path or path in own.parents:
+                raise UserError(
+                    f"--evaluate {recovery.evaluate}: is also given as {option}; evaluate on text "
+                    "that the model is not made with"
+                )

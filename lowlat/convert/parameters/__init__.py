@@ -1,0 +1,1 @@
+"""Parameters of a converted model: exact MLA, sparse upcycling, shared RoPE."""

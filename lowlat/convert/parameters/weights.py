@@ -1,0 +1,166 @@
+"""Parameter sources of a conversion: a checkpoint's parameters, or ones derived from them.
+
+Parameters are read one at a time; `convert.storage` writes them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import reduce
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lowlat.checkpoint.mapping import check_tensors, operations
+from lowlat.checkpoint.mapping_operations import Operation, Read, Rename
+from lowlat.checkpoint.padded_latent import PaddingError
+from lowlat.checkpoint.tensor_source import TensorSource
+from lowlat.config.model import ModelConfig
+from lowlat.model.transformer import Transformer
+from lowlat.utils.errors import UserError
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Weights(ABC):
+    """The parameters of a model as plain matrices, by the model's names."""
+
+    @property
+    @abstractmethod
+    def config(self) -> ModelConfig:
+        """The model's config, without storage fields."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """The number type that holds the parameter without loss."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The parameter."""
+
+    @abstractmethod
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """`read(name)[start:stop]`, computed without the other rows if possible."""
+
+    @abstractmethod
+    def release(self, name: str) -> None:
+        """Allow the parameter's mapped memory pages to be evicted; it may be read again."""
+
+    @abstractmethod
+    def where(self, name: str) -> str:
+        """Name of the parameter in error messages: file and tensor."""
+
+
+@final
+class SourceWeights(Weights):
+    """A checkpoint's parameters, with names and shapes checked and the padding of latents removed.
+
+    source, config: without fp8 blocks and packed weights (`checkpoint.dense`). pads: whether the
+    checkpoint pads the latents of an exactly converted model.
+    """
+
+    def __init__(self, source: TensorSource, config: ModelConfig, *, pads: bool) -> None:
+        self._source = source
+        self._config = config
+        shapes = parameter_shapes(config)
+        plan = operations(config, shapes, pads=pads)
+        files = {file: shape for step in plan for file, shape in step.file_shapes(shapes).items()}
+        check_tensors(config, source, files)
+        self._files = {step.parameter: step.file for step in plan if isinstance(step, Rename)}
+        self._steps: dict[str, Operation] = {}
+        self._step_files: dict[str, list[str]] = {}
+        for step in plan:
+            if not isinstance(step, Rename):
+                names = list(step.file_shapes(shapes))
+                for name in step.parameters():
+                    self._steps[name], self._step_files[name] = step, names
+        self._held: dict[str, Tensor] = {}
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    def dtype(self, name: str) -> torch.dtype:
+        files = self._step_files.get(name) or [self._files[name]]
+        return reduce(torch.promote_types, {self._source.dtype(file) for file in files})
+
+    def read(self, name: str) -> Tensor:
+        if name in self._files:
+            return self._source.read(self._files[name])
+        if name not in self._held:
+            try:
+                self._held = dict(self._steps[name].load(self._source.read))
+            except PaddingError as error:
+                raise UserError(f"{self._source.path}: {error}") from error
+        return self._held[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name in self._files:
+            return self._source.rows(self._files[name], start, stop)
+        return self.read(name)[start:stop]
+
+    def release(self, name: str) -> None:
+        for file in self._step_files.get(name) or [self._files[name]]:
+            self._source.release(file)
+
+    def where(self, name: str) -> str:
+        return self._source.where((self._step_files.get(name) or [self._files[name]])[0])
+
+
+@final
+class DerivedWeights(Weights):
+    """The parameters of `base`, except those that `derives` selects, which `read` computes.
+
+    read: returns the whole parameter of a name. It may cache one layer, so parameters should be
+    read layer by layer. dtype: of the derived parameters.
+    """
+
+    def __init__(
+        self,
+        base: Weights,
+        config: ModelConfig,
+        read: Read,
+        *,
+        derives: Callable[[str], bool],
+        dtype: torch.dtype,
+    ) -> None:
+        self._base = base
+        self._config = config
+        self._read = read
+        self._derives = derives
+        self._dtype = dtype
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype if self._derives(name) else self._base.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        return self._read(name) if self._derives(name) else self._base.read(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        if self._derives(name):
+            return self._read(name)[start:stop]
+        return self._base.rows(name, start, stop)
+
+    def release(self, name: str) -> None:
+        if not self._derives(name):
+            self._base.release(name)
+
+    def where(self, name: str) -> str:
+        if self._derives(name):
+            return f"tensor '{name}' of the converted model"
+        return self._base.where(name)
+
+
+def parameter_shapes(config: ModelConfig) -> Shapes:
+    """Names and shapes of the parameters of `config`, in file order."""
+    return {name: tuple(parameter.shape) for name, parameter in empty_parameters(config).items()}
+
+
+def empty_parameters(config: ModelConfig) -> dict[str, Tensor]:
+    """The parameters of `config` on the meta device."""
+    with torch.device("meta"):
+        return Transformer(config, dtype=torch.bfloat16).state_dict()

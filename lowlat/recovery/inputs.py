@@ -1,0 +1,171 @@
+"""Checked inputs of a recovery run: training text, calibration text and evaluation text.
+
+Everything that takes no training to find out is checked here, before the long work: too little
+text, too little memory, and evaluation text that is part of the other texts.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from lowlat.config.model import ModelConfig
+from lowlat.convert.compression.calibration import calibration_from_tokens, read_calibration
+from lowlat.convert.compression.plan import estimated_config
+from lowlat.convert.conversion import Conversion
+from lowlat.convert.options import CompressionOptions, RecoveryOptions
+from lowlat.convert.parameters.exact_mla import check_exact
+from lowlat.data.dataset import TokenizedDataset
+from lowlat.recovery.evaluation import EvaluationText, read_evaluation_text
+from lowlat.recovery.training_text import (
+    build_tokens,
+    require_uncalibrated,
+    require_unseen,
+    text_fingerprint,
+)
+from lowlat.recovery.work_folder import WorkFolder
+from lowlat.text.pieces import encode_plain
+from lowlat.text.plain import read_plain_text
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.train.run.distill import (
+    SEQUENCE_LENGTH,
+    DistillationOptions,
+    check_distillation,
+    check_memory,
+)
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecoveryInputs:
+    """A conversion with recovery training, evaluation, or both."""
+
+    conversion: Conversion
+    compression: CompressionOptions
+    distillation: DistillationOptions | None
+    """None for evaluation without training."""
+    tokenizer: Tokenizer
+    evaluation_text: EvaluationText | None
+
+    @property
+    def recovery(self) -> RecoveryOptions:
+        """The options."""
+        return self.conversion.options.recovery
+
+    def fingerprint(self) -> dict[str, str]:
+        """Source, options and texts, each in words: the work folder resumes only if all match."""
+        recovery, text = self.recovery, self.evaluation_text
+        facts = self.conversion.fingerprint()
+        facts["recovery"] = "none" if recovery.tokens is None else f"{recovery.tokens} tokens"
+        texts = ", ".join(text_fingerprint(each) for each in recovery.texts)
+        facts["training text"] = texts or "none"
+        facts["evaluation text"] = "none"
+        if text is not None:
+            digest = hashlib.sha256(text.content.encode()).hexdigest()[:12]
+            facts["evaluation text"] = f"{text.path} {digest}"
+        return facts
+
+
+def prepare_recovery(conversion: Conversion) -> RecoveryInputs:
+    """Check memory and open the evaluation text. Raises UserError for what does not suit."""
+    options, src = conversion.options, conversion.src
+    compression = options.compression
+    assert compression is not None and not options.recovery.is_empty
+    tokenizer = Tokenizer.from_folder(src) if src.is_dir() else Tokenizer.from_gguf(src)
+    config = conversion.config
+    distillation = _distillation_options(options.recovery, config)
+    if distillation is not None:
+        student = estimated_config(
+            config, check_exact(config), compression.share, compression.layout
+        )
+        check_memory(config, student, distillation)
+    path = options.recovery.evaluate
+    return RecoveryInputs(
+        conversion=conversion,
+        compression=compression,
+        distillation=distillation,
+        tokenizer=tokenizer,
+        evaluation_text=None if path is None else read_evaluation_text(path, tokenizer),
+    )
+
+
+def with_calibration(
+    inputs: RecoveryInputs, work: WorkFolder, progress: Progress
+) -> RecoveryInputs:
+    """`inputs` with the calibration text to use; all texts are built and checked.
+
+    Without `--calibrate` that is the training text, unless it is too short.
+    """
+    if inputs.compression.calibrate:
+        _check_calibration(inputs, work)  # before all of --text is read, which takes longer
+        _training_tokens(inputs, work, progress)
+        return inputs
+    tokens = _training_tokens(inputs, work, progress)
+    inputs = replace(inputs, compression=_calibrated_on(tokens, inputs))
+    _check_calibration(inputs, work)
+    return inputs
+
+
+def _distillation_options(
+    recovery: RecoveryOptions, config: ModelConfig
+) -> DistillationOptions | None:
+    if recovery.tokens is None:
+        return None
+    length = min(SEQUENCE_LENGTH, config.max_position_embeddings)
+    if recovery.tokens < length:
+        raise UserError(
+            f"--heal {recovery.tokens}: is less than a sequence of {length} tokens; give more"
+        )
+    return DistillationOptions(tokens=recovery.tokens, sequence_length=length)
+
+
+def _training_tokens(
+    inputs: RecoveryInputs, work: WorkFolder, progress: Progress
+) -> TokenizedDataset | None:
+    """The training text as a token folder, checked; None without recovery training."""
+    distillation, texts = inputs.distillation, inputs.recovery.texts
+    if distillation is None:
+        return None
+    if work.tokens.exists():
+        folder = TokenizedDataset.open(work.tokens)
+    else:
+        length = distillation.sequence_length
+        folder = build_tokens(work.tokens, texts, inputs.tokenizer, length, progress)
+    check_distillation(work.tokens, distillation, origin=f"--text {', '.join(texts)}")
+    vocab_size = inputs.conversion.config.vocab_size
+    if folder.vocab_size > vocab_size:
+        raise UserError(
+            f"{inputs.conversion.src}: its tokenizer has ids up to {folder.vocab_size - 1}, but "
+            f"the model has {vocab_size} tokens; restore tokenizer.json"
+        )
+    text = inputs.evaluation_text
+    if text is not None:
+        require_unseen(folder, text.ids, text.path, progress)
+    return folder
+
+
+def _calibrated_on(folder: TokenizedDataset | None, inputs: RecoveryInputs) -> CompressionOptions:
+    """The compression, calibrated on the training text in `folder`, unless that is too short."""
+    compression, context = inputs.compression, inputs.conversion.config.max_position_embeddings
+    if folder is None:
+        return compression
+    tokens, count = partial(folder.tokens, "train"), folder.num_tokens("train")
+    calibration = calibration_from_tokens(tokens, count, context, "the text of --text")
+    return replace(compression, calibration=calibration)
+
+
+def _check_calibration(inputs: RecoveryInputs, work: WorkFolder) -> None:
+    """Raises UserError for unfit calibration text, and if it contains the evaluation text."""
+    paths, text = inputs.compression.calibrate, inputs.evaluation_text
+    if work.start.exists() or inputs.compression.calibration is not None:
+        return
+    context = inputs.conversion.config.max_position_embeddings
+    found = read_calibration(paths, inputs.tokenizer, context)
+    if text is not None:
+        texts = (read_plain_text(path, "--calibrate") for path in paths)
+        ids = (encode_plain(inputs.tokenizer, each).astype(np.int64) for each in texts)
+        calibration = ids if paths else found.windows.numpy()
+        origin = "the text of --calibrate" if paths else "lowlat's own calibration text"
+        require_uncalibrated(calibration, text.ids, text.path, origin)
