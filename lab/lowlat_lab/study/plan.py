@@ -187,8 +187,8 @@ def num_steps(size: StudySize, *, steps: int | None, tokens: int | None) -> int:
 
 
 def open_data(folder: Path, size: StudySize) -> TokenizedDataset:
-    """The tokenized dataset of a study. Raises UserError as TokenizedDataset, or where no documents are
-    held out.
+    """The tokenized dataset of a study. Raises UserError as `TokenizedDataset.open`, or if too few
+    tokens are held out.
     """
     opened = TokenizedDataset.open(folder.resolve())
     least = size.sequence_length + 3

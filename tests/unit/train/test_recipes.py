@@ -81,10 +81,14 @@ def _beside_folders(recipe: Recipe) -> Recipe:
     assert recipe.distillation is not None
     return recipe.model_copy(
         update={
+            "name": "",
             "base_model": None,
             "distillation": recipe.distillation.model_copy(update={"teacher": ""}),
             "data": recipe.data.model_copy(update={"folder": ""}),
-            "phase": [phase.model_copy(update={"learning_rate": 0.0}) for phase in recipe.phase],
+            "phase": [
+                phase.model_copy(update={"name": "", "learning_rate": 0.0})
+                for phase in recipe.phase
+            ],
         }
     )
 
