@@ -1,4 +1,4 @@
-"""A short report: what an answer cost."""
+"""Short report of an answer: model, attention, KV cache per token, throughput."""
 
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +32,7 @@ def print_answer_report(model: Model, completion: Completion, console: Console) 
 
 
 def source_config(name: str) -> ModelConfig | None:
-    """What the preset `name` was converted from; None for other models, which run as they are."""
+    """The config that the preset `name` was converted from; None for other models."""
     return load_preset("smollm2-135m") if name in MODEL_PRESETS else None
 
 
@@ -44,7 +44,7 @@ def _attention(source: ModelConfig | None, config: ModelConfig) -> str:
 
 
 def _cache(source: ModelConfig | None, model: Model) -> str:
-    """Bytes before and after, beside full multi-head attention of the same width."""
+    """Bytes before and after conversion, and those of MHA of the same width."""
     cost, dtype = kv_cache_size(model.config), model.cache_dtype
     full = cost.bytes_per_token(cost.mha, dtype)
     text = f"{model.cache_bytes_per_token:,} bytes"

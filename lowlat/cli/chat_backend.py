@@ -1,6 +1,6 @@
-"""Who answers in a conversation: the interface, and a model in this process.
+"""Chat backend: the interface, and a model in this process.
 
-Owns no messages and no terminal. A model behind a server is remote.py's.
+Owns no messages and no terminal. `chat_client` has the backend of a server.
 """
 
 import abc
@@ -10,21 +10,21 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from lowlat.cli.answer_report import print_answer_report
-from lowlat.engine.params import SamplingOptions
 from lowlat.generate.completion import Completion
 from lowlat.generate.model import Model
+from lowlat.generate.params import SamplingOptions
 from lowlat.utils.errors import UserError
 
 Message = dict[str, str]
 
 
 class ChatBackend(abc.ABC):
-    """Answers messages."""
+    """Answers chat messages."""
 
     @property
     @abc.abstractmethod
     def description(self) -> str:
-        """What is running, in one line."""
+        """The model in one line."""
 
     @property
     @abc.abstractmethod
@@ -39,12 +39,14 @@ class ChatBackend(abc.ABC):
         write: Callable[[str], None],
         interrupted: threading.Event,
     ) -> Completion:
-        """The answer, written piece by piece; `interrupted` ends it early. At most `max_tokens`,
-        or what the context leaves. Raises UserError where there can be none."""
+        """Stream an answer of at most `max_tokens` through `write`; `interrupted` ends it early.
+
+        Raises UserError if the context is full or the backend fails.
+        """
 
     @abc.abstractmethod
     def report(self, completion: Completion, console: Console) -> None:
-        """Print what the answer cost."""
+        """Print model, KV cache and throughput of an answer."""
 
 
 class LocalChatBackend(ChatBackend):
@@ -53,8 +55,7 @@ class LocalChatBackend(ChatBackend):
     def __init__(self, model: Model) -> None:
         if model.tokenizer.chat_template is None:
             raise UserError(
-                f"{model.name} has no chat template, so it cannot chat; "
-                "use lowlat generate, which continues a text"
+                f"{model.name} has no chat template, so it cannot chat; use lowlat generate"
             )
         self._model = model
 
@@ -74,8 +75,8 @@ class LocalChatBackend(ChatBackend):
         write: Callable[[str], None],
         interrupted: threading.Event,
     ) -> Completion:
-        room = max(1, self._model.context - len(self._model.encode_prompt(messages)))
-        options: SamplingOptions = {**sampling, "max_tokens": min(max_tokens, room)}
+        capacity = max(1, self._model.context - len(self._model.encode_prompt(messages)))
+        options: SamplingOptions = {**sampling, "max_tokens": min(max_tokens, capacity)}
         with self._model.generate(messages, stream=True, **options) as stream:
             for piece in stream:
                 write(piece)

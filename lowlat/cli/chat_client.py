@@ -1,7 +1,6 @@
-"""A model behind a server that speaks OpenAI's API, as one side of a conversation.
+"""Chat client: a model on a server with OpenAI's API, as a chat backend.
 
-Owns the requests and what their faults say. Figures the server does not give (bytes of cache) are
-left out.
+Owns the requests and their error messages. Statistics that the server does not send are left out.
 """
 
 import json
@@ -18,8 +17,8 @@ from rich.console import Console
 
 from lowlat.cli.answer_report import print_rows
 from lowlat.cli.chat_backend import ChatBackend, Message
-from lowlat.engine.params import SamplingOptions
 from lowlat.generate.completion import Completion, Usage
+from lowlat.generate.params import SamplingOptions
 from lowlat.utils.errors import UserError
 
 CONNECT_SECONDS = 10.0
@@ -28,7 +27,7 @@ THINKING, THOUGHT = "<think>\n", "\n</think>\n\n"
 
 @dataclass(slots=True)
 class _Answer:
-    """What has come of an answer."""
+    """The received part of a streamed answer."""
 
     write: Callable[[str], None]
     pieces: list[str] = field(default_factory=list)
@@ -38,7 +37,7 @@ class _Answer:
     is_thinking: bool = False
 
     def push(self, chunk: dict[str, Any]) -> None:
-        """Take one chunk of the stream."""
+        """Add one chunk of the stream."""
         self.usage = chunk.get("usage") or self.usage
         self.seconds = chunk.get("lowlat") or self.seconds
         for choice in chunk.get("choices") or []:
@@ -51,7 +50,7 @@ class _Answer:
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
     def _push_reasoning(self, text: str | None) -> None:
-        """Reasoning is shown, and is no part of the answer."""
+        """Show reasoning; it is no part of the answer."""
         if not text:
             return
         if not self.is_thinking:
@@ -66,7 +65,7 @@ class _Answer:
 
     def completion(self) -> Completion:
         count = self.usage.get("completion_tokens", 0)
-        # Servers have reasons of their own ("tool_calls", "content_filter", "abort").
+        # Servers send other reasons too ("tool_calls", "content_filter", "abort").
         ended = "length" if self.finish_reason == "length" else "stop"
         return Completion(
             "".join(self.pieces),
@@ -83,7 +82,7 @@ class _Answer:
 
 
 class _Refused(UserError):
-    """A server refuses a request for its field `param`, where it says which."""
+    """An error response, with the rejected field `param` if the server names it."""
 
     def __init__(self, message: str, param: str | None) -> None:
         super().__init__(message)
@@ -98,7 +97,7 @@ class ChatClient(ChatBackend):
         self._url = url.rstrip("/").removesuffix("/v1")
         _check_port(url)
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        # An answer may be long in coming, so only connecting has a limit.
+        # An answer can take long, so only connecting has a timeout.
         timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
         self._client = httpx.Client(headers=headers, timeout=timeout)
         self._model = self._choose(name)
@@ -134,7 +133,7 @@ class ChatClient(ChatBackend):
         except _Refused as refused:
             if refused.param not in ("max_tokens", "max_completion_tokens"):
                 raise
-            # The context leaves less: a server that is not told gives what it leaves.
+            # The context has less capacity; without max_tokens the server uses what is left.
             del body["max_tokens"]
             return self._answer(body, write, interrupted)
 
@@ -195,16 +194,16 @@ class ChatClient(ChatBackend):
             raise self._unreachable(error) from error
 
     def _chunk(self, data: str) -> dict[str, Any]:
-        """A chunk of a stream. Raises UserError where it is none, or tells of a fault."""
+        """A chunk of a stream. Raises UserError for a malformed chunk or an error."""
         try:
             chunk = json.loads(data)
         except ValueError as error:
             raise self._foreign() from error
         if not isinstance(chunk, dict):
             raise self._foreign()
-        if fault := chunk.get("error"):
-            message = fault.get("message") if isinstance(fault, dict) else None
-            raise UserError(f"{self._url}: {message or fault}")
+        if error := chunk.get("error"):
+            message = error.get("message") if isinstance(error, dict) else None
+            raise UserError(f"{self._url}: {message or error}")
         return chunk
 
     def _check(self, response: httpx.Response) -> None:
@@ -213,8 +212,8 @@ class ChatClient(ChatBackend):
         response.read()
         param = None
         try:
-            fault = response.json()["error"]
-            message, param = fault["message"], fault.get("param")
+            error = response.json()["error"]
+            message, param = error["message"], error.get("param")
         except (ValueError, KeyError, TypeError, AttributeError):
             message = f"status {response.status_code}"
         hint = "; give the key's file as --api-key-file" if response.status_code == 401 else ""
@@ -232,10 +231,10 @@ class ChatClient(ChatBackend):
 
 
 def _check_port(url: str) -> None:
-    """Raises UserError for a port there cannot be: a connection would go to another."""
+    """Raises UserError for an impossible port, which would connect to another one."""
     try:
         port = httpx.URL(url).port
-    except httpx.InvalidURL:  # said when it is asked
+    except httpx.InvalidURL:  # reported by the first request
         return
     if port is not None and not 1 <= port <= 65535:
         raise UserError(f"--url {url}: port {port} is not from 1 to 65535; give the server's")

@@ -1,4 +1,4 @@
-"""The measuring side of `lowlat eval`, and its result as text or JSON."""
+"""Perplexity measurement of `lowlat eval`, and its result as text or JSON."""
 
 import time
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from lowlat.utils.strict_json import finite
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """What was measured and on what."""
+    """A score, its model and its text."""
 
     model: str
     text: str
@@ -21,7 +21,7 @@ class Evaluation:
 
 
 def measure(model: Model, origin: str, content: str, window: int | None) -> Evaluation:
-    """Score `content`, with progress on stderr."""
+    """Perplexity of `content`, with progress on stderr."""
     started = time.perf_counter()
     score = model.perplexity(content, window=window, progress=make_progress())
     return Evaluation(
@@ -33,7 +33,7 @@ def measure(model: Model, origin: str, content: str, window: int | None) -> Eval
 
 
 def as_dict(result: Evaluation) -> dict[str, Any]:
-    """What --json prints; null for a number that is not finite."""
+    """The object of --json; null for a number that is not finite."""
     score = result.score
     return {
         "model": result.model,

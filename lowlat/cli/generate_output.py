@@ -1,4 +1,4 @@
-"""The text side of `lowlat generate`: what the model is given, and completions as text or JSON."""
+"""Prompts of `lowlat generate`, and its completions as text or JSON."""
 
 import json
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from lowlat.utils.errors import UserError
 def as_prompt(
     model: Model, text: str, *, raw: bool, system: str | None
 ) -> str | list[dict[str, str]]:
-    """The text itself, or messages where the chat template is wanted and there is one."""
+    """The text itself, or messages if the model has a chat template and `raw` is false."""
     has_template = model.tokenizer.chat_template is not None
     if system is not None and not has_template:
         raise UserError(f"{model.name} has no chat template; leave --system out")
@@ -39,7 +39,7 @@ def print_json(model: Model, completions: list[Completion]) -> None:
 
 
 def completion_dict(completion: Completion) -> dict[str, Any]:
-    """Text, tokens, reason, log-probabilities where asked for, timing and tokens per second."""
+    """Text, tokens, finish reason, requested log-probabilities, timing and throughput."""
     usage, logprobs = completion.usage, completion.logprobs
     return {
         "text": completion.text,

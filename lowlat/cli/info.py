@@ -87,10 +87,10 @@ def info(
 
 
 def find(name: str) -> Subject:
-    """The model called `name`: a preset, one that lowlat makes, or a checkpoint."""
+    """The model `name`: a preset, one that lowlat converts, or a checkpoint."""
     if name in preset_names():
         return Subject(name=name, config=load_preset(name))
-    # these bring torch and the hub's client, which presets do not need
+    # these import torch and the hub client, which presets do not need
     from lowlat.checkpoint.fetch.model_names import LocalModel, resolve
     from lowlat.convert.parameters.exact_mla import mla_config
     from lowlat.utils.progress import make_progress
@@ -98,12 +98,12 @@ def find(name: str) -> Subject:
     found = resolve(name, progress=make_progress())
     if isinstance(found, LocalModel):
         return open_subject(name, found.path)
-    # every model lowlat makes is SmolLM2 converted, so its config follows from SmolLM2's
+    # every model that lowlat converts on use is SmolLM2, so its config follows from SmolLM2's
     return Subject(name=name, config=mla_config(load_preset("smollm2-135m")))
 
 
 def open_subject(name: str, path: Path) -> Subject:
-    """The checkpoint at `path` (folder or .gguf file), described from its headers."""
+    """The checkpoint at `path` (folder or .gguf file), from its headers."""
     from lowlat.checkpoint.hf_folder import open_checkpoint
     from lowlat.checkpoint.load import read_config
     from lowlat.checkpoint.mapping import resolve_mtp_modules
@@ -117,7 +117,7 @@ def open_subject(name: str, path: Path) -> Subject:
 
 
 def memory_of(subject: Subject, context: int, dtype: str | None, cache: str) -> dict[str, int]:
-    """weights_bytes, cache_bytes, context; weights as the checkpoint stores them if no dtype."""
+    """weights_bytes, cache_bytes, context; without a dtype, weights as stored."""
     memory = memory_at(subject.config, context, dtype, cache)
     if dtype is None and subject.stored_bytes is not None:
         memory["weights_bytes"] = subject.stored_bytes
@@ -127,28 +127,28 @@ def memory_of(subject: Subject, context: int, dtype: str | None, cache: str) -> 
 def machine_of(
     subject: Subject, dtype: str | None, cache_bytes: int | None = None
 ) -> dict[str, int | bool]:
-    """What to expect here: weights_bytes, memory_bytes, fits_in_memory, whether they are read where
-    the checkpoint lies, read_in_place, and the weight bytes one token reads at most, active_bytes;
-    where a cache is asked about, whether both fit, fits_with_cache.
+    """The "machine" object: weights_bytes, memory_bytes, fits_in_memory, read_in_place (weights are
+    memory-mapped), active_bytes (most weight bytes that one token reads), and with a KV cache
+    fits_with_cache.
     """
     config = subject.config
     weights = memory_of(subject, 1, dtype, "bf16")["weights_bytes"]
     count = count_parameters(config)
     all_parameters = count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0)
-    beside = {}
+    with_cache = {}
     if cache_bytes is not None:
-        beside = {"fits_with_cache": not is_larger_than_memory(weights + cache_bytes)}
+        with_cache = {"fits_with_cache": not is_larger_than_memory(weights + cache_bytes)}
     return {
         "weights_bytes": weights,
         "memory_bytes": memory_limit(),
         "fits_in_memory": not is_larger_than_memory(weights),
         "read_in_place": _is_stored(subject, dtype),
         "active_bytes": round(weights * count.active_without_embedding / all_parameters),
-    } | beside
+    } | with_cache
 
 
 def _is_stored(subject: Subject, dtype: str | None) -> bool:
-    """Whether the weights need nothing made of them to be used as `dtype`."""
+    """Whether `dtype` uses the weights as stored, without conversion."""
     config = subject.config
     if dtype is None:
         return True
@@ -162,10 +162,10 @@ def _is_stored(subject: Subject, dtype: str | None) -> bool:
 
 
 def as_json(config: ModelConfig, memory: dict[str, int] | None, cache: str) -> dict[str, Any]:
-    """The report of --json, caches stored as `cache`."""
+    """The object of --json; `cache` is the number type of the KV cache."""
     count, cost = count_parameters(config), kv_cache_size(config)
     alternatives = {"mha": cost.mha, "gqa8": cost.gqa8, "mqa": cost.mqa}
-    row = cost.elements_per_token_layer
+    entry = cost.elements_per_token_layer
     report: dict[str, Any] = {
         "parameters": {
             "total": count.total,
@@ -175,7 +175,7 @@ def as_json(config: ModelConfig, memory: dict[str, int] | None, cache: str) -> d
         },
         "cache": {
             "bytes_per_token": cost.own_bytes_per_token(cache),
-            "elements_per_token_layer": row,
+            "elements_per_token_layer": entry,
         },
         "alternatives": {
             name: {"bytes_per_token": cost.bytes_per_token(elements, cache)}

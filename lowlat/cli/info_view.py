@@ -1,4 +1,4 @@
-"""The tables of `lowlat info`. Owns wording and layout; computes nothing but shares and units."""
+"""Tables of `lowlat info`. Owns wording and layout; computes shares and units only."""
 
 from rich import box
 from rich.console import Console
@@ -25,7 +25,7 @@ def show(
     cache: str = "bf16",
     machine: dict[str, int | bool] | None = None,
 ) -> None:
-    """Print what is known about the model `name`; no `dtype` is weights as stored."""
+    """Print the tables of the model `name`; `dtype` None is weights as stored."""
     console = Console() if console is None else console
     count, cost = count_parameters(config), kv_cache_size(config)
     console.print()
@@ -50,7 +50,7 @@ def _title(name: str, config: ModelConfig) -> Text:
 
 
 def _table(*columns: str) -> Table:
-    """A table whose first column is text and whose further ones are numbers, then a note."""
+    """A table: a column of text, columns of numbers, a column of notes."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold cyan")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
@@ -75,16 +75,18 @@ def _parameters(config: ModelConfig, count: ParameterCount) -> Table:
     if count.mtp:
         copies = count.mtp + count.mtp_copies
         table.add_section()
-        table.add_row("MTP", _amount(count.mtp), "", f"{_depth(config)} beside the main model")
-        table.add_row("", _amount(copies), "", "with copies of embedding and head")
-        table.add_row("", _amount(count.total + copies, digits=2), "", "total with these")
+        table.add_row(
+            "MTP", _amount(count.mtp), "", f"{_depth(config)} in addition to the main model"
+        )
+        table.add_row("", _amount(copies), "", "with copies of embedding and LM head")
+        table.add_row("", _amount(count.total + copies, digits=2), "", "total with MTP")
     return table
 
 
 def _parts(config: ModelConfig, count: ParameterCount) -> list[tuple[str, int, str]]:
     layers, moe = config.num_hidden_layers, config.moe
     sparse = sum(config.is_moe_layer(layer) for layer in range(layers))
-    tied = ", also the head" if config.tie_word_embeddings else ""
+    tied = ", also the LM head" if config.tie_word_embeddings else ""
     routed = shared = ""
     if moe is not None:
         routed = f"{sparse} x {moe.n_routed_experts} of width {moe.moe_intermediate_size:,}"
@@ -92,7 +94,7 @@ def _parts(config: ModelConfig, count: ParameterCount) -> list[tuple[str, int, s
         shared = f"{sparse} x {moe.n_shared_experts}, used by every token"
     return [
         ("embedding", count.embedding, f"{config.vocab_size:,} tokens{tied}"),
-        ("head", count.head, ""),
+        ("LM head", count.head, ""),
         ("attention", count.attention, f"{layers} layers, {_attention(config)}"),
         ("dense MLP", count.dense_mlp, f"{layers - sparse} of width {config.intermediate_size:,}"),
         ("routed experts", count.routed_experts, routed),
@@ -115,7 +117,7 @@ def _depth(config: ModelConfig) -> str:
 
 
 def _cache(config: ModelConfig, cost: KVCacheSize, dtype: str) -> Table:
-    table = _table(f"Cache per token ({dtype})", "bytes", "per layer", "ratio")
+    table = _table(f"KV cache per token ({dtype})", "bytes", "per layer", "ratio")
     own, own_size = cost.elements_per_token_layer, cost.own_bytes_per_token(dtype)
     heads = config.num_attention_heads
     groups = min(8, heads)
@@ -132,8 +134,8 @@ def _cache(config: ModelConfig, cost: KVCacheSize, dtype: str) -> Table:
         ratio = f"{size / own_size:.2f}"
         table.add_row(name, f"{size:,}", f"{round(elements, 1):,}", ratio, bar, style=style)
     table.add_section()
-    note = "row / (2 d_h)"
-    table.add_row("GQA groups of this size", f"{cost.gqa_groups_equivalent:.4g}", "", "", note)
+    note = "entry size / (2 head_dim)"
+    table.add_row("equivalent GQA groups", f"{cost.gqa_groups_equivalent:.4g}", "", "", note)
     return table
 
 
@@ -145,7 +147,7 @@ def _memory(
     weights, cache = memory["weights_bytes"], memory["cache_bytes"]
     with_mtp = ", MTP included" if config.num_nextn_predict_layers else ""
     table.add_row("weights", _bytes(weights), f"{dtype or 'dtype auto'}{with_mtp}")
-    table.add_row("cache", _bytes(cache), f"{cache_dtype}, one sequence{with_mtp}")
+    table.add_row("KV cache", _bytes(cache), f"{cache_dtype}, one sequence{with_mtp}")
     table.add_section()
     beyond = ""
     if tokens > config.max_position_embeddings:
@@ -155,32 +157,32 @@ def _memory(
 
 
 def _expectation(config: ModelConfig, machine: dict[str, int | bool], dtype: str | None) -> Text:
-    """What this machine makes of weights of that size."""
+    """Whether weights and KV cache fit in this machine's memory, and what happens if not."""
     weights, memory = _bytes(machine["weights_bytes"]), _bytes(machine["memory_bytes"])
     text = f"On this machine: weights {weights}, memory {memory}"
     if machine["fits_in_memory"] and not machine.get("fits_with_cache", True):
         return Text(
-            f"{text}: they stay in memory, but not beside a cache of that context; use --cache "
-            "int8, weights of fewer bits or a shorter one.",
+            f"{text}: the weights fit, but not together with this KV cache; use --cache int8, a "
+            "coarser --dtype or a shorter context.",
             style="yellow",
         )
     if machine["fits_in_memory"]:
-        return Text(f"{text}: they stay in memory.", style="dim")
+        return Text(f"{text}: the weights fit.", style="dim")
     if not machine["read_in_place"]:
         return Text(
-            f"{text}: too small for {dtype}, which is made in memory; use --dtype auto, which "
-            "reads the checkpoint where it lies.",
+            f"{text}: too small for {dtype}, which is converted in memory; use --dtype auto, which "
+            "memory-maps the checkpoint.",
             style="yellow",
         )
     active = _bytes(machine["active_bytes"])
-    how = f"at every step, {active} for a token"
+    how = f"at every step, {active} per token"
     if config.moe is not None:
-        how = f"as experts are chosen, up to {active} for a token"
-    return Text(f"{text}: they are read from disk {how}.", style="yellow")
+        how = f"by selected experts, up to {active} per token"
+    return Text(f"{text}: weights are read from disk {how}.", style="yellow")
 
 
 def _bar(share: float) -> str:
-    """A bar of share * BAR_WIDTH characters, to an eighth of one."""
+    """A bar of share * BAR_WIDTH characters, in eighths of a character."""
     eighths = max(1, round(share * BAR_WIDTH * 8))
     full, rest = divmod(eighths, 8)
     return "█" * full + (EIGHTHS[rest - 1] if rest else "")

@@ -1,4 +1,4 @@
-"""What verbs take in: models, text files, standard input. A fault is one line with a remedy."""
+"""Inputs of verbs: models, text files, standard input. Errors are one line with a remedy."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,10 @@ def load_model(
     max_cache_bytes: int | Literal["auto"] | None = None,
     speculates: bool = True,
 ) -> Model:
-    """The model called `name`, fetched and converted with progress on stderr where that is due."""
+    """The model `name`, downloaded and converted if necessary, with progress on stderr.
+
+    Sets the threads of PyTorch and of the native kernels if `threads` is given.
+    """
     if threads is not None:
         native.use_threads(threads)
     return api.load(
@@ -38,7 +41,7 @@ def load_model(
 
 
 def read_stdin() -> str:
-    """All of standard input without its last line end."""
+    """All of standard input, without the last newline."""
     return _decode(sys.stdin.buffer.read(), "standard input").removesuffix("\n").removesuffix("\r")
 
 

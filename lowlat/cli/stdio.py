@@ -1,6 +1,4 @@
-"""The standard streams of the command: what stands for closed ones, what an output that takes no
-more says. Owns no wording but that.
-"""
+"""Standard streams of the command: replacements of closed ones, errors of a full output."""
 
 import io
 import os
@@ -11,8 +9,8 @@ from lowlat.utils.errors import UserError
 
 
 class _Output(io.FileIO):
-    """Standard output. Raises UserError where it takes no more, but for a pipe whose reader has
-    gone, which is no fault.
+    """Standard output that raises UserError if it cannot be written. A closed pipe stays a
+    BrokenPipeError.
     """
 
     def write(self, data, /):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -22,31 +20,31 @@ class _Output(io.FileIO):
             raise
         except OSError as error:
             raise UserError(
-                f"standard output cannot be written ({error.strerror}); make room there, or send "
-                "it elsewhere"
+                f"standard output cannot be written ({error.strerror}); free disk space, or "
+                "redirect it"
             ) from error
 
 
 def open_streams() -> None:
-    """Make standard input, output and error files that can be used as such.
+    """Replace closed standard streams.
 
-    Closed input has nothing to read, closed error takes everything; closed output takes nothing,
-    so that no result is lost unnoticed.
+    Closed stdin is empty and closed stderr discards everything. Writing to closed stdout is an
+    error, so that no result is lost unnoticed.
     """
-    # In the order of their numbers, since a file takes the lowest that is free.
+    # In the order of file descriptors: opening takes the lowest free one.
     if sys.stdin is None:
         sys.stdin = open(os.devnull)
     if sys.stdout is None:
         sys.stdout = sys.__stdout__ = open(os.open(os.devnull, os.O_RDONLY), "w")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
-    # Who calls the command from Python may have put another file there.
+    # A Python caller may have replaced sys.stdout.
     if sys.stdout is sys.__stdout__:
         sys.stdout = _watched(sys.stdout)
 
 
 def abandon_output() -> None:
-    """Let what cannot be written go nowhere: at the interpreter's exit it would fail again."""
+    """Discard unwritable output, which would fail again at interpreter exit."""
     try:
         sys.stdout.flush()
     except (UserError, BrokenPipeError):
