@@ -5,13 +5,8 @@ from typing import Any
 
 import pytest
 
-from lowlat.engine.params import (
-    MAX_LOGIT_BIAS,
-    MAX_STOP_LENGTH,
-    SamplingOptions,
-    SamplingParams,
-    make_params,
-)
+from lowlat.engine.params import MAX_LOGIT_BIAS
+from lowlat.generate.params import MAX_STOP_LENGTH, SamplingOptions, SamplingParams, make_params
 from lowlat.utils.errors import UserError
 
 
