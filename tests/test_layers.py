@@ -1,6 +1,8 @@
 """The import rule of docs/architecture.md: each layer imports only layers below its own."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -26,7 +28,7 @@ LAYERS = [
     {"_native"},  # the kernels of csrc/
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
-ALLOWED = {("text", "utils"), ("config", "utils"), ("engine", "generate")}
+ALLOWED = {("text", "utils"), ("config", "utils")}
 
 
 def layer_of(module: list[str]) -> str | None:
@@ -103,6 +105,15 @@ def test_upward_and_sideways_imports_are_found(module: str, source: str) -> None
 def test_downward_imports_are_allowed(module: str, source: str) -> None:
     parts = module.split(".")
     assert violations(source, parts, parts[:-1]) == []
+
+
+def test_the_scheduler_and_its_records_import_no_torch() -> None:
+    """In a fresh interpreter, directly or through other modules."""
+    code = (
+        "import sys, lowlat.engine.request, lowlat.engine.scheduler\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 CYCLIC = {"lowlat.train.metrics"}

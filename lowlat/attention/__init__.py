@@ -1,1 +1,1 @@
-"""The paged cache of rows and the backends that attend over it."""
+"""Attention backends: paged KV cache for inference, packed and flash attention for training."""

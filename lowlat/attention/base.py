@@ -1,6 +1,4 @@
-"""The one interface between the model's layers and attention: the model never sees pages or other
-sequences.
-"""
+"""Attention backend interface: layers see neither KV cache pages nor other sequences."""
 
 from abc import ABC, abstractmethod
 
@@ -11,10 +9,10 @@ from lowlat.ops.layout import EntryLayout
 
 
 class AttentionBackend(ABC):
-    """Attends for all tokens of one step; made per step, called once per layer.
+    """Causal attention for all tokens of one step; made per step, called once per layer.
 
-    Tokens of several sequences lie one after the other; a token sees its own sequence up to its own
-    position.
+    The tokens of several sequences are concatenated; a token attends to its own sequence up to its
+    own position.
     """
 
     @abstractmethod
@@ -23,13 +21,13 @@ class AttentionBackend(ABC):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens entry_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
     ) -> Float[Tensor, "tokens heads v_dim"]:
-        """MLA. `rows` are the new tokens' [c_t ; k_R], normalised and rotated; w_uk and w_uv the
-        up-projections.
+        """Multi-head Latent Attention (DeepSeek-V2 section 2.1). entries: [c_t ; k_R] of the new
+        tokens, normalised and rotated. w_uk, w_uv: the up-projections of keys and values.
         """
 
     @abstractmethod
@@ -42,8 +40,8 @@ class AttentionBackend(ABC):
         scale: float,
         window: int | None,
     ) -> Float[Tensor, "tokens heads head_dim"]:
-        """MHA, GQA or MQA with rotated queries and keys; a token sees its `window` latest keys
-        (None: all).
+        """MHA, GQA or MQA with rotated queries and keys; a token attends to its `window` latest
+        keys (None: all).
         """
 
     @abstractmethod
@@ -51,10 +49,10 @@ class AttentionBackend(ABC):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens entry_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
         layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
-        """Any other attention (GTA, TPA): queries over rows of which `layout` makes keys and
-        values. `rows` are the new tokens' own.
+        """Any other attention (GTA, TPA): `layout` makes keys and values of KV cache entries.
+        entries: those of the new tokens.
         """

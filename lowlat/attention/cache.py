@@ -1,8 +1,8 @@
-"""The paged cache: one row per token and layer, whatever the attention.
+"""Paged KV cache: one entry per token and layer, for every kind of attention.
 
-MLA leaves [c_t ; k_R], MHA, GQA and MQA leave [K ; V], other paths what their config says; layers
-that differ in their attention leave rows of different widths. Owns the memory; which page belongs
-to whom is the engine's business. What a row is made of in int8 is `rows`'s.
+MLA stores [c_t ; k_R], MHA, GQA and MQA store [K ; V], others what their config defines; layers
+with different attention have entries of different widths. Owns the memory; `engine.page_allocator`
+owns which sequence holds which page. `attention.int8_entry` defines the bytes of an int8 entry.
 """
 
 import math
@@ -19,8 +19,8 @@ PAGE_SIZE = 64
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes one token leaves in all decoder layers (MTP modules not counted): V3 in bf16
-    is 70,272.
+    """Bytes of one token's entries in all decoder layers, MTP modules not counted: 70,272 for
+    DeepSeek-V3 in bf16.
     """
     return sum(
         entry_bytes(config.attention_of(layer), dtype) for layer in range(config.num_hidden_layers)
@@ -28,9 +28,8 @@ def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 class PagedCache:
-    """Rows of all layers, in pages of `page_size` tokens: layers[i] is [pages, page_size,
-    entry_dim], for torch.int8 [pages, page_size, entry_bytes] of bytes, each layer's rows as wide
-    as they are.
+    """Entries of all layers in pages (blocks in vLLM) of `page_size` tokens: layers[i] is
+    [pages, page_size, entry_dim], for torch.int8 uint8 [pages, page_size, entry_bytes].
 
     Layers are the decoder layers, then the MTP modules. A page number addresses the same page in
     every layer.
@@ -50,10 +49,10 @@ class PagedCache:
         self.num_pages = num_pages
         attentions = [config.attention_of(layer) for layer in range(config.num_cache_layers)]
         self.entry_dims = [attention.entry_dim for attention in attentions]
-        """Elements of a row of each layer."""
+        """Elements of an entry of each layer."""
         is_packed = dtype == torch.int8
         self.quantized = [attention.quantized_dim * is_packed for attention in attentions]
-        """Channels of a row of each layer that are int8."""
+        """int8 channels of an entry of each layer."""
         stored = torch.uint8 if is_packed else dtype
         self.layers = [
             _zeros(
@@ -65,18 +64,18 @@ class PagedCache:
         ]
 
     def write(
-        self, layer: int, slots: Int[Tensor, "tokens"], rows: Float[Tensor, "tokens entry_dim"]
+        self, layer: int, slots: Int[Tensor, "tokens"], entries: Float[Tensor, "tokens entry_dim"]
     ) -> None:
-        """Store the rows of new tokens."""
+        """Store the entries of new tokens."""
         quantized, data = self.quantized[layer], self.layers[layer]
-        stored = pack_entries(rows, quantized) if quantized else rows.to(self.dtype)
+        stored = pack_entries(entries, quantized) if quantized else entries.to(self.dtype)
         data.view(-1, data.shape[-1])[slots] = stored
 
-    def rows(
+    def read(
         self, layer: int, pages: tuple[int, ...], length: int, dtype: torch.dtype
     ) -> Float[Tensor, "length entry_dim"]:
-        """The first `length` rows of a sequence in `dtype`; a view where that is the cache's and
-        its pages follow each other, else a copy.
+        """The first `length` entries of a sequence in `dtype`; a view if that is the cache's dtype
+        and the pages are contiguous, else a copy.
         """
         count = -(-length // self.page_size)
         first = pages[0]
@@ -90,20 +89,18 @@ class PagedCache:
         return stored.to(dtype)
 
     def copy_page(self, source: int, destination: int) -> None:
-        """Duplicate a page in every layer (a fork that goes on writing into a partly
-        filled page).
-        """
+        """Copy a page in every layer, for a fork that continues in a partly filled page."""
         for data in self.layers:
             data[destination] = data[source]
 
     def copy_from(self, smaller: "PagedCache") -> None:
-        """Take over all pages of a cache of the same model."""
+        """Copy all pages of a smaller cache of the same model."""
         for data, old in zip(self.layers, smaller.layers, strict=True):
             data[: smaller.num_pages] = old
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on the CPU pages of the cache that are never written take no memory."""
+    """Zeros; on the CPU, memory pages that are never written take no memory."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return huge_pages.zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

@@ -1,5 +1,5 @@
-"""Attention over the paged cache in plain PyTorch: stores the new rows, then attends sequence by
-sequence.
+"""Attention over the paged KV cache in PyTorch: stores the new entries, then attends sequence by
+sequence. Reference implementation of the native kernels.
 """
 
 import torch
@@ -17,7 +17,7 @@ from lowlat.ops.mla import absorbed_mla, expanded_mla
 class CachedAttention(AttentionBackend):
     """One step of decoding or chunked prefill.
 
-    MLA takes the expanded path where a slice of the batch asks for it, else the absorbed one.
+    MLA runs expanded for slices on the expanded path, absorbed for all others.
     """
 
     def __init__(self, cache: PagedCache, batch: AttentionBatch) -> None:
@@ -29,20 +29,20 @@ class CachedAttention(AttentionBackend):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens entry_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
     ) -> Float[Tensor, "tokens heads v_dim"]:
-        self.cache.write(layer, self.batch.slots, rows)
+        self.cache.write(layer, self.batch.slots, entries)
         outputs = []
         lengths = [item.length for item in self.batch.sequences]
         for item, nope, rope in zip(
             self.batch.sequences, q_nope.split(lengths), q_rope.split(lengths), strict=True
         ):
-            path = expanded_mla if item.path == "expanded" else absorbed_mla
+            attend = expanded_mla if item.path == "expanded" else absorbed_mla
             context = self._context(layer, item, nope.dtype)
-            outputs.append(path(nope, rope, context, w_uk, w_uv, start=item.start, scale=scale))
+            outputs.append(attend(nope, rope, context, w_uk, w_uv, start=item.start, scale=scale))
         return torch.cat(outputs)
 
     def gqa(
@@ -58,7 +58,7 @@ class CachedAttention(AttentionBackend):
         outputs = []
         lengths = [item.length for item in self.batch.sequences]
         for item, queries in zip(self.batch.sequences, q.split(lengths), strict=True):
-            # row -> K or V x kv_heads x head_dim
+            # entry -> K or V x kv_heads x head_dim
             context = self._context(layer, item, q.dtype).unflatten(1, (2, *k.shape[1:]))
 
             def key_values(
@@ -75,11 +75,11 @@ class CachedAttention(AttentionBackend):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens entry_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
         layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
-        self.cache.write(layer, self.batch.slots, rows)
+        self.cache.write(layer, self.batch.slots, entries)
         outputs = []
         lengths = [item.length for item in self.batch.sequences]
         for item, queries in zip(self.batch.sequences, q.split(lengths), strict=True):
@@ -93,7 +93,7 @@ class CachedAttention(AttentionBackend):
             ) -> tuple[Tensor, Tensor]:
                 return layout.expand(context[first:last])
 
-            # One query block: a second one would build every key again.
+            # One query block: a second one would expand every key again.
             outputs.append(
                 causal_attention(
                     queries, key_values, start=item.start, scale=scale, query_block=item.length
@@ -104,4 +104,4 @@ class CachedAttention(AttentionBackend):
     def _context(
         self, layer: int, item: SequenceSlice, dtype: torch.dtype
     ) -> Float[Tensor, "keys entry_dim"]:
-        return self.cache.rows(layer, item.pages, item.context, dtype)
+        return self.cache.read(layer, item.pages, item.context, dtype)

@@ -1,8 +1,8 @@
-"""Attention without a cache through fused kernels: what training uses.
+"""Flash attention over packed sequences without a KV cache, for training.
 
-Owns how packed sequences become calls of them: the native ones on the CPU in bf16, PyTorch's
-scaled_dot_product_attention otherwise. The same function as `packed`, which defines it; memory is
-linear in the length of a sequence.
+Owns the choice of kernels: the native ones on the CPU in bf16, otherwise PyTorch's
+scaled_dot_product_attention. Computes what `attention.packed` defines, with memory linear in the
+length of a sequence.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +20,8 @@ from lowlat.ops.layout import EntryLayout
 
 
 class FlashAttention(AttentionBackend):
-    """Sequences of the given lengths, one after the other, each from position 0 and blind to the
-    others. Neighbours of equal length are attended to in one call.
+    """Concatenated sequences of the given lengths, each from position 0; no token attends to
+    another sequence. Neighbours of equal length share one kernel call.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -37,13 +37,13 @@ class FlashAttention(AttentionBackend):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens entry_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
     ) -> Float[Tensor, "tokens heads v_dim"]:
         heads, _, rank = w_uk.shape
-        latent, k_rope = rows[:, :rank], rows[:, None, rank:]
+        latent, k_rope = entries[:, :rank], entries[:, None, rank:]
         k_nope = (latent @ w_uk.flatten(0, 1).T).unflatten(-1, (heads, -1))
         v = (latent @ w_uv.flatten(0, 1).T).unflatten(-1, (heads, -1))
         q = torch.cat([q_nope, q_rope], dim=-1)
@@ -65,20 +65,20 @@ class FlashAttention(AttentionBackend):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens entry_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
         layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
-        return self.gqa(layer, q, *layout.expand(rows), scale, None)
+        return self.gqa(layer, q, *layout.expand(entries), scale, None)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Float[Tensor, "tokens heads v_dim"]:
-        sees_all = window is None or window >= max(self.lengths)
-        if sees_all and q.dtype == torch.bfloat16 and native_training_kernels.usable(q, k, v):
+        is_full = window is None or window >= max(self.lengths)
+        if is_full and q.dtype == torch.bfloat16 and native_training_kernels.usable(q, k, v):
             return causal_attention(q, k, v, self._ends, scale)
         v_dim = v.shape[-1]
-        # The fused kernels want one width. Zeros beyond v's own add nothing and are cut off.
+        # The kernels take one head width. Padding v with zeros adds zeros, which are cut off.
         width = max(q.shape[-1], v_dim)
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         outputs = []
@@ -99,12 +99,12 @@ class FlashAttention(AttentionBackend):
 
 
 def _causal(
-    q: Float[Tensor, "rows heads length width"],
-    k: Float[Tensor, "rows kv_heads length width"],
-    v: Float[Tensor, "rows kv_heads length width"],
+    q: Float[Tensor, "sequences heads length width"],
+    k: Float[Tensor, "sequences kv_heads length width"],
+    v: Float[Tensor, "sequences kv_heads length width"],
     scale: float,
     window: int | None,
-) -> Float[Tensor, "rows heads length width"]:
+) -> Float[Tensor, "sequences heads length width"]:
     length, shared = q.shape[2], q.shape[1] != k.shape[1]
     if window is None or window >= length:
         return F.scaled_dot_product_attention(

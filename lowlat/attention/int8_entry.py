@@ -1,13 +1,13 @@
-"""One row of the int8 cache: which of its channels are int8, and its bytes.
+"""int8 KV cache entry: bytes of one token in one layer.
 
-    [0, n)        n channels as int8: the latents of MLA and GLA, the tied states of GTA, all of the
-                  row of MHA, GQA, MQA, TPA, and MLA that was converted from GQA
+    [0, n)        n channels as int8: the latents of MLA and GLA, the tied states of GTA, the whole
+                  entry of MHA, GQA, MQA, TPA, and of MLA that was converted from GQA
     [n, m)        zeros up to m, the next multiple of 4
     [m, m + 4 g)  g = ceil(n / 64) fp32 scales, one for each 64 channels: max |x| / 127
     [m + 4 g, ..) the other channels in bf16: k_R
 
-value = scale * q with q = x / scale to nearest even. The rotary width is even, so rows are whole
-multiples of 4 bytes. The native kernel is csrc/kernels/kv_cache.h.
+value = scale * q with q = x / scale to nearest even. The RoPE width is even, so entries are whole
+multiples of 4 bytes. The native implementation is csrc/kernels/kv_cache.h.
 """
 
 import torch
@@ -22,30 +22,30 @@ INT8_MAX = 127
 
 
 def entry_bytes(attention: AttentionConfig, dtype: torch.dtype) -> int:
-    """Bytes of a row in a cache of `dtype`."""
+    """Bytes of an entry in a cache of `dtype`."""
     if dtype == torch.int8:
         return int8_entry_bytes(attention.entry_dim, attention.quantized_dim)
     return attention.entry_dim * dtype.itemsize
 
 
 def pack_entries(
-    rows: Float[Tensor, "tokens entry_dim"], quantized: int
+    entries: Float[Tensor, "tokens entry_dim"], quantized: int
 ) -> UInt8[Tensor, "tokens entry_bytes"]:
-    """The bytes of `rows`, their first `quantized` channels in int8."""
-    wide = rows[:, :quantized].to(torch.float32)
+    """The bytes of `entries`, their first `quantized` channels in int8."""
+    wide = entries[:, :quantized].to(torch.float32)
     groups = F.pad(wide, (0, -quantized % SCALE_CHANNELS)).unflatten(1, (-1, SCALE_CHANNELS))
     scale = groups.abs().amax(dim=-1) / INT8_MAX
     divisor = torch.where(scale == 0, 1.0, scale)[..., None]
     values = (groups / divisor).round().to(torch.int8).flatten(1)[:, :quantized]
     values = F.pad(values, (0, _padded(quantized) - quantized))
-    plain = rows[:, quantized:].to(torch.bfloat16).contiguous()
+    plain = entries[:, quantized:].to(torch.bfloat16).contiguous()
     return torch.cat([part.view(torch.uint8) for part in (values, scale, plain)], dim=1)
 
 
 def unpack_entries(
     packed: UInt8[Tensor, "tokens entry_bytes"], entry_dim: int, quantized: int, dtype: torch.dtype
 ) -> Float[Tensor, "tokens entry_dim"]:
-    """The reverse of `pack_entries`: multiplied in fp32, rounded once to `dtype`."""
+    """The inverse of `pack_entries`: multiplied in fp32, rounded once to `dtype`."""
     scales_at, count = _padded(quantized), _num_scales(quantized)
     values = packed[:, :quantized].view(torch.int8).to(torch.float32)
     scale = packed[:, scales_at : scales_at + 4 * count].contiguous().view(torch.float32)

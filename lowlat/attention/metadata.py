@@ -1,6 +1,4 @@
-"""What one step computes: which tokens of which sequences, and where their rows live in
-the cache.
-"""
+"""Attention metadata of one step: which tokens of which sequences, and their KV cache slots."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,31 +15,29 @@ class SequenceSlice:
     """New tokens of one sequence: positions start .. start + length - 1."""
 
     pages: tuple[int, ...]
-    """Pages of the sequence in order, covering at least start + length rows."""
+    """Pages of the sequence in order, covering at least start + length entries."""
     start: int
     """Tokens of the sequence that are cached already."""
     length: int
     """New tokens in this step, at least 1."""
     path: AttentionPath = "decode"
-    """The arithmetic that computes them."""
+    """The attention path that computes them."""
 
     @property
     def context(self) -> int:
-        """Rows the last new token attends to."""
+        """Entries that the last new token attends to."""
         return self.start + self.length
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionBatch:
-    """The tokens of one step, sequence after sequence. Built once per step and read by
-    every layer.
-    """
+    """The concatenated tokens of one step. Built once per step and used by every layer."""
 
     sequences: tuple[SequenceSlice, ...]
     positions: Int[Tensor, "tokens"]
     """Position of each token in its sequence."""
     slots: Int[Tensor, "tokens"]
-    """Row of each token in a layer's cache: page * page_size + offset."""
+    """Slot of each token's entry in a layer's cache: page * page_size + offset."""
 
     @classmethod
     def build(
@@ -51,7 +47,7 @@ class AttentionBatch:
         page_size: int,
         device: torch.device | str = "cpu",
     ) -> "AttentionBatch":
-        """Lay out the step. Every sequence's pages must cover its context."""
+        """Positions and slots of the step. Every sequence's pages must cover its context."""
         positions: list[int] = []
         slots: list[int] = []
         for item in sequences:

@@ -1,5 +1,5 @@
-"""Attention without a cache: whole sequences at once, as training and scoring see them.
-Differentiable.
+"""Packed-sequence attention without a KV cache in PyTorch. Differentiable; defines what
+`attention.flash` computes.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from lowlat.ops.mla import expanded_mla
 
 
 class PackedAttention(AttentionBackend):
-    """Sequences of the given lengths, one after the other, each from position 0 and blind to the
-    others.
+    """Concatenated sequences of the given lengths, each from position 0; no token attends to
+    another sequence.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -31,16 +31,16 @@ class PackedAttention(AttentionBackend):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens entry_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
     ) -> Float[Tensor, "tokens heads v_dim"]:
-        pieces = zip(*(x.split(self.lengths) for x in (q_nope, q_rope, rows)), strict=True)
+        parts = zip(*(x.split(self.lengths) for x in (q_nope, q_rope, entries)), strict=True)
         return torch.cat(
             [
                 expanded_mla(nope, rope, own, w_uk, w_uv, start=0, scale=scale)
-                for nope, rope, own in pieces
+                for nope, rope, own in parts
             ]
         )
 
@@ -70,8 +70,8 @@ class PackedAttention(AttentionBackend):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens entry_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
         layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
-        return self.gqa(layer, q, *layout.expand(rows), scale, None)
+        return self.gqa(layer, q, *layout.expand(entries), scale, None)

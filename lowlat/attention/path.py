@@ -1,8 +1,9 @@
-"""By which arithmetic the rows of new tokens are computed: bits depend on it and on nothing else.
+"""Attention path of new tokens: decode (GEMV), absorbed MLA or expanded MLA.
 
-Owns the three paths and the choice among them. A token's row in the cache has the same bits
-whatever shares its step and however its prompt is cut, as long as the path is the same; so who
-plans steps chooses the path from the request alone, and rows are shared only where paths agree.
+Owns the three paths and the choice among them. The bits of a token's KV cache entry depend on the
+path, not on the batch composition or on the cuts of chunked prefill. So the prefill planner chooses
+the path from the request alone, and the prefix cache shares entries only of equal paths. Imports no
+torch.
 """
 
 from typing import Literal
@@ -10,18 +11,18 @@ from typing import Literal
 from lowlat.config.attention import DECOUPLED_ROPE, ModelAttention, distinct, expansion_break_even
 
 AttentionPath = Literal["decode", "absorbed", "expanded"]
-"""stream: few tokens, products that run at the speed of reading the weights, attention in the
-latent space (MLA, GLA, GTA), over factors (TPA) or as always (GQA); absorbed: products of many
-tokens, attention in the latent space; expanded: products of many tokens, attention over keys and
-values (all but GQA build them once per head and key)."""
+"""decode: few tokens, matrix-vector products (GEMV) bound by weight bandwidth, attention in the
+latent space (MLA, GLA, GTA), over factors (TPA) or over keys and values (GQA); absorbed: matrix
+products (GEMM), attention in the latent space; expanded: matrix products, attention over keys and
+values, which all but GQA build once per head and key."""
 
 DECODE_TOKENS = 32
-"""Up to so many new tokens of a sequence, reading the weights is all the time a step takes."""
+"""Up to this many new tokens of a sequence, a step is bound by weight bandwidth."""
 
 
 def choose_path(attention: ModelAttention, length: int) -> AttentionPath:
-    """The quickest path for `length` new tokens of one sequence: one for all layers, be they as
-    different as they like.
+    """The fastest path for `length` new tokens of one sequence; the same path for all layers, also
+    where their attention differs.
     """
     if length <= DECODE_TOKENS:
         return "decode"

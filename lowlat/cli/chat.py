@@ -11,7 +11,7 @@ import typer
 
 from lowlat.cli import options
 from lowlat.cli.options import SAMPLING
-from lowlat.engine.params import SamplingOptions, make_params
+from lowlat.generate.params import SamplingOptions, make_params
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:

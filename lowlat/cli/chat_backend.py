@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from lowlat.cli.answer_report import print_answer_report
-from lowlat.engine.params import SamplingOptions
 from lowlat.generate.completion import Completion
 from lowlat.generate.model import Model
+from lowlat.generate.params import SamplingOptions
 from lowlat.utils.errors import UserError
 
 Message = dict[str, str]

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from lowlat.cli.answer_report import print_rows
 from lowlat.cli.chat_backend import ChatBackend, Message
-from lowlat.engine.params import SamplingOptions
 from lowlat.generate.completion import Completion, Usage
+from lowlat.generate.params import SamplingOptions
 from lowlat.utils.errors import UserError
 
 CONNECT_SECONDS = 10.0

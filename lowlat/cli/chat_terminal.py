@@ -14,8 +14,8 @@ from types import FrameType
 from rich.console import Console
 
 from lowlat.cli.chat_backend import ChatBackend, Message
-from lowlat.engine.params import SamplingOptions
 from lowlat.generate.completion import Completion
+from lowlat.generate.params import SamplingOptions
 from lowlat.utils.errors import UserError
 
 HELP = """\

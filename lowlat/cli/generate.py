@@ -7,7 +7,7 @@ import typer
 
 from lowlat.cli import options
 from lowlat.cli.options import SAMPLING
-from lowlat.engine.params import SamplingOptions, SamplingParams, make_params
+from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
 from lowlat.utils.errors import UserError
 
 STDIN = "-"

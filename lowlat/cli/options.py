@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from lowlat.engine.params import SamplingParams
+from lowlat.generate.params import SamplingParams
 from lowlat.utils.errors import UserError
 
 DEFAULT_MODEL = "default"

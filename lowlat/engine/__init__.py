@@ -1,2 +1,1 @@
-"""Requests to tokens: options, page allocator, scheduler, runner, sampler, and the Model users
-hold."""
+"""LLM engine over token ids: continuous batching, paged KV cache, sampling, speculation."""

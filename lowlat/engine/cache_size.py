@@ -1,6 +1,6 @@
-"""How large a model's cache may become, in pages.
+"""KV cache size: from a bound in bytes, or from free memory, to a number of pages.
 
-Owns the arithmetic from bytes to pages, and how much of a machine's memory is taken by itself.
+Owns the arithmetic, and the share of the free memory that "auto" takes.
 """
 
 from typing import Literal
@@ -19,7 +19,7 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.memory import RESERVE, memory_limit
 
 CACHE_SHARE = 0.8
-"""Of the memory that is left, what a cache of size "auto" may grow to."""
+"""Share of the free memory that a cache of size "auto" may grow to."""
 
 
 def new_runner(
@@ -28,8 +28,8 @@ def new_runner(
     max_cache_bytes: int | Literal["auto"] | None,
     context: int,
 ) -> tuple[ModelRunner, Limits]:
-    """A runner whose cache keeps within the bytes. Raises UserError where they hold no page, or are
-    more than there are.
+    """A runner whose KV cache stays within `max_cache_bytes`, and the scheduler's limits. Raises
+    UserError if the bytes are less than a page or more than the device's memory.
     """
     dtype = parse_cache(cache)
     if max_cache_bytes is None:
@@ -41,7 +41,7 @@ def new_runner(
     limit = check_cache_limit(max_cache_bytes, transformer.embed_tokens.weight.device)
     if limit is None:
         limit = max(page, _spare_memory(transformer))
-    # More than all sequences together can fill is of no use.
+    # All sequences together fill no more pages than this.
     most = MAX_SEQUENCES * (-(-context // PAGE_SIZE))
     num_pages = min(most, limit // page)
     if num_pages < 1:
@@ -54,8 +54,8 @@ def new_runner(
 
 
 def check_cache_limit(limit: int | Literal["auto"] | None, device: torch.device) -> int | None:
-    """`limit` as a number, None where it is none. Raises UserError for more than the device has and
-    for what is neither."""
+    """`limit` as a number of bytes; None for "auto" and None. Raises UserError for other values and
+    for more than the device's memory."""
     if limit is None or limit == "auto":
         return None
     size = integer_of(limit)
@@ -68,20 +68,18 @@ def check_cache_limit(limit: int | Literal["auto"] | None, device: torch.device)
 
 
 def check_cache_bytes(size: int, device: torch.device, given: str) -> None:
-    """Raises UserError naming what was `given` where `size` bytes are more than the device has."""
+    """Raises UserError, beginning with `given`, if `size` exceeds the device's memory in bytes."""
     there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else memory_limit()
     if size > there:
-        raise UserError(
-            f"{given}: more than the {there / 2**30:.1f} GiB of memory there is; give less"
-        )
+        raise UserError(f"{given}: exceeds the {there / 2**30:.1f} GiB of memory; give less")
 
 
 def _spare_memory(transformer: Transformer) -> int:
-    """Bytes for the cache: CACHE_SHARE of the memory beside the weights, or of a tenth of it all
-    where the weights leave nothing."""
+    """Bytes for the cache: CACHE_SHARE of the memory that the weights leave, at least of a tenth of
+    all memory."""
     device = transformer.embed_tokens.weight.device
     if device.type == "cuda":
         return int(CACHE_SHARE * torch.cuda.mem_get_info(device)[0])
     limit = memory_limit()
-    beside = limit - RESERVE - weight_bytes(transformer)
-    return int(CACHE_SHARE * max(beside, limit // 10))
+    free = limit - RESERVE - weight_bytes(transformer)
+    return int(CACHE_SHARE * max(free, limit // 10))

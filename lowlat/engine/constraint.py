@@ -1,34 +1,41 @@
-"""What the sampler asks of whatever restricts an output: the interface alone.
+"""Output constraint: the interface through which a grammar masks tokens during sampling.
 
-Compiling structured outputs into it is grammar.py's, which needs a package of its own.
+`generate.grammar` compiles structured outputs into it. The engine knows nothing else of grammars,
+and this module imports no torch.
 """
 
 import abc
+from typing import TYPE_CHECKING
 
-from jaxtyping import Bool
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ConstraintState(abc.ABC):
-    """One output's place; for one thread at a time. Faults raise UserError and end that output."""
+    """The position of one output in its constraint; used by one thread at a time.
+
+    `mask` and `accept` raise UserError when the constraint exceeds a limit; the engine ends that
+    output alone.
+    """
 
     @abc.abstractmethod
-    def mask(self) -> Bool[Tensor, " vocab"]:
-        """Which tokens may come next; end-of-sequence ids exactly where the output may end."""
+    def mask(self) -> "Tensor":
+        """bool [vocab]: tokens allowed next; an end-of-sequence id exactly where the output may
+        end."""
 
     @abc.abstractmethod
     def accept(self, token: int) -> None:
-        """Go on after `token`."""
+        """Advance by `token`."""
 
     @property
     @abc.abstractmethod
     def is_done(self) -> bool:
-        """Whether the output is complete, so that nothing but its end may follow."""
+        """Whether the output is complete: only its end may follow."""
 
 
 class Constraint(abc.ABC):
-    """What outputs of a request must look like."""
+    """A compiled constraint on all outputs of a request."""
 
     @abc.abstractmethod
     def start(self) -> ConstraintState:
-        """A new output's place."""
+        """The state of a new output."""

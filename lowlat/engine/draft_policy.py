@@ -1,7 +1,8 @@
-"""How many drafts pay: acceptance and the cost of a step, measured as they come.
+"""Number of draft tokens per step, from measured acceptance rates and step costs (speculative
+decoding).
 
-Owns the estimates. A draft pays while the tokens it is expected to yield cost less than tokens cost
-without it; a round of them must also pay for what making any drafts costs. Where none does, none is
+Owns the estimates. A draft token pays while the tokens it is expected to yield cost less than
+tokens cost without it; all of a step together must also pay for drafting. If none pays, none is
 made, and from time to time one is tried again.
 """
 
@@ -12,28 +13,28 @@ from collections.abc import Mapping
 from lowlat.engine.request import Sequence
 
 MAX_DRAFT_TOKENS = 4
-"""Drafts of a sequence in one step."""
+"""Most draft tokens of a sequence in one step."""
 PRIOR = 0.5
-"""Acceptance expected before any draft was verified."""
+"""Acceptance rate assumed before the first verification."""
 MEMORY = 0.9
-"""Weight of what was known of a sequence's acceptance at each new outcome."""
+"""Decay of the exponential moving average of a sequence's acceptance rate."""
 COMMON_MEMORY = 0.99
-"""The same of the acceptance of all, which new sequences begin with."""
+"""Decay of the average over all sequences, from which new sequences start."""
 RETURN = 0.002
-"""How far the estimate goes towards 1 in each step without drafts: so the next try comes."""
+"""Drift of the estimate towards 1 in each step without draft tokens, which leads to a new try."""
 COST_MEMORY = 0.98
-"""Weight of earlier steps in the estimate of cost."""
+"""Decay of earlier steps in the cost estimate."""
 OUTLIER = 4.0
-"""Times the expected cost that a step counts for at most: the machine may have been busy."""
+"""A step counts for at most this multiple of its expected cost: the machine may be busy."""
 RETRY = 256
-"""Steps without drafts after which their cost is forgotten, as it may have been so at that time."""
+"""Steps without draft tokens after which the estimated cost of drafting is reset."""
 
 
 class StepCost:
-    """Seconds of a step as a + b n, n tokens: least squares in which earlier steps fade.
+    """Seconds of a step of n tokens as a + b n: exponentially weighted least squares.
 
-    Where steps of one size only were seen, one token more is taken to cost `share` of a step, or
-    its own part of it.
+    While all steps had one size, a further token is assumed to cost the share `share` of a step, at
+    most the mean cost of a token.
     """
 
     def __init__(self, share: float = 1.0) -> None:
@@ -41,7 +42,7 @@ class StepCost:
         self._count = self._n = self._nn = self._t = self._nt = 0.0
 
     def add(self, num_tokens: int, seconds: float) -> None:
-        """Learn that a step of `num_tokens` took so long."""
+        """Add a step of `num_tokens` tokens that took `seconds`."""
         if self.is_known:
             base, slope = self.estimate()
             seconds = min(seconds, OUTLIER * (base + slope * num_tokens))
@@ -53,7 +54,7 @@ class StepCost:
 
     @property
     def is_known(self) -> bool:
-        """Whether anything was added."""
+        """Whether a step was added."""
         return self._count > 0.0
 
     def estimate(self) -> tuple[float, float]:
@@ -71,40 +72,40 @@ class StepCost:
 
 
 class DraftPolicy:
-    """Shares out drafts among the sequences of a step where they are worth most."""
+    """Distributes draft tokens among the sequences of a step by expected gain."""
 
     def __init__(self) -> None:
         self._cost = StepCost(share=0.1)
-        # Each draft is a run of a module of its own.
+        # Each draft token is a run of an MTP module.
         self._drafting = StepCost()
         self._step = 0
         self._last_drafts = 0
-        """The step in which drafts were made last."""
+        """The last step with draft tokens."""
         self._common = PRIOR
         self._acceptance: weakref.WeakKeyDictionary[Sequence, tuple[float, int]] = (
             weakref.WeakKeyDictionary()
         )
-        """As it was in which step."""
+        """Per sequence: the average, and the step of its last update."""
 
     def acceptance(self, sequence: Sequence) -> float:
-        """The chance that a draft of this sequence is kept, given that those before it were."""
+        """Estimated probability that a draft token is accepted, given that those before it were."""
         known, step = self._acceptance.setdefault(sequence, (self._common, self._step))
         return 1.0 - (1.0 - known) * (1.0 - RETURN) ** (self._step - step)
 
     def choose(self, most: Mapping[Sequence, int]) -> dict[Sequence, int]:
-        """How many drafts each sequence should make, at most `most`."""
+        """Number of draft tokens for each sequence of the next step, at most `most`."""
         self._step += 1
         if self._step - self._last_drafts > RETRY:
             self._drafting = StepCost()
-        depths = self._shares(most)
-        if any(depths.values()):
+        num_drafts = self._shares(most)
+        if any(num_drafts.values()):
             self._last_drafts = self._step
-        return depths
+        return num_drafts
 
     def _shares(self, most: Mapping[Sequence, int]) -> dict[Sequence, int]:
-        depths = dict.fromkeys(most, 0)
+        num_drafts = dict.fromkeys(most, 0)
         base, slope = self._cost.estimate()
-        # Until drafts were made they are taken to cost nothing, so that they are tried.
+        # Before the first measurement drafting is assumed to cost nothing, so that it is tried.
         round_cost, draft_cost = (
             self._drafting.estimate() if self._drafting.is_known else (0.0, 0.0)
         )
@@ -119,30 +120,30 @@ class DraftPolicy:
         heapq.heapify(gains)
         while gains:
             gain, place, sequence = heapq.heappop(gains)
-            # A token for `slope` seconds beats tokens / seconds, or no further one does either.
+            # Stop unless this gain per second beats tokens / seconds: later gains are lower.
             if -gain * seconds <= slope * tokens:
                 break
-            depths[sequence] += 1
+            num_drafts[sequence] += 1
             tokens, seconds = tokens - gain, seconds + slope
-            if depths[sequence] < min(MAX_DRAFT_TOKENS, most[sequence]):
+            if num_drafts[sequence] < min(MAX_DRAFT_TOKENS, most[sequence]):
                 heapq.heappush(gains, (gain * self.acceptance(sequence), place, sequence))
         if tokens * plain <= len(most) * seconds:
             return dict.fromkeys(most, 0)
-        return depths
+        return num_drafts
 
     def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
-        """Learn from the drafts of a sequence: `accepted` were kept, the next one was not."""
+        """Add a verification: `accepted` draft tokens were accepted, the next one was not."""
         known = self.acceptance(sequence)
         for place in range(min(accepted + 1, drafted)):
-            is_kept = place < accepted
-            known = MEMORY * known + (1.0 - MEMORY) * is_kept
-            self._common = COMMON_MEMORY * self._common + (1.0 - COMMON_MEMORY) * is_kept
+            is_accepted = place < accepted
+            known = MEMORY * known + (1.0 - MEMORY) * is_accepted
+            self._common = COMMON_MEMORY * self._common + (1.0 - COMMON_MEMORY) * is_accepted
         self._acceptance[sequence] = (known, self._step)
 
     def stepped(self, num_tokens: int, seconds: float) -> None:
-        """Learn what a step costs, without the making of drafts."""
+        """Add the cost of a step, without drafting."""
         self._cost.add(num_tokens, seconds)
 
     def drafted(self, num_drafts: int, seconds: float) -> None:
-        """Learn what making drafts for a step costs."""
+        """Add the cost of drafting for a step."""
         self._drafting.add(num_drafts, seconds)

@@ -1,7 +1,7 @@
-"""Which pages of the cache are free, in use and by how many sequences, or kept for later.
+"""KV cache page allocator (block allocator in vLLM): free, used and cached pages, reference counts.
 
-Owns page numbers, their reference counts and the order in which kept pages are given up. Knows no
-tensor (rows live in `attention.cache`) and no token (`engine.prefix` knows what a kept page holds).
+Owns page numbers, their reference counts and the LRU order of eviction. Knows no tensor (entries
+are in `attention.cache`) and no token (`engine.prefix` knows the content of a cached page).
 """
 
 import heapq
@@ -12,29 +12,29 @@ from collections.abc import Callable, Iterable
 class PageAllocator:
     """Page numbers 0 .. num_pages - 1, each in exactly one of three states:
 
-    free    nobody holds it, its rows mean nothing;
-    used    held by one or more sequences;
-    cached  nobody holds it, its rows are kept until the page is wanted for something else.
+    free    no holder, no content;
+    used    held by one or more sequences (its reference count);
+    cached  no holder; its entries stay valid until the page is evicted.
 
-    A used page that was marked by `keep` becomes cached when its last holder lets go, any other
-    becomes free. `allocate` takes free pages before it evicts cached ones, and says so to the
-    listener.
+    When its last holder releases it, a used page marked by `keep` becomes cached, any other becomes
+    free. `allocate` takes free pages before it evicts cached ones; the listener learns of each
+    eviction.
 
     What mutates: `allocate`, `retain`, `release`, `keep`, `unkeep`, `evict_all`, `grow`. Not
     thread-safe: only the engine's thread calls it. A page may be written only by a sequence that is
-    its one holder (`is_shared` is false) and, once it is kept, by nobody. A caller that breaks the
-    contract (releases a free page, allocates more than `num_available`) gets an AssertionError,
-    under `python -O` too, and the allocator stays as it was.
+    its only holder (`is_shared` is false), and not at all after `keep` has marked it. A caller that
+    breaks the contract (releases a free page, allocates more than `num_available`) gets an
+    AssertionError, under `python -O` too, and the allocator does not change.
     """
 
     def __init__(self, num_pages: int) -> None:
         require(num_pages >= 0, "an allocator cannot have a negative number of pages")
         self._ref_counts = [0] * num_pages
         self._is_kept = bytearray(num_pages)
-        # A heap: the lowest number is taken first, so a lone sequence's pages follow each other
-        # and its rows can be read in place.
+        # A heap: the lowest number is taken first, so the pages of a lone sequence are contiguous
+        # and its entries can be read in place.
         self._free = list(range(num_pages))
-        # Least recently released first. A plain dict would walk over removed entries to its first.
+        # LRU, least recently released first. A plain dict walks over removed keys to its first.
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._on_evict: Callable[[int], None] | None = None
 
@@ -44,17 +44,17 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        """Pages that hold nothing."""
+        """Pages without content."""
         return len(self._free)
 
     @property
     def num_cached(self) -> int:
-        """Pages that nobody holds and whose rows are kept."""
+        """Pages without a holder whose entries are valid."""
         return len(self._cached)
 
     @property
     def num_available(self) -> int:
-        """Pages that `allocate` can give: free and cached ones."""
+        """Pages that `allocate` can return: free and cached ones."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -62,7 +62,7 @@ class PageAllocator:
         return self.num_pages - self.num_available
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` pages, at most `num_available`; the caller is the one holder of each.
+        """Take `count` pages, at most `num_available`; the caller is the only holder of each.
 
         Free pages come first, the lowest number first; then cached ones are evicted, the least
         recently released first, and handed out in the order of their numbers.
@@ -88,18 +88,18 @@ class PageAllocator:
             self._ref_counts[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Drop one holder from each of `pages` (distinct, in the order of the sequence's rows); a
-        page nobody holds is free again, or cached where it is kept.
+        """Drop one holder from each of `pages` (distinct, in the order of the sequence); a page
+        without holders becomes free, or cached if it is marked by `keep`.
 
-        Of pages that become cached together the last is given up first: what follows from a page
-        is of no use without it.
+        Of pages that become cached together the last is evicted first: a page is of no use without
+        the pages before it.
         """
         pages = list(pages)
         if len(set(pages)) != len(pages):
             raise AssertionError("a page is released twice")
         for page in pages:
             if self._ref_counts[page] == 0:
-                raise AssertionError(f"nobody holds page {page}")
+                raise AssertionError(f"page {page} has no holder")
         for page in reversed(pages):
             self._ref_counts[page] -= 1
             if self._ref_counts[page] == 0:
@@ -109,23 +109,23 @@ class PageAllocator:
                     heapq.heappush(self._free, page)
 
     def listen(self, on_evict: Callable[[int], None]) -> None:
-        """Have `on_evict` called with each page that is kept no more, before it changes hands. A
-        allocator has one listener."""
+        """Call `on_evict` with each evicted page, before it is handed out. An allocator has one
+        listener."""
         require(self._on_evict is None, "another index listens to the allocator")
         self._on_evict = on_evict
 
     def keep(self, page: int) -> None:
-        """Mark a used page whose rows are complete: it will be cached, not free, until it is
-        evicted. Its rows may not be written from here on."""
+        """Mark a full used page: it becomes cached, not free, when its last holder releases it. Its
+        entries must not be written after this call."""
         if self._ref_counts[page] == 0 or self._is_kept[page]:
-            raise AssertionError(f"page {page} is not in use, or kept already")
+            raise AssertionError(f"page {page} is not in use, or marked already")
         self._is_kept[page] = True
 
     def unkeep(self, page: int) -> None:
-        """Take `keep` back, which the listener asks for and is not told of: a cached page is free
-        at once, a used one when its last holder lets go."""
+        """Undo `keep` without calling the listener: a cached page becomes free at once, a used one
+        when its last holder releases it."""
         if not self._is_kept[page]:
-            raise AssertionError(f"page {page} is not kept")
+            raise AssertionError(f"page {page} is not marked")
         self._is_kept[page] = False
         if self._ref_counts[page] == 0:
             del self._cached[page]
@@ -143,18 +143,18 @@ class PageAllocator:
         return self._ref_counts[page] == 0 and not self._is_kept[page]
 
     def is_kept(self, page: int) -> bool:
-        """Whether the page is cached or will be when its last holder lets go."""
+        """Whether the page is cached, or will be when its last holder releases it."""
         return bool(self._is_kept[page])
 
     def num_holders(self, page: int) -> int:
         return self._ref_counts[page]
 
     def eviction_order(self) -> list[int]:
-        """The cached pages, the next to be given up first."""
+        """The cached pages, the next to be evicted first."""
         return list(self._cached)
 
     def grow(self, num_pages: int) -> None:
-        """Extend the allocator to `num_pages` pages; every page keeps its number and its state."""
+        """Extend the allocator to `num_pages` pages; existing pages do not change."""
         if num_pages < self.num_pages:
             raise AssertionError(f"{self.num_pages} pages cannot become {num_pages}")
         added = range(self.num_pages, num_pages)
@@ -166,7 +166,7 @@ class PageAllocator:
     def check_integrity(self, holders: Iterable[Iterable[int]] | None = None) -> None:
         """Raise AssertionError unless every page is in one state and the lists of free and cached
         pages agree with counts and marks, and `holders` (the page list of every sequence), where
-        given, account for exactly the pages in use. Takes time for every page of the allocator."""
+        given, account for exactly the pages in use. O(number of pages)."""
         free, cached = set(self._free), set(self._cached)
         require(len(free) == len(self._free), "a page is on the free list twice")
         require(not free & cached, "a page is both free and cached")
@@ -187,8 +187,7 @@ class PageAllocator:
         require(held == self._ref_counts, "the holders and the reference counts disagree")
 
     def _evict(self) -> int:
-        """Give up the page that was released longest ago; it is in no list until the caller puts
-        it into one."""
+        """Evict the least recently released page; the caller puts it into a list."""
         page, _ = self._cached.popitem(last=False)
         self._is_kept[page] = False
         if self._on_evict is not None:

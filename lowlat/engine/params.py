@@ -1,28 +1,26 @@
-"""How the next token is chosen, as one validated record.
+"""Token-level sampling parameters: one validated record per request.
 
-Owns the options, their ranges and their contradictions. Does not sample: that is `engine.sampler`.
-An option that would have no effect is an error, never ignored.
+Owns the options, their ranges and their contradictions; `engine.sampler` applies them. Options
+about text (stop strings, structured outputs) are `generate.params`'s. An option without effect is
+an error, never ignored.
 """
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, SupportsIndex, TypedDict
+from typing import SupportsIndex
 
-from lowlat.generate.structured import StructuredOutput
 from lowlat.utils.errors import UserError
 
 MAX_TOKENS = 1 << 20
 MAX_N = 128
 MAX_TOP_K = 1 << 20
 MAX_LOGPROBS = 20
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 256
 MAX_LOGIT_BIAS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
+class TokenSamplingParams:
     """Sampling options of one request; the defaults are greedy decoding up to the context.
 
     Raises UserError naming the option and its range. Options are applied in this order: repetition,
@@ -50,19 +48,15 @@ class SamplingParams:
     seed: int | None = None
     """Seed of the request's own generator; None: a fresh one. Greedy output repeats anyway."""
     logprobs: int | None = None
-    """Return the log-probability of each token and this many alternatives; None returns none.
+    """Return the log-probability of each token and of this many alternatives; None returns none.
 
-    They are those of the model itself: log-softmax of its logits before penalties, bias,
-    temperature and filters.
+    They are the model's own: log-softmax of its logits before penalties, bias, temperature and
+    filters.
     """
     n: int = 1
     """Independent completions of the one prompt."""
-    stop: tuple[str, ...] = ()
-    """Strings that end the completion; they are not part of its text."""
     ignore_eos: bool = False
-    """Go on after the end-of-sequence token."""
-    structured: StructuredOutput | None = None
-    """What the output must look like; see engine.structured. Needs the package llguidance."""
+    """Continue after the end-of-sequence token."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -75,15 +69,7 @@ class SamplingParams:
             _check_int("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         if not isinstance(self.ignore_eos, bool):
             raise UserError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
-        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
-            raise UserError(
-                "structured must be a JsonObject, JsonSchema, Regex, Choice or Grammar of "
-                f"lowlat.generate.structured, got {self.structured!r}"
-            )
-        if self.structured is not None and self.ignore_eos:
-            raise UserError("structured outputs end; set ignore_eos to False")
         self._check_floats()
-        self._check_stop()
         self._check_logit_bias()
         if self.is_greedy:
             self._check_greedy()
@@ -99,13 +85,6 @@ class SamplingParams:
         _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-
-    def _check_stop(self) -> None:
-        if not isinstance(self.stop, tuple) or len(self.stop) > MAX_STOPS:
-            raise UserError(f"stop must be a tuple of at most {MAX_STOPS} strings")
-        for text in self.stop:
-            if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
-                raise UserError(f"stop: every string must have 1 to {MAX_STOP_LENGTH} characters")
 
     def _check_logit_bias(self) -> None:
         if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MAX_LOGIT_BIAS:
@@ -147,46 +126,8 @@ class SamplingParams:
         )
 
 
-class SamplingOptions(TypedDict, total=False):
-    """The fields of SamplingParams as keyword arguments; `stop` may also be one string."""
-
-    max_tokens: int | None
-    temperature: int | float
-    top_k: int
-    top_p: int | float
-    min_p: int | float
-    repetition_penalty: int | float
-    presence_penalty: int | float
-    frequency_penalty: int | float
-    logit_bias: Mapping[int, int | float]
-    seed: int | None
-    logprobs: int | None
-    n: int
-    stop: str | Sequence[str] | None
-    ignore_eos: bool
-    structured: StructuredOutput | None
-
-
-def make_params(options: SamplingOptions) -> SamplingParams:
-    """SamplingParams from keyword arguments. Raises UserError for unknown names and bad values."""
-    unknown = sorted(set(options) - set(SamplingParams.__dataclass_fields__))
-    if unknown:
-        known = ", ".join(SamplingParams.__dataclass_fields__)
-        raise UserError(f"option '{unknown[0]}' is unknown; the sampling options are {known}")
-    return SamplingParams(**{**options, "stop": _stops(options.get("stop"))})
-
-
-def _stops(stop: object) -> tuple[Any, ...]:
-    """`stop` as SamplingParams has it, which checks what is in it."""
-    if stop is None:
-        return ()
-    if isinstance(stop, Sequence):
-        return (stop,) if isinstance(stop, str) else tuple(stop)
-    raise UserError(f"stop must be a string or a list of strings, got {stop!r}")
-
-
 def integer_of(value: object) -> int | None:
-    """`value` as a plain integer, those of numpy and torch too; None where it is none."""
+    """`value` as a plain int (NumPy and PyTorch integers too); None for anything else."""
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Drafts without a draft model: what followed the last time these tokens came (prompt lookup).
+"""Prompt lookup (n-gram speculation): draft tokens from an earlier occurrence of the latest tokens.
 
 Owns the search in one sequence's tokens.
 """
@@ -8,21 +8,21 @@ from collections.abc import Sequence
 import numpy as np
 
 MIN_MATCH = 2
-"""Tokens that must recur before a guess is made."""
+"""Shortest n-gram that must recur."""
 MAX_MATCH = 8
 NUM_CANDIDATES = 32
-"""Latest recurrences that are compared for the longest match."""
+"""Latest occurrences that are compared for the longest match."""
 
 
 class PromptLookup:
-    """Finds the longest recent recurrence of a growing sequence's end."""
+    """Finds the longest recent earlier occurrence of a growing sequence's end."""
 
     def __init__(self) -> None:
         self._tokens = np.empty(256, dtype=np.int32)
         self._length = 0
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
-        """Up to `most` tokens that may follow `tokens`, which start with those of the last call."""
+        """Up to `most` draft tokens after `tokens`, which start with those of the last call."""
         self._extend(tokens)
         known = self._tokens[: self._length]
         if len(known) <= MIN_MATCH:
@@ -46,7 +46,7 @@ class PromptLookup:
 
 
 def _match_length(known: np.ndarray, end: int) -> int:
-    """Tokens before `end` that equal those at the end of all, up to MAX_MATCH."""
+    """Number of tokens before `end` that equal the last tokens, up to MAX_MATCH."""
     longest = min(MAX_MATCH, end)
     differs = np.flatnonzero(known[end - longest : end] != known[len(known) - longest :])
     return longest if len(differs) == 0 else longest - 1 - int(differs[-1])

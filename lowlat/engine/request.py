@@ -1,8 +1,8 @@
-"""What is being generated: a Request per prompt, a Sequence per completion, an TokenEvent per
-token.
+"""Request records of the engine: a Request per prompt, a Sequence per completion, a TokenEvent per
+token. Token ids only; imports no torch.
 
-Owns the records and their states, no decisions: `engine.scheduler` chooses who runs,
-`engine.engine` moves states.
+Owns the records and their states, no decisions: `engine.scheduler` chooses what runs,
+`engine.engine` changes states.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -11,35 +11,31 @@ from typing import Literal
 
 from lowlat.attention.path import AttentionPath
 from lowlat.engine.constraint import Constraint
-from lowlat.engine.params import SamplingParams
-from lowlat.engine.sampler import SequenceSampler
+from lowlat.engine.params import TokenSamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 """stop: end-of-sequence token or stop string; length: max_tokens or context reached; abort: the
-caller gave up; deadline: its time was over; error: the model, the sampler or the grammar failed."""
+caller cancelled; deadline: the request's time is over; error: the model, the sampler or the grammar
+failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestOptions:
-    """What a request asks of the engine besides its tokens."""
+    """What a request asks of the engine besides its tokens and sampling parameters."""
 
     priority: int = 0
-    """Lower values go first: see Scheduler."""
+    """Lower values run first: see Scheduler."""
     deadline: float | None = None
-    """Clock (time.perf_counter) in seconds at which what is unfinished ends."""
+    """Clock (time.perf_counter) in seconds at which unfinished completions end."""
     cache_namespace: bytes = b""
-    """Whose request it is: rows of the prefix cache are shared, and service is divided fairly,
-    among requests of one cache_namespace and never across."""
-    stop_ids: frozenset[int] = frozenset()
-    """Tokens that end a completion besides the model's own."""
-    grammar: Constraint | None = None
-    """What the output must look like."""
-    begins_text: bool = True
-    """Whether the output is a text of its own, which a tokenizer may drop a first space of, and not
-    the rest of the prompt's."""
+    """Requests of one namespace (one API key) share prefix cache pages and one share of fair
+    scheduling; nothing is shared across namespaces."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Tokens that end a completion, in addition to the model's own."""
+    constraint: Constraint | None = None
+    """The compiled grammar of a structured output."""
     is_offline: bool = False
-    """Whether nobody waits for its tokens one by one: prompts are not read in smaller pieces for
-    the sake of its decoding."""
+    """Whether no client streams its tokens: its decoding does not make prefill chunks smaller."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -51,22 +47,21 @@ class Sequence:
     """Which of the request's n completions."""
     tokens: list[int]
     """Prompt and output."""
-    sampler: SequenceSampler
     num_cached: int = 0
-    """Leading tokens whose rows are in the cache."""
+    """Leading tokens whose entries are in the KV cache."""
     pages: list[int] = field(default_factory=list)
-    """Pages of the cache in order; they cover at least num_cached rows."""
+    """KV cache pages (blocks in vLLM) in order; they cover at least num_cached entries."""
     num_indexed: int = 0
-    """Leading pages the prefix cache has been told of."""
+    """Leading pages that the prefix cache has indexed."""
     draft_tokens: list[int] = field(default_factory=list)
-    """Guesses at the next tokens, to be verified with the next step."""
+    """Drafts of the next tokens, verified in the next step (speculative decoding)."""
     was_preempted: bool = False
     """Whether it has lost its pages after it ran."""
     finish_reason: FinishReason | None = None
     first_token_at: float | None = None
-    """Clock in seconds when the first token was chosen."""
+    """Clock in seconds when the first token was sampled."""
     last_token_at: float | None = None
-    """Clock in seconds when the latest token was chosen."""
+    """Clock in seconds when the latest token was sampled."""
 
     @property
     def num_outputs(self) -> int:
@@ -74,18 +69,16 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Tokens the model has yet to read; 1 while decoding."""
+        """Tokens without KV cache entries; 1 while decoding."""
         return len(self.tokens) - self.num_cached
 
     @property
     def awaits_first_token(self) -> bool:
-        """Whether its first token is still to come."""
         return self.num_outputs == 0
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether tokens are read that are known already: a prompt, or everything again after a
-        preemption."""
+        """Whether known tokens are computed: a prompt, or everything again after a preemption."""
         return self.awaits_first_token or self.num_pending > 1
 
 
@@ -95,10 +88,10 @@ class Request:
 
     id: int
     prompt: tuple[int, ...]
-    params: SamplingParams
+    params: TokenSamplingParams
     options: RequestOptions
     max_outputs: int
-    """Tokens after which a completion ends: max_tokens, or what the context leaves."""
+    """Tokens after which a completion ends: max_tokens, or the context minus the prompt."""
     arrived_at: float
     """Clock in seconds when it was queued."""
     sequences: list[Sequence] = field(default_factory=list)
@@ -106,7 +99,7 @@ class Request:
     started_at: float | None = None
     """Clock in seconds when the first step of the prompt began."""
     num_matched: int = 0
-    """Tokens of the prompt that the prefix cache held when it started: others had read them."""
+    """Tokens of the prompt found in the prefix cache when it started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,28 +109,28 @@ class TokenEvent:
     request_id: int
     index: int
     token: int | None
-    """The chosen token; None where a completion ends without one."""
+    """The sampled token; None where a completion ends without one."""
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
     is_text: bool = True
-    """False for a token that only says that the completion ends."""
+    """False for a token that only ends the completion."""
     error: str | None = None
     """With finish_reason "error": what failed, in one line."""
     is_grammar_error: bool = False
-    """With an error: whether the path that was asked for is at fault, and nothing of ours."""
+    """With an error: whether the requested grammar caused it, not the server."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """Part of a step: consecutive tokens of one sequence for the model to read."""
+    """Model input for one sequence in a step: consecutive tokens (chunked prefill, or decode)."""
 
     tokens: SequenceOf[int]
     start: int
-    """Position of the first of them: rows cached before."""
+    """Position of the first token, the number of KV cache entries before it."""
     pages: tuple[int, ...]
-    """Pages of the sequence, covering start + len(tokens) rows."""
+    """Pages of the sequence, covering start + len(tokens) entries."""
     num_logits: int
-    """Logits are wanted for this many of the last tokens."""
+    """Logits are returned for this many of the last tokens."""
     path: AttentionPath
-    """The arithmetic that computes their rows."""
+    """The attention path that computes their KV cache entries."""

@@ -1,8 +1,7 @@
-"""Runs the model over chunks of token ids: records in, logits out.
+"""Model runner: chunks of token ids in, logits and hidden states out.
 
-Owns the model, the paged cache and its allocator of pages. Knows nothing of requests, sampling or
-text. The cache starts small and at least doubles when its pages run out, so memory follows what is
-used.
+Owns the model, the paged KV cache and its page allocator. Knows nothing of requests, sampling or
+text. The cache starts small and at least doubles when its pages run out: memory follows use.
 """
 
 from collections.abc import Sequence
@@ -24,10 +23,10 @@ INITIAL_PAGES = 16
 
 
 class ModelRunner:
-    """One model and one cache. Page lists are the callers', who `reserve` before they `run`.
+    """One model and one KV cache. The caller owns the page lists, and reserves before it runs.
 
-    `cache_dtype` is that of the cache, torch.int8 included; None takes the activations'. Of the
-    `num_pages` the cache starts with, those that are never used cost no memory; it grows to
+    cache_dtype: dtype of the cache, also torch.int8; None takes the activations'. Of the
+    `num_pages` at the start, pages that are never used take no memory; the cache grows to
     `max_pages` at most.
     """
 
@@ -56,14 +55,15 @@ class ModelRunner:
 
     @property
     def is_batch_invariant(self) -> bool:
-        """Whether a sequence gets the same bits in any company: PyTorch's products round by their
-        shape."""
+        """Whether results are bit-equal for any batch composition: so on native kernels; PyTorch's
+        matrix products round depending on their shape."""
         return self._native is not None
 
     def reserve(self, pages: list[int], num_tokens: int) -> None:
-        """Extend `pages` in place until they cover `num_tokens` rows; the allocator grows for it.
+        """Extend `pages` in place until they cover `num_tokens` entries; the allocator may
+        grow.
 
-        Raises UserError where it may not grow so far.
+        Raises UserError if that exceeds `max_pages`.
         """
         missing = -(-num_tokens // self.cache.page_size) - len(pages)
         if missing > self.allocator.num_available:
@@ -83,25 +83,25 @@ class ModelRunner:
 
     @torch.inference_mode()
     def copy_page(self, source: int, destination: int) -> None:
-        """Give a page the rows of another, in every layer."""
+        """Copy the entries of a page to another, in every layer."""
         self._fit_cache()
         self.cache.copy_page(source, destination)
 
     def release(self, pages: list[int]) -> None:
-        """Give `pages` back and empty the list."""
+        """Release `pages` and empty the list."""
         self.allocator.release(pages)
         pages.clear()
 
     def run(self, chunks: Sequence[Chunk]) -> Float[Tensor, "rows vocab"]:
-        """Cache the chunks' rows; return the logits they ask for, in order, at least fp32."""
+        """Compute the chunks and cache their entries; returns the logits of `step`."""
         return self.step(chunks)[0]
 
     @torch.inference_mode()
     def step(
         self, chunks: Sequence[Chunk]
     ) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "tokens hidden"]]:
-        """Cache the chunks' rows; the logits they ask for, in order, at least fp32, and the final
-        hidden state of every token."""
+        """Compute the chunks and cache their entries; returns the logits of each chunk's last
+        num_logits tokens, in order, at least fp32, and the final hidden state of every token."""
         wanted = _wanted(chunks)
         batch = self._batch(chunks)
         ids = self._ids([token for chunk in chunks for token in chunk.tokens])
@@ -119,10 +119,10 @@ class ModelRunner:
         self, depth: int, hidden: Float[Tensor, "tokens hidden"], chunks: Sequence[Chunk]
     ) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "rows vocab"]]:
         """Run MTP module `depth` over `chunks`, whose tokens are those depth + 1 places after the
-        positions they start at, and cache its rows.
+        positions they start at, and cache its entries.
 
-        `hidden` comes from the depth before (from `step` for depth 0). Returns the module's hidden
-        states and the logits the chunks ask for.
+        hidden: output of depth - 1 (of `step` for depth 0). Returns the module's hidden states and
+        logits as `step` does.
         """
         batch = self._batch(chunks)
         ids = self._ids([token for chunk in chunks for token in chunk.tokens])
@@ -133,12 +133,8 @@ class ModelRunner:
         hidden = self.model.mtp_hidden(depth, hidden, ids, batch.positions, attention)
         return hidden, self.model.mtp_logits(depth, hidden[wanted])
 
-    def check_integrity(self, holders: Sequence[Sequence[int]]) -> None:
-        """Raise AssertionError unless allocator and the page lists of all sequences agree."""
-        self.allocator.check_integrity(holders)
-
     def _fit_cache(self) -> None:
-        """Give the cache the pages that the allocator has grown by."""
+        """Grow the cache to the pages of the allocator."""
         old = self.cache
         if old.num_pages == self.allocator.num_pages:
             return
@@ -166,7 +162,7 @@ class ModelRunner:
 
 
 def _wanted(chunks: Sequence[Chunk]) -> list[int]:
-    """Rows of a step whose logits its chunks ask for."""
+    """Indices of the tokens of a step whose logits are needed."""
     wanted: list[int] = []
     end = 0
     for chunk in chunks:

@@ -1,12 +1,12 @@
-"""From logits to tokens.
+"""Sampler: logits to tokens, with penalties, logit bias, grammar masks, top-k, top-p and min-p.
 
-Owns the order of the sampling steps and each sequence's random numbers. Knows no text and no
+Owns the order of the sampling steps and each sequence's random numbers. Knows no text and no KV
 cache.
 
-The order is: repetition, frequency and presence penalty, logit bias, grammar, temperature, top-k,
-top-p, min-p, draw; the last five are `ops.sampling`. Probabilities are computed in fp64 on the CPU
-from fp32 logits. A sequence draws one number per token from its own generator, so its tokens do not
-depend on what else is in the batch. Equal scores rank by token id, lowest first.
+The order is: repetition, frequency and presence penalty, logit bias, grammar mask, temperature,
+top-k, top-p, min-p, draw; the last five are `ops.sampling`. Probabilities are computed in fp64 on
+the CPU from fp32 logits. A sequence draws one number per token from its own generator, so its
+tokens do not depend on the batch composition. Equal scores rank by token id, lowest first.
 """
 
 import math
@@ -19,13 +19,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lowlat.engine.constraint import ConstraintState
-from lowlat.engine.params import SamplingParams
+from lowlat.engine.params import TokenSamplingParams
 from lowlat.ops import sampling
 
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """A chosen token and, where asked for, log-probabilities of the model itself."""
+    """A sampled token and, if requested, log-probabilities of the model itself."""
 
     token: int
     logprob: float | None = None
@@ -35,7 +35,8 @@ class SampledToken:
 
 
 class SequenceSampler:
-    """How one sequence chooses: its options, its generator, and the counts its penalties need.
+    """Sampling state of one sequence: its parameters, its random generator, token counts for the
+    penalties, and the state of its output constraint.
 
     `sample` and `record` mutate: call `record` once with every token that becomes part of the
     output.
@@ -43,19 +44,19 @@ class SequenceSampler:
 
     def __init__(
         self,
-        params: SamplingParams,
+        params: TokenSamplingParams,
         prompt: Sequence[int],
         index: int,
         vocab_size: int,
-        grammar: ConstraintState | None = None,
+        constraint: ConstraintState | None = None,
     ) -> None:
         self.params = params
-        self.grammar = grammar
+        self.constraint = constraint
         # Text seeds are hashed whole: every (seed, index) pair starts an unrelated stream.
         self._random = random.Random(None if params.seed is None else f"{params.seed}:{index}")
         self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
-        self._is_raw = not params.has_penalties and not params.logit_bias and grammar is None
+        self._is_raw = not params.has_penalties and not params.logit_bias and constraint is None
         if params.has_penalties:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool)
             self._seen[torch.tensor(list(prompt), dtype=torch.int64)] = True
@@ -66,11 +67,11 @@ class SequenceSampler:
         if self.params.has_penalties:
             self._seen[token] = True
             self._counts[token] += 1
-        if self.grammar is not None:
-            self.grammar.accept(token)
+        if self.constraint is not None:
+            self.constraint.accept(token)
 
     def sample(self, logits: Float[Tensor, " vocab"], best: int) -> SampledToken:
-        """Choose from one row of raw logits, whose largest entry is at `best`."""
+        """Sample from raw logits whose argmax is `best`."""
         params = self.params
         if params.is_greedy and self._is_raw and params.logprobs is None:
             return SampledToken(best)
@@ -87,11 +88,11 @@ class SequenceSampler:
     def _choose(self, logits: Float[Tensor, " vocab"]) -> int:
         params = self.params
         if params.has_penalties:
-            logits = penalise(logits, self._seen, self._counts, params)
+            logits = apply_penalties(logits, self._seen, self._counts, params)
         if params.logit_bias:
             logits = logits.index_add(0, self._bias_ids, self._bias.to(logits.dtype))
-        if self.grammar is not None:
-            logits = logits.masked_fill(~self.grammar.mask(), -math.inf)
+        if self.constraint is not None:
+            logits = logits.masked_fill(~self.constraint.mask(), -math.inf)
         if params.is_greedy:
             return int(logits.argmax())
         return sampling.draw(
@@ -105,7 +106,7 @@ class SequenceSampler:
 
 
 class StepLogits:
-    """Logits of a step, of which sequences take a token each, row by row."""
+    """Logits of one step, [rows, vocab]; each row is sampled by one sequence."""
 
     def __init__(self, logits: Float[Tensor, "rows vocab"]) -> None:
         self._logits = logits
@@ -114,19 +115,20 @@ class StepLogits:
 
     @torch.inference_mode()
     def sample(self, row: int, sampler: SequenceSampler) -> SampledToken | None:
-        """A token from `row`; None where its largest logit is NaN or infinite."""
+        """A token sampled from `row`; None if its largest logit is NaN or infinite."""
         if not self._is_finite[row]:
             return None
         return sampler.sample(self._logits[row], self._best[row])
 
 
-def penalise(
+def apply_penalties(
     logits: Float[Tensor, " vocab"],
     seen: Bool[Tensor, " vocab"],
     counts: Float[Tensor, " vocab"],
-    params: SamplingParams,
+    params: TokenSamplingParams,
 ) -> Float[Tensor, " vocab"]:
-    """Logits after the penalties; `seen`: tokens of prompt and output, `counts`: of the output."""
+    """Logits after the penalties. seen: tokens of prompt and output; counts: occurrences in the
+    output."""
     factor = params.repetition_penalty
     repeated = torch.where(logits > 0, logits / factor, logits * factor)
     logits = torch.where(seen, repeated, logits)
@@ -134,9 +136,10 @@ def penalise(
 
 
 def ranked(scores: Float[Tensor, " vocab"], count: int) -> Int[Tensor, " ranked"]:
-    """Ids of the `count` best scores (more where the last tie), best first, then by lowest id."""
+    """Ids of the `count` best scores (more if the last ones tie), best first, then
+    lowest id first."""
     count = min(count, scores.shape[0])
-    # topk leaves open which of equal scores it returns, so it only finds the threshold.
+    # topk does not define which of equal scores it returns, so it only finds the threshold.
     threshold = torch.topk(scores, count, sorted=False).values.min()
     ids = torch.nonzero(scores >= threshold).flatten()
     return ids[torch.sort(scores[ids], descending=True, stable=True).indices]

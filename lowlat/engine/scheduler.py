@@ -1,8 +1,7 @@
-"""Who runs in the next step, and on which pages: plain Python over request records, no tensors.
+"""Scheduler: continuous batching with chunked prefill, preemption, priorities and fair shares.
 
-Owns the order of waiting and running sequences, the token budget of a step, and the pages that
-sequences hold: taken from the allocator and the prefix cache, given back when a sequence ends or
-has to make room. What the tokens are is the engine's.
+Owns the order of waiting and running sequences and the token budget of a step. Plain Python over
+request records; imports no torch. Pages are `engine.kv_cache_manager`'s.
 """
 
 import time
@@ -10,61 +9,63 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lowlat.attention.path import AttentionPath
-from lowlat.engine.fairness import Fairness
+from lowlat.engine.fairness import FairShares
+from lowlat.engine.kv_cache_manager import KVCacheManager
 from lowlat.engine.page_allocator import PageAllocator
 from lowlat.engine.prefill_planner import PREFILL_CHUNK, PrefillPlanner
 from lowlat.engine.prefix import PrefixCache
 from lowlat.engine.request import Sequence
 
 STEP_TOKENS = 1024
-"""Tokens of prompts read in a step while nobody decodes."""
+"""Prefill tokens of a step while no sequence decodes."""
 MIXED_TOKENS = 256
-"""Tokens of prompts read in a step beside decoding, which waits for them, while no more sequences
-read than decode: about as long as a step of eight decoding sequences takes on a CPU."""
+"""Prefill tokens of a step in which sequences decode, while no more sequences prefill than decode:
+about as long as a step of eight decoding sequences takes on a CPU."""
 MAX_SEQUENCES = 128
 PRIORITY_SECONDS = 1.0
-"""Waiting so long outweighs one step of priority, so that nobody waits without end."""
+"""Waiting this long outweighs one step of priority, so that no request starves."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
-    """One sequence's share of a step: `length` tokens from `start` on, drafts included."""
+    """One sequence's part of a step: `length` tokens from `start` on, draft tokens included."""
 
     sequence: Sequence
     start: int
-    """Rows it has in the cache."""
+    """KV cache entries it has."""
     length: int
     path: AttentionPath
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Bounds of a step and of the cache."""
+    """Bounds of a step and of the KV cache."""
 
     step_tokens: int = STEP_TOKENS
     lone_tokens: int = PREFILL_CHUNK
-    """Tokens of a prompt read in a step while there is no other sequence."""
+    """Prefill tokens of a step while there is only one sequence."""
     mixed_tokens: int = MIXED_TOKENS
     max_sequences: int = MAX_SEQUENCES
     """Completions that run at once."""
     max_pages: int | None = None
-    """Pages the cache may grow to; None: without end."""
+    """KV cache pages (blocks in vLLM) the cache may grow to; None: unbounded."""
 
 
 class Scheduler:
-    """Every decoding sequence runs in every step; the rest of the budget reads prompts.
+    """Continuous batching: every decoding sequence runs in every step; the rest of the token budget
+    is chunked prefill.
 
-    The more sequences read for each that decodes, the larger the budget, up to a whole step: when
-    many come at once, the few that are ahead do not keep the others from their first token. It is
-    a whole step where all that decode are patient. Half of it goes to the prompt that has waited
-    longest, the rest to those that are nearest their end, so that a long prompt neither holds up
-    short ones nor starves. Sequences are admitted by the service their client has had, then in
-    order of arrival; a request waits until all its n completions have room. When pages run out,
-    who came last gives its own back and is read again later; its tokens do not change by that.
+    The more sequences prefill per decoding sequence, the larger the budget, up to a whole step: in
+    a burst of requests, the first few to decode do not delay the first tokens of the others. It is
+    a whole step if all decoding sequences are offline. Half of it goes to the prompt that has
+    waited longest, the rest to those nearest their end: a long prompt neither delays short ones nor
+    starves. Sequences are admitted by the served tokens of their cache namespace (fair scheduling),
+    then in order of arrival; a request waits until all its n completions fit. When pages run out,
+    the last sequence in order is preempted and recomputed later; its tokens do not change by that.
 
-    A request of priority p is treated as if it had come p times PRIORITY_SECONDS later. Above 0 it
-    lets all others pass; below 0 it passes those of its own client alone, and only while it waits:
-    no client can put itself before the others.
+    A request of priority p is treated as if it had arrived p times PRIORITY_SECONDS later. Above 0
+    it lets all others pass; below 0 it passes those of its own namespace alone, and only while it
+    waits: no API key can jump the queue.
     """
 
     def __init__(
@@ -76,17 +77,16 @@ class Scheduler:
         limits: Limits,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.planner = planner
-        self.allocator = allocator
-        self.prefix = prefix
         self.limits = limits
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self._planner = planner
+        self.kv_cache = KVCacheManager(planner, allocator, prefix, limits.max_pages)
         self._clock = clock
-        self._fairness = Fairness()
+        self._shares = FairShares()
         self._awaiting: set[Sequence] = set()
-        """Those whose next page another is about to read."""
+        """Prefilling sequences whose next page another sequence is about to compute."""
 
     @property
     def has_work(self) -> bool:
@@ -94,78 +94,69 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue the first completion of a new request."""
-        self._fairness.enter(sequence.request.options.cache_namespace)
+        self._shares.enter(sequence.request.options.cache_namespace)
         self.waiting.append(sequence)
 
     def fork(self, first: Sequence, others: list[Sequence]) -> list[tuple[int, int]]:
-        """Run the other completions of a request whose prompt is cached; their room was kept.
+        """Run the other completions of a request whose prompt is cached; admission counted them.
 
-        They share the prompt's full pages; the copies (page, to page) of the partly filled last
-        one are to be made before the next step. One that finds no page waits and reads its tokens
-        again.
+        They share the prompt's full pages; the caller makes the returned copies (page, to page) of
+        the partly filled last one before the next step. A completion without a free page waits and
+        recomputes its tokens.
         """
-        num_full, rest = divmod(first.num_cached, self.planner.page_size)
+        is_partial = first.num_cached % self._planner.page_size != 0
         copies: list[tuple[int, int]] = []
         for other in others:
-            self._fairness.enter(other.request.options.cache_namespace)
-            if rest and not self._has_room(1):
+            self._shares.enter(other.request.options.cache_namespace)
+            if is_partial and not self.kv_cache.has_free(1):
                 self.waiting.append(other)
                 continue
-            self.allocator.retain(first.pages[:num_full])
-            other.pages = first.pages[:num_full]
-            if rest:
-                other.pages += self.allocator.allocate(1)
-                copies.append((first.pages[num_full], other.pages[num_full]))
-            other.num_cached, other.num_indexed = first.num_cached, first.num_indexed
+            copy = self.kv_cache.fork(first, other)
+            if copy is not None:
+                copies.append(copy)
             self.running.append(other)
         return copies
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence that has finished, waiting or running, and take its pages back."""
+        """Remove a finished sequence, waiting or running, and release its pages."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
-        self._release(sequence)
-        self._fairness.leave(sequence.request.options.cache_namespace)
+        self.kv_cache.release(sequence)
+        self._shares.leave(sequence.request.options.cache_namespace)
 
     def schedule(self) -> list[ScheduledChunk]:
-        """The next step's work, its pages reserved; empty when nothing is left."""
+        """The chunks of the next step, their pages reserved; empty if no sequence is left."""
         self._admit()
         chosen: dict[Sequence, ScheduledChunk] = {}
         for sequence in sorted(self.running, key=_order):
             if not sequence.is_prefilling and sequence in self.running:
-                self._drop_costly_drafts(sequence)
+                self._drop_drafts_without_pages(sequence)
                 self._choose(chosen, sequence, 1 + len(sequence.draft_tokens), "decode")
-        waited_for = [s for s in chosen if not s.request.options.is_offline]
-        self._read(chosen, self._reading_budget(len(chosen), waited_for=bool(waited_for)))
-        for work in chosen.values():
-            self._fairness.serve(work.sequence.request.options.cache_namespace, work.length)
+        online = [s for s in chosen if not s.request.options.is_offline]
+        self._prefill(chosen, self._prefill_budget(len(chosen), has_online=bool(online)))
+        for chunk in chosen.values():
+            self._shares.serve(chunk.sequence.request.options.cache_namespace, chunk.length)
         return list(chosen.values())
 
     def advance(self, sequence: Sequence, num_tokens: int) -> None:
-        """Rows of the next `num_tokens` tokens are in the cache: tell the prefix cache."""
-        sequence.num_cached += num_tokens
-        full = sequence.num_cached // self.planner.page_size
-        if self.prefix is not None and full > sequence.num_indexed:
-            paths = self._page_paths(sequence, full)
-            cache_namespace = sequence.request.options.cache_namespace
-            self.prefix.insert(cache_namespace, sequence.tokens, paths, sequence.pages)
-            sequence.num_indexed = full
+        """Count the next `num_tokens` tokens of a sequence as cached."""
+        self.kv_cache.advance(sequence, num_tokens)
 
     def withdraw(self, sequence: Sequence) -> None:
-        """Let nobody find the rows that a sequence has read or written: one of them is at fault."""
-        if self.prefix is not None:
-            self.prefix.withdraw(sequence.pages)
+        """Remove the pages of a sequence from the prefix cache: one of them holds bad values."""
+        self.kv_cache.withdraw(sequence)
 
     # --- admission -----------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        taken = sum(_room(sequence) for sequence in self.running)
+        """Move waiting sequences to the running ones, as far as completions and pages allow."""
+        taken = sum(_num_completions(sequence) for sequence in self.running)
         now = self._clock()
         while self.waiting:
             sequence = min(self.waiting, key=lambda sequence: self._rank(sequence, now))
-            taken += _room(sequence)
+            taken += _num_completions(sequence)
             if taken > self.limits.max_sequences or not self._take_pages(sequence):
                 return
             self.waiting.remove(sequence)
@@ -175,69 +166,44 @@ class Scheduler:
         request = sequence.request
         waited = int((now - request.arrived_at) / PRIORITY_SECONDS)
         gives_way = max(0, request.options.priority - waited)
-        service = self._fairness.service(request.options.cache_namespace)
+        served = self._shares.served(request.options.cache_namespace)
         place = request.arrived_at + PRIORITY_SECONDS * request.options.priority
-        # Who had to make room comes back first, or work done twice would be done three times.
-        return (gives_way, not sequence.was_preempted, service, place, sequence.index)
+        # Preempted sequences come first: otherwise they would be recomputed again and again.
+        return (gives_way, not sequence.was_preempted, served, place, sequence.index)
 
     def _take_pages(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence what the prefix cache has of it, if the allocator has room for
-        all its tokens beside those that run, and for a page more for each of these."""
-        self._match(sequence)
-        promised = sum(self._missing(running) for running in self.running)
-        if self._has_room(self._missing(sequence) + promised + len(self.running)):
+        """Give a waiting sequence its pages of the prefix cache, if pages are free for the rest of
+        its tokens, for the running sequences' tokens, and for one more page of each of these."""
+        self.kv_cache.match(sequence)
+        promised = sum(self._num_missing(running) for running in self.running)
+        if self.kv_cache.has_free(self._num_missing(sequence) + promised + len(self.running)):
             return True
-        self._release(sequence)
+        self.kv_cache.release(sequence)
         return False
 
-    def _missing(self, sequence: Sequence) -> int:
-        """Pages it needs for its tokens and the next one beyond those it has."""
-        return max(0, self._num_pages(len(sequence.tokens) + 1) - len(sequence.pages))
+    def _num_missing(self, sequence: Sequence) -> int:
+        """Pages that it lacks for its tokens and the next one."""
+        return self.kv_cache.num_missing(sequence, len(sequence.tokens) + 1)
 
-    def _match(self, sequence: Sequence) -> None:
-        """Exchange the pages of a sequence for those the prefix cache has of its tokens, where
-        they are more. The last token is always read, because its logits are needed."""
-        if self.prefix is None:
-            return
-        size = self.planner.page_size
-        count = (len(sequence.tokens) - 1) // size
-        paths = self._page_paths(sequence, count)
-        found = self.prefix.match(
-            sequence.request.options.cache_namespace, sequence.tokens[: count * size], paths
-        )
-        if len(found) * size <= sequence.num_cached:
-            self.allocator.release(found)
-        else:
-            self.allocator.release(sequence.pages)
-            sequence.pages = found
-            sequence.num_cached, sequence.num_indexed = len(found) * size, len(found)
-        # Once it has read anything it may find its own pages, which nobody saved it.
-        if sequence.request.started_at is None:
-            sequence.request.num_matched = sequence.num_cached
+    # --- chunked prefill -----------------------------------------------------------------------
 
-    def _page_paths(self, sequence: Sequence, count: int) -> list[str]:
-        prompt = len(sequence.request.prompt)
-        return [self.planner.page_path(page, prompt) for page in range(count)]
-
-    # --- reading -------------------------------------------------------------------------------
-
-    def _reading_budget(self, num_decoding: int, *, waited_for: bool) -> int:
-        """Tokens of prompts to read in a step with `num_decoding` sequences, for which somebody
-        waits or not."""
+    def _prefill_budget(self, num_decoding: int, *, has_online: bool) -> int:
+        """Prefill tokens of a step with `num_decoding` decoding sequences; has_online: whether any
+        of these is not offline."""
         limits = self.limits
-        if not waited_for:
+        if not has_online:
             is_alone = len(self.running) == 1 and not self.waiting
             return limits.lone_tokens if is_alone else limits.step_tokens
-        num_reading = len(self.running) - num_decoding
-        budget = limits.mixed_tokens * num_reading // num_decoding
+        num_prefilling = len(self.running) - num_decoding
+        budget = limits.mixed_tokens * num_prefilling // num_decoding
         return min(max(budget, limits.mixed_tokens), limits.step_tokens)
 
-    def _read(self, chosen: dict[Sequence, ScheduledChunk], budget: int) -> None:
-        """Share `budget` among the sequences that read known tokens."""
-        reading = self._readers()
-        if not reading:
+    def _prefill(self, chosen: dict[Sequence, ScheduledChunk], budget: int) -> None:
+        """Share `budget` tokens among the prefilling sequences."""
+        prefilling = self._prefilling()
+        if not prefilling:
             return
-        oldest, *others = reading
+        oldest, *others = prefilling
         shares = [(oldest, budget // 2 if others else budget)]
         shares += [(sequence, budget) for sequence in sorted(others, key=_remaining)]
         shares.append((oldest, budget))
@@ -250,7 +216,7 @@ class Scheduler:
                 budget -= given
         for sequence, limit in planned.items():
             if sequence in self.running:
-                chunk = self.planner.next_chunk(
+                chunk = self._planner.next_chunk(
                     sequence.num_cached,
                     len(sequence.request.prompt),
                     len(sequence.tokens),
@@ -258,37 +224,23 @@ class Scheduler:
                 )
                 self._choose(chosen, sequence, chunk.length, chunk.path)
 
-    def _readers(self) -> list[Sequence]:
-        """Who reads in this step, in order: all but those whose next page someone before them is
-        about to read. They find it in the prefix cache: a prompt that many share is read once."""
-        reading = [s for s in sorted(self.running, key=_order) if s.is_prefilling]
-        if self.prefix is None:
-            return reading
-        for sequence in self._awaiting.intersection(reading):
-            self._match(sequence)
+    def _prefilling(self) -> list[Sequence]:
+        """Sequences that prefill in this step, in order: all but those whose next page an earlier
+        one is about to compute. They find it in the prefix cache, so a shared prompt is computed
+        once."""
+        prefilling = [s for s in sorted(self.running, key=_order) if s.is_prefilling]
+        if not self.kv_cache.has_prefix_cache:
+            return prefilling
+        for sequence in self._awaiting.intersection(prefilling):
+            self.kv_cache.match(sequence)
         self._awaiting = {
             sequence
-            for place, sequence in enumerate(reading)
-            if any(self._leads(leader, sequence) for leader in reading[:place])
+            for place, sequence in enumerate(prefilling)
+            if any(self.kv_cache.is_next_page_of(leader, sequence) for leader in prefilling[:place])
         }
-        return [sequence for sequence in reading if sequence not in self._awaiting]
+        return [sequence for sequence in prefilling if sequence not in self._awaiting]
 
-    def _leads(self, leader: Sequence, sequence: Sequence) -> bool:
-        """Whether `leader` is about to compute the very page that `sequence` needs next."""
-        size, have = self.planner.page_size, sequence.num_cached
-        needed = have + size
-        if have % size or needed >= len(sequence.tokens):
-            return False
-        if not leader.num_cached < needed <= len(leader.tokens):
-            return False
-        if leader.request.options.cache_namespace != sequence.request.options.cache_namespace:
-            return False
-        count = needed // size
-        return leader.tokens[:needed] == sequence.tokens[:needed] and (
-            self._page_paths(leader, count) == self._page_paths(sequence, count)
-        )
-
-    # --- pages ---------------------------------------------------------------------------------
+    # --- pages and preemption ------------------------------------------------------------------
 
     def _choose(
         self,
@@ -297,64 +249,34 @@ class Scheduler:
         length: int,
         path: AttentionPath,
     ) -> None:
-        """Put a sequence into the step, if pages can be found for it."""
-        if self._reserve(chosen, sequence, sequence.num_cached + length):
-            chosen[sequence] = ScheduledChunk(sequence, sequence.num_cached, length, path)
-
-    def _reserve(
-        self, chosen: dict[Sequence, ScheduledChunk], sequence: Sequence, num_tokens: int
-    ) -> bool:
-        """Extend the sequence's pages to `num_tokens` rows; whoever is last in order makes room."""
-        while True:
-            missing = self._num_pages(num_tokens) - len(sequence.pages)
-            if missing <= 0:
-                return True
-            if self._has_room(missing):
-                sequence.pages += self.allocator.allocate(missing)
-                return True
+        """Put a sequence into the step, if it gets its pages: the last running sequences in order
+        are preempted for it."""
+        while not self.kv_cache.extend(sequence, sequence.num_cached + length):
             victim = max(self.running, key=_order)
             chosen.pop(victim, None)
             self._preempt(victim)
             if victim is sequence:
-                return False
+                return
+        chosen[sequence] = ScheduledChunk(sequence, sequence.num_cached, length, path)
 
-    def _drop_costly_drafts(self, sequence: Sequence) -> None:
-        """Nobody makes room for a guess."""
-        wanted = self._num_pages(len(sequence.tokens) + len(sequence.draft_tokens))
-        if not self._has_room(max(0, wanted - len(sequence.pages))):
+    def _drop_drafts_without_pages(self, sequence: Sequence) -> None:
+        """No sequence is preempted for draft tokens."""
+        wanted = len(sequence.tokens) + len(sequence.draft_tokens)
+        if not self.kv_cache.has_free(self.kv_cache.num_missing(sequence, wanted)):
             sequence.draft_tokens = []
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._release(sequence)
+        """Release the pages of a running sequence; it waits and is recomputed."""
+        self.kv_cache.release(sequence)
         sequence.draft_tokens = []
         sequence.was_preempted = True
         self.running.remove(sequence)
         self.waiting.append(sequence)
         self.num_preemptions += 1
 
-    def _release(self, sequence: Sequence) -> None:
-        self.allocator.release(sequence.pages)
-        sequence.pages = []
-        sequence.num_cached = sequence.num_indexed = 0
-
-    def _num_pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.planner.page_size)
-
-    def _has_room(self, count: int) -> bool:
-        """Whether `count` pages can be taken, growing the allocator where it may grow."""
-        if count <= self.allocator.num_available:
-            return True
-        total, limit = self.allocator.num_pages, self.limits.max_pages
-        wanted = max(2 * total, total - self.allocator.num_available + count)
-        if limit is not None:
-            wanted = min(wanted, limit)
-        if wanted > total:
-            self.allocator.grow(wanted)
-        return count <= self.allocator.num_available
-
 
 def _order(sequence: Sequence) -> tuple[float, int]:
-    """Of those that run, of all clients."""
+    """Order of running sequences, across namespaces."""
     request = sequence.request
     late = PRIORITY_SECONDS * max(0, request.options.priority)
     return (request.arrived_at + late, sequence.index)
@@ -364,6 +286,6 @@ def _remaining(sequence: Sequence) -> tuple[int, float, int]:
     return (sequence.num_pending, *_order(sequence))
 
 
-def _room(sequence: Sequence) -> int:
+def _num_completions(sequence: Sequence) -> int:
     """Completions the sequence stands for: all n of its request until the prompt is cached."""
     return sequence.request.params.n if sequence.awaits_first_token else 1

@@ -1,6 +1,6 @@
-"""Logits and likelihoods of given tokens, through the same paged cache that generation uses.
+"""Scoring: logits and negative log-likelihoods of given tokens, through the paged KV cache.
 
-Owns the chunking and the sums. Text and windows of text are `engine.llm`'s.
+Owns the chunking and the sums. Text and windows of text are `generate.model`'s.
 """
 
 import math
@@ -16,12 +16,12 @@ from lowlat.engine.request import Chunk
 from lowlat.engine.runner import ModelRunner
 
 WINDOW = 1024
-"""Tokens of a window that nobody chose, or the model's context where that is shorter."""
+"""Default tokens of a window; the model's context if that is shorter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """How well a model predicts a text."""
+    """Perplexity of a model on a text."""
 
     window: int
     """Tokens of a window."""
@@ -34,7 +34,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Infinite where it is more than a float says, which takes 710 nats a token."""
+        """exp(nll / tokens); infinite beyond the range of a float, from 710 nats a token on."""
         try:
             return math.exp(self.nll / self.tokens)
         except OverflowError:
@@ -47,7 +47,7 @@ class Score:
 
 
 def logits(runner: ModelRunner, ids: Sequence[int], *, chunk: int) -> Float[Tensor, "tokens vocab"]:
-    """Raw logits after each of `ids`, at least fp32, read `chunk` at a time."""
+    """Raw logits after each of `ids`, at least fp32, computed `chunk` tokens at a time."""
     out: Tensor | None = None
     for start, rows in _chunks(runner, ids, chunk):
         if out is None:
@@ -61,7 +61,7 @@ def logits(runner: ModelRunner, ids: Sequence[int], *, chunk: int) -> Float[Tens
 def mtp_logits(
     runner: ModelRunner, ids: Sequence[int], *, chunk: int
 ) -> list[Float[Tensor, "tokens vocab"]]:
-    """Raw logits of every MTP depth k, at least fp32: [tokens - 1 - k, vocab] (or no rows).
+    """Raw logits of every MTP depth k, at least fp32: [max(0, tokens - 1 - k), vocab].
 
     Row i of depth k predicts token i + 2 + k.
     """
@@ -100,7 +100,7 @@ def nll(runner: ModelRunner, ids: Sequence[int], *, chunk: int) -> Float[Tensor,
 
 
 def _chunks(runner: ModelRunner, ids: Sequence[int], chunk: int) -> Iterator[tuple[int, Tensor]]:
-    """(start, logits [length, vocab]) of successive chunks; the pages are given back at the end."""
+    """(start, logits [length, vocab]) of successive chunks; releases the pages at the end."""
     pages: list[int] = []
     try:
         for start in range(0, len(ids), chunk):

@@ -1,8 +1,9 @@
-"""Guesses at the next tokens, verified together in one step: speculative decoding.
+"""Speculative decoding: draft tokens from MTP modules or prompt lookup; acceptance by exact match.
 
-Owns where drafts come from (the checkpoint's MTP modules, or what followed the same tokens before)
-and how many are worth verifying. Verifying is the engine's, and exact: a draft is kept where it is
-the token that the model draws anyway. So a sequence that no drafts can be made for goes on without.
+Owns drafting: the checkpoint's MTP modules, or prompt lookup (n-gram) for models without them, and
+how many draft tokens are worth verifying. `engine.engine` verifies them in the next step: a draft
+token is accepted if it equals the token that the model samples anyway, so drafting can fail without
+an effect on the output.
 """
 
 import logging
@@ -24,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class Speculator:
-    """Drafts for all sequences of an engine."""
+    """Proposes draft tokens for all sequences of an engine."""
 
     def __init__(self, runner: ModelRunner) -> None:
-        self.depth = DraftPolicy()
+        self.policy = DraftPolicy()
         has_mtp = runner.model.config.num_nextn_predict_layers > 0
         self._mtp = MTPDrafter(runner) if has_mtp else None
         self._drafting_seconds = 0.0
@@ -37,18 +38,18 @@ class Speculator:
         self._given_up: weakref.WeakSet[Sequence] = weakref.WeakSet()
 
     def propose(self, work: SequenceOf[ScheduledChunk], hidden: Tensor) -> None:
-        """Set the drafts of the sequences that have just been part of a step.
+        """Set the draft tokens of the sequences of a step that has just run.
 
-        `work` is what the step was, `hidden` [tokens, hidden] the final hidden states of its
-        tokens. Where that fails, each sequence is tried alone; one that fails gets no drafts from
-        then on.
+        work: the chunks of the step. hidden: [tokens, hidden], the final hidden states of its
+        tokens. If drafting fails, each sequence is tried alone; one that fails again gets no draft
+        tokens from then on.
         """
-        going_on = [item for item in work if item.sequence not in self._given_up]
+        active = [item for item in work if item.sequence not in self._given_up]
         try:
-            self._propose(going_on, work, hidden)
+            self._propose(active, work, hidden)
         except Exception as error:
-            logger.warning("drafts for %d sequences could not be made: %r", len(going_on), error)
-            for item in going_on:
+            logger.warning("drafting for %d sequences failed: %r", len(active), error)
+            for item in active:
                 self._propose_alone(item, work, hidden)
 
     def _propose_alone(
@@ -58,13 +59,13 @@ class Speculator:
         try:
             self._propose([item], work, hidden)
         except Exception:
-            logger.exception("request %d goes on without drafts", item.sequence.request.id)
+            logger.exception("request %d continues without draft tokens", item.sequence.request.id)
             self._given_up.add(item.sequence)
 
     def _propose(
         self, parts: SequenceOf[ScheduledChunk], work: SequenceOf[ScheduledChunk], hidden: Tensor
     ) -> None:
-        """Set drafts after some `parts` of a step."""
+        """Set draft tokens for the sequences of some `parts` of a step."""
         decoding = [
             item.sequence
             for item in parts
@@ -72,15 +73,15 @@ class Speculator:
             and item.sequence.pages
             and not item.sequence.is_prefilling
         ]
-        depths = self.depth.choose({s: _most_drafts(s) for s in decoding})
+        num_drafts = self.policy.choose({s: _most_drafts(s) for s in decoding})
         self._drafting_seconds = 0.0
         if self._mtp is not None:
-            self._run_modules(self._mtp, parts, work, hidden, depths)
+            self._run_modules(self._mtp, parts, work, hidden, num_drafts)
             return
         for sequence in decoding:
-            if depths[sequence] > 0:
+            if num_drafts[sequence] > 0:
                 lookup = self._lookups.setdefault(sequence, PromptLookup())
-                sequence.draft_tokens = lookup.propose(sequence.tokens, depths[sequence])
+                sequence.draft_tokens = lookup.propose(sequence.tokens, num_drafts[sequence])
 
     def _run_modules(
         self,
@@ -88,30 +89,30 @@ class Speculator:
         parts: SequenceOf[ScheduledChunk],
         work: SequenceOf[ScheduledChunk],
         hidden: Tensor,
-        depths: Mapping[Sequence, int],
+        num_drafts: Mapping[Sequence, int],
     ) -> None:
-        taking_part = {item for item in parts if takes_part(item, depths)}
+        taking_part = {item for item in parts if takes_part(item, num_drafts)}
         if not taking_part:
             return
         started = time.perf_counter()
         states = hidden.split([item.length for item in work])
         own = zip(work, states, strict=True)
-        mtp.propose([(item, state) for item, state in own if item in taking_part], depths)
+        mtp.propose([(item, state) for item, state in own if item in taking_part], num_drafts)
         self._drafting_seconds = time.perf_counter() - started
-        # A prompt's rows are made beside the drafts, and are no cost of theirs.
+        # The MTP modules also compute their entries of prompts, which is no cost of drafting.
         is_prefilling = any(item.length > 1 + MAX_DRAFT_TOKENS for item in taking_part)
-        if not is_prefilling and (total := sum(depths.values())):
-            self.depth.drafted(total, self._drafting_seconds)
+        if not is_prefilling and (total := sum(num_drafts.values())):
+            self.policy.drafted(total, self._drafting_seconds)
 
     def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
-        """So many drafts of a sequence were verified, and so many of them kept."""
-        self.depth.verified(sequence, drafted, accepted)
+        """Record that `accepted` of `drafted` draft tokens of a sequence were accepted."""
+        self.policy.verified(sequence, drafted, accepted)
 
     def stepped(self, num_tokens: int, seconds: float) -> None:
-        """A step that read streams only took this long, its making of drafts included."""
-        self.depth.stepped(num_tokens, seconds - self._drafting_seconds)
+        """Record the seconds of a step of decode chunks only, drafting included."""
+        self.policy.stepped(num_tokens, seconds - self._drafting_seconds)
 
 
 def _most_drafts(sequence: Sequence) -> int:
-    """Drafts that could still become output: the step's own token takes one place."""
+    """Draft tokens that can still become output: the step's own token takes one place."""
     return sequence.request.max_outputs - sequence.num_outputs - 1

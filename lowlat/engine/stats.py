@@ -1,7 +1,7 @@
-"""What the engine has done and is doing, in numbers: counters, gauges, histograms.
+"""Engine statistics: counters, gauges and histograms (throughput, TTFT, inter-token latency).
 
 Owns the arithmetic; names and text formats are the server's. The engine's thread records, any
-thread may read a snapshot.
+thread may take a snapshot.
 """
 
 import bisect
@@ -31,35 +31,35 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """One moment of an engine; counters count from its start."""
+    """Snapshot of an engine; counters count from its start."""
 
     queued: int
-    """Sequences that wait, gauge."""
+    """Waiting sequences, gauge."""
     running: int
-    """Sequences that run, gauge."""
+    """Running sequences, gauge."""
     steps: int
     prompt_tokens: int
-    """Tokens of prompts of started requests."""
+    """Prompt tokens of started requests."""
     cached_prompt_tokens: int
     """Those of them found in the prefix cache."""
     generated_tokens: int
     preemptions: int
     drafted_tokens: int
     accepted_tokens: int
-    """Drafted tokens that were what the model chose."""
+    """Draft tokens that equal what the model sampled."""
     pages_total: int
     pages_used: int
     pages_cached: int
     page_tokens: int
-    """Tokens a page holds."""
+    """Tokens per KV cache page."""
     finished: dict[str, int]
     """Completions by finish reason."""
     queue_time: Histogram
     """From arrival to the first step."""
     ttft: Histogram
-    """From arrival to the first token."""
+    """From arrival to the first token (time to first token)."""
     itl: Histogram
-    """From token to token of one sequence."""
+    """Between consecutive tokens of one sequence (inter-token latency)."""
     e2e: Histogram
     """From arrival to a completion's end."""
 
@@ -81,8 +81,8 @@ class _Counts:
         return Histogram(self.bounds, tuple(self.counts), self.total)
 
 
-class Recorder:
-    """Collects what EngineStats reports, as it happens."""
+class StatsRecorder:
+    """Collects what EngineStats reports."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -99,7 +99,7 @@ class Recorder:
         self._e2e = _Counts(LONG_SECONDS)
 
     def started(self, request: Request) -> None:
-        """A request is part of a step for the first time."""
+        """Record the first step of a request."""
         assert request.started_at is not None
         with self._lock:
             self._prompt_tokens += len(request.prompt)
@@ -107,7 +107,7 @@ class Recorder:
             self._queue_time.add(request.started_at - request.arrived_at)
 
     def generated(self, sequence: Sequence, now: float) -> None:
-        """A token was chosen; called before the sequence's clocks are set."""
+        """Record a sampled token; called before the sequence's clocks are set."""
         with self._lock:
             self._generated_tokens += 1
             if sequence.last_token_at is None:
@@ -141,7 +141,7 @@ class Recorder:
         pages_cached: int,
         page_tokens: int,
     ) -> EngineStats:
-        """Everything recorded, with the gauges of the moment."""
+        """Everything recorded, with the current gauges."""
         with self._lock:
             return EngineStats(
                 queued=queued,

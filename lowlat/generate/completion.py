@@ -1,11 +1,11 @@
-"""What a caller gets back: text with its tokens, log-probabilities and timing.
+"""Completions: text with its tokens, log-probabilities and timing, built from token events.
 
-Owns the step from one completion's tokens to its text (detokenising, stop strings). Generates
+Owns the step from one completion's tokens to its text (detokenizing, stop strings). Generates
 nothing itself.
 """
 
 import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -39,13 +39,13 @@ class Usage:
     decode_seconds: float
     """From the first token to the last."""
     cached_tokens: int = 0
-    """Of the prompt, those whose rows the prefix cache held."""
+    """Prompt tokens found in the prefix cache."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Tokens of the prompt that were read, per second."""
-        read = self.prompt_tokens - self.cached_tokens
-        return read / self.prefill_seconds if self.prefill_seconds > 0.0 else 0.0
+        """Prompt tokens computed (not found in the prefix cache) per second."""
+        computed = self.prompt_tokens - self.cached_tokens
+        return computed / self.prefill_seconds if self.prefill_seconds > 0.0 else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -56,8 +56,8 @@ class Usage:
 
 
 class Completion(str):
-    """One answer: its text, without end-of-sequence token and without the stop string that ended
-    it, and how it came about.
+    """One completion: a str without the end-of-sequence token and the stop string that ended it,
+    with tokens, finish reason, log-probabilities and usage.
     """
 
     token_ids: tuple[int, ...]
@@ -65,7 +65,7 @@ class Completion(str):
     finish_reason: FinishReason | None
     """None while it is still being generated."""
     logprobs: tuple[TokenLogprob, ...] | None
-    """One entry per token, where asked for."""
+    """One entry per token; None unless requested."""
     usage: Usage
 
     def __new__(
@@ -86,12 +86,31 @@ class Completion(str):
 
     @property
     def text(self) -> str:
-        """The answer as a plain string."""
+        """The text as a plain string."""
         return str(self)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompletionDelta:
+    """What one completion gained in one step."""
+
+    index: int
+    """Which of the request's n completions."""
+    text: str
+    """Final text: whole characters, without the stop string that ended it."""
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    """If requested, one per token that begins within the text so far and was not in an earlier
+    delta."""
+    finish_reason: FinishReason | None
+    error: str | None
+    """With finish_reason "error": what failed, in one line."""
+    is_grammar_error: bool = False
+    """With an error: whether the requested grammar caused it, not the server."""
+
+
 class CompletionBuilder:
-    """Collects the events of completion `index` of `request`; certain text goes to `pieces`."""
+    """Collects the events of completion `index` of `request`; final text goes to `pieces`."""
 
     def __init__(
         self,
@@ -99,9 +118,14 @@ class CompletionBuilder:
         request: Request,
         index: int,
         *,
+        stop: Sequence[str] = (),
         keep_special: frozenset[int] = frozenset(),
+        begins_text: bool = True,
     ) -> None:
-        """`keep_special`: special tokens whose text is part of the completion's."""
+        """stop: strings that end the completion. keep_special: special tokens whose text is part of
+        the completion. begins_text: whether the output is a text of its own, whose leading space a
+        tokenizer may drop, and does not continue text of the prompt.
+        """
         self.request = request
         self.index = index
         self.finish_reason: FinishReason | None = None
@@ -109,20 +133,22 @@ class CompletionBuilder:
         self.error: str | None = None
         """With finish_reason "error": what failed, in one line."""
         self.is_grammar_error = False
-        """With an error: whether the form that was asked for is at fault."""
+        """With an error: whether the requested grammar caused it."""
         self._detokenizer = Detokenizer(
-            tokenizer, keep_special=keep_special, begins_text=request.options.begins_text
+            tokenizer, keep_special=keep_special, begins_text=begins_text
         )
-        self._stops = StopStrings(request.params.stop)
+        self._stops = StopStrings(stop)
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self._num_characters = 0
         """Of all tokens so far."""
-        self._num_certain = 0
-        """Of `pieces`."""
+        self._num_final = 0
+        """Characters of `pieces`."""
+        self._num_taken = (0, 0, 0)
+        """Pieces, tokens and log-probabilities that earlier deltas hold."""
 
     def push(self, event: TokenEvent) -> None:
-        """Take one event; sets `finish_reason` at the end, also for a stop string found here."""
+        """Add one event. Sets `finish_reason` at the end, also for a stop string in the text."""
         piece = ""
         if event.token is not None:
             self.token_ids.append(event.token)
@@ -139,17 +165,36 @@ class CompletionBuilder:
             self.error, self.is_grammar_error = event.error, event.is_grammar_error
         if piece:
             self.pieces.append(piece)
-            self._num_certain += len(piece)
+            self._num_final += len(piece)
 
     @property
     def num_in_text(self) -> int:
-        """Log-probabilities, of `logprobs` the first, whose tokens begin within the text so far:
-        all but those held back, and at the end those of a stop string and of the end of sequence.
+        """How many leading entries of `logprobs` are of tokens that begin within the text so far:
+        all but those of text held back, and at the end of a stop string or the end of sequence.
         """
-        return bisect.bisect_left(self.logprobs, self._num_certain, key=lambda entry: entry.start)
+        return bisect.bisect_left(self.logprobs, self._num_final, key=lambda entry: entry.start)
+
+    def fail(self, reason: FinishReason, error: str | None = None) -> None:
+        """End the completion without a token."""
+        self.finish_reason, self.error = reason, error
+
+    def take_delta(self) -> CompletionDelta:
+        """What was added since the last call."""
+        pieces, tokens, logprobs = self._num_taken
+        num_in_text = self.num_in_text
+        self._num_taken = len(self.pieces), len(self.token_ids), num_in_text
+        return CompletionDelta(
+            index=self.index,
+            text="".join(self.pieces[pieces:]),
+            tokens=tuple(self.token_ids[tokens:]),
+            logprobs=tuple(self.logprobs[logprobs:num_in_text]),
+            finish_reason=self.finish_reason,
+            error=self.error,
+            is_grammar_error=self.is_grammar_error,
+        )
 
     def result(self) -> Completion:
-        """The completion as far as it has come. Raises UserError where it failed."""
+        """The completion so far. Raises UserError if it failed."""
         if self.finish_reason == "error":
             raise UserError(self.error or "the completion failed")
         return Completion(
@@ -167,7 +212,7 @@ class CompletionBuilder:
         return safe
 
     def _flush(self) -> str:
-        """Text held back as the possible start of a character or of a stop string."""
+        """Text held back as the possible beginning of a character or of a stop string."""
         text = self._push_text(self._detokenizer.flush())
         return text if self.finish_reason == "stop" else text + self._stops.flush()
 
@@ -189,32 +234,32 @@ class CompletionBuilder:
 
 
 class Stream(Iterator[str]):
-    """The text of a completion, piece by piece as it becomes certain; its fields grow along.
+    """Iterator over the text of a completion as it is generated; its fields grow with it.
 
-    Left early, it must be closed (or leave its `with` block, or be garbage) for its request to end.
+    If iteration stops early, close the stream (its `with` block and garbage collection do so too)
+    to end its request.
     """
 
     def __init__(
-        self, builder: CompletionBuilder, *, step: Callable[[], None], close: Callable[[], None]
+        self, builder: CompletionBuilder, *, step: Callable[[], None], close: Callable[[], object]
     ) -> None:
         self._builder = builder
         self._step = step
         self._close = close
-        self._num_shown = 0
+        self._num_yielded = 0
 
     def __next__(self) -> str:
-        while self._num_shown == len(self._builder.pieces):
+        while self._num_yielded == len(self._builder.pieces):
             if self._builder.finish_reason is not None:
                 self._builder.result()
                 raise StopIteration
             self._step()
-        self._num_shown += 1
-        return self._builder.pieces[self._num_shown - 1]
+        self._num_yielded += 1
+        return self._builder.pieces[self._num_yielded - 1]
 
     def close(self) -> None:
         """End the request if it has not ended: finish_reason is then "abort"."""
         if self._builder.finish_reason is None:
-            self._builder.finish_reason = "abort"
             self._close()
 
     def __enter__(self) -> "Stream":
@@ -233,7 +278,7 @@ class Stream(Iterator[str]):
 
     @property
     def completion(self) -> Completion:
-        """Everything so far, as one record."""
+        """Everything so far as one Completion."""
         return self._builder.result()
 
     @property

@@ -1,8 +1,8 @@
-"""Outputs held to a grammar: compiling it within limits, then which tokens may come next.
+"""Grammar compiler and grammar states of structured outputs: token masks by llguidance.
 
 Owns the two steps of compiling (a trial in a process that can be killed, then here) and each
-output's place in its grammar. What may be asked for is structured.py's, applying a mask to logits
-the sampler's business.
+output's state in its grammar. `generate.structured` defines the kinds of output, `engine.sampler`
+applies masks to logits.
 """
 
 import hashlib
@@ -33,25 +33,25 @@ from lowlat.utils.worker import START_SECONDS, LineWorker
 
 WORKER = Path(__file__).with_name("grammar_worker.py")
 TRIAL_SECONDS = 5.0
-"""Of real time; the worker itself ends after CPU_SECONDS of work."""
+"""Wall-clock limit of a trial; the worker itself ends after CPU_SECONDS of processor time."""
 MAX_KNOWN = 1024
-"""Grammars remembered as harmless, with their sizes, so that they are not tried again."""
+"""Most grammars remembered as tried, with their sizes."""
 BYTES_PER_CHARACTER = 64
-"""What a character of a grammar takes where that cannot be measured."""
+"""Estimated memory per character of a grammar, if it cannot be measured."""
 MASK_SECONDS = 1.0
 MASK_SECONDS_PER_TOKEN = 0.01
-"""Processor time one output may spend on its masks: this much, and so much more per token."""
+"""Processor time that one output may spend on masks: MASK_SECONDS, and this much per token."""
 
 
 class GrammarError(UserError):
-    """A fault while an output is followed: it ends this output, and says nothing of others."""
+    """A grammar limit or error during one output; it ends this output only."""
 
 
 class GrammarCompiler:
     """Compiles structured outputs for one tokenizer; safe to use from several threads.
 
-    vocab_size: rows of logits; those without a token of the tokenizer are never allowed. The first
-    `compile` starts a process, which takes some tenths of a second.
+    vocab_size: width of the logits; ids without a token of the tokenizer are never allowed. The
+    first `compile` starts a process, which takes some tenths of a second.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -60,7 +60,7 @@ class GrammarCompiler:
         eos = sorted(index for index in tokenizer.eos_ids if index < vocab_size)
         self._ends = frozenset(eos)
         if not eos:
-            # llguidance needs one. Nothing can choose this row; such outputs end by is_done.
+            # llguidance needs one. No logit has this id; such outputs end by is_done.
             eos = [vocab_size]
             tokens.append(b"")
         special = sorted(i for i in tokenizer.special_ids | set(eos) if i < len(tokens))
@@ -72,9 +72,9 @@ class GrammarCompiler:
         self._known: dict[bytes, int] = {}
 
     def compile(self, output: StructuredOutput, *, begins_text: bool = True) -> "CompiledGrammar":
-        """The grammar of `output`, ready to be followed; `begins_text` as in RequestOptions.
+        """The compiled grammar of `output`; begins_text: see CompletionBuilder.
 
-        Takes at most TRIAL_SECONDS, and the wait for other threads' trials: there is one at a time.
+        Takes at most TRIAL_SECONDS after the trials of other threads: one runs at a time.
         Raises UserError naming json_object, json_schema, regex, choice or grammar and what is wrong
         with it.
         """
@@ -84,14 +84,14 @@ class GrammarCompiler:
         size = self._try(source, field)
         matcher = make_matcher(self._tokenizer, source)
         if matcher.is_error():
-            raise _fault(field, matcher.get_error())
+            raise _error(field, matcher.get_error())
         return CompiledGrammar(matcher, field, self._is_token, self._ends, size)
 
     def _try(self, source: str, field: str) -> int:
         """Bytes that `source` takes compiled. Raises UserError unless it compiles in the worker,
         within its limits."""
         digest = hashlib.sha256(source.encode()).digest()
-        # Asked without the lock: what is known does not wait for others' trials.
+        # Without the lock: a known grammar does not wait for other threads' trials.
         if (size := self._known.get(digest)) is not None:
             return size
         with self._lock:
@@ -103,7 +103,7 @@ class GrammarCompiler:
                 )
             message, size = json.loads(reply)
             if message:
-                raise _fault(field, message)
+                raise _error(field, message)
             size = size or BYTES_PER_CHARACTER * len(source)
             if len(self._known) == MAX_KNOWN:
                 del self._known[next(iter(self._known))]
@@ -134,7 +134,7 @@ class CompiledGrammar(Constraint):
         num_bytes: int,
     ) -> None:
         self.num_bytes = num_bytes
-        """What it took, with a few outputs begun, when it was tried."""
+        """Memory it took in its trial, with a few outputs started."""
         self._matcher = matcher
         self._field = field
         self._is_token = is_token
@@ -145,7 +145,7 @@ class CompiledGrammar(Constraint):
 
 
 class GrammarState(ConstraintState):
-    """One output's place in its grammar; for one thread at a time.
+    """One output's state in its grammar; for one thread at a time.
 
     `mask` and `accept` raise GrammarError when the grammar's work exceeds a limit.
     """
@@ -168,16 +168,16 @@ class GrammarState(ConstraintState):
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._seconds_left -= time.thread_time() - start
         if self._matcher.is_error():
-            raise self._fault(self._matcher.get_error())
+            raise self._error(self._matcher.get_error())
         if self._seconds_left < 0:
-            raise self._fault("its masks take too long")
+            raise self._error("its masks take too long")
         flags = np.unpackbits(bits, count=len(self._is_token), bitorder="little")
         return torch.from_numpy(flags).view(torch.bool) & self._is_token
 
     def accept(self, token: int) -> None:
-        """Go on after `token`; after the end, another end-of-sequence id changes nothing.
+        """Advance by `token`; after the end, another end-of-sequence id has no effect.
 
-        Raises GrammarError if `token` is not allowed; the place is then as before.
+        Raises GrammarError if `token` is not allowed; the state does not change then.
         """
         if self.is_done and token in self._ends:
             return
@@ -187,23 +187,23 @@ class GrammarState(ConstraintState):
         accepted = self._matcher.try_consume_tokens([token])
         self._seconds_left += MASK_SECONDS_PER_TOKEN - (time.thread_time() - start)
         if self._matcher.is_error():
-            raise self._fault(self._matcher.get_error())
+            raise self._error(self._matcher.get_error())
         if accepted != 1:
-            # A limit that is reached looks like a token that does not fit; only this tells why.
+            # A reached limit looks like a token that is not allowed; only the copy reports which.
             copy = self._matcher.deep_copy()
             copy.consume_token(token)
-            raise self._fault(f"token {token} is not allowed: {copy.get_error()}")
+            raise self._error(f"token {token} is not allowed: {copy.get_error()}")
 
     @property
     def is_done(self) -> bool:
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
-    def _fault(self, message: str) -> GrammarError:
-        return GrammarError(str(_fault(self._field, message)))
+    def _error(self, message: str) -> GrammarError:
+        return GrammarError(str(_error(self._field, message)))
 
 
-def _fault(field: str, message: str) -> UserError:
-    """llguidance's `message` on one line, without its picture of the place."""
+def _error(field: str, message: str) -> UserError:
+    """llguidance's `message` in one line, without its source excerpt."""
     lines = [line.strip() for line in message.replace("<non-verbose/>", "").splitlines()]
     reasons = [line for line in lines if line.startswith("error: ")]
     text = " ".join([lines[0][:200], *reasons]) if lines else "failed"

@@ -1,6 +1,6 @@
-"""Structured outputs written as llguidance grammars; nothing is compiled here.
+"""llguidance source of structured outputs; `generate.grammar` compiles it.
 
-Every grammar is two: an outer one with the options that hold for all, and the user's own.
+Every source holds two grammars: an outer one with common options, and the user's own.
 """
 
 import json
@@ -45,15 +45,14 @@ _LARK = re.compile(
 def grammar_source(output: StructuredOutput, *, strips_leading_space: bool) -> str:
     """The grammar of `output` in llguidance's own JSON.
 
-    strips_leading_space: the tokenizer drops one space at the start of this text, so that space
-    comes on top of the output: it may before JSON, which cannot begin with one, and must elsewhere.
-    Raises UserError for schemas and grammars that cannot be used.
+    strips_leading_space: the tokenizer drops one leading space of this text, so the grammar adds
+    one: optional before JSON, which cannot begin with a space, required elsewhere. Raises UserError
+    for unsupported schemas and grammars.
     """
     prefix = ""
     if strips_leading_space:
         prefix = '" "? ' if isinstance(output, JsonObject | JsonSchema) else '" " '
-    # no_forcing lets every spelling of a text through, where llguidance would ask the tokenizer for
-    # the one it would choose.
+    # no_forcing allows every tokenization of a text; otherwise llguidance forces the tokenizer's.
     outer = f'%llguidance {{"no_forcing": true}}\nstart: {prefix}@output'
     inner = {"name": "output", **_inner(output)}
     return json.dumps({"grammars": [{"lark_grammar": outer}, inner]})

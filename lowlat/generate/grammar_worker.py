@@ -1,13 +1,13 @@
-"""The process that tries grammars: a grammar a line in, what is wrong with it and the bytes that it
-takes a line out.
+"""Worker process that tries grammars: one grammar per input line; its error and memory per output
+line.
 
-Run as a script by grammar.py, which kills it when a grammar takes too long; grammar.py also uses
-the functions here, so that both processes do the same. Nothing of the package is imported here, so
-that starting takes a few hundredths of a second.
+`generate.grammar` runs it as a script and kills it when a grammar takes too long; it also calls the
+functions here, so that both processes compile the same way. Imports nothing of the package, so that
+it starts in a few hundredths of a second.
 
 llguidance limits its own work, but not everywhere: intersections of patterns can take minutes and
-gigabytes, and long chains of rules overflow the stack. What passes here, with less memory and
-stack than the caller has, is safe to compile there.
+gigabytes, and long chains of rules overflow the stack. A grammar that passes here, with less memory
+and stack than the caller has, is safe to compile there.
 """
 
 import ctypes
@@ -24,14 +24,13 @@ from typing import ClassVar
 import llguidance
 
 MEMORY_BYTES = 64 << 20
-"""On top of what the tokens take. What is compiled stays in the caller's memory, once per request,
-until the request is done."""
+"""Besides the memory of the tokens. The caller holds a compiled grammar per unfinished request."""
 STACK_BYTES = 1 << 20
 CPU_SECONDS = 2
-"""Per grammar, rounded down to whole seconds of the process's life."""
+"""Processor time per grammar, in whole seconds."""
 TRIAL_OUTPUTS = 4
 TRIAL_TOKENS = 8
-"""So many outputs are begun, with so many tokens each."""
+"""A trial starts TRIAL_OUTPUTS outputs of TRIAL_TOKENS tokens each."""
 
 LIMITS = {
     "initial_lexer_fuel": 1_000_000,
@@ -41,11 +40,11 @@ LIMITS = {
     "max_lexer_states": 50_000,
     "max_grammar_size": 200_000,
 }
-"""llguidance's own: at worst some 0.1 s on a mask and some 50 MB on an output."""
+"""llguidance's own limits: at worst about 0.1 s per mask and 50 MB per output."""
 
 
 class Vocabulary:
-    """The tokens in the shape llguidance takes them from."""
+    """The vocabulary in llguidance's tokenizer interface."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -56,7 +55,7 @@ class Vocabulary:
         self.eos_token_id = eos[0]
 
     def __call__(self, text: str) -> list[int]:
-        # Asked only to force spellings, which every grammar turns off.
+        # Called only to force tokenizations, which every grammar turns off.
         raise NotImplementedError
 
 
@@ -75,8 +74,8 @@ def make_matcher(tokenizer: llguidance.LLTokenizer, grammar: str) -> llguidance.
 
 
 def trial(tokenizer: llguidance.LLTokenizer, grammar: str) -> tuple[str, int]:
-    """What is wrong with `grammar`, found by compiling it and beginning some outputs, or ""; and
-    the bytes that all of these take.
+    """The error of `grammar`, found by compiling it and starting some outputs, or ""; and the bytes
+    that all of these take.
 
     The outputs are the same every time: a grammar is refused always or never.
     """
@@ -122,7 +121,7 @@ class AllocatorFigures(ctypes.Structure):
 
 
 def used_bytes() -> int:
-    """Bytes allocated in this process; 0 where the C library does not tell."""
+    """Bytes allocated in this process; 0 if the C library does not report them."""
     try:
         figures = ctypes.CDLL(None).mallinfo2
     except (AttributeError, OSError, TypeError):
@@ -133,7 +132,7 @@ def used_bytes() -> int:
 
 
 def limit_memory() -> None:
-    """Let the process grow by MEMORY_BYTES where the system can hold it to that."""
+    """Limit the process to MEMORY_BYTES more than it has, on Linux."""
     if sys.platform == "linux":
         import resource
 
@@ -144,7 +143,7 @@ def limit_memory() -> None:
 
 
 def limit_cpu() -> None:
-    """Let this grammar use CPU_SECONDS more, then the system ends the process."""
+    """Let this grammar use CPU_SECONDS more, on Linux; then the system ends the process."""
     if sys.platform == "linux":
         import resource
 
@@ -153,7 +152,7 @@ def limit_cpu() -> None:
 
 
 def with_small_stack(work: Callable[[], None]) -> None:
-    """Run `work` in a thread whose stack is smaller than any the caller of grammars has."""
+    """Run `work` in a thread with a smaller stack than the threads that compile grammars have."""
     threading.stack_size(STACK_BYTES)
     thread = threading.Thread(target=work)
     thread.start()
@@ -166,8 +165,8 @@ def answer_all() -> None:
     tokens = [bytes.fromhex(token) for token in vocabulary["tokens"]]
     tokenizer = make_tokenizer(tokens, vocabulary["special"], vocabulary["eos"])
     limit_memory()
-    # llguidance reports panics and failed allocations here, in many lines; the caller tells its own
-    # caller in one.
+    # llguidance writes panics and failed allocations to stderr, in many lines; the caller reports
+    # one line.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     print(json.dumps(""), flush=True)
     for line in sys.stdin:

@@ -1,10 +1,10 @@
-"""Which JSON schemas an output can be held to, and how their JSON is written.
+"""JSON schema validation for structured outputs: supported keywords, depth, references.
 
-Owns depth, known keywords, references and white space. What a known keyword's value may be is
-llguidance's business: it refuses what it cannot enforce.
+Owns these and the white space of generated JSON. llguidance checks the values of supported
+keywords, and refuses what it cannot enforce.
 
-A keyword outside the two sets below is an error: ignoring it would give outputs that the user's
-schema refuses. Schemas are read as draft 2020-12, whatever `$schema` says.
+A keyword outside the two sets below is an error: ignoring it would allow outputs that violate the
+schema. Schemas are read as draft 2020-12, independent of `$schema`.
 """
 
 import math
@@ -16,13 +16,12 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import parse_object, quoted
 
 MAX_DEPTH = 64
-"""Levels of brackets in the schema's text: about 30 objects inside one another."""
+"""Levels of brackets in the schema's text: about 30 nested objects."""
 MAX_PROPERTIES = 500
-"""Of one object. Each optional one multiplies what may come next."""
+"""Per object. Each optional property multiplies the possible continuations."""
 
 WHITESPACE = r"\n? {0,24}"
-"""What may stand between two parts of a JSON text: enough to indent, too little for a model to lose
-itself in blanks."""
+"""White space between two parts of a JSON text: enough to indent, too little for endless blanks."""
 
 ENFORCED = frozenset(
     "$ref additionalProperties allOf anyOf const enum exclusiveMaximum exclusiveMinimum format"
@@ -33,7 +32,7 @@ ANNOTATIONS = frozenset(
     "$comment $defs contentEncoding contentMediaType default definitions deprecated"
     " description discriminator examples readOnly title writeOnly".split()
 )
-"""Say nothing about which outputs are valid."""
+"""Keywords without an effect on which outputs are valid."""
 
 _HOLD_SCHEMA = frozenset({"additionalProperties", "items"})
 _HOLD_LIST = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
@@ -41,7 +40,7 @@ _HOLD_MAP = frozenset({"$defs", "definitions", "patternProperties", "properties"
 
 
 def read_schema(text: str, field: str) -> dict[str, Any]:
-    """The schema in `text` as it is given to llguidance.
+    """The schema in `text` as llguidance takes it.
 
     Raises UserError, whose message begins with `field`, for what is no schema object, exceeds a
     limit, or uses a keyword or reference that is not supported.

@@ -1,11 +1,13 @@
-"""Model: what `lowlat.load` returns. Text in, text out, over the engine's token ids.
+"""Model: the Python API that `lowlat.load` returns, text in and text out.
 
-Owns prompts and the sharing of one engine by several completions and streams. Not thread-safe.
+Owns prompts, structured outputs and scoring for Python callers; `generate.session` drives the
+engine. Not thread-safe.
 """
 
 import operator
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,15 +20,17 @@ from lowlat.engine import scoring
 from lowlat.engine.cache_size import new_runner
 from lowlat.engine.constraint import Constraint
 from lowlat.engine.engine import Engine
-from lowlat.engine.params import SamplingOptions, SamplingParams, integer_of, make_params
+from lowlat.engine.params import integer_of
 from lowlat.engine.prefill_planner import PREFILL_CHUNK
-from lowlat.engine.request import Request, RequestOptions
+from lowlat.engine.request import RequestOptions
 from lowlat.engine.scoring import Score
-from lowlat.generate.completion import Completion, CompletionBuilder, Stream
+from lowlat.generate.completion import Completion, Stream
+from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
+from lowlat.generate.prompt import Prompt, as_prompts, begins_text, encode_prompt
+from lowlat.generate.session import GenerationSession, TextRequest
 from lowlat.generate.structured import StructuredOutput
 from lowlat.model.quant import packed_type
 from lowlat.model.transformer import Transformer
-from lowlat.text.chat_prompt import encode_chat
 from lowlat.text.pieces import encode_long
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.device import dtype_name
@@ -36,18 +40,15 @@ from lowlat.utils.progress import Progress, SilentProgress
 if TYPE_CHECKING:
     from lowlat.generate.grammar import GrammarCompiler
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text to continue, token ids, or chat messages ({"role": ..., "content": ...})."""
-
 
 class Model:
     """A loaded model and its tokenizer.
 
-    `context` is the most tokens prompt and output may have together; None takes all the model
-    allows. `cache` is the number type of the cache: auto (the activations'), bf16 or int8. With
-    `max_cache_bytes` the cache never takes more ("auto": most of the memory that the weights
-    leave); completions that find no room wait, or start again later. `speculates`: whether several
-    tokens may be verified in a step; what comes out is the same.
+    context: the most tokens that prompt and output may have together; None takes all the model
+    allows. cache: dtype of the KV cache, auto (that of the activations), bf16 or int8.
+    max_cache_bytes: bound of the KV cache ("auto": most of the memory that the weights leave);
+    completions without free pages wait, or are preempted and recomputed. speculates: whether
+    speculative decoding runs; it changes no output.
     """
 
     def __init__(
@@ -75,8 +76,8 @@ class Model:
             speculates=speculates,
         )
         self.context = self.engine.context
+        self.session = GenerationSession(self.engine, tokenizer)
         self._compiler: GrammarCompiler | None = None
-        self._builders: dict[tuple[int, int], CompletionBuilder] = {}
 
     @property
     def config(self) -> ModelConfig:
@@ -84,35 +85,36 @@ class Model:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters held, MTP modules included."""
+        """Stored parameters, MTP modules included."""
         count = count_parameters(self.config)
         return count.total + count.mtp + (count.mtp_copies if self.config.mtp_copies else 0)
 
     @property
     def cache_bytes_per_token(self) -> int:
+        """Bytes of the KV cache per token, all layers together."""
         return cache_bytes_per_token(self.config, self.runner.cache.dtype)
 
     @property
     def cache_dtype(self) -> str:
-        """Number type of the cache: int8, bf16, fp16, fp32 or fp64."""
+        """dtype of the KV cache: int8, bf16, fp16, fp32 or fp64."""
         return dtype_name(self.runner.cache.dtype)
 
     def __repr__(self) -> str:
         attention = self.config.attention
         if isinstance(attention, MLAConfig | tuple):
             latent = " + ".join(entry_widths(attention))
-            form = f"MLA {self.config.num_attention_heads} heads, latent {latent}"
+            attention_text = f"MLA {self.config.num_attention_heads} heads, latent {latent}"
         elif not isinstance(attention, GQAConfig):
-            form = f"{short_name(attention)}, {attention.num_attention_heads} heads"
+            attention_text = f"{short_name(attention)}, {attention.num_attention_heads} heads"
         else:
             groups = attention.num_key_value_heads
-            form = f"GQA {attention.num_attention_heads} heads in {groups} groups"
+            attention_text = f"GQA {attention.num_attention_heads} heads in {groups} groups"
         plain = str(self.transformer.embed_tokens.weight.dtype).removeprefix("torch.")
         return (
             f"<lowlat.Model {self.name}: {self.config.model_type}, "
             f"{self.num_parameters / 1e6:,.1f}M parameters, "
-            f"{self.config.num_hidden_layers} layers, {form}, "
-            f"{self.cache_bytes_per_token:,} bytes of cache per token, "
+            f"{self.config.num_hidden_layers} layers, {attention_text}, "
+            f"{self.cache_bytes_per_token:,} bytes of KV cache per token, "
             f"{packed_type(self.transformer) or plain} "
             f"on {self.runner.device}, context {self.context:,}>"
         )
@@ -137,9 +139,9 @@ class Model:
         """Complete `prompt`; `options` are the fields of SamplingParams.
 
         Text and token ids are continued as they are, messages go through the chat template.
-        Returns a Completion, or a list of them for n > 1; with stream=True an iterator of text
-        pieces that carries the same fields. Raises UserError for a prompt that does not fit the
-        context and for options that contradict each other.
+        Returns a Completion, or a list of them for n > 1; with stream=True an iterator over the
+        text with the same fields. Raises UserError for a prompt that does not fit the context and
+        for contradicting options.
         """
         if stream:
             return self._stream(prompt, make_params(options))
@@ -165,7 +167,7 @@ class Model:
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """Complete several prompts, each with its own options, in one batch. Raises UserError
-        where there are not as many params as prompts."""
+        unless there are as many params as prompts."""
         prompts = as_prompts(prompts)
         each = params if isinstance(params, Sequence) else [params]
         if strange := [own for own in each if not isinstance(own, SamplingParams)]:
@@ -175,18 +177,8 @@ class Model:
         return self._complete(prompts, params, progress)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Token ids the model reads for `prompt`. Raises UserError where it has no known form."""
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        if isinstance(prompt, Sequence):
-            messages = [item for item in prompt if isinstance(item, Mapping)]
-            if messages and len(messages) == len(prompt):
-                return encode_chat(self.tokenizer, messages)
-            if (ids := _plain_integers(prompt)) is not None:
-                return ids
-        raise UserError(
-            "prompt must be text, a list of token ids, or a list of messages with role and content"
-        )
+        """Token ids of `prompt`. Raises UserError for anything but text, token ids and messages."""
+        return encode_prompt(self.tokenizer, prompt)
 
     def logits(self, ids: Sequence[int]) -> Float[Tensor, "tokens vocab"]:
         """Raw logits after each of `ids`, fp32 (fp64 models: fp64); row i predicts token i + 1."""
@@ -208,11 +200,11 @@ class Model:
     def perplexity(
         self, text: str, *, window: int | None = None, progress: Progress | None = None
     ) -> Score:
-        """How well the model predicts `text`, in windows of `window` tokens without overlap: 1,024
-        by default, or the context where that is less.
+        """Perplexity of `text` in windows of `window` tokens without overlap: 1,024 by default, or
+        the context if that is less.
 
-        The first token of a window is given, not predicted. Raises UserError for a window the
-        context cannot hold and for a text of less than two tokens.
+        The first token of a window is given, not predicted. Raises UserError for a window longer
+        than the context and for a text of less than two tokens.
         """
         window = min(scoring.WINDOW, self.context) if window is None else window
         if not 2 <= window <= self.context:
@@ -246,56 +238,45 @@ class Model:
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
         encoded = [self._encode(prompt) for prompt in prompts]
-        requests: list[Request] = []
+        added: list[TextRequest] = []
         try:
-            pairs = zip(encoded, params, strict=True)
-            added = [self._add(each, own, requests, is_offline=True) for each, own in pairs]
+            for each, own in zip(encoded, params, strict=True):
+                added.append(self._add(each, own, is_offline=True))
             with (progress or SilentProgress()).task("generating", len(added), "items") as task:
-                unfinished = list(range(len(added)))
+                unfinished = added
                 while unfinished:
                     self._step()
-                    left = [i for i in unfinished if _is_unfinished(added[i])]
+                    left = [request for request in unfinished if not request.is_finished]
                     task.advance(len(unfinished) - len(left))
                     unfinished = left
         finally:
-            for request in requests:
-                self._abandon(request)
-        return [[builder.result() for builder in group] for group in added]
+            for request in added:
+                self.session.abort(request)
+        return [[builder.result() for builder in request.builders] for request in added]
 
     def _stream(self, prompt: Prompt, params: SamplingParams) -> Stream:
         if params.n > 1:
             raise UserError(f"n {params.n} cannot be streamed; set n to 1 or stream to False")
-        requests: list[Request] = []
-        (builder,) = self._add(self._encode(prompt), params, requests, is_offline=False)
-        return Stream(builder, step=self._step, close=lambda: self._abandon(requests[0]))
+        request = self._add(self._encode(prompt), params, is_offline=False)
+        close = partial(self.session.abort, request)
+        return Stream(request.builders[0], step=self._step, close=close)
 
     def _encode(self, prompt: Prompt) -> tuple[list[int], bool]:
-        """The prompt's token ids, and whether what follows is a text of its own: an answer to
-        messages, or after no text.
-        """
+        """The prompt's token ids, and whether the output is a text of its own."""
         ids = self.encode_prompt(prompt)
-        is_chat = not isinstance(prompt, str) and any(isinstance(item, Mapping) for item in prompt)
-        return ids, is_chat or not self.tokenizer.has_text(ids)
+        return ids, begins_text(self.tokenizer, prompt, ids)
 
     def _add(
-        self,
-        encoded: tuple[list[int], bool],
-        params: SamplingParams,
-        requests: list[Request],
-        *,
-        is_offline: bool,
-    ) -> list[CompletionBuilder]:
-        ids, begins_text = encoded
-        grammar = self._grammar(params.structured, begins_text=begins_text)
-        options = RequestOptions(grammar=grammar, is_offline=is_offline, begins_text=begins_text)
-        request = self.engine.add(ids, params, options)
-        requests.append(request)
-        builders = [CompletionBuilder(self.tokenizer, request, i) for i in range(params.n)]
-        self._builders.update({(request.id, builder.index): builder for builder in builders})
-        return builders
+        self, encoded: tuple[list[int], bool], params: SamplingParams, *, is_offline: bool
+    ) -> TextRequest:
+        ids, begins = encoded
+        constraint = self._compile(params.structured, begins_text=begins)
+        options = RequestOptions(constraint=constraint, is_offline=is_offline)
+        return self.session.add(ids, params, options, begins_text=begins)
 
-    def _grammar(self, output: StructuredOutput | None, *, begins_text: bool) -> Constraint | None:
-        """`output` compiled. Raises UserError where it cannot be, or without llguidance."""
+    def _compile(self, output: StructuredOutput | None, *, begins_text: bool) -> Constraint | None:
+        """The compiled grammar of `output`. Raises UserError if it is invalid or llguidance is not
+        installed."""
         if output is None:
             return None
         if self._compiler is None:
@@ -310,51 +291,17 @@ class Model:
         return self._compiler.compile(output, begins_text=begins_text)
 
     def _step(self) -> None:
-        """One step of the engine, for all completions under way; each event goes to its builder."""
+        """Run one engine step for all unfinished completions."""
         if not self.engine.has_work:
-            # Whoever waits would ask for ever.
+            # The caller would wait for ever.
             raise RuntimeError("a completion has not ended, and the engine has nothing left to do")
-        for event in self.engine.step():
-            builder = self._builders.get((event.request_id, event.index))
-            if builder is None:  # a stop string was found in what came before in this step
-                continue
-            builder.push(event)
-            if builder.finish_reason is not None:
-                del self._builders[event.request_id, event.index]
-                self.engine.stop(event.request_id, event.index)
-
-    def _abandon(self, request: Request) -> None:
-        """Forget a request, finished or not, and give its pages back."""
-        self.engine.abort(request.id)
-        for index in range(request.params.n):
-            self._builders.pop((request.id, index), None)
-
-
-def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """`prompts`, or a list of one where they are a single prompt; a message alone is a chat."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, Mapping):
-        return [[prompts]]
-    first = next(iter(prompts), None)
-    is_one = isinstance(first, Mapping) or integer_of(first) is not None
-    return cast("Sequence[Prompt]", [prompts] if is_one else prompts)
-
-
-def _plain_integers(items: Sequence[Any]) -> list[int] | None:
-    """`items` as plain integers; None where one is no integer."""
-    found = [integer_of(item) for item in items]
-    return None if None in found else cast("list[int]", found)
-
-
-def _is_unfinished(builders: list[CompletionBuilder]) -> bool:
-    return any(builder.finish_reason is None for builder in builders)
+        self.session.step()
 
 
 def check_context(config: ModelConfig, context: int | None) -> int:
-    """Most tokens of prompt and output: `context`, or all that the model allows where it is None.
+    """Most tokens of prompt and output together: `context`, or if None all that the model allows.
 
-    Raises UserError where the model allows fewer.
+    Raises UserError if the model allows fewer.
     """
     longest = config.max_position_embeddings
     if context is None:

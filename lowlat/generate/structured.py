@@ -1,7 +1,7 @@
-"""What an output may be asked to look like: five records, and the limits on what a user may send.
+"""Structured outputs: JSON object, JSON schema, regex, choice or grammar, and their size limits.
 
-Owns the sizes, checked before anything is compiled. Which JSON schemas are understood is
-json_schema.py's business, compiling and following an output grammar.py's.
+Owns the limits, checked before compiling. `generate.json_schema` checks schemas, `generate.grammar`
+compiles.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ MAX_CHOICES = 1000
 MAX_CHOICE_BYTES = 2**10
 MAX_CHOICES_BYTES = 64 * 2**10
 MAX_GRAMMAR_BYTES = 256 * 2**10
-"""Holds the JSON schemas of many tools at once."""
+"""Large enough for the JSON schemas of many tools."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +26,8 @@ class JsonObject:
 class JsonSchema:
     """A JSON value that a schema (draft 2020-12) accepts.
 
-    Properties come in the schema's order. A `format` is held to its syntax, and names that only
-    additionalProperties or patternProperties allow may repeat.
+    Properties are generated in the schema's order. `format` is enforced by its syntax only; names
+    that only additionalProperties or patternProperties allow may repeat.
     """
 
     schema: str
@@ -39,7 +39,7 @@ class JsonSchema:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Regex:
-    """A text that a regular expression matches from beginning to end."""
+    """A text that a regular expression matches as a whole."""
 
     pattern: str
     """In the syntax of Rust's regex crate: no look-around, no back-references; character classes
@@ -90,7 +90,7 @@ def check_text(field: str, text: str, limit: int, *, least: int = 1) -> int:
         what = f"character {error.start} is half of a surrogate pair"
         raise UserError(f"{field}: {what}; send valid Unicode") from error
     if size < least:
-        raise UserError(f"{field} is empty; say what the output must look like")
+        raise UserError(f"{field} is empty; describe the output in it")
     if size > limit:
         raise UserError(f"{field} has {size} bytes, at most {limit} are allowed; shorten it")
     return size

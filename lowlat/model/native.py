@@ -70,7 +70,6 @@ class NativeModel:
         self.config = model.config
         self.rotary = model.rotary
         module = native.module()
-        native.keep_torch_single_threaded()
         embedding = model.embed_tokens.weight.detach()
         head = matrix_of(embedding) if model.lm_head is None else weight_of(model.lm_head)
         head = module.Projection.make(head, None)

@@ -1,7 +1,7 @@
-"""Pulse: whether the engine's thread still gets on, as seen from another thread.
+"""Watchdog of the engine's thread: heartbeats, and whether a silent thread computes or hangs.
 
-Owns telling a long step from one that hangs. From outside both are a thread that does not come
-round; but who computes uses the processor, and who waits for what never comes does not.
+A long step and a hanging one both send no heartbeat. A computing thread uses processor time, a
+hanging one does not.
 """
 
 import contextlib
@@ -9,46 +9,46 @@ import threading
 import time
 from collections.abc import Iterator
 
-LOOK_SECONDS = 0.5
-"""How often `look` is to be called."""
+CHECK_SECONDS = 0.5
+"""Interval between calls of `check`."""
 COMPUTING_SHARE = 0.01
-"""Processor time from look to look that counts as computing. Reading weights from a disk takes
-little, waiting takes none."""
+"""Share of processor time between two checks that counts as computing. Reading weights from a disk
+takes little, waiting takes none."""
 LONGEST_STEP_SECONDS = 600.0
-"""Even a step that computes is taken to be lost after so long. A slow machine may well need minutes
-for its first share of a long prompt, of which no shorter step gives notice."""
+"""A step that computes for longer counts as hanging. A slow machine may need minutes for the first
+prefill chunk of a long prompt, and sends no heartbeat meanwhile."""
 
 
-class Pulse:
-    """The engine's thread begins, beats and rests; the event loop looks and asks."""
+class Watchdog:
+    """The engine's thread calls begin, beat and rest; the event loop calls check and silence."""
 
     def __init__(self) -> None:
         self._clock: int | None = None
         self._beat_at: float | None = None
-        """None while there is nothing to do."""
+        """Clock of the last heartbeat; None while there is no work."""
         self._in_model_since: float | None = None
         self._computed_at = 0.0
-        self._looked = (0.0, 0.0)
+        self._last_check = (0.0, 0.0)
 
     # --- on the engine's thread ----------------------------------------------------------------
 
     def begin(self) -> None:
-        """Before all else, on the thread whose pulse this is."""
-        # Not on macOS, where the whole process must do.
+        """First call, on the watched thread."""
+        # macOS has no clock per thread; there the processor time of the whole process counts.
         if hasattr(time, "pthread_getcpuclockid"):
             self._clock = time.pthread_getcpuclockid(threading.get_ident())
 
     def beat(self) -> None:
-        """There is something to do, and the thread is getting on with it."""
+        """Heartbeat: there is work, and the thread advances."""
         self._beat_at = time.perf_counter()
 
     def rest(self) -> None:
-        """There is nothing to do."""
+        """There is no work."""
         self._beat_at = None
 
     @contextlib.contextmanager
     def in_the_model(self) -> Iterator[None]:
-        """While the thread may compute for long. What else it does takes moments."""
+        """Context in which the thread may compute for long; everything else is short."""
         self.beat()
         self._in_model_since = self._beat_at
         try:
@@ -57,18 +57,18 @@ class Pulse:
             self._in_model_since = None
             self.beat()
 
-    # --- on any other --------------------------------------------------------------------------
+    # --- on any other thread -------------------------------------------------------------------
 
-    def look(self) -> None:
-        """See whether the thread has computed since the last look."""
+    def check(self) -> None:
+        """Measure whether the thread has computed since the last check."""
         now, used = time.perf_counter(), self._processor_seconds()
-        last, used_before = self._looked
+        last, used_before = self._last_check
         if used - used_before >= COMPUTING_SHARE * (now - last):
             self._computed_at = now
-        self._looked = (now, used)
+        self._last_check = (now, used)
 
     def silence(self) -> float:
-        """Seconds without a sign that the thread gets on; 0 while it rests."""
+        """Seconds without a heartbeat or computation; 0 while there is no work."""
         now, sign, since = time.perf_counter(), self._beat_at, self._in_model_since
         if sign is None:
             return 0.0

@@ -1,1 +1,1 @@
-"""Text to token ids and back: tokenizers, chat templates, detokenising, stops. No tensors."""
+"""Text to token ids and back: tokenizer, chat template, detokenizer, stop strings. No tensors."""

@@ -1,13 +1,13 @@
-"""Messages to the token ids of a prompt, in which no message can write a control token.
+"""Chat messages to prompt token ids, safe against control-token injection by message text.
 
-Owns the line between the text of the chat template, which is the model's own, and all text that
-came with a request. The template is run by template.py, text is encoded by tokenizer.py.
+Owns the separation of the chat template's text, which is trusted, from all text of a request.
+`text.template` renders the template, `text.tokenizer` encodes text.
 
-The prompt is rendered a second time with stand-ins, private-use characters, for the characters of
-the request's text with which a control token could begin or end. Whatever control token that second
-text holds was written by the template alone. Where both texts have the same ones, the ordinary ids
-are right; otherwise the control tokens come from the second text, and what lies between them is
-encoded as ordinary text.
+The prompt is rendered a second time with stand-ins (private-use characters) for the characters of
+the request's text that could begin or end a control token. Every control token in the second
+rendering comes from the template. If both renderings have the same control tokens, the ids of the
+first one are right; otherwise the control tokens come from the second one, and the text between
+them is encoded as ordinary text.
 """
 
 import json
@@ -24,7 +24,7 @@ WORDS = frozenset(
     " arguments parameters description strict id text properties required items enum const default"
     " title format object array string number integer boolean null anyOf oneOf allOf".split()
 )
-"""Words of the message and tool formats themselves, on which templates branch."""
+"""Words of the message and tool formats, on which templates branch."""
 STAND_INS = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 """Unicode's private-use characters: no template, normaliser or pre-tokenizer knows them."""
 
@@ -38,12 +38,12 @@ def encode_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     **template_vars: Any,
 ) -> list[int]:
-    """The ids of the prompt that asks for the next answer to `messages`.
+    """Token ids of the prompt for the next assistant message after `messages`.
 
-    No text in `messages` or `tools` becomes an added token (one of blanks only excepted): spelled
-    there, even together with what the template puts around it, "<|im_end|>" is ordinary text.
-    Without such text the ids are those of `apply_chat_template`, encoded. `template_vars` are
-    trusted. Raises UserError where the model has no template or the template fails.
+    No text in `messages` or `tools` becomes an added token (except one of blanks only): there
+    "<|im_end|>" is ordinary text, also if only template and text together spell it. Without such
+    text the ids are those of `apply_chat_template`, encoded. `template_vars` are trusted. Raises
+    UserError if the model has no template or the template fails.
     """
     sent = {"messages": list(messages), "tools": None if tools is None else list(tools)}
     text = tokenizer.apply_chat_template(**sent, **template_vars)
@@ -62,7 +62,7 @@ def encode_chat(
 def _encode_between(
     tokenizer: Tokenizer, marked: str, spans: Sequence[tuple[int, int, int]], restore: Convert
 ) -> list[int]:
-    """The control tokens at `spans` of `marked`, and all else as ordinary text."""
+    """Ids of the control tokens at `spans` of `marked`, and of the rest as ordinary text."""
     ids: list[int] = []
     done = 0
     for control_id, start, end in [*spans, (None, len(marked), len(marked))]:
@@ -76,7 +76,7 @@ def _encode_between(
 
 
 class _Marks:
-    """Which characters of a request's strings are replaced, and by what."""
+    """Stand-ins for the characters of a request's strings that could be part of a control token."""
 
     def __init__(self, sent: Mapping[str, Any], control: Sequence[str], template: str) -> None:
         edges = {token[0] for token in control} | {token[-1] for token in control}
@@ -87,7 +87,7 @@ class _Marks:
         inside = [string for string in strings if self._is_inside(string)]
         used = self._edges.union(*inside)
         self.any = bool(used)
-        """Whether there is anything to replace."""
+        """Whether any character is replaced."""
         fresh = _unused("".join(strings) + template)
         self._stand_ins = dict(zip(sorted(used), fresh, strict=False))
         if len(self._stand_ins) < len(used):
@@ -108,7 +108,7 @@ class _Marks:
         return _converted(sent, self._mark)
 
     def restore(self, text: str) -> str:
-        """Rendered `text` with the characters back, also where the template made JSON of them."""
+        """Rendered `text` with the original characters, also where the template wrote JSON."""
         for char, stand_in in self._stand_ins.items():
             text = text.replace(stand_in, char)
             text = text.replace(json.dumps(stand_in)[1:-1], json.dumps(char)[1:-1])

@@ -1,4 +1,4 @@
-"""Token ids to text one at a time, for streaming. Stop strings are stops.py's work."""
+"""Incremental detokenizer for streaming. Stop strings are `text.stops`'s."""
 
 import codecs
 
@@ -6,13 +6,12 @@ from lowlat.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Turns a stream of token ids into text that never has to be taken back.
+    """Turns token ids, one at a time, into text that is final.
 
-    The pieces of all `push` calls and one `flush` joined are `tokenizer.decode` of all ids, or
-    where they go on with a text what it has more with them. A
-    character whose bytes are spread over several tokens comes out whole with its last byte; bytes
-    that cannot become a character come out as U+FFFD as soon as that is certain. Each call costs as
-    much as its token is long.
+    The results of all `push` calls and one `flush`, joined, are `tokenizer.decode` of all ids; or
+    if the ids continue a text, what they add to its decoding. A character whose bytes are spread
+    over several tokens is returned with its last byte; bytes that cannot become a character are
+    returned as U+FFFD as soon as that is certain. A call takes time linear in its token's length.
     """
 
     def __init__(
@@ -23,8 +22,8 @@ class Detokenizer:
         keep_special: frozenset[int] = frozenset(),
         begins_text: bool = True,
     ) -> None:
-        """`keep_special`: special tokens that are not skipped all the same. `begins_text`: whether
-        no text lies before the first token.
+        """keep_special: special tokens that are not skipped. begins_text: whether no text precedes
+        the first token.
         """
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids - keep_special if skip_special_tokens else frozenset()
@@ -35,13 +34,13 @@ class Detokenizer:
         self._strip = begins_text and self._tokenizer.strips_leading_space
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; often empty, never half a character."""
+        """The text that `token_id` completes: often empty, only whole characters."""
         if token_id in self._skipped:
             return ""
         return self._clean(self._decoder.decode(self._tokenizer.id_to_bytes(token_id)))
 
     def flush(self) -> str:
-        """What an unfinished character leaves (U+FFFD); the next push starts a new text."""
+        """The rest of an unfinished character (U+FFFD); the next push starts a new text."""
         text = self._clean(self._decoder.decode(b"", final=True))
         self._start(begins_text=True)
         return text

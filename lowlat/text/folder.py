@@ -1,6 +1,5 @@
-"""A tokenizer from, and to, a Hugging Face folder: tokenizer.json and the small files beside it.
-
-What is done with the tokenizer is tokenizer.py's; the model's weights and config are not read here.
+"""Read and write the tokenizer of a Hugging Face folder: tokenizer.json, tokenizer_config.json and
+related files. The model's weights and config are not read here.
 """
 
 import json
@@ -17,10 +16,10 @@ from lowlat.utils.strict_json import parse_object
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 TOKENIZER_FILE = "tokenizer.json"
 TIKTOKEN_FILE = "tiktoken.model"
-"""All that Kimi-K2 and Moonlight bring; how text is cut stands in their Python code."""
+"""The only tokenizer file of Kimi-K2 and Moonlight, whose pre-tokenizer is in Python code."""
 TEMPLATE_FILE = "chat_template.jinja"
 TOOL_TEMPLATE = "tool_use"
-"""What the template for prompts with tools is called, in lists and as a file."""
+"""Name of the template for prompts with tools, in lists and as a file."""
 TOOL_TEMPLATE_FILE = f"additional_chat_templates/{TOOL_TEMPLATE}.jinja"
 MAX_TOKENIZER_BYTES = 256 * 2**20
 """Largest tokenizer.json read; vocabularies of 256,000 tokens take 34 MB."""
@@ -49,7 +48,7 @@ def read_folder(folder: Path) -> TokenizerParts:
 
 
 def how_to_get_tokenizer(folder: Path) -> str:
-    """What to do about a `folder` without tokenizer.json, for an error message."""
+    """Remedy for a `folder` without tokenizer.json, for an error message."""
     if (folder / TIKTOKEN_FILE).is_file():
         return (
             f"the folder has {TIKTOKEN_FILE}, of which transformers and the original model's code "
@@ -66,8 +65,7 @@ def how_to_get_tokenizer(folder: Path) -> str:
 def write_folder(parts: TokenizerParts, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and, if absent, generation_config.json.
 
-    Whether bos and eos are added is part of tokenizer.json, so tokenizer_config.json does not
-    repeat it.
+    tokenizer.json holds whether bos and eos are added; tokenizer_config.json does not repeat it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = {
@@ -118,19 +116,19 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     _read_object(path)  # its errors name the line
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # what the library raises for all it does not understand
+    except Exception as error:  # the library raises bare Exceptions
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a usable tokenizer ({reason}); get the file again") from error
     if not isinstance(backend.model, models.BPE):
         kind = type(backend.model).__name__
         raise UserError(f"{path}: model type {kind} is not supported; BPE tokenizers are")
-    # Lengths are the caller's business; some files carry settings from training.
+    # The caller bounds lengths; some files carry settings from training.
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
-def _config_fault(folder: Path, what: str) -> UserError:
+def _config_error(folder: Path, what: str) -> UserError:
     return UserError(f"{folder / 'tokenizer_config.json'}: {what}")
 
 
@@ -144,25 +142,25 @@ def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         if isinstance(text, str):
             special[name] = text
         elif text is not None:
-            raise _config_fault(folder, f"{name} should be a string; get the file again")
+            raise _config_error(folder, f"{name} should be a string; get the file again")
     return special
 
 
 def _add_missing_tokens(
     backend: tokenizers.Tokenizer, config: dict[str, Any], folder: Path
 ) -> None:
-    """Tokens that only tokenizer_config.json knows are added, in the order of their ids."""
+    """Add the tokens that only tokenizer_config.json lists, in the order of their ids."""
     declared = config.get("added_tokens_decoder", {})
     try:
         tokens = [(int(index), _added_token(entry)) for index, entry in declared.items()]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = "added_tokens_decoder should map ids to tokens; get the file again"
-        raise _config_fault(folder, what) from error
+        raise _config_error(folder, what) from error
     for index, token in sorted(tokens, key=lambda pair: pair[0]):
         if backend.token_to_id(token.content) is None:
             backend.add_tokens([token])
         if backend.token_to_id(token.content) != index:
-            raise _config_fault(
+            raise _config_error(
                 folder,
                 f"added_tokens_decoder gives {token.content!r} id {index}, tokenizer.json another;"
                 " take both files from one model",
@@ -175,14 +173,14 @@ def _added_token(entry: dict[str, Any]) -> AddedToken:
 
 
 def _mark_special(backend: tokenizers.Tokenizer, special: dict[str, str], folder: Path) -> None:
-    """The named special tokens are matched whole and left out of decoded text."""
+    """Make the named special tokens match whole and be skipped when decoding."""
     known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
     for name, token in special.items():
         if backend.token_to_id(token) is not None:
             if token not in known:
                 backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif name in ("bos_token", "eos_token"):
-            raise _config_fault(
+            raise _config_error(
                 folder, f"{name} {token!r} is not in tokenizer.json; take both files from one model"
             )
 
@@ -190,10 +188,10 @@ def _mark_special(backend: tokenizers.Tokenizer, special: dict[str, str], folder
 def _override_bos_eos(
     backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]
 ) -> None:
-    """add_bos_token and add_eos_token, where given, each replace what tokenizer.json puts at that
-    end; null is as if not given.
+    """Apply add_bos_token and add_eos_token: each, if not null, replaces what tokenizer.json puts
+    at that end of a text.
 
-    DeepSeek's tokenizer.json adds no bos and its tokenizer_config.json asks for one.
+    DeepSeek's tokenizer.json adds no bos; its tokenizer_config.json asks for one.
     """
     before, after = around(backend)
     first = _end(before, config.get("add_bos_token"), special.get("bos_token"))
@@ -203,7 +201,7 @@ def _override_bos_eos(
 
 
 def _end(found: list[str], adds: object, token: str | None) -> list[str]:
-    """The tokens at one end of a text: `found`, unless the config says whether `token` is."""
+    """The tokens at one end of a text: `found`, unless the config sets whether `token` is added."""
     if adds is None:
         return found
     return [token] if adds and token is not None else []
@@ -212,7 +210,7 @@ def _end(found: list[str], adds: object, token: str | None) -> list[str]:
 def _eos_ids(
     backend: tokenizers.Tokenizer, special: dict[str, str], folder: Path
 ) -> frozenset[int]:
-    """The eos token and the ids in generation_config.json, or config.json where there is none."""
+    """The eos token and the ids in generation_config.json, or config.json without that file."""
     ids = set()
     if "eos_token" in special:
         ids.add(backend.token_to_id(special["eos_token"]))
@@ -229,9 +227,9 @@ def _eos_ids(
 
 
 def _chat_templates(config: dict[str, Any], folder: Path) -> tuple[str | None, str | None]:
-    """The template to use, and the one for prompts with tools where that is another.
+    """The chat template, and the one for prompts with tools if that is another.
 
-    Files go before tokenizer_config.json, which names several in a list.
+    Template files take precedence over tokenizer_config.json, which may hold a list of templates.
     """
     if (folder / TEMPLATE_FILE).is_file():
         tool_file = folder / TOOL_TEMPLATE_FILE
@@ -243,8 +241,8 @@ def _chat_templates(config: dict[str, Any], folder: Path) -> tuple[str | None, s
         named = {str(e.get("name")): e.get("template") for e in template if isinstance(e, dict)}
         if "default" not in named:
             what = f"chat_template has no 'default' among {', '.join(named)}"
-            raise _config_fault(folder, f"{what}; put the one to use into {TEMPLATE_FILE}")
+            raise _config_error(folder, f"{what}; put the one to use into {TEMPLATE_FILE}")
     used = named["default"], named.get(TOOL_TEMPLATE)
     if not all(text is None or isinstance(text, str) for text in used):
-        raise _config_fault(folder, "chat_template should be text; get the file again")
+        raise _config_error(folder, "chat_template should be text; get the file again")
     return used

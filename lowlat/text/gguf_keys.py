@@ -1,9 +1,8 @@
-"""A tokenizer as the metadata of a GGUF file, so that llama.cpp reads and writes text with it.
+"""Write a tokenizer as GGUF metadata for llama.cpp; `text.gguf_vocab` reads it.
 
-`gguf_vocab` is the other direction. Byte-level vocabularies name how text is cut before merging:
-the name is that of the known way which cuts some telling texts as the tokenizer does. Sentencepiece
-vocabularies have scores, which are made of the order of merges; what a reader makes of them is
-compared on the same texts.
+Byte-level vocabularies name their pre-tokenizer: the known one that splits the probe texts as the
+tokenizer does. SentencePiece vocabularies have scores, made from the order of merges; the tokenizer
+read back from them is compared on the same texts.
 """
 
 import json
@@ -38,7 +37,7 @@ PRE_NAMES = (
     "glm4",
     "gpt-2",
 )
-"""Ways of cutting, in the order they are tried."""
+"""Names of known pre-tokenizers, in the order they are tried."""
 PROBES = (
     "I'll say: THEY'RE here, don't you?! 12345678 9.5e-3 x1y22z333\r\n\n\tdef f(a, b):\n    return",
     "Grüße aus Köln, naïve café — “quotes” … Привет, мир! ΑΒΓ αβγ 你好,世界",
@@ -46,9 +45,9 @@ PROBES = (
     "camelCaseWORD HTTPServer foo_bar/baz  🙂 a\u00a0b\u200bc   ",
     "#include <x.h>\n\tif (a!=b) { c+=1; }  // ---- $%&*\n",
 )
-"""Texts that the known ways cut differently."""
+"""Probe texts that the known pre-tokenizers split differently."""
 EDGES = (" hello", "  a  b ")
-"""Texts in front of which sentencepiece vocabularies put a space, or none as one is there."""
+"""Texts before which SentencePiece vocabularies put a space, or none if there is one."""
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ _log = logging.getLogger(__name__)
 def gguf_vocabulary(parts: TokenizerParts, rows: int) -> dict[str, Any]:
     """`tokenizer.*` keys of a model whose embedding has `rows`; ids without a token are unused.
 
-    Raises UserError for a tokenizer that the format cannot say.
+    Raises UserError for a tokenizer that the format cannot express.
     """
     spec = json.loads(parts.backend.to_str())
     model = spec["model"]
@@ -83,7 +82,7 @@ def gguf_vocabulary(parts: TokenizerParts, rows: int) -> dict[str, Any]:
 
 
 def has_merges(parts: TokenizerParts) -> bool:
-    """Whether the tokenizer merges anything; llama.cpp takes no other."""
+    """Whether the tokenizer has merges; llama.cpp requires them."""
     return bool(json.loads(parts.backend.to_str())["model"]["merges"])
 
 
@@ -91,7 +90,7 @@ def _tokens(parts: TokenizerParts, model: dict[str, Any], rows: int) -> tuple[li
     """Text and type of every id."""
     vocabulary = parts.backend.get_vocab(with_added_tokens=True)
     if max(vocabulary.values()) >= rows:
-        raise _fault(parts, f"has ids up to {max(vocabulary.values())}, the embedding {rows} rows")
+        raise _error(parts, f"has ids up to {max(vocabulary.values())}, the embedding {rows} rows")
     tokens = [f"[UNUSED{index}]" for index in range(rows)]
     types = [int(TokenType.UNUSED)] * rows
     added = parts.backend.get_added_tokens_decoder()
@@ -109,16 +108,16 @@ def _tokens(parts: TokenizerParts, model: dict[str, Any], rows: int) -> tuple[li
 
 
 def _pair(merge: Any) -> tuple[str, str]:
-    """A merge as tokenizer.json holds it: a pair, or in old files a text with a space."""
+    """A merge of tokenizer.json: a pair, or in old files a text with a space."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right
 
 
 def _pre_name(parts: TokenizerParts, model: dict[str, Any]) -> str:
-    """The way of cutting that cuts all probes as the tokenizer does."""
+    """Name of the pre-tokenizer that splits all probe texts as the tokenizer does."""
     backend = parts.backend
     if backend.pre_tokenizer is None:
-        raise _fault(parts, "does not cut text before merging")
+        raise _error(parts, "has no pre-tokenizer")
     wanted = [_cuts(backend.normalizer, backend.pre_tokenizer, probe) for probe in PROBES]
     for name in PRE_NAMES:
         steps = splitting(name, parts.origin)
@@ -127,11 +126,11 @@ def _pre_name(parts: TokenizerParts, model: dict[str, Any]) -> str:
         own = steps.normalizer(), steps.pre_tokenizer()
         if [_cuts(*own, probe) for probe in PROBES] == wanted:
             return name
-    raise _fault(parts, "cuts text in a way that has no name in GGUF files")
+    raise _error(parts, "has a pre-tokenizer without a name in GGUF files")
 
 
 def _cuts(normalizer: Any, pre_tokenizer: Any, text: str) -> list[str]:
-    """The pieces of `text` within which tokens are merged."""
+    """The splits of `text` within which tokens are merged."""
     normal = text if normalizer is None else normalizer.normalize_str(text)
     return [piece for piece, _ in pre_tokenizer.pre_tokenize_str(normal)]
 
@@ -139,7 +138,8 @@ def _cuts(normalizer: Any, pre_tokenizer: Any, text: str) -> list[str]:
 def _sentencepiece(
     spec: dict[str, Any], tokens: list[str], merges: list[tuple[str, str]]
 ) -> dict[str, Any]:
-    """A token's score is the higher, the earlier the first merge that makes it."""
+    """Keys of a SentencePiece vocabulary: the earlier a token's first merge, the higher its
+    score."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
@@ -151,7 +151,8 @@ def _sentencepiece(
 
 
 def _adds_space(spec: dict[str, Any]) -> bool:
-    """Whether a space is put before a text: by the normalizer, or by the cutting of newer files."""
+    """Whether a space is put before a text: by the normalizer, or in newer files by the
+    pre-tokenizer."""
     normalizer = spec.get("normalizer") or {}
     steps = normalizer.get("normalizers", [normalizer])
     scheme = (spec.get("pre_tokenizer") or {}).get("prepend_scheme", "never")
@@ -173,7 +174,7 @@ def _special(parts: TokenizerParts) -> dict[str, Any]:
     keys["ggml.add_eos_token"] = eos is not None and after == [eos]
     if before not in ([], [bos]) or after not in ([], [eos]):
         _log.warning(
-            "%s: GGUF files cannot say that %s is put around a text, so it is left out",
+            "%s: GGUF files cannot express that %s is put around a text; it is left out",
             parts.origin,
             " ".join([*before, *after]),
         )
@@ -181,8 +182,8 @@ def _special(parts: TokenizerParts) -> dict[str, Any]:
 
 
 def end_keys(ends: Sequence[int], named: Collection[int] = ()) -> dict[str, Any]:
-    """Keys for a model's ends, the first as eos. Further ones than llama.cpp has keys for are
-    written for lowlat alone, with a warning but for those `named`, which it knows by their names.
+    """Keys of a model's end tokens, the first as eos. End tokens beyond llama.cpp's keys are
+    written for lowlat alone, with a warning except for those `named`, which it knows by name.
     """
     keys: dict[str, Any] = dict(zip(END_KEYS, ends, strict=False))
     if len(ends) > len(END_KEYS):
@@ -190,7 +191,7 @@ def end_keys(ends: Sequence[int], named: Collection[int] = ()) -> dict[str, Any]
     lost = [index for index in ends[len(END_KEYS) :] if index not in named]
     if lost:
         _log.warning(
-            "llama.cpp knows %d tokens that end a text, so it will not end at %s",
+            "llama.cpp has keys for %d end tokens; it will not stop at %s",
             len(END_KEYS),
             ", ".join(map(str, lost)),
         )
@@ -198,7 +199,7 @@ def end_keys(ends: Sequence[int], named: Collection[int] = ()) -> dict[str, Any]
 
 
 def _ends(parts: TokenizerParts, tokens: list[str], types: list[int]) -> dict[str, Any]:
-    """The ids after which generation ends, those that are known by their names last."""
+    """Keys of the ids after which generation ends; ids known by name come last."""
     eos, named = _id_of(parts, "eos_token"), named_ends(tokens, types)
     others = sorted(parts.eos_ids - {eos}, key=lambda index: (index in named, index))
     ends = others if eos is None else [eos, *others]
@@ -209,10 +210,10 @@ def _ends(parts: TokenizerParts, tokens: list[str], types: list[int]) -> dict[st
 
 
 def _compare(parts: TokenizerParts, read: tokenizers.Tokenizer) -> None:
-    """UserError unless `read`, which is made of the metadata alone, makes the tokenizer's tokens of
-    plain texts; a warning where they differ behind a space or a special token.
+    """Raise UserError unless `read`, made from the metadata alone, encodes plain texts as the
+    tokenizer does; log a warning if they differ after a space or a special token.
 
-    llama.cpp puts a space at the start and behind every special token, whatever is there already.
+    llama.cpp puts a space at the start and after every special token, also before another space.
     """
 
     def differs(text: str) -> bool:
@@ -220,24 +221,24 @@ def _compare(parts: TokenizerParts, read: tokenizers.Tokenizer) -> None:
 
     for text in PROBES:
         if differs(text):
-            raise _fault(parts, f"makes other tokens of {text[:20]!r} than GGUF files can say")
+            raise _error(parts, f"encodes {text[:20]!r} differently than GGUF files can express")
     added = [token.content for token in parts.backend.get_added_tokens_decoder().values()]
     texts = [*EDGES, *(f"hello {token}hello {token} hello" for token in added)]
     found = next(filter(differs, texts), None)
     if found is not None:
         _log.warning(
-            "%s: llama.cpp puts spaces into texts where this tokenizer does not, so its tokens "
-            "will differ, as of %r",
+            "%s: llama.cpp puts spaces into texts where this tokenizer does not; its tokens "
+            "will differ, for example of %r",
             parts.origin,
             found,
         )
 
 
 def _id_of(parts: TokenizerParts, name: str) -> int | None:
-    """The id of a special token; None where the model names none."""
+    """The id of a special token; None if the model names none."""
     token = parts.special_tokens.get(name)
     return None if token is None else parts.backend.token_to_id(token)
 
 
-def _fault(parts: TokenizerParts, what: str) -> UserError:
+def _error(parts: TokenizerParts, what: str) -> UserError:
     return UserError(f"{parts.origin}: the tokenizer {what}; use --format hf")

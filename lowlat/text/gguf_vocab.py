@@ -1,6 +1,6 @@
-"""A tokenizer from the metadata of a GGUF file: byte-level BPE and sentencepiece vocabularies.
+"""Read a tokenizer from GGUF metadata: byte-level BPE and SentencePiece vocabularies.
 
-Tensors and the model's configuration are read elsewhere; the split patterns are pretokenizers.py's.
+Split patterns are `text.pretokenizers`'s; tensors and the model's config are read elsewhere.
 """
 
 import os
@@ -17,47 +17,47 @@ from lowlat.text.token_bytes import SPACE_MARK
 from lowlat.utils.errors import UserError
 
 # Control tokens that end a turn or a text in every vocabulary that has them. Many files name only
-# one of them as eos, the end of a document, and would run on after a chat turn.
+# the end of a document as eos; generation would not stop after a chat turn.
 END_NAMES = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
 
 
 END_KEYS = ("ggml.eos_token_id", "ggml.eot_token_id", "ggml.eom_token_id")
-"""What llama.cpp knows of a model's ends: of the text, of a turn, of a message."""
+"""llama.cpp's keys for end tokens: of the text, of a turn, of a message."""
 ALL_ENDS = "lowlat.eos_token_ids"
-"""Every end, in files of lowlat's that the other keys and the names say too little or too much
-of."""
+"""All end tokens, in lowlat's own files, if the other keys and the names do not give exactly
+them."""
 TOOL_TEMPLATE = "chat_template.tool_use"
 
 
 class Metadata:
-    """Checked access to the `tokenizer.*` fields; a fault is a UserError naming file and field."""
+    """Checked access to the `tokenizer.*` fields; errors are UserErrors naming file and field."""
 
     def __init__(self, lookup: Callable[[str], Any], origin: str) -> None:
-        """`lookup`: the value of a field by its whole name, None where there is none."""
+        """lookup: the value of a field by its full name, or None."""
         self._lookup = lookup
         self.origin = origin
 
     def get(self, key: str, kind: type) -> Any:
-        """The value of `tokenizer.<key>`, or None where the file has no such field."""
+        """The value of `tokenizer.<key>`, or None if the file has no such field."""
         try:
             value = self._lookup(f"tokenizer.{key}")
         except UnicodeDecodeError as error:
-            raise self.fault(key, "is not UTF-8 text") from error
+            raise self.error(key, "is not UTF-8 text") from error
         if value is None:
             return None
         if not isinstance(value, kind):
-            raise self.fault(key, f"should be of type {kind.__name__}")
+            raise self.error(key, f"should be of type {kind.__name__}")
         return value
 
     def need(self, key: str, kind: type) -> Any:
         """The value of `tokenizer.<key>`; its absence is an error."""
         value = self.get(key, kind)
         if value is None:
-            raise self.fault(key, "is missing; the file holds no complete tokenizer")
+            raise self.error(key, "is missing; the file holds no complete tokenizer")
         return value
 
-    def fault(self, key: str, what: str) -> UserError:
-        """The error that says `what` is wrong with `tokenizer.<key>`."""
+    def error(self, key: str, what: str) -> UserError:
+        """A UserError: `what` is wrong with `tokenizer.<key>`."""
         return UserError(f"{self.origin}: tokenizer.{key} {what}; get or convert the file again")
 
 
@@ -73,7 +73,7 @@ def read_metadata(meta: Metadata) -> TokenizerParts:
     if meta.get("ggml.model", str) == "none":
         raise UserError(
             f"{meta.origin}: holds no vocabulary; use the folder it was converted from, or convert "
-            "a model whose tokenizer has a form in GGUF"
+            "a model whose tokenizer GGUF can express"
         )
     tokens = _tokens(meta)
     types = _token_types(meta, len(tokens))
@@ -83,12 +83,12 @@ def read_metadata(meta: Metadata) -> TokenizerParts:
     elif model == "llama":
         backend, adds_bos = _sentencepiece(meta, tokens, types), True
     else:
-        raise meta.fault("ggml.model", f"'{model}' is not supported (gpt2 and llama are)")
+        raise meta.error("ggml.model", f"'{model}' is not supported (gpt2 and llama are)")
     _add_tokens(backend, tokens, types)
     special = _special_tokens(meta, tokens)
     for name, token in special.items():
         if backend.token_to_id(token) is None:
-            raise meta.fault("ggml.token_type", f"marks the {name} {token!r} as unused")
+            raise meta.error("ggml.token_type", f"marks the {name} {token!r} as unused")
     bos, eos = special.get("bos_token"), special.get("eos_token")
     add_bos = _flag(meta, "ggml.add_bos_token", adds_bos)
     add_eos = _flag(meta, "ggml.add_eos_token", False)
@@ -135,9 +135,9 @@ def _tokens(meta: Metadata) -> list[str]:
     seen = set()
     for token in tokens:
         if not isinstance(token, str):
-            raise meta.fault("ggml.tokens", "should be a list of strings")
+            raise meta.error("ggml.tokens", "should be a list of strings")
         if token in seen:
-            raise meta.fault("ggml.tokens", f"holds {token!r} twice")
+            raise meta.error("ggml.tokens", f"holds {token!r} twice")
         seen.add(token)
     return tokens
 
@@ -145,7 +145,7 @@ def _tokens(meta: Metadata) -> list[str]:
 def _token_types(meta: Metadata, count: int) -> list[int]:
     types = meta.need("ggml.token_type", list)
     if len(types) != count:
-        raise meta.fault("ggml.token_type", f"has {len(types)} entries for {count} tokens")
+        raise meta.error("ggml.token_type", f"has {len(types)} entries for {count} tokens")
     return types
 
 
@@ -161,7 +161,7 @@ def _vocabulary(tokens: list[str], types: list[int]) -> dict[str, int]:
 def _byte_level(
     meta: Metadata, tokens: list[str], types: list[int]
 ) -> tuple[tokenizers.Tokenizer, bool]:
-    """The backend, and whether bos is added unless the file says otherwise."""
+    """The backend, and whether bos is added by default."""
     steps = splitting(meta.need("ggml.pre", str), meta.origin)
     vocabulary = _vocabulary(tokens, types)
     merges = _merges(meta, vocabulary)
@@ -179,13 +179,13 @@ def _merges(meta: Metadata, vocabulary: dict[str, int]) -> list[tuple[str, str]]
     for index, merge in enumerate(meta.need("ggml.merges", list)):
         left, _, right = str(merge).partition(" ")
         if not {left, right, left + right} <= vocabulary.keys():
-            raise meta.fault("ggml.merges", f"entry {index} ({merge!r}) is not made of tokens")
+            raise meta.error("ggml.merges", f"entry {index} ({merge!r}) is not made of tokens")
         pairs.append((left, right))
     return pairs
 
 
 def _sentencepiece(meta: Metadata, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
-    """Scores become merge ranks; what no token covers falls back to the byte tokens.
+    """The backend: scores become merge ranks, uncovered characters fall back to byte tokens.
 
     A space is put before the text and after every special token, as llama.cpp does and as the
     tokenizer.json files of Llama 2 and Mistral 7B do.
@@ -218,7 +218,7 @@ def _merges_from_scores(
     """
     scores = meta.need("ggml.scores", list)
     if len(scores) != len(tokens):
-        raise meta.fault("ggml.scores", f"has {len(scores)} entries for {len(tokens)} tokens")
+        raise meta.error("ggml.scores", f"has {len(scores)} entries for {len(tokens)} tokens")
     ids = {t: i for i, t in enumerate(tokens) if types[i] == TokenType.NORMAL}
     ranked = []
     for token, index in ids.items():
@@ -242,7 +242,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, tokens: list[str], types: list[in
 
 def _token_at(meta: Metadata, tokens: list[str], key: str, index: int) -> str:
     if not 0 <= index < len(tokens):
-        raise meta.fault(key, f"is {index}, outside the {len(tokens)} tokens")
+        raise meta.error(key, f"is {index}, outside the {len(tokens)} tokens")
     return tokens[index]
 
 
@@ -265,7 +265,7 @@ def _eos_ids(meta: Metadata, tokens: list[str], types: list[int]) -> frozenset[i
     listed = meta.get(ALL_ENDS, list)
     if listed is not None:
         if not all(type(index) is int for index in listed):
-            raise meta.fault(ALL_ENDS, "should be a list of token ids")
+            raise meta.error(ALL_ENDS, "should be a list of token ids")
         for index in listed:
             _token_at(meta, tokens, ALL_ENDS, index)
         return frozenset(listed)
@@ -279,7 +279,7 @@ def _eos_ids(meta: Metadata, tokens: list[str], types: list[int]) -> frozenset[i
 
 
 def named_ends(tokens: list[str], types: list[int]) -> set[int]:
-    """Ids of the tokens that every reader takes as ends for their names."""
+    """Ids of the end tokens that every reader knows by name."""
     return {
         index
         for index, (token, kind) in enumerate(zip(tokens, types, strict=True))

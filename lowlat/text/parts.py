@@ -1,6 +1,6 @@
-"""What a tokenizer is made of, whichever file it came from.
+"""Parts of a tokenizer, independent of its file format.
 
-Reading files is folder.py's and gguf_vocab.py's work.
+`text.folder` and `text.gguf_vocab` read them.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from tokenizers import processors
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerParts:
-    """A tokenizer as read from a file, before anything is asked of it."""
+    """A tokenizer as read from a file."""
 
     backend: tokenizers.Tokenizer
     """The Rust tokenizer: splits, merges, added tokens and the bos/eos it puts around a text."""
@@ -21,11 +21,11 @@ class TokenizerParts:
     eos_ids: frozenset[int]
     """Ids after which generation ends."""
     chat_template: str | None
-    """The one to use, but for prompts with tools where there is a `tool_template`."""
+    """Chat template of all prompts, except of prompts with tools if there is a `tool_template`."""
     origin: str
     """The file or folder, for error messages."""
     tool_template: str | None = None
-    """The chat template that the model names tool_use; None if it has one for all prompts."""
+    """The chat template named tool_use; None if one template serves all prompts."""
 
 
 def set_bos_eos(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
@@ -37,7 +37,7 @@ def set_around(backend: tokenizers.Tokenizer, before: Sequence[str], after: Sequ
     """Make `backend` put the tokens `before` and `after` around a text encoded with special
     tokens.
     """
-    # The alias names keep tokens with spaces or colons out of the template's own little language.
+    # Aliases, because tokens with spaces or colons would break the template syntax.
     first = {f"B{number}": token for number, token in enumerate(before)}
     last = {f"E{number}": token for number, token in enumerate(after)}
     known = [

@@ -1,4 +1,4 @@
-"""Long texts in pieces, cut where no token changes, so that encoding one takes little memory."""
+"""Encode long texts in pieces, cut where no token changes, with bounded memory."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -10,19 +10,19 @@ from jaxtyping import Int32
 from lowlat.text.tokenizer import Tokenizer
 
 PIECE = 1 << 18
-"""Characters from which on a text is cut for the tokenizer."""
+"""Least characters of a piece."""
 LINE_BREAK = re.compile(r"\S\r?\n(?=\S)")
-"""Where a cut changes no token: no pattern of pretokenizers.py reaches over such a line break."""
+"""Where a cut changes no token: no pattern of `text.pretokenizers` matches across it."""
 BLANK = re.compile(r"\S(?= \S)")
-"""Another such place, for texts whose lines begin or end with blanks: before a blank of its own."""
+"""Another such place, for texts whose lines begin or end with blanks: before a single blank."""
 
 
 def text_pieces(texts: Iterable[str]) -> Iterator[str]:
-    """`texts`, which follow one another, cut anew: where does not depend on how they came.
+    """The concatenation of `texts` in pieces; the cuts do not depend on the cuts of `texts`.
 
     A piece ends at the first line break between two visible characters after PIECE characters, else
-    before the first blank between two of them, or after twice as many where there is none. What is
-    left at the end, of at most so many, is cut at such a line break alone.
+    before the first blank between two of them, else after 2 PIECE characters. The last 2 PIECE
+    characters are cut at such a line break only.
     """
     buffer, at = "", 0
     for text in texts:
@@ -39,9 +39,9 @@ def text_pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 def encode_long(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " tokens"]:
-    """The ids of `text` as `tokenizer.encode` gives them, in little memory beside them.
+    """The ids of `tokenizer.encode(text)`, with bounded memory besides them.
 
-    A cut where half a million characters have neither line break nor blank may change a token.
+    If half a million characters have neither line break nor blank, a cut may change a token.
     """
     probe = "a"
     whole, bare = tokenizer.encode(probe), tokenizer.encode(probe, add_special_tokens=False)
@@ -52,12 +52,12 @@ def encode_long(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " tokens"]
 
 
 def encode_plain(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " tokens"]:
-    """The ids of `text` as `tokenizer.encode_batch` gives them, in little memory beside them."""
+    """The ids of `tokenizer.encode_batch([text])`, with bounded memory besides them."""
     return _joined(tokenizer.encode_batch([piece])[0] for piece in _cut(tokenizer, text))
 
 
 def _cut(tokenizer: Tokenizer, text: str) -> Iterable[str]:
-    """`text` in pieces, but whole for a tokenizer that puts something before each text."""
+    """`text` in pieces, or whole if the tokenizer puts something before each text."""
     whole, head, rest = tokenizer.encode_batch(["a\na", "a\n", "a"])
     return text_pieces([text]) if whole == head + rest else [text]
 

@@ -1,20 +1,20 @@
-"""Files of plain text that options name, whole; or an error that says which option."""
+"""Read plain text files named by options; errors name the option."""
 
 from pathlib import Path
 
 from lowlat.utils.errors import UserError
 
 TABLES = (".json", ".csv", ".tsv")
-"""Endings of files whose text is within records that nothing here reads."""
+"""File endings of tables, whose text is inside records."""
 RECORDS = (".jsonl", ".ndjson", ".parquet", ".gz", *TABLES)
-"""Endings of files whose text is within records or packed."""
+"""File endings of records and compressed files."""
 
 
 def read_plain_text(path: Path, option: str) -> str:
-    """The text of the UTF-8 file `path`, given as `option`, with its line ends as they are.
+    """The text of the UTF-8 file `path`, given as `option`, with its line ends unchanged.
 
-    Raises UserError for a file that cannot be read, is no UTF-8 text, or holds zero bytes, and for
-    one that by its name holds records, whose braces and escapes would be taken for text.
+    Raises UserError for a file that cannot be read, is no UTF-8 text or holds zero bytes, and for
+    file endings of records, whose braces and escapes would count as text.
     """
     where = f"{option} {path}"
     if path.name.lower().endswith(RECORDS):

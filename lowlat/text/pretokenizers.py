@@ -1,7 +1,7 @@
-"""How each family of byte-level vocabularies cuts text before merging, by its name in GGUF files.
+"""Pre-tokenizers of byte-level BPE vocabularies, by their names in GGUF files.
 
 The patterns are those of the released tokenizer.json files; only the names are GGUF's. Vocabularies
-and merges are gguf_vocab.py's work.
+and merges are `text.gguf_vocab`'s.
 """
 
 from dataclasses import dataclass
@@ -53,22 +53,22 @@ DEEPSEEK_LLM = (
     CJK_AND_HANGUL,
     r"\p{N}",
 )
-# What files converted without knowledge of their model were given.
+# For files that were converted without a known pre-tokenizer.
 DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Splitting:
-    """The steps around BPE that a vocabulary was trained with."""
+    """Normalization and splitting before BPE, as the vocabulary was trained."""
 
     patterns: tuple[str, ...]
-    """Applied in order; each isolates its matches inside the pieces left by the one before."""
+    """Applied in order; each isolates its matches inside the splits of the one before."""
     ignore_merges: bool = False
-    """A piece that is a token as a whole is taken without merging."""
+    """Whether a split that is a token as a whole is taken without merging."""
     adds_bos: bool = False
-    """Whether bos is added where the file does not say."""
+    """Whether bos is added by default."""
     nfc: bool = False
-    """Text is brought to Unicode form NFC first."""
+    """Whether text is normalized to NFC first."""
 
     def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
         """All patterns, then the map from bytes to visible characters."""
@@ -77,7 +77,7 @@ class Splitting:
         return pre_tokenizers.Sequence([*splits, byte_level])
 
     def normalizer(self) -> normalizers.Normalizer | None:
-        """NFC, or None for text taken as it is."""
+        """NFC, or None."""
         return normalizers.NFC() if self.nfc else None
 
 

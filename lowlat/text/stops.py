@@ -1,4 +1,4 @@
-"""Stop strings in a stream of text. Which token ids end a generation is the engine's business."""
+"""Stop strings in streamed text. Token ids that end a generation are the engine's."""
 
 from collections.abc import Sequence
 
@@ -6,15 +6,15 @@ from lowlat.utils.errors import UserError
 
 
 class StopStrings:
-    """Passes text on until a stop string is complete; holds back what may be the beginning of one.
+    """Passes text on until a stop string is complete; holds back a possible beginning of one.
 
-    The stop string that is complete first wins; of several that end with the same character, the
-    longest. So the result does not depend on how the text was cut into pieces. The stop string and
-    all that follows are dropped.
+    The stop string that is complete first wins; of several that end at the same character, the
+    longest. So the result does not depend on the cuts of the text. The stop string and everything
+    after it are dropped.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """Raises UserError for an empty stop string, which would stop everything."""
+        """Raises UserError for an empty stop string."""
         if any(not stop for stop in stops):
             raise UserError(
                 "stop: an empty stop string would stop before the first character; remove it"
@@ -26,7 +26,7 @@ class StopStrings:
         """The stop string that was found."""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """The text that is safe to show, and whether a stop string was found (now or before)."""
+        """The text that is final, and whether a stop string was found (now or before)."""
         if self.matched is not None:
             return "", True
         text = self._held + text
@@ -35,12 +35,12 @@ class StopStrings:
             end, self.matched = min(found, key=lambda match: match[0])
             self._held = ""
             return text[: end - len(self.matched)], True
-        kept = len(text) - self._beginning(text)
-        self._held = text[kept:]
-        return text[:kept], False
+        end = len(text) - self._beginning(text)
+        self._held = text[end:]
+        return text[:end], False
 
     def flush(self) -> str:
-        """The text still held back, once no more can follow."""
+        """The text held back; called when no more text follows."""
         held, self._held = self._held, ""
         return held
 

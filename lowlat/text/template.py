@@ -1,9 +1,9 @@
-"""Chat templates: Jinja programs out of a model's files, turned into prompts without trusting them.
+"""Chat templates: untrusted Jinja programs of a model's files, rendered in a sandboxed process.
 
-A template may loop for ever or ask for any amount of memory inside one operation, where no check in
-this process could interrupt it. So it runs in a process of its own (template_worker.py), inside
-Jinja's immutable sandbox, with a limit on memory and output; after `seconds` that process is
-killed. One process serves all renderings of a template.
+A template may loop for ever, or allocate any amount of memory inside one operation, where no check
+in this process could interrupt it. So it runs in its own process (`text.template_worker`), inside
+Jinja's immutable sandbox, with limits on memory and output; after `seconds` that process is killed.
+One process serves all renderings of a template.
 """
 
 import json
@@ -31,7 +31,7 @@ class ChatTemplate:
         seconds: float = SECONDS,
         output_characters: int = OUTPUT_CHARACTERS,
     ) -> None:
-        """`source` is the template's text, `origin` where it came from, for error messages."""
+        """source: the template's text. origin: its file or folder, for error messages."""
         self._source = source
         self._origin = origin
         self._seconds = seconds
@@ -46,7 +46,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The prompt for `messages`; `variables` are what else the template may see, as JSON.
+        """The prompt for `messages`; `variables` are further JSON values for the template.
 
         Raises UserError naming chat_template when the template refuses the messages, fails or
         exceeds a limit.
@@ -72,13 +72,13 @@ class ChatTemplate:
                 self._worker = LineWorker(WORKER)
             answer = self._worker.ask(line, self._seconds)
         if answer is None:
-            raise self._fault(f"needed more than {self._seconds:g} s or crashed")
+            raise self._error(f"needed more than {self._seconds:g} s or crashed")
         reply = json.loads(answer)
         if "error" in reply:
-            raise self._fault(f"failed: {' '.join(reply['error'].split())[:500]}")
+            raise self._error(f"failed: {' '.join(reply['error'].split())[:500]}")
         return reply["text"]
 
-    def _fault(self, what: str) -> UserError:
+    def _error(self, what: str) -> UserError:
         return UserError(
             f"{self._origin}: chat_template {what}; check the messages or the template"
         )

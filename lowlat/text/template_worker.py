@@ -1,7 +1,8 @@
-"""The process that renders chat templates: a JSON request a line in, a JSON answer a line out.
+"""Worker process that renders chat templates: one JSON request per input line, one JSON answer per
+output line.
 
-Run as a script by template.py, which limits its time by killing it. Nothing of the package is
-imported here, so that starting takes a few hundredths of a second.
+`text.template` runs it as a script and kills it to limit its time. It imports nothing of the
+package, so that it starts in a few hundredths of a second.
 """
 
 import datetime
@@ -18,11 +19,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY_BYTES = 1 << 30
 CPU_SECONDS = 60
-"""Only for a worker whose parent died while it was rendering; the parent itself is stricter."""
+"""For a worker whose parent dies while it renders; the parent's own limit is lower."""
 
 
 class GenerationBlock(Extension):
-    """{% generation %} marks the model's turns for training; here it stands for its content."""
+    """{% generation %} marks the model's turns for training; rendered as its content."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -46,14 +47,14 @@ def to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON, as models were trained on; Jinja's own filter escapes HTML and sorts keys."""
+    """Plain JSON, as in training data; Jinja's own filter escapes HTML and sorts keys."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """What chat templates are written for, and nothing more."""
+    """The Jinja environment of Hugging Face chat templates."""
     env = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -77,7 +78,7 @@ def limited(pieces: Iterator[str], limit: int) -> str:
 
 
 def answer(env: ImmutableSandboxedEnvironment, request: dict) -> dict:
-    """{"text": ...}, or {"error": ...} for any fault of the template."""
+    """{"text": ...}, or {"error": ...} for any error of the template."""
     try:
         template = env.from_string(request["template"])
         return {"text": limited(template.generate(**request["variables"]), request["limit"])}
@@ -87,7 +88,7 @@ def answer(env: ImmutableSandboxedEnvironment, request: dict) -> dict:
 
 
 def limit_resources() -> None:
-    """Bound memory and processor time where the system can."""
+    """Bound memory, on Linux."""
     if sys.platform == "linux":
         import resource
 
@@ -95,7 +96,7 @@ def limit_resources() -> None:
 
 
 def limit_cpu() -> None:
-    """Let this request use CPU_SECONDS more, then the system ends the process."""
+    """Let this request use CPU_SECONDS more, on Linux; then the system ends the process."""
     if sys.platform == "linux":
         import resource
 

@@ -1,8 +1,7 @@
-"""The bytes each token stands for, by the tokenizer's decoder. detokenize.py joins them.
+"""Bytes of single tokens, for byte-level and SentencePiece BPE vocabularies.
 
-Two kinds of vocabulary exist in the families we load: byte-level ones write every byte as one
-visible character, sentencepiece ones write a space as U+2581 and a byte without a token of its own
-as <0xNN>.
+Byte-level vocabularies write every byte as one visible character; SentencePiece vocabularies write
+a space as U+2581, and a byte without its own token as <0xNN>. `text.detokenize` joins the bytes.
 """
 
 import json
@@ -17,7 +16,7 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Character -> byte in byte-level vocabularies: itself where visible, else U+0100 and up."""
+    """Character -> byte in byte-level vocabularies: itself if visible, else U+0100 and up."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}

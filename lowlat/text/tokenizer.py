@@ -1,6 +1,6 @@
-"""The tokenizer as the package uses it: text to ids, ids to bytes and text, messages to a prompt.
+"""Tokenizer: text to ids, ids to bytes and text, chat messages to a prompt.
 
-Reading and writing files is done in folder.py and gguf_vocab.py, running templates in template.py.
+`text.folder` and `text.gguf_vocab` read and write files, `text.template` renders chat templates.
 """
 
 import json
@@ -31,27 +31,27 @@ class Tokenizer:
         self._templates: dict[str, ChatTemplate] = {}
         added = parts.backend.get_added_tokens_decoder()
         self.added_tokens = {index: token.content for index, token in added.items()}
-        """Id -> text of the tokens that are found in a text before anything else is."""
+        """Id -> text of the added tokens, which are matched before BPE."""
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
-        """Ids of the tokens that decoded text leaves out."""
+        """Ids of the special tokens, which decoded text leaves out."""
         self.strips_leading_space = self._bytes.strips_leading_space
-        """Whether one space at the very start of decoded text is no part of it (sentencepiece)."""
+        """Whether decoding drops one leading space of a text (SentencePiece)."""
         self.vocab_size = 1 + max(parts.backend.get_vocab(with_added_tokens=True).values())
-        """One more than the highest id; models may have more rows than that."""
+        """One more than the highest id; a model's embedding may have more rows."""
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """The tokenizer of a Hugging Face folder. Raises UserError naming the file at fault."""
+        """The tokenizer of a Hugging Face folder. Raises UserError naming the bad file."""
         return cls(read_folder(Path(path)))
 
     @classmethod
     def from_gguf(cls, source: str | os.PathLike[str] | GGUFReader) -> "Tokenizer":
-        """The tokenizer in a GGUF file's metadata. Raises UserError naming the field at fault."""
+        """The tokenizer in a GGUF file's metadata. Raises UserError naming the bad field."""
         return cls(read_gguf(source))
 
     @property
     def bos_id(self) -> int | None:
-        """Id of the token that begins a text, if the vocabulary has one."""
+        """Id of the beginning-of-sequence token, or None."""
         bos = self._parts.special_tokens.get("bos_token")
         return None if bos is None else self._backend.token_to_id(bos)
 
@@ -66,8 +66,8 @@ class Tokenizer:
         return self._parts.chat_template
 
     def template_for(self, tools: object) -> str | None:
-        """The source of the template that prompts with `tools` (None: without) are made by: the one
-        named tool_use where the model has it.
+        """Source of the template for prompts with `tools` (None: without tools): with tools the one
+        named tool_use, if the model has it.
         """
         tool_template = self._parts.tool_template
         return self.chat_template if tools is None or tool_template is None else tool_template
@@ -77,12 +77,12 @@ class Tokenizer:
     ) -> list[int]:
         """The token ids of `text`.
 
-        add_special_tokens puts bos and eos around it where the tokenizer's files say so; a prompt
-        made by apply_chat_template already has them. parse_special=True (what transformers does, so
-        ids agree with it) turns the text of special tokens into their ids, wherever it came from:
-        whoever may write "<|im_end|>" in a message can end it. parse_special=False makes ordinary
-        text of them and of all other added tokens: no id it returns for `text` stands for more than
-        its characters. Encode untrusted parts of a prompt so, apart from the rest.
+        add_special_tokens puts bos and eos around it as the tokenizer's files define; a prompt of
+        apply_chat_template already has them. parse_special=True (as in transformers) turns the text
+        of special tokens into their ids: a message with the text "<|im_end|>" ends itself.
+        parse_special=False encodes special and all other added tokens as ordinary text; encode
+        untrusted parts of a prompt this way, separately from the rest. Raises UserError for text
+        that is no valid Unicode.
         """
         try:
             text.encode()
@@ -93,9 +93,8 @@ class Tokenizer:
         return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each of many texts, all of it ordinary text and nothing put around it, as
-        `encode(..., add_special_tokens=False, parse_special=False)` gives them; threads share the
-        work.
+        """The ids of each of many texts, equal to `encode(..., add_special_tokens=False,
+        parse_special=False)`; multi-threaded.
         """
         encodings = self._plain_backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
@@ -108,13 +107,13 @@ class Tokenizer:
 
     @cached_property
     def _plain_backend(self) -> tokenizers.Tokenizer:
-        """The tokenizer without its added tokens, and without any merge that could make one."""
+        """The tokenizer without its added tokens and without any merge that produces one."""
         spec = json.loads(self._backend.to_str())
         model = spec["model"]
         added = {token["content"] for token in spec["added_tokens"]}
         spec["added_tokens"] = []
         model["merges"] = [pair for pair in model["merges"] if not {*pair, "".join(pair)} & added]
-        added.discard(model["unk_token"])  # the model needs it for what it cannot spell
+        added.discard(model["unk_token"])  # BPE needs it for unknown characters
         model["vocab"] = {t: i for t, i in model["vocab"].items() if t not in added}
         return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
@@ -124,18 +123,18 @@ class Tokenizer:
         return max(len(self._bytes.of(index)) for index in range(self.vocab_size))
 
     def id_to_bytes(self, token_id: int) -> bytes:
-        """The bytes `token_id` stands for, maybe part of a character; empty for an unused id."""
+        """The bytes of `token_id`, possibly part of a character; empty for an unused id."""
         return self._bytes.of(token_id)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; bytes that make no character become U+FFFD."""
+        """The text of `ids`; invalid UTF-8 becomes U+FFFD."""
         skipped = self.special_ids if skip_special_tokens else frozenset()
         data = b"".join(self._bytes.of(index) for index in ids if index not in skipped)
         text = data.decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self.strips_leading_space else text
 
     def has_text(self, ids: Iterable[int]) -> bool:
-        """Whether any of `ids` is part of a text, not special."""
+        """Whether any of `ids` is not a special token."""
         return any(index not in self.special_ids for index in ids)
 
     def apply_chat_template(
@@ -148,9 +147,9 @@ class Tokenizer:
 
         Encode it with add_special_tokens=False: the template writes bos itself.
 
-        The template sees `template_vars` (tools=[...], enable_thinking=False, ...) and the special
-        tokens' texts; where tools are given it is the model's own for them, if it has one. Raises
-        UserError when the model has no chat template or the template fails.
+        The template's variables are `template_vars` (tools=[...], enable_thinking=False, ...) and
+        the special tokens' texts. Raises UserError if the model has no chat template or the
+        template fails.
         """
         variables = {**self._parts.special_tokens, **template_vars}
         source = self.template_for(template_vars.get("tools"))
@@ -159,7 +158,7 @@ class Tokenizer:
         )
 
     def _template(self, source: str | None) -> ChatTemplate:
-        """The program of a template, whose process later prompts share."""
+        """The ChatTemplate of a source; later prompts share its process."""
         if source is None:
             raise UserError(
                 f"{self._parts.origin}: the model has no chat_template; give a plain prompt,"

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 
 from lowlat.engine import params
+from lowlat.generate.params import MAX_STOP_LENGTH
 from lowlat.serve.protocol import limits
 from tests.server.tiny_server import CONTEXT, NAME
 
@@ -97,7 +98,7 @@ def oversized() -> Iterator[Case]:
     )
     for path in (CHAT, COMPLETIONS):
         yield bad_field(f"{path}: 17 stops", path, {"stop": ["x"] * 17}, "stop")
-        long = "x" * (params.MAX_STOP_LENGTH + 1)
+        long = "x" * (MAX_STOP_LENGTH + 1)
         yield bad_field(f"{path}: a long stop", path, {"stop": long}, "stop")
         yield bad_field(f"{path}: a long stop of two", path, {"stop": ["y", long]}, "stop[1]")
         yield bad_field(f"{path}: an empty stop", path, {"stop": ["y", ""]}, "stop[1]")

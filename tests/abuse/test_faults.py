@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from lowlat.engine.engine import Engine
+from lowlat.engine.request_table import RequestTable
 from lowlat.engine.runner import ModelRunner
+from lowlat.generate.completion import CompletionBuilder
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler, GrammarState
 from lowlat.serve import async_engine as engine_module
 from lowlat.serve.chat.output_parser import OutputParser
@@ -56,25 +58,25 @@ def in_the_model(patch: pytest.MonkeyPatch) -> None:
 
 
 def in_the_sampler(patch: pytest.MonkeyPatch) -> None:
-    advance = Engine._advance
+    append = RequestTable.append
 
-    def broken(self: Engine, sequence: Any, sampled: Any) -> Any:
+    def broken(self: RequestTable, sequence: Any, *rest: Any) -> Any:
         if is_poisoned(sequence.request.prompt):
             fail()
-        return advance(self, sequence, sampled)
+        return append(self, sequence, *rest)
 
-    patch.setattr(Engine, "_advance", broken)
+    patch.setattr(RequestTable, "append", broken)
 
 
 def in_detokenizing(patch: pytest.MonkeyPatch) -> None:
-    push = engine_module.CompletionBuilder.push
+    push = CompletionBuilder.push
 
     def broken(self: Any, event: Any) -> None:
         if is_poisoned(self.request.prompt):
             fail()
         push(self, event)
 
-    patch.setattr(engine_module.CompletionBuilder, "push", broken)
+    patch.setattr(CompletionBuilder, "push", broken)
 
 
 def in_starting(patch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,12 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lowlat.engine.params import SamplingParams
+from lowlat.generate.completion import CompletionDelta
 from lowlat.generate.model import Model
 from lowlat.serve.app import build_app, make_state
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.generation import Delta, Generation
+from lowlat.serve.generation import Generation
 from tests.fakes import EOS, USER, ScriptedModel, byte_tokenizer, gqa_config
 
 CONTEXT = 4096
@@ -72,13 +72,13 @@ class ScriptedGeneration(Generation):
         self._is_truncated = max_tokens is not None and max_tokens < len(pieces)
         self._pieces = pieces[:max_tokens] if self._is_truncated else pieces
 
-    async def __aiter__(self) -> AsyncIterator[Delta]:
+    async def __aiter__(self) -> AsyncIterator[CompletionDelta]:
         for number, piece in enumerate(self._pieces, 1):
             await asyncio.sleep(self._pause)
             is_last = number == len(self._pieces)
             self._is_over = is_last
             finish = ("length" if self._is_truncated else "stop") if is_last else None
-            yield Delta(
+            yield CompletionDelta(
                 index=0, text=piece, tokens=(0,), logprobs=(), finish_reason=finish, error=None
             )
 

@@ -22,7 +22,7 @@ import torch
 
 from lowlat.config.model import GQAConfig, ModelConfig
 from lowlat.engine.engine import Engine
-from lowlat.engine.params import SamplingParams
+from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.request import Request, RequestOptions
 from lowlat.engine.runner import ModelRunner
 from lowlat.engine.scheduler import Limits
@@ -108,7 +108,7 @@ def generated(request: Request) -> list[list[int]]:
 
 def alone(model: Transformer, ask: Ask) -> list[list[int]]:
     engine = engine_for(model, has_prefix_cache=False, speculates=False)
-    request = engine.add(ask.prompt, SamplingParams(**ask.options))
+    request = engine.add(ask.prompt, TokenSamplingParams(**ask.options))
     while engine.has_work:
         engine.step()
     return generated(request)
@@ -123,7 +123,7 @@ def together(engine: Engine, asks: list[Ask], concurrency: int, seed: int) -> li
         while len(requests) < len(asks) and open_now < concurrency and rng.random() < 0.7:
             ask = asks[len(requests)]
             options = RequestOptions(cache_namespace=ask.cache_namespace, priority=ask.priority)
-            requests.append(engine.add(ask.prompt, SamplingParams(**ask.options), options))
+            requests.append(engine.add(ask.prompt, TokenSamplingParams(**ask.options), options))
             open_now += 1
         engine.step()
     engine.check_integrity()
@@ -188,7 +188,9 @@ def test_not_one_token_differs_from_running_alone(
             if engine.speculator is not None:
                 # On slow machines, too, there are draft tokens whose number the batch changes.
                 for learn in ("drafted", "stepped"):
-                    monkeypatch.setattr(engine.speculator.depth, learn, lambda count, seconds: None)
+                    monkeypatch.setattr(
+                        engine.speculator.policy, learn, lambda count, seconds: None
+                    )
             with thread_count(THREADS[concurrency]):
                 requests = together(engine, asks, concurrency, number)
             for ask, request, tokens in zip(asks, requests, expected, strict=True):

@@ -15,7 +15,7 @@ from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.attention.path import AttentionPath
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.engine.engine import Engine
-from lowlat.engine.params import SamplingParams
+from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.request import Request
 from lowlat.engine.runner import ModelRunner
 from lowlat.model.native import NativeModel
@@ -121,7 +121,7 @@ def check_isolation(steps: Steps, alone: Tensor, next_alone: Tensor) -> None:
 
 
 def finished(engine: Engine, *prompts: list[int]) -> list[Request]:
-    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    params = TokenSamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     requests = [engine.add(prompt, params) for prompt in prompts]
     while engine.has_work:
         engine.step()

@@ -9,8 +9,8 @@ import pytest
 
 import lowlat
 from lowlat import api
-from lowlat.engine.params import SamplingParams
 from lowlat.generate.model import Model
+from lowlat.generate.params import SamplingParams
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import SilentProgress
 from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config

@@ -58,7 +58,7 @@ def test_its_drafts_are_taken_and_change_nothing(monkeypatch: pytest.MonkeyPatch
         if model.engine.speculator is not None:
             # whether they pay depends on the machine
             monkeypatch.setattr(
-                model.engine.speculator.depth,
+                model.engine.speculator.policy,
                 "choose",
                 lambda most: {sequence: min(2, left) for sequence, left in most.items()},
             )

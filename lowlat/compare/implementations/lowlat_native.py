@@ -66,7 +66,7 @@ class LowlatNative(Implementation):
         """Record a layer's KV cache entries as parts."""
         block = Block("layer", layer)
         attention, widths = self.config.attention_of(layer), attention_shape(self.config, block)
-        stored = cache.rows(layer, pages, length, torch.float32)[:, : attention.entry_dim]
+        stored = cache.read(layer, pages, length, torch.float32)[:, : attention.entry_dim]
 
         def in_canonical_order(x: Tensor) -> Tensor:
             return canonical(x, widths.rope, widths.interleave)

@@ -189,13 +189,13 @@ class ObservedAttention(AttentionBackend):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens entry_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
     ) -> Float[Tensor, "tokens heads v_dim"]:
-        out = self.inner.mla(layer, q_nope, q_rope, rows, w_uk, w_uv, scale)
-        latent, k_rope = self._cached(layer, rows).split([w_uk.shape[-1], q_rope.shape[-1]], -1)
+        out = self.inner.mla(layer, q_nope, q_rope, entries, w_uk, w_uv, scale)
+        latent, k_rope = self._cached(layer, entries).split([w_uk.shape[-1], q_rope.shape[-1]], -1)
         k_nope = torch.einsum("kc,hnc->khn", latent, w_uk)
         k = torch.cat([k_nope, k_rope[:, None].expand(-1, k_nope.shape[1], -1)], dim=-1)
         self.observer.trace.record(block_of(self.config, layer), "latent", latent)
@@ -228,12 +228,12 @@ class ObservedAttention(AttentionBackend):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens entry_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
         layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
-        out = self.inner.attend(layer, q, rows, layout, scale)
-        k, v = layout.expand(self._cached(layer, rows))
+        out = self.inner.attend(layer, q, entries, layout, scale)
+        k, v = layout.expand(self._cached(layer, entries))
         self._attended(layer, q=q, k=k, v=v, heads=out, scale=scale)
         return out
 
@@ -244,5 +244,5 @@ class ObservedAttention(AttentionBackend):
     def _cached(self, layer: int, rows: Tensor) -> Float[Tensor, "tokens entry_dim"]:
         """The KV cache entries as attention reads them; an int8 cache rounds them."""
         (item,) = self.inner.batch.sequences
-        cached = self.inner.cache.rows(layer, item.pages, item.context, rows.dtype)
+        cached = self.inner.cache.read(layer, item.pages, item.context, rows.dtype)
         return cached[:, : math.prod(rows.shape[1:]) * (2 if rows.dim() == 3 else 1)]

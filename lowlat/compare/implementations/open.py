@@ -20,6 +20,7 @@ from lowlat.compare.implementations.transformers import load_transformers
 from lowlat.config.model import ModelConfig
 from lowlat.model.quant import packed_type
 from lowlat.model.transformer import Transformer
+from lowlat.ops import native
 from lowlat.utils.device import dtype_name, parse_cache, parse_dtype
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
@@ -62,6 +63,8 @@ def _own(spec: ImplementationSpec, path: Path, progress: Progress) -> Implementa
             f"{spec.text}: '{path}' holds no fp8 blocks; "
             f"make one with: lowlat convert {spec.model} DST --dtype fp8"
         )
+    if spec.native:
+        native.keep_torch_single_threaded()
     kind = LowlatNative if spec.native else LowlatPyTorch
     cache: torch.dtype | None = parse_cache(spec.cache or "auto")
     return kind(model, label=spec.text, precision=_precision(model), form=spec.form, cache=cache)

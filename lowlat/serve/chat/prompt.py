@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lowlat.engine.params import SamplingParams
 from lowlat.generate.model import Model
+from lowlat.generate.params import SamplingParams
 from lowlat.generate.structured import StructuredOutput
 from lowlat.serve.chat.constraints import ReasoningPrefix, ToolCallConstraint, constrained_output
 from lowlat.serve.chat.messages import template_messages

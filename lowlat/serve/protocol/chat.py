@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from lowlat.engine.params import SamplingParams
+from lowlat.generate.params import SamplingParams
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import Name, OnlyFalse
 from lowlat.serve.protocol.errors import RequestError

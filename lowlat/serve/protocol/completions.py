@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from typing_extensions import TypeAliasType
 
 from lowlat.engine import params
-from lowlat.engine.params import SamplingParams
+from lowlat.generate.params import SamplingParams
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import WireModel, is_none
 from lowlat.serve.protocol.errors import RequestError

@@ -1,6 +1,7 @@
 """Sampling fields shared by chat and completions requests, and their conversion to SamplingParams.
 
-Applies OpenAI's defaults where they differ from the engine's. Ranges are in `engine.params`.
+Applies OpenAI's defaults where they differ from the engine's. Ranges are in `engine.params`
+and `generate.params`.
 """
 
 from typing import Annotated
@@ -8,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from lowlat.engine import params
-from lowlat.engine.params import SamplingParams
+from lowlat.generate.params import MAX_STOP_LENGTH, MAX_STOPS, SamplingParams
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import Id, StrictModel
 from lowlat.serve.protocol.errors import RequestError
@@ -17,8 +18,8 @@ DEFAULT_TEMPERATURE = 1.0
 LOWEST_TEMPERATURE = 1e-4
 """Lower temperatures count as 0 (greedy)."""
 
-StopString = Annotated[str, Field(min_length=1, max_length=params.MAX_STOP_LENGTH)]
-Stop = StopString | Annotated[list[StopString], Field(max_length=params.MAX_STOPS)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stop = StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)]
 TokenBias = Annotated[float, Field(ge=-100.0, le=100.0)]
 LogitBias = Annotated[
     dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], TokenBias],

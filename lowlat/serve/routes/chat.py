@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager, aclosing
 from starlette.responses import Response
 
 from lowlat.generate import completion
+from lowlat.generate.completion import CompletionDelta
 from lowlat.serve.chat.output_parser import OutputParser
 from lowlat.serve.chat.prompt import PreparedChat, prepare_chat
-from lowlat.serve.generation import Delta
 from lowlat.serve.http.errors import renamed_fields
 from lowlat.serve.http.sse import DONE, event, stream_response
 from lowlat.serve.protocol import chat_response as wire
@@ -80,7 +80,7 @@ class _Choice:
         self.finish_reason: wire.ChatFinishReason | None = None
         self.has_begun = False
 
-    def push(self, delta: Delta) -> list[Part]:
+    def push(self, delta: CompletionDelta) -> list[Part]:
         """Parse `delta`; returns the parts that are now certain."""
         parts = self.parser.push(delta.text)
         if delta.finish_reason is not None:
@@ -90,7 +90,7 @@ class _Choice:
                 self.finish_reason = "tool_calls"
         return parts
 
-    def collect(self, delta: Delta, parts: list[Part]) -> None:
+    def collect(self, delta: CompletionDelta, parts: list[Part]) -> None:
         """Collect `parts` and log-probabilities for the complete message."""
         self.logprobs.extend(delta.logprobs)
         for part in parts:
@@ -178,7 +178,7 @@ class ChatResponseBuilder:
             id=self._id, created=self._created, model=self._request.model, choices=choices
         )
 
-    def _chunks(self, delta: Delta) -> Iterator[wire.ChunkChoice]:
+    def _chunks(self, delta: CompletionDelta) -> Iterator[wire.ChunkChoice]:
         """`delta` as choices of chunks: the role comes first, the finish reason last and alone."""
         choice = self._choices[delta.index]
         parts = choice.push(delta)

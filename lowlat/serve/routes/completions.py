@@ -11,11 +11,11 @@ from typing import Literal
 from starlette.responses import Response
 
 from lowlat.generate import completion
+from lowlat.generate.completion import CompletionDelta
 from lowlat.generate.grammar import CompiledGrammar
 from lowlat.generate.model import Model
 from lowlat.generate.structured import StructuredOutput
 from lowlat.serve.chat.prompt import check_text_size
-from lowlat.serve.generation import Delta
 from lowlat.serve.http.sse import DONE, event, stream_response
 from lowlat.serve.protocol import completions as wire
 from lowlat.serve.protocol.completions import CompletionRequest
@@ -196,7 +196,7 @@ class CompletionResponseBuilder:
         )
 
 
-def _finish(delta: Delta) -> Literal["stop", "length"] | None:
+def _finish(delta: CompletionDelta) -> Literal["stop", "length"] | None:
     if delta.finish_reason is None:
         return None
     return "length" if delta.finish_reason == "length" else "stop"

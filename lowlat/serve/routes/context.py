@@ -8,10 +8,11 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
-from lowlat.engine.params import SamplingParams
+from lowlat.generate.completion import CompletionDelta
 from lowlat.generate.grammar import CompiledGrammar
+from lowlat.generate.params import SamplingParams
 from lowlat.generate.structured import StructuredOutput
-from lowlat.serve.generation import Delta, Draining, Generation
+from lowlat.serve.generation import Draining, Generation
 from lowlat.serve.http.errors import GenerationFailed
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.state import ServerState
@@ -99,7 +100,7 @@ class RequestContext:
         self._generations.append(generation)
         self._num_completions += params.n
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+    async def deltas(self) -> AsyncGenerator[tuple[int, CompletionDelta], None]:
         """Yield (index of the prompt, delta of one of its completions) as they arrive.
 
         Raises RequestError 408 for a missed deadline and 400 for a grammar that exceeds its
@@ -153,14 +154,14 @@ class RequestContext:
         return sum(generation.cached_tokens for generation in self._generations)
 
 
-async def _number(generation: Generation) -> AsyncGenerator[tuple[int, Delta], None]:
+async def _number(generation: Generation) -> AsyncGenerator[tuple[int, CompletionDelta], None]:
     async for delta in generation:
         yield 0, delta
 
 
 async def _merge(
     generations: Sequence[Generation],
-) -> AsyncGenerator[tuple[int, Delta], None]:
+) -> AsyncGenerator[tuple[int, CompletionDelta], None]:
     """The deltas of all generations with their indexes, as they arrive."""
     iterators = [aiter(generation) for generation in generations]
     coming = {asyncio.ensure_future(anext(it, None)): i for i, it in enumerate(iterators)}
@@ -178,7 +179,7 @@ async def _merge(
             future.cancel()
 
 
-def _check_end(delta: Delta, constraint_field: str) -> None:
+def _check_end(delta: CompletionDelta, constraint_field: str) -> None:
     match delta.finish_reason:
         case "deadline":
             raise _late()

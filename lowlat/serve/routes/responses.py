@@ -11,8 +11,8 @@ from typing import Literal
 
 from starlette.responses import Response
 
+from lowlat.generate.completion import CompletionDelta
 from lowlat.serve.chat.output_parser import OutputParser
-from lowlat.serve.generation import Delta
 from lowlat.serve.http.errors import describe, renamed_fields
 from lowlat.serve.http.logs import log
 from lowlat.serve.http.sse import event, stream_response
@@ -89,7 +89,7 @@ class ResponsesBuilder:
             return
         yield self._status_event(f"response.{self._final_status}", self._final_status)
 
-    def _take(self, delta: Delta) -> Iterator[Event]:
+    def _take(self, delta: CompletionDelta) -> Iterator[Event]:
         before = self._parser.reasoning
         parts = self._parser.push(delta.text)
         # All tokens of a step that contains reasoning count as reasoning tokens.

@@ -47,13 +47,13 @@ class Zigzag:
         follow.
         """
         chunk = self._chunk(batch.sequence_length(num_ahead))
-        tokens, predicted = (
+        tokens, loss_mask = (
             torch.stack(
                 [whole[:, c * chunk : (c + 1) * chunk + num_ahead] for c in self.chunks], dim=1
             ).flatten(0, 1)
-            for whole in (batch.tokens, batch.predicted)
+            for whole in (batch.tokens, batch.loss_mask)
         )
-        return Batch(tokens=tokens, predicted=predicted)
+        return Batch(tokens=tokens, loss_mask=loss_mask)
 
     def pieces(self, documents: Sequence[Sequence[int]]) -> list[QuerySpan]:
         """Attention calls, in the order of this process's tokens; `documents` are the document
@@ -109,13 +109,13 @@ class ContextAttention(AttentionBackend):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens entry_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
     ) -> Float[Tensor, "tokens heads v_dim"]:
         heads, _, rank = w_uk.shape
-        all_rows = self._gathered(rows)
+        all_rows = self._gathered(entries)
         latent, k_rope = all_rows[..., :rank], all_rows[..., None, rank:]
         k_nope = (latent @ w_uk.flatten(0, 1).T).unflatten(-1, (heads, -1))
         v = (latent @ w_uv.flatten(0, 1).T).unflatten(-1, (heads, -1))
@@ -139,11 +139,11 @@ class ContextAttention(AttentionBackend):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens entry_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
         layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:
-        k, v = layout.expand(self._gathered(rows).flatten(0, 1))
+        k, v = layout.expand(self._gathered(entries).flatten(0, 1))
         k, v = (x.unflatten(0, (self._rows, -1)) for x in (k, v))
         return self._attend(q, k, v, scale, None)
 

@@ -128,13 +128,13 @@ class TensorParallelAttention(AttentionBackend):
         layer: int,
         q_nope: Float[Tensor, "tokens heads nope_dim"],
         q_rope: Float[Tensor, "tokens heads rope_dim"],
-        rows: Float[Tensor, "tokens entry_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
         w_uk: Float[Tensor, "heads nope_dim latent"],
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
     ) -> Float[Tensor, "tokens heads v_dim"]:
-        rows = copy_to_group(rows, self._group)
-        return self._inner.mla(layer, q_nope, q_rope, rows, w_uk, w_uv, scale)
+        entries = copy_to_group(entries, self._group)
+        return self._inner.mla(layer, q_nope, q_rope, entries, w_uk, w_uv, scale)
 
     def gqa(
         self,
@@ -151,7 +151,7 @@ class TensorParallelAttention(AttentionBackend):
         self,
         layer: int,
         q: Float[Tensor, "tokens heads head_dim"],
-        rows: Float[Tensor, "tokens entry_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
         layout: EntryLayout,
         scale: float,
     ) -> Float[Tensor, "tokens heads head_dim"]:

@@ -36,8 +36,8 @@ def test_rows_come_back_in_sequence_order(pages: tuple[int, ...]) -> None:
     rows = torch.randn(length, 17)
     slots = torch.tensor([pages[i // 3] * 3 + i % 3 for i in range(length)])
     cache.write(1, slots, rows)
-    assert torch.equal(cache.rows(1, pages, length, torch.float32), rows)
-    assert torch.equal(cache.rows(1, pages, 2, torch.float32), rows[:2])
+    assert torch.equal(cache.read(1, pages, length, torch.float32), rows)
+    assert torch.equal(cache.read(1, pages, 2, torch.float32), rows[:2])
     assert cache.layers[0].count_nonzero() == 0
     assert cache.layers[1].count_nonzero() == rows.numel()
 
@@ -46,7 +46,7 @@ def test_more_pages_than_rows_are_allowed() -> None:
     cache = PagedCache(config_of(MLA(), layers=1), num_pages=6, page_size=3, dtype=torch.float32)
     rows = torch.randn(2, 17)
     cache.write(0, torch.tensor([9, 10]), rows)
-    assert torch.equal(cache.rows(0, (3, 0, 5), 2, torch.float32), rows)
+    assert torch.equal(cache.read(0, (3, 0, 5), 2, torch.float32), rows)
 
 
 def test_rows_are_stored_in_the_cache_dtype() -> None:
@@ -54,13 +54,13 @@ def test_rows_are_stored_in_the_cache_dtype() -> None:
     rows = torch.randn(5, 17)
     cache.write(0, torch.arange(5), rows)
     narrow = rows.to(torch.bfloat16)
-    assert torch.equal(cache.rows(0, (0,), 5, torch.bfloat16), narrow)
-    assert torch.equal(cache.rows(0, (0,), 5, torch.float64), narrow.double())
+    assert torch.equal(cache.read(0, (0,), 5, torch.bfloat16), narrow)
+    assert torch.equal(cache.read(0, (0,), 5, torch.float64), narrow.double())
 
 
 def test_plain_rows_of_neighbouring_pages_are_not_copied() -> None:
     cache = PagedCache(config_of(MLA(), layers=2), num_pages=6, dtype=torch.bfloat16)
-    rows = cache.rows(1, (2, 3), 100, torch.bfloat16)
+    rows = cache.read(1, (2, 3), 100, torch.bfloat16)
     assert rows.data_ptr() == cache.layers[1][2].data_ptr()
 
 
@@ -77,7 +77,7 @@ def test_int8_rows(pages: tuple[int, ...]) -> None:
     slots = torch.tensor([pages[i // 3] * 3 + i % 3 for i in range(8)])
     cache.write(1, slots, rows)
     expected = unpack_entries(pack_entries(rows, 13), 17, 13, torch.bfloat16)
-    assert torch.equal(cache.rows(1, pages, 8, torch.bfloat16), expected)
+    assert torch.equal(cache.read(1, pages, 8, torch.bfloat16), expected)
     assert cache.layers[0].count_nonzero() == 0
 
 

@@ -165,7 +165,7 @@ def test_gqa_rows_are_keys_then_values() -> None:
     batch = AttentionBatch.build([SequenceSlice(pages=(4,), start=0, length=2)], page_size=3)
     inputs = gqa_inputs(2)
     CachedAttention(cache, batch).gqa(0, *inputs.values(), 1.0, None)
-    rows = cache.rows(0, (4,), 2, torch.float64)
+    rows = cache.read(0, (4,), 2, torch.float64)
     assert torch.equal(rows[:, :12], inputs["k"].flatten(1))
     assert torch.equal(rows[:, 12:], inputs["v"].flatten(1))
 
@@ -177,7 +177,7 @@ def test_mla_caches_the_rows_it_is_given() -> None:
     )
     inputs = mla_inputs(5)
     CachedAttention(cache, batch).mla(0, *inputs.values(), *up_projections(), 1.0)
-    assert torch.equal(cache.rows(0, (4, 2), 5, torch.float64), inputs["rows"])
+    assert torch.equal(cache.read(0, (4, 2), 5, torch.float64), inputs["rows"])
 
 
 def test_break_even_of_deepseek_v3_is_about_170() -> None:

@@ -3,13 +3,12 @@
 import pytest
 
 from lowlat.engine.draft_policy import MAX_DRAFT_TOKENS, PRIOR, RETRY, DraftPolicy, StepCost
-from lowlat.engine.params import SamplingParams
+from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.request import Request, RequestOptions, Sequence
-from lowlat.engine.sampler import SequenceSampler
 
 
 def sequence() -> Sequence:
-    params = SamplingParams()
+    params = TokenSamplingParams()
     request = Request(
         id=0,
         prompt=(1,),
@@ -18,8 +17,7 @@ def sequence() -> Sequence:
         max_outputs=50,
         arrived_at=0.0,
     )
-    sampler = SequenceSampler(params, (1,), 0, 7)
-    return Sequence(request=request, index=0, tokens=[1, 2], sampler=sampler)
+    return Sequence(request=request, index=0, tokens=[1, 2])
 
 
 def test_cost_of_a_step_is_learnt() -> None:

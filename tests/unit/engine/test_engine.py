@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lowlat.config.model import ModelConfig
 from lowlat.engine.engine import Engine
-from lowlat.engine.params import SamplingParams
+from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.request import Chunk, Request, TokenEvent
 from lowlat.engine.runner import INITIAL_PAGES, ModelRunner
 from lowlat.engine.scheduler import Limits
@@ -46,7 +46,7 @@ def run(engine: Engine) -> dict[tuple[int, int], list[TokenEvent]]:
 
 
 def outputs(engine: Engine, prompt: list[int], **options: Any) -> list[list[int]]:
-    request = engine.add(prompt, SamplingParams(**options))
+    request = engine.add(prompt, TokenSamplingParams(**options))
     run(engine)
     return [sequence.tokens[len(prompt) :] for sequence in request.sequences]
 
@@ -56,7 +56,7 @@ def outputs(engine: Engine, prompt: list[int], **options: Any) -> list[list[int]
 
 def test_tokens_come_one_per_step_until_max_tokens() -> None:
     engine = counting_engine()
-    request = engine.add([7, 11], SamplingParams(max_tokens=3))
+    request = engine.add([7, 11], TokenSamplingParams(max_tokens=3))
     events = run(engine)[request.id, 0]
     assert [event.token for event in events] == [12, 13, 14]
     assert [event.finish_reason for event in events] == [None, None, "length"]
@@ -64,7 +64,7 @@ def test_tokens_come_one_per_step_until_max_tokens() -> None:
 
 def test_end_of_sequence_stops_and_is_reported() -> None:
     engine = counting_engine()
-    request = engine.add([EOS - 2], SamplingParams(max_tokens=9))
+    request = engine.add([EOS - 2], TokenSamplingParams(max_tokens=9))
     events = run(engine)[request.id, 0]
     assert [(event.token, event.finish_reason) for event in events] == [
         (EOS - 1, None),
@@ -90,8 +90,8 @@ def test_a_prompt_that_leaves_one_place_gets_one_token() -> None:
 
 def test_one_completion_may_be_stopped_and_the_others_go_on() -> None:
     engine = counting_engine()
-    stopped = engine.add([1], SamplingParams(max_tokens=5))
-    other = engine.add([2], SamplingParams(max_tokens=5))
+    stopped = engine.add([1], TokenSamplingParams(max_tokens=5))
+    other = engine.add([2], TokenSamplingParams(max_tokens=5))
     engine.step()
     engine.step()
     engine.stop(stopped.id, 0)
@@ -104,7 +104,7 @@ def test_one_completion_may_be_stopped_and_the_others_go_on() -> None:
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 5])
 def test_abort_gives_all_pages_back_at_any_moment(steps: int) -> None:
     engine = counting_engine(prefill_chunk=7)
-    params = SamplingParams(max_tokens=20, temperature=1.0, n=3, ignore_eos=True)
+    params = TokenSamplingParams(max_tokens=20, temperature=1.0, n=3, ignore_eos=True)
     request = engine.add(list(range(11)), params)
     for _ in range(steps):
         engine.step()
@@ -125,8 +125,8 @@ def test_a_row_of_nan_ends_its_own_request_only() -> None:
             return scores
 
     engine = engine_for(Broken(gqa_config(), lambda token: token + 1))
-    bad = engine.add([10], SamplingParams(max_tokens=5))
-    good = engine.add([20], SamplingParams(max_tokens=5))
+    bad = engine.add([10], TokenSamplingParams(max_tokens=5))
+    good = engine.add([20], TokenSamplingParams(max_tokens=5))
     events = run(engine)
     assert [(event.token, event.finish_reason) for event in events[bad.id, 0]] == [
         (11, None),
@@ -156,7 +156,7 @@ def test_bad_requests_are_refused_with_the_numbers(
 ) -> None:
     engine = counting_engine()
     with pytest.raises(UserError, match=message):
-        engine.add(prompt, SamplingParams(**options))
+        engine.add(prompt, TokenSamplingParams(**options))
     assert not engine.has_work
     engine.check_integrity()
 
@@ -169,14 +169,14 @@ def test_a_prompt_that_is_too_long_is_not_looked_through() -> None:
             raise AssertionError("looked at every id")
 
     with pytest.raises(UserError, match="98 tokens and the context is 97"):
-        counting_engine().check(Ids([1] * 98), SamplingParams())
+        counting_engine().check(Ids([1] * 98), TokenSamplingParams())
 
 
 def test_more_completions_than_may_run_are_refused() -> None:
     """Holds shut: a request that waits for ever."""
     engine = counting_engine(limits=Limits(max_sequences=3))
     with pytest.raises(UserError, match=r"n 4 exceeds the 3"):
-        engine.add([1], SamplingParams(n=4, temperature=1.0))
+        engine.add([1], TokenSamplingParams(n=4, temperature=1.0))
 
 
 # Self-consistency: chunks, pages, batches and forks change no token
@@ -225,7 +225,7 @@ def _one_by_one(
     found = []
     for index in range(n):
         engine = engine_for(model)
-        request = engine.add(prompt, SamplingParams(n=n, **options))
+        request = engine.add(prompt, TokenSamplingParams(n=n, **options))
         engine.step()
         for other in range(n):
             if other != index:
@@ -238,7 +238,7 @@ def _one_by_one(
 def test_completions_share_the_full_pages_of_their_prompt() -> None:
     """Holds shut: the prompt cached n times. 12 tokens, pages of 5: two shared, one for each."""
     engine = counting_engine()
-    params = SamplingParams(max_tokens=9, temperature=1.0, n=3, ignore_eos=True)
+    params = TokenSamplingParams(max_tokens=9, temperature=1.0, n=3, ignore_eos=True)
     request = engine.add(list(range(12)), params)
     engine.step()
     assert engine.runner.allocator.num_used == 2 + 3
@@ -266,7 +266,7 @@ def test_batched_equals_alone(data: st.DataObject) -> None:
         options: dict[str, Any] = {"max_tokens": data.draw(st.integers(1, 12)), "seed": number}
         if data.draw(st.booleans()):
             options |= {"temperature": 1.0, "n": data.draw(st.integers(1, 2)), "top_p": 0.9}
-        added.append((engine.add(prompt, SamplingParams(**options)), options))
+        added.append((engine.add(prompt, TokenSamplingParams(**options)), options))
         for _ in range(data.draw(st.integers(0, 5))):
             engine.step()
         if data.draw(st.integers(0, 4)) == 0:
@@ -296,7 +296,7 @@ def test_the_cache_grows_with_use_and_keeps_its_rows() -> None:
 
 def test_times_are_in_order() -> None:
     engine = counting_engine()
-    request = engine.add([1, 2, 3], SamplingParams(max_tokens=4))
+    request = engine.add([1, 2, 3], TokenSamplingParams(max_tokens=4))
     assert request.started_at is None
     run(engine)
     (sequence,) = request.sequences
@@ -310,7 +310,7 @@ def test_completions_fork_after_the_cache_has_grown() -> None:
     engine = counting_engine()
     outputs(engine, list(range(90)), max_tokens=2)
     assert engine.runner.cache.num_pages > INITIAL_PAGES
-    params = SamplingParams(max_tokens=20, temperature=1.0, n=3, ignore_eos=True)
+    params = TokenSamplingParams(max_tokens=20, temperature=1.0, n=3, ignore_eos=True)
     request = engine.add(list(range(71)), params)
     run(engine)
     assert all(sequence.num_outputs == 20 for sequence in request.sequences)
@@ -334,7 +334,7 @@ def test_a_long_system_prompt_is_read_once() -> None:
     requests = []
     for questions in ([[1, 2, 3]], [[4, 5]], [[6], [7, 8, 9]]):
         prompts = [system + question for question in questions]
-        requests += [engine.add(prompt, SamplingParams(max_tokens=1)) for prompt in prompts]
+        requests += [engine.add(prompt, TokenSamplingParams(max_tokens=1)) for prompt in prompts]
         run(engine)
     assert sum(rows) == 4096 + 3 + 2 + 1 + 3
     assert [request.num_matched for request in requests] == [0, 4096, 4096, 4096]
@@ -347,10 +347,10 @@ def test_a_preempted_prompt_does_not_count_its_own_pages_as_found() -> None:
     engine = engine_for(
         model, page_size=4, prefill_chunk=4, limits=limits, speculates=False, eos_ids=frozenset()
     )
-    old = [engine.add([100 + i], SamplingParams(max_tokens=28)) for i in range(2)]
+    old = [engine.add([100 + i], TokenSamplingParams(max_tokens=28)) for i in range(2)]
     for _ in range(12):
         engine.step()
-    late = engine.add(list(range(36)), SamplingParams(max_tokens=5))
+    late = engine.add(list(range(36)), TokenSamplingParams(max_tokens=5))
     run(engine)
     assert engine.scheduler.num_preemptions > 0 and old[0].sequences[0].num_outputs == 28
     assert late.num_matched == 0

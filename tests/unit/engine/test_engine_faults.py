@@ -7,7 +7,7 @@ import torch
 
 from lowlat.config.model import ModelConfig
 from lowlat.engine.engine import Engine
-from lowlat.engine.params import SamplingParams
+from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.request import Chunk, RequestOptions
 from lowlat.engine.runner import ModelRunner
 from lowlat.generate.model import Model
@@ -43,8 +43,8 @@ def test_a_prompt_that_fails_ends_all_its_completions(
     """Holds shut: callers that wait for ever for completions 1 to n - 1."""
     poison(monkeypatch)
     engine = counting_engine()
-    good = [engine.add([number], SamplingParams(max_tokens=3)) for number in range(others)]
-    bad = engine.add([POISON], SamplingParams(n=3, temperature=1.0))
+    good = [engine.add([number], TokenSamplingParams(max_tokens=3)) for number in range(others)]
+    bad = engine.add([POISON], TokenSamplingParams(n=3, temperature=1.0))
     events = run(engine)
     for index in range(3):
         (event,) = events[bad.id, index]
@@ -56,7 +56,9 @@ def test_a_prompt_that_fails_ends_all_its_completions(
 
 def test_a_deadline_missed_in_the_queue_ends_all_completions() -> None:
     engine = counting_engine()
-    request = engine.add([1], SamplingParams(n=3, temperature=1.0), RequestOptions(deadline=0.0))
+    request = engine.add(
+        [1], TokenSamplingParams(n=3, temperature=1.0), RequestOptions(deadline=0.0)
+    )
     events = run(engine)
     assert [events[request.id, index][0].finish_reason for index in range(3)] == ["deadline"] * 3
 
@@ -91,7 +93,7 @@ def test_sequences_that_fail_only_together_go_on(monkeypatch: pytest.MonkeyPatch
 
     def ask(engine: Engine) -> list[list[int | None]]:
         prompts = ([1, 2, 3], [50], [90, 91])
-        requests = [engine.add(prompt, SamplingParams(max_tokens=7)) for prompt in prompts]
+        requests = [engine.add(prompt, TokenSamplingParams(max_tokens=7)) for prompt in prompts]
         events = run(engine)
         return [[event.token for event in events[request.id, 0]] for request in requests]
 
@@ -125,7 +127,7 @@ def plant_nan(monkeypatch: pytest.MonkeyPatch, engine: Engine, number: int) -> N
 
 
 def tokens_of(engine: Engine, prompt: list[int]) -> list[int | None]:
-    request = engine.add(prompt, SamplingParams(max_tokens=9))
+    request = engine.add(prompt, TokenSamplingParams(max_tokens=9))
     return [event.token for event in run(engine)[request.id, 0]]
 
 
@@ -139,10 +141,10 @@ def test_rows_of_a_request_that_failed_are_not_found(
     engine = engine_for(tiny_model(config), **options)
     expected = tokens_of(engine_for(engine.runner.model, **options), PROMPT)
     plant_nan(monkeypatch, engine, number)
-    bad = engine.add(PROMPT, SamplingParams(max_tokens=9))
+    bad = engine.add(PROMPT, TokenSamplingParams(max_tokens=9))
     events = run(engine)[bad.id, 0]
     assert events[-1].finish_reason == "error" and len(events) == max(1, number - 2)
-    good = engine.add(PROMPT, SamplingParams(max_tokens=9))
+    good = engine.add(PROMPT, TokenSamplingParams(max_tokens=9))
     assert [event.token for event in run(engine)[good.id, 0]] == expected
     assert good.num_matched == 0
 
@@ -155,7 +157,7 @@ def test_who_waits_for_rows_of_a_request_that_fails_reads_them(
     engine = engine_for(tiny_model(gqa_config()), **options)
     expected = tokens_of(engine_for(engine.runner.model, **options), PROMPT)
     plant_nan(monkeypatch, engine, 1)
-    bad, good = (engine.add(PROMPT, SamplingParams(max_tokens=9)) for _ in range(2))
+    bad, good = (engine.add(PROMPT, TokenSamplingParams(max_tokens=9)) for _ in range(2))
     events = run(engine)
     assert [event.finish_reason for event in events[bad.id, 0]] == ["error"]
     assert [event.token for event in events[good.id, 0]] == expected

@@ -6,7 +6,7 @@ import torch
 from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import ModelConfig
 from lowlat.engine.engine import Engine
-from lowlat.engine.params import SamplingParams
+from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.runner import ModelRunner
 from lowlat.model.transformer import Transformer
 from tests.lowlat_configs import EVERY, random_model
@@ -30,7 +30,7 @@ def test_greedy_tokens(config: ModelConfig, speculates: bool) -> None:
     engine = Engine(
         runner, context=97, eos_ids=frozenset(), prefill_chunk=20, speculates=speculates
     )
-    params = SamplingParams(max_tokens=23, temperature=0.0, ignore_eos=True)
+    params = TokenSamplingParams(max_tokens=23, temperature=0.0, ignore_eos=True)
     requests = [engine.add(prompt, params) for prompt in PROMPTS]
     while engine.has_work:
         engine.step()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.engine.params import SamplingParams
-from lowlat.engine.sampler import SampledToken, SequenceSampler, StepLogits, penalise, ranked
+from lowlat.engine.params import TokenSamplingParams
+from lowlat.engine.sampler import SampledToken, SequenceSampler, StepLogits, apply_penalties, ranked
 from lowlat.ops.sampling import kept_weights
 
 VOCAB = 11
@@ -22,7 +22,7 @@ def sample(logits: Tensor, samplers: list[SequenceSampler]) -> list[SampledToken
 
 
 def sampler(prompt: tuple[int, ...] = (), index: int = 0, **options: Any) -> SequenceSampler:
-    return SequenceSampler(SamplingParams(**options), prompt, index, VOCAB)
+    return SequenceSampler(TokenSamplingParams(**options), prompt, index, VOCAB)
 
 
 def chi_squared(counts: Counter[int], expected: dict[int, float]) -> float:
@@ -40,7 +40,7 @@ def test_greedy_takes_the_lowest_id_among_equals() -> None:
     for vocab in (VOCAB, 4099, 131071):
         row = torch.zeros(1, vocab)
         row[0, [vocab - 2, 7, vocab - 3]] = 3.0
-        found = sample(row, [SequenceSampler(SamplingParams(), (), 0, vocab)])
+        found = sample(row, [SequenceSampler(TokenSamplingParams(), (), 0, vocab)])
         assert found[0] is not None and found[0].token == 7
 
 
@@ -59,9 +59,11 @@ def test_penalties_by_hand() -> None:
     logits = torch.tensor([2.0, -2.0, 1.0, -1.0, 0.5])
     seen = torch.tensor([True, True, False, False, True])
     counts = torch.tensor([0.0, 2.0, 0.0, 0.0, 1.0])
-    params = SamplingParams(repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5)
+    params = TokenSamplingParams(
+        repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5
+    )
     # 2 / 2; -2 * 2 - 2 * 0.5 - 0.25; untouched; untouched; 0.5 / 2 - 0.5 - 0.25
-    assert penalise(logits, seen, counts, params).tolist() == [1.0, -5.25, 1.0, -1.0, -0.5]
+    assert apply_penalties(logits, seen, counts, params).tolist() == [1.0, -5.25, 1.0, -1.0, -0.5]
 
 
 def test_presence_and_frequency_ignore_the_prompt_and_repetition_does_not() -> None:
@@ -123,7 +125,7 @@ def test_raw_logits_are_left_as_they_were() -> None:
 def test_draws_follow_the_filtered_distribution(options: dict[str, Any]) -> None:
     """Chi-squared over 4,000 draws; the 0.01 % point of 10 degrees of freedom is 35.6."""
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 1.5
-    params = SamplingParams(temperature=0.8, seed=11, **options)
+    params = TokenSamplingParams(temperature=0.8, seed=11, **options)
     one = SequenceSampler(params, (), 0, VOCAB)
     counts = Counter(one.sample(logits, 0).token for _ in range(4000))
     weights = kept_weights(logits, temperature=0.8, **options)
@@ -194,7 +196,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     """Holds shut: log-probabilities after temperature, penalties or filters."""
     probabilities = [0.05, 0.4, 0.25, 0.25, 0.05]
     row = torch.tensor([probabilities]).log()
-    params = SamplingParams(
+    params = TokenSamplingParams(
         temperature=3.0, top_k=2, logprobs=3, logit_bias={1: -100.0}, presence_penalty=1.0, seed=0
     )
     (found,) = sample(row, [SequenceSampler(params, (0,), 0, 5)])

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 
 from lowlat.engine.page_allocator import PageAllocator
-from lowlat.engine.params import SamplingParams
+from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.prefill_planner import PrefillPlanner
 from lowlat.engine.prefix import PrefixCache
 from lowlat.engine.request import Request, RequestOptions, Sequence
-from lowlat.engine.sampler import SequenceSampler
 from lowlat.engine.scheduler import Limits, Scheduler
 from tests.fakes import gqa_config
 
@@ -39,7 +38,7 @@ def scheduler_for(
 
 def sequence(length: int, n: int = 1, first: int = 0, **options: Any) -> Sequence:
     """The prompt first, first + 1, ...; arrival is the order of making."""
-    params = SamplingParams(n=n, temperature=1.0)
+    params = TokenSamplingParams(n=n, temperature=1.0)
     sequence.made += 1
     request = Request(
         id=sequence.made,
@@ -53,7 +52,6 @@ def sequence(length: int, n: int = 1, first: int = 0, **options: Any) -> Sequenc
         request=request,
         index=0,
         tokens=list(request.prompt),
-        sampler=SequenceSampler(params, (), 0, 11),
     )
 
 
@@ -70,9 +68,9 @@ def step(scheduler: Scheduler) -> dict[Sequence, int]:
         if item.sequence.num_pending == 0:
             item.sequence.tokens.append(1)
     holders = [s.pages for s in [*scheduler.running, *scheduler.waiting]]
-    if scheduler.prefix is not None:
-        scheduler.prefix.check_integrity(holders)
-    scheduler.allocator.check_integrity(holders)
+    if scheduler.kv_cache.prefix is not None:
+        scheduler.kv_cache.prefix.check_integrity(holders)
+    scheduler.kv_cache.allocator.check_integrity(holders)
     return {item.sequence: item.length for item in work}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowlat.engine.engine import Engine
-from lowlat.engine.params import SamplingParams
+from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.prompt_lookup import PromptLookup
 from lowlat.engine.request import RequestOptions
 from lowlat.engine.runner import ModelRunner
@@ -29,7 +29,7 @@ def engine_for(model: Transformer, **options: Any) -> Engine:
 
 def always_draft(engine: Engine, depth: int) -> None:
     assert engine.speculator is not None
-    engine.speculator.depth.choose = lambda most: {s: min(depth, n) for s, n in most.items()}
+    engine.speculator.policy.choose = lambda most: {s: min(depth, n) for s, n in most.items()}
 
 
 def finish(engine: Engine) -> int:
@@ -43,7 +43,7 @@ def finish(engine: Engine) -> int:
 
 
 def outputs(engine: Engine, prompt: list[int], **options: Any) -> list[list[int]]:
-    request = engine.add(prompt, SamplingParams(**options))
+    request = engine.add(prompt, TokenSamplingParams(**options))
     finish(engine)
     return [sequence.tokens[len(prompt) :] for sequence in request.sequences]
 
@@ -87,8 +87,8 @@ def test_reading_a_prompt_is_no_cost_of_drafts() -> None:
     always_draft(engine, 1)
     assert engine.speculator is not None
     counted: list[int] = []
-    engine.speculator.depth.drafted = lambda num_drafts, seconds: counted.append(num_drafts)
-    request = engine.add([(i * 29) % 263 for i in range(30)], SamplingParams(max_tokens=9))
+    engine.speculator.policy.drafted = lambda num_drafts, seconds: counted.append(num_drafts)
+    request = engine.add([(i * 29) % 263 for i in range(30)], TokenSamplingParams(max_tokens=9))
     rounds: list[bool] = []
     while engine.has_work:
         engine.step()
@@ -114,7 +114,7 @@ def test_drafts_change_no_token(options: dict[str, Any]) -> None:
 def test_right_drafts_save_steps() -> None:
     model = ScriptedModel(gqa_config(), lambda token: (token + 1) % 7)
     engine = engine_for(model)
-    engine.add([3, 4], SamplingParams(max_tokens=60))
+    engine.add([3, 4], TokenSamplingParams(max_tokens=60))
     assert finish(engine) < 40
 
 
@@ -123,13 +123,13 @@ def test_a_completion_ends_in_the_middle_of_its_drafts(end: dict[str, Any]) -> N
     """Holds shut: tokens after the end, because they were verified in the same step."""
     model = ScriptedModel(gqa_config(), lambda token: (token + 1) % 13)
     prompt = [*range(13), 0, 1]
-    stop_ids = frozenset({end["stop"]}) if "stop" in end else frozenset()
+    stop_token_ids = frozenset({end["stop"]}) if "stop" in end else frozenset()
     engine = engine_for(model)
-    params = SamplingParams(max_tokens=end.get("max_tokens"))
-    request = engine.add(prompt, params, RequestOptions(stop_ids=stop_ids))
+    params = TokenSamplingParams(max_tokens=end.get("max_tokens"))
+    request = engine.add(prompt, params, RequestOptions(stop_token_ids=stop_token_ids))
     finish(engine)
     generated = request.sequences[0].tokens[len(prompt) :]
-    expected = 4 if stop_ids else 11
+    expected = 4 if stop_token_ids else 11
     assert generated == [(2 + i) % 13 for i in range(expected)]
     assert engine.runner.allocator.num_used == 0
 
@@ -154,7 +154,7 @@ def test_mtp_drafts_are_what_the_modules_predict(modules: int) -> None:
     model = tiny_model(mla_config(num_nextn_predict_layers=modules))
     engine = engine_for(model)
     always_draft(engine, modules)
-    request = engine.add([(i * 29) % 263 for i in range(11)], SamplingParams(max_tokens=12))
+    request = engine.add([(i * 29) % 263 for i in range(11)], TokenSamplingParams(max_tokens=12))
     seen = 0
     while engine.has_work:
         engine.step()
@@ -199,7 +199,7 @@ def test_sampled_output_has_the_models_distribution() -> None:
     pairs: Counter[tuple[int, ...]] = Counter()
     for start in range(0, count, 100):
         requests = [
-            engine.add(prompt, SamplingParams(seed=start + i, **options)) for i in range(100)
+            engine.add(prompt, TokenSamplingParams(seed=start + i, **options)) for i in range(100)
         ]
         finish(engine)
         pairs.update(tuple(r.sequences[0].tokens[-2:]) for r in requests)
@@ -245,8 +245,10 @@ def test_drafts_change_no_structured_output(options: dict[str, Any]) -> None:
         if speculates:
             always_draft(engine, 3)
         grammar = compiler.compile(Regex(pattern="([abc]{3}-){5}"))
-        params = SamplingParams(max_tokens=60, **options)
-        requests = [engine.add(prompt, params, RequestOptions(grammar=grammar)) for _ in range(3)]
+        params = TokenSamplingParams(max_tokens=60, **options)
+        requests = [
+            engine.add(prompt, params, RequestOptions(constraint=grammar)) for _ in range(3)
+        ]
         finish(engine)
         found.append([request.sequences[0].tokens[len(prompt) :] for request in requests])
         assert (engine.recorder._drafted > 0) is speculates
@@ -273,14 +275,16 @@ def test_a_fault_in_the_lookup_leaves_one_sequence_without_drafts(
     engine = engine_for(model)
     always_draft(engine, 3)
     monkeypatch.setattr(PromptLookup, "propose", broken)
-    bad, good = (engine.add([first, 3, 4], SamplingParams(max_tokens=60)) for first in (200, 8))
+    bad, good = (
+        engine.add([first, 3, 4], TokenSamplingParams(max_tokens=60)) for first in (200, 8)
+    )
     finish(engine)
     expected = [(5 + place) % 7 for place in range(60)]
     for request in (bad, good):
         assert request.sequences[0].tokens[3:] == expected
     assert engine.recorder._accepted > 20
     assert [r.message for r in caplog.records if r.levelname == "ERROR"] == [
-        "request 0 goes on without drafts"
+        "request 0 continues without draft tokens"
     ]
 
 
@@ -306,7 +310,7 @@ def test_a_fault_in_the_modules_changes_no_token(
             always_draft(engine, modules + 1)
             monkeypatch.setattr(ModelRunner, "mtp", broken)
         requests = [
-            engine.add(prompt, SamplingParams(max_tokens=20)) for prompt in poisoned + prompts
+            engine.add(prompt, TokenSamplingParams(max_tokens=20)) for prompt in poisoned + prompts
         ]
         finish(engine)
         found.append([request.sequences[0].tokens for request in requests])

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from lowlat.engine.engine import NOT_FINITE
-from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import FinishReason, Request, RequestOptions, TokenEvent
 from lowlat.generate.completion import CompletionBuilder, Usage
+from lowlat.generate.params import SamplingParams
 from lowlat.utils.errors import UserError
 from tests.fakes import EOS, byte_tokenizer
 
@@ -24,7 +24,7 @@ def builder_for(**options: object) -> CompletionBuilder:
         max_outputs=99,
         arrived_at=0.0,
     )
-    return CompletionBuilder(TOKENIZER, request, 0)
+    return CompletionBuilder(TOKENIZER, request, 0, stop=params.stop)
 
 
 def push(builder: CompletionBuilder, text: str | bytes, last: FinishReason | None = None) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import ModelConfig
-from lowlat.engine.params import SamplingParams
 from lowlat.engine.scheduler import MAX_SEQUENCES
 from lowlat.generate.completion import Completion
 from lowlat.generate.model import Model
+from lowlat.generate.params import SamplingParams
+from lowlat.generate.prompt import encode_prompt
 from lowlat.generate.structured import Choice, Regex
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
@@ -48,7 +49,9 @@ def check_idle(model: Model) -> None:
     """No page, request or builder is left behind."""
     model.engine.check_integrity()
     assert (
-        model.runner.allocator.num_used == 0 and not model._builders and not model.engine.has_work
+        model.runner.allocator.num_used == 0
+        and not model.session.requests
+        and not model.engine.has_work
     )
 
 
@@ -73,7 +76,7 @@ def test_integers_of_other_packages_are_token_ids() -> None:
 
     for ids in (list(np.array([3, 5])), list(torch.tensor([3, 5]))):
         # Past the types, which tests check.
-        found = inspect.unwrap(Model.encode_prompt)(counting(), ids)
+        found = inspect.unwrap(encode_prompt)(TOKENIZER, ids)
         assert found == [3, 5] and [type(item) for item in found] == [int, int]
 
 
@@ -81,7 +84,7 @@ def test_integers_of_other_packages_are_token_ids() -> None:
 def test_another_kind_of_prompt_is_an_error(prompt: Any) -> None:
     with pytest.raises(UserError, match="prompt must be text"):
         # Past the types, which tests check.
-        inspect.unwrap(Model.encode_prompt)(counting(), prompt)
+        inspect.unwrap(encode_prompt)(TOKENIZER, prompt)
 
 
 @pytest.mark.parametrize("prompt", ["", []])
@@ -379,7 +382,7 @@ def test_repr_says_what_it_is() -> None:
     for part in ("tiny", "deepseek_v3", "MLA 5 heads", "bfloat16 on cpu", "context 97"):
         assert part in text
     # 2 layers x (11 + 6) elements x 2 bytes
-    assert "68 bytes of cache per token" in text
+    assert "68 bytes of KV cache per token" in text
 
 
 # Structured output

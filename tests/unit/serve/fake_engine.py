@@ -4,14 +4,14 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import FinishReason
 from lowlat.engine.stats import EngineStats, Histogram
-from lowlat.generate.completion import TokenLogprob
+from lowlat.generate.completion import CompletionDelta, TokenLogprob
 from lowlat.generate.grammar import CompiledGrammar
 from lowlat.generate.model import Model
+from lowlat.generate.params import SamplingParams
 from lowlat.serve.async_engine import AsyncEngine
-from lowlat.serve.generation import Delta, Generation, Overloaded
+from lowlat.serve.generation import Generation, Overloaded
 from lowlat.text.tokenizer import Tokenizer
 from tests.fakes import byte_tokenizer, gqa_config, tiny_model
 
@@ -63,7 +63,7 @@ class FakeGeneration(Generation):
         self._asked = asked
         self._answer = answer
 
-    async def __aiter__(self) -> AsyncIterator[Delta]:
+    async def __aiter__(self) -> AsyncIterator[CompletionDelta]:
         for number, byte in enumerate(self._answer.text.encode()):
             await asyncio.sleep(self._answer.seconds)
             for index in range(self._asked.params.n):
@@ -71,7 +71,7 @@ class FakeGeneration(Generation):
         if self._answer.hangs:
             await asyncio.Event().wait()
         for index in range(self._asked.params.n):
-            yield Delta(
+            yield CompletionDelta(
                 index=index,
                 text="",
                 tokens=(),
@@ -82,7 +82,7 @@ class FakeGeneration(Generation):
             )
         self.is_finished = True
 
-    def _delta(self, index: int, number: int, byte: int) -> Delta:
+    def _delta(self, index: int, number: int, byte: int) -> CompletionDelta:
         data = self._answer.text.encode()
         # As the engine does: text comes with the last byte of a character.
         before = data[:number].decode(errors="ignore")
@@ -91,7 +91,7 @@ class FakeGeneration(Generation):
         if self._asked.params.logprobs is not None:
             top = tuple((byte + i, -0.5 - i) for i in range(self._asked.params.logprobs))
             logprobs = (TokenLogprob(byte, -0.5, top, len(before)),)
-        return Delta(
+        return CompletionDelta(
             index=index,
             text=text,
             tokens=(byte,),
@@ -133,7 +133,7 @@ class FakeEngine(AsyncEngine):
         priority: int = 0,
         deadline: float | None = None,
         keep_special: frozenset[int] = frozenset(),
-        stop_ids: frozenset[int] = frozenset(),
+        stop_token_ids: frozenset[int] = frozenset(),
         begins_text: bool = True,
     ) -> Generation:
         if self.refusal is not None:

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from lowlat.engine.engine import Engine
-from lowlat.engine.params import SamplingParams
 from lowlat.engine.request import Chunk
+from lowlat.engine.request_table import RequestTable
 from lowlat.engine.runner import ModelRunner
+from lowlat.generate.completion import CompletionBuilder, CompletionDelta
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler, GrammarState
+from lowlat.generate.params import SamplingParams
+from lowlat.generate.session import GenerationSession, TextRequest
 from lowlat.generate.structured import Choice
-from lowlat.serve import async_engine
-from lowlat.serve import watchdog as pulse
+from lowlat.serve import async_engine, watchdog
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.generation import Delta, EngineDead, Generation
+from lowlat.serve.generation import EngineDead, Generation
 from lowlat.serve.run import open_socket, run
 from lowlat.utils.errors import UserError
 
@@ -45,25 +47,25 @@ def poison_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def poison_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    advance = Engine._advance
+    append = RequestTable.append
 
-    def broken(self: Engine, sequence: Any, sampled: Any) -> Any:
+    def broken(self: RequestTable, sequence: Any, *rest: Any) -> Any:
         if POISON in sequence.request.prompt:
             raise RuntimeError("the sampler broke")
-        return advance(self, sequence, sampled)
+        return append(self, sequence, *rest)
 
-    monkeypatch.setattr(Engine, "_advance", broken)
+    monkeypatch.setattr(RequestTable, "append", broken)
 
 
 def poison_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    push = async_engine.CompletionBuilder.push
+    push = CompletionBuilder.push
 
     def broken(self: Any, event: Any) -> None:
         if POISON in self.request.prompt:
             raise RuntimeError("the tokenizer broke")
         push(self, event)
 
-    monkeypatch.setattr(async_engine.CompletionBuilder, "push", broken)
+    monkeypatch.setattr(CompletionBuilder, "push", broken)
 
 
 def poison_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +171,7 @@ def hold(kind: type, name: str, patch: pytest.MonkeyPatch) -> threading.Event:
         (Engine, "step"),
         (Engine, "abort"),
         (Engine, "check_integrity"),
-        (async_engine.CompletionBuilder, "push"),
+        (CompletionBuilder, "push"),
     ],
 )
 def test_a_thread_that_hangs_anywhere_is_not_healthy(
@@ -177,7 +179,7 @@ def test_a_thread_that_hangs_anywhere_is_not_healthy(
 ) -> None:
     """Regression: a /health that looks at the model's step alone."""
     monkeypatch.setattr(async_engine, "STALL_SECONDS", 0.1)
-    monkeypatch.setattr(async_engine, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(async_engine, "CHECK_SECONDS", 0.05)
     monkeypatch.setattr(async_engine, "IDLE_SECONDS", 0.01)
     released = hold(kind, name, monkeypatch)
 
@@ -199,7 +201,7 @@ def test_a_long_step_that_computes_is_healthy_until_it_hangs(
     """Regression: a server taken out of service for reading a long prompt, and one that no longer
     notices a hang because a step was slow once."""
     monkeypatch.setattr(async_engine, "STALL_SECONDS", 1.5)
-    monkeypatch.setattr(async_engine, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(async_engine, "CHECK_SECONDS", 0.1)
     model = counting_model()
     step, hanging, released = model.engine.step, threading.Event(), threading.Event()
 
@@ -226,8 +228,8 @@ def test_a_long_step_that_computes_is_healthy_until_it_hangs(
 
 def test_a_step_that_computes_without_end_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(async_engine, "STALL_SECONDS", 0.2)
-    monkeypatch.setattr(async_engine, "LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(pulse, "LONGEST_STEP_SECONDS", 0.5)
+    monkeypatch.setattr(async_engine, "CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(watchdog, "LONGEST_STEP_SECONDS", 0.5)
     model = counting_model()
     step, released = model.engine.step, threading.Event()
 
@@ -249,12 +251,12 @@ def test_a_step_that_computes_without_end_is_not_healthy(monkeypatch: pytest.Mon
 # Nobody is left waiting when the engine ends
 
 
-async def last_of(generation: Generation) -> Delta:
+async def last_of(generation: Generation) -> CompletionDelta:
     deltas = await asyncio.wait_for(_all(generation), 60.0)
     return deltas[-1]
 
 
-async def _all(generation: Generation) -> list[Delta]:
+async def _all(generation: Generation) -> list[CompletionDelta]:
     return [delta async for delta in generation]
 
 
@@ -281,20 +283,20 @@ def test_a_request_that_comes_as_the_engine_ends_is_refused(
 def test_what_was_known_when_the_engine_ended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Regression: ends that were on their way in the very turn in which the engine ends."""
     model = counting_model()
-    add, timed = Engine.add, AsyncEngine._time
+    add, advance = Engine.add, GenerationSession._advance
 
     def picky(self: Engine, prompt: Any, *rest: Any) -> Any:
         if POISON in prompt:
             raise RuntimeError("not this one")
         return add(self, prompt, *rest)
 
-    def broken(self: AsyncEngine, live: Any, builder: Any) -> None:
-        if live.request.prompt[0] == ord("x"):
+    def broken(self: GenerationSession, request: TextRequest, *rest: Any) -> Any:
+        if request.request.prompt[0] == ord("x"):
             raise AssertionError("a page is lost")
-        timed(self, live, builder)
+        return advance(self, request, *rest)
 
     monkeypatch.setattr(Engine, "add", picky)
-    monkeypatch.setattr(AsyncEngine, "_time", broken)
+    monkeypatch.setattr(GenerationSession, "_advance", broken)
 
     async def use(engine: AsyncEngine) -> None:
         with engine._wake:  # so that one turn takes in all three

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from lowlat.generate.completion import CompletionDelta
 from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
-from lowlat.serve.generation import Delta
 from lowlat.serve.protocol.messages import AssistantMessage
 from lowlat.serve.protocol.responses import ResponsesRequest
 from lowlat.serve.protocol.responses_output import ResponseObject
@@ -67,12 +67,12 @@ class ScriptedContext(RequestContext):
         self._generations = []
         self.num_tokens = 0
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+    async def deltas(self) -> AsyncGenerator[tuple[int, CompletionDelta], None]:
         for number, (text, count) in enumerate(self._steps, 1):
             reason = "stop" if number == len(self._steps) else None
             yield (
                 0,
-                Delta(
+                CompletionDelta(
                     index=0,
                     text=text,
                     tokens=(7,) * count,

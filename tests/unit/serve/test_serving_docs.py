@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from lowlat.cli.main import app
 from lowlat.engine import params
 from lowlat.generate import grammar_worker, structured
+from lowlat.generate.params import MAX_STOP_LENGTH, MAX_STOPS
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import StrictModel
@@ -93,7 +94,7 @@ def test_limits_are_those_of_the_code() -> None:
         "messages; parts per message": f"{limits.MAX_MESSAGES:,}; {limits.MAX_CONTENT_PARTS}",
         "prompts times `n`; `n`": f"{limits.MAX_PROMPTS}; {params.MAX_N}",
         "completions times (`top_logprobs` + 1)": f"{limits.MAX_LOGPROBS}",
-        "`stop`": f"{params.MAX_STOPS} texts of {params.MAX_STOP_LENGTH} characters",
+        "`stop`": f"{MAX_STOPS} texts of {MAX_STOP_LENGTH} characters",
         "`logit_bias`": f"{params.MAX_LOGIT_BIAS:,} tokens",
         "tools; their descriptions": f"{limits.MAX_TOOLS}; {limits.MAX_DESCRIPTION:,} characters",
         "schema; pattern; grammar": f"{structured.MAX_SCHEMA_BYTES // kib} KiB; "

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.engine.params import SamplingParams
 from lowlat.generate import grammar as grammar_module
+from lowlat.generate.completion import CompletionDelta
 from lowlat.generate.grammar import GrammarCompiler
 from lowlat.generate.model import Model
+from lowlat.generate.params import SamplingParams
 from lowlat.generate.structured import Grammar
 from lowlat.serve.async_engine import AsyncEngine
-from lowlat.serve.generation import Delta
 from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config
 
 from .engine_use import assert_nothing_is_left, with_engine
@@ -78,7 +78,7 @@ def test_a_grammar_limit_reached_later_names_the_field(
 
     async def use(engine: AsyncEngine) -> None:
         generation = await engine.submit(b"x", SamplingParams(max_tokens=1200), grammar=grammar)
-        deltas: list[Delta] = [delta async for delta in generation]
+        deltas: list[CompletionDelta] = [delta async for delta in generation]
         assert deltas[-1].finish_reason == "error" and deltas[-1].is_grammar_error
         assert (deltas[-1].error or "").startswith("grammar: ")
         assert len(deltas) > 10

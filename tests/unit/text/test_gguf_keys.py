@@ -100,7 +100,7 @@ def test_several_ends(make_folder: MakeFolder, tmp_path: Path) -> None:
     assert after.eos_ids == {2, 9}
 
 
-@pytest.mark.parametrize(("ends", "said"), [([2, 9, 11], ""), ([2, 9, 11, 13], "not end at 13")])
+@pytest.mark.parametrize(("ends", "said"), [([2, 9, 11], ""), ([2, 9, 11, 13], "not stop at 13")])
 def test_more_ends_than_two(
     make_folder: MakeFolder,
     tmp_path: Path,
@@ -131,7 +131,7 @@ def test_what_stands_around_a_text_and_cannot_be_said(
     parts = read_folder(make_folder(bos_token="<|im_start|>"))
     set_around(parts.backend, ["<|endoftext|>", "<|im_start|>"], [])
     written(parts, 400, tmp_path)
-    assert "cannot say that <|endoftext|> <|im_start|> is put around a text" in caplog.text
+    assert "cannot express that <|endoftext|> <|im_start|> is put around a text" in caplog.text
 
 
 def test_sentencepiece(make_sentencepiece: Callable[..., Path], tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_sentencepiece_that_scores_cannot_say(make_sentencepiece: Callable[..., 
     spec = json.loads(parts.backend.to_str())
     spec["normalizer"]["normalizers"].append({"type": "Lowercase"})
     changed = replace(parts, backend=tokenizers.Tokenizer.from_str(json.dumps(spec)))
-    with pytest.raises(UserError, match=r"makes other tokens of .* than GGUF files can say; use"):
+    with pytest.raises(UserError, match=r"encodes .* differently than GGUF files can express; use"):
         gguf_vocabulary(changed, 300)
 
 

@@ -1,0 +1,43 @@
+"""Resolve the checkpoints that a recipe names (`base_model`, `distillation.teacher`) to files.
+
+Names are resolved by `lowlat.api`.
+"""
+
+from pathlib import Path
+
+from lowlat import api
+from lowlat.train.recipe.schema import Recipe
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress
+
+
+def base_model_files(recipe: Recipe, path: Path, progress: Progress) -> Path | None:
+    """The checkpoint that `recipe`, read from `path`, goes on from; None where there is none.
+    Raises UserError.
+    """
+    return (
+        None
+        if recipe.base_model is None
+        else _files("base_model", recipe.base_model, path, progress)
+    )
+
+
+def teacher_files(recipe: Recipe, path: Path, progress: Progress) -> Path | None:
+    """The checkpoint that `recipe`, read from `path`, learns from; None where there is none. Raises
+    UserError.
+    """
+    table = recipe.distillation
+    if table is None:
+        return None
+    return _files("distillation.teacher", table.teacher, path, progress)
+
+
+def _files(key: str, name: str, path: Path, progress: Progress) -> Path:
+    """What lies there counted from the recipe at `path`, as its data does, or from here, or else a
+    name.
+    """
+    beside = path.parent / name
+    try:
+        return api.prepare(str(beside) if beside.exists() else name, progress=progress)
+    except UserError as error:
+        raise UserError(f"{path}: {key}: {error}") from error

@@ -1,0 +1,89 @@
+"""One model step over the scheduled chunks; a failure ends only the sequences that cause it."""
+
+import logging
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowlat.engine.request import Chunk, Sequence
+from lowlat.engine.runner import ModelRunner
+from lowlat.engine.scheduler import ScheduledChunk
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What the model computed for the chunks that it did not fail on."""
+
+    chunks: list[ScheduledChunk]
+    logits: Tensor
+    """[rows, vocab]: of each chunk in order, the rows that it needs."""
+    hidden: Tensor
+    """[tokens, hidden]: final hidden states of all tokens of the chunks."""
+
+
+def run_step(
+    runner: ModelRunner, chunks: list[ScheduledChunk]
+) -> tuple[StepOutput | None, list[tuple[Sequence, str]]]:
+    """Run the model over `chunks` in one step. Returns its output (None if every chunk failed), and
+    the sequences that the model failed on with the error of each.
+
+    If the joint step fails, each chunk runs alone; those that pass keep their own results.
+    """
+    try:
+        logits, hidden = runner.step([_model_input(chunk) for chunk in chunks])
+        return StepOutput(chunks, logits, hidden), []
+    except Exception as error:
+        logger.exception("a step of %d sequences failed", len(chunks))
+        if len(chunks) == 1:
+            return None, [(chunks[0].sequence, _message(error))]
+    passed: list[ScheduledChunk] = []
+    outputs: list[tuple[Tensor, Tensor]] = []
+    failed: list[tuple[Sequence, str]] = []
+    for chunk in chunks:
+        try:
+            # Entries that are written twice get the same values twice.
+            outputs.append(runner.step([_model_input(chunk)]))
+            passed.append(chunk)
+        except Exception as error:
+            failed.append((chunk.sequence, _message(error)))
+    if not passed:
+        return None, failed
+    # Results of the separate runs are used as they are: a second joint run could fail again.
+    logits, hidden = zip(*outputs, strict=True)
+    return StepOutput(passed, torch.cat(logits), torch.cat(hidden)), failed
+
+
+def _model_input(scheduled: ScheduledChunk) -> Chunk:
+    """The scheduled chunk as the runner takes it: tokens, draft tokens and pages."""
+    sequence = scheduled.sequence
+    start, end = scheduled.start, scheduled.start + scheduled.length
+    known = len(sequence.tokens)
+    tokens: SequenceOf[int] = sequence.tokens[start:end]
+    if end > known:
+        tokens = [*tokens, *sequence.draft_tokens[: end - known]]
+    return Chunk(
+        tokens=tokens,
+        start=start,
+        pages=tuple(sequence.pages),
+        num_logits=num_logits(scheduled),
+        path=scheduled.path,
+    )
+
+
+def num_logits(chunk: ScheduledChunk) -> int:
+    """Rows of logits that a chunk needs: one for its last known token and one per draft token; none
+    while its prompt continues in a later step."""
+    return max(0, chunk.start + chunk.length - len(chunk.sequence.tokens) + 1)
+
+
+def one_line(error: Exception) -> str:
+    """The message of `error` in one line of at most 300 characters."""
+    return " ".join(f"{error}".split())[:300] or type(error).__name__
+
+
+def _message(error: Exception) -> str:
+    return f"the model failed: {one_line(error)}"

@@ -1,0 +1,179 @@
+"""What someone who waits for a training sees, on stderr only.
+
+Owns the interface of a view and the two that print nothing or plain lines; the live one is in
+`live`. Which view fits is decided in `make_view`.
+"""
+
+import os
+import sys
+import time
+from abc import ABC, abstractmethod
+from typing import final
+
+from lowlat.train.metrics.formatting import clock, count, memory, rate, utilisation
+from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StartRecord, StepRecord
+from lowlat.train.metrics.tracker import ProgressTracker
+
+PLAIN_SECONDS = 30.0
+"""Seconds between two plain lines about steps."""
+
+
+class ProgressView(ABC):
+    """Shows a run; everything may be called from the training thread alone."""
+
+    @abstractmethod
+    def start(self, record: StartRecord) -> None:
+        """A run begins or goes on; comes before everything else but notes."""
+
+    @abstractmethod
+    def step(self, record: StepRecord) -> None:
+        """A step is done."""
+
+    @abstractmethod
+    def evaluation(self, record: EvalRecord) -> None:
+        """An evaluation is done."""
+
+    @abstractmethod
+    def note(self, text: str) -> None:
+        """One line that stays on the screen."""
+
+    @abstractmethod
+    def status(self, text: str) -> None:
+        """What goes on between two steps, such as 'evaluating'; '' when it is over."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The run is over, whether it is done or not; further calls do nothing."""
+
+
+@final
+class SilentView(ProgressView):
+    """Shows nothing."""
+
+    def start(self, record: StartRecord) -> None:
+        pass
+
+    def step(self, record: StepRecord) -> None:
+        pass
+
+    def evaluation(self, record: EvalRecord) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def status(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@final
+class PlainView(ProgressView):
+    """A line every half minute, and one per evaluation and note: for logs and pipes.
+
+    A status is not shown: it would be out of date in a line that stays.
+    """
+
+    def __init__(self, seconds: float = PLAIN_SECONDS) -> None:
+        self._every = seconds
+        self._shown_at = -seconds
+        self._unseen = False
+        self._pace: ProgressTracker | None = None
+
+    def start(self, record: StartRecord) -> None:
+        self._pace = ProgressTracker(record)
+        self.note(heading(record))
+
+    def step(self, record: StepRecord) -> None:
+        pace = _started(self._pace)
+        pace.step(record)
+        self._unseen = True
+        if time.monotonic() - self._shown_at >= self._every or self._is_last(record):
+            self._show(pace)
+
+    def evaluation(self, record: EvalRecord) -> None:
+        self.note(f"step {record.step:,}: {evaluation_text(record)}")
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def status(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        if self._unseen and self._pace is not None:
+            self._show(self._pace)
+
+    def _is_last(self, record: StepRecord) -> bool:
+        return record.step >= _started(self._pace).start.total_steps
+
+    def _show(self, pace: ProgressTracker) -> None:
+        self._shown_at, self._unseen = time.monotonic(), False
+        self.note(line(pace))
+
+
+def make_view(*, quiet: bool = False) -> ProgressView:
+    """Live where stderr is a terminal, plain lines where it is not, nothing if `quiet`."""
+    if quiet or sys.stderr is None:
+        return SilentView()
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        from lowlat.train.metrics.live_view import LiveView
+
+        return LiveView()
+    return PlainView()
+
+
+def heading(record: StartRecord) -> str:
+    """What is trained, for how long, and the facts of the run."""
+    begun = f"from step {record.step:,}, " if record.step else ""
+    facts = "".join(f", {name} {_fact(value)}" for name, value in record.facts.items())
+    size = f"{record.total_steps:,} steps, {count(record.tokens_total)} tokens"
+    return f"{record.name}: {begun}{size}{facts}"
+
+
+def line(pace: ProgressTracker) -> str:
+    """The latest step in one line. A step must be known."""
+    last = pace.last
+    if last is None:
+        raise ValueError("no step is known yet")
+    parts = [
+        f"step {last.step:,}/{pace.start.total_steps:,}",
+        *(f"{name} {value:.4f}" for name, value in pace.figures.items()),
+        *(f"mtp {loss:.4f}" for loss in last.mtp_losses),
+        f"lr {last.learning_rate:.2e}",
+        f"grad {last.grad_norm:.2f}",
+        rate(last.tokens_per_second),
+        *([f"MFU {utilisation(last.mfu)}"] if last.mfu is not None else []),
+        memory(last.memory_bytes),
+        *([_worst(last.experts)] if last.experts else []),
+        f"{clock(pace.seconds_left)} left",
+    ]
+    return "  ".join(parts)
+
+
+def evaluation_text(record: EvalRecord) -> str:
+    """'held_out loss 3.3012 (1.021 bits/byte), mtp 3.6120'; of chats 'per answer token'."""
+    bits = "" if record.bits_per_byte is None else f" ({record.bits_per_byte:.3f} bits/byte)"
+    bits += "" if record.targets is None else f" per {record.targets}"
+    mtp = "".join(f", mtp {loss:.4f}" for loss in record.mtp_losses)
+    taught = "" if record.divergence is None else f", KL {record.divergence:.4f}"
+    return f"{record.split} loss {record.loss:.4f}{bits}{mtp}{taught}"
+
+
+def _worst(experts: tuple[ExpertRecord, ...]) -> str:
+    worst = max(experts, key=lambda layer: layer.max_violation)
+    return f"MaxVio {worst.max_violation:.2f} (layer {worst.layer})"
+
+
+def _fact(value: str | int | float | bool | None) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return count(value) if isinstance(value, int) else f"{value:g}"
+
+
+def _started(pace: ProgressTracker | None) -> ProgressTracker:
+    if pace is None:
+        raise ValueError("a step came before the start of the run")
+    return pace

@@ -1,0 +1,100 @@
+"""LoRA adapter export: write updates in peft's layout (adapter_config.json,
+adapter_model.safetensors).
+
+The updates themselves are in `step.lora`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowlat.checkpoint.mapping import file_name
+from lowlat.checkpoint.padded_latent import pad_columns, pad_rows
+from lowlat.config.hf.families import LOWLAT, MLA_FAMILIES
+from lowlat.config.model import MLAConfig, ModelConfig
+from lowlat.train.recipe.schema import LoraConfig
+from lowlat.train.step.lora import EXPERT_PROJECTIONS, UPDATE
+from lowlat.utils.errors import UserError
+
+PREFIX = "base_model.model."
+
+
+def write_adapter(
+    config: ModelConfig,
+    updates: Mapping[str, Tensor],
+    table: LoraConfig,
+    dst: Path,
+    *,
+    base_model: Path,
+) -> None:
+    """Write `updates`, by parameter name, as the folder `dst`, which must not exist; `base_model`
+    is the checkpoint that they were trained on.
+
+    Updates of MTP modules are left out: the programs that read adapters have no such modules.
+    Raises UserError for updates that have no place in the layout: of MLPs and experts in families
+    with experts, and of queries with a bias in exactly converted models; and if `dst` exists.
+    """
+    tensors = dict(_tensors(config, updates))
+    modules = sorted({name.rpartition(".lora_")[0].removeprefix(PREFIX) for name in tensors})
+    text = json.dumps(_settings(table, modules, base_model), indent=2) + "\n"
+    try:
+        dst.mkdir()
+        save_file(tensors, dst / "adapter_model.safetensors", metadata={"format": "pt"})
+        (dst / "adapter_config.json").write_text(text, encoding="utf-8")
+    except FileExistsError as error:
+        raise UserError(f"{dst}: exists already; choose another destination") from error
+    except OSError as error:
+        raise UserError(f"{dst}: cannot be written ({error.strerror})") from error
+
+
+def _tensors(config: ModelConfig, updates: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in updates.items():
+        owner, _, part = name.partition(UPDATE)
+        own = owner.rpartition(".")[2]
+        if own == "experts" or (own in EXPERT_PROJECTIONS and config.model_type in MLA_FAMILIES):
+            raise UserError(
+                f"{owner}: in models of type {config.model_type} peft takes updates of MLPs for "
+                "those of fused experts; export the merged model"
+            )
+        if not owner.startswith("mtp."):
+            path = file_name(config, f"{owner}.").removesuffix(".")
+            yield f"{PREFIX}{path}.{part}.weight", _in_file(config, owner, part, tensor)
+
+
+def _in_file(config: ModelConfig, owner: str, part: str, tensor: Tensor) -> Tensor:
+    """`tensor` in the shape that the weight of module `owner` asks for in files."""
+    attention = config.attention
+    is_padded = config.model_type != LOWLAT
+    if not isinstance(attention, MLAConfig) or attention.kv_a_layernorm or not is_padded:
+        return tensor.contiguous()
+    rank = attention.kv_lora_rank
+    match owner.rpartition(".")[2], part:
+        case "q_proj", _ if attention.q_bias:
+            raise UserError(
+                f"{owner}: peft's layout has no place for it in an exactly converted model whose "
+                "queries have a bias; export the merged model"
+            )
+        case "kv_a_proj_with_mqa", "lora_B":
+            return pad_rows(tensor, rank)
+        case "kv_b_proj", "lora_A":
+            return pad_columns(tensor, rank)
+    return tensor.contiguous()
+
+
+def _settings(table: LoraConfig, modules: list[str], base_model: Path) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_model),
+        "r": table.rank,
+        "lora_alpha": table.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": modules,
+    }

@@ -1,0 +1,105 @@
+"""What a step is worth writing down: speeds, memory, loads as records of the log."""
+
+import math
+import resource
+from dataclasses import dataclass
+
+import torch
+
+from lowlat.data.dataset import TokenizedDataset
+from lowlat.train.inputs.phase_data import PhaseData
+from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StepRecord
+from lowlat.train.recipe.schedule import StepPlan
+from lowlat.train.run.state import Position
+from lowlat.train.step.balance import ExpertLoad
+from lowlat.train.step.step import StepResult
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecorder:
+    """Turns the results of steps into records."""
+
+    flops_per_token: float
+    """Model FLOPs of training on one token."""
+    gemm_rate: float
+    """FLOP/s of plain matrix products on the device."""
+    device: torch.device
+    """Where training happens."""
+
+    def record(
+        self, plan: StepPlan, result: StepResult, position: Position, seconds: float, tokens: int
+    ) -> StepRecord:
+        """The record of the step `plan`, which took `seconds`; `tokens` were read so far."""
+        rate = plan.tokens / seconds
+        return StepRecord(
+            step=position.step,
+            phase=plan.phase.name,
+            tokens=tokens,
+            seconds=position.seconds,
+            loss=result.losses[0] if result.losses else None,
+            mtp_losses=result.losses[1:],
+            z_loss=plan.phase.z_weight * result.z,
+            sequence_loss=result.sequence_loss,
+            grad_norm=result.grad_norm,
+            learning_rate=plan.learning_rate,
+            batch_tokens=plan.tokens,
+            tokens_per_second=rate,
+            mfu=rate * self.flops_per_token / self.gemm_rate,
+            memory_bytes=_memory(self.device),
+            experts=tuple(_expert_record(load) for load in result.loads),
+            divergence=result.matched if result.losses else None,
+            layer_error=None if result.losses else result.matched,
+        )
+
+
+def eval_record(
+    figures: tuple[float, ...], num_heads: int, step: int, tokens: int, data: PhaseData
+) -> EvalRecord:
+    """The record of an evaluation on the held-out split of `data`: losses of `num_heads` heads, and
+    with a teacher the divergence from it.
+    """
+    losses, more = figures[:num_heads], figures[num_heads:]
+    has_chats = data.dataset.has_mask("held_out")
+    per_byte = targets_per_byte(data.dataset, document_masks=data.document_masks)
+    return EvalRecord(
+        step=step,
+        tokens=tokens,
+        split="held_out",
+        loss=losses[0],
+        bits_per_byte=None if per_byte is None else losses[0] / math.log(2) * per_byte,
+        mtp_losses=losses[1:],
+        divergence=more[0] if more else None,
+        targets="answer token" if has_chats else None,
+    )
+
+
+def targets_per_byte(folder: TokenizedDataset, *, document_masks: bool) -> float | None:
+    """Targets of the held-out split of `folder` over the bytes of its text; None where not all of
+    these are predicted: of chats, and of masked documents whose first token is text.
+    """
+    size = folder.num_bytes("held_out")
+    if not size or folder.has_mask("held_out"):
+        return None
+    targets = folder.num_tokens("held_out")
+    if document_masks:
+        if folder.manifest.begin_of_text is None:
+            return None
+        targets -= folder.num_documents("held_out")
+    return targets / size
+
+
+def _expert_record(load: ExpertLoad) -> ExpertRecord:
+    return ExpertRecord(
+        layer=load.layer,
+        load=tuple(load.load.tolist()),
+        max_violation=load.max_violation,
+        entropy=load.entropy,
+        bias_min=load.bias_range[0],
+        bias_max=load.bias_range[1],
+    )
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
