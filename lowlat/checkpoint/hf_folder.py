@@ -117,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def contained(folder: Path, name: str) -> Path:
     """The real path of file `name` of a model folder, links followed.
 
-    A link must stay inside the folder, or lead to the blobs beside the snapshots of a hub cache
+    A link must stay inside the folder, or lead to the blobs next to the snapshots of a hub cache
     (models--ORG--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH). Raises UserError otherwise,
     and where the file does not exist.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowlat.utils.errors import UserError
 
-# Linux counts private writable maps against memory unless told not to; mmap does not name the flag
+# MAP_NORESERVE, which mmap does not name: Linux else counts private writable maps against memory
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 

@@ -22,11 +22,11 @@ PACKED_SUFFIXES = (".weight_scale", ".weight_minimum")
 ROUTER_BIAS = ".e_score_correction_bias"
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POWERS_OF_TWO = torch.float8_e8m0fnu
-"""What scales may be stored in where scale_fmt is ue8m0."""
+"""Dtype of scales with scale_fmt ue8m0."""
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WEIGHT_DTYPES = (*PLAIN_DTYPES, torch.float8_e4m3fn)
 PACKED_DTYPES = (torch.uint8, torch.int8)
-"""Of packed weights, beside which their scales and all else are plain."""
+"""Dtypes of packed weights; their scales and all other tensors are plain floats."""
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def operations(
 ) -> list[Operation]:
     """The operations that cover every one of `parameters` (names in the state dict) once.
 
-    pads: latents of exactly converted models are padded, as they are where weights are not packed.
+    pads: latents of exactly converted models are padded in the file (not if weights are packed).
     """
     converted = _padded_attention(config) if pads and config.packing is None else None
     padded = [] if converted is None else parameter_names(converted)
@@ -69,16 +69,16 @@ def file_name(config: ModelConfig, parameter: str) -> str:
 
 
 def mtp_prefix(config: ModelConfig, depth: int) -> str:
-    """Where MTP module `depth` lies in files: the layers after the last."""
+    """Prefix of MTP module `depth` in files: a layer after the last."""
     return f"model.layers.{config.num_hidden_layers + depth}."
 
 
 def resolve_mtp_modules(config: ModelConfig, source: TensorSource) -> ModelConfig:
-    """`config` with the MTP modules that the file really has.
+    """`config` with the MTP modules that the file contains.
 
-    Checkpoints saved by programs without MTP keep `num_nextn_predict_layers` but lose its
-    tensors: then there are no modules, and a log line says so. `mtp_copies` becomes true where
-    they bring their own embedding and head; one of the two without the other is an error.
+    Programs without MTP save `num_nextn_predict_layers` but not its tensors: then a warning is
+    logged and the model has no MTP modules. `mtp_copies` becomes true if they have their own
+    embedding and head; one without the other is an error.
     """
     names = set(source.names())
     prefixes = [mtp_prefix(config, depth) for depth in range(config.num_nextn_predict_layers)]
@@ -96,7 +96,7 @@ def resolve_mtp_modules(config: ModelConfig, source: TensorSource) -> ModelConfi
     absent = [name for name in copies if name not in names]
     if absent and len(absent) < len(copies):
         raise UserError(
-            f"{source.path}: tensor {quoted(absent[0])} is missing; MTP modules must bring both "
+            f"{source.path}: tensor {quoted(absent[0])} is missing; MTP modules must have both "
             "embedding and head, or neither"
         )
     return replace(config, mtp_copies=not absent)
@@ -105,9 +105,9 @@ def resolve_mtp_modules(config: ModelConfig, source: TensorSource) -> ModelConfi
 def check_tensors(
     config: ModelConfig, source: TensorSource, expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """UserError unless `source` has exactly the tensors `expected`, in these shapes.
+    """Raise UserError unless `source` has exactly the tensors `expected`, in these shapes.
 
-    Two leftovers are known: rotary frequencies of old llama files, which config determines, and
+    Two leftovers are accepted: rotary frequencies of old llama files, which config determines, and
     the head of a tied model, which must equal the embedding bit for bit.
     """
     names = source.names()
@@ -138,7 +138,7 @@ def check_tensors(
 
 
 def _check_type(config: ModelConfig, source: TensorSource, name: str) -> None:
-    """UserError for a number type that the tensor can have in no checkpoint of this config."""
+    """Raise UserError for a dtype that the tensor has in no checkpoint of this config."""
     dtype = source.dtype(name)
     if config.quantization is not None and name.endswith(SCALE_SUFFIX):
         check_scale_type(config.quantization, source, name)
@@ -154,7 +154,7 @@ def _check_type(config: ModelConfig, source: TensorSource, name: str) -> None:
 
 
 def check_scale_type(quant: QuantConfig, source: TensorSource, name: str) -> None:
-    """UserError unless the tensor `name` is of a number type that scales of fp8 blocks have."""
+    """Raise UserError unless the tensor `name` has a dtype of fp8 block scales."""
     dtype = source.dtype(name)
     if dtype in SCALE_DTYPES or (dtype == POWERS_OF_TWO and quant.scale_fmt == "ue8m0"):
         return
@@ -167,7 +167,7 @@ def check_scale_type(quant: QuantConfig, source: TensorSource, name: str) -> Non
 
 
 def check_scale_values(scale: torch.Tensor, where: str) -> None:
-    """UserError starting with `where` unless all of `scale` is finite and none is below 0."""
+    """Raise UserError starting with `where` unless all of `scale` is finite and not negative."""
     values = scale.to(torch.float32)
     if not bool(values.isfinite().all()):
         raise UserError(f"{where} holds values that are not finite; the checkpoint is damaged")
@@ -176,20 +176,18 @@ def check_scale_values(scale: torch.Tensor, where: str) -> None:
 
 
 def _below_attention(parameter: str) -> tuple[str, str]:
-    """'layers.3.self_attn.' and the rest; the rest is empty where the parameter is no
-    attention's.
-    """
+    """'layers.3.self_attn.' and the rest; empty rest for parameters outside attention."""
     prefix, found, rest = parameter.rpartition("self_attn.")
     return (prefix + found, rest) if found else (parameter, "")
 
 
 def _reads_embedding(config: ModelConfig) -> bool:
-    """Whether a head is made of the embedding: packed files have one of their own."""
+    """Whether the head is read from the embedding: packed files have a separate head."""
     return config.tie_word_embeddings and config.packing is None
 
 
 def _padded_attention(config: ModelConfig) -> MLAConfig | None:
-    """The attention of an exactly converted model in the layout that standard readers know."""
+    """The attention of an exactly converted model with padded latents, else None."""
     attention = config.attention
     if not isinstance(attention, MLAConfig) or attention.kv_a_layernorm:
         return None
@@ -220,7 +218,7 @@ def _check_tied(source: TensorSource) -> None:
 
 
 def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """NaNs included, and without a copy."""
+    """Bitwise comparison, NaNs included, without a copy."""
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 

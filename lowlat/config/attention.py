@@ -15,15 +15,18 @@ class LatentSizes(NamedTuple):
     """Sizes that decide between absorbed and expanded latent attention: d_c, d_R, d_nope, d_v."""
 
     latent: int
+    """d_c, width of the cached latent."""
     rope: int
+    """d_R, channels of the rotary key."""
     nope: int
+    """d_nope, query-key channels per head without position."""
     value: int
+    """d_v, value channels per head."""
 
 
 def expansion_break_even(layers: Iterable[LatentSizes]) -> float:
-    """Queries per cached key beyond which the expanded form of latent attention costs fewer
-    multiply-adds than the absorbed form in all `layers` together; infinite where expansion never
-    pays.
+    """Queries per cached key beyond which expanded latent attention costs fewer multiply-adds than
+    absorbed attention in all `layers` together; infinite if it never does.
 
     Absorbed: 2 d_c + d_R per head and pair. Expanded: d_nope + d_R + d_v per head and pair, plus
     d_c (d_nope + d_v) per head and key. About 170 for DeepSeek-V3.

@@ -240,27 +240,27 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, GGUF
 def _read_info(cursor: _Cursor) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int, int]:
     """Name, kind, shape, bytes and offset of the next tensor."""
     name = cursor.text("a tensor's name", 2**16)
-    where = f"tensor {quoted(name)}"
-    fault = f"{cursor.file.path}: {where}"
-    rank = cursor.number(4, where)
+    label = f"tensor {quoted(name)}"
+    where = f"{cursor.file.path}: {label}"
+    rank = cursor.number(4, label)
     if not 1 <= rank <= MAX_RANK:
-        raise UserError(f"{fault}: {rank} dimensions are not between 1 and {MAX_RANK}")
-    shape = tuple(reversed([cursor.number(8, where) for _ in range(rank)]))
+        raise UserError(f"{where}: {rank} dimensions are not between 1 and {MAX_RANK}")
+    shape = tuple(reversed([cursor.number(8, label) for _ in range(rank)]))
     if min(shape) < 1 or math.prod(shape) > 2**48 or (rank > 2 and shape[0] > MAX_EXPERTS):
-        raise UserError(f"{fault}: shape {list(shape)} is empty or too large")
-    number = cursor.number(4, where)
+        raise UserError(f"{where}: shape {list(shape)} is empty or too large")
+    number = cursor.number(4, label)
     known = {int(kind) for kind in GGML_QUANT_SIZES}
     if number not in known:
-        raise UserError(f"{fault}: tensor type {number} is unknown")
+        raise UserError(f"{where}: tensor type {number} is unknown")
     kind = GGMLQuantizationType(number)
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if shape[-1] % block:
-        raise UserError(f"{fault}: rows of {shape[-1]} are not whole {kind.name} blocks of {block}")
+        raise UserError(f"{where}: rows of {shape[-1]} are not whole {kind.name} blocks of {block}")
     if not _is_supported(kind):
         raise UserError(
-            f"{fault}: type {kind.name} cannot be dequantised; choose a file with another type"
+            f"{where}: type {kind.name} cannot be dequantised; choose a file with another type"
         )
-    return name, kind, shape, math.prod(shape) // block * block_bytes, cursor.number(8, where)
+    return name, kind, shape, math.prod(shape) // block * block_bytes, cursor.number(8, label)
 
 
 def _is_supported(kind: GGMLQuantizationType) -> bool:

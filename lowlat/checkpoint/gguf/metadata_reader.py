@@ -265,7 +265,7 @@ def _rope(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
     if "rope_freqs.weight" in file.tensors:
         if kind != "none":
             raise keys.error(
-                "rope.scaling.type", f"{kind!r} beside rope_freqs.weight is not supported"
+                "rope.scaling.type", f"{kind!r} with rope_freqs.weight is not supported"
             )
         return config | {"rope_scaling": _frequency_divisors(file, keys)}
     if kind == "none":

@@ -206,7 +206,7 @@ def _yarn_keys(rope: RopeConfig, is_latent: bool) -> dict[str, Any]:
             rope.beta_fast,
         )
     same = rope.mscale == rope.mscale_all_dim and bool(rope.mscale)
-    _require(same, f"YaRN's mscale {rope.mscale} beside mscale_all_dim {rope.mscale_all_dim}")
+    _require(same, f"YaRN's mscale {rope.mscale} with mscale_all_dim {rope.mscale_all_dim}")
     return keys | {"rope.scaling.yarn_log_multiplier": 0.1 * (rope.mscale_all_dim or 0.0)}
 
 

@@ -34,8 +34,11 @@ class TensorSpec(NamedTuple):
     """Name, dtype and shape of a tensor in a file."""
 
     name: str
+    """Hugging Face name."""
     dtype: torch.dtype
+    """As stored."""
     shape: tuple[int, ...]
+    """Row-major."""
 
     @property
     def nbytes(self) -> int:

@@ -273,7 +273,7 @@ LEFT: dict[str, tuple[str, dict[str, tuple[int, ...]], str]] = {
     "unknown tensor": ("llama", {"blk.0.attn_sinks.weight": (3,)}, "'blk.0.attn_sinks.weight'"),
     "unknown global": ("llama", {"cls.weight": (3, 5)}, "'cls.weight' has no place"),
     "layer beyond": ("llama", {"blk.7.attn_norm.weight": (23,)}, "'blk.7.attn_norm.weight'"),
-    "half of kv_b": ("deepseek_v3", {"blk.0.attn_k_b.weight": (3, 13, 5)}, "beside its other half"),
+    "half of kv_b": ("deepseek_v3", {"blk.0.attn_k_b.weight": (3, 13, 5)}, "its other half only"),
     "experts in llama": ("llama", {"blk.0.ffn_up_exps.weight": (2, 5, 23)}, "has no place"),
     "bias of a norm": ("llama", {"output_norm.bias": (23,)}, "'output_norm.bias' has no place"),
 }

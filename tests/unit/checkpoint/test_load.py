@@ -165,7 +165,7 @@ BROKEN: dict[str, tuple[str, Callable[[Tensors], object], str]] = {
     "MTP head without embedding": (
         "deepseek_v3-mtp-copies",
         lambda t: drop(t, "model.layers.2.embed_tokens"),
-        "'model.layers.2.embed_tokens.weight' is missing; MTP modules must bring both",
+        "'model.layers.2.embed_tokens.weight' is missing; MTP modules must have both",
     ),
     "tensor left over": ("llama", put("model.extra", torch.ones(3)), "'model.extra' has no place"),
     "bias left over": (
