@@ -1,6 +1,6 @@
-"""`lowlat plan NAME`: what a training would take on a cluster, without one.
+"""`lowlat plan train`: estimate memory, traffic and time of a training on a cluster.
 
-Owns arguments; the estimates are `train.plan`'s, the tables `cli.plan_view`'s.
+Parses arguments; `lowlat.plan` estimates, `cli.plan_view` prints tables.
 """
 
 import json
@@ -28,6 +28,19 @@ TOP = 10
 MOST_GB = 1e6
 
 
+app = typer.Typer(
+    name="plan",
+    help="Estimate what a workload needs before it runs.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def plan_group() -> None:
+    """Estimate what a workload needs before it runs."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
     """What is planned."""
@@ -42,6 +55,7 @@ class Subject:
     """Device-hours per trillion tokens that a paper reports for exactly this."""
 
 
+@app.command("train")
 def plan(
     name: Annotated[
         str,

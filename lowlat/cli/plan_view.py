@@ -1,4 +1,4 @@
-"""The tables of `lowlat plan` and of `lowlat train --dry-run`. Owns wording and layout."""
+"""The tables of `lowlat plan train` and of `lowlat train --dry-run`. Owns wording and layout."""
 
 from dataclasses import asdict
 

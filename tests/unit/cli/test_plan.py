@@ -1,4 +1,4 @@
-"""`lowlat plan`: the published layout as tables and JSON, searches, recipes, bad options."""
+"""`lowlat plan train`: the published layout as tables and JSON, searches, recipes, bad options."""
 
 import json
 import re
