@@ -73,8 +73,7 @@ def lowlat_stepper(folder: Path, arguments: argparse.Namespace) -> Any:
     from lowlat.train.layers.fused import use_fused_layers
     from lowlat.train.layers.stacked_experts import stack_experts
     from lowlat.train.recipe.schedule import StepPlan
-    from lowlat.train.recipe.schema import Optimizer as Table
-    from lowlat.train.recipe.schema import Phase
+    from lowlat.train.recipe.schema import OptimizerConfig, Phase
     from lowlat.train.step.balance import LoadBalancer
     from lowlat.train.step.optim import Optimizer
     from lowlat.train.step.passes import PlainPasses
@@ -85,7 +84,9 @@ def lowlat_stepper(folder: Path, arguments: argparse.Namespace) -> Any:
     use_fused_layers(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    optimizer = Optimizer(model, Table(betas=BETAS, eps=EPS, weight_decay=DECAY, clip=CLIP))
+    optimizer = Optimizer(
+        model, OptimizerConfig(betas=BETAS, eps=EPS, weight_decay=DECAY, max_grad_norm=CLIP)
+    )
     balancer = LoadBalancer(model, sequence_weight=0.0)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
     passes = PlainPasses(model, dtype)
@@ -93,8 +94,8 @@ def lowlat_stepper(folder: Path, arguments: argparse.Namespace) -> Any:
         name="bench",
         steps=1,
         sequence_length=arguments.length,
-        batch_rows=float(arguments.rows),
-        micro_batch_rows=arguments.rows,
+        batch_size=float(arguments.rows),
+        micro_batch_size=arguments.rows,
         learning_rate=LEARNING_RATE,
     )
 

@@ -22,6 +22,20 @@ WINDOW = 64
 DIFFERENT = 1
 
 
+Reference = Annotated[
+    str,
+    typer.Argument(
+        metavar="A",
+        help="The reference: NAME, transformers:NAME, official:MODEL.PY:NAME or gguf:FILE, each "
+        "with @OPTIONS.",
+        show_default=False,
+    ),
+]
+Checked = Annotated[
+    str, typer.Argument(metavar="B", help="The implementation to check.", show_default=False)
+]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputOptions:
     """The tokens that both implementations run."""
@@ -83,19 +97,8 @@ class OutputOptions:
 @options.with_option_groups
 def compare(
     *,
-    a: Annotated[
-        str,
-        typer.Argument(
-            metavar="A",
-            help="The reference: NAME, transformers:NAME, official:MODEL.PY:NAME or gguf:FILE, "
-            "each with @OPTIONS.",
-            show_default=False,
-        ),
-    ],
-    b: Annotated[
-        str,
-        typer.Argument(metavar="B", help="The implementation to check.", show_default=False),
-    ],
+    a: Reference,
+    b: Checked,
     inputs: InputOptions,
     tolerance: Annotated[
         float | None,

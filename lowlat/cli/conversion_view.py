@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lowlat.cli.answer_report import print_rows
 from lowlat.convert.report import PLOT_FILE, REPORT_FILE, ConversionReport
-from lowlat.train.metrics.wording import clock, count
+from lowlat.train.metrics.formatting import clock, count
 
 Object = dict[str, Any]
 ERRORS = ("predicted_error", "measured_deviation")

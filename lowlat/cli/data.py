@@ -114,7 +114,7 @@ def build(
     assert vocabulary is not None
     report = run_build(folder, chosen, vocabulary, progress)
     if as_json:
-        print_json(report.path, report.facts, seconds=report.seconds)
+        print_json(report.path, report.manifest, seconds=report.seconds)
     else:
         print_build(report)
 
@@ -122,23 +122,23 @@ def build(
 @app.command("info")
 def info(folder: Folder, as_json: options.Json = False) -> None:
     """What a token folder holds."""
-    from lowlat.cli.data_view import print_facts, print_json
-    from lowlat.data.folder import TokenFolder
+    from lowlat.cli.data_view import print_json, print_manifest
+    from lowlat.data.dataset import TokenizedDataset
 
-    facts = TokenFolder.open(folder).facts
+    manifest = TokenizedDataset.open(folder).manifest
     if as_json:
-        print_json(folder, facts)
+        print_json(folder, manifest)
     else:
-        print_facts(folder, facts)
+        print_manifest(folder, manifest)
 
 
 @app.command("verify")
 def verify(folder: Folder, as_json: options.Json = False) -> None:
     """Check every file of a token folder against its SHA-256, and every id."""
-    from lowlat.data.folder import TokenFolder
+    from lowlat.data.dataset import TokenizedDataset
     from lowlat.utils.progress import make_progress
 
-    opened = TokenFolder.open(folder)
+    opened = TokenizedDataset.open(folder)
     opened.verify(make_progress())
     if as_json:
         print(json.dumps({"path": str(folder), "whole": True, "fingerprint": opened.fingerprint}))

@@ -9,39 +9,39 @@ from rich.table import Table
 
 from lowlat.cli.answer_report import print_rows
 from lowlat.data.build import BuildReport
-from lowlat.data.layout import SPLITS, FolderFacts, SplitFacts, to_json
+from lowlat.data.manifest import SPLITS, DatasetManifest, SplitManifest, to_json
 
 
 def print_build(report: BuildReport, console: Console | None = None) -> None:
     """What was built and where it is."""
     console = Console() if console is None else console
-    facts = report.facts
-    print_facts(report.path, facts, console)
-    if report.asked_vocab is not None and facts.vocab_size < report.asked_vocab:
+    manifest = report.manifest
+    print_manifest(report.path, manifest, console)
+    if report.asked_vocab is not None and manifest.vocab_size < report.asked_vocab:
         console.print(
             f"The vocabulary is smaller than the {report.asked_vocab:,} asked: no further pair of"
             " tokens stands in the text twice.",
             style="yellow",
         )
-    if not facts.splits["held_out"].documents:
+    if not manifest.splits["held_out"].documents:
         console.print(
             "No document is held out: raise --held-out, give --held-out-source, or cut files into"
             " documents with --separator.",
             style="yellow",
         )
-    rate = sum(split.text_bytes for split in facts.splits.values()) / 1e6 / report.seconds
+    rate = sum(split.text_bytes for split in manifest.splits.values()) / 1e6 / report.seconds
     seconds = f"{report.seconds:.1f} s, {rate:.1f} MB/s"
     console.print(f"written  {report.path} in {seconds}", highlight=False, markup=False)
 
 
-def print_facts(path: Path, facts: FolderFacts, console: Console | None = None) -> None:
+def print_manifest(path: Path, manifest: DatasetManifest, console: Console | None = None) -> None:
     """What the token folder at `path` holds."""
     console = Console() if console is None else console
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold cyan")
     for name in ("", "documents", "tokens", "text bytes", "bytes per token", "targets"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for split in SPLITS:
-        part = facts.splits[split]
+        part = manifest.splits[split]
         table.add_row(
             split.replace("_", " "),
             *(f"{number:,}" for number in (part.documents, part.tokens, part.text_bytes)),
@@ -49,22 +49,22 @@ def print_facts(path: Path, facts: FolderFacts, console: Console | None = None) 
             f"{part.predicted / max(part.tokens, 1):.1%}",
         )
     console.print(table)
-    dropped = ", ".join(f"{count:,} {why}" for why, count in facts.dropped.items())
+    dropped = ", ".join(f"{count:,} {why}" for why, count in manifest.dropped.items())
     rows = {
-        "vocabulary": f"{facts.vocab_size:,} tokens, {facts.dtype.name} ids",
+        "vocabulary": f"{manifest.vocab_size:,} tokens, {manifest.dtype.name} ids",
         "dropped": dropped or "nothing",
     }
     print_rows(rows, console)
 
 
-def print_json(path: Path, facts: FolderFacts, **more: float | str) -> None:
+def print_json(path: Path, manifest: DatasetManifest, **more: float | str) -> None:
     """The same as one JSON object: tokens.json with path, `more` and bytes per token."""
-    raw = {"path": str(path), **more, **to_json(facts)}
+    raw = {"path": str(path), **more, **to_json(manifest)}
     for split in SPLITS:
-        raw[split]["bytes_per_token"] = bytes_per_token(facts.splits[split])
+        raw[split]["bytes_per_token"] = bytes_per_token(manifest.splits[split])
     print(json.dumps(raw, indent=2))
 
 
-def bytes_per_token(split: SplitFacts) -> float:
+def bytes_per_token(split: SplitManifest) -> float:
     """Bytes of text that a token stands for on average; 0 for an empty split."""
     return split.text_bytes / split.tokens if split.tokens else 0.0

@@ -31,7 +31,7 @@ from lowlat.cli.data import app as data
 from lowlat.cli.eval import evaluate
 from lowlat.cli.generate import generate
 from lowlat.cli.info import info
-from lowlat.cli.plan import plan
+from lowlat.cli.plan import app as plan
 from lowlat.cli.serve import serve
 from lowlat.cli.stdio import abandon_output, open_streams
 from lowlat.cli.train import app as train
@@ -72,7 +72,7 @@ app.command("convert")(convert)
 app.command("compare")(compare)
 app.command("eval")(evaluate)
 app.command("bench")(bench)
-app.command("plan")(plan)
+app.add_typer(plan)
 app.add_typer(data)
 app.add_typer(train, name="train")
 

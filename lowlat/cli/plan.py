@@ -1,6 +1,6 @@
-"""`lowlat plan NAME`: what a training would take on a cluster, without one.
+"""`lowlat plan train`: estimate memory, traffic and time of a training on a cluster.
 
-Owns arguments; the estimates are `train.plan`'s, the tables `cli.plan_view`'s.
+Parses arguments; `lowlat.plan` estimates, `cli.plan_view` prints tables.
 """
 
 import json
@@ -17,7 +17,7 @@ from lowlat.config.model import ModelConfig
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from lowlat.plan.job import Job
+    from lowlat.plan.job import TrainingJob
     from lowlat.plan.machine import Machine
     from lowlat.train.recipe.schema import Recipe
 
@@ -28,13 +28,26 @@ TOP = 10
 MOST_GB = 1e6
 
 
+app = typer.Typer(
+    name="plan",
+    help="Estimate what a workload needs before it runs.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def plan_group() -> None:
+    """Estimate what a workload needs before it runs."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
     """What is planned."""
 
     name: str
     config: ModelConfig
-    job: "Job"
+    job: "TrainingJob"
     machine: "Machine"
     has_layout: bool
     """Whether the job says how it is divided; otherwise layouts are searched."""
@@ -42,6 +55,7 @@ class Subject:
     """Device-hours per trillion tokens that a paper reports for exactly this."""
 
 
+@app.command("train")
 def plan(
     name: Annotated[
         str,
@@ -97,7 +111,7 @@ def plan(
 
 
 def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> None:
-    from lowlat.cli.plan_report import plan_object
+    from lowlat.cli.plan_json import plan_object
     from lowlat.plan.estimate import estimate
     from lowlat.plan.flops import token_flops
     from lowlat.plan.search import all_layouts, neighbours, search
@@ -112,7 +126,7 @@ def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> N
     main = own or (found.ranked[0] if found else None)
     if main is None:
         raise UserError(f"'{subject.name}' says no layout; give --devices to search one")
-    flops = token_flops(config, job.sequence_length, main.job.recompute)
+    flops = token_flops(config, job.sequence_length, main.job.activation_checkpointing)
     around = neighbours(config, main)
     if as_json:
         answer = {"name": subject.name} | plan_object(main, flops, around, found, top)
@@ -125,7 +139,7 @@ def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> N
 
 
 def _subject(name: str, changes: list[str]) -> Subject:
-    from lowlat.plan.job import Job
+    from lowlat.plan.job import TrainingJob
     from lowlat.plan.machine import H100
     from lowlat.plan.published import PUBLISHED
 
@@ -144,23 +158,24 @@ def _subject(name: str, changes: list[str]) -> Subject:
             has_layout=True,
             published_hours=known.hours_per_trillion,
         )
-    job = Job(sequence_length=DEFAULT_LENGTH, batch_rows=DEFAULT_ROWS, kernels="fused")
+    job = TrainingJob(sequence_length=DEFAULT_LENGTH, batch_size=DEFAULT_ROWS, kernels="fused")
     return Subject(name=name, config=config, job=job, machine=H100, has_layout=False)
 
 
 def _recipe(path: Path, changes: list[str]) -> Subject:
-    from lowlat.cli.train_start import start_files
+    from lowlat.cli.train_inputs import base_model_files
     from lowlat.plan.job import check
     from lowlat.plan.machine import H100
+    from lowlat.train.cost.dry_run import largest_job
+    from lowlat.train.inputs.configs import recipe_config
+    from lowlat.train.inputs.parallel_check import check_parallel
     from lowlat.train.recipe.schema import read_recipe
-    from lowlat.train.run.dry_run import largest_job, recipe_config
-    from lowlat.train.run.parallel_check import check_parallel
     from lowlat.utils.progress import make_progress
 
     recipe = read_recipe(path, changes)
     _check_whole(recipe, path)
-    start = start_files(recipe, path, make_progress())
-    config = recipe_config(recipe, path, start)
+    base_model = base_model_files(recipe, path, make_progress())
+    config = recipe_config(recipe, path, base_model)
     check_parallel(config, recipe, str(path))
     job = largest_job(recipe)
     try:

@@ -1,4 +1,4 @@
-"""The tables of `lowlat plan` and of `lowlat train --dry-run`. Owns wording and layout."""
+"""The tables of `lowlat plan train` and of `lowlat train --dry-run`. Owns wording and layout."""
 
 from dataclasses import asdict
 
@@ -10,10 +10,10 @@ from rich.text import Text
 
 from lowlat.plan.estimate import Estimate
 from lowlat.plan.flops import TokenFlops
-from lowlat.plan.job import Job
-from lowlat.plan.memory import ACTIVATIONS, Memory
-from lowlat.plan.search import Neighbour, Search
-from lowlat.train.run.dry_run import DryRun
+from lowlat.plan.job import TrainingJob
+from lowlat.plan.memory import ACTIVATIONS, MemoryEstimate
+from lowlat.plan.search import Neighbour, SearchResult
+from lowlat.train.cost.dry_run import DryRun
 
 STEP_NOTES = {
     "compute": "forward, backward, recomputation",
@@ -29,7 +29,7 @@ def show(
     found: Estimate,
     flops: TokenFlops,
     around: list[Neighbour],
-    search: Search | None,
+    search: SearchResult | None,
     *,
     top: int,
     published_hours: float | None = None,
@@ -87,33 +87,34 @@ def _title(name: str, found: Estimate) -> Text:
     job = found.job
     facts = (
         f"{job.layout.devices:,} x {found.machine.name}",
-        f"{job.batch_rows:,} rows of {job.sequence_length:,} tokens",
+        f"{job.batch_size:,} rows of {job.sequence_length:,} tokens",
         f"{job.micro_batches} micro-batches",
-        f"{job.precision}, recompute {job.recompute}",
+        f"{job.precision}, activation checkpointing: {job.activation_checkpointing}",
     )
     lines = (layout_name(job), " · ".join(facts))
     return Text.assemble((name, "bold"), "\n", ("\n".join(lines), "dim"), overflow="fold")
 
 
-def layout_name(job: Job) -> str:
+def layout_name(job: TrainingJob) -> str:
     """'PP16 dualpipe · EP64 · ZeRO-1 over 128': a layout in a few words."""
     layout = job.layout
-    parts = [f"PP{layout.pp} {layout.schedule}"] if layout.pp > 1 else []
+    parts = [f"PP{layout.pipeline} {layout.schedule}"] if layout.pipeline > 1 else []
     parts += [
         f"{label}{size}"
-        for label, size in (("EP", layout.ep), ("TP", layout.tp), ("CP", layout.cp))
+        for label, size in (("EP", layout.expert), ("TP", layout.tensor), ("CP", layout.context))
         if size > 1
     ]
     parts += [f"ZeRO-{layout.zero} over {layout.fsdp}"] if layout.fsdp > 1 else []
-    parts += [f"DP{layout.dp}"] if layout.dp > 1 else []
+    parts += [f"DP{layout.data}"] if layout.data > 1 else []
     return " · ".join(parts) or "one device"
 
 
-def _short_name(job: Job) -> str:
+def _short_name(job: TrainingJob) -> str:
     layout = job.layout
-    tensor = f" TP{layout.tp}" if layout.tp > 1 else ""
-    schedule = f" {layout.schedule}" if layout.pp > 1 else ""
-    return f"PP{layout.pp}{schedule} EP{layout.ep}{tensor} ZeRO-{layout.zero} {job.recompute}"
+    tensor = f" TP{layout.tensor}" if layout.tensor > 1 else ""
+    schedule = f" {layout.schedule}" if layout.pipeline > 1 else ""
+    devices = f"PP{layout.pipeline}{schedule} EP{layout.expert}{tensor} ZeRO-{layout.zero}"
+    return f"{devices} {job.activation_checkpointing}"
 
 
 def _flops(flops: TokenFlops, trained: float | None = None) -> Table:
@@ -132,7 +133,7 @@ def _flops(flops: TokenFlops, trained: float | None = None) -> Table:
     return table
 
 
-def _memory(memory: Memory, limit: int | float) -> Table:
+def _memory(memory: MemoryEstimate, limit: int | float) -> Table:
     table = _table("Memory per device", "GB", "share")
     for part, size in memory.parts.items():
         if size:
@@ -200,7 +201,7 @@ def _changes(around: list[Neighbour]) -> Table:
     return table
 
 
-def _ranking(search: Search, top: int, own: Job) -> Table:
+def _ranking(search: SearchResult, top: int, own: TrainingJob) -> Table:
     table = _table("Best layouts", "seconds", "bubble", "GB", "sent", notes=False)
     for place, found in enumerate(search.ranked):
         is_own = found.job.layout == own.layout

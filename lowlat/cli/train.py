@@ -16,7 +16,7 @@ from lowlat.cli.train_report import report
 
 if TYPE_CHECKING:
     from lowlat.train.checkpoints.run_folder import RunFolder
-    from lowlat.train.metrics.runlog import RunLog
+    from lowlat.train.metrics.metrics_log import MetricsLog
     from lowlat.train.recipe.schema import Recipe
 
 
@@ -49,7 +49,7 @@ def train(
 
     The finished model lies in FOLDER/model, ready for lowlat chat and lowlat serve.
     """
-    from lowlat.cli.train_start import start_files, teacher_files
+    from lowlat.cli.train_inputs import base_model_files, teacher_files
     from lowlat.train.recipe.schema import read_recipe
     from lowlat.train.recipe.toml import text_of
     from lowlat.utils.progress import make_progress
@@ -57,14 +57,14 @@ def train(
     parsed = read_recipe(recipe, changes or [])
     progress = make_progress(quiet=quiet)
     _check_device(parsed, recipe)
-    start = start_files(parsed, recipe, progress)
+    base_model = base_model_files(parsed, recipe, progress)
     teacher = teacher_files(parsed, recipe, progress)
     if dry_run:
         from lowlat.cli.train_dry_run import print_dry_run
 
-        return print_dry_run(parsed, recipe, start, teacher)
+        return print_dry_run(parsed, recipe, base_model, teacher)
     text = text_of(recipe, changes or [])
-    _run(parsed, recipe, text, out or Path("runs") / parsed.name, start, teacher, quiet)
+    _run(parsed, recipe, text, out or Path("runs") / parsed.name, base_model, teacher, quiet)
     return None
 
 
@@ -84,7 +84,7 @@ def _run(
     recipe: Path,
     text: str,
     folder: Path,
-    start: Path | None,
+    base_model: Path | None,
     teacher: Path | None,
     quiet: bool,
 ) -> None:
@@ -106,7 +106,7 @@ def _run(
                 run,
                 log,
                 base=recipe.parent,
-                start=start,
+                base_model=base_model,
                 teacher=teacher,
                 origin=str(recipe),
                 progress=make_progress(quiet=quiet),
@@ -123,14 +123,14 @@ def _run(
         raise typer.Exit(130)
 
 
-def _log(parsed: "Recipe", run: "RunFolder", quiet: bool) -> "RunLog":
+def _log(parsed: "Recipe", run: "RunFolder", quiet: bool) -> "MetricsLog":
     """The log of the process that holds the folder; the others keep none."""
-    from lowlat.train.metrics.runlog import FolderRunLog, SilentRunLog
-    from lowlat.train.metrics.view import make_view
+    from lowlat.train.metrics.metrics_log import FolderMetricsLog, SilentMetricsLog
+    from lowlat.train.metrics.progress_view import make_view
 
     if not run.held:
-        return SilentRunLog()
-    return FolderRunLog(
+        return SilentMetricsLog()
+    return FolderMetricsLog(
         log=run.log,
         tensorboard_folder=run.tensorboard,
         view=make_view(quiet=quiet),

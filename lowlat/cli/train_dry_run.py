@@ -8,25 +8,26 @@ from pathlib import Path
 from lowlat.cli.plan_view import show_dry_run
 from lowlat.config.model import ModelConfig
 from lowlat.plan.rate import measure_gemm_rate
+from lowlat.train.cost.dry_run import dry_run, require_fit, usable_memory
+from lowlat.train.inputs.configs import check_recipe, recipe_config
+from lowlat.train.inputs.model_files import teacher_config
+from lowlat.train.inputs.run_inputs import open_phases
 from lowlat.train.recipe.schedule import data_of
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.run.build import DTYPES
-from lowlat.train.run.dry_run import dry_run, recipe_config, require_fit, usable_memory
-from lowlat.train.run.inputs import check_recipe, open_inputs
-from lowlat.train.run.teacher_check import teacher_config
 from lowlat.utils.device import parse_device
 
 
 def print_dry_run(
-    recipe: Recipe, path: Path, start: Path | None, teacher: Path | None = None
+    recipe: Recipe, path: Path, base_model: Path | None, teacher: Path | None = None
 ) -> None:
     """Measure the rate of products and print the figures of `recipe`, which was read from `path`;
-    start, teacher: the files behind recipe.start and recipe.distillation.
+    base_model, teacher: the files behind recipe.base_model and recipe.distillation.
 
     Raises UserError for what a run would refuse, a lack of memory after the figures are printed.
     """
     device = parse_device(recipe.device)
-    config = _config(recipe, path, start, teacher)
+    config = _config(recipe, path, base_model, teacher)
     taught = None if teacher is None else teacher_config(teacher)
     rate = measure_gemm_rate(DTYPES[recipe.precision], device)
     memory = usable_memory(device, recipe.parallel.processes)
@@ -35,14 +36,16 @@ def print_dry_run(
     require_fit(config, recipe, memory_bytes=memory, teacher=taught, origin=str(path))
 
 
-def _config(recipe: Recipe, path: Path, start: Path | None, teacher: Path | None) -> ModelConfig:
+def _config(
+    recipe: Recipe, path: Path, base_model: Path | None, teacher: Path | None
+) -> ModelConfig:
     """The model in the first phase, after all that a run would check: of its data as far as that is
     there.
     """
     folders = [path.parent / data_of(recipe, index).folder for index in range(len(recipe.phase))]
     absent = [folder for folder in folders if not folder.exists()]
     if not absent:
-        return open_inputs(recipe, start, path.parent, str(path), teacher).configs[0]
-    config = check_recipe(recipe_config(recipe, path, start), recipe, str(path), teacher)[0]
+        return open_phases(recipe, base_model, path.parent, str(path), teacher)[0][0]
+    config = check_recipe(recipe_config(recipe, path, base_model), recipe, str(path), teacher)[0]
     print(f"{absent[0]}: not there yet, so the data was not checked", file=sys.stderr)
     return config

@@ -40,7 +40,7 @@ def report(
 
     from lowlat.train.metrics.lines import plain
     from lowlat.train.metrics.plot import available, draw
-    from lowlat.train.metrics.report import pictures, read_runs, write_json, write_report
+    from lowlat.train.metrics.report_files import pictures, read_runs, write_json, write_report
     from lowlat.train.metrics.report_table import table
     from lowlat.train.metrics.summary import summarise
 

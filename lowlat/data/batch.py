@@ -21,7 +21,7 @@ class Batch:
 
     tokens: Int[Tensor, "rows length"]
     """Token ids."""
-    predicted: Bool[Tensor, "rows length"]
+    loss_mask: Bool[Tensor, "rows length"]
     """Which tokens count as targets."""
     documents: tuple[tuple[int, ...], ...] | None = None
     """Per row, lengths of the documents within its first sequence_length tokens, which do not see
@@ -49,7 +49,7 @@ class Batch:
             documents = None if self.documents is None else self.documents[first:last]
             yield Batch(
                 tokens=self.tokens[first:last],
-                predicted=self.predicted[first:last],
+                loss_mask=self.loss_mask[first:last],
                 documents=documents,
             )
 
@@ -57,6 +57,6 @@ class Batch:
         """The same on `device`."""
         return Batch(
             tokens=self.tokens.to(device),
-            predicted=self.predicted.to(device),
+            loss_mask=self.loss_mask.to(device),
             documents=self.documents,
         )

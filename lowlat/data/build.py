@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowlat.data.documents import ChatDocument
-from lowlat.data.layout import (
+from lowlat.data.manifest import (
     SPLITS,
-    FolderFacts,
+    DatasetManifest,
     Split,
-    SplitFacts,
+    SplitManifest,
     id_type,
 )
 from lowlat.data.selection import BuildOptions, Selection
 from lowlat.data.sources import size_of
-from lowlat.data.tokenising import Tokenising
+from lowlat.data.tokenizing import BatchTokenizer
 from lowlat.data.vocabulary import begin_of_text, end_of_text, fim_tokens, train_bpe
-from lowlat.data.writer import SplitWriter, write_facts, write_tokenizer
+from lowlat.data.writer import SplitWriter, write_manifest, write_tokenizer
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.atomic_files import atomic_folder
 from lowlat.utils.errors import UserError
@@ -35,7 +35,7 @@ class BuildReport:
 
     path: Path
     """The folder."""
-    facts: FolderFacts
+    manifest: DatasetManifest
     """What tokens.json says."""
     asked_vocab: int | None
     """The size asked of a vocabulary trained on the documents, which may not have had enough pairs;
@@ -68,12 +68,12 @@ def build(
         asked = tokenizer if isinstance(tokenizer, int) else None
         if isinstance(tokenizer, int):
             tokenizer = _trained(options, tokenizer, progress)
-        facts = _tokenised(folder, options, tokenizer, progress)
+        manifest = _tokenised(folder, options, tokenizer, progress)
         if not may_be_empty:
-            _check_documents(facts)
-        write_facts(folder, facts)
+            _check_documents(manifest)
+        write_manifest(folder, manifest)
     seconds = time.monotonic() - start
-    return BuildReport(path=destination, facts=facts, asked_vocab=asked, seconds=seconds)
+    return BuildReport(path=destination, manifest=manifest, asked_vocab=asked, seconds=seconds)
 
 
 def _check(options: BuildOptions) -> None:
@@ -85,19 +85,19 @@ def _check(options: BuildOptions) -> None:
         raise UserError(f"shard_tokens {options.shard_tokens} must be at least 1")
 
 
-def _check_documents(facts: FolderFacts) -> None:
+def _check_documents(manifest: DatasetManifest) -> None:
     """Raises UserError where there is nothing, or nothing to train on."""
-    if facts.splits["train"].documents:
+    if manifest.splits["train"].documents:
         return
-    dropped = ", ".join(f"{count} {why}" for why, count in facts.dropped.items())
-    if facts.splits["held_out"].documents:
+    dropped = ", ".join(f"{count} {why}" for why, count in manifest.dropped.items())
+    if manifest.splits["held_out"].documents:
         raise UserError(
             f"sources leave no document to train on, all are held out ({dropped or 'none'} "
             "dropped); give other sources, or hold out fewer"
         )
     raise UserError(
-        f"{', '.join(facts.sources)}: no documents to train on ({dropped or 'none'} dropped); give "
-        "other sources"
+        f"{', '.join(manifest.sources)}: no documents to train on ({dropped or 'none'} dropped); "
+        "give other sources"
     )
 
 
@@ -118,7 +118,7 @@ def _training_texts(options: BuildOptions, task: Task) -> Iterator[str]:
 
 def _tokenised(
     folder: Path, options: BuildOptions, tokenizer: Tokenizer, progress: Progress
-) -> FolderFacts:
+) -> DatasetManifest:
     """Write both splits; what was written."""
     total = size_of((*options.held_out_sources, *options.sources), options.read)
     selection = Selection(options)
@@ -129,17 +129,17 @@ def _tokenised(
         }
         for writer in writers.values():
             stack.callback(writer.close)
-        task = stack.enter_context(progress.task("Tokenising", total, "bytes"))
+        task = stack.enter_context(progress.task("BatchTokenizer", total, "bytes"))
         ends = end_of_text(tokenizer, options.end_of_text)
-        work = Tokenising(tokenizer, writers, ends, task, options.read.invalid)
+        work = BatchTokenizer(tokenizer, writers, ends, task, options.read.invalid)
         for document, split, size in selection:
             work.add(document, split, size)
         work.flush()
-        splits: dict[Split, SplitFacts] = {
+        splits: dict[Split, SplitManifest] = {
             split: writer.finish() for split, writer in writers.items()
         }
     dropped = selection.dropped + work.dropped
-    return FolderFacts(
+    return DatasetManifest(
         vocab_size=tokenizer.vocab_size,
         end_of_text=ends,
         begin_of_text=begin_of_text(tokenizer),

@@ -52,10 +52,10 @@ class ChatEncoder:
         then. UserError where the tokenizer has no template.
         """
         ids, answers = self._last(chat) if self._opens_reasoning else self._all(chat)
-        predicted = np.zeros(len(ids), np.bool_)
+        loss_mask = np.zeros(len(ids), np.bool_)
         for answer in answers:
-            predicted[answer] = True
-        return np.array(ids, np.int64), predicted, sum(map(self._length, ids))
+            loss_mask[answer] = True
+        return np.array(ids, np.int64), loss_mask, sum(map(self._length, ids))
 
     def _all(self, chat: ChatDocument) -> tuple[list[int], list[slice]]:
         """The ids of `chat`, and where its answers are in them."""

@@ -11,8 +11,8 @@ token that begins with a later byte of one stays with the token before it.
 import numpy as np
 from jaxtyping import Bool, Int64, Integer
 
-from lowlat.data.folder import TokenFolder
-from lowlat.data.layout import Split
+from lowlat.data.dataset import TokenizedDataset
+from lowlat.data.manifest import Split
 from lowlat.data.shuffle import uniform
 from lowlat.utils.errors import UserError
 
@@ -24,10 +24,10 @@ MAX_INSIDE = 3
 """A character has at most four bytes, so at most three tokens begin inside it."""
 
 
-class Infilling:
+class FillInTheMiddle:
     """Rearranged documents of one split, different ones in every epoch."""
 
-    def __init__(self, folder: TokenFolder, split: Split, *, rate: float, seed: int) -> None:
+    def __init__(self, folder: TokenizedDataset, split: Split, *, rate: float, seed: int) -> None:
         """`rate` is the share of documents. Raises UserError for a rate outside 0..1, and where
         the tokenizer has no tokens for infilling or the documents are chats.
         """
@@ -38,7 +38,7 @@ class Infilling:
         self._rate, self._seed = rate, seed
         self._marks = np.zeros(NUM_MARKS, np.int64)
         self._is_inside = np.zeros(0, np.bool_)
-        self._num_head = 0 if folder.facts.begin_of_text is None else 1
+        self._num_head = 0 if folder.manifest.begin_of_text is None else 1
         if rate > 0.0:
             self._prepare()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
@@ -26,7 +26,7 @@ MIXERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 def shared_runs(
-    folder: TokenFolder,
+    folder: TokenizedDataset,
     ids: Int64[np.ndarray, " tokens"],
     *,
     length: int = LENGTH,
@@ -71,7 +71,7 @@ def share_seen(
 
 
 def require_unseen(
-    folder: TokenFolder,
+    folder: TokenizedDataset,
     text: str,
     name: str | Path,
     *,

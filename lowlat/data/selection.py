@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lowlat.data.documents import BadDocument, Document, ReadOptions
-from lowlat.data.layout import Split
+from lowlat.data.manifest import Split
 from lowlat.data.sources import read_sources
 from lowlat.data.writer import SHARD_TOKENS
 

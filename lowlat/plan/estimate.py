@@ -11,17 +11,17 @@ from lowlat.config.model import ModelConfig
 from lowlat.plan.activations import FP32_BYTES, all_bytes
 from lowlat.plan.bubble import StageTimes, bubble_seconds
 from lowlat.plan.flops import (
-    Work,
+    ForwardFlops,
     head_flops,
     layer_work,
     mtp_work,
     recomputed_work,
     token_flops,
 )
-from lowlat.plan.job import BIDIRECTIONAL, Job, check
+from lowlat.plan.job import BIDIRECTIONAL, TrainingJob, check
 from lowlat.plan.machine import Machine
-from lowlat.plan.memory import Memory, cast_bytes, device_memory, moment_bytes, shares
-from lowlat.plan.stages import Stage, cut, device_parameters, held, stage_work
+from lowlat.plan.memory import MemoryEstimate, cast_bytes, device_memory, moment_bytes, shares
+from lowlat.plan.stages import PipelineStage, cut, device_parameters, held, stage_work
 from lowlat.plan.traffic import COMBINE, DISPATCH, Transfer, transfers
 
 
@@ -49,9 +49,9 @@ class StepTime:
 class Estimate:
     """What training `job` costs on `machine`."""
 
-    job: Job
+    job: TrainingJob
     machine: Machine
-    memory: Memory
+    memory: MemoryEstimate
     time: StepTime
     transfers: list[Transfer]
     """Of the slowest device."""
@@ -90,7 +90,7 @@ class Estimate:
         return tokens / self.tokens_per_second * self.job.layout.devices / 3600
 
 
-def estimate(config: ModelConfig, job: Job, machine: Machine) -> Estimate:
+def estimate(config: ModelConfig, job: TrainingJob, machine: Machine) -> Estimate:
     """The cost of `job`. Raises UserError where the layout is impossible; not where it does not
     fit, which `Estimate.fits` tells.
     """
@@ -99,7 +99,9 @@ def estimate(config: ModelConfig, job: Job, machine: Machine) -> Estimate:
     return timed(config, job, machine, devices, memory)
 
 
-def divided(config: ModelConfig, job: Job, machine: Machine) -> tuple[list[list[Stage]], Memory]:
+def divided(
+    config: ModelConfig, job: TrainingJob, machine: Machine
+) -> tuple[list[list[PipelineStage]], MemoryEstimate]:
     """The stages of every device along a pipeline and the memory of the fullest: balanced by time,
     or where that does not fit by layers.
     """
@@ -116,7 +118,7 @@ def divided(config: ModelConfig, job: Job, machine: Machine) -> tuple[list[list[
     return devices, memory
 
 
-def _costs(config: ModelConfig, job: Job, machine: Machine) -> tuple[float, ...]:
+def _costs(config: ModelConfig, job: TrainingJob, machine: Machine) -> tuple[float, ...]:
     """Forward seconds per token of every decoder layer, then of head and MTP modules."""
     length = job.sequence_length
     costs = [
@@ -124,14 +126,18 @@ def _costs(config: ModelConfig, job: Job, machine: Machine) -> tuple[float, ...]
         + _pass_seconds(machine, all_bytes(config, layer, job, selective=False).values())
         for layer in range(config.num_hidden_layers)
     ]
-    tail = Work(plain=head_flops(config))
+    tail = ForwardFlops(plain=head_flops(config))
     for depth in range(config.num_nextn_predict_layers):
         tail += mtp_work(config, depth, length)
     return (*costs, _product_seconds(job, machine, tail))
 
 
 def timed(
-    config: ModelConfig, job: Job, machine: Machine, devices: list[list[Stage]], memory: Memory
+    config: ModelConfig,
+    job: TrainingJob,
+    machine: Machine,
+    devices: list[list[PipelineStage]],
+    memory: MemoryEstimate,
 ) -> Estimate:
     """The estimate for a division and its memory that are known."""
     steps: dict[object, tuple[StepTime, list[Transfer]]] = {}
@@ -154,13 +160,15 @@ def timed(
     )
 
 
-def _anonymous(config: ModelConfig, stages: list[Stage]) -> tuple[tuple[int, int, bool, bool], ...]:
+def _anonymous(
+    config: ModelConfig, stages: list[PipelineStage]
+) -> tuple[tuple[int, int, bool, bool], ...]:
     """What about `stages` decides their time."""
     return tuple((len(s.layers), s.moe_layers(config), s.is_first, s.is_last) for s in stages)
 
 
 def _step(
-    config: ModelConfig, job: Job, machine: Machine, stages: list[Stage]
+    config: ModelConfig, job: TrainingJob, machine: Machine, stages: list[PipelineStage]
 ) -> tuple[StepTime, list[Transfer]]:
     """Seconds and transfers of a step on the device that holds `stages`."""
     layout, passes = job.layout, job.micro_batches
@@ -169,7 +177,7 @@ def _step(
     backward = 2 * forward + again
     compute = forward + backward
     per_pass = [transfer for transfer in moved if not transfer.is_per_step]
-    overlaps = layout.pp > 1 and layout.schedule in BIDIRECTIONAL
+    overlaps = layout.pipeline > 1 and layout.schedule in BIDIRECTIONAL
     hides = overlaps and any(t.kind in (DISPATCH, COMBINE) for t in per_pass)
     shown = [0.0, 0.0]
     hidden = 0.0
@@ -200,7 +208,7 @@ def _step(
 
 
 def _compute(
-    config: ModelConfig, job: Job, machine: Machine, stages: list[Stage]
+    config: ModelConfig, job: TrainingJob, machine: Machine, stages: list[PipelineStage]
 ) -> tuple[float, float, float]:
     """(forward, weights' gradients, recomputation) seconds of a device for a micro-batch."""
     forward = weights = again = 0.0
@@ -211,17 +219,21 @@ def _compute(
             for layer in stage.all_layers(config)
         }
         forward += _product_seconds(job, machine, work) + _pass_seconds(machine, kept.values())
-        weights += _product_seconds(job, machine, Work(products=work.products, plain=work.plain))
+        weights += _product_seconds(
+            job, machine, ForwardFlops(products=work.products, plain=work.plain)
+        )
         for layer, size in kept.items():
-            repeated = recomputed_work(config, layer, job.sequence_length, job.recompute)
+            repeated = recomputed_work(
+                config, layer, job.sequence_length, job.activation_checkpointing
+            )
             again += _product_seconds(job, machine, repeated)
-            if job.recompute == "layers":
+            if job.activation_checkpointing == "full":
                 again += _pass_seconds(machine, [size])
     tokens = job.device_tokens / job.layout.copies
     return forward * tokens, weights * tokens, again * tokens
 
 
-def _product_seconds(job: Job, machine: Machine, work: Work) -> float:
+def _product_seconds(job: TrainingJob, machine: Machine, work: ForwardFlops) -> float:
     plain = machine.flops["fp32" if job.precision == "fp32" else "bf16"]
     products = work.products / machine.flops[job.precision] + work.plain / plain
     return products / machine.product_share + work.scores / (plain * machine.attention_share)
@@ -238,7 +250,9 @@ def _seconds(transfer: Transfer, machine: Machine) -> float:
     return max(node, transfer.network_bytes / machine.network_bandwidth) / machine.link_share
 
 
-def _update(config: ModelConfig, job: Job, machine: Machine, stages: list[Stage]) -> float:
+def _update(
+    config: ModelConfig, job: TrainingJob, machine: Machine, stages: list[PipelineStage]
+) -> float:
     """Seconds of the optimiser: reads gradients, reads and writes masters and moments."""
     moved = 0.0
     for part, count in device_parameters(config, stages, job.layout).items():

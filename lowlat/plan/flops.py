@@ -18,14 +18,14 @@ from lowlat.config.attention import (
 )
 from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import expert_parameters, mlp_parameters
-from lowlat.plan.job import Recompute
+from lowlat.plan.job import ActivationCheckpointing
 
 LAYER_PARTS = ("attention", "scores", "dense MLP", "routed", "shared", "router")
 """Parts of decoder layers: projections and scores of attention, MLPs, experts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class ForwardFlops:
     """Forward FLOPs of a token by the rate they run at."""
 
     products: float = 0.0
@@ -39,8 +39,8 @@ class Work:
     def total(self) -> float:
         return self.products + self.plain + self.scores
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(
+    def __add__(self, other: "ForwardFlops") -> "ForwardFlops":
+        return ForwardFlops(
             products=self.products + other.products,
             plain=self.plain + other.plain,
             scores=self.scores + other.scores,
@@ -74,7 +74,7 @@ class TokenFlops:
 
 @lru_cache(maxsize=64)
 def token_flops(
-    config: ModelConfig, sequence_length: int, recompute: Recompute = "none"
+    config: ModelConfig, sequence_length: int, checkpointing: ActivationCheckpointing = "none"
 ) -> TokenFlops:
     """FLOPs per token of `config` in sequences of T tokens, MTP modules included."""
     parts: dict[str, float] = dict.fromkeys(LAYER_PARTS, 0.0)
@@ -88,25 +88,25 @@ def token_flops(
         for depth in range(config.num_nextn_predict_layers)
     )
     again = sum(
-        recomputed_work(config, layer, sequence_length, recompute).total
+        recomputed_work(config, layer, sequence_length, checkpointing).total
         for layer in range(config.num_cache_layers)
     )
     return TokenFlops(parts=parts, recomputed=again)
 
 
 @lru_cache(maxsize=4096)
-def layer_work(config: ModelConfig, layer: int, sequence_length: int) -> Work:
+def layer_work(config: ModelConfig, layer: int, sequence_length: int) -> ForwardFlops:
     """Forward work of a token in decoder layer `layer`; MTP's are numbered after the others."""
     parts = _layer_parts(config, layer, sequence_length)
     scores, router = parts.pop("scores"), parts.pop("router", 0.0)
-    return Work(products=sum(parts.values()), plain=router, scores=scores)
+    return ForwardFlops(products=sum(parts.values()), plain=router, scores=scores)
 
 
 @lru_cache(maxsize=64)
-def mtp_work(config: ModelConfig, depth: int, sequence_length: int) -> Work:
+def mtp_work(config: ModelConfig, depth: int, sequence_length: int) -> ForwardFlops:
     """Forward work of a token in MTP module `depth`, its pass through the head included."""
     layer = layer_work(config, config.num_hidden_layers + depth, sequence_length)
-    return layer + Work(plain=2.0 * 2 * config.hidden_size**2 + head_flops(config))
+    return layer + ForwardFlops(plain=2.0 * 2 * config.hidden_size**2 + head_flops(config))
 
 
 def head_flops(config: ModelConfig) -> float:
@@ -115,14 +115,14 @@ def head_flops(config: ModelConfig) -> float:
 
 
 def recomputed_work(
-    config: ModelConfig, layer: int, sequence_length: int, recompute: Recompute
-) -> Work:
+    config: ModelConfig, layer: int, sequence_length: int, checkpointing: ActivationCheckpointing
+) -> ForwardFlops:
     """What the backward pass of decoder layer `layer` computes again."""
-    if recompute == "layers":
+    if checkpointing == "full":
         return layer_work(config, layer, sequence_length)
-    if recompute == "selective":
-        return Work(products=2.0 * up_projections(config.attention_of(layer)))
-    return Work()
+    if checkpointing == "selective":
+        return ForwardFlops(products=2.0 * up_projections(config.attention_of(layer)))
+    return ForwardFlops()
 
 
 def up_projections(attention: AttentionConfig) -> int:

@@ -1,7 +1,7 @@
-"""How a model is to be trained, as far as cost depends on it: Job, its Layout over devices, and
-which combinations are possible.
+"""Training job as the cost model sees it: `TrainingJob`, its `ParallelLayout` over devices, and the
+check that a model can be divided that way.
 
-Owns no model and no machine: those are `config.model` and `machine`.
+The model is a `config.model.ModelConfig`, the devices are a `machine.Machine`.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from lowlat.utils.errors import UserError
 
 Precision = Literal["fp32", "bf16", "fp8"]
 Optimiser = Literal["adamw", "muon"]
-Recompute = Literal["none", "selective", "layers"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
 Schedule = Literal["1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"]
 Kernels = Literal["torch", "fused"]
 ZeroStage = Literal[0, 1, 2, 3]
@@ -23,26 +23,26 @@ BIDIRECTIONAL = ("dualpipe", "dualpipev")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """How the work is divided over dp * fsdp * cp * tp * pp devices."""
+class ParallelLayout:
+    """How the work is divided over data * fsdp * context * tensor * pipeline devices."""
 
-    dp: int = 1
+    data: int = 1
     """Replicas whose optimiser states are replicas too."""
     fsdp: int = 1
     """Replicas that share what `zero` says."""
     zero: ZeroStage = 1
     """What each of fsdp replicas holds a share of: 1 optimiser states, 2 gradients too, 3 weights
     too (FSDP2 with resharding); 0 nothing (ZeRO, arXiv 1910.02054)."""
-    tp: int = 1
+    tensor: int = 1
     """Devices that divide every projection; activations between them are divided by token, evenly
     or not."""
     divides_tables: bool = True
-    """Whether tp divides embedding, head and loss too; lowlat's trainer keeps them whole."""
-    cp: int = 1
+    """Whether tensor divides embedding, head and loss too; lowlat's trainer keeps them whole."""
+    context: int = 1
     """Devices that divide a sequence."""
-    ep: int = 1
-    """Devices that divide the routed experts, taken from the dp * fsdp * cp ones."""
-    pp: int = 1
+    expert: int = 1
+    """Devices that divide the routed experts, taken from the data * fsdp * context ones."""
+    pipeline: int = 1
     """Devices that divide the layers."""
     schedule: Schedule = "1f1b"
     """Order of micro-batches in the pipeline."""
@@ -52,40 +52,40 @@ class Layout:
     @property
     def table_parts(self) -> int:
         """Parts of embedding and head, of which a device has one."""
-        return self.tp if self.divides_tables else 1
+        return self.tensor if self.divides_tables else 1
 
     @property
     def replicas(self) -> int:
         """Devices that read different tokens."""
-        return self.dp * self.fsdp * self.cp
+        return self.data * self.fsdp * self.context
 
     @property
     def devices(self) -> int:
-        return self.replicas * self.tp * self.pp
+        return self.replicas * self.tensor * self.pipeline
 
     @property
     def copies(self) -> int:
         """Devices of a pipeline that hold the same stage: two with DualPipe."""
-        return 2 if self.schedule == "dualpipe" and self.pp > 1 else 1
+        return 2 if self.schedule == "dualpipe" and self.pipeline > 1 else 1
 
     @property
     def num_stages(self) -> int:
         """Stages the layers are cut into."""
-        if self.pp == 1:
+        if self.pipeline == 1:
             return 1
         per_device = {"interleaved": self.stages_per_device, "dualpipev": 2}
-        return self.pp * per_device.get(self.schedule, 1)
+        return self.pipeline * per_device.get(self.schedule, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class TrainingJob:
     """One optimiser step of a training."""
 
     sequence_length: int
     """Tokens of a row T."""
-    batch_rows: int
+    batch_size: int
     """Rows of a step, over all devices."""
-    micro_batch_rows: int = 1
+    micro_batch_size: int = 1
     """Rows a device computes at once."""
     precision: Precision = "bf16"
     """Of products and activations; masters and gradients are fp32 in every case."""
@@ -93,31 +93,31 @@ class Job:
     """adamw keeps two moments per parameter, muon one for matrices of layers."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """Number type of the moments (bf16 in DeepSeek-V3 section 3.3.3)."""
-    recompute: Recompute = "none"
+    activation_checkpointing: ActivationCheckpointing = "none"
     """What backward passes compute again: selective is norms, MLA's up-projections and SwiGLU
     (DeepSeek-V3 section 3.2.3), layers is everything but the layers' inputs."""
     kernels: Kernels = "torch"
     """torch: attention padded to one width, as `attention.flash` has it; fused: no padding."""
     load_margin: float = 0.0
     """Room for experts that get more rows than the mean, as a share of the mean."""
-    layout: Layout = field(default_factory=Layout)
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
     """The division over devices."""
 
     @property
     def tokens(self) -> int:
         """Tokens of a step."""
-        return self.sequence_length * self.batch_rows
+        return self.sequence_length * self.batch_size
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches a device computes per step."""
-        return self.batch_rows // (self.layout.dp * self.layout.fsdp * self.micro_batch_rows)
+        return self.batch_size // (self.layout.data * self.layout.fsdp * self.micro_batch_size)
 
     @property
     def device_tokens(self) -> float:
         """Tokens of a micro-batch that a device holds activations of."""
-        parts = self.layout.cp * self.layout.tp
-        return self.sequence_length * self.micro_batch_rows / parts
+        parts = self.layout.context * self.layout.tensor
+        return self.sequence_length * self.micro_batch_size / parts
 
     @property
     def element_bytes(self) -> int:
@@ -125,52 +125,53 @@ class Job:
         return 4 if self.precision == "fp32" else 2
 
 
-def check(config: ModelConfig, job: Job) -> None:
-    """Raise UserError where `config` cannot be divided as `job` says."""
+def check(config: ModelConfig, job: TrainingJob) -> None:
+    """Raise UserError, naming the axis, unless `config` can be divided as `job` asks."""
     layout, moe = job.layout, config.moe
     heads = config.num_attention_heads
     if isinstance(config.attention, GQAConfig | GTAConfig):
         heads = config.attention.num_key_value_heads
     experts = 1 if moe is None else moe.n_routed_experts
-    per_pass = layout.dp * layout.fsdp * job.micro_batch_rows
-    pieces = config.num_hidden_layers + 1
-    faults = (
-        (heads % layout.tp, f"tp {layout.tp}: must divide the {heads} attention heads"),
-        (experts % layout.ep, f"ep {layout.ep}: must divide the {experts} routed experts"),
+    layers, stages = config.num_hidden_layers, layout.num_stages
+    per_pass = layout.data * layout.fsdp * job.micro_batch_size
+    pipeline, context, fewest = layout.pipeline, layout.context, fewest_micro_batches(layout)
+    problems = (
+        (heads % layout.tensor, f"tensor {layout.tensor}: must divide the {heads} attention heads"),
         (
-            layout.replicas % layout.ep,
-            f"ep {layout.ep}: must divide dp * fsdp * cp = {layout.replicas}",
+            experts % layout.expert,
+            f"expert {layout.expert}: must divide the {experts} routed experts",
         ),
         (
-            job.batch_rows % per_pass,
-            f"batch of {job.batch_rows} rows: must be a multiple of dp * fsdp * rows of a "
-            f"micro-batch = {per_pass}",
+            layout.replicas % layout.expert,
+            f"expert {layout.expert}: must divide data * fsdp * context = {layout.replicas}",
         ),
         (
-            job.sequence_length % layout.cp,
-            f"sequence length {job.sequence_length}: must be a multiple of cp = {layout.cp}",
+            job.batch_size % per_pass,
+            f"batch size {job.batch_size}: must be a multiple of data * fsdp * micro-batch size = "
+            f"{per_pass}",
         ),
         (
-            layout.num_stages > pieces,
-            f"pp {layout.pp}: {layout.num_stages} stages for {config.num_hidden_layers} layers",
+            job.sequence_length % context,
+            f"sequence length {job.sequence_length}: must be a multiple of context = {context}",
+        ),
+        (stages > layers + 1, f"pipeline {pipeline}: {stages} stages for {layers} layers"),
+        (
+            job.micro_batches < fewest,
+            f"pipeline {pipeline}: {layout.schedule} needs {fewest} micro-batches per step and "
+            f"gets {job.micro_batches}; raise the batch size or lower pipeline",
         ),
         (
-            job.micro_batches < fewest_micro_batches(layout),
-            f"pp {layout.pp}: {layout.schedule} needs {fewest_micro_batches(layout)} micro-batches "
-            f"per step and gets {job.micro_batches}; raise the batch or lower pp",
-        ),
-        (
-            layout.pp > 1 and layout.schedule == "dualpipe" and layout.pp % 2,
-            f"pp {layout.pp}: dualpipe needs an even number",
+            pipeline > 1 and layout.schedule == "dualpipe" and pipeline % 2,
+            f"pipeline {pipeline}: dualpipe needs an even number",
         ),
     )
-    for fault, message in faults:
-        if fault:
+    for is_wrong, message in problems:
+        if is_wrong:
             raise UserError(message)
 
 
-def fewest_micro_batches(layout: Layout) -> int:
+def fewest_micro_batches(layout: ParallelLayout) -> int:
     """Micro-batches below which the schedule cannot be run."""
-    if layout.pp == 1:
+    if layout.pipeline == 1:
         return 1
-    return layout.pp * (2 if layout.schedule in BIDIRECTIONAL else 1)
+    return layout.pipeline * (2 if layout.schedule in BIDIRECTIONAL else 1)

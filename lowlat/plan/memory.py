@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from lowlat.config.model import ModelConfig
 from lowlat.plan.activations import FP32_BYTES, all_bytes, layer_bytes
 from lowlat.plan.bubble import in_flight
-from lowlat.plan.job import Job, Layout
-from lowlat.plan.stages import ROUTED, Stage, device_parameters
+from lowlat.plan.job import ParallelLayout, TrainingJob
+from lowlat.plan.stages import ROUTED, PipelineStage, device_parameters
 
 CHUNK_ELEMENTS = 2**23
 """Most logits of a piece, as in `ops.cross_entropy`."""
@@ -28,7 +28,7 @@ WORKING = "working memory"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of the fullest device of a pipeline."""
 
     parts: dict[str, float]
@@ -50,13 +50,17 @@ class Memory:
         return max(self.parts, key=lambda part: self.parts[part])
 
 
-def device_memory(config: ModelConfig, job: Job, devices: list[list[Stage]]) -> Memory:
+def device_memory(
+    config: ModelConfig, job: TrainingJob, devices: list[list[PipelineStage]]
+) -> MemoryEstimate:
     """The fullest of the devices of a pipeline, of which `devices` gives the stages."""
     all_ranks = (_rank(config, job, stages, rank) for rank, stages in enumerate(devices))
     return max(all_ranks, key=lambda memory: memory.total)
 
 
-def _rank(config: ModelConfig, job: Job, stages: list[Stage], rank: int) -> Memory:
+def _rank(
+    config: ModelConfig, job: TrainingJob, stages: list[PipelineStage], rank: int
+) -> MemoryEstimate:
     layout = job.layout
     parameters = device_parameters(config, stages, layout)
     activations = _activations(config, job, stages)
@@ -65,20 +69,20 @@ def _rank(config: ModelConfig, job: Job, stages: list[Stage], rank: int) -> Memo
     parts[WORKING] = _workspace(config, job, stages)
     if any(stage.is_last for stage in stages):
         parts["loss"] = _loss(config, job)
-    return Memory(parts=parts, activations=activations, parameters=parameters, rank=rank)
+    return MemoryEstimate(parts=parts, activations=activations, parameters=parameters, rank=rank)
 
 
-def shares(layout: Layout, part: str) -> tuple[int, int]:
+def shares(layout: ParallelLayout, part: str) -> tuple[int, int]:
     """(replicas, of which this many share states) of a part of the model. Those along fsdp share; a
     device that holds experts has fewer twins; DualPipe's second copy of a stage is one more.
     """
-    over = layout.ep if part == ROUTED else 1
+    over = layout.expert if part == ROUTED else 1
     replicas = layout.replicas // over * layout.copies
     shared = max(1, layout.fsdp // over) * layout.copies
     return replicas, min(replicas, shared)
 
 
-def _states(job: Job, parameters: dict[str, float]) -> dict[str, float]:
+def _states(job: TrainingJob, parameters: dict[str, float]) -> dict[str, float]:
     """Bytes of masters, casts, gradients and moments."""
     zero = job.layout.zero
     states = {WEIGHTS: 0.0, CASTS: 0.0, "gradients": 0.0, OPTIMISER: 0.0}
@@ -91,13 +95,13 @@ def _states(job: Job, parameters: dict[str, float]) -> dict[str, float]:
     return states
 
 
-def held(job: Job, part: str, count: float) -> float:
+def held(job: TrainingJob, part: str, count: float) -> float:
     """How many of `count` weights a device has as the optimiser moves them, or as they stay."""
     is_sharded = job.layout.zero == 3 or (job.layout.zero >= 1 and job.precision != "fp32")
     return count / shares(job.layout, part)[1] if is_sharded else count
 
 
-def cast_bytes(job: Job, part: str) -> float:
+def cast_bytes(job: TrainingJob, part: str) -> float:
     """Bytes per parameter of the form that products read, beside the master."""
     if job.precision == "fp32" or part == "embedding":
         return 0.0
@@ -105,25 +109,27 @@ def cast_bytes(job: Job, part: str) -> float:
     return 1 + FP32_BYTES / 128**2 if is_fp8 else 2.0
 
 
-def live_casts(job: Job, part: str, count: float) -> float:
+def live_casts(job: TrainingJob, part: str, count: float) -> float:
     """Bytes of the casts that live as long as a step. ZeRO-1 and 2 hold all of them; ZeRO-3
     gathers them layer by layer; otherwise they live until the backward pass has used them, and
     experts and head make them afresh (`ops.grouped`, `ops.cross_entropy`).
     """
     if job.layout.zero in (1, 2):
         return cast_bytes(job, part) * count
-    is_fresh = part in (ROUTED, "head") or job.recompute == "layers"
+    is_fresh = part in (ROUTED, "head") or job.activation_checkpointing == "full"
     return 0.0 if job.layout.zero == 3 or is_fresh else cast_bytes(job, part) * count
 
 
-def moment_bytes(job: Job, part: str) -> float:
+def moment_bytes(job: TrainingJob, part: str) -> float:
     """Bytes of the optimiser's moments per parameter."""
     size = FP32_BYTES if job.moments == "fp32" else 2
     is_adam = job.optimiser == "adamw" or part in HIGH_PRECISION
     return float(size * (2 if is_adam else 1))
 
 
-def _activations(config: ModelConfig, job: Job, stages: list[Stage]) -> dict[str, float]:
+def _activations(
+    config: ModelConfig, job: TrainingJob, stages: list[PipelineStage]
+) -> dict[str, float]:
     """Activation bytes of all layers of a device and all micro-batches in flight, by tensor."""
     kept: dict[str, float] = {}
     for stage in stages:
@@ -141,7 +147,7 @@ def _form(config: ModelConfig, layer: int) -> tuple[bool, object]:
     return config.is_moe_layer(layer), config.attention_of(layer)
 
 
-def _workspace(config: ModelConfig, job: Job, stages: list[Stage]) -> float:
+def _workspace(config: ModelConfig, job: TrainingJob, stages: list[PipelineStage]) -> float:
     """What one layer's backward pass needs beside: its recomputed tensors and their gradients;
     with ZeRO-3 also the gathered weights of two layers.
     """
@@ -150,7 +156,7 @@ def _workspace(config: ModelConfig, job: Job, stages: list[Stage]) -> float:
         (sum(all_bytes(config, layer, job, selective=False).values()) for layer in layers),
         default=0.0,
     )
-    recomputes = job.recompute == "layers"
+    recomputes = job.activation_checkpointing == "full"
     space = whole * job.device_tokens * (2 if recomputes else 1)
     if job.layout.zero == 3:
         parameters = device_parameters(config, stages, job.layout)
@@ -160,7 +166,7 @@ def _workspace(config: ModelConfig, job: Job, stages: list[Stage]) -> float:
     return space
 
 
-def _loss(config: ModelConfig, job: Job) -> float:
+def _loss(config: ModelConfig, job: TrainingJob) -> float:
     """The head's gradient, made with the loss, and a piece of the logits, for every head."""
     heads = 1 + config.num_nextn_predict_layers
     parts = job.layout.table_parts

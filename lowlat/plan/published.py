@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 
-from lowlat.plan.job import Job, Layout
+from lowlat.plan.job import ParallelLayout, TrainingJob
 from lowlat.plan.machine import H800, Machine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Published:
+class PublishedTraining:
     """A training, and what it took."""
 
-    job: Job
+    job: TrainingJob
     machine: Machine
     hours_per_trillion: float
     """Device-hours per trillion tokens."""
@@ -18,16 +18,16 @@ class Published:
     """Where it stands."""
 
 
-DEEPSEEK_V3 = Published(
-    job=Job(
+DEEPSEEK_V3 = PublishedTraining(
+    job=TrainingJob(
         sequence_length=4096,
-        batch_rows=15360,
+        batch_size=15360,
         precision="fp8",
         moments="bf16",
-        recompute="selective",
+        activation_checkpointing="selective",
         kernels="fused",
         load_margin=0.2,
-        layout=Layout(fsdp=128, zero=1, ep=64, pp=16, schedule="dualpipe"),
+        layout=ParallelLayout(fsdp=128, zero=1, expert=64, pipeline=16, schedule="dualpipe"),
     ),
     machine=H800,
     hours_per_trillion=180e3,

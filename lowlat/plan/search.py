@@ -10,13 +10,20 @@ from dataclasses import dataclass, replace
 
 from lowlat.config.model import ModelConfig
 from lowlat.plan.estimate import Estimate, divided, estimate, timed
-from lowlat.plan.job import Job, Layout, Recompute, Schedule, ZeroStage, check
+from lowlat.plan.job import (
+    ActivationCheckpointing,
+    ParallelLayout,
+    Schedule,
+    TrainingJob,
+    ZeroStage,
+    check,
+)
 from lowlat.plan.machine import Machine
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
 SCHEDULES: tuple[Schedule, ...] = ("1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")
-RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "layers")
+CHECKPOINTING_MODES: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
 ZERO_STAGES: tuple[ZeroStage, ...] = (1, 2, 3)
 MOST_TENSOR = 8
 MOST_STAGES = 64
@@ -28,7 +35,7 @@ network."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Search:
+class SearchResult:
     """The outcome."""
 
     ranked: list[Estimate]
@@ -42,11 +49,11 @@ class Search:
 
 def search(
     config: ModelConfig,
-    job: Job,
+    job: TrainingJob,
     machine: Machine,
-    layouts: Sequence[Layout],
+    layouts: Sequence[ParallelLayout],
     progress: Progress | None = None,
-) -> Search:
+) -> SearchResult:
     """The best of `layouts` for `job`, each with the ZeRO stage and the recomputation that suit it.
     Raises UserError where none can be divided so, or none fits.
     """
@@ -62,7 +69,7 @@ def search(
         devices = layouts[0].devices
         near = _nearest(config, job, machine, devices)
         raise UserError(
-            f"{job.batch_rows} rows of a step, and the model's heads and experts, do not divide "
+            f"{job.batch_size} rows of a step, and the model's heads and experts, do not divide "
             f"among {devices} devices; give {near} instead"
         )
     if not ranked:
@@ -71,23 +78,29 @@ def search(
             "more of them, or more memory"
         )
     ranked.sort(key=lambda found: found.time.total)
-    return Search(ranked=_break_ties(ranked), tried=len(layouts), failed=failed)
+    return SearchResult(ranked=_break_ties(ranked), tried=len(layouts), failed=failed)
 
 
-def all_layouts(config: ModelConfig, devices: int, machine: Machine) -> list[Layout]:
+def all_layouts(config: ModelConfig, devices: int, machine: Machine) -> list[ParallelLayout]:
     """Every division of `config` over `devices` devices by powers of two."""
     experts = 1 if config.moe is None else config.moe.n_routed_experts
     return [
-        Layout(fsdp=devices // (pp * tp), tp=tp, ep=ep, pp=pp, schedule=schedule)
-        for pp in _powers(min(MOST_STAGES, config.num_hidden_layers, devices))
-        for tp in _powers(min(MOST_TENSOR, machine.devices_per_node, devices // pp))
-        if devices % (pp * tp) == 0
-        for ep in _powers(min(experts, devices // (pp * tp)))
-        for schedule in (SCHEDULES if pp > 1 else SCHEDULES[:1])
+        ParallelLayout(
+            fsdp=devices // (pipeline * tensor),
+            tensor=tensor,
+            expert=expert,
+            pipeline=pipeline,
+            schedule=schedule,
+        )
+        for pipeline in _powers(min(MOST_STAGES, config.num_hidden_layers, devices))
+        for tensor in _powers(min(MOST_TENSOR, machine.devices_per_node, devices // pipeline))
+        if devices % (pipeline * tensor) == 0
+        for expert in _powers(min(experts, devices // (pipeline * tensor)))
+        for schedule in (SCHEDULES if pipeline > 1 else SCHEDULES[:1])
     ]
 
 
-def _nearest(config: ModelConfig, job: Job, machine: Machine, devices: int) -> int:
+def _nearest(config: ModelConfig, job: TrainingJob, machine: Machine, devices: int) -> int:
     """The number of devices nearest to `devices` that some layout divides the work among; one
     device always is.
     """
@@ -101,7 +114,7 @@ def _nearest(config: ModelConfig, job: Job, machine: Machine, devices: int) -> i
     return 1
 
 
-def _is_possible(config: ModelConfig, job: Job) -> bool:
+def _is_possible(config: ModelConfig, job: TrainingJob) -> bool:
     try:
         check(config, job)
     except UserError:
@@ -114,16 +127,20 @@ def _powers(most: int) -> list[int]:
     return [1 << exponent for exponent in range(most.bit_length())]
 
 
-def _best(config: ModelConfig, job: Job, machine: Machine, failed: Counter[str]) -> Estimate | None:
+def _best(
+    config: ModelConfig, job: TrainingJob, machine: Machine, failed: Counter[str]
+) -> Estimate | None:
     """The fastest of the ZeRO stages and recomputations of a layout that fits."""
     if not _is_possible(config, job):
         failed[NO_DIVISION] += 1
         return None
     found = []
     # The further down, the less memory and the more time.
-    for recompute in RECOMPUTES:
+    for mode in CHECKPOINTING_MODES:
         for zero in ZERO_STAGES:
-            tried = replace(job, recompute=recompute, layout=replace(job.layout, zero=zero))
+            tried = replace(
+                job, activation_checkpointing=mode, layout=replace(job.layout, zero=zero)
+            )
             devices, memory = divided(config, tried, machine)
             if memory.total <= machine.usable_bytes:
                 found.append(timed(config, tried, machine, devices, memory))
@@ -162,14 +179,14 @@ def neighbours(config: ModelConfig, base: Estimate) -> list[Neighbour]:
     return [_neighbour(config, base, change, job) for change, job in _changes(base.job)]
 
 
-def _changes(job: Job) -> Iterator[tuple[str, Job]]:
+def _changes(job: TrainingJob) -> Iterator[tuple[str, TrainingJob]]:
     layout = job.layout
-    for schedule in SCHEDULES if layout.pp > 1 else ():
+    for schedule in SCHEDULES if layout.pipeline > 1 else ():
         yield schedule, replace(job, layout=replace(layout, schedule=schedule))
     sizes = (
-        ("pp", layout.pp, 1),
-        ("ep", layout.ep, 0),
-        ("tp", layout.tp, 1),
+        ("pipeline", layout.pipeline, 1),
+        ("expert", layout.expert, 0),
+        ("tensor", layout.tensor, 1),
     )
     for name, size, takes_replicas in sizes:
         for factor in (0.5, 2):
@@ -180,13 +197,13 @@ def _changes(job: Job) -> Iterator[tuple[str, Job]]:
                 yield f"{name} {changed}", replace(job, layout=sized)
     for zero in (0, *ZERO_STAGES) if layout.fsdp > 1 else ():
         yield f"ZeRO-{zero}", replace(job, layout=replace(layout, zero=zero))
-    for recompute in RECOMPUTES:
-        yield f"recompute {recompute}", replace(job, recompute=recompute)
+    for mode in CHECKPOINTING_MODES:
+        yield f"activation checkpointing {mode}", replace(job, activation_checkpointing=mode)
     for precision in ("bf16", "fp8"):
         yield precision, replace(job, precision=precision)
 
 
-def _neighbour(config: ModelConfig, base: Estimate, change: str, job: Job) -> Neighbour:
+def _neighbour(config: ModelConfig, base: Estimate, change: str, job: TrainingJob) -> Neighbour:
     if job == base.job:
         return Neighbour(change=change, found=base, why="this layout")
     try:

@@ -15,14 +15,14 @@ from lowlat.config.parameter_count import (
     gate_parameters,
     mlp_parameters,
 )
-from lowlat.plan.flops import Work, head_flops, layer_work, mtp_work
-from lowlat.plan.job import BIDIRECTIONAL, Layout
+from lowlat.plan.flops import ForwardFlops, head_flops, layer_work, mtp_work
+from lowlat.plan.job import BIDIRECTIONAL, ParallelLayout
 
 ROUTED = "routed experts"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stage:
+class PipelineStage:
     """Neighbouring layers, and what comes before or after all of them."""
 
     index: int
@@ -45,19 +45,22 @@ class Stage:
 
 
 def cut(
-    config: ModelConfig, layout: Layout, costs: tuple[float, ...], most_layers: int | None = None
-) -> list[Stage]:
+    config: ModelConfig,
+    layout: ParallelLayout,
+    costs: tuple[float, ...],
+    most_layers: int | None = None,
+) -> list[PipelineStage]:
     """The stages in order, so that the busiest device is as little busy as it can be, with at most
     `most_layers` decoder layers per stage.
 
     costs: time of every decoder layer, then of what follows them all (norm, head, MTP modules).
     """
-    is_folded = layout.pp > 1 and layout.schedule in BIDIRECTIONAL
+    is_folded = layout.pipeline > 1 and layout.schedule in BIDIRECTIONAL
     most = most_layers or len(costs)
     borders = (_folded if is_folded else _balanced)(costs, layout.num_stages, most)
     runs = enumerate(pairwise((0, *borders)))
     return [
-        Stage(
+        PipelineStage(
             index=index,
             layers=tuple(range(first, min(last, config.num_hidden_layers))),
             is_first=index == 0,
@@ -67,33 +70,35 @@ def cut(
     ]
 
 
-def held(stages: list[Stage], layout: Layout) -> list[list[Stage]]:
+def held(stages: list[PipelineStage], layout: ParallelLayout) -> list[list[PipelineStage]]:
     """The stages of every device along the pipeline."""
-    count = layout.pp
+    count = layout.pipeline
     if count > 1 and layout.schedule in ("dualpipe", "dualpipev"):
         return [[stages[rank], stages[-1 - rank]] for rank in range(count)]
     return [stages[rank::count] for rank in range(count)]
 
 
-def stage_work(config: ModelConfig, stage: Stage, sequence_length: int) -> Work:
+def stage_work(config: ModelConfig, stage: PipelineStage, sequence_length: int) -> ForwardFlops:
     """Forward work of a token in `stage`."""
-    work = Work()
+    work = ForwardFlops()
     for layer in stage.layers:
         work += layer_work(config, layer, sequence_length)
     if stage.is_last:
-        work += Work(plain=head_flops(config))
+        work += ForwardFlops(plain=head_flops(config))
         for depth in range(config.num_nextn_predict_layers):
             work += mtp_work(config, depth, sequence_length)
     return work
 
 
-def device_parameters(config: ModelConfig, stages: list[Stage], layout: Layout) -> dict[str, float]:
-    """Parameters of a device that holds `stages`, by part, before any share among replicas.
+def device_parameters(
+    config: ModelConfig, stages: list[PipelineStage], layout: ParallelLayout
+) -> dict[str, float]:
+    """Parameters of a device that holds `stages`, by part of the model, before ZeRO sharding.
 
-    tp divides every matrix but the down-projections to MLA's latents and the router, embedding and
-    head as the layout says; ep and tp divide routed experts.
+    Tensor parallelism divides every matrix except MLA's down-projections and the router (embedding
+    and head only if `layout.divides_tables`); expert and tensor parallelism divide routed experts.
     """
-    moe, hidden, tp = config.moe, config.hidden_size, layout.tp
+    moe, hidden, tensor = config.moe, config.hidden_size, layout.tensor
     numbers = [layer for stage in stages for layer in stage.all_layers(config)]
     layers = len(numbers)
     sparse = sum(stage.moe_layers(config) for stage in stages)
@@ -101,28 +106,28 @@ def device_parameters(config: ModelConfig, stages: list[Stage], layout: Layout) 
     table = config.vocab_size * hidden / layout.table_parts
     depth = config.num_nextn_predict_layers if last else 0
     needs_embedding = first or depth or (last and config.tie_word_embeddings)
-    expert = 0.0 if moe is None else sparse * expert_parameters(config) / tp
+    expert = 0.0 if moe is None else sparse * expert_parameters(config) / tensor
     return {
         "embedding": table if needs_embedding else 0.0,
         "head": table if last and not config.tie_word_embeddings else 0.0,
-        "attention": float(sum(_attention(config, layer, tp) for layer in numbers)),
-        "dense MLP": (layers - sparse) * mlp_parameters(config, config.intermediate_size) / tp,
+        "attention": float(sum(_attention(config, layer, tensor) for layer in numbers)),
+        "dense MLP": (layers - sparse) * mlp_parameters(config, config.intermediate_size) / tensor,
         "shared experts": 0.0 if moe is None else expert * moe.n_shared_experts,
-        ROUTED: 0.0 if moe is None else expert * moe.n_routed_experts / layout.ep,
+        ROUTED: 0.0 if moe is None else expert * moe.n_routed_experts / layout.expert,
         "router": 0.0 if moe is None else float(sparse * gate_parameters(config, moe)),
         "norms": float(hidden * (2 * layers + last + 3 * depth)),
         "MTP joint": 2.0 * hidden * hidden * depth,
     }
 
 
-def _attention(config: ModelConfig, layer: int, tp: int) -> float:
-    """The attention of `layer` on one of `tp` devices."""
+def _attention(config: ModelConfig, layer: int, tensor: int) -> float:
+    """The attention of `layer` on one of `tensor` devices."""
     attention, whole = config.attention_of(layer), attention_parameters(config, layer)
     if not isinstance(attention, MLAConfig | GLAConfig):
-        return whole / tp
+        return whole / tensor
     rank = attention.q_lora_rank or 0
     shared = config.hidden_size * (rank + attention.entry_dim) + rank + attention.kv_lora_rank
-    return shared + (whole - shared) / tp
+    return shared + (whole - shared) / tensor
 
 
 @lru_cache(maxsize=1024)

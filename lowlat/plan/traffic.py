@@ -1,8 +1,8 @@
-"""Bytes a device sends per step, by kind and by link, and whether computation can hide them.
+"""Communication volume: bytes a device sends per step, by kind and link, and what overlap can hide.
 
-Ranks lie with tp innermost, then fsdp, cp and dp, then the pipeline. Collectives over whole nodes
-send within the node first, so that each device's own network link carries its share only. Owns
-volumes; `estimate` turns them into time.
+Ranks are ordered tensor (innermost), fsdp, context, data, pipeline. Collectives that span nodes
+are hierarchical: they send within the node first, so each device's network link carries only its
+share. `estimate` turns volumes into time.
 """
 
 import math
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from lowlat.config.model import ModelConfig
 from lowlat.plan.activations import FP8_BYTES, FP32_BYTES
-from lowlat.plan.job import Job
+from lowlat.plan.job import TrainingJob
 from lowlat.plan.machine import Machine
 from lowlat.plan.memory import cast_bytes, shares
-from lowlat.plan.stages import ROUTED, Stage, device_parameters
+from lowlat.plan.stages import ROUTED, PipelineStage, device_parameters
 
 DISPATCH, COMBINE = "expert dispatch", "expert combine"
 
@@ -37,7 +37,7 @@ class Transfer:
 
 
 def transfers(
-    config: ModelConfig, job: Job, machine: Machine, stages: list[Stage]
+    config: ModelConfig, job: TrainingJob, machine: Machine, stages: list[PipelineStage]
 ) -> list[Transfer]:
     """All transfers of a device that holds `stages`."""
     found = [
@@ -80,29 +80,29 @@ def places(config: ModelConfig, spread: int) -> float:
 
 
 def _experts(
-    config: ModelConfig, job: Job, machine: Machine, stages: list[Stage]
+    config: ModelConfig, job: TrainingJob, machine: Machine, stages: list[PipelineStage]
 ) -> list[Transfer]:
     """All-to-all: a token goes once to every node that has one of its experts, and within the node
     to every device that has one (DeepSeek-V3 section 3.2.2); back the same way.
     """
     layout = job.layout
-    if config.moe is None or layout.ep == 1:
+    if config.moe is None or layout.expert == 1:
         return []
-    nodes = max(1, min(layout.ep, layout.ep * layout.tp // machine.devices_per_node))
-    devices = places(config, layout.ep)
+    nodes = max(1, min(layout.expert, layout.expert * layout.tensor // machine.devices_per_node))
+    devices = places(config, layout.expert)
     other_nodes = places(config, nodes) * (nodes - 1) / nodes
-    other_devices = devices * (1 - nodes / layout.ep)
+    other_devices = devices * (1 - nodes / layout.expert)
     layers = sum(stage.moe_layers(config) for stage in stages) / layout.copies
     tokens = job.device_tokens * job.micro_batches * layers * config.hidden_size
     wide = float(job.element_bytes)
     narrow = FP8_BYTES if job.precision == "fp8" else wide
     # Backward: the gradient of combine is dispatched, that of dispatch combined.
-    passes = 3 if job.recompute == "layers" else 2
+    passes = 3 if job.activation_checkpointing == "full" else 2
     return [
         Transfer(
             kind=kind,
-            # Every tp device of an expert needs the rows.
-            node_bytes=passes * tokens * size * other_devices * layout.tp,
+            # Every tensor device of an expert needs the rows.
+            node_bytes=passes * tokens * size * other_devices * layout.tensor,
             network_bytes=passes * tokens * size * other_nodes,
             forward_share=1 / passes,
         )
@@ -110,12 +110,12 @@ def _experts(
     ]
 
 
-def _tensor(config: ModelConfig, job: Job, stages: list[Stage]) -> Transfer:
+def _tensor(config: ModelConfig, job: TrainingJob, stages: list[PipelineStage]) -> Transfer:
     """Four gathers or scatters of the activations per layer and direction."""
     layout = job.layout
     layers = sum(len(stage.all_layers(config)) for stage in stages) / layout.copies
-    # Of rows that tp devices share, each gets what the others hold.
-    rows = job.device_tokens * (layout.tp - 1) * job.micro_batches
+    # Of rows that tensor devices share, each gets what the others hold.
+    rows = job.device_tokens * (layout.tensor - 1) * job.micro_batches
     return Transfer(
         kind="tensor parallel",
         node_bytes=2 * 4 * layers * rows * config.hidden_size * job.element_bytes,
@@ -123,7 +123,9 @@ def _tensor(config: ModelConfig, job: Job, stages: list[Stage]) -> Transfer:
     )
 
 
-def _context(config: ModelConfig, job: Job, machine: Machine, stages: list[Stage]) -> Transfer:
+def _context(
+    config: ModelConfig, job: TrainingJob, machine: Machine, stages: list[PipelineStage]
+) -> Transfer:
     """Rows of keys and values (MLA: the latent) travel a ring; backward they do it again with their
     gradients.
     """
@@ -133,9 +135,9 @@ def _context(config: ModelConfig, job: Job, machine: Machine, stages: list[Stage
         for stage in stages
         for layer in stage.all_layers(config)
     )
-    rows = job.device_tokens * (layout.cp - 1) * job.micro_batches
+    rows = job.device_tokens * (layout.context - 1) * job.micro_batches
     sent = 3 * rows * elements / layout.copies * job.element_bytes
-    is_local = layout.cp * layout.fsdp * layout.tp <= machine.devices_per_node
+    is_local = layout.context * layout.fsdp * layout.tensor <= machine.devices_per_node
     return Transfer(
         kind="context parallel",
         node_bytes=sent if is_local else 0.0,
@@ -145,10 +147,10 @@ def _context(config: ModelConfig, job: Job, machine: Machine, stages: list[Stage
     )
 
 
-def _pipeline(config: ModelConfig, job: Job, machine: Machine) -> Transfer:
+def _pipeline(config: ModelConfig, job: TrainingJob, machine: Machine) -> Transfer:
     """A micro-batch's activations to the next stage, their gradients to the one before."""
     layout = job.layout
-    crossings = layout.num_stages // layout.pp if layout.pp > 1 else 0
+    crossings = layout.num_stages // layout.pipeline if layout.pipeline > 1 else 0
     rows = job.device_tokens * job.micro_batches * crossings
     sent = 2 * rows * config.hidden_size * job.element_bytes
     is_local = layout.devices <= machine.devices_per_node
@@ -161,7 +163,7 @@ def _pipeline(config: ModelConfig, job: Job, machine: Machine) -> Transfer:
 
 
 def _replicas(
-    config: ModelConfig, job: Job, machine: Machine, stages: list[Stage]
+    config: ModelConfig, job: TrainingJob, machine: Machine, stages: list[PipelineStage]
 ) -> list[Transfer]:
     """Gradients to those that update, weights back (ZeRO, arXiv 1910.02054 section 7), both among
     the replicas that share states; then sums of gradients over the groups that do.
@@ -173,7 +175,7 @@ def _replicas(
         if layout.zero == 0:
             shared = 1
         outer = replicas // shared
-        stride = layout.tp * (layout.ep if layout.ep > 1 and part == ROUTED else 1)
+        stride = layout.tensor * (layout.expert if layout.expert > 1 and part == ROUTED else 1)
         gather = count * (cast_bytes(job, part) or FP32_BYTES) * (1 - 1 / shared)
         scatter = count * FP32_BYTES * (1 - 1 / shared)
         sums = 2 * count / shared * FP32_BYTES * (1 - 1 / outer)

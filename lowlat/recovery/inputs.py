@@ -16,7 +16,7 @@ from lowlat.convert.compression.plan import estimated_config
 from lowlat.convert.conversion import Conversion
 from lowlat.convert.options import CompressionOptions, RecoveryOptions
 from lowlat.convert.parameters.exact_mla import check_exact
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.recovery.evaluation import EvaluationText, read_evaluation_text
 from lowlat.recovery.training_text import (
     build_tokens,
@@ -123,13 +123,13 @@ def _distillation_options(
 
 def _training_tokens(
     inputs: RecoveryInputs, work: WorkFolder, progress: Progress
-) -> TokenFolder | None:
+) -> TokenizedDataset | None:
     """The training text as a token folder, checked; None without recovery training."""
     distillation, texts = inputs.distillation, inputs.recovery.texts
     if distillation is None:
         return None
     if work.tokens.exists():
-        folder = TokenFolder.open(work.tokens)
+        folder = TokenizedDataset.open(work.tokens)
     else:
         length = distillation.sequence_length
         folder = build_tokens(work.tokens, texts, inputs.tokenizer, length, progress)
@@ -146,7 +146,7 @@ def _training_tokens(
     return folder
 
 
-def _calibrated_on(folder: TokenFolder | None, inputs: RecoveryInputs) -> CompressionOptions:
+def _calibrated_on(folder: TokenizedDataset | None, inputs: RecoveryInputs) -> CompressionOptions:
     """The compression, calibrated on the training text in `folder`, unless that is too short."""
     compression, context = inputs.compression, inputs.conversion.config.max_position_embeddings
     if folder is None:

@@ -21,7 +21,7 @@ from lowlat.convert.conversion import is_attention, prepare_conversion
 from lowlat.convert.options import CompressionOptions, ConversionOptions, RecoveryOptions
 from lowlat.convert.report import REPORT_FILE, ConversionReport, measure, report_files
 from lowlat.convert.run import convert
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.recovery.evaluation import evaluate
 from lowlat.recovery.inputs import RecoveryInputs, prepare_recovery, with_calibration
 from lowlat.recovery.work_folder import (
@@ -139,11 +139,11 @@ def _recovery_training(
         )
         if not work.recovered.exists():
             _write_recovered(work, run.progress)
-        folder = TokenFolder.open(work.tokens)
+        folder = TokenizedDataset.open(work.tokens)
         recipe = distillation_recipe(work.start, teacher, work.tokens, distillation)
         phase = recipe["phase"][-1]
         settings = asdict(distillation) | {
-            "batch_tokens": phase["batch_rows"] * phase["sequence_length"],
+            "batch_tokens": phase["batch_size"] * phase["sequence_length"],
             "learning_rate": phase["learning_rate"][0]["to"],
         }
         return {

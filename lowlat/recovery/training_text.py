@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Int
 
 from lowlat.data.build import build
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.data.documents import BadDocument, ReadOptions
-from lowlat.data.folder import TokenFolder
-from lowlat.data.layout import Split
+from lowlat.data.manifest import Split
 from lowlat.data.overlap import MOST_SHARED, share_seen, shared_runs
 from lowlat.data.selection import BuildOptions
 from lowlat.data.sources import DATASETS, files_of, is_records
@@ -46,7 +46,7 @@ HELD_OUT = (0.01, 0.05, 0.2, 0.5)
 
 def build_tokens(
     folder: Path, texts: Sequence[str], tokenizer: Tokenizer, length: int, progress: Progress
-) -> TokenFolder:
+) -> TokenizedDataset:
     """Build the token folder `folder` from `texts`, for sequences of `length` tokens.
 
     Raises UserError naming a file that is no text, or if there is too little text.
@@ -65,16 +65,16 @@ def build_tokens(
             if error.__cause__ is not None:  # an error of the disk, not of the text
                 raise
             raise _bad_text(error) from error
-        if TokenFolder.open(partial).num_tokens("held_out") > EVALUATED_TOKENS:
+        if TokenizedDataset.open(partial).num_tokens("held_out") > EVALUATED_TOKENS:
             break
-    _check_enough(TokenFolder.open(partial), texts, length)
+    _check_enough(TokenizedDataset.open(partial), texts, length)
     passages.unlink(missing_ok=True)
     partial.rename(folder)
-    return TokenFolder.open(folder)
+    return TokenizedDataset.open(folder)
 
 
 def require_unseen(
-    folder: TokenFolder, ids: Int[np.ndarray, " tokens"], name: Path, progress: Progress
+    folder: TokenizedDataset, ids: Int[np.ndarray, " tokens"], name: Path, progress: Progress
 ) -> None:
     """Raises UserError if the training split of `folder` contains the evaluation text `ids` of the
     file `name`.
@@ -188,13 +188,13 @@ def _bad_text(error: UserError) -> UserError:
     return UserError(f"--text: {message}")
 
 
-def _check_enough(made: TokenFolder, texts: Sequence[str], length: int) -> None:
+def _check_enough(made: TokenizedDataset, texts: Sequence[str], length: int) -> None:
     least = length + 1
     splits: dict[Split, str] = {"train": "for training", "held_out": "held out for evaluation"}
     for split, what in splits.items():
         found = made.num_tokens(split)
         if found < least:
-            documents = sum(facts.documents for facts in made.facts.splits.values())
+            documents = sum(facts.documents for facts in made.manifest.splits.values())
             raise UserError(
                 f"--text: {', '.join(texts)}: {found} tokens of {documents} documents are {what}, "
                 f"at least {least} are needed; add text, or give more documents"

@@ -10,14 +10,14 @@ LOSSES = [
         "loss: mean of every micro-batch",
         "train/step/passes.py",
         "                targets=targets,\n",
-        "                targets=[int(part.predicted.sum())] * num_ahead,\n",
+        "                targets=[int(part.loss_mask.sum())] * num_ahead,\n",
         TRAIN + "test_loss.py::test_micro_batches_change_nothing",
     ),
     Mutant(
         "loss: what fills a row of chats is learned",
         "data/chat_rows.py",
-        "predicted = np.zeros((count, self._length), np.bool_)",
-        "predicted = np.ones((count, self._length), np.bool_)",
+        "loss_mask = np.zeros((count, self._length), np.bool_)",
+        "loss_mask = np.ones((count, self._length), np.bool_)",
         "tests/unit/data/test_chat_rows.py::test_every_chat_is_whole_in_one_row[0-False]",
     ),
     Mutant(
@@ -37,8 +37,8 @@ LOSSES = [
     Mutant(
         "loss: an MTP module predicts across the border of a document",
         "train/step/loss.py",
-        "result = result & batch.predicted[:, further : length + further]",
-        "result = batch.predicted[:, further : length + further]",
+        "result = result & batch.loss_mask[:, further : length + further]",
+        "result = batch.loss_mask[:, further : length + further]",
         TRAIN + "test_loss.py::test_which_targets_count",
     ),
     Mutant(

@@ -19,9 +19,8 @@ from lowlat.data.batch import Batch
 from lowlat.data.writer import write_tokenizer
 from lowlat.model.transformer import Transformer
 from lowlat.train.layers.stacked_experts import stack_experts
-from lowlat.train.recipe.schedule import StepPlan, Timetable
-from lowlat.train.recipe.schema import Optimizer as OptimizerTable
-from lowlat.train.recipe.schema import parse_recipe
+from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
+from lowlat.train.recipe.schema import OptimizerConfig, parse_recipe
 from lowlat.train.run.export import export
 from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.loss import count_targets
@@ -44,20 +43,20 @@ def plan() -> StepPlan:
         "name": "p",
         "steps": 1,
         "sequence_length": LENGTH,
-        "batch_rows": ROWS,
-        "micro_batch_rows": 2,
+        "batch_size": ROWS,
+        "micro_batch_size": 2,
         "learning_rate": RATE,
         "mtp_weight": MTP_WEIGHT,
     }
     raw = {"name": "t", "model": {}, "data": {"folder": "none"}, "phase": [phase]}
-    return Timetable(parse_recipe(raw, origin="test")).at(0)
+    return TrainingSchedule(parse_recipe(raw, origin="test")).at(0)
 
 
 def draw_batch(case: Case) -> Batch:
     generator = torch.Generator().manual_seed(case.seed)
     shape = (ROWS, LENGTH + 1 + case.mtp)
     tokens = torch.randint(case.config.vocab_size, shape, generator=generator)
-    return Batch(tokens=tokens, predicted=torch.ones_like(tokens, dtype=torch.bool))
+    return Batch(tokens=tokens, loss_mask=torch.ones_like(tokens, dtype=torch.bool))
 
 
 def trainable(oracle: Oracle, folder: Path) -> Transformer:
@@ -147,7 +146,7 @@ def step_both(model: Transformer, batch: Batch, theirs: dict[str, Tensor]) -> No
     )
     torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
     reference.step()
-    optimizer = Optimizer(model, OptimizerTable(eps=1e-2))
+    optimizer = Optimizer(model, OptimizerConfig(eps=1e-2))
     optimizer.zero_grad()
     watch = LoadBalancer(model, sequence_weight=0.0)
     passes = PlainPasses(model, torch.float32)

@@ -13,8 +13,8 @@ import torch
 
 from lowlat.plan import rate
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.metrics.runlog import FolderRunLog
-from lowlat.train.metrics.view import SilentView
+from lowlat.train.metrics.metrics_log import FolderMetricsLog
+from lowlat.train.metrics.progress_view import SilentView
 from lowlat.train.recipe.schema import read_recipe
 from lowlat.train.run.trainer import Trainer
 
@@ -24,7 +24,7 @@ def train(recipe_path: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     recipe = read_recipe(recipe_path)
     with RunFolder(folder) as run:
-        log = FolderRunLog(
+        log = FolderMetricsLog(
             log=run.log,
             tensorboard_folder=run.tensorboard,
             view=SilentView(),

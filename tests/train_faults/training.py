@@ -60,28 +60,28 @@ folder = "tokens"
 fim_rate = 0.1
 [optimizer]
 name = "OPTIMIZER"
-[saves]
+[checkpoints]
 every_steps = {INTERVAL}
 keep_last = KEEP
 [evaluation]
 every_steps = 7
-rows = 3
+sequences = 3
 [log]
 tensorboard = false
 [[phase]]
 name = "short"
 steps = 31
 sequence_length = 17
-batch_rows = [{{ to = 2, steps = 1 }}, {{ to = 6, steps = 20 }}, {{ to = 6 }}]
-micro_batch_rows = 2
+batch_size = [{{ to = 2, steps = 1 }}, {{ to = 6, steps = 20 }}, {{ to = 6 }}]
+micro_batch_size = 2
 learning_rate = [{{ to = 3e-3, steps = 7 }}, {{ to = 1e-4 }}]
 bias_update_speed = 1e-2
 [[phase]]
 name = "long"
 steps = 33
 sequence_length = 23
-batch_rows = 4
-micro_batch_rows = 2
+batch_size = 4
+micro_batch_size = 2
 learning_rate = 1e-4
 mtp_weight = 0.1
 """
@@ -169,4 +169,4 @@ def compare(save: TrainingCheckpoint | None, expected: TrainingCheckpoint) -> No
 def computed(save: TrainingCheckpoint) -> dict[str, Any]:
     """The facts but for time spent and what the recipes of the two runs differ in."""
     facts = {key: value for key, value in save.metadata.items() if key != "seconds"}
-    return {**facts, "recipe": {**facts["recipe"], "saves": None}}
+    return {**facts, "recipe": {**facts["recipe"], "checkpoints": None}}

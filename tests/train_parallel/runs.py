@@ -64,8 +64,8 @@ eps = 1e-5
 name = "first"
 steps = 4
 sequence_length = 16
-batch_rows = 8
-micro_batch_rows = 2
+batch_size = 8
+micro_batch_size = 2
 learning_rate = 0.003
 bias_update_speed = 0.01
 
@@ -73,17 +73,17 @@ bias_update_speed = 0.01
 name = "second"
 steps = 4
 sequence_length = 24
-batch_rows = 8
-micro_batch_rows = 2
+batch_size = 8
+micro_batch_size = 2
 learning_rate = 0.001
 bias_update_speed = 0.01
 
-[saves]
+[checkpoints]
 every_steps = 100
 
 [evaluation]
 every_steps = 3
-rows = 7
+sequences = 7
 """
 
 

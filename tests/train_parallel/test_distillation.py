@@ -8,7 +8,7 @@ import torch
 from lowlat.train.recipe.toml import to_toml
 from tests.train_parallel.processes import run
 from tests.train_parallel.runs import PROGRAM, state
-from tests.unit.train import healing, tuning
+from tests.unit.train import recovering, tuning
 
 TOLERANCE = 1e-5
 
@@ -17,9 +17,9 @@ TOLERANCE = 1e-5
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Layer by layer, then distributions."""
     folder = tmp_path_factory.mktemp("recipe")
-    healing.models(folder)
+    recovering.models(folder)
     layers = {"match": "attention", "steps": 2, "learning_rate": 1e-3}
-    raw = healing.raw(layers, {"name": "more", "steps": 3, "learning_rate": 1e-3})
+    raw = recovering.raw(layers, {"name": "more", "steps": 3, "learning_rate": 1e-3})
     # Rounding decides about weights whose gradient is next to nothing, unless eps is above it.
     raw["optimizer"] = {"weight_decay": 0.0, "eps": 1e-4}
     (folder / "recipe.toml").write_text(to_toml(raw))

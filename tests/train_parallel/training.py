@@ -23,9 +23,8 @@ from lowlat.train.layers.fused import checkpoint_activations, use_fused_layers
 from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.parallel.launch import process_mesh
 from lowlat.train.parallel.mesh import ProcessMesh
-from lowlat.train.recipe.schedule import StepPlan, Timetable
-from lowlat.train.recipe.schema import Optimizer as OptimizerTable
-from lowlat.train.recipe.schema import Parallel, parse_recipe
+from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
+from lowlat.train.recipe.schema import OptimizerConfig, ParallelConfig, parse_recipe
 from lowlat.train.run.build import new_passes
 from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.optim import Optimizer
@@ -87,7 +86,7 @@ def model_config(attention: str, layers: int = 2) -> ModelConfig:
     )
 
 
-def timetable(steps: int, ranks: int) -> Timetable:
+def timetable(steps: int, ranks: int) -> TrainingSchedule:
     """Two micro-batches of a process where four divide the rows."""
     raw = {
         "name": "t",
@@ -98,28 +97,28 @@ def timetable(steps: int, ranks: int) -> Timetable:
                 "name": "p",
                 "steps": steps,
                 "sequence_length": LENGTH,
-                "batch_rows": ROWS,
-                "micro_batch_rows": 1,
+                "batch_size": ROWS,
+                "micro_batch_size": 1,
                 "learning_rate": 0.002,
                 "bias_update_speed": 0.002,
                 "z_weight": 0.001,
             }
         ],
     }
-    return Timetable(parse_recipe(raw, origin="test"), ranks=ranks)
+    return TrainingSchedule(parse_recipe(raw, origin="test"), ranks=ranks)
 
 
 def windows(first: int, count: int, vocab: int, *, masks: bool) -> Batch:
     """Rows first .. first + count - 1 of an endless text; with `masks`, of short documents."""
-    rows, predicted, documents = [], [], []
+    rows, loss_mask, documents = [], [], []
     for row in range(first, first + count):
         generator = torch.Generator().manual_seed(row)
         rows.append(torch.randint(vocab // 4, (LENGTH + 1 + MTP,), generator=generator))
-        predicted.append(torch.rand(LENGTH + 1 + MTP, generator=generator) < 0.9)
+        loss_mask.append(torch.rand(LENGTH + 1 + MTP, generator=generator) < 0.9)
         documents.append((3, 5, LENGTH - 8) if row % 2 else (7, LENGTH - 7))
     return Batch(
         tokens=torch.stack(rows),
-        predicted=torch.stack(predicted),
+        loss_mask=torch.stack(loss_mask),
         documents=tuple(documents) if masks else None,
     )
 
@@ -142,7 +141,7 @@ class Training:
         self.passes, self.sharded = new_passes(
             self.model, mesh, device="cpu", dtype=self.dtype, sequence_length=LENGTH
         )
-        table = OptimizerTable(name=spec["optimizer"], eps=EPS)
+        table = OptimizerConfig(name=spec["optimizer"], eps=EPS)
         self.optimizer = Optimizer(self.model, table, self.sharded)
         self.balancer = LoadBalancer(self.model, sequence_weight=0.01, mesh=mesh)
         self.margin = Margin(self.model)
@@ -203,9 +202,9 @@ def main() -> None:
     """Arguments: a JSON list of specs, and the folder for 0.safetensors, 1.safetensors, ..."""
     specs = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
-    with process_mesh(Parallel.model_validate(specs[0]["parallel"])):
+    with process_mesh(ParallelConfig.model_validate(specs[0]["parallel"])):
         for index, spec in enumerate(specs):
-            mesh = ProcessMesh(Parallel.model_validate(spec["parallel"]))
+            mesh = ProcessMesh(ParallelConfig.model_validate(spec["parallel"]))
             result = train(spec, mesh)
             if mesh.is_main_process:
                 save_file(

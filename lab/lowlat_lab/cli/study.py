@@ -15,7 +15,7 @@ from lowlat.cli.main import wait_passively
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from lowlat.data.folder import TokenFolder
+    from lowlat.data.dataset import TokenizedDataset
     from lowlat.utils.progress import Progress
     from lowlat_lab.study.plan import StudyPlan, Variant
     from lowlat_lab.study.sizes import StudySize
@@ -115,7 +115,7 @@ def attention(
     wait_passively()
     from lowlat_lab.study import attention as own
 
-    def all_variants(chosen: "StudySize", folder: "TokenFolder") -> "Sequence[Variant]":
+    def all_variants(chosen: "StudySize", folder: "TokenizedDataset") -> "Sequence[Variant]":
         found = own.attention_variants(chosen, folder.vocab_size)
         return found if variants else own.usual(found)
 
@@ -171,7 +171,7 @@ def mtp(
     wait_passively()
     from lowlat_lab.study import mtp as own
 
-    def all_variants(chosen: "StudySize", _folder: "TokenFolder") -> "Sequence[Variant]":
+    def all_variants(chosen: "StudySize", _folder: "TokenizedDataset") -> "Sequence[Variant]":
         return own.mtp_variants(chosen)
 
     plan, folder = _plan("mtp", data, seeds, steps, tokens, size, None, all_variants)
@@ -196,7 +196,7 @@ def precision(
     wait_passively()
     from lowlat_lab.study import precision as own
 
-    def all_variants(chosen: "StudySize", _folder: "TokenFolder") -> "Sequence[Variant]":
+    def all_variants(chosen: "StudySize", _folder: "TokenizedDataset") -> "Sequence[Variant]":
         return own.precision_variants(chosen)
 
     plan, folder = _plan("precision", data, seeds, steps, tokens, size, variants, all_variants)
@@ -211,8 +211,8 @@ def _plan(
     tokens: int | None,
     size: str,
     variants: str | None,
-    all_variants: "Callable[[StudySize, TokenFolder], Sequence[Variant]]",
-) -> "tuple[StudyPlan, TokenFolder]":
+    all_variants: "Callable[[StudySize, TokenizedDataset], Sequence[Variant]]",
+) -> "tuple[StudyPlan, TokenizedDataset]":
     from lowlat_lab.study.plan import StudyPlan, choose_variants, num_steps, open_data
     from lowlat_lab.study.sizes import find_size
 
@@ -230,9 +230,9 @@ def _plan(
 
 
 def _study(
-    run: "Callable[[StudyPlan, TokenFolder, Path, Progress, str], dict[str, Any]]",
+    run: "Callable[[StudyPlan, TokenizedDataset, Path, Progress, str], dict[str, Any]]",
     plan: "StudyPlan",
-    folder: "TokenFolder",
+    folder: "TokenizedDataset",
     output: _Output,
 ) -> None:
     page = output.page

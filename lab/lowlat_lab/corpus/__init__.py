@@ -1,1 +1,1 @@
-"""Training text out of the packages that ship it. Owns no tokens (`train.data`)."""
+"""Corpus collection: training text from packages (pip, npm, Debian), with licences."""

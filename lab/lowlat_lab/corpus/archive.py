@@ -1,4 +1,4 @@
-"""Files inside a package archive (.whl, .zip, .tar.*, .deb), read in memory and never unpacked.
+"""Package archives (.whl, .zip, .tar.*, .deb): members read in memory, never unpacked.
 
 Nothing of a package is written to disk or run, so neither odd paths, links nor scripts can do
 anything; sizes are capped before anything is read. Owns no meaning of the files.

@@ -1,6 +1,4 @@
-"""Text made even: Unicode NFC, no control characters, one kind of space, whole paragraphs; and
-paragraphs told apart by what they say, so that none is taken twice. Owns no format.
-"""
+"""Text normalisation (Unicode NFC, whitespace, control characters) and paragraph deduplication."""
 
 import hashlib
 import re

@@ -1,4 +1,4 @@
-"""A corpus from its recipe: fetch, extract, clean, drop what repeats, and write it down.
+"""Corpus collection from a recipe: fetch, extract, clean, deduplicate, write.
 
     DST/train/NAME.jsonl      {"text", "source", "title"}, one document a line
     DST/held_out/NAME.jsonl   the same for documents that no training may see

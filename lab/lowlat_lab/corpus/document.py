@@ -1,4 +1,4 @@
-"""What the collector passes from step to step: a file of a package, a document of a corpus."""
+"""Records of the collection: a file of a package, a document of a corpus."""
 
 from dataclasses import dataclass
 

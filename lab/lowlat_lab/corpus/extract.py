@@ -1,6 +1,4 @@
-"""Members of an archive to documents, as a source of the recipe says. Owns the order of steps:
-format, cut, replace, drop, split, unwrap; the formats themselves have files of their own.
-"""
+"""Extraction of documents from an archive's members: format, cut, replace, drop, split, unwrap."""
 
 import fnmatch
 import re

@@ -1,4 +1,4 @@
-"""Package archives for a corpus: fetched once, checked, then reused offline.
+"""Cache of package archives: downloaded once, verified, reused offline.
 
     CACHE/packages/KIND/NAME/VERSION/ARCHIVE    a fetched archive, whole whenever it is there
     CACHE/packages/KIND/.work/NAME-VERSION/     a fetch under way, and its lock file beside it

@@ -1,4 +1,4 @@
-"""An HTML page as plain text: headings, paragraphs, lists, code and tables; nothing around them.
+"""HTML to plain text: headings, paragraphs, lists, code and tables, without navigation.
 
 Owns what each element becomes. Which parts of a page are its content is said by selectors of the
 recipe. `html.parser` reads what browsers would: missing end tags and odd attributes do no harm.

@@ -1,4 +1,4 @@
-"""Articles of a MediaWiki XML export (Wikipedia's dumps) as plain text.
+"""MediaWiki XML exports (Wikipedia dumps) to plain text articles.
 
 Owns what each piece of wiki markup becomes; `mwparserfromhell` tells the pieces apart. The XML is
 export-0.10's (mediawiki.org/xml), as `pages-articles` dumps have it, plain or in bzip2.

@@ -1,4 +1,4 @@
-"""The folder of a finished corpus: documents, manifest and licences, written whole or not at all.
+"""Output folder of a corpus: documents, manifest and licences, complete or not at all.
 
 Owns the form of what is written; bytes depend on nothing but their content.
 """

@@ -1,4 +1,4 @@
-"""Character vectors out of R's lazy-load databases (NAME.rdx and NAME.rdb, as packages ship data).
+"""Character vectors from R's lazy-load databases (NAME.rdx and NAME.rdb).
 
 Reads as much of R's serialisation as such data needs (R Internals, section 1.8): strings, vectors,
 lists and attributes in XDR form. Functions, environments and promises are refused: a corpus needs

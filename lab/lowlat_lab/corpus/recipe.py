@@ -1,4 +1,4 @@
-"""What a corpus is made of: sources in a TOML file, frozen and checked, with their licences.
+"""Corpus recipe: validated TOML schema of sources and their licences.
 
 Owns what a recipe may say. Fetching, formats and cleaning each have a file of their own.
 """

@@ -1,4 +1,4 @@
-"""Reference works as text: WordNet's database, factbook profiles in JSON, dictionaries of dictd.
+"""Reference works to text: WordNet, JSON factbook profiles, dictd dictionaries.
 
 Owns how an entry of each becomes sentences. Entries are short, so several make one document.
 """

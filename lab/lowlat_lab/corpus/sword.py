@@ -1,4 +1,4 @@
-"""Text of SWORD modules: compressed Bibles and commentaries (zText, zCom and their long forms).
+"""SWORD modules to text: compressed Bibles and commentaries (zText, zCom, and long forms).
 
 A module keeps, per testament, an index of verses (.?zv: block, start, size), an index of blocks
 (.?zs: offset, size, size decompressed) and the blocks, zlib streams of OSIS markup (.?zz). Owns

@@ -1,4 +1,4 @@
-"""How pip, npm and apt-get are asked for one archive, and what their failures mean.
+"""Downloads of single archives with pip, npm and apt-get, and their error messages.
 
 The tools bring their own registries, proxies, credentials and signatures: no address is known here.
 An archive is downloaded and never installed, built or run. Owns no cache (`corpus.fetch`).

@@ -1,4 +1,4 @@
-"""Articles spelled as WikiText spells them, for models that are to read it or be measured on it.
+"""Articles in WikiText's spelling: tokenised punctuation, @-@ hyphens, <unk>.
 
 Owns that spelling (Merity et al., "Pointer Sentinel Mixture Models", section 4.3): punctuation
 stands alone, @-@ @,@ @.@ are signs that joined what is on either side, a rare word is <unk>, a

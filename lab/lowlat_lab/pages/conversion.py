@@ -185,7 +185,8 @@ def _draw(lines: dict[str, tuple[str, list[tuple[float, float]]]], title: str, p
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-    with matplotlib.rc_context(STYLE | {"font.size": 13, "axes.titlesize": 14}):
+    style: dict[Any, Any] = {**STYLE, "font.size": 13, "axes.titlesize": 14}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(7.5, 4.6), layout="constrained")
         axes = figure.subplots()
         for colour, unsorted in lines.values():

@@ -11,7 +11,7 @@ from typing import Any
 from lowlat.config.attention_summary import short_name
 from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.parameter_count import count_parameters
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 from lowlat_lab.study.decode import Speed, decode_speeds
@@ -154,7 +154,7 @@ def grouped(names: Sequence[str]) -> str:
 
 
 def study(
-    plan: StudyPlan, data: TokenFolder, out: Path, progress: Progress, command: str
+    plan: StudyPlan, data: TokenizedDataset, out: Path, progress: Progress, command: str
 ) -> Report:
     """Run or resume the study, and report."""
     ran = run_all(plan, data, out, progress)
@@ -179,7 +179,7 @@ def study(
 
 
 def _speeds(
-    plan: StudyPlan, data: TokenFolder, out: Path, ran: Sequence[RunResult], progress: Progress
+    plan: StudyPlan, data: TokenizedDataset, out: Path, ran: Sequence[RunResult], progress: Progress
 ) -> tuple[dict[str, Speed], str | None]:
     """Decoding speed of each variant's first finished model, or the reason of a failure."""
     models: dict[str, Path] = {}

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.utils.progress import Progress
 from lowlat_lab.study.experts import expert_table
 from lowlat_lab.study.plan import StudyPlan, Variant
@@ -54,7 +54,7 @@ def balance_variants(size: StudySize) -> tuple[Variant, ...]:
 
 
 def study(
-    plan: StudyPlan, data: TokenFolder, out: Path, progress: Progress, command: str
+    plan: StudyPlan, data: TokenizedDataset, out: Path, progress: Progress, command: str
 ) -> Report:
     """Run or resume the study, and report."""
     ran = run_all(plan, data, out, progress)

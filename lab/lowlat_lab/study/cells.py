@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from lowlat.train.metrics.wording import count
+from lowlat.train.metrics.formatting import count
 from lowlat_lab.study.report import Report, find_comparison, labels_of
 
 Cell = Callable[[Report, dict[str, Any]], str]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lowlat import api
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.generate.completion import Completion
 from lowlat.generate.model import Model
 from lowlat.model.native import supports_native
@@ -42,7 +42,7 @@ class Speed:
 
 
 def decode_speeds(
-    models: Mapping[str, Path], data: TokenFolder, *, context: int, progress: Progress
+    models: Mapping[str, Path], data: TokenizedDataset, *, context: int, progress: Progress
 ) -> dict[str, Speed]:
     """Tokens per second of each model of `models`, bf16 weights and cache, by variant.
 

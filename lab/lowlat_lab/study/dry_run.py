@@ -10,14 +10,14 @@ from rich.table import Table
 from lowlat.config.attention_summary import short_name
 from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.parameter_count import count_parameters
-from lowlat.data.folder import TokenFolder
-from lowlat.train.metrics.wording import clock, count
+from lowlat.data.dataset import TokenizedDataset
+from lowlat.train.metrics.formatting import clock, count
 from lowlat.utils.progress import Progress
 from lowlat_lab.study.estimate import estimate
 from lowlat_lab.study.plan import StudyPlan, config_of
 
 
-def describe(plan: StudyPlan, data: TokenFolder, progress: Progress, *, as_json: bool) -> None:
+def describe(plan: StudyPlan, data: TokenizedDataset, progress: Progress, *, as_json: bool) -> None:
     """Print the plan; the time is estimated from a few steps of every variant."""
     found = estimate(plan, progress)
     variants: list[dict[str, Any]] = [

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import final
 
 from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.train.metrics.metrics_log import MetricsLog
 from lowlat.train.metrics.record import EvalRecord, StepRecord
-from lowlat.train.metrics.runlog import RunLog
 from lowlat.train.run.trainer import Trainer
 from lowlat.utils.progress import Progress
 from lowlat_lab.study.plan import StudyPlan, Variant
@@ -52,7 +52,7 @@ def _step_seconds(plan: StudyPlan, variant: Variant) -> float:
 
 
 @final
-class _StepTimes(RunLog):
+class _StepTimes(MetricsLog):
     """Records step durations."""
 
     def __init__(self) -> None:

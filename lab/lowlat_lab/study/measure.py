@@ -10,11 +10,11 @@ import numpy as np
 
 from lowlat import api
 from lowlat.checkpoint.load import load_model
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
+from lowlat.train.inputs.phase_data import phase_data, phase_dataset
 from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.run.build import DTYPES
-from lowlat.train.run.inputs import phase_data, phase_folder
 from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.passes import PlainPasses
 from lowlat.train.step.step import evaluate
@@ -57,7 +57,7 @@ def measure(folder: Path, recipe: Recipe, *, most_windows: int, progress: Progre
     model = load_model(folder, dtype="fp32").model
     stack_experts(model)
     num_ahead = 1 + model.config.num_nextn_predict_layers
-    windows = phase_data(recipe, 0, phase_folder(recipe, 0, Path("/")), num_ahead).held_out
+    windows = phase_data(recipe, 0, phase_dataset(recipe, 0, Path("/")), num_ahead).held_out
     assert windows is not None  # open_data looked
     rows = min(most_windows, windows.per_epoch)
     passes = PlainPasses(model, DTYPES[recipe.precision])
@@ -93,7 +93,7 @@ class Drafts:
     """Likeliest tokens of the main model, at the same positions, that are the text's own."""
 
 
-def drafts(folder: Path, data: TokenFolder, *, length: int, windows: int) -> Drafts:
+def drafts(folder: Path, data: TokenizedDataset, *, length: int, windows: int) -> Drafts:
     """Let the model in `folder` read `windows` pieces of `length` held-out tokens. At every
     position module k proposes the token k + 2 places on, given the text up to k + 1 places on.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowlat.config.parameter_count import count_parameters
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.recipe.schema import Recipe
 from lowlat.utils.progress import Progress
 from lowlat_lab.study.experts import expert_table
@@ -32,7 +32,7 @@ def mtp_variants(size: StudySize) -> tuple[Variant, ...]:
 
 
 def study(
-    plan: StudyPlan, data: TokenFolder, out: Path, progress: Progress, command: str
+    plan: StudyPlan, data: TokenizedDataset, out: Path, progress: Progress, command: str
 ) -> Report:
     """Run or resume the study, and report."""
 

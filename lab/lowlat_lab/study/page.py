@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lowlat.train.metrics.wording import count
+from lowlat.train.metrics.formatting import count
 from lowlat.utils.errors import UserError
 from lowlat_lab.study.cells import comparison_table, table_of
 from lowlat_lab.study.plot import draw
@@ -91,7 +91,7 @@ def _setting(report: Report) -> list[str]:
         f"- Model: {size['num_hidden_layers']} layers of {size['hidden_size']}, "
         f"{size['num_attention_heads']} heads of "
         f"{size['hidden_size'] // size['num_attention_heads']}\n"
-        f"- Training: {report['steps']:,} steps of {size['batch_rows']} x "
+        f"- Training: {report['steps']:,} steps of {size['batch_size']} x "
         f"{size['sequence_length']} tokens, {count(report['tokens'])} tokens per run, "
         f"{OPTIMIZERS[report['optimizer']]}, peak learning rate {size['learning_rate']:g}, "
         f"{_precision(report)}, fp32 master weights\n"

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lowlat.config.model import ModelConfig
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
+from lowlat.train.inputs.configs import base_config
 from lowlat.train.recipe.schema import Recipe, parse_recipe
-from lowlat.train.run.inputs import base_config
 from lowlat.utils.errors import UserError
 from lowlat_lab.study.sizes import StudySize
 
@@ -105,8 +105,8 @@ class StudyPlan:
             "data": {"folder": str(self.data)},
             "optimizer": {"name": OPTIMIZER},
             "balance": {"sequence_weight": variant.sequence_weight},
-            "saves": {"every_steps": max(1, -(-steps // CHECKPOINTS))},
-            "evaluation": {"every_steps": max(1, steps // 10), "rows": 32},
+            "checkpoints": {"every_steps": max(1, -(-steps // CHECKPOINTS))},
+            "evaluation": {"every_steps": max(1, steps // 10), "sequences": 32},
             "log": {"tensorboard": False},
             "model": variant.model,
             "phase": [
@@ -114,8 +114,8 @@ class StudyPlan:
                     "name": "train",
                     "steps": steps,
                     "sequence_length": size.sequence_length,
-                    "batch_rows": size.batch_rows,
-                    "micro_batch_rows": size.micro_batch_rows,
+                    "batch_size": size.batch_size,
+                    "micro_batch_size": size.micro_batch_size,
                     "learning_rate": segments,
                     "bias_update_speed": variant.bias_update_speed,
                 }
@@ -151,8 +151,8 @@ _ANY_PHASE = {
     "name": "none",
     "steps": 1,
     "sequence_length": 1,
-    "batch_rows": 1,
-    "micro_batch_rows": 1,
+    "batch_size": 1,
+    "micro_batch_size": 1,
     "learning_rate": 0.0,
 }
 
@@ -186,11 +186,11 @@ def num_steps(size: StudySize, *, steps: int | None, tokens: int | None) -> int:
     return size.steps if steps is None else steps
 
 
-def open_data(folder: Path, size: StudySize) -> TokenFolder:
-    """The token folder of a study. Raises UserError as TokenFolder, or where no documents are held
-    out to measure on.
+def open_data(folder: Path, size: StudySize) -> TokenizedDataset:
+    """The tokenized dataset of a study. Raises UserError as `TokenizedDataset.open`, or if too few
+    tokens are held out.
     """
-    opened = TokenFolder.open(folder.resolve())
+    opened = TokenizedDataset.open(folder.resolve())
     least = size.sequence_length + 3
     if opened.num_tokens("held_out") < least:
         raise UserError(

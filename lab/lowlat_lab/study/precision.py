@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.utils.progress import Progress
 from lowlat_lab.study.comparison import by_variant
 from lowlat_lab.study.experts import expert_table
@@ -30,7 +30,7 @@ def precision_variants(size: StudySize) -> tuple[Variant, ...]:
 
 
 def study(
-    plan: StudyPlan, data: TokenFolder, out: Path, progress: Progress, command: str
+    plan: StudyPlan, data: TokenizedDataset, out: Path, progress: Progress, command: str
 ) -> Report:
     """Run or resume the study, and report."""
     ran = run_all(plan, data, out, progress)

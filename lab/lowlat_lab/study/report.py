@@ -9,7 +9,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat_lab.study.comparison import compare
 from lowlat_lab.study.machine import describe
 from lowlat_lab.study.plan import StudyPlan
@@ -40,7 +40,7 @@ RUN_KEYS = (
 
 def make_report(
     plan: StudyPlan,
-    data: TokenFolder,
+    data: TokenizedDataset,
     ran: Sequence[RunResult],
     *,
     command: str,

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.metrics.jsonl import RunHistory, read_log
+from lowlat.train.metrics.metrics_log import FolderMetricsLog
+from lowlat.train.metrics.progress_view import ProgressView
 from lowlat.train.metrics.record import EvalRecord, StartRecord, StepRecord
-from lowlat.train.metrics.runlog import FolderRunLog
-from lowlat.train.metrics.view import View
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.recipe.toml import to_toml
 from lowlat.train.run.trainer import MODEL_FOLDER, Trainer
@@ -65,7 +65,7 @@ def run_folder(out: Path, variant: Variant, seed: int) -> Path:
 
 def run_all(
     plan: StudyPlan,
-    data: TokenFolder,
+    data: TokenizedDataset,
     out: Path,
     progress: Progress,
     *,
@@ -94,7 +94,7 @@ def run_all(
     return found
 
 
-def read_result(folder: Path, recipe: Recipe, data: TokenFolder) -> Result | None:
+def read_result(folder: Path, recipe: Recipe, data: TokenizedDataset) -> Result | None:
     """The result in a run folder; None if the run is not finished.
 
     Raises UserError, naming the differences, if its recipe or data are not those of `recipe`.
@@ -113,7 +113,7 @@ def read_result(folder: Path, recipe: Recipe, data: TokenFolder) -> Result | Non
     return result
 
 
-def identity(recipe: Recipe, data: TokenFolder) -> dict[str, Any]:
+def identity(recipe: Recipe, data: TokenizedDataset) -> dict[str, Any]:
     """Identity of a run: recipe and data fingerprint."""
     return recipe.model_dump(mode="json") | {"data": data.fingerprint}
 
@@ -138,7 +138,7 @@ def _attempt(
     plan: StudyPlan,
     variant: Variant,
     seed: int,
-    data: TokenFolder,
+    data: TokenizedDataset,
     out: Path,
     progress: Progress,
     also: Measure | None,
@@ -164,7 +164,7 @@ def _run(
     plan: StudyPlan,
     variant: Variant,
     seed: int,
-    data: TokenFolder,
+    data: TokenizedDataset,
     folder: Path,
     progress: Progress,
     also: Measure | None,
@@ -173,7 +173,7 @@ def _run(
     recipe = plan.recipe(variant, seed)
     with RunFolder(folder) as run:
         with progress.task(f"{variant.name}, seed {seed}", plan.steps) as task:
-            log = FolderRunLog(
+            log = FolderMetricsLog(
                 log=run.log,
                 tensorboard_folder=run.tensorboard,
                 view=_TaskView(task),
@@ -225,7 +225,7 @@ def model_folder(out: Path, variant: str, seed: int) -> Path:
 
 
 @final
-class _TaskView(View):
+class _TaskView(ProgressView):
     """Shows a run as one progress task of the study."""
 
     def __init__(self, task: Task) -> None:

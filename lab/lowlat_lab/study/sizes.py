@@ -25,9 +25,9 @@ class StudySize:
     """Width of an expert, where a study has experts."""
     sequence_length: int
     """Tokens of a row."""
-    batch_rows: int
+    batch_size: int
     """Rows of a step."""
-    micro_batch_rows: int
+    micro_batch_size: int
     """Rows of a forward and backward pass."""
     steps: int
     """Optimiser steps of a run."""
@@ -46,7 +46,7 @@ class StudySize:
     @property
     def tokens_per_step(self) -> int:
         """Input tokens of a step."""
-        return self.batch_rows * self.sequence_length
+        return self.batch_size * self.sequence_length
 
 
 TINY = StudySize(
@@ -58,8 +58,8 @@ TINY = StudySize(
     width_step=2,
     moe_intermediate_size=32,
     sequence_length=64,
-    batch_rows=16,
-    micro_batch_rows=16,
+    batch_size=16,
+    micro_batch_size=16,
     steps=30,
     learning_rate=8e-3,
     held_out_windows=128,
@@ -74,8 +74,8 @@ SMALL = StudySize(
     width_step=8,
     moe_intermediate_size=64,
     sequence_length=256,
-    batch_rows=16,
-    micro_batch_rows=16,
+    batch_size=16,
+    micro_batch_size=16,
     steps=650,
     held_out_windows=1024,
     learning_rate=8e-3,
@@ -90,8 +90,8 @@ MEDIUM = StudySize(
     width_step=8,
     moe_intermediate_size=64,
     sequence_length=512,
-    batch_rows=48,
-    micro_batch_rows=16,
+    batch_size=48,
+    micro_batch_size=16,
     steps=1500,
     held_out_windows=1024,
     learning_rate=5e-3,

@@ -4,7 +4,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lowlat.train.metrics.wording import count
+from lowlat.train.metrics.formatting import count
 from lowlat_lab.study.cells import comparison_table, table_of
 from lowlat_lab.study.report import Report
 from lowlat_lab.study.statistics import confidence

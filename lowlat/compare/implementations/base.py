@@ -10,7 +10,7 @@ from typing import Any
 from lowlat.compare.trace import RoutedExperts, Trace, Window
 from lowlat.config.model import ModelConfig
 from lowlat.peers.protocol import one_line
-from lowlat.peers.worker import NotInstalled, PeerError, Worker
+from lowlat.peers.worker import NotInstalled, PeerError, UnsupportedRequest, Worker
 from lowlat.utils.errors import UserError
 
 TIMEOUT = 3600.0
@@ -69,7 +69,7 @@ def run_in_worker(
                     worker.ask(timeout=TIMEOUT, **request)
             except NotInstalled as error:
                 raise UserError(f"{label}: fails at run time: {error.detail}; {REMEDY}") from error
-            except UserError as error:
+            except (UserError, UnsupportedRequest) as error:
                 raise UserError(f"{label}: {error}") from error
             except PeerError as error:
                 raise UserError(f"{label}: fails at run time: {error}; {REMEDY}") from error

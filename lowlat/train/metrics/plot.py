@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lowlat.train.metrics.formatting import count
 from lowlat.train.metrics.jsonl import RunHistory
 from lowlat.train.metrics.plot_loads import draw_maps
 from lowlat.train.metrics.plot_panels import (
@@ -22,7 +23,6 @@ from lowlat.train.metrics.plot_panels import (
     losses,
 )
 from lowlat.train.metrics.series import LoadMap, finite, load_maps
-from lowlat.train.metrics.wording import count
 from lowlat.utils.errors import UserError
 from lowlat.utils.plots import STYLE
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from lowlat.train.metrics.formatting import tick
 from lowlat.train.metrics.series import LoadMap
-from lowlat.train.metrics.wording import tick
 
 _MOST = 2.0
 """Load over mean load at which the colour is full."""

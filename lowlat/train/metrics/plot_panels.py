@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from lowlat.train.metrics.formatting import tick
 from lowlat.train.metrics.jsonl import RunHistory
 from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StepRecord
 from lowlat.train.metrics.series import Array, finite, medians, smoothed, thinned
-from lowlat.train.metrics.wording import tick
 from lowlat.utils.plots import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
 
 COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK)

@@ -7,8 +7,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from lowlat.train.metrics.formatting import clock, count, memory, rate, utilisation
 from lowlat.train.metrics.summary import Summary
-from lowlat.train.metrics.wording import clock, count, memory, rate, utilisation
 
 
 def table(summaries: dict[str, Summary]) -> Table:

@@ -47,13 +47,13 @@ class Zigzag:
         follow.
         """
         chunk = self._chunk(batch.sequence_length(num_ahead))
-        tokens, predicted = (
+        tokens, loss_mask = (
             torch.stack(
                 [whole[:, c * chunk : (c + 1) * chunk + num_ahead] for c in self.chunks], dim=1
             ).flatten(0, 1)
-            for whole in (batch.tokens, batch.predicted)
+            for whole in (batch.tokens, batch.loss_mask)
         )
-        return Batch(tokens=tokens, predicted=predicted)
+        return Batch(tokens=tokens, loss_mask=loss_mask)
 
     def pieces(self, documents: Sequence[Sequence[int]]) -> list[QuerySpan]:
         """Attention calls, in the order of this process's tokens; `documents` are the document

@@ -14,7 +14,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from lowlat.train.parallel.mesh import ProcessMesh
-from lowlat.train.recipe.schema import Parallel
+from lowlat.train.recipe.schema import ParallelConfig
 from lowlat.utils.errors import UserError
 
 TIMEOUT = timedelta(hours=2)
@@ -32,7 +32,7 @@ _REPORTS = "lowlat/reports"
 
 @contextmanager
 def process_mesh(
-    parallel: Parallel, *, device: str = "cpu", origin: str = "recipe"
+    parallel: ParallelConfig, *, device: str = "cpu", origin: str = "recipe"
 ) -> Iterator[ProcessMesh]:
     """Context manager of the process mesh of a run; `origin` names the recipe in errors.
 

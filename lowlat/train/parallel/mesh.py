@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lowlat.train.recipe.schema import Parallel
+from lowlat.train.recipe.schema import ParallelConfig
 from lowlat.utils.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
@@ -39,12 +39,12 @@ class ProcessMesh:
         expert_replicate: those that hold the same weights of the same experts.
     """
 
-    def __init__(self, parallel: Parallel | None = None, device: str = "cpu") -> None:
+    def __init__(self, parallel: ParallelConfig | None = None, device: str = "cpu") -> None:
         """Collective over all processes. `device` is that of communicated tensors.
 
         Raises UserError for sizes that do not fit one another.
         """
-        self.parallel = parallel = parallel or Parallel()
+        self.parallel = parallel = parallel or ParallelConfig()
         self.device = device
         self.rank = dist.get_rank() if parallel.processes > 1 else 0
         """This process, from 0."""
@@ -146,7 +146,7 @@ class BatchShard:
     rows: int
 
 
-def view_sizes(parallel: Parallel) -> list[dict[str, int]]:
+def view_sizes(parallel: ParallelConfig) -> list[dict[str, int]]:
     """Sizes of the axes in each view of the processes."""
     replicate = parallel.data * parallel.context
     expert_fsdp, expert_replicate = expert_sizes(parallel, replicate)
@@ -161,7 +161,7 @@ def view_sizes(parallel: Parallel) -> list[dict[str, int]]:
     return [ends[0] | view | ends[1] for view in (base, weights, expert)]
 
 
-def expert_sizes(parallel: Parallel, replicate: int) -> tuple[int, int]:
+def expert_sizes(parallel: ParallelConfig, replicate: int) -> tuple[int, int]:
     """Sizes of expert_fsdp and expert_replicate. Raises UserError where experts do not fit."""
     fsdp, expert = parallel.fsdp, parallel.expert
     if fsdp % expert == 0:

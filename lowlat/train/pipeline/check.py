@@ -11,7 +11,7 @@ from lowlat.train.pipeline.stages import (
     needs_embedding,
     planned,
 )
-from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.recipe.schema import Recipe
 from lowlat.utils.errors import UserError
 
@@ -34,9 +34,9 @@ def check_pipeline(config: ModelConfig, recipe: Recipe, origin: str) -> None:
             "fsdp does not divide; use data instead, or another pipeline_schedule"
         )
     parts = sizes.data * sizes.fsdp
-    timetable = Timetable(recipe, ranks=parts)
+    timetable = TrainingSchedule(recipe, ranks=parts)
     counts = {
-        (plan.phase.name, plan.rows // (parts * plan.phase.micro_batch_rows))
+        (plan.phase.name, plan.rows // (parts * plan.phase.micro_batch_size))
         for plan in map(timetable.at, range(timetable.steps))
     }
     for name, count in sorted(counts):
@@ -48,7 +48,7 @@ def check_micro_batches(schedule: Schedule, size: int, count: int, where: str) -
     `schedule` over `size` processes does not take.
     """
     least = {"1f1b": size, "dualpipev": 2 * size}.get(schedule, 1)
-    remedy = "change batch_rows or micro_batch_rows, or choose another pipeline_schedule"
+    remedy = "change batch_size or micro_batch_size, or choose another pipeline_schedule"
     if count < least:
         raise UserError(
             f"{where}: {count} micro-batches per process, but {schedule} over {size} processes "

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
-from lowlat.plan.stages import Stage
+from lowlat.plan.stages import PipelineStage
 from lowlat.train.parallel.local_batch import LocalBatch, local_batch
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.parallel.pipeline_gather import AXIS
@@ -76,7 +76,7 @@ class PipelinePasses(Passes):
     def backward(
         self, batch: Batch, plan: StepPlan, targets: Sequence[int]
     ) -> Float[Tensor, "heads_and_z"]:
-        parts = batch.split(plan.phase.micro_batch_rows)
+        parts = batch.split(plan.phase.micro_batch_size)
         micro_batches = [local_batch(self._mesh, part, len(targets)) for part in parts]
         inputs = StageInputs(
             micro_batches=micro_batches,
@@ -115,7 +115,7 @@ class PipelinePasses(Passes):
             module.inputs = None
         return sums
 
-    def _received(self, x: Tensor, stage: Stage, tokens: int) -> Tensor:
+    def _received(self, x: Tensor, stage: PipelineStage, tokens: int) -> Tensor:
         """Input of `stage`: received, or `x`, the output of this process's previous stage."""
         source = self._process.get(stage.index - 1)
         if source is None or source == self._process[stage.index]:
@@ -125,7 +125,7 @@ class PipelinePasses(Passes):
         dist.recv(out, group=self._mesh.group(AXIS), group_src=source)
         return out
 
-    def _send(self, x: Tensor, stage: Stage) -> None:
+    def _send(self, x: Tensor, stage: PipelineStage) -> None:
         destination = self._process.get(stage.index + 1)
         if destination is not None and destination != self._process[stage.index]:
             dist.send(x.contiguous(), group=self._mesh.group(AXIS), group_dst=destination)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lowlat.config.model import ModelConfig
 from lowlat.model.transformer import Transformer
 from lowlat.plan.flops import head_flops, layer_work, mtp_work
-from lowlat.plan.job import Layout
-from lowlat.plan.stages import Stage, cut, held
+from lowlat.plan.job import ParallelLayout
+from lowlat.plan.stages import PipelineStage, cut, held
 from lowlat.train.layers.deferred import defer_weight_gradients
 from lowlat.train.parallel.local_batch import LocalBatch
 from lowlat.train.step.loss import head_losses
@@ -43,14 +43,14 @@ ZERO_BUBBLE: tuple[Schedule, ...] = ("zb", "zbv", "dualpipev")
 EMBEDDING = "embed_tokens.weight"
 
 
-def planned(schedule: Schedule, size: int) -> Layout:
+def planned(schedule: Schedule, size: int) -> ParallelLayout:
     """The pipeline layout of `size` processes in the terms of `plan`."""
-    return Layout(pp=size, schedule=_PLANNED[schedule])  # pyright: ignore[reportArgumentType]
+    return ParallelLayout(pipeline=size, schedule=_PLANNED[schedule])  # pyright: ignore[reportArgumentType]
 
 
 def divide(
     config: ModelConfig, schedule: Schedule, size: int, sequence_length: int
-) -> list[list[Stage]]:
+) -> list[list[PipelineStage]]:
     """Every process's stages, in pipeline order: minimises the work of the busiest process for
     sequences of `sequence_length` tokens. The model needs at least as many layers, head included,
     as stages.
@@ -67,7 +67,7 @@ def divide(
     return held(cut(config, layout, (*costs, tail)), layout)
 
 
-def needs_embedding(config: ModelConfig, stage: Stage) -> bool:
+def needs_embedding(config: ModelConfig, stage: PipelineStage) -> bool:
     """Whether `stage` uses the embedding matrix: for tokens, as a tied head, or for MTP modules."""
     ahead = config.num_nextn_predict_layers > 0 and not config.mtp_copies
     return stage.is_first or (stage.is_last and (config.tie_word_embeddings or ahead))
@@ -77,7 +77,9 @@ class RemoteModule(nn.Module):
     """Placeholder for a part of the model that another process holds."""
 
 
-def holders_of_embedding(config: ModelConfig, division: Sequence[Sequence[Stage]]) -> list[int]:
+def holders_of_embedding(
+    config: ModelConfig, division: Sequence[Sequence[PipelineStage]]
+) -> list[int]:
     """Processes that use the embedding matrix: the first, and at most one other."""
     return [
         process
@@ -86,7 +88,7 @@ def holders_of_embedding(config: ModelConfig, division: Sequence[Sequence[Stage]
     ]
 
 
-def keep_stages(model: Transformer, stages: Sequence[Stage]) -> None:
+def keep_stages(model: Transformer, stages: Sequence[PipelineStage]) -> None:
     """Remove from `model` all that `stages` do not need; parameter names do not change."""
     own = {layer for stage in stages for layer in stage.layers}
     for layer in range(len(model.layers)):
@@ -120,7 +122,7 @@ class StageModule(nn.Module):
     """
 
     def __init__(
-        self, model: Transformer, stage: Stage, dtype: torch.dtype, *, defers: bool = False
+        self, model: Transformer, stage: PipelineStage, dtype: torch.dtype, *, defers: bool = False
     ) -> None:
         """`model` has at least what `stage` needs; activations have `dtype`. With `defers` weight
         gradients are computed by `deferred_work`, for zero-bubble schedules.

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 UNKNOWN, MISSING = "extra_forbidden", "missing"
 SCHEDULE = "must be a number, or segments such as [{ to = 1e-3, steps = 100 }]"
-LISTS = {"betas": "a list of two numbers", "modules": "a list of names"}
+LISTS = {"betas": "a list of two numbers", "target_modules": "a list of names"}
 NAME = "must be letters, digits, '.', '_' and '-', a letter or digit first"
 LONGEST_VALUE = 40
 """Characters of a value that is quoted."""

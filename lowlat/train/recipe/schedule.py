@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowlat.train.recipe.schema import Data, Phase, Recipe, Schedule, Segment
+from lowlat.train.recipe.schema import DataConfig, Phase, Recipe, Schedule, Segment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,23 +67,23 @@ def _within_segment(segment: Segment, start: float, share: float) -> float:
             return segment.to + (start - segment.to) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def batch_rows(phase: Phase, step: int, unit: int) -> int:
+def batch_size(phase: Phase, step: int, unit: int) -> int:
     """Rows of the global batch at `step` of `phase`: whole multiples of `unit`, at least one. Of
     what a recipe may say, that changes ramps alone.
     """
-    return max(1, round(value_at(phase.batch_rows, step, phase.steps) / unit)) * unit
+    return max(1, round(value_at(phase.batch_size, step, phase.steps) / unit)) * unit
 
 
 def most_rows(phase: Phase, unit: int) -> int:
-    """Rows of the largest global batch of `phase`, as `batch_rows`: segments have their extremes at
+    """Rows of the largest global batch of `phase`, as `batch_size`: segments have their extremes at
     their ends.
     """
-    rows = phase.batch_rows
+    rows = phase.batch_size
     most = max(segment.to for segment in rows) if isinstance(rows, list) else rows
     return max(1, round(most / unit)) * unit
 
 
-def data_of(recipe: Recipe, index: int) -> Data:
+def data_of(recipe: Recipe, index: int) -> DataConfig:
     """What phase `index` reads."""
     return recipe.phase[index].data or recipe.data
 
@@ -97,17 +97,17 @@ def data_begins(recipe: Recipe, index: int) -> int:
     return index
 
 
-def _reads(recipe: Recipe, index: int) -> tuple[Data, int]:
+def _reads(recipe: Recipe, index: int) -> tuple[DataConfig, int]:
     return data_of(recipe, index), recipe.phase[index].sequence_length
 
 
-class Timetable:
+class TrainingSchedule:
     """The steps of a recipe. `ranks` processes share every batch."""
 
     def __init__(self, recipe: Recipe, *, ranks: int = 1) -> None:
         self._phases: Sequence[Phase] = recipe.phase
         self._rows = [
-            [batch_rows(phase, step, phase.micro_batch_rows * ranks) for step in range(phase.steps)]
+            [batch_size(phase, step, phase.micro_batch_size * ranks) for step in range(phase.steps)]
             for phase in recipe.phase
         ]
         self._before = [_running(rows) for rows in self._rows]

@@ -64,7 +64,7 @@ Schedule = Amount | Annotated[list[Segment], Field(min_length=1)]
 """A constant, or segments that start from 0."""
 
 
-class Data(_Table):
+class DataConfig(_Table):
     """Where tokens come from and how they are packed."""
 
     folder: str
@@ -75,7 +75,7 @@ class Data(_Table):
     """Share of documents rearranged as prefix, suffix, middle (V3: 0.1)."""
 
 
-class Optimizer(_Table):
+class OptimizerConfig(_Table):
     """How gradients move weights."""
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -88,18 +88,18 @@ class Optimizer(_Table):
     """Decoupled decay of matrices, per step and learning rate."""
     momentum: Rate = 0.95
     """Muon's momentum."""
-    clip: Amount = 1.0
+    max_grad_norm: Amount = 1.0
     """Largest global gradient norm; 0 does not clip."""
 
 
-class Balance(_Table):
+class BalanceConfig(_Table):
     """How experts are kept equally busy."""
 
     sequence_weight: Amount = 1e-4
     """Alpha of the sequence-wise loss (V3 equations 17 to 20)."""
 
 
-class Parallel(_Table):
+class ParallelConfig(_Table):
     """Sizes of the mesh; their product is the number of processes."""
 
     data: Count = 1
@@ -122,7 +122,7 @@ class Parallel(_Table):
         return self.data * self.fsdp * self.tensor * self.pipeline * self.context
 
 
-class Saves(_Table):
+class CheckpointConfig(_Table):
     """When the complete state is written."""
 
     every_steps: Count = 200
@@ -133,16 +133,16 @@ class Saves(_Table):
     """One save per so many hours stays for good."""
 
 
-class Evaluation(_Table):
+class EvaluationConfig(_Table):
     """Loss on held-out documents."""
 
     every_steps: Count = 200
     """Optimiser steps between evaluations; one is made at the end of every phase as well."""
-    rows: Count = 64
+    sequences: Count = 64
     """Windows of the held-out split, always the same ones."""
 
 
-class Log(_Table):
+class LogConfig(_Table):
     """What is written down."""
 
     every_steps: Count = 1
@@ -151,14 +151,14 @@ class Log(_Table):
     """TensorBoard files; by default where tensorboard is installed."""
 
 
-class Lora(_Table):
+class LoraConfig(_Table):
     """Low-rank updates of frozen projections (arXiv 2106.09685)."""
 
     rank: Count
     """Rank of an update."""
     alpha: Amount
     """The update is scaled by alpha / rank."""
-    modules: Annotated[tuple[str, ...], Field(min_length=1)] = (
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "q_proj",
         "q_a_proj",
         "q_b_proj",
@@ -171,14 +171,14 @@ class Lora(_Table):
     """Names of the projections that get one."""
 
 
-class Distillation(_Table):
+class DistillationConfig(_Table):
     """A second model, which stays, that is learned from: forward KL between next-token
     distributions.
     """
 
     teacher: str
-    """A checkpoint as `start`: folder, .gguf, preset or hub id; of the model's own vocabulary."""
-    cross_entropy: Amount = 0.0
+    """Checkpoint, named as in `base_model`; it must have the same vocabulary as the model."""
+    cross_entropy_weight: Amount = 0.0
     """Weight of the ordinary loss beside the divergence."""
 
 
@@ -191,11 +191,11 @@ class Phase(_Table):
     """Optimiser steps."""
     sequence_length: Count
     """Tokens of a row."""
-    batch_rows: Schedule
+    batch_size: Schedule
     """Rows of a global batch, whole micro-batches of all processes; a schedule ramps it and is
     rounded to them.
     """
-    micro_batch_rows: Count
+    micro_batch_size: Count
     """Rows of one forward and backward pass of one process."""
     learning_rate: Schedule
     """Peak or schedule."""
@@ -205,11 +205,11 @@ class Phase(_Table):
     """Gamma of the routing bias (V3: 0.001, then 0)."""
     z_weight: Amount = 0.0
     """Weight of the z-loss."""
-    rope: ConfigTable | None = None
+    rope_scaling: ConfigTable | None = None
     """rope_scaling from this phase on, as config.json spells it (YaRN for longer contexts)."""
     max_position_embeddings: Count | None = None
     """Context the exported config names from this phase on."""
-    data: Data | None = None
+    data: DataConfig | None = None
     """Other data for this phase."""
     match: Literal["logits", "attention", "layers"] = "logits"
     """With a teacher, what is matched: its next-token distributions, or layer by layer, each layer
@@ -218,15 +218,15 @@ class Phase(_Table):
 
     @model_validator(mode="after")
     def _segments_fit(self) -> "Phase":
-        for field in ("batch_rows", "learning_rate", "mtp_weight", "bias_update_speed"):
+        for field in ("batch_size", "learning_rate", "mtp_weight", "bias_update_speed"):
             schedule = getattr(self, field)
-            if field == "batch_rows":
+            if field == "batch_size":
                 _check_rows(schedule)
             if not isinstance(schedule, list):
-                if field == "batch_rows" and (schedule < 1 or schedule % self.micro_batch_rows):
+                if field == "batch_size" and (schedule < 1 or schedule % self.micro_batch_size):
                     raise ValueError(
-                        f"{field}: must be a multiple of micro_batch_rows "
-                        f"{self.micro_batch_rows}, not {schedule:g}"
+                        f"{field}: must be a multiple of micro_batch_size "
+                        f"{self.micro_batch_size}, not {schedule:g}"
                     )
                 continue
             if any(segment.steps is None for segment in schedule[:-1]):
@@ -240,7 +240,7 @@ def _check_rows(schedule: float | list[Segment]) -> None:
     """Raises ValueError for batches beyond all memories."""
     most = max(segment.to for segment in schedule) if isinstance(schedule, list) else schedule
     if most > MOST_ROWS:
-        raise ValueError(f"batch_rows: must be at most {MOST_ROWS:,}, not {most:g}")
+        raise ValueError(f"batch_size: must be at most {MOST_ROWS:,}, not {most:g}")
 
 
 class Recipe(_Table):
@@ -252,45 +252,45 @@ class Recipe(_Table):
     """Of weights and data order."""
     model: ConfigTable | None = None
     """The fields of config.json; vocab_size may be left to the data."""
-    start: str | None = None
+    base_model: str | None = None
     """A checkpoint to go on from instead of `model`: folder, .gguf, preset or hub id."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Of the products; weights that move and the optimiser are fp32 always."""
-    recompute: Literal["none", "layers"] = "none"
+    activation_checkpointing: Literal["none", "full"] = "none"
     """Activations computed again in the backward pass: less memory, a third more work."""
     device: str = "cpu"
     """cpu or cuda."""
-    data: Data
+    data: DataConfig
     """Where tokens come from."""
-    optimizer: Optimizer = Optimizer()
+    optimizer: OptimizerConfig = OptimizerConfig()
     """How gradients move weights."""
-    balance: Balance = Balance()
+    balance: BalanceConfig = BalanceConfig()
     """How experts are kept equally busy."""
-    lora: Lora | None = None
+    lora: LoraConfig | None = None
     """Train low-rank updates only."""
-    distillation: Distillation | None = None
+    distillation: DistillationConfig | None = None
     """Learn from another model."""
     trainable: Literal["all", "attention"] = "all"
     """Weights that move; attention: its matrices and their biases, while norms, MLPs, embedding and
     head stay.
     """
-    parallel: Parallel = Parallel()
+    parallel: ParallelConfig = ParallelConfig()
     """Division among processes."""
     phase: Annotated[list[Phase], Field(min_length=1)]
     """What is trained, in order."""
-    saves: Saves = Saves()
+    checkpoints: CheckpointConfig = CheckpointConfig()
     """When the state is written."""
-    evaluation: Evaluation = Evaluation()
+    evaluation: EvaluationConfig = EvaluationConfig()
     """When held-out loss is measured."""
-    log: Log = Log()
+    log: LogConfig = LogConfig()
     """What is written down."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Recipe":
-        if (self.model is None) == (self.start is None):
-            raise ValueError("give either [model] or start, not both")
-        if self.lora is not None and self.start is None:
-            raise ValueError("lora needs start, a checkpoint whose weights stay")
+        if (self.model is None) == (self.base_model is None):
+            raise ValueError("give either [model] or base_model, not both")
+        if self.lora is not None and self.base_model is None:
+            raise ValueError("lora needs base_model, a checkpoint whose weights stay")
         if self.lora is not None and self.trainable != "all":
             raise ValueError("trainable: lora says what is trained, by its modules; leave one out")
         if self.distillation is None and any(phase.match != "logits" for phase in self.phase):
@@ -302,11 +302,11 @@ class Recipe(_Table):
         """A layout must not change what a run computes: only ramps are rounded."""
         data, fsdp = self.parallel.data, self.parallel.fsdp
         for phase in self.phase:
-            unit = phase.micro_batch_rows * data * fsdp
-            if not isinstance(phase.batch_rows, list) and phase.batch_rows % unit:
+            unit = phase.micro_batch_size * data * fsdp
+            if not isinstance(phase.batch_size, list) and phase.batch_size % unit:
                 raise ValueError(
-                    f"phase {phase.name}: batch_rows {phase.batch_rows:g} is no multiple of "
-                    f"{unit}, micro_batch_rows {phase.micro_batch_rows} x parallel.data {data} x "
+                    f"phase {phase.name}: batch_size {phase.batch_size:g} is no multiple of "
+                    f"{unit}, micro_batch_size {phase.micro_batch_size} x parallel.data {data} x "
                     f"parallel.fsdp {fsdp}; change one of them"
                 )
         return self
@@ -348,7 +348,7 @@ def parse_recipe(raw: dict[str, Any], *, origin: str) -> Recipe:
         raise UserError(f"{origin}: {explain(error, Recipe, raw)}") from error
 
 
-TUPLES = ("betas", "modules")
+TUPLES = ("betas", "target_modules")
 """Keys whose values have a fixed length or order."""
 
 

@@ -31,16 +31,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 def new_model(
-    config: ModelConfig, recipe: Recipe, start: Path | None, weights: Mapping[str, Tensor] | None
+    config: ModelConfig,
+    recipe: Recipe,
+    base_model: Path | None,
+    weights: Mapping[str, Tensor] | None,
 ) -> Transformer:
-    """The whole model with fp32 weights on the CPU: `weights` if given, else those of `start`, else
-    new ones. With LoRA those of `start` in the products' dtype, and `weights` are its updates.
+    """The whole model with fp32 weights on the CPU: `weights` if given, else those of `base_model`,
+    else new ones. With LoRA those of `base_model` in the products' dtype, and `weights` are its
+    updates.
     They may be views of files: `parallel.parallelize` gives them memory. Where attention alone
     is trained, the matrices that stay have the products' dtype.
     """
     if recipe.lora is not None:
-        assert start is not None
-        model = started(start, config, base_dtype(recipe))
+        assert base_model is not None
+        model = load_base_model(base_model, config, base_dtype(recipe))
         add_lora(model, recipe.lora, seed=recipe.seed, origin=recipe.name)
         model.load_state_dict(weights or {}, strict=False, assign=True)
     elif weights is not None:
@@ -49,8 +53,8 @@ def new_model(
             stack_experts(model)
         state = {name: weights[name] for name in model.state_dict()}
         model.load_state_dict(state, assign=True)
-    elif start is not None:
-        model = started(start, config, "fp32")
+    elif base_model is not None:
+        model = load_base_model(base_model, config, "fp32")
     else:
         model = Transformer(config)
         init_weights(model, seed=recipe.seed)
@@ -61,7 +65,7 @@ def new_model(
     if recipe.precision == "fp8":
         use_fp8(model)
     use_fused_layers(model)
-    if recipe.recompute == "layers":
+    if recipe.activation_checkpointing == "full":
         checkpoint_activations(model)
     return model
 
@@ -101,7 +105,7 @@ def new_teacher(path: Path, recipe: Recipe) -> Teacher:
     return Teacher(
         model.to(recipe.device),
         DTYPES[recipe.precision],
-        cross_entropy=recipe.distillation.cross_entropy,
+        cross_entropy=recipe.distillation.cross_entropy_weight,
     )
 
 
@@ -118,12 +122,12 @@ def new_optimizer(
     return optimizer
 
 
-def started(start: Path, config: ModelConfig, dtype: str) -> Transformer:
-    """The weights of the checkpoint `start` in `dtype`, experts stacked, in a model of `config`,
-    which may say other things about positions.
+def load_base_model(base_model: Path, config: ModelConfig, dtype: str) -> Transformer:
+    """Load the checkpoint `base_model` in `dtype`, experts stacked, into a model of `config`, whose
+    RoPE scaling may differ from the checkpoint's.
     """
-    loaded = load_model(start, dtype=dtype).model
-    _require_finite(loaded, f"start {start}")
+    loaded = load_model(base_model, dtype=dtype).model
+    _require_finite(loaded, f"base_model {base_model}")
     with torch.device("meta"):
         model = Transformer(config)
     model.load_state_dict(loaded.state_dict(), assign=True)

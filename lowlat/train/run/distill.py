@@ -12,16 +12,16 @@ from typing import Any, Literal
 import torch
 
 from lowlat.config.model import ModelConfig
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.train.cost.dry_run import gigabytes, most_memory, needed_bytes, usable_memory
+from lowlat.train.inputs.phase_data import phase_data
 from lowlat.train.metrics.jsonl import read_log
+from lowlat.train.metrics.metrics_log import FolderMetricsLog
+from lowlat.train.metrics.progress_view import make_view
 from lowlat.train.metrics.record import EvalRecord
-from lowlat.train.metrics.runlog import FolderRunLog
-from lowlat.train.metrics.view import make_view
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.train.recipe.toml import to_toml
-from lowlat.train.run.dry_run import gigabytes, most_memory, needed_bytes, usable_memory
-from lowlat.train.run.inputs import phase_data
 from lowlat.train.run.trainer import Trainer
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
@@ -115,13 +115,13 @@ def distillation_recipe(
     return {
         "name": "distillation",
         "seed": options.seed,
-        "start": str(student.absolute()),
+        "base_model": str(student.absolute()),
         "precision": options.precision,
         "device": options.device,
         "trainable": options.trainable,
         "distillation": {
             "teacher": str(teacher.absolute()),
-            "cross_entropy": options.cross_entropy,
+            "cross_entropy_weight": options.cross_entropy,
         },
         "data": {"folder": str(tokens.absolute())},
         "optimizer": {"name": options.optimizer, "weight_decay": 0.0},
@@ -131,18 +131,18 @@ def distillation_recipe(
                 "match": match,
                 "steps": count,
                 "sequence_length": length,
-                "batch_rows": rows,
-                "micro_batch_rows": 2 - rows % 2,
+                "batch_size": rows,
+                "micro_batch_size": 2 - rows % 2,
                 "learning_rate": _schedule(peak, count),
                 "bias_update_speed": 0.0,
             }
             for name, match, count in phases
             if count
         ],
-        "saves": {"every_steps": max(1, min(50, steps // 4))},
+        "checkpoints": {"every_steps": max(1, min(50, steps // 4))},
         "evaluation": {
             "every_steps": max(1, -(-steps // EVALUATIONS)),
-            "rows": max(1, EVALUATED_TOKENS // length),
+            "sequences": max(1, EVALUATED_TOKENS // length),
         },
     }
 
@@ -167,7 +167,7 @@ def distill(
     raw = distillation_recipe(student, teacher, tokens, options)
     recipe = parse_recipe(raw, origin="distillation")
     with RunFolder(out) as run:
-        log = FolderRunLog(
+        log = FolderMetricsLog(
             log=run.log,
             tensorboard_folder=run.tensorboard,
             view=make_view(quiet=quiet),
@@ -179,7 +179,7 @@ def distill(
                 run,
                 log,
                 base=Path("/"),
-                start=student,
+                base_model=student,
                 teacher=teacher,
                 origin="distillation",
                 progress=progress,
@@ -205,7 +205,7 @@ def check_distillation(
     """Raises UserError if the token folder `tokens` does not suit `options`. origin: its name in
     messages.
     """
-    folder, length = TokenFolder.open(tokens), options.sequence_length
+    folder, length = TokenizedDataset.open(tokens), options.sequence_length
     origin = origin or str(tokens)
     if folder.num_tokens("held_out") <= length:
         raise UserError(

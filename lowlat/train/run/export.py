@@ -18,14 +18,14 @@ from lowlat.config.model import ModelConfig
 from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint, folder_name
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.checkpoints.store import CheckpointStore
+from lowlat.train.inputs.model_files import teacher_fingerprint, weights_fingerprint
 from lowlat.train.layers.stacked_experts import unstacked
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schema import Recipe, parse_recipe
-from lowlat.train.run.build import started
+from lowlat.train.run.adapter import write_adapter
+from lowlat.train.run.build import load_base_model
 from lowlat.train.run.fp8_export import save_fp8
-from lowlat.train.run.lora_files import start_fingerprint, write_adapter
 from lowlat.train.run.state import MODEL, part
-from lowlat.train.run.teacher_check import teacher_fingerprint
 from lowlat.train.step.lora import base_dtype, merged
 from lowlat.utils.atomic_files import atomic_folder, write_new_files
 from lowlat.utils.device import parse_dtype
@@ -108,7 +108,7 @@ def export_save(
     save = open_save(run, step, progress)
     config, recipe, weights = contents(save)
     if recipe.lora is not None:
-        base = started(start_of(save), config, base_dtype(recipe)).state_dict()
+        base = load_base_model(base_model_of(save), config, base_dtype(recipe)).state_dict()
         weights = dict(merged(base | weights, recipe.lora))
     export(config, weights, dst, dtype=dtype, text=run / TOKENIZER)
     return save.step
@@ -125,7 +125,9 @@ def export_adapter(
     config, recipe, updates = contents(save)
     if recipe.lora is None:
         raise UserError(f"{run}: was trained without lora; leave out --adapter")
-    write_adapter(config, updates, recipe.lora, dst, start=Path(str(save.metadata["start"])))
+    write_adapter(
+        config, updates, recipe.lora, dst, base_model=Path(str(save.metadata["base_model"]))
+    )
     return save.step
 
 
@@ -164,10 +166,10 @@ def teacher_of(save: TrainingCheckpoint) -> Path:
     return _unchanged(Path(str(path)), teacher_fingerprint, save.metadata["teacher"], save)
 
 
-def start_of(save: TrainingCheckpoint) -> Path:
+def base_model_of(save: TrainingCheckpoint) -> Path:
     """The checkpoint whose weights stayed. Raises UserError where it is gone or another."""
-    start = Path(str(save.metadata["start"]))
-    return _unchanged(start, start_fingerprint, save.metadata["data"][-1], save)
+    base_model = Path(str(save.metadata["base_model"]))
+    return _unchanged(base_model, weights_fingerprint, save.metadata["data"][-1], save)
 
 
 def _unchanged(

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowlat.train.inputs.configs import phase_configs
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.parallel.parallelize import ShardedParameters
-from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.run.build import DTYPES, new_model, new_passes, new_teacher
-from lowlat.train.run.export import contents, open_save, start_of, teacher_of
-from lowlat.train.run.inputs import phase_configs
+from lowlat.train.run.export import base_model_of, contents, open_save, teacher_of
 from lowlat.train.run.replay import BATCH_FILES, read_batch, step_of
 from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.loss import count_targets
@@ -60,12 +60,12 @@ def look_again(run: Path) -> FailedStep:
     save = open_save(run, step)
     config, recipe, weights = contents(save)
     ranks = recipe.parallel.data * recipe.parallel.fsdp
-    plan = Timetable(recipe, ranks=ranks).at(step)
+    plan = TrainingSchedule(recipe, ranks=ranks).at(step)
     # The save may be that of the phase before.
     own = recipe.model_copy(update={"phase": [plan.phase]})
     (config,) = phase_configs(config, own, str(save.folder))
-    start = None if recipe.lora is None else start_of(save)
-    model = new_model(config, recipe, start, weights)
+    base_model = None if recipe.lora is None else base_model_of(save)
+    model = new_model(config, recipe, base_model, weights)
     teacher = None if recipe.distillation is None else new_teacher(teacher_of(save), recipe)
     passes, sharded = new_passes(
         model,

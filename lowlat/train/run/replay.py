@@ -31,7 +31,7 @@ def keep_batch(path: Path, step: int, batch: Batch) -> str:
     or why it is nowhere: that it failed must not hide the failure of the step.
     """
     documents = json.dumps(batch.documents)
-    tensors = {"tokens": batch.tokens.cpu(), "predicted": batch.predicted.cpu()}
+    tensors = {"tokens": batch.tokens.cpu(), "loss_mask": batch.loss_mask.cpu()}
     partial = path.with_suffix(".partial")
     try:
         save_file(tensors, partial, metadata={"documents": documents, "step": str(step)})
@@ -46,9 +46,9 @@ def read_batch(path: Path) -> Batch:
     """The batch in a file of `keep_batch`. Raises UserError."""
     try:
         with safe_open(path, framework="pt") as file:
-            tokens, predicted = file.get_tensor("tokens"), file.get_tensor("predicted")
+            tokens, loss_mask = file.get_tensor("tokens"), file.get_tensor("loss_mask")
             documents = json.loads((file.metadata() or {})["documents"])
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: is not a batch that a failed step left ({error})") from error
     rows = None if documents is None else tuple(tuple(row) for row in documents)
-    return Batch(tokens=tokens, predicted=predicted.to(torch.bool), documents=rows)
+    return Batch(tokens=tokens, loss_mask=loss_mask.to(torch.bool), documents=rows)

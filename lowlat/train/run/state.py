@@ -16,7 +16,7 @@ from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import ModelConfig
 from lowlat.train.parallel.parallelize import ShardedParameters
-from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.train.step.lora import is_lora_parameter
 from lowlat.train.step.optim import Optimizer
@@ -24,7 +24,15 @@ from lowlat.utils.errors import UserError
 
 Snapshot = list[tuple[str, Tensor]]
 MODEL, OPTIMIZER, RANDOM = "model.", "optimizer.", "random.torch"
-FREE_KEYS = ("name", "saves", "log", "evaluation", "parallel", "device", "recompute")
+FREE_KEYS = (
+    "name",
+    "checkpoints",
+    "log",
+    "evaluation",
+    "parallel",
+    "device",
+    "activation_checkpointing",
+)
 """Parts of a recipe that a resumed run may change: they decide nothing about the numbers."""
 
 
@@ -74,30 +82,30 @@ def facts(
     config: ModelConfig,
     position: Position,
     fingerprints: list[str],
-    timetable: Timetable,
-    start: Path | None = None,
+    schedule: TrainingSchedule,
+    base_model: Path | None = None,
     teacher: Path | None = None,
     taught_by: str | None = None,
 ) -> dict[str, Any]:
     """Everything of the state that is no tensor.
 
-    `fingerprints` name the data of each phase, and with LoRA the weights that stay; `start` are the
-    files behind recipe.start, `teacher` those behind recipe.distillation, of which `taught_by` is
-    the fingerprint. The rows read so far
-    are written down although they follow from step and recipe, so that a reader sees them.
+    `fingerprints` identify the data of each phase, then with LoRA the frozen base model;
+    `base_model` and `teacher` are the files that the recipe names, `taught_by` is the teacher's
+    fingerprint. The sequences read so far follow from step and recipe; they are recorded for
+    readers of the file.
     """
-    done = position.step >= timetable.steps
-    plan = timetable.at(min(position.step, timetable.steps - 1))
+    done = position.step >= schedule.steps
+    plan = schedule.at(min(position.step, schedule.steps - 1))
     return {
         "step": position.step,
         "seconds": position.seconds,
         "phase": plan.phase_index,
         "rows_of_data": plan.first_row + (plan.rows if done else 0),
-        "tokens": timetable.tokens_before(position.step),
+        "tokens": schedule.tokens_before(position.step),
         "data": fingerprints,
         "config": config_to_hf(config),
         "recipe": recipe.model_dump(mode="json"),
-        "start": None if start is None else str(start.absolute()),
+        "base_model": None if base_model is None else str(base_model.absolute()),
         "teacher": taught_by,
         "teacher_files": None if teacher is None else str(teacher.absolute()),
         "torch": torch.__version__,
@@ -108,7 +116,7 @@ def check_resumable(
     saved: Mapping[str, Any],
     recipe: Recipe,
     fingerprints: list[str],
-    timetable: Timetable,
+    schedule: TrainingSchedule,
     folder: str,
     teacher: str | None = None,
 ) -> Position:
@@ -123,7 +131,7 @@ def check_resumable(
     if saved["data"][:phases] != fingerprints[:phases]:
         differences.append("the token folder holds other data")
     if saved["data"][phases:] != fingerprints[phases:]:
-        differences.append("start holds other weights")
+        differences.append("base_model holds other weights")
     if saved.get("teacher") != teacher:
         differences.append("distillation.teacher is another model")
     if differences:
@@ -132,30 +140,33 @@ def check_resumable(
             "restore it, or choose another --out for the changed one"
         )
     step = int(saved["step"])
-    if saved["tokens"] != timetable.tokens_before(step):
+    if saved["tokens"] != schedule.tokens_before(step):
         raise UserError(
             f"{folder}: {saved['tokens']:,} tokens were read in {step} steps, but batches rounded "
-            f"for this [parallel] come to {timetable.tokens_before(step):,}; choose sizes whose "
-            "data x fsdp x micro_batch_rows divides batch_rows"
+            f"for this [parallel] come to {schedule.tokens_before(step):,}; choose sizes whose "
+            "data x fsdp x micro_batch_size divides batch_size"
         )
     return Position(step=step, seconds=float(saved["seconds"]))
 
 
 def check_config(
-    saved: Mapping[str, Any], configs: Sequence[ModelConfig], timetable: Timetable, folder: str
+    saved: Mapping[str, Any],
+    configs: Sequence[ModelConfig],
+    schedule: TrainingSchedule,
+    folder: str,
 ) -> None:
     """Whether the model that was saved has the config of its phase. Raises UserError saying what
     differs: a checkpoint to start from may have become another.
     """
     done = max(0, int(saved["step"]) - 1)
-    present = config_to_hf(configs[timetable.at(done).phase_index])
+    present = config_to_hf(configs[schedule.at(done).phase_index])
     # Keys that configs did not have when it was written have their defaults.
     before = config_to_hf(config_from_hf(dict(saved["config"]), source=folder))
     changes = [text for _, text in _differences(before, present)]
     if changes:
         raise UserError(
             f"{folder}: was trained as another model: {'; '.join(changes[:5])}; restore the "
-            "config.json of start, or choose another --out for the changed one"
+            "config.json of base_model, or choose another --out for the changed one"
         )
 
 

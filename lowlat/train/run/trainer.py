@@ -22,9 +22,12 @@ from lowlat.plan.rate import measure_gemm_rate
 from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.checkpoints.store import CheckpointStore
-from lowlat.train.metrics.runlog import RunLog
+from lowlat.train.cost.frozen_weights import training_flops
+from lowlat.train.inputs.phase_data import PhaseData, data_notes
+from lowlat.train.inputs.run_inputs import open_run_inputs
+from lowlat.train.metrics.metrics_log import MetricsLog
 from lowlat.train.parallel.mesh import ProcessMesh
-from lowlat.train.recipe.schedule import StepPlan, Timetable
+from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.run.build import (
     DTYPES,
@@ -34,11 +37,8 @@ from lowlat.train.run.build import (
     new_teacher,
 )
 from lowlat.train.run.export import TOKENIZER, export, keep_tokenizer, refuse_older_model
-from lowlat.train.run.frozen_cost import training_flops
-from lowlat.train.run.inputs import PhaseData, left_out
-from lowlat.train.run.inputs_check import open_basis
-from lowlat.train.run.measure import Meter, eval_record
 from lowlat.train.run.replay import batch_file, keep_batch
+from lowlat.train.run.signals import StopSignals
 from lowlat.train.run.state import (
     MODEL,
     OPTIMIZER,
@@ -51,7 +51,7 @@ from lowlat.train.run.state import (
     snapshot,
     state_tensors,
 )
-from lowlat.train.run.stop import StopSignals
+from lowlat.train.run.step_records import StepRecorder, eval_record
 from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.lora import merged
 from lowlat.train.step.optim import Optimizer
@@ -66,7 +66,7 @@ MODEL_FOLDER = "model"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class TrainingResult:
     """How a call of `Trainer.run` ended."""
 
     step: int
@@ -86,10 +86,10 @@ class Trainer:
         self,
         recipe: Recipe,
         run: RunFolder,
-        log: RunLog,
+        log: MetricsLog,
         *,
         base: Path,
-        start: Path | None = None,
+        base_model: Path | None = None,
         teacher: Path | None = None,
         origin: str = "recipe",
         progress: Progress | None = None,
@@ -97,8 +97,8 @@ class Trainer:
     ) -> None:
         """Open data, build or resume.
 
-        base: where relative paths of the recipe start; start, teacher: the files behind
-        recipe.start and recipe.distillation; origin: the recipe's name in errors; mesh: the
+        base: where relative paths of the recipe start; base_model, teacher: the files behind
+        recipe.base_model and recipe.distillation; origin: the recipe's name in errors; mesh: the
         processes that run it, of which the first holds the folder and has a log. Raises UserError
         for data that is not whole, a recipe that does not continue what the folder holds, and as
         `build`.
@@ -108,12 +108,14 @@ class Trainer:
         self.recipe = recipe
         self.run_folder = run
         self.log = log
-        self.timetable = Timetable(recipe, ranks=mesh.data_parallel_size)
+        self.schedule = TrainingSchedule(recipe, ranks=mesh.data_parallel_size)
         self._dtype = DTYPES[recipe.precision]
-        self._basis = open_basis(recipe, base=base, start=start, teacher=teacher, origin=origin)
+        self._inputs = open_run_inputs(
+            recipe, base=base, base_model=base_model, teacher=teacher, origin=origin
+        )
         if mesh.is_main_process:
-            self._basis.verify(progress)
-        table = recipe.saves
+            self._inputs.verify(progress)
+        table = recipe.checkpoints
         hours = table.keep_every_hours
         self._saves = CheckpointStore(
             run,
@@ -129,9 +131,9 @@ class Trainer:
         self._teacher: Teacher | None = None if teacher is None else new_teacher(teacher, recipe)
         self._build(_tensors(save))
         if mesh.is_main_process:
-            keep_tokenizer(run.path, self._basis.text)
+            keep_tokenizer(run.path, self._inputs.tokenizer_source)
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainingResult:
         """Train to the end of the recipe, or until SIGINT or SIGTERM, which end a run after the
         step under way with a save. Raises UserError where a loss or gradient is not finite.
         """
@@ -139,35 +141,35 @@ class Trainer:
         self.log.start(
             name=self.recipe.name,
             step=self.position.step,
-            total_steps=self.timetable.steps,
-            tokens_total=self.timetable.tokens,
+            total_steps=self.schedule.steps,
+            tokens_total=self.schedule.tokens,
             facts=self._run_facts(),
         )
-        for note in left_out(self.recipe, self._basis.inputs.data):
+        for note in data_notes(self.recipe, self._inputs.data):
             self.log.note(note)
         losses: tuple[float, ...] = ()
         saved = self.position.step
         if self._teacher is not None and saved == 0:
             self._evaluate(self._plan())
         with retain_freed_memory(), StopSignals() as stop:
-            while self.position.step < self.timetable.steps and not self._mesh.any(stop.asked):
+            while self.position.step < self.schedule.steps and not self._mesh.any(stop.asked):
                 plan = self._plan()
                 self._enter_phase(plan)
                 losses = self._step(plan).losses
                 if plan.ends_phase or self.position.step % self.recipe.evaluation.every_steps == 0:
                     self._evaluate(plan)
-                if plan.ends_phase or self.position.step % self.recipe.saves.every_steps == 0:
+                if plan.ends_phase or self.position.step % self.recipe.checkpoints.every_steps == 0:
                     self._save()
                     saved = self.position.step
             if saved < self.position.step:
                 self._save()
         self._saves.close()
-        complete = self.position.step >= self.timetable.steps
+        complete = self.position.step >= self.schedule.steps
         if not complete:
             self.log.note(
                 f"stopped after step {self.position.step}; the same command goes on from there"
             )
-        return Outcome(
+        return TrainingResult(
             step=self.position.step,
             is_complete=complete,
             losses=losses,
@@ -191,27 +193,27 @@ class Trainer:
         position = check_resumable(
             save.metadata,
             self.recipe,
-            self._basis.fingerprints,
-            self.timetable,
+            self._inputs.fingerprints,
+            self.schedule,
             folder,
-            self._basis.taught_by,
+            self._inputs.teacher_fingerprint,
         )
-        check_config(save.metadata, self._basis.inputs.configs, self.timetable, folder)
+        check_config(save.metadata, self._inputs.configs, self.schedule, folder)
         return position
 
     def _plan(self) -> StepPlan:
-        return self.timetable.at(min(self.position.step, self.timetable.steps - 1))
+        return self.schedule.at(min(self.position.step, self.schedule.steps - 1))
 
     def _build(self, tensors: dict[str, Tensor]) -> None:
         """Model and optimiser of the present phase, from the `tensors` of a state unless empty.
 
         They are taken out of it, so that what is copied may be forgotten tensor by tensor.
         """
-        config = self._basis.inputs.configs[self._phase]
+        config = self._inputs.configs[self._phase]
         moments, random = part(tensors, OPTIMIZER), tensors.get(RANDOM)
         weights = part(tensors, MODEL) or None
         tensors.clear()
-        self.model: Transformer = new_model(config, self.recipe, self._basis.start, weights)
+        self.model: Transformer = new_model(config, self.recipe, self._inputs.base_model, weights)
         del weights
         self._passes, self.sharded = new_passes(
             self.model,
@@ -263,7 +265,7 @@ class Trainer:
         if not result.has_targets:
             self.log.note(f"step {plan.step + 1}: its batch holds no target; nothing moved")
         if self.position.step % self.recipe.log.every_steps == 0 or plan.ends_phase:
-            tokens = self.timetable.tokens_before(self.position.step)
+            tokens = self.schedule.tokens_before(self.position.step)
             self.log.step(self._meter.record(plan, result, self.position, seconds, tokens))
         self._saves.poll()
         return result
@@ -288,7 +290,7 @@ class Trainer:
         raise UserError(
             f"step {plan.step + 1}: the {what} is not finite; its batch is {kept}, the state "
             f"before it in {self._saves.folder}; to go on, lowlat train export "
-            f"{self.run_folder.path} DST, and a new recipe with start = DST and a lower rate"
+            f"{self.run_folder.path} DST, and a new recipe with base_model = DST and a lower rate"
         )
 
     def _evaluate(self, plan: StepPlan) -> None:
@@ -302,7 +304,7 @@ class Trainer:
         found = evaluate(self._passes, batches, num_ahead=num_ahead, mesh=self._mesh)
         self._advance(0, time.monotonic() - began)
         self.log.status("")
-        tokens = self.timetable.tokens_before(self.position.step)
+        tokens = self.schedule.tokens_before(self.position.step)
         at = self.position.step, tokens, self._present
         self.log.evaluation(eval_record(found, num_ahead, *at))
 
@@ -312,15 +314,15 @@ class Trainer:
         """
         windows = self._present.held_out
         assert windows is not None
-        rows = min(self.recipe.evaluation.rows, windows.per_epoch)
-        size = plan.phase.micro_batch_rows
+        rows = min(self.recipe.evaluation.sequences, windows.per_epoch)
+        size = plan.phase.micro_batch_size
         firsts = range(0, rows, size)
         for round_first in range(0, len(firsts), self._mesh.data_parallel_size):
             mine = round_first + self._mesh.data_parallel_rank
             first = firsts[min(mine, len(firsts) - 1)]
             batch = windows.batch(first, min(size, rows - first))
             if mine >= len(firsts):
-                batch = replace(batch, predicted=torch.zeros_like(batch.predicted))
+                batch = replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
             yield batch.to(self.recipe.device)
 
     def _save(self) -> None:
@@ -335,11 +337,11 @@ class Trainer:
                     self.recipe,
                     self.config,
                     self.position,
-                    self._basis.fingerprints,
-                    self.timetable,
-                    self._basis.start,
-                    self._basis.teacher,
-                    self._basis.taught_by,
+                    self._inputs.fingerprints,
+                    self.schedule,
+                    self._inputs.base_model,
+                    self._inputs.teacher,
+                    self._inputs.teacher_fingerprint,
                 ),
             )
         self._advance(0, time.monotonic() - began)
@@ -363,13 +365,13 @@ class Trainer:
 
     @property
     def _present(self) -> PhaseData:
-        return self._basis.inputs.data[self._phase]
+        return self._inputs.data[self._phase]
 
-    def _new_meter(self) -> Meter:
+    def _new_meter(self) -> StepRecorder:
         phase = self.recipe.phase[self._phase]
-        return Meter(
+        return StepRecorder(
             flops_per_token=training_flops(
-                self.config, self.recipe, phase, self._basis.teacher_config
+                self.config, self.recipe, phase, self._inputs.teacher_config
             ),
             gemm_rate=measure_gemm_rate(self._dtype, self.recipe.device) * self._mesh.world_size,
             device=torch.device(self.recipe.device),

@@ -17,7 +17,7 @@ from lowlat.model.transformer import Transformer
 from lowlat.train.layers.lora import LoraExperts, LoraLinear, LowRank, LowRankExperts
 from lowlat.train.layers.replace import replace_modules
 from lowlat.train.layers.stacked_experts import StackedExperts, stack_experts
-from lowlat.train.recipe.schema import Lora, Recipe
+from lowlat.train.recipe.schema import LoraConfig, Recipe
 from lowlat.train.step.trainable import check_biases_stay
 from lowlat.utils.errors import UserError
 
@@ -45,7 +45,7 @@ def base_dtype(recipe: Recipe) -> str:
     return "fp32" if recipe.precision == "fp32" else "bf16"
 
 
-def add_lora(model: Transformer, table: Lora, *, seed: int, origin: str) -> None:
+def add_lora(model: Transformer, table: LoraConfig, *, seed: int, origin: str) -> None:
     """Freeze `model` and give the projections in `table` an update that is zero at first: A uniform
     within 1 / sqrt(in), as in peft, B zero.
 
@@ -60,7 +60,7 @@ def add_lora(model: Transformer, table: Lora, *, seed: int, origin: str) -> None
         if isinstance(module, StackedExperts):
             updates = _of_experts(module, table)
             return None if updates is None else LoraExperts(module, updates)
-        is_named = path.rpartition(".")[2] in table.modules and module is not model.lm_head
+        is_named = path.rpartition(".")[2] in table.target_modules and module is not model.lm_head
         if isinstance(module, Linear) and is_named:
             return LoraLinear(module, _update(module.weight, table))
         return None
@@ -82,15 +82,15 @@ def _projections(model: Transformer) -> Iterator[tuple[str, Linear | StackedExpe
             yield name.rpartition(".")[2], module, module.weight
 
 
-def _check_modules(present: set[str], table: Lora, origin: str) -> None:
+def _check_modules(present: set[str], table: LoraConfig, origin: str) -> None:
     """Raises UserError if `table` names a projection that is not in `present`; of the default names
     one suffices.
     """
-    absent = sorted(set(table.modules) - present)
-    none = not set(table.modules) & present
-    if absent and (none or "modules" in table.model_fields_set):
+    absent = sorted(set(table.target_modules) - present)
+    none = not set(table.target_modules) & present
+    if absent and (none or "target_modules" in table.model_fields_set):
         raise UserError(
-            f"{origin}: lora.modules: the model has no {', '.join(absent)}; "
+            f"{origin}: lora.target_modules: the model has no {', '.join(absent)}; "
             f"it has {', '.join(sorted(present))}"
         )
 
@@ -104,14 +104,14 @@ def _shapes(config: ModelConfig) -> tuple[tuple[str, torch.Size], ...]:
     return tuple((name, weight.shape) for name, _, weight in _projections(model))
 
 
-def updated_shapes(config: ModelConfig, table: Lora) -> list[torch.Size]:
+def updated_shapes(config: ModelConfig, table: LoraConfig) -> list[torch.Size]:
     """Shapes of the weights of a model of `config` that get updates from `table`; experts are
     stacked, gate and up separate.
     """
-    return [shape for name, shape in _shapes(config) if name in table.modules]
+    return [shape for name, shape in _shapes(config) if name in table.target_modules]
 
 
-def count_updates(config: ModelConfig, table: Lora) -> int:
+def count_updates(config: ModelConfig, table: LoraConfig) -> int:
     """Number of LoRA parameters for `table` on a model of `config`."""
     return sum(
         math.prod(stack) * table.rank * (rows + columns)
@@ -119,11 +119,11 @@ def count_updates(config: ModelConfig, table: Lora) -> int:
     )
 
 
-def count_added_up(config: ModelConfig, table: Lora) -> int:
+def count_added_up(config: ModelConfig, table: LoraConfig) -> int:
     """Number of expert weights that are summed with their updates in every pass
     (`LowRankExperts.added`): gate and up rows are one tensor, so an update of one copies both.
     """
-    asked = set(table.modules)
+    asked = set(table.target_modules)
     both = set(EXPERT_PROJECTIONS[:2])
     asked |= both if asked & both else set()
     return sum(
@@ -136,7 +136,7 @@ def is_lora_parameter(name: str) -> bool:
     return UPDATE in name
 
 
-def merged(parameters: Mapping[str, Tensor], table: Lora) -> Iterator[tuple[str, Tensor]]:
+def merged(parameters: Mapping[str, Tensor], table: LoraConfig) -> Iterator[tuple[str, Tensor]]:
     """Merge updates into the weights, in fp32: yields the parameters of a model without LoRA, one
     at a time. Experts are stacked.
     """
@@ -171,18 +171,18 @@ def _delta(
     return (scale * parameters[prefix + B]) @ parameters[prefix + A]
 
 
-def _update(weight: Tensor, table: Lora) -> LowRank:
+def _update(weight: Tensor, table: LoraConfig) -> LowRank:
     *stack, rows, columns = weight.shape
     scale = table.alpha / table.rank
     return LowRank(*stack, rank=table.rank, rows=rows, columns=columns, scale=scale)
 
 
-def _of_experts(experts: StackedExperts, table: Lora) -> LowRankExperts | None:
-    if not set(EXPERT_PROJECTIONS) & set(table.modules):
+def _of_experts(experts: StackedExperts, table: LoraConfig) -> LowRankExperts | None:
+    if not set(EXPERT_PROJECTIONS) & set(table.target_modules):
         return None
     return LowRankExperts(
         **{
-            name: _update(weight, table) if name in table.modules else None
+            name: _update(weight, table) if name in table.target_modules else None
             for name, weight in _expert_weights(experts).items()
         }
     )

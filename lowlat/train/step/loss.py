@@ -47,9 +47,9 @@ def counted(batch: Batch, num_ahead: int, depth: int) -> Bool[Tensor, "rows sequ
     module predicts across a document boundary.
     """
     length = batch.sequence_length(num_ahead)
-    result = batch.predicted[:, 1 : length + 1]
+    result = batch.loss_mask[:, 1 : length + 1]
     for further in range(2, depth + 2):
-        result = result & batch.predicted[:, further : length + further]
+        result = result & batch.loss_mask[:, further : length + further]
     return result
 
 

@@ -13,7 +13,7 @@ from lowlat.model.transformer import Transformer
 from lowlat.train.layers.stacked_experts import GATE_UP
 from lowlat.train.parallel.parallelize import ShardedParameters
 from lowlat.train.parallel.pipeline_gather import gather_along_pipeline
-from lowlat.train.recipe.schema import Optimizer as OptimizerTable
+from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.step.muon import Muon
 
 Named = list[tuple[str, nn.Parameter]]
@@ -23,12 +23,12 @@ class Optimizer:
     """One or two torch optimizers over all trainable parameters."""
 
     def __init__(
-        self, model: nn.Module, table: OptimizerTable, sharded: ShardedParameters | None = None
+        self, model: nn.Module, table: OptimizerConfig, sharded: ShardedParameters | None = None
     ) -> None:
         """`sharded` holds the shards of the parameters of `model`; by default they are full."""
         self._sharded = sharded or ShardedParameters.unsharded(model)
         hidden, outer, plain = _groups(model, self._sharded)
-        self.clip = table.clip
+        self.max_grad_norm = table.max_grad_norm
         self._named = [*hidden, *outer, *plain]
         muon = hidden if table.name == "muon" else []
         decayed = outer if table.name == "muon" else [*hidden, *outer]
@@ -63,8 +63,8 @@ class Optimizer:
         norm = self._sharded.gradient_norm(name for name, _ in self._named)
         if norm.isfinite():
             parameters = [p for _, p in self._named]
-            if 0 < self.clip < norm:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+            if 0 < self.max_grad_norm < norm:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
             for optimizer in self._optimizers():
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate

@@ -73,7 +73,7 @@ class PlainPasses(Passes):
         num_ahead = len(targets)
         size = num_ahead + (1 if self._teacher is None else 2)
         sums = torch.zeros(size, dtype=torch.float64)
-        parts = list(batch.split(plan.phase.micro_batch_rows))
+        parts = list(batch.split(plan.phase.micro_batch_size))
         for index, part in enumerate(parts):
             sum_over_replicas(self._model, index == len(parts) - 1)
             loss = batch_loss(
@@ -98,7 +98,7 @@ class PlainPasses(Passes):
         targets: Sequence[int],
     ) -> Float[Tensor, "heads_and_z_and_match"]:
         sums = torch.zeros(len(targets) + 2, dtype=torch.float64)
-        for part in batch.split(plan.phase.micro_batch_rows):
+        for part in batch.split(plan.phase.micro_batch_size):
             sums[-1] += layer_errors(
                 self._model,
                 teacher,

@@ -8,7 +8,7 @@ from lowlat_lab.study.attention import attention_variants
 from lowlat_lab.study.plan import StudyPlan
 from lowlat_lab.study.sizes import TINY, StudySize
 
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from tests.unit.data.conftest import Make, make_folder, texts
 
 __all__ = ["make_folder"]  # the fixture
@@ -23,7 +23,7 @@ def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def data(make_folder: Make) -> TokenFolder:
+def data(make_folder: Make) -> TokenizedDataset:
     return make_folder(texts(40), held_out=texts(9))
 
 
@@ -32,8 +32,8 @@ def size() -> StudySize:
     return replace(
         TINY,
         sequence_length=13,
-        batch_rows=3,
-        micro_batch_rows=3,
+        batch_size=3,
+        micro_batch_size=3,
         held_out_windows=7,
         decode_context=29,
         steps=4,
@@ -41,7 +41,7 @@ def size() -> StudySize:
 
 
 @pytest.fixture
-def make_plan(data: TokenFolder, size: StudySize) -> MakePlan:
+def make_plan(data: TokenizedDataset, size: StudySize) -> MakePlan:
     """A study of MHA and MLA with two seeds; `changes` replace fields."""
 
     def make(**changes: object) -> StudyPlan:

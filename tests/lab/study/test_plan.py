@@ -8,7 +8,7 @@ import pytest
 from lowlat_lab.study.plan import StudyPlan, choose_variants, num_steps
 from lowlat_lab.study.sizes import TINY, find_size
 
-from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.train.recipe.toml import to_toml
 from lowlat.utils.errors import UserError
@@ -33,7 +33,7 @@ def test_arms_differ_in_their_model_alone(make_plan: MakePlan) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 40])
 def test_the_rate_rises_stays_and_falls(make_plan: MakePlan, steps: int) -> None:
     plan = make_plan(steps=steps)
-    times = Timetable(plan.recipe(plan.variants[0], 1))
+    times = TrainingSchedule(plan.recipe(plan.variants[0], 1))
     rates = [times.at(step).learning_rate for step in range(steps)]
     peak = plan.size.learning_rate
     assert max(rates) == pytest.approx(peak) and times.tokens == plan.tokens

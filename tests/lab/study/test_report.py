@@ -11,7 +11,7 @@ from lowlat_lab.study.sizes import StudySize
 from lowlat_lab.study.table import show
 from rich.console import Console
 
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import SilentProgress
 
@@ -33,7 +33,7 @@ SAID = {
 def test_a_study_becomes_a_page(
     kind: str,
     size: StudySize,
-    data: TokenFolder,
+    data: TokenizedDataset,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -59,7 +59,7 @@ def test_a_study_becomes_a_page(
     assert all(variant["label"] in printed for variant in report["variants"])
 
 
-def test_failed_arms_are_told(size: StudySize, data: TokenFolder, tmp_path: Path) -> None:
+def test_failed_arms_are_told(size: StudySize, data: TokenizedDataset, tmp_path: Path) -> None:
     """Holds shut: a report that breaks, or keeps quiet, where an variant has no run."""
     pytest.importorskip("matplotlib")
     variants = attention.attention_variants(size, data.vocab_size)[:5:4]
@@ -82,7 +82,7 @@ def test_pages_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_text_around_the_generated_part_stays(
-    size: StudySize, data: TokenFolder, tmp_path: Path
+    size: StudySize, data: TokenizedDataset, tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
     variants = mtp.mtp_variants(size)

@@ -12,7 +12,7 @@ from lowlat_lab.study.measure import measure
 from lowlat_lab.study.plan import StudyPlan
 from lowlat_lab.study.run import model_folder, run_all
 
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import SilentProgress
@@ -25,7 +25,7 @@ def refuse(*_arguments: Any, **_options: Any) -> None:
 
 
 def test_a_study_is_run_once(
-    make_plan: MakePlan, data: TokenFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_plan: MakePlan, data: TokenizedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, out = make_plan(), tmp_path / "out"
     first = run_all(plan, data, out, SilentProgress())
@@ -41,7 +41,7 @@ def test_a_study_is_run_once(
 
 
 def test_losses_are_those_the_trainer_finds(
-    make_plan: MakePlan, data: TokenFolder, tmp_path: Path
+    make_plan: MakePlan, data: TokenizedDataset, tmp_path: Path
 ) -> None:
     """The measured model is the saved one, in bf16, on the windows the trainer evaluates."""
     plan = make_plan(seeds=(1,))
@@ -61,7 +61,7 @@ def test_losses_are_those_the_trainer_finds(
 
 def test_a_failure_leaves_the_others_alone(
     make_plan: MakePlan,
-    data: TokenFolder,
+    data: TokenizedDataset,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -85,7 +85,7 @@ def test_a_failure_leaves_the_others_alone(
 
 
 def test_decoding_takes_turns_and_goes_through_the_engine(
-    make_plan: MakePlan, data: TokenFolder, tmp_path: Path
+    make_plan: MakePlan, data: TokenizedDataset, tmp_path: Path
 ) -> None:
     plan = make_plan(seeds=(1,))
     run_all(plan, data, tmp_path / "out", SilentProgress())

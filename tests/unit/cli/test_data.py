@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.utils.errors import UserError
 from tests.fakes import byte_tokenizer
 
@@ -32,7 +32,7 @@ def test_build_info_verify(lowlat: Invoke, corpus: Path, tmp_path: Path) -> None
     held = ["--held-out-source", str(corpus / "d.md")]
     built = build(lowlat, tmp_path, str(corpus), *options, *held)
     assert built.exit_code == 0, built
-    folder = TokenFolder.open(tmp_path / "tokens")
+    folder = TokenizedDataset.open(tmp_path / "tokens")
     assert folder.num_documents("train") == 4 and folder.num_documents("held_out") == 3
     told = " ".join(built.stdout.split())
     for words in ("held out 3", "train 4", "dropped 2 duplicate", "uint16 ids", "bytes per token"):

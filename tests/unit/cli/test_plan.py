@@ -1,4 +1,4 @@
-"""`lowlat plan`: the published layout as tables and JSON, searches, recipes, bad options."""
+"""`lowlat plan train`: the published layout as tables and JSON, searches, recipes, bad options."""
 
 import json
 import re
@@ -15,9 +15,10 @@ from lowlat.cli.plan_view import amount, duration, show, show_dry_run
 from lowlat.plan.estimate import estimate
 from lowlat.plan.flops import token_flops
 from lowlat.plan.published import DEEPSEEK_V3
-from lowlat.plan.search import Search, neighbours
+from lowlat.plan.search import SearchResult, neighbours
+from lowlat.train.cost.dry_run import dry_run
+from lowlat.train.inputs.configs import recipe_config
 from lowlat.train.recipe.schema import read_recipe
-from lowlat.train.run.dry_run import dry_run, recipe_config
 from lowlat.utils.errors import UserError
 
 RECIPE = """
@@ -40,8 +41,8 @@ folder = "tokens"
 name = "only"
 steps = 3
 sequence_length = 32
-batch_rows = 8
-micro_batch_rows = 2
+batch_size = 8
+micro_batch_size = 2
 learning_rate = 1e-3
 """
 
@@ -49,11 +50,11 @@ learning_rate = 1e-3
 def test_json_of_the_published_layout(capsys: pytest.CaptureFixture[str]):
     plan("deepseek-v3", memory="80GB", as_json=True)
     answer = json.loads(capsys.readouterr().out)
-    assert answer["estimate"]["layout"]["pp"] == 16
+    assert answer["estimate"]["layout"]["pipeline"] == 16
     assert answer["estimate"]["fits"] is True
     assert answer["estimate"]["mfu"] > 0.3
     assert answer["flops_per_token"]["training"] == pytest.approx(260.6e9, rel=0.001)
-    assert {change["change"] for change in answer["changes"]} >= {"1f1b", "pp 8", "ep 32"}
+    assert {change["change"] for change in answer["changes"]} >= {"1f1b", "pipeline 8", "expert 32"}
     assert "search" not in answer
 
 
@@ -75,7 +76,7 @@ def test_trainings_of_part_of_a_model_are_refused(tmp_path: Path, table: str, ke
     recipe = RECIPE.replace("[data]", f"{table}[data]")
     if key == "lora":
         recipe = re.sub(r"\[model\].*?(?=\[lora\])", "", recipe, flags=re.DOTALL)
-        recipe = recipe.replace('precision = "fp32"', 'precision = "fp32"\nstart = "minnow"')
+        recipe = recipe.replace('precision = "fp32"', 'precision = "fp32"\nbase_model = "minnow"')
     path = tmp_path / "r.toml"
     path.write_text(recipe)
     with pytest.raises(UserError, match=rf"r\.toml: {key}: .*--dry-run"):
@@ -104,9 +105,9 @@ def test_tables_fit_a_narrow_terminal():
     show(
         "deepseek-v3",
         found,
-        token_flops(config, 4096, job.recompute),
+        token_flops(config, 4096, job.activation_checkpointing),
         neighbours(config, found),
-        Search(ranked=[found], tried=1, failed=Counter({"do not fit memory": 5})),
+        SearchResult(ranked=[found], tried=1, failed=Counter({"do not fit memory": 5})),
         top=1,
         published_hours=180e3,
         console=Console(file=out, width=80),
@@ -121,7 +122,7 @@ def test_tables_fit_a_narrow_terminal():
 def test_a_recipe_is_planned_and_run_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "small.toml"
     path.write_text(RECIPE, encoding="utf-8")
-    plan(str(path), changes=["phase.0.batch_rows=16"], as_json=True)
+    plan(str(path), changes=["phase.0.batch_size=16"], as_json=True)
     assert json.loads(capsys.readouterr().out)["estimate"]["micro_batches"] == 8
     recipe = read_recipe(path)
     found = dry_run(recipe_config(recipe, path, None), recipe, rate=1e11, memory_bytes=2**33)
@@ -133,7 +134,7 @@ def test_a_recipe_is_planned_and_run_dry(tmp_path: Path, capsys: pytest.CaptureF
 
 CHANGES = {
     "none": "ZeRO-1",
-    "no recomputation": "recompute none",
+    "no recomputation": "activation checkpointing none",
     "interleaved 1F1B": "interleaved",
     "1F1B": "1f1b",
     "ZB1P": "zb1p",
@@ -161,7 +162,8 @@ def test_the_documented_changes_are_those_of_today():
 
 
 def _spaced(match: re.Match[str]) -> str:
-    return f"{match[0].lower()} "
+    axes = {"PP": "pipeline", "EP": "expert", "TP": "tensor"}
+    return f"{axes[match[0]]} "
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from lowlat.cli import main
 from lowlat.data.build import build
 from lowlat.data.selection import BuildOptions
 from lowlat.plan import rate
-from lowlat.train.run import dry_run as dryrun
+from lowlat.train.cost import dry_run as dryrun
 from tests.fakes import byte_tokenizer
 
 RECIPE = """
@@ -25,8 +25,8 @@ tensorboard = false
 name = "first"
 steps = 2
 sequence_length = 7
-batch_rows = 2
-micro_batch_rows = 1
+batch_size = 2
+micro_batch_size = 1
 learning_rate = 1e-3
 [model]
 model_type = "llama"
@@ -94,16 +94,20 @@ def test_no_recipe(
         ("folder = ", "foldr = ", "data.foldr is not a key of recipes; did you mean folder?"),
         ("steps = 2\n", "", "phase.0.steps is missing"),
         ("steps = 2", "steps = 'two'", "phase.0.steps: must be a valid integer, not 'two'"),
-        ("rows = 1", "rows = 1.5", "phase.0.micro_batch_rows: must be a valid integer, not 1.5"),
+        (
+            "micro_batch_size = 1",
+            "micro_batch_size = 1.5",
+            "phase.0.micro_batch_size: must be a valid integer, not 1.5",
+        ),
         (
             "= 2\nmicro",
             "= 0\nmicro",
-            "phase.0: batch_rows: must be a multiple of micro_batch_rows 1, not 0",
+            "phase.0: batch_size: must be a multiple of micro_batch_size 1, not 0",
         ),
         (
-            "rows = 1",
-            "rows = 3",
-            "phase.0: batch_rows: must be a multiple of micro_batch_rows 3, not 2",
+            "micro_batch_size = 1",
+            "micro_batch_size = 3",
+            "phase.0: batch_size: must be a multiple of micro_batch_size 3, not 2",
         ),
         ("'small'", "'a/b'", "name: must be letters, digits, '.', '_' and '-', a letter or digit"),
         ("1e-3", "-1e-3", "phase.0.learning_rate: must be greater than or equal to 0, not -0.001"),
@@ -132,9 +136,17 @@ def test_no_recipe(
             "[optimizer]\nbetas = 0.9\n[log]",
             "optimizer.betas: must be a list of two numbers, not 0.9",
         ),
-        ("[log]", "[saves]\nkeep_last = 1\n[log]", "saves.keep_last: must be greater than or"),
-        ("[log]", "[lora]\nrank = 2\nalpha = 4.0\n[log]", "lora needs start, a checkpoint whose"),
-        ("name = ", "start = 'x'\nname = ", "give either [model] or start, not both"),
+        (
+            "[log]",
+            "[checkpoints]\nkeep_last = 1\n[log]",
+            "checkpoints.keep_last: must be greater than or",
+        ),
+        (
+            "[log]",
+            "[lora]\nrank = 2\nalpha = 4.0\n[log]",
+            "lora needs base_model, a checkpoint whose",
+        ),
+        ("name = ", "base_model = 'x'\nname = ", "give either [model] or base_model, not both"),
         ("name = ", "device = 'gpu'\nname = ", "device = 'gpu' is not there; set cpu, or cuda"),
         ("[log]", "[parallel]\ndata = 2\n[log]", "[parallel] is for 2 processes, 1 started"),
         ("'llama'", "'gpt9'", '[model]: model_type "gpt9" is not supported; supported: deepseek'),
@@ -153,8 +165,9 @@ def test_no_recipe(
         ),
         (
             "1e-3",
-            "1e-3\nrope = { type = 'yarn', factr = 2.0 }",
-            "phase first: rope: rope_scaling.factr (2.0) is not a setting of rope_type 'yarn'",
+            "1e-3\nrope_scaling = { type = 'yarn', factr = 2.0 }",
+            "phase first: rope_scaling: rope_scaling.factr (2.0) is not a setting of rope_type "
+            "'yarn'",
         ),
     ],
 )
@@ -204,21 +217,21 @@ def test_data(
 
 
 @pytest.mark.parametrize(
-    ("start", "said"),
+    ("base_model", "said"),
     [
-        ("nosuchmodel", "r.toml: start: model 'nosuchmodel' is unknown; give a folder with"),
-        ("empty", "r.toml: start: folder 'empty' holds no config.json, so it is not a model"),
-        ("deepseek-v3", "r.toml: start: 'deepseek-v3' is known by its config only"),
+        ("nosuchmodel", "r.toml: base_model: model 'nosuchmodel' is unknown; give a folder with"),
+        ("empty", "r.toml: base_model: folder 'empty' holds no config.json, so it is not a model"),
+        ("deepseek-v3", "r.toml: base_model: 'deepseek-v3' is known by its config only"),
     ],
 )
 def test_start(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    start: str,
+    base_model: str,
     said: str,
 ) -> None:
-    (folder / "r.toml").write_text(f'start = "{start}"\n{NO_MODEL}')
+    (folder / "r.toml").write_text(f'base_model = "{base_model}"\n{NO_MODEL}')
     assert fails(monkeypatch, capsys, "r.toml").startswith(said)
 
 
@@ -263,10 +276,10 @@ def test_arguments(
         ),
         (["parallel.expert=2"], "r.toml: parallel.expert 2 does not divide n_routed_experts 0"),
         (
-            ["phase.0.batch_rows=1e30"],
-            "r.toml: phase.0: batch_rows: must be at most 1,000,000,000, not 1e+30",
+            ["phase.0.batch_size=1e30"],
+            "r.toml: phase.0: batch_size: must be at most 1,000,000,000, not 1e+30",
         ),
-        (["phase.0.batch_rows=1e9"], "r.toml: phase 'first' needs about "),
+        (["phase.0.batch_size=1e9"], "r.toml: phase 'first' needs about "),
         (["model.vocab_size=300", "data.folder='none'", "phase.0.sequence_length=33"], "r.toml: "),
     ],
 )

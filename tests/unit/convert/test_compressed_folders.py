@@ -208,9 +208,9 @@ def test_heads_whose_pairs_no_fold_divides(tmp_path: Path) -> None:
 
 
 FAULTS = {
-    "nan": ({"model.layers.1.self_attn.k_proj.weight": math.nan}, "layer 1: numbers that are not"),
-    "large": ({"model.layers.0.mlp.down_proj.weight": 1e32}, "layer 1: numbers that are not fin"),
-    "zero": ({"model.embed_tokens.weight": 0.0}, "layer 0: all that reaches it is 0"),
+    "nan": ({"model.layers.1.self_attn.k_proj.weight": math.nan}, "layer 1: the output is not"),
+    "large": ({"model.layers.0.mlp.down_proj.weight": 1e32}, "layer 1: the output is not fin"),
+    "zero": ({"model.embed_tokens.weight": 0.0}, "layer 0: its residual stream is 0"),
 }
 
 
@@ -285,7 +285,7 @@ def test_without_to_mla_it_is_refused(tmp_path: Path) -> None:
         ((None, None, "standard", ()), "--layout needs --cache"),
         ((None, "weighted", None, ()), "--method needs --cache"),
         ((None, "transmla", None, ()), "--method needs --cache"),
-        ((None, None, None, (Path("a"),)), "--calibrate belongs to --cache"),
+        ((None, None, None, (Path("a"),)), "--calibrate needs --cache"),
         ((0.5, "exact", "standard", ()), "--method exact keeps the cache"),
         ((0.5, "weighted", "wide", ()), "--layout 'wide' is unknown; choose standard or free"),
     ],
@@ -318,7 +318,8 @@ def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "remedy"), [(errno.EROFS, "choose another"), (errno.ENOSPC, "make room and give")]
+    ("fault", "remedy"),
+    [(errno.EROFS, "choose another"), (errno.ENOSPC, "free some space and repeat")],
 )
 def test_a_disk_that_takes_no_scratch_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int, remedy: str

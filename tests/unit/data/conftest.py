@@ -9,17 +9,17 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from lowlat.data.chat_rows import ChatRows
-from lowlat.data.folder import TokenFolder
-from lowlat.data.layout import (
+from lowlat.data.chat_packing import PackedChats
+from lowlat.data.dataset import TokenizedDataset
+from lowlat.data.manifest import (
     SPLITS,
-    FolderFacts,
+    DatasetManifest,
     Split,
     id_type,
 )
+from lowlat.data.packing import PackedSequences
 from lowlat.data.vocabulary import CHAT_TEMPLATE, FIM, end_of_text, fim_tokens
-from lowlat.data.windows import Windows
-from lowlat.data.writer import SplitWriter, write_facts, write_tokenizer
+from lowlat.data.writer import SplitWriter, write_manifest, write_tokenizer
 from lowlat.text.parts import TokenizerParts
 from lowlat.text.token_bytes import byte_alphabet
 from lowlat.text.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ from lowlat.utils.atomic_files import atomic_folder
 END = 256
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *FIM)
 
-Make = Callable[..., TokenFolder]
+Make = Callable[..., TokenizedDataset]
 
 
 def byte_level(template: str | None = CHAT_TEMPLATE, special: Sequence[str] = SPECIAL) -> Tokenizer:
@@ -70,7 +70,7 @@ def make_folder(tmp_path: Path) -> Make:
         name: str = "tokens",
         special: Sequence[str] = SPECIAL,
         head: Sequence[int] = (),
-    ) -> TokenFolder:
+    ) -> TokenizedDataset:
         tokenizer = byte_level(special=special)
         documents: dict[Split, Sequence[Sequence[int]]] = {"train": train, "held_out": held_out}
         with atomic_folder(tmp_path / name) as folder:
@@ -83,7 +83,7 @@ def make_folder(tmp_path: Path) -> Make:
                     mask = None if masks is None else np.array([*masks[index], False])
                     writers[split].add(np.array([*head, *ids, END]), mask)
                     writers[split].end_document(len(ids))
-            facts = FolderFacts(
+            manifest = DatasetManifest(
                 vocab_size=tokenizer.vocab_size,
                 end_of_text=end_of_text(tokenizer),
                 begin_of_text=head[0] if head else None,
@@ -94,19 +94,21 @@ def make_folder(tmp_path: Path) -> Make:
                 sources=("made",),
                 dropped={},
             )
-            write_facts(folder, facts)
-        return TokenFolder.open(tmp_path / name)
+            write_manifest(folder, manifest)
+        return TokenizedDataset.open(tmp_path / name)
 
     return make
 
 
-def assert_found_by_number(ahead: Windows | ChatRows, behind: Windows | ChatRows) -> None:
+def assert_found_by_number(
+    ahead: PackedSequences | PackedChats, behind: PackedSequences | PackedChats
+) -> None:
     """Rows that `ahead` reads as they come are those that `behind` reads alone, out of order."""
     count = 3 * ahead.per_epoch
     whole = ahead.batch(0, count)
     for number in [*range(count - 1, -1, -7), 0, 2, 1]:
         row = behind.batch(number, 1)
         assert torch.equal(row.tokens[0], whole.tokens[number])
-        assert torch.equal(row.predicted[0], whole.predicted[number])
+        assert torch.equal(row.loss_mask[0], whole.loss_mask[number])
         assert row.documents is not None and whole.documents is not None
         assert row.documents[0] == whole.documents[number]

@@ -12,11 +12,12 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from lowlat.data import text_files, tokenising
+from lowlat.data import text_files
+from lowlat.data import tokenizing as tokenising
 from lowlat.data.build import build
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.data.documents import ReadOptions
-from lowlat.data.folder import TokenFolder
-from lowlat.data.layout import Split
+from lowlat.data.manifest import Split
 from lowlat.data.selection import BuildOptions
 from lowlat.data.vocabulary import MIN_VOCAB
 from lowlat.text import pieces
@@ -29,7 +30,7 @@ from .conftest import END, byte_level
 ASK, TELL = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 
 
-def told(folder: TokenFolder, split: Split = "train") -> list[str]:
+def told(folder: TokenizedDataset, split: Split = "train") -> list[str]:
     """The documents of a split as text, without the tokens around them."""
     ends = folder.ends(split).tolist()
     ids = folder.tokens(split, np.arange(folder.num_tokens(split))).tolist()
@@ -37,12 +38,12 @@ def told(folder: TokenFolder, split: Split = "train") -> list[str]:
     return [bytes(id for id in part if id < 256).decode() for part in parts]
 
 
-def made(tmp_path: Path, *sources: Path, **options: object) -> TokenFolder:
+def made(tmp_path: Path, *sources: Path, **options: object) -> TokenizedDataset:
     """A folder built with the byte tokenizer, all for training unless told otherwise."""
     chosen = {"held_out": 0.0} | options
     settings = BuildOptions(sources=tuple(map(str, sources)), **chosen)  # type: ignore[arg-type]
     name = f"tokens-{len(list(tmp_path.iterdir()))}"
-    return TokenFolder.open(build(tmp_path / name, settings, byte_level()).path)
+    return TokenizedDataset.open(build(tmp_path / name, settings, byte_level()).path)
 
 
 @pytest.fixture
@@ -62,18 +63,18 @@ def test_documents_are_kept_in_order_and_counted(corpus: Path, tmp_path: Path) -
     files = sorted(corpus.iterdir())
     kept = [path.read_text() for path in files if path.name not in ("005.txt", "123.txt")]
     assert told(folder) == kept
-    assert folder.facts.dropped == {"duplicate": 1, "empty": 1}
+    assert folder.manifest.dropped == {"duplicate": 1, "empty": 1}
     assert folder.num_bytes("train") == sum(len(text.encode()) for text in kept)
     assert folder.num_tokens("train") == folder.num_bytes("train") + len(kept)
     assert folder.tokens("train", folder.ends("train") - 1).tolist() == [END] * len(kept)
-    assert folder.facts.begin_of_text is None
+    assert folder.manifest.begin_of_text is None
     folder.verify()
 
 
 def test_the_begin_token_is_put_where_prompts_have_it(corpus: Path, tmp_path: Path) -> None:
     options = BuildOptions(sources=(str(corpus),), held_out=0.0)
     report = build(tmp_path / "tokens", options, MIN_VOCAB + 7)
-    folder = TokenFolder.open(report.path)
+    folder = TokenizedDataset.open(report.path)
     starts = np.append(0, folder.ends("train")[:-1])
     assert report.asked_vocab == MIN_VOCAB + 7 and folder.vocab_size == MIN_VOCAB + 7
     assert folder.tokens("train", starts).tolist() == [0] * 209
@@ -95,7 +96,7 @@ def test_held_out_documents_are_chosen_by_their_text(corpus: Path, tmp_path: Pat
         (other / f"{index}.txt").write_text(path.read_text())
     again = made(tmp_path, other, corpus, held_out=0.2)
     assert sorted(told(again, "held_out")) == sorted(held)
-    assert again.facts.dropped["duplicate"] > 99
+    assert again.manifest.dropped["duplicate"] > 99
 
 
 def test_held_out_sources_are_left_out_of_training(corpus: Path, tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_held_out_sources_are_left_out_of_training(corpus: Path, tmp_path: Path)
     folder = made(tmp_path, corpus, held_out=None, held_out_sources=(str(held),))
     assert told(folder, "held_out") == [held.read_text()]
     assert held.read_text() not in told(folder) and folder.num_documents("train") == 208
-    assert folder.facts.dropped["duplicate"] == 2
+    assert folder.manifest.dropped["duplicate"] == 2
 
 
 def test_the_default_holds_some_out(tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def test_pieces_get_no_blank_of_their_own(
     assert len(list(pieces.text_pieces([text]))) > 4
     (tmp_path / "long.txt").write_text(text)
     options = BuildOptions(sources=(str(tmp_path / "long.txt"),), held_out=0.0)
-    folder = TokenFolder.open(build(tmp_path / "tokens", options, tokenizer).path)
+    folder = TokenizedDataset.open(build(tmp_path / "tokens", options, tokenizer).path)
     ids = folder.tokens("train", np.arange(folder.num_tokens("train"))).tolist()
     assert tokenizer.decode(ids) == text
     if not joins_line_breaks:
@@ -202,7 +203,7 @@ def test_bad_documents_stop_the_build_or_are_counted(corpus: Path, tmp_path: Pat
         made(tmp_path, corpus)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"], "nothing is left"
     skipped = made(tmp_path, corpus, read=ReadOptions(invalid="skip"))
-    assert skipped.facts.dropped == {"duplicate": 1, "empty": 1, "invalid": 1}
+    assert skipped.manifest.dropped == {"duplicate": 1, "empty": 1, "invalid": 1}
     replaced = made(tmp_path, corpus, read=ReadOptions(invalid="replace"))
     assert "abc\ufffddef" in told(replaced) and len(told(replaced)) == len(told(skipped)) + 1
 
@@ -220,14 +221,14 @@ def test_chats_among_texts(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, records)))
     folder = made(tmp_path, path)
     assert told(folder) == ["plain", "user\nhi\nassistant\nho\n", "assistant\n!\n", "more"]
-    assert folder.facts.dropped == {"duplicate": 1, "empty": 1}
+    assert folder.manifest.dropped == {"duplicate": 1, "empty": 1}
     where = np.arange(folder.num_tokens("train"))
-    ids, predicted = folder.tokens("train", where), folder.predicted("train", where)
-    learned = [int(id) for id in ids[predicted]]
+    ids, loss_mask = folder.tokens("train", where), folder.loss_mask("train", where)
+    learned = [int(id) for id in ids[loss_mask]]
     end_of_turn = byte_level().encode("<|im_end|>")[0]
     turns = [*b"ho", end_of_turn, *b"!", end_of_turn]
     assert learned == [*b"plain", END, *turns, *b"more", END]
-    assert folder.facts.splits["train"].predicted == len(learned)
+    assert folder.manifest.splits["train"].predicted == len(learned)
     assert ids[folder.ends("train") - 1].tolist() == [END] * 4
     folder.verify()
 
@@ -238,9 +239,9 @@ def test_a_chat_that_ends_its_text_gets_no_second_end(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
     options = BuildOptions(sources=(str(path),), held_out=0.0)
     report = build(tmp_path / "tokens", options, byte_level(template=template))
-    folder = TokenFolder.open(report.path)
+    folder = TokenizedDataset.open(report.path)
     assert folder.tokens("train", np.arange(6)).tolist() == [*b"hi", END, *b"ho", END]
-    assert folder.predicted("train", np.arange(6)).tolist() == [False] * 3 + [True] * 3
+    assert folder.loss_mask("train", np.arange(6)).tolist() == [False] * 3 + [True] * 3
 
 
 def test_a_vocabulary_learns_from_training_text_alone(tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_a_vocabulary_learns_from_training_text_alone(tmp_path: Path) -> None:
         held_out_sources=(str(tmp_path / "held.txt"),),
         read=ReadOptions(patterns=("*.txt",)),
     )
-    tokenizer = TokenFolder.open(build(tmp_path / "tokens", options, 400).path).tokenizer()
+    tokenizer = TokenizedDataset.open(build(tmp_path / "tokens", options, 400).path).tokenizer()
     assert len(tokenizer.encode("abab", add_special_tokens=False)) == 1
     assert len(tokenizer.encode("zyzy", add_special_tokens=False)) == 4
 
@@ -300,7 +301,7 @@ def test_a_full_disk_leaves_nothing(corpus: Path, tmp_path: Path, limit: int) ->
     assert "tokens: cannot be written (File too large); nothing was left" in ended.stdout, ended
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
     subprocess.run([*command, str(2**30)], check=True, cwd=place)
-    TokenFolder.open(tmp_path / "tokens").verify()
+    TokenizedDataset.open(tmp_path / "tokens").verify()
 
 
 def test_progress_reaches_its_total(corpus: Path, tmp_path: Path) -> None:
@@ -330,4 +331,4 @@ def test_progress_reaches_its_total(corpus: Path, tmp_path: Path) -> None:
     dropped = sum((corpus / name).stat().st_size for name in ("005.txt", "123.txt"))
     for done, total in seen.values():
         assert total == size and size - dropped <= done <= size
-    assert [*seen] == ["Training the vocabulary", "Tokenising"]
+    assert [*seen] == ["Training the vocabulary", "BatchTokenizer"]

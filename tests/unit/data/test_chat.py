@@ -42,10 +42,10 @@ def chat_of(*contents: str, tools: list[dict] | None = None) -> ChatDocument:
 
 def learned(tokenizer: Tokenizer, chat: ChatDocument) -> list[str]:
     """The runs of targets as text."""
-    ids, predicted, size = ChatEncoder(tokenizer).encode(chat)
+    ids, loss_mask, size = ChatEncoder(tokenizer).encode(chat)
     assert size == len(tokenizer.decode(ids.tolist(), skip_special_tokens=False).encode())
     runs, run = [], []
-    for id, target in [*zip(ids.tolist(), predicted.tolist(), strict=True), (0, False)]:
+    for id, target in [*zip(ids.tolist(), loss_mask.tolist(), strict=True), (0, False)]:
         if target:
             run.append(id)
         elif run:
@@ -156,6 +156,6 @@ def test_tools_reach_the_template() -> None:
         tools=[{"name": "f"}],
         source_bytes=0,
     )
-    ids, predicted, _ = ChatEncoder(tokenizer).encode(chat)
+    ids, loss_mask, _ = ChatEncoder(tokenizer).encode(chat)
     assert tokenizer.decode(ids.tolist()) == "f:hi"
-    assert not predicted.any()
+    assert not loss_mask.any()

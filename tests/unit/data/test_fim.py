@@ -1,4 +1,4 @@
-"""Infilling: the parts of a document are all there, in order, and cut between characters."""
+"""FillInTheMiddle: the parts of a document are all there, in order, and cut between characters."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from lowlat.data.fim import MIN_TOKENS
 from lowlat.utils.errors import UserError
 
 from .conftest import END, SPECIAL, Make, texts
-from .test_windows import cut, stream, windows
+from .test_packing import cut, stream, windows
 
 PREFIX, SUFFIX, MIDDLE = (256 + SPECIAL.index(token) for token in SPECIAL[3:])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowlat.data.layout import FimTokens
+from lowlat.data.manifest import FimTokens
 from lowlat.data.vocabulary import (
     MIN_VOCAB,
     SPECIAL,

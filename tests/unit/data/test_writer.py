@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.data.writer import SplitWriter
 from lowlat.utils.atomic_files import atomic_folder
 from lowlat.utils.errors import UserError
@@ -100,8 +100,8 @@ def test_shards_are_full_but_for_the_last(tmp_path: Path) -> None:
     for length in (3, 11, 1, 2, 4):
         split.add(np.arange(length))
         split.end_document(length)
-    facts = split.finish()
-    assert [shard.tokens for shard in facts.shards] == [7, 7, 7]
+    manifest = split.finish()
+    assert [shard.tokens for shard in manifest.shards] == [7, 7, 7]
     assert [path.stat().st_size for path in sorted(tmp_path.glob("train-0*"))] == [14, 14, 14]
     assert np.fromfile(tmp_path / "train-ends.bin", "<i8").tolist() == [3, 14, 15, 17, 21]
     joined = np.concatenate([np.fromfile(p, "<u2") for p in sorted(tmp_path.glob("train-0*"))])
@@ -117,10 +117,10 @@ def test_targets_may_begin_late(tmp_path: Path) -> None:
     split.end_document(5)
     split.add(np.arange(2))
     split.end_document(2)
-    facts = split.finish()
+    manifest = split.finish()
     bits = np.unpackbits(np.fromfile(tmp_path / "train-mask.bin", "u1"), bitorder="little")
     assert bits[:18].tolist() == [1] * 11 + [1, 0, 0, 1, 0] + [1, 1]
-    assert facts.predicted == 15
+    assert manifest.predicted == 15
 
 
 def test_a_pipe_is_no_shard(make_folder: Make) -> None:
@@ -128,4 +128,4 @@ def test_a_pipe_is_no_shard(make_folder: Make) -> None:
     (folder / "train-00000.bin").unlink()
     os.mkfifo(folder / "train-00000.bin")
     with pytest.raises(UserError, match=r"train-00000.bin: not found"):
-        TokenFolder.open(folder)
+        TokenizedDataset.open(folder)

@@ -73,7 +73,7 @@ def test_generate_tells_of_a_prompt_that_fails(monkeypatch: pytest.MonkeyPatch) 
     assert model.generate([65], max_tokens=2) == "BC"
 
 
-def test_who_waits_for_an_engine_without_work_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_an_engine_without_work_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = counting()
     stream = model.generate([65], stream=True, max_tokens=9)
     assert next(stream) == "B"

@@ -39,7 +39,7 @@ def test_the_form_follows_from_the_position_and_the_prompt(
     assert READER.path(position, prompt) == path
 
 
-def test_pieces_cover_a_sequence_without_crossing_chunks() -> None:
+def test_prefill_chunks_cover_a_sequence_without_crossing_the_grid() -> None:
     """Whatever the limits of the steps: every token once, each in its own path."""
     for limit in (1, 7, 100, 1000, 5000):
         start, prompt, length = 0, 2500, 2600
@@ -52,7 +52,7 @@ def test_pieces_cover_a_sequence_without_crossing_chunks() -> None:
         assert start == length
 
 
-def test_a_whole_chunk_is_one_piece() -> None:
+def test_a_whole_grid_chunk_is_one_prefill_chunk() -> None:
     assert READER.next_chunk(1024, 2500, 2500, 4096) == PrefillChunk(1024, "expanded")
 
 

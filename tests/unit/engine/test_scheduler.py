@@ -77,7 +77,7 @@ def step(scheduler: Scheduler) -> dict[Sequence, int]:
 # The budget of a step
 
 
-def test_decoding_goes_on_while_a_prompt_is_read() -> None:
+def test_decoding_continues_during_a_prefill() -> None:
     """Holds shut: everybody waiting for a long prompt."""
     scheduler = scheduler_for(step_tokens=50, mixed_tokens=8)
     short, long = sequence(3), sequence(60, first=500)
@@ -90,7 +90,7 @@ def test_decoding_goes_on_while_a_prompt_is_read() -> None:
     assert step(scheduler) == {short: 1, long: 1}
 
 
-def test_a_prompt_that_is_alone_is_read_in_longer_steps() -> None:
+def test_a_lone_prompt_prefills_in_longer_steps() -> None:
     scheduler = scheduler_for(step_tokens=20, lone_tokens=50, has_prefix_cache=False)
     long = sequence(90)
     scheduler.add(long)
@@ -99,7 +99,7 @@ def test_a_prompt_that_is_alone_is_read_in_longer_steps() -> None:
     assert sum(step(scheduler).values()) == 20
 
 
-def test_the_more_read_for_each_that_decodes_the_more_is_read() -> None:
+def test_the_prefill_budget_grows_with_prefilling_sequences_per_decoding_one() -> None:
     """Holds shut: many prompts that come at once, held up by the first of them to be answered."""
     scheduler = scheduler_for(step_tokens=20, mixed_tokens=8, has_prefix_cache=False)
     short = sequence(3)
@@ -119,7 +119,7 @@ def test_the_more_read_for_each_that_decodes_the_more_is_read() -> None:
     assert step(scheduler) == {**dict.fromkeys(prompts, 1), late: 8}
 
 
-def test_prompts_are_not_read_piecemeal_where_all_that_decode_are_patient() -> None:
+def test_offline_decoding_does_not_shrink_prefill_chunks() -> None:
     scheduler = scheduler_for(step_tokens=20, mixed_tokens=4, has_prefix_cache=False)
     patient, hasty = sequence(3, is_offline=True), sequence(3, first=50)
     long = sequence(90, first=100)
@@ -149,7 +149,7 @@ def test_what_others_leave_of_the_budget_is_used() -> None:
     assert step(scheduler) == {oldest: 17, short: 3}
 
 
-def test_a_piece_ends_with_its_chunk() -> None:
+def test_a_prefill_chunk_ends_with_its_grid_chunk() -> None:
     """Holds shut: rows of two paths in one piece."""
     scheduler = scheduler_for(step_tokens=30, chunk=16)
     one = sequence(40)
@@ -350,7 +350,7 @@ def test_rows_of_another_client_are_not_found() -> None:
     assert step(scheduler)[yours] == 40 and yours.request.num_matched == 0
 
 
-def test_the_last_token_is_always_read() -> None:
+def test_the_last_token_is_always_computed() -> None:
     """Its logits are needed: a prompt of whole pages is not found whole."""
     scheduler = scheduler_for()
     for expected in (8, 4):

@@ -81,7 +81,7 @@ def test_lookup_grows_with_its_sequence() -> None:
 # How many
 
 
-def test_reading_a_prompt_is_no_cost_of_drafts() -> None:
+def test_prefill_is_no_cost_of_drafting() -> None:
     """Holds shut: what a module takes for the rows of a prompt, taken for the cost of a draft."""
     engine = engine_for(tiny_model(mla_config(num_nextn_predict_layers=1)))
     always_draft(engine, 1)

@@ -9,18 +9,18 @@ import torch
 from lowlat.config.parameter_count import count_parameters
 from lowlat.plan.flops import token_flops
 from lowlat.plan.job import check
-from lowlat.train.recipe.schema import Recipe, parse_recipe
-from lowlat.train.run.dry_run import (
+from lowlat.train.cost.dry_run import (
     REACHED,
     dry_run,
     job_of,
     largest_job,
     needed_bytes,
-    recipe_config,
     require_fit,
     usable_memory,
 )
-from lowlat.train.run.parallel_check import check_parallel
+from lowlat.train.inputs.configs import recipe_config
+from lowlat.train.inputs.parallel_check import check_parallel
+from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.utils.errors import UserError
 from lowlat.utils.memory import memory_limit
 
@@ -40,8 +40,8 @@ PHASE = {
     "name": "first",
     "steps": 7,
     "sequence_length": 64,
-    "batch_rows": [{"to": 12.0, "steps": 3}, {"to": 12.0}],
-    "micro_batch_rows": 2,
+    "batch_size": [{"to": 12.0, "steps": 3}, {"to": 12.0}],
+    "micro_batch_size": 2,
     "learning_rate": 1e-3,
 }
 
@@ -80,14 +80,14 @@ def _activations(own: Recipe) -> float:
 
 def test_recipes_become_jobs():
     parallel = {"data": 2, "fsdp": 3, "tensor": 2, "pipeline": 2, "pipeline_schedule": "zb"}
-    own = recipe(parallel=parallel, recompute="layers", optimizer={"name": "muon"})
+    own = recipe(parallel=parallel, activation_checkpointing="full", optimizer={"name": "muon"})
     job = job_of(own, own.phase[0])
     layout = job.layout
-    assert (layout.dp, layout.fsdp, layout.tp, layout.pp) == (2, 3, 2, 2)
+    assert (layout.data, layout.fsdp, layout.tensor, layout.pipeline) == (2, 3, 2, 2)
     assert (layout.schedule, layout.zero) == ("zb1p", 2)
-    assert (job.recompute, job.optimiser, job.precision) == ("layers", "muon", "fp32")
+    assert (job.activation_checkpointing, job.optimiser, job.precision) == ("full", "muon", "fp32")
     assert layout.devices == own.parallel.processes
-    assert largest_job(own).batch_rows == 12
+    assert largest_job(own).batch_size == 12
     assert job_of(recipe(parallel={"fsdp": 3}), own.phase[0]).layout.zero == 3
     assert job_of(recipe(), own.phase[0]).layout.zero == 0
 
@@ -101,21 +101,22 @@ def test_what_fits_is_let_through():
     ("changes", "message"),
     [
         (
-            {"phase": [PHASE | {"sequence_length": 512, "micro_batch_rows": 4000}]},
+            {"phase": [PHASE | {"sequence_length": 512, "micro_batch_size": 4000}]},
             r"phase 'first' needs about .* GB of memory per process and 1\.1 GB are there; the "
-            r"largest part is .* GB of activations: lower micro_batch_rows \(4000\)",
+            r"largest part is .* GB of activations: lower micro_batch_size \(4000\)",
         ),
         (
-            {"phase": [PHASE | {"sequence_length": 512000, "micro_batch_rows": 1}]},
-            r"of activations: set recompute = 'layers'",
+            {"phase": [PHASE | {"sequence_length": 512000, "micro_batch_size": 1}]},
+            r"of activations: set activation_checkpointing = 'full'",
         ),
         (
             {"model": MODEL | {"intermediate_size": 3_000_000}},
-            r"of saves: use a smaller model or optimizer\.name = 'muon'; what is saved is copied",
+            r"of checkpoint copy: use a smaller model or optimizer\.name = 'muon'; "
+            "checkpoints are written from a copy",
         ),
         (
             {"model": MODEL | {"intermediate_size": 3_000_000}, "optimizer": {"name": "muon"}},
-            r"of saves: use a smaller model; what is saved is copied",
+            r"of checkpoint copy: use a smaller model; checkpoints are written from a copy",
         ),
     ],
 )
@@ -133,12 +134,12 @@ def test_the_copy_that_is_saved_is_counted(optimizer: str, size: int | None):
     """Holds shut: a training that fits until its first save."""
     own = recipe(optimizer={"name": optimizer})
     parts = require_fit(config(own), own, memory_bytes=2**40).parts
-    assert parts["saves"] == parts["weights"] + parts["optimiser"]
+    assert parts["checkpoint copy"] == parts["weights"] + parts["optimiser"]
     if size is not None:
-        assert parts["saves"] == size * count_parameters(config(own)).total
+        assert parts["checkpoint copy"] == size * count_parameters(config(own)).total
     there = needed_bytes(require_fit(config(own), own, memory_bytes=2**40))
     with pytest.raises(UserError, match="needs about"):
-        require_fit(config(own), own, memory_bytes=int(there - parts["saves"] / 2))
+        require_fit(config(own), own, memory_bytes=int(there - parts["checkpoint copy"] / 2))
 
 
 def test_copies_of_the_state_in_several_processes(monkeypatch: pytest.MonkeyPatch):
@@ -146,22 +147,22 @@ def test_copies_of_the_state_in_several_processes(monkeypatch: pytest.MonkeyPatc
     them hold the whole state while one phase follows another.
     """
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    whole = require_fit(config(recipe()), recipe(), memory_bytes=2**40).parts["saves"]
+    whole = require_fit(config(recipe()), recipe(), memory_bytes=2**40).parts["checkpoint copy"]
     own = recipe(parallel={"fsdp": 4})
     parts = require_fit(config(own), own, memory_bytes=2**40).parts
-    assert parts["saves"] == whole / 4 and "change of phase" not in parts
+    assert parts["checkpoint copy"] == whole / 4 and "change of phase" not in parts
     own = recipe(parallel={"fsdp": 4}, phase=[PHASE, PHASE])
     parts = require_fit(config(own), own, memory_bytes=2**40).parts
     step = sum(parts[part] for part in ("gradients", "cast weights", "activations", "loss"))
     step += parts["working memory"]
     assert parts["change of phase"] == max(0.0, whole - step)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert require_fit(config(own), own, memory_bytes=2**40).parts["saves"] == whole / 2
+    assert require_fit(config(own), own, memory_bytes=2**40).parts["checkpoint copy"] == whole / 2
 
 
 def test_copies_of_the_state_of_gpus_are_in_the_host():
     own = recipe(device="cuda")
-    assert "saves" not in require_fit(config(own), own, memory_bytes=2**40).parts
+    assert "checkpoint copy" not in require_fit(config(own), own, memory_bytes=2**40).parts
 
 
 def test_rows_need_not_divide_by_the_tensor_processes():
@@ -176,8 +177,8 @@ def test_rows_need_not_divide_by_the_tensor_processes():
 
 def test_the_largest_batch_is_counted():
     """Holds shut: a batch that no memory holds, which ends a run in its first step."""
-    own = recipe(phase=[PHASE | {"batch_rows": [{"to": 1e9, "steps": 3}, {"to": 4.0}]}])
-    said = r"r\.toml: phase 'first' needs about .* of batch: lower batch_rows"
+    own = recipe(phase=[PHASE | {"batch_size": [{"to": 1e9, "steps": 3}, {"to": 4.0}]}])
+    said = r"r\.toml: phase 'first' needs about .* of batch: lower batch_size"
     with pytest.raises(UserError, match=said):
         require_fit(config(own), own, memory_bytes=2**36, origin="r.toml")
     own = recipe(parallel={"data": 2})

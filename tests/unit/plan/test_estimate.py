@@ -7,7 +7,7 @@ import pytest
 
 from lowlat.config.presets import load_preset
 from lowlat.plan.estimate import Estimate, estimate
-from lowlat.plan.job import Job, Layout
+from lowlat.plan.job import ParallelLayout, TrainingJob
 from lowlat.plan.machine import H800
 from lowlat.plan.published import DEEPSEEK_V3
 from lowlat.utils.errors import UserError
@@ -41,11 +41,11 @@ def test_the_layout_of_deepseek_v3_fits_and_takes_about_what_it_took():
 @pytest.mark.parametrize(
     ("changes", "fits"),
     [
-        ({"pp": 8, "fsdp": 256}, False),
-        ({"ep": 8}, False),
+        ({"pipeline": 8, "fsdp": 256}, False),
+        ({"expert": 8}, False),
         ({"zero": 0}, False),
         ({"schedule": "1f1b"}, True),
-        ({"ep": 128}, True),
+        ({"expert": 128}, True),
     ],
 )
 def test_which_neighbours_fit(changes: dict[str, Any], fits: bool):
@@ -69,13 +69,13 @@ def test_only_bidirectional_schedules_hide_the_experts_traffic():
 
 
 def test_bubbles_shrink_with_micro_batches():
-    few = estimate(V3, replace(PAPER, batch_rows=128 * 40), H800)
+    few = estimate(V3, replace(PAPER, batch_size=128 * 40), H800)
     assert few.time.bubble == pytest.approx(paper().time.bubble)
     assert few.bubble_share > 2 * paper().bubble_share
 
 
 def test_one_device_computes_and_updates_only():
-    job = Job(sequence_length=32, batch_rows=4, micro_batch_rows=2, precision="fp32")
+    job = TrainingJob(sequence_length=32, batch_size=4, micro_batch_size=2, precision="fp32")
     found = estimate(mla_config(), job, H800)
     assert found.transfers == []
     assert found.time.traffic == found.time.bubble == found.time.synchronisation == 0
@@ -85,13 +85,13 @@ def test_one_device_computes_and_updates_only():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tp": 3}, "tp 3: must divide the 128 attention heads"),
-        ({"ep": 96}, "ep 96: must divide the 256 routed experts"),
-        ({"fsdp": 32}, "ep 64: must divide dp"),
-        ({"fsdp": 7 * 64}, "batch of 15360 rows: must be a multiple of"),
-        ({"pp": 64}, "pp 64: 64 stages for 61 layers"),
-        ({"fsdp": 1024}, "pp 16: dualpipe needs 32 micro-batches per step and gets 15"),
-        ({"pp": 15}, "pp 15: dualpipe needs an even number"),
+        ({"tensor": 3}, "tensor 3: must divide the 128 attention heads"),
+        ({"expert": 96}, "expert 96: must divide the 256 routed experts"),
+        ({"fsdp": 32}, "expert 64: must divide data"),
+        ({"fsdp": 7 * 64}, "batch size 15360: must be a multiple of"),
+        ({"pipeline": 64}, "pipeline 64: 64 stages for 61 layers"),
+        ({"fsdp": 1024}, "pipeline 16: dualpipe needs 32 micro-batches per step and gets 15"),
+        ({"pipeline": 15}, "pipeline 15: dualpipe needs an even number"),
     ],
 )
 def test_impossible_layouts_say_why(changes: dict[str, Any], message: str):
@@ -100,6 +100,6 @@ def test_impossible_layouts_say_why(changes: dict[str, Any], message: str):
 
 
 def test_layouts_count_their_devices():
-    layout = Layout(dp=2, fsdp=3, tp=5, cp=7, pp=11)
+    layout = ParallelLayout(data=2, fsdp=3, tensor=5, context=7, pipeline=11)
     assert layout.devices == 2 * 3 * 5 * 7 * 11
     assert layout.replicas == 2 * 3 * 7

@@ -86,7 +86,7 @@ def test_layers_that_differ_are_counted_one_by_one():
 def test_recomputation_is_executed_but_not_trained_on():
     config = mla_config()
     plain, selective, layers = (
-        token_flops(config, 5, how) for how in ("none", "selective", "layers")
+        token_flops(config, 5, how) for how in ("none", "selective", "full")
     )
     assert plain.training == selective.training == layers.training == plain.executed
     # Two decoder layers and two MTP modules.

@@ -11,10 +11,10 @@ from lowlat.config.parameter_count import count_parameters
 from lowlat.ops import native_training_kernels
 from lowlat.plan.activations import layer_bytes
 from lowlat.plan.flops import token_flops
+from lowlat.train.cost.dry_run import dry_run, require_fit
+from lowlat.train.cost.frozen_weights import HELD_IN_FP32, INPUTS_OF_MLPS, training_flops
 from lowlat.train.layers.fused import use_fused_layers
 from lowlat.train.recipe.schema import Recipe, parse_recipe
-from lowlat.train.run.dry_run import dry_run, require_fit
-from lowlat.train.run.frozen_cost import HELD_IN_FP32, INPUTS_OF_MLPS, training_flops
 from lowlat.train.step.trainable import freeze_all_but_attention
 from lowlat.utils.errors import UserError
 from tests.fakes import gqa_config, mla_config
@@ -32,12 +32,17 @@ def recipe(match: str = "logits", **changes: Any) -> Recipe:
         "name": "p",
         "steps": 3,
         "sequence_length": LENGTH,
-        "batch_rows": 4,
-        "micro_batch_rows": 2,
+        "batch_size": 4,
+        "micro_batch_size": 2,
         "learning_rate": 1e-3,
         "match": match,
     }
-    raw: dict[str, Any] = {"name": "r", "start": "s", "data": {"folder": "d"}, "phase": [phase]}
+    raw: dict[str, Any] = {
+        "name": "r",
+        "base_model": "s",
+        "data": {"folder": "d"},
+        "phase": [phase],
+    }
     taught = {"distillation": {"teacher": "t"}, "trainable": "attention"}
     return parse_recipe(raw | taught | changes, origin="r.toml")
 

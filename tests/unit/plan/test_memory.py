@@ -12,17 +12,19 @@ from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native_training_kernels
 from lowlat.plan.activations import layer_bytes
-from lowlat.plan.job import Job, Layout, Precision
-from lowlat.plan.memory import Memory, device_memory
+from lowlat.plan.job import ParallelLayout, Precision, TrainingJob
+from lowlat.plan.memory import MemoryEstimate, device_memory
 from lowlat.plan.stages import cut, held
+from lowlat.train.cost.dry_run import require_fit
 from lowlat.train.layers.fused import use_fused_layers
 from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.recipe.schema import parse_recipe
-from lowlat.train.run.dry_run import require_fit
 from lowlat.train.step.lora import EXPERT_PROJECTIONS, add_lora, is_lora_parameter
 from tests.fakes import gqa_config, mla_config
 
-JOB = Job(sequence_length=128, batch_rows=8, precision="fp32", layout=Layout(zero=0))
+JOB = TrainingJob(
+    sequence_length=128, batch_size=8, precision="fp32", layout=ParallelLayout(zero=0)
+)
 LATENT = MLAConfig(
     num_attention_heads=3,
     kv_lora_rank=37,
@@ -115,11 +117,11 @@ def test_what_updates_keep(
     model = Transformer(SPARSE)
     init_weights(model, seed=5)
     stack_experts(model)
-    lora = {"rank": 7, "alpha": 1.0, "modules": modules}
+    lora = {"rank": 7, "alpha": 1.0, "target_modules": modules}
     recipe = parse_recipe(
         {
             "name": "r",
-            "start": "base",
+            "base_model": "base",
             "precision": precision,
             "data": {"folder": "tokens"},
             "lora": lora,
@@ -128,8 +130,8 @@ def test_what_updates_keep(
                     "name": "p",
                     "steps": 1,
                     "sequence_length": 128,
-                    "batch_rows": 4,
-                    "micro_batch_rows": 4,
+                    "batch_size": 4,
+                    "micro_batch_size": 4,
                     "learning_rate": [{"to": 1.0}],
                 }
             ],
@@ -150,16 +152,16 @@ def test_what_updates_keep(
     )
 
 
-def memory(job: Job, config: ModelConfig = SPARSE) -> Memory:
+def memory(job: TrainingJob, config: ModelConfig = SPARSE) -> MemoryEstimate:
     costs = (1.0,) * (config.num_hidden_layers + 1)
     return device_memory(config, job, held(cut(config, job.layout, costs), job.layout))
 
 
 def test_embedding_and_head_are_whole_where_they_are_not_divided():
     """As lowlat's trainer has them. Holds shut: a recipe that passes and runs out of memory."""
-    job = replace(JOB, layout=Layout(tp=2))
+    job = replace(JOB, layout=ParallelLayout(tensor=2))
     divided = memory(job)
-    whole = memory(replace(job, layout=Layout(tp=2, divides_tables=False)))
+    whole = memory(replace(job, layout=ParallelLayout(tensor=2, divides_tables=False)))
     for part in ("embedding", "head"):
         assert whole.parameters[part] == 2 * divided.parameters[part]
     assert whole.parameters["attention"] == divided.parameters["attention"]
@@ -203,9 +205,9 @@ def test_states_by_hand():
     [(1, ("gradients", "cast weights")), (2, ("cast weights",)), (3, ())],
 )
 def test_zero_divides_more_and_more(zero: int, whole: tuple[str, ...]):
-    base = replace(JOB, precision="bf16", batch_rows=64)
-    alone = memory(replace(base, layout=Layout(fsdp=1, zero=1)))
-    shared = memory(replace(base, layout=Layout(fsdp=8, zero=zero)))  # pyright: ignore[reportArgumentType]
+    base = replace(JOB, precision="bf16", batch_size=64)
+    alone = memory(replace(base, layout=ParallelLayout(fsdp=1, zero=1)))
+    shared = memory(replace(base, layout=ParallelLayout(fsdp=8, zero=zero)))  # pyright: ignore[reportArgumentType]
     for part in ("weights", "optimiser", "gradients"):
         factor = 1 if part in whole else 8
         assert shared.parts[part] == pytest.approx(alone.parts[part] / factor)
@@ -215,7 +217,9 @@ def test_zero_divides_more_and_more(zero: int, whole: tuple[str, ...]):
 
 def test_experts_have_fewer_twins_to_share_with():
     """Five devices hold an expert each: no other has the same, so nothing of it is shared."""
-    job = replace(JOB, precision="bf16", batch_rows=40, layout=Layout(fsdp=5, ep=5, zero=1))
+    job = replace(
+        JOB, precision="bf16", batch_size=40, layout=ParallelLayout(fsdp=5, expert=5, zero=1)
+    )
     found = memory(job)
     routed = found.parameters["routed experts"]
     rest = sum(found.parameters.values()) - routed
@@ -223,22 +227,22 @@ def test_experts_have_fewer_twins_to_share_with():
 
 
 def test_recomputing_layers_keeps_their_inputs_alone():
-    found = memory(replace(JOB, recompute="layers"))
+    found = memory(replace(JOB, activation_checkpointing="full"))
     assert found.activations == {"layer input": 128 * 96 * 4 * 3}
     assert found.parts["activations"] < memory(JOB).parts["activations"] / 10
 
 
 def test_selective_recomputation_lies_between():
     sizes = [
-        memory(replace(JOB, kernels="fused", recompute=how)).parts["activations"]
-        for how in ("none", "selective", "layers")
+        memory(replace(JOB, kernels="fused", activation_checkpointing=how)).parts["activations"]
+        for how in ("none", "selective", "full")
     ]
     assert sizes[0] > 1.3 * sizes[1] > sizes[2]
 
 
 def test_the_first_stage_of_1f1b_holds_most_activations():
     config = replace(DENSE, num_hidden_layers=4)
-    job = replace(JOB, sequence_length=1024, layout=Layout(pp=4, zero=0))
+    job = replace(JOB, sequence_length=1024, layout=ParallelLayout(pipeline=4, zero=0))
     found = memory(job, config)
     assert found.rank == 0
     assert found.largest == "activations"

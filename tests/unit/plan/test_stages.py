@@ -6,29 +6,29 @@ import pytest
 
 from lowlat.config.parameter_count import attention_parameters, count_parameters
 from lowlat.config.presets import load_preset
-from lowlat.plan.job import Layout
-from lowlat.plan.stages import ROUTED, Stage, cut, device_parameters, held
+from lowlat.plan.job import ParallelLayout
+from lowlat.plan.stages import ROUTED, PipelineStage, cut, device_parameters, held
 from tests.fakes import gqa_config
 from tests.lowlat_configs import LAYERS
 
 V3 = load_preset("deepseek-v3")
 
 
-def sizes(stages: list[Stage]) -> list[int]:
+def sizes(stages: list[PipelineStage]) -> list[int]:
     return [len(stage.layers) for stage in stages]
 
 
-@pytest.mark.parametrize("pp", [1, 2, 3, 5])
-def test_the_largest_stage_is_as_small_as_any_cut_makes_it(pp: int):
+@pytest.mark.parametrize("pipeline", [1, 2, 3, 5])
+def test_the_largest_stage_is_as_small_as_any_cut_makes_it(pipeline: int):
     costs = (3.0, 1.0, 4.0, 1.0, 5.0, 2.0, 6.0, 5.0)
     config = gqa_config(num_hidden_layers=7)
-    stages = cut(config, Layout(pp=pp), costs)
+    stages = cut(config, ParallelLayout(pipeline=pipeline), costs)
     assert [layer for stage in stages for layer in stage.layers] == list(range(7))
     ends = [*[stage.layers[-1] + 1 for stage in stages[:-1]], 8]
     found = max(sum(costs[a:b]) for a, b in zip([0, *ends], ends, strict=False))
     every = [
         max(sum(costs[a:b]) for a, b in zip((0, *inner), (*inner, 8), strict=True))
-        for inner in combinations(range(1, 8), pp - 1)
+        for inner in combinations(range(1, 8), pipeline - 1)
     ]
     assert found == min(every)
 
@@ -37,8 +37,8 @@ def test_dualpipe_balances_pairs_of_stages():
     """One device has the first and the last stage, so a heavy head makes the first stage light."""
     config = gqa_config(num_hidden_layers=14)
     costs = (1.0,) * 14 + (5.0,)
-    stages = cut(config, Layout(pp=4, schedule="dualpipe"), costs)
-    devices = held(stages, Layout(pp=4, schedule="dualpipe"))
+    stages = cut(config, ParallelLayout(pipeline=4, schedule="dualpipe"), costs)
+    devices = held(stages, ParallelLayout(pipeline=4, schedule="dualpipe"))
     loads = [sum(len(s.layers) + 5 * s.is_last for s in device) / 2 for device in devices]
     assert max(loads) <= 5
     assert devices[0][0].is_first and devices[0][1].is_last
@@ -46,14 +46,14 @@ def test_dualpipe_balances_pairs_of_stages():
 
 def test_a_limit_on_layers_holds():
     costs = (1.0,) * 61 + (4.9,)
-    stages = cut(V3, Layout(pp=16, schedule="dualpipe"), costs, 4)
+    stages = cut(V3, ParallelLayout(pipeline=16, schedule="dualpipe"), costs, 4)
     assert max(sizes(stages)) == 4
     assert sum(sizes(stages)) == 61
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "dualpipev"])
 def test_the_devices_of_a_pipeline_hold_the_model_once(schedule: str):
-    layout = Layout(pp=4, schedule=schedule)  # pyright: ignore[reportArgumentType]
+    layout = ParallelLayout(pipeline=4, schedule=schedule)  # pyright: ignore[reportArgumentType]
     devices = held(cut(V3, layout, (1.0,) * 62), layout)
     total = sum(sum(device_parameters(V3, stages, layout).values()) for stages in devices)
     count = count_parameters(V3)
@@ -65,7 +65,7 @@ def test_the_devices_of_a_pipeline_hold_the_model_once(schedule: str):
 
 def test_layers_that_differ_are_held_where_they_lie():
     config = LAYERS["all"]
-    layout = Layout(pp=2)
+    layout = ParallelLayout(pipeline=2)
     first, second = (
         device_parameters(config, stages, layout)
         for stages in held(cut(config, layout, (1.0,) * 5), layout)
@@ -77,7 +77,7 @@ def test_layers_that_differ_are_held_where_they_lie():
 
 
 def test_dualpipe_holds_it_twice():
-    layout = Layout(pp=4, schedule="dualpipe")
+    layout = ParallelLayout(pipeline=4, schedule="dualpipe")
     devices = held(cut(V3, layout, (1.0,) * 62), layout)
     total = sum(sum(device_parameters(V3, stages, layout).values()) for stages in devices)
     count = count_parameters(V3)
@@ -85,9 +85,9 @@ def test_dualpipe_holds_it_twice():
 
 
 def test_experts_and_matrices_are_divided():
-    stages = cut(V3, Layout(), (1.0,) * 62)
-    whole = device_parameters(V3, stages, Layout())
-    parts = device_parameters(V3, stages, Layout(fsdp=64, ep=64, tp=4))
+    stages = cut(V3, ParallelLayout(), (1.0,) * 62)
+    whole = device_parameters(V3, stages, ParallelLayout())
+    parts = device_parameters(V3, stages, ParallelLayout(fsdp=64, expert=64, tensor=4))
     assert parts[ROUTED] == whole[ROUTED] / 256
     assert parts["dense MLP"] == whole["dense MLP"] / 4
     assert parts["router"] == whole["router"]

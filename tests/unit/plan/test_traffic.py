@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 
 from lowlat.config.model import ModelConfig, MoEConfig
-from lowlat.plan.job import Job, Layout
+from lowlat.plan.job import ParallelLayout, TrainingJob
 from lowlat.plan.machine import H800
 from lowlat.plan.stages import ROUTED, cut, device_parameters, held
 from lowlat.plan.traffic import Transfer, places, transfers
@@ -38,36 +38,38 @@ def test_places_as_counted(spread: int):
     assert places(CONFIG, spread) == pytest.approx(sum(counts) / len(counts))
 
 
-def sent(job: Job, rank: int = 0, config: ModelConfig = CONFIG) -> dict[str, Transfer]:
+def sent(job: TrainingJob, rank: int = 0, config: ModelConfig = CONFIG) -> dict[str, Transfer]:
     layout = job.layout
     devices = held(cut(config, layout, (1.0,) * (config.num_hidden_layers + 1)), layout)
     return {found.kind: found for found in transfers(config, job, H800, devices[rank])}
 
 
-JOB = Job(sequence_length=40, batch_rows=96, precision="bf16", layout=Layout(fsdp=16, zero=1))
+JOB = TrainingJob(
+    sequence_length=40, batch_size=96, precision="bf16", layout=ParallelLayout(fsdp=16, zero=1)
+)
 
 
 def test_a_single_device_sends_nothing():
-    assert sent(replace(JOB, layout=Layout())) == {}
+    assert sent(replace(JOB, layout=ParallelLayout())) == {}
 
 
 def test_experts_within_a_node():
     """Four layers, two directions; 96 / 16 rows of 40 tokens of 23 channels in bf16."""
-    found = sent(replace(JOB, layout=Layout(fsdp=16, ep=8)))["expert dispatch"]
+    found = sent(replace(JOB, layout=ParallelLayout(fsdp=16, expert=8)))["expert dispatch"]
     elsewhere = places(CONFIG, 8) * 7 / 8
     assert found.node_bytes == pytest.approx(2 * 4 * 6 * 40 * 23 * 2 * elsewhere)
     assert found.network_bytes == 0
 
 
 def test_experts_over_nodes_and_in_fp8():
-    job = replace(JOB, precision="fp8", layout=Layout(fsdp=16, ep=16))
+    job = replace(JOB, precision="fp8", layout=ParallelLayout(fsdp=16, expert=16))
     found = sent(job)
     tokens = 4 * 6 * 40 * 23
     over = places(CONFIG, 2) / 2
     dispatch, combine = found["expert dispatch"], found["expert combine"]
     assert dispatch.network_bytes == pytest.approx(2 * tokens * (1 + 4 / 128) * over)
     assert combine.network_bytes == pytest.approx(2 * tokens * 2 * over)
-    again = sent(replace(job, recompute="layers"))["expert combine"]
+    again = sent(replace(job, activation_checkpointing="full"))["expert combine"]
     assert again.network_bytes == pytest.approx(combine.network_bytes * 3 / 2)
 
 
@@ -85,32 +87,32 @@ def test_gradients_and_weights():
 
 
 def test_zero_3_gathers_for_every_micro_batch():
-    once = sent(replace(JOB, layout=Layout(fsdp=16, zero=3), batch_rows=16))
-    often = sent(replace(JOB, layout=Layout(fsdp=16, zero=3), batch_rows=48))
+    once = sent(replace(JOB, layout=ParallelLayout(fsdp=16, zero=3), batch_size=16))
+    often = sent(replace(JOB, layout=ParallelLayout(fsdp=16, zero=3), batch_size=48))
     for kind in ("gathered weights", "scattered gradients"):
         assert often[kind].node_bytes == pytest.approx(3 * once[kind].node_bytes)
     assert "gradients and weights" not in often
 
 
 def test_pipeline_tensor_and_context():
-    piped = sent(replace(JOB, layout=Layout(pp=4, fsdp=16)))["pipeline"]
+    piped = sent(replace(JOB, layout=ParallelLayout(pipeline=4, fsdp=16)))["pipeline"]
     assert piped.network_bytes == 2 * 6 * 40 * 23 * 2
-    tensor = sent(replace(JOB, layout=Layout(tp=5, fsdp=16)))["tensor parallel"]
+    tensor = sent(replace(JOB, layout=ParallelLayout(tensor=5, fsdp=16)))["tensor parallel"]
     # Four gathers or scatters each way; the other four fifths of a row of tokens.
     assert tensor.node_bytes == pytest.approx(2 * 4 * 4 * 6 * 40 * 4 / 5 * 23 * 2)
-    ring = sent(replace(JOB, layout=Layout(cp=2, fsdp=4)))["context parallel"]
+    ring = sent(replace(JOB, layout=ParallelLayout(context=2, fsdp=4)))["context parallel"]
     assert ring.node_bytes == pytest.approx(3 * 4 * 24 * 20 * 17 * 2)
     # The processes of one place along fsdp are as far apart as all of fsdp.
-    far = sent(replace(JOB, layout=Layout(cp=2, fsdp=8)))["context parallel"]
+    far = sent(replace(JOB, layout=ParallelLayout(context=2, fsdp=8)))["context parallel"]
     assert far.network_bytes == pytest.approx(3 * 4 * 12 * 20 * 17 * 2) and not far.node_bytes
 
 
-@pytest.mark.parametrize("outer", [{"dp": 4}, {"cp": 4}])
+@pytest.mark.parametrize("outer", [{"data": 4}, {"context": 4}])
 def test_only_fsdp_shares_states(outer: dict[str, int]):
     """Of 4 x 8 processes: what is gathered stays within the nodes of eight, experts that no two of
     them have are not gathered, and gradients are summed over the four once per step.
     """
-    job = replace(JOB, layout=Layout(fsdp=8, ep=8, zero=3, **outer))
+    job = replace(JOB, layout=ParallelLayout(fsdp=8, expert=8, zero=3, **outer))
     found = sent(job)
     stages = held(cut(CONFIG, job.layout, (1.0,) * 5), job.layout)[0]
     counts = device_parameters(CONFIG, stages, job.layout)

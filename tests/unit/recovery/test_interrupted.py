@@ -1,4 +1,4 @@
-"""Healings that end in the middle: what is left, and that the same call goes on from there."""
+"""Interrupted recovery training: what is left, and that the same call resumes."""
 
 import errno
 import os
@@ -13,7 +13,8 @@ from unittest.mock import Mock
 import pytest
 from safetensors import SafetensorError
 
-from lowlat.recovery import run as heal_run
+from lowlat.recovery import inputs as recovery_inputs
+from lowlat.recovery import run as recovery_run
 from lowlat.recovery import work_folder as work
 from lowlat.recovery.work_folder import WorkFolder, work_folder_path
 from lowlat.train.run.trainer import Trainer
@@ -23,15 +24,16 @@ from . import tiny
 
 
 class Stopped:
-    """A function of `heal.run`, counted, that raises `fault` in place of, or after, a call."""
+    """A function of the recovery, counted, that raises `fault` in place of, or after, a call."""
 
     def __init__(
         self, patch: pytest.MonkeyPatch, name: str, at: int, fault: BaseException, *, late: bool
     ) -> None:
         self.calls = 0
-        self._real: Callable[..., Any] = getattr(heal_run, name)
+        module = recovery_inputs if name == "build_tokens" else recovery_run
+        self._real: Callable[..., Any] = getattr(module, name)
         self._at, self._fault, self._late = at, fault, late
-        patch.setattr(heal_run, name, self)
+        patch.setattr(module, name, self)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         self.calls += 1
@@ -47,7 +49,7 @@ STAGES = [
     ("build_tokens", 1, True),
     ("convert", 1, True),
     ("evaluate", 2, False),
-    ("heal", 1, True),
+    ("distill", 1, True),
     ("export_save", 1, True),
     ("convert", 2, True),
     ("report_files", 1, True),
@@ -68,13 +70,13 @@ def test_ctrl_c_and_on(
     with monkeypatch.context() as patch:
         counts = {
             name: Stopped(patch, name, 0, KeyboardInterrupt(), late=True)
-            for name in ("build_tokens", "convert", "heal", "evaluate")
+            for name in ("build_tokens", "convert", "distill", "evaluate")
         }
         tiny.call(made, tmp_path / "mla")
     assert counts["build_tokens"].calls == ("tokens" not in done)
     assert counts["convert"].calls == ("start" not in done) + ("out" not in done)
-    assert counts["heal"].calls == ("healing.json" not in done)
-    names = ("original.json", "compressed.json", "healed.json")
+    assert counts["distill"].calls == ("recovery.json" not in done)
+    names = ("original.json", "compressed.json", "recovered.json")
     assert counts["evaluate"].calls == sum(name not in done for name in names)
     assert tiny.contents(tmp_path / "mla") == tiny.contents(made / "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["mla"]
@@ -136,13 +138,13 @@ def test_a_stopped_training_goes_on(
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"tokens": 640}, "healing .it was 1280 tokens, now 640 tokens"),
+        ({"tokens": 640}, "recovery .it was 1280 tokens, now 640 tokens"),
         ({"share": 0.75}, "options .it was .*'cache': 0.5.*now .*'cache': 0.75"),
         ({"dtype": "bf16"}, "options .it was .*dtype auto.*now .*dtype bf16"),
         ({"experts": 4}, "options .it was .*now .*experts 4"),
         ({"calibrate": ()}, "options .it was .*'text': .*now .*'text'"),
         ({"evaluate": None}, "evaluation text .it was .*now none"),
-        ({"texts": "calibrate.txt"}, "healing text .it was .*heal.txt .*now .*calibrate.txt"),
+        ({"texts": "calibrate.txt"}, "training text .it was .*heal.txt .*now .*calibrate.txt"),
     ],
 )
 def test_changed_options_are_named(
@@ -169,12 +171,12 @@ def test_two_at_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             tiny.call(made, tmp_path / "mla")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(heal_run, "build_tokens", nested)
+    monkeypatch.setattr(recovery_inputs, "build_tokens", nested)
     with pytest.raises(KeyboardInterrupt):
         tiny.call(made, tmp_path / "mla")
 
 
-@pytest.mark.parametrize(("stage", "at"), [("evaluate", 2), ("heal", 1), ("export_save", 1)])
+@pytest.mark.parametrize(("stage", "at"), [("evaluate", 2), ("distill", 1), ("export_save", 1)])
 def test_a_full_disk(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, at: int
 ) -> None:
@@ -198,7 +200,7 @@ def test_a_disk_that_fills_while_attention_is_measured(
             tiny.call(made, tmp_path / "mla")
     assert (work_folder_path(tmp_path / "mla") / "tokens").is_dir()
     with monkeypatch.context() as patch:
-        patch.setattr(heal_run, "build_tokens", Mock(side_effect=AssertionError))
+        patch.setattr(recovery_inputs, "build_tokens", Mock(side_effect=AssertionError))
         tiny.call(made, tmp_path / "mla")
     assert tiny.contents(tmp_path / "mla") == tiny.contents(made / "whole")
 

@@ -19,9 +19,9 @@ from lowlat.convert.parameters.exact_mla import check_exact
 from lowlat.convert.run import convert
 from lowlat.recovery.run import convert_with_recovery
 from lowlat.recovery.work_folder import work_folder_path
+from lowlat.train.cost.dry_run import most_memory, needed_bytes
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.train.run.distill import DistillationOptions, distillation_recipe
-from lowlat.train.run.dry_run import most_memory, needed_bytes
 from lowlat.utils.errors import UserError
 from tests.unit.convert.test_compressed_folders import LENGTH, logits, source_model
 from tests.unit.convert.test_run import edit_tensors

@@ -6,7 +6,7 @@ import pytest
 
 from lowlat.plan import rate
 
-from . import healing, runs
+from . import recovering, runs
 
 
 @pytest.fixture(scope="session")
@@ -24,9 +24,9 @@ def base(made_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def teacher_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher, its students and tokens; see `healing`."""
+    """A teacher, its students and tokens; see `recovering`."""
     folder = tmp_path_factory.mktemp("healing")
-    healing.models(folder)
+    recovering.models(folder)
     return folder
 
 

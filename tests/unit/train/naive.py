@@ -55,7 +55,7 @@ class NaiveModel:
             for depth, states in enumerate(hidden):
                 logits = states @ self._head(depth).T
                 for t in range(length):
-                    if not all(batch.predicted[row, t + 1 + i] for i in range(depth + 1)):
+                    if not all(batch.loss_mask[row, t + 1 + i] for i in range(depth + 1)):
                         continue
                     denominator = logits[t].exp().sum().log()
                     nll[depth].append(denominator - logits[t, batch.tokens[row, t + depth + 1]])

@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.data.layout import SPLITS, FolderFacts, id_type
+from lowlat.data.manifest import SPLITS, DatasetManifest, id_type
 from lowlat.data.vocabulary import end_of_text, fim_tokens
-from lowlat.data.writer import SplitWriter, write_facts, write_tokenizer
+from lowlat.data.writer import SplitWriter, write_manifest, write_tokenizer
 from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.checkpoints.store import CheckpointStore
+from lowlat.train.metrics.metrics_log import Fact, MetricsLog
 from lowlat.train.metrics.record import EvalRecord, StepRecord
-from lowlat.train.metrics.runlog import Fact, RunLog
 from lowlat.train.recipe.schema import Recipe, parse_recipe
-from lowlat.train.run.trainer import Outcome, Trainer
+from lowlat.train.run.trainer import Trainer, TrainingResult
 from lowlat.utils.atomic_files import atomic_folder
 from tests.unit.data.conftest import END, byte_level
 
@@ -62,8 +62,8 @@ PHASES: list[dict[str, Any]] = [
         "name": "short",
         "steps": 5,
         "sequence_length": 11,
-        "batch_rows": [{"to": 2.0, "steps": 1}, {"to": 6.0, "steps": 3}, {"to": 6.0}],
-        "micro_batch_rows": 2,
+        "batch_size": [{"to": 2.0, "steps": 1}, {"to": 6.0, "steps": 3}, {"to": 6.0}],
+        "micro_batch_size": 2,
         "learning_rate": [{"to": 1e-2, "steps": 3}, {"to": 1e-3, "shape": "cosine"}],
         "bias_update_speed": 1e-2,
         "z_weight": 1e-3,
@@ -72,8 +72,8 @@ PHASES: list[dict[str, Any]] = [
         "name": "long",
         "steps": 4,
         "sequence_length": 17,
-        "batch_rows": 4,
-        "micro_batch_rows": 2,
+        "batch_size": 4,
+        "micro_batch_size": 2,
         "learning_rate": 1e-3,
         "mtp_weight": 0.1,
     },
@@ -93,7 +93,7 @@ def make_tokens(path: Path, special: tuple[str, ...] = (), held_out: int = 5) ->
                 ids = [*chance.integers(97, 105, chance.integers(3, 40)), END]
                 writers[split].add(np.array(ids), None)
                 writers[split].end_document(len(ids) - 1)
-        facts = FolderFacts(
+        facts = DatasetManifest(
             vocab_size=tokenizer.vocab_size,
             end_of_text=end_of_text(tokenizer),
             begin_of_text=None,
@@ -104,7 +104,7 @@ def make_tokens(path: Path, special: tuple[str, ...] = (), held_out: int = 5) ->
             sources=("made",),
             dropped={},
         )
-        write_facts(folder, facts)
+        write_manifest(folder, facts)
     return path
 
 
@@ -119,8 +119,8 @@ def recipe(**changes: Any) -> Recipe:
         "precision": "fp32",
         "model": MODEL,
         "data": {"folder": "tokens", "fim_rate": 0.3},
-        "saves": {"every_steps": 2, "keep_last": 20},
-        "evaluation": {"every_steps": 3, "rows": 5},
+        "checkpoints": {"every_steps": 2, "keep_last": 20},
+        "evaluation": {"every_steps": 3, "sequences": 5},
         "phase": PHASES,
     }
     return parse_recipe(raw | changes, origin="test")
@@ -132,7 +132,7 @@ def phases(*changes: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @final
-class Notes(RunLog):
+class Notes(MetricsLog):
     """Keeps all records; asks the run to stop after step `last`."""
 
     def __init__(self, last: int | None = None) -> None:
@@ -181,7 +181,7 @@ def opened(
 
 def train(
     folder: Path, wanted: Recipe, last: int | None = None, **options: Any
-) -> tuple[Outcome, Notes]:
+) -> tuple[TrainingResult, Notes]:
     """Train until step `last`, or to the end."""
     log = Notes(last)
     with opened(folder, wanted, log, **options) as trainer:

@@ -10,7 +10,7 @@ from lowlat.data.batch import Batch
 from lowlat.model.moe import MoE
 from lowlat.model.transformer import Transformer
 from lowlat.train.layers.fused import checkpoint_activations
-from lowlat.train.recipe.schema import Optimizer as OptimizerTable
+from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.step.balance import (
     LoadBalancer,
     choice_frequency,
@@ -31,7 +31,7 @@ def observed(
 ) -> LoadBalancer:
     """A balancer that has seen `batch` in micro-batches of `rows`."""
     balancer = LoadBalancer(model, sequence_weight=alpha)
-    plan = tiny.plan(micro_batch_rows=rows)
+    plan = tiny.plan(micro_batch_size=rows)
     with balancer.observe(sequence_length=tiny.LENGTH, num_sequences=batch.rows):
         PlainPasses(model, torch.float64).backward(batch, plan, [1] * (1 + len(model.mtp)))
     balancer.reduce()
@@ -155,7 +155,7 @@ def test_sequence_loss_ignores_the_bias() -> None:
         for _, gate in gates(model):
             assert gate.e_score_correction_bias is not None
             gate.e_score_correction_bias.data[0] += shift
-        one = replace(batch, tokens=batch.tokens[:1], predicted=batch.predicted[:1])
+        one = replace(batch, tokens=batch.tokens[:1], loss_mask=batch.loss_mask[:1])
         balancer = LoadBalancer(model, sequence_weight=1.0)
         seen: list[Tensor] = []
         for _, gate in list(gates(model))[:1]:
@@ -180,17 +180,17 @@ def test_an_unbalanced_router_becomes_balanced() -> None:
             # A direction that all tokens share makes experts 1 and 2 everyone's.
             gate.weight.mul_(0.3)
             gate.weight[1:3] += direction
-    optimizer = Optimizer(model, OptimizerTable(weight_decay=0.0))
+    optimizer = Optimizer(model, OptimizerConfig(weight_decay=0.0))
     balancer = LoadBalancer(model, sequence_weight=0.0)
     tokens = torch.randint(211, (13, 24))
-    batch = Batch(tokens=tokens, predicted=torch.ones_like(tokens, dtype=torch.bool))
+    batch = Batch(tokens=tokens, loss_mask=torch.ones_like(tokens, dtype=torch.bool))
     chosen: list[Tensor] = []
     gate = next(iter(gates(model)))[1]
     gate.register_forward_hook(lambda _m, _i, out: chosen.append(out.experts))
     violations = []
     for step in range(36):
         speed = 0.03 if step < 20 else 0.003
-        plan = tiny.plan(micro_batch_rows=7, bias_update_speed=speed, learning_rate=0.0)
+        plan = tiny.plan(micro_batch_size=7, bias_update_speed=speed, learning_rate=0.0)
         result = train_step(
             PlainPasses(model, torch.float64), optimizer, balancer, batch, plan, num_ahead=1
         )
@@ -205,7 +205,7 @@ def test_an_unbalanced_router_becomes_balanced() -> None:
 def test_the_bias_is_no_parameter_of_the_optimiser() -> None:
     model = tiny.model(tiny.config())
     before = biases(model)
-    optimizer = Optimizer(model, OptimizerTable())
+    optimizer = Optimizer(model, OptimizerConfig())
     balancer = LoadBalancer(model, sequence_weight=1e-4)
     plan = tiny.plan(bias_update_speed=0.0)
     train_step(

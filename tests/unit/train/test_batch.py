@@ -20,7 +20,7 @@ def test_parts() -> None:
     parts = list(batch.split(2))
     assert [part.rows for part in parts] == [2, 2, 1]
     assert torch.equal(torch.cat([part.tokens for part in parts]), batch.tokens)
-    assert torch.equal(torch.cat([part.predicted for part in parts]), batch.predicted)
+    assert torch.equal(torch.cat([part.loss_mask for part in parts]), batch.loss_mask)
     assert batch.documents is not None
     assert [part.documents for part in parts] == [
         batch.documents[:2],

@@ -9,7 +9,7 @@ import pytest
 
 from lowlat.data.build import build
 from lowlat.data.selection import BuildOptions
-from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.recipe.schema import parse_recipe, read_recipe
 from lowlat.train.run import distill as distill_module
 from lowlat.train.run.distill import (
@@ -23,13 +23,13 @@ from lowlat.train.run.trainer import Trainer
 from lowlat.utils.errors import UserError
 from tests.fakes import byte_tokenizer
 
-from . import healing, tuning
+from . import recovering, tuning
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("healing")
-    healing.models(folder)
+    recovering.models(folder)
     return folder
 
 
@@ -93,7 +93,7 @@ def test_recipes_spend_their_budget(tokens: int, optimizer: Any, layer_share: fl
     """Within a step; every schedule begins above zero and ends low."""
     wanted = DistillationOptions(tokens=tokens, optimizer=optimizer, layer_share=layer_share)
     raw = distillation_recipe(Path("s"), Path("t"), Path("d"), wanted)
-    timetable = Timetable(parse_recipe(raw, origin="distillation"))
+    timetable = TrainingSchedule(parse_recipe(raw, origin="distillation"))
     step = timetable.at(0).tokens
     assert abs(timetable.tokens - tokens) <= max(step / 2, 1024)
     assert timetable.steps >= min(48, tokens // 1024)
@@ -103,7 +103,7 @@ def test_recipes_spend_their_budget(tokens: int, optimizer: Any, layer_share: fl
     assert phases.count("attention") == (min(20, layers) if layer_share is None else layers)
     if timetable.steps > 10:
         assert 0 < timetable.at(timetable.steps - 1).learning_rate <= 0.05 * LEARNING_RATE * 1.01
-    assert Path(raw["start"]).is_absolute() and Path(raw["data"]["folder"]).is_absolute()
+    assert Path(raw["base_model"]).is_absolute() and Path(raw["data"]["folder"]).is_absolute()
 
 
 @pytest.mark.parametrize(("steps", "share"), [(4, 0.04), (50, 0.5), (100, 1.0), (195, 1.0)])

@@ -14,9 +14,9 @@ from lowlat.attention.flash import FlashAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.data.batch import Batch
-from lowlat.data.chat_rows import ChatRows
-from lowlat.data.folder import TokenFolder
-from lowlat.data.windows import Windows
+from lowlat.data.chat_packing import PackedChats
+from lowlat.data.dataset import TokenizedDataset
+from lowlat.data.packing import PackedSequences
 from lowlat.model.transformer import Transformer
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.train.run.failed_step import look_again
@@ -24,7 +24,7 @@ from lowlat.train.step.loss import batch_loss, count_targets
 from lowlat.train.step.teacher import Teacher
 from lowlat.utils.errors import UserError
 
-from . import healing, tuning
+from . import recovering, tuning
 
 
 @pytest.fixture
@@ -36,9 +36,11 @@ def loaded(path: Path, dtype: torch.dtype = torch.float64) -> Transformer:
     return load_model(path, dtype=str(dtype).removeprefix("torch.").replace("float", "fp")).model
 
 
-def held_out(folder: Path, rows: int = 4, kind: type[Windows] | type[ChatRows] = Windows) -> Batch:
+def held_out(
+    folder: Path, rows: int = 4, kind: type[PackedSequences] | type[PackedChats] = PackedSequences
+) -> Batch:
     windows = kind(
-        TokenFolder.open(folder / "tokens"),
+        TokenizedDataset.open(folder / "tokens"),
         split="held_out",
         sequence_length=31,
         num_ahead=1,
@@ -61,13 +63,13 @@ def divergence(folder: Path, name: str, batch: Batch) -> Tensor:
     """Mean KL over the targets of `batch` by whole logits, in fp64."""
     taught = whole_logits(loaded(folder / "teacher"), batch).log_softmax(1)
     own = whole_logits(loaded(folder / name), batch).log_softmax(1)
-    kept = batch.predicted[:, 1:].flatten()
+    kept = batch.loss_mask[:, 1:].flatten()
     return (taught.exp() * (taught - own)).sum(1)[kept].mean()
 
 
 def test_an_exact_student_diverges_by_rounding(folder: Path) -> None:
     """The converted model is the teacher: there is nothing to learn."""
-    run = healing.heal(folder, healing.raw({"steps": 1}, start="student"))
+    run = recovering.train(folder, recovering.raw({"steps": 1}, base_model="student"))
     found = [run.records(kind)[0]["divergence"] for kind in ("step", "evaluation")]
     assert max(map(abs, found)) < 1e-6
     assert run.records("step")[0]["grad_norm"] < 1e-4
@@ -76,14 +78,14 @@ def test_an_exact_student_diverges_by_rounding(folder: Path) -> None:
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 def test_a_damaged_student_heals(folder: Path, optimiser: str) -> None:
     """Held-out KL falls, to what the exported model really has; what was measured before the first
-    step is that of the start.
+    step is that of the base_model.
     """
     table = {"name": optimiser, "weight_decay": 0.0}
     rate = {"learning_rate": 2e-3, "steps": 20}
-    recipe = healing.raw(rate, optimizer=table, evaluation={"every_steps": 50, "rows": 4})
-    run = healing.heal(folder, recipe)
+    recipe = recovering.raw(rate, optimizer=table, evaluation={"every_steps": 50, "sequences": 4})
+    run = recovering.train(folder, recipe)
     first, last = run.records("evaluation")
-    batch = held_out(folder, kind=ChatRows)  # the text has a mask, so whole documents are packed
+    batch = held_out(folder, kind=PackedChats)  # the text has a mask, so whole documents are packed
     assert (first["step"], last["step"]) == (0, 20)
     before = divergence(folder, "damaged", batch)
     after = divergence(folder, "run/model", batch)
@@ -97,13 +99,15 @@ def test_only_attention_moves(folder: Path) -> None:
     """Frozen parameters take no gradient and no state of the optimiser, keep every bit, and are in
     saves and exports all the same.
     """
-    run = healing.heal(folder, healing.raw({"steps": 2}))
-    start, end = tuning.loaded(folder / "damaged"), tuning.loaded(run.path / "model")
-    moved = set(tuning.changed(start, end))
-    own = {name for name in start if ".self_attn." in name}
+    run = recovering.train(folder, recovering.raw({"steps": 2}))
+    base_model, end = tuning.loaded(folder / "damaged"), tuning.loaded(run.path / "model")
+    moved = set(tuning.changed(base_model, end))
+    own = {name for name in base_model if ".self_attn." in name}
     assert moved == own
     saved = run.saved()
-    assert {name.removeprefix("model.") for name in saved if name.startswith("model.")} == {*start}
+    assert {name.removeprefix("model.") for name in saved if name.startswith("model.")} == {
+        *base_model
+    }
     with_state = {n.removeprefix("optimizer.exp_avg.") for n in saved if ".exp_avg." in n}
     assert with_state == own
     frozen = [p for n, p in run.trainer.model.named_parameters() if n not in own]
@@ -115,18 +119,20 @@ def test_what_stays_is_held_as_products_take_it(folder: Path) -> None:
     their like in fp32. A run goes on from its save to the same bits.
     """
     phase = {"steps": 4}
-    recipe = healing.raw(phase, precision="bf16", saves={"every_steps": 1, "keep_last": 20})
-    given = {"start": folder / "damaged", "teacher": folder / "teacher"}
-    whole = healing.heal(folder, recipe, name="whole")
+    recipe = recovering.raw(
+        phase, precision="bf16", checkpoints={"every_steps": 1, "keep_last": 20}
+    )
+    given = {"base_model": folder / "damaged", "teacher": folder / "teacher"}
+    whole = recovering.train(folder, recipe, name="whole")
     tuning.stop_after(2, folder, recipe, name="parts", **given)
-    parts = healing.heal(folder, recipe, name="parts")
+    parts = recovering.train(folder, recipe, name="parts")
     tuning.assert_same(parts.saved(), whole.saved())
-    start = tuning.loaded(folder / "damaged")
+    base_model = tuning.loaded(folder / "damaged")
     for run in (whole, parts):
         for name, parameter in run.trainer.model.named_parameters():
             stays = not parameter.requires_grad and parameter.ndim > 1
             assert parameter.dtype == (torch.bfloat16 if stays else torch.float32), name
-            assert not stays or torch.equal(parameter, start[name].bfloat16()), name
+            assert not stays or torch.equal(parameter, base_model[name].bfloat16()), name
 
 
 def test_gates_of_experts_that_stay_are_fp32() -> None:
@@ -147,11 +153,13 @@ def test_gates_of_experts_that_stay_are_fp32() -> None:
 
 
 def test_attention_alone_without_a_teacher(folder: Path) -> None:
-    recipe = healing.raw({"steps": 2})
+    recipe = recovering.raw({"steps": 2})
     del recipe["distillation"]
-    run = healing.heal(folder, recipe, teacher=None)
-    start, end = tuning.loaded(folder / "damaged"), tuning.loaded(run.path / "model")
-    assert {name for name in start if ".self_attn." in name} == set(tuning.changed(start, end))
+    run = recovering.train(folder, recipe, teacher=None)
+    base_model, end = tuning.loaded(folder / "damaged"), tuning.loaded(run.path / "model")
+    assert {name for name in base_model if ".self_attn." in name} == set(
+        tuning.changed(base_model, end)
+    )
     assert "divergence" not in run.records("step")[0]
 
 
@@ -164,8 +172,8 @@ def test_biases_of_attention_move_and_its_norms_do_not(tmp_path: Path) -> None:
     config = replace(plain, attention=attention)
     tuning.checkpoint(tmp_path / "base", config)
     tuning.chats(tmp_path / "tokens")
-    recipe = tuning.raw_recipe(start="base", trainable="attention")
-    run = tuning.train(tmp_path, recipe, start=tmp_path / "base")
+    recipe = tuning.raw_recipe(base_model="base", trainable="attention")
+    run = tuning.train(tmp_path, recipe, base_model=tmp_path / "base")
     moved = tuning.changed(tuning.loaded(tmp_path / "base"), tuning.loaded(run.path / "model"))
     assert any(name.endswith("bias") for name in moved)
     assert any(name.startswith("mtp.0.block.self_attn") for name in moved)
@@ -177,11 +185,13 @@ def test_biases_of_attention_move_and_its_norms_do_not(tmp_path: Path) -> None:
 def test_a_stopped_run_goes_on_exactly(folder: Path, match: str, stopped: int) -> None:
     """Bit for bit, within a phase that matches layers and between that and the next."""
     phases = ({"steps": 5, "match": match}, {"name": "more", "steps": 4, "learning_rate": 1e-3})
-    recipe = healing.raw(*phases, saves={"every_steps": 1, "keep_last": 20}, trainable="all")
-    given = {"start": folder / "damaged", "teacher": folder / "teacher"}
-    whole = healing.heal(folder, recipe, name="whole")
+    recipe = recovering.raw(
+        *phases, checkpoints={"every_steps": 1, "keep_last": 20}, trainable="all"
+    )
+    given = {"base_model": folder / "damaged", "teacher": folder / "teacher"}
+    whole = recovering.train(folder, recipe, name="whole")
     tuning.stop_after(stopped, folder, recipe, name="parts", **given)
-    parts = healing.heal(folder, recipe, name="parts")
+    parts = recovering.train(folder, recipe, name="parts")
     tuning.assert_same(parts.saved(), whole.saved())
     assert whole.records("step")[-1]["divergence"] == parts.records("step")[-1]["divergence"]
 
@@ -192,8 +202,8 @@ def test_layers_learn_from_the_teachers_own_inputs(folder: Path, match: str) -> 
     no loss.
     """
     rate = {"learning_rate": 2e-3, "steps": 25, "match": match}
-    evaluation = {"every_steps": 50, "rows": 4}
-    run = healing.heal(folder, healing.raw(rate, evaluation=evaluation))
+    evaluation = {"every_steps": 50, "sequences": 4}
+    run = recovering.train(folder, recovering.raw(rate, evaluation=evaluation))
     steps, (first, last) = run.records("step"), run.records("evaluation")
     assert all(step["loss"] is None and step["mtp_losses"] == [] for step in steps)
     assert steps[-1]["layer_error"] < 0.5 * steps[0]["layer_error"]
@@ -208,7 +218,7 @@ def layer_errors(folder: Path, batch: Batch, match: str) -> tuple[Tensor, dict[s
     positions = attention.positions()
     x = teacher.embed_tokens(batch.tokens[:, :31].flatten())
     ropes = [each.rotary.of(0, each.rotary(positions)) for each in (teacher, model)]
-    weights = batch.predicted[:, 1:].sum(1) / batch.predicted[:, 1:].sum()
+    weights = batch.loss_mask[:, 1:].sum(1) / batch.loss_mask[:, 1:].sum()
     total = torch.zeros((), dtype=torch.float64)
     for layer, other in zip(model.layers, teacher.layers, strict=True):
         with torch.no_grad():
@@ -229,13 +239,13 @@ def layer_errors(folder: Path, batch: Batch, match: str) -> tuple[Tensor, dict[s
 @pytest.mark.parametrize("match", ["attention", "layers"])
 def test_errors_of_layers_by_definition(folder: Path, match: str, rows: int) -> None:
     """Value and gradients, however a batch is cut into micro-batches."""
-    from lowlat.train.recipe.schedule import Timetable
+    from lowlat.train.recipe.schedule import TrainingSchedule
     from lowlat.train.step.passes import PlainPasses
 
     batch = held_out(folder)
     wanted, gradients = layer_errors(folder, batch, match)
-    change = {"match": match, "micro_batch_rows": rows, "batch_rows": 12}
-    plan = Timetable(parse_recipe(healing.raw(change), origin="r")).at(0)
+    change = {"match": match, "micro_batch_size": rows, "batch_size": 12}
+    plan = TrainingSchedule(parse_recipe(recovering.raw(change), origin="r")).at(0)
     model = loaded(folder / "damaged")
     teacher = Teacher(loaded(folder / "teacher"), torch.float64, cross_entropy=0.0)
     passes = PlainPasses(model, torch.float64, teacher=teacher)
@@ -276,8 +286,8 @@ def test_cross_entropy_is_added_with_its_weight(folder: Path) -> None:
 
 
 def test_a_teacher_that_changed_is_refused(folder: Path, teacher_models: Path) -> None:
-    recipe = healing.raw({"steps": 4}, saves={"every_steps": 1})
-    given = {"start": folder / "damaged", "teacher": folder / "teacher"}
+    recipe = recovering.raw({"steps": 4}, checkpoints={"every_steps": 1})
+    given = {"base_model": folder / "damaged", "teacher": folder / "teacher"}
     tuning.stop_after(2, folder, recipe, **given)
     other = load_model(teacher_models / "teacher", dtype="fp32")
     with torch.no_grad():
@@ -285,47 +295,47 @@ def test_a_teacher_that_changed_is_refused(folder: Path, teacher_models: Path) -
     (folder / "teacher").unlink()
     save_model(other.model, other.config, folder / "teacher", source=teacher_models / "teacher")
     with pytest.raises(UserError, match=r"run: was trained by .* distillation\.teacher is another"):
-        healing.heal(folder, recipe)
+        recovering.train(folder, recipe)
     shutil.rmtree(folder / "teacher")
     (folder / "teacher").symlink_to(teacher_models / "teacher")
-    assert healing.heal(folder, recipe).outcome.is_complete
+    assert recovering.train(folder, recipe).outcome.is_complete
 
 
 def test_a_teacher_of_another_config_is_another(folder: Path, teacher_models: Path) -> None:
     """The same weights with another base of rotary frequencies compute something else."""
-    recipe = healing.raw({"steps": 4}, saves={"every_steps": 1})
-    tuning.stop_after(2, folder, recipe, start=folder / "damaged", teacher=folder / "teacher")
+    recipe = recovering.raw({"steps": 4}, checkpoints={"every_steps": 1})
+    tuning.stop_after(2, folder, recipe, base_model=folder / "damaged", teacher=folder / "teacher")
     shutil.copytree(teacher_models / "teacher", folder / "copy")
     file = folder / "copy" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"rope_theta": 101.0}))
     with pytest.raises(UserError, match=r"distillation\.teacher is another model"):
-        healing.heal(folder, recipe, teacher=folder / "copy")
+        recovering.train(folder, recipe, teacher=folder / "copy")
 
 
 def test_a_save_from_before_there_were_teachers_goes_on(folder: Path) -> None:
     """A recipe written down without the keys of distillation has their defaults."""
-    from lowlat.train.recipe.schedule import Timetable
+    from lowlat.train.recipe.schedule import TrainingSchedule
     from lowlat.train.run.state import check_resumable
 
-    recipe = parse_recipe(tuning.raw_recipe(start="damaged"), origin="r")
+    recipe = parse_recipe(tuning.raw_recipe(base_model="damaged"), origin="r")
     written = recipe.model_dump(mode="json")
     del written["distillation"], written["trainable"], written["phase"][0]["match"]
     saved = {"recipe": written, "data": ["f"], "step": 0, "tokens": 0, "seconds": 0.0}
-    assert check_resumable(saved, recipe, ["f"], Timetable(recipe), "runs/x").step == 0
+    assert check_resumable(saved, recipe, ["f"], TrainingSchedule(recipe), "runs/x").step == 0
 
 
 def test_a_teacher_of_another_size_teaches_distributions(folder: Path) -> None:
     (folder / "teacher").unlink()
-    healing.teacher(folder, num_hidden_layers=3, hidden_size=29)
-    run = healing.heal(folder, healing.raw({"steps": 6}))
+    recovering.teacher(folder, num_hidden_layers=3, hidden_size=29)
+    run = recovering.train(folder, recovering.raw({"steps": 6}))
     divergences = [step["divergence"] for step in run.records("step")]
     assert divergences[-1] < divergences[0]
 
 
 def test_updates_of_lora_learn_from_a_teacher(folder: Path) -> None:
-    recipe = healing.raw({"steps": 12, "learning_rate": 2e-2}, lora={"rank": 4, "alpha": 8.0})
-    run = healing.heal(folder, recipe | {"trainable": "all"})
+    recipe = recovering.raw({"steps": 12, "learning_rate": 2e-2}, lora={"rank": 4, "alpha": 8.0})
+    run = recovering.train(folder, recipe | {"trainable": "all"})
     first, last = run.records("evaluation")[0], run.records("evaluation")[-1]
     assert last["divergence"] < first["divergence"]
 
@@ -344,7 +354,7 @@ def test_a_divergence_that_is_not_finite_ends_the_run(folder: Path, teacher_mode
     """
     break_teacher(folder, teacher_models, 3e38)
     with pytest.raises(UserError, match="step 1: the loss is not finite; its batch is in"):
-        healing.heal(folder, healing.raw())
+        recovering.train(folder, recovering.raw())
     assert (folder / "run" / "failed-step-00000001.safetensors").exists()
     found = look_again(folder / "run")
     assert (found.step, found.activation) == (1, "teacher.norm")
@@ -364,12 +374,12 @@ def test_a_teacher_without_numbers_is_named(
     with pytest.raises(
         UserError, match=r"distillation\.teacher .*'norm\.weight' holds values that"
     ):
-        healing.heal(folder, healing.raw())
+        recovering.train(folder, recovering.raw())
 
 
 def test_a_step_that_a_weight_of_the_loss_broke_is_broken_again(folder: Path) -> None:
-    raw = healing.raw()
-    raw["distillation"] = raw["distillation"] | {"cross_entropy": 1e38}
+    raw = recovering.raw()
+    raw["distillation"] = raw["distillation"] | {"cross_entropy_weight": 1e38}
     with pytest.raises(UserError, match=r"step \d: the (gradient|loss) is not finite"):
-        healing.heal(folder, raw)
+        recovering.train(folder, raw)
     assert not math.isfinite(look_again(folder / "run").grad_norm)

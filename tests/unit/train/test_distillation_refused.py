@@ -8,7 +8,7 @@ import pytest
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.utils.errors import UserError
 
-from . import healing
+from . import recovering
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def folder(teacher_folder: Path) -> Path:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "layers without a teacher": (
-        {"phase": [healing.PHASE | {"match": "layers"}], "distillation": None},
+        {"phase": [recovering.PHASE | {"match": "layers"}], "distillation": None},
         r"phase\.match needs \[distillation\]",
     ),
     "updates and attention": (
@@ -30,7 +30,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "distillation trains in bf16 or fp32",
     ),
     "fp8 of attention": ({"precision": "fp8"}, "trainable = 'attention' trains in bf16 or fp32"),
-    "z-loss": ({"phase": [healing.PHASE | {"z_weight": 0.1}]}, "phase heal: z_weight does not go"),
+    "z-loss": (
+        {"phase": [recovering.PHASE | {"z_weight": 0.1}]},
+        "phase heal: z_weight does not go",
+    ),
     "no teacher": ({"distillation": {}}, r"distillation\.teacher is missing"),
     "unknown key": (
         {"distillation": {"teacher": "t", "temperatur": 2.0}},
@@ -44,9 +47,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_does_not_go_together_is_named(
     folder: Path, changes: dict[str, Any], message: str
 ) -> None:
-    recipe = {k: v for k, v in (healing.raw() | changes).items() if v is not None}
+    recipe = {k: v for k, v in (recovering.raw() | changes).items() if v is not None}
     with pytest.raises(UserError, match=message) as caught:
-        healing.heal(folder, recipe)
+        recovering.train(folder, recipe)
     assert "\n" not in str(caught.value)
 
 
@@ -56,11 +59,11 @@ def test_other_divisions_than_of_batches_are_refused(
     folder: Path, axis: str, trainable: str
 ) -> None:
     """Before processes of such a run are asked for anything."""
-    from lowlat.train.run.inputs import open_inputs
+    from lowlat.train.inputs.run_inputs import open_phases
 
-    recipe = parse_recipe(healing.raw(parallel={axis: 2}, trainable=trainable), origin="r.toml")
+    recipe = parse_recipe(recovering.raw(parallel={axis: 2}, trainable=trainable), origin="r.toml")
     with pytest.raises(UserError, match=rf"parallel\.{axis} 2 does not go with"):
-        open_inputs(recipe, folder / "damaged", folder, "r.toml", folder / "teacher")
+        open_phases(recipe, folder / "damaged", folder, "r.toml", folder / "teacher")
 
 
 @pytest.mark.parametrize(
@@ -84,6 +87,6 @@ def test_teachers_that_do_not_fit(
     folder: Path, changes: dict[str, Any], phase: dict[str, Any], message: str
 ) -> None:
     (folder / "teacher").unlink()
-    healing.teacher(folder, **changes)
+    recovering.teacher(folder, **changes)
     with pytest.raises(UserError, match=message):
-        healing.heal(folder, healing.raw(phase))
+        recovering.train(folder, recovering.raw(phase))

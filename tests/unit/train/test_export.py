@@ -108,9 +108,9 @@ def test_layers_that_differ(base: Path, precision: str) -> None:
         for found, expected in zip(logits(loaded.model), logits(trained), strict=True):
             # a model that trains has fused kernels, which round elsewhere
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-6)
-    phases = runs.phases({}, {"rope": {"type": "yarn", "factor": 2.0}})
+    phases = runs.phases({}, {"rope_scaling": {"type": "yarn", "factor": 2.0}})
     with (
-        pytest.raises(UserError, match="phase long: rope cannot say what each layer has"),
+        pytest.raises(UserError, match="phase long: rope_scaling cannot say what each layer has"),
         runs.opened(base / "other", runs.recipe(model=LAYERS, phase=phases)),
     ):
         pass
@@ -154,11 +154,11 @@ def test_any_save_of_a_run(base: Path) -> None:
 
 
 def test_going_on_from_a_model(base: Path) -> None:
-    """A finished model is a start: its first loss is that of the model, by the data's tokenizer."""
+    """A finished model as base_model: its first loss is the model's, by the data's tokenizer."""
     outcome, log = runs.train(base / "run", runs.recipe())
     assert outcome.model is not None
-    wanted = runs.recipe(model=None, start="model")
-    with runs.opened(base / "more", wanted, start=outcome.model) as trainer:
+    wanted = runs.recipe(model=None, base_model="model")
+    with runs.opened(base / "more", wanted, base_model=outcome.model) as trainer:
         trained = part(runs.tensors(runs.saved(base / "run")), MODEL)
         for name, parameter in trainer.model.named_parameters():
             assert torch.equal(parameter, trained[name]), name
@@ -183,12 +183,12 @@ def test_a_start_of_another_tokenizer_is_refused(base: Path) -> None:
     bigger, _ = runs.train(base / "bigger", wanted)
     assert outcome.model is not None and bigger.model is not None
     # Nothing is wrong with a token that one of them does not know.
-    with runs.opened(base / "a", runs.recipe(model=None, start="x"), start=bigger.model):
+    with runs.opened(base / "a", runs.recipe(model=None, base_model="x"), base_model=bigger.model):
         pass
     file = bigger.model / "tokenizer.json"
     file.write_text(file.read_text().replace("<|im_start|>", "<|im_begin|>"))
     with (
         pytest.raises(UserError, match="tokens was built with another tokenizer than that of"),
-        runs.opened(base / "b", runs.recipe(model=None, start="x"), start=bigger.model),
+        runs.opened(base / "b", runs.recipe(model=None, base_model="x"), base_model=bigger.model),
     ):
         pass

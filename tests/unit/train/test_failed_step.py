@@ -31,8 +31,8 @@ def test_a_failed_run_goes_on_as_its_message_says(base: Path) -> None:
         look_again(base)
     good = base / "good"
     export_save(run, good, step=2, dtype="fp32")
-    wanted = runs.recipe(model=None, start="good", phase=runs.PHASES[1:])
-    outcome, _ = train(base / "on", wanted, start=good)
+    wanted = runs.recipe(model=None, base_model="good", phase=runs.PHASES[1:])
+    outcome, _ = train(base / "on", wanted, base_model=good)
     assert outcome.is_complete and all(map(math.isfinite, outcome.losses))
 
 
@@ -50,10 +50,12 @@ def test_the_sequence_wise_loss_breaks_a_step_again(base: Path) -> None:
 
 def test_a_start_without_numbers_is_named(base: Path) -> None:
     """Holds shut: a lower rate advised where none would help."""
-    broken = build_start(base / "start")
-    wanted = runs.recipe(model=None, start="start", phase=runs.PHASES[1:])
-    with pytest.raises(UserError, match=r"start .*'norm\.weight' holds values that are not finite"):
-        train(base / "run", wanted, start=broken)
+    broken = build_start(base / "base_model")
+    wanted = runs.recipe(model=None, base_model="base_model", phase=runs.PHASES[1:])
+    with pytest.raises(
+        UserError, match=r"base_model .*'norm\.weight' holds values that are not finite"
+    ):
+        train(base / "run", wanted, base_model=broken)
 
 
 def build_start(folder: Path) -> Path:

@@ -16,9 +16,9 @@ from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.config.model import GQAConfig
 from lowlat.convert.run import convert
 from lowlat.model.transformer import Transformer
+from lowlat.train.cost.dry_run import require_fit
 from lowlat.train.layers.stacked_experts import stack_experts
-from lowlat.train.recipe.schema import Lora, parse_recipe
-from lowlat.train.run.dry_run import require_fit
+from lowlat.train.recipe.schema import LoraConfig, parse_recipe
 from lowlat.train.run.export import export_adapter, export_save
 from lowlat.train.step.lora import add_lora, check_lora, count_updates, is_lora_parameter, merged
 from lowlat.train.step.loss import batch_loss
@@ -32,10 +32,10 @@ EVERY = (
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj", "eh_proj"),
 )
-TABLE = Lora(rank=3, alpha=7.0, modules=EVERY)
+TABLE = LoraConfig(rank=3, alpha=7.0, target_modules=EVERY)
 
 
-def adapted(table: Lora = TABLE) -> Transformer:
+def adapted(table: LoraConfig = TABLE) -> Transformer:
     """A model in fp64 whose updates are not zero."""
     model = tiny.model(tiny.config())
     add_lora(model, table, seed=3, origin="r.toml")
@@ -139,8 +139,8 @@ def test_untrained_updates_change_nothing() -> None:
 
 
 def lora_recipe(**changes: Any) -> dict[str, Any]:
-    table = {"rank": 3, "alpha": 6.0, "modules": list(EVERY)}
-    return tuning.raw_recipe(start="base", lora=table, **changes)
+    table = {"rank": 3, "alpha": 6.0, "target_modules": list(EVERY)}
+    return tuning.raw_recipe(base_model="base", lora=table, **changes)
 
 
 def test_run(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_run(tmp_path: Path) -> None:
     """
     base = tuning.checkpoint(tmp_path / "base", tuning.config())
     tuning.chats(tmp_path / "tokens")
-    whole = tuning.train(tmp_path, lora_recipe(), start=base, name="whole")
+    whole = tuning.train(tmp_path, lora_recipe(), base_model=base, name="whole")
     losses = whole.losses()
     assert losses[-1] < losses[0]
     saved = whole.saved()
@@ -158,13 +158,13 @@ def test_run(tmp_path: Path) -> None:
     moments = {n.removeprefix("optimizer.exp_avg.") for n in saved if ".exp_avg." in n}
     assert trained == moments
 
-    tuning.stop_after(3, tmp_path, lora_recipe(), start=base, name="stopped")
-    resumed = tuning.train(tmp_path, lora_recipe(), start=base, name="stopped")
+    tuning.stop_after(3, tmp_path, lora_recipe(), base_model=base, name="stopped")
+    resumed = tuning.train(tmp_path, lora_recipe(), base_model=base, name="stopped")
     tuning.assert_same(resumed.saved(), saved)
 
-    model, start = tuning.loaded(whole.path / "model"), tuning.loaded(base)
-    assert model.keys() == start.keys()
-    changed = tuning.changed(model, start)
+    model, base_model = tuning.loaded(whole.path / "model"), tuning.loaded(base)
+    assert model.keys() == base_model.keys()
+    changed = tuning.changed(model, base_model)
     assert changed and all(name.split(".")[-2] in EVERY for name in changed)
     assert len(changed) == sum(name.split(".")[-2] in EVERY for name in model)
     export_save(whole.path, tmp_path / "again", step=None, dtype="fp32")
@@ -180,8 +180,10 @@ def test_adapter(tmp_path: Path) -> None:
     convert(tuning.checkpoint(tmp_path / "gqa", source), tmp_path / "base", to="mla")
     tuning.chats(tmp_path / "tokens")
     names = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
-    recipe = tuning.raw_recipe(start="base", lora={"rank": 3, "alpha": 6.0, "modules": names})
-    run = tuning.train(tmp_path, recipe, start=tmp_path / "base")
+    recipe = tuning.raw_recipe(
+        base_model="base", lora={"rank": 3, "alpha": 6.0, "target_modules": names}
+    )
+    run = tuning.train(tmp_path, recipe, base_model=tmp_path / "base")
     assert export_adapter(run.path, tmp_path / "adapter", step=None) == 6
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["peft_type"] == "LORA" and settings["r"] == 3
@@ -202,12 +204,12 @@ def test_adapter_refusals(tmp_path: Path) -> None:
     base = tuning.checkpoint(tmp_path / "base", tuning.config())
     tuning.chats(tmp_path / "tokens")
     one = tuning.phases({"steps": 1})
-    adapted = tuning.train(tmp_path, lora_recipe(phase=one), start=base, name="adapted")
+    adapted = tuning.train(tmp_path, lora_recipe(phase=one), base_model=base, name="adapted")
     with pytest.raises(UserError, match="peft takes updates of MLPs for those of fused experts"):
         export_adapter(adapted.path, tmp_path / "dst", step=None)
     assert not (tmp_path / "dst").exists()
-    plain = tuning.raw_recipe(start="base", phase=one)
-    run = tuning.train(tmp_path, plain, start=base, name="plain")
+    plain = tuning.raw_recipe(base_model="base", phase=one)
+    run = tuning.train(tmp_path, plain, base_model=base, name="plain")
     with pytest.raises(UserError, match="was trained without lora; leave out --adapter"):
         export_adapter(run.path, tmp_path / "dst", step=None)
 
@@ -217,15 +219,17 @@ def test_base_that_is_gone(tmp_path: Path) -> None:
     base = tuning.checkpoint(tmp_path / "base", tuning.config())
     tuning.chats(tmp_path / "tokens")
     raw = lora_recipe(phase=tuning.phases({"steps": 1}))
-    run = tuning.train(tmp_path, raw, start=base)
+    run = tuning.train(tmp_path, raw, base_model=base)
     base.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"base: is not there; put back what .* was trained with"):
         export_save(run.path, tmp_path / "dst", step=None, dtype="fp32")
     tuning.checkpoint(base, tuning.config(), seed=8)
     with pytest.raises(UserError, match="base: holds other weights now"):
         export_save(run.path, tmp_path / "dst", step=None, dtype="fp32")
-    with pytest.raises(UserError, match="was trained by another recipe: start holds other weights"):
-        tuning.train(tmp_path, raw, start=base)
+    with pytest.raises(
+        UserError, match="was trained by another recipe: base_model holds other weights"
+    ):
+        tuning.train(tmp_path, raw, base_model=base)
     shutil.rmtree(base)
     (tmp_path / "elsewhere").rename(base)
     export_save(run.path, tmp_path / "dst", step=None, dtype="fp32")
@@ -241,8 +245,8 @@ def test_base_that_is_gone(tmp_path: Path) -> None:
             "phase p: lora leaves routing biases as they are; set bias_update_speed = 0",
         ),
         (
-            {"lora": {"rank": 2, "alpha": 4.0, "modules": ["q_b_proj", "qkv"]}},
-            "lora.modules: the model has no qkv; it has down_proj, eh_proj, gate_proj",
+            {"lora": {"rank": 2, "alpha": 4.0, "target_modules": ["q_b_proj", "qkv"]}},
+            "lora.target_modules: the model has no qkv; it has down_proj, eh_proj, gate_proj",
         ),
     ],
 )
@@ -250,12 +254,12 @@ def test_refusals(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     base = tuning.checkpoint(tmp_path / "base", tuning.config())
     tuning.chats(tmp_path / "tokens")
     with pytest.raises(UserError, match=words):
-        tuning.train(tmp_path, lora_recipe() | changes, start=base)
+        tuning.train(tmp_path, lora_recipe() | changes, base_model=base)
 
 
 def test_frozen_experts_take_no_gradient() -> None:
     """Stacked experts without updates pass the gradient on as those that learn do."""
-    table = Lora(rank=2, alpha=4.0, modules=("o_proj",))
+    table = LoraConfig(rank=2, alpha=4.0, target_modules=("o_proj",))
     model, plain = adapted(table), tiny.model(tiny.config())
     plain.load_state_dict(dict(merged(dict(model.named_parameters()), table)))
     loss(model).backward()
@@ -277,7 +281,7 @@ def test_memory_is_that_of_weights_that_stay(precision: str, bytes_each: int) ->
     stays.
     """
     config = tuning.config()
-    plain = tuning.raw_recipe(start="base", precision=precision)
+    plain = tuning.raw_recipe(base_model="base", precision=precision)
     full, ours = (
         require_fit(config, parse_recipe(raw, origin="r.toml"), memory_bytes=2**40).parts
         for raw in (plain, plain | {"lora": {"rank": 2, "alpha": 4.0}})
@@ -295,8 +299,10 @@ def test_memory_of_updates_by_hand(optimizer: str, moments: int) -> None:
     """
     config = tuning.config()
     modules = ["o_proj", "q_a_proj", "up_proj"]
-    raw = tuning.raw_recipe(start="base", optimizer={"name": optimizer})
-    recipe = parse_recipe(raw | {"lora": {"rank": 3, "alpha": 4.0, "modules": modules}}, origin="r")
+    raw = tuning.raw_recipe(base_model="base", optimizer={"name": optimizer})
+    recipe = parse_recipe(
+        raw | {"lora": {"rank": 3, "alpha": 4.0, "target_modules": modules}}, origin="r"
+    )
     assert recipe.lora is not None
     model = random_model(config, torch.float32)
     stack_experts(model)
@@ -305,11 +311,11 @@ def test_memory_of_updates_by_hand(optimizer: str, moments: int) -> None:
     assert count_updates(config, recipe.lora) == count > 0
     parts = require_fit(config, recipe, memory_bytes=2**40).parts
     assert parts["updates"] == (8 + moments) * count
-    assert parts["saves"] == (4 + moments) * count
+    assert parts["checkpoint copy"] == (4 + moments) * count
 
 
 def test_a_rank_that_cannot_fit_is_told_of() -> None:
-    raw = tuning.raw_recipe(start="base", lora={"rank": 100_000_000, "alpha": 4.0})
+    raw = tuning.raw_recipe(base_model="base", lora={"rank": 100_000_000, "alpha": 4.0})
     recipe = parse_recipe(raw, origin="r.toml")
     said = r"^r.toml: phase 'p' needs about .* of updates: lower lora.rank \(100000000\) or name"
     with pytest.raises(UserError, match=said):
@@ -318,15 +324,17 @@ def test_a_rank_that_cannot_fit_is_told_of() -> None:
 
 def test_modules_that_are_not_there_are_refused_with_the_file() -> None:
     """By the config alone: before data is verified or weights are read."""
-    lora = {"rank": 2, "alpha": 4.0, "modules": ["o_proj", "w_proj"]}
-    recipe = parse_recipe(tuning.raw_recipe(start="base", lora=lora), origin="r.toml")
-    with pytest.raises(UserError, match=r"^r.toml: lora.modules: the model has no w_proj; it has"):
+    lora = {"rank": 2, "alpha": 4.0, "target_modules": ["o_proj", "w_proj"]}
+    recipe = parse_recipe(tuning.raw_recipe(base_model="base", lora=lora), origin="r.toml")
+    with pytest.raises(
+        UserError, match=r"^r.toml: lora.target_modules: the model has no w_proj; it has"
+    ):
         check_lora(tuning.config(), recipe, "r.toml")
 
 
 def test_default_modules_are_those_the_model_has() -> None:
     """The default names projections of MLA and of GQA, of which a model has its own."""
     model = tiny.model(replace(tiny.config(), num_nextn_predict_layers=0))
-    add_lora(model, Lora(rank=2, alpha=4.0), seed=0, origin="r.toml")
+    add_lora(model, LoraConfig(rank=2, alpha=4.0), seed=0, origin="r.toml")
     names = {name.split(".")[-3] for name, _ in model.named_parameters() if is_lora_parameter(name)}
     assert names == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}

@@ -25,7 +25,7 @@ def trained(
 ) -> tuple[Tensor, dict[str, Tensor], float]:
     """Mean losses, gradients and sequence loss of `model`, in micro-batches of `rows`."""
     ahead = 1 + len(model.mtp)
-    plan = tiny.plan(micro_batch_rows=rows, mtp_weight=MTP_WEIGHT, z_weight=Z_WEIGHT)
+    plan = tiny.plan(micro_batch_size=rows, mtp_weight=MTP_WEIGHT, z_weight=Z_WEIGHT)
     balancer = LoadBalancer(model, sequence_weight=ALPHA)
     targets = count_targets(batch, ahead)
     length = batch.sequence_length(ahead)
@@ -67,7 +67,7 @@ def test_losses_and_gradients(changes: dict[str, Any], masked: bool) -> None:
 def test_micro_batches_change_nothing() -> None:
     """Holds shut: means per micro-batch, which weigh rows with few targets too much."""
     model, batch = tiny.model(tiny.config()), tiny.batch(masked=True)
-    batch.predicted[0] = False
+    batch.loss_mask[0] = False
     whole = trained(model, batch, rows=tiny.ROWS)
     for rows in (1, 2, 3):
         means, gradients, sequence_loss = trained(model, batch, rows=rows)
@@ -115,8 +115,8 @@ def test_which_targets_count() -> None:
     that nobody predicts.
     """
     tokens = torch.zeros(1, 8, dtype=torch.int64)
-    predicted = torch.tensor([[False, True, True, False, True, True, False, True]])
-    batch = Batch(tokens=tokens, predicted=predicted, documents=((3, 2),))
+    loss_mask = torch.tensor([[False, True, True, False, True, True, False, True]])
+    batch = Batch(tokens=tokens, loss_mask=loss_mask, documents=((3, 2),))
     main, first, second = (counted(batch, 3, depth)[0].tolist() for depth in range(3))
     assert main == [True, True, False, True, True]
     assert first == [True, False, False, True, False]
@@ -127,7 +127,7 @@ def test_which_targets_count() -> None:
 def test_a_batch_without_targets_costs_nothing() -> None:
     """As a window of a chat may be, in which the user alone speaks."""
     model, batch = tiny.model(tiny.config()), tiny.batch()
-    batch.predicted[:] = False
+    batch.loss_mask[:] = False
     watch_free = PlainPasses(model, torch.float64)
     sums = watch_free.backward(batch, tiny.plan(), count_targets(batch, 3))
     assert sums.tolist() == [0.0] * 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowlat.train.recipe.schema import Optimizer as OptimizerTable
+from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.step.optim import Optimizer
 
 from . import tiny
@@ -31,7 +31,7 @@ def test_adamw_by_hand() -> None:
     over everything (Loshchilov and Hutter, arXiv 1711.05101).
     """
     model = tiny.model(tiny.config(mtp_copies=True))
-    table = OptimizerTable(betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1, clip=1.0)
+    table = OptimizerConfig(betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1, max_grad_norm=1.0)
     optimizer = Optimizer(model, table)
     expected = copies(model)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -60,11 +60,11 @@ def test_adamw_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_small_gradients_are_not_clipped(name: str) -> None:
-    """And clip = 0 never clips."""
+    """And max_grad_norm = 0 never clips."""
     found = []
     for clip in (0.0, 1.0, 1e-9):
         model = tiny.model(tiny.config())
-        optimizer = Optimizer(model, OptimizerTable(name=name, clip=clip, eps=1.0))
+        optimizer = Optimizer(model, OptimizerConfig(name=name, max_grad_norm=clip, eps=1.0))
         set_gradients(model, 1, scale=1e-3)
         assert optimizer.step(RATE) < 1.0
         found.append(copies(model))
@@ -78,7 +78,7 @@ def test_small_gradients_are_not_clipped(name: str) -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_gradients_that_are_not_finite_move_nothing(name: str, value: float) -> None:
     model = tiny.model(tiny.config())
-    optimizer = Optimizer(model, OptimizerTable(name=name))
+    optimizer = Optimizer(model, OptimizerConfig(name=name))
     set_gradients(model, 1)
     optimizer.step(RATE)
     weights = copies(model)
@@ -97,7 +97,7 @@ def test_gradients_that_are_not_finite_move_nothing(name: str, value: float) -> 
 def test_who_gets_muon() -> None:
     """Hidden matrices and experts; AdamW keeps what faces tokens or experts, and all vectors."""
     model = tiny.model(tiny.config(num_nextn_predict_layers=1, mtp_copies=True))
-    optimizer = Optimizer(model, OptimizerTable(name="muon"))
+    optimizer = Optimizer(model, OptimizerConfig(name="muon"))
     set_gradients(model, 1)
     optimizer.step(RATE)
     keys = [key for key, _ in optimizer.tensors()]
@@ -116,7 +116,7 @@ def test_state_goes_on(name: str, dtype: torch.dtype) -> None:
     """A new optimiser with the state of an old one takes the same steps, bit for bit."""
     changes = {"tie_word_embeddings": True, "num_nextn_predict_layers": 1}
     one, other = (tiny.model(tiny.config(**changes), dtype) for _ in range(2))
-    table = OptimizerTable(name=name)
+    table = OptimizerConfig(name=name)
     whole = Optimizer(one, table)
     assert list(whole.tensors()) == []
     for seed in (1, 2):
@@ -144,7 +144,7 @@ def test_muon_knows_gate_from_up() -> None:
     found = []
     for scale in (1.0, 5.0):
         model = tiny.model(tiny.config())
-        optimizer = Optimizer(model, OptimizerTable(name="muon", clip=0.0))
+        optimizer = Optimizer(model, OptimizerConfig(name="muon", max_grad_norm=0.0))
         set_gradients(model, 1)
         stack = model.layers[1].mlp.experts.gate_up_proj
         inner = stack.shape[1] // 2

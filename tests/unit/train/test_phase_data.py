@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowlat.data.batch import Batch
-from lowlat.data.windows import Windows
+from lowlat.data.packing import PackedSequences
 
 from . import runs
 from .runs import opened, train
@@ -25,19 +25,21 @@ def test_a_phase_goes_on_in_the_same_data(
     rows = windows.per_epoch // 4
     assert rows > 1
     expected = windows.batch(0, 4 * rows).tokens
-    each = {"name": "a", "steps": 2, "sequence_length": 11, "batch_rows": rows}
-    each |= {"micro_batch_rows": rows, "learning_rate": 1e-3}
+    each = {"name": "a", "steps": 2, "sequence_length": 11, "batch_size": rows}
+    each |= {"micro_batch_size": rows, "learning_rate": 1e-3}
     wanted = runs.recipe(phase=[each, each | {"name": "b"}])
     read: list[torch.Tensor] = []
 
-    def batch(self: Windows, first: int, count: int) -> Batch:
+    def batch(self: PackedSequences, first: int, count: int) -> Batch:
         found = plain(self, first, count)
-        if self._split == "train" and count == rows:  # single ones are looked at before the start
+        if (
+            self._split == "train" and count == rows
+        ):  # single ones are looked at before the base_model
             read.append(found.tokens)
         return found
 
-    plain = Windows.batch
-    monkeypatch.setattr(Windows, "batch", batch)
+    plain = PackedSequences.batch
+    monkeypatch.setattr(PackedSequences, "batch", batch)
     if last is not None:
         train(base / "run", wanted, last)
     outcome, _ = train(base / "run", wanted)
@@ -49,12 +51,12 @@ def test_data_that_begins_anew_has_an_order_of_its_own(base: Path) -> None:
     other = {"data": {"folder": "tokens"}, "sequence_length": 11}
     wanted = runs.recipe(data={"folder": "tokens"}, phase=[*runs.PHASES, runs.PHASES[1] | other])
     with opened(base / "run", wanted) as trainer:
-        orders = [batches_of(data.train) for data in trainer._basis.inputs.data]
+        orders = [batches_of(data.train) for data in trainer._inputs.data]
     for seed in (4, 5):
         with opened(base / f"run-{seed}", runs.recipe(data={"folder": "tokens"}, seed=seed)) as run:
-            assert batches_of(run._basis.inputs.data[0].train) not in orders
+            assert batches_of(run._inputs.data[0].train) not in orders
     assert orders[0] != orders[2]
 
 
-def batches_of(windows: Windows) -> list[list[int]]:
+def batches_of(windows: PackedSequences) -> list[list[int]]:
     return windows.batch(0, 5).tokens.tolist()

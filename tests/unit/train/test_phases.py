@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from lowlat.attention.flash import FlashAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.model.transformer import Transformer
+from lowlat.train.inputs.configs import base_config, phase_configs
 from lowlat.train.recipe.schema import Recipe, parse_recipe
-from lowlat.train.run.inputs import base_config, phase_configs
 from lowlat.utils.errors import UserError
 
 from . import tuning
@@ -53,8 +53,8 @@ LONG = {
     "name": "long",
     "steps": 2,
     "sequence_length": 64,
-    "batch_rows": 2,
-    "rope": YARN,
+    "batch_size": 2,
+    "rope_scaling": YARN,
     "max_position_embeddings": 64,
 }
 
@@ -106,7 +106,7 @@ def test_softmax_scale_changes_with_the_phase(tmp_path: Path) -> None:
     """
     tuning.chats(tmp_path / "tokens")
     model = MODEL | {"num_nextn_predict_layers": 1}
-    raw = recipe(SHORT, LONG, model=model, saves={"every_steps": 1})
+    raw = recipe(SHORT, LONG, model=model, checkpoints={"every_steps": 1})
     tuning.stop_after(2, tmp_path, raw, name="run")
     before = load_model(exported(tmp_path, 2), dtype="fp32").model
     tuning.stop_after(3, tmp_path, raw, name="run")
@@ -131,8 +131,8 @@ def test_what_a_phase_changes_stays() -> None:
     """
     steps = [
         {"name": "a"},
-        {"name": "b", "rope": YARN | {"factor": 4.0}, "max_position_embeddings": 128},
-        {"name": "c", "rope": YARN | {"factor": 8.0}, "max_position_embeddings": 256},
+        {"name": "b", "rope_scaling": YARN | {"factor": 4.0}, "max_position_embeddings": 128},
+        {"name": "c", "rope_scaling": YARN | {"factor": 8.0}, "max_position_embeddings": 256},
         {"name": "d"},
     ]
     wanted = parsed(*steps)
@@ -148,9 +148,15 @@ def test_what_a_phase_changes_stays() -> None:
     ("change", "words"),
     [
         ({"sequence_length": 65}, "phase long: sequence_length 65 is beyond max_position"),
-        ({"rope": {"type": "yarm"}}, "phase long: rope.*yarm.*supported: default, linear"),
-        ({"rope": {"type": "yarn", "facter": 2.0}}, "phase long: rope.*facter"),
-        ({"rope": {"type": "yarn", "factor": "2"}}, "phase long: rope.*factor.*number"),
+        (
+            {"rope_scaling": {"type": "yarm"}},
+            "phase long: rope_scaling.*yarm.*supported: default, linear",
+        ),
+        ({"rope_scaling": {"type": "yarn", "facter": 2.0}}, "phase long: rope_scaling.*facter"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": "2"}},
+            "phase long: rope_scaling.*factor.*number",
+        ),
     ],
 )
 def test_refusals(change: dict[str, Any], words: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lowlat.train.recipe.schedule import Timetable
+from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.recipe.schema import Segment, parse_recipe, read_recipe
 from lowlat.utils.errors import UserError
 
@@ -24,17 +24,17 @@ betas = [0.8, 0.99]
 name = "first"
 steps = 9
 sequence_length = 17
-batch_rows = [{ to = 2, steps = 1 }, { to = 6 }]
-micro_batch_rows = 2
+batch_size = [{ to = 2, steps = 1 }, { to = 6 }]
+micro_batch_size = 2
 learning_rate = [{ to = 3e-3, steps = 4 }, { to = 1e-4, shape = "cosine" }]
 [[phase]]
 name = "second"
 steps = 3
 sequence_length = 23
-batch_rows = 4
-micro_batch_rows = 2
+batch_size = 4
+micro_batch_size = 2
 learning_rate = 1
-rope = { rope_type = "yarn", factor = 4.0 }
+rope_scaling = { rope_type = "yarn", factor = 4.0 }
 [phase.data]
 folder = "other"
 document_masks = true
@@ -54,7 +54,7 @@ def test_what_is_read(path: Path) -> None:
     assert (recipe.name, recipe.seed, recipe.model) == ("small", 7, {"hidden_size": 24})
     assert recipe.optimizer.betas == (0.8, 0.99) and recipe.optimizer.weight_decay == 0.1
     first, second = recipe.phase
-    assert first.batch_rows == [Segment(to=2.0, steps=1), Segment(to=6.0)]
+    assert first.batch_size == [Segment(to=2.0, steps=1), Segment(to=6.0)]
     assert isinstance(first.learning_rate, list) and first.learning_rate[1].shape == "cosine"
     assert (second.learning_rate, second.mtp_weight, second.bias_update_speed) == (1.0, 0.3, 1e-3)
     assert second.data is not None and second.data.document_masks and first.data is None
@@ -79,17 +79,17 @@ def test_changes(path: Path) -> None:
         "phase.0.steps=50",
         "phase.1.learning_rate=[{ to = 0.5, steps = 1 }]",
         "optimizer.betas=[0.5, 0.6]",
-        "saves.every_steps=3",
+        "checkpoints.every_steps=3",
         "name=other",
         'precision="bf16"',
-        "phase.1.batch_rows=8",
+        "phase.1.batch_size=8",
         "model.hidden_size=48",
     ]
     recipe = read_recipe(path, changes)
     assert (recipe.seed, recipe.name, recipe.precision) == (1, "other", "bf16")
-    assert recipe.phase[0].steps == 50 and recipe.phase[1].batch_rows == 8
+    assert recipe.phase[0].steps == 50 and recipe.phase[1].batch_size == 8
     assert recipe.phase[1].learning_rate == [Segment(to=0.5, steps=1)]
-    assert recipe.optimizer.betas == (0.5, 0.6) and recipe.saves.every_steps == 3
+    assert recipe.optimizer.betas == (0.5, 0.6) and recipe.checkpoints.every_steps == 3
     assert recipe.model == {"hidden_size": 48}
 
 
@@ -118,7 +118,7 @@ def test_changes(path: Path) -> None:
         ("optimizer.momentum=1.0", "recipe.toml: optimizer.momentum: "),
         ("optimizer.eps=0.0", "recipe.toml: optimizer.eps: "),
         ("optimizer.name=sgd", "recipe.toml: optimizer.name: "),
-        ("optimizer.clip=inf", "recipe.toml: optimizer.clip: "),
+        ("optimizer.max_grad_norm=inf", "recipe.toml: optimizer.max_grad_norm: "),
         ("optimizer.weight_decay=nan", "recipe.toml: optimizer.weight_decay: "),
         ("phase.0.z_weight=-0.1", "recipe.toml: phase.0.z_weight: "),
         ("phase.0.learning_rate=-1", "recipe.toml: phase.0.learning_rate"),
@@ -126,16 +126,19 @@ def test_changes(path: Path) -> None:
         ("phase.0.learning_rate=fast", "recipe.toml: phase.0.learning_rate"),
         ("phase.0.learning_rate=[{ to = 1, step = 2 }]", "recipe.toml: phase.0.learning_rate"),
         ("name=../up", "recipe.toml: name: "),
-        ("start=elsewhere", "give either [model] or start, not both"),
+        ("base_model=elsewhere", "give either [model] or base_model, not both"),
         ("lora.rank=4", "recipe.toml: lora.alpha is missing"),
-        ("lora={ rank = 1, alpha = 1, modules = [] }", "recipe.toml: lora.modules: "),
-        ("saves.keep_last=1", "recipe.toml: saves.keep_last: "),
-        ("saves.keep_every_hours=0", "recipe.toml: saves.keep_every_hours: "),
-        ("saves.keep_every_hours=1e23", "recipe.toml: saves.keep_every_hours: "),
+        ("lora={ rank = 1, alpha = 1, target_modules = [] }", "recipe.toml: lora.target_modules: "),
+        ("checkpoints.keep_last=1", "recipe.toml: checkpoints.keep_last: "),
+        ("checkpoints.keep_every_hours=0", "recipe.toml: checkpoints.keep_every_hours: "),
+        ("checkpoints.keep_every_hours=1e23", "recipe.toml: checkpoints.keep_every_hours: "),
         ("phase.0.steps=100000000", "recipe.toml: phase.0.steps: "),
         ("model.rope_theta=inf", "recipe.toml: model: rope_theta must be finite numbers"),
         ("model.pad_token_id=2026-01-01", "recipe.toml: model: pad_token_id must be finite"),
-        ("phase.0.rope={ factor = nan }", "recipe.toml: phase.0.rope: factor must be finite"),
+        (
+            "phase.0.rope_scaling={ factor = nan }",
+            "recipe.toml: phase.0.rope_scaling: factor must be finite",
+        ),
         ("phase=[]", "recipe.toml: phase: "),
         (
             "phase.0.learning_rate=[{ to = 1 }, { to = 2 }]",
@@ -147,7 +150,7 @@ def test_changes(path: Path) -> None:
         ),
         (
             "parallel.fsdp=4",
-            "recipe.toml: phase second: batch_rows 4 is no multiple of 8, micro_batch_rows 2 x "
+            "recipe.toml: phase second: batch_size 4 is no multiple of 8, micro_batch_size 2 x "
             "parallel.data 1 x parallel.fsdp 4; change one of them",
         ),
     ],
@@ -167,13 +170,13 @@ def test_no_layout_changes_a_constant_batch(path: Path, parallel: dict[str, int]
     """Holds shut: 8 rows of micro-batches of 4 that became 32 on 8 processes."""
     recipe = read_recipe(path, [f"parallel.{axis}={size}" for axis, size in parallel.items()])
     ranks = recipe.parallel.data * recipe.parallel.fsdp
-    assert [Timetable(recipe, ranks=ranks).at(step).rows for step in (9, 10, 11)] == [4] * 3
+    assert [TrainingSchedule(recipe, ranks=ranks).at(step).rows for step in (9, 10, 11)] == [4] * 3
 
 
 def test_ramps_are_rounded_instead(path: Path) -> None:
-    changes = ["parallel.data=2", "parallel.fsdp=4", "phase.1.batch_rows=16"]
+    changes = ["parallel.data=2", "parallel.fsdp=4", "phase.1.batch_size=16"]
     recipe = read_recipe(path, changes)
-    assert {Timetable(recipe, ranks=8).at(step).rows for step in range(9)} == {16}
+    assert {TrainingSchedule(recipe, ranks=8).at(step).rows for step in range(9)} == {16}
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
@@ -199,11 +202,11 @@ def test_lora_needs_a_checkpoint() -> None:
                 "name": "p",
                 "steps": 1,
                 "sequence_length": 1,
-                "batch_rows": 1,
-                "micro_batch_rows": 1,
+                "batch_size": 1,
+                "micro_batch_size": 1,
                 "learning_rate": 1,
             }
         ],
     }
-    with pytest.raises(UserError, match="lora needs start"):
+    with pytest.raises(UserError, match="lora needs base_model"):
         parse_recipe(raw, origin="test")

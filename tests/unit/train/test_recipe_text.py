@@ -16,7 +16,7 @@ CHANGES = (
     "seed=3",
     "phase.0.learning_rate=[{ to = 1e-5, steps = 2 }, { to = 0 }]",
     'phase.1.data.folder="other \\"tokens\\""',
-    "saves.every_steps=4",
+    "checkpoints.every_steps=4",
     "model.deep.er=true",
 )
 

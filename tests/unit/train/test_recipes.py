@@ -10,13 +10,13 @@ from lowlat.checkpoint.load import load_model
 from lowlat.cli.main import app
 from lowlat.plan.estimate import estimate
 from lowlat.plan.machine import H100
+from lowlat.train.cost.dry_run import job_of
+from lowlat.train.inputs.configs import base_config, phase_configs, recipe_config
+from lowlat.train.inputs.parallel_check import check_parallel
 from lowlat.train.recipe.reference import reference
-from lowlat.train.recipe.schedule import Timetable, batch_rows
+from lowlat.train.recipe.schedule import TrainingSchedule, batch_size
 from lowlat.train.recipe.schema import Recipe, parse_recipe, read_recipe
 from lowlat.train.run.distill import DistillationOptions, distillation_recipe
-from lowlat.train.run.dry_run import job_of, recipe_config
-from lowlat.train.run.inputs import base_config, phase_configs
-from lowlat.train.run.parallel_check import check_parallel
 from lowlat.train.step.lora import check_lora
 
 ROOT = Path(__file__).parents[3]
@@ -32,11 +32,11 @@ def test_recipe(path: Path) -> None:
     recipe = read_recipe(path)
     assert recipe.name == path.stem
     ranks = recipe.parallel.data * recipe.parallel.fsdp
-    timetable = Timetable(recipe, ranks=ranks)
+    schedule = TrainingSchedule(recipe, ranks=ranks)
     for phase in recipe.phase:
-        if not isinstance(phase.batch_rows, list):
-            assert phase.batch_rows % (phase.micro_batch_rows * ranks) == 0
-    assert all(timetable.at(step).learning_rate > 0 for step in (0, timetable.steps - 1))
+        if not isinstance(phase.batch_size, list):
+            assert phase.batch_size % (phase.micro_batch_size * ranks) == 0
+    assert all(schedule.at(step).learning_rate > 0 for step in (0, schedule.steps - 1))
     if recipe.model is not None:
         vocab = recipe.model.get("vocab_size", VOCAB)
         config = base_config(recipe, None, vocab, str(path))
@@ -55,7 +55,7 @@ def test_heal_recipe_is_what_convert_does() -> None:
         parse_recipe(raw, origin="distillation"),
         read_recipe(ROOT / "recipes" / "heal.toml"),
     )
-    tables = [Timetable(each, ranks=1) for each in (done, recipe)]
+    tables = [TrainingSchedule(each, ranks=1) for each in (done, recipe)]
     assert tables[0].steps == tables[1].steps
     for step in range(tables[0].steps):
         rates = [table.at(step).learning_rate for table in tables]
@@ -66,7 +66,7 @@ def test_heal_recipe_is_what_convert_does() -> None:
 def test_healing_in_turn_is_heal_on_two_texts() -> None:
     """One rate that falls over both texts, as heal's over one."""
     recipes = [read_recipe(ROOT / "recipes" / name) for name in ("heal.toml", "heal-in-turn.toml")]
-    heal_table, in_turn = (Timetable(recipe, ranks=1) for recipe in recipes)
+    heal_table, in_turn = (TrainingSchedule(recipe, ranks=1) for recipe in recipes)
     assert heal_table.steps == in_turn.steps
     assert heal_table.tokens == in_turn.tokens
     for step in range(in_turn.steps):
@@ -81,10 +81,14 @@ def _beside_folders(recipe: Recipe) -> Recipe:
     assert recipe.distillation is not None
     return recipe.model_copy(
         update={
-            "start": None,
+            "name": "",
+            "base_model": None,
             "distillation": recipe.distillation.model_copy(update={"teacher": ""}),
             "data": recipe.data.model_copy(update={"folder": ""}),
-            "phase": [phase.model_copy(update={"learning_rate": 0.0}) for phase in recipe.phase],
+            "phase": [
+                phase.model_copy(update={"name": "", "learning_rate": 0.0})
+                for phase in recipe.phase
+            ],
         }
     )
 
@@ -94,12 +98,12 @@ def test_large_recipe_is_the_reports() -> None:
     phase, the context extended twice.
     """
     recipe = read_recipe(ROOT / "recipes" / "deepseek-v3-16b.toml")
-    timetable = Timetable(recipe, ranks=8)
-    assert timetable.tokens == pytest.approx(1.33e12, rel=0.03)
-    first, later, last = (timetable.at(step) for step in (0, 69_999, 71_999))
+    schedule = TrainingSchedule(recipe, ranks=8)
+    assert schedule.tokens == pytest.approx(1.33e12, rel=0.03)
+    first, later, last = (schedule.at(step) for step in (0, 69_999, 71_999))
     assert (first.mtp_weight, later.mtp_weight, last.mtp_weight) == (0.3, 0.1, 0.1)
     assert (first.bias_update_speed, later.bias_update_speed) == (1e-3, 0.0)
-    assert timetable.at(1999).learning_rate == timetable.at(45_999).learning_rate == 4.2e-4
+    assert schedule.at(1999).learning_rate == schedule.at(45_999).learning_rate == 4.2e-4
     assert later.learning_rate == pytest.approx(4.2e-5)
     assert [phase.max_position_embeddings for phase in recipe.phase] == [None, 32768, 163840]
 
@@ -110,14 +114,14 @@ def test_large_recipe_fits_its_machine() -> None:
     recipe = read_recipe(path)
     config = recipe_config(recipe, path, None)
     jobs = [
-        replace(job_of(recipe, phase), batch_rows=batch_rows(phase, 0, phase.micro_batch_rows * 8))
+        replace(job_of(recipe, phase), batch_size=batch_size(phase, 0, phase.micro_batch_size * 8))
         for phase in recipe.phase
     ]
     first, *later = (estimate(config, job, H100) for job in jobs)
     assert len(later) == 2 and all(found.fits for found in (first, *later))
     assert first.mfu == pytest.approx(0.34, abs=0.01)
     assert all(found.mfu > 0.3 for found in later)
-    quick = estimate(config, replace(first.job, recompute="none"), H100)
+    quick = estimate(config, replace(first.job, activation_checkpointing="none"), H100)
     assert quick.fits and quick.mfu == pytest.approx(0.44, abs=0.01)
 
 
@@ -142,10 +146,17 @@ def test_tiny_then_long_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         shutil.copy(ROOT / "recipes" / f"{name}.toml", tmp_path / "recipes")
     monkeypatch.chdir(tmp_path)
     invoke("data", "build", "recipes/tiny-tokens", "docs", "--only", "*.md", "--train-bpe", "2048")
-    small = ["--set", "phase.0.batch_rows=2", "--set", "phase.0.micro_batch_rows=2", "--quiet"]
+    small = ["--set", "phase.0.batch_size=2", "--set", "phase.0.micro_batch_size=2", "--quiet"]
     rate = ["--set", "phase.0.learning_rate=1e-3", "--set", "log.tensorboard=false"]
     invoke("train", "recipes/tiny.toml", "--set", "phase.0.steps=1", *small, *rate)
-    once = ["--set", "phase.0.steps=1", "--set", "phase.1.steps=1", "--set", "evaluation.rows=1"]
+    once = [
+        "--set",
+        "phase.0.steps=1",
+        "--set",
+        "phase.1.steps=1",
+        "--set",
+        "evaluation.sequences=1",
+    ]
     invoke("train", "recipes/long-context.toml", *once, *rate, "--quiet")
     config = load_model(tmp_path / "runs" / "long-context" / "model").config
     assert config.max_position_embeddings == 4096

@@ -21,7 +21,7 @@ def test_a_batch_comes_back(tmp_path: Path, masked: bool) -> None:
     keep_batch(path, 6, batch)
     found = read_batch(path)
     assert torch.equal(found.tokens, batch.tokens)
-    assert torch.equal(found.predicted, batch.predicted)
+    assert torch.equal(found.loss_mask, batch.loss_mask)
     assert found.documents == batch.documents
 
 
@@ -34,7 +34,7 @@ def test_files_that_are_no_batch(tmp_path: Path) -> None:
         tmp_path / name for name in ("missing", "text", "bare", "other", "wrong")
     )
     text.write_text("no tensors")
-    tensors = {"tokens": torch.zeros(1, 2, dtype=torch.int64), "predicted": torch.ones(1, 2)}
+    tensors = {"tokens": torch.zeros(1, 2, dtype=torch.int64), "loss_mask": torch.ones(1, 2)}
     save_file(tensors, bare)
     save_file({"tokens": torch.zeros(1, 2)}, other, metadata={"documents": "null"})
     save_file(tensors, wrong, metadata={"documents": "{"})

@@ -46,7 +46,7 @@ def test_one_copy_of_the_state_at_a_time(base: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(CheckpointStore, "wait", wait)
     monkeypatch.setattr(writer, "write_training_checkpoint", write)
     monkeypatch.setattr(trainer_module, "snapshot", copy)
-    train(base / "run", runs.recipe(saves={"every_steps": 1}), 4)
+    train(base / "run", runs.recipe(checkpoints={"every_steps": 1}), 4)
     assert copied == [0, 1, 2, 3]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lowlat.train.recipe.schedule import Timetable, batch_rows, value_at
+from lowlat.train.recipe.schedule import TrainingSchedule, batch_size, value_at
 from lowlat.train.recipe.schema import Phase, Segment, parse_recipe
 
 from . import tiny
@@ -56,26 +56,26 @@ def test_a_last_segment_that_has_no_step_left_is_never_met() -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_batches_grow_by_whole_micro_batches(ranks: int) -> None:
     ramp = [{"to": 2.0, "steps": 1}, {"to": 12.0, "steps": 5}, {"to": 12.0}]
-    recipe = tiny.recipe(steps=9, batch_rows=ramp, micro_batch_rows=2)
-    rows = [Timetable(recipe, ranks=ranks).at(step).rows for step in range(9)]
+    recipe = tiny.recipe(steps=9, batch_size=ramp, micro_batch_size=2)
+    rows = [TrainingSchedule(recipe, ranks=ranks).at(step).rows for step in range(9)]
     assert rows == {1: [2, 4, 6, 8, 10, 12, 12, 12, 12], 2: [4, 4, 8, 8, 8, 12, 12, 12, 12]}[ranks]
 
 
-def phases() -> Timetable:
-    fields = {"micro_batch_rows": 1, "learning_rate": 0.1}
+def phases() -> TrainingSchedule:
+    fields = {"micro_batch_size": 1, "learning_rate": 0.1}
     ramp = [{"to": 1.0, "steps": 1}, {"to": 3.0}]
     raw = {
         "name": "t",
         "model": {},
         "data": {"folder": "none"},
         "phase": [
-            {"name": "a", "steps": 3, "sequence_length": 5, "batch_rows": ramp} | fields,
-            {"name": "b", "steps": 1, "sequence_length": 7, "batch_rows": 2} | fields,
-            {"name": "c", "steps": 2, "sequence_length": 11, "batch_rows": 4, "mtp_weight": 0.1}
+            {"name": "a", "steps": 3, "sequence_length": 5, "batch_size": ramp} | fields,
+            {"name": "b", "steps": 1, "sequence_length": 7, "batch_size": 2} | fields,
+            {"name": "c", "steps": 2, "sequence_length": 11, "batch_size": 4, "mtp_weight": 0.1}
             | fields,
         ],
     }
-    return Timetable(parse_recipe(raw, origin="test"))
+    return TrainingSchedule(parse_recipe(raw, origin="test"))
 
 
 def test_phases_follow_one_another() -> None:
@@ -100,7 +100,7 @@ def test_a_phase_goes_on_in_the_data_of_the_one_before() -> None:
     may differ. After other data it begins anew.
     """
     own = {"data": {"folder": "none"}}
-    table = of_phases({}, own | {"batch_rows": 4}, {}, {"sequence_length": 7}, own)
+    table = of_phases({}, own | {"batch_size": 4}, {}, {"sequence_length": 7}, own)
     plans = [table.at(step) for step in range(table.steps)]
     assert [plan.first_row for plan in plans] == [0, 2, 4, 8, 12, 14, 0, 2, 0, 2]
 
@@ -118,12 +118,12 @@ def test_a_phase_with_other_rows_begins_anew(change: dict[str, Any]) -> None:
     assert of_phases({}, change).at(2).first_row == 0
 
 
-def of_phases(*changes: dict[str, Any]) -> Timetable:
+def of_phases(*changes: dict[str, Any]) -> TrainingSchedule:
     """Two steps of two rows in every phase."""
-    fields = {"name": "p", "steps": 2, "sequence_length": 5, "batch_rows": 2}
-    fields |= {"micro_batch_rows": 1, "learning_rate": 0.1}
+    fields = {"name": "p", "steps": 2, "sequence_length": 5, "batch_size": 2}
+    fields |= {"micro_batch_size": 1, "learning_rate": 0.1}
     raw = {"name": "t", "model": {}, "data": {"folder": "none"}}
-    return Timetable(
+    return TrainingSchedule(
         parse_recipe(raw | {"phase": [fields | change for change in changes]}, origin="test")
     )
 
@@ -139,7 +139,7 @@ def v3() -> Phase:
     return tiny.recipe(
         steps=sum(V3_STEPS.values()),
         sequence_length=4096,
-        batch_rows=[
+        batch_size=[
             {"to": 3072, "steps": 1, "shape": "constant"},
             {"to": 15360, "steps": V3_STEPS["ramp"]},
             {"to": 15360},
@@ -184,7 +184,7 @@ def test_the_published_schedule_of_deepseek_v3() -> None:
     assert {step: at(step, "learning_rate") for step in rates} == pytest.approx(rates, rel=1e-4)
     assert (at(ten - 1, "mtp_weight"), at(end - 1, "bias_update_speed")) == (0.3, 1e-3)
     assert (at(ten, "mtp_weight"), at(end, "bias_update_speed")) == (0.1, 0.0)
-    rows = [batch_rows(phase, step, 1) for step in range(0, phase.steps, 16)]
+    rows = [batch_size(phase, step, 1) for step in range(0, phase.steps, 16)]
     assert (rows[0], rows[ramp // 16 + 1], rows[-1]) == (3072, 15360, 15360)
     # Every 16th step stands for the 16 around it.
     tokens = [16 * 4096 * count for count in itertools.accumulate(rows)]

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: what of a chat is learned, and every kind of checkpoint as the start."""
+"""Supervised fine-tuning: what of a chat is learned, and every kind of base model."""
 
 import json
 import re
@@ -15,12 +15,12 @@ from lowlat.config.model import GQAConfig, ModelConfig, QuantConfig
 from lowlat.convert.run import convert
 from lowlat.data.batch import Batch
 from lowlat.data.build import build
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.data.selection import BuildOptions
 from lowlat.text.chat_prompt import encode_chat
 from lowlat.text.token_bytes import byte_alphabet
+from lowlat.train.inputs.phase_data import data_notes, phase_data, phase_dataset
 from lowlat.train.recipe.schema import parse_recipe
-from lowlat.train.run.inputs import left_out, phase_data, phase_folder
 from lowlat.utils.errors import UserError
 from tests.fakes import ASSISTANT, EOS, TEMPLATE, byte_tokenizer, gqa_config
 from tests.unit.checkpoint.gguf_files import write_gguf
@@ -32,17 +32,17 @@ def test_only_answers_are_targets(tmp_path: Path) -> None:
     """Of every chat what follows <assistant>, to the end of its turn, and nothing else; windows
     keep chats apart.
     """
-    folder = TokenFolder.open(tuning.chats(tmp_path / "tokens"))
+    folder = TokenizedDataset.open(tuning.chats(tmp_path / "tokens"))
     places = np.arange(folder.num_tokens("train"))
     tokens = folder.tokens("train", places).tolist()
     expected, is_answer = [], False
     for token in tokens:
         expected.append(is_answer)
         is_answer = token == ASSISTANT or (is_answer and token != EOS)
-    assert folder.predicted("train", places).tolist() == expected
+    assert folder.loss_mask("train", places).tolist() == expected
     assert sum(expected) > 2 * folder.num_documents("train")
     recipe = parse_recipe(tuning.raw_recipe(model={}), origin="r.toml")
-    batch = phase_data(recipe, 0, phase_folder(recipe, 0, tmp_path), 2).train.batch(0, 5)
+    batch = phase_data(recipe, 0, phase_dataset(recipe, 0, tmp_path), 2).train.batch(0, 5)
     assert batch.documents is not None and max(map(len, batch.documents)) > 1
     ends = {(batch.tokens == EOS)[row, sum(part[:-1]) - 1].item() for row, part in cut(batch)}
     assert ends == {True}
@@ -50,7 +50,7 @@ def test_only_answers_are_targets(tmp_path: Path) -> None:
 
 def test_no_answer_is_learned_without_its_question(tmp_path: Path) -> None:
     """What has targets begins with the beginning of a chat, in every row of an epoch."""
-    folder = TokenFolder.open(tuning.chats(tmp_path / "tokens"))
+    folder = TokenizedDataset.open(tuning.chats(tmp_path / "tokens"))
     recipe = parse_recipe(tuning.raw_recipe(model={}), origin="r.toml")
     rows = phase_data(recipe, 0, folder, 1).train
     batch = rows.batch(0, rows.per_epoch)
@@ -59,35 +59,35 @@ def test_no_answer_is_learned_without_its_question(tmp_path: Path) -> None:
     learned = 0
     for row, lengths in enumerate(batch.documents):
         for first, size in zip(np.cumsum([0, *lengths]), lengths, strict=False):
-            targets = int(batch.predicted[row, first : first + size].sum())
+            targets = int(batch.loss_mask[row, first : first + size].sum())
             assert not targets or int(batch.tokens[row, first]) == begin
             learned += targets
-    assert learned >= 0.9 * folder.facts.splits["train"].predicted
+    assert learned >= 0.9 * folder.manifest.splits["train"].predicted
 
 
-def test_what_is_left_out_of_long_chats_is_said(tmp_path: Path) -> None:
-    folder = TokenFolder.open(tuning.chats(tmp_path / "tokens"))
+def test_truncated_chats_are_reported(tmp_path: Path) -> None:
+    folder = TokenizedDataset.open(tuning.chats(tmp_path / "tokens"))
     raw = tuning.raw_recipe(model={}, phase=tuning.phases({"sequence_length": 9}))
     recipe = parse_recipe(raw, origin="r.toml")
     sizes = np.diff(folder.ends("train"), prepend=0)
-    (line,) = left_out(recipe, [phase_data(recipe, 0, folder, 1)])
-    assert f"{(sizes > 10).sum()} of {len(sizes)} chats are longer than a row" in line
-    assert f"their last {np.maximum(sizes - 10, 0).sum()} tokens are not learned" in line
+    (line,) = data_notes(recipe, [phase_data(recipe, 0, folder, 1)])
+    assert f"{(sizes > 10).sum()} of {len(sizes)} chats are longer than a sequence" in line
+    assert f"lose their last {np.maximum(sizes - 10, 0).sum()} tokens" in line
     long = tuning.phases({"sequence_length": int(sizes.max()) - 1})
     recipe = parse_recipe(raw | {"phase": long}, origin="r.toml")
-    assert list(left_out(recipe, [phase_data(recipe, 0, folder, 1)])) == []
+    assert list(data_notes(recipe, [phase_data(recipe, 0, folder, 1)])) == []
 
 
 def test_chats_without_a_target_are_refused(tmp_path: Path) -> None:
     """Holds shut: a run over rows that cut every answer, of a loss of 0 and decaying weights."""
-    folder = TokenFolder.open(tuning.chats(tmp_path / "tokens"))
-    start = tuning.checkpoint(tmp_path / "base", tuning.config())
-    raw = tuning.raw_recipe(start="base", phase=tuning.phases({"sequence_length": 2}))
+    folder = TokenizedDataset.open(tuning.chats(tmp_path / "tokens"))
+    base_model = tuning.checkpoint(tmp_path / "base", tuning.config())
+    raw = tuning.raw_recipe(base_model="base", phase=tuning.phases({"sequence_length": 2}))
     longest = int(np.diff(folder.ends("train"), prepend=0).max())
-    what = f"r.toml: phase p: no row of {folder.path} holds a target: every answer lies beyond "
+    what = f"r.toml: phase p: no sequence of {folder.path} has a target: every answer begins after "
     what += f"sequence_length 2; sequence_length = {longest - 1} holds all"
     with pytest.raises(UserError, match=re.escape(what)):
-        tuning.train(tmp_path, raw, start=start)
+        tuning.train(tmp_path, raw, base_model=base_model)
 
 
 def test_held_out_chats_without_a_target_are_not_evaluated(tmp_path: Path) -> None:
@@ -95,22 +95,26 @@ def test_held_out_chats_without_a_target_are_not_evaluated(tmp_path: Path) -> No
     long, short = two_chats(tmp_path)
     options = BuildOptions(sources=(short,), held_out_sources=(long,))
     build(tmp_path / "tokens", options, byte_tokenizer())
-    start = tuning.checkpoint(tmp_path / "base", tuning.config())
-    raw = tuning.raw_recipe(start="base", phase=tuning.phases({"steps": 1, "sequence_length": 11}))
-    run = tuning.train(tmp_path, raw, start=start)
+    base_model = tuning.checkpoint(tmp_path / "base", tuning.config())
+    raw = tuning.raw_recipe(
+        base_model="base", phase=tuning.phases({"steps": 1, "sequence_length": 11})
+    )
+    run = tuning.train(tmp_path, raw, base_model=base_model)
     assert run.records("evaluation") == [] and run.losses()[0] > 0
     (note, *_) = [record["text"] for record in run.records("note")]
-    assert "phase p: no evaluations, the held-out rows of" in note and "hold no target" in note
+    assert "phase p: no evaluations, the held-out sequences of" in note and "have no target" in note
 
 
 def test_a_batch_of_cut_answers_is_told_of(tmp_path: Path) -> None:
     """Every second row has its answer cut off: a step of it moves nothing and has no loss."""
     options = BuildOptions(sources=two_chats(tmp_path), held_out=0.0)
     build(tmp_path / "tokens", options, byte_tokenizer())
-    start = tuning.checkpoint(tmp_path / "base", tuning.config())
-    one = {"steps": 4, "sequence_length": 11, "batch_rows": 1, "micro_batch_rows": 1}
+    base_model = tuning.checkpoint(tmp_path / "base", tuning.config())
+    one = {"steps": 4, "sequence_length": 11, "batch_size": 1, "micro_batch_size": 1}
     run = tuning.train(
-        tmp_path, tuning.raw_recipe(start="base", phase=tuning.phases(one)), start=start
+        tmp_path,
+        tuning.raw_recipe(base_model="base", phase=tuning.phases(one)),
+        base_model=base_model,
     )
     blind = [record["step"] for record in run.records("step") if record["loss"] is None]
     assert len(blind) == 2
@@ -133,9 +137,9 @@ def two_chats(folder: Path) -> tuple[str, str]:
 def test_losses_are_per_answer_token(tmp_path: Path) -> None:
     """Bytes of prompts, which nobody predicts, make no bits per byte."""
     tuning.chats(tmp_path / "tokens")
-    start = tuning.checkpoint(tmp_path / "base", tuning.config())
-    recipe = tuning.raw_recipe(start="base", phase=tuning.phases({"steps": 1}))
-    run = tuning.train(tmp_path, recipe, start=start)
+    base_model = tuning.checkpoint(tmp_path / "base", tuning.config())
+    recipe = tuning.raw_recipe(base_model="base", phase=tuning.phases({"steps": 1}))
+    run = tuning.train(tmp_path, recipe, base_model=base_model)
     (record,) = run.records("evaluation")
     assert record["bits_per_byte"] is None and record["targets"] == "answer token"
 
@@ -196,21 +200,21 @@ STARTS = {
 
 @pytest.mark.parametrize("kind", STARTS)
 def test_start(tmp_path: Path, kind: str) -> None:
-    """Training moves every matrix, the loss falls, and the export has the start's layout, tokenizer
-    and template.
+    """Training moves every matrix, the loss falls, and the export has the base model's layout,
+    tokenizer and template.
     """
-    start = STARTS[kind](tmp_path)
+    base_model = STARTS[kind](tmp_path)
     tuning.chats(tmp_path / "tokens")
-    recipe = tuning.raw_recipe(start="base", phase=tuning.phases({"steps": 9}))
-    run = tuning.train(tmp_path, recipe, start=start)
+    recipe = tuning.raw_recipe(base_model="base", phase=tuning.phases({"steps": 9}))
+    run = tuning.train(tmp_path, recipe, base_model=base_model)
     losses = run.losses()
     assert sum(losses[-3:]) < sum(losses[:3])
     assert run.outcome.model is not None
-    before, after = tuning.loaded(start), tuning.loaded(run.outcome.model)
+    before, after = tuning.loaded(base_model), tuning.loaded(run.outcome.model)
     assert before.keys() == after.keys()
     matrices = [name for name, tensor in before.items() if tensor.ndim > 1]
     assert set(tuning.changed(before, after)) >= set(matrices)
-    first = load_model(start, dtype="fp32").config
+    first = load_model(base_model, dtype="fp32").config
     last = load_model(run.outcome.model).config
     assert last == replace(first, quantization=None)
     assert (run.outcome.model / "tokenizer.json").is_file()
@@ -220,13 +224,13 @@ def test_start(tmp_path: Path, kind: str) -> None:
 
 def test_masters_are_fp32(tmp_path: Path) -> None:
     """A bf16 checkpoint is trained in fp32: steps smaller than bf16 can tell are not lost."""
-    start = tuning.checkpoint(tmp_path / "base", tuning.config(), torch.bfloat16)
+    base_model = tuning.checkpoint(tmp_path / "base", tuning.config(), torch.bfloat16)
     tuning.chats(tmp_path / "tokens")
     small = tuning.phases({"steps": 2, "learning_rate": 1e-6})
-    recipe = tuning.raw_recipe(start="base", precision="bf16", phase=small)
-    run = tuning.train(tmp_path, recipe, start=start)
+    recipe = tuning.raw_recipe(base_model="base", precision="bf16", phase=small)
+    run = tuning.train(tmp_path, recipe, base_model=base_model)
     saved = {n: t for n, t in run.saved().items() if n.startswith("model.layers.0.self_attn.o")}
-    before = tuning.loaded(start)
+    before = tuning.loaded(base_model)
     assert saved
     for name, tensor in saved.items():
         assert tensor.dtype == torch.float32
@@ -235,7 +239,7 @@ def test_masters_are_fp32(tmp_path: Path) -> None:
 
 def test_prompt_of_training_is_that_of_serving(tmp_path: Path) -> None:
     """A chat's tokens begin with the very prompt that a server would encode for its question."""
-    folder = TokenFolder.open(tuning.chats(tmp_path / "tokens"))
+    folder = TokenizedDataset.open(tuning.chats(tmp_path / "tokens"))
     tokens = folder.tokens("train", np.arange(folder.ends("train")[0])).tolist()
     end = tokens.index(ASSISTANT)
     question = bytes(tokens[2:end][: tokens[2:end].index(EOS)]).decode()

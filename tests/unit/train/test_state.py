@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lowlat.train.parallel.parallelize import ShardedParameters
-from lowlat.train.recipe.schedule import Timetable
-from lowlat.train.recipe.schema import Optimizer as OptimizerTable
+from lowlat.train.recipe.schedule import TrainingSchedule
+from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.run.state import (
     MODEL,
     OPTIMIZER,
@@ -32,7 +32,7 @@ from .test_optim import set_gradients
 def test_every_tensor_of_a_state() -> None:
     """Weights, routing biases, moments of every trained parameter, random numbers."""
     model = tiny.model(tiny.config())
-    optimizer = Optimizer(model, OptimizerTable())
+    optimizer = Optimizer(model, OptimizerConfig())
     set_gradients(model, 1)
     optimizer.step(0.1)
     state = dict(state_tensors(ShardedParameters.unsharded(model), optimizer))
@@ -51,7 +51,7 @@ def test_every_tensor_of_a_state() -> None:
 def test_a_snapshot_does_not_change() -> None:
     """Training goes on while it is written."""
     model = tiny.model(tiny.config())
-    optimizer = Optimizer(model, OptimizerTable())
+    optimizer = Optimizer(model, OptimizerConfig())
     set_gradients(model, 1)
     optimizer.step(0.1)
     taken = snapshot(ShardedParameters.unsharded(model), optimizer)
@@ -67,13 +67,13 @@ def test_a_snapshot_does_not_change() -> None:
 
 def resume(saved: dict[str, Any], **changes: Any) -> Position:
     recipe = runs.recipe(**changes)
-    return check_resumable(saved, recipe, ["a", "b"], Timetable(recipe), "runs/x")
+    return check_resumable(saved, recipe, ["a", "b"], TrainingSchedule(recipe), "runs/x")
 
 
 def saved(step: int) -> dict[str, Any]:
     recipe = runs.recipe()
     position = Position(step=step, seconds=2.5)
-    return facts(recipe, tiny.config(), position, ["a", "b"], Timetable(recipe))
+    return facts(recipe, tiny.config(), position, ["a", "b"], TrainingSchedule(recipe))
 
 
 @pytest.mark.parametrize(
@@ -105,24 +105,24 @@ def test_what_differs_is_said() -> None:
 def test_a_model_of_another_config_does_not_go_on(step: int, phase: int) -> None:
     """Holds shut: weights of a save under the config of a checkpoint that has changed since."""
     own, other = tiny.config(), replace(tiny.config(), rms_norm_eps=1e-3)
-    timetable = Timetable(runs.recipe())
+    schedule = TrainingSchedule(runs.recipe())
     configs = [other, other]
     configs[phase] = own
-    check_config(saved(step), configs, timetable, "runs/x")
+    check_config(saved(step), configs, schedule, "runs/x")
     configs.reverse()
     with pytest.raises(UserError, match=r"rms_norm_eps was 1e-0\d and is 0.001; restore the con"):
-        check_config(saved(step), configs, timetable, "runs/x")
+        check_config(saved(step), configs, schedule, "runs/x")
 
 
 def test_what_may_differ() -> None:
     found = saved(3)
     for changes in (
         {"name": "other"},
-        {"saves": {"every_steps": 7}},
-        {"evaluation": {"rows": 1}},
+        {"checkpoints": {"every_steps": 7}},
+        {"evaluation": {"sequences": 1}},
         {"log": {"tensorboard": False}},
         {"device": "cuda"},
-        {"recompute": "layers"},
+        {"activation_checkpointing": "full"},
     ):
         assert resume(found, **changes).step == 3
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
 from lowlat.train.recipe.schedule import StepPlan
-from lowlat.train.recipe.schema import Optimizer as OptimizerTable
+from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.step.balance import LoadBalancer, gates
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import Passes, PlainPasses
@@ -22,7 +22,7 @@ from . import tiny
 from .naive import NaiveModel
 
 ALPHA, GAMMA = 0.05, 0.01
-TABLE = OptimizerTable(eps=1e-4, clip=0.5)
+TABLE = OptimizerConfig(eps=1e-4, max_grad_norm=0.5)
 """An epsilon so large that no update follows the rounding of a gradient near zero."""
 
 
@@ -52,7 +52,7 @@ def test_steps_written_out() -> None:
         torch.manual_seed(seed)
         batch = tiny.batch(masked=True)
         batch.tokens.copy_(torch.randint_like(batch.tokens, tiny.VOCAB))
-        plan = tiny.plan(micro_batch_rows=2, bias_update_speed=GAMMA, z_weight=0.01)
+        plan = tiny.plan(micro_batch_size=2, bias_update_speed=GAMMA, z_weight=0.01)
         result = train_step(
             PlainPasses(model, torch.float64), optimizer, balancer, batch, plan, num_ahead=3
         )
@@ -133,7 +133,7 @@ def test_losses_fall() -> None:
             optimizer,
             balancer,
             tiny.batch(),
-            tiny.plan(micro_batch_rows=tiny.ROWS),
+            tiny.plan(micro_batch_size=tiny.ROWS),
             num_ahead=3,
         )
         for _ in range(20)
@@ -146,7 +146,7 @@ def test_evaluation_is_the_mean_over_targets() -> None:
     """Of all batches together, however many targets each has; nothing is left behind."""
     model = tiny.model(tiny.config())
     batch = tiny.batch(masked=True)
-    batch.predicted[0] = False
+    batch.loss_mask[0] = False
     passes = PlainPasses(model, torch.float64)
     naive = NaiveModel(model.config, dict(model.named_parameters()))
     wanted = naive.losses(batch, mtp_weight=0.0, z_weight=0.0, alpha=0.0)
@@ -161,7 +161,7 @@ def test_evaluation_is_the_mean_over_targets() -> None:
 def blind() -> Batch:
     """Nothing of it is a target."""
     batch = tiny.batch()
-    return replace(batch, predicted=torch.zeros_like(batch.predicted))
+    return replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
 
 
 def test_a_batch_without_targets_moves_nothing() -> None:
@@ -185,7 +185,7 @@ def test_heads_without_targets_have_no_loss() -> None:
     optimizer, balancer = parts(model)
     passes = PlainPasses(model, torch.float64)
     batch = blind()
-    batch.predicted[:, 1::2] = True
+    batch.loss_mask[:, 1::2] = True
     before = state(model, optimizer)
     (loss,) = train_step(passes, optimizer, balancer, batch, tiny.plan(), num_ahead=3).losses
     assert loss > 0 and not torch.equal(before["norm.weight"], model.norm.weight)

@@ -22,24 +22,28 @@ from .runs import STEPS, opened, train
 
 
 @pytest.mark.parametrize(
-    ("precision", "optimizer", "recompute"),
+    ("precision", "optimizer", "activation_checkpointing"),
     [
         ("fp32", "adamw", "none"),
-        ("fp32", "muon", "layers"),
+        ("fp32", "muon", "full"),
         ("bf16", "muon", "none"),
-        ("bf16", "adamw", "layers"),
+        ("bf16", "adamw", "full"),
         ("fp8", "adamw", "none"),
     ],
 )
 def test_a_stopped_run_goes_on_exactly(
-    base: Path, precision: str, optimizer: str, recompute: str
+    base: Path, precision: str, optimizer: str, activation_checkpointing: str
 ) -> None:
     """Stopped within a phase, at a border, and within the next: the same bits as undisturbed, in
     every save and every record.
 
     Holds shut: a state that lacks routing biases, moments, schedule, position or random numbers.
     """
-    wanted = runs.recipe(precision=precision, optimizer={"name": optimizer}, recompute=recompute)
+    wanted = runs.recipe(
+        precision=precision,
+        optimizer={"name": optimizer},
+        activation_checkpointing=activation_checkpointing,
+    )
     before = torch.get_rng_state()
     whole, log = train(base / "whole", wanted)
     torch.set_rng_state(before)
@@ -64,7 +68,7 @@ def test_what_a_run_leaves(base: Path) -> None:
     """Checkpoints at every so many steps and at the end of every phase; records of every step;
     evaluations likewise; and a model.
     """
-    wanted = runs.recipe(saves={"every_steps": 4, "keep_last": 20})
+    wanted = runs.recipe(checkpoints={"every_steps": 4, "keep_last": 20})
     outcome, log = train(base / "run", wanted)
     assert runs.steps(base / "run") == [4, 5, 8, 9]
     assert [record.step for record in log.steps] == list(range(1, STEPS + 1))
@@ -151,7 +155,9 @@ def test_a_loss_that_is_not_finite(base: Path, every: int) -> None:
     """The run ends with the batch of the step and the state before it, whenever the last save was;
     started again it ends at the same step.
     """
-    wanted = runs.recipe(phase=runs.phases(BOOM, {}), saves={"every_steps": every, "keep_last": 20})
+    wanted = runs.recipe(
+        phase=runs.phases(BOOM, {}), checkpoints={"every_steps": every, "keep_last": 20}
+    )
     log = runs.Notes()
     for _ in range(2):
         with (
@@ -196,7 +202,7 @@ def test_a_gradient_that_is_not_finite_at_the_first_step(base: Path) -> None:
     [
         ({"seed": 4}, "seed was 3 and is 4"),
         ({"model": runs.MODEL | {"n_group": 1}}, "model.n_group was 2 and is 1"),
-        ({"optimizer": {"clip": 2.0}}, "optimizer.clip was 1.0 and is 2.0"),
+        ({"optimizer": {"max_grad_norm": 2.0}}, "optimizer.max_grad_norm was 1.0 and is 2.0"),
         ({"precision": "bf16"}, "precision was 'fp32' and is 'bf16'"),
         ({"phase": runs.phases({}, {"steps": 5})}, "phase.1.steps was 4 and is 5"),
         ({"phase": runs.PHASES[:1]}, "phase was"),
@@ -227,10 +233,10 @@ def test_what_may_change_between_parts_of_a_run(base: Path) -> None:
         base / "run",
         runs.recipe(
             name="renamed",
-            saves={"every_steps": 3, "keep_last": 9},
-            evaluation={"every_steps": 100, "rows": 1},
+            checkpoints={"every_steps": 3, "keep_last": 9},
+            evaluation={"every_steps": 100, "sequences": 1},
             log={"every_steps": 2},
-            recompute="layers",
+            activation_checkpointing="full",
         ),
     )
     assert outcome.is_complete
@@ -257,7 +263,7 @@ def test_masks_and_infilling(base: Path) -> None:
     plain, other = ({"folder": "tokens"}, {"folder": "tokens", "document_masks": True})
     first: list[float] = []
     for table in (plain, other, plain | {"fim_rate": 1.0}):
-        wanted = runs.recipe(data=table, phase=runs.phases({"batch_rows": 20.0}, {}))
+        wanted = runs.recipe(data=table, phase=runs.phases({"batch_size": 20.0}, {}))
         _, log = train(base / f"run-{len(first)}", wanted, 1)
         first.append(log.steps[0].loss)
         with opened(base / f"run-{len(first) - 1}", wanted) as trainer:
@@ -292,7 +298,7 @@ def test_data_of_another_tokenizer_is_refused(base: Path) -> None:
         pass
 
 
-YARN = {"rope": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 128}
+YARN = {"rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 128}
 
 
 def test_longer_contexts(base: Path) -> None:
@@ -325,14 +331,17 @@ def test_longer_contexts(base: Path) -> None:
     ("changes", "said"),
     [
         ({"sequence_length": 33}, "phase long: sequence_length 33 is beyond"),
-        ({"rope": {"stretch": 2}}, "phase long: rope: rope_scaling.stretch (2) is not a setting"),
         (
-            {"rope": {"type": "yarn", "factor": "much"}},
-            "phase long: rope: rope_scaling.factor must be a number",
+            {"rope_scaling": {"stretch": 2}},
+            "phase long: rope_scaling: rope_scaling.stretch (2) is not a setting",
         ),
         (
-            {"rope": {"type": "spiral"}},
-            'phase long: rope: rope_scaling.type "spiral" is not supported',
+            {"rope_scaling": {"type": "yarn", "factor": "much"}},
+            "phase long: rope_scaling: rope_scaling.factor must be a number",
+        ),
+        (
+            {"rope_scaling": {"type": "spiral"}},
+            'phase long: rope_scaling: rope_scaling.type "spiral" is not supported',
         ),
     ],
 )

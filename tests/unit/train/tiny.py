@@ -11,7 +11,7 @@ from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
 from lowlat.train.layers.fused import use_fused_layers
 from lowlat.train.layers.stacked_experts import stack_experts
-from lowlat.train.recipe.schedule import StepPlan, Timetable
+from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from tests.fakes import mla_config
 from tests.lowlat_configs import random_model
@@ -52,16 +52,16 @@ def batch(*, ahead: int = 3, rows: int = ROWS, length: int = LENGTH, masked: boo
     predicts, and some more tokens that do not count.
     """
     tokens = torch.randint(VOCAB, (rows, length + ahead), generator=_generator())
-    predicted = torch.ones_like(tokens, dtype=torch.bool)
+    loss_mask = torch.ones_like(tokens, dtype=torch.bool)
     if not masked:
-        return Batch(tokens=tokens, predicted=predicted)
+        return Batch(tokens=tokens, loss_mask=loss_mask)
     documents = []
     for row in range(rows):
         first = 1 + row % (length - 1)
-        predicted[row, 0] = predicted[row, first] = False
+        loss_mask[row, 0] = loss_mask[row, first] = False
         documents.append((first, length - first))
-    predicted[1, 2] = predicted[-1, length] = False
-    return Batch(tokens=tokens, predicted=predicted, documents=tuple(documents))
+    loss_mask[1, 2] = loss_mask[-1, length] = False
+    return Batch(tokens=tokens, loss_mask=loss_mask, documents=tuple(documents))
 
 
 def _generator() -> torch.Generator:
@@ -70,13 +70,13 @@ def _generator() -> torch.Generator:
 
 def recipe(**phase: Any) -> Recipe:
     """Of one phase that `phase` changes; its batch is ROWS, filled up to whole micro-batches."""
-    unit = phase.get("micro_batch_rows", 1)
+    unit = phase.get("micro_batch_size", 1)
     fields = {
         "name": "p",
         "steps": 4,
         "sequence_length": LENGTH,
-        "batch_rows": -(-ROWS // unit) * unit,
-        "micro_batch_rows": 1,
+        "batch_size": -(-ROWS // unit) * unit,
+        "micro_batch_size": 1,
         "learning_rate": 1e-2,
     }
     raw = {"name": "t", "model": {}, "data": {"folder": "none"}, "phase": [fields | phase]}
@@ -84,7 +84,7 @@ def recipe(**phase: Any) -> Recipe:
 
 
 def plan(step: int = 0, **phase: Any) -> StepPlan:
-    return Timetable(recipe(**phase)).at(step)
+    return TrainingSchedule(recipe(**phase)).at(step)
 
 
 def gradients(trained: Transformer) -> dict[str, Tensor]:

@@ -21,10 +21,10 @@ from lowlat.data.build import build
 from lowlat.data.selection import BuildOptions
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.checkpoints.store import CheckpointStore
-from lowlat.train.metrics.runlog import FolderRunLog
-from lowlat.train.metrics.view import make_view
+from lowlat.train.metrics.metrics_log import FolderMetricsLog
+from lowlat.train.metrics.progress_view import make_view
 from lowlat.train.recipe.schema import parse_recipe
-from lowlat.train.run.trainer import Outcome, Trainer
+from lowlat.train.run.trainer import Trainer, TrainingResult
 from tests.fakes import byte_tokenizer
 from tests.lowlat_configs import random_model
 
@@ -39,7 +39,7 @@ class Run:
     """What a run left."""
 
     path: Path
-    outcome: Outcome
+    outcome: TrainingResult
     trainer: Trainer
 
     def records(self, kind: str) -> list[dict[str, Any]]:
@@ -106,8 +106,8 @@ def raw_recipe(**changes: Any) -> dict[str, Any]:
         "name": "p",
         "steps": 6,
         "sequence_length": 31,
-        "batch_rows": 4,
-        "micro_batch_rows": 2,
+        "batch_size": 4,
+        "micro_batch_size": 2,
         "learning_rate": 3e-3,
         "bias_update_speed": 0.0,
     }
@@ -116,8 +116,8 @@ def raw_recipe(**changes: Any) -> dict[str, Any]:
         "precision": "fp32",
         "data": {"folder": "tokens", "document_masks": True},
         "phase": [phase],
-        "saves": {"every_steps": 3},
-        "evaluation": {"every_steps": 3, "rows": 4},
+        "checkpoints": {"every_steps": 3},
+        "evaluation": {"every_steps": 3, "sequences": 4},
         "log": {"tensorboard": False},
     }
     return base | changes
@@ -132,7 +132,7 @@ def train(
     folder: Path,
     raw: dict[str, Any],
     *,
-    start: Path | None = None,
+    base_model: Path | None = None,
     teacher: Path | None = None,
     name: str = "run",
     kind: type[Trainer] = Trainer,
@@ -140,14 +140,14 @@ def train(
     """Run `raw`, whose data lies in `folder`, to its end, in `folder`/`name`."""
     recipe = parse_recipe(raw, origin="r.toml")
     with RunFolder(folder / name) as run:
-        log = FolderRunLog(
+        log = FolderMetricsLog(
             log=run.log,
             tensorboard_folder=run.tensorboard,
             view=make_view(quiet=True),
             tensorboard_wanted=False,
         )
         with closing(log):
-            files = {"start": start, "teacher": teacher}
+            files = {"base_model": base_model, "teacher": teacher}
             trainer = kind(recipe, run, log, base=folder, origin="r.toml", **files)
             outcome = trainer.run()
     return Run(path=folder / name, outcome=outcome, trainer=trainer)

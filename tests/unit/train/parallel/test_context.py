@@ -26,11 +26,11 @@ def own_tokens(rows: int, place: int) -> Tensor:
 def test_every_token_is_an_input_once_with_what_follows_it() -> None:
     rows, num_ahead = 5, 3
     tokens = torch.arange(rows * (LENGTH + num_ahead)).view(rows, -1)
-    batch = Batch(tokens=tokens, predicted=tokens % 2 == 0)
+    batch = Batch(tokens=tokens, loss_mask=tokens % 2 == 0)
     inputs = []
     for place in range(SIZE):
         own = Zigzag(SIZE, place).divide(batch, num_ahead)
-        assert torch.equal(own.predicted, own.tokens % 2 == 0)
+        assert torch.equal(own.loss_mask, own.tokens % 2 == 0)
         assert torch.equal(own.tokens, own.tokens[:, :1] + torch.arange(own.tokens.shape[1]))
         inputs += own.tokens[:, :-num_ahead].flatten().tolist()
     assert sorted(inputs) == tokens[:, :LENGTH].flatten().tolist()

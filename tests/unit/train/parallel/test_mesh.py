@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from lowlat.train.inputs.parallel_check import check_parallel
 from lowlat.train.parallel.launch import process_mesh
 from lowlat.train.parallel.mesh import TOKEN_AXES, ProcessMesh, view_sizes
-from lowlat.train.recipe.schedule import Timetable
-from lowlat.train.recipe.schema import Parallel, Recipe, parse_recipe
-from lowlat.train.run.parallel_check import check_parallel
+from lowlat.train.recipe.schedule import TrainingSchedule
+from lowlat.train.recipe.schema import ParallelConfig, Recipe, parse_recipe
 from lowlat.train.run.state import check_resumable
 from lowlat.utils.errors import UserError
 from tests.fakes import gqa_config, mla_config
@@ -19,8 +19,8 @@ def recipe(length: int = 16, precision: str = "fp32", **parallel: int) -> Recipe
         "name": "only",
         "steps": 3,
         "sequence_length": length,
-        "batch_rows": 8,
-        "micro_batch_rows": 1,
+        "batch_size": 8,
+        "micro_batch_size": 1,
         "learning_rate": 0.1,
     }
     raw = {
@@ -48,7 +48,7 @@ def recipe(length: int = 16, precision: str = "fp32", **parallel: int) -> Recipe
 def test_experts_use_the_processes_of_data_fsdp_and_context(
     sizes: dict[str, int], expected: tuple[int, int]
 ) -> None:
-    parallel = Parallel.model_validate(sizes | {"tensor": 2})
+    parallel = ParallelConfig.model_validate(sizes | {"tensor": 2})
     view = view_sizes(parallel)[-1]
     assert (view["expert_fsdp"], view["expert_replicate"]) == expected
     product = 1
@@ -60,7 +60,7 @@ def test_experts_use_the_processes_of_data_fsdp_and_context(
 @pytest.mark.parametrize("sizes", [{"fsdp": 6, "expert": 4}, {"data": 3, "fsdp": 2, "expert": 4}])
 def test_experts_that_do_not_fit_are_refused(sizes: dict[str, int]) -> None:
     with pytest.raises(UserError, match=r"parallel.expert 4 does not fit"):
-        view_sizes(Parallel.model_validate(sizes))
+        view_sizes(ParallelConfig.model_validate(sizes))
 
 
 def test_a_mesh_of_one_process_changes_nothing() -> None:
@@ -79,17 +79,17 @@ def test_a_mesh_of_one_process_changes_nothing() -> None:
 
 def test_a_process_alone_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with process_mesh(Parallel()) as mesh:
+    with process_mesh(ParallelConfig()) as mesh:
         assert mesh.world_size == 1
     with pytest.raises(UserError, match=r"r.toml: \[parallel\] is for 6 processes, 1 started"):
-        with process_mesh(Parallel(fsdp=2, tensor=3), origin="r.toml"):
+        with process_mesh(ParallelConfig(fsdp=2, tensor=3), origin="r.toml"):
             pass
 
 
 def test_only_the_first_says_that_processes_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit), process_mesh(Parallel(tensor=3)):
+    with pytest.raises(SystemExit), process_mesh(ParallelConfig(tensor=3)):
         pass
 
 
@@ -128,8 +128,8 @@ def test_a_run_does_not_go_on_with_batches_of_another_size() -> None:
         "data": ["f"],
         "step": 2,
         "seconds": 1.0,
-        "tokens": Timetable(known).tokens_before(2),
+        "tokens": TrainingSchedule(known).tokens_before(2),
     }
-    assert check_resumable(saved, known, ["f"], Timetable(known, ranks=4), "run").step == 2
+    assert check_resumable(saved, known, ["f"], TrainingSchedule(known, ranks=4), "run").step == 2
     with pytest.raises(UserError, match=r"256 tokens were read in 2 steps"):
-        check_resumable(saved, known, ["f"], Timetable(known, ranks=3), "run")
+        check_resumable(saved, known, ["f"], TrainingSchedule(known, ranks=3), "run")

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
+from lowlat.train.inputs.parallel_check import check_parallel
 from lowlat.train.pipeline.check import check_micro_batches
 from lowlat.train.pipeline.stages import Schedule
 from lowlat.train.recipe.schema import Recipe, parse_recipe
-from lowlat.train.run.parallel_check import check_parallel
 from lowlat.utils.errors import UserError
 from tests.unit.train import tiny
 
@@ -17,8 +17,8 @@ def recipe(rows: int | list[dict[str, Any]] = 8, **parallel: int | str) -> Recip
         "name": "only",
         "steps": 5,
         "sequence_length": tiny.LENGTH,
-        "batch_rows": rows,
-        "micro_batch_rows": 1,
+        "batch_size": rows,
+        "micro_batch_size": 1,
         "learning_rate": 0.1,
     }
     raw = {"name": "r", "model": {}, "data": {"folder": "f"}, "phase": [phase]}
@@ -42,7 +42,7 @@ def test_what_fits_is_accepted(schedule: str) -> None:
         ({"pipeline": 4, "data": 4}, ["phase only", "2 micro-batches", "1f1b", "needs 4"]),
         (
             {"pipeline": 4, "data": 2, "pipeline_schedule": "dualpipev"},
-            ["4 micro-batches", "dualpipev", "needs 8", "batch_rows"],
+            ["4 micro-batches", "dualpipev", "needs 8", "batch_size"],
         ),
         (
             {"pipeline": 3, "pipeline_schedule": "interleaved", "rows": 7},

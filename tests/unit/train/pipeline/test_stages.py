@@ -10,7 +10,7 @@ from torch import Tensor
 from lowlat.config.model import ModelConfig
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
-from lowlat.plan.stages import Stage
+from lowlat.plan.stages import PipelineStage
 from lowlat.train.layers.fused import checkpoint_activations
 from lowlat.train.parallel.local_batch import local_batch
 from lowlat.train.parallel.mesh import ProcessMesh
@@ -88,7 +88,7 @@ def test_names_stay_those_of_the_whole_model(schedule: Schedule) -> None:
 
 
 def modules_of(
-    model: Transformer, division: Sequence[Sequence[Stage]], *, defers: bool = False
+    model: Transformer, division: Sequence[Sequence[PipelineStage]], *, defers: bool = False
 ) -> list[StageModule]:
     """All stages in order, in this one process."""
     modules = [
@@ -144,7 +144,8 @@ def test_stages_compute_what_the_model_computes(defers: bool, recompute: bool, t
 def test_large_matrices_wait() -> None:
     small = config()
     model = tiny.model(small)
-    stage = Stage(index=0, layers=(0, 1), is_first=True, is_last=False)
+    stage = PipelineStage(index=0, layers=(0, 1), is_first=True, is_last=False)
+
     (module,) = modules_of(model, [[stage]], defers=True)
     batch = tiny.batch()
     module.begin(

@@ -18,8 +18,8 @@ PHASE = {
     "name": "heal",
     "steps": 8,
     "sequence_length": 31,
-    "batch_rows": 4,
-    "micro_batch_rows": 2,
+    "batch_size": 4,
+    "micro_batch_size": 2,
     "learning_rate": 3e-3,
 }
 DAMAGE = 0.3
@@ -60,7 +60,7 @@ def models(folder: Path) -> None:
 def raw(*changes: dict[str, Any], **more: Any) -> dict[str, Any]:
     """A recipe that heals `damaged`; `changes` are those of its phases."""
     base = tuning.raw_recipe(
-        start="damaged",
+        base_model="damaged",
         trainable="attention",
         distillation={"teacher": "teacher"},
         phase=[PHASE | change for change in changes or ({},)],
@@ -69,6 +69,6 @@ def raw(*changes: dict[str, Any], **more: Any) -> dict[str, Any]:
     return base | more
 
 
-def heal(folder: Path, recipe: dict[str, Any], **options: Any) -> tuning.Run:
-    given = {"start": folder / recipe["start"], "teacher": folder / "teacher"}
+def train(folder: Path, recipe: dict[str, Any], **options: Any) -> tuning.Run:
+    given = {"base_model": folder / recipe["base_model"], "teacher": folder / "teacher"}
     return tuning.train(folder, recipe, **(given | options))

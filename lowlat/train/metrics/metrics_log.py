@@ -1,6 +1,6 @@
 """The one object a trainer tells what happens: log.jsonl, TensorBoard files and the view.
 
-Owns who gets which record. Only one process of a run has a log; the others hold SilentRunLog.
+Owns who gets which record. Only one process of a run has a log; the others hold SilentMetricsLog.
 """
 
 from abc import ABC, abstractmethod
@@ -12,8 +12,8 @@ from typing import final
 
 from lowlat.train.metrics import tensorboard
 from lowlat.train.metrics.jsonl import LogWriter
+from lowlat.train.metrics.progress_view import ProgressView
 from lowlat.train.metrics.record import EvalRecord, NoteRecord, StartRecord, StepRecord
-from lowlat.train.metrics.view import View
 
 LOADS_EVERY = 10
 """Least steps between two records in the log that hold the load of every expert. The others have
@@ -23,7 +23,7 @@ what is derived from it, so that the log of a large model stays small.
 Fact = str | int | float | bool | None
 
 
-class RunLog(ABC):
+class MetricsLog(ABC):
     """Takes the records of one run in the order they come."""
 
     @abstractmethod
@@ -70,7 +70,7 @@ class RunLog(ABC):
 
 
 @final
-class SilentRunLog(RunLog):
+class SilentMetricsLog(MetricsLog):
     """Keeps nothing: for the other processes of a run, and for tests."""
 
     def start(
@@ -101,7 +101,7 @@ class SilentRunLog(RunLog):
 
 
 @final
-class FolderRunLog(RunLog):
+class FolderMetricsLog(MetricsLog):
     """Writes to the folder of a run and shows it."""
 
     def __init__(
@@ -109,7 +109,7 @@ class FolderRunLog(RunLog):
         *,
         log: Path,
         tensorboard_folder: Path,
-        view: View,
+        view: ProgressView,
         tensorboard_wanted: bool | None = None,
         loads_every: int = LOADS_EVERY,
     ) -> None:

@@ -7,34 +7,31 @@ Owns the way from a Recipe to Jobs. Clusters are `estimate`'s and `search`'s.
 import os
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
 from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import count_parameters
-from lowlat.data.folder import TokenFolder
 from lowlat.plan.flops import TokenFlops, token_flops
-from lowlat.plan.job import Job, Layout, Schedule, ZeroStage
+from lowlat.plan.job import ParallelLayout, Schedule, TrainingJob, ZeroStage
 from lowlat.plan.memory import (
     ACTIVATIONS,
     OPTIMISER,
     WEIGHTS,
     WORKING,
-    Memory,
+    MemoryEstimate,
     device_memory,
 )
 from lowlat.plan.stages import cut, held
-from lowlat.train.recipe.schedule import Timetable, most_rows
-from lowlat.train.recipe.schema import Parallel, Phase, Recipe
-from lowlat.train.run.frozen_cost import (
+from lowlat.train.cost.frozen_weights import (
     UPDATES,
     gradient_bytes,
     learning_memory,
     training_flops,
     update_bytes,
 )
-from lowlat.train.run.inputs import base_config
+from lowlat.train.recipe.schedule import TrainingSchedule, most_rows
+from lowlat.train.recipe.schema import ParallelConfig, Phase, Recipe
 from lowlat.utils.errors import UserError
 from lowlat.utils.memory import memory_limit
 
@@ -42,7 +39,7 @@ REACHED = (0.1, 0.5)
 """Shares of the measured rate of products that a step reaches: of small models, of large ones."""
 PROGRAM_BYTES = 400 * 2**20
 """Memory of the program and its libraries."""
-SAVES, PHASES = "saves", "change of phase"
+CHECKPOINT_COPY, PHASES = "checkpoint copy", "change of phase"
 """Parts of memory that only whole runs have: copies of the state."""
 BATCH = "batch"
 TOKEN_BYTES = 9
@@ -71,10 +68,10 @@ class DryRun:
     """Per token, of each phase."""
     trained_flops: list[float]
     """Per token, of each phase: what is done of `flops` forward and backward, and by a teacher."""
-    memory: Memory
+    memory: MemoryEstimate
     """Of a process in the phase that needs most; program and libraries not counted."""
     memory_bytes: int
-    """Memory a process may use."""
+    """MemoryEstimate a process may use."""
     total_flops: float
     """Of the whole training, without recomputation."""
     rate: float
@@ -106,12 +103,12 @@ def dry_run(
     `parallel.check`'s to find.
     """
     jobs = [job_of(recipe, phase) for phase in recipe.phase]
-    timetable = Timetable(recipe, ranks=recipe.parallel.data * recipe.parallel.fsdp)
-    flops = [token_flops(config, job.sequence_length, job.recompute) for job in jobs]
+    schedule = TrainingSchedule(recipe, ranks=recipe.parallel.data * recipe.parallel.fsdp)
+    flops = [token_flops(config, job.sequence_length, job.activation_checkpointing) for job in jobs]
     bounds = [0]
     for phase in recipe.phase:
         bounds.append(bounds[-1] + phase.steps)
-    tokens = [timetable.tokens_before(step) for step in bounds]
+    tokens = [schedule.tokens_before(step) for step in bounds]
     count = count_parameters(config)
     trained = [training_flops(config, recipe, phase, teacher) for phase in recipe.phase]
     memories = [_memory(config, recipe, phase, teacher) for phase in recipe.phase]
@@ -119,8 +116,8 @@ def dry_run(
         parameters=count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0),
         active=count.active,
         processes=recipe.parallel.processes,
-        steps=timetable.steps,
-        tokens=timetable.tokens,
+        steps=schedule.steps,
+        tokens=schedule.tokens,
         flops=flops,
         trained_flops=trained,
         memory=max(memories, key=lambda memory: memory.total),
@@ -140,7 +137,7 @@ def require_fit(
     memory_bytes: int,
     teacher: ModelConfig | None = None,
     origin: str = "recipe",
-) -> Memory:
+) -> MemoryEstimate:
     """The memory of a process; raises UserError naming the largest part and the remedy where
     `memory_bytes` are not enough. origin: the recipe's name there.
     """
@@ -157,47 +154,37 @@ def require_fit(
 
 def most_memory(
     config: ModelConfig, recipe: Recipe, teacher: ModelConfig | None
-) -> tuple[Phase, Memory]:
+) -> tuple[Phase, MemoryEstimate]:
     """The phase that takes most, and what a process holds in it."""
     found = ((p, _memory(config, recipe, p, teacher)) for p in recipe.phase)
     return max(found, key=lambda each: each[1].total)
 
 
-def job_of(recipe: Recipe, phase: Phase) -> Job:
-    """`phase` of `recipe` as a Job, at its smallest batch: one micro-batch per process, or what a
-    pipeline needs to run at all.
+def job_of(recipe: Recipe, phase: Phase) -> TrainingJob:
+    """`phase` of `recipe` as a TrainingJob at its smallest batch: one micro-batch per process, or
+    the fewest that a pipeline needs.
     """
     layout = layout_of(recipe.parallel)
-    rows = phase.micro_batch_rows * layout.dp * layout.fsdp
-    return Job(
+    rows = phase.micro_batch_size * layout.data * layout.fsdp
+    return TrainingJob(
         sequence_length=phase.sequence_length,
-        batch_rows=rows * (2 * layout.pp if layout.pp > 1 else 1),
-        micro_batch_rows=phase.micro_batch_rows,
+        batch_size=rows * (2 * layout.pipeline if layout.pipeline > 1 else 1),
+        micro_batch_size=phase.micro_batch_size,
         precision=recipe.precision,
         optimiser=recipe.optimizer.name,
-        recompute=recipe.recompute,
+        activation_checkpointing=recipe.activation_checkpointing,
         layout=layout,
     )
 
 
-def largest_job(recipe: Recipe) -> Job:
+def largest_job(recipe: Recipe) -> TrainingJob:
     """The phase of `recipe` with most tokens per step, at its largest batch."""
     unit = recipe.parallel.data * recipe.parallel.fsdp
     jobs = []
     for phase in recipe.phase:
-        each = phase.micro_batch_rows * unit
-        jobs.append(replace(job_of(recipe, phase), batch_rows=most_rows(phase, each)))
+        each = phase.micro_batch_size * unit
+        jobs.append(replace(job_of(recipe, phase), batch_size=most_rows(phase, each)))
     return max(jobs, key=lambda job: job.tokens)
-
-
-def recipe_config(recipe: Recipe, path: Path, start: Path | None) -> ModelConfig:
-    """The model of the recipe at `path`; its vocabulary is the data's unless [model] says it.
-    start: the files behind recipe.start. Raises UserError.
-    """
-    vocab_size = (recipe.model or {}).get("vocab_size")
-    if not isinstance(vocab_size, int):
-        vocab_size = TokenFolder.open(path.parent / recipe.data.folder).vocab_size
-    return base_config(recipe, start, vocab_size, str(path))
 
 
 def usable_memory(device: torch.device, processes: int) -> int:
@@ -214,34 +201,34 @@ def on_this_machine(processes: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", processes))
 
 
-def layout_of(parallel: Parallel) -> Layout:
+def layout_of(parallel: ParallelConfig) -> ParallelLayout:
     """The mesh of a recipe. Sharing is FSDP2's: weights are gathered layer by layer, in a pipeline
     kept from the first micro-batch to the last.
     """
     schedules: dict[str, Schedule] = {"zb": "zb1p", "zbv": "dualpipev"}
     zero: ZeroStage = 0 if parallel.fsdp == 1 else 3 if parallel.pipeline == 1 else 2
     name = parallel.pipeline_schedule
-    return Layout(
-        dp=parallel.data,
+    return ParallelLayout(
+        data=parallel.data,
         fsdp=parallel.fsdp,
         zero=zero,
-        tp=parallel.tensor,
+        tensor=parallel.tensor,
         divides_tables=False,
-        cp=parallel.context,
-        ep=parallel.expert,
-        pp=parallel.pipeline,
+        context=parallel.context,
+        expert=parallel.expert,
+        pipeline=parallel.pipeline,
         schedule=schedules[name] if name in schedules else name,  # pyright: ignore[reportArgumentType]
     )
 
 
-def needed_bytes(memory: Memory) -> float:
+def needed_bytes(memory: MemoryEstimate) -> float:
     """Bytes of a process that holds `memory`."""
     return memory.total * ALLOCATOR + PROGRAM_BYTES
 
 
 def _memory(
     config: ModelConfig, recipe: Recipe, phase: Phase, teacher: ModelConfig | None
-) -> Memory:
+) -> MemoryEstimate:
     job = job_of(recipe, phase)
     memory = _step_memory(config, recipe, job, teacher)
     if recipe.device == "cpu":  # otherwise copies of the state are in the memory of the host
@@ -250,8 +237,8 @@ def _memory(
 
 
 def _step_memory(
-    config: ModelConfig, recipe: Recipe, job: Job, teacher: ModelConfig | None
-) -> Memory:
+    config: ModelConfig, recipe: Recipe, job: TrainingJob, teacher: ModelConfig | None
+) -> MemoryEstimate:
     costs = (1.0,) * (config.num_hidden_layers + 1)
     memory = device_memory(config, job, held(cut(config, job.layout, costs), job.layout))
     return learning_memory(memory, config, recipe, job, teacher)
@@ -260,46 +247,46 @@ def _step_memory(
 def _batch_bytes(config: ModelConfig, recipe: Recipe, phase: Phase) -> float:
     """A process's rows of the largest global batch, which are made whole before any is used."""
     ranks = recipe.parallel.data * recipe.parallel.fsdp
-    rows = most_rows(phase, phase.micro_batch_rows * ranks) // ranks
+    rows = most_rows(phase, phase.micro_batch_size * ranks) // ranks
     return float(TOKEN_BYTES) * rows * (phase.sequence_length + 1 + config.num_nextn_predict_layers)
 
 
-def _state_bytes(config: ModelConfig, recipe: Recipe, job: Job) -> float:
+def _state_bytes(config: ModelConfig, recipe: Recipe, job: TrainingJob) -> float:
     """The whole state of the training, as a save holds it: with LoRA updates alone."""
     if recipe.lora is not None:
         return update_bytes(config, recipe.lora, job) - gradient_bytes(config, recipe.lora)
-    undivided = replace(job, layout=layout_of(Parallel()), batch_rows=job.micro_batch_rows)
+    undivided = replace(job, layout=layout_of(ParallelConfig()), batch_size=job.micro_batch_size)
     parts = _step_memory(config, recipe, undivided, None).parts
     return parts[WEIGHTS] + parts[OPTIMISER]
 
 
-def _with_copies(memory: Memory, recipe: Recipe, state: float) -> Memory:
+def _with_copies(memory: MemoryEstimate, recipe: Recipe, state: float) -> MemoryEstimate:
     """`memory` and the copies of the state that lie beside it: what is being saved, which is in one
     process of those that share this machine; and what a change of phase makes beyond the memory of
     a step, where every process has the state whole for a moment (one process moves its own).
     """
     parallel = recipe.parallel
-    parts = memory.parts | {SAVES: state / on_this_machine(parallel.processes)}
+    parts = memory.parts | {CHECKPOINT_COPY: state / on_this_machine(parallel.processes)}
     if len(recipe.phase) > 1 and parallel.processes > 1:
         free = sum(size for part, size in memory.parts.items() if part not in KEPT_BY_PHASES)
         parts[PHASES] = max(0.0, state - free)
     return replace(memory, parts=parts)
 
 
-def _remedy(recipe: Recipe, phase: Phase, memory: Memory) -> str:
+def _remedy(recipe: Recipe, phase: Phase, memory: MemoryEstimate) -> str:
     if memory.largest in (ACTIVATIONS, WORKING):
-        if phase.micro_batch_rows > 1:
-            return f"lower micro_batch_rows ({phase.micro_batch_rows})"
-        if recipe.recompute == "none":
-            return "set recompute = 'layers'"
+        if phase.micro_batch_size > 1:
+            return f"lower micro_batch_size ({phase.micro_batch_size})"
+        if recipe.activation_checkpointing == "none":
+            return "set activation_checkpointing = 'full'"
         return f"lower sequence_length ({phase.sequence_length}) or raise parallel.context"
     if memory.largest == BATCH:
-        return "lower batch_rows, or raise parallel.data"
-    if recipe.lora is not None and memory.largest in (UPDATES, SAVES):
-        return f"lower lora.rank ({recipe.lora.rank}) or name fewer lora.modules"
-    if memory.largest == SAVES:
+        return "lower batch_size, or raise parallel.data"
+    if recipe.lora is not None and memory.largest in (UPDATES, CHECKPOINT_COPY):
+        return f"lower lora.rank ({recipe.lora.rank}) or name fewer lora.target_modules"
+    if memory.largest == CHECKPOINT_COPY:
         muon = " or optimizer.name = 'muon'" if recipe.optimizer.name == "adamw" else ""
-        return f"use a smaller model{muon}; what is saved is copied first"
+        return f"use a smaller model{muon}; checkpoints are written from a copy"
     if memory.largest == OPTIMISER and recipe.optimizer.name == "adamw":
         return "use a smaller model, optimizer.name = 'muon', or raise parallel.fsdp"
     return "use a smaller model, or raise parallel.fsdp, parallel.expert or parallel.pipeline"

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from lowlat.train.metrics.live import LiveView
-from lowlat.train.metrics.view import PlainView, SilentView, View, make_view
+from lowlat.train.metrics.live_view import LiveView
+from lowlat.train.metrics.progress_view import PlainView, ProgressView, SilentView, make_view
 from tests.unit.train.metrics.records import evaluation, experts, start, step
 
 
@@ -145,7 +145,7 @@ def test_live_view_leaves_stdout_alone_and_the_terminal_in_order(
 
 @pytest.mark.parametrize("make", [PlainView, LiveView])
 def test_step_before_the_start_is_a_fault_of_the_program(
-    make: Callable[[], View], monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], ProgressView], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attach_terminal(monkeypatch)
     with warnings.catch_warnings(), pytest.raises(ValueError, match="before the start"):

@@ -10,15 +10,15 @@ import time
 from abc import ABC, abstractmethod
 from typing import final
 
-from lowlat.train.metrics.pace import Pace
+from lowlat.train.metrics.formatting import clock, count, memory, rate, utilisation
 from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StartRecord, StepRecord
-from lowlat.train.metrics.wording import clock, count, memory, rate, utilisation
+from lowlat.train.metrics.tracker import ProgressTracker
 
 PLAIN_SECONDS = 30.0
 """Seconds between two plain lines about steps."""
 
 
-class View(ABC):
+class ProgressView(ABC):
     """Shows a run; everything may be called from the training thread alone."""
 
     @abstractmethod
@@ -47,7 +47,7 @@ class View(ABC):
 
 
 @final
-class SilentView(View):
+class SilentView(ProgressView):
     """Shows nothing."""
 
     def start(self, record: StartRecord) -> None:
@@ -70,7 +70,7 @@ class SilentView(View):
 
 
 @final
-class PlainView(View):
+class PlainView(ProgressView):
     """A line every half minute, and one per evaluation and note: for logs and pipes.
 
     A status is not shown: it would be out of date in a line that stays.
@@ -80,10 +80,10 @@ class PlainView(View):
         self._every = seconds
         self._shown_at = -seconds
         self._unseen = False
-        self._pace: Pace | None = None
+        self._pace: ProgressTracker | None = None
 
     def start(self, record: StartRecord) -> None:
-        self._pace = Pace(record)
+        self._pace = ProgressTracker(record)
         self.note(heading(record))
 
     def step(self, record: StepRecord) -> None:
@@ -109,17 +109,17 @@ class PlainView(View):
     def _is_last(self, record: StepRecord) -> bool:
         return record.step >= _started(self._pace).start.total_steps
 
-    def _show(self, pace: Pace) -> None:
+    def _show(self, pace: ProgressTracker) -> None:
         self._shown_at, self._unseen = time.monotonic(), False
         self.note(line(pace))
 
 
-def make_view(*, quiet: bool = False) -> View:
+def make_view(*, quiet: bool = False) -> ProgressView:
     """Live where stderr is a terminal, plain lines where it is not, nothing if `quiet`."""
     if quiet or sys.stderr is None:
         return SilentView()
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-        from lowlat.train.metrics.live import LiveView
+        from lowlat.train.metrics.live_view import LiveView
 
         return LiveView()
     return PlainView()
@@ -133,7 +133,7 @@ def heading(record: StartRecord) -> str:
     return f"{record.name}: {begun}{size}{facts}"
 
 
-def line(pace: Pace) -> str:
+def line(pace: ProgressTracker) -> str:
     """The latest step in one line. A step must be known."""
     last = pace.last
     if last is None:
@@ -173,7 +173,7 @@ def _fact(value: str | int | float | bool | None) -> str:
     return count(value) if isinstance(value, int) else f"{value:g}"
 
 
-def _started(pace: Pace | None) -> Pace:
+def _started(pace: ProgressTracker | None) -> ProgressTracker:
     if pace is None:
         raise ValueError("a step came before the start of the run")
     return pace

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Bool, Int64, Integer
 
 from lowlat.checkpoint.mapped_file import MappedFile
-from lowlat.data.layout import (
-    FACTS_FILE,
+from lowlat.data.manifest import (
+    MANIFEST_FILE,
     SPLITS,
+    DatasetManifest,
     FimTokens,
-    FolderFacts,
     Split,
     ends_file,
     from_json,
@@ -33,28 +33,28 @@ CHUNK = 1 << 22
 REMEDY = "restore the file or build the folder again"
 
 
-class TokenFolder:
+class TokenizedDataset:
     """Tokenised documents of one folder. Files are mapped read-only: nothing is read until used.
 
     A file replaced while this object lives has no effect; one cut short ends the process where its
     lost pages are touched, so folders are replaced, never rewritten in place.
     """
 
-    def __init__(self, path: Path, facts: FolderFacts, fingerprint: str) -> None:
+    def __init__(self, path: Path, manifest: DatasetManifest, fingerprint: str) -> None:
         """Use `open`."""
         self.path = path
-        self.facts = facts
+        self.manifest = manifest
         self.fingerprint = fingerprint
         """SHA-256 of tokens.json, which names the checksums of all else: what the folder holds."""
-        self._splits = {split: _MappedSplit(path, facts, split) for split in SPLITS}
+        self._splits = {split: _MappedSplit(path, manifest, split) for split in SPLITS}
 
     @classmethod
-    def open(cls, path: Path) -> "TokenFolder":
+    def open(cls, path: Path) -> "TokenizedDataset":
         """The folder at `path`, with sizes and document ends checked; checksums are for `verify`.
 
         Raises UserError naming the file and what to do.
         """
-        file = path / FACTS_FILE
+        file = path / MANIFEST_FILE
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; make it with lowlat data build")
         if not file.is_file():
@@ -63,34 +63,34 @@ class TokenFolder:
             data = file.read_bytes()
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-        facts = from_json(parse_object(data, str(file)), str(file))
-        return cls(path, facts, hashlib.sha256(data).hexdigest())
+        manifest = from_json(parse_object(data, str(file)), str(file))
+        return cls(path, manifest, hashlib.sha256(data).hexdigest())
 
     @property
     def vocab_size(self) -> int:
         """One more than the highest id of the tokenizer; every id in the folder is below."""
-        return self.facts.vocab_size
+        return self.manifest.vocab_size
 
     @property
     def fim(self) -> FimTokens | None:
         """Ids for infilling, if the tokenizer has them."""
-        return self.facts.fim
+        return self.manifest.fim
 
     def num_tokens(self, split: Split) -> int:
         """Ids of all documents of `split`."""
-        return self.facts.splits[split].tokens
+        return self.manifest.splits[split].tokens
 
     def num_documents(self, split: Split) -> int:
         """Documents of `split`."""
-        return self.facts.splits[split].documents
+        return self.manifest.splits[split].documents
 
     def num_bytes(self, split: Split) -> int:
         """Bytes of the text that `split` stands for, in UTF-8."""
-        return self.facts.splits[split].text_bytes
+        return self.manifest.splits[split].text_bytes
 
     def has_mask(self, split: Split) -> bool:
         """Whether some tokens of `split` are no targets."""
-        return self.facts.splits[split].mask_sha256 is not None
+        return self.manifest.splits[split].mask_sha256 is not None
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the ids belong to."""
@@ -110,11 +110,11 @@ class TokenFolder:
             raise UserError(f"{where}, beyond the vocabulary of {self.vocab_size}; {REMEDY}")
         return ids
 
-    def predicted(
+    def loss_mask(
         self, split: Split, positions: Integer[np.ndarray, "..."]
     ) -> Bool[np.ndarray, "..."]:
         """Whether the tokens at `positions` of `split` are targets."""
-        return self._splits[split].predicted(positions)
+        return self._splits[split].loss_mask(positions)
 
     def verify(self, progress: Progress | None = None) -> None:
         """Read everything: every file's SHA-256, and every id against the vocabulary.
@@ -130,15 +130,15 @@ class TokenFolder:
 
     def _files(self) -> Iterator[tuple[Path, str, bool]]:
         """Every file with a checksum: path, SHA-256, whether it holds ids."""
-        for name, sha256 in self.facts.tokenizer.items():
+        for name, sha256 in self.manifest.tokenizer.items():
             yield self.path / name, sha256, False
-        for split, facts in self.facts.splits.items():
-            for shard in facts.shards:
+        for split, manifest in self.manifest.splits.items():
+            for shard in manifest.shards:
                 yield self.path / shard.file, shard.sha256, True
-            if facts.documents:
-                yield self.path / ends_file(split), facts.ends_sha256, False
-            if facts.mask_sha256 is not None:
-                yield self.path / mask_file(split), facts.mask_sha256, False
+            if manifest.documents:
+                yield self.path / ends_file(split), manifest.ends_sha256, False
+            if manifest.mask_sha256 is not None:
+                yield self.path / mask_file(split), manifest.mask_sha256, False
 
     def _verify_file(self, path: Path, sha256: str, is_shard: bool, task: Task) -> None:
         digest, highest = hashlib.sha256(), 0
@@ -146,13 +146,13 @@ class TokenFolder:
             with path.open("rb") as file:
                 while chunk := file.read(CHUNK):
                     digest.update(chunk)
-                    if is_shard and len(chunk) % self.facts.dtype.itemsize == 0:
-                        highest = max(highest, int(np.frombuffer(chunk, self.facts.dtype).max()))
+                    if is_shard and len(chunk) % self.manifest.dtype.itemsize == 0:
+                        highest = max(highest, int(np.frombuffer(chunk, self.manifest.dtype).max()))
                     task.advance(len(chunk))
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
         if digest.hexdigest() != sha256:
-            raise UserError(f"{path}: differs from its SHA-256 in {FACTS_FILE}; {REMEDY}")
+            raise UserError(f"{path}: differs from its SHA-256 in {MANIFEST_FILE}; {REMEDY}")
         if highest >= self.vocab_size:
             what = f"holds id {highest}, beyond the vocabulary of {self.vocab_size}"
             raise UserError(f"{path}: {what}; {REMEDY}")
@@ -161,11 +161,11 @@ class TokenFolder:
 class _MappedSplit:
     """The mapped files of one split."""
 
-    def __init__(self, folder: Path, facts: FolderFacts, split: Split) -> None:
-        own = facts.splits[split]
-        self._shard_tokens = facts.shard_tokens
+    def __init__(self, folder: Path, manifest: DatasetManifest, split: Split) -> None:
+        own = manifest.splits[split]
+        self._shard_tokens = manifest.shard_tokens
         self._shards = [
-            _mapped(folder / shard.file, facts.dtype, shard.tokens) for shard in own.shards
+            _mapped(folder / shard.file, manifest.dtype, shard.tokens) for shard in own.shards
         ]
         ends = folder / ends_file(split)
         self.ends = _mapped(ends, np.dtype("<i8"), own.documents)
@@ -185,7 +185,7 @@ class _MappedSplit:
             ids[chosen] = self._shards[shard][inside[chosen]]
         return ids
 
-    def predicted(self, positions: Integer[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
+    def loss_mask(self, positions: Integer[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
         if self._mask is None:
             return np.ones(positions.shape, np.bool_)
         bits = self._mask[positions >> 3] >> (positions & 7).astype(np.uint8)

@@ -18,7 +18,7 @@ from lowlat.data.documents import (
     Invalid,
     TextDocument,
 )
-from lowlat.data.layout import Split
+from lowlat.data.manifest import Split
 from lowlat.data.selection import INVALID
 from lowlat.data.vocabulary import begin_of_text
 from lowlat.data.writer import SplitWriter
@@ -53,7 +53,7 @@ class _Piece:
     """Bytes of the whole document where it ends it."""
 
 
-class Tokenising:
+class BatchTokenizer:
     """Documents to tokens in the order they come, many at once."""
 
     def __init__(
@@ -141,15 +141,15 @@ class Tokenising:
     def _add_chat(self, chat: ChatDocument, split: Split) -> None:
         self.flush()
         try:
-            ids, predicted, size = self._chats.encode(chat)
+            ids, loss_mask, size = self._chats.encode(chat)
         except BadDocument:
             if self._invalid != "skip":
                 raise
             self.dropped[INVALID] += 1
             return
         if ids[-1:].tolist() != self._end:
-            ids, predicted = np.append(ids, self._end), np.append(predicted, False)
-        self._writers[split].add(ids, predicted)
+            ids, loss_mask = np.append(ids, self._end), np.append(loss_mask, False)
+        self._writers[split].add(ids, loss_mask)
         self._writers[split].end_document(size)
         self._task.advance(chat.source_bytes)
 

@@ -19,7 +19,7 @@ import numpy as np
 from lowlat.utils.json_fields import JsonFields
 
 VERSION = 1
-FACTS_FILE = "tokens.json"
+MANIFEST_FILE = "tokens.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json")
 MAX_COUNT = 2**53
@@ -42,7 +42,7 @@ class FimTokens:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShardFacts:
+class ShardManifest:
     """One file of token ids."""
 
     file: str
@@ -54,7 +54,7 @@ class ShardFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SplitFacts:
+class SplitManifest:
     """One split of a token folder."""
 
     documents: int
@@ -65,7 +65,7 @@ class SplitFacts:
     """How many of them are targets."""
     text_bytes: int
     """Bytes of the text the tokens stand for, in UTF-8."""
-    shards: tuple[ShardFacts, ...]
+    shards: tuple[ShardManifest, ...]
     """Files of ids, in order."""
     ends_sha256: str
     """Of the file of document ends."""
@@ -74,7 +74,7 @@ class SplitFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FolderFacts:
+class DatasetManifest:
     """A whole token folder."""
 
     vocab_size: int
@@ -89,7 +89,7 @@ class FolderFacts:
     """Files of the tokenizer -> their SHA-256."""
     shard_tokens: int
     """Ids in every shard but the last of a split."""
-    splits: Mapping[Split, SplitFacts]
+    splits: Mapping[Split, SplitManifest]
     """Both splits, also where one is empty."""
     sources: tuple[str, ...]
     """What the documents came from, as the user named it."""
@@ -122,28 +122,28 @@ def mask_file(split: Split) -> str:
     return f"{split}-mask.bin"
 
 
-def to_json(facts: FolderFacts) -> dict[str, Any]:
-    """`facts` as the JSON object of tokens.json."""
-    fim = facts.fim
+def to_json(manifest: DatasetManifest) -> dict[str, Any]:
+    """`manifest` as the JSON object of tokens.json."""
+    fim = manifest.fim
     return {
         "format": "lowlat tokens",
         "version": VERSION,
-        "dtype": facts.dtype.name,
-        "vocab_size": facts.vocab_size,
-        "end_of_text": facts.end_of_text,
-        "begin_of_text": facts.begin_of_text,
+        "dtype": manifest.dtype.name,
+        "vocab_size": manifest.vocab_size,
+        "end_of_text": manifest.end_of_text,
+        "begin_of_text": manifest.begin_of_text,
         "fim": None
         if fim is None
         else {"prefix": fim.prefix, "suffix": fim.suffix, "middle": fim.middle},
-        "tokenizer": dict(facts.tokenizer),
-        "shard_tokens": facts.shard_tokens,
-        **{split: _split_json(facts.splits[split]) for split in SPLITS},
-        "sources": list(facts.sources),
-        "dropped": dict(facts.dropped),
+        "tokenizer": dict(manifest.tokenizer),
+        "shard_tokens": manifest.shard_tokens,
+        **{split: _split_json(manifest.splits[split]) for split in SPLITS},
+        "sources": list(manifest.sources),
+        "dropped": dict(manifest.dropped),
     }
 
 
-def _split_json(split: SplitFacts) -> dict[str, Any]:
+def _split_json(split: SplitManifest) -> dict[str, Any]:
     return {
         "documents": split.documents,
         "tokens": split.tokens,
@@ -158,7 +158,7 @@ def _split_json(split: SplitFacts) -> dict[str, Any]:
     }
 
 
-def from_json(raw: dict[str, Any], source: str) -> FolderFacts:
+def from_json(raw: dict[str, Any], source: str) -> DatasetManifest:
     """The records in `raw`. Raises UserError naming `source`, the field and what is wrong with it:
     another version, names that are not this layout's, counts that contradict one another.
     """
@@ -175,7 +175,7 @@ def from_json(raw: dict[str, Any], source: str) -> FolderFacts:
         raise fields.wrong("dtype", f"{id_type(vocab_size).name} for {vocab_size} ids")
     fim = fields.table("fim")
     begin = fields.optional_integer("begin_of_text", minimum=0, maximum=highest)
-    facts = FolderFacts(
+    manifest = DatasetManifest(
         vocab_size=vocab_size,
         end_of_text=fields.integer("end_of_text", minimum=0, maximum=highest),
         begin_of_text=begin,
@@ -187,7 +187,7 @@ def from_json(raw: dict[str, Any], source: str) -> FolderFacts:
         dropped=_read_dropped(fields),
     )
     fields.reject_unread("is unknown; build the folder again", allow_empty=False)
-    return facts
+    return manifest
 
 
 def _read_fim(fields: JsonFields, highest: int) -> FimTokens:
@@ -213,7 +213,7 @@ def _read_dropped(fields: JsonFields) -> dict[str, int]:
     return {name: table.integer(name, minimum=0, maximum=MAX_COUNT) for name in names}
 
 
-def _read_split(fields: JsonFields, source: str, split: Split, shard_tokens: int) -> SplitFacts:
+def _read_split(fields: JsonFields, source: str, split: Split, shard_tokens: int) -> SplitManifest:
     table = fields.table(split)
     if table is None:
         raise fields.error(split, "is missing; build the folder again")
@@ -225,7 +225,7 @@ def _read_split(fields: JsonFields, source: str, split: Split, shard_tokens: int
     if counts["documents"] > tokens or counts["predicted"] > tokens:
         raise table.error("tokens", "contradicts documents or predicted; build the folder again")
     mask = table.value("mask_sha256")
-    return SplitFacts(
+    return SplitManifest(
         **counts,
         shards=_read_shards(table, source, split, tokens, shard_tokens),
         ends_sha256=_checksum(table, "ends_sha256"),
@@ -235,7 +235,7 @@ def _read_split(fields: JsonFields, source: str, split: Split, shard_tokens: int
 
 def _read_shards(
     table: JsonFields, source: str, split: Split, tokens: int, shard_tokens: int
-) -> tuple[ShardFacts, ...]:
+) -> tuple[ShardManifest, ...]:
     """The shards, which hold the split's tokens in full shards and a rest."""
     items = table.items("shards")
     if len(items) != -(-tokens // shard_tokens):
@@ -250,7 +250,7 @@ def _read_shards(
         if shard.value("tokens") != expected:
             raise shard.wrong("tokens", f"{expected}")
         shards.append(
-            ShardFacts(
+            ShardManifest(
                 file=shard_file(split, index), tokens=expected, sha256=_checksum(shard, "sha256")
             )
         )

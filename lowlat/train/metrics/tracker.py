@@ -17,7 +17,7 @@ _WINDOW_SECONDS = 600.0
 
 
 @final
-class Pace:
+class ProgressTracker:
     """Follows a run record by record."""
 
     def __init__(self, start: StartRecord) -> None:

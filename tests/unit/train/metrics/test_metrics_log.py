@@ -8,14 +8,14 @@ import pytest
 from lowlat.train.metrics import tensorboard
 from lowlat.train.metrics.jsonl import read_log
 from lowlat.train.metrics.lines import encode
-from lowlat.train.metrics.runlog import FolderRunLog, RunLog, SilentRunLog
-from lowlat.train.metrics.view import PlainView
+from lowlat.train.metrics.metrics_log import FolderMetricsLog, MetricsLog, SilentMetricsLog
+from lowlat.train.metrics.progress_view import PlainView
 from lowlat.utils.errors import UserError
 from tests.unit.train.metrics.records import evaluation, layer, start, step
 
 
-def open_log(folder: Path, *, tensorboard_wanted: bool | None = False) -> FolderRunLog:
-    return FolderRunLog(
+def open_log(folder: Path, *, tensorboard_wanted: bool | None = False) -> FolderMetricsLog:
+    return FolderMetricsLog(
         log=folder / "log.jsonl",
         tensorboard_folder=folder / "tensorboard",
         view=PlainView(),
@@ -24,7 +24,7 @@ def open_log(folder: Path, *, tensorboard_wanted: bool | None = False) -> Folder
     )
 
 
-def begin(log: RunLog, number: int = 0) -> None:
+def begin(log: MetricsLog, number: int = 0) -> None:
     log.start(
         name="tiny", step=number, total_steps=13, tokens_total=1300, facts={"parameters": 12_345}
     )
@@ -104,7 +104,7 @@ def test_without_tensorboard_it_is_said_once(
 
 
 def test_silent_log_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = SilentRunLog()
+    log = SilentMetricsLog()
     begin(log)
     log.step(step(1))
     log.evaluation(evaluation(1))

@@ -1,5 +1,6 @@
-"""The files behind a recipe's `start` and its teacher. Owns where names are looked for; what names
-there are is `api`'s.
+"""Resolve the checkpoints that a recipe names (`base_model`, `distillation.teacher`) to files.
+
+Names are resolved by `lowlat.api`.
 """
 
 from pathlib import Path
@@ -10,11 +11,15 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
 
-def start_files(recipe: Recipe, path: Path, progress: Progress) -> Path | None:
+def base_model_files(recipe: Recipe, path: Path, progress: Progress) -> Path | None:
     """The checkpoint that `recipe`, read from `path`, goes on from; None where there is none.
     Raises UserError.
     """
-    return None if recipe.start is None else _files("start", recipe.start, path, progress)
+    return (
+        None
+        if recipe.base_model is None
+        else _files("base_model", recipe.base_model, path, progress)
+    )
 
 
 def teacher_files(recipe: Recipe, path: Path, progress: Progress) -> Path | None:

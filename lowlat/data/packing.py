@@ -6,7 +6,7 @@ same tokens, and a resumed run goes on exactly. The last tokens of an epoch's st
 window are left out of that epoch.
 
 An epoch takes 12 bytes of memory per document and 4 per window (16 and 8 from 2^32 on), and two
-epochs are kept. Infilling is fim.py's, reading tokens folder.py's.
+epochs are kept. FillInTheMiddle is fim.py's, reading tokens folder.py's.
 """
 
 import numpy as np
@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Int64
 
 from lowlat.data.batch import Batch
-from lowlat.data.fim import NUM_MARKS, Infilling
-from lowlat.data.folder import TokenFolder
-from lowlat.data.layout import Split
+from lowlat.data.dataset import TokenizedDataset
+from lowlat.data.fim import NUM_MARKS, FillInTheMiddle
+from lowlat.data.manifest import Split
 from lowlat.data.shuffle import permutation
 from lowlat.utils.errors import UserError
 
@@ -26,12 +26,12 @@ LEAST_AHEAD = 2
 """Tokens after the last window of several: what a model with one MTP module needs."""
 
 
-class Windows:
+class PackedSequences:
     """The windows of one split. Not for several threads at once."""
 
     def __init__(
         self,
-        folder: TokenFolder,
+        folder: TokenizedDataset,
         *,
         split: Split,
         sequence_length: int,
@@ -42,7 +42,7 @@ class Windows:
     ) -> None:
         """`num_ahead` = 1 + MTP depth tokens follow the `sequence_length` of a window, which are
         also the first of the next. Raises UserError where the split fills no window, and as
-        `Infilling`.
+        `FillInTheMiddle`.
         """
         tokens = folder.num_tokens(split)
         self.per_epoch = (tokens - num_ahead) // sequence_length
@@ -62,7 +62,7 @@ class Windows:
         self._length = sequence_length + num_ahead
         self._seed = seed
         self._document_masks = document_masks
-        self._infilling = Infilling(folder, split, rate=fim_rate, seed=seed)
+        self._infilling = FillInTheMiddle(folder, split, rate=fim_rate, seed=seed)
         self._ends = folder.ends(split)
         self._epochs: dict[int, _Epoch] = {}
 
@@ -72,21 +72,21 @@ class Windows:
         """
         rows = self.per_epoch if count is None else min(count, self.per_epoch)
         ahead = slice(1, self._sequence_length + 1)
-        return any(bool(self.batch(row, 1).predicted[:, ahead].any()) for row in range(rows))
+        return any(bool(self.batch(row, 1).loss_mask[:, ahead].any()) for row in range(rows))
 
     def batch(self, first: int, count: int) -> Batch:
         """Windows first .. first + count - 1, counted over all epochs."""
         tokens = np.empty((count, self._length), np.int64)
-        predicted = np.empty((count, self._length), np.bool_)
+        loss_mask = np.empty((count, self._length), np.bool_)
         documents = []
         for row in range(count):
             number, index = divmod(first + row, self.per_epoch)
             epoch = self._epoch(number)
-            lengths = self._fill(epoch, int(epoch.windows[index]), tokens[row], predicted[row])
+            lengths = self._fill(epoch, int(epoch.windows[index]), tokens[row], loss_mask[row])
             documents.append(lengths)
         return Batch(
             tokens=torch.from_numpy(tokens),
-            predicted=torch.from_numpy(predicted),
+            loss_mask=torch.from_numpy(loss_mask),
             documents=tuple(documents) if self._document_masks else None,
         )
 
@@ -104,7 +104,7 @@ class Windows:
         epoch: "_Epoch",
         window: int,
         tokens: Int64[np.ndarray, " length"],
-        predicted: Bool[np.ndarray, " length"],
+        loss_mask: Bool[np.ndarray, " length"],
     ) -> tuple[int, ...]:
         """Write one window; the lengths of the documents within its inputs."""
         start = window * self._sequence_length
@@ -123,9 +123,9 @@ class Windows:
             extent = (int(documents[index]), int(places[index]), int(sizes[index]))
             positions[own] = self._infilling.positions(*extent, epoch.number, inside[own])
         tokens[:] = self._infilling.tokens(positions)
-        predicted[:] = self._folder.predicted(self._split, np.maximum(positions, 0))
+        loss_mask[:] = self._folder.loss_mask(self._split, np.maximum(positions, 0))
         if self._document_masks:
-            predicted[inside == 0] = False
+            loss_mask[inside == 0] = False
         lengths = np.diff(np.minimum(borders, start + self._sequence_length))
         return tuple(lengths[lengths > 0].tolist())
 
@@ -137,7 +137,7 @@ class _Epoch:
         self,
         number: int,
         ends: Int64[np.ndarray, " documents"],
-        infilling: Infilling,
+        infilling: FillInTheMiddle,
         *,
         windows: int,
         seed: int,

@@ -5,9 +5,9 @@ from typing import Any
 
 from lowlat.plan.estimate import Estimate
 from lowlat.plan.flops import TokenFlops
-from lowlat.plan.memory import Memory
-from lowlat.plan.search import Neighbour, Search
-from lowlat.train.run.dry_run import DryRun
+from lowlat.plan.memory import MemoryEstimate
+from lowlat.plan.search import Neighbour, SearchResult
+from lowlat.train.cost.dry_run import DryRun
 
 
 def flops_object(flops: TokenFlops) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def flops_object(flops: TokenFlops) -> dict[str, Any]:
     }
 
 
-def memory_object(memory: Memory) -> dict[str, Any]:
+def memory_object(memory: MemoryEstimate) -> dict[str, Any]:
     """Bytes of the fullest device."""
     return {
         "total": memory.total,
@@ -37,7 +37,7 @@ def estimate_object(found: Estimate) -> dict[str, Any]:
     return {
         "layout": asdict(found.job.layout),
         "micro_batches": found.job.micro_batches,
-        "recompute": found.job.recompute,
+        "activation_checkpointing": found.job.activation_checkpointing,
         "precision": found.job.precision,
         "fits": found.fits,
         "memory": memory_object(found.memory),
@@ -54,7 +54,11 @@ def estimate_object(found: Estimate) -> dict[str, Any]:
 
 
 def plan_object(
-    main: Estimate, flops: TokenFlops, around: list[Neighbour], search: Search | None, shown: int
+    main: Estimate,
+    flops: TokenFlops,
+    around: list[Neighbour],
+    search: SearchResult | None,
+    shown: int,
 ) -> dict[str, Any]:
     """An estimate, what single changes do to it, and the best `shown` layouts of a search."""
     plan = {
@@ -65,7 +69,7 @@ def plan_object(
     return plan if search is None else plan | {"search": search_object(search, shown)}
 
 
-def search_object(search: Search, shown: int) -> dict[str, Any]:
+def search_object(search: SearchResult, shown: int) -> dict[str, Any]:
     """The best `shown` layouts."""
     return {
         "tried": search.tried,

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
+from lowlat.train.inputs.phase_data import PhaseData
 from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StepRecord
 from lowlat.train.recipe.schedule import StepPlan
-from lowlat.train.run.inputs import PhaseData
 from lowlat.train.run.state import Position
 from lowlat.train.step.balance import ExpertLoad
 from lowlat.train.step.step import StepResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Meter:
+class StepRecorder:
     """Turns the results of steps into records."""
 
     flops_per_token: float
@@ -59,8 +59,8 @@ def eval_record(
     with a teacher the divergence from it.
     """
     losses, more = figures[:num_heads], figures[num_heads:]
-    has_chats = data.folder.has_mask("held_out")
-    per_byte = targets_per_byte(data.folder, document_masks=data.document_masks)
+    has_chats = data.dataset.has_mask("held_out")
+    per_byte = targets_per_byte(data.dataset, document_masks=data.document_masks)
     return EvalRecord(
         step=step,
         tokens=tokens,
@@ -73,7 +73,7 @@ def eval_record(
     )
 
 
-def targets_per_byte(folder: TokenFolder, *, document_masks: bool) -> float | None:
+def targets_per_byte(folder: TokenizedDataset, *, document_masks: bool) -> float | None:
     """Targets of the held-out split of `folder` over the bytes of its text; None where not all of
     these are predicted: of chats, and of masked documents whose first token is text.
     """
@@ -82,7 +82,7 @@ def targets_per_byte(folder: TokenFolder, *, document_masks: bool) -> float | No
         return None
     targets = folder.num_tokens("held_out")
     if document_masks:
-        if folder.facts.begin_of_text is None:
+        if folder.manifest.begin_of_text is None:
             return None
         targets -= folder.num_documents("held_out")
     return targets / size

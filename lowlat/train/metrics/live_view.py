@@ -12,10 +12,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lowlat.train.metrics.pace import Pace
+from lowlat.train.metrics.formatting import bars, clock, count, memory, rate, utilisation
+from lowlat.train.metrics.progress_view import ProgressView, evaluation_text, heading
 from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StartRecord, StepRecord
-from lowlat.train.metrics.view import View, evaluation_text, heading
-from lowlat.train.metrics.wording import bars, clock, count, memory, rate, utilisation
+from lowlat.train.metrics.tracker import ProgressTracker
 
 _REFRESHES_PER_SECOND = 2
 _BESIDE_BAR = 64
@@ -27,11 +27,11 @@ _OTHER_LINES = 9
 
 
 @final
-class LiveView(View):
+class LiveView(ProgressView):
     """Redraws itself on a thread, so that clocks run on while a step takes long."""
 
     def __init__(self) -> None:
-        self._pace: Pace | None = None
+        self._pace: ProgressTracker | None = None
         self._status = ""
         self._since = 0.0
         self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -45,7 +45,7 @@ class LiveView(View):
 
     def start(self, record: StartRecord) -> None:
         self.note(heading(record))
-        self._pace = Pace(record)
+        self._pace = ProgressTracker(record)
         self._since = time.monotonic()
         self._live.start()
 
@@ -85,7 +85,7 @@ class LiveView(View):
         return Group(*parts)
 
 
-def _progress(pace: Pace, waited: float, status: str, width: int) -> Table:
+def _progress(pace: ProgressTracker, waited: float, status: str, width: int) -> Table:
     """Name, bar, steps, clocks. `waited`: seconds since the latest step or the start."""
     last, total = pace.last, pace.start.total_steps
     step = pace.start.step if last is None else last.step
@@ -103,7 +103,7 @@ def _progress(pace: Pace, waited: float, status: str, width: int) -> Table:
     return row
 
 
-def _losses(pace: Pace, last: StepRecord) -> Text:
+def _losses(pace: ProgressTracker, last: StepRecord) -> Text:
     mtp = "".join(f"  mtp {loss:.3f}" for loss in last.mtp_losses)
     text = Text(no_wrap=True, overflow="ellipsis")
     for name, value in pace.figures.items():
@@ -116,7 +116,7 @@ def _losses(pace: Pace, last: StepRecord) -> Text:
     return text
 
 
-def _speed(pace: Pace, last: StepRecord) -> Text:
+def _speed(pace: ProgressTracker, last: StepRecord) -> Text:
     parts = [
         rate(last.tokens_per_second),
         f"MFU {'?' if last.mfu is None else utilisation(last.mfu)}",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowlat.data.folder import TokenFolder
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.utils.errors import UserError
 
 from .conftest import END, Make, texts
@@ -131,18 +131,18 @@ def test_faults_are_found_at_open(folder: Path, fault: str) -> None:
     apply, words = FAULTS[fault]
     apply(folder)
     with pytest.raises(UserError, match=words) as raised:
-        TokenFolder.open(folder)
+        TokenizedDataset.open(folder)
     assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_an_absent_folder_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder; make it with lowlat data build"):
-        TokenFolder.open(tmp_path / "absent")
+        TokenizedDataset.open(tmp_path / "absent")
 
 
 def test_every_flipped_bit_is_found(folder: Path) -> None:
     """Holds shut: training on damaged data. Files of tokens, ends, targets and the tokenizer."""
-    TokenFolder.open(folder).verify()
+    TokenizedDataset.open(folder).verify()
     files = [path for path in sorted(folder.iterdir()) if path.name != "tokens.json"]
     assert len(files) == 12
     draws = random.Random(7)
@@ -153,9 +153,9 @@ def test_every_flipped_bit_is_found(folder: Path) -> None:
         damaged[place] ^= 1 << bit
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=f"{path.name}: (differs|does not cut)"):
-            TokenFolder.open(folder).verify()
+            TokenizedDataset.open(folder).verify()
         path.write_bytes(data)
-    TokenFolder.open(folder).verify()
+    TokenizedDataset.open(folder).verify()
 
 
 def test_ids_beyond_the_vocabulary_are_found(make_folder: Make) -> None:
@@ -181,7 +181,7 @@ def test_large_vocabularies_have_wide_ids(make_folder: Make) -> None:
     special = [f"<|{index}|>" for index in range(65_537 - 256)]
     special[0] = "<|endoftext|>"
     folder = make_folder([[65_536, 5]], special=special)
-    assert folder.facts.dtype == np.dtype("<u4")
+    assert folder.manifest.dtype == np.dtype("<u4")
     assert folder.tokens("train", np.arange(3)).tolist() == [65_536, 5, END]
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from lowlat.train.run.inputs import PhaseData, phase_data
-from lowlat.train.run.measure import eval_record
+from lowlat.train.inputs.phase_data import PhaseData, phase_data
+from lowlat.train.run.step_records import eval_record
 from tests.unit.data.conftest import Make, make_folder, texts
 
 from . import runs
@@ -33,15 +33,15 @@ def test_targets_of_masked_documents_are_counted(make_folder: Make, tmp_path: Pa
     predicts where documents are blind to each other.
     """
     found = data(make_folder, tmp_path, masks=True, head=[BEGIN])
-    tokens, size = found.folder.num_tokens("held_out"), found.folder.num_bytes("held_out")
-    documents = found.folder.num_documents("held_out")
+    tokens, size = found.dataset.num_tokens("held_out"), found.dataset.num_bytes("held_out")
+    documents = found.dataset.num_documents("held_out")
     assert documents == 20
     assert bits(found) == pytest.approx((tokens - documents) / size)
 
 
 def test_every_token_of_joined_documents_is_a_target(make_folder: Make, tmp_path: Path) -> None:
     found = data(make_folder, tmp_path, masks=False, head=[BEGIN])
-    tokens, size = found.folder.num_tokens("held_out"), found.folder.num_bytes("held_out")
+    tokens, size = found.dataset.num_tokens("held_out"), found.dataset.num_bytes("held_out")
     assert bits(found) == pytest.approx(tokens / size)
 
 

@@ -1,10 +1,9 @@
-"""The files around updates of LoRA: those of the weights that stay, told from others, and adapter
-folders in peft's layout (adapter_config.json and adapter_model.safetensors).
+"""LoRA adapter export: write updates in peft's layout (adapter_config.json,
+adapter_model.safetensors).
 
-Owns names and shapes there; what updates are is `lora`'s.
+The updates themselves are in `step.lora`.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,34 +16,23 @@ from lowlat.checkpoint.mapping import file_name
 from lowlat.checkpoint.padded_latent import pad_columns, pad_rows
 from lowlat.config.hf.families import LOWLAT, MLA_FAMILIES
 from lowlat.config.model import MLAConfig, ModelConfig
-from lowlat.train.recipe.schema import Lora
+from lowlat.train.recipe.schema import LoraConfig
 from lowlat.train.step.lora import EXPERT_PROJECTIONS, UPDATE
 from lowlat.utils.errors import UserError
 
 PREFIX = "base_model.model."
-SAMPLES, SAMPLE_BYTES = 64, 1 << 16
-"""What is read of a file to know it again: training moves every weight, so any place will do."""
-
-
-def start_fingerprint(start: Path) -> str:
-    """SHA-256 of samples of the weights' files of the checkpoint `start`, and of their sizes."""
-    digest = hashlib.sha256()
-    files = [start] if start.is_file() else sorted(start.glob("*.safetensors"))
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{size}\n".encode())
-        with path.open("rb") as file:
-            for sample in range(SAMPLES):
-                file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def write_adapter(
-    config: ModelConfig, updates: Mapping[str, Tensor], table: Lora, dst: Path, *, start: Path
+    config: ModelConfig,
+    updates: Mapping[str, Tensor],
+    table: LoraConfig,
+    dst: Path,
+    *,
+    base_model: Path,
 ) -> None:
-    """Write `updates`, by parameter name, as the folder `dst`, which must not exist; `start` are
-    the files of the weights that they belong to.
+    """Write `updates`, by parameter name, as the folder `dst`, which must not exist; `base_model`
+    is the checkpoint that they were trained on.
 
     Updates of MTP modules are left out: the programs that read adapters have no such modules.
     Raises UserError for updates that have no place in the layout: of MLPs and experts in families
@@ -52,7 +40,7 @@ def write_adapter(
     """
     tensors = dict(_tensors(config, updates))
     modules = sorted({name.rpartition(".lora_")[0].removeprefix(PREFIX) for name in tensors})
-    text = json.dumps(_settings(table, modules, start), indent=2) + "\n"
+    text = json.dumps(_settings(table, modules, base_model), indent=2) + "\n"
     try:
         dst.mkdir()
         save_file(tensors, dst / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -97,11 +85,11 @@ def _in_file(config: ModelConfig, owner: str, part: str, tensor: Tensor) -> Tens
     return tensor.contiguous()
 
 
-def _settings(table: Lora, modules: list[str], start: Path) -> dict[str, Any]:
+def _settings(table: LoraConfig, modules: list[str], base_model: Path) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(start),
+        "base_model_name_or_path": str(base_model),
         "r": table.rank,
         "lora_alpha": table.alpha,
         "lora_dropout": 0.0,

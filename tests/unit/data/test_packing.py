@@ -1,4 +1,4 @@
-"""Windows: every token once an epoch, found by number alone, with documents told apart."""
+"""PackedSequences: every token once an epoch, found by number alone, with documents told apart."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lowlat.data.folder import TokenFolder
-from lowlat.data.windows import Windows
+from lowlat.data.dataset import TokenizedDataset
+from lowlat.data.packing import PackedSequences
 from lowlat.utils.errors import UserError
 
 from .conftest import END, Make, assert_found_by_number, texts
@@ -15,7 +15,7 @@ from .conftest import END, Make, assert_found_by_number, texts
 T, AHEAD = 37, 3
 
 
-def windows(folder: TokenFolder, **changes: object) -> Windows:
+def windows(folder: TokenizedDataset, **changes: object) -> PackedSequences:
     options = {
         "split": "train",
         "sequence_length": T,
@@ -24,10 +24,10 @@ def windows(folder: TokenFolder, **changes: object) -> Windows:
         "document_masks": False,
         "fim_rate": 0.0,
     }
-    return Windows(folder, **(options | changes))  # pyright: ignore[reportArgumentType]
+    return PackedSequences(folder, **(options | changes))  # pyright: ignore[reportArgumentType]
 
 
-def stream(folder: TokenFolder, epoch: int = 0, **changes: object) -> list[int]:
+def stream(folder: TokenizedDataset, epoch: int = 0, **changes: object) -> list[int]:
     """The tokens of an epoch: of its one window, where it is as long as all documents."""
     length = folder.num_tokens("train") - 1
     used = windows(folder, sequence_length=length, num_ahead=1, **changes)
@@ -107,20 +107,20 @@ def test_masks_tell_documents_apart(make_folder: Make) -> None:
     used = windows(make_folder(documents), document_masks=True)
     batch = used.batch(0, used.per_epoch)
     assert batch.documents is not None
-    for row, predicted, lengths in zip(
-        batch.tokens.tolist(), batch.predicted.tolist(), batch.documents, strict=True
+    for row, loss_mask, lengths in zip(
+        batch.tokens.tolist(), batch.loss_mask.tolist(), batch.documents, strict=True
     ):
         assert sum(lengths) == T and min(lengths) > 0
         borders = np.cumsum(lengths)[:-1].tolist()
         assert borders == [place + 1 for place in range(T - 1) if row[place] == END]
         firsts = [place for place in range(1, T + AHEAD) if row[place - 1] == END]
-        assert [place for place in range(1, T + AHEAD) if not predicted[place]] == firsts
+        assert [place for place in range(1, T + AHEAD) if not loss_mask[place]] == firsts
 
 
 def test_without_masks_a_row_is_one_sequence(make_folder: Make) -> None:
     batch = windows(make_folder(texts(13))).batch(0, 3)
     assert batch.documents is None
-    assert bool(batch.predicted.all())
+    assert bool(batch.loss_mask.all())
 
 
 def test_targets_of_the_folder_are_kept(make_folder: Make) -> None:
@@ -134,13 +134,13 @@ def test_targets_of_the_folder_are_kept(make_folder: Make) -> None:
         for place in range(len(document) - 4)
     }
     seen = 0
-    for row, predicted in zip(batch.tokens.tolist(), batch.predicted.tolist(), strict=True):
+    for row, loss_mask in zip(batch.tokens.tolist(), batch.loss_mask.tolist(), strict=True):
         for place in range(len(row) - 4):
             key = (*row[place : place + 5],)
             if key in expected:
                 seen += 1
-                assert predicted[place] == expected[key]
-        assert not any(p for token, p in zip(row, predicted, strict=True) if token == END)
+                assert loss_mask[place] == expected[key]
+        assert not any(p for token, p in zip(row, loss_mask, strict=True) if token == END)
     assert seen > 300
 
 

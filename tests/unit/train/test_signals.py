@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from lowlat.train.run.stop import StopSignals
+from lowlat.train.run.signals import StopSignals
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

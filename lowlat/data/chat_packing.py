@@ -16,15 +16,15 @@ import torch
 from jaxtyping import Bool, Int64, Integer
 
 from lowlat.data.batch import Batch
-from lowlat.data.fim import Infilling
-from lowlat.data.folder import TokenFolder
-from lowlat.data.layout import Split
+from lowlat.data.dataset import TokenizedDataset
+from lowlat.data.fim import FillInTheMiddle
+from lowlat.data.manifest import Split
+from lowlat.data.packing import DOCUMENT_ORDER, KEPT_EPOCHS, WINDOW_ORDER, extents
 from lowlat.data.shuffle import permutation
-from lowlat.data.windows import DOCUMENT_ORDER, KEPT_EPOCHS, WINDOW_ORDER, extents
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LeftOut:
+class TruncatedChats:
     """What of the chats is in no row."""
 
     chats: int
@@ -35,12 +35,12 @@ class LeftOut:
     """Tokens of the longest chat."""
 
 
-class ChatRows:
+class PackedChats:
     """The rows of one split, which has chats. Not for several threads at once."""
 
     def __init__(
         self,
-        folder: TokenFolder,
+        folder: TokenizedDataset,
         *,
         split: Split,
         sequence_length: int,
@@ -49,8 +49,8 @@ class ChatRows:
         document_masks: bool,
         fim_rate: float,
     ) -> None:
-        """As `Windows`. Raises UserError for chats that are to be rearranged."""
-        Infilling(folder, split, rate=fim_rate, seed=seed)  # refuses chats
+        """As `PackedSequences`. Raises UserError for chats that are to be rearranged."""
+        FillInTheMiddle(folder, split, rate=fim_rate, seed=seed)  # refuses chats
         self._folder = folder
         self._split: Split = split
         self._sequence_length = sequence_length
@@ -68,7 +68,7 @@ class ChatRows:
         self.per_epoch = int(rows.max()) + 1
         """Rows of one epoch."""
         self._firsts = np.searchsorted(rows[by_row], np.arange(self.per_epoch + 1))
-        self.left_out = LeftOut(
+        self.truncated = TruncatedChats(
             chats=int((sizes > room).sum()),
             tokens=int(np.maximum(sizes - room, 0).sum()),
             longest=int(sizes.max()),
@@ -78,20 +78,20 @@ class ChatRows:
     def has_targets(self, count: int | None = None) -> bool:
         """Whether any of the first `count` rows, or of an epoch, has a target of the main head."""
         order = self._order(0)[:count]
-        return any(bool(self._predicted(*self._places(int(row)))[1:].any()) for row in order)
+        return any(bool(self._loss_mask(*self._places(int(row)))[1:].any()) for row in order)
 
     def batch(self, first: int, count: int) -> Batch:
         """Rows first .. first + count - 1, counted over all epochs."""
-        tokens = np.full((count, self._length), self._folder.facts.end_of_text, np.int64)
-        predicted = np.zeros((count, self._length), np.bool_)
+        tokens = np.full((count, self._length), self._folder.manifest.end_of_text, np.int64)
+        loss_mask = np.zeros((count, self._length), np.bool_)
         documents = []
         for row in range(count):
             number, index = divmod(first + row, self.per_epoch)
             own = int(self._order(number)[index])
-            documents.append(self._fill(own, tokens[row], predicted[row]))
+            documents.append(self._fill(own, tokens[row], loss_mask[row]))
         return Batch(
             tokens=torch.from_numpy(tokens),
-            predicted=torch.from_numpy(predicted),
+            loss_mask=torch.from_numpy(loss_mask),
             documents=tuple(documents) if self._document_masks else None,
         )
 
@@ -106,13 +106,13 @@ class ChatRows:
         self,
         row: int,
         tokens: Int64[np.ndarray, " length"],
-        predicted: Bool[np.ndarray, " length"],
+        loss_mask: Bool[np.ndarray, " length"],
     ) -> tuple[int, ...]:
         """Write one row; the lengths of the chats within its inputs, then that of the filling."""
         positions, borders = self._places(row)
         used = len(positions)
         tokens[:used] = self._folder.tokens(self._split, positions)
-        predicted[:used] = self._predicted(positions, borders)
+        loss_mask[:used] = self._loss_mask(positions, borders)
         inside = np.minimum(np.append(borders, self._length), self._sequence_length)
         lengths = np.diff(inside)
         return tuple(lengths[lengths > 0].tolist())
@@ -129,16 +129,16 @@ class ChatRows:
         borders = np.concatenate([[0], np.cumsum(sizes)])
         return np.arange(borders[-1]) + np.repeat(starts - borders[:-1], sizes), borders
 
-    def _predicted(
+    def _loss_mask(
         self,
         positions: Int64[np.ndarray, " used"],
         borders: Int64[np.ndarray, " chats_and_one"],
     ) -> Bool[np.ndarray, " used"]:
         """Which of these tokens are targets, as far as the chats themselves decide."""
-        predicted = self._folder.predicted(self._split, positions)
+        loss_mask = self._folder.loss_mask(self._split, positions)
         if self._document_masks:
-            predicted[borders[:-1]] = False
-        return predicted
+            loss_mask[borders[:-1]] = False
+        return loss_mask
 
 
 def packed(sizes: Int64[np.ndarray, " documents"], room: int) -> Int64[np.ndarray, " documents"]:

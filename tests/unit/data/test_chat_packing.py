@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowlat.data.chat_rows import ChatRows, LeftOut, packed
-from lowlat.data.folder import TokenFolder
+from lowlat.data.chat_packing import PackedChats, TruncatedChats, packed
+from lowlat.data.dataset import TokenizedDataset
 from lowlat.utils.errors import UserError
 
 from .conftest import END, Make, assert_found_by_number, texts
@@ -16,7 +16,7 @@ QUESTION = 5
 """Tokens of a chat that are no targets."""
 
 
-def rows(folder: TokenFolder, **changes: object) -> ChatRows:
+def rows(folder: TokenizedDataset, **changes: object) -> PackedChats:
     options = {
         "split": "train",
         "sequence_length": T,
@@ -25,10 +25,10 @@ def rows(folder: TokenFolder, **changes: object) -> ChatRows:
         "document_masks": True,
         "fim_rate": 0.0,
     }
-    return ChatRows(folder, **(options | changes))  # pyright: ignore[reportArgumentType]
+    return PackedChats(folder, **(options | changes))  # pyright: ignore[reportArgumentType]
 
 
-def chats(make_folder: Make, documents: list[list[int]]) -> TokenFolder:
+def chats(make_folder: Make, documents: list[list[int]]) -> TokenizedDataset:
     masks = [[place >= QUESTION for place in range(len(document))] for document in documents]
     return make_folder(documents, masks=masks)
 
@@ -46,18 +46,18 @@ def test_every_chat_is_whole_in_one_row(
     batch = used.batch(epoch * used.per_epoch, used.per_epoch)
     assert batch.tokens.shape == (used.per_epoch, T + AHEAD)
     found, targets = [], 0
-    for tokens, predicted in zip(batch.tokens.tolist(), batch.predicted.tolist(), strict=True):
-        assert not any(predicted[T + 1 :])
+    for tokens, loss_mask in zip(batch.tokens.tolist(), batch.loss_mask.tolist(), strict=True):
+        assert not any(loss_mask[T + 1 :])
         while tokens[0] != END:
             size = tokens.index(END)
-            assert predicted[: size + 1] == [QUESTION <= place < size for place in range(size + 1)]
+            assert loss_mask[: size + 1] == [QUESTION <= place < size for place in range(size + 1)]
             found.append(tokens[:size])
-            targets += sum(predicted[: size + 1])
-            tokens, predicted = tokens[size + 1 :], predicted[size + 1 :]
-        assert set(tokens) <= {END} and not any(predicted)
+            targets += sum(loss_mask[: size + 1])
+            tokens, loss_mask = tokens[size + 1 :], loss_mask[size + 1 :]
+        assert set(tokens) <= {END} and not any(loss_mask)
     assert sorted(found) == sorted(documents)
     assert targets == sum(len(document) - QUESTION for document in documents if len(document) > 5)
-    assert used.left_out == LeftOut(chats=0, tokens=0, longest=max(map(len, documents)) + 1)
+    assert used.truncated == TruncatedChats(chats=0, tokens=0, longest=max(map(len, documents)) + 1)
 
 
 def test_masks_tell_chats_and_filling_apart(make_folder: Make) -> None:
@@ -78,7 +78,7 @@ def test_a_chat_may_end_with_the_last_target(make_folder: Make) -> None:
     whole = [7] * T
     used = rows(chats(make_folder, [whole]))
     batch = used.batch(0, 1)
-    assert used.per_epoch == 1 and used.left_out.chats == 0
+    assert used.per_epoch == 1 and used.truncated.chats == 0
     assert batch.tokens[0].tolist() == [*whole, END, END, END]
     assert batch.documents == ((T,),)
 
@@ -87,7 +87,7 @@ def test_the_rest_of_a_chat_longer_than_a_row_is_left_out(make_folder: Make) -> 
     """It is counted, and nothing of it is in any row."""
     documents = [[1] * 20, [*[2] * 70, *[3] * 30], [4] * 61, [5] * 62]
     used = rows(chats(make_folder, documents))
-    assert used.left_out == LeftOut(chats=2, tokens=101 - 62 + 63 - 62, longest=101)
+    assert used.truncated == TruncatedChats(chats=2, tokens=101 - 62 + 63 - 62, longest=101)
     found = used.batch(0, used.per_epoch).tokens
     assert used.per_epoch == 4 and not bool((found == 3).any())
     assert int((found == 2).sum()) == int((found == 5).sum()) == 62

@@ -4,13 +4,13 @@ import math
 
 import pytest
 
-from lowlat.train.metrics.pace import Pace
-from lowlat.train.metrics.wording import bars, clock, count, memory, rate, share, tick
+from lowlat.train.metrics.formatting import bars, clock, count, memory, rate, share, tick
+from lowlat.train.metrics.tracker import ProgressTracker
 from tests.unit.train.metrics.records import start, step
 
 
 def test_loss_is_a_mean_that_forgets() -> None:
-    pace = Pace(start())
+    pace = ProgressTracker(start())
     assert pace.figures == {}
     pace.step(step(1, loss=4.0))
     assert pace.figures == {"loss": pytest.approx(4.0)}  # not pulled towards zero
@@ -23,7 +23,7 @@ def test_figures_are_those_of_the_latest_step() -> None:
     """A phase that matches layers knows no loss, one that matches distributions no error of
     layers: what came before must not stay on the screen.
     """
-    pace = Pace(start())
+    pace = ProgressTracker(start())
     pace.step(step(1, loss=None, layer_error=0.5))
     pace.step(step(2, loss=None, layer_error=0.5))
     assert pace.figures == {"layers": pytest.approx(0.5)}
@@ -35,7 +35,7 @@ def test_time_left_follows_tokens_and_pauses() -> None:
     """Holds shut: remaining time told from steps alone, wrong where batches grow or evaluations
     take their time.
     """
-    pace = Pace(start(tokens_total=1000))
+    pace = ProgressTracker(start(tokens_total=1000))
     assert pace.seconds_left is None
     pace.step(step(1, tokens=100, seconds=10.0, tokens_per_second=20.0))
     assert pace.seconds_left == pytest.approx(900 / 20)  # one step: its own speed
@@ -44,7 +44,7 @@ def test_time_left_follows_tokens_and_pauses() -> None:
 
 
 def test_time_left_forgets_what_is_long_ago() -> None:
-    pace = Pace(start(tokens_total=10_000))
+    pace = ProgressTracker(start(tokens_total=10_000))
     for number in range(1, 21):
         pace.step(step(number, tokens=number, seconds=100.0 * number))
     for number in range(21, 61):
@@ -53,7 +53,7 @@ def test_time_left_forgets_what_is_long_ago() -> None:
 
 
 def test_run_that_is_done_has_no_time_left() -> None:
-    pace = Pace(start())
+    pace = ProgressTracker(start())
     pace.step(step(13, tokens=1300))
     assert pace.seconds_left == 0
 

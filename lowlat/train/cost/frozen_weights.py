@@ -9,7 +9,7 @@ from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import count_parameters
 from lowlat.plan.activations import FP32_BYTES, all_bytes
 from lowlat.plan.flops import LAYER_PARTS, token_flops
-from lowlat.plan.job import Job
+from lowlat.plan.job import TrainingJob
 from lowlat.plan.memory import (
     ACTIVATIONS,
     CASTS,
@@ -17,13 +17,13 @@ from lowlat.plan.memory import (
     OPTIMISER,
     PIECE_COPIES,
     WEIGHTS,
-    Memory,
+    MemoryEstimate,
     held,
     live_casts,
     moment_bytes,
     shares,
 )
-from lowlat.train.recipe.schema import Lora, Phase, Recipe
+from lowlat.train.recipe.schema import LoraConfig, Phase, Recipe
 from lowlat.train.step.lora import (
     EXPERT_PROJECTIONS,
     count_added_up,
@@ -75,8 +75,12 @@ def _head(phase: Phase) -> tuple[str, ...]:
 
 
 def learning_memory(
-    memory: Memory, config: ModelConfig, recipe: Recipe, job: Job, teacher: ModelConfig | None
-) -> Memory:
+    memory: MemoryEstimate,
+    config: ModelConfig,
+    recipe: Recipe,
+    job: TrainingJob,
+    teacher: ModelConfig | None,
+) -> MemoryEstimate:
     """`memory`, which is that of a training of every weight of `config` alone, as `recipe` needs
     it.
     """
@@ -86,7 +90,7 @@ def learning_memory(
         weights = parts[WEIGHTS] * (1.0 if recipe.precision == "fp32" else 0.5)
         parts |= {WEIGHTS: weights, CASTS: 0.0, "gradients": 0.0, OPTIMISER: 0.0}
         parts[UPDATES] = update_bytes(config, recipe.lora, job)
-        updates_mlps = bool(set(recipe.lora.modules) & set(EXPERT_PROJECTIONS))
+        updates_mlps = bool(set(recipe.lora.target_modules) & set(EXPERT_PROJECTIONS))
         unread = [INPUT_OF_ROUTER] if updates_mlps else [INPUT_OF_ROUTER, *INPUTS_OF_MLPS]
         activations = {k: v for k, v in activations.items() if k not in unread}
         activations |= _kept_by_updates(config, recipe.lora, job)
@@ -107,7 +111,7 @@ def learning_memory(
     return replace(memory, parts=parts, activations=activations)
 
 
-def update_bytes(config: ModelConfig, table: Lora, job: Job) -> float:
+def update_bytes(config: ModelConfig, table: LoraConfig, job: TrainingJob) -> float:
     """What the updates that `table` asks for take: fp32 weights, gradients, and moments as matrices
     of layers have them. They are in every process whole.
     """
@@ -115,7 +119,7 @@ def update_bytes(config: ModelConfig, table: Lora, job: Job) -> float:
     return each * count_updates(config, table)
 
 
-def _kept_by_updates(config: ModelConfig, table: Lora, job: Job) -> dict[str, float]:
+def _kept_by_updates(config: ModelConfig, table: LoraConfig, job: TrainingJob) -> dict[str, float]:
     """What updates of projections keep for the backward pass beside the projections' own inputs:
     the rows between A and B with casts of both, and of experts their weights with the updates, in
     fp32 (`layers.lora`). With recomputation of layers that is one layer's.
@@ -127,16 +131,16 @@ def _kept_by_updates(config: ModelConfig, table: Lora, job: Job) -> dict[str, fl
         "rows of updates": float(job.element_bytes * (inner + factors)),
         "updated experts": float(FP32_BYTES * count_added_up(config, table)),
     }
-    share = 1 / config.num_hidden_layers if job.recompute == "layers" else 1.0
+    share = 1 / config.num_hidden_layers if job.activation_checkpointing == "full" else 1.0
     return {name: size * share for name, size in found.items()}
 
 
-def gradient_bytes(config: ModelConfig, table: Lora) -> float:
+def gradient_bytes(config: ModelConfig, table: LoraConfig) -> float:
     """The gradients' part of that."""
     return float(FP32_BYTES * count_updates(config, table))
 
 
-def _held_in_bf16(memory: Memory, job: Job) -> dict[str, float]:
+def _held_in_bf16(memory: MemoryEstimate, job: TrainingJob) -> dict[str, float]:
     """Weights, where matrices that stay are held as products take them, and the casts of others."""
     parts = {WEIGHTS: 0.0, CASTS: live_casts(job, "attention", memory.parameters["attention"])}
     for part, count in memory.parameters.items():
@@ -145,7 +149,7 @@ def _held_in_bf16(memory: Memory, job: Job) -> dict[str, float]:
     return parts
 
 
-def _more_logits(config: ModelConfig, job: Job) -> float:
+def _more_logits(config: ModelConfig, job: TrainingJob) -> float:
     """What a piece of both models' logits takes beyond a piece of the loss without a teacher."""
     logits = float(job.device_tokens * config.vocab_size)
     taught = 2 * min(NATIVE_PIECE_BYTES, job.element_bytes * logits)
@@ -158,7 +162,7 @@ def _head_gradient(config: ModelConfig) -> float:
     return float(heads * FP32_BYTES * config.vocab_size * config.hidden_size)
 
 
-def _teacher_bytes(teacher: ModelConfig, recipe: Recipe, job: Job) -> float:
+def _teacher_bytes(teacher: ModelConfig, recipe: Recipe, job: TrainingJob) -> float:
     """Weights in the dtype of products, and what its largest layer makes on the way."""
     size = FP32_BYTES if recipe.precision == "fp32" else 2
     layers = range(teacher.num_hidden_layers)

@@ -1,0 +1,1 @@
+"""What a run reads: model configs, data, base model and teacher, checked before training."""

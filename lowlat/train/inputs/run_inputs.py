@@ -1,0 +1,107 @@
+"""Run inputs: all that a training run reads (configs, data, base model, teacher), opened and
+checked before anything is built.
+
+Fingerprints of the inputs are part of every checkpoint, so that a resumed run has the same ones.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lowlat.config.model import ModelConfig
+from lowlat.train.cost.dry_run import require_fit, usable_memory
+from lowlat.train.inputs.configs import base_config, check_recipe
+from lowlat.train.inputs.model_files import (
+    teacher_config,
+    teacher_fingerprint,
+    weights_fingerprint,
+)
+from lowlat.train.inputs.phase_data import (
+    PhaseData,
+    check_targets,
+    check_tokenizers,
+    phase_data,
+    phase_dataset,
+)
+from lowlat.train.recipe.schema import Recipe
+from lowlat.utils.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunInputs:
+    """All that a run reads and never changes."""
+
+    configs: list[ModelConfig]
+    """Model config of each phase."""
+    data: list[PhaseData]
+    """Data of each phase."""
+    base_model: Path | None
+    """Files of recipe.base_model."""
+    teacher: Path | None
+    """Files of recipe.distillation.teacher."""
+    teacher_config: ModelConfig | None
+    """Config of the teacher."""
+    fingerprints: list[str]
+    """Of the data of each phase; with LoRA also of the base model, which checkpoints leave out."""
+    teacher_fingerprint: str | None
+    """Of the teacher."""
+
+    @property
+    def tokenizer_source(self) -> Path:
+        """Folder or .gguf file whose tokenizer and chat template exported models get."""
+        return self.data[0].dataset.path if self.base_model is None else self.base_model
+
+    def verify(self, progress: Progress) -> None:
+        """Raise UserError unless every file of the datasets matches its checksum."""
+        for dataset in {data.dataset.path: data.dataset for data in self.data}.values():
+            dataset.verify(progress)
+
+
+def open_run_inputs(
+    recipe: Recipe, *, base: Path, base_model: Path | None, teacher: Path | None, origin: str
+) -> RunInputs:
+    """Open and check what `recipe` names.
+
+    base: folder that relative paths of the recipe start from; base_model, teacher: the files that
+    the recipe names; origin: the recipe's name in errors. Raises UserError naming phase, key or
+    file, and as `require_fit` if the run does not fit in memory.
+    """
+    configs, data = open_phases(recipe, base_model, base, origin, teacher)
+    taught = None if teacher is None else teacher_config(teacher)
+    memory = usable_memory(torch.device(recipe.device), recipe.parallel.processes)
+    require_fit(configs[0], recipe, memory_bytes=memory, teacher=taught, origin=origin)
+    fingerprints = [each.dataset.fingerprint for each in data]
+    if recipe.lora is not None and base_model is not None:
+        fingerprints.append(weights_fingerprint(base_model))
+    return RunInputs(
+        configs=configs,
+        data=data,
+        base_model=base_model,
+        teacher=teacher,
+        teacher_config=taught,
+        fingerprints=fingerprints,
+        teacher_fingerprint=None if teacher is None else teacher_fingerprint(teacher),
+    )
+
+
+def open_phases(
+    recipe: Recipe,
+    base_model: Path | None,
+    base: Path,
+    origin: str,
+    teacher: Path | None = None,
+) -> tuple[list[ModelConfig], list[PhaseData]]:
+    """Config and data of every phase of `recipe`, checked except for memory.
+
+    Arguments and errors are those of `open_run_inputs`.
+    """
+    datasets = [phase_dataset(recipe, index, base) for index in range(len(recipe.phase))]
+    models = [model for model in (teacher, base_model) if model is not None]
+    config = base_config(recipe, base_model, datasets[0].vocab_size, origin)
+    configs = check_recipe(config, recipe, origin, teacher)
+    check_tokenizers(recipe, datasets, models, origin)
+    num_ahead = 1 + config.num_nextn_predict_layers
+    data = [phase_data(recipe, i, dataset, num_ahead) for i, dataset in enumerate(datasets)]
+    check_targets(recipe, data, origin)
+    return configs, data
