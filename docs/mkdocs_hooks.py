@@ -79,12 +79,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if found is None:
             return match[0]
         path, anchor = found
-        if (
-            path.is_dir()
-            and (pages := sorted(path.glob("*.md")))
-            and path.is_relative_to(ROOT / "docs")
-        ):
-            path = pages[0]  # the site has no page for a folder of docs/
+        if path.is_dir() and path.is_relative_to(ROOT / "docs"):  # which has no page of its own
+            path = min(path.glob("*.md"))
         name = path.relative_to(ROOT).as_posix()
         target = name.removeprefix("docs/") if name.startswith("docs/") else uri(path, name)
         if not path.exists():
