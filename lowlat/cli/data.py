@@ -1,4 +1,4 @@
-"""`lowlat data`: token folders made, described and checked. Owns arguments and output alone."""
+"""`lowlat data`: build, describe and verify tokenized datasets. Parses arguments and prints."""
 
 import json
 from pathlib import Path
@@ -13,32 +13,32 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="data",
-    help="Text to tokens: make, describe and check the folders that training reads.",
+    help="Build, describe and verify tokenized datasets for training.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A token folder.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A tokenized dataset.")]
 
 
 @app.command("build")
 def build(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Token folder to make; it must not exist.")
+        Path, typer.Argument(metavar="FOLDER", help="Folder to write; it must not exist.")
     ],
     sources: Annotated[
         list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="Text file, .jsonl (a text or messages a line), .parquet, each maybe .gz; a folder"
-            " of these; or datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]].",
+            help="Text file, .jsonl (one text or messages per line) or .parquet, also as .gz; a"
+            " folder of these; or datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]].",
         ),
     ],
     tokenizer: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Folder, tokenizer.json, .gguf file or model whose tokenizer to use.",
+            help="Tokenizer to use: of a model folder, tokenizer.json, .gguf file or model name.",
         ),
     ] = None,
     train_bpe: Annotated[
@@ -49,8 +49,8 @@ def build(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Share of the documents to hold out, chosen by their text; 0.01, or 0 with"
-            " --held-out-source.",
+            help="Share of the documents to hold out, selected by content hash; by default 0.01, or"
+            " 0 with --held-out-source.",
             show_default=False,
         ),
     ] = None,
@@ -61,8 +61,8 @@ def build(
     field: Annotated[
         str | None,
         typer.Option(
-            help="Field of JSON lines, or column of tables, with the text, or messages; text by "
-            "default.",
+            help="Field of JSON lines or column of tables that holds the text or messages, by "
+            "default text.",
             show_default=False,
         ),
     ] = None,
@@ -74,10 +74,12 @@ def build(
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Files of folders to read: '*.txt'; may be repeated."),
+        typer.Option(
+            metavar="PATTERN", help="Read only these files of a folder: '*.txt'; may be repeated."
+        ),
     ] = None,
     invalid: Annotated[
-        str, typer.Option(help="What to do with text that is not UTF-8: error, skip or replace.")
+        str, typer.Option(help="Handling of text that is not UTF-8: error, skip or replace.")
     ] = "error",
     end_of_text: Annotated[
         str | None,
@@ -85,9 +87,9 @@ def build(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Make a token folder from text: tokenised, checksummed, without repeated documents.
+    """Build a tokenized dataset from text: tokenized, deduplicated, with checksums.
 
-    FOLDER appears only when it is whole. The same sources give the same bytes.
+    FOLDER appears complete or not at all. The same sources give the same bytes.
     """
     from lowlat.cli.data_view import print_build, print_json
     from lowlat.data.build import build as run_build
@@ -121,7 +123,7 @@ def build(
 
 @app.command("info")
 def info(folder: Folder, as_json: options.Json = False) -> None:
-    """What a token folder holds."""
+    """Describe a tokenized dataset: documents, tokens, tokenizer, sources."""
     from lowlat.cli.data_view import print_json, print_manifest
     from lowlat.data.dataset import TokenizedDataset
 
@@ -134,7 +136,7 @@ def info(folder: Folder, as_json: options.Json = False) -> None:
 
 @app.command("verify")
 def verify(folder: Folder, as_json: options.Json = False) -> None:
-    """Check every file of a token folder against its SHA-256, and every id."""
+    """Verify the SHA-256 of every file of a tokenized dataset, and the range of every token id."""
     from lowlat.data.dataset import TokenizedDataset
     from lowlat.utils.progress import make_progress
 

@@ -61,48 +61,54 @@ def plan(
         str,
         typer.Argument(
             metavar="RECIPE|MODEL",
-            help="A recipe in TOML, or a model as `lowlat info` takes it; deepseek-v3 comes with "
-            "the layout of its paper.",
+            help="Recipe in TOML, or any model that lowlat info accepts; deepseek-v3 includes the "
+            "layout of its paper.",
             show_default=False,
         ),
     ],
     devices: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Search the layouts of N devices.", show_default=False
+            metavar="N", min=1, help="Search the parallel layouts of N devices.", show_default=False
         ),
     ] = None,
     machine: Annotated[
         str | None,
-        typer.Option(help=f"Kind of device: {', '.join(MACHINES)}.", show_default=False),
+        typer.Option(help=f"Device type: {', '.join(MACHINES)}.", show_default=False),
     ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory of a device, such as 80GB (of 2^30 bytes, as devices are sold).",
+            help="Memory of a device, such as 80GB (1 GB = 2^30 bytes).",
             show_default=False,
         ),
     ] = None,
     network: Annotated[
         float | None,
         typer.Option(
-            metavar="GB/S", help="What a device sends to other nodes.", show_default=False
+            metavar="GB/S", help="Bandwidth of a device to other nodes.", show_default=False
         ),
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; may be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated."),
     ] = None,
     top: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help=f"Layouts to show; {TOP} by default.", show_default=False
+            metavar="N",
+            min=1,
+            help=f"Number of layouts to show, by default {TOP}.",
+            show_default=False,
         ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Memory, traffic, pipeline bubble and time of a training; with --devices, the best layouts."""
+    """Estimate memory, traffic, pipeline bubble and time of a training run.
+
+    With --devices, search for the fastest parallel layouts.
+    """
     if top is not None and devices is None:
         raise UserError("--top is of layouts that are searched; add --devices, or leave it out")
     subject = _subject(name, changes or [])
