@@ -1,7 +1,4 @@
-"""`lowlat data`: build, describe and verify token folders.
-
-Parses arguments and prints; the work is in `lowlat.data`.
-"""
+"""`lowlat data`: build, describe and verify tokenized datasets. Parses arguments and prints."""
 
 import json
 from dataclasses import dataclass
@@ -17,12 +14,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="data",
-    help="Tokenize text: build, describe and verify the token folders that training reads.",
+    help="Build, describe and verify tokenized datasets for training.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A token folder.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A tokenized dataset.")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +30,7 @@ class VocabularyOptions:
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Use the tokenizer of this folder, tokenizer.json, .gguf file or model.",
+            help="Tokenizer to use: of a model folder, tokenizer.json, .gguf file or model name.",
         ),
     ] = None
     train_bpe: Annotated[
@@ -62,8 +59,8 @@ class HeldOutOptions:
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Share of documents to hold out, selected by content hash. Default: 0.01, or 0 "
-            "with --held-out-source.",
+            help="Share of the documents to hold out, selected by content hash; by default 0.01, or"
+            " 0 with --held-out-source.",
             show_default=False,
         ),
     ] = None
@@ -80,7 +77,7 @@ class SourceOptions:
     field: Annotated[
         str | None,
         typer.Option(
-            help="JSON field or table column that holds the text or the chat messages. Default: "
+            help="JSON field or table column that holds the text or the chat messages, by default "
             "text.",
             show_default=False,
         ),
@@ -94,11 +91,11 @@ class SourceOptions:
     only: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="PATTERN", help="Read only these files of folders: '*.txt'; may be repeated."
+            metavar="PATTERN", help="Read only these files of a folder: '*.txt'; may be repeated."
         ),
     ] = None
     invalid: Annotated[
-        str, typer.Option(help="What to do with text that is not UTF-8: error, skip or replace.")
+        str, typer.Option(help="Handling of text that is not UTF-8: error, skip or replace.")
     ] = "error"
 
     def as_read_options(self) -> "ReadOptions":
@@ -122,13 +119,13 @@ class SourceOptions:
 def build(
     *,
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Token folder to write; it must not exist.")
+        Path, typer.Argument(metavar="FOLDER", help="Folder to write; it must not exist.")
     ],
     sources: Annotated[
         list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="Text file, .jsonl (one text or chat per line) or .parquet, optionally .gz; a "
+            help="Text file, .jsonl (one text or chat per line) or .parquet, also as .gz; a "
             "folder of these; or datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]].",
         ),
     ],
@@ -141,9 +138,9 @@ def build(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Build a token folder from text: tokenized, checksummed, exact duplicates removed.
+    """Build a tokenized dataset from text: tokenized, deduplicated, with checksums.
 
-    FOLDER appears only when it is complete. The same sources give the same bytes.
+    FOLDER appears complete or not at all. The same sources give the same bytes.
     """
     from lowlat.cli.data_view import print_build, print_json
     from lowlat.data.build import build as run_build
@@ -174,7 +171,7 @@ def build(
 
 @app.command("info")
 def info(folder: Folder, as_json: options.Json = False) -> None:
-    """Show the contents of a token folder."""
+    """Describe a tokenized dataset: documents, tokens, tokenizer, sources."""
     from lowlat.cli.data_view import print_json, print_manifest
     from lowlat.data.dataset import TokenizedDataset
 
@@ -187,7 +184,7 @@ def info(folder: Folder, as_json: options.Json = False) -> None:
 
 @app.command("verify")
 def verify(folder: Folder, as_json: options.Json = False) -> None:
-    """Verify every file of a token folder: its SHA-256 checksum and its token ids."""
+    """Verify the SHA-256 of every file of a tokenized dataset, and the range of every token id."""
     from lowlat.data.dataset import TokenizedDataset
     from lowlat.utils.progress import make_progress
 

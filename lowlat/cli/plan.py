@@ -61,50 +61,53 @@ def plan(
         str,
         typer.Argument(
             metavar="RECIPE|MODEL",
-            help="Recipe (TOML file), or model as in `lowlat info`; deepseek-v3 has the layout of "
-            "its paper.",
+            help="Recipe in TOML, or any model that lowlat info accepts; deepseek-v3 includes the "
+            "layout of its paper.",
             show_default=False,
         ),
     ],
     devices: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Search all layouts for N devices.", show_default=False
+            metavar="N", min=1, help="Search the parallel layouts of N devices.", show_default=False
         ),
     ] = None,
     machine: Annotated[
         str | None,
-        typer.Option(help=f"Kind of device: {', '.join(MACHINES)}.", show_default=False),
+        typer.Option(help=f"Device type: {', '.join(MACHINES)}.", show_default=False),
     ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory per device, such as 80GB (1 GB is 2^30 bytes here).",
+            help="Memory of a device, such as 80GB (1 GB = 2^30 bytes).",
             show_default=False,
         ),
     ] = None,
     network: Annotated[
         float | None,
-        typer.Option(metavar="GB/S", help="Network bandwidth per device.", show_default=False),
+        typer.Option(
+            metavar="GB/S", help="Bandwidth of a device to other nodes.", show_default=False
+        ),
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a key of the recipe; may be repeated."
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated."),
     ] = None,
     top: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help=f"Layouts to show; {TOP} by default.", show_default=False
+            metavar="N",
+            min=1,
+            help=f"Number of layouts to show, by default {TOP}.",
+            show_default=False,
         ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Estimate memory, traffic, pipeline bubble and time of a training run on a cluster.
+    """Estimate memory, traffic, pipeline bubble and time of a training run.
 
-    With --devices, rank all parallel layouts by time.
+    With --devices, search for the fastest parallel layouts.
     """
     if top is not None and devices is None:
         raise UserError("--top needs --devices, which searches layouts; add it or remove --top")

@@ -1,6 +1,6 @@
-"""`lowlat train`: run or resume a training recipe; subcommands report and export.
+"""`lowlat train`: train a model from a recipe, or resume from the last checkpoint.
 
-Parses arguments and prints; the trainer is in `lowlat.train.run`.
+Parses arguments and prints; the trainer is `lowlat.train`.
 """
 
 import sys
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe, a TOML file.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe in TOML.")],
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="Run folder; runs/NAME by default.", show_default=False
+            metavar="FOLDER", help="Run folder, by default runs/NAME.", show_default=False
         ),
     ] = None,
     changes: Annotated[
@@ -33,7 +33,7 @@ def train(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Override a key of the recipe: seed=1, phase.0.steps=50; may be repeated.",
+            help="Override a recipe key: seed=1, phase.0.steps=50; may be repeated.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -45,10 +45,10 @@ def train(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Train RECIPE, or resume it from the last checkpoint in FOLDER.
+    """Train a model from RECIPE. The same command resumes an interrupted run.
 
-    Ctrl-C writes a checkpoint and stops. The finished model is in FOLDER/model, ready for lowlat
-    chat and lowlat serve.
+    Ctrl-C writes a checkpoint and stops. The trained model is written to FOLDER/model, which
+    lowlat chat and lowlat serve load.
     """
     from lowlat.cli.train_inputs import base_model_files, teacher_files
     from lowlat.train.recipe.schema import read_recipe
@@ -125,7 +125,7 @@ def _run(
 
 
 def _log(parsed: "Recipe", run: "RunFolder", quiet: bool) -> "MetricsLog":
-    """The metrics log of the process that holds the run folder; silent in other processes."""
+    """The metrics log of the process that locks the run folder; a silent one for the others."""
     from lowlat.train.metrics.metrics_log import FolderMetricsLog, SilentMetricsLog
     from lowlat.train.metrics.progress_view import make_view
 
@@ -142,6 +142,6 @@ def _log(parsed: "Recipe", run: "RunFolder", quiet: bool) -> "MetricsLog":
 app = with_subverbs(
     train,
     {"report": report, "export": export},
-    epilog="lowlat train report RUN shows losses and speed of a run; lowlat train export RUN DST "
-    "writes one of its checkpoints as a model.",
+    epilog="lowlat train report RUN summarizes a run; lowlat train export RUN DST exports one of "
+    "its checkpoints as a model.",
 )

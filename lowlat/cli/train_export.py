@@ -1,4 +1,4 @@
-"""`lowlat train export`: write a training checkpoint as a model folder."""
+"""`lowlat train export`: export a training checkpoint as a model folder."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,16 +11,16 @@ def export(
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it must not exist.")],
     step: Annotated[
         int | None,
-        typer.Option(help="Step of the checkpoint; by default the latest.", show_default=False),
+        typer.Option(help="Step of the checkpoint, by default the latest.", show_default=False),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Number type of stored weights: bf16, fp16, fp32 or fp8.")
+        str, typer.Option(help="Number type to store: bf16, fp16, fp32 or fp8.")
     ] = "bf16",
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Export only the LoRA adapter, in peft's layout.")
+        bool, typer.Option("--adapter", help="Write only the LoRA adapter, in peft's layout.")
     ] = False,
 ) -> None:
-    """Write a training checkpoint in the Hugging Face layout, ready for `lowlat chat`."""
+    """Export a checkpoint as a Hugging Face folder, which lowlat chat and other programs load."""
     from lowlat.train.run.export import export_adapter, export_save
     from lowlat.utils.progress import make_progress
 

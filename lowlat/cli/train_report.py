@@ -1,4 +1,4 @@
-"""`lowlat train report`: losses, speed and expert balance of runs as a table, plots and JSON."""
+"""`lowlat train report`: summary of training runs as a table, a plot and JSON."""
 
 import json
 import sys
@@ -23,18 +23,18 @@ def report(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Plot file: .png, .svg or .pdf; without a suffix, both .png and .svg. The numbers "
-            "go to a .json file of the same name. Default for one run: report.png, report.svg and "
-            "report.json in its folder.",
+            help="Plot file: .png, .svg or .pdf; a name without a suffix gives a .png and an .svg. "
+            "The figures are written next to it as .json. By default a single run gets report.png, "
+            "report.svg and report.json in its folder.",
             show_default=False,
         ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Final and best losses, throughput and expert balance of runs, with plots.
+    """Final and best losses, speed and expert balance, with plots of the whole run.
 
-    Losses are in nats per token. MFU is relative to the matrix product rate measured on this
-    machine. MaxVio is the largest expert load over the mean load, minus 1.
+    Losses are in nats per token. MFU is relative to the rate of matrix products measured on this
+    machine. MaxVio is the maximum load of an expert over the mean load, minus 1.
     """
     from rich.console import Console
 

@@ -228,7 +228,7 @@ def test_modules_are_as_near_to_fp32_as_plain_bf16(
 
 @torch.inference_mode()
 def test_a_module_goes_on_from_hidden_states_and_no_other_does() -> None:
-    """Holds shut: a step that reads uninitialized memory."""
+    """Regression: a step that reads uninitialized memory."""
     config = with_modules(FEW[0], has_copies=False)
     model = NativeModel(random_model(config, FEW[0].seed))
     batch, cache = batch_of(STEPS[0], 2.0), new_cache(config, torch.bfloat16)

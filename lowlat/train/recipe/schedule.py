@@ -38,10 +38,10 @@ class StepPlan:
 
 
 def value_at(schedule: Schedule, step: int, steps: int) -> float:
-    """The value of a schedule at `step` (from 0) of a phase of `steps` steps.
+    """Schedule of the learning rate and other values: warmup, constant, linear and cosine decay.
 
-    A segment of n steps reaches its end value at its n-th step, so warm-up starts above 0. The
-    end value of the last segment holds for the rest of the phase.
+    `step` counts from 0 in a phase of `steps` steps. A segment of n steps reaches its end value at
+    its n-th step, so a warmup starts above 0. After the last segment its end value holds.
     """
     if not isinstance(schedule, list):
         return float(schedule)
@@ -65,10 +65,8 @@ def _within_segment(segment: Segment, start: float, share: float) -> float:
 
 
 def batch_size(phase: Phase, step: int, unit: int) -> int:
-    """Rows of the global batch at `step` of `phase`, rounded to a multiple of `unit`, at least one.
-
-    Rounding affects batch-size ramps only: the recipe's validation requires constant batch sizes
-    to be multiples.
+    """Global batch size at `step` of `phase`, in sequences: a multiple of `unit`, at least one.
+    Rounding changes only batch size ramps.
     """
     return max(1, round(value_at(phase.batch_size, step, phase.steps) / unit)) * unit
 

@@ -69,7 +69,7 @@ class DataConfig(_Table):
     """Training data and how documents are packed into rows."""
 
     folder: str
-    """Token folder written by `lowlat data build`, relative to the recipe."""
+    """Tokenized dataset written by `lowlat data build`, relative to the recipe."""
     document_masks: bool = False
     """Mask attention between documents packed into one row (V3: false in pretraining)."""
     fim_rate: Share = 0.0

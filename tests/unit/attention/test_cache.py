@@ -100,7 +100,7 @@ def test_copy_page_copies_every_layer() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_pages_that_are_not_written_take_no_memory() -> None:
-    """Holds shut: a server that takes most of a machine's memory before its first request."""
+    """Regression: a server that takes most of a machine's memory before its first request."""
 
     def resident() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -329,7 +329,7 @@ def test_threads_fetch_once(pip: FakePip, cache: Path) -> None:
 def test_waits_for_another_process(pip: FakePip, cache: Path) -> None:
     """The other process holds the lock, places the file, lets go: pip is not called here.
 
-    Holds shut: a work folder made beside the lock, which fails where the other is removing it.
+    Regression: a work folder made beside the lock, which fails where the other is removing it.
     """
     lock = cache / "pypi" / ".work" / "tiny-model-0.1.2.lock"
     lock.parent.mkdir(parents=True)

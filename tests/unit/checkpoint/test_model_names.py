@@ -244,7 +244,7 @@ def test_hub_names(
     ],
 )
 def test_what_is_here_has_no_revisions(name: str, words: str) -> None:
-    """Holds shut: the hub asked for a revision of a folder, and that called unreachable."""
+    """Regression: the hub asked for a revision of a folder, and that called unreachable."""
     assert words in message(name) and "leave '@" in message(name)
 
 

@@ -31,7 +31,7 @@ from .test_load import UP, Tensors, at, cast
 def test_scales_are_checked_alike_whether_multiplied_out_or_kept(
     tmp_path: Path, change: Callable[[Tensors], None], message: str, dtype: str
 ) -> None:
-    """Holds shut: integers, fp8 numbers and negative ones multiplied out as if they were scales."""
+    """Regression: integers, fp8 numbers and negative ones multiplied out as if they were scales."""
     write_model(tmp_path / "m", FAMILIES["deepseek_v3-fp8"])
     rewrite(tmp_path / "m", change)
     with pytest.raises(UserError) as caught:

@@ -72,7 +72,7 @@ def test_memory_that_no_device_has(size: str):
     ],
 )
 def test_trainings_of_part_of_a_model_are_refused(tmp_path: Path, table: str, key: str):
-    """Holds shut: figures of a training of all weights."""
+    """Regression: figures of a training of all weights."""
     recipe = RECIPE.replace("[data]", f"{table}[data]")
     if key == "lora":
         recipe = re.sub(r"\[model\].*?(?=\[lora\])", "", recipe, flags=re.DOTALL)
@@ -176,7 +176,7 @@ def _spaced(match: re.Match[str]) -> str:
     ],
 )
 def test_faults_of_recipes_name_file_and_key(tmp_path: Path, change: str, message: str):
-    """Holds shut: the planner's own words, which are no keys of recipes."""
+    """Regression: the planner's own words, which are no keys of recipes."""
     path = tmp_path / "small.toml"
     path.write_text(RECIPE, encoding="utf-8")
     changes = [change, "phase.0.sequence_length=32"]

@@ -290,7 +290,7 @@ def test_a_dry_run_refuses_what_a_run_does(
     changes: list[str],
     said: str,
 ) -> None:
-    """Holds shut: a recipe that is found good and then refused. The machine is a small one."""
+    """Regression: a recipe that is found good and then refused. The machine is a small one."""
     monkeypatch.setattr(dryrun, "memory_limit", lambda: 2**33)
     monkeypatch.setitem(rate.SIDES, "cpu", 64)
     (folder / "r.toml").write_text(RECIPE)

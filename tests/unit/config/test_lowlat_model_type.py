@@ -93,7 +93,7 @@ def test_defaults_may_be_left_out() -> None:
 
 
 def test_null_may_be_left_out() -> None:
-    """Holds shut: forms that a recipe, being TOML, could not say."""
+    """Regression: forms that a recipe, being TOML, could not say."""
     config = EVERY["tpa-kv"]
     raw = config_to_hf(config)
     assert raw["attention"].pop("q_rank") is None
@@ -324,7 +324,7 @@ def test_families_of_hugging_face_refuse_these_forms(family: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "kimi_k2"])
 def test_families_of_hugging_face_refuse_layers_that_differ(family: str, name: str) -> None:
-    """Holds shut: the numbers of one layer in a file that says them for all."""
+    """Regression: the numbers of one layer in a file that says them for all."""
     config = replace(LAYERS[name], model_type=family)
     with pytest.raises(UserError, match=r"cannot express layers that differ \(MLA .*'lowlat' can"):
         config_to_hf(config)

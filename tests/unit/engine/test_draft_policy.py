@@ -78,7 +78,7 @@ def test_a_round_of_drafts_must_pay_for_its_making() -> None:
 
 
 def test_each_draft_costs_its_part_of_a_round() -> None:
-    """Holds shut: one draft taken to cost nearly what the four cost that were measured."""
+    """Regression: one draft taken to cost nearly what the four cost that were measured."""
     choice, one = DraftPolicy(), sequence()
     for _ in range(20):
         choice.stepped(1, 1.0)
@@ -90,7 +90,7 @@ def test_each_draft_costs_its_part_of_a_round() -> None:
 
 
 def test_one_slow_round_does_not_end_drafts() -> None:
-    """Holds shut: a machine that was busy once, and drafts never made again."""
+    """Regression: a machine that was busy once, and drafts never made again."""
     choice, one = DraftPolicy(), sequence()
     for _ in range(20):
         choice.stepped(1, 1.0)

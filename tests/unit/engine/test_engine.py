@@ -79,7 +79,7 @@ def test_ignore_eos_goes_on() -> None:
 
 
 def test_without_max_tokens_the_context_is_filled_exactly() -> None:
-    """Holds shut: the last position left unused, or one too many."""
+    """Regression: the last position left unused, or one too many."""
     (tokens,) = outputs(counting_engine(context=19), [3, 5, 7])
     assert len(tokens) == 16
 
@@ -116,7 +116,7 @@ def test_abort_gives_all_pages_back_at_any_moment(steps: int) -> None:
 
 
 def test_a_row_of_nan_ends_its_own_request_only() -> None:
-    """Holds shut: one request's fault taking down the others."""
+    """Regression: one request's fault taking down the others."""
 
     class Broken(ScriptedModel):
         def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -162,7 +162,7 @@ def test_bad_requests_are_refused_with_the_numbers(
 
 
 def test_a_prompt_that_is_too_long_is_not_looked_through() -> None:
-    """Holds shut: millions of ids compared on the server's event loop."""
+    """Regression: millions of ids compared on the server's event loop."""
 
     class Ids(list[int]):
         def __iter__(self) -> Any:
@@ -173,7 +173,7 @@ def test_a_prompt_that_is_too_long_is_not_looked_through() -> None:
 
 
 def test_more_completions_than_may_run_are_refused() -> None:
-    """Holds shut: a request that waits for ever."""
+    """Regression: a request that waits for ever."""
     engine = counting_engine(limits=Limits(max_sequences=3))
     with pytest.raises(UserError, match=r"n 4 exceeds the 3"):
         engine.add([1], TokenSamplingParams(n=4, temperature=1.0))
@@ -209,7 +209,7 @@ def test_chunks_and_page_sizes_change_no_token(model: Transformer) -> None:
 def test_completions_of_one_prompt_do_not_disturb_each_other(
     model: Transformer, length: int
 ) -> None:
-    """Holds shut: a fork that writes into its siblings' partly filled page (of 5 tokens)."""
+    """Regression: a fork that writes into its siblings' partly filled page (of 5 tokens)."""
     prompt = [(i * 41) % 263 for i in range(length)]
     options: dict[str, Any] = {"temperature": 1.2, "seed": 9, "ignore_eos": True, "max_tokens": 9}
     engine = engine_for(model)
@@ -236,7 +236,7 @@ def _one_by_one(
 
 
 def test_completions_share_the_full_pages_of_their_prompt() -> None:
-    """Holds shut: the prompt cached n times. 12 tokens, pages of 5: two shared, one for each."""
+    """Regression: the prompt cached n times. 12 tokens, pages of 5: two shared, one for each."""
     engine = counting_engine()
     params = TokenSamplingParams(max_tokens=9, temperature=1.0, n=3, ignore_eos=True)
     request = engine.add(list(range(12)), params)
@@ -282,7 +282,7 @@ def test_batched_equals_alone(data: st.DataObject) -> None:
 
 
 def test_the_cache_grows_with_use_and_keeps_its_rows() -> None:
-    """Holds shut: rows lost when the cache is enlarged between two steps."""
+    """Regression: rows lost when the cache is enlarged between two steps."""
     config: ModelConfig = gqa_config()
     engine = engine_for(tiny_model(config), page_size=2)
     before = engine.runner.cache.num_pages
@@ -306,7 +306,7 @@ def test_times_are_in_order() -> None:
 
 
 def test_completions_fork_after_the_cache_has_grown() -> None:
-    """Holds shut: a page copied in place in rows that were made in inference mode."""
+    """Regression: a page copied in place in rows that were made in inference mode."""
     engine = counting_engine()
     outputs(engine, list(range(90)), max_tokens=2)
     assert engine.runner.cache.num_pages > INITIAL_PAGES
@@ -341,7 +341,7 @@ def test_a_long_system_prompt_is_read_once() -> None:
 
 
 def test_a_preempted_prompt_does_not_count_its_own_pages_as_found() -> None:
-    """Holds shut: cached tokens reported for prompts that nobody had sent before."""
+    """Regression: cached tokens reported for prompts that nobody had sent before."""
     model = ScriptedModel(gqa_config(), lambda token: (token + 1) % 200)
     limits = Limits(max_pages=20, mixed_tokens=4, step_tokens=4)
     engine = engine_for(

@@ -40,7 +40,7 @@ def counting() -> Model:
 def test_a_prompt_that_fails_ends_all_its_completions(
     monkeypatch: pytest.MonkeyPatch, others: int
 ) -> None:
-    """Holds shut: callers that wait for ever for completions 1 to n - 1."""
+    """Regression: callers that wait for ever for completions 1 to n - 1."""
     poison(monkeypatch)
     engine = counting_engine()
     good = [engine.add([number], TokenSamplingParams(max_tokens=3)) for number in range(others)]
@@ -64,7 +64,7 @@ def test_a_deadline_missed_in_the_queue_ends_all_completions() -> None:
 
 
 def test_generate_tells_of_a_prompt_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds shut: a loop without end over an engine without work."""
+    """Regression: a loop without end over an engine without work."""
     poison(monkeypatch)
     model = counting()
     for n in (1, 2):
@@ -83,7 +83,7 @@ def test_waiting_for_an_engine_without_work_is_an_error(monkeypatch: pytest.Monk
 
 
 def test_sequences_that_fail_only_together_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds shut: an engine that ends for everyone where a step is too large, say for memory."""
+    """Regression: an engine that ends for everyone where a step is too large, say for memory."""
     step = ModelRunner.step
 
     def broken(self: ModelRunner, chunks: list[Chunk]) -> Any:
@@ -136,7 +136,7 @@ def tokens_of(engine: Engine, prompt: list[int]) -> list[int | None]:
 def test_rows_of_a_request_that_failed_are_not_found(
     monkeypatch: pytest.MonkeyPatch, config: ModelConfig, number: int
 ) -> None:
-    """Holds shut: one NaN that ends every request with the same beginning, through the cache."""
+    """Regression: one NaN that ends every request with the same beginning, through the cache."""
     options: dict[str, Any] = {"page_size": 4, "prefill_chunk": 8, "speculates": False}
     engine = engine_for(tiny_model(config), **options)
     expected = tokens_of(engine_for(engine.runner.model, **options), PROMPT)
@@ -152,7 +152,7 @@ def test_rows_of_a_request_that_failed_are_not_found(
 def test_who_waits_for_rows_of_a_request_that_fails_reads_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Holds shut: rows that are offered before anybody has looked whether they are numbers."""
+    """Regression: rows that are offered before anybody has looked whether they are numbers."""
     options: dict[str, Any] = {"page_size": 4, "prefill_chunk": 8, "speculates": False}
     engine = engine_for(tiny_model(gqa_config()), **options)
     expected = tokens_of(engine_for(engine.runner.model, **options), PROMPT)

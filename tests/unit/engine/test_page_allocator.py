@@ -61,7 +61,7 @@ TestPool.settings = settings(max_examples=50, deadline=None)
 
 
 def test_a_lone_sequence_gets_consecutive_pages_again_and_again() -> None:
-    """Holds shut: pages handed out last released first, whose rows must be copied to be read."""
+    """Regression: pages handed out last released first, whose rows must be copied to be read."""
     allocator = PageAllocator(8)
     for _ in range(3):
         first, second = allocator.allocate(2), allocator.allocate(3)
@@ -151,7 +151,7 @@ def test_breaking_the_contract_of_kept_pages_is_noticed() -> None:
 
 
 def test_assertions_hold_under_python_o() -> None:
-    """Holds shut: checks that vanish with `assert` where users run `python -O`."""
+    """Regression: checks that vanish with `assert` where users run `python -O`."""
     code = (
         "from lowlat.engine.page_allocator import PageAllocator\n"
         "allocator = PageAllocator(1)\n"

@@ -57,7 +57,7 @@ def test_a_whole_grid_chunk_is_one_prefill_chunk() -> None:
 
 
 def test_pages_that_mix_forms_say_where() -> None:
-    """Holds shut: a page of prompt and output taken for a page of prompt."""
+    """Regression: a page of prompt and output taken for a page of prompt."""
     assert READER.page_path(0, 200) == "expanded"
     assert READER.page_path(3, 200) == "expanded 8"
     assert READER.page_path(3, 201) == "expanded 9"

@@ -83,7 +83,7 @@ def test_pages_in_use_are_shared() -> None:
 
 
 def test_only_as_many_pages_as_forms_are_looked_for() -> None:
-    """Holds shut: a prompt found whole, which leaves no token to take logits from."""
+    """Regression: a prompt found whole, which leaves no token to take logits from."""
     allocator, cache = cache_for()
     pages = put(allocator, cache, LONG)
     assert cache.match(NAMESPACE, LONG, paths(LONG[:-1])) == pages[:3]
@@ -107,7 +107,7 @@ def test_a_growing_sequence_makes_page_after_page_known() -> None:
 
 
 def test_a_growing_sequence_costs_only_its_new_pages() -> None:
-    """Holds shut: the whole prompt hashed again for each page that decoding fills."""
+    """Regression: the whole prompt hashed again for each page that decoding fills."""
     calls: list[bytes] = []
 
     def counting(data: bytes) -> bytes:
@@ -160,7 +160,7 @@ def test_a_page_of_rows_that_are_known_is_given_back_for_the_known_one() -> None
 
 
 def test_pages_that_were_shared_before_they_were_known_stay_unknown() -> None:
-    """Holds shut: a page known as the successor of one that its other holder does not hold, which
+    """Regression: a page known as the successor of one that its other holder does not hold, which
     could be evicted first."""
     allocator, cache = cache_for()
     known = put(allocator, cache, LONG[:3])
@@ -195,7 +195,7 @@ def test_rows_of_another_form_are_not_found() -> None:
 
 
 def test_the_end_of_a_form_is_not_the_beginning_of_the_tokens() -> None:
-    """Holds shut: equal keys of different (path, tokens), the path being of any length."""
+    """Regression: equal keys of different (path, tokens), the path being of any length."""
     seen: list[bytes] = []
 
     def recording(data: bytes) -> bytes:
@@ -228,7 +228,7 @@ def test_equal_tokens_after_other_tokens_are_not_found() -> None:
 def test_equal_keys_do_not_show_other_rows(
     cache_namespace: bytes, tokens: list[int], path: str
 ) -> None:
-    """Holds shut: trust in the hash. Here all keys are equal, and only what is compared differs."""
+    """Regression: trust in the hash. Here all keys are equal, and only what is compared differs."""
     allocator, cache = cache_for(digest=one_key)
     pages = put(allocator, cache, LONG[:3])
     assert found(allocator, cache, LONG[:3]) == pages

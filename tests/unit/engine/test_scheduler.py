@@ -78,7 +78,7 @@ def step(scheduler: Scheduler) -> dict[Sequence, int]:
 
 
 def test_decoding_continues_during_a_prefill() -> None:
-    """Holds shut: everybody waiting for a long prompt."""
+    """Regression: everybody waiting for a long prompt."""
     scheduler = scheduler_for(step_tokens=50, mixed_tokens=8)
     short, long = sequence(3), sequence(60, first=500)
     scheduler.add(short)
@@ -100,7 +100,7 @@ def test_a_lone_prompt_prefills_in_longer_steps() -> None:
 
 
 def test_the_prefill_budget_grows_with_prefilling_sequences_per_decoding_one() -> None:
-    """Holds shut: many prompts that come at once, held up by the first of them to be answered."""
+    """Regression: many prompts that come at once, held up by the first of them to be answered."""
     scheduler = scheduler_for(step_tokens=20, mixed_tokens=8, has_prefix_cache=False)
     short = sequence(3)
     scheduler.add(short)
@@ -133,7 +133,7 @@ def test_offline_decoding_does_not_shrink_prefill_chunks() -> None:
 
 
 def test_half_of_the_budget_is_the_oldest_prompts_and_the_rest_the_shortest_ones() -> None:
-    """Holds shut: short prompts waiting behind a long one, and a long one starving."""
+    """Regression: short prompts waiting behind a long one, and a long one starving."""
     scheduler = scheduler_for(step_tokens=20)
     oldest, long, short = sequence(80), sequence(70, first=100), sequence(6, first=200)
     for item in (oldest, long, short):
@@ -150,7 +150,7 @@ def test_what_others_leave_of_the_budget_is_used() -> None:
 
 
 def test_a_prefill_chunk_ends_with_its_grid_chunk() -> None:
-    """Holds shut: rows of two paths in one piece."""
+    """Regression: rows of two paths in one piece."""
     scheduler = scheduler_for(step_tokens=30, chunk=16)
     one = sequence(40)
     scheduler.add(one)
@@ -185,7 +185,7 @@ def test_lower_priority_values_are_admitted_first() -> None:
 
 
 def test_who_gives_way_is_passed_for_so_many_seconds_only() -> None:
-    """Holds shut: a request of low priority that waits for ever while others come."""
+    """Regression: a request of low priority that waits for ever while others come."""
     now = 0.0
     scheduler = scheduler_for(max_sequences=1, clock=lambda: now)
     late = sequence(2, priority=3, cache_namespace=b"late")
@@ -200,7 +200,7 @@ def test_who_gives_way_is_passed_for_so_many_seconds_only() -> None:
 
 
 def test_urgency_passes_requests_of_its_own_client_only() -> None:
-    """Holds shut: a client that is served before all others because it says so."""
+    """Regression: a client that is served before all others because it says so."""
     scheduler = scheduler_for(max_sequences=1)
     modest = [sequence(4, first=100 * i, cache_namespace=b"modest") for i in range(1, 4)]
     urgent = [
@@ -232,7 +232,7 @@ def test_urgency_takes_no_pages_from_those_that_run() -> None:
 
 
 def test_a_client_with_many_requests_does_not_keep_another_waiting() -> None:
-    """Holds shut: first come, first served over clients of unequal appetite."""
+    """Regression: first come, first served over clients of unequal appetite."""
     scheduler = scheduler_for(max_sequences=1)
     greedy = [sequence(9, first=100 * i, cache_namespace=b"greedy") for i in range(1, 6)]
     for item in greedy:
@@ -322,7 +322,7 @@ def test_drafts_are_dropped_rather_than_anybody_preempted() -> None:
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_shared_beginning_is_read_once(at_once: bool) -> None:
-    """Holds shut: sixteen requests with one system prompt reading it sixteen times."""
+    """Regression: sixteen requests with one system prompt reading it sixteen times."""
     scheduler = scheduler_for(step_tokens=16)
     prompts = [sequence(40) for _ in range(4)]
     for number, item in enumerate(prompts):

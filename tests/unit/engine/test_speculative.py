@@ -82,7 +82,7 @@ def test_lookup_grows_with_its_sequence() -> None:
 
 
 def test_prefill_is_no_cost_of_drafting() -> None:
-    """Holds shut: what a module takes for the rows of a prompt, taken for the cost of a draft."""
+    """Regression: what a module takes for the rows of a prompt, taken for the cost of a draft."""
     engine = engine_for(tiny_model(mla_config(num_nextn_predict_layers=1)))
     always_draft(engine, 1)
     assert engine.speculator is not None
@@ -120,7 +120,7 @@ def test_right_drafts_save_steps() -> None:
 
 @pytest.mark.parametrize("end", [{"max_tokens": 11}, {"stop": 5}])
 def test_a_completion_ends_in_the_middle_of_its_drafts(end: dict[str, Any]) -> None:
-    """Holds shut: tokens after the end, because they were verified in the same step."""
+    """Regression: tokens after the end, because they were verified in the same step."""
     model = ScriptedModel(gqa_config(), lambda token: (token + 1) % 13)
     prompt = [*range(13), 0, 1]
     stop_token_ids = frozenset({end["stop"]}) if "stop" in end else frozenset()
@@ -149,7 +149,7 @@ def test_mtp_drafts_change_no_token(modules: int, options: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("modules", [1, 2, 3])
 def test_mtp_drafts_are_what_the_modules_predict(modules: int) -> None:
-    """Holds shut: a module that sees the wrong position, token or row: drafts are as good as those
+    """Regression: a module that sees the wrong position, token or row: drafts are as good as those
     of reading everything anew."""
     model = tiny_model(mla_config(num_nextn_predict_layers=modules))
     engine = engine_for(model)
@@ -234,7 +234,7 @@ def pair_probabilities(
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
 def test_drafts_change_no_structured_output(options: dict[str, Any]) -> None:
-    """Holds shut: a grammar that has gone on with drafts that were not kept."""
+    """Regression: a grammar that has gone on with drafts that were not kept."""
     model = ScriptedModel(gqa_config(), lambda token: ord("a") + (token + 1) % 3)
     tokenizer = byte_tokenizer()
     compiler = GrammarCompiler(tokenizer, model.config.vocab_size)
@@ -263,7 +263,7 @@ def test_drafts_change_no_structured_output(options: dict[str, Any]) -> None:
 def test_a_fault_in_the_lookup_leaves_one_sequence_without_drafts(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Holds shut: an engine that ends for everyone because a guess could not be made."""
+    """Regression: an engine that ends for everyone because a guess could not be made."""
     propose = PromptLookup.propose
 
     def broken(self: PromptLookup, tokens: list[int], most: int) -> list[int]:

@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_importing_is_quick() -> None:
-    """Holds shut: torch (seconds) imported by `import lowlat` or by the sampling options."""
+    """Regression: torch (seconds) imported by `import lowlat` or by the sampling options."""
     code = (
         "import sys, lowlat; lowlat.SamplingParams; lowlat.UserError; print('torch' in sys.modules)"
     )

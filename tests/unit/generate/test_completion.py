@@ -73,7 +73,7 @@ def test_a_stop_string_ends_the_text_before_it() -> None:
 
 
 def test_the_beginning_of_a_stop_string_is_held_back_and_shown_when_nothing_follows() -> None:
-    """Holds shut: text lost at the end because it looked like a stop string."""
+    """Regression: text lost at the end because it looked like a stop string."""
     builder = builder_for(stop=("END",))
     push(builder, "to EN", "length")
     assert builder.result().text == "to EN"
@@ -114,7 +114,7 @@ def test_speeds_by_hand() -> None:
 
 
 def test_text_after_which_a_grammar_ends_is_part_of_it() -> None:
-    """Holds shut: a last token that is dropped because the completion stops with it."""
+    """Regression: a last token that is dropped because the completion stops with it."""
     builder = builder_for()
     push(builder, "ye")
     builder.push(TokenEvent(0, 0, ord("s"), finish_reason="stop"))

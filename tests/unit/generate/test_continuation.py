@@ -19,7 +19,7 @@ def spaced() -> Model:
 
 
 def test_a_continuation_keeps_the_space_between_it_and_its_prompt() -> None:
-    """Holds shut: sentencepiece's first space dropped in the middle of a text."""
+    """Regression: sentencepiece's first space dropped in the middle of a text."""
     model = spaced()
     for prompt in ("b", STRIPPING.encode("b")):
         assert one(model.generate(prompt, max_tokens=2)).text == " a a"
@@ -30,7 +30,7 @@ def test_a_continuation_keeps_the_space_between_it_and_its_prompt() -> None:
 
 
 def test_a_form_holds_for_the_very_text_of_a_continuation() -> None:
-    """Holds shut: a space that is asked for beside the form, where none is dropped."""
+    """Regression: a space that is asked for beside the form, where none is dropped."""
     form = Choice(options=("b", " a b"))
     bias = {SPACED: 5.0}
     assert one(spaced().generate("b", structured=form, logit_bias=bias)).text == " a b"

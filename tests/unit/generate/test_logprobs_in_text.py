@@ -44,7 +44,7 @@ def told(text: bytes, *, stop: tuple[str, ...] = (), end: str | None = None) -> 
 def test_they_come_with_the_text_and_no_others_do(
     text: bytes, options: dict[str, object], expected: list[list[int]]
 ) -> None:
-    """Holds shut: entries for an end of sequence or a stop string, which no text has."""
+    """Regression: entries for an end of sequence or a stop string, which no text has."""
     assert told(text, **options) == expected  # pyright: ignore[reportArgumentType]
 
 

@@ -37,7 +37,7 @@ def test_up_projections_are_nope_rows_then_value_rows_of_each_head() -> None:
 
 
 def test_up_projections_are_views_of_the_stored_weight() -> None:
-    """Holds shut: absorbed weights that are rounded or quantised again."""
+    """Regression: absorbed weights that are rounded or quantised again."""
     module = mla()
     w_uk, w_uv = module.up_projections(torch.float64)
     assert w_uk.data_ptr() == module.kv_b_proj.weight.data_ptr()

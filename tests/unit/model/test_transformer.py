@@ -75,7 +75,7 @@ def random_chunks(length: int, seed: int) -> list[int]:
 @pytest.mark.parametrize("page_size", [1, 3, 64])
 @pytest.mark.parametrize("break_even", [math.inf, 0.0, 2.0])
 def test_cached_and_chunked_equal_uncached(name: str, page_size: int, break_even: float) -> None:
-    """Holds shut: a cached key that is rotated otherwise than the query, or normalised twice."""
+    """Regression: a cached key that is rotated otherwise than the query, or normalised twice."""
     model = random_model(CONFIGS[name])
     ids = ids_of(23)
     whole = alone(model, ids)

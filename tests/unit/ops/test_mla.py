@@ -54,7 +54,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_absorbed_equals_expanded(shape: dict[str, int]) -> None:
-    """Holds shut: up-projections applied on the wrong side, swapped, or rounded (1e-10 leaves no
+    """Regression: up-projections applied on the wrong side, swapped, or rounded (1e-10 leaves no
     room).
     """
     inputs = draw(**shape)

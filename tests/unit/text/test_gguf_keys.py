@@ -167,7 +167,7 @@ def test_spaces_that_llama_cpp_puts_elsewhere_are_said(
     scheme: str,
     differs: bool,
 ) -> None:
-    """Holds shut: Mistral's newer tokenizers gave other tokens behind [INST], unsaid."""
+    """Regression: Mistral's newer tokenizers gave other tokens behind [INST], unsaid."""
     parts = cut_by_metaspace(read_gguf(make_sentencepiece()), scheme)
     after = written(parts, 300, tmp_path)
     assert ("llama.cpp puts spaces into texts where" in caplog.text) == differs

@@ -27,7 +27,7 @@ def test_byte_level_ids_are_those_of_the_folder(
 
 
 def test_token_types_become_added_tokens(make_gguf: MakeGguf) -> None:
-    """Holds shut: control tokens cut into pieces, or <think> hidden from the reader."""
+    """Regression: control tokens cut into pieces, or <think> hidden from the reader."""
     tokenizer = Tokenizer.from_gguf(make_gguf())
     think = tokenizer.vocab_size - 1
     assert tokenizer.encode("<|im_end|><think>") == [2, think]
@@ -40,7 +40,7 @@ def test_an_open_reader_serves_as_well(make_gguf: MakeGguf) -> None:
 
 
 def test_end_tokens_by_id_and_by_name(make_gguf: MakeGguf) -> None:
-    """Holds shut: a file that names the end of a document as eos, whose chat turns never end."""
+    """Regression: a file that names the end of a document as eos, whose chat turns never end."""
     tokenizer = Tokenizer.from_gguf(make_gguf(ggml__eos_token_id=0, ggml__eot_token_id=7))
     assert tokenizer.eos_ids == {0, 2, 7}
 
@@ -58,7 +58,7 @@ def test_bos_follows_the_flag_or_the_family(
 
 
 def test_unused_tokens_are_left_out(make_gguf: MakeGguf, backend: tokenizers.Tokenizer) -> None:
-    """Holds shut: embedding padding counted as vocabulary."""
+    """Regression: embedding padding counted as vocabulary."""
     count = backend.get_vocab_size()
     tokens = sorted(backend.get_vocab(), key=lambda token: backend.token_to_id(token) or 0)
     types = [3, 3, 3] + [1] * (count - 4) + [4, 5, 5]
@@ -97,7 +97,7 @@ def sentencepiece(make_sentencepiece: MakeGguf) -> Tokenizer:
 
 
 def test_without_a_vocabulary_the_folder_is_the_remedy(make_gguf: MakeGguf) -> None:
-    """Holds shut: advice to convert a file again that would have none again."""
+    """Regression: advice to convert a file again that would have none again."""
     with pytest.raises(UserError, match=r"holds no vocabulary; use the folder it was converted"):
         Tokenizer.from_gguf(make_gguf(ggml__model="none", ggml__tokens=None))
 

@@ -369,7 +369,7 @@ def test_a_divergence_that_is_not_finite_ends_the_run(folder: Path, teacher_mode
 def test_a_teacher_without_numbers_is_named(
     folder: Path, teacher_models: Path, value: float
 ) -> None:
-    """Holds shut: a lower rate advised where none would help."""
+    """Regression: a lower rate advised where none would help."""
     break_teacher(folder, teacher_models, value)
     with pytest.raises(
         UserError, match=r"distillation\.teacher .*'norm\.weight' holds values that"

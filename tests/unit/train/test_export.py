@@ -176,7 +176,7 @@ def test_the_tokenizer_of_a_run_is_kept_once(base: Path) -> None:
 
 
 def test_a_start_of_another_tokenizer_is_refused(base: Path) -> None:
-    """Holds shut: a model trained further on ids that mean other tokens to it."""
+    """Regression: a model trained further on ids that mean other tokens to it."""
     outcome, _ = runs.train(base / "run", runs.recipe())
     runs.make_tokens(base / "more", special=("<|more|>",))
     wanted = runs.recipe(model=runs.MODEL | {"vocab_size": 270}, data={"folder": "more"})

@@ -49,7 +49,7 @@ def test_the_sequence_wise_loss_breaks_a_step_again(base: Path) -> None:
 
 
 def test_a_start_without_numbers_is_named(base: Path) -> None:
-    """Holds shut: a lower rate advised where none would help."""
+    """Regression: a lower rate advised where none would help."""
     broken = build_start(base / "base_model")
     wanted = runs.recipe(model=None, base_model="base_model", phase=runs.PHASES[1:])
     with pytest.raises(

@@ -295,7 +295,7 @@ def test_memory_is_that_of_weights_that_stay(precision: str, bytes_each: int) ->
 def test_memory_of_updates_by_hand(optimizer: str, moments: int) -> None:
     """fp32 weights, gradients and moments of every update, and the copy of them that is saved.
 
-    Holds shut: a rank that no memory holds, which fits by the estimate.
+    Regression: a rank that no memory holds, which fits by the estimate.
     """
     config = tuning.config()
     modules = ["o_proj", "q_a_proj", "up_proj"]

@@ -36,7 +36,7 @@ def test_the_text_is_that_of_the_file(path: Path) -> None:
 
 
 def test_what_was_changed_is_in_it(path: Path) -> None:
-    """Holds shut: a kept recipe that is not the one that ran."""
+    """Regression: a kept recipe that is not the one that ran."""
     kept = path.with_name("kept.toml")
     kept.write_text(text_of(path, CHANGES))
     assert read_recipe(kept) == read_recipe(path, CHANGES) != read_recipe(path)

@@ -28,7 +28,7 @@ def test_a_batch_comes_back(tmp_path: Path, masked: bool) -> None:
 def test_files_that_are_no_batch(tmp_path: Path) -> None:
     """One line that names the file, whatever is in it.
 
-    Holds shut: files without metadata, or with other metadata, that end in a traceback.
+    Regression: files without metadata, or with other metadata, that end in a traceback.
     """
     missing, text, bare, other, wrong = (
         tmp_path / name for name in ("missing", "text", "bare", "other", "wrong")
@@ -44,7 +44,7 @@ def test_files_that_are_no_batch(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_cannot_be_kept_says_so(tmp_path: Path) -> None:
-    """Holds shut: a full disk that hides why a run stopped."""
+    """Regression: a full disk that hides why a run stopped."""
     path = batch_file(tmp_path / "gone", 6)
     assert keep_batch(path, 6, tiny.batch()).startswith("not kept (")
     kept = batch_file(tmp_path, 6)

@@ -103,7 +103,7 @@ def test_what_differs_is_said() -> None:
 
 @pytest.mark.parametrize(("step", "phase"), [(0, 0), (3, 0), (5, 0), (6, 1), (9, 1)])
 def test_a_model_of_another_config_does_not_go_on(step: int, phase: int) -> None:
-    """Holds shut: weights of a save under the config of a checkpoint that has changed since."""
+    """Regression: weights of a save under the config of a checkpoint that has changed since."""
     own, other = tiny.config(), replace(tiny.config(), rms_norm_eps=1e-3)
     schedule = TrainingSchedule(runs.recipe())
     configs = [other, other]

@@ -37,7 +37,7 @@ def test_a_stopped_run_goes_on_exactly(
     """Stopped within a phase, at a border, and within the next: the same bits as undisturbed, in
     every save and every record.
 
-    Holds shut: a state that lacks routing biases, moments, schedule, position or random numbers.
+    Regression: a state that lacks routing biases, moments, schedule, position or random numbers.
     """
     wanted = runs.recipe(
         precision=precision,
@@ -126,7 +126,7 @@ def test_a_model_whose_saves_are_gone_is_not_taken_for_a_new_one(base: Path) -> 
 
 
 def test_a_tokenizer_that_cannot_be_written(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds shut: a full disk told by a traceback, and half a tokenizer taken for a whole one."""
+    """Regression: a full disk told by a traceback, and half a tokenizer taken for a whole one."""
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
         patch.setattr("lowlat.train.run.export.write_new_files", Mock(side_effect=full))
@@ -288,7 +288,7 @@ def test_a_phase_with_data_of_its_own(base: Path) -> None:
 
 
 def test_data_of_another_tokenizer_is_refused(base: Path) -> None:
-    """Holds shut: a later phase whose ids mean other tokens, or lie beyond the embedding."""
+    """Regression: a later phase whose ids mean other tokens, or lie beyond the embedding."""
     runs.make_tokens(base / "more", special=("<|more|>", "<|still more|>"))
     wanted = runs.recipe(phase=runs.phases({}, {"data": {"folder": "more"}}))
     with (
@@ -348,7 +348,7 @@ def test_longer_contexts(base: Path) -> None:
 def test_phases_that_cannot_be(base: Path, changes: dict[str, Any], said: str) -> None:
     """Said before the first step.
 
-    Holds shut: a run that ends after days, where its second phase begins.
+    Regression: a run that ends after days, where its second phase begins.
     """
     with (
         pytest.raises(UserError) as caught,

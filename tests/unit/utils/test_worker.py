@@ -38,7 +38,7 @@ def test_it_answers_line_by_line(worker: LineWorker) -> None:
 
 @pytest.mark.parametrize(("line", "seconds"), [("hang", 0.2), ("crash", 60.0), ("half", 60.0)])
 def test_it_ends_with_its_fault(worker: LineWorker, line: str, seconds: float) -> None:
-    """Holds shut: a process that is dying, taken for one that can be asked."""
+    """Regression: a process that is dying, taken for one that can be asked."""
     assert worker.ask(line, seconds) is None
     assert not worker.is_alive()
     assert worker.ask("a", 60.0) is None
