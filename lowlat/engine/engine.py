@@ -202,8 +202,8 @@ class Engine:
     def _verify(
         self, sequence: Sequence, rows: StepLogits, first: int, count: int
     ) -> list[TokenEvent]:
-        """Speculative decoding's acceptance by exact match: sample `count` rows one after the
-        other, as long as each token equals the draft token at its place.
+        """Acceptance by exact match (speculative decoding): sample `count` rows in order until a
+        token differs from its draft token.
 
         Every token is drawn from the model's own distribution with the sequence's own random
         numbers: draft tokens decide how many tokens a step yields, never which.

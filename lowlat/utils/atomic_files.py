@@ -1,7 +1,7 @@
 """Atomic, durable files and folders: write aside, fsync, rename, fsync the parent folder.
 
 After a power cut a file or folder made here has its old content or all of its new one. OSError
-passes through, save where a function documents UserError.
+passes through, except where a function documents UserError.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ class FileDigest:
     size: int
     """Bytes."""
     sha256: str
-    """Of all of them, in hexadecimal."""
+    """Of the whole content, in hexadecimal."""
 
 
 # Files
@@ -203,7 +203,7 @@ def _write_all(descriptor: int, chunk: memoryview) -> None:
 
 
 def _remove_abandoned(destination: Path) -> None:
-    """Remove what killed processes left of `destination`: partial folders without a lock."""
+    """Remove partial folders of `destination` that killed processes left: those without a lock."""
     prefix = f".{destination.name}.partial-"
     for folder in [f for f in destination.parent.iterdir() if f.name.startswith(prefix)]:
         with folder_lock(folder) as is_free:
