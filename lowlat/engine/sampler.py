@@ -127,8 +127,8 @@ def apply_penalties(
     counts: Float[Tensor, " vocab"],
     params: TokenSamplingParams,
 ) -> Float[Tensor, " vocab"]:
-    """Logits after the penalties. seen: tokens of prompt and output; counts: occurrences in the
-    output."""
+    """Repetition penalty, frequency penalty and presence penalty. seen: tokens of prompt and
+    output; counts: occurrences in the output."""
     factor = params.repetition_penalty
     repeated = torch.where(logits > 0, logits / factor, logits * factor)
     logits = torch.where(seen, repeated, logits)

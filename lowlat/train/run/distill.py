@@ -247,7 +247,7 @@ def check_memory(original: ModelConfig, student: ModelConfig, options: Distillat
 
 
 def _schedule(peak: float, steps: int) -> list[dict[str, Any]]:
-    """Warm-up, a constant peak, and a linear decay."""
+    """Warmup-stable-decay (WSD) schedule: linear warmup, a constant peak, linear decay."""
     warm = max(1, min(WARM_UP_STEPS, round(WARM_UP * steps)))
     held = max(0, steps - warm - round(DECAY * steps))
     segments: list[dict[str, Any]] = [{"to": peak, "steps": warm}]
