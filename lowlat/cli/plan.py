@@ -43,16 +43,16 @@ def plan_group() -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """What is planned."""
+    """Model, job and machine of a plan."""
 
     name: str
     config: ModelConfig
     job: "TrainingJob"
     machine: "Machine"
     has_layout: bool
-    """Whether the job says how it is divided; otherwise layouts are searched."""
+    """Whether the job has a parallel layout; otherwise layouts are searched."""
     published_hours: float | None = None
-    """Device-hours per trillion tokens that a paper reports for exactly this."""
+    """Device-hours per trillion tokens in the model's paper."""
 
 
 @app.command("train")
@@ -110,7 +110,7 @@ def plan(
     With --devices, search for the fastest parallel layouts.
     """
     if top is not None and devices is None:
-        raise UserError("--top is of layouts that are searched; add --devices, or leave it out")
+        raise UserError("--top needs --devices, which searches layouts; add it or remove --top")
     subject = _subject(name, changes or [])
     subject = replace(subject, machine=_machine(subject.machine, machine, memory, network))
     _report(subject, devices, top or TOP, as_json)
@@ -131,7 +131,7 @@ def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> N
         found = search(config, job, subject.machine, layouts, make_progress())
     main = own or (found.ranked[0] if found else None)
     if main is None:
-        raise UserError(f"'{subject.name}' says no layout; give --devices to search one")
+        raise UserError(f"'{subject.name}' has no layout; give --devices to search one")
     flops = token_flops(config, job.sequence_length, main.job.activation_checkpointing)
     around = neighbours(config, main)
     if as_json:
@@ -192,7 +192,7 @@ def _recipe(path: Path, changes: list[str]) -> Subject:
 
 
 def _check_whole(recipe: "Recipe", path: Path) -> None:
-    """Raises UserError for a training that is not of all weights, by an ordinary loss."""
+    """Raises UserError if the recipe does not train all weights with the cross-entropy loss."""
     for key, is_there in (
         ("lora", recipe.lora is not None),
         ("trainable", recipe.trainable != "all"),
@@ -200,8 +200,8 @@ def _check_whole(recipe: "Recipe", path: Path) -> None:
     ):
         if is_there:
             raise UserError(
-                f"{path}: {key}: plan is of trainings of whole models; lowlat train {path} "
-                "--dry-run counts this one"
+                f"{path}: {key}: plan only estimates the training of all weights; use lowlat train "
+                f"{path} --dry-run"
             )
 
 
@@ -216,8 +216,8 @@ def _machine(
     if memory is not None:
         machine = replace(machine, memory_bytes=parse_memory(memory))
         if machine.usable_bytes <= 0:
-            kept = machine.reserve_bytes / 1e9
-            raise UserError(f"--memory '{memory}': {kept:g} GB are kept free of it; give more")
+            reserve = machine.reserve_bytes / 1e9
+            raise UserError(f"--memory '{memory}': {reserve:g} GB of it are reserved; give more")
     if network is not None:
         if not 0 < network < float("inf"):
             raise UserError(f"--network {network}: give gigabytes per second, above 0")
@@ -226,7 +226,7 @@ def _machine(
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of '80GB', '80 GiB', '80'; GB as devices are sold, 2^30 bytes. Raises UserError."""
+    """Bytes of '80GB', '80 GiB' or '80', in units of 2^30 bytes. Raises UserError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:G|GB|GiB)?", text.strip(), re.IGNORECASE)
     if match is None or not 0 < float(match[1]) <= MOST_GB:
         raise UserError(f"--memory '{text}': write a size in gigabytes, such as 80GB")

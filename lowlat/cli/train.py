@@ -76,7 +76,7 @@ def _check_device(parsed: "Recipe", recipe: Path) -> None:
     try:
         parse_device(parsed.device)
     except UserError as error:
-        what = f"device = '{parsed.device}' is not there; set cpu, or cuda where there is a GPU"
+        what = f"device = '{parsed.device}' is not available; set cpu, or cuda on a GPU machine"
         raise UserError(f"{recipe}: {what}") from error
 
 

@@ -55,15 +55,15 @@ def report(
         draw(histories, files)
         files.append(write_json(summaries, files[0].with_suffix(".json")))
     elif len(runs) > 1:
-        _tell("no picture of several runs without --out FILE")
+        _print_note("no plot of several runs without --out FILE")
     elif not available():
-        _tell("no picture: matplotlib is not installed (pip install lowlat[train])")
+        _print_note("no plot: matplotlib is not installed (pip install lowlat[train])")
     else:
         files = write_report(*histories.values())
     if files:
-        _tell(f"wrote {', '.join(map(str, files))}")
+        _print_note(f"wrote {', '.join(map(str, files))}")
 
 
-def _tell(text: str) -> None:
-    """To stderr: stdout holds the table or the JSON alone."""
+def _print_note(text: str) -> None:
+    """Print to stderr: stdout has only the table or the JSON."""
     print(text, file=sys.stderr)
