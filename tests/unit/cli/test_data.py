@@ -67,7 +67,7 @@ def test_build_as_json_with_a_tokenizer(lowlat: Invoke, corpus: Path, tmp_path: 
 def test_a_split_left_empty_is_told(lowlat: Invoke, corpus: Path, tmp_path: Path) -> None:
     built = build(lowlat, tmp_path, str(corpus), "--train-bpe", "300", "--held-out", "0")
     assert "No document is held out" in built.stdout
-    assert "smaller than the 300 asked" in built.stdout
+    assert "smaller than the 300 requested" in built.stdout
 
 
 @pytest.mark.parametrize(

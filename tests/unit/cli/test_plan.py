@@ -187,11 +187,11 @@ def test_faults_of_recipes_name_file_and_key(tmp_path: Path, change: str, messag
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "deepseek-v2"}, "'deepseek-v2' says no layout; give --devices"),
+        ({"name": "deepseek-v2"}, "'deepseek-v2' has no layout; give --devices"),
         ({"name": "deepseek-v3", "memory": "much"}, "--memory 'much': write a size"),
         ({"name": "deepseek-v3", "machine": "abacus"}, "--machine 'abacus' is unknown"),
         ({"name": "deepseek-v3", "network": 0.0}, "--network 0.0: give gigabytes"),
-        ({"name": "deepseek-v3", "top": 3}, "--top is of layouts that are searched; add --devices"),
+        ({"name": "deepseek-v3", "top": 3}, "--top needs --devices"),
         ({"name": "deepseek-v3", "changes": ["a=1"]}, "--set changes recipes"),
     ],
 )

@@ -147,7 +147,7 @@ def test_no_recipe(
             "lora needs base_model, a checkpoint whose",
         ),
         ("name = ", "base_model = 'x'\nname = ", "give either [model] or base_model, not both"),
-        ("name = ", "device = 'gpu'\nname = ", "device = 'gpu' is not there; set cpu, or cuda"),
+        ("name = ", "device = 'gpu'\nname = ", "device = 'gpu' is not available; set cpu, or cuda"),
         ("[log]", "[parallel]\ndata = 2\n[log]", "[parallel] is for 2 processes, 1 started"),
         ("'llama'", "'gpt9'", '[model]: model_type "gpt9" is not supported; supported: deepseek'),
         ("hidden_size = 24\n", "", "[model]: hidden_size is missing"),
@@ -327,7 +327,7 @@ def test_a_dry_run_before_there_is_data(
     with pytest.raises(SystemExit) as ended:
         main.run()
     assert ended.value.code == 0
-    assert "none: not there yet, so the data was not checked" in capsys.readouterr().err
+    assert "none: does not exist yet; the data was not checked" in capsys.readouterr().err
 
 
 def test_what_is_there(

@@ -150,7 +150,7 @@ def test_changes(path: Path) -> None:
         ),
         (
             "parallel.fsdp=4",
-            "recipe.toml: phase second: batch_size 4 is no multiple of 8, micro_batch_size 2 x "
+            "recipe.toml: phase second: batch_size 4 is not a multiple of 8, micro_batch_size 2 x "
             "parallel.data 1 x parallel.fsdp 4; change one of them",
         ),
     ],

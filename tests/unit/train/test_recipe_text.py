@@ -31,7 +31,7 @@ def path(tmp_path: Path) -> Path:
 def test_the_text_is_that_of_the_file(path: Path) -> None:
     """With its comments; the first line says where relative paths begin."""
     first, rest = text_of(path).split("\n", 1)
-    assert first == f'# "{path}"; relative paths begin beside that file'
+    assert first == f'# "{path}"; paths are relative to that file'
     assert rest == path.read_text()
 
 
