@@ -202,8 +202,8 @@ class Engine:
     def _verify(
         self, sequence: Sequence, rows: StepLogits, first: int, count: int
     ) -> list[TokenEvent]:
-        """Verify draft tokens (speculative decoding): sample `count` rows in order, as long as each
-        token equals the draft token at its place.
+        """Verify draft tokens (speculative decoding): sample `count` rows in order until a token
+        differs from its draft token.
 
         Acceptance is by exact match, not by rejection sampling. Every token is drawn from the
         model's own distribution with the sequence's own random numbers: draft tokens decide how

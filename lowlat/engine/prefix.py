@@ -44,15 +44,14 @@ class PrefixCache:
     entries, and sequences of different namespaces share nothing.
 
     Invariant: the holder of an indexed page holds all the pages before it. `match` and `insert`
-    keep it. The caller keeps it by holding all leading pages of a sequence or none (fork: retain
-    leading pages after they were inserted; shorten: release the last), and by releasing them in one
-    call or the last ones first. So no page is evicted before those that follow it, every cached
-    page can be evicted, and the indexed pages of a sequence are its leading ones.
+    maintain it. The caller maintains it by holding all leading pages of a sequence or none (fork:
+    retain leading pages after they were inserted; shorten: release the last), and by releasing them
+    in one call or the last ones first. So no page is evicted before those that follow it, every
+    cached page can be evicted, and the indexed pages of a sequence are its leading ones.
 
     What mutates: `match`, `insert`, `withdraw`, `clear`, and the allocator when it evicts. Not
     thread-safe: only the engine's thread calls it. An allocator has one PrefixCache at most.
-    Indexed pages must not be written; a sequence that continues after its whole pages writes into
-    others.
+    Indexed pages must not be written; a sequence that continues writes into later pages.
     """
 
     def __init__(

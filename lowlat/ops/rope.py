@@ -2,7 +2,7 @@
 rotation.
 
 Frequencies and angles are computed in fp32 with the operation order of Hugging Face transformers,
-so that both agree to the bit at any position; docs/numerics.md says why that matters beyond
+so that both agree to the bit at any position; docs/numerics.md explains why that matters beyond
 position 10,000.
 """
 

@@ -29,7 +29,7 @@ class FileDigest:
     size: int
     """Bytes."""
     sha256: str
-    """Of all of them, in hexadecimal."""
+    """Of the whole content, in hexadecimal."""
 
 
 # Files
@@ -204,7 +204,7 @@ def _write_all(descriptor: int, chunk: memoryview) -> None:
 
 
 def _remove_abandoned(destination: Path) -> None:
-    """Remove what killed processes left of `destination`: partial folders without a lock."""
+    """Remove partial folders of `destination` that killed processes left: those without a lock."""
     prefix = f".{destination.name}.partial-"
     for folder in [f for f in destination.parent.iterdir() if f.name.startswith(prefix)]:
         with folder_lock(folder) as is_free:

@@ -191,7 +191,7 @@ class _Cursor:
 
 
 def _scalar(value: Any) -> int | float | bool:
-    """A Python number; fp32 values as the shortest decimal that means them (1e-05, not
+    """A Python number; fp32 values in their shortest decimal form (1e-05, not
     9.999999747378752e-06).
     """
     return float(str(value)) if value.dtype == np.float32 else value.item()
