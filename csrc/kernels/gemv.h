@@ -110,8 +110,8 @@ inline void gemv_row_major(const Matrix& w, std::int64_t tile, const Activations
 
 #if defined(LOWLAT_AVX512)
 
-// More activation rows than one block of accumulators holds read a tile several times, from cache except for the
-// first. Two weight rows then share the activation loads, and every pass but the first prefetches a share of the next
+// If the activation rows exceed one block of accumulators, a tile is read several times, from cache after the first
+// pass. Two weight rows then share the activation loads, and every pass but the first prefetches a share of the next
 // tile, so that memory stays busy.
 constexpr int kSharingTokens = 3;
 

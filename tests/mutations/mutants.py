@@ -75,7 +75,7 @@ ATTENTION_FORMS = [
         "attention/cache.py",
         "list(pages[:count])",
         "sorted(pages[:count])",
-        ATTENTION + "test_cache.py::test_rows_come_back_in_sequence_order",
+        ATTENTION + "test_cache.py::test_entries_are_read_in_sequence_order",
     ),
     Mutant(
         "cache: chunks attend as if they began the sequence",

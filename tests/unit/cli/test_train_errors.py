@@ -344,12 +344,15 @@ def test_what_is_there(
     for arguments, said in (
         (
             ["r.toml", "--set", "phase.0.learning_rate=2e-3"],
-            f"{folder}/{run}: was trained by another recipe: phase.0.learning_rate was 0.001 and "
+            f"{folder}/{run}: was trained with another recipe: phase.0.learning_rate was 0.001 and "
             "is 0.002; restore it, or choose another --out for the changed one",
         ),
         (["export", "absent", "dst"], "absent: no such folder; name the folder of a run"),
-        (["export", "empty", "dst"], "empty: has no save yet"),
-        (["export", run, "dst", "--step", "7"], f"{run}: has no save of step 7; --step may be 2"),
+        (["export", "empty", "dst"], "empty: has no checkpoint yet"),
+        (
+            ["export", run, "dst", "--step", "7"],
+            f"{run}: has no checkpoint of step 7; --step may be 2",
+        ),
         (["export", run, "dst", "--dtype", "fp9"], "--dtype 'fp9' is unknown; choose one of"),
         (["export", run, "text"], f"{folder}/text: exists already; choose another destination"),
         (["export", run, "dst", "--adapter"], f"{run}: was trained without lora; leave out"),

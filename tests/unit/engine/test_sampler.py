@@ -1,4 +1,4 @@
-"""The sampler: penalties by hand, the law of the draws, independence of the batch."""
+"""The sampler: penalties by hand, distribution of the draws, independence of the batch."""
 
 import math
 from collections import Counter
@@ -213,8 +213,8 @@ def test_logprobs_0_gives_the_chosen_token_only() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_row_that_is_not_finite_yields_no_token_and_spares_the_others(bad: float) -> None:
-    """Regression: NaN logits turned into token 0 without a word."""
+def test_non_finite_logits_yield_no_token_and_spare_other_rows(bad: float) -> None:
+    """Regression: NaN logits turned into token 0 silently."""
     rows = torch.zeros(3, VOCAB)
     rows[1, 6] = bad
     rows[2, 4] = 1.0

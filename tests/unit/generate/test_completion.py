@@ -87,7 +87,7 @@ def test_a_character_cut_off_by_the_end_is_replaced() -> None:
     assert builder.result().text == "a\ufffd"
 
 
-def test_logprobs_are_kept_per_token_where_asked_for() -> None:
+def test_logprobs_are_returned_per_token_if_requested() -> None:
     builder = builder_for(logprobs=1)
     builder.push(TokenEvent(0, 0, 65, -0.5, ((66, -0.25),), "length"))
     logprobs = builder.result().logprobs
@@ -121,7 +121,7 @@ def test_text_after_which_a_grammar_ends_is_part_of_it() -> None:
     assert builder.result().text == "yes" and builder.finish_reason == "stop"
 
 
-def test_special_tokens_that_are_kept_are_text() -> None:
+def test_special_tokens_in_keep_special_are_text() -> None:
     request = builder_for().request
     builder = CompletionBuilder(TOKENIZER, request, 0, keep_special=frozenset({EOS}))
     builder.push(TokenEvent(0, 0, EOS))

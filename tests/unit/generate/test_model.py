@@ -1,4 +1,4 @@
-"""The Model users hold: prompts, completions, streams, and scoring through the cache."""
+"""The Model API: prompts, completions, streams, and scoring through the cache."""
 
 import inspect
 import math
@@ -113,7 +113,7 @@ def test_stop_is_a_string_or_several(stop: Any) -> None:
 
 
 def test_scoring_keeps_within_the_cache_s_limit() -> None:
-    """Regression: a pool that grows under a text beside a stream, for good."""
+    """Regression: a cache that grows for good when a text is scored during a stream."""
     model = real(mla_config(num_nextn_predict_layers=0), max_cache_bytes=2**15)
     limit = model.runner.allocator.num_pages
     stream = model.generate(LONG[:60], stream=True, ignore_eos=True)
@@ -356,7 +356,7 @@ def test_windows_do_not_see_each_other() -> None:
     assert score.nll == pytest.approx(expected)
 
 
-def test_a_window_nobody_chose_is_within_the_context() -> None:
+def test_the_default_window_is_within_the_context() -> None:
     assert counting().perplexity("abc" * 70).window == 97
 
 
@@ -377,7 +377,7 @@ def test_the_context_can_be_shortened_but_not_exceed_the_models() -> None:
             real(gqa_config(), context=wrong)
 
 
-def test_repr_says_what_it_is() -> None:
+def test_repr_describes_the_model() -> None:
     text = repr(real(mla_config(), torch.bfloat16))
     for part in ("tiny", "deepseek_v3", "MLA 5 heads", "bfloat16 on cpu", "context 97"):
         assert part in text
@@ -388,7 +388,7 @@ def test_repr_says_what_it_is() -> None:
 # Structured output
 
 
-def test_outputs_look_as_asked_for() -> None:
+def test_structured_outputs_match_their_format() -> None:
     model = counting()
     params = SamplingParams(structured=Choice(options=("yes", "no")))
     found = model.generate_each(["say ", "say "], [params, SamplingParams(max_tokens=3)])

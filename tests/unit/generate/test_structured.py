@@ -1,4 +1,4 @@
-"""What may be asked of an output: the limits, each before anything is compiled."""
+"""Limits of structured outputs, each checked before anything is compiled."""
 
 import json
 
@@ -44,7 +44,7 @@ def nested(levels: int) -> str:
 
 
 def test_depth_is_bounded() -> None:
-    """Regression: a schema that overflows the stack of what descends into it."""
+    """Regression: a schema that overflows the stack of a recursive function."""
     assert read_schema(nested(MAX_DEPTH - 2), "json_schema")
     for levels in (MAX_DEPTH + 2, 20_000):
         with pytest.raises(UserError, match=r"^json_schema: the (schema|JSON text) is nested"):

@@ -1,4 +1,4 @@
-"""Following a grammar: what its masks let through is valid, whatever the tokens look like."""
+"""Grammar masks: the allowed outputs are valid, for any tokenizer."""
 
 import json
 import random
@@ -155,7 +155,7 @@ def test_outputs_follow_their_grammar(compiler: GrammarCompiler) -> None:
 
 @pytest.mark.parametrize("output", OUTPUTS, ids=lambda output: type(output).__name__)
 def test_masks_and_accept_agree(compiler: GrammarCompiler, output: StructuredOutput) -> None:
-    """Regression: a mask that lets through what cannot be accepted, or hides what can."""
+    """Regression: a mask that allows a token that cannot be accepted, or bans one that can."""
     grammar = compiler.compile(output)
     walker, rng = Walker(UNEVEN, 3), random.Random(5)
     state, taken = grammar.start(), []
@@ -216,7 +216,7 @@ def test_characters_may_be_spread_over_tokens(compiler: GrammarCompiler) -> None
     assert state.is_done
 
 
-def test_rows_without_a_token_are_never_allowed(compiler: GrammarCompiler) -> None:
+def test_ids_without_a_token_are_never_allowed(compiler: GrammarCompiler) -> None:
     """Regression: padding rows chosen where a grammar allows any token at all."""
     for output in (Grammar(lark="start: <[*]>+"), Regex(pattern="(?s:.*)"), JsonObject()):
         mask = compiler.compile(output).start().mask()
@@ -243,7 +243,7 @@ def test_special_tokens_are_no_text(compiler: GrammarCompiler) -> None:
 
 
 def test_white_space_is_bounded(compiler: GrammarCompiler) -> None:
-    """Regression: a model that writes blanks for ever."""
+    """Regression: a model that writes blanks forever."""
     for output in (JsonObject(), Grammar(lark='start: %json {"type": "object"}')):
         state = compiler.compile(output).start()
         state.accept(ord("{"))

@@ -1,4 +1,4 @@
-"""Grammars made to take time, memory or stack: refused while the program goes on."""
+"""Hostile grammars that take time, memory or stack: refused while the program continues."""
 
 import json
 import threading
@@ -123,7 +123,7 @@ def test_what_only_looks_dangerous_works(compiler: GrammarCompiler, name: str) -
 
 
 def until_fault(state: GrammarState) -> str:
-    """The fault that ends a long output of the likes of xxxx."""
+    """The error that ends a long output such as xxxx."""
     with pytest.raises(GrammarError) as caught:
         for _ in range(20_000):
             tokens = torch.nonzero(state.mask()).flatten().tolist()
@@ -133,7 +133,7 @@ def until_fault(state: GrammarState) -> str:
 
 @pytest.mark.parametrize("pattern", ["(x{1,1000}){1,1000}", "((x{1,100}){1,100}){1,100}"])
 def test_a_limit_reached_half_way_ends_that_output(compiler: GrammarCompiler, pattern: str) -> None:
-    """Regression: one output's fault that others share."""
+    """Regression: one output's error that ends others."""
     wild = compiler.compile(Regex(pattern=pattern)).start()
     tame = compiler.compile(Regex(pattern="x{1,1000}")).start()
     assert until_fault(wild).startswith("regex: ")
@@ -157,10 +157,10 @@ def test_slow_masks_end_their_output(
         state.mask()
 
 
-def test_what_is_known_is_not_tried_again(
+def test_a_tried_grammar_is_not_tried_again(
     compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Regression: repeated requests that wait for strangers' trials."""
+    """Regression: repeated requests that wait for other requests' trials."""
     monkeypatch.setattr(grammar_module, "MAX_KNOWN", 2)
     known, other, third = (Regex(pattern=pattern) for pattern in ("kn*", "ot*", "th*"))
     fresh = GrammarCompiler(UNEVEN, UNEVEN.vocab_size)

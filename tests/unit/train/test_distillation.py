@@ -361,7 +361,7 @@ def test_a_divergence_that_is_not_finite_ends_the_run(folder: Path, teacher_mode
     assert found.matched is not None and not math.isfinite(found.matched)
     assert all(map(math.isfinite, found.losses))
     shutil.rmtree(folder / "teacher")
-    with pytest.raises(UserError, match="is not there; put back what"):
+    with pytest.raises(UserError, match="does not exist; restore the weights"):
         look_again(folder / "run")
 
 

@@ -120,7 +120,7 @@ def test_a_batch_of_cut_answers_is_told_of(tmp_path: Path) -> None:
     assert len(blind) == 2
     notes = [record["text"] for record in run.records("note")]
     assert [note for note in notes if note.startswith("step")] == [
-        f"step {step}: its batch holds no target; nothing moved" for step in blind
+        f"step {step}: its batch has no target; no weight was updated" for step in blind
     ]
 
 

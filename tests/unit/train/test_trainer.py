@@ -119,7 +119,9 @@ def test_a_model_whose_saves_are_gone_is_not_taken_for_a_new_one(base: Path) -> 
     train(base / "run", runs.recipe())
     shutil.rmtree(base / "run" / "saves")
     with (
-        pytest.raises(UserError, match=r"model: is there from a run whose saves are gone; move it"),
+        pytest.raises(
+            UserError, match=r"model: exists, but the checkpoints of its run are gone; move it"
+        ),
         opened(base / "run", runs.recipe(seed=7)),
     ):
         pass
@@ -144,7 +146,7 @@ def test_a_stop_before_the_first_step(base: Path) -> None:
     outcome, log = train(base / "run", runs.recipe(), 1)
     assert (outcome.step, outcome.is_complete, outcome.model) == (1, False, None)
     assert runs.steps(base / "run") == [1]
-    assert "stopped after step 1; the same command goes on from there" in log.notes
+    assert "stopped after step 1; the same command resumes from there" in log.notes
 
 
 BOOM = {"learning_rate": [{"to": 0.01, "steps": 2}, {"to": 1e30, "shape": "constant"}]}
@@ -248,7 +250,7 @@ def test_other_data_does_not_go_on(base: Path) -> None:
     (base / "tokens").unlink()
     runs.make_tokens(base / "tokens", held_out=6)
     with (
-        pytest.raises(UserError, match="the token folder holds other data"),
+        pytest.raises(UserError, match="the tokenized dataset has changed"),
         opened(base / "run", runs.recipe()),
     ):
         pass
