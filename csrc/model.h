@@ -95,7 +95,7 @@ struct Model {
   std::int64_t first_layer = 0;  // the index of layers[0] among the cache's layers
   Norm norm;
   Projection head;
-  bool is_larger_than_memory = false;  // weights are read from their files again and again
+  bool is_larger_than_memory = false;  // weights exceed memory and are read from their files repeatedly
 };
 
 // The paged KV cache of a layer: the entry at row r of page p begins at data + (p * page_size + r) * row_bytes. A

@@ -1,8 +1,8 @@
 """Python entry points: `load` and `LLM`, from a model's name to a loaded Model.
 
 Owns loading, and the one-time conversion of presets into the cache folder.
-`checkpoint.fetch.model_names` resolves names. `load` is the one place of this module with an effect
-on the whole process.
+`checkpoint.fetch.model_names` resolves names. Only `load` affects the whole process: it limits
+PyTorch to one thread.
 """
 
 import os
@@ -56,10 +56,10 @@ def load(
 
     dtype: bf16, int8, int4, fp32, fp16, fp64, or auto (as stored); with bf16, weights stored in
     int8 or int4 stay quantized. context: most tokens of prompt and output together, None for all
-    the model allows. cache: dtype of the KV cache, bf16, int8, or auto (that of the activations).
-    max_cache_bytes: bound of the KV cache, at most the machine's memory; "auto" takes most of the
-    memory that the weights leave. speculates: whether speculative decoding runs; it changes no
-    token. Raises UserError naming what cannot be found, read or served.
+    the model allows. cache: dtype of the KV cache, bf16, int8, or auto (the dtype of the
+    activations). max_cache_bytes: bound of the KV cache, at most the machine's memory; "auto" takes
+    most of the memory left after the weights. speculates: whether speculative decoding runs; it
+    does not change the output. Raises UserError naming what cannot be found, read or served.
 
     Effect on the whole process: for a model on the native kernels, `torch.set_num_threads(1)`
     applies from here on, because idle PyTorch threads slow the kernels' own thread pool. Call
@@ -132,7 +132,7 @@ class LLM:
 
 
 def prepare(name: str | os.PathLike[str] = "default", *, progress: Progress | None = None) -> Path:
-    """The folder or .gguf file of `name`, fetched and converted if it is not here yet.
+    """The folder or .gguf file of `name`, fetched and converted on first use.
 
     Raises UserError for an unknown name, or for a config without weights.
     """
@@ -153,7 +153,7 @@ def prepare(name: str | os.PathLike[str] = "default", *, progress: Progress | No
 
 
 def _convert_preset(preset: ModelPreset, progress: Progress) -> Path:
-    """The preset's folder, made once: it appears complete, and processes wait for each other."""
+    """The preset's folder, converted once. It appears only when complete; other processes wait."""
     folder = preset.folder()
     if folder.exists():
         return folder

@@ -47,7 +47,7 @@ inline P row_major_pairs(const char* start, std::int64_t column, float scale) {
   return whole_pairs<storage>(start, column);
 }
 
-// lanes[t]: partial sums of a weight row and T rows of x.
+// GEMV inner loop: lanes[t] are the partial sums of a weight row and T rows of x.
 template <Storage storage, int T>
 inline void dot_weight_row(const Matrix& w, std::int64_t row, const Activations& x, F (&lanes)[T]) {
   const char* start = row_start(w, row);
@@ -110,8 +110,8 @@ inline void gemv_row_major(const Matrix& w, std::int64_t tile, const Activations
 
 #if defined(LOWLAT_AVX512)
 
-// More activation rows than one block of accumulators holds read a tile several times, from cache except for the
-// first. Two weight rows then share the activation loads, and every pass but the first prefetches a share of the next
+// If the activation rows exceed one block of accumulators, a tile is read several times, from cache after the first
+// pass. Two weight rows then share the activation loads, and every pass but the first prefetches a share of the next
 // tile, so that memory stays busy.
 constexpr int kSharingTokens = 3;
 
@@ -264,7 +264,7 @@ inline void gemv_tile(const Matrix& w, std::int64_t tile, NextTile, const Activa
 
 #endif
 
-// Tiles [first, last) of y = x W^T for row-major weights.
+// GEMV with row-major weights (bf16, fp8, int8): tiles [first, last) of y = x W^T.
 inline void gemv_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                         float* out, std::int64_t out_stride) {
   for (std::int64_t tile = first; tile < last; ++tile, out += kTile) {
@@ -374,7 +374,7 @@ inline void gemv_int8(const Matrix& w, std::int64_t tile, const Activations& x, 
   for (int t = 0; t < T; ++t) store(out + t * out_stride, total[t]);
 }
 
-// Tiles [first, last) of y = x W^T for int8 or int4; `panels` holds those of one tile.
+// GEMV with int8 or int4 groups: tiles [first, last) of y = x W^T; `panels` holds those of one tile.
 inline void gemv_tiles(const Matrix& w, std::int64_t first, std::int64_t last, NextTile, const Activations& x,
                          Panel* panels, float* out, std::int64_t out_stride) {
   auto* sums = reinterpret_cast<float*>(panels);

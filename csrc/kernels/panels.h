@@ -1,5 +1,4 @@
-// GEMM panel packing: weights of every storage, dequantized and transposed into the bf16 panels that the products
-// read.
+// GEMM packing: weights of every storage, dequantized and transposed into bf16 panels (the packed B of a GEMM).
 #pragma once
 
 #include <cstring>

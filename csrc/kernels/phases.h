@@ -27,7 +27,7 @@ struct Pass {
     each_in_turn(count, [&](std::int64_t item, bool) { body(item); });
   }
 
-  // The same with body(item, goes_on): whether this thread also runs item + 1.
+  // The same with body(item, continues): whether this thread also runs item + 1.
   template <class Body>
   void each_in_turn(std::int64_t count, Body&& body) const {
     discard_packed_rows();  // of the previous phase

@@ -56,7 +56,7 @@ inline GroupOfWeights read_group(const void* row, bool is_bf16, std::int64_t fir
     return g;
   }
   for (std::int64_t i = 0; i < count; ++i) {
-    // NaN is kept: it compares as neither smaller nor larger.
+    // NaN propagates: it compares as neither smaller nor larger.
     g.smallest = edge[i] < g.smallest || edge[i] != edge[i] ? edge[i] : g.smallest;
     g.largest = edge[i] > g.largest || edge[i] != edge[i] ? edge[i] : g.largest;
   }

@@ -178,7 +178,7 @@ inline F field(P a) {
   return {numbers(a.lo), numbers(a.hi)};
 }
 
-// 128 + the 4-bit number at `shift` of every 16-bit lane, in bf16: its mantissa takes the number as it is.
+// 128 + the 4-bit number at `shift` of every 16-bit lane, in bf16: its mantissa holds the number.
 template <int shift>
 inline P small_integers(P a) {
   const auto numbers = [](__m256i x) {

@@ -189,7 +189,7 @@ inline F field(P a) {
   return {_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(a.v, shift), _mm512_set1_epi32(mask)))};
 }
 
-// 128 + the 4-bit number at `shift` of every 16-bit lane, in bf16: its mantissa takes the number as it is.
+// 128 + the 4-bit number at `shift` of every 16-bit lane, in bf16: its mantissa holds the number.
 template <int shift>
 inline P small_integers(P a) {
   const __m512i moved = shift == 0 ? a.v : _mm512_srli_epi16(a.v, shift);

@@ -210,7 +210,7 @@ inline F field(P a) {
   });
 }
 
-// 128 + the 4-bit number at `shift` of every 16-bit lane, in bf16: its mantissa takes the number as it is.
+// 128 + the 4-bit number at `shift` of every 16-bit lane, in bf16: its mantissa holds the number.
 template <int shift>
 inline P small_integers(P a) {
   return quarters<P>([&](int i) {

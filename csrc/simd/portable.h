@@ -204,7 +204,7 @@ inline F field(P a) {
   return lanes<F>([&](int i) { return static_cast<float>(a.v[i] >> shift & mask); });
 }
 
-// 128 + the 4-bit number at `shift` of every 16-bit lane, in bf16: its mantissa takes the number as it is.
+// 128 + the 4-bit number at `shift` of every 16-bit lane, in bf16: its mantissa holds the number.
 template <int shift>
 inline P small_integers(P a) {
   return lanes<P>([&](int i) { return (a.v[i] >> shift & 0x000f000f) | 0x43004300; });

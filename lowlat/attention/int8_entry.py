@@ -1,4 +1,4 @@
-"""int8 KV cache entry: bytes of one token in one layer.
+"""KV cache quantization: int8 KV cache entry, the bytes of one token in one layer.
 
     [0, n)        n channels as int8: the latents of MLA and GLA, the tied states of GTA, the whole
                   entry of MHA, GQA, MQA, TPA, and of MLA that was converted from GQA

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowlat.utils.errors import UserError
 
-# MAP_NORESERVE, which mmap does not name: Linux else counts private writable maps against memory
+# MAP_NORESERVE, absent from mmap: without it Linux counts private writable maps as used memory
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 

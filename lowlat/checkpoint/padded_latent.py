@@ -2,10 +2,9 @@
 
 A standard deepseek_v3 checkpoint normalizes the latent; an exactly converted model must not. So its
 files hold a wider latent: R = padded_rank(r) = 64 * ceil(r / 63) channels, of which the first r are
-real, the last R / 64 are the constant m = 2^15 (put there by a bias), and the rest
-zero. The mean of squares is then m^2 / 64 up to |c|^2 / m^2, the norm divides by m / 8, and norm
-weights of m / 8 = 2^12 give the latent back. All numbers are powers of two: exact in fp32, bf16
-and fp16.
+real, the last R / 64 are the constant m = 2^15 (put there by a bias), and the rest zero. The mean
+of squares is then m^2 / 64 up to |c|^2 / m^2, the norm divides by m / 8, and norm weights of m / 8
+= 2^12 restore the latent. All numbers are powers of two: exact in fp32, bf16 and fp16.
 
     kv_a_proj_with_mqa.weight   rows [0, r) real, [r, R) zero, then the d_R rotary rows
     kv_a_proj_with_mqa.bias     [0, r) real or zero, zeros, m in [R - R/64, R), d_R real or zero
@@ -137,7 +136,7 @@ def unpad_bias(
 
 
 def pad_columns(weight: Shaped[Tensor, "out rank"], rank: int) -> Shaped[Tensor, "out padded_rank"]:
-    """kv_b_proj.weight [out, r] -> [out, R]: the padding is read by nothing."""
+    """kv_b_proj.weight [out, r] -> [out, R]: nothing reads the padding."""
     return torch.cat([weight, weight.new_zeros(len(weight), padded_rank(rank) - rank)], dim=1)
 
 
@@ -194,7 +193,7 @@ def _constant_channels(width: int) -> int:
 
 
 def _constants(like: Tensor, width: int) -> Tensor:
-    """What a bias holds in the channels added to `width`: zeros, then the constants."""
+    """Bias values of the channels added to `width`: zeros, then the constants."""
     padding = like.new_zeros(padded_rank(width) - width)
     padding[-_constant_channels(width) :] = CONSTANT
     return padding

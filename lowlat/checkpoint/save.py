@@ -98,9 +98,9 @@ def write_checkpoint(
 ) -> None:
     """Write the folder `dst`: config.json, `tensors` as they come, `extra_files` by name.
 
-    One tensor is in memory at a time; a shard ends before the tensor that would make it larger
-    than `max_shard_bytes`. `dst` appears complete or not at all (`atomic_folder`). Raises UserError
-    if `dst` exists or the disk does not take the files; exceptions of `tensors` pass through.
+    One tensor is in memory at a time; a shard ends before the tensor that would make it larger than
+    `max_shard_bytes`. `dst` appears complete or not at all (`atomic_folder`). Raises UserError if
+    `dst` exists or for disk errors; exceptions of `tensors` pass through.
     """
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes {max_shard_bytes} must be at least 1")
@@ -127,7 +127,7 @@ def _write_weights(
 def _write_shards(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
 ) -> list[ShardWriter]:
-    """Write shards, at least one, under provisional names: their number is not known before."""
+    """Write shards, at least one, under provisional names: their number is not known in advance."""
     shards = [ShardWriter(folder / "shard-1")]
     try:
         for name, tensor in tensors:

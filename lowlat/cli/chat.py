@@ -36,7 +36,7 @@ class ServerOptions:
     api_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="File with the server's API key, by default LOWLAT_API_KEY.",
+            help="File with the server's API key; without it LOWLAT_API_KEY is used.",
             rich_help_panel=_SERVER_PANEL,
         ),
     ] = None

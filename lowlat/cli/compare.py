@@ -52,7 +52,7 @@ class InputOptions:
             metavar="N",
             min=1,
             max=1 << 24,
-            help="Number of tokens; a last window of one token is left out.",
+            help="Number of tokens; a last window of one token is dropped.",
         ),
     ] = TOKENS
     window: Annotated[
@@ -105,7 +105,7 @@ def compare(
         typer.Option(
             metavar="X",
             min=0.0,
-            help="Largest relative difference of equal parts, by default that of the coarser "
+            help="Relative difference up to which parts are equal, by default that of the coarser "
             "number type.",
             show_default=False,
         ),

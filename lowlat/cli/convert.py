@@ -23,16 +23,15 @@ Destination = Annotated[
 To = Annotated[
     str | None,
     typer.Option(
-        metavar="ATTENTION", help="mla: the same function with Multi-head Latent Attention."
+        metavar="ATTENTION", help="mla: convert the attention to Multi-head Latent Attention."
     ),
 ]
 Experts = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Sparse upcycling of a dense model, with --to mla or of an MLA model: N routed "
-        "experts, two of them active, and a shared one in every layer. They compute the same until "
-        "trained.",
+        help="Sparse upcycling of a dense model (an MLA model, or with --to mla): every layer gets "
+        "N routed experts, two of them active, and a shared expert. Its function is unchanged.",
         show_default=False,
     ),
 ]
@@ -40,8 +39,8 @@ Dtype = Annotated[
     str,
     typer.Option(
         help="Number type to store: auto (as in SRC), fp32, bf16, fp16, fp8 (128x128 blocks), int8 "
-        "or int4 (packed as on load; Q8_0 and Q4_1 in GGUF). Quantised weights of SRC are "
-        "dequantised in fp32 first."
+        "or int4 (packed as on load; Q8_0 and Q4_1 in GGUF). Quantized weights of SRC are first "
+        "dequantized in fp32."
     ),
 ]
 Format = Annotated[
@@ -61,8 +60,8 @@ class CacheOptions:
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="With --to mla: the share of the KV cache to keep, 0.5 for half. Without it the "
-            "conversion is exact and the cache keeps its size.",
+            help="With --to mla: size of the KV cache relative to SRC, such as 0.5. Without it "
+            "the conversion is exact and the KV cache keeps its size.",
             show_default=False,
             rich_help_panel=_CACHE_PANEL,
         ),
@@ -70,8 +69,8 @@ class CacheOptions:
     method: Annotated[
         str | None,
         typer.Option(
-            help="Compression method: weighted (default), transmla or mha2mla as in their papers; "
-            "exact for none.",
+            help="Compression method: weighted (default), transmla or mha2mla (as in their "
+            "papers), or exact (no compression).",
             show_default=False,
             rich_help_panel=_CACHE_PANEL,
         ),
@@ -79,8 +78,8 @@ class CacheOptions:
     layout: Annotated[
         str | None,
         typer.Option(
-            help="standard (default): a deepseek_v3 that other programs load as well; free: widths "
-            "and frequencies by layer, which loses less and only lowlat loads.",
+            help="standard (default): a deepseek_v3 checkpoint that other programs also load; "
+            "free: widths and frequencies per layer, with less loss, which only lowlat loads.",
             show_default=False,
             rich_help_panel=_CACHE_PANEL,
         ),
@@ -148,9 +147,9 @@ def convert(
     """Convert a model to MLA, to another number type, to another file format, or all of these.
 
     DST appears complete or not at all. An interrupted conversion leaves .DST.partial or, with
-    --heal or --evaluate, .DST.conversion; the same command resumes from it. Memory does not grow
-    with the model, except for training, and with --cache, which holds the residual streams of 68
-    windows of 1,024 tokens twice in fp32.
+    --heal or --evaluate, .DST.conversion; the same command resumes from it. Weights are streamed:
+    memory grows with the model only for --heal and --cache. --cache holds two fp32 copies of the
+    residual streams of 68 windows of 1,024 tokens.
     """
     from lowlat import api
     from lowlat.cli.conversion_view import print_conversion

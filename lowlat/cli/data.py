@@ -1,6 +1,7 @@
-"""`lowlat data`: token folders made, described and checked. Owns arguments and output alone."""
+"""`lowlat data`: build, describe and verify tokenized datasets. Parses arguments and prints."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,106 +14,155 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="data",
-    help="Text to tokens: make, describe and check the folders that training reads.",
+    help="Build, describe and verify tokenized datasets for training.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A token folder.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A tokenized dataset.")]
 
 
-@app.command("build")
-def build(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Token folder to make; it must not exist.")
-    ],
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SOURCE",
-            help="Text file, .jsonl (a text or messages a line), .parquet, each maybe .gz; a folder"
-            " of these; or datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]].",
-        ),
-    ],
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VocabularyOptions:
+    """Tokenizer to use or vocabulary to train; exactly one of the two."""
+
     tokenizer: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Folder, tokenizer.json, .gguf file or model whose tokenizer to use.",
+            help="Tokenizer to use: of a model folder, tokenizer.json, .gguf file or model name.",
         ),
-    ] = None,
+    ] = None
     train_bpe: Annotated[
         int | None,
         typer.Option(metavar="N", help="Train a byte-level BPE vocabulary of N tokens instead."),
-    ] = None,
+    ] = None
+
+    def check(self) -> None:
+        """Raises UserError."""
+        from lowlat.data.vocabulary import MAX_VOCAB, MIN_VOCAB
+        from lowlat.utils.errors import UserError
+
+        if (self.tokenizer is None) == (self.train_bpe is None):
+            raise UserError("give either --tokenizer MODEL or --train-bpe N")
+        if self.train_bpe is not None and not MIN_VOCAB <= self.train_bpe <= MAX_VOCAB:
+            raise UserError(
+                f"--train-bpe {self.train_bpe}: must be from {MIN_VOCAB} to {MAX_VOCAB}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutOptions:
+    """The held-out split."""
+
     held_out: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Share of the documents to hold out, chosen by their text; 0.01, or 0 with"
-            " --held-out-source.",
+            help="Share of the documents to hold out, selected by content hash; by default 0.01, or"
+            " 0 with --held-out-source.",
             show_default=False,
         ),
-    ] = None,
+    ] = None
     held_out_source: Annotated[
         list[str] | None,
         typer.Option(metavar="SOURCE", help="Hold out these documents; may be repeated."),
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceOptions:
+    """How sources are read."""
+
     field: Annotated[
         str | None,
         typer.Option(
-            help="Field of JSON lines, or column of tables, with the text, or messages; text by "
-            "default.",
+            help="JSON field or table column that holds the text or the chat messages, by default "
+            "text.",
             show_default=False,
         ),
-    ] = None,
+    ] = None
     separator: Annotated[
         str | None,
         typer.Option(
             metavar="LINE", help="Line between two documents of a text file; '' is a blank line."
         ),
-    ] = None,
+    ] = None
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Files of folders to read: '*.txt'; may be repeated."),
-    ] = None,
+        typer.Option(
+            metavar="PATTERN", help="Read only these files of a folder: '*.txt'; may be repeated."
+        ),
+    ] = None
     invalid: Annotated[
-        str, typer.Option(help="What to do with text that is not UTF-8: error, skip or replace.")
-    ] = "error",
+        str, typer.Option(help="Handling of text that is not UTF-8: error, skip or replace.")
+    ] = "error"
+
+    def as_read_options(self) -> "ReadOptions":
+        """Raises UserError."""
+        from lowlat.data.documents import ReadOptions
+        from lowlat.utils.errors import UserError
+
+        invalid = self.invalid
+        if invalid != "error" and invalid != "skip" and invalid != "replace":
+            raise UserError(f"--invalid '{invalid}' is unknown; choose error, skip or replace")
+        return ReadOptions(
+            field=self.field,
+            separator=self.separator,
+            invalid=invalid,
+            patterns=tuple(self.only or ()),
+        )
+
+
+@app.command("build")
+@options.with_option_groups
+def build(
+    *,
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder to write; it must not exist.")
+    ],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE",
+            help="Text file, .jsonl (one text or chat per line) or .parquet, also as .gz; a "
+            "folder of these; or datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]].",
+        ),
+    ],
+    vocabulary: VocabularyOptions,
+    split: HeldOutOptions,
+    reading: SourceOptions,
     end_of_text: Annotated[
         str | None,
         typer.Option(metavar="TOKEN", help="Special token that ends a document."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Make a token folder from text: tokenised, checksummed, without repeated documents.
+    """Build a tokenized dataset from text: tokenized, deduplicated, with checksums.
 
-    FOLDER appears only when it is whole. The same sources give the same bytes.
+    FOLDER appears complete or not at all. The same sources give the same bytes.
     """
     from lowlat.cli.data_view import print_build, print_json
     from lowlat.data.build import build as run_build
     from lowlat.data.selection import BuildOptions
     from lowlat.data.sources import check_used
-    from lowlat.data.vocabulary import MAX_VOCAB, MIN_VOCAB, load_tokenizer
-    from lowlat.utils.errors import UserError
+    from lowlat.data.vocabulary import load_tokenizer
     from lowlat.utils.progress import make_progress
 
-    if (tokenizer is None) == (train_bpe is None):
-        raise UserError("give either --tokenizer MODEL or --train-bpe N")
-    if train_bpe is not None and not MIN_VOCAB <= train_bpe <= MAX_VOCAB:
-        raise UserError(f"--train-bpe {train_bpe}: must be from {MIN_VOCAB} to {MAX_VOCAB}")
+    vocabulary.check()
     chosen = BuildOptions(
         sources=tuple(sources),
-        held_out_sources=tuple(held_out_source or ()),
-        held_out=held_out,
+        held_out_sources=tuple(split.held_out_source or ()),
+        held_out=split.held_out,
         end_of_text=end_of_text,
-        read=_read_options(field, separator, only, invalid),
+        read=reading.as_read_options(),
     )
     check_used([*sources, *chosen.held_out_sources], chosen.read)
     progress = make_progress()
-    vocabulary = train_bpe if tokenizer is None else load_tokenizer(tokenizer, progress)
-    assert vocabulary is not None
-    report = run_build(folder, chosen, vocabulary, progress)
+    name = vocabulary.tokenizer
+    tokenizer = vocabulary.train_bpe if name is None else load_tokenizer(name, progress)
+    assert tokenizer is not None
+    report = run_build(folder, chosen, tokenizer, progress)
     if as_json:
         print_json(report.path, report.manifest, seconds=report.seconds)
     else:
@@ -121,7 +171,7 @@ def build(
 
 @app.command("info")
 def info(folder: Folder, as_json: options.Json = False) -> None:
-    """What a token folder holds."""
+    """Describe a tokenized dataset: documents, tokens, tokenizer, sources."""
     from lowlat.cli.data_view import print_json, print_manifest
     from lowlat.data.dataset import TokenizedDataset
 
@@ -134,7 +184,7 @@ def info(folder: Folder, as_json: options.Json = False) -> None:
 
 @app.command("verify")
 def verify(folder: Folder, as_json: options.Json = False) -> None:
-    """Check every file of a token folder against its SHA-256, and every id."""
+    """Verify the SHA-256 of every file of a tokenized dataset, and the range of every token id."""
     from lowlat.data.dataset import TokenizedDataset
     from lowlat.utils.progress import make_progress
 
@@ -144,16 +194,3 @@ def verify(folder: Folder, as_json: options.Json = False) -> None:
         print(json.dumps({"path": str(folder), "whole": True, "fingerprint": opened.fingerprint}))
     else:
         print(f"{folder}: whole, fingerprint {opened.fingerprint}")
-
-
-def _read_options(
-    field: str | None, separator: str | None, only: list[str] | None, invalid: str
-) -> "ReadOptions":
-    from lowlat.data.documents import ReadOptions
-    from lowlat.utils.errors import UserError
-
-    if invalid != "error" and invalid != "skip" and invalid != "replace":
-        raise UserError(f"--invalid '{invalid}' is unknown; choose error, skip or replace")
-    return ReadOptions(
-        field=field, separator=separator, invalid=invalid, patterns=tuple(only or ())
-    )

@@ -1,4 +1,4 @@
-"""The table and the JSON object that tell what a token folder holds."""
+"""Contents of a token folder as a table and as JSON."""
 
 import json
 from pathlib import Path
@@ -13,20 +13,20 @@ from lowlat.data.manifest import SPLITS, DatasetManifest, SplitManifest, to_json
 
 
 def print_build(report: BuildReport, console: Console | None = None) -> None:
-    """What was built and where it is."""
+    """Print the contents, path, time and warnings of a build."""
     console = Console() if console is None else console
     manifest = report.manifest
     print_manifest(report.path, manifest, console)
     if report.asked_vocab is not None and manifest.vocab_size < report.asked_vocab:
         console.print(
-            f"The vocabulary is smaller than the {report.asked_vocab:,} asked: no further pair of"
-            " tokens stands in the text twice.",
+            f"The vocabulary is smaller than the {report.asked_vocab:,} requested: no further pair"
+            " of tokens occurs twice in the text.",
             style="yellow",
         )
     if not manifest.splits["held_out"].documents:
         console.print(
-            "No document is held out: raise --held-out, give --held-out-source, or cut files into"
-            " documents with --separator.",
+            "No document is held out: raise --held-out, give --held-out-source, or split files"
+            " into documents with --separator.",
             style="yellow",
         )
     rate = sum(split.text_bytes for split in manifest.splits.values()) / 1e6 / report.seconds
@@ -35,7 +35,7 @@ def print_build(report: BuildReport, console: Console | None = None) -> None:
 
 
 def print_manifest(path: Path, manifest: DatasetManifest, console: Console | None = None) -> None:
-    """What the token folder at `path` holds."""
+    """Print the contents of the token folder `path`."""
     console = Console() if console is None else console
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold cyan")
     for name in ("", "documents", "tokens", "text bytes", "bytes per token", "targets"):
@@ -58,7 +58,7 @@ def print_manifest(path: Path, manifest: DatasetManifest, console: Console | Non
 
 
 def print_json(path: Path, manifest: DatasetManifest, **more: float | str) -> None:
-    """The same as one JSON object: tokens.json with path, `more` and bytes per token."""
+    """Print one JSON object: tokens.json with path, `more` and bytes per token."""
     raw = {"path": str(path), **more, **to_json(manifest)}
     for split in SPLITS:
         raw[split]["bytes_per_token"] = bytes_per_token(manifest.splits[split])
@@ -66,5 +66,5 @@ def print_json(path: Path, manifest: DatasetManifest, **more: float | str) -> No
 
 
 def bytes_per_token(split: SplitManifest) -> float:
-    """Bytes of text that a token stands for on average; 0 for an empty split."""
+    """Mean UTF-8 bytes of text per token; 0 for an empty split."""
     return split.text_bytes / split.tokens if split.tokens else 0.0

@@ -51,8 +51,8 @@ Dtype = Annotated[
 Cache = Annotated[
     str,
     typer.Option(
-        help="Number type of the KV cache: bf16, int8 (one scale per 64 channels), or auto (that "
-        "of the computation).",
+        help="Number type of the KV cache: bf16, int8 (one scale per 64 channels), or auto (same "
+        "as the computation).",
         rich_help_panel=_MACHINE_PANEL,
     ),
 ]
@@ -66,7 +66,7 @@ Threads = Annotated[
 MaxTokens = Annotated[
     int | None,
     typer.Option(
-        help="Maximum number of generated tokens, by default to the end of the context.",
+        help="Maximum number of generated tokens, by default the rest of the context.",
         rich_help_panel=_SAMPLING_PANEL,
     ),
 ]
@@ -107,14 +107,15 @@ RepetitionPenalty = Annotated[
 PresencePenalty = Annotated[
     float,
     typer.Option(
-        help="Subtract from the logits of tokens in the answer.",
+        help="Subtracted from the logit of every token that is in the answer.",
         rich_help_panel=_SAMPLING_PANEL,
     ),
 ]
 FrequencyPenalty = Annotated[
     float,
     typer.Option(
-        help="Subtract per occurrence of a token in the answer.", rich_help_panel=_SAMPLING_PANEL
+        help="Subtracted from the logit of a token for each time it is in the answer.",
+        rich_help_panel=_SAMPLING_PANEL,
     ),
 ]
 LogitBias = Annotated[

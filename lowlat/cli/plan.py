@@ -43,16 +43,16 @@ def plan_group() -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """What is planned."""
+    """Model, job and machine of a plan."""
 
     name: str
     config: ModelConfig
     job: "TrainingJob"
     machine: "Machine"
     has_layout: bool
-    """Whether the job says how it is divided; otherwise layouts are searched."""
+    """Whether the job has a parallel layout; otherwise layouts are searched."""
     published_hours: float | None = None
-    """Device-hours per trillion tokens that a paper reports for exactly this."""
+    """Device-hours per trillion tokens in the model's paper."""
 
 
 @app.command("train")
@@ -61,50 +61,56 @@ def plan(
         str,
         typer.Argument(
             metavar="RECIPE|MODEL",
-            help="A recipe in TOML, or a model as `lowlat info` takes it; deepseek-v3 comes with "
-            "the layout of its paper.",
+            help="Recipe in TOML, or any model that lowlat info accepts; deepseek-v3 includes the "
+            "layout of its paper.",
             show_default=False,
         ),
     ],
     devices: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Search the layouts of N devices.", show_default=False
+            metavar="N", min=1, help="Search the parallel layouts of N devices.", show_default=False
         ),
     ] = None,
     machine: Annotated[
         str | None,
-        typer.Option(help=f"Kind of device: {', '.join(MACHINES)}.", show_default=False),
+        typer.Option(help=f"Device type: {', '.join(MACHINES)}.", show_default=False),
     ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory of a device, such as 80GB (of 2^30 bytes, as devices are sold).",
+            help="Memory of a device, such as 80GB (1 GB = 2^30 bytes).",
             show_default=False,
         ),
     ] = None,
     network: Annotated[
         float | None,
         typer.Option(
-            metavar="GB/S", help="What a device sends to other nodes.", show_default=False
+            metavar="GB/S", help="Bandwidth of a device to other nodes.", show_default=False
         ),
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; may be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated."),
     ] = None,
     top: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help=f"Layouts to show; {TOP} by default.", show_default=False
+            metavar="N",
+            min=1,
+            help=f"Number of layouts to show, by default {TOP}.",
+            show_default=False,
         ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Memory, traffic, pipeline bubble and time of a training; with --devices, the best layouts."""
+    """Estimate memory, traffic, pipeline bubble and time of a training run.
+
+    With --devices, search for the fastest parallel layouts.
+    """
     if top is not None and devices is None:
-        raise UserError("--top is of layouts that are searched; add --devices, or leave it out")
+        raise UserError("--top needs --devices, which searches layouts; add it or remove --top")
     subject = _subject(name, changes or [])
     subject = replace(subject, machine=_machine(subject.machine, machine, memory, network))
     _report(subject, devices, top or TOP, as_json)
@@ -125,7 +131,7 @@ def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> N
         found = search(config, job, subject.machine, layouts, make_progress())
     main = own or (found.ranked[0] if found else None)
     if main is None:
-        raise UserError(f"'{subject.name}' says no layout; give --devices to search one")
+        raise UserError(f"'{subject.name}' has no layout; give --devices to search one")
     flops = token_flops(config, job.sequence_length, main.job.activation_checkpointing)
     around = neighbours(config, main)
     if as_json:
@@ -186,7 +192,7 @@ def _recipe(path: Path, changes: list[str]) -> Subject:
 
 
 def _check_whole(recipe: "Recipe", path: Path) -> None:
-    """Raises UserError for a training that is not of all weights, by an ordinary loss."""
+    """Raises UserError if the recipe does not train all weights with the cross-entropy loss."""
     for key, is_there in (
         ("lora", recipe.lora is not None),
         ("trainable", recipe.trainable != "all"),
@@ -194,8 +200,8 @@ def _check_whole(recipe: "Recipe", path: Path) -> None:
     ):
         if is_there:
             raise UserError(
-                f"{path}: {key}: plan is of trainings of whole models; lowlat train {path} "
-                "--dry-run counts this one"
+                f"{path}: {key}: plan only estimates the training of all weights; use lowlat train "
+                f"{path} --dry-run"
             )
 
 
@@ -210,8 +216,8 @@ def _machine(
     if memory is not None:
         machine = replace(machine, memory_bytes=parse_memory(memory))
         if machine.usable_bytes <= 0:
-            kept = machine.reserve_bytes / 1e9
-            raise UserError(f"--memory '{memory}': {kept:g} GB are kept free of it; give more")
+            reserve = machine.reserve_bytes / 1e9
+            raise UserError(f"--memory '{memory}': {reserve:g} GB of it are reserved; give more")
     if network is not None:
         if not 0 < network < float("inf"):
             raise UserError(f"--network {network}: give gigabytes per second, above 0")
@@ -220,7 +226,7 @@ def _machine(
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of '80GB', '80 GiB', '80'; GB as devices are sold, 2^30 bytes. Raises UserError."""
+    """Bytes of '80GB', '80 GiB' or '80', in units of 2^30 bytes. Raises UserError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:G|GB|GiB)?", text.strip(), re.IGNORECASE)
     if match is None or not 0 < float(match[1]) <= MOST_GB:
         raise UserError(f"--memory '{text}': write a size in gigabytes, such as 80GB")

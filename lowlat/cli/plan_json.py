@@ -1,4 +1,4 @@
-"""Estimates as plain objects for JSON, in bytes, seconds and FLOPs. Owns the names of fields."""
+"""JSON output of `lowlat plan train` and `lowlat train --dry-run`, in bytes, seconds and FLOPs."""
 
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +11,7 @@ from lowlat.train.cost.dry_run import DryRun
 
 
 def flops_object(flops: TokenFlops) -> dict[str, Any]:
-    """FLOPs of a token."""
+    """FLOPs per token."""
     return {
         "forward": flops.forward,
         "training": flops.training,
@@ -21,7 +21,7 @@ def flops_object(flops: TokenFlops) -> dict[str, Any]:
 
 
 def memory_object(memory: MemoryEstimate) -> dict[str, Any]:
-    """Bytes of the fullest device."""
+    """Bytes on the device with the largest peak."""
     return {
         "total": memory.total,
         "by_purpose": memory.parts,
@@ -33,7 +33,7 @@ def memory_object(memory: MemoryEstimate) -> dict[str, Any]:
 
 
 def estimate_object(found: Estimate) -> dict[str, Any]:
-    """One layout and what it costs."""
+    """A layout with its memory, time and traffic."""
     return {
         "layout": asdict(found.job.layout),
         "micro_batches": found.job.micro_batches,
@@ -60,7 +60,7 @@ def plan_object(
     search: SearchResult | None,
     shown: int,
 ) -> dict[str, Any]:
-    """An estimate, what single changes do to it, and the best `shown` layouts of a search."""
+    """An estimate, the effect of single changes, and the best `shown` layouts of a search."""
     plan = {
         "estimate": estimate_object(main),
         "flops_per_token": flops_object(flops),
@@ -79,7 +79,7 @@ def search_object(search: SearchResult, shown: int) -> dict[str, Any]:
 
 
 def neighbours_object(neighbours: list[Neighbour]) -> list[dict[str, Any]]:
-    """Layouts that differ in one thing."""
+    """Layouts that differ in one setting."""
     return [
         {
             "change": each.change,
@@ -92,7 +92,7 @@ def neighbours_object(neighbours: list[Neighbour]) -> list[dict[str, Any]]:
 
 
 def dry_run_object(found: DryRun) -> dict[str, Any]:
-    """What a recipe will take."""
+    """Estimates of a recipe."""
     least, most = found.seconds
     return {
         "parameters": found.parameters,

@@ -1,4 +1,4 @@
-"""The tables of `lowlat plan train` and of `lowlat train --dry-run`. Owns wording and layout."""
+"""Tables of `lowlat plan train` and `lowlat train --dry-run`."""
 
 from dataclasses import asdict
 
@@ -17,8 +17,8 @@ from lowlat.train.cost.dry_run import DryRun
 
 STEP_NOTES = {
     "compute": "forward, backward, recomputation",
-    "traffic": "transfers that computation does not hide",
-    "bubble": "the pipeline fills and drains",
+    "traffic": "transfers not overlapped with computation",
+    "bubble": "pipeline fill and drain",
     "synchronisation": "gradients and weights, once per step",
     "update": "the optimiser",
 }
@@ -35,7 +35,7 @@ def show(
     published_hours: float | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print the estimate `found`, what single changes do to it, and the best layouts."""
+    """Print the estimate `found`, the effect of single changes, and the best layouts."""
     console = Console() if console is None else console
     limit = found.machine.usable_bytes
     _print(console, _title(name, found))
@@ -52,7 +52,7 @@ def show(
 
 
 def show_dry_run(name: str, found: DryRun, console: Console | None = None) -> None:
-    """Print what the recipe `name` will take."""
+    """Print the estimates of the recipe `name`."""
     console = Console() if console is None else console
     least, most = found.seconds
     facts = _table("", "")
@@ -96,7 +96,7 @@ def _title(name: str, found: Estimate) -> Text:
 
 
 def layout_name(job: TrainingJob) -> str:
-    """'PP16 dualpipe · EP64 · ZeRO-1 over 128': a layout in a few words."""
+    """A layout in short, such as 'PP16 dualpipe · EP64 · ZeRO-1 over 128'."""
     layout = job.layout
     parts = [f"PP{layout.pipeline} {layout.schedule}"] if layout.pipeline > 1 else []
     parts += [
@@ -126,7 +126,7 @@ def _flops(flops: TokenFlops, trained: float | None = None) -> Table:
     table.add_row("forward", amount(flops.forward), "")
     trained = flops.training if trained is None else trained
     is_all = trained == flops.training
-    note = "three times that" if is_all else "without what stays, with the teacher"
+    note = "3x forward" if is_all else "trainable weights only, plus the teacher"
     table.add_row("training", amount(trained), "", note, style="bold")
     if flops.recomputed:
         table.add_row("executed", amount(trained + flops.recomputed), "", "with recomputation")
@@ -145,7 +145,7 @@ def _memory(memory: MemoryEstimate, limit: int | float) -> Table:
     table.add_section()
     verdict = f"of {limit / 1e9:.1f} usable"
     if memory.total > limit:
-        verdict = f"does not fit {limit / 1e9:.1f}; {memory.largest} above all"
+        verdict = f"does not fit {limit / 1e9:.1f}; largest part: {memory.largest}"
     style = "bold" if memory.total <= limit else "bold red"
     table.add_row("total", _gb(memory.total), "", verdict, style=style)
     return table
@@ -154,7 +154,7 @@ def _memory(memory: MemoryEstimate, limit: int | float) -> Table:
 def _traffic(found: Estimate) -> Table:
     table = _table("Sent per device and step", "in node GB", "network GB")
     for sent in found.transfers:
-        note = "hidden as far as possible" if sent.is_hidden else ""
+        note = "overlapped with computation where possible" if sent.is_hidden else ""
         table.add_row(sent.kind, _gb(sent.node_bytes), _gb(sent.network_bytes), note)
     return table
 
@@ -174,8 +174,7 @@ def _conclusion(found: Estimate, published_hours: float | None) -> Text:
     text = f"{amount(found.tokens_per_second, 1)} tokens/s, {hours:,.0f} device-hours per trillion "
     text += "tokens"
     if published_hours is not None:
-        text += f"; published: {published_hours:,.0f}, so this estimate is "
-        text += f"{hours / published_hours:.2f} of it"
+        text += f"; published: {published_hours:,.0f}, ratio {hours / published_hours:.2f}"
     machine = found.machine
     return Text.assemble(
         (text + ".", "bold"),
@@ -216,13 +215,13 @@ def _ranking(search: SearchResult, top: int, own: TrainingJob) -> Table:
             )
     failed = ", ".join(f"{count} {reason}" for reason, count in search.failed.items())
     table.caption = (
-        f"sent: GB over the network; of {search.tried} divisions{'; ' + failed if failed else ''}"
+        f"sent: GB over the network; {search.tried} layouts tried{'; ' + failed if failed else ''}"
     )
     return table
 
 
 def amount(value: int | float, digits: int = 2) -> str:
-    """'250.46 G', '61.44 M': a count with its magnitude."""
+    """A count with its magnitude, such as '250.46 G' or '61.44 M'."""
     for size, unit in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if value >= size:
             return f"{value / size:.{digits}f} {unit}"
@@ -230,7 +229,7 @@ def amount(value: int | float, digits: int = 2) -> str:
 
 
 def duration(seconds: int | float) -> str:
-    """'50 s', '12 min', '3.4 h', '2.1 days'."""
+    """A duration, such as '50 s', '12 min', '3.4 h' or '2.1 days'."""
     for size, unit in ((86400, "days"), (3600, "h")):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"

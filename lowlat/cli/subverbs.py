@@ -1,7 +1,6 @@
-"""A verb that takes arguments of its own and also has verbs below it: `lowlat train RECIPE` and
-`lowlat train report RUN`.
+"""Command that is also a group: `lowlat train RECIPE` and its subcommand `lowlat train report RUN`.
 
-Owns how the two are told apart: the first word is a verb below, or else an argument of the verb.
+If the first word names a subcommand, the subcommand runs; otherwise it is an argument.
 """
 
 from collections.abc import Callable
@@ -11,11 +10,11 @@ import typer
 from typer.core import TyperGroup
 
 _OWN = "(itself)"
-"""The verb itself among the commands of its group: nothing that anyone would name a file."""
+"""Name of the command itself in its group; unlikely as a file name."""
 
 
 class _VerbGroup(TyperGroup):
-    """Hands everything to the verb itself unless the first word is a verb below it."""
+    """Dispatches to a subcommand if the first word names one, else to the command itself."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
@@ -29,14 +28,14 @@ class _VerbGroup(TyperGroup):
 def with_subverbs(
     verb: Callable[..., None], subverbs: dict[str, Callable[..., None]], *, epilog: str
 ) -> typer.Typer:
-    """An app in which `verb` is called as usual, and as `NAME ...` what `subverbs` has for NAME.
+    """An app that runs `verb`, or `subverbs[NAME]` if the first word is NAME.
 
-    A file of the same name as a subverb is written ./NAME.
+    To pass a file with the name of a subcommand, write ./NAME.
 
     Args:
-        verb: called where no subverb is; its help is the help of both.
-        subverbs: functions by name.
-        epilog: stands under the help of `verb` and tells of the subverbs.
+        verb: the command; its help is the help of the app.
+        subverbs: subcommands by name.
+        epilog: printed below the help of `verb`; it lists the subcommands.
     """
     app = typer.Typer(cls=_VerbGroup, help=verb.__doc__)
     app.command(_OWN, hidden=True, epilog=epilog)(verb)

@@ -1,6 +1,6 @@
-"""`lowlat train`: a recipe run to its end or on from where it stopped, and what runs leave behind.
+"""`lowlat train`: train a model from a recipe, or resume from the last checkpoint.
 
-Owns arguments and output; the trainer is `lowlat.train`.
+Parses arguments and prints; the trainer is `lowlat.train`.
 """
 
 import sys
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in TOML.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe in TOML.")],
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="Folder of the run; runs/NAME by default.", show_default=False
+            metavar="FOLDER", help="Run folder, by default runs/NAME.", show_default=False
         ),
     ] = None,
     changes: Annotated[
@@ -33,21 +33,22 @@ def train(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Change the recipe: seed=1, phase.0.steps=50; may be repeated.",
+            help="Override a recipe key: seed=1, phase.0.steps=50; may be repeated.",
         ),
     ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="Say what it would take: parameters, FLOPs, memory, time; no training.",
+            help="Estimate parameters, FLOPs, memory and time; do not train.",
         ),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Train RECIPE. Started again, it goes on from its last save; Ctrl-C ends it with one.
+    """Train a model from RECIPE. The same command resumes an interrupted run.
 
-    The finished model lies in FOLDER/model, ready for lowlat chat and lowlat serve.
+    Ctrl-C writes a checkpoint and stops. The trained model is written to FOLDER/model, which
+    lowlat chat and lowlat serve load.
     """
     from lowlat.cli.train_inputs import base_model_files, teacher_files
     from lowlat.train.recipe.schema import read_recipe
@@ -75,7 +76,7 @@ def _check_device(parsed: "Recipe", recipe: Path) -> None:
     try:
         parse_device(parsed.device)
     except UserError as error:
-        what = f"device = '{parsed.device}' is not there; set cpu, or cuda where there is a GPU"
+        what = f"device = '{parsed.device}' is not available; set cpu, or cuda on a GPU machine"
         raise UserError(f"{recipe}: {what}") from error
 
 
@@ -124,7 +125,7 @@ def _run(
 
 
 def _log(parsed: "Recipe", run: "RunFolder", quiet: bool) -> "MetricsLog":
-    """The log of the process that holds the folder; the others keep none."""
+    """The metrics log of the process that locks the run folder; a silent one for the others."""
     from lowlat.train.metrics.metrics_log import FolderMetricsLog, SilentMetricsLog
     from lowlat.train.metrics.progress_view import make_view
 
@@ -141,6 +142,6 @@ def _log(parsed: "Recipe", run: "RunFolder", quiet: bool) -> "MetricsLog":
 app = with_subverbs(
     train,
     {"report": report, "export": export},
-    epilog="lowlat train report RUN shows what came of a run; lowlat train export RUN DST writes "
-    "one of its saves as a model.",
+    epilog="lowlat train report RUN summarizes a run; lowlat train export RUN DST exports one of "
+    "its checkpoints as a model.",
 )

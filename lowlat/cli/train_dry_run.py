@@ -1,6 +1,4 @@
-"""`lowlat train RECIPE --dry-run`: what a recipe takes on this machine, and whether it would run.
-Owns the output only.
-"""
+"""`lowlat train RECIPE --dry-run`: print memory, FLOPs and time of a recipe on this machine."""
 
 import sys
 from pathlib import Path
@@ -21,10 +19,10 @@ from lowlat.utils.device import parse_device
 def print_dry_run(
     recipe: Recipe, path: Path, base_model: Path | None, teacher: Path | None = None
 ) -> None:
-    """Measure the rate of products and print the figures of `recipe`, which was read from `path`;
-    base_model, teacher: the files behind recipe.base_model and recipe.distillation.
+    """Measure the GEMM rate and print the estimates of `recipe`, which was read from `path`.
 
-    Raises UserError for what a run would refuse, a lack of memory after the figures are printed.
+    base_model, teacher: files of recipe.base_model and recipe.distillation. Raises UserError if a
+    run would; if memory is too small, after printing.
     """
     device = parse_device(recipe.device)
     config = _config(recipe, path, base_model, teacher)
@@ -39,13 +37,11 @@ def print_dry_run(
 def _config(
     recipe: Recipe, path: Path, base_model: Path | None, teacher: Path | None
 ) -> ModelConfig:
-    """The model in the first phase, after all that a run would check: of its data as far as that is
-    there.
-    """
+    """Model config of the first phase, after the checks of a run; data is checked if present."""
     folders = [path.parent / data_of(recipe, index).folder for index in range(len(recipe.phase))]
     absent = [folder for folder in folders if not folder.exists()]
     if not absent:
         return open_phases(recipe, base_model, path.parent, str(path), teacher)[0][0]
     config = check_recipe(recipe_config(recipe, path, base_model), recipe, str(path), teacher)[0]
-    print(f"{absent[0]}: not there yet, so the data was not checked", file=sys.stderr)
+    print(f"{absent[0]}: does not exist yet; the data was not checked", file=sys.stderr)
     return config

@@ -1,4 +1,4 @@
-"""`lowlat train export`: a save of a run as a model folder."""
+"""`lowlat train export`: export a training checkpoint as a model folder."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,18 +7,20 @@ import typer
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make; it must not exist.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it must not exist.")],
     step: Annotated[
         int | None,
-        typer.Option(help="The save of this step; by default the latest.", show_default=False),
+        typer.Option(help="Step of the checkpoint, by default the latest.", show_default=False),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Stored numbers: bf16, fp16, fp32 or fp8.")] = "bf16",
+    dtype: Annotated[
+        str, typer.Option(help="Number type to store: bf16, fp16, fp32 or fp8.")
+    ] = "bf16",
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Only the updates of a LoRA run, in peft's layout.")
+        bool, typer.Option("--adapter", help="Write only the LoRA adapter, in peft's layout.")
     ] = False,
 ) -> None:
-    """Write a save in the Hugging Face layout, which `lowlat chat` and other programs load."""
+    """Export a checkpoint as a Hugging Face folder, which lowlat chat and other programs load."""
     from lowlat.train.run.export import export_adapter, export_save
     from lowlat.utils.progress import make_progress
 

@@ -12,9 +12,7 @@ from lowlat.utils.progress import Progress
 
 
 def base_model_files(recipe: Recipe, path: Path, progress: Progress) -> Path | None:
-    """The checkpoint that `recipe`, read from `path`, goes on from; None where there is none.
-    Raises UserError.
-    """
+    """Files of `recipe.base_model`, or None; `path` is the recipe's file. Raises UserError."""
     return (
         None
         if recipe.base_model is None
@@ -23,7 +21,7 @@ def base_model_files(recipe: Recipe, path: Path, progress: Progress) -> Path | N
 
 
 def teacher_files(recipe: Recipe, path: Path, progress: Progress) -> Path | None:
-    """The checkpoint that `recipe`, read from `path`, learns from; None where there is none. Raises
+    """Files of `recipe.distillation.teacher`, or None; `path` is the recipe's file. Raises
     UserError.
     """
     table = recipe.distillation
@@ -33,11 +31,11 @@ def teacher_files(recipe: Recipe, path: Path, progress: Progress) -> Path | None
 
 
 def _files(key: str, name: str, path: Path, progress: Progress) -> Path:
-    """What lies there counted from the recipe at `path`, as its data does, or from here, or else a
-    name.
+    """`name` as a path relative to the recipe `path`, else relative to the working directory, else
+    as a preset or hub id.
     """
-    beside = path.parent / name
+    relative = path.parent / name
     try:
-        return api.prepare(str(beside) if beside.exists() else name, progress=progress)
+        return api.prepare(str(relative) if relative.exists() else name, progress=progress)
     except UserError as error:
         raise UserError(f"{path}: {key}: {error}") from error

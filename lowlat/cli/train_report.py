@@ -1,4 +1,4 @@
-"""`lowlat train report`: what came of a training, as a table, a picture and JSON."""
+"""`lowlat train report`: summary of training runs as a table, a plot and JSON."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN",
-            help="Folder of a run, over or still going; several are compared.",
+            help="Run folder, finished or still training; several are compared.",
             show_default=False,
         ),
     ],
@@ -23,18 +23,18 @@ def report(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Where the picture goes: a .png, .svg or .pdf file, or a name without ending for "
-            "a .png and an .svg; the figures go beside it as .json. By default one run gets "
-            "report.png, report.svg and report.json in its folder.",
+            help="Plot file: .png, .svg or .pdf; a name without a suffix gives a .png and an .svg. "
+            "The figures are written next to it as .json. By default a single run gets report.png, "
+            "report.svg and report.json in its folder.",
             show_default=False,
         ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Final and best losses, speed and balance of experts, with plots of the whole run.
+    """Final and best losses, speed and expert balance, with plots of the whole run.
 
-    Losses are in nats per token. MFU is the share of what plain matrix products
-    reach here, MaxVio the largest load of an expert over the mean load, less 1.
+    Losses are in nats per token. MFU is relative to the rate of matrix products measured on this
+    machine. MaxVio is the maximum load of an expert over the mean load, minus 1.
     """
     from rich.console import Console
 
@@ -55,15 +55,15 @@ def report(
         draw(histories, files)
         files.append(write_json(summaries, files[0].with_suffix(".json")))
     elif len(runs) > 1:
-        _tell("no picture of several runs without --out FILE")
+        _print_note("no plot of several runs without --out FILE")
     elif not available():
-        _tell("no picture: matplotlib is not installed (pip install lowlat[train])")
+        _print_note("no plot: matplotlib is not installed (pip install lowlat[train])")
     else:
         files = write_report(*histories.values())
     if files:
-        _tell(f"wrote {', '.join(map(str, files))}")
+        _print_note(f"wrote {', '.join(map(str, files))}")
 
 
-def _tell(text: str) -> None:
-    """To stderr: stdout holds the table or the JSON alone."""
+def _print_note(text: str) -> None:
+    """Print to stderr: stdout has only the table or the JSON."""
     print(text, file=sys.stderr)

@@ -1,7 +1,7 @@
 """Attention configurations: MLA, GQA, GLA, GTA, TPA, and the sizes derived from them.
 
 All provide the same sizes: heads, widths of queries and values, KV cache entry. A model has one of
-them in every layer, or MLA with sizes of each layer's own. Equations are in docs/mla.md and
+them in every layer, or MLA with per-layer sizes. Equations are in docs/mla.md and
 docs/attention.md.
 """
 
@@ -78,8 +78,9 @@ class MLAConfig:
 
     @property
     def quantized_dim(self) -> int:
-        """Leading elements of a row that an int8 cache keeps in int8: c_t, while k_R stays bf16. In
-        converted models, whose k_R comes from the keys of GQA, all of the row as with GQA.
+        """Leading elements of an entry that an int8 cache stores in int8: c_t, while k_R stays
+        bf16. In converted models, whose k_R comes from the keys of GQA, all of the entry as with
+        GQA.
         """
         return self.kv_lora_rank if self.kv_a_layernorm else self.entry_dim
 
@@ -131,7 +132,7 @@ class GQAConfig:
 
     @property
     def quantized_dim(self) -> int:
-        """Leading elements of a row that an int8 cache keeps in int8: all of [K ; V]."""
+        """Leading elements of an entry that an int8 cache stores in int8: all of [K ; V]."""
         return self.entry_dim
 
     @property
@@ -177,7 +178,7 @@ class GLAConfig:
 
     @property
     def quantized_dim(self) -> int:
-        """Leading elements of a row that an int8 cache keeps in int8: the latents."""
+        """Leading elements of an entry that an int8 cache stores in int8: the latents."""
         return self.kv_lora_rank
 
     @property
@@ -239,7 +240,7 @@ class GTAConfig:
 
     @property
     def quantized_dim(self) -> int:
-        """Leading elements of a row that an int8 cache keeps in int8: the tied states."""
+        """Leading elements of an entry that an int8 cache stores in int8: the tied states."""
         return self.tied_dim
 
     @property
@@ -248,7 +249,7 @@ class GTAConfig:
 
     @property
     def latent_sizes(self) -> LatentSizes:
-        """Seen as latent attention whose latent are the tied states."""
+        """Sizes as latent attention, with the tied states as the latent."""
         return LatentSizes(
             latent=self.tied_dim,
             rope=self.qk_rope_head_dim,
@@ -268,11 +269,11 @@ class TPAConfig:
     head_dim: int
     """Channels d_h of a query, key or value head."""
     q_rank: int | None
-    """Products a query is the mean of; None projects queries directly."""
+    """Rank of queries, the number of outer products averaged; None projects queries directly."""
     k_rank: int
-    """Products a key is the mean of."""
+    """Rank of keys, the number of outer products averaged."""
     v_rank: int
-    """Products a value is the mean of."""
+    """Rank of values, the number of outer products averaged."""
 
     @property
     def qk_head_dim(self) -> int:
@@ -291,7 +292,7 @@ class TPAConfig:
 
     @property
     def quantized_dim(self) -> int:
-        """Leading elements of a row that an int8 cache keeps in int8: all factors."""
+        """Leading elements of an entry that an int8 cache stores in int8: all factors."""
         return self.entry_dim
 
     @property
@@ -303,7 +304,7 @@ AttentionConfig = MLAConfig | GQAConfig | GLAConfig | GTAConfig | TPAConfig
 """The attention of one layer."""
 
 ModelAttention = AttentionConfig | tuple[MLAConfig, ...]
-"""The attention of a model: the same in every layer, or MLA in sizes of each layer's own."""
+"""The attention of a model: the same in every layer, or MLA with per-layer sizes."""
 
 DECOUPLED_ROPE = (MLAConfig, GLAConfig, GTAConfig)
 """Variants with decoupled RoPE: one rotary key, shared by all heads, carries the position."""

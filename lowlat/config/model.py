@@ -80,7 +80,8 @@ class RopeConfig:
     factor.
     """
     high_freq_factor: float | None = None
-    """llama3: wavelengths below original_max_position_embeddings / high_freq_factor are kept."""
+    """llama3: wavelengths below original_max_position_embeddings / high_freq_factor do not
+    change."""
     pair_factors: tuple[float, ...] | None = None
     """longrope: one divisor per pair (short_factor and long_factor, which must be equal)."""
 

@@ -47,7 +47,7 @@ class ParameterCount:
     mtp: int
     """MTP modules without their copies of embedding and head."""
     mtp_copies: int
-    """Copies of embedding and head that MTP modules of released checkpoints bring along."""
+    """Copies of embedding and head in the MTP modules of released checkpoints."""
 
     @property
     def total(self) -> int:

@@ -1,5 +1,5 @@
-"""Windows of tokens as the trainer sees them. Owns what is input and what is target, not where
-tokens come from.
+"""Training batch: token ids, loss mask and document boundaries. Owns what is input and what is
+target, not where tokens come from.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class Batch:
     tokens: Int[Tensor, "rows length"]
     """Token ids."""
     loss_mask: Bool[Tensor, "rows length"]
-    """Which tokens count as targets."""
+    """Loss mask: which tokens count as targets."""
     documents: tuple[tuple[int, ...], ...] | None = None
     """Per row, lengths of the documents within its first sequence_length tokens, which do not see
     one another; None: every row is one sequence.

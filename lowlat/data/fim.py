@@ -1,5 +1,5 @@
-"""Fill in the middle: some documents told as beginning, end, middle (Bavarian et al., 2207.14255,
-in the order prefix-suffix-middle of DeepSeek-V3 section 4.1).
+"""Fill-in-the-middle (FIM): some documents are rearranged as prefix, suffix, middle (arXiv
+2207.14255; DeepSeek-V3 section 4.1).
 
     begin <prefix> first <suffix> last <middle> between end
 
@@ -25,7 +25,7 @@ MAX_INSIDE = 3
 
 
 class FillInTheMiddle:
-    """Rearranged documents of one split, different ones in every epoch."""
+    """Fill-in-the-middle documents of one split, different ones in every epoch."""
 
     def __init__(self, folder: TokenizedDataset, split: Split, *, rate: float, seed: int) -> None:
         """`rate` is the share of documents. Raises UserError for a rate outside 0..1, and where

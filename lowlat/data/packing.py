@@ -1,12 +1,13 @@
-"""Windows of a token folder in a deterministic endless order, each found by its number alone.
+"""Sequence packing: documents joined and cut into windows, in a deterministic endless order, with
+random access by index.
 
 In every epoch the documents are shuffled and joined, the stream is cut into windows, and the
-windows are shuffled: so a run's place in the data is one number, any layout of processes reads the
-same tokens, and a resumed run goes on exactly. The last tokens of an epoch's stream that fill no
-window are left out of that epoch.
+windows are shuffled. A run's position in the data is one number: any layout of processes reads the
+same tokens, and a resumed run continues exactly. The last tokens of an epoch that do not fill a
+window are dropped.
 
 An epoch takes 12 bytes of memory per document and 4 per window (16 and 8 from 2^32 on), and two
-epochs are kept. FillInTheMiddle is fim.py's, reading tokens folder.py's.
+epochs are cached. `fim` rearranges documents, `dataset` reads tokens.
 """
 
 import numpy as np

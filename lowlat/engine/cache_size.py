@@ -75,8 +75,8 @@ def check_cache_bytes(size: int, device: torch.device, given: str) -> None:
 
 
 def _spare_memory(transformer: Transformer) -> int:
-    """Bytes for the cache: CACHE_SHARE of the memory that the weights leave, at least of a tenth of
-    all memory."""
+    """Bytes for the cache: CACHE_SHARE of the memory left after the weights, or of a tenth of all
+    memory if that is more."""
     device = transformer.embed_tokens.weight.device
     if device.type == "cuda":
         return int(CACHE_SHARE * torch.cuda.mem_get_info(device)[0])

@@ -20,8 +20,8 @@ class ConstraintState(abc.ABC):
 
     @abc.abstractmethod
     def mask(self) -> "Tensor":
-        """bool [vocab]: tokens allowed next; an end-of-sequence id exactly where the output may
-        end."""
+        """bool [vocab]: tokens allowed next. An end-of-sequence id is allowed exactly when the
+        output may end."""
 
     @abc.abstractmethod
     def accept(self, token: int) -> None:
@@ -30,7 +30,7 @@ class ConstraintState(abc.ABC):
     @property
     @abc.abstractmethod
     def is_done(self) -> bool:
-        """Whether the output is complete: only its end may follow."""
+        """Whether the output is complete: only an end-of-sequence id may follow."""
 
 
 class Constraint(abc.ABC):

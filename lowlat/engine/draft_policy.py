@@ -1,9 +1,9 @@
 """Number of draft tokens per step, from measured acceptance rates and step costs (speculative
 decoding).
 
-Owns the estimates. A draft token pays while the tokens it is expected to yield cost less than
-tokens cost without it; all of a step together must also pay for drafting. If none pays, none is
-made, and from time to time one is tried again.
+Owns the estimates. A draft token is worth verifying if its expected output costs less time per
+token than decoding without it. All draft tokens of a step must also cover the cost of drafting.
+Otherwise the step drafts nothing; the policy retries from time to time.
 """
 
 import heapq
@@ -21,7 +21,8 @@ MEMORY = 0.9
 COMMON_MEMORY = 0.99
 """Decay of the average over all sequences, from which new sequences start."""
 RETURN = 0.002
-"""Drift of the estimate towards 1 in each step without draft tokens, which leads to a new try."""
+"""Drift of the estimate towards 1 in each step without draft tokens, so that drafting is
+retried."""
 COST_MEMORY = 0.98
 """Decay of earlier steps in the cost estimate."""
 OUTLIER = 4.0
@@ -33,8 +34,8 @@ RETRY = 256
 class StepCost:
     """Seconds of a step of n tokens as a + b n: exponentially weighted least squares.
 
-    While all steps had one size, a further token is assumed to cost the share `share` of a step, at
-    most the mean cost of a token.
+    Until steps differ in size, b is assumed to be `share` of a step's cost, at most the mean cost
+    of a token.
     """
 
     def __init__(self, share: float = 1.0) -> None:

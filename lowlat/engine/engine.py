@@ -202,11 +202,12 @@ class Engine:
     def _verify(
         self, sequence: Sequence, rows: StepLogits, first: int, count: int
     ) -> list[TokenEvent]:
-        """Speculative decoding's acceptance by exact match: sample `count` rows one after the
-        other, as long as each token equals the draft token at its place.
+        """Verify draft tokens (speculative decoding): sample `count` rows in order until a token
+        differs from its draft token.
 
-        Every token is drawn from the model's own distribution with the sequence's own random
-        numbers: draft tokens decide how many tokens a step yields, never which.
+        Acceptance is by exact match, not by rejection sampling. Every token is drawn from the
+        model's own distribution with the sequence's own random numbers: draft tokens decide how
+        many tokens a step yields, never which.
         """
         drafts, events = sequence.draft_tokens, []
         sequence.draft_tokens = []

@@ -8,7 +8,8 @@ because an unused share cannot be saved up.
 
 
 class FairShares:
-    """Served tokens by client. A client is one API key's cache namespace, so all are remembered."""
+    """Served tokens by client. A client is one API key's cache namespace, so there are few and none
+    is dropped."""
 
     def __init__(self) -> None:
         self._served: dict[bytes, int] = {}
@@ -23,7 +24,7 @@ class FairShares:
         self._num_active[client] += 1
 
     def leave(self, client: bytes) -> None:
-        """Count one unfinished sequence of `client` less."""
+        """Count one unfinished sequence of `client` fewer."""
         self._num_active[client] -= 1
         if self._num_active[client] == 0:
             del self._num_active[client]

@@ -29,8 +29,8 @@ class KVCacheManager:
         return self.prefix is not None
 
     def match(self, sequence: Sequence) -> None:
-        """Replace the pages of a sequence by those that the prefix cache has of its tokens, if they
-        are more. The last token is always computed, because its logits are needed."""
+        """Replace the pages of a sequence by its prefix cache hits, if these cover more tokens. The
+        last token is always computed, because its logits are needed."""
         if self.prefix is None:
             return
         size = self._page_size
@@ -46,7 +46,7 @@ class KVCacheManager:
             self.allocator.release(sequence.pages)
             sequence.pages = found
             sequence.num_cached, sequence.num_indexed = len(found) * size, len(found)
-        # After its first step a request may find its own pages, which are no prefix cache hits.
+        # After its first step a request may match its own pages, which do not count as hits.
         if sequence.request.started_at is None:
             sequence.request.num_matched = sequence.num_cached
 
@@ -85,7 +85,8 @@ class KVCacheManager:
         return max(0, -(-num_tokens // self._page_size) - len(sequence.pages))
 
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Extend the pages of a sequence to `num_tokens` entries; False if they are not free."""
+        """Extend the pages of a sequence to `num_tokens` entries; False if too few pages are
+        free."""
         missing = self.num_missing(sequence, num_tokens)
         if not self.has_free(missing):
             return False
@@ -94,10 +95,9 @@ class KVCacheManager:
         return True
 
     def fork(self, first: Sequence, other: Sequence) -> tuple[int, int] | None:
-        """Share the full pages of `first` with `other`, which gets its own last page if that is
-        partly filled: returns (page, its copy), the copy to be made before the next step, or None.
-
-        The caller makes sure that a page is free.
+        """Share the full pages of `first` with `other`. A partly filled last page is copied:
+        returns (page, copy) for the caller to copy before the next step, else None. The caller
+        ensures that a page is free.
         """
         num_full, rest = divmod(first.num_cached, self._page_size)
         self.allocator.retain(first.pages[:num_full])

@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What the model computed for the chunks that it did not fail on."""
+    """Model output of the chunks that succeeded."""
 
     chunks: list[ScheduledChunk]
     logits: Tensor
-    """[rows, vocab]: of each chunk in order, the rows that it needs."""
+    """[rows, vocab]: the rows that each chunk needs, in order of the chunks."""
     hidden: Tensor
     """[tokens, hidden]: final hidden states of all tokens of the chunks."""
 
@@ -29,9 +29,9 @@ def run_step(
     runner: ModelRunner, chunks: list[ScheduledChunk]
 ) -> tuple[StepOutput | None, list[tuple[Sequence, str]]]:
     """Run the model over `chunks` in one step. Returns its output (None if every chunk failed), and
-    the sequences that the model failed on with the error of each.
+    (sequence, error) of each chunk that failed.
 
-    If the joint step fails, each chunk runs alone; those that pass keep their own results.
+    If the joint step fails, each chunk runs alone, and those that succeed keep these results.
     """
     try:
         logits, hidden = runner.step([_model_input(chunk) for chunk in chunks])
@@ -45,20 +45,20 @@ def run_step(
     failed: list[tuple[Sequence, str]] = []
     for chunk in chunks:
         try:
-            # Entries that are written twice get the same values twice.
+            # Entries that are written again get the same values.
             outputs.append(runner.step([_model_input(chunk)]))
             passed.append(chunk)
         except Exception as error:
             failed.append((chunk.sequence, _message(error)))
     if not passed:
         return None, failed
-    # Results of the separate runs are used as they are: a second joint run could fail again.
+    # The results of the separate runs are final: a second joint run could fail again.
     logits, hidden = zip(*outputs, strict=True)
     return StepOutput(passed, torch.cat(logits), torch.cat(hidden)), failed
 
 
 def _model_input(scheduled: ScheduledChunk) -> Chunk:
-    """The scheduled chunk as the runner takes it: tokens, draft tokens and pages."""
+    """Runner input of a scheduled chunk: tokens, draft tokens and pages."""
     sequence = scheduled.sequence
     start, end = scheduled.start, scheduled.start + scheduled.length
     known = len(sequence.tokens)

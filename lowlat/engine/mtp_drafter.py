@@ -2,8 +2,8 @@
 
 Owns the modules' KV cache entries and the hidden states they continue from. Module k predicts the
 token k + 2 places after a position from the hidden state of module k - 1 there and the embedding of
-the token k + 1 places after it. Further draft tokens than modules repeat the last module, one place
-ahead each.
+the token k + 1 places after it. Draft tokens beyond the number of modules repeat the last module,
+one place ahead each.
 """
 
 import weakref
@@ -66,8 +66,8 @@ class _Draft:
 def takes_part(item: ScheduledChunk, num_drafts: Mapping[Sequence, int]) -> bool:
     """Whether the MTP modules run over this chunk of a step.
 
-    Decoding sequences that want no draft tokens are left out and cost nothing; the gaps in the
-    modules' KV cache entries only lower later acceptance.
+    Decoding sequences without draft tokens are skipped and cost nothing; the gaps in the modules'
+    KV cache entries only lower later acceptance.
     """
     sequence = item.sequence
     if sequence.finish_reason is not None or not sequence.pages:
@@ -107,7 +107,7 @@ class MTPDrafter:
         return _Draft(item, hidden[: end - item.start], end, wanted, kept)
 
     def _run_module(self, module: int, drafts: list[_Draft]) -> None:
-        """Entries of module `module`, and the draft token it predicts if one is wanted."""
+        """Compute the KV cache entries of `module` and, if wanted, the draft token it predicts."""
         active, chunks = [], []
         for draft in drafts:
             if len(draft.inputs) < module:
@@ -134,7 +134,7 @@ class MTPDrafter:
         """Module k continues at the position k before the next new one."""
         hidden = []
         for module, given in enumerate(draft.inputs[1:], start=1):
-            # The end of a prefill chunk cuts the inputs short: the next step starts anew.
+            # A prefill chunk ended too early to have this input: the next step starts without it.
             if draft.num_drafts == 0 or len(given) < module:
                 return _Resume(end=draft.end)
             hidden.append(given[len(given) - module : len(given) - module + 1])

@@ -34,7 +34,7 @@ class PageAllocator:
         # A heap: the lowest number is taken first, so the pages of a lone sequence are contiguous
         # and its entries can be read in place.
         self._free = list(range(num_pages))
-        # LRU, least recently released first. A plain dict walks over removed keys to its first.
+        # LRU, least recently released first. Finding a plain dict's first key scans removed keys.
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._on_evict: Callable[[int], None] | None = None
 

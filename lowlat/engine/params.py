@@ -46,7 +46,7 @@ class TokenSamplingParams:
     logit_bias: Mapping[int, int | float] = field(default_factory=dict)
     """Added to the logits of these token ids."""
     seed: int | None = None
-    """Seed of the request's own generator; None: a fresh one. Greedy output repeats anyway."""
+    """Seed of the request's own generator; None: a fresh one. Greedy output needs none."""
     logprobs: int | None = None
     """Return the log-probability of each token and of this many alternatives; None returns none.
 
@@ -94,8 +94,8 @@ class TokenSamplingParams:
             _check_float(f"logit_bias of token {token}", bias, -100.0, 100.0)
 
     def _check_greedy(self) -> None:
-        # Every filter keeps the likeliest token, which is the one temperature 0 takes.
-        # top_k 1 and a seed ask for what greedy gives, so they are no contradiction.
+        # Every filter keeps the likeliest token, which is the one temperature 0 takes. top_k 1 and
+        # a seed agree with greedy decoding and are allowed.
         for name, is_off in (
             ("top_k", self.top_k <= 1),
             ("top_p", self.top_p == 1.0),
@@ -144,7 +144,8 @@ def _check_int(name: str, value: object, low: int, high: int) -> None:
 def _check_float(
     name: str, value: int | float, low: float, high: float, *, above: bool = False
 ) -> None:
-    """Whether `value` is a finite number in [low, high], or in (low, high] with `above`."""
+    """Raise UserError unless `value` is a finite number in [low, high]; with `above`, in (low,
+    high]."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # NaN fails every comparison, and so is refused.
     if not is_number or not low <= value <= high or (above and value == low):

@@ -13,8 +13,8 @@ from lowlat.config.attention import ModelAttention
 
 PREFILL_CHUNK = 2048
 """Tokens of a prefill chunk. On the expanded path each chunk rebuilds the keys and values of all
-entries before it: at 8,192 tokens a fifth of the multiply-adds with chunks of 1,024, a tenth with
-2,048."""
+entries before it. At 8,192 tokens this takes a fifth of all multiply-adds with chunks of 1,024, a
+tenth with 2,048."""
 
 
 @dataclass(frozen=True, slots=True)

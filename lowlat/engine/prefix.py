@@ -1,4 +1,5 @@
-"""Automatic prefix caching: an index from tokens to KV cache pages by a SHA-256 chain.
+"""Automatic prefix caching: an index from tokens to KV cache pages by a chain of SHA-256 block
+hashes (block: page).
 
 Owns the index. `engine.page_allocator` owns the pages' states and evicts them; `engine.scheduler`
 decides which requests run, `engine.prefill_planner` on which attention path.
@@ -37,21 +38,20 @@ class IndexedPage:
 class PrefixCache:
     """Finds the pages that hold the KV cache entries of a sequence's leading tokens.
 
-    The key of a page is SHA-256 over its parent's key, its path and its tokens; the first parent's
-    key is SHA-256 over the cache namespace. A lookup by key also compares namespace, tokens, path
-    and parent: a hash collision cannot expose another request's entries, and sequences of different
-    namespaces share nothing.
+    The key of a page (block hash in vLLM) is SHA-256 over its parent's key, its path and its
+    tokens. The first parent's key is SHA-256 over the cache namespace. A lookup by key also
+    compares namespace, tokens, path and parent. So a hash collision cannot expose another request's
+    entries, and sequences of different namespaces share nothing.
 
     Invariant: the holder of an indexed page holds all the pages before it. `match` and `insert`
-    keep it. The caller keeps it by holding all leading pages of a sequence or none (fork: retain
-    leading pages after they were inserted; shorten: release the last), and by releasing them in one
-    call or the last ones first. So no page is evicted before those that follow it, every cached
-    page can be evicted, and the indexed pages of a sequence are its leading ones.
+    maintain it. The caller maintains it by holding all leading pages of a sequence or none (fork:
+    retain leading pages after they were inserted; shorten: release the last), and by releasing them
+    in one call or the last ones first. So no page is evicted before those that follow it, every
+    cached page can be evicted, and the indexed pages of a sequence are its leading ones.
 
     What mutates: `match`, `insert`, `withdraw`, `clear`, and the allocator when it evicts. Not
     thread-safe: only the engine's thread calls it. An allocator has one PrefixCache at most.
-    Indexed pages must not be written; a sequence that continues after its whole pages writes into
-    others.
+    Indexed pages must not be written; a sequence that continues writes into later pages.
     """
 
     def __init__(

@@ -15,14 +15,14 @@ NUM_CANDIDATES = 32
 
 
 class PromptLookup:
-    """Finds the longest recent earlier occurrence of a growing sequence's end."""
+    """Finds the longest recent n-gram match of a growing sequence's last tokens."""
 
     def __init__(self) -> None:
         self._tokens = np.empty(256, dtype=np.int32)
         self._length = 0
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
-        """Up to `most` draft tokens after `tokens`, which start with those of the last call."""
+        """Up to `most` draft tokens after `tokens`, which must extend those of the last call."""
         self._extend(tokens)
         known = self._tokens[: self._length]
         if len(known) <= MIN_MATCH:

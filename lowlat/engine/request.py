@@ -15,8 +15,8 @@ from lowlat.engine.params import TokenSamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 """stop: end-of-sequence token or stop string; length: max_tokens or context reached; abort: the
-caller cancelled; deadline: the request's time is over; error: the model, the sampler or the grammar
-failed."""
+caller cancelled; deadline: the request's deadline passed; error: the model, the sampler or the
+grammar failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class RequestOptions:
     constraint: Constraint | None = None
     """The compiled grammar of a structured output."""
     is_offline: bool = False
-    """Whether no client streams its tokens: its decoding does not make prefill chunks smaller."""
+    """Whether no client streams its tokens: its decoding does not reduce the prefill budget."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -78,7 +78,8 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether known tokens are computed: a prompt, or everything again after a preemption."""
+        """Whether known tokens lack KV cache entries: the prompt, or all tokens after a
+        preemption."""
         return self.awaits_first_token or self.num_pending > 1
 
 
@@ -109,7 +110,7 @@ class TokenEvent:
     request_id: int
     index: int
     token: int | None
-    """The sampled token; None where a completion ends without one."""
+    """The sampled token; None if a completion ends without one."""
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None

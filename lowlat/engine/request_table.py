@@ -15,7 +15,8 @@ from lowlat.engine.stats import StatsRecorder
 
 
 class RequestTable:
-    """Unfinished requests by id. What ends leaves the scheduler and gives back its pages."""
+    """Unfinished requests by id. A sequence that ends leaves the scheduler and releases its
+    pages."""
 
     def __init__(self, scheduler: Scheduler, recorder: StatsRecorder, *, vocab_size: int) -> None:
         self._scheduler = scheduler
@@ -120,10 +121,10 @@ class RequestTable:
         return ends
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence and release its pages; with its last sequence the request is forgotten.
+        """End a sequence and release its pages; with its last sequence the request is removed.
 
-        References to the constraint are dropped at once: the records refer to each other, so the
-        garbage collector would keep a large grammar for long.
+        References to the constraint are dropped at once: the records form reference cycles, so a
+        large grammar would wait for the garbage collector.
         """
         if sequence.finish_reason is not None:
             raise AssertionError("a sequence has ended twice")

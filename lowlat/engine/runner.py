@@ -23,11 +23,11 @@ INITIAL_PAGES = 16
 
 
 class ModelRunner:
-    """One model and one KV cache. The caller owns the page lists, and reserves before it runs.
+    """One model and one KV cache. The caller owns the page lists and calls `reserve` before `run`.
 
-    cache_dtype: dtype of the cache, also torch.int8; None takes the activations'. Of the
-    `num_pages` at the start, pages that are never used take no memory; the cache grows to
-    `max_pages` at most.
+    cache_dtype: dtype of the cache, also torch.int8; None: that of the activations. The cache
+    starts with `num_pages` pages and grows to at most `max_pages`; pages that are never used take
+    no memory.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class ModelRunner:
 
     @property
     def is_batch_invariant(self) -> bool:
-        """Whether results are bit-equal for any batch composition: so on native kernels; PyTorch's
-        matrix products round depending on their shape."""
+        """Whether results are bit-equal for any batch composition: true on native kernels. Rounding
+        of PyTorch's matrix products depends on their shape."""
         return self._native is not None
 
     def reserve(self, pages: list[int], num_tokens: int) -> None:

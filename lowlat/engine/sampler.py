@@ -4,9 +4,9 @@ Owns the order of the sampling steps and each sequence's random numbers. Knows n
 cache.
 
 The order is: repetition, frequency and presence penalty, logit bias, grammar mask, temperature,
-top-k, top-p, min-p, draw; the last five are `ops.sampling`. Probabilities are computed in fp64 on
-the CPU from fp32 logits. A sequence draws one number per token from its own generator, so its
-tokens do not depend on the batch composition. Equal scores rank by token id, lowest first.
+top-k, top-p, min-p, draw; `ops.sampling` implements the last five. Probabilities are computed in
+fp64 on the CPU from fp32 logits. A sequence draws one number per token from its own generator, so
+its tokens do not depend on the batch composition. Equal scores rank by token id, lowest first.
 """
 
 import math
@@ -127,8 +127,8 @@ def apply_penalties(
     counts: Float[Tensor, " vocab"],
     params: TokenSamplingParams,
 ) -> Float[Tensor, " vocab"]:
-    """Logits after the penalties. seen: tokens of prompt and output; counts: occurrences in the
-    output."""
+    """Repetition penalty, frequency penalty and presence penalty. seen: tokens of prompt and
+    output; counts: occurrences in the output."""
     factor = params.repetition_penalty
     repeated = torch.where(logits > 0, logits / factor, logits * factor)
     logits = torch.where(seen, repeated, logits)

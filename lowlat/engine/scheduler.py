@@ -19,8 +19,8 @@ from lowlat.engine.request import Sequence
 STEP_TOKENS = 1024
 """Prefill tokens of a step while no sequence decodes."""
 MIXED_TOKENS = 256
-"""Prefill tokens of a step in which sequences decode, while no more sequences prefill than decode:
-about as long as a step of eight decoding sequences takes on a CPU."""
+"""Prefill tokens of a step that also decodes, if no more sequences prefill than decode. They take
+about as long as a step of eight decoding sequences on a CPU."""
 MAX_SEQUENCES = 128
 PRIORITY_SECONDS = 1.0
 """Waiting this long outweighs one step of priority, so that no request starves."""
@@ -32,7 +32,7 @@ class ScheduledChunk:
 
     sequence: Sequence
     start: int
-    """KV cache entries it has."""
+    """Position of the first token: the number of cached entries."""
     length: int
     path: AttentionPath
 
@@ -55,17 +55,18 @@ class Scheduler:
     """Continuous batching: every decoding sequence runs in every step; the rest of the token budget
     is chunked prefill.
 
-    The more sequences prefill per decoding sequence, the larger the budget, up to a whole step: in
-    a burst of requests, the first few to decode do not delay the first tokens of the others. It is
-    a whole step if all decoding sequences are offline. Half of it goes to the prompt that has
-    waited longest, the rest to those nearest their end: a long prompt neither delays short ones nor
-    starves. Sequences are admitted by the served tokens of their cache namespace (fair scheduling),
-    then in order of arrival; a request waits until all its n completions fit. When pages run out,
-    the last sequence in order is preempted and recomputed later; its tokens do not change by that.
+    The prefill budget grows with the number of prefilling per decoding sequence, up to a whole
+    step. So in a burst of requests, the first few to decode do not delay the first tokens of the
+    others. If all decoding sequences are offline, the budget is a whole step. Half of the budget
+    goes to the prompt that has waited longest, the rest to the prompts with the fewest tokens left:
+    a long prompt neither delays short ones nor starves. Sequences are admitted by the served tokens
+    of their cache namespace (fair scheduling), then in order of arrival; a request waits until all
+    its n completions fit. When pages run out, the last sequence in order is preempted and
+    recomputed later, with the same output.
 
-    A request of priority p is treated as if it had arrived p times PRIORITY_SECONDS later. Above 0
-    it lets all others pass; below 0 it passes those of its own namespace alone, and only while it
-    waits: no API key can jump the queue.
+    A request of priority p is treated as if it had arrived p times PRIORITY_SECONDS later. A
+    positive priority yields to all other requests. A negative one overtakes requests of its own
+    namespace only, and only while it waits: no API key can jump the queue.
     """
 
     def __init__(
@@ -172,8 +173,8 @@ class Scheduler:
         return (gives_way, not sequence.was_preempted, served, place, sequence.index)
 
     def _take_pages(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence its pages of the prefix cache, if pages are free for the rest of
-        its tokens, for the running sequences' tokens, and for one more page of each of these."""
+        """Give a waiting sequence its prefix cache hits if enough pages are free: for the rest of
+        its tokens, for the running sequences' tokens, and one more per running sequence."""
         self.kv_cache.match(sequence)
         promised = sum(self._num_missing(running) for running in self.running)
         if self.kv_cache.has_free(self._num_missing(sequence) + promised + len(self.running)):
@@ -249,8 +250,8 @@ class Scheduler:
         length: int,
         path: AttentionPath,
     ) -> None:
-        """Put a sequence into the step, if it gets its pages: the last running sequences in order
-        are preempted for it."""
+        """Add a sequence to the step if it gets its pages; preempts the last running sequences for
+        them."""
         while not self.kv_cache.extend(sequence, sequence.num_cached + length):
             victim = max(self.running, key=_order)
             chosen.pop(victim, None)
@@ -260,7 +261,7 @@ class Scheduler:
         chosen[sequence] = ScheduledChunk(sequence, sequence.num_cached, length, path)
 
     def _drop_drafts_without_pages(self, sequence: Sequence) -> None:
-        """No sequence is preempted for draft tokens."""
+        """Drop draft tokens that lack free pages: they preempt no sequence."""
         wanted = len(sequence.tokens) + len(sequence.draft_tokens)
         if not self.kv_cache.has_free(self.kv_cache.num_missing(sequence, wanted)):
             sequence.draft_tokens = []

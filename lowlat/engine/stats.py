@@ -1,7 +1,7 @@
 """Engine statistics: counters, gauges and histograms (throughput, TTFT, inter-token latency).
 
-Owns the arithmetic; names and text formats are the server's. The engine's thread records, any
-thread may take a snapshot.
+Owns the arithmetic; the server owns names and text formats. The engine's thread records, any thread
+may take a snapshot.
 """
 
 import bisect
@@ -16,7 +16,7 @@ LONG_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Seconds, by upper bounds."""
+    """Counts of durations in seconds, by upper bounds."""
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]

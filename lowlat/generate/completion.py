@@ -169,8 +169,8 @@ class CompletionBuilder:
 
     @property
     def num_in_text(self) -> int:
-        """How many leading entries of `logprobs` are of tokens that begin within the text so far:
-        all but those of text held back, and at the end of a stop string or the end of sequence.
+        """Number of leading `logprobs` whose tokens begin within the text so far. Excludes tokens
+        of held-back text and, at the end, of a stop string or the end of sequence.
         """
         return bisect.bisect_left(self.logprobs, self._num_final, key=lambda entry: entry.start)
 

@@ -1,6 +1,6 @@
 """Grammar compiler and grammar states of structured outputs: token masks by llguidance.
 
-Owns the two steps of compiling (a trial in a process that can be killed, then here) and each
+Owns the two steps of compiling (a trial in a process that can be killed, then in this one) and each
 output's state in its grammar. `generate.structured` defines the kinds of output, `engine.sampler`
 applies masks to logits.
 """
@@ -35,7 +35,7 @@ WORKER = Path(__file__).with_name("grammar_worker.py")
 TRIAL_SECONDS = 5.0
 """Wall-clock limit of a trial; the worker itself ends after CPU_SECONDS of processor time."""
 MAX_KNOWN = 1024
-"""Most grammars remembered as tried, with their sizes."""
+"""Most tried grammars that are remembered, with their sizes."""
 BYTES_PER_CHARACTER = 64
 """Estimated memory per character of a grammar, if it cannot be measured."""
 MASK_SECONDS = 1.0
@@ -60,7 +60,7 @@ class GrammarCompiler:
         eos = sorted(index for index in tokenizer.eos_ids if index < vocab_size)
         self._ends = frozenset(eos)
         if not eos:
-            # llguidance needs one. No logit has this id; such outputs end by is_done.
+            # llguidance needs an end-of-sequence id. No logit has this one; outputs end by is_done.
             eos = [vocab_size]
             tokens.append(b"")
         special = sorted(i for i in tokenizer.special_ids | set(eos) if i < len(tokens))
@@ -88,8 +88,8 @@ class GrammarCompiler:
         return CompiledGrammar(matcher, field, self._is_token, self._ends, size)
 
     def _try(self, source: str, field: str) -> int:
-        """Bytes that `source` takes compiled. Raises UserError unless it compiles in the worker,
-        within its limits."""
+        """Bytes of memory that the compiled `source` takes. Raises UserError unless it compiles in
+        the worker, within its limits."""
         digest = hashlib.sha256(source.encode()).digest()
         # Without the lock: a known grammar does not wait for other threads' trials.
         if (size := self._known.get(digest)) is not None:
@@ -120,7 +120,7 @@ class GrammarCompiler:
 
 
 class CompiledGrammar(Constraint):
-    """A grammar from which outputs are started; safe to use from several threads.
+    """A compiled grammar that starts outputs; safe to use from several threads.
 
     Outputs of one grammar share its tables and their limits: a request compiles its own.
     """
@@ -189,7 +189,7 @@ class GrammarState(ConstraintState):
         if self._matcher.is_error():
             raise self._error(self._matcher.get_error())
         if accepted != 1:
-            # A reached limit looks like a token that is not allowed; only the copy reports which.
+            # try_consume_tokens reports no reason; consume_token reports a reached limit.
             copy = self._matcher.deep_copy()
             copy.consume_token(token)
             raise self._error(f"token {token} is not allowed: {copy.get_error()}")

@@ -1,5 +1,5 @@
-"""Worker process that tries grammars: one grammar per input line; its error and memory per output
-line.
+"""Worker process for trial compilation of grammars: one grammar per input line; its error and
+memory per output line.
 
 `generate.grammar` runs it as a script and kills it when a grammar takes too long; it also calls the
 functions here, so that both processes compile the same way. Imports nothing of the package, so that
@@ -74,10 +74,8 @@ def make_matcher(tokenizer: llguidance.LLTokenizer, grammar: str) -> llguidance.
 
 
 def trial(tokenizer: llguidance.LLTokenizer, grammar: str) -> tuple[str, int]:
-    """The error of `grammar`, found by compiling it and starting some outputs, or ""; and the bytes
-    that all of these take.
-
-    The outputs are the same every time: a grammar is refused always or never.
+    """Compile `grammar` and start some outputs; returns the error, or "", and the bytes that all of
+    these take. The outputs are the same every time, so a grammar is refused always or never.
     """
     before = used_bytes()
     start = make_matcher(tokenizer, grammar)
@@ -97,7 +95,7 @@ def trial(tokenizer: llguidance.LLTokenizer, grammar: str) -> tuple[str, int]:
 
 
 def _draw(bits: bytes, ends: Sequence[int], rng: random.Random) -> int | None:
-    """A token whose bit is set and that ends nothing; None if there is none."""
+    """A token whose bit is set and that is no end-of-sequence id; None if there is none."""
     masked = bytearray(bits)
     for end in ends:
         masked[end // 8] &= ~(1 << end % 8)
@@ -160,7 +158,7 @@ def with_small_stack(work: Callable[[], None]) -> None:
 
 
 def answer_all() -> None:
-    """Read the vocabulary, then answer grammars until standard input closes."""
+    """Read the vocabulary, then try one grammar per line until standard input closes."""
     vocabulary = json.loads(sys.stdin.readline())
     tokens = [bytes.fromhex(token) for token in vocabulary["tokens"]]
     tokenizer = make_tokenizer(tokens, vocabulary["special"], vocabulary["eos"])

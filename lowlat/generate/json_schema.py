@@ -42,8 +42,8 @@ _HOLD_MAP = frozenset({"$defs", "definitions", "patternProperties", "properties"
 def read_schema(text: str, field: str) -> dict[str, Any]:
     """The schema in `text` as llguidance takes it.
 
-    Raises UserError, whose message begins with `field`, for what is no schema object, exceeds a
-    limit, or uses a keyword or reference that is not supported.
+    Raises UserError, whose message begins with `field`, if it is no schema object, exceeds a limit,
+    or uses a keyword or reference that is not supported.
     """
     schema = parse_object(text.encode(), field)
     for name in ("$schema", "$id"):

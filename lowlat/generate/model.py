@@ -46,7 +46,7 @@ class Model:
 
     context: the most tokens that prompt and output may have together; None takes all the model
     allows. cache: dtype of the KV cache, auto (that of the activations), bf16 or int8.
-    max_cache_bytes: bound of the KV cache ("auto": most of the memory that the weights leave);
+    max_cache_bytes: bound of the KV cache ("auto": most of the memory left after the weights);
     completions without free pages wait, or are preempted and recomputed. speculates: whether
     speculative decoding runs; it changes no output.
     """
@@ -293,7 +293,7 @@ class Model:
     def _step(self) -> None:
         """Run one engine step for all unfinished completions."""
         if not self.engine.has_work:
-            # The caller would wait for ever.
+            # Without this error the caller would wait forever.
             raise RuntimeError("a completion has not ended, and the engine has nothing left to do")
         self.session.step()
 

@@ -26,7 +26,7 @@ class TextRequest:
     builders: tuple[CompletionBuilder, ...]
     """One per completion, in the order of their indices."""
     unfinished: set[int]
-    """Indices of the completions whose end no delta has delivered."""
+    """Indices of the completions whose end has not been delivered."""
 
     @property
     def is_finished(self) -> bool:
@@ -147,7 +147,7 @@ class GenerationSession:
 
 
 def end_delta(index: int, reason: FinishReason, error: str | None) -> CompletionDelta:
-    """The end of a completion that comes without a token."""
+    """The delta that ends a completion without a token."""
     return CompletionDelta(
         index=index, text="", tokens=(), logprobs=(), finish_reason=reason, error=error
     )

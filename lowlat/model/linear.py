@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from lowlat.config.model import QuantConfig
@@ -32,7 +32,7 @@ Storage = Literal["plain", "fp8", "int8", "int4", "int8_rows"]
 """Storage formats of a weight."""
 
 
-def has_native_kernel(dense: Tensor) -> bool:
+def has_native_kernel(dense: Float[Tensor, "out in"]) -> bool:
     """Whether the native kernels can quantize `dense`."""
     is_known = dense.dtype in (torch.float32, torch.bfloat16) and dense.stride(-1) == 1
     return dense.device.type == "cpu" and is_known and native.available()
@@ -40,11 +40,11 @@ def has_native_kernel(dense: Tensor) -> bool:
 
 def pack(
     dense: Float[Tensor, "out in"], storage: Storage, empty: Empty = torch.empty
-) -> dict[str, Tensor]:
-    """Quantize `dense` to a packed storage: weight, weight_scale, weight_minimum, in memory from
+) -> dict[str, Shaped[Tensor, "..."]]:
+    """Quantize `dense` to a packed storage: weight, weight_scale, weight_minimum, allocated by
     `empty`.
 
-    Scales are not finite where `dense` is not, or exceeds the range of the storage.
+    Scales are non-finite where `dense` is non-finite or exceeds the range of the storage.
     """
     kernels = native_kernels if has_native_kernel(dense) else quantized
     if storage == "int4":
@@ -56,7 +56,7 @@ def pack(
 
 
 def unpack_rows(
-    parts: Mapping[str, Tensor],
+    parts: Mapping[str, Shaped[Tensor, "..."]],
     storage: Storage,
     rows: slice,
     columns: int,
@@ -135,7 +135,9 @@ class Linear(nn.Module):
         self.weight_scale = self._unfilled((self.out_features,), torch.float32)
         self.weight = self._unfilled((self.out_features, self.in_features), torch.int8)
 
-    def pack(self, dense: Float[Tensor, "out in"], empty: Empty = torch.empty) -> dict[str, Tensor]:
+    def pack(
+        self, dense: Float[Tensor, "out in"], empty: Empty = torch.empty
+    ) -> dict[str, Shaped[Tensor, "..."]]:
         """`dense` quantized to this module's parameters; see `pack`."""
         return pack(dense, self.storage, empty)
 
@@ -183,5 +185,5 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype))
 
-    def forward(self, ids: Tensor) -> Float[Tensor, "tokens hidden"]:
+    def forward(self, ids: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens hidden"]:
         return F.embedding(ids, self.weight)

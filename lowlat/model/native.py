@@ -202,8 +202,8 @@ class NativeModel:
 def _part(
     batch: AttentionBatch, decodes: list[bool], is_decode: bool
 ) -> tuple[dict[int, int], AttentionBatch]:
-    """The sequences on the decode path, or those off it: the index in the part of each of their
-    tokens, and the part.
+    """The sequences on the decode path, or those off it: a map from token indices in `batch` to
+    token indices in the part, and the part.
     """
     tokens: dict[int, int] = {}
     first = 0

@@ -3,6 +3,7 @@
 """
 
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lowlat.model.block import DecoderLayer
@@ -202,7 +203,7 @@ def weight_of(linear: Linear, *, sparse: bool = False):
             return matrix.int8_rows(weight, linear.weight_scale, occupied=occupied)
 
 
-def matrix_of(weight: Tensor, occupied: Tensor | None = None):
+def matrix_of(weight: Float[Tensor, "out in"], occupied: UInt8[Tensor, "tiles"] | None = None):
     """A bf16 matrix."""
     return native.module().Matrix.bf16(weight.detach(), occupied=occupied)
 

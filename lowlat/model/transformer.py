@@ -18,8 +18,8 @@ class Transformer(nn.Module):
     their boundaries.
 
     Parameters are unfilled (and, under `torch.device("meta")`, unallocated): `checkpoint.load` or
-    `model.init` fills them. `dtype` is that of plain parameters; with config.quantization the
-    projections are fp8 blocks, with config.packing int8 or int4.
+    `model.init` fills them. Plain parameters have `dtype`; with config.quantization the projections
+    are fp8 blocks, with config.packing int8 or int4.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:

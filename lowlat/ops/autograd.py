@@ -1,5 +1,6 @@
 """Autograd functions of RMSNorm, SwiGLU, RoPE and causal attention with fused backward passes: they
-save little and read their rows once. On the CPU in bf16 and fp32 the native kernels compute them.
+save few tensors and read each row once. On the CPU in bf16 and fp32 the native kernels compute
+them.
 """
 
 from typing import Any

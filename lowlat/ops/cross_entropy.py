@@ -78,10 +78,10 @@ def head_gradients(
     hidden: Float[Tensor, "tokens hidden"],
     weight: Float[Tensor, "vocab hidden"],
     needed: Sequence[bool],
-    gradient: Callable[[slice, Tensor], Tensor],
+    gradient: Callable[[slice, Float[Tensor, "rows vocab"]], Float[Tensor, "rows vocab"]],
     *,
     elements: int | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Float[Tensor, "tokens hidden"] | None, Float[Tensor, "vocab hidden"] | None]:
     """Gradients of a loss of the logits hidden W^T, computed in chunks of rows.
 
     gradient: takes the rows and logits of a chunk, which it may overwrite, and returns the gradient
@@ -115,7 +115,9 @@ def even_chunks(rows: int, most: int) -> list[slice]:
     return [slice(at, min(at + size, rows)) for at in range(0, rows, max(1, size))]
 
 
-def scaled_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def scaled_gradients(
+    ctx: Any, grad: Float[Tensor, ""]
+) -> tuple[Float[Tensor, "tokens hidden"] | None, Float[Tensor, "vocab hidden"] | None]:
     """The gradients saved in `ctx` by the forward pass, times the gradient of the loss."""
     grad_hidden, grad_weight = ctx.saved_tensors
     if grad_hidden is not None:

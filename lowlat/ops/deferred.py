@@ -28,7 +28,7 @@ def deferred_linear(
     return out
 
 
-def add_gradient(weight: Tensor, gradient: Tensor) -> None:
+def add_gradient(weight: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> None:
     """Accumulate the gradient of a leaf in its dtype, as a backward pass does."""
     gradient = gradient.to(weight.dtype)
     weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)

@@ -16,10 +16,10 @@ from lowlat.ops.cross_entropy import head_gradients, scaled_gradients
 from lowlat.ops.norm import accumulation_dtype
 
 BLOCK_ELEMENTS = 2**18
-"""Logits whose distributions PyTorch works out at once: 1 MiB in fp32, which caches hold."""
+"""Logits whose distributions PyTorch computes at once: 1 MiB in fp32, which fits CPU caches."""
 NATIVE_PIECE_BYTES = 2**26
-"""Logits of a piece, the student's or the teacher's, for the native kernels, which make no copies
-of it: products with the head of a large vocabulary are twice as quick with 512 rows as with 170.
+"""Bytes of a chunk of logits, the student's or the teacher's, for the native kernels, which do not
+copy it. Products with the head of a large vocabulary are twice as fast with 512 rows as with 170.
 """
 
 
@@ -27,7 +27,7 @@ class Divergence(NamedTuple):
     """Sums over the counted rows."""
 
     total: Float[Tensor, ""]
-    """kl + nll_weight * nll: what is differentiated."""
+    """kl + nll_weight * nll, the only differentiable one."""
     kl: Float[Tensor, ""]
     """Divergences of the student's distributions from the teacher's, nats."""
     nll: Float[Tensor, ""]

@@ -61,7 +61,7 @@ def product(
 def _matrix(
     blocks: Float[Tensor, "blocks block_rows k_blocks k"],
 ) -> Float[Tensor, "rows columns"]:
-    """Row by row, with zero rows up to the multiple."""
+    """Row-major, padded with zero rows to the multiple."""
     matrix = blocks.reshape(blocks.shape[0] * blocks.shape[1], -1)
     missing = -matrix.shape[0] % ROW_MULTIPLE
     if not missing:
@@ -73,12 +73,12 @@ def _matrix(
 def _tile_scale(
     scale: Float[Tensor, "tiles k_blocks"], rows: int
 ) -> Float[Tensor, "rows k_blocks"]:
-    """[rows, k_blocks], rows next to each other."""
+    """[rows, k_blocks] in column-major order."""
     return F.pad(scale, (0, 0, 0, rows - scale.shape[0])).T.contiguous().T
 
 
 def _block_scale(
     scale: Float[Tensor, "b_blocks k_blocks"],
 ) -> Float[Tensor, "padded_blocks b_blocks"]:
-    """[k_blocks padded to fours, b_blocks], k_blocks next to each other."""
+    """[k_blocks padded to SCALE_MULTIPLE, b_blocks] in column-major order."""
     return F.pad(scale, (0, -scale.shape[1] % SCALE_MULTIPLE)).contiguous().T

@@ -28,9 +28,9 @@ TILE = 128
 """Channels that share a scale, and the length of a partial sum before it is promoted to fp32."""
 ALONG_ROWS, ALONG_COLUMNS, SQUARE = (1, TILE), (TILE, 1), (TILE, TILE)
 SHIFT = 2.0**8
-"""Ratio of the numbers that the bits of an E4M3 number mean there and in the fields of fp16."""
+"""Ratio of an E4M3 number to the fp16 number with the same bits in its fields."""
 _FP16_FIELDS = 0xBF80 - 0x10000
-"""The bits of fp16 an E4M3 number has, as int16: sign, 4 of exponent, 3 of mantissa."""
+"""Mask of the fp16 bits that an E4M3 number has, as int16: sign, 4 of exponent, 3 of mantissa."""
 E5M6_MAX = (2 - 2.0**-6) * 2.0**15
 E5M6_SMALLEST_NORMAL, E5M6_STEP = 2.0**-14, 2.0**-20
 
@@ -129,12 +129,12 @@ def quantize_e5m6(matrix: Float[Tensor, "rows columns"]) -> Blocks:
 def product(
     a: Blocks, b: Blocks, dtype: torch.dtype, *, has_powers: bool = False
 ) -> Float[Tensor, "a_rows b_rows"]:
-    """a b^T in `dtype`: per 128 columns sums of E4M3 products, scaled and added in fp32.
+    """a b^T in `dtype`: E4M3 products are summed per 128 columns, then scaled and added in fp32.
 
-    Off the GPUs that have it, scales go into the fp32 operands of one product: against the
-    definition that moves every term by at most two roundings of fp32 and changes the order of
-    sums, nothing else (docs/numerics.md has the measure). `has_powers` says that all scales are
-    powers of two: bf16 operands then hold the values exactly.
+    On devices without such products, the scales go into the fp32 operands of one product. Compared
+    with the definition, this moves every term by at most two fp32 roundings and changes the order
+    of sums, nothing else (measured in docs/numerics.md). With `has_powers` all scales are powers of
+    two, so bf16 operands hold the values exactly.
     """
     if fp8_scaled_mm.is_available(a.values.device):
         rows, columns = a.shape[0], b.shape[0]

@@ -118,8 +118,8 @@ def stacked_experts(
     everything but the choice.
 
     gate_up_proj holds each expert's gate rows, then its up rows. Weights of another dtype are cast
-    to x's; their gradients come in their own, through `defer` where that is given (weights are
-    leaves then). Sums over experts are fp32 (fp64 for fp64 inputs).
+    to x's; their gradients have the weights' own dtype and go to `defer` if it is given (weights
+    are leaves then). Sums over experts are fp32 (fp64 for fp64 inputs).
     """
     by_onednn = x.dtype == torch.bfloat16 and x.device.type == "cpu"
     if native_training_kernels.multiplies_groups(x, gate_up_proj, down_proj):
@@ -132,8 +132,8 @@ def stacked_experts(
 
 
 class _StackedExperts(torch.autograd.Function):
-    """Keeps the gate and up products, the choice, and x where experts are trained; rows are
-    gathered again in backward.
+    """Saves the gate and up products, the choice, and x if experts are trained; backward gathers
+    the rows again.
     """
 
     @staticmethod

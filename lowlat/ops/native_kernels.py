@@ -182,12 +182,11 @@ def mla_attention(
     quantized: int | None = None,
     level: str = "",
 ) -> BFloat16[Tensor, "queries heads latent"]:
-    """Causal attention of queries at start, start + 1, ... over the rows in `pages`: the key of
-    every head is the row, its value the row's first `latent` channels.
-
-    Bytes are rows of lowlat.attention.int8_entry with `quantized` channels in int8, those of the
-    latent unless given. The level avx512 rounds the same channels of a query to int8 as well, in
-    the same groups of 64.
+    """Causal attention of queries at start, start + 1, ... over the entries in `pages`: the key of
+    every head is the entry, its value the entry's first `latent` channels. A uint8 cache holds
+    entries of lowlat.attention.int8_entry with `quantized` channels in int8, by default those of
+    the latent. The level avx512 rounds the same channels of a query to int8 as well, in the same
+    groups of 64.
     """
     layout = native.module().EntryLayout(
         kv_heads=1, key_step=0, value_dim=latent, value_step=0, value_offset=0
@@ -211,12 +210,12 @@ def gqa_attention(
     window: int | None = None,
     level: str = "",
 ) -> BFloat16[Tensor, "queries heads head_dim"]:
-    """Causal attention over rows [K ; V] of `kv_heads` heads each; `window` as in
+    """Causal attention over entries [K ; V] of `kv_heads` heads each; `window` as in
     lowlat.ops.attention.causal_attention.
 
-    Bytes are rows of lowlat.attention.int8_entry, all of whose channels are in int8. The level
-    avx512 rounds queries as for `mla_attention` where a head's keys and values begin where 64
-    channels do.
+    A uint8 cache holds entries of lowlat.attention.int8_entry, all of whose channels are in int8.
+    The level avx512 rounds queries as for `mla_attention` if the keys and values of every head
+    begin at multiples of 64 channels.
     """
     dim = q.shape[2]
     entry_dim = 2 * kv_heads * dim

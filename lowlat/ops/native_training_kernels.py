@@ -12,7 +12,7 @@ from lowlat.ops import native
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: bf16 or fp32, all alike, on the CPU."""
+    """Whether the kernels take these tensors: on the CPU, all bf16 or all fp32."""
     dtype = tensors[0].dtype
     if dtype not in (torch.bfloat16, torch.float32):
         return False
@@ -135,8 +135,8 @@ def rotation(
     is_inverse: bool = False,
     level: str = "",
 ) -> Float[Tensor, "tokens heads dim"]:
-    """`rope.apply_rope`, to the bit; with `is_inverse` by the negative angles. x may be columns of
-    something wider, as may the tables, which then are columns of tables of one width.
+    """`rope.apply_rope`, to the bit; with `is_inverse` by the negative angles. x and the tables may
+    be column slices of wider tensors; both tables then have the same width.
     """
     out = torch.empty(x.shape, dtype=x.dtype)
     native.module().rotation(x.detach(), cos, sin, interleave, is_inverse, out, level)
@@ -156,9 +156,11 @@ def combine(
     return out
 
 
-def multiplies_groups(rows: Tensor, *weights: Tensor) -> bool:
-    """Whether `grouped` and `outer` are what is fastest for these: bf16 on the CPU by dot products
-    of pairs. oneDNN has the tile registers of AMX to itself, and bf16 elsewhere.
+def multiplies_groups(
+    rows: Float[Tensor, "rows width"], *weights: Float[Tensor, "experts out in"]
+) -> bool:
+    """Whether `grouped` and `outer` are faster than oneDNN for these: bf16 on a CPU with AVX-512
+    bf16 dot products and without AMX.
     """
     if not (rows.dtype == torch.bfloat16 and usable(rows)) or native.level() != "avx512":
         return False

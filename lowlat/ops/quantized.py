@@ -5,9 +5,9 @@
     int8 (GGUF's Q8_0)  value = scale * q,            q in -127..127, scale = max |value| / 127
     int4 (GGUF's Q4_1)  value = scale * q + minimum,  q in 0..15, scale = (max - min) / 15
 
-Values that came out of these formulas go in again without loss. Products are those of the values
-rounded to the activations' dtype. Storage is the order in which a kernel reads: tiles of 16 rows;
-in a tile its groups, and in a group
+Dequantized values are quantized again without loss. Products are those of the values rounded to the
+activations' dtype. Storage follows the order in which kernels read: tiles of 16 rows; in a tile its
+groups, and in a group
 
     int8  weight [tiles, groups, 8, 16, 2, 2]: step s, row, parity p, byte b hold column
           4 s + 2 b + p as value + 128
@@ -15,9 +15,9 @@ in a tile its groups, and in a group
           8 s + 4 b + p in the low half and 8 s + 4 b + 2 + p in the high half
     weight_scale, weight_minimum [tiles, groups, 16] fp16
 
-Rows and columns that fill the last tile and group hold q = 0, rows a scale (and minimum) of 0.
-Owns also matrices of int8 rows with one scale each, for MLA's up-projections, which are read along
-both axes.
+Rows and columns that fill the last tile and group hold q = 0, rows a scale (and minimum) of 0. Also
+owns matrices of int8 rows with one scale each, for MLA's up-projections, which are read along both
+axes.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ INT8_OFFSET = 128
 """Added to int8 values where they are stored."""
 INT4_MAX = 15
 Empty = Callable[..., Tensor]
-"""torch.empty, or what gives memory of another kind."""
+"""An allocator with the signature of torch.empty."""
 CHUNK_ELEMENTS = 2**15
 """Elements quantised at a time: intermediates stay in the cache, and torch splits no operation."""
 
@@ -90,7 +90,8 @@ def quantize_int4(dense: Float[Tensor, "out in"], empty: Empty = torch.empty) ->
 
 
 def quantize_rows(dense: Float[Tensor, "out in"], empty: Empty = torch.empty) -> Int8Rows:
-    """`dense` in int8 with scale = max |value| / 127 of each row, NaN or infinite where that is."""
+    """`dense` in int8 with scale = max |value| / 127 of each row, NaN or infinite if the maximum
+    is."""
     wide = dense.detach().to(torch.float32)
     scale = wide.abs().amax(dim=1) / INT8_MAX
     weight = empty(*dense.shape, dtype=torch.int8)
@@ -211,5 +212,5 @@ def _scales_in_tiles(
 
 
 def _divisor(scale: Tensor) -> Tensor:
-    """Groups without a range hold zeros and are divided by 1."""
+    """What a group is divided by: its scale, or 1 for groups without a range, which hold zeros."""
     return torch.where(scale == 0, 1.0, scale)

@@ -2,7 +2,7 @@
 rotation.
 
 Frequencies and angles are computed in fp32 with the operation order of Hugging Face transformers,
-so that both agree to the bit at any position; docs/numerics.md says why that matters beyond
+so that both agree to the bit at any position; docs/numerics.md explains why that matters beyond
 position 10,000.
 """
 
@@ -129,7 +129,7 @@ def apply_rope(
     interleave: bool,
 ) -> Float[Tensor, "tokens heads dim"]:
     """Rotary position embedding (RoFormer, arXiv 2104.09864): rotate the pairs of every head,
-    channels (2i, 2i+1) if `interleave`, else (i, i + dim/2).
+    channels (2i, 2i+1) if `interleave`, else (i, i + dim/2), as rotate_half in transformers.
 
     The order of channels does not change, so a checkpoint's weights need no permutation. Computed
     in fp32, rounded once. The native kernel gives the same bits.

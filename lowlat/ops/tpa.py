@@ -18,7 +18,7 @@ from lowlat.ops.layout import EntryLayout
 from lowlat.ops.norm import accumulation_dtype
 
 PRODUCTS = 2**23
-"""Products of queries and channel factors in memory at once, about."""
+"""Approximate number of query-factor products in memory at once."""
 
 
 def outer_mean(

@@ -53,7 +53,7 @@ class AsyncEngine:
         self._submitted: deque[Generation] = deque()
         self._cancelled: deque[Generation] = deque()
         self._requests: dict[Generation, TextRequest] = {}
-        """Unfinished requests in the engine, as the engine's thread knows."""
+        """Unfinished requests in the engine; used by the engine's thread."""
         self._generations: dict[TextRequest, Generation] = {}
         self._is_draining = False
         self._is_ending = False
@@ -62,7 +62,7 @@ class AsyncEngine:
         self._watchdog = Watchdog()
         self._is_checked = True
         self._open: dict[Generation, int] = {}
-        """Number of unfinished completions, as the event loop knows."""
+        """Number of unfinished completions; used by the event loop."""
         self._is_idle = asyncio.Event()
 
     # --- on the event loop ---------------------------------------------------------------------
@@ -181,7 +181,7 @@ class AsyncEngine:
         await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
 
     def cut_off(self) -> None:
-        """End all requests at once, for their clients: without waiting for the engine's step."""
+        """End all requests for their clients at once, without waiting for the engine's step."""
         for generation in self._open:
             for _, delta in ends_of(generation, "abort", None):
                 generation.put(delta)
@@ -227,7 +227,7 @@ class AsyncEngine:
             while self._run_round():
                 pass
         except BaseException as error:
-            # No one else catches it, and every client would wait for ever.
+            # No other code catches it, and every client would wait forever.
             self._failure = f"the engine ended by {type(error).__name__}"
             logger.critical("the engine has ended; restart the server", exc_info=True)
         finally:

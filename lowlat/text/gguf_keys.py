@@ -204,7 +204,7 @@ def _ends(parts: TokenizerParts, tokens: list[str], types: list[int]) -> dict[st
     others = sorted(parts.eos_ids - {eos}, key=lambda index: (index in named, index))
     ends = others if eos is None else [eos, *others]
     keys = end_keys(ends, named)
-    if not named <= parts.eos_ids:  # a name that ends nothing in this model
+    if not named <= parts.eos_ids:  # a name that is no end token of this model
         keys[ALL_ENDS] = ends
     return keys
 

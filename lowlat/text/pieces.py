@@ -1,4 +1,4 @@
-"""Encode long texts in pieces, cut where no token changes, with bounded memory."""
+"""Encode long texts in pieces with bounded memory; cuts change no token."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from jaxtyping import Int32
 from lowlat.text.tokenizer import Tokenizer
 
 PIECE = 1 << 18
-"""Least characters of a piece."""
+"""Minimum number of characters of a piece."""
 LINE_BREAK = re.compile(r"\S\r?\n(?=\S)")
 """Where a cut changes no token: no pattern of `text.pretokenizers` matches across it."""
 BLANK = re.compile(r"\S(?= \S)")

@@ -1,7 +1,7 @@
 """Chat templates: untrusted Jinja programs of a model's files, rendered in a sandboxed process.
 
-A template may loop for ever, or allocate any amount of memory inside one operation, where no check
-in this process could interrupt it. So it runs in its own process (`text.template_worker`), inside
+A template may loop forever, or allocate any amount of memory inside one operation, which no check
+in this process could interrupt. So it runs in its own process (`text.template_worker`), inside
 Jinja's immutable sandbox, with limits on memory and output; after `seconds` that process is killed.
 One process serves all renderings of a template.
 """

@@ -1,7 +1,8 @@
-"""Atomic, durable files and folders: write aside, fsync, rename, fsync the parent folder.
+"""Atomic, durable files and folders: write a temporary file, fsync, atomic rename, fsync the parent
+folder.
 
-After a power cut a file or folder made here has its old content or all of its new one. OSError
-passes through, save where a function documents UserError.
+After a power cut a file or folder has its old content or all of its new content. OSError passes
+through unless a function documents UserError.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ class FileDigest:
     size: int
     """Bytes."""
     sha256: str
-    """Of all of them, in hexadecimal."""
+    """Of the whole content, in hexadecimal."""
 
 
 # Files
@@ -66,7 +67,7 @@ def write_new_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Make `path` a file with this content; at any moment it holds the old one or this one."""
+    """Replace a file by atomic rename: at any moment it has the old content or the new one."""
     partial = path.with_name(f".{path.name}.writing")
     partial.unlink(missing_ok=True)
     try:
@@ -120,7 +121,7 @@ def refuse_existing(destination: Path) -> None:
 
 
 def rename_new(made: Path, destination: Path) -> None:
-    """Rename a finished file or folder, made durable first, to a destination that must not exist.
+    """Atomic rename of a file or folder, after fsync, to a destination that must not exist.
 
     `sync_parent` makes the rename itself durable. Raises UserError if `destination` exists.
     """
@@ -203,7 +204,7 @@ def _write_all(descriptor: int, chunk: memoryview) -> None:
 
 
 def _remove_abandoned(destination: Path) -> None:
-    """Remove what killed processes left of `destination`: partial folders without a lock."""
+    """Remove partial folders of `destination` that killed processes left: those without a lock."""
     prefix = f".{destination.name}.partial-"
     for folder in [f for f in destination.parent.iterdir() if f.name.startswith(prefix)]:
         with folder_lock(folder) as is_free:

@@ -1,4 +1,4 @@
-"""One line and a remedy for what the operating system refuses: full disks, missing permissions."""
+"""One-line error messages with a remedy for disk errors: full disks, missing permissions."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ def reason_and_remedy(error: OSError, folder: Path) -> str:
 
 
 def resumable_error(destination: Path, partial: Path, error: OSError) -> UserError:
-    """The error for a conversion that the disk stopped: what is done stays in `partial`."""
+    """The error of a conversion that a disk error stopped; finished parts stay in `partial`."""
     what = f"{destination}: cannot be written ({error.strerror})"
     if not os.path.exists(partial):  # also where a name is too long to be a file's
         return UserError(f"{what}; choose another destination")

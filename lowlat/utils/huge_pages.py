@@ -40,7 +40,7 @@ class HugePageAllocator:
         self._block = torch.empty(0, dtype=torch.uint8)
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Like torch.empty, which it is on systems without huge pages."""
+        """Like torch.empty, and the same on systems without huge pages."""
         if not HAS_HUGE_PAGES:
             return torch.empty(shape, dtype=dtype)
         size = math.prod(shape) * dtype.itemsize

@@ -39,7 +39,7 @@ class JsonFields:
         return UserError(f"{self._source}: {self._prefix}{shown}{self._layer} {problem}")
 
     def unsupported(self, name: str, remedy: str) -> UserError:
-        """The error for a known field whose value asks for something that does not exist here."""
+        """The error for a known field whose value requests an unsupported feature."""
         return self.error(name, f"{_show(self.value(name))} is not supported; {remedy}")
 
     def wrong(self, name: str, expected: str) -> UserError:
@@ -60,7 +60,8 @@ class JsonFields:
         return self._raw.get(name) is not None
 
     def spelling(self, *names: str) -> str:
-        """Of several names for one field the one in use (the first, if none); all count as read."""
+        """Of several names for one field, the one that is used (the first, if none); all count as
+        read."""
         self.ignore(*names)
         given = [name for name in names if self.present(name)]
         for name in given[1:]:
@@ -193,13 +194,14 @@ class JsonFields:
         return tuple(values)
 
     def reject_names(self, known: Collection[str], reason: str) -> None:
-        """Raise about the first field whose name is not among `known`."""
+        """Raise UserError for the first field whose name is not among `known`."""
         for name, value in self._raw.items():
             if name not in known:
                 raise self.error(name, f"({_show(value)}) {reason}")
 
     def reject_unread(self, reason: str, *, allow_empty: bool = True) -> None:
-        """Raise about the first field not read; `allow_empty` passes null, false, "", [] and {}."""
+        """Raise UserError for the first field not read; `allow_empty` passes null, false, "", []
+        and {}."""
         for name, value in self._raw.items():
             empty = value is None or value is False or value in ("", [], {})
             if name not in self._read and not (allow_empty and empty):

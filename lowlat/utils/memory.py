@@ -47,7 +47,8 @@ def retain_freed_memory() -> Iterator[None]:
     """Within this context, freed memory stays in the process for reuse; it is returned at the end.
 
     glibc maps large blocks one by one and unmaps each when it is freed, so the kernel clears every
-    page of the next one again: half of a training step with many experts. No effect without glibc.
+    page of the next one again, which takes half of a training step with many experts. No effect
+    without glibc.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):

@@ -79,5 +79,5 @@ def _end(process: subprocess.Popen, owner: int) -> None:
         assert pipe is not None
         try:
             pipe.close()
-        except BrokenPipeError:  # what a killed process had not read yet
+        except BrokenPipeError:  # input that the killed process had not read
             pass

@@ -68,7 +68,7 @@ def test_transformers_that_fails_while_it_runs(
 def test_a_peers_failure_ends_with_2(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Holds shut: a crash that reads as a difference."""
+    """Regression: a crash that reads as a difference."""
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", raising(RuntimeError("no kernel")))
     assert ended(folder, f"transformers:{folder}", monkeypatch=monkeypatch) == 2
     said = capsys.readouterr().err

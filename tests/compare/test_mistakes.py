@@ -76,7 +76,7 @@ def test_planted_mistake_is_named(plant: Plant, guilty: str, folders: Folders) -
 
 
 def test_every_kind_is_planted() -> None:
-    """Holds shut: a detector that no test has seen detect anything."""
+    """Regression: a detector that no test has seen detect anything."""
     kinds = set(get_args(MistakeKind))
     assert kinds == set(NAMES) == {plant.kind for plant in OWN}
     assert kinds - {"mtp_hidden"} == {plant.kind for plant in THEIRS}

@@ -125,7 +125,7 @@ NORMALISATION = (
 def test_a_mistake_of_a_gate_in_bf16_is_named_as_well(
     checkpoint: Path, tmp_path: Path, old: str, new: str, kind: str
 ) -> None:
-    """Holds shut: "expert selection: the only cause" of a gate that makes two mistakes at once."""
+    """Regression: "expert selection: the only cause" of a gate that makes two mistakes at once."""
     report = against(edited(tmp_path, old, new), checkpoint, "bf16")
     found = {(f.label, f.kind) for f in report.diagnosis.findings}
     assert found == {("B", "gate_precision"), ("B", kind)}
@@ -133,7 +133,7 @@ def test_a_mistake_of_a_gate_in_bf16_is_named_as_well(
 
 @pytest.mark.usefixtures("same_process")
 def test_imposed_experts_leave_the_files_factors(checkpoint: Path, tmp_path: Path) -> None:
-    """Holds shut: factors computed as they should be in place of those of the file."""
+    """Regression: factors computed as they should be in place of those of the file."""
     old, new, kind = NORMALISATION
     report = against(edited(tmp_path, old, new), checkpoint, impose_experts=True)
     assert str(report.first) == "layer 1 routing_weights"

@@ -110,7 +110,7 @@ def test_experts_imposed_from_the_start(v3: Path) -> None:
 
 @pytest.mark.parametrize("implementation", ["lowlat", "transformers"])
 def test_imposing_the_own_choice_changes_nothing(v3: Path, implementation: str) -> None:
-    """Holds shut: factors of imposed experts computed by another rule than the gate's."""
+    """Regression: factors of imposed experts computed by another rule than the gate's."""
     own = own_side(v3)
     side = own
     if implementation == "transformers":

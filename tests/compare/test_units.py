@@ -222,7 +222,7 @@ def test_sides_that_mean_nothing_are_refused(text: str, says: str) -> None:
 def test_a_word_behind_a_folder_is_an_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Holds shut: taken for a revision of the hub, which was asked for it."""
+    """Regression: taken for a revision of the hub, which was asked for it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m" / "v3").mkdir(parents=True)
     for text in ("m/v3@foo", "transformers:m/v3@foo"):

@@ -64,7 +64,7 @@ def test_equal_ends_with_0(folder: Path) -> None:
 
 
 def test_rounded_rows_of_a_cache_are_within_their_tolerance(folder: Path) -> None:
-    """Holds shut: judged as fp32, every int8 cache is different and its keys are unexplained."""
+    """Regression: judged as fp32, every int8 cache is different and its keys are unexplained."""
     result = invoke(folder, f"{folder}@cache-int8", "--tokens", "19", "--json")
     report = json.loads(result.stdout)
     assert result.exit_code == 0 and report["tolerance"] == 0.2
@@ -272,7 +272,7 @@ def test_llama_cpp_says_why_it_cannot_load(
 def test_llama_cpp_ends_in_a_process_of_its_own(
     folder: Path, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Holds shut: a failed assertion of llama.cpp that ends lowlat."""
+    """Regression: a failed assertion of llama.cpp that ends lowlat."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "llama_cpp.py").write_text(
@@ -304,7 +304,7 @@ def test_the_tolerance_of_a_file_is_that_of_its_matrices(
 
 
 def test_what_cannot_be_told_is_said_first(tmp_path: Path) -> None:
-    """Holds shut: a comparison of hours whose report is lost for want of a folder."""
+    """Regression: a comparison of hours whose report is lost for want of a folder."""
     pytest.importorskip("matplotlib")
     nowhere = tmp_path / "nowhere" / "p.svg"
     assert "its folder does not exist" in fault("nothing", "nothing", "--plot", nowhere)

@@ -1,6 +1,6 @@
 """Batch invariance of the engine on native kernels: a request's tokens do not depend on the batch.
 
-Holds shut: a token that changes with batch composition, prompt chunking, prefix cache contents,
+Regression: a token that changes with batch composition, prompt chunking, prefix cache contents,
 preemption and recomputation, draft tokens, or the number of threads.
 
 LOWLAT_INVARIANCE_REQUESTS sets the number of requests per concurrency, and runs every concurrency

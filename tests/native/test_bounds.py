@@ -25,14 +25,14 @@ WRONG: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 def test_places_outside_the_cache_are_refused(
     options: dict[str, int], layout: dict[str, int]
 ) -> None:
-    """Holds shut: reads of memory that is not the cache's."""
+    """Regression: reads of memory that is not the cache's."""
     cache = torch.zeros(1, 64, 8, dtype=torch.uint8)
     with pytest.raises(ValueError):
         attention_over(cache, options, layout)
 
 
-def test_pages_without_rows_are_refused() -> None:
-    """Holds shut: a division by the size of a page."""
+def test_pages_without_entries_are_refused() -> None:
+    """Regression: a division by the size of a page."""
     with pytest.raises(ValueError, match="do not fit"):
         attention_over(torch.zeros(1, 0, 8, dtype=torch.uint8), {}, {})
 

@@ -65,7 +65,7 @@ def test_native_gradients_of_grouped_matrices(
 
 
 def test_rows_that_are_not_finite_stay_with_their_expert() -> None:
-    """Holds shut: what lies behind an expert's last row, or a row's last channel, times 0."""
+    """Regression: what lies behind an expert's last row, or a row's last channel, times 0."""
     left, right, weight = grouped_inputs([3, 4, 2], 5, 7)
     left[3:7], right[3:7] = float("nan"), float("inf")
     counts = torch.tensor([3, 4, 2])

@@ -1,6 +1,6 @@
 """A request whose activations are NaN changes no bit of other requests in the batch or after it.
 
-Holds shut: a product that reads whole panels of 32 columns beyond its own: the weights there are 0,
+Regression: a product that reads whole panels of 32 columns beyond its own: the weights there are 0,
 but the values belong to another request.
 """
 

@@ -1,6 +1,6 @@
 """A model larger than memory: prefetching mapped weights changes no bit.
 
-Holds shut: advice that drops what it should fetch, and addresses beyond a matrix or a layer.
+Regression: advice that drops what it should fetch, and addresses beyond a matrix or a layer.
 """
 
 import math

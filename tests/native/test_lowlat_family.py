@@ -141,7 +141,7 @@ def test_int8_cache(name: str) -> None:
 
 
 def test_tpa_falls_back() -> None:
-    """Holds shut: a native form that would read the factors as something else."""
+    """Regression: a native form that would read the factors as something else."""
     config = EVERY["tpa"]
     model = random_model(config, torch.bfloat16)
     assert not supports_native(model)
@@ -155,7 +155,7 @@ def test_tpa_falls_back() -> None:
 
 @torch.inference_mode()
 def test_a_model_with_updates_falls_back() -> None:
-    """Holds shut: a native form that leaves low-rank updates out."""
+    """Regression: a native form that leaves low-rank updates out."""
     config = CONFIGS["combined gqa"]
     model = random_model(config, torch.bfloat16)
     assert supports_native(model)
@@ -170,7 +170,7 @@ def test_a_model_with_updates_falls_back() -> None:
 
 @torch.inference_mode()
 def test_a_sequence_beyond_its_pages_is_refused() -> None:
-    """Holds shut: a sum of start and length that overflows and looks small."""
+    """Regression: a sum of start and length that overflows and looks small."""
     config = CONFIGS["combined gqa"]
     compiled = NativeModel(random_model(config, torch.bfloat16))
     cache = PagedCache(config, num_pages=1, page_size=8, dtype=torch.bfloat16)
@@ -183,7 +183,7 @@ def test_a_sequence_beyond_its_pages_is_refused() -> None:
 
 @torch.inference_mode()
 def test_a_cache_of_another_model_is_refused() -> None:
-    """Holds shut: rows written beyond a narrower layer's."""
+    """Regression: rows written beyond a narrower layer's."""
     config = CONFIGS["layers all"]
     assert isinstance(config.attention, tuple) and isinstance(config.rope, tuple)
     compiled = NativeModel(random_model(config, torch.bfloat16))

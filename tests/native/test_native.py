@@ -49,7 +49,7 @@ def written(root: Path, files: dict[str, str]) -> Path:
 
 
 def test_a_compiler_means_native_kernels() -> None:
-    """Holds shut: a build that fails and leaves lowlat slow, with every test here skipped."""
+    """Regression: a build that fails and leaves lowlat slow, with every test here skipped."""
     is_off = os.environ.get(native.ISA_VARIABLE) == native.OFF
     if is_off or not (native.available() or any(map(shutil.which, COMPILERS))):
         pytest.skip(native.reason())
@@ -95,7 +95,7 @@ NEEDED_FLAGS = {
     platform.machine() != "x86_64" or not CPU_INFO.exists(), reason="levels are of x86-64 on Linux"
 )
 def test_a_build_has_the_levels_of_its_processor() -> None:
-    """Holds shut: a linker or compiler that quietly leaves out the fast ones."""
+    """Regression: a linker or compiler that quietly leaves out the fast ones."""
     flags = next(line for line in CPU_INFO.read_text().splitlines() if line.startswith("flags"))
     expected = {level for level, needed in NEEDED_FLAGS.items() if needed <= set(flags.split())}
     assert expected <= set(native.levels())
@@ -216,7 +216,7 @@ def test_container_limits(tmp_path: Path, files: dict[str, str], limit: int | No
 def test_limits_of_the_own_group_and_those_above_count(
     tmp_path: Path, files: dict[str, str], limit: int | None
 ) -> None:
-    """Holds shut: a service with a quota of its own that starts a thread for every processor."""
+    """Regression: a service with a quota of its own that starts a thread for every processor."""
     assert native._cgroup_limit(written(tmp_path, files)) == limit
 
 

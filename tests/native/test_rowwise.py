@@ -128,7 +128,7 @@ def test_rotation_leaves_its_input(level: str) -> None:
 @every_level
 @many
 @given(rows=st.integers(1, 9), quantized=sizes, rest=st.integers(0, 9), kind=kinds, seed=seeds)
-def test_cached_rows_have_the_bits_of_their_definition(
+def test_cache_entries_have_the_bits_of_their_definition(
     level: str, rows: int, quantized: int, rest: int, kind: str, seed: int
 ) -> None:
     x = draw((rows, quantized + rest), kind, seed)
@@ -143,7 +143,7 @@ def test_cached_rows_have_the_bits_of_their_definition(
 def test_one_number_that_is_not_finite_spoils_its_group(
     level: str, value: float, quantized: int
 ) -> None:
-    """Holds shut: a maximum that loses NaN, so that a NaN entry is cached as zeros."""
+    """Regression: a maximum that loses NaN, so that a NaN entry is cached as zeros."""
     x = draw((quantized + 2, quantized + 3), "normal", 1)
     x[:quantized].diagonal().fill_(value)
     x[-1] = value  # and one row of nothing else

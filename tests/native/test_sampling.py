@@ -168,7 +168,7 @@ def test_the_largest_logit_must_be_finite(level: str) -> None:
     ("size", "place"), [(1, 0), (5, 4), (40, 17), (20_000, 19_999), (20_000, 3)]
 )
 def test_no_logit_may_be_nan(level: str, size: int, place: int) -> None:
-    """Holds shut: a maximum that passes over NaN, so that the draw is from garbage."""
+    """Regression: a maximum that passes over NaN, so that the draw is from garbage."""
     logits = torch.randn(size)
     logits[place] = math.nan
     for filters in ({}, {"top_k": 3}, {"top_p": 0.5}):

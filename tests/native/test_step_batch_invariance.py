@@ -1,6 +1,6 @@
 """Batch invariance of a step: the same bits in any batch, on any KV cache pages and threads.
 
-Holds shut: a sum whose order follows the batch, the page table or the thread pool; stale data that
+Regression: a sum whose order follows the batch, the page table or the thread pool; stale data that
 a thread reuses from one work item to the next.
 """
 

@@ -54,7 +54,7 @@ def test_the_pool_may_be_replaced_and_shared() -> None:
 
 @needs_native
 def test_a_forked_child_computes() -> None:
-    """Holds shut: a child that waits for threads only its parent has."""
+    """Regression: a child that waits for threads only its parent has."""
     code = """
 import os, torch
 from lowlat.ops import native
@@ -74,7 +74,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @needs_native
 def test_a_child_forked_within_a_step_steps() -> None:
-    """Holds shut: a child that waits for the model until a thread it does not have is done."""
+    """Regression: a child that waits for the model until a thread it does not have is done."""
     code = (
         STEPS
         + """
@@ -107,7 +107,7 @@ print(set(statuses), torch.equal(step(range(1, 60), new_cache()), expected))
 
 @needs_native
 def test_threads_step_one_model() -> None:
-    """Holds shut: a deadlock between the GIL and the model's lock, or a step that writes to
+    """Regression: a deadlock between the GIL and the model's lock, or a step that writes to
     another step's memory."""
     code = (
         STEPS
@@ -148,7 +148,7 @@ def leave(mebibytes=None):
 
 @needs_native
 def test_a_product_without_memory_is_an_error() -> None:
-    """Holds shut: an exception that leaves a thread of the pool, which ends the process."""
+    """Regression: an exception that leaves a thread of the pool, which ends the process."""
     code = (
         LIMIT
         + """
@@ -227,7 +227,7 @@ print(errors)
 
 @needs_native
 def test_threads_the_system_refuses_are_an_error() -> None:
-    """Holds shut: threads that did start and are not waited for, which ends the process."""
+    """Regression: threads that did start and are not waited for, which ends the process."""
     code = (
         LIMIT
         + """

@@ -299,8 +299,8 @@ def test_groups_fill_up_each_expert() -> None:
     assert groups.tokens.tolist() == [0, 1, 2, 0, 0, 2, 0, 0, 1, 0, 0, 0]
 
 
-def test_rows_that_fill_up_have_no_effect_even_on_gradients() -> None:
-    """Holds shut: padding rows of token 0 that are counted."""
+def test_padding_rows_have_no_effect_on_gradients() -> None:
+    """Regression: padding rows of token 0 that are counted."""
     x = draw(3, 7, dtype=torch.float64)
     experts = torch.tensor([[1], [1], [1]])
     weights = torch.ones(3, 1, dtype=torch.float64, requires_grad=True)
@@ -390,7 +390,7 @@ def test_native_causal_attention_refuses_ends_that_do_not_fit(ends: list[int]) -
 
 
 def test_a_loss_without_gradients_costs_one_product() -> None:
-    """Holds shut: evaluations that compute the gradient of the head, for leaves need one whether
+    """Regression: evaluations that compute the gradient of the head, for leaves need one whether
     gradients are wanted or not.
     """
     hidden, weight = draw(23, 7, dtype=torch.float32), draw(131, 7, dtype=torch.float32, seed=1)

@@ -151,7 +151,7 @@ def test_transformers_gives_the_logits_of_the_source(
     attention: str,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Positions to 100,000; holds shut: scale, repeated frequencies, latent norm, biases.
+    """Positions to 100,000; regression: scale, repeated frequencies, latent norm, biases.
 
     Eager fp32 may agree to the bit: the zeros of wide queries change no sum in its order.
     """
@@ -214,7 +214,7 @@ def interleaved_groups(rope: dict[str, Any]) -> None:
 def test_the_comparison_sees_mistakes(
     folders: tuple[Path, Path], mistake: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Holds shut: a comparison that passes whatever the converted config says."""
+    """Regression: a comparison that passes whatever the converted config says."""
     wanted = logits(reference(folders[0]), prompt())
     path = folders[1] / "config.json"
     raw = json.loads(path.read_text())

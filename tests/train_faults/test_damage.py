@@ -261,7 +261,7 @@ def test_several_broken_saves(tmp_path: Path, reports: list[str]) -> None:
 
 
 def test_no_whole_save(saves: CheckpointStore, reports: list[str]) -> None:
-    """Holds shut: a run that begins from the start over its broken saves, at the second try."""
+    """Regression: a run that begins from the start over its broken saves, at the second try."""
     for step in (1, 2):
         (saves.folder / f"step-0000000{step}" / "facts.json").unlink()
     for _ in range(2):

@@ -52,7 +52,7 @@ def unforeseen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_save_that_does_not_fit_is_not_begun(small_disk: Path) -> None:
-    """Holds shut: a save that fills the disk, so that the log beside it fails and ends the run."""
+    """Regression: a save that fills the disk, so that the log beside it fails and ends the run."""
     with RunFolder(make_run(small_disk / "run", 1, 2)) as run:
         saves = saves_in(run)
         error = (

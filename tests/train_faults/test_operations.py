@@ -118,7 +118,7 @@ def test_a_power_cut_after_every_operation(prepared: Path, scenario: Scenario) -
 def test_power_cuts_would_show_a_missing_fsync(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skipped: str
 ) -> None:
-    """Holds shut: a simulation that forgives what a disk does not."""
+    """Regression: a simulation that forgives what a disk does not."""
     scenario = SCENARIOS["write"]
     scenario.prepare(tmp_path / "prepared")
     if skipped == "files":
@@ -140,7 +140,7 @@ def test_power_cuts_would_show_a_missing_fsync(
 
 
 def test_operations_are_all_seen(tmp_path: Path) -> None:
-    """Holds shut: file work that the tracer does not know of, by Python's own audit events."""
+    """Regression: file work that the tracer does not know of, by Python's own audit events."""
     scenario = SCENARIOS["write"]
     scenario.prepare(tmp_path / "run")
     events = {"open": "open", "os.mkdir": "mkdir", "os.rename": "rename", "os.remove": "unlink"}

@@ -44,7 +44,7 @@ def test_each_prompt_with_its_own_options(llm: lowlat.LLM) -> None:
 def test_a_single_prompt_is_a_list_of_one(
     llm: lowlat.LLM, prompt: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Holds shut: each letter of a text taken for a prompt of its own."""
+    """Regression: each letter of a text taken for a prompt of its own."""
     monkeypatch.setattr(llm.model, "encode_prompt", lambda one: list(b"abc") * (one == prompt))
     options = {"max_tokens": 3, "progress": SilentProgress()}
     assert llm.generate(prompt, **options) == ["def"]  # pyright: ignore
@@ -164,7 +164,7 @@ def test_options_of_a_wrong_type_are_named() -> None:
 def test_a_truncated_file_is_refused_before_its_vocabulary_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which takes seconds: holds shut a download cut short that looked like a long loading."""
+    """Which takes seconds: regression: a download cut short that looked like a long loading."""
 
     def refuse(path: Path) -> None:
         raise AssertionError("read the vocabulary")

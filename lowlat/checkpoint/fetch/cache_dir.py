@@ -39,7 +39,7 @@ def cache_dir() -> Path:
         if chosen := os.environ.get("LOWLAT_CACHE"):
             return Path(chosen).expanduser().absolute()
         shared = os.environ.get("XDG_CACHE_HOME", "")
-        # The XDG rules say that a relative path is to be ignored.
+        # The XDG specification requires that relative paths are ignored.
         base = Path(shared) if os.path.isabs(shared) else Path.home() / ".cache"
     except RuntimeError as error:
         raise UserError(
@@ -119,7 +119,7 @@ def checked_digest(path: Path, expected: str | None, progress: Progress) -> str:
             f"{path} is not the file expected: sha256 expected {expected}, got {digest}; "
             "delete it to fetch it again"
         )
-    # A cache may be read-only: then the file is hashed at every start, which is slow, not wrong.
+    # A cache may be read-only: the file is then hashed at every start.
     if not fresh and os.access(path.parent, os.W_OK):
         write_record(path, stat, digest)
     return digest

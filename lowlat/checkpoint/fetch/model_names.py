@@ -119,7 +119,7 @@ def known_names() -> list[str]:
 
 
 def parse_pypi(name: str) -> PyPIFile:
-    """`pypi:PACKAGE==VERSION/FILE[#sha256=HEX]` taken apart. Raises UserError for another form."""
+    """Parse `pypi:PACKAGE==VERSION/FILE[#sha256=HEX]`. Raises UserError for another form."""
     rest, mark, fragment = name.removeprefix("pypi:").partition("#")
     match = re.fullmatch(r"([^=/]+)==([^/]+)/(.+)", rest)
     if match is None:

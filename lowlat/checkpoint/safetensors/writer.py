@@ -1,4 +1,4 @@
-"""Writer of safetensors files: header encoding, tensors known beforehand, tensors as they come.
+"""Writer of safetensors files: header encoding, known tensors, or tensor by tensor.
 
 A file is 8 bytes of header length (little-endian), a JSON header padded with spaces, then the data;
 `reader` documents the format. Which tensors go into which file is the callers' choice.
@@ -101,7 +101,7 @@ class ShardWriter:
     """A safetensors file written tensor by tensor, without knowing beforehand what will come.
 
     Space for the header is reserved at the start and padded with spaces, as the format allows;
-    small files are closed up at the end. OSError passes through.
+    small files are rewritten without the unused bytes at the end. OSError passes through.
     """
 
     def __init__(self, path: Path):

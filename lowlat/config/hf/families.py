@@ -53,7 +53,7 @@ HARMLESS_FIELDS = (
     "transformers_version",
     "unsloth_fixed",
     "unsloth_version",
-    # storage and bookkeeping: the tensors say their own type
+    # storage and bookkeeping: the tensors have their own dtype
     "dtype",
     "torch_dtype",
     "model_max_length",

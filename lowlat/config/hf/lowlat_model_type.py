@@ -87,7 +87,7 @@ def config_from_lowlat(fields: JsonFields) -> ModelConfig:
     effect, and missing fields without a default.
     """
     fields.choice("model_type", (LOWLAT,))
-    fields.ignore("dtype")  # the tensors say their own type
+    fields.ignore("dtype")  # the tensors have their own dtype
     plain = _read(ModelConfig, fields, skip=NESTED)
     for name in ("num_hidden_layers", "num_nextn_predict_layers"):
         if plain.get(name, 0) > MAX_LAYERS:

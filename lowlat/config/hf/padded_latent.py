@@ -8,18 +8,17 @@ All four keys are required and no other is allowed. The latent of the converted 
 wide and must reach kv_b_proj unscaled, and its q_proj may have a bias; a standard deepseek_v3 can
 express neither. So the file describes one function twice:
 
-- **Standard numbers, outside the object** (read by other programs; the shapes of the tensors in
-  the file): kv_lora_rank is `padded_rank(r)`. Of every 64 latent channels one holds a large
-  constant, which makes the normalisation of kv_a_layernorm the identity; the constant comes from
-  the bias of kv_a_proj_with_mqa, hence attention_bias is true, and kv_a_proj_with_mqa and o_proj
-  have biases (zero where the model has none). q_lora_rank is null if b is false. If b is true it is
-  `padded_rank(hidden_size)`: q_a_proj passes the hidden state through and appends constant
-  channels (its own bias again), from which q_b_proj makes the bias of the queries.
-- **Native numbers, inside the object** (used by lowlat): latent width r, no
-  kv_a_layernorm, a plain q_proj (q_lora_rank null) with a bias if b is true, and a bias on o_proj
-  if o is true. Queries, keys and values have biases together or not at all, so b also says whether
-  kv_a_proj_with_mqa has a bias: the native attention_bias is b. Where attention_bias is true it
-  covers o_proj too, whatever o says.
+- **Standard numbers, outside the object** (read by other programs; the shapes of the tensors in the
+file): kv_lora_rank is `padded_rank(r)`. Of every 64 latent channels one holds a large constant,
+which makes the normalisation of kv_a_layernorm the identity; the constant comes from the bias of
+kv_a_proj_with_mqa, hence attention_bias is true, and kv_a_proj_with_mqa and o_proj have biases
+(zero where the model has none). q_lora_rank is null if b is false. If b is true it is
+`padded_rank(hidden_size)`: q_a_proj passes the hidden state through and appends constant channels
+(its own bias again), from which q_b_proj makes the bias of the queries. - **Native numbers, inside
+the object** (used by lowlat): latent width r, no kv_a_layernorm, a plain q_proj (q_lora_rank null)
+with a bias if b is true, and a bias on o_proj if o is true. Queries, keys and values have biases
+together or not at all, so b also says whether kv_a_proj_with_mqa has a bias: the native
+attention_bias is b. If attention_bias is true it covers o_proj too, whatever o is.
 
 Owns these numbers; the tensors are `checkpoint.padded_latent`'s.
 """

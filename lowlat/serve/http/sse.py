@@ -22,7 +22,7 @@ PING = b": ping\n\n"
 
 
 def event(data: str, *, name: str | None = None) -> bytes:
-    """One event whose data is `data`, JSON in one line."""
+    """One server-sent event; `data` is JSON in one line."""
     head = "" if name is None else f"event: {name}\n"
     return f"{head}data: {data}\n\n".encode()
 

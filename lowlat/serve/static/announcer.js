@@ -14,7 +14,7 @@ export function announce(text) {
 /** The announcement for a finished response. */
 export function describeEnd({ status, content, toolCalls }) {
   if (status === "stopped") return "Stopped.";
-  if (status === "error") return ""; // the alert in its place says it
+  if (status === "error") return ""; // the alert announces the error
   const calls = toolCalls.filter(Boolean).map((call) => call.name);
   if (!content && calls.length) return `The model calls ${calls.join(", ")}.`;
   return content ? `Answer: ${content}` : "The answer is empty.";

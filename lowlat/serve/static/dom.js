@@ -70,7 +70,7 @@ export function icon(name) {
   return svg;
 }
 
-/** A button with an icon; `label` is its name, shown beside the icon with `text`. */
+/** A button with an icon; `label` is its name, shown next to the icon with `text`. */
 export function iconButton(name, label, onClick, { text = false, class: extra = "" } = {}) {
   return h(
     "button",

@@ -8,7 +8,7 @@ const BARE_URL = /https?:\/\/[^\s<>"`*]+/y;
 const AUTO_LINK = /<((?:https?:\/\/|mailto:)[^\s<>]+)>/iy;
 const WORD = /[\p{L}\p{N}]/u;
 const SPACE = /\s/;
-// Nobody writes longer runs or nests deeper, but a hostile text may: deep trees exhaust a browser.
+// Only hostile texts have longer runs or deeper nesting, and deep trees exhaust a browser.
 const MAX_RUN = 3;
 const MAX_DEPTH = 16;
 

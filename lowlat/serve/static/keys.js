@@ -5,13 +5,13 @@ export function isSendKey(event) {
   return event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
 }
 
-/** As high as the text needs; style sheets set the most. */
+/** Sets the height to that of the text; style sheets set the maximum. */
 export function grow(field) {
   field.style.height = "auto";
   field.style.height = `${field.scrollHeight + field.offsetHeight - field.clientHeight}px`;
 }
 
-/** Calls the action of `shortcuts` ("Alt+KeyN") a keydown names, and keeps the browser from its own. */
+/** Calls the action of `shortcuts` ("Alt+KeyN") for a keydown, and prevents the browser's own. */
 export function listenForShortcuts(shortcuts) {
   document.addEventListener("keydown", (event) => {
     if (event.isComposing || document.querySelector("dialog[open], :popover-open")) return;

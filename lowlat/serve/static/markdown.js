@@ -1,4 +1,4 @@
-// Markdown's blocks: lines in, plain records out. Owns what begins and ends a block; makes no nodes.
+// Parser of Markdown blocks: lines in, plain records out. Owns what begins and ends a block; makes no nodes.
 // Follows CommonMark and GitHub's tables where answers of models do, and is lenient about the
 // indentation of nested lists, which models often get wrong.
 
@@ -9,7 +9,7 @@ const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])(?:[ \t]+|$)/;
 const TASK = /^\[([ xX])\][ \t]+/;
 const DELIMITER = /^:?-+:?$/;
-// Deeper nesting is text: nobody writes it, and recursion has an end.
+// Deeper nesting is rendered as text, which bounds the recursion.
 const MAX_DEPTH = 12;
 
 /**
@@ -123,7 +123,7 @@ function parseQuote(lines, at, depth) {
   const inner = [];
   while (at < lines.length) {
     if (QUOTE.test(lines[at])) inner.push(lines[at].replace(QUOTE, ""));
-    // A sentence may go on without its ">".
+    // A sentence may continue without its ">".
     else if (!interrupts(lines, at) && inner.length && !isBlank(inner.at(-1))) inner.push(lines[at]);
     else break;
     at += 1;

@@ -1,4 +1,4 @@
-// The nodes of markdown's blocks, and their change when a block has grown. Text in, as text only;
+// DOM nodes of Markdown blocks, and their update when a block grows. Text in, as text only;
 // knows nothing of streaming.
 
 import { copyButton, h } from "./dom.js";
@@ -25,8 +25,8 @@ export function renderBlock(block) {
 }
 
 /**
- * Makes `node`, the element of `before`, that of `after`, a later state of the same block; false
- * where it has to be made anew. A long listing, list or table costs what was added to it.
+ * Updates `node`, the element of `before`, to `after`, a later state of the same block; false if it
+ * must be rebuilt. A long listing, list or table costs only what was added to it.
  */
 export function growBlock(node, before, after) {
   if (before.type !== after.type) return false;
@@ -57,7 +57,7 @@ function growTable(node, before, after) {
   return true;
 }
 
-/** Makes anew the children whose record has another `source`, which are the last ones. */
+/** Rebuilds the children whose record has another `source`, which are the last ones. */
 function growChildren(parent, before, after, render) {
   let same = 0;
   while (same < before.length && before[same].source === after[same]?.source) same += 1;

@@ -1,5 +1,5 @@
-// Markdown while it is still coming in: blocks that are complete stay as they are, only the last one
-// changes. Owns which nodes of one answer are final.
+// Incremental rendering of streamed Markdown: complete blocks do not change, only the last one does.
+// Owns which nodes of one answer are final.
 
 import { parseBlocks } from "./markdown.js";
 import { growBlock, renderBlock } from "./markdown_nodes.js";
@@ -11,7 +11,7 @@ export class MarkdownView {
   #settled = 0;
   /** Nodes of the text after it. */
   #tail = [];
-  /** The block of #tail where it is one, else null. */
+  /** The block of #tail if it is one, else null. */
   #lastBlock = null;
 
   constructor(element) {
@@ -42,8 +42,8 @@ export class MarkdownView {
 }
 
 /**
- * How many blocks no later text can change: all before the last one. Where the last one begins in
- * an unfinished line it may yet turn out to go on with the one before ("#" may become "#1").
+ * Number of blocks that no later text can change: all before the last one. If the last one begins
+ * in an unfinished line, that line may still continue the one before ("#" may become "#1").
  */
 function numSettled(blocks, lines) {
   const last = blocks.at(-1);

@@ -28,9 +28,8 @@ function roomFor(prompt, { max_model_len: context }) {
 }
 
 /**
- * Messages as the interface wants them. Reasoning and tool calls of earlier answers are left out, as
- * models expect; an answer that never got any text is no message, and what the user wrote around it
- * becomes one.
+ * Messages in the API's format. Reasoning and tool calls of earlier answers are left out, as models
+ * expect. An answer without text is left out, and the user messages around it are merged into one.
  */
 function buildMessages({ system, messages }) {
   const built = system.trim() ? [{ role: "system", content: system }] : [];

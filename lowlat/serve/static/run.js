@@ -36,7 +36,7 @@ export class Run {
     this.onChange = onChange;
   }
 
-  /** Resolves when the response has ended; message.status tells how. Never rejects. */
+  /** Resolves when the response has ended; message.status is then its outcome. Never rejects. */
   async start() {
     const { path, body } = this.request;
     try {

@@ -16,7 +16,7 @@ export class Session {
   #live = new Map();
 
   /**
-   * `settings()` and `model()` give what holds now. `on.opened()`: another conversation or other
+   * `settings()` and `model()` return the current values. `on.opened()`: another conversation or other
    * messages; `on.changed(message)`: one message grew; `on.stored()`: the list of conversations
    * changed; `on.finished(message)`: an answer is over.
    */

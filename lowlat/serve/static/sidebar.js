@@ -21,7 +21,7 @@ export class Sidebar {
     this.#toggle.addEventListener("click", () => this.#setOpen(!this.#isOpen));
     this.#list.addEventListener("click", () => this.close());
     document.getElementById("app").addEventListener("click", (event) => {
-      if (event.target.id === "app") this.close(); // the shade beside an open panel
+      if (event.target.id === "app") this.close(); // the shade next to an open panel
     });
     this.#panel.addEventListener("keydown", (event) => {
       if (event.key !== "Escape" || !this.#isOpen || !this.#narrow.matches) return;

@@ -4,7 +4,7 @@
  * The data of each event of a response body, as strings.
  *
  * A character or line may be cut anywhere between two chunks. Comments (keep-alives) are dropped.
- * What follows the last blank line is no event and is dropped too, as the standard has it.
+ * What follows the last blank line is no event and is dropped too, as the standard requires.
  */
 export async function* readEvents(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
@@ -29,7 +29,7 @@ export async function* readEvents(body) {
   }
 }
 
-/** Cuts text into lines that end with LF, CRLF or CR; the unfinished last one is kept back. */
+/** Cuts text into lines that end with LF, CRLF or CR; the unfinished last one is held back. */
 export class LineBuffer {
   #rest = "";
 

@@ -55,7 +55,7 @@ class ToolParameters:
 def read_parameters(schema: Schema, path: str) -> ToolParameters:
     """The parameters in a schema; `path` is its path in the request.
 
-    If properties are listed, others are allowed only if additionalProperties says so. Raises
+    If properties are listed, others are allowed only if additionalProperties allows them. Raises
     RequestError for keywords that cannot be enforced.
     """
     root = _followed(schema, path)

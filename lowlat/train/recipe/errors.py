@@ -1,6 +1,6 @@
-"""What is wrong with a recipe, in one line: the key, the value, what to write instead.
+"""Validation errors of recipes as one line: the key, its value, and a valid value.
 
-Owns wording alone; what a recipe may say is `recipe`'s.
+The schema is in `recipe.schema`.
 """
 
 import difflib
@@ -14,13 +14,13 @@ SCHEDULE = "must be a number, or segments such as [{ to = 1e-3, steps = 100 }]"
 LISTS = {"betas": "a list of two numbers", "target_modules": "a list of names"}
 NAME = "must be letters, digits, '.', '_' and '-', a letter or digit first"
 LONGEST_VALUE = 40
-"""Characters of a value that is quoted."""
+"""Longest value, in characters, that an error quotes."""
 
 
 def explain(error: ValidationError, table: type[BaseModel], raw: Any) -> str:
-    """The first thing to mend in `raw`, which `table` refused with `error`.
+    """The first error of validating `raw` as `table`, and the number of further errors.
 
-    A key that is unknown comes before those that are missing, which it may have been meant for.
+    Unknown keys precede missing keys: an unknown key may be a misspelling of a missing one.
     """
     errors = [found for found in error.errors() if _is_meant(found["loc"], raw)]
     first = min(errors, key=lambda found: found["type"] != UNKNOWN)
@@ -37,7 +37,7 @@ def explain(error: ValidationError, table: type[BaseModel], raw: Any) -> str:
 
 
 def _reason(found: Any) -> str:
-    """What the value should be."""
+    """The valid values of a key."""
     if found["type"] == "value_error":
         return found["msg"].removeprefix("Value error, ")
     if found["type"] == "string_pattern_mismatch":
@@ -60,14 +60,14 @@ def _not(found: Any) -> str:
 
 
 def _is_variant(part: int | str) -> bool:
-    """Names pydantic gives to the alternatives of a union."""
+    """Whether `part` is pydantic's name for an alternative of a union."""
     return isinstance(part, str) and (
         part in ("float", "int", "constrained-float", "constrained-int") or "[" in part
     )
 
 
 def _is_meant(location: tuple[int | str, ...], raw: Any) -> bool:
-    """Whether an error is about the alternative that the value looks like: segments for a list."""
+    """Whether an error concerns the alternative that matches the value: segments for a list."""
     for part in location:
         if _is_variant(part):
             return isinstance(raw, list) == ("[" in str(part))
@@ -96,7 +96,7 @@ def _keys(table: type[BaseModel], path: list[int | str]) -> Iterable[str]:
 
 
 def _tables(annotation: Any) -> Iterable[type[BaseModel]]:
-    """The tables that a key's type speaks of."""
+    """Table classes inside the type of a key."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):

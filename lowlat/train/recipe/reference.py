@@ -1,5 +1,6 @@
-"""The keys of recipes as Markdown, from the docstrings of their fields: the reference in
-docs/recipe-reference.md, which a test compares with this.
+"""Generator of docs/recipe-reference.md: the keys of recipes, from the docstrings of their fields.
+
+A test compares the page with this output.
 """
 
 import types
@@ -15,7 +16,7 @@ PLAIN = {int: "whole number", float: "number", bool: "true or false", str: "text
 
 
 def reference() -> str:
-    """A heading and a table of keys for the recipe itself, each of its tables, and segments."""
+    """Markdown: a heading and a table of keys for the recipe, each of its tables, and segments."""
     sections: dict[type[BaseModel], str] = {}
     for heading, table in [*_tables("", Recipe), ("Segments of schedules", Segment)]:
         sections.setdefault(table, heading)
@@ -23,7 +24,7 @@ def reference() -> str:
 
 
 def _tables(name: str, table: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
-    """Headings of `table` and of those below it."""
+    """`table` and its inner tables, each with its heading."""
     yield f"`[{name}]`" if name else "At the top", table
     for key, field in table.model_fields.items():
         below = f"{name}.{key}" if name else key
@@ -59,7 +60,7 @@ def _value(field: FieldInfo) -> str:
 
 
 def _kind(annotation: Any) -> str:
-    """What a value may be, in words."""
+    """The type of a value in words."""
     if annotation == Schedule:
         return "number or segments"
     origin, parts = get_origin(annotation), get_args(annotation)

@@ -1,7 +1,6 @@
-"""What a recipe says about one optimiser step: phase, learning rate, loss weights, batch size.
+"""Schedules of a recipe: learning rate, loss weights and batch size of each optimiser step.
 
-Owns the shapes of schedules. Everything is a pure function of recipe and step, so nothing of it
-needs saving.
+All values are pure functions of recipe and step, so checkpoints store no scheduler state.
 """
 
 import math
@@ -18,19 +17,17 @@ class StepPlan:
     step: int
     """From 0, over all phases."""
     phase_index: int
-    """Place of its phase in the recipe."""
+    """Index of the phase in the recipe."""
     phase: Phase
-    """Its phase."""
     first_row: int
-    """Rows of its phase's data used before this step, by earlier phases too: the position there."""
+    """Position in the phase's data: rows consumed before this step, earlier phases included."""
     rows: int
-    """Rows of this step's global batch."""
+    """Rows of the global batch."""
     learning_rate: float
-    """Of the optimiser."""
     mtp_weight: float
-    """Lambda."""
+    """Weight of the MTP loss (lambda)."""
     bias_update_speed: float
-    """Gamma."""
+    """Update speed of the routing bias (gamma)."""
     ends_phase: bool
     """Whether this is the last step of its phase."""
 
@@ -41,10 +38,10 @@ class StepPlan:
 
 
 def value_at(schedule: Schedule, step: int, steps: int) -> float:
-    """The value of a schedule at `step` (from 0) of a phase of `steps` steps.
+    """Schedule of the learning rate and other values: warmup, constant, linear and cosine decay.
 
-    A segment of n steps reaches its end at its n-th step, so warm-up starts above 0; after the
-    last segment its end stays.
+    `step` counts from 0 in a phase of `steps` steps. A segment of n steps reaches its end value at
+    its n-th step, so a warmup starts above 0. After the last segment its end value holds.
     """
     if not isinstance(schedule, list):
         return float(schedule)
@@ -68,15 +65,16 @@ def _within_segment(segment: Segment, start: float, share: float) -> float:
 
 
 def batch_size(phase: Phase, step: int, unit: int) -> int:
-    """Rows of the global batch at `step` of `phase`: whole multiples of `unit`, at least one. Of
-    what a recipe may say, that changes ramps alone.
+    """Global batch size at `step` of `phase`, in sequences: a multiple of `unit`, at least one.
+    Rounding changes only batch size ramps.
     """
     return max(1, round(value_at(phase.batch_size, step, phase.steps) / unit)) * unit
 
 
 def most_rows(phase: Phase, unit: int) -> int:
-    """Rows of the largest global batch of `phase`, as `batch_size`: segments have their extremes at
-    their ends.
+    """Rows of the largest global batch of `phase`, rounded as by `batch_size`.
+
+    Every segment has its extremes at its ends.
     """
     rows = phase.batch_size
     most = max(segment.to for segment in rows) if isinstance(rows, list) else rows
@@ -84,13 +82,14 @@ def most_rows(phase: Phase, unit: int) -> int:
 
 
 def data_of(recipe: Recipe, index: int) -> DataConfig:
-    """What phase `index` reads."""
+    """The data of phase `index`."""
     return recipe.phase[index].data or recipe.data
 
 
 def data_begins(recipe: Recipe, index: int) -> int:
-    """The phase that began the data of phase `index`, perhaps itself: one that reads the same rows
-    as the phase before goes on where that ended.
+    """Index of the phase that starts the data of phase `index`, possibly itself.
+
+    A phase with the same data and sequence length as the phase before continues at its position.
     """
     while index and _reads(recipe, index) == _reads(recipe, index - 1):
         index -= 1
@@ -102,7 +101,7 @@ def _reads(recipe: Recipe, index: int) -> tuple[DataConfig, int]:
 
 
 class TrainingSchedule:
-    """The steps of a recipe. `ranks` processes share every batch."""
+    """The optimiser steps of a recipe; `ranks` data-parallel processes share each batch."""
 
     def __init__(self, recipe: Recipe, *, ranks: int = 1) -> None:
         self._phases: Sequence[Phase] = recipe.phase
@@ -118,7 +117,7 @@ class TrainingSchedule:
 
     @property
     def steps(self) -> int:
-        """Of all phases."""
+        """Optimiser steps of all phases."""
         return sum(phase.steps for phase in self._phases)
 
     @property
@@ -136,7 +135,7 @@ class TrainingSchedule:
         return total
 
     def at(self, step: int) -> StepPlan:
-        """The plan of `step`, 0 <= step < steps."""
+        """The plan of `step`; 0 <= step < steps."""
         index, within = 0, step
         while within >= self._phases[index].steps:
             within -= self._phases[index].steps
@@ -156,7 +155,7 @@ class TrainingSchedule:
 
 
 def _running(rows: Sequence[int]) -> list[int]:
-    """Sums of the first 0, 1, 2, ... entries."""
+    """Prefix sums, starting with 0."""
     sums = [0]
     for count in rows:
         sums.append(sums[-1] + count)

@@ -1,5 +1,6 @@
-"""A training recipe: what a TOML file may say, frozen and checked. Owns no meaning of schedules
-(`schedule`) and no files beyond the recipe itself.
+"""Schema of training recipes: TOML tables as frozen, validated pydantic models.
+
+`recipe.schedule` evaluates schedules. This module reads no file except the recipe.
 """
 
 import json
@@ -27,7 +28,7 @@ Rate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 def _check_plain(table: dict[str, Any]) -> dict[str, Any]:
-    """A table as config.json may hold it. Raises ValueError naming a key that is none."""
+    """`table`, if config.json can hold it; raises ValueError naming a key that JSON cannot hold."""
     for key, value in table.items():
         try:
             json.dumps(value, allow_nan=False)
@@ -40,7 +41,7 @@ ConfigTable = Annotated[dict[str, Any], AfterValidator(_check_plain)]
 
 
 MOST_ROWS = 10**9
-"""Rows of a global batch: what memory holds of them is the plan's to say."""
+"""Largest global batch in rows; the dry run checks memory."""
 
 
 class _Table(BaseModel):
@@ -50,14 +51,14 @@ class _Table(BaseModel):
 
 
 class Segment(_Table):
-    """A stretch of a schedule, from where the one before ended to `to`."""
+    """A segment of a schedule, from the end value of the segment before (at first 0) to `to`."""
 
     to: Amount
     """Value at the end of the segment."""
     steps: Count | None = None
-    """Optimiser steps it lasts; without, the rest of the phase (last segment only)."""
+    """Length in optimiser steps; the last segment may omit it to fill the rest of the phase."""
     shape: Literal["linear", "cosine", "constant"] = "linear"
-    """How the value gets there; constant takes it at once."""
+    """Interpolation to the end value; `constant` applies the end value from the first step."""
 
 
 Schedule = Amount | Annotated[list[Segment], Field(min_length=1)]
@@ -65,57 +66,57 @@ Schedule = Amount | Annotated[list[Segment], Field(min_length=1)]
 
 
 class DataConfig(_Table):
-    """Where tokens come from and how they are packed."""
+    """Training data and how documents are packed into rows."""
 
     folder: str
-    """Token folder made by `lowlat data build`; relative paths start at the recipe."""
+    """Tokenized dataset written by `lowlat data build`, relative to the recipe."""
     document_masks: bool = False
-    """Documents packed into one row do not see one another (V3: false in pretraining)."""
+    """Mask attention between documents packed into one row (V3: false in pretraining)."""
     fim_rate: Share = 0.0
-    """Share of documents rearranged as prefix, suffix, middle (V3: 0.1)."""
+    """Share of documents in fill-in-the-middle order: prefix, suffix, middle (V3: 0.1)."""
 
 
 class OptimizerConfig(_Table):
-    """How gradients move weights."""
+    """Optimizer and gradient clipping."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: Newton-Schulz on hidden matrices, AdamW for embedding, head, gates and norms."""
+    """`muon` trains hidden matrices with Newton-Schulz steps and the other weights with AdamW."""
     betas: tuple[Rate, Rate] = (0.9, 0.95)
-    """AdamW's decay rates of first and second moment."""
+    """Decay rates of AdamW's first and second moment."""
     eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """AdamW's epsilon."""
     weight_decay: Amount = 0.1
-    """Decoupled decay of matrices, per step and learning rate."""
+    """Decoupled weight decay of matrices: each step scales them by 1 - learning rate x this."""
     momentum: Rate = 0.95
     """Muon's momentum."""
     max_grad_norm: Amount = 1.0
-    """Largest global gradient norm; 0 does not clip."""
+    """Clip gradients to this global norm; 0 disables clipping."""
 
 
 class BalanceConfig(_Table):
-    """How experts are kept equally busy."""
+    """Load balancing of routed experts."""
 
     sequence_weight: Amount = 1e-4
-    """Alpha of the sequence-wise loss (V3 equations 17 to 20)."""
+    """Weight (alpha) of the sequence-wise balance loss (V3 equations 17 to 20)."""
 
 
 class ParallelConfig(_Table):
-    """Sizes of the mesh; their product is the number of processes."""
+    """Sizes of the process mesh; the product of all but `expert` is the number of processes."""
 
     data: Count = 1
-    """Replicas with gradients summed (DDP)."""
+    """Data-parallel replicas, with summed gradients (DDP)."""
     fsdp: Count = 1
-    """Processes a replica's weights and optimiser are divided among (FSDP2)."""
+    """Processes that shard a replica's weights and optimizer state (FSDP2)."""
     expert: Count = 1
-    """Processes the routed experts are divided among; uses the data, fsdp and context processes."""
+    """Processes that share the routed experts, out of the data, fsdp and context processes."""
     tensor: Count = 1
-    """Processes the heads and MLP channels are divided among."""
+    """Tensor-parallel processes, which divide attention heads and MLP channels."""
     pipeline: Count = 1
-    """Stages the layers are divided among."""
+    """Pipeline stages, which divide the layers."""
     context: Count = 1
-    """Processes a sequence is divided among."""
+    """Context-parallel processes, which divide each sequence."""
     pipeline_schedule: Literal["1f1b", "interleaved", "zb", "zbv", "dualpipev"] = "1f1b"
-    """Order of forward and backward passes of micro-batches."""
+    """Order of the forward and backward passes of micro-batches."""
 
     @property
     def processes(self) -> int:
@@ -123,41 +124,41 @@ class ParallelConfig(_Table):
 
 
 class CheckpointConfig(_Table):
-    """When the complete state is written."""
+    """When checkpoints of the complete training state are written, and which are retained."""
 
     every_steps: Count = 200
-    """Optimiser steps between saves; one is written at the end of every phase as well."""
+    """Optimizer steps between checkpoints; every phase also ends with one."""
     keep_last: Annotated[int, Field(ge=2)] = 2
-    """Latest saves that stay."""
+    """Number of latest checkpoints to retain."""
     keep_every_hours: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """One save per so many hours stays for good."""
+    """Also retain one checkpoint per this many hours."""
 
 
 class EvaluationConfig(_Table):
-    """Loss on held-out documents."""
+    """Evaluation on held-out documents."""
 
     every_steps: Count = 200
-    """Optimiser steps between evaluations; one is made at the end of every phase as well."""
+    """Optimizer steps between evaluations; every phase also ends with one."""
     sequences: Count = 64
-    """Windows of the held-out split, always the same ones."""
+    """Sequences of the held-out split per evaluation, the same ones each time."""
 
 
 class LogConfig(_Table):
-    """What is written down."""
+    """Logging."""
 
     every_steps: Count = 1
-    """Optimiser steps between records."""
+    """Optimizer steps between log records."""
     tensorboard: bool | None = None
-    """TensorBoard files; by default where tensorboard is installed."""
+    """Write TensorBoard files; by default, if tensorboard is installed."""
 
 
 class LoraConfig(_Table):
-    """Low-rank updates of frozen projections (arXiv 2106.09685)."""
+    """LoRA: low-rank updates of frozen projections (arXiv 2106.09685)."""
 
     rank: Count
-    """Rank of an update."""
+    """Rank of the updates."""
     alpha: Amount
-    """The update is scaled by alpha / rank."""
+    """Updates are scaled by alpha / rank."""
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "q_proj",
         "q_a_proj",
@@ -168,52 +169,52 @@ class LoraConfig(_Table):
         "v_proj",
         "o_proj",
     )
-    """Names of the projections that get one."""
+    """Names of the projections that get an update."""
 
 
 class DistillationConfig(_Table):
-    """A second model, which stays, that is learned from: forward KL between next-token
+    """Knowledge distillation from a frozen teacher: forward KL divergence between next-token
     distributions.
     """
 
     teacher: str
-    """Checkpoint, named as in `base_model`; it must have the same vocabulary as the model."""
+    """Teacher checkpoint, named as in `base_model`; it must have the model's vocabulary."""
     cross_entropy_weight: Amount = 0.0
-    """Weight of the ordinary loss beside the divergence."""
+    """Weight of the cross-entropy loss, added to the divergence."""
 
 
 class Phase(_Table):
-    """A stretch of training with one sequence length."""
+    """A part of the training with one sequence length."""
 
     name: str
-    """Shown in logs."""
+    """Name in logs."""
     steps: Annotated[int, Field(ge=1, le=10_000_000)]
-    """Optimiser steps."""
+    """Optimizer steps."""
     sequence_length: Count
-    """Tokens of a row."""
+    """Tokens per row."""
     batch_size: Schedule
-    """Rows of a global batch, whole micro-batches of all processes; a schedule ramps it and is
-    rounded to them.
+    """Rows per global batch: a multiple of micro_batch_size x data x fsdp, to which ramps are
+    rounded.
     """
     micro_batch_size: Count
-    """Rows of one forward and backward pass of one process."""
+    """Rows per forward and backward pass of one process."""
     learning_rate: Schedule
-    """Peak or schedule."""
+    """Learning rate, constant or as segments."""
     mtp_weight: Schedule = 0.3
-    """Lambda of the MTP loss (V3: 0.3, then 0.1)."""
+    """Weight (lambda) of the MTP loss (V3: 0.3, then 0.1)."""
     bias_update_speed: Schedule = 1e-3
-    """Gamma of the routing bias (V3: 0.001, then 0)."""
+    """Update speed (gamma) of the routing bias (V3: 0.001, then 0)."""
     z_weight: Amount = 0.0
     """Weight of the z-loss."""
     rope_scaling: ConfigTable | None = None
-    """rope_scaling from this phase on, as config.json spells it (YaRN for longer contexts)."""
+    """RoPE scaling from this phase on, spelled as in config.json (YaRN for longer contexts)."""
     max_position_embeddings: Count | None = None
-    """Context the exported config names from this phase on."""
+    """Context length in the exported config from this phase on."""
     data: DataConfig | None = None
-    """Other data for this phase."""
+    """Data of this phase, in place of the recipe's."""
     match: Literal["logits", "attention", "layers"] = "logits"
-    """With a teacher, what is matched: its next-token distributions, or layer by layer, each layer
-    given what the teacher's got, its attention's output or all that the layer adds.
+    """Distillation target: the teacher's logits, or per layer, on the teacher's input to that
+    layer, the output of its attention or what the whole layer adds to the residual stream.
     """
 
     @model_validator(mode="after")
@@ -237,75 +238,75 @@ class Phase(_Table):
 
 
 def _check_rows(schedule: float | list[Segment]) -> None:
-    """Raises ValueError for batches beyond all memories."""
+    """Raises ValueError for batches above MOST_ROWS."""
     most = max(segment.to for segment in schedule) if isinstance(schedule, list) else schedule
     if most > MOST_ROWS:
         raise ValueError(f"batch_size: must be at most {MOST_ROWS:,}, not {most:g}")
 
 
 class Recipe(_Table):
-    """Everything that decides what a run computes."""
+    """All settings of a training run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run, and of its folder unless one is given."""
+    """Name of the run; its folder is runs/NAME by default."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of weights and data order."""
+    """Seed of weight initialization and data order."""
     model: ConfigTable | None = None
-    """The fields of config.json; vocab_size may be left to the data."""
+    """Fields of config.json for a new model; vocab_size defaults to that of the data."""
     base_model: str | None = None
-    """A checkpoint to go on from instead of `model`: folder, .gguf, preset or hub id."""
+    """Checkpoint to start from instead of `model`: folder, .gguf file, preset or hub id."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
-    """Of the products; weights that move and the optimiser are fp32 always."""
+    """Precision of matrix products; trainable weights and optimizer state are always fp32."""
     activation_checkpointing: Literal["none", "full"] = "none"
-    """Activations computed again in the backward pass: less memory, a third more work."""
+    """`full` recomputes activations in the backward pass: less memory, a third more compute."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """`cpu` or `cuda`."""
     data: DataConfig
-    """Where tokens come from."""
+    """Training data."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """How gradients move weights."""
+    """Optimizer and gradient clipping."""
     balance: BalanceConfig = BalanceConfig()
-    """How experts are kept equally busy."""
+    """Load balancing of routed experts."""
     lora: LoraConfig | None = None
-    """Train low-rank updates only."""
+    """Train LoRA updates only."""
     distillation: DistillationConfig | None = None
-    """Learn from another model."""
+    """Distill from a teacher model."""
     trainable: Literal["all", "attention"] = "all"
-    """Weights that move; attention: its matrices and their biases, while norms, MLPs, embedding and
-    head stay.
+    """Trainable weights; `attention` trains attention matrices and their biases and freezes the
+    rest.
     """
     parallel: ParallelConfig = ParallelConfig()
-    """Division among processes."""
+    """Parallelism."""
     phase: Annotated[list[Phase], Field(min_length=1)]
-    """What is trained, in order."""
+    """Training phases, in order."""
     checkpoints: CheckpointConfig = CheckpointConfig()
-    """When the state is written."""
+    """Checkpoint interval and retention."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """When held-out loss is measured."""
+    """Evaluation on held-out documents."""
     log: LogConfig = LogConfig()
-    """What is written down."""
+    """Logging."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Recipe":
         if (self.model is None) == (self.base_model is None):
             raise ValueError("give either [model] or base_model, not both")
         if self.lora is not None and self.base_model is None:
-            raise ValueError("lora needs base_model, a checkpoint whose weights stay")
+            raise ValueError("lora needs base_model, a checkpoint whose weights are frozen")
         if self.lora is not None and self.trainable != "all":
-            raise ValueError("trainable: lora says what is trained, by its modules; leave one out")
+            raise ValueError("trainable: lora.target_modules decides what is trained; remove one")
         if self.distillation is None and any(phase.match != "logits" for phase in self.phase):
             raise ValueError("phase.match needs [distillation], a teacher to match")
         return self
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "Recipe":
-        """A layout must not change what a run computes: only ramps are rounded."""
+        """Parallelism must not change what a run computes, so only ramps may be rounded."""
         data, fsdp = self.parallel.data, self.parallel.fsdp
         for phase in self.phase:
             unit = phase.micro_batch_size * data * fsdp
             if not isinstance(phase.batch_size, list) and phase.batch_size % unit:
                 raise ValueError(
-                    f"phase {phase.name}: batch_size {phase.batch_size:g} is no multiple of "
+                    f"phase {phase.name}: batch_size {phase.batch_size:g} is not a multiple of "
                     f"{unit}, micro_batch_size {phase.micro_batch_size} x parallel.data {data} x "
                     f"parallel.fsdp {fsdp}; change one of them"
                 )
@@ -313,15 +314,16 @@ class Recipe(_Table):
 
 
 def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
-    """The recipe in the TOML file `path`, with `changes` 'key.sub=value' (values as TOML).
+    """Read and validate the recipe in the TOML file `path`, with `changes` of the form
+    'key.sub=value' (values in TOML) applied.
 
-    Raises UserError naming file and key for anything that is not a recipe.
+    Raises UserError naming file and key.
     """
     return parse_recipe(read_raw(path, changes), origin=str(path))
 
 
 def read_raw(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """The same as TOML's values, unchecked. Raises UserError for a file that is no TOML."""
+    """The same, not validated. Raises UserError if the file is not TOML."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -337,7 +339,7 @@ def read_raw(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def parse_recipe(raw: dict[str, Any], *, origin: str) -> Recipe:
-    """`raw` as a Recipe; errors name `origin` and the key."""
+    """Validate `raw`. Raises UserError naming `origin` and the key."""
     if "source" in raw and "phase" not in raw:
         what = "is a recipe for text, not for a training"
         raise UserError(f"{origin}: {what}; lowlat-lab collect {origin} FOLDER")
@@ -349,11 +351,11 @@ def parse_recipe(raw: dict[str, Any], *, origin: str) -> Recipe:
 
 
 TUPLES = ("betas", "target_modules")
-"""Keys whose values have a fixed length or order."""
+"""Keys whose values are tuples."""
 
 
 def _tuples(value: Any) -> Any:
-    """TOML knows no tuples; strict validation takes no lists for them."""
+    """Lists as tuples where the schema wants tuples: TOML has none and validation is strict."""
     if not isinstance(value, dict):
         return value
     return {
@@ -363,7 +365,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _apply(raw: dict[str, Any], change: str) -> None:
-    """Set one key of `raw`; numbers in the path are places in a list, as phase.0.steps."""
+    """Set one key of `raw`; numbers in the path are list indices, as in phase.0.steps."""
     key, equals, text = change.partition("=")
     if not equals or not key:
         raise UserError(f"--set {change}: write key=value, such as seed=1 or phase.0.steps=50")

@@ -1,4 +1,4 @@
-"""A recipe as the text of a TOML file, for those that a program makes. Reading is `recipe`'s."""
+"""TOML writer for recipes. `recipe.schema` reads them."""
 
 import json
 import math
@@ -11,21 +11,22 @@ from typing import Any
 from lowlat.train.recipe.schema import read_raw
 
 BARE = re.compile(r"[A-Za-z0-9_-]+")
-"""Keys that TOML takes without quotes."""
+"""Keys that TOML allows without quotes."""
 
 
 def text_of(path: Path, changes: Sequence[str] = ()) -> str:
-    """The recipe in the file `path` as it runs with `changes` (`recipe.read_recipe`): its own text
-    where there are none. A comment says where paths in it begin. Raises UserError.
+    """Text of the recipe `path` with `changes` applied; the file's own text without changes.
+
+    Its first line is a comment with the path that relative paths start from. Raises UserError.
     """
     made = "".join(f" --set {json.dumps(change)}" for change in changes)
-    head = f"# {json.dumps(str(path.absolute()))}{made}; relative paths begin beside that file\n"
+    head = f"# {json.dumps(str(path.absolute()))}{made}; paths are relative to that file\n"
     raw = read_raw(path, changes)
     return head + (to_toml(raw) if changes else path.read_text(encoding="utf-8"))
 
 
 def to_toml(raw: dict[str, Any]) -> str:
-    """A raw recipe as a TOML file: JSON's scalars and arrays are TOML's too. Takes no None."""
+    """A raw recipe, without None, as TOML. JSON scalars and arrays are valid TOML."""
     plain = {key: value for key, value in raw.items() if not _is_table(value)}
     lines = [f"{_key(key)} = {_toml(value)}" for key, value in plain.items()]
     for key, value in raw.items():

@@ -31,12 +31,13 @@ def write_adapter(
     *,
     base_model: Path,
 ) -> None:
-    """Write `updates`, by parameter name, as the folder `dst`, which must not exist; `base_model`
-    is the checkpoint that they were trained on.
+    """Write `updates`, by parameter name, as the folder `dst`, which must not exist.
 
-    Updates of MTP modules are left out: the programs that read adapters have no such modules.
-    Raises UserError for updates that have no place in the layout: of MLPs and experts in families
-    with experts, and of queries with a bias in exactly converted models; and if `dst` exists.
+    `base_model` is the checkpoint that they were trained on. Updates of MTP modules are omitted,
+    because programs that load adapters have no MTP modules.
+
+    Raises UserError if `dst` exists, and for updates that peft's layout cannot hold: of MLPs and
+    experts in families with experts, and of queries with a bias in exactly converted models.
     """
     tensors = dict(_tensors(config, updates))
     modules = sorted({name.rpartition(".lora_")[0].removeprefix(PREFIX) for name in tensors})
@@ -57,8 +58,8 @@ def _tensors(config: ModelConfig, updates: Mapping[str, Tensor]) -> Iterator[tup
         own = owner.rpartition(".")[2]
         if own == "experts" or (own in EXPERT_PROJECTIONS and config.model_type in MLA_FAMILIES):
             raise UserError(
-                f"{owner}: in models of type {config.model_type} peft takes updates of MLPs for "
-                "those of fused experts; export the merged model"
+                f"{owner}: in models of type {config.model_type} peft loads MLP updates as updates "
+                "of fused experts; export the merged model"
             )
         if not owner.startswith("mtp."):
             path = file_name(config, f"{owner}.").removesuffix(".")
@@ -66,7 +67,7 @@ def _tensors(config: ModelConfig, updates: Mapping[str, Tensor]) -> Iterator[tup
 
 
 def _in_file(config: ModelConfig, owner: str, part: str, tensor: Tensor) -> Tensor:
-    """`tensor` in the shape that the weight of module `owner` asks for in files."""
+    """`tensor` padded to the shape of the weight of module `owner` in checkpoint files."""
     attention = config.attention
     is_padded = config.model_type != LOWLAT
     if not isinstance(attention, MLAConfig) or attention.kv_a_layernorm or not is_padded:
@@ -75,8 +76,8 @@ def _in_file(config: ModelConfig, owner: str, part: str, tensor: Tensor) -> Tens
     match owner.rpartition(".")[2], part:
         case "q_proj", _ if attention.q_bias:
             raise UserError(
-                f"{owner}: peft's layout has no place for it in an exactly converted model whose "
-                "queries have a bias; export the merged model"
+                f"{owner}: peft's layout cannot hold this update in an exactly converted model "
+                "whose queries have a bias; export the merged model"
             )
         case "kv_a_proj_with_mqa", "lora_B":
             return pad_rows(tensor, rank)

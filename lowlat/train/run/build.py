@@ -1,6 +1,7 @@
-"""A recipe's model: weights, their place among processes, optimiser.
+"""Construction of model, parallelism and optimizer for a recipe: new, from a base model, or from a
+training checkpoint.
 
-Owns how they are made anew, from a checkpoint or from a state; what a recipe reads is `inputs`'s.
+`inputs` opens the files that the recipe names.
 """
 
 from collections.abc import Mapping, MutableMapping
@@ -27,7 +28,7 @@ from lowlat.train.step.trainable import cast_frozen, freeze_all_but_attention
 from lowlat.utils.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-"""Of activations, by precision."""
+"""Dtype of activations by precision."""
 
 
 def new_model(
@@ -36,11 +37,12 @@ def new_model(
     base_model: Path | None,
     weights: Mapping[str, Tensor] | None,
 ) -> Transformer:
-    """The whole model with fp32 weights on the CPU: `weights` if given, else those of `base_model`,
-    else new ones. With LoRA those of `base_model` in the products' dtype, and `weights` are its
-    updates.
-    They may be views of files: `parallel.parallelize` gives them memory. Where attention alone
-    is trained, the matrices that stay have the products' dtype.
+    """The full model on the CPU: with `weights` if given, else those of `base_model`, else
+    initialized.
+
+    Trainable weights are fp32. With LoRA, `weights` are the updates and the base model has the
+    dtype of matrix products, as have the frozen matrices of trainable = 'attention'. Weights may be
+    memory-mapped; `parallel.parallelize` copies them.
     """
     if recipe.lora is not None:
         assert base_model is not None
@@ -79,13 +81,15 @@ def new_passes(
     sequence_length: int,
     teacher: Teacher | None = None,
 ) -> tuple[Passes, ShardedParameters]:
-    """Lay out `model`, which is whole, over `mesh`; passes over it with activations of `dtype`.
-    `teacher`, which every process has whole, does not go with a pipeline.
+    """Parallelize the full `model` over `mesh`; returns its forward and backward passes, with
+    activations of `dtype`, and its sharded parameters.
+
+    Every process holds the full `teacher`; pipeline parallelism does not support one.
     """
     if mesh.size("pipeline") == 1:
         sharded = parallelize(model, mesh, device=device, dtype=dtype)
         return PlainPasses(model, dtype, mesh, teacher), sharded
-    # Seconds of imports that no other run needs.
+    # Imported here because the import takes seconds and only pipeline runs need it.
     from lowlat.train.pipeline.passes import PipelinePasses
 
     passes = PipelinePasses(model, mesh, dtype=dtype, sequence_length=sequence_length)
@@ -96,7 +100,7 @@ def new_passes(
 
 
 def new_teacher(path: Path, recipe: Recipe) -> Teacher:
-    """The checkpoint `path` as the teacher of `recipe`, its weights in the products' dtype."""
+    """Load the checkpoint `path` as the teacher of `recipe`, in the dtype of matrix products."""
     assert recipe.distillation is not None
     model = load_model(path, dtype=base_dtype(recipe)).model
     _require_finite(model, f"distillation.teacher {path}")
@@ -115,7 +119,7 @@ def new_optimizer(
     tensors: MutableMapping[str, Tensor],
     sharded: ShardedParameters,
 ) -> Optimizer:
-    """The optimiser, with the (whole) state that it takes out of `tensors`, if there is one."""
+    """The optimizer; loads its full state, if `tensors` has one, and pops it from `tensors`."""
     optimizer = Optimizer(model, recipe.optimizer, sharded)
     if tensors:
         optimizer.load(tensors)
@@ -123,8 +127,9 @@ def new_optimizer(
 
 
 def load_base_model(base_model: Path, config: ModelConfig, dtype: str) -> Transformer:
-    """Load the checkpoint `base_model` in `dtype`, experts stacked, into a model of `config`, whose
-    RoPE scaling may differ from the checkpoint's.
+    """Load the checkpoint `base_model` in `dtype` into a model of `config`, with stacked experts.
+
+    The RoPE scaling of `config` may differ from the checkpoint's.
     """
     loaded = load_model(base_model, dtype=dtype).model
     _require_finite(loaded, f"base_model {base_model}")
@@ -136,10 +141,10 @@ def load_base_model(base_model: Path, config: ModelConfig, dtype: str) -> Transf
 
 
 def _require_finite(model: Transformer, what: str) -> None:
-    """Raises UserError for weights that no lower rate makes numbers of."""
+    """Raises UserError if a weight is NaN or infinite."""
     for name, weight in model.named_parameters():
-        # Unlike isfinite, without a mask of the weight's size; NaN comes through.
+        # aminmax propagates NaN and, unlike isfinite, needs no mask of the weight's size.
         if weight.numel() and not all(map(torch.isfinite, weight.detach().aminmax())):
             raise UserError(
-                f"{what}: '{name}' holds values that are not finite; give a whole model"
+                f"{what}: '{name}' has values that are not finite; use an intact checkpoint"
             )

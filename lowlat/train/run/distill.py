@@ -29,14 +29,15 @@ from lowlat.utils.progress import Progress
 SEQUENCE_LENGTH = 1024
 """Tokens of a sequence: the error of reduced rotary channels grows with distance."""
 BATCH_TOKENS = 1024
-"""Tokens of a step. More steps matter most for a given budget: on 100K tokens SmolLM2-135M with a
-third of its cache goes from a held-out divergence of 0.545 to 0.352, and to 0.384 in half as many
-steps of twice the tokens.
+"""Tokens per step. For a given budget, more steps help most: on 100K tokens, SmolLM2-135M with a
+third of its cache improves from a held-out divergence of 0.545 to 0.352, and to 0.384 in half as
+many steps of twice the tokens.
 """
 LEARNING_RATE = 2e-4
-"""Peak for models of a few hundred million parameters; Muon's updates are as large as AdamW's. In
-16 steps of 2,048 tokens SmolLM2-135M with half its cache goes from a held-out divergence of 0.220
-to 0.190 at 1e-4 and to 0.226 at 3e-4; in 64 steps at 1.5e-4 to 0.158.
+"""Peak for models of a few hundred million parameters; Muon's updates are as large as AdamW's.
+
+SmolLM2-135M with half its cache starts at a held-out divergence of 0.220. After 16 steps of 2,048
+tokens it has 0.190 at 1e-4 and 0.226 at 3e-4; after 64 steps at 1.5e-4, 0.158.
 """
 FULL_STEPS = 100
 """The peak of a run of fewer steps is proportionally lower: AdamW's first steps move every weight
@@ -45,18 +46,20 @@ by the whole rate, which a short run cannot correct.
 WARM_UP, WARM_UP_STEPS = 0.05, 10
 """Share of warm-up steps, and their largest number."""
 DECAY, END = 0.9, 0.02
-"""Share of decay steps, and the final learning rate over its peak. Small steps are noisy, so a long
-decay beats a long peak: 200K tokens end at a divergence of 0.131, and of 0.134 with a decay over
-the last 0.3 of the steps.
+"""Share of decay steps, and the final learning rate over its peak. Small batches are noisy, so a
+long decay beats a long peak: 200K tokens end at a divergence of 0.131, versus 0.134 with a decay
+over the last 0.3 of the steps.
 """
 LAYER_SHARE, LAYER_STEPS = 0.2, 20
-"""Share of the steps that match attention outputs layer by layer, before the others match the
-distributions, and their largest number. Such a step has neither MLPs nor a head, takes 0.6 of the
-time, and is worth as much: with a third of the cache, 100K tokens end at a divergence of 0.3189
-with 20 such steps and of 0.3195 without.
+"""Share and largest number of the first steps, which match attention outputs layer by layer; the
+other steps match next-token distributions.
+
+A layer-wise step computes neither MLPs nor the head, takes 0.6 of the time, and helps as much: with
+a third of the cache, 100K tokens end at a divergence of 0.3189 with 20 such steps and of 0.3195
+without.
 """
 EVALUATIONS, EVALUATED_TOKENS = 2, 16_384
-"""Evaluations after the first, which precedes the training, and held-out tokens of each."""
+"""Number of evaluations after the initial one, and held-out tokens of each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,7 +230,7 @@ def check_distillation(
         if found is None or not found.has_targets():
             raise UserError(
                 f"{origin}: no answer {what} is within the first {length} tokens of its chat, "
-                "which is as far as chats are read; give shorter chats, or text"
+                "where chats are cut; give shorter chats, or text"
             )
 
 
@@ -247,7 +250,7 @@ def check_memory(original: ModelConfig, student: ModelConfig, options: Distillat
 
 
 def _schedule(peak: float, steps: int) -> list[dict[str, Any]]:
-    """Warm-up, a constant peak, and a linear decay."""
+    """Warmup-stable-decay (WSD) schedule: linear warmup, a constant peak, linear decay."""
     warm = max(1, min(WARM_UP_STEPS, round(WARM_UP * steps)))
     held = max(0, steps - warm - round(DECAY * steps))
     segments: list[dict[str, Any]] = [{"to": peak, "steps": warm}]

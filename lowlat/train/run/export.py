@@ -1,6 +1,7 @@
-"""A save as a model folder in the Hugging Face layout, which every reader of such folders takes.
+"""Export of a training checkpoint as a model folder in the Hugging Face layout, or as a LoRA
+adapter.
 
-Owns which numbers a trained model is stored in; names and files are `checkpoint`'s.
+`lowlat.checkpoint` writes the files.
 """
 
 import logging
@@ -33,17 +34,17 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
 TOKENIZER = "tokenizer"
-"""Where a run's folder keeps the tokenizer and chat template of its models."""
+"""Folder in a run folder with the tokenizer and chat template of its models."""
 
 STORED = ("bf16", "fp16", "fp32", "fp8")
-"""What numbers of a model may be stored in."""
+"""Number types of exported models."""
 
 _log = logging.getLogger(__name__)
 
 
 def keep_tokenizer(run: Path, text: Path) -> None:
-    """Copy tokenizer and chat template of the folder or .gguf `text` into the run's folder. Raises
-    UserError where they cannot be written.
+    """Copy tokenizer and chat template of the folder or .gguf `text` into the run folder. Raises
+    UserError if writing fails.
     """
     folder = run / TOKENIZER
     if folder.exists():
@@ -54,23 +55,24 @@ def keep_tokenizer(run: Path, text: Path) -> None:
 
 
 def refuse_older_model(model: Path, mesh: ProcessMesh) -> None:
-    """Raises UserError where a run without saves holds a model all the same: that of a run whose
-    saves were removed. Collective.
+    """Raises UserError if a run without checkpoints has an exported model: its checkpoints were
+    deleted. Collective.
     """
     if mesh.broadcast(int(model.exists())):
         raise UserError(
-            f"{model}: is there from a run whose saves are gone; move it away, or choose another "
-            "--out"
+            f"{model}: exists, but the checkpoints of its run are gone; move it away, or choose "
+            "another --out"
         )
 
 
 def export(
     config: ModelConfig, weights: Mapping[str, Tensor], dst: Path, *, dtype: str, text: Path
 ) -> None:
-    """Write `weights` (a model's parameters, experts stacked) as the folder `dst`.
+    """Write `weights` (parameters of a model, with stacked experts) as the folder `dst`.
 
-    dtype: fp32, bf16, fp16, or fp8 for 128x128 blocks as released; routing biases stay fp32.
-    Tokenizer and chat template come from the folder `text`. Raises UserError as `write_checkpoint`.
+    dtype: fp32, bf16, fp16, or fp8 for 128x128 blocks as in released DeepSeek-V3 weights; routing
+    biases stay fp32. Tokenizer and chat template come from the folder `text`. Raises UserError as
+    `write_checkpoint`.
     """
     parameters = dict(unstacked(weights))
     if dtype == "fp8":
@@ -97,11 +99,10 @@ def export_save(
     dtype: str,
     progress: Progress | None = None,
 ) -> int:
-    """Write a save of the run in `run` as the folder `dst`, updates of LoRA merged; returns its
-    step.
+    """Write a checkpoint of the run folder `run` as the model folder `dst`, LoRA updates merged.
 
-    step: None takes the latest whole one. Raises UserError where there is no such save or dtype,
-    and as `export`.
+    step: that of the checkpoint; None is the latest intact one. Returns it. Raises UserError if
+    there is no such checkpoint or dtype, and as `export`.
     """
     if dtype not in STORED:
         raise UserError(f"--dtype '{dtype}' is unknown; choose one of {', '.join(STORED)}")
@@ -117,9 +118,10 @@ def export_save(
 def export_adapter(
     run: Path, dst: Path, *, step: int | None, progress: Progress | None = None
 ) -> int:
-    """Write the updates of LoRA of a save in peft's layout as the folder `dst`; returns its step.
+    """Write the LoRA updates of a checkpoint in peft's layout as the folder `dst`; returns its
+    step.
 
-    Raises UserError where the run in `run` has none, and as `write_adapter`.
+    Raises UserError if `run` did not train with LoRA, and as `write_adapter`.
     """
     save = open_save(run, step, progress)
     config, recipe, updates = contents(save)
@@ -132,26 +134,26 @@ def export_adapter(
 
 
 def open_save(run: Path, step: int | None, progress: Progress | None = None) -> TrainingCheckpoint:
-    """The save of `step` of the run in `run`, or its latest whole one. Raises UserError."""
+    """Checkpoint of `step` in the run folder `run`, or its latest intact one. Raises UserError."""
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name the folder of a run")
     saves = CheckpointStore(RunFolder(run), report=_log.warning)
     if step is not None and step not in saves.steps():
         there = ", ".join(map(str, saves.steps()))
         remedy = f"--step may be {there}" if there else "it has none yet"
-        raise UserError(f"{run}: has no save of step {step}; {remedy}")
+        raise UserError(f"{run}: has no checkpoint of step {step}; {remedy}")
     save = (
         saves.latest(progress)
         if step is None
         else TrainingCheckpoint(saves.folder / folder_name(step))
     )
     if save is None:
-        raise UserError(f"{run}: has no save yet")
+        raise UserError(f"{run}: has no checkpoint yet")
     return save
 
 
 def contents(save: TrainingCheckpoint) -> tuple[ModelConfig, Recipe, dict[str, Tensor]]:
-    """Config, recipe, and the parameters that were saved."""
+    """Model config, recipe and parameters of a checkpoint."""
     config = config_from_hf(dict(save.metadata["config"]), source=str(save.folder))
     recipe = parse_recipe(dict(save.metadata["recipe"]), origin=str(save.folder))
     tensors = {name: save.tensor(name) for name in save.names() if name.startswith(MODEL)}
@@ -159,15 +161,15 @@ def contents(save: TrainingCheckpoint) -> tuple[ModelConfig, Recipe, dict[str, T
 
 
 def teacher_of(save: TrainingCheckpoint) -> Path:
-    """The checkpoint that was learned from. Raises UserError where it is gone or another."""
+    """Teacher that `save` was trained with. Raises UserError if it is missing or has changed."""
     path = save.metadata.get("teacher_files")
     if path is None:
-        raise UserError(f"{save.folder}: does not say where its teacher lies; train a step anew")
+        raise UserError(f"{save.folder}: has no path of its teacher; train another step")
     return _unchanged(Path(str(path)), teacher_fingerprint, save.metadata["teacher"], save)
 
 
 def base_model_of(save: TrainingCheckpoint) -> Path:
-    """The checkpoint whose weights stayed. Raises UserError where it is gone or another."""
+    """The frozen base model of a LoRA run. Raises UserError if it is missing or has changed."""
     base_model = Path(str(save.metadata["base_model"]))
     return _unchanged(base_model, weights_fingerprint, save.metadata["data"][-1], save)
 
@@ -175,8 +177,8 @@ def base_model_of(save: TrainingCheckpoint) -> Path:
 def _unchanged(
     path: Path, fingerprint: Callable[[Path], str], known: object, save: TrainingCheckpoint
 ) -> Path:
-    """`path`, if it is what it was. Raises UserError."""
+    """`path`, if its fingerprint is `known`. Raises UserError."""
     if not path.exists() or fingerprint(path) != known:
-        what = "holds other weights now" if path.exists() else "is not there"
-        raise UserError(f"{path}: {what}; put back what {save.folder} was trained with")
+        what = "has other weights now" if path.exists() else "does not exist"
+        raise UserError(f"{path}: {what}; restore the weights that {save.folder} was trained with")
     return path

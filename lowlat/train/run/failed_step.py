@@ -1,6 +1,7 @@
-"""The step that ended a run, computed again: where the first number came from that is not finite.
+"""Diagnosis of a step that failed with NaN or infinity: recomputes the step and finds the first
+module and gradient that are not finite.
 
-Owns looking. The batch is `replay`'s, the state that of the save before the step.
+The batch is from `replay`, the weights are from the checkpoint before the step.
 """
 
 import math
@@ -27,41 +28,43 @@ from lowlat.utils.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailedStep:
-    """What a failed step looks like from near."""
+    """Losses, gradient norm and first non-finite values of a failed step."""
 
     step: int
-    """From 1, as the run told it."""
+    """From 1, as in the run's error."""
     losses: tuple[float, ...]
-    """Of the main head and of each MTP module, nats per token; none in phases that match layers or
-    attention.
+    """Losses of the main head and of each MTP module, nats per token; empty in phases that match
+    layers or attention.
     """
     matched: float | None
-    """With a teacher, the mean divergence from it or the error of what the phase matches."""
+    """With a teacher, the mean divergence from it or the error of the matched layers."""
     sequence_loss: float
-    """The sequence-wise loss of balancing, its weight included."""
+    """Sequence-wise balance loss, alpha included."""
     grad_norm: float
     """Global norm before clipping."""
     activation: str | None
-    """Name of the first module whose output is not finite; those of the teacher begin with
+    """Name of the first module whose output is not finite; modules of the teacher start with
     `teacher.`.
     """
     gradient: str | None
-    """Name of the parameter nearest to the loss whose gradient is not finite."""
+    """Name of the parameter closest to the loss whose gradient is not finite."""
 
 
 def look_again(run: Path) -> FailedStep:
-    """The last failed step of the run in `run`, in this process. Raises UserError where no step
-    failed, the save before it is gone, or what it learned from is gone or another.
+    """Recompute the last failed step of the run folder `run` in this process.
+
+    Raises UserError if no step failed, or if the checkpoint before it, its base model or its
+    teacher is missing or has changed.
     """
     path = max(run.glob(BATCH_FILES), default=None)
     if path is None:
-        raise UserError(f"{run}: no step of it failed; name a run that ended with one")
+        raise UserError(f"{run}: has no failed step; name a run that ended with one")
     batch, step = read_batch(path), step_of(path)
     save = open_save(run, step)
     config, recipe, weights = contents(save)
     ranks = recipe.parallel.data * recipe.parallel.fsdp
     plan = TrainingSchedule(recipe, ranks=ranks).at(step)
-    # The save may be that of the phase before.
+    # The checkpoint may be from the phase before.
     own = recipe.model_copy(update={"phase": [plan.phase]})
     (config,) = phase_configs(config, own, str(save.folder))
     base_model = None if recipe.lora is None else base_model_of(save)
@@ -100,8 +103,8 @@ def look_again(run: Path) -> FailedStep:
 
 @contextmanager
 def _first_not_finite(models: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """Collects the names of modules whose outputs are not finite, in the order they are made, each
-    behind what `models` calls its model.
+    """Collects the name of the first module whose output is not finite, with the prefix of its
+    model in `models`.
     """
     found: list[str] = []
 
@@ -125,7 +128,7 @@ def _first_not_finite(models: Mapping[str, nn.Module]) -> Iterator[list[str]]:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """Those of numbers that may be infinite, in what a module returned."""
+    """Floating-point tensors in the output of a module."""
     if isinstance(output, Tensor) and output.is_floating_point():
         yield output
     elif isinstance(output, tuple | list):
@@ -139,8 +142,8 @@ def _norm(sharded: ShardedParameters) -> float:
 
 
 def _nearest_gradient(sharded: ShardedParameters) -> str | None:
-    """Gradients spread backwards: the last parameter in the model's order is the first to have
-    one.
+    """The last parameter in the model's order whose gradient is not finite: the backward pass
+    reached it first.
     """
     for param in reversed(sharded.parameters):
         gradient = param.local.grad

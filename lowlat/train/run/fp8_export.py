@@ -30,12 +30,12 @@ def save_fp8(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ModelConfig:
     """Write `parameters` (names of a model without stacked experts) as the folder `dst` in the
-    layout of released FP8 checkpoints; returns the config written.
+    layout of released FP8 checkpoints; returns the written config.
 
-    Weights that FP8 training quantises become fp8 with weight_scale_inv per 128x128 block, the very
-    ones its products use; all others are rounded to `dtype`, router biases stay fp32. Tokenizer
-    files come from `source` (folder, .gguf, None). One quantised tensor is in memory at a time.
-    Raises UserError as `write_checkpoint`, and naming a weight that is not finite.
+    Weights that FP8 training quantizes are stored as fp8 with weight_scale_inv per 128x128 block,
+    bit-identical to the training's. Other weights are rounded to `dtype`; router biases stay fp32.
+    Tokenizer files come from `source` (folder, .gguf, None). One quantized tensor is in memory at a
+    time. Raises UserError as `write_checkpoint`, and naming a weight that is not finite.
     """
     quantized = replace(config, quantization=QuantConfig(scale_fmt=scale_fmt))
     raw = config_to_hf(quantized)
@@ -53,9 +53,7 @@ def save_fp8(
 
 
 class Fp8Parameters(Mapping[str, Tensor]):
-    """The parameters a model loaded from an FP8 checkpoint has, made from master copies when they
-    are asked for.
-    """
+    """Parameters of an FP8 checkpoint, quantized lazily from the master weights."""
 
     def __init__(
         self, config: ModelConfig, masters: Mapping[str, Tensor], dtype: torch.dtype

@@ -1,6 +1,4 @@
-"""The batch of a step that failed, kept as a file and read back, so that the step can be looked at
-again.
-"""
+"""File format for the batch of a failed step, so that `failed_step` can recompute it."""
 
 import json
 from pathlib import Path
@@ -13,22 +11,24 @@ from lowlat.data.batch import Batch
 from lowlat.utils.errors import UserError
 
 BATCH_FILES = "failed-step-*.safetensors"
-"""Batches in the folder of a run."""
+"""Pattern of batch files in a run folder."""
 
 
 def batch_file(folder: Path, step: int) -> Path:
-    """Where the batch of `step` (from 0) is kept in the folder of a run."""
+    """Path of the batch of `step` (from 0) in a run folder."""
     return folder / f"failed-step-{step + 1:08}.safetensors"
 
 
 def step_of(path: Path) -> int:
-    """The step (from 0) whose batch `batch_file` keeps as `path`."""
+    """The step (from 0) in the name of a batch file."""
     return int(path.stem.rpartition("-")[2]) - 1
 
 
 def keep_batch(path: Path, step: int, batch: Batch) -> str:
-    """Write `batch` of `step` (from 0) as `path`, in place of one that is there; says where it is,
-    or why it is nowhere: that it failed must not hide the failure of the step.
+    """Write `batch` of `step` (from 0) to `path`, replacing an existing file.
+
+    Returns the path, or the reason why writing failed, as a phrase for the error of the step: a
+    write error must not hide the step's error.
     """
     documents = json.dumps(batch.documents)
     tensors = {"tokens": batch.tokens.cpu(), "loss_mask": batch.loss_mask.cpu()}
@@ -38,17 +38,17 @@ def keep_batch(path: Path, step: int, batch: Batch) -> str:
         partial.rename(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        return f"not kept ({error})"
+        return f"not saved ({error})"
     return f"in {path}"
 
 
 def read_batch(path: Path) -> Batch:
-    """The batch in a file of `keep_batch`. Raises UserError."""
+    """Read a file of `keep_batch`. Raises UserError."""
     try:
         with safe_open(path, framework="pt") as file:
             tokens, loss_mask = file.get_tensor("tokens"), file.get_tensor("loss_mask")
             documents = json.loads((file.metadata() or {})["documents"])
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: is not a batch that a failed step left ({error})") from error
+        raise UserError(f"{path}: is not the batch file of a failed step ({error})") from error
     rows = None if documents is None else tuple(tuple(row) for row in documents)
     return Batch(tokens=tokens, loss_mask=loss_mask.to(torch.bool), documents=rows)

@@ -1,5 +1,5 @@
-"""SIGINT and SIGTERM as a wish: the step under way is finished and saved. A second SIGINT ends the
-process at once.
+"""Graceful stop on SIGINT and SIGTERM: the run finishes the current step and writes a checkpoint. A
+second SIGINT ends the process at once.
 """
 
 import signal
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class StopSignals:
-    """Catches the signals while entered; only in the main thread."""
+    """Catches the signals inside a `with` block of the main thread; `asked` is true after one."""
 
     def __init__(self) -> None:
         self.asked = False

@@ -1,7 +1,7 @@
-"""The complete state of a run as named tensors and facts, and back.
+"""Complete state of a training run, as named tensors and JSON metadata, and validation on resume.
 
-Owns what a state consists of: weights with routing biases, optimiser, random numbers, position in
-the data, recipe. Files are `saves`'; none of it depends on how a run is divided among processes.
+The state is the weights with routing biases, the optimizer state, the random state, the position
+in the data, and the recipe. It does not depend on the parallelism. `checkpoints` stores it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,24 +33,23 @@ FREE_KEYS = (
     "device",
     "activation_checkpointing",
 )
-"""Parts of a recipe that a resumed run may change: they decide nothing about the numbers."""
+"""Recipe keys that a resumed run may change, because they do not affect the results."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Position:
-    """How far a run has come."""
+    """Progress of a run."""
 
     step: int
-    """Optimiser steps done."""
+    """Completed optimizer steps."""
     seconds: float
-    """Spent so far by all processes that ran it, one after the other."""
+    """Training time so far, summed over all resumptions."""
 
 
 def state_tensors(sharded: ShardedParameters, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the state, by name and whole: views, not copies, where one process has all.
-    With LoRA the weights that stay are none of it.
+    """Full tensors of the state by name, one at a time, so that no process needs memory for all.
 
-    Collective; tensors come one after the other, so that no process needs room for all of them.
+    On a single process they are views. With LoRA the state excludes the frozen weights. Collective.
     """
     updates_only = any(is_lora_parameter(param.name) for param in sharded.parameters)
     for name, tensor in sharded.full_parameters():
@@ -62,8 +61,8 @@ def state_tensors(sharded: ShardedParameters, optimizer: Optimizer) -> Iterator[
 
 
 def snapshot(sharded: ShardedParameters, optimizer: Optimizer, *, keep: bool = True) -> Snapshot:
-    """The same as copies in memory, which training does not touch; collective. With `keep` false
-    this process only gives its part to the others.
+    """Copy of `state_tensors` in CPU memory. Collective: with `keep` false, this process takes part
+    but stores nothing.
     """
     return [
         (name, tensor.detach().to("cpu", copy=True))
@@ -73,7 +72,7 @@ def snapshot(sharded: ShardedParameters, optimizer: Optimizer, *, keep: bool = T
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
+    """Tensors whose names start with `prefix`, with the prefix removed."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
@@ -87,12 +86,12 @@ def facts(
     teacher: Path | None = None,
     taught_by: str | None = None,
 ) -> dict[str, Any]:
-    """Everything of the state that is no tensor.
+    """JSON metadata of the state.
 
-    `fingerprints` identify the data of each phase, then with LoRA the frozen base model;
-    `base_model` and `teacher` are the files that the recipe names, `taught_by` is the teacher's
-    fingerprint. The sequences read so far follow from step and recipe; they are recorded for
-    readers of the file.
+    `fingerprints` identify the data of each phase and, with LoRA, the frozen base model.
+    `base_model` and `teacher` are the files that the recipe names; `taught_by` is the teacher's
+    fingerprint. The numbers of sequences and tokens follow from step and recipe and are recorded
+    for information.
     """
     done = position.step >= schedule.steps
     plan = schedule.at(min(position.step, schedule.steps - 1))
@@ -120,30 +119,30 @@ def check_resumable(
     folder: str,
     teacher: str | None = None,
 ) -> Position:
-    """Where a run goes on. Raises UserError, saying what differs, where the recipe, the data or the
-    teacher would not continue what was saved.
+    """Position at which a run resumes. Raises UserError naming the differences if recipe, data or
+    teacher differ from those of the checkpoint.
     """
-    # Keys that recipes did not have when it was written have their defaults.
+    # Recipe keys newer than the checkpoint have their defaults.
     before = parse_recipe(dict(saved["recipe"]), origin=folder).model_dump(mode="json")
     differences = list(_differences(before, recipe.model_dump(mode="json")))
     differences = [text for key, text in differences if key.split(".")[0] not in FREE_KEYS]
     phases = len(recipe.phase)
     if saved["data"][:phases] != fingerprints[:phases]:
-        differences.append("the token folder holds other data")
+        differences.append("the tokenized dataset has changed")
     if saved["data"][phases:] != fingerprints[phases:]:
-        differences.append("base_model holds other weights")
+        differences.append("base_model has other weights")
     if saved.get("teacher") != teacher:
         differences.append("distillation.teacher is another model")
     if differences:
         raise UserError(
-            f"{folder}: was trained by another recipe: {'; '.join(differences[:5])}; "
+            f"{folder}: was trained with another recipe: {'; '.join(differences[:5])}; "
             "restore it, or choose another --out for the changed one"
         )
     step = int(saved["step"])
     if saved["tokens"] != schedule.tokens_before(step):
         raise UserError(
-            f"{folder}: {saved['tokens']:,} tokens were read in {step} steps, but batches rounded "
-            f"for this [parallel] come to {schedule.tokens_before(step):,}; choose sizes whose "
+            f"{folder}: trained on {saved['tokens']:,} tokens in {step} steps, but batches rounded "
+            f"for this [parallel] have {schedule.tokens_before(step):,}; choose sizes whose "
             "data x fsdp x micro_batch_size divides batch_size"
         )
     return Position(step=step, seconds=float(saved["seconds"]))
@@ -155,18 +154,18 @@ def check_config(
     schedule: TrainingSchedule,
     folder: str,
 ) -> None:
-    """Whether the model that was saved has the config of its phase. Raises UserError saying what
-    differs: a checkpoint to start from may have become another.
+    """Raises UserError naming the differences if the checkpoint's model config is not that of its
+    phase, for example because the base model has changed.
     """
     done = max(0, int(saved["step"]) - 1)
     present = config_to_hf(configs[schedule.at(done).phase_index])
-    # Keys that configs did not have when it was written have their defaults.
+    # Config keys newer than the checkpoint have their defaults.
     before = config_to_hf(config_from_hf(dict(saved["config"]), source=folder))
     changes = [text for _, text in _differences(before, present)]
     if changes:
         raise UserError(
-            f"{folder}: was trained as another model: {'; '.join(changes[:5])}; restore the "
-            "config.json of base_model, or choose another --out for the changed one"
+            f"{folder}: was trained with another model config: {'; '.join(changes[:5])}; restore "
+            "the config.json of base_model, or choose another --out for the changed one"
         )
 
 

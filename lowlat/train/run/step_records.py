@@ -1,4 +1,4 @@
-"""What a step is worth writing down: speeds, memory, loads as records of the log."""
+"""Log records of training steps and evaluations: losses, throughput, MFU, memory, expert loads."""
 
 import math
 import resource
@@ -17,19 +17,19 @@ from lowlat.train.step.step import StepResult
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRecorder:
-    """Turns the results of steps into records."""
+    """Converts step results to log records."""
 
     flops_per_token: float
-    """Model FLOPs of training on one token."""
+    """Model FLOPs per token, forward and backward."""
     gemm_rate: float
-    """FLOP/s of plain matrix products on the device."""
+    """Measured FLOP/s of matrix products over all processes, the reference of MFU."""
     device: torch.device
-    """Where training happens."""
+    """Device of the training."""
 
     def record(
         self, plan: StepPlan, result: StepResult, position: Position, seconds: float, tokens: int
     ) -> StepRecord:
-        """The record of the step `plan`, which took `seconds`; `tokens` were read so far."""
+        """The record of the step `plan`, which took `seconds`; `tokens` is the total so far."""
         rate = plan.tokens / seconds
         return StepRecord(
             step=position.step,
@@ -55,8 +55,9 @@ class StepRecorder:
 def eval_record(
     figures: tuple[float, ...], num_heads: int, step: int, tokens: int, data: PhaseData
 ) -> EvalRecord:
-    """The record of an evaluation on the held-out split of `data`: losses of `num_heads` heads, and
-    with a teacher the divergence from it.
+    """The record of an evaluation on the held-out split of `data`.
+
+    figures: losses of `num_heads` heads, then with a teacher the divergence from it.
     """
     losses, more = figures[:num_heads], figures[num_heads:]
     has_chats = data.dataset.has_mask("held_out")
@@ -74,8 +75,10 @@ def eval_record(
 
 
 def targets_per_byte(folder: TokenizedDataset, *, document_masks: bool) -> float | None:
-    """Targets of the held-out split of `folder` over the bytes of its text; None where not all of
-    these are predicted: of chats, and of masked documents whose first token is text.
+    """Targets of the held-out split of `folder` per byte of its text.
+
+    None if part of the text is no target: chats, and masked documents that start without a
+    begin-of-text token.
     """
     size = folder.num_bytes("held_out")
     if not size or folder.has_mask("held_out"):

@@ -1,7 +1,7 @@
-"""A run from its recipe to its last save: resume, steps, evaluations, saves, export.
+"""Training loop: resume, optimizer steps, evaluation, checkpoints, phase changes and final export.
 
-Owns the loop and what interrupts it. What a run rests on is `basis`'s, building `build`'s, a step
-`step`'s, files are those of `saves` and `runlog`.
+`inputs` opens files, `build` constructs the model, `step` computes a step, `checkpoints` and
+`metrics` write files.
 """
 
 import gc
@@ -62,19 +62,20 @@ from lowlat.utils.memory import retain_freed_memory
 from lowlat.utils.progress import Progress, SilentProgress
 
 MODEL_FOLDER = "model"
-"""Where the finished model lies in a run's folder."""
+"""Folder of the finished model in the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingResult:
-    """How a call of `Trainer.run` ended."""
+    """Result of `Trainer.run`."""
 
     step: int
-    """Optimiser steps done."""
+    """Completed optimizer steps."""
     is_complete: bool
-    """Whether the recipe is done; otherwise the run was asked to stop and can go on."""
+    """Whether the recipe is finished; otherwise a signal stopped the run, which can resume."""
     losses: tuple[float, ...]
-    """Of the last step: main head, then MTP modules, nats per token; empty without a step."""
+    """Losses of the last step: main head, then MTP modules, nats per token; empty without a step.
+    """
     model: Path | None
     """The finished model in the Hugging Face layout."""
 
@@ -95,13 +96,12 @@ class Trainer:
         progress: Progress | None = None,
         mesh: ProcessMesh | None = None,
     ) -> None:
-        """Open data, build or resume.
+        """Open the data and build the model, from the latest checkpoint in the folder if any.
 
-        base: where relative paths of the recipe start; base_model, teacher: the files behind
+        base: folder that relative paths of the recipe start from; base_model, teacher: files of
         recipe.base_model and recipe.distillation; origin: the recipe's name in errors; mesh: the
-        processes that run it, of which the first holds the folder and has a log. Raises UserError
-        for data that is not whole, a recipe that does not continue what the folder holds, and as
-        `build`.
+        processes of the run, of which rank 0 holds the folder and has a log. Raises UserError for
+        corrupt data, for a recipe that differs from that of the checkpoint, and as `build`.
         """
         progress = progress or SilentProgress()
         self._mesh = mesh = mesh or ProcessMesh()
@@ -134,8 +134,10 @@ class Trainer:
             keep_tokenizer(run.path, self._inputs.tokenizer_source)
 
     def run(self) -> TrainingResult:
-        """Train to the end of the recipe, or until SIGINT or SIGTERM, which end a run after the
-        step under way with a save. Raises UserError where a loss or gradient is not finite.
+        """Training loop: train to the end of the recipe, or until SIGINT or SIGTERM, after which
+        the run finishes the current step and writes a checkpoint.
+
+        Raises UserError if a loss or gradient is not finite.
         """
         self._meter = self._new_meter()
         self.log.start(
@@ -167,7 +169,7 @@ class Trainer:
         complete = self.position.step >= self.schedule.steps
         if not complete:
             self.log.note(
-                f"stopped after step {self.position.step}; the same command goes on from there"
+                f"stopped after step {self.position.step}; the same command resumes from there"
             )
         return TrainingResult(
             step=self.position.step,
@@ -178,17 +180,17 @@ class Trainer:
 
     @property
     def config(self) -> ModelConfig:
-        """The model's, in the present phase."""
+        """Config of the model in the current phase."""
         return self.model.config
 
     def _latest(self, progress: Progress) -> TrainingCheckpoint | None:
-        """The save to go on from, which the first process finds and verifies."""
+        """The checkpoint to resume from; rank 0 finds and verifies it."""
         save = self._saves.latest(progress) if self._mesh.is_main_process else None
         step = self._mesh.broadcast(-1 if save is None else save.step)
         return self._saves.open(step) if save is None and step >= 0 else save
 
     def _resumed(self, save: TrainingCheckpoint) -> Position:
-        """Where `save` is. Raises UserError if it is not of this recipe on this basis."""
+        """Position of `save`. Raises UserError if its recipe or inputs differ from this run's."""
         folder = str(self.run_folder.path)
         position = check_resumable(
             save.metadata,
@@ -205,9 +207,9 @@ class Trainer:
         return self.schedule.at(min(self.position.step, self.schedule.steps - 1))
 
     def _build(self, tensors: dict[str, Tensor]) -> None:
-        """Model and optimiser of the present phase, from the `tensors` of a state unless empty.
+        """Build model and optimizer of the current phase, from the state `tensors` unless empty.
 
-        They are taken out of it, so that what is copied may be forgotten tensor by tensor.
+        Tensors are popped from the mapping, so that each can be freed after it is copied.
         """
         config = self._inputs.configs[self._phase]
         moments, random = part(tensors, OPTIMIZER), tensors.get(RANDOM)
@@ -238,9 +240,9 @@ class Trainer:
         self._phase = plan.phase_index
         state = state_tensors(self.sharded, self.optimizer)
         tensors = {name: tensor.cpu() for name, tensor in state}
-        # Weights and moments are moved, not held twice.
+        # Free the old model and optimizer before the new ones are built.
         del state, self.model, self._passes, self.sharded, self.optimizer, self._balancer
-        gc.collect()  # gates and what watches them refer to each other
+        gc.collect()  # gates and their hooks refer to each other
         self._build(tensors)
         self._meter = self._new_meter()
         self.log.note(f"phase {plan.phase.name} begins")
@@ -263,7 +265,7 @@ class Trainer:
         seconds = time.monotonic() - began
         self._advance(1, seconds)
         if not result.has_targets:
-            self.log.note(f"step {plan.step + 1}: its batch holds no target; nothing moved")
+            self.log.note(f"step {plan.step + 1}: its batch has no target; no weight was updated")
         if self.position.step % self.recipe.log.every_steps == 0 or plan.ends_phase:
             tokens = self.schedule.tokens_before(self.position.step)
             self.log.step(self._meter.record(plan, result, self.position, seconds, tokens))
@@ -279,7 +281,7 @@ class Trainer:
         self._saves.wait()
         if not self._mesh.broadcast(int(plan.step in self._saves.steps())):
             self._save()
-        kept = "kept by the first process"
+        kept = "saved by rank 0"
         if self._mesh.is_main_process:
             path = batch_file(self.run_folder.path, plan.step)
             kept = keep_batch(path, plan.step, self._present.train.batch(plan.first_row, plan.rows))
@@ -288,9 +290,10 @@ class Trainer:
         losses = (*result.losses, result.matched or 0.0)
         what = "gradient" if all(map(_is_finite, losses)) else "loss"
         raise UserError(
-            f"step {plan.step + 1}: the {what} is not finite; its batch is {kept}, the state "
-            f"before it in {self._saves.folder}; to go on, lowlat train export "
-            f"{self.run_folder.path} DST, and a new recipe with base_model = DST and a lower rate"
+            f"step {plan.step + 1}: the {what} is not finite; its batch is {kept}, the checkpoint "
+            f"before it in {self._saves.folder}; to continue, run lowlat train export "
+            f"{self.run_folder.path} DST, and a new recipe with base_model = DST and a lower "
+            "learning_rate"
         )
 
     def _evaluate(self, plan: StepPlan) -> None:
@@ -309,8 +312,8 @@ class Trainer:
         self.log.evaluation(eval_record(found, num_ahead, *at))
 
     def _held_out_batches(self, plan: StepPlan) -> Iterator[Batch]:
-        """This process's, every `row_parts`-th; where they do not come out even, the last one
-        again without targets.
+        """Held-out micro-batches of this process: every `data_parallel_size`-th. If their number is
+        not divisible, the last one is repeated without targets.
         """
         windows = self._present.held_out
         assert windows is not None
@@ -327,7 +330,7 @@ class Trainer:
 
     def _save(self) -> None:
         began = time.monotonic()
-        self._saves.wait()  # its copy of the state goes before the next is made
+        self._saves.wait()  # frees the copy of the last state before the next is made
         tensors = snapshot(self.sharded, self.optimizer, keep=self._mesh.is_main_process)
         if self._mesh.is_main_process:
             self._saves.write_async(

@@ -137,8 +137,9 @@ def is_lora_parameter(name: str) -> bool:
 
 
 def merged(parameters: Mapping[str, Tensor], table: LoraConfig) -> Iterator[tuple[str, Tensor]]:
-    """Merge updates into the weights, in fp32: yields the parameters of a model without LoRA, one
-    at a time. Experts are stacked.
+    """LoRA merge in fp32: add B A alpha / rank to each weight.
+
+    Yields the parameters of a model without LoRA, one at a time. Experts are stacked.
     """
     scale = table.alpha / table.rank
     for name, weight in parameters.items():

@@ -114,7 +114,7 @@ def test_articles_are_spelled_after_what_repeats_is_left_out(shelf: Path, tmp_pa
 
 
 def test_texts_to_keep_out_are_known_in_another_spelling(shelf: Path, tmp_path: Path) -> None:
-    """As WikiText has them, a word in ten unknown. Holds shut: evaluation text in a corpus."""
+    """As WikiText has them, a word in ten unknown. Regression: evaluation text in a corpus."""
     theirs = (
         "The European lobster's claws are unequal: one is for crushing, the other, of 2,500 small "
         "teeth, for cutting; it may well-nigh double its weight in a year or so."
@@ -220,7 +220,7 @@ def test_bytes_that_are_no_text_are_an_error(shelf: Path, tmp_path: Path) -> Non
 
 
 def test_a_held_out_glob_that_matches_nothing_is_an_error(shelf: Path, tmp_path: Path) -> None:
-    """Holds shut: a renamed file quietly moves from evaluation into training."""
+    """Regression: a renamed file quietly moves from evaluation into training."""
     archive = make_tgz(shelf / "c-1.0.tgz", {"p/a.txt": b"text"})
     source = make_source(archive, "npm:c==1.0", held_out=["p/2020.txt"])
     with pytest.raises(UserError, match=r"held_out matches no document: p/2020\.txt"):

@@ -50,7 +50,7 @@ def test_a_wheel_comes_through_pip(shelf: Path) -> None:
 
 
 def test_an_sdist_is_fetched_and_its_setup_is_never_run(shelf: Path, tmp_path: Path) -> None:
-    """Holds shut: `pip download` of a source archive runs its setup.py."""
+    """Regression: `pip download` of a source archive runs its setup.py."""
     mark = tmp_path / "setup-ran"
     setup = f"open({str(mark)!r}, 'w')\nfrom setuptools import setup\nsetup(name='tiny')"
     files = {"tiny-1.0/setup.py": setup.encode(), "tiny-1.0/a.txt": b"text"}

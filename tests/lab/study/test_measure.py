@@ -18,7 +18,7 @@ def one_hot(ids: list[int]) -> torch.Tensor:
 def test_drafts_are_compared_with_what_the_main_model_decides(
     make_folder: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Holds shut: rows shifted by one, which would compare a draft with another place's token."""
+    """Regression: rows shifted by one, which would compare a draft with another place's token."""
     text = [10, 11, 12, 13, 14]
     data = make_folder([text], held_out=[text])
     main = [11, 12, 99, 14, 15]  # after each token; right but for the third

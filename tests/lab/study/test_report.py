@@ -60,7 +60,7 @@ def test_a_study_becomes_a_page(
 
 
 def test_failed_arms_are_told(size: StudySize, data: TokenizedDataset, tmp_path: Path) -> None:
-    """Holds shut: a report that breaks, or keeps quiet, where an variant has no run."""
+    """Regression: a report that breaks, or keeps quiet, where an variant has no run."""
     pytest.importorskip("matplotlib")
     variants = attention.attention_variants(size, data.vocab_size)[:5:4]
     broken = tmp_path / "runs" / "mla" / "seed-1"

@@ -25,7 +25,7 @@ def test_one_value_has_no_confidence() -> None:
 
 
 def test_pairs_cancel_what_seeds_share() -> None:
-    """Holds shut: differences of means, whose spread is that of the seeds."""
+    """Regression: differences of means, whose spread is that of the seeds."""
     left, right = {1: 3.1, 2: 5.1, 3: 4.1}, {1: 3.0, 2: 5.0, 3: 4.0}
     found = paired(left, right)
     assert found is not None and found.mean == pytest.approx(0.1)

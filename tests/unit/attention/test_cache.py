@@ -1,4 +1,4 @@
-"""The paged cache: rows go where their slot says and come back in order."""
+"""The paged KV cache: entries are written to their slots and read in order."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_deepseek_v3_leaves_70272_bytes_per_token() -> None:
     assert cache_bytes_per_token(mha, torch.bfloat16) == 61 * 2 * 128 * 128 * 2
 
 
-def test_one_row_per_token_and_layer() -> None:
+def test_one_entry_per_token_and_layer() -> None:
     cache = PagedCache(config_of(MLA(), layers=3, mtp=2), num_pages=7, dtype=torch.bfloat16)
     assert [rows.shape for rows in cache.layers] == 5 * [(7, 64, 13 + 4)]
     assert cache.num_pages == 7 and cache.page_size == 64
@@ -29,8 +29,8 @@ def test_one_row_per_token_and_layer() -> None:
 
 
 @pytest.mark.parametrize("pages", [(2, 3, 4), (4, 1, 3), (5,), (0, 2)])
-def test_rows_come_back_in_sequence_order(pages: tuple[int, ...]) -> None:
-    """Neighbouring pages are read as a view, scattered ones gathered; both are the same rows."""
+def test_entries_are_read_in_sequence_order(pages: tuple[int, ...]) -> None:
+    """Contiguous pages are read as a view, scattered ones gathered; both give the same entries."""
     cache = PagedCache(config_of(MLA(), layers=2), num_pages=6, page_size=3, dtype=torch.float32)
     length = 3 * len(pages) - 1
     rows = torch.randn(length, 17)
@@ -42,14 +42,14 @@ def test_rows_come_back_in_sequence_order(pages: tuple[int, ...]) -> None:
     assert cache.layers[1].count_nonzero() == rows.numel()
 
 
-def test_more_pages_than_rows_are_allowed() -> None:
+def test_more_pages_than_entries_are_allowed() -> None:
     cache = PagedCache(config_of(MLA(), layers=1), num_pages=6, page_size=3, dtype=torch.float32)
     rows = torch.randn(2, 17)
     cache.write(0, torch.tensor([9, 10]), rows)
     assert torch.equal(cache.read(0, (3, 0, 5), 2, torch.float32), rows)
 
 
-def test_rows_are_stored_in_the_cache_dtype() -> None:
+def test_entries_are_stored_in_the_cache_dtype() -> None:
     cache = PagedCache(config_of(MLA(), layers=1), num_pages=1, dtype=torch.bfloat16)
     rows = torch.randn(5, 17)
     cache.write(0, torch.arange(5), rows)
@@ -58,15 +58,15 @@ def test_rows_are_stored_in_the_cache_dtype() -> None:
     assert torch.equal(cache.read(0, (0,), 5, torch.float64), narrow.double())
 
 
-def test_plain_rows_of_neighbouring_pages_are_not_copied() -> None:
+def test_plain_entries_of_contiguous_pages_are_not_copied() -> None:
     cache = PagedCache(config_of(MLA(), layers=2), num_pages=6, dtype=torch.bfloat16)
     rows = cache.read(1, (2, 3), 100, torch.bfloat16)
     assert rows.data_ptr() == cache.layers[1][2].data_ptr()
 
 
 @pytest.mark.parametrize("pages", [(2, 3, 4), (4, 1, 3)])
-def test_int8_rows(pages: tuple[int, ...]) -> None:
-    """Bytes instead of numbers; every row is what packing and unpacking it alone gives."""
+def test_int8_entries(pages: tuple[int, ...]) -> None:
+    """Every entry equals packing and unpacking it alone."""
     config = config_of(MLA(), layers=2)
     cache = PagedCache(config, num_pages=6, page_size=3, dtype=torch.int8)
     # 13 channels in 16 bytes, a scale, 4 in bf16
@@ -100,7 +100,7 @@ def test_copy_page_copies_every_layer() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_pages_that_are_not_written_take_no_memory() -> None:
-    """Holds shut: a server that takes most of a machine's memory before its first request."""
+    """Regression: a server that takes most of a machine's memory before its first request."""
 
     def resident() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -1,5 +1,5 @@
 """Cached attention equals attention over whole sequences: any chunks, page sizes, page order and
-company.
+batch.
 """
 
 import math
@@ -136,8 +136,8 @@ def test_gqa_in_chunks_equals_whole(page_size: int, scattered: bool, window: int
 
 
 @pytest.mark.parametrize("break_even", [ABSORBED, EXPANDED, 2.0])
-def test_mla_from_int8_rows(break_even: float) -> None:
-    """What is read back is attended to, whichever path and chunks."""
+def test_mla_from_int8_entries(break_even: float) -> None:
+    """Attention reads the dequantized entries, for any path and chunks."""
     inputs, rest = mla_inputs(sum(LENGTHS)), (*up_projections(), 0.3)
     stored = unpack_entries(pack_entries(inputs["rows"], 13), 17, 13, torch.float64)
     assert (stored - inputs["rows"]).abs().max() > 1e-3
@@ -148,7 +148,7 @@ def test_mla_from_int8_rows(break_even: float) -> None:
     torch.testing.assert_close(out, whole, rtol=0, atol=1e-10)
 
 
-def test_gqa_from_int8_rows() -> None:
+def test_gqa_from_int8_entries() -> None:
     inputs, rest = gqa_inputs(sum(LENGTHS)), (0.4, None)
     rows = torch.cat([inputs["k"].flatten(1), inputs["v"].flatten(1)], dim=1)
     stored = unpack_entries(pack_entries(rows, 24), 24, 24, torch.float64)
@@ -160,7 +160,7 @@ def test_gqa_from_int8_rows() -> None:
     torch.testing.assert_close(out, whole, rtol=0, atol=1e-10)
 
 
-def test_gqa_rows_are_keys_then_values() -> None:
+def test_gqa_entries_are_keys_then_values() -> None:
     cache = new_cache(GQA(), 3)
     batch = AttentionBatch.build([SequenceSlice(pages=(4,), start=0, length=2)], page_size=3)
     inputs = gqa_inputs(2)
@@ -170,7 +170,7 @@ def test_gqa_rows_are_keys_then_values() -> None:
     assert torch.equal(rows[:, 12:], inputs["v"].flatten(1))
 
 
-def test_mla_caches_the_rows_it_is_given() -> None:
+def test_mla_caches_the_entries_it_is_given() -> None:
     cache = new_cache(MLA(), 3)
     batch = AttentionBatch.build(
         [SequenceSlice(pages=(4, 2), start=0, length=5, path="expanded")], page_size=3
@@ -200,7 +200,7 @@ def test_break_even_of_deepseek_v3_is_about_170() -> None:
     ("path", "called"),
     [("decode", "absorbed_mla"), ("absorbed", "absorbed_mla"), ("expanded", "expanded_mla")],
 )
-def test_the_slice_says_the_form(
+def test_the_slice_selects_the_path(
     path: AttentionPath, called: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -216,7 +216,7 @@ def test_the_slice_says_the_form(
     assert seen == [called]
 
 
-def test_the_quickest_form_follows_from_length_and_config() -> None:
+def test_the_fastest_path_follows_from_length_and_config() -> None:
     """The border of the wide MLA is 512 (128 + 128) / (2 512 + 4 - 128 - 4 - 128) = 170.7."""
     wide = MLA(qk_nope_head_dim=128, v_head_dim=128, kv_lora_rank=512)
     assert choose_path(wide, 170) == "absorbed" and choose_path(wide, 200) == "expanded"

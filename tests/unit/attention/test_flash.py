@@ -1,4 +1,4 @@
-"""Fused attention is packed attention: the same outputs and gradients, whatever the path."""
+"""Fused attention is packed attention: the same outputs and gradients on every path."""
 
 from collections.abc import Callable
 
@@ -70,7 +70,7 @@ def test_gqa(lengths: list[int], kv_heads: int, window: int | None, dtype: torch
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_models_of_every_form(name: str) -> None:
+def test_models_of_every_attention(name: str) -> None:
     """Whole models over ragged sequences, gradients of every weight included."""
     lengths = LENGTHS["ragged"]
     config = EVERY[name]

@@ -1,4 +1,4 @@
-"""int8 rows: bytes by hand, errors below half a step, bf16 kept."""
+"""int8 entries: bytes by hand, errors below half a step, bf16 channels unchanged."""
 
 import struct
 
@@ -52,7 +52,7 @@ def test_zeros_and_what_is_not_finite() -> None:
     assert unpack_entries(pack_entries(rows, 66), 70, 66, torch.float32)[0, :64].isnan().all()
 
 
-def test_rounds_once_to_the_asked_type() -> None:
+def test_rounds_once_to_the_requested_dtype() -> None:
     rows = torch.randn(5, 66)
     wide = unpack_entries(pack_entries(rows, 64), 66, 64, torch.float32)
     assert torch.equal(

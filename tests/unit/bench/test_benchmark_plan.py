@@ -26,7 +26,7 @@ def test_a_plan_has_prompts_first_and_rising() -> None:
 
 
 def test_default_lengths_end_with_the_context() -> None:
-    """Holds shut: a command without options that no model of a short context could take."""
+    """Regression: a command without options that no model of a short context could take."""
     lengths = [(c.kind, c.tokens) for c in make_plan(threads=1).within(2048).cases]
     assert lengths == [("prefill", 512), ("prefill", 2048), ("decode", 128), ("decode", 2048)]
     chosen = make_plan(prefill="512,4096", threads=1).within(2048)
@@ -68,7 +68,7 @@ def test_wrong_options_are_named(options: dict[str, object], problem: str) -> No
     ],
 )
 def test_the_cache_dtype_follows_the_weights(dtype: str, cache: str, found: str) -> None:
-    """Holds shut: results of an fp32 cache that call it bf16."""
+    """Regression: results of an fp32 cache that call it bf16."""
     assert make_plan(dtype=dtype, cache=cache, threads=1).cache == found
 
 

@@ -89,7 +89,7 @@ def test_what_is_timed_must_be_near(error: float, is_near: bool) -> None:
 def test_what_is_timed_is_as_near_as_its_cache_leaves_it(
     dtype: str, cache: str, error: float, told: str
 ) -> None:
-    """Holds shut: an int8 cache held to what fp32 rounds."""
+    """Regression: an int8 cache held to what fp32 rounds."""
     with pytest.raises(UserError, match=told):
         require_near(error, dtype, cache)
     require_near(error * 0.4, dtype, cache)
@@ -102,7 +102,7 @@ def test_programs_that_disagree_are_not_timed(fakes_only: None, checkpoint: Path
 
 
 def test_packed_weights_are_not_called_bf16(checkpoint: Path, tmp_path: Path) -> None:
-    """Holds shut: a report and a roofline of bf16 weights where int4 ones were timed."""
+    """Regression: a report and a roofline of bf16 weights where int4 ones were timed."""
     convert(checkpoint, tmp_path / "int4", dtype="int4")
     for dtype in ("bf16", "int8", "fp8"):
         plan = make_plan(prefill="", decode="9", dtype=dtype, threads=1)
@@ -122,7 +122,7 @@ def test_relative_error_is_of_root_mean_squares() -> None:
 
 
 def test_longer_prompts_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds shut: kernels that only prompts of some length use, never compared."""
+    """Regression: kernels that only prompts of some length use, never compared."""
     logits = np.ones((OWN_TOKENS[-1], 4), np.float32)
     agreed = Agreement(ids=list(range(OWN_TOKENS[-1])), reference=logits, differences={})
     worker = Scripted("lowlat", [], [])

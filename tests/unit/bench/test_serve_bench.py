@@ -165,7 +165,7 @@ def test_peers_that_cannot_be_run_are_named(tmp_path: Path) -> None:
 
 
 def test_every_token_of_a_vocabulary_is_text(tmp_path: Path) -> None:
-    """Holds shut: servers that answer with nothing where a token has no bytes of its own, or that
+    """Regression: servers that answer with nothing where a token has no bytes of its own, or that
     cut an answer off where its bytes are no UTF-8.
     """
     import tokenizers

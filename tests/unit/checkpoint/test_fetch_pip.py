@@ -75,7 +75,7 @@ def test_pip_failure_is_one_line(
 
 
 def test_run_pip_returns_output_and_watches(tmp_path: Path) -> None:
-    """It goes on once it has been watched, and is watched once more at its end."""
+    """It continues once it has been watched, and is watched once more at its end."""
     script = (
         "import os, sys, time\n"
         "print('out', flush=True)\n"
@@ -98,7 +98,7 @@ def test_run_pip_returns_output_and_watches(tmp_path: Path) -> None:
 
 
 def test_run_pip_leaves_no_process_behind(tmp_path: Path) -> None:
-    """Ctrl-C while pip runs must end pip too, or it would go on filling the disk."""
+    """Ctrl-C while pip runs must end pip too, or it would continue to fill the disk."""
 
     def interrupt() -> None:
         raise KeyboardInterrupt

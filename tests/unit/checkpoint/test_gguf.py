@@ -50,7 +50,8 @@ def pair(
 
 @pytest.mark.parametrize("family", MODELS)
 def test_config_and_weights(tmp_path: Path, family: str) -> None:
-    """Config, names, layout and every bit, through the loader; q and k rows of llama only move."""
+    """Config, names, layout and every bit, through the loader; q and k rows of llama are only
+    permuted."""
     parameters, path = pair(tmp_path, MODELS[family])
     loaded = load_model(path)
     assert loaded.config == MODELS[family]

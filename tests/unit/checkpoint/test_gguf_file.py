@@ -128,7 +128,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_malformed(tmp_path: Path, kind: str) -> None:
-    """One line that names the file, and key or tensor where it is one's fault."""
+    """One line that names the file and, if one is at fault, the key or tensor."""
     content, message = MALFORMED[kind]
     path = tmp_path / "m.gguf"
     path.write_bytes(content)

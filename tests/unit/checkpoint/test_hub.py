@@ -142,7 +142,8 @@ def test_faults_are_one_line(hub: FakeHub, error: Exception, words: str) -> None
 
 
 def test_offline_with_the_real_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline reuse is the library's: a snapshot in its cache is found, a missing one says so."""
+    """Offline reuse is the library's: a snapshot in its cache is found, a missing one is an
+    error."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("LOWLAT_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="no folder 'org/name' here, and the hub cannot be reached"):

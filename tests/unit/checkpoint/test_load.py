@@ -39,8 +39,9 @@ def test_cast(tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_fp8_is_multiplied_out(tmp_path: Path, dtype: str) -> None:
-    """Another dtype than auto turns fp8 blocks into plain weights and the config says so."""
+def test_fp8_is_dequantized(tmp_path: Path, dtype: str) -> None:
+    """Any dtype but auto turns fp8 blocks into plain weights, and the config has no
+    quantization."""
     model = write_model(tmp_path / "m", FAMILIES["deepseek_v3-fp8"])
     loaded = load_model(tmp_path / "m", dtype=dtype)
     assert loaded.config.quantization is None
@@ -68,10 +69,10 @@ def test_fp8_is_multiplied_out(tmp_path: Path, dtype: str) -> None:
         ("qwen2-converted", "int8", False),
     ],
 )
-def test_weights_made_beyond_memory_are_refused(
+def test_created_weights_beyond_memory_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dtype: str, fits: bool
 ) -> None:
-    """Mapped weights may exceed the memory; those that a dtype makes anew would be its end."""
+    """Mapped weights may exceed the memory; weights that a cast creates may not."""
     write_model(tmp_path / "m", FAMILIES[family])
     monkeypatch.setattr("lowlat.utils.memory.memory_limit", lambda: RESERVE + 1000)
     with nullcontext() if fits else pytest.raises(UserError, match=rf"--dtype {dtype} makes.*auto"):
@@ -88,8 +89,9 @@ def test_loaded_model_computes_the_same(tmp_path: Path) -> None:
     assert torch.equal(found, expected)
 
 
-def test_mtp_lost_on_the_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Programs without MTP drop its tensors and keep the config: loaded without, and said once."""
+def test_missing_mtp_tensors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Programs without MTP drop its tensors but not its config: loaded without, with one
+    warning."""
     write_model(tmp_path / "m", FAMILIES["deepseek_v3-mtp"])
     rewrite(tmp_path / "m", lambda tensors: drop(tensors, "model.layers.2.", "model.layers.3."))
     with caplog.at_level(logging.WARNING):

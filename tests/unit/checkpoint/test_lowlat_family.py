@@ -71,7 +71,7 @@ def test_names_in_files(tmp_path: Path) -> None:
         assert "model.layers.1.mlp.experts.6.down_proj.weight" in names
 
 
-def test_a_latent_without_norm_is_stored_as_it_is(tmp_path: Path) -> None:
+def test_a_latent_without_norm_is_stored_unpadded(tmp_path: Path) -> None:
     """The padded layout is for programs that read deepseek_v3; this family needs none."""
     write_model(tmp_path / "model", EVERY["combined mla-plain"])
     tensors = load_file(tmp_path / "model" / "model.safetensors")

@@ -243,8 +243,8 @@ def test_hub_names(
         ("models/q4.gguf@main", "the file 'models/q4.gguf' is here and has no revision 'main'"),
     ],
 )
-def test_what_is_here_has_no_revisions(name: str, words: str) -> None:
-    """Holds shut: the hub asked for a revision of a folder, and that called unreachable."""
+def test_local_models_have_no_revisions(name: str, words: str) -> None:
+    """Regression: the hub queried for a revision of a folder, and reported as unreachable."""
     assert words in message(name) and "leave '@" in message(name)
 
 

@@ -200,8 +200,8 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Saved:
     return Saved(family, loaded.model, dtype, tmp_path / "packed")
 
 
-def test_saved_as_they_are(saved: Saved) -> None:
-    """Bit for bit, whichever of the types that keep packed weights is asked for."""
+def test_packed_weights_are_saved_unchanged(saved: Saved) -> None:
+    """Bit for bit, for every dtype that leaves packed weights packed."""
     _, model, dtype, folder = saved
     for asked in ("auto", "bf16", dtype):
         loaded = load_model(folder, dtype=asked)
@@ -209,7 +209,7 @@ def test_saved_as_they_are(saved: Saved) -> None:
         assert_same_bits(loaded.model, model)
 
 
-def test_multiplied_out_where_other_numbers_are_asked_for(saved: Saved) -> None:
+def test_dequantized_for_other_dtypes(saved: Saved) -> None:
     """fp32 has the packed values exactly, and packing them again changes nothing."""
     family, model, dtype, folder = saved
     exact = load_model(folder, dtype="fp32")
@@ -232,7 +232,7 @@ def test_multiplied_out_where_other_numbers_are_asked_for(saved: Saved) -> None:
 def test_loading_reads_no_weight(
     tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that is packed are views of the mapped file: nothing is copied, nothing computed."""
+    """Packed weights are views of the mapped file: nothing is copied or computed."""
     write_model(tmp_path / "m", FAMILIES["llama-converted"])
     convert(tmp_path / "m", tmp_path / "packed", dtype=dtype)
     views: dict[int, str] = {}
@@ -302,7 +302,7 @@ def test_unknown_packing_names_the_field(
         load_model(tmp_path / "packed")
 
 
-def test_packed_files_without_their_config_say_so(tmp_path: Path) -> None:
+def test_packed_files_without_their_config_are_refused(tmp_path: Path) -> None:
     write_model(tmp_path / "m", FAMILIES["llama"])
     convert(tmp_path / "m", tmp_path / "packed", dtype="int8")
     edit_config(tmp_path / "packed", quantization_config=None)

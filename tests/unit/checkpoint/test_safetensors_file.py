@@ -120,7 +120,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_malformed(tmp_path: Path, kind: str) -> None:
-    """One line that names the file, and the tensor where it is one tensor's fault."""
+    """One line that names the file and, if one is at fault, the tensor."""
     content, message = MALFORMED[kind]
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)

@@ -64,7 +64,8 @@ def test_shards(tmp_path: Path) -> None:
 
 
 def test_full_header_ends_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Very many small tensors: the room for the header runs out before the bytes do."""
+    """Very many small tensors: the space reserved for the header runs out before the shard's
+    size."""
     monkeypatch.setattr(writer, "HEADER_ROOM", 2**10)
     write_checkpoint(tmp_path / "m", {}, numbers(40))
     source = open_checkpoint(tmp_path / "m")
@@ -72,7 +73,9 @@ def test_full_header_ends_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(list((tmp_path / "m").glob("model-*-of-*.safetensors"))) > 2
 
 
-def test_header_room_kept_in_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reserved_header_stays_in_large_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Large files are not rewritten: spaces fill the header, which other readers accept."""
     monkeypatch.setattr(writer, "CLOSE_UP_BYTES", 0)
     write_checkpoint(tmp_path / "m", {}, numbers())
@@ -205,8 +208,8 @@ def test_disk_takes_no_more(tmp_path: Path) -> None:
     assert_nothing_left(tmp_path)
 
 
-def test_tokenizer_files_come_along(tmp_path: Path) -> None:
-    """From a folder the files that stay true; weights and index of the source are not copied."""
+def test_tokenizer_files_are_copied(tmp_path: Path) -> None:
+    """Files that do not depend on the weights are copied; weights and index are not."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "additional_chat_templates").mkdir()

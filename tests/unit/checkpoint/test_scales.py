@@ -28,10 +28,10 @@ from .test_load import UP, Tensors, at, cast
         (at(UP + "_scale_inv", (0, 1), torch.inf), "holds values that are not finite"),
     ],
 )
-def test_scales_are_checked_alike_whether_multiplied_out_or_kept(
+def test_scales_are_checked_alike_whether_dequantized_or_packed(
     tmp_path: Path, change: Callable[[Tensors], None], message: str, dtype: str
 ) -> None:
-    """Holds shut: integers, fp8 numbers and negative ones multiplied out as if they were scales."""
+    """Regression: integers, fp8 numbers and negative ones used as scales."""
     write_model(tmp_path / "m", FAMILIES["deepseek_v3-fp8"])
     rewrite(tmp_path / "m", change)
     with pytest.raises(UserError) as caught:

@@ -40,7 +40,7 @@ def test_options_reach_the_plan(lowlat: Invoke, plans: list[plan.BenchmarkPlan])
 
 
 def test_defaults_are_those_of_the_plan(lowlat: Invoke, plans: list[plan.BenchmarkPlan]) -> None:
-    """Holds shut: the verb's copies of the defaults drifting from the plan's."""
+    """Regression: the verb's copies of the defaults drifting from the plan's."""
     lowlat("bench", "model")
     assert plans == [plan.make_plan()]
     assert (bench.PREFILL, bench.DECODE, bench.ROUNDS) == (plan.PREFILL, plan.DECODE, plan.ROUNDS)

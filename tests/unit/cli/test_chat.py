@@ -81,7 +81,7 @@ def test_interruption_keeps_the_part_that_came(alphabet_model: Model) -> None:
 
 
 def test_an_answer_ends_where_the_context_does(alphabet_model: Model) -> None:
-    """Holds shut: a limit of tokens that no longer fits made the last turns fail."""
+    """Regression: a limit of tokens that no longer fits made the last turns fail."""
     talk = Conversation(LocalChatBackend(alphabet_model), {"temperature": 0.0}, max_tokens=10_000)
     completion = talk.ask("one", lambda piece: None, threading.Event())
     assert completion.finish_reason == "length"

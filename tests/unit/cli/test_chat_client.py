@@ -154,7 +154,7 @@ def test_faults_are_one_line(
 def test_a_context_that_leaves_less_than_asked_for_is_filled(
     lowlat: Invoke, url: str, script: type[Script]
 ) -> None:
-    """Holds shut: a server's context that ends conversations sooner than a local model's does."""
+    """Regression: a server's context that ends conversations sooner than a local model's does."""
     script.refused = "max_tokens"
     result = lowlat("chat", "--url", url, "--max-tokens", "2000", stdin="one\n")
     assert result.exit_code == 0 and result.stdout == "abcd\n"
@@ -232,7 +232,7 @@ def test_a_server_that_is_not_there(url: str) -> None:
 
 @pytest.mark.parametrize("port", [0, 65536, 83767])
 def test_a_port_that_cannot_be_is_refused(port: int) -> None:
-    """Holds shut: a question sent to another server, on the port's lower 16 bits."""
+    """Regression: a question sent to another server, on the port's lower 16 bits."""
     with pytest.raises(UserError, match=f"port {port} is not from 1 to 65535"):
         ChatClient(f"http://127.0.0.1:{port}")
 

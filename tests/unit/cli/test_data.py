@@ -67,7 +67,7 @@ def test_build_as_json_with_a_tokenizer(lowlat: Invoke, corpus: Path, tmp_path: 
 def test_a_split_left_empty_is_told(lowlat: Invoke, corpus: Path, tmp_path: Path) -> None:
     built = build(lowlat, tmp_path, str(corpus), "--train-bpe", "300", "--held-out", "0")
     assert "No document is held out" in built.stdout
-    assert "smaller than the 300 asked" in built.stdout
+    assert "smaller than the 300 requested" in built.stdout
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_options_of_no_use_are_refused(
 def test_sources_that_are_all_held_out_are_refused(
     lowlat: Invoke, corpus: Path, tmp_path: Path
 ) -> None:
-    """Holds shut: a token folder without a document to train on."""
+    """Regression: a token folder without a document to train on."""
     held_out = ("--held-out-source", str(corpus), "--train-bpe", "300")
     result = build(lowlat, tmp_path, str(corpus), *held_out)
     assert isinstance(result.exception, UserError)

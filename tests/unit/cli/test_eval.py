@@ -38,7 +38,7 @@ def test_each_window_gives_its_first_token_away(lowlat: Invoke, alphabet: Path) 
 
 
 def test_without_a_window_it_is_that_of_the_context(lowlat: Invoke, alphabet: Path) -> None:
-    """Holds shut: a default that no model of a short context could take."""
+    """Regression: a default that no model of a short context could take."""
     report = json.loads(lowlat("eval", "tiny", "--text", str(alphabet), "--json").stdout)
     assert report["window"] < 1024 and report["tokens"] == 6
 

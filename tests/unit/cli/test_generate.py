@@ -77,7 +77,7 @@ def test_logit_bias_reaches_the_sampler(lowlat: Invoke) -> None:
 def test_contradictions_are_named_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, lowlat: Invoke, arguments: tuple[str, ...], words: str
 ) -> None:
-    """Holds shut: minutes of loading, then an error that the options alone could tell."""
+    """Regression: minutes of loading, then an error that the options alone could tell."""
 
     def load(name: str, **options: object) -> Model:
         raise AssertionError("a model was loaded")

@@ -15,7 +15,7 @@ def load(threads: int) -> None:
 
 
 def test_threads_reach_both_pools(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds shut: --threads that set PyTorch's pool alone, which native models do not use."""
+    """Regression: --threads that set PyTorch's pool alone, which native models do not use."""
     asked: list[int] = []
     kernels = SimpleNamespace(set_threads=asked.append)
     monkeypatch.setattr(native, "available", lambda: True)

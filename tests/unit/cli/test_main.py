@@ -75,7 +75,7 @@ def test_without_words_the_help_is_shown() -> None:
 
 @pytest.mark.parametrize("arguments", [("--version",), ("--help",), ("generate", "--help")])
 def test_start_does_not_wait_for_torch(arguments: tuple[str, ...]) -> None:
-    """Holds shut: an import at the top of a verb's file makes every --help take seconds."""
+    """Regression: an import at the top of a verb's file makes every --help take seconds."""
     code = (
         "import sys\nfrom lowlat.cli.main import run\n"
         "try: run()\nexcept SystemExit: pass\n"
@@ -151,7 +151,7 @@ def test_closed_input_is_empty_and_closed_error_takes_everything() -> None:
 
 
 def test_collections_are_as_usual_after_the_first() -> None:
-    """Holds shut: a server or a training whose garbage waits for long."""
+    """Regression: a server or a training whose garbage waits for long."""
     program = """
 import gc
 from lowlat.cli.main import defer_garbage_collection

@@ -72,7 +72,7 @@ def test_memory_that_no_device_has(size: str):
     ],
 )
 def test_trainings_of_part_of_a_model_are_refused(tmp_path: Path, table: str, key: str):
-    """Holds shut: figures of a training of all weights."""
+    """Regression: figures of a training of all weights."""
     recipe = RECIPE.replace("[data]", f"{table}[data]")
     if key == "lora":
         recipe = re.sub(r"\[model\].*?(?=\[lora\])", "", recipe, flags=re.DOTALL)
@@ -176,7 +176,7 @@ def _spaced(match: re.Match[str]) -> str:
     ],
 )
 def test_faults_of_recipes_name_file_and_key(tmp_path: Path, change: str, message: str):
-    """Holds shut: the planner's own words, which are no keys of recipes."""
+    """Regression: the planner's own words, which are no keys of recipes."""
     path = tmp_path / "small.toml"
     path.write_text(RECIPE, encoding="utf-8")
     changes = [change, "phase.0.sequence_length=32"]
@@ -187,11 +187,11 @@ def test_faults_of_recipes_name_file_and_key(tmp_path: Path, change: str, messag
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "deepseek-v2"}, "'deepseek-v2' says no layout; give --devices"),
+        ({"name": "deepseek-v2"}, "'deepseek-v2' has no layout; give --devices"),
         ({"name": "deepseek-v3", "memory": "much"}, "--memory 'much': write a size"),
         ({"name": "deepseek-v3", "machine": "abacus"}, "--machine 'abacus' is unknown"),
         ({"name": "deepseek-v3", "network": 0.0}, "--network 0.0: give gigabytes"),
-        ({"name": "deepseek-v3", "top": 3}, "--top is of layouts that are searched; add --devices"),
+        ({"name": "deepseek-v3", "top": 3}, "--top needs --devices"),
         ({"name": "deepseek-v3", "changes": ["a=1"]}, "--set changes recipes"),
     ],
 )

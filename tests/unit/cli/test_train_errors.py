@@ -147,7 +147,7 @@ def test_no_recipe(
             "lora needs base_model, a checkpoint whose",
         ),
         ("name = ", "base_model = 'x'\nname = ", "give either [model] or base_model, not both"),
-        ("name = ", "device = 'gpu'\nname = ", "device = 'gpu' is not there; set cpu, or cuda"),
+        ("name = ", "device = 'gpu'\nname = ", "device = 'gpu' is not available; set cpu, or cuda"),
         ("[log]", "[parallel]\ndata = 2\n[log]", "[parallel] is for 2 processes, 1 started"),
         ("'llama'", "'gpt9'", '[model]: model_type "gpt9" is not supported; supported: deepseek'),
         ("hidden_size = 24\n", "", "[model]: hidden_size is missing"),
@@ -290,7 +290,7 @@ def test_a_dry_run_refuses_what_a_run_does(
     changes: list[str],
     said: str,
 ) -> None:
-    """Holds shut: a recipe that is found good and then refused. The machine is a small one."""
+    """Regression: a recipe that is found good and then refused. The machine is a small one."""
     monkeypatch.setattr(dryrun, "memory_limit", lambda: 2**33)
     monkeypatch.setitem(rate.SIDES, "cpu", 64)
     (folder / "r.toml").write_text(RECIPE)
@@ -327,7 +327,7 @@ def test_a_dry_run_before_there_is_data(
     with pytest.raises(SystemExit) as ended:
         main.run()
     assert ended.value.code == 0
-    assert "none: not there yet, so the data was not checked" in capsys.readouterr().err
+    assert "none: does not exist yet; the data was not checked" in capsys.readouterr().err
 
 
 def test_what_is_there(
@@ -344,12 +344,15 @@ def test_what_is_there(
     for arguments, said in (
         (
             ["r.toml", "--set", "phase.0.learning_rate=2e-3"],
-            f"{folder}/{run}: was trained by another recipe: phase.0.learning_rate was 0.001 and "
+            f"{folder}/{run}: was trained with another recipe: phase.0.learning_rate was 0.001 and "
             "is 0.002; restore it, or choose another --out for the changed one",
         ),
         (["export", "absent", "dst"], "absent: no such folder; name the folder of a run"),
-        (["export", "empty", "dst"], "empty: has no save yet"),
-        (["export", run, "dst", "--step", "7"], f"{run}: has no save of step 7; --step may be 2"),
+        (["export", "empty", "dst"], "empty: has no checkpoint yet"),
+        (
+            ["export", run, "dst", "--step", "7"],
+            f"{run}: has no checkpoint of step 7; --step may be 2",
+        ),
         (["export", run, "dst", "--dtype", "fp9"], "--dtype 'fp9' is unknown; choose one of"),
         (["export", run, "text"], f"{folder}/text: exists already; choose another destination"),
         (["export", run, "dst", "--adapter"], f"{run}: was trained without lora; leave out"),

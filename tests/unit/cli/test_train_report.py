@@ -47,7 +47,7 @@ def test_json_is_all_there_is_on_stdout(lowlat: Invoke, tmp_path: Path) -> None:
     result = lowlat("train", "report", "--json", *map(str, runs))
     found = json.loads(result.stdout)
     assert list(found) == ["a", "b"] and found["a"]["tokens"] == 300
-    assert result.stderr == "no picture of several runs without --out FILE\n"
+    assert result.stderr == "no plot of several runs without --out FILE\n"
 
 
 def test_out_names_the_picture(lowlat: Invoke, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_without_matplotlib_there_is_a_table(
     run = make_run(tmp_path / "tiny")
     result = lowlat("train", "report", str(run))
     assert result.exit_code == 0 and "3 of 13" in result.stdout
-    assert result.stderr.startswith("no picture: matplotlib is not installed")
+    assert result.stderr.startswith("no plot: matplotlib is not installed")
     asked = lowlat("train", "report", str(run), "--out", str(tmp_path / "a.png"))
     assert isinstance(asked.exception, UserError)
 

@@ -70,7 +70,7 @@ def test_greedy_selection_ignores_groups():
         assert moe is not None and (moe.n_group, moe.topk_group) == (1, 1)
 
 
-def test_query_latent_is_null_or_a_number_but_never_a_guess():
+def test_query_latent_has_no_default():
     """A default of 1536 would silently build low-rank queries where the field was left out."""
     config = config_from_hf(V3 | {"q_lora_rank": None})
     assert isinstance(config.attention, MLAConfig) and config.attention.q_lora_rank is None

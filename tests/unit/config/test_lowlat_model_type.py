@@ -66,7 +66,7 @@ def test_written_and_read_back(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_every_released_model_can_be_said(name: str) -> None:
+def test_every_released_model_can_be_expressed(name: str) -> None:
     config = replace(load_preset(name), model_type="lowlat")
     assert config_from_hf(config_to_hf(config)) == config
 
@@ -93,7 +93,7 @@ def test_defaults_may_be_left_out() -> None:
 
 
 def test_null_may_be_left_out() -> None:
-    """Holds shut: forms that a recipe, being TOML, could not say."""
+    """Regression: forms that a TOML recipe could not express."""
     config = EVERY["tpa-kv"]
     raw = config_to_hf(config)
     assert raw["attention"].pop("q_rank") is None
@@ -116,7 +116,7 @@ def raw_of(config: ModelConfig, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_layers_that_differ_are_arrays() -> None:
-    """One entry per layer, null where a layer has none; what is the same in all is said once."""
+    """One entry per layer, null where a layer has none; equal values are written once."""
     raw = config_to_hf(LAYERS["all"])
     attention, rope = raw["attention"], raw["rope"]
     assert attention["kv_lora_rank"] == [11, 101, 3, 67]
@@ -324,7 +324,7 @@ def test_families_of_hugging_face_refuse_these_forms(family: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "kimi_k2"])
 def test_families_of_hugging_face_refuse_layers_that_differ(family: str, name: str) -> None:
-    """Holds shut: the numbers of one layer in a file that says them for all."""
+    """Regression: the numbers of one layer in a file that has them for all layers."""
     config = replace(LAYERS[name], model_type=family)
     with pytest.raises(UserError, match=r"cannot express layers that differ \(MLA .*'lowlat' can"):
         config_to_hf(config)

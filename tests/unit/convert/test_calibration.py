@@ -84,7 +84,7 @@ def test_few_tokens_are_no_calibration() -> None:
 
 
 def test_a_context_without_a_token_to_predict() -> None:
-    """Holds shut: a division by the number of predictions."""
+    """Regression: a division by the number of predictions."""
     for read in (
         lambda: read_calibration([], byte_tokenizer(), 1),
         lambda: calibration_from_tokens(lambda places: places, 9999, 1, "tokens"),

@@ -125,7 +125,7 @@ def test_the_same_bytes_again(tmp_path: Path) -> None:
 def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
     """Of attention whose values are small and whose output makes them large again.
 
-    Holds shut: weights that silently become infinite.
+    Regression: weights that silently become infinite.
     """
     source = source_model(tmp_path / "source")
 
@@ -185,7 +185,7 @@ def test_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("layout", ["standard", "free"])
 def test_a_recipe_keeps_within_the_budget_or_says_so(tmp_path: Path, layout: Any) -> None:
-    """Holds shut: one key head whose rotation alone is more than was asked for."""
+    """Regression: one key head whose rotation alone is more than was asked for."""
     one = GQAConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=64)
     source = source_model(tmp_path / "source", attention=one)
     asked = wanted(tmp_path, share=0.25, method="transmla", layout=layout)
@@ -240,7 +240,7 @@ def test_models_that_cannot_be_calibrated_are_said_before(tmp_path: Path) -> Non
 def test_another_text_of_equal_length_does_not_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Holds shut: layers of two calibrations in one model."""
+    """Regression: layers of two calibrations in one model."""
     source = source_model(tmp_path / "source")
     asked = wanted(tmp_path)
     with monkeypatch.context() as patch:

@@ -105,7 +105,7 @@ def test_every_pair(tmp_path: Path, first: str, second: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["auto", "bf16", "int8"])
 def test_fp8_of_which_the_config_says_nothing(tmp_path: Path, dtype: str) -> None:
-    """Refused as in loading; holds shut: bits of fp8 numbers taken for values."""
+    """Refused as in loading; regression: bits of fp8 numbers taken for values."""
     name = "model.layers.0.mlp.up_proj.weight"
     write_model(tmp_path / "m", FAMILIES["llama"])
     rewrite(tmp_path / "m", lambda t: t.update({name: t[name].to(torch.float8_e4m3fn)}))

@@ -94,7 +94,7 @@ def test_scores_and_outputs_are_those_of_the_groups() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_are_copies_in_their_own_dtype(dtype: torch.dtype) -> None:
-    """Holds shut: any arithmetic on weights (a sqrt(G) in q), which would round in narrow types."""
+    """Regression: any arithmetic on weights (a sqrt(G) in q), which would round in narrow types."""
     tensors = attention_tensors(dtype)
     wide = mla_attention(tensors, gqa_model().attention)
     assert {tensor.dtype for tensor in wide.values()} == {dtype}

@@ -297,7 +297,7 @@ def test_folders_made_of_files_name_their_class(tmp_path: Path, family: str) -> 
 def test_every_end_comes_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, ends: tuple[int, ...], has_text: bool
 ) -> None:
-    """Holds shut: a model that runs past the third of its ends, or ends at a token of another
+    """Regression: a model that runs past the third of its ends, or ends at a token of another
     model's for its name.
     """
     config = replace(gqa("llama"), vocab_size=307, eos_token_ids=ends)
@@ -332,7 +332,7 @@ def test_too_small_an_embedding_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_way_of_cutting_is_refused(tmp_path: Path) -> None:
-    """Holds shut: a file whose name for the cutting makes other tokens of the same text."""
+    """Regression: a file whose name for the cutting makes other tokens of the same text."""
     write_model(tmp_path / "m", replace(gqa("llama"), vocab_size=307))
     write_tokenizer(tmp_path / "m")
     path = tmp_path / "m" / "tokenizer.json"

@@ -20,7 +20,7 @@ from tests.lowlat_configs import EVERY, random_model
 def test_grouped_query_attention_with_experts_becomes_deepseek_v3(
     tmp_path: Path, interleave: bool
 ) -> None:
-    """Holds shut: neighbouring channels that turn together taken for halves of a head."""
+    """Regression: neighbouring channels that turn together taken for halves of a head."""
     config = EVERY["combined gqa"]
     rope = config.rope_of(0)
     config = replace(config, rope=replace(rope, rope_interleave=interleave))

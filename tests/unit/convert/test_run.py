@@ -148,7 +148,7 @@ def test_dtype_is_that_of_every_tensor_and_of_the_config(
 
 
 def test_a_folder_may_have_the_name_of_a_file_in_it(tmp_path: Path) -> None:
-    """Holds shut: config and tokenizer lost with the rest of what was taken for one file."""
+    """Regression: config and tokenizer lost with the rest of what was taken for one file."""
     source = write(tmp_path / "m", gqa_model("llama"))
     convert(source, tmp_path / "model.safetensors", dtype="fp32")
     assert {"config.json", "model.safetensors"} <= {
@@ -284,7 +284,7 @@ def test_damaged_sources_name_the_tensor(
 
 
 def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
-    """Holds shut: weights that silently become infinite."""
+    """Regression: weights that silently become infinite."""
     source = write(tmp_path / "source", gqa_model())
     edit_tensors(source, lambda t: t["model.layers.1.self_attn.k_proj.weight"].fill_(1e6))
     with pytest.raises(UserError, match=r"k_proj.weight.*beyond the range of fp16"):

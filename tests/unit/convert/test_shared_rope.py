@@ -35,7 +35,7 @@ def test_channel_order_of_one_group_changes_nothing() -> None:
 @settings(max_examples=50, deadline=None)
 @given(theta=st.floats(1e3, 1e7), pairs=st.integers(1, 96))
 def test_default_frequencies_come_back_to_the_bit(theta: float, pairs: int) -> None:
-    """Holds shut: one unit in the last place of a fast pair, 0.006 radians at 100,000."""
+    """Regression: one unit in the last place of a fast pair, 0.006 radians at 100,000."""
     wanted = inverse_frequencies(RopeConfig(rope_theta=theta), 2 * pairs)
     wide = wide_rope(wanted, 1.0, 3, 4096)
     assert torch.equal(inverse_frequencies(wide, 6 * pairs), wanted.repeat(3))
@@ -62,7 +62,7 @@ def test_divisor_is_the_best_of_its_neighbours() -> None:
 @pytest.mark.parametrize("groups", [1, 2, 3, 5, 7, 8, 11, 32])
 @pytest.mark.parametrize("head_dim", [6, 22, 64, 80, 128])
 def test_softmax_scale_is_that_of_the_narrow_head(groups: int, head_dim: int) -> None:
-    """Holds shut: scaling q by sqrt(groups) instead, which bf16 and 4-bit weights cannot hold."""
+    """Regression: scaling q by sqrt(groups) instead, which bf16 and 4-bit weights cannot hold."""
     rope = wide_rope(torch.ones(head_dim // 2), 1.0, groups, 64)
     config = ModelConfig(
         model_type="deepseek_v3",

@@ -31,7 +31,7 @@ def text_with_sinks() -> Tensor:
 
 
 def test_attention_sinks_are_no_measure() -> None:
-    """Holds shut: five ends of text in 32 windows made layers look three times as large, and their
+    """Regression: five ends of text in 32 windows made layers look three times as large, and their
     errors a third as bad.
     """
     residuals: list[list[float]] = []
@@ -44,7 +44,7 @@ def test_attention_sinks_are_no_measure() -> None:
 
 
 def test_deviation_is_token_by_token(tmp_path: Path) -> None:
-    """Holds shut: behind the layer in which sinks appear nothing seemed to deviate."""
+    """Regression: behind the layer in which sinks appear nothing seemed to deviate."""
     deviations: list[list[float]] = []
     text = text_with_sinks()
     calibration = Calibration(windows=text[:8], held_out=text[8:], origin="test")

@@ -85,7 +85,7 @@ def test_the_begin_token_is_put_where_prompts_have_it(corpus: Path, tmp_path: Pa
 
 
 def test_held_out_documents_are_chosen_by_their_text(corpus: Path, tmp_path: Path) -> None:
-    """Holds shut: a text in training and, as a copy or in another order, in validation."""
+    """Regression: a text in training and, as a copy or in another order, in validation."""
     folder = made(tmp_path, corpus, held_out=0.2)
     held = told(folder, "held_out")
     assert 20 < len(held) < 65
@@ -124,7 +124,7 @@ build(Path(sys.argv[2]), BuildOptions(sources=(sys.argv[1],), shard_tokens=997),
 
 
 def test_the_same_sources_give_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
-    """Holds shut: folders that depend on the number of threads."""
+    """Regression: folders that depend on the number of threads."""
     contents = []
     for threads in ("1", "2"):
         folder = tmp_path / threads
@@ -179,7 +179,7 @@ def test_pieces_get_no_blank_of_their_own(
 ) -> None:
     """A folder says its text, whatever a tokenizer puts before one.
 
-    Holds shut: a blank at every place where a long document was cut.
+    Regression: a blank at every place where a long document was cut.
     """
     monkeypatch.setattr(pieces, "PIECE", 20)
     vocab, merges = ["a", "b", "c", MARK + "a"], [(MARK, "a")]

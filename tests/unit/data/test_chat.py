@@ -60,7 +60,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def test_answers_and_their_ends_are_learned(tokenizer: Tokenizer) -> None:
-    """Holds shut: loss on questions, or models that never learn to stop."""
+    """Regression: loss on questions, or models that never learn to stop."""
     assert learned(tokenizer, chat_of("!be kind", "hi", "hello", "more", "world")) == [
         "hello<|im_end|>",
         "world<|im_end|>",
@@ -75,7 +75,7 @@ def test_the_whole_chat_is_there(tokenizer: Tokenizer) -> None:
 
 
 def test_messages_cannot_write_control_tokens(tokenizer: Tokenizer) -> None:
-    """Holds shut: a corpus that ends turns by spelling their end."""
+    """Regression: a corpus that ends turns by spelling their end."""
     told = "a<|im_end|>\n<|im_start|>user\nb"
     chat = chat_of("<|im_end|>", told)
     assert learned(tokenizer, chat) == [f"{told}<|im_end|>"]
@@ -131,7 +131,7 @@ def test_reasoning_that_the_template_opens(r1: Tokenizer, answer: dict[str, str]
 
 @pytest.mark.parametrize("answer", [{}, {"reasoning_content": "hm", "tool_calls": [{}]}])
 def test_reasoning_that_is_asked_for_and_missing(r1: Tokenizer, answer: dict[str, Any]) -> None:
-    """Holds shut: every chat refused for a reason that is another one."""
+    """Regression: every chat refused for a reason that is another one."""
     told = {"role": "assistant", "content": "hello", **answer}
     messages = [{"role": "user", "content": "hi"}, told]
     chat = ChatDocument(origin="chat 3", messages=messages, tools=None, source_bytes=0)

@@ -38,7 +38,7 @@ def chats(make_folder: Make, documents: list[list[int]]) -> TokenizedDataset:
 def test_every_chat_is_whole_in_one_row(
     make_folder: Make, epoch: int, document_masks: bool
 ) -> None:
-    """Holds shut: the rest of a chat alone in the next row, where its answer is learned without the
+    """Regression: the rest of a chat alone in the next row, where its answer is learned without the
     question.
     """
     documents = texts(83, longest=40)
@@ -94,7 +94,7 @@ def test_the_rest_of_a_chat_longer_than_a_row_is_left_out(make_folder: Make) -> 
 
 
 def test_a_row_depends_on_its_number_alone(make_folder: Make) -> None:
-    """Holds shut: a resumed run, or another layout of processes, that reads other tokens."""
+    """Regression: a resumed run, or another layout of processes, that reads other tokens."""
     folder = chats(make_folder, texts(53, longest=40))
     ahead, behind = rows(folder), rows(folder)
     assert_found_by_number(ahead, behind)

@@ -141,7 +141,7 @@ def test_an_absent_folder_says_how_to_make_one(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_found(folder: Path) -> None:
-    """Holds shut: training on damaged data. Files of tokens, ends, targets and the tokenizer."""
+    """Regression: training on damaged data. Files of tokens, ends, targets and the tokenizer."""
     TokenizedDataset.open(folder).verify()
     files = [path for path in sorted(folder.iterdir()) if path.name != "tokens.json"]
     assert len(files) == 12

@@ -58,7 +58,7 @@ def test_the_rate_is_kept_and_every_epoch_draws_anew(make_folder: Make) -> None:
 
 
 def test_cuts_spare_characters(make_folder: Make) -> None:
-    """Holds shut: infilling that teaches half a character, where tokens are single bytes."""
+    """Regression: infilling that teaches half a character, where tokens are single bytes."""
     documents = [[*f"{index:02}{'日本🐟é' * 7}".encode()] for index in range(43)]
     found = cut(stream(make_folder(documents), fim_rate=1.0))
     seen = [document for document in found if PREFIX in document]

@@ -79,7 +79,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(make_folder: Make) -> None:
 
 @pytest.mark.parametrize("fim_rate", [0.0, 0.7])
 def test_a_window_depends_on_its_number_alone(make_folder: Make, fim_rate: float) -> None:
-    """Holds shut: a resumed run, or another layout of processes, that reads other tokens."""
+    """Regression: a resumed run, or another layout of processes, that reads other tokens."""
     folder = make_folder(texts(29))
     options = {"document_masks": True, "fim_rate": fim_rate}
     ahead, behind = windows(folder, **options), windows(folder, **options)
@@ -146,7 +146,7 @@ def test_targets_of_the_folder_are_kept(make_folder: Make) -> None:
 
 @pytest.mark.parametrize("rest", [0, 1, 2])
 def test_a_model_with_mtp_and_one_without_read_the_same(make_folder: Make, rest: int) -> None:
-    """Holds shut: other windows in another order where documents are a token longer than windows
+    """Regression: other windows in another order where documents are a token longer than windows
     without MTP need.
     """
     folder = make_folder([[place % 251 for place in range(9 * T + rest - 1)]])

@@ -7,7 +7,7 @@ from lowlat.data.shuffle import mixed, permutation, uniform
 
 
 def test_numbers_never_change() -> None:
-    """Holds shut: a run that resumes after an upgrade with its data in another order."""
+    """Regression: a run that resumes after an upgrade with its data in another order."""
     assert mixed(np.arange(3), 7, 1).tolist() == [
         7084762027518950502,
         4767613519079100543,

@@ -263,7 +263,7 @@ def test_datasets_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_text_and_messages_in_one_record(tmp_path: Path) -> None:
-    """Holds shut: chats taken as plain text, prompts learned with them, without a word."""
+    """Regression: chats taken as plain text, prompts learned with them, without a word."""
     told = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = tmp_path / "both.jsonl"
     path.write_text(json.dumps({"text": "a b", "messages": told}))

@@ -41,7 +41,7 @@ def trained() -> Tokenizer:
 
 
 def test_training_is_repeatable(tmp_path: Path) -> None:
-    """Holds shut: a vocabulary that depends on hash seeds or threads."""
+    """Regression: a vocabulary that depends on hash seeds or threads."""
     source, digests = Path(__file__), set()
     for threads in ("1", "2", "2"):
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"

@@ -77,7 +77,7 @@ with atomic_folder(Path(sys.argv[1])) as folder:
 
 
 def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    """Holds shut: two builds at once of which one removes the other's files, and lost disk."""
+    """Regression: two builds at once of which one removes the other's files, and lost disk."""
     command = [sys.executable, "-c", HOLD, str(tmp_path / "tokens")]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdin is not None

@@ -1,4 +1,4 @@
-"""How many drafts are made: what steps and drafts cost, how often drafts are kept."""
+"""Number of draft tokens: cost of steps and of drafting, acceptance rates."""
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_drafts_end_where_they_do_not_pay_and_are_tried_again() -> None:
     assert max(depths) > 0
 
 
-def test_a_sequence_whose_drafts_hold_gets_more_of_them() -> None:
+def test_a_sequence_with_high_acceptance_gets_more_drafts() -> None:
     choice, good, bad = DraftPolicy(), sequence(), sequence()
     for _ in range(30):
         choice.stepped(2, 1.0)
@@ -61,7 +61,8 @@ def test_a_sequence_whose_drafts_hold_gets_more_of_them() -> None:
 
 
 def test_a_round_of_drafts_must_pay_for_its_making() -> None:
-    """Seconds of a step are 1 + 0.02 a token; making drafts costs so much whatever their number."""
+    """Seconds of a step are 1 + 0.02 a token; the cost of drafting does not depend on the number of
+    drafts."""
     one = sequence()
     for cost, wanted in ((0.5, MAX_DRAFT_TOKENS), (50.0, 0)):
         choice = DraftPolicy()
@@ -78,7 +79,7 @@ def test_a_round_of_drafts_must_pay_for_its_making() -> None:
 
 
 def test_each_draft_costs_its_part_of_a_round() -> None:
-    """Holds shut: one draft taken to cost nearly what the four cost that were measured."""
+    """Regression: one draft assumed to cost nearly as much as the four that were measured."""
     choice, one = DraftPolicy(), sequence()
     for _ in range(20):
         choice.stepped(1, 1.0)
@@ -90,7 +91,7 @@ def test_each_draft_costs_its_part_of_a_round() -> None:
 
 
 def test_one_slow_round_does_not_end_drafts() -> None:
-    """Holds shut: a machine that was busy once, and drafts never made again."""
+    """Regression: no drafts any more after the machine was busy once."""
     choice, one = DraftPolicy(), sequence()
     for _ in range(20):
         choice.stepped(1, 1.0)
@@ -109,7 +110,7 @@ def test_one_slow_round_does_not_end_drafts() -> None:
     assert depths[0] == 0 and depths[-1] == MAX_DRAFT_TOKENS
 
 
-def test_new_sequences_begin_with_what_others_taught() -> None:
+def test_new_sequences_start_from_the_common_acceptance() -> None:
     choice, old, new = DraftPolicy(), sequence(), sequence()
     assert choice.acceptance(new) == PRIOR
     for _ in range(300):

@@ -1,4 +1,4 @@
-"""The engine over small models: a request's life, and that nothing around changes its tokens."""
+"""The engine over small models: a request's life cycle; its tokens do not depend on the batch."""
 
 from collections import defaultdict
 from typing import Any
@@ -72,14 +72,14 @@ def test_end_of_sequence_stops_and_is_reported() -> None:
     ]
 
 
-def test_ignore_eos_goes_on() -> None:
+def test_ignore_eos_continues() -> None:
     assert outputs(counting_engine(), [EOS - 2], max_tokens=4, ignore_eos=True) == [
         [EOS - 1, EOS, EOS + 1, EOS + 2]
     ]
 
 
 def test_without_max_tokens_the_context_is_filled_exactly() -> None:
-    """Holds shut: the last position left unused, or one too many."""
+    """Regression: the last position left unused, or one too many."""
     (tokens,) = outputs(counting_engine(context=19), [3, 5, 7])
     assert len(tokens) == 16
 
@@ -88,7 +88,7 @@ def test_a_prompt_that_leaves_one_place_gets_one_token() -> None:
     assert outputs(counting_engine(context=4), [3, 5, 7]) == [[8]]
 
 
-def test_one_completion_may_be_stopped_and_the_others_go_on() -> None:
+def test_stopping_one_completion_does_not_end_the_others() -> None:
     engine = counting_engine()
     stopped = engine.add([1], TokenSamplingParams(max_tokens=5))
     other = engine.add([2], TokenSamplingParams(max_tokens=5))
@@ -102,7 +102,7 @@ def test_one_completion_may_be_stopped_and_the_others_go_on() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 5])
-def test_abort_gives_all_pages_back_at_any_moment(steps: int) -> None:
+def test_abort_releases_all_pages_at_any_moment(steps: int) -> None:
     engine = counting_engine(prefill_chunk=7)
     params = TokenSamplingParams(max_tokens=20, temperature=1.0, n=3, ignore_eos=True)
     request = engine.add(list(range(11)), params)
@@ -115,8 +115,8 @@ def test_abort_gives_all_pages_back_at_any_moment(steps: int) -> None:
     assert {sequence.finish_reason for sequence in request.sequences} == {"abort"}
 
 
-def test_a_row_of_nan_ends_its_own_request_only() -> None:
-    """Holds shut: one request's fault taking down the others."""
+def test_nan_logits_end_their_own_request_only() -> None:
+    """Regression: one request's failure ending the others."""
 
     class Broken(ScriptedModel):
         def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -162,7 +162,7 @@ def test_bad_requests_are_refused_with_the_numbers(
 
 
 def test_a_prompt_that_is_too_long_is_not_looked_through() -> None:
-    """Holds shut: millions of ids compared on the server's event loop."""
+    """Regression: millions of ids compared on the server's event loop."""
 
     class Ids(list[int]):
         def __iter__(self) -> Any:
@@ -173,7 +173,7 @@ def test_a_prompt_that_is_too_long_is_not_looked_through() -> None:
 
 
 def test_more_completions_than_may_run_are_refused() -> None:
-    """Holds shut: a request that waits for ever."""
+    """Regression: a request that waits forever."""
     engine = counting_engine(limits=Limits(max_sequences=3))
     with pytest.raises(UserError, match=r"n 4 exceeds the 3"):
         engine.add([1], TokenSamplingParams(n=4, temperature=1.0))
@@ -209,7 +209,7 @@ def test_chunks_and_page_sizes_change_no_token(model: Transformer) -> None:
 def test_completions_of_one_prompt_do_not_disturb_each_other(
     model: Transformer, length: int
 ) -> None:
-    """Holds shut: a fork that writes into its siblings' partly filled page (of 5 tokens)."""
+    """Regression: a fork that writes into its siblings' partly filled page (of 5 tokens)."""
     prompt = [(i * 41) % 263 for i in range(length)]
     options: dict[str, Any] = {"temperature": 1.2, "seed": 9, "ignore_eos": True, "max_tokens": 9}
     engine = engine_for(model)
@@ -236,7 +236,7 @@ def _one_by_one(
 
 
 def test_completions_share_the_full_pages_of_their_prompt() -> None:
-    """Holds shut: the prompt cached n times. 12 tokens, pages of 5: two shared, one for each."""
+    """Regression: the prompt cached n times. 12 tokens, pages of 5: two shared, one for each."""
     engine = counting_engine()
     params = TokenSamplingParams(max_tokens=9, temperature=1.0, n=3, ignore_eos=True)
     request = engine.add(list(range(12)), params)
@@ -281,8 +281,8 @@ def test_batched_equals_alone(data: st.DataObject) -> None:
             assert found == outputs(engine_for(MODELS[which]), prompt, **options)
 
 
-def test_the_cache_grows_with_use_and_keeps_its_rows() -> None:
-    """Holds shut: rows lost when the cache is enlarged between two steps."""
+def test_the_cache_grows_with_use_and_preserves_its_entries() -> None:
+    """Regression: entries lost when the cache grows between two steps."""
     config: ModelConfig = gqa_config()
     engine = engine_for(tiny_model(config), page_size=2)
     before = engine.runner.cache.num_pages
@@ -306,7 +306,7 @@ def test_times_are_in_order() -> None:
 
 
 def test_completions_fork_after_the_cache_has_grown() -> None:
-    """Holds shut: a page copied in place in rows that were made in inference mode."""
+    """Regression: a page copied in place in a cache that was made in inference mode."""
     engine = counting_engine()
     outputs(engine, list(range(90)), max_tokens=2)
     assert engine.runner.cache.num_pages > INITIAL_PAGES
@@ -319,8 +319,8 @@ def test_completions_fork_after_the_cache_has_grown() -> None:
 # The prefix cache
 
 
-def test_a_long_system_prompt_is_read_once() -> None:
-    """4,096 tokens that four requests begin with, one after the other and two at once."""
+def test_a_long_system_prompt_is_prefilled_once() -> None:
+    """Four requests share a prefix of 4,096 tokens: in sequence, and two at once."""
     model = ScriptedModel(gqa_config(max_position_embeddings=8192), lambda token: token + 1)
     engine = Engine(ModelRunner(model), context=8192, eos_ids=frozenset())
     step, rows = engine.runner.step, []
@@ -340,8 +340,8 @@ def test_a_long_system_prompt_is_read_once() -> None:
     assert [request.num_matched for request in requests] == [0, 4096, 4096, 4096]
 
 
-def test_a_preempted_prompt_does_not_count_its_own_pages_as_found() -> None:
-    """Holds shut: cached tokens reported for prompts that nobody had sent before."""
+def test_a_preempted_prompt_does_not_count_its_own_pages_as_hits() -> None:
+    """Regression: cached tokens reported for prompts that were never sent before."""
     model = ScriptedModel(gqa_config(), lambda token: (token + 1) % 200)
     limits = Limits(max_pages=20, mixed_tokens=4, step_tokens=4)
     engine = engine_for(

@@ -60,8 +60,9 @@ TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=50, deadline=None)
 
 
-def test_a_lone_sequence_gets_consecutive_pages_again_and_again() -> None:
-    """Holds shut: pages handed out last released first, whose rows must be copied to be read."""
+def test_a_lone_sequence_always_gets_consecutive_pages() -> None:
+    """Regression: pages handed out last released first, whose entries must be gathered for
+    reading."""
     allocator = PageAllocator(8)
     for _ in range(3):
         first, second = allocator.allocate(2), allocator.allocate(3)
@@ -85,8 +86,8 @@ def test_breaking_the_contract_is_noticed_and_changes_nothing() -> None:
         allocator.check_integrity([held])
 
 
-def test_kept_pages_are_cached_until_they_are_wanted() -> None:
-    """Free pages go first, then the page let go longest ago, deeper pages before earlier ones."""
+def test_marked_pages_are_cached_until_evicted() -> None:
+    """Free pages go first, then the least recently released, deeper pages before earlier ones."""
     allocator = PageAllocator(6)
     evicted: list[int] = []
     allocator.listen(evicted.append)
@@ -128,7 +129,7 @@ def test_evict_all_leaves_pages_in_use_alone() -> None:
     allocator.check_integrity([[0], [held[2]]])
 
 
-def test_breaking_the_contract_of_kept_pages_is_noticed() -> None:
+def test_breaking_the_contract_of_marked_pages_is_noticed() -> None:
     allocator = PageAllocator(3)
     held = allocator.allocate(2)
     allocator.keep(1)
@@ -151,7 +152,7 @@ def test_breaking_the_contract_of_kept_pages_is_noticed() -> None:
 
 
 def test_assertions_hold_under_python_o() -> None:
-    """Holds shut: checks that vanish with `assert` where users run `python -O`."""
+    """Regression: checks that vanish with `assert` where users run `python -O`."""
     code = (
         "from lowlat.engine.page_allocator import PageAllocator\n"
         "allocator = PageAllocator(1)\n"

@@ -1,4 +1,4 @@
-"""How sequences are read: grid, paths, pieces."""
+"""Chunked prefill: grid, attention paths, chunks."""
 
 import pytest
 
@@ -33,14 +33,14 @@ READER = PrefillPlanner(V3, chunk=1024, page_size=64)
         (2047, 4000, "expanded"),
     ],
 )
-def test_the_form_follows_from_the_position_and_the_prompt(
+def test_the_path_follows_from_the_position_and_the_prompt(
     position: int, prompt: int, path: str
 ) -> None:
     assert READER.path(position, prompt) == path
 
 
 def test_prefill_chunks_cover_a_sequence_without_crossing_the_grid() -> None:
-    """Whatever the limits of the steps: every token once, each in its own path."""
+    """For any limits of the steps: every token once, each on its own path."""
     for limit in (1, 7, 100, 1000, 5000):
         start, prompt, length = 0, 2500, 2600
         while start < length:
@@ -56,8 +56,8 @@ def test_a_whole_grid_chunk_is_one_prefill_chunk() -> None:
     assert READER.next_chunk(1024, 2500, 2500, 4096) == PrefillChunk(1024, "expanded")
 
 
-def test_pages_that_mix_forms_say_where() -> None:
-    """Holds shut: a page of prompt and output taken for a page of prompt."""
+def test_names_of_pages_that_mix_paths_include_the_position() -> None:
+    """Regression: a page of prompt and output taken for a page of prompt."""
     assert READER.page_path(0, 200) == "expanded"
     assert READER.page_path(3, 200) == "expanded 8"
     assert READER.page_path(3, 201) == "expanded 9"

@@ -1,4 +1,4 @@
-"""The prefix cache: what is found, what is never found, and who gives up pages first."""
+"""The prefix cache: hits, misses, isolation and order of eviction."""
 
 import hashlib
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def put(
     tokens: Sequence[int],
     cache_namespace: bytes = NAMESPACE,
 ) -> list[int]:
-    """Pages of a running sequence whose whole pages are known."""
+    """Pages of a running sequence whose full pages are indexed."""
     pages = allocator.allocate(-(-len(tokens) // 3))
     cache.insert(cache_namespace, tokens, paths(tokens), pages)
     return pages
@@ -62,7 +62,7 @@ def low_bits(data: bytes) -> bytes:
 # What is found
 
 
-def test_the_longest_known_beginning_is_found_and_held() -> None:
+def test_the_longest_indexed_prefix_is_found_and_retained() -> None:
     allocator, cache = cache_for()
     pages = put(allocator, cache, LONG)
     allocator.release(pages)
@@ -82,20 +82,20 @@ def test_pages_in_use_are_shared() -> None:
     cache.check_integrity([pages, pages])
 
 
-def test_only_as_many_pages_as_forms_are_looked_for() -> None:
-    """Holds shut: a prompt found whole, which leaves no token to take logits from."""
+def test_only_as_many_pages_as_paths_are_looked_up() -> None:
+    """Regression: a prompt that hits completely, which leaves no token to take logits from."""
     allocator, cache = cache_for()
     pages = put(allocator, cache, LONG)
     assert cache.match(NAMESPACE, LONG, paths(LONG[:-1])) == pages[:3]
 
 
-def test_a_partly_filled_page_is_not_known() -> None:
+def test_a_partly_filled_page_is_not_indexed() -> None:
     allocator, cache = cache_for()
     allocator.release(put(allocator, cache, LONG[:5]))
     assert (allocator.num_cached, allocator.num_free, len(cache)) == (1, 7, 1)
 
 
-def test_a_growing_sequence_makes_page_after_page_known() -> None:
+def test_a_growing_sequence_indexes_page_after_page() -> None:
     allocator, cache = cache_for()
     pages: list[int] = []
     for length in range(1, len(LONG) + 1):
@@ -107,7 +107,7 @@ def test_a_growing_sequence_makes_page_after_page_known() -> None:
 
 
 def test_a_growing_sequence_costs_only_its_new_pages() -> None:
-    """Holds shut: the whole prompt hashed again for each page that decoding fills."""
+    """Regression: the whole prompt hashed again for each page that decoding fills."""
     calls: list[bytes] = []
 
     def counting(data: bytes) -> bytes:
@@ -141,8 +141,8 @@ def test_counters_are_in_tokens_and_pages() -> None:
 # Pages of equal rows
 
 
-def test_a_page_of_rows_that_are_known_is_given_back_for_the_known_one() -> None:
-    """Two sequences computed the same beginning side by side: one copy stays."""
+def test_a_duplicate_page_is_released_for_the_indexed_one() -> None:
+    """Two sequences computed the same prefix concurrently: one copy stays."""
     allocator, cache = cache_for(10)
     first, second = allocator.allocate(4), allocator.allocate(4)
     cache.insert(NAMESPACE, LONG, paths(LONG), first)
@@ -159,8 +159,8 @@ def test_a_page_of_rows_that_are_known_is_given_back_for_the_known_one() -> None
     assert found(allocator, cache, LONG) == first
 
 
-def test_pages_that_were_shared_before_they_were_known_stay_unknown() -> None:
-    """Holds shut: a page known as the successor of one that its other holder does not hold, which
+def test_pages_that_were_shared_before_they_were_indexed_stay_out() -> None:
+    """Regression: a page indexed as the successor of one that its other holder does not hold, which
     could be evicted first."""
     allocator, cache = cache_for()
     known = put(allocator, cache, LONG[:3])
@@ -178,7 +178,7 @@ def test_pages_that_were_shared_before_they_were_known_stay_unknown() -> None:
 # What is never found
 
 
-def test_salts_share_nothing() -> None:
+def test_namespaces_share_nothing() -> None:
     allocator, cache = cache_for()
     put(allocator, cache, LONG, cache_namespace=b"mine")
     assert found(allocator, cache, LONG, cache_namespace=b"yours") == []
@@ -187,15 +187,15 @@ def test_salts_share_nothing() -> None:
     assert set(other) == {4, 5, 6, 7}
 
 
-def test_rows_of_another_form_are_not_found() -> None:
+def test_entries_of_another_path_are_not_found() -> None:
     allocator, cache = cache_for()
     pages = put(allocator, cache, LONG)
     assert found(allocator, cache, LONG, path="expanded") == []
     assert cache.match(NAMESPACE, LONG, ["decode", "decode", "expanded", "decode"]) == pages[:2]
 
 
-def test_the_end_of_a_form_is_not_the_beginning_of_the_tokens() -> None:
-    """Holds shut: equal keys of different (path, tokens), the path being of any length."""
+def test_the_end_of_a_path_is_not_the_beginning_of_the_tokens() -> None:
+    """Regression: equal keys of different (path, tokens), the path being of any length."""
     seen: list[bytes] = []
 
     def recording(data: bytes) -> bytes:
@@ -225,10 +225,11 @@ def test_equal_tokens_after_other_tokens_are_not_found() -> None:
         (b"other", LONG[:3], "decode"),
     ],
 )
-def test_equal_keys_do_not_show_other_rows(
+def test_hash_collisions_do_not_expose_other_entries(
     cache_namespace: bytes, tokens: list[int], path: str
 ) -> None:
-    """Holds shut: trust in the hash. Here all keys are equal, and only what is compared differs."""
+    """Regression: trust in the hash alone. Here all keys are equal, and only the compared content
+    differs."""
     allocator, cache = cache_for(digest=one_key)
     pages = put(allocator, cache, LONG[:3])
     assert found(allocator, cache, LONG[:3]) == pages
@@ -239,7 +240,7 @@ def test_equal_keys_do_not_show_other_rows(
     cache.check_integrity([pages, mine])
 
 
-def test_equal_keys_do_not_show_another_parent() -> None:
+def test_hash_collisions_do_not_expose_another_parent() -> None:
     """The same page as its own successor: equal tokens, path and key, another parent."""
     allocator, cache = cache_for(digest=one_key)
     pages = put(allocator, cache, LONG[:3])
@@ -252,7 +253,7 @@ def test_equal_keys_do_not_show_another_parent() -> None:
 # Giving up
 
 
-def test_the_beginning_used_last_stays_longest() -> None:
+def test_the_most_recently_used_prefix_is_evicted_last() -> None:
     allocator, cache = cache_for(6)
     old, new = [1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8, 9]
     allocator.release(put(allocator, cache, old))
@@ -281,8 +282,8 @@ def test_clear_frees_cached_pages_and_leaves_those_in_use() -> None:
 # The contract
 
 
-def test_what_is_withdrawn_is_forgotten_with_all_that_follows_it() -> None:
-    """Held or not: a cached page is free at once, a used one when its holder lets go."""
+def test_withdrawn_pages_leave_the_index_with_all_that_follow() -> None:
+    """A cached page is free at once, a used one when its holder releases it."""
     allocator, cache = cache_for(12)
     ended = put(allocator, cache, LONG)
     going = cache.match(NAMESPACE, LONG, ["decode"] * 2)
@@ -319,7 +320,7 @@ def test_breaking_the_contract_is_noticed() -> None:
         cache.check_integrity([pages])
 
 
-def test_check_integrity_finds_a_page_whose_beginning_was_let_go() -> None:
+def test_check_integrity_finds_a_page_whose_parent_was_released() -> None:
     allocator, cache = cache_for()
     pages = put(allocator, cache, LONG)
     allocator.release(pages[:1])
@@ -336,7 +337,7 @@ def test_check_integrity_finds_pages_released_in_the_wrong_order() -> None:
         cache.check_integrity([])
 
 
-def test_check_integrity_finds_a_kept_page_without_entry() -> None:
+def test_check_integrity_finds_a_marked_page_without_index_entry() -> None:
     allocator, cache = cache_for()
     pages = allocator.allocate(1)
     allocator.keep(pages[0])
@@ -357,7 +358,7 @@ def test_random_sequences_agree_with_the_model(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_random_sequences_get_their_own_rows_whatever_collides(seed: int) -> None:
+def test_random_sequences_get_their_own_entries_despite_collisions(seed: int) -> None:
     driver = Driver(seed, digest=low_bits)
     driver.run(1_000, check_every=10)
     assert driver.done["hit pages"] > 20

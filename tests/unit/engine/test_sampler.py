@@ -1,4 +1,4 @@
-"""The sampler: penalties by hand, the law of the draws, independence of the batch."""
+"""The sampler: penalties by hand, distribution of the draws, independence of the batch."""
 
 import math
 from collections import Counter
@@ -36,7 +36,7 @@ def chi_squared(counts: Counter[int], expected: dict[int, float]) -> float:
 
 
 def test_greedy_takes_the_lowest_id_among_equals() -> None:
-    """Holds shut: a tie broken by whatever a kernel finds first, wide rows included."""
+    """Regression: a tie broken by whatever a kernel finds first, wide rows included."""
     for vocab in (VOCAB, 4099, 131071):
         row = torch.zeros(1, vocab)
         row[0, [vocab - 2, 7, vocab - 3]] = 3.0
@@ -106,7 +106,7 @@ def test_logit_bias_moves_and_forbids() -> None:
 
 
 def test_raw_logits_are_left_as_they_were() -> None:
-    """Holds shut: penalties or bias written into the caller's row, seen by the next completion."""
+    """Regression: penalties or bias written into the caller's row, seen by the next completion."""
     row = torch.randn(2, VOCAB)
     before = row.clone()
     options: dict[str, Any] = {
@@ -145,7 +145,7 @@ def test_a_token_of_probability_0_is_never_drawn() -> None:
 def test_the_extreme_random_numbers_draw_the_outermost_likely_tokens(
     number: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Holds shut: 0.0 drawing a token of probability 0, or a number near 1 none at all."""
+    """Regression: 0.0 drawing a token of probability 0, or a number near 1 none at all."""
     logits = torch.full((VOCAB,), -math.inf)
     logits[4] = logits[7] = logits[9] = 0.3
     one = sampler(temperature=0.7)
@@ -154,7 +154,7 @@ def test_the_extreme_random_numbers_draw_the_outermost_likely_tokens(
 
 
 def test_a_seed_repeats_and_neighbouring_seeds_and_indices_differ() -> None:
-    """Holds shut: seed + index, where completion 1 of seed 0 would repeat 0 of seed 1."""
+    """Regression: seed + index, where completion 1 of seed 0 would repeat 0 of seed 1."""
     logits = torch.zeros(VOCAB)
 
     def draw(seed: int, index: int) -> list[int]:
@@ -176,7 +176,7 @@ def test_without_a_seed_requests_differ() -> None:
 
 
 def test_tokens_do_not_depend_on_the_batch() -> None:
-    """Holds shut: one generator shared by the rows of a batch."""
+    """Regression: one generator shared by the rows of a batch."""
     rows = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(5))
     options: list[dict[str, Any]] = [{"temperature": 1.0, "seed": i} for i in range(7)]
     options[2] = {}
@@ -193,7 +193,7 @@ def test_tokens_do_not_depend_on_the_batch() -> None:
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
-    """Holds shut: log-probabilities after temperature, penalties or filters."""
+    """Regression: log-probabilities after temperature, penalties or filters."""
     probabilities = [0.05, 0.4, 0.25, 0.25, 0.05]
     row = torch.tensor([probabilities]).log()
     params = TokenSamplingParams(
@@ -213,8 +213,8 @@ def test_logprobs_0_gives_the_chosen_token_only() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_row_that_is_not_finite_yields_no_token_and_spares_the_others(bad: float) -> None:
-    """Holds shut: NaN logits turned into token 0 without a word."""
+def test_non_finite_logits_yield_no_token_and_spare_other_rows(bad: float) -> None:
+    """Regression: NaN logits turned into token 0 silently."""
     rows = torch.zeros(3, VOCAB)
     rows[1, 6] = bad
     rows[2, 4] = 1.0

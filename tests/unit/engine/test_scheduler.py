@@ -1,4 +1,4 @@
-"""The scheduler alone: who runs, in which order, on which pages. No tensors."""
+"""The scheduler alone: which sequences run, in which order, on which pages. No tensors."""
 
 import time
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def scheduler_for(
 
 
 def sequence(length: int, n: int = 1, first: int = 0, **options: Any) -> Sequence:
-    """The prompt first, first + 1, ...; arrival is the order of making."""
+    """The prompt first, first + 1, ...; sequences arrive in the order of creation."""
     params = TokenSamplingParams(n=n, temperature=1.0)
     sequence.made += 1
     request = Request(
@@ -78,7 +78,7 @@ def step(scheduler: Scheduler) -> dict[Sequence, int]:
 
 
 def test_decoding_continues_during_a_prefill() -> None:
-    """Holds shut: everybody waiting for a long prompt."""
+    """Regression: all requests waiting for a long prompt."""
     scheduler = scheduler_for(step_tokens=50, mixed_tokens=8)
     short, long = sequence(3), sequence(60, first=500)
     scheduler.add(short)
@@ -100,7 +100,7 @@ def test_a_lone_prompt_prefills_in_longer_steps() -> None:
 
 
 def test_the_prefill_budget_grows_with_prefilling_sequences_per_decoding_one() -> None:
-    """Holds shut: many prompts that come at once, held up by the first of them to be answered."""
+    """Regression: many prompts that arrive at once, delayed by the first ones to decode."""
     scheduler = scheduler_for(step_tokens=20, mixed_tokens=8, has_prefix_cache=False)
     short = sequence(3)
     scheduler.add(short)
@@ -133,7 +133,7 @@ def test_offline_decoding_does_not_shrink_prefill_chunks() -> None:
 
 
 def test_half_of_the_budget_is_the_oldest_prompts_and_the_rest_the_shortest_ones() -> None:
-    """Holds shut: short prompts waiting behind a long one, and a long one starving."""
+    """Regression: short prompts waiting behind a long one, and a long one starving."""
     scheduler = scheduler_for(step_tokens=20)
     oldest, long, short = sequence(80), sequence(70, first=100), sequence(6, first=200)
     for item in (oldest, long, short):
@@ -150,7 +150,7 @@ def test_what_others_leave_of_the_budget_is_used() -> None:
 
 
 def test_a_prefill_chunk_ends_with_its_grid_chunk() -> None:
-    """Holds shut: rows of two paths in one piece."""
+    """Regression: entries of two paths in one chunk."""
     scheduler = scheduler_for(step_tokens=30, chunk=16)
     one = sequence(40)
     scheduler.add(one)
@@ -160,7 +160,7 @@ def test_a_prefill_chunk_ends_with_its_grid_chunk() -> None:
 # Who comes first
 
 
-def test_a_request_waits_until_all_its_completions_have_room() -> None:
+def test_a_request_waits_until_all_its_completions_fit() -> None:
     scheduler = scheduler_for(max_sequences=4)
     first, wide, last = sequence(2), sequence(3, n=4, first=50), sequence(4, first=90)
     for item in (first, wide, last):
@@ -184,8 +184,8 @@ def test_lower_priority_values_are_admitted_first() -> None:
     assert step(scheduler) == {early: 3}
 
 
-def test_who_gives_way_is_passed_for_so_many_seconds_only() -> None:
-    """Holds shut: a request of low priority that waits for ever while others come."""
+def test_a_low_priority_request_is_overtaken_for_a_bounded_time() -> None:
+    """Regression: a request of low priority that starves while others arrive."""
     now = 0.0
     scheduler = scheduler_for(max_sequences=1, clock=lambda: now)
     late = sequence(2, priority=3, cache_namespace=b"late")
@@ -199,8 +199,8 @@ def test_who_gives_way_is_passed_for_so_many_seconds_only() -> None:
     assert served.index(late) == 2
 
 
-def test_urgency_passes_requests_of_its_own_client_only() -> None:
-    """Holds shut: a client that is served before all others because it says so."""
+def test_a_negative_priority_overtakes_its_own_namespace_only() -> None:
+    """Regression: a client that is served before all others by setting its priority."""
     scheduler = scheduler_for(max_sequences=1)
     modest = [sequence(4, first=100 * i, cache_namespace=b"modest") for i in range(1, 4)]
     urgent = [
@@ -218,7 +218,7 @@ def test_urgency_passes_requests_of_its_own_client_only() -> None:
     assert served[-1] is plain
 
 
-def test_urgency_takes_no_pages_from_those_that_run() -> None:
+def test_a_negative_priority_preempts_no_running_sequence() -> None:
     scheduler = scheduler_for(pages=7, has_prefix_cache=False)
     first, second = (
         sequence(8, cache_namespace=b"a"),
@@ -231,8 +231,8 @@ def test_urgency_takes_no_pages_from_those_that_run() -> None:
     assert scheduler.waiting == [second] and scheduler.running == [first]
 
 
-def test_a_client_with_many_requests_does_not_keep_another_waiting() -> None:
-    """Holds shut: first come, first served over clients of unequal appetite."""
+def test_a_client_with_many_requests_does_not_delay_another() -> None:
+    """Regression: first come, first served over clients of unequal load."""
     scheduler = scheduler_for(max_sequences=1)
     greedy = [sequence(9, first=100 * i, cache_namespace=b"greedy") for i in range(1, 6)]
     for item in greedy:
@@ -262,7 +262,7 @@ def test_a_waiting_sequence_can_be_removed() -> None:
 # Pages
 
 
-def test_the_last_in_line_makes_room_and_comes_back() -> None:
+def test_the_last_sequence_in_order_is_preempted_and_recomputed() -> None:
     """Two sequences of 8 tokens each, 7 pages: both fit, until they grow to 4 each."""
     scheduler = scheduler_for(pages=7, has_prefix_cache=False)
     first, second = sequence(8), sequence(8, first=50)
@@ -280,7 +280,7 @@ def test_the_last_in_line_makes_room_and_comes_back() -> None:
     assert step(scheduler) == {second: 1}
 
 
-def test_a_preempted_sequence_finds_its_rows_in_the_prefix_cache() -> None:
+def test_a_preempted_sequence_hits_the_prefix_cache() -> None:
     scheduler = scheduler_for(pages=7)
     first, second = sequence(8), sequence(8, first=50)
     scheduler.add(first)
@@ -293,7 +293,7 @@ def test_a_preempted_sequence_finds_its_rows_in_the_prefix_cache() -> None:
     assert step(scheduler) == {second: 1}
 
 
-def test_who_has_no_room_waits_and_holds_nothing() -> None:
+def test_a_request_without_free_pages_waits_and_holds_none() -> None:
     scheduler = scheduler_for(pages=5)
     first, second = sequence(13), sequence(9, first=50)
     scheduler.add(first)
@@ -304,7 +304,7 @@ def test_who_has_no_room_waits_and_holds_nothing() -> None:
     assert step(scheduler) == {second: 9}
 
 
-def test_drafts_are_dropped_rather_than_anybody_preempted() -> None:
+def test_drafts_are_dropped_rather_than_a_sequence_preempted() -> None:
     scheduler = scheduler_for(pages=3)
     one = sequence(8)
     scheduler.add(one)
@@ -321,8 +321,8 @@ def test_drafts_are_dropped_rather_than_anybody_preempted() -> None:
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_a_shared_beginning_is_read_once(at_once: bool) -> None:
-    """Holds shut: sixteen requests with one system prompt reading it sixteen times."""
+def test_a_shared_prefix_is_prefilled_once(at_once: bool) -> None:
+    """Regression: sixteen requests with one system prompt prefilling it sixteen times."""
     scheduler = scheduler_for(step_tokens=16)
     prompts = [sequence(40) for _ in range(4)]
     for number, item in enumerate(prompts):
@@ -341,7 +341,7 @@ def test_a_shared_beginning_is_read_once(at_once: bool) -> None:
     assert [item.request.num_matched for item in prompts[1:]] == [40, 40, 40]
 
 
-def test_rows_of_another_client_are_not_found() -> None:
+def test_entries_of_another_client_are_not_found() -> None:
     scheduler = scheduler_for()
     mine, yours = sequence(40, cache_namespace=b"mine"), sequence(40, cache_namespace=b"yours")
     scheduler.add(mine)
@@ -351,7 +351,7 @@ def test_rows_of_another_client_are_not_found() -> None:
 
 
 def test_the_last_token_is_always_computed() -> None:
-    """Its logits are needed: a prompt of whole pages is not found whole."""
+    """Its logits are needed: a prompt of full pages never hits completely."""
     scheduler = scheduler_for()
     for expected in (8, 4):
         item = sequence(8)

@@ -1,4 +1,4 @@
-"""Drafts: where they come from, how many are made, and that they decide nothing."""
+"""Speculative decoding: sources and number of draft tokens; they change no output."""
 
 import re
 from collections import Counter
@@ -19,7 +19,7 @@ from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config, mla_config, t
 
 
 def engine_for(model: Transformer, **options: Any) -> Engine:
-    """Its steps cost what one token costs and a tenth more for each further one."""
+    """A step costs as much as one token, and a tenth more for each further token."""
     runner = ModelRunner(model, page_size=4)
     engine = Engine(runner, context=97, eos_ids=frozenset(), **options)
     if engine.speculator is not None:
@@ -71,7 +71,7 @@ def test_lookup_finds_what_followed(tokens: list[int], found: list[int]) -> None
 
 
 def test_lookup_grows_with_its_sequence() -> None:
-    """A long sequence, token by token: the same as looking at all of it anew."""
+    """A long sequence, token by token: the same as a search from scratch."""
     tokens = [(i * i) % 11 for i in range(700)]
     lookup = PromptLookup()
     for end in range(1, len(tokens)):
@@ -82,7 +82,7 @@ def test_lookup_grows_with_its_sequence() -> None:
 
 
 def test_prefill_is_no_cost_of_drafting() -> None:
-    """Holds shut: what a module takes for the rows of a prompt, taken for the cost of a draft."""
+    """Regression: an MTP module's time for the entries of a prompt counted as cost of drafting."""
     engine = engine_for(tiny_model(mla_config(num_nextn_predict_layers=1)))
     always_draft(engine, 1)
     assert engine.speculator is not None
@@ -102,7 +102,7 @@ def test_prefill_is_no_cost_of_drafting() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "seed": 3}])
 def test_drafts_change_no_token(options: dict[str, Any]) -> None:
-    """A model that goes round in a circle of seven: lookup guesses right from the second round."""
+    """A model that repeats a cycle of seven: prompt lookup is right from the second cycle on."""
     model = ScriptedModel(gqa_config(), lambda token: (token + 1) % 7)
     options = {"max_tokens": 60} | options
     with_drafts, without = engine_for(model), engine_for(model, speculates=False)
@@ -120,7 +120,7 @@ def test_right_drafts_save_steps() -> None:
 
 @pytest.mark.parametrize("end", [{"max_tokens": 11}, {"stop": 5}])
 def test_a_completion_ends_in_the_middle_of_its_drafts(end: dict[str, Any]) -> None:
-    """Holds shut: tokens after the end, because they were verified in the same step."""
+    """Regression: tokens after the end, because they were verified in the same step."""
     model = ScriptedModel(gqa_config(), lambda token: (token + 1) % 13)
     prompt = [*range(13), 0, 1]
     stop_token_ids = frozenset({end["stop"]}) if "stop" in end else frozenset()
@@ -149,8 +149,8 @@ def test_mtp_drafts_change_no_token(modules: int, options: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("modules", [1, 2, 3])
 def test_mtp_drafts_are_what_the_modules_predict(modules: int) -> None:
-    """Holds shut: a module that sees the wrong position, token or row: drafts are as good as those
-    of reading everything anew."""
+    """Regression: a module that sees the wrong position, token or row: the drafts equal those
+    computed from scratch."""
     model = tiny_model(mla_config(num_nextn_predict_layers=modules))
     engine = engine_for(model)
     always_draft(engine, modules)
@@ -168,7 +168,7 @@ def test_mtp_drafts_are_what_the_modules_predict(modules: int) -> None:
 
 @torch.inference_mode()
 def fresh_drafts(model: Transformer, tokens: list[int], modules: int) -> list[int]:
-    """Module k after module k - 1 over all tokens, without a cache kept from before."""
+    """Module k after module k - 1 over all tokens, without a cache of earlier steps."""
     from lowlat.engine.request import Chunk
 
     runner = ModelRunner(model, page_size=97)
@@ -187,7 +187,7 @@ def fresh_drafts(model: Transformer, tokens: list[int], modules: int) -> list[in
 
 
 def test_sampled_output_has_the_models_distribution() -> None:
-    """Chi-squared over pairs of tokens: with drafts as without, and as the softmax says."""
+    """Chi-squared over pairs of tokens: with drafts as without, and equal to the softmax."""
     config = gqa_config(vocab_size=5)
     model = tiny_model(config)
     # What the model likes to say goes round in a circle, so that drafts are often right.
@@ -234,7 +234,7 @@ def pair_probabilities(
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
 def test_drafts_change_no_structured_output(options: dict[str, Any]) -> None:
-    """Holds shut: a grammar that has gone on with drafts that were not kept."""
+    """Regression: a grammar that has advanced by rejected drafts."""
     model = ScriptedModel(gqa_config(), lambda token: ord("a") + (token + 1) % 3)
     tokenizer = byte_tokenizer()
     compiler = GrammarCompiler(tokenizer, model.config.vocab_size)
@@ -260,10 +260,10 @@ def test_drafts_change_no_structured_output(options: dict[str, Any]) -> None:
 # Faults
 
 
-def test_a_fault_in_the_lookup_leaves_one_sequence_without_drafts(
+def test_an_error_in_the_lookup_leaves_one_sequence_without_drafts(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Holds shut: an engine that ends for everyone because a guess could not be made."""
+    """Regression: an engine that ends all requests because drafting failed."""
     propose = PromptLookup.propose
 
     def broken(self: PromptLookup, tokens: list[int], most: int) -> list[int]:
@@ -289,10 +289,10 @@ def test_a_fault_in_the_lookup_leaves_one_sequence_without_drafts(
 
 
 @pytest.mark.parametrize("modules", [1, 2])
-def test_a_fault_in_the_modules_changes_no_token(
+def test_an_error_in_the_mtp_modules_changes_no_token(
     monkeypatch: pytest.MonkeyPatch, modules: int
 ) -> None:
-    """Also while the prompt is read, of which the modules read their part."""
+    """Also during prefill, in which the modules take part."""
     model = tiny_model(mla_config(num_nextn_predict_layers=modules))
     prompts = [[(i * step) % 200 for i in range(23)] for step in (37, 29)]
     poisoned = [[*prompt[:20], 262, *prompt[20:]] for prompt in prompts[:1]]

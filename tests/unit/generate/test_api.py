@@ -1,4 +1,4 @@
-"""The public names and the way from a name to a model, without network."""
+"""The public names, and loading a model by name, without network."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_importing_is_quick() -> None:
-    """Holds shut: torch (seconds) imported by `import lowlat` or by the sampling options."""
+    """Regression: torch (seconds) imported by `import lowlat` or by the sampling options."""
     code = (
         "import sys, lowlat; lowlat.SamplingParams; lowlat.UserError; print('torch' in sys.modules)"
     )
@@ -58,7 +58,7 @@ def test_a_folder_loads_and_generates(folder: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "int4"])
 def test_int8_cache(folder: Path, dtype: str) -> None:
-    """[K ; V] in bytes with scales; the same model but for the rounding of its rows."""
+    """[K ; V] in bytes with scales; the same model except for the rounding of its entries."""
     plain = lowlat.load(str(folder), dtype=dtype)
     packed = lowlat.load(str(folder), dtype=dtype, cache="int8")
     row = plain.config.attention.entry_dim
@@ -105,7 +105,7 @@ def test_mtp_modules_survive_loading(tmp_path: Path) -> None:
         assert torch.equal(found, rows)
 
 
-def test_faults_name_what_is_wrong(folder: Path, tmp_path: Path) -> None:
+def test_errors_name_the_cause(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cache 'int4' is unknown; choose auto, bf16 or int8"):
         lowlat.load(str(folder), cache="int4")
     with pytest.raises(UserError, match="'no-such-model' is unknown"):
@@ -124,7 +124,7 @@ def test_faults_name_what_is_wrong(folder: Path, tmp_path: Path) -> None:
 def test_a_preset_is_converted_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The default model's way, with a small model in place of the fetched one."""
+    """Like the default model, with a small model in place of the fetched one."""
     monkeypatch.setenv("LOWLAT_CACHE", str(tmp_path / "cache"))
     calls: list[str] = []
 

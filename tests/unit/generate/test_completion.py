@@ -73,7 +73,7 @@ def test_a_stop_string_ends_the_text_before_it() -> None:
 
 
 def test_the_beginning_of_a_stop_string_is_held_back_and_shown_when_nothing_follows() -> None:
-    """Holds shut: text lost at the end because it looked like a stop string."""
+    """Regression: text lost at the end because it looked like a stop string."""
     builder = builder_for(stop=("END",))
     push(builder, "to EN", "length")
     assert builder.result().text == "to EN"
@@ -87,7 +87,7 @@ def test_a_character_cut_off_by_the_end_is_replaced() -> None:
     assert builder.result().text == "a\ufffd"
 
 
-def test_logprobs_are_kept_per_token_where_asked_for() -> None:
+def test_logprobs_are_returned_per_token_if_requested() -> None:
     builder = builder_for(logprobs=1)
     builder.push(TokenEvent(0, 0, 65, -0.5, ((66, -0.25),), "length"))
     logprobs = builder.result().logprobs
@@ -114,14 +114,14 @@ def test_speeds_by_hand() -> None:
 
 
 def test_text_after_which_a_grammar_ends_is_part_of_it() -> None:
-    """Holds shut: a last token that is dropped because the completion stops with it."""
+    """Regression: a last token that is dropped because the completion stops with it."""
     builder = builder_for()
     push(builder, "ye")
     builder.push(TokenEvent(0, 0, ord("s"), finish_reason="stop"))
     assert builder.result().text == "yes" and builder.finish_reason == "stop"
 
 
-def test_special_tokens_that_are_kept_are_text() -> None:
+def test_special_tokens_in_keep_special_are_text() -> None:
     request = builder_for().request
     builder = CompletionBuilder(TOKENIZER, request, 0, keep_special=frozenset({EOS}))
     builder.push(TokenEvent(0, 0, EOS))

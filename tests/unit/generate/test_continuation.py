@@ -1,4 +1,4 @@
-"""Texts that go on with their prompt, under a tokenizer that drops the first space of a text."""
+"""Continuations of a prompt, with a tokenizer that drops the first space of a text."""
 
 from lowlat.generate.model import Model
 from lowlat.generate.structured import Choice
@@ -13,13 +13,13 @@ SPACED = STRIPPING.vocab_size - 5
 
 
 def spaced() -> Model:
-    """Says " a" after everything."""
+    """Generates " a" after every token."""
     config = gqa_config(vocab_size=STRIPPING.vocab_size)
     return Model(ScriptedModel(config, lambda token: SPACED), STRIPPING, name="spaced")
 
 
 def test_a_continuation_keeps_the_space_between_it_and_its_prompt() -> None:
-    """Holds shut: sentencepiece's first space dropped in the middle of a text."""
+    """Regression: sentencepiece's first space dropped in the middle of a text."""
     model = spaced()
     for prompt in ("b", STRIPPING.encode("b")):
         assert one(model.generate(prompt, max_tokens=2)).text == " a a"
@@ -29,8 +29,8 @@ def test_a_continuation_keeps_the_space_between_it_and_its_prompt() -> None:
     assert "".join(model.generate("b", max_tokens=2, stream=True)) == " a a"
 
 
-def test_a_form_holds_for_the_very_text_of_a_continuation() -> None:
-    """Holds shut: a space that is asked for beside the form, where none is dropped."""
+def test_a_grammar_applies_to_the_exact_text_of_a_continuation() -> None:
+    """Regression: a space required in addition to the grammar, where none is dropped."""
     form = Choice(options=("b", " a b"))
     bias = {SPACED: 5.0}
     assert one(spaced().generate("b", structured=form, logit_bias=bias)).text == " a b"

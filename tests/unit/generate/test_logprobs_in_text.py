@@ -9,7 +9,7 @@ from .test_completion import builder_for
 
 
 def told(text: bytes, *, stop: tuple[str, ...] = (), end: str | None = None) -> list[list[int]]:
-    """Tokens whose log-probabilities are told after each of the bytes of `text` and the end."""
+    """Tokens whose log-probabilities are returned after each byte of `text` and the end."""
     builder = builder_for(logprobs=0, stop=stop)
     shown, steps = 0, []
     events = [TokenEvent(0, 0, byte, -0.5) for byte in text]
@@ -44,11 +44,11 @@ def told(text: bytes, *, stop: tuple[str, ...] = (), end: str | None = None) -> 
 def test_they_come_with_the_text_and_no_others_do(
     text: bytes, options: dict[str, object], expected: list[list[int]]
 ) -> None:
-    """Holds shut: entries for an end of sequence or a stop string, which no text has."""
+    """Regression: entries for an end of sequence or a stop string, which no text has."""
     assert told(text, **options) == expected  # pyright: ignore[reportArgumentType]
 
 
-def test_a_token_that_the_stop_string_begins_in_is_told() -> None:
+def test_a_token_that_the_stop_string_begins_in_is_returned() -> None:
     builder = builder_for(logprobs=0, stop=("</s>x",))
     builder._detokenizer._skipped = frozenset()
     for token in (*b"ab", EOS, ord("x")):

@@ -1,4 +1,4 @@
-"""The Model users hold: prompts, completions, streams, and scoring through the cache."""
+"""The Model API: prompts, completions, streams, and scoring through the cache."""
 
 import inspect
 import math
@@ -113,7 +113,7 @@ def test_stop_is_a_string_or_several(stop: Any) -> None:
 
 
 def test_scoring_keeps_within_the_cache_s_limit() -> None:
-    """Holds shut: a pool that grows under a text beside a stream, for good."""
+    """Regression: a cache that grows for good when a text is scored during a stream."""
     model = real(mla_config(num_nextn_predict_layers=0), max_cache_bytes=2**15)
     limit = model.runner.allocator.num_pages
     stream = model.generate(LONG[:60], stream=True, ignore_eos=True)
@@ -134,13 +134,13 @@ def test_a_cache_beyond_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_no_more_pages_than_all_sequences_can_fill() -> None:
-    """Holds shut: lists of pages that take more memory than the cache."""
+    """Regression: lists of pages that take more memory than the cache."""
     model = real(gqa_config(), context=70, max_cache_bytes=2**30)
     assert model.runner.allocator.num_pages == 2 * MAX_SEQUENCES
 
 
 def test_stop_strings_stop_the_engine_too() -> None:
-    """Holds shut: tokens computed after the stop string was found."""
+    """Regression: tokens computed after the stop string was found."""
     model = counting()
     (found,), (other,) = model.generate_many(["a", "0"], stop="fg", max_tokens=9)
     assert (found.text, found.finish_reason) == ("bcde", "stop")
@@ -183,7 +183,7 @@ def test_logprobs_agree_with_logits() -> None:
 
 
 def test_a_failing_request_leaves_nothing_behind() -> None:
-    """Holds shut: earlier prompts of a list left in the engine when a later one is refused."""
+    """Regression: earlier prompts of a list left in the engine when a later one is refused."""
     model = counting()
     with pytest.raises(UserError, match="context is 97"):
         model.generate_many(["fine", "x" * 97], max_tokens=3)
@@ -224,7 +224,7 @@ def test_a_stream_gives_the_pieces_and_then_the_fields() -> None:
 
 
 def test_streams_may_interleave() -> None:
-    """Holds shut: one stream swallowing the events of another."""
+    """Regression: one stream swallowing the events of another."""
     model = counting()
     first = model.generate("a", stream=True, max_tokens=4)
     second = model.generate("A", stream=True, max_tokens=4)
@@ -289,7 +289,7 @@ def test_logits_equal_those_without_a_cache(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_logits_are_fp32_and_may_be_changed_in_place(dtype: torch.dtype) -> None:
-    """Holds shut: inference tensors handed to callers."""
+    """Regression: inference tensors handed to callers."""
     logits = real(gqa_config(), dtype).logits([1, 2, 3])
     assert logits.dtype == torch.float32 and logits.shape == (3, 263)
     logits -= 1.0
@@ -356,7 +356,7 @@ def test_windows_do_not_see_each_other() -> None:
     assert score.nll == pytest.approx(expected)
 
 
-def test_a_window_nobody_chose_is_within_the_context() -> None:
+def test_the_default_window_is_within_the_context() -> None:
     assert counting().perplexity("abc" * 70).window == 97
 
 
@@ -377,7 +377,7 @@ def test_the_context_can_be_shortened_but_not_exceed_the_models() -> None:
             real(gqa_config(), context=wrong)
 
 
-def test_repr_says_what_it_is() -> None:
+def test_repr_describes_the_model() -> None:
     text = repr(real(mla_config(), torch.bfloat16))
     for part in ("tiny", "deepseek_v3", "MLA 5 heads", "bfloat16 on cpu", "context 97"):
         assert part in text
@@ -388,7 +388,7 @@ def test_repr_says_what_it_is() -> None:
 # Structured output
 
 
-def test_outputs_look_as_asked_for() -> None:
+def test_structured_outputs_match_their_format() -> None:
     model = counting()
     params = SamplingParams(structured=Choice(options=("yes", "no")))
     found = model.generate_each(["say ", "say "], [params, SamplingParams(max_tokens=3)])

@@ -64,7 +64,7 @@ def test_defaults_are_greedy_up_to_the_context() -> None:
     ],
 )
 def test_out_of_range_values_are_errors_that_name_the_option(name: str, value: object) -> None:
-    """Holds shut: NaN passing comparisons, booleans passing as integers, requests without a cap."""
+    """Regression: NaN passing comparisons, booleans passing as integers, requests without a cap."""
     options: dict[str, Any] = {"temperature": 1.0, name: value}
     with pytest.raises(UserError, match=name):
         SamplingParams(**options)
@@ -101,7 +101,7 @@ def test_borders_are_allowed(name: str, value: object) -> None:
     ("name", "value"), [("top_k", 2), ("top_p", 0.9), ("min_p", 0.1), ("n", 2)]
 )
 def test_options_without_effect_at_temperature_0_are_errors(name: str, value: object) -> None:
-    """Holds shut: an option that is accepted and silently ignored."""
+    """Regression: an option that is accepted and silently ignored."""
     options: dict[str, Any] = {"temperature": 0.0, name: value}
     with pytest.raises(UserError, match=rf"{name}.*temperature 0"):
         SamplingParams(**options)
@@ -127,5 +127,5 @@ def test_an_unknown_keyword_is_an_error_that_lists_the_options() -> None:
 
 
 def test_keyword_options_are_the_fields() -> None:
-    """Holds shut: an option added to one of the two and not to the other."""
+    """Regression: an option added to one of the two and not to the other."""
     assert set(SamplingOptions.__annotations__) == set(SamplingParams.__dataclass_fields__)

@@ -1,4 +1,4 @@
-"""What may be asked of an output: the limits, each before anything is compiled."""
+"""Limits of structured outputs, each checked before anything is compiled."""
 
 import json
 
@@ -11,7 +11,7 @@ from lowlat.utils.errors import UserError
 
 
 def test_texts_up_to_the_limit_are_taken() -> None:
-    """Holds shut: a limit that counts one byte too many."""
+    """Regression: a limit that counts one byte too many."""
     Regex(pattern="a" * structured.MAX_PATTERN_BYTES)
     Grammar(lark="a" * structured.MAX_GRAMMAR_BYTES)
     JsonSchema(schema="a" * structured.MAX_SCHEMA_BYTES)
@@ -44,7 +44,7 @@ def nested(levels: int) -> str:
 
 
 def test_depth_is_bounded() -> None:
-    """Holds shut: a schema that overflows the stack of what descends into it."""
+    """Regression: a schema that overflows the stack of a recursive function."""
     assert read_schema(nested(MAX_DEPTH - 2), "json_schema")
     for levels in (MAX_DEPTH + 2, 20_000):
         with pytest.raises(UserError, match=r"^json_schema: the (schema|JSON text) is nested"):
@@ -82,7 +82,7 @@ def test_properties_are_bounded() -> None:
     ],
 )
 def test_an_unsupported_keyword_is_named(keyword: str) -> None:
-    """Holds shut: a keyword that is dropped, so that outputs break the user's schema."""
+    """Regression: a keyword that is dropped, so that outputs break the user's schema."""
     for schema, place in (
         ({keyword: {}}, "#"),
         ({"properties": {"a": {"anyOf": [{keyword: {}}]}}}, "#/properties/a/anyOf/0"),
@@ -94,7 +94,7 @@ def test_an_unsupported_keyword_is_named(keyword: str) -> None:
 
 
 def test_names_and_values_are_no_keywords() -> None:
-    """Holds shut: properties called "not", or objects inside enum, taken for keywords."""
+    """Regression: properties called "not", or objects inside enum, taken for keywords."""
     schema = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "$id": "https://example.com/a.json",
@@ -121,7 +121,7 @@ def test_names_and_values_are_no_keywords() -> None:
     ],
 )
 def test_references_stay_inside_the_schema(target: str) -> None:
-    """Holds shut: a request to an address or a file of the sender's choice."""
+    """Regression: a request to an address or a file of the sender's choice."""
     schema = {"$defs": {"a": {}}, "default": {"not": {}}, "items": {"$ref": target}}
     with pytest.raises(UserError, match=r"^json_schema: \$ref .* at '#/items' is not a schema"):
         read_schema(json.dumps(schema), "json_schema")

@@ -1,4 +1,4 @@
-"""Following a grammar: what its masks let through is valid, whatever the tokens look like."""
+"""Grammar masks: the allowed outputs are valid, for any tokenizer."""
 
 import json
 import random
@@ -155,7 +155,7 @@ def test_outputs_follow_their_grammar(compiler: GrammarCompiler) -> None:
 
 @pytest.mark.parametrize("output", OUTPUTS, ids=lambda output: type(output).__name__)
 def test_masks_and_accept_agree(compiler: GrammarCompiler, output: StructuredOutput) -> None:
-    """Holds shut: a mask that lets through what cannot be accepted, or hides what can."""
+    """Regression: a mask that allows a token that cannot be accepted, or bans one that can."""
     grammar = compiler.compile(output)
     walker, rng = Walker(UNEVEN, 3), random.Random(5)
     state, taken = grammar.start(), []
@@ -180,7 +180,7 @@ def test_masks_and_accept_agree(compiler: GrammarCompiler, output: StructuredOut
 
 
 def test_every_end_is_allowed_where_the_output_may_end(compiler: GrammarCompiler) -> None:
-    """Holds shut: a second end-of-sequence id that is hidden, or allowed too early."""
+    """Regression: a second end-of-sequence id that is hidden, or allowed too early."""
     grammar = compiler.compile(Regex(pattern="ab|abé"))
     ends = sorted(UNEVEN.eos_ids)
     assert len(ends) == 2
@@ -207,7 +207,7 @@ def test_done_when_nothing_may_follow(compiler: GrammarCompiler) -> None:
 
 
 def test_characters_may_be_spread_over_tokens(compiler: GrammarCompiler) -> None:
-    """Holds shut: tokens that end in the middle of a character, or begin there, refused."""
+    """Regression: tokens that end in the middle of a character, or begin there, refused."""
     state = compiler.compile(Regex(pattern="éé+x?")).start()
     for piece in (b"\xc3", b"\xa9\xc3", b"\xa9x"):
         token = next(i for i in range(UNEVEN.vocab_size) if UNEVEN.id_to_bytes(i) == piece)
@@ -216,8 +216,8 @@ def test_characters_may_be_spread_over_tokens(compiler: GrammarCompiler) -> None
     assert state.is_done
 
 
-def test_rows_without_a_token_are_never_allowed(compiler: GrammarCompiler) -> None:
-    """Holds shut: padding rows chosen where a grammar allows any token at all."""
+def test_ids_without_a_token_are_never_allowed(compiler: GrammarCompiler) -> None:
+    """Regression: padding rows chosen where a grammar allows any token at all."""
     for output in (Grammar(lark="start: <[*]>+"), Regex(pattern="(?s:.*)"), JsonObject()):
         mask = compiler.compile(output).start().mask()
         assert mask.dtype == torch.bool and mask.shape == (UNEVEN.vocab_size + PADDING,)
@@ -225,7 +225,7 @@ def test_rows_without_a_token_are_never_allowed(compiler: GrammarCompiler) -> No
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer() -> None:
-    """Holds shut: masks longer than the logits."""
+    """Regression: masks longer than the logits."""
     compiler = GrammarCompiler(UNEVEN, 200)
     state = compiler.compile(Regex(pattern="[aé]")).start()
     assert allowed(state) == [ord("a"), 0xC3]
@@ -235,7 +235,7 @@ def test_a_vocabulary_smaller_than_the_tokenizer() -> None:
 
 
 def test_special_tokens_are_no_text(compiler: GrammarCompiler) -> None:
-    """Holds shut: "<tool>" the token taken for its characters, which decoding leaves out."""
+    """Regression: "<tool>" the token taken for its characters, which decoding leaves out."""
     tool = UNEVEN.encode("<tool>")[0]
     state = compiler.compile(Choice(options=("<tool>",))).start()
     assert allowed(state) == [ord("<")]
@@ -243,7 +243,7 @@ def test_special_tokens_are_no_text(compiler: GrammarCompiler) -> None:
 
 
 def test_white_space_is_bounded(compiler: GrammarCompiler) -> None:
-    """Holds shut: a model that writes blanks for ever."""
+    """Regression: a model that writes blanks forever."""
     for output in (JsonObject(), Grammar(lark='start: %json {"type": "object"}')):
         state = compiler.compile(output).start()
         state.accept(ord("{"))
@@ -258,7 +258,7 @@ def test_white_space_is_bounded(compiler: GrammarCompiler) -> None:
 
 
 def test_the_space_that_decoding_drops_is_extra(stripping: GrammarCompiler) -> None:
-    """Holds shut: outputs that lose their own first space, or cannot begin with U+2581 tokens."""
+    """Regression: outputs that lose their own first space, or cannot begin with U+2581 tokens."""
     for options in ((" a", "  b"), ("ab", "{"), ("",)):
         grammar = stripping.compile(Choice(options=options))
         assert set(texts(grammar, STRIPPING)) <= set(options)
@@ -271,7 +271,7 @@ def test_the_space_that_decoding_drops_is_extra(stripping: GrammarCompiler) -> N
 
 
 def test_equal_tokens_give_equal_masks(compiler: GrammarCompiler) -> None:
-    """Holds shut: masks that depend on what was compiled or followed before."""
+    """Regression: masks that depend on what was compiled or followed before."""
     output = JsonSchema(schema=json.dumps(SCHEMAS["object"]))
     ids = Walker(UNEVEN, 1).walk(compiler.compile(output))
     assert ids is not None
@@ -322,7 +322,7 @@ def test_the_byte_tokenizer_will_do() -> None:
         (Grammar(lark="%llguidance {}\nstart: /a/"), "^grammar: %llguidance"),
     ],
 )
-def test_faults_name_the_field(
+def test_errors_name_the_field(
     compiler: GrammarCompiler, output: StructuredOutput, match: str
 ) -> None:
     with pytest.raises(UserError, match=match) as caught:
@@ -331,7 +331,7 @@ def test_faults_name_the_field(
 
 
 def test_strings_and_comments_hold_no_options(compiler: GrammarCompiler) -> None:
-    """Holds shut: an option or directive seen inside a string, a pattern or a comment."""
+    """Regression: an option or directive seen inside a string, a pattern or a comment."""
     lark = 'start: "stop=" /temperature=%json{1}/ "%llguidance" # stop=1\n// %json'
     state = compiler.compile(Grammar(lark=lark)).start()
     for byte in b"stop=temperature=%json%llguidance":

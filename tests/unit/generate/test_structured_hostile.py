@@ -1,4 +1,4 @@
-"""Grammars made to take time, memory or stack: refused while the program goes on."""
+"""Hostile grammars that take time, memory or stack: refused while the program continues."""
 
 import json
 import threading
@@ -67,7 +67,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_runaway_grammars_are_refused(compiler: GrammarCompiler, name: str) -> None:
-    """Holds shut: compiling that hangs, eats the memory, or ends the program."""
+    """Regression: compiling that hangs, eats the memory, or ends the program."""
     field = {JsonSchema: "json_schema", Regex: "regex", Grammar: "grammar"}[type(REFUSED[name])]
     with pytest.raises(UserError, match=f"^{field}: "):
         compiler.compile(REFUSED[name])
@@ -77,7 +77,7 @@ def test_runaway_grammars_are_refused(compiler: GrammarCompiler, name: str) -> N
 def test_a_worker_that_takes_too_long_is_killed(
     compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Holds shut: a hang that uses no processor time, and so no limit of the system's."""
+    """Regression: a hang that uses no processor time, and so no limit of the system's."""
     script = tmp_path / "sleeper.py"
     script.write_text(
         "import time\nfor _ in range(2): print('\"\"', flush=True)\ntime.sleep(600)\n"
@@ -123,7 +123,7 @@ def test_what_only_looks_dangerous_works(compiler: GrammarCompiler, name: str) -
 
 
 def until_fault(state: GrammarState) -> str:
-    """The fault that ends a long output of the likes of xxxx."""
+    """The error that ends a long output such as xxxx."""
     with pytest.raises(GrammarError) as caught:
         for _ in range(20_000):
             tokens = torch.nonzero(state.mask()).flatten().tolist()
@@ -133,7 +133,7 @@ def until_fault(state: GrammarState) -> str:
 
 @pytest.mark.parametrize("pattern", ["(x{1,1000}){1,1000}", "((x{1,100}){1,100}){1,100}"])
 def test_a_limit_reached_half_way_ends_that_output(compiler: GrammarCompiler, pattern: str) -> None:
-    """Holds shut: one output's fault that others share."""
+    """Regression: one output's error that ends others."""
     wild = compiler.compile(Regex(pattern=pattern)).start()
     tame = compiler.compile(Regex(pattern="x{1,1000}")).start()
     assert until_fault(wild).startswith("regex: ")
@@ -149,7 +149,7 @@ def test_a_limit_reached_half_way_ends_that_output(compiler: GrammarCompiler, pa
 def test_slow_masks_end_their_output(
     compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Holds shut: an output that stays below every limit, and still stops all others."""
+    """Regression: an output that stays below every limit, and still stops all others."""
     monkeypatch.setattr(grammar_module, "MASK_SECONDS", 0.0)
     monkeypatch.setattr(grammar_module, "MASK_SECONDS_PER_TOKEN", 0.0)
     state = compiler.compile(Grammar(lark='start: a\na: a a | "x" | ""')).start()
@@ -157,10 +157,10 @@ def test_slow_masks_end_their_output(
         state.mask()
 
 
-def test_what_is_known_is_not_tried_again(
+def test_a_tried_grammar_is_not_tried_again(
     compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Holds shut: repeated requests that wait for strangers' trials."""
+    """Regression: repeated requests that wait for other requests' trials."""
     monkeypatch.setattr(grammar_module, "MAX_KNOWN", 2)
     known, other, third = (Regex(pattern=pattern) for pattern in ("kn*", "ot*", "th*"))
     fresh = GrammarCompiler(UNEVEN, UNEVEN.vocab_size)
@@ -178,7 +178,7 @@ def test_what_is_known_is_not_tried_again(
 
 
 def test_threads_share_a_compiler(compiler: GrammarCompiler) -> None:
-    """Holds shut: two threads' trials mixed up on the one pipe."""
+    """Regression: two threads' trials mixed up on the one pipe."""
     outputs: list[StructuredOutput] = [Regex(pattern=f"{letter}(") for letter in "abcdef"]
     faults: dict[int, str] = {}
 

@@ -45,7 +45,7 @@ def test_shared_experts_are_one_mlp_as_wide_as_all() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_router_bias_is_fp32_in_every_model(dtype: torch.dtype) -> None:
-    """Holds shut: a bias stored in the model's narrow type."""
+    """Regression: a bias stored in the model's narrow type."""
     bias = Gate(23, moe_of()[1], dtype=dtype).e_score_correction_bias
     assert bias is not None and bias.dtype == torch.float32
     assert not bias.requires_grad

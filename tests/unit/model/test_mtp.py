@@ -48,7 +48,7 @@ def test_written_out() -> None:
     """norm(block(eh_proj [enorm(embedding) ; hnorm(hidden)])), embedding first as in released
     weights.
 
-    Holds shut: the paper's order of the concatenation, and hidden states that skip a norm.
+    Regression: the paper's order of the concatenation, and hidden states that skip a norm.
     """
     model = model_with(1)
     module, hidden = module_of(model, 0), hidden_states(model)
@@ -65,7 +65,7 @@ def test_written_out() -> None:
 def test_main_hidden_states_come_after_the_final_norm() -> None:
     """`forward` returns what both `logits` and `mtp_hidden` take: states after the final norm.
 
-    Holds shut: the raw residual stream handed to the first module.
+    Regression: the raw residual stream handed to the first module.
     """
     model = model_with(1)
     stream = []
@@ -78,7 +78,7 @@ def test_main_hidden_states_come_after_the_final_norm() -> None:
 
 
 def test_position_zero_keeps_its_embedding() -> None:
-    """Holds shut: the embedding at position 0 set to zero, as some runtimes do."""
+    """Regression: the embedding at position 0 set to zero, as some runtimes do."""
     model = model_with(1)
     hidden = hidden_states(model)
     backend = PackedAttention([1])
@@ -111,7 +111,7 @@ def test_second_depth_takes_the_first_ones_output() -> None:
 
 @pytest.mark.parametrize("layers", [2, 3])
 def test_layer_numbers_follow_the_decoder_layers(layers: int) -> None:
-    """Holds shut: a literal layer number, which would share a cache layer or build a dense MLP."""
+    """Regression: a literal layer number, which would share a cache layer or build a dense MLP."""
     model = model_with(2, num_hidden_layers=layers)
     for depth in range(2):
         block = module_of(model, depth).block

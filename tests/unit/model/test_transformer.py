@@ -75,7 +75,7 @@ def random_chunks(length: int, seed: int) -> list[int]:
 @pytest.mark.parametrize("page_size", [1, 3, 64])
 @pytest.mark.parametrize("break_even", [math.inf, 0.0, 2.0])
 def test_cached_and_chunked_equal_uncached(name: str, page_size: int, break_even: float) -> None:
-    """Holds shut: a cached key that is rotated otherwise than the query, or normalised twice."""
+    """Regression: a cached key that is rotated otherwise than the query, or normalised twice."""
     model = random_model(CONFIGS[name])
     ids = ids_of(23)
     whole = alone(model, ids)
@@ -131,8 +131,8 @@ def test_prefill_in_a_batch_with_decoding(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_positions_reach_the_rotation(name: str) -> None:
-    """A shift of all positions changes nothing, stretched positions do; position 0 alone could
-    not tell.
+    """A shift of all positions changes nothing, stretched positions do; position 0 alone would not
+    show it.
     """
     model, ids = random_model(CONFIGS[name]), ids_of(9)
     backend, places = PackedAttention([9]), torch.arange(9)

@@ -71,13 +71,13 @@ def test_first_query_sees_only_itself() -> None:
 
 
 def test_window_of_one_returns_the_own_value() -> None:
-    """Holds shut: a window that does not count the query itself, or one token too many."""
+    """Regression: a window that does not count the query itself, or one token too many."""
     q, k, v = draw(5, 16, 6, 2, 3, 7)
     out = blocked(q, k, v, start=11, scale=1.0, window=1, key_block=4)
     torch.testing.assert_close(out, v[11:].repeat_interleave(3, dim=1))
 
 
-def test_keys_outside_the_window_are_not_asked_for() -> None:
+def test_keys_outside_the_window_are_not_computed() -> None:
     asked = []
     q, k, v = draw(3, 103, 2, 1, 3, 5)
 
@@ -98,7 +98,7 @@ def test_huge_scores_do_not_overflow(key_block: int) -> None:
 
 
 def test_narrow_inputs_are_scored_in_fp32() -> None:
-    """Holds shut: scores or probabilities rounded to bf16 on the way; only the result is."""
+    """Regression: scores or probabilities rounded to bf16 on the way; only the result is."""
     q, k, v = (x.to(torch.bfloat16) for x in draw(13, 29, 4, 2, 16, 11))
     out = blocked(q, k, v, start=16, scale=0.25, key_block=8)
     exact = naive(q.double(), k.double(), v.double(), start=16, scale=0.25)

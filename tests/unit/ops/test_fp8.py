@@ -21,7 +21,7 @@ def test_576_rows_are_four_and_a_half_blocks() -> None:
     """kv_a_proj_with_mqa of DeepSeek-V3 has 576 rows: the grid is ceil(4.5) = 5, and rows 512..
     use block 4.
 
-    Holds shut: a floor grid for partial blocks.
+    Regression: a floor grid for partial blocks.
     """
     weight = torch.randn(576, 200)
     quantized, scale = quantize_blocks(weight, BLOCK)
@@ -47,7 +47,7 @@ def test_every_row_reads_its_own_block() -> None:
 def test_padding_enters_no_maximum(shape: tuple[int, int]) -> None:
     """Every block of small weights, the ragged ones too, is scaled by its own largest magnitude.
 
-    Holds shut: padding that takes part in the maximum.
+    Regression: padding that takes part in the maximum.
     """
     weight = torch.rand(shape) * 1e-3 + 1e-4
     quantized, scale = quantize_blocks(weight, BLOCK)

@@ -126,7 +126,7 @@ def test_weights_are_quantized_as_checkpoints_are(scales: ScaleFormat) -> None:
 
 
 def test_every_e4m3_number_is_read_as_itself() -> None:
-    """Holds shut: wrong fields, signs or numbers below the smallest normal one."""
+    """Regression: wrong fields, signs or numbers below the smallest normal one."""
     codes = torch.arange(256, dtype=torch.uint8)
     codes[127], codes[255] = 0, 0  # NaN
     values = codes.view(torch.float8_e4m3fn).view(1, 2, 1, 128)
@@ -215,7 +215,7 @@ def test_bf16_activations_and_master_weights() -> None:
 
 @pytest.mark.parametrize("fmt", [Fp8Format(), POWERS, AFTER_ATTENTION])
 def test_bf16_results_are_rounded_once(fmt: Fp8Format) -> None:
-    """Holds shut: operands rounded to bf16 whose scales are no powers of two."""
+    """Regression: operands rounded to bf16 whose scales are no powers of two."""
     x = heavy(ROWS, IN, dtype=torch.bfloat16).requires_grad_()
     weight, grad = heavy(OUT, IN), heavy(ROWS, OUT, dtype=torch.bfloat16)
     y = fp8_linear(x, weight, None, fmt)
@@ -229,7 +229,7 @@ def test_bf16_results_are_rounded_once(fmt: Fp8Format) -> None:
 
 
 def test_backward_keeps_fp8() -> None:
-    """Holds shut: a copy of the input or the weight kept in a wider type."""
+    """Regression: a copy of the input or the weight kept in a wider type."""
     kept: list[torch.dtype] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ def test_backward_keeps_fp8() -> None:
 def test_rows_of_padding_change_nothing() -> None:
     """Zero rows after the tokens leave every scale and the weight's gradient as they were.
 
-    Holds shut: padding that enters a maximum.
+    Regression: padding that enters a maximum.
     """
     x, weight, grad = torch.rand(ROWS, IN) + 1, torch.randn(OUT, IN), torch.rand(ROWS, OUT) + 1
     gradients = []
@@ -271,7 +271,7 @@ def test_tiny_and_huge_values(factor: float) -> None:
 def test_a_scale_that_is_no_normal_number() -> None:
     """1.4 units of the last place of fp32 would be one of them, and 627 beyond fp8.
 
-    Holds shut: NaN from a quotient by a subnormal scale.
+    Regression: NaN from a quotient by a subnormal scale.
     """
     matrix = torch.full((1, 3), 448 * 1.4 * 2.0**-149)
     assert quantize(matrix, ALONG_ROWS).values.to(torch.float32).isfinite().all()
@@ -282,7 +282,7 @@ def test_a_scale_that_is_no_normal_number() -> None:
 def test_values_that_are_not_finite_are_seen(bad: float, scales: ScaleFormat) -> None:
     """They make NaN of their whole tile, and of nothing else.
 
-    Holds shut: a scale of infinity that turns the rest of the tile into zeros.
+    Regression: a scale of infinity that turns the rest of the tile into zeros.
     """
     x = torch.randn(3, IN)
     x[1, 130] = bad
@@ -342,7 +342,7 @@ def test_no_expert_shares_a_tile() -> None:
 def test_experts_are_the_plain_ones_up_to_fp8(inner: int) -> None:
     """Loss and gradients agree with the plain form within what 3 bits of mantissa allow.
 
-    Holds shut: gate and up taken for each other, and one block that spans both.
+    Regression: gate and up taken for each other, and one block that spans both.
     """
     hidden, experts = 131, 5
     x, choice = torch.randn(61, hidden), routing(61, experts, 3)

@@ -54,7 +54,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_absorbed_equals_expanded(shape: dict[str, int]) -> None:
-    """Holds shut: up-projections applied on the wrong side, swapped, or rounded (1e-10 leaves no
+    """Regression: up-projections applied on the wrong side, swapped, or rounded (1e-10 leaves no
     room).
     """
     inputs = draw(**shape)
@@ -71,7 +71,7 @@ def test_expansion_in_blocks(key_block: int) -> None:
     torch.testing.assert_close(out, written_out(inputs, start=8, scale=0.3), rtol=0, atol=1e-10)
 
 
-def test_forms_agree_in_bf16_by_tolerance() -> None:
+def test_paths_agree_in_bf16_by_tolerance() -> None:
     """Each form rounds q, k and v of other shapes, so bits differ; both stay near the exact
     result.
     """

@@ -21,7 +21,7 @@ def test_epsilon_is_added_to_the_mean_square() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounds_once(dtype: torch.dtype) -> None:
-    """Holds shut: rounding the normalised value before the weight, or squaring in the narrow
+    """Regression: rounding the normalised value before the weight, or squaring in the narrow
     type.
     """
     x, weight = (torch.randn(67, 13) * 7).to(dtype), torch.randn(13).to(dtype)

@@ -77,7 +77,7 @@ def model_with(attention: MLAConfig | GQAConfig, rope: RopeConfig) -> ModelConfi
 
 @pytest.mark.parametrize(("rope", "factor"), [(V3_ROPE, 1.874), (V2_LITE_ROPE, 1.590)])
 def test_yarn_softmax_factor_of_released_models(rope: RopeConfig, factor: float) -> None:
-    """Holds shut: YaRN's correction of the softmax scale left out, or applied once instead of
+    """Regression: YaRN's correction of the softmax scale left out, or applied once instead of
     squared.
     """
     assert mla_model(rope).softmax_scale_of(0) * math.sqrt(192) == pytest.approx(factor, abs=5e-4)
@@ -92,7 +92,7 @@ def test_yarn_softmax_factor_only_with_yarn() -> None:
 
 
 def test_yarn_cos_and_sin_factor() -> None:
-    """Holds shut: the factor on cos and sin left out, inverted, or m(mscale) alone."""
+    """Regression: the factor on cos and sin left out, inverted, or m(mscale) alone."""
     # m(1) = 0.1 ln 40 + 1 = 1.3688879, m(0.707) = 1.2608038
     assert rotation_magnitude(V3_ROPE) == 1.0
     assert rotation_magnitude(V2_LITE_ROPE) == 1.0
@@ -194,7 +194,7 @@ BOTH_FORMS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 @BOTH_FORMS
 def test_interleaved_pairs_are_neighbours(dtype: torch.dtype) -> None:
-    """Holds shut: the half-split layout on interleaved weights."""
+    """Regression: the half-split layout on interleaved weights."""
     x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]], dtype=dtype)
     out = apply_rope(x, quarter_and_half_turn(), interleave=True)
     assert out.tolist() == [[[-2.0, 1.0, -3.0, -4.0]]]
@@ -230,7 +230,7 @@ def test_rotates_in_fp32_and_rounds_once() -> None:
 
 
 def test_tables_are_fp32_at_far_positions() -> None:
-    """Holds shut: positions cast to a narrow type; at 60,001 fp16 is infinite and bf16 off by
+    """Regression: positions cast to a narrow type; at 60,001 fp16 is infinite and bf16 off by
     191.
     """
     cos, sin = RotaryEmbedding(RopeConfig(rope_theta=1e4), 4)(torch.tensor([60001]))

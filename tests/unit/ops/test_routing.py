@@ -34,7 +34,7 @@ def logit(score: float) -> float:
 def test_v3_rule_by_hand() -> None:
     """Selection by biased scores, weights from unbiased ones: normalised, then scaled.
 
-    Holds shut: the bias in the weights.
+    Regression: the bias in the weights.
     """
     scores = [0.2, 0.5, 0.3, 0.6, 0.1, 0.4]
     x, gate = logits_as_input([[logit(s) for s in scores]])
@@ -97,7 +97,7 @@ def test_discarded_groups_lose_to_negative_scores() -> None:
     """All biased scores of the kept group are negative; a discarded group filled with 0 would win
     over them.
 
-    Holds shut: discarded groups set to 0 instead of -inf.
+    Regression: discarded groups set to 0 instead of -inf.
     """
     x, gate = logits_as_input([[logit(s) for s in [0.5, 0.6, 0.7, 0.1, 0.2, 0.3]]])
     bias = torch.full((6,), -2.0)
@@ -121,7 +121,7 @@ def test_groups_of_one_expert() -> None:
 
 @pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])
 def test_ties_go_to_the_lowest_id(scoring_func: str) -> None:
-    """Holds shut: torch.topk, which leaves the order of equal scores open."""
+    """Regression: torch.topk, which leaves the order of equal scores open."""
     x, gate = torch.ones(3, 5), torch.full((257, 5), 0.25)
     rule = moe(n_routed_experts=257, num_experts_per_tok=8, scoring_func=scoring_func)
     assert route(x, gate, torch.zeros(257), rule).experts.tolist() == [list(range(8))] * 3
@@ -147,7 +147,7 @@ def test_largest_is_sorted_and_stable() -> None:
 def test_bias_counts_in_fp32() -> None:
     """Scores differ by 0.002 and so do the biases; in bf16 0.502 rounds to 0.5 and 0.251 to 0.25.
 
-    Holds shut: the bias cast to bf16.
+    Regression: the bias cast to bf16.
     """
     x, gate = logits_as_input([[logit(s) for s in [0.5, 0.502, 0.499]]])
     bias = torch.tensor([0.2510, 0.2491, 0.2510], dtype=torch.float32)
@@ -159,7 +159,7 @@ def test_bias_counts_in_fp32() -> None:
 def test_gate_multiplies_in_fp32() -> None:
     """Products of bf16 inputs need more than bf16: 1 + 1/256 and 1 + 1/512 both round to 1.
 
-    Holds shut: the gate's matmul in bf16, and a product cast up too late.
+    Regression: the gate's matmul in bf16, and a product cast up too late.
     """
     x = torch.tensor([[1.0, 1.0]], dtype=torch.bfloat16)
     gate = torch.tensor([[1.0, 2**-9], [1.0, 2**-8], [1.0, 0.0]], dtype=torch.bfloat16)

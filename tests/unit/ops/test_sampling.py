@@ -28,7 +28,7 @@ def test_top_k_keeps_exactly_k_lowest_ids_first() -> None:
     [(0.3, {3}), (0.45, {3, 1}), (0.75, {3, 1, 0}), (0.93, {3, 1, 0, 4}), (1.0, {0, 1, 2, 3, 4})],
 )
 def test_top_p_keeps_the_shortest_prefix_that_reaches_it(top_p: float, expected: set[int]) -> None:
-    """Holds shut: dropping the token that crosses the border."""
+    """Regression: dropping the token that crosses the border."""
     assert kept([0.15, 0.3, 0.05, 0.4, 0.1], top_p=top_p) == expected
 
 
@@ -101,6 +101,6 @@ def test_a_draw_takes_the_kept_tokens_by_id(dtype: torch.dtype) -> None:
 def test_a_row_without_a_finite_largest_logit_is_an_error(
     row: list[float], dtype: torch.dtype
 ) -> None:
-    """Holds shut: a token made of NaN, say where a grammar forbids every token."""
+    """Regression: a token made of NaN, say where a grammar forbids every token."""
     with pytest.raises(ValueError, match="the largest logit is not finite"):
         draw(torch.tensor(row, dtype=dtype), 0.5, temperature=1.0)

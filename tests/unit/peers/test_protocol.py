@@ -65,7 +65,7 @@ def test_slow_steps_end_early_but_not_before_two() -> None:
 
 
 def test_random_token_ids_are_the_same_everywhere() -> None:
-    """Holds shut: programs measured on different experts."""
+    """Regression: programs measured on different experts."""
     assert random_token_ids(5, 1000) == random_token_ids(5, 1000)
     assert all(0 <= token < 1000 for token in random_token_ids(500, 1000))
     assert len(set(random_token_ids(500, 1000))) > 300

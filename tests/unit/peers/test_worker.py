@@ -36,7 +36,7 @@ def test_requests_follow_one_another(worker: Worker) -> None:
 
 @linux
 def test_an_idle_worker_is_stopped(worker: Worker) -> None:
-    """Holds shut: thread pools that spin while another program is measured."""
+    """Regression: thread pools that spin while another program is measured."""
     load(worker)
     until = time.monotonic() + 60
     while state(worker) != "T" and time.monotonic() < until:

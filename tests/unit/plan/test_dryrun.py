@@ -131,7 +131,7 @@ def test_what_does_not_fit_names_the_largest_part_and_the_remedy(
 
 @pytest.mark.parametrize(("optimizer", "size"), [("adamw", 12), ("muon", None)])
 def test_the_copy_that_is_saved_is_counted(optimizer: str, size: int | None):
-    """Holds shut: a training that fits until its first save."""
+    """Regression: a training that fits until its first save."""
     own = recipe(optimizer={"name": optimizer})
     parts = require_fit(config(own), own, memory_bytes=2**40).parts
     assert parts["checkpoint copy"] == parts["weights"] + parts["optimiser"]
@@ -166,7 +166,7 @@ def test_copies_of_the_state_of_gpus_are_in_the_host():
 
 
 def test_rows_need_not_divide_by_the_tensor_processes():
-    """Holds shut: a run refused by a rule of layouts that divide norms by sequence."""
+    """Regression: a run refused by a rule of layouts that divide norms by sequence."""
     model = MODEL | {"num_key_value_heads": 6, "intermediate_size": 132}
     own = recipe(model=model, parallel={"tensor": 3}, phase=[PHASE | {"sequence_length": 127}])
     check_parallel(config(own), own, "r.toml")
@@ -176,7 +176,7 @@ def test_rows_need_not_divide_by_the_tensor_processes():
 
 
 def test_the_largest_batch_is_counted():
-    """Holds shut: a batch that no memory holds, which ends a run in its first step."""
+    """Regression: a batch that no memory holds, which ends a run in its first step."""
     own = recipe(phase=[PHASE | {"batch_size": [{"to": 1e9, "steps": 3}, {"to": 4.0}]}])
     said = r"r\.toml: phase 'first' needs about .* of batch: lower batch_size"
     with pytest.raises(UserError, match=said):

@@ -85,7 +85,7 @@ def kept_bytes(model: nn.Module, hidden: Tensor, lengths: list[int], *, casts: b
 def test_activations_are_what_autograd_keeps(
     config: ModelConfig, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ):
-    """Holds shut: a module that keeps something the estimate does not know of, or the reverse.
+    """Regression: a module that keeps something the estimate does not know of, or the reverse.
 
     The estimate is of PyTorch's attention; the native one keeps values as narrow as they are.
     """
@@ -112,7 +112,7 @@ ATTENTIONS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj
 def test_what_updates_keep(
     modules: tuple[str, ...], precision: Precision, monkeypatch: pytest.MonkeyPatch
 ):
-    """Holds shut: experts whose weights with their updates are as large as the model itself."""
+    """Regression: experts whose weights with their updates are as large as the model itself."""
     monkeypatch.setattr(native_training_kernels, "usable", lambda *tensors: False)
     model = Transformer(SPARSE)
     init_weights(model, seed=5)
@@ -158,7 +158,7 @@ def memory(job: TrainingJob, config: ModelConfig = SPARSE) -> MemoryEstimate:
 
 
 def test_embedding_and_head_are_whole_where_they_are_not_divided():
-    """As lowlat's trainer has them. Holds shut: a recipe that passes and runs out of memory."""
+    """As lowlat's trainer has them. Regression: a recipe that passes and runs out of memory."""
     job = replace(JOB, layout=ParallelLayout(tensor=2))
     divided = memory(job)
     whole = memory(replace(job, layout=ParallelLayout(tensor=2, divides_tables=False)))
@@ -169,7 +169,7 @@ def test_embedding_and_head_are_whole_where_they_are_not_divided():
 
 
 def test_every_layers_activations_are_its_own():
-    """Of layers that differ, in whatever order. Holds shut: all taken for the last one."""
+    """Of layers that differ, in whatever order. Regression: all taken for the last one."""
     attention = MLAConfig(
         num_attention_heads=6,
         kv_lora_rank=64,

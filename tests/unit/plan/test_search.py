@@ -41,7 +41,7 @@ def test_the_papers_layout_is_the_best_around_it():
 
 @pytest.mark.parametrize(("devices", "near"), [(7, 8), (3000, 2048)])
 def test_devices_that_divide_nothing_are_told(devices: int, near: int):
-    """Holds shut: a lack of memory named where rows do not come out even."""
+    """Regression: a lack of memory named where rows do not come out even."""
     layouts = all_layouts(V3, devices, H800)
     said = f"4096 rows of a step.* do not divide among {devices} devices; give {near} instead"
     with pytest.raises(UserError, match=said):

@@ -24,7 +24,7 @@ def stream(tokenizer: Tokenizer, ids: list[int], **options: bool) -> list[str]:
 @FEW
 @given(text=SCALARS)
 def test_text_comes_back_whole(tokenizer: Tokenizer, text: str) -> None:
-    """Holds shut: half characters shown as U+FFFD and corrected later."""
+    """Regression: half characters shown as U+FFFD and corrected later."""
     pieces = stream(tokenizer, tokenizer.encode(text, parse_special=False))
     assert "".join(pieces) == text
     assert pieces[-1] == ""
@@ -66,7 +66,7 @@ def test_flush_starts_a_new_text(tokenizer: Tokenizer) -> None:
 def test_sentencepiece_drops_only_the_leading_space(
     make_sentencepiece: Callable[..., Path], prefix: bool
 ) -> None:
-    """Holds shut: a space lost at every token, or one too many at the start."""
+    """Regression: a space lost at every token, or one too many at the start."""
     tokenizer = Tokenizer.from_gguf(make_sentencepiece(ggml__add_space_prefix=prefix))
     ids = tokenizer.encode(" a abc a")
     assert "".join(stream(tokenizer, ids)) == " a abc a" == tokenizer.decode(ids)

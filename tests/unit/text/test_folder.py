@@ -19,7 +19,7 @@ MakeFolder = Callable[..., Path]
 
 
 def test_eos_ids_come_from_every_file(make_folder: MakeFolder) -> None:
-    """Holds shut: only tokenizer_config.json's eos read, so a chat model runs past its turn."""
+    """Regression: only tokenizer_config.json's eos read, so a chat model runs past its turn."""
     files = {
         "generation_config.json": '{"eos_token_id": [0, 7]}',
         "config.json": '{"eos_token_id": 5}',
@@ -67,7 +67,7 @@ def with_template(folder: Path, before: list[str], after: list[str]) -> Path:
 def test_each_key_speaks_of_its_own_end(
     make_folder: MakeFolder, config: dict[str, Any], expected: tuple[list[int], list[int]]
 ) -> None:
-    """Holds shut: add_eos_token alone took away what tokenizer.json puts before a text."""
+    """Regression: add_eos_token alone took away what tokenizer.json puts before a text."""
     folder = make_folder(bos_token="<|im_start|>", **config)
     with_template(folder, ["<|im_start|>", "<|endoftext|>"], ["<|endoftext|>"])
     tokenizer = Tokenizer.from_folder(folder)
@@ -131,7 +131,7 @@ def test_the_tool_template_is_a_file_beside_the_template_file(make_folder: MakeF
 def test_settings_from_training_do_not_cut_text(
     tmp_path: Path, backend: tokenizers.Tokenizer
 ) -> None:
-    """Holds shut: truncation and padding stored in tokenizer.json applied to prompts."""
+    """Regression: truncation and padding stored in tokenizer.json applied to prompts."""
     changed = tokenizers.Tokenizer.from_str(backend.to_str())
     changed.enable_truncation(3)
     changed.enable_padding(length=11)
@@ -167,7 +167,7 @@ def test_settings_from_training_do_not_cut_text(
         ({}, {"chat_template": 5}, "chat_template should be text"),
     ],
 )
-def test_faults_name_the_file(
+def test_errors_name_the_file(
     make_folder: MakeFolder, files: dict[str, str], config: dict[str, Any], match: str
 ) -> None:
     with pytest.raises(UserError, match=match) as caught:
@@ -180,7 +180,7 @@ def test_an_absent_tokenizer_says_what_to_do(tmp_path: Path) -> None:
         Tokenizer.from_folder(tmp_path)
 
 
-def test_a_folder_with_only_tiktoken_is_told_what_makes_the_file(tmp_path: Path) -> None:
+def test_a_folder_with_only_tiktoken_gets_a_remedy(tmp_path: Path) -> None:
     """Kimi-K2 and Moonlight have no tokenizer.json that could be copied."""
     (tmp_path / "tiktoken.model").write_text("YQ== 0")
     with pytest.raises(UserError, match=r"tokenizer\.json: not found; the folder has tiktoken\.m"):
@@ -236,7 +236,7 @@ def test_saved_files_read_back_the_same(make_folder: MakeFolder, tmp_path: Path)
 
 
 def test_a_generation_config_that_is_there_is_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Holds shut: sampling defaults of the model overwritten by a save of its tokenizer."""
+    """Regression: sampling defaults of the model overwritten by a save of its tokenizer."""
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
     tokenizer.save(tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"temperature": 0.6}

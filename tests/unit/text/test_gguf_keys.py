@@ -72,7 +72,8 @@ def test_the_way_of_cutting_is_found(
 
 
 def test_no_two_ways_look_alike() -> None:
-    """Ways that differ in nothing but whether whole tokens are merged are told apart by that."""
+    """Pre-tokenizers that differ only in whether whole tokens are merged are distinguished by
+    that."""
     seen: dict[tuple[Any, ...], str] = {}
     for pre in PRE_NAMES:
         steps = splitting(pre, "here")
@@ -167,7 +168,7 @@ def test_spaces_that_llama_cpp_puts_elsewhere_are_said(
     scheme: str,
     differs: bool,
 ) -> None:
-    """Holds shut: Mistral's newer tokenizers gave other tokens behind [INST], unsaid."""
+    """Regression: Mistral's newer tokenizers gave other tokens behind [INST], unsaid."""
     parts = cut_by_metaspace(read_gguf(make_sentencepiece()), scheme)
     after = written(parts, 300, tmp_path)
     assert ("llama.cpp puts spaces into texts where" in caplog.text) == differs

@@ -27,7 +27,7 @@ def test_byte_level_ids_are_those_of_the_folder(
 
 
 def test_token_types_become_added_tokens(make_gguf: MakeGguf) -> None:
-    """Holds shut: control tokens cut into pieces, or <think> hidden from the reader."""
+    """Regression: control tokens cut into pieces, or <think> hidden from the reader."""
     tokenizer = Tokenizer.from_gguf(make_gguf())
     think = tokenizer.vocab_size - 1
     assert tokenizer.encode("<|im_end|><think>") == [2, think]
@@ -40,7 +40,7 @@ def test_an_open_reader_serves_as_well(make_gguf: MakeGguf) -> None:
 
 
 def test_end_tokens_by_id_and_by_name(make_gguf: MakeGguf) -> None:
-    """Holds shut: a file that names the end of a document as eos, whose chat turns never end."""
+    """Regression: a file that names the end of a document as eos, whose chat turns never end."""
     tokenizer = Tokenizer.from_gguf(make_gguf(ggml__eos_token_id=0, ggml__eot_token_id=7))
     assert tokenizer.eos_ids == {0, 2, 7}
 
@@ -58,7 +58,7 @@ def test_bos_follows_the_flag_or_the_family(
 
 
 def test_unused_tokens_are_left_out(make_gguf: MakeGguf, backend: tokenizers.Tokenizer) -> None:
-    """Holds shut: embedding padding counted as vocabulary."""
+    """Regression: embedding padding counted as vocabulary."""
     count = backend.get_vocab_size()
     tokens = sorted(backend.get_vocab(), key=lambda token: backend.token_to_id(token) or 0)
     types = [3, 3, 3] + [1] * (count - 4) + [4, 5, 5]
@@ -97,7 +97,7 @@ def sentencepiece(make_sentencepiece: MakeGguf) -> Tokenizer:
 
 
 def test_without_a_vocabulary_the_folder_is_the_remedy(make_gguf: MakeGguf) -> None:
-    """Holds shut: advice to convert a file again that would have none again."""
+    """Regression: advice to convert a file again that would have none again."""
     with pytest.raises(UserError, match=r"holds no vocabulary; use the folder it was converted"):
         Tokenizer.from_gguf(make_gguf(ggml__model="none", ggml__tokens=None))
 
@@ -119,7 +119,7 @@ def test_without_a_vocabulary_the_folder_is_the_remedy(make_gguf: MakeGguf) -> N
         ({"ggml__bos_token_id": "x"}, "ggml.bos_token_id should be of type int"),
     ],
 )
-def test_faults_name_file_and_field(
+def test_errors_name_file_and_field(
     make_gguf: MakeGguf, changes: dict[str, Any], match: str
 ) -> None:
     with pytest.raises(UserError, match=r"model\.gguf: tokenizer\." + match):
@@ -131,7 +131,7 @@ def test_scores_must_fit(make_sentencepiece: MakeGguf) -> None:
         Tokenizer.from_gguf(make_sentencepiece(ggml__scores=[0.5, 1.5]))
 
 
-def test_an_unused_special_token_is_a_fault(make_sentencepiece: MakeGguf) -> None:
+def test_an_unused_special_token_is_an_error(make_sentencepiece: MakeGguf) -> None:
     types = [2, 5, 3] + [6] * 256 + [1] * 8
     with pytest.raises(UserError, match="marks the bos_token '<s>' as unused"):
         Tokenizer.from_gguf(make_sentencepiece(ggml__token_type=types))

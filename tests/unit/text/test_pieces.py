@@ -54,7 +54,7 @@ def test_short_texts_are_whole() -> None:
     "blanks", [(" ", "\n", "\n", "\n", "\n\n", "\n  ", " \n", "  "), (" ", " \n ", "  ", "\t")]
 )
 def test_cuts_change_no_word(family: str, blanks: tuple[str, ...]) -> None:
-    """Holds shut: tokens that depend on how large the pieces of a text are."""
+    """Regression: tokens that depend on how large the pieces of a text are."""
     rng = np.random.default_rng(3)
     words = ["one", "two.", "(3)", "four,", "5", "“six”", "七", "don't"]
     pre_tokenizer: pre_tokenizers.PreTokenizer = splitting(family, "test").pre_tokenizer()
@@ -86,7 +86,7 @@ def test_long_texts_are_encoded_as_short_ones(text: str, around: str) -> None:
 
 
 def test_texts_that_a_tokenizer_begins_in_a_way_of_its_own_stay_whole() -> None:
-    """Holds shut: a blank at every cut, as sentencepiece puts one before each text."""
+    """Regression: a blank at every cut, as sentencepiece puts one before each text."""
     tokenizer = byte_tokenizer()
     tokenizer._backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # pyright: ignore[reportPrivateUsage]
     assert len(list(text_pieces([LONG]))) > 5
@@ -95,7 +95,7 @@ def test_texts_that_a_tokenizer_begins_in_a_way_of_its_own_stay_whole() -> None:
 
 
 def test_cutting_takes_time_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the characters that are copied: holds shut a copy of all that is left at every cut."""
+    """By the characters that are copied: regression: a copy of all that is left at every cut."""
     copied = 0
 
     class Counted(str):

@@ -29,7 +29,7 @@ TEXT = "It's 12345\n  x_1"
     ],
 )
 def test_pieces(pre: str, pieces: list[str]) -> None:
-    """Holds shut: digits grouped as in another family, which changes every number's ids."""
+    """Regression: digits grouped as in another family, which changes every number's ids."""
     found = splitting(pre, "file").pre_tokenizer().pre_tokenize_str(TEXT)
     plain = [piece.replace(SPACE, " ").replace(NEWLINE, "\n") for piece, _ in found]
     assert plain == pieces
@@ -41,7 +41,7 @@ def test_deepseek_v3_keeps_scripts_apart() -> None:
 
 
 def test_deepseek_llm_letters_are_its_own_list() -> None:
-    """Holds shut: a range from ASCII K instead of U+212A, which makes a letter of U+00D7."""
+    """Regression: a range from ASCII K instead of U+212A, which makes a letter of U+00D7."""
     found = (
         splitting("deepseek-llm", "file").pre_tokenizer().pre_tokenize_str("a\u00d7 \u0561\u00e9")
     )
@@ -66,7 +66,7 @@ def test_other_patterns_are_transformers_s(pre: str) -> None:
 
 
 def test_an_unknown_name_is_an_error() -> None:
-    """Holds shut: a silent default, which gives wrong ids for some texts only."""
+    """Regression: a silent default, which gives wrong ids for some texts only."""
     with pytest.raises(
         UserError, match=r"m\.gguf: tokenizer\.ggml\.pre 'kimi-k9' is not supported"
     ):

@@ -21,7 +21,7 @@ def run(stops: list[str], chunks: list[str]) -> tuple[str, bool]:
 
 
 def expected(stops: list[str], text: str) -> tuple[str, bool]:
-    """The definition: go on character by character until the text ends with a stop string."""
+    """The definition: advance by single characters until the text ends with a stop string."""
     for end in range(len(text) + 1):
         ended = [stop for stop in stops if text[:end].endswith(stop)]
         if ended:
@@ -32,14 +32,14 @@ def expected(stops: list[str], text: str) -> tuple[str, bool]:
 @settings(max_examples=300, deadline=None)
 @given(stops=STOPS, chunks=st.lists(LETTERS, max_size=6))
 def test_any_chunking_gives_the_same(stops: list[str], chunks: list[str]) -> None:
-    """Holds shut: a stop string missed across a chunk border, or a later one found first."""
+    """Regression: a stop string missed across a chunk border, or a later one found first."""
     assert run(stops, chunks) == expected(stops, "".join(chunks))
 
 
 @settings(max_examples=100, deadline=None)
 @given(stops=STOPS, text=LETTERS)
 def test_shown_text_is_never_part_of_a_stop(stops: list[str], text: str) -> None:
-    """Holds shut: the first half of a stop string shown before the second half arrives."""
+    """Regression: the first half of a stop string shown before the second half arrives."""
     stream, shown = StopStrings(stops), ""
     for char in text:
         shown += stream.push(char)[0]

@@ -24,7 +24,7 @@ def refused(source: str, match: str, **limits: float) -> None:
 
 
 def test_blocks_leave_no_blank_lines() -> None:
-    """Holds shut: trim_blocks or lstrip_blocks off, which puts stray newlines into every prompt."""
+    """Regression: trim_blocks or lstrip_blocks off, which puts stray newlines into every prompt."""
     source = (
         "{% for m in messages %}\n  {% if true %}\n{{ m.content }}!\n  {% endif %}\n{% endfor %}"
     )
@@ -32,7 +32,7 @@ def test_blocks_leave_no_blank_lines() -> None:
 
 
 def test_tojson_is_plain_json() -> None:
-    """Holds shut: Jinja's own tojson, which escapes < and sorts the keys of tools."""
+    """Regression: Jinja's own tojson, which escapes < and sorts the keys of tools."""
     tools = [{"type": "f", "a": "<é>"}]
     assert render("{{ tools | tojson }}", tools=tools) == '[{"type": "f", "a": "<é>"}]'
     assert render("{{ {'b': 1} | tojson(indent=2) }}") == '{\n  "b": 1\n}'
@@ -53,7 +53,7 @@ def test_loop_controls_generation_blocks_and_time() -> None:
 
 
 def test_tools_are_none_unless_given() -> None:
-    """Holds shut: `tools` undefined, where templates ask `tools is not none`."""
+    """Regression: `tools` undefined, where templates ask `tools is not none`."""
     assert render("{{ tools is none }} {{ documents is none }}") == "True True"
     assert render("{{ add_generation_prompt }}", add_generation_prompt=False) == "False"
 
@@ -76,7 +76,7 @@ def test_a_refusal_of_the_template_is_passed_on() -> None:
         ("{{ range(10 ** 9) | list }}", "ange too big"),
     ],
 )
-def test_faults_name_the_template(source: str, match: str) -> None:
+def test_errors_name_the_template(source: str, match: str) -> None:
     refused(source, match)
 
 
@@ -90,7 +90,7 @@ def test_faults_name_the_template(source: str, match: str) -> None:
     ],
 )
 def test_a_runaway_template_is_stopped(source: str) -> None:
-    """Holds shut: a limit that only looks between operations and never gets its turn."""
+    """Regression: a limit that only looks between operations and never gets its turn."""
     start = time.monotonic()
     refused(source, r"needed more than 0.5 s", seconds=0.5)
     assert time.monotonic() - start < 60
@@ -106,7 +106,7 @@ def test_output_is_bounded() -> None:
 
 
 def test_the_template_works_again_after_a_limit() -> None:
-    """Holds shut: a killed process asked again."""
+    """Regression: a killed process asked again."""
     source = (
         "{% if messages[0].role == 'bad' %}{% for a in range(99999) %}{% for b in range(99999) %}"
     )
@@ -118,7 +118,7 @@ def test_the_template_works_again_after_a_limit() -> None:
 
 
 def test_threads_share_a_template() -> None:
-    """Holds shut: two threads' answers mixed up on the one pipe."""
+    """Regression: two threads' answers mixed up on the one pipe."""
     template = ChatTemplate("{{ messages[0].content }}", "model")
     texts = {}
 

@@ -48,7 +48,7 @@ def biases(model: Transformer) -> list[Tensor]:
 def test_loads_of_the_whole_batch(rows: int, recompute: bool) -> None:
     """Every choice of every micro-batch counts once, MTP modules' too.
 
-    Holds shut: loads of the last micro-batch alone, and recomputed layers counted twice.
+    Regression: loads of the last micro-batch alone, and recomputed layers counted twice.
     """
     model, batch = tiny.model(tiny.config()), tiny.batch()
     if recompute:
@@ -86,7 +86,7 @@ def test_bias_moves_against_the_load() -> None:
 def test_the_load_balancer_is_on_the_device_of_the_model() -> None:
     """Without gates too: a process of a pipeline that has none sums with those that have some.
 
-    Holds shut: one process that waits in gloo for another that waits in NCCL.
+    Regression: one process that waits in gloo for another that waits in NCCL.
     """
     for model_config in (tiny.config(), tiny.config(moe=None)):
         balancer = LoadBalancer(tiny.model(model_config).to("meta"), sequence_weight=1.0)

@@ -361,7 +361,7 @@ def test_a_divergence_that_is_not_finite_ends_the_run(folder: Path, teacher_mode
     assert found.matched is not None and not math.isfinite(found.matched)
     assert all(map(math.isfinite, found.losses))
     shutil.rmtree(folder / "teacher")
-    with pytest.raises(UserError, match="is not there; put back what"):
+    with pytest.raises(UserError, match="does not exist; restore the weights"):
         look_again(folder / "run")
 
 
@@ -369,7 +369,7 @@ def test_a_divergence_that_is_not_finite_ends_the_run(folder: Path, teacher_mode
 def test_a_teacher_without_numbers_is_named(
     folder: Path, teacher_models: Path, value: float
 ) -> None:
-    """Holds shut: a lower rate advised where none would help."""
+    """Regression: a lower rate advised where none would help."""
     break_teacher(folder, teacher_models, value)
     with pytest.raises(
         UserError, match=r"distillation\.teacher .*'norm\.weight' holds values that"

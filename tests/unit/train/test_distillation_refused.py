@@ -23,7 +23,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "updates and attention": (
         {"lora": {"rank": 2, "alpha": 2.0}},
-        "trainable: lora says what is trained",
+        "trainable: lora.target_modules decides what is trained",
     ),
     "fp8 with a teacher": (
         {"precision": "fp8", "trainable": "all"},

@@ -140,7 +140,7 @@ def test_any_save_of_a_run(base: Path) -> None:
         found = dict(load_model(dst, dtype="fp32").model.named_parameters())
         for name, tensor in unstacked(weights):
             assert torch.equal(found[name], tensor)
-    with pytest.raises(UserError, match=r"has no save of step 3; --step may be 2, 4"):
+    with pytest.raises(UserError, match=r"has no checkpoint of step 3; --step may be 2, 4"):
         export_save(base / "run", base / "x", step=3, dtype="fp32")
     with pytest.raises(UserError):
         export_save(base / "run", base / "model-2", step=2, dtype="fp32")
@@ -149,7 +149,7 @@ def test_any_save_of_a_run(base: Path) -> None:
             export_save(base / "run", base / "x", step=2, dtype=dtype)
     with runs.opened(base / "new", runs.recipe()):
         pass
-    with pytest.raises(UserError, match="new: has no save yet"):
+    with pytest.raises(UserError, match="new: has no checkpoint yet"):
         export_save(base / "new", base / "x", step=None, dtype="bf16")
 
 
@@ -176,7 +176,7 @@ def test_the_tokenizer_of_a_run_is_kept_once(base: Path) -> None:
 
 
 def test_a_start_of_another_tokenizer_is_refused(base: Path) -> None:
-    """Holds shut: a model trained further on ids that mean other tokens to it."""
+    """Regression: a model trained further on ids that mean other tokens to it."""
     outcome, _ = runs.train(base / "run", runs.recipe())
     runs.make_tokens(base / "more", special=("<|more|>",))
     wanted = runs.recipe(model=runs.MODEL | {"vocab_size": 270}, data={"folder": "more"})

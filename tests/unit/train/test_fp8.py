@@ -93,7 +93,7 @@ def test_every_product_of_a_layer_is_rounded() -> None:
     """Weights nudged by less than half a step of fp8 change nothing, kv_b_proj's and the stacked
     experts' included.
 
-    Holds shut: a layer that is left out of FP8 unnoticed.
+    Regression: a layer that is left out of FP8 unnoticed.
     """
     model = trained(config(num_nextn_predict_layers=0), "ue8m0")
     ids = torch.randint(0, 263, (31,))

@@ -205,7 +205,7 @@ def test_adapter_refusals(tmp_path: Path) -> None:
     tuning.chats(tmp_path / "tokens")
     one = tuning.phases({"steps": 1})
     adapted = tuning.train(tmp_path, lora_recipe(phase=one), base_model=base, name="adapted")
-    with pytest.raises(UserError, match="peft takes updates of MLPs for those of fused experts"):
+    with pytest.raises(UserError, match="peft loads MLP updates as updates of fused experts"):
         export_adapter(adapted.path, tmp_path / "dst", step=None)
     assert not (tmp_path / "dst").exists()
     plain = tuning.raw_recipe(base_model="base", phase=one)
@@ -221,13 +221,15 @@ def test_base_that_is_gone(tmp_path: Path) -> None:
     raw = lora_recipe(phase=tuning.phases({"steps": 1}))
     run = tuning.train(tmp_path, raw, base_model=base)
     base.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"base: is not there; put back what .* was trained with"):
+    with pytest.raises(
+        UserError, match=r"base: does not exist; restore the weights that .* was trained with"
+    ):
         export_save(run.path, tmp_path / "dst", step=None, dtype="fp32")
     tuning.checkpoint(base, tuning.config(), seed=8)
-    with pytest.raises(UserError, match="base: holds other weights now"):
+    with pytest.raises(UserError, match="base: has other weights now"):
         export_save(run.path, tmp_path / "dst", step=None, dtype="fp32")
     with pytest.raises(
-        UserError, match="was trained by another recipe: base_model holds other weights"
+        UserError, match="was trained with another recipe: base_model has other weights"
     ):
         tuning.train(tmp_path, raw, base_model=base)
     shutil.rmtree(base)
@@ -295,7 +297,7 @@ def test_memory_is_that_of_weights_that_stay(precision: str, bytes_each: int) ->
 def test_memory_of_updates_by_hand(optimizer: str, moments: int) -> None:
     """fp32 weights, gradients and moments of every update, and the copy of them that is saved.
 
-    Holds shut: a rank that no memory holds, which fits by the estimate.
+    Regression: a rank that no memory holds, which fits by the estimate.
     """
     config = tuning.config()
     modules = ["o_proj", "q_a_proj", "up_proj"]

@@ -65,7 +65,7 @@ def test_losses_and_gradients(changes: dict[str, Any], masked: bool) -> None:
 
 
 def test_micro_batches_change_nothing() -> None:
-    """Holds shut: means per micro-batch, which weigh rows with few targets too much."""
+    """Regression: means per micro-batch, which weigh rows with few targets too much."""
     model, batch = tiny.model(tiny.config()), tiny.batch(masked=True)
     batch.loss_mask[0] = False
     whole = trained(model, batch, rows=tiny.ROWS)

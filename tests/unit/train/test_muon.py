@@ -34,7 +34,7 @@ def test_scale_of_the_gradient_does_not_matter() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_stacks_are_treated_matrix_by_matrix(dtype: torch.dtype) -> None:
-    """Holds shut: one norm over all experts, which would leave quiet experts behind."""
+    """Regression: one norm over all experts, which would leave quiet experts behind."""
     stack = matrix(5, 11, 7).to(dtype) * torch.logspace(-3, 3, 5, dtype=dtype)[:, None, None]
     together = orthogonalized(stack)
     for expert, alone in enumerate(stack):

@@ -18,7 +18,7 @@ def test_a_phase_goes_on_in_the_same_data(
 ) -> None:
     """Two phases of half an epoch read every row once, stopped or not.
 
-    Holds shut: a second phase in another order, which reads some documents twice and others never.
+    Regression: a second phase in another order, which reads some documents twice and others never.
     """
     with opened(base / "look", runs.recipe()) as trainer:
         windows = trainer._present.train

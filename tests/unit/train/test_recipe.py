@@ -150,7 +150,7 @@ def test_changes(path: Path) -> None:
         ),
         (
             "parallel.fsdp=4",
-            "recipe.toml: phase second: batch_size 4 is no multiple of 8, micro_batch_size 2 x "
+            "recipe.toml: phase second: batch_size 4 is not a multiple of 8, micro_batch_size 2 x "
             "parallel.data 1 x parallel.fsdp 4; change one of them",
         ),
     ],
@@ -167,7 +167,7 @@ def test_refusals(path: Path, change: str, said: str) -> None:
 
 @pytest.mark.parametrize("parallel", [{}, {"data": 2}, {"fsdp": 2}, {"tensor": 4, "context": 2}])
 def test_no_layout_changes_a_constant_batch(path: Path, parallel: dict[str, int]) -> None:
-    """Holds shut: 8 rows of micro-batches of 4 that became 32 on 8 processes."""
+    """Regression: 8 rows of micro-batches of 4 that became 32 on 8 processes."""
     recipe = read_recipe(path, [f"parallel.{axis}={size}" for axis, size in parallel.items()])
     ranks = recipe.parallel.data * recipe.parallel.fsdp
     assert [TrainingSchedule(recipe, ranks=ranks).at(step).rows for step in (9, 10, 11)] == [4] * 3

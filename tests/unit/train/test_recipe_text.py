@@ -31,12 +31,12 @@ def path(tmp_path: Path) -> Path:
 def test_the_text_is_that_of_the_file(path: Path) -> None:
     """With its comments; the first line says where relative paths begin."""
     first, rest = text_of(path).split("\n", 1)
-    assert first == f'# "{path}"; relative paths begin beside that file'
+    assert first == f'# "{path}"; paths are relative to that file'
     assert rest == path.read_text()
 
 
 def test_what_was_changed_is_in_it(path: Path) -> None:
-    """Holds shut: a kept recipe that is not the one that ran."""
+    """Regression: a kept recipe that is not the one that ran."""
     kept = path.with_name("kept.toml")
     kept.write_text(text_of(path, CHANGES))
     assert read_recipe(kept) == read_recipe(path, CHANGES) != read_recipe(path)

@@ -28,7 +28,7 @@ def test_a_batch_comes_back(tmp_path: Path, masked: bool) -> None:
 def test_files_that_are_no_batch(tmp_path: Path) -> None:
     """One line that names the file, whatever is in it.
 
-    Holds shut: files without metadata, or with other metadata, that end in a traceback.
+    Regression: files without metadata, or with other metadata, that end in a traceback.
     """
     missing, text, bare, other, wrong = (
         tmp_path / name for name in ("missing", "text", "bare", "other", "wrong")
@@ -39,14 +39,14 @@ def test_files_that_are_no_batch(tmp_path: Path) -> None:
     save_file({"tokens": torch.zeros(1, 2)}, other, metadata={"documents": "null"})
     save_file(tensors, wrong, metadata={"documents": "{"})
     for path in (missing, text, bare, other, wrong):
-        with pytest.raises(UserError, match=f"{path}: is not a batch that a failed step left"):
+        with pytest.raises(UserError, match=f"{path}: is not the batch file of a failed step"):
             read_batch(path)
 
 
 def test_a_batch_that_cannot_be_kept_says_so(tmp_path: Path) -> None:
-    """Holds shut: a full disk that hides why a run stopped."""
+    """Regression: a full disk that hides why a run stopped."""
     path = batch_file(tmp_path / "gone", 6)
-    assert keep_batch(path, 6, tiny.batch()).startswith("not kept (")
+    assert keep_batch(path, 6, tiny.batch()).startswith("not saved (")
     kept = batch_file(tmp_path, 6)
     assert keep_batch(kept, 6, tiny.batch()) == f"in {kept}"
     assert [file.name for file in tmp_path.iterdir()] == [kept.name]

@@ -18,7 +18,7 @@ from .runs import train
 def test_one_copy_of_the_state_at_a_time(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The save before is on the disk, its copy gone, when the next copy is made.
 
-    Holds shut: twice the memory of a save where saves follow fast on one another.
+    Regression: twice the memory of a save where saves follow fast on one another.
     """
     written: list[int] = []
     copied: list[int] = []
@@ -53,7 +53,7 @@ def test_one_copy_of_the_state_at_a_time(base: Path, monkeypatch: pytest.MonkeyP
 def test_a_change_of_phase_moves_the_state(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model and the optimiser of the phase before are gone when those of the next are made.
 
-    Holds shut: weights and moments of both phases at once.
+    Regression: weights and moments of both phases at once.
     """
     made: list[weakref.ref[Any]] = []
     alive: list[int] = []

@@ -79,7 +79,7 @@ def test_truncated_chats_are_reported(tmp_path: Path) -> None:
 
 
 def test_chats_without_a_target_are_refused(tmp_path: Path) -> None:
-    """Holds shut: a run over rows that cut every answer, of a loss of 0 and decaying weights."""
+    """Regression: a run over rows that cut every answer, of a loss of 0 and decaying weights."""
     folder = TokenizedDataset.open(tuning.chats(tmp_path / "tokens"))
     base_model = tuning.checkpoint(tmp_path / "base", tuning.config())
     raw = tuning.raw_recipe(base_model="base", phase=tuning.phases({"sequence_length": 2}))
@@ -120,7 +120,7 @@ def test_a_batch_of_cut_answers_is_told_of(tmp_path: Path) -> None:
     assert len(blind) == 2
     notes = [record["text"] for record in run.records("note")]
     assert [note for note in notes if note.startswith("step")] == [
-        f"step {step}: its batch holds no target; nothing moved" for step in blind
+        f"step {step}: its batch has no target; no weight was updated" for step in blind
     ]
 
 

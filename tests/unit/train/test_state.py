@@ -93,9 +93,9 @@ def test_what_differs_is_said() -> None:
         resume(saved(3), seed=4, balance={"sequence_weight": 0.1})
     message = str(caught.value)
     assert "balance.sequence_weight was 0.0001 and is 0.1; seed was 3 and is 4" in message
-    assert message.startswith("runs/x: was trained by another recipe: ")
+    assert message.startswith("runs/x: was trained with another recipe: ")
     other = saved(3) | {"data": ["a", "c"]}
-    with pytest.raises(UserError, match="the token folder holds other data"):
+    with pytest.raises(UserError, match="the tokenized dataset has changed"):
         resume(other)
     with pytest.raises(UserError, match="batches rounded"):
         resume(saved(3) | {"tokens": 111})
@@ -103,7 +103,7 @@ def test_what_differs_is_said() -> None:
 
 @pytest.mark.parametrize(("step", "phase"), [(0, 0), (3, 0), (5, 0), (6, 1), (9, 1)])
 def test_a_model_of_another_config_does_not_go_on(step: int, phase: int) -> None:
-    """Holds shut: weights of a save under the config of a checkpoint that has changed since."""
+    """Regression: weights of a save under the config of a checkpoint that has changed since."""
     own, other = tiny.config(), replace(tiny.config(), rms_norm_eps=1e-3)
     schedule = TrainingSchedule(runs.recipe())
     configs = [other, other]

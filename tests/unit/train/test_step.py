@@ -194,7 +194,7 @@ def test_heads_without_targets_have_no_loss() -> None:
 
 
 def test_biases_are_those_the_step_leaves() -> None:
-    """Holds shut: a log in which routing biases lag a step behind."""
+    """Regression: a log in which routing biases lag a step behind."""
     model = tiny.model(tiny.config())
     optimizer, balancer = parts(model)
     plan = tiny.plan(bias_update_speed=GAMMA)

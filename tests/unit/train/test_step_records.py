@@ -29,7 +29,7 @@ def bits(data: PhaseData) -> float | None:
 
 
 def test_targets_of_masked_documents_are_counted(make_folder: Make, tmp_path: Path) -> None:
-    """Holds shut: bits per byte too high by the first token of every document, which nobody
+    """Regression: bits per byte too high by the first token of every document, which nobody
     predicts where documents are blind to each other.
     """
     found = data(make_folder, tmp_path, masks=True, head=[BEGIN])

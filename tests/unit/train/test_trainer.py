@@ -37,7 +37,7 @@ def test_a_stopped_run_goes_on_exactly(
     """Stopped within a phase, at a border, and within the next: the same bits as undisturbed, in
     every save and every record.
 
-    Holds shut: a state that lacks routing biases, moments, schedule, position or random numbers.
+    Regression: a state that lacks routing biases, moments, schedule, position or random numbers.
     """
     wanted = runs.recipe(
         precision=precision,
@@ -119,14 +119,16 @@ def test_a_model_whose_saves_are_gone_is_not_taken_for_a_new_one(base: Path) -> 
     train(base / "run", runs.recipe())
     shutil.rmtree(base / "run" / "saves")
     with (
-        pytest.raises(UserError, match=r"model: is there from a run whose saves are gone; move it"),
+        pytest.raises(
+            UserError, match=r"model: exists, but the checkpoints of its run are gone; move it"
+        ),
         opened(base / "run", runs.recipe(seed=7)),
     ):
         pass
 
 
 def test_a_tokenizer_that_cannot_be_written(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds shut: a full disk told by a traceback, and half a tokenizer taken for a whole one."""
+    """Regression: a full disk told by a traceback, and half a tokenizer taken for a whole one."""
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
         patch.setattr("lowlat.train.run.export.write_new_files", Mock(side_effect=full))
@@ -144,7 +146,7 @@ def test_a_stop_before_the_first_step(base: Path) -> None:
     outcome, log = train(base / "run", runs.recipe(), 1)
     assert (outcome.step, outcome.is_complete, outcome.model) == (1, False, None)
     assert runs.steps(base / "run") == [1]
-    assert "stopped after step 1; the same command goes on from there" in log.notes
+    assert "stopped after step 1; the same command resumes from there" in log.notes
 
 
 BOOM = {"learning_rate": [{"to": 0.01, "steps": 2}, {"to": 1e30, "shape": "constant"}]}
@@ -248,7 +250,7 @@ def test_other_data_does_not_go_on(base: Path) -> None:
     (base / "tokens").unlink()
     runs.make_tokens(base / "tokens", held_out=6)
     with (
-        pytest.raises(UserError, match="the token folder holds other data"),
+        pytest.raises(UserError, match="the tokenized dataset has changed"),
         opened(base / "run", runs.recipe()),
     ):
         pass
@@ -288,7 +290,7 @@ def test_a_phase_with_data_of_its_own(base: Path) -> None:
 
 
 def test_data_of_another_tokenizer_is_refused(base: Path) -> None:
-    """Holds shut: a later phase whose ids mean other tokens, or lie beyond the embedding."""
+    """Regression: a later phase whose ids mean other tokens, or lie beyond the embedding."""
     runs.make_tokens(base / "more", special=("<|more|>", "<|still more|>"))
     wanted = runs.recipe(phase=runs.phases({}, {"data": {"folder": "more"}}))
     with (
@@ -348,7 +350,7 @@ def test_longer_contexts(base: Path) -> None:
 def test_phases_that_cannot_be(base: Path, changes: dict[str, Any], said: str) -> None:
     """Said before the first step.
 
-    Holds shut: a run that ends after days, where its second phase begins.
+    Regression: a run that ends after days, where its second phase begins.
     """
     with (
         pytest.raises(UserError) as caught,

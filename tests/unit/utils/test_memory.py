@@ -22,7 +22,7 @@ def test_without_groups_it_is_the_machines(tmp_path: Path) -> None:
 
 
 def test_a_limit_of_the_own_group_counts(tmp_path: Path) -> None:
-    """Holds shut: reading the topmost group's limit only, which a process outside a container does
+    """Regression: reading the topmost group's limit only, which a process outside a container does
     not live in."""
     first = written(
         tmp_path / "one",
@@ -40,7 +40,7 @@ def test_a_limit_of_the_own_group_counts(tmp_path: Path) -> None:
 
 
 def test_limits_of_the_groups_above_count(tmp_path: Path) -> None:
-    """Holds shut: a service whose limit is its slice's, neither its own nor the topmost group's."""
+    """Regression: a service whose limit is its slice's, neither its own nor the topmost group's."""
     first = written(
         tmp_path / "one",
         {
@@ -67,7 +67,7 @@ def test_a_containers_limit_counts_and_max_is_none(tmp_path: Path) -> None:
 
 
 def test_freed_memory_is_kept_and_then_given_back() -> None:
-    """Counts page faults: of memory that comes from the system each time there is one a page."""
+    """Counts page faults: memory that comes from the system each time causes one per page."""
     if not hasattr(ctypes.CDLL(None), "malloc_trim"):
         pytest.skip("this C library gives memory back as it likes")
     program = """

@@ -24,7 +24,7 @@ def test_one_of_each_time_is_kept() -> None:
 
 @pytest.mark.parametrize("every", [None, timedelta(hours=2)])
 def test_what_is_kept_does_not_depend_on_what_was_removed(every: timedelta | None) -> None:
-    """Holds shut: a rule that counts in saves that are gone and lets the kept ones go, too."""
+    """Regression: a rule that counts in saves that are gone and lets the kept ones go, too."""
     times: dict[int, float] = {}
     everything: dict[int, float] = {}
     for step in range(1, 40):

@@ -88,7 +88,7 @@ def test_a_second_holder_in_the_same_process_is_refused(tmp_path: Path) -> None:
 
 
 def test_forked_children_do_not_keep_the_lock(tmp_path: Path) -> None:
-    """Holds shut: workers that outlive a killed run and lock its folder against resuming."""
+    """Regression: workers that outlive a killed run and lock its folder against resuming."""
     ready, tell = os.pipe()
     command = [sys.executable, "-c", FORK_AND_DIE, str(tmp_path / "run"), str(tell), str(ready)]
     killed = subprocess.run(
@@ -104,7 +104,7 @@ def test_forked_children_do_not_keep_the_lock(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
-    """Holds shut: a run that litters a home folder given by mistake."""
+    """Regression: a run that litters a home folder given by mistake."""
     (tmp_path / "letter.txt").write_text("precious")
     with pytest.raises(UserError, match="is not empty and holds no run"):
         RunFolder(tmp_path).acquire()

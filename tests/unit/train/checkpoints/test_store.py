@@ -291,7 +291,7 @@ def test_a_run_does_not_end_well_without_its_last_save(
 def test_other_errors_of_the_thread_are_raised(
     saves: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Holds shut: a mistake in the code that looks like a full disk."""
+    """Regression: a mistake in the code that looks like a full disk."""
 
     def wrong(*arguments: object) -> None:
         raise ZeroDivisionError

@@ -37,7 +37,7 @@ def test_history_of_one_run(tmp_path: Path) -> None:
 
 
 def test_every_record_is_in_the_file_at_once(tmp_path: Path) -> None:
-    """Holds shut: records in a buffer that a kill would take along."""
+    """Regression: records in a buffer that a kill would take along."""
     writer = LogWriter(tmp_path / "log.jsonl")
     writer.write(start())
     writer.write(step(1))
@@ -69,7 +69,7 @@ def test_run_from_the_beginning_supersedes_all(tmp_path: Path) -> None:
 
 
 def test_torn_at_any_byte(tmp_path: Path) -> None:
-    """Holds shut: a line that a kill left half written breaking a report or glueing itself to
+    """Regression: a line that a kill left half written breaking a report or glueing itself to
     the next run's first record.
     """
     path = tmp_path / "log.jsonl"

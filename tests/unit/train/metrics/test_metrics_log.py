@@ -55,7 +55,7 @@ def test_records_reach_log_and_view(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_loads_are_kept_now_and_then(tmp_path: Path) -> None:
-    """Holds shut: records of every second step that never meet a multiple of the interval, and
+    """Regression: records of every second step that never meet a multiple of the interval, and
     runs that go on without a load for long.
     """
     log = open_log(tmp_path)

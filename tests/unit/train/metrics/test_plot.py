@@ -85,7 +85,7 @@ ODD_RUNS = [
 
 @pytest.mark.parametrize("records", ODD_RUNS)
 def test_odd_runs_are_drawn(records: list[StepRecord], tmp_path: Path) -> None:
-    """Holds shut: a picture that fails, or warns, for a run that just began or went astray."""
+    """Regression: a picture that fails, or warns, for a run that just began or went astray."""
     made = history(*records, evaluation(1, loss=records[0].loss))
     plot.draw({"tiny": made}, [tmp_path / "a.png"])
     assert (tmp_path / "a.png").stat().st_size > 10_000

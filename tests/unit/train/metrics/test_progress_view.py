@@ -108,7 +108,7 @@ def test_live_area(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("columns", [60, 80, 140])
 def test_live_area_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
-    """Holds shut: a model of many layers whose lines scroll off and garble the screen."""
+    """Regression: a model of many layers whose lines scroll off and garble the screen."""
     attach_terminal(monkeypatch, columns=columns)
     view = LiveView()
     view.start(start(name="a-name-much-longer-than-fits-beside-the-bar-and-its-figures"))

@@ -72,7 +72,7 @@ def test_figures_of_a_run() -> None:
 
 
 def test_layers_are_found_wherever_they_are() -> None:
-    """Holds shut: no figures of experts where the first phase matches attention, and those of other
+    """Regression: no figures of experts where the first phase matches attention, and those of other
     layers where steps differ in which they have.
     """
     steps = [
@@ -139,7 +139,7 @@ def test_table_of_one_run() -> None:
 
 
 def test_more_than_all_products_is_remarked_on() -> None:
-    """Holds shut: an MFU above 100 %, of a rate measured while the machine was busy, as a fact."""
+    """Regression: an MFU above 100 %, of a rate measured while the machine was busy, as a fact."""
     lines = shown(tiny=summarise(history(start(), step(1, mfu=1.3))))
     assert any("130 % (rate measured while busy)" in line for line in lines)
 

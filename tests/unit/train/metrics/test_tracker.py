@@ -32,7 +32,7 @@ def test_figures_are_those_of_the_latest_step() -> None:
 
 
 def test_time_left_follows_tokens_and_pauses() -> None:
-    """Holds shut: remaining time told from steps alone, wrong where batches grow or evaluations
+    """Regression: remaining time told from steps alone, wrong where batches grow or evaluations
     take their time.
     """
     pace = ProgressTracker(start(tokens_total=1000))

@@ -131,5 +131,5 @@ def test_a_run_does_not_go_on_with_batches_of_another_size() -> None:
         "tokens": TrainingSchedule(known).tokens_before(2),
     }
     assert check_resumable(saved, known, ["f"], TrainingSchedule(known, ranks=4), "run").step == 2
-    with pytest.raises(UserError, match=r"256 tokens were read in 2 steps"):
+    with pytest.raises(UserError, match=r"trained on 256 tokens in 2 steps"):
         check_resumable(saved, known, ["f"], TrainingSchedule(known, ranks=3), "run")

@@ -1,4 +1,4 @@
-"""Faults of the model under the engine: every completion gets an end, and no other is touched."""
+"""Model failures in the engine: every failed completion ends, and no other is affected."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ POISON = 200
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the model fail for whoever brings POISON."""
+    """Let the model fail for prompts that contain POISON."""
     step = ModelRunner.step
 
     def broken(self: ModelRunner, chunks: list[Chunk]) -> Any:
@@ -40,7 +40,7 @@ def counting() -> Model:
 def test_a_prompt_that_fails_ends_all_its_completions(
     monkeypatch: pytest.MonkeyPatch, others: int
 ) -> None:
-    """Holds shut: callers that wait for ever for completions 1 to n - 1."""
+    """Regression: callers that wait forever for completions 1 to n - 1."""
     poison(monkeypatch)
     engine = counting_engine()
     good = [engine.add([number], TokenSamplingParams(max_tokens=3)) for number in range(others)]
@@ -63,8 +63,8 @@ def test_a_deadline_missed_in_the_queue_ends_all_completions() -> None:
     assert [events[request.id, index][0].finish_reason for index in range(3)] == ["deadline"] * 3
 
 
-def test_generate_tells_of_a_prompt_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds shut: a loop without end over an engine without work."""
+def test_generate_raises_for_a_prompt_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: a loop without end over an engine without work."""
     poison(monkeypatch)
     model = counting()
     for n in (1, 2):
@@ -82,8 +82,9 @@ def test_waiting_for_an_engine_without_work_is_an_error(monkeypatch: pytest.Monk
         next(stream)
 
 
-def test_sequences_that_fail_only_together_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds shut: an engine that ends for everyone where a step is too large, say for memory."""
+def test_sequences_that_fail_only_together_continue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: an engine that ends all requests if a step is too large, for example for
+    memory."""
     step = ModelRunner.step
 
     def broken(self: ModelRunner, chunks: list[Chunk]) -> Any:
@@ -133,10 +134,11 @@ def tokens_of(engine: Engine, prompt: list[int]) -> list[int | None]:
 
 @pytest.mark.parametrize("config", [gqa_config(), mla_config()], ids=["gqa", "mla"])
 @pytest.mark.parametrize("number", [1, 2, 3, 5])
-def test_rows_of_a_request_that_failed_are_not_found(
+def test_entries_of_a_failed_request_are_not_found(
     monkeypatch: pytest.MonkeyPatch, config: ModelConfig, number: int
 ) -> None:
-    """Holds shut: one NaN that ends every request with the same beginning, through the cache."""
+    """Regression: one NaN that ends every request with the same prefix, through the prefix
+    cache."""
     options: dict[str, Any] = {"page_size": 4, "prefill_chunk": 8, "speculates": False}
     engine = engine_for(tiny_model(config), **options)
     expected = tokens_of(engine_for(engine.runner.model, **options), PROMPT)
@@ -149,10 +151,10 @@ def test_rows_of_a_request_that_failed_are_not_found(
     assert good.num_matched == 0
 
 
-def test_who_waits_for_rows_of_a_request_that_fails_reads_them(
+def test_a_request_that_waits_for_pages_of_a_failed_one_computes_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Holds shut: rows that are offered before anybody has looked whether they are numbers."""
+    """Regression: entries offered to other requests before they were checked for NaN."""
     options: dict[str, Any] = {"page_size": 4, "prefill_chunk": 8, "speculates": False}
     engine = engine_for(tiny_model(gqa_config()), **options)
     expected = tokens_of(engine_for(engine.runner.model, **options), PROMPT)
@@ -163,8 +165,10 @@ def test_who_waits_for_rows_of_a_request_that_fails_reads_them(
     assert [event.token for event in events[good.id, 0]] == expected
 
 
-def test_a_row_that_is_spoilt_in_the_cache_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was finite when it was computed, so that others have found it by then."""
+def test_an_entry_that_becomes_nan_in_the_cache_is_withdrawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was finite when it was computed, so other sequences share it by then."""
     options: dict[str, Any] = {"page_size": 4, "prefill_chunk": 8, "speculates": False}
     engine = engine_for(tiny_model(gqa_config()), **options)
     expected = tokens_of(engine, PROMPT)
