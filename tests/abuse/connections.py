@@ -17,7 +17,7 @@ NO_HTTP = "invalid HTTP/1.1 request"
 
 
 def types() -> Iterator[Case]:
-    """Bodies that are not said to be plain JSON."""
+    """Bodies whose Content-Type is not plain JSON."""
     kinds = (
         "", "text/plain", "text/plain;charset=UTF-8", "text/json", "application/jsonp", "*/*",
         "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "application/xml",

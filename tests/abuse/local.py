@@ -37,7 +37,7 @@ def counting_model(**options: Any) -> Model:
 
 
 def successors(text: str, count: int) -> str:
-    """What counting_model says to `text`."""
+    """The output of counting_model for `text`."""
     last, said = ord(text[-1]), ""
     for _ in range(count):
         last = ord("a") if last >= 122 else last + 1

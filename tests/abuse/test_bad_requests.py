@@ -69,13 +69,13 @@ def tagged() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def songs() -> dict[int, str]:
-    """What the canary of the server at each port said first."""
+    """The first output of the canary of the server at each port."""
     return {}
 
 
 @pytest.fixture(autouse=True)
 def canary(request: pytest.FixtureRequest, songs: dict[int, str]) -> Iterator[None]:
-    """After each test the server says what it said before, and calls itself healthy."""
+    """After each test the server gives the same output as before, and reports healthy."""
     yield
     for name in {"server", "impatient", "tagged"} & set(request.fixturenames):
         port = request.getfixturevalue(name).port
@@ -142,7 +142,7 @@ def test_there_are_enough_of_them() -> None:
 
 
 @pytest.mark.parametrize("name", HARD)
-def test_hard_forms_take_a_moment(server: Server, name: str) -> None:
+def test_hard_grammars_take_a_moment(server: Server, name: str) -> None:
     """Regression: patterns that keep a server busy for minutes (ReDoS)."""
     body = {**BODIES[COMPLETIONS], "structured_outputs": HARD[name], "max_tokens": 1200}
     began = time.monotonic()
@@ -213,7 +213,7 @@ def test_smuggled_requests_are_bodies(server: Server) -> None:
 
 @pytest.mark.parametrize("is_body", [False, True])
 def test_who_trickles_is_cut_off(impatient: Server, is_body: bool) -> None:
-    """Regression: connections held open for ever by a byte now and then."""
+    """Regression: connections held open forever by a byte now and then."""
     with socket.create_connection((HOST, impatient.port), timeout=SECONDS) as connection:
         if is_body:
             connection.sendall(HEAD + b"Content-Length: 10000\r\n\r\n")
@@ -230,7 +230,7 @@ def test_who_trickles_is_cut_off(impatient: Server, is_body: bool) -> None:
         assert time.monotonic() - began < SECONDS
 
 
-def test_many_slow_connections_hold_up_nobody(impatient: Server) -> None:
+def test_many_slow_connections_delay_no_other(impatient: Server) -> None:
     with contextlib.ExitStack() as held:
         for _ in range(200):
             connection = socket.create_connection((HOST, impatient.port), timeout=SECONDS)

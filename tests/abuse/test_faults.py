@@ -202,7 +202,7 @@ def check_others(server: Local, send_bad: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_its_own_requests(
+def test_an_error_ends_its_own_request(
     monkeypatch: pytest.MonkeyPatch, fault: str, stream: bool
 ) -> None:
     with listening() as server:
@@ -221,7 +221,7 @@ def test_a_fault_is_its_own_requests(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("fault", GRAMMAR_FAULTS)
-def test_a_fault_of_a_grammar_is_its_own_requests(
+def test_a_grammar_error_ends_its_own_request(
     monkeypatch: pytest.MonkeyPatch, fault: str, stream: bool
 ) -> None:
     with listening() as server:
@@ -236,7 +236,7 @@ def test_a_fault_of_a_grammar_is_its_own_requests(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_fault_in_reading_the_answer(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+def test_an_error_in_parsing_the_answer(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     """The parser of answers, and the step to the wire."""
     with listening() as server:
         with monkeypatch.context() as patch:
@@ -310,7 +310,7 @@ def test_an_engine_that_hangs_is_not_healthy(monkeypatch: pytest.MonkeyPatch) ->
         until(lambda: get(server.port, "/health").status == 200, "the 200")
 
 
-def test_a_fault_in_a_route_is_told_without_details(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_route_is_returned_without_details(monkeypatch: pytest.MonkeyPatch) -> None:
     from lowlat.serve.routes import endpoint
 
     async def broken(*_: object, **__: object) -> None:

@@ -1,6 +1,6 @@
 """Schemathesis over the OpenAPI document: valid requests and invalid ones.
 
-LOWLAT_FUZZ_EXAMPLES says how many are made per operation and kind: few by default, 1,000 by
+LOWLAT_FUZZ_EXAMPLES is the number per operation and kind: few by default, 1,000 by
 
     LOWLAT_FUZZ_EXAMPLES=1000 python -m pytest tests/abuse/test_fuzz.py -rP
 

@@ -115,7 +115,7 @@ def test_a_body_that_comes_late_is_read_where_it_is_wanted() -> None:
                 assert json.loads(response.read())["choices"][0]["text"] == "de"
 
 
-def test_who_leaves_the_login_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+def test_leaving_the_login_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     with listening(api_keys=(KEY,)) as server:
         quiet = num_descriptors()
         head = request("POST", "/login", {"Host": HOST, "Content-Type": FORM, **UNENDED})

@@ -45,7 +45,7 @@ async def ask(port: int, data: bytes) -> Reply:
 
 
 class Gate:
-    """Holds up a part of the server until so many requests have been refused."""
+    """Holds up a part of the server until a given number of requests have been refused."""
 
     def __init__(self, refusals: int = 0) -> None:
         self._missing = refusals
@@ -166,7 +166,7 @@ def test_work_above_the_cap_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         until(lambda: server.is_idle, "the end")
 
 
-def test_health_is_told_under_overload(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_is_reported_under_overload(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rejections and health checks need no place in a queue."""
     model, gate = counting_model(), Gate()
     monkeypatch.setattr(model.engine, "step", gate.holding(model.engine.step))

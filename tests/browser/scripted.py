@@ -1,6 +1,6 @@
 """The app of `lowlat serve`, listening, over a scripted engine.
 
-All of the server is real but the engine; the script says what the model would: see SCRIPTS.
+All of the server is real but the engine; SCRIPTS holds the output of the model.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ Script = tuple[list[str], float]
 
 
 def script_for(text: str) -> Script:
-    """What the model says to `text`: by the first word, or a repetition."""
+    """Output of the model for `text`: by the first word, or a repetition."""
     match text.partition(" ")[0]:
         case "slow":
             return ["slow "] * 10_000, 0.01  # no test waits for its end
@@ -117,7 +117,7 @@ class ScriptedEngine(AsyncEngine):
         return self.generations[-1]
 
     def last_text(self, prompt: Sequence[int]) -> str:
-        """What the last user message says; the whole prompt where there is none."""
+        """Text of the last user message; the whole prompt if there is none."""
         ids = list(prompt)
         if USER in ids:
             start = len(ids) - ids[::-1].index(USER)
@@ -156,7 +156,7 @@ class Server:
     requests: list[dict[str, Any]]
 
     def wait_for_cancel(self) -> None:
-        """Until the last answer that was asked for is given up; fails after a minute."""
+        """Wait until the last requested answer is cancelled; fails after a minute."""
         assert isinstance(self.engine, ScriptedEngine)
         deadline = time.monotonic() + 60.0
         while not self.engine.generations[-1].is_cancelled:

@@ -45,7 +45,7 @@ def wait_for_end(answer: Locator) -> None:
 
 
 def record_texts(page: Page, selector: str) -> Callable[[], list[str]]:
-    """Begin to note what elements that match `selector` say; call the result for what they said.
+    """Begin to record the texts of elements that match `selector`; the result returns them.
 
     For what stands on the page for so short a time that a slow machine may look too late.
     """

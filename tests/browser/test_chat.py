@@ -242,7 +242,7 @@ def test_answer_goes_on_in_another_conversation(page: Page) -> None:
 
 
 def test_a_click_while_an_answer_ends(page: Page) -> None:
-    """Regression: a list made anew between press and release, so that the click meets nothing."""
+    """Regression: a list rebuilt between press and release, so that the click has no target."""
     ask(page, "first talk")
     page.get_by_role("button", name="New conversation").click()
     send(page, "slow please")
@@ -332,7 +332,7 @@ def test_system_prompt(page: Page, server: Server) -> None:
 
 
 def test_model_without_chat_template(open_page: Open, plain_server: Server) -> None:
-    """The page says so and continues the text instead; Enter alone continues it."""
+    """The page shows that and continues the text instead; Enter alone continues it."""
     page = open_page(at=plain_server)
     expect(page.locator("#notice")).to_contain_text("no chat template")
     answer = ask(page, "Once upon")

@@ -76,7 +76,8 @@ def test_logout(form: Page) -> None:
 
 
 def test_key_withdrawn(form: Page) -> None:
-    """A page that is open when its key ends says what the server says and leads to the form."""
+    """A page that is open when its key is removed shows the server's message and a link to the
+    form."""
     log_in(form)
     form.context.clear_cookies()
     send(form, "hello")

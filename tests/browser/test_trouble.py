@@ -88,7 +88,7 @@ def test_refusal(page: Page, errors: Errors) -> None:
 
 
 def test_busy_server(page: Page, errors: Errors) -> None:
-    """429 counts down what Retry-After says and then tries again by itself."""
+    """429 counts down Retry-After and then tries again by itself."""
     errors.allow(REFUSED + "429")
     refuse_with(page, 429, "The queue is full.", times=1, **{"Retry-After": "2"})
     alerts = record_texts(page, ".assistant [role=alert]")
@@ -114,7 +114,7 @@ def test_waiting_can_be_given_up(page: Page, errors: Errors) -> None:
 
 
 def test_broken_stream(page: Page) -> None:
-    """What came before the break stays, and the page says that it is not all."""
+    """The text before the break stays, and the page shows that it is incomplete."""
     answer_with(page, [event({"content": "The first half"})], is_complete=False)
     send(page, "hello")
     expect(answers(page)).to_contain_text("The first half")
@@ -139,7 +139,7 @@ def test_server_away(page: Page, errors: Errors) -> None:
 
 
 def test_other_model_after_a_restart(page: Page, errors: Errors) -> None:
-    """A server that has another model by now is asked anew for its name before trying again."""
+    """If the server has another model by now, the page fetches its name before it tries again."""
     errors.allow(REFUSED + "404")
     refuse_with(page, 404, "the model 'tiny' does not exist; this server has 'other'", times=1)
     other = {"id": "other", "max_model_len": 9, "has_chat_template": True}
@@ -152,7 +152,7 @@ def test_other_model_after_a_restart(page: Page, errors: Errors) -> None:
 
 
 def test_models_unknown(open_page: Open, errors: Errors) -> None:
-    """Without a model the page says why, and sends what was written when it has asked again."""
+    """Without a model the page shows why, and sends the message once it has fetched one."""
     errors.allow(REFUSED + "503")
     page = open_page()
     page.route(
@@ -170,7 +170,7 @@ def test_models_unknown(open_page: Open, errors: Errors) -> None:
 
 
 def test_no_storage(open_page: Open) -> None:
-    """Without storage the page works and says that conversations are not saved."""
+    """Without storage the page works and shows that conversations are not saved."""
     page = open_page()
     page.add_init_script(
         """Object.defineProperty(window, "indexedDB", {
@@ -185,7 +185,7 @@ def test_no_storage(open_page: Open) -> None:
 
 
 def test_hostile_answer(page: Page) -> None:
-    """An answer full of HTML is text on the page; nothing runs and nothing is asked for."""
+    """An answer full of HTML is text on the page; nothing runs and nothing is fetched."""
     evil = (
         "<img src='https://evil.example/x' onerror='window.pwned=1'> "
         "[a](javascript:window.pwned=1) ![b](https://evil.example/y)"

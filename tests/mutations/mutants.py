@@ -47,7 +47,7 @@ ATTENTION_FORMS = [
         "model/mla.py",
         "latent = self.kv_a_layernorm(latent)",
         "pass",
-        MODEL + "test_mla.py::test_cached_rows_by_hand",
+        MODEL + "test_mla.py::test_cache_entries_by_hand",
     ),
     Mutant(
         "attention: a query sees one later key",
@@ -293,7 +293,7 @@ FURTHER_FORMS = [
         "ops/tpa.py",
         "hidden = torch.arange(keys, device=q.device) > position[:, None]",
         "hidden = torch.arange(keys, device=q.device) > position.amax()[None, None]",
-        OPS + "test_tpa.py::test_rows_behind_a_query_are_not_seen",
+        OPS + "test_tpa.py::test_later_entries_are_masked",
     ),
 ]
 
@@ -325,7 +325,7 @@ LAYERS = [
         "config/model.py",
         "return self.rope[min(layer, self.num_hidden_layers - 1)]",
         "return self.rope[layer % self.num_hidden_layers]",
-        DIFFER + "test_every_layer_is_asked_for_itself",
+        DIFFER + "test_every_layer_uses_its_own_config",
     ),
     Mutant(
         "layers: the widest entry counted for all",

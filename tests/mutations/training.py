@@ -15,10 +15,10 @@ LOSSES = [
     ),
     Mutant(
         "loss: what fills a row of chats is learned",
-        "data/chat_rows.py",
+        "data/chat_packing.py",
         "loss_mask = np.zeros((count, self._length), np.bool_)",
         "loss_mask = np.ones((count, self._length), np.bool_)",
-        "tests/unit/data/test_chat_rows.py::test_every_chat_is_whole_in_one_row[0-False]",
+        "tests/unit/data/test_chat_packing.py::test_every_chat_is_whole_in_one_row[0-False]",
     ),
     Mutant(
         "loss: lambda left out",
@@ -169,7 +169,7 @@ OPTIMISING = [
     Mutant(
         "AdamW: gradients not clipped",
         "train/step/optim.py",
-        "if 0 < self.clip < norm:",
+        "if 0 < self.max_grad_norm < norm:",
         "if False:",
         TRAIN + "test_optim.py::test_adamw_by_hand",
     ),

@@ -374,8 +374,8 @@ def test_queries_stand_alone(level: str, width: int, sharpness: float, quantized
     ("strong", "weak", "within"), [(16.0, 0.01, 0.1), (1024.0, 0.5, 0.02)], ids=["spread", "peak"]
 )
 def test_weak_keys_keep_their_sum(level: str, strong: float, weak: float, within: float) -> None:
-    """int8 values, one large weight and many below half a quantization step: none of them is lost
-    where it tells, and their sum stays where it does not.
+    """int8 values, one large weight and many below half a quantization step: none is lost where it
+    matters, and elsewhere their sum is preserved.
     """
     latent, count, last = 64, 1024, 896
     weights = torch.ones(count)

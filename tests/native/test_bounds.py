@@ -31,7 +31,7 @@ def test_places_outside_the_cache_are_refused(
         attention_over(cache, options, layout)
 
 
-def test_pages_without_rows_are_refused() -> None:
+def test_pages_without_entries_are_refused() -> None:
     """Regression: a division by the size of a page."""
     with pytest.raises(ValueError, match="do not fit"):
         attention_over(torch.zeros(1, 0, 8, dtype=torch.uint8), {}, {})

@@ -174,7 +174,7 @@ def test_packing_ties_and_the_ends_of_fp16(level: str) -> None:
 
 
 @every_level
-def test_packing_rows_that_lie_apart(level: str) -> None:
+def test_packing_strided_rows(level: str) -> None:
     wide = torch.full((37, 90), torch.nan)
     wide[:, :77] = torch.randn(37, 77)
     for pack, define in PACKERS:

@@ -128,7 +128,7 @@ def test_rotation_leaves_its_input(level: str) -> None:
 @every_level
 @many
 @given(rows=st.integers(1, 9), quantized=sizes, rest=st.integers(0, 9), kind=kinds, seed=seeds)
-def test_cached_rows_have_the_bits_of_their_definition(
+def test_cache_entries_have_the_bits_of_their_definition(
     level: str, rows: int, quantized: int, rest: int, kind: str, seed: int
 ) -> None:
     x = draw((rows, quantized + rest), kind, seed)

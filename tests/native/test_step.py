@@ -227,7 +227,7 @@ def test_modules_are_as_near_to_fp32_as_plain_bf16(
 
 
 @torch.inference_mode()
-def test_a_module_goes_on_from_hidden_states_and_no_other_does() -> None:
+def test_only_mtp_modules_continue_from_hidden_states() -> None:
     """Regression: a step that reads uninitialized memory."""
     config = with_modules(FEW[0], has_copies=False)
     model = NativeModel(random_model(config, FEW[0].seed))
@@ -282,7 +282,7 @@ def test_bits_do_not_depend_on_how_a_text_is_cut(
 
 
 @torch.inference_mode()
-def test_wanted_logits_come_in_the_order_asked_for() -> None:
+def test_wanted_logits_are_in_the_requested_order() -> None:
     """A step of two calls: one decoded token, and a chunk of 70."""
     config = drawn_config(FEW[0])
     model = NativeModel(random_model(config, FEW[0].seed))

@@ -299,7 +299,7 @@ def test_groups_fill_up_each_expert() -> None:
     assert groups.tokens.tolist() == [0, 1, 2, 0, 0, 2, 0, 0, 1, 0, 0, 0]
 
 
-def test_rows_that_fill_up_have_no_effect_even_on_gradients() -> None:
+def test_padding_rows_have_no_effect_on_gradients() -> None:
     """Regression: padding rows of token 0 that are counted."""
     x = draw(3, 7, dtype=torch.float64)
     experts = torch.tensor([[1], [1], [1]])

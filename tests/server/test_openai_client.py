@@ -1,6 +1,6 @@
 """The official `openai` client, unmodified, against a server of random weights.
 
-What a model of random weights says means nothing; that it says it in the right form is the point.
+The output of random weights means nothing; the test checks its format.
 """
 
 import json

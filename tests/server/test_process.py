@@ -170,7 +170,7 @@ def test_draining_finishes_what_runs_and_refuses_what_is_new() -> None:
         assert answer.json()["usage"]["completion_tokens"] == 1900
 
 
-def test_what_outlasts_the_drain_is_told_so() -> None:
+def test_requests_that_outlast_the_drain_get_an_error() -> None:
     with serving("--drain-seconds", "0.1", *ROOM) as server:
         thread, answers = start(server, ENDLESS)
         server.process.send_signal(signal.SIGTERM)

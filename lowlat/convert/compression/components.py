@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowlat.convert.compression.statistics import AttentionWeights, LayerStatistics
 
-Basis = Callable[[AttentionWeights, LayerStatistics], tuple[Tensor, Tensor]]
+ComponentBasis = Callable[[AttentionWeights, LayerStatistics], tuple[Tensor, Tensor]]
 """Returns the unitary matrix [folds, members, components] of each fold of frequencies, and the
 factors [folds, members] by which keys are multiplied first (and their queries divided). A member
 is one key head at one frequency of the fold, ordered by frequency.
@@ -58,7 +58,7 @@ class DecoupledKeys:
 def components(
     weights: AttentionWeights,
     statistics: LayerStatistics,
-    basis: Basis,
+    basis: ComponentBasis,
     priority: Priority,
     *,
     uses_mean_rotation: bool,

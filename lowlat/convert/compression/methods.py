@@ -10,7 +10,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from lowlat.convert.compression.components import (
-    Basis,
+    ComponentBasis,
     Components,
     DecoupledKeys,
     Priority,
@@ -33,7 +33,7 @@ from lowlat.utils.progress import Task
 class CompressionMethod:
     """A way to compress GQA into MLA with a smaller KV cache."""
 
-    basis: Basis
+    basis: ComponentBasis
     """Basis of the components of keys."""
     priority: Priority
     """Order in which components keep their rotation."""

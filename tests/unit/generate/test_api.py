@@ -105,7 +105,7 @@ def test_mtp_modules_survive_loading(tmp_path: Path) -> None:
         assert torch.equal(found, rows)
 
 
-def test_faults_name_what_is_wrong(folder: Path, tmp_path: Path) -> None:
+def test_errors_name_the_cause(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cache 'int4' is unknown; choose auto, bf16 or int8"):
         lowlat.load(str(folder), cache="int4")
     with pytest.raises(UserError, match="'no-such-model' is unknown"):

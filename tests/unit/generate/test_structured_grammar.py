@@ -322,7 +322,7 @@ def test_the_byte_tokenizer_will_do() -> None:
         (Grammar(lark="%llguidance {}\nstart: /a/"), "^grammar: %llguidance"),
     ],
 )
-def test_faults_name_the_field(
+def test_errors_name_the_field(
     compiler: GrammarCompiler, output: StructuredOutput, match: str
 ) -> None:
     with pytest.raises(UserError, match=match) as caught:

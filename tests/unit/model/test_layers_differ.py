@@ -157,7 +157,7 @@ def test_configs_that_cannot_be(changes: dict[str, object], message: str) -> Non
         lowlat_config(**({"attention": MLA} | changes))
 
 
-def test_every_layer_is_asked_for_itself() -> None:
+def test_every_layer_uses_its_own_config() -> None:
     config = LAYERS["all"]
     assert [config.attention_of(layer) for layer in range(5)] == [*DIFFERING, DIFFERING[3]]
     assert [config.rope_of(layer) for layer in range(5)] == [*LAYER_ROPES, LAYER_ROPES[3]]
@@ -175,7 +175,7 @@ def sizes(latent: int) -> MLAConfig:
     )
 
 
-def test_the_form_is_the_cheaper_one_of_all_layers_together() -> None:
+def test_the_path_is_the_cheaper_one_of_all_layers_together() -> None:
     """Narrow latents never expand, wide ones beyond 89.6 queries, both together beyond 132.3."""
     narrow, wide = sizes(24), sizes(224)
     assert choose_path(narrow, 4000) == "absorbed"

@@ -45,7 +45,7 @@ def test_up_projections_are_views_of_the_stored_weight() -> None:
 
 
 @pytest.mark.parametrize("interleave", [True, False])
-def test_cached_rows_by_hand(interleave: bool) -> None:
+def test_cache_entries_by_hand(interleave: bool) -> None:
     """[norm(latent) ; rotated key]: the key is rotated as the queries are, in the checkpoint's
     layout.
     """
@@ -79,7 +79,7 @@ def test_query_and_key_rotate_alike(interleave: bool) -> None:
 
 
 def test_norms_on_both_latents_have_a_fixed_epsilon() -> None:
-    """Released implementations use 1e-6 there whatever rms_norm_eps says."""
+    """Released implementations use 1e-6 there, independent of rms_norm_eps."""
     module = mla()
     for norm in (module.q_a_layernorm, module.kv_a_layernorm):
         assert isinstance(norm, RMSNorm) and norm.eps == 1e-6

@@ -20,7 +20,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def quantized_like(plain: Transformer, config: QuantConfig) -> tuple[Transformer, Transformer]:
-    """The fp8 twin of a model, and a plain fp64 model of the twin's exact weights."""
+    """The fp8 version of a model, and a plain fp64 model with its exact dequantized weights."""
     fields = {"num_nextn_predict_layers": 1, "quantization": config}
     twin = Transformer(mla_config(**fields), dtype=torch.float64).requires_grad_(False)
     state = twin.state_dict()
@@ -46,7 +46,7 @@ def test_block_grid_is_a_ceil_grid() -> None:
     assert block_grid(128, 129, (128, 128)) == (1, 2)
 
 
-def test_fp8_model_equals_its_dequantised_twin() -> None:
+def test_fp8_model_equals_the_dequantized_model() -> None:
     """The stored blocks are multiplied exactly: absorbed up-projections too are not rounded a
     second time.
     """

@@ -131,8 +131,8 @@ def test_prefill_in_a_batch_with_decoding(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_positions_reach_the_rotation(name: str) -> None:
-    """A shift of all positions changes nothing, stretched positions do; position 0 alone could
-    not tell.
+    """A shift of all positions changes nothing, stretched positions do; position 0 alone would not
+    show it.
     """
     model, ids = random_model(CONFIGS[name]), ids_of(9)
     backend, places = PackedAttention([9]), torch.arange(9)

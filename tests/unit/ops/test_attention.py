@@ -77,7 +77,7 @@ def test_window_of_one_returns_the_own_value() -> None:
     torch.testing.assert_close(out, v[11:].repeat_interleave(3, dim=1))
 
 
-def test_keys_outside_the_window_are_not_asked_for() -> None:
+def test_keys_outside_the_window_are_not_computed() -> None:
     asked = []
     q, k, v = draw(3, 103, 2, 1, 3, 5)
 

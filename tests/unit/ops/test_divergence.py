@@ -94,7 +94,7 @@ def test_native_pieces_of_any_size(
 
 
 @given(rows=st.integers(0, 50), most=st.integers(1, 60))
-def test_pieces_are_few_and_even(rows: int, most: int) -> None:
+def test_chunks_are_few_and_even(rows: int, most: int) -> None:
     pieces = cross_entropy.even_chunks(rows, most)
     sizes = [piece.stop - piece.start for piece in pieces]
     assert [row for piece in pieces for row in range(piece.start, piece.stop)] == [*range(rows)]

@@ -71,7 +71,7 @@ def test_expansion_in_blocks(key_block: int) -> None:
     torch.testing.assert_close(out, written_out(inputs, start=8, scale=0.3), rtol=0, atol=1e-10)
 
 
-def test_forms_agree_in_bf16_by_tolerance() -> None:
+def test_paths_agree_in_bf16_by_tolerance() -> None:
     """Each form rounds q, k and v of other shapes, so bits differ; both stay near the exact
     result.
     """

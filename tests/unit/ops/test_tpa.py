@@ -34,7 +34,7 @@ def test_factored_equals_expanded(
     torch.testing.assert_close(found, expanded(q, rows, start, 0.7), rtol=0, atol=1e-12)
 
 
-def test_rows_behind_a_query_are_not_seen() -> None:
+def test_later_entries_are_masked() -> None:
     q, rows = torch.randn(2, 5, 7), torch.randn(9, ROW_DIM)
     changed = rows.clone()
     changed[8] = 100.0

@@ -40,7 +40,7 @@ class Asked:
 
 @dataclass(kw_only=True)
 class Answer:
-    """What each completion of a prompt says, token by token (bytes), and how it ends."""
+    """The tokens (bytes) of each completion of a prompt, and how it ends."""
 
     text: str = "Hello"
     finish_reason: FinishReason = "stop"

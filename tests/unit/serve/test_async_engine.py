@@ -63,7 +63,7 @@ def test_log_probabilities_are_those_of_the_text() -> None:
     with_engine(use, Model(model, byte_tokenizer(), name="ends"))
 
 
-def test_special_tokens_are_text_where_asked_for() -> None:
+def test_special_tokens_are_text_if_requested() -> None:
     model = ScriptedModel(gqa_config(), lambda token: {97: 258, 258: 98}.get(token, EOS))
     for keep, text in ((frozenset(), "b"), (frozenset({258}), "<user>b")):
 

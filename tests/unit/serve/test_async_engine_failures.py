@@ -1,4 +1,5 @@
-"""Faults under the engine: a request's own stays with it, the engine's own is told to everybody."""
+"""Failures under the engine: a request's error stays its own, an engine error reaches all
+clients."""
 
 import asyncio
 import threading
@@ -85,7 +86,7 @@ def poison_start(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "poison", [poison_model, poison_sampler, poison_tokenizer, poison_mask, poison_start]
 )
-def test_a_fault_ends_its_own_request_only(
+def test_an_error_ends_its_own_request_only(
     poison: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = counting_model()
@@ -109,8 +110,8 @@ def test_a_fault_ends_its_own_request_only(
     assert_nothing_is_left(with_engine(use, model))
 
 
-def test_a_fault_of_the_engine_itself_is_told_to_everybody() -> None:
-    """Regression: clients that wait for ever on a dead engine, and a /health that says ok."""
+def test_an_engine_error_reaches_every_client() -> None:
+    """Regression: clients that wait forever on a dead engine, and a /health that reports ok."""
     model = counting_model()
 
     def broken() -> list[Any]:
@@ -263,7 +264,8 @@ async def _all(generation: Generation) -> list[CompletionDelta]:
 def test_a_request_that_comes_as_the_engine_ends_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Regression: room was found, the engine ended, and what is queued then waits for ever."""
+    """Regression: the queue has a free place, the engine ends, and the queued request waits
+    forever."""
     model = counting_model()
 
     def broken() -> list[Any]:
@@ -280,7 +282,7 @@ def test_a_request_that_comes_as_the_engine_ends_is_refused(
     with_engine(use, model)
 
 
-def test_what_was_known_when_the_engine_ended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deltas_before_the_engine_ended_are_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Regression: ends that were on their way in the very turn in which the engine ends."""
     model = counting_model()
     add, advance = Engine.add, GenerationSession._advance
@@ -310,7 +312,7 @@ def test_what_was_known_when_the_engine_ended_is_told(monkeypatch: pytest.Monkey
     with_engine(use, model)
 
 
-def test_an_address_that_is_taken_meanwhile_is_told() -> None:
+def test_an_address_that_is_taken_meanwhile_is_an_error() -> None:
     """Regression: a traceback when another server began to listen while this one loaded."""
     with open_socket(ServeConfig(port=0)) as first:
         config = ServeConfig(port=first.getsockname()[1])

@@ -155,7 +155,7 @@ def test_values_stay_as_they_are() -> None:
 
 
 def test_numbers_without_a_fraction_are_integers() -> None:
-    """JSON schema says so, and the published document is one."""
+    """JSON schema defines them so, and the published document is one."""
     value = parse_object(b'{"a": [78.0, 1e2, -0.0, 0.5, 1e300]}')["a"]
     assert value == [78, 100, 0, 0.5, 1e300]
     assert [type(number) for number in value] == [int, int, int, float, float]

@@ -63,7 +63,7 @@ async def test_headers() -> None:
 
 
 async def test_caching() -> None:
-    """Kept files are asked for again and cost nothing while they are the same."""
+    """Cached files are revalidated, which costs nothing while they are unchanged."""
     async with client() as get:
         first = await get.get("/static/app.js")
         assert first.headers["Cache-Control"] == "private, no-cache"

@@ -60,7 +60,7 @@ def test_complete_response(client: TestClient, engine: FakeEngine) -> None:
 
 
 class ScriptedContext(RequestContext):
-    """Of which each step brings a text and so many tokens."""
+    """A context whose steps each yield a text and a number of tokens."""
 
     def __init__(self, steps: list[tuple[str, int]]) -> None:
         self._steps = steps

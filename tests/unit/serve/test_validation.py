@@ -74,7 +74,7 @@ def test_the_field_is_named(value: dict[str, Any], param: str, words: str) -> No
 
 
 def test_long_and_strange_names_stay_short_and_on_one_line() -> None:
-    """Regression: an answer or a log line as long, or of as many lines, as a request says."""
+    """Regression: an answer or a log line whose length or number of lines a request controls."""
     for value in (
         {"name": "x", "a\nb" * 100_000: 1},
         {"name": "x", "parts": [{"kind": "y\n" * 100_000}]},

@@ -156,7 +156,7 @@ def test_unknown_roles_are_text_too() -> None:
     assert len(control(tokenizer, ids)) == 3
 
 
-def test_template_variables_and_faults_pass_through() -> None:
+def test_template_variables_and_errors_pass_through() -> None:
     tokenizer = make("{{ flag }}{{ messages[0].content }}")
     messages = [{"role": "user", "content": "<a>"}]
     assert tokenizer.decode(encode_chat(tokenizer, messages, flag=True)) == "True<a>"

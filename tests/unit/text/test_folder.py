@@ -167,7 +167,7 @@ def test_settings_from_training_do_not_cut_text(
         ({}, {"chat_template": 5}, "chat_template should be text"),
     ],
 )
-def test_faults_name_the_file(
+def test_errors_name_the_file(
     make_folder: MakeFolder, files: dict[str, str], config: dict[str, Any], match: str
 ) -> None:
     with pytest.raises(UserError, match=match) as caught:
@@ -180,7 +180,7 @@ def test_an_absent_tokenizer_says_what_to_do(tmp_path: Path) -> None:
         Tokenizer.from_folder(tmp_path)
 
 
-def test_a_folder_with_only_tiktoken_is_told_what_makes_the_file(tmp_path: Path) -> None:
+def test_a_folder_with_only_tiktoken_gets_a_remedy(tmp_path: Path) -> None:
     """Kimi-K2 and Moonlight have no tokenizer.json that could be copied."""
     (tmp_path / "tiktoken.model").write_text("YQ== 0")
     with pytest.raises(UserError, match=r"tokenizer\.json: not found; the folder has tiktoken\.m"):

@@ -72,7 +72,8 @@ def test_the_way_of_cutting_is_found(
 
 
 def test_no_two_ways_look_alike() -> None:
-    """Ways that differ in nothing but whether whole tokens are merged are told apart by that."""
+    """Pre-tokenizers that differ only in whether whole tokens are merged are distinguished by
+    that."""
     seen: dict[tuple[Any, ...], str] = {}
     for pre in PRE_NAMES:
         steps = splitting(pre, "here")

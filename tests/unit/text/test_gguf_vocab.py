@@ -119,7 +119,7 @@ def test_without_a_vocabulary_the_folder_is_the_remedy(make_gguf: MakeGguf) -> N
         ({"ggml__bos_token_id": "x"}, "ggml.bos_token_id should be of type int"),
     ],
 )
-def test_faults_name_file_and_field(
+def test_errors_name_file_and_field(
     make_gguf: MakeGguf, changes: dict[str, Any], match: str
 ) -> None:
     with pytest.raises(UserError, match=r"model\.gguf: tokenizer\." + match):
@@ -131,7 +131,7 @@ def test_scores_must_fit(make_sentencepiece: MakeGguf) -> None:
         Tokenizer.from_gguf(make_sentencepiece(ggml__scores=[0.5, 1.5]))
 
 
-def test_an_unused_special_token_is_a_fault(make_sentencepiece: MakeGguf) -> None:
+def test_an_unused_special_token_is_an_error(make_sentencepiece: MakeGguf) -> None:
     types = [2, 5, 3] + [6] * 256 + [1] * 8
     with pytest.raises(UserError, match="marks the bos_token '<s>' as unused"):
         Tokenizer.from_gguf(make_sentencepiece(ggml__token_type=types))

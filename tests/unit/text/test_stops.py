@@ -21,7 +21,7 @@ def run(stops: list[str], chunks: list[str]) -> tuple[str, bool]:
 
 
 def expected(stops: list[str], text: str) -> tuple[str, bool]:
-    """The definition: go on character by character until the text ends with a stop string."""
+    """The definition: advance by single characters until the text ends with a stop string."""
     for end in range(len(text) + 1):
         ended = [stop for stop in stops if text[:end].endswith(stop)]
         if ended:

@@ -76,7 +76,7 @@ def test_a_refusal_of_the_template_is_passed_on() -> None:
         ("{{ range(10 ** 9) | list }}", "ange too big"),
     ],
 )
-def test_faults_name_the_template(source: str, match: str) -> None:
+def test_errors_name_the_template(source: str, match: str) -> None:
     refused(source, match)
 
 

@@ -1,4 +1,4 @@
-"""Tensors in large pages: same values, own memory, pages as asked for."""
+"""Tensors in huge pages: same values, own memory, pages as requested."""
 
 import gc
 import mmap
@@ -29,7 +29,7 @@ def asks_for_huge_pages(tensor: torch.Tensor) -> bool:
 
 
 @needs_huge_pages
-def test_zeros_are_asked_for_in_huge_pages() -> None:
+def test_zeros_request_huge_pages() -> None:
     found = zeros(8 << 20)
     assert asks_for_huge_pages(found)
     small = torch.frombuffer(mmap.mmap(-1, 8 << 20), dtype=torch.uint8)

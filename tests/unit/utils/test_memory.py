@@ -67,7 +67,7 @@ def test_a_containers_limit_counts_and_max_is_none(tmp_path: Path) -> None:
 
 
 def test_freed_memory_is_kept_and_then_given_back() -> None:
-    """Counts page faults: of memory that comes from the system each time there is one a page."""
+    """Counts page faults: memory that comes from the system each time causes one per page."""
     if not hasattr(ctypes.CDLL(None), "malloc_trim"):
         pytest.skip("this C library gives memory back as it likes")
     program = """

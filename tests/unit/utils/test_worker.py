@@ -1,4 +1,4 @@
-"""A worker's answers, and that none of its faults is the caller's."""
+"""A worker's answers; its failures do not reach the caller."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def test_it_answers_line_by_line(worker: LineWorker) -> None:
 
 
 @pytest.mark.parametrize(("line", "seconds"), [("hang", 0.2), ("crash", 60.0), ("half", 60.0)])
-def test_it_ends_with_its_fault(worker: LineWorker, line: str, seconds: float) -> None:
+def test_it_ends_with_its_error(worker: LineWorker, line: str, seconds: float) -> None:
     """Regression: a process that is dying, taken for one that can be asked."""
     assert worker.ask(line, seconds) is None
     assert not worker.is_alive()
