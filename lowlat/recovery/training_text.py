@@ -36,7 +36,7 @@ short enough to hold some out, long enough for training sequences.
 REMEDIES = {
     r", or pass\s+--invalid .*": "",
     r"name the field with --field": "call the field 'text'",
-    r"say which is meant, --field .*": "leave one of them out",
+    r"choose with --field .*": "leave one of them out",
 }
 """Patterns of remedies that name options of `lowlat data build`, and their replacements."""
 HELD_OUT = (0.01, 0.05, 0.2, 0.5)

@@ -27,11 +27,6 @@ class Interval:
     count: int
     """Number of values."""
 
-    @property
-    def is_separated(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.half is not None and abs(self.mean) > self.half
-
 
 def confidence() -> str:
     """CONFIDENCE in text: '95 %'."""
